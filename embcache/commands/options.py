@@ -1,0 +1,61 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from embcache.errors import UsageError
+
+HomeOption = Annotated[
+    Path | None, typer.Option("--home", help="Folder of stores and runs. [default: $EMBCACHE_HOME or ~/.cache/embcache]")
+]
+DataRootOption = Annotated[
+    Path | None, typer.Option("--data-root", help="The dataset's own folder. [default: $EMBCACHE_DATA/NAME or ./data/NAME]")
+]
+DatasetOption = Annotated[
+    list[str] | None,
+    typer.Option("--dataset", help="Dataset name; repeatable, or comma-separated. See `embcache datasets`."),
+]
+BackboneOption = Annotated[
+    list[str] | None,
+    typer.Option("--backbone", help="Backbone name; repeatable, or comma-separated. See `embcache backbones`."),
+]
+JsonOption = Annotated[
+    str | None, typer.Option("--json", metavar="FILE|-", help="Write the answer as JSON to FILE, or to stdout with -.")
+]
+
+
+def split_list(values: Sequence[str] | None) -> list[str]:
+    """Flatten repeated and comma-separated values; order kept, repeats dropped.
+
+    Raises
+    ------
+    UsageError
+        A value between two commas is empty.
+    """
+    names: list[str] = []
+    for value in values or ():
+        for name in value.split(","):
+            if not name.strip():
+                raise UsageError("an empty name in a list", found=repr(value), fix="separate names by single commas")
+            if name.strip() not in names:
+                names.append(name.strip())
+    return names
+
+
+def write_json(data: Any, target: str) -> None:
+    """Write ``data`` as indented JSON to the file ``target``, or to stdout when it is ``-``."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write the JSON file: {error.strerror}", where=target, fix="name a file that can be written, or -") from error

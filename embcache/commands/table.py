@@ -1,0 +1,47 @@
+"""Plain aligned tables for the terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+import typer
+
+
+def _width(text: str) -> int:
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _is_number(text: str) -> bool:
+    return bool(text) and text.strip("+-−").replace(",", "")[:1].isdigit()
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns two spaces apart, headers underlined; columns of numbers are right-aligned.
+
+    Control characters are shown escaped, so that no name can disturb the terminal.
+    """
+    cells = [["" if value is None else _printable(str(value)) for value in row] for row in rows]
+    columns = list(zip(headers, *cells, strict=True)) if cells else [(h,) for h in headers]
+    widths = [max(map(_width, column)) for column in columns]
+    right = [len(c) > 1 and all(_is_number(v) or not v for v in c[1:]) and any(c[1:]) for c in columns]
+
+    def line(values: Sequence[str]) -> str:
+        padded = (
+            " " * (w - _width(v)) + v if r else v + " " * (w - _width(v))
+            for v, w, r in zip(values, widths, right, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(headers), line(["─" * w for w in widths]), *map(line, cells)])
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, notes: Sequence[str] = ()) -> None:
+    """Print a table to stdout, its notes beneath."""
+    typer.echo(format_table(headers, rows))
+    for note in notes:
+        typer.echo(f"· {note}")
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

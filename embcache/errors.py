@@ -1,0 +1,91 @@
+"""The errors a user can mend, as one tree.
+
+::
+
+    EmbcacheError                 one message: what was expected, what was found, where, what to type
+    ├── UsageError                the request itself is malformed (exit status 2)
+    ├── DatasetError              a dataset's files or tables are not as they should be
+    │   └── DatasetNotFoundError  there is no such dataset, or its root is missing or laid out otherwise
+    ├── ImageError                one image cannot be decoded; extraction quarantines it with the reason
+    ├── WeightsError              a checkpoint is missing, refused, or does not fit its network
+    ├── StoreError                a feature store cannot serve the request
+    │   ├── StoreNotFoundError    nothing is cached for it
+    │   ├── RecipeError           several cached recipes match, or the wanted one differs from what is there
+    │   └── CorruptStoreError     bytes on disk are not those that were committed
+    └── ProtocolError             the data cannot carry the asked folds, subsets or heads
+"""
+
+from __future__ import annotations
+
+
+class EmbcacheError(Exception):
+    """An error a user can mend.
+
+    Parameters
+    ----------
+    problem : str
+        One sentence: what is wrong.
+    expected, found : str, optional
+        What should have been there, and what is.
+    where : object, optional
+        The file, folder, column or flag at fault.
+    fix : str, optional
+        The command to type, or the step to take.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        expected: str | None = None,
+        found: str | None = None,
+        where: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.problem, self.expected, self.found, self.where, self.fix = problem, expected, found, where, fix
+        parts = (("expected", expected), ("found", found), ("where", where), ("to mend it", fix))
+        lines = [problem]
+        for label, value in parts:
+            if value is not None:
+                lines.append(f"  {label}: " + str(value).replace("\n", "\n    "))
+        super().__init__("\n".join(lines))
+
+
+class UsageError(EmbcacheError):
+    """The request itself is malformed: an unknown name, a bad value, flags that exclude each other."""
+
+
+class DatasetError(EmbcacheError):
+    """A dataset's files or tables are not as they should be."""
+
+
+class DatasetNotFoundError(DatasetError):
+    """There is no such dataset, or its root is missing or laid out otherwise."""
+
+
+class ImageError(EmbcacheError):
+    """One image cannot be decoded. ``problem`` is the reason kept in the quarantine: one line, no path."""
+
+
+class WeightsError(EmbcacheError):
+    """A checkpoint is missing, refused, or does not fit its network."""
+
+
+class StoreError(EmbcacheError):
+    """A feature store cannot serve the request."""
+
+
+class StoreNotFoundError(StoreError):
+    """Nothing is cached for the request."""
+
+
+class RecipeError(StoreError):
+    """Several cached recipes match, or the wanted one differs from what is there."""
+
+
+class CorruptStoreError(StoreError):
+    """Bytes on disk are not those that were committed."""
+
+
+class ProtocolError(EmbcacheError):
+    """The data cannot carry the asked folds, subsets or heads."""

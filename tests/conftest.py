@@ -1,0 +1,33 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the real images that lie beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("the real images are not beside this checkout (../shared/data)")
+    return SHARED
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty ``EMBCACHE_HOME`` of the test's own; the other folders are moved there too."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("EMBCACHE_HOME", str(folder))
+    monkeypatch.setenv("EMBCACHE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("EMBCACHE_WEIGHTS", str(tmp_path / "weights"))
+    return folder
