@@ -1,0 +1,1 @@
+"""Figures and measures made from cached features."""

@@ -1,0 +1,1 @@
+"""Stage 1: images through frozen backbones into feature stores."""

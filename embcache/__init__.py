@@ -1,0 +1,51 @@
+"""embcache: which frozen embedding serves a medical imaging task, and how far does it get with 50 labels?
+
+Stage 1, :func:`extract_features`, runs frozen vision backbones once over all images into feature stores.
+Stage 2, :func:`probe_features`, trains heads on the cached features in seconds.
+
+Importing this package imports neither torch nor timm: each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EmbcacheError": "embcache.errors",
+    "ImageDataset": "embcache.data.dataset",
+    "load_dataset": "embcache.data.dataset",
+    "Recipe": "embcache.store.recipe",
+    "FeatureStore": "embcache.store.feature_store",
+    "open_store": "embcache.store.feature_store",
+    "extract_features": "embcache.extract.run",
+    "probe_features": "embcache.probe.run",
+    "ProbeResult": "embcache.probe.results",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from embcache.data.dataset import ImageDataset as ImageDataset
+    from embcache.data.dataset import load_dataset as load_dataset
+    from embcache.errors import EmbcacheError as EmbcacheError
+    from embcache.extract.run import extract_features as extract_features
+    from embcache.probe.results import ProbeResult as ProbeResult
+    from embcache.probe.run import probe_features as probe_features
+    from embcache.store.feature_store import FeatureStore as FeatureStore
+    from embcache.store.feature_store import open_store as open_store
+    from embcache.store.recipe import Recipe as Recipe
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'embcache' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

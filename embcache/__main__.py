@@ -1,0 +1,6 @@
+"""``python -m embcache``."""
+
+from embcache.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The ``embcache`` command: mounts the families of commands and turns errors into one message.
+
+Exit status: 0 on success, 1 on an error a user can mend, 2 on bad usage, 130 and 143 on signals.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+import embcache
+from embcache.commands import backbones, datasets, demo, extract, probe, splits, store
+from embcache.errors import EmbcacheError, UsageError
+
+app = typer.Typer(
+    name="embcache",
+    help="Which frozen embedding serves my medical imaging task, and how far does it get with 50 labels?",
+    epilog="Start with `embcache demo`. Own images: `embcache extract --backbone … --dataset folder --data-root FOLDER`.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"embcache {embcache.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    del version
+
+
+app.command()(demo.demo)
+app.command()(datasets.datasets)
+app.command()(backbones.backbones)
+app.command()(probe.heads)
+app.command()(extract.extract)
+app.command()(probe.probe)
+app.command()(probe.results)
+app.add_typer(splits.app, name="splits")
+app.command()(store.ls)
+app.command()(store.info)
+app.command()(store.export)
+
+
+def _terminate(_signum: int, _frame: object) -> NoReturn:
+    # A preempted job: leave through the same finally blocks as Ctrl-C, with the status shells expect.
+    raise SystemExit(143)
+
+
+def main() -> NoReturn:
+    """Run the command line; the entry point of the ``embcache`` script."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except EmbcacheError as error:
+        typer.echo(f"embcache: {error}", err=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:
+        # The reader of our output has gone (`embcache ls | head`): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        # A disk that fails or fills says nothing of embcache: one message, no traceback.
+        where = f" ({error.filename})" if error.filename else ""
+        typer.echo(f"embcache: the operating system refused: {error.strerror or error}{where}", err=True)
+        sys.exit(1)
+    sys.exit(0)

@@ -1,0 +1,143 @@
+"""``embcache extract``: images through frozen backbones, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from embcache.commands.options import (
+    BackboneOption,
+    DataRootOption,
+    DatasetOption,
+    HomeOption,
+    JsonOption,
+    split_list,
+    write_json,
+)
+from embcache.commands.table import print_table
+from embcache.errors import UsageError
+
+if TYPE_CHECKING:
+    from embcache.extract.run import Extraction
+
+
+def extract(
+    backbone: BackboneOption = None,
+    dataset: DatasetOption = None,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option("--weights", metavar="[NAME=]FILE", help="Checkpoint to use; NAME= may be left out for one backbone."),
+    ] = None,
+    transform: Annotated[
+        str | None,
+        typer.Option(
+            "--transform", metavar="paper|imagenet",
+            help="paper: 256×256, centre 224, images of up to 224 as they are. imagenet: shorter side 256, centre 224. "
+            "[default: paper; for timm: backbones the model's own]",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda:0, …")] = "auto",
+    precision: Annotated[str, typer.Option("--precision", help="fp32, tf32, bf16 or fp16; part of the recipe.")] = "fp32",
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images a batch. [default: the store's, 64 for a new one]")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Threads that decode images. [default: one a core, 8 at most]")] = None,
+    format: Annotated[str | None, typer.Option("--format", metavar="zarr|hdf5", help="Format of a new store. [default: zarr]")] = None,
+    part: Annotated[str | None, typer.Option("--part", metavar="I/N", help="Compute only the I-th of N parts (array jobs).")] = None,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on without images that the labels name but are not there.")] = False,
+    name: Annotated[str | None, typer.Option("--name", help="Name for a `folder` dataset. [default: its folder's, with a short hash of the path]")] = None,
+    json: JsonOption = None,
+) -> None:  # fmt: skip
+    """Run frozen backbones once over all images into feature stores.
+
+    Only what is not cached is computed: a second run returns at once, an interrupted one goes on where it stopped,
+    an added or changed image extracts only itself.
+
+    Example: embcache extract --backbone random,effnet_lite0 --dataset pneumonia
+    """
+    names, datasets = split_list(backbone), split_list(dataset)
+    if not names:
+        raise UsageError("no backbone was named", fix="embcache extract --backbone NAME …   (embcache backbones lists them)")
+    if not datasets:
+        raise UsageError("no dataset was named", fix="embcache extract --dataset NAME …   (embcache datasets lists them)")
+    if len(datasets) > 1 and (data_root or name):
+        raise UsageError("--data-root and --name belong to one dataset", found=", ".join(datasets), fix="one command a dataset")
+    from embcache.data.dataset import find_dataset
+    from embcache.extract.run import run_extraction
+
+    answers = []
+    for each in datasets:
+        found, _ = find_dataset(each, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+        for note in found.notes:
+            typer.echo(f"note: {note}", err=True)
+        done = run_extraction(
+            names, found, home=home, weights=_parse_weights(weights, names), transform=transform, device=device,
+            precision=precision, batch_size=batch_size, workers=workers, format=format, part=_parse_part(part),
+            say=lambda line: typer.echo(f"note: {line}", err=True),
+        )  # fmt: skip
+        if json != "-":
+            _print(found.name, len(found), done)
+        answers += [_as_json(found.name, extraction) for extraction in done]
+    if json:
+        write_json(answers, json)
+
+
+def _parse_weights(values: list[str] | None, names: list[str]) -> dict[str, Path] | None:
+    if not values:
+        return None
+    weights: dict[str, Path] = {}
+    for value in values:
+        # A backbone's own name may hold no "=", a path may: only a known name before the first "=" is one.
+        name, separator, file = value.partition("=")
+        if not separator or name not in names:
+            if len(names) > 1 or (separator and not Path(value).exists()):
+                raise UsageError(
+                    "--weights does not say for which backbone", expected="NAME=FILE with NAME one of " + ", ".join(names),
+                    found=value, fix=f"--weights {names[0]}={file or value}",
+                )  # fmt: skip
+            name, file = names[0], value
+        weights[name] = Path(file)
+    return weights
+
+
+def _parse_part(value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    index, _, count = value.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise UsageError("--part is not of the form I/N", expected="--part 1/4 … --part 4/4", found=value)
+    return int(index), int(count)
+
+
+def _print(dataset: str, images: int, done: list[Extraction]) -> None:
+    rows = [
+        [e.backbone, images, e.cached, e.computed, len(e.quarantined), f"{e.seconds:.1f}", e.store.path.name] for e in done
+    ]
+    headers = ["backbone", "images", "cached", "computed", "quarantined", "seconds", "store"]
+    notes = [note for extraction in done for note in extraction.notes]
+    bad = {image: reason for extraction in done for image, reason in extraction.quarantined.items()}
+    notes += [f"quarantined: {image}: {reason}" for image, reason in list(bad.items())[:5]]
+    if len(bad) > 5:
+        notes.append(f"… and {len(bad) - 5} more quarantined images (embcache info)")
+    changed = max((e.changed for e in done), default=0)
+    if changed:
+        notes.append(f"{changed} images changed since they were extracted and were extracted again")
+    print_table(headers, rows, notes=notes)
+    typer.echo(f"next: embcache probe --head linear --subset S,M,F --dataset {dataset}")
+
+
+def _as_json(dataset: str, extraction: Extraction) -> dict[str, object]:
+    return {
+        "dataset": dataset,
+        "backbone": extraction.backbone,
+        "store": str(extraction.store.path),
+        "fingerprint": extraction.store.recipe.fingerprint,
+        "computed": extraction.computed,
+        "cached": extraction.cached,
+        "added": extraction.added,
+        "changed": extraction.changed,
+        "quarantined": dict(extraction.quarantined),
+        "seconds": round(extraction.seconds, 3),
+    }

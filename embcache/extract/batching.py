@@ -1,0 +1,91 @@
+"""Images into batches of one fixed shape.
+
+A batch never crosses a shard and always has ``batch_size`` rows: the tail and unreadable images are zero-padded and
+their outputs discarded. So a shard's features depend on the shard alone, and a run that was killed and resumed equals
+an uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embcache.data.images import read_image
+from embcache.errors import ImageError
+
+Geometry = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image to read: its id, its path relative to the dataset's root, its row in an array file (else −1)."""
+
+    id: str
+    path: str
+    member: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One image after decoding, once, and after each geometry asked for.
+
+    ``pixels`` holds a uint8 array of shape (H, W, 3) per geometry; it is empty where the image could not be read, and
+    ``reason`` says why.
+    """
+
+    pixels: tuple[NDArray[np.uint8], ...]
+    digest: str
+    reason: str
+
+
+def prepare(root: Path, source: Source, geometries: Sequence[Geometry]) -> Prepared:
+    """Read, decode and transform one image; an unreadable one is a reason, not an exception.
+
+    Raises
+    ------
+    OSError
+        The medium failed (EIO, ESTALE, …): that says nothing about the image, so it is not quarantined.
+    """
+    if not source.path:
+        return Prepared((), "", "no longer in the dataset")
+    try:
+        image, digest = read_image(root, source.path, source.member)
+    except ImageError as error:
+        return Prepared((), "", error.problem)
+    return Prepared(tuple(geometry(image) for geometry in geometries), digest, "")
+
+
+def prepare_batches(
+    root: Path, sources: Sequence[Source], geometries: Sequence[Geometry], batch_size: int, pool: Executor
+) -> Iterator[list[Prepared]]:
+    """Yield the prepared images of one shard batch by batch, decoding the next batch while this one is used."""
+    chunks = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
+
+    def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
+        return [pool.submit(prepare, root, source, geometries) for source in chunk]
+
+    pending: list[list[Future[Prepared]]] = [submit(chunk) for chunk in chunks[:2]]
+    try:
+        for index in range(len(chunks)):
+            batch = [future.result() for future in pending.pop(0)]
+            if index + 2 < len(chunks):
+                pending.append(submit(chunks[index + 2]))
+            yield batch
+    finally:
+        for futures in pending:
+            for future in futures:
+                future.cancel()
+
+
+def stack_batch(batch: Sequence[Prepared], geometry: int, batch_size: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Stack one geometry of a batch to uint8 (batch_size, H, W, 3); absent and unreadable rows are zero."""
+    pixels = np.zeros((batch_size, *size, 3), np.uint8)
+    for row, prepared in enumerate(batch):
+        if prepared.pixels:
+            pixels[row] = prepared.pixels[geometry]
+    return pixels

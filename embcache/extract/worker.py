@@ -1,0 +1,174 @@
+"""One shard of images in, its rows of features out: the unit of work of every engine.
+
+Nothing here knows of stores, leases or datasets, so a local loop, a process pool or a distributed engine can call
+:func:`compute_shard` alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from embcache.errors import UsageError
+from embcache.extract.backbones import LoadedBackbone
+from embcache.extract.batching import Source, prepare_batches, stack_batch
+from embcache.extract.transforms import Transform, normalise
+from embcache.store.commit import ShardRows
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+# Raised whenever the arithmetic between decoded pixels and stored features changes: it is part of every recipe.
+NUMERICS = 1
+
+
+@dataclass(frozen=True)
+class FrozenNetwork:
+    """A loaded backbone with its transform, device and precision: uint8 batches in, float32 features out."""
+
+    backbone: LoadedBackbone
+    transform: Transform
+    device: torch.device
+    precision: str
+
+    def features(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Features, float32 (B, D), of a uint8 batch (B, H, W, 3)."""
+        with torch.inference_mode(), _arithmetic(self.device, self.precision):
+            batch = normalise(torch.from_numpy(pixels), self.transform, self.device)
+            output = self.backbone.module(batch.contiguous(memory_format=torch.channels_last))
+        result: NDArray[np.float32] = output.float().cpu().numpy()
+        return result
+
+
+def freeze(backbone: LoadedBackbone, transform: Transform, device: str, precision: str) -> FrozenNetwork:
+    """Put a backbone on its device, ready to extract.
+
+    Raises
+    ------
+    UsageError
+        The device is not there, or does not have the precision.
+    """
+    target = pick_device(device)
+    if precision not in PRECISIONS:
+        raise UsageError(
+            "unknown precision", expected=", ".join(PRECISIONS), found=precision, fix="embcache extract --precision fp32 …"
+        )
+    if precision == "tf32" and target.type != "cuda":
+        raise UsageError("TF32 exists on CUDA devices only", found=str(target), fix="embcache extract --precision fp32 …")
+    # Channels last is about 1.5 times faster for convolutions on CPUs (docs/log.md) and what tensor cores want.
+    module = backbone.module.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return FrozenNetwork(LoadedBackbone(backbone.spec, module, backbone.weights_sha256, backbone.weights_source), transform, target, precision)
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` is the first CUDA device, else the CPU.
+
+    Raises
+    ------
+    UsageError
+        The name is not a device, or the device is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"the device {device!r} cannot be used", found=reason, expected="auto, cpu, cuda:0, …", fix="embcache extract --device auto …"
+        ) from error
+    return target
+
+
+@contextlib.contextmanager
+def _arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+    """fp32 means fp32: cuDNN would otherwise use TF32 for convolutions unasked."""
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            tf32 = precision == "tf32"
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            stack.callback(torch.set_float32_matmul_precision, before)
+            # Deterministic kernels without benchmarking, so that a resumed run repeats its features bit for bit.
+            flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32)  # type: ignore[no-untyped-call]
+            stack.enter_context(flags)
+        if precision in ("bf16", "fp16"):
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+            stack.enter_context(torch.autocast(device.type, dtype=dtype))
+        yield
+
+
+def compute_shard(
+    root: Path,
+    sources: Sequence[Source],
+    networks: Sequence[FrozenNetwork],
+    *,
+    batch_size: int,
+    pool: Executor,
+    on_rows: Callable[[int], object] = lambda rows: None,
+) -> list[ShardRows]:
+    """Features of one shard under each network; every image is read and decoded once for all of them.
+
+    Parameters
+    ----------
+    root : Path
+        The dataset's folder.
+    sources : sequence of Source
+        The shard's images, in order.
+    networks : sequence of FrozenNetwork
+    batch_size : int
+        Rows of each batch given to a network, always; see :mod:`embcache.extract.batching`.
+    pool : Executor
+        Decodes images.
+    on_rows : callable
+        Told the number of images after each batch and network.
+
+    Returns
+    -------
+    list of ShardRows
+        One for each network. A row is invalid, with its reason, where the image cannot be read or its features are
+        not finite.
+    """
+    keys = [_geometry(network.transform) for network in networks]
+    distinct = list(dict.fromkeys(keys))
+    geometries = [networks[keys.index(key)].transform.geometry for key in distinct]
+    features = [np.zeros((len(sources), network.backbone.spec.dim), np.float32) for network in networks]
+    digests: list[str] = []
+    reasons: list[str] = []
+    for batch in prepare_batches(root, sources, geometries, batch_size, pool):
+        start = len(digests)
+        digests += [prepared.digest for prepared in batch]
+        reasons += [prepared.reason for prepared in batch]
+        stacked: dict[int, NDArray[np.uint8]] = {}
+        for network, key, target in zip(networks, keys, features, strict=True):
+            which = distinct.index(key)
+            if which not in stacked:
+                stacked[which] = stack_batch(batch, which, batch_size, network.transform.size)
+            target[start : start + len(batch)] = network.features(stacked[which])[: len(batch)]
+            on_rows(len(batch))
+    return [_rows(sources, rows, digests, reasons) for rows in features]
+
+
+def _geometry(transform: Transform) -> tuple[object, ...]:
+    """What decides the pixels before normalisation: networks that agree on it share them."""
+    return (transform.resize, transform.crop, transform.size, transform.interpolation)
+
+
+def _rows(
+    sources: Sequence[Source], features: NDArray[np.float32], digests: Sequence[str], reasons: Sequence[str]
+) -> ShardRows:
+    finite = np.isfinite(features).all(axis=1)
+    why = tuple(
+        reason or ("" if is_finite else "the features are not finite")
+        for reason, is_finite in zip(reasons, finite, strict=True)
+    )
+    valid = np.array([not reason for reason in why], dtype=bool)
+    features[~valid] = 0.0
+    return ShardRows(tuple(source.id for source in sources), features, valid, tuple(digests), why)

@@ -1,0 +1,48 @@
+"""Whole studies: what is missing is extracted and probed, what is there is reused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from embcache.analysis.plots import Map, plot_maps
+from embcache.analysis.tsne import embed_tsne
+from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.extract.run import run_extraction
+from embcache.paths import PathLike, home_dir, slug
+from embcache.probe.results import ProbeResult
+from embcache.probe.run import probe_grid
+
+# All that a machine with nothing but PyPI can run: no download is ever needed.
+DEMO_BACKBONES = ("random", "effnet_lite0", "effnet_lite1", "effnet_lite2")
+
+
+@dataclass(frozen=True)
+class DemoOutcome:
+    """What the demonstration made, and where it lies."""
+
+    dataset: ImageDataset
+    results: tuple[ProbeResult, ...]
+    figure: Path
+    home: Path
+
+
+def run_demo(*, home: PathLike | None = None, say: Callable[[str], object] = lambda line: None) -> DemoOutcome:
+    """Run the main job on the built-in synthetic sample: extract, probe, fuse, draw. Offline; cached on a second run."""
+    folder = home_dir(home)
+    say("1/4  images: the built-in sample (synthetic, drawn by embcache)")
+    dataset = load_dataset("sample", home=home)
+    say(f"2/4  extract: {len(dataset)} images through {', '.join(DEMO_BACKBONES)}")
+    extractions = run_extraction(DEMO_BACKBONES, dataset, home=home, say=say)
+    say("3/4  probe: linear at S, M and F for each backbone, DVME over the three pretrained ones at S")
+    results = probe_grid(dataset, [[name] for name in DEMO_BACKBONES], head="linear", subsets=["S", "M", "F"], home=home)
+    results += probe_grid(dataset, [list(DEMO_BACKBONES[1:])], head="dvme", subsets=["S"], home=home)
+    say("4/4  t-SNE of the test images")
+    maps = []
+    for extraction in extractions:
+        features, labels, _ = extraction.store.arrays(dataset, split="test")
+        maps.append(Map(extraction.backbone, embed_tsne(features), labels))
+    title = f"t-SNE of the cached features, {len(maps[0].labels)} test images of the synthetic sample"
+    figure = plot_maps(maps, dataset.class_names, title, folder / slug(dataset.name) / "figures" / "tsne.png")
+    return DemoOutcome(dataset, tuple(results), figure, folder)

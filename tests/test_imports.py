@@ -1,0 +1,100 @@
+"""Imports point one way, and the quick commands stay quick: see the layout in CONTRIBUTING."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import embcache
+
+PACKAGE = Path(embcache.__file__).parent
+
+# Each part may import itself and the parts named here.
+_BASE = {"errors", "paths"}
+_STAGE = _BASE | {"data", "store"}
+ALLOWED = {
+    "errors": set(),
+    "paths": set(),
+    "data": _BASE,
+    "store": _BASE,
+    "extract": _STAGE,
+    "probe": _STAGE,
+    "analysis": _STAGE | {"extract", "probe"},
+    "report": _STAGE | {"extract", "probe", "analysis"},
+    "study": _STAGE | {"extract", "probe", "analysis", "report"},
+    "upkeep": _STAGE | {"extract", "probe", "analysis", "report"},
+    "commands": _STAGE | {"extract", "probe", "analysis", "report", "study", "upkeep"},
+    "cli": _STAGE | {"commands"},
+    "__main__": {"cli"},
+}
+FORBIDDEN_MODULES = {
+    "data": {"torch", "torchvision", "timm", "matplotlib"},
+    "store": {"torch", "torchvision", "timm", "matplotlib"},
+    "probe": {"timm", "torchvision", "matplotlib", "embcache.data.images", "PIL"},
+    "extract": {"matplotlib"},
+}
+
+
+def _imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _part(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_one_way(path: Path) -> None:
+    part = _part(path)
+    for name in _imports(path):
+        if name.startswith("embcache."):
+            target = name.split(".")[1]
+            if (PACKAGE / target).is_dir() or (PACKAGE / f"{target}.py").is_file():
+                assert target == part or target in ALLOWED[part], f"{part} imports {name}"
+        for forbidden in FORBIDDEN_MODULES.get(part, ()):
+            assert not (name == forbidden or name.startswith(forbidden + ".")), f"{part} imports {name}"
+
+
+def test_matplotlib_is_imported_in_one_place() -> None:
+    importers = {p.name for p in SOURCES if any(n.split(".")[0] == "matplotlib" for n in _imports(p))}
+    assert importers == {"plots.py"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ls"], ["datasets"], ["extract", "--help"], ["probe", "--help"]])
+def test_quick_commands_import_no_torch(arguments: list[str], home: Path) -> None:
+    script = (
+        "import sys, contextlib\nfrom embcache.cli import main\nsys.argv[1:] = " + repr(arguments) + "\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "heavy = {'torch', 'timm', 'torchvision', 'matplotlib'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_is_light() -> None:
+    script = "import sys, embcache; assert not {'torch', 'numpy', 'pandas', 'zarr'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_resolves() -> None:
+    for name in embcache.__all__:
+        assert getattr(embcache, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        embcache.nonsense  # noqa: B018
