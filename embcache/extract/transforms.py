@@ -1,0 +1,204 @@
+"""From decoded images to what a network is given: one geometry per dataset and backbone, then normalisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from embcache.errors import UsageError
+from embcache.extract.backbones import Backbone
+
+KINDS = ("paper", "imagenet", "model")
+
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Resize, centre crop, normalise: all that lies between a decoded image and a network.
+
+    Parameters
+    ----------
+    kind : {"paper", "imagenet", "model"}
+        The rule it was chosen by.
+    resize : (int, int) or int or None
+        Exact height and width, or length of the shorter side, or no resizing.
+    crop : (int, int) or None
+        Height and width of the centre crop.
+    size : (int, int)
+        Height and width of the result.
+    interpolation : str
+        Pillow's filter, which antialiases when it shrinks; the result is always uint8.
+    mean, std : (float, float, float)
+        Of RGB values scaled to [0, 1].
+    """
+
+    kind: str
+    resize: tuple[int, int] | int | None
+    crop: tuple[int, int] | None
+    size: tuple[int, int]
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def geometry(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Resize and crop one RGB image: uint8 (H, W, 3) → uint8 (*size, 3), contiguous.
+
+        Raises
+        ------
+        ValueError
+            The image does not come out at ``size``: the transform was chosen for images of another size.
+        """
+        height, width = image.shape[:2]
+        target = _resized(self.resize, height, width)
+        if target != (height, width):
+            resized = Image.fromarray(image).resize((target[1], target[0]), _FILTERS[self.interpolation])
+            image = np.asarray(resized)
+        if self.crop is not None:
+            # round() is banker's rounding, as in torchvision's center_crop, which published features were made with.
+            top, left = (round((have - want) / 2.0) for have, want in zip(image.shape[:2], self.crop, strict=True))
+            image = image[top : top + self.crop[0], left : left + self.crop[1]]
+        if image.shape[:2] != self.size:
+            raise ValueError(f"an image of {width}×{height} pixels does not become {self.size[1]}×{self.size[0]}")
+        return np.ascontiguousarray(image)
+
+    def to_dict(self) -> dict[str, object]:
+        """Every parameter, as JSON: part of the recipe."""
+        return {
+            "kind": self.kind,
+            "resize": list(self.resize) if isinstance(self.resize, tuple) else self.resize,
+            "crop": list(self.crop) if self.crop else None,
+            "size": list(self.size),
+            "interpolation": self.interpolation,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+def _resized(resize: tuple[int, int] | int | None, height: int, width: int) -> tuple[int, int]:
+    if resize is None:
+        return height, width
+    if isinstance(resize, tuple):
+        return resize
+    # The longer side rounds down, as in torchvision.
+    if height <= width:
+        return resize, int(resize * width / height)
+    return int(resize * height / width), resize
+
+
+def choose_transform(backbone: Backbone, kind: str | None, image_sizes: Collection[tuple[int, int]]) -> Transform:
+    """Choose what is done to the images of a dataset before a backbone sees them.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    kind : {"paper", "imagenet", "model"} or None
+        ``paper``: images of one size, with no side above 224 and both divisible by the patch, stay as they are; all
+        others are resized to 256×256 and centre-cropped to 224, bilinear. ``imagenet``: shorter side 256, centre crop
+        224, the backbone's own interpolation. ``model``: the preprocessing that timm states for the model.
+        None: ``model`` for ``timm:`` backbones, else ``paper``.
+    image_sizes : collection of (int, int)
+        The distinct (width, height) of the dataset's images.
+
+    Returns
+    -------
+    Transform
+
+    Raises
+    ------
+    UsageError
+        There is no such kind, or the backbone has no preprocessing of its own, or its patch does not divide 224.
+    """
+    own = backbone.pooling == "timm"
+    kind = kind or ("model" if own else "paper")
+    if kind not in KINDS:
+        raise UsageError(
+            "unknown transform", expected=", ".join(KINDS), found=kind, fix="embcache extract --transform paper …"
+        )
+    if kind == "model":
+        if not own:
+            raise UsageError(
+                f"{backbone.name} has no preprocessing of its own to use", expected="paper or imagenet", found=kind,
+                fix="embcache extract --transform imagenet …",
+            )  # fmt: skip
+        return _model_transform(backbone)
+    if kind == "paper":
+        as_is = _size_to_keep(image_sizes, backbone.patch)
+        if as_is is not None:
+            return Transform("paper", None, None, as_is, "bilinear", backbone.mean, backbone.std)
+        chosen = Transform("paper", (256, 256), (224, 224), (224, 224), "bilinear", backbone.mean, backbone.std)
+    else:
+        chosen = Transform(
+            "imagenet", 256, (224, 224), (224, 224), backbone.interpolation, backbone.mean, backbone.std
+        )
+    if 224 % backbone.patch:
+        raise UsageError(
+            f"{backbone.name} cannot take the 224×224 images of the transform {kind!r}",
+            expected=f"sides that divide by its patch of {backbone.patch}", found="224×224",
+            fix="embcache extract --transform model …",
+        )  # fmt: skip
+    return chosen
+
+
+def _size_to_keep(image_sizes: Collection[tuple[int, int]], patch: int) -> tuple[int, int] | None:
+    """(height, width) of images that the paper's transform leaves as they are, else None."""
+    if len(set(image_sizes)) != 1:
+        return None
+    ((width, height),) = set(image_sizes)
+    if max(width, height) > 224 or width % patch or height % patch:
+        return None
+    return height, width
+
+
+def _model_transform(backbone: Backbone) -> Transform:
+    """The evaluation transform that timm makes from a model's configuration."""
+    height, width = backbone.input_size
+    scaled = (math.floor(height / backbone.crop_pct), math.floor(width / backbone.crop_pct))
+    if backbone.crop_mode == "center" and height == width:
+        resize: tuple[int, int] | int = scaled[0]
+    elif backbone.crop_mode == "squash":
+        resize = scaled
+    else:
+        raise UsageError(
+            f"the preprocessing of {backbone.name} is not one that embcache has",
+            expected="a centre crop of square images, or images squashed to one size",
+            found=f"crop mode {backbone.crop_mode!r} at {width}×{height}", fix="embcache extract --transform imagenet …",
+        )  # fmt: skip
+    return Transform(
+        "model", resize, backbone.input_size, backbone.input_size, backbone.interpolation, backbone.mean, backbone.std
+    )
+
+
+def normalise(batch: torch.Tensor, transform: Transform, device: torch.device | str) -> torch.Tensor:
+    """Turn pixels into a network's input, on ``device``.
+
+    Parameters
+    ----------
+    batch : Tensor
+        uint8 of shape (B, H, W, 3); moved to the device before it is widened to floats.
+    transform : Transform
+        Whose mean and deviation are used.
+    device : torch.device or str
+
+    Returns
+    -------
+    Tensor
+        float32 of shape (B, 3, H, W).
+    """
+    pixels = batch.to(device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32).div_(255)
+    mean = torch.tensor(transform.mean, dtype=torch.float32, device=device).view(3, 1, 1)
+    std = torch.tensor(transform.std, dtype=torch.float32, device=device).view(3, 1, 1)
+    return pixels.sub_(mean).div_(std)

