@@ -57,7 +57,11 @@ def prepare(root: Path, source: Source, geometries: Sequence[Geometry]) -> Prepa
         image, digest = read_image(root, source.path, source.member)
     except ImageError as error:
         return Prepared((), "", error.problem)
-    return Prepared(tuple(geometry(image) for geometry in geometries), digest, "")
+    try:
+        return Prepared(tuple(geometry(image) for geometry in geometries), digest, "")
+    except ValueError as error:
+        # The file is of another size than when the dataset was scanned.
+        return Prepared((), digest, str(error))
 
 
 def prepare_batches(
