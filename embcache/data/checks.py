@@ -1,0 +1,108 @@
+"""What every dataset's table must satisfy, whoever made it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pandas as pd
+
+from embcache.errors import DatasetError
+
+COLUMNS = ("id", "path", "member", "label", "group", "split")
+SPLITS = ("train", "val", "test")
+
+
+def check_table(table: pd.DataFrame, class_names: Sequence[str], *, where: object) -> None:
+    """Raise `DatasetError` unless ``table`` keeps the contract of `ImageDataset.table`."""
+    absent = [c for c in COLUMNS if c not in table.columns]
+    if absent:
+        raise DatasetError(
+            "the table lacks columns", expected=", ".join(COLUMNS), found=f"no {', '.join(absent)}", where=where
+        )
+    ids = check_strings(table["id"].tolist(), "id", where=where)
+    check_strings(table["group"].tolist(), "group", where=where)
+    check_unique(ids, where=where)
+    for path in check_strings(table["path"].tolist(), "path", where=where):
+        check_path(path, where=where)
+    for column in ("member", "label"):
+        if table[column].dtype != "int64":
+            raise DatasetError(
+                f"column {column!r} must be int64", found=str(table[column].dtype), where=where, expected="int64"
+            )
+    if len(set(class_names)) < len(class_names) or not all(class_names):
+        raise DatasetError("class names must be distinct and not empty", found=", ".join(class_names), where=where)
+    labels = table["label"].tolist()
+    wrong = [f"{i}: {y}" for i, y in zip(ids, labels, strict=True) if not -1 <= y < len(class_names)]
+    if wrong:
+        raise DatasetError(
+            f"unknown label in {len(wrong):,} rows",
+            expected=f"0 to {len(class_names) - 1} ({', '.join(class_names)}), or -1 for unlabelled",
+            found=first_few(wrong),
+            where=where,
+        )
+    unknown = sorted(set(table["split"].tolist()) - set(SPLITS))
+    if unknown:
+        raise DatasetError("unknown split", expected=", ".join(SPLITS), found=first_few(unknown), where=where)
+
+
+def check_strings(values: Sequence[object], column: str, *, where: object) -> list[str]:
+    """``values`` as non-empty UTF-8 strings without NUL, else `DatasetError` naming the first that is not."""
+    for value in values:
+        if not isinstance(value, str) or not value:
+            problem = "is empty" if value == "" else "is not text"
+        elif "\0" in value:
+            problem = "holds a NUL character"
+        elif not value.isascii() and not _is_utf8(value):
+            problem = "is not UTF-8"
+        else:
+            continue
+        raise DatasetError(
+            f"the {column} of a row {problem}", found=ascii(value), where=where, fix=f"mend that {column}"
+        )
+    return [str(v) for v in values]
+
+
+def check_unique(ids: Sequence[str], *, where: object) -> None:
+    """Raise `DatasetError` when an id occurs twice, with the count and the first five."""
+    if len(set(ids)) < len(ids):
+        repeated = [f"{i} ({n} times)" for i, n in Counter(ids).items() if n > 1]
+        raise DatasetError(
+            f"duplicate ids: {len(repeated):,} ids occur more than once",
+            expected="one row an id",
+            found=first_few(repeated),
+            where=where,
+            fix="remove the repeated rows, or give each row an id of its own",
+        )
+
+
+def check_path(path: str, *, where: object) -> None:
+    """Raise `DatasetError` unless ``path`` is relative and, as written, stays inside the root."""
+    outside = path.startswith(("/", "\\")) or path[1:3] in (":/", ":\\") or ".." in path.replace("\\", "/").split("/")
+    if outside:
+        raise refuse_outside(path, where=where)
+
+
+def refuse_outside(path: str, *, where: object) -> DatasetError:
+    """The error for a path that leads out of the dataset's root."""
+    return DatasetError(
+        "a path leaves the dataset's root and is refused",
+        expected="a path relative to the root, to a file that lies inside it (links followed)",
+        found=repr(path),
+        where=where,
+        fix="copy the file into the root, or correct the path",
+    )
+
+
+def first_few(items: Sequence[object], n: int = 5) -> str:
+    """The first ``n`` items on one line, and how many more there are."""
+    more = f", … and {len(items) - n:,} more" if len(items) > n else ""
+    return ", ".join(str(i) for i in items[:n]) + more
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

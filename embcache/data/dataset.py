@@ -1,0 +1,290 @@
+"""`ImageDataset`: a labelled image collection as one table; `load_dataset` and `find_dataset`, which make it."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embcache.data.checks import check_table, first_few
+from embcache.data.files import locate_files
+from embcache.data.groups import duplicate_notes, identical_files, merge_groups, overlap_notes
+from embcache.data.source import DATASETS, DatasetSource, choose_name, default_root, find_source, resolve_root
+from embcache.errors import DatasetError, DatasetNotFoundError
+from embcache.paths import PathLike, home_dir, slug
+
+__all__ = ["DATASETS", "ImageDataset", "find_dataset", "load_dataset"]
+
+DEFAULT_SIZES: Mapping[str, int] = {"S": 50, "M": 500}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageDataset:
+    """Labelled images as one table, a row an image.
+
+    Attributes
+    ----------
+    name : str
+        Names the folder of the dataset's stores and runs.
+    root : Path or None
+        Folder that the paths are relative to (None for a table without files).
+    class_names : tuple of str
+        Class ``c`` of ``table.label`` is ``class_names[c]``.
+    metric : {"auc", "macro_auc", "kappa"}
+    augment : {"patch", "fundus", "chest", "generic"}
+        The augmentation that finetuning uses.
+    table : DataFrame
+        ``id`` (str, unique), ``path`` (str, relative to root, posix), ``member`` (int64, the row inside an array
+        file, else -1), ``label`` (int64, -1 unlabelled), ``group`` (str), ``split`` ("train", "val" or "test"),
+        and the source's own columns. Its order is the same on every machine.
+    kind : str
+        Name of the loader; differs from ``name`` for folders.
+    subset_sizes : mapping of str to int
+        Training images of the named subsets S and M; F, all of them, is never in it.
+    pool_limit : int or None
+        The pool is cut to so many images drawn at random.
+    leaderboard_alpha : float or None
+        Weight of the private score in the competition's average.
+    grouped : bool
+        False where groups are unknown and results must say so.
+    synthetic : bool
+        The images are drawn, not taken.
+    notes : tuple of str
+        What a user must see beside any result.
+    missing : tuple of str
+        Paths that the labels name and that are not there.
+
+    Raises
+    ------
+    DatasetError
+        The table breaks the contract above.
+    """
+
+    name: str
+    root: Path | None
+    class_names: tuple[str, ...]
+    metric: str
+    augment: str
+    table: pd.DataFrame
+    kind: str = "folder"
+    subset_sizes: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_SIZES))
+    pool_limit: int | None = None
+    leaderboard_alpha: float | None = None
+    grouped: bool = True
+    synthetic: bool = False
+    notes: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_table(self.table, self.class_names, where=self.root or self.name)
+        object.__setattr__(self, "table", self.table.reset_index(drop=True))
+
+    @property
+    def ids(self) -> npt.NDArray[np.object_]:
+        """Ids as an object array of str, shape (n,)."""
+        return np.array(self.table["id"].tolist(), dtype=object)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Labels, shape (n,), int64; -1 where unlabelled."""
+        return self.table["label"].to_numpy(dtype=np.int64)
+
+    @property
+    def groups(self) -> npt.NDArray[np.object_]:
+        """Groups as an object array of str, shape (n,)."""
+        return np.array(self.table["group"].tolist(), dtype=object)
+
+    def select(self, split: str) -> ImageDataset:
+        """The dataset with the rows of one split only."""
+        return replace(self, table=self.table[self.table["split"] == split])
+
+    def file_path(self, row: int) -> Path:
+        """Path of the file that holds image ``row``."""
+        if self.root is None:
+            raise DatasetError("this dataset has no folder", where=self.name, fix="load it with a root")
+        return self.root / str(self.table["path"].iloc[row])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __repr__(self) -> str:
+        parts = []
+        for split in ("train", "val", "test"):
+            labels = self.table.loc[self.table["split"] == split, "label"]
+            counts = [f"{int((labels == c).sum()):,} {name}" for c, name in enumerate(self.class_names)]
+            counts += [f"{int((labels == -1).sum()):,} unlabelled"] if (labels == -1).any() else []
+            if len(labels):
+                parts.append(f"{len(labels):,} {split} ({', '.join(counts)})")
+        groups = f"{self.table['group'].nunique():,} groups"
+        return f"ImageDataset({self.name!r}: {'; '.join([*parts, groups, self.metric])}; root={self.root})"
+
+    def to_parquet_bytes(self) -> bytes:
+        """The whole dataset as a Parquet file; everything but the table is JSON in the schema's metadata."""
+        meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "table"}
+        meta |= {"root": None if self.root is None else str(self.root), "subset_sizes": dict(self.subset_sizes)}
+        table = pa.Table.from_pandas(self.table, preserve_index=False)
+        table = table.replace_schema_metadata({"embcache": json.dumps(meta, sort_keys=True)})
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        return sink.getvalue()
+
+    @classmethod
+    def from_parquet_bytes(cls, data: bytes) -> ImageDataset:
+        """The inverse of `to_parquet_bytes`.
+
+        Raises
+        ------
+        DatasetError
+            The bytes are not such a file.
+        """
+        try:
+            table = pq.read_table(io.BytesIO(data))
+            meta: dict[str, Any] = json.loads(table.schema.metadata[b"embcache"])
+            meta["root"] = None if meta["root"] is None else Path(meta["root"])
+            for key in ("class_names", "notes", "missing"):
+                meta[key] = tuple(meta[key])
+            return cls(table=table.replace_schema_metadata(None).to_pandas(), **meta)
+        except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
+            raise DatasetError("not a dataset snapshot", found=str(error).split("\n")[0]) from error
+
+
+def load_dataset(
+    name: str,
+    root: PathLike | None = None,
+    *,
+    allow_missing: bool = False,
+    dataset_name: str | None = None,
+    home: PathLike | None = None,
+) -> ImageDataset:
+    """Load a dataset from its published layout, or any folder or table of labelled images.
+
+    Parameters
+    ----------
+    name : str
+        A key of `DATASETS`; ``"folder"`` for one's own images.
+    root : path, optional
+        The dataset's own folder, at any level of its archive (or, for ``"folder"``, a CSV or Parquet file).
+        Default: ``$EMBCACHE_DATA/<name>``; for the sample ``<home>/sample-images``, drawn there when absent.
+    allow_missing : bool
+        Go on without the images that are named and not there; they are listed in ``missing``.
+    dataset_name : str, optional
+        Names the dataset (and so its stores) instead of the default.
+    home : path, optional
+        Folder of stores and runs; the sample lies in it.
+
+    Raises
+    ------
+    DatasetNotFoundError
+        There is no such dataset, or its root is missing or laid out otherwise.
+    DatasetError
+        Images are missing, ids repeat, a label is unknown, a path leaves the root.
+    """
+    source = find_source(name)
+    folder = resolve_root(source, root, home)
+    ds = source.read(folder, choose_name(source, folder, dataset_name))
+    return settle(ds, source, allow_missing=allow_missing)
+
+
+def find_dataset(
+    name: str,
+    *,
+    root: PathLike | None = None,
+    home: PathLike | None = None,
+    allow_missing: bool = False,
+    dataset_name: str | None = None,
+) -> tuple[ImageDataset, str]:
+    """The dataset from its files where they are there, else from the snapshot that extraction kept.
+
+    Parameters
+    ----------
+    name : str
+        As for `load_dataset`, or the name of a cached dataset (``mammo-1a2b3c4d``, or one set by ``--name``).
+    root, home, allow_missing, dataset_name
+        As for `load_dataset`. Without ``root`` the folder that the snapshot was made from comes before the
+        default one: the features are of its images.
+
+    Returns
+    -------
+    (ImageDataset, {"live", "snapshot"})
+    """
+    cached = read_snapshot(_cached_name(name, root, dataset_name), home)
+    if cached is None:
+        return load_dataset(name, root, allow_missing=allow_missing, dataset_name=dataset_name, home=home), "live"
+    # Who extracted without the missing images has agreed to go on without them.
+    load = functools.partial(load_dataset, cached.kind, allow_missing=allow_missing or bool(cached.missing), home=home)
+    if root is not None:
+        if Path(root).expanduser().exists() or Path(root).expanduser().resolve() != cached.root:
+            return load(root, dataset_name=dataset_name or cached.name), "live"
+        return cached, "snapshot"
+    for folder in (cached.root, None if cached.kind == "folder" else default_root(cached.kind, home)):
+        if folder is not None and folder.exists():
+            try:
+                return load(folder, dataset_name=cached.name), "live"
+            except DatasetNotFoundError:  # the folder has been emptied, or is another thing of that name
+                continue
+    return cached, "snapshot"
+
+
+def read_snapshot(name: str, home: PathLike | None = None) -> ImageDataset | None:
+    """The table that extraction kept beside the stores of dataset ``name``, if any.
+
+    Raises
+    ------
+    DatasetError
+        The snapshot is damaged.
+    """
+    path = home_dir(home) / slug(name) / "dataset.parquet"
+    if not path.is_file():
+        return None
+    try:
+        return ImageDataset.from_parquet_bytes(path.read_bytes())
+    except DatasetError as error:
+        raise DatasetError(
+            "the snapshot of a dataset is damaged", found=error.found, where=path, fix="extract again: embcache extract"
+        ) from error
+
+
+def _cached_name(name: str, root: PathLike | None, dataset_name: str | None) -> str:
+    if dataset_name is not None or name not in DATASETS or root is None:
+        return dataset_name or name
+    return choose_name(DATASETS[name], Path(root).expanduser().resolve(), None)
+
+
+def settle(ds: ImageDataset, source: DatasetSource, *, allow_missing: bool) -> ImageDataset:
+    """Compare a table with the files: drop or refuse missing images, group identical ones, note what matters."""
+    if ds.root is None:
+        return ds
+    sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=source.merge_identical)
+    missing = tuple(path for path, size in sizes.items() if size is None)
+    if missing and (not allow_missing or len(missing) == len(sizes)):
+        download = f", or get the images: kagglehub.{source.download}" if source.download else ""
+        raise DatasetError(
+            f"{len(missing):,} of {len(sizes):,} images that the labels name are not there",
+            expected="a file for every row",
+            found=f"no {first_few(missing)}",
+            where=ds.root,
+            fix=f"add --allow-missing (allow_missing=True) to go on without them{download}",
+        )
+    notes = list(ds.notes)
+    table = ds.table[~ds.table["path"].isin(missing)].reset_index(drop=True) if missing else ds.table
+    if missing:
+        notes.append(
+            f"{len(missing):,} of {len(sizes):,} images are missing and left out (first: {first_few(missing, 3)})"
+        )
+    if source.merge_identical:
+        digests = identical_files(ds.root, {path: size for path, size in sizes.items() if size})
+        keys = [digests.get(path, "") for path in table["path"].tolist()]
+        table = table.assign(group=merge_groups(table["group"].tolist(), keys))
+        notes += duplicate_notes(table, keys, ds.class_names)
+    notes += overlap_notes(table)
+    return replace(ds, table=table, notes=tuple(notes), missing=missing)

@@ -1,0 +1,133 @@
+"""Where datasets come from: one row a dataset, and what a user is told when its files are not there."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from embcache.data.checks import first_few
+from embcache.errors import DatasetNotFoundError, UsageError
+from embcache.paths import PathLike, data_dir, home_dir
+
+if TYPE_CHECKING:
+    from embcache.data.dataset import ImageDataset
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """One dataset that can be loaded by name: the row that its module contributes to `DATASETS`.
+
+    Attributes
+    ----------
+    name, description : str
+    expected : str
+        The layout, one path a line, shown when it is not there.
+    download : str or None
+        The kagglehub call that gets it.
+    read : callable (root, name) -> ImageDataset
+        Every row that the labels name, whether or not its image is there; raises `DatasetNotFoundError` (see
+        `layout_error`) where the layout is not recognised.
+    merge_identical : bool
+        Whether byte-identical files are grouped together at loading.
+    draw : callable (root) -> None, optional
+        Makes the data where there is none.
+    """
+
+    name: str
+    description: str
+    expected: str
+    download: str | None
+    read: Callable[[Path, str], ImageDataset]
+    merge_identical: bool = True
+    draw: Callable[[Path], None] | None = None
+
+    def layout_error(self, root: Path, problem: str | None = None) -> DatasetNotFoundError:
+        """The error for a root that is missing or laid out otherwise."""
+        entries = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
+        found = first_few(entries) or "an empty folder" if root.is_dir() else "a file" if root.exists() else "nothing"
+        get = f'python -c "import kagglehub; print(kagglehub.{self.download})"' if self.download else None
+        default = f"put it in {data_dir() / self.name}, or name its folder with --data-root"
+        return DatasetNotFoundError(
+            problem or f"the images of {self.name!r} are not there, or laid out otherwise",
+            expected=self.expected,
+            found=found,
+            where=root,
+            fix=f"{get}\n{default}" if get else default,
+        )
+
+
+class _Sources(Mapping[str, DatasetSource]):
+    """Every module of this package that defines ``SOURCE``, found at first use."""
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, DatasetSource]:
+        package = importlib.import_module(__package__ or "embcache.data")
+        modules = (
+            importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)
+        )
+        sources = (getattr(module, "SOURCE", None) for module in modules)
+        return {s.name: s for s in sources if isinstance(s, DatasetSource)}
+
+    def __getitem__(self, name: str) -> DatasetSource:
+        return self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+DATASETS: Mapping[str, DatasetSource] = _Sources()
+
+
+def find_source(name: str) -> DatasetSource:
+    """The row of `DATASETS` called ``name``; `DatasetNotFoundError` lists them all."""
+    if name not in DATASETS:
+        raise DatasetNotFoundError(
+            f"there is no dataset {name!r}",
+            expected="one of " + ", ".join(DATASETS) + ", or the name of one that is cached",
+            fix="embcache datasets",
+        )
+    return DATASETS[name]
+
+
+def default_root(name: str, home: PathLike | None = None) -> Path:
+    """Where a dataset lies when nobody says otherwise."""
+    return home_dir(home) / "sample-images" if name == "sample" else data_dir() / name
+
+
+def resolve_root(source: DatasetSource, root: PathLike | None, home: PathLike | None) -> Path:
+    """The absolute folder to load from; drawn first where the source can be drawn."""
+    if root is None and source.name == "folder":
+        raise UsageError("a folder dataset needs its folder", fix="add --data-root FOLDER (or a CSV or Parquet file)")
+    folder = (Path(root).expanduser() if root is not None else default_root(source.name, home)).resolve()
+    if source.draw is not None and not folder.exists():
+        source.draw(folder)
+    if not folder.exists():
+        raise source.layout_error(folder)
+    return folder
+
+
+def choose_name(source: DatasetSource, root: Path, wanted: str | None) -> str:
+    """The dataset's name: ``wanted``; else the source's; for a folder its own name and a hash of its path."""
+    if wanted is None:
+        if source.name != "folder":
+            return source.name
+        return f"{root.stem if root.is_file() else root.name}-{hashlib.sha256(bytes(root)).hexdigest()[:8]}"
+    if wanted != source.name and wanted in DATASETS:
+        raise UsageError("the name belongs to another dataset", found=wanted, where="--name", fix="choose another name")
+    if not wanted.strip() or not wanted.isprintable() or "," in wanted or len(wanted) > 200:
+        raise UsageError(
+            "not a dataset's name",
+            expected="1 to 200 printable characters, no comma",
+            found=ascii(wanted),
+            where="--name",
+        )
+    return wanted
