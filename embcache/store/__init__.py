@@ -1,0 +1,1 @@
+"""Immutable, verified shards of features: recipes, commits, and reading them back."""

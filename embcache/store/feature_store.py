@@ -1,0 +1,407 @@
+"""Reading cached features: one store, and finding the stores that are there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, SupportsIndex, cast
+
+import numpy as np
+import pandas as pd
+
+from embcache.errors import RecipeError, StoreError, StoreNotFoundError
+from embcache.paths import PathLike, home_dir, slug
+from embcache.store.reading import (
+    LiveRows,
+    StoreHeader,
+    committed_numbers,
+    plan_numbers,
+    read_features,
+    read_header,
+    read_live,
+    read_plan,
+)
+from embcache.store.recipe import Recipe
+from embcache.store.rows import PlanEntry
+
+Rows = slice | SupportsIndex | np.ndarray | list[int]
+
+
+class NamedTable(Protocol):
+    """What a store asks of a dataset; an ImageDataset has it."""
+
+    @property
+    def name(self) -> str:
+        """Name of the dataset."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row an image: at least ``id``, ``label``, ``group``, ``split``."""
+
+
+@dataclass(frozen=True, repr=False)
+class FeatureStore:
+    """Cached features of one backbone over one dataset, under one recipe.
+
+    ``ids``, ``features``, ``quarantined`` and ``digests`` describe the store as it was when first asked for one of
+    them; ``plans()``, ``committed()`` and ``sources()`` look at the disk each time. Nothing here writes.
+
+    Parameters
+    ----------
+    path : Path
+        The store's folder.
+    keep : tuple of str, optional
+        Ids to show, in this order; see :meth:`restrict`. Default: all, in shard order.
+
+    Attributes
+    ----------
+    recipe : Recipe
+        What determines the features.
+    format : {"zarr", "hdf5"}
+        File format of the shards.
+    row_shape : tuple of int
+        Shape of one row of features.
+    rows_per_shard, batch_size, threads : int
+        As the store was created with.
+    provenance : mapping of str to JSON
+        Where the features come from, for people.
+
+    Raises
+    ------
+    CorruptStoreError
+        From any method: bytes on disk are not those that were committed.
+    """
+
+    path: Path
+    keep: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+        self._header  # noqa: B018  # a damaged recipe is told at once
+
+    @cached_property
+    def _header(self) -> StoreHeader:
+        return read_header(self.path)
+
+    @cached_property
+    def _live(self) -> LiveRows:
+        return read_live(self.path, self._header)
+
+    @cached_property
+    def _shown(self) -> np.ndarray:
+        """Places in ``_live`` of the rows that are shown, valid or not."""
+        if self.keep is None:
+            return np.arange(len(self._live.ids))
+        place = {id_: i for i, id_ in enumerate(self._live.ids)}
+        return np.array([place[id_] for id_ in self.keep if id_ in place], dtype=np.int64)
+
+    @cached_property
+    def _usable(self) -> np.ndarray:
+        return cast("np.ndarray", self._shown[self._live.valid[self._shown]])
+
+    @property
+    def recipe(self) -> Recipe:
+        """What determines the features."""
+        return self._header.recipe
+
+    @property
+    def format(self) -> str:
+        """File format of the shards: ``zarr`` or ``hdf5``."""
+        return self._header.format
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row of features."""
+        return self._header.row_shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the features, as stored."""
+        return np.dtype(self.recipe.dtype)
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of a full shard."""
+        return self._header.rows_per_shard
+
+    @property
+    def batch_size(self) -> int:
+        """Batch size that the store was created with."""
+        return self._header.batch_size
+
+    @property
+    def threads(self) -> int:
+        """Threads that the store was created with."""
+        return self._header.threads
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Where the features come from, for people."""
+        return self._header.provenance
+
+    @property
+    def dataset(self) -> str:
+        """Folder name of the store's dataset."""
+        return self.path.parent.name
+
+    def plans(self) -> dict[int, tuple[PlanEntry, ...]]:
+        """Rows that each published shard owes or owed, by number, ascending."""
+        return {number: read_plan(self.path, number) for number in plan_numbers(self.path)}
+
+    def committed(self) -> tuple[int, ...]:
+        """Numbers of the committed shards, ascending."""
+        return tuple(committed_numbers(self.path))
+
+    def sources(self) -> dict[str, PlanEntry]:
+        """State of the source file that each live row was made from, valid or not.
+
+        Size and modification time are those seen when the row was planned; the digest is that of the decoded bytes.
+        """
+        live = read_live(self.path, self._header)
+        entries = {n: {entry.id: entry for entry in read_plan(self.path, n)} for n in set(live.shards.tolist())}
+        held = {}
+        for id_, shard, digest in zip(live.ids, live.shards.tolist(), live.digests, strict=True):
+            planned = entries[shard].get(id_, PlanEntry(id_, -1, -1))
+            held[id_] = PlanEntry(id_, planned.size, planned.mtime_ns, digest or None)
+        return held
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """Ids of the rows of ``features``, str (N,): live, readable, and shown."""
+        return np.array([self._live.ids[i] for i in self._usable], dtype=np.str_)
+
+    @cached_property
+    def features(self) -> Features:
+        """Features (N, *row_shape), rows as ``ids``. Index it to read: ``features[:]``."""
+        return Features(self.path, self._header, self._live.shards[self._usable], self._live.positions[self._usable])
+
+    @cached_property
+    def quarantined(self) -> dict[str, str]:
+        """Why an image could not be read, by id, of the shown rows."""
+        return {self._live.ids[i]: self._live.reasons[i] for i in self._shown if not self._live.valid[i]}
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Sha256 of the image's bytes, by id, of the shown rows for which it is known."""
+        return {self._live.ids[i]: self._live.digests[i] for i in self._shown if self._live.digests[i]}
+
+    def restrict(self, ids: Iterable[str]) -> FeatureStore:
+        """Return the same store showing only ``ids``, in their order; those that it does not hold are passed over."""
+        return FeatureStore(self.path, tuple(dict.fromkeys(map(str, ids))))
+
+    def arrays(self, ds: NamedTable, split: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Features, labels and groups of a dataset's rows, in the dataset's order, quarantined rows left out.
+
+        Parameters
+        ----------
+        ds : ImageDataset
+            Anything with ``name`` and a ``table`` that has the columns ``id, label, group, split``.
+        split : {"train", "test", "val"}, optional
+            Only the rows of this split.
+
+        Returns
+        -------
+        X : ndarray (n, *row_shape)
+            Of the stored dtype.
+        y : ndarray of int64 (n,)
+            Labels; -1 where there is none.
+        groups : ndarray of str (n,)
+            Patient, slide or whatever must not be divided.
+
+        Raises
+        ------
+        StoreError
+            The store has not got all of the asked rows: it is not complete for this dataset.
+        """
+        table = ds.table if split is None else ds.table[ds.table["split"] == split]
+        wanted = [str(id_) for id_ in table["id"]]
+        place = {id_: i for i, id_ in enumerate(self.ids.tolist())}
+        absent = [id_ for id_ in wanted if id_ not in place and id_ not in self.quarantined]
+        if absent:
+            raise StoreError(
+                f"{len(absent):,} of {len(wanted):,} images have no features yet",
+                found=f"no row for {absent[0]!r}" + (f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""),
+                where=self.path,
+                fix=extract_command(self.recipe.backbone, ds),
+            )
+        kept = np.array([id_ in place for id_ in wanted], dtype=bool)
+        rows = np.array([place[id_] for id_ in wanted if id_ in place], dtype=np.int64)
+        labels = table["label"].to_numpy(dtype=np.int64)[kept]
+        groups = np.array([str(group) for group in table["group"]], dtype=np.str_)[kept]
+        return self.features[rows], labels, groups
+
+    def __len__(self) -> int:
+        return len(self._usable)
+
+    def __repr__(self) -> str:
+        shown = "" if self.keep is None else f", restricted to {len(self.keep):,} ids"
+        return (
+            f"FeatureStore({self.dataset}/{self.path.name}: {len(self):,} × {self.row_shape} {self.dtype}, "
+            f"{len(self.quarantined):,} quarantined, {self.format}{shown})"
+        )
+
+
+class Features:
+    """A view over the live rows of a store's shards, as an array that is read when indexed.
+
+    ``features[:]``, ``features[3]``, ``features[10:20]``, ``features[[4, 2]]`` and boolean masks select rows and return
+    numpy arrays. Shards that hold none of the selected rows are not read; those that do are verified first.
+    """
+
+    def __init__(self, path: Path, header: StoreHeader, shards: np.ndarray, positions: np.ndarray) -> None:
+        self._path, self._header, self._shards, self._positions = path, header, shards, positions
+        self._last: tuple[int, np.ndarray] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, *row_shape)."""
+        return (len(self._shards), *self._header.row_shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As stored."""
+        return np.dtype(self._header.recipe.dtype)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, rows: Rows) -> np.ndarray:
+        chosen = np.arange(len(self))[rows]
+        flat = np.atleast_1d(chosen).ravel()
+        out = np.empty((len(flat), *self._header.row_shape), self.dtype)
+        order = np.argsort(self._shards[flat], kind="stable")
+        starts = np.flatnonzero(np.diff(self._shards[flat][order], prepend=-1))
+        for part in np.split(order, starts[1:]) if len(order) else ():
+            out[part] = self._shard(int(self._shards[flat[part[0]]]))[self._positions[flat[part]]]
+        return out.reshape(*np.shape(chosen), *self._header.row_shape)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[i] for i in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("features are read from disk: an array of them is always a copy")
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def __repr__(self) -> str:
+        return f"Features({self.shape} {self.dtype}; index to read, [:] for all)"
+
+    def _shard(self, number: int) -> np.ndarray:
+        # Row after row is a common way to read; shards are immutable, so the last one need not be read again.
+        last = self._last
+        if last is None or last[0] != number:
+            self._last = last = (number, read_features(self._path, self._header, number))
+        return last[1]
+
+
+def store_folders(home: PathLike | None = None, dataset: str | None = None) -> list[Path]:
+    """Folders that hold a recipe, sorted by dataset and name; nothing in them is read."""
+    root = home_dir(home)
+    try:
+        datasets = sorted(root.iterdir()) if dataset is None else [root / slug(dataset)]
+        return [
+            path
+            for folder in datasets
+            if folder.is_dir() and not folder.name.startswith(".")
+            for path in sorted(folder.iterdir())
+            if not path.name.startswith(".") and (path / "recipe.json").is_file()
+        ]
+    except FileNotFoundError:
+        return []
+
+
+def list_stores(home: PathLike | None = None, dataset: str | None = None) -> list[FeatureStore]:
+    """All stores under ``home``, of one dataset or of every one. Reads their recipes only, until rows are asked for.
+
+    Raises
+    ------
+    CorruptStoreError
+        A store's recipe is damaged.
+    """
+    return [FeatureStore(path) for path in store_folders(home, dataset)]
+
+
+def open_store(
+    backbone: str, dataset: str | NamedTable, home: PathLike | None = None, recipe: str | None = None
+) -> FeatureStore:
+    """Open the cached features of a backbone over a dataset. Never computes.
+
+    Parameters
+    ----------
+    backbone : str
+        Name as given to ``embcache extract``.
+    dataset : str or ImageDataset
+        Its name; or the dataset, and then rows are shown in its order and those of images that it has not are hidden.
+    home : path-like, optional
+        Folder of stores; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
+    recipe : str, optional
+        First digits of the fingerprint, where several recipes are cached.
+
+    Raises
+    ------
+    StoreNotFoundError
+        Nothing matches.
+    RecipeError
+        Several recipes match; the message lists in what they differ.
+    CorruptStoreError
+        The store's recipe is damaged.
+    """
+    name = dataset if isinstance(dataset, str) else dataset.name
+    folders = store_folders(home, name)
+    of_backbone = [path for path in folders if re.fullmatch(re.escape(slug(backbone)) + "-[0-9a-f]{12}", path.name)]
+    stores = [FeatureStore(path) for path in of_backbone]
+    matching = [s for s in stores if s.recipe.fingerprint.startswith(recipe or "")]
+    if not matching:
+        cached = ", ".join(s.recipe.fingerprint[:12] for s in stores) if stores else ", ".join(p.name for p in folders)
+        raise StoreNotFoundError(
+            f"no features of {backbone} are cached for {name}"
+            + (f" under a recipe that begins with {recipe}" if recipe else ""),
+            found=("recipes " if stores else "") + cached if cached else "nothing cached for this dataset",
+            where=home_dir(home) / slug(name),
+            fix=f"--recipe {stores[0].recipe.fingerprint[:12]}" if stores else extract_command(backbone, dataset, home),
+        )
+    if len(matching) > 1:
+        raise RecipeError(
+            f"features of {backbone} are cached for {name} under {len(matching)} recipes",
+            expected="one",
+            found="\n".join(describe_differences([s.recipe for s in matching])),
+            where=matching[0].path.parent,
+            fix="--recipe " + " | ".join(s.recipe.fingerprint[:12] for s in matching),
+        )
+    found = matching[0]
+    return found if isinstance(dataset, str) else found.restrict(dataset.table["id"])
+
+
+def describe_differences(recipes: list[Recipe]) -> list[str]:
+    """One line a recipe, with the fields in which they are not all the same."""
+    names = dict.fromkeys(name for other in recipes[1:] for name in recipes[0].differences(other))
+    lines = []
+    for recipe in recipes:
+        flat = {**recipe.to_json(), **{f"transform.{key}": value for key, value in recipe.transform.items()}}
+        values = ", ".join(f"{name} = {_short(flat.get(name))}" for name in names)
+        lines.append(f"{recipe.fingerprint[:12]}: {values}")
+    return lines
+
+
+def extract_command(backbone: str, dataset: str | NamedTable, home: PathLike | None = None) -> str:
+    """Command that extracts a backbone over a dataset, to be typed."""
+    kind = getattr(dataset, "kind", None)
+    words = ["embcache", "extract", "--backbone", backbone]
+    words += ["--dataset", dataset if isinstance(dataset, str) else str(kind or dataset.name)]
+    if kind == "folder":
+        words += ["--data-root", str(getattr(dataset, "root", None) or "FOLDER")]
+    return shlex.join([*words, "--home", str(home)] if home is not None else words)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:16] + "…"

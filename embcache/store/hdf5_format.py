@@ -1,0 +1,106 @@
+"""Rows ⇄ the bytes of an HDF5 file. Nothing here touches the disk.
+
+A shard is one file ``data.h5`` with the datasets ``features, ids, valid, digest, reason``, contiguous and uncompressed.
+Strings have a fixed length, in UTF-8: variable ones live in a heap whose bytes are not settled by their values.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import h5py
+import numpy as np
+
+from embcache.store.rows import RowIndex, ShardRows, digests_from_bytes, digests_to_bytes
+
+name = "hdf5"
+view = "view.h5"
+FILE = "data.h5"
+LIBVER = ("v110", "v110")  # the oldest with virtual datasets; fixed, so that equal rows give equal bytes
+
+
+def encode_shard(rows: ShardRows, rows_per_shard: int) -> dict[str, bytes]:
+    """Files of a shard, ``{path inside the shard's folder: bytes}``; the same bytes for equal rows."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", libver=LIBVER) as file:
+        _put(file, "features", rows.features)
+        _put(file, "ids", _strings(rows.ids))
+        _put(file, "valid", rows.valid)
+        _put(file, "digest", digests_to_bytes(rows.digests))
+        _put(file, "reason", _strings(rows.reasons))
+    return {FILE: buffer.getvalue()}
+
+
+def index_files(names: Iterable[str]) -> list[str]:
+    """Those files of a shard that :func:`decode_index` needs."""
+    return list(names)
+
+
+def feature_files(names: Iterable[str]) -> list[str]:
+    """Those files of a shard that :func:`decode_features` needs."""
+    return list(names)
+
+
+def decode_index(files: Mapping[str, bytes]) -> RowIndex:
+    """Everything but the features of a shard, from its verified bytes."""
+    with h5py.File(io.BytesIO(files[FILE]), "r") as file:
+        return RowIndex(
+            ids=_get_strings(file, "ids"),
+            valid=_get(file, "valid"),
+            digests=digests_from_bytes(_get(file, "digest")),
+            reasons=_get_strings(file, "reason"),
+        )
+
+
+def decode_features(files: Mapping[str, bytes]) -> np.ndarray:
+    """Features ``(n, *row_shape)`` of a shard, from its verified bytes."""
+    with h5py.File(io.BytesIO(files[FILE]), "r") as file:
+        return _get(file, "features")
+
+
+def encode_view(
+    ids: list[str],
+    valid: np.ndarray,
+    row_shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    rows_per_shard: int,
+    shard_rows: Mapping[int, int],
+    attributes: Mapping[str, Any],
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """File ``view.h5``, whose features are a virtual dataset over the shards' files; it needs no links.
+
+    Parameters and results are those of :func:`embcache.store.zarr_format.encode_view`.
+    """
+    layout = h5py.VirtualLayout((len(ids), *row_shape), dtype.newbyteorder("<"))
+    for number, rows in shard_rows.items():
+        start = number * rows_per_shard
+        # Relative names are looked for beside the file that holds the virtual dataset.
+        source = h5py.VirtualSource(f"shards/{number:06d}/{FILE}", "features", shape=(rows, *row_shape))
+        layout[start : start + rows] = source
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", libver=LIBVER) as file:
+        file.attrs.update(attributes)
+        file.create_virtual_dataset("features", layout, fillvalue=0)
+        file.create_dataset("ids", data=np.array(ids, dtype=object), dtype=h5py.string_dtype("utf-8"))
+        _put(file, "valid", valid)
+    return {view: buffer.getvalue()}, {}
+
+
+def _put(file: Any, name: str, values: np.ndarray) -> None:
+    file.create_dataset(name, data=values, dtype=values.dtype.newbyteorder("<"), track_times=False)
+
+
+def _strings(values: Sequence[str]) -> np.ndarray:
+    encoded = [value.encode("utf-8") for value in values]
+    length = max(1, *map(len, encoded)) if encoded else 1
+    return np.array(encoded, dtype=h5py.string_dtype("utf-8", length))
+
+
+def _get(file: Any, name: str) -> np.ndarray:
+    return np.asarray(file[name][...])
+
+
+def _get_strings(file: Any, name: str) -> tuple[str, ...]:
+    return tuple(value.decode("utf-8") for value in file[name][...])

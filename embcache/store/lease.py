@@ -1,0 +1,158 @@
+"""Leases: how processes on one store share its shards without doing the same work twice.
+
+They are advisory. Two holders of one lease cost time and nothing else, since only one of them can commit the shard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from embcache.store.commit import create_exclusive, move_file, remove_file, touch_file
+from embcache.store.reading import shard_name
+
+# Long enough for a stalled network disk; a holder that died on this machine is noticed at once.
+TTL_SECONDS = 60.0
+
+
+class Lease:
+    """A claim on one shard, kept alive by a thread until :meth:`release`.
+
+    Use :meth:`acquire`; also a context manager.
+
+    Attributes
+    ----------
+    path : Path
+        The lease's file.
+    held : bool
+        False once released, or taken over by another process because our heartbeat stopped.
+    """
+
+    def __init__(self, path: Path, content: bytes, ttl: float) -> None:
+        self.path, self._content, self._ttl = path, content, ttl
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name=f"lease {path.stem}", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def acquire(cls, store: Path, number: int, *, ttl: float = TTL_SECONDS) -> Lease | None:
+        """Claim shard ``number`` of a store.
+
+        Parameters
+        ----------
+        store : Path
+            The store's folder.
+        number : int
+            Shard to claim.
+        ttl : float
+            Seconds without a heartbeat after which others may take the lease over.
+
+        Returns
+        -------
+        Lease or None
+            None while another holder is alive.
+        """
+        folder = Path(store) / "leases"
+        path = folder / f"{shard_name(number)}.json"
+        content = json.dumps({"machine": _machine(), "pid": os.getpid(), "token": secrets.token_hex(8)}).encode()
+        if create_exclusive(path, content, staging=folder.parent / "staging"):
+            return cls(path, content, ttl)
+        if not _take_away(path, ttl):
+            return None
+        if create_exclusive(path, content, staging=folder.parent / "staging"):
+            return cls(path, content, ttl)
+        return None
+
+    @property
+    def held(self) -> bool:
+        """True while the lease's file is ours."""
+        return not self._done.is_set() and _content(self.path) == self._content
+
+    def release(self) -> None:
+        """Give the shard back. Releasing twice, or a lease that was taken over, does nothing."""
+        ours = self.held
+        self._done.set()
+        self._thread.join()
+        if ours:
+            with suppress(OSError):
+                remove_file(self.path)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _beat(self) -> None:
+        while not self._done.wait(self._ttl / 4):
+            # A disk that refuses the heartbeat costs the lease at worst.
+            with suppress(OSError):
+                if _content(self.path) != self._content:
+                    return
+                touch_file(self.path)
+
+
+def _take_away(path: Path, ttl: float) -> bool:
+    """Remove the lease of a holder that is gone; False while it is alive."""
+    content = _content(path)
+    if content is None:
+        return True
+    if not (_died_here(content) or _age(path) > ttl):
+        return False
+    aside = path.with_name(f"{path.stem}-stale-{secrets.token_hex(8)}")
+    if not move_file(path, aside):
+        return True
+    taken = _content(aside)
+    if taken is not None and taken != content:
+        # Someone took it over since we looked: give theirs back.
+        create_exclusive(path, taken, staging=path.parent.parent / "staging")
+    remove_file(aside)
+    return taken == content
+
+
+def _died_here(content: bytes) -> bool:
+    try:
+        holder = json.loads(content)
+        if os.name == "nt" or holder["machine"] != _machine():
+            return False
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, TypeError, KeyError, OverflowError, PermissionError):
+        return False
+    return False
+
+
+def _machine() -> str:
+    """Name of the space in which process ids mean something: containers on one machine have spaces of their own."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
+    return socket.gethostname()
+
+
+def _age(path: Path) -> float:
+    """Seconds since the last heartbeat, by the clock of the filesystem: machines need not agree on the time."""
+    clock = path.with_name(f"{path.stem}-clock-{secrets.token_hex(8)}")
+    try:
+        create_exclusive(clock, b"", staging=path.parent.parent / "staging")
+        return clock.stat().st_mtime - path.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
+    finally:
+        remove_file(clock)
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,164 @@
+"""The plain data that goes into a store and comes out of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from embcache.errors import StoreError
+
+HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One row that a shard owes, and the state in which its source file was seen.
+
+    Parameters
+    ----------
+    id : str
+        The image's id in its dataset.
+    size : int
+        Bytes of the source file when planned; -1 where unknown.
+    mtime_ns : int
+        Its modification time in nanoseconds; -1 where unknown.
+    digest : str or None
+        Sha256 of the image's bytes, 64 hex digits, once known.
+    """
+
+    id: str
+    size: int
+    mtime_ns: int
+    digest: str | None = None
+
+    def __post_init__(self) -> None:
+        check_id(self.id)
+        if self.digest is not None and not HEX_DIGEST.fullmatch(self.digest):
+            raise StoreError("a digest is not a sha256", expected="64 hex digits", found=repr(self.digest))
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """What a shard says of its rows besides the features.
+
+    Parameters
+    ----------
+    ids : tuple of str, length n
+        Unique within the shard.
+    valid : ndarray of bool, shape (n,)
+        False where the image could not be read.
+    digests : tuple of str, length n
+        Sha256 of each image's bytes, 64 hex digits, ``""`` where unknown.
+    reasons : tuple of str, length n
+        Why a row is not valid; ``""`` where it is.
+    """
+
+    ids: tuple[str, ...]
+    valid: np.ndarray
+    digests: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """The computed rows of one shard; features of rows that are not valid become zeros.
+
+    Parameters
+    ----------
+    ids : tuple of str, length n ≥ 1
+        Unique, UTF-8, without NUL.
+    features : ndarray, shape (n, *row_shape)
+        Any numeric or boolean dtype of numpy.
+    valid : ndarray of bool, shape (n,)
+        False where the image could not be read.
+    digests : tuple of str, length n
+        Sha256 of each image's bytes, 64 hex digits, ``""`` where unknown.
+    reasons : tuple of str, length n
+        Why a row is not valid; ``""`` where it is. Characters that a file cannot hold are escaped.
+
+    Raises
+    ------
+    StoreError
+        Lengths differ, an id is empty, repeated or cannot be stored, a digest is malformed, or a row is invalid
+        without a reason or valid with one.
+    """
+
+    ids: tuple[str, ...]
+    features: np.ndarray
+    valid: np.ndarray
+    digests: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        n = len(self.ids)
+        if self.valid.shape != (n,) or self.valid.dtype != np.bool_:
+            raise StoreError("valid needs one boolean per id", expected=f"bool ({n},)", found=_shape(self.valid))
+        if self.features.ndim < 1 or self.features.shape[0] != n or self.features.dtype.kind not in "biufc":
+            raise StoreError(
+                "features do not have one row per id", expected=f"numbers ({n}, …)", found=_shape(self.features)
+            )
+        if len(self.digests) != n or len(self.reasons) != n:
+            raise StoreError(
+                "a shard's columns differ in length",
+                expected=f"{n} digests and reasons",
+                found=f"{len(self.digests)} digests, {len(self.reasons)} reasons",
+            )
+        check_ids(self.ids)
+        for digest in self.digests:
+            if digest and not HEX_DIGEST.fullmatch(digest):
+                raise StoreError("a digest is not a sha256", expected="64 hex digits", found=repr(digest))
+        for id_, valid, reason in zip(self.ids, self.valid, self.reasons, strict=True):
+            if bool(valid) == bool(reason):
+                found = f"{id_!r}: valid is {bool(valid)}, reason {reason!r}"
+                raise StoreError("a row has a reason exactly when it is not valid", found=found)
+        object.__setattr__(self, "reasons", tuple(map(_storable, self.reasons)))
+
+    @property
+    def index(self) -> RowIndex:
+        """The rows without their features."""
+        return RowIndex(self.ids, self.valid, self.digests, self.reasons)
+
+
+def check_id(id_: str) -> None:
+    """Raise a StoreError unless ``id_`` is a non-empty string of UTF-8 without NUL."""
+    try:
+        fits = isinstance(id_, str) and id_ != "" and "\0" not in id_
+        str(id_).encode("utf-8")
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
+        raise StoreError("an id cannot be stored", expected="UTF-8, not empty, without NUL", found=repr(id_))
+
+
+def check_ids(ids: Sequence[str]) -> None:
+    """Raise a StoreError unless every id can be stored and there is at least one, and none twice."""
+    if not ids:
+        raise StoreError("a shard has no rows", expected="at least one id")
+    seen: set[str] = set()
+    for id_ in ids:
+        check_id(id_)
+        if id_ in seen:
+            raise StoreError("an id is given twice in one shard", found=repr(id_), fix="make the dataset's ids unique")
+        seen.add(id_)
+
+
+def digests_to_bytes(digests: Sequence[str]) -> np.ndarray:
+    """Hex digests as ``uint8 (n, 32)``; a row of zeros where unknown."""
+    raw = b"".join(bytes.fromhex(digest) if digest else bytes(32) for digest in digests)
+    return np.frombuffer(raw, np.uint8).reshape(len(digests), 32)
+
+
+def digests_from_bytes(raw: np.ndarray) -> tuple[str, ...]:
+    """Invert :func:`digests_to_bytes`."""
+    return tuple(row.tobytes().hex() if row.any() else "" for row in raw)
+
+
+def _storable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
+
+
+def _shape(array: np.ndarray) -> str:
+    return f"{array.dtype} {array.shape}"

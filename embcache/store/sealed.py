@@ -1,0 +1,52 @@
+"""Small JSON files that carry a checksum of their own, so that no flipped bit in them goes unnoticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from embcache.errors import CorruptStoreError
+from embcache.store.recipe import canonical_json
+
+
+def crc32c(data: bytes) -> str:
+    """Castagnoli checksum of ``data``, 8 hex digits."""
+    return f"{google_crc32c.value(data):08x}"
+
+
+def seal(content: dict[str, Any], *, indent: int | None = 1) -> bytes:
+    """JSON of ``content`` with a last key ``crc32c`` over all the others; the same bytes for equal content."""
+    checksum = crc32c(canonical_json(content).encode("utf-8"))
+    text = json.dumps({**content, "crc32c": checksum}, indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8") + b"\n"
+
+
+def unseal(data: bytes, where: Path, fix: str, *, indent: int | None = 1) -> dict[str, Any]:
+    """Content of sealed bytes, without its checksum.
+
+    Raises
+    ------
+    CorruptStoreError
+        The bytes are not exactly those that :func:`seal` wrote. ``where`` and ``fix`` go into the message.
+    """
+    try:
+        content = json.loads(data.decode("utf-8"))
+        found = content.pop("crc32c")
+        # Comparing the whole text also catches a flip in the whitespace, which parsing would forgive.
+        intact = found == crc32c(canonical_json(content).encode("utf-8")) and seal(content, indent=indent) == data
+    except Exception as error:  # whatever a flipped bit makes of the parser
+        raise CorruptStoreError(
+            "a file of the feature store is damaged", found=f"{type(error).__name__}: {error}", where=where, fix=fix
+        ) from error
+    if not intact:
+        raise CorruptStoreError(
+            "a file of the feature store is damaged",
+            expected="the bytes that its checksum was taken from",
+            found=f"{len(data)} bytes with another checksum",
+            where=where,
+            fix=fix,
+        )
+    return dict(content)

@@ -1,0 +1,147 @@
+"""Rows ⇄ the bytes of a Zarr v3 group. Nothing here touches the disk.
+
+A shard is ``data.zarr/{features,ids,valid,digest,reason}``, each array in one chunk without compression. The features'
+chunk always spans ``rows_per_shard`` rows, zero-padded, so that the view over all shards can link to it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from embcache.store.rows import RowIndex, ShardRows, digests_from_bytes, digests_to_bytes
+
+name = "zarr"
+view = "view.zarr"
+ROOT = "data.zarr/"
+INDEX = ("ids", "valid", "digest", "reason")
+
+
+def encode_shard(rows: ShardRows, rows_per_shard: int) -> dict[str, bytes]:
+    """Files of a shard, ``{path inside the shard's folder: bytes}``; the same bytes for equal rows."""
+    store = MemoryStore()
+    group = zarr.create_group(store=store, zarr_format=3)
+    _put(group, "features", rows.features, chunk_rows=rows_per_shard)
+    _put_strings(group, "ids", rows.ids)
+    _put(group, "valid", rows.valid)
+    _put(group, "digest", digests_to_bytes(rows.digests))
+    _put_strings(group, "reason", rows.reasons)
+    return _files(store, ROOT)
+
+
+def index_files(names: Iterable[str]) -> list[str]:
+    """Those files of a shard that :func:`decode_index` needs."""
+    return [name for name in names if not name.startswith(ROOT + "features/")]
+
+
+def feature_files(names: Iterable[str]) -> list[str]:
+    """Those files of a shard that :func:`decode_features` needs."""
+    return [name for name in names if name == ROOT + "zarr.json" or name.startswith(ROOT + "features/")]
+
+
+def decode_index(files: Mapping[str, bytes]) -> RowIndex:
+    """Everything but the features of a shard, from its verified bytes."""
+    group = _open(files, ROOT)
+    return RowIndex(
+        ids=tuple(map(str, _get(group, "ids"))),
+        valid=_get(group, "valid"),
+        digests=digests_from_bytes(_get(group, "digest")),
+        reasons=tuple(map(str, _get(group, "reason"))),
+    )
+
+
+def decode_features(files: Mapping[str, bytes]) -> np.ndarray:
+    """Features ``(n, *row_shape)`` of a shard, from its verified bytes."""
+    return _get(_open(files, ROOT), "features")
+
+
+def encode_view(
+    ids: list[str],
+    valid: np.ndarray,
+    row_shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    rows_per_shard: int,
+    shard_rows: Mapping[int, int],
+    attributes: Mapping[str, Any],
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Files of ``view.zarr`` and, for each chunk of its features, the shard's file that it links to.
+
+    Parameters
+    ----------
+    ids : list of str, length shards * rows_per_shard
+        Row ``N * rows_per_shard + i`` is row ``i`` of shard ``N``; ``""`` where there is none.
+    valid : ndarray of bool, same length
+        True for live rows that could be read.
+    row_shape : tuple of int
+        Shape of one row of features.
+    dtype : dtype
+        Of the features.
+    rows_per_shard : int
+        Rows of every full shard.
+    shard_rows : mapping of int to int
+        Rows of each committed shard.
+    attributes : mapping of str to str
+        Attributes of the root group.
+
+    Returns
+    -------
+    files : dict of str to bytes
+        Paths are relative to the store.
+    links : dict of str to str
+        ``{link: target}``, both relative to the store.
+    """
+    store = MemoryStore()
+    group = zarr.create_group(store=store, zarr_format=3, attributes=dict(attributes))
+    _create(group, "features", (len(ids), *row_shape), (rows_per_shard, *row_shape), dtype)
+    _put_strings(group, "ids", ids)
+    _put(group, "valid", valid)
+    tail = "/0" * len(row_shape)
+    links = {
+        f"{view}/features/c/{number}{tail}": f"shards/{number:06d}/{ROOT}features/c/0{tail}" for number in shard_rows
+    }
+    return _files(store, view + "/"), links
+
+
+def _create(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any) -> Any:
+    # Empty chunks are written too: a shard of zeros must have the same files as any other.
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=tuple(max(1, size) for size in chunks),
+        dtype=dtype,
+        compressors=None,
+        filters=None if dtype == "string" else (),
+        fill_value="" if dtype == "string" else 0,
+        config={"write_empty_chunks": True},
+    )
+
+
+def _put(group: zarr.Group, name: str, values: np.ndarray, chunk_rows: int | None = None) -> None:
+    chunks = (chunk_rows or len(values), *values.shape[1:])
+    _create(group, name, values.shape, chunks, values.dtype.newbyteorder("<"))[...] = values
+
+
+def _put_strings(group: zarr.Group, name: str, values: Iterable[str]) -> None:
+    array = np.array(list(values), dtype=object)
+    _create(group, name, array.shape, array.shape, "string")[...] = array
+
+
+def _get(group: zarr.Group, name: str) -> np.ndarray:
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return np.asarray(array[...])
+
+
+def _files(store: MemoryStore, prefix: str) -> dict[str, bytes]:
+    return {prefix + key: store._store_dict[key].to_bytes() for key in sorted(store._store_dict)}
+
+
+def _open(files: Mapping[str, bytes], prefix: str) -> zarr.Group:
+    make = default_buffer_prototype().buffer.from_bytes
+    store = MemoryStore({name.removeprefix(prefix): make(data) for name, data in files.items()}, read_only=True)
+    return zarr.open_group(store, mode="r", zarr_format=3)
