@@ -1,0 +1,115 @@
+"""The command line as a user meets it: one message for each mistake, the promised exit status, data as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.extract.conftest import draw
+
+
+def embcache(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "embcache", *arguments],
+        capture_output=True, text=True, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Class folders of 2 × 15 small images."""
+    root = tmp_path / "mine"
+    for index in range(30):
+        draw(root / ("a" if index % 2 else "b") / f"{index:02}.png", index, size=32)
+    return root
+
+
+def test_help_names_every_command(home: Path) -> None:
+    done = embcache("--help")
+    assert done.returncode == 0
+    for command in ("demo", "datasets", "backbones", "heads", "extract", "probe", "results", "splits", "ls", "info", "export"):
+        assert f"\n  {command} " in done.stdout
+        assert embcache(command, "--help").returncode == 0
+
+
+def test_version(home: Path) -> None:
+    assert embcache("--version").stdout.startswith("embcache 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["nonsense"], 2, ["nonsense"]),
+        (["extract"], 2, ["backbone", "embcache backbones"]),
+        (["extract", "--backbone", "random"], 2, ["dataset", "embcache datasets"]),
+        (["extract", "--backbone", "dinno", "--dataset", "sample"], 2, ["dinno", "dino"]),
+        (["extract", "--backbone", "random,,dino", "--dataset", "sample"], 2, ["empty name"]),
+        (["extract", "--backbone", "random", "--dataset", "pneumonia"], 1, ["pneumonia", "kagglehub"]),
+        (["extract", "--backbone", "random", "--dataset", "nonsense"], 2, ["nonsense", "embcache datasets"]),
+        (["extract", "--backbone", "random", "--dataset", "folder"], 2, ["--data-root"]),
+        (["extract", "--backbone", "random", "--dataset", "sample", "--part", "x"], 2, ["--part"]),
+        (["probe", "--dataset", "sample"], 1, ["embcache extract"]),
+        (["probe", "--head", "liner"], 2, ["liner", "linear"]),
+    ],
+)
+def test_each_mistake_gets_one_message(home: Path, arguments: list[str], status: int, words: list[str]) -> None:
+    done = embcache(*arguments)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_extract_then_probe_a_folder(folder: Path, home: Path, tmp_path: Path) -> None:
+    arguments = ["--dataset", "folder", "--data-root", str(folder)]
+    first = embcache("extract", "--backbone", "random", *arguments, "--json", "-")
+    assert first.returncode == 0, first.stderr
+    (extraction,) = json.loads(first.stdout)
+    assert (extraction["computed"], extraction["cached"], extraction["quarantined"]) == (30, 0, {})
+    assert embcache("ls").stdout.count("random") == 1
+    target = tmp_path / "results.json"
+    done = embcache("probe", "--head", "linear", "--subset", "10,F", *arguments, "--json", str(target))
+    assert done.returncode == 0, done.stderr
+    results = json.loads(target.read_text())
+    assert [result["n_train"] for result in results][0] == 10
+    assert all(0 <= result["mean"] <= 1 and len(result["folds"]) == 5 for result in results)
+    assert "linear" in done.stdout
+
+
+def test_probing_works_with_the_images_gone(folder: Path, home: Path) -> None:
+    arguments = ["--dataset", "folder", "--data-root", str(folder)]
+    name = json.loads(embcache("extract", "--backbone", "random", *arguments, "--json", "-").stdout)[0]["dataset"]
+    live = json.loads(embcache("probe", "--subset", "10", "--dataset", name, "--json", "-").stdout)
+    folder.rename(folder.with_name("elsewhere"))
+    gone = embcache("probe", "--subset", "10", "--dataset", name, "--json", "-")
+    assert gone.returncode == 0, gone.stderr
+    assert json.loads(gone.stdout)[0]["mean"] == live[0]["mean"]
+    assert "snapshot" in gone.stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_that_can_go_on(folder: Path, home: Path, number: int, status: int) -> None:
+    for index in range(30, 400):
+        draw(folder / "a" / f"{index}.png", index, size=96)
+    for path in folder.rglob("*.png"):
+        draw(path, int(path.stem), size=96)
+    command = [sys.executable, "-m", "embcache", "extract", "--backbone", "random", "--dataset", "folder", "--data-root", str(folder)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(home.glob("*/random-*/plan/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status, stderr
+    assert "Traceback" not in stderr
+    assert "go on" in stderr
+    done = embcache("extract", "--backbone", "random", "--dataset", "folder", "--data-root", str(folder), "--json", "-")
+    assert done.returncode == 0, done.stderr
