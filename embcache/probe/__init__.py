@@ -1,0 +1,1 @@
+"""Stage 2: splits, heads, metrics and results on cached features; needs neither images nor backbones."""

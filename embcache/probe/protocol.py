@@ -1,0 +1,328 @@
+"""Which images train, validate and test: the paper's five-fold protocol (Sections 5.3 and A) as one pure function.
+
+The order of decisions::
+
+    labelled, readable rows ─► test set (official, or a local fifth) ─► pool (patchcam: 50,000 drawn) ─► folds of groups
+    fold f: training rows drawn from the other folds, balanced and nested; validation is fold f
+
+Every random choice is an order by hash (`embcache.data.splits`), so that a seed means the same images on any machine and
+for every backbone and head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embcache.data.groups import merge_groups, overlap_notes
+from embcache.data.splits import IntArray, hash_order, stratified_group_folds, water_fill
+from embcache.errors import ProtocolError, UsageError
+from embcache.probe.splits import Key, Splits, StrArray
+
+if TYPE_CHECKING:
+    from embcache.data.dataset import ImageDataset
+
+TEST_SEED = 20_210_823
+"""Seed of the local test set: its own, so that no ``--seed`` ever moves an image between pool and test."""
+
+TEST_PARTS = 5
+"""The local test set is one of five stratified, grouped parts: 20 %."""
+
+
+def plan_splits(
+    ds: ImageDataset,
+    *,
+    subsets: Sequence[str | int] = ("S", "M", "F"),
+    folds: int = 5,
+    seed: int = 0,
+    val: str = "full",
+    test: str = "local",
+    digests: Mapping[str, str] | None = None,
+    unreadable: Collection[str] = (),
+    exclude_test_overlap: bool = False,
+) -> Splits:
+    """Draw test set, folds and subsets of a dataset.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+    subsets : sequence of str or int
+        ``"S"`` and ``"M"`` as the dataset defines them, ``"F"`` for all of the training folds, or numbers of training
+        images.
+    folds : int
+        At least two.
+    seed : int
+        Draws the pool, the folds and the subsets; never the local test set.
+    val : {"full", "matched"}
+        Validate on the whole fold, or on as many images as train, balanced.
+    test : {"local", "official"}
+        Both mean the official test set where its labels are there. Where they are not, ``local`` holds out a
+        stratified, grouped 20 % of the labelled images first of all, and ``official`` holds out nothing.
+    digests : mapping of id to hex SHA-256, optional
+        Rows with equal digests are put into one group.
+    unreadable : collection of str
+        Ids that have no features (quarantined): they are left out before anything is drawn.
+    exclude_test_overlap : bool
+        Leave out of the pool the images that share a group with the official test set.
+
+    Returns
+    -------
+    Splits
+
+    Raises
+    ------
+    ProtocolError
+        Fewer than two classes, a class with fewer images or groups than folds, a subset larger than the pool or
+        smaller than the number of classes, or matched validation with fewer than two images of a class.
+    UsageError
+        A malformed ``subsets``, ``folds``, ``val`` or ``test``.
+    """
+    _check_choice("--val", val, ("full", "matched"))
+    _check_choice("--test", test, ("local", "official"))
+    if folds < 2:
+        raise UsageError("cross-validation needs at least two folds", found=f"--folds {folds}", fix="--folds 5")
+    sizes = subset_sizes(ds, subsets)
+    table = ds.table
+    ids = table["id"].to_numpy(dtype=object)
+    labels = table["label"].to_numpy(dtype=np.int64)
+    given = table["split"].to_numpy(dtype=object)
+    groups = merged_groups(ds, digests)
+    n_classes = len(ds.class_names)
+    # the overlap is told below, for the test set that is really used
+    notes = [note for note in ds.notes if note not in overlap_notes(table)]
+
+    readable = ~np.isin(ids, np.asarray(sorted(unreadable), dtype=object)) if unreadable else np.ones(len(ids), bool)
+    if not readable.all():
+        notes.append(f"{(~readable).sum()} unreadable images left out")
+    usable = readable & (labels >= 0)
+    test_rows, pool, test_set = _hold_out(ds, test, groups, labels, given, usable, readable)
+    if not ds.grouped:
+        notes.append("ungrouped: slides may be on both sides")
+
+    if test_set == "official":
+        shared = np.isin(groups[pool], np.unique(groups[test_rows]))
+        if shared.any():
+            count, names = int(shared.sum()), len(set(groups[pool][shared]))
+            if exclude_test_overlap:
+                pool = pool[~shared]
+                notes.append(f"{count} training images of {names} groups that the official test set shares left out")
+            else:
+                notes.append(
+                    f"{count} training images share {names} groups with the official test set; "
+                    "--exclude-test-overlap leaves them out"
+                )
+    own_val = np.flatnonzero((given == "val") & usable)
+    if len(own_val):
+        notes.append(f"validation is the dataset's own val split ({len(own_val)} images) in every fold")
+        pool, dropped = _without_groups(pool, groups, own_val)
+        if dropped:
+            notes.append(f"{dropped} training images that share a group with the val split left out")
+    if ds.pool_limit is not None and len(pool) > ds.pool_limit:
+        pool = np.sort(pool[hash_order(seed, "pool", ids[pool].tolist())[: ds.pool_limit]])
+
+    _check_classes(ds, labels[pool], groups[pool], folds)
+    fold_of = stratified_group_folds(labels[pool], groups[pool].tolist(), folds, seed, "folds")
+    train: dict[Key, IntArray] = {}
+    validate: dict[Key, IntArray] = {}
+    for fold in range(folds):
+        candidates = pool[fold_of != fold]
+        holdout = own_val if len(own_val) else pool[fold_of == fold]
+        drawn = _class_orders(candidates, labels, ids, n_classes, seed, f"train/{fold}")
+        held = _class_orders(holdout, labels, ids, n_classes, seed, f"val/{fold}")
+        for subset, n in sizes.items():
+            rows = _draw(drawn, n, f"fold {fold}, subset {subset}", ds)
+            train[fold, subset] = rows
+            validate[fold, subset] = np.sort(holdout)
+            if val == "matched":
+                validate[fold, subset] = np.sort(_matched(held, len(rows), f"fold {fold}, subset {subset}", ds))
+            if val == "matched" and len(holdout) < len(rows):
+                notes.append(f"subset {subset}, fold {fold}: only {len(holdout)} images to validate, {len(rows)} train")
+    for fold in range(folds):
+        notes += _absent_note(ds, labels[validate[fold, next(iter(sizes))]], f"validation of fold {fold}")
+    if (labels[test_rows] >= 0).any():
+        notes += _absent_note(ds, labels[test_rows], "the test set")
+    return Splits(
+        dataset=ds.name,
+        class_names=tuple(ds.class_names),
+        ids=ids,
+        labels=labels,
+        groups=groups,
+        test=test_rows,
+        test_set=test_set,
+        train=train,
+        val=validate,
+        subsets=tuple(sizes),
+        n_folds=folds,
+        seed=seed,
+        val_mode=val,
+        notes=tuple(dict.fromkeys(notes)),
+    ).check()
+
+
+def subset_sizes(ds: ImageDataset, subsets: Sequence[str | int]) -> dict[str, int | None]:
+    """Canonical names of the asked subsets with their numbers of training images; None for F, all there are.
+
+    Raises
+    ------
+    UsageError
+        A subset is neither a name the dataset defines, nor F, nor a positive number; or none is asked.
+    """
+    known = {**{str(k).upper(): int(v) for k, v in ds.subset_sizes.items()}, "F": None}
+    sizes: dict[str, int | None] = {}
+    for asked in subsets:
+        name = str(asked).strip().upper()
+        if name.isascii() and name.isdigit() and int(name) > 0:
+            sizes[str(int(name))] = int(name)
+        elif name in known:
+            sizes[name] = known[name]
+        else:
+            raise UsageError(
+                f"no such subset: {str(asked)!r}",
+                expected=f"{', '.join(known)} or a number of training images",
+                fix="--subset S,M,F or --subset 20,50,100",
+            )
+    if not sizes:
+        raise UsageError("no subset asked for", fix="--subset S")
+    return sizes
+
+
+def merged_groups(ds: ImageDataset, digests: Mapping[str, str] | None) -> StrArray:
+    """The dataset's groups, united wherever two rows have the same bytes; object array of shape (N,)."""
+    groups = [str(g) for g in ds.table["group"]]
+    if digests:
+        groups = merge_groups(groups, [digests.get(i, "") for i in ds.table["id"]])
+    return np.array(groups, dtype=object)
+
+
+def _hold_out(
+    ds: ImageDataset,
+    test: str,
+    groups: StrArray,
+    labels: IntArray,
+    given: StrArray,
+    usable: NDArray[np.bool_],
+    readable: NDArray[np.bool_],
+) -> tuple[IntArray, IntArray, str]:
+    """Rows of the test set, rows of the pool (both ascending), and which test set it is."""
+    official = np.flatnonzero((given == "test") & readable)
+    pool = np.flatnonzero((given == "train") & usable)
+    if (labels[official] >= 0).any():
+        return official, pool, "official"
+    if test == "official":
+        if not len(official):
+            raise ProtocolError(
+                f"{ds.name} has no test set of its own",
+                expected="images whose split is 'test'",
+                found="none that can be read",
+                fix="--test local",
+            )
+        return official, pool, "official"
+    # without --seed: every run of this dataset leaves the same fifth untouched
+    part = (
+        stratified_group_folds(labels[pool], groups[pool].tolist(), TEST_PARTS, TEST_SEED, "test")
+        if len(pool)
+        else pool
+    )
+    held = _nearest_fifth(labels[pool], part)
+    return pool[part == held], pool[part != held], "local"
+
+
+def _nearest_fifth(labels: IntArray, part: IntArray) -> int:
+    """The part whose classes come nearest to a fifth of each; large groups can make parts unequal."""
+    present, y = np.unique(labels, return_inverse=True)
+    counts = np.zeros((TEST_PARTS, len(present)), dtype=np.int64)
+    np.add.at(counts, (part, y.reshape(-1)), 1)
+    total = counts.sum(0)
+    distance = ((TEST_PARTS * counts - total) ** 2 * (2**52 // np.maximum(total, 1) ** 2 // TEST_PARTS**2)).sum(1)
+    return int(distance.argmin())
+
+
+def _without_groups(rows: IntArray, groups: StrArray, others: IntArray) -> tuple[IntArray, int]:
+    """``rows`` without those that share a group with ``others``, and how many went."""
+    shared = np.isin(groups[rows], np.unique(groups[others]))
+    return rows[~shared], int(shared.sum())
+
+
+def _check_classes(ds: ImageDataset, labels: IntArray, groups: StrArray, folds: int) -> None:
+    counts = np.bincount(labels, minlength=len(ds.class_names))
+    listing = ", ".join(f"{name}: {count}" for name, count in zip(ds.class_names, counts, strict=True)) or "no classes"
+    if (counts > 0).sum() < 2:
+        raise ProtocolError(
+            f"{ds.name} has fewer than two classes to tell apart in its pool",
+            expected="labelled, readable training images of two classes or more",
+            found=listing,
+            where=ds.root,
+            fix="label more images, or embcache datasets to see what was read",
+        )
+    for c, name in enumerate(ds.class_names):
+        n_groups = len(set(groups[labels == c]))
+        if n_groups < folds:
+            what = "images" if counts[c] < folds else "groups"
+            raise ProtocolError(
+                f"class {name!r} of {ds.name} has fewer {what} than there are folds",
+                expected=f"at least {folds} groups (patients, slides …) of every class in the pool",
+                found=f"{counts[c]} images in {n_groups} groups; all classes: {listing}",
+                where=ds.root,
+                fix=f"--folds {n_groups}"
+                if n_groups >= 2
+                else "get more images of this class, or merge it with another",
+            )
+
+
+def _class_orders(rows: IntArray, labels: IntArray, ids: StrArray, n: int, seed: int, purpose: str) -> list[IntArray]:
+    """For each class its rows in the one order in which every subset draws them."""
+    members = [rows[labels[rows] == c] for c in range(n)]
+    return [m[hash_order(seed, f"{purpose}/{c}", ids[m].tolist())] for c, m in enumerate(members)]
+
+
+def _take(orders: Sequence[IntArray], n: int) -> IntArray:
+    """Class-balanced draw of ``n`` rows: the first ones of each class's order."""
+    share = water_fill([len(order) for order in orders], n)
+    return np.concatenate([order[:k] for order, k in zip(orders, share, strict=True)])
+
+
+def _draw(orders: Sequence[IntArray], n: int | None, where: str, ds: ImageDataset) -> IntArray:
+    there = sum(map(len, orders))
+    if n is not None and n > there:
+        raise ProtocolError(
+            f"the subset is larger than the pool of {ds.name}",
+            expected=f"at most {there} training images",
+            found=str(n),
+            where=where,
+            fix="--subset F takes all there are",
+        )
+    if n is not None and n < len(ds.class_names):
+        raise ProtocolError(
+            f"{n} training images cannot hold the {len(ds.class_names)} classes of {ds.name}",
+            where=where,
+            fix=f"--subset {len(ds.class_names)} or more",
+        )
+    return _take(orders, there if n is None else n)
+
+
+def _matched(orders: Sequence[IntArray], n: int, where: str, ds: ImageDataset) -> IntArray:
+    share = water_fill([len(order) for order in orders], min(n, sum(map(len, orders))))
+    if share.min() < 2:
+        name = ds.class_names[int(share.argmin())]
+        raise ProtocolError(
+            "matched validation would have fewer than two images of a class",
+            expected="two images of every class",
+            found=f"{share.min()} of {name!r} among {share.sum()}",
+            where=where,
+            fix="--val full, or a larger --subset",
+        )
+    return _take(orders, int(share.sum()))
+
+
+def _absent_note(ds: ImageDataset, labels: IntArray, where: str) -> list[str]:
+    counts = np.bincount(labels[labels >= 0], minlength=len(ds.class_names))
+    absent = [name for name, count in zip(ds.class_names, counts, strict=True) if count == 0]
+    return [f"{where} has no image of {', '.join(absent)}: scores there are over the other classes"] if absent else []
+
+
+def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"no such choice for {flag}", expected=" or ".join(choices), found=repr(value))

@@ -1,0 +1,84 @@
+"""The optimisation of the paper (Sections 5.2 and B.1) and the choices where it is silent, as plain Python numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from embcache.errors import UsageError
+
+_MIN_CHANGE = 1e-8  # ReduceLROnPlateau's eps: a learning rate that would change by less stays
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a head is trained. The defaults are the protocol's.
+
+    Attributes
+    ----------
+    lr : float
+        First learning rate of Adam (torch's betas and eps, no weight decay).
+    batch_size : int
+        The last, partial batch is kept.
+    max_epochs, min_epochs : int
+        Training ends after ``max_epochs`` at the latest and never before ``min_epochs``.
+    patience : int
+        Early stop: so many epochs without a better validation score, counted from the first epoch, obeyed from
+        ``min_epochs``.
+    plateau_patience : int
+        The learning rate falls after more than this many epochs without a better validation score.
+    plateau_factor : float
+        By what it is multiplied then.
+    """
+
+    lr: float = 1e-3
+    batch_size: int = 64
+    max_epochs: int = 50
+    min_epochs: int = 30
+    patience: int = 10
+    plateau_patience: int = 5
+    plateau_factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError("the learning rate must be a positive number", found=str(self.lr), fix="--lr 1e-3")
+        for name in ("batch_size", "max_epochs", "min_epochs", "patience"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1", found=str(getattr(self, name)))
+
+
+class Tracker:
+    """Follows the validation score of one head: learning rate, best epoch, when to stop.
+
+    The plateau rule is ``torch.optim.lr_scheduler.ReduceLROnPlateau(mode="max", factor=0.1, patience=5, threshold=0)``;
+    only a strictly better score counts, so that ties keep the earliest epoch.
+    """
+
+    def __init__(self, schedule: Schedule, lr: float | None = None) -> None:
+        self.schedule = schedule
+        self.lr = schedule.lr if lr is None else lr
+        self.epoch = 0  # epochs seen; epochs are counted from 1
+        self.best_epoch = 0  # 0: none yet
+        self.best_score = -math.inf
+        self._bad = 0
+
+    def update(self, score: float) -> bool:
+        """Take in the score of one more epoch; True where it is the best so far."""
+        self.epoch += 1
+        better = score > self.best_score
+        if better:
+            self.best_score, self.best_epoch, self._bad = score, self.epoch, 0
+        else:
+            self._bad += 1
+        if self._bad > self.schedule.plateau_patience:
+            self._bad = 0
+            reduced = self.lr * self.schedule.plateau_factor
+            if self.lr - reduced > _MIN_CHANGE:
+                self.lr = reduced
+        return better
+
+    @property
+    def done(self) -> bool:
+        """Whether training ends after the epoch last seen."""
+        stale = self.epoch - self.best_epoch >= self.schedule.patience
+        return self.epoch >= self.schedule.max_epochs or (stale and self.epoch >= self.schedule.min_epochs)

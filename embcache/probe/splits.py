@@ -1,0 +1,303 @@
+"""`Splits`: which rows train, validate and test; and the file that shares them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embcache.data.splits import IntArray
+from embcache.errors import ProtocolError, UsageError
+
+if TYPE_CHECKING:
+    from embcache.data.dataset import ImageDataset
+
+StrArray = NDArray[np.object_]
+Key = tuple[int, str]  # (fold, subset)
+
+FORMAT = "embcache-splits-1"
+_KEYS = {"format", "dataset", "class_names", "test_set", "seed", "val_mode", "subsets", "test", "folds", "notes"}
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """The rows that test, and for every fold and subset those that train and validate.
+
+    All row numbers index ``ids``, ``labels`` and ``groups``, which hold every row of the dataset's table in its order.
+
+    Attributes
+    ----------
+    dataset : str
+    class_names : tuple of str
+    ids, groups : object arrays of str, shape (N,)
+        ``groups`` are the dataset's, merged where stored digests showed identical bytes.
+    labels : int64 array of shape (N,)
+        −1 where unlabelled.
+    test : int64 array
+        Rows of the test set, in the dataset's order.
+    test_set : str
+        ``"official"`` or ``"local"``.
+    train, val : mapping of (fold, subset) to int64 array
+        Training rows in drawing order (a smaller subset is a class-wise prefix); validation rows.
+    subsets : tuple of str
+        ``"S"``, ``"M"``, ``"F"`` or a number of training images.
+    seed : int
+    val_mode : str
+        ``"full"`` or ``"matched"``.
+    notes : tuple of str
+        What a reader of the results must know.
+    """
+
+    dataset: str
+    class_names: tuple[str, ...]
+    ids: StrArray = field(repr=False)
+    labels: IntArray = field(repr=False)
+    groups: StrArray = field(repr=False)
+    test: IntArray = field(repr=False)
+    test_set: str
+    train: Mapping[Key, IntArray] = field(repr=False)
+    val: Mapping[Key, IntArray] = field(repr=False)
+    subsets: tuple[str, ...]
+    n_folds: int
+    seed: int
+    val_mode: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def test_ids(self) -> tuple[str, ...]:
+        """Ids of the test set."""
+        return tuple(self.ids[self.test])
+
+    @property
+    def test_labelled(self) -> bool:
+        """Whether test scores can be computed; False for predictions to hand in."""
+        return bool((self.labels[self.test] >= 0).any())
+
+    def train_ids(self, fold: int, subset: str) -> tuple[str, ...]:
+        """Ids that train in ``fold`` at ``subset``, in drawing order."""
+        return tuple(self.ids[self.train[fold, subset]])
+
+    def val_ids(self, fold: int, subset: str) -> tuple[str, ...]:
+        """Ids that validate in ``fold`` at ``subset``."""
+        return tuple(self.ids[self.val[fold, subset]])
+
+    def used(self, subset: str) -> IntArray:
+        """All rows that train, validate or test at ``subset``, ascending."""
+        parts = [self.test, *(part[f, subset] for f in range(self.n_folds) for part in (self.train, self.val))]
+        return np.unique(np.concatenate(parts))
+
+    def digest(self, subset: str) -> str:
+        """SHA-256 (hex) of the ids and labels that train, validate and test at ``subset``, and of the test groups."""
+        rows = [self.test, *(np.sort(p[f, subset]) for f in range(self.n_folds) for p in (self.train, self.val))]
+        content = [[[self.ids[i], int(self.labels[i])] for i in part] for part in rows]
+        text = json.dumps([list(self.class_names), content, list(self.groups[self.test])], ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+    def check(self) -> Splits:
+        """Return these splits if no group is on two sides of any fold and every part can be used.
+
+        Raises
+        ------
+        ProtocolError
+            A group both trains and validates in a fold; an image of the test set, or a group of a local one, is in a
+            fold; a part holds fewer than two classes.
+        """
+        test_rows, test_groups = set(self.test.tolist()), set(self.groups[self.test])
+        for (fold, subset), train in self.train.items():
+            val = self.val[fold, subset]
+            sides = {"training": train, "validation": val}
+            shared = set(self.groups[train]) & set(self.groups[val])
+            if shared:
+                raise _divided_group("training and validation", fold, subset, shared)
+            for side, rows in sides.items():
+                if not test_rows.isdisjoint(rows.tolist()):
+                    raise ProtocolError(f"fold {fold}, subset {subset}: an image is in {side} and in the test set")
+                if self.test_set != "official" and not test_groups.isdisjoint(self.groups[rows]):
+                    raise _divided_group(f"{side} and test", fold, subset, test_groups & set(self.groups[rows]))
+                if len(np.unique(self.labels[rows])) < 2:
+                    raise ProtocolError(
+                        f"fold {fold}, subset {subset}: {side} holds fewer than two classes",
+                        found=f"{len(rows)} images of {len(np.unique(self.labels[rows]))} class",
+                        fix="ask for fewer --folds or a larger --subset, or label more images",
+                    )
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Ids only, as plain data: the content of a splits file."""
+        folds = []
+        for fold in range(self.n_folds):
+            train = {subset: list(self.train_ids(fold, subset)) for subset in self.subsets}
+            val = {subset: list(self.val_ids(fold, subset)) for subset in self.subsets}
+            shared = next(iter(val.values()))
+            same = all(ids == shared for ids in val.values())
+            folds.append({"train": train, "val": {"*": shared} if same else val})
+        return {
+            "format": FORMAT,
+            "dataset": self.dataset,
+            "class_names": list(self.class_names),
+            "test_set": self.test_set,
+            "seed": self.seed,
+            "val_mode": self.val_mode,
+            "subsets": list(self.subsets),
+            "notes": list(self.notes),
+            "test": list(self.test_ids),
+            "folds": folds,
+        }
+
+
+def write_splits(splits: Splits, path: Path) -> None:
+    """Write a splits file, whole or not at all.
+
+    Raises
+    ------
+    UsageError
+        The file cannot be written.
+    """
+    text = json.dumps(splits.to_json(), indent=1, ensure_ascii=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(
+            f"cannot write the splits file: {error.strerror}", where=path, fix="name another file"
+        ) from error
+
+
+def read_splits(
+    path: Path,
+    ds: ImageDataset,
+    groups: StrArray,
+    *,
+    unreadable: Collection[str] = (),
+    exclude_test_overlap: bool = False,
+) -> Splits:
+    """Read a splits file for a dataset and check it.
+
+    Parameters
+    ----------
+    path : Path
+    ds : ImageDataset
+        The dataset whose ids the file names; its labels are the dataset's own.
+    groups : object array of str, shape (len(ds),)
+    unreadable : collection of str
+        Ids that have no features; they are left out, with a note.
+    exclude_test_overlap : bool
+        Leave out of training and validation the images that share a group with the official test set.
+
+    Raises
+    ------
+    ProtocolError
+        The file is not a splits file, names other classes, or ids that the dataset has not or not labelled; or a group
+        is divided (see `Splits.check`).
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT or set(data) != _KEYS:
+            raise ValueError(f"keys {sorted(data)}")
+        subsets = tuple(str(s) for s in data["subsets"])
+        folds = [{part: _lists(fold[part]) for part in ("train", "val")} for fold in data["folds"]]
+        test, class_names = [str(i) for i in data["test"]], tuple(data["class_names"])
+        seed, val_mode = int(data["seed"]), str(data["val_mode"])
+        if not subsets or len(folds) < 2 or any(set(fold["train"]) != set(subsets) for fold in folds):
+            raise ValueError("every fold must list every subset, and there must be two folds at least")
+        if any(set(fold["val"]) not in ({"*"}, set(subsets)) for fold in folds):
+            raise ValueError("validation must be listed once ('*') or for every subset")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise ProtocolError(
+            "this is not a splits file",
+            expected=f"JSON written by embcache splits export (format {FORMAT!r})",
+            found=str(reason),
+            where=path,
+            fix="embcache splits export --dataset NAME --output FILE",
+        ) from error
+    if class_names != tuple(ds.class_names):
+        raise ProtocolError(
+            "the splits file is for other classes",
+            expected=", ".join(ds.class_names),
+            found=", ".join(map(str, class_names)),
+            where=path,
+        )
+    ids = np.array(ds.table["id"].tolist(), dtype=object)
+    row_of = {name: row for row, name in enumerate(ids)}
+    labels = ds.table["label"].to_numpy(dtype=np.int64)
+    gone = set(unreadable)
+    notes = [f"splits read from {path.name}", *ds.notes]
+
+    def rows(names: Sequence[str], *, labelled: bool) -> IntArray:
+        unknown = [name for name in names if name not in row_of]
+        if unknown or len(set(names)) != len(names):
+            raise ProtocolError(
+                f"the splits file names {len(unknown)} images that {ds.name} has not"
+                if unknown
+                else "the splits file names an image twice in one part",
+                found=", ".join(map(repr, unknown[:5])) or None,
+                where=path,
+                fix=f"use the file with the dataset it was made for ({data['dataset']})",
+            )
+        found = np.array([row_of[name] for name in names if name not in gone], dtype=np.int64)
+        if labelled and (labels[found] < 0).any():
+            raise ProtocolError(
+                "the splits file trains or validates on images without a label",
+                found=", ".join(map(repr, ids[found[labels[found] < 0]][:5])),
+                where=path,
+            )
+        return found
+
+    test_rows = rows(test, labelled=False)
+    given = ds.table["split"].to_numpy(dtype=object)
+    official = bool(len(test_rows)) and bool((given[test_rows] == "test").all())
+    shared = (
+        np.isin(groups, np.unique(groups[test_rows])) if official and exclude_test_overlap else np.zeros(len(ids), bool)
+    )
+    train: dict[Key, IntArray] = {}
+    val: dict[Key, IntArray] = {}
+    for number, fold in enumerate(folds):
+        for subset in subsets:
+            train_rows = rows(fold["train"][subset], labelled=True)
+            val_rows = rows(fold["val"].get("*", fold["val"].get(subset, [])), labelled=True)
+            train[number, subset] = train_rows[~shared[train_rows]]
+            val[number, subset] = val_rows[~shared[val_rows]]
+    named = {i for fold in folds for part in fold.values() for names in part.values() for i in names} | set(test)
+    if gone & named:
+        notes.append(f"{len(gone & named)} unreadable images of the splits file left out")
+    return Splits(
+        dataset=ds.name,
+        class_names=class_names,
+        ids=ids,
+        labels=labels,
+        groups=groups,
+        test=test_rows,
+        test_set="official" if official else "local",
+        train=train,
+        val=val,
+        subsets=subsets,
+        n_folds=len(folds),
+        seed=seed,
+        val_mode=val_mode,
+        notes=tuple(dict.fromkeys(notes)),
+    ).check()
+
+
+def _lists(part: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    return {str(subset): [str(name) for name in names] for subset, names in part.items()}
+
+
+def _divided_group(sides: str, fold: int, subset: str, shared: Collection[str]) -> ProtocolError:
+    names = sorted(shared)
+    return ProtocolError(
+        f"a group is on both sides of fold {fold}, subset {subset}: {sides}",
+        expected="every group (patient, slide, identical images) on one side",
+        found=f"{len(names)} divided: {', '.join(map(repr, names[:5]))}{' …' if len(names) > 5 else ''}",
+        fix="draw the splits again: embcache splits export",
+    )

@@ -1,0 +1,321 @@
+"""Trains many heads of one kind as one model: parameters carry a leading axis of K heads.
+
+Folds, seeds and learning rates differ only in their rows, random streams and learning rate, so a step of all of them is
+one batched step. Each head keeps its own sample order, dropout stream, learning rate, plateau, early stop and best epoch;
+its losses are those it would have alone. A finished head leaves the stack.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from embcache.probe.metrics import score, softmax
+from embcache.probe.schedule import Schedule, Tracker
+
+Params = dict[str, torch.Tensor]
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.Adam's defaults
+_CHUNK = 1024  # rows scored at a time
+
+
+class TrainableHead(Protocol):
+    """What the stack needs of a head; see `embcache.probe.heads` for the whole contract."""
+
+    def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
+        """Fresh parameters of one head for features of ``dims[backbone]`` dimensions."""
+        ...
+
+    def apply(
+        self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """Logits of shape (K, B, C) from parameters (K, …), features (K, B, D) each and dropout masks (K, B, width)."""
+        ...
+
+    def dropouts(self) -> Mapping[str, tuple[int, float]]:
+        """Width and rate of each dropout mask that ``apply`` wants in training."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One head to train.
+
+    Attributes
+    ----------
+    train, val : int64 Tensor of shape (n,), (m,)
+        Rows of the features. Without validation rows the head trains for ``max_epochs`` at one learning rate and the
+        last epoch is kept.
+    stream : str
+        Names the head's random streams: initial weights, order and dropout follow from it alone.
+    lr : float
+        First learning rate.
+    weights : float Tensor of shape (n,), optional
+        Draw each epoch's n rows with replacement by these weights, instead of each row once.
+    """
+
+    train: torch.Tensor
+    val: torch.Tensor
+    stream: str
+    lr: float
+    weights: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedHead:
+    """A trained head: parameters of its best epoch and how it got there.
+
+    Attributes
+    ----------
+    params : dict of Tensor
+        Without the stacking axis.
+    best_epoch : int
+        Counted from 1.
+    val_score : float or None
+    losses : tuple of float
+        Mean training loss of each epoch.
+    val_scores, lrs : tuple of float
+        Validation score after, and learning rate during, each epoch.
+    diverged : bool
+        Training ended because the loss or an output was not finite.
+    """
+
+    params: Params
+    best_epoch: int
+    val_score: float | None
+    losses: tuple[float, ...]
+    val_scores: tuple[float, ...]
+    lrs: tuple[float, ...]
+    diverged: bool = False
+
+
+@dataclass(eq=False)
+class _Run:
+    job: Job
+    tracker: Tracker
+    order: torch.Generator
+    dropout: torch.Generator
+    best: Params = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    val_scores: list[float] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
+    diverged: bool = False
+
+    @property
+    def finished(self) -> bool:
+        if len(self.job.val):
+            return self.diverged or self.tracker.done
+        return self.diverged or len(self.losses) >= self.tracker.schedule.max_epochs
+
+
+def stream_generator(stream: str, purpose: str) -> torch.Generator:
+    """A random stream of its own for each (stream, purpose), on the CPU whatever the device."""
+    digest = hashlib.sha256(f"{stream}\0{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def train_stack(
+    head: TrainableHead,
+    x: Mapping[str, torch.Tensor],
+    y: torch.Tensor,
+    jobs: Sequence[Job],
+    n_classes: int,
+    metric: str,
+    schedule: Schedule,
+    *,
+    on_epoch: Callable[[int], Any] | None = None,
+) -> list[TrainedHead]:
+    """Train one head for each job, all at once.
+
+    Parameters
+    ----------
+    head : TrainableHead
+        Gives ``init`` and ``apply``.
+    x : mapping of backbone to float32 Tensor of shape (N, D)
+        Features; gathered by row number, never copied whole.
+    y : int64 Tensor of shape (N,)
+        Labels; read for the jobs' rows only.
+    jobs : sequence of Job
+        The heads.
+    n_classes : int
+        C, the width of the logits.
+    metric : str
+        Scores the validation rows; see `embcache.probe.metrics.score`.
+    schedule : Schedule
+        The optimisation.
+    on_epoch : callable, optional
+        Told after each epoch how many head-epochs of the ``len(jobs) * max_epochs`` planned are settled.
+
+    Returns
+    -------
+    list of TrainedHead, in the order of ``jobs``
+    """
+    device = y.device
+    dims = {backbone: features.shape[1] for backbone, features in x.items()}
+    runs = [
+        _Run(job, Tracker(schedule, job.lr), stream_generator(job.stream, "order"), stream_generator(job.stream, "dropout"))
+        for job in jobs
+    ]
+    # Heads with more steps an epoch come first, so that those still active in a step are a prefix of the stack.
+    live = sorted(runs, key=lambda run: -len(run.job.train))
+    fresh = [head.init(stream_generator(run.job.stream, "init"), dims, n_classes) for run in live]
+    params: Params = {name: torch.stack([p[name] for p in fresh]).to(device) for name in fresh[0]} if fresh else {}
+    first = {name: torch.zeros_like(p) for name, p in params.items()}
+    second = {name: torch.zeros_like(p) for name, p in params.items()}
+    steps = [0] * len(live)
+
+    while live:
+        _train_epoch(head, x, y, live, params, first, second, steps, schedule)
+        for k, run in enumerate(live):
+            _validate(head, {name: p[k : k + 1] for name, p in params.items()}, x, y, run, metric)
+        if on_epoch is not None:
+            on_epoch(sum(schedule.max_epochs if run.finished else len(run.losses) for run in runs))
+        keep = [k for k, run in enumerate(live) if not run.finished]
+        if len(keep) < len(live):
+            chosen = torch.tensor(keep, dtype=torch.int64, device=device)
+            params, first, second = ({n: t.index_select(0, chosen) for n, t in s.items()} for s in (params, first, second))
+            live, steps = [live[k] for k in keep], [steps[k] for k in keep]
+    return [_trained(run) for run in runs]
+
+
+def predict_logits(
+    head: TrainableHead, params: Params, x: Mapping[str, torch.Tensor], rows: torch.Tensor
+) -> NDArray[np.float32]:
+    """Logits of one head, shape (len(rows), C); ``params`` without the stacking axis."""
+    return _logits(head, {name: p[None] for name, p in params.items()}, x, rows)
+
+
+def _train_epoch(
+    head: TrainableHead,
+    x: Mapping[str, torch.Tensor],
+    y: torch.Tensor,
+    live: Sequence[_Run],
+    params: Params,
+    first: Params,
+    second: Params,
+    steps: list[int],
+    schedule: Schedule,
+) -> None:
+    """One epoch of every live head; parameters and moments are updated in place."""
+    size = schedule.batch_size
+    orders = [_draw_epoch(run) for run in live]
+    sums = [0.0] * len(live)
+    for start in range(0, len(orders[0]), size):
+        batches = [order[start : start + size] for order in orders if len(order) > start]
+        active, width = len(batches), max(map(len, batches))
+        # (active, width): row numbers and, for rows that only pad a shorter batch, weight 0
+        rows = torch.stack([torch.cat([b, b[:1].expand(width - len(b))]) for b in batches]).to(y.device)
+        weight = torch.stack([(torch.arange(width) < len(b)) / len(b) for b in batches]).to(y.device)
+        masks = _dropout_masks(head, live[:active], size, width, y.device)
+        leaves = {name: p[:active].detach().requires_grad_() for name, p in params.items()}
+        logits = head.apply(leaves, {backbone: features[rows] for backbone, features in x.items()}, masks)
+        each = F.cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="none").view(active, width)
+        losses = (each * weight).sum(1)  # (active,): the mean of each head's own batch
+        # Heads share no parameter, so the gradient of the sum is the gradient of each.
+        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
+        for k in range(active):
+            steps[k] += 1
+        lrs = [run.tracker.lr for run in live[:active]]
+        for (name, p), gradient in zip(leaves.items(), gradients, strict=True):
+            adam_step(p.detach(), gradient, first[name][:active], second[name][:active], steps[:active], lrs)
+        for k, value in enumerate(losses.tolist()):
+            sums[k] += value * len(batches[k])
+    for run, total in zip(live, sums, strict=True):
+        run.losses.append(total / len(run.job.train))
+        run.lrs.append(run.tracker.lr)
+
+
+def adam_step(
+    p: torch.Tensor,
+    gradient: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    steps: Sequence[int],
+    lrs: Sequence[float],
+) -> None:
+    """One step of Adam (torch's arithmetic, no weight decay) in place, each head with its own step count and rate.
+
+    Written out because ``torch.optim.Adam`` knows one rate a tensor, and its first step imports torch's compiler.
+    """
+    shape = (-1,) + (1,) * (p.dim() - 1)
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=p.dtype, device=p.device).view(shape)
+
+    first.lerp_(gradient, 1 - BETA1)
+    second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+    update = second.sqrt()
+    update.div_(column([math.sqrt(1 - BETA2**t) for t in steps])).add_(EPSILON)
+    torch.div(first, update, out=update)
+    p.addcmul_(update, column([-lr / (1 - BETA1**t) for lr, t in zip(lrs, steps, strict=True)]))
+
+
+def _draw_epoch(run: _Run) -> torch.Tensor:
+    """Row numbers of one epoch, in order."""
+    job = run.job
+    if job.weights is None:
+        return job.train[torch.randperm(len(job.train), generator=run.order)]
+    return job.train[torch.multinomial(job.weights, len(job.train), replacement=True, generator=run.order)]
+
+
+def _dropout_masks(
+    head: TrainableHead, live: Sequence[_Run], size: int, width: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Masks of shape (K, width, units), 0 or 1/(1 - rate); a full batch is drawn so that streams ignore padding."""
+    return {
+        name: torch.stack([(torch.rand(size, units, generator=run.dropout)[:width] >= rate) / (1 - rate) for run in live]).to(
+            device
+        )
+        for name, (units, rate) in head.dropouts().items()
+    }
+
+
+def _validate(
+    head: TrainableHead, params: Params, x: Mapping[str, torch.Tensor], y: torch.Tensor, run: _Run, metric: str
+) -> None:
+    """Score one head (stacking axis of 1) after an epoch and keep its parameters where it is the best so far."""
+    logits = _logits(head, params, x, run.job.val)
+    run.diverged = not (math.isfinite(run.losses[-1]) and bool(np.isfinite(logits).all()))
+    if run.diverged:
+        run.val_scores.append(-math.inf)
+        return
+    better = True
+    if len(run.job.val):
+        value = score(metric, y[run.job.val.to(y.device)].cpu().numpy(), softmax(logits))
+        run.val_scores.append(value)
+        better = run.tracker.update(value)
+    if better:
+        run.best = {name: p[0].clone() for name, p in params.items()}
+
+
+@torch.no_grad()
+def _logits(
+    head: TrainableHead, params: Params, x: Mapping[str, torch.Tensor], rows: torch.Tensor
+) -> NDArray[np.float32]:
+    device = next(iter(params.values())).device
+    parts = [
+        head.apply(params, {backbone: features[chunk][None] for backbone, features in x.items()}, None)[0]
+        for chunk in rows.to(device).split(_CHUNK)
+    ]
+    return np.asarray(torch.cat(parts).float().cpu().numpy()) if len(rows) else np.zeros((0, 0), np.float32)
+
+
+def _trained(run: _Run) -> TrainedHead:
+    validated = len(run.job.val) > 0
+    return TrainedHead(
+        params=run.best,
+        best_epoch=run.tracker.best_epoch if validated else len(run.losses) - run.diverged,
+        val_score=run.tracker.best_score if validated else None,
+        losses=tuple(run.losses),
+        val_scores=tuple(run.val_scores),
+        lrs=tuple(run.lrs),
+        diverged=run.diverged,
+    )

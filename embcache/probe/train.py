@@ -1,0 +1,159 @@
+"""From rows and labels to trained heads: jobs with their oversampling, and `fit` for a head on arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from embcache.errors import ProtocolError
+from embcache.probe.metrics import softmax
+from embcache.probe.schedule import Schedule
+from embcache.probe.stack import Job, Params, TrainableHead, TrainedHead, predict_logits, train_stack
+
+
+def is_balanced(labels: NDArray[np.int64], n_classes: int) -> bool:
+    """Whether class counts are equal, but for a remainder of one."""
+    counts = np.bincount(labels, minlength=n_classes)
+    return int(counts.max() - counts.min()) <= 1
+
+
+def make_job(
+    labels: NDArray[np.int64], train: NDArray[np.int64], val: NDArray[np.int64], n_classes: int, stream: str, lr: float
+) -> Job:
+    """A job that oversamples where its training rows are not balanced (Section A, and the choice for all datasets).
+
+    An unbalanced epoch is as many weighted draws with replacement as there are rows, every class equally likely.
+
+    Parameters
+    ----------
+    labels : int64 array of shape (N,)
+        Labels of all rows.
+    train, val : int64 array
+        Row numbers.
+    n_classes : int
+        How many classes the dataset has.
+    stream : str
+        See `Job`.
+    lr : float
+        First learning rate.
+    """
+    y = labels[train]
+    weights = None
+    if not is_balanced(y, n_classes):
+        weights = torch.from_numpy(1.0 / np.bincount(y, minlength=n_classes)[y])
+    return Job(torch.from_numpy(train), torch.from_numpy(val), stream, lr, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedHead:
+    """A trained head that predicts.
+
+    Attributes
+    ----------
+    head : TrainableHead
+    trained : TrainedHead
+    dims : dict of backbone to int
+        Features it was trained on, in their order.
+    n_classes : int
+    """
+
+    head: TrainableHead
+    trained: TrainedHead
+    dims: dict[str, int]
+    n_classes: int
+
+    def predict_proba(self, x: Mapping[str, ArrayLike]) -> NDArray[np.float64]:
+        """Class probabilities, float64 of shape (n, C), from features of shape (n, D) of each backbone.
+
+        Raises
+        ------
+        ValueError
+            A backbone is missing or has another dimension.
+        """
+        features = _tensors(x)
+        found = {backbone: features[backbone].shape[1] for backbone in self.dims if backbone in features}
+        if found != self.dims:
+            raise ValueError(f"features of {self.dims} are needed, not of {found}")
+        n = len(next(iter(features.values())))
+        if n == 0:
+            return np.zeros((0, self.n_classes))
+        chosen = {backbone: features[backbone] for backbone in self.dims}
+        return softmax(predict_logits(self.head, self.trained.params, chosen, torch.arange(n)))
+
+
+def fit(
+    head: TrainableHead,
+    x: Mapping[str, ArrayLike],
+    y: ArrayLike,
+    *,
+    x_val: Mapping[str, ArrayLike] | None = None,
+    y_val: ArrayLike | None = None,
+    metric: str | None = None,
+    seed: int = 0,
+    schedule: Schedule | None = None,
+) -> FittedHead:
+    """Train one head on arrays.
+
+    Parameters
+    ----------
+    head : TrainableHead
+        The head; see `embcache.probe.heads`.
+    x : mapping of backbone to array-like of shape (n, D)
+        Training features, used raw.
+    y : array-like of int, shape (n,)
+        Labels 0 … C − 1.
+    x_val, y_val : optional
+        Validation rows, which choose the epoch; without them the head trains for all epochs.
+    metric : str, optional
+        Scores the validation rows. Default: AUC for two classes, macro AUC for more.
+    seed : int
+        Of initial weights, order and dropout.
+    schedule : Schedule, optional
+        The optimisation; default: the protocol's.
+
+    Raises
+    ------
+    ProtocolError
+        Training diverged before a first usable epoch.
+    ValueError
+        No backbone, no rows, or lengths that differ.
+    """
+    labels = np.asarray(y, dtype=np.int64)
+    features = _tensors(x)
+    n, n_classes = len(labels), int(labels.max(initial=0)) + 1
+    val_labels = np.zeros(0, dtype=np.int64)
+    if x_val is not None:
+        val_labels = np.asarray(y_val, dtype=np.int64)
+        held = _tensors(x_val)
+        features = {backbone: torch.cat([f, held[backbone]]) for backbone, f in features.items()}
+    if not features or n == 0 or any(len(f) != n + len(val_labels) for f in features.values()):
+        raise ValueError(f"{n} labels and {len(val_labels)} validation labels do not fit the features")
+    both = np.concatenate([labels, val_labels])
+    plan = schedule or Schedule()
+    job = make_job(both, np.arange(n), np.arange(n, len(both)), n_classes, f"{seed}\0fit", plan.lr)
+    chosen = metric or ("auc" if n_classes == 2 else "macro_auc")
+    (trained,) = train_stack(head, features, torch.from_numpy(both), [job], n_classes, chosen, plan)
+    if not trained.params:
+        raise diverged_error("the head", plan.lr)
+    return FittedHead(head, trained, {backbone: f.shape[1] for backbone, f in features.items()}, n_classes)
+
+
+def diverged_error(what: str, lr: float) -> ProtocolError:
+    """The error for a head whose very first epoch gave no finite loss."""
+    return ProtocolError(
+        f"training of {what} diverged in its first epoch",
+        expected="finite losses",
+        found=f"a loss or an output that is not a number, at learning rate {lr:g}",
+        fix=f"--lr {lr / 10:g}, or look for features that are not finite: embcache info",
+    )
+
+
+def _tensors(x: Mapping[str, ArrayLike]) -> dict[str, torch.Tensor]:
+    return {backbone: torch.from_numpy(np.ascontiguousarray(f, dtype=np.float32)) for backbone, f in x.items()}
+
+
+__all__ = ["FittedHead", "Params", "diverged_error", "fit", "is_balanced", "make_job"]
