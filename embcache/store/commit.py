@@ -19,8 +19,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from embcache.errors import StoreError
 from embcache.paths import slug
 from embcache.store.formats import FORMATS, find_format
@@ -34,6 +32,7 @@ from embcache.store.reading import (
 from embcache.store.recipe import Recipe
 from embcache.store.rows import PlanEntry, ShardRows, check_ids
 from embcache.store.sealed import crc32c, seal
+from embcache.store.view import view_files
 
 __all__ = [
     "PlanEntry",
@@ -47,6 +46,13 @@ __all__ = [
 ]
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+_FIXES = {
+    errno.ENOSPC: "free space there, then run the same command: what is committed stays",
+    errno.EDQUOT: "raise the quota or free space, then run the same command: what is committed stays",
+    errno.EACCES: "make the folder writable, or give --home FOLDER",
+    errno.EROFS: "give --home FOLDER on a disk that can be written",
+}
 
 
 def create_store(
@@ -98,13 +104,6 @@ def create_store(
         threads=int(threads),
         provenance=dict(provenance or {}),
     )
-    if min(header.rows_per_shard, header.batch_size, header.threads, *header.row_shape) < 1:
-        raise StoreError(
-            "a store needs positive sizes",
-            expected="rows_per_shard, batch_size, threads and every side of row_shape ≥ 1",
-            found=f"{header.rows_per_shard}, {header.batch_size}, {header.threads}, {header.row_shape}",
-        )
-    np.dtype(recipe.dtype)
     store = Path(dataset_dir) / f"{slug(recipe.backbone)}-{recipe.fingerprint[:12]}"
     with _writing(store):
         if not store.is_dir():
@@ -157,12 +156,8 @@ def publish_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> bool
     if len(entries) > limit or number < 0:
         raise StoreError("a plan does not fit its shard", expected=f"1 to {limit} rows", found=f"{len(entries)} rows")
     rows = [[entry.id, entry.size, entry.mtime_ns, entry.digest] for entry in entries]
-    with _writing(store):
-        return create_exclusive(
-            store / "plan" / f"{shard_name(number)}.json",
-            seal({"number": number, "rows": rows}, indent=None),
-            staging=store / "staging",
-        )
+    sealed = seal({"number": number, "rows": rows}, indent=None)
+    return create_exclusive(store / "plan" / f"{shard_name(number)}.json", sealed, staging=store / "staging")
 
 
 def commit_shard(store: Path, number: int, rows: ShardRows) -> bool:
@@ -180,13 +175,13 @@ def commit_shard(store: Path, number: int, rows: ShardRows) -> bool:
     """
     store = Path(store)
     header, name = read_header(store), shard_name(number)
-    _check_rows(header, [entry.id for entry in read_plan(store, number)], rows)
+    header.check_rows(rows, [entry.id for entry in read_plan(store, number)])
     target, prefix = store / "shards" / name, f"shard-{name}-"
     with _writing(store):
         won = False
         if not target.is_dir():
             staged = store / "staging" / (prefix + secrets.token_hex(8))
-            files = FORMATS[header.format].encode_shard(_blank_invalid(rows), header.rows_per_shard)
+            files = FORMATS[header.format].encode_shard(rows.blanked(), header.rows_per_shard)
             record = {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in sorted(files.items())}
             files["commit.json"] = seal({"rows": len(rows.ids), "files": record})
             try:
@@ -204,27 +199,14 @@ def commit_shard(store: Path, number: int, rows: ShardRows) -> bool:
 def write_view(store: Path) -> None:
     """Write ``view.zarr`` or ``view.h5``: one array over all shards, for readers without embcache.
 
-    Row ``N * rows_per_shard + i`` is row ``i`` of shard ``N``; ``valid`` is False for padding, superseded and
-    quarantined rows. Features are not copied: chunks are relative links into the shards, or a virtual dataset with
-    relative names, so that a store can be moved. Where links cannot be made, chunks are copied.
+    ``valid`` is False for padding, superseded and quarantined rows. Features are not copied: chunks are relative links
+    into the shards, or a virtual dataset with relative names, so that a store can be moved. Where links cannot be
+    made, chunks are copied.
     """
     store = Path(store)
     header = read_header(store)
-    form, live = FORMATS[header.format], read_live(store, header)
-    size = header.rows_per_shard * (max(live.shard_rows, default=-1) + 1)
-    ids, valid = [""] * size, np.zeros(size, bool)
-    for id_, shard, position, is_valid in zip(live.ids, live.shards, live.positions, live.valid, strict=True):
-        ids[shard * header.rows_per_shard + position] = id_
-        valid[shard * header.rows_per_shard + position] = is_valid
-    attributes = {
-        "backbone": header.recipe.backbone,
-        "fingerprint": header.recipe.fingerprint,
-        "rows": "use only rows whose valid is true; the others are padding, superseded or unreadable",
-    }
-    dtype = np.dtype(header.recipe.dtype)
-    files, links = form.encode_view(
-        ids, valid, header.row_shape, dtype, header.rows_per_shard, live.shard_rows, attributes
-    )
+    files, links = view_files(header, read_live(store, header))
+    view = store / FORMATS[header.format].view
     staged = store / "staging" / f"view-{secrets.token_hex(8)}"
     with _writing(store):
         try:
@@ -232,10 +214,10 @@ def write_view(store: Path) -> None:
             for link, target in links.items():
                 # Relative to where the link will lie, not to where it is staged.
                 _link(staged / link, os.path.relpath(target, Path(link).parent), store / target)
-            _swap_in(staged / form.view, store / form.view)
+            _swap_in(staged / view.name, view)
         except FileNotFoundError:
             # Another process wrote its view first and removed ours from staging.
-            if not (store / form.view).exists():
+            if not view.exists():
                 raise
         _sync_folder(store)
         _remove_leftovers(store / "staging", "view-")
@@ -264,25 +246,26 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def create_exclusive(path: Path, data: bytes, *, staging: Path) -> bool:
     """Write a file that must not be there yet, whole or not at all; False when it is there."""
-    if path.exists():
-        return False
     staged = staging / f"{path.name}-{secrets.token_hex(8)}"
-    _write_file(staged, data)
-    try:
-        os.link(staged, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        # A filesystem without hard links: the window between look and rename only ever costs work, since a shard's
-        # own ids say what it holds.
+    with _writing(path):
         if path.exists():
             return False
-        staged.rename(path)
-    finally:
-        staged.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+        _write_file(staged, data)
+        try:
+            os.link(staged, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # A filesystem without hard links. Between look and rename another process may publish the same number;
+            # that costs work only, since a shard's own ids say what it holds.
+            if path.exists():
+                return False
+            staged.rename(path)
+        finally:
+            staged.unlink(missing_ok=True)
+        _sync_folder(path.parent)
     return True
 
 
@@ -310,40 +293,12 @@ def _writing(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fixes = {
-            errno.ENOSPC: "free space there, then run the same command: what is committed stays",
-            errno.EDQUOT: "raise the quota or free space, then run the same command: what is committed stays",
-            errno.EACCES: "make the folder writable, or give --home FOLDER",
-            errno.EROFS: "give --home FOLDER on a disk that can be written",
-        }
         raise StoreError(
             "the feature store cannot be written",
             found=error.strerror or str(error),
             where=error.filename or where,
-            fix=fixes.get(error.errno or 0, "check the disk, then run the same command: what is committed stays"),
+            fix=_FIXES.get(error.errno or 0, "check the disk, then run the same command: what is committed stays"),
         ) from error
-
-
-def _check_rows(header: StoreHeader, planned: list[str], rows: ShardRows) -> None:
-    if list(rows.ids) != planned:
-        raise StoreError(
-            "a shard's rows are not those of its plan",
-            expected=f"{len(planned)} ids in the plan's order",
-            found=f"{len(rows.ids)} ids, {len(set(planned) & set(rows.ids))} of them planned",
-        )
-    if rows.features.shape[1:] != header.row_shape or rows.features.dtype != np.dtype(header.recipe.dtype):
-        raise StoreError(
-            "features do not fit their store",
-            expected=f"{header.recipe.dtype} (n, {', '.join(map(str, header.row_shape))})",
-            found=f"{rows.features.dtype} {rows.features.shape}",
-        )
-
-
-def _blank_invalid(rows: ShardRows) -> ShardRows:
-    # What a network made of an unreadable image depends on its neighbours in the batch: it is never kept.
-    features = rows.features.copy()
-    features[~rows.valid] = 0
-    return ShardRows(rows.ids, features, rows.valid, rows.digests, rows.reasons)
 
 
 def _write_file(path: Path, data: bytes) -> None:

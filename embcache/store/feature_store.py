@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, SupportsIndex, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pandas as pd
 
 from embcache.errors import RecipeError, StoreError, StoreNotFoundError
 from embcache.paths import PathLike, home_dir, slug
+from embcache.store.features import Features
 from embcache.store.reading import (
     LiveRows,
     StoreHeader,
     committed_numbers,
     plan_numbers,
-    read_features,
     read_header,
     read_live,
     read_plan,
 )
 from embcache.store.recipe import Recipe
 from embcache.store.rows import PlanEntry
-
-Rows = slice | SupportsIndex | np.ndarray | list[int]
 
 
 class NamedTable(Protocol):
@@ -245,64 +243,6 @@ class FeatureStore:
         )
 
 
-class Features:
-    """A view over the live rows of a store's shards, as an array that is read when indexed.
-
-    ``features[:]``, ``features[3]``, ``features[10:20]``, ``features[[4, 2]]`` and boolean masks select rows and return
-    numpy arrays. Shards that hold none of the selected rows are not read; those that do are verified first.
-    """
-
-    def __init__(self, path: Path, header: StoreHeader, shards: np.ndarray, positions: np.ndarray) -> None:
-        self._path, self._header, self._shards, self._positions = path, header, shards, positions
-        self._last: tuple[int, np.ndarray] | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, *row_shape)."""
-        return (len(self._shards), *self._header.row_shape)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """As stored."""
-        return np.dtype(self._header.recipe.dtype)
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def __getitem__(self, rows: Rows) -> np.ndarray:
-        chosen = np.arange(len(self))[rows]
-        flat = np.atleast_1d(chosen).ravel()
-        out = np.empty((len(flat), *self._header.row_shape), self.dtype)
-        order = np.argsort(self._shards[flat], kind="stable")
-        starts = np.flatnonzero(np.diff(self._shards[flat][order], prepend=-1))
-        for part in np.split(order, starts[1:]) if len(order) else ():
-            out[part] = self._shard(int(self._shards[flat[part[0]]]))[self._positions[flat[part]]]
-        return out.reshape(*np.shape(chosen), *self._header.row_shape)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[i] for i in range(len(self)))
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if copy is False:
-            raise ValueError("features are read from disk: an array of them is always a copy")
-        return self[:].astype(dtype or self.dtype, copy=False)
-
-    def __repr__(self) -> str:
-        return f"Features({self.shape} {self.dtype}; index to read, [:] for all)"
-
-    def _shard(self, number: int) -> np.ndarray:
-        # Row after row is a common way to read; shards are immutable, so the last one need not be read again.
-        last = self._last
-        if last is None or last[0] != number:
-            self._last = last = (number, read_features(self._path, self._header, number))
-        return last[1]
-
-
 def store_folders(home: PathLike | None = None, dataset: str | None = None) -> list[Path]:
     """Folders that hold a recipe, sorted by dataset and name; nothing in them is read."""
     root = home_dir(home)
@@ -397,8 +337,8 @@ def extract_command(backbone: str, dataset: str | NamedTable, home: PathLike | N
     kind = getattr(dataset, "kind", None)
     words = ["embcache", "extract", "--backbone", backbone]
     words += ["--dataset", dataset if isinstance(dataset, str) else str(kind or dataset.name)]
-    if kind == "folder":
-        words += ["--data-root", str(getattr(dataset, "root", None) or "FOLDER")]
+    if kind == "folder" and not isinstance(dataset, str):
+        words += ["--data-root", str(getattr(dataset, "root", None) or "FOLDER"), "--name", dataset.name]
     return shlex.join([*words, "--home", str(home)] if home is not None else words)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from embcache.errors import StoreError
 
+NUMERIC_KINDS = "biufc"  # numpy's kinds of dtype that a row may have
 HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -96,7 +97,7 @@ class ShardRows:
         n = len(self.ids)
         if self.valid.shape != (n,) or self.valid.dtype != np.bool_:
             raise StoreError("valid needs one boolean per id", expected=f"bool ({n},)", found=_shape(self.valid))
-        if self.features.ndim < 1 or self.features.shape[0] != n or self.features.dtype.kind not in "biufc":
+        if self.features.ndim < 1 or self.features.shape[0] != n or self.features.dtype.kind not in NUMERIC_KINDS:
             raise StoreError(
                 "features do not have one row per id", expected=f"numbers ({n}, …)", found=_shape(self.features)
             )
@@ -120,6 +121,15 @@ class ShardRows:
     def index(self) -> RowIndex:
         """The rows without their features."""
         return RowIndex(self.ids, self.valid, self.digests, self.reasons)
+
+    def blanked(self) -> ShardRows:
+        """Return the rows with zeros for features that are not valid.
+
+        What a network made of an unreadable image depends on its neighbours in the batch: it is never kept.
+        """
+        features = self.features.copy()
+        features[~self.valid] = 0
+        return replace(self, features=features)
 
 
 def check_id(id_: str) -> None:

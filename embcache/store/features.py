@@ -1,0 +1,71 @@
+"""The rows of a store as an array that is read, and verified, when indexed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from embcache.store.reading import StoreHeader, read_features
+
+Rows = slice | SupportsIndex | np.ndarray | list[int]
+
+
+class Features:
+    """A view over the live rows of a store's shards, as an array that is read when indexed.
+
+    ``features[:]``, ``features[3]``, ``features[10:20]``, ``features[[4, 2]]`` and boolean masks select rows and return
+    numpy arrays. Shards that hold none of the selected rows are not read; those that do are verified first.
+    """
+
+    def __init__(self, path: Path, header: StoreHeader, shards: np.ndarray, positions: np.ndarray) -> None:
+        self._path, self._header, self._shards, self._positions = path, header, shards, positions
+        self._last: tuple[int, np.ndarray] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, *row_shape)."""
+        return (len(self._shards), *self._header.row_shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As stored."""
+        return np.dtype(self._header.recipe.dtype)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, rows: Rows) -> np.ndarray:
+        chosen = np.arange(len(self))[rows]
+        flat = np.atleast_1d(chosen).ravel()
+        out = np.empty((len(flat), *self._header.row_shape), self.dtype)
+        order = np.argsort(self._shards[flat], kind="stable")
+        starts = np.flatnonzero(np.diff(self._shards[flat][order], prepend=-1))
+        for part in np.split(order, starts[1:]) if len(order) else ():
+            out[part] = self._shard(int(self._shards[flat[part[0]]]))[self._positions[flat[part]]]
+        return out.reshape(*np.shape(chosen), *self._header.row_shape)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[i] for i in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("features are read from disk: an array of them is always a copy")
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def __repr__(self) -> str:
+        return f"Features({self.shape} {self.dtype}; index to read, [:] for all)"
+
+    def _shard(self, number: int) -> np.ndarray:
+        # Row after row is a common way to read; shards are immutable, so the last one need not be read again.
+        last = self._last
+        if last is None or last[0] != number:
+            self._last = last = (number, read_features(self._path, self._header, number))
+        return last[1]

@@ -1,0 +1,43 @@
+"""What a view over all shards is made of, for readers without embcache. Nothing here touches the disk."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from embcache.store.formats import FORMATS
+from embcache.store.reading import LiveRows, StoreHeader
+
+
+def view_files(header: StoreHeader, live: LiveRows) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Files and links of a store's view.
+
+    Row ``N * rows_per_shard + i`` is row ``i`` of shard ``N``. Rows that are padding, superseded or not readable have
+    ``valid`` False; those that are not live have no id either.
+
+    Returns
+    -------
+    files : dict of str to bytes
+        Paths are relative to the store.
+    links : dict of str to str
+        ``{link: target}``, both relative to the store.
+    """
+    size = header.rows_per_shard * (max(live.shard_rows, default=-1) + 1)
+    rows = live.shards * header.rows_per_shard + live.positions
+    ids, valid = [""] * size, np.zeros(size, bool)
+    for row, id_ in zip(rows.tolist(), live.ids, strict=True):
+        ids[row] = id_
+    valid[rows] = live.valid
+    attributes = {
+        "backbone": header.recipe.backbone,
+        "fingerprint": header.recipe.fingerprint,
+        "rows": "use only rows whose valid is true; the others are padding, superseded or unreadable",
+    }
+    return FORMATS[header.format].encode_view(
+        ids=ids,
+        valid=valid,
+        row_shape=header.row_shape,
+        dtype=np.dtype(header.recipe.dtype),
+        rows_per_shard=header.rows_per_shard,
+        shard_rows=live.shard_rows,
+        attributes=attributes,
+    )
