@@ -72,11 +72,15 @@ def extract(
         found, _ = find_dataset(each, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
         for note in found.notes:
             typer.echo(f"note: {note}", err=True)
-        done = run_extraction(
-            names, found, home=home, weights=_parse_weights(weights, names), transform=transform, device=device,
-            precision=precision, batch_size=batch_size, workers=workers, format=format, part=_parse_part(part),
-            say=lambda line: typer.echo(f"note: {line}", err=True),
-        )  # fmt: skip
+        try:
+            done = run_extraction(
+                names, found, home=home, weights=_parse_weights(weights, names), transform=transform, device=device,
+                precision=precision, batch_size=batch_size, workers=workers, format=format, part=_parse_part(part),
+                say=lambda line: typer.echo(f"note: {line}", err=True),
+            )  # fmt: skip
+        except (KeyboardInterrupt, SystemExit):
+            typer.echo("\nstopped: what is committed stays, and the same command goes on from there", err=True)
+            raise
         if json != "-":
             _print(found.name, len(found), done)
         answers += [_as_json(found.name, extraction) for extraction in done]
