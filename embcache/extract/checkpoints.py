@@ -196,27 +196,36 @@ def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
     return {key: value.detach() for key, value in loaded.items()}
 
 
-def clean_state_dict(state: Mapping[str, Tensor], *, where: object = None) -> dict[str, Tensor]:
-    """Strip the known wrappers' prefixes and leave out the known heads (:data:`PREFIXES`, :data:`HEADS`).
+def strip_prefixes(state: Mapping[str, Tensor], *, where: object = None) -> dict[str, Tensor]:
+    """Take the known wrappers' prefixes (:data:`PREFIXES`) off every name, as often as they stand there.
 
     Raises
     ------
     WeightsError
         Two names become one.
     """
-    cleaned: dict[str, Tensor] = {}
+    stripped: dict[str, Tensor] = {}
     for key, value in state.items():
         name = key
         while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
             name = name.removeprefix(prefix)
-        if name.startswith(HEADS):
-            continue
-        if name in cleaned:
+        if name in stripped:
             raise WeightsError(
                 f"the checkpoint names {name} twice, with and without a prefix", found=key, where=where, fix=_CONVERT
             )
-        cleaned[name] = value
-    return cleaned
+        stripped[name] = value
+    return stripped
+
+
+def clean_state_dict(state: Mapping[str, Tensor], *, where: object = None) -> dict[str, Tensor]:
+    """Strip the known prefixes and leave out the known heads (:data:`PREFIXES`, :data:`HEADS`).
+
+    Raises
+    ------
+    WeightsError
+        Two names become one.
+    """
+    return {key: value for key, value in strip_prefixes(state, where=where).items() if not key.startswith(HEADS)}
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, where: object = None) -> None:

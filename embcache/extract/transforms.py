@@ -105,6 +105,7 @@ def choose_transform(backbone: Backbone, kind: str | None, image_sizes: Collecti
     Parameters
     ----------
     backbone : Backbone
+        Whose patch, normalisation and interpolation count.
     kind : {"paper", "imagenet", "model"} or None
         ``paper``: images of one size, with no side above 224 and both divisible by the patch, stay as they are; all
         others are resized to 256×256 and centre-cropped to 224, bilinear. ``imagenet``: shorter side 256, centre crop
@@ -141,9 +142,7 @@ def choose_transform(backbone: Backbone, kind: str | None, image_sizes: Collecti
             return Transform("paper", None, None, as_is, "bilinear", backbone.mean, backbone.std)
         chosen = Transform("paper", (256, 256), (224, 224), (224, 224), "bilinear", backbone.mean, backbone.std)
     else:
-        chosen = Transform(
-            "imagenet", 256, (224, 224), (224, 224), backbone.interpolation, backbone.mean, backbone.std
-        )
+        chosen = Transform("imagenet", 256, (224, 224), (224, 224), backbone.interpolation, backbone.mean, backbone.std)
     if 224 % backbone.patch:
         raise UsageError(
             f"{backbone.name} cannot take the 224×224 images of the transform {kind!r}",
@@ -175,7 +174,8 @@ def _model_transform(backbone: Backbone) -> Transform:
         raise UsageError(
             f"the preprocessing of {backbone.name} is not one that embcache has",
             expected="a centre crop of square images, or images squashed to one size",
-            found=f"crop mode {backbone.crop_mode!r} at {width}×{height}", fix="embcache extract --transform imagenet …",
+            found=f"crop mode {backbone.crop_mode!r} at {width}×{height}",
+            fix="embcache extract --transform imagenet …",
         )  # fmt: skip
     return Transform(
         "model", resize, backbone.input_size, backbone.input_size, backbone.interpolation, backbone.mean, backbone.std
@@ -192,6 +192,7 @@ def normalise(batch: torch.Tensor, transform: Transform, device: torch.device | 
     transform : Transform
         Whose mean and deviation are used.
     device : torch.device or str
+        Where the result lies.
 
     Returns
     -------

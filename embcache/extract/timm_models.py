@@ -1,0 +1,307 @@
+"""Any of timm's models as a backbone: ``timm:NAME`` and ``timm:hf-hub:ORG/NAME``.
+
+Features are those that timm pools for the model's own classifier, after the model's own preprocessing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import logging
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import timm
+import torch
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from timm.data.config import resolve_model_data_config
+from timm.layers.mlp import SwiGLUPacked
+from torch import Tensor, nn
+
+from embcache.errors import UsageError, WeightsError
+from embcache.extract.backbones import Backbone, timm_filename
+from embcache.extract.checkpoints import hash_state, load_strictly, read_checkpoint, strip_prefixes
+from embcache.extract.weights import Published, check_digest, find_weights, locate_weights
+from embcache.paths import PathLike, weights_dir
+
+# What authors tell timm.create_model on their model cards and their configuration on the hub does not say. Names are in
+# lower case. A wrong argument cannot pass unseen: weights are loaded strictly.
+ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "hf-hub:mahmoodlab/uni": {"init_values": 1e-5, "dynamic_img_size": True},
+    "hf-hub:bioptimus/h-optimus-0": {"init_values": 1e-5, "dynamic_img_size": False},
+    "hf-hub:bioptimus/h-optimus-1": {"init_values": 1e-5, "dynamic_img_size": False},
+    "hf-hub:paige-ai/virchow": {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "global_pool": "token"},
+    "hf-hub:paige-ai/virchow2": {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "global_pool": "token"},
+}
+# Part of a name, in lower case → datasets whose images it was pretrained on.
+CONTAMINATED: Mapping[str, tuple[str, ...]] = {"rad-dino": ("nih",), "rad_dino": ("nih",)}
+
+
+@functools.cache
+def find_timm(name: str) -> Backbone:
+    """Describe a timm model by its own configuration.
+
+    Parameters
+    ----------
+    name : str
+        ``timm:NAME`` or ``timm:hf-hub:ORG/NAME``.
+
+    Raises
+    ------
+    UsageError
+        timm has no such model, or the model gives no pooled features.
+    WeightsError
+        Its configuration on the hub cannot be fetched.
+    """
+    model_name = name.removeprefix("timm:")
+    lower = model_name.lower()
+    if not model_name.startswith("hf-hub:") and not timm.is_model(model_name):
+        near = difflib.get_close_matches(model_name, timm.list_models(pretrained=True), n=3, cutoff=0.4)
+        raise UsageError(
+            f"timm has no model {model_name!r}", found=name + (f" (did you mean {' or '.join(near)}?)" if near else ""),
+            expected="timm:NAME with a name that timm lists, or timm:hf-hub:ORG/NAME",
+            fix="python -c 'import timm; print(*timm.list_models(pretrained=True), sep=\"\\n\")'",
+        )  # fmt: skip
+    arguments = dict(ARGUMENTS.get(lower, {}))
+    if "vit" in lower and "dinov3" in lower:
+        # timm averages the patches of DINOv3 unless told otherwise; the published feature is the class token.
+        arguments["global_pool"] = "token"
+    model = _skeleton(model_name, arguments)
+    config = model.pretrained_cfg
+    data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    height, width = data["input_size"][-2:]
+    return Backbone(
+        name=name,
+        network=f"timm {model_name}",
+        dim=_feature_length(model, (height, width), name),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        source=str(config.get("hf_hub_id") or config.get("url") or "its own weights, given with --weights"),
+        licence=str(config.get("license") or "see its model card"),
+        patch=_patch(model),
+        pooling="timm",
+        mean=_rgb(data["mean"]),
+        std=_rgb(data["std"]),
+        interpolation=str(data["interpolation"]),
+        weights=Published(filename=timm_filename(name)),
+        timm=model_name,
+        timm_arguments=tuple(arguments.items()),
+        input_size=(int(height), int(width)),
+        crop_pct=float(data["crop_pct"]),
+        crop_mode=str(data["crop_mode"]),
+        contaminated=next((names for part, names in CONTAMINATED.items() if part in lower), ()),
+    )
+
+
+def load_timm(
+    spec: Backbone,
+    weights: PathLike | None,
+    home: PathLike | None,
+    image_size: tuple[int, int] | None,
+    allow_download: bool,
+) -> tuple[nn.Module, str, str]:
+    """Build a timm model with its weights: from ``weights``, else the weights folder, else as timm fetches them.
+
+    Returns
+    -------
+    module, sha256, origin : Module, str, str
+        The digest is that of the file, or of the tensors where timm fetched them; the origin is in words.
+
+    Raises
+    ------
+    UsageError
+        The network cannot take images of that size.
+    WeightsError
+        The weights are missing, refused, or do not fit.
+    """
+    path: Path | None
+    if weights is not None:
+        path = locate_weights(spec.name, spec.weights, override=weights, home=home)
+    else:
+        path = find_weights(spec.weights, weights_dir(home))
+    if path is not None:
+        checkpoint = read_checkpoint(path)
+        if weights is None:
+            check_digest(path, checkpoint.sha256, spec.weights)
+        module, digest, origin = _fill(spec, checkpoint.state, path), checkpoint.sha256, path.name
+    else:
+        module = _fetch(spec, weights_dir(home), allow_download)
+        digest, origin = hash_state(module), f"timm, {spec.source}"
+    if image_size is not None and image_size != spec.input_size:
+        _resize(module, spec, image_size)
+    return module, digest, origin
+
+
+def _fill(spec: Backbone, state: Mapping[str, Tensor], path: Path) -> Any:
+    """Build the network and fill it strictly from tensors under timm's names, or names that timm itself converts."""
+    stripped = strip_prefixes(state, where=path)
+    module = _create(spec.timm, dict(spec.timm_arguments), num_classes=0)
+    classifiers = module.pretrained_cfg.get("classifier") or ()
+    heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    trunk = {key: value for key, value in stripped.items() if key.rpartition(".")[0] not in heads}
+    try:
+        load_strictly(module, trunk, where=path)
+    except WeightsError as mismatch:
+        # Overlaid on the configuration, the tensors pass through the model's own converter of published names.
+        overlay = {"state_dict": trunk, "source": "", "num_classes": 0, "label_offset": 0}
+        arguments = {**dict(spec.timm_arguments), "pretrained": True, "pretrained_cfg_overlay": overlay}
+        try:
+            module = _create(spec.timm, arguments, num_classes=0)
+        except (RuntimeError, KeyError, ValueError, AttributeError, TypeError):
+            raise mismatch from None
+        del module.pretrained_cfg["state_dict"]
+    return module
+
+
+def _fetch(spec: Backbone, folder: Path, allow_download: bool) -> Any:
+    """Build the network with the weights that timm and the hub keep or fetch."""
+    repository = spec.source if "/" in spec.source and "://" not in spec.source else None
+    if not allow_download:
+        raise _unavailable(spec.timm, "downloads are not allowed here", spec.weights.filename, folder)
+    if repository is not None:
+        _reach_hub(spec.timm, repository, "model.safetensors", spec.weights.filename, folder)
+    try:
+        # With the classifier that the checkpoint has: timm is strict about names only when the classes agree.
+        module = _create(spec.timm, {**dict(spec.timm_arguments), "pretrained": True})
+    except RuntimeError as error:
+        raise WeightsError(
+            f"timm has no weights for {spec.timm}, or they do not fit it", found=str(error).partition("\n")[0],
+            expected="a model that timm.list_models(pretrained=True) lists",
+            fix=f"embcache extract --weights {spec.name}=FILE …",
+        ) from error  # fmt: skip
+    module.reset_classifier(0)
+    return module
+
+
+def _create(model_name: str, arguments: Mapping[str, Any], **more: Any) -> Any:
+    # Any: what a timm model has besides nn.Module is not in its type.
+    if model_name.startswith("hf-hub:"):
+        _reach_hub(model_name, model_name.removeprefix("hf-hub:"), "config.json")
+    try:
+        with torch.random.fork_rng(devices=[]), _quiet_hub():
+            return timm.create_model(model_name, **{"pretrained": False, **arguments, **more})
+    except GatedRepoError as error:
+        page = f"https://huggingface.co/{model_name.removeprefix('hf-hub:')}"
+        raise WeightsError(
+            f"{model_name} is gated: its authors let in those who accept their terms", where=page,
+            found="a refusal from the hub", fix=f"accept the terms at {page}, then type: hf auth login",
+        ) from error  # fmt: skip
+    except RepositoryNotFoundError as error:
+        raise UsageError(
+            f"the hub has no model {model_name.removeprefix('hf-hub:')!r}, or it is private", found="not found",
+            where=f"https://huggingface.co/{model_name.removeprefix('hf-hub:')}",
+            fix="check the name; for a private model type: hf auth login",
+        ) from error  # fmt: skip
+    except OSError as error:
+        raise _unavailable(model_name, str(error).partition("\n")[0]) from error
+
+
+def _skeleton(model_name: str, arguments: Mapping[str, Any]) -> Any:
+    """Build the network without its memory, on the meta device, where that works."""
+    try:
+        with torch.device("meta"):
+            return _create(model_name, arguments, num_classes=0)
+    except (RuntimeError, NotImplementedError):
+        # Some networks look at their own numbers while they are built, which meta tensors do not have.
+        return _create(model_name, arguments, num_classes=0)
+
+
+def _feature_length(model: nn.Module, size: tuple[int, int], name: str) -> int:
+    """Length of the vector that one image of the model's own size becomes."""
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        shape = tuple(model.eval()(torch.zeros(1, 3, *size, device=device)).shape)
+    if len(shape) != 2:
+        raise UsageError(
+            f"{name} does not pool its features into one vector", expected="an output of shape (1, D)",
+            found=str(shape), fix="choose another model; see `embcache backbones`",
+        )  # fmt: skip
+    return int(shape[1])
+
+
+def _patch(model: nn.Module) -> int:
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    return int(max(size) if isinstance(size, tuple) else size)
+
+
+def _rgb(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def _resize(module: Any, spec: Backbone, image_size: tuple[int, int]) -> None:
+    """Fit a fixed-size transformer to images of another size by timm's own resampling, and try one."""
+    try:
+        if hasattr(module, "set_input_size"):
+            module.set_input_size(img_size=image_size)
+        with torch.inference_mode():
+            module.eval()(torch.zeros(1, 3, *image_size))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{spec.name} cannot take images of {image_size[1]}×{image_size[0]}", found=str(error).partition("\n")[0],
+            expected=f"{spec.input_size[1]}×{spec.input_size[0]}", fix="embcache extract --transform model …",
+        ) from error  # fmt: skip
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the hub's log of retries off the terminal: a failure becomes one message of ours."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _reach_hub(model_name: str, repository: str, file: str, filename: str = "", folder: Path | None = None) -> None:
+    """Raise at once, not after a minute of retries, where there is no network and the hub's cache lacks the file."""
+    repository, _, revision = repository.partition("@")
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
+    except ValueError as error:
+        raise UsageError(
+            f"{repository!r} is not the name of a model on the hub", expected="ORG/NAME", found=repository,
+            fix="embcache extract --backbone timm:hf-hub:ORG/NAME …",
+        ) from error  # fmt: skip
+    if isinstance(cached, str) or hub_constants.HF_HUB_OFFLINE:
+        return
+    request = urllib.request.Request(hub_constants.ENDPOINT, method="HEAD", headers={"User-Agent": "embcache"})
+    try:
+        urllib.request.urlopen(request, timeout=10).close()
+    except urllib.error.HTTPError as error:
+        error.close()  # an answer, of whatever kind, is a network
+    except OSError as error:
+        raise _unavailable(model_name, str(getattr(error, "reason", error)), filename, folder) from error
+
+
+def _unavailable(model_name: str, reason: str, filename: str = "", folder: Path | None = None) -> WeightsError:
+    repository = model_name.removeprefix("hf-hub:")
+    if model_name.startswith("hf-hub:"):
+        url = f"https://huggingface.co/{repository}"
+        cache = hub_constants.HF_HUB_CACHE
+        fix = f"on a machine with a network: hf download {repository}\nthen copy its folder to {cache}"
+    else:
+        config = timm.models.get_pretrained_cfg(repository)
+        hub_id = getattr(config, "hf_hub_id", None)
+        url = (
+            f"https://huggingface.co/{hub_id}/resolve/main/model.safetensors"
+            if hub_id
+            else str(getattr(config, "url", ""))
+        )
+        fix = f"on a machine with a network: curl -L -o {filename or repository} {url}"
+        if folder is not None:
+            fix += f"\nthen put it at {folder / filename}"
+    return WeightsError(
+        f"{model_name} cannot be fetched",
+        expected=url,
+        found=reason,
+        where=folder or hub_constants.HF_HUB_CACHE,
+        fix=fix,
+    )
