@@ -161,7 +161,12 @@ def train_stack(
     device = y.device
     dims = {backbone: features.shape[1] for backbone, features in x.items()}
     runs = [
-        _Run(job, Tracker(schedule, job.lr), stream_generator(job.stream, "order"), stream_generator(job.stream, "dropout"))
+        _Run(
+            job,
+            Tracker(schedule, job.lr),
+            stream_generator(job.stream, "order"),
+            stream_generator(job.stream, "dropout"),
+        )
         for job in jobs
     ]
     # Heads with more steps an epoch come first, so that those still active in a step are a prefix of the stack.
@@ -181,7 +186,9 @@ def train_stack(
         keep = [k for k, run in enumerate(live) if not run.finished]
         if len(keep) < len(live):
             chosen = torch.tensor(keep, dtype=torch.int64, device=device)
-            params, first, second = ({n: t.index_select(0, chosen) for n, t in s.items()} for s in (params, first, second))
+            params, first, second = (
+                {n: t.index_select(0, chosen) for n, t in s.items()} for s in (params, first, second)
+            )
             live, steps = [live[k] for k in keep], [steps[k] for k in keep]
     return [_trained(run) for run in runs]
 
@@ -271,9 +278,9 @@ def _dropout_masks(
 ) -> dict[str, torch.Tensor]:
     """Masks of shape (K, width, units), 0 or 1/(1 - rate); a full batch is drawn so that streams ignore padding."""
     return {
-        name: torch.stack([(torch.rand(size, units, generator=run.dropout)[:width] >= rate) / (1 - rate) for run in live]).to(
-            device
-        )
+        name: torch.stack(
+            [(torch.rand(size, units, generator=run.dropout)[:width] >= rate) / (1 - rate) for run in live]
+        ).to(device)
         for name, (units, rate) in head.dropouts().items()
     }
 

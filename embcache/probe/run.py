@@ -1,0 +1,563 @@
+"""Probing, top to bottom: dataset and stores → splits → features in memory → stacked heads → results."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from embcache.data.dataset import ImageDataset
+from embcache.errors import StoreError, UsageError
+from embcache.paths import PathLike
+from embcache.probe.heads import Head, hyperparameters, make_head
+from embcache.probe.metrics import FloatArray, bootstrap, evaluate, interval, softmax
+from embcache.probe.protocol import merged_groups, plan_splits, subset_sizes
+from embcache.probe.results import (
+    PROTOCOL_VERSION,
+    FoldResult,
+    ProbeResult,
+    find_run,
+    run_id,
+    save_run,
+    with_source,
+)
+from embcache.probe.schedule import Schedule
+from embcache.probe.splits import Splits, read_splits
+from embcache.probe.stack import TrainedHead, predict_logits, train_stack
+from embcache.probe.train import diverged_error, is_balanced, make_job
+from embcache.store.feature_store import FeatureStore, extract_command, list_stores, open_store
+
+Progress = Callable[[int, int, str], Any]
+"""Told (head-epochs settled, head-epochs planned, what is being trained)."""
+
+
+def probe_features(
+    ds: ImageDataset,
+    backbones: str | Sequence[str],
+    *,
+    head: str = "linear",
+    subset: str | int = "S",
+    folds: int = 5,
+    seed: int = 0,
+    home: PathLike | None = None,
+    val: str = "full",
+    test: str = "local",
+    recipe: str | None = None,
+    lr: float | None = None,
+    splits: PathLike | None = None,
+    exclude_test_overlap: bool = False,
+    device: str = "cpu",
+    save: bool = True,
+    reuse: bool = True,
+    progress: Progress | None = None,
+) -> ProbeResult:
+    """Train a head on cached features by the paper's protocol and test it.
+
+    Nothing is computed from images: only the feature stores and the labels are read. A result that was saved under the
+    same request is returned as it is.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        Labels, groups and splits; its files need not be there.
+    backbones : str or sequence of str
+        Whose cached features; exactly one for a head that does not fuse.
+    head : str
+        A name that ``embcache heads`` lists.
+    subset : str or int
+        ``"S"``, ``"M"``, ``"F"``, or a number of training images.
+    folds : int
+        How many folds the pool is divided into.
+    seed : int
+        Of pool, folds, subsets, initial weights, order and dropout.
+    home : path, optional
+        Folder of stores and runs; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
+    val : {"full", "matched"}
+        Validate on the whole fold, or on as many images as train.
+    test : {"local", "official"}
+        See `embcache.probe.protocol.plan_splits`.
+    recipe : str, optional
+        First digits of a fingerprint, where several recipes of a backbone are cached; several separated by commas.
+    lr : float, optional
+        First learning rate, instead of the protocol's 1e-3.
+    splits : path, optional
+        A splits file to use instead of drawing.
+    exclude_test_overlap : bool
+        Leave out of the pool images that share a group with the official test set.
+    device : str
+        Where heads are trained: ``"cpu"``, ``"cuda"`` …
+    save : bool
+        Write the run folder.
+    reuse : bool
+        Take a saved result of the same request.
+    progress : callable, optional
+        See `Progress`.
+
+    Returns
+    -------
+    ProbeResult
+
+    Raises
+    ------
+    UsageError
+        The request is malformed.
+    ProtocolError
+        The data cannot carry the folds, the subset or the metric; or training diverged.
+    StoreError
+        Features are missing.
+    """
+    names = [backbones] if isinstance(backbones, str) else list(backbones)
+    (result,) = probe_grid(
+        ds,
+        [names],
+        head=head,
+        subsets=[subset],
+        folds=folds,
+        seed=seed,
+        home=home,
+        val=val,
+        test=test,
+        recipe=recipe,
+        lr=lr,
+        splits=splits,
+        exclude_test_overlap=exclude_test_overlap,
+        device=device,
+        save=save,
+        reuse=reuse,
+        progress=progress,
+    )
+    return result
+
+
+def probe_grid(
+    ds: ImageDataset,
+    backbones: Sequence[Sequence[str]],
+    *,
+    head: str = "linear",
+    subsets: Sequence[str | int] = ("S",),
+    folds: int = 5,
+    seed: int = 0,
+    home: PathLike | None = None,
+    val: str = "full",
+    test: str = "local",
+    recipe: str | None = None,
+    lr: float | None = None,
+    splits: PathLike | None = None,
+    exclude_test_overlap: bool = False,
+    device: str = "cpu",
+    save: bool = True,
+    reuse: bool = True,
+    source: str | None = None,
+    progress: Progress | None = None,
+) -> list[ProbeResult]:
+    """`probe_features` for several sets of backbones and subsets; features are read once for all subsets.
+
+    Parameters
+    ----------
+    ds, head, folds, seed, home, val, test, recipe, lr, splits, exclude_test_overlap, device, save, reuse, progress
+        As for `probe_features`.
+    backbones : sequence of sequences of str
+        Each set gives one result per subset; one name a set for a head that does not fuse.
+    subsets : sequence of str or int
+        Names or numbers of training images.
+    source : {"live", "snapshot"}, optional
+        Where ``ds`` came from, to be told with the result; default: whether its root is there.
+
+    Returns
+    -------
+    list of ProbeResult
+        For each set of backbones each subset, in the order asked.
+    """
+    model = make_head(head)
+    schedule = Schedule() if lr is None else Schedule(lr=lr)
+    names = tuple(subset_sizes(ds, subsets))
+    _check_device(device)
+    stores = open_stores(ds, [_checked_set(model, asked) for asked in backbones], home, recipe)
+    plan = plan_for(
+        ds,
+        list(stores.values()),
+        subsets=names,
+        folds=folds,
+        seed=seed,
+        val=val,
+        test=test,
+        splits=splits,
+        exclude_test_overlap=exclude_test_overlap,
+    )
+    source = source or ("live" if ds.root is not None and ds.root.exists() else "snapshot")
+    results: list[ProbeResult] = []
+    settled, planned = 0, len(backbones) * len(names) * plan.n_folds * schedule.max_epochs
+    loaded: dict[str, torch.Tensor] = {}
+    used = np.unique(np.concatenate([plan.used(subset) for subset in names]))
+    for asked in backbones:
+        chosen = {backbone: stores[backbone] for backbone in asked}
+        loaded = {backbone: x for backbone, x in loaded.items() if backbone in chosen}  # the others are done with
+        for subset in names:
+            request = _request(ds, plan, subset, chosen, model, schedule, val, test, folds, seed)
+            result = find_run(run_id(request), ds.name, home) if save and reuse else None
+            if result is None:
+                for backbone, store in chosen.items():
+                    if backbone not in loaded:
+                        loaded[backbone] = _load(store, ds, plan, used, device)
+                label = f"{ds.name} {head} {'+'.join(asked)} {subset}"
+                tell = _teller(progress, settled, planned, label)
+                question = Question(
+                    ds, plan, subset, {b: loaded[b] for b in asked}, used, model, schedule, seed, device
+                )
+                result = _answer(question, request, source, home, save, tell)
+            results.append(with_source(result, source))
+            settled += plan.n_folds * schedule.max_epochs
+            if progress is not None:
+                progress(settled, planned, f"{ds.name} {head}")
+    return results
+
+
+def open_stores(
+    ds: ImageDataset, sets: Sequence[Sequence[str]], home: PathLike | None = None, recipe: str | None = None
+) -> dict[str, FeatureStore]:
+    """The store of every backbone named in ``sets``.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        Rows that it has not are hidden.
+    sets : sequence of sequences of str
+        Names of backbones.
+    home : path, optional
+        Folder of stores.
+    recipe : str, optional
+        Fingerprint prefixes, separated by commas; each must fit a backbone that is asked for.
+
+    Raises
+    ------
+    UsageError
+        A prefix fits none of the backbones.
+    """
+    asked = list(dict.fromkeys(backbone for names in sets for backbone in names))
+    prefixes = [prefix.strip() for prefix in recipe.split(",")] if recipe else []
+    fingerprints: dict[str, list[str]] = {backbone: [] for backbone in asked}
+    for store in list_stores(home, ds.name) if prefixes else ():
+        fingerprints.setdefault(store.recipe.backbone, []).append(store.recipe.fingerprint)
+    prefix_of: dict[str, str] = {}
+    for prefix in prefixes:
+        fits = [b for b in asked if any(fingerprint.startswith(prefix) for fingerprint in fingerprints[b])]
+        if not fits or not prefix:
+            raise UsageError(
+                "--recipe fits none of the backbones",
+                expected="first digits of one of "
+                + ", ".join(f"{fingerprint[:12]} ({b})" for b in asked for fingerprint in fingerprints[b]),
+                found=repr(prefix),
+                fix="embcache ls",
+            )
+        prefix_of |= dict.fromkeys(fits, prefix)
+    stores = {backbone: open_store(backbone, ds, home, prefix_of.get(backbone)) for backbone in asked}
+    for backbone, store in stores.items():
+        if len(store.row_shape) != 1:
+            raise UsageError(
+                f"the store of {backbone} does not hold one vector an image",
+                found=f"rows of shape {store.row_shape}",
+                where=store.path,
+            )
+    return stores
+
+
+def plan_for(
+    ds: ImageDataset,
+    stores: Sequence[FeatureStore],
+    *,
+    subsets: Sequence[str | int],
+    folds: int = 5,
+    seed: int = 0,
+    val: str = "full",
+    test: str = "local",
+    splits: PathLike | None = None,
+    exclude_test_overlap: bool = False,
+) -> Splits:
+    """The splits of a dataset as its stores know it: identical bytes grouped, unreadable images left out.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        The dataset.
+    stores : sequence of FeatureStore
+        Give the digests of the images, and which could not be read.
+    subsets, folds, seed, val, test, exclude_test_overlap
+        As for `embcache.probe.protocol.plan_splits`.
+    splits : path, optional
+        Read from this file instead of drawing.
+    """
+    digests = {name: digest for store in stores for name, digest in store.digests.items()}
+    unreadable = {name for store in stores for name in store.quarantined}
+    if splits is None:
+        return plan_splits(
+            ds,
+            subsets=subsets,
+            folds=folds,
+            seed=seed,
+            val=val,
+            test=test,
+            digests=digests,
+            unreadable=unreadable,
+            exclude_test_overlap=exclude_test_overlap,
+        )
+    plan = read_splits(
+        Path(splits),
+        ds,
+        merged_groups(ds, digests),
+        unreadable=unreadable,
+        exclude_test_overlap=exclude_test_overlap,
+    )
+    lacking = [name for name in subset_sizes(ds, subsets) if name not in plan.subsets]
+    if lacking:
+        raise UsageError(
+            f"the splits file does not list subset {', '.join(lacking)}",
+            expected=", ".join(plan.subsets),
+            where=splits,
+            fix=f"--subset {','.join(plan.subsets)}",
+        )
+    return plan
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One result to compute: everything in memory."""
+
+    ds: ImageDataset
+    plan: Splits
+    subset: str
+    features: Mapping[str, torch.Tensor]  # backbone → (len(used), D) float32
+    used: np.ndarray  # dataset row of each row of the features
+    head: Head
+    schedule: Schedule
+    seed: int
+    device: str
+
+
+def _answer(
+    q: Question,
+    request: Mapping[str, Any],
+    source: str,
+    home: PathLike | None,
+    save: bool,
+    on_epoch: Callable[[int], Any],
+) -> ProbeResult:
+    began = time.perf_counter()
+    plan, metric, n_classes = q.plan, q.ds.metric, len(q.ds.class_names)
+    place = np.full(len(plan.ids), -1, dtype=np.int64)  # dataset row → row of the features
+    place[q.used] = np.arange(len(q.used))
+    labels = plan.labels[q.used]
+    jobs = [
+        make_job(
+            labels,
+            place[plan.train[f, q.subset]],
+            place[plan.val[f, q.subset]],
+            n_classes,
+            f"{q.seed}\0{f}",
+            q.schedule.lr,
+        )
+        for f in range(plan.n_folds)
+    ]
+    y = torch.from_numpy(labels).to(q.device)
+    trained = train_stack(q.head, q.features, y, jobs, n_classes, metric, q.schedule, on_epoch=on_epoch)
+    for fold, head in enumerate(trained):
+        if not head.params:
+            raise diverged_error(f"fold {fold}, {q.head.name}, subset {q.subset}", q.schedule.lr)
+    rows = torch.from_numpy(place[plan.test])
+    p = np.stack([softmax(predict_logits(q.head, head.params, q.features, rows)) for head in trained])  # (K, n_test, C)
+    result = _summarise(q, request, trained, p, source, time.perf_counter() - began)
+    if save:
+        save_run(result, _predictions(plan, p), [head.params for head in trained], home)
+    return result
+
+
+def _summarise(
+    q: Question,
+    request: Mapping[str, Any],
+    trained: Sequence[TrainedHead],
+    p: FloatArray,
+    source: str,
+    seconds: float,
+) -> ProbeResult:
+    plan, metric, subset = q.plan, q.ds.metric, q.subset
+    labels = plan.labels[plan.test]
+    known = labels >= 0
+    folds = []
+    for f, head in enumerate(trained):
+        metrics = evaluate(metric, labels[known], p[f, known]) if known.any() else {}
+        folds.append(
+            FoldResult(
+                fold=f,
+                score=metrics.get("score"),
+                val_score=head.val_score,
+                best_epoch=head.best_epoch,
+                epochs=len(head.losses),
+                n_train=len(plan.train[f, subset]),
+                n_val=len(plan.val[f, subset]),
+                lr=q.schedule.lr,
+                metrics=metrics,
+            )
+        )
+    scores = [fold.score for fold in folds if fold.score is not None]
+    sizes = np.array([[fold.n_train, fold.n_val] for fold in folds], dtype=np.float64).mean(0)
+    return ProbeResult(
+        id=run_id(request),
+        kind="probe",
+        dataset=q.ds.name,
+        backbones=tuple(q.features),
+        head=q.head.name,
+        subset=subset,
+        n_train=round(sizes[0]),
+        n_val=round(sizes[1]),
+        n_test=len(plan.test),
+        labels_used=round(sizes.sum()),
+        metric=metric,
+        mean=float(np.mean(scores)) if scores else None,
+        std=float(np.std(scores, ddof=1)) if scores else None,
+        interval=interval(bootstrap(metric, labels[known], p[:, known], plan.groups[plan.test][known]))
+        if scores
+        else None,
+        val_mean=float(np.mean([fold.val_score for fold in folds if fold.val_score is not None])),
+        folds=tuple(folds),
+        test_set=plan.test_set,
+        synthetic=q.ds.synthetic,
+        notes=_notes(q, trained),
+        class_names=tuple(q.ds.class_names),
+        request=request,
+        seconds=round(seconds, 3),
+        versions=_versions(),
+        source=source,
+    )
+
+
+def _notes(q: Question, trained: Sequence[TrainedHead]) -> tuple[str, ...]:
+    notes = list(q.plan.notes)
+    if q.ds.synthetic:
+        notes.insert(0, "synthetic: the images are drawn by embcache")
+    if not q.plan.test_labelled:
+        notes.append(
+            f"the labels of the {len(q.plan.test)} test images are not known: predictions are kept, not scored"
+        )
+    n_classes = len(q.ds.class_names)
+    if not all(is_balanced(q.plan.labels[q.plan.train[f, q.subset]], n_classes) for f in range(q.plan.n_folds)):
+        notes.append(f"subset {q.subset}: classes are not balanced, so training draws them equally often")
+    for fold, head in enumerate(trained):
+        if head.diverged:
+            notes.append(f"fold {fold} diverged in epoch {len(head.losses)}: epoch {head.best_epoch} was kept")
+    return tuple(dict.fromkeys(notes))
+
+
+def _predictions(plan: Splits, p: FloatArray) -> pd.DataFrame:
+    n_folds, n_test, n_classes = p.shape
+    flat = p.reshape(-1, n_classes)
+    return pd.DataFrame(
+        {
+            "id": np.tile(plan.ids[plan.test], n_folds),
+            "label": np.tile(plan.labels[plan.test], n_folds),
+            "fold": np.repeat(np.arange(n_folds, dtype=np.int64), n_test),
+            **{f"p_{c}": flat[:, c] for c in range(n_classes)},
+        }
+    )
+
+
+def _request(
+    ds: ImageDataset,
+    plan: Splits,
+    subset: str,
+    stores: Mapping[str, FeatureStore],
+    head: Head,
+    schedule: Schedule,
+    val: str,
+    test: str,
+    folds: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Everything that the result depends on, as JSON data."""
+    used = plan.ids[plan.used(subset)]
+    images = hashlib.sha256()
+    for backbone, store in stores.items():
+        digests = store.digests
+        images.update(f"{backbone}\n".encode())
+        for name in used:  # an image that was replaced and extracted again makes another result
+            images.update(f"{name}\0{digests.get(name, '')}\n".encode())
+    return {
+        "kind": "probe",
+        "protocol": PROTOCOL_VERSION,
+        "dataset": ds.name,
+        "metric": ds.metric,
+        "splits": plan.digest(subset),
+        "images": images.hexdigest(),
+        "recipes": [[backbone, store.recipe.fingerprint] for backbone, store in stores.items()],
+        "head": {"name": head.name, **hyperparameters(head)},
+        "schedule": asdict(schedule),
+        "subset": subset,
+        "folds": plan.n_folds,
+        "val": plan.val_mode,
+        "test": plan.test_set,
+        "seed": seed,
+    }
+
+
+def _load(store: FeatureStore, ds: ImageDataset, plan: Splits, used: np.ndarray, device: str) -> torch.Tensor:
+    """Features of the dataset rows ``used``, float32 (len(used), D), raw."""
+    row_of = {name: row for row, name in enumerate(store.ids.tolist())}
+    missing = [name for name in plan.ids[used] if name not in row_of]
+    if missing:
+        raise StoreError(
+            f"{len(missing):,} of {len(used):,} images have no features of {store.recipe.backbone} yet",
+            found=f"no row for {', '.join(map(repr, missing[:5]))}{' …' if len(missing) > 5 else ''}",
+            where=store.path,
+            fix=extract_command(store.recipe.backbone, ds),
+        )
+    rows = np.array([row_of[name] for name in plan.ids[used]], dtype=np.int64)
+    x = store.features[rows]
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device)
+
+
+def _checked_set(head: Head, names: Sequence[str]) -> Sequence[str]:
+    if not names:
+        raise UsageError("no backbone was named", fix="--backbone NAME")
+    if len(set(names)) < len(names):
+        raise UsageError("a backbone is named twice", found=", ".join(names))
+    if not head.fuses and len(names) != 1:
+        raise UsageError(
+            f"head {head.name!r} takes one backbone at a time",
+            found=", ".join(names),
+            fix=f"backbones=[{names[0]!r}], or a head that fuses: dvme",
+        )
+    return names
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            "the device cannot be used", found=f"{device}: {str(error).splitlines()[0]}", fix="--device cpu"
+        ) from error
+
+
+def _teller(progress: Progress | None, settled: int, planned: int, label: str) -> Callable[[int], Any]:
+    return lambda done: progress(settled + done, planned, label) if progress is not None else None
+
+
+def _versions() -> dict[str, str]:
+    packages = ("embcache", "torch", "numpy", "scikit-learn", "pandas")
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ModuleNotFoundError:  # run from a checkout that was not installed
+        from embcache import __version__
+
+        return __version__
