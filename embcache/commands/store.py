@@ -1,0 +1,210 @@
+"""``embcache ls``, ``info`` and ``export``: what is cached, what it is made of, and taking it to other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from embcache.commands.options import (
+    BackboneOption,
+    DataRootOption,
+    DatasetOption,
+    HomeOption,
+    JsonOption,
+    split_list,
+    write_json,
+)
+from embcache.commands.table import print_table
+from embcache.errors import StoreNotFoundError, UsageError
+from embcache.paths import home_dir
+
+if TYPE_CHECKING:
+    from embcache.upkeep import StoreInfo
+
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
+]
+
+
+def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption = None) -> None:
+    """List what is cached: one line a store, and the number of runs.
+
+    `to go` counts images of the dataset that have no features yet: `embcache extract` computes just those.
+
+    Example: embcache ls --dataset pneumonia
+    """
+    from embcache.upkeep import count_runs, list_cached
+
+    names = split_list(dataset)
+    stores = [row for name in (names or (None,)) for row in list_cached(home, name)]
+    runs = count_runs(home)
+    if json:
+        fields = ("dataset", "backbone", "fingerprint", "rows", "quarantined", "owed", "complete", "format", "bytes")
+        extra = ("precision", "transform", "problem")
+        answer = [{**{f: getattr(s, f) for f in (*fields, *extra)}, "path": str(s.path)} for s in stores]
+        write_json({"stores": answer, "runs": runs}, json)
+    if json == "-":
+        return
+    where = home_dir(home)
+    if not stores:
+        typer.echo(f"nothing is cached in {where}" + (f" for {', '.join(names)}" if names else ""))
+        typer.echo("next: embcache demo, or embcache extract --backbone NAME --dataset NAME")
+        return
+    rows = [
+        [s.dataset, s.backbone, s.fingerprint, *([""] * 6), "damaged"]
+        if s.problem
+        else [
+            s.dataset,
+            s.backbone,
+            s.fingerprint,
+            f"{s.rows:,}",
+            s.quarantined,
+            s.precision,
+            s.transform,
+            s.format,
+            _size(s.bytes),
+            f"{s.owed:,} to go" if s.owed else "complete",
+        ]
+        for s in stores
+    ]
+    headers = [
+        "dataset", "backbone", "recipe", "rows", "quarantined", "precision", "transform", "format", "size", "state",
+    ]  # fmt: skip
+    notes = [f"in {where}: {_size(sum(s.bytes for s in stores))} in {len(stores)} stores"]
+    if runs:
+        notes.append("runs: " + ", ".join(f"{name} {number}" for name, number in runs.items()) + " (embcache results)")
+    notes += [
+        f"{s.dataset}/{s.path.name} is damaged: {s.problem}. embcache info says how to mend it"
+        for s in stores
+        if s.problem
+    ]
+    print_table(headers, rows, notes=notes)
+
+
+def info(
+    backbone: BackboneOption = None,
+    dataset: DatasetOption = None,
+    recipe: RecipeOption = None,
+    home: HomeOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Say all that is known of stores: recipe, shards, quarantine, where the files lie.
+
+    Without options, of every store.
+
+    Example: embcache info --backbone dino --dataset nih
+    """
+    from embcache.store.feature_store import list_stores
+    from embcache.upkeep import store_info
+
+    backbones, datasets = split_list(backbone), split_list(dataset)
+    found = [
+        store
+        for name in (datasets or (None,))
+        for store in list_stores(home, name)
+        if (not backbones or store.recipe.backbone in backbones) and store.recipe.fingerprint.startswith(recipe or "")
+    ]
+    if not found:
+        asked = [f"--backbone {','.join(backbones)}"] if backbones else []
+        asked += [f"--dataset {','.join(datasets)}"] if datasets else []
+        asked += [f"--recipe {recipe}"] if recipe else []
+        raise StoreNotFoundError(
+            "nothing is cached" + (" for " + " ".join(asked) if asked else ""), where=home_dir(home), fix="embcache ls"
+        )
+    answers = [store_info(store, home) for store in found]
+    if json:
+        write_json([answer.to_json() for answer in answers], json)
+    if json == "-":
+        return
+    for index, answer in enumerate(answers):
+        typer.echo(("\n" if index else "") + _in_words(answer))
+
+
+def export(
+    target: Annotated[Path, typer.Argument(help="File to write: .npz, .parquet, .csv, .zarr or .h5.")],
+    backbone: BackboneOption = None,
+    dataset: DatasetOption = None,
+    recipe: RecipeOption = None,
+    format: Annotated[
+        str | None,
+        typer.Option("--format", metavar="npz|parquet|csv|zarr|hdf5", help="[default: what TARGET ends in]"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace TARGET if it is there.")] = False,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+) -> None:
+    """Write features, labels, groups and splits of one store as one file for other tools.
+
+    Rows are in the dataset's order; images that could not be read are left out. npz, Zarr and HDF5 hold the arrays
+    features, ids, labels, groups, split and class_names; Parquet and CSV the columns id, label, class_name, group,
+    split, f0, f1, …
+
+    Example: embcache export features.npz --backbone dino --dataset nih
+    """
+    from embcache.data.dataset import find_dataset
+    from embcache.store.feature_store import open_store
+    from embcache.upkeep import export_features
+
+    backbones, datasets = split_list(backbone), split_list(dataset)
+    if len(backbones) != 1 or len(datasets) != 1:
+        raise UsageError(
+            "an export is of one backbone over one dataset",
+            found=f"backbones: {', '.join(backbones) or 'none'}; datasets: {', '.join(datasets) or 'none'}",
+            fix="embcache export TARGET --backbone NAME --dataset NAME   (embcache ls says what is cached)",
+        )
+    ds, origin = find_dataset(datasets[0], root=data_root, home=home)
+    store = open_store(backbones[0], ds, home=home, recipe=recipe)
+    written = export_features(store, ds, target, format=format, overwrite=force)
+    typer.echo(f"{target}: {written:,} rows of {store.row_shape} {store.dtype}")
+    typer.echo(f"note: labels and splits are from the {origin} dataset", err=True)
+    if store.quarantined:
+        typer.echo(f"note: {len(store.quarantined):,} images that could not be read are left out", err=True)
+
+
+def _in_words(answer: StoreInfo) -> str:
+    store, summary, recipe = answer.store, answer.summary, answer.store.recipe
+    bad = list(store.quarantined.items())
+    left = f"{answer.superseded:,} superseded" if answer.superseded else "none superseded"
+    state = f"{summary.owed:,} images to go" if summary.owed else "complete"
+    lines = [
+        ("dataset", summary.dataset),
+        ("backbone", recipe.backbone),
+        ("network", recipe.architecture),
+        ("weights", f"sha256 {recipe.weights_sha256}"),
+        ("transform", summary.transform),
+        *((f"  {name}", value) for name, value in recipe.transform.items()),
+        ("decoder", recipe.decoder),
+        ("pooling", recipe.pooling),
+        ("precision", recipe.precision),
+        ("numerics", recipe.numerics),
+        ("fingerprint", recipe.fingerprint),
+        ("features", f"{summary.rows:,} × {store.row_shape} {store.dtype}, {state}"),
+        ("rows", f"{left}, {summary.quarantined:,} quarantined"),
+        *((f"  {id_}", reason) for id_, reason in bad[:20]),
+        *([("  …", f"and {len(bad) - 20:,} more (--json - lists all)")] if len(bad) > 20 else []),
+        (
+            "shards",
+            f"{answer.shards} of up to {store.rows_per_shard} rows, {len(answer.uncommitted)} planned and not there",
+        ),
+        ("created with", f"batch size {store.batch_size}, {store.threads} threads"),
+        *((f"  {name}", value) for name, value in store.provenance.items()),
+        ("format", f"{store.format}, {_size(summary.bytes)}"),
+        ("path", store.path),
+        ("plain readers", answer.view or "no view yet: embcache extract writes it"),
+    ]
+    width = max(len(_printable(name)) for name, _ in lines if len(name) <= 40)
+    return "\n".join(f"{_printable(name):<{width}}  {_printable(str(value))}" for name, value in lines)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _size(number: int) -> str:
+    size, units = float(number), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 100 else f"{size:.1f} {units[0]}"
