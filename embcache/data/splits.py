@@ -44,9 +44,9 @@ def hash_order(seed: int, purpose: str, keys: Sequence[str]) -> IntArray:
 def water_fill(counts: ArrayLike, n: int) -> IntArray:
     """How many of each class to draw so that ``n`` are drawn in all and the classes are as equal as they can be.
 
-    Classes fill like connected vessels: all to one level, a class that runs out stays at its count. What is left below a
-    full level goes, one each, to the classes that have more (ties: the lower class index). Raising ``n`` never lowers a
-    class, so draws of growing size are nested.
+    Classes fill like connected vessels: all to one level, a class that runs out stays at its count. What is left below
+    a full level goes, one each, to the classes that have more (ties: the lower class index). Raising ``n`` never
+    lowers a class, so draws of growing size are nested.
 
     Parameters
     ----------
@@ -89,9 +89,13 @@ def stratified_group_folds(
     Parameters
     ----------
     labels : array-like of int, shape (n,)
+        Class of each row.
     groups : sequence of str, length n
+        Patient, slide … of each row.
     n_folds : int
+        At least two.
     seed : int
+        Orders equals.
     purpose : str
         Separates this assignment from others made with the same seed.
 

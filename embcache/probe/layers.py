@@ -9,7 +9,7 @@ import torch
 
 
 def init_linear(generator: torch.Generator, name: str, fan_in: int, fan_out: int) -> dict[str, torch.Tensor]:
-    """torch's initialisation of ``nn.Linear``: weight (fan_out, fan_in) and bias uniform within ±1/√fan_in."""
+    """Initialise as torch's ``nn.Linear``: weight (fan_out, fan_in) and bias uniform within ±1/√fan_in."""
     bound = 1 / math.sqrt(fan_in)
     weight = torch.empty(fan_out, fan_in).uniform_(-bound, bound, generator=generator)
     bias = torch.empty(fan_out).uniform_(-bound, bound, generator=generator)

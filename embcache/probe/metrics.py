@@ -1,7 +1,7 @@
 """Scores of predicted probabilities, and bootstrap intervals over groups.
 
-scikit-learn does the arithmetic of every reported score; the bootstrap repeats the datasets' own metrics for thousands of
-resamples at once, as weighted sums (tests hold it against scikit-learn with ``sample_weight``).
+scikit-learn does the arithmetic of every test score; the bootstrap repeats the datasets' own metrics for thousands of
+resamples at once, as weighted counts, and tests hold these against scikit-learn with ``sample_weight``.
 """
 
 from __future__ import annotations
@@ -79,6 +79,17 @@ def score(metric: str, y: ArrayLike, p: ArrayLike) -> float:
     return float(np.mean(values))
 
 
+def selection_score(metric: str, y: ArrayLike, p: ArrayLike) -> float:
+    """`score`, counted instead of integrated: what training compares epochs by.
+
+    Pairs and cells are counted in whole numbers, so that two epochs that rank all images alike have exactly equal
+    scores (ties keep the earliest epoch), and without scikit-learn's input checks, which cost more than an epoch does.
+    The value is that of `score` to rounding. Parameters and errors as there.
+    """
+    labels, probabilities = _checked(metric, y, p)
+    return float(_SCORERS[metric](labels, probabilities)(np.ones((1, len(labels))))[0])
+
+
 def per_class_auc(y: ArrayLike, p: ArrayLike) -> list[float | None]:
     """One-vs-rest AUC of each class; None for a class that does not occur in ``y``.
 
@@ -150,8 +161,8 @@ def bootstrap(
 ) -> FloatArray:
     """Metric on resampled test groups, averaged over the fold models on each resample.
 
-    Groups are drawn with replacement within strata, as many as the stratum has. A group belongs to the rarest class that
-    it holds, so that no resample loses a class.
+    Groups are drawn with replacement within strata, as many as the stratum has. A group belongs to the rarest class
+    that it holds, so that no resample loses a class.
 
     Parameters
     ----------
@@ -174,12 +185,7 @@ def bootstrap(
     """
     models = np.asarray(p, dtype=np.float64)
     labels, _ = _checked(metric, y, models[0])
-    prepare: Callable[[IntArray, FloatArray], Callable[[FloatArray], FloatArray]] = {
-        "auc": lambda labels, q: _weighted_auc(labels == 1, _log_odds(q)),
-        "macro_auc": _weighted_macro_auc,
-        "kappa": _weighted_kappa,
-    }[metric]
-    scorers = [prepare(labels, q) for q in models]
+    scorers = [_SCORERS[metric](labels, q) for q in models]
     blocks = [
         np.mean([scorer(weights) for scorer in scorers], axis=0)
         for weights in _resample_weights(labels, groups, resamples, seed)
@@ -280,3 +286,10 @@ def _weighted_kappa(y: IntArray, p: FloatArray) -> Callable[[FloatArray], FloatA
         return np.asarray(1 - (distance * table).sum((1, 2)) / (distance * chance).sum((1, 2)))
 
     return kappa
+
+
+_SCORERS: Mapping[str, Callable[[IntArray, FloatArray], Callable[[FloatArray], FloatArray]]] = {
+    "auc": lambda y, p: _weighted_auc(y == 1, _log_odds(p)),
+    "macro_auc": _weighted_macro_auc,
+    "kappa": _weighted_kappa,
+}

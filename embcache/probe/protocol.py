@@ -5,8 +5,8 @@ The order of decisions::
     labelled, readable rows ─► test set (official, or a local fifth) ─► pool (patchcam: 50,000 drawn) ─► folds of groups
     fold f: training rows drawn from the other folds, balanced and nested; validation is fold f
 
-Every random choice is an order by hash (`embcache.data.splits`), so that a seed means the same images on any machine and
-for every backbone and head.
+Every random choice is an order by hash (`embcache.data.splits`), so that a seed means the same images on any machine
+and for every backbone and head.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def plan_splits(
     Parameters
     ----------
     ds : ImageDataset
+        Its labels, groups and splits; images are not looked at.
     subsets : sequence of str or int
         ``"S"`` and ``"M"`` as the dataset defines them, ``"F"`` for all of the training folds, or numbers of training
         images.

@@ -72,7 +72,8 @@ class ProbeResult:
         Names the run; hashes ``request``.
     kind : str
         ``"probe"``, or ``"finetune"`` for a model trained on images.
-    dataset, backbones, head, subset : str, tuple of str, str, str
+    dataset, head, subset : str
+    backbones : tuple of str
     n_train, n_val : int
         Training and validation images of a fold, averaged over folds and rounded.
     n_test : int
@@ -266,10 +267,8 @@ def load_heads(run: Path) -> list[dict[str, torch.Tensor]]:
 def list_results(home: PathLike | None = None, dataset: str | None = None) -> list[ProbeResult]:
     """All saved results that can be read, by dataset, head, backbones and number of training images."""
     root = home_dir(home)
-    if dataset is not None:
-        folders = [runs_dir(dataset, home)]
-    else:
-        folders = sorted(root.glob("*/runs")) if root.is_dir() else []
+    everywhere = sorted(root.glob("*/runs")) if root.is_dir() else []
+    folders = everywhere if dataset is None else [runs_dir(dataset, home)]
     found = [
         find_run_at(run)
         for folder in folders

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +14,12 @@ import pandas as pd
 import torch
 
 from embcache.data.dataset import ImageDataset
-from embcache.errors import StoreError, UsageError
+from embcache.errors import UsageError
 from embcache.paths import PathLike
 from embcache.probe.heads import Head, hyperparameters, make_head
+from embcache.probe.inputs import digest_images, load_features, open_stores, plan_for
 from embcache.probe.metrics import FloatArray, bootstrap, evaluate, interval, softmax
-from embcache.probe.protocol import merged_groups, plan_splits, subset_sizes
+from embcache.probe.protocol import subset_sizes
 from embcache.probe.results import (
     PROTOCOL_VERSION,
     FoldResult,
@@ -31,10 +30,10 @@ from embcache.probe.results import (
     with_source,
 )
 from embcache.probe.schedule import Schedule
-from embcache.probe.splits import Splits, read_splits
+from embcache.probe.splits import Splits
 from embcache.probe.stack import TrainedHead, predict_logits, train_stack
 from embcache.probe.train import diverged_error, is_balanced, make_job
-from embcache.store.feature_store import FeatureStore, extract_command, list_stores, open_store
+from embcache.store.feature_store import FeatureStore
 
 Progress = Callable[[int, int, str], Any]
 """Told (head-epochs settled, head-epochs planned, what is being trained)."""
@@ -202,12 +201,12 @@ def probe_grid(
         chosen = {backbone: stores[backbone] for backbone in asked}
         loaded = {backbone: x for backbone, x in loaded.items() if backbone in chosen}  # the others are done with
         for subset in names:
-            request = _request(ds, plan, subset, chosen, model, schedule, val, test, folds, seed)
+            request = _request(ds, plan, subset, chosen, model, schedule, seed)
             result = find_run(run_id(request), ds.name, home) if save and reuse else None
             if result is None:
                 for backbone, store in chosen.items():
                     if backbone not in loaded:
-                        loaded[backbone] = _load(store, ds, plan, used, device)
+                        loaded[backbone] = load_features(store, ds, plan, used).to(device)
                 label = f"{ds.name} {head} {'+'.join(asked)} {subset}"
                 tell = _teller(progress, settled, planned, label)
                 question = Question(
@@ -219,112 +218,6 @@ def probe_grid(
             if progress is not None:
                 progress(settled, planned, f"{ds.name} {head}")
     return results
-
-
-def open_stores(
-    ds: ImageDataset, sets: Sequence[Sequence[str]], home: PathLike | None = None, recipe: str | None = None
-) -> dict[str, FeatureStore]:
-    """The store of every backbone named in ``sets``.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        Rows that it has not are hidden.
-    sets : sequence of sequences of str
-        Names of backbones.
-    home : path, optional
-        Folder of stores.
-    recipe : str, optional
-        Fingerprint prefixes, separated by commas; each must fit a backbone that is asked for.
-
-    Raises
-    ------
-    UsageError
-        A prefix fits none of the backbones.
-    """
-    asked = list(dict.fromkeys(backbone for names in sets for backbone in names))
-    prefixes = [prefix.strip() for prefix in recipe.split(",")] if recipe else []
-    fingerprints: dict[str, list[str]] = {backbone: [] for backbone in asked}
-    for store in list_stores(home, ds.name) if prefixes else ():
-        fingerprints.setdefault(store.recipe.backbone, []).append(store.recipe.fingerprint)
-    prefix_of: dict[str, str] = {}
-    for prefix in prefixes:
-        fits = [b for b in asked if any(fingerprint.startswith(prefix) for fingerprint in fingerprints[b])]
-        if not fits or not prefix:
-            raise UsageError(
-                "--recipe fits none of the backbones",
-                expected="first digits of one of "
-                + ", ".join(f"{fingerprint[:12]} ({b})" for b in asked for fingerprint in fingerprints[b]),
-                found=repr(prefix),
-                fix="embcache ls",
-            )
-        prefix_of |= dict.fromkeys(fits, prefix)
-    stores = {backbone: open_store(backbone, ds, home, prefix_of.get(backbone)) for backbone in asked}
-    for backbone, store in stores.items():
-        if len(store.row_shape) != 1:
-            raise UsageError(
-                f"the store of {backbone} does not hold one vector an image",
-                found=f"rows of shape {store.row_shape}",
-                where=store.path,
-            )
-    return stores
-
-
-def plan_for(
-    ds: ImageDataset,
-    stores: Sequence[FeatureStore],
-    *,
-    subsets: Sequence[str | int],
-    folds: int = 5,
-    seed: int = 0,
-    val: str = "full",
-    test: str = "local",
-    splits: PathLike | None = None,
-    exclude_test_overlap: bool = False,
-) -> Splits:
-    """The splits of a dataset as its stores know it: identical bytes grouped, unreadable images left out.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        The dataset.
-    stores : sequence of FeatureStore
-        Give the digests of the images, and which could not be read.
-    subsets, folds, seed, val, test, exclude_test_overlap
-        As for `embcache.probe.protocol.plan_splits`.
-    splits : path, optional
-        Read from this file instead of drawing.
-    """
-    digests = {name: digest for store in stores for name, digest in store.digests.items()}
-    unreadable = {name for store in stores for name in store.quarantined}
-    if splits is None:
-        return plan_splits(
-            ds,
-            subsets=subsets,
-            folds=folds,
-            seed=seed,
-            val=val,
-            test=test,
-            digests=digests,
-            unreadable=unreadable,
-            exclude_test_overlap=exclude_test_overlap,
-        )
-    plan = read_splits(
-        Path(splits),
-        ds,
-        merged_groups(ds, digests),
-        unreadable=unreadable,
-        exclude_test_overlap=exclude_test_overlap,
-    )
-    lacking = [name for name in subset_sizes(ds, subsets) if name not in plan.subsets]
-    if lacking:
-        raise UsageError(
-            f"the splits file does not list subset {', '.join(lacking)}",
-            expected=", ".join(plan.subsets),
-            where=splits,
-            fix=f"--subset {','.join(plan.subsets)}",
-        )
-    return plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -475,26 +368,16 @@ def _request(
     stores: Mapping[str, FeatureStore],
     head: Head,
     schedule: Schedule,
-    val: str,
-    test: str,
-    folds: int,
     seed: int,
 ) -> dict[str, Any]:
     """Everything that the result depends on, as JSON data."""
-    used = plan.ids[plan.used(subset)]
-    images = hashlib.sha256()
-    for backbone, store in stores.items():
-        digests = store.digests
-        images.update(f"{backbone}\n".encode())
-        for name in used:  # an image that was replaced and extracted again makes another result
-            images.update(f"{name}\0{digests.get(name, '')}\n".encode())
     return {
         "kind": "probe",
         "protocol": PROTOCOL_VERSION,
         "dataset": ds.name,
         "metric": ds.metric,
         "splits": plan.digest(subset),
-        "images": images.hexdigest(),
+        "images": digest_images(stores, plan, subset),
         "recipes": [[backbone, store.recipe.fingerprint] for backbone, store in stores.items()],
         "head": {"name": head.name, **hyperparameters(head)},
         "schedule": asdict(schedule),
@@ -504,22 +387,6 @@ def _request(
         "test": plan.test_set,
         "seed": seed,
     }
-
-
-def _load(store: FeatureStore, ds: ImageDataset, plan: Splits, used: np.ndarray, device: str) -> torch.Tensor:
-    """Features of the dataset rows ``used``, float32 (len(used), D), raw."""
-    row_of = {name: row for row, name in enumerate(store.ids.tolist())}
-    missing = [name for name in plan.ids[used] if name not in row_of]
-    if missing:
-        raise StoreError(
-            f"{len(missing):,} of {len(used):,} images have no features of {store.recipe.backbone} yet",
-            found=f"no row for {', '.join(map(repr, missing[:5]))}{' …' if len(missing) > 5 else ''}",
-            where=store.path,
-            fix=extract_command(store.recipe.backbone, ds),
-        )
-    rows = np.array([row_of[name] for name in plan.ids[used]], dtype=np.int64)
-    x = store.features[rows]
-    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device)
 
 
 def _checked_set(head: Head, names: Sequence[str]) -> Sequence[str]:

@@ -109,6 +109,14 @@ class Splits:
             A group both trains and validates in a fold; an image of the test set, or a group of a local one, is in a
             fold; a part holds fewer than two classes.
         """
+        known = self.labels[self.test][self.labels[self.test] >= 0]
+        if len(known) and len(np.unique(known)) < 2:
+            raise ProtocolError(
+                "the labelled test images are all of one class",
+                expected="two classes at least",
+                found=f"{len(known)} of {self.class_names[known[0]]!r}",
+                fix="add test images of the other classes",
+            )
         test_rows, test_groups = set(self.test.tolist()), set(self.groups[self.test])
         for (fold, subset), train in self.train.items():
             val = self.val[fold, subset]
@@ -186,9 +194,11 @@ def read_splits(
     Parameters
     ----------
     path : Path
+        The splits file.
     ds : ImageDataset
         The dataset whose ids the file names; its labels are the dataset's own.
     groups : object array of str, shape (len(ds),)
+        The group of each row.
     unreadable : collection of str
         Ids that have no features; they are left out, with a note.
     exclude_test_overlap : bool

@@ -1,8 +1,8 @@
 """Trains many heads of one kind as one model: parameters carry a leading axis of K heads.
 
-Folds, seeds and learning rates differ only in their rows, random streams and learning rate, so a step of all of them is
-one batched step. Each head keeps its own sample order, dropout stream, learning rate, plateau, early stop and best epoch;
-its losses are those it would have alone. A finished head leaves the stack.
+Folds, seeds and learning rates differ only in their rows, random streams and learning rate, so a step of all of them
+is one batched step. Each head keeps its own sample order, dropout stream, learning rate, plateau, early stop and best
+epoch; its losses are those it would have alone. A finished head leaves the stack.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from embcache.probe.metrics import score, softmax
+from embcache.probe.metrics import selection_score, softmax
 from embcache.probe.schedule import Schedule, Tracker
 
 Params = dict[str, torch.Tensor]
@@ -296,7 +296,7 @@ def _validate(
         return
     better = True
     if len(run.job.val):
-        value = score(metric, y[run.job.val.to(y.device)].cpu().numpy(), softmax(logits))
+        value = selection_score(metric, y[run.job.val.to(y.device)].cpu().numpy(), softmax(logits))
         run.val_scores.append(value)
         better = run.tracker.update(value)
     if better:
@@ -310,7 +310,7 @@ def _logits(
     device = next(iter(params.values())).device
     parts = [
         head.apply(params, {backbone: features[chunk][None] for backbone, features in x.items()}, None)[0]
-        for chunk in rows.to(device).split(_CHUNK)
+        for chunk in torch.split(rows.to(device), _CHUNK)
     ]
     return np.asarray(torch.cat(parts).float().cpu().numpy()) if len(rows) else np.zeros((0, 0), np.float32)
 

@@ -1,8 +1,8 @@
 """Heads: what is trained on cached features. One file of this folder is one head, or a few that share their code.
 
 A head is a frozen dataclass whose fields are its hyperparameters; sizes come from the data. The contract is `Head`:
-``fit`` on ``{backbone: (n, D)}`` gives an object with ``predict_proba``. Heads that are trained by gradient also give pure
-``init``, ``apply`` and ``dropouts`` (`embcache.probe.stack.TrainableHead`), so that folds train as one stacked model.
+``fit`` on ``{backbone: (n, D)}`` gives an object with ``predict_proba``. Heads that are trained by gradient also give
+pure ``init``, ``apply`` and ``dropouts`` (`embcache.probe.stack.TrainableHead`): folds train as one stacked model.
 A module makes its heads known by a tuple ``HEADS`` of their classes.
 """
 

@@ -1,7 +1,7 @@
 """Dynamic Visual Meta-Embedding: the paper's fusion of several backbones (Section 5.6, Listing 1), and two ablations.
 
-``dvme`` is the listing to the letter. Choices where it is silent: one attention head, biases on query, key and value, and
-the output projection of timm's ``Attention`` (a Linear(1, 1)).
+``dvme`` is the listing to the letter. Choices where it is silent: one attention head, biases on query, key and value,
+and the output projection of timm's ``Attention`` (a Linear(1, 1)).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ Params = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class DVME:
-    """A Linear to ``proj_dim`` per backbone, concatenation, attention over the scalar components, LayerNorm, Linear, ReLU,
-    dropout, classifier.
+    """Listing 1: a Linear per backbone, concatenation, attention, LayerNorm, Linear, ReLU, dropout, classifier.
+
+    Attention runs over the scalar components of the concatenation: ``proj_dim`` × backbones tokens of dimension 1.
 
     Attributes
     ----------

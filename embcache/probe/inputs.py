@@ -1,0 +1,173 @@
+"""What a probe reads: the stores of the asked backbones, the splits over what they hold, and features by row."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from embcache.data.dataset import ImageDataset
+from embcache.data.splits import IntArray
+from embcache.errors import StoreError, UsageError
+from embcache.paths import PathLike
+from embcache.probe.protocol import merged_groups, plan_splits, subset_sizes
+from embcache.probe.splits import Splits, read_splits
+from embcache.store.feature_store import FeatureStore, extract_command, list_stores, open_store
+
+
+def open_stores(
+    ds: ImageDataset, sets: Sequence[Sequence[str]], home: PathLike | None = None, recipe: str | None = None
+) -> dict[str, FeatureStore]:
+    """The store of every backbone named in ``sets``.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        Rows that it has not are hidden.
+    sets : sequence of sequences of str
+        Names of backbones.
+    home : path, optional
+        Folder of stores.
+    recipe : str, optional
+        Fingerprint prefixes, separated by commas; each must fit a backbone that is asked for.
+
+    Raises
+    ------
+    UsageError
+        A prefix fits none of the backbones.
+    """
+    asked = list(dict.fromkeys(backbone for names in sets for backbone in names))
+    prefixes = [prefix.strip() for prefix in recipe.split(",")] if recipe else []
+    fingerprints: dict[str, list[str]] = {backbone: [] for backbone in asked}
+    for store in list_stores(home, ds.name) if prefixes else ():
+        fingerprints.setdefault(store.recipe.backbone, []).append(store.recipe.fingerprint)
+    prefix_of: dict[str, str] = {}
+    for prefix in prefixes:
+        fits = [b for b in asked if any(fingerprint.startswith(prefix) for fingerprint in fingerprints[b])]
+        if not fits or not prefix:
+            raise UsageError(
+                "--recipe fits none of the backbones",
+                expected="first digits of one of "
+                + ", ".join(f"{fingerprint[:12]} ({b})" for b in asked for fingerprint in fingerprints[b]),
+                found=repr(prefix),
+                fix="embcache ls",
+            )
+        prefix_of |= dict.fromkeys(fits, prefix)
+    stores = {backbone: open_store(backbone, ds, home, prefix_of.get(backbone)) for backbone in asked}
+    for backbone, store in stores.items():
+        if len(store.row_shape) != 1:
+            raise UsageError(
+                f"the store of {backbone} does not hold one vector an image",
+                found=f"rows of shape {store.row_shape}",
+                where=store.path,
+            )
+    return stores
+
+
+def plan_for(
+    ds: ImageDataset,
+    stores: Sequence[FeatureStore],
+    *,
+    subsets: Sequence[str | int],
+    folds: int = 5,
+    seed: int = 0,
+    val: str = "full",
+    test: str = "local",
+    splits: PathLike | None = None,
+    exclude_test_overlap: bool = False,
+) -> Splits:
+    """The splits of a dataset as its stores know it: identical bytes grouped, unreadable images left out.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        The dataset.
+    stores : sequence of FeatureStore
+        Give the digests of the images, and which could not be read.
+    subsets, folds, seed, val, test, exclude_test_overlap
+        As for `embcache.probe.protocol.plan_splits`.
+    splits : path, optional
+        Read from this file instead of drawing.
+    """
+    digests = {name: digest for store in stores for name, digest in store.digests.items()}
+    unreadable = {name for store in stores for name in store.quarantined}
+    if splits is None:
+        return plan_splits(
+            ds,
+            subsets=subsets,
+            folds=folds,
+            seed=seed,
+            val=val,
+            test=test,
+            digests=digests,
+            unreadable=unreadable,
+            exclude_test_overlap=exclude_test_overlap,
+        )
+    plan = read_splits(
+        Path(splits),
+        ds,
+        merged_groups(ds, digests),
+        unreadable=unreadable,
+        exclude_test_overlap=exclude_test_overlap,
+    )
+    lacking = [name for name in subset_sizes(ds, subsets) if name not in plan.subsets]
+    if lacking:
+        raise UsageError(
+            f"the splits file does not list subset {', '.join(lacking)}",
+            expected=", ".join(plan.subsets),
+            where=splits,
+            fix=f"--subset {','.join(plan.subsets)}",
+        )
+    return plan
+
+
+def load_features(store: FeatureStore, ds: ImageDataset, plan: Splits, used: IntArray) -> torch.Tensor:
+    """Features of some rows of a dataset, raw.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        Where they are cached.
+    ds : ImageDataset
+        Named in the message when some are not.
+    plan : Splits
+        Gives the ids.
+    used : int64 array of shape (n,)
+        Rows of the dataset.
+
+    Returns
+    -------
+    float32 Tensor of shape (n, D)
+
+    Raises
+    ------
+    StoreError
+        The store has not got all of them.
+    """
+    row_of = {name: row for row, name in enumerate(store.ids.tolist())}
+    missing = [name for name in plan.ids[used] if name not in row_of]
+    if missing:
+        raise StoreError(
+            f"{len(missing):,} of {len(used):,} images have no features of {store.recipe.backbone} yet",
+            found=f"no row for {', '.join(map(repr, missing[:5]))}{' …' if len(missing) > 5 else ''}",
+            where=store.path,
+            fix=extract_command(store.recipe.backbone, ds),
+        )
+    rows = np.array([row_of[name] for name in plan.ids[used]], dtype=np.int64)
+    x = store.features[rows]
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+
+
+def digest_images(stores: Mapping[str, FeatureStore], plan: Splits, subset: str) -> str:
+    """SHA-256 (hex) of which image bytes the features were made from: a replaced image makes another result."""
+    images = hashlib.sha256()
+    used = plan.ids[plan.used(subset)]
+    for backbone, store in stores.items():
+        digests = store.digests
+        images.update(f"{backbone}\n".encode())
+        for name in used:
+            images.update(f"{name}\0{digests.get(name, '')}\n".encode())
+    return images.hexdigest()
