@@ -83,6 +83,14 @@ def check_path(path: str, *, where: object) -> None:
         raise refuse_outside(path, where=where)
 
 
+def check_file_id(image_id: str, *, where: object) -> None:
+    """Raise `DatasetError` unless an id, which becomes a file's name, can name nothing but a file in its folder."""
+    if not image_id or "\0" in image_id:
+        check_strings([image_id], "id", where=where)
+    if "/" in image_id or "\\" in image_id or image_id in (".", ".."):
+        raise refuse_outside(image_id, where=where)
+
+
 def refuse_outside(path: str, *, where: object) -> DatasetError:
     """The error for a path that leads out of the dataset's root."""
     return DatasetError(

@@ -275,16 +275,28 @@ def settle(ds: ImageDataset, source: DatasetSource, *, allow_missing: bool) -> I
             where=ds.root,
             fix=f"add --allow-missing (allow_missing=True) to go on without them{download}",
         )
-    notes = list(ds.notes)
-    table = ds.table[~ds.table["path"].isin(missing)].reset_index(drop=True) if missing else ds.table
     if missing:
-        notes.append(
-            f"{len(missing):,} of {len(sizes):,} images are missing and left out (first: {first_few(missing, 3)})"
-        )
-    if source.merge_identical:
-        digests = identical_files(ds.root, {path: size for path, size in sizes.items() if size})
-        keys = [digests.get(path, "") for path in table["path"].tolist()]
-        table = table.assign(group=merge_groups(table["group"].tolist(), keys))
-        notes += duplicate_notes(table, keys, ds.class_names)
-    notes += overlap_notes(table)
-    return replace(ds, table=table, notes=tuple(notes), missing=missing)
+        note = f"{len(missing):,} of {len(sizes):,} images are missing and left out (first: {first_few(missing, 3)})"
+        ds = replace(ds, table=ds.table[~ds.table["path"].isin(missing)], missing=missing, notes=(*ds.notes, note))
+    return (
+        group_identical(ds, sizes)
+        if source.merge_identical
+        else replace(ds, notes=(*ds.notes, *overlap_notes(ds.table)))
+    )
+
+
+def group_identical(ds: ImageDataset, sizes: Mapping[str, int | None]) -> ImageDataset:
+    """Join the groups of byte-identical files, and note them and the groups shared with the test set.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        With a root.
+    sizes : mapping of str to int or None
+        Size of each path as `locate_files` gives it; rows whose file is not there join nothing.
+    """
+    digests = identical_files(ds.root, {path: size for path, size in sizes.items() if size}) if ds.root else {}
+    keys = [digests.get(path, "") for path in ds.table["path"].tolist()]
+    table = ds.table.assign(group=merge_groups(ds.table["group"].tolist(), keys))
+    notes = duplicate_notes(table, keys, ds.class_names) + overlap_notes(table)
+    return replace(ds, table=table, notes=(*ds.notes, *notes))

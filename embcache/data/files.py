@@ -84,6 +84,13 @@ def walk_images(root: Path, folder: str = "") -> Iterator[str]:
             yield path
 
 
+def image_index(folder: Path) -> dict[str, str]:
+    """File name of each image directly in ``folder`` by its stem, sorted; empty where there is no such folder."""
+    if not folder.is_dir():
+        return {}
+    return {os.path.splitext(e.name)[0]: e.name for e in list_folder(folder) if is_image_name(e.name)}  # noqa: PTH122
+
+
 def locate_files(root: Path, paths: Sequence[str], *, sizes: bool = True) -> dict[str, int | None]:
     """Size in bytes of every distinct path under ``root``, None where there is no such file.
 

@@ -35,8 +35,11 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
     lines = [line for line in lines if any(field.strip() for field in line)]
     if not lines:
         raise DatasetError("a label file is empty", expected="a header and one row an image", where=path)
-    # Some published headers hold commas inside a name (`OriginalImage[Width,Height]`), quoted or not.
-    header = [name.strip() for name in ",".join(lines[0]).split(",")]
+    header = [name.strip() for name in lines[0]]
+    if len(lines) > 1 and len(lines[1]) > len(
+        header
+    ):  # quoted names with commas in them: `OriginalImage[Width,Height]`
+        header = [name.strip() for name in ",".join(lines[0]).split(",")]
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != len(header):
             raise DatasetError(

@@ -51,14 +51,18 @@ class DatasetSource:
         """The error for a root that is missing or laid out otherwise."""
         entries = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
         found = first_few(entries) or "an empty folder" if root.is_dir() else "a file" if root.exists() else "nothing"
-        get = f'python -c "import kagglehub; print(kagglehub.{self.download})"' if self.download else None
-        default = f"put it in {data_dir() / self.name}, or name its folder with --data-root"
+        if self.draw is not None:
+            fix = "leave --data-root out, or name a folder that is not there yet: the images are drawn at first use"
+        else:
+            fix = f"put it in {data_dir() / self.name}, or name its folder with --data-root"
+        if self.download:
+            fix = f'python -c "import kagglehub; print(kagglehub.{self.download})"\n{fix}'
         return DatasetNotFoundError(
             problem or f"the images of {self.name!r} are not there, or laid out otherwise",
             expected=self.expected,
             found=found,
             where=root,
-            fix=f"{get}\n{default}" if get else default,
+            fix=fix,
         )
 
 
@@ -103,12 +107,12 @@ def default_root(name: str, home: PathLike | None = None) -> Path:
     return home_dir(home) / "sample-images" if name == "sample" else data_dir() / name
 
 
-def resolve_root(source: DatasetSource, root: PathLike | None, home: PathLike | None) -> Path:
-    """The absolute folder to load from; drawn first where the source can be drawn."""
+def resolve_root(source: DatasetSource, root: PathLike | None, home: PathLike | None, *, draw: bool = True) -> Path:
+    """The absolute folder to load from; where there is none and ``draw`` allows it, drawn first."""
     if root is None and source.name == "folder":
         raise UsageError("a folder dataset needs its folder", fix="add --data-root FOLDER (or a CSV or Parquet file)")
     folder = (Path(root).expanduser() if root is not None else default_root(source.name, home)).resolve()
-    if source.draw is not None and not folder.exists():
+    if draw and source.draw is not None and not folder.exists():
         source.draw(folder)
     if not folder.exists():
         raise source.layout_error(folder)

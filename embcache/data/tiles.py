@@ -6,6 +6,8 @@ alike on every processor; no sine, exponential or library noise, whose last bits
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,10 +17,30 @@ SEED = 20210501
 
 # How hard the sample is. Chosen with frozen networks and a linear probe: see draw_tile.
 DILUTION = (0.25, 0.5)  # share of a tile's cells that belong to another kind of tissue
-NOISE = 14  # grey levels of pixel noise, to either side
+NOISE = 5  # grey levels of pixel noise, to either side
 
 Floats = npt.NDArray[np.float64]
 _Y, _X = (axis.astype(np.float64) for axis in np.mgrid[0:SIZE, 0:SIZE])
+
+
+class _Dice:
+    """Random numbers from PCG64's raw stream, which numpy promises not to change (it may change ``Generator``)."""
+
+    def __init__(self, *seed: int) -> None:
+        self._bits = np.random.PCG64(seed)
+
+    def uniform(self, *shape: int) -> Floats:
+        """Values in [0, 1)."""
+        raw = self._bits.random_raw(math.prod(shape))
+        return np.asarray((raw >> np.uint64(11)) * 2.0**-53, dtype=np.float64).reshape(shape)
+
+    def between(self, low: float, high: float) -> float:
+        """One value in [low, high)."""
+        return low + (high - low) * ((int(self._bits.random_raw()) >> 11) * 2.0**-53)
+
+    def below(self, n: int) -> int:
+        """One of 0 … n - 1."""
+        return int(self.between(0.0, n))
 
 
 def draw_tile(group: int, label: int, tile: int) -> npt.NDArray[np.uint8]:
@@ -37,64 +59,64 @@ def draw_tile(group: int, label: int, tile: int) -> npt.NDArray[np.uint8]:
     -------
     ndarray of shape (96, 96, 3), uint8
     """
-    rng = np.random.Generator(np.random.PCG64([SEED, group, label, tile]))
+    dice = _Dice(SEED, group, label, tile)
     kinds = [k for k in range(len(CLASSES)) if k != label]
-    second = kinds[int(rng.integers(len(kinds)))]
-    share = _between(rng, *DILUTION)
-    stroma, nuclei = 0.35 + 0.3 * _smooth_noise(rng, 6), np.zeros((SIZE, SIZE))
+    second = kinds[dice.below(len(kinds))]
+    share = dice.between(*DILUTION)
+    stroma, nuclei = 0.35 + 0.3 * _smooth_noise(dice, 6), np.zeros((SIZE, SIZE))
     for kind, amount in ((second, share), (label, 1.0 - share)):
-        stroma, nuclei = _TISSUES[kind](rng, amount, stroma, nuclei)
-    return _stain(group, rng, stroma, nuclei)
+        stroma, nuclei = _TISSUES[kind](dice, amount, stroma, nuclei)
+    return _stain(group, dice, stroma, nuclei)
 
 
-def _fibres(rng: np.random.Generator, amount: float, stroma: Floats, nuclei: Floats) -> tuple[Floats, Floats]:
+def _fibres(dice: _Dice, amount: float, stroma: Floats, nuclei: Floats) -> tuple[Floats, Floats]:
     """Wavy bundles with a few thin nuclei along them."""
-    dx, dy = _direction(rng)
-    bend = _between(rng, 6.0, 16.0) * _smooth_noise(rng, 4)
-    phase = (_X * dx + _Y * dy + bend) / _between(rng, 5.0, 9.0)
+    dx, dy = _direction(dice)
+    bend = dice.between(6.0, 16.0) * _smooth_noise(dice, 4)
+    phase = (_X * dx + _Y * dy + bend) / dice.between(5.0, 9.0)
     ridge = np.abs(2.0 * (phase - np.floor(phase)) - 1.0)
     stroma = stroma + amount * 0.4 * (ridge - 0.5)
     for _ in range(int(16 * amount)):
-        x, y = _place(rng)
-        nuclei = _nucleus(nuclei, x, y, _between(rng, 4.0, 6.5), _between(rng, 1.1, 1.8), -dy, dx, 0.8)
+        x, y = _place(dice)
+        nuclei = _nucleus(nuclei, x, y, dice.between(4.0, 6.5), dice.between(1.1, 1.8), -dy, dx, 0.8)
     return stroma, nuclei
 
 
-def _glands(rng: np.random.Generator, amount: float, stroma: Floats, nuclei: Floats) -> tuple[Floats, Floats]:
+def _glands(dice: _Dice, amount: float, stroma: Floats, nuclei: Floats) -> tuple[Floats, Floats]:
     """Rings of nuclei around an empty lumen."""
     for _ in range(max(1, round(4 * amount))):
-        x, y = _place(rng)
-        radius = _between(rng, 9.0, 17.0)
+        x, y = _place(dice)
+        radius = dice.between(9.0, 17.0)
         distance = np.sqrt((_X - x) * (_X - x) + (_Y - y) * (_Y - y))
         stroma = stroma * np.clip((distance - 0.45 * radius) / (0.35 * radius), 0.25, 1.0)
         for _ in range(int(1.5 * radius)):
-            dx, dy = _direction(rng)
-            r = radius * _between(rng, 0.9, 1.1)
+            dx, dy = _direction(dice)
+            r = radius * dice.between(0.9, 1.1)
             nuclei = _nucleus(
-                nuclei, x + r * dx, y + r * dy, _between(rng, 2.4, 3.6), _between(rng, 1.8, 2.4), dx, dy, 0.8
+                nuclei, x + r * dx, y + r * dy, dice.between(2.4, 3.6), dice.between(1.8, 2.4), dx, dy, 0.8
             )
     return stroma, nuclei
 
 
-def _lymphoid(rng: np.random.Generator, amount: float, stroma: Floats, nuclei: Floats) -> tuple[Floats, Floats]:
+def _lymphoid(dice: _Dice, amount: float, stroma: Floats, nuclei: Floats) -> tuple[Floats, Floats]:
     """Crowds of small round dark nuclei."""
     for _ in range(int(90 * amount)):
-        x, y = _place(rng)
-        dx, dy = _direction(rng)
-        r = _between(rng, 2.0, 3.0)
-        nuclei = _nucleus(nuclei, x, y, r, r * _between(rng, 0.85, 1.0), dx, dy, _between(rng, 0.8, 1.0))
+        x, y = _place(dice)
+        dx, dy = _direction(dice)
+        r = dice.between(2.0, 3.0)
+        nuclei = _nucleus(nuclei, x, y, r, r * dice.between(0.85, 1.0), dx, dy, dice.between(0.8, 1.0))
     return stroma, nuclei
 
 
-def _tumour(rng: np.random.Generator, amount: float, stroma: Floats, nuclei: Floats) -> tuple[Floats, Floats]:
+def _tumour(dice: _Dice, amount: float, stroma: Floats, nuclei: Floats) -> tuple[Floats, Floats]:
     """Nuclei of all sizes and shapes, pale, some with a dark nucleolus."""
     for _ in range(int(42 * amount)):
-        x, y = _place(rng)
-        dx, dy = _direction(rng)
-        a = _between(rng, 2.4, 6.0)
-        b = a * _between(rng, 0.5, 1.0)
-        nuclei = _nucleus(nuclei, x, y, a, b, dx, dy, _between(rng, 0.45, 0.9))
-        if rng.integers(3) == 0:
+        x, y = _place(dice)
+        dx, dy = _direction(dice)
+        a = dice.between(2.4, 6.0)
+        b = a * dice.between(0.5, 1.0)
+        nuclei = _nucleus(nuclei, x, y, a, b, dx, dy, dice.between(0.45, 0.9))
+        if dice.below(3) == 0:
             nuclei = _nucleus(nuclei, x + 0.3 * a * dx, y + 0.3 * a * dy, 1.2, 1.2, dx, dy, 1.0)
     return stroma, nuclei
 
@@ -114,22 +136,22 @@ def _nucleus(nuclei: Floats, x: float, y: float, a: float, b: float, dx: float, 
     return nuclei
 
 
-def _stain(group: int, rng: np.random.Generator, stroma: Floats, nuclei: Floats) -> npt.NDArray[np.uint8]:
+def _stain(group: int, dice: _Dice, stroma: Floats, nuclei: Floats) -> npt.NDArray[np.uint8]:
     """Densities to colours: each dye takes its share of the light; dyes, light and sharpness are the patient's."""
-    own = np.random.Generator(np.random.PCG64([SEED, group]))
-    eosin = [_between(own, *r) for r in ((0.02, 0.25), (0.35, 0.8), (0.15, 0.55))]
-    haematoxylin = [_between(own, *r) for r in ((0.4, 0.85), (0.5, 0.9), (0.15, 0.6))]
-    light = [_between(own, 205.0, 255.0) for _ in range(3)]
-    strength = _between(own, 0.5, 1.0)
-    blurs = int(own.integers(3))
-    texture = 0.75 + 0.5 * _smooth_noise(rng, 24)  # chromatin
+    own = _Dice(SEED, group)
+    eosin = [own.between(*r) for r in ((0.05, 0.2), (0.4, 0.7), (0.2, 0.45))]
+    haematoxylin = [own.between(*r) for r in ((0.55, 0.8), (0.6, 0.85), (0.25, 0.5))]
+    light = [own.between(220.0, 255.0) for _ in range(3)]
+    strength = own.between(0.7, 1.0)
+    blurs = own.below(2)
+    texture = 0.75 + 0.5 * _smooth_noise(dice, 24)  # chromatin
     dark = np.clip(nuclei * texture * strength, 0.0, 1.0)
     pale = np.clip(stroma, 0.0, 1.0)
     channels = [w * (1.0 - e * pale) * (1.0 - h * dark) for w, e, h in zip(light, eosin, haematoxylin, strict=True)]
     levels = np.stack(channels, axis=2)
     for _ in range(blurs):
         levels = _blur(levels)
-    levels = levels + rng.integers(-NOISE, NOISE + 1, size=levels.shape)
+    levels = levels + np.floor((2 * NOISE + 1) * dice.uniform(*levels.shape)) - NOISE
     return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
 
 
@@ -140,9 +162,9 @@ def _blur(levels: Floats) -> Floats:
     return np.asarray((rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9.0)
 
 
-def _smooth_noise(rng: np.random.Generator, cells: int) -> Floats:
+def _smooth_noise(dice: _Dice, cells: int) -> Floats:
     """Value noise in [0, 1): a lattice of ``cells`` by ``cells`` random values, interpolated."""
-    lattice = rng.random((cells + 2, cells + 2))
+    lattice = dice.uniform(cells + 2, cells + 2)
     position = np.arange(SIZE) * (cells / SIZE)
     index = position.astype(np.int64)
     t = position - index
@@ -151,19 +173,14 @@ def _smooth_noise(rng: np.random.Generator, cells: int) -> Floats:
     return np.asarray(rows[:, index] * (1.0 - t) + rows[:, index + 1] * t)
 
 
-def _direction(rng: np.random.Generator) -> tuple[float, float]:
+def _direction(dice: _Dice) -> tuple[float, float]:
     """A random unit vector."""
     while True:
-        x, y = 2.0 * float(rng.random()) - 1.0, 2.0 * float(rng.random()) - 1.0
+        x, y = dice.between(-1.0, 1.0), dice.between(-1.0, 1.0)
         square = x * x + y * y
         if 0.01 < square <= 1.0:
-            length = float(np.sqrt(square))
-            return x / length, y / length
+            return x / math.sqrt(square), y / math.sqrt(square)
 
 
-def _place(rng: np.random.Generator) -> tuple[float, float]:
-    return SIZE * float(rng.random()), SIZE * float(rng.random())
-
-
-def _between(rng: np.random.Generator, low: float, high: float) -> float:
-    return low + (high - low) * float(rng.random())
+def _place(dice: _Dice) -> tuple[float, float]:
+    return dice.between(0.0, SIZE), dice.between(0.0, SIZE)
