@@ -90,7 +90,7 @@ def plan_for(
     subsets, folds, seed, val, test, exclude_test_overlap
         As for `embcache.probe.protocol.plan_splits`.
     splits : path, optional
-        Read from this file instead of drawing.
+        Read from this file instead of drawing; it must list ``subsets``.
     """
     digests = {name: digest for store in stores for name, digest in store.digests.items()}
     unreadable = {name for store in stores for name in store.quarantined}
@@ -113,7 +113,7 @@ def plan_for(
         unreadable=unreadable,
         exclude_test_overlap=exclude_test_overlap,
     )
-    lacking = [name for name in subset_sizes(ds, subsets) if name not in plan.subsets]
+    lacking = [name for name in (subset_sizes(ds, subsets) if subsets else ()) if name not in plan.subsets]
     if lacking:
         raise UsageError(
             f"the splits file does not list subset {', '.join(lacking)}",

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ Params = dict[str, torch.Tensor]
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.Adam's defaults
 _CHUNK = 1024  # rows scored at a time
+_SMALL = 500_000  # parameters, of all heads together
 
 
 class TrainableHead(Protocol):
@@ -198,6 +200,22 @@ def predict_logits(
 ) -> NDArray[np.float32]:
     """Logits of one head, shape (len(rows), C); ``params`` without the stacking axis."""
     return _logits(head, {name: p[None] for name, p in params.items()}, x, rows)
+
+
+@contextmanager
+def _threads_for(params: Params) -> Iterator[None]:
+    """One thread for a small stack.
+
+    Its steps are over before a second thread has started, and on a busy machine the wait for that thread takes ten
+    times as long as the work.
+    """
+    before = torch.get_num_threads()
+    if sum(p.numel() for p in params.values()) < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train_epoch(

@@ -1,0 +1,238 @@
+"""``embcache probe``, ``heads`` and ``results``: heads on cached features, and what they reached."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from embcache.commands.options import (
+    BackboneOption,
+    DataRootOption,
+    DatasetOption,
+    HomeOption,
+    JsonOption,
+    split_list,
+    write_json,
+)
+from embcache.commands.table import print_table
+
+if TYPE_CHECKING:
+    from embcache.probe.results import ProbeResult
+
+SubsetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--subset", help="S, M, F or a number of training images; repeatable, or comma-separated. [default: S]"
+    ),
+]
+FoldsOption = Annotated[int, typer.Option("--folds", help="Folds of the cross-validation.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of folds, subsets, initial weights, order and dropout.")]
+ValOption = Annotated[
+    str,
+    typer.Option(
+        "--val", metavar="full|matched", help="Validate on the whole fold, or on as many images as train, balanced."
+    ),
+]
+TestOption = Annotated[
+    str,
+    typer.Option(
+        "--test",
+        metavar="local|official",
+        help="Where the official test labels are not public: hold out 20 % of the labelled images, or nothing.",
+    ),
+]
+OverlapOption = Annotated[
+    bool,
+    typer.Option(
+        "--exclude-test-overlap", help="Leave out training images that share a group with the official test set."
+    ),
+]
+
+
+def probe(
+    head: Annotated[str, typer.Option("--head", help="linear, dvme, …: see `embcache heads`.")] = "linear",
+    subset: SubsetOption = None,
+    dataset: DatasetOption = None,
+    backbone: BackboneOption = None,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    folds: FoldsOption = 5,
+    seed: SeedOption = 0,
+    val: ValOption = "full",
+    test: TestOption = "local",
+    exclude_test_overlap: OverlapOption = False,
+    splits: Annotated[
+        str | None,
+        typer.Option("--splits", metavar="FILE|NAME", help="Use these splits instead of drawing: `embcache splits`."),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
+    ] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="First learning rate. [default: 1e-3]")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, …")] = "cpu",
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Go on without images that the labels name but are not there.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Train even where a saved result answers the same.")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Train heads on cached features and test them: five folds, early stopping, means and intervals.
+
+    Without --dataset every dataset whose features are cached is probed. Heads that take one backbone give one result
+    for each (default: all that are cached); dvme fuses the set (default: simclr,swav,dino). Images are not needed.
+
+    Example: embcache probe --head linear --subset S,M,F --dataset pneumonia
+    """
+    from embcache.probe.cached import probe_cached
+
+    with _Bar() as bar:
+        results = probe_cached(
+            split_list(dataset) or None,
+            split_list(backbone) or None,
+            head=head,
+            subsets=split_list(subset) or ["S"],
+            data_root=data_root,
+            home=home,
+            folds=folds,
+            seed=seed,
+            val=val,
+            test=test,
+            exclude_test_overlap=exclude_test_overlap,
+            splits=splits,
+            recipe=recipe,
+            lr=lr,
+            device=device,
+            allow_missing=allow_missing,
+            reuse=not again,
+            say=lambda line: typer.echo(f"note: {line}", err=True),
+            progress=bar.update,
+        )
+    if json != "-":
+        print_results(results)
+    if json:
+        write_json([result.to_json() for result in results], json)
+
+
+def results(
+    dataset: DatasetOption = None,
+    home: HomeOption = None,
+    json: JsonOption = None,
+) -> None:
+    """List the results that were saved, with their run ids.
+
+    Example: embcache results --dataset pneumonia
+    """
+    from embcache.paths import home_dir
+    from embcache.probe.results import list_results
+
+    names = split_list(dataset)
+    found = [result for name in names for result in list_results(home, name)] if names else list_results(home)
+    if json:
+        write_json([result.to_json() for result in found], json)
+    if json == "-":
+        return
+    if not found:
+        typer.echo(f"no results in {home_dir(home)}" + (f" for {', '.join(names)}" if names else ""))
+        typer.echo("next: embcache probe --head linear --subset S,M,F")
+        return
+    print_results(found, ids=True)
+
+
+def heads() -> None:
+    """List the heads: what is trained on cached features."""
+    from embcache.probe.heads import count_parameters, heads, make_head
+
+    rows = []
+    for name, kind in heads().items():
+        # Table G1's sizes: five classes on a ResNet-50's features, or on those of SimCLR, SwAV and DINO.
+        dims = {"simclr": 2048, "swav": 2048, "dino": 1536} if kind.fuses else {"resnet50": 2048}
+        rows.append(
+            [name, "several" if kind.fuses else "one", f"{count_parameters(make_head(name), dims, 5):,}", kind.summary]
+        )
+    print_table(
+        ["head", "backbones", "parameters", "what it is"],
+        rows,
+        notes=["parameters: five classes, on 2048 features or on those of simclr, swav and dino"],
+    )
+
+
+def print_results(results: Sequence[ProbeResult], *, ids: bool = False) -> None:
+    """Print results as one table with their notes beneath; ``ids`` adds the run ids."""
+    headers = ["dataset", "backbone", "head", "subset", "train", "val", "labels used", "test", "metric", "mean ± sd"]
+    headers += ["95 % interval", "val", "best epoch", *(["run"] if ids else [])]
+    print_table(headers, [_row(result, ids) for result in results], notes=_notes(results))
+
+
+def _row(result: ProbeResult, ids: bool) -> list[str]:
+    from embcache.probe.metrics import METRIC_NAMES
+
+    epochs = [fold.best_epoch for fold in result.folds]
+    return [
+        result.dataset,
+        " + ".join(result.backbones),
+        result.head,
+        result.subset,
+        f"{result.n_train:,}",
+        f"{result.n_val:,}",
+        f"{result.labels_used:,}",
+        f"{result.test_set} {result.n_test:,}",
+        METRIC_NAMES.get(result.metric, result.metric),
+        "not known" if result.mean is None else f"{result.mean:.4f} ± {result.std:.4f}",
+        "" if result.interval is None else f"{result.interval[0]:.4f} – {result.interval[1]:.4f}",
+        "" if result.val_mean is None else f"{result.val_mean:.4f}",
+        f"{min(epochs)}–{max(epochs)}",
+        *([result.id] if ids else []),
+    ]
+
+
+def _notes(results: Sequence[ProbeResult]) -> list[str]:
+    """Notes of all results, each once; named by dataset where there are several."""
+    several = len({result.dataset for result in results}) > 1
+    notes: dict[str, None] = {}
+    for result in results:
+        told = [*result.notes]
+        if result.source == "snapshot":
+            told.append("the images' folder is not there: labels and groups are those kept at extraction")
+        absent = sorted(
+            {result.class_names[c] for fold in result.folds for c in fold.metrics.get("absent_classes", ())}
+        )
+        if absent:
+            told.append(f"no test image of {', '.join(absent)}: scores are over the other classes")
+        if result.test_set == "local":
+            told.append("a local test set: not comparable with published values")
+        notes |= dict.fromkeys(f"{result.dataset}: {note}" if several else note for note in told)
+    return [
+        *notes,
+        "mean ± sd over folds; interval: bootstrap over test groups; labels used: training and validation of one fold",
+    ]
+
+
+class _Bar:
+    """A progress bar with time left, on stderr and only on a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, done: int, total: int, label: str) -> None:
+        """Show that ``done`` of ``total`` head-epochs are settled."""
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None or self._bar.total != total:
+            from tqdm import tqdm
+
+            if self._bar is not None:
+                self._bar.close()
+            self._bar = tqdm(total=total, unit="epoch", leave=False, file=sys.stderr)
+        self._bar.set_description(label, refresh=False)
+        self._bar.update(done - self._bar.n)

@@ -1,0 +1,114 @@
+"""``embcache splits``: the exact images of every fold and subset, to share or to take from someone else."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from embcache.commands.options import BackboneOption, DataRootOption, HomeOption, split_list
+from embcache.commands.probe import FoldsOption, OverlapOption, SeedOption, SubsetOption, TestOption, ValOption
+from embcache.commands.table import print_table
+from embcache.errors import UsageError
+
+if TYPE_CHECKING:
+    from embcache.probe.splits import Splits
+
+app = typer.Typer(help="The exact images of every fold and subset.", no_args_is_help=True)
+
+OneDatasetOption = Annotated[str, typer.Option("--dataset", help="Dataset name. See `embcache datasets`.")]
+
+
+@app.command("export")
+def export(
+    dataset: OneDatasetOption,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE|-", help="Where to write; - for stdout.")
+    ] = "-",
+    subset: SubsetOption = None,
+    backbone: BackboneOption = None,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    folds: FoldsOption = 5,
+    seed: SeedOption = 0,
+    val: ValOption = "full",
+    test: TestOption = "local",
+    exclude_test_overlap: OverlapOption = False,
+) -> None:
+    """Write the splits that `embcache probe` draws, as JSON: ids of the test set and of every fold and subset.
+
+    Example: embcache splits export --dataset pneumonia --subset S,M,F --output pneumonia-splits.json
+    """
+    from embcache.data.dataset import find_dataset
+    from embcache.probe.cached import plan_cached
+    from embcache.probe.splits import write_splits
+
+    names = split_list(backbone)
+    if len(names) > 1:
+        raise UsageError("--backbone names the one store that tells which images are identical", found=", ".join(names))
+    ds, source = find_dataset(dataset, root=data_root, home=home)
+    splits, store = plan_cached(
+        ds,
+        home=home,
+        backbone=names[0] if names else None,
+        subsets=split_list(subset) or ["S", "M", "F"],
+        folds=folds,
+        seed=seed,
+        val=val,
+        test=test,
+        exclude_test_overlap=exclude_test_overlap,
+    )
+    knows = f"identical and unreadable images as {store.path.name} knows them" if store else "no features cached yet"
+    typer.echo(f"note: labels and groups from the {source} dataset; {knows}", err=True)
+    if output == "-":
+        typer.echo(jsonlib.dumps(splits.to_json(), indent=1, ensure_ascii=False))
+        return
+    write_splits(splits, Path(output))
+    _print(splits)
+    typer.echo(f"written to {output}")
+    typer.echo(f"next: embcache probe --dataset {dataset} --splits {output}")
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A file written by `embcache splits export`.")],
+    dataset: OneDatasetOption,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+) -> None:
+    """Check someone else's splits against a dataset and keep them for `embcache probe --splits NAME`.
+
+    Refused: ids that the dataset has not, a group on both sides of a fold, images both trained and tested on.
+
+    Example: embcache splits import pneumonia-splits.json --dataset pneumonia
+    """
+    from embcache.data.dataset import find_dataset
+    from embcache.probe.cached import import_splits
+
+    ds, _ = find_dataset(dataset, root=data_root, home=home)
+    imported = import_splits(file, ds, home)
+    _print(imported.splits)
+    typer.echo(f"kept as {imported.path}")
+    typer.echo(
+        f"next: embcache probe --dataset {dataset} --splits {imported.name} --subset {imported.splits.subsets[0]}"
+    )
+
+
+def _print(splits: Splits) -> None:
+    rows = []
+    for subset in splits.subsets:
+        for fold in range(splits.n_folds):
+            train, val = splits.train[fold, subset], splits.val[fold, subset]
+            counts = [int((splits.labels[train] == c).sum()) for c in range(len(splits.class_names))]
+            rows.append([subset, fold, len(train), " ".join(map(str, counts)), len(val)])
+    print_table(
+        ["subset", "fold", "train", "by class", "val"],
+        rows,
+        notes=[
+            f"classes: {', '.join(splits.class_names)}",
+            f"test: {len(splits.test):,} images ({splits.test_set})",
+            *splits.notes,
+        ],
+    )

@@ -1,0 +1,241 @@
+"""Questions to whatever is cached: which datasets and backbones there are, and probes, splits over them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embcache.data.dataset import ImageDataset, find_dataset, read_snapshot
+from embcache.errors import StoreNotFoundError, UsageError
+from embcache.paths import PathLike, home_dir, slug
+from embcache.probe.heads import Head, make_head
+from embcache.probe.inputs import plan_for
+from embcache.probe.results import ProbeResult
+from embcache.probe.run import Progress, probe_grid
+from embcache.probe.splits import Splits, write_splits
+from embcache.store.feature_store import FeatureStore, list_stores
+
+PAPER_SET = ("simclr", "swav", "dino")
+"""What a fusing head fuses where nobody says otherwise (Section 5.6)."""
+
+
+def probe_cached(
+    datasets: Sequence[str] | None = None,
+    backbones: Sequence[str] | None = None,
+    *,
+    head: str = "linear",
+    data_root: PathLike | None = None,
+    home: PathLike | None = None,
+    allow_missing: bool = False,
+    splits: str | None = None,
+    say: Callable[[str], Any] = lambda line: None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> list[ProbeResult]:
+    """Probe datasets by name, by default every one whose features are cached.
+
+    Parameters
+    ----------
+    datasets : sequence of str, optional
+        Default: all that have the asked backbones cached.
+    backbones : sequence of str, optional
+        A head that takes one gives a result for each (default: all that are cached); one that fuses takes them together
+        (default: simclr, swav, dino).
+    head : str
+        A name that ``embcache heads`` lists.
+    data_root : path, optional
+        The folder of the one dataset named.
+    home : path, optional
+        Folder of stores and runs.
+    allow_missing : bool
+        Go on without images that the labels name but are not there.
+    splits : str, optional
+        A splits file, or the name of an imported one.
+    say : callable
+        Told what was left out or chosen, a line at a time.
+    progress : callable, optional
+        See `embcache.probe.run.Progress`.
+    **options
+        As for `embcache.probe.run.probe_grid`.
+
+    Returns
+    -------
+    list of ProbeResult
+        For each dataset each set of backbones each subset.
+
+    Raises
+    ------
+    StoreNotFoundError
+        Nothing is cached that fits.
+    UsageError
+        ``data_root`` or ``splits`` with several datasets; or as `probe_grid`.
+    """
+    model = make_head(head)
+    names = list(datasets) if datasets else _datasets_with(model, backbones, home, say)
+    if len(names) > 1 and (data_root is not None or splits is not None):
+        raise UsageError("--data-root and --splits are for one dataset", found=", ".join(names), fix="--dataset NAME")
+    results = []
+    for name in names:
+        ds, source = find_dataset(name, root=data_root, home=home, allow_missing=allow_missing)
+        results += probe_grid(
+            ds,
+            _sets(model, backbones, ds.name, home),
+            head=head,
+            home=home,
+            splits=None if splits is None else find_splits(splits, ds, home),
+            source=source,
+            progress=progress,
+            **options,
+        )
+    return results
+
+
+def cached_datasets(home: PathLike | None = None) -> list[str]:
+    """Names of the datasets that have a feature store, sorted."""
+    names = set()
+    for folder in {store.path.parent for store in list_stores(home)}:
+        snapshot = read_snapshot(folder.name, home)
+        names.add(folder.name if snapshot is None else snapshot.name)
+    return sorted(names)
+
+
+def cached_backbones(dataset: str, home: PathLike | None = None) -> list[str]:
+    """Backbones with one vector an image cached for a dataset, sorted."""
+    return sorted({store.recipe.backbone for store in list_stores(home, dataset) if len(store.row_shape) == 1})
+
+
+def plan_cached(
+    ds: ImageDataset, *, home: PathLike | None = None, backbone: str | None = None, **options: Any
+) -> tuple[Splits, FeatureStore | None]:
+    """The splits that a probe of ``ds`` would draw.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        The dataset.
+    home : path, optional
+        Folder of stores.
+    backbone : str, optional
+        Whose store tells which images are identical or unreadable; default: the first that is cached.
+    **options
+        As for `embcache.probe.protocol.plan_splits`.
+
+    Returns
+    -------
+    (Splits, FeatureStore or None)
+        The store that was asked; None where nothing is cached, and then only the dataset's own groups hold.
+    """
+    stores = [s for s in list_stores(home, ds.name) if backbone in (None, s.recipe.backbone)]
+    if backbone is not None and not stores:
+        raise StoreNotFoundError(
+            f"no features of {backbone} are cached for {ds.name}",
+            found=", ".join(cached_backbones(ds.name, home)) or "nothing cached for this dataset",
+            where=home_dir(home) / slug(ds.name),
+            fix="leave --backbone out",
+        )
+    store = stores[0].restrict(ds.table["id"]) if stores else None
+    return plan_for(ds, [store] if store is not None else [], **options), store
+
+
+@dataclass(frozen=True)
+class ImportedSplits:
+    """A splits file that was checked and kept.
+
+    Attributes
+    ----------
+    name : str
+        What ``--splits`` takes.
+    path : Path
+    splits : Splits
+    """
+
+    name: str
+    path: Path
+    splits: Splits
+
+
+def import_splits(file: Path, ds: ImageDataset, home: PathLike | None = None) -> ImportedSplits:
+    """Check a splits file against a dataset and keep it under ``<home>/<dataset>/splits``.
+
+    Raises
+    ------
+    ProtocolError
+        See `embcache.probe.splits.read_splits`.
+    """
+    splits, _ = plan_cached(ds, home=home, splits=file, subsets=())
+    name = f"{file.stem}-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
+    path = _splits_dir(ds, home) / f"{slug(name)}.json"
+    write_splits(splits, path)
+    return ImportedSplits(path.stem, path, splits)
+
+
+def find_splits(name: str, ds: ImageDataset, home: PathLike | None = None) -> Path:
+    """The splits file at path ``name``, or the imported one of that name.
+
+    Raises
+    ------
+    UsageError
+        There is neither.
+    """
+    imported = _splits_dir(ds, home) / f"{name}.json"
+    if Path(name).expanduser().is_file():
+        return Path(name).expanduser()
+    if "/" not in name and imported.is_file():
+        return imported
+    known = sorted(path.stem for path in _splits_dir(ds, home).glob("*.json"))
+    raise UsageError(
+        "there is no such splits file",
+        expected="a file" + (f", or one of {', '.join(known)}" if known else ""),
+        found=name,
+        where="--splits",
+        fix=f"embcache splits export --dataset {ds.name} --output FILE",
+    )
+
+
+def _splits_dir(ds: ImageDataset, home: PathLike | None) -> Path:
+    return home_dir(home) / slug(ds.name) / "splits"
+
+
+def _sets(head: Head, backbones: Sequence[str] | None, dataset: str, home: PathLike | None) -> list[list[str]]:
+    """The sets of backbones that one result each is made of."""
+    if head.fuses:
+        return [list(backbones or PAPER_SET)]
+    names = list(backbones) if backbones else cached_backbones(dataset, home)
+    if not names:
+        raise StoreNotFoundError(
+            f"no features are cached for {dataset}",
+            where=home_dir(home) / slug(dataset),
+            fix=f"embcache extract --backbone NAME --dataset {dataset}",
+        )
+    return [[name] for name in names]
+
+
+def _datasets_with(
+    head: Head, backbones: Sequence[str] | None, home: PathLike | None, say: Callable[[str], Any]
+) -> list[str]:
+    """Cached datasets that have every backbone the question needs; the others are told."""
+    names = cached_datasets(home)
+    if not names:
+        raise StoreNotFoundError(
+            "nothing is cached",
+            where=home_dir(home),
+            fix="embcache extract --backbone NAME --dataset NAME, or embcache demo",
+        )
+    wanted = set(backbones or (PAPER_SET if head.fuses else ()))
+    lacking = {name: sorted(wanted - set(cached_backbones(name, home))) for name in names}
+    chosen = [name for name in names if not lacking[name] and cached_backbones(name, home)]
+    if not chosen:
+        raise StoreNotFoundError(
+            "no dataset has all of the asked backbones cached",
+            expected=", ".join(sorted(wanted)),
+            found="; ".join(f"{name}: {', '.join(cached_backbones(name, home)) or 'none'}" for name in names),
+            where=home_dir(home),
+            fix=f"embcache extract --backbone {','.join(sorted(wanted))} --dataset NAME, or other --backbone names",
+        )
+    for name in names:
+        if name not in chosen:
+            say(f"{name} left out: {', '.join(lacking[name]) or 'no features'} not cached")
+    return chosen
