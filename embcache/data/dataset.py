@@ -63,6 +63,8 @@ class ImageDataset:
         What a user must see beside any result.
     missing : tuple of str
         Paths that the labels name and that are not there.
+    origin : Path or None
+        What it was loaded from: the folder that was named, or the label table.
 
     Raises
     ------
@@ -84,6 +86,7 @@ class ImageDataset:
     synthetic: bool = False
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    origin: Path | None = None
 
     def __post_init__(self) -> None:
         check_table(self.table, self.class_names, where=self.root or self.name)
@@ -131,7 +134,8 @@ class ImageDataset:
     def to_parquet_bytes(self) -> bytes:
         """The whole dataset as a Parquet file; everything but the table is JSON in the schema's metadata."""
         meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "table"}
-        meta |= {"root": None if self.root is None else str(self.root), "subset_sizes": dict(self.subset_sizes)}
+        meta |= {"subset_sizes": dict(self.subset_sizes)}
+        meta |= {key: None if meta[key] is None else str(meta[key]) for key in ("root", "origin")}
         table = pa.Table.from_pandas(self.table, preserve_index=False)
         table = table.replace_schema_metadata({"embcache": json.dumps(meta, sort_keys=True)})
         sink = io.BytesIO()
@@ -150,7 +154,7 @@ class ImageDataset:
         try:
             table = pq.read_table(io.BytesIO(data))
             meta: dict[str, Any] = json.loads(table.schema.metadata[b"embcache"])
-            meta["root"] = None if meta["root"] is None else Path(meta["root"])
+            meta |= {key: None if meta[key] is None else Path(meta[key]) for key in ("root", "origin")}
             for key in ("class_names", "notes", "missing"):
                 meta[key] = tuple(meta[key])
             return cls(table=table.replace_schema_metadata(None).to_pandas(), **meta)
@@ -191,7 +195,7 @@ def load_dataset(
     """
     source = find_source(name)
     folder = resolve_root(source, root, home)
-    ds = source.read(folder, choose_name(source, folder, dataset_name))
+    ds = replace(source.read(folder, choose_name(source, folder, dataset_name)), origin=folder)
     return settle(ds, source, allow_missing=allow_missing)
 
 
@@ -223,10 +227,10 @@ def find_dataset(
     # Who extracted without the missing images has agreed to go on without them.
     load = functools.partial(load_dataset, cached.kind, allow_missing=allow_missing or bool(cached.missing), home=home)
     if root is not None:
-        if Path(root).expanduser().exists() or Path(root).expanduser().resolve() != cached.root:
+        if Path(root).expanduser().exists() or Path(root).expanduser().resolve() != cached.origin:
             return load(root, dataset_name=dataset_name or cached.name), "live"
         return cached, "snapshot"
-    for folder in (cached.root, None if cached.kind == "folder" else default_root(cached.kind, home)):
+    for folder in (cached.origin, None if cached.kind == "folder" else default_root(cached.kind, home)):
         if folder is not None and folder.exists():
             try:
                 return load(folder, dataset_name=cached.name), "live"

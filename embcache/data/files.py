@@ -16,6 +16,10 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
+# A dataset may be a table of paths and labels instead of a folder.
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq")
+
+
 def is_litter(name: str) -> bool:
     """Whether a file or folder is an archive's or a file manager's leaving (``__MACOSX``, ``._x``, ``.DS_Store``…)."""
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini", "__pycache__")

@@ -8,7 +8,7 @@ import pandas as pd
 
 from embcache.data.checks import COLUMNS, check_path, check_strings, check_unique, first_few
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import is_image_name, list_folder, subfolders, walk_images
+from embcache.data.files import TABLE_SUFFIXES, is_image_name, list_folder, subfolders, walk_images
 from embcache.data.labels import class_order, label_numbers, read_table
 from embcache.data.source import DatasetSource
 from embcache.errors import DatasetError
@@ -18,7 +18,6 @@ SPLIT_NAMES = {
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq")
 UNGROUPED = "no group column: every image counts as a patient of its own"
 
 

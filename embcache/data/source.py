@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embcache.data.checks import first_few
+from embcache.data.files import TABLE_SUFFIXES
 from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.paths import PathLike, data_dir, home_dir
 
@@ -124,7 +125,7 @@ def choose_name(source: DatasetSource, root: Path, wanted: str | None) -> str:
     if wanted is None:
         if source.name != "folder":
             return source.name
-        return f"{root.stem if root.is_file() else root.name}-{hashlib.sha256(bytes(root)).hexdigest()[:8]}"
+        return f"{root.stem if root.suffix.lower() in TABLE_SUFFIXES else root.name}-{hashlib.sha256(bytes(root)).hexdigest()[:8]}"
     if wanted != source.name and wanted in DATASETS:
         raise UsageError("the name belongs to another dataset", found=wanted, where="--name", fix="choose another name")
     if not wanted.strip() or not wanted.isprintable() or "," in wanted or len(wanted) > 200:

@@ -113,15 +113,16 @@ def survey_dataset(name: str, root: PathLike | None = None, home: PathLike | Non
         The labels are broken.
     """
     cached = read_snapshot(name, home) if root is None else None
-    if cached is not None and not (cached.root is not None and cached.root.exists()):
+    if cached is not None and not (cached.origin is not None and cached.origin.exists()):
         note = "the folder is gone: this is the snapshot that extraction kept"
         cached = replace(
             cached, notes=(*cached.notes, note), missing=tuple(dict.fromkeys(cached.table["path"].tolist()))
         )
         return Survey(cached, np.zeros(len(cached), dtype=bool), find_source(cached.kind))
     source = find_source(cached.kind if cached is not None else name)
-    folder = resolve_root(source, cached.root if cached is not None else root, home, draw=False)
-    ds = source.read(folder, choose_name(source, folder, cached.name if cached is not None else None))
+    folder = resolve_root(source, cached.origin if cached is not None else root, home, draw=False)
+    name = choose_name(source, folder, cached.name if cached is not None else None)
+    ds = replace(source.read(folder, name), origin=folder)
     if ds.root is None:
         return Survey(ds, np.ones(len(ds), dtype=bool), source)
     sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=source.merge_identical)

@@ -15,8 +15,10 @@ SIZE = 96
 CLASSES = ("fibres", "glands", "lymphoid", "tumour")
 SEED = 20210501
 
-# How hard the sample is. Chosen with frozen networks and a linear probe: see draw_tile.
-DILUTION = (0.25, 0.5)  # share of a tile's cells that belong to another kind of tissue
+# How hard the sample is. Chosen with a logistic regression on frozen networks at 40, 200 and 720 training images (macro
+# AUC on the test groups): a random ResNet-50 0.64, 0.72, 0.76, a pretrained EfficientNet-Lite0 0.88, 0.95, 0.97. Twice
+# the noise, or a dilution of 0.3 to 0.6, took the random network to 0.56 and 0.58 at 720.
+DILUTION = (0.1, 0.5)  # share of a tile's cells that belong to another kind of tissue
 NOISE = 5  # grey levels of pixel noise, to either side
 
 Floats = npt.NDArray[np.float64]

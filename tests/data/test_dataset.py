@@ -1,0 +1,246 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embcache.data.dataset import DATASETS, ImageDataset, find_dataset, load_dataset
+from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
+from embcache.paths import slug
+from tests.data.pictures import write_image
+
+
+def table(**changes: object) -> pd.DataFrame:
+    columns: dict[str, object] = {
+        "id": ["a", "b", "c"],
+        "path": ["a.png", "b.png", "c.png"],
+        "member": [-1, -1, -1],
+        "label": [0, 1, -1],
+        "group": ["p", "p", "q"],
+        "split": ["train", "train", "test"],
+    }
+    return pd.DataFrame(columns | changes)
+
+
+def dataset(**changes: object) -> ImageDataset:
+    return ImageDataset("toy", Path("/nowhere"), ("cat", "dog"), "auc", "generic", table(**changes))
+
+
+def test_columns_are_given_as_arrays_and_one_split_can_be_selected() -> None:
+    ds = dataset()
+    assert ds.ids.tolist() == ["a", "b", "c"]
+    assert ds.labels.dtype == np.int64
+    assert ds.groups.tolist() == ["p", "p", "q"]
+    assert len(ds) == 3
+    assert ds.select("test").ids.tolist() == ["c"]
+    assert ds.select("test").table.index.tolist() == [0]
+    assert ds.file_path(1) == Path("/nowhere/b.png")
+    assert "2 train (1 cat, 1 dog)" in repr(ds)
+    assert "1 unlabelled" in repr(ds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": ["a", "a", "c"]}, "duplicate ids"),
+        ({"id": ["a", "", "c"]}, "is empty"),
+        ({"id": ["a", "b\0", "c"]}, "NUL"),
+        ({"group": ["p", "p\0", "q"]}, "NUL"),
+        ({"path": ["a.png", "../b.png", "c.png"]}, "leaves"),
+        ({"path": ["a.png", "x/../../b.png", "c.png"]}, "leaves"),
+        ({"path": ["a.png", "/etc/passwd", "c.png"]}, "leaves"),
+        ({"path": ["a.png", "C:\\b.png", "c.png"]}, "leaves"),
+        ({"path": ["a.png", "..\\b.png", "c.png"]}, "leaves"),
+        ({"label": [0, 2, -1]}, "unknown label in 1 rows"),
+        ({"label": [0, -2, -1]}, "unknown label in 1 rows"),
+        ({"label": [0.0, 1.0, -1.0]}, "int64"),
+        ({"split": ["train", "held-out", "test"]}, "unknown split"),
+    ],
+)
+def test_a_table_that_breaks_the_contract_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        dataset(**changes)
+
+
+def test_an_id_that_is_not_utf8_is_refused() -> None:
+    columns = table().astype({"id": object})
+    columns.loc[1, "id"] = "caf\udce9"
+    with pytest.raises(DatasetError, match="UTF-8"):
+        ImageDataset("toy", None, ("cat", "dog"), "auc", "generic", columns)
+
+
+def test_a_table_without_a_column_is_refused() -> None:
+    with pytest.raises(DatasetError, match="no group"):
+        ImageDataset("toy", None, ("cat", "dog"), "auc", "generic", table().drop(columns="group"))
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
+
+
+@given(st.lists(NAMES, unique=True, min_size=1, max_size=8), st.data())
+def test_a_snapshot_returns_the_same_dataset(ids: list[str], data: st.DataObject) -> None:
+    n = len(ids)
+    columns = pd.DataFrame(
+        {
+            "id": ids,
+            "path": [f"{i}.png" for i in range(n)],
+            "member": np.arange(n, dtype=np.int64),
+            "label": data.draw(st.lists(st.integers(-1, 1), min_size=n, max_size=n)),
+            "group": data.draw(st.lists(NAMES, min_size=n, max_size=n)),
+            "split": data.draw(st.lists(st.sampled_from(["train", "val", "test"]), min_size=n, max_size=n)),
+            "age": data.draw(st.lists(st.integers(0, 99), min_size=n, max_size=n)),
+            "spacing": [0.5 * i for i in range(n)],
+        }
+    )
+    ds = ImageDataset(
+        "toy", Path("somewhere"), ("cat", "dög"), "auc", "patch", columns, kind="patchcam", subset_sizes={"S": 5}, pool_limit=9,
+        leaderboard_alpha=0.5, grouped=False, synthetic=True, notes=("one\ntwo",), missing=("x.png",), origin=Path("somewhere/labels.csv"),
+    )  # fmt: skip
+    again = ImageDataset.from_parquet_bytes(ds.to_parquet_bytes())
+    assert again.table.to_dict("list") == ds.table.to_dict("list")
+    assert {**vars(again), "table": None} == {**vars(ds), "table": None}
+    assert again.to_parquet_bytes() == ds.to_parquet_bytes()
+
+
+def test_bytes_that_are_no_snapshot_are_refused() -> None:
+    good = dataset().to_parquet_bytes()
+    for data in (b"", b"PAR1", good[:-20]):
+        with pytest.raises(DatasetError, match="not a dataset snapshot"):
+            ImageDataset.from_parquet_bytes(data)
+
+
+def test_an_unknown_dataset_names_those_there_are(home: Path) -> None:
+    with pytest.raises(DatasetNotFoundError) as caught:
+        load_dataset("pnuemonia")
+    assert "pneumonia" in str(caught.value)
+    assert caught.value.fix == "embcache datasets"
+
+
+@pytest.mark.parametrize("name", ["aptos", "nih", "patchcam", "pneumonia"])
+def test_a_root_that_is_not_there_tells_the_layout_and_the_download(name: str, home: Path) -> None:
+    with pytest.raises(DatasetNotFoundError) as caught:
+        load_dataset(name)
+    message = str(caught.value)
+    assert DATASETS[name].expected.split("\n")[0] in message
+    assert f"kagglehub.{DATASETS[name].download}" in message
+    assert str(home.parent / "data" / name) in message
+
+
+def test_the_default_root_is_below_the_data_folder(home: Path) -> None:
+    write_image(home.parent / "data" / "pneumonia" / "chest_xray" / "train" / "NORMAL" / "IM-0001-0001.jpeg", 1)
+    write_image(home.parent / "data" / "pneumonia" / "chest_xray" / "train" / "PNEUMONIA" / "person1_virus_1.jpeg", 2)
+    assert len(load_dataset("pneumonia")) == 2
+
+
+def test_a_folder_dataset_needs_a_folder(home: Path) -> None:
+    with pytest.raises(UsageError, match="needs its folder"):
+        load_dataset("folder")
+
+
+@pytest.mark.parametrize("name", ["pneumonia", "", " ", "a,b", "a\nb", "x" * 201])
+def test_a_name_that_would_mislead_is_refused(tmp_path: Path, name: str) -> None:
+    write_image(tmp_path / "cat" / "a.png")
+    with pytest.raises(UsageError):
+        load_dataset("folder", tmp_path, dataset_name=name)
+
+
+def keep(ds: ImageDataset, home: Path) -> None:
+    path = home / slug(ds.name) / "dataset.parquet"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(ds.to_parquet_bytes())
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    for i, name in enumerate(["cat/a.png", "cat/b.png", "dog/c.png"]):
+        write_image(tmp_path / "pets" / name, i)
+    return tmp_path / "pets"
+
+
+def test_a_cached_folder_dataset_is_found_by_its_name(home: Path, pets: Path) -> None:
+    ds = load_dataset("folder", pets)
+    keep(ds, home)
+    write_image(pets / "dog" / "d.png", 9)
+    found, origin = find_dataset(ds.name)
+    assert origin == "live"
+    assert (found.name, found.root, len(found)) == (ds.name, ds.root, 4)
+
+
+def test_the_snapshot_serves_when_the_folder_is_gone(home: Path, pets: Path) -> None:
+    ds = load_dataset("folder", pets)
+    keep(ds, home)
+    pets.rename(pets.parent / "moved")
+    for options in ({"name": ds.name}, {"name": "folder", "root": pets}):
+        found, origin = find_dataset(**options)
+        assert origin == "snapshot"
+        assert found.table.equals(ds.table)
+
+
+def test_the_snapshot_of_a_table_dataset_is_found_when_the_table_is_gone(home: Path, pets: Path) -> None:
+    (pets / "labels.csv").write_text("path,label\ncat/a.png,0\ndog/c.png,1\n")
+    ds = load_dataset("folder", pets / "labels.csv")
+    keep(ds, home)
+    (pets / "labels.csv").unlink()
+    assert find_dataset("folder", root=pets / "labels.csv")[1] == "snapshot"
+
+
+def test_a_cached_table_dataset_is_read_from_its_table_again(home: Path, pets: Path) -> None:
+    (pets / "labels.csv").write_text("path,label\ncat/a.png,0\ndog/c.png,1\n")
+    ds = load_dataset("folder", pets / "labels.csv")
+    keep(ds, home)
+    found, origin = find_dataset(ds.name)
+    assert origin == "live"
+    assert found.ids.tolist() == ["cat/a.png", "dog/c.png"]
+
+
+def test_a_root_given_a_level_up_is_recognised_when_it_is_gone(home: Path, tmp_path: Path) -> None:
+    for i, name in enumerate(["NORMAL/IM-0001-0001.jpeg", "PNEUMONIA/person1_virus_1.jpeg"]):
+        write_image(tmp_path / "given" / "chest_xray" / "train" / name, i)
+    keep(load_dataset("pneumonia", tmp_path / "given"), home)
+    (tmp_path / "given").rename(tmp_path / "moved")
+    for options in ({}, {"root": tmp_path / "given"}):
+        assert find_dataset("pneumonia", **options)[1] == "snapshot"
+
+
+def test_who_extracted_without_missing_images_goes_on_without_them(home: Path, pets: Path) -> None:
+    (pets / "labels.csv").write_text("path,label\ncat/a.png,0\ncat/gone.png,0\ndog/c.png,1\n")
+    ds = load_dataset("folder", pets / "labels.csv", allow_missing=True)
+    keep(ds, home)
+    assert len(find_dataset(ds.name)[0]) == 2
+
+
+def test_the_snapshot_serves_when_the_folder_is_empty(home: Path, pets: Path) -> None:
+    ds = load_dataset("folder", pets)
+    keep(ds, home)
+    pets.rename(pets.parent / "moved")
+    pets.mkdir()
+    assert find_dataset(ds.name)[1] == "snapshot"
+
+
+def test_a_wrong_root_is_an_error_even_with_a_snapshot(home: Path, pets: Path) -> None:
+    ds = load_dataset("folder", pets, dataset_name="pets")
+    keep(ds, home)
+    with pytest.raises(DatasetNotFoundError):
+        find_dataset("pets", root=pets.parent / "nowhere")
+
+
+def test_a_named_dataset_keeps_its_name_when_it_is_moved(home: Path, pets: Path) -> None:
+    ds = load_dataset("folder", pets, dataset_name="pets")
+    keep(ds, home)
+    moved = pets.rename(pets.parent / "moved")
+    found, origin = find_dataset("pets", root=moved)
+    assert (found.name, found.root, origin) == ("pets", moved, "live")
+
+
+def test_a_damaged_snapshot_says_so(home: Path) -> None:
+    (home / "pets").mkdir(parents=True)
+    (home / "pets" / "dataset.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(DatasetError, match="snapshot of a dataset is damaged"):
+        find_dataset("pets")
+
+
+def test_without_files_or_snapshot_the_error_is_that_of_loading(home: Path) -> None:
+    with pytest.raises(DatasetNotFoundError, match="laid out otherwise"):
+        find_dataset("aptos")

@@ -1,0 +1,311 @@
+import hashlib
+import io
+import os
+import threading
+import warnings
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from embcache.data import images
+from embcache.data.images import decode_image, read_image, read_size, scale_to_bytes
+from embcache.errors import DatasetError, ImageError
+from tests.data.pictures import encode, write_image
+
+RGB = np.random.default_rng(7).integers(0, 256, (5, 9, 3), dtype=np.uint8)
+PICTURE = Image.fromarray(RGB)
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM", "TGA"])
+def test_lossless_formats_give_the_very_pixels(format: str) -> None:
+    decoded = decode_image(encode(PICTURE, format))
+    assert decoded.dtype == np.uint8
+    assert np.array_equal(decoded, RGB)
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"),
+    [("L", "PNG"), ("1", "PNG"), ("P", "GIF"), ("P", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("RGBA", "WEBP"),
+     ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "JPEG"), ("RGB", "JPEG"), ("RGB", "WEBP"), ("LAB", "TIFF")],
+)  # fmt: skip
+def test_every_mode_becomes_rgb_as_pillow_converts_it(mode: str, format: str) -> None:
+    if mode == "LAB":
+        source = Image.merge("LAB", PICTURE.split())
+    else:
+        source = PICTURE.convert(mode)
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encode(source, format, **options)
+    with Image.open(io.BytesIO(data)) as opened:
+        expected = np.asarray(opened.convert("RGBA").convert("RGB") if opened.mode == "P" else opened.convert("RGB"))
+    decoded = decode_image(data)
+    assert decoded.shape == (5, 9, 3)
+    assert np.array_equal(decoded, expected)
+
+
+def test_alpha_is_dropped_and_the_colours_beneath_stay() -> None:
+    alpha = Image.fromarray(np.arange(45, dtype=np.uint8).reshape(5, 9))
+    with_alpha = PICTURE.copy()
+    with_alpha.putalpha(alpha)
+    assert np.array_equal(decode_image(encode(with_alpha, "PNG")), RGB)
+
+
+def test_a_palette_with_transparency_decodes_without_a_warning() -> None:
+    palette = PICTURE.convert("P")
+    decoded = decode_image(encode(palette, "PNG", transparency=bytes([0, 128, 255] * 20)))
+    assert np.array_equal(decoded, np.asarray(palette.convert("RGB")))
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_by_its_own_range(format: str) -> None:
+    grey = np.array([[1000, 2000], [3000, 5000]], dtype=np.uint16)
+    decoded = decode_image(encode(Image.fromarray(grey), format))
+    expected = np.rint((grey - 1000) / 4000 * 255).astype(np.uint8)
+    assert np.array_equal(decoded, np.repeat(expected[..., None], 3, axis=2))
+
+
+def test_a_constant_sixteen_bit_image_is_black() -> None:
+    decoded = decode_image(encode(Image.fromarray(np.full((3, 3), 40000, dtype=np.uint16)), "PNG"))
+    assert not decoded.any()
+
+
+def test_floating_point_grey_passes_over_what_is_not_finite() -> None:
+    grey = np.array([[0.0, 0.5], [1.0, np.nan]], dtype=np.float32)
+    decoded = decode_image(encode(Image.fromarray(grey), "TIFF"))[..., 0]
+    assert decoded.tolist() == [[0, 128], [255, 0]]
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=20))
+def test_scaling_keeps_the_order_of_values(values: list[float]) -> None:
+    scaled = scale_to_bytes(np.array(values)).astype(int)
+    assert scaled.min() >= 0
+    assert scaled.max() <= 255
+    for a, x in zip(values, scaled, strict=True):
+        for b, y in zip(values, scaled, strict=True):
+            if a < b:
+                assert x <= y
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_as_pillow_applies_it(tmp_path: Path, format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned"
+    path.write_bytes(encode(PICTURE, format, exif=exif, **({"lossless": True} if format == "WEBP" else {})))
+    with Image.open(path) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    decoded, _ = read_image(tmp_path, "turned")
+    assert np.array_equal(decoded, expected)
+    assert decoded.shape[:2] == ((9, 5) if orientation >= 5 else (5, 9))
+    assert read_size(tmp_path, "turned") == (decoded.shape[1], decoded.shape[0])
+
+
+def test_exif_orientation_turns_sixteen_bit_grey_too() -> None:
+    grey = np.arange(6, dtype=np.uint16).reshape(2, 3) * 51
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    decoded = decode_image(encode(Image.fromarray(grey), "PNG", exif=exif))[..., 0]
+    assert np.array_equal(decoded, np.rot90(grey, -1))
+
+
+def test_a_broken_exif_block_leaves_the_pixels_readable() -> None:
+    data = encode(PICTURE, "JPEG", exif=b"Exif\x00\x00garbage that is no TIFF header")
+    assert decode_image(data).shape == (5, 9, 3)
+
+
+def test_the_first_frame_of_several_counts() -> None:
+    second = Image.fromarray(255 - RGB)
+    assert np.array_equal(decode_image(encode(PICTURE, "TIFF", save_all=True, append_images=[second])), RGB)
+
+
+def test_truncated_files_of_any_length_are_refused_with_one_line() -> None:
+    for format in ("PNG", "JPEG", "TIFF", "GIF", "BMP"):
+        whole = encode(PICTURE, format)
+        for length in range(0, len(whole) // 2, max(1, len(whole) // 25)):
+            with pytest.raises(ImageError) as caught:
+                decode_image(whole[:length])
+            assert "\n" not in caught.value.problem
+            assert "0x" not in caught.value.problem
+
+
+@given(st.data())
+def test_damaged_files_either_decode_or_are_refused(data: st.DataObject) -> None:
+    whole = bytearray(encode(PICTURE, data.draw(st.sampled_from(["PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP"]))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert decode_image(bytes(whole)).shape[2] == 3
+    except ImageError as error:
+        assert "\n" not in error.problem
+
+
+@given(st.binary(max_size=300))
+def test_random_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(ImageError):
+        decode_image(b"\x00no image " + data)
+
+
+def test_a_reason_is_the_same_every_time() -> None:
+    data = encode(PICTURE, "PNG")[:60]
+    reasons = set()
+    for _ in range(3):
+        with pytest.raises(ImageError) as caught:
+            decode_image(data)
+        reasons.add(caught.value.problem)
+    assert len(reasons) == 1
+
+
+def test_an_empty_file_says_so() -> None:
+    with pytest.raises(ImageError, match="empty"):
+        decode_image(b"")
+
+
+@pytest.mark.parametrize("limit", [20, 30])  # beyond twice the limit Pillow raises, below it warns
+def test_an_image_beyond_pillows_limit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: int) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    (tmp_path / "big.png").write_bytes(encode(PICTURE, "PNG"))
+    with pytest.raises(ImageError, match=f"more than {limit} pixels"):
+        read_image(tmp_path, "big.png")
+    with pytest.raises(ImageError, match=f"more than {limit} pixels"):
+        read_size(tmp_path, "big.png")
+
+
+def test_postscript_is_refused_before_any_program_runs() -> None:
+    with pytest.raises(ImageError, match="PostScript"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+
+
+def test_decoding_in_threads_leaves_the_warning_filters_alone() -> None:
+    palette = encode(PICTURE.convert("P"), "PNG", transparency=bytes([0, 128, 255] * 20))
+    before = list(warnings.filters)
+    threads = [threading.Thread(target=lambda: [decode_image(palette) for _ in range(20)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert warnings.filters == before
+
+
+def test_read_image_returns_the_digest_of_the_files_bytes(tmp_path: Path) -> None:
+    pixels = write_image(tmp_path / "a" / "b.png")
+    decoded, digest = read_image(tmp_path, "a/b.png")
+    assert np.array_equal(decoded, pixels)
+    assert digest == hashlib.sha256((tmp_path / "a" / "b.png").read_bytes()).hexdigest()
+    assert read_size(tmp_path, "a/b.png") == (12, 8)
+
+
+@pytest.mark.parametrize("read", [read_image, read_size])
+def test_a_file_that_is_not_there_is_an_image_error(tmp_path: Path, read: object) -> None:
+    with pytest.raises(ImageError, match="not there"):
+        read(tmp_path, "absent.png", -1)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ImageError, match="regular"):
+        read(tmp_path, "folder.png", -1)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match="regular"):
+        read(tmp_path, "pipe.png", -1)
+
+
+@pytest.mark.parametrize("read", [read_image, read_size])
+@pytest.mark.parametrize("path", ["../secret.png", "link.png", "linked/secret.png"])
+def test_a_path_that_leaves_the_root_is_refused(tmp_path: Path, read: object, path: str) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir()
+    write_image(outside / "secret.png")
+    write_image(tmp_path / "secret.png")
+    (root / "link.png").symlink_to(outside / "secret.png")
+    (root / "linked").symlink_to(outside)
+    with pytest.raises(DatasetError, match="leaves"):
+        read(root, path, -1)
+    with pytest.raises(DatasetError, match="leaves"):
+        read(root, str(outside / "secret.png"), -1)
+
+
+def test_a_link_that_stays_inside_the_root_is_read(tmp_path: Path) -> None:
+    pixels = write_image(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("a.png")
+    assert np.array_equal(read_image(tmp_path, "b.png")[0], pixels)
+
+
+def test_trouble_of_the_machine_is_not_the_images_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(tmp_path / "a.png")
+
+    def fail(real: str) -> object:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(images, "_open_file", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        read_image(tmp_path, "a.png")
+
+
+@pytest.fixture
+def array_file(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    pixels = np.random.default_rng(3).integers(0, 256, (4, 6, 7, 3), dtype=np.uint8)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", data=pixels, compression="gzip", chunks=(1, 6, 7, 3))
+    return tmp_path, pixels
+
+
+def test_members_of_an_array_file_are_read_by_row(array_file: tuple[Path, np.ndarray]) -> None:
+    root, pixels = array_file
+    for row in (2, 0, 3):
+        decoded, digest = read_image(root, "x.h5", row)
+        assert np.array_equal(decoded, pixels[row])
+        assert digest == hashlib.sha256(pixels[row].tobytes()).hexdigest()
+    assert read_size(root, "x.h5", 1) == (7, 6)
+
+
+def test_an_array_file_that_was_replaced_is_read_anew(array_file: tuple[Path, np.ndarray]) -> None:
+    root, pixels = array_file
+    read_image(root, "x.h5", 0)
+    with h5py.File(root / "new.h5", "w") as file:
+        file["x"] = 255 - pixels
+    (root / "new.h5").replace(root / "x.h5")
+    assert np.array_equal(read_image(root, "x.h5", 0)[0], 255 - pixels[0])
+
+
+def test_array_files_that_do_not_fit_are_image_errors(array_file: tuple[Path, np.ndarray]) -> None:
+    root, _ = array_file
+    with pytest.raises(ImageError, match="no row 4"):
+        read_image(root, "x.h5", 4)
+    with h5py.File(root / "grey.h5", "w") as file:
+        file["x"] = np.zeros((3, 4, 4), dtype=np.uint8)
+    with pytest.raises(ImageError, match="uint8"):
+        read_size(root, "grey.h5", 0)
+    with h5py.File(root / "other.h5", "w") as file:
+        file["y"] = np.zeros(3)
+    with pytest.raises(ImageError, match="no array"):
+        read_image(root, "other.h5", 0)
+    (root / "broken.h5").write_bytes(b"not HDF5")
+    with pytest.raises(ImageError):
+        read_image(root, "broken.h5", 0)
+    with pytest.raises(ImageError, match="not there"):
+        read_image(root, "absent.h5", 0)
+
+
+def test_a_damaged_row_of_an_array_file_is_an_image_error(array_file: tuple[Path, np.ndarray]) -> None:
+    root, _ = array_file
+    with h5py.File(root / "x.h5") as file:
+        place = file["x"].id.get_chunk_info(1)
+    data = bytearray((root / "x.h5").read_bytes())
+    data[place.byte_offset : place.byte_offset + place.size] = b"\xff" * place.size
+    (root / "damaged.h5").write_bytes(data)
+    with pytest.raises(ImageError):
+        read_image(root, "damaged.h5", 1)
+    assert read_image(root, "damaged.h5", 0)[0].shape == (6, 7, 3)
+
+
+@pytest.mark.shared
+def test_real_images_decode_to_the_size_their_header_says(shared_data: Path) -> None:
+    folders = ["pneumonia/chest_xray/test/NORMAL", "aptos/train_images", "patchcam/train", "nih/images"]
+    for folder in folders:
+        for path in sorted((shared_data / folder).iterdir())[:5]:
+            pixels, _ = read_image(shared_data, f"{folder}/{path.name}")
+            assert pixels.shape == (*read_size(shared_data, f"{folder}/{path.name}")[::-1], 3)
+            with Image.open(path) as opened:
+                assert np.array_equal(pixels, np.asarray(opened.convert("RGB")))
