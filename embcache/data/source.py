@@ -125,7 +125,8 @@ def choose_name(source: DatasetSource, root: Path, wanted: str | None) -> str:
     if wanted is None:
         if source.name != "folder":
             return source.name
-        return f"{root.stem if root.suffix.lower() in TABLE_SUFFIXES else root.name}-{hashlib.sha256(bytes(root)).hexdigest()[:8]}"
+        own = root.stem if root.suffix.lower() in TABLE_SUFFIXES else root.name
+        return f"{own or 'root'}-{hashlib.sha256(bytes(root)).hexdigest()[:8]}"
     if wanted != source.name and wanted in DATASETS:
         raise UsageError("the name belongs to another dataset", found=wanted, where="--name", fix="choose another name")
     if not wanted.strip() or not wanted.isprintable() or "," in wanted or len(wanted) > 200:

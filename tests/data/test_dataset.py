@@ -95,9 +95,22 @@ def test_a_snapshot_returns_the_same_dataset(ids: list[str], data: st.DataObject
         }
     )
     ds = ImageDataset(
-        "toy", Path("somewhere"), ("cat", "dög"), "auc", "patch", columns, kind="patchcam", subset_sizes={"S": 5}, pool_limit=9,
-        leaderboard_alpha=0.5, grouped=False, synthetic=True, notes=("one\ntwo",), missing=("x.png",), origin=Path("somewhere/labels.csv"),
-    )  # fmt: skip
+        name="toy",
+        root=Path("somewhere"),
+        class_names=("cat", "dög"),
+        metric="auc",
+        augment="patch",
+        table=columns,
+        kind="patchcam",
+        subset_sizes={"S": 5},
+        pool_limit=9,
+        leaderboard_alpha=0.5,
+        grouped=False,
+        synthetic=True,
+        notes=("one\ntwo",),
+        missing=("x.png",),
+        origin=Path("somewhere/labels.csv"),
+    )
     again = ImageDataset.from_parquet_bytes(ds.to_parquet_bytes())
     assert again.table.to_dict("list") == ds.table.to_dict("list")
     assert {**vars(again), "table": None} == {**vars(ds), "table": None}

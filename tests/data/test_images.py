@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import io
 import os
@@ -34,10 +35,7 @@ def test_lossless_formats_give_the_very_pixels(format: str) -> None:
      ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "JPEG"), ("RGB", "JPEG"), ("RGB", "WEBP"), ("LAB", "TIFF")],
 )  # fmt: skip
 def test_every_mode_becomes_rgb_as_pillow_converts_it(mode: str, format: str) -> None:
-    if mode == "LAB":
-        source = Image.merge("LAB", PICTURE.split())
-    else:
-        source = PICTURE.convert(mode)
+    source = Image.merge("LAB", PICTURE.split()) if mode == "LAB" else PICTURE.convert(mode)
     options = {"lossless": True} if format == "WEBP" else {}
     data = encode(source, format, **options)
     with Image.open(io.BytesIO(data)) as opened:
@@ -138,10 +136,10 @@ def test_damaged_files_either_decode_or_are_refused(data: st.DataObject) -> None
     whole = bytearray(encode(PICTURE, data.draw(st.sampled_from(["PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP"]))))
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        assert decode_image(bytes(whole)).shape[2] == 3
-    except ImageError as error:
-        assert "\n" not in error.problem
+    with contextlib.suppress(ImageError):
+        decoded = decode_image(bytes(whole))
+        assert decoded.dtype == np.uint8
+        assert decoded.shape[2:] == (3,)
 
 
 @given(st.binary(max_size=300))
