@@ -127,13 +127,15 @@ def _read_pickle(path: Path, source: Path | IO[bytes], *, mmap: bool) -> object:
         try:
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # a malformed pickle can raise anything
-            unsafe = re.search(r"GLOBAL (\S+)", str(error))
+            unsafe = re.search(r"GLOBAL (\w\S*)", str(error))
             if unsafe:
                 raise WeightsError(
                     "the checkpoint is refused: reading it could run code", expected="tensors and plain containers",
                     found=f"the object {unsafe[1]}", where=path, fix=_CONVERT,
                 ) from error  # fmt: skip
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            # torch wraps the reason in advice to load the file unsafely, which is not ours to give.
+            said = re.search(r"WeightsUnpickler error: (.+)", str(error)) or re.search(r"(.+)", str(error))
+            reason = said[1].strip() if said else f"it ends too early ({type(error).__name__})"
             raise _broken(path, f"a damaged or foreign PyTorch file: {reason}") from error
 
 
@@ -148,7 +150,7 @@ def _check_zip(path: Path, file: IO[bytes]) -> None:
                 raise _broken(path, "a zip archive whose records claim more bytes than the file has")
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise _broken(path, f"a damaged zip archive: {error}") from error
+        raise _broken(path, f"a damaged zip archive, or a download cut short: {error}") from error
     if damaged is not None:
         raise _broken(path, f"a damaged zip archive: the checksum of {damaged} does not match")
 

@@ -20,7 +20,8 @@ def resnet50(seed: int = 0) -> nn.Module:
     Parameters
     ----------
     seed : int
-        Of torchvision's own initialisation; the global random state is left alone.
+        Of torchvision's own initialisation; the global random state is left alone. The last bits of the weights depend
+        on the vector instructions of the processor (within 1e-6), so their digest may differ between machines.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -160,10 +160,9 @@ def _fill(spec: Backbone, state: Mapping[str, Tensor], path: Path) -> Any:
 
 def _fetch(spec: Backbone, folder: Path, allow_download: bool) -> Any:
     """Build the network with the weights that timm and the hub keep or fetch."""
-    repository = spec.source if "/" in spec.source and "://" not in spec.source else None
     if not allow_download:
         raise _unavailable(spec.timm, "downloads are not allowed here", spec.weights.filename, folder)
-    if repository is not None:
+    if repository := _repository(spec.timm):
         _reach_hub(spec.timm, repository, "model.safetensors", spec.weights.filename, folder)
     try:
         # With the classifier that the checkpoint has: timm is strict about names only when the classes agree.
@@ -237,6 +236,8 @@ def _rgb(values: Any) -> tuple[float, float, float]:
 def _resize(module: Any, spec: Backbone, image_size: tuple[int, int]) -> None:
     """Fit a fixed-size transformer to images of another size by timm's own resampling, and try one."""
     try:
+        if any(side % spec.patch for side in image_size):
+            raise ValueError(f"a patch of {spec.patch} pixels, which does not divide the sides")
         if hasattr(module, "set_input_size"):
             module.set_input_size(img_size=image_size)
         with torch.inference_mode():
@@ -281,27 +282,21 @@ def _reach_hub(model_name: str, repository: str, file: str, filename: str = "", 
         raise _unavailable(model_name, str(getattr(error, "reason", error)), filename, folder) from error
 
 
-def _unavailable(model_name: str, reason: str, filename: str = "", folder: Path | None = None) -> WeightsError:
-    repository = model_name.removeprefix("hf-hub:")
+def _repository(model_name: str) -> str:
+    """ORG/NAME on the hub where timm's weights of a model lie; empty where they lie elsewhere."""
     if model_name.startswith("hf-hub:"):
-        url = f"https://huggingface.co/{repository}"
-        cache = hub_constants.HF_HUB_CACHE
-        fix = f"on a machine with a network: hf download {repository}\nthen copy its folder to {cache}"
+        return model_name.removeprefix("hf-hub:")
+    return str(getattr(timm.get_pretrained_cfg(model_name), "hf_hub_id", None) or "")
+
+
+def _unavailable(model_name: str, reason: str, filename: str = "", folder: Path | None = None) -> WeightsError:
+    repository = _repository(model_name)
+    page = f"https://huggingface.co/{repository}"
+    if model_name.startswith("hf-hub:") or folder is None:
+        url, where = page, str(hub_constants.HF_HUB_CACHE)
+        fix = f"on a machine with a network: hf download {repository}\nthen copy its folder to {where}"
     else:
-        config = timm.models.get_pretrained_cfg(repository)
-        hub_id = getattr(config, "hf_hub_id", None)
-        url = (
-            f"https://huggingface.co/{hub_id}/resolve/main/model.safetensors"
-            if hub_id
-            else str(getattr(config, "url", ""))
-        )
-        fix = f"on a machine with a network: curl -L -o {filename or repository} {url}"
-        if folder is not None:
-            fix += f"\nthen put it at {folder / filename}"
-    return WeightsError(
-        f"{model_name} cannot be fetched",
-        expected=url,
-        found=reason,
-        where=folder or hub_constants.HF_HUB_CACHE,
-        fix=fix,
-    )
+        config_url = getattr(timm.get_pretrained_cfg(model_name), "url", "")
+        url, where = f"{page}/resolve/main/model.safetensors" if repository else str(config_url), str(folder)
+        fix = f"on a machine with a network: curl -L -o {filename} {url}\nthen put it at {folder / filename}"
+    return WeightsError(f"{model_name} cannot be fetched", expected=url, found=reason, where=where, fix=fix)

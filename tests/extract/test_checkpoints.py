@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from embcache.errors import WeightsError
+from embcache.extract.checkpoints import clean_state_dict, hash_state, load_strictly, read_checkpoint
+from tests.extract import published
+
+
+def small_state() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "conv1.weight": torch.randn(4, 3, 3, 3, generator=generator),
+        "bn1.running_mean": torch.randn(4, generator=generator),
+        "bn1.num_batches_tracked": torch.tensor(7),
+    }
+
+
+LAYOUTS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "flat": dict,
+    "parameters": lambda state: {key: nn.Parameter(v, requires_grad=v.is_floating_point()) for key, v in state.items()},
+    "module. prefix and heads": published.swav,
+    "VISSL": published.vissl,
+    "VISSL, converted": lambda state: {"model_state_dict": published.prefixed(state, "_feature_blocks.")},
+    "DINO's full checkpoint": published.dino_full,
+    "state_dict": lambda state: {"epoch": 3, "state_dict": published.prefixed(state, "module.")},
+    "model": lambda state: {"model": state, "lr": np.float64(0.1)},
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_published_layout_gives_the_trunk_and_nothing_else(tmp_path: Path, layout: str, legacy: bool) -> None:
+    state = small_state()
+    path = published.save(tmp_path / "weights.pth", LAYOUTS[layout](state), legacy=legacy)
+    checkpoint = read_checkpoint(path)
+    cleaned = clean_state_dict(checkpoint.state)
+    assert cleaned.keys() == state.keys()
+    assert all(torch.equal(cleaned[key], state[key]) for key in state)
+    assert not any(value.requires_grad for value in cleaned.values())
+    assert checkpoint.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_safetensors_are_read_whatever_the_file_is_called(tmp_path: Path) -> None:
+    state = small_state()
+    path = tmp_path / "weights.pth"
+    safetensors.torch.save_file(published.prefixed(state, "module."), path)
+    cleaned = clean_state_dict(read_checkpoint(path).state)
+    assert all(torch.equal(cleaned[key], state[key]) for key in state)
+
+
+class Malicious:
+    def __init__(self, call: Callable[..., object], *args: object) -> None:
+        self.call = (call, args)
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call
+
+
+@pytest.mark.parametrize("container", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("call", [os.mkdir, eval, getattr, io.open], ids=lambda call: call.__name__)
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(
+    tmp_path: Path, call: Callable[..., object], container: str
+) -> None:
+    trap = tmp_path / "trap"
+    argument = f"__import__('os').mkdir({str(trap)!r})" if call is eval else str(trap)
+    args: tuple[object, ...] = (argument, "w") if call in (io.open, getattr) else (argument,)
+    content = {**small_state(), "bn1.bias": Malicious(call, *args)}
+    path = tmp_path / "weights.pth"
+    if container == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        published.save(path, content, legacy=container == "legacy")
+    with pytest.raises(WeightsError) as error:
+        read_checkpoint(path)
+    assert not trap.exists()
+    assert str(path) in str(error.value)
+
+
+def test_the_refused_object_is_named(tmp_path: Path) -> None:
+    path = published.save(tmp_path / "weights.pth", {"model": small_state(), "trainer": Malicious(eval, "1")})
+    with pytest.raises(WeightsError, match=r"could run code[\s\S]*eval"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+@given(data=st.data())
+def test_a_truncated_file_is_one_error(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("truncated")
+    path = folder / "weights.pth"
+    if kind == "safetensors":
+        safetensors.torch.save_file(small_state(), path)
+    else:
+        published.save(path, small_state(), legacy=kind == "legacy")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    # Cut within the name of a type, it names an unknown one.
+    with pytest.raises(WeightsError, match=r"not a checkpoint that can be read|is refused"):
+        read_checkpoint(path)
+
+
+def test_a_changed_byte_in_a_tensor_is_found(tmp_path: Path) -> None:
+    path = published.save(tmp_path / "weights.pth", {"conv1.weight": torch.arange(1000.0)})
+    content = bytearray(path.read_bytes())
+    place = content.index(np.float32(500).tobytes() + np.float32(501).tobytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match="checksum"):
+        read_checkpoint(path)
+
+
+NOT_CHECKPOINTS = {
+    "an empty file": b"",
+    "a web page": b"\n<!DOCTYPE html><html><body>Log in</body></html>",
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 86728949\n",
+    "a gzip archive": gzip.compress(b"weights"),
+    "begins with": b"\x89PNG\r\n\x1a\n and so on, long enough to look at",
+}
+
+
+@pytest.mark.parametrize("found", NOT_CHECKPOINTS)
+def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path: Path, found: str) -> None:
+    path = tmp_path / "dino_deitsmall8_pretrain.pth"
+    path.write_bytes(NOT_CHECKPOINTS[found])
+    with pytest.raises(WeightsError, match=found):
+        read_checkpoint(path)
+
+
+def test_a_tar_archive_is_called_one(tmp_path: Path) -> None:
+    path = tmp_path / "swav_800ep_pretrain.pth.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("weights"))
+    with pytest.raises(WeightsError, match="a tar archive"):
+        read_checkpoint(path)
+
+
+def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere.pth", tmp_path):
+        with pytest.raises(WeightsError, match="cannot be read"):
+            read_checkpoint(path)
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    path = published.save(tmp_path / "weights.pth", {"conv1.weight": torch.zeros(5_000_000)})
+    bomb = published.rezip(path, tmp_path / "bomb.pth", {}, compress=True)
+    assert bomb.stat().st_size < 1_000_000
+    with pytest.raises(WeightsError, match="compressed zip"):
+        read_checkpoint(bomb)
+
+
+def test_a_zip_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "no weights here")
+    with pytest.raises(WeightsError, match="not a checkpoint"):
+        read_checkpoint(path)
+
+
+def test_a_tensor_that_claims_more_bytes_than_the_file_has_is_refused(tmp_path: Path) -> None:
+    path = published.save(tmp_path / "weights.pth", {"conv1.weight": torch.zeros(1000)})
+    # 1000 as the pickle writes it, for the storage and for the tensor's shape.
+    greedy = published.rezip(path, tmp_path / "greedy.pth", {b"M\xe8\x03": b"M\xff\xff"})
+    with pytest.raises(WeightsError, match="not a checkpoint"):
+        read_checkpoint(greedy)
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], {}, 7, torch.zeros(2)], ids=["list", "empty", "int", "tensor"])
+def test_a_file_without_named_tensors_is_refused(tmp_path: Path, content: object) -> None:
+    with pytest.raises(WeightsError, match="instead of named tensors"):
+        read_checkpoint(published.save(tmp_path / "weights.pth", content))
+
+
+def test_an_unknown_layout_lists_what_it_holds(tmp_path: Path) -> None:
+    path = published.save(tmp_path / "weights.pth", {"encoder": small_state(), "epoch": 3})
+    with pytest.raises(WeightsError, match="encoder, epoch"):
+        read_checkpoint(path)
+
+
+def test_two_names_that_become_one_are_refused() -> None:
+    with pytest.raises(WeightsError, match=r"names conv1\.weight twice"):
+        clean_state_dict({"conv1.weight": torch.zeros(1), "module.conv1.weight": torch.ones(1)})
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+
+
+def test_a_strict_load_fills_everything() -> None:
+    source, target = network(), network()
+    load_strictly(target, source.state_dict())
+    assert hash_state(source) == hash_state(target)
+
+
+def test_a_strict_load_lists_what_is_missing_unknown_and_misshapen() -> None:
+    state = network().state_dict()
+    state["layer9.weight"] = torch.zeros(1)
+    del state["1.bias"]
+    state["0.weight"] = torch.zeros(4, 3, 5, 5)
+    target = network()
+    before = hash_state(target)
+    with pytest.raises(WeightsError) as error:
+        load_strictly(target, state, where="weights.pth")
+    text = str(error.value)
+    assert "1 missing: 1.bias" in text
+    assert "1 unknown: layer9.weight" in text
+    assert "0.weight (4, 3, 5, 5) instead of (4, 3, 3, 3)" in text
+    assert "weights.pth" in text
+    assert hash_state(target) == before
+
+
+def test_counters_of_batches_may_be_missing_as_in_older_checkpoints() -> None:
+    state = network().state_dict()
+    del state["1.num_batches_tracked"]
+    load_strictly(network(), state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    state = network().state_dict()
+    state["1.bias"][2] = value
+    with pytest.raises(WeightsError, match=r"not finite[\s\S]*1\.bias"):
+        load_strictly(network(), state)
+
+
+def test_half_precision_weights_are_widened() -> None:
+    state = {key: value.half() if value.is_floating_point() else value for key, value in network().state_dict().items()}
+    target = network()
+    load_strictly(target, state)
+    assert target.state_dict()["0.weight"].dtype == torch.float32
+    assert torch.equal(target.state_dict()["0.weight"], state["0.weight"].float())
+
+
+def test_the_hash_of_a_network_sees_every_tensor_but_not_its_memory_format() -> None:
+    module = network()
+    digest = hash_state(module)
+    assert hash_state(module.to(memory_format=torch.channels_last)) == digest
+    for tensor in module.state_dict().values():
+        tensor += 1
+        changed = hash_state(module)
+        assert changed != digest
+        digest = changed
