@@ -19,7 +19,15 @@ import pyarrow.parquet as pq
 from embcache.data.checks import check_table, first_few
 from embcache.data.files import locate_files
 from embcache.data.groups import duplicate_notes, identical_files, merge_groups, overlap_notes
-from embcache.data.source import DATASETS, DatasetSource, choose_name, default_root, find_source, resolve_root
+from embcache.data.source import (
+    DATASETS,
+    DatasetSource,
+    choose_name,
+    default_root,
+    find_source,
+    refusals_told,
+    resolve_root,
+)
 from embcache.errors import DatasetError, DatasetNotFoundError
 from embcache.paths import PathLike, home_dir, slug
 
@@ -191,12 +199,13 @@ def load_dataset(
     DatasetNotFoundError
         There is no such dataset, or its root is missing or laid out otherwise.
     DatasetError
-        Images are missing, ids repeat, a label is unknown, a path leaves the root.
+        Images are missing, ids repeat, a label is unknown, a path leaves the root, a file may not be read.
     """
     source = find_source(name)
-    folder = resolve_root(source, root, home)
-    ds = replace(source.read(folder, choose_name(source, folder, dataset_name)), origin=folder)
-    return settle(ds, source, allow_missing=allow_missing)
+    with refusals_told():
+        folder = resolve_root(source, root, home)
+        ds = replace(source.read(folder, choose_name(source, folder, dataset_name)), origin=folder)
+        return settle(ds, source, allow_missing=allow_missing)
 
 
 def find_dataset(

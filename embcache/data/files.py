@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from embcache.data.checks import refuse_outside
-from embcache.errors import DatasetError
 
 # What Pillow and pydicom read of what lies in image collections; anything else in a class folder is passed over.
 IMAGE_SUFFIXES = frozenset(
@@ -31,20 +30,9 @@ def is_image_name(name: str) -> bool:
 
 
 def list_folder(folder: Path | str) -> list[os.DirEntry[str]]:
-    """Entries of a folder sorted by name, litter left out.
-
-    Raises
-    ------
-    DatasetError
-        The folder may not be read.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not is_litter(e.name)), key=lambda e: e.name)
-    except PermissionError as error:
-        raise DatasetError(
-            "a folder may not be read", found=str(error.strerror), where=folder, fix=f"chmod u+rx '{folder}'"
-        ) from error
+    """Entries of a folder sorted by name, litter left out."""
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if not is_litter(e.name)), key=lambda e: e.name)
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -148,7 +136,3 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except PermissionError as error:
-        raise DatasetError(
-            "a folder may not be read", found=str(error.strerror), where=folder, fix=f"chmod u+rx '{folder}'"
-        ) from error

@@ -81,7 +81,7 @@ def _read_hdf5(root: Path, name: str) -> ImageDataset:
         images, targets = (f"{_H5.format(part=part, what=what)}.h5" for what in "xy")
         absent = [file for file in (images, targets) if not (root / file).is_file()]
         if absent:
-            packed = [file for file in absent if (root / f"{file}.gz").is_file()]
+            packed = [f"{file}.gz" for file in absent if (root / f"{file}.gz").is_file()]
             fix = f"gunzip --keep {' '.join(packed)}" if packed else f"put {' and '.join(absent)} there"
             raise DatasetError(
                 "a file of the original PatchCamelyon release is not there",

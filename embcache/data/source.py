@@ -7,13 +7,14 @@ import hashlib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embcache.data.checks import first_few
 from embcache.data.files import TABLE_SUFFIXES
-from embcache.errors import DatasetNotFoundError, UsageError
+from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.paths import PathLike, data_dir, home_dir
 
 if TYPE_CHECKING:
@@ -65,6 +66,20 @@ class DatasetSource:
             where=root,
             fix=fix,
         )
+
+
+@contextmanager
+def refusals_told() -> Iterator[None]:
+    """Turn the system's refusal to let a file or folder be read into a message."""
+    try:
+        yield
+    except PermissionError as error:
+        raise DatasetError(
+            "a dataset may not be read",
+            found=str(error.strerror),
+            where=error.filename,
+            fix=f"chmod -R u+rX '{error.filename}'",
+        ) from error
 
 
 class _Sources(Mapping[str, DatasetSource]):

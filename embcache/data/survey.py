@@ -14,7 +14,15 @@ from embcache.data.checks import SPLITS
 from embcache.data.dataset import ImageDataset, group_identical, read_snapshot
 from embcache.data.files import locate_files
 from embcache.data.groups import overlap_notes
-from embcache.data.source import DATASETS, DatasetSource, choose_name, default_root, find_source, resolve_root
+from embcache.data.source import (
+    DATASETS,
+    DatasetSource,
+    choose_name,
+    default_root,
+    find_source,
+    refusals_told,
+    resolve_root,
+)
 from embcache.errors import DatasetNotFoundError, EmbcacheError
 from embcache.paths import PathLike, home_dir
 
@@ -120,19 +128,24 @@ def survey_dataset(name: str, root: PathLike | None = None, home: PathLike | Non
         )
         return Survey(cached, np.zeros(len(cached), dtype=bool), find_source(cached.kind))
     source = find_source(cached.kind if cached is not None else name)
-    folder = resolve_root(source, cached.origin if cached is not None else root, home, draw=False)
-    name = choose_name(source, folder, cached.name if cached is not None else None)
-    ds = replace(source.read(folder, name), origin=folder)
+    with refusals_told():
+        folder = resolve_root(source, cached.origin if cached is not None else root, home, draw=False)
+        ds = source.read(folder, choose_name(source, folder, cached.name if cached is not None else None))
+        return _compare(replace(ds, origin=folder), source)
+
+
+def _compare(ds: ImageDataset, source: DatasetSource) -> Survey:
+    """Every row kept, with groups and notes as loading would give them."""
     if ds.root is None:
         return Survey(ds, np.ones(len(ds), dtype=bool), source)
-    sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=source.merge_identical)
-    present = np.array([sizes[path] is not None for path in ds.table["path"].tolist()], dtype=bool)
+    paths = ds.table["path"].tolist()
+    sizes = locate_files(ds.root, paths, sizes=source.merge_identical)
     ds = replace(ds, missing=tuple(path for path, size in sizes.items() if size is None))
     if source.merge_identical:
         ds = group_identical(ds, sizes)
     else:
         ds = replace(ds, notes=(*ds.notes, *overlap_notes(ds.table)))
-    return Survey(ds, present, source)
+    return Survey(ds, np.array([sizes[path] is not None for path in paths], dtype=bool), source)
 
 
 def list_datasets(home: PathLike | None = None) -> list[Listed]:

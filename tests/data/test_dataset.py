@@ -159,6 +159,18 @@ def test_a_name_that_would_mislead_is_refused(tmp_path: Path, name: str) -> None
         load_dataset("folder", tmp_path, dataset_name=name)
 
 
+def test_a_folder_that_may_not_be_read_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(tmp_path / "cat" / "a.png")
+
+    def refuse(folder: object) -> object:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(DatasetError, match="may not be read") as caught:
+        load_dataset("folder", tmp_path)
+    assert caught.value.where == str(tmp_path)
+
+
 def keep(ds: ImageDataset, home: Path) -> None:
     path = home / slug(ds.name) / "dataset.parquet"
     path.parent.mkdir(parents=True)

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+
+from embcache.data.dataset import load_dataset
+from embcache.errors import DatasetError
+from tests.data.pictures import write_image
+
+
+def write_layout(root: Path) -> Path:
+    rows = {"000c1434d8d7": 2, "001639a390f0": 4, "0024cdab0c1e": 1, "1_left": 0, "1_right": 3}
+    for i, name in enumerate(rows):
+        write_image(root / "train_images" / f"{name}.png", i)
+    for i, name in enumerate(["2_left", "1_other"]):
+        write_image(root / "test_images" / f"{name}.png", 10 + i)
+    (root / "train.csv").write_text("id_code,diagnosis\n" + "".join(f"{i},{y}\n" for i, y in rows.items()))
+    (root / "test.csv").write_text("id_code\n2_left\n1_other\n")
+    return root
+
+
+def test_grades_patients_and_an_unlabelled_test_set(tmp_path: Path) -> None:
+    ds = load_dataset("aptos", write_layout(tmp_path))
+    assert ds.labels.tolist() == [2, 4, 1, 0, 3, -1, -1]
+    assert ds.class_names[2] == "moderate"
+    assert ds.groups.tolist()[2:6] == ["0024cdab0c1e", "1", "1", "2"]
+    assert ds.table["split"].tolist() == ["train"] * 5 + ["test"] * 2
+    assert (ds.metric, ds.leaderboard_alpha, ds.augment) == ("kappa", 0.85, "fundus")
+
+
+def test_copies_with_conflicting_grades_are_one_group_and_are_told(tmp_path: Path) -> None:
+    write_layout(tmp_path)
+    write_image(tmp_path / "train_images" / "001639a390f0.png", 0)  # now a copy of the first
+    ds = load_dataset("aptos", tmp_path)
+    assert ds.groups.tolist()[:2] == ["000c1434d8d7", "000c1434d8d7"]
+    assert any("conflicting labels: 000c1434d8d7 (moderate) = 001639a390f0 (proliferative DR)" in n for n in ds.notes)
+
+
+def test_without_test_images_only_a_local_test_is_possible(tmp_path: Path) -> None:
+    write_layout(tmp_path)
+    for path in (tmp_path / "test_images").iterdir():
+        path.unlink()
+    ds = load_dataset("aptos", tmp_path)
+    assert len(ds) == 5
+    assert any("only --test local" in note for note in ds.notes)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("x,5", "unknown label"),
+        ("x,1.5", "unknown label"),
+        ("1_left,0", "duplicate ids"),
+        ("..,1", "leaves"),
+        ("x,1", "1 of 8 images"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(tmp_path: Path, row: str, message: str) -> None:
+    write_layout(tmp_path)
+    with (tmp_path / "train.csv").open("a") as file:
+        file.write(row + "\n")
+    with pytest.raises(DatasetError, match=message):
+        load_dataset("aptos", tmp_path)
+
+
+@pytest.mark.shared
+def test_the_layout_at_hand_loads(shared_data: Path) -> None:
+    ds = load_dataset("aptos", shared_data / "aptos")
+    train = ds.select("train")
+    assert [int((train.labels == c).sum()) for c in range(5)] == [173, 59, 143, 29, 18]
+    assert len(ds.select("test")) == 60
+    assert len(set(train.groups)) == 303
+    assert any(note.startswith("35 groups occur in both") for note in ds.notes)

@@ -1,0 +1,107 @@
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.data.images import read_image
+from embcache.data.sample import draw_sample
+from embcache.data.tiles import draw_tile
+from embcache.errors import DatasetError, DatasetNotFoundError
+
+
+def write_layout(root: Path) -> Path:
+    draw_sample(root / "sample")
+    return root / "sample"
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
+    return load_dataset("sample", tmp_path_factory.mktemp("home") / "sample-images")
+
+
+def test_sixty_patients_with_four_kinds_each_a_quarter_of_them_held_out(sample: ImageDataset) -> None:
+    assert len(sample) == 960
+    assert sample.class_names == ("fibres", "glands", "lymphoid", "tumour")
+    train, test = sample.select("train"), sample.select("test")
+    assert (len(set(train.groups)), len(set(test.groups))) == (45, 15)
+    assert not set(train.groups) & set(test.groups)
+    assert Counter(zip(sample.groups, sample.labels.tolist(), strict=True)).most_common()[0][1] == 4
+    assert set(Counter(sample.labels.tolist()).values()) == {240}
+
+
+def test_it_says_that_it_is_synthetic(sample: ImageDataset) -> None:
+    assert sample.synthetic
+    assert any("synthetic" in note for note in sample.notes)
+    assert (sample.kind, sample.metric, dict(sample.subset_sizes)) == ("sample", "macro_auc", {"S": 40, "M": 200})
+
+
+def test_the_files_hold_the_drawn_pixels(sample: ImageDataset) -> None:
+    pixels, _ = read_image(sample.root, "patient07/tumour-2.png")
+    assert np.array_equal(pixels, draw_tile(7, 3, 2))
+    assert pixels.shape == (96, 96, 3)
+
+
+def test_the_pixels_are_the_same_on_every_machine() -> None:
+    digest = hashlib.sha256()
+    for group, label in [(0, 0), (1, 1), (31, 2), (59, 3)]:
+        digest.update(draw_tile(group, label, 0).tobytes())
+    assert digest.hexdigest() == "1942e9fc6973b21ec1eeec8bda3084cd3864cf1c9e5a24a98b3306973296a789"
+
+
+def test_no_two_tiles_are_alike_and_patients_differ_in_stain(sample: ImageDataset) -> None:
+    assert not any("identical" in note for note in sample.notes)
+    colours = {draw_tile(group, 0, 0).mean(axis=(0, 1)).round().astype(int).tobytes() for group in range(12)}
+    assert len(colours) == 12
+
+
+def test_it_can_be_read_as_anyones_table(sample: ImageDataset) -> None:
+    ds = load_dataset("folder", sample.root / "labels.csv")
+    assert ds.ids.tolist() == sample.ids.tolist()
+    assert ds.labels.tolist() == sample.labels.tolist()
+
+
+def test_who_draws_second_leaves_what_the_first_has_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for content in ("first", "second"):
+
+        def draw(folder: Path, content: str = content) -> None:
+            (folder / "labels.csv").write_text(content)
+
+        monkeypatch.setattr("embcache.data.sample._draw_all", draw)
+        draw_sample(tmp_path / "sample")
+    assert (tmp_path / "sample" / "labels.csv").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["sample"]
+
+
+def test_a_drawing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half.png").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("embcache.data.sample._draw_all", fail)
+    with pytest.raises(KeyboardInterrupt):
+        draw_sample(tmp_path / "sample")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(DatasetNotFoundError, match="drawn at first use"):
+        load_dataset("sample", tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_label_table_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("path,label\na.png,0\nb.png,1\n")
+    with pytest.raises(DatasetNotFoundError, match="another sample"):
+        load_dataset("sample", tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DatasetError, match="cannot be drawn") as caught:
+        load_dataset("sample", tmp_path / "file" / "sample-images")
+    assert caught.value.fix == "name a writable folder with --home"

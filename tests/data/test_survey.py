@@ -1,0 +1,135 @@
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from embcache.commands.datasets import datasets
+from embcache.data.dataset import load_dataset
+from embcache.data.survey import list_datasets, survey_dataset
+from embcache.errors import DatasetNotFoundError, UsageError
+from embcache.paths import slug
+from tests.data import test_nih, test_patchcam
+from tests.data.pictures import write_image
+
+app = typer.Typer()
+app.command()(datasets)
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+@pytest.fixture
+def nih(home: Path) -> Path:
+    root = test_nih.write_layout(home.parent / "data" / "nih")
+    (root / "images_001" / "images" / "01_001.png").unlink()
+    return root
+
+
+def keep_folder(home: Path, tmp_path: Path) -> str:
+    for i, name in enumerate(["cat/a.png", "dog/b.png"]):
+        write_image(tmp_path / "pets" / name, i)
+    ds = load_dataset("folder", tmp_path / "pets")
+    (home / slug(ds.name)).mkdir(parents=True)
+    (home / slug(ds.name) / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
+    return ds.name
+
+
+def test_a_survey_counts_labels_whose_images_are_missing(nih: Path) -> None:
+    survey = survey_dataset("nih")
+    assert survey.splits() == ["train", "test"]
+    assert survey.count("train") == (3, 2)
+    assert survey.count("train", survey.dataset.class_names.index("fracture")) == (1, 0)
+    assert survey.group_count("train") == 2
+    assert survey.dataset.missing == ("images/01_001.png",)
+
+
+def test_a_survey_of_labels_alone_is_no_error(tmp_path: Path) -> None:
+    test_nih.write_labels(tmp_path)
+    survey = survey_dataset("nih", tmp_path)
+    assert survey.count("test") == (2, 0)
+    assert not survey.present.any()
+
+
+def test_a_survey_of_nothing_is_an_error(home: Path) -> None:
+    with pytest.raises(DatasetNotFoundError):
+        survey_dataset("nih")
+
+
+def test_surveying_draws_nothing(home: Path) -> None:
+    with pytest.raises(DatasetNotFoundError):
+        survey_dataset("sample")
+    list_datasets()
+    assert not (home / "sample-images").exists()
+
+
+def test_a_cached_dataset_is_listed_and_its_snapshot_serves_when_it_is_gone(home: Path, tmp_path: Path) -> None:
+    name = keep_folder(home, tmp_path)
+    found = {row.name: row.found for row in list_datasets()}[name]
+    assert found is not None
+    assert found.count("train") == (2, 2)
+    (tmp_path / "pets").rename(tmp_path / "moved")
+    gone = survey_dataset(name)
+    assert gone.count("train") == (2, 0)
+    assert any("snapshot" in note for note in gone.dataset.notes)
+
+
+def test_the_list_tells_what_is_broken_and_goes_on(nih: Path, home: Path) -> None:
+    test_patchcam.write_layout(home.parent / "data" / "patchcam")
+    (home.parent / "data" / "patchcam" / "train_labels.csv").write_text("id,label\naa,7\n")
+    (home / "x").mkdir(parents=True)
+    (home / "x" / "dataset.parquet").write_bytes(b"damaged")
+    rows = {row.name: row for row in list_datasets()}
+    assert rows["nih"].found is not None
+    assert rows["patchcam"].problem == "unknown label in 1 rows"
+    assert (rows["aptos"].found, rows["aptos"].problem) == (None, "")
+
+
+def test_the_list_shows_what_is_there_where_and_how_to_get_the_rest(nih: Path) -> None:
+    text = run()
+    (line,) = [line for line in text.splitlines() if line.startswith("nih ")]
+    assert "4 of 5" in line
+    assert str(nih) in line
+    assert "kagglehub.dataset_download('paultimothymooney/chest-xray-pneumonia')" in text
+    assert "drawn at first use" in text
+
+
+def test_one_dataset_in_full(nih: Path) -> None:
+    lines = run("nih").splitlines()
+    cells = {line.split("  ")[0]: line.split()[-4:] for line in lines if line and not line.startswith("·")}
+    assert cells["images"] == ["3", "2", "2", "2"]
+    assert cells["fracture"] == ["1", "0", "0", "0"]
+    assert cells["groups"][-2:] == ["2", "2"]
+    assert any("more than one of the four findings" in line for line in lines)
+    assert any("1 images are not there: images/01_001.png" in line for line in lines)
+
+
+def test_json_holds_the_same_counts(nih: Path) -> None:
+    data = json.loads(run("nih", "--json", "-"))
+    assert data["classes"]["fracture"] == {"train": 1, "test": 0}
+    assert data["classes_found"]["fracture"] == {"train": 0, "test": 0}
+    assert data["missing"] == ["images/01_001.png"]
+    assert (data["images"], data["images_found"]) == (5, 4)
+    rows = {row["name"]: row for row in json.loads(run("--json", "-"))}
+    assert rows["nih"]["images_found"] == 4
+    assert rows["aptos"]["found"] is False
+
+
+def test_a_root_without_a_name_is_bad_usage(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="one dataset"):
+        run("--data-root", str(tmp_path))
+
+
+@pytest.mark.shared
+def test_the_published_labels_of_nih_are_counted_without_their_images(shared_data: Path) -> None:
+    data = json.loads(run("nih", "--data-root", str(shared_data / "nih"), "--json", "-"))
+    assert {name: (n["train"], n["test"]) for name, n in data["classes"].items()} == {
+        "other": (1217, 660), "airspace opacity": (787, 795), "nodule or mass": (114, 82), "fracture": (38, 30),
+        "pneumothorax": (11, 46),
+    }  # fmt: skip
+    assert (data["images"], data["images_found"], len(data["missing"])) == (3780, 36, 3744)
+    assert data["groups"] == {"train": 791, "test": 782}
