@@ -213,7 +213,7 @@ def write_view(store: Path) -> None:
             _write_tree(staged, files)
             for link, target in links.items():
                 # Relative to where the link will lie, not to where it is staged.
-                _link(staged / link, os.path.relpath(target, Path(link).parent), store / target)
+                _link_or_copy(staged / link, os.path.relpath(target, Path(link).parent), store / target)
             _swap_in(staged / view.name, view)
         except FileNotFoundError:
             # Another process wrote its view first and removed ours from staging.
@@ -235,38 +235,34 @@ def write_scan(dataset_dir: Path, parquet: bytes) -> None:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old bytes or the new ones, and nothing between; makes its folder."""
+    prefix = f".{path.name}-"
     with _writing(path):
         _make_folder(path.parent)
         if not (path.is_file() and path.read_bytes() == data):
-            staged = path.parent / f".{path.name}-{secrets.token_hex(8)}"
-            _write_file(staged, data)
-            staged.replace(path)
+            staged = path.with_name(prefix + secrets.token_hex(8))
+            try:
+                _write_file(staged, data)
+                staged.replace(path)
+            except FileNotFoundError:
+                # Another process wrote the same file and removed what we had begun: ours counts as overwritten.
+                if not path.exists():
+                    raise
             _sync_folder(path.parent)
+        _remove_leftovers(path.parent, prefix)
 
 
 def create_exclusive(path: Path, data: bytes, *, staging: Path) -> bool:
     """Write a file that must not be there yet, whole or not at all; False when it is there."""
-    staged = staging / f"{path.name}-{secrets.token_hex(8)}"
+    prefix = f"{path.parent.name}-{path.name}-"
+    staged = staging / (prefix + secrets.token_hex(8))
     with _writing(path):
-        if path.exists():
-            return False
-        _write_file(staged, data)
-        try:
-            os.link(staged, path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            # A filesystem without hard links. Between look and rename another process may publish the same number;
-            # that costs work only, since a shard's own ids say what it holds.
-            if path.exists():
-                return False
-            staged.rename(path)
-        finally:
-            staged.unlink(missing_ok=True)
+        won = False
+        if not path.exists():
+            _write_file(staged, data)
+            won = _link_new(staged, path)
         _sync_folder(path.parent)
-    return True
+        _remove_leftovers(staging, prefix)
+    return won
 
 
 def remove_file(path: Path) -> None:
@@ -303,22 +299,30 @@ def _writing(where: Path) -> Iterator[None]:
 
 def _write_file(path: Path, data: bytes) -> None:
     with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)  # on a full disk what was half written must not take space
+            raise
 
 
 def _write_tree(root: Path, files: Mapping[str, bytes], folders: Sequence[str] = ()) -> None:
     """Write files and empty folders under a new folder ``root`` and flush all of it to disk."""
     made = {root}
     root.mkdir()
-    for name in [*(str(Path(file).parent) for file in files), *folders]:
-        (root / name).mkdir(parents=True, exist_ok=True)
-        made.update(root / part for part in (Path(name), *Path(name).parents))
-    for name, data in files.items():
-        _write_file(root / name, data)
-    for folder in sorted(made, key=lambda folder: -len(folder.parts)):
-        _sync_folder(folder)
+    try:
+        for name in [*(str(Path(file).parent) for file in files), *folders]:
+            (root / name).mkdir(parents=True, exist_ok=True)
+            made.update(root / part for part in (Path(name), *Path(name).parents))
+        for name, data in files.items():
+            _write_file(root / name, data)
+        for folder in sorted(made, key=lambda folder: -len(folder.parts)):
+            _sync_folder(folder)
+    except OSError:
+        shutil.rmtree(root, ignore_errors=True)
+        raise
 
 
 def _make_folder(folder: Path) -> None:
@@ -370,6 +374,28 @@ def _swap_in(staged: Path, target: Path) -> None:
     raise StoreError("another process keeps writing the view", where=target)
 
 
+def _link_new(staged: Path, path: Path) -> bool:
+    """Give a staged file a name that must be free; False when it is taken."""
+    try:
+        os.link(staged, path)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        # Only who takes the name removes what others have staged for it.
+        if staged.exists() or not (staged.parent.is_dir() and path.parent.is_dir()):
+            raise
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # A filesystem without hard links. Between look and rename another process may publish the same number; that
+        # costs work only, since a shard's own ids say what it holds.
+        if path.exists():
+            return False
+        staged.rename(path)
+    return True
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two folders atomically, where the kernel and the filesystem can (Linux, renameat2)."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
@@ -377,7 +403,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(rename and rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
 
 
-def _link(link: Path, relative: str, source: Path) -> None:
+def _link_or_copy(link: Path, relative: str, source: Path) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
     try:
         link.symlink_to(relative)

@@ -189,7 +189,8 @@ def read_plan(store: Path, number: int) -> tuple[PlanEntry, ...]:
         The plan is missing or damaged.
     """
     path = store / "plan" / f"{shard_name(number)}.json"
-    fix = f"`rm {shlex.quote(str(path))}` and run the same `embcache extract` again: it plans those images anew"
+    both = " ".join(shlex.quote(str(part)) for part in (path, store / "shards" / shard_name(number)))
+    fix = f"`rm -rf {both}` and run the same `embcache extract` again: it plans and computes those images anew"
     content = unseal(_read(path, fix), path, fix, indent=None)
     if content.get("number") != number:
         raise CorruptStoreError(

@@ -1,0 +1,469 @@
+"""The contract of a feature store, run over every format."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embcache.errors import CorruptStoreError, StoreError
+from embcache.store.commit import ShardRows, commit_shard, create_store, write_view
+from embcache.store.feature_store import FeatureStore
+from embcache.store.formats import FORMATS
+from tests.store.build import add, digest, make_rows, make_store, make_table, plan, recipe, tree
+
+pytestmark = pytest.mark.parametrize("format", list(FORMATS))
+
+IDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=300)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_disk() -> Iterator[None]:
+    """No waiting for the disk: nobody pulls the plug in these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+def read_view(store: Path) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """Features, ids and valid as a plain reader without embcache gets them."""
+    if (store / "view.zarr").exists():
+        group = zarr.open_group(store / "view.zarr", mode="r")
+        return group["features"][:], [str(id_) for id_ in group["ids"][:]], group["valid"][:]
+    with h5py.File(store / "view.h5") as file:
+        return file["features"][:], list(file["ids"].asstr()[:]), file["valid"][:]
+
+
+def test_rows_come_back_as_they_were_written(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    first, second = add(path, 0, ["a", "b", "c", "d"], bad=["c"]), add(path, 1, ["e", "f"])
+    store = FeatureStore(path)
+    assert store.ids.tolist() == ["a", "b", "d", "e", "f"]
+    expected = np.concatenate([first.features[[0, 1, 3]], second.features])
+    assert store.features[:].tobytes() == expected.tobytes()
+    assert store.features.dtype == np.float32
+    assert store.quarantined == {"c": "truncated: c"}
+    assert store.digests == {id_: digest(id_) for id_ in "abdef"}
+    assert (store.format, store.rows_per_shard, store.batch_size, store.threads) == (format, 4, 2, 1)
+    assert store.provenance == {"device": "cpu"}
+    assert store.committed() == (0, 1)
+    assert [entry.id for entry in store.plans()[1]] == ["e", "f"]
+
+
+@pytest.mark.parametrize("row_shape", [(5,), (2, 3), (4, 5, 3), ()])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8", "float64"])
+def test_any_row_shape_and_dtype_is_kept(format: str, row_shape: tuple[int, ...], dtype: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format, row_shape=row_shape, dtype=dtype)
+    values = np.random.default_rng(0).integers(0, 200, (3, *row_shape)).astype(dtype)
+    rows = ShardRows(("a", "b", "c"), values, np.ones(3, bool), ("",) * 3, ("",) * 3)
+    plan(path, 0, rows.ids)
+    commit_shard(path, 0, rows)
+    write_view(path)
+    store = FeatureStore(path)
+    assert store.features.shape == (3, *row_shape)
+    assert store.features[:].dtype == np.dtype(dtype)
+    assert np.array_equal(store.features[:], values)
+    assert np.array_equal(read_view(path)[0][:3], values)
+    assert store.digests == {}
+
+
+@given(
+    data=st.data(),
+    ids=st.lists(IDS, min_size=1, max_size=8, unique=True),
+    rows_per_shard=st.integers(1, 3),
+)
+@settings(max_examples=15)
+def test_reading_equals_a_dictionary_of_what_was_committed(
+    format: str, data: st.DataObject, ids: list[str], rows_per_shard: int
+) -> None:
+    shards = data.draw(
+        st.lists(st.lists(st.sampled_from(ids), min_size=1, max_size=rows_per_shard, unique=True), max_size=5)
+    )
+    order = data.draw(st.permutations(range(len(shards))))
+    committed = order[: data.draw(st.integers(0, len(order)))]
+    bad = data.draw(st.sets(st.sampled_from(ids)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_store(Path(folder), format, rows_per_shard=rows_per_shard)
+        for number, shard in enumerate(shards):
+            assert plan(path, number, shard)
+        for number in committed:
+            assert commit_shard(path, number, make_rows(shards[number], seed=number, bad=sorted(bad)))
+        expected: dict[str, np.ndarray] = {}
+        origin: dict[str, int] = {}
+        for number in sorted(committed):
+            rows = make_rows(shards[number], seed=number)
+            expected.update(zip(rows.ids, rows.features, strict=True))
+            origin.update(dict.fromkeys(shards[number], number))
+        store = FeatureStore(path)
+        assert set(store.ids.tolist()) == set(expected) - bad
+        assert len(store.ids) == len(store)
+        assert set(store.quarantined) == set(expected) & bad
+        for id_, row in zip(store.ids.tolist(), store.features[:], strict=True):
+            assert row.tobytes() == expected[id_].tobytes()
+        sources = store.sources()
+        assert {id_: entry.size // 100 for id_, entry in sources.items()} == origin
+        assert all(entry.digest == (None if id_ in bad else digest(id_)) for id_, entry in sources.items())
+        write_view(path)
+        features, view_ids, valid = read_view(path)
+        assert len(features) == rows_per_shard * (max(committed, default=-1) + 1)
+        assert {view_ids[i]: features[i].tobytes() for i in np.flatnonzero(valid)} == {
+            id_: expected[id_].tobytes() for id_ in set(expected) - bad
+        }
+
+
+@given(rows=st.lists(st.integers(-7, 6), max_size=9), start=st.integers(-9, 9), stop=st.integers(-9, 9))
+@settings(max_examples=15)
+def test_indexing_features_equals_indexing_an_array(
+    format: str, rows: list[int], start: int, stop: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store = _seven_rows(format, tmp_path_factory)
+    array = store.features[:]
+    chosen = np.array(rows, dtype=np.int64)
+    assert np.array_equal(store.features[chosen], array[chosen])
+    assert np.array_equal(store.features[start:stop], array[start:stop])
+    assert np.array_equal(store.features[start:stop:-2], array[start:stop:-2])
+    assert np.array_equal(store.features[rows[0] if rows else 0], array[rows[0] if rows else 0])
+
+
+_STORES: dict[str, FeatureStore] = {}
+
+
+def _seven_rows(format: str, factory: pytest.TempPathFactory) -> FeatureStore:
+    if format not in _STORES:
+        path = make_store(factory.mktemp("seven"), format)
+        add(path, 0, ["a", "b", "c", "d"], bad=["b"])
+        add(path, 1, ["e", "f", "g", "h"])
+        _STORES[format] = FeatureStore(path)
+    return _STORES[format]
+
+
+def test_features_behave_like_an_array(format: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    features = _seven_rows(format, tmp_path_factory).features
+    array = features[:]
+    assert features.shape == array.shape == (7, 3)
+    assert (features.ndim, len(features)) == (2, 7)
+    assert np.array_equal(np.asarray(features), array)
+    assert np.asarray(features, dtype=np.float64).dtype == np.float64
+    assert np.array_equal(np.stack(list(features)), array)
+    mask = np.arange(7) % 2 == 0
+    assert np.array_equal(features[mask], array[mask])
+    assert "(7, 3)" in repr(features)
+    with pytest.raises(IndexError):
+        features[7]
+
+
+def test_a_later_shard_supersedes_and_one_that_cannot_be_read_hides_the_old_row(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    add(path, 0, ["a", "b", "c"])
+    later = add(path, 5, ["b", "c"], bad=["c"])
+    store = FeatureStore(path)
+    assert store.ids.tolist() == ["a", "b"]
+    assert np.array_equal(store.features[1], later.features[0])
+    assert store.quarantined == {"c": "truncated: c"}
+    assert store.sources()["b"].size == 500
+
+
+def test_features_of_rows_that_cannot_be_read_are_zeros_on_disk(format: str, tmp_path: Path) -> None:
+    stores = []
+    for seed in (1, 2):
+        path = make_store(tmp_path / str(seed), format)
+        rows = make_rows(["a", "b"], seed=0, bad=["b"])
+        rows.features[1] = np.random.default_rng(seed).normal(size=3)  # whatever a network made of the neighbours
+        plan(path, 0, rows.ids)
+        commit_shard(path, 0, rows)
+        stores.append(tree(path))
+    assert stores[0] == stores[1]
+
+
+def test_the_same_rows_give_the_same_bytes_in_any_order_of_commits(format: str, tmp_path: Path) -> None:
+    shards = {0: ["a", "b", "c", "d"], 1: ["e", "a"], 2: ["f"]}
+    trees = []
+    for name, order in (("one", (0, 1, 2)), ("two", (2, 0, 1))):
+        path = make_store(tmp_path / name, format)
+        for number in order:
+            add(path, number, shards[number], bad=["e"])
+        trees.append(tree(path))
+    assert trees[0] == trees[1]
+    assert all(b"time" not in data for name, data in trees[0].items() if name.endswith("commit.json"))
+
+
+def test_the_second_to_commit_a_shard_is_told_so_and_changes_nothing(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    add(path, 0, ["a", "b"])
+    before = tree(path)
+    assert not commit_shard(path, 0, make_rows(["a", "b"], seed=9))
+    assert tree(path) == before
+    assert list((path / "staging").iterdir()) == []
+
+
+def test_rows_other_than_the_planned_ones_are_refused(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    plan(path, 0, ["a", "b"])
+    for rows in (make_rows(["b", "a"]), make_rows(["a"]), make_rows(["a", "c"])):
+        with pytest.raises(StoreError, match="not those of its plan"):
+            commit_shard(path, 0, rows)
+    with pytest.raises(StoreError, match="do not fit"):
+        commit_shard(path, 0, make_rows(["a", "b"], row_shape=(4,)))
+    with pytest.raises(CorruptStoreError, match=r"000001\.json"):
+        commit_shard(path, 1, make_rows(["a", "b"]))
+    assert FeatureStore(path).committed() == ()
+
+
+def test_a_number_is_planned_once(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    assert plan(path, 3, ["a"])
+    assert not plan(path, 3, ["b"])
+    assert [entry.id for entry in FeatureStore(path).plans()[3]] == ["a"]
+    with pytest.raises(StoreError, match="1 to 4 rows"):
+        plan(path, 4, ["a", "b", "c", "d", "e"])
+    with pytest.raises(StoreError, match="twice"):
+        plan(path, 4, ["a", "a"])
+    with pytest.raises(StoreError, match="at least one"):
+        plan(path, 4, [])
+
+
+def test_creating_a_store_twice_finds_the_first(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    add(path, 0, ["a"])
+    before = tree(path)
+    again = create_store(tmp_path / "ds", recipe(), row_shape=(3,), rows_per_shard=99, batch_size=7, threads=5)
+    assert again == path
+    assert tree(path) == before
+    assert FeatureStore(again).rows_per_shard == 4
+
+
+def test_the_other_format_is_refused(format: str, tmp_path: Path) -> None:
+    make_store(tmp_path, format)
+    other = next(name for name in FORMATS if name != format)
+    with pytest.raises(StoreError, match=f"expected: {other}\n  found: {format}"):
+        make_store(tmp_path, other)
+    with pytest.raises(StoreError, match="something else"):
+        make_store(tmp_path, format, row_shape=(4,))
+
+
+def test_another_recipe_is_another_store_and_touches_nothing(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    add(path, 0, ["a"])
+    before = tree(path)
+    other = make_store(tmp_path, format, precision="bf16")
+    add(other, 0, ["a"])
+    assert other != path
+    assert tree(path) == before
+
+
+def test_a_store_can_be_moved_with_its_view(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_store(tmp_path / "here", format)
+    rows = add(path, 0, ["a", "b", "c"], bad=["b"])
+    add(path, 2, ["c"])
+    write_view(path)
+    (tmp_path / "there" / "deep").mkdir(parents=True)
+    shutil.move(tmp_path / "here" / "ds", tmp_path / "there" / "deep")
+    monkeypatch.chdir(tmp_path)
+    moved = tmp_path / "there" / "deep" / "ds" / path.name
+    features, ids, valid = read_view(moved)
+    assert np.flatnonzero(valid).tolist() == [0, 8]
+    assert (ids[0], ids[1], ids[2], ids[8]) == ("a", "b", "", "c")
+    assert np.array_equal(features[0], rows.features[0])
+    assert len(FeatureStore(moved)) == 2
+
+
+def test_the_view_copies_no_features(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format, row_shape=(50_000,))
+    add(path, 0, ["a", "b", "c", "d"], row_shape=(50_000,))
+    write_view(path)
+    view = path / FORMATS[format].view
+    files = [view] if view.is_file() else [file for file in view.rglob("*") if not file.is_dir()]
+    assert sum(file.lstat().st_size for file in files) < 20_000
+
+
+def test_rewriting_the_view_replaces_it_whole(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    write_view(path)
+    assert len(read_view(path)[0]) == 0
+    add(path, 0, ["a"])
+    write_view(path)
+    write_view(path)
+    assert read_view(path)[1][0] == "a"
+    assert list((path / "staging").iterdir()) == []
+    shutil.rmtree(path / "view.zarr", ignore_errors=True)
+    assert len(FeatureStore(path)) == 1  # never read by embcache itself
+
+
+def test_without_links_the_view_holds_copies(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_store(tmp_path, format)
+    rows = add(path, 0, ["a", "b"])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(1, "no symbolic links here")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    write_view(path)
+    assert np.array_equal(read_view(path)[0][:2], rows.features)
+
+
+def test_restricting_hides_and_orders(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    add(path, 0, ["a", "b", "c", "d"], bad=["d"])
+    whole = FeatureStore(path)
+    some = whole.restrict(["c", "unknown", "d", "a"])
+    assert some.ids.tolist() == ["c", "a"]
+    assert np.array_equal(some.features[:], whole.features[:][[2, 0]])
+    assert set(some.quarantined) == {"d"}
+    assert set(some.digests) == {"a", "c"}
+    assert "2 × (3,)" in repr(some)
+    assert len(whole.restrict(["c", "d"]).restrict(["b"])) == 1
+
+
+def test_arrays_are_aligned_by_id(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    add(path, 0, ["a", "b", "c", "d"], bad=["b"])
+    add(path, 1, ["e"])
+    store = FeatureStore(path)
+    ds = make_table(["e", "d", "c", "b", "a"], test=["c", "e"])
+    features, labels, groups = store.arrays(ds)
+    assert np.array_equal(features, store.features[:][[3, 2, 1, 0]])
+    assert labels.tolist() == [0, 1, 0, 0]
+    assert labels.dtype == np.int64
+    assert groups.tolist() == ["p0", "p0", "p1", "p2"]
+    assert groups.dtype.kind == "U"
+    assert store.arrays(ds, split="test")[1].tolist() == [0, 0]
+    assert store.arrays(ds, split="val")[0].shape == (0, 3)
+    with pytest.raises(StoreError, match=r"1 of 2 images have no features yet(.|\n)*embcache extract"):
+        store.arrays(make_table(["a", "new"]))
+
+
+def _flip(path: Path, position: int, bit: int = 0) -> bytes:
+    before = path.read_bytes()
+    changed = bytearray(before)
+    changed[position] ^= 1 << bit
+    path.write_bytes(bytes(changed))
+    return before
+
+
+def _read_all(path: Path) -> object:
+    store = FeatureStore(path)
+    return store.features[:], store.quarantined, store.sources()
+
+
+def test_any_flipped_byte_of_any_file_is_noticed_before_it_is_parsed(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_store(tmp_path, format)
+    add(path, 0, ["a", "b"], bad=["b"])
+    _read_all(path)
+    form, checked = FORMATS[format], 0
+    intact = {name.partition("shards/000000/")[2]: data for name, data in tree(path).items()}
+
+    def only_intact(decode: Callable[[Mapping[str, bytes]], object]) -> Callable[[Mapping[str, bytes]], object]:
+        def wrapped(files: Mapping[str, bytes]) -> object:
+            assert all(intact[name] == data for name, data in files.items())
+            return decode(files)
+
+        return wrapped
+
+    monkeypatch.setattr(form, "decode_index", only_intact(form.decode_index))
+    monkeypatch.setattr(form, "decode_features", only_intact(form.decode_features))
+    for name in tree(path):
+        file = path / name
+        size = file.stat().st_size
+        for position in range(0, size, max(1, size // 40)):
+            before = _flip(file, position, bit=position % 8)
+            with pytest.raises(CorruptStoreError, match="to mend it"):
+                _read_all(path)
+            file.write_bytes(before)
+            checked += 1
+    assert checked > 100
+    _read_all(path)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "extend", "remove"])
+def test_truncated_extended_and_missing_files_are_noticed(format: str, damage: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    add(path, 0, ["a", "b"])
+    for name, data in tree(path).items():
+        file = path / name
+        if name.startswith("plan") and damage == "remove":
+            continue  # read as a shard without a plan: see below
+        if damage == "remove":
+            file.unlink()
+        else:
+            file.write_bytes(data[:-1] if damage == "truncate" else data + b"\0")
+        with pytest.raises(CorruptStoreError, match=name.rpartition("/")[2]):
+            _read_all(path)
+        file.write_bytes(data)
+    if damage == "remove":
+        (path / "plan" / "000000.json").unlink()
+        with pytest.raises(CorruptStoreError, match="missing"):
+            FeatureStore(path).sources()
+
+
+def test_a_damaged_shard_says_how_to_recompute_it_and_that_works(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    rows = add(path, 0, ["a", "b"])
+    add(path, 1, ["c"])
+    (path / "shards" / "000000" / "commit.json").write_text("{}")
+    with pytest.raises(CorruptStoreError) as caught:
+        _read_all(path)
+    assert f"rm -r {path / 'shards' / '000000'}" in str(caught.value.fix)
+    shutil.rmtree(path / "shards" / "000000")
+    store = FeatureStore(path)
+    assert set(store.plans()) - set(store.committed()) == {0}
+    commit_shard(path, 0, rows)
+    assert len(FeatureStore(path)) == 3
+
+
+def test_one_shard_in_anothers_place_is_noticed(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    add(path, 0, ["a", "b"])
+    add(path, 1, ["c"])
+    (path / "plan" / "000001.json").replace(path / "plan" / "000000.json")
+    with pytest.raises(CorruptStoreError, match="another number"):
+        FeatureStore(path).plans()
+
+
+def test_reading_rows_of_one_shard_does_not_touch_the_others(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    add(path, 0, ["a", "b", "c", "d"])
+    rows = add(path, 1, ["e"])
+    store = FeatureStore(path)
+    assert len(store) == 5
+    for file in (path / "shards" / "000000").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    assert np.array_equal(store.features[4:], rows.features)
+    with pytest.raises(CorruptStoreError):
+        store.features[0]
+
+
+def test_what_is_staged_is_never_read(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    add(path, 0, ["a"])
+    shutil.copytree(path / "shards" / "000000", path / "staging" / "shard-000001-x")
+    shutil.copytree(path / "shards" / "000000", path / "shards" / "not-a-number")
+    assert FeatureStore(path).committed() == (0,)
+    assert _ids(path) == ["a"]
+
+
+def _ids(path: Path) -> Sequence[str]:
+    return FeatureStore(path).ids.tolist()
+
+
+def test_the_next_commit_of_a_shard_removes_what_a_killed_one_left(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    left = path / "staging" / "shard-000000-0123"
+    (left / "data.zarr").mkdir(parents=True)
+    (left / "data.zarr" / "zarr.json").write_text("half")
+    other = path / "staging" / "shard-000001-0123"
+    other.mkdir()
+    add(path, 0, ["a"])
+    assert not left.exists()
+    assert other.exists()  # another writer may be at it

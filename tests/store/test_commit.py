@@ -1,0 +1,306 @@
+"""Commits under adversity: killed or failing at every call to the filesystem, and several writers at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embcache.errors import StoreError, UsageError
+from embcache.store import commit
+from embcache.store.commit import (
+    PlanEntry,
+    ShardRows,
+    commit_shard,
+    create_store,
+    publish_plan,
+    write_scan,
+    write_snapshot,
+    write_view,
+)
+from embcache.store.feature_store import FeatureStore, list_stores
+from tests.store.build import FORMATS, add, make_rows, make_store, plan, recipe, tree
+
+# Everything in commit.py that changes the disk goes through one of these.
+CALLS = [
+    (os, "fsync"), (os, "link"), (os, "utime"), (shutil, "rmtree"), (shutil, "copyfile"), (commit, "_exchange"),
+    (Path, "open"), (Path, "mkdir"), (Path, "rename"), (Path, "replace"), (Path, "unlink"), (Path, "symlink_to"),
+]  # fmt: skip
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing the process would still do reaches the disk."""
+
+
+@contextmanager
+def failing(at: int, *, after: bool, error: Callable[[], BaseException], forever: bool) -> Iterator[list[str]]:
+    """Fail the ``at``-th call to the filesystem, before or after it happens; and all later ones if ``forever``."""
+    calls: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in CALLS:
+            original = getattr(owner, name)
+
+            def wrapped(*args: Any, _original: Any = original, _name: str = name, **keywords: Any) -> Any:
+                calls.append(_name)
+                fail = len(calls) - 1 == at or (forever and len(calls) - 1 > at)
+                if fail and not (after and len(calls) - 1 == at):
+                    raise error()
+                result = _original(*args, **keywords)
+                if fail:
+                    if hasattr(result, "close"):
+                        result.close()
+                    raise error()
+                return result
+
+            patch.setattr(owner, name, wrapped)
+        yield calls
+
+
+def everything(home: Path, format: str) -> None:
+    """A small extraction: two shards, one of them superseding a row, a snapshot and a view."""
+    path = make_store(home, format, rows_per_shard=2)
+    plan(path, 0, ["a", "b"])
+    plan(path, 1, ["b"])
+    commit_shard(path, 0, make_rows(["a", "b"], seed=0, bad=["a"]))
+    commit_shard(path, 1, make_rows(["b"], seed=1))
+    write_snapshot(path.parent, b"snapshot")
+    write_view(path)
+
+
+def check_only_whole_things_are_seen(home: Path, done: dict[str, bytes]) -> None:
+    """What readers see is a subset of the finished store, whole shard by whole shard."""
+    for store in list_stores(home):
+        assert all(done[f"{store.path.relative_to(home)}/plan/{n:06d}.json"] for n in store.plans())
+        store.sources()
+        assert np.isfinite(store.features[:]).all()
+        for name, data in tree(store.path / "shards").items():
+            assert done[f"{store.path.relative_to(home)}/shards/{name}"] == data
+    snapshot = home / "ds" / "dataset.parquet"
+    assert not snapshot.exists() or snapshot.read_bytes() == b"snapshot"
+
+
+def points(home: Path, format: str, every: int = 15) -> list[int]:
+    """Calls of :func:`everything` to fail at: all that rename, link or remove, and some of those that fill staging."""
+    with failing(-1, after=False, error=Killed, forever=False) as calls:
+        everything(home, format)
+    assert len(calls) > 60
+    return [at for at, name in enumerate(calls) if at % every == 0 or name not in ("open", "mkdir", "fsync")]
+
+
+@pytest.fixture
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting for the disk: nobody pulls the plug in these tests."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.mark.usefixtures("quick_disk")
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_at_any_call_a_rerun_ends_as_if_it_had_not_been(format: str, after: bool, tmp_path: Path) -> None:
+    at_calls = points(tmp_path / "whole", format)
+    done = tree(tmp_path / "whole")
+    for at in at_calls:
+        home = tmp_path / str(at)
+        with failing(at, after=after, error=Killed, forever=True), pytest.raises(Killed):
+            everything(home, format)
+        check_only_whole_things_are_seen(home, done)
+        everything(home, format)
+        assert tree(home) == done
+
+
+@pytest.mark.usefixtures("quick_disk")
+@pytest.mark.parametrize(("format", "number"), [("zarr", errno.ENOSPC), ("hdf5", errno.EIO)])
+def test_an_error_at_any_call_is_told_and_a_rerun_mends_it(format: str, number: int, tmp_path: Path) -> None:
+    at_calls = points(tmp_path / "whole", format)
+    done = tree(tmp_path / "whole")
+    told: list[StoreError] = []
+    for at in at_calls:
+        home = tmp_path / str(at)
+        with failing(at, after=False, error=lambda: OSError(number, os.strerror(number)), forever=False):
+            try:
+                everything(home, format)
+            except StoreError as error:
+                told.append(error)
+        check_only_whole_things_are_seen(home, done)
+        everything(home, format)
+        assert tree(home) == done
+    assert len(told) > len(at_calls) / 2  # the others are clean-ups, which may fail without harm
+    assert all(error.found == os.strerror(number) and error.fix for error in told)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_of_many_writers_of_one_shard_exactly_one_wins(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    for number in range(5):
+        barrier = threading.Barrier(4)
+
+        def write(
+            seed: int, number: int = number, barrier: threading.Barrier = barrier
+        ) -> tuple[bool, bool, ShardRows]:
+            rows = make_rows(["a", "b"], seed=seed)
+            barrier.wait()
+            planned = plan(path, number, ["a", "b"])
+            return planned, commit_shard(path, number, rows), rows
+
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(write, range(4)))
+        assert sorted(planned for planned, _, _ in results) == [False, False, False, True]
+        (winner,) = [rows for _, won, rows in results if won]
+        assert np.array_equal(FeatureStore(path).features[:], winner.features)
+    assert list((path / "staging").iterdir()) == []
+
+
+def test_many_may_create_one_store(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda _: make_store(tmp_path), range(8)))
+    assert len(paths) == 1
+    assert [path.name for path in (tmp_path / "ds").iterdir()] == [paths.pop().name]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_many_may_write_the_view_and_the_snapshot(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    add(path, 0, ["a", "b"])
+
+    def write(_: int) -> None:
+        write_view(path)
+        write_snapshot(path.parent, b"table")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(12)))
+    assert (path / ("view.zarr" if format == "zarr" else "view.h5")).exists()
+    assert sorted(p.name for p in path.parent.iterdir()) == ["dataset.parquet", path.name]
+
+
+def test_a_filesystem_without_hard_links_still_publishes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = make_store(tmp_path)
+    assert plan(path, 0, ["a"])
+    assert not plan(path, 0, ["b"])
+    assert [entry.id for entry in FeatureStore(path).plans()[0]] == ["a"]
+    assert list((path / "staging").iterdir()) == []
+
+
+def test_where_folders_cannot_be_exchanged_the_view_is_replaced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "_exchange", lambda one, other: False)
+    path = make_store(tmp_path)
+    write_view(path)
+    add(path, 0, ["a"])
+    write_view(path)
+    assert (path / "view.zarr" / "features" / "c" / "0" / "0").is_symlink()
+    assert list((path / "staging").iterdir()) == []
+
+
+def test_a_full_disk_keeps_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_store(tmp_path)
+    plan(path, 0, ["a", "b"])
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match=r"No space left(.|\n)*free space there"):
+        commit_shard(path, 0, make_rows(["a", "b"]))
+    assert list((path / "staging").iterdir()) == []
+
+
+def test_names_cannot_leave_their_folder(tmp_path: Path) -> None:
+    path = make_store(tmp_path, backbone="../../x/timm:hf-hub:A/b")
+    assert path.parent == tmp_path / "ds"
+    assert path.resolve() == path
+
+
+def test_an_unknown_format_is_bad_usage(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="zarr"):
+        make_store(tmp_path, "parquet")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"row_shape": (0,)}, {"rows_per_shard": 0}, {"dtype": "object"}, {"dtype": "nonsense"}, {"dtype": "U5"}]
+)
+def test_impossible_stores_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="need"):
+        make_store(tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("id_", ["", "a\0b", "\ud800"])
+def test_ids_that_no_file_can_hold_are_refused(id_: str) -> None:
+    with pytest.raises(StoreError, match="cannot be stored"):
+        PlanEntry(id_, 0, 0)
+    with pytest.raises(StoreError, match="cannot be stored"):
+        make_rows(["a", "b"]).__class__(("a", id_), np.zeros((2, 1)), np.ones(2, bool), ("", ""), ("", ""))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"valid": np.array([True, True, False])}, "boolean"),
+        ({"valid": np.array([1, 1])}, "boolean"),
+        ({"features": np.zeros((3, 1), np.float32)}, "one row per id"),
+        ({"features": np.array([["x"], ["y"]])}, "one row per id"),
+        ({"digests": ("ab", "")}, "sha256"),
+        ({"digests": ("",)}, "differ in length"),
+        ({"ids": ("a", "a")}, "twice"),
+        ({"reasons": ("", "")}, "exactly when"),
+        ({"reasons": ("bad", "bad")}, "exactly when"),
+    ],
+)
+def test_rows_that_contradict_themselves_are_refused(change: dict[str, Any], message: str) -> None:
+    fields: dict[str, Any] = {
+        "ids": ("a", "b"),
+        "features": np.zeros((2, 1), np.float32),
+        "valid": np.array([True, False]),
+        "digests": ("", ""),
+        "reasons": ("", "bad"),
+    }
+    with pytest.raises(StoreError, match=message):
+        ShardRows(**{**fields, **change})
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_reason_with_odd_characters_is_kept_escaped(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    rows = ShardRows(("a",), np.zeros((1, 3), np.float32), np.array([False]), ("",), ("\udcff\0 é\n",))
+    plan(path, 0, ["a"])
+    commit_shard(path, 0, rows)
+    assert FeatureStore(path).quarantined == {"a": "\\udcff\\x00 é\n"}
+
+
+def test_an_unchanged_snapshot_is_not_written_again(tmp_path: Path) -> None:
+    write_snapshot(tmp_path / "ds", b"one")
+    before = (tmp_path / "ds" / "dataset.parquet").stat()
+    write_snapshot(tmp_path / "ds", b"one")
+    assert (tmp_path / "ds" / "dataset.parquet").stat().st_ino == before.st_ino
+    write_snapshot(tmp_path / "ds", b"two")
+    write_scan(tmp_path / "ds", b"scan")
+    assert tree(tmp_path / "ds") == {"dataset.parquet": b"two", "scan.parquet": b"scan"}
+
+
+def test_a_dtype_of_big_endian_bytes_is_refused_rather_than_turned(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    publish_plan(path, 0, [PlanEntry("a", 1, 1)])
+    rows = ShardRows(("a",), np.zeros((1, 3), ">f4"), np.ones(1, bool), ("",), ("",))
+    with pytest.raises(StoreError, match="do not fit"):
+        commit_shard(path, 0, rows)
+
+
+def test_batch_threads_and_rows_per_shard_are_those_of_creation(tmp_path: Path) -> None:
+    path = create_store(tmp_path, recipe(), row_shape=[3], rows_per_shard=10, batch_size=8, threads=2)
+    assert create_store(tmp_path, recipe(), row_shape=[3], rows_per_shard=99, batch_size=1, threads=1) == path
+    store = FeatureStore(path)
+    assert (store.format, store.rows_per_shard, store.batch_size, store.threads) == ("zarr", 10, 8, 2)

@@ -1,0 +1,152 @@
+"""Finding stores, and the messages of those that are not there or not whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from embcache.errors import CorruptStoreError, RecipeError, StoreError, StoreNotFoundError
+from embcache.store.feature_store import FeatureStore, list_stores, open_store
+from embcache.store.sealed import seal
+from tests.store.build import Table, add, make_store, make_table, recipe
+
+
+def test_open_store_finds_by_name_and_restricts_to_a_dataset(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    add(path, 0, ["a", "b", "c"])
+    assert open_store("random", "ds", home=tmp_path).ids.tolist() == ["a", "b", "c"]
+    assert open_store("random", make_table(["c", "a"]), home=tmp_path).ids.tolist() == ["c", "a"]
+
+
+def test_home_is_taken_from_the_environment(home: Path) -> None:
+    add(make_store(home), 0, ["a"])
+    assert len(open_store("random", "ds")) == 1
+    assert [store.recipe.backbone for store in list_stores()] == ["random"]
+
+
+def test_nothing_cached_says_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(StoreNotFoundError) as caught:
+        open_store("dino", "nih", home=tmp_path)
+    assert caught.value.fix == f"embcache extract --backbone dino --dataset nih --home {tmp_path}"
+    make_store(tmp_path)
+    with pytest.raises(StoreNotFoundError, match=r"random-[0-9a-f]{12}"):
+        open_store("dino", "ds", home=tmp_path)
+
+
+def test_a_folder_dataset_is_extracted_again_under_its_own_name(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Folder(Table):
+        kind: str = "folder"
+        root: str = "/my images"
+
+    ds = Folder(make_table(["a"]).table, "mine-1a2b3c4d")
+    with pytest.raises(StoreNotFoundError) as caught:
+        open_store("dino", ds, home=tmp_path)
+    assert "--dataset folder --data-root '/my images' --name mine-1a2b3c4d" in str(caught.value.fix)
+
+
+def test_a_backbone_whose_name_begins_another_is_not_mistaken_for_it(tmp_path: Path) -> None:
+    make_store(tmp_path, backbone="random-x")
+    with pytest.raises(StoreNotFoundError):
+        open_store("random", "ds", home=tmp_path)
+    assert open_store("random-x", "ds", home=tmp_path).recipe.backbone == "random-x"
+
+
+def test_several_recipes_are_told_apart_by_a_prefix(tmp_path: Path) -> None:
+    paths = [make_store(tmp_path), make_store(tmp_path, precision="bf16")]
+    prints = [FeatureStore(path).recipe.fingerprint for path in paths]
+    with pytest.raises(RecipeError) as caught:
+        open_store("random", "ds", home=tmp_path)
+    message = str(caught.value)
+    assert "precision = fp32" in message
+    assert "precision = bf16" in message
+    assert "decoder" not in message
+    assert "--recipe" in str(caught.value.fix)
+    for path, fingerprint in zip(paths, prints, strict=True):
+        assert open_store("random", "ds", home=tmp_path, recipe=fingerprint[:8]).path == path
+        assert open_store("random", "ds", home=tmp_path, recipe=fingerprint).path == path
+    with pytest.raises(StoreNotFoundError, match="begins with zz"):
+        open_store("random", "ds", home=tmp_path, recipe="zz")
+
+
+def test_list_stores_reads_no_shards(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    add(path, 0, ["a"])
+    (path / "shards" / "000000" / "commit.json").write_text("")
+    (tmp_path / "ds" / ".random-abc").mkdir()
+    (tmp_path / "ds" / "runs").mkdir()
+    (tmp_path / "file").write_text("")
+    assert [store.path for store in list_stores(tmp_path)] == [path]
+    assert [store.path for store in list_stores(tmp_path, "ds")] == [path]
+    assert list_stores(tmp_path, "other") == []
+    assert list_stores(tmp_path / "nowhere") == []
+
+
+def test_a_recipe_in_the_wrong_folder_is_refused(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    moved = path.with_name(path.name[:-12] + "0" * 12)
+    path.rename(moved)
+    with pytest.raises(CorruptStoreError, match="not the one that names it"):
+        FeatureStore(moved)
+
+
+def test_an_edited_recipe_is_refused_even_with_a_fresh_checksum(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    content = json.loads((path / "recipe.json").read_text())
+    del content["crc32c"]
+    content["recipe"]["precision"] = "bf16"
+    (path / "recipe.json").write_bytes(seal(content))
+    with pytest.raises(CorruptStoreError, match="not the one that names it"):
+        FeatureStore(path)
+    content["recipe"] = recipe().to_json()
+    content["format"] = "parquet"
+    (path / "recipe.json").write_bytes(seal(content))
+    with pytest.raises(StoreError, match="does not read"):
+        FeatureStore(path)
+
+
+def test_recipe_json_can_be_read_by_people_and_json(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    content = json.loads((path / "recipe.json").read_text())
+    assert content["fingerprint"] == recipe().fingerprint
+    assert content["recipe"]["transform"]["crop"] == [224, 224]
+    assert (content["format"], content["rows_per_shard"], content["batch_size"], content["threads"]) == (
+        "zarr",
+        4,
+        2,
+        1,
+    )
+
+
+def test_a_commit_cannot_name_files_outside_its_shard(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    add(path, 0, ["a"])
+    file = path / "shards" / "000000" / "commit.json"
+    content = json.loads(file.read_text())
+    del content["crc32c"]
+    content["files"]["../../recipe.json"] = {"size": 1, "crc32c": "00000000"}
+    file.write_bytes(seal(content))
+    with pytest.raises(CorruptStoreError, match="outside its shard"):
+        len(FeatureStore(path))
+
+
+def test_a_store_shows_itself(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    add(path, 0, ["a", "b"], bad=["b"])
+    text = repr(FeatureStore(path))
+    assert text == f"FeatureStore(ds/{path.name}: 1 × (3,) float32, 1 quarantined, zarr)"
+
+
+def test_a_store_does_not_change_under_its_reader(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    add(path, 0, ["a"])
+    store = FeatureStore(path)
+    assert store.ids.tolist() == ["a"]
+    add(path, 1, ["b"])
+    assert len(store.features[:]) == 1
+    assert store.committed() == (0, 1)
+    assert set(store.sources()) == {"a", "b"}
+    assert len(FeatureStore(path)) == 2
