@@ -162,8 +162,8 @@ def heads() -> None:
 
 def print_results(results: Sequence[ProbeResult], *, ids: bool = False) -> None:
     """Print results as one table with their notes beneath; ``ids`` adds the run ids."""
-    headers = ["dataset", "backbone", "head", "subset", "train", "val", "labels used", "test", "metric", "mean ± sd"]
-    headers += ["95 % interval", "val", "best epoch", *(["run"] if ids else [])]
+    headers = ["dataset", "backbone", "head", "subset", "labels used", "test", "metric", "mean ± sd", "95 % interval"]
+    headers += ["validation", "best epoch", *(["run"] if ids else [])]
     print_table(headers, [_row(result, ids) for result in results], notes=_notes(results))
 
 
@@ -176,15 +176,13 @@ def _row(result: ProbeResult, ids: bool) -> list[str]:
         " + ".join(result.backbones),
         result.head,
         result.subset,
-        f"{result.n_train:,}",
-        f"{result.n_val:,}",
-        f"{result.labels_used:,}",
+        f"{result.labels_used:,} ({result.n_train:,} + {result.n_val:,})",
         f"{result.test_set} {result.n_test:,}",
         METRIC_NAMES.get(result.metric, result.metric),
         "not known" if result.mean is None else f"{result.mean:.4f} ± {result.std:.4f}",
         "" if result.interval is None else f"{result.interval[0]:.4f} – {result.interval[1]:.4f}",
         "" if result.val_mean is None else f"{result.val_mean:.4f}",
-        f"{min(epochs)}–{max(epochs)}",
+        f"{min(epochs)}–{max(epochs)}" if len(set(epochs)) > 1 else str(epochs[0]),
         *([result.id] if ids else []),
     ]
 
@@ -207,7 +205,7 @@ def _notes(results: Sequence[ProbeResult]) -> list[str]:
         notes |= dict.fromkeys(f"{result.dataset}: {note}" if several else note for note in told)
     return [
         *notes,
-        "mean ± sd over folds; interval: bootstrap over test groups; labels used: training and validation of one fold",
+        "mean ± sd over folds; interval: bootstrap over test groups; labels used: (training + validation) of one fold",
     ]
 
 

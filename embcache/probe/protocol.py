@@ -99,28 +99,23 @@ def plan_splits(
     if not readable.all():
         notes.append(f"{(~readable).sum()} unreadable images left out")
     usable = readable & (labels >= 0)
-    test_rows, pool, test_set = _hold_out(ds, test, groups, labels, given, usable, readable)
+    pool, own_val = (np.flatnonzero((given == split) & usable) for split in ("train", "val"))
+    official = np.flatnonzero((given == "test") & readable)
     if not ds.grouped:
         notes.append("ungrouped: slides may be on both sides")
-
-    if test_set == "official":
-        shared = np.isin(groups[pool], np.unique(groups[test_rows]))
-        if shared.any():
-            count, names = int(shared.sum()), len(set(groups[pool][shared]))
-            if exclude_test_overlap:
-                pool = pool[~shared]
-                notes.append(f"{count} training images of {names} groups that the official test set shares left out")
-            else:
-                notes.append(
-                    f"{count} training images share {names} groups with the official test set; "
-                    "--exclude-test-overlap leaves them out"
-                )
-    own_val = np.flatnonzero((given == "val") & usable)
+    if (labels[official] >= 0).any() or test == "official":
+        test_rows, test_set = official, "official"
+        pool, own_val, told = _official_overlap(ds, groups, official, pool, own_val, exclude_test_overlap)
+        notes += told
+    else:
+        test_rows, test_set = _local_test(labels, groups, pool, own_val), "local"
+        pool = np.setdiff1d(pool, test_rows)
     if len(own_val):
         notes.append(f"validation is the dataset's own val split ({len(own_val)} images) in every fold")
-        pool, dropped = _without_groups(pool, groups, own_val)
-        if dropped:
-            notes.append(f"{dropped} training images that share a group with the val split left out")
+        kept = pool[~_sharing(groups, pool, own_val)]
+        if len(kept) < len(pool):
+            notes.append(f"{len(pool) - len(kept)} training images that share a group with the val split left out")
+        pool = kept
     if ds.pool_limit is not None and len(pool) > ds.pool_limit:
         pool = np.sort(pool[hash_order(seed, "pool", ids[pool].tolist())[: ds.pool_limit]])
 
@@ -198,37 +193,39 @@ def merged_groups(ds: ImageDataset, digests: Mapping[str, str] | None) -> StrArr
     return np.array(groups, dtype=object)
 
 
-def _hold_out(
-    ds: ImageDataset,
-    test: str,
-    groups: StrArray,
-    labels: IntArray,
-    given: StrArray,
-    usable: NDArray[np.bool_],
-    readable: NDArray[np.bool_],
-) -> tuple[IntArray, IntArray, str]:
-    """Rows of the test set, rows of the pool (both ascending), and which test set it is."""
-    official = np.flatnonzero((given == "test") & readable)
-    pool = np.flatnonzero((given == "train") & usable)
-    if (labels[official] >= 0).any():
-        return official, pool, "official"
-    if test == "official":
-        if not len(official):
-            raise ProtocolError(
-                f"{ds.name} has no test set of its own",
-                expected="images whose split is 'test'",
-                found="none that can be read",
-                fix="--test local",
-            )
-        return official, pool, "official"
-    # without --seed: every run of this dataset leaves the same fifth untouched
-    part = (
-        stratified_group_folds(labels[pool], groups[pool].tolist(), TEST_PARTS, TEST_SEED, "test")
-        if len(pool)
-        else pool
-    )
-    held = _nearest_fifth(labels[pool], part)
-    return pool[part == held], pool[part != held], "local"
+def _official_overlap(
+    ds: ImageDataset, groups: StrArray, test: IntArray, pool: IntArray, own_val: IntArray, exclude: bool
+) -> tuple[IntArray, IntArray, list[str]]:
+    """Pool and own validation rows, without or with the groups of the official test set, and what to say of them."""
+    if not len(test):
+        raise ProtocolError(
+            f"{ds.name} has no test set of its own",
+            expected="images whose split is 'test'",
+            found="none that can be read",
+            fix="--test local",
+        )
+    rows = np.concatenate([pool, own_val])
+    shared = rows[_sharing(groups, rows, test)]
+    if not len(shared):
+        return pool, own_val, []
+    names = len(set(groups[shared]))
+    if exclude:
+        note = f"{len(shared)} training images of {names} groups that the official test set shares left out"
+        return np.setdiff1d(pool, shared), np.setdiff1d(own_val, shared), [note]
+    note = f"{len(shared)} training images share {names} groups with the official test set"
+    return pool, own_val, [note + "; --exclude-test-overlap leaves them out"]
+
+
+def _local_test(labels: IntArray, groups: StrArray, pool: IntArray, own_val: IntArray) -> IntArray:
+    """A stratified, grouped fifth of the pool, ascending; the same whatever the seed."""
+    free = pool[~_sharing(groups, pool, own_val)]
+    part = stratified_group_folds(labels[free], groups[free].tolist(), TEST_PARTS, TEST_SEED, "test")
+    return np.asarray(free[part == _nearest_fifth(labels[free], part)])
+
+
+def _sharing(groups: StrArray, rows: IntArray, others: IntArray) -> NDArray[np.bool_]:
+    """Which of ``rows`` share a group with any of ``others``."""
+    return np.isin(groups[rows], np.unique(groups[others]))
 
 
 def _nearest_fifth(labels: IntArray, part: IntArray) -> int:
@@ -239,12 +236,6 @@ def _nearest_fifth(labels: IntArray, part: IntArray) -> int:
     total = counts.sum(0)
     distance = ((TEST_PARTS * counts - total) ** 2 * (2**52 // np.maximum(total, 1) ** 2 // TEST_PARTS**2)).sum(1)
     return int(distance.argmin())
-
-
-def _without_groups(rows: IntArray, groups: StrArray, others: IntArray) -> tuple[IntArray, int]:
-    """``rows`` without those that share a group with ``others``, and how many went."""
-    shared = np.isin(groups[rows], np.unique(groups[others]))
-    return rows[~shared], int(shared.sum())
 
 
 def _check_classes(ds: ImageDataset, labels: IntArray, groups: StrArray, folds: int) -> None:

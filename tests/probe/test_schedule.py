@@ -1,0 +1,77 @@
+"""The schedule against torch's own plateau scheduler and against its sentence in plain Python."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embcache.errors import UsageError
+from embcache.probe.schedule import Schedule, Tracker
+
+SCORES = st.lists(st.one_of(st.sampled_from([0.5, 0.6, 0.7]), st.floats(0, 1)), min_size=1, max_size=70)
+
+
+def test_defaults_are_the_protocol() -> None:
+    assert Schedule() == Schedule(
+        lr=1e-3, batch_size=64, max_epochs=50, min_epochs=30, patience=10, plateau_patience=5, plateau_factor=0.1
+    )
+
+
+@given(SCORES)
+def test_learning_rate_is_that_of_torch(scores: list[float]) -> None:
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=5, threshold=0)
+    tracker = Tracker(Schedule())
+    for score in scores:
+        plateau.step(score)
+        tracker.update(score)
+        assert tracker.lr == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+
+
+@given(SCORES)
+def test_stops_and_keeps_as_the_sentence_says(scores: list[float]) -> None:
+    tracker = Tracker(Schedule())
+    seen: list[float] = []
+    for score in scores:
+        if tracker.done:
+            break
+        tracker.update(score)
+        seen.append(score)
+        best = max(seen)
+        assert tracker.best_epoch == seen.index(best) + 1  # ties keep the earliest
+        assert tracker.best_score == best
+        without_better = len(seen) - tracker.best_epoch
+        assert tracker.done == (len(seen) == 50 or (len(seen) >= 30 and without_better >= 10))
+
+
+def test_early_stop_counts_from_the_first_epoch_and_is_obeyed_from_epoch_30() -> None:
+    tracker = Tracker(Schedule())
+    tracker.update(0.9)
+    while not tracker.done:
+        tracker.update(0.5)
+    assert tracker.epoch == 30
+    assert tracker.best_epoch == 1
+
+
+def test_improving_to_the_end_takes_50_epochs() -> None:
+    tracker = Tracker(Schedule())
+    while not tracker.done:
+        tracker.update(tracker.epoch / 100)
+    assert (tracker.epoch, tracker.best_epoch, tracker.lr) == (50, 50, 1e-3)
+
+
+def test_a_score_that_is_not_a_number_is_never_the_best() -> None:
+    tracker = Tracker(Schedule())
+    assert not tracker.update(math.nan)
+    assert tracker.best_epoch == 0
+    assert tracker.update(0.1)
+
+
+@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"lr": math.nan}, {"lr": -1.0}, {"batch_size": 0}, {"max_epochs": 0}])
+def test_impossible_schedules_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(UsageError):
+        Schedule(**bad)  # type: ignore[arg-type]
