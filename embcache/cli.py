@@ -19,12 +19,12 @@ from embcache.errors import EmbcacheError, UsageError
 app = typer.Typer(
     name="embcache",
     help="Which frozen embedding serves my medical imaging task, and how far does it get with 50 labels?",
-    epilog="Start with `embcache demo`. Own images: `embcache extract --backbone … --dataset folder --data-root FOLDER`.",
+    epilog="Start with `embcache demo`. Own images: embcache extract --backbone … --dataset folder --data-root FOLDER",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
 

@@ -29,14 +29,16 @@ class DemoOutcome:
 
 
 def run_demo(*, home: PathLike | None = None, say: Callable[[str], object] = lambda line: None) -> DemoOutcome:
-    """Run the main job on the built-in synthetic sample: extract, probe, fuse, draw. Offline; cached on a second run."""
+    """Run the main job on the built-in synthetic sample: extract, probe, fuse, draw. Offline."""
     folder = home_dir(home)
     say("1/4  images: the built-in sample (synthetic, drawn by embcache)")
     dataset = load_dataset("sample", home=home)
     say(f"2/4  extract: {len(dataset)} images through {', '.join(DEMO_BACKBONES)}")
     extractions = run_extraction(DEMO_BACKBONES, dataset, home=home, say=say)
     say("3/4  probe: linear at S, M and F for each backbone, DVME over the three pretrained ones at S")
-    results = probe_grid(dataset, [[name] for name in DEMO_BACKBONES], head="linear", subsets=["S", "M", "F"], home=home)
+    results = probe_grid(
+        dataset, [[name] for name in DEMO_BACKBONES], head="linear", subsets=["S", "M", "F"], home=home
+    )
     results += probe_grid(dataset, [list(DEMO_BACKBONES[1:])], head="dvme", subsets=["S"], home=home)
     say("4/4  t-SNE of the test images")
     maps = []

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-# Okabe and Ito's colours (2008), told apart with every common kind of colour vision; markers tell classes apart in grey.
+# Okabe and Ito's colours (2008), told apart with every common kind of colour vision; markers serve print in grey.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 

@@ -18,7 +18,9 @@ def embed_tsne(features: ArrayLike, *, seed: int = 0, perplexity: float = PERPLE
     Parameters
     ----------
     features : array-like of shape (n, D)
+        Cached features.
     seed : int
+        Of the optimisation.
     perplexity : float
         Lowered to a third of the neighbours there are where images are few.
 

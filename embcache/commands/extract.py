@@ -30,26 +30,44 @@ def extract(
     home: HomeOption = None,
     weights: Annotated[
         list[str] | None,
-        typer.Option("--weights", metavar="[NAME=]FILE", help="Checkpoint to use; NAME= may be left out for one backbone."),
+        typer.Option("--weights", metavar="[NAME=]FILE", help="Checkpoint; NAME= may be left out for one backbone."),
     ] = None,
     transform: Annotated[
         str | None,
         typer.Option(
-            "--transform", metavar="paper|imagenet",
+            "--transform",
+            metavar="paper|imagenet|model",
             help="paper: 256×256, centre 224, images of up to 224 as they are. imagenet: shorter side 256, centre 224. "
-            "[default: paper; for timm: backbones the model's own]",
+            "model: a timm: backbone's own. [default: paper; model for timm: backbones]",
         ),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda:0, …")] = "auto",
-    precision: Annotated[str, typer.Option("--precision", help="fp32, tf32, bf16 or fp16; part of the recipe.")] = "fp32",
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images a batch. [default: the store's, 64 for a new one]")] = None,
-    workers: Annotated[int | None, typer.Option("--workers", help="Threads that decode images. [default: one a core, 8 at most]")] = None,
-    format: Annotated[str | None, typer.Option("--format", metavar="zarr|hdf5", help="Format of a new store. [default: zarr]")] = None,
-    part: Annotated[str | None, typer.Option("--part", metavar="I/N", help="Compute only the I-th of N parts (array jobs).")] = None,
-    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on without images that the labels name but are not there.")] = False,
-    name: Annotated[str | None, typer.Option("--name", help="Name for a `folder` dataset. [default: its folder's, with a short hash of the path]")] = None,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda:0, …")] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="KIND", help="fp32, tf32, bf16 or fp16; part of the recipe.")
+    ] = "fp32",
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", metavar="N", help="Images a batch. [default: the store's, 64 for a new one]"),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", metavar="N", help="Threads that decode images. [default: one a core, 8 at most]"),
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", metavar="zarr|hdf5", help="Format of a new store. [default: zarr]")
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option("--part", metavar="I/N", help="Compute only the I-th of N parts (array jobs).")
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Go on without images that are named but not there.")
+    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="Name for a `folder` dataset. [default: its folder's and a hash]"),
+    ] = None,
     json: JsonOption = None,
-) -> None:  # fmt: skip
+) -> None:
     """Run frozen backbones once over all images into feature stores.
 
     Only what is not cached is computed: a second run returns at once, an interrupted one goes on where it stopped,
@@ -59,11 +77,17 @@ def extract(
     """
     names, datasets = split_list(backbone), split_list(dataset)
     if not names:
-        raise UsageError("no backbone was named", fix="embcache extract --backbone NAME …   (embcache backbones lists them)")
+        raise UsageError(
+            "no backbone was named", fix="embcache extract --backbone NAME …   (embcache backbones lists them)"
+        )
     if not datasets:
-        raise UsageError("no dataset was named", fix="embcache extract --dataset NAME …   (embcache datasets lists them)")
+        raise UsageError(
+            "no dataset was named", fix="embcache extract --dataset NAME …   (embcache datasets lists them)"
+        )
     if len(datasets) > 1 and (data_root or name):
-        raise UsageError("--data-root and --name belong to one dataset", found=", ".join(datasets), fix="one command a dataset")
+        raise UsageError(
+            "--data-root and --name belong to one dataset", found=", ".join(datasets), fix="one command a dataset"
+        )
     from embcache.data.dataset import find_dataset
     from embcache.extract.run import run_extraction
 
@@ -74,10 +98,19 @@ def extract(
             typer.echo(f"note: {note}", err=True)
         try:
             done = run_extraction(
-                names, found, home=home, weights=_parse_weights(weights, names), transform=transform, device=device,
-                precision=precision, batch_size=batch_size, workers=workers, format=format, part=_parse_part(part),
+                names,
+                found,
+                home=home,
+                weights=_parse_weights(weights, names),
+                transform=transform,
+                device=device,
+                precision=precision,
+                batch_size=batch_size,
+                workers=workers,
+                format=format,
+                part=_parse_part(part),
                 say=lambda line: typer.echo(f"note: {line}", err=True),
-            )  # fmt: skip
+            )
         except (KeyboardInterrupt, SystemExit):
             typer.echo("\nstopped: what is committed stays, and the same command goes on from there", err=True)
             raise
@@ -98,9 +131,11 @@ def _parse_weights(values: list[str] | None, names: list[str]) -> dict[str, Path
         if not separator or name not in names:
             if len(names) > 1 or (separator and not Path(value).exists()):
                 raise UsageError(
-                    "--weights does not say for which backbone", expected="NAME=FILE with NAME one of " + ", ".join(names),
-                    found=value, fix=f"--weights {names[0]}={file or value}",
-                )  # fmt: skip
+                    "--weights does not say for which backbone",
+                    expected="NAME=FILE with NAME one of " + ", ".join(names),
+                    found=value,
+                    fix=f"--weights {names[0]}={file or value}",
+                )
             name, file = names[0], value
         weights[name] = Path(file)
     return weights
@@ -117,7 +152,8 @@ def _parse_part(value: str | None) -> tuple[int, int] | None:
 
 def _print(dataset: str, images: int, done: list[Extraction]) -> None:
     rows = [
-        [e.backbone, images, e.cached, e.computed, len(e.quarantined), f"{e.seconds:.1f}", e.store.path.name] for e in done
+        [e.backbone, images, e.cached, e.computed, len(e.quarantined), f"{e.seconds:.1f}", e.store.path.name]
+        for e in done
     ]
     headers = ["backbone", "images", "cached", "computed", "quarantined", "seconds", "store"]
     notes = [note for extraction in done for note in extraction.notes]

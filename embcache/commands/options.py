@@ -13,18 +13,32 @@ import typer
 from embcache.errors import UsageError
 
 HomeOption = Annotated[
-    Path | None, typer.Option("--home", help="Folder of stores and runs. [default: $EMBCACHE_HOME or ~/.cache/embcache]")
+    Path | None,
+    typer.Option(
+        "--home", metavar="FOLDER", help="Folder of stores and runs. [default: $EMBCACHE_HOME or ~/.cache/embcache]"
+    ),
 ]
 DataRootOption = Annotated[
-    Path | None, typer.Option("--data-root", help="The dataset's own folder. [default: $EMBCACHE_DATA/NAME or ./data/NAME]")
+    Path | None,
+    typer.Option(
+        "--data-root", metavar="FOLDER", help="The dataset's own folder. [default: $EMBCACHE_DATA/NAME or ./data/NAME]"
+    ),
 ]
 DatasetOption = Annotated[
     list[str] | None,
-    typer.Option("--dataset", help="Dataset name; repeatable, or comma-separated. See `embcache datasets`."),
+    typer.Option(
+        "--dataset",
+        metavar="NAME[,NAME…]",
+        help="Dataset name; repeatable, or comma-separated. See `embcache datasets`.",
+    ),
 ]
 BackboneOption = Annotated[
     list[str] | None,
-    typer.Option("--backbone", help="Backbone name; repeatable, or comma-separated. See `embcache backbones`."),
+    typer.Option(
+        "--backbone",
+        metavar="NAME[,NAME…]",
+        help="Backbone name; repeatable, or comma-separated. See `embcache backbones`.",
+    ),
 ]
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE|-", help="Write the answer as JSON to FILE, or to stdout with -.")
@@ -58,4 +72,6 @@ def write_json(data: Any, target: str) -> None:
     try:
         Path(target).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"cannot write the JSON file: {error.strerror}", where=target, fix="name a file that can be written, or -") from error
+        raise UsageError(
+            f"cannot write the JSON file: {error.strerror}", where=target, fix="name a file that can be written, or -"
+        ) from error

@@ -56,7 +56,7 @@ def scan_images(dataset: ImageDataset, root: Path, known: pd.DataFrame | None, p
         Headers are read only where size or modification time differ from ``known``, an earlier scan.
     """
     table = dataset.table[["path", "member"]].drop_duplicates("path")
-    before = {} if known is None else {row.path: row for row in known.itertuples(index=False)}
+    before = {} if known is None else _by_path(known)
 
     def scan(path: str, member: int) -> tuple[str, int, int, int, int]:
         try:
@@ -64,8 +64,8 @@ def scan_images(dataset: ImageDataset, root: Path, known: pd.DataFrame | None, p
         except FileNotFoundError:
             return path, ABSENT, 0, 0, 0
         seen = before.get(path)
-        if seen is not None and (seen.size, seen.mtime_ns) == (state.st_size, state.st_mtime_ns):
-            return path, state.st_size, state.st_mtime_ns, int(seen.width), int(seen.height)
+        if seen is not None and seen[:2] == (state.st_size, state.st_mtime_ns):
+            return (path, *seen)
         try:
             width, height = read_size(root, path, member)
         except ImageError:
@@ -74,6 +74,12 @@ def scan_images(dataset: ImageDataset, root: Path, known: pd.DataFrame | None, p
 
     rows = pool.map(scan, table["path"], table["member"])
     return pd.DataFrame(list(rows), columns=_SCAN_COLUMNS)
+
+
+def _by_path(scan: pd.DataFrame) -> dict[str, tuple[int, int, int, int]]:
+    """Path → (size, mtime_ns, width, height)."""
+    columns = [scan[name].tolist() for name in _SCAN_COLUMNS]
+    return {path: (size, mtime, width, height) for path, size, mtime, width, height in zip(*columns, strict=True)}
 
 
 def encode_scan(scan: pd.DataFrame) -> bytes:
@@ -98,14 +104,18 @@ def image_sizes(scan: pd.DataFrame) -> set[tuple[int, int]]:
     return {(int(width), int(height)) for width, height in zip(readable["width"], readable["height"], strict=True)}
 
 
-def plan_store(store: FeatureStore, dataset: ImageDataset, root: Path, scan: pd.DataFrame, *, publish: bool = True) -> Plan:
+def plan_store(
+    store: FeatureStore, dataset: ImageDataset, root: Path, scan: pd.DataFrame, *, publish: bool = True
+) -> Plan:
     """Publish what ``store`` owes for ``dataset`` as new shards, and return all shards still to compute.
 
     Shards that an earlier, interrupted run planned come first, unchanged. With ``publish=False`` nothing is written
     and the shards are those that would be.
     """
-    states = {row.path: (int(row.size), int(row.mtime_ns)) for row in scan.itertuples(index=False)}
-    members = dict(zip(dataset.table["id"], zip(dataset.table["path"], dataset.table["member"], strict=True), strict=True))
+    states = {path: state[:2] for path, state in _by_path(scan).items()}
+    members = dict(
+        zip(dataset.table["id"], zip(dataset.table["path"], dataset.table["member"], strict=True), strict=True)
+    )
     while True:
         plans, committed = store.plans(), set(store.committed())
         owed = {number: entries for number, entries in plans.items() if number not in committed}

@@ -84,7 +84,7 @@ def extract_features(
         Folder of stores; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
     weights : path-like or mapping of name to path-like, optional
         Checkpoints to use instead of those found or downloaded; a bare path when one backbone is asked for.
-    transform : {"paper", "imagenet"}, optional
+    transform : {"paper", "imagenet", "model"}, optional
         Default: ``paper``, and for ``timm:`` backbones the model's own preprocessing.
     device : str
         ``auto``, ``cpu``, ``cuda:0``, …
@@ -144,9 +144,11 @@ def run_extraction(
         sizes = image_sizes(scan)
         if not sizes:
             raise DatasetNotFoundError(
-                "none of the dataset's images can be read", where=root, found=f"{len(dataset)} names, no readable image",
+                "none of the dataset's images can be read",
+                where=root,
+                found=f"{len(dataset)} names, no readable image",
                 fix=f"embcache datasets {dataset.kind}",
-            )  # fmt: skip
+            )
         jobs = []
         for name in names:
             spec = find_backbone(name)
@@ -211,8 +213,8 @@ def _compute_all(
 
     Jobs that owe the same shard share one decoding of its images.
     """
-    columns = dataset.table[["id", "path", "member"]]
-    sources = {row.id: Source(row.id, row.path, int(row.member)) for row in columns.itertuples(index=False)}
+    columns = [dataset.table[name].tolist() for name in ("id", "path", "member")]
+    sources = {image: Source(image, path, member) for image, path, member in zip(*columns, strict=True)}
     passes: dict[tuple[Shard, int], list[int]] = {}
     for index, job in enumerate(jobs):
         for shard in job.plan.shards:
@@ -285,36 +287,47 @@ def _summary(job: _Job, dataset: ImageDataset, computed: int, seconds: float) ->
             f"{store.batch_size} and {store.threads}: features may differ in the last bits"
         )
     return Extraction(
-        name, store, computed, job.plan.cached, job.plan.added, job.plan.changed, dict(store.quarantined), seconds, tuple(notes)
+        name,
+        store,
+        computed,
+        job.plan.cached,
+        job.plan.added,
+        job.plan.changed,
+        dict(store.quarantined),
+        seconds,
+        tuple(notes),
     )
 
 
 def _root(dataset: ImageDataset) -> Path:
     if dataset.root is None or not dataset.root.is_dir():
         raise DatasetNotFoundError(
-            f"the images of {dataset.name} are not here; extraction needs them", expected=dataset.root and str(dataset.root),
+            f"the images of {dataset.name} are not here; extraction needs them",
+            expected=str(dataset.root) if dataset.root else None,
             fix=f"embcache extract --dataset {dataset.kind} --data-root FOLDER …",
-        )  # fmt: skip
+        )
     return dataset.root
 
 
-def _weights_by_name(
-    names: Sequence[str], weights: PathLike | Mapping[str, PathLike] | None
-) -> dict[str, Path]:
+def _weights_by_name(names: Sequence[str], weights: PathLike | Mapping[str, PathLike] | None) -> dict[str, Path]:
     if not names:
         raise UsageError("no backbone was named", fix="embcache backbones")
     if weights is None:
         return {}
     if isinstance(weights, str | os.PathLike):
         if len(names) > 1:
-            raise UsageError("one checkpoint for several backbones", found=str(weights), fix="--weights NAME=FILE for each")
+            raise UsageError(
+                "one checkpoint for several backbones", found=str(weights), fix="--weights NAME=FILE for each"
+            )
         return {names[0]: Path(weights)}
     unknown = sorted(set(weights) - set(names))
     if unknown:
         raise UsageError(
-            "weights for a backbone that was not asked for", found=", ".join(unknown), expected=", ".join(names),
+            "weights for a backbone that was not asked for",
+            found=", ".join(unknown),
+            expected=", ".join(names),
             fix="--weights NAME=FILE with a NAME given to --backbone",
-        )  # fmt: skip
+        )
     return {name: Path(file) for name, file in weights.items()}
 
 
@@ -324,4 +337,6 @@ def _check_numbers(batch_size: int | None, workers: int | None, part: tuple[int,
     if workers is not None and workers < 1:
         raise UsageError("the number of workers must be at least 1", found=str(workers))
     if part is not None and not 1 <= part[0] <= part[1]:
-        raise UsageError("no such part", expected="I/N with 1 <= I <= N", found=f"{part[0]}/{part[1]}", fix="--part 1/4")
+        raise UsageError(
+            "no such part", expected="I/N with 1 <= I <= N", found=f"{part[0]}/{part[1]}", fix="--part 1/4"
+        )

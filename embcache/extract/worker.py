@@ -57,13 +57,23 @@ def freeze(backbone: LoadedBackbone, transform: Transform, device: str, precisio
     target = pick_device(device)
     if precision not in PRECISIONS:
         raise UsageError(
-            "unknown precision", expected=", ".join(PRECISIONS), found=precision, fix="embcache extract --precision fp32 …"
+            "unknown precision",
+            expected=", ".join(PRECISIONS),
+            found=precision,
+            fix="embcache extract --precision fp32 …",
         )
     if precision == "tf32" and target.type != "cuda":
-        raise UsageError("TF32 exists on CUDA devices only", found=str(target), fix="embcache extract --precision fp32 …")
+        raise UsageError(
+            "TF32 exists on CUDA devices only", found=str(target), fix="embcache extract --precision fp32 …"
+        )
     # Channels last is about 1.5 times faster for convolutions on CPUs (docs/log.md) and what tensor cores want.
     module = backbone.module.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return FrozenNetwork(LoadedBackbone(backbone.spec, module, backbone.weights_sha256, backbone.weights_source), transform, target, precision)
+    return FrozenNetwork(
+        LoadedBackbone(backbone.spec, module, backbone.weights_sha256, backbone.weights_source),
+        transform,
+        target,
+        precision,
+    )
 
 
 def pick_device(device: str) -> torch.device:
@@ -82,7 +92,10 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(
-            f"the device {device!r} cannot be used", found=reason, expected="auto, cpu, cuda:0, …", fix="embcache extract --device auto …"
+            f"the device {device!r} cannot be used",
+            found=reason,
+            expected="auto, cpu, cuda:0, …",
+            fix="embcache extract --device auto …",
         ) from error
     return target
 
@@ -97,7 +110,7 @@ def _arithmetic(device: torch.device, precision: str) -> Iterator[None]:
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
             stack.callback(torch.set_float32_matmul_precision, before)
             # Deterministic kernels without benchmarking, so that a resumed run repeats its features bit for bit.
-            flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32)  # type: ignore[no-untyped-call]
+            flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32)
             stack.enter_context(flags)
         if precision in ("bf16", "fp16"):
             dtype = torch.bfloat16 if precision == "bf16" else torch.float16
@@ -123,6 +136,7 @@ def compute_shard(
     sources : sequence of Source
         The shard's images, in order.
     networks : sequence of FrozenNetwork
+        Each sees every image.
     batch_size : int
         Rows of each batch given to a network, always; see :mod:`embcache.extract.batching`.
     pool : Executor
@@ -164,7 +178,7 @@ def _geometry(transform: Transform) -> tuple[object, ...]:
 def _rows(
     sources: Sequence[Source], features: NDArray[np.float32], digests: Sequence[str], reasons: Sequence[str]
 ) -> ShardRows:
-    finite = np.isfinite(features).all(axis=1)
+    finite = [bool(np.isfinite(row).all()) for row in features]
     why = tuple(
         reason or ("" if is_finite else "the features are not finite")
         for reason, is_finite in zip(reasons, finite, strict=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from embcache.probe.results import ProbeResult
 
+
 def pivot_results(results: Sequence[ProbeResult]) -> tuple[list[str], list[list[str]]]:
     """Backbones and heads down, subsets across; cells are mean ± sd over folds.
 

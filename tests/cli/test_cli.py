@@ -35,7 +35,19 @@ def folder(tmp_path: Path) -> Path:
 def test_help_names_every_command(home: Path) -> None:
     done = embcache("--help")
     assert done.returncode == 0
-    for command in ("demo", "datasets", "backbones", "heads", "extract", "probe", "results", "splits", "ls", "info", "export"):
+    for command in (
+        "demo",
+        "datasets",
+        "backbones",
+        "heads",
+        "extract",
+        "probe",
+        "results",
+        "splits",
+        "ls",
+        "info",
+        "export",
+    ):
         assert f"\n  {command} " in done.stdout
         assert embcache(command, "--help").returncode == 0
 
@@ -79,7 +91,7 @@ def test_extract_then_probe_a_folder(folder: Path, home: Path, tmp_path: Path) -
     done = embcache("probe", "--head", "linear", "--subset", "10,F", *arguments, "--json", str(target))
     assert done.returncode == 0, done.stderr
     results = json.loads(target.read_text())
-    assert [result["n_train"] for result in results][0] == 10
+    assert results[0]["n_train"] == 10
     assert all(0 <= result["mean"] <= 1 and len(result["folds"]) == 5 for result in results)
     assert "linear" in done.stdout
 
@@ -101,7 +113,18 @@ def test_a_signal_ends_a_run_that_can_go_on(folder: Path, home: Path, number: in
         draw(folder / "a" / f"{index}.png", index, size=96)
     for path in folder.rglob("*.png"):
         draw(path, int(path.stem), size=96)
-    command = [sys.executable, "-m", "embcache", "extract", "--backbone", "random", "--dataset", "folder", "--data-root", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "embcache",
+        "extract",
+        "--backbone",
+        "random",
+        "--dataset",
+        "folder",
+        "--data-root",
+        str(folder),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(home.glob("*/random-*/plan/*.json")) and time.monotonic() < deadline:

@@ -186,7 +186,9 @@ def test_another_recipe_never_touches_a_store(images: Path, home: Path) -> None:
     assert close(half.features[:], first.features[:], 0.1)
 
 
-def test_parts_together_are_the_whole(images: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_together_are_the_whole(
+    images: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run, "ROWS_PER_SHARD", 6)
     whole = extract(images, home=tmp_path / "whole")
     counts = [run_extraction(["random"], load(images), part=(i, 3))[0].computed for i in (1, 2, 3)]
