@@ -144,7 +144,10 @@ class ImageDataset:
         meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "table"}
         meta |= {"subset_sizes": dict(self.subset_sizes)}
         meta |= {key: None if meta[key] is None else str(meta[key]) for key in ("root", "origin")}
-        table = pa.Table.from_pandas(self.table, preserve_index=False)
+        try:
+            table = pa.Table.from_pandas(self.table, preserve_index=False)
+        except pa.ArrowException as error:
+            raise DatasetError("a column holds values of several types", found=str(error), where=self.name) from error
         table = table.replace_schema_metadata({"embcache": json.dumps(meta, sort_keys=True)})
         sink = io.BytesIO()
         pq.write_table(table, sink)
@@ -231,7 +234,7 @@ def find_dataset(
     (ImageDataset, {"live", "snapshot"})
     """
     cached = read_snapshot(_cached_name(name, root, dataset_name), home)
-    if cached is None:
+    if cached is None or (name in DATASETS and name != cached.kind):
         return load_dataset(name, root, allow_missing=allow_missing, dataset_name=dataset_name, home=home), "live"
     # Who extracted without the missing images has agreed to go on without them.
     load = functools.partial(load_dataset, cached.kind, allow_missing=allow_missing or bool(cached.missing), home=home)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embcache.data.checks import SPLITS
+from embcache.data.checks import SPLITS, first_few
 from embcache.data.dataset import ImageDataset, group_identical, read_snapshot
 from embcache.data.files import locate_files
 from embcache.data.groups import overlap_notes
@@ -121,16 +120,51 @@ def survey_dataset(name: str, root: PathLike | None = None, home: PathLike | Non
         The labels are broken.
     """
     cached = read_snapshot(name, home) if root is None else None
-    if cached is not None and not (cached.origin is not None and cached.origin.exists()):
-        note = "the folder is gone: this is the snapshot that extraction kept"
-        cached = replace(
-            cached, notes=(*cached.notes, note), missing=tuple(dict.fromkeys(cached.table["path"].tolist()))
-        )
-        return Survey(cached, np.zeros(len(cached), dtype=bool), find_source(cached.kind))
-    source = find_source(cached.kind if cached is not None else name)
+    if cached is None:
+        return _survey_files(find_source(name), root, home, None)
+    source = find_source(cached.kind)
+    for folder in (cached.origin, None if cached.kind == "folder" else default_root(cached.kind, home)):
+        if folder is not None and folder.exists():
+            try:
+                return _survey_files(source, folder, home, cached.name)
+            except DatasetNotFoundError:  # the folder has been emptied, or is another thing of that name
+                continue
+    note = "the folder is gone: this is the snapshot that extraction kept"
+    missing = tuple(dict.fromkeys(cached.table["path"].tolist()))
+    return Survey(
+        replace(cached, notes=(*cached.notes, note), missing=missing), np.zeros(len(cached), dtype=bool), source
+    )
+
+
+def list_datasets(home: PathLike | None = None) -> list[Listed]:
+    """Every dataset that loads by name, and every other one that is cached; what is broken is told, not raised."""
+    rows = [_list_one(name, DATASETS[name].description, default_root(name, home), home) for name in DATASETS]
+    for ds in _cached_datasets(home):
+        if ds.name not in DATASETS:
+            what = (
+                f"cached, from a {ds.kind}: {first_few(ds.class_names, 4)}"
+                if ds.kind == "folder"
+                else f"cached, as {ds.kind}"
+            )
+            rows.append(_list_one(ds.name, what, ds.origin, home))
+    return rows
+
+
+def _list_one(name: str, description: str, root: Path | None, home: PathLike | None) -> Listed:
+    if name == "folder":
+        return Listed(name, description, None, None)
+    try:
+        survey = survey_dataset(name, home=home)
+    except EmbcacheError as error:
+        absent = isinstance(error, DatasetNotFoundError) and (root is None or not root.exists())
+        return Listed(name, description, None, root, "" if absent else error.problem)
+    return Listed(name, description, survey, survey.dataset.origin)
+
+
+def _survey_files(source: DatasetSource, root: PathLike | None, home: PathLike | None, name: str | None) -> Survey:
     with refusals_told():
-        folder = resolve_root(source, cached.origin if cached is not None else root, home, draw=False)
-        ds = source.read(folder, choose_name(source, folder, cached.name if cached is not None else None))
+        folder = resolve_root(source, root, home, draw=False)
+        ds = source.read(folder, choose_name(source, folder, name))
         return _compare(replace(ds, origin=folder), source)
 
 
@@ -148,30 +182,11 @@ def _compare(ds: ImageDataset, source: DatasetSource) -> Survey:
     return Survey(ds, np.array([sizes[path] is not None for path in paths], dtype=bool), source)
 
 
-def list_datasets(home: PathLike | None = None) -> list[Listed]:
-    """Every dataset that loads by name, and every other one that is cached; what is broken is told, not raised."""
-    cached = [name for name in _cached_names(home) if name not in DATASETS]
-    rows = []
-    for name in [*DATASETS, *cached]:
-        if name == "folder":
-            rows.append(Listed(name, DATASETS[name].description, None, None))
-            continue
-        try:
-            survey = survey_dataset(name, home=home)
-            rows.append(Listed(name, survey.source.description, survey, survey.dataset.root))
-        except EmbcacheError as error:
-            expected_root = default_root(name, home)
-            problem = "" if isinstance(error, DatasetNotFoundError) and not expected_root.exists() else error.problem
-            description = DATASETS[name].description if name in DATASETS else ""
-            rows.append(Listed(name, description, None, expected_root, problem))
-    return rows
-
-
-def _cached_names(home: PathLike | None) -> Sequence[str]:
-    names = []
+def _cached_datasets(home: PathLike | None) -> list[ImageDataset]:
+    found = []
     for path in sorted(home_dir(home).glob("*/dataset.parquet")):
         try:
-            names.append(ImageDataset.from_parquet_bytes(path.read_bytes()).name)
-        except (EmbcacheError, OSError):  # `embcache doctor` is for those; a list goes on
+            found.append(ImageDataset.from_parquet_bytes(path.read_bytes()))
+        except (EmbcacheError, OSError):  # a damaged snapshot is told where it is asked for; a list goes on
             continue
-    return names
+    return found

@@ -269,3 +269,16 @@ def test_a_damaged_snapshot_says_so(home: Path) -> None:
 def test_without_files_or_snapshot_the_error_is_that_of_loading(home: Path) -> None:
     with pytest.raises(DatasetNotFoundError, match="laid out otherwise"):
         find_dataset("aptos")
+
+
+def test_a_kind_that_is_named_is_loaded_whatever_is_cached_by_that_name(home: Path, pets: Path, tmp_path: Path) -> None:
+    keep(load_dataset("folder", pets, dataset_name="mine"), home)
+    for i, name in enumerate(["NORMAL/IM-0001-0001.jpeg", "PNEUMONIA/person1_virus_1.jpeg"]):
+        write_image(tmp_path / "xray" / "train" / name, i)
+    found, _ = find_dataset("pneumonia", root=tmp_path / "xray", dataset_name="mine")
+    assert (found.kind, found.name) == ("pneumonia", "mine")
+
+
+def test_columns_that_no_file_can_hold_are_refused() -> None:
+    with pytest.raises(DatasetError, match="several types"):
+        dataset(extra=["a", 1, object()]).to_parquet_bytes()

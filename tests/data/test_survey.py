@@ -72,7 +72,9 @@ def test_a_cached_dataset_is_listed_and_its_snapshot_serves_when_it_is_gone(home
     found = {row.name: row.found for row in list_datasets()}[name]
     assert found is not None
     assert found.count("train") == (2, 2)
+    assert "cat, dog" in run()
     (tmp_path / "pets").rename(tmp_path / "moved")
+    (tmp_path / "pets").mkdir()  # emptied is as good as gone
     gone = survey_dataset(name)
     assert gone.count("train") == (2, 0)
     assert any("snapshot" in note for note in gone.dataset.notes)
