@@ -87,9 +87,7 @@ def test_the_other_scores_of_two_classes(seed: int) -> None:
     fpr, tpr, _ = roc_curve(y, p[:, 1])
     assert got["sensitivity_at_95_specificity"] >= tpr[fpr <= 0.05].max() - 1e-12
     thresholds = np.unique(p[:, 1])
-    by_hand = max(
-        (p[y == 1, 1] > t).mean() for t in [*thresholds, -1.0] if (p[y == 0, 1] <= t).mean() >= 0.95
-    )
+    by_hand = max((p[y == 1, 1] > t).mean() for t in [*thresholds, -1.0] if (p[y == 0, 1] <= t).mean() >= 0.95)
     assert got["sensitivity_at_95_specificity"] == pytest.approx(by_hand)
 
 
@@ -120,7 +118,10 @@ def weighted_by_scikit_learn(metric: str, y: np.ndarray, p: np.ndarray, w: np.nd
 
 @settings(max_examples=25)
 @given(
-    st.integers(0, 500), st.sampled_from([("auc", 2), ("macro_auc", 4), ("kappa", 5)]), st.booleans(), st.integers(5, 60)
+    st.integers(0, 500),
+    st.sampled_from([("auc", 2), ("macro_auc", 4), ("kappa", 5)]),
+    st.booleans(),
+    st.integers(5, 60),
 )
 def test_bootstrap_is_scikit_learn_on_every_resample(
     seed: int, metric: tuple[str, int], coarse: bool, n_groups: int

@@ -1,0 +1,256 @@
+"""Stacked training against the plain PyTorch loop, and what each head may and may not notice of the others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from embcache.errors import ProtocolError
+from embcache.probe.heads import make_head
+from embcache.probe.schedule import Schedule
+from embcache.probe.stack import Job, TrainedHead, adam_step, predict_logits, stream_generator, train_stack
+from embcache.probe.train import fit, is_balanced, make_job
+
+N, DIM = 400, 12
+
+
+def problem(n_classes: int = 2, seed: int = 0, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, n_classes, size=N)
+    x = rng.normal(size=(N, DIM)) + spread * rng.normal(size=(n_classes, DIM))[y]
+    return torch.from_numpy(x.astype(np.float32)), torch.from_numpy(y)
+
+
+def rows(start: int, stop: int) -> torch.Tensor:
+    return torch.arange(start, stop)
+
+
+def train(
+    head: Any, x: Mapping[str, torch.Tensor], y: torch.Tensor, jobs: Sequence[Job], **options: Any
+) -> list[TrainedHead]:
+    n_classes = int(y.max()) + 1
+    metric = "auc" if n_classes == 2 else "macro_auc"
+    return train_stack(head, x, y, jobs, n_classes, metric, options.get("schedule", Schedule()))
+
+
+def test_adam_is_torchs_with_a_rate_and_a_step_count_for_each_head() -> None:
+    lrs, started = [1e-3, 1e-1, 1e-2], [0, 3, 1]
+    torch.manual_seed(0)
+    p = torch.randn(3, 5, 4)
+    first, second = torch.zeros_like(p), torch.zeros_like(p)
+    truth = [p[k].clone().requires_grad_() for k in range(3)]
+    adams = [torch.optim.Adam([t], lr=lr) for t, lr in zip(truth, lrs, strict=True)]
+    steps = [0, 0, 0]
+    for step in range(8):
+        gradient = torch.randn(3, 5, 4) * 10.0 ** torch.randint(-6, 2, (3, 5, 4))
+        active = [k for k in range(3) if step >= started[k]]
+        for k in active:
+            steps[k] += 1
+            truth[k].grad = gradient[k].clone()
+            adams[k].step()
+            parts = [t[k : k + 1] for t in (p, gradient, first, second)]
+            adam_step(*parts, steps[k : k + 1], lrs[k : k + 1])
+    for k in range(3):
+        torch.testing.assert_close(p[k], truth[k].detach(), rtol=1e-5, atol=1e-7)
+
+
+def plain_loop(x: torch.Tensor, y: torch.Tensor, job: Job, schedule: Schedule) -> dict[str, Any]:
+    """The protocol as anyone would write it: nn.Linear, torch's Adam and plateau, one head."""
+    model = torch.nn.Linear(x.shape[1], int(y.max()) + 1)
+    start = make_head("linear").init(stream_generator(job.stream, "init"), {"a": x.shape[1]}, int(y.max()) + 1)
+    model.load_state_dict({name.removeprefix("classifier."): value for name, value in start.items()})
+    optimizer = torch.optim.Adam(model.parameters(), lr=job.lr)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.1, patience=5, threshold=0)
+    order = stream_generator(job.stream, "order")
+    losses, scores, best, best_epoch, best_state = [], [], -1.0, 0, {}
+    for epoch in range(1, 51):
+        total, n = 0.0, len(job.train)
+        if job.weights is None:
+            drawn = job.train[torch.randperm(n, generator=order)]
+        else:
+            drawn = job.train[torch.multinomial(job.weights, n, replacement=True, generator=order)]
+        for batch in drawn.split(64):
+            loss = torch.nn.functional.cross_entropy(model(x[batch]), y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch)
+        losses.append(total / n)
+        with torch.no_grad():
+            p = model(x[job.val]).softmax(-1)[:, 1]
+        # rounded: scikit-learn's sum of trapezoids makes equal rankings differ in the last digit
+        scores.append(round(float(roc_auc_score(y[job.val], p)), 12))
+        plateau.step(scores[-1])
+        if scores[-1] > best:
+            best, best_epoch, best_state = scores[-1], epoch, copy.deepcopy(model.state_dict())
+        if epoch >= 30 and epoch - best_epoch >= 10:
+            break
+    return {"losses": losses, "scores": scores, "best_epoch": best_epoch, "state": best_state}
+
+
+@pytest.mark.parametrize("n_train", [50, 150])
+@pytest.mark.parametrize("oversampled", [False, True])
+def test_a_stack_is_the_plain_pytorch_loop_for_every_fold(n_train: int, oversampled: bool) -> None:
+    x, y = problem(spread=0.3)
+    jobs = []
+    for fold in range(3):
+        chosen = (rows(0, n_train) + 60 * fold) % 300
+        weights = torch.where(y[chosen] == 0, 3.0, 1.0).double() if oversampled else None
+        jobs.append(Job(chosen, rows(300, 400), f"0\0{fold}", 1e-3, weights))
+    stacked = train(make_head("linear"), {"a": x}, y, jobs)
+    for job, head in zip(jobs, stacked, strict=True):
+        plain = plain_loop(x, y, job, Schedule())
+        np.testing.assert_allclose(head.losses, plain["losses"], rtol=1e-5)
+        np.testing.assert_allclose(head.val_scores, plain["scores"], atol=1e-9)
+        assert head.best_epoch == plain["best_epoch"]
+        torch.testing.assert_close(head.params["classifier.weight"], plain["state"]["weight"], rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=12)
+@given(
+    name=st.sampled_from(["linear", "dvme", "dvme-noattn", "dvme-identity"]),
+    sizes=st.lists(st.integers(8, 140), min_size=2, max_size=5),
+    seed=st.integers(0, 100),
+)
+def test_a_head_is_the_same_alone_and_in_a_stack(name: str, sizes: list[int], seed: int) -> None:
+    x, y = problem(3, seed)
+    head = make_head(name) if name == "linear" else make_head(name, proj_dim=8)
+    features = {"a": x} if name == "linear" else {"a": x, "b": x[:, :5].contiguous()}
+    jobs = []
+    for fold, n in enumerate(sizes):
+        chosen = torch.from_numpy(np.random.default_rng(fold).permutation(300)[:n])
+        weights = torch.rand(n, generator=torch.Generator().manual_seed(fold)).double() if fold % 2 else None
+        jobs.append(Job(chosen, rows(300, 400), f"{seed}\0{fold}", [1e-3, 1e-2, 1e-1][fold % 3], weights))
+    schedule = Schedule(max_epochs=6, min_epochs=3, patience=2)
+    together = train(head, features, y, jobs, schedule=schedule)
+    for job, stacked in zip(jobs, together, strict=True):
+        (alone,) = train(head, features, y, [job], schedule=schedule)
+        np.testing.assert_allclose(stacked.losses, alone.losses, rtol=1e-4, atol=1e-6)
+        assert stacked.best_epoch == alone.best_epoch
+        a, b = (predict_logits(head, t.params, features, rows(0, N)) for t in (stacked, alone))
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@dataclass
+class Spy:
+    """A head that remembers which rows it was shown in training."""
+
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+    def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> dict[str, torch.Tensor]:
+        return {"w": torch.zeros(n_classes)}
+
+    def apply(self, params: Any, x: Mapping[str, torch.Tensor], masks: Any) -> torch.Tensor:
+        if masks is not None:
+            self.seen.append(x["a"][0, :, 0].long())
+        return x["a"][:, :, :1] * 0 + params["w"][:, None]
+
+    def dropouts(self) -> Mapping[str, tuple[int, float]]:
+        return {}
+
+
+def shown(y: np.ndarray, chosen: np.ndarray, epochs: int) -> list[torch.Tensor]:
+    spy = Spy()
+    numbers = torch.arange(len(y), dtype=torch.float32)[:, None]
+    job = make_job(y, chosen, np.arange(0), int(y.max()) + 1, "s", 1e-3)
+    train_stack(spy, {"a": numbers}, torch.from_numpy(y), [job], int(y.max()) + 1, "auc", Schedule(max_epochs=epochs))
+    return spy.seen
+
+
+def test_the_last_partial_batch_is_kept() -> None:
+    y = np.array([0, 1] * 100)
+    assert [len(batch) for batch in shown(y, np.arange(150), 2)] == [64, 64, 22] * 2
+
+
+def test_a_balanced_subset_shows_every_image_once_an_epoch_in_another_order() -> None:
+    y = np.array([0, 1] * 100)
+    first, second = shown(y, np.arange(50), 2)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(50))
+    assert first.tolist() != second.tolist()
+
+
+def test_an_unbalanced_subset_is_oversampled_with_an_epoch_of_n_draws() -> None:
+    y = np.array([0] * 180 + [1] * 15 + [2] * 5)
+    batches = shown(y, np.arange(200), 30)
+    assert [len(b) for b in batches[:4]] == [64, 64, 64, 8]
+    drawn = torch.cat(batches).numpy()
+    assert len(drawn) == 200 * 30
+    np.testing.assert_allclose(np.bincount(y[drawn]) / len(drawn), 1 / 3, atol=0.03)
+    assert len(set(drawn[:200].tolist())) < 200  # with replacement
+
+
+def test_balanced_means_equal_but_for_a_remainder() -> None:
+    assert is_balanced(np.array([0, 0, 1, 1, 1]), 2)
+    assert not is_balanced(np.array([0, 1, 1, 1]), 2)
+    assert not is_balanced(np.array([0, 0, 1, 1]), 3)
+
+
+def test_a_head_that_diverges_leaves_the_others_as_they_are() -> None:
+    x, y = problem()
+    broken = x.clone()
+    broken[:60] = float("inf")
+    jobs = [Job(rows(0, 60), rows(300, 400), "0", 1e-3), Job(rows(60, 120), rows(300, 400), "1", 1e-3)]
+    bad, good = train(make_head("linear"), {"a": broken}, y, jobs)
+    (alone,) = train(make_head("linear"), {"a": broken}, y, jobs[1:])
+    assert bad.diverged
+    assert bad.params == {}
+    assert len(bad.losses) == 1
+    assert not good.diverged
+    np.testing.assert_allclose(good.losses, alone.losses, rtol=1e-6)
+
+
+def test_a_head_that_diverges_later_keeps_its_best_epoch() -> None:
+    x, y = problem()
+    job = Job(rows(0, 100), rows(300, 400), "0", 1e-3)
+    ((good,), (late,)) = (
+        train(make_head("linear"), {"a": x}, y, [j]) for j in (job, Job(job.train, job.val, "0", 1e37))
+    )
+    assert not good.diverged
+    assert late.diverged
+    assert len(late.losses) < 50
+
+
+def test_validation_alone_chooses_the_epoch() -> None:
+    x, y = problem(spread=0.3)
+    flipped = y.clone()
+    flipped[200:300] = 1 - flipped[200:300]  # rows that neither train nor validate
+    job = Job(rows(0, 100), rows(300, 400), "0", 1e-3)
+    (a,), (b,) = (train(make_head("linear"), {"a": x}, labels, [job]) for labels in (y, flipped))
+    assert a.val_scores == b.val_scores
+    assert torch.equal(a.params["classifier.weight"], b.params["classifier.weight"])
+
+
+def test_ties_keep_the_earliest_epoch() -> None:
+    x, y = problem(spread=20.0)  # separable from the first epochs on
+    (head,) = train(make_head("linear"), {"a": x}, y, [Job(rows(0, 100), rows(300, 400), "0", 1e-2)])
+    assert head.best_epoch == head.val_scores.index(max(head.val_scores)) + 1
+    assert len(head.losses) == max(30, head.best_epoch + 10)
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    x, y = problem()
+    train(make_head("linear"), {"a": x}, y, [Job(rows(0, 50), rows(300, 400), "0", 1e-3)])
+    assert torch.get_num_threads() == before
+
+
+def test_fit_without_validation_trains_all_epochs() -> None:
+    x, y = problem()
+    fitted = fit(make_head("linear"), {"a": x.numpy()}, y.numpy())
+    assert fitted.trained.val_score is None
+    assert fitted.trained.best_epoch == len(fitted.trained.losses) == 50
+    assert set(fitted.trained.lrs) == {1e-3}
+
+
+def test_fit_says_what_diverged() -> None:
+    with pytest.raises(ProtocolError, match="diverged in its first epoch"):
+        fit(make_head("linear"), {"a": np.full((4, 3), np.nan, np.float32)}, [0, 1, 0, 1])
