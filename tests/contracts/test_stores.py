@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import h5py
@@ -19,19 +17,13 @@ from embcache.errors import CorruptStoreError, StoreError
 from embcache.store.commit import ShardRows, commit_shard, create_store, write_view
 from embcache.store.feature_store import FeatureStore
 from embcache.store.formats import FORMATS
-from tests.store.build import add, digest, make_rows, make_store, make_table, plan, recipe, tree
+from tests.store.build import add, digest, make_rows, make_store, make_table, plan, quick_disk, recipe, tree
 
-pytestmark = pytest.mark.parametrize("format", list(FORMATS))
+__all__ = ["quick_disk"]
+
+pytestmark = [pytest.mark.parametrize("format", list(FORMATS)), pytest.mark.usefixtures("quick_disk")]
 
 IDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=300)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_disk() -> Iterator[None]:
-    """No waiting for the disk: nobody pulls the plug in these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 def read_view(store: Path) -> tuple[np.ndarray, list[str], np.ndarray]:
@@ -339,131 +331,3 @@ def test_arrays_are_aligned_by_id(format: str, tmp_path: Path) -> None:
     assert store.arrays(ds, split="val")[0].shape == (0, 3)
     with pytest.raises(StoreError, match=r"1 of 2 images have no features yet(.|\n)*embcache extract"):
         store.arrays(make_table(["a", "new"]))
-
-
-def _flip(path: Path, position: int, bit: int = 0) -> bytes:
-    before = path.read_bytes()
-    changed = bytearray(before)
-    changed[position] ^= 1 << bit
-    path.write_bytes(bytes(changed))
-    return before
-
-
-def _read_all(path: Path) -> object:
-    store = FeatureStore(path)
-    return store.features[:], store.quarantined, store.sources()
-
-
-def test_any_flipped_byte_of_any_file_is_noticed_before_it_is_parsed(
-    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = make_store(tmp_path, format)
-    add(path, 0, ["a", "b"], bad=["b"])
-    _read_all(path)
-    form, checked = FORMATS[format], 0
-    intact = {name.partition("shards/000000/")[2]: data for name, data in tree(path).items()}
-
-    def only_intact(decode: Callable[[Mapping[str, bytes]], object]) -> Callable[[Mapping[str, bytes]], object]:
-        def wrapped(files: Mapping[str, bytes]) -> object:
-            assert all(intact[name] == data for name, data in files.items())
-            return decode(files)
-
-        return wrapped
-
-    monkeypatch.setattr(form, "decode_index", only_intact(form.decode_index))
-    monkeypatch.setattr(form, "decode_features", only_intact(form.decode_features))
-    for name in tree(path):
-        file = path / name
-        size = file.stat().st_size
-        for position in range(0, size, max(1, size // 40)):
-            before = _flip(file, position, bit=position % 8)
-            with pytest.raises(CorruptStoreError, match="to mend it"):
-                _read_all(path)
-            file.write_bytes(before)
-            checked += 1
-    assert checked > 100
-    _read_all(path)
-
-
-@pytest.mark.parametrize("damage", ["truncate", "extend", "remove"])
-def test_truncated_extended_and_missing_files_are_noticed(format: str, damage: str, tmp_path: Path) -> None:
-    path = make_store(tmp_path, format)
-    add(path, 0, ["a", "b"])
-    for name, data in tree(path).items():
-        file = path / name
-        if name.startswith("plan") and damage == "remove":
-            continue  # read as a shard without a plan: see below
-        if damage == "remove":
-            file.unlink()
-        else:
-            file.write_bytes(data[:-1] if damage == "truncate" else data + b"\0")
-        with pytest.raises(CorruptStoreError, match=name.rpartition("/")[2]):
-            _read_all(path)
-        file.write_bytes(data)
-    if damage == "remove":
-        (path / "plan" / "000000.json").unlink()
-        with pytest.raises(CorruptStoreError, match="missing"):
-            FeatureStore(path).sources()
-
-
-def test_a_damaged_shard_says_how_to_recompute_it_and_that_works(format: str, tmp_path: Path) -> None:
-    path = make_store(tmp_path, format)
-    rows = add(path, 0, ["a", "b"])
-    add(path, 1, ["c"])
-    (path / "shards" / "000000" / "commit.json").write_text("{}")
-    with pytest.raises(CorruptStoreError) as caught:
-        _read_all(path)
-    assert f"rm -r {path / 'shards' / '000000'}" in str(caught.value.fix)
-    shutil.rmtree(path / "shards" / "000000")
-    store = FeatureStore(path)
-    assert set(store.plans()) - set(store.committed()) == {0}
-    commit_shard(path, 0, rows)
-    assert len(FeatureStore(path)) == 3
-
-
-def test_one_shard_in_anothers_place_is_noticed(format: str, tmp_path: Path) -> None:
-    path = make_store(tmp_path, format)
-    add(path, 0, ["a", "b"])
-    add(path, 1, ["c"])
-    (path / "plan" / "000001.json").replace(path / "plan" / "000000.json")
-    with pytest.raises(CorruptStoreError, match="another number"):
-        FeatureStore(path).plans()
-
-
-def test_reading_rows_of_one_shard_does_not_touch_the_others(format: str, tmp_path: Path) -> None:
-    path = make_store(tmp_path, format)
-    add(path, 0, ["a", "b", "c", "d"])
-    rows = add(path, 1, ["e"])
-    store = FeatureStore(path)
-    assert len(store) == 5
-    for file in (path / "shards" / "000000").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    assert np.array_equal(store.features[4:], rows.features)
-    with pytest.raises(CorruptStoreError):
-        store.features[0]
-
-
-def test_what_is_staged_is_never_read(format: str, tmp_path: Path) -> None:
-    path = make_store(tmp_path, format)
-    add(path, 0, ["a"])
-    shutil.copytree(path / "shards" / "000000", path / "staging" / "shard-000001-x")
-    shutil.copytree(path / "shards" / "000000", path / "shards" / "not-a-number")
-    assert FeatureStore(path).committed() == (0,)
-    assert _ids(path) == ["a"]
-
-
-def _ids(path: Path) -> Sequence[str]:
-    return FeatureStore(path).ids.tolist()
-
-
-def test_the_next_commit_of_a_shard_removes_what_a_killed_one_left(format: str, tmp_path: Path) -> None:
-    path = make_store(tmp_path, format)
-    left = path / "staging" / "shard-000000-0123"
-    (left / "data.zarr").mkdir(parents=True)
-    (left / "data.zarr" / "zarr.json").write_text("half")
-    other = path / "staging" / "shard-000001-0123"
-    other.mkdir()
-    add(path, 0, ["a"])
-    assert not left.exists()
-    assert other.exists()  # another writer may be at it

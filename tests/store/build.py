@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, create_store, publish_plan
 from embcache.store.recipe import Recipe
 
 FORMATS = ("zarr", "hdf5")
+
+
+@pytest.fixture
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting for the disk: nobody pulls the plug in these tests."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
 
 RECIPE = Recipe(
     backbone="random",

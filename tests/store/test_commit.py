@@ -28,7 +28,9 @@ from embcache.store.commit import (
     write_view,
 )
 from embcache.store.feature_store import FeatureStore, list_stores
-from tests.store.build import FORMATS, add, make_rows, make_store, plan, recipe, tree
+from tests.store.build import FORMATS, add, make_rows, make_store, plan, quick_disk, recipe, tree
+
+__all__ = ["quick_disk"]
 
 # Everything in commit.py that changes the disk goes through one of these.
 CALLS = [
@@ -94,12 +96,6 @@ def points(home: Path, format: str, every: int = 15) -> list[int]:
         everything(home, format)
     assert len(calls) > 60
     return [at for at, name in enumerate(calls) if at % every == 0 or name not in ("open", "mkdir", "fsync")]
-
-
-@pytest.fixture
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waiting for the disk: nobody pulls the plug in these tests."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.mark.usefixtures("quick_disk")
