@@ -1,0 +1,220 @@
+"""Questions to whatever is cached, and the commands that ask them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from embcache.cli import app
+from embcache.data.dataset import ImageDataset
+from embcache.errors import EmbcacheError, ProtocolError, StoreNotFoundError, UsageError
+from embcache.probe.cached import (
+    cached_backbones,
+    cached_datasets,
+    find_splits,
+    import_splits,
+    plan_cached,
+    probe_cached,
+)
+from tests.probe.build import make_dataset, make_features, put_store
+
+
+@pytest.fixture
+def two(home: Path) -> list[ImageDataset]:
+    """One dataset with two backbones, one with another, both without files."""
+    first = make_dataset([0, 1] * 70, split=["train"] * 100 + ["test"] * 40, name="first")
+    second = make_dataset([0, 1, 2] * 50, name="second")
+    put_store(home, first, "a", make_features(first))
+    put_store(home, first, "b", make_features(first, 6))
+    put_store(home, first, "pixels", np.zeros((140, 2, 2, 3), np.uint8))
+    put_store(home, second, "a", make_features(second))
+    return [first, second]
+
+
+def cli(*arguments: str, status: int = 0) -> Result:
+    result = CliRunner().invoke(app, arguments)
+    if status == 0 and result.exception is not None:
+        raise result.exception
+    assert (result.exit_code == 0) == (status == 0), result.output
+    return result
+
+
+def test_what_is_cached(two: list[ImageDataset], home: Path) -> None:
+    assert cached_datasets(home) == ["first", "second"]
+    assert cached_backbones("first", home) == ["a", "b"]  # pixels are not one vector an image
+    assert cached_datasets(home / "nowhere") == []
+
+
+def test_by_default_everything_cached_is_probed(two: list[ImageDataset], home: Path) -> None:
+    results = probe_cached(home=home, subsets=["S", 30])
+    got = [(r.dataset, r.backbones, r.subset) for r in results]
+    assert got == [(d, (b,), s) for d, b in (("first", "a"), ("first", "b"), ("second", "a")) for s in ("S", "30")]
+    assert {r.source for r in results} == {"snapshot"}
+
+
+def test_datasets_without_the_asked_backbones_are_left_out_and_told(two: list[ImageDataset], home: Path) -> None:
+    said: list[str] = []
+    results = probe_cached(backbones=["a", "b"], head="dvme-noattn", home=home, say=said.append)
+    assert [(r.dataset, r.backbones) for r in results] == [("first", ("a", "b"))]
+    assert said == ["second left out: b not cached"]
+    with pytest.raises(StoreNotFoundError, match="no dataset has all"):
+        probe_cached(head="dvme", home=home)
+
+
+def test_fusing_heads_fuse_the_papers_set_by_default(home: Path) -> None:
+    ds = make_dataset([0, 1] * 60)
+    for name in ("dino", "simclr", "swav", "other"):
+        put_store(home, ds, name, make_features(ds, 6))
+    (result,) = probe_cached(["toy"], head="dvme-noattn", home=home)
+    assert result.backbones == ("simclr", "swav", "dino")
+
+
+def test_nothing_cached(home: Path) -> None:
+    with pytest.raises(StoreNotFoundError, match="nothing is cached"):
+        probe_cached(home=home)
+
+
+def test_one_root_is_for_one_dataset(two: list[ImageDataset], home: Path) -> None:
+    with pytest.raises(UsageError, match="for one dataset"):
+        probe_cached(home=home, data_root=home)
+
+
+def test_probe_works_with_the_root_gone(two: list[ImageDataset], home: Path) -> None:
+    done = cli("probe", "--dataset", "first", "--subset", "S,F", "--backbone", "a")
+    assert "images' folder is not there" in done.stdout
+    assert "100 (80 + 20)" in done.stdout  # labels used at F: training and validation
+    assert "95 % interval" in done.stdout
+    assert done.stderr == ""
+
+
+def test_probe_prints_json(two: list[ImageDataset], home: Path, tmp_path: Path) -> None:
+    printed = json.loads(cli("probe", "--dataset", "first", "--json", "-").stdout)
+    assert [(r["dataset"], r["backbones"], r["head"]) for r in printed] == [
+        ("first", ["a"], "linear"),
+        ("first", ["b"], "linear"),
+    ]
+    cli("probe", "--dataset", "first", "--json", str(tmp_path / "r.json"))
+    assert json.loads((tmp_path / "r.json").read_text()) == printed  # the second time from the saved runs
+    listed = json.loads(cli("results", "--json", "-").stdout)
+    assert sorted(r["id"] for r in listed) == sorted(r["id"] for r in printed)
+
+
+def test_results_lists_run_ids(two: list[ImageDataset], home: Path) -> None:
+    assert "no results" in cli("results").stdout
+    (result, _) = probe_cached(["first"], home=home)
+    assert result.id in cli("results", "--dataset", "first").stdout
+    assert "no results" in cli("results", "--dataset", "second").stdout
+
+
+def test_predictions_to_hand_in_have_no_score(home: Path) -> None:
+    ds = make_dataset([0, 1] * 60 + [-1] * 30, split=["train"] * 120 + ["test"] * 30, n_classes=2)
+    put_store(home, ds, "a", make_features(ds))
+    done = cli("probe", "--dataset", "toy", "--test", "official")
+    assert "not known" in done.stdout
+    assert "predictions are kept, not scored" in done.stdout
+
+
+def test_local_test_sets_are_called_not_comparable(two: list[ImageDataset], home: Path) -> None:
+    assert "not comparable with published values" in cli("probe", "--dataset", "second").stdout
+    assert "not comparable" not in cli("probe", "--dataset", "first").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--head", "lineer"], UsageError, "did you mean linear"),
+        (["--subset", "L"], UsageError, "no such subset"),
+        (["--subset", "500", "--dataset", "first"], ProtocolError, "larger than the pool"),
+        (["--dataset", "first", "--backbone", "dino"], StoreNotFoundError, "no features of dino"),
+        (["--folds", "1"], UsageError, "two folds"),
+        (["--lr", "0"], UsageError, "learning rate"),
+        (["--dataset", "first", "--splits", "none"], UsageError, "no such splits file"),
+        (["--dataset", "first,"], UsageError, "empty name"),
+    ],
+)
+def test_bad_requests_are_one_error(
+    two: list[ImageDataset], arguments: list[str], error: type[EmbcacheError], message: str
+) -> None:
+    result = cli("probe", *arguments, status=1)
+    assert isinstance(result.exception, error)
+    assert message in str(result.exception)
+
+
+def test_heads_lists_every_head() -> None:
+    out = cli("heads").stdout
+    assert all(name in out for name in ("linear", "dvme ", "dvme-noattn", "dvme-identity"))
+    assert "3,677,709" in out
+
+
+# --- splits
+
+
+def test_exported_splits_are_those_of_the_probe(two: list[ImageDataset], home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "splits.json"
+    done = cli("splits", "export", "--dataset", "first", "--subset", "S,F", "--output", str(file))
+    assert "next: embcache probe" in done.stdout
+    (drawn,) = probe_cached(["first"], ["a"], subsets=["S"], home=home)
+    (read,) = probe_cached(["first"], ["a"], subsets=["S"], home=home, splits=str(file))
+    assert read.request["splits"] == drawn.request["splits"]
+    assert [f.score for f in read.folds] == [f.score for f in drawn.folds]
+    printed = json.loads(cli("splits", "export", "--dataset", "first", "--subset", "S,F").stdout)
+    assert printed == json.loads(file.read_text())
+
+
+def test_export_works_before_anything_is_cached(tmp_path: Path, home: Path) -> None:
+    pytest.importorskip("PIL")
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "pets" / split / name
+            folder.mkdir(parents=True)
+            for k in range(12):
+                Image.new("RGB", (8, 8), (k * 20, 0 if name == "cat" else 255, 0 if split == "test" else 9)).save(
+                    folder / f"{k}.png"
+                )
+    root = str(tmp_path / "pets")
+    done = cli("splits", "export", "--dataset", "folder", "--data-root", root, "--subset", "F")
+    assert len(json.loads(done.stdout)["test"]) == 24
+    assert "no features cached yet" in done.stderr
+
+
+def test_imported_splits_are_found_by_name(two: list[ImageDataset], home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "theirs.json"
+    cli("splits", "export", "--dataset", "first", "--subset", "S", "--seed", "9", "--output", str(file))
+    done = cli("splits", "import", str(file), "--dataset", "first")
+    name = import_splits(file, two[0], home).name
+    assert f"--splits {name}" in done.stdout
+    file.unlink()
+    (result,) = probe_cached(["first"], ["a"], home=home, splits=name)
+    (drawn,) = probe_cached(["first"], ["a"], home=home, seed=9)
+    assert result.request["splits"] == drawn.request["splits"]
+    with pytest.raises(UsageError, match=name):
+        find_splits("other", two[0], home)
+    with pytest.raises(UsageError, match="does not list subset F"):
+        probe_cached(["first"], ["a"], subsets=["F"], home=home, splits=name)
+
+
+def test_import_refuses_what_does_not_fit(two: list[ImageDataset], home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "theirs.json"
+    cli("splits", "export", "--dataset", "second", "--subset", "S", "--output", str(file))
+    result = cli("splits", "import", str(file), "--dataset", "first", status=1)
+    assert isinstance(result.exception, ProtocolError)
+    assert not (home / "first" / "splits").exists()
+
+
+def test_splits_know_what_the_chosen_store_knows(two: list[ImageDataset], home: Path) -> None:
+    put_store(home, two[0], "c", make_features(two[0]), bad={"i3": "truncated"})
+    options: dict[str, Any] = {"home": home, "subsets": ["F"]}
+    readable, _ = plan_cached(two[0], backbone="a", **options)
+    without, store = plan_cached(two[0], backbone="c", **options)
+    assert store is not None
+    assert len(readable.used("F")) == 140
+    assert len(without.used("F")) == 139
+    with pytest.raises(StoreNotFoundError, match="no features of dino"):
+        plan_cached(two[0], backbone="dino", **options)

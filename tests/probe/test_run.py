@@ -1,0 +1,380 @@
+"""Probing real stores end to end: what a result says, when it is taken again, and what may never influence it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
+
+import embcache.probe.run as run_module
+from embcache.data.dataset import ImageDataset
+from embcache.errors import ProtocolError, RecipeError, StoreError, StoreNotFoundError, UsageError
+from embcache.probe.metrics import bootstrap, interval, softmax
+from embcache.probe.results import ProbeResult, list_results, load_heads, load_predictions, load_result, runs_dir
+from embcache.probe.run import probe_features, probe_grid
+from tests.probe.build import make_dataset, make_features, make_recipe, put_store
+
+
+@pytest.fixture
+def ds() -> ImageDataset:
+    rng = np.random.default_rng(0)
+    groups = [f"g{k // 2}" for k in range(260)]
+    return make_dataset(rng.integers(0, 2, size=260).tolist(), groups, ["train"] * 200 + ["test"] * 60)
+
+
+@pytest.fixture
+def cached(home: Path, ds: ImageDataset) -> ImageDataset:
+    put_store(home, ds, "a", make_features(ds, 16))
+    put_store(home, ds, "b", make_features(ds, 10, seed=1))
+    return ds
+
+
+def run_of(result: ProbeResult, home: Path) -> Path:
+    return runs_dir(result.dataset, home) / result.id
+
+
+def never_train(*_: Any, **__: Any) -> Any:
+    raise AssertionError("trained again")
+
+
+def test_a_result_says_what_it_is(cached: ImageDataset, home: Path) -> None:
+    result = probe_features(cached, ["a"], subset="S", folds=5, seed=0, home=home)
+    assert (result.dataset, result.backbones, result.head, result.subset) == ("toy", ("a",), "linear", "S")
+    assert (result.n_train, result.n_val, result.labels_used, result.n_test) == (20, 40, 60, 60)
+    assert (result.metric, result.test_set, result.source, result.kind) == ("auc", "official", "snapshot", "probe")
+    assert result.mean == pytest.approx(np.mean([f.score for f in result.folds]))
+    assert result.std == pytest.approx(np.std([f.score for f in result.folds], ddof=1))
+    assert result.val_mean == pytest.approx(np.mean([f.val_score for f in result.folds]))
+    assert 0.6 < result.mean < 1
+    for number, fold in enumerate(result.folds):
+        assert (fold.fold, fold.n_train, fold.lr) == (number, 20, 1e-3)
+        assert 1 <= fold.best_epoch <= fold.epochs <= 50
+        assert fold.epochs >= 30
+    assert {"python", "torch", "numpy", "embcache"} <= set(result.versions)
+    assert result.seconds > 0
+
+
+def test_test_scores_are_those_of_the_kept_predictions(cached: ImageDataset, home: Path) -> None:
+    result = probe_features(cached, "a", home=home)
+    frame = load_predictions(run_of(result, home))
+    assert list(frame.columns) == ["id", "label", "fold", "p_0", "p_1"]
+    assert len(frame) == 5 * 60
+    by_id = dict(zip(cached.ids, cached.labels, strict=True))
+    assert all(by_id[i] == y for i, y in zip(frame["id"], frame["label"], strict=True))
+    stacked = []
+    for fold in result.folds:
+        part = frame[frame["fold"] == fold.fold]
+        assert fold.score == pytest.approx(roc_auc_score(part["label"], part["p_1"]), abs=1e-9)
+        stacked.append(part[["p_0", "p_1"]].to_numpy())
+    test = cached.table[cached.table["split"] == "test"]
+    assert part["id"].tolist() == test["id"].tolist()
+    samples = bootstrap("auc", test["label"], np.stack(stacked), test["group"].tolist())
+    assert result.interval == pytest.approx(interval(samples))
+    assert result.interval[0] < result.mean < result.interval[1]
+
+
+def test_kept_heads_give_the_predictions_from_raw_features(cached: ImageDataset, home: Path) -> None:
+    result = probe_features(cached, "a", home=home)
+    frame, heads = load_predictions(run_of(result, home)), load_heads(run_of(result, home))
+    x = make_features(cached, 16)[cached.table["split"] == "test"]
+    for fold, head in enumerate(heads):
+        p = softmax(x @ head["classifier.weight"].numpy().T + head["classifier.bias"].numpy())
+        kept = frame.loc[frame["fold"] == fold, ["p_0", "p_1"]].to_numpy()
+        np.testing.assert_allclose(kept, p, rtol=1e-4, atol=1e-6)
+
+
+def test_the_run_reads_back(cached: ImageDataset, home: Path) -> None:
+    result = probe_features(cached, "a", home=home)
+    assert load_result(run_of(result, home)) == result
+    assert ProbeResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+    assert list_results(home) == list_results(home, "toy") == [result]
+    assert sorted(p.name for p in run_of(result, home).iterdir()) == [
+        "heads.safetensors",
+        "predictions.parquet",
+        "result.json",
+    ]
+
+
+def test_the_json_has_what_scripts_rely_on(cached: ImageDataset, home: Path) -> None:
+    data = probe_features(cached, "a", subset=24, home=home).to_json()
+    assert {"dataset", "backbones", "head", "subset", "n_train", "metric", "mean", "std", "folds"} <= set(data)
+    assert data["backbones"] == ["a"]
+    assert (data["subset"], data["n_train"]) == ("24", 24)
+    assert all({"score", "val_score", "best_epoch", "n_train", "n_val", "lr"} <= set(fold) for fold in data["folds"])
+
+
+# --- taken again, or not
+
+
+def test_the_same_request_is_answered_from_the_run(
+    cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = probe_features(cached, "a", home=home)
+    monkeypatch.setattr(run_module, "train_stack", never_train)
+    monkeypatch.setattr(run_module, "load_features", never_train)
+    assert probe_features(cached, "a", home=home) == first
+    with pytest.raises(AssertionError, match="trained again"):
+        probe_features(cached, "a", home=home, reuse=False)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"subset": 20}, {"folds": 4}, {"val": "matched"}, {"lr": 1e-2}, {"head": "dvme-noattn"}]
+)
+def test_another_request_is_another_run(cached: ImageDataset, home: Path, change: dict[str, Any]) -> None:
+    assert probe_features(cached, "a", home=home, **change).id != probe_features(cached, "a", home=home).id
+
+
+def test_an_edited_label_is_another_run_on_the_same_features(cached: ImageDataset, home: Path) -> None:
+    first = probe_features(cached, "a", home=home)
+    edited = cached.table["label"].to_numpy().copy()
+    edited[:2] = 1 - edited[:2]
+    second = probe_features(replace(cached, table=cached.table.assign(label=edited)), "a", home=home)
+    assert second.id != first.id
+
+
+def test_a_replaced_image_is_another_run(ds: ImageDataset, tmp_path: Path) -> None:
+    ids = []
+    for number in range(2):
+        put_store(tmp_path / str(number), ds, "a", make_features(ds), digests={"i5": f"{number:064x}"})
+        ids.append(probe_features(ds, "a", home=tmp_path / str(number)).id)
+    assert ids[0] != ids[1]
+
+
+def test_a_damaged_run_is_made_again(cached: ImageDataset, home: Path) -> None:
+    first = probe_features(cached, "a", home=home)
+    (run_of(first, home) / "result.json").write_text("{}")
+    assert list_results(home) == []
+    second = probe_features(cached, "a", home=home)
+    assert [f.score for f in second.folds] == [f.score for f in first.folds]
+    assert load_result(run_of(second, home)) == second
+
+
+def test_a_result_of_another_request_is_not_taken(cached: ImageDataset, home: Path) -> None:
+    first, other = probe_features(cached, "a", home=home), probe_features(cached, "b", home=home)
+    (run_of(first, home) / "result.json").write_bytes((run_of(other, home) / "result.json").read_bytes())
+    with pytest.raises(StoreError, match="cannot be read"):
+        load_result(run_of(first, home))
+    assert probe_features(cached, "a", home=home).backbones == ("a",)
+
+
+def test_a_run_is_there_whole_or_not_at_all(cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from embcache.probe import results
+
+    written = results._write
+
+    def fail(path: Path, data: bytes) -> None:
+        if path.name == "result.json":
+            raise OSError(28, "No space left on device")
+        written(path, data)
+
+    monkeypatch.setattr(results, "_write", fail)
+    with pytest.raises(OSError, match="No space"):
+        probe_features(cached, "a", home=home)
+    assert list((home / "toy" / "runs").iterdir()) == []
+
+
+def test_nothing_is_written_when_not_asked(cached: ImageDataset, home: Path) -> None:
+    probe_features(cached, "a", home=home, save=False)
+    assert not (home / "toy" / "runs").exists()
+
+
+# --- what may not matter
+
+
+def test_test_labels_influence_nothing_but_the_score(cached: ImageDataset, home: Path) -> None:
+    first = probe_features(cached, "a", home=home)
+    flipped = np.where(cached.table["split"] == "test", 1 - cached.labels, cached.labels)
+    second = probe_features(replace(cached, table=cached.table.assign(label=flipped)), "a", home=home)
+    a, b = (load_predictions(run_of(r, home)) for r in (first, second))
+    pd.testing.assert_frame_equal(a.drop(columns="label"), b.drop(columns="label"))
+    assert [f.best_epoch for f in first.folds] == [f.best_epoch for f in second.folds]
+    assert second.mean == pytest.approx(1 - first.mean)
+
+
+def test_a_result_does_not_depend_on_its_grid(cached: ImageDataset, home: Path, tmp_path: Path) -> None:
+    grid = probe_grid(cached, [["a"], ["b"]], subsets=["S", 30, "F"], home=home)
+    assert [(r.backbones[0], r.subset) for r in grid] == [(b, s) for b in "ab" for s in ("S", "30", "F")]
+    alone = probe_features(cached, "b", subset=30, home=home, reuse=False)
+    assert alone.id == grid[4].id
+    assert [f.score for f in alone.folds] == [f.score for f in grid[4].folds]
+
+
+def test_features_are_read_once_for_all_subsets(
+    cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    original = run_module.load_features
+
+    def spy(store: Any, *rest: Any) -> torch.Tensor:
+        loads.append(store.recipe.backbone)
+        return original(store, *rest)
+
+    monkeypatch.setattr(run_module, "load_features", spy)
+    probe_grid(cached, [["a"], ["b"]], subsets=["S", 30, "F"], home=home)
+    assert loads == ["a", "b"]
+
+
+def test_all_backbones_and_heads_see_the_same_images(cached: ImageDataset, home: Path) -> None:
+    requests = [
+        probe_features(cached, names, head=head, home=home).request
+        for head, names in (("linear", ["a"]), ("linear", ["b"]), ("dvme-noattn", ["a", "b"]))
+    ]
+    assert len({request["splits"] for request in requests}) == 1
+
+
+def test_half_precision_features_train_in_float32(home: Path, ds: ImageDataset) -> None:
+    put_store(home, ds, "half", make_features(ds).astype(np.float16))
+    result = probe_features(ds, "half", home=home)
+    (head, *_) = load_heads(run_of(result, home))
+    assert head["classifier.weight"].dtype == torch.float32
+    assert result.mean > 0.6
+
+
+# --- images without features, labels without test
+
+
+def test_quarantined_images_never_enter(home: Path, ds: ImageDataset) -> None:
+    bad = {"i0": "truncated", "i210": "empty file", "i211": "empty file"}
+    features = make_features(ds)
+    features[[0, 210, 211]] = np.nan
+    put_store(home, ds, "a", features, bad=bad)
+    result = probe_features(ds, "a", subset="F", home=home)
+    assert result.n_test == 58
+    assert set(bad).isdisjoint(load_predictions(run_of(result, home))["id"])
+    assert result.labels_used == 199
+    assert "3 unreadable images left out" in result.notes
+
+
+def test_images_not_yet_extracted_are_an_error(home: Path, ds: ImageDataset) -> None:
+    put_store(home, ds, "a", make_features(ds), ids=[f"i{k}" for k in range(150)])
+    with pytest.raises(StoreError, match="110 of 260 images have no features of a yet") as caught:
+        probe_features(ds, "a", subset="F", home=home)
+    assert "embcache extract --backbone a" in str(caught.value)
+
+
+def test_identical_images_are_kept_together(home: Path) -> None:
+    ds = make_dataset([0, 1] * 60)
+    twins = {f"i{k}": f"{k // 2:064x}" for k in range(120)}
+    put_store(home, ds, "a", make_features(ds), digests=twins)
+    result = probe_features(ds, "a", subset="F", home=home)
+    tested = {int(i[1:]) // 2 for i in load_predictions(run_of(result, home))["id"]}
+    assert len(tested) * 2 == result.n_test
+
+
+def test_unlabelled_official_test_set_is_predicted_not_scored(home: Path) -> None:
+    ds = make_dataset([0, 1] * 60 + [-1] * 30, split=["train"] * 120 + ["test"] * 30, n_classes=2)
+    put_store(home, ds, "a", make_features(ds))
+    result = probe_features(ds, "a", subset="F", test="official", home=home)
+    assert result.mean is None
+    assert result.std is None
+    assert result.interval is None
+    assert all(fold.score is None and fold.val_score is not None for fold in result.folds)
+    frame = load_predictions(run_of(result, home))
+    assert set(frame["id"]) == {f"i{k}" for k in range(120, 150)}
+    assert set(frame["label"]) == {-1}
+    assert any("not known" in note for note in result.notes)
+    assert "test labels not known" in repr(result)
+    assert result.labels_used == 120
+
+
+def test_partly_labelled_test_set_is_scored_where_it_is_labelled(home: Path) -> None:
+    labels = [0, 1] * 60 + [0, 1] * 10 + [-1] * 10
+    ds = make_dataset(labels, split=["train"] * 120 + ["test"] * 30, n_classes=2)
+    put_store(home, ds, "a", make_features(ds))
+    result = probe_features(ds, "a", home=home)
+    frame = load_predictions(run_of(result, home))
+    part = frame[(frame["fold"] == 0) & (frame["label"] >= 0)]
+    assert len(frame) == 150
+    assert result.folds[0].score == pytest.approx(roc_auc_score(part["label"], part["p_1"]), abs=1e-9)
+
+
+def test_kappa_is_quadratic_on_the_arg_max(home: Path) -> None:
+    ds = make_dataset([0, 1, 2, 3, 4] * 60, split=["train"] * 200 + ["test"] * 100, metric="kappa")
+    put_store(home, ds, "a", make_features(ds, shift=3))
+    result = probe_features(ds, "a", subset="F", home=home)
+    part = load_predictions(run_of(result, home)).query("fold == 2")
+    predicted = part[[f"p_{c}" for c in range(5)]].to_numpy().argmax(1)
+    assert result.folds[2].score == pytest.approx(cohen_kappa_score(part["label"], predicted, weights="quadratic"))
+
+
+def test_unbalanced_subsets_say_that_they_are_oversampled(home: Path) -> None:
+    ds = make_dataset([0] * 200 + [1] * 40)
+    put_store(home, ds, "a", make_features(ds))
+    small, full = probe_grid(ds, [["a"]], subsets=[20, "F"], home=home)
+    assert not any("equally often" in note for note in small.notes)
+    assert any("equally often" in note for note in full.notes)
+
+
+def test_synthetic_images_are_called_so(home: Path) -> None:
+    ds = make_dataset([0, 1] * 60, synthetic=True)
+    put_store(home, ds, "a", make_features(ds))
+    result = probe_features(ds, "a", home=home)
+    assert result.synthetic
+    assert any("synthetic" in note for note in result.notes)
+
+
+# --- requests that cannot be
+
+
+def test_single_backbone_heads_take_one(cached: ImageDataset, home: Path) -> None:
+    with pytest.raises(UsageError, match="one backbone at a time"):
+        probe_features(cached, ["a", "b"], home=home)
+    with pytest.raises(UsageError, match="named twice"):
+        probe_features(cached, ["a", "a"], head="dvme", home=home)
+    with pytest.raises(UsageError, match="no backbone"):
+        probe_features(cached, [], home=home)
+
+
+def test_features_that_are_not_cached(cached: ImageDataset, home: Path) -> None:
+    with pytest.raises(StoreNotFoundError):
+        probe_features(cached, "dino", home=home)
+
+
+def test_stores_of_pixels_are_not_probed(home: Path, ds: ImageDataset) -> None:
+    put_store(home, ds, "pixels", np.zeros((260, 2, 2, 3), np.float32))
+    with pytest.raises(UsageError, match="one vector an image"):
+        probe_features(ds, "pixels", home=home)
+
+
+def test_several_recipes_need_a_choice(cached: ImageDataset, home: Path) -> None:
+    other = make_recipe("a", pooling="other")
+    put_store(home, cached, "a", make_features(cached, 12, seed=5), recipe=other)
+    with pytest.raises(RecipeError):
+        probe_features(cached, "a", home=home)
+    chosen = probe_features(cached, "a", home=home, recipe=other.fingerprint[:10])
+    assert chosen.request["recipes"] == [["a", other.fingerprint]]
+    both = probe_features(cached, ["a", "b"], head="dvme-noattn", home=home, recipe=other.fingerprint[:10])
+    assert both.request["recipes"][0] == ["a", other.fingerprint]
+    with pytest.raises(UsageError, match="fits none"):
+        probe_features(cached, "a", home=home, recipe="zzz")
+
+
+def test_a_head_that_diverges_is_named(home: Path, ds: ImageDataset) -> None:
+    put_store(home, ds, "a", np.full((260, 4), np.inf, np.float32))
+    with pytest.raises(ProtocolError, match="fold 0, linear, subset S diverged in its first epoch"):
+        probe_features(ds, "a", home=home)
+
+
+def test_a_device_that_is_not_there(cached: ImageDataset, home: Path) -> None:
+    with pytest.raises(UsageError, match="device cannot be used"):
+        probe_features(cached, "a", home=home, device="warp:7")
+
+
+def test_progress_ends_at_its_total(cached: ImageDataset, home: Path) -> None:
+    told: list[tuple[int, int]] = []
+    probe_grid(
+        cached,
+        [["a"], ["b"]],
+        subsets=["S", "F"],
+        home=home,
+        progress=lambda done, total, _: told.append((done, total)),
+    )
+    assert told[-1] == (2 * 2 * 5 * 50, 2 * 2 * 5 * 50)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
