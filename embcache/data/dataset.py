@@ -233,7 +233,12 @@ def find_dataset(
     -------
     (ImageDataset, {"live", "snapshot"})
     """
-    cached = read_snapshot(_cached_name(name, root, dataset_name), home)
+    try:
+        cached = read_snapshot(_cached_name(name, root, dataset_name), home)
+    except DatasetError:
+        if name not in DATASETS:  # known by nothing but its snapshot
+            raise
+        cached = None  # the files themselves will do, and extraction writes the snapshot anew
     if cached is None or (name in DATASETS and name != cached.kind):
         return load_dataset(name, root, allow_missing=allow_missing, dataset_name=dataset_name, home=home), "live"
     # Who extracted without the missing images has agreed to go on without them.
@@ -266,7 +271,10 @@ def read_snapshot(name: str, home: PathLike | None = None) -> ImageDataset | Non
         return ImageDataset.from_parquet_bytes(path.read_bytes())
     except DatasetError as error:
         raise DatasetError(
-            "the snapshot of a dataset is damaged", found=error.found, where=path, fix="extract again: embcache extract"
+            "the snapshot of a dataset is damaged",
+            found=error.found,
+            where=path,
+            fix="extract again, naming the images: embcache extract --data-root FOLDER …",
         ) from error
 
 

@@ -282,3 +282,17 @@ def test_a_kind_that_is_named_is_loaded_whatever_is_cached_by_that_name(home: Pa
 def test_columns_that_no_file_can_hold_are_refused() -> None:
     with pytest.raises(DatasetError, match="several types"):
         dataset(extra=["a", 1, object()]).to_parquet_bytes()
+
+
+def test_a_damaged_snapshot_stands_in_nobodys_way_where_the_images_are(tmp_path: Path, home: Path) -> None:
+    root = tmp_path / "mine"
+    for name in ("a", "b"):
+        write_image(root / name / "1.png")
+    ds = load_dataset("folder", root)
+    snapshot = home / slug(ds.name) / "dataset.parquet"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.write_bytes(b"torn")
+    found, source = find_dataset("folder", root=root)
+    assert (found.name, source) == (ds.name, "live")
+    with pytest.raises(DatasetError, match="damaged"):
+        find_dataset(ds.name)
