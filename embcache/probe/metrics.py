@@ -161,8 +161,8 @@ def bootstrap(
 ) -> FloatArray:
     """Metric on resampled test groups, averaged over the fold models on each resample.
 
-    Groups are drawn with replacement within strata, as many as the stratum has. A group belongs to the rarest class
-    that it holds, so that no resample loses a class.
+    Groups are drawn with replacement within strata, as many as the stratum has. A stratum is the groups that hold the
+    same classes (for groups of one class: the class), so that no resample loses a class.
 
     Parameters
     ----------
@@ -236,9 +236,9 @@ def _resample_weights(
     """How often each image is drawn, in blocks of shape (≤ _BLOCK, n)."""
     names, group = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
     group = group.reshape(-1)
-    rarest_last = np.lexsort((y, np.bincount(y)[y]))[::-1]
-    stratum = np.empty(len(names), dtype=np.int64)
-    stratum[group[rarest_last]] = y[rarest_last]  # of the rows of one group the last, rarest, stands
+    holds = np.zeros((len(names), int(y.max()) + 1), dtype=bool)  # which classes each group holds
+    holds[group, y] = True
+    stratum = np.unique(holds, axis=0, return_inverse=True)[1].reshape(-1)
     members = [np.flatnonzero(stratum == c) for c in np.unique(stratum)]
     rng = np.random.Generator(np.random.PCG64(seed))
     for start in range(0, resamples, _BLOCK):
