@@ -51,8 +51,8 @@ def plan_splits(
     ds : ImageDataset
         Its labels, groups and splits; images are not looked at.
     subsets : sequence of str or int
-        ``"S"`` and ``"M"`` as the dataset defines them, ``"F"`` for all of the training folds, or numbers of training
-        images.
+        ``"S"`` and ``"M"`` as the dataset defines them (all there are, with a note, where that is fewer), ``"F"`` for
+        all of the training folds, or numbers of training images.
     folds : int
         At least two.
     seed : int
@@ -76,7 +76,7 @@ def plan_splits(
     Raises
     ------
     ProtocolError
-        Fewer than two classes, a class with fewer images or groups than folds, a subset larger than the pool or
+        Fewer than two classes, a class with fewer images or groups than folds, a number larger than the pool or
         smaller than the number of classes, or matched validation with fewer than two images of a class.
     UsageError
         A malformed ``subsets``, ``folds``, ``val`` or ``test``.
@@ -129,6 +129,10 @@ def plan_splits(
         drawn = _class_orders(candidates, labels, ids, n_classes, seed, f"train/{fold}")
         held = _class_orders(holdout, labels, ids, n_classes, seed, f"val/{fold}")
         for subset, n in sizes.items():
+            if n is not None and not subset.isdigit() and n > sum(map(len, drawn)):
+                # S and M are the dataset's own sizes: part of a dataset has less, a number asked for is an error
+                notes.append(f"subset {subset} is {n} training images and the folds hold fewer: all of them train")
+                n = None
             rows = _draw(drawn, n, f"fold {fold}, subset {subset}", ds)
             train[fold, subset] = rows
             validate[fold, subset] = np.sort(holdout)

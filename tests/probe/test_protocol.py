@@ -396,6 +396,14 @@ def test_subset_larger_than_the_pool() -> None:
     assert "at most 64 training images" in str(caught.value)
 
 
+def test_a_named_subset_larger_than_the_pool_takes_all_and_says_so() -> None:
+    plan = plan_splits(make_dataset([0, 1] * 50), subsets=["S", "M", "F"])
+    assert all(set(plan.train[f, "M"].tolist()) == set(plan.train[f, "F"].tolist()) for f in range(5))
+    assert len(plan.train[0, "S"]) == 50
+    assert [note for note in plan.notes if "subset M is 500" in note]
+    assert not [note for note in plan.notes if "subset S" in note]
+
+
 def test_subset_smaller_than_the_classes() -> None:
     with pytest.raises(ProtocolError, match="cannot hold the 3 classes"):
         plan_splits(patients(100, 3), subsets=[2])
