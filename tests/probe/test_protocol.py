@@ -397,7 +397,7 @@ def test_subset_larger_than_the_pool() -> None:
 
 
 def test_a_named_subset_larger_than_the_pool_takes_all_and_says_so() -> None:
-    plan = plan_splits(make_dataset([0, 1] * 50), subsets=["S", "M", "F"])
+    plan = plan_splits(make_dataset([0, 1] * 50, subset_sizes={"S": 50, "M": 500}), subsets=["S", "M", "F"])
     assert all(set(plan.train[f, "M"].tolist()) == set(plan.train[f, "F"].tolist()) for f in range(5))
     assert len(plan.train[0, "S"]) == 50
     assert [note for note in plan.notes if "subset M is 500" in note]
