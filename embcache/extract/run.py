@@ -28,7 +28,8 @@ from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 from embcache.store.recipe import Recipe
 
-BATCH_SIZE = 64
+# Small batches keep a network's activations near the processor's caches; a GPU wants to be filled (docs/log.md).
+BATCH_SIZES = {"cpu": 16, "cuda": 64}
 # 512 rows: some 4 MB of 2048-d features, and at most a minute of a laptop's work to lose.
 ROWS_PER_SHARD = 512
 # How long to wait before looking again at shards that another process is computing.
@@ -91,7 +92,7 @@ def extract_features(
     precision : {"fp32", "tf32", "bf16", "fp16"}
         Part of the recipe: another precision is another store.
     batch_size : int, optional
-        Default: the one recorded in the store, 64 for a new one.
+        Default: the one recorded in the store; for a new one 16 on a CPU, 64 on a GPU.
     workers : int, optional
         Threads that decode images; default: one per core, 8 at most.
     format : {"zarr", "hdf5"}, optional
@@ -194,7 +195,7 @@ def _store(folder: Path, network: FrozenNetwork, format: str | None, batch_size:
         format=format,
         row_shape=(network.backbone.spec.dim,),
         rows_per_shard=ROWS_PER_SHARD,
-        batch_size=batch_size or BATCH_SIZE,
+        batch_size=batch_size or BATCH_SIZES.get(network.device.type, 64),
         threads=torch.get_num_threads(),
         provenance=provenance,
     )

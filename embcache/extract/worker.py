@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from embcache.errors import UsageError
 from embcache.extract.backbones import LoadedBackbone
 from embcache.extract.batching import Source, prepare_batches, stack_batch
+from embcache.extract.memory import keep_freed_memory
 from embcache.extract.transforms import Transform, normalise
 from embcache.store.commit import ShardRows
 
@@ -66,6 +67,8 @@ def freeze(backbone: LoadedBackbone, transform: Transform, device: str, precisio
         raise UsageError(
             "TF32 exists on CUDA devices only", found=str(target), fix="embcache extract --precision fp32 …"
         )
+    if target.type == "cpu":
+        keep_freed_memory()
     # Channels last is about 1.5 times faster for convolutions on CPUs (docs/log.md) and what tensor cores want.
     module = backbone.module.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return FrozenNetwork(
