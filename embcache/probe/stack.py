@@ -179,19 +179,18 @@ def train_stack(
     second = {name: torch.zeros_like(p) for name, p in params.items()}
     steps = [0] * len(live)
 
-    while live:
-        _train_epoch(head, x, y, live, params, first, second, steps, schedule)
-        for k, run in enumerate(live):
-            _validate(head, {name: p[k : k + 1] for name, p in params.items()}, x, y, run, metric)
-        if on_epoch is not None:
-            on_epoch(sum(schedule.max_epochs if run.finished else len(run.losses) for run in runs))
-        keep = [k for k, run in enumerate(live) if not run.finished]
-        if len(keep) < len(live):
-            chosen = torch.tensor(keep, dtype=torch.int64, device=device)
-            params, first, second = (
-                {n: t.index_select(0, chosen) for n, t in s.items()} for s in (params, first, second)
-            )
-            live, steps = [live[k] for k in keep], [steps[k] for k in keep]
+    with _threads_for(params):
+        while live:
+            _train_epoch(head, x, y, live, params, first, second, steps, schedule)
+            for k, run in enumerate(live):
+                _validate(head, {name: p[k : k + 1] for name, p in params.items()}, x, y, run, metric)
+            if on_epoch is not None:
+                on_epoch(sum(schedule.max_epochs if run.finished else len(run.losses) for run in runs))
+            keep = [k for k, run in enumerate(live) if not run.finished]
+            if len(keep) < len(live):
+                chosen = torch.tensor(keep, dtype=torch.int64, device=device)
+                params, first, second = ({n: t[chosen] for n, t in s.items()} for s in (params, first, second))
+                live, steps = [live[k] for k in keep], [steps[k] for k in keep]
     return [_trained(run) for run in runs]
 
 

@@ -236,11 +236,25 @@ def test_ties_keep_the_earliest_epoch() -> None:
     assert len(head.losses) == max(30, head.best_epoch + 10)
 
 
-def test_threads_are_given_back() -> None:
-    before = torch.get_num_threads()
+class ThreadSpy(Spy):
+    """Remembers how many threads it was run with."""
+
+    def apply(self, params: Any, x: Mapping[str, torch.Tensor], masks: Any) -> torch.Tensor:
+        self.seen.append(torch.tensor(torch.get_num_threads()))
+        return super().apply(params, x, None)
+
+
+def test_small_stacks_take_one_thread_and_give_the_others_back() -> None:
     x, y = problem()
-    train(make_head("linear"), {"a": x}, y, [Job(rows(0, 50), rows(300, 400), "0", 1e-3)])
-    assert torch.get_num_threads() == before
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        spy = ThreadSpy()
+        train(spy, {"a": x}, y, [Job(rows(0, 50), rows(300, 400), "0", 1e-3)])
+        assert {int(n) for n in spy.seen} == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_fit_without_validation_trains_all_epochs() -> None:
