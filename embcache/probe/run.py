@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from embcache.data.dataset import ImageDataset
@@ -18,11 +15,10 @@ from embcache.errors import UsageError
 from embcache.paths import PathLike
 from embcache.probe.heads import Head, hyperparameters, make_head
 from embcache.probe.inputs import digest_images, load_features, open_stores, plan_for
-from embcache.probe.metrics import FloatArray, bootstrap, evaluate, interval, softmax
+from embcache.probe.metrics import softmax
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.results import (
     PROTOCOL_VERSION,
-    FoldResult,
     ProbeResult,
     find_run,
     run_id,
@@ -31,8 +27,9 @@ from embcache.probe.results import (
 )
 from embcache.probe.schedule import Schedule
 from embcache.probe.splits import Splits
-from embcache.probe.stack import TrainedHead, predict_logits, train_stack
-from embcache.probe.train import diverged_error, is_balanced, make_job
+from embcache.probe.stack import predict_logits, train_stack
+from embcache.probe.summary import Question, prediction_table, summarise
+from embcache.probe.train import diverged_error, make_job
 from embcache.store.feature_store import FeatureStore
 
 Progress = Callable[[int, int, str], Any]
@@ -220,21 +217,6 @@ def probe_grid(
     return results
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
-    """One result to compute: everything in memory."""
-
-    ds: ImageDataset
-    plan: Splits
-    subset: str
-    features: Mapping[str, torch.Tensor]  # backbone → (len(used), D) float32
-    used: np.ndarray  # dataset row of each row of the features
-    head: Head
-    schedule: Schedule
-    seed: int
-    device: str
-
-
 def _answer(
     q: Question,
     request: Mapping[str, Any],
@@ -266,99 +248,10 @@ def _answer(
             raise diverged_error(f"fold {fold}, {q.head.name}, subset {q.subset}", q.schedule.lr)
     rows = torch.from_numpy(place[plan.test])
     p = np.stack([softmax(predict_logits(q.head, head.params, q.features, rows)) for head in trained])  # (K, n_test, C)
-    result = _summarise(q, request, trained, p, source, time.perf_counter() - began)
+    result = summarise(q, request, trained, p, source, time.perf_counter() - began)
     if save:
-        save_run(result, _predictions(plan, p), [head.params for head in trained], home)
+        save_run(result, prediction_table(plan, p), [head.params for head in trained], home)
     return result
-
-
-def _summarise(
-    q: Question,
-    request: Mapping[str, Any],
-    trained: Sequence[TrainedHead],
-    p: FloatArray,
-    source: str,
-    seconds: float,
-) -> ProbeResult:
-    plan, metric, subset = q.plan, q.ds.metric, q.subset
-    labels = plan.labels[plan.test]
-    known = labels >= 0
-    folds = []
-    for f, head in enumerate(trained):
-        metrics = evaluate(metric, labels[known], p[f, known]) if known.any() else {}
-        folds.append(
-            FoldResult(
-                fold=f,
-                score=metrics.get("score"),
-                val_score=head.val_score,
-                best_epoch=head.best_epoch,
-                epochs=len(head.losses),
-                n_train=len(plan.train[f, subset]),
-                n_val=len(plan.val[f, subset]),
-                lr=q.schedule.lr,
-                metrics=metrics,
-            )
-        )
-    scores = [fold.score for fold in folds if fold.score is not None]
-    sizes = np.array([[fold.n_train, fold.n_val] for fold in folds], dtype=np.float64).mean(0)
-    return ProbeResult(
-        id=run_id(request),
-        kind="probe",
-        dataset=q.ds.name,
-        backbones=tuple(q.features),
-        head=q.head.name,
-        subset=subset,
-        n_train=round(sizes[0]),
-        n_val=round(sizes[1]),
-        n_test=len(plan.test),
-        labels_used=round(sizes.sum()),
-        metric=metric,
-        mean=float(np.mean(scores)) if scores else None,
-        std=float(np.std(scores, ddof=1)) if scores else None,
-        interval=interval(bootstrap(metric, labels[known], p[:, known], plan.groups[plan.test][known]))
-        if scores
-        else None,
-        val_mean=float(np.mean([fold.val_score for fold in folds if fold.val_score is not None])),
-        folds=tuple(folds),
-        test_set=plan.test_set,
-        synthetic=q.ds.synthetic,
-        notes=_notes(q, trained),
-        class_names=tuple(q.ds.class_names),
-        request=request,
-        seconds=round(seconds, 3),
-        versions=_versions(),
-        source=source,
-    )
-
-
-def _notes(q: Question, trained: Sequence[TrainedHead]) -> tuple[str, ...]:
-    notes = list(q.plan.notes)
-    if q.ds.synthetic:
-        notes.insert(0, "synthetic: the images are drawn by embcache")
-    if not q.plan.test_labelled:
-        notes.append(
-            f"the labels of the {len(q.plan.test)} test images are not known: predictions are kept, not scored"
-        )
-    n_classes = len(q.ds.class_names)
-    if not all(is_balanced(q.plan.labels[q.plan.train[f, q.subset]], n_classes) for f in range(q.plan.n_folds)):
-        notes.append(f"subset {q.subset}: classes are not balanced, so training draws them equally often")
-    for fold, head in enumerate(trained):
-        if head.diverged:
-            notes.append(f"fold {fold} diverged in epoch {len(head.losses)}: epoch {head.best_epoch} was kept")
-    return tuple(dict.fromkeys(notes))
-
-
-def _predictions(plan: Splits, p: FloatArray) -> pd.DataFrame:
-    n_folds, n_test, n_classes = p.shape
-    flat = p.reshape(-1, n_classes)
-    return pd.DataFrame(
-        {
-            "id": np.tile(plan.ids[plan.test], n_folds),
-            "label": np.tile(plan.labels[plan.test], n_folds),
-            "fold": np.repeat(np.arange(n_folds, dtype=np.int64), n_test),
-            **{f"p_{c}": flat[:, c] for c in range(n_classes)},
-        }
-    )
 
 
 def _request(
@@ -414,17 +307,3 @@ def _check_device(device: str) -> None:
 
 def _teller(progress: Progress | None, settled: int, planned: int, label: str) -> Callable[[int], Any]:
     return lambda done: progress(settled + done, planned, label) if progress is not None else None
-
-
-def _versions() -> dict[str, str]:
-    packages = ("embcache", "torch", "numpy", "scikit-learn", "pandas")
-    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except ModuleNotFoundError:  # run from a checkout that was not installed
-        from embcache import __version__
-
-        return __version__

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from embcache.errors import ProtocolError
 from embcache.probe.metrics import softmax
 from embcache.probe.schedule import Schedule
-from embcache.probe.stack import Job, Params, TrainableHead, TrainedHead, predict_logits, train_stack
+from embcache.probe.stack import Job, TrainableHead, TrainedHead, predict_logits, train_stack
 
 
 def is_balanced(labels: NDArray[np.int64], n_classes: int) -> bool:
@@ -154,6 +154,3 @@ def diverged_error(what: str, lr: float) -> ProtocolError:
 
 def _tensors(x: Mapping[str, ArrayLike]) -> dict[str, torch.Tensor]:
     return {backbone: torch.from_numpy(np.ascontiguousarray(f, dtype=np.float32)) for backbone, f in x.items()}
-
-
-__all__ = ["FittedHead", "Params", "diverged_error", "fit", "is_balanced", "make_job"]
