@@ -71,7 +71,7 @@ def _read_kaggle(root: Path, name: str) -> ImageDataset:
     if grouped:
         alone = sum(1 for i in ids[: len(labels)] if i not in slides)
         notes += [f"{alone:,} training images are not in {SLIDE_MAP}: each is a group of its own"] if alone else []
-    return _dataset(root, name, table, grouped, notes, pool_limit=50_000, leaderboard_alpha=0.51)
+    return _dataset(root, name, table, grouped, notes, leaderboard_alpha=0.51)
 
 
 def _read_hdf5(root: Path, name: str) -> ImageDataset:
@@ -116,7 +116,12 @@ def _read_hdf5(root: Path, name: str) -> ImageDataset:
 
 
 def _dataset(
-    root: Path, name: str, table: pd.DataFrame, grouped: bool, notes: list[str], **competition: Any
+    root: Path,
+    name: str,
+    table: pd.DataFrame,
+    grouped: bool,
+    notes: list[str],
+    leaderboard_alpha: float | None = None,
 ) -> ImageDataset:
     return ImageDataset(
         name=name,
@@ -127,9 +132,10 @@ def _dataset(
         table=table.astype({"member": "int64", "label": "int64"}),
         kind="patchcam",
         subset_sizes={"S": 500, "M": 5000},
+        pool_limit=50_000,  # in either layout: the paper's F is 50,000 drawn at random
+        leaderboard_alpha=leaderboard_alpha,
         grouped=grouped,
         notes=tuple(notes if grouped else [UNGROUPED, *notes]),
-        **competition,
     )
 
 

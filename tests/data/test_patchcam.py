@@ -114,7 +114,8 @@ def test_the_original_release_is_read_from_its_arrays(tmp_path: Path) -> None:
     assert ds.table["split"].tolist() == ["train"] * 6 + ["test"] * 3
     assert ds.ids.tolist()[:2] + ds.ids.tolist()[4:5] == ["train-000000", "train-000001", "valid-000000"]
     assert ds.labels.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
-    assert (ds.grouped, ds.pool_limit, ds.leaderboard_alpha) == (False, None, None)
+    assert (ds.grouped, ds.leaderboard_alpha) == (False, None)
+    assert (ds.pool_limit, dict(ds.subset_sizes)) == (50_000, {"S": 500, "M": 5000})
     for row in (0, 5, 8):
         part, member = ds.table.loc[row, "part"], int(ds.table.loc[row, "member"])
         decoded, _ = read_image(ds.root, ds.table.loc[row, "path"], member)
