@@ -13,7 +13,7 @@ from embcache.data.labels import class_order, label_numbers, read_table
 from embcache.data.source import DatasetSource
 from embcache.errors import DatasetError
 
-SPLIT_NAMES = {
+SPLIT_NAMES = {  # of folders and in a split column, compared in lower case
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
@@ -28,7 +28,7 @@ def read_folder(root: Path, name: str) -> ImageDataset:
             raise SOURCE.layout_error(root, "the root is a file, but not a table")
         return read_label_table(root, name)
     names = {e.name for e in list_folder(root) if e.is_dir()}
-    if any(SPLIT_NAMES.get(n) == "train" and _has_classes(root / n) for n in names):
+    if any(SPLIT_NAMES.get(n.lower()) == "train" and _has_classes(root / n) for n in names):
         return _read_split_folders(root, name)
     return _assemble(root, name, _class_rows(root, "", "train"), notes=_strays(root))
 
@@ -88,7 +88,7 @@ def read_label_table(file: Path, name: str) -> ImageDataset:
 def _read_split_folders(root: Path, name: str) -> ImageDataset:
     rows, others = [], []
     for folder in subfolders(root):
-        split = SPLIT_NAMES.get(folder.name)
+        split = SPLIT_NAMES.get(folder.name.lower())  # the paths keep the folder's own spelling
         if split is None:
             others.append(folder.name)
             continue

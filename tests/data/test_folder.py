@@ -61,6 +61,26 @@ def test_split_folders_give_splits_and_flat_test_images_are_unlabelled(tmp_path:
     assert any("docs" in note for note in ds.notes)
 
 
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("Train", "Val", "Test"),
+        ("Training", "Validation", "Testing"),
+        ("TRAIN", "VALID", "TEST"),
+        ("training", "validation", "testing"),
+    ],
+)
+def test_split_folders_are_known_in_any_letter_case_and_paths_keep_it(
+    tmp_path: Path, train: str, val: str, test: str
+) -> None:
+    names = [f"{train}/a/1.png", f"{train}/b/2.png", f"{val}/a/3.png", f"{test}/b/4.png", f"{test}/5.png"]
+    ds = load_dataset("folder", fill(tmp_path, *names))
+    assert ds.class_names == ("a", "b")
+    rows = dict(zip(ds.table["path"], zip(ds.table["split"], ds.labels, strict=True), strict=True))
+    assert rows == dict(zip(names, [("train", 0), ("train", 1), ("val", 0), ("test", 1), ("test", -1)], strict=True))
+    assert all(ds.file_path(row).is_file() for row in range(len(ds)))
+
+
 def test_a_class_called_train_is_a_class_when_it_holds_images_itself(tmp_path: Path) -> None:
     assert load_dataset("folder", fill(tmp_path, "train/1.png", "bus/2.png")).class_names == ("bus", "train")
 
