@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format clean
 
 demo: .venv/installed
 	$(BIN)/embcache demo
@@ -19,13 +19,11 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/installed
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
-
 # The marker is written last: its existence means a complete installation.
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("embcache needs CPython 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv .venv
+	@# Debian's python3 without python3-venv has no ensurepip: then the pip of $(PYTHON) installs into .venv.
+	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
 	$(BIN)/python -m pip install -q -e '.[offline,dicom,dev]'
 	touch $@
 

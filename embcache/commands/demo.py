@@ -27,7 +27,7 @@ def demo(home: HomeOption = None) -> None:
         headers, rows,
         notes=[
             "synthetic images drawn by embcache: the scores show the tool at work, they say nothing about medicine",
-            "each fold is validated on its share of the pool besides: `embcache results` prints the labels used in all",
+"labels of each fold: training + validation",
         ],
     )  # fmt: skip
     typer.echo(

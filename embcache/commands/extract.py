@@ -165,6 +165,8 @@ def _print(dataset: str, images: int, done: list[Extraction]) -> None:
     notes += [f"quarantined: {image}: {reason}" for image, reason in list(bad.items())[:5]]
     if len(bad) > 5:
         notes.append(f"… and {len(bad) - 5} more quarantined images (embcache info)")
+    if not any(extraction.computed for extraction in done):
+        notes.insert(0, "complete: every image was cached already, nothing was computed")
     changed = max((e.changed for e in done), default=0)
     if changed:
         notes.append(f"{changed} images changed since they were extracted and were extracted again")

@@ -18,7 +18,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION
 from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.extract.backbones import find_backbone, load_backbone
-from embcache.extract.batching import Source
+from embcache.extract.batching import Source, prepare
 from embcache.extract.plan import Plan, Shard, decode_scan, encode_scan, image_sizes, plan_store, scan_images
 from embcache.extract.transforms import choose_transform
 from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, freeze
@@ -144,12 +144,7 @@ def run_extraction(
         scan = scan_images(dataset, root, decode_scan(folder / "scan.parquet"), pool)
         sizes = image_sizes(scan)
         if not sizes:
-            raise DatasetNotFoundError(
-                "none of the dataset's images can be read",
-                where=root,
-                found=f"{len(dataset)} names, no readable image",
-                fix=f"embcache datasets {dataset.kind}",
-            )
+            raise _none_readable(dataset, root)
         jobs = []
         for name in names:
             spec = find_backbone(name)
@@ -159,6 +154,8 @@ def run_extraction(
             loaded = load_backbone(name, weights=overrides.get(name), home=home, image_size=chosen.size)
             network = freeze(loaded, chosen, device, precision)
             store = _store(folder, network, format, batch_size)
+            if not store.committed():
+                _say_what_differs(store, folder, say)
             jobs.append(_Job(network, store, plan_store(store, dataset, root, scan), batch_size or store.batch_size))
         write_snapshot(folder, dataset.to_parquet_bytes())
         write_scan(folder, encode_scan(scan))
@@ -247,8 +244,9 @@ def _compute_all(
                 progress |= bool(mine)
             if not progress:
                 time.sleep(_POLL_SECONDS)
-    for job in jobs:
-        write_view(job.store.path)
+    for job, count in zip(jobs, computed, strict=True):
+        if count or not any(job.store.path.glob("view.*")):
+            write_view(job.store.path)
     return computed
 
 
@@ -297,6 +295,32 @@ def _summary(job: _Job, dataset: ImageDataset, computed: int, seconds: float) ->
         dict(store.quarantined),
         seconds,
         tuple(notes),
+    )
+
+
+def _say_what_differs(store: FeatureStore, folder: Path, say: Callable[[str], object]) -> None:
+    """Tell why the features of a backbone that is cached already are computed anew: a stale cache is never served."""
+    for path in sorted(folder.glob(f"{slug(store.recipe.backbone)}-*")):
+        other = FeatureStore(path)
+        if path == store.path or other.recipe.backbone != store.recipe.backbone or not other.committed():
+            continue
+        differences = store.recipe.differences(other.recipe)
+        what = ", ".join(f"{name} {theirs} there, {mine} now" for name, (mine, theirs) in differences.items())
+        say(
+            f"{store.recipe.backbone} is cached under another recipe ({path.name}: {what}); "
+            "all images are extracted under this one, and `embcache probe --recipe PREFIX` tells the two apart"
+        )
+
+
+def _none_readable(dataset: ImageDataset, root: Path) -> DatasetNotFoundError:
+    columns = [dataset.table[name].tolist()[:3] for name in ("id", "path", "member")]
+    prepared = [prepare(root, Source(*row), ()) for row in zip(*columns, strict=True)]
+    reasons = dict.fromkeys(image.reason for image in prepared if image.reason)
+    return DatasetNotFoundError(
+        "none of the dataset's images can be read",
+        where=root,
+        found=f"{len(dataset)} names; the first: {'; '.join(reasons) or 'headers that say no size'}",
+        fix=f"embcache datasets {dataset.kind} --data-root {root}",
     )
 
 

@@ -116,11 +116,10 @@ def test_a_failing_disk_stops_the_run_and_blames_no_image(
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(batching, "read_image", fail)
-    with pytest.raises(OSError, match="Input/output"):
-        extract(images)
-    monkeypatch.undo()
-    os.environ["EMBCACHE_HOME"] = str(home)
+    with monkeypatch.context() as patch:
+        patch.setattr(batching, "read_image", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            extract(images)
     assert run_extraction(["random"], load(images))[0].computed == 20
 
 
@@ -203,8 +202,13 @@ def test_hdf5_holds_the_same_features(images: Path, home: Path, tmp_path: Path) 
 
 
 def test_images_of_unequal_size_are_resized(images: Path, home: Path) -> None:
+    extract(images)
     draw(images / "benign" / "large.png", 7, size=300)
-    store = extract(images)
+    said: list[str] = []
+    (done,) = run_extraction(["random"], load(images), say=said.append)
+    store = done.store
+    assert (done.computed, done.cached) == (21, 0)
+    assert [line for line in said if "another recipe" in line and "transform.resize" in line]
     assert store.recipe.transform["resize"] == [256, 256]
     assert store.recipe.transform["size"] == [224, 224]
     assert len(store.ids) == 21
@@ -236,5 +240,5 @@ def test_a_dataset_without_images_is_refused(images: Path, home: Path) -> None:
     dataset = load(images)
     for path in images.rglob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(DatasetNotFoundError, match="none of the dataset's images can be read"):
+    with pytest.raises(DatasetNotFoundError, match="the first: not an image"):
         extract_features("random", dataset)
