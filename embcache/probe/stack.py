@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from embcache.probe.adam import adam_step
 from embcache.probe.metrics import selection_score, softmax
 from embcache.probe.schedule import Schedule, Tracker
 
 Params = dict[str, torch.Tensor]
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.Adam's defaults
 _CHUNK = 1024  # rows scored at a time
 _SMALL = 500_000  # parameters, of all heads together
 
@@ -234,52 +234,24 @@ def _train_epoch(
     sums = [0.0] * len(live)
     for start in range(0, len(orders[0]), size):
         batches = [order[start : start + size] for order in orders if len(order) > start]
-        active, width = len(batches), max(map(len, batches))
-        # (active, width): row numbers and, for rows that only pad a shorter batch, weight 0
-        rows = torch.stack([torch.cat([b, b[:1].expand(width - len(b))]) for b in batches]).to(y.device)
-        weight = torch.stack([(torch.arange(width) < len(b)) / len(b) for b in batches]).to(y.device)
-        masks = _dropout_masks(head, live[:active], size, width, y.device)
-        leaves = {name: p[:active].detach().requires_grad_() for name, p in params.items()}
-        logits = head.apply(leaves, {backbone: features[rows] for backbone, features in x.items()}, masks)
-        each = F.cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="none").view(active, width)
-        losses = (each * weight).sum(1)  # (active,): the mean of each head's own batch
-        # Heads share no parameter, so the gradient of the sum is the gradient of each.
-        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
-        for k in range(active):
-            steps[k] += 1
-        lrs = [run.tracker.lr for run in live[:active]]
-        for (name, p), gradient in zip(leaves.items(), gradients, strict=True):
-            adam_step(p.detach(), gradient, first[name][:active], second[name][:active], steps[:active], lrs)
-        for k, value in enumerate(losses.tolist()):
-            sums[k] += value * len(batches[k])
+        for part in _equal_lengths(batches):
+            rows = torch.stack(batches[part]).to(y.device)  # (heads of the part, their batch)
+            masks = _dropout_masks(head, live[part], rows.shape[1], y.device)
+            leaves = {name: p[part].detach().requires_grad_() for name, p in params.items()}
+            logits = head.apply(leaves, {backbone: features[rows] for backbone, features in x.items()}, masks)
+            each = F.cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="none").view(rows.shape)
+            losses = each.mean(1)
+            # Heads share no parameter, so the gradient of the sum is the gradient of each.
+            gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
+            steps[part] = [step + 1 for step in steps[part]]
+            lrs = [run.tracker.lr for run in live[part]]
+            for (name, p), gradient in zip(leaves.items(), gradients, strict=True):
+                adam_step(p.detach(), gradient, first[name][part], second[name][part], steps[part], lrs)
+            for k, value in enumerate(losses.tolist(), start=part.start):
+                sums[k] += value * rows.shape[1]
     for run, total in zip(live, sums, strict=True):
         run.losses.append(total / len(run.job.train))
         run.lrs.append(run.tracker.lr)
-
-
-def adam_step(
-    p: torch.Tensor,
-    gradient: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
-    steps: Sequence[int],
-    lrs: Sequence[float],
-) -> None:
-    """One step of Adam (torch's arithmetic, no weight decay) in place, each head with its own step count and rate.
-
-    Written out because ``torch.optim.Adam`` knows one rate a tensor, and its first step imports torch's compiler.
-    """
-    shape = (-1,) + (1,) * (p.dim() - 1)
-
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=p.dtype, device=p.device).view(shape)
-
-    first.lerp_(gradient, 1 - BETA1)
-    second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-    update = second.sqrt()
-    update.div_(column([math.sqrt(1 - BETA2**t) for t in steps])).add_(EPSILON)
-    torch.div(first, update, out=update)
-    p.addcmul_(update, column([-lr / (1 - BETA1**t) for lr, t in zip(lrs, steps, strict=True)]))
 
 
 def _draw_epoch(run: _Run) -> torch.Tensor:
@@ -290,14 +262,25 @@ def _draw_epoch(run: _Run) -> torch.Tensor:
     return job.train[torch.multinomial(job.weights, len(job.train), replacement=True, generator=run.order)]
 
 
+def _equal_lengths(batches: Sequence[torch.Tensor]) -> list[slice]:
+    """Neighbouring heads whose batches are equally long: one stacked step each, and no padding.
+
+    Heads are sorted by their number of rows, so only last, partial batches differ. A padded batch would be rounded
+    otherwise than the one a head has alone, and attention's vanishing gradients make much of that.
+    """
+    lengths = [len(batch) for batch in batches]
+    starts = [k for k in range(len(lengths)) if k == 0 or lengths[k] != lengths[k - 1]]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
+
+
 def _dropout_masks(
-    head: TrainableHead, live: Sequence[_Run], size: int, width: int, device: torch.device
+    head: TrainableHead, live: Sequence[_Run], rows: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Masks of shape (K, width, units), 0 or 1/(1 - rate); a full batch is drawn so that streams ignore padding."""
+    """Masks of shape (K, rows, units), each value 0 or 1/(1 - rate), from each head's own stream."""
     return {
-        name: torch.stack(
-            [(torch.rand(size, units, generator=run.dropout)[:width] >= rate) / (1 - rate) for run in live]
-        ).to(device)
+        name: torch.stack([(torch.rand(rows, units, generator=run.dropout) >= rate) / (1 - rate) for run in live]).to(
+            device
+        )
         for name, (units, rate) in head.dropouts().items()
     }
 

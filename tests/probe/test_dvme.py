@@ -110,7 +110,7 @@ def test_training_has_the_losses_of_the_listing(proj_dim: int, n: int, epochs: i
     for _ in range(epochs):
         total = 0.0
         for batch in torch.randperm(n, generator=order).split(64):
-            model.dropout.mask = (torch.rand(64, proj_dim, generator=dropout)[: len(batch)] >= 0.2) / 0.8
+            model.dropout.mask = (torch.rand(len(batch), proj_dim, generator=dropout) >= 0.2) / 0.8
             loss = nn.functional.cross_entropy(model({b: f[batch] for b, f in x.items()}), y[batch])
             optimizer.zero_grad()
             loss.backward()
