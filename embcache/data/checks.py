@@ -23,9 +23,8 @@ def check_table(table: pd.DataFrame, class_names: Sequence[str], *, where: objec
     ids = check_strings(table["id"].tolist(), "id", where=where)
     check_strings(table["group"].tolist(), "group", where=where)
     check_unique(ids, where=where)
-    for path in check_strings(table["path"].tolist(), "path", where=where):
-        if ".." in path or "\\" in path or path[0] == "/" or path[1:2] == ":":
-            check_path(path, where=where)
+    check_paths(ids, "id", where=where)
+    check_paths(check_strings(table["path"].tolist(), "path", where=where), "path", where=where)
     for column in ("member", "label"):
         if table[column].dtype != "int64":
             raise DatasetError(
@@ -76,11 +75,16 @@ def check_unique(ids: Sequence[str], *, where: object) -> None:
         )
 
 
-def check_path(path: str, *, where: object) -> None:
-    """Raise `DatasetError` unless ``path`` is relative and, as written, stays inside the root."""
-    outside = path.startswith(("/", "\\")) or path[1:3] in (":/", ":\\") or ".." in path.replace("\\", "/").split("/")
-    if outside:
-        raise refuse_outside(path, where=where)
+def check_paths(paths: Sequence[str], column: str, *, where: object) -> None:
+    """Raise `DatasetError` unless all ``paths`` are relative and, as written, stay inside the root.
+
+    Ids are held to the same: they may contain slashes, and what is named after them never lands elsewhere.
+    """
+    for path in paths:
+        if path.startswith(("/", "\\")) or path[1:3] in (":/", ":\\"):
+            raise refuse_outside(path, column, where=where)
+        if ".." in path and ".." in path.replace("\\", "/").split("/"):
+            raise refuse_outside(path, column, where=where)
 
 
 def check_file_id(image_id: str, *, where: object) -> None:
@@ -88,11 +92,19 @@ def check_file_id(image_id: str, *, where: object) -> None:
     if not image_id or "\0" in image_id:
         check_strings([image_id], "id", where=where)
     if "/" in image_id or "\\" in image_id or image_id in (".", ".."):
-        raise refuse_outside(image_id, where=where)
+        raise refuse_outside(image_id, "id", where=where)
 
 
-def refuse_outside(path: str, *, where: object) -> DatasetError:
-    """The error for a path that leads out of the dataset's root."""
+def refuse_outside(path: str, column: str = "path", *, where: object) -> DatasetError:
+    """The error for a path, or an id read as one, that leads out of the dataset's root."""
+    if column == "id":
+        return DatasetError(
+            "an id leaves the dataset's root and is refused",
+            expected="an id that, read as a path, is relative and stays inside the root",
+            found=repr(path),
+            where=where,
+            fix="correct the id",
+        )
     return DatasetError(
         "a path leaves the dataset's root and is refused",
         expected="a path relative to the root, to a file that lies inside it (links followed)",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from embcache.data.checks import COLUMNS, check_path, check_strings, check_unique, first_few
+from embcache.data.checks import COLUMNS, check_paths, check_strings, check_unique, first_few
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import TABLE_SUFFIXES, is_image_name, list_folder, subfolders, walk_images
 from embcache.data.labels import class_order, label_numbers, read_table
@@ -42,16 +42,16 @@ def read_label_table(file: Path, name: str) -> ImageDataset:
     Raises
     ------
     DatasetError
-        A column is absent; an id repeats; a split is unknown; a label occurs outside training only; a path is
-        absolute or leads out of the folder.
+        A column is absent; an id repeats; a split is unknown; a label occurs outside training only; a path
+        or an id is absolute or leads out of the folder.
     """
     source = read_table(file, ["path", "label"])
     if source.empty:
         raise DatasetError("a label file has no rows", expected="one row an image", where=file)
     paths = [p.removeprefix("./") for p in check_strings(source["path"].tolist(), "path", where=file)]
-    for path in paths:
-        check_path(path, where=file)
+    check_paths(paths, "path", where=file)
     ids = check_strings(source["id"].tolist(), "id", where=file) if "id" in source else paths
+    check_paths(ids, "id", where=file)
     check_unique(ids, where=file)
     splits = (
         [SPLIT_NAMES.get(s.lower() or "train", s) for s in source["split"]]

@@ -134,6 +134,11 @@ def test_a_table_gives_all_its_columns(tmp_path: Path) -> None:
     assert ds.notes == ()
 
 
+def test_ids_may_hold_slashes_and_dots(tmp_path: Path) -> None:
+    ds = table(tmp_path, "path,label,id\na.png,0,study 1/left..1\nb.png,1,study 1/..right\n", "a.png", "b.png")
+    assert ds.ids.tolist() == ["study 1/left..1", "study 1/..right"]
+
+
 def test_without_id_and_group_the_path_is_both(tmp_path: Path) -> None:
     ds = table(tmp_path, "path,label\na.png,2\nb.png,10\nc.png,\n")
     assert ds.class_names == ("2", "10")
@@ -165,6 +170,11 @@ def test_parquet_serves_as_well_as_csv(tmp_path: Path) -> None:
         ("path,label\n../a.png,0\nb.png,1\n", "leaves"),
         ("path,label\nx/../../a.png,0\nb.png,1\n", "leaves"),
         ("path,label\n/etc/passwd,0\nb.png,1\n", "leaves"),
+        ("path,label,id\na.png,0,../../etc/passwd\nb.png,1,b\n", "an id leaves"),
+        ("path,label,id\na.png,0,x/../../a\nb.png,1,b\n", "an id leaves"),
+        ("path,label,id\na.png,0,/etc/passwd\nb.png,1,b\n", "an id leaves"),
+        ("path,label,id\na.png,0,C:\\a\nb.png,1,b\n", "an id leaves"),
+        ("path,label,id\na.png,0,..\nb.png,1,b\n", "an id leaves"),
         ("path,label\n,0\nb.png,1\n", "is empty"),
         ("path,class\na.png,0\n", "lacks the column 'label'"),
         ("path,label\n", "no rows"),
