@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from embcache.data.checks import refuse_outside
+from embcache.errors import DatasetError
 
 # What Pillow and pydicom read of what lies in image collections; anything else in a class folder is passed over.
 IMAGE_SUFFIXES = frozenset(
@@ -77,10 +78,29 @@ def walk_images(root: Path, folder: str = "") -> Iterator[str]:
 
 
 def image_index(folder: Path) -> dict[str, str]:
-    """File name of each image directly in ``folder`` by its stem, sorted; empty where there is no such folder."""
+    """File name of each image directly in ``folder`` by its stem, sorted; empty where there is no such folder.
+
+    Raises
+    ------
+    DatasetError
+        Two images have one stem: nobody knows which of them the labels mean.
+    """
     if not folder.is_dir():
         return {}
-    return {os.path.splitext(e.name)[0]: e.name for e in list_folder(folder) if is_image_name(e.name)}  # noqa: PTH122
+    index: dict[str, str] = {}
+    for entry in list_folder(folder):
+        if is_image_name(entry.name):
+            stem = os.path.splitext(entry.name)[0]  # noqa: PTH122
+            if stem in index:
+                raise DatasetError(
+                    f"two images have the id {stem!r}",
+                    expected="one file an id",
+                    found=f"{folder / index[stem]} and {folder / entry.name}",
+                    where=folder,
+                    fix="remove the one that is not the dataset's",
+                )
+            index[stem] = entry.name
+    return index
 
 
 def locate_files(root: Path, paths: Sequence[str], *, sizes: bool = True) -> dict[str, int | None]:

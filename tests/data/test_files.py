@@ -84,3 +84,14 @@ def test_images_are_indexed_by_stem(tmp_path: Path) -> None:
         write_image(tmp_path / name)
     assert image_index(tmp_path) == {"a.v2": "a.v2.tif", "b": "b.png"}
     assert image_index(tmp_path / "nowhere") == {}
+
+
+def test_two_images_of_one_stem_are_refused_with_both_paths(tmp_path: Path) -> None:
+    for name in ["a.jpg", "a.png", "b.png"]:
+        write_image(tmp_path / name)
+    with pytest.raises(DatasetError, match="two images have the id 'a'") as caught:
+        image_index(tmp_path)
+    assert str(tmp_path / "a.jpg") in str(caught.value)
+    assert str(tmp_path / "a.png") in str(caught.value)
+    (tmp_path / "a.png").rename(tmp_path / "a.csv")
+    assert image_index(tmp_path) == {"a": "a.jpg", "b": "b.png"}
