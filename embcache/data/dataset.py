@@ -291,13 +291,14 @@ def settle(ds: ImageDataset, source: DatasetSource, *, allow_missing: bool) -> I
     sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=source.merge_identical)
     missing = tuple(path for path, size in sizes.items() if size is None)
     if missing and (not allow_missing or len(missing) == len(sizes)):
-        download = f", or get the images: kagglehub.{source.download}" if source.download else ""
+        get = f"get the images: kagglehub.{source.download}" if source.download else "put the images there"
+        go_on = "add --allow-missing to `embcache extract` or `embcache probe` (load_dataset: allow_missing=True)"
         raise DatasetError(
             f"{len(missing):,} of {len(sizes):,} images that the labels name are not there",
             expected="a file for every row",
             found=f"no {first_few(missing)}",
             where=ds.root,
-            fix=f"add --allow-missing (allow_missing=True) to go on without them{download}",
+            fix=get if len(missing) == len(sizes) else f"{get}; or go on without them: {go_on}",
         )
     if missing:
         note = f"{len(missing):,} of {len(sizes):,} images are missing and left out (first: {first_few(missing, 3)})"
