@@ -11,8 +11,6 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
-
 from embcache.data.dataset import ImageDataset
 from embcache.data.folder import read_label_table
 from embcache.data.source import DatasetSource
@@ -71,6 +69,8 @@ def draw_sample(root: Path) -> None:
 
 
 def _draw_all(folder: Path) -> None:
+    from PIL import Image  # only drawing needs it: probing from a cache loads this module too
+
     with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["id", "path", "label", "group", "split"])

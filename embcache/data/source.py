@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import importlib.abc
+import importlib.util
 import pkgutil
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,14 +86,16 @@ def refusals_told() -> Iterator[None]:
 
 
 class _Sources(Mapping[str, DatasetSource]):
-    """Every module of this package that defines ``SOURCE``, found at first use."""
+    """Every module of this package that defines ``SOURCE``, found at first use.
+
+    The others are not even imported: whoever probes from a cache needs no decoder of images.
+    """
 
     @functools.cached_property
     def _rows(self) -> dict[str, DatasetSource]:
         package = importlib.import_module(__package__ or "embcache.data")
-        modules = (
-            importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)
-        )
+        names = (f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__))
+        modules = (importlib.import_module(name) for name in names if _may_define_source(name))
         sources = (getattr(module, "SOURCE", None) for module in modules)
         return {s.name: s for s in sources if isinstance(s, DatasetSource)}
 
@@ -102,6 +107,14 @@ class _Sources(Mapping[str, DatasetSource]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+def _may_define_source(module: str) -> bool:
+    """Whether a module's text assigns ``SOURCE``; True where there is no text to look at."""
+    spec = importlib.util.find_spec(module)
+    loader = spec.loader if spec else None
+    text = loader.get_source(module) if isinstance(loader, importlib.abc.InspectLoader) else None
+    return text is None or re.search(r"^SOURCE\b[^=\n]*=", text, flags=re.MULTILINE) is not None
 
 
 DATASETS: Mapping[str, DatasetSource] = _Sources()

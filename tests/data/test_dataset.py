@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +128,28 @@ def test_bytes_that_are_no_snapshot_are_refused() -> None:
     for data in (b"", b"PAR1", good[:-20]):
         with pytest.raises(DatasetError, match="not a dataset snapshot"):
             ImageDataset.from_parquet_bytes(data)
+
+
+def test_what_probing_loads_decodes_no_image(tmp_path: Path) -> None:
+    """Every source is known, a live dataset and a snapshot load, and neither Pillow nor the decoder is imported."""
+    for split in ("train", "test"):
+        for seed, label in enumerate(("NORMAL", "PNEUMONIA")):
+            write_image(tmp_path / "chest_xray" / split / label / f"{split}.jpeg", seed + 2 * (split == "test"))
+    (tmp_path / "home" / "toy").mkdir(parents=True)
+    (tmp_path / "home" / "toy" / "dataset.parquet").write_bytes(dataset().to_parquet_bytes())
+    script = (
+        "import sys\n"
+        "from embcache.data.dataset import DATASETS, find_dataset, load_dataset\n"
+        "root, home = sys.argv[1:]\n"
+        "assert set(DATASETS) >= {'aptos', 'folder', 'nih', 'patchcam', 'pneumonia', 'sample'}, set(DATASETS)\n"
+        "assert len(load_dataset('pneumonia', root)) == 4\n"
+        "assert find_dataset('toy', home=home)[1] == 'snapshot'\n"
+        "loaded = {'PIL', 'pydicom', 'embcache.data.images', 'embcache.data.dicom'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path), str(tmp_path / "home")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_unknown_dataset_names_those_there_are(home: Path) -> None:
