@@ -13,6 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from embcache.extract.normal import PortableNormal
+
 
 def resnet50(seed: int = 0) -> nn.Module:
     """Torchvision's ResNet-50 without its classifier: (B, 3, H, W) → (B, 2048) after global average pooling.
@@ -20,12 +22,16 @@ def resnet50(seed: int = 0) -> nn.Module:
     Parameters
     ----------
     seed : int
-        Of torchvision's own initialisation; the global random state is left alone. The last bits of the weights depend
-        on the vector instructions of the processor (within 1e-6), so their digest may differ between machines.
+        Of torchvision's own initialisation; the global random state is left alone. The weights, and so their digest,
+        are the same on every machine (see :mod:`embcache.extract.normal`).
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), PortableNormal():
         torch.manual_seed(seed)
-        module: nn.Module = torchvision.models.resnet50(weights=None)
+        return _resnet50()
+
+
+def _resnet50() -> nn.Module:
+    module: nn.Module = torchvision.models.resnet50(weights=None)
     module.fc = nn.Identity()
     return module
 
@@ -79,9 +85,9 @@ def interpolate_positions(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def build_network(network: str) -> nn.Module:
     """Build one of the project's own networks, by :attr:`Backbone.network`, its weights still to be filled."""
-    if network == "torchvision resnet50":
-        return resnet50()
     with torch.random.fork_rng(devices=[]):
+        if network == "torchvision resnet50":
+            return _resnet50()
         if network == "DINO ViT-S/8":
             return LastClassTokens()
         module: nn.Module = timm.create_model(network.removeprefix("timm "), pretrained=False, num_classes=0)

@@ -79,7 +79,8 @@ def test_random_is_torchvisions_own_initialisation_from_its_seed() -> None:
             torch.manual_seed(seed)
             state = torchvision.models.resnet50(weights=None).state_dict()
         loaded = load_backbone(name).module.state_dict()
-        assert all(torch.equal(loaded[key], state[key]) for key in loaded)
+        # Not bit for bit: torch's own last bits depend on the processor (see embcache.extract.normal).
+        assert all(float((loaded[key] - state[key]).abs().max()) <= 1e-6 * float(state[key].max()) for key in loaded)
         assert set(state) - set(loaded) == {"fc.weight", "fc.bias"}
 
 
