@@ -7,13 +7,15 @@ import os
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
-from embcache.errors import ImageError
+from embcache.errors import DatasetError, EmbcacheError, ImageError
 
 KEY = "x"  # the array, (N, H, W, 3) uint8
 _OPEN_FILES = 4
@@ -28,40 +30,65 @@ def member_pixels(path: str, member: int) -> npt.NDArray[np.uint8]:
     ------
     ImageError
         There is no such file, array or row, or its bytes are broken.
+    DatasetError
+        The file takes the array from elsewhere (`own_array`).
     """
-    with _lock:
-        try:
-            pixels = _array(path, member)[member]
-        except OSError as error:
-            raise _image_error(error) from error
-    return np.ascontiguousarray(pixels)
+    with _lock, _reasons():
+        return np.ascontiguousarray(_array(path, member)[member])
 
 
 def member_size(path: str, member: int) -> tuple[int, int]:
     """(width, height) of `member_pixels`."""
-    with _lock:
+    with _lock, _reasons():
         height, width = _array(path, member).shape[1:3]
     return int(width), int(height)
 
 
+def own_array(file: Any, key: str) -> Any:
+    """Array ``key`` of an open HDF5 file, whose values lie in that file and nowhere else.
+
+    HDF5 can take an array from other files: by external and soft links, external storage, and virtual datasets. A
+    dataset's pixels and labels lie inside its root, so none of these is followed.
+
+    Raises
+    ------
+    KeyError
+        There is no such array.
+    DatasetError
+        Its values are, or may be, elsewhere.
+    """
+    link = file.get(key, getlink=True)
+    if link is None:
+        raise KeyError(f"there is no {key!r} in the file")
+    array = file[key] if isinstance(link, h5py.HardLink) else None
+    if isinstance(array, h5py.Dataset) and not array.external and not array.is_virtual:
+        return array
+    if isinstance(array, h5py.Dataset):
+        found = "a virtual dataset" if array.is_virtual else "external storage"
+    else:
+        found = f"a {type(link if array is None else array).__name__}"
+    raise DatasetError(
+        "an array of an HDF5 file lies elsewhere, or is none, and is refused",
+        expected=f"an array {key!r} whose values the file itself holds",
+        found=found,
+        where=file.filename,
+        fix="download it again, or copy the values into one file",
+    )
+
+
 def _array(path: str, member: int) -> Any:
     """The array of an open file; files stay open, for opening costs more than reading a row."""
-    try:
-        state = os.stat(path)  # noqa: PTH116
-        # Keyed by process: a handle must not be used on both sides of a fork.
-        key = (os.getpid(), path, state.st_ino, state.st_size, state.st_mtime_ns)
-        if key not in _files:
-            _files[key] = h5py.File(path, "r", locking=False)
-            if len(_files) > _OPEN_FILES:
-                _files.popitem(last=False)[1].close()
-        _files.move_to_end(key)
-        array = _files[key][KEY]
-    except FileNotFoundError as error:
-        raise ImageError("the file is not there") from error
-    except OSError as error:
-        raise _image_error(error) from error
-    except KeyError as error:
-        raise ImageError(f"the HDF5 file has no array {KEY!r}") from error
+    state = os.stat(path)  # noqa: PTH116
+    # Keyed by process: a handle must not be used on both sides of a fork.
+    key = (os.getpid(), path, state.st_ino, state.st_size, state.st_mtime_ns)
+    if key not in _files:
+        _files[key] = h5py.File(path, "r", locking=False)
+        if len(_files) > _OPEN_FILES:
+            _files.popitem(last=False)[1].close()
+    _files.move_to_end(key)
+    if KEY not in _files[key]:
+        raise ImageError(f"the HDF5 file has no array {KEY!r}")
+    array = own_array(_files[key], KEY)
     if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
         raise ImageError(f"the array {KEY!r} is not (N, H, W, 3) of uint8 but {array.shape} of {array.dtype}")
     if member >= len(array):
@@ -69,10 +96,20 @@ def _array(path: str, member: int) -> Any:
     return array
 
 
-def _image_error(error: OSError) -> ImageError:
-    """An `ImageError` for broken bytes; the system's own errors (which h5py writes into its text) are raised on."""
-    number = re.search(r"errno = (\d+)", str(error))
-    code = int(number.group(1)) if number else error.errno
-    if code not in (None, 0, errno.EINVAL):
-        raise OSError(code, os.strerror(code)) from error
-    return ImageError("the HDF5 file cannot be read: " + " ".join(str(error).split())[:120])
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Turn whatever h5py raises on broken bytes into an `ImageError`; trouble of the machine passes."""
+    try:
+        yield
+    except (EmbcacheError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise ImageError("the file is not there") from error
+    except Exception as error:
+        # The system's own errors stand in the text of h5py's, whatever their type.
+        number = re.search(r"errno = (\d+)", str(error))
+        code = int(number.group(1)) if number else getattr(error, "errno", None)
+        if code not in (None, 0, errno.EINVAL):
+            raise OSError(code, os.strerror(code)) from error
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ImageError(f"the HDF5 file cannot be read: {reason}") from error

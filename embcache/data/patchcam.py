@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from embcache.data.arrays import own_array
 from embcache.data.checks import check_file_id, first_few
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import find_level, image_index
+from embcache.data.files import find_level, image_index, locate_files
 from embcache.data.labels import label_numbers, read_table
 from embcache.data.source import DatasetSource
 from embcache.errors import DatasetError
@@ -79,7 +82,8 @@ def _read_hdf5(root: Path, name: str) -> ImageDataset:
     parts = []
     for part, split in _PARTS.items():
         images, targets = (f"{_H5.format(part=part, what=what)}.h5" for what in "xy")
-        absent = [file for file in (images, targets) if not (root / file).is_file()]
+        places = locate_files(root, [images, targets], sizes=False)
+        absent = [file for file, size in places.items() if size is None]
         if absent:
             packed = [f"{file}.gz" for file in absent if (root / f"{file}.gz").is_file()]
             fix = f"gunzip --keep {' '.join(packed)}" if packed else f"put {' and '.join(absent)} there"
@@ -89,11 +93,8 @@ def _read_hdf5(root: Path, name: str) -> ImageDataset:
                 where=root,
                 fix=fix,
             )
-        labels, n = _read_labels(root / targets), _count_images(root / images)
-        if len(labels) != n:
-            raise DatasetError(
-                "images and labels differ in number", found=f"{n:,} and {len(labels):,}", where=root / images
-            )
+        n = _count_images(root / images)
+        labels = _read_labels(root / targets, n)
         ids = [f"{part}-{row:06d}" for row in range(n)]
         slides = _hdf5_slides(root, part, n)
         parts.append(
@@ -179,9 +180,14 @@ def _hdf5_slides(root: Path, part: str, n: int) -> list[str] | None:
     return slides
 
 
-def _read_labels(path: Path) -> list[int]:
-    """The labels, (N, 1, 1, 1) in the file, as a list of 0 and 1."""
-    labels = np.asarray(_array(path, "y")).reshape(-1).astype(np.int64)
+def _read_labels(path: Path, n: int) -> list[int]:
+    """The labels of ``n`` images, (N, 1, 1, 1) in the file, as a list of 0 and 1."""
+    with _open_array(path, "y") as array:
+        if array.size != n:  # before reading: a file may claim any number of them
+            raise DatasetError("images and labels differ in number", found=f"{n:,} and {array.size or 0:,}", where=path)
+        if array.dtype.kind not in "biu":
+            raise DatasetError("labels are not whole numbers", expected="0 or 1", found=str(array.dtype), where=path)
+        labels = array[()].reshape(-1).astype(np.int64)
     if not np.isin(labels, (0, 1)).all():
         wrong = Counter(labels[~np.isin(labels, (0, 1))].tolist())
         raise DatasetError("unknown label", expected="0 or 1", found=first_few(sorted(wrong)), where=path)
@@ -189,15 +195,19 @@ def _read_labels(path: Path) -> list[int]:
 
 
 def _count_images(path: Path) -> int:
-    return int(_array(path, "x", read=False)[0])
+    with _open_array(path, "x") as array:
+        return len(array)
 
 
-def _array(path: Path, key: str, *, read: bool = True) -> Any:
-    """Array ``key`` of an HDF5 file, or its shape only."""
+@contextmanager
+def _open_array(path: Path, key: str) -> Iterator[Any]:
+    """Array ``key`` of an HDF5 file, open; whatever h5py raises on broken bytes becomes a `DatasetError`."""
     try:
         with h5py.File(os.fspath(path), "r", locking=False) as file:
-            return file[key][()] if read else file[key].shape
-    except (OSError, KeyError) as error:
+            yield own_array(file, key)
+    except (DatasetError, MemoryError, PermissionError):
+        raise
+    except Exception as error:
         raise DatasetError(
             "an HDF5 file cannot be read",
             expected=f"an array {key!r}",

@@ -99,8 +99,16 @@ def _strings(values: Sequence[str]) -> np.ndarray:
 
 
 def _get(file: Any, name: str) -> np.ndarray:
-    return np.asarray(file[name][...])
+    """The values of an array that lie in the file's own bytes: only those were verified.
+
+    HDF5 would also follow links, external storage and virtual datasets to other files.
+    """
+    link = file.get(name, getlink=True)
+    array = file[name] if isinstance(link, h5py.HardLink) else None
+    if not isinstance(array, h5py.Dataset) or array.external or array.is_virtual:
+        raise ValueError(f"{name!r} is no array whose values lie in the shard's own file")
+    return np.asarray(array[...])
 
 
 def _get_strings(file: Any, name: str) -> tuple[str, ...]:
-    return tuple(value.decode("utf-8") for value in file[name][...])
+    return tuple(value.decode("utf-8") for value in _get(file, name))

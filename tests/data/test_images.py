@@ -298,6 +298,21 @@ def test_a_damaged_row_of_an_array_file_is_an_image_error(array_file: tuple[Path
     assert read_image(root, "damaged.h5", 0)[0].shape == (6, 7, 3)
 
 
+def test_no_damage_to_an_array_file_is_anything_but_an_error_of_ours(array_file: tuple[Path, np.ndarray]) -> None:
+    root, _ = array_file
+    whole = (root / "x.h5").read_bytes()
+    problems = []
+    for place in range(1000):  # h5py answers with KeyError, OverflowError, IndexError, … as the place may be
+        (root / f"{place}.h5").write_bytes(whole[:place] + b"\0" + whole[place + 1 :])
+        for read in (read_image, read_size):
+            try:
+                read(root, f"{place}.h5", 3)
+            except (ImageError, DatasetError) as error:
+                problems.append(error.problem)
+    assert problems
+    assert not any("\n" in problem for problem in problems)
+
+
 @pytest.mark.shared
 def test_real_images_decode_to_the_size_their_header_says(shared_data: Path) -> None:
     folders = ["pneumonia/chest_xray/test/NORMAL", "aptos/train_images", "patchcam/train", "nih/images"]

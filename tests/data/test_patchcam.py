@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 
 from embcache.data.dataset import load_dataset
-from embcache.data.images import read_image
+from embcache.data.images import read_image, read_size
 from embcache.errors import DatasetError
 from tests.data.pictures import write_image
 
@@ -147,6 +148,73 @@ def test_a_packed_or_incomplete_original_says_what_to_do(tmp_path: Path) -> None
         load_dataset("patchcam", tmp_path)
     (tmp_path / H5.format("valid", "y")).write_bytes(b"partial download")
     with pytest.raises(DatasetError, match="cannot be read"):
+        load_dataset("patchcam", tmp_path)
+
+
+def link_out(file: h5py.File, key: str, outside: Path) -> None:
+    file[key] = h5py.ExternalLink(outside / "outside.h5", key)
+
+
+def link_softly(file: h5py.File, key: str, outside: Path) -> None:
+    file["hidden"] = h5py.ExternalLink(outside / "outside.h5", key)
+    file[key] = h5py.SoftLink("/hidden")
+
+
+def store_outside(file: h5py.File, key: str, outside: Path) -> None:
+    shape, size = ((4, 6, 6, 3), 432) if key == "x" else ((4, 1, 1, 1), 4)
+    file.create_dataset(key, shape, "u1", external=[(str(outside / "raw"), 0, size)])
+
+
+def map_outside(file: h5py.File, key: str, outside: Path) -> None:
+    shape = (4, 6, 6, 3) if key == "x" else (4, 1, 1, 1)
+    layout = h5py.VirtualLayout(shape, "u1")
+    layout[:] = h5py.VirtualSource(outside / "outside.h5", key, shape)
+    file.create_virtual_dataset(key, layout)
+
+
+@pytest.mark.parametrize("key", ["x", "y"])
+@pytest.mark.parametrize("lead_out", [link_out, link_softly, store_outside, map_outside])
+def test_arrays_that_lie_outside_their_file_are_refused(
+    tmp_path: Path, key: str, lead_out: Callable[[h5py.File, str, Path], None]
+) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir()
+    outside.mkdir()
+    (outside / "raw").write_bytes(bytes(432))
+    with h5py.File(outside / "outside.h5", "w") as file:
+        file["x"] = np.zeros((4, 6, 6, 3), np.uint8)
+        file["y"] = np.zeros((4, 1, 1, 1), np.uint8)
+    write_hdf5(root)
+    before = load_dataset("patchcam", root)
+    path = H5.format("train", key)
+    with h5py.File(root / path, "w") as file:
+        lead_out(file, key, outside)
+    with h5py.File(root / path) as file:
+        assert file[key].size == (432 if key == "x" else 4), "plain h5py follows it"
+    with pytest.raises(DatasetError, match="lies elsewhere"):
+        load_dataset("patchcam", root)
+    if key == "x":  # a file that was changed after loading
+        for read in (read_image, read_size):
+            with pytest.raises(DatasetError, match="lies elsewhere"):
+                read(before.root, path, 0)
+
+
+@pytest.mark.parametrize("what", ["x", "y"])
+def test_a_file_of_the_original_that_is_linked_from_outside_is_refused(tmp_path: Path, what: str) -> None:
+    (tmp_path / "root").mkdir()
+    write_hdf5(tmp_path / "root")
+    path = tmp_path / "root" / H5.format("valid", what)
+    path.rename(tmp_path / "outside.h5")
+    path.symlink_to(tmp_path / "outside.h5")
+    with pytest.raises(DatasetError, match="leaves"):
+        load_dataset("patchcam", tmp_path / "root")
+
+
+def test_labels_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    write_hdf5(tmp_path)
+    with h5py.File(tmp_path / H5.format("train", "y"), "w") as file:
+        file["y"] = np.array([b"0", b"1", b"0", b"1"])
+    with pytest.raises(DatasetError, match="not whole numbers"):
         load_dataset("patchcam", tmp_path)
 
 
