@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embcache.commands.options import (
+    AllowMissingOption,
     BackboneOption,
     DataRootOption,
     DatasetOption,
     HomeOption,
     JsonOption,
+    NameOption,
     split_list,
     write_json,
 )
@@ -63,13 +65,8 @@ def extract(
     part: Annotated[
         str | None, typer.Option("--part", metavar="I/N", help="Compute only the I-th of N parts (array jobs).")
     ] = None,
-    allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Go on without images that are named but not there.")
-    ] = False,
-    name: Annotated[
-        str | None,
-        typer.Option("--name", metavar="NAME", help="Name for a `folder` dataset. [default: its folder's and a hash]"),
-    ] = None,
+    allow_missing: AllowMissingOption = False,
+    name: NameOption = None,
     json: JsonOption = None,
 ) -> None:
     """Run frozen backbones once over all images into feature stores.

@@ -40,6 +40,13 @@ BackboneOption = Annotated[
         help="Backbone name; repeatable, or comma-separated. See `embcache backbones`.",
     ),
 ]
+AllowMissingOption = Annotated[
+    bool, typer.Option("--allow-missing", help="Go on without images that are named but not there.")
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="Name of a `folder` dataset. [default: its folder's and a hash]"),
+]
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE|-", help="Write the answer as JSON to FILE, or to stdout with -.")
 ]

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from embcache.commands.options import (
+    AllowMissingOption,
     BackboneOption,
     DataRootOption,
     DatasetOption,
     HomeOption,
     JsonOption,
+    NameOption,
     split_list,
     write_json,
 )
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
 SubsetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--subset", help="S, M, F or a number of training images; repeatable, or comma-separated. [default: S]"
+        "--subset",
+        metavar="S,M,F,N",
+        help="S, M, F or a number of training images; repeatable, or comma-separated. [default: S]",
     ),
 ]
-FoldsOption = Annotated[int, typer.Option("--folds", help="Folds of the cross-validation.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Of folds, subsets, initial weights, order and dropout.")]
+FoldsOption = Annotated[int, typer.Option("--folds", metavar="K", help="Folds of the cross-validation.")]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Of folds, subsets, weights, order and dropout.")]
 ValOption = Annotated[
     str,
     typer.Option(
@@ -53,7 +57,7 @@ OverlapOption = Annotated[
 
 
 def probe(
-    head: Annotated[str, typer.Option("--head", help="linear, dvme, …: see `embcache heads`.")] = "linear",
+    head: Annotated[str, typer.Option("--head", metavar="NAME", help="See `embcache heads`.")] = "linear",
     subset: SubsetOption = None,
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -72,11 +76,10 @@ def probe(
         str | None,
         typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
     ] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="First learning rate. [default: 1e-3]")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0, …")] = "cpu",
-    allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Go on without images that the labels name but are not there.")
-    ] = False,
+    lr: Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Learning rate. [default: 1e-3]")] = None,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:0, …")] = "cpu",
+    allow_missing: AllowMissingOption = False,
+    name: NameOption = None,
     again: Annotated[bool, typer.Option("--again", help="Train even where a saved result answers the same.")] = False,
     json: JsonOption = None,
 ) -> None:
@@ -107,6 +110,7 @@ def probe(
             lr=lr,
             device=device,
             allow_missing=allow_missing,
+            dataset_name=name,
             reuse=not again,
             say=lambda line: typer.echo(f"note: {line}", err=True),
             progress=bar.update,

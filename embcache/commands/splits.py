@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embcache.commands.options import BackboneOption, DataRootOption, HomeOption, split_list
-from embcache.commands.probe import FoldsOption, OverlapOption, SeedOption, SubsetOption, TestOption, ValOption
+from embcache.commands.options import (
+    AllowMissingOption,
+    BackboneOption,
+    DataRootOption,
+    HomeOption,
+    NameOption,
+    split_list,
+)
+from embcache.commands.probe import FoldsOption, OverlapOption, SeedOption, TestOption, ValOption
 from embcache.commands.table import print_table
 from embcache.errors import UsageError
 
@@ -18,7 +25,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The exact images of every fold and subset.", no_args_is_help=True)
 
-OneDatasetOption = Annotated[str, typer.Option("--dataset", help="Dataset name. See `embcache datasets`.")]
+OneDatasetOption = Annotated[str, typer.Option("--dataset", metavar="NAME", help="See `embcache datasets`.")]
 
 
 @app.command("export")
@@ -27,7 +34,10 @@ def export(
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="FILE|-", help="Where to write; - for stdout.")
     ] = "-",
-    subset: SubsetOption = None,
+    subset: Annotated[
+        list[str] | None,
+        typer.Option("--subset", metavar="S,M,F,N", help="As for `embcache probe`. [default: S,M,F]"),
+    ] = None,
     backbone: BackboneOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
@@ -36,6 +46,8 @@ def export(
     val: ValOption = "full",
     test: TestOption = "local",
     exclude_test_overlap: OverlapOption = False,
+    allow_missing: AllowMissingOption = False,
+    name: NameOption = None,
 ) -> None:
     """Write the splits that `embcache probe` draws, as JSON: ids of the test set and of every fold and subset.
 
@@ -48,7 +60,7 @@ def export(
     names = split_list(backbone)
     if len(names) > 1:
         raise UsageError("--backbone names the one store that tells which images are identical", found=", ".join(names))
-    ds, source = find_dataset(dataset, root=data_root, home=home)
+    ds, source = find_dataset(dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
     splits, store = plan_cached(
         ds,
         home=home,
@@ -68,7 +80,7 @@ def export(
     write_splits(splits, Path(output))
     _print(splits)
     typer.echo(f"written to {output}")
-    typer.echo(f"next: embcache probe --dataset {dataset} --splits {output}")
+    typer.echo(f"next: embcache probe --dataset {ds.name} --splits {output}")
 
 
 @app.command("import")
@@ -77,6 +89,8 @@ def import_(
     dataset: OneDatasetOption,
     data_root: DataRootOption = None,
     home: HomeOption = None,
+    allow_missing: AllowMissingOption = False,
+    name: NameOption = None,
 ) -> None:
     """Check someone else's splits against a dataset and keep them for `embcache probe --splits NAME`.
 
@@ -87,12 +101,12 @@ def import_(
     from embcache.data.dataset import find_dataset
     from embcache.probe.cached import import_splits
 
-    ds, _ = find_dataset(dataset, root=data_root, home=home)
+    ds, _ = find_dataset(dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
     imported = import_splits(file, ds, home)
     _print(imported.splits)
     typer.echo(f"kept as {imported.path}")
     typer.echo(
-        f"next: embcache probe --dataset {dataset} --splits {imported.name} --subset {imported.splits.subsets[0]}"
+        f"next: embcache probe --dataset {ds.name} --splits {imported.name} --subset {imported.splits.subsets[0]}"
     )
 
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embcache.commands.options import (
+    AllowMissingOption,
     BackboneOption,
     DataRootOption,
     DatasetOption,
     HomeOption,
     JsonOption,
+    NameOption,
     split_list,
     write_json,
 )
@@ -135,6 +137,8 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace TARGET if it is there.")] = False,
     data_root: DataRootOption = None,
     home: HomeOption = None,
+    allow_missing: AllowMissingOption = False,
+    name: NameOption = None,
 ) -> None:
     """Write features, labels, groups and splits of one store as one file for other tools.
 
@@ -155,7 +159,7 @@ def export(
             found=f"backbones: {', '.join(backbones) or 'none'}; datasets: {', '.join(datasets) or 'none'}",
             fix="embcache export TARGET --backbone NAME --dataset NAME   (embcache ls says what is cached)",
         )
-    ds, origin = find_dataset(datasets[0], root=data_root, home=home)
+    ds, origin = find_dataset(datasets[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
     store = open_store(backbones[0], ds, home=home, recipe=recipe)
     written = export_features(store, ds, target, format=format, overwrite=force)
     typer.echo(f"{target}: {written:,} rows of {store.row_shape} {store.dtype}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+_PAD = 7
+
 ATTENTIONS = ("exact",)
 """How attention can be computed."""
 
@@ -37,4 +39,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kind: str = "exact
     shape = q.shape
     # (rows, 1 head, N tokens, dimension 1)
     q, k, v = (t.reshape(-1, 1, shape[-1], 1) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=1.0).reshape(shape)
+    if q.device.type != "cpu":
+        # CUDA's fused kernels want a dimension that divides by 8, and what is not fused holds all N² scores: zeros
+        # add nothing to a score, and the values they make are dropped.
+        q, k, v = (F.pad(t, (0, _PAD)) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., 0].reshape(shape)

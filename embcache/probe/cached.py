@@ -16,7 +16,7 @@ from embcache.probe.inputs import plan_for
 from embcache.probe.results import ProbeResult
 from embcache.probe.run import Progress, probe_grid
 from embcache.probe.splits import Splits, write_splits
-from embcache.store.feature_store import FeatureStore, list_stores
+from embcache.store.feature_store import FeatureStore, extract_command, list_stores
 
 PAPER_SET = ("simclr", "swav", "dino")
 """What a fusing head fuses where nobody says otherwise (Section 5.6)."""
@@ -30,6 +30,7 @@ def probe_cached(
     data_root: PathLike | None = None,
     home: PathLike | None = None,
     allow_missing: bool = False,
+    dataset_name: str | None = None,
     splits: str | None = None,
     say: Callable[[str], Any] = lambda line: None,
     progress: Progress | None = None,
@@ -52,6 +53,8 @@ def probe_cached(
         Folder of stores and runs.
     allow_missing : bool
         Go on without images that the labels name but are not there.
+    dataset_name : str, optional
+        Name that a ``folder`` dataset was extracted under, where ``data_root`` says which.
     splits : str, optional
         A splits file, or the name of an imported one.
     say : callable
@@ -75,14 +78,18 @@ def probe_cached(
     """
     model = make_head(head)
     names = list(datasets) if datasets else _datasets_with(model, backbones, home, say)
-    if len(names) > 1 and (data_root is not None or splits is not None):
-        raise UsageError("--data-root and --splits are for one dataset", found=", ".join(names), fix="--dataset NAME")
+    if len(names) > 1 and any(given is not None for given in (data_root, splits, dataset_name)):
+        raise UsageError(
+            "--data-root, --name and --splits are for one dataset", found=", ".join(names), fix="--dataset NAME"
+        )
     results = []
     for name in names:
-        ds, source = find_dataset(name, root=data_root, home=home, allow_missing=allow_missing)
+        ds, source = find_dataset(
+            name, root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name
+        )
         results += probe_grid(
             ds,
-            _sets(model, backbones, ds.name, home),
+            _sets(model, backbones, ds, home),
             head=head,
             home=home,
             splits=None if splits is None else find_splits(splits, ds, home),
@@ -199,16 +206,16 @@ def _splits_dir(ds: ImageDataset, home: PathLike | None) -> Path:
     return home_dir(home) / slug(ds.name) / "splits"
 
 
-def _sets(head: Head, backbones: Sequence[str] | None, dataset: str, home: PathLike | None) -> list[list[str]]:
+def _sets(head: Head, backbones: Sequence[str] | None, ds: ImageDataset, home: PathLike | None) -> list[list[str]]:
     """The sets of backbones that one result each is made of."""
     if head.fuses:
         return [list(backbones or PAPER_SET)]
-    names = list(backbones) if backbones else cached_backbones(dataset, home)
+    names = list(backbones) if backbones else cached_backbones(ds.name, home)
     if not names:
         raise StoreNotFoundError(
-            f"no features are cached for {dataset}",
-            where=home_dir(home) / slug(dataset),
-            fix=f"embcache extract --backbone NAME --dataset {dataset}",
+            f"no features are cached for {ds.name}",
+            where=home_dir(home) / slug(ds.name),
+            fix=extract_command("NAME", ds, home),
         )
     return [[name] for name in names]
 

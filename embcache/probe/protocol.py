@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from embcache.data.groups import merge_groups, overlap_notes
 from embcache.data.splits import IntArray, hash_order, stratified_group_folds, water_fill
 from embcache.errors import ProtocolError, UsageError
-from embcache.probe.splits import Key, Splits, StrArray
+from embcache.probe.splits import Key, Splits, StrArray, absent_note
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
@@ -141,9 +141,9 @@ def plan_splits(
             if val == "matched" and len(holdout) < len(rows):
                 notes.append(f"subset {subset}, fold {fold}: only {len(holdout)} images to validate, {len(rows)} train")
     for fold in range(folds):
-        notes += _absent_note(ds, labels[validate[fold, next(iter(sizes))]], f"validation of fold {fold}")
+        notes += absent_note(ds.class_names, labels[validate[fold, next(iter(sizes))]], f"validation of fold {fold}")
     if (labels[test_rows] >= 0).any():
-        notes += _absent_note(ds, labels[test_rows], "the test set")
+        notes += absent_note(ds.class_names, labels[test_rows], "the test set")
     return Splits(
         dataset=ds.name,
         class_names=tuple(ds.class_names),
@@ -311,12 +311,6 @@ def _matched(orders: Sequence[IntArray], n: int, where: str, ds: ImageDataset) -
             fix="--val full, or a larger --subset",
         )
     return _take(orders, int(share.sum()))
-
-
-def _absent_note(ds: ImageDataset, labels: IntArray, where: str) -> list[str]:
-    counts = np.bincount(labels[labels >= 0], minlength=len(ds.class_names))
-    absent = [name for name, count in zip(ds.class_names, counts, strict=True) if count == 0]
-    return [f"{where} has no image of {', '.join(absent)}: scores there are over the other classes"] if absent else []
 
 
 def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from safetensors.torch import save as save_tensors
 
 from embcache.errors import StoreError
 from embcache.paths import PathLike, home_dir, slug
+from embcache.store.sealed import crc32c, seal, unseal
 
 PROTOCOL_VERSION = 1
 """Raised when the protocol or its arithmetic changes, so that older runs are not taken for new ones."""
@@ -49,6 +50,8 @@ class FoldResult:
         First learning rate.
     metrics : dict
         `embcache.probe.metrics.evaluate` on the test set; empty where the labels are not known.
+    diverged : bool
+        Training ended early because a loss or an output was not finite.
     """
 
     fold: int
@@ -60,6 +63,7 @@ class FoldResult:
     n_val: int
     lr: float
     metrics: Mapping[str, Any]
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,8 +205,9 @@ def save_run(
     files = {
         "predictions.parquet": predictions.to_parquet(index=False),
         "heads.safetensors": save_tensors(tensors, {"run": result.id}),
-        "result.json": (json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n").encode("utf-8"),
     }
+    record = {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in files.items()}
+    files["result.json"] = seal({**result.to_json(), "files": record})
     try:
         staging.mkdir()
         for name, data in files.items():
@@ -216,11 +221,17 @@ def save_run(
 
 
 def find_run(id: str, dataset: str, home: PathLike | None = None) -> ProbeResult | None:
-    """The saved result of this id; None where there is none, or none that can be read."""
+    """The saved result of this id; None where there is none, or where a file of it is not as it was written."""
+    run = runs_dir(dataset, home) / id
     try:
-        return load_result(runs_dir(dataset, home) / id)
-    except (FileNotFoundError, NotADirectoryError, StoreError):
+        result = load_result(run)
+        for name, record in _content(run)["files"].items():
+            data = (run / name).read_bytes()
+            if {"size": len(data), "crc32c": crc32c(data)} != record:
+                return None
+    except (OSError, StoreError):
         return None
+    return result
 
 
 def load_result(run: Path) -> ProbeResult:
@@ -232,12 +243,18 @@ def load_result(run: Path) -> ProbeResult:
         ``result.json`` is not a result of this version, or not that of its folder.
     """
     try:
-        result = ProbeResult.from_json(json.loads((run / "result.json").read_text(encoding="utf-8")))
+        content = _content(run)
+        content.pop("files")
+        result = ProbeResult.from_json(content)
         if result.id != run.name or run_id(result.request) != run.name:
             raise ValueError(f"a request that hashes to {run_id(result.request)}")
     except (ValueError, KeyError, TypeError) as error:
         raise _bad_run(run / "result.json", error) from error
     return result
+
+
+def _content(run: Path) -> dict[str, Any]:
+    return unseal((run / "result.json").read_bytes(), run / "result.json", "delete the run's folder and probe again")
 
 
 def load_predictions(run: Path) -> pd.DataFrame:
@@ -288,9 +305,9 @@ def find_run_at(run: Path) -> ProbeResult | None:
         return None
 
 
-def with_source(result: ProbeResult, source: str) -> ProbeResult:
-    """A reused result, told where its labels were read from this time."""
-    return replace(result, source=source)
+def as_asked(result: ProbeResult, source: str, notes: Sequence[str]) -> ProbeResult:
+    """A reused result, told where its labels were read from this time, with the notes of this request."""
+    return replace(result, source=source, notes=tuple(notes))
 
 
 def _same_keys(cls: type, data: Mapping[str, Any]) -> None:

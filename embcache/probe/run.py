@@ -20,15 +20,15 @@ from embcache.probe.protocol import subset_sizes
 from embcache.probe.results import (
     PROTOCOL_VERSION,
     ProbeResult,
+    as_asked,
     find_run,
     run_id,
     save_run,
-    with_source,
 )
 from embcache.probe.schedule import Schedule
 from embcache.probe.splits import Splits
 from embcache.probe.stack import predict_logits, train_stack
-from embcache.probe.summary import Question, prediction_table, summarise
+from embcache.probe.summary import Question, prediction_table, request_notes, summarise, training_notes
 from embcache.probe.train import diverged_error, make_job
 from embcache.store.feature_store import FeatureStore
 
@@ -210,7 +210,8 @@ def probe_grid(
                     ds, plan, subset, {b: loaded[b] for b in asked}, used, model, schedule, seed, device
                 )
                 result = _answer(question, request, source, home, save, tell)
-            results.append(with_source(result, source))
+            notes = [*request_notes(ds, plan, subset), *training_notes(result.folds)]
+            results.append(as_asked(result, source, notes))
             settled += plan.n_folds * schedule.max_epochs
             if progress is not None:
                 progress(settled, planned, f"{ds.name} {head}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embcache.data.groups import overlap_notes
 from embcache.data.splits import IntArray
 from embcache.errors import ProtocolError, UsageError
 
@@ -110,6 +111,8 @@ class Splits:
             A group both trains and validates in a fold; an image of the test set, or a group of a local one, is in a
             fold; a part holds fewer than two classes.
         """
+        if not len(self.test):
+            raise ProtocolError("the test set is empty", expected="one readable test image at least", found="none")
         known = self.labels[self.test][self.labels[self.test] >= 0]
         if len(known) and len(np.unique(known)) < 2:
             raise ProtocolError(
@@ -244,7 +247,8 @@ def read_splits(
     row_of = {name: row for row, name in enumerate(ids)}
     labels = ds.table["label"].to_numpy(dtype=np.int64)
     gone = set(unreadable)
-    notes = [f"splits read from {path.name}", *ds.notes]
+    # the overlap is told below, for what the file really uses
+    notes = [f"splits read from {path.name}", *(note for note in ds.notes if note not in overlap_notes(ds.table))]
 
     def rows(names: Sequence[str], *, labelled: bool) -> IntArray:
         unknown = [name for name in names if name not in row_of]
@@ -274,12 +278,19 @@ def read_splits(
     )
     train: dict[Key, IntArray] = {}
     val: dict[Key, IntArray] = {}
+    dropped: set[int] = set()
     for number, fold in enumerate(folds):
         for subset in subsets:
             train_rows = rows(fold["train"][subset], labelled=True)
             val_rows = rows(fold["val"].get("*", fold["val"].get(subset, [])), labelled=True)
             train[number, subset] = train_rows[~shared[train_rows]]
             val[number, subset] = val_rows[~shared[val_rows]]
+            dropped.update(np.concatenate([train_rows, val_rows])[shared[np.concatenate([train_rows, val_rows])]])
+    if dropped:
+        notes.append(f"{len(dropped)} images of groups that the official test set shares left out of the folds")
+    for number in range(len(folds)):
+        notes += absent_note(ds.class_names, labels[val[number, subsets[0]]], f"validation of fold {number}")
+    notes += absent_note(ds.class_names, labels[test_rows], "the test set") if (labels[test_rows] >= 0).any() else []
     named = {i for fold in folds for part in fold.values() for names in part.values() for i in names} | set(test)
     if gone & named:
         notes.append(f"{len(gone & named)} unreadable images of the splits file left out")
@@ -313,3 +324,10 @@ def _divided_group(sides: str, fold: int, subset: str, shared: Collection[str]) 
         found=f"{len(names)} divided: {', '.join(map(repr, names[:5]))}{' …' if len(names) > 5 else ''}",
         fix="draw the splits again: embcache splits export",
     )
+
+
+def absent_note(class_names: Sequence[str], labels: IntArray, where: str) -> list[str]:
+    """One note where a class has no image among ``labels`` (−1 counts for none), else nothing."""
+    counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
+    absent = [name for name, count in zip(class_names, counts, strict=True) if count == 0]
+    return [f"{where} has no image of {', '.join(absent)}: scores there are over the other classes"] if absent else []

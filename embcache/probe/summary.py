@@ -93,6 +93,7 @@ def summarise(
                 n_val=len(plan.val[f, subset]),
                 lr=q.schedule.lr,
                 metrics=metrics,
+                diverged=head.diverged,
             )
         )
     scores = [fold.score for fold in folds if fold.score is not None]
@@ -118,7 +119,7 @@ def summarise(
         folds=tuple(folds),
         test_set=plan.test_set,
         synthetic=q.ds.synthetic,
-        notes=_notes(q, trained),
+        notes=(*request_notes(q.ds, plan, subset), *training_notes(folds)),
         class_names=tuple(q.ds.class_names),
         request=request,
         seconds=round(seconds, 3),
@@ -127,21 +128,22 @@ def summarise(
     )
 
 
-def _notes(q: Question, trained: Sequence[TrainedHead]) -> tuple[str, ...]:
-    notes = list(q.plan.notes)
-    if q.ds.synthetic and not any(note.startswith("synthetic") for note in notes):
+def request_notes(ds: ImageDataset, plan: Splits, subset: str) -> list[str]:
+    """What a reader must know before anything is trained: of the dataset, its splits and the subset."""
+    notes = list(plan.notes)
+    if ds.synthetic and not any(note.startswith("synthetic") for note in notes):
         notes.insert(0, "synthetic: the images are drawn by embcache")
-    if not q.plan.test_labelled:
-        notes.append(
-            f"the labels of the {len(q.plan.test)} test images are not known: predictions are kept, not scored"
-        )
-    n_classes = len(q.ds.class_names)
-    if not all(is_balanced(q.plan.labels[q.plan.train[f, q.subset]], n_classes) for f in range(q.plan.n_folds)):
-        notes.append(f"subset {q.subset}: classes are not balanced, so training draws them equally often")
-    for fold, head in enumerate(trained):
-        if head.diverged:
-            notes.append(f"fold {fold} diverged in epoch {len(head.losses)}: epoch {head.best_epoch} was kept")
-    return tuple(dict.fromkeys(notes))
+    if not plan.test_labelled:
+        notes.append(f"the labels of the {len(plan.test)} test images are not known: predictions are kept, not scored")
+    n_classes = len(ds.class_names)
+    if not all(is_balanced(plan.labels[plan.train[f, subset]], n_classes) for f in range(plan.n_folds)):
+        notes.append(f"subset {subset}: classes are not balanced, so training draws them equally often")
+    return list(dict.fromkeys(notes))
+
+
+def training_notes(folds: Sequence[FoldResult]) -> list[str]:
+    """What a reader must know of the training: folds that ended because a loss was not finite."""
+    return [f"fold {f.fold} diverged in epoch {f.epochs}: epoch {f.best_epoch} was kept" for f in folds if f.diverged]
 
 
 def prediction_table(plan: Splits, p: FloatArray) -> pd.DataFrame:

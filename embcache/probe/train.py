@@ -41,10 +41,12 @@ def make_job(
     lr : float
         First learning rate.
     """
+    # The result depends on which rows train, not on how they were listed.
+    train, val = np.sort(train), np.sort(val)
     y = labels[train]
     weights = None
     if not is_balanced(y, n_classes):
-        weights = torch.from_numpy(1.0 / np.bincount(y, minlength=n_classes)[y])
+        weights = torch.from_numpy(1.0 / np.bincount(y)[y])
     return Job(torch.from_numpy(train), torch.from_numpy(val), stream, lr, weights)
 
 

@@ -50,3 +50,21 @@ def test_a_single_token_attends_to_itself() -> None:
 def test_unknown_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match="attention is one of"):
         attend(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2), kind="magic")
+
+
+def test_zeros_added_to_every_token_change_nothing() -> None:
+    """What CUDA's fused kernels are given: tokens of dimension 8, seven of them zero."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 1, 50, 1, generator=generator) for _ in range(3))
+    padded = (torch.nn.functional.pad(t, (0, 7)) for t in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(*padded, scale=1.0)[..., 0]
+    assert torch.allclose(out[:, 0], attend(q[:, 0, :, 0], k[:, 0, :, 0], v[:, 0, :, 0]), atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_validation_chunk_fits_a_gpu_without_all_scores() -> None:
+    q, k, v = (torch.randn(1024, 1536, device="cuda") for _ in range(3))
+    torch.cuda.reset_peak_memory_stats()
+    attend(q, k, v)
+    assert torch.cuda.max_memory_allocated() < 1024 * 1536 * 1536  # bytes: a quarter of one float32 score tensor

@@ -17,8 +17,10 @@ import embcache.probe.run as run_module
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, RecipeError, StoreError, StoreNotFoundError, UsageError
 from embcache.probe.metrics import bootstrap, interval, softmax
+from embcache.probe.protocol import plan_splits
 from embcache.probe.results import ProbeResult, list_results, load_heads, load_predictions, load_result, runs_dir
 from embcache.probe.run import probe_features, probe_grid
+from embcache.probe.splits import write_splits
 from tests.probe.build import make_dataset, make_features, make_recipe, put_store
 
 
@@ -154,6 +156,44 @@ def test_a_damaged_run_is_made_again(cached: ImageDataset, home: Path) -> None:
     second = probe_features(cached, "a", home=home)
     assert [f.score for f in second.folds] == [f.score for f in first.folds]
     assert load_result(run_of(second, home)) == second
+
+
+@pytest.mark.parametrize("harm", ["edited score", "lost predictions", "damaged heads"])
+def test_a_run_that_is_not_as_written_is_never_served(cached: ImageDataset, home: Path, harm: str) -> None:
+    first = probe_features(cached, "a", home=home)
+    run = run_of(first, home)
+    if harm == "edited score":
+        text = (run / "result.json").read_text()
+        (run / "result.json").write_text(text.replace(f'"mean": {first.mean}', '"mean": 0.9999'))
+        assert "0.9999" in (run / "result.json").read_text()
+    elif harm == "lost predictions":
+        (run / "predictions.parquet").unlink()
+    else:
+        (run / "heads.safetensors").write_bytes(b"garbage")
+    assert probe_features(cached, "a", home=home).mean == first.mean
+    assert load_predictions(run)["fold"].nunique() == 5
+    assert len(load_heads(run)) == 5
+
+
+def test_the_order_of_a_splits_file_changes_nothing(cached: ImageDataset, home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "splits.json"
+    write_splits(plan_splits(cached, subsets=["S"]), path)
+    one = probe_features(cached, "a", home=home, splits=path, reuse=False)
+    content = json.loads(path.read_text())
+    for fold in content["folds"]:
+        fold["train"] = {subset: ids[::-1] for subset, ids in fold["train"].items()}
+    path.write_text(json.dumps(content))
+    other = probe_features(cached, "a", home=home, splits=path, reuse=False)
+    assert (other.id, other.mean) == (one.id, one.mean)
+
+
+def test_a_reused_result_carries_the_notes_of_this_request(cached: ImageDataset, home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "splits.json"
+    write_splits(plan_splits(cached, subsets=["S"]), path)
+    first = probe_features(cached, "a", home=home, splits=path)
+    again = probe_features(cached, "a", home=home)
+    assert [note for note in first.notes if "splits.json" in note]
+    assert not [note for note in again.notes if "splits.json" in note]
 
 
 def test_a_result_of_another_request_is_not_taken(cached: ImageDataset, home: Path) -> None:

@@ -144,3 +144,25 @@ def test_where_it_cannot_be_written(ds: ImageDataset, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot write"):
         write_splits(plan_splits(ds, subsets=["F"]), tmp_path / "file" / "s.json")
+
+
+def test_a_file_with_an_empty_test_set_is_refused(tmp_path: Path) -> None:
+    ds = make_dataset([0, 1] * 50)
+    path = tmp_path / "splits.json"
+    write_splits(plan_splits(ds, subsets=["S"]), path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "test": []}))
+    with pytest.raises(ProtocolError, match="test set is empty"):
+        read(path, ds)
+
+
+def test_a_class_absent_from_an_imported_part_is_flagged(tmp_path: Path) -> None:
+    ds = make_dataset([0, 1, 2] * 40)
+    path = tmp_path / "splits.json"
+    write_splits(plan_splits(ds, subsets=["S"]), path)
+    content = json.loads(path.read_text())
+    label = dict(zip(ds.ids, ds.labels, strict=True))
+    content["test"] = [name for name in content["test"] if label[name] != 2]
+    path.write_text(json.dumps(content))
+    notes = read(path, ds).notes
+    assert [note for note in notes if note.startswith("the test set has no image of")]
