@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from embcache.data.quiet import quiet
-from embcache.errors import ImageError
+from embcache.errors import DatasetError, ImageError
 
 _SUFFIXES = (".dcm", ".dicom", ".dic")
 
@@ -23,12 +23,19 @@ def is_dicom(data: bytes, name: str = "") -> bool:
     return data[128:132] == b"DICM" or os.path.splitext(name)[1].lower() in _SUFFIXES  # noqa: PTH122
 
 
-def decode_dicom(data: bytes) -> npt.NDArray[np.uint8]:
+def decode_dicom(data: bytes, name: str = "") -> npt.NDArray[np.uint8]:
     """The first frame as a viewer shows it.
 
     Grey: rescaled (slope and intercept, or the modality's table); then the first window or table of interest if the
     file has one, else the image's own range; MONOCHROME1 is inverted, so that more is always brighter; padding is
     black. Colour and palette images become RGB.
+
+    Parameters
+    ----------
+    data : bytes
+        The whole file.
+    name : str
+        Its name, for messages.
 
     Returns
     -------
@@ -36,15 +43,14 @@ def decode_dicom(data: bytes) -> npt.NDArray[np.uint8]:
 
     Raises
     ------
+    DatasetError
+        pydicom, or the package that knows the file's compression, is not installed: that says nothing about the image.
     ImageError
-        pydicom is not installed, the file holds no image, or it is too large. What pydicom raises on broken files
-        passes through.
+        The file holds no image, or it is too large. What pydicom raises on broken files passes through.
     """
-    with _pydicom() as pydicom:
+    with _pydicom(name) as pydicom:
         file = pydicom.dcmread(io.BytesIO(data), force=True)
-        _check(file)
-        if "TransferSyntaxUID" not in file.file_meta:  # a file without the preamble; this is the standard's default
-            file.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+        _check(pydicom, file, name)
         frame = pydicom.pixels.pixel_array(file, index=0)
         photometric = str(file.PhotometricInterpretation)
         if photometric == "PALETTE COLOR":
@@ -61,11 +67,11 @@ def decode_dicom(data: bytes) -> npt.NDArray[np.uint8]:
     return np.repeat(np.rint(shades * 255.0).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def dicom_size(file: IO[bytes]) -> tuple[int, int]:
+def dicom_size(file: IO[bytes], name: str = "") -> tuple[int, int]:
     """(width, height) from the header of an open file. Raises as `decode_dicom`."""
-    with _pydicom() as pydicom:
+    with _pydicom(name) as pydicom:
         header = pydicom.dcmread(file, force=True, stop_before_pixels=True)
-        _check(header)
+        _check(pydicom, header, name)
         return int(header.Columns), int(header.Rows)
 
 
@@ -105,20 +111,36 @@ def _first(value: Any) -> float:
     return float(value[0] if isinstance(value, Sequence) and not isinstance(value, str) else value)
 
 
-def _check(file: Any) -> None:
+def _check(pydicom: Any, file: Any, name: str) -> None:
     if any(tag not in file for tag in ("Rows", "Columns", "PhotometricInterpretation")):
         raise ImageError("a DICOM file without an image")
     limit = Image.MAX_IMAGE_PIXELS
     if limit and int(file.Rows) * int(file.Columns) > limit:
         raise ImageError(f"too large: more than {limit:,} pixels")
+    if "TransferSyntaxUID" not in file.file_meta:  # a file without the preamble; this is the standard's default
+        file.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+    syntax = file.file_meta.TransferSyntaxUID
+    decoder = pydicom.pixels.get_decoder(syntax)
+    if not decoder.is_available:
+        raise DatasetError(
+            f"DICOM images compressed as {syntax.name} need a package that is not installed",
+            expected="one of: " + "; ".join(decoder.missing_dependencies),
+            found="none of them",
+            where=name or None,
+            fix="pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg",
+        )
 
 
 @contextmanager
-def _pydicom() -> Iterator[Any]:
+def _pydicom(name: str) -> Iterator[Any]:
     try:
         import pydicom
         import pydicom.pixels
     except ImportError as error:
-        raise ImageError('DICOM needs pydicom: pip install "embcache[dicom]"') from error
+        raise DatasetError(
+            "DICOM images need pydicom, which is not installed",
+            where=name or None,
+            fix='pip install "embcache[dicom]"',
+        ) from error
     with quiet(r"pydicom"):
         yield pydicom

@@ -28,7 +28,7 @@ from embcache.data.checks import refuse_outside
 from embcache.data.dicom import decode_dicom, dicom_size, is_dicom
 from embcache.data.files import is_inside
 from embcache.data.quiet import quiet
-from embcache.errors import ImageError
+from embcache.errors import EmbcacheError, ImageError
 
 DECODER_VERSION = "pillow-1"
 
@@ -68,12 +68,14 @@ def decode_image(data: bytes, *, name: str = "") -> npt.NDArray[np.uint8]:
     ------
     ImageError
         Empty, truncated, broken, too large (Pillow's limit on pixels) or not an image.
+    DatasetError
+        A DICOM file, and what decodes it is not installed.
     """
     if not data:
         raise ImageError("the file is empty")
     if is_dicom(data, name):
         with _reasons():
-            return decode_dicom(data)
+            return decode_dicom(data, name)
     with _reasons():
         image, orientation = _open(io.BytesIO(data))
         image.load()
@@ -99,7 +101,7 @@ def read_image(dataset_root: Path | str, path: str, member: int = -1) -> tuple[n
     ImageError
         The image is not there or cannot be decoded.
     DatasetError
-        The path leads out of the root.
+        The path leads out of the root, or what decodes the file is not installed.
     OSError
         The file cannot be read for now (no permission, a stale mount, a failing disk): not the image's fault.
     """
@@ -124,7 +126,7 @@ def read_size(dataset_root: Path | str, path: str, member: int = -1) -> tuple[in
         file.seek(0)
         with _reasons():
             if is_dicom(head, path):
-                return dicom_size(file)
+                return dicom_size(file, path)
             image, orientation = _open(file)
             width, height = image.size
     return (height, width) if orientation >= 5 else (width, height)
@@ -189,7 +191,7 @@ def _reasons() -> Iterator[None]:
     """Turn whatever a decoder raises on broken bytes into an `ImageError`; trouble of the machine passes."""
     try:
         yield
-    except (ImageError, MemoryError):
+    except (EmbcacheError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = Image.MAX_IMAGE_PIXELS

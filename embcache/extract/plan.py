@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import read_image, read_size
+from embcache.data.images import DECODER_VERSION, read_image, read_size
 from embcache.errors import ImageError
 from embcache.store.commit import PlanEntry, publish_plan
 from embcache.store.feature_store import FeatureStore
@@ -26,6 +26,7 @@ from embcache.store.feature_store import FeatureStore
 ABSENT = -1
 
 _SCAN_COLUMNS = ["path", "size", "mtime_ns", "width", "height"]
+_DECODER = "decoder"  # column of a kept scan: the version that read its headers
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,13 @@ def scan_images(dataset: ImageDataset, root: Path, known: pd.DataFrame | None, p
     -------
     DataFrame
         ``path``, ``size`` (bytes), ``mtime_ns``, ``width``, ``height`` (pixels; 0 where the header cannot be read).
-        Headers are read only where size or modification time differ from ``known``, an earlier scan.
+        Headers are read where size or modification time differ from ``known``, an earlier scan, and where that
+        could not read them: another decoder may.
+
+    Raises
+    ------
+    DatasetError
+        A path leads out of the root, or what decodes an image is not installed.
     """
     table = dataset.table[["path", "member"]].drop_duplicates("path")
     before = {} if known is None else _by_path(known)
@@ -64,7 +71,7 @@ def scan_images(dataset: ImageDataset, root: Path, known: pd.DataFrame | None, p
         except FileNotFoundError:
             return path, ABSENT, 0, 0, 0
         seen = before.get(path)
-        if seen is not None and seen[:2] == (state.st_size, state.st_mtime_ns):
+        if seen is not None and seen[:2] == (state.st_size, state.st_mtime_ns) and seen[2] > 0:
             return (path, *seen)
         try:
             width, height = read_size(root, path, member)
@@ -83,19 +90,24 @@ def _by_path(scan: pd.DataFrame) -> dict[str, tuple[int, int, int, int]]:
 
 
 def encode_scan(scan: pd.DataFrame) -> bytes:
-    """A scan as Parquet bytes."""
+    """A scan as Parquet bytes, with the decoder's version."""
     buffer = io.BytesIO()
-    scan.to_parquet(buffer, index=False)
+    scan.assign(**{_DECODER: DECODER_VERSION}).to_parquet(buffer, index=False)
     return buffer.getvalue()
 
 
 def decode_scan(path: Path) -> pd.DataFrame | None:
-    """The scan kept in a file, or None: it only saves work, so one that cannot be read counts as absent."""
+    """The scan kept in a file, or None: it only saves work, so one that cannot be read counts as absent.
+
+    So does one that another version of the decoder made: it may see other sizes.
+    """
     try:
         scan = pd.read_parquet(path)
     except (OSError, ValueError):
         return None
-    return scan[_SCAN_COLUMNS] if set(_SCAN_COLUMNS) <= set(scan.columns) else None
+    if not {*_SCAN_COLUMNS, _DECODER} <= set(scan.columns) or not (scan[_DECODER] == DECODER_VERSION).all():
+        return None
+    return scan[_SCAN_COLUMNS]
 
 
 def image_sizes(scan: pd.DataFrame) -> set[tuple[int, int]]:

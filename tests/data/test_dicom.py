@@ -1,13 +1,14 @@
 import io
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from embcache.data.images import decode_image, read_size
-from embcache.errors import ImageError
+from embcache.data.images import decode_image, read_image, read_size
+from embcache.errors import DatasetError, ImageError
 
 pydicom = pytest.importorskip("pydicom", reason='DICOM needs pydicom: pip install "embcache[dicom]"')
 
@@ -131,7 +132,37 @@ def test_an_image_beyond_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -
         decode_image(dicom(GREY))
 
 
-def test_without_pydicom_the_reason_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pydicom_the_run_ends_and_the_message_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.dcm").write_bytes(dicom(GREY))
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(ImageError, match=r'pip install "embcache\[dicom\]"'):
-        decode_image(b"\0" * 128 + b"DICM" + b"\0" * 50)
+    for read in (read_image, read_size):
+        with pytest.raises(DatasetError) as caught:
+            read(tmp_path, "x.dcm")
+        assert caught.value.fix == 'pip install "embcache[dicom]"'
+        assert caught.value.where == "x.dcm"
+
+
+def test_without_the_package_for_a_compression_the_run_ends_and_the_message_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = pydicom.dcmread(io.BytesIO(dicom(GREY)))
+    file.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLosslessSV1
+    file.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xd9"])
+    file.save_as(tmp_path / "x.dcm")
+    decoder = pydicom.pixels.get_decoder(pydicom.uid.JPEGLosslessSV1)
+    monkeypatch.setattr(decoder, "_available", {})
+    for read in (read_image, read_size):
+        with pytest.raises(DatasetError, match="JPEG Lossless") as caught:
+            read(tmp_path, "x.dcm")
+        assert "pip install" in str(caught.value.fix)
+
+
+def test_a_compression_that_nobody_decodes_is_the_images_fault(tmp_path: Path) -> None:
+    file = pydicom.dcmread(io.BytesIO(dicom(GREY)))
+    file.file_meta.TransferSyntaxUID = pydicom.uid.MPEG2MPML
+    file.PixelData = pydicom.encaps.encapsulate([b"\0\0\1\xb3"])
+    file.save_as(tmp_path / "x.dcm")
+    with pytest.raises(ImageError, match="MPEG2"):
+        read_image(tmp_path, "x.dcm")
