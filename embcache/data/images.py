@@ -13,7 +13,6 @@ import io
 import os
 import re
 import stat
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,8 +149,7 @@ def _open_file(real: str) -> IO[bytes]:
 
 def _open(file: IO[bytes]) -> tuple[Image.Image, int]:
     """Open an image, its header read, and the EXIF orientation (1 to 8) still to be applied."""
-    with quiet(r"PIL\."):
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with quiet(r"PIL\.", fatal=Image.DecompressionBombWarning):
         image = Image.open(file)
         if image.format in _REFUSED:
             raise ImageError(_REFUSED[image.format])
