@@ -292,13 +292,15 @@ def settle(ds: ImageDataset, source: DatasetSource, *, allow_missing: bool) -> I
     missing = tuple(path for path, size in sizes.items() if size is None)
     if missing and (not allow_missing or len(missing) == len(sizes)):
         get = f"get the images: kagglehub.{source.download}" if source.download else "put the images there"
-        go_on = "add --allow-missing to `embcache extract` or `embcache probe` (load_dataset: allow_missing=True)"
+        flag = (
+            "--allow-missing (a flag of embcache extract, probe, splits and export; load_dataset: allow_missing=True)"
+        )
         raise DatasetError(
             f"{len(missing):,} of {len(sizes):,} images that the labels name are not there",
             expected="a file for every row",
             found=f"no {first_few(missing)}",
             where=ds.root,
-            fix=get if len(missing) == len(sizes) else f"{get}; or go on without them: {go_on}",
+            fix=get if len(missing) == len(sizes) else f"{get}; or go on without them: {flag}",
         )
     if missing:
         note = f"{len(missing):,} of {len(sizes):,} images are missing and left out (first: {first_few(missing, 3)})"
