@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Collection, Mapping
@@ -110,7 +111,13 @@ def _read(path: Path, file: IO[bytes]) -> object:
     if head[:4] == b"PK\x03\x04":
         _check_zip(path, file)
         # Mapped, so that a tensor which claims more than the file holds is an error instead of a read past its end.
-        return _read_pickle(path, path, mmap=True)
+        if path.suffix != ".safetensors":
+            return _read_pickle(path, path, mmap=True)
+        # Only a file with a name can be, and torch believes this one: give it another.
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / "checkpoint"
+            link.symlink_to(path.resolve())
+            return _read_pickle(path, link, mmap=True)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         try:
             return safetensors.torch.load_file(path)

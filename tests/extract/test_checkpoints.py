@@ -65,6 +65,14 @@ def test_safetensors_are_read_whatever_the_file_is_called(tmp_path: Path) -> Non
     assert all(torch.equal(cleaned[key], state[key]) for key in state)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pytorch_files_are_read_whatever_the_file_is_called(tmp_path: Path, legacy: bool) -> None:
+    state = small_state()
+    path = published.save(tmp_path / "weights.safetensors", state, legacy=legacy)
+    found = read_checkpoint(path).state
+    assert all(torch.equal(found[key], state[key]) for key in state)
+
+
 class Malicious:
     def __init__(self, call: Callable[..., object], *args: object) -> None:
         self.call = (call, args)
