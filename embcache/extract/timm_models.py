@@ -1,32 +1,27 @@
 """Any of timm's models as a backbone: ``timm:NAME`` and ``timm:hf-hub:ORG/NAME``.
 
-Features are those that timm pools for the model's own classifier, after the model's own preprocessing.
+Features are those that timm pools for the model's own classifier, after the model's own preprocessing. timm builds the
+networks; their weights are fetched and read by embcache.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
-import logging
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import timm
 import torch
-from huggingface_hub import constants as hub_constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from timm.data.config import resolve_model_data_config
 from timm.layers.mlp import SwiGLUPacked
 from torch import Tensor, nn
 
 from embcache.errors import UsageError, WeightsError
 from embcache.extract.backbones import Backbone, timm_filename
-from embcache.extract.checkpoints import hash_state, load_strictly, read_checkpoint, strip_prefixes
+from embcache.extract.checkpoints import load_strictly, read_checkpoint, strip_prefixes
+from embcache.extract.timm_weights import fetch_weights, hub_errors, reach_hub
 from embcache.extract.weights import Published, check_digest, find_weights, locate_weights
 from embcache.paths import PathLike, weights_dir
 
@@ -72,7 +67,14 @@ def find_timm(name: str) -> Backbone:
     if "vit" in lower and "dinov3" in lower:
         # timm averages the patches of DINOv3 unless told otherwise; the published feature is the class token.
         arguments["global_pool"] = "token"
-    model = _skeleton(model_name, arguments)
+    try:
+        model = _skeleton(model_name, arguments)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"timm cannot build {model_name}", found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            expected="on the hub, a config.json in timm's layout that names one of its architectures",
+            fix="choose another model; see `embcache backbones`",
+        ) from error  # fmt: skip
     config = model.pretrained_cfg
     data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     height, width = data["input_size"][-2:]
@@ -105,12 +107,12 @@ def load_timm(
     image_size: tuple[int, int] | None,
     allow_download: bool,
 ) -> tuple[nn.Module, str, str]:
-    """Build a timm model with its weights: from ``weights``, else the weights folder, else as timm fetches them.
+    """Build a timm model with its weights: from ``weights``, else the weights folder, else the hub or their URL.
 
     Returns
     -------
     module, sha256, origin : Module, str, str
-        The digest is that of the file, or of the tensors where timm fetched them; the origin is in words.
+        The digest is that of the file; the origin is in words.
 
     Raises
     ------
@@ -119,19 +121,19 @@ def load_timm(
     WeightsError
         The weights are missing, refused, or do not fit.
     """
+    folder, origin = weights_dir(home), ""
     path: Path | None
     if weights is not None:
         path = locate_weights(spec.name, spec.weights, override=weights, home=home)
     else:
-        path = find_weights(spec.weights, weights_dir(home))
-    if path is not None:
-        checkpoint = read_checkpoint(path)
-        if weights is None:
-            check_digest(path, checkpoint.sha256, spec.weights)
-        module, digest, origin = _fill(spec, checkpoint.state, path), checkpoint.sha256, path.name
-    else:
-        module = _fetch(spec, weights_dir(home), allow_download)
-        digest, origin = hash_state(module), f"timm, {spec.source}"
+        path = find_weights(spec.weights, folder)
+    if path is None:
+        path = fetch_weights(spec, folder, allow_download)
+        origin = f" of {spec.source}"
+    checkpoint = read_checkpoint(path)
+    if weights is None:
+        check_digest(path, checkpoint.sha256, spec.weights)
+    module, digest, origin = _fill(spec, checkpoint.state, path), checkpoint.sha256, path.name + origin
     if image_size is not None and image_size != spec.input_size:
         _resize(module, spec, image_size)
     return module, digest, origin
@@ -147,6 +149,8 @@ def _fill(spec: Backbone, state: Mapping[str, Tensor], path: Path) -> Any:
     try:
         load_strictly(module, trunk, where=path)
     except WeightsError as mismatch:
+        if not trunk:
+            raise  # an empty overlay would send timm to fetch weights of its own
         # Overlaid on the configuration, the tensors pass through the model's own converter of published names.
         overlay = {"state_dict": trunk, "source": "", "num_classes": 0, "label_offset": 0}
         arguments = {**dict(spec.timm_arguments), "pretrained": True, "pretrained_cfg_overlay": overlay}
@@ -155,49 +159,16 @@ def _fill(spec: Backbone, state: Mapping[str, Tensor], path: Path) -> Any:
         except (RuntimeError, KeyError, ValueError, AttributeError, TypeError):
             raise mismatch from None
         del module.pretrained_cfg["state_dict"]
-    return module
-
-
-def _fetch(spec: Backbone, folder: Path, allow_download: bool) -> Any:
-    """Build the network with the weights that timm and the hub keep or fetch."""
-    if not allow_download:
-        raise _unavailable(spec.timm, "downloads are not allowed here", spec.weights.filename, folder)
-    if repository := _repository(spec.timm):
-        _reach_hub(spec.timm, repository, "model.safetensors", spec.weights.filename, folder)
-    try:
-        # With the classifier that the checkpoint has: timm is strict about names only when the classes agree.
-        module = _create(spec.timm, {**dict(spec.timm_arguments), "pretrained": True})
-    except RuntimeError as error:
-        raise WeightsError(
-            f"timm has no weights for {spec.timm}, or they do not fit it", found=str(error).partition("\n")[0],
-            expected="a model that timm.list_models(pretrained=True) lists",
-            fix=f"embcache extract --weights {spec.name}=FILE …",
-        ) from error  # fmt: skip
-    module.reset_classifier(0)
+        load_strictly(module, module.state_dict(), where=path)  # timm takes values that are not finite
     return module
 
 
 def _create(model_name: str, arguments: Mapping[str, Any], **more: Any) -> Any:
     # Any: what a timm model has besides nn.Module is not in its type.
     if model_name.startswith("hf-hub:"):
-        _reach_hub(model_name, model_name.removeprefix("hf-hub:"), "config.json")
-    try:
-        with torch.random.fork_rng(devices=[]), _quiet_hub():
-            return timm.create_model(model_name, **{"pretrained": False, **arguments, **more})
-    except GatedRepoError as error:
-        page = f"https://huggingface.co/{model_name.removeprefix('hf-hub:')}"
-        raise WeightsError(
-            f"{model_name} is gated: its authors let in those who accept their terms", where=page,
-            found="a refusal from the hub", fix=f"accept the terms at {page}, then type: hf auth login",
-        ) from error  # fmt: skip
-    except RepositoryNotFoundError as error:
-        raise UsageError(
-            f"the hub has no model {model_name.removeprefix('hf-hub:')!r}, or it is private", found="not found",
-            where=f"https://huggingface.co/{model_name.removeprefix('hf-hub:')}",
-            fix="check the name; for a private model type: hf auth login",
-        ) from error  # fmt: skip
-    except OSError as error:
-        raise _unavailable(model_name, str(error).partition("\n")[0]) from error
+        reach_hub(model_name, model_name.removeprefix("hf-hub:"), "config.json")
+    with torch.random.fork_rng(devices=[]), hub_errors(model_name):
+        return timm.create_model(model_name, **{"pretrained": False, **arguments, **more})
 
 
 def _skeleton(model_name: str, arguments: Mapping[str, Any]) -> Any:
@@ -247,56 +218,3 @@ def _resize(module: Any, spec: Backbone, image_size: tuple[int, int]) -> None:
             f"{spec.name} cannot take images of {image_size[1]}×{image_size[0]}", found=str(error).partition("\n")[0],
             expected=f"{spec.input_size[1]}×{spec.input_size[0]}", fix="embcache extract --transform model …",
         ) from error  # fmt: skip
-
-
-@contextlib.contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keep the hub's log of retries off the terminal: a failure becomes one message of ours."""
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _reach_hub(model_name: str, repository: str, file: str, filename: str = "", folder: Path | None = None) -> None:
-    """Raise at once, not after a minute of retries, where there is no network and the hub's cache lacks the file."""
-    repository, _, revision = repository.partition("@")
-    try:
-        cached = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
-    except ValueError as error:
-        raise UsageError(
-            f"{repository!r} is not the name of a model on the hub", expected="ORG/NAME", found=repository,
-            fix="embcache extract --backbone timm:hf-hub:ORG/NAME …",
-        ) from error  # fmt: skip
-    if isinstance(cached, str) or hub_constants.HF_HUB_OFFLINE:
-        return
-    request = urllib.request.Request(hub_constants.ENDPOINT, method="HEAD", headers={"User-Agent": "embcache"})
-    try:
-        urllib.request.urlopen(request, timeout=10).close()
-    except urllib.error.HTTPError as error:
-        error.close()  # an answer, of whatever kind, is a network
-    except OSError as error:
-        raise _unavailable(model_name, str(getattr(error, "reason", error)), filename, folder) from error
-
-
-def _repository(model_name: str) -> str:
-    """ORG/NAME on the hub where timm's weights of a model lie; empty where they lie elsewhere."""
-    if model_name.startswith("hf-hub:"):
-        return model_name.removeprefix("hf-hub:")
-    return str(getattr(timm.get_pretrained_cfg(model_name), "hf_hub_id", None) or "")
-
-
-def _unavailable(model_name: str, reason: str, filename: str = "", folder: Path | None = None) -> WeightsError:
-    repository = _repository(model_name)
-    page = f"https://huggingface.co/{repository}"
-    if model_name.startswith("hf-hub:") or folder is None:
-        url, where = page, str(hub_constants.HF_HUB_CACHE)
-        fix = f"on a machine with a network: hf download {repository}\nthen copy its folder to {where}"
-    else:
-        config_url = getattr(timm.get_pretrained_cfg(model_name), "url", "")
-        url, where = f"{page}/resolve/main/model.safetensors" if repository else str(config_url), str(folder)
-        fix = f"on a machine with a network: curl -L -o {filename} {url}\nthen put it at {folder / filename}"
-    return WeightsError(f"{model_name} cannot be fetched", expected=url, found=reason, where=where, fix=fix)

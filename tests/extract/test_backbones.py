@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from embcache.commands.backbones import backbones as backbones_command
 from embcache.errors import UsageError, WeightsError
-from embcache.extract import timm_models
+from embcache.extract import timm_models, timm_weights
 from embcache.extract.backbones import BACKBONES, find_backbone, load_backbone
 from embcache.extract.checkpoints import hash_state
 from embcache.extract.networks import rename_efficientnet
@@ -283,9 +283,9 @@ def test_an_unknown_timm_model_is_bad_usage_with_near_names() -> None:
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(timm_models.hub_constants, "ENDPOINT", "http://nowhere.invalid")
-    monkeypatch.setattr(timm_models.hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(timm_models.huggingface_hub, "try_to_load_from_cache", lambda *args, **more: None)
+    monkeypatch.setattr(timm_weights.hub_constants, "ENDPOINT", "http://nowhere.invalid")
+    monkeypatch.setattr(timm_weights.hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(timm_weights.huggingface_hub, "try_to_load_from_cache", lambda *args, **more: None)
 
 
 @pytest.mark.usefixtures("no_hub")
@@ -311,7 +311,7 @@ def test_a_model_of_the_hub_without_a_network_is_one_error(tmp_path: Path) -> No
 
 
 def test_nothing_is_fetched_from_the_hub_when_that_is_not_allowed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm_models.urllib.request, "urlopen", lambda *args, **more: pytest.fail("asked the network"))
+    monkeypatch.setattr(timm_weights.urllib.request, "urlopen", lambda *args, **more: pytest.fail("asked the network"))
     with pytest.raises(WeightsError, match="not allowed"):
         load_backbone("timm:resnet10t", allow_download=False)
 
@@ -339,7 +339,7 @@ def test_a_refusal_by_the_hub_says_what_to_do(
         raise failure
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    monkeypatch.setattr(timm_models, "_reach_hub", lambda *args: None)
+    monkeypatch.setattr(timm_models, "reach_hub", lambda *args: None)
     with pytest.raises(kind, match=advice) as error:
         find_backbone("timm:hf-hub:MahmoodLab/UNI")
     assert "https://huggingface.co/MahmoodLab/UNI" in str(error.value)
@@ -353,7 +353,7 @@ def test_a_name_that_is_none_of_the_hubs_is_bad_usage() -> None:
 def test_pretraining_on_a_datasets_images_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **more: create("vit_tiny_patch16_224", **more))
-    monkeypatch.setattr(timm_models, "_reach_hub", lambda *args: None)
+    monkeypatch.setattr(timm_models, "reach_hub", lambda *args: None)
     assert find_backbone("timm:hf-hub:microsoft/rad-dino").contaminated == ("nih",)
     assert find_backbone("timm:hf-hub:someone/vit").contaminated == ()
     assert all(spec.contaminated == () for spec in BACKBONES.values())
@@ -362,7 +362,7 @@ def test_pretraining_on_a_datasets_images_is_known(monkeypatch: pytest.MonkeyPat
 def test_what_model_cards_say_reaches_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **more: create("vit_tiny_patch16_224", **more))
-    monkeypatch.setattr(timm_models, "_reach_hub", lambda *args: None)
+    monkeypatch.setattr(timm_models, "reach_hub", lambda *args: None)
     with_scales = find_backbone("timm:hf-hub:MahmoodLab/UNI")
     plain = find_backbone("timm:hf-hub:someone/other-vit")
     assert with_scales.parameters == plain.parameters + 12 * 2 * 192  # LayerScale in every block
