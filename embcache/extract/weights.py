@@ -7,7 +7,7 @@ import hashlib
 import http.client
 import importlib.util
 import os
-import tempfile
+import secrets
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -131,23 +131,25 @@ def download(published: Published, folder: Path) -> Path:
     WeightsError
         There is no network, the server refuses, or what came is not the published file.
     """
+    # Not mkstemp, whose files nobody else may read: the folder may be shared, and the umask says with whom.
+    partial = folder / f".{published.filename}.{secrets.token_hex(8)}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=folder, prefix=f".{published.filename}.", suffix=".part")
+        file = partial.open("xb")
     except OSError as error:
         raise WeightsError(
             f"the weights folder cannot be written: {error.strerror}", where=folder,
             fix="export EMBCACHE_WEIGHTS=FOLDER, one that can be written",
         ) from error  # fmt: skip
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with file:
             digest = _fetch(published, folder, file)
             file.flush()
             os.fsync(file.fileno())
         target = folder / published.filename
-        Path(partial).replace(target)
+        partial.replace(target)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     _record_digest(target, digest)
     return target
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import socket
 import sys
 import threading
@@ -79,6 +80,19 @@ def test_a_download_arrives_whole_under_its_name_with_its_digest(published: Publ
     assert (folder / "weights.pth.sha256").read_text() == f"{DIGEST}  weights.pth\n"
     assert left_in(folder) == ["weights.pth", "weights.pth.sha256"]
     check_digest(path, DIGEST, published)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_who_may_read_a_download_is_what_the_umask_says(
+    published: Published, tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        path = download(published, tmp_path)
+    finally:
+        os.umask(before)
+    modes = {file.stat().st_mode & 0o777 for file in (path, path.with_name("weights.pth.sha256"))}
+    assert modes == {mode}
 
 
 def test_what_is_published_of_a_file_is_checked(published: Published, tmp_path: Path) -> None:
