@@ -16,10 +16,10 @@ from tqdm import tqdm
 import embcache
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION
-from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.extract.backbones import find_backbone, load_backbone
-from embcache.extract.batching import Source, prepare
+from embcache.extract.batching import Source
 from embcache.extract.plan import Plan, Shard, decode_scan, encode_scan, image_sizes, plan_store, scan_images
+from embcache.extract.request import check_numbers, image_root, none_readable, weights_by_name
 from embcache.extract.transforms import choose_transform
 from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, freeze
 from embcache.paths import PathLike, home_dir, slug
@@ -136,15 +136,15 @@ def run_extraction(
 ) -> list[Extraction]:
     """As :func:`extract_features`, reporting what was done; ``say`` is told each thing worth knowing as it happens."""
     started = time.monotonic()
-    root = _root(dataset)
-    overrides = _weights_by_name(names, weights)
-    _check_numbers(batch_size, workers, part)
+    root = image_root(dataset)
+    overrides = weights_by_name(names, weights)
+    check_numbers(batch_size, workers, part)
     folder = home_dir(home) / slug(dataset.name)
     with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
         scan = scan_images(dataset, root, decode_scan(folder / "scan.parquet"), pool)
         sizes = image_sizes(scan)
         if not sizes:
-            raise _none_readable(dataset, root)
+            raise none_readable(dataset, root)
         jobs = []
         for name in names:
             spec = find_backbone(name)
@@ -309,59 +309,4 @@ def _say_what_differs(store: FeatureStore, folder: Path, say: Callable[[str], ob
         say(
             f"{store.recipe.backbone} is cached under another recipe ({path.name}: {what}); "
             "all images are extracted under this one, and `embcache probe --recipe PREFIX` tells the two apart"
-        )
-
-
-def _none_readable(dataset: ImageDataset, root: Path) -> DatasetNotFoundError:
-    columns = [dataset.table[name].tolist()[:3] for name in ("id", "path", "member")]
-    prepared = [prepare(root, Source(*row), ()) for row in zip(*columns, strict=True)]
-    reasons = dict.fromkeys(image.reason for image in prepared if image.reason)
-    return DatasetNotFoundError(
-        "none of the dataset's images can be read",
-        where=root,
-        found=f"{len(dataset)} names; the first: {'; '.join(reasons) or 'headers that say no size'}",
-        fix=f"embcache datasets {dataset.kind} --data-root {root}",
-    )
-
-
-def _root(dataset: ImageDataset) -> Path:
-    if dataset.root is None or not dataset.root.is_dir():
-        raise DatasetNotFoundError(
-            f"the images of {dataset.name} are not here; extraction needs them",
-            expected=str(dataset.root) if dataset.root else None,
-            fix=f"embcache extract --dataset {dataset.kind} --data-root FOLDER …",
-        )
-    return dataset.root
-
-
-def _weights_by_name(names: Sequence[str], weights: PathLike | Mapping[str, PathLike] | None) -> dict[str, Path]:
-    if not names:
-        raise UsageError("no backbone was named", fix="embcache backbones")
-    if weights is None:
-        return {}
-    if isinstance(weights, str | os.PathLike):
-        if len(names) > 1:
-            raise UsageError(
-                "one checkpoint for several backbones", found=str(weights), fix="--weights NAME=FILE for each"
-            )
-        return {names[0]: Path(weights)}
-    unknown = sorted(set(weights) - set(names))
-    if unknown:
-        raise UsageError(
-            "weights for a backbone that was not asked for",
-            found=", ".join(unknown),
-            expected=", ".join(names),
-            fix="--weights NAME=FILE with a NAME given to --backbone",
-        )
-    return {name: Path(file) for name, file in weights.items()}
-
-
-def _check_numbers(batch_size: int | None, workers: int | None, part: tuple[int, int] | None) -> None:
-    if batch_size is not None and batch_size < 1:
-        raise UsageError("the batch size must be at least 1", found=str(batch_size))
-    if workers is not None and workers < 1:
-        raise UsageError("the number of workers must be at least 1", found=str(workers))
-    if part is not None and not 1 <= part[0] <= part[1]:
-        raise UsageError(
-            "no such part", expected="I/N with 1 <= I <= N", found=f"{part[0]}/{part[1]}", fix="--part 1/4"
         )

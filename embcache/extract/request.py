@@ -1,0 +1,71 @@
+"""What may be asked of an extraction, and the messages for what may not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from embcache.data.dataset import ImageDataset
+from embcache.errors import DatasetNotFoundError, UsageError
+from embcache.extract.batching import Source, prepare
+from embcache.paths import PathLike
+
+
+def none_readable(dataset: ImageDataset, root: Path) -> DatasetNotFoundError:
+    """The error for a dataset of which no image can be read, with the first reasons."""
+    columns = [dataset.table[name].tolist()[:3] for name in ("id", "path", "member")]
+    prepared = [prepare(root, Source(*row), ()) for row in zip(*columns, strict=True)]
+    reasons = dict.fromkeys(image.reason for image in prepared if image.reason)
+    return DatasetNotFoundError(
+        "none of the dataset's images can be read",
+        where=root,
+        found=f"{len(dataset)} names; the first: {'; '.join(reasons) or 'headers that say no size'}",
+        fix=f"embcache datasets {dataset.kind} --data-root {root}",
+    )
+
+
+def image_root(dataset: ImageDataset) -> Path:
+    """Folder of the images; `DatasetNotFoundError` where it is not here."""
+    if dataset.root is None or not dataset.root.is_dir():
+        raise DatasetNotFoundError(
+            f"the images of {dataset.name} are not here; extraction needs them",
+            expected=str(dataset.root) if dataset.root else None,
+            fix=f"embcache extract --dataset {dataset.kind} --data-root FOLDER …",
+        )
+    return dataset.root
+
+
+def weights_by_name(names: Sequence[str], weights: PathLike | Mapping[str, PathLike] | None) -> dict[str, Path]:
+    """Checkpoint of each backbone that was given one; `UsageError` where they do not fit the names."""
+    if not names:
+        raise UsageError("no backbone was named", fix="embcache backbones")
+    if weights is None:
+        return {}
+    if isinstance(weights, str | os.PathLike):
+        if len(names) > 1:
+            raise UsageError(
+                "one checkpoint for several backbones", found=str(weights), fix="--weights NAME=FILE for each"
+            )
+        return {names[0]: Path(weights)}
+    unknown = sorted(set(weights) - set(names))
+    if unknown:
+        raise UsageError(
+            "weights for a backbone that was not asked for",
+            found=", ".join(unknown),
+            expected=", ".join(names),
+            fix="--weights NAME=FILE with a NAME given to --backbone",
+        )
+    return {name: Path(file) for name, file in weights.items()}
+
+
+def check_numbers(batch_size: int | None, workers: int | None, part: tuple[int, int] | None) -> None:
+    """`UsageError` for numbers that no extraction can have."""
+    if batch_size is not None and batch_size < 1:
+        raise UsageError("the batch size must be at least 1", found=str(batch_size))
+    if workers is not None and workers < 1:
+        raise UsageError("the number of workers must be at least 1", found=str(workers))
+    if part is not None and not 1 <= part[0] <= part[1]:
+        raise UsageError(
+            "no such part", expected="I/N with 1 <= I <= N", found=f"{part[0]}/{part[1]}", fix="--part 1/4"
+        )
