@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from embcache.errors import UsageError, WeightsError
 from embcache.extract.weights import Published, check_digest, find_weights, locate_weights
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-_RESNET = "torchvision resnet50"
 _VISSL = "https://dl.fbaipublicfiles.com/vissl/model_zoo/"
 
 
@@ -48,7 +47,7 @@ class Backbone:
     interpolation : {"bilinear", "bicubic", "lanczos", "nearest", "box", "hamming"}
         The backbone's own, used by the transforms ``imagenet`` and ``model``.
     weights : Published
-        Where the checkpoint comes from; empty where there is none, or where timm fetches it.
+        Where the checkpoint comes from; empty where there is none, its file name alone where timm's own table says.
     timm : str
         Name under which timm builds the network; empty where it does not.
     timm_arguments : tuple of (str, object)
@@ -104,6 +103,10 @@ class LoadedBackbone:
     weights_source: str
 
 
+def _resnet(**row: Any) -> Backbone:
+    return Backbone(network="torchvision resnet50", dim=2048, parameters=23_508_032, **row)
+
+
 def _lite(index: int, parameters: int, digest: str) -> Backbone:
     return Backbone(
         name=f"effnet_lite{index}",
@@ -127,20 +130,14 @@ def _lite(index: int, parameters: int, digest: str) -> Backbone:
 BACKBONES: Mapping[str, Backbone] = {
     row.name: row
     for row in (
-        Backbone(
+        _resnet(
             name="random",
-            network=_RESNET,
-            dim=2048,
-            parameters=23_508_032,
             source="none: initialised from a seed (random:1, random:2, … for others)",
             licence="BSD-3-Clause",
             seed=0,
         ),
-        Backbone(
+        _resnet(
             name="supervised",
-            network=_RESNET,
-            dim=2048,
-            parameters=23_508_032,
             source="supervised, ImageNet-1k (torchvision IMAGENET1K_V1, 76.13 top-1)",
             licence="BSD-3-Clause",
             weights=Published(
@@ -149,11 +146,8 @@ BACKBONES: Mapping[str, Backbone] = {
                 sha256="0676ba61",
             ),
         ),
-        Backbone(
+        _resnet(
             name="swav",
-            network=_RESNET,
-            dim=2048,
-            parameters=23_508_032,
             source="SwAV 800 epochs, ImageNet-1k (VISSL, 74.92 linear)",
             licence="MIT",
             weights=Published(
@@ -163,11 +157,8 @@ BACKBONES: Mapping[str, Backbone] = {
                 filename="swav_in1k_rn50_800ep_vissl.torch",
             ),
         ),
-        Backbone(
+        _resnet(
             name="swav_fb",
-            network=_RESNET,
-            dim=2048,
-            parameters=23_508_032,
             source="SwAV 800 epochs, ImageNet-1k (SwAV's own, 75.3 linear)",
             licence="CC-BY-NC-4.0",
             std=(0.228, 0.224, 0.225),
@@ -176,11 +167,8 @@ BACKBONES: Mapping[str, Backbone] = {
                 filename="swav_800ep_pretrain.pth.tar",
             ),
         ),
-        Backbone(
+        _resnet(
             name="simclr",
-            network=_RESNET,
-            dim=2048,
-            parameters=23_508_032,
             source="SimCLR 800 epochs, ImageNet-1k (VISSL, 69.68 linear)",
             licence="MIT",
             weights=Published(
