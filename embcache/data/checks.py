@@ -106,11 +106,11 @@ def refuse_outside(path: str, column: str = "path", *, where: object) -> Dataset
             fix="correct the id",
         )
     return DatasetError(
-        "a path leaves the dataset's root and is refused",
-        expected="a path relative to the root, to a file that lies inside it (links followed)",
+        "a path leaves the dataset's root, or could, and is refused",
+        expected="a path relative to the root, not absolute and without .., to a file inside it (links followed)",
         found=repr(path),
         where=where,
-        fix="copy the file into the root, or correct the path",
+        fix="write the path as seen from the root, or copy the file into it",
     )
 
 

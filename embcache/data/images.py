@@ -155,6 +155,10 @@ def _open(file: IO[bytes]) -> tuple[Image.Image, int]:
             raise ImageError(_REFUSED[image.format])
         if image.format == "TIFF":  # Pillow turns these itself
             return image, 1
+        if image.format == "PNG":
+            # Its EXIF block may follow the pixels, so that getexif() decodes them, and what is broken in them must not
+            # be taken for a broken block: loaded a second time, Pillow returns what it has got so far.
+            image.load()
         try:
             orientation = image.getexif().get(_ORIENTATION, 1)
         except Exception:  # a broken EXIF block does not make the pixels unreadable

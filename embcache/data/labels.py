@@ -79,8 +79,17 @@ def read_table(path: Path, required: Sequence[str]) -> pd.DataFrame:
             expected=",".join(required),
             found=",".join(header),
             where=path,
+            fix=_header_advice(header, required),
         )
     return pd.DataFrame(dict(zip(header, columns, strict=True)), columns=header)
+
+
+def _header_advice(header: Sequence[str], required: Sequence[str]) -> str:
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+        return "save the table with commas between the columns"
+    lower = {name.lower(): name for name in header}
+    renamed = [f"{lower[name]} to {name}" for name in required if name not in header and name in lower]
+    return "rename the column " + ", ".join(renamed) if renamed else "name the columns in the first line"
 
 
 def as_text(value: object) -> str:

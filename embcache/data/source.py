@@ -60,6 +60,8 @@ class DatasetSource:
             fix = "leave --data-root out, or name a folder that is not there yet: the images are drawn at first use"
         else:
             fix = f"put it in {data_dir() / self.name}, or name its folder with --data-root"
+            if self.name == "folder":
+                fix = "make one sub-folder a class, or a table, and name it with --data-root"
         if self.download:
             fix = f'python -c "import kagglehub; print(kagglehub.{self.download})"\n{fix}'
         return DatasetNotFoundError(

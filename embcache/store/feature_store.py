@@ -313,12 +313,25 @@ def open_store(
         raise RecipeError(
             f"features of {backbone} are cached for {name} under {len(matching)} recipes",
             expected="one",
-            found="\n".join(describe_differences([s.recipe for s in matching])),
+            found="\n".join(
+                f"{line}; {_rows_of(s, dataset)}"
+                for s, line in zip(matching, describe_differences([s.recipe for s in matching]), strict=True)
+            ),
             where=matching[0].path.parent,
-            fix="--recipe " + " | ".join(s.recipe.fingerprint[:12] for s in matching),
+            fix="--recipe "
+            + " | ".join(s.recipe.fingerprint[:12] for s in matching)
+            + f", or drop one for good: rm -r {shlex.quote(str(matching[0].path))}",
         )
     found = matching[0]
     return found if isinstance(dataset, str) else found.restrict(dataset.table["id"])
+
+
+def _rows_of(store: FeatureStore, dataset: str | NamedTable) -> str:
+    """How many of a dataset's images a store holds, in words."""
+    held = set(store.sources())
+    if isinstance(dataset, str):
+        return f"{len(held)} images"
+    return f"{len(held & set(dataset.table['id']))} of the dataset's {len(dataset.table)} images"
 
 
 def describe_differences(recipes: list[Recipe]) -> list[str]:

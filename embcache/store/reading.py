@@ -226,6 +226,15 @@ def read_index(store: Path, header: StoreHeader, number: int) -> RowIndex:
         A file is missing or its bytes are not those that were committed.
     """
     form, record = FORMATS[header.format], read_commit(store, number)
+    for name, (size, _) in record.files.items():
+        # Features are read when they are asked for; that none of them is cut short is known at once.
+        path = store / "shards" / shard_name(number) / name
+        try:
+            there = path.stat().st_size
+        except FileNotFoundError:
+            there = -1
+        if there != size:
+            _refuse(store, number, f"{size} bytes in {name}", f"{there} bytes" if there >= 0 else "no such file")
     files = _read_committed(store, number, record, form.index_files(record.files))
     index = _decode(form.decode_index, files, store, number)
     lengths = {len(index.ids), len(index.valid), len(index.digests), len(index.reasons), record.rows}

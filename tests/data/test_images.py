@@ -322,3 +322,14 @@ def test_real_images_decode_to_the_size_their_header_says(shared_data: Path) -> 
             assert pixels.shape == (*read_size(shared_data, f"{folder}/{path.name}")[::-1], 3)
             with Image.open(path) as opened:
                 assert np.array_equal(pixels, np.asarray(opened.convert("RGB")))
+
+
+def test_a_png_broken_in_its_middle_is_refused_not_half_decoded() -> None:
+    """Pillow decodes the pixels to look for EXIF behind them; a second load would return what the first one got."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = bytearray(encode(Image.fromarray(pixels), "PNG"))
+    assert np.array_equal(decode_image(bytes(data)), pixels)
+    middle = data.index(b"IDAT") + 4 + 6000
+    data[middle] ^= 0x10
+    with pytest.raises(ImageError):
+        decode_image(bytes(data))
