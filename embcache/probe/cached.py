@@ -209,6 +209,14 @@ def _splits_dir(ds: ImageDataset, home: PathLike | None) -> Path:
 def _sets(head: Head, backbones: Sequence[str] | None, ds: ImageDataset, home: PathLike | None) -> list[list[str]]:
     """The sets of backbones that one result each is made of."""
     if head.fuses:
+        cached = [] if backbones else cached_backbones(ds.name, home)
+        if len(cached) > 1 and not set(PAPER_SET) <= set(cached):
+            raise StoreNotFoundError(
+                f"the set that {head.name} fuses by default is not cached for {ds.name}",
+                expected=", ".join(PAPER_SET),
+                found=", ".join(cached),
+                fix=f"--backbone {','.join(cached)}, or {extract_command(','.join(PAPER_SET), ds, home)}",
+            )
         return [list(backbones or PAPER_SET)]
     names = list(backbones) if backbones else cached_backbones(ds.name, home)
     if not names:

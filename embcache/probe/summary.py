@@ -23,6 +23,9 @@ from embcache.probe.splits import Splits
 from embcache.probe.stack import TrainedHead
 from embcache.probe.train import is_balanced
 
+FEW_GROUPS = 10
+"""A class with fewer test groups makes a bootstrap interval that a reader must be warned of."""
+
 
 @dataclass(frozen=True, eq=False)
 class Question:
@@ -138,6 +141,12 @@ def request_notes(ds: ImageDataset, plan: Splits, subset: str) -> list[str]:
     n_classes = len(ds.class_names)
     if not all(is_balanced(plan.labels[plan.train[f, subset]], n_classes) for f in range(plan.n_folds)):
         notes.append(f"subset {subset}: classes are not balanced, so training draws them equally often")
+    labels, groups = plan.labels[plan.test], plan.groups[plan.test]
+    few = {name: len(set(groups[labels == c])) for c, name in enumerate(ds.class_names) if (labels == c).any()}
+    few = {name: count for name, count in few.items() if count < FEW_GROUPS}
+    if few:
+        counts = ", ".join(f"{count} of {name}" for name, count in few.items())
+        notes.append(f"few test groups ({counts}): resampling them says less than the interval seems to")
     return list(dict.fromkeys(notes))
 
 

@@ -218,3 +218,9 @@ def test_splits_know_what_the_chosen_store_knows(two: list[ImageDataset], home: 
     assert len(without.used("F")) == 139
     with pytest.raises(StoreNotFoundError, match="no features of dino"):
         plan_cached(two[0], backbone="dino", **options)
+
+
+def test_a_fusing_head_says_which_backbones_it_could_fuse(two: list[ImageDataset], home: Path) -> None:
+    with pytest.raises(StoreNotFoundError, match="fuses by default") as caught:
+        probe_cached(["first"], head="dvme", home=home)
+    assert "--backbone a,b" in str(caught.value)

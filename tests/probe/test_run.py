@@ -418,3 +418,9 @@ def test_progress_ends_at_its_total(cached: ImageDataset, home: Path) -> None:
     )
     assert told[-1] == (2 * 2 * 5 * 50, 2 * 2 * 5 * 50)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_an_interval_over_few_test_groups_carries_a_warning(home: Path) -> None:
+    ds = make_dataset([0, 1] * 40 + [0, 1] * 5, split=["train"] * 80 + ["test"] * 10)
+    put_store(home, ds, "a", make_features(ds))
+    assert [note for note in probe_features(ds, "a", home=home).notes if note.startswith("few test groups (5 of")]
