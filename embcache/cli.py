@@ -61,11 +61,28 @@ def _terminate(_signum: int, _frame: object) -> NoReturn:
     raise SystemExit(143)
 
 
+def _leave(status: int) -> NoReturn:
+    """Leave with the status that shells expect of Ctrl-C; every finally block has run by now.
+
+    CPython would end by the signal itself, whatever the status, where the interrupt once passed through code that an
+    extension module runs by its C interface.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def main() -> NoReturn:
     """Run the command line; the entry point of the ``embcache`` script."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
+    except KeyboardInterrupt:
+        _leave(130)
+    except SystemExit as end:
+        if end.code == 130:
+            _leave(130)
+        raise
     except EmbcacheError as error:
         typer.echo(f"embcache: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)

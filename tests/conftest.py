@@ -23,6 +23,14 @@ def shared_data() -> Path:
     return SHARED
 
 
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the folders of whoever runs it."""
+    monkeypatch.setenv("EMBCACHE_HOME", str(tmp_path_factory.getbasetemp() / "nobodys-home"))
+    for name in ("EMBCACHE_DATA", "EMBCACHE_WEIGHTS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty ``EMBCACHE_HOME`` of the test's own; the other folders are moved there too."""
