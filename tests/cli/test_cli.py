@@ -107,6 +107,11 @@ def test_probing_works_with_the_images_gone(folder: Path, home: Path) -> None:
     assert json.loads(gone.stdout)[0]["source"] == "snapshot"
 
 
+def _heed_interrupts() -> None:
+    """A shell's background jobs, and their children, are started with interrupts ignored; a person's command is not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_that_can_go_on(folder: Path, home: Path, number: int, status: int) -> None:
     for index in range(30, 400):
@@ -125,7 +130,9 @@ def test_a_signal_ends_a_run_that_can_go_on(folder: Path, home: Path, number: in
         "--data-root",
         str(folder),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts
+    )
     deadline = time.monotonic() + 60
     while not list(home.glob("*/random-*/plan/*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
