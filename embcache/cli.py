@@ -64,8 +64,8 @@ def _terminate(_signum: int, _frame: object) -> NoReturn:
 def _leave(status: int) -> NoReturn:
     """Leave with the status that shells expect of Ctrl-C; every finally block has run by now.
 
-    CPython would end by the signal itself, whatever the status, where the interrupt once passed through code that an
-    extension module runs by its C interface.
+    One run in three was once seen to end by the signal itself after it had said all it had to say; leaving here makes
+    the status the same every time.
     """
     sys.stdout.flush()
     sys.stderr.flush()
