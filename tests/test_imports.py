@@ -16,6 +16,7 @@ PACKAGE = Path(embcache.__file__).parent
 # Each part may import itself and the parts named here.
 _BASE = {"errors", "paths"}
 _STAGE = _BASE | {"data", "store"}
+_LIBRARY = _STAGE | {"extract", "probe", "finetune", "analysis"}
 ALLOWED = {
     "errors": set(),
     "paths": set(),
@@ -23,11 +24,13 @@ ALLOWED = {
     "store": _BASE,
     "extract": _STAGE,
     "probe": _STAGE,
+    "finetune": _STAGE | {"extract", "probe"},
     "analysis": _STAGE | {"extract", "probe"},
-    "report": _STAGE | {"extract", "probe", "analysis"},
-    "study": _STAGE | {"extract", "probe", "analysis", "report"},
-    "upkeep": _STAGE | {"extract", "probe", "analysis", "report"},
-    "commands": _STAGE | {"extract", "probe", "analysis", "report", "study", "upkeep"},
+    "report": _LIBRARY,
+    "study": _LIBRARY | {"report"},
+    "upkeep": _LIBRARY | {"report"},
+    "predict": _LIBRARY | {"report"},
+    "commands": _LIBRARY | {"report", "study", "upkeep", "predict"},
     "cli": _STAGE | {"commands"},
     "__main__": {"cli"},
 }
@@ -36,6 +39,7 @@ FORBIDDEN_MODULES = {
     "store": {"torch", "torchvision", "timm", "matplotlib"},
     "probe": {"timm", "torchvision", "matplotlib", "embcache.data.images", "PIL"},
     "extract": {"matplotlib"},
+    "finetune": {"matplotlib"},
 }
 
 
