@@ -1,0 +1,70 @@
+"""Heads that are solved instead of trained: no epochs, no learning rate, no random stream.
+
+A head with a method ``solve`` is one of them. It gives all that its ``apply`` needs as tensors, so that a saved, exported
+or predicting head is the same thing whichever way it came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeGuard
+
+import torch
+
+Params = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """A solved head.
+
+    Attributes
+    ----------
+    params : dict of Tensor
+        All that ``apply`` needs, without the stacking axis, on the device of the features.
+    chosen : dict
+        What validation chose, as JSON data: ``{"C": 0.1}``. Empty where nothing is chosen.
+    """
+
+    params: Params
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+
+class SolvedHead(Protocol):
+    """What the engine needs of a solved head; see `embcache.probe.heads` for the whole contract."""
+
+    def solve(
+        self,
+        x: Mapping[str, torch.Tensor],
+        y: torch.Tensor,
+        x_val: Mapping[str, torch.Tensor] | None,
+        y_val: torch.Tensor | None,
+        n_classes: int,
+        metric: str,
+    ) -> Solved:
+        """Solve one head.
+
+        Parameters
+        ----------
+        x, x_val : mapping of backbone to float32 Tensor of shape (n, D), (m, D)
+            Features that train and that validate; the latter None where there are none.
+        y, y_val : int64 Tensor of shape (n,), (m,)
+            Labels, 0 … ``n_classes`` − 1.
+        n_classes : int
+            C, the width of the logits.
+        metric : str
+            By which validation chooses; see `embcache.probe.metrics.selection_score`.
+        """
+        ...
+
+    def apply(
+        self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Logits of shape (K, B, C) from parameters (K, …) and features (K, B, D) each."""
+        ...
+
+
+def is_solved(head: object) -> TypeGuard[SolvedHead]:
+    """Whether a head is solved, not trained."""
+    return hasattr(head, "solve")
