@@ -139,6 +139,20 @@ def load_timm(
     return module, digest, origin
 
 
+def build_timm(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
+    """Build a timm model for images of this height and width, its weights still to be filled.
+
+    Raises
+    ------
+    UsageError
+        The network cannot take images of that size.
+    """
+    module: nn.Module = _create(spec.timm, dict(spec.timm_arguments), num_classes=0)
+    if image_size != spec.input_size:
+        _resize(module, spec, image_size)
+    return module
+
+
 def _fill(spec: Backbone, state: Mapping[str, Tensor], path: Path) -> Any:
     """Build the network and fill it strictly from tensors under timm's names, or names that timm itself converts."""
     stripped = strip_prefixes(state, where=path)

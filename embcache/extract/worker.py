@@ -40,7 +40,7 @@ class FrozenNetwork:
 
     def features(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Features, float32 (B, D), of a uint8 batch (B, H, W, 3)."""
-        with torch.inference_mode(), _arithmetic(self.device, self.precision):
+        with torch.inference_mode(), arithmetic(self.device, self.precision):
             batch = normalise(torch.from_numpy(pixels), self.transform, self.device)
             output = self.backbone.module(batch.contiguous(memory_format=torch.channels_last))
         result: NDArray[np.float32] = output.float().cpu().numpy()
@@ -104,8 +104,11 @@ def pick_device(device: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def _arithmetic(device: torch.device, precision: str) -> Iterator[None]:
-    """fp32 means fp32: cuDNN would otherwise use TF32 for convolutions unasked."""
+def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+    """The arithmetic of a precision, for the time of a ``with``.
+
+    fp32 means fp32: cuDNN would otherwise use TF32 for convolutions unasked.
+    """
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
             tf32 = precision == "tf32"
