@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from embcache.data.dataset import ImageDataset
+from embcache.data.splits import IntArray
 from embcache.errors import UsageError
 from embcache.paths import PathLike
 from embcache.probe.heads import Head, hyperparameters, make_head
@@ -28,8 +29,8 @@ from embcache.probe.results import (
 from embcache.probe.schedule import Schedule
 from embcache.probe.splits import Splits
 from embcache.probe.stack import predict_logits, train_stack
-from embcache.probe.summary import Question, prediction_table, request_notes, summarise, training_notes
-from embcache.probe.train import diverged_error, make_job
+from embcache.probe.summary import Outcome, prediction_table, request_notes, summarise, training_notes
+from embcache.probe.train import make_job
 from embcache.store.feature_store import FeatureStore
 
 Progress = Callable[[int, int, str], Any]
@@ -218,6 +219,33 @@ def probe_grid(
     return results
 
 
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One result to compute, everything in memory.
+
+    Attributes
+    ----------
+    ds, plan, subset
+        Dataset, its splits and the subset asked for.
+    features : mapping of backbone to float32 Tensor of shape (n, D)
+        Raw features of the rows ``used``.
+    used : int64 array of shape (n,)
+        Row in the dataset of each row of the features.
+    head, schedule, seed, device
+        What is trained, how and where.
+    """
+
+    ds: ImageDataset
+    plan: Splits
+    subset: str
+    features: Mapping[str, torch.Tensor]
+    used: IntArray
+    head: Head
+    schedule: Schedule
+    seed: int
+    device: str
+
+
 def _answer(
     q: Question,
     request: Mapping[str, Any],
@@ -244,14 +272,31 @@ def _answer(
     ]
     y = torch.from_numpy(labels).to(q.device)
     trained = train_stack(q.head, q.features, y, jobs, n_classes, metric, q.schedule, on_epoch=on_epoch)
-    for fold, head in enumerate(trained):
-        if not head.params:
-            raise diverged_error(f"fold {fold}, {q.head.name}, subset {q.subset}", q.schedule.lr)
+    outcomes = [
+        Outcome(head.best_epoch, len(head.losses), head.val_score, job.lr, head.diverged)
+        for job, head in zip(jobs, trained, strict=True)
+    ]
     rows = torch.from_numpy(place[plan.test])
-    p = np.stack([softmax(predict_logits(q.head, head.params, q.features, rows)) for head in trained])  # (K, n_test, C)
-    result = summarise(q, request, trained, p, source, time.perf_counter() - began)
+    blank = np.full((len(rows), n_classes), np.nan)
+    p = np.stack(  # (K, n_test, C)
+        [softmax(predict_logits(q.head, h.params, q.features, rows)) if h.params else blank for h in trained]
+    )
+    result = summarise(
+        q.ds,
+        [plan],
+        q.subset,
+        kind="probe",
+        backbones=tuple(q.features),
+        head=q.head.name,
+        request=request,
+        recipes={},
+        outcomes=outcomes,
+        p=p,
+        source=source,
+        seconds=time.perf_counter() - began,
+    )
     if save:
-        save_run(result, prediction_table(plan, p), [head.params for head in trained], home)
+        save_run(result, prediction_table(plan, p, outcomes), [head.params for head in trained], home)
     return result
 
 

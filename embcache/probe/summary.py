@@ -1,112 +1,146 @@
-"""From trained heads and test predictions to a result: scores, interval, what a reader must know."""
+"""From trained models' test predictions to a result: scores, interval, what a reader must know."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 import embcache
 from embcache.data.dataset import ImageDataset
-from embcache.data.splits import IntArray
-from embcache.probe.heads import Head
 from embcache.probe.metrics import FloatArray, bootstrap, evaluate, interval
 from embcache.probe.results import FoldResult, ProbeResult, run_id
-from embcache.probe.schedule import Schedule
 from embcache.probe.splits import Splits
-from embcache.probe.stack import TrainedHead
-from embcache.probe.train import is_balanced
+from embcache.probe.train import diverged_error, is_balanced
 
 FEW_GROUPS = 10
 """A class with fewer test groups makes a bootstrap interval that a reader must be warned of."""
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
-    """One result to compute, everything in memory.
+@dataclass(frozen=True)
+class Outcome:
+    """How the training of one fold's model went.
 
     Attributes
     ----------
-    ds, plan, subset
-        Dataset, its splits and the subset asked for.
-    features : mapping of backbone to float32 Tensor of shape (n, D)
-        Raw features of the rows ``used``.
-    used : int64 array of shape (n,)
-        Row in the dataset of each row of the features.
-    head, schedule, seed, device
-        What is trained, how and where.
+    best_epoch, epochs : int
+        The epoch that was kept (0: none) and how many were trained; both 0 for a head that is solved.
+    val_score : float or None
+        Validation score at ``best_epoch``.
+    lr : float or None
+        First learning rate; None for a head that is solved.
+    diverged : bool
+        Training ended because a loss or an output was not finite.
+    chosen : dict
+        What a solved head chose on validation.
     """
 
-    ds: ImageDataset
-    plan: Splits
-    subset: str
-    features: Mapping[str, torch.Tensor]
-    used: IntArray
-    head: Head
-    schedule: Schedule
-    seed: int
-    device: str
+    best_epoch: int
+    epochs: int
+    val_score: float | None
+    lr: float | None
+    diverged: bool = False
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is no model: training diverged before a first usable epoch."""
+        return self.diverged and self.best_epoch == 0
 
 
 def summarise(
-    q: Question,
+    ds: ImageDataset,
+    plans: Sequence[Splits],
+    subset: str,
+    *,
+    kind: str,
+    backbones: Sequence[str],
+    head: str,
     request: Mapping[str, Any],
-    trained: Sequence[TrainedHead],
+    recipes: Mapping[str, Any],
+    outcomes: Sequence[Outcome],
     p: FloatArray,
     source: str,
     seconds: float,
+    target: str = "",
 ) -> ProbeResult:
     """Score every fold's test predictions and put the result together.
 
     Parameters
     ----------
-    q : Question
-        What was asked.
+    ds : ImageDataset
+        What was asked about; ``target``'s column is already its label.
+    plans : sequence of Splits
+        The splits of each repeat, of K folds each and with the same test set.
+    subset : str
+        The subset that trained.
+    kind : {"probe", "finetune"}
+        What was trained.
+    backbones : sequence of str
+        In the order in which they were asked for.
+    head : str
+        Name of the head.
     request : dict
         All that the result depends on; its hash is the run's id.
-    trained : sequence of TrainedHead
-        One a fold.
-    p : float64 array of shape (folds, n_test, C)
-        Test predictions.
+    recipes : mapping of backbone to JSON
+        Whole recipes.
+    outcomes : sequence of Outcome
+        One a model, R × K of them, repeat by repeat.
+    p : float64 array of shape (R × K, n_test, C)
+        Test predictions; whatever stands there for a model that failed is not read.
     source : {"live", "snapshot"}
         Where labels came from.
     seconds : float
         Wall time.
+    target : str
+        The column that is told apart instead of the labels.
+
+    Raises
+    ------
+    ProtocolError
+        No model is left: training diverged in every fold.
     """
-    plan, metric, subset = q.plan, q.ds.metric, q.subset
-    labels = plan.labels[plan.test]
+    plan, metric = plans[0], ds.metric
+    labels, groups = plan.labels[plan.test], plan.groups[plan.test]
     known = labels >= 0
+    made = [f for f, outcome in enumerate(outcomes) if not outcome.failed]
+    if not made:
+        where = f"every fold ({head}, subset {subset})"
+        raise diverged_error(where, max(outcome.lr or 0.0 for outcome in outcomes))
     folds = []
-    for f, head in enumerate(trained):
-        metrics = evaluate(metric, labels[known], p[f, known]) if known.any() else {}
+    for f, outcome in enumerate(outcomes):
+        repeat, part = divmod(f, plan.n_folds)
+        metrics = evaluate(metric, labels[known], p[f, known]) if known.any() and f in made else {}
         folds.append(
             FoldResult(
                 fold=f,
                 score=metrics.get("score"),
-                val_score=head.val_score,
-                best_epoch=head.best_epoch,
-                epochs=len(head.losses),
-                n_train=len(plan.train[f, subset]),
-                n_val=len(plan.val[f, subset]),
-                lr=q.schedule.lr,
+                val_score=None if outcome.failed else outcome.val_score,
+                best_epoch=outcome.best_epoch,
+                epochs=outcome.epochs,
+                n_train=len(plans[repeat].train[part, subset]),
+                n_val=len(plans[repeat].val[part, subset]),
+                lr=outcome.lr,
                 metrics=metrics,
-                diverged=head.diverged,
+                diverged=outcome.diverged,
+                repeat=repeat,
+                chosen=dict(outcome.chosen),
             )
         )
     scores = [fold.score for fold in folds if fold.score is not None]
+    validated = [fold.val_score for fold in folds if fold.val_score is not None]
     sizes = np.array([[fold.n_train, fold.n_val] for fold in folds], dtype=np.float64).mean(0)
     return ProbeResult(
         id=run_id(request),
-        kind="probe",
-        dataset=q.ds.name,
-        backbones=tuple(q.features),
-        head=q.head.name,
+        kind=kind,
+        dataset=ds.name,
+        backbones=tuple(backbones),
+        head=head,
         subset=subset,
         n_train=round(sizes[0]),
         n_val=round(sizes[1]),
@@ -114,25 +148,73 @@ def summarise(
         labels_used=round(sizes.sum()),
         metric=metric,
         mean=float(np.mean(scores)) if scores else None,
-        std=float(np.std(scores, ddof=1)) if scores else None,
-        interval=interval(bootstrap(metric, labels[known], p[:, known], plan.groups[plan.test][known]))
-        if scores
-        else None,
-        val_mean=float(np.mean([fold.val_score for fold in folds if fold.val_score is not None])),
+        std=float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+        interval=interval(bootstrap(metric, labels[known], p[made][:, known], groups[known])) if scores else None,
+        val_mean=float(np.mean(validated)) if validated else None,
         folds=tuple(folds),
         test_set=plan.test_set,
-        synthetic=q.ds.synthetic,
-        notes=(*request_notes(q.ds, plan, subset), *training_notes(folds)),
-        class_names=tuple(q.ds.class_names),
+        synthetic=ds.synthetic,
+        notes=(*request_notes(ds, plans, subset), *training_notes(folds)),
+        class_names=tuple(ds.class_names),
         request=request,
         seconds=round(seconds, 3),
         versions=_versions(),
         source=source,
+        target=target,
+        recipes=dict(recipes),
     )
 
 
-def request_notes(ds: ImageDataset, plan: Splits, subset: str) -> list[str]:
-    """What a reader must know before anything is trained: of the dataset, its splits and the subset."""
+def request_notes(ds: ImageDataset, plans: Splits | Sequence[Splits], subset: str) -> list[str]:
+    """What a reader must know before anything is trained: of the dataset, its splits and the subset.
+
+    What is true of a later repeat only says which.
+    """
+    plan, *repeats = [plans] if isinstance(plans, Splits) else plans
+    notes = _notes_of(ds, plan, subset)
+    for number, repeat in enumerate(repeats, start=1):
+        notes += [f"repeat {number}: {note}" for note in _notes_of(ds, repeat, subset) if note not in notes]
+    return list(dict.fromkeys(notes))
+
+
+def training_notes(folds: Sequence[FoldResult]) -> list[str]:
+    """What a reader must know of the training: folds that ended because a loss was not finite."""
+    notes = []
+    for fold in folds:
+        if fold.failed:
+            notes.append(f"fold {fold.fold} diverged in its first epoch: left out of mean, deviation and interval")
+        elif fold.diverged:
+            notes.append(f"fold {fold.fold} diverged in epoch {fold.epochs}: epoch {fold.best_epoch} was kept")
+    return notes
+
+
+def prediction_table(plan: Splits, p: FloatArray, outcomes: Sequence[Outcome] | None = None) -> pd.DataFrame:
+    """Test predictions as a table: ``id, label, group, fold, p_0 … p_C-1``.
+
+    Parameters
+    ----------
+    plan : Splits
+        Of any repeat: all have one test set.
+    p : float64 array of shape (folds, n_test, C)
+        Test predictions, folds counted over all repeats.
+    outcomes : sequence of Outcome, optional
+        Folds without a model get no rows.
+    """
+    made = [f for f in range(len(p)) if outcomes is None or not outcomes[f].failed]
+    n_test, n_classes = p.shape[1:]
+    flat = p[made].reshape(-1, n_classes)
+    return pd.DataFrame(
+        {
+            "id": np.tile(plan.ids[plan.test], len(made)),
+            "label": np.tile(plan.labels[plan.test], len(made)),
+            "group": np.tile(plan.groups[plan.test], len(made)),
+            "fold": np.repeat(np.array(made, dtype=np.int64), n_test),
+            **{f"p_{c}": flat[:, c] for c in range(n_classes)},
+        }
+    )
+
+
+def _notes_of(ds: ImageDataset, plan: Splits, subset: str) -> list[str]:
     notes = list(plan.notes)
     if ds.synthetic and not any(note.startswith("synthetic") for note in notes):
         notes.insert(0, "synthetic: the images are drawn by embcache")
@@ -147,26 +229,7 @@ def request_notes(ds: ImageDataset, plan: Splits, subset: str) -> list[str]:
     if few:
         counts = ", ".join(f"{count} of {name}" for name, count in few.items())
         notes.append(f"few test groups ({counts}): resampling them says less than the interval seems to")
-    return list(dict.fromkeys(notes))
-
-
-def training_notes(folds: Sequence[FoldResult]) -> list[str]:
-    """What a reader must know of the training: folds that ended because a loss was not finite."""
-    return [f"fold {f.fold} diverged in epoch {f.epochs}: epoch {f.best_epoch} was kept" for f in folds if f.diverged]
-
-
-def prediction_table(plan: Splits, p: FloatArray) -> pd.DataFrame:
-    """Test predictions (folds, n_test, C) as a table: ``id, label, fold, p_0 … p_C-1``."""
-    n_folds, n_test, n_classes = p.shape
-    flat = p.reshape(-1, n_classes)
-    return pd.DataFrame(
-        {
-            "id": np.tile(plan.ids[plan.test], n_folds),
-            "label": np.tile(plan.labels[plan.test], n_folds),
-            "fold": np.repeat(np.arange(n_folds, dtype=np.int64), n_test),
-            **{f"p_{c}": flat[:, c] for c in range(n_classes)},
-        }
-    )
+    return notes
 
 
 def _versions() -> dict[str, str]:

@@ -66,7 +66,7 @@ def test_a_result_says_what_it_is(cached: ImageDataset, home: Path) -> None:
 def test_test_scores_are_those_of_the_kept_predictions(cached: ImageDataset, home: Path) -> None:
     result = probe_features(cached, "a", home=home)
     frame = load_predictions(run_of(result, home))
-    assert list(frame.columns) == ["id", "label", "fold", "p_0", "p_1"]
+    assert list(frame.columns) == ["id", "label", "group", "fold", "p_0", "p_1"]
     assert len(frame) == 5 * 60
     by_id = dict(zip(cached.ids, cached.labels, strict=True))
     assert all(by_id[i] == y for i, y in zip(frame["id"], frame["label"], strict=True))
@@ -398,7 +398,7 @@ def test_several_recipes_need_a_choice(cached: ImageDataset, home: Path) -> None
 
 def test_a_head_that_diverges_is_named(home: Path, ds: ImageDataset) -> None:
     put_store(home, ds, "a", np.full((260, 4), np.inf, np.float32))
-    with pytest.raises(ProtocolError, match="fold 0, linear, subset S diverged in its first epoch"):
+    with pytest.raises(ProtocolError, match=r"every fold \(linear, subset S\) diverged in its first epoch"):
         probe_features(ds, "a", home=home)
 
 

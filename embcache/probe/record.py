@@ -1,0 +1,182 @@
+"""What a result of probing or finetuning says: `FoldResult`, `ProbeResult`, and the id that its request hashes to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any
+
+PROTOCOL_VERSION = 1
+"""Raised when the protocol or its arithmetic changes, so that older runs are not taken for new ones."""
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """One fold's model.
+
+    Attributes
+    ----------
+    fold : int
+        Running index into the result's ``folds``, over all repeats.
+    score : float or None
+        The dataset's metric on the test set; None where the test labels are not known, or where training diverged
+        before a first usable epoch.
+    val_score : float or None
+        The same metric on the validation images, at ``best_epoch``.
+    best_epoch, epochs : int
+        The epoch that was kept, and how many were trained; both 0 for a head that is solved, not trained.
+    n_train, n_val : int
+        Images, hence labels.
+    lr : float or None
+        First learning rate, the best on validation where several were tried; None for a head that is solved.
+    metrics : dict
+        `embcache.probe.metrics.evaluate` on the test set; empty where there is no score.
+    diverged : bool
+        Training ended early because a loss or an output was not finite.
+    repeat : int
+        Which repetition, each with its own folds, subsets and random streams, the fold is of.
+    chosen : dict
+        What a solved head chose on validation, such as ``{"C": 0.1}``.
+    """
+
+    fold: int
+    score: float | None
+    val_score: float | None
+    best_epoch: int
+    epochs: int
+    n_train: int
+    n_val: int
+    lr: float | None
+    metrics: Mapping[str, Any]
+    diverged: bool = False
+    repeat: int = 0
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether training diverged before a first usable epoch, so that there is no model."""
+        return self.diverged and self.best_epoch == 0
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What one head on one set of backbones reached at one subset.
+
+    Attributes
+    ----------
+    id : str
+        Names the run; hashes ``request``.
+    kind : str
+        ``"probe"``; ``"finetune"`` for models trained on images; ``"kaggle"`` for scores that a leaderboard gave.
+    dataset, head, subset : str
+    backbones : tuple of str
+    n_train, n_val : int
+        Training and validation images of a fold, averaged over folds and rounded.
+    n_test : int
+        Test images.
+    labels_used : int
+        Training and validation images of a fold together, averaged over folds and rounded.
+    metric : str
+        The dataset's metric.
+    mean, std : float or None
+        Over folds on the test set, ``std`` with ddof 1 (None of a single fold); None where no fold has a score.
+    interval : (float, float) or None
+        95 % bootstrap interval of ``mean`` over test groups.
+    val_mean : float or None
+        Mean validation score over folds: what may be used to choose between models.
+    folds : tuple of FoldResult
+    test_set : {"official", "local"}
+    synthetic : bool
+        The images are drawn, not taken.
+    notes : tuple of str
+        What a reader must know.
+    class_names : tuple of str
+    request : dict
+        Everything that the result depends on.
+    seconds : float
+        Wall time.
+    versions : dict
+        Of the libraries that computed it.
+    source : {"live", "snapshot"}
+        Whether labels came from the dataset's own files or from the copy kept at extraction.
+    target : str
+        The column of the dataset's table that is told apart instead of the labels; empty for the labels.
+    recipes : dict
+        Each backbone's whole recipe, so that a run can predict new images by its own; empty in runs of older versions.
+    """
+
+    id: str
+    kind: str
+    dataset: str
+    backbones: tuple[str, ...]
+    head: str
+    subset: str
+    n_train: int
+    n_val: int
+    n_test: int
+    labels_used: int
+    metric: str
+    mean: float | None
+    std: float | None
+    interval: tuple[float, float] | None
+    val_mean: float | None
+    folds: tuple[FoldResult, ...]
+    test_set: str
+    synthetic: bool
+    notes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    request: Mapping[str, Any]
+    seconds: float
+    versions: Mapping[str, str]
+    source: str
+    target: str = ""
+    recipes: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data, every field by its name."""
+        return json.loads(json.dumps(asdict(self), allow_nan=False))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ProbeResult:
+        """The inverse of `to_json`; what older versions did not write has its default.
+
+        Raises
+        ------
+        ValueError
+            A key is missing or unknown.
+        """
+        _check_keys(cls, data)
+        for fold in data["folds"]:
+            _check_keys(FoldResult, fold)
+        tuples = {name: tuple(data[name]) for name in ("backbones", "notes", "class_names")}
+        bounds = None if data["interval"] is None else (float(data["interval"][0]), float(data["interval"][1]))
+        folds = tuple(FoldResult(**fold) for fold in data["folds"])
+        return cls(**{**data, **tuples, "interval": bounds, "folds": folds})
+
+    def __repr__(self) -> str:
+        spread = "" if self.std is None else f" ± {self.std:.4f}"
+        reached = "test labels not known" if self.mean is None else f"{self.mean:.4f}{spread}"
+        return (
+            f"ProbeResult({self.dataset}, {' + '.join(self.backbones)}, {self.head}, {self.subset}: "
+            f"{self.metric} {reached} over {len(self.folds)} folds, {self.labels_used} labels; id={self.id!r})"
+        )
+
+
+def run_id(request: Mapping[str, Any]) -> str:
+    """Readable name of a run: head, subset and twelve digits of the SHA-256 of the canonical request.
+
+    Kinds other than ``probe`` stand before the head's name.
+    """
+    text = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    kind = "" if request["kind"] == "probe" else f"{request['kind']}-"
+    digits = hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+    return f"{kind}{request['head']['name']}-{request['subset']}-{digits}"
+
+
+def _check_keys(cls: type, data: Mapping[str, Any]) -> None:
+    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
+    missing = {name for name, needed in known.items() if needed} - set(data)
+    if set(data) - set(known) or missing:
+        raise ValueError(f"unknown keys {sorted(set(data) - set(known))}, missing keys {sorted(missing)}")
