@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import embcache.study as study
+import embcache.study.demo as study
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.report.tables import pivot_results
 

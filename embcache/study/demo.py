@@ -1,4 +1,4 @@
-"""Whole studies: what is missing is extracted and probed, what is there is reused."""
+"""The demonstration: the whole journey on the built-in synthetic sample, offline."""
 
 from __future__ import annotations
 

@@ -1,0 +1,151 @@
+"""A table of scores as data: datasets × models × subsets, and the cells that fill it.
+
+`embcache.study.definitions` holds the paper's tables as `Grid` rows; a TOML file makes others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from embcache.probe.results import ProbeResult
+from embcache.report.paper import PaperValue
+
+PAPER_FOLDS = 5
+
+PAPER_TEST = {"pneumonia": 624, "nih": 1613, "patchcam": 57_458, "aptos": 1928}
+"""Test images of the paper's datasets (nih: without those of more than one finding)."""
+
+_COMPLETE = 0.95  # of the test images: a few unreadable ones are no other test set
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained, as one row or column of a table.
+
+    Attributes
+    ----------
+    label : str
+        As printed.
+    kind : {"probe", "finetune"}
+    head : str
+        A name that ``embcache heads`` lists.
+    backbones : tuple of str
+        Exactly one for a head that does not fuse.
+    paper : str
+        The paper's name for it; empty where the paper has no such model.
+    seed : int or None
+        Instead of the seed of the whole table.
+    among : tuple of Model
+        Not trained, but chosen for each dataset and subset: the best of these …
+    by : {"", "test", "validation"}
+        … by this score.
+    """
+
+    label: str
+    kind: str
+    head: str
+    backbones: tuple[str, ...]
+    paper: str = ""
+    seed: int | None = None
+    among: tuple[Model, ...] = ()
+    by: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of scores before anything is known of them.
+
+    Attributes
+    ----------
+    name : str
+        ``table2``, ``B3`` …, or the name of the TOML file.
+    title : str
+    datasets : tuple of str
+    models : tuple of Model
+    subsets : tuple of str
+        ``S``, ``M``, ``F`` or numbers, in the order printed.
+    across : {"models", "subsets"}
+        What the columns are; the rest goes down.
+    """
+
+    name: str
+    title: str
+    datasets: tuple[str, ...]
+    models: tuple[Model, ...]
+    subsets: tuple[str, ...]
+    across: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of a table.
+
+    Attributes
+    ----------
+    dataset, subset : str
+    model : Model
+    result : ProbeResult or None
+    reason : str
+        Why there is no result, and what to do.
+    paper : PaperValue or None
+        What the paper has there.
+    difference : float or None
+        (ours − paper) / √(s₁² + s₂²), both deviations over folds.
+    withheld : str
+        Why the difference is not printed though both values are known.
+    """
+
+    dataset: str
+    model: Model
+    subset: str
+    result: ProbeResult | None = None
+    reason: str = ""
+    paper: PaperValue | None = None
+    difference: float | None = None
+    withheld: str = ""
+
+
+def compare_with_paper(cell: Cell) -> Cell:
+    """The cell with its difference from the paper, or with the reason why that is withheld."""
+    if cell.result is None or cell.result.mean is None or cell.paper is None or cell.paper.mean is None:
+        return cell
+    return replace(cell, withheld=_why_withheld(cell.result), difference=_difference(cell.result, cell.paper))
+
+
+def _difference(result: ProbeResult, value: PaperValue) -> float | None:
+    if _why_withheld(result) or result.mean is None or result.std is None or value.mean is None or value.std is None:
+        return None
+    return (result.mean - value.mean) / math.hypot(result.std, value.std)
+
+
+def _why_withheld(result: ProbeResult) -> str:
+    """Why a result may not be printed as a difference from the paper's value; empty where it may."""
+    scored = sum(fold.score is not None for fold in result.folds)
+    expected = PAPER_TEST.get(result.dataset)
+    if result.kind == "kaggle":
+        expected = result.n_test  # the leaderboards score all of their images
+    elif result.test_set != "official":
+        return "the test set is a local one, not the paper's"
+    if expected is None or not _COMPLETE * expected <= result.n_test <= expected / _COMPLETE:
+        return f"the test set is not the paper's: {result.n_test:,} images" + (f" of {expected:,}" if expected else "")
+    if scored < PAPER_FOLDS:
+        return f"{scored} folds, the paper has {PAPER_FOLDS}"
+    if result.request.get("val", "full") != "full":
+        return "validated on as many images as train, the paper on whole folds"
+    if not result.std:
+        return "the folds do not differ"
+    return ""
+
+
+def choose_best(cells: Sequence[Cell], by: str) -> Cell | None:
+    """The cell with the highest test or validation score; the first of equals; None where none is scored."""
+
+    def score(cell: Cell) -> float | None:
+        if cell.result is None:
+            return None
+        return cell.result.mean if by == "test" else cell.result.val_mean
+
+    scored = [(value, cell) for cell in cells if (value := score(cell)) is not None]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None

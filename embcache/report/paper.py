@@ -1,0 +1,94 @@
+"""The paper's numbers: Tables 1–4, B1–B8, C1–C4 and G1 as printed, with the slips flagged (``paper.json``)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PaperValue:
+    """One number of the paper.
+
+    Attributes
+    ----------
+    table : str
+        Where it is printed: ``table1`` … ``table4``, ``B1`` … ``B8``, ``C1`` … ``C4``, ``G1``.
+    dataset : str
+        Empty in G1.
+    model : str
+        A backbone of the paper, ``dvme``, ``dvme-noattn`` or ``best`` (the best single baseline); in G1 an
+        architecture; empty in Table 1.
+    subset : str
+        ``S``, ``M``, ``F`` or a number of images; ``test`` in Table 1; ``probe`` or ``finetune`` in G1.
+    printed : str
+        The row's or cell's own words where they differ: ``50 (S)``, ``3.6 M``.
+    mean, std : float or None
+        Over five folds; None in Table 1 and G1.
+    count : int or None
+        Images, in Table 1.
+    flag : str
+        What is wrong with it; empty where nothing is.
+    """
+
+    table: str
+    dataset: str = ""
+    model: str = ""
+    subset: str = ""
+    printed: str = ""
+    mean: float | None = None
+    std: float | None = None
+    count: int | None = None
+    flag: str = ""
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table of the paper.
+
+    Attributes
+    ----------
+    name, caption : str
+    kind : {"sizes", "probe", "finetune", "parameters"}
+    flags : tuple of str
+        Slips of the table as a whole, or of the text about it.
+    values : tuple of PaperValue
+        In the order printed.
+    """
+
+    name: str
+    caption: str
+    kind: str
+    flags: tuple[str, ...]
+    values: tuple[PaperValue, ...]
+
+
+@functools.cache
+def paper_tables() -> Mapping[str, PaperTable]:
+    """Every table of the paper by its name."""
+    content = json.loads(files("embcache.report").joinpath("paper.json").read_text(encoding="utf-8"))
+    return {name: _table(name, table) for name, table in content["tables"].items()}
+
+
+def _table(name: str, table: Mapping[str, Any]) -> PaperTable:
+    values = []
+    for value in table["values"]:
+        named = dict(value)
+        if "setting" in named:
+            named["subset"] = named.pop("setting")
+        values.append(PaperValue(table=name, **named))
+    return PaperTable(name, table["caption"], table["kind"], tuple(table["flags"]), tuple(values))
+
+
+def find_value(table: str, dataset: str, model: str, subset: str) -> PaperValue | None:
+    """The number printed in a table for a dataset's model at a subset; None where there is none."""
+    return _index().get((table, dataset, model, subset))
+
+
+@functools.cache
+def _index() -> Mapping[tuple[str, str, str, str], PaperValue]:
+    return {(v.table, v.dataset, v.model, v.subset): v for t in paper_tables().values() for v in t.values}

@@ -1,0 +1,112 @@
+"""Tables as text: Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+
+from embcache.errors import UsageError
+from embcache.report.layout import Table
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "|": r"$|$",
+    "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "√": r"$\surd$", "²": "$^2$", "₁": "$_1$", "₂": "$_2$", "≥": r"$\geq$",
+    "…": r"\ldots{}", "–": "--", "—": "---", "·": r"$\cdot$", "“": "``", "”": "''", "→": r"$\to$",
+}  # fmt: skip
+# What Markdown would read as markup inside a cell.
+_MARKDOWN = str.maketrans({"|": r"\|", "*": r"\*", "<": "&lt;", "\n": " "})
+
+
+def render(table: Table, form: str) -> str:
+    """A table as text that ends in a newline.
+
+    Parameters
+    ----------
+    table : Table
+        What to print.
+    form : {"markdown", "latex", "csv"}
+        CSV holds the records, one line a cell with every number; the others the table as laid out, notes beneath.
+
+    Raises
+    ------
+    UsageError
+        There is no such format.
+    """
+    if form not in FORMATS:
+        raise UsageError("no such format", expected=", ".join(FORMATS), found=repr(form), fix="--format markdown")
+    return FORMATS[form](table)
+
+
+def to_markdown(table: Table) -> str:
+    """A pipe table whose columns are aligned in the source too, a title above and notes beneath."""
+    rows = [[cell.translate(_MARKDOWN) for cell in row] for row in (table.headers, *table.rows)]
+    widths = [max(3, *map(_width, column)) for column in zip(*rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (cell + " " * (width - _width(cell)) for cell, width in zip(cells, widths, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    lines = [f"**{_name(table)}** {table.title.translate(_MARKDOWN)}", "", line(rows[0]), rule, *map(line, rows[1:])]
+    if table.notes:
+        lines += ["", *(f"- {note.translate(_MARKDOWN)}" for note in table.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def to_latex(table: Table) -> str:
+    r"""A ``table`` environment with a ``tabular``; needs no package but ``inputenc``'s UTF-8."""
+    columns = "l" * len(table.headers)
+    lines = [
+        r"\begin{table}[ht]",
+        r"\centering",
+        rf"\caption{{{escape_latex(_name(table) + ' ' + table.title)}}}",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\hline",
+        _latex_row(table.headers),
+        r"\hline",
+        *map(_latex_row, table.rows),
+        r"\hline",
+        r"\end{tabular}",
+    ]
+    if table.notes:
+        notes = [rf"{escape_latex(note)}\\" for note in table.notes]
+        lines += ["", r"\smallskip", r"{\footnotesize\raggedright", *notes, "}"]
+    return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    # A row that begins with "[" would be read as the optional argument of the "\\" before it.
+    text = " & ".join(map(escape_latex, cells))
+    return ("{}" if text.startswith("[") else "") + text + r" \\"
+
+
+def escape_latex(text: str) -> str:
+    """Text as LaTeX: special characters escaped, ± as ``$\\pm$``, a true minus as ``$-$``."""
+    return "".join(_LATEX.get(character, character) for character in text.replace("\n", " "))
+
+
+def to_csv(table: Table) -> str:
+    """The records as CSV with a header; without records the rows as they are laid out."""
+    target = io.StringIO()
+    if table.records:
+        records = csv.DictWriter(target, list(table.records[0]), lineterminator="\n")
+        records.writeheader()
+        records.writerows(table.records)
+    else:
+        csv.writer(target, lineterminator="\n").writerows([table.headers, *table.rows])
+    return target.getvalue()
+
+
+def _name(table: Table) -> str:
+    prefix = "" if table.name.startswith(("table", "fig")) or len(table.name) != 2 else "Table "
+    return f"{prefix}{table.name.replace('table', 'Table ')}."
+
+
+def _width(text: str) -> int:
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+FORMATS: Mapping[str, Callable[[Table], str]] = {"markdown": to_markdown, "latex": to_latex, "csv": to_csv}
