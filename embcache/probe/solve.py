@@ -1,7 +1,7 @@
 """Heads that are solved instead of trained: no epochs, no learning rate, no random stream.
 
-A head with a method ``solve`` is one of them. It gives all that its ``apply`` needs as tensors, so that a saved, exported
-or predicting head is the same thing whichever way it came about.
+A head with a method ``solve`` is one of them. It gives all that its ``apply`` needs as tensors, so that a saved head,
+an exported one and one that predicts are the same thing whichever way they came about.
 """
 
 from __future__ import annotations

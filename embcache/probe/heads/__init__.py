@@ -1,9 +1,11 @@
-"""Heads: what is trained on cached features. One file of this folder is one head, or a few that share their code.
+"""Heads: what is trained or solved on cached features. One file of this folder is one head, or a few that share code.
 
 A head is a frozen dataclass whose fields are its hyperparameters; sizes come from the data. The contract is `Head`:
-``fit`` on ``{backbone: (n, D)}`` gives an object with ``predict_proba``. Heads that are trained by gradient also give
-pure ``init``, ``apply`` and ``dropouts`` (`embcache.probe.stack.TrainableHead`): folds train as one stacked model.
-A module makes its heads known by a tuple ``HEADS`` of their classes.
+``fit`` on ``{backbone: (n, D)}`` gives an object with ``predict_proba``, and pure ``apply`` gives logits from stacked
+parameters. A head that is trained by gradient also has pure ``init`` and ``dropouts``
+(`embcache.probe.stack.TrainableHead`): folds train as one stacked model. Where it has ``constants``, these are computed
+once from the training rows and handed to ``apply`` among the parameters. A head that is solved has ``solve``
+(`embcache.probe.solve.SolvedHead`) instead. A module makes its heads known by a tuple ``HEADS`` of their classes.
 """
 
 from __future__ import annotations
@@ -14,16 +16,18 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib import import_module
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
+import torch
 from numpy.typing import ArrayLike
 
 from embcache.errors import UsageError
-from embcache.probe.stack import TrainableHead
+from embcache.probe.solve import is_solved
+from embcache.probe.stack import TrainableHead, stream_generator
 from embcache.probe.train import FittedHead
 
 
-class Head(TrainableHead, Protocol):
+class Head(Protocol):
     """The contract that every head signs; ``tests/contracts/test_heads.py`` holds them to it."""
 
     name: ClassVar[str]
@@ -31,8 +35,17 @@ class Head(TrainableHead, Protocol):
     fuses: ClassVar[bool]
     """Whether it takes several backbones at once."""
 
+    def apply(
+        self,
+        params: dict[str, torch.Tensor],
+        x: Mapping[str, torch.Tensor],
+        masks: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Logits of shape (K, B, C) from parameters (K, …) and features (K, B, D) each."""
+        ...
+
     def fit(self, x: Mapping[str, ArrayLike], y: ArrayLike, **kwargs: Any) -> FittedHead:
-        """Train on features of shape (n, D) and labels of shape (n,); keywords as `embcache.probe.train.fit`."""
+        """Train or solve on features (n, D) and labels (n,); keywords as `embcache.probe.train.fit`."""
         ...
 
 
@@ -75,8 +88,27 @@ def hyperparameters(head: Head) -> dict[str, Any]:
     return asdict(head)  # type: ignore[call-overload,no-any-return]
 
 
-def count_parameters(head: Head, dims: Mapping[str, int], n_classes: int) -> int:
-    """Trainable parameters for features of these dimensions."""
-    from embcache.probe.stack import stream_generator
+def trainable(head: Head) -> TrainableHead:
+    """The head, where it is trained by gradient.
 
-    return sum(p.numel() for p in head.init(stream_generator("", "count"), dims, n_classes).values())
+    Raises
+    ------
+    UsageError
+        It is solved.
+    """
+    name = head.name
+    if not is_solved(head):
+        return cast(TrainableHead, head)
+    raise UsageError(
+        f"head {name!r} is solved, not trained",
+        expected="one of " + ", ".join(other for other, kind in heads().items() if not is_solved(kind)),
+        fix="embcache heads",
+    )
+
+
+def count_parameters(head: Head, dims: Mapping[str, int], n_classes: int) -> int:
+    """Trainable parameters for features of these dimensions; 0 for a head that is solved."""
+    if is_solved(head):
+        return 0
+    params = trainable(head).init(stream_generator("", "count"), dims, n_classes)
+    return sum(p.numel() for p in params.values())

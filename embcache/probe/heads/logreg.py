@@ -1,0 +1,159 @@
+"""Logistic regression solved to the optimum: a linear probe without learning rate, epochs or luck."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from embcache.errors import ProtocolError
+from embcache.probe.hyperparameters import check_count, check_list
+from embcache.probe.layers import affine
+from embcache.probe.metrics import selection_score, softmax
+from embcache.probe.solve import Params, Solved
+from embcache.probe.standard import standard_params, standardise
+from embcache.probe.train import FittedHead, fit, is_balanced
+
+_ABSENT = -1e4  # logit of a class that no training image has: probability 0
+
+
+@dataclass(frozen=True)
+class LogReg:
+    """L2-regularised multinomial logistic regression by L-BFGS, its strength chosen on validation.
+
+    On features standardised by the fold's training rows. Classes weigh alike where the training set is not balanced,
+    as oversampling does for trained heads. The C with the best validation score is kept, the smaller (the stronger
+    regularisation) on a tie; without validation rows the one nearest to scikit-learn's 1.
+
+    Attributes
+    ----------
+    Cs : tuple of float
+        Inverse strengths to choose from.
+    max_iter : int
+        Iterations of L-BFGS at most, for each C.
+    """
+
+    Cs: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    max_iter: int = 1000
+
+    name: ClassVar[str] = "logreg"
+    summary: ClassVar[str] = "logistic regression by L-BFGS on standardised features, C chosen on validation"
+    fuses: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        values = self.Cs if isinstance(self.Cs, tuple | list) else (self.Cs,)
+        object.__setattr__(self, "Cs", tuple(values))
+        check_list(self, "Cs")
+        check_count(self, "max_iter")
+
+    def solve(
+        self,
+        x: Mapping[str, torch.Tensor],
+        y: torch.Tensor,
+        x_val: Mapping[str, torch.Tensor] | None,
+        y_val: torch.Tensor | None,
+        n_classes: int,
+        metric: str,
+    ) -> Solved:
+        """Fit for every C and keep the best.
+
+        Parameters as `embcache.probe.solve.SolvedHead.solve`.
+
+        Returns
+        -------
+        Solved
+            ``classifier.weight`` (C, D), ``classifier.bias`` (C,), ``standard.<backbone>.mean`` and ``.scale``, all
+            float32. ``chosen`` gives ``C``, and ``converged`` false where L-BFGS ran out of iterations.
+
+        Raises
+        ------
+        ProtocolError
+            All training rows are of one class, or features are not finite.
+        """
+        ((backbone, features),) = x.items()
+        params = standard_params(x)
+        stacked = {name: p[None] for name, p in params.items()}
+
+        def rows(part: torch.Tensor) -> NDArray[np.float64]:
+            return np.asarray(standardise(stacked, backbone, part[None])[0].cpu().double().numpy())
+
+        labels = y.cpu().numpy()
+        train = rows(features)
+        if len(np.unique(labels)) < 2 or not np.isfinite(train).all():
+            raise ProtocolError(
+                "logistic regression cannot be solved",
+                expected="finite features of two classes at least",
+                found=f"{len(np.unique(labels))} class" if len(np.unique(labels)) < 2 else "features not finite",
+                fix="a larger --subset, or look for features that are not finite: embcache info",
+            )
+        solutions = self._path(train, labels, n_classes)
+        if x_val is None or y_val is None or not len(y_val):
+            best = min(solutions, key=lambda solution: abs(np.log(solution.C)))
+        else:
+            held, held_labels = rows(x_val[backbone]), y_val.cpu().numpy()
+            # max keeps the first of equals, and the path ascends in C
+            best = max(
+                solutions, key=lambda s: selection_score(metric, held_labels, softmax(held @ s.weight.T + s.bias))
+            )
+        chosen = {"C": best.C} if best.converged else {"C": best.C, "converged": False}
+        weight, bias = (torch.from_numpy(a).to(features) for a in (best.weight, best.bias))
+        return Solved({**params, "classifier.weight": weight, "classifier.bias": bias}, chosen)
+
+    def apply(
+        self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Logits (K, B, C) from features (K, B, D)."""
+        ((backbone, features),) = x.items()
+        return affine(params, "classifier", standardise(params, backbone, features))
+
+    def fit(self, x: Mapping[str, ArrayLike], y: ArrayLike, **kwargs: Any) -> FittedHead:
+        """Solve on arrays; keywords as `embcache.probe.train.fit`."""
+        return fit(self, x, y, **kwargs)
+
+    def _path(self, x: NDArray[np.float64], y: NDArray[np.int64], n_classes: int) -> Iterator[_Solution]:
+        """A solution for every C, ascending; each starts from the one before."""
+        # The solution lies in the span of the rows, so with fewer rows than features it is found among n numbers a
+        # class instead of D: the same solution, sooner.
+        basis, reduced = None, x
+        if len(x) < x.shape[1]:
+            basis, triangle = np.linalg.qr(x.T)  # (D, n), (n, n)
+            reduced = triangle.T
+        weight = None if is_balanced(y, n_classes) else "balanced"
+        model = LogisticRegression(solver="lbfgs", max_iter=self.max_iter, warm_start=True, class_weight=weight)
+        for C in sorted(set(self.Cs)):
+            model.set_params(C=C)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # told in `chosen` instead
+                model.fit(reduced, y)
+            coefficients = model.coef_ if basis is None else model.coef_ @ basis.T
+            yield _solution(C, coefficients, model, n_classes, int(np.max(model.n_iter_)) < self.max_iter)
+
+
+@dataclass(frozen=True, eq=False)
+class _Solution:
+    C: float
+    weight: NDArray[np.float64]  # (C, D)
+    bias: NDArray[np.float64]  # (C,)
+    converged: bool
+
+
+def _solution(
+    C: float, coefficients: NDArray[np.float64], model: LogisticRegression, n_classes: int, converged: bool
+) -> _Solution:
+    weight, bias = np.zeros((n_classes, coefficients.shape[1])), np.full(n_classes, _ABSENT)
+    if len(model.classes_) == 2:  # scikit-learn gives the log odds of the second class
+        weight[model.classes_[1]] = coefficients[0]
+        bias[model.classes_] = [0.0, float(model.intercept_[0])]
+    else:
+        weight[model.classes_], bias[model.classes_] = coefficients, model.intercept_
+    return _Solution(float(C), weight, bias, converged)
+
+
+HEADS = (LogReg,)

@@ -1,0 +1,69 @@
+"""A hidden layer between features and logits: what a linear probe cannot separate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from numpy.typing import ArrayLike
+
+from embcache.probe.hyperparameters import check_count, check_rate
+from embcache.probe.layers import affine, init_linear
+from embcache.probe.train import FittedHead, fit
+
+Params = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Linear, ReLU, dropout, Linear on the raw features of one backbone.
+
+    Attributes
+    ----------
+    hidden : int
+        Width of the hidden layer (choice: as DVME's).
+    dropout : float
+        Rate before the last layer (choice: as DVME's).
+    """
+
+    hidden: int = 512
+    dropout: float = 0.2
+
+    name: ClassVar[str] = "mlp"
+    summary: ClassVar[str] = "one hidden layer on the features of one backbone"
+    fuses: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_count(self, "hidden")
+        check_rate(self, "dropout")
+
+    def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
+        """``hidden`` (D to ``hidden``) and ``classifier`` (``hidden`` to C), each a weight and a bias."""
+        (dim,) = dims.values()
+        return {
+            **init_linear(generator, "hidden", dim, self.hidden),
+            **init_linear(generator, "classifier", self.hidden, n_classes),
+        }
+
+    def apply(
+        self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Logits (K, B, C) from features (K, B, D)."""
+        (features,) = x.values()
+        out = affine(params, "hidden", features).relu()
+        if masks is not None:
+            out = out * masks["hidden"]
+        return affine(params, "classifier", out)
+
+    def dropouts(self) -> Mapping[str, tuple[int, float]]:
+        """One mask after the hidden layer."""
+        return {"hidden": (self.hidden, self.dropout)}
+
+    def fit(self, x: Mapping[str, ArrayLike], y: ArrayLike, **kwargs: Any) -> FittedHead:
+        """Train on arrays; keywords as `embcache.probe.train.fit`."""
+        return fit(self, x, y, **kwargs)
+
+
+HEADS = (MLP,)
