@@ -14,6 +14,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.splits import IntArray
 from embcache.errors import UsageError
 from embcache.paths import PathLike
+from embcache.probe.apply import predict_logits
 from embcache.probe.heads import Head, hyperparameters, make_head
 from embcache.probe.inputs import digest_images, load_features, open_stores, plan_for
 from embcache.probe.metrics import softmax
@@ -28,9 +29,8 @@ from embcache.probe.results import (
 )
 from embcache.probe.schedule import Schedule
 from embcache.probe.splits import Splits
-from embcache.probe.stack import predict_logits, train_stack
 from embcache.probe.summary import Outcome, prediction_table, request_notes, summarise, training_notes
-from embcache.probe.train import make_job
+from embcache.probe.train import make_job, train_jobs
 from embcache.store.feature_store import FeatureStore
 
 Progress = Callable[[int, int, str], Any]
@@ -271,7 +271,7 @@ def _answer(
         for f in range(plan.n_folds)
     ]
     y = torch.from_numpy(labels).to(q.device)
-    trained = train_stack(q.head, q.features, y, jobs, n_classes, metric, q.schedule, on_epoch=on_epoch)
+    trained = train_jobs(q.head, q.features, y, jobs, n_classes, metric, q.schedule, on_epoch=on_epoch)
     outcomes = [
         Outcome(head.best_epoch, len(head.losses), head.val_score, job.lr, head.diverged)
         for job, head in zip(jobs, trained, strict=True)

@@ -17,29 +17,25 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 
 from embcache.probe.adam import adam_step
+from embcache.probe.apply import Applicable, Params, plain_view, stacked_logits
+from embcache.probe.apply import predict_logits as predict_logits
 from embcache.probe.metrics import selection_score, softmax
 from embcache.probe.schedule import Schedule, Tracker
 
-Params = dict[str, torch.Tensor]
-
-_CHUNK = 1024  # rows scored at a time
 _SMALL = 500_000  # parameters, of all heads together
 
 
-class TrainableHead(Protocol):
-    """What the stack needs of a head; see `embcache.probe.heads` for the whole contract."""
+class TrainableHead(Applicable, Protocol):
+    """What the stack needs of a head; see `embcache.probe.heads` for the whole contract.
+
+    A head may also have ``constants(x)``: untrained values, named like parameters, that it computes from a fold's
+    training rows (n, D) of each backbone. ``apply`` finds them among ``params``, and they are kept with the head.
+    """
 
     def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
         """Fresh parameters of one head for features of ``dims[backbone]`` dimensions."""
-        ...
-
-    def apply(
-        self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None
-    ) -> torch.Tensor:
-        """Logits of shape (K, B, C) from parameters (K, …), features (K, B, D) each and dropout masks (K, B, width)."""
         ...
 
     def dropouts(self) -> Mapping[str, tuple[int, float]]:
@@ -57,7 +53,7 @@ class Job:
         Rows of the features. Without validation rows the head trains for ``max_epochs`` at one learning rate and the
         last epoch is kept.
     stream : str
-        Names the head's random streams: initial weights, order and dropout follow from it alone.
+        Names the head's random streams: initial weights, order, dropout and views follow from it alone.
     lr : float
         First learning rate.
     weights : float Tensor of shape (n,), optional
@@ -73,14 +69,15 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class TrainedHead:
-    """A trained head: parameters of its best epoch and how it got there.
+    """A trained (or solved) head: parameters of its best epoch and how it got there.
 
     Attributes
     ----------
     params : dict of Tensor
-        Without the stacking axis.
+        All that ``apply`` needs, constants too, without the stacking axis. Empty where training diverged before a first
+        usable epoch.
     best_epoch : int
-        Counted from 1.
+        Counted from 1; 0 where there is none.
     val_score : float or None
     losses : tuple of float
         Mean training loss of each epoch.
@@ -88,6 +85,8 @@ class TrainedHead:
         Validation score after, and learning rate during, each epoch.
     diverged : bool
         Training ended because the loss or an output was not finite.
+    chosen : dict
+        What a solved head chose on validation.
     """
 
     params: Params
@@ -97,6 +96,7 @@ class TrainedHead:
     val_scores: tuple[float, ...]
     lrs: tuple[float, ...]
     diverged: bool = False
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -105,6 +105,8 @@ class _Run:
     tracker: Tracker
     order: torch.Generator
     dropout: torch.Generator
+    views: torch.Generator
+    constants: Params = field(default_factory=dict)
     best: Params = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     val_scores: list[float] = field(default_factory=list)
@@ -141,8 +143,9 @@ def train_stack(
     ----------
     head : TrainableHead
         Gives ``init`` and ``apply``.
-    x : mapping of backbone to float32 Tensor of shape (N, D)
-        Features; gathered by row number, never copied whole.
+    x : mapping of backbone to float32 Tensor of shape (N, D) or (N, V, D)
+        Features; gathered by row number, never copied whole. Of V views of every image, each draw of an epoch takes
+        one, the same of every backbone; constants and validation take the first.
     y : int64 Tensor of shape (N,)
         Labels; read for the jobs' rows only.
     jobs : sequence of Job
@@ -161,13 +164,15 @@ def train_stack(
     list of TrainedHead, in the order of ``jobs``
     """
     device = y.device
-    dims = {backbone: features.shape[1] for backbone, features in x.items()}
+    dims = {backbone: features.shape[-1] for backbone, features in x.items()}
     runs = [
         _Run(
             job,
             Tracker(schedule, job.lr),
             stream_generator(job.stream, "order"),
             stream_generator(job.stream, "dropout"),
+            stream_generator(job.stream, "views"),
+            _constants(head, x, job),
         )
         for job in jobs
     ]
@@ -177,11 +182,12 @@ def train_stack(
     params: Params = {name: torch.stack([p[name] for p in fresh]).to(device) for name in fresh[0]} if fresh else {}
     first = {name: torch.zeros_like(p) for name, p in params.items()}
     second = {name: torch.zeros_like(p) for name, p in params.items()}
+    fixed = _stacked_constants(live)
     steps = [0] * len(live)
 
     with _threads_for(params):
         while live:
-            _train_epoch(head, x, y, live, params, first, second, steps, schedule)
+            _train_epoch(head, x, y, live, params, fixed, first, second, steps, schedule)
             for k, run in enumerate(live):
                 _validate(head, {name: p[k : k + 1] for name, p in params.items()}, x, y, run, metric)
             if on_epoch is not None:
@@ -191,14 +197,21 @@ def train_stack(
                 chosen = torch.tensor(keep, dtype=torch.int64, device=device)
                 params, first, second = ({n: t[chosen] for n, t in s.items()} for s in (params, first, second))
                 live, steps = [live[k] for k in keep], [steps[k] for k in keep]
+                fixed = _stacked_constants(live)
     return [_trained(run) for run in runs]
 
 
-def predict_logits(
-    head: TrainableHead, params: Params, x: Mapping[str, torch.Tensor], rows: torch.Tensor
-) -> NDArray[np.float32]:
-    """Logits of one head, shape (len(rows), C); ``params`` without the stacking axis."""
-    return _logits(head, {name: p[None] for name, p in params.items()}, x, rows)
+def _constants(head: TrainableHead, x: Mapping[str, torch.Tensor], job: Job) -> Params:
+    """Untrained values of one head, from its training rows."""
+    compute = getattr(head, "constants", None)
+    if compute is None:
+        return {}
+    constants: Params = compute({b: plain_view(f)[job.train.to(f.device)] for b, f in x.items()})
+    return constants
+
+
+def _stacked_constants(live: Sequence[_Run]) -> Params:
+    return {name: torch.stack([run.constants[name] for run in live]) for name in live[0].constants} if live else {}
 
 
 @contextmanager
@@ -223,6 +236,7 @@ def _train_epoch(
     y: torch.Tensor,
     live: Sequence[_Run],
     params: Params,
+    fixed: Params,
     first: Params,
     second: Params,
     steps: list[int],
@@ -231,14 +245,19 @@ def _train_epoch(
     """One epoch of every live head; parameters and moments are updated in place."""
     size = schedule.batch_size
     orders = [_draw_epoch(run) for run in live]
+    n_views = max(features.shape[1] if features.dim() == 3 else 1 for features in x.values())
+    views = [_draw_views(run, n_views) for run in live]
     sums = [0.0] * len(live)
     for start in range(0, len(orders[0]), size):
         batches = [order[start : start + size] for order in orders if len(order) > start]
         for part in _equal_lengths(batches):
             rows = torch.stack(batches[part]).to(y.device)  # (heads of the part, their batch)
+            view = torch.stack([v[start : start + rows.shape[1]] for v in views[part]]).to(y.device)
             masks = _dropout_masks(head, live[part], rows.shape[1], y.device)
             leaves = {name: p[part].detach().requires_grad_() for name, p in params.items()}
-            logits = head.apply(leaves, {backbone: features[rows] for backbone, features in x.items()}, masks)
+            given = {**leaves, **{name: c[part] for name, c in fixed.items()}}
+            batch = {b: features[rows] if features.dim() == 2 else features[rows, view] for b, features in x.items()}
+            logits = head.apply(given, batch, masks)
             each = F.cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="none").view(rows.shape)
             losses = each.mean(1)
             # Heads share no parameter, so the gradient of the sum is the gradient of each.
@@ -260,6 +279,14 @@ def _draw_epoch(run: _Run) -> torch.Tensor:
     if job.weights is None:
         return job.train[torch.randperm(len(job.train), generator=run.order)]
     return job.train[torch.multinomial(job.weights, len(job.train), replacement=True, generator=run.order)]
+
+
+def _draw_views(run: _Run, n_views: int) -> torch.Tensor:
+    """The view of each draw of one epoch. A stream of its own: views change neither order nor dropout."""
+    n = len(run.job.train)
+    if n_views == 1:
+        return torch.zeros(n, dtype=torch.int64)
+    return torch.randint(n_views, (n,), generator=run.views)
 
 
 def _equal_lengths(batches: Sequence[torch.Tensor]) -> list[slice]:
@@ -289,7 +316,8 @@ def _validate(
     head: TrainableHead, params: Params, x: Mapping[str, torch.Tensor], y: torch.Tensor, run: _Run, metric: str
 ) -> None:
     """Score one head (stacking axis of 1) after an epoch and keep its parameters where it is the best so far."""
-    logits = _logits(head, params, x, run.job.val)
+    params = {**params, **{name: c[None] for name, c in run.constants.items()}}
+    logits = stacked_logits(head, params, x, run.job.val)
     run.diverged = not (math.isfinite(run.losses[-1]) and bool(np.isfinite(logits).all()))
     if run.diverged:
         run.val_scores.append(-math.inf)
@@ -303,24 +331,12 @@ def _validate(
         run.best = {name: p[0].clone() for name, p in params.items()}
 
 
-@torch.no_grad()
-def _logits(
-    head: TrainableHead, params: Params, x: Mapping[str, torch.Tensor], rows: torch.Tensor
-) -> NDArray[np.float32]:
-    device = next(iter(params.values())).device
-    parts = [
-        head.apply(params, {backbone: features[chunk][None] for backbone, features in x.items()}, None)[0]
-        for chunk in torch.split(rows.to(device), _CHUNK)
-    ]
-    return np.asarray(torch.cat(parts).float().cpu().numpy()) if len(rows) else np.zeros((0, 0), np.float32)
-
-
 def _trained(run: _Run) -> TrainedHead:
     validated = len(run.job.val) > 0
     return TrainedHead(
         params=run.best,
         best_epoch=run.tracker.best_epoch if validated else len(run.losses) - run.diverged,
-        val_score=run.tracker.best_score if validated else None,
+        val_score=run.tracker.best_score if validated and run.best else None,
         losses=tuple(run.losses),
         val_scores=tuple(run.val_scores),
         lrs=tuple(run.lrs),

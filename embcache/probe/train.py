@@ -1,18 +1,26 @@
-"""From rows and labels to trained heads: jobs with their oversampling, and `fit` for a head on arrays."""
+"""From rows and labels to trained or solved heads: jobs with their oversampling, and `fit` for a head on arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from embcache.errors import ProtocolError
-from embcache.probe.metrics import softmax
+from embcache.probe.apply import Applicable, plain_view, predict_logits
+from embcache.probe.metrics import selection_score, softmax
 from embcache.probe.schedule import Schedule
-from embcache.probe.stack import Job, TrainableHead, TrainedHead, predict_logits, train_stack
+from embcache.probe.solve import SolvedHead, is_solved
+from embcache.probe.stack import Job, TrainableHead, TrainedHead, stream_generator, train_stack
+
+_LARGEST_STACK = 100_000_000
+"""Parameters that one stack may hold; with gradients, moments and best epochs some 2 GB."""
+
+AnyHead = TrainableHead | SolvedHead
 
 
 def is_balanced(labels: NDArray[np.int64], n_classes: int) -> bool:
@@ -50,20 +58,94 @@ def make_job(
     return Job(torch.from_numpy(train), torch.from_numpy(val), stream, lr, weights)
 
 
+def train_jobs(
+    head: AnyHead,
+    x: Mapping[str, torch.Tensor],
+    y: torch.Tensor,
+    jobs: Sequence[Job],
+    n_classes: int,
+    metric: str,
+    schedule: Schedule,
+    *,
+    on_epoch: Callable[[int], Any] | None = None,
+) -> list[TrainedHead]:
+    """Train (all as one stack, or as few as memory allows) or solve a head for each job.
+
+    Parameters and return value as of `embcache.probe.stack.train_stack`; a head that is solved has neither losses nor
+    epochs. How jobs are divided among stacks changes no result.
+    """
+    tell = on_epoch or (lambda done: None)
+    if is_solved(head):
+        solved = []
+        for number, job in enumerate(jobs, start=1):
+            solved.append(_solve(head, x, y, job, n_classes, metric))
+            tell(number * schedule.max_epochs)
+        return solved
+    trainable = cast("TrainableHead", head)
+    dims = {backbone: features.shape[-1] for backbone, features in x.items()}
+    size = sum(p.numel() for p in trainable.init(stream_generator("", "count"), dims, n_classes).values())
+    width = max(1, _LARGEST_STACK // size)
+    trained: list[TrainedHead] = []
+    for start in range(0, len(jobs), width):
+
+        def told(done: int, before: int = start * schedule.max_epochs) -> None:
+            tell(before + done)
+
+        trained += train_stack(
+            trainable,
+            x,
+            y,
+            jobs[start : start + width],
+            n_classes,
+            metric,
+            schedule,
+            on_epoch=told,
+        )
+    return trained
+
+
+def best_of(trained: Sequence[TrainedHead]) -> int:
+    """Which of several heads did best on validation: the first of equals, one without a model only where none has."""
+    scores = [(bool(t.params), -np.inf if t.val_score is None else t.val_score) for t in trained]
+    return scores.index(max(scores))
+
+
+def _solve(
+    head: SolvedHead, x: Mapping[str, torch.Tensor], y: torch.Tensor, job: Job, n_classes: int, metric: str
+) -> TrainedHead:
+    def take(rows: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        rows = rows.to(y.device)
+        return {backbone: plain_view(features)[rows] for backbone, features in x.items()}, y[rows]
+
+    train, labels = take(job.train)
+    failed = TrainedHead({}, 0, None, (), (), (), diverged=True)
+    if not all(torch.isfinite(features).all() for features in train.values()):
+        return failed
+    held, held_labels = take(job.val) if len(job.val) else (None, None)
+    solved = head.solve(train, labels, held, held_labels, n_classes, metric)
+    if held_labels is None:
+        return TrainedHead(solved.params, 0, None, (), (), (), chosen=solved.chosen)
+    logits = predict_logits(head, solved.params, x, job.val)
+    if not np.isfinite(logits).all():
+        return failed
+    value = selection_score(metric, held_labels.cpu().numpy(), softmax(logits))
+    return TrainedHead(solved.params, 0, value, (), (), (), chosen=solved.chosen)
+
+
 @dataclass(frozen=True, eq=False)
 class FittedHead:
-    """A trained head that predicts.
+    """A trained or solved head that predicts.
 
     Attributes
     ----------
-    head : TrainableHead
+    head : TrainableHead or SolvedHead
     trained : TrainedHead
     dims : dict of backbone to int
         Features it was trained on, in their order.
     n_classes : int
     """
 
-    head: TrainableHead
+    head: Applicable
     trained: TrainedHead
     dims: dict[str, int]
     n_classes: int
@@ -88,7 +170,7 @@ class FittedHead:
 
 
 def fit(
-    head: TrainableHead,
+    head: AnyHead,
     x: Mapping[str, ArrayLike],
     y: ArrayLike,
     *,
@@ -98,22 +180,23 @@ def fit(
     seed: int = 0,
     schedule: Schedule | None = None,
 ) -> FittedHead:
-    """Train one head on arrays.
+    """Train or solve one head on arrays.
 
     Parameters
     ----------
-    head : TrainableHead
+    head : TrainableHead or SolvedHead
         The head; see `embcache.probe.heads`.
     x : mapping of backbone to array-like of shape (n, D)
-        Training features, used raw.
+        Training features, raw.
     y : array-like of int, shape (n,)
         Labels 0 … C − 1.
     x_val, y_val : optional
-        Validation rows, which choose the epoch; without them the head trains for all epochs.
+        Validation rows, which choose the epoch (or what a solved head chooses); without them the head trains for all
+        epochs.
     metric : str, optional
         Scores the validation rows. Default: AUC for two classes, macro AUC for more.
     seed : int
-        Of initial weights, order and dropout.
+        Of initial weights, order and dropout; a solved head has none of them.
     schedule : Schedule, optional
         The optimisation; default: the protocol's.
 
@@ -138,19 +221,27 @@ def fit(
     plan = schedule or Schedule()
     job = make_job(both, np.arange(n), np.arange(n, len(both)), n_classes, f"{seed}\0fit", plan.lr)
     chosen = metric or ("auc" if n_classes == 2 else "macro_auc")
-    (trained,) = train_stack(head, features, torch.from_numpy(both), [job], n_classes, chosen, plan)
+    (trained,) = train_jobs(head, features, torch.from_numpy(both), [job], n_classes, chosen, plan)
     if not trained.params:
-        raise diverged_error("the head", plan.lr)
+        raise diverged_error("the head", None if is_solved(head) else plan.lr)
     return FittedHead(head, trained, {backbone: f.shape[1] for backbone, f in features.items()}, n_classes)
 
 
-def diverged_error(what: str, lr: float) -> ProtocolError:
-    """The error for a head whose very first epoch gave no finite loss."""
+def diverged_error(what: str, lr: float | None) -> ProtocolError:
+    """The error for a head without a model: no finite loss in its first epoch, or (no rate) features not finite."""
+    look = "look for features that are not finite: embcache info"
+    if lr is None:
+        return ProtocolError(
+            f"{what} cannot be solved",
+            expected="finite features",
+            found="features or outputs that are not numbers",
+            fix=look,
+        )
     return ProtocolError(
         f"training of {what} diverged in its first epoch",
         expected="finite losses",
         found=f"a loss or an output that is not a number, at learning rate {lr:g}",
-        fix=f"--lr {lr / 10:g}, or look for features that are not finite: embcache info",
+        fix=f"--lr {lr / 10:g}, or {look}",
     )
 
 
