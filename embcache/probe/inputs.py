@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,18 @@ from embcache.paths import PathLike
 from embcache.probe.protocol import merged_groups, plan_splits, subset_sizes
 from embcache.probe.splits import Splits, read_splits
 from embcache.store.feature_store import FeatureStore, extract_command, list_stores, open_store
+
+
+class KnownImages(Protocol):
+    """What splits must know of images; a store has it."""
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """Sha256 of the bytes, by id, where it is known."""
+
+    @property
+    def quarantined(self) -> Mapping[str, str]:
+        """Why an image could not be read, by id."""
 
 
 def open_stores(
@@ -69,7 +82,7 @@ def open_stores(
 
 def plan_for(
     ds: ImageDataset,
-    stores: Sequence[FeatureStore],
+    stores: Sequence[KnownImages],
     *,
     subsets: Sequence[str | int],
     folds: int = 5,
@@ -86,7 +99,7 @@ def plan_for(
     ds : ImageDataset
         The dataset.
     stores : sequence of FeatureStore
-        Give the digests of the images, and which could not be read.
+        Or what else knows its images; give the digests of the images, and which could not be read.
     subsets, folds, seed, val, test, exclude_test_overlap
         As for `embcache.probe.protocol.plan_splits`.
     splits : path, optional
@@ -161,7 +174,7 @@ def load_features(store: FeatureStore, ds: ImageDataset, plan: Splits, used: Int
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
 
 
-def digest_images(stores: Mapping[str, FeatureStore], plan: Splits, subset: str) -> str:
+def digest_images(stores: Mapping[str, KnownImages], plan: Splits, subset: str) -> str:
     """SHA-256 (hex) of which image bytes the features were made from: a replaced image makes another result."""
     images = hashlib.sha256()
     used = plan.ids[plan.used(subset)]
