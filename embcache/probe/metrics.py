@@ -74,7 +74,7 @@ def score(metric: str, y: ArrayLike, p: ArrayLike) -> float:
     if metric == "kappa":
         return _kappa(labels, probabilities)
     if metric == "auc":
-        return float(roc_auc_score(labels, _log_odds(probabilities)))
+        return float(roc_auc_score(labels, log_odds(probabilities)))
     values = [value for value in per_class_auc(labels, probabilities) if value is not None]
     return float(np.mean(values))
 
@@ -133,7 +133,7 @@ def evaluate(metric: str, y: ArrayLike, p: ArrayLike) -> dict[str, Any]:
     present = sorted(set(labels.tolist()))
     predicted = probabilities.argmax(1)
     if n_classes == 2:
-        sides = [(labels == 1, _log_odds(probabilities))]
+        sides = [(labels == 1, log_odds(probabilities))]
     else:
         sides = [(labels == c, probabilities[:, c]) for c in present]
     return {
@@ -188,7 +188,7 @@ def bootstrap(
     scorers = [_SCORERS[metric](labels, q) for q in models]
     blocks = [
         np.mean([scorer(weights) for scorer in scorers], axis=0)
-        for weights in _resample_weights(labels, groups, resamples, seed)
+        for weights in resample_weights(labels, groups, resamples, seed)
     ]
     return np.asarray(np.concatenate(blocks))
 
@@ -214,7 +214,7 @@ def _checked(metric: str, y: ArrayLike, p: ArrayLike) -> tuple[IntArray, FloatAr
     return labels, probabilities
 
 
-def _log_odds(p: FloatArray) -> FloatArray:
+def log_odds(p: FloatArray) -> FloatArray:
     """Ranks by the probability of class 1, without the ties that rounding makes near 1; shape (n,)."""
     tiny = np.finfo(np.float64).tiny
     return np.asarray(np.log(np.maximum(p[:, 1], tiny)) - np.log(np.maximum(p[:, 0], tiny)))
@@ -230,7 +230,7 @@ def _sensitivity(positive: NDArray[np.bool_], scores: FloatArray, specificity: f
     return float(tpr[fpr <= 1 - specificity + 1e-12].max())
 
 
-def _resample_weights(
+def resample_weights(
     y: IntArray, groups: Sequence[str] | NDArray[np.object_], resamples: int, seed: int
 ) -> Iterator[FloatArray]:
     """How often each image is drawn, in blocks of shape (≤ _BLOCK, n)."""
@@ -289,7 +289,7 @@ def _weighted_kappa(y: IntArray, p: FloatArray) -> Callable[[FloatArray], FloatA
 
 
 _SCORERS: Mapping[str, Callable[[IntArray, FloatArray], Callable[[FloatArray], FloatArray]]] = {
-    "auc": lambda y, p: _weighted_auc(y == 1, _log_odds(p)),
+    "auc": lambda y, p: _weighted_auc(y == 1, log_odds(p)),
     "macro_auc": _weighted_macro_auc,
     "kappa": _weighted_kappa,
 }

@@ -130,7 +130,7 @@ def test_bootstrap_is_scikit_learn_on_every_resample(
     other = predictions(60, metric[1], seed + 1)[1]
     groups = [f"g{k % n_groups}" for k in range(60)]
     samples = bootstrap(metric[0], y, np.stack([p, other]), groups, resamples=7, seed=seed)
-    (weights,) = list(metrics._resample_weights(y, groups, 7, seed))
+    (weights,) = list(metrics.resample_weights(y, groups, 7, seed))
     for sample, w in zip(samples, weights, strict=True):
         expected = np.mean([weighted_by_scikit_learn(metric[0], y, q, w) for q in (p, other)])
         assert sample == pytest.approx(expected, abs=1e-10)
@@ -141,7 +141,7 @@ def test_resamples_draw_whole_groups_and_never_lose_a_class(seed: int, n_classes
     rng = np.random.default_rng(seed)
     y = np.concatenate([np.arange(n_classes), rng.integers(0, n_classes, size=40)])
     group = rng.integers(0, n_groups, size=len(y))
-    (weights,) = list(metrics._resample_weights(y, [f"g{g}" for g in group], 20, seed))
+    (weights,) = list(metrics.resample_weights(y, [f"g{g}" for g in group], 20, seed))
     assert weights.shape == (20, len(y))
     for w in weights:
         for g in set(group):

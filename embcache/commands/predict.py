@@ -1,0 +1,246 @@
+"""``embcache predict``, ``submit``, ``kaggle-score`` and ``export-head``: a result put to use."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from embcache.commands.options import DataRootOption, HomeOption, JsonOption, split_list, write_json
+from embcache.commands.table import print_table
+from embcache.errors import UsageError
+
+RunOption = Annotated[
+    str, typer.Option("--run", metavar="RUN", help="Id of a run, or its beginning: `embcache results` lists them.")
+]
+
+
+def predict(
+    run: RunOption,
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[IMAGE|FOLDER…]", help="Images, or folders to look through.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", metavar="NAME", help="Predict all images of a dataset instead.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="CSV to write. [default: to stdout]")
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weights", metavar="[NAME=]FILE", help="The checkpoint that the run was made with; repeatable with NAME=."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda:0, …")] = "auto",
+    folds: Annotated[
+        list[str] | None,
+        typer.Option("--folds", metavar="K[,K…]", help="Average the models of these folds. [default: all]"),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", metavar="N", min=1, help="Threads that decode images.")
+    ] = None,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Predict images by a saved run: a CSV with the probability of each class, the mean over the run's folds.
+
+    Images are decoded, transformed and embedded by the run's own recipe; where that cannot be rebuilt exactly nothing
+    is predicted. Images that cannot be read are listed with the reason, on stderr and in the column error.
+
+    Example: embcache predict --run linear-S-0123 scans/ --output predictions.csv
+    """
+    from embcache.predict import predict_images
+    from embcache.report.csvfile import write_text
+
+    with _Bar() as bar:
+        found = predict_images(
+            run,
+            paths or (),
+            dataset=dataset,
+            data_root=data_root,
+            home=home,
+            weights=_weights(weights),
+            device=device,
+            folds=_numbers(folds, "--folds"),
+            workers=workers,
+            progress=bar.update,
+        )
+    for note in found.notes:
+        typer.echo(f"note: {note}", err=True)
+    for image, reason in found.failed.items():
+        typer.echo(f"not read: {_printable(image)}: {reason}", err=True)
+    read, total = len(found.images) - len(found.failed), len(found.images)
+    typer.echo(f"{read:,} of {total:,} images predicted by {found.run}, {len(found.folds)} folds", err=True)
+    if output is not None:
+        write_text(output.expanduser(), found.to_csv())
+        typer.echo(f"written: {output}", err=True)
+    if json:
+        write_json(list(found.rows()), json)
+    elif output is None:
+        sys.stdout.write(found.to_csv().encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def submit(
+    run: RunOption,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Where the files go. [default: submission-RUN]"),
+    ] = None,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Write the files that Kaggle takes for aptos and patchcam: one a fold, ids as in the sample submission.
+
+    The run must have been made with --test official. Test images that could not be read get the commonest class, or
+    the share of class 1, of the labelled images, and are listed.
+
+    Example: embcache submit --run linear-F-0123
+    """
+    from embcache.report.kaggle import make_submission
+
+    made = make_submission(run, output, home=home, data_root=data_root)
+    if json:
+        write_json(
+            {
+                "run": made.run,
+                "competition": made.competition,
+                "files": [str(file) for file in made.files],
+                "folds": list(made.folds),
+                "rows": made.rows,
+                "filled": dict(made.filled),
+            },
+            json,
+        )
+    for image, reason in made.filled.items():
+        typer.echo(f"filled in: {_printable(image)}: {reason}", err=True)
+    if json == "-":
+        return
+    print_table(
+        ["fold", "file", "rows", "filled in"],
+        [
+            [str(fold), str(file), f"{made.rows:,}", f"{len(made.filled):,}"]
+            for fold, file in zip(made.folds, made.files, strict=True)
+        ],
+        notes=[
+            *made.notes,
+            f"hand in: kaggle competitions submit -c {made.competition} -f FILE -m '{made.run}'",
+            "then: embcache kaggle-score --run "
+            + made.run
+            + " --score PRIVATE/PUBLIC for each file, in the order of the folds",
+        ],
+    )
+
+
+def kaggle_score(
+    run: RunOption,
+    score: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--score", metavar="PRIVATE/PUBLIC", help="Scores of one fold's file; once a fold, in their order."
+        ),
+    ] = None,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Keep the leaderboard's scores of a run as a result: α · private + (1 − α) · public of each fold.
+
+    Example: embcache kaggle-score --run linear-F-0123 --score 0.80/0.70 --score 0.81/0.71 …
+    """
+    from embcache.commands.probe import print_results
+    from embcache.report.kaggle import read_score, save_kaggle_scores
+
+    # equal scores of two folds are two scores: not split_list, which drops repeats
+    pairs = [read_score(text) for texts in score or () for text in texts.split(",")]
+    result = save_kaggle_scores(run, pairs, home=home, data_root=data_root)
+    if json != "-":
+        print_results([result], ids=True)
+    if json:
+        write_json([result.to_json()], json)
+
+
+def export_head(
+    run: RunOption,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Where head.safetensors and head.json go."),
+    ],
+    fold: Annotated[
+        int | None,
+        typer.Option("--fold", metavar="K", help="Whose head. [default: the best on validation]"),
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Write the head of one fold as safetensors and JSON, for programs without embcache (docs/results.md).
+
+    Example: embcache export-head --run linear-S-0123 --output my-head
+    """
+    from embcache.probe.export import export_head as export
+
+    done = export(run, output, fold=fold, home=home)
+    if json:
+        write_json(done.about, json)
+    if json == "-":
+        return
+    print_table(
+        ["tensor", "shape"], [[name, "×".join(map(str, t["shape"]))] for name, t in done.about["tensors"].items()]
+    )
+    typer.echo(f"· {done.about['head']['name']} of fold {done.about['fold']}: {done.about['formula']}")
+    typer.echo(f"· written: {done.folder}/head.safetensors and head.json")
+
+
+def _weights(values: list[str] | None) -> Path | dict[str, Path] | None:
+    """One bare path, or a path for each name."""
+    if not values:
+        return None
+    if len(values) == 1 and "=" not in values[0]:
+        return Path(values[0])
+    pairs = [value.partition("=") for value in values]
+    if any(not separator for _, separator, _ in pairs):
+        raise UsageError("several --weights need names", expected="NAME=FILE", found=", ".join(values))
+    return {name: Path(path) for name, _, path in pairs}
+
+
+def _numbers(values: list[str] | None, flag: str) -> list[int] | None:
+    if not values:
+        return None
+    try:
+        return [int(value) for value in split_list(values)]
+    except ValueError as error:
+        raise UsageError("not a list of numbers", expected="0,1,2", found=", ".join(values), where=flag) from error
+
+
+def _printable(text: str) -> str:
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text
+    )
+
+
+class _Bar:
+    """A progress bar with time left, on stderr and only on a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` images are through."""
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="img", leave=False, file=sys.stderr)
+        self._bar.update(done - self._bar.n)

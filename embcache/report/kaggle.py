@@ -1,0 +1,299 @@
+"""Competitions: files to hand in, one a fold, and the leaderboard's scores as a result (Section A).
+
+The official test labels of aptos and Kaggle's patchcam are not public. A run made with ``--test official`` keeps
+predictions of those images; `make_submission` writes them as the competition wants them, and `save_kaggle_scores`
+takes the private and public scores that came back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from embcache.data.dataset import ImageDataset, find_dataset
+from embcache.data.labels import read_table
+from embcache.errors import ProtocolError, UsageError
+from embcache.paths import PathLike
+from embcache.probe.results import FoldResult, ProbeResult, find_run_anywhere, load_predictions, run_id, save_run
+from embcache.report.csvfile import csv_text, write_text
+from embcache.store.feature_store import list_stores
+
+
+@dataclass(frozen=True)
+class Competition:
+    """What one competition asks for.
+
+    Attributes
+    ----------
+    slug : str
+        Its name at Kaggle.
+    id_column, value_column : str
+        The header of a submission.
+    hard : bool
+        It takes the most probable class as a number, not the probability of class 1.
+    """
+
+    slug: str
+    id_column: str
+    value_column: str
+    hard: bool
+
+
+COMPETITIONS: Mapping[str, Competition] = {
+    "aptos": Competition("aptos2019-blindness-detection", "id_code", "diagnosis", hard=True),
+    "patchcam": Competition("histopathologic-cancer-detection", "id", "label", hard=False),
+}
+SAMPLE = "sample_submission.csv"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Files to hand in.
+
+    Attributes
+    ----------
+    run, competition : str
+    files : tuple of Path
+        One a fold.
+    folds : tuple of int
+        Of which fold each file is.
+    rows : int
+        Of each file, without its header.
+    filled : mapping of str to str
+        Ids without a prediction, with the reason; they got the commonest class, or the share of class 1, of the
+        labelled images.
+    notes : tuple of str
+    """
+
+    run: str
+    competition: str
+    files: tuple[Path, ...]
+    folds: tuple[int, ...]
+    rows: int
+    filled: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def make_submission(
+    run: str, output: PathLike | None = None, *, home: PathLike | None = None, data_root: PathLike | None = None
+) -> Submission:
+    """Write the files that a competition takes, one a fold, with every id of its sample submission in its order.
+
+    Parameters
+    ----------
+    run : str
+        A run's id, or the beginning of it; made with ``--test official``.
+    output : path, optional
+        Folder of the files ``<run>-fold<k>.csv``; default ``submission-<run>``.
+    home : path, optional
+        Folder of stores and runs.
+    data_root : path, optional
+        The dataset's own folder, where ``sample_submission.csv`` lies.
+
+    Raises
+    ------
+    UsageError
+        The dataset has no competition, the run is not on its official test set, or the folder cannot be written to.
+    """
+    result, folder = find_run_anywhere(run, home)
+    ds, _ = find_dataset(result.dataset, root=data_root, home=home)
+    competition = _competition(result, ds)
+    ids, notes = _ids_in_order(ds)
+    filled = _reasons([i for i in ids if i not in set(_tested(folder))], ds, home)
+    prior = _prior(ds, competition)
+    table = load_predictions(folder)
+    texts: dict[int, str] = {}
+    for fold, rows in table.groupby("fold", sort=True):
+        values = _values(rows, competition)
+        lines = [[image, values.get(image, prior)] for image in ids]
+        texts[int(str(fold))] = csv_text([competition.id_column, competition.value_column], lines, guard=False)
+    surplus = set(_tested(folder)) - set(ids)
+    if surplus:
+        notes.append(f"{len(surplus):,} test images are not in {SAMPLE} and are left out: {min(surplus)} …")
+    notes += [f"fold {f.fold} diverged and has no file" for f in result.folds if f.fold not in texts]
+    target = Path(output if output is not None else f"submission-{result.id}").expanduser()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            "the folder cannot be made", found=str(error.strerror), where=target, fix="--output FOLDER"
+        ) from error
+    files = [write_text(target / f"{result.id}-fold{fold}.csv", text) for fold, text in texts.items()]
+    return Submission(result.id, competition.slug, tuple(files), tuple(texts), len(ids), filled, tuple(notes))
+
+
+def save_kaggle_scores(
+    run: str,
+    scores: Sequence[tuple[float, float]],
+    *,
+    home: PathLike | None = None,
+    data_root: PathLike | None = None,
+) -> ProbeResult:
+    """A result of kind ``kaggle`` from the scores that a leaderboard gave each fold's file.
+
+    The score of a fold is α · private + (1 − α) · public, α being the share of the test images behind the private
+    score (0.85 for aptos, 0.51 for patchcam). Scores given again replace those given before.
+
+    Parameters
+    ----------
+    run : str
+        The run that was handed in.
+    scores : sequence of (float, float)
+        Private and public score of each fold that has a file, in the order of the folds.
+    home : path, optional
+        Folder of stores and runs.
+    data_root : path, optional
+        The dataset's own folder.
+
+    Returns
+    -------
+    ProbeResult
+        Saved beside the run: mean ± sd (ddof 1) over the folds, no interval.
+
+    Raises
+    ------
+    UsageError
+        The run was not made for a leaderboard, or the scores are not as many as its folds, or not scores.
+    """
+    result, folder = find_run_anywhere(run, home)
+    ds, _ = find_dataset(result.dataset, root=data_root, home=home)
+    competition = _competition(result, ds)
+    alpha = float(ds.leaderboard_alpha or math.nan)
+    handed_in = [fold for fold in result.folds if not fold.failed]
+    if len(scores) != len(handed_in):
+        raise UsageError(
+            f"run {result.id} has {len(handed_in)} folds, so as many files were handed in",
+            expected=f"{len(handed_in)} × --score PRIVATE/PUBLIC, in the order of the folds",
+            found=str(len(scores)),
+            fix=f"embcache kaggle-score --run {result.id} " + " ".join(["--score 0.90/0.89"] * len(handed_in)),
+        )
+    lowest = -1.0 if competition.hard else 0.0  # kappa may be negative
+    wrong = [pair for pair in scores if not all(math.isfinite(s) and lowest <= s <= 1 for s in pair)]
+    if wrong:
+        raise UsageError(
+            "not a score",
+            expected=f"numbers from {lowest:g} to 1",
+            found=f"{wrong[0][0]}/{wrong[0][1]}",
+            where="--score",
+        )
+    averages = [alpha * private + (1 - alpha) * public for private, public in scores]
+    folds: list[FoldResult] = []
+    for fold, (private, public), average in zip(handed_in, scores, averages, strict=True):
+        told = {"score": average, "private": float(private), "public": float(public)}
+        folds.append(replace(fold, score=average, metrics=told))
+    request = {
+        "kind": "kaggle",
+        "run": result.id,
+        "competition": competition.slug,
+        "alpha": alpha,
+        "head": dict(result.request["head"]),
+        "subset": result.subset,
+    }
+    note = f"leaderboard of {competition.slug}: {alpha:g} · private + {1 - alpha:g} · public of each fold"
+    kept = [n for n in result.notes if "predictions are kept, not scored" not in n]
+    scored = replace(
+        result,
+        id=run_id(request),
+        kind="kaggle",
+        mean=float(np.mean(averages)),
+        std=float(np.std(averages, ddof=1)) if len(averages) > 1 else None,
+        interval=None,
+        folds=tuple(folds),
+        notes=(*kept, note),
+        request=request,
+    )
+    save_run(scored, load_predictions(folder), [], home)
+    return scored
+
+
+def read_score(text: str) -> tuple[float, float]:
+    """Private and public score from ``PRIVATE/PUBLIC``.
+
+    Raises
+    ------
+    UsageError
+        It is not two numbers with a slash between.
+    """
+    try:
+        private, public = text.split("/")
+        return float(private), float(public)
+    except ValueError as error:
+        raise UsageError(
+            "not a pair of scores", expected="PRIVATE/PUBLIC, such as 0.913/0.902", found=repr(text), where="--score"
+        ) from error
+
+
+def _competition(result: ProbeResult, ds: ImageDataset) -> Competition:
+    if ds.kind not in COMPETITIONS or ds.leaderboard_alpha is None:
+        what = "the original PatchCamelyon release" if ds.kind == "patchcam" else ds.name
+        raise UsageError(
+            f"{what} has no competition to hand results in to",
+            expected="a run on " + " or ".join(f"{name} ({c.slug})" for name, c in COMPETITIONS.items()),
+            found=f"{result.id} on {ds.name}",
+        )
+    if result.target or result.kind == "kaggle":
+        raise UsageError(
+            "only a run that predicts the competition's own labels can be handed in",
+            found=f"{result.id}: " + (f"probe of the column {result.target!r}" if result.target else result.kind),
+            fix=f"--run {result.request.get('run', 'RUN')}",
+        )
+    if result.test_set != "official":
+        raise UsageError(
+            "the run was not made for the leaderboard: its test images are a fifth of the labelled ones",
+            expected="a run with --test official",
+            found=f"{result.id}, test set {result.test_set}",
+            fix=f"embcache probe --dataset {result.dataset} --head {result.head} --subset {result.subset} "
+            f"--backbone {','.join(result.backbones)} --test official",
+        )
+    return COMPETITIONS[ds.kind]
+
+
+def _ids_in_order(ds: ImageDataset) -> tuple[list[str], list[str]]:
+    """Ids of the sample submission in its order; the dataset's own order, and a note, where the file is not there."""
+    competition = COMPETITIONS[ds.kind]
+    path = ds.root / SAMPLE if ds.root is not None else None
+    if path is not None and path.is_file():
+        ids: list[str] = read_table(path, [competition.id_column])[competition.id_column].tolist()
+        if len(set(ids)) < len(ids):
+            raise ProtocolError("the sample submission repeats an id", where=path, fix="download it again")
+        return ids, []
+    ids = ds.table.loc[ds.table["split"] == "test", "id"].tolist()
+    return ids, [f"{SAMPLE} is not there ({path}): the order is that of the dataset's test images"]
+
+
+def _tested(folder: Path) -> list[str]:
+    ids: list[str] = load_predictions(folder)["id"].unique().tolist()
+    return ids
+
+
+def _reasons(absent: Sequence[str], ds: ImageDataset, home: PathLike | None) -> dict[str, str]:
+    """Why an id has no prediction, as far as the stores or the dataset can tell."""
+    if not absent:
+        return {}
+    known = set(ds.table["id"])
+    why: dict[str, str] = {}
+    for store in list_stores(home, ds.name):
+        why |= store.quarantined
+    return {i: why.get(i, "no prediction of it was kept" if i in known else "the image is not there") for i in absent}
+
+
+def _prior(ds: ImageDataset, competition: Competition) -> str:
+    """What is said of an image that nobody saw: by the labelled images, whatever the subset was balanced to."""
+    labels = ds.labels[ds.labels >= 0]
+    if competition.hard:
+        return str(int(np.bincount(labels).argmax()))
+    return repr(float((labels == 1).mean()))
+
+
+def _values(rows: pd.DataFrame, competition: Competition) -> dict[str, str]:
+    """Value of each id by one fold: the most probable class, or the probability of class 1 to all its digits."""
+    chances = rows[[c for c in rows.columns if c.startswith("p_")]].to_numpy(dtype=np.float64)
+    say: Callable[[np.ndarray], str] = (
+        (lambda p: str(int(p.argmax()))) if competition.hard else (lambda p: repr(float(p[1])))
+    )
+    return {image: say(p) for image, p in zip(rows["id"].tolist(), chances, strict=True)}
