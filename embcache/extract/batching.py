@@ -68,11 +68,18 @@ def prepare_batches(
     root: Path, sources: Sequence[Source], geometries: Sequence[Geometry], batch_size: int, pool: Executor
 ) -> Iterator[list[Prepared]]:
     """Yield the prepared images of one shard batch by batch, decoding the next batch while this one is used."""
-    chunks = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
 
     def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
         return [pool.submit(prepare, root, source, geometries) for source in chunk]
 
+    return batches_ahead(sources, batch_size, submit)
+
+
+def batches_ahead(
+    sources: Sequence[Source], batch_size: int, submit: Callable[[Sequence[Source]], list[Future[Prepared]]]
+) -> Iterator[list[Prepared]]:
+    """Yield what ``submit`` makes of each batch, with the next batch begun while this one is used."""
+    chunks = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
     pending: list[list[Future[Prepared]]] = [submit(chunk) for chunk in chunks[:2]]
     try:
         for index in range(len(chunks)):

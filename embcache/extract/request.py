@@ -59,8 +59,20 @@ def weights_by_name(names: Sequence[str], weights: PathLike | Mapping[str, PathL
     return {name: Path(file) for name, file in weights.items()}
 
 
-def check_numbers(batch_size: int | None, workers: int | None, part: tuple[int, int] | None) -> None:
+def default_workers() -> int:
+    """Threads that decode images where nobody says how many: one a core, 8 at most."""
+    return min(os.cpu_count() or 1, 8)
+
+
+def check_numbers(
+    batch_size: int | None = None,
+    workers: int | None = None,
+    part: tuple[int, int] | None = None,
+    views: int = 1,
+) -> None:
     """`UsageError` for numbers that no extraction can have."""
+    if views < 1:
+        raise UsageError("the number of views must be at least 1", found=str(views), fix="--views 4")
     if batch_size is not None and batch_size < 1:
         raise UsageError("the batch size must be at least 1", found=str(batch_size))
     if workers is not None and workers < 1:

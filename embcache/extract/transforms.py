@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,24 +68,42 @@ class Transform:
             resized = Image.fromarray(image).resize((target[1], target[0]), _FILTERS[self.interpolation])
             image = np.asarray(resized)
         if self.crop is not None:
-            # round() is banker's rounding, as in torchvision's center_crop, which published features were made with.
-            top, left = (round((have - want) / 2.0) for have, want in zip(image.shape[:2], self.crop, strict=True))
-            image = image[top : top + self.crop[0], left : left + self.crop[1]]
+            image = centre(image, self.crop)
         if image.shape[:2] != self.size:
             raise ValueError(f"an image of {width}×{height} pixels does not become {self.size[1]}×{self.size[0]}")
         return np.ascontiguousarray(image)
 
-    def to_dict(self) -> dict[str, object]:
-        """Every parameter, as JSON: part of the recipe."""
+    def geometry_dict(self) -> dict[str, object]:
+        """What decides the pixels before they are normalised, as JSON; transforms that agree on it share pixels."""
         return {
-            "kind": self.kind,
             "resize": list(self.resize) if isinstance(self.resize, tuple) else self.resize,
             "crop": list(self.crop) if self.crop else None,
             "size": list(self.size),
             "interpolation": self.interpolation,
-            "mean": list(self.mean),
-            "std": list(self.std),
         }
+
+    def to_dict(self) -> dict[str, object]:
+        """Every parameter, as JSON: part of the recipe."""
+        return {"kind": self.kind, **self.geometry_dict(), "mean": list(self.mean), "std": list(self.std)}
+
+
+def frame(transform: Transform) -> Transform:
+    """A transform without its crop, where every image comes to one size before it: what is kept of an image.
+
+    A centre crop of the frame is the transform's result; a random one is an augmentation. Where only the shorter side
+    is resized, images differ in size until they are cropped: their frame is the result itself.
+    """
+    resized = transform.resize
+    if transform.crop is None or not isinstance(resized, tuple) or min(resized) < max(transform.crop):
+        return transform
+    return replace(transform, crop=None, size=resized)
+
+
+def centre(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The centre of an image, uint8 (H, W, 3) → uint8 (*size, 3): a view, of the whole where the size is the same."""
+    # round() is banker's rounding, as in torchvision's center_crop, which published features were made with.
+    top, left = (round((have - want) / 2.0) for have, want in zip(image.shape[:2], size, strict=True))
+    return image[top : top + size[0], left : left + size[1]]
 
 
 def _resized(resize: tuple[int, int] | int | None, height: int, width: int) -> tuple[int, int]:

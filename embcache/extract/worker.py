@@ -7,9 +7,10 @@ Nothing here knows of stores, leases or datasets, so a local loop, a process poo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from embcache.errors import UsageError
+from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.backbones import LoadedBackbone
-from embcache.extract.batching import Source, prepare_batches, stack_batch
+from embcache.extract.batching import Source, stack_batch
 from embcache.extract.memory import keep_freed_memory
-from embcache.extract.transforms import Transform, normalise
+from embcache.extract.transforms import Transform, frame, normalise
+from embcache.extract.views import CachedFrames, Views, make_views, view_batches
 from embcache.store.commit import ShardRows
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -31,12 +34,28 @@ NUMERICS = 1
 
 @dataclass(frozen=True)
 class FrozenNetwork:
-    """A loaded backbone with its transform, device and precision: uint8 batches in, float32 features out."""
+    """A loaded backbone with its transform, device and precision: uint8 batches in, float32 features out.
+
+    With more than one view, each image is seen so many times: as it is, and augmented.
+    """
 
     backbone: LoadedBackbone
     transform: Transform
     device: torch.device
     precision: str
+    views: int = 1
+    augmentation: Augmentation | None = None
+
+    @property
+    def looks(self) -> Views:
+        """What becomes of an image before it is normalised."""
+        return make_views(self.transform, self.views, self.augmentation)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of an image's features: (D,), or (V, D) with more than one view."""
+        dim = self.backbone.spec.dim
+        return (dim,) if self.views == 1 else (self.views, dim)
 
     def features(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Features, float32 (B, D), of a uint8 batch (B, H, W, 3)."""
@@ -47,8 +66,15 @@ class FrozenNetwork:
         return result
 
 
-def freeze(backbone: LoadedBackbone, transform: Transform, device: str, precision: str) -> FrozenNetwork:
-    """Put a backbone on its device, ready to extract.
+def freeze(
+    backbone: LoadedBackbone,
+    transform: Transform,
+    device: str,
+    precision: str,
+    views: int = 1,
+    augment: str = "generic",
+) -> FrozenNetwork:
+    """Put a backbone on its device, ready to extract; ``augment`` is the modality that views beyond the first follow.
 
     Raises
     ------
@@ -76,6 +102,8 @@ def freeze(backbone: LoadedBackbone, transform: Transform, device: str, precisio
         transform,
         target,
         precision,
+        views,
+        augmentation(augment, frame(transform).size, transform.size) if views > 1 else None,
     )
 
 
@@ -131,6 +159,7 @@ def compute_shard(
     *,
     batch_size: int,
     pool: Executor,
+    cached: Mapping[str, CachedFrames] | None = None,
     on_rows: Callable[[int], object] = lambda rows: None,
 ) -> list[ShardRows]:
     """Features of one shard under each network; every image is read and decoded once for all of them.
@@ -147,6 +176,8 @@ def compute_shard(
         Rows of each batch given to a network, always; see :mod:`embcache.extract.batching`.
     pool : Executor
         Decodes images.
+    cached : mapping of str to CachedFrames, optional
+        By frame key, images that need no decoding; the features are the same either way.
     on_rows : callable
         Told the number of images after each batch and network.
 
@@ -156,29 +187,27 @@ def compute_shard(
         One for each network. A row is invalid, with its reason, where the image cannot be read or its features are
         not finite.
     """
-    keys = [_geometry(network.transform) for network in networks]
-    distinct = list(dict.fromkeys(keys))
-    geometries = [networks[keys.index(key)].transform.geometry for key in distinct]
-    features = [np.zeros((len(sources), network.backbone.spec.dim), np.float32) for network in networks]
+    looks = [network.looks for network in networks]
+    distinct = list(dict.fromkeys(looks))
+    firsts = dict(zip(distinct, accumulate((views.number for views in distinct), initial=0), strict=False))
+    features = [np.zeros((len(sources), net.views, net.backbone.spec.dim), np.float32) for net in networks]
     digests: list[str] = []
     reasons: list[str] = []
-    for batch in prepare_batches(root, sources, geometries, batch_size, pool):
+    for batch in view_batches(root, sources, distinct, batch_size, pool, cached):
         start = len(digests)
         digests += [prepared.digest for prepared in batch]
         reasons += [prepared.reason for prepared in batch]
         stacked: dict[int, NDArray[np.uint8]] = {}
-        for network, key, target in zip(networks, keys, features, strict=True):
-            which = distinct.index(key)
-            if which not in stacked:
-                stacked[which] = stack_batch(batch, which, batch_size, network.transform.size)
-            target[start : start + len(batch)] = network.features(stacked[which])[: len(batch)]
+        for network, views, target in zip(networks, looks, features, strict=True):
+            for view in range(views.number):
+                # A batch holds one view of its images, so that view 0 is computed just as without others.
+                which = firsts[views] + view
+                if which not in stacked:
+                    stacked[which] = stack_batch(batch, which, batch_size, views.size)
+                target[start : start + len(batch), view] = network.features(stacked[which])[: len(batch)]
             on_rows(len(batch))
-    return [_rows(sources, rows, digests, reasons) for rows in features]
-
-
-def _geometry(transform: Transform) -> tuple[object, ...]:
-    """What decides the pixels before normalisation: networks that agree on it share them."""
-    return (transform.resize, transform.crop, transform.size, transform.interpolation)
+    shaped = [rows.reshape(len(sources), *net.row_shape) for rows, net in zip(features, networks, strict=True)]
+    return [_rows(sources, rows, digests, reasons) for rows in shaped]
 
 
 def _rows(

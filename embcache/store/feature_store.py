@@ -28,6 +28,9 @@ from embcache.store.reading import (
 from embcache.store.recipe import Recipe
 from embcache.store.rows import PlanEntry
 
+# What stands for the backbone in the recipe of a store whose rows are images, decoded and resized.
+PIXELS = "pixels"
+
 
 class NamedTable(Protocol):
     """What a store asks of a dataset; an ImageDataset has it."""
@@ -120,6 +123,16 @@ class FeatureStore:
     def dtype(self) -> np.dtype[Any]:
         """Dtype of the features, as stored."""
         return np.dtype(self.recipe.dtype)
+
+    @property
+    def holds_pixels(self) -> bool:
+        """Whether a row is an image, uint8 (H, W, 3), and not its features."""
+        return self.recipe.backbone == PIXELS
+
+    @property
+    def views(self) -> int:
+        """Views of an image in one row: 1 for rows (D,), V for rows (V, D) of which the first is the plain image."""
+        return self.row_shape[0] if len(self.row_shape) == 2 else 1
 
     @property
     def rows_per_shard(self) -> int:
@@ -259,19 +272,28 @@ def store_folders(home: PathLike | None = None, dataset: str | None = None) -> l
         return []
 
 
-def list_stores(home: PathLike | None = None, dataset: str | None = None) -> list[FeatureStore]:
-    """All stores under ``home``, of one dataset or of every one. Reads their recipes only, until rows are asked for.
+def list_stores(
+    home: PathLike | None = None, dataset: str | None = None, *, pixels: bool = False
+) -> list[FeatureStore]:
+    """All stores of features under ``home``, of one dataset or of every one; with ``pixels`` those of pixels too.
+
+    Reads their recipes only, until rows are asked for.
 
     Raises
     ------
     CorruptStoreError
         A store's recipe is damaged.
     """
-    return [FeatureStore(path) for path in store_folders(home, dataset)]
+    stores = [FeatureStore(path) for path in store_folders(home, dataset)]
+    return [store for store in stores if pixels or not store.holds_pixels]
 
 
 def open_store(
-    backbone: str, dataset: str | NamedTable, home: PathLike | None = None, recipe: str | None = None
+    backbone: str,
+    dataset: str | NamedTable,
+    home: PathLike | None = None,
+    recipe: str | None = None,
+    views: int | None = None,
 ) -> FeatureStore:
     """Open the cached features of a backbone over a dataset. Never computes.
 
@@ -285,6 +307,9 @@ def open_store(
         Folder of stores; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
     recipe : str, optional
         First digits of the fingerprint, where several recipes are cached.
+    views : int, optional
+        Only a store with so many views of each image: rows (D,) for one, (V, D) for more. Default: one view, and
+        where features are only cached in several, those.
 
     Raises
     ------
@@ -296,19 +321,13 @@ def open_store(
         The store's recipe is damaged.
     """
     name = dataset if isinstance(dataset, str) else dataset.name
-    folders = store_folders(home, name)
-    of_backbone = [path for path in folders if re.fullmatch(re.escape(slug(backbone)) + "-[0-9a-f]{12}", path.name)]
-    stores = [FeatureStore(path) for path in of_backbone]
-    matching = [s for s in stores if s.recipe.fingerprint.startswith(recipe or "")]
+    folders = [path for path in store_folders(home, name) if not _named(path, PIXELS)]
+    stores = [FeatureStore(path) for path in folders if _named(path, backbone)]
+    fitting = [s for s in stores if s.recipe.fingerprint.startswith(recipe or "")]
+    plain = [s for s in fitting if s.views == 1]
+    matching = (plain or fitting) if views is None else [s for s in fitting if s.views == views]
     if not matching:
-        cached = ", ".join(s.recipe.fingerprint[:12] for s in stores) if stores else ", ".join(p.name for p in folders)
-        raise StoreNotFoundError(
-            f"no features of {backbone} are cached for {name}"
-            + (f" under a recipe that begins with {recipe}" if recipe else ""),
-            found=("recipes " if stores else "") + cached if cached else "nothing cached for this dataset",
-            where=home_dir(home) / slug(name),
-            fix=f"--recipe {stores[0].recipe.fingerprint[:12]}" if stores else extract_command(backbone, dataset, home),
-        )
+        raise _nothing_matches(backbone, dataset, home, recipe, views, folders, stores)
     if len(matching) > 1:
         raise RecipeError(
             f"features of {backbone} are cached for {name} under {len(matching)} recipes",
@@ -324,6 +343,36 @@ def open_store(
         )
     found = matching[0]
     return found if isinstance(dataset, str) else found.restrict(dataset.table["id"])
+
+
+def _named(path: Path, backbone: str) -> bool:
+    return re.fullmatch(re.escape(slug(backbone)) + "-[0-9a-f]{12}", path.name) is not None
+
+
+def _nothing_matches(
+    backbone: str,
+    dataset: str | NamedTable,
+    home: PathLike | None,
+    recipe: str | None,
+    views: int | None,
+    folders: list[Path],
+    stores: list[FeatureStore],
+) -> StoreNotFoundError:
+    name = dataset if isinstance(dataset, str) else dataset.name
+    asked = f" with {views} view{'s' if views > 1 else ''}" if views is not None else ""
+    asked += f" under a recipe that begins with {recipe}" if recipe else ""
+    cached = [f"{s.recipe.fingerprint[:12]}" + (f" ({s.views} views)" if s.views > 1 else "") for s in stores]
+    found = "recipes " + ", ".join(cached) if cached else ", ".join(path.name for path in folders)
+    if stores and views is None:
+        fix = f"--recipe {stores[0].recipe.fingerprint[:12]}"
+    else:
+        fix = extract_command(backbone, dataset, home) + (f" --views {views}" if views and views > 1 else "")
+    return StoreNotFoundError(
+        f"no features of {backbone}{asked} are cached for {name}",
+        found=found or "nothing cached for this dataset",
+        where=home_dir(home) / slug(name),
+        fix=fix,
+    )
 
 
 def _rows_of(store: FeatureStore, dataset: str | NamedTable) -> str:

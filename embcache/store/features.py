@@ -65,7 +65,9 @@ class Features:
 
     def _shard(self, number: int) -> np.ndarray:
         # Row after row is a common way to read; shards are immutable, so the last one need not be read again.
-        last = self._last
+        last, self._last = self._last, None
         if last is None or last[0] != number:
-            self._last = last = (number, read_features(self._path, self._header, number))
+            last = None  # let go of before the next is read: a shard of pixels takes 25 MB
+            last = (number, read_features(self._path, self._header, number))
+        self._last = last
         return last[1]

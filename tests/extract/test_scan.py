@@ -13,8 +13,8 @@ import pytest
 
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetError
-from embcache.extract import plan
-from embcache.extract.plan import decode_scan, encode_scan, image_sizes, scan_images
+from embcache.extract import scan as scanning
+from embcache.extract.scan import decode_scan, encode_scan, image_sizes, scan_images
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_headers_are_read_once(
 ) -> None:
     first = scan_images(dataset, images, None, pool)
     read: list[str] = []
-    monkeypatch.setattr(plan, "read_size", lambda root, path, member: read.append(path) or (40, 40))
+    monkeypatch.setattr(scanning, "read_size", lambda root, path, member: read.append(path) or (40, 40))
     again = scan_images(dataset, images, kept(first, tmp_path), pool)
     assert again.equals(first)
     assert read == []
@@ -67,7 +67,7 @@ def test_a_scan_of_another_decoder_is_not_used(
     found = kept(scan, tmp_path)
     assert found is not None
     assert found.equals(scan)
-    monkeypatch.setattr(plan, "DECODER_VERSION", "pillow-2")
+    monkeypatch.setattr(scanning, "DECODER_VERSION", "pillow-2")
     assert decode_scan(tmp_path / "scan.parquet") is None
     scan.to_parquet(tmp_path / "scan.parquet")  # without a version
     assert decode_scan(tmp_path / "scan.parquet") is None
