@@ -40,7 +40,7 @@ class LogReg:
         Iterations of L-BFGS at most, for each C.
     """
 
-    Cs: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    Cs: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
     max_iter: int = 1000
 
     name: ClassVar[str] = "logreg"

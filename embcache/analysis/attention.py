@@ -1,0 +1,90 @@
+"""What the attention of a DVME head looks at, averaged over images (the paper's Figure F1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from embcache.errors import UsageError
+from embcache.probe.fusion import project
+
+_CELLS = 1 << 24  # of all maps held at a time: 64 MiB in float32
+
+
+@torch.no_grad()
+def mean_attention(params: Mapping[str, torch.Tensor], x: Mapping[str, torch.Tensor]) -> NDArray[np.float32]:
+    """Mean over images of the attention weights of a ``dvme`` or ``dvme-token`` head; no map is kept per image.
+
+    Parameters
+    ----------
+    params : mapping of name to Tensor
+        One head's, without the stacking axis, as `embcache.probe.results.load_heads` gives them.
+    x : mapping of backbone to float32 Tensor of shape (n, D)
+        Features of the images, backbones in the order that the head was trained with (``ProbeResult.backbones``).
+
+    Returns
+    -------
+    float32 array of shape (N, N)
+        Row *i* says how much token *i* takes from each token; every row sums to 1. Tokens are the components of the
+        meta-embedding for ``dvme`` (1536 with three backbones), the backbones for ``dvme-token``.
+
+    Raises
+    ------
+    UsageError
+        The head has no attention, or no images were given.
+    """
+    if "attn.qkv.weight" not in params:
+        raise UsageError(
+            "this head has no attention",
+            expected="a head trained with dvme or dvme-token",
+            found=", ".join(sorted(params)) or "no parameters",
+            fix="embcache probe --head dvme",
+        )
+    n = len(next(iter(x.values()))) if x else 0
+    if n == 0:
+        raise UsageError("attention is averaged over images", expected="one at least", found="none")
+    stacked = {name: p[None].float() for name, p in params.items()}
+    weight, bias = params["attn.qkv.weight"].float(), params["attn.qkv.bias"].float()  # (3d, d), (3d,)
+    width = weight.shape[1]  # numbers a token holds
+    tokens = sum(stacked[f"project.{backbone}.weight"].shape[1] for backbone in x) // width
+    total = torch.zeros(tokens, tokens, dtype=torch.float64, device=weight.device)
+    for rows in torch.split(torch.arange(n), max(1, _CELLS // tokens**2)):
+        part = {backbone: features[rows].to(weight)[None] for backbone, features in x.items()}
+        meta = project(stacked, part)[0].view(len(rows), tokens, width)
+        q, k = (meta @ weight[:width].T + bias[:width], meta @ weight[width : 2 * width].T + bias[width : 2 * width])
+        scores = torch.bmm(q, k.transpose(1, 2)).div_(math.sqrt(width))  # (images, N, N)
+        total += scores.softmax(-1).sum(0, dtype=torch.float64)
+    return np.asarray((total / n).float().cpu().numpy())
+
+
+def mass_table(mean_map: NDArray[np.floating], n_backbones: int) -> NDArray[np.float64]:
+    """How much attention the tokens of each backbone give to those of each other.
+
+    Parameters
+    ----------
+    mean_map : array of shape (N, N)
+        From `mean_attention`; N is a multiple of ``n_backbones``.
+    n_backbones : int
+        B.
+
+    Returns
+    -------
+    float64 array of shape (B, B)
+        Row *a*, column *b*: attention that a token of backbone *a* gives to all tokens of backbone *b*, mean over the
+        tokens of *a*. Rows sum to 1; 1/B everywhere is attention that makes no difference between backbones.
+
+    Raises
+    ------
+    ValueError
+        N does not divide.
+    """
+    n = len(mean_map)
+    if n_backbones < 1 or n % n_backbones or mean_map.shape != (n, n):
+        raise ValueError(f"a map of shape {mean_map.shape} is not one of {n_backbones} backbones")
+    each = n // n_backbones
+    blocks = np.asarray(mean_map, dtype=np.float64).reshape(n_backbones, each, n_backbones, each)
+    return np.asarray(blocks.sum(3).mean(1))
