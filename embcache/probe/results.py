@@ -41,6 +41,7 @@ __all__ = [
     "load_heads",
     "load_predictions",
     "load_result",
+    "run_file",
     "run_id",
     "runs_dir",
     "save_run",
@@ -206,6 +207,20 @@ def load_heads(run: Path) -> list[dict[str, torch.Tensor]]:
         fold, _, name = key.partition(".")
         heads[int(fold.removeprefix("fold"))][name] = tensors[key]
     return heads
+
+
+def run_file(run: Path, name: str) -> Path:
+    """The path of a file of a run, its bytes verified.
+
+    Raises
+    ------
+    StoreError
+        The run has no such file, or not as it was written.
+    """
+    try:
+        return _verified(run, name)
+    except (ValueError, OSError) as error:
+        raise _bad_run(run / name, error) from error
 
 
 def list_results(home: PathLike | None = None, dataset: str | None = None) -> list[ProbeResult]:
