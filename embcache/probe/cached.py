@@ -62,7 +62,7 @@ def probe_cached(
     progress : callable, optional
         See `embcache.probe.run.Progress`.
     **options
-        As for `embcache.probe.run.probe_grid`.
+        See `embcache.probe.options.ProbeOptions`, and ``subsets``.
 
     Returns
     -------
@@ -76,8 +76,8 @@ def probe_cached(
     UsageError
         ``data_root`` or ``splits`` with several datasets; or as `probe_grid`.
     """
-    model = make_head(head)
-    names = list(datasets) if datasets else _datasets_with(model, backbones, home, say)
+    model, views = make_head(head), options.get("views")
+    names = list(datasets) if datasets else _datasets_with(model, backbones, home, views, say)
     if len(names) > 1 and any(given is not None for given in (data_root, splits, dataset_name)):
         raise UsageError(
             "--data-root, --name and --splits are for one dataset", found=", ".join(names), fix="--dataset NAME"
@@ -89,7 +89,7 @@ def probe_cached(
         )
         results += probe_grid(
             ds,
-            _sets(model, backbones, ds, home),
+            _sets(model, backbones, ds, home, views),
             head=head,
             home=home,
             splits=None if splits is None else find_splits(splits, ds, home),
@@ -109,9 +109,14 @@ def cached_datasets(home: PathLike | None = None) -> list[str]:
     return sorted(names)
 
 
-def cached_backbones(dataset: str, home: PathLike | None = None) -> list[str]:
-    """Backbones with one vector an image cached for a dataset, sorted."""
-    return sorted({store.recipe.backbone for store in list_stores(home, dataset) if len(store.row_shape) == 1})
+def cached_backbones(dataset: str, home: PathLike | None = None, views: int | None = None) -> list[str]:
+    """Backbones whose vectors are cached for a dataset, sorted; of several ``views`` only those with so many."""
+    fits = {
+        store.recipe.backbone: None
+        for store in list_stores(home, dataset)
+        if (store.row_shape[:-1] == (views,) if views and views > 1 else len(store.row_shape) in (1, 2))
+    }
+    return sorted(fits)
 
 
 def plan_cached(
@@ -206,10 +211,12 @@ def _splits_dir(ds: ImageDataset, home: PathLike | None) -> Path:
     return home_dir(home) / slug(ds.name) / "splits"
 
 
-def _sets(head: Head, backbones: Sequence[str] | None, ds: ImageDataset, home: PathLike | None) -> list[list[str]]:
+def _sets(
+    head: Head, backbones: Sequence[str] | None, ds: ImageDataset, home: PathLike | None, views: int | None
+) -> list[list[str]]:
     """The sets of backbones that one result each is made of."""
     if head.fuses:
-        cached = [] if backbones else cached_backbones(ds.name, home)
+        cached = [] if backbones else cached_backbones(ds.name, home, views)
         if len(cached) > 1 and not set(PAPER_SET) <= set(cached):
             raise StoreNotFoundError(
                 f"the set that {head.name} fuses by default is not cached for {ds.name}",
@@ -218,18 +225,23 @@ def _sets(head: Head, backbones: Sequence[str] | None, ds: ImageDataset, home: P
                 fix=f"--backbone {','.join(cached)}, or {extract_command(','.join(PAPER_SET), ds, home)}",
             )
         return [list(backbones or PAPER_SET)]
-    names = list(backbones) if backbones else cached_backbones(ds.name, home)
+    names = list(backbones) if backbones else cached_backbones(ds.name, home, views)
     if not names:
+        several = views is not None and views > 1
         raise StoreNotFoundError(
-            f"no features are cached for {ds.name}",
+            f"no features are cached for {ds.name}" + (f" with {views} views of each image" if several else ""),
             where=home_dir(home) / slug(ds.name),
-            fix=extract_command("NAME", ds, home),
+            fix=extract_command("NAME", ds, home) + (f" --views {views}" if several else ""),
         )
     return [[name] for name in names]
 
 
 def _datasets_with(
-    head: Head, backbones: Sequence[str] | None, home: PathLike | None, say: Callable[[str], Any]
+    head: Head,
+    backbones: Sequence[str] | None,
+    home: PathLike | None,
+    views: int | None,
+    say: Callable[[str], Any],
 ) -> list[str]:
     """Cached datasets that have every backbone the question needs; the others are told."""
     names = cached_datasets(home)
@@ -240,15 +252,18 @@ def _datasets_with(
             fix="embcache extract --backbone NAME --dataset NAME, or embcache demo",
         )
     wanted = set(backbones or (PAPER_SET if head.fuses else ()))
-    lacking = {name: sorted(wanted - set(cached_backbones(name, home))) for name in names}
-    chosen = [name for name in names if not lacking[name] and cached_backbones(name, home)]
+    cached = {name: cached_backbones(name, home, views) for name in names}
+    lacking = {name: sorted(wanted - set(cached[name])) for name in names}
+    chosen = [name for name in names if not lacking[name] and cached[name]]
     if not chosen:
+        several = f" --views {views}" if views is not None and views > 1 else ""
         raise StoreNotFoundError(
-            "no dataset has all of the asked backbones cached",
-            expected=", ".join(sorted(wanted)),
-            found="; ".join(f"{name}: {', '.join(cached_backbones(name, home)) or 'none'}" for name in names),
+            "no dataset has all of the asked backbones cached" + (f" with {views} views" if several else ""),
+            expected=", ".join(sorted(wanted)) or "any backbone",
+            found="; ".join(f"{name}: {', '.join(cached[name]) or 'none'}" for name in names),
             where=home_dir(home),
-            fix=f"embcache extract --backbone {','.join(sorted(wanted))} --dataset NAME, or other --backbone names",
+            fix=f"embcache extract --backbone {','.join(sorted(wanted)) or 'NAME'} --dataset NAME{several},"
+            " or other --backbone names",
         )
     for name in names:
         if name not in chosen:

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from embcache.data.dataset import ImageDataset
-from embcache.data.splits import IntArray
 from embcache.errors import StoreError, UsageError
 from embcache.paths import PathLike
 from embcache.probe.protocol import merged_groups, plan_splits, subset_sizes
@@ -32,7 +32,11 @@ class KnownImages(Protocol):
 
 
 def open_stores(
-    ds: ImageDataset, sets: Sequence[Sequence[str]], home: PathLike | None = None, recipe: str | None = None
+    ds: ImageDataset,
+    sets: Sequence[Sequence[str]],
+    home: PathLike | None = None,
+    recipe: str | None = None,
+    views: int = 1,
 ) -> dict[str, FeatureStore]:
     """The store of every backbone named in ``sets``.
 
@@ -46,6 +50,8 @@ def open_stores(
         Folder of stores.
     recipe : str, optional
         Fingerprint prefixes, separated by commas; each must fit a backbone that is asked for.
+    views : int
+        More than one: only stores with so many views of each image.
 
     Raises
     ------
@@ -69,11 +75,12 @@ def open_stores(
                 fix="embcache ls",
             )
         prefix_of |= dict.fromkeys(fits, prefix)
-    stores = {backbone: open_store(backbone, ds, home, prefix_of.get(backbone)) for backbone in asked}
+    wanted = views if views > 1 else None
+    stores = {backbone: open_store(backbone, ds, home, prefix_of.get(backbone), wanted) for backbone in asked}
     for backbone, store in stores.items():
-        if len(store.row_shape) != 1:
+        if len(store.row_shape) not in (1, 2):
             raise UsageError(
-                f"the store of {backbone} does not hold one vector an image",
+                f"the store of {backbone} does not hold vectors",
                 found=f"rows of shape {store.row_shape}",
                 where=store.path,
             )
@@ -137,8 +144,10 @@ def plan_for(
     return plan
 
 
-def load_features(store: FeatureStore, ds: ImageDataset, plan: Splits, used: IntArray) -> torch.Tensor:
-    """Features of some rows of a dataset, raw.
+def load_features(
+    store: FeatureStore, ds: ImageDataset, ids: Sequence[str] | NDArray[np.object_], views: int = 1
+) -> torch.Tensor:
+    """Features of some images of a dataset, raw.
 
     Parameters
     ----------
@@ -146,14 +155,14 @@ def load_features(store: FeatureStore, ds: ImageDataset, plan: Splits, used: Int
         Where they are cached.
     ds : ImageDataset
         Named in the message when some are not.
-    plan : Splits
-        Gives the ids.
-    used : int64 array of shape (n,)
-        Rows of the dataset.
+    ids : sequence of str, length n
+        The images.
+    views : int
+        More than one: all views of the store, else the plain image.
 
     Returns
     -------
-    float32 Tensor of shape (n, D)
+    float32 Tensor of shape (n, D), or (n, V, D) where ``views`` is more than one
 
     Raises
     ------
@@ -161,26 +170,26 @@ def load_features(store: FeatureStore, ds: ImageDataset, plan: Splits, used: Int
         The store has not got all of them.
     """
     row_of = {name: row for row, name in enumerate(store.ids.tolist())}
-    missing = [name for name in plan.ids[used] if name not in row_of]
+    missing = [name for name in ids if name not in row_of]
     if missing:
         raise StoreError(
-            f"{len(missing):,} of {len(used):,} images have no features of {store.recipe.backbone} yet",
+            f"{len(missing):,} of {len(ids):,} images have no features of {store.recipe.backbone} yet",
             found=f"no row for {', '.join(map(repr, missing[:5]))}{' …' if len(missing) > 5 else ''}",
             where=store.path,
-            fix=extract_command(store.recipe.backbone, ds),
+            fix=extract_command(store.recipe.backbone, ds) + (f" --views {views}" if views > 1 else ""),
         )
-    rows = np.array([row_of[name] for name in plan.ids[used]], dtype=np.int64)
-    x = store.features[rows]
+    x = store.features[np.array([row_of[name] for name in ids], dtype=np.int64)]
+    if x.ndim == 3 and views == 1:
+        x = x[:, 0]  # the first view is the image as it is
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
 
 
-def digest_images(stores: Mapping[str, KnownImages], plan: Splits, subset: str) -> str:
+def digest_images(stores: Mapping[str, KnownImages], ids: Sequence[str] | NDArray[np.object_]) -> str:
     """SHA-256 (hex) of which image bytes the features were made from: a replaced image makes another result."""
     images = hashlib.sha256()
-    used = plan.ids[plan.used(subset)]
     for backbone, store in stores.items():
         digests = store.digests
         images.update(f"{backbone}\n".encode())
-        for name in used:
+        for name in ids:
             images.update(f"{name}\0{digests.get(name, '')}\n".encode())
     return images.hexdigest()

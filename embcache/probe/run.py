@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,26 +11,17 @@ import torch
 
 from embcache.data.dataset import ImageDataset
 from embcache.data.splits import IntArray
-from embcache.errors import UsageError
+from embcache.errors import StoreError
 from embcache.paths import PathLike
 from embcache.probe.apply import predict_logits
-from embcache.probe.heads import Head, hyperparameters, make_head
-from embcache.probe.inputs import digest_images, load_features, open_stores, plan_for
-from embcache.probe.metrics import softmax
-from embcache.probe.protocol import subset_sizes
-from embcache.probe.results import (
-    PROTOCOL_VERSION,
-    ProbeResult,
-    as_asked,
-    find_run,
-    run_id,
-    save_run,
-)
-from embcache.probe.schedule import Schedule
-from embcache.probe.splits import Splits
-from embcache.probe.summary import Outcome, prediction_table, request_notes, summarise, training_notes
-from embcache.probe.train import make_job, train_jobs
-from embcache.store.feature_store import FeatureStore
+from embcache.probe.inputs import load_features
+from embcache.probe.metrics import FloatArray, softmax
+from embcache.probe.options import ProbeOptions, make_options
+from embcache.probe.request import Asked, ask
+from embcache.probe.results import ProbeResult, run_id, save_run
+from embcache.probe.solve import is_solved
+from embcache.probe.summary import Outcome, prediction_table, summarise
+from embcache.probe.train import best_of, make_job, train_jobs
 
 Progress = Callable[[int, int, str], Any]
 """Told (head-epochs settled, head-epochs planned, what is being trained)."""
@@ -45,11 +35,15 @@ def probe_features(
     subset: str | int = "S",
     folds: int = 5,
     seed: int = 0,
+    repeats: int = 1,
     home: PathLike | None = None,
     val: str = "full",
     test: str = "local",
     recipe: str | None = None,
-    lr: float | None = None,
+    views: int | None = None,
+    lr: float | Sequence[float] | None = None,
+    target: str | None = None,
+    head_options: Mapping[str, Any] | None = None,
     splits: PathLike | None = None,
     exclude_test_overlap: bool = False,
     device: str = "cpu",
@@ -60,7 +54,8 @@ def probe_features(
     """Train a head on cached features by the paper's protocol and test it.
 
     Nothing is computed from images: only the feature stores and the labels are read. A result that was saved under the
-    same request is returned as it is.
+    same request is returned as it is. A fold whose training diverges in its first epoch has no score; the others keep
+    theirs, and a note says which it was.
 
     Parameters
     ----------
@@ -68,34 +63,11 @@ def probe_features(
         Labels, groups and splits; its files need not be there.
     backbones : str or sequence of str
         Whose cached features; exactly one for a head that does not fuse.
-    head : str
-        A name that ``embcache heads`` lists.
     subset : str or int
         ``"S"``, ``"M"``, ``"F"``, or a number of training images.
-    folds : int
-        How many folds the pool is divided into.
-    seed : int
-        Of pool, folds, subsets, initial weights, order and dropout.
-    home : path, optional
-        Folder of stores and runs; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
-    val : {"full", "matched"}
-        Validate on the whole fold, or on as many images as train.
-    test : {"local", "official"}
-        See `embcache.probe.protocol.plan_splits`.
-    recipe : str, optional
-        First digits of a fingerprint, where several recipes of a backbone are cached; several separated by commas.
-    lr : float, optional
-        First learning rate, instead of the protocol's 1e-3.
-    splits : path, optional
-        A splits file to use instead of drawing.
-    exclude_test_overlap : bool
-        Leave out of the pool images that share a group with the official test set.
-    device : str
-        Where heads are trained: ``"cpu"``, ``"cuda"`` …
-    save : bool
-        Write the run folder.
-    reuse : bool
-        Take a saved result of the same request.
+    head, folds, seed, repeats, home, val, test, recipe, views, lr, target, head_options, splits, exclude_test_overlap,\
+ device, save, reuse
+        See `embcache.probe.options.ProbeOptions`.
     progress : callable, optional
         See `Progress`.
 
@@ -107,31 +79,34 @@ def probe_features(
     ------
     UsageError
         The request is malformed.
+    DatasetError
+        The target column cannot be told apart.
     ProtocolError
-        The data cannot carry the folds, the subset or the metric; or training diverged.
+        The data cannot carry the folds, the subset or the metric; or training diverged in every fold.
     StoreError
         Features are missing.
     """
-    names = [backbones] if isinstance(backbones, str) else list(backbones)
-    (result,) = probe_grid(
-        ds,
-        [names],
+    options = ProbeOptions(
         head=head,
-        subsets=[subset],
+        head_options=head_options,
         folds=folds,
         seed=seed,
+        repeats=repeats,
         home=home,
         val=val,
         test=test,
         recipe=recipe,
+        views=views,
         lr=lr,
+        target=target,
         splits=splits,
         exclude_test_overlap=exclude_test_overlap,
         device=device,
         save=save,
         reuse=reuse,
-        progress=progress,
     )
+    names = [backbones] if isinstance(backbones, str) else list(backbones)
+    (result,) = _answer_all(ask(ds, [names], [subset], options), progress)
     return result
 
 
@@ -139,216 +114,159 @@ def probe_grid(
     ds: ImageDataset,
     backbones: Sequence[Sequence[str]],
     *,
-    head: str = "linear",
     subsets: Sequence[str | int] = ("S",),
-    folds: int = 5,
-    seed: int = 0,
-    home: PathLike | None = None,
-    val: str = "full",
-    test: str = "local",
-    recipe: str | None = None,
-    lr: float | None = None,
-    splits: PathLike | None = None,
-    exclude_test_overlap: bool = False,
-    device: str = "cpu",
-    save: bool = True,
-    reuse: bool = True,
     source: str | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> list[ProbeResult]:
     """`probe_features` for several sets of backbones and subsets; features are read once for all subsets.
 
     Parameters
     ----------
-    ds, head, folds, seed, home, val, test, recipe, lr, splits, exclude_test_overlap, device, save, reuse, progress
-        As for `probe_features`.
+    ds : ImageDataset
+        Labels, groups and splits.
     backbones : sequence of sequences of str
         Each set gives one result per subset; one name a set for a head that does not fuse.
     subsets : sequence of str or int
         Names or numbers of training images.
     source : {"live", "snapshot"}, optional
         Where ``ds`` came from, to be told with the result; default: whether its root is there.
+    progress : callable, optional
+        See `Progress`.
+    **options
+        See `embcache.probe.options.ProbeOptions`.
 
     Returns
     -------
     list of ProbeResult
         For each set of backbones each subset, in the order asked.
     """
-    model = make_head(head)
-    schedule = Schedule() if lr is None else Schedule(lr=lr)
-    names = tuple(subset_sizes(ds, subsets))
-    _check_device(device)
-    stores = open_stores(ds, [_checked_set(model, asked) for asked in backbones], home, recipe)
-    plan = plan_for(
-        ds,
-        list(stores.values()),
-        subsets=names,
-        folds=folds,
-        seed=seed,
-        val=val,
-        test=test,
-        splits=splits,
-        exclude_test_overlap=exclude_test_overlap,
-    )
-    source = source or ("live" if ds.root is not None and ds.root.exists() else "snapshot")
+    return _answer_all(ask(ds, backbones, subsets, make_options(options), source), progress)
+
+
+def find_saved(
+    ds: ImageDataset,
+    backbones: Sequence[Sequence[str]],
+    *,
+    subsets: Sequence[str | int] = ("S",),
+    source: str | None = None,
+    **options: Any,
+) -> list[ProbeResult | str]:
+    """What `probe_grid` would not have to train: each saved result, or the id of the run that would be made.
+
+    Parameters as of `probe_grid`. Requests are computed, nothing is trained or written; the stores must be there.
+    """
+    asked = ask(ds, backbones, subsets, make_options(options), source)
+    requests = [asked.request(names, subset) for names in asked.sets for subset in asked.subsets]
+    return [asked.saved(request) or run_id(request) for request in requests]
+
+
+def _answer_all(asked: Asked, progress: Progress | None) -> list[ProbeResult]:
+    o, ds = asked.options, asked.ds
+    each = asked.n_models * o.schedules[0].max_epochs
+    settled, planned = 0, len(asked.sets) * len(asked.subsets) * each
     results: list[ProbeResult] = []
-    settled, planned = 0, len(backbones) * len(names) * plan.n_folds * schedule.max_epochs
     loaded: dict[str, torch.Tensor] = {}
-    used = np.unique(np.concatenate([plan.used(subset) for subset in names]))
-    for asked in backbones:
-        chosen = {backbone: stores[backbone] for backbone in asked}
-        loaded = {backbone: x for backbone, x in loaded.items() if backbone in chosen}  # the others are done with
-        for subset in names:
-            request = _request(ds, plan, subset, chosen, model, schedule, seed)
-            result = find_run(run_id(request), ds.name, home) if save and reuse else None
+    used = asked.used(*asked.subsets)
+    for names in asked.sets:
+        loaded = {backbone: x for backbone, x in loaded.items() if backbone in names}  # the others are done with
+        for subset in asked.subsets:
+            request = asked.request(names, subset)
+            result = asked.saved(request) if o.save and o.reuse else None
             if result is None:
-                for backbone, store in chosen.items():
+                for backbone in names:
                     if backbone not in loaded:
-                        loaded[backbone] = load_features(store, ds, plan, used).to(device)
-                label = f"{ds.name} {head} {'+'.join(asked)} {subset}"
-                tell = _teller(progress, settled, planned, label)
-                question = Question(
-                    ds, plan, subset, {b: loaded[b] for b in asked}, used, model, schedule, seed, device
-                )
-                result = _answer(question, request, source, home, save, tell)
-            notes = [*request_notes(ds, plan, subset), *training_notes(result.folds)]
-            results.append(as_asked(result, source, notes))
-            settled += plan.n_folds * schedule.max_epochs
+                        x = load_features(asked.stores[backbone], ds, asked.plans[0].ids[used], o.n_views)
+                        loaded[backbone] = x.to(o.device)
+                tell = _teller(progress, settled, planned, f"{ds.name} {o.head} {'+'.join(names)} {subset}")
+                result = _answer(asked, subset, request, {b: loaded[b] for b in names}, used, tell)
+            results.append(result)
+            settled += each
             if progress is not None:
-                progress(settled, planned, f"{ds.name} {head}")
+                progress(settled, planned, f"{ds.name} {o.head}")
     return results
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
-    """One result to compute, everything in memory.
-
-    Attributes
-    ----------
-    ds, plan, subset
-        Dataset, its splits and the subset asked for.
-    features : mapping of backbone to float32 Tensor of shape (n, D)
-        Raw features of the rows ``used``.
-    used : int64 array of shape (n,)
-        Row in the dataset of each row of the features.
-    head, schedule, seed, device
-        What is trained, how and where.
-    """
-
-    ds: ImageDataset
-    plan: Splits
-    subset: str
-    features: Mapping[str, torch.Tensor]
-    used: IntArray
-    head: Head
-    schedule: Schedule
-    seed: int
-    device: str
-
-
 def _answer(
-    q: Question,
+    asked: Asked,
+    subset: str,
     request: Mapping[str, Any],
-    source: str,
-    home: PathLike | None,
-    save: bool,
+    x: Mapping[str, torch.Tensor],
+    used: IntArray,
     on_epoch: Callable[[int], Any],
 ) -> ProbeResult:
+    """Train, test and save one result; ``x`` holds features of the dataset's rows ``used``."""
     began = time.perf_counter()
-    plan, metric, n_classes = q.plan, q.ds.metric, len(q.ds.class_names)
-    place = np.full(len(plan.ids), -1, dtype=np.int64)  # dataset row → row of the features
-    place[q.used] = np.arange(len(q.used))
-    labels = plan.labels[q.used]
+    o, ds, plans = asked.options, asked.ds, asked.plans
+    n_classes, head = len(ds.class_names), o.model
+    place = np.full(len(plans[0].ids), -1, dtype=np.int64)  # dataset row → row of the features
+    place[used] = np.arange(len(used))
+    labels = plans[0].labels[used]
     jobs = [
         make_job(
             labels,
-            place[plan.train[f, q.subset]],
-            place[plan.val[f, q.subset]],
+            place[plan.train[f, subset]],
+            place[plan.val[f, subset]],
             n_classes,
-            f"{q.seed}\0{f}",
-            q.schedule.lr,
+            f"{o.seed + repeat}\0{f}",
+            schedule.lr,
         )
+        for repeat, plan in enumerate(plans)
         for f in range(plan.n_folds)
+        for schedule in o.schedules
     ]
-    y = torch.from_numpy(labels).to(q.device)
-    trained = train_jobs(q.head, q.features, y, jobs, n_classes, metric, q.schedule, on_epoch=on_epoch)
+    y = torch.from_numpy(labels).to(o.device)
+    every = train_jobs(head, x, y, jobs, n_classes, ds.metric, o.schedules[0], on_epoch=on_epoch)
+    rates = len(o.schedules)
+    chosen = [k + best_of(every[k : k + rates]) for k in range(0, len(every), rates)]
+    models = [every[k] for k in chosen]
     outcomes = [
-        Outcome(head.best_epoch, len(head.losses), head.val_score, job.lr, head.diverged)
-        for job, head in zip(jobs, trained, strict=True)
+        Outcome(
+            best_epoch=every[k].best_epoch,
+            epochs=len(every[k].losses),
+            val_score=every[k].val_score,
+            lr=None if is_solved(head) else jobs[k].lr,
+            diverged=every[k].diverged,
+            chosen=every[k].chosen,
+        )
+        for k in chosen
     ]
-    rows = torch.from_numpy(place[plan.test])
+    rows = torch.from_numpy(place[plans[0].test])
     blank = np.full((len(rows), n_classes), np.nan)
-    p = np.stack(  # (K, n_test, C)
-        [softmax(predict_logits(q.head, h.params, q.features, rows)) if h.params else blank for h in trained]
+    p = np.stack(  # (R × K, n_test, C)
+        [softmax(predict_logits(head, m.params, x, rows)) if m.params else blank for m in models]
     )
+    _check_finite(p[[bool(m.params) for m in models]], plans[0].test_ids, asked)
     result = summarise(
-        q.ds,
-        [plan],
-        q.subset,
+        ds,
+        plans,
+        subset,
         kind="probe",
-        backbones=tuple(q.features),
-        head=q.head.name,
+        backbones=tuple(x),
+        head=o.head,
         request=request,
-        recipes={},
+        recipes={backbone: asked.stores[backbone].recipe.to_json() for backbone in x},
         outcomes=outcomes,
         p=p,
-        source=source,
+        source=asked.source,
         seconds=time.perf_counter() - began,
+        target=asked.target,
+        notes=o.notes(),
     )
-    if save:
-        save_run(result, prediction_table(plan, p, outcomes), [head.params for head in trained], home)
+    if o.save:
+        save_run(result, prediction_table(plans[0], p, outcomes), [m.params for m in models], o.home)
     return result
 
 
-def _request(
-    ds: ImageDataset,
-    plan: Splits,
-    subset: str,
-    stores: Mapping[str, FeatureStore],
-    head: Head,
-    schedule: Schedule,
-    seed: int,
-) -> dict[str, Any]:
-    """Everything that the result depends on, as JSON data."""
-    return {
-        "kind": "probe",
-        "protocol": PROTOCOL_VERSION,
-        "dataset": ds.name,
-        "metric": ds.metric,
-        "splits": plan.digest(subset),
-        "images": digest_images(stores, plan, subset),
-        "recipes": [[backbone, store.recipe.fingerprint] for backbone, store in stores.items()],
-        "head": {"name": head.name, **hyperparameters(head)},
-        "schedule": asdict(schedule),
-        "subset": subset,
-        "folds": plan.n_folds,
-        "val": plan.val_mode,
-        "test": plan.test_set,
-        "seed": seed,
-    }
-
-
-def _checked_set(head: Head, names: Sequence[str]) -> Sequence[str]:
-    if not names:
-        raise UsageError("no backbone was named", fix="--backbone NAME")
-    if len(set(names)) < len(names):
-        raise UsageError("a backbone is named twice", found=", ".join(names))
-    if not head.fuses and len(names) != 1:
-        raise UsageError(
-            f"head {head.name!r} takes one backbone at a time",
-            found=", ".join(names),
-            fix=f"backbones=[{names[0]!r}], or a head that fuses: dvme",
+def _check_finite(p: FloatArray, test_ids: Sequence[str], asked: Asked) -> None:
+    bad = [test_ids[int(i)] for i in np.flatnonzero(~np.isfinite(p).all(axis=(0, 2)))]
+    if bad:
+        raise StoreError(
+            f"{len(bad):,} of {len(test_ids):,} test images have features that are not finite",
+            found=", ".join(map(repr, bad[:5])) + (" …" if len(bad) > 5 else ""),
+            where=", ".join(str(store.path) for store in asked.stores.values()),
+            fix="remove the store and extract again, in fp32: embcache ls",
         )
-    return names
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            "the device cannot be used", found=f"{device}: {str(error).splitlines()[0]}", fix="--device cpu"
-        ) from error
 
 
 def _teller(progress: Progress | None, settled: int, planned: int, label: str) -> Callable[[int], Any]:

@@ -68,6 +68,7 @@ def summarise(
     source: str,
     seconds: float,
     target: str = "",
+    notes: Sequence[str] = (),
 ) -> ProbeResult:
     """Score every fold's test predictions and put the result together.
 
@@ -99,6 +100,8 @@ def summarise(
         Wall time.
     target : str
         The column that is told apart instead of the labels.
+    notes : sequence of str
+        What a reader must know besides `request_notes` and `training_notes`.
 
     Raises
     ------
@@ -111,7 +114,7 @@ def summarise(
     made = [f for f, outcome in enumerate(outcomes) if not outcome.failed]
     if not made:
         where = f"every fold ({head}, subset {subset})"
-        raise diverged_error(where, max(outcome.lr or 0.0 for outcome in outcomes))
+        raise diverged_error(where, max((o.lr for o in outcomes if o.lr is not None), default=None))
     folds = []
     for f, outcome in enumerate(outcomes):
         repeat, part = divmod(f, plan.n_folds)
@@ -154,7 +157,7 @@ def summarise(
         folds=tuple(folds),
         test_set=plan.test_set,
         synthetic=ds.synthetic,
-        notes=(*request_notes(ds, plans, subset), *training_notes(folds)),
+        notes=(*request_notes(ds, plans, subset), *notes, *training_notes(folds)),
         class_names=tuple(ds.class_names),
         request=request,
         seconds=round(seconds, 3),

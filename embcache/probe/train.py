@@ -20,8 +20,6 @@ from embcache.probe.stack import Job, TrainableHead, TrainedHead, stream_generat
 _LARGEST_STACK = 100_000_000
 """Parameters that one stack may hold; with gradients, moments and best epochs some 2 GB."""
 
-AnyHead = TrainableHead | SolvedHead
-
 
 def is_balanced(labels: NDArray[np.int64], n_classes: int) -> bool:
     """Whether class counts are equal, but for a remainder of one."""
@@ -59,7 +57,7 @@ def make_job(
 
 
 def train_jobs(
-    head: AnyHead,
+    head: Applicable,
     x: Mapping[str, torch.Tensor],
     y: torch.Tensor,
     jobs: Sequence[Job],
@@ -170,7 +168,7 @@ class FittedHead:
 
 
 def fit(
-    head: AnyHead,
+    head: Applicable,
     x: Mapping[str, ArrayLike],
     y: ArrayLike,
     *,

@@ -119,7 +119,7 @@ def test_the_same_request_is_answered_from_the_run(
     cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = probe_features(cached, "a", home=home)
-    monkeypatch.setattr(run_module, "train_stack", never_train)
+    monkeypatch.setattr(run_module, "train_jobs", never_train)
     monkeypatch.setattr(run_module, "load_features", never_train)
     assert probe_features(cached, "a", home=home) == first
     with pytest.raises(AssertionError, match="trained again"):
@@ -378,9 +378,12 @@ def test_features_that_are_not_cached(cached: ImageDataset, home: Path) -> None:
 
 
 def test_stores_of_pixels_are_not_probed(home: Path, ds: ImageDataset) -> None:
-    put_store(home, ds, "pixels", np.zeros((260, 2, 2, 3), np.float32))
-    with pytest.raises(UsageError, match="one vector an image"):
+    put_store(home, ds, "pixels", np.zeros((260, 2, 2, 3), np.uint8))
+    with pytest.raises(StoreNotFoundError, match="no features of pixels"):
         probe_features(ds, "pixels", home=home)
+    put_store(home, ds, "maps", np.zeros((260, 2, 2, 3), np.float32))
+    with pytest.raises(UsageError, match="does not hold vectors"):
+        probe_features(ds, "maps", home=home)
 
 
 def test_several_recipes_need_a_choice(cached: ImageDataset, home: Path) -> None:

@@ -1,0 +1,180 @@
+"""A probe that is asked for, nothing computed yet: its stores, its splits, and the request that a result hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from embcache.data.columns import column_values, retarget
+from embcache.data.dataset import ImageDataset
+from embcache.data.splits import IntArray
+from embcache.errors import UsageError
+from embcache.probe.heads import Head, hyperparameters
+from embcache.probe.inputs import digest_images, open_stores, plan_for
+from embcache.probe.options import ProbeOptions
+from embcache.probe.protocol import subset_sizes
+from embcache.probe.results import PROTOCOL_VERSION, ProbeResult, as_asked, find_run, run_id
+from embcache.probe.solve import is_solved
+from embcache.probe.splits import Splits
+from embcache.probe.summary import request_notes, training_notes
+from embcache.store.feature_store import FeatureStore
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Sets of backbones × subsets on one dataset.
+
+    Attributes
+    ----------
+    ds : ImageDataset
+        With the target column as its labels where one is asked for.
+    target : str
+        That column, as the table spells it; empty for the labels.
+    sets : sequence of sequences of str
+        Each gives one result per subset.
+    subsets : tuple of str
+        Canonical names.
+    stores : mapping of backbone to FeatureStore
+    plans : tuple of Splits
+        One a repeat; all have the same test set.
+    options : ProbeOptions
+    source : {"live", "snapshot"}
+        Where labels came from.
+    """
+
+    ds: ImageDataset
+    target: str
+    sets: Sequence[Sequence[str]]
+    subsets: tuple[str, ...]
+    stores: Mapping[str, FeatureStore]
+    plans: tuple[Splits, ...]
+    options: ProbeOptions
+    source: str
+
+    @property
+    def n_models(self) -> int:
+        """Heads that one result trains: repeats × folds × learning rates."""
+        return len(self.plans) * self.plans[0].n_folds * len(self.options.schedules)
+
+    def used(self, *subsets: str) -> IntArray:
+        """Rows of the dataset that train, validate or test in any repeat, ascending."""
+        return np.unique(np.concatenate([plan.used(subset) for plan in self.plans for subset in subsets]))
+
+    def request(self, backbones: Sequence[str], subset: str) -> dict[str, Any]:
+        """Everything that one result depends on, as JSON data; what is not asked for is not in it."""
+        o, plan = self.options, self.plans[0]
+        stores = {backbone: self.stores[backbone] for backbone in backbones}
+        digests = [p.digest(subset) for p in self.plans]
+        request = {
+            "kind": "probe",
+            "protocol": PROTOCOL_VERSION,
+            "dataset": self.ds.name,
+            "metric": self.ds.metric,
+            "splits": digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+            "images": digest_images(stores, plan.ids[self.used(subset)]),
+            "recipes": [[backbone, store.recipe.fingerprint] for backbone, store in stores.items()],
+            "head": {"name": o.model.name, **hyperparameters(o.model)},
+            "schedule": {} if is_solved(o.model) else asdict(o.schedules[0]),
+            "subset": subset,
+            "folds": plan.n_folds,
+            "val": plan.val_mode,
+            "test": plan.test_set,
+            "seed": o.seed,
+            **({"repeats": o.repeats} if o.repeats > 1 else {}),
+            **({"lrs": [schedule.lr for schedule in o.schedules]} if len(o.schedules) > 1 else {}),
+            **({"views": o.n_views} if o.n_views > 1 else {}),
+            **({"target": self.target} if self.target else {}),
+        }
+        return json.loads(json.dumps(request))  # type: ignore[no-any-return]  # as it reads back: lists, no tuples
+
+    def saved(self, request: Mapping[str, Any]) -> ProbeResult | None:
+        """The saved result of a request, told as asked; None where there is none, or one by an older version.
+
+        A run without recipes was saved before runs kept groups and recipes; it is made again.
+        """
+        found = find_run(run_id(request), self.ds.name, self.options.home)
+        return None if found is None or not found.recipes else self.told(found)
+
+    def told(self, result: ProbeResult) -> ProbeResult:
+        """A result with the source and the notes of this request."""
+        notes = [
+            *request_notes(self.ds, self.plans, result.subset),
+            *self.options.notes(),
+            *training_notes(result.folds),
+        ]
+        return as_asked(result, self.source, notes)
+
+
+def ask(
+    ds: ImageDataset,
+    sets: Sequence[Sequence[str]],
+    subsets: Sequence[str | int],
+    options: ProbeOptions,
+    source: str | None = None,
+) -> Asked:
+    """Open the stores and draw the splits of a request.
+
+    Raises
+    ------
+    UsageError
+        The request is malformed.
+    DatasetError
+        The target column cannot be told apart.
+    ProtocolError
+        The data cannot carry the folds or the subsets.
+    StoreError
+        Nothing is cached for it, or several recipes are.
+    """
+    target = ""
+    if options.target is not None:
+        target = column_values(ds, options.target).name
+        ds = retarget(ds, target)
+    names = tuple(subset_sizes(ds, subsets))
+    _check_device(options.device)
+    sets = [_checked_set(options.model, asked) for asked in sets]
+    stores = open_stores(ds, sets, options.home, options.recipe, options.n_views)
+    plans = tuple(
+        plan_for(
+            ds,
+            list(stores.values()),
+            subsets=names,
+            folds=options.folds,
+            seed=options.seed + repeat,
+            val=options.val,
+            test=options.test,
+            splits=options.splits,
+            exclude_test_overlap=options.exclude_test_overlap,
+        )
+        for repeat in range(options.repeats)
+    )
+    source = source or ("live" if ds.root is not None and ds.root.exists() else "snapshot")
+    return Asked(ds, target, sets, names, stores, plans, options, source)
+
+
+def _checked_set(head: Head, names: Sequence[str]) -> Sequence[str]:
+    if not names:
+        raise UsageError("no backbone was named", fix="--backbone NAME")
+    if len(set(names)) < len(names):
+        raise UsageError("a backbone is named twice", found=", ".join(names))
+    if not head.fuses and len(names) != 1:
+        raise UsageError(
+            f"head {head.name!r} takes one backbone at a time",
+            found=", ".join(names),
+            fix=f"backbones=[{names[0]!r}], or a head that fuses: dvme",
+        )
+    return names
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            "the device cannot be used", found=f"{device}: {str(error).splitlines()[0]}", fix="--device cpu"
+        ) from error
