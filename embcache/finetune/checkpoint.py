@@ -1,0 +1,251 @@
+"""Checkpoints of a finetuning in progress: one folder, whose ``state.json`` says what counts.
+
+::
+
+    <home>/<dataset>/runs/.<run id>.partial/
+      state.json                      sealed: request, state of each fold, size and crc32c of each file
+      fold0-best-000004.safetensors   model of the best epoch so far, or of a finished fold
+      fold0-test.safetensors          a finished fold's test predictions
+      fold1-train-000007.safetensors  model and Adam's moments after an epoch
+
+Tensor files are written under new names and flushed before ``state.json`` names them, and removed after it no longer
+does: a process killed at any instant leaves the last whole epoch. Nothing here is a pickle.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from embcache.errors import CorruptStoreError, StoreError
+from embcache.store.commit import replace_file
+from embcache.store.lease import Lease
+from embcache.store.sealed import seal, unseal
+
+FORMAT = 1
+AGAIN = "repeat the command with --again instead of --resume: it starts over"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FoldState:
+    """How far the training of one fold is.
+
+    Attributes
+    ----------
+    losses, val_scores, lrs : tuple of float
+        Mean training loss, validation score after, and learning rate during each epoch whose loss was finite.
+    scaler : dict
+        Of the loss scaling of fp16; empty without.
+    diverged : bool
+        A loss or an output was not finite.
+    finished : bool
+        Tested; ``files`` then holds ``test``, and ``best`` where the model is kept.
+    files : dict
+        Role (``train``, ``best``, ``test``) → name, size and crc32c.
+    """
+
+    losses: tuple[float, ...] = ()
+    val_scores: tuple[float, ...] = ()
+    lrs: tuple[float, ...] = ()
+    scaler: Mapping[str, Any] = field(default_factory=dict)
+    diverged: bool = False
+    finished: bool = False
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that were trained and scored."""
+        return len(self.losses)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: one state a fold that was begun, and the seconds it took."""
+
+    folds: tuple[FoldState, ...] = ()
+    seconds: float = 0.0
+    machine: Mapping[str, Any] = field(default_factory=dict)
+
+
+class CheckpointFolder:
+    """The folder of one run's checkpoints.
+
+    Parameters
+    ----------
+    path : Path
+        ``<home>/<dataset>/runs/.<run id>.partial``.
+    request : mapping
+        The run's request; a checkpoint of another is refused.
+    """
+
+    def __init__(self, path: Path, request: Mapping[str, Any]) -> None:
+        self.path, self._request = path, dict(request)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Claim the folder for this process; an empty one is removed in the end.
+
+        Raises
+        ------
+        StoreError
+            Another process is training this run.
+        """
+        for name in ("leases", "staging"):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+        lease = Lease.acquire(self.path, 0)
+        if lease is None:
+            raise StoreError(
+                "another process is finetuning this run", where=self.path, fix="wait for it, or end it and --resume"
+            )
+        try:
+            yield
+        finally:
+            lease.release()
+            if not (self.path / "state.json").exists():
+                shutil.rmtree(self.path, ignore_errors=True)
+
+    def read(self) -> Progress | None:
+        """The progress that was saved; None where there is none.
+
+        Raises
+        ------
+        CorruptStoreError
+            ``state.json`` is damaged, or is of another request or version.
+        """
+        path = self.path / "state.json"
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            content = unseal(data, path, AGAIN, indent=None)
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']}")
+            folds = tuple(
+                FoldState(**{**fold, **{name: tuple(fold[name]) for name in ("losses", "val_scores", "lrs")}})
+                for fold in content["folds"]
+            )
+            progress = Progress(folds, content["seconds"], content["machine"])
+        except (CorruptStoreError, ValueError, KeyError, TypeError) as error:
+            found = error.found if isinstance(error, CorruptStoreError) else str(error)
+            raise _damaged(path, "the progress of a run of this version of embcache", str(found)) from error
+        if content["request"] != self._request:
+            raise _damaged(path, "the request of this run", "another request under its name")
+        return progress
+
+    def write(self, progress: Progress) -> None:
+        """Make ``progress`` what counts, and remove the files that it does not name."""
+        folds = [
+            {
+                "losses": list(fold.losses),
+                "val_scores": list(fold.val_scores),
+                "lrs": list(fold.lrs),
+                "scaler": dict(fold.scaler),
+                "diverged": fold.diverged,
+                "finished": fold.finished,
+                "files": {role: dict(record) for role, record in fold.files.items()},
+            }
+            for fold in progress.folds
+        ]
+        content = {
+            "format": FORMAT,
+            "request": self._request,
+            "folds": folds,
+            "seconds": progress.seconds,
+            "machine": dict(progress.machine),
+        }
+        replace_file(self.path / "state.json", seal(content, indent=None))
+        named = {record["name"] for fold in progress.folds for record in fold.files.values()}
+        for path in self.path.glob("*.safetensors"):
+            if path.name not in named:
+                path.unlink(missing_ok=True)
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Write tensors to a file of this name and flush it; what `FoldState.files` keeps of it.
+
+        Raises
+        ------
+        StoreError
+            The disk refuses.
+        """
+        path = self.path / name
+        try:
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            return {"name": name, **_fingerprint(path)}
+        except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            raise StoreError(
+                "the checkpoint cannot be written", found=str(error), where=path,
+                fix="free space there, then run the same command with --resume: the last epoch is kept",
+            ) from error  # fmt: skip
+
+    def load(self, record: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Read the tensors of a file that `save` wrote.
+
+        Raises
+        ------
+        CorruptStoreError
+            The file is not there or not as it was written.
+        """
+        path = self.file(record)
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path, "named tensors", str(error)) from error
+
+    def file(self, record: Mapping[str, Any]) -> Path:
+        """Path of a file that `save` wrote, its bytes verified. Raises as `load`."""
+        path = self.path / str(record["name"])
+        try:
+            found = _fingerprint(path)
+        except OSError as error:
+            raise _damaged(path, "the file that state.json names", error.strerror or str(error)) from error
+        wanted = {key: record[key] for key in ("size", "crc32c")}
+        if found != wanted:
+            raise _damaged(path, _words(wanted), _words(found))
+        return path
+
+    def clear(self) -> None:
+        """Remove what was saved; the folder itself, and a lock on it, go when `lock` is left."""
+        (self.path / "state.json").unlink(missing_ok=True)
+        for path in self.path.glob("*.safetensors"):
+            path.unlink(missing_ok=True)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What decides whether a resumed run repeats an uninterrupted one bit for bit."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    size, checksum = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            size, checksum = size + len(chunk), google_crc32c.extend(checksum, chunk)
+    return {"size": size, "crc32c": f"{checksum:08x}"}
+
+
+def _words(record: Mapping[str, Any]) -> str:
+    return f"{record['size']:,} bytes, crc32c {record['crc32c']}"
+
+
+def _damaged(path: Path, expected: str, found: str) -> CorruptStoreError:
+    return CorruptStoreError(
+        "the checkpoint of an interrupted finetuning cannot be used",
+        expected=expected, found=found, where=path, fix=AGAIN,
+    )  # fmt: skip

@@ -1,0 +1,241 @@
+"""Pixels for finetuning: which images can be read, their frames in memory or in one scratch file, and batches of them.
+
+A *frame* is an image after resizing and before the crop: what a pixel store holds, and what augmentation starts from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from math import lcm
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from embcache.data.dataset import ImageDataset
+from embcache.errors import StoreError, UsageError
+from embcache.extract.augment import Augmentation, centre
+from embcache.extract.backbones import Backbone
+from embcache.extract.batching import Source, prepare_batches
+from embcache.extract.pixels import cache_pixels, open_pixels
+from embcache.extract.plan import plan_store
+from embcache.extract.scan import DatasetFiles
+from embcache.extract.transforms import Transform, choose_transform, frame
+from embcache.paths import PathLike
+from embcache.store.feature_store import FeatureStore, list_stores
+
+Pixels = NDArray[np.uint8]
+
+_CHUNK = 256  # images decoded, or read from a store, at a time
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is known of a dataset's images before anything is drawn.
+
+    Attributes
+    ----------
+    digests : mapping of id to str
+        sha256 (hex) of the images' bytes.
+    quarantined : mapping of id to str
+        Why an image cannot be decoded or does not have the frame's size.
+    """
+
+    digests: Mapping[str, str]
+    quarantined: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """The frames of some images.
+
+    Attributes
+    ----------
+    pixels : uint8 array of shape (n, H, W, 3)
+        In memory, or mapped from a scratch file.
+    ids : tuple of str
+        Names of the rows.
+    """
+
+    pixels: Pixels = field(repr=False)
+    ids: tuple[str, ...]
+
+
+def choose_transforms(specs: Sequence[Backbone], kind: str | None, sizes: set[tuple[int, int]]) -> dict[str, Transform]:
+    """One transform a backbone, all of the same geometry, so that every backbone sees the same augmented pixels.
+
+    Raises
+    ------
+    UsageError
+        The backbones' preprocessing differs in more than mean and standard deviation; or as
+        `embcache.extract.transforms.choose_transform`.
+    """
+    # Images stay as they are only where the patches of all backbones divide them.
+    patch = lcm(*(spec.patch for spec in specs))
+    chosen = {spec.name: choose_transform(replace(spec, patch=patch), kind, sizes) for spec in specs}
+    geometries = {(t.resize, t.crop, t.size, t.interpolation) for t in chosen.values()}
+    if len(geometries) > 1:
+        raise UsageError(
+            "backbones that are trained together must see the same pixels",
+            expected="one size and one way of resizing",
+            found="; ".join(f"{n}: {t.kind}, {t.interpolation}, {t.size[1]}×{t.size[0]}" for n, t in chosen.items()),
+            fix="--transform paper",
+        )  # fmt: skip
+    return chosen
+
+
+def known_images(
+    ds: ImageDataset,
+    transform: Transform,
+    files: DatasetFiles,
+    home: PathLike | None,
+    pool: Executor,
+    *,
+    decode: bool,
+) -> Images | None:
+    """What can be told of the images before their pixels are there.
+
+    From the pixel store, if it is complete and current. With ``decode``, else from any such feature store, else by
+    decoding every image once; without, else None.
+    """
+    pixels = open_pixels(ds, transform, home)
+    stores = [pixels] if pixels is not None else []
+    for store in [*stores, *(list_stores(home, ds.name) if decode else ())]:
+        if not plan_store(store, ds, files.root, files.scan, publish=False).shards:
+            return store_images(store.restrict(ds.table["id"]))
+    if not decode:
+        return None
+    found = [image for batch in prepare_batches(files.root, _sources(ds), [], _CHUNK, pool) for image in batch]
+    names = ds.table["id"].tolist()
+    return _images(names, [image.digest for image in found], [image.reason for image in found])
+
+
+def store_images(store: FeatureStore) -> Images:
+    """What a store knows of the images that it shows."""
+    return Images(dict(store.digests), dict(store.quarantined))
+
+
+def cached_frames(
+    ds: ImageDataset,
+    transform: Transform,
+    home: PathLike | None,
+    workers: int | None,
+    say: Callable[[str], object],
+) -> FeatureStore:
+    """The dataset's pixel store, completed where images are missing from it."""
+    return cache_pixels(ds, transform, home=home, workers=workers, say=say).restrict(ds.table["id"])
+
+
+def decode_frames(
+    ds: ImageDataset,
+    transform: Transform,
+    root: Path,
+    scratch: Path,
+    pool: Executor,
+    ids: Sequence[str] | None = None,
+) -> tuple[Frames, Images]:
+    """Decode images of a dataset, all or some, without a store.
+
+    Returns
+    -------
+    (Frames, Images)
+        A frame of zeros where an image cannot be read.
+    """
+    framing = frame(transform)
+    wanted = None if ids is None else set(ids)
+    sources = [source for source in _sources(ds) if wanted is None or source.id in wanted]
+    pixels = allocate((len(sources), *framing.size, 3), scratch)
+    digests: list[str] = []
+    reasons: list[str] = []
+    for batch in prepare_batches(root, sources, [framing.geometry], _CHUNK, pool):
+        for row, image in enumerate(batch, start=len(digests)):
+            if image.pixels:
+                pixels[row] = image.pixels[0]
+        digests += [image.digest for image in batch]
+        reasons += [image.reason for image in batch]
+    names = [source.id for source in sources]
+    return Frames(pixels, tuple(names)), _images(names, digests, reasons)
+
+
+def stored_frames(store: FeatureStore, ids: Sequence[str], scratch: Path) -> Frames:
+    """Frames of some images from a pixel store.
+
+    Raises
+    ------
+    StoreError
+        The store has not got one of them.
+    """
+    place = {name: row for row, name in enumerate(store.ids.tolist())}
+    absent = [name for name in ids if name not in place]
+    if absent:
+        raise StoreError(f"{len(absent)} images are not in the pixel store", found=repr(absent[0]), where=store.path)
+    # In the store's own order, so that each shard is read and verified once.
+    order = sorted(range(len(ids)), key=lambda k: place[ids[k]])
+    pixels = allocate((len(ids), *store.row_shape), scratch)
+    for start in range(0, len(order), _CHUNK):
+        chunk = order[start : start + _CHUNK]
+        pixels[chunk] = store.features[[place[ids[k]] for k in chunk]]
+    return Frames(pixels, tuple(ids))
+
+
+def allocate(shape: tuple[int, ...], scratch: Path) -> Pixels:
+    """A uint8 array in memory where it takes at most half of it, else mapped from ``scratch``."""
+    if int(np.prod(shape)) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2:
+        return np.zeros(shape, dtype=np.uint8)
+    return np.memmap(scratch, dtype=np.uint8, mode="w+", shape=shape)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One image of a batch: its row among the frames, and the key of its augmentation (None: the plain view)."""
+
+    row: int
+    key: str | None
+
+
+def batches(
+    frames: Frames,
+    plan: Sequence[Sequence[Draw]],
+    augment: Augmentation,
+    pool: ThreadPoolExecutor | None,
+) -> Iterator[torch.Tensor]:
+    """Yield each planned batch as a uint8 Tensor (B, H, W, 3), making the next two while one is used.
+
+    Augmentation depends on the keys alone, so any number of threads, or none (``pool=None``), gives the same bytes.
+    """
+
+    def make(draw: Draw) -> Pixels:
+        pixels = frames.pixels[draw.row]
+        return centre(pixels, augment.size) if draw.key is None else augment(pixels, draw.key)
+
+    if pool is None:
+        for batch in plan:
+            yield torch.from_numpy(np.stack([make(draw) for draw in batch]))
+        return
+    pending: list[list[Future[Pixels]]] = [[pool.submit(make, draw) for draw in batch] for batch in plan[:2]]
+    try:
+        for number in range(len(plan)):
+            made = [future.result() for future in pending.pop(0)]
+            if number + 2 < len(plan):
+                pending.append([pool.submit(make, draw) for draw in plan[number + 2]])
+            yield torch.from_numpy(np.stack(made))
+    finally:
+        for futures in pending:
+            for future in futures:
+                future.cancel()
+
+
+def _sources(ds: ImageDataset) -> list[Source]:
+    columns = [ds.table[name].tolist() for name in ("id", "path", "member")]
+    return [Source(*row) for row in zip(*columns, strict=True)]
+
+
+def _images(ids: Sequence[str], digests: Sequence[str], reasons: Sequence[str]) -> Images:
+    return Images(
+        {name: digest for name, digest in zip(ids, digests, strict=True) if digest},
+        {name: reason for name, reason in zip(ids, reasons, strict=True) if reason},
+    )

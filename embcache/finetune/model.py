@@ -1,0 +1,276 @@
+"""Backbones and a head as one trainable model: uint8 images in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from embcache.errors import StoreError, UsageError, WeightsError
+from embcache.extract.backbones import Backbone, find_backbone
+from embcache.extract.networks import build_network
+from embcache.extract.timm_models import build_timm
+from embcache.extract.transforms import Transform, normalise
+from embcache.extract.worker import arithmetic, pick_device
+from embcache.probe.heads import Head, heads, make_head
+from embcache.probe.metrics import softmax
+from embcache.probe.results import ProbeResult, run_file
+from embcache.probe.stack import TrainableHead
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageModel:
+    """Backbones and the head on their features, trained together.
+
+    Attributes
+    ----------
+    backbones : mapping of str to Module
+        Networks: normalised images, float32 (B, 3, H, W), to features (B, D).
+    transforms : mapping of str to Transform
+        One a backbone; they differ in mean and standard deviation only, since all see the same pixels.
+    head : TrainableHead
+        A head of `embcache.probe.heads`, as probing trains it.
+    params : dict of str to Tensor
+        The head's parameters, named and initialised as in probing.
+    device : torch.device
+        Where all of them lie.
+    precision : {"fp32", "tf32", "bf16", "fp16"}
+        Arithmetic of the backbones; the head and the loss are always computed in fp32.
+    """
+
+    backbones: Mapping[str, nn.Module]
+    transforms: Mapping[str, Transform]
+    head: TrainableHead
+    params: State
+    device: torch.device
+    precision: str
+
+    def logits(self, pixels: Tensor, masks: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Logits, float32 (B, C), of a uint8 batch (B, H, W, 3); ``masks`` (B, width) are the head's dropout."""
+        seen: dict[tuple[object, ...], Tensor] = {}
+        features: State = {}
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            for name, module in self.backbones.items():
+                transform = self.transforms[name]
+                key = (transform.mean, transform.std)
+                if key not in seen:
+                    batch = normalise(pixels, transform, self.device)
+                    seen[key] = batch.contiguous(memory_format=torch.channels_last)
+                features[name] = module(seen[key])
+        # The heads are written for a stack of K of them; here K is 1.
+        output = self.head.apply(
+            {name: value[None] for name, value in self.params.items()},
+            {name: value.float()[None] for name, value in features.items()},
+            None if masks is None else {name: value[None] for name, value in masks.items()},
+        )
+        return output[0]
+
+    def train(self, mode: bool = True) -> None:
+        """Let batch normalisation and dropout behave as in training, or not."""
+        for module in self.backbones.values():
+            module.train(mode)
+
+    def trainable(self) -> State:
+        """Every trained tensor by its name, in a fixed order; all parameters of backbones and head."""
+        named = {
+            f"backbone.{name}.{key}": value
+            for name, module in self.backbones.items()
+            for key, value in module.named_parameters()
+        }
+        return named | {f"head.{key}": value for key, value in self.params.items()}
+
+    def state(self) -> State:
+        """All that a prediction depends on, by name: `trainable` and the buffers (running means …). Not copies."""
+        named = {
+            f"backbone.{name}.{key}": value.detach()
+            for name, module in self.backbones.items()
+            for key, value in module.state_dict().items()
+        }
+        return named | {f"head.{key}": value.detach() for key, value in self.params.items()}
+
+    def load(self, state: Mapping[str, Tensor], *, where: object = None, fix: str | None = None) -> None:
+        """Copy a state into the model, in place.
+
+        Raises
+        ------
+        WeightsError
+            A tensor is missing or unknown, or has another shape.
+        """
+        mine = self.state()
+        wrong = sorted(set(mine) ^ set(state)) or [n for n, value in mine.items() if state[n].shape != value.shape]
+        if wrong:
+            raise WeightsError(
+                "the saved model does not fit the network", expected=f"{len(mine)} tensors, named and shaped alike",
+                found=f"{len(state)} tensors; {len(wrong)} differ: {', '.join(wrong[:5])}", where=where, fix=fix,
+            )  # fmt: skip
+        with torch.no_grad():
+            for name, value in mine.items():
+                value.copy_(state[name])
+
+
+def assemble(
+    backbones: Mapping[str, nn.Module],
+    transforms: Mapping[str, Transform],
+    head: TrainableHead,
+    params: Mapping[str, Tensor],
+    device: torch.device,
+    precision: str,
+) -> ImageModel:
+    """Put networks and a head's parameters on their device as one model, every parameter trainable."""
+    placed = {}
+    for name, module in backbones.items():
+        # Channels last is faster for convolutions on CPUs and what tensor cores want, as in extraction.
+        module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        placed[name] = module.requires_grad_(True)
+    leaves = {name: value.detach().clone().to(device).requires_grad_(True) for name, value in params.items()}
+    return ImageModel(placed, transforms, head, leaves, device, precision)
+
+
+def empty_backbone(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
+    """A backbone's network for images of this height and width, its weights still to be filled."""
+    return build_timm(spec, image_size) if spec.pooling == "timm" else build_network(spec.network)
+
+
+@dataclass(frozen=True, eq=False)
+class FinetunedModel:
+    """The model of one fold of a finetuned run, ready to predict.
+
+    Attributes
+    ----------
+    transform : Transform
+        What images must have gone through; ``predict`` normalises them itself.
+    class_names : tuple of str
+    """
+
+    model: ImageModel
+    transform: Transform
+    class_names: tuple[str, ...]
+
+    def predict(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Class probabilities, float64 (B, C), of a uint8 batch (B, *transform.size, 3)."""
+        precision = "tf32" if self.model.precision == "tf32" else "fp32"
+        with torch.no_grad(), arithmetic(self.model.device, precision):
+            return softmax(self.model.logits(torch.from_numpy(pixels)).float().cpu().numpy())
+
+
+def load_finetuned(run: Path, result: ProbeResult, fold: int, device: str = "cpu") -> FinetunedModel:
+    """The saved model of one fold of a finetuned run.
+
+    Nothing but the run itself is needed: neither the weights that training began with nor the images.
+
+    Parameters
+    ----------
+    run : Path
+        The run's folder.
+    result : ProbeResult
+        Its result.
+    fold : int
+        Which of ``result.folds``.
+    device : str
+        ``auto``, ``cpu``, ``cuda:0``, …
+
+    Raises
+    ------
+    UsageError
+        The result is not of a finetuning, has no such fold, or the device is not there.
+    StoreError
+        The fold has no model: none were kept, or its training diverged at once; or its file is damaged.
+    WeightsError
+        The file does not fit the network.
+    """
+    if result.kind != "finetune" or not 0 <= fold < len(result.folds):
+        raise UsageError(
+            "there is no such finetuned model", expected=f"a finetuned run, a fold of 0 … {len(result.folds) - 1}",
+            found=f"kind {result.kind!r}, fold {fold}", where=run, fix="embcache results",
+        )  # fmt: skip
+    if result.folds[fold].failed:
+        raise StoreError(f"training of fold {fold} diverged in its first epoch: it has no model", where=run)
+    if not (run / model_file(fold)).is_file():
+        raise StoreError(
+            "the models of this run were not kept", where=run,
+            fix="repeat its `embcache finetune …` with --again and without --no-models",
+        )  # fmt: skip
+    tensors = load_file(run_file(run, model_file(fold)))
+    specs = [find_backbone(name) for name in result.backbones]
+    chosen = {spec.name: _saved_transform(result.recipes[spec.name]["transform"]) for spec in specs}
+    transform = next(iter(chosen.values()))
+    networks = {spec.name: empty_backbone(spec, transform.size) for spec in specs}
+    options = dict(result.request["head"])
+    head = check_head(make_head(options.pop("name"), **options), result.backbones)
+    params = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+    precision = result.recipes[result.backbones[0]]["precision"]
+    model = assemble(networks, chosen, head, params, pick_device(device), precision)
+    model.load(
+        tensors, where=run / model_file(fold), fix="pip install the versions that `embcache results --json` says"
+    )
+    model.train(False)
+    return FinetunedModel(model, transform, tuple(result.class_names))
+
+
+def model_file(fold: int) -> str:
+    """Name of a fold's model in the folder of its run."""
+    return f"model-fold{fold}.safetensors"
+
+
+def _saved_transform(saved: Mapping[str, Any]) -> Transform:
+    """The transform that a recipe describes."""
+    pairs: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()}
+    return Transform(**{f.name: pairs[f.name] for f in fields(Transform)})
+
+
+def count_parameters(model: ImageModel) -> int:
+    """Number of trained numbers."""
+    return sum(value.numel() for value in model.trainable().values())
+
+
+def is_dino(spec: Backbone) -> bool:
+    """Whether the network is DINO's ViT-S/8, which is trained more gently (Section 5.2)."""
+    return spec.network == "DINO ViT-S/8" or spec.timm.startswith("vit_small_patch8_224")
+
+
+def has_batch_norm(network: nn.Module) -> bool:
+    """Whether any layer takes statistics over the images of a batch."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return any(isinstance(layer, kinds) for layer in network.modules())
+
+
+def check_head(head: Head, backbones: Sequence[str]) -> TrainableHead:
+    """The head, where it can be trained together with its backbones.
+
+    Raises
+    ------
+    UsageError
+        It is solved instead of trained, or standardises features that training moves; or it does not take so many
+        backbones, or none was named, or one twice.
+    """
+    if not _trainable(head):
+        kind = "is solved on fixed features" if hasattr(head, "solve") else "standardises features that must stay fixed"
+        raise UsageError(
+            f"head {head.name!r} {kind}: it cannot be trained together with its backbones",
+            expected=", ".join(name for name, other in heads().items() if _trainable(other)), found=head.name,
+            fix="embcache finetune --head linear …",
+        )  # fmt: skip
+    if not backbones:
+        raise UsageError("no backbone was named", fix="--backbone NAME")
+    if len(set(backbones)) < len(backbones):
+        raise UsageError("a backbone is named twice", found=", ".join(backbones))
+    if not head.fuses and len(backbones) != 1:
+        raise UsageError(
+            f"head {head.name!r} takes one backbone at a time", found=", ".join(backbones),
+            fix=f"--backbone {backbones[0]}, or a head that fuses: --head dvme",
+        )  # fmt: skip
+    return cast("TrainableHead", head)
+
+
+def _trainable(head: Any) -> bool:
+    return not hasattr(head, "solve") and not hasattr(head, "constants")

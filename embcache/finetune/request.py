@@ -1,0 +1,249 @@
+"""What may be asked of a finetuning, and the request that names its run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from embcache.data.dataset import ImageDataset
+from embcache.errors import UsageError
+from embcache.extract.augment import Augmentation, augmentation
+from embcache.extract.backbones import Backbone, find_backbone, load_backbone
+from embcache.extract.request import weights_by_name
+from embcache.extract.run import make_recipe
+from embcache.extract.scan import DatasetFiles, scan_dataset
+from embcache.extract.transforms import Transform, frame
+from embcache.extract.worker import PRECISIONS, FrozenNetwork, pick_device
+from embcache.finetune.data import Images, choose_transforms
+from embcache.finetune.model import check_head, has_batch_norm, is_dino
+from embcache.paths import PathLike
+from embcache.probe.heads import hyperparameters, make_head
+from embcache.probe.inputs import digest_images, plan_for
+from embcache.probe.protocol import subset_sizes
+from embcache.probe.results import PROTOCOL_VERSION
+from embcache.probe.schedule import Schedule
+from embcache.probe.splits import Splits
+from embcache.probe.stack import TrainableHead
+
+ARITHMETIC = 1
+"""Raised when the arithmetic of finetuning changes, so that older runs are not taken for new ones."""
+
+GENTLE = {"lr": 1e-4, "batch_size": 16}
+"""How DINO's ViT-S/8 is finetuned (Section 5.2), alone or fused (choice)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked, as given; see `embcache.finetune.run.finetune_images`."""
+
+    head: str = "linear"
+    subset: str | int = "S"
+    folds: int = 5
+    seed: int = 0
+    val: str = "full"
+    test: str = "local"
+    splits: PathLike | None = None
+    exclude_test_overlap: bool = False
+    weights: PathLike | Mapping[str, PathLike] | None = None
+    transform: str | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+    lr: float | None = None
+    batch_size: int | None = None
+    accumulate: int = 1
+    max_epochs: int = 50
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A question with its networks loaded.
+
+    Attributes
+    ----------
+    settings : Settings
+    subset : str
+        Its canonical name.
+    specs : tuple of Backbone
+    head : TrainableHead
+    head_name : str
+    head_request : dict
+        Name and hyperparameters of the head.
+    schedule : Schedule
+    files : DatasetFiles
+    transforms : dict of str to Transform
+        By backbone; one geometry.
+    augment : Augmentation
+    networks : dict of str to Module
+        By backbone, with their weights.
+    recipes : dict of str to JSON
+        Whole recipes of the features that training starts from.
+    fingerprints : dict of str to str
+    device : torch.device
+    """
+
+    settings: Settings
+    subset: str
+    specs: tuple[Backbone, ...]
+    head: TrainableHead
+    head_name: str
+    head_request: Mapping[str, Any]
+    schedule: Schedule
+    files: DatasetFiles
+    transforms: Mapping[str, Transform]
+    augment: Augmentation
+    networks: Mapping[str, nn.Module]
+    recipes: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+    device: torch.device
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The backbones."""
+        return tuple(spec.name for spec in self.specs)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Length of each backbone's features."""
+        return {spec.name: spec.dim for spec in self.specs}
+
+    @property
+    def transform(self) -> Transform:
+        """The geometry of all backbones."""
+        return next(iter(self.transforms.values()))
+
+    def plan(self, ds: ImageDataset, images: Images) -> Splits:
+        """Splits of the dataset, as `embcache.probe.inputs.plan_for` draws them for probing."""
+        s = self.settings
+        return plan_for(
+            ds,
+            [images],
+            subsets=[self.subset],
+            folds=s.folds,
+            seed=s.seed,
+            val=s.val,
+            test=s.test,
+            splits=s.splits,
+            exclude_test_overlap=s.exclude_test_overlap,
+        )
+
+    def request(self, ds: ImageDataset, plan: Splits, images: Images) -> dict[str, Any]:
+        """Everything that the result depends on, as JSON data; how pixels are kept or workers share is not in it."""
+        return {
+            "kind": "finetune",
+            "protocol": PROTOCOL_VERSION,
+            "finetune": ARITHMETIC,
+            "dataset": ds.name,
+            "metric": ds.metric,
+            "splits": plan.digest(self.subset),
+            "images": digest_images({"pixels": images}, plan.ids[plan.used(self.subset)]),
+            "recipes": [[name, self.fingerprints[name]] for name in self.names],
+            "augment": self.augment.describe(),
+            "head": dict(self.head_request),
+            "schedule": asdict(self.schedule),
+            "subset": self.subset,
+            "folds": plan.n_folds,
+            "val": plan.val_mode,
+            "test": plan.test_set,
+            "seed": self.settings.seed,
+            # Batch normalisation takes its statistics over what goes through the network at once.
+            **({"accumulate": self.settings.accumulate} if self.settings.accumulate > 1 else {}),
+        }
+
+    def notes(self, ds: ImageDataset) -> list[str]:
+        """What a reader must know of this training besides what is true of probing."""
+        told = [
+            f"{spec.name} was pretrained on images of {ds.kind}: its scores there are contaminated"
+            for spec in self.specs
+            if ds.kind in spec.contaminated
+        ]
+        if self.settings.precision != "fp32":
+            told.append(f"trained in {self.settings.precision}")
+        return told
+
+
+def ask(
+    ds: ImageDataset,
+    backbones: str | Sequence[str],
+    settings: Settings,
+    home: PathLike | None,
+    pool: Executor,
+    *,
+    allow_download: bool = True,
+) -> Asked:
+    """Check a question and load its networks.
+
+    Raises
+    ------
+    UsageError
+        It is malformed.
+    WeightsError
+        Weights are missing or do not fit.
+    DatasetError
+        The images are not here.
+    """
+    given = [backbones] if isinstance(backbones, str) else list(backbones)
+    head = make_head(settings.head)
+    specs = tuple(find_backbone(name) for name in given)
+    trainable = check_head(head, [spec.name for spec in specs])
+    (subset,) = subset_sizes(ds, [settings.subset])
+    device = _check_arithmetic(settings)
+    schedule = choose_schedule(specs, settings)
+    overrides = weights_by_name(given, settings.weights)
+    files = scan_dataset(ds, home, pool)
+    transforms = choose_transforms(specs, settings.transform, files.sizes)
+    networks, recipes, fingerprints = {}, {}, {}
+    for name, spec in zip(given, specs, strict=True):
+        size = transforms[spec.name].size
+        loaded = load_backbone(
+            name, weights=overrides.get(name), home=home, image_size=size, allow_download=allow_download
+        )
+        recipe = make_recipe(FrozenNetwork(loaded, transforms[spec.name], device, settings.precision))
+        networks[spec.name], recipes[spec.name] = loaded.module, recipe.to_json()
+        fingerprints[spec.name] = recipe.fingerprint
+    if -(-schedule.batch_size // settings.accumulate) < 2 and any(has_batch_norm(m) for m in networks.values()):
+        raise UsageError(
+            "batch normalisation cannot train on one image at a time",
+            expected="two images at least in each part of a batch",
+            found=f"a batch of {schedule.batch_size} in {settings.accumulate} parts",
+            fix=f"--batch-size {2 * settings.accumulate}, or a smaller --accumulate",
+        )
+    augment = augmentation(ds.augment, frame(next(iter(transforms.values()))).size, size)
+    request = {"name": head.name, **hyperparameters(head)}
+    return Asked(
+        settings, subset, specs, trainable, head.name, request, schedule, files, transforms, augment, networks,
+        recipes, fingerprints, device,
+    )  # fmt: skip
+
+
+def choose_schedule(specs: Sequence[Backbone], settings: Settings) -> Schedule:
+    """The protocol's optimisation, gentler where DINO is among the backbones, with what was asked instead."""
+    default = GENTLE if any(is_dino(spec) for spec in specs) else {}
+    given = {
+        key: value for key, value in (("lr", settings.lr), ("batch_size", settings.batch_size)) if value is not None
+    }
+    schedule = Schedule(**{**default, **given, "max_epochs": settings.max_epochs})  # type: ignore[arg-type]
+    if not 1 <= settings.accumulate <= schedule.batch_size:
+        raise UsageError(
+            "a batch cannot be divided so", expected=f"1 to {schedule.batch_size} parts",
+            found=str(settings.accumulate), fix="--accumulate 2",
+        )  # fmt: skip
+    return schedule
+
+
+def _check_arithmetic(settings: Settings) -> torch.device:
+    device = pick_device(settings.device)
+    if settings.precision not in PRECISIONS:
+        raise UsageError(
+            "unknown precision", expected=", ".join(PRECISIONS), found=settings.precision, fix="--precision fp32"
+        )
+    if settings.precision in ("tf32", "fp16") and device.type != "cuda":
+        raise UsageError(
+            f"training in {settings.precision} needs a CUDA device", found=str(device),
+            fix="--precision bf16, or --precision fp32",
+        )  # fmt: skip
+    return device

@@ -1,0 +1,239 @@
+"""Finetuning, top to bottom: dataset and weights → pixels → splits → folds, one after another → result."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from embcache.data.dataset import ImageDataset
+from embcache.extract.request import default_workers
+from embcache.finetune.checkpoint import CheckpointFolder, Progress
+from embcache.finetune.data import cached_frames, decode_frames, known_images, store_images, stored_frames
+from embcache.finetune.folds import FoldRun, Tell, begin, head_of, kept_models, outcome
+from embcache.finetune.request import Settings, ask
+from embcache.paths import PathLike
+from embcache.probe.metrics import FloatArray
+from embcache.probe.results import ProbeResult, as_asked, find_run, run_id, runs_dir, save_run
+from embcache.probe.summary import prediction_table, request_notes, summarise, training_notes
+
+
+def finetune_images(
+    ds: ImageDataset,
+    backbones: str | Sequence[str],
+    *,
+    head: str = "linear",
+    subset: str | int = "S",
+    folds: int = 5,
+    seed: int = 0,
+    home: PathLike | None = None,
+    val: str = "full",
+    test: str = "local",
+    splits: PathLike | None = None,
+    exclude_test_overlap: bool = False,
+    weights: PathLike | Mapping[str, PathLike] | None = None,
+    transform: str | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    lr: float | None = None,
+    batch_size: int | None = None,
+    accumulate: int = 1,
+    max_epochs: int = 50,
+    workers: int | None = None,
+    pixel_cache: bool = True,
+    resume: bool = False,
+    keep_models: bool = True,
+    save: bool = True,
+    reuse: bool = True,
+    source: str | None = None,
+    say: Callable[[str], object] = lambda line: None,
+    progress: Tell | None = None,
+) -> ProbeResult:
+    """Train backbones and head together on augmented images, by the protocol of probing, and test them.
+
+    Splits, subsets, schedule, model selection, metrics and the record of the run are those of
+    `embcache.probe.run.probe_features`, so that frozen and finetuned rows stand in one table. A checkpoint is kept
+    after every epoch; a result that was saved under the same request is returned as it is.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        Its images must be here.
+    backbones : str or sequence of str
+        Exactly one for a head that does not fuse; ``random`` trains from scratch.
+    head : str
+        A head that is trained by gradient on features as they are: linear, mlp, dvme and its ablations.
+    subset, folds, seed, val, test, splits, exclude_test_overlap
+        As for `embcache.probe.run.probe_features`.
+    home : path, optional
+        Folder of stores and runs; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
+    weights : path or mapping of name to path, optional
+        Checkpoints to use instead of those found or downloaded.
+    transform : {"paper", "imagenet", "model"}, optional
+        Resizing and normalisation, as for extraction; the centre crop is a random one in training.
+    device : str
+        ``auto``, ``cpu``, ``cuda:0``, …
+    precision : {"fp32", "tf32", "bf16", "fp16"}
+        Arithmetic of the backbones; tf32 and fp16 need CUDA.
+    lr : float, optional
+        First learning rate; default 1e-3, and 1e-4 where DINO's ViT-S/8 is among the backbones.
+    batch_size : int, optional
+        Images of one step; default 64, and 16 with DINO.
+    accumulate : int
+        Parts in which a batch goes through the network, to take less memory.
+    max_epochs : int
+        At most so many epochs.
+    workers : int, optional
+        Threads that decode and augment images; 0 for none besides the main one. No result depends on it.
+    pixel_cache : bool
+        Keep decoded, resized images in a pixel store, and read them from there.
+    resume : bool
+        Go on from the last checkpoint of the same request, if there is one.
+    keep_models : bool
+        Keep the model of each fold's best epoch with the run.
+    save : bool
+        Write the run folder.
+    reuse : bool
+        Take a saved result of the same request. False without ``resume`` also discards a checkpoint.
+    source : {"live", "snapshot"}, optional
+        Where ``ds`` came from, to be told with the result; default live.
+    say : callable
+        Told each thing worth knowing as it happens.
+    progress : callable, optional
+        See `Tell`.
+
+    Returns
+    -------
+    ProbeResult
+        Of kind ``"finetune"``.
+
+    Raises
+    ------
+    UsageError, DatasetError, WeightsError
+        The request is malformed; images or weights are not here.
+    ProtocolError
+        The data cannot carry the folds, the subset or the metric; or training diverged in every fold.
+    StoreError
+        There is a checkpoint of this request and neither ``resume`` nor ``reuse=False`` was said; it is damaged; or
+        another process is training the same.
+    """
+    settings = Settings(
+        head, subset, folds, seed, val, test, splits, exclude_test_overlap, weights, transform, device, precision, lr,
+        batch_size, accumulate, max_epochs,
+    )  # fmt: skip
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(workers or (1 if workers == 0 else default_workers())))
+        asked = ask(ds, backbones, settings, home, pool)
+        for note in asked.notes(ds):
+            say(note)
+        store, frames = None, None
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="embcache-")))
+        if pixel_cache:
+            store = cached_frames(ds, asked.transform, home, workers or None, say)
+            images = store_images(store)
+        else:
+            known = known_images(ds, asked.transform, asked.files, home, pool, decode=False)
+            if known is not None:
+                images = known
+            else:
+                frames, images = decode_frames(ds, asked.transform, asked.files.root, scratch / "all.u8", pool)
+        plan = asked.plan(ds, images)
+        request = asked.request(ds, plan, images)
+        id = run_id(request)
+        folder = CheckpointFolder(
+            runs_dir(ds.name, home) / f".{id}.partial" if save else scratch / "checkpoint", request
+        )
+        result = find_run(id, ds.name, home) if save and reuse else None
+        if result is None:
+            stack.enter_context(folder.lock())
+            begun = begin(folder, asked, resume=resume, again=not reuse, say=say)
+            used = plan.used(asked.subset)
+            ids = plan.ids[used].tolist()
+            if store is not None:
+                frames = stored_frames(store, ids, scratch / "used.u8")
+            elif frames is None:
+                frames, _ = decode_frames(ds, asked.transform, asked.files.root, scratch / "used.u8", pool, ids=ids)
+            run = FoldRun(ds, asked, plan, frames, folder, None if workers == 0 else pool, keep_models, progress, began)
+            done, p = run.train(begun)
+            result = _result(run, request, done, p, source or "live")
+            if save:
+                _save(run, result, done, p, home)
+            folder.clear()
+        notes = [*request_notes(ds, plan, asked.subset), *asked.notes(ds), *training_notes(result.folds)]
+        return as_asked(result, source or "live", notes)
+
+
+def find_finetuned(
+    ds: ImageDataset,
+    backbones: str | Sequence[str],
+    *,
+    home: PathLike | None = None,
+    workers: int | None = None,
+    **request: Any,
+) -> ProbeResult | str:
+    """The saved result of a finetuning, or the id that its run would have; trains and downloads nothing.
+
+    Parameters
+    ----------
+    ds, backbones, home
+        As for `finetune_images`.
+    workers : int, optional
+        Threads that look at images.
+    **request
+        As for `finetune_images`: what decides the result (``head`` … ``max_epochs``).
+
+    Returns
+    -------
+    ProbeResult or str
+        Where no store knows the images yet, each of them is decoded once to tell.
+
+    Raises
+    ------
+    EmbcacheError
+        As `finetune_images`; weights that would have to be downloaded are missing.
+    """
+    settings = Settings(**request)
+    with ThreadPoolExecutor(workers or default_workers()) as pool:
+        asked = ask(ds, backbones, settings, home, pool, allow_download=False)
+        images = known_images(ds, asked.transform, asked.files, home, pool, decode=True)
+        assert images is not None
+        plan = asked.plan(ds, images)
+    id = run_id(asked.request(ds, plan, images))
+    result = find_run(id, ds.name, home)
+    if result is None:
+        return id
+    notes = [*request_notes(ds, plan, asked.subset), *asked.notes(ds), *training_notes(result.folds)]
+    return as_asked(result, "live", notes)
+
+
+def _result(run: FoldRun, request: Mapping[str, Any], done: Progress, p: FloatArray, source: str) -> ProbeResult:
+    asked = run.asked
+    return summarise(
+        run.ds,
+        [run.plan],
+        asked.subset,
+        kind="finetune",
+        backbones=asked.names,
+        head=asked.head_name,
+        request=request,
+        recipes=asked.recipes,
+        outcomes=[outcome(state, asked.schedule.lr) for state in done.folds],
+        p=p,
+        source=source,
+        seconds=done.seconds,
+    )
+
+
+def _save(run: FoldRun, result: ProbeResult, done: Progress, p: FloatArray, home: PathLike | None) -> None:
+    """Write the run; the models move there from the checkpoints, and the heads are kept besides as in probing."""
+    outcomes = [outcome(state, run.asked.schedule.lr) for state in done.folds]
+    models = kept_models(run.folder, done)
+    heads = [
+        head_of(run.folder.load(state.files["best"])) if "best" in state.files else {} for state in done.folds
+    ] if models else []  # fmt: skip
+    save_run(result, prediction_table(run.plan, p, outcomes), heads, home, files=models)
