@@ -209,7 +209,7 @@ def test_an_export_of_rows_of_higher_rank_is_flattened_in_tables(home: Path, tmp
     export_features(store, ds, tmp_path / "out.parquet")
     assert np.load(tmp_path / "out.npz")["features"].shape == (2, 2, 2)
     table = pd.read_parquet(tmp_path / "out.parquet")
-    assert np.array_equal(table[["f0", "f1", "f2", "f3"]].to_numpy(), rows.features.reshape(2, 4))
+    assert np.array_equal(table[["v0_f0", "v0_f1", "v1_f0", "v1_f1"]].to_numpy(), rows.features.reshape(2, 4))
 
 
 @pytest.fixture

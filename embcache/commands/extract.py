@@ -65,6 +65,14 @@ def extract(
     part: Annotated[
         str | None, typer.Option("--part", metavar="I/N", help="Compute only the I-th of N parts (array jobs).")
     ] = None,
+    views: Annotated[
+        int,
+        typer.Option(
+            "--views",
+            metavar="V",
+            help="Views of each image: the plain one and V - 1 augmented as its modality allows (a store of its own).",
+        ),
+    ] = 1,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
@@ -110,6 +118,7 @@ def extract(
                 workers=workers,
                 format=format,
                 part=_parse_part(part),
+                views=views,
                 say=lambda line: typer.echo(f"note: {line}", err=True),
             )
         except (KeyboardInterrupt, SystemExit):
@@ -168,7 +177,11 @@ def _print(dataset: str, images: int, done: list[Extraction]) -> None:
     if changed:
         notes.append(f"{changed} images changed since they were extracted and were extracted again")
     print_table(headers, rows, notes=notes)
-    typer.echo(f"next: embcache probe --head linear --subset S,M,F --dataset {dataset}")
+    views = done[0].store.views
+    typer.echo(
+        f"next: embcache probe --head linear --subset S,M,F --dataset {dataset}"
+        + (f" --views {views}" if views > 1 else "")
+    )
 
 
 def _as_json(dataset: str, extraction: Extraction) -> dict[str, object]:
@@ -177,6 +190,7 @@ def _as_json(dataset: str, extraction: Extraction) -> dict[str, object]:
         "backbone": extraction.backbone,
         "store": str(extraction.store.path),
         "fingerprint": extraction.store.recipe.fingerprint,
+        "views": extraction.store.views,
         "computed": extraction.computed,
         "cached": extraction.cached,
         "added": extraction.added,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,7 +46,7 @@ def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption 
     runs = count_runs(home)
     if json:
         fields = ("dataset", "backbone", "fingerprint", "rows", "quarantined", "owed", "complete", "format", "bytes")
-        extra = ("precision", "transform", "problem")
+        extra = ("precision", "transform", "views", "problem")
         answer = [{**{f: getattr(s, f) for f in (*fields, *extra)}, "path": str(s.path)} for s in stores]
         write_json({"stores": answer, "runs": runs}, json)
     if json == "-":
@@ -106,7 +107,7 @@ def info(
     found = [
         store
         for name in (datasets or (None,))
-        for store in list_stores(home, name)
+        for store in list_stores(home, name, pixels=True)
         if (not backbones or store.recipe.backbone in backbones) and store.recipe.fingerprint.startswith(recipe or "")
     ]
     if not found:
@@ -134,6 +135,10 @@ def export(
         str | None,
         typer.Option("--format", metavar="npz|parquet|csv|zarr|hdf5", help="[default: what TARGET ends in]"),
     ] = None,
+    views: Annotated[
+        int | None,
+        typer.Option("--views", metavar="V", help="The store with V views of each image. [default: the plain one]"),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace TARGET if it is there.")] = False,
     data_root: DataRootOption = None,
     home: HomeOption = None,
@@ -144,7 +149,7 @@ def export(
 
     Rows are in the dataset's order; images that could not be read are left out. npz, Zarr and HDF5 hold the arrays
     features, ids, labels, groups, split and class_names; Parquet and CSV the columns id, label, class_name, group,
-    split, f0, f1, …
+    split, f0, f1, … (of several views v0_f0, …, v1_f0, …).
 
     Example: embcache export features.npz --backbone dino --dataset nih
     """
@@ -160,7 +165,7 @@ def export(
             fix="embcache export TARGET --backbone NAME --dataset NAME   (embcache ls says what is cached)",
         )
     ds, origin = find_dataset(datasets[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
-    store = open_store(backbones[0], ds, home=home, recipe=recipe)
+    store = open_store(backbones[0], ds, home=home, recipe=recipe, views=views)
     written = export_features(store, ds, target, format=format, overwrite=force)
     typer.echo(f"{target}: {written:,} rows of {store.row_shape} {store.dtype}")
     typer.echo(f"note: labels and splits are from the {origin} dataset", err=True)
@@ -176,16 +181,18 @@ def _in_words(answer: StoreInfo) -> str:
     lines = [
         ("dataset", summary.dataset),
         ("backbone", recipe.backbone),
-        ("network", recipe.architecture),
-        ("weights", f"sha256 {recipe.weights_sha256}"),
+        *([] if store.holds_pixels else [("network", recipe.architecture)]),
+        *([] if store.holds_pixels else [("weights", f"sha256 {recipe.weights_sha256}")]),
         ("transform", summary.transform),
-        *((f"  {name}", value) for name, value in recipe.transform.items()),
+        *((f"  {name}", value) for name, value in _flat(recipe.transform)),
         ("decoder", recipe.decoder),
-        ("pooling", recipe.pooling),
-        ("precision", recipe.precision),
+        *([] if store.holds_pixels else [("pooling", recipe.pooling), ("precision", recipe.precision)]),
         ("numerics", recipe.numerics),
         ("fingerprint", recipe.fingerprint),
-        ("features", f"{summary.rows:,} × {store.row_shape} {store.dtype}, {state}"),
+        (
+            "pixels" if store.holds_pixels else "features",
+            f"{summary.rows:,} × {store.row_shape} {store.dtype}, {state}",
+        ),
         ("rows", f"{left}, {summary.quarantined:,} quarantined"),
         *((f"  {id_}", reason) for id_, reason in bad[:20]),
         *([("  …", f"and {len(bad) - 20:,} more (--json - lists all)")] if len(bad) > 20 else []),
@@ -201,6 +208,14 @@ def _in_words(answer: StoreInfo) -> str:
     ]
     width = max(len(_printable(name)) for name, _ in lines if len(name) <= 40)
     return "\n".join(f"{_printable(name):<{width}}  {_printable(str(value))}" for name, value in lines)
+
+
+def _flat(transform: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Parameters of a transform; those of its augmentation as ``augment.NAME``."""
+    lines: list[tuple[str, Any]] = []
+    for name, value in transform.items():
+        lines += [(f"{name}.{inner}", v) for inner, v in value.items()] if isinstance(value, dict) else [(name, value)]
+    return lines
 
 
 def _printable(text: str) -> str:

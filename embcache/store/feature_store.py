@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
-import pandas as pd
 
-from embcache.errors import RecipeError, StoreError, StoreNotFoundError
+from embcache.errors import StoreError
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.features import Features
+from embcache.store.messages import (
+    NamedTable,
+    describe_differences,
+    extract_command,
+    nothing_matches,
+    several_match,
+)
 from embcache.store.reading import (
     LiveRows,
     StoreHeader,
@@ -28,20 +33,19 @@ from embcache.store.reading import (
 from embcache.store.recipe import Recipe
 from embcache.store.rows import PlanEntry
 
+__all__ = [
+    "PIXELS",
+    "FeatureStore",
+    "NamedTable",
+    "describe_differences",
+    "extract_command",
+    "list_stores",
+    "open_store",
+    "store_folders",
+]
+
 # What stands for the backbone in the recipe of a store whose rows are images, decoded and resized.
 PIXELS = "pixels"
-
-
-class NamedTable(Protocol):
-    """What a store asks of a dataset; an ImageDataset has it."""
-
-    @property
-    def name(self) -> str:
-        """Name of the dataset."""
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row an image: at least ``id``, ``label``, ``group``, ``split``."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -327,83 +331,12 @@ def open_store(
     plain = [s for s in fitting if s.views == 1]
     matching = (plain or fitting) if views is None else [s for s in fitting if s.views == views]
     if not matching:
-        raise _nothing_matches(backbone, dataset, home, recipe, views, folders, stores)
+        raise nothing_matches(backbone, dataset, home, recipe, views, folders, stores)
     if len(matching) > 1:
-        raise RecipeError(
-            f"features of {backbone} are cached for {name} under {len(matching)} recipes",
-            expected="one",
-            found="\n".join(
-                f"{line}; {_rows_of(s, dataset)}"
-                for s, line in zip(matching, describe_differences([s.recipe for s in matching]), strict=True)
-            ),
-            where=matching[0].path.parent,
-            fix="--recipe "
-            + " | ".join(s.recipe.fingerprint[:12] for s in matching)
-            + f", or drop one for good: rm -r {shlex.quote(str(matching[0].path))}",
-        )
+        raise several_match(backbone, dataset, matching)
     found = matching[0]
     return found if isinstance(dataset, str) else found.restrict(dataset.table["id"])
 
 
 def _named(path: Path, backbone: str) -> bool:
     return re.fullmatch(re.escape(slug(backbone)) + "-[0-9a-f]{12}", path.name) is not None
-
-
-def _nothing_matches(
-    backbone: str,
-    dataset: str | NamedTable,
-    home: PathLike | None,
-    recipe: str | None,
-    views: int | None,
-    folders: list[Path],
-    stores: list[FeatureStore],
-) -> StoreNotFoundError:
-    name = dataset if isinstance(dataset, str) else dataset.name
-    asked = f" with {views} view{'s' if views > 1 else ''}" if views is not None else ""
-    asked += f" under a recipe that begins with {recipe}" if recipe else ""
-    cached = [f"{s.recipe.fingerprint[:12]}" + (f" ({s.views} views)" if s.views > 1 else "") for s in stores]
-    found = "recipes " + ", ".join(cached) if cached else ", ".join(path.name for path in folders)
-    if stores and views is None:
-        fix = f"--recipe {stores[0].recipe.fingerprint[:12]}"
-    else:
-        fix = extract_command(backbone, dataset, home) + (f" --views {views}" if views and views > 1 else "")
-    return StoreNotFoundError(
-        f"no features of {backbone}{asked} are cached for {name}",
-        found=found or "nothing cached for this dataset",
-        where=home_dir(home) / slug(name),
-        fix=fix,
-    )
-
-
-def _rows_of(store: FeatureStore, dataset: str | NamedTable) -> str:
-    """How many of a dataset's images a store holds, in words."""
-    held = set(store.sources())
-    if isinstance(dataset, str):
-        return f"{len(held)} images"
-    return f"{len(held & set(dataset.table['id']))} of the dataset's {len(dataset.table)} images"
-
-
-def describe_differences(recipes: list[Recipe]) -> list[str]:
-    """One line a recipe, with the fields in which they are not all the same."""
-    names = dict.fromkeys(name for other in recipes[1:] for name in recipes[0].differences(other))
-    lines = []
-    for recipe in recipes:
-        flat = {**recipe.to_json(), **{f"transform.{key}": value for key, value in recipe.transform.items()}}
-        values = ", ".join(f"{name} = {_short(flat.get(name))}" for name in names)
-        lines.append(f"{recipe.fingerprint[:12]}: {values}")
-    return lines
-
-
-def extract_command(backbone: str, dataset: str | NamedTable, home: PathLike | None = None) -> str:
-    """Command that extracts a backbone over a dataset, to be typed."""
-    kind = getattr(dataset, "kind", None)
-    words = ["embcache", "extract", "--backbone", backbone]
-    words += ["--dataset", dataset if isinstance(dataset, str) else str(kind or dataset.name)]
-    if kind == "folder" and not isinstance(dataset, str):
-        words += ["--data-root", str(getattr(dataset, "root", None) or "FOLDER"), "--name", dataset.name]
-    return shlex.join([*words, "--home", str(home)] if home is not None else words)
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:16] + "…"

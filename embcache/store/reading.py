@@ -190,7 +190,7 @@ def read_plan(store: Path, number: int) -> tuple[PlanEntry, ...]:
     """
     path = store / "plan" / f"{shard_name(number)}.json"
     both = " ".join(shlex.quote(str(part)) for part in (path, store / "shards" / shard_name(number)))
-    fix = f"`rm -rf {both}` and run the same `embcache extract` again: it plans and computes those images anew"
+    fix = f"`rm -rf {both}` and {_again(store)}: it plans and computes those images anew"
     content = unseal(_read(path, fix), path, fix, indent=None)
     if content.get("number") != number:
         raise CorruptStoreError(
@@ -329,9 +329,12 @@ def _refuse(store: Path, number: int, expected: str, found: str) -> None:
 
 
 def _recompute(folder: Path) -> str:
-    return (
-        f"`rm -r {shlex.quote(str(folder))}` and run the same `embcache extract` again: it recomputes this shard only"
-    )
+    return f"`rm -r {shlex.quote(str(folder))}` and {_again(folder.parent.parent)}: it recomputes this shard only"
+
+
+def _again(store: Path) -> str:
+    """Who fills a gap in a store: whatever finetunes decodes pixels again, and an extraction does without them."""
+    return "run the same command again" if store.name.startswith("pixels-") else "run the same `embcache extract` again"
 
 
 def _listing(folder: Path) -> list[Path]:

@@ -127,6 +127,8 @@ class ShardRows:
 
         What a network made of an unreadable image depends on its neighbours in the batch: it is never kept.
         """
+        if not self.features[~self.valid].any():
+            return self  # nothing to blank: a shard of pixels is not copied for it
         features = self.features.copy()
         features[~self.valid] = 0
         return replace(self, features=features)

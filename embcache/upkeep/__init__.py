@@ -1,0 +1,14 @@
+"""Looking after what is cached: what there is, what one store is made of, taking it along."""
+
+from embcache.upkeep.export import export_features
+from embcache.upkeep.listing import CachedStore, StoreInfo, count_runs, list_cached, store_info, transform_words
+
+__all__ = [
+    "CachedStore",
+    "StoreInfo",
+    "count_runs",
+    "export_features",
+    "list_cached",
+    "store_info",
+    "transform_words",
+]

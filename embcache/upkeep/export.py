@@ -1,0 +1,213 @@
+"""Taking cached features along to other tools (``embcache export``)."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import zarr
+
+from embcache.data.dataset import ImageDataset
+from embcache.errors import StoreError, UsageError
+from embcache.paths import PathLike
+from embcache.store.feature_store import FeatureStore
+
+# Rows written at once: some 8 MB of 2048 float32.
+_BLOCK = 1024
+_SUFFIXES = {".npz": "npz", ".parquet": "parquet", ".csv": "csv", ".zarr": "zarr", ".h5": "hdf5", ".hdf5": "hdf5"}
+
+
+def export_features(
+    store: FeatureStore,
+    ds: ImageDataset,
+    target: PathLike,
+    *,
+    format: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write the features of a dataset, with its labels, as one file (or one Zarr folder) for other tools.
+
+    Rows are in the dataset's order; quarantined images are left out. npz, Zarr and HDF5 hold the arrays ``features``
+    (n, \\*row_shape), ``ids``, ``labels``, ``groups``, ``split`` and ``class_names``; Parquet and CSV the columns
+    ``id, label, class_name, group, split, f0, f1, …``; of several views ``v0_f0, …, v1_f0, …``.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        From :func:`embcache.open_store`.
+    ds : ImageDataset
+        Gives labels, groups and splits.
+    target : path-like
+        The file; it appears whole or not at all.
+    format : {"npz", "parquet", "csv", "zarr", "hdf5"}, optional
+        Default: what the target's suffix says.
+    overwrite : bool
+        Replace a target that is there.
+
+    Returns
+    -------
+    int
+        Rows written.
+
+    Raises
+    ------
+    UsageError
+        The format is unknown or the target is there already.
+    StoreError
+        The store is not complete for this dataset, or the target cannot be written.
+    """
+    path = Path(target)
+    kind = format or _SUFFIXES.get(path.suffix.lower())
+    if kind not in _WRITERS:
+        raise UsageError(
+            "the format of the export is not known",
+            expected=" | ".join(_WRITERS),
+            found=repr(format) if format else f"a target called {path.name}",
+            fix="--format npz, or a target that ends in .npz, .parquet, .csv, .zarr or .h5",
+        )
+    if store.holds_pixels:
+        raise UsageError(
+            "a store of pixels is not exported: it is made of the image files, anew where it is gone",
+            found=store.path.name,
+            fix="embcache.extract.pixels.open_pixels reads it; embcache export … --backbone NAME exports features",
+        )
+    shown = store.restrict(ds.table["id"])
+    features, labels, groups = shown.arrays(ds)
+    splits = dict(zip(ds.table["id"], ds.table["split"], strict=True))
+    rows = _Export(
+        ids=shown.ids.tolist(),
+        labels=labels,
+        groups=groups.tolist(),
+        split=[str(splits[id_]) for id_ in shown.ids.tolist()],
+        features=features,
+        class_names=list(ds.class_names),
+        source={"dataset": ds.name, "backbone": store.recipe.backbone, "fingerprint": store.recipe.fingerprint},
+    )
+    with _replacing(path, overwrite) as staged:
+        _WRITERS[kind](staged, rows)
+    return len(rows.ids)
+
+
+@dataclass(frozen=True)
+class _Export:
+    ids: list[str]
+    labels: np.ndarray  # int64 (n,)
+    groups: list[str]
+    split: list[str]
+    features: np.ndarray  # (n, *row_shape)
+    class_names: list[str]
+    source: dict[str, str]
+
+    def strings(self) -> dict[str, list[str]]:
+        return {"ids": self.ids, "groups": self.groups, "split": self.split, "class_names": self.class_names}
+
+    def table(self) -> pa.Table:
+        flat = self.features.reshape(len(self.ids), -1)
+        views, dim = self.features.shape[1:] if self.features.ndim == 3 else (1, flat.shape[1])
+        columns_of = (
+            [f"v{v}_f{i}" for v in range(views) for i in range(dim)] if views > 1 else [f"f{i}" for i in range(dim)]
+        )
+        names = [self.class_names[label] if label >= 0 else "" for label in self.labels.tolist()]
+        columns = {
+            "id": pa.array(self.ids, pa.string()),
+            "label": pa.array(self.labels),
+            "class_name": pa.array(names, pa.string()),
+            "group": pa.array(self.groups, pa.string()),
+            "split": pa.array(self.split, pa.string()),
+            **{name: pa.array(np.ascontiguousarray(flat[:, i])) for i, name in enumerate(columns_of)},
+        }
+        metadata = {**self.source, "class_names": json.dumps(self.class_names, ensure_ascii=False)}
+        return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def _write_npz(path: Path, rows: _Export) -> None:
+    arrays: dict[str, Any] = {"features": rows.features, "labels": rows.labels}
+    arrays |= {name: np.array(values, dtype=np.str_) for name, values in {**rows.strings(), **rows.source}.items()}
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _write_parquet(path: Path, rows: _Export) -> None:
+    pq.write_table(rows.table(), path)
+
+
+def _write_csv(path: Path, rows: _Export) -> None:
+    pyarrow.csv.write_csv(rows.table(), path)
+
+
+def _write_zarr(path: Path, rows: _Export) -> None:
+    group = zarr.open_group(path, mode="w-", zarr_format=3, attributes=dict(rows.source))
+    for name, values in (("features", rows.features), ("labels", rows.labels)):
+        chunks = (min(_BLOCK, max(1, len(values))), *values.shape[1:])
+        group.create_array(name, shape=values.shape, chunks=chunks, dtype=values.dtype)[...] = values
+    for name, strings in rows.strings().items():
+        array = group.create_array(name, shape=(len(strings),), chunks=(max(1, len(strings)),), dtype="string")
+        array[...] = np.array(strings, dtype=object)
+
+
+def _write_hdf5(path: Path, rows: _Export) -> None:
+    with h5py.File(path, "w") as file:
+        file.attrs.update(rows.source)
+        file.create_dataset("features", data=rows.features)
+        file.create_dataset("labels", data=rows.labels)
+        for name, strings in rows.strings().items():
+            file.create_dataset(name, data=np.array(strings, dtype=object), dtype=h5py.string_dtype("utf-8"))
+
+
+_WRITERS: dict[str, Callable[[Path, _Export], None]] = {
+    "npz": _write_npz,
+    "parquet": _write_parquet,
+    "csv": _write_csv,
+    "zarr": _write_zarr,
+    "hdf5": _write_hdf5,
+}
+
+
+@contextmanager
+def _replacing(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a path to write beside ``target``; what is there takes its name at the end, or is removed on an error."""
+    if target.exists() and not overwrite:
+        raise UsageError("the target is there already", where=target, fix="another name, or --force to replace it")
+    if target.is_dir() and not (target / "zarr.json").is_file():
+        # --force is for what an export made: no slip of a name may delete a folder of images.
+        raise UsageError("the target is a folder and not a Zarr group", where=target, fix="another name")
+    staged = target.with_name(f".{target.name}-{secrets.token_hex(8)}")
+    try:
+        yield staged
+        for path in [staged, *staged.rglob("*")]:
+            _flush(path)
+        if target.is_dir():
+            shutil.rmtree(target)
+        staged.replace(target)
+        _flush(target.parent)
+    except OSError as error:
+        raise StoreError(
+            "the export cannot be written",
+            found=error.strerror or str(error),
+            where=target,
+            fix="name a target in a folder that is there and can be written, with space left",
+        ) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True) if staged.is_dir() else staged.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle to flush for a folder
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,204 @@
+"""What there is (``embcache ls``), and what one store is made of (``embcache info``)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embcache.data.dataset import read_snapshot
+from embcache.errors import DatasetError, StoreError
+from embcache.paths import PathLike, home_dir
+from embcache.store.feature_store import FeatureStore, store_folders
+
+
+@dataclass(frozen=True)
+class CachedStore:
+    """One row of ``embcache ls``.
+
+    Attributes
+    ----------
+    dataset, backbone, fingerprint : str
+        Whose features these are, and the first 12 digits of the recipe's fingerprint. The backbone of a store of
+        pixels is "pixels".
+    rows, quarantined : int
+        Images with features, and those that could not be read, of those in the dataset's snapshot.
+    owed : int
+        Images of the snapshot, or of published plans, that have no row yet; 0 when the store is complete. Pixels are
+        kept of what a finetuning needs: only planned ones are owed.
+    format, precision, transform : str
+        The transform is in words; the precision of pixels is their dtype, "uint8".
+    bytes : int
+        On disk, whole store.
+    path : Path
+        The store's folder.
+    problem : str
+        What is wrong with it; ``""`` if nothing is. The numbers mean nothing then.
+    views : int
+        Views of an image in one row.
+    """
+
+    dataset: str
+    backbone: str
+    fingerprint: str
+    rows: int
+    quarantined: int
+    owed: int
+    format: str
+    precision: str
+    transform: str
+    bytes: int
+    path: Path
+    problem: str = ""
+    views: int = 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image of the dataset has a row."""
+        return not self.owed and not self.problem
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What ``embcache info`` says of one store, besides what the store says itself."""
+
+    store: FeatureStore
+    summary: CachedStore
+    shards: int
+    uncommitted: tuple[int, ...]
+    superseded: int
+    view: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON data."""
+        store, summary = self.store, self.summary
+        return {
+            "dataset": summary.dataset,
+            "backbone": summary.backbone,
+            "fingerprint": store.recipe.fingerprint,
+            "path": str(store.path),
+            "rows": summary.rows,
+            "row_shape": list(store.row_shape),
+            "dtype": str(store.dtype),
+            "views": summary.views,
+            "quarantined": store.quarantined,
+            "owed": summary.owed,
+            "complete": summary.complete,
+            "superseded": self.superseded,
+            "shards": self.shards,
+            "uncommitted": list(self.uncommitted),
+            "format": store.format,
+            "bytes": summary.bytes,
+            "view": None if self.view is None else str(self.view),
+            "recipe": store.recipe.to_json(),
+            "created_with": {
+                "rows_per_shard": store.rows_per_shard,
+                "batch_size": store.batch_size,
+                "threads": store.threads,
+                **store.provenance,
+            },
+        }
+
+
+def list_cached(home: PathLike | None = None, dataset: str | None = None) -> list[CachedStore]:
+    """Describe every store under ``home``; one that is damaged is listed with its problem."""
+    rows, snapshots = [], dict[Path, tuple[str, list[str] | None]]()
+    for path in store_folders(home, dataset):
+        if path.parent not in snapshots:
+            snapshots[path.parent] = _snapshot(path.parent, home)
+        name, ids = snapshots[path.parent]
+        try:
+            rows.append(_summarise(FeatureStore(path), name, ids))
+        except StoreError as error:
+            problem = f"{error.problem} ({error.where})" if error.where else error.problem
+            backbone, _, fingerprint = path.name.rpartition("-")
+            rows.append(
+                CachedStore(name, backbone, fingerprint, 0, 0, 0, "", "", "", _folder_bytes(path), path, problem)
+            )
+    return rows
+
+
+def count_runs(home: PathLike | None = None) -> dict[str, int]:
+    """Runs kept of each dataset, by the name of its folder."""
+    counts = {}
+    for folder in sorted(home_dir(home).glob("*/runs")):
+        number = sum(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
+        if number:
+            counts[folder.parent.name] = number
+    return counts
+
+
+def store_info(store: FeatureStore, home: PathLike | None = None) -> StoreInfo:
+    """Describe one store in full.
+
+    Raises
+    ------
+    CorruptStoreError
+        Bytes on disk are not those that were committed.
+    """
+    name, ids = _snapshot(store.path.parent, home or store.path.parent.parent)
+    whole = FeatureStore(store.path)
+    plans, committed = whole.plans(), whole.committed()
+    live = len(whole.ids) + len(whole.quarantined)
+    view = next((path for path in (store.path / "view.zarr", store.path / "view.h5") if path.exists()), None)
+    return StoreInfo(
+        store=store if ids is None else whole.restrict(ids),
+        summary=_summarise(whole, name, ids),
+        shards=len(committed),
+        uncommitted=tuple(number for number in plans if number not in committed),
+        superseded=sum(len(plans[number]) for number in committed) - live,
+        view=view,
+    )
+
+
+def transform_words(transform: Mapping[str, Any]) -> str:
+    """A transform in a few words: ``paper: resize 256×256, crop 224×224, bilinear, 4 views (chest)``."""
+
+    def size(value: Any) -> str:
+        return "×".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    words = [f"{verb} {size(transform[verb])}" for verb in ("resize", "crop") if transform.get(verb)]
+    if not words and transform.get("size"):
+        words = [f"as it is, {size(transform['size'])}"]
+    if transform.get("resize") and transform.get("interpolation"):
+        words.append(str(transform["interpolation"]))
+    if "views" in transform:
+        words.append(f"{transform['views']} views ({transform['augment']['kind']})")
+    kind = transform.get("kind")
+    return (f"{kind}: " if kind and words else str(kind or "")) + ", ".join(words)
+
+
+def _snapshot(folder: Path, home: PathLike | None) -> tuple[str, list[str] | None]:
+    """Name and ids of the dataset whose stores lie in ``folder``; the folder's name and None without a snapshot."""
+    try:
+        ds = read_snapshot(folder.name, home)
+    except DatasetError:
+        ds = None  # says nothing of the stores; `extract` writes it anew
+    return (folder.name, None) if ds is None else (ds.name, [str(id_) for id_ in ds.table["id"]])
+
+
+def _summarise(store: FeatureStore, name: str, ids: Sequence[str] | None) -> CachedStore:
+    planned = {entry.id for entries in store.plans().values() for entry in entries}
+    owed_ids = planned if ids is None else planned & set(ids) if store.holds_pixels else set(ids)
+    shown = store if ids is None else store.restrict(ids)
+    return CachedStore(
+        dataset=name,
+        backbone=store.recipe.backbone,
+        fingerprint=store.recipe.fingerprint[:12],
+        rows=len(shown),
+        quarantined=len(shown.quarantined),
+        owed=len(owed_ids.difference(shown.ids.tolist(), shown.quarantined)),
+        format=store.format,
+        precision=str(store.dtype) if store.holds_pixels else store.recipe.precision,
+        transform=transform_words(store.recipe.transform),
+        bytes=_folder_bytes(store.path),
+        path=store.path,
+        views=store.views,
+    )
+
+
+def _folder_bytes(folder: Path) -> int:
+    # lstat: the view's links count as links, not as the chunks behind them.
+    return sum((Path(root) / name).lstat().st_size for root, _, names in os.walk(folder) for name in names)
