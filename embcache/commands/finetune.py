@@ -1,0 +1,173 @@
+"""``embcache finetune``: backbones and head trained together, on the images themselves."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from embcache.commands.extract import parse_weights
+from embcache.commands.options import (
+    AllowMissingOption,
+    BackboneOption,
+    DataRootOption,
+    DatasetOption,
+    HomeOption,
+    JsonOption,
+    NameOption,
+    split_list,
+    write_json,
+)
+from embcache.commands.probe import (
+    FoldsOption,
+    OverlapOption,
+    SeedOption,
+    SubsetOption,
+    TestOption,
+    ValOption,
+    print_results,
+)
+
+
+def finetune(
+    backbone: BackboneOption = None,
+    dataset: DatasetOption = None,
+    head: Annotated[
+        str, typer.Option("--head", metavar="NAME", help="linear, mlp, or one that fuses backbones: dvme, …")
+    ] = "linear",
+    subset: SubsetOption = None,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    folds: FoldsOption = 5,
+    seed: SeedOption = 0,
+    val: ValOption = "full",
+    test: TestOption = "local",
+    exclude_test_overlap: OverlapOption = False,
+    splits: Annotated[
+        str | None,
+        typer.Option("--splits", metavar="FILE|NAME", help="Use these splits instead of drawing: `embcache splits`."),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option("--weights", metavar="[NAME=]FILE", help="Checkpoint; NAME= may be left out for one backbone."),
+    ] = None,
+    transform: Annotated[
+        str | None,
+        typer.Option(
+            "--transform",
+            metavar="paper|imagenet|model",
+            help="As for extract; the crop is random in training. [default: paper; model for timm: backbones]",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda:0, …")] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="KIND", help="fp32, bf16; with CUDA also tf32 and fp16.")
+    ] = "fp32",
+    lr: Annotated[
+        float | None, typer.Option("--lr", metavar="RATE", help="Learning rate. [default: 1e-3; with dino 1e-4]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", metavar="N", help="Images of a step. [default: 64; with dino 16]")
+    ] = None,
+    accumulate: Annotated[
+        int, typer.Option("--accumulate", metavar="N", help="Parts in which a batch goes through, to save memory.")
+    ] = 1,
+    max_epochs: Annotated[int, typer.Option("--max-epochs", metavar="N", help="At most so many epochs.")] = 50,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", metavar="N", help="Threads that prepare images. [default: one a core, 8 at most]"),
+    ] = None,
+    pixel_cache: Annotated[
+        bool,
+        typer.Option("--pixel-cache/--no-pixel-cache", help="Keep decoded, resized images for later epochs and runs."),
+    ] = True,
+    models: Annotated[
+        bool, typer.Option("--models/--no-models", help="Keep each fold's model, for `embcache predict`.")
+    ] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run of the same request stopped.")
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Train even where a saved result answers the same, from the beginning.")
+    ] = False,
+    allow_missing: AllowMissingOption = False,
+    name: NameOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Train backbones and head together on augmented images, by the protocol of probing, and test them.
+
+    Heads that take one backbone give one result for each; dvme trains its backbones together (default:
+    simclr,swav,dino). A checkpoint is kept after every epoch: an interrupted run goes on with --resume.
+
+    Example: embcache finetune --backbone random --dataset pneumonia --subset S --val matched
+    """
+    from embcache.finetune.named import finetune_named
+
+    names = split_list(backbone)
+    with _Bar() as bar:
+        try:
+            results = finetune_named(
+                split_list(dataset),
+                names,
+                head=head,
+                subsets=split_list(subset) or ["S"],
+                data_root=data_root,
+                home=home,
+                folds=folds,
+                seed=seed,
+                val=val,
+                test=test,
+                exclude_test_overlap=exclude_test_overlap,
+                splits=splits,
+                weights=parse_weights(weights, names),
+                transform=transform,
+                device=device,
+                precision=precision,
+                lr=lr,
+                batch_size=batch_size,
+                accumulate=accumulate,
+                max_epochs=max_epochs,
+                workers=workers,
+                pixel_cache=pixel_cache,
+                keep_models=models,
+                resume=resume,
+                reuse=not again,
+                allow_missing=allow_missing,
+                dataset_name=name,
+                say=lambda line: typer.echo(f"note: {line}", err=True),
+                progress=bar.update,
+            )
+        except (KeyboardInterrupt, SystemExit):
+            typer.echo("\nstopped: the last whole epoch is kept; the same command with --resume goes on", err=True)
+            raise
+    if json != "-":
+        print_results(results)
+    if json:
+        write_json([result.to_json() for result in results], json)
+
+
+class _Bar:
+    """A progress bar with rate and time left, on stderr and only on a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, done: int, total: int, label: str) -> None:
+        """Show that ``done`` of ``total`` images were seen."""
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None or (self._bar.total, self._bar.desc) != (total, f"{label}: "):
+            from tqdm import tqdm
+
+            if self._bar is not None:
+                self._bar.close()
+            self._bar = tqdm(total=total, unit="img", desc=label, leave=False, file=sys.stderr, smoothing=0.05)
+        self._bar.update(done - self._bar.n)
