@@ -110,7 +110,7 @@ def extract(
                 names,
                 found,
                 home=home,
-                weights=_parse_weights(weights, names),
+                weights=parse_weights(weights, names),
                 transform=transform,
                 device=device,
                 precision=precision,
@@ -131,7 +131,8 @@ def extract(
         write_json(answers, json)
 
 
-def _parse_weights(values: list[str] | None, names: list[str]) -> dict[str, Path] | None:
+def parse_weights(values: list[str] | None, names: list[str]) -> dict[str, Path] | None:
+    """Checkpoints by backbone, from ``[NAME=]FILE`` values; `UsageError` where it is not said for which."""
     if not values:
         return None
     weights: dict[str, Path] = {}
