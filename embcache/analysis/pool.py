@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from embcache.data.dataset import ImageDataset
+from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.splits import IntArray, hash_order
-from embcache.errors import StoreNotFoundError
+from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir, slug
-from embcache.probe.cached import cached_backbones
+from embcache.probe.cached import cached_backbones, cached_datasets
 from embcache.probe.inputs import load_features, open_stores, plan_for
 from embcache.probe.splits import Splits
 from embcache.store.feature_store import FeatureStore, extract_command
@@ -42,6 +42,43 @@ class Pool:
     def features(self, backbone: str, rows: IntArray) -> torch.Tensor:
         """Raw features of some rows, float32 (n, D)."""
         return load_features(self.stores[backbone], self.ds, self.plan.ids[rows])
+
+
+def open_datasets(
+    names: Sequence[str] | None = None,
+    *,
+    data_root: PathLike | None = None,
+    home: PathLike | None = None,
+    allow_missing: bool = False,
+    dataset_name: str | None = None,
+) -> list[ImageDataset]:
+    """Datasets by name, live or from the snapshot kept at extraction; default: every one with cached features.
+
+    Parameters
+    ----------
+    names, data_root, home, allow_missing, dataset_name
+        As for `embcache.probe.cached.probe_cached`.
+
+    Raises
+    ------
+    StoreNotFoundError
+        Nothing is cached.
+    UsageError
+        ``data_root`` or ``dataset_name`` with several datasets.
+    """
+    asked = list(names or cached_datasets(home))
+    if not asked:
+        raise StoreNotFoundError(
+            "nothing is cached",
+            where=home_dir(home),
+            fix="embcache extract --backbone NAME --dataset NAME, or embcache demo",
+        )
+    if len(asked) > 1 and (data_root is not None or dataset_name is not None):
+        raise UsageError("--data-root and --name are for one dataset", found=", ".join(asked), fix="--dataset NAME")
+    return [
+        find_dataset(name, root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name)[0]
+        for name in asked
+    ]
 
 
 def open_pool(

@@ -1,0 +1,190 @@
+"""``embcache rank`` and ``similarity``: answers from cached features without training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from embcache.commands.options import (
+    AllowMissingOption,
+    BackboneOption,
+    DataRootOption,
+    DatasetOption,
+    HomeOption,
+    JsonOption,
+    NameOption,
+    split_list,
+    write_json,
+)
+from embcache.commands.table import print_table
+
+if TYPE_CHECKING:
+    from embcache.analysis.rank import Ranking
+    from embcache.analysis.similarity import Similarity
+
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
+]
+
+
+def rank(
+    dataset: DatasetOption = None,
+    backbone: BackboneOption = None,
+    subset: Annotated[
+        str, typer.Option("--subset", metavar="S|M|F|N", help="Training images to score on, as for probing.")
+    ] = "F",
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of folds and subsets.")] = 0,
+    recipe: RecipeOption = None,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    allow_missing: AllowMissingOption = False,
+    name: NameOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Score every cached backbone in seconds, without training: which one to bother with.
+
+    LogME, H-score, nearest centroid and k-NN, on training images only, beside the linear probes that are saved and
+    the rank correlation with them. Without --dataset every dataset whose features are cached.
+
+    Example: embcache rank --dataset pneumonia
+    """
+    from embcache.analysis.rank import rank_cached
+
+    rankings = rank_cached(
+        split_list(dataset) or None,
+        split_list(backbone) or None,
+        subset=subset,
+        seed=seed,
+        recipe=recipe,
+        data_root=data_root,
+        home=home,
+        allow_missing=allow_missing,
+        dataset_name=name,
+    )
+    if json != "-":
+        for k, ranking in enumerate(rankings):
+            if k:
+                typer.echo()
+            _print_ranking(ranking)
+    if json:
+        write_json(_finite([asdict(ranking) for ranking in rankings]), json)
+
+
+def similarity(
+    dataset: DatasetOption = None,
+    backbone: BackboneOption = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the folds, hence of a local test set.")] = 0,
+    recipe: RecipeOption = None,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    allow_missing: AllowMissingOption = False,
+    name: NameOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Compare the embeddings of cached backbones on the same training images: linear CKA and mutual k-NN.
+
+    Low values mean embeddings that complement each other. Without --dataset every dataset with two backbones cached.
+
+    Example: embcache similarity --dataset pneumonia
+    """
+    from embcache.analysis.similarity import similarity_cached
+
+    found = similarity_cached(
+        split_list(dataset) or None,
+        split_list(backbone) or None,
+        seed=seed,
+        recipe=recipe,
+        data_root=data_root,
+        home=home,
+        allow_missing=allow_missing,
+        dataset_name=name,
+        say=lambda line: typer.echo(f"note: {line}", err=True),
+    )
+    if json != "-":
+        for k, each in enumerate(found):
+            if k:
+                typer.echo()
+            _print_similarity(each)
+    if json:
+        write_json([_similarity_json(each) for each in found], json)
+
+
+def _print_ranking(ranking: Ranking) -> None:
+    from embcache.analysis.rank import SCORES
+    from embcache.probe.metrics import METRIC_NAMES
+
+    metric = METRIC_NAMES.get(ranking.metric, ranking.metric)
+    subsets = list(dict.fromkeys(subset for row in ranking.rows for subset in row.probes))
+    headers = ["backbone", "LogME", "H-score", f"nearest centroid {metric}", f"k-NN {metric}", "mean rank"]
+    rows = [
+        [
+            row.backbone,
+            *(f"{getattr(row, key):.4f}" for key in SCORES),
+            f"{row.place:.2f}",
+            *(f"{row.probes[subset]:.4f}" if subset in row.probes else "" for subset in subsets),
+        ]
+        for row in ranking.rows
+    ]
+    typer.echo(f"{ranking.dataset}: subset {ranking.subset}, {ranking.n_train:,} training images a fold")
+    print_table([*headers, *(f"linear {subset}" for subset in subsets)], rows)
+    notes = [
+        *ranking.notes,
+        "scores use training and validation images only; linear: test score of the saved probe, for comparison",
+    ]
+    if ranking.correlations:
+        typer.echo("\nrank correlation with the linear probe: Kendall's τ / Spearman's ρ (backbones)")
+        cells = {(c.score, c.subset): f"{c.kendall:.2f} / {c.spearman:.2f} ({c.n})" for c in ranking.correlations}
+        names = {**SCORES, "place": "mean rank"}
+        chosen = [subset for subset in subsets if (next(iter(names)), subset) in cells]
+        print_table(
+            ["score", *(f"linear {subset}" for subset in chosen)],
+            [[label, *(cells[key, subset] for subset in chosen)] for key, label in names.items()],
+        )
+    else:
+        notes.append(
+            "no correlation: it takes linear probes of three backbones at one subset: "
+            f"embcache probe --head linear --subset S,M,F --dataset {ranking.dataset}"
+        )
+    for note in notes:
+        typer.echo(f"· {note}")
+
+
+def _print_similarity(found: Similarity) -> None:
+    typer.echo(f"{found.dataset}: {found.n:,} training images")
+    chance = found.k / (found.n - 1)
+    for title, matrix in (
+        ("linear CKA, debiased", found.cka),
+        (f"mutual k-NN, k = {found.k}: share of an image's nearest images that are the same", found.neighbours),
+    ):
+        typer.echo(f"\n{title}")
+        print_table(
+            ["", *found.backbones],
+            [
+                [name, *(f"{value:.3f}" for value in row)]
+                for name, row in zip(found.backbones, matrix.tolist(), strict=True)
+            ],
+        )
+    for note in (
+        *found.notes,
+        "1: the same but for rotation, scale and shift; CKA of unrelated embeddings is 0, mutual k-NN "
+        f"{chance:.4f} by chance",
+    ):
+        typer.echo(f"· {note}")
+
+
+def _similarity_json(found: Similarity) -> dict[str, Any]:
+    plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in vars(found).items()}
+    return dict(_finite(plain))
+
+
+def _finite(data: Any) -> Any:
+    """JSON data with null for what is not a number."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
