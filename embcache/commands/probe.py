@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,7 +77,31 @@ def probe(
         str | None,
         typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
     ] = None,
-    lr: Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Learning rate. [default: 1e-3]")] = None,
+    lr: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lr",
+            metavar="RATE[,RATE…]",
+            help="Learning rate; of several, each fold keeps the best on validation. [default: 1e-3]",
+        ),
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option("--repeats", metavar="R", help="Do all of it R times, with seeds seed, seed + 1, …")
+    ] = 1,
+    views: Annotated[
+        int | None,
+        typer.Option(
+            "--views", metavar="V", help="Train on V cached views of each image, another one drawn each epoch."
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", metavar="COLUMN", help="Tell apart a column of the dataset's table, not the labels."),
+    ] = None,
+    head_option: Annotated[
+        list[str] | None,
+        typer.Option("--head-option", metavar="NAME=VALUE", help="A hyperparameter of the head; repeatable."),
+    ] = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:0, …")] = "cpu",
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
@@ -91,6 +116,7 @@ def probe(
     Example: embcache probe --head linear --subset S,M,F --dataset pneumonia
     """
     from embcache.probe.cached import probe_cached
+    from embcache.probe.options import parse_head_options, parse_rates
 
     with _Bar() as bar:
         results = probe_cached(
@@ -107,7 +133,11 @@ def probe(
             exclude_test_overlap=exclude_test_overlap,
             splits=splits,
             recipe=recipe,
-            lr=lr,
+            lr=parse_rates(split_list(lr)),
+            repeats=repeats,
+            views=views,
+            target=target,
+            head_options=parse_head_options(head_option or []),
             device=device,
             allow_missing=allow_missing,
             dataset_name=name,
@@ -147,48 +177,112 @@ def results(
 
 
 def heads() -> None:
-    """List the heads: what is trained on cached features."""
-    from embcache.probe.heads import count_parameters, heads, make_head
+    """List the heads: what is trained or solved on cached features, with their hyperparameters.
+
+    Example: embcache heads
+    """
+    from embcache.probe.heads import count_parameters, heads, hyperparameters, make_head
+    from embcache.probe.solve import is_solved
 
     rows = []
     for name, kind in heads().items():
         # Table G1's sizes: five classes on a ResNet-50's features, or on those of SimCLR, SwAV and DINO.
         dims = {"simclr": 2048, "swav": 2048, "dino": 1536} if kind.fuses else {"resnet50": 2048}
-        rows.append(
-            [name, "several" if kind.fuses else "one", f"{count_parameters(make_head(name), dims, 5):,}", kind.summary]
-        )
+        head = make_head(name)
+        count = "" if is_solved(head) else f"{count_parameters(head, dims, 5):,}"
+        options = ", ".join(f"{key}={_shown(value)}" for key, value in hyperparameters(head).items())
+        rows.append([name, "several" if kind.fuses else "one", count, options, kind.summary])
     print_table(
-        ["head", "backbones", "parameters", "what it is"],
+        ["head", "backbones", "parameters", "options", "what it is"],
         rows,
-        notes=["parameters: five classes, on 2048 features or on those of simclr, swav and dino"],
+        notes=[
+            "parameters: five classes, on 2048 features or on those of simclr, swav and dino; heads without any are solved",
+            "options: as --head-option takes them",
+        ],
     )
 
 
 def print_results(results: Sequence[ProbeResult], *, ids: bool = False) -> None:
-    """Print results as one table with their notes beneath; ``ids`` adds the run ids."""
+    """Print results as one table with their notes beneath; ``ids`` adds the run ids.
+
+    What few results have (a target column, repeats, swept learning rates, a solved head's choice) has a column only
+    where one of them has it.
+    """
+    rare = {
+        "target": [result.target for result in results],
+        "repeats": [str(_repeats(result)) if _repeats(result) > 1 else "" for result in results],
+        "learning rate": [_rates(result) for result in results],
+        "chosen": [_chosen(result) for result in results],
+    }
+    shown = {name: cells for name, cells in rare.items() if any(cells)}
     headers = ["dataset", "backbone", "head", "subset", "labels used", "test", "metric", "mean ± sd", "95 % interval"]
-    headers += ["validation", "best epoch", *(["run"] if ids else [])]
-    print_table(headers, [_row(result, ids) for result in results], notes=_notes(results))
+    headers += ["validation", "best epoch", *shown, *(["run"] if ids else [])]
+    rows = [
+        [*_row(result), *(cells[number] for cells in shown.values()), *([result.id] if ids else [])]
+        for number, result in enumerate(results)
+    ]
+    print_table(headers, rows, notes=_notes(results))
 
 
-def _row(result: ProbeResult, ids: bool) -> list[str]:
+def _row(result: ProbeResult) -> list[str]:
     from embcache.probe.metrics import METRIC_NAMES
 
-    epochs = [fold.best_epoch for fold in result.folds]
+    epochs = [fold.best_epoch for fold in result.folds if fold.best_epoch]
+    spread = "" if result.std is None else f" ± {result.std:.4f}"
     return [
         result.dataset,
         " + ".join(result.backbones),
-        result.head,
+        _head(result),
         result.subset,
         f"{result.labels_used:,} ({result.n_train:,} + {result.n_val:,})",
         f"{result.test_set} {result.n_test:,}",
         METRIC_NAMES.get(result.metric, result.metric),
-        "not known" if result.mean is None else f"{result.mean:.4f} ± {result.std:.4f}",
+        "not known" if result.mean is None else f"{result.mean:.4f}{spread}",
         "" if result.interval is None else f"{result.interval[0]:.4f} – {result.interval[1]:.4f}",
         "" if result.val_mean is None else f"{result.val_mean:.4f}",
-        f"{min(epochs)}–{max(epochs)}" if len(set(epochs)) > 1 else str(epochs[0]),
-        *([result.id] if ids else []),
+        _range(epochs) if epochs else "",
     ]
+
+
+def _head(result: ProbeResult) -> str:
+    """A head's name with the hyperparameters that are not its defaults, and the kind where it is no probe."""
+    from embcache.probe.heads import heads, hyperparameters, make_head
+
+    asked = {name: value for name, value in result.request["head"].items() if name != "name"}
+    usual = hyperparameters(make_head(result.head)) if result.head in heads() else asked
+    other = {name: value for name, value in asked.items() if _shown(value) != _shown(usual.get(name))}
+    told = [*(f"{name}={_shown(value)}" for name, value in other.items())]
+    told += [] if result.kind == "probe" else [result.kind]
+    return result.head + (f" ({', '.join(told)})" if told else "")
+
+
+def _shown(value: object) -> str:
+    """A hyperparameter as ``--head-option`` takes it."""
+    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list | tuple) else str(value)
+
+
+def _repeats(result: ProbeResult) -> int:
+    return 1 + max((fold.repeat for fold in result.folds), default=0)
+
+
+def _rates(result: ProbeResult) -> str:
+    """How many folds kept which learning rate, where several were tried."""
+    if "lrs" not in result.request:
+        return ""
+    counts = Counter(fold.lr for fold in result.folds if not fold.failed)
+    return ", ".join(f"{lr:g} ×{counts[lr]}" for lr in result.request["lrs"] if counts[lr])
+
+
+def _chosen(result: ProbeResult) -> str:
+    """What solved heads chose, over folds."""
+    names = dict.fromkeys(name for fold in result.folds for name in fold.chosen)
+    values = {name: [fold.chosen[name] for fold in result.folds if name in fold.chosen] for name in names}
+    return ", ".join(f"{name} {_range(found)}" for name, found in values.items())
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
 
 
 def _notes(results: Sequence[ProbeResult]) -> list[str]:
@@ -207,10 +301,9 @@ def _notes(results: Sequence[ProbeResult]) -> list[str]:
         if result.test_set == "local":
             told.append("a local test set: not comparable with published values")
         notes |= dict.fromkeys(f"{result.dataset}: {note}" if several else note for note in told)
-    return [
-        *notes,
-        "mean ± sd over folds; interval: bootstrap over test groups; labels used: (training + validation) of one fold",
-    ]
+    over = "folds of all repeats" if any(_repeats(result) > 1 for result in results) else "folds"
+    means = f"mean ± sd over {over}; interval: bootstrap over test groups"
+    return [*notes, f"{means}; labels used: (training + validation) of one fold"]
 
 
 class _Bar:
