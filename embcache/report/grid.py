@@ -28,7 +28,8 @@ class Model:
     ----------
     label : str
         As printed.
-    kind : {"probe", "finetune"}
+    kind : {"probe", "finetune", "features"}
+        ``features`` trains nothing: cached features are all that is asked for.
     head : str
         A name that ``embcache heads`` lists.
     backbones : tuple of str

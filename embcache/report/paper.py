@@ -92,3 +92,9 @@ def find_value(table: str, dataset: str, model: str, subset: str) -> PaperValue 
 @functools.cache
 def _index() -> Mapping[tuple[str, str, str, str], PaperValue]:
     return {(v.table, v.dataset, v.model, v.subset): v for t in paper_tables().values() for v in t.values}
+
+
+def named_subset(dataset: str, subset: str) -> str:
+    """``S`` or ``M`` where a number is what Table 1 prints for them, else ``subset`` itself."""
+    sizes = {v.subset: v.count for v in paper_tables()["table1"].values if v.dataset == dataset}
+    return next((name for name in ("S", "M") if subset.isdigit() and sizes.get(name) == int(subset)), subset)

@@ -35,9 +35,20 @@ def render(table: Table, form: str) -> str:
     UsageError
         There is no such format.
     """
+    check_format(form)
+    return FORMATS[form](table)
+
+
+def check_format(form: str) -> None:
+    """Refuse a format that is none, before anything is done.
+
+    Raises
+    ------
+    UsageError
+        There is no such format.
+    """
     if form not in FORMATS:
         raise UsageError("no such format", expected=", ".join(FORMATS), found=repr(form), fix="--format markdown")
-    return FORMATS[form](table)
 
 
 def to_markdown(table: Table) -> str:

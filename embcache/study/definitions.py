@@ -149,7 +149,7 @@ def narrow(
         The table is of one dataset of the paper and another one of them was asked for; or a head needs several
         backbones and one was given.
     """
-    if datasets and len(grid.datasets) == 1:
+    if datasets and len(grid.datasets) == 1 and grid.name in GRIDS:
         other = next((name for name in datasets if name in DATASETS and name not in grid.datasets), None)
         if other is not None:
             sister = next(
@@ -184,7 +184,7 @@ def _narrow_models(models: Sequence[Model], backbones: tuple[str, ...], asked: t
                 same = set(among) == set(model.among)
                 chosen[replace(model, among=among, paper=model.paper if same else "")] = None
             else:
-                chosen |= dict.fromkeys(make_models(model.kind, model.head, backbones))
+                chosen |= dict.fromkeys(make_models(model.kind, model.head, backbones, model.seed))
     return [known_model(model, models) for model in chosen]
 
 

@@ -1,0 +1,191 @@
+"""``embcache run`` and ``curves``: the paper's tables and figures, one's own grids, learning curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from embcache.commands.options import (
+    AllowMissingOption,
+    BackboneOption,
+    DataRootOption,
+    DatasetOption,
+    HomeOption,
+    JsonOption,
+    NameOption,
+    split_list,
+    write_json,
+)
+from embcache.commands.probe import OverlapOption, SubsetOption, _Bar
+from embcache.errors import UsageError
+
+if TYPE_CHECKING:
+    from embcache.report.layout import Table
+
+FormatOption = Annotated[
+    str, typer.Option("--format", metavar="markdown|latex|csv", help="CSV holds every number, one line a cell.")
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="Write the table there instead of to stdout.")
+]
+FigureOption = Annotated[
+    Path | None,
+    typer.Option("--figure", metavar="FILE", help="Write the figure there: .png, .svg or .pdf."),
+]
+
+
+def run(
+    what: Annotated[
+        str, typer.Argument(metavar="NAME|FILE.toml", help="table1–table4, B1–B8, C1–C4, G1, fig2, D1, D2, F1.")
+    ],
+    dataset: DatasetOption = None,
+    backbone: BackboneOption = None,
+    subset: SubsetOption = None,
+    head: Annotated[
+        list[str] | None, typer.Option("--head", metavar="NAME", help="Instead of the table's own heads.")
+    ] = None,
+    folds: Annotated[int | None, typer.Option("--folds", metavar="K", help="[default: 5]")] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of folds, subsets, weights, order, dropout.")] = 0,
+    val: Annotated[str | None, typer.Option("--val", metavar="full|matched", help="[default: full]")] = None,
+    test: Annotated[str | None, typer.Option("--test", metavar="local|official", help="[default: local]")] = None,
+    repeats: Annotated[int | None, typer.Option("--repeats", metavar="R", help="R × K folds; probes only.")] = None,
+    lr: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lr", metavar="RATE[,RATE…]", help="Learning rate; of several probes keep the best on validation."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", metavar="PREFIX", help="Where several recipes of a backbone are cached.")
+    ] = None,
+    exclude_test_overlap: OverlapOption = False,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    weights: Annotated[
+        list[str] | None, typer.Option("--weights", metavar="NAME=FILE", help="Checkpoint of a backbone.")
+    ] = None,
+    transform: Annotated[
+        str | None, typer.Option("--transform", metavar="paper|imagenet|model", help="Of what is extracted.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda:0, …")] = "auto",
+    workers: Annotated[int | None, typer.Option("--workers", metavar="N", help="Threads that decode images.")] = None,
+    allow_missing: AllowMissingOption = False,
+    name: NameOption = None,
+    format: FormatOption = "markdown",
+    output: OutputOption = None,
+    figure: FigureOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its cost; do nothing.")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Make a table or a figure of the paper, or a grid of one's own: plan, do what is missing, print.
+
+    Missing extractions, probes and finetunings are planned with their cost, then done; what a run of the same request
+    holds is reused, so that an interrupted command goes on where it stopped. The paper's value and the difference
+    (ours − paper) / √(s₁² + s₂²) stand beside ours; on a local test set the difference is withheld.
+
+    Example: embcache run B3 --backbone random,effnet_lite0 --subset 50,100,F
+    """
+    from embcache.probe.options import parse_rates
+    from embcache.report.render import check_format, render
+    from embcache.study.order import Order, deliver
+
+    check_format(format)
+    given = {
+        "folds": folds, "val": val, "test": test, "repeats": repeats, "seed": seed, "recipe": recipe,
+        "exclude_test_overlap": exclude_test_overlap, "data_root": data_root, "home": home,
+        "weights": _parse_weights(weights), "transform": transform, "device": device, "workers": workers,
+        "allow_missing": allow_missing, "dataset_name": name, "lr": parse_rates(split_list(lr)),
+    }  # fmt: skip
+    order = Order(
+        what,
+        split_list(dataset),
+        split_list(backbone),
+        split_list(subset),
+        split_list(head),
+        {key: value for key, value in given.items() if value is not None},
+        _checked_figure(figure),
+        dry_run,
+    )
+    with _Bar() as bar:
+        try:
+            done = deliver(order, say=lambda line: typer.echo(line, err=True), progress=bar.update)
+        except (KeyboardInterrupt, SystemExit):
+            typer.echo("\nstopped: what is finished stays, and the same command goes on from there", err=True)
+            raise
+    _hand_over(render(done.table, format), done.table, done.figures, output, json)
+    if done.empty:
+        raise typer.Exit(1)
+
+
+def curves(
+    dataset: DatasetOption = None,
+    backbone: BackboneOption = None,
+    head: Annotated[list[str] | None, typer.Option("--head", metavar="NAME", help="Only these heads.")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option("--kind", metavar="probe|finetune|kaggle", help="Only results of this kind.")
+    ] = None,
+    home: HomeOption = None,
+    format: FormatOption = "markdown",
+    output: OutputOption = None,
+    figure: FigureOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Draw learning curves of the saved results: mean and interval over numbers of training labels.
+
+    Example: embcache curves --dataset pneumonia --head linear --figure curves.png
+    """
+    from embcache.report.curves import draw_curves
+    from embcache.report.render import check_format, render
+
+    check_format(format)
+    table, path = draw_curves(
+        home=home,
+        datasets=split_list(dataset),
+        backbones=split_list(backbone),
+        heads=split_list(head),
+        kinds=split_list(kind),
+        target=_checked_figure(figure),
+    )
+    _hand_over(render(table, format), table, (path,), output, json)
+
+
+def _hand_over(text: str, table: Table, figures: Sequence[Path], output: Path | None, json: str | None) -> None:
+    """The answer to stdout or its file, figures named on stderr."""
+    if output is not None:
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(
+                f"cannot write the table: {error.strerror}", where=output, fix="--output FILE, one that can be written"
+            ) from error
+        typer.echo(f"table   {output}", err=True)
+    elif json != "-":
+        typer.echo(text, nl=False)
+    for path in figures:
+        typer.echo(f"figure  {path}", err=True)
+    if json:
+        answer = {"name": table.name, "title": table.title, "records": [dict(r) for r in table.records],
+                  "notes": list(table.notes), "figures": [str(path) for path in figures]}  # fmt: skip
+        write_json(answer, json)
+
+
+def _checked_figure(figure: Path | None) -> Path | None:
+    if figure is not None and figure.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(
+            "the format of the figure is not known", expected=".png, .svg or .pdf", found=str(figure),
+            fix=f"--figure {figure.with_suffix('.png')}",
+        )  # fmt: skip
+    return figure
+
+
+def _parse_weights(values: list[str] | None) -> dict[str, Path]:
+    weights = {}
+    for value in values or ():
+        name, separator, file = value.partition("=")
+        if not (name and separator and file):
+            raise UsageError("--weights does not say for which backbone", expected="NAME=FILE", found=value)
+        weights[name] = Path(file)
+    return weights

@@ -1,0 +1,324 @@
+"""The paper's figures: t-SNE maps of embeddings (Figures 2, D1, D2) and DVME's mean attention (Figure F1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import StandardScaler
+
+from embcache.analysis.attention import mass_table, mean_attention
+from embcache.analysis.plots import AttentionPanel, Map, plot_attention, plot_maps
+from embcache.analysis.tsne import embed_tsne
+from embcache.data.splits import hash_order
+from embcache.errors import EmbcacheError, ProtocolError, UsageError
+from embcache.paths import home_dir, slug
+from embcache.probe.heads.dvme import DVME
+from embcache.probe.inputs import open_stores, plan_for
+from embcache.probe.results import ProbeResult, load_heads, runs_dir
+from embcache.report.grid import Grid, Model
+from embcache.report.layout import Marks, Table
+from embcache.store.feature_store import FeatureStore
+from embcache.study.definitions import LINEAR, Figure
+from embcache.study.plan import DatasetState, look
+from embcache.study.run import Progress, Say, carry_out
+from embcache.study.settings import Settings, in_a_line
+
+LIMIT = 2000
+"""Test images of a map or an attention mean: beyond it t-SNE takes long, points hide each other and means stand."""
+
+NEIGHBOURS = 10
+
+_CHUNK = 128  # images embedded at a time
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Figures that were made, and a table of what they say.
+
+    Attributes
+    ----------
+    paths : tuple of Path
+        One a dataset.
+    table : Table
+    """
+
+    paths: tuple[Path, ...]
+    table: Table
+
+
+@dataclass(frozen=True, eq=False)
+class _Panel:
+    label: str
+    features: NDArray[np.float32]  # (n, D)
+    remark: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class _TestRows:
+    ids: list[str]
+    labels: NDArray[np.int64]
+    remark: str
+
+
+def figure_grid(figure: Figure) -> Grid:
+    """What a figure needs, as a grid: features of single backbones, and a fused head."""
+    names = {model.backbones[0]: model.label for model in LINEAR}
+    models = [Model(names.get(name, name), "features", "", (name,)) for name in figure.backbones]
+    if figure.fused:
+        models.append(Model("DVME", "probe", "dvme", figure.fused))
+    return Grid(figure.name, figure.title, figure.datasets, tuple(models), (figure.subset,), "models")
+
+
+def narrow_figure(
+    figure: Figure, datasets: Sequence[str] = (), backbones: Sequence[str] = (), subsets: Sequence[str] = ()
+) -> Figure:
+    """A figure of other datasets, backbones (each alone, and all fused) or of DVME trained on another subset.
+
+    Raises
+    ------
+    UsageError
+        The figure fuses backbones and one was given, or several subsets were.
+    """
+    if len(subsets) > 1:
+        raise UsageError("a figure shows one subset", found=", ".join(subsets), fix=f"--subset {subsets[0]}")
+    if len(backbones) == 1 and figure.kind == "attention":
+        raise UsageError(
+            f"{figure.name} shows how DVME fuses backbones", expected="two or more", found=backbones[0],
+            fix=f"--backbone {backbones[0]},…",
+        )  # fmt: skip
+    if backbones:
+        alone = tuple(backbones) if figure.kind == "maps" else ()
+        figure = replace(figure, backbones=alone, fused=tuple(backbones) if len(backbones) > 1 else ())
+    return replace(figure, datasets=tuple(datasets) or figure.datasets, subset=(*subsets, figure.subset)[0].upper())
+
+
+def draw_figure(
+    figure: Figure,
+    settings: Settings,
+    *,
+    target: Path | None = None,
+    states: Sequence[DatasetState] | None = None,
+    say: Say = lambda line: None,
+    progress: Progress | None = None,
+) -> Drawn:
+    """Do what a figure lacks and draw it, one file a dataset.
+
+    Parameters
+    ----------
+    figure : Figure
+        What is wanted.
+    settings : Settings
+        How it is done.
+    target : path, optional
+        The file; with several datasets their names are put before its suffix. Default:
+        ``<home>/<dataset>/figures/<figure>.png``.
+    states : sequence of DatasetState, optional
+        As `embcache.study.plan.look` gave them for `figure_grid`.
+    say, progress
+        As for `embcache.study.run.run_study`.
+
+    Raises
+    ------
+    UsageError
+        A name in the request is none.
+    """
+    grid = figure_grid(figure)
+    states = look(grid, settings) if states is None else states
+    marks = Marks()
+    rows: list[tuple[str, ...]] = []
+    records: list[Mapping[str, Any]] = []
+    paths = []
+    draw = _draw_maps if figure.kind == "maps" else _draw_attention
+    without: dict[str, str] = {}
+    for state in states:
+        carry_out(state, grid.models, settings, without=without, say=say, progress=progress)
+        reasons = [state.problem, *state.refused.values()]
+        for reason in dict.fromkeys(filter(None, reasons)):
+            rows.append((state.asked, f"—{marks.mark(reason)}", *[""] * (len(_HEADERS[figure.kind]) - 2)))
+            records.append({"dataset": state.asked, "reason": reason})
+        if state.ds is None:
+            continue
+        path = _path(figure, state, settings, target, several=len(states) > 1)
+        try:
+            drawn = draw(figure, grid, state, settings, path, marks)
+        except EmbcacheError as error:
+            rows.append((state.asked, f"—{marks.mark(in_a_line(error))}", *[""] * (len(_HEADERS[figure.kind]) - 2)))
+            records.append({"dataset": state.asked, "reason": in_a_line(error)})
+            continue
+        if drawn:
+            paths.append(path)
+            rows += [row for row, _ in drawn]
+            records += [record for _, record in drawn]
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    even = tuple({name: record.get(name) for name in columns} for record in records)
+    notes = (*marks.notes(), *_NOTES[figure.kind])
+    table = Table(figure.name, figure.title, _HEADERS[figure.kind], tuple(rows), notes, even)
+    return Drawn(tuple(paths), table)
+
+
+_HEADERS = {
+    "maps": ("dataset", "embedding", "dimensions", "test images", "k-NN accuracy"),
+    "attention": ("dataset", "from", "to: share of its attention", "test images"),
+}
+_NOTES = {
+    "maps": (
+        f"k-NN accuracy: balanced accuracy of the majority of the {NEIGHBOURS} nearest test images (standardised "
+        "features, each image left out of its own neighbours); of the embedding, not of its map",
+    ),
+    "attention": ("attention that the tokens of one backbone give to all tokens of another, mean over its tokens, the "
+                  "test images and the folds; rows sum to 1",),
+}  # fmt: skip
+
+
+def _path(figure: Figure, state: DatasetState, settings: Settings, target: Path | None, *, several: bool) -> Path:
+    assert state.ds is not None
+    if target is None:
+        return home_dir(settings.home) / slug(state.ds.name) / "figures" / f"{figure.name}.png"
+    return target.with_name(f"{target.stem}-{slug(state.ds.name)}{target.suffix}") if several else target
+
+
+def _draw_maps(
+    figure: Figure, grid: Grid, state: DatasetState, settings: Settings, path: Path, marks: Marks
+) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
+    assert state.ds is not None
+    stores = _stores(grid, state, settings)
+    if not stores:
+        return []
+    test = _test_rows(state, stores, figure.subset, settings)
+    features = {name: _rows(store, test.ids) for name, store in stores.items()}
+    panels = []
+    for model in grid.models:
+        result = state.results.get((model, state.subset_of[figure.subset]))
+        if model.kind == "features" and model.backbones[0] in features:
+            panels.append(_Panel(model.label, features[model.backbones[0]]))
+        elif result is not None and set(model.backbones) <= set(features):
+            fused = _fused(result, {name: features[name] for name in model.backbones}, settings)
+            panels.append(_Panel(model.label, fused, f"trained with labels (fold 0, subset {result.subset})"))
+    maps = []
+    for panel in panels:
+        title = panel.label + (f"\n{panel.remark}" if panel.remark else "")
+        maps.append(Map(title, embed_tsne(panel.features), test.labels))
+    synthetic = " (synthetic)" if state.ds.synthetic else ""
+    plot_maps(maps, state.ds.class_names, f"{figure.title}, {state.ds.name}{synthetic}, n = {len(test.ids):,}", path)
+    drawn: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+    for panel in panels:
+        score = neighbour_accuracy(panel.features, test.labels)
+        words = (state.asked, panel.label + marks.mark(panel.remark), str(panel.features.shape[1]))
+        row: tuple[str, ...] = (*words, f"{len(test.ids):,}{marks.mark(test.remark)}", f"{score:.3f}")
+        record = {"dataset": state.asked, "embedding": panel.label, "dimensions": panel.features.shape[1],
+                  "n_test": len(test.ids), "knn_accuracy": score, "figure": str(path)}  # fmt: skip
+        drawn.append((row, record))
+    return drawn
+
+
+def _draw_attention(
+    figure: Figure, grid: Grid, state: DatasetState, settings: Settings, path: Path, marks: Marks
+) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
+    assert state.ds is not None
+    (model,) = grid.models
+    result = state.results.get((model, state.subset_of[figure.subset]))
+    if result is None:
+        return []
+    stores = _stores(grid, state, settings)
+    test = _test_rows(state, stores, figure.subset, settings)
+    x = {name: torch.from_numpy(_rows(stores[name], test.ids)) for name in model.backbones}
+    heads = [params for params in load_heads(runs_dir(state.ds.name, settings.home) / result.id) if params]
+    weights = np.mean([mean_attention(params, x) for params in heads], axis=0).astype(np.float32)
+    mass = mass_table(weights, len(model.backbones))
+    synthetic = " (synthetic)" if state.ds.synthetic else ""
+    folds = f"{len(heads)} folds trained on {result.subset}"
+    panel = AttentionPanel(f"{state.ds.name}{synthetic}, {folds}", model.backbones, weights, mass)
+    plot_attention([panel], figure.title, path)
+    drawn: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+    for name, shares in zip(model.backbones, mass, strict=True):
+        words = ", ".join(f"{other} {share:.3f}" for other, share in zip(model.backbones, shares, strict=True))
+        row = (state.asked, name, words, f"{len(test.ids):,}{marks.mark(test.remark)}")
+        record = {"dataset": state.asked, "from": name, "n_test": len(test.ids), "folds": len(heads), "run": result.id}
+        record |= {f"to {other}": float(share) for other, share in zip(model.backbones, shares, strict=True)}
+        drawn.append((row, {**record, "figure": str(path)}))
+    return drawn
+
+
+def _stores(grid: Grid, state: DatasetState, settings: Settings) -> dict[str, FeatureStore]:
+    """Stores of the figure's backbones that are there, whole."""
+    assert state.ds is not None
+    names = dict.fromkeys(name for model in grid.models for name in model.backbones)
+    there = [[name] for name in names if name not in state.broken and name not in state.owed]
+    return open_stores(state.ds, there, settings.home, settings.recipe)
+
+
+def _test_rows(state: DatasetState, stores: Mapping[str, FeatureStore], subset: str, settings: Settings) -> _TestRows:
+    """The labelled test images of the protocol, `LIMIT` of them at most."""
+    assert state.ds is not None
+    plan = plan_for(
+        state.ds,
+        list(stores.values()),
+        subsets=(state.subset_of[subset],),
+        folds=settings.folds,
+        seed=settings.seed,
+        val=settings.val,
+        test=settings.test,
+        exclude_test_overlap=settings.exclude_test_overlap,
+    )
+    rows = plan.test[plan.labels[plan.test] >= 0]
+    if not len(rows):
+        raise ProtocolError(
+            f"the labels of the test images of {state.asked} are not known: there is nothing to colour by",
+            fix="--test local",
+        )
+    remark = f"{plan.test_set} test set"
+    if len(rows) > LIMIT:
+        remark += f", {LIMIT:,} drawn of {len(rows):,} images"
+        rows = np.sort(rows[hash_order(0, "figure", [str(i) for i in plan.ids[rows]])[:LIMIT]])
+    return _TestRows([str(i) for i in plan.ids[rows]], plan.labels[rows], remark)
+
+
+def _rows(store: FeatureStore, ids: Sequence[str]) -> NDArray[np.float32]:
+    """Features of some images, plain where there are several views; (n, D)."""
+    place = {name: row for row, name in enumerate(store.ids.tolist())}
+    x = np.asarray(store.features[np.array([place[name] for name in ids], dtype=np.int64)], dtype=np.float32)
+    return np.ascontiguousarray(x if x.ndim == 2 else x[:, 0])
+
+
+@torch.no_grad()
+def _fused(result: ProbeResult, features: Mapping[str, NDArray[np.float32]], settings: Settings) -> NDArray[np.float32]:
+    """The fused embedding of the first fold that has a model; (n, 512)."""
+    heads = load_heads(runs_dir(result.dataset, settings.home) / result.id)
+    params = {name: p[None] for name, p in next(params for params in heads if params).items()}
+    head = DVME(**{k: v for k, v in result.request["head"].items() if k != "name"})
+    x = {name: torch.from_numpy(features[name]) for name in result.backbones}
+    n = len(next(iter(x.values())))
+    parts = [
+        head.embed(params, {name: f[start : start + _CHUNK][None] for name, f in x.items()})[0]
+        for start in range(0, n, _CHUNK)
+    ]
+    return np.asarray(torch.cat(parts).float().numpy())
+
+
+def neighbour_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64], k: int = NEIGHBOURS) -> float:
+    """Balanced accuracy of the majority class among each image's k nearest others, ties to the nearer neighbours.
+
+    Parameters
+    ----------
+    features : float32 array of shape (n, D)
+        Standardised here.
+    labels : int64 array of shape (n,)
+        0 … C − 1.
+    k : int
+        Lowered to the others there are.
+    """
+    x = StandardScaler().fit_transform(features)
+    k = min(k, len(x) - 1)
+    near = NearestNeighbors(n_neighbors=k).fit(x).kneighbors(return_distance=False)  # (n, k), an image never its own
+    votes = np.zeros((len(x), int(labels.max()) + 1))
+    for rank in range(k):
+        votes[np.arange(len(x)), labels[near[:, rank]]] += 1 + (k - rank) * 1e-6
+    return float(balanced_accuracy_score(labels, votes.argmax(1)))

@@ -1,0 +1,199 @@
+"""What ``embcache run`` is asked for, from a name or a TOML file to a finished table and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embcache.analysis.plots import plot_curves
+from embcache.errors import UsageError
+from embcache.report.curves import table_curves
+from embcache.report.grid import Grid
+from embcache.report.layout import Marks, Table
+from embcache.study.cost import Step, duration, estimate_steps, step_words, total_words
+from embcache.study.counts import table1, table_g1
+from embcache.study.definitions import FIGURES, GRIDS, find_name, narrow
+from embcache.study.figures import draw_figure, figure_grid, narrow_figure
+from embcache.study.grids import read_grid
+from embcache.study.plan import DatasetState, look
+from embcache.study.run import Progress, Say, run_study
+from embcache.study.settings import Settings
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request for a table or a figure.
+
+    Attributes
+    ----------
+    what : str
+        A name that `embcache.study.definitions.find_name` knows, or the path of a TOML file.
+    datasets, backbones, subsets, heads : sequence of str
+        Instead of the table's own; empty for those.
+    options : mapping
+        Fields of `Settings` that were given; those of a TOML file fill in the others.
+    figure : path, optional
+        Where the figure is written: of a table its learning curves.
+    dry_run : bool
+        Only the plan.
+    """
+
+    what: str
+    datasets: Sequence[str] = ()
+    backbones: Sequence[str] = ()
+    subsets: Sequence[str] = ()
+    heads: Sequence[str] = ()
+    options: Mapping[str, Any] | None = None
+    figure: Path | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What came of an order.
+
+    Attributes
+    ----------
+    table : Table
+        The table, or the plan.
+    figures : tuple of Path
+        Files that were written.
+    empty : bool
+        Nothing of what was asked could be had.
+    """
+
+    table: Table
+    figures: tuple[Path, ...] = ()
+    empty: bool = False
+
+
+def deliver(order: Order, *, say: Say = lambda line: None, progress: Progress | None = None) -> Delivery:
+    """Plan an order, tell the plan, do what is missing and lay the answer out.
+
+    Parameters
+    ----------
+    order : Order
+        What is wanted.
+    say : callable
+        Told the plan and each thing done, a line at a time.
+    progress : callable, optional
+        Told (settled, planned, what is being trained).
+
+    Raises
+    ------
+    UsageError
+        There is no such table, backbone, head, subset or option.
+    """
+    options = dict(order.options or {})
+    if order.what.endswith(".toml") or Path(order.what).is_file():
+        own = read_grid(Path(order.what).expanduser())
+        return _scores(order, own.grid, Settings(**{**own.options, **options}), say, progress)
+    name, settings = find_name(order.what), Settings(**options)
+    if name in GRIDS:
+        return _scores(order, GRIDS[name], settings, say, progress)
+    if order.heads:
+        raise UsageError(f"{name} has no heads to choose", found=f"--head {', '.join(order.heads)}", fix="leave it out")
+    if name in FIGURES:
+        return _figure(order, settings, name, say, progress)
+    if order.figure is not None:
+        raise UsageError(f"{name} has no figure", found=f"--figure {order.figure}", fix="leave it out")
+    if name == "G1":
+        return Delivery(table_g1(order.backbones))
+    table = table1(order.datasets, settings)
+    return Delivery(table, empty=all(record["images"] is None for record in table.records))
+
+
+def _scores(order: Order, own: Grid, settings: Settings, say: Say, progress: Progress | None) -> Delivery:
+    grid = narrow(own, datasets=order.datasets, backbones=order.backbones, subsets=order.subsets, heads=order.heads)
+    states = look(grid, settings)
+    plan = make_plan(grid, states, settings)
+    if order.dry_run:
+        return Delivery(plan.table)
+    plan.tell(say)
+    study = run_study(grid, settings, states=states, say=say, progress=progress)
+    figures: tuple[Path, ...] = ()
+    panels = table_curves(grid, study.cells) if order.figure is not None else []
+    if order.figure is not None and panels:
+        figures = (plot_curves(panels, study.table.title, order.figure),)
+    return Delivery(study.table, figures, empty=not study.results)
+
+
+def _figure(order: Order, settings: Settings, name: str, say: Say, progress: Progress | None) -> Delivery:
+    figure = narrow_figure(FIGURES[name], order.datasets, order.backbones, order.subsets)
+    grid = figure_grid(figure)
+    states = look(grid, settings)
+    plan = make_plan(grid, states, settings)
+    if order.dry_run:
+        return Delivery(plan.table)
+    plan.tell(say)
+    drawn = draw_figure(figure, settings, target=order.figure, states=states, say=say, progress=progress)
+    return Delivery(drawn.table, drawn.paths, empty=not drawn.paths)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done for a table.
+
+    Attributes
+    ----------
+    table : Table
+        Its lines, and in the notes what cannot be had.
+    steps : tuple of Step
+    there, refused : int
+        Results that are there already, and that cannot be had.
+    """
+
+    table: Table
+    steps: tuple[Step, ...]
+    there: int
+    refused: int
+
+    def tell(self, say: Say) -> None:
+        """Say the plan, a line a step."""
+        missing = sum(step.count for step in self.steps if step.action != "extract")
+        say(f"plan: {self.there} results are there, {missing} to make, {self.refused} cannot be had")
+        for step in self.steps:
+            say(f"{step.action:<8}  {step_words(step)}")
+        if self.steps:
+            say(total_words(self.steps))
+
+
+def make_plan(grid: Grid, states: Sequence[DatasetState], settings: Settings) -> Plan:
+    """The steps that a grid needs, with their cost, as a table."""
+    steps = tuple(estimate_steps(states, settings))
+    marks = Marks()
+    rows = [
+        (
+            s.dataset,
+            s.action,
+            s.what,
+            f"{s.count:,}",
+            "not known" if s.seconds is None else duration(s.seconds),
+            s.basis,
+        )
+        for s in steps
+    ]
+    there = refused = 0
+    for state in states:
+        found = sum(model.kind != "features" for model, _ in state.results)
+        there, refused = there + found, refused + len(state.refused)
+        if found:
+            rows.append((state.asked, "there", "saved results of the same request", f"{found:,}", "", ""))
+        reasons: dict[str, int] = {state.problem: 0} if state.problem else {}
+        for reason in state.refused.values():
+            reasons[reason] = reasons.get(reason, 0) + 1
+        for reason, count in reasons.items():
+            rows.append((state.asked, "cannot", f"see{marks.mark(reason)}", f"{count:,}" if count else "all", "", ""))
+    headers = ("dataset", "step", "what", "count", "about", "basis")
+    records = tuple(step_record(step) for step in steps)
+    notes = (total_words(steps), *marks.notes()) if steps else ("nothing is left to do", *marks.notes())
+    table = Table(grid.name, f"Plan: {grid.title}", headers, tuple(rows), notes, records)
+    return Plan(table, steps, there, refused)
+
+
+def step_record(step: Step) -> dict[str, Any]:
+    """A step as plain data."""
+    return {"dataset": step.dataset, "step": step.action, "what": step.what, "count": step.count,
+            "seconds": None if step.seconds is None else round(step.seconds, 1), "basis": step.basis}  # fmt: skip

@@ -1,0 +1,85 @@
+"""How a study is carried out: the protocol's numbers and where things lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from embcache.errors import EmbcacheError
+from embcache.paths import PathLike
+from embcache.report.grid import Model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all cells of a table.
+
+    Attributes
+    ----------
+    folds, seed, val, test, repeats, lr, recipe, exclude_test_overlap
+        As for `embcache.probe.run.probe_grid`; ``repeats`` is for probes.
+    device : str
+        ``auto``: extraction and finetuning take a GPU where there is one, probes the CPU.
+    home, data_root, dataset_name, allow_missing, weights, transform, workers
+        As for `embcache.data.dataset.find_dataset` and `embcache.extract.run.run_extraction`.
+    """
+
+    folds: int = 5
+    seed: int = 0
+    val: str = "full"
+    test: str = "local"
+    repeats: int = 1
+    lr: float | Sequence[float] | None = None
+    recipe: str | None = None
+    exclude_test_overlap: bool = False
+    device: str = "auto"
+    home: PathLike | None = None
+    data_root: PathLike | None = None
+    dataset_name: str | None = None
+    allow_missing: bool = False
+    weights: Mapping[str, PathLike] = field(default_factory=dict)
+    transform: str | None = None
+    workers: int | None = None
+
+    def for_probe(self, model: Model) -> dict[str, Any]:
+        """Keywords of `probe_grid` and `find_saved` for a model."""
+        options: dict[str, Any] = {
+            "head": model.head,
+            "folds": self.folds,
+            "seed": self.seed if model.seed is None else model.seed,
+            "home": self.home,
+            "val": self.val,
+            "test": self.test,
+            "recipe": self.recipe,
+            "lr": self.lr,
+            "exclude_test_overlap": self.exclude_test_overlap,
+            "device": "cpu" if self.device == "auto" else self.device,
+        }
+        if self.repeats != 1:
+            options["repeats"] = self.repeats
+        return options
+
+    def for_finetune(self, model: Model) -> dict[str, Any]:
+        """Keywords of `finetune_images` and `find_finetuned` for a model; models themselves are not kept."""
+        return {
+            "head": model.head,
+            "folds": self.folds,
+            "seed": self.seed if model.seed is None else model.seed,
+            "home": self.home,
+            "val": self.val,
+            "test": self.test,
+            "lr": self.lr,
+            "exclude_test_overlap": self.exclude_test_overlap,
+            "device": self.device,
+            "weights": {name: path for name, path in self.weights.items() if name in model.backbones} or None,
+            "transform": self.transform,
+            "workers": self.workers,
+        }
+
+
+def in_a_line(error: EmbcacheError) -> str:
+    """An error's problem and its remedy, for a note beneath a table."""
+    fix = (error.fix or "").split("\n")[0]
+    found = f" ({error.found.splitlines()[0]})" if error.found else ""
+    return f"{error.problem}{found}" + (f"; to mend it: {fix}" if fix else "")
