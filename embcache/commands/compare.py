@@ -38,9 +38,9 @@ def compare(
     if json == "-":
         return
     first = rows[0]
+    headers = ["run", "backbone", "head", "subset", METRIC_NAMES.get(first.metric, first.metric), "95 % interval"]
     print_table(
-        [*("run", "backbone", "head", "subset"), METRIC_NAMES.get(first.metric, first.metric)]
-        + ["95 % interval", "difference", "95 % interval", "p", "p (Holm)"],
+        [*headers, "difference", "95 % interval", "p", "p (Holm)"],
         [
             [
                 row.run,

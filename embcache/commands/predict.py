@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from embcache.commands.extract import parse_weights
 from embcache.commands.options import DataRootOption, HomeOption, JsonOption, split_list, write_json
 from embcache.commands.table import print_table
 from embcache.errors import UsageError
@@ -54,6 +55,7 @@ def predict(
     Example: embcache predict --run linear-S-0123 scans/ --output predictions.csv
     """
     from embcache.predict import predict_images
+    from embcache.probe.results import find_run_anywhere
     from embcache.report.csvfile import write_text
 
     with _Bar() as bar:
@@ -63,7 +65,7 @@ def predict(
             dataset=dataset,
             data_root=data_root,
             home=home,
-            weights=_weights(weights),
+            weights=parse_weights(weights, list(find_run_anywhere(run, home)[0].backbones)),
             device=device,
             folds=_numbers(folds, "--folds"),
             workers=workers,
@@ -193,18 +195,6 @@ def export_head(
     )
     typer.echo(f"· {done.about['head']['name']} of fold {done.about['fold']}: {done.about['formula']}")
     typer.echo(f"· written: {done.folder}/head.safetensors and head.json")
-
-
-def _weights(values: list[str] | None) -> Path | dict[str, Path] | None:
-    """One bare path, or a path for each name."""
-    if not values:
-        return None
-    if len(values) == 1 and "=" not in values[0]:
-        return Path(values[0])
-    pairs = [value.partition("=") for value in values]
-    if any(not separator for _, separator, _ in pairs):
-        raise UsageError("several --weights need names", expected="NAME=FILE", found=", ".join(values))
-    return {name: Path(path) for name, _, path in pairs}
 
 
 def _numbers(values: list[str] | None, flag: str) -> list[int] | None:

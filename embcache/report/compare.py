@@ -211,11 +211,12 @@ def _snapshot_groups(result: ProbeResult, ids: NDArray[np.object_], home: PathLi
 
 
 def _check_same_test(a: Tested, b: Tested) -> None:
-    for what in ("dataset", "target", "metric", "class_names"):
+    words = {"dataset": "datasets", "target": "targets", "metric": "metrics", "class_names": "classes"}
+    for what, several in words.items():
         mine, theirs = getattr(a.result, what), getattr(b.result, what)
         if mine != theirs:
             raise ProtocolError(
-                f"runs of different {what.replace('class_names', 'classes')} cannot be compared",
+                f"runs of different {several} cannot be compared",
                 found=f"{a.result.id}: {_told(mine)}\n{b.result.id}: {_told(theirs)}",
                 fix="embcache results",
             )

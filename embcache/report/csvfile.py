@@ -11,6 +11,9 @@ from pathlib import Path
 
 from embcache.errors import UsageError
 
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""What spreadsheets take for the beginning of a formula."""
+
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]], *, guard: bool = True) -> str:
     r"""Rows as comma-separated text with ``\n`` line ends; floats by ``repr``, nothing for None.
@@ -35,7 +38,7 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]], *, guard: 
 
 def guard_cell(text: str) -> str:
     """``text``, behind an apostrophe where its beginning makes spreadsheets take it for a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else text
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
 
 
 def write_text(path: Path, text: str) -> Path:

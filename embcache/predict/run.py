@@ -1,0 +1,236 @@
+"""New images through a saved run: decoded, transformed and embedded by the run's own recipe, then its heads.
+
+What a run predicts with is rebuilt from what it kept, and refused where the rebuilt recipe is not the recorded one:
+other weights, another decoder or another arithmetic would give numbers that only look like the run's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embcache.data.columns import retarget
+from embcache.data.dataset import ImageDataset, find_dataset
+from embcache.errors import DatasetError, UsageError
+from embcache.paths import PathLike
+from embcache.predict.images import images_of_dataset, images_of_paths
+from embcache.predict.model import load_model
+from embcache.probe.results import ProbeResult, find_run_anywhere
+from embcache.report.csvfile import FORMULA_STARTS, csv_text
+
+FloatArray = NDArray[np.float64]
+_CHUNK = 256  # images at a time: what a progress bar counts, and what is in memory as features
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a run says of images.
+
+    Attributes
+    ----------
+    run : str
+        Its id.
+    class_names : tuple of str
+    images : tuple of str
+        As they were named: paths, or ids of a dataset.
+    p : float64 array of shape (n, C)
+        Class probabilities, the mean over ``folds``; NaN where the image could not be read.
+    reasons : tuple of str
+        Why an image could not be read; ``""`` where it could.
+    folds : tuple of int
+        Whose models were averaged.
+    labels : tuple of str or None
+        Class of each image of a dataset, ``""`` where it is not known; None for paths.
+    notes : tuple of str
+        What a reader must know.
+    """
+
+    run: str
+    class_names: tuple[str, ...]
+    images: tuple[str, ...]
+    p: FloatArray
+    reasons: tuple[str, ...]
+    folds: tuple[int, ...]
+    labels: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Reason of each image that could not be read."""
+        return {image: reason for image, reason in zip(self.images, self.reasons, strict=True) if reason}
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One plain mapping an image: ``image, [label,] prediction, p_CLASS …, error``."""
+        for k, (image, reason) in enumerate(zip(self.images, self.reasons, strict=True)):
+            known = {} if self.labels is None else {"label": self.labels[k]}
+            chances = [None if reason else float(p) for p in self.p[k]]
+            yield {
+                "image": image,
+                **known,
+                "prediction": "" if reason else self.class_names[int(self.p[k].argmax())],
+                **{f"p_{name}": chance for name, chance in zip(self.class_names, chances, strict=True)},
+                "error": reason,
+            }
+
+    def to_csv(self) -> str:
+        """The rows as CSV text; cells that a spreadsheet would run are guarded, paths by ``./`` so that they hold."""
+        header = ["image", *([] if self.labels is None else ["label"]), "prediction"]
+        header += [*(f"p_{name}" for name in self.class_names), "error"]
+        path = self.labels is None
+        return csv_text(header, ([_cell(k, v, path) for k, v in row.items()] for row in self.rows()))
+
+
+def predict_images(
+    run: str,
+    paths: Sequence[PathLike] = (),
+    *,
+    dataset: str | None = None,
+    data_root: PathLike | None = None,
+    home: PathLike | None = None,
+    weights: PathLike | Mapping[str, PathLike] | None = None,
+    device: str = "auto",
+    folds: Sequence[int] | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> Predictions:
+    """Class probabilities of images, or of all images of a dataset, by a saved run.
+
+    Parameters
+    ----------
+    run : str
+        A run's id, or the beginning of it.
+    paths : sequence of path
+        Images, and folders that are looked through for images.
+    dataset : str, optional
+        Predict the images of this dataset instead.
+    data_root : path, optional
+        The dataset's own folder.
+    home : path, optional
+        Folder of stores and runs.
+    weights : path or mapping of name to path, optional
+        Checkpoints to use instead of those found; they must be those that the run was made with.
+    device : str
+        ``auto``, ``cpu``, ``cuda:0``, …
+    folds : sequence of int, optional
+        Whose models to average; default all.
+    workers : int, optional
+        Threads that decode images; default: one per core, 8 at most.
+    progress : callable, optional
+        Told (images done, images in all).
+
+    Returns
+    -------
+    Predictions
+        In the order of ``paths``, those of a folder sorted; an image that cannot be read has its reason.
+
+    Raises
+    ------
+    UsageError
+        Neither or both of paths and dataset; a fold that the run has not.
+    StoreNotFoundError
+        There is no such run, or it kept no recipe and its store is gone.
+    RecipeError
+        The rebuilt recipe is not the run's; the message lists the differences.
+    DatasetError
+        The dataset's classes are not the run's, or not one image could be read.
+    """
+    if bool(paths) == (dataset is not None):
+        raise UsageError(
+            "predictions are for images, folders of images, or a dataset",
+            found="both" if paths else "neither",
+            fix="embcache predict --run RUN FOLDER, or --dataset NAME",
+        )
+    result, folder = find_run_anywhere(run, home)
+    chosen = _chosen_folds(result, folds)
+    ds = None if dataset is None else _dataset_of_classes(result, dataset, data_root, home)
+    asked = images_of_paths(paths) if ds is None else images_of_dataset(ds)
+    names, reasons = [source.id for source in asked.sources], list(asked.reasons)
+    todo = [k for k, reason in enumerate(reasons) if not reason]
+    if not todo:
+        raise _none_read(names, reasons)
+    model = load_model(result, folder, chosen, home=home, weights=weights, device=device)
+    p = np.full((len(names), len(result.class_names)), np.nan)
+    with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
+        for start in range(0, len(todo), _CHUNK):
+            rows = todo[start : start + _CHUNK]
+            found, why = model(asked.root, [asked.sources[k] for k in rows], pool)
+            for k, chances, reason in zip(rows, found, why, strict=True):
+                p[k], reasons[k] = (np.nan, reason) if reason else (chances, "")
+            if progress is not None:
+                progress(start + len(rows), len(todo))
+    if all(reasons):
+        raise _none_read(names, reasons)
+    labels = None if ds is None else tuple(ds.class_names[y] if y >= 0 else "" for y in ds.labels)
+    return Predictions(
+        result.id,
+        result.class_names,
+        tuple(names),
+        p,
+        tuple(reasons),
+        tuple(chosen),
+        labels,
+        tuple(_notes(result, ds)),
+    )
+
+
+def _chosen_folds(result: ProbeResult, folds: Sequence[int] | None) -> list[int]:
+    usable = [fold.fold for fold in result.folds if not fold.failed]
+    if folds is None:
+        return usable
+    unknown = [fold for fold in folds if fold not in usable]
+    if unknown or not folds:
+        raise UsageError(
+            f"run {result.id} has no model of fold {', '.join(map(str, unknown))}" if unknown else "no fold was named",
+            expected=", ".join(map(str, usable)),
+            where="--folds",
+        )
+    return list(dict.fromkeys(folds))
+
+
+def _dataset_of_classes(
+    result: ProbeResult, name: str, data_root: PathLike | None, home: PathLike | None
+) -> ImageDataset:
+    ds, _ = find_dataset(name, root=data_root, home=home)
+    if result.target:
+        ds = retarget(ds, result.target)
+    if tuple(ds.class_names) != result.class_names:
+        raise DatasetError(
+            f"{ds.name} has other classes than run {result.id} tells apart",
+            expected=", ".join(result.class_names),
+            found=", ".join(ds.class_names),
+            where=ds.root,
+            fix="name the images themselves: embcache predict --run RUN FOLDER",
+        )
+    return ds
+
+
+def _none_read(names: Sequence[str], reasons: Sequence[str]) -> DatasetError:
+    first = [f"{name}: {reason}" for name, reason in zip(names[:5], reasons[:5], strict=True)]
+    return DatasetError(
+        "not one image could be read" if len(names) > 1 else "the image could not be read",
+        expected="images",
+        found="\n".join(first) + (f"\n… and {len(names) - 5:,} more" if len(names) > 5 else "") or "no images",
+        fix="check the paths",
+    )
+
+
+def _notes(result: ProbeResult, ds: ImageDataset | None) -> Iterator[str]:
+    failed = [fold.fold for fold in result.folds if fold.failed]
+    if failed:
+        yield f"training of fold {', '.join(map(str, failed))} diverged: the other folds predict"
+    if result.target:
+        yield f"the run tells the column {result.target!r} apart, not the classes of {result.dataset}"
+    if ds is not None and ds.name == result.dataset:
+        yield f"images that the run was trained on are among those of {ds.name}"
+
+
+def _cell(column: str, value: object, path: bool) -> object:
+    if column == "image" and path and isinstance(value, str) and value.startswith(FORMULA_STARTS):
+        return f"./{value}"
+    return value
