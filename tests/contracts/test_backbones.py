@@ -6,6 +6,7 @@ Weights that would be downloaded are made on the spot in their published layout;
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 
 from embcache.extract.backbones import BACKBONES, LoadedBackbone, find_backbone, load_backbone, weights_status
+from embcache.extract.batching import Source
 from embcache.extract.checkpoints import hash_state
 from embcache.extract.transforms import choose_transform
-from embcache.extract.worker import freeze
+from embcache.extract.worker import compute_shard, freeze
 from tests.extract import published
 
 TIMM = "timm:resnet10t"
@@ -130,3 +133,26 @@ def test_reduced_precision_is_near_full_precision(load: Callable[[str], LoadedBa
     assert not np.array_equal(full, reduced)
     # EfficientNet-Lite2 loses most: its activations, cut at 6, cancel where bfloat16 keeps three digits.
     assert np.linalg.norm(reduced - full) < 0.2 * np.linalg.norm(full)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_of_several_views_is_the_plain_row(
+    load: Callable[[str], LoadedBackbone], name: str, tmp_path: Path
+) -> None:
+    loaded = load(name)
+    for index, image in enumerate(pixels(3, (96, 96))):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    sources = [Source(str(index), f"{index}.png", -1) for index in range(3)]
+    transform = choose_transform(loaded.spec, "paper", {(96, 96)})
+    with ThreadPoolExecutor(1) as pool:
+        plain, viewed = (
+            compute_shard(tmp_path, sources, [network], batch_size=2, pool=pool)[0]
+            for network in (
+                freeze(loaded, transform, "cpu", "fp32"),
+                freeze(loaded, transform, "cpu", "fp32", views=2, augment="patch"),
+            )
+        )
+    assert plain.features.shape == (3, loaded.spec.dim)
+    assert viewed.features.shape == (3, 2, loaded.spec.dim)
+    np.testing.assert_array_equal(viewed.features[:, 0], plain.features)
+    assert plain.digests == viewed.digests

@@ -1,0 +1,343 @@
+"""Cached pixels are the decoded ones, follow the files, and save an extraction the decoding."""
+
+from __future__ import annotations
+
+import os
+import tracemalloc
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import embcache.extract.batching as batching
+import embcache.extract.compute as compute
+import embcache.extract.pixels as pixels
+import embcache.extract.run as run
+from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, UsageError
+from embcache.extract.augment import centre
+from embcache.extract.backbones import find_backbone
+from embcache.extract.pixels import cache_pixels, open_pixels, read_pixels
+from embcache.extract.run import extract_features, run_extraction
+from embcache.extract.scan import dataset_transform
+from embcache.extract.transforms import Transform, choose_transform, frame
+from embcache.probe.cached import cached_backbones, cached_datasets
+from embcache.store.feature_store import FeatureStore, list_stores
+from tests.extract.conftest import draw
+from tests.extract.tiny import load_tiny
+from tests.store.build import quick_disk
+
+__all__ = ["quick_disk"]
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
+AS_IS = choose_transform(find_backbone("random"), "paper", {(40, 40)})
+PAPER = choose_transform(find_backbone("random"), "paper", {(300, 200)})
+IMAGENET = choose_transform(find_backbone("random"), "imagenet", {(300, 200)})
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small shards, a small network."""
+    monkeypatch.setattr(run, "load_backbone", load_tiny)
+    monkeypatch.setattr(run, "ROWS_PER_SHARD", 8)
+    monkeypatch.setattr(pixels, "MAX_ROWS", 6)
+
+
+@pytest.fixture
+def pool() -> Iterator[Executor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths of the images that are decoded, as it happens."""
+    paths: list[str] = []
+    original = batching.read_image
+
+    def count(root: Path, path: str, member: int) -> object:
+        paths.append(path)
+        return original(root, path, member)
+
+    monkeypatch.setattr(batching, "read_image", count)
+    return paths
+
+
+def load(root: Path) -> ImageDataset:
+    return load_dataset("folder", root)
+
+
+def spoil(root: Path) -> None:
+    """One image cut short, one empty."""
+    path = root / "benign" / "01.png"
+    path.write_bytes(path.read_bytes()[:100])
+    (root / "benign" / "03.png").write_bytes(b"")
+
+
+def contents(store: FeatureStore) -> tuple[object, ...]:
+    return store.ids.tolist(), store.features[:].tobytes(), store.digests, store.quarantined
+
+
+def shard_files(store: FeatureStore) -> dict[str, bytes]:
+    files = (path for path in (store.path / "shards").rglob("*") if path.is_file())
+    return {path.relative_to(store.path).as_posix(): path.read_bytes() for path in files}
+
+
+@given(height=st.integers(60, 400), width=st.integers(60, 400), crop=st.integers(20, 60), seed=st.integers(0, 99))
+def test_the_centre_of_a_frame_is_the_transform(height: int, width: int, crop: int, seed: int) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    normal = ((0.0,) * 3, (1.0,) * 3)
+    for resize in ((64, 71), 64):
+        transform = Transform("paper", resize, (crop, crop), (crop, crop), "bilinear", *normal)
+        framed = frame(transform)
+        assert frame(framed) == framed
+        assert np.array_equal(centre(framed.geometry(image), transform.size), transform.geometry(image))
+    assert frame(Transform("paper", (64, 71), (crop, crop), (crop, crop), "bilinear", *normal)).size == (64, 71)
+
+
+def test_the_frame_is_what_finetuning_crops() -> None:
+    assert frame(PAPER).size == (256, 256)
+    assert frame(PAPER).crop is None
+    assert frame(AS_IS) == AS_IS
+    assert frame(IMAGENET) == IMAGENET  # the shorter side alone: images differ until they are cropped
+
+
+@pytest.mark.parametrize("format", ["zarr", "hdf5"])
+def test_pixels_are_those_of_the_decoded_and_resized_images(images: Path, home: Path, format: str) -> None:
+    draw(images / "benign" / "wide.png", 5, size=90)
+    spoil(images)
+    ds = load(images)
+    said: list[str] = []
+    store = cache_pixels(ds, PAPER, format=format, say=said.append)
+    assert (store.row_shape, store.dtype, store.format, store.holds_pixels) == ((256, 256, 3), np.uint8, format, True)
+    assert store.path == home / ds.name / f"pixels-{store.recipe.fingerprint[:12]}"
+    good = ds.table[ds.table["id"].isin(store.ids)]
+    assert store.ids.tolist() == good["id"].tolist()
+    assert len(store.quarantined) == 2
+    assert len(store) == 19
+    assert len(said) == 1
+    assert "21 images" in said[0]
+    assert "256×256" in said[0]
+    for path, row in zip(good["path"], store.features[:], strict=True):
+        image = Image.open(images / path).convert("RGB").resize((256, 256), Image.Resampling.BILINEAR)
+        assert np.array_equal(row, np.asarray(image))
+
+
+def test_what_is_cached_is_not_decoded_again(images: Path, home: Path, decoded: list[str]) -> None:
+    ds = load(images)
+    some = ds.table["id"].tolist()[3:10]
+    assert cache_pixels(ds, AS_IS, ids=some).ids.tolist() == some
+    assert len(decoded) == 7
+    whole = cache_pixels(ds, AS_IS)
+    assert len(decoded) == 20
+    assert whole.ids.tolist() == ds.table["id"].tolist()
+    draw(images / "benign" / "new.png", 99)
+    assert len(cache_pixels(load(images), AS_IS)) == 21
+    assert len(decoded) == 21
+    assert decoded[-1] == "benign/new.png"
+
+
+def test_transforms_that_differ_in_normalisation_alone_share_pixels(images: Path, home: Path) -> None:
+    other = choose_transform(find_backbone("effnet_lite0"), "paper", {(40, 40)})
+    assert other.mean != AS_IS.mean
+    first, second = cache_pixels(load(images), AS_IS), cache_pixels(load(images), other)
+    assert first.path == second.path
+    assert open_pixels(load(images), IMAGENET) is None
+
+
+def test_opening_never_decodes(images: Path, home: Path, decoded: list[str]) -> None:
+    ds = load(images)
+    assert open_pixels(ds, AS_IS) is None
+    assert not home.exists()
+    cache_pixels(ds, AS_IS, ids=ds.table["id"].tolist()[:4])
+    decoded.clear()
+    found = open_pixels(ds, AS_IS)
+    assert found is not None
+    assert len(found) == 4
+    assert decoded == []
+
+
+def test_direct_reading_gives_the_same_pixels(images: Path, home: Path, pool: Executor) -> None:
+    spoil(images)
+    ds = load(images)
+    ids = ds.table["id"].tolist()[::-1]
+    direct, reasons = read_pixels(ds, AS_IS, ids, pool)
+    store = cache_pixels(ds, AS_IS)
+    assert reasons == store.quarantined
+    assert direct.shape == (20, 40, 40, 3)
+    place = {id_: row for row, id_ in enumerate(ids)}
+    assert np.array_equal(direct[[place[id_] for id_ in store.ids]], store.features[:])
+    assert not direct[[place[id_] for id_ in reasons]].any()
+    with pytest.raises(DatasetError, match="no such images"):
+        read_pixels(ds, AS_IS, ["nobody"], pool)
+
+
+@pytest.mark.parametrize("format", ["zarr", "hdf5"])
+@pytest.mark.parametrize("views", [1, 3])
+def test_an_extraction_from_pixels_equals_one_that_decodes(
+    images: Path, home: Path, tmp_path: Path, decoded: list[str], format: str, views: int
+) -> None:
+    spoil(images)
+    draw(images / "benign" / "large.png", 7, size=100)  # so that all are resized, and cropped from a frame
+    ds = load(images)
+    direct = extract_features("random", ds, home=tmp_path / "direct", views=views)
+    assert isinstance(direct, FeatureStore)
+    cache_pixels(ds, PAPER, format=format)
+    decoded.clear()
+    said: list[str] = []
+    (done,) = run_extraction(["random"], ds, views=views, say=said.append, workers=1)
+    assert contents(done.store) == contents(direct)
+    assert shard_files(done.store) == shard_files(direct)
+    assert done.store.recipe == direct.recipe
+    assert sorted(decoded) == ["benign/01.png", "benign/03.png"]  # unreadable ones are looked at again
+    assert any("pixels of 19 images are cached" in line for line in said)
+
+
+def test_pixels_that_are_there_in_part_serve_in_part(
+    images: Path, home: Path, tmp_path: Path, decoded: list[str]
+) -> None:
+    ds = load(images)
+    direct = extract_features("random", ds, home=tmp_path / "direct")
+    assert isinstance(direct, FeatureStore)
+    cache_pixels(ds, AS_IS, ids=ds.table["id"].tolist()[::-3])
+    decoded.clear()
+    assert contents(extract_features("random", ds)) == contents(direct)  # type: ignore[arg-type]
+    assert len(decoded) == 13
+
+
+def test_pixels_of_another_frame_are_not_used(images: Path, home: Path, decoded: list[str]) -> None:
+    ds = load(images)
+    cache_pixels(ds, AS_IS)
+    decoded.clear()
+    run_extraction(["random"], ds, transform="imagenet")
+    assert len(decoded) == 20
+
+
+def test_a_changed_image_is_not_served_from_its_old_pixels(
+    images: Path, home: Path, tmp_path: Path, decoded: list[str]
+) -> None:
+    cache_pixels(load(images), AS_IS)
+    draw(images / "benign" / "05.png", 77)
+    os.utime(images / "benign" / "07.png", (1, 1))  # touched: the same bytes
+    (images / "benign" / "09.png").unlink()
+    ds = load(images)
+    decoded.clear()
+    store = extract_features("random", ds)
+    assert isinstance(store, FeatureStore)
+    assert decoded == ["benign/05.png"]
+    direct = extract_features("random", ds, home=tmp_path / "direct")
+    assert contents(store) == contents(direct)  # type: ignore[arg-type]
+    decoded.clear()
+    again = cache_pixels(ds, AS_IS)
+    assert decoded == ["benign/05.png"]
+    row = again.ids.tolist().index(next(id_ for id_ in ds.table["id"] if "05" in id_))
+    assert np.array_equal(again.features[row], np.asarray(Image.open(images / "benign" / "05.png")))
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    images: Path, home: Path, tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ds = load(images)
+    whole = cache_pixels(ds, AS_IS, home=tmp_path / "whole")
+    original, calls = compute.commit_shard, []
+
+    def interrupted(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compute, "commit_shard", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache_pixels(ds, AS_IS)
+    half = open_pixels(ds, AS_IS)
+    assert half is not None
+    assert len(half) == 12
+    decoded.clear()
+    # What is committed serves an extraction, and what is only planned does not.
+    run_extraction(["random"], ds)
+    assert len(decoded) == 8
+    decoded.clear()
+    assert shard_files(cache_pixels(ds, AS_IS)) == shard_files(whole)
+    assert len(decoded) == 8
+
+
+def test_a_damaged_shard_of_pixels_is_told_and_mended_by_removing_it(images: Path, home: Path) -> None:
+    ds = load(images)
+    store = cache_pixels(ds, AS_IS)
+    chunk = next(path for path in store.path.rglob("shards/000001/**/features/c/*/*") if path.is_dir()) / "0" / "0"
+    data = bytearray(chunk.read_bytes())
+    data[0] ^= 1
+    chunk.write_bytes(bytes(data))
+    with pytest.raises(CorruptStoreError, match="crc32c") as caught:
+        extract_features("random", ds)
+    assert "run the same command again" in str(caught.value.fix)
+    for path in sorted((store.path / "shards" / "000001").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (store.path / "shards" / "000001").rmdir()
+    assert len(extract_features("random", ds)) == 20
+    assert len(cache_pixels(ds, AS_IS)) == 20
+
+
+def test_probes_do_not_see_pixels(images: Path, home: Path) -> None:
+    ds = load(images)
+    cache_pixels(ds, AS_IS)
+    assert list_stores() == []
+    assert len(list_stores(pixels=True)) == 1
+    assert cached_backbones(ds.name) == []
+    assert cached_datasets() == []
+    run_extraction(["random"], ds)
+    assert cached_backbones(ds.name) == ["random"]
+
+
+def test_a_shard_is_held_twice_at_most(
+    images: Path, home: Path, tmp_path: Path, pool: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = 20 * 256 * 256 * 3  # 4 MB
+    monkeypatch.setattr(pixels, "MAX_ROWS", 20)
+    for index in range(40):
+        draw(images / "third" / f"{index:02}.png", 100 + index)
+    ds = load(images)
+    tracemalloc.start()
+    try:
+        store = cache_pixels(ds, PAPER, workers=1)
+        written = tracemalloc.get_traced_memory()[1] / shard
+        tracemalloc.reset_peak()
+        for start in range(0, 60, 4):
+            assert len(store.features[start : start + 4]) == 4
+        read = tracemalloc.get_traced_memory()[1] / shard
+    finally:
+        tracemalloc.stop()
+    assert len(store.committed()) == 3
+    assert written < 3
+    assert read < 3
+
+
+def test_a_transform_follows_from_the_files(images: Path, home: Path, pool: Executor) -> None:
+    spec = find_backbone("random")
+    ds = load(images)
+    assert dataset_transform(spec, None, ds) == AS_IS
+    assert (home / ds.name / "scan.parquet").is_file()
+    draw(images / "benign" / "large.png", 7, size=100)
+    assert dataset_transform(spec, None, load(images), home, pool) == PAPER
+    assert dataset_transform(spec, "imagenet", load(images), home, pool) == IMAGENET
+
+
+def test_bad_requests_get_one_clear_message(images: Path, home: Path) -> None:
+    with pytest.raises(UsageError, match="npz"):
+        cache_pixels(load(images), AS_IS, format="npz")
+    with pytest.raises(UsageError, match="workers"):
+        cache_pixels(load(images), AS_IS, workers=0)
+    ds = load(images)
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DatasetNotFoundError, match="not an image"):
+        cache_pixels(ds, AS_IS)
+    assert not home.exists()

@@ -1,0 +1,199 @@
+"""Augmented views: the first is the plain image, the others are the same whoever computes them, when and how."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+import embcache.extract.batching as batching
+import embcache.extract.run as run
+from embcache.commands.extract import extract as extract_command
+from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.data.images import read_image
+from embcache.errors import StoreNotFoundError, UsageError
+from embcache.extract.augment import augmentation
+from embcache.extract.backbones import find_backbone
+from embcache.extract.batching import Source
+from embcache.extract.run import extract_features, run_extraction
+from embcache.extract.transforms import choose_transform, normalise
+from embcache.extract.views import Frames, make_views, view_batches
+from embcache.store.feature_store import FeatureStore, open_store
+from tests.extract.conftest import draw
+from tests.extract.tiny import DIM, load_tiny
+from tests.store.build import quick_disk
+
+__all__ = ["quick_disk"]
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small shards, a small network."""
+    monkeypatch.setattr(run, "load_backbone", load_tiny)
+    monkeypatch.setattr(run, "ROWS_PER_SHARD", 8)
+
+
+@pytest.fixture
+def framed(images: Path) -> ImageDataset:
+    """Images of two sizes, which are resized to a frame and cropped."""
+    draw(images / "benign" / "large.png", 7, size=100)
+    return load_dataset("folder", images)
+
+
+def extract(dataset: ImageDataset, **keywords: object) -> FeatureStore:
+    store = extract_features("random", dataset, **keywords)  # type: ignore[arg-type]
+    assert isinstance(store, FeatureStore)
+    return store
+
+
+def test_the_first_view_is_the_plain_image_bit_for_bit(framed: ImageDataset, home: Path) -> None:
+    plain, viewed = extract(framed), extract(framed, views=3)
+    assert plain.path != viewed.path
+    assert (plain.row_shape, viewed.row_shape, viewed.views) == ((DIM,), (3, DIM), 3)
+    assert plain.ids.tolist() == viewed.ids.tolist()
+    assert np.array_equal(viewed.features[:][:, 0], plain.features[:])
+    rest = viewed.features[:][:, 1:]
+    assert np.abs(rest - plain.features[:][:, None]).max(axis=2).min() > 0
+
+
+def test_a_view_is_what_the_augmentation_makes_of_the_frame(framed: ImageDataset, home: Path) -> None:
+    store = extract(framed, views=3)
+    transform = choose_transform(find_backbone("random"), "paper", {(40, 40), (100, 100)})
+    augment = augmentation(framed.augment, (256, 256), (224, 224))
+    assert store.recipe.transform["augment"] == augment.describe()
+    network = load_tiny("random").module
+    rows = dict(zip(store.ids.tolist(), store.features[:], strict=True))
+    for id_, path in zip(framed.table["id"][:3], framed.table["path"][:3], strict=True):
+        image = Image.open(framed.root / path).convert("RGB")  # type: ignore[operator]
+        frame = np.asarray(image.resize((256, 256), Image.Resampling.BILINEAR))
+        for view in (1, 2):
+            pixels = torch.from_numpy(augment(frame, f"view {view} of {id_}"))[None]
+            with torch.inference_mode():
+                expected = network(normalise(pixels, transform, "cpu"))[0].numpy()
+            assert np.abs(rows[id_][view] - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_views_are_the_same_however_they_are_computed(images: Path, home: Path, tmp_path: Path) -> None:
+    dataset = load_dataset("folder", images)
+    first = extract(dataset, views=3, home=tmp_path / "a", workers=1)
+    again = extract(dataset, views=3, home=tmp_path / "b", workers=5, format="hdf5")
+    assert first.recipe == again.recipe
+    assert np.array_equal(first.features[:], again.features[:])
+    # Another order and other batches, and more views: the same rows but for the last bits.
+    table = dataset.table.iloc[::-1]
+    turned = ImageDataset(dataset.name, dataset.root, dataset.class_names, dataset.metric, dataset.augment, table)
+    other = extract(turned, views=4, home=tmp_path / "c", batch_size=3)
+    assert other.ids.tolist() == first.ids.tolist()[::-1]
+    difference = np.abs(other.features[:][::-1, :3] - first.features[:]).max()
+    assert difference <= 1e-5 * np.abs(first.features[:]).max()
+
+
+def test_one_view_is_the_recipe_that_there_always_was(images: Path, home: Path) -> None:
+    dataset = load_dataset("folder", images)
+    plain, one = run_extraction(["random"], dataset)[0], run_extraction(["random"], dataset, views=1)[0]
+    assert plain.store.path == one.store.path
+    assert (one.computed, one.cached) == (0, 20)
+    assert set(plain.store.recipe.transform) == {"kind", "resize", "crop", "size", "interpolation", "mean", "std"}
+    two = run_extraction(["random"], dataset, views=2)[0].store.recipe
+    assert set(two.differences(plain.store.recipe)) == {"transform.views", "transform.augment"}
+
+
+def test_views_of_another_number_are_not_called_another_recipe(images: Path, home: Path) -> None:
+    dataset, said = load_dataset("folder", images), list[str]()
+    run_extraction(["random"], dataset)
+    run_extraction(["random"], dataset, views=2, say=said.append)
+    assert not any("another recipe" in line for line in said)
+
+
+def test_an_unreadable_image_is_quarantined_in_every_view(images: Path, home: Path) -> None:
+    (images / "benign" / "03.png").write_bytes(b"")
+    dataset = load_dataset("folder", images)
+    plain, viewed = extract(dataset), extract(dataset, views=2)
+    assert viewed.quarantined == plain.quarantined != {}
+    assert viewed.digests == plain.digests
+    features, labels, _ = viewed.arrays(dataset, split="train")
+    assert features.shape == (19, 2, DIM)
+    assert len(labels) == 19
+
+
+def test_one_pass_serves_networks_of_different_frames(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image is decoded where one of its frames is not cached, once, and not at all where all are."""
+    dataset = load_dataset("folder", images)
+    spec = find_backbone("random")
+    wanted = [
+        make_views(choose_transform(spec, "paper", {(40, 40)}), 2, augmentation("chest", (40, 40), (40, 40))),
+        make_views(choose_transform(spec, "paper", {(40, 40), (50, 50)})),
+    ]
+    sources = [Source(*row) for row in zip(*(dataset.table[c] for c in ("id", "path", "member")), strict=True)]
+    read: list[str] = []
+
+    class Cached:
+        def __init__(self, which: int, ids: set[str]) -> None:
+            self.frame, self.ids = wanted[which].frame, ids
+
+        def read(self, ids: object) -> Frames:
+            found: Frames = {
+                s.id: (self.frame.geometry(image), digest)
+                for s in sources
+                if s.id in self.ids
+                for image, digest in [read_image(images, s.path)]
+            }
+            return found
+
+    def count(root: Path, path: str, member: int) -> object:
+        read.append(path)
+        return read_image(root, path, member)
+
+    def run_through(cached: Mapping[str, Cached]) -> list[bytes]:
+        read.clear()
+        with ThreadPoolExecutor(1) as pool:
+            batches = list(view_batches(images, sources, wanted, 6, pool, cached))
+        return [pixels.tobytes() + p.digest.encode() for batch in batches for p in batch for pixels in p.pixels]
+
+    monkeypatch.setattr(batching, "read_image", count)
+    direct = run_through({})
+    assert len(direct) == 20 * 3
+    assert len(read) == 20
+    first, second = {s.id for s in sources[:10]}, {s.id for s in sources[5:]}
+    keys = [views.frame_key for views in wanted]
+    assert run_through({keys[0]: Cached(0, first), keys[1]: Cached(1, second)}) == direct
+    assert len(read) == 15
+
+
+def test_views_are_opened_by_number_and_plain_features_first(images: Path, home: Path) -> None:
+    dataset = load_dataset("folder", images)
+    extract(dataset, views=2)
+    assert open_store("random", dataset).views == 2
+    extract(dataset)
+    assert open_store("random", dataset).views == 1
+    assert open_store("random", dataset, views=2).row_shape == (2, DIM)
+    with pytest.raises(StoreNotFoundError, match="with 4 views") as caught:
+        open_store("random", dataset, views=4)
+    assert "--views 4" in str(caught.value.fix)
+
+
+def test_the_command_says_what_it_did(images: Path, home: Path) -> None:
+    app = typer.Typer()
+    app.command()(extract_command)
+    arguments = ["--backbone", "random", "--dataset", "folder", "--data-root", str(images), "--views", "2"]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "--views 2" in done.stdout.splitlines()[-1]
+    (told,) = json.loads(CliRunner().invoke(app, [*arguments, "--json", "-"], catch_exceptions=False).stdout)
+    assert (told["views"], told["computed"], told["cached"]) == (2, 0, 20)
+
+
+def test_bad_requests_get_one_clear_message(images: Path, home: Path) -> None:
+    with pytest.raises(UsageError, match="at least 1"):
+        extract(load_dataset("folder", images), views=0)
+    assert not home.exists()
