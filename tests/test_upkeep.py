@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from embcache.commands import store as commands
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError
-from embcache.store.commit import write_snapshot, write_view
+from embcache.store.commit import ShardRows, commit_shard, write_snapshot, write_view
 from embcache.store.feature_store import FeatureStore, open_store
 from embcache.upkeep import count_runs, export_features, list_cached, store_info, transform_words
 from tests.store.build import add, make_store, plan, recipe
@@ -114,6 +114,10 @@ def test_info_says_what_a_store_is_made_of(cached: tuple[FeatureStore, ImageData
         ({"kind": "imagenet", "resize": 256, "crop": [224, 224], "interpolation": "bicubic"},
          "imagenet: resize 256, crop 224×224, bicubic"),
         ({"kind": "paper", "resize": None, "crop": None, "size": [96, 96]}, "paper: as it is, 96×96"),
+        ({"kind": "paper", "resize": [256, 256], "crop": [224, 224], "views": 4, "augment": {"kind": "chest"}},
+         "paper: resize 256×256, crop 224×224, 4 views (chest)"),
+        ({"resize": [256, 256], "crop": None, "size": [256, 256], "interpolation": "bilinear"},
+         "resize 256×256, bilinear"),
         ({"anything": 1}, ""),
         ({"kind": "own"}, "own"),
     ],
@@ -213,6 +217,33 @@ def test_an_export_of_rows_of_higher_rank_is_flattened_in_tables(home: Path, tmp
 
 
 @pytest.fixture
+def pixels(cached: tuple[FeatureStore, ImageDataset], home: Path) -> FeatureStore:
+    """Pixels of two of the images, and one that is planned, beside the features."""
+    transform = {"resize": [4, 4], "crop": None, "size": [4, 4], "interpolation": "bilinear"}
+    path = make_store(home, row_shape=(4, 4, 3), backbone="pixels", dtype="uint8", transform=transform)
+    values = np.zeros((2, 4, 4, 3), np.uint8)
+    plan(path, 0, ["a", "b"])
+    commit_shard(path, 0, ShardRows(("a", "b"), values, np.array([True, False]), ("", ""), ("", "broken")))
+    plan(path, 1, ["d"])
+    return FeatureStore(path)
+
+
+def test_pixels_are_listed_as_what_they_are(pixels: FeatureStore, home: Path) -> None:
+    row, features = list_cached()
+    assert (row.backbone, row.precision, row.transform) == ("pixels", "uint8", "resize 4×4, bilinear")
+    assert (row.rows, row.quarantined) == (1, 1)
+    assert row.owed == 1  # what is planned; nothing needs the others
+    assert (features.backbone, features.owed) == ("random", 0)
+    assert store_info(pixels, home).to_json()["dtype"] == "uint8"
+
+
+def test_pixels_are_not_exported(pixels: FeatureStore, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="pixels"):
+        export_features(pixels, dataset(["a", "b"]), tmp_path / "out.npz")
+    assert not (tmp_path / "out.npz").exists()
+
+
+@pytest.fixture
 def app() -> typer.Typer:
     """The commands of this family alone."""
     app = typer.Typer()
@@ -244,6 +275,27 @@ def test_commands_print_what_there_is(
     assert "snapshot" in done.stderr
     assert "1 images that could not be read" in done.stderr
     assert len(read_back(target)["ids"]) == 4
+
+
+def test_commands_know_pixels_and_views(pixels: FeatureStore, app: typer.Typer, tmp_path: Path, home: Path) -> None:
+    views = {**recipe().transform, "views": 2, "augment": {"kind": "chest", "degrees": 10.0}}
+    path = make_store(home, row_shape=(2, 3), transform=views)
+    add(path, 0, ["a", "b", ODD, "d"], row_shape=(2, 3))
+    add(path, 1, ["e"], row_shape=(2, 3))
+    run = CliRunner().invoke
+    listed = json.loads(run(app, ["ls", "--json", "-"], catch_exceptions=False).stdout)["stores"]
+    assert sorted((s["backbone"], s["views"]) for s in listed) == [("pixels", 1), ("random", 1), ("random", 2)]
+    out = run(app, ["info", "--backbone", "pixels"], catch_exceptions=False).stdout
+    assert "1 × (4, 4, 3) uint8, 1 images to go" in out
+    assert "weights" not in out
+    out = run(app, ["info", "--recipe", FeatureStore(path).recipe.fingerprint[:12]], catch_exceptions=False).stdout
+    assert "augment.degrees" in out
+    for arguments, columns in (([], 3), (["--views", "2"], 6)):
+        target = tmp_path / f"{columns}.csv"
+        asked = ["export", str(target), "--backbone", "random", "--dataset", "ds", *arguments]
+        assert run(app, asked, catch_exceptions=False).exit_code == 0
+        names = pd.read_csv(target).columns.tolist()[5:]
+        assert names == (["f0", "f1", "f2"] if columns == 3 else [f"v{v}_f{i}" for v in range(2) for i in range(3)])
 
 
 def test_commands_on_an_empty_home_say_what_to_type(app: typer.Typer, home: Path) -> None:

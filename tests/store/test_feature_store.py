@@ -150,3 +150,45 @@ def test_a_store_does_not_change_under_its_reader(tmp_path: Path) -> None:
     assert store.committed() == (0, 1)
     assert set(store.sources()) == {"a", "b"}
     assert len(FeatureStore(path)) == 2
+
+
+def views_of(number: int) -> dict[str, object]:
+    return {**recipe().transform, "views": number, "augment": {"kind": "chest"}}
+
+
+def test_plain_features_come_before_views_and_a_number_of_views_is_that_number(tmp_path: Path) -> None:
+    with_views = {number: make_store(tmp_path, row_shape=(number, 3), transform=views_of(number)) for number in (2, 4)}
+    for number, path in with_views.items():
+        assert FeatureStore(path).views == number
+        assert open_store("random", "ds", home=tmp_path, views=number).path == path
+    with pytest.raises(RecipeError, match=r"transform.views = 2") as caught:
+        open_store("random", "ds", home=tmp_path)
+    assert str(caught.value.fix).startswith("--views 2 | 4, or --recipe ")
+    with pytest.raises(StoreNotFoundError, match="with 1 view are") as missing:
+        open_store("random", "ds", home=tmp_path, views=1)
+    assert missing.value.fix == f"embcache extract --backbone random --dataset ds --home {tmp_path}"
+    assert "(4 views)" in str(missing.value.found)
+    plain = make_store(tmp_path)
+    assert open_store("random", "ds", home=tmp_path).path == plain
+    assert open_store("random", "ds", home=tmp_path, views=1).path == plain
+    fingerprint = FeatureStore(with_views[4]).recipe.fingerprint
+    assert open_store("random", "ds", home=tmp_path, recipe=fingerprint[:8]).path == with_views[4]
+    with pytest.raises(StoreNotFoundError, match="with 2 views under a recipe"):
+        open_store("random", "ds", home=tmp_path, recipe=fingerprint[:8], views=2)
+
+
+def test_views_alone_are_opened_without_being_asked_for(tmp_path: Path) -> None:
+    path = make_store(tmp_path, row_shape=(2, 3), transform=views_of(2))
+    add(path, 0, ["a", "b"], row_shape=(2, 3))
+    assert open_store("random", "ds", home=tmp_path).features[:].shape == (2, 2, 3)
+
+
+def test_pixels_are_no_backbone(tmp_path: Path) -> None:
+    path = make_store(tmp_path, row_shape=(4, 4, 3), backbone="pixels", dtype="uint8")
+    assert FeatureStore(path).holds_pixels
+    assert FeatureStore(path).views == 1
+    assert list_stores(tmp_path) == []
+    assert [store.path for store in list_stores(tmp_path, pixels=True)] == [path]
+    for backbone in ("random", "pixels"):
+        with pytest.raises(StoreNotFoundError, match="nothing cached"):
+            open_store(backbone, "ds", home=tmp_path)
