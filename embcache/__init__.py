@@ -2,6 +2,7 @@
 
 Stage 1, :func:`extract_features`, runs frozen vision backbones once over all images into feature stores.
 Stage 2, :func:`probe_features`, trains heads on the cached features in seconds.
+:func:`finetune_images` is the separate path: it trains backbones and head together, on images.
 
 Importing this package imports neither torch nor timm: each name is loaded when it is first used.
 """
@@ -22,6 +23,7 @@ _HOMES = {
     "open_store": "embcache.store.feature_store",
     "extract_features": "embcache.extract.run",
     "probe_features": "embcache.probe.run",
+    "finetune_images": "embcache.finetune.run",
     "ProbeResult": "embcache.probe.results",
 }
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from embcache.data.dataset import load_dataset as load_dataset
     from embcache.errors import EmbcacheError as EmbcacheError
     from embcache.extract.run import extract_features as extract_features
+    from embcache.finetune.run import finetune_images as finetune_images
     from embcache.probe.results import ProbeResult as ProbeResult
     from embcache.probe.run import probe_features as probe_features
     from embcache.store.feature_store import FeatureStore as FeatureStore

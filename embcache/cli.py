@@ -13,7 +13,20 @@ from typing import Annotated, NoReturn
 import typer
 
 import embcache
-from embcache.commands import backbones, datasets, demo, extract, probe, splits, store
+from embcache.commands import (
+    backbones,
+    compare,
+    datasets,
+    demo,
+    extract,
+    finetune,
+    predict,
+    probe,
+    rank,
+    run,
+    splits,
+    store,
+)
 from embcache.errors import EmbcacheError, UsageError
 
 app = typer.Typer(
@@ -49,7 +62,18 @@ app.command()(backbones.backbones)
 app.command()(probe.heads)
 app.command()(extract.extract)
 app.command()(probe.probe)
+app.command()(finetune.finetune)
 app.command()(probe.results)
+app.command()(run.run)
+app.command()(run.curves)
+app.command()(compare.compare)
+app.command()(compare.subgroups)
+app.command()(rank.rank)
+app.command()(rank.similarity)
+app.command()(predict.predict)
+app.command()(predict.submit)
+app.command()(predict.kaggle_score)
+app.command()(predict.export_head)
 app.add_typer(splits.app, name="splits")
 app.command()(store.ls)
 app.command()(store.info)
