@@ -167,9 +167,9 @@ class CheckpointFolder:
             "machine": dict(progress.machine),
         }
         replace_file(self.path / "state.json", seal(content, indent=None))
-        named = {record["name"] for fold in progress.folds for record in fold.files.values()}
-        for path in self.path.glob("*.safetensors"):
-            if path.name not in named:
+        named = {"state.json", *(record["name"] for fold in progress.folds for record in fold.files.values())}
+        for path in self.path.iterdir():
+            if path.is_file() and path.name not in named:
                 path.unlink(missing_ok=True)
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -182,7 +182,10 @@ class CheckpointFolder:
         """
         path = self.path / name
         try:
+            path.touch()
+            mode = path.stat().st_mode
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
+            path.chmod(mode)  # what the umask says: safetensors lets nobody else read
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             return {"name": name, **_fingerprint(path)}
@@ -222,8 +225,9 @@ class CheckpointFolder:
     def clear(self) -> None:
         """Remove what was saved; the folder itself, and a lock on it, go when `lock` is left."""
         (self.path / "state.json").unlink(missing_ok=True)
-        for path in self.path.glob("*.safetensors"):
-            path.unlink(missing_ok=True)
+        for path in self.path.iterdir():
+            if path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

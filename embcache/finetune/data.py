@@ -94,24 +94,23 @@ def known_images(
     files: DatasetFiles,
     home: PathLike | None,
     pool: Executor,
-    *,
-    decode: bool,
-) -> Images | None:
-    """What can be told of the images before their pixels are there.
-
-    From the pixel store, if it is complete and current. With ``decode``, else from any such feature store, else by
-    decoding every image once; without, else None.
-    """
-    pixels = open_pixels(ds, transform, home)
-    stores = [pixels] if pixels is not None else []
-    for store in [*stores, *(list_stores(home, ds.name) if decode else ())]:
-        if not plan_store(store, ds, files.root, files.scan, publish=False).shards:
+) -> Images:
+    """What any store that is complete and current knows of the images, else what decoding each of them once tells."""
+    cached = cached_images(ds, transform, files, home)
+    if cached is not None:
+        return cached
+    for store in list_stores(home, ds.name):
+        if _complete(store, ds, files):
             return store_images(store.restrict(ds.table["id"]))
-    if not decode:
-        return None
     found = [image for batch in prepare_batches(files.root, _sources(ds), [], _CHUNK, pool) for image in batch]
     names = ds.table["id"].tolist()
     return _images(names, [image.digest for image in found], [image.reason for image in found])
+
+
+def cached_images(ds: ImageDataset, transform: Transform, files: DatasetFiles, home: PathLike | None) -> Images | None:
+    """What the pixel store knows of the images, if it is complete and current."""
+    store = open_pixels(ds, transform, home)
+    return store_images(store) if store is not None and _complete(store, ds, files) else None
 
 
 def store_images(store: FeatureStore) -> Images:
@@ -227,6 +226,10 @@ def batches(
         for futures in pending:
             for future in futures:
                 future.cancel()
+
+
+def _complete(store: FeatureStore, ds: ImageDataset, files: DatasetFiles) -> bool:
+    return not plan_store(store, ds, files.root, files.scan, publish=False).shards
 
 
 def _sources(ds: ImageDataset) -> list[Source]:

@@ -53,7 +53,9 @@ def begin(
     done = sum(fold.finished for fold in found.folds)
     current = next((fold for fold in found.folds if not fold.finished), None)
     where = f"{done} of {asked.settings.folds} folds finished"
-    where += f", fold {done} trained for {current.epoch} epochs" if current is not None else ""
+    where += (
+        f", fold {done} trained for {current.epoch} epoch{'s' * (current.epoch != 1)}" if current is not None else ""
+    )
     if not resume:
         raise StoreError(
             "an interrupted run of this request is there", found=where, where=folder.path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
@@ -237,6 +238,9 @@ def choose_schedule(specs: Sequence[Backbone], settings: Settings) -> Schedule:
 
 def _check_arithmetic(settings: Settings) -> torch.device:
     device = pick_device(settings.device)
+    if device.type == "cuda":
+        # cuBLAS repeats its sums only with a workspace of its own, asked for before it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if settings.precision not in PRECISIONS:
         raise UsageError(
             "unknown precision", expected=", ".join(PRECISIONS), found=settings.precision, fix="--precision fp32"

@@ -7,13 +7,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from embcache.data.dataset import ImageDataset
 from embcache.extract.request import default_workers
 from embcache.finetune.checkpoint import CheckpointFolder, Progress
-from embcache.finetune.data import cached_frames, decode_frames, known_images, store_images, stored_frames
+from embcache.finetune.data import (
+    cached_frames,
+    cached_images,
+    decode_frames,
+    known_images,
+    store_images,
+    stored_frames,
+)
 from embcache.finetune.folds import FoldRun, Tell, begin, head_of, kept_models, outcome
 from embcache.finetune.request import Settings, ask
 from embcache.paths import PathLike
@@ -137,7 +146,7 @@ def finetune_images(
             store = cached_frames(ds, asked.transform, home, workers or None, say)
             images = store_images(store)
         else:
-            known = known_images(ds, asked.transform, asked.files, home, pool, decode=False)
+            known = cached_images(ds, asked.transform, asked.files, home)
             if known is not None:
                 images = known
             else:
@@ -200,8 +209,7 @@ def find_finetuned(
     settings = Settings(**request)
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         asked = ask(ds, backbones, settings, home, pool, allow_download=False)
-        images = known_images(ds, asked.transform, asked.files, home, pool, decode=True)
-        assert images is not None
+        images = known_images(ds, asked.transform, asked.files, home, pool)
         plan = asked.plan(ds, images)
     id = run_id(asked.request(ds, plan, images))
     result = find_run(id, ds.name, home)
@@ -213,7 +221,7 @@ def find_finetuned(
 
 def _result(run: FoldRun, request: Mapping[str, Any], done: Progress, p: FloatArray, source: str) -> ProbeResult:
     asked = run.asked
-    return summarise(
+    result = summarise(
         run.ds,
         [run.plan],
         asked.subset,
@@ -227,6 +235,7 @@ def _result(run: FoldRun, request: Mapping[str, Any], done: Progress, p: FloatAr
         source=source,
         seconds=done.seconds,
     )
+    return replace(result, versions={**result.versions, **{name: version(name) for name in ("timm", "torchvision")}})
 
 
 def _save(run: FoldRun, result: ProbeResult, done: Progress, p: FloatArray, home: PathLike | None) -> None:

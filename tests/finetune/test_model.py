@@ -1,0 +1,148 @@
+"""Backbones and head as one model: its size, its names, its arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embcache.data.dataset import ImageDataset
+from embcache.errors import StoreError, UsageError, WeightsError
+from embcache.extract.backbones import find_backbone
+from embcache.extract.transforms import Transform, choose_transform
+from embcache.extract.worker import freeze
+from embcache.finetune import finetune_images, load_finetuned
+from embcache.finetune.data import choose_transforms
+from embcache.finetune.model import ImageModel, assemble, check_head, count_parameters, empty_backbone, is_dino
+from embcache.finetune.request import Settings, choose_schedule
+from embcache.probe.heads import make_head
+from embcache.probe.results import runs_dir
+from embcache.probe.stack import stream_generator
+from tests.finetune.conftest import QUICK, RESNET, VIT
+
+CPU = torch.device("cpu")
+
+
+def build(head: str, backbones: list[str], classes: int = 5) -> ImageModel:
+    specs = [find_backbone(name) for name in backbones]
+    model = check_head(make_head(head), backbones)
+    transforms = {spec.name: choose_transform(spec, "paper", {(96, 96)}) for spec in specs}
+    networks = {spec.name: empty_backbone(spec, (96, 96)) for spec in specs}
+    params = model.init(stream_generator("0", "init"), {spec.name: spec.dim for spec in specs}, classes)
+    return assemble(networks, transforms, model, params, CPU, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("head", "backbones", "total"),
+    [
+        ("linear", ["random"], 23_518_277),
+        ("linear", ["dino"], 21_677_957),
+        ("dvme", ["simclr", "swav", "dino"], 72_364_045),
+    ],
+)
+def test_finetuned_models_have_the_paper_s_sizes(head: str, backbones: list[str], total: int) -> None:
+    assert count_parameters(build(head, backbones)) == total
+
+
+def test_every_parameter_is_trained(ds: ImageDataset) -> None:
+    model = build("dvme", [RESNET, VIT], classes=2)
+    pixels = torch.randint(0, 256, (4, 96, 96, 3), dtype=torch.uint8)
+    masks = {"hidden": torch.ones(4, 512)}
+    model.train()
+    model.logits(pixels, masks).square().sum().backward()
+    without = [name for name, value in model.trainable().items() if value.grad is None]
+    assert not without
+
+
+def test_a_fresh_head_is_the_one_that_probing_trains() -> None:
+    model = build("mlp", ["random"])
+    expected = make_head("mlp").init(stream_generator("0", "init"), {"random": 2048}, 5)  # type: ignore[attr-defined]
+    assert set(model.params) == set(expected)
+    assert all(torch.equal(model.params[name], value) for name, value in expected.items())
+
+
+def test_features_are_those_of_extraction(ds: ImageDataset) -> None:
+    from embcache.extract.backbones import load_backbone
+
+    loaded = load_backbone(VIT, image_size=(32, 32))
+    transform = choose_transform(loaded.spec, "paper", {(32, 32)})
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    features = freeze(loaded, transform, "cpu", "fp32").features(pixels)
+    params = {"classifier.weight": torch.eye(loaded.spec.dim)[:5], "classifier.bias": torch.zeros(5)}
+    head = check_head(make_head("linear"), [VIT])
+    model = assemble({VIT: loaded.module}, {VIT: transform}, head, params, CPU, "fp32")
+    model.train(False)
+    assert np.allclose(model.logits(torch.from_numpy(pixels)).detach().numpy(), features[:, :5], atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["knn", "logreg", "concat"])
+def test_heads_of_fixed_features_are_refused(head: str) -> None:
+    with pytest.raises(UsageError, match="cannot be trained together"):
+        check_head(make_head(head), ["random"])
+
+
+def test_sets_of_backbones_are_checked() -> None:
+    with pytest.raises(UsageError, match="one backbone at a time"):
+        check_head(make_head("linear"), ["random", "dino"])
+    with pytest.raises(UsageError, match="twice"):
+        check_head(make_head("dvme"), ["dino", "dino"])
+    with pytest.raises(UsageError, match="no backbone"):
+        check_head(make_head("linear"), [])
+
+
+def test_dino_is_trained_gently() -> None:
+    dino, random, lite = (find_backbone(name) for name in ("dino", "random", "effnet_lite0"))
+    timms = find_backbone("timm:vit_small_patch8_224.dino")
+    assert [is_dino(spec) for spec in (dino, timms, random, lite)] == [True, True, False, False]
+    for specs in ([dino], [random, dino]):
+        schedule = choose_schedule(specs, Settings())
+        assert (schedule.lr, schedule.batch_size) == (1e-4, 16)
+    assert (choose_schedule([random], Settings()).lr, choose_schedule([random], Settings()).batch_size) == (1e-3, 64)
+    asked = choose_schedule([dino], Settings(lr=3e-4, batch_size=8, max_epochs=4))
+    assert (asked.lr, asked.batch_size, asked.max_epochs) == (3e-4, 8, 4)
+
+
+def test_backbones_that_are_trained_together_see_the_same_pixels() -> None:
+    random, dino = find_backbone("random"), find_backbone("dino")
+    assert choose_transforms([random], None, {(90, 90)})["random"].size == (90, 90)
+    chosen = choose_transforms([random, dino], None, {(90, 90)})  # 90 does not divide by 8
+    assert {t.size for t in chosen.values()} == {(224, 224)}
+    assert {t.size for t in choose_transforms([random, dino], None, {(96, 96)}).values()} == {(96, 96)}
+    with pytest.raises(UsageError, match="same pixels"):
+        choose_transforms([random, dino], "imagenet", {(300, 300)})  # bilinear and bicubic
+
+
+def test_a_saved_model_predicts_what_the_run_predicted(ds: ImageDataset, pictures: Path) -> None:
+    from PIL import Image
+
+    from embcache.probe.results import load_predictions
+
+    result = finetune_images(ds, [RESNET, VIT], **{**QUICK, "head": "dvme-noattn", "max_epochs": 1})
+    run = runs_dir(ds.name) / result.id
+    table = load_predictions(run)
+    paths = dict(zip(ds.table["id"], ds.table["path"], strict=True))
+    for fold in range(2):
+        model = load_finetuned(run, result, fold)
+        assert isinstance(model.transform, Transform)
+        rows = table[table["fold"] == fold]
+        pixels = np.stack([model.transform.geometry(np.asarray(Image.open(pictures / paths[i]))) for i in rows["id"]])
+        assert np.allclose(model.predict(pixels), rows[["p_0", "p_1"]], atol=1e-6)
+
+
+def test_what_cannot_be_loaded_is_said(ds: ImageDataset) -> None:
+    result = finetune_images(ds, RESNET, **{**QUICK, "max_epochs": 1}, keep_models=False)
+    run = runs_dir(ds.name) / result.id
+    assert not list(run.glob("*.safetensors"))
+    with pytest.raises(StoreError, match="not kept"):
+        load_finetuned(run, result, 0)
+    with pytest.raises(UsageError, match="no such finetuned model"):
+        load_finetuned(run, result, 7)
+
+
+def test_a_model_of_another_network_is_refused() -> None:
+    model = build("linear", ["random"])
+    state = {name: value for name, value in model.state().items() if not name.startswith("head.")}
+    with pytest.raises(WeightsError, match="does not fit"):
+        model.load(state)

@@ -1,0 +1,349 @@
+"""What a user relies on in finetuning: the protocol of probing, and the same result whatever happened on the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import embcache.finetune.data as data
+import embcache.finetune.folds as folds
+from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.errors import CorruptStoreError, EmbcacheError, ProtocolError, StoreError, UsageError, WeightsError
+from embcache.extract.run import extract_features
+from embcache.finetune import find_finetuned, finetune_images
+from embcache.finetune.model import ImageModel
+from embcache.finetune.named import finetune_named
+from embcache.probe.results import ProbeResult, list_results, load_heads, load_predictions, runs_dir
+from embcache.probe.run import probe_features
+from tests.finetune.conftest import QUICK, RESNET, VIT, draw
+
+OPTIONS: dict[str, Any] = QUICK
+
+
+def run(ds: ImageDataset, **changes: Any) -> ProbeResult:
+    return finetune_images(ds, RESNET, **{**OPTIONS, **changes})
+
+
+def predictions(ds: ImageDataset, result: ProbeResult, home: Path | None = None) -> pd.DataFrame:
+    return load_predictions(runs_dir(ds.name, home) / result.id)
+
+
+def reached(result: ProbeResult) -> tuple[object, ...]:
+    return result.id, result.mean, result.std, result.interval, result.val_mean, result.folds
+
+
+def partials(ds: ImageDataset, home: Path | None = None) -> list[Path]:
+    return list(runs_dir(ds.name, home).glob(".*.partial"))
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Ctrl-C after so many checkpoints."""
+
+    def after(epochs: int) -> None:
+        original, seen = folds.CheckpointFolder.write, []
+
+        def write(self: folds.CheckpointFolder, progress: folds.Progress) -> None:
+            original(self, progress)
+            seen.append(1)
+            if len(seen) == epochs:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(folds.CheckpointFolder, "write", write)
+
+    yield after
+    monkeypatch.undo()
+
+
+def test_the_result_is_a_run_like_one_of_probing(ds: ImageDataset) -> None:
+    extract_features(RESNET, ds, transform="paper")
+    probed = probe_features(ds, RESNET, subset=16, folds=2, val="matched")
+    result = run(ds)
+    assert result.kind == "finetune"
+    assert result.id.startswith("finetune-linear-16-")
+    assert result.request["splits"] == probed.request["splits"]
+    assert (result.n_train, result.n_val, result.n_test, result.metric) == (16, 16, 12, "auc")
+    assert [r.kind for r in list_results(dataset=ds.name)] == ["finetune", "probe"]
+    assert result.recipes[RESNET]["transform"]["kind"] == "paper"
+    assert [fold.lr for fold in result.folds] == [1e-3, 1e-3]
+    table = predictions(ds, result)
+    assert table["id"].tolist() == predictions(ds, probed)["id"].tolist()
+    assert np.allclose(table["p_0"] + table["p_1"], 1)
+    kept = runs_dir(ds.name) / result.id
+    for fold, head in enumerate(load_heads(kept)):
+        model = load_file(kept / f"model-fold{fold}.safetensors")
+        assert torch.equal(model["head.classifier.weight"], head["classifier.weight"])
+    assert not partials(ds)
+
+
+def test_a_saved_result_is_returned_and_found(ds: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = find_finetuned(ds, RESNET, **{**OPTIONS, "workers": 1})
+    result = run(ds)
+    assert before == result.id
+    monkeypatch.setattr(folds, "train_fold", None)
+    assert reached(run(ds)) == reached(result)
+    found = find_finetuned(ds, RESNET, **OPTIONS)
+    assert isinstance(found, ProbeResult)
+    assert reached(found) == reached(result)
+    assert find_finetuned(ds, RESNET, **{**OPTIONS, "seed": 1}) != result.id
+
+
+def test_nothing_that_should_not_matter_changes_the_result(ds: ImageDataset, tmp_path: Path) -> None:
+    reference = run(ds, home=tmp_path / "a")
+    p = predictions(ds, reference, tmp_path / "a")
+    for number, changes in enumerate(({"pixel_cache": False}, {"workers": 0}, {"workers": 1}, {"keep_models": False})):
+        home = tmp_path / str(number)
+        other = run(ds, home=home, **changes)
+        assert reached(other) == reached(reference)
+        pd.testing.assert_frame_equal(predictions(ds, other, home), p, check_exact=True)
+        assert bool(list((home / ds.name).glob("pixels-*"))) == changes.get("pixel_cache", True)
+
+
+def test_what_matters_makes_another_run(ds: ImageDataset) -> None:
+    ids = {
+        find_finetuned(ds, RESNET, **{**OPTIONS, **changes})
+        for changes in (
+            {}, {"seed": 1}, {"lr": 1e-4}, {"max_epochs": 4}, {"precision": "bf16"}, {"transform": "imagenet"},
+            {"accumulate": 2}, {"head": "mlp"}, {"subset": 12}, {"folds": 3}, {"batch_size": 4},
+        )
+    }  # fmt: skip
+    assert len(ids) == 11
+
+
+def test_an_image_that_cannot_be_read_is_left_out_either_way(pictures: Path, ds: ImageDataset, tmp_path: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "lesions")
+    broken = tmp_path / "lesions" / "train" / "benign" / "03.png"
+    broken.write_bytes(broken.read_bytes()[:150])
+    damaged = load_dataset("folder", tmp_path / "lesions")
+    cached = run(damaged, home=tmp_path / "cached")
+    direct = run(damaged, home=tmp_path / "direct", pixel_cache=False)
+    assert reached(cached) == reached(direct)
+    assert any("1 unreadable" in note for note in cached.notes)
+
+
+def test_pixels_that_do_not_fit_in_memory_are_mapped_from_a_file(
+    ds: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = run(ds)
+    monkeypatch.setattr(data.os, "sysconf", lambda name: 1)
+    assert isinstance(data.allocate((4, 4, 4, 3), tmp_path / "a"), np.memmap)
+    assert reached(run(ds, reuse=False)) == reached(reference)
+
+
+def test_an_interrupted_run_is_resumed_only_when_told(ds: ImageDataset, tmp_path: Path, interrupt: Any) -> None:
+    reference = run(ds, home=tmp_path / "whole")
+    for checkpoints in (2, 3):  # after the last epoch of the first fold, and after its test
+        interrupt(checkpoints)
+        with pytest.raises(KeyboardInterrupt):
+            run(ds)
+        interrupt(10**6)
+        with pytest.raises(StoreError, match=r"of 2 folds finished(.|\n)*--resume(.|\n)*--again"):
+            run(ds)
+        said: list[str] = []
+        resumed = run(ds, resume=True, say=said.append)
+        assert any(line.startswith("resumed:") for line in said)
+        assert reached(resumed) == reached(reference)
+        pd.testing.assert_frame_equal(
+            predictions(ds, resumed), predictions(ds, reference, tmp_path / "whole"), check_exact=True
+        )
+        assert not partials(ds)
+        shutil.rmtree(runs_dir(ds.name))
+
+
+def test_again_starts_over(ds: ImageDataset, interrupt: Any) -> None:
+    reference = run(ds)
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(ds, reuse=False)
+    interrupt(10**6)
+    assert reached(run(ds)) == reached(reference)  # the saved result is still there
+    assert reached(run(ds, reuse=False)) == reached(reference)
+    assert not partials(ds)
+
+
+def test_nothing_to_resume_is_said(ds: ImageDataset) -> None:
+    said: list[str] = []
+    run(ds, resume=True, max_epochs=1, say=said.append)
+    assert any("no checkpoint to resume" in line for line in said)
+
+
+def test_a_killed_process_is_resumed_to_the_same_bits(ds: ImageDataset, tmp_path: Path, networks: Path) -> None:
+    reference = run(ds, home=tmp_path / "whole")
+    options = {name: value for name, value in OPTIONS.items() if name != "workers"}
+    script = (
+        "import os, signal\nfrom embcache.data.dataset import load_dataset\nimport embcache.finetune.folds as folds\n"
+        "from embcache.finetune import finetune_images\n"
+        "original, seen = folds.CheckpointFolder.save, []\n"
+        "def save(self, name, tensors):\n"
+        "    seen.append(name)\n"
+        "    if name.startswith('fold1-train'):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, name, tensors)\n"
+        "folds.CheckpointFolder.save = save\n"
+        f"ds, home = load_dataset('folder', {str(ds.root)!r}), {str(tmp_path / 'killed')!r}\n"
+        f"finetune_images(ds, {RESNET!r}, home=home, **{options!r})\n"
+    )
+    environment = {**os.environ, "EMBCACHE_WEIGHTS": str(networks), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    resumed = run(ds, home=tmp_path / "killed", resume=True)
+    assert reached(resumed) == reached(reference)
+    pd.testing.assert_frame_equal(
+        predictions(ds, resumed, tmp_path / "killed"), predictions(ds, reference, tmp_path / "whole"), check_exact=True
+    )
+    for fold in range(2):
+        one, other = (
+            load_file(runs_dir(ds.name, tmp_path / home) / reference.id / f"model-fold{fold}.safetensors")
+            for home in ("whole", "killed")
+        )
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_run_of_another_request_is_not_resumed_from_this_checkpoint(ds: ImageDataset, interrupt: Any) -> None:
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(ds)
+    interrupt(10**6)
+    said: list[str] = []
+    other = run(ds, seed=1, resume=True, say=said.append)
+    assert any("no checkpoint to resume" in line for line in said)
+    assert reached(other) == reached(run(ds, seed=1, reuse=False))
+    assert len(partials(ds)) == 1  # the first one's, untouched
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(ds: ImageDataset, interrupt: Any) -> None:
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(ds)
+    interrupt(10**6)
+    (file,) = partials(ds)[0].glob("fold0-train-*")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CorruptStoreError, match=r"1,000 bytes(.|\n)*--again"):
+        run(ds, resume=True)
+    assert run(ds, reuse=False).kind == "finetune"
+
+
+def test_a_fold_that_diverges_stops_alone(ds: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(ds)
+    original, calls = ImageModel.logits, []
+
+    def spoil(self: ImageModel, pixels: torch.Tensor, masks: Any = None) -> torch.Tensor:
+        calls.append(1)
+        return original(self, pixels, masks) * (float("nan") if len(calls) == 1 else 1.0)
+
+    monkeypatch.setattr(ImageModel, "logits", spoil)
+    result = run(ds, reuse=False)
+    assert [fold.failed for fold in result.folds] == [True, False]
+    assert result.folds[1] == whole.folds[1]
+    assert result.mean == whole.folds[1].score
+    assert any("fold 0 diverged in its first epoch" in note for note in result.notes)
+    assert sorted(path.name for path in (runs_dir(ds.name) / result.id).glob("model*")) == ["model-fold1.safetensors"]
+    assert set(predictions(ds, result)["fold"]) == {1}
+
+
+def test_every_fold_diverging_is_one_error_and_no_run(ds: ImageDataset) -> None:
+    with pytest.raises(ProtocolError, match="diverged"):
+        run(ds, lr=1e30)
+    assert not list_results(dataset=ds.name)
+
+
+def test_without_saving_nothing_is_written(ds: ImageDataset) -> None:
+    result = run(ds, save=False, pixel_cache=False, max_epochs=1)
+    assert result.mean is not None
+    assert not runs_dir(ds.name).exists() or not list(runs_dir(ds.name).iterdir())
+
+
+def test_several_backbones_are_trained_together(ds: ImageDataset) -> None:
+    result = finetune_images(ds, [RESNET, VIT], **{**OPTIONS, "head": "dvme", "max_epochs": 1})
+    assert result.backbones == (RESNET, VIT)
+    state = load_file(runs_dir(ds.name) / result.id / "model-fold0.safetensors")
+    assert {name.split(".")[0] for name in state} == {"backbone", "head"}
+    assert any(name.startswith(f"backbone.{VIT}.blocks") for name in state)
+    assert any(name.startswith(f"head.project.{RESNET}") for name in state)
+
+
+def test_extraction_reads_the_pixels_that_finetuning_kept(ds: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(ds, max_epochs=1)
+    monkeypatch.setattr("embcache.extract.batching.read_image", None)
+    assert len(extract_features(RESNET, ds, transform="paper")) == 60  # type: ignore[arg-type]
+
+
+def test_weights_that_do_not_fit_are_extraction_s_error(ds: ImageDataset, tmp_path: Path) -> None:
+    save_file({"conv.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match="does not fit"):
+        run(ds, weights=tmp_path / "other.safetensors")
+    assert not runs_dir(ds.name).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"head": "knn"}, UsageError, "trained together"),
+        ({"subset": 500}, ProtocolError, "larger than the pool"),
+        ({"precision": "fp16", "device": "cpu"}, UsageError, "CUDA"),
+        ({"precision": "fp64"}, UsageError, "unknown precision"),
+        ({"accumulate": 9}, UsageError, "divided"),
+        ({"accumulate": 8}, UsageError, "one image at a time"),
+        ({"lr": 0.0}, UsageError, "learning rate"),
+        ({"max_epochs": 0}, UsageError, "max_epochs"),
+        ({"folds": 1}, UsageError, "two folds"),
+    ],
+)
+def test_bad_requests_are_one_error_and_write_no_run(
+    ds: ImageDataset, changes: dict[str, Any], error: type[EmbcacheError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(ds, **changes)
+    assert not runs_dir(ds.name).exists() or not list(runs_dir(ds.name).iterdir())
+
+
+def test_images_of_another_size_are_resized_and_cropped_at_random(
+    tmp_path: Path, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(24):
+        draw(tmp_path / "large" / ("a" if index % 2 else "b") / f"{index}.png", index, 30, size=230 + index)
+    large = load_dataset("folder", tmp_path / "large")
+    seen: list[tuple[int, ...]] = []
+    original = ImageModel.logits
+
+    def look(self: ImageModel, pixels: torch.Tensor, masks: Any = None) -> torch.Tensor:
+        seen.append(tuple(pixels.shape[1:]))
+        return original(self, pixels, masks)
+
+    monkeypatch.setattr(ImageModel, "logits", look)
+    result = run(large, subset=6, max_epochs=1)
+    assert set(seen) == {(224, 224, 3)}
+    assert result.request["augment"]["frame"] == [256, 256]
+
+
+def test_progress_reaches_its_end(ds: ImageDataset) -> None:
+    told: list[tuple[int, int]] = []
+    run(ds, progress=lambda done, total, label: told.append((done, total)))
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1] == (2 * (2 * 32 + 12), 2 * (2 * 32 + 12))
+
+
+def test_names_give_a_result_for_each_backbone_and_subset(ds: ImageDataset) -> None:
+    common = {key: value for key, value in OPTIONS.items() if key != "subset"}
+    results = finetune_named(
+        ["folder"], [RESNET, VIT], subsets=[8, 16], data_root=ds.root, **{**common, "max_epochs": 1}
+    )
+    assert [(r.backbones, r.subset) for r in results] == [
+        ((RESNET,), "8"), ((RESNET,), "16"), ((VIT,), "8"), ((VIT,), "16"),
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="no backbone"):
+        finetune_named(["folder"], [], data_root=ds.root)
+    with pytest.raises(UsageError, match="for one dataset"):
+        finetune_named(["a", "b"], [RESNET], data_root=ds.root)
