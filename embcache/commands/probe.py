@@ -196,7 +196,7 @@ def heads() -> None:
         ["head", "backbones", "parameters", "options", "what it is"],
         rows,
         notes=[
-            "parameters: five classes, on 2048 features or on those of simclr, swav and dino; heads without any are solved",
+            "parameters: five classes, on 2048 features or on those of simclr, swav and dino; solved heads have none",
             "options: as --head-option takes them",
         ],
     )

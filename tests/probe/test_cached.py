@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,38 @@ def test_probe_prints_json(two: list[ImageDataset], home: Path, tmp_path: Path) 
     assert sorted(r["id"] for r in listed) == sorted(r["id"] for r in printed)
 
 
+def test_what_is_asked_beyond_the_default_has_columns_of_its_own(two: list[ImageDataset], home: Path) -> None:
+    plain = cli("probe", "--dataset", "first", "--backbone", "a").stdout
+    assert not any(header in plain for header in ("learning rate ", "repeats", "target", "chosen"))
+    done = cli("probe", "--dataset", "first", "--backbone", "a", "--lr", "1e-30,1e-2", "--lr", "1e-3", "--repeats", "2")
+    row = next(line for line in done.stdout.splitlines() if line.startswith("first"))
+    assert sum(int(part.split(",")[0]) for part in row.split("×")[1:]) == 10
+    assert "over folds of all repeats" in done.stdout
+    cli("probe", "--dataset", "first", "--backbone", "a", "--head", "logreg", "--head-option", "Cs=[0.01, 0.1]")
+    listed = cli("results").stdout
+    assert "C 0.01" in listed
+    assert "logreg (Cs=[0.01, 0.1])" in listed
+
+
+def test_views_are_probed_where_they_are_cached(two: list[ImageDataset], home: Path) -> None:
+    features = make_features(two[0])
+    put_store(home, two[0], "viewed", np.stack([features, features, features], 1))
+    assert cached_backbones("first", home) == ["a", "b", "viewed"]
+    assert cached_backbones("first", home, views=3) == ["viewed"]
+    results = probe_cached(home=home, views=3)
+    assert [(r.dataset, r.backbones) for r in results] == [("first", ("viewed",))]
+    assert "one of 3 views" in cli("probe", "--views", "3").stdout
+
+
+def test_a_column_of_the_snapshot_is_probed(home: Path) -> None:
+    ds = make_dataset([0, 1] * 60)
+    ds = replace(ds, table=ds.table.assign(view=["AP", "PA", "PA"] * 40))
+    put_store(home, ds, "a", make_features(ds))
+    done = cli("probe", "--dataset", "toy", "--target", "view", "--head", "knn")
+    assert "target" in done.stdout
+    assert "the labels are the column 'view'" in done.stdout
+
+
 def test_results_lists_run_ids(two: list[ImageDataset], home: Path) -> None:
     assert "no results" in cli("results").stdout
     (result, _) = probe_cached(["first"], home=home)
@@ -133,6 +166,12 @@ def test_local_test_sets_are_called_not_comparable(two: list[ImageDataset], home
         (["--dataset", "first", "--backbone", "dino"], StoreNotFoundError, "no features of dino"),
         (["--folds", "1"], UsageError, "two folds"),
         (["--lr", "0"], UsageError, "learning rate"),
+        (["--lr", "1e-3,fast"], UsageError, "learning rate must be a number"),
+        (["--head-option", "k"], UsageError, "not given as it should be"),
+        (["--head", "knn", "--head-option", "k=few", "--dataset", "first"], UsageError, "no usable value"),
+        (["--views", "4"], StoreNotFoundError, "with 4 views"),
+        (["--views", "4", "--dataset", "first"], StoreNotFoundError, "with 4 views of each image"),
+        (["--target", "sex", "--dataset", "first"], UsageError, "no column 'sex'"),
         (["--dataset", "first", "--splits", "none"], UsageError, "no such splits file"),
         (["--dataset", "first,"], UsageError, "empty name"),
     ],

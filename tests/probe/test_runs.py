@@ -1,0 +1,193 @@
+"""Run folders: whole or not at all, verified, found by a few letters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from embcache.errors import StoreError, StoreNotFoundError
+from embcache.probe import results as results_module
+from embcache.probe.protocol import plan_splits
+from embcache.probe.results import (
+    ProbeResult,
+    find_run,
+    find_run_anywhere,
+    load_heads,
+    load_predictions,
+    load_result,
+    run_id,
+    runs_dir,
+    save_run,
+)
+from embcache.probe.summary import Outcome, prediction_table, summarise
+from tests.probe.build import make_dataset
+
+MODEL = np.random.default_rng(0).bytes(3_000_000)
+
+
+def make_run(
+    kind: str = "finetune", head: str = "linear", seed: int = 0, dataset: str = "toy"
+) -> tuple[ProbeResult, pd.DataFrame]:
+    """A result that some other path than probing made."""
+    ds = make_dataset([0, 1] * 40, split=["train"] * 60 + ["test"] * 20, name=dataset)
+    plans = [plan_splits(ds, subsets=["S"], folds=3, seed=s) for s in (seed, seed + 1)]
+    p = np.random.default_rng(seed).dirichlet([1, 1], size=(6, 20))
+    outcomes = [Outcome(k + 1, 9, 0.5 + k / 100, 1e-4) for k in range(6)]
+    request = {"kind": kind, "head": {"name": head}, "subset": "S", "dataset": dataset, "seed": seed}
+    result = summarise(
+        ds,
+        plans,
+        "S",
+        kind=kind,
+        backbones=["random"],
+        head=head,
+        request=request,
+        recipes={"random": {"backbone": "random"}},
+        outcomes=outcomes,
+        p=p,
+        source="live",
+        seconds=1.0,
+        notes=["a note of its own"],
+    )
+    return result, prediction_table(plans[0], p, outcomes)
+
+
+def test_results_of_other_paths_are_put_together_the_same_way(home: Path) -> None:
+    result, frame = make_run()
+    assert result.id.startswith("finetune-linear-S-")
+    assert run_id({**result.request, "kind": "probe"}).startswith("linear-S-")
+    assert [(f.fold, f.repeat, f.best_epoch, f.lr) for f in result.folds] == [
+        (k, k // 3, k + 1, 1e-4) for k in range(6)
+    ]
+    assert result.mean == pytest.approx(np.mean([f.score for f in result.folds]))
+    assert "a note of its own" in result.notes
+    assert list(frame.columns) == ["id", "label", "group", "fold", "p_0", "p_1"]
+    assert frame["group"].tolist() == frame["id"].tolist()  # each image is a group of its own here
+    assert frame.groupby("fold").size().tolist() == [20] * 6
+    assert load_result(save_run(result, frame, [], home)) == result
+
+
+def test_a_single_scored_fold_has_no_deviation() -> None:
+    ds = make_dataset([0, 1] * 40, split=["train"] * 60 + ["test"] * 20)
+    plan = plan_splits(ds, subsets=["S"], folds=2)
+    p = np.random.default_rng(0).dirichlet([1, 1], size=(2, 20))
+    result = summarise(
+        ds, [plan], "S", kind="probe", backbones=["a"], head="linear",
+        request={"kind": "probe", "head": {"name": "linear"}, "subset": "S"}, recipes={},
+        outcomes=[Outcome(0, 1, None, 1e-3, diverged=True), Outcome(5, 30, 0.7, 1e-3)],
+        p=p, source="live", seconds=1.0,
+    )  # fmt: skip
+    assert result.mean == result.folds[1].score
+    assert result.std is None
+    assert "±" not in repr(result)
+    assert ProbeResult.from_json(result.to_json()) == result
+
+
+def test_files_of_a_run_are_moved_in_and_recorded(home: Path, tmp_path: Path) -> None:
+    result, frame = make_run()
+    model = tmp_path / "model-fold0.safetensors"
+    model.write_bytes(MODEL)
+    run = save_run(result, frame, [], home, files={model.name: model, "log.txt": b"epoch 1"})
+    assert not model.exists()
+    assert (run / model.name).read_bytes() == MODEL
+    assert (run / "log.txt").read_bytes() == b"epoch 1"
+    assert not (run / "heads.safetensors").exists()
+    assert find_run(result.id, "toy", home) == result
+    with pytest.raises(StoreError, match="no such file"):
+        load_heads(run)
+    damaged = bytearray(MODEL)
+    damaged[-7] ^= 1
+    (run / model.name).write_bytes(bytes(damaged))
+    assert find_run(result.id, "toy", home) is None
+
+
+def test_where_a_run_cannot_be_written_its_files_stay_where_they_were(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, frame = make_run()
+    model = tmp_path / "model-fold0.safetensors"
+    model.write_bytes(MODEL)
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results_module, "_swap", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_run(result, frame, [], home, files={model.name: model})
+    assert model.read_bytes() == MODEL
+    assert list(runs_dir("toy", home).iterdir()) == []
+
+
+def test_a_file_on_another_file_system_is_copied(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, frame = make_run()
+    (tmp_path / "m").write_bytes(MODEL)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(results_module.os, "link", refuse)
+    run = save_run(result, frame, [], home, files={"m": tmp_path / "m"})
+    assert (run / "m").read_bytes() == MODEL
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("name", ["predictions.parquet", "heads.safetensors"])
+@pytest.mark.parametrize("harm", ["flipped bit", "gone"])
+def test_damaged_files_are_never_read(home: Path, name: str, harm: str) -> None:
+    result, frame = make_run("probe")
+    run = save_run(result, frame, [{"w": torch.ones(50)} for _ in range(6)], home)
+    load = load_predictions if name.startswith("pred") else load_heads
+    assert len(load(run))
+    data = bytearray((run / name).read_bytes())
+    data[len(data) // 2] ^= 16
+    (run / name).write_bytes(bytes(data)) if harm == "flipped bit" else (run / name).unlink()
+    with pytest.raises(StoreError, match="cannot be read") as caught:
+        load(run)
+    assert name in str(caught.value)
+
+
+def test_runs_are_found_by_id_by_its_beginning_and_by_its_digits(home: Path) -> None:
+    made = [make_run(kind, head, seed) for kind, head, seed in [("probe", "linear", 0), ("probe", "dvme", 0)]]
+    made.append(make_run("finetune", "linear", 1, dataset="other"))
+    for result, frame in made:
+        save_run(result, frame, [{"w": torch.ones(1)} for _ in range(6)], home)
+    for result, _ in made:
+        for asked in (result.id, result.id[:-6], result.id.rpartition("-")[2][:8]):
+            assert find_run_anywhere(asked, home) == (result, runs_dir(result.dataset, home) / result.id)
+    assert find_run_anywhere("fine", home)[0].dataset == "other"
+
+
+def test_runs_that_are_not_there_or_several_are_listed(home: Path) -> None:
+    with pytest.raises(StoreNotFoundError, match="no such run") as caught:
+        find_run_anywhere("linear-S", home)
+    assert "none is saved yet" in str(caught.value)
+    ids = []
+    for seed in range(2):
+        result, frame = make_run("probe", seed=seed)
+        save_run(result, frame, [], home)
+        ids.append(result.id)
+    with pytest.raises(StoreNotFoundError, match="2 runs are called so") as caught:
+        find_run_anywhere("linear-S", home)
+    assert all(id in str(caught.value) for id in ids)
+    with pytest.raises(StoreNotFoundError, match="no such run") as caught:
+        find_run_anywhere("lineer-S-" + ids[0][-12:], home)
+    assert ids[0] in str(caught.value)
+    assert caught.value.fix == "embcache results"
+    with pytest.raises(StoreNotFoundError):
+        find_run_anywhere("", home)
+
+
+def test_unknown_and_missing_keys_are_refused() -> None:
+    data = make_run()[0].to_json()
+    with pytest.raises(ValueError, match="unknown keys"):
+        ProbeResult.from_json({**data, "extra": 1})
+    with pytest.raises(ValueError, match="missing keys"):
+        ProbeResult.from_json({name: value for name, value in data.items() if name != "mean"})
+    older = {name: value for name, value in data.items() if name not in ("target", "recipes")}
+    assert ProbeResult.from_json(older) == replace(make_run()[0], recipes={}, seconds=data["seconds"])
