@@ -234,7 +234,7 @@ def count_parameters(model: ImageModel) -> int:
 
 
 def is_dino(spec: Backbone) -> bool:
-    """Whether the network is DINO's ViT-S/8, which is trained more gently (Section 5.2)."""
+    """Whether the network is DINO's ViT-S/8, which is trained more gently (Section B.2)."""
     return spec.network == "DINO ViT-S/8" or spec.timm.startswith("vit_small_patch8_224")
 
 

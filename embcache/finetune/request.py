@@ -35,7 +35,7 @@ ARITHMETIC = 1
 """Raised when the arithmetic of finetuning changes, so that older runs are not taken for new ones."""
 
 GENTLE = {"lr": 1e-4, "batch_size": 16}
-"""How DINO's ViT-S/8 is finetuned (Section 5.2), alone or fused (choice)."""
+"""How DINO's ViT-S/8 is finetuned (Section B.2), also where it is fused (choice)."""
 
 
 @dataclass(frozen=True)

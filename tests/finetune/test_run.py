@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -347,3 +348,11 @@ def test_names_give_a_result_for_each_backbone_and_subset(ds: ImageDataset) -> N
         finetune_named(["folder"], [], data_root=ds.root)
     with pytest.raises(UsageError, match="for one dataset"):
         finetune_named(["a", "b"], [RESNET], data_root=ds.root)
+
+
+def test_predictions_to_hand_in_have_no_score(ds: ImageDataset) -> None:
+    table = ds.table.assign(label=ds.table["label"].where(ds.table["split"] != "test", -1))
+    result = run(replace(ds, table=table), test="official", max_epochs=1)
+    assert (result.mean, result.n_test) == (None, 12)
+    assert all(fold.val_score is not None for fold in result.folds)
+    assert len(predictions(ds, result)) == 24
