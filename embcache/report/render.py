@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
@@ -96,7 +97,8 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 def escape_latex(text: str) -> str:
     """Text as LaTeX: special characters escaped, ± as ``$\\pm$``, a true minus as ``$-$``."""
-    return "".join(_LATEX.get(character, character) for character in text.replace("\n", " "))
+    plain = "".join(_LATEX.get(character, character) for character in re.sub("-(?=-)", "-\0", text.replace("\n", " ")))
+    return plain.replace("\0", "{}")  # two hyphens would become a dash: flags are spelled with them
 
 
 def to_csv(table: Table) -> str:
@@ -112,8 +114,12 @@ def to_csv(table: Table) -> str:
 
 
 def _name(table: Table) -> str:
-    prefix = "" if table.name.startswith(("table", "fig")) or len(table.name) != 2 else "Table "
-    return f"{prefix}{table.name.replace('table', 'Table ')}."
+    """``Table 2.``, ``Table B3.``, ``Figure D1.`` for what the paper has; else the table's own name."""
+    match = re.fullmatch(r"(table|fig)?([BCDFG]?\d)", table.name)
+    if match is None:
+        return f"{table.name}."
+    figure = match[1] == "fig" or (match[1] is None and match[2][0] in "DF")
+    return f"{'Figure' if figure else 'Table'} {match[2]}."
 
 
 def _width(text: str) -> int:

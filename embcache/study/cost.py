@@ -163,7 +163,7 @@ def _training(
     except (EmbcacheError, OSError, RuntimeError, ValueError):
         return Step(state.asked, kind, what, len(keys), None, "no earlier run, and no calibration here")
     seconds = sum(rate * _work(settings.folds * settings.repeats, _EPOCHS, *size) for size in sizes)
-    return Step(state.asked, kind, what, len(keys), seconds, f"{basis}; at {_EPOCHS:.0f} epochs")
+    return Step(state.asked, kind, what, len(keys), seconds, basis)
 
 
 def _sizes(ds: ImageDataset, subset: str, settings: Settings) -> tuple[int, int]:
@@ -184,8 +184,9 @@ def _work(folds: float, epochs: float, n_train: float, n_val: float) -> float:
 
 
 def _scaled(alike: Sequence[ProbeResult], n_train: int, n_val: int, settings: Settings) -> float:
-    """Seconds of the earlier run nearest in size, scaled."""
-    nearest = min(alike, key=lambda r: abs(math.log(max(r.n_train, 1) / max(n_train, 1))))
+    """Seconds of the earlier run that was nearest in work, scaled."""
+    wanted = _work(1, 1, n_train, n_val)
+    nearest = min(alike, key=lambda r: abs(math.log(max(_work(1, 1, r.n_train, r.n_val), 1.0) / max(wanted, 1.0))))
     epochs = max(float(np.mean([fold.epochs for fold in nearest.folds])), 1.0)
     done = _work(len(nearest.folds), epochs, nearest.n_train, nearest.n_val)
     return nearest.seconds * _work(settings.folds * settings.repeats, epochs, n_train, n_val) / max(done, 1.0)
@@ -197,7 +198,8 @@ def _calibrate(
     """Seconds per image and epoch of training, from a few steps here."""
     if kind == "finetune":
         each = sum(seconds_to_train(find_backbone(name), settings) for name in backbones)
-        return each, f"calibration: {_SAMPLE} images forward and backward, {each * 1000:.0f} ms each"
+        words = f"calibration: {_SAMPLE} images forward and backward, {each * 1000:.0f} ms each"
+        return each, f"{words}; at {_EPOCHS:.0f} epochs"
     n_classes = len(ds.class_names)
     rows = max(64, n_classes)
     rng = np.random.default_rng(0)
@@ -207,10 +209,10 @@ def _calibrate(
     began = time.perf_counter()
     if hasattr(model, "solve"):
         model.fit(x, y)
-        return (time.perf_counter() - began) / (rows * _EPOCHS), f"calibration: solved once for {rows} images"
+        return (time.perf_counter() - began) / (rows * _EPOCHS), f"calibration: solved for {rows} images"
     model.fit(x, y, schedule=schedule)
     each = (time.perf_counter() - began) / (2 * rows)
-    return each, f"calibration: 2 epochs of {rows} images"
+    return each, f"calibration: 2 epochs of {rows} images; at {_EPOCHS:.0f} epochs"
 
 
 def seconds_to_train(spec: Backbone, settings: Settings) -> float:

@@ -87,7 +87,7 @@ def deliver(order: Order, *, say: Say = lambda line: None, progress: Progress | 
         There is no such table, backbone, head, subset or option.
     """
     options = dict(order.options or {})
-    if order.what.endswith(".toml") or Path(order.what).is_file():
+    if order.what.endswith(".toml"):
         own = read_grid(Path(order.what).expanduser())
         return _scores(order, own.grid, Settings(**{**own.options, **options}), say, progress)
     name, settings = find_name(order.what), Settings(**options)
@@ -153,7 +153,7 @@ class Plan:
     def tell(self, say: Say) -> None:
         """Say the plan, a line a step."""
         missing = sum(step.count for step in self.steps if step.action != "extract")
-        say(f"plan: {self.there} results are there, {missing} to make, {self.refused} cannot be had")
+        say(f"plan: results that are there {self.there}, to make {missing}, that cannot be had {self.refused}")
         for step in self.steps:
             say(f"{step.action:<8}  {step_words(step)}")
         if self.steps:

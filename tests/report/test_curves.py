@@ -1,0 +1,70 @@
+"""Learning curves from saved results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embcache.errors import StoreNotFoundError
+from embcache.probe.results import ProbeResult
+from embcache.report.curves import curve_panels, curve_table, draw_curves, named_curves, table_curves
+from embcache.report.grid import Grid
+from embcache.report.paper import find_value
+from tests.report.build import SUPERVISED, make_cell, make_result
+
+
+def at(n: int, mean: float | None = 0.8, seed: int = 0, **changes: Any) -> ProbeResult:
+    request = {"kind": "probe", "head": {"name": "linear"}, "subset": str(n), "seed": seed, "splits": str(n)}
+    return make_result(n_train=n, subset=str(n), mean=mean, request=request, **changes)
+
+
+def test_sizes_of_one_model_and_protocol_are_one_curve() -> None:
+    curves = named_curves([at(500), at(50), at(100)])
+    assert list(curves) == ["supervised, linear"]
+    (panel,) = curve_panels([at(500, 0.9), at(50, 0.7)])
+    (curve,) = panel.curves
+    assert (curve.x, curve.y) == ((50.0, 500.0), (0.7, 0.9))
+    assert (panel.title, panel.metric) == ("pneumonia", "AUC")
+
+
+def test_protocols_are_kept_apart_and_told_by_what_differs() -> None:
+    assert list(named_curves([at(50), at(50, seed=1), at(100, seed=1)])) == [
+        "supervised, linear, seed 0", "supervised, linear, seed 1",
+    ]  # fmt: skip
+
+
+def test_a_band_without_an_interval_is_one_deviation() -> None:
+    (panel,) = curve_panels([at(50, 0.8, interval=None, std=0.1)])
+    assert (panel.curves[0].low, panel.curves[0].high) == (pytest.approx((0.7,)), pytest.approx((0.9,)))
+
+
+def test_datasets_are_panels_and_unscored_results_are_left_out() -> None:
+    panels = curve_panels([at(50), at(50, dataset="nih"), at(50, None, dataset="aptos")])
+    assert [panel.title for panel in panels] == ["pneumonia", "nih"]
+
+
+def test_the_table_has_a_column_for_each_number_of_labels() -> None:
+    table = curve_table([at(50, 0.75, std=0.02, interval=(0.7, 0.8)), at(500, 0.9, std=0.01, interval=None)])
+    assert table.headers == ("dataset", "model", "50", "500")
+    assert table.rows == (
+        ("pneumonia (AUC)", "supervised, linear", "0.750 ± 0.020", "0.900 ± 0.010"),
+        ("", "  95 % interval", "0.700 – 0.800", ""),
+    )
+    assert [record["n_train"] for record in table.records] == [50, 500]
+
+
+def test_the_papers_points_are_dashed_beside_ours() -> None:
+    value = find_value("B3", "pneumonia", "supervised", "S")
+    grid = Grid("B3", "t", ("pneumonia",), (SUPERVISED,), ("S",), "models")
+    (panel,) = table_curves(grid, [make_cell(make_result(), paper=value)])
+    assert [(curve.label, curve.dashed) for curve in panel.curves] == [
+        ("Supervised ImageNet", False), ("Supervised ImageNet, paper", True),
+    ]  # fmt: skip
+    assert panel.curves[1].y == (0.8789,)
+
+
+def test_nothing_saved_is_an_error_with_the_next_command(home: Path) -> None:
+    with pytest.raises(StoreNotFoundError, match="embcache probe"):
+        draw_curves(home=home)

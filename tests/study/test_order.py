@@ -1,0 +1,231 @@
+"""Orders from plan to table, on a small dataset whose features are cached."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import embcache.study.run as study_run
+from embcache.commands import run as commands
+from embcache.data.dataset import ImageDataset
+from embcache.errors import UsageError
+from embcache.probe.results import list_results
+from embcache.study.order import Order, deliver
+from embcache.study.settings import Settings
+from tests.probe.build import make_dataset, make_features, put_store
+
+N = 120
+
+
+@pytest.fixture
+def toy(home: Path) -> ImageDataset:
+    """Two classes, a test split, features of two backbones; no images."""
+    split = ["train"] * 80 + ["test"] * 40
+    ds = make_dataset([k % 2 for k in range(N)], split=split, subset_sizes={"S": 20, "M": 40})
+    for seed, backbone in enumerate(("random", "effnet_lite0")):
+        put_store(home, ds, backbone, make_features(ds, seed=seed))
+    return ds
+
+
+def order(**changes: Any) -> Order:
+    options = {"folds": 2, **changes.pop("options", {})}
+    chosen = {"what": "table2", "datasets": ["toy"], "backbones": ["random", "effnet_lite0"], "subsets": ["S"]}
+    return Order(**{**chosen, **changes}, options=options)
+
+
+def test_what_is_missing_is_done_and_then_reused(
+    toy: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    first = deliver(order(subsets=["S", "20", "M"]), say=said.append)
+    assert not first.empty
+    # S is 20 images: one run serves both columns
+    assert len(list_results(home)) == 4
+    assert said[0] == "plan: results that are there 0, to make 4, that cannot be had 0"
+    by_column = {record["subset"]: record["run"] for record in first.table.records if record["model"] == "Random"}
+    assert by_column["S"] == by_column["20"] != by_column["M"]
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(study_run, "probe_grid", never)
+    again = deliver(order(subsets=["S", "20", "M"]))
+    assert again.table == first.table
+
+
+def test_a_study_that_was_stopped_goes_on(toy: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = study_run.probe_grid, []
+
+    def stop_at_the_second(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(study_run, "probe_grid", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        deliver(order())
+    assert [result.backbones for result in list_results(home)] == [("random",)]
+    calls.clear()
+    done = deliver(order())
+    assert calls == [[("effnet_lite0",)]]
+    assert all(record["mean"] is not None for record in done.table.records)
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(toy: ImageDataset, home: Path) -> None:
+    plan = deliver(order(dry_run=True))
+    assert list_results(home) == []
+    assert [(record["step"], record["count"]) for record in plan.table.records] == [("probe", 1), ("probe", 1)]
+    assert all("calibration" in record["basis"] and record["seconds"] >= 0 for record in plan.table.records)
+    deliver(order(backbones=["random"]))
+    (step,) = deliver(order(dry_run=True)).table.records
+    assert step["basis"] == "1 earlier run, scaled by images and epochs"
+
+
+def test_what_cannot_be_had_is_told_and_the_rest_goes_on(toy: ImageDataset) -> None:
+    done = deliver(order(backbones=["random", "dino"], subsets=["S", "1000"]))
+    assert not done.empty
+    reasons = {(record["model"], record["subset"]): record["reason"] for record in done.table.records}
+    assert reasons["Random", "S"] is None
+    assert "larger than the pool" in reasons["Random", "1000"]
+    assert reasons["DINO", "S"].startswith("dino: the images of toy are not here")
+
+
+def test_nothing_that_can_be_had_is_empty(toy: ImageDataset) -> None:
+    assert deliver(order(backbones=["dino"])).empty
+    assert deliver(order(datasets=["pneumonia"])).empty
+
+
+def test_names_that_are_none_are_refused_before_anything_is_done(toy: ImageDataset, home: Path) -> None:
+    for wrong in ({"backbones": ["random", "dnio"]}, {"subsets": ["X"]}, {"heads": ["linaer"]}, {"what": "B9"}):
+        with pytest.raises(UsageError):
+            deliver(order(**wrong))
+    with pytest.raises(UsageError, match="no heads"):
+        deliver(Order("G1", heads=["linear"]))
+    assert list_results(home) == []
+
+
+def test_local_results_have_no_difference(toy: ImageDataset) -> None:
+    done = deliver(order(what="table4", heads=["concat", "linear"]))
+    assert {record["head"] for record in done.table.records} == {"concat", "linear"}
+    assert all(record["difference"] is None for record in done.table.records)
+
+
+def test_the_best_baseline_is_chosen_by_test_and_by_validation(
+    toy: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import embcache.study.order as orders
+    from embcache.report.grid import Grid
+    from embcache.study.definitions import BEST, GRIDS
+
+    grid = Grid("table4", "t", ("toy",), BEST, ("S",), "subsets")
+    monkeypatch.setitem(orders.GRIDS, "table4", grid)  # type: ignore[arg-type]
+    del GRIDS
+    by_test, by_validation = deliver(order(what="table4")).table.records
+    all_results = {result.backbones: result for result in list_results()}
+    assert by_test["mean"] == max(result.mean or 0 for result in all_results.values())
+    assert by_validation["val_mean"] == max(result.val_mean or 0 for result in all_results.values())
+
+
+def test_a_toml_grid_runs_and_flags_win_over_it(toy: ImageDataset, tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text('datasets = ["toy"]\nbackbones = ["random"]\nseeds = [0, 1]\nsubsets = ["S"]\nfolds = 3\n')
+    done = deliver(Order(str(path)))
+    assert [record["folds"] for record in done.table.records] == [3, 3]
+    assert len({record["run"] for record in done.table.records}) == 2
+    done = deliver(Order(str(path), options={"folds": 2}))
+    assert [record["folds"] for record in done.table.records] == [2, 2]
+
+
+def test_sweeps_and_repeats_are_refused_for_finetuning(toy: ImageDataset) -> None:
+    for options in ({"repeats": 2}, {"lr": [1e-3, 1e-4]}):
+        with pytest.raises(UsageError):
+            deliver(order(what="table3", options=options))
+
+
+def test_a_leaderboard_result_stands_in_place_of_the_local_one(home: Path) -> None:
+    from dataclasses import replace
+
+    from embcache.probe.results import run_id, save_run
+    from embcache.probe.run import probe_features
+
+    split = ["train"] * 80 + ["test"] * 40
+    labels = [k % 2 for k in range(80)] + [-1] * 40
+    ds = make_dataset(labels, split=split, subset_sizes={"S": 20}, n_classes=2, leaderboard_alpha=0.85)
+    features = np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32)
+    put_store(home, ds, "random", features)
+    handed_in = probe_features(ds, "random", subset="S", folds=2, test="official")
+    request = {"kind": "kaggle", "run": handed_in.id, "head": {"name": "linear"}, "subset": "S"}
+    scored = replace(handed_in, id=run_id(request), kind="kaggle", request=request, mean=0.77, std=0.01)
+    import pandas as pd
+
+    save_run(scored, pd.DataFrame({"id": ["i80"], "p_0": [0.5]}), [])
+    (record,) = deliver(order(backbones=["random"])).table.records
+    assert (record["kind"], record["mean"]) == ("kaggle", 0.77)
+    (other,) = deliver(order(backbones=["random"], options={"folds": 3})).table.records
+    assert other["kind"] == "probe"
+
+
+def test_g1_has_the_exact_totals() -> None:
+    table = deliver(Order("G1")).table
+    assert [record["parameters"] for record in table.records] == [
+        10_245, 23_518_277, 7_685, 21_677_957, 3_677_709, 72_364_045,
+    ]  # fmt: skip
+    assert [record["agrees"] for record in table.records] == [*["rounded"] * 4, "truncated", "rounded"]
+
+
+def test_table1_counts_the_images_of_a_dataset(toy: ImageDataset) -> None:
+    done = deliver(Order("table1", datasets=["toy", "pneumonia"], options={"folds": 2}))
+    counts = {(r["dataset"], r["column"]): r["images"] for r in done.table.records}
+    assert [counts["toy", c] for c in ("S", "M", "F", "test")] == [20, 40, 80, 40]
+    assert counts["pneumonia", "F"] is None
+    assert [r["paper"] for r in done.table.records if r["dataset"] == "pneumonia"] == [50, 500, 5216, 624]
+
+
+def test_settings_pass_on_what_probes_and_finetunings_take() -> None:
+    import inspect
+
+    from embcache.finetune.run import finetune_images
+    from embcache.probe.options import ProbeOptions
+    from embcache.report.grid import Model
+
+    settings = Settings(seed=3, repeats=2, weights={"random": "file", "other": "file"})
+    model = Model("m", "probe", "linear", ("random",), seed=7)
+    probe = settings.for_probe(model)
+    assert (probe["seed"], probe["repeats"], probe["device"]) == (7, 2, "cpu")
+    assert set(probe) <= set(ProbeOptions.__dataclass_fields__)
+    finetune = settings.for_finetune(model)
+    assert finetune["weights"] == {"random": "file"}
+    assert set(finetune) <= set(inspect.signature(finetune_images).parameters)
+
+
+def test_the_command_prints_writes_and_leaves_with_a_status(toy: ImageDataset, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(commands.run)
+    app.command()(commands.curves)
+    asked = ["run", "table2", "--dataset", "toy", "--backbone", "random", "--subset", "S,M", "--folds", "2"]
+    runner = CliRunner()
+    figure = tmp_path / "curves.svg"
+    done = runner.invoke(app, [*asked, "--figure", str(figure), "--json", str(tmp_path / "t.json")])
+    assert done.exit_code == 0, done.output
+    assert "| Random" in done.stdout
+    assert figure.read_text(encoding="utf-8").startswith("<?xml")
+    answer = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
+    assert [record["subset"] for record in answer["records"]] == ["S", "M"]
+    done = runner.invoke(app, [*asked, "--format", "csv", "--output", str(tmp_path / "t.csv")])
+    assert done.exit_code == 0
+    assert done.stdout == ""
+    assert (tmp_path / "t.csv").read_text(encoding="utf-8").startswith("dataset,model,kind,")
+    assert runner.invoke(app, [*asked, "--backbone", "dino"]).exit_code == 0
+    assert runner.invoke(app, ["run", "table2", "--dataset", "pneumonia"]).exit_code == 1
+    assert isinstance(runner.invoke(app, [*asked, "--format", "html"]).exception, UsageError)
+    assert isinstance(runner.invoke(app, [*asked, "--figure", "x.gif"]).exception, UsageError)
+    done = runner.invoke(app, ["curves", "--dataset", "toy"])
+    assert done.exit_code == 0, done.output
+    assert "random, linear" in done.stdout
