@@ -56,8 +56,10 @@ def predict(
     """
     from embcache.predict import predict_images
     from embcache.probe.results import find_run_anywhere
-    from embcache.report.csvfile import write_text
+    from embcache.report.csvfile import check_target, write_text
 
+    if output is not None:
+        check_target(output.expanduser())
     with _Bar() as bar:
         found = predict_images(
             run,
@@ -83,7 +85,7 @@ def predict(
     if json:
         write_json(list(found.rows()), json)
     elif output is None:
-        sys.stdout.write(found.to_csv().encode("utf-8", "backslashreplace").decode("utf-8"))
+        sys.stdout.write(found.to_csv())
 
 
 def submit(

@@ -23,13 +23,16 @@ class Asked:
     ----------
     root : Path
         What the paths of the sources are relative to.
+    names : tuple of str
+        What the user calls them: paths, which may be anything that the file system allows, or ids.
     sources : tuple of Source
-        Their ids are what the user calls them.
+        Where they are.
     reasons : tuple of str
         Why an image need not be tried; ``""`` where it may be.
     """
 
     root: Path
+    names: tuple[str, ...]
     sources: tuple[Source, ...]
     reasons: tuple[str, ...]
 
@@ -38,17 +41,15 @@ def images_of_dataset(ds: ImageDataset) -> Asked:
     """All images of a dataset, by their ids; `DatasetNotFoundError` where its folder is not here."""
     columns = [ds.table[name].tolist() for name in ("id", "path", "member")]
     sources = tuple(Source(image, path, member) for image, path, member in zip(*columns, strict=True))
-    return Asked(image_root(ds), sources, ("",) * len(sources))
+    return Asked(image_root(ds), tuple(columns[0]), sources, ("",) * len(sources))
 
 
 def images_of_paths(paths: Sequence[PathLike]) -> Asked:
     """Images anywhere in the file system, by their paths as named; links are followed to where they lead."""
-    sources, reasons = [], []
-    for path in list_images(paths):
-        real = os.path.realpath(path)
-        sources.append(Source(str(path), real.removeprefix(Path(real).anchor), -1))
-        reasons.append(_not_readable(real))
-    return Asked(Path(Path.cwd().anchor), tuple(sources), tuple(reasons))
+    found = list_images(paths)
+    real = [os.path.realpath(path) for path in found]
+    sources = tuple(Source(str(k), path.removeprefix(Path(path).anchor), -1) for k, path in enumerate(real))
+    return Asked(Path(Path.cwd().anchor), tuple(map(str, found)), sources, tuple(map(_not_readable, real)))
 
 
 def list_images(paths: Sequence[PathLike]) -> list[Path]:
@@ -91,6 +92,9 @@ def _not_readable(path: str) -> str:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for top, folders, files in os.walk(folder):
+    def refuse(error: OSError) -> None:  # a folder that may not be read is told, not passed over
+        raise error
+
+    for top, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not is_litter(name))
         yield from (Path(top) / name for name in sorted(files))

@@ -71,7 +71,7 @@ class Predictions:
             known = {} if self.labels is None else {"label": self.labels[k]}
             chances = [None if reason else float(p) for p in self.p[k]]
             yield {
-                "image": image,
+                "image": image.encode("utf-8", "backslashreplace").decode(),  # a file name need not be text
                 **known,
                 "prediction": "" if reason else self.class_names[int(self.p[k].argmax())],
                 **{f"p_{name}": chance for name, chance in zip(self.class_names, chances, strict=True)},
@@ -150,7 +150,7 @@ def predict_images(
     chosen = _chosen_folds(result, folds)
     ds = None if dataset is None else _dataset_of_classes(result, dataset, data_root, home)
     asked = images_of_paths(paths) if ds is None else images_of_dataset(ds)
-    names, reasons = [source.id for source in asked.sources], list(asked.reasons)
+    names, reasons = asked.names, list(asked.reasons)
     todo = [k for k, reason in enumerate(reasons) if not reason]
     if not todo:
         raise _none_read(names, reasons)
@@ -170,7 +170,7 @@ def predict_images(
     return Predictions(
         result.id,
         result.class_names,
-        tuple(names),
+        names,
         p,
         tuple(reasons),
         tuple(chosen),

@@ -152,7 +152,7 @@ def bootstrap_p(differences: ArrayLike) -> float:
     differences : array-like of float, shape (B,)
         On each resample.
     """
-    d = np.asarray(differences, dtype=np.float64)
+    d = np.round(np.asarray(differences, dtype=np.float64), 12)  # equal scores may differ in their last bits
     rarer = min(int((d <= 0).sum()), int((d >= 0).sum()))
     return min(1.0, 2 * (rarer + 1) / (len(d) + 1))
 

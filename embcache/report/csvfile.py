@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import secrets
 from collections.abc import Iterable, Sequence
@@ -28,17 +26,21 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]], *, guard: 
         Put an apostrophe before text that a spreadsheet would run as a formula (see `guard_cell`). False where the
         text must stay as it is.
     """
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([guard_cell(name) if guard else name for name in header])
-    for row in rows:
-        writer.writerow([guard_cell(cell) if guard and isinstance(cell, str) else _plain(cell) for cell in row])
-    return file.getvalue()
+    lines = [[guard_cell(name) if guard else name for name in header]]
+    lines += [[guard_cell(cell) if guard and isinstance(cell, str) else _plain(cell) for cell in row] for row in rows]
+    return "".join(",".join(map(_quoted, line)) + "\n" for line in lines)
 
 
 def guard_cell(text: str) -> str:
     """``text``, behind an apostrophe where its beginning makes spreadsheets take it for a formula."""
     return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+
+
+def check_target(path: Path) -> None:
+    """Raise a `UsageError` where `write_text` could not write: before hours of work, not after."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        reason = "it is a folder" if path.is_dir() else "its folder is not there, or may not be written to"
+        raise _not_written(path, reason)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -51,8 +53,7 @@ def write_text(path: Path, text: str) -> Path:
     """
     aside = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
+        check_target(path)
         try:
             with aside.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 file.write(text)
@@ -62,14 +63,23 @@ def write_text(path: Path, text: str) -> Path:
         finally:
             aside.unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(
-            "the file cannot be written",
-            found=str(error.strerror or error),
-            where=path,
-            fix="name a file in a folder that is there and can be written to",
-        ) from error
+        raise _not_written(path, str(error.strerror or error)) from error
     return path
 
 
-def _plain(cell: object) -> object:
-    return repr(float(cell)) if isinstance(cell, float) else "" if cell is None else cell
+def _not_written(path: Path, reason: str) -> UsageError:
+    return UsageError(
+        "the file cannot be written",
+        found=reason,
+        where=path,
+        fix="name a file in a folder that is there and can be written to",
+    )
+
+
+def _plain(cell: object) -> str:
+    return repr(float(cell)) if isinstance(cell, float) else "" if cell is None else str(cell)
+
+
+def _quoted(text: str) -> str:
+    # Python's csv writer leaves a carriage return bare, and readers take that for the end of the row.
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\r\n') else text

@@ -1,0 +1,45 @@
+"""CSV files: exact, whole, and harmless in a spreadsheet."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+
+from embcache.errors import UsageError
+from embcache.report.csvfile import check_target, csv_text, guard_cell, write_text
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1"])
+def test_formulas_are_guarded(text: str) -> None:
+    assert guard_cell(text) == "'" + text
+    (row,) = list(csv.reader(io.StringIO(csv_text(["a"], [[text]]), newline="")))[1:]
+    assert row == ["'" + text]
+    assert csv_text([text], [], guard=False).startswith((text, '"'))
+
+
+def test_other_text_and_numbers_stay_as_they_are() -> None:
+    text = csv_text(["id", "p", "n", "none"], [['a,b "c"\nd', 0.1 + 0.2, -3, None]])
+    assert list(csv.reader(io.StringIO(text, newline=""))) == [
+        ["id", "p", "n", "none"],
+        ['a,b "c"\nd', "0.30000000000000004", "-3", ""],
+    ]
+
+
+def test_a_file_is_replaced_whole_and_names_that_are_no_text_are_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    path.write_text("old")
+    write_text(path, "b\udce9é\n")
+    assert path.read_bytes() == "b\\udce9é\n".encode()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_where_nothing_can_be_written_that_is_told_before_and_after(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent" / "out.csv"):
+        with pytest.raises(UsageError, match="cannot be written"):
+            check_target(path)
+        with pytest.raises(UsageError, match="cannot be written"):
+            write_text(path, "x")
+    assert list(tmp_path.iterdir()) == []
