@@ -176,12 +176,13 @@ def _cached_pixels(
 ) -> dict[str, CurrentPixels]:
     """By frame key, the pixels that finetuning has left and that need no decoding."""
     found = {}
-    transforms = {job.network.looks.frame_key: job.network.transform for job in jobs if job.plan.shards}
-    for key, transform in transforms.items():
-        cached = current_pixels(dataset, transform, files)
-        if cached is not None:
+    for key in dict.fromkeys(job.network.looks.frame_key for job in jobs):
+        sharing = [job for job in jobs if job.network.looks.frame_key == key]
+        owed = {image for job in sharing for shard in job.plan.shards for image in shard.ids}
+        cached = current_pixels(dataset, sharing[0].network.transform, files) if owed else None
+        if cached is not None and (number := len(owed & set(cached.rows))):
             found[key] = cached
-            say(f"pixels of {len(cached.rows):,} images are cached ({cached.store.path.name}): these are not decoded")
+            say(f"pixels of {number:,} images are cached ({cached.store.path.name}): they are not decoded again")
     return found
 
 
