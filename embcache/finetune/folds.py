@@ -84,8 +84,6 @@ class FoldRun:
         Leave the files of the best models when folds are finished.
     tell : callable or None
         See `Tell`.
-    began : float
-        ``time.perf_counter()`` when the work on the run began.
     """
 
     ds: ImageDataset
@@ -96,7 +94,6 @@ class FoldRun:
     pool: ThreadPoolExecutor | None
     keep_models: bool
     tell: Tell | None
-    began: float
 
     def __post_init__(self) -> None:
         row_of = {name: row for row, name in enumerate(self.frames.ids)}
@@ -116,7 +113,7 @@ class FoldRun:
         float64 array of shape (folds, n_test, C)
             Test predictions; NaN for a fold without a model.
         """
-        asked, before = self.asked, progress.seconds
+        asked, began = self.asked, time.perf_counter() - progress.seconds
         if asked.device.type == "cpu":
             keep_freed_memory()
         setting = Setting(
@@ -143,8 +140,8 @@ class FoldRun:
 
             def keep(state: FoldState, fold: int = fold) -> None:
                 nonlocal progress
-                seconds = before + time.perf_counter() - self.began
-                progress = replace(progress, folds=(*progress.folds[:fold], state), seconds=seconds)
+                folds = (*progress.folds[:fold], state)
+                progress = replace(progress, folds=folds, seconds=time.perf_counter() - began)
                 self.folder.write(progress)
 
             state = progress.folds[fold] if fold < len(progress.folds) else FoldState()
@@ -152,7 +149,7 @@ class FoldRun:
             self._settle(fold)
         blank = np.full((len(self.plan.test), len(self.ds.class_names)), np.nan)
         p = [self.folder.load(f.files["test"])["p"].numpy() if "test" in f.files else blank for f in progress.folds]
-        return replace(progress, seconds=before + time.perf_counter() - self.began), np.stack(p)
+        return replace(progress, seconds=time.perf_counter() - began), np.stack(p)
 
     def _job(self, fold: int) -> Job:
         """The fold's job: the same stream, and so the same initial head, as in probing."""

@@ -163,7 +163,7 @@ class Asked:
             if ds.kind in spec.contaminated
         ]
         if self.settings.precision != "fp32":
-            told.append(f"trained in {self.settings.precision}")
+            told.append(f"{' + '.join(self.names)}: finetuned in {self.settings.precision}")
         return told
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -134,7 +133,6 @@ def finetune_images(
         head, subset, folds, seed, val, test, splits, exclude_test_overlap, weights, transform, device, precision, lr,
         batch_size, accumulate, max_epochs,
     )  # fmt: skip
-    began = time.perf_counter()
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(workers or (1 if workers == 0 else default_workers())))
         asked = ask(ds, backbones, settings, home, pool)
@@ -167,7 +165,7 @@ def finetune_images(
                 frames = stored_frames(store, ids, scratch / "used.u8")
             elif frames is None:
                 frames, _ = decode_frames(ds, asked.transform, asked.files.root, scratch / "used.u8", pool, ids=ids)
-            run = FoldRun(ds, asked, plan, frames, folder, None if workers == 0 else pool, keep_models, progress, began)
+            run = FoldRun(ds, asked, plan, frames, folder, None if workers == 0 else pool, keep_models, progress)
             done, p = run.train(begun)
             result = _result(run, request, done, p, source or "live")
             if save:
