@@ -249,5 +249,6 @@ def total_words(steps: Sequence[Step]) -> str:
     """The cost of all steps, in a line."""
     known = [step.seconds for step in steps if step.seconds is not None]
     unknown = len(steps) - len(known)
-    more = f", and {unknown} steps whose cost is not known" if unknown else ""
+    plural = "" if unknown == 1 else "s"
+    more = f", and {unknown} step{plural} whose cost is not known" if unknown else ""
     return f"in all about {duration(sum(known))}, rough{more}"
