@@ -14,7 +14,8 @@ from embcache.commands import probe
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError
 from embcache.finetune.checkpoint import CheckpointFolder
-from tests.finetune.conftest import RESNET
+from embcache.finetune.named import finetune_named
+from tests.finetune.conftest import QUICK, RESNET, VIT
 
 app = typer.Typer()
 app.command()(command.finetune)
@@ -68,3 +69,17 @@ def test_what_was_not_named_is_asked_for(home: Path) -> None:
         done = CliRunner().invoke(app, ["finetune", *words])
         assert isinstance(done.exception, UsageError)
         assert message in str(done.exception)
+
+
+def test_names_give_a_result_for_each_backbone_and_subset(ds: ImageDataset) -> None:
+    common = {key: value for key, value in QUICK.items() if key != "subset"}
+    results = finetune_named(
+        ["folder"], [RESNET, VIT], subsets=[8, 16], data_root=ds.root, **{**common, "max_epochs": 1}
+    )
+    assert [(r.backbones, r.subset) for r in results] == [
+        ((RESNET,), "8"), ((RESNET,), "16"), ((VIT,), "8"), ((VIT,), "16"),
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="no backbone"):
+        finetune_named(["folder"], [], data_root=ds.root)
+    with pytest.raises(UsageError, match="for one dataset"):
+        finetune_named(["a", "b"], [RESNET], data_root=ds.root)

@@ -25,7 +25,6 @@ from embcache.errors import CorruptStoreError, EmbcacheError, ProtocolError, Sto
 from embcache.extract.run import extract_features
 from embcache.finetune import find_finetuned, finetune_images
 from embcache.finetune.model import ImageModel
-from embcache.finetune.named import finetune_named
 from embcache.probe.results import ProbeResult, list_results, load_heads, load_predictions, runs_dir
 from embcache.probe.run import probe_features
 from tests.finetune.conftest import QUICK, RESNET, VIT, draw
@@ -334,20 +333,6 @@ def test_progress_reaches_its_end(ds: ImageDataset) -> None:
     run(ds, progress=lambda done, total, label: told.append((done, total)))
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[-1] == (2 * (2 * 32 + 12), 2 * (2 * 32 + 12))
-
-
-def test_names_give_a_result_for_each_backbone_and_subset(ds: ImageDataset) -> None:
-    common = {key: value for key, value in OPTIONS.items() if key != "subset"}
-    results = finetune_named(
-        ["folder"], [RESNET, VIT], subsets=[8, 16], data_root=ds.root, **{**common, "max_epochs": 1}
-    )
-    assert [(r.backbones, r.subset) for r in results] == [
-        ((RESNET,), "8"), ((RESNET,), "16"), ((VIT,), "8"), ((VIT,), "16"),
-    ]  # fmt: skip
-    with pytest.raises(UsageError, match="no backbone"):
-        finetune_named(["folder"], [], data_root=ds.root)
-    with pytest.raises(UsageError, match="for one dataset"):
-        finetune_named(["a", "b"], [RESNET], data_root=ds.root)
 
 
 def test_predictions_to_hand_in_have_no_score(ds: ImageDataset) -> None:
