@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import embcache.predict.model as model
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetError, DatasetNotFoundError, RecipeError, StoreError, StoreNotFoundError, UsageError
+from embcache.extract.backbones import LoadedBackbone, load_backbone
 from embcache.extract.run import extract_features
 from embcache.predict import Predictions, predict_images
 from embcache.predict.images import list_images
@@ -23,10 +25,27 @@ from embcache.probe.record import run_id
 from embcache.probe.results import find_run_anywhere, load_heads, load_predictions, save_run
 from embcache.probe.run import probe_features
 from tests.extract.conftest import draw
+from tests.extract.tiny import load_tiny
+
+
+def load(name: str, **_: object) -> LoadedBackbone:
+    """A tiny network for every name, another for another name."""
+    loaded = load_tiny(name)
+    for parameter in loaded.module.parameters():
+        parameter.mul_(1 + len(name) / 10)
+    return loaded
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_networks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("embcache.extract.run.load_backbone", load)
+        patch.setattr("embcache.predict.model.load_backbone", load)
+        yield
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, str]]:
+def made(tmp_path_factory: pytest.TempPathFactory, _tiny_networks: None) -> tuple[Path, Path, dict[str, str]]:
     """A home, the images it was made of, and runs of a linear probe, a solved head and a fusing one."""
     base = tmp_path_factory.mktemp("predict")
     home, root = base / "home", base / "mine"
@@ -68,6 +87,21 @@ def test_test_images_get_their_stored_predictions(made: tuple[Path, Path, dict[s
     expected = stored(home, runs[head])
     assert len(found.images) == len(expected) == 8
     assert found.failed == {}
+    for image, p in zip(found.images, found.p, strict=True):
+        np.testing.assert_allclose(p, expected[Path(image).relative_to(root).as_posix()], rtol=0, atol=1e-5)
+
+
+def test_a_real_network_is_rebuilt(
+    made: tuple[Path, Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("extract.run", "predict.model"):
+        monkeypatch.setattr(f"embcache.{module}.load_backbone", load_backbone)
+    home, root = tmp_path / "home", made[1]
+    ds = load_dataset("folder", root, dataset_name="mine")
+    extract_features("random", ds, home=home)
+    run = probe_features(ds, "random", folds=2, subset=8, home=home).id
+    found = predict_images(run, [root / "test" / "a"], home=home)
+    expected = stored(home, run)
     for image, p in zip(found.images, found.p, strict=True):
         np.testing.assert_allclose(p, expected[Path(image).relative_to(root).as_posix()], rtol=0, atol=1e-5)
 
