@@ -15,7 +15,7 @@ from torch import nn
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import read_size
 from embcache.errors import EmbcacheError, ImageError
-from embcache.extract.backbones import Backbone, LoadedBackbone, find_backbone, load_backbone
+from embcache.extract.backbones import Backbone, LoadedBackbone, find_backbone, load_backbone, weights_status
 from embcache.extract.batching import Source
 from embcache.extract.networks import build_network
 from embcache.extract.transforms import choose_transform
@@ -66,13 +66,19 @@ def estimate_steps(states: Sequence[DatasetState], settings: Settings) -> list[S
     """
     earlier = list_results(settings.home)
     steps = []
+    measured: dict[tuple[str, str], float | None] = {}  # one calibration for all backbones of one architecture
     for state in states:
         if state.ds is None:
             continue
         cached = [model for model, _ in state.missing if model.kind != "finetune"]
         for backbone in dict.fromkeys(name for model in cached for name in model.backbones):
             if backbone in state.owed:
-                steps.append(_extraction(state, backbone, settings))
+                key = state.asked, find_backbone(backbone).network
+                if key not in measured:
+                    measured[key] = _calibrate_extraction(state.ds, backbone, settings)
+                absent = backbone not in settings.weights and "downloaded" in weights_status(backbone, settings.home)
+                words = f"{backbone} (its weights are downloaded first)" if absent else backbone
+                steps.append(_extraction(state.asked, words, state.owed[backbone], measured[key]))
         for kind in ("finetune", "probe"):
             groups: dict[tuple[str, tuple[str, ...]], list[tuple[Model, str]]] = {}
             for model, subset in state.missing:
@@ -83,17 +89,18 @@ def estimate_steps(states: Sequence[DatasetState], settings: Settings) -> list[S
     return steps
 
 
-def _extraction(state: DatasetState, backbone: str, settings: Settings) -> Step:
-    count = state.owed[backbone]
-    seconds: float | None = None
-    basis = "no calibration: the network cannot be built here"
+def _extraction(dataset: str, what: str, count: int, each: float | None) -> Step:
+    if each is None:
+        return Step(dataset, "extract", what, count, None, "no calibration: the network cannot be built here")
+    basis = f"calibration: {_SAMPLE} of its images here, {each * 1000:.0f} ms each"
+    return Step(dataset, "extract", what, count, each * count, basis)
+
+
+def _calibrate_extraction(ds: ImageDataset, backbone: str, settings: Settings) -> float | None:
     try:
-        each = seconds_per_image(backbone, state.ds, settings) if state.ds is not None else None
+        return seconds_per_image(backbone, ds, settings)
     except (EmbcacheError, OSError, RuntimeError):
-        each = None
-    if each is not None:
-        seconds, basis = each * count, f"calibration: {_SAMPLE} of its images here, {each * 1000:.0f} ms each"
-    return Step(state.asked, "extract", backbone, count, seconds, basis)
+        return None
 
 
 def seconds_per_image(backbone: str, ds: ImageDataset, settings: Settings) -> float | None:
