@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
 from embcache.data.splits import IntArray
+from embcache.probe.threads import threads_for
 
 Array = NDArray[np.float64]
 
@@ -30,7 +31,8 @@ def logme(x: NDArray[np.floating], y: IntArray) -> float:
     X = np.asarray(x, dtype=np.float64)
     n = len(X)
     targets = (np.asarray(y)[:, None] == np.unique(y)).astype(np.float64)  # (n, classes)
-    s2, projected = _spectrum(X, targets)
+    with threads_for(X.size):
+        s2, projected = _spectrum(X, targets)
     values = []
     for c in range(targets.shape[1]):
         rest = max(float(targets[:, c].sum() - (projected[:, c] ** 2).sum()), 0.0)  # outside the features' span
@@ -52,27 +54,8 @@ def h_score(x: NDArray[np.floating], y: IntArray) -> float:
     y : int array of shape (n,)
         Labels.
     """
-    X = np.asarray(x, dtype=np.float64)
-    X = X - X.mean(axis=0)
-    n, dim = X.shape
-    covariance = X.T @ X / n
-    scale = float(np.trace(covariance)) / dim
-    if scale == 0:
-        return 0.0
-    # Ledoit and Wolf (2004): how far the sample covariance is from a multiple of the identity, and how much of that
-    # distance is noise.
-    apart = float((covariance**2).sum()) / dim - scale**2
-    noise = (float(((X**2).sum(axis=1) ** 2).sum()) / n - float((covariance**2).sum())) / (n * dim)
-    shrinkage = min(max(noise, 0.0) / apart, 1.0) if apart > 0 else 1.0
-    covariance *= 1 - shrinkage
-    covariance[np.diag_indices(dim)] += shrinkage * scale
-    classes, counts = np.unique(y, return_counts=True)
-    means = np.stack([X[np.asarray(y) == c].mean(axis=0) for c in classes])  # (classes, D)
-    if shrinkage > 0:
-        solved = scipy.linalg.cho_solve(scipy.linalg.cho_factor(covariance), means.T)  # (D, classes)
-    else:  # nothing was shrunk, so that there may be no inverse
-        solved = np.linalg.pinv(covariance, hermitian=True) @ means.T
-    return float((1 - shrinkage) * (counts / n * np.einsum("cd,dc->c", means, solved)).sum())
+    with threads_for(x.size):
+        return _h_score(np.asarray(x, dtype=np.float64), np.asarray(y))
 
 
 def centroid_logits(x: NDArray[np.floating], y: IntArray, held: NDArray[np.floating], n_classes: int) -> Array:
@@ -98,6 +81,29 @@ def centroid_logits(x: NDArray[np.floating], y: IntArray, held: NDArray[np.float
     centroids = np.stack([z[y == c].mean(axis=0) for c in range(n_classes)])  # (C, D)
     squared = (h**2).sum(1)[:, None] - 2 * h @ centroids.T + (centroids**2).sum(1)
     return np.asarray(-0.5 * squared / x.shape[1])
+
+
+def _h_score(X: Array, y: IntArray) -> float:
+    X = X - X.mean(axis=0)
+    n, dim = X.shape
+    covariance = X.T @ X / n
+    scale = float(np.trace(covariance)) / dim
+    if scale == 0:
+        return 0.0
+    # Ledoit and Wolf (2004): how far the sample covariance is from a multiple of the identity, and how much of that
+    # distance is noise.
+    apart = float((covariance**2).sum()) / dim - scale**2
+    noise = (float(((X**2).sum(axis=1) ** 2).sum()) / n - float((covariance**2).sum())) / (n * dim)
+    shrinkage = min(max(noise, 0.0) / apart, 1.0) if apart > 0 else 1.0
+    covariance *= 1 - shrinkage
+    covariance[np.diag_indices(dim)] += shrinkage * scale
+    classes, counts = np.unique(y, return_counts=True)
+    means = np.stack([X[y == c].mean(axis=0) for c in classes])  # (classes, D)
+    if shrinkage > 0:
+        solved = scipy.linalg.cho_solve(scipy.linalg.cho_factor(covariance), means.T)  # (D, classes)
+    else:  # nothing was shrunk, so that there may be no inverse
+        solved = np.linalg.pinv(covariance, hermitian=True) @ means.T
+    return float((1 - shrinkage) * (counts / n * np.einsum("cd,dc->c", means, solved)).sum())
 
 
 def _spectrum(x: Array, targets: Array) -> tuple[Array, Array]:

@@ -19,6 +19,7 @@ from embcache.probe.layers import affine
 from embcache.probe.metrics import selection_score, softmax
 from embcache.probe.solve import Params, Solved
 from embcache.probe.standard import standard_params, standardise
+from embcache.probe.threads import threads_for
 from embcache.probe.train import FittedHead, fit, is_balanced
 
 _ABSENT = -1e4  # logit of a class that no training image has: probability 0
@@ -93,7 +94,8 @@ class LogReg:
                 found=f"{len(np.unique(labels))} class" if len(np.unique(labels)) < 2 else "features not finite",
                 fix="a larger --subset, or look for features that are not finite: embcache info",
             )
-        solutions = self._path(train, labels, n_classes)
+        with threads_for(train.size):
+            solutions = list(self._path(train, labels, n_classes))
         if x_val is None or y_val is None or not len(y_val):
             best = min(solutions, key=lambda solution: abs(np.log(solution.C)))
         else:
