@@ -57,6 +57,7 @@ def compare(
             for row in rows
         ],
         notes=[
+            *dict.fromkeys(note for row in rows for note in row.notes),
             f"{first.dataset}: difference from {first.run}, on the same resamples of test groups",
             "p: two-sided, of no difference between these models on such test images; Holm: for all rows against the "
             "reference",

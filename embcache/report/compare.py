@@ -68,6 +68,8 @@ class Comparison:
         Two-sided bootstrap p of no difference.
     p_holm : float or None
         The same after Holm's correction for all results compared with the reference.
+    notes : tuple of str
+        What the result says of its test groups, on which all the rest depends.
     """
 
     run: str
@@ -83,6 +85,7 @@ class Comparison:
     difference_interval: tuple[float, float] | None = None
     p: float | None = None
     p_holm: float | None = None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
@@ -257,6 +260,7 @@ def _row(
         result.mean,
         result.std,
         interval(samples),
+        notes=tuple(note for note in result.notes if note.startswith(("few test groups", "ungrouped"))),
     )
     if reference is None or against is None or reference.result.mean is None:
         return row

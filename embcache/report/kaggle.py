@@ -104,15 +104,16 @@ def make_submission(
     ds, _ = find_dataset(result.dataset, root=data_root, home=home)
     competition = _competition(result, ds)
     ids, notes = _ids_in_order(ds)
-    filled = _reasons([i for i in ids if i not in set(_tested(folder))], ds, home)
-    prior = _prior(ds, competition)
     table = load_predictions(folder)
+    tested = set(table["id"].tolist())
+    filled = _reasons([i for i in ids if i not in tested], ds, home)
+    prior = _prior(ds, competition)
     texts: dict[int, str] = {}
     for fold, rows in table.groupby("fold", sort=True):
         values = _values(rows, competition)
         lines = [[image, values.get(image, prior)] for image in ids]
         texts[int(str(fold))] = csv_text([competition.id_column, competition.value_column], lines, guard=False)
-    surplus = set(_tested(folder)) - set(ids)
+    surplus = tested - set(ids)
     if surplus:
         notes.append(f"{len(surplus):,} test images are not in {SAMPLE} and are left out: {min(surplus)} …")
     notes += [f"fold {f.fold} diverged and has no file" for f in result.folds if f.fold not in texts]
@@ -264,11 +265,6 @@ def _ids_in_order(ds: ImageDataset) -> tuple[list[str], list[str]]:
         return ids, []
     ids = ds.table.loc[ds.table["split"] == "test", "id"].tolist()
     return ids, [f"{SAMPLE} is not there ({path}): the order is that of the dataset's test images"]
-
-
-def _tested(folder: Path) -> list[str]:
-    ids: list[str] = load_predictions(folder)["id"].unique().tolist()
-    return ids
 
 
 def _reasons(absent: Sequence[str], ds: ImageDataset, home: PathLike | None) -> dict[str, str]:
