@@ -62,8 +62,8 @@ class KNN:
         -------
         Solved
             ``bank.features``, float16 (n, D): standardised rows of unit length. Half precision moves a cosine by some
-            5e-6 (at most 1e-4) and halves a run folder. ``bank.labels``, float32 (n, C): one-hot. ``standard.<backbone>.mean`` and
-            ``.scale``.
+            5e-6 (at most 1e-4) and halves a run folder. ``bank.labels``, float32 (n, C): one-hot.
+            ``standard.<backbone>.mean`` and ``.scale``.
         """
         params = standard_params(x)
         ((backbone, features),) = x.items()
