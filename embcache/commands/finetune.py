@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -28,6 +27,7 @@ from embcache.commands.probe import (
     ValOption,
     print_results,
 )
+from embcache.commands.progress import ProgressBar
 
 
 def finetune(
@@ -105,7 +105,7 @@ def finetune(
     from embcache.finetune.named import finetune_named
 
     names = split_list(backbone)
-    with _Bar() as bar:
+    with ProgressBar("img") as bar:
         try:
             results = finetune_named(
                 split_list(dataset),
@@ -145,29 +145,3 @@ def finetune(
         print_results(results)
     if json:
         write_json([result.to_json() for result in results], json)
-
-
-class _Bar:
-    """A progress bar with rate and time left, on stderr and only on a terminal."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, done: int, total: int, label: str) -> None:
-        """Show that ``done`` of ``total`` images were seen."""
-        if not sys.stderr.isatty():
-            return
-        if self._bar is None or (self._bar.total, self._bar.desc) != (total, f"{label}: "):
-            from tqdm import tqdm
-
-            if self._bar is not None:
-                self._bar.close()
-            self._bar = tqdm(total=total, unit="img", desc=label, leave=False, file=sys.stderr, smoothing=0.05)
-        self._bar.update(done - self._bar.n)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from embcache.commands.extract import parse_weights
 from embcache.commands.options import DataRootOption, HomeOption, JsonOption, split_list, write_json
+from embcache.commands.progress import ProgressBar
 from embcache.commands.table import print_table
 from embcache.errors import UsageError
 
@@ -60,7 +61,7 @@ def predict(
 
     if output is not None:
         check_target(output.expanduser())
-    with _Bar() as bar:
+    with ProgressBar("img") as bar:
         found = predict_images(
             run,
             paths or (),
@@ -212,27 +213,3 @@ def _printable(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text
     )
-
-
-class _Bar:
-    """A progress bar with time left, on stderr and only on a terminal."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` images are through."""
-        if not sys.stderr.isatty():
-            return
-        if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, unit="img", leave=False, file=sys.stderr)
-        self._bar.update(done - self._bar.n)

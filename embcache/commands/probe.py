@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +19,7 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
+from embcache.commands.progress import ProgressBar
 from embcache.commands.table import print_table
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def probe(
     from embcache.probe.cached import probe_cached
     from embcache.probe.options import parse_head_options, parse_rates
 
-    with _Bar() as bar:
+    with ProgressBar("epoch") as bar:
         results = probe_cached(
             split_list(dataset) or None,
             split_list(backbone) or None,
@@ -304,30 +304,3 @@ def _notes(results: Sequence[ProbeResult]) -> list[str]:
     over = "folds of all repeats" if any(_repeats(result) > 1 for result in results) else "folds"
     means = f"mean ± sd over {over}; interval: bootstrap over test groups"
     return [*notes, f"{means}; labels used: (training + validation) of one fold"]
-
-
-class _Bar:
-    """A progress bar with time left, on stderr and only on a terminal."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, done: int, total: int, label: str) -> None:
-        """Show that ``done`` of ``total`` head-epochs are settled."""
-        if not sys.stderr.isatty():
-            return
-        if self._bar is None or self._bar.total != total:
-            from tqdm import tqdm
-
-            if self._bar is not None:
-                self._bar.close()
-            self._bar = tqdm(total=total, unit="epoch", leave=False, file=sys.stderr)
-        self._bar.set_description(label, refresh=False)
-        self._bar.update(done - self._bar.n)

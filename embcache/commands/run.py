@@ -19,7 +19,8 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
-from embcache.commands.probe import OverlapOption, SubsetOption, _Bar
+from embcache.commands.probe import OverlapOption, SubsetOption
+from embcache.commands.progress import ProgressBar
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ def run(
             "--lr", metavar="RATE[,RATE…]", help="Learning rate; of several probes keep the best on validation."
         ),
     ] = None,
+    max_epochs: Annotated[
+        int | None, typer.Option("--max-epochs", metavar="N", help="Of finetunings. [default: 50]")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", metavar="PREFIX", help="Where several recipes of a backbone are cached.")
     ] = None,
@@ -95,7 +99,7 @@ def run(
     check_format(format)
     given = {
         "folds": folds, "val": val, "test": test, "repeats": repeats, "seed": seed, "recipe": recipe,
-        "exclude_test_overlap": exclude_test_overlap, "data_root": data_root, "home": home,
+        "exclude_test_overlap": exclude_test_overlap, "max_epochs": max_epochs, "data_root": data_root, "home": home,
         "weights": _parse_weights(weights), "transform": transform, "device": device, "workers": workers,
         "allow_missing": allow_missing, "dataset_name": name, "lr": parse_rates(split_list(lr)),
     }  # fmt: skip
@@ -109,7 +113,7 @@ def run(
         _checked_figure(figure),
         dry_run,
     )
-    with _Bar() as bar:
+    with ProgressBar("step") as bar:
         try:
             done = deliver(order, say=lambda line: typer.echo(line, err=True), progress=bar.update)
         except (KeyboardInterrupt, SystemExit):

@@ -32,9 +32,11 @@ Tell = Callable[[int, int, str], Any]
 
 
 def begin(
-    folder: CheckpointFolder, asked: Asked, *, resume: bool, again: bool, say: Callable[[str], object]
+    folder: CheckpointFolder, asked: Asked, *, resume: bool | None, again: bool, say: Callable[[str], object]
 ) -> Progress:
     """The progress to go on from; an empty one to start with.
+
+    ``resume`` of None goes on from a checkpoint where there is one, and says nothing where there is none.
 
     Raises
     ------
@@ -42,7 +44,7 @@ def begin(
         There is a checkpoint, and nobody said whether to go on from it or to start over; or it is damaged.
     """
     here = machine(asked.device)
-    if again and not resume:
+    if again and resume is False:
         folder.clear()
         return Progress(machine=here)
     found = folder.read()
@@ -56,7 +58,7 @@ def begin(
     where += (
         f", fold {done} trained for {current.epoch} epoch{'s' * (current.epoch != 1)}" if current is not None else ""
     )
-    if not resume:
+    if resume is False:
         raise StoreError(
             "an interrupted run of this request is there", found=where, where=folder.path,
             fix="repeat the command with --resume to go on from there, or with --again to start over",

@@ -53,7 +53,7 @@ def finetune_images(
     max_epochs: int = 50,
     workers: int | None = None,
     pixel_cache: bool = True,
-    resume: bool = False,
+    resume: bool | None = False,
     keep_models: bool = True,
     save: bool = True,
     reuse: bool = True,
@@ -99,7 +99,7 @@ def finetune_images(
         Threads that decode and augment images; 0 for none besides the main one. No result depends on it.
     pixel_cache : bool
         Keep decoded, resized images in a pixel store, and read them from there.
-    resume : bool
+    resume : bool or None
         Go on from the last checkpoint of the same request, if there is one.
     keep_models : bool
         Keep the model of each fold's best epoch with the run.

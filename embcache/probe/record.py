@@ -75,7 +75,7 @@ class ProbeResult:
     n_train, n_val : int
         Training and validation images of a fold, averaged over folds and rounded.
     n_test : int
-        Test images.
+        Test images that are scored; all of them where no test label is known.
     labels_used : int
         Training and validation images of a fold together, averaged over folds and rounded.
     metric : str

@@ -147,7 +147,7 @@ def summarise(
         subset=subset,
         n_train=round(sizes[0]),
         n_val=round(sizes[1]),
-        n_test=len(plan.test),
+        n_test=int(known.sum()) or len(plan.test),
         labels_used=round(sizes.sum()),
         metric=metric,
         mean=float(np.mean(scores)) if scores else None,

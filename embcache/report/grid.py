@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from embcache.probe.results import ProbeResult
+from embcache.probe.schedule import Schedule
 from embcache.report.paper import PaperValue
 
 PAPER_FOLDS = 5
@@ -137,6 +138,23 @@ def _why_withheld(result: ProbeResult) -> str:
         return "validated on as many images as train, the paper on whole folds"
     if not result.std:
         return "the folds do not differ"
+    return _other_training(result)
+
+
+def _other_training(result: ProbeResult) -> str:
+    """How a result was trained or extracted otherwise than the paper says; empty where it was not."""
+    if "lrs" in result.request:
+        return "the learning rate was chosen on validation, the paper fixes it"
+    schedule = result.request.get("schedule") or {}
+    usual = asdict(Schedule())
+    # DINO is finetuned more gently (Section B.2).
+    gentle = {**usual, "lr": 1e-4, "batch_size": 16} if result.kind == "finetune" else usual
+    for name, value in schedule.items():
+        if value not in (usual.get(name), gentle.get(name)):
+            return f"trained with {name.replace('_', ' ')} {value:g}, the paper with {usual.get(name):g}"
+    kinds = {recipe.get("transform", {}).get("kind", "paper") for recipe in result.recipes.values()}
+    if kinds - {"paper"}:
+        return f"features of images under the transform {', '.join(sorted(kinds - {'paper'}))}, not the paper's"
     return ""
 
 

@@ -169,7 +169,8 @@ def _training(
         rate, basis = _calibrate(kind, head, backbones, state.ds, settings)
     except (EmbcacheError, OSError, RuntimeError, ValueError):
         return Step(state.asked, kind, what, len(keys), None, "no earlier run, and no calibration here")
-    seconds = sum(rate * _work(settings.folds * settings.repeats, _EPOCHS, *size) for size in sizes)
+    epochs = _epochs(kind, settings)
+    seconds = sum(rate * _work(settings.folds * settings.repeats, epochs, *size) for size in sizes)
     return Step(state.asked, kind, what, len(keys), seconds, basis)
 
 
@@ -183,6 +184,12 @@ def _sizes(ds: ImageDataset, subset: str, settings: Settings) -> tuple[int, int]
     most, fold = pool - pool // settings.folds, pool // settings.folds
     n_train = min(most, int(subset) if subset.isdigit() else int(ds.subset_sizes.get(subset, most)))
     return n_train, min(fold, n_train) if settings.val == "matched" else fold
+
+
+def _epochs(kind: str, settings: Settings) -> float:
+    """Epochs that a training is likely to take."""
+    limited = kind == "finetune" and settings.max_epochs is not None
+    return min(_EPOCHS, settings.max_epochs or _EPOCHS) if limited else _EPOCHS
 
 
 def _work(folds: float, epochs: float, n_train: float, n_val: float) -> float:
@@ -206,7 +213,7 @@ def _calibrate(
     if kind == "finetune":
         each = sum(seconds_to_train(find_backbone(name), settings) for name in backbones)
         words = f"calibration: {_SAMPLE} images forward and backward, {each * 1000:.0f} ms each"
-        return each, f"{words}; at {_EPOCHS:.0f} epochs"
+        return each, f"{words}; at {_epochs(kind, settings):.0f} epochs"
     n_classes = len(ds.class_names)
     rows = max(64, n_classes)
     rng = np.random.default_rng(0)

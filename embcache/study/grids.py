@@ -10,6 +10,7 @@
     seeds = [0, 1]                                 # default: 0
     kind = "probe"                                 # or "finetune", or both as a list
     val = "full"; test = "local"; folds = 5; repeats = 1; lr = [1e-4, 1e-3]   # one a line in a real file
+    max_epochs = 50                                # of finetunings
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class OwnGrid:
     ----------
     grid : Grid
     options : dict
-        Those of ``val, test, folds, repeats, lr`` that the file names.
+        Those of ``val, test, folds, repeats, lr, max_epochs`` that the file names.
     """
 
     grid: Grid
@@ -46,7 +47,7 @@ class OwnGrid:
 
 _CHOICES = {"kind": ("probe", "finetune"), "val": ("full", "matched"), "test": ("local", "official")}
 _REQUIRED = ("datasets", "backbones")
-_OPTIONS = ("val", "test", "folds", "repeats", "lr")
+_OPTIONS = ("val", "test", "folds", "repeats", "lr", "max_epochs")
 _KEYS = (*_REQUIRED, "heads", "subsets", "seeds", "kind", "title", *_OPTIONS)
 
 

@@ -183,7 +183,7 @@ def _finetune(
                 state.ds,
                 model.backbones,
                 subset=subset,
-                resume=True,
+                resume=None,
                 keep_models=False,
                 source=state.source,
                 say=say,

@@ -19,6 +19,8 @@ class Settings:
     ----------
     folds, seed, val, test, repeats, lr, recipe, exclude_test_overlap
         As for `embcache.probe.run.probe_grid`; ``repeats`` is for probes.
+    max_epochs : int, optional
+        Of finetunings, instead of the protocol's 50.
     device : str
         ``auto``: extraction and finetuning take a GPU where there is one, probes the CPU.
     home, data_root, dataset_name, allow_missing, weights, transform, workers
@@ -33,6 +35,7 @@ class Settings:
     lr: float | Sequence[float] | None = None
     recipe: str | None = None
     exclude_test_overlap: bool = False
+    max_epochs: int | None = None
     device: str = "auto"
     home: PathLike | None = None
     data_root: PathLike | None = None
@@ -62,7 +65,8 @@ class Settings:
 
     def for_finetune(self, model: Model) -> dict[str, Any]:
         """Keywords of `finetune_images` and `find_finetuned` for a model; models themselves are not kept."""
-        return {
+        options: dict[str, Any] = {} if self.max_epochs is None else {"max_epochs": self.max_epochs}
+        return options | {
             "head": model.head,
             "folds": self.folds,
             "seed": self.seed if model.seed is None else model.seed,
