@@ -14,6 +14,8 @@ from embcache.probe.heads import Head, make_head
 from embcache.probe.schedule import Schedule
 from embcache.probe.solve import is_solved
 
+_DRAWN_ANEW = "other folds, subsets and random streams"
+
 
 @dataclass(frozen=True)
 class ProbeOptions:
@@ -94,6 +96,13 @@ class ProbeOptions:
                     found=f"--lr {schedule.lr:g}",
                     fix="leave --lr out",
                 )
+        if self.repeats > 1 and self.splits and is_solved(self.model):
+            raise UsageError(
+                "repeats of a solved head on the folds of a splits file are copies of each other",
+                expected="folds drawn anew for each repeat, or a head that is trained",
+                found=f"--head {self.head} --repeats {self.repeats} --splits {self.splits}",
+                fix="leave --repeats or --splits out",
+            )
 
     @cached_property
     def model(self) -> Head:
@@ -122,7 +131,8 @@ class ProbeOptions:
             rates = ", ".join(f"{schedule.lr:g}" for schedule in self.schedules)
             notes.append(f"learning rate chosen on validation, fold by fold, among {rates}")
         if self.repeats > 1:
-            notes.append(f"{self.repeats} repeats with other folds, subsets and random streams, on one test set")
+            drawn = "other random streams on the folds of the splits file" if self.splits else _DRAWN_ANEW
+            notes.append(f"{self.repeats} repeats with {drawn}, on one test set")
         if self.n_views > 1 and is_solved(self.model):
             notes.append(f"{self.head} is solved on the plain images: it takes no views")
         elif self.n_views > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
@@ -39,6 +39,8 @@ class FoldResult:
         Which repetition, each with its own folds, subsets and random streams, the fold is of.
     chosen : dict
         What a solved head chose on validation, such as ``{"C": 0.1}``.
+    lost_lrs : list of float
+        Learning rates of a sweep at which training diverged, so that they could not be chosen.
     """
 
     fold: int
@@ -53,6 +55,7 @@ class FoldResult:
     diverged: bool = False
     repeat: int = 0
     chosen: Mapping[str, Any] = field(default_factory=dict)
+    lost_lrs: Sequence[float] = field(default_factory=list)
 
     @property
     def failed(self) -> bool:

@@ -218,7 +218,8 @@ def _answer(
     y = torch.from_numpy(labels).to(o.device)
     every = train_jobs(head, x, y, jobs, n_classes, ds.metric, o.schedules[0], on_epoch=on_epoch)
     rates = len(o.schedules)
-    chosen = [k + best_of(every[k : k + rates]) for k in range(0, len(every), rates)]
+    sweeps = [range(k, k + rates) for k in range(0, len(every), rates)]
+    chosen = [sweep[best_of([every[k] for k in sweep])] for sweep in sweeps]
     models = [every[k] for k in chosen]
     outcomes = [
         Outcome(
@@ -228,8 +229,9 @@ def _answer(
             lr=None if is_solved(head) else jobs[k].lr,
             diverged=every[k].diverged,
             chosen=every[k].chosen,
+            lost_lrs=[jobs[j].lr for j in sweep if every[j].diverged and j != k],
         )
-        for k in chosen
+        for k, sweep in zip(chosen, sweeps, strict=True)
     ]
     rows = torch.from_numpy(place[plans[0].test])
     blank = np.full((len(rows), n_classes), np.nan)

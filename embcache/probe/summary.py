@@ -38,6 +38,8 @@ class Outcome:
         Training ended because a loss or an output was not finite.
     chosen : dict
         What a solved head chose on validation.
+    lost_lrs : sequence of float
+        Other learning rates of a sweep, at which training diverged.
     """
 
     best_epoch: int
@@ -46,6 +48,7 @@ class Outcome:
     lr: float | None
     diverged: bool = False
     chosen: Mapping[str, Any] = field(default_factory=dict)
+    lost_lrs: Sequence[float] = ()
 
     @property
     def failed(self) -> bool:
@@ -133,6 +136,7 @@ def summarise(
                 diverged=outcome.diverged,
                 repeat=repeat,
                 chosen=dict(outcome.chosen),
+                lost_lrs=list(outcome.lost_lrs),
             )
         )
     scores = [fold.score for fold in folds if fold.score is not None]
@@ -181,8 +185,12 @@ def request_notes(ds: ImageDataset, plans: Splits | Sequence[Splits], subset: st
 
 
 def training_notes(folds: Sequence[FoldResult]) -> list[str]:
-    """What a reader must know of the training: folds that ended because a loss was not finite."""
+    """What a reader must know of the training: folds and learning rates that ended because a loss was not finite."""
     notes = []
+    for rate in dict.fromkeys(rate for fold in folds for rate in fold.lost_lrs):
+        where = [str(fold.fold) for fold in folds if rate in fold.lost_lrs]
+        told = "every fold" if len(where) == len(folds) else f"fold{'s' * (len(where) > 1)} {', '.join(where)}"
+        notes.append(f"learning rate {rate:g} diverged in {told}: the others were kept")
     for fold in folds:
         if fold.failed:
             notes.append(f"fold {fold.fold} diverged in its first epoch: left out of mean, deviation and interval")

@@ -18,6 +18,7 @@ from embcache.probe.heads import make_head
 from embcache.probe.protocol import plan_splits
 from embcache.probe.results import ProbeResult, load_heads, load_predictions, load_result, runs_dir
 from embcache.probe.run import find_saved, probe_features, probe_grid
+from embcache.probe.splits import write_splits
 from embcache.store.sealed import seal, unseal
 from tests.probe.build import make_dataset, make_features, put_store
 
@@ -85,6 +86,10 @@ def test_a_rate_that_diverges_is_never_the_one_kept(cached: ImageDataset, home: 
     swept = probe(cached, lr=[1e38, 1e-3])
     assert [fold.lr for fold in swept.folds] == [1e-3] * FOLDS
     assert [fold.score for fold in swept.folds] == [fold.score for fold in probe(cached).folds]
+    told = "learning rate 1e+38 diverged in every fold: the others were kept"
+    assert told in swept.notes
+    assert told in probe(cached, lr=[1e38, 1e-3]).notes, "a reused result tells it too"
+    assert not any("diverged" in note for note in probe(cached, lr=[1e-2, 1e-3]).notes)
 
 
 # --- repeats
@@ -103,6 +108,18 @@ def test_repeats_are_separate_seeds_in_one_result(cached: ImageDataset, home: Pa
     assert both.request["repeats"] == 2
     assert len(load_heads(runs_dir("toy") / both.id)) == 2 * FOLDS
     assert both.id not in {result.id for result in alone}
+
+
+def test_repeats_on_the_folds_of_a_file_say_so_and_are_refused_where_they_would_be_copies(
+    cached: ImageDataset, home: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "splits.json"
+    write_splits(plan_splits(cached, subsets=["S"], folds=FOLDS), path)
+    both = probe(cached, splits=path, repeats=2)
+    assert any("2 repeats with other random streams on the folds of the splits file" in note for note in both.notes)
+    assert [f.score for f in both.folds[:FOLDS]] != [f.score for f in both.folds[FOLDS:]]
+    with pytest.raises(UsageError, match="copies of each other"):
+        probe(cached, head="logreg", splits=path, repeats=2)
 
 
 def test_repeats_and_rates_train_together(cached: ImageDataset, home: Path) -> None:
