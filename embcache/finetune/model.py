@@ -233,11 +233,6 @@ def count_parameters(model: ImageModel) -> int:
     return sum(value.numel() for value in model.trainable().values())
 
 
-def is_dino(spec: Backbone) -> bool:
-    """Whether the network is DINO's ViT-S/8, which is trained more gently (Section B.2)."""
-    return spec.network == "DINO ViT-S/8" or spec.timm.startswith("vit_small_patch8_224")
-
-
 def has_batch_norm(network: nn.Module) -> bool:
     """Whether any layer takes statistics over the images of a batch."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

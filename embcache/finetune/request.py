@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.transforms import Transform, frame
 from embcache.extract.worker import PRECISIONS, FrozenNetwork, pick_device
 from embcache.finetune.data import Images, choose_transforms
-from embcache.finetune.model import check_head, has_batch_norm, is_dino
+from embcache.finetune.model import check_head, has_batch_norm
 from embcache.paths import PathLike
 from embcache.probe.heads import hyperparameters, make_head
 from embcache.probe.inputs import digest_images, plan_for
@@ -36,6 +37,12 @@ ARITHMETIC = 1
 
 GENTLE = {"lr": 1e-4, "batch_size": 16}
 """How DINO's ViT-S/8 is finetuned (Section B.2), also where it is fused (choice)."""
+
+_VIT_S8_DINO = re.compile(r"vit_small_patch8_224[._](.+_)?dino(_.+)?")
+"""timm's names of DINO-trained ViT-S/8: ``vit_small_patch8_224.dino``, ``vit_small_patch8_224.lunit_dino`` …"""
+
+_DINO = ("dino", "timm:vit_small_patch8_224")
+"""The paper's, and timm's under no tag, which means the weights of its default: DINO's."""
 
 
 @dataclass(frozen=True)
@@ -221,9 +228,32 @@ def ask(
     )  # fmt: skip
 
 
+def gentle(backbones: Sequence[str]) -> bool:
+    """Whether backbones are finetuned with `GENTLE` unless told otherwise.
+
+    Names alone decide: nothing is looked up or fetched.
+
+    Parameters
+    ----------
+    backbones : sequence of str
+        Names as in `embcache.probe.results.ProbeResult.backbones`.
+
+    Returns
+    -------
+    bool
+        One of them at least is a ViT-S/8 trained by DINO: the paper's, or one that timm builds, whoever published it.
+    """
+    return any(name in _DINO or _VIT_S8_DINO.fullmatch(_timm_name(name)) is not None for name in backbones)
+
+
+def _timm_name(name: str) -> str:
+    """Architecture and tag of a ``timm:`` backbone, without the organisation that published it; else empty."""
+    return name.rpartition("/")[2].removeprefix("timm:") if name.startswith("timm:") else ""
+
+
 def choose_schedule(specs: Sequence[Backbone], settings: Settings) -> Schedule:
     """The protocol's optimisation, gentler where DINO is among the backbones, with what was asked instead."""
-    default = GENTLE if any(is_dino(spec) for spec in specs) else {}
+    default = GENTLE if gentle([spec.name for spec in specs]) else {}
     given = {
         key: value for key, value in (("lr", settings.lr), ("batch_size", settings.batch_size)) if value is not None
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from timm.models import get_pretrained_cfg
 
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError, WeightsError
@@ -15,8 +16,8 @@ from embcache.extract.transforms import Transform, choose_transform
 from embcache.extract.worker import freeze
 from embcache.finetune import finetune_images, load_finetuned
 from embcache.finetune.data import choose_transforms
-from embcache.finetune.model import ImageModel, assemble, check_head, count_parameters, empty_backbone, is_dino
-from embcache.finetune.request import Settings, choose_schedule
+from embcache.finetune.model import ImageModel, assemble, check_head, count_parameters, empty_backbone
+from embcache.finetune.request import Settings, choose_schedule, gentle
 from embcache.probe.heads import make_head
 from embcache.probe.results import runs_dir
 from embcache.probe.stack import stream_generator
@@ -93,15 +94,44 @@ def test_sets_of_backbones_are_checked() -> None:
 
 
 def test_dino_is_trained_gently() -> None:
-    dino, random, lite = (find_backbone(name) for name in ("dino", "random", "effnet_lite0"))
-    timms = find_backbone("timm:vit_small_patch8_224.dino")
-    assert [is_dino(spec) for spec in (dino, timms, random, lite)] == [True, True, False, False]
-    for specs in ([dino], [random, dino]):
+    dino, random = (find_backbone(name) for name in ("dino", "random"))
+    for specs in ([dino], [random, dino], [find_backbone("timm:vit_small_patch8_224.dino")]):
         schedule = choose_schedule(specs, Settings())
         assert (schedule.lr, schedule.batch_size) == (1e-4, 16)
     assert (choose_schedule([random], Settings()).lr, choose_schedule([random], Settings()).batch_size) == (1e-3, 64)
     asked = choose_schedule([dino], Settings(lr=3e-4, batch_size=8, max_epochs=4))
     assert (asked.lr, asked.batch_size, asked.max_epochs) == (3e-4, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("backbones", "expected"),
+    [
+        (["dino"], True),
+        (["simclr", "swav", "dino"], True),
+        (["timm:vit_small_patch8_224.dino"], True),
+        (["timm:vit_small_patch8_224"], True),  # its default tag is dino
+        (["timm:vit_small_patch8_224_dino"], True),  # timm's name of it before tags
+        (["timm:hf-hub:timm/vit_small_patch8_224.dino"], True),
+        (["timm:hf-hub:1aurent/vit_small_patch8_224.lunit_dino"], True),
+        (["timm:vit_small_patch8_224.augreg_in21k"], False),
+        (["timm:vit_small_patch8_224.dinov2"], False),
+        (["timm:hf-hub:someone/vit_small_patch8_224"], False),
+        (["timm:vit_small_patch16_224.dino"], False),
+        (["timm:vit_base_patch8_224.dino"], False),
+        (["timm:vit_small_patch14_dinov2.lvd142m"], False),
+        (["timm:hf-hub:vit_small_patch8_224.dino/resnet50.lunit_swav"], False),
+        (["random", "effnet_lite0"], False),
+        ([], False),
+    ],
+)
+def test_gentle_is_for_vit_s8_trained_by_dino(backbones: list[str], expected: bool) -> None:
+    assert gentle(backbones) == expected
+
+
+def test_timm_means_dino_where_a_vit_s8_has_no_tag() -> None:
+    config = get_pretrained_cfg("vit_small_patch8_224")
+    assert config is not None
+    assert config.tag == "dino"
 
 
 def test_backbones_that_are_trained_together_see_the_same_pixels() -> None:
