@@ -90,6 +90,7 @@ class Asked:
             **({"lrs": [schedule.lr for schedule in o.schedules]} if len(o.schedules) > 1 else {}),
             **({"views": o.n_views} if o.n_views > 1 else {}),
             **({"target": self.target} if self.target else {}),
+            **({"exclude_test_overlap": True} if o.exclude_test_overlap else {}),
         }
         return json.loads(json.dumps(request))  # type: ignore[no-any-return]  # as it reads back: lists, no tuples
 

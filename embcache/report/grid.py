@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+from embcache.finetune.request import GENTLE, gentle
 from embcache.probe.results import ProbeResult
 from embcache.probe.schedule import Schedule
 from embcache.report.paper import PaperValue
@@ -70,6 +72,8 @@ class Grid:
         ``S``, ``M``, ``F`` or numbers, in the order printed.
     across : {"models", "subsets"}
         What the columns are; the rest goes down.
+    leaderboard : bool
+        Whether a leaderboard's result may stand in a cell; it has scores, but no predictions with labels and no heads.
     """
 
     name: str
@@ -78,6 +82,7 @@ class Grid:
     models: tuple[Model, ...]
     subsets: tuple[str, ...]
     across: str
+    leaderboard: bool = True
 
 
 @dataclass(frozen=True)
@@ -134,27 +139,54 @@ def _why_withheld(result: ProbeResult) -> str:
         return f"the test set is not the paper's: {result.n_test:,} images" + (f" of {expected:,}" if expected else "")
     if scored < PAPER_FOLDS:
         return f"{scored} folds, the paper has {PAPER_FOLDS}"
-    if result.request.get("val", "full") != "full":
+    request = trained_by(result)
+    if request is None:
+        return "how the run that was handed in was trained is not known"
+    if request.get("val", "full") != "full":
         return "validated on as many images as train, the paper on whole folds"
     if not result.std:
         return "the folds do not differ"
-    return _other_training(result)
+    return _other_task(request) or _other_training(result, request)
 
 
-def _other_training(result: ProbeResult) -> str:
+def trained_by(result: ProbeResult) -> Mapping[str, Any] | None:
+    """The request that trained a result's models: its own, or of a leaderboard's result that of the run handed in.
+
+    None for a leaderboard's result that does not tell.
+    """
+    if result.kind != "kaggle":
+        return result.request
+    of = result.request.get("of")
+    return of if isinstance(of, Mapping) else None
+
+
+def _other_task(request: Mapping[str, Any]) -> str:
+    """How the images or the labels differ from the paper's; empty where they do not."""
+    if request.get("target"):
+        return f"it predicts the column {request['target']}, not the labels"
+    if request.get("exclude_test_overlap"):
+        return "trained without the images that share a group with the test set, the paper with them"
+    return ""
+
+
+def _other_training(result: ProbeResult, request: Mapping[str, Any]) -> str:
     """How a result was trained or extracted otherwise than the paper says; empty where it was not."""
-    if "lrs" in result.request:
+    if "lrs" in request:
         return "the learning rate was chosen on validation, the paper fixes it"
-    schedule = result.request.get("schedule") or {}
-    usual = asdict(Schedule())
-    # DINO is finetuned more gently (Section B.2).
-    gentle = {**usual, "lr": 1e-4, "batch_size": 16} if result.kind == "finetune" else usual
-    for name, value in schedule.items():
-        if value not in (usual.get(name), gentle.get(name)):
-            return f"trained with {name.replace('_', ' ')} {value:g}, the paper with {usual.get(name):g}"
-    kinds = {recipe.get("transform", {}).get("kind", "paper") for recipe in result.recipes.values()}
-    if kinds - {"paper"}:
-        return f"features of images under the transform {', '.join(sorted(kinds - {'paper'}))}, not the paper's"
+    if "views" in request:
+        return f"trained on {request['views']} cached views of each image, which the paper does not have"
+    expected = asdict(Schedule())
+    if request.get("kind") == "finetune" and gentle(result.backbones):
+        expected |= GENTLE
+    for name, value in (request.get("schedule") or {}).items():
+        if value != expected.get(name):
+            return f"trained with {name.replace('_', ' ')} {value:g}, the paper with {expected.get(name):g}"
+    kinds = {recipe.get("transform", {}).get("kind", "paper") for recipe in result.recipes.values()} - {"paper"}
+    if kinds:
+        return f"features of images under the transform {', '.join(sorted(kinds))}, not the paper's"
+    precisions = {recipe.get("precision", "fp32") for recipe in result.recipes.values()} - {"fp32"}
+    if precisions:
+        return f"computed in {', '.join(sorted(precisions))}, the paper in fp32"
     return ""
 
 

@@ -137,6 +137,8 @@ def save_kaggle_scores(
 ) -> ProbeResult:
     """A result of kind ``kaggle`` from the scores that a leaderboard gave each fold's file.
 
+    Its request holds that of the run whole, so that a table can tell which cell it fits.
+
     The score of a fold is α · private + (1 − α) · public, α being the share of the test images behind the private
     score (0.85 for aptos, 0.51 for patchcam). Scores given again replace those given before.
 
@@ -190,6 +192,7 @@ def save_kaggle_scores(
     request = {
         "kind": "kaggle",
         "run": result.id,
+        "of": dict(result.request),
         "competition": competition.slug,
         "alpha": alpha,
         "head": dict(result.request["head"]),

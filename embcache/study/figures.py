@@ -32,7 +32,7 @@ from embcache.study.run import Progress, Say, carry_out
 from embcache.study.settings import Settings, in_a_line
 
 LIMIT = 2000
-"""Test images of a map or an attention mean: beyond it t-SNE takes long, points hide each other and means stand."""
+"""Test images of a map: beyond it t-SNE takes long and points hide each other."""
 
 NEIGHBOURS = 10
 
@@ -74,7 +74,7 @@ def figure_grid(figure: Figure) -> Grid:
     models = [Model(names.get(name, name), "features", "", (name,)) for name in figure.backbones]
     if figure.fused:
         models.append(Model("DVME", "probe", "dvme", figure.fused))
-    return Grid(figure.name, figure.title, figure.datasets, tuple(models), (figure.subset,), "models")
+    return Grid(figure.name, figure.title, figure.datasets, tuple(models), (figure.subset,), "models", leaderboard=False)
 
 
 def narrow_figure(
@@ -192,7 +192,7 @@ def _draw_maps(
     stores = _stores(grid, state, settings)
     if not stores:
         return []
-    test = _test_rows(state, stores, figure.subset, settings)
+    test = _test_rows(state, stores, figure.subset, settings, most=LIMIT)
     features = {name: _rows(store, test.ids) for name, store in stores.items()}
     panels = []
     for model in grid.models:
@@ -200,8 +200,8 @@ def _draw_maps(
         if model.kind == "features" and model.backbones[0] in features:
             panels.append(_Panel(model.label, features[model.backbones[0]]))
         elif result is not None and set(model.backbones) <= set(features):
-            fused = _fused(result, {name: features[name] for name in model.backbones}, settings)
-            panels.append(_Panel(model.label, fused, f"trained with labels (fold 0, subset {result.subset})"))
+            fold, fused = _fused(result, {name: features[name] for name in model.backbones}, settings)
+            panels.append(_Panel(model.label, fused, f"trained with labels (fold {fold}, subset {result.subset})"))
     maps = []
     for panel in panels:
         title = panel.label + (f"\n{panel.remark}" if panel.remark else "")
@@ -228,7 +228,7 @@ def _draw_attention(
     if result is None:
         return []
     stores = _stores(grid, state, settings)
-    test = _test_rows(state, stores, figure.subset, settings)
+    test = _test_rows(state, stores, figure.subset, settings, most=None)
     x = {name: torch.from_numpy(_rows(stores[name], test.ids)) for name in model.backbones}
     heads = [params for params in load_heads(runs_dir(state.ds.name, settings.home) / result.id) if params]
     weights = np.mean([mean_attention(params, x) for params in heads], axis=0).astype(np.float32)
@@ -255,8 +255,10 @@ def _stores(grid: Grid, state: DatasetState, settings: Settings) -> dict[str, Fe
     return open_stores(state.ds, there, settings.home, settings.recipe)
 
 
-def _test_rows(state: DatasetState, stores: Mapping[str, FeatureStore], subset: str, settings: Settings) -> _TestRows:
-    """The labelled test images of the protocol, `LIMIT` of them at most."""
+def _test_rows(
+    state: DatasetState, stores: Mapping[str, FeatureStore], subset: str, settings: Settings, *, most: int | None
+) -> _TestRows:
+    """The labelled test images of the protocol, all of them or so many at most."""
     assert state.ds is not None
     plan = plan_for(
         state.ds,
@@ -275,9 +277,9 @@ def _test_rows(state: DatasetState, stores: Mapping[str, FeatureStore], subset: 
             fix="--test local",
         )
     remark = f"{plan.test_set} test set"
-    if len(rows) > LIMIT:
-        remark += f", {LIMIT:,} drawn of {len(rows):,} images"
-        rows = np.sort(rows[hash_order(0, "figure", [str(i) for i in plan.ids[rows]])[:LIMIT]])
+    if most is not None and len(rows) > most:
+        remark += f", {most:,} drawn of {len(rows):,} images"
+        rows = np.sort(rows[hash_order(0, "figure", [str(i) for i in plan.ids[rows]])[:most]])
     return _TestRows([str(i) for i in plan.ids[rows]], plan.labels[rows], remark)
 
 
@@ -289,10 +291,13 @@ def _rows(store: FeatureStore, ids: Sequence[str]) -> NDArray[np.float32]:
 
 
 @torch.no_grad()
-def _fused(result: ProbeResult, features: Mapping[str, NDArray[np.float32]], settings: Settings) -> NDArray[np.float32]:
-    """The fused embedding of the first fold that has a model; (n, 512)."""
+def _fused(
+    result: ProbeResult, features: Mapping[str, NDArray[np.float32]], settings: Settings
+) -> tuple[int, NDArray[np.float32]]:
+    """The first fold that has a model, and its fused embedding; (n, 512)."""
     heads = load_heads(runs_dir(result.dataset, settings.home) / result.id)
-    params = {name: p[None] for name, p in next(params for params in heads if params).items()}
+    place, trained = next((place, params) for place, params in enumerate(heads) if params)
+    params = {name: p[None] for name, p in trained.items()}
     head = DVME(**{k: v for k, v in result.request["head"].items() if k != "name"})
     x = {name: torch.from_numpy(features[name]) for name in result.backbones}
     n = len(next(iter(x.values())))
@@ -300,7 +305,7 @@ def _fused(result: ProbeResult, features: Mapping[str, NDArray[np.float32]], set
         head.embed(params, {name: f[start : start + _CHUNK][None] for name, f in x.items()})[0]
         for start in range(0, n, _CHUNK)
     ]
-    return np.asarray(torch.cat(parts).float().numpy())
+    return result.folds[place].fold, np.asarray(torch.cat(parts).float().numpy())
 
 
 def neighbour_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64], k: int = NEIGHBOURS) -> float:

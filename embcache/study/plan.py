@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import EmbcacheError, RecipeError, StoreNotFoundError, UsageError, WeightsError
@@ -11,9 +11,9 @@ from embcache.extract.backbones import find_backbone, weights_status
 from embcache.finetune.run import find_finetuned
 from embcache.probe.inputs import open_stores
 from embcache.probe.protocol import subset_sizes
-from embcache.probe.results import ProbeResult, list_results
+from embcache.probe.results import ProbeResult, list_results, run_id
 from embcache.probe.run import find_saved
-from embcache.report.grid import Grid, Model
+from embcache.report.grid import Grid, Model, trained_by
 from embcache.study.settings import Settings, in_a_line
 
 Key = tuple[Model, str]
@@ -28,6 +28,8 @@ class DatasetState:
     ----------
     asked : str
         The name in the table.
+    leaderboard : bool
+        Whether a leaderboard's result may stand in a cell, see `embcache.report.grid.Grid`.
     ds : ImageDataset or None
         None where it cannot be had: ``problem`` says why.
     source : {"live", "snapshot", ""}
@@ -47,6 +49,7 @@ class DatasetState:
     """
 
     asked: str
+    leaderboard: bool = field(default=True, kw_only=True)
     ds: ImageDataset | None = None
     source: str = ""
     problem: str = ""
@@ -85,7 +88,7 @@ def look(grid: Grid, settings: Settings, say: Callable[[str], object] = lambda l
         _check_finetuning(settings)
     states = []
     for name in grid.datasets:
-        state = DatasetState(name)
+        state = DatasetState(name, leaderboard=grid.leaderboard)
         states.append(state)
         try:
             state.ds, state.source = find_dataset(
@@ -173,15 +176,13 @@ def look_at_runs(state: DatasetState, models: Sequence[Model], settings: Setting
     for entries in (state.results, state.missing, state.refused):
         entries.clear()
     saved = list_results(settings.home, state.ds.name)
-    scored = _leaderboard_results(state.ds, saved, settings)
     for model in models:
         broken = next((state.broken[name] for name in model.backbones if name in state.broken), "")
-        seed = settings.seed if model.seed is None else model.seed
+        scored = _leaderboard_results(state, model, saved, settings)
         asked: list[str] = []
         for subset in dict.fromkeys(state.subset_of.values()):
-            known = scored.get((model.kind, model.head, model.backbones, subset, seed))
-            if known is not None:
-                state.results[model, subset] = known
+            if subset in scored:
+                state.results[model, subset] = scored[subset]
             elif broken and model.kind != "finetune":
                 state.refused[model, subset] = broken
             elif model.kind != "finetune" and any(name in state.owed for name in model.backbones):
@@ -215,22 +216,35 @@ def _same_model(result: ProbeResult, model: Model) -> bool:
 
 
 def _leaderboard_results(
-    ds: ImageDataset, saved: Sequence[ProbeResult], settings: Settings
-) -> dict[tuple[str, str, tuple[str, ...], str, int], ProbeResult]:
-    """Results that a competition scored, which stand in place of those on a local test set.
+    state: DatasetState, model: Model, saved: Sequence[ProbeResult], settings: Settings
+) -> dict[str, ProbeResult]:
+    """Results of a model by subset that a competition scored, which stand in place of those on a local test set.
 
-    By kind, head, backbones, subset and seed of the run that was handed in; only runs of the same protocol count.
+    Only where the run that was handed in is the very run that the cell would be with ``--test official``: the ids of
+    runs hash all that decides.
     """
-    if ds.leaderboard_alpha is None or settings.test != "local":
+    if state.ds is None or state.ds.leaderboard_alpha is None or settings.test != "local" or not state.leaderboard:
         return {}
-    by_id = {result.id: result for result in saved}
-    found = {}
+    scored = {}
     for result in saved:
-        run = by_id.get(str(result.request.get("run"))) if result.kind == "kaggle" else None
-        if run is None or (run.request.get("folds"), run.request.get("val")) != (settings.folds, settings.val):
-            continue
-        subset = canonical_subset(ds, run.subset)
-        found[run.kind, run.head, run.backbones, subset, int(run.request.get("seed", 0))] = result
+        request = trained_by(result) if result.kind == "kaggle" else None
+        if request is not None and (request.get("kind"), result.head, result.backbones) == (
+            model.kind,
+            model.head,
+            model.backbones,
+        ):
+            scored[run_id(request)] = result
+    there = not any(name in state.owed or name in state.broken for name in model.backbones)
+    if not scored or not (there or model.kind == "finetune"):
+        return {}
+    names = {subset: subset for subset in state.subset_of.values()}
+    sizes = state.ds.subset_sizes
+    names |= {str(sizes[subset]): subset for subset in names if subset in sizes}  # a run of 50 images is one of S
+    found: dict[str, ProbeResult] = {}
+    for name, answer in _answers(state, model, tuple(names), replace(settings, test="official")):
+        run = answer.id if isinstance(answer, ProbeResult) else answer
+        if isinstance(run, str) and run in scored:
+            found.setdefault(names[name], scored[run])
     return found
 
 

@@ -94,6 +94,7 @@ def test_scores_become_a_result_of_their_own(home: Path, run: str) -> None:
     assert result.folds[1].metrics == {"score": pytest.approx(expected[1]), "private": 0.9, "public": 0.6}
     assert (result.mean, result.std) == pytest.approx((np.mean(expected), np.std(expected, ddof=1)))
     assert (result.kind, result.interval, result.subset) == ("kaggle", None, "10")
+    assert result.request["of"] == find_run_anywhere(run, home)[0].request
     saved, path = find_run_anywhere(result.id, home)
     assert saved == result
     assert load_result(path) == result
