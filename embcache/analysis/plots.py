@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from embcache.paths import replace_file
 
 # Okabe and Ito's colours (2008), told apart with every common kind of colour vision; markers serve print in grey.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -95,7 +98,7 @@ def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path) -> Path:
         for curve in panel.curves:
             i = place.get(curve.label if not curve.dashed else curve.label.removesuffix(", paper"), len(own))
             colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
-            style = {"linestyle": ":", "linewidth": 1.2, "markersize": 3} if curve.dashed else {"markersize": 5}
+            style = {"linestyle": "--", "linewidth": 1.2, "markersize": 3} if curve.dashed else {"markersize": 5}
             axis.plot(curve.x, curve.y, color=colour, marker=marker, label=_plain(curve.label), **style)
             if curve.dashed:
                 continue
@@ -163,7 +166,9 @@ def _plain(text: str) -> str:
 
 
 def _save(figure: Figure, target: Path) -> Path:
-    """Write a figure in the format of the target's suffix."""
+    """Write a figure in the format of the target's suffix, whole or not at all."""
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=150, format=target.suffix.lstrip(".").lower() or None)
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=150)
+    replace_file(target, drawn.getvalue())
     return target

@@ -131,15 +131,24 @@ def extract(
         write_json(answers, json)
 
 
-def parse_weights(values: list[str] | None, names: list[str]) -> dict[str, Path] | None:
-    """Checkpoints by backbone, from ``[NAME=]FILE`` values; `UsageError` where it is not said for which."""
+def parse_weights(values: list[str] | None, names: list[str] | None = None) -> dict[str, Path] | None:
+    """Checkpoints by backbone, from ``[NAME=]FILE`` values; `UsageError` where it is not said for which.
+
+    Where the backbones are not known yet (``names`` is None) every value must begin with a name.
+    """
     if not values:
         return None
     weights: dict[str, Path] = {}
     for value in values:
         # A backbone's own name may hold no "=", a path may: only a known name before the first "=" is one.
         name, separator, file = value.partition("=")
-        if not separator or name not in names:
+        if names is None:
+            if not (name and file):
+                raise UsageError(
+                    "--weights does not say for which backbone", expected="NAME=FILE", found=value,
+                    fix=f"--weights NAME={file or name}",
+                )  # fmt: skip
+        elif not separator or name not in names:
             if len(names) > 1 or (separator and not Path(value).exists()):
                 raise UsageError(
                     "--weights does not say for which backbone",

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from embcache.errors import UsageError
+from embcache.paths import replace_file
 
 HomeOption = Annotated[
     Path | None,
@@ -77,7 +78,7 @@ def write_json(data: Any, target: str) -> None:
         sys.stdout.write(text)
         return
     try:
-        Path(target).write_text(text, encoding="utf-8")
+        replace_file(Path(target), text.encode("utf-8"))
     except OSError as error:
         raise UsageError(
             f"cannot write the JSON file: {error.strerror}", where=target, fix="name a file that can be written, or -"

@@ -118,12 +118,15 @@ def submit(
                 "folds": list(made.folds),
                 "rows": made.rows,
                 "filled": dict(made.filled),
+                "notes": list(made.notes),
             },
             json,
         )
     for image, reason in made.filled.items():
         typer.echo(f"filled in: {_printable(image)}: {reason}", err=True)
     if json == "-":
+        for note in made.notes:
+            typer.echo(f"note: {note}", err=True)
         return
     print_table(
         ["fold", "file", "rows", "filled in"],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from embcache.commands.extract import parse_weights
 from embcache.commands.options import (
     AllowMissingOption,
     BackboneOption,
@@ -97,10 +98,11 @@ def run(
     from embcache.study.order import Order, deliver
 
     check_format(format)
+    output = _checked_output(output)
     given = {
         "folds": folds, "val": val, "test": test, "repeats": repeats, "seed": seed, "recipe": recipe,
         "exclude_test_overlap": exclude_test_overlap, "max_epochs": max_epochs, "data_root": data_root, "home": home,
-        "weights": _parse_weights(weights), "transform": transform, "device": device, "workers": workers,
+        "weights": parse_weights(weights) or {}, "transform": transform, "device": device, "workers": workers,
         "allow_missing": allow_missing, "dataset_name": name, "lr": parse_rates(split_list(lr)),
     }  # fmt: skip
     order = Order(
@@ -145,6 +147,7 @@ def curves(
     from embcache.report.render import check_format, render
 
     check_format(format)
+    output = _checked_output(output)
     table, path = draw_curves(
         home=home,
         datasets=split_list(dataset),
@@ -159,12 +162,9 @@ def curves(
 def _hand_over(text: str, table: Table, figures: Sequence[Path], output: Path | None, json: str | None) -> None:
     """The answer to stdout or its file, figures named on stderr."""
     if output is not None:
-        try:
-            output.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UsageError(
-                f"cannot write the table: {error.strerror}", where=output, fix="--output FILE, one that can be written"
-            ) from error
+        from embcache.report.csvfile import write_text
+
+        write_text(output, text)
         typer.echo(f"table   {output}", err=True)
     elif json != "-":
         typer.echo(text, nl=False)
@@ -176,6 +176,16 @@ def _hand_over(text: str, table: Table, figures: Sequence[Path], output: Path | 
         write_json(answer, json)
 
 
+def _checked_output(output: Path | None) -> Path | None:
+    """The file of the table, its home folder spelled out; an error where it could not be written after all the work."""
+    from embcache.report.csvfile import check_target
+
+    if output is not None:
+        output = output.expanduser()
+        check_target(output)
+    return output
+
+
 def _checked_figure(figure: Path | None) -> Path | None:
     if figure is not None and figure.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(
@@ -183,13 +193,3 @@ def _checked_figure(figure: Path | None) -> Path | None:
             fix=f"--figure {figure.with_suffix('.png')}",
         )  # fmt: skip
     return figure
-
-
-def _parse_weights(values: list[str] | None) -> dict[str, Path]:
-    weights = {}
-    for value in values or ():
-        name, separator, file = value.partition("=")
-        if not (name and separator and file):
-            raise UsageError("--weights does not say for which backbone", expected="NAME=FILE", found=value)
-        weights[name] = Path(file)
-    return weights

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from embcache.errors import UsageError
+from embcache.paths import replace_file
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 """What spreadsheets take for the beginning of a formula."""
@@ -38,6 +38,8 @@ def guard_cell(text: str) -> str:
 
 def check_target(path: Path) -> None:
     """Raise a `UsageError` where `write_text` could not write: before hours of work, not after."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return  # a device or a pipe
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         reason = "it is a folder" if path.is_dir() else "its folder is not there, or may not be written to"
         raise _not_written(path, reason)
@@ -51,17 +53,9 @@ def write_text(path: Path, text: str) -> Path:
     UsageError
         It cannot be written there.
     """
-    aside = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}")
+    check_target(path)
     try:
-        check_target(path)
-        try:
-            with aside.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+        replace_file(path, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise _not_written(path, str(error.strerror or error)) from error
     return path

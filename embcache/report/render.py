@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from embcache.errors import UsageError
+from embcache.report.csvfile import csv_text
 from embcache.report.layout import Table
 
 _LATEX = {
@@ -103,14 +102,10 @@ def escape_latex(text: str) -> str:
 
 def to_csv(table: Table) -> str:
     """The records as CSV with a header; without records the rows as they are laid out."""
-    target = io.StringIO()
-    if table.records:
-        records = csv.DictWriter(target, list(table.records[0]), lineterminator="\n")
-        records.writeheader()
-        records.writerows(table.records)
-    else:
-        csv.writer(target, lineterminator="\n").writerows([table.headers, *table.rows])
-    return target.getvalue()
+    if not table.records:
+        return csv_text(table.headers, table.rows)
+    columns = list(table.records[0])
+    return csv_text(columns, [[record[name] for name in columns] for record in table.records])
 
 
 def _name(table: Table) -> str:

@@ -74,7 +74,9 @@ def figure_grid(figure: Figure) -> Grid:
     models = [Model(names.get(name, name), "features", "", (name,)) for name in figure.backbones]
     if figure.fused:
         models.append(Model("DVME", "probe", "dvme", figure.fused))
-    return Grid(figure.name, figure.title, figure.datasets, tuple(models), (figure.subset,), "models", leaderboard=False)
+    return Grid(
+        figure.name, figure.title, figure.datasets, tuple(models), (figure.subset,), "models", leaderboard=False
+    )
 
 
 def narrow_figure(

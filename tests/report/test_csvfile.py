@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from embcache.analysis.plots import Curve, CurvePanel, plot_curves
+from embcache.commands.options import write_json
 from embcache.errors import UsageError
 from embcache.report.csvfile import check_target, csv_text, guard_cell, write_text
 
@@ -34,6 +36,34 @@ def test_a_file_is_replaced_whole_and_names_that_are_no_text_are_escaped(tmp_pat
     write_text(path, "b\udce9é\n")
     assert path.read_bytes() == "b\\udce9é\n".encode()
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_a_device_or_a_link_is_written_to_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "link.csv").symlink_to(tmp_path / "file.csv")
+    write_text(tmp_path / "link.csv", "x")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "file.csv").read_text() == "x"
+    check_target(Path("/dev/null"))
+    write_text(Path("/dev/null"), "x")
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    for name in ("table.csv", "answer.json", "curves.png"):
+        (tmp_path / name).write_text("old")
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_text(tmp_path / "table.csv", "new")
+    with pytest.raises(UsageError, match="cannot write the JSON file: No space left"):
+        write_json({"a": 1}, str(tmp_path / "answer.json"))
+    curve = Curve("a", (1.0, 2.0), (0.5, 0.6), (0.4, 0.5), (0.6, 0.7))
+    with pytest.raises(OSError, match="No space left"):
+        plot_curves([CurvePanel("t", "AUC", (curve,))], "t", tmp_path / "curves.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.json", "curves.png", "table.csv"]
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"old"}
 
 
 def test_where_nothing_can_be_written_that_is_told_before_and_after(tmp_path: Path) -> None:

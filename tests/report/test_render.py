@@ -121,3 +121,11 @@ def test_an_unknown_format_is_refused() -> None:
 )  # fmt: skip
 def test_tables_are_named_as_in_the_paper(name: str, printed: str) -> None:
     assert render(Table(name, "title", ("a",), ()), "markdown").startswith(f"**{printed}** title")
+
+
+def test_csv_runs_no_formula_in_a_spreadsheet_and_keeps_numbers() -> None:
+    records = ({"name": '=HYPERLINK("x")', "mean": -0.5, "run": None}, {"name": "a\rb", "mean": 0.1 + 0.2, "run": "r"})
+    rows = list(csv.reader(io.StringIO(render(Table("t", "t", ("a",), (), (), records), "csv"), newline="")))
+    assert rows == [["name", "mean", "run"], ['\'=HYPERLINK("x")', "-0.5", ""], ["a\rb", "0.30000000000000004", "r"]]
+    laid_out = render(Table("t", "t", ("a", "b"), (("@SUM(A1)", "1"),), ()), "csv")
+    assert laid_out == "a,b\n'@SUM(A1),1\n"

@@ -12,6 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
+from embcache.probe.results import load_heads
 from embcache.probe.run import probe_grid
 from embcache.study.definitions import FIGURES
 from embcache.study.figures import draw_figure, figure_grid, narrow_figure, neighbour_accuracy
@@ -64,6 +65,25 @@ def test_attention_is_shared_out_among_the_backbones(toy: ImageDataset, tmp_path
     for record in drawn.table.records:
         assert record["folds"] == 2
         assert sum(record[f"to {name}"] for name in BACKBONES) == pytest.approx(1, abs=1e-4)
+
+
+def test_attention_is_of_all_test_images_and_maps_of_so_many(
+    toy: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embcache.study.figures.LIMIT", 10)
+    for name, n in (("F1", 30), ("D1", 10)):
+        figure = narrow_figure(FIGURES[name], ["toy"], BACKBONES, ["S"])
+        drawn = draw_figure(figure, SETTINGS, states=[with_dvme(name, toy)], target=tmp_path / f"{name}.png")
+        assert {record["n_test"] for record in drawn.table.records} == {n}
+        assert any("10 drawn of 30 images" in note for note in drawn.table.notes) == (name == "D1")
+
+
+def test_the_fold_that_a_map_is_of_is_named(toy: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = with_dvme("D1", toy)
+    monkeypatch.setattr("embcache.study.figures.load_heads", lambda run: [{}, load_heads(run)[1]])
+    figure = narrow_figure(FIGURES["D1"], ["toy"], BACKBONES, ["S"])
+    drawn = draw_figure(figure, SETTINGS, states=[state], target=tmp_path / "d1.png")
+    assert any("trained with labels (fold 1, subset S)" in note for note in drawn.table.notes)
 
 
 def test_a_figure_says_what_it_could_not_show(toy: ImageDataset) -> None:

@@ -20,8 +20,10 @@ from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from embcache.finetune.run import finetune_images
 from embcache.probe.options import ProbeOptions
-from embcache.probe.results import list_results, run_id, save_run
-from embcache.probe.run import probe_features
+from embcache.probe.protocol import plan_splits
+from embcache.probe.results import ProbeResult, list_results, run_id, save_run
+from embcache.probe.run import probe_features, probe_grid
+from embcache.probe.splits import write_splits
 from embcache.report.grid import Grid, Model
 from embcache.study.definitions import BEST, GRIDS
 from embcache.study.order import Order, deliver
@@ -152,20 +154,78 @@ def test_sweeps_and_repeats_are_refused_for_finetuning(toy: ImageDataset) -> Non
             deliver(order(what="table3", options=options))
 
 
-def test_a_leaderboard_result_stands_in_place_of_the_local_one(home: Path) -> None:
+def to_hand_in() -> ImageDataset:
+    """A dataset whose official test labels only a leaderboard knows."""
     split = ["train"] * 80 + ["test"] * 40
     labels = [k % 2 for k in range(80)] + [-1] * 40
-    ds = make_dataset(labels, split=split, subset_sizes={"S": 20}, n_classes=2, leaderboard_alpha=0.85)
+    return make_dataset(labels, split=split, subset_sizes={"S": 20}, n_classes=2, leaderboard_alpha=0.85)
+
+
+def save_scored(run: ProbeResult, *, of: bool = True) -> ProbeResult:
+    """A leaderboard's result of a run, as kept; without the run's request as earlier states kept it."""
+    request = {"kind": "kaggle", "run": run.id, "head": {"name": run.head}, "subset": run.subset}
+    request |= {"of": dict(run.request)} if of else {}
+    scored = replace(run, id=run_id(request), kind="kaggle", request=request, mean=0.77, std=0.01)
+    save_run(scored, pd.DataFrame({"id": ["i80"], "p_0": [0.5]}), [])
+    return scored
+
+
+def test_a_leaderboard_result_stands_in_place_of_the_local_one(home: Path) -> None:
+    ds = to_hand_in()
     features = np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32)
     put_store(home, ds, "random", features)
-    handed_in = probe_features(ds, "random", subset="S", folds=2, test="official")
-    request = {"kind": "kaggle", "run": handed_in.id, "head": {"name": "linear"}, "subset": "S"}
-    scored = replace(handed_in, id=run_id(request), kind="kaggle", request=request, mean=0.77, std=0.01)
-    save_run(scored, pd.DataFrame({"id": ["i80"], "p_0": [0.5]}), [])
+    handed_in = save_scored(probe_features(ds, "random", subset="S", folds=2, test="official"))
     (record,) = deliver(order(backbones=["random"])).table.records
-    assert (record["kind"], record["mean"]) == ("kaggle", 0.77)
-    (other,) = deliver(order(backbones=["random"], options={"folds": 3})).table.records
-    assert other["kind"] == "probe"
+    assert (record["kind"], record["mean"], record["run"]) == ("kaggle", 0.77, handed_in.id)
+    for other in ({"folds": 3}, {"seed": 1}, {"lr": 1e-4}, {"lr": [1e-3, 1e-4]}, {"repeats": 2}, {"val": "matched"}):
+        (record,) = deliver(order(backbones=["random"], options=other)).table.records
+        assert record["kind"] == "probe", other
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"lr": 1e-4}, {"lr": [1e-3, 1e-4]}, {"seed": 1}, {"repeats": 2}, {"val": "matched"}, {"folds": 3},
+        {"target": "site"}, {"views": 2}, {"splits": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_leaderboard_result_of_another_protocol_stands_nowhere(
+    home: Path, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    ds = to_hand_in()
+    ds.table["site"] = np.where(np.arange(N) % 3 < 1, "a", "b").astype(object)
+    features = np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32)
+    put_store(home, ds, "random", np.stack([features] * 2, 1) if "views" in other else features)
+    if "splits" in other:
+        other = {"splits": tmp_path / "splits.json"}
+        write_splits(plan_splits(ds, subsets=["S"], folds=2, seed=5, test="official"), other["splits"])
+    save_scored(probe_features(ds, "random", **{"subset": "S", "folds": 2, "test": "official", **other}))
+    (record,) = deliver(order(backbones=["random"])).table.records
+    assert record["kind"] == "probe"
+
+
+def test_a_leaderboard_result_that_does_not_tell_its_run_stands_nowhere(home: Path) -> None:
+    ds = to_hand_in()
+    put_store(home, ds, "random", np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32))
+    save_scored(probe_features(ds, "random", subset="S", folds=2, test="official"), of=False)
+    (record,) = deliver(order(backbones=["random"])).table.records
+    assert record["kind"] == "probe"
+
+
+def test_figures_take_no_leaderboard_result(home: Path) -> None:
+    ds = to_hand_in()
+    rng = np.random.default_rng(0)
+    for name in ("random", "effnet_lite0"):
+        put_store(home, ds, name, rng.normal(size=(N, 4)).astype(np.float32))
+    scored = probe_grid(ds, [["random", "effnet_lite0"]], head="dvme", subsets=["S"], folds=2, test="official")
+    save_scored(scored[0])
+    chosen = order(what="table2", heads=["dvme"], backbones=["random", "effnet_lite0"])
+    assert [record["kind"] for record in deliver(chosen).table.records] == ["kaggle"]
+    for what in ("F1", "D1"):
+        done = deliver(order(what=what))
+        assert done.figures
+        assert not any(record.get("reason") for record in done.table.records)
 
 
 def test_g1_has_the_exact_totals() -> None:
@@ -195,7 +255,9 @@ def test_settings_pass_on_what_probes_and_finetunings_take() -> None:
     assert set(finetune) <= set(inspect.signature(finetune_images).parameters)
 
 
-def test_the_command_prints_writes_and_leaves_with_a_status(toy: ImageDataset, tmp_path: Path) -> None:
+def test_the_command_prints_writes_and_leaves_with_a_status(
+    toy: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     app = typer.Typer()
     app.command()(commands.run)
     app.command()(commands.curves)
@@ -216,6 +278,15 @@ def test_the_command_prints_writes_and_leaves_with_a_status(toy: ImageDataset, t
     assert runner.invoke(app, ["run", "table2", "--dataset", "pneumonia"]).exit_code == 1
     assert isinstance(runner.invoke(app, [*asked, "--format", "html"]).exception, UsageError)
     assert isinstance(runner.invoke(app, [*asked, "--figure", "x.gif"]).exception, UsageError)
+    absent = ["--output", str(tmp_path / "absent" / "t.md")]
+    with monkeypatch.context() as patch:  # told before the work
+        patch.setattr("embcache.study.order.deliver", None)
+        patch.setattr("embcache.report.curves.draw_curves", None)
+        for command in (asked, ["curves", "--dataset", "toy"]):
+            error = runner.invoke(app, [*command, *absent]).exception
+            assert isinstance(error, UsageError)
+            assert "cannot be written" in str(error)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     done = runner.invoke(app, ["curves", "--dataset", "toy"])
     assert done.exit_code == 0, done.output
     assert "random, linear" in done.stdout
