@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from embcache.analysis.pool import MOST, Pool, open_datasets, open_pool
 from embcache.analysis.transfer import centroid_logits, h_score, logme
 from embcache.data.dataset import ImageDataset
 from embcache.paths import PathLike
+from embcache.probe.heads import hyperparameters, make_head
 from embcache.probe.heads.knn import KNN
 from embcache.probe.metrics import score, softmax
 from embcache.probe.protocol import subset_sizes
-from embcache.probe.results import list_results
+from embcache.probe.results import ProbeResult, list_results
+from embcache.probe.schedule import Schedule
 from embcache.probe.stack import predict_logits
 
 SCORES: Mapping[str, str] = {
@@ -27,6 +30,9 @@ SCORES: Mapping[str, str] = {
     "knn": "k-NN",
 }
 """The scores of a backbone, higher is better, as tables name them."""
+
+_Protocol = tuple[str, str, int, int, bool]
+"""Validation, test set, seed, folds, and whether the overlap with the test set was left out."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class RankRow:
     place : float
         Mean of the four ranks among the backbones compared; 1 is best in all of them.
     probes : mapping of subset to float
-        Mean test score of the saved linear probe on the same features, for each subset there is one of.
+        Mean test score of the saved linear probe on the same features, for each subset there is one of; all rows' by
+        one protocol.
     runs : mapping of subset to str
         Their run ids.
     """
@@ -93,6 +100,10 @@ class Ranking:
         The subset whose rows were looked at.
     n_train : int
         Training rows of a fold.
+    labels_used : int
+        Labels of a fold, training and validation.
+    probe_labels : mapping of subset to int
+        The same of the linear probes.
     rows : tuple of RankRow
         By ``place``.
     correlations : tuple of Correlation
@@ -105,6 +116,8 @@ class Ranking:
     metric: str
     subset: str
     n_train: int
+    labels_used: int
+    probe_labels: Mapping[str, int]
     rows: tuple[RankRow, ...]
     correlations: tuple[Correlation, ...]
     notes: tuple[str, ...]
@@ -195,20 +208,29 @@ def rank_dataset(
         pool = open_pool(ds, backbones, subset=name, home=home, recipe=recipe, seed=seed)
     scores = {backbone: _scores(pool, backbone, name) for backbone in pool.stores}
     ranks = [rankdata([-row[key] for row in scores.values()]) for key in SCORES]
-    saved = _saved_probes(pool, home, seed)
+    saved, said = _saved_probes(pool, home, seed)
+    notes += said
     rows = [
         RankRow(
             backbone=backbone,
             **row,
             place=float(place),
-            probes={subset: mean for subset, (mean, _) in saved[backbone].items()},
-            runs={subset: run for subset, (_, run) in saved[backbone].items()},
+            probes={subset: float(result.mean or 0.0) for subset, result in saved[backbone].items()},
+            runs={subset: result.id for subset, result in saved[backbone].items()},
         )
         for (backbone, row), place in zip(scores.items(), np.mean(ranks, axis=0), strict=True)
     ]
     rows.sort(key=lambda row: row.place)
-    n_train = round(float(np.mean([len(rows) for rows in pool.plan.train.values()])))
-    return Ranking(ds.name, ds.metric, name, n_train, tuple(rows), tuple(correlate(rows)), tuple(notes))
+    n_train, n_val = (
+        float(np.mean([len(part[fold, name]) for fold in range(pool.plan.n_folds)]))
+        for part in (pool.plan.train, pool.plan.val)
+    )
+    ordered = sorted((result for own in saved.values() for result in own.values()), key=lambda r: r.n_train)
+    labels = {result.subset: result.labels_used for result in ordered}
+    return Ranking(
+        ds.name, ds.metric, name, round(n_train), round(n_train + n_val), labels, tuple(rows), tuple(correlate(rows)),
+        tuple(notes),
+    )  # fmt: skip
 
 
 def correlate(rows: Sequence[RankRow]) -> list[Correlation]:
@@ -261,18 +283,49 @@ def _scores(pool: Pool, backbone: str, subset: str) -> dict[str, float]:
     }
 
 
-def _saved_probes(pool: Pool, home: PathLike | None, seed: int) -> dict[str, dict[str, tuple[float, str]]]:
-    """Mean test score and run id of each backbone's saved linear probes, by subset, on the very features ranked.
+def _saved_probes(pool: Pool, home: PathLike | None, seed: int) -> tuple[dict[str, dict[str, ProbeResult]], list[str]]:
+    """Saved linear probes of each backbone by subset, on the very features ranked, and what to say of them.
 
-    Where several differ in other things, the one of this seed with the most folds.
+    All are of one protocol: this seed's five folds, validated on whole folds, where there is a probe of it, else the
+    one that most are of; at each subset also of the same splits.
     """
-    found: dict[str, dict[str, tuple[float, str]]] = {backbone: {} for backbone in pool.stores}
-    results = [r for r in list_results(home, pool.ds.name) if r.kind == "probe" and r.head == "linear" and not r.target]
-    results.sort(key=lambda r: (r.request.get("seed") != seed, -len(r.folds), r.n_train, r.id))
-    for result in results:
-        (backbone, *others) = result.backbones
-        if others or backbone not in found or result.mean is None or result.test_set != pool.plan.test_set:
+    usual = asdict(Schedule())
+    head = {"name": "linear", **hyperparameters(make_head("linear"))}
+    fitting: dict[_Protocol, list[ProbeResult]] = {}
+    others = 0
+    for result in list_results(home, pool.ds.name):
+        request = result.request
+        single = result.kind == "probe" and result.head == "linear" and len(result.backbones) == 1
+        if not single or result.mean is None or result.backbones[0] not in pool.stores or result.target:
             continue
-        if dict(result.request["recipes"]).get(backbone) == pool.stores[backbone].recipe.fingerprint:
-            found[backbone].setdefault(result.subset, (result.mean, result.id))
-    return found
+        backbone = result.backbones[0]
+        if dict(request["recipes"]).get(backbone) != pool.stores[backbone].recipe.fingerprint:
+            continue
+        plain = not any(name in request for name in ("lrs", "views", "repeats", "target"))
+        complete = all(fold.score is not None for fold in result.folds)
+        if plain and complete and request.get("schedule") == usual and request.get("head") == head:
+            fitting.setdefault(_protocol(request), []).append(result)
+        else:
+            others += 1
+    found: dict[str, dict[str, ProbeResult]] = {backbone: {} for backbone in pool.stores}
+    if not fitting:
+        return found, [f"{others} linear probes of other protocols left out"] if others else []
+    default = (pool.plan.val_mode, pool.plan.test_set, seed, pool.plan.n_folds, False)
+    chosen = default if default in fitting else max(fitting, key=lambda key: (len(fitting[key]), repr(key)))
+    ordered = sorted(fitting[chosen], key=lambda r: (r.n_train, r.id))
+    for subset in dict.fromkeys(result.subset for result in ordered):
+        drawn = Counter(str(r.request.get("splits")) for r in ordered if r.subset == subset)
+        splits = max(drawn, key=lambda digest: (drawn[digest], digest))
+        for result in ordered:
+            if result.subset == subset and result.request.get("splits") == splits:
+                found[result.backbones[0]].setdefault(subset, result)
+    val, test, own_seed, folds, excluded = chosen
+    note = f"linear probes are all of one protocol: {folds} folds, seed {own_seed}, --val {val}, {test} test set"
+    note += ", without the overlap with the test set" if excluded else ""
+    others += sum(map(len, fitting.values())) - sum(map(len, found.values()))
+    return found, [note + (f"; {others} of other protocols or splits left out" if others else "")]
+
+
+def _protocol(request: Mapping[str, Any]) -> _Protocol:
+    own = request.get("val", "full"), request.get("test", "local"), request.get("seed", 0), request.get("folds", 5)
+    return (*own, bool(request.get("exclude_test_overlap")))

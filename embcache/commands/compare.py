@@ -38,7 +38,15 @@ def compare(
     if json == "-":
         return
     first = rows[0]
-    headers = ["run", "backbone", "head", "subset", METRIC_NAMES.get(first.metric, first.metric), "95 % interval"]
+    headers = [
+        "run",
+        "backbone",
+        "head",
+        "subset",
+        "labels used",
+        METRIC_NAMES.get(first.metric, first.metric),
+        "95 % interval",
+    ]
     print_table(
         [*headers, "difference", "95 % interval", "p", "p (Holm)"],
         [
@@ -47,6 +55,7 @@ def compare(
                 " + ".join(row.backbones),
                 row.head,
                 row.subset,
+                f"{row.labels_used:,}",
                 _spread(row.mean, row.std),
                 _range(row.interval),
                 "reference" if row.difference is None else f"{row.difference:+.4f}",
@@ -59,6 +68,7 @@ def compare(
         notes=[
             *dict.fromkeys(note for row in rows for note in row.notes),
             f"{first.dataset}: difference from {first.run}, on the same resamples of test groups",
+            "labels used: training + validation of a fold",
             "p: two-sided, of no difference between these models on such test images; Holm: for all rows against the "
             "reference",
         ],
@@ -100,10 +110,20 @@ def subgroups(
         return
     name = rows[0].metric
     print_table(
-        ["run", "column", "value", "images", "groups", METRIC_NAMES.get(name, name.replace("_", " ")), "95 % interval"],
+        [
+            "run",
+            "labels used",
+            "column",
+            "value",
+            "images",
+            "groups",
+            METRIC_NAMES.get(name, name.replace("_", " ")),
+            "95 % interval",
+        ],
         [
             [
                 row.run,
+                f"{row.labels_used:,}",
                 row.column,
                 row.value,
                 f"{row.n_images:,}",
@@ -113,7 +133,11 @@ def subgroups(
             ]
             for row in rows
         ],
-        notes=[*notes, "mean ± sd over folds; interval: bootstrap over the subgroup's test groups"],
+        notes=[
+            *notes,
+            "labels used: training + validation of a fold",
+            "mean ± sd over folds; interval: bootstrap over the subgroup's test groups",
+        ],
     )
 
 

@@ -129,10 +129,14 @@ def _print_ranking(ranking: Ranking) -> None:
         ]
         for row in ranking.rows
     ]
-    typer.echo(f"{ranking.dataset}: subset {ranking.subset}, {ranking.n_train:,} training images a fold")
-    print_table([*headers, *(f"linear {subset}" for subset in subsets)], rows)
+    typer.echo(
+        f"{ranking.dataset}: subset {ranking.subset}, {ranking.n_train:,} training images a fold, "
+        f"{ranking.labels_used:,} labels used in all"
+    )
+    print_table([*headers, *(f"linear {s} ({ranking.probe_labels[s]:,} labels)" for s in subsets)], rows)
     notes = [
         *ranking.notes,
+        "labels: training + validation of a fold",
         "scores use training and validation images only; linear: test score of the saved probe, for comparison",
     ]
     if ranking.correlations:

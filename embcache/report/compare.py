@@ -70,6 +70,8 @@ class Comparison:
         The same after Holm's correction for all results compared with the reference.
     notes : tuple of str
         What the result says of its test groups, on which all the rest depends.
+    labels_used : int
+        Of a fold, training and validation.
     """
 
     run: str
@@ -86,6 +88,7 @@ class Comparison:
     p: float | None = None
     p_holm: float | None = None
     notes: tuple[str, ...] = ()
+    labels_used: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
@@ -261,6 +264,7 @@ def _row(
         result.std,
         interval(samples),
         notes=tuple(note for note in result.notes if note.startswith(("few test groups", "ungrouped"))),
+        labels_used=result.labels_used,
     )
     if reference is None or against is None or reference.result.mean is None:
         return row

@@ -40,6 +40,8 @@ class Subgroup:
         95 % bootstrap interval over the subgroup's groups.
     lacks : tuple of str
         Classes of the test set that the subgroup has not: it is too small to be scored.
+    labels_used : int
+        Of a fold of the run, training and validation.
     """
 
     run: str
@@ -52,6 +54,7 @@ class Subgroup:
     std: float | None
     interval: tuple[float, float] | None
     lacks: tuple[str, ...] = ()
+    labels_used: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
@@ -138,7 +141,8 @@ def _score(t: Tested, metric: str, column: str, value: str, members: NDArray[np.
     labels, p, groups = t.labels[members], t.p[:, members], t.groups[members]
     names = t.result.class_names
     lacks = tuple(names[c] for c in sorted(set(t.labels.tolist()) - set(labels.tolist())))
-    row = Subgroup(t.result.id, metric, column, value, len(labels), len(set(groups)), None, None, None, lacks)
+    row = Subgroup(t.result.id, metric, column, value, len(labels), len(set(groups)), None, None, None, lacks,
+                   t.result.labels_used)  # fmt: skip
     if lacks:
         return row
     own = t.result.metric

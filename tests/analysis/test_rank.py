@@ -112,6 +112,29 @@ def test_probes_of_other_features_do_not_count(probed: ImageDataset, home: Path,
     assert ranking.correlations == ()
 
 
+def test_only_probes_of_one_protocol_stand_beside(probed: ImageDataset, home: Path) -> None:
+    usual = {name: probe_features(probed, [name], subset="S", home=home) for name in SHIFTS}
+    for other in ({"val": "matched"}, {"seed": 1}, {"folds": 3}, {"lr": 1e-4}, {"lr": [1e-2, 1e-3]}, {"repeats": 2}):
+        for name in ("strong", "weak"):
+            probe_features(probed, [name], home=home, **{"subset": "S", **other})
+            probe_features(probed, [name], home=home, **{"subset": 40, **other})
+    ranking = rank_dataset(probed, home=home)
+    assert {row.backbone: row.runs for row in ranking.rows} == {name: {"S": r.id} for name, r in usual.items()}
+    assert ranking.probe_labels == {"S": usual["weak"].labels_used}
+    assert ranking.labels_used == 150
+    (note,) = [note for note in ranking.notes if "one protocol" in note]
+    assert "5 folds, seed 0, --val full, official test set; 24 of other protocols" in note
+
+
+def test_without_probes_of_the_default_protocol_the_commonest_serves_all_rows(ds: ImageDataset, home: Path) -> None:
+    matched = {name: probe_features(ds, [name], subset="S", home=home, val="matched") for name in SHIFTS}
+    probe_features(ds, ["strong"], subset="S", home=home, folds=3)
+    probe_features(ds, ["weak"], subset="S", home=home, lr=1e-2)
+    ranking = rank_dataset(ds, home=home)
+    assert {row.backbone: row.runs for row in ranking.rows} == {name: {"S": r.id} for name, r in matched.items()}
+    assert any("--val matched" in note and "2 of other protocols" in note for note in ranking.notes)
+
+
 def test_correlations_are_scipys() -> None:
     rng = np.random.default_rng(0)
     rows = [RankRow(f"b{k}", *rng.normal(size=4), place=float(k), probes={"M": float(rng.normal())}) for k in range(6)]
@@ -167,7 +190,8 @@ def test_rank_prints_a_table_and_correlations(probed: ImageDataset, home: Path, 
     file = tmp_path / "rank.json"
     done = CliRunner().invoke(app(), ["rank", "--dataset", "toy", "--json", str(file)], catch_exceptions=False)
     assert done.exit_code == 0
-    assert "linear S" in done.stdout
+    assert "linear S (" in done.stdout
+    assert "150 labels used in all" in done.stdout
     assert "Kendall" in done.stdout
     assert done.stdout.index("strong") < done.stdout.index("weak")
     (ranking,) = json.loads(file.read_text())

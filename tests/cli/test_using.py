@@ -55,6 +55,10 @@ def runs(home: Path) -> list[str]:
 def test_compare_prints_a_table_or_data(runs: list[str]) -> None:
     shown = embcache("compare", *runs)
     assert "reference" in shown.stdout
+    assert "labels used" in shown.stdout
+    assert "labels used" in embcache("subgroups", *runs, "--by", "sex").stdout
+    compared = json.loads(embcache("compare", *runs, "--json", "-").stdout)
+    assert {row["labels_used"] for row in compared} == {20 + 30}
     assert runs[0] in shown.stdout
     assert "Holm" in shown.stdout
     rows = json.loads(embcache("compare", ",".join(runs), "--json", "-").stdout)
@@ -98,8 +102,12 @@ def test_a_leaderboard_there_and_back(home: Path, tmp_path: Path, monkeypatch: p
     lines = (tmp_path / f"submission-{run}" / f"{run}-fold1.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["id", "x1", "x0", "x2"]
     assert lines[-1] == "x2,0.5"
-    data = json.loads(embcache("submit", "--run", run, "--json", "-").stdout)
+    (sample := next(tmp_path.rglob("sample_submission.csv"))).rename(sample.with_name("elsewhere.csv"))
+    done = embcache("submit", "--run", run, "--json", "-")
+    data = json.loads(done.stdout)
     assert data["filled"] == {"x2": "broken"}
+    assert "sample_submission.csv is not there" in data["notes"][0]
+    assert f"note: {data['notes'][0]}" in done.stderr
     (scored,) = json.loads(
         embcache("kaggle-score", "--run", run, "--score", "0.9/0.8", "--score", "0.9/0.8", "--json", "-").stdout
     )

@@ -346,3 +346,8 @@ def test_a_splits_file_with_a_fold_of_a_single_class_is_one_error(
     (tmp_path / "splits.json").write_text(json.dumps(content))
     with pytest.raises(ProtocolError, match="fold 1, subset S: training holds fewer than two classes"):
         probe(cached, splits=tmp_path / "splits.json")
+
+
+def test_leaving_the_overlap_out_is_told_in_the_request_and_otherwise_nothing_is(cached: ImageDataset) -> None:
+    assert "exclude_test_overlap" not in probe(cached).request
+    assert probe(cached, exclude_test_overlap=True).request["exclude_test_overlap"] is True
