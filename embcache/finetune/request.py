@@ -160,6 +160,7 @@ class Asked:
             "seed": self.settings.seed,
             # Batch normalisation takes its statistics over what goes through the network at once.
             **({"accumulate": self.settings.accumulate} if self.settings.accumulate > 1 else {}),
+            **({"exclude_test_overlap": True} if self.settings.exclude_test_overlap else {}),
         }
 
     def notes(self, ds: ImageDataset) -> list[str]:

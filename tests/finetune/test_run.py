@@ -117,9 +117,10 @@ def test_what_matters_makes_another_run(ds: ImageDataset) -> None:
         for changes in (
             {}, {"seed": 1}, {"lr": 1e-4}, {"max_epochs": 4}, {"precision": "bf16"}, {"transform": "imagenet"},
             {"accumulate": 2}, {"head": "mlp"}, {"subset": 12}, {"folds": 3}, {"batch_size": 4},
+            {"exclude_test_overlap": True},
         )
     }  # fmt: skip
-    assert len(ids) == 11
+    assert len(ids) == 12
 
 
 def test_an_image_that_cannot_be_read_is_left_out_either_way(pictures: Path, ds: ImageDataset, tmp_path: Path) -> None:
