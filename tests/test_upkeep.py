@@ -303,7 +303,7 @@ def test_commands_on_an_empty_home_say_what_to_type(app: typer.Typer, home: Path
     done = run(app, ["ls"], catch_exceptions=False)
     assert done.exit_code == 0
     assert "embcache demo" in done.stdout
-    assert json.loads(run(app, ["ls", "--json", "-"]).stdout) == {"stores": [], "runs": {}}
+    assert json.loads(run(app, ["ls", "--json", "-"]).stdout) == {"stores": [], "runs": {}, "interrupted": []}
     with pytest.raises(StoreNotFoundError, match="--backbone dino"):
         run(app, ["info", "--backbone", "dino"], catch_exceptions=False)
     with pytest.raises(UsageError, match="one backbone over one dataset"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import home_dir
 
 if TYPE_CHECKING:
-    from embcache.upkeep import StoreInfo
+    from embcache.upkeep import InterruptedRun, StoreInfo
 
 RecipeOption = Annotated[
     str | None,
@@ -39,21 +40,25 @@ def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption 
 
     Example: embcache ls --dataset pneumonia
     """
-    from embcache.upkeep import count_runs, list_cached
+    from embcache.upkeep import count_runs, list_cached, list_interrupted
 
     names = split_list(dataset)
     stores = [row for name in (names or (None,)) for row in list_cached(home, name)]
     runs = count_runs(home)
+    begun = [run for name in (names or (None,)) for run in list_interrupted(home, name)]
     if json:
         fields = ("dataset", "backbone", "fingerprint", "rows", "quarantined", "owed", "complete", "format", "bytes")
         extra = ("precision", "transform", "views", "problem")
         answer = [{**{f: getattr(s, f) for f in (*fields, *extra)}, "path": str(s.path)} for s in stores]
-        write_json({"stores": answer, "runs": runs}, json)
+        interrupted = [{**asdict(run), "path": str(run.path)} for run in begun]
+        write_json({"stores": answer, "runs": runs, "interrupted": interrupted}, json)
     if json == "-":
         return
     where = home_dir(home)
     if not stores:
         typer.echo(f"nothing is cached in {where}" + (f" for {', '.join(names)}" if names else ""))
+        for note in map(_go_on, begun):
+            typer.echo(note)
         typer.echo("next: embcache demo, or embcache extract --backbone NAME --dataset NAME")
         return
     rows = [
@@ -84,7 +89,7 @@ def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption 
         for s in stores
         if s.problem
     ]
-    print_table(headers, rows, notes=notes)
+    print_table(headers, rows, notes=[*notes, *map(_go_on, begun)])
 
 
 def info(
@@ -171,6 +176,14 @@ def export(
     typer.echo(f"note: labels and splits are from the {origin} dataset", err=True)
     if store.quarantined:
         typer.echo(f"note: {len(store.quarantined):,} images that could not be read are left out", err=True)
+
+
+def _go_on(run: InterruptedRun) -> str:
+    how = f"go on: {run.command}" if run.command else "go on: its command with --resume"
+    return (
+        f"unfinished: {run.dataset} {run.id}, {_size(run.bytes)} of checkpoints; unless it is running, {how}; "
+        f"or rm -r '{run.path}'"
+    )
 
 
 def _in_words(answer: StoreInfo) -> str:

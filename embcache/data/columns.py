@@ -73,8 +73,9 @@ def column_values(ds: ImageDataset, column: str) -> Column:
     Returns
     -------
     Column
-        Bands of numbers are cut where a quarter of the images for training lie below, so that test images move no
-        band; numbers with at most five distinct values are taken as they are.
+        Bands of ages are fixed. Other numbers are cut where a quarter of the rows lie below whose split is ``train``
+        (all rows where there are none): official test images move no band, but a local test set is drawn from those
+        rows and does. Numbers with at most five distinct values are taken as they are.
 
     Raises
     ------
@@ -212,5 +213,5 @@ def _quartiles(name: str, numbers: NDArray[np.float64], training: NDArray[np.boo
         [names[b] if there else "" for b, there in zip(np.minimum(band, len(cuts)), known, strict=True)], dtype=object
     )
     present = set(of.tolist())
-    note = f"{name} is cut at quarters of the images for training: {', '.join(f'{cut:g}' for cut in cuts)}"
+    note = f"{name} is cut at quarters of the images whose split is train: {', '.join(f'{cut:g}' for cut in cuts)}"
     return Column(name, tuple(n for n in names if n in present), of, (note,) if cuts else ())

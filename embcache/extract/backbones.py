@@ -295,7 +295,7 @@ def load_backbone(
         module, digest, origin = load_timm(spec, weights, home, image_size, allow_download)
         return _freeze(spec, module, digest, origin)
     path = locate_weights(spec.name, spec.weights, override=weights, home=home, allow_download=allow_download)
-    checkpoint = checkpoints.read_checkpoint(path)
+    checkpoint = checkpoints.read_checkpoint(path, given=weights is not None)
     if weights is None:
         check_digest(path, checkpoint.sha256, spec.weights)
     module = networks.build_network(spec.network)

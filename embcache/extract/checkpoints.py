@@ -54,6 +54,10 @@ class _Ignored:
         pass
 
 
+class _BrokenError(Exception):
+    """What a file that is no checkpoint is instead, or how it is damaged."""
+
+
 def _stand_in(path: str) -> type[_Ignored]:
     # torch finds an allowed class by its module and name, so the stand-in bears those of what it replaces.
     module, _, name = path.rpartition(".")
@@ -84,8 +88,15 @@ class Checkpoint:
     sha256: str
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, *, given: bool = False) -> Checkpoint:
     """Read a published checkpoint: safetensors, PyTorch zip or PyTorch legacy, flat or nested (:data:`NESTS`).
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    given : bool
+        Whether it is the user's own file rather than one in the weights folder, which may be fetched again.
 
     Raises
     ------
@@ -98,11 +109,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             loaded = _read(path, file)
+        return Checkpoint(_unwrap(loaded, path), sha256)
+    except _BrokenError as error:
+        raise WeightsError(
+            f"{path.name} is not a checkpoint that can be read", expected="safetensors, or a PyTorch file of tensors",
+            found=str(error), where=path,
+            fix="pass another file with --weights, or none to use the published one" if given
+            else f"rm '{path}' and fetch it again, or pass another with --weights",
+        ) from error  # fmt: skip
     except OSError as error:
         raise WeightsError(
             f"the checkpoint cannot be read: {error.strerror or error}", where=path, fix=f"ls -l '{path}'"
         ) from error
-    return Checkpoint(_unwrap(loaded, path), sha256)
 
 
 def _read(path: Path, file: IO[bytes]) -> object:
@@ -122,10 +140,10 @@ def _read(path: Path, file: IO[bytes]) -> object:
         try:
             return safetensors.torch.load_file(path)
         except Exception as error:
-            raise _broken(path, f"a damaged safetensors file: {error}") from error
+            raise _BrokenError(f"a damaged safetensors file: {error}") from error
     if head[:2] == b"\x80\x02":
         return _read_pickle(path, file, mmap=False)
-    raise _broken(path, _describe(head))
+    raise _BrokenError(_describe(head))
 
 
 def _read_pickle(path: Path, source: Path | IO[bytes], *, mmap: bool) -> object:
@@ -143,7 +161,7 @@ def _read_pickle(path: Path, source: Path | IO[bytes], *, mmap: bool) -> object:
             # torch wraps the reason in advice to load the file unsafely, which is not ours to give.
             said = re.search(r"WeightsUnpickler error: (.+)", str(error)) or re.search(r"(.+)", str(error))
             reason = said[1].strip() if said else f"it ends too early ({type(error).__name__})"
-            raise _broken(path, f"a damaged or foreign PyTorch file: {reason}") from error
+            raise _BrokenError(f"a damaged or foreign PyTorch file: {reason}") from error
 
 
 def _check_zip(path: Path, file: IO[bytes]) -> None:
@@ -152,14 +170,14 @@ def _check_zip(path: Path, file: IO[bytes]) -> None:
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                raise _broken(path, "a compressed zip archive")
+                raise _BrokenError("a compressed zip archive")
             if sum(record.file_size for record in records) > path.stat().st_size:
-                raise _broken(path, "a zip archive whose records claim more bytes than the file has")
+                raise _BrokenError("a zip archive whose records claim more bytes than the file has")
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise _broken(path, f"a damaged zip archive, or a download cut short: {error}") from error
+        raise _BrokenError(f"a damaged zip archive, or a download cut short: {error}") from error
     if damaged is not None:
-        raise _broken(path, f"a damaged zip archive: the checksum of {damaged} does not match")
+        raise _BrokenError(f"a damaged zip archive: the checksum of {damaged} does not match")
 
 
 def _describe(head: bytes) -> str:
@@ -177,13 +195,6 @@ def _describe(head: bytes) -> str:
     return f"a file that begins with {head[:8]!r}"
 
 
-def _broken(path: Path, found: str) -> WeightsError:
-    return WeightsError(
-        f"{path.name} is not a checkpoint that can be read", expected="safetensors, or a PyTorch file of tensors",
-        found=found, where=path, fix=f"rm '{path}' and fetch it again, or pass another with --weights",
-    )  # fmt: skip
-
-
 def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
     """Find the network's tensors in what a file holds."""
     for nest in NESTS:
@@ -194,7 +205,7 @@ def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
             loaded = inner
             break
     if not isinstance(loaded, Mapping) or not loaded:
-        raise _broken(path, f"a {type(loaded).__name__} instead of named tensors")
+        raise _BrokenError(f"a {type(loaded).__name__} instead of named tensors")
     other = [str(key) for key, value in loaded.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if other:
         raise WeightsError(

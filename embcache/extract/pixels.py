@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 import embcache
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION
-from embcache.errors import DatasetError
 from embcache.extract.batching import Source, prepare_batches
 from embcache.extract.compute import compute_owed
 from embcache.extract.plan import Plan, plan_store
-from embcache.extract.request import check_numbers, default_workers, image_root
+from embcache.extract.request import check_numbers, default_workers
 from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.transforms import Transform, frame
 from embcache.paths import PathLike, home_dir, slug
@@ -33,7 +32,7 @@ from embcache.store.commit import ShardRows, create_store, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
 from embcache.store.recipe import Recipe
 
-__all__ = ["CurrentPixels", "cache_pixels", "current_pixels", "frame", "open_pixels", "read_pixels"]
+__all__ = ["CurrentPixels", "cache_pixels", "current_pixels", "decode_into", "frame", "open_pixels"]
 
 # 25 MB, which are 128 rows at 256×256: at most a few seconds of decoding to lose, and one shard fits any memory.
 SHARD_BYTES = 128 * 256 * 256 * 3
@@ -126,42 +125,50 @@ def open_pixels(ds: ImageDataset, transform: Transform, home: PathLike | None = 
     return FeatureStore(path).restrict(ds.table["id"]) if path.is_dir() else None
 
 
-def read_pixels(
-    ds: ImageDataset, transform: Transform, ids: Sequence[str], pool: Executor
-) -> tuple[NDArray[np.uint8], dict[str, str]]:
-    """Decode images without keeping them.
+def decode_into(
+    pixels: NDArray[np.uint8],
+    root: Path,
+    sources: Sequence[Source],
+    framing: Transform,
+    pool: Executor,
+    *,
+    batch_size: int = _BATCH,
+    on_rows: Callable[[int], object] = lambda rows: None,
+) -> tuple[list[str], list[str]]:
+    """Decode images, without keeping them, into zeros: a row each, left as it is where the image cannot be read.
 
     Parameters
     ----------
-    ds : ImageDataset
-        Its images must be here.
-    transform : Transform
-        Whose frame is wanted.
-    ids : sequence of str
-        Images of the dataset.
+    pixels : ndarray of uint8, shape (n, H, W, 3)
+        Zeros; filled in place.
+    root : Path
+        Folder of the images.
+    sources : sequence of Source
+        The images, as many as rows.
+    framing : Transform
+        A frame (`embcache.extract.transforms.frame`).
     pool : Executor
         Decodes images.
+    batch_size : int
+        Images decoded ahead.
+    on_rows : callable
+        Told the number of images after each batch.
 
     Returns
     -------
-    pixels : ndarray of uint8, shape (n, H, W, 3)
-        Frames, rows as ``ids``; zero where the image could not be read.
-    reasons : dict of str to str
-        Why an image could not be read, by id.
-
-    Raises
-    ------
-    DatasetError
-        The images are not here, or the dataset has no such id.
+    digests, reasons : list of str
+        Of each image: sha256 (hex) of its bytes, and why it cannot be read (``""`` where it can).
     """
-    columns = [ds.table[name].tolist() for name in ("id", "path", "member")]
-    known = {image: Source(image, path, member) for image, path, member in zip(*columns, strict=True)}
-    absent = [id_ for id_ in ids if id_ not in known]
-    if absent:
-        raise DatasetError(f"{ds.name} has no such images", found=", ".join(map(repr, absent[:3])))
-    sources = [known[id_] for id_ in ids]
-    pixels, _, reasons = _frames(image_root(ds), sources, frame(transform), _BATCH, pool, lambda rows: None)
-    return pixels, {source.id: reason for source, reason in zip(sources, reasons, strict=True) if reason}
+    digests: list[str] = []
+    reasons: list[str] = []
+    for batch in prepare_batches(root, sources, [framing.geometry], batch_size, pool):
+        for row, prepared in enumerate(batch, start=len(digests)):
+            if prepared.pixels:
+                pixels[row] = prepared.pixels[0]
+        digests += [prepared.digest for prepared in batch]
+        reasons += [prepared.reason for prepared in batch]
+        on_rows(len(batch))
+    return digests, reasons
 
 
 @dataclass(frozen=True)
@@ -236,28 +243,6 @@ def _store(folder: Path, framing: Transform, format: str | None) -> FeatureStore
     return FeatureStore(path)
 
 
-def _frames(
-    root: Path,
-    sources: Sequence[Source],
-    framing: Transform,
-    batch_size: int,
-    pool: Executor,
-    on_rows: Callable[[int], object],
-) -> tuple[NDArray[np.uint8], list[str], list[str]]:
-    """Frames (n, H, W, 3), digests and reasons of images."""
-    pixels = np.zeros((len(sources), *framing.size, 3), np.uint8)
-    digests: list[str] = []
-    reasons: list[str] = []
-    for batch in prepare_batches(root, sources, [framing.geometry], batch_size, pool):
-        for row, prepared in enumerate(batch, start=len(digests)):
-            if prepared.pixels:
-                pixels[row] = prepared.pixels[0]
-        digests += [prepared.digest for prepared in batch]
-        reasons += [prepared.reason for prepared in batch]
-        on_rows(len(batch))
-    return pixels, digests, reasons
-
-
 def _rows(
     root: Path,
     sources: Sequence[Source],
@@ -266,6 +251,7 @@ def _rows(
     pool: Executor,
     on_rows: Callable[[int], object],
 ) -> ShardRows:
-    pixels, digests, reasons = _frames(root, sources, framing, batch_size, pool, on_rows)
+    pixels = np.zeros((len(sources), *framing.size, 3), np.uint8)
+    digests, reasons = decode_into(pixels, root, sources, framing, pool, batch_size=batch_size, on_rows=on_rows)
     valid = np.array([not reason for reason in reasons], dtype=bool)
     return ShardRows(tuple(source.id for source in sources), pixels, valid, tuple(digests), tuple(reasons))

@@ -130,7 +130,7 @@ def load_timm(
     if path is None:
         path = fetch_weights(spec, folder, allow_download)
         origin = f" of {spec.source}"
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, given=weights is not None)
     if weights is None:
         check_digest(path, checkpoint.sha256, spec.weights)
     module, digest, origin = _fill(spec, checkpoint.state, path), checkpoint.sha256, path.name + origin

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,11 +30,10 @@ from torch import Tensor
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.store.commit import replace_file
 from embcache.store.lease import Lease
-from embcache.store.sealed import seal, unseal
+from embcache.store.sealed import file_checksum, seal, unseal
 
 FORMAT = 1
 AGAIN = "repeat the command with --again instead of --resume: it starts over"
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,12 @@ class CheckpointFolder:
         ``<home>/<dataset>/runs/.<run id>.partial``.
     request : mapping
         The run's request; a checkpoint of another is refused.
+    command : str
+        What to type to go on, for `embcache.upkeep.list_interrupted`.
     """
 
-    def __init__(self, path: Path, request: Mapping[str, Any]) -> None:
-        self.path, self._request = path, dict(request)
+    def __init__(self, path: Path, request: Mapping[str, Any], command: str = "") -> None:
+        self.path, self._request, self._command = path, dict(request), command
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -162,6 +162,7 @@ class CheckpointFolder:
         content = {
             "format": FORMAT,
             "request": self._request,
+            "command": self._command,
             "folds": folds,
             "seconds": progress.seconds,
             "machine": dict(progress.machine),
@@ -188,7 +189,7 @@ class CheckpointFolder:
             path.chmod(mode)  # what the umask says: safetensors lets nobody else read
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            return {"name": name, **_fingerprint(path)}
+            return {"name": name, **file_checksum(path)}
         except (OSError, SafetensorError) as error:
             path.unlink(missing_ok=True)
             raise StoreError(
@@ -214,7 +215,7 @@ class CheckpointFolder:
         """Path of a file that `save` wrote, its bytes verified. Raises as `load`."""
         path = self.path / str(record["name"])
         try:
-            found = _fingerprint(path)
+            found = file_checksum(path)
         except OSError as error:
             raise _damaged(path, "the file that state.json names", error.strerror or str(error)) from error
         wanted = {key: record[key] for key in ("size", "crc32c")}
@@ -234,14 +235,6 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What decides whether a resumed run repeats an uninterrupted one bit for bit."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    size, checksum = 0, 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            size, checksum = size + len(chunk), google_crc32c.extend(checksum, chunk)
-    return {"size": size, "crc32c": f"{checksum:08x}"}
 
 
 def _words(record: Mapping[str, Any]) -> str:

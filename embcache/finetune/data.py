@@ -21,7 +21,7 @@ from embcache.errors import StoreError, UsageError
 from embcache.extract.augment import Augmentation, centre
 from embcache.extract.backbones import Backbone
 from embcache.extract.batching import Source, prepare_batches
-from embcache.extract.pixels import cache_pixels, open_pixels
+from embcache.extract.pixels import cache_pixels, decode_into, open_pixels
 from embcache.extract.plan import plan_store
 from embcache.extract.scan import DatasetFiles
 from embcache.extract.transforms import Transform, choose_transform, frame
@@ -148,14 +148,7 @@ def decode_frames(
     wanted = None if ids is None else set(ids)
     sources = [source for source in _sources(ds) if wanted is None or source.id in wanted]
     pixels = allocate((len(sources), *framing.size, 3), scratch)
-    digests: list[str] = []
-    reasons: list[str] = []
-    for batch in prepare_batches(root, sources, [framing.geometry], _CHUNK, pool):
-        for row, image in enumerate(batch, start=len(digests)):
-            if image.pixels:
-                pixels[row] = image.pixels[0]
-        digests += [image.digest for image in batch]
-        reasons += [image.reason for image in batch]
+    digests, reasons = decode_into(pixels, root, sources, framing, pool, batch_size=_CHUNK)
     names = [source.id for source in sources]
     return Frames(pixels, tuple(names)), _images(names, digests, reasons)
 

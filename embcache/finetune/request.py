@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -205,11 +206,11 @@ def ask(
     overrides = weights_by_name(given, settings.weights)
     files = scan_dataset(ds, home, pool)
     transforms = choose_transforms(specs, settings.transform, files.sizes)
+    geometry = next(iter(transforms.values()))  # the same for all
     networks, recipes, fingerprints = {}, {}, {}
     for name, spec in zip(given, specs, strict=True):
-        size = transforms[spec.name].size
         loaded = load_backbone(
-            name, weights=overrides.get(name), home=home, image_size=size, allow_download=allow_download
+            name, weights=overrides.get(name), home=home, image_size=geometry.size, allow_download=allow_download
         )
         recipe = make_recipe(FrozenNetwork(loaded, transforms[spec.name], device, settings.precision))
         networks[spec.name], recipes[spec.name] = loaded.module, recipe.to_json()
@@ -221,12 +222,33 @@ def ask(
             found=f"a batch of {schedule.batch_size} in {settings.accumulate} parts",
             fix=f"--batch-size {2 * settings.accumulate}, or a smaller --accumulate",
         )
-    augment = augmentation(ds.augment, frame(next(iter(transforms.values()))).size, size)
+    augment = augmentation(ds.augment, frame(geometry).size, geometry.size)
     request = {"name": head.name, **hyperparameters(head)}
     return Asked(
         settings, subset, specs, trainable, head.name, request, schedule, files, transforms, augment, networks,
         recipes, fingerprints, device,
     )  # fmt: skip
+
+
+def resume_command(ds: ImageDataset, backbones: Sequence[str], settings: Settings, home: PathLike | None = None) -> str:
+    """The command that goes on with an interrupted run."""
+    words = ["embcache", "finetune", "--backbone", ",".join(backbones), "--dataset", ds.kind]
+    words += ["--data-root", str(ds.origin)] if ds.origin is not None else []
+    words += ["--name", ds.name] if ds.kind == "folder" else []
+    words += ["--allow-missing"] if ds.missing else []
+    for option in fields(Settings):
+        value, flag = getattr(settings, option.name), "--" + option.name.replace("_", "-")
+        if option.name not in ("head", "subset") and value == option.default:
+            continue
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, Mapping):
+            for name, file in value.items():
+                words += [flag, f"{name}={file}"]
+        else:
+            words += [flag, str(value)]
+    words += ["--home", str(home)] if home is not None else []
+    return shlex.join([*words, "--resume"])
 
 
 def gentle(backbones: Sequence[str]) -> bool:

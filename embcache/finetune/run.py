@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from embcache.data.dataset import ImageDataset
+from embcache.errors import ProtocolError
 from embcache.extract.request import default_workers
 from embcache.finetune.checkpoint import CheckpointFolder, Progress
 from embcache.finetune.data import (
@@ -23,7 +24,8 @@ from embcache.finetune.data import (
     stored_frames,
 )
 from embcache.finetune.folds import FoldRun, Tell, begin, head_of, kept_models, outcome
-from embcache.finetune.request import Settings, ask
+from embcache.finetune.model import model_file
+from embcache.finetune.request import Settings, ask, resume_command
 from embcache.paths import PathLike
 from embcache.probe.metrics import FloatArray
 from embcache.probe.results import ProbeResult, as_asked, find_run, run_id, runs_dir, save_run
@@ -106,7 +108,8 @@ def finetune_images(
     save : bool
         Write the run folder.
     reuse : bool
-        Take a saved result of the same request. False without ``resume`` also discards a checkpoint.
+        Take a saved result of the same request, with a word where it has no models though ``keep_models`` was asked
+        for: training anew takes too long to begin unasked. False without ``resume`` also discards a checkpoint.
     source : {"live", "snapshot"}, optional
         Where ``ds`` came from, to be told with the result; default live.
     say : callable
@@ -153,7 +156,9 @@ def finetune_images(
         request = asked.request(ds, plan, images)
         id = run_id(request)
         folder = CheckpointFolder(
-            runs_dir(ds.name, home) / f".{id}.partial" if save else scratch / "checkpoint", request
+            runs_dir(ds.name, home) / f".{id}.partial" if save else scratch / "checkpoint",
+            request,
+            resume_command(ds, asked.names, settings, home) + ("" if keep_models else " --no-models"),
         )
         result = find_run(id, ds.name, home) if save and reuse else None
         if result is None:
@@ -167,10 +172,16 @@ def finetune_images(
                 frames, _ = decode_frames(ds, asked.transform, asked.files.root, scratch / "used.u8", pool, ids=ids)
             run = FoldRun(ds, asked, plan, frames, folder, None if workers == 0 else pool, keep_models, progress)
             done, p = run.train(begun)
-            result = _result(run, request, done, p, source or "live")
+            try:
+                result = _result(run, request, done, p, source or "live")
+            except ProtocolError:  # every fold diverged: there is nothing to go on from
+                folder.clear()
+                raise
             if save:
                 _save(run, result, done, p, home)
             folder.clear()
+        if save and keep_models:
+            _tell_lost_models(runs_dir(ds.name, home) / id, result, say)
         notes = [*request_notes(ds, plan, asked.subset), *asked.notes(ds), *training_notes(result.folds)]
         return as_asked(result, source or "live", notes)
 
@@ -234,6 +245,15 @@ def _result(run: FoldRun, request: Mapping[str, Any], done: Progress, p: FloatAr
         seconds=done.seconds,
     )
     return replace(result, versions={**result.versions, **{name: version(name) for name in ("timm", "torchvision")}})
+
+
+def _tell_lost_models(run: Path, result: ProbeResult, say: Callable[[str], object]) -> None:
+    """Say that a run which answers has no models, or not all of them: it was asked for without them before."""
+    trained = [fold for fold, found in enumerate(result.folds) if not found.failed]
+    lost = [fold for fold in trained if not (run / model_file(fold)).is_file()]
+    if lost:
+        which = "models" if lost == trained else f"models of fold {', '.join(map(str, lost))}"
+        say(f"{result.id}: {which} were not kept; --again trains and keeps them")
 
 
 def _save(run: FoldRun, result: ProbeResult, done: Progress, p: FloatArray, home: PathLike | None) -> None:

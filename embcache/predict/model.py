@@ -132,7 +132,6 @@ def load_model(
         target = pick_device(device)
         models = [load_finetuned(folder, result, fold, str(target)) for fold in folds]
         return _FinetunedModel(models, BATCH_SIZES.get(target.type, 64))
-    recipes = run_recipes(result, home)
     overrides = weights_by_name(list(recipes), weights)
     networks = {
         backbone: _rebuild(result, recipe, overrides.get(backbone), home, device)

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import pandas as pd
 import torch
 from safetensors import SafetensorError
@@ -27,7 +26,7 @@ from safetensors.torch import save as save_tensors
 from embcache.errors import StoreError, StoreNotFoundError
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.record import PROTOCOL_VERSION, FoldResult, ProbeResult, run_id
-from embcache.store.sealed import seal, unseal
+from embcache.store.sealed import file_checksum, seal, unseal
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -47,7 +46,6 @@ __all__ = [
     "save_run",
 ]
 
-_CHUNK = 1 << 20
 _MEND = "delete the run's folder and make it again"
 
 
@@ -100,7 +98,7 @@ def save_run(
                 _take(data, staging / name)
             else:
                 _write(staging / name, data)
-        record = {name: _fingerprint(staging / name) for name in content}
+        record = {name: file_checksum(staging / name) for name in content}
         _write(staging / "result.json", seal({**result.to_json(), "files": record}))
         _sync(staging)
         _swap(staging, folder / result.id)
@@ -118,7 +116,7 @@ def find_run(id: str, dataset: str, home: PathLike | None = None) -> ProbeResult
     run = runs_dir(dataset, home) / id
     try:
         result = load_result(run)
-        intact = all(_fingerprint(run / name) == record for name, record in _content(run)["files"].items())
+        intact = all(file_checksum(run / name) == record for name, record in _content(run)["files"].items())
     except (OSError, StoreError):
         return None
     return result if intact else None
@@ -264,18 +262,9 @@ def _verified(run: Path, name: str) -> Path:
     record = _content(run)["files"].get(name)
     if record is None:
         raise ValueError("the run kept no such file")
-    if _fingerprint(run / name) != record:
+    if file_checksum(run / name) != record:
         raise ValueError("bytes with another checksum than that recorded")
     return run / name
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """Size and crc32c of a file, read in pieces: models do not fit in memory twice."""
-    size, checksum = 0, 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            size, checksum = size + len(chunk), google_crc32c.extend(checksum, chunk)
-    return {"size": size, "crc32c": f"{checksum:08x}"}
 
 
 def _bad_run(path: Path, error: Exception) -> StoreError:

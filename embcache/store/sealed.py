@@ -11,10 +11,21 @@ import google_crc32c
 from embcache.errors import CorruptStoreError
 from embcache.store.recipe import canonical_json
 
+_CHUNK = 1 << 20
+
 
 def crc32c(data: bytes) -> str:
     """Castagnoli checksum of ``data``, 8 hex digits."""
     return f"{google_crc32c.value(data):08x}"
+
+
+def file_checksum(path: Path) -> dict[str, Any]:
+    """Size and crc32c of a file, read in pieces: models do not fit in memory twice."""
+    size, checksum = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            size, checksum = size + len(chunk), google_crc32c.extend(checksum, chunk)
+    return {"size": size, "crc32c": f"{checksum:08x}"}
 
 
 def seal(content: dict[str, Any], *, indent: int | None = 1) -> bytes:

@@ -1,14 +1,25 @@
 """Looking after what is cached: what there is, what one store is made of, taking it along."""
 
 from embcache.upkeep.export import export_features
-from embcache.upkeep.listing import CachedStore, StoreInfo, count_runs, list_cached, store_info, transform_words
+from embcache.upkeep.listing import (
+    CachedStore,
+    InterruptedRun,
+    StoreInfo,
+    count_runs,
+    list_cached,
+    list_interrupted,
+    store_info,
+    transform_words,
+)
 
 __all__ = [
     "CachedStore",
+    "InterruptedRun",
     "StoreInfo",
     "count_runs",
     "export_features",
     "list_cached",
+    "list_interrupted",
     "store_info",
     "transform_words",
 ]

@@ -10,8 +10,9 @@ from typing import Any
 
 from embcache.data.dataset import read_snapshot
 from embcache.errors import DatasetError, StoreError
-from embcache.paths import PathLike, home_dir
+from embcache.paths import PathLike, home_dir, slug
 from embcache.store.feature_store import FeatureStore, store_folders
+from embcache.store.sealed import unseal
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,29 @@ class CachedStore:
     def complete(self) -> bool:
         """Whether every image of the dataset has a row."""
         return not self.owed and not self.problem
+
+
+@dataclass(frozen=True)
+class InterruptedRun:
+    """A finetuning that was begun and is not finished; it may be running.
+
+    Attributes
+    ----------
+    dataset, id : str
+        Name of the dataset's folder, and the id that the run will have.
+    bytes : int
+        Of its checkpoints on disk.
+    path : Path
+        Their folder.
+    command : str
+        What goes on with it; ``""`` where that cannot be read.
+    """
+
+    dataset: str
+    id: str
+    bytes: int
+    path: Path
+    command: str
 
 
 @dataclass(frozen=True)
@@ -128,6 +152,23 @@ def count_runs(home: PathLike | None = None) -> dict[str, int]:
         if number:
             counts[folder.parent.name] = number
     return counts
+
+
+def list_interrupted(home: PathLike | None = None, dataset: str | None = None) -> list[InterruptedRun]:
+    """Describe the checkpoints of every finetuning under ``home`` that is not finished."""
+    found = []
+    for path in sorted(home_dir(home).glob(f"{slug(dataset) if dataset else '*'}/runs/.*.partial")):
+        state = path / "state.json"
+        try:
+            command = str(unseal(state.read_bytes(), state, "", indent=None).get("command", ""))
+        except FileNotFoundError:
+            continue  # nothing was trained yet
+        except (StoreError, OSError):
+            command = ""
+        name = path.parent.parent.name
+        id = path.name.removeprefix(".").removesuffix(".partial")
+        found.append(InterruptedRun(name, id, _folder_bytes(path), path, command))
+    return found
 
 
 def store_info(store: FeatureStore, home: PathLike | None = None) -> StoreInfo:

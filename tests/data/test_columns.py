@@ -58,6 +58,15 @@ def test_other_numbers_are_cut_at_quarters_of_the_training_images() -> None:
     assert counts.to_dict() == {"up to 25": 25, "over 25 to 50": 25, "over 50 to 75": 25, "over 75": 27}
 
 
+def test_official_test_images_move_no_quarter_but_rows_of_split_train_do() -> None:
+    values: list[object] = list(range(1, 101))
+    official = dataset(split=["train"] * 60 + ["test"] * 40, width=values)
+    assert column_values(official, "width").values[0] == "up to 15"
+    # Without an official test split every row is of split train, those of a local test set too.
+    assert column_values(dataset(width=values), "width").values[0] == "up to 25"
+    assert any("whose split is train" in note for note in column_values(official, "width").notes)
+
+
 def test_few_distinct_numbers_are_taken_as_they_are_in_their_order() -> None:
     column = column_values(dataset(grade=[10.0, 2.0, 2.0, float("nan")]), "grade")
     assert column.values == ("2", "10")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from embcache.data.dataset import DATASETS
+from embcache.data.dataset import DATASETS, load_dataset
 from embcache.errors import UsageError
 from embcache.extract.augment import AUGMENTATIONS, Augmentation, augmentation, centre
+from tests.data import test_aptos, test_folder, test_nih, test_patchcam, test_pneumonia, test_sample
 
 KEYS = [f"image {i}" for i in range(400)]
 
@@ -36,9 +39,36 @@ def test_an_augmented_image_has_the_size_of_the_network_s_input(
     assert result.flags["C_CONTIGUOUS"]
 
 
-def test_every_dataset_has_an_augmentation() -> None:
-    assert set(AUGMENTATIONS) == {"patch", "fundus", "chest", "generic"}
-    assert len(DATASETS) >= 5
+LAYOUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "patchcam": (test_patchcam.write_layout, "patch"),
+    "sample": (test_sample.write_layout, "patch"),
+    "aptos": (test_aptos.write_layout, "fundus"),
+    "pneumonia": (test_pneumonia.write_layout, "chest"),
+    "nih": (test_nih.write_layout, "chest"),
+    "folder": (test_folder.write_layout, "generic"),
+}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_dataset_is_augmented_by_its_modality(tmp_path: Path, name: str) -> None:
+    write_layout, expected = LAYOUTS[name]
+    ds = load_dataset(name, write_layout(tmp_path))
+    assert ds.augment == expected
+    assert augmentation(ds.augment, (96, 96), (96, 96)).kind == expected
+
+
+def test_the_table_in_the_docs_is_the_augmentation_of_each_dataset() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    rows = [line.strip().strip("|").split("|") for line in text.splitlines() if line.count("|") == 5]
+    stated = {
+        name: (flips.strip(), degrees.strip().strip("±°").replace("–", "0"))
+        for names, flips, degrees, _ in rows
+        for name in names.strip().split(", ")
+        if name in LAYOUTS
+    }
+    words = {(True, True): "both", (True, False): "left–right"}
+    rules = {name: AUGMENTATIONS[kind] for name, (_, kind) in LAYOUTS.items()}
+    assert stated == {name: (words[rule[:2]], f"{rule[2]:g}") for name, rule in rules.items()}
 
 
 def test_a_key_settles_everything_and_another_key_changes_it() -> None:

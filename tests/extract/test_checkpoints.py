@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from embcache.errors import WeightsError
+from embcache.extract.backbones import load_backbone
 from embcache.extract.checkpoints import clean_state_dict, hash_state, load_strictly, read_checkpoint
 from tests.extract import published
 
@@ -122,6 +123,20 @@ def test_a_truncated_file_is_one_error(
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     # Cut within the name of a type, it names an unknown one.
     with pytest.raises(WeightsError, match=r"not a checkpoint that can be read|is refused"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 cut short", b"\x80\x02 no pickle"])
+def test_nobody_is_told_to_delete_a_file_of_their_own(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "my own.pth"
+    path.write_bytes(content)
+    for name in ("dino", "timm:test_resnet"):
+        with pytest.raises(WeightsError, match="not a checkpoint that can be read") as caught:
+            load_backbone(name, weights=path)
+        assert "rm " not in str(caught.value)
+        assert "--weights" in str(caught.value)
+    # A file of the weights folder stands in the way of fetching it again.
+    with pytest.raises(WeightsError, match="rm '"):
         read_checkpoint(path)
 
 

@@ -19,13 +19,14 @@ import embcache.extract.compute as compute
 import embcache.extract.pixels as pixels
 import embcache.extract.run as run
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, UsageError
+from embcache.errors import CorruptStoreError, DatasetNotFoundError, UsageError
 from embcache.extract.augment import centre
 from embcache.extract.backbones import find_backbone
-from embcache.extract.pixels import cache_pixels, open_pixels, read_pixels
+from embcache.extract.pixels import cache_pixels, open_pixels
 from embcache.extract.run import extract_features, run_extraction
 from embcache.extract.scan import dataset_transform
 from embcache.extract.transforms import Transform, choose_transform, frame
+from embcache.finetune.data import decode_frames
 from embcache.probe.cached import cached_backbones, cached_datasets
 from embcache.store.feature_store import FeatureStore, list_stores
 from tests.extract.conftest import draw
@@ -163,19 +164,20 @@ def test_opening_never_decodes(images: Path, home: Path, decoded: list[str]) -> 
     assert decoded == []
 
 
-def test_direct_reading_gives_the_same_pixels(images: Path, home: Path, pool: Executor) -> None:
+def test_direct_reading_gives_the_same_pixels(images: Path, home: Path, tmp_path: Path, pool: Executor) -> None:
     spoil(images)
     ds = load(images)
     ids = ds.table["id"].tolist()[::-1]
-    direct, reasons = read_pixels(ds, AS_IS, ids, pool)
+    assert ds.root is not None
+    frames, found = decode_frames(ds, AS_IS, ds.root, tmp_path / "frames", pool, ids=ids)
+    direct, reasons, ids = frames.pixels, dict(found.quarantined), list(frames.ids)
     store = cache_pixels(ds, AS_IS)
     assert reasons == store.quarantined
+    assert found.digests == store.digests
     assert direct.shape == (20, 40, 40, 3)
     place = {id_: row for row, id_ in enumerate(ids)}
     assert np.array_equal(direct[[place[id_] for id_ in store.ids]], store.features[:])
     assert not direct[[place[id_] for id_ in reasons]].any()
-    with pytest.raises(DatasetError, match="no such images"):
-        read_pixels(ds, AS_IS, ["nobody"], pool)
 
 
 @pytest.mark.parametrize("format", ["zarr", "hdf5"])

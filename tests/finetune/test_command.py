@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,16 +12,19 @@ import typer
 from typer.testing import CliRunner
 
 from embcache.commands import finetune as command
-from embcache.commands import probe
+from embcache.commands import probe, store
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError
 from embcache.finetune.checkpoint import CheckpointFolder
 from embcache.finetune.named import finetune_named
+from embcache.finetune.request import Settings, resume_command
+from embcache.upkeep import list_interrupted
 from tests.finetune.conftest import QUICK, RESNET, VIT
 
 app = typer.Typer()
 app.command()(command.finetune)
 app.command()(probe.results)
+app.command()(store.ls)
 
 
 def arguments(ds: ImageDataset, *more: str) -> list[str]:
@@ -59,9 +64,49 @@ def test_an_interrupted_command_says_how_to_go_on(ds: ImageDataset, monkeypatch:
     refused = CliRunner().invoke(app, arguments(ds))
     assert isinstance(refused.exception, StoreError)
     assert "trained for 1 epoch" in str(refused.exception)
-    resumed = CliRunner().invoke(app, arguments(ds, "--resume"))
+    (run,) = list_interrupted()
+    assert run.id.startswith("finetune-linear-16-")
+    assert run.bytes > 10_000
+    for words in (["ls"], ["ls", "--dataset", ds.name]):
+        listed = CliRunner().invoke(app, words).stdout
+        assert f"unfinished: {ds.name} {run.id}" in listed
+        assert run.command in listed
+    assert list_interrupted(dataset="nih") == []
+    resumed = CliRunner().invoke(app, shlex.split(run.command)[1:])
     assert resumed.exit_code == 0, resumed.exception
     assert "resumed" in resumed.stderr
+    assert list_interrupted() == []
+    assert "unfinished" not in CliRunner().invoke(app, ["ls"]).stdout
+
+
+def test_an_unfinished_run_that_cannot_be_read_is_listed_all_the_same(home: Path) -> None:
+    folder = home / "nih" / "runs" / ".finetune-linear-S-0123.partial"
+    (folder / "leases").mkdir(parents=True)
+    assert list_interrupted() == []  # begun, and no epoch is whole yet
+    (folder / "state.json").write_bytes(b"{}")
+    assert [(run.dataset, run.id, run.command) for run in list_interrupted()] == [("nih", "finetune-linear-S-0123", "")]
+    listed = CliRunner().invoke(app, ["ls"]).stdout
+    assert "its command with --resume" in listed
+    assert f"rm -r '{folder}'" in listed
+
+
+def test_the_command_that_goes_on_asks_the_same(ds: ImageDataset, tmp_path: Path) -> None:
+    settings = Settings(
+        "dvme", 16, 3, 7, "matched", "official", "kept", True, {"a": "x y.pth", "b": "b.pth"}, "paper", "cpu", "bf16",
+        0.01, 8, 2, 9,
+    )  # fmt: skip
+    words = shlex.split(resume_command(ds, ["a", "b"], settings, tmp_path))
+    assert words == [
+        "embcache", "finetune", "--backbone", "a,b", "--dataset", "folder", "--data-root", str(ds.origin),
+        "--name", ds.name, "--head", "dvme", "--subset", "16", "--folds", "3", "--seed", "7", "--val", "matched",
+        "--test", "official", "--splits", "kept", "--exclude-test-overlap", "--weights", "a=x y.pth",
+        "--weights", "b=b.pth", "--transform", "paper", "--device", "cpu", "--precision", "bf16", "--lr", "0.01",
+        "--batch-size", "8", "--accumulate", "2", "--max-epochs", "9", "--home", str(tmp_path), "--resume",
+    ]  # fmt: skip
+    (finetune,) = (c for c in app.registered_commands if c.callback is command.finetune)
+    assert finetune.callback is not None
+    options = {name.replace("_", "-") for name in inspect.signature(finetune.callback).parameters}
+    assert {word[2:] for word in words if word.startswith("--")} <= options
 
 
 def test_what_was_not_named_is_asked_for(home: Path) -> None:

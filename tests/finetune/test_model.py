@@ -18,7 +18,7 @@ from embcache.finetune import finetune_images, load_finetuned
 from embcache.finetune.data import choose_transforms
 from embcache.finetune.model import ImageModel, assemble, check_head, count_parameters, empty_backbone
 from embcache.finetune.request import Settings, choose_schedule, gentle
-from embcache.probe.heads import make_head
+from embcache.probe.heads import heads, make_head
 from embcache.probe.results import runs_dir
 from embcache.probe.stack import stream_generator
 from tests.finetune.conftest import QUICK, RESNET, VIT
@@ -91,6 +91,19 @@ def test_sets_of_backbones_are_checked() -> None:
         check_head(make_head("dvme"), ["dino", "dino"])
     with pytest.raises(UsageError, match="no backbone"):
         check_head(make_head("linear"), [])
+
+
+@pytest.mark.parametrize("name", heads())
+def test_heads_that_need_fixed_features_are_refused(name: str) -> None:
+    head = make_head(name)
+    backbones = ["random", "dino"] if head.fuses else ["random"]
+    if hasattr(head, "solve") or hasattr(head, "constants"):
+        with pytest.raises(UsageError, match=f"{name}.*cannot be trained together with its backbones") as caught:
+            check_head(head, backbones)
+        assert caught.value.expected is not None
+        assert name not in caught.value.expected.split(", ")
+    else:
+        assert check_head(head, backbones) is head
 
 
 def test_dino_is_trained_gently() -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import embcache.finetune.data as data
 import embcache.finetune.folds as folds
+import embcache.finetune.train as train
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import CorruptStoreError, EmbcacheError, ProtocolError, StoreError, UsageError, WeightsError
 from embcache.extract.run import extract_features
@@ -65,6 +66,49 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield after
     monkeypatch.undo()
+
+
+Written = dict[tuple[int, int], tuple[object, ...]]
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Written:
+    """By fold and epoch what was kept after it: losses, scores, rates, and the checksums of model and moments."""
+    found: Written = {}
+    original = folds.CheckpointFolder.write
+
+    def write(self: folds.CheckpointFolder, progress: folds.Progress) -> None:
+        original(self, progress)
+        state = progress.folds[-1]
+        if not state.finished:
+            checksums = {role: record["crc32c"] for role, record in state.files.items()}
+            key = (len(progress.folds) - 1, state.epoch)
+            found[key] = (state.losses, state.val_scores, state.lrs, checksums)
+
+    monkeypatch.setattr(folds.CheckpointFolder, "write", write)
+    return found
+
+
+def take(written: Written) -> Written:
+    """What was written so far, which is then forgotten."""
+    found = dict(written)
+    written.clear()
+    return found
+
+
+def assert_same(
+    ds: ImageDataset, one: ProbeResult, home: Path | None, other: ProbeResult, other_home: Path | None
+) -> None:
+    """Results, predictions and models are equal bit for bit."""
+    assert reached(one) == reached(other)
+    pd.testing.assert_frame_equal(predictions(ds, one, home), predictions(ds, other, other_home), check_exact=True)
+    for fold in range(len(one.folds)):
+        models = [
+            load_file(runs_dir(ds.name, folder) / one.id / f"model-fold{fold}.safetensors")
+            for folder in (home, other_home)
+        ]
+        assert models[0].keys() == models[1].keys()
+        assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 
 def test_the_result_is_a_run_like_one_of_probing(ds: ImageDataset) -> None:
@@ -143,24 +187,54 @@ def test_pixels_that_do_not_fit_in_memory_are_mapped_from_a_file(
     assert reached(run(ds, reuse=False)) == reached(reference)
 
 
-def test_an_interrupted_run_is_resumed_only_when_told(ds: ImageDataset, tmp_path: Path, interrupt: Any) -> None:
-    reference = run(ds, home=tmp_path / "whole")
-    for checkpoints in (2, 3):  # after the last epoch of the first fold, and after its test
+def test_an_interrupted_run_is_resumed_only_when_told(
+    ds: ImageDataset, tmp_path: Path, interrupt: Any, written: Written
+) -> None:
+    reference = run(ds, home=tmp_path / "whole", max_epochs=4)
+    epochs = take(written)
+    assert list(epochs) == [(fold, epoch) for fold in range(2) for epoch in range(1, 5)]
+    # Within the first fold, after its last epoch, after its test, within the second fold.
+    for checkpoints in (2, 4, 5, 7):
         interrupt(checkpoints)
         with pytest.raises(KeyboardInterrupt):
-            run(ds)
+            run(ds, max_epochs=4)
         interrupt(10**6)
         with pytest.raises(StoreError, match=r"of 2 folds finished(.|\n)*--resume(.|\n)*--again"):
-            run(ds)
+            run(ds, max_epochs=4)
         said: list[str] = []
-        resumed = run(ds, resume=True, say=said.append)
+        resumed = run(ds, resume=True, max_epochs=4, say=said.append)
         assert any(line.startswith("resumed:") for line in said)
-        assert reached(resumed) == reached(reference)
-        pd.testing.assert_frame_equal(
-            predictions(ds, resumed), predictions(ds, reference, tmp_path / "whole"), check_exact=True
-        )
+        assert take(written) == epochs
+        assert_same(ds, resumed, None, reference, tmp_path / "whole")
         assert not partials(ds)
         shutil.rmtree(runs_dir(ds.name))
+
+
+@pytest.mark.parametrize("lost", ["adam.step.", "adam.exp_avg.", "adam.exp_avg_sq.", "model."])
+def test_training_that_goes_on_without_a_part_of_its_state_would_be_seen(
+    ds: ImageDataset, interrupt: Any, written: Written, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    run(ds, max_epochs=4)
+    epochs = take(written)
+    shutil.rmtree(runs_dir(ds.name))
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(ds, max_epochs=4)
+    interrupt(10**6)
+    assert take(written) == {key: epochs[key] for key in ((0, 1), (0, 2))}
+    original = train._restore
+
+    def forget(*args: Any) -> None:
+        *others, tensors = args
+        hit = {name: torch.zeros_like(value) for name, value in tensors.items() if name.startswith(lost)}
+        assert hit
+        original(*others, {**tensors, **hit})
+
+    monkeypatch.setattr(train, "_restore", forget)
+    run(ds, resume=True, max_epochs=4)
+    resumed = take(written)
+    assert [key for key in epochs if key in resumed and resumed[key] != epochs[key]] == [(0, 3), (0, 4)]
+    assert set(resumed) == set(epochs) - {(0, 1), (0, 2)}  # the second fold begins anew, and so is the same
 
 
 def test_again_starts_over(ds: ImageDataset, interrupt: Any) -> None:
@@ -180,16 +254,19 @@ def test_nothing_to_resume_is_said(ds: ImageDataset) -> None:
     assert any("no checkpoint to resume" in line for line in said)
 
 
-def test_a_killed_process_is_resumed_to_the_same_bits(ds: ImageDataset, tmp_path: Path, networks: Path) -> None:
-    reference = run(ds, home=tmp_path / "whole")
-    options = {name: value for name, value in OPTIONS.items() if name != "workers"}
+def test_a_killed_process_is_resumed_to_the_same_bits(
+    ds: ImageDataset, tmp_path: Path, networks: Path, written: Written
+) -> None:
+    reference = run(ds, home=tmp_path / "whole", max_epochs=4)
+    epochs = take(written)
+    options = {**{name: value for name, value in OPTIONS.items() if name != "workers"}, "max_epochs": 4}
     script = (
         "import os, signal\nfrom embcache.data.dataset import load_dataset\nimport embcache.finetune.folds as folds\n"
         "from embcache.finetune import finetune_images\n"
         "original, seen = folds.CheckpointFolder.save, []\n"
         "def save(self, name, tensors):\n"
         "    seen.append(name)\n"
-        "    if name.startswith('fold1-train'):\n"
+        "    if name.startswith('fold1-train-000003'):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return original(self, name, tensors)\n"
         "folds.CheckpointFolder.save = save\n"
@@ -199,17 +276,9 @@ def test_a_killed_process_is_resumed_to_the_same_bits(ds: ImageDataset, tmp_path
     environment = {**os.environ, "EMBCACHE_WEIGHTS": str(networks), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    resumed = run(ds, home=tmp_path / "killed", resume=True)
-    assert reached(resumed) == reached(reference)
-    pd.testing.assert_frame_equal(
-        predictions(ds, resumed, tmp_path / "killed"), predictions(ds, reference, tmp_path / "whole"), check_exact=True
-    )
-    for fold in range(2):
-        one, other = (
-            load_file(runs_dir(ds.name, tmp_path / home) / reference.id / f"model-fold{fold}.safetensors")
-            for home in ("whole", "killed")
-        )
-        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    resumed = run(ds, home=tmp_path / "killed", resume=True, max_epochs=4)
+    assert take(written) == {key: epochs[key] for key in ((1, 3), (1, 4))}
+    assert_same(ds, resumed, tmp_path / "killed", reference, tmp_path / "whole")
 
 
 def test_a_run_of_another_request_is_not_resumed_from_this_checkpoint(ds: ImageDataset, interrupt: Any) -> None:
@@ -258,6 +327,33 @@ def test_every_fold_diverging_is_one_error_and_no_run(ds: ImageDataset) -> None:
     with pytest.raises(ProtocolError, match="diverged"):
         run(ds, lr=1e30)
     assert not list_results(dataset=ds.name)
+    assert not partials(ds)
+    with pytest.raises(ProtocolError, match="diverged"):  # and not: an interrupted run is there
+        run(ds, lr=1e30)
+
+
+def test_a_run_without_models_says_so_where_they_are_asked_for(ds: ImageDataset) -> None:
+    def lost(**changes: Any) -> list[str]:
+        said: list[str] = []
+        run(ds, max_epochs=1, say=said.append, **changes)
+        return [line for line in said if "not kept" in line]
+
+    assert lost(keep_models=False) == []
+    (note,) = lost()
+    assert "models were not kept; --again trains and keeps them" in note
+    assert lost(keep_models=False) == []
+    assert lost(reuse=False) == []
+    assert lost() == []
+
+
+def test_folds_that_were_trained_without_their_models_are_named(ds: ImageDataset, interrupt: Any) -> None:
+    interrupt(3)  # the first fold is finished
+    with pytest.raises(KeyboardInterrupt):
+        run(ds, keep_models=False)
+    interrupt(10**6)
+    said: list[str] = []
+    run(ds, resume=True, say=said.append)
+    assert any("models of fold 0 were not kept" in line for line in said)
 
 
 def test_without_saving_nothing_is_written(ds: ImageDataset) -> None:
@@ -291,7 +387,9 @@ def test_weights_that_do_not_fit_are_extraction_s_error(ds: ImageDataset, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"head": "knn"}, UsageError, "trained together"),
+        ({"head": "knn"}, UsageError, r"solved on fixed features(.|\n)*trained together"),
+        ({"head": "logreg"}, UsageError, r"solved on fixed features(.|\n)*trained together"),
+        ({"head": "concat"}, UsageError, r"standardises features(.|\n)*trained together"),
         ({"subset": 500}, ProtocolError, "larger than the pool"),
         ({"precision": "fp16", "device": "cpu"}, UsageError, "CUDA"),
         ({"precision": "fp64"}, UsageError, "unknown precision"),

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -328,3 +329,17 @@ def test_the_recipe_of_every_backbone_is_rebuilt(made: tuple[Path, Path, dict[st
     result, _ = find_run_anywhere(runs["dvme"], home)
     recipes = model.run_recipes(result, home)
     assert [recipe.fingerprint for recipe in recipes.values()] == [digest for _, digest in result.request["recipes"]]
+
+
+def test_recipes_are_looked_up_once(made: tuple[Path, Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    home, root, runs = made
+    calls: list[str] = []
+    original = model.run_recipes
+
+    def count(*args: Any) -> object:
+        calls.append("once")
+        return original(*args)
+
+    monkeypatch.setattr(model, "run_recipes", count)
+    predict_images(runs["linear"], [root / "test"], home=home)
+    assert calls == ["once"]
