@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import embcache.study.run as study_run
 from embcache.commands import run as commands
+from embcache.commands.extract import parse_weights
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from embcache.finetune.run import finetune_images
@@ -290,3 +291,11 @@ def test_the_command_prints_writes_and_leaves_with_a_status(
     done = runner.invoke(app, ["curves", "--dataset", "toy"])
     assert done.exit_code == 0, done.output
     assert "random, linear" in done.stdout
+
+
+def test_checkpoints_are_named_by_backbone_where_a_table_says_which_there_are() -> None:
+    assert parse_weights(["dino=a=b.pth", "swav=c"]) == {"dino": Path("a=b.pth"), "swav": Path("c")}
+    for value in ("dino.pth", "=dino.pth", "dino="):
+        with pytest.raises(UsageError, match="for which backbone"):
+            parse_weights([value])
+    assert not hasattr(commands, "_parse_weights")
