@@ -76,7 +76,9 @@ def finetune(
     max_epochs: Annotated[int, typer.Option("--max-epochs", metavar="N", help="At most so many epochs.")] = 50,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", metavar="N", help="Threads that prepare images. [default: one a core, 8 at most]"),
+        typer.Option(
+            "--workers", metavar="N", min=0, help="Threads that prepare images. [default: one a core, 8 at most]"
+        ),
     ] = None,
     pixel_cache: Annotated[
         bool,

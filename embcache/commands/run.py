@@ -20,7 +20,7 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
-from embcache.commands.probe import OverlapOption, SubsetOption
+from embcache.commands.probe import OverlapOption
 from embcache.commands.progress import ProgressBar
 from embcache.errors import UsageError
 
@@ -45,7 +45,10 @@ def run(
     ],
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
-    subset: SubsetOption = None,
+    subset: Annotated[
+        list[str] | None,
+        typer.Option("--subset", metavar="S,M,F,N", help="Instead of the table's own subsets; comma-separated."),
+    ] = None,
     head: Annotated[
         list[str] | None, typer.Option("--head", metavar="NAME", help="Instead of the table's own heads.")
     ] = None,
@@ -76,7 +79,9 @@ def run(
         str | None, typer.Option("--transform", metavar="paper|imagenet|model", help="Of what is extracted.")
     ] = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda:0, …")] = "auto",
-    workers: Annotated[int | None, typer.Option("--workers", metavar="N", help="Threads that decode images.")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", metavar="N", min=1, help="Threads that decode images.")
+    ] = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     format: FormatOption = "markdown",

@@ -233,7 +233,7 @@ def find_backbone(name: str) -> Backbone:
             return replace(BACKBONES["random"], name=f"random:{seed}" if seed else "random", seed=seed)
         raise UsageError(
             "the seed of a random backbone is not a number", expected="random:1, random:2, …", found=name,
-            fix="embcache extract --backbone random:1 …",
+            fix="--backbone random:1",
         )  # fmt: skip
     near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.5)
     raise UsageError(

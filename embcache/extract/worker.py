@@ -121,12 +121,13 @@ def pick_device(device: str) -> torch.device:
         target = torch.device(device)
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        # torch lists all types of devices that it knows of: that is no help
+        reason = str(error).splitlines()[0] if "device type" not in str(error) else "no such type of device"
         raise UsageError(
             f"the device {device!r} cannot be used",
             found=reason,
             expected="auto, cpu, cuda:0, …",
-            fix="embcache extract --device auto …",
+            fix="--device auto",
         ) from error
     return target
 

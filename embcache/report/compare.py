@@ -132,7 +132,7 @@ def compare_runs(
     ordered = {path: result for result, path in ([first] if first else []) + found}  # a run named twice counts once
     if len(ordered) < 2:
         raise UsageError(
-            "a comparison needs two runs",
+            "a comparison needs two runs" + (", and these names are all of one" if len(found) > 1 else ""),
             found=", ".join(result.id for result in ordered.values()) or "none",
             fix="embcache compare RUN RUN …   (embcache results lists them)",
         )

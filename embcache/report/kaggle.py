@@ -8,8 +8,9 @@ takes the private and public scores that came back.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from embcache.data.labels import read_table
 from embcache.errors import ProtocolError, UsageError
 from embcache.paths import PathLike
 from embcache.probe.results import FoldResult, ProbeResult, find_run_anywhere, load_predictions, run_id, save_run
+from embcache.probe.schedule import Schedule
 from embcache.report.csvfile import csv_text, write_text
 from embcache.store.feature_store import list_stores
 
@@ -251,10 +253,28 @@ def _competition(result: ProbeResult, ds: ImageDataset) -> Competition:
             "the run was not made for the leaderboard: its test images are a fifth of the labelled ones",
             expected="a run with --test official",
             found=f"{result.id}, test set {result.test_set}",
-            fix=f"embcache probe --dataset {result.dataset} --head {result.head} --subset {result.subset} "
-            f"--backbone {','.join(result.backbones)} --test official",
+            fix=official_command(result),
         )
     return COMPETITIONS[ds.kind]
+
+
+def official_command(result: ProbeResult) -> str:
+    """The command that makes the same run for the leaderboard, as far as its request tells."""
+    request, usual = result.request, asdict(Schedule())
+    words = ["embcache", result.kind, "--dataset", result.dataset, "--head", result.head, "--subset", result.subset]
+    words += ["--backbone", ",".join(result.backbones), "--test", "official"]
+    for name, default in (("folds", 5), ("seed", 0), ("val", "full"), ("repeats", 1), ("views", 1)):
+        if request.get(name, default) != default:
+            words += [f"--{name}", str(request[name])]
+    schedule = dict(request.get("schedule") or {})
+    if "lrs" in request:
+        words += ["--lr", ",".join(f"{rate:g}" for rate in request["lrs"])]
+    elif schedule.get("lr", usual["lr"]) != usual["lr"]:
+        words += ["--lr", f"{schedule['lr']:g}"]
+    for name in ("batch_size", "max_epochs") if result.kind == "finetune" else ():
+        if schedule.get(name, usual[name]) != usual[name]:
+            words += ["--" + name.replace("_", "-"), str(schedule[name])]
+    return shlex.join(words)
 
 
 def _ids_in_order(ds: ImageDataset) -> tuple[list[str], list[str]]:

@@ -111,6 +111,11 @@ def assert_same(
         assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 
+def test_a_negative_number_of_workers_is_refused(ds: ImageDataset) -> None:
+    with pytest.raises(UsageError, match="number of workers"):
+        finetune_images(ds, [RESNET], **{**QUICK, "workers": -3})
+
+
 def test_the_result_is_a_run_like_one_of_probing(ds: ImageDataset) -> None:
     extract_features(RESNET, ds, transform="paper")
     probed = probe_features(ds, RESNET, subset=16, folds=2, val="matched")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import UsageError
 from embcache.probe.results import find_run_anywhere, list_results, load_predictions, load_result
 from embcache.probe.run import probe_features
-from embcache.report.kaggle import make_submission, read_score, save_kaggle_scores
+from embcache.report.kaggle import make_submission, official_command, read_score, save_kaggle_scores
 from tests.data.pictures import write_image
 from tests.probe.build import make_dataset, make_features, put_store
 
@@ -75,10 +76,14 @@ def test_a_folder_that_cannot_be_made_is_told_and_nothing_written(home: Path, ru
 def test_only_runs_on_a_leaderboards_test_set_are_handed_in(home: Path, tmp_path: Path) -> None:
     ds = aptos(tmp_path / "data" / "aptos")
     put_store(home, ds, "toy", make_features(ds))
-    local = probe_features(ds, "toy", folds=2, subset=10, home=home).id
+    local = probe_features(ds, "toy", folds=2, subset=10, lr=1e-2, home=home)
     with pytest.raises(UsageError, match="not made for the leaderboard") as caught:
-        make_submission(local, tmp_path / "out", home=home)
-    assert "--test official" in str(caught.value.fix)
+        make_submission(local.id, tmp_path / "out", home=home)
+    asked = "--dataset aptos --head linear --subset 10 --backbone toy --test official --folds 2"
+    assert caught.value.fix == f"embcache probe {asked} --lr 0.01"
+    schedule = {**local.request["schedule"], "lr": 1e-3, "batch_size": 16, "max_epochs": 3}
+    tuned = replace(local, kind="finetune", request={**local.request, "schedule": schedule})
+    assert official_command(tuned) == f"embcache finetune {asked} --batch-size 16 --max-epochs 3"
     toy = make_dataset(np.tile([0, 1], 40))
     put_store(home, toy, "toy", make_features(toy))
     other = probe_features(toy, "toy", folds=2, subset=10, home=home).id
