@@ -14,8 +14,13 @@ from numpy.typing import NDArray
 from embcache.paths import replace_file
 
 # Okabe and Ito's colours (2008), told apart with every common kind of colour vision; markers serve print in grey.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LINES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # "--" is the paper's
+_BANDS = 6  # curves of a panel up to which bands are told apart
+
+Style = tuple[str, str, str | tuple[int, tuple[int, ...]]]
+"""Colour, marker and line style of a curve."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,10 @@ class Map:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: x values, y values and a band of the same length; dashed and without a band for reference."""
+    """One line: x values, y values and a band of the same length; dashed and without a band for reference.
+
+    Curves of one ``family`` (backbones) share their colour, those of one ``method`` (head and kind) their marker.
+    """
 
     label: str
     x: tuple[float, ...]
@@ -37,6 +45,8 @@ class Curve:
     low: tuple[float, ...]
     high: tuple[float, ...]
     dashed: bool = False
+    family: str = ""
+    method: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,29 +93,35 @@ def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, targe
 
 
 def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path) -> Path:
-    """Draw learning curves over a logarithmic axis of training labels, a panel beside the other.
+    """Draw learning curves over a logarithmic axis of training labels, a panel beside the other, one legend beneath.
 
-    A curve that is dashed, the paper's, has the colour of the one whose label begins its own.
+    A panel of more than six curves has thin bars in place of bands.
     """
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    most = max(len(panel.curves) for panel in panels)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.22 * most + 0.4), layout="constrained")
+    styles = curve_styles(panels)
+    width = max(5.2 * columns, 7.2 if len(styles) > _BANDS else 0.0)
+    entry = 0.6 + 0.062 * max(len(label) for label in styles)  # inches, at 8 points
+    ncols = max(1, min(len(styles), int(width / entry)))
+    height = 3.6 * rows + 0.18 * (-(-len(styles) // ncols) + 1) + 0.6
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    handles = {}
     for axis, panel in zip(axes, panels, strict=False):
-        own = [curve for curve in panel.curves if not curve.dashed]
-        place = {curve.label: i for i, curve in enumerate(own)}
+        many = _many(panel)
         for curve in panel.curves:
-            i = place.get(curve.label if not curve.dashed else curve.label.removesuffix(", paper"), len(own))
-            colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
-            style = {"linestyle": "--", "linewidth": 1.2, "markersize": 3} if curve.dashed else {"markersize": 5}
-            axis.plot(curve.x, curve.y, color=colour, marker=marker, label=_plain(curve.label), **style)
+            colour, marker, line = styles[curve.label]
+            size = {"linewidth": 1.2, "markersize": 3} if curve.dashed else {"linewidth": 1.5, "markersize": 5}
+            (handles[curve.label],) = axis.plot(
+                curve.x, curve.y, color=colour, marker=marker, linestyle=line, label=_plain(curve.label), **size
+            )
             if curve.dashed:
                 continue
-            if len(curve.x) > 1:
+            if len(curve.x) > 1 and not many:
                 axis.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
-            errors = [np.subtract(curve.y, curve.low), np.subtract(curve.high, curve.y)]
-            axis.errorbar(curve.x, curve.y, yerr=np.clip(errors, 0, None), fmt="none", ecolor=colour, capsize=2, lw=0.8)
+            errors = np.clip([np.subtract(curve.y, curve.low), np.subtract(curve.high, curve.y)], 0, None)
+            bars = {"lw": 0.5, "alpha": 0.5, "capsize": 0} if many else {"lw": 0.8, "capsize": 2}
+            axis.errorbar(curve.x, curve.y, yerr=errors, fmt="none", ecolor=colour, **bars)
         ticks = sorted({x for curve in panel.curves for x in curve.x})
         axis.set_xscale("log")
         axis.set_xticks(_apart(ticks), [f"{x:,.0f}" for x in _apart(ticks)], fontsize=8)
@@ -114,11 +130,60 @@ def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path) -> Path:
         axis.set_ylabel(panel.metric, fontsize=9)
         axis.set_title(_plain(panel.title), fontsize=10)
         axis.grid(alpha=0.25)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), fontsize=8, frameon=False)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
+    bands = "95 % interval, or ± sd where there is none"
+    if any(_many(panel) for panel in panels):
+        bands += f"; bands only in panels of up to {_BANDS} curves"
+    figure.legend(
+        [handles[label] for label in styles], [_plain(label) for label in styles], loc="outside lower center",
+        ncols=ncols, frameon=False, fontsize=8, title=f"bars: {bands}", title_fontsize=8,
+    )  # fmt: skip
     figure.suptitle(_plain(title), fontsize=11)
     return _save(figure, target)
+
+
+def _many(panel: CurvePanel) -> bool:
+    return sum(not curve.dashed for curve in panel.curves) > _BANDS
+
+
+def curve_styles(panels: Sequence[CurvePanel]) -> dict[str, Style]:
+    """Colour, marker and line style by label, each once in a figure and the same in all of its panels.
+
+    The colour tells the backbones, the marker (with more than eight the line style, too) head and kind; in a figure of
+    one family or one method the colour tells curves apart. The paper's curve has our one's colour and marker, dashed.
+    """
+    curves = {curve.label: curve for panel in panels for curve in panel.curves}
+    own = [curve for curve in curves.values() if not curve.dashed or _ours(curve) not in curves]
+    families = list(dict.fromkeys(curve.family or curve.label for curve in own))
+    methods = list(dict.fromkeys(curve.method for curve in own))
+    styles: dict[str, Style] = {}
+    for k, curve in enumerate(own):
+        family, method = families.index(curve.family or curve.label), methods.index(curve.method)
+        if len(families) == 1 or len(methods) == 1:
+            family = method = k
+        lines = ("--",) if curve.dashed else _LINES
+        places = [(line, marker) for line in range(len(lines)) for marker in range(len(_MARKERS))]
+        first = (method // len(_MARKERS)) % len(lines) * len(_MARKERS) + method % len(_MARKERS)
+        # Of one family and method (two recipes, or a ninth colour): the same marker on another line, then any.
+        preferred = sorted(places, key=lambda place: place[1] != places[first][1])
+        wanted = (_COLOURS[family % len(_COLOURS)], _MARKERS[places[first][1]], lines[places[first][0]])
+        others = (
+            (colour, _MARKERS[marker], lines[line])
+            for colour in (wanted[0], *_COLOURS)
+            for line, marker in preferred
+        )  # fmt: skip
+        taken = set(styles.values())
+        styles[curve.label] = next((style for style in (wanted, *others) if style not in taken), wanted)
+    for curve in curves.values():
+        if curve.label not in styles:
+            colour, marker, _ = styles[_ours(curve)]
+            styles[curve.label] = (colour, marker, "--")
+    return {label: styles[label] for label in curves}
+
+
+def _ours(curve: Curve) -> str:
+    return curve.label.removesuffix(", paper")
 
 
 def _apart(ticks: Sequence[float]) -> list[float]:

@@ -48,6 +48,8 @@ def _curve(label: str, results: Sequence[ProbeResult]) -> Curve:
         tuple(float(r.mean or 0.0) for r in points),
         tuple(low for low, _ in bounds),
         tuple(high for _, high in bounds),
+        family=" + ".join(results[0].backbones),
+        method=f"{results[0].head}, {results[0].kind}",
     )
 
 
