@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,10 +16,10 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.images import read_size
 from embcache.errors import EmbcacheError, ImageError
 from embcache.extract.backbones import Backbone, LoadedBackbone, find_backbone, load_backbone, weights_status
-from embcache.extract.batching import Source
+from embcache.extract.batching import Source, prepare
 from embcache.extract.networks import build_network
-from embcache.extract.transforms import choose_transform
-from embcache.extract.worker import compute_shard, freeze
+from embcache.extract.transforms import Transform, choose_transform
+from embcache.extract.worker import freeze, pick_device
 from embcache.probe.heads import make_head
 from embcache.probe.results import ProbeResult, list_results
 from embcache.probe.schedule import Schedule
@@ -27,7 +27,8 @@ from embcache.report.grid import Model
 from embcache.study.plan import DatasetState
 from embcache.study.settings import Settings
 
-_SAMPLE = 8  # images of a calibration
+_SAMPLE = 4  # images of a calibration, at most
+_LONG = 1.0  # seconds: a first step that took so long on a CPU is not repeated
 _EPOCHS = 40.0  # between the 30 and 50 of the schedule
 _FORWARD = 1 / 3  # of a training step: the backward pass costs about twice the forward one
 
@@ -58,55 +59,120 @@ class Step:
     basis: str
 
 
-def estimate_steps(states: Sequence[DatasetState], settings: Settings) -> list[Step]:
+class Calibrations:
+    """Measurements here and now, each made once and said before it is made.
+
+    What a network takes is shared by all backbones of one architecture at one image size, whatever the dataset.
+
+    Parameters
+    ----------
+    settings : Settings
+    say : callable
+        Told a line before each measurement.
+    """
+
+    def __init__(self, settings: Settings, say: Callable[[str], object]) -> None:
+        self.settings = settings
+        self._say = say
+        self._known: dict[Hashable, float | None] = {}
+
+    def extraction(self, backbone: str, ds: ImageDataset, name: str) -> float | None:
+        """Seconds that one image of a dataset takes from its file to its features; None where nothing tells."""
+        spec = find_backbone(backbone)
+        try:
+            sources, sizes = _sample(ds)
+            transform = choose_transform(spec, self.settings.transform, sizes) if sizes else None
+        except (EmbcacheError, OSError):
+            return None
+        if transform is None:
+            return None
+        reading = self._once(
+            ("read", name, str(transform.geometry_dict())),
+            f"the reading of {name}",
+            lambda: seconds_to_read(ds, sources, transform, self.settings),
+        )
+        forward = self._once(
+            ("forward", spec.network, transform.size),
+            f"{backbone} on {name}",
+            lambda: seconds_to_extract(spec, transform, self.settings),
+        )
+        return None if reading is None or forward is None else reading + forward
+
+    def finetuning(self, backbone: str) -> float | None:
+        """Seconds per image of one step forward and backward through a network; None where it cannot be built."""
+        spec = find_backbone(backbone)
+        return self._once(
+            ("train", spec.network, spec.input_size),
+            f"the finetuning of {backbone}",
+            lambda: seconds_to_train(spec, self.settings),
+        )
+
+    def probing(self, head: str, backbones: Sequence[str], n_classes: int) -> float | None:
+        """Seconds per image and epoch of a head's training; None where it cannot be trained on so many classes."""
+        dims = {name: find_backbone(name).dim for name in backbones}
+        return self._once(
+            ("probe", head, tuple(dims.values()), n_classes),
+            f"{head} on {' + '.join(backbones)}",
+            lambda: seconds_to_probe(head, dims, n_classes),
+        )
+
+    def _once(self, key: Hashable, what: str, measure: Callable[[], float]) -> float | None:
+        if key not in self._known:
+            self._say(f"calibrating {what} …")
+            try:
+                self._known[key] = measure()
+            except (EmbcacheError, OSError, RuntimeError, ValueError):
+                self._known[key] = None
+        return self._known[key]
+
+
+def _silent(line: str) -> None:
+    del line
+
+
+def estimate_steps(
+    states: Sequence[DatasetState], settings: Settings, say: Callable[[str], object] = _silent
+) -> list[Step]:
     """The steps that a table needs, dataset by dataset, each with its cost.
 
     Earlier runs of the same head (for finetuning: of the same backbones) on this home give the seconds, scaled by the
-    images that training and validation see; where there are none, and for extractions, a calibration of seconds does.
+    images that training and validation see; where there are none, and for extractions, a calibration of seconds does,
+    which ``say`` is told of before it begins.
     """
     earlier = list_results(settings.home)
     steps = []
-    measured: dict[tuple[str, str], float | None] = {}  # one calibration for all backbones of one architecture
+    measured = Calibrations(settings, say)
     for state in states:
         if state.ds is None:
             continue
         cached = [model for model, _ in state.missing if model.kind != "finetune"]
         for backbone in dict.fromkeys(name for model in cached for name in model.backbones):
             if backbone in state.owed:
-                key = state.asked, find_backbone(backbone).network
-                if key not in measured:
-                    measured[key] = _calibrate_extraction(state.ds, backbone, settings)
+                each = measured.extraction(backbone, state.ds, state.asked)
                 absent = backbone not in settings.weights and "downloaded" in weights_status(backbone, settings.home)
                 words = f"{backbone} (its weights are downloaded first)" if absent else backbone
-                steps.append(_extraction(state.asked, words, state.owed[backbone], measured[key]))
+                steps.append(_extraction(state.asked, words, state.owed[backbone], each))
         for kind in ("finetune", "probe"):
             groups: dict[tuple[str, tuple[str, ...]], list[tuple[Model, str]]] = {}
             for model, subset in state.missing:
                 if model.kind == kind:
                     groups.setdefault((model.head, model.backbones), []).append((model, subset))
             for (head, backbones), keys in groups.items():
-                steps.append(_training(state, kind, head, backbones, keys, earlier, settings))
+                steps.append(_training(state, kind, head, backbones, keys, earlier, measured))
     return steps
 
 
 def _extraction(dataset: str, what: str, count: int, each: float | None) -> Step:
     if each is None:
         return Step(dataset, "extract", what, count, None, "no calibration: the network cannot be built here")
-    basis = f"calibration: {_SAMPLE} of its images here, {each * 1000:.0f} ms each"
+    basis = f"calibration: up to {_SAMPLE} images here, {each * 1000:.0f} ms each"
     return Step(dataset, "extract", what, count, each * count, basis)
 
 
-def _calibrate_extraction(ds: ImageDataset, backbone: str, settings: Settings) -> float | None:
-    try:
-        return seconds_per_image(backbone, ds, settings)
-    except (EmbcacheError, OSError, RuntimeError):
-        return None
-
-
-def seconds_per_image(backbone: str, ds: ImageDataset, settings: Settings) -> float | None:
-    """Seconds that one image takes from its file to its features here and now; None where none can be read."""
+def _sample(ds: ImageDataset) -> tuple[list[Source], set[tuple[int, int]]]:
+    """A few images of a dataset, and the sizes of those that can be read."""
     if ds.root is None:
-        return None
+        return [], set()
     rows = np.linspace(0, len(ds) - 1, num=min(_SAMPLE, len(ds)), dtype=int)
     columns = [ds.table[name].iloc[rows].tolist() for name in ("id", "path", "member")]
     sources = [Source(*row) for row in zip(*columns, strict=True)]
@@ -116,17 +182,42 @@ def seconds_per_image(backbone: str, ds: ImageDataset, settings: Settings) -> fl
             sizes.add(read_size(ds.root, source.path, source.member))
         except ImageError:
             continue
-    if not sizes:
-        return None
-    spec = find_backbone(backbone)
-    transform = choose_transform(spec, settings.transform, sizes)
-    loaded = _any_weights(spec, settings, transform.size)
-    network = freeze(loaded, transform, settings.device, "fp32")
+    return sources, sizes
+
+
+def seconds_to_read(ds: ImageDataset, sources: Sequence[Source], transform: Transform, settings: Settings) -> float:
+    """Seconds per image of decoding and resizing."""
+    root = ds.root
+    assert root is not None
     with ThreadPoolExecutor(settings.workers or 2) as pool:
-        compute_shard(ds.root, sources[:2], [network], batch_size=_SAMPLE, pool=pool)  # the first batch warms up
         began = time.perf_counter()
-        compute_shard(ds.root, sources, [network], batch_size=_SAMPLE, pool=pool)
+        list(pool.map(lambda source: prepare(root, source, [transform.geometry]), sources))
         return (time.perf_counter() - began) / len(sources)
+
+
+def seconds_to_extract(spec: Backbone, transform: Transform, settings: Settings) -> float:
+    """Seconds per image of one step forward, on images as the transform leaves them."""
+    network = freeze(_any_weights(spec, settings, transform.size), transform, settings.device, "fp32")
+
+    def forward(count: int) -> None:
+        network.features(np.zeros((count, *transform.size, 3), np.uint8))
+
+    return _per_image(forward, network.device)
+
+
+def _per_image(step: Callable[[int], object], device: torch.device) -> float:
+    """Seconds per image of a step: of the second, as the first warms up, unless that was long."""
+    count = 2
+    for _ in range(2):
+        began = time.perf_counter()
+        step(count)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = (time.perf_counter() - began) / count
+        if seconds * count > _LONG and device.type == "cpu":
+            break
+        count = _SAMPLE
+    return seconds
 
 
 def _any_weights(spec: Backbone, settings: Settings, size: tuple[int, int]) -> LoadedBackbone:
@@ -148,9 +239,10 @@ def _training(
     backbones: tuple[str, ...],
     keys: Sequence[tuple[Model, str]],
     earlier: Sequence[ProbeResult],
-    settings: Settings,
+    measured: Calibrations,
 ) -> Step:
     assert state.ds is not None
+    settings = measured.settings
     sizes = [_sizes(state.ds, subset, settings) for _, subset in keys]
     subsets = ", ".join(dict.fromkeys(subset for _, subset in keys))
     what = f"{' + '.join(backbones)}, {head}: {subsets}"
@@ -165,10 +257,9 @@ def _training(
         seconds = sum(_scaled(alike, n_train, n_val, settings) for n_train, n_val in sizes)
         runs = "1 earlier run" if len(alike) == 1 else f"{len(alike)} earlier runs"
         return Step(state.asked, kind, what, len(keys), seconds, f"{runs}, scaled by images and epochs")
-    try:
-        rate, basis = _calibrate(kind, head, backbones, state.ds, settings)
-    except (EmbcacheError, OSError, RuntimeError, ValueError):
-        return Step(state.asked, kind, what, len(keys), None, "no earlier run, and no calibration here")
+    rate, basis = _calibrated(kind, head, backbones, len(state.ds.class_names), measured)
+    if rate is None:
+        return Step(state.asked, kind, what, len(keys), None, basis)
     epochs = _epochs(kind, settings)
     seconds = sum(rate * _work(settings.folds * settings.repeats, epochs, *size) for size in sizes)
     return Step(state.asked, kind, what, len(keys), seconds, basis)
@@ -206,43 +297,56 @@ def _scaled(alike: Sequence[ProbeResult], n_train: int, n_val: int, settings: Se
     return nearest.seconds * _work(settings.folds * settings.repeats, epochs, n_train, n_val) / max(done, 1.0)
 
 
-def _calibrate(
-    kind: str, head: str, backbones: Sequence[str], ds: ImageDataset, settings: Settings
-) -> tuple[float, str]:
-    """Seconds per image and epoch of training, from a few steps here."""
+def _calibrated(
+    kind: str, head: str, backbones: Sequence[str], n_classes: int, measured: Calibrations
+) -> tuple[float | None, str]:
+    """Seconds per image and epoch of training, and what they rest on."""
+    nothing = None, "no earlier run, and no calibration here"
     if kind == "finetune":
-        each = sum(seconds_to_train(find_backbone(name), settings) for name in backbones)
-        words = f"calibration: {_SAMPLE} images forward and backward, {each * 1000:.0f} ms each"
-        return each, f"{words}; at {_epochs(kind, settings):.0f} epochs"
-    n_classes = len(ds.class_names)
-    rows = max(64, n_classes)
+        rates = [measured.finetuning(name) for name in backbones]
+        known = [rate for rate in rates if rate is not None]
+        if len(known) < len(rates):
+            return nothing
+        words = f"calibration: up to {_SAMPLE} images forward and backward, {sum(known) * 1000:.0f} ms each"
+        return sum(known), f"{words}; at {_epochs(kind, measured.settings):.0f} epochs"
+    each = measured.probing(head, backbones, n_classes)
+    if each is None:
+        return nothing
+    rows = _rows(n_classes)
+    if hasattr(make_head(head), "solve"):
+        return each, f"calibration: solved for {rows} images"
+    return each, f"calibration: 2 epochs of {rows} images; at {_EPOCHS:.0f} epochs"
+
+
+def _rows(n_classes: int) -> int:
+    """Images that a head is calibrated on."""
+    return max(64, n_classes)
+
+
+def seconds_to_probe(head: str, dims: Mapping[str, int], n_classes: int) -> float:
+    """Seconds per image and epoch of training a head on features of these dimensions."""
+    rows = _rows(n_classes)
     rng = np.random.default_rng(0)
-    x = {name: rng.normal(size=(rows, find_backbone(name).dim)).astype(np.float32) for name in backbones}
+    x = {name: rng.normal(size=(rows, dim)).astype(np.float32) for name, dim in dims.items()}
     y = np.arange(rows) % n_classes
     model, schedule = make_head(head), Schedule(max_epochs=2, min_epochs=1)
     began = time.perf_counter()
     if hasattr(model, "solve"):
         model.fit(x, y)
-        return (time.perf_counter() - began) / (rows * _EPOCHS), f"calibration: solved for {rows} images"
+        return (time.perf_counter() - began) / (rows * _EPOCHS)
     model.fit(x, y, schedule=schedule)
-    each = (time.perf_counter() - began) / (2 * rows)
-    return each, f"calibration: 2 epochs of {rows} images; at {_EPOCHS:.0f} epochs"
+    return (time.perf_counter() - began) / (2 * rows)
 
 
 def seconds_to_train(spec: Backbone, settings: Settings) -> float:
     """Seconds per image of one step forward and backward through a whole network, on images of its own size."""
-    device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
-    device = "cpu" if device == "auto" else device
+    device = pick_device(settings.device)
     module = build_network(spec.network).to(device).train()
-    images = torch.zeros(_SAMPLE, 3, *spec.input_size, device=device)
-    seconds = 0.0
-    for _ in range(2):  # the first step warms up
-        began = time.perf_counter()
-        module(images).sum().backward()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-    return seconds / _SAMPLE
+
+    def step(count: int) -> None:
+        module(torch.zeros(count, 3, *spec.input_size, device=device)).sum().backward()
+
+    return _per_image(step, device)
 
 
 def duration(seconds: float) -> str:

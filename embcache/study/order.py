@@ -108,7 +108,7 @@ def deliver(order: Order, *, say: Say = lambda line: None, progress: Progress | 
 def _scores(order: Order, own: Grid, settings: Settings, say: Say, progress: Progress | None) -> Delivery:
     grid = narrow(own, datasets=order.datasets, backbones=order.backbones, subsets=order.subsets, heads=order.heads)
     states = look(grid, settings)
-    plan = make_plan(grid, states, settings)
+    plan = make_plan(grid, states, settings, say)
     if order.dry_run:
         return Delivery(plan.table)
     plan.tell(say)
@@ -124,7 +124,7 @@ def _figure(order: Order, settings: Settings, name: str, say: Say, progress: Pro
     figure = narrow_figure(FIGURES[name], order.datasets, order.backbones, order.subsets)
     grid = figure_grid(figure)
     states = look(grid, settings)
-    plan = make_plan(grid, states, settings)
+    plan = make_plan(grid, states, settings, say)
     if order.dry_run:
         return Delivery(plan.table)
     plan.tell(say)
@@ -160,9 +160,9 @@ class Plan:
             say(total_words(self.steps))
 
 
-def make_plan(grid: Grid, states: Sequence[DatasetState], settings: Settings) -> Plan:
-    """The steps that a grid needs, with their cost, as a table."""
-    steps = tuple(estimate_steps(states, settings))
+def make_plan(grid: Grid, states: Sequence[DatasetState], settings: Settings, say: Say) -> Plan:
+    """The steps that a grid needs, with their cost, as a table; ``say`` is told what is calibrated for it."""
+    steps = tuple(estimate_steps(states, settings, say))
     marks = Marks()
     rows = [
         (

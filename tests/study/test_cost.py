@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.probe.results import FoldResult, ProbeResult
 from embcache.report.grid import Model
 from embcache.study import cost
-from embcache.study.cost import Step, duration, estimate_steps, seconds_per_image, step_words, total_words
+from embcache.study.cost import Step, duration, estimate_steps, step_words, total_words
 from embcache.study.plan import DatasetState
 from embcache.study.settings import Settings
 from tests.data.pictures import write_image
@@ -54,7 +55,7 @@ def test_runs_of_another_head_say_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     finetuning = replace(LINEAR, kind="finetune")
     monkeypatch.setattr(cost, "seconds_to_train", lambda spec, settings: 0.5)
     (step,) = estimate_steps([state(ds, "S", model=finetuning)], SETTINGS)
-    assert step.basis == "calibration: 8 images forward and backward, 500 ms each; at 40 epochs"
+    assert step.basis == "calibration: up to 4 images forward and backward, 500 ms each; at 40 epochs"
     assert step.seconds == pytest.approx(0.5 * 2 * 40 * (10 + 20 / 3))
 
 
@@ -62,15 +63,52 @@ def test_an_extraction_is_calibrated_on_the_datasets_own_images(tmp_path: Path, 
     for k in range(6):
         write_image(tmp_path / "images" / ("a" if k % 2 else "b") / f"{k}.png", seed=k, size=(64, 64))
     ds = load_dataset("folder", tmp_path / "images")
-    each = seconds_per_image("effnet_lite0", ds, Settings(device="cpu"))
-    assert each is not None
-    assert 0 < each < 60
     asked = DatasetState("mine", ds, "live", owed={"effnet_lite0": 6}, missing={(LINEAR, "S"): ""})
     lite = replace(LINEAR, backbones=("effnet_lite0",))
     asked.missing = {(lite, "S"): ""}
-    extraction, probing = estimate_steps([asked], Settings(device="cpu", folds=2))
+    said: list[str] = []
+    extraction, probing = estimate_steps([asked], Settings(device="cpu", folds=2), said.append)
     assert (extraction.action, extraction.count, probing.action) == ("extract", 6, "probe")
-    assert extraction.basis.startswith("calibration: 8 of its images")
+    assert extraction.seconds is not None
+    assert 0 < extraction.seconds < 6 * 60
+    assert extraction.basis.startswith("calibration: up to 4 images here")
+    assert said == [
+        "calibrating the reading of mine …", "calibrating effnet_lite0 on mine …",
+        "calibrating linear on effnet_lite0 …",
+    ]  # fmt: skip
+
+
+def test_one_architecture_is_calibrated_once_for_all_backbones_and_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = iter([{(96, 96)}, {(96, 96)}, {(50, 40)}, {(50, 40)}, {(50, 40)}])
+    monkeypatch.setattr(cost, "_sample", lambda ds: ([], next(sizes)))
+    monkeypatch.setattr(cost, "seconds_to_read", lambda *_: 0.25)
+    monkeypatch.setattr(cost, "seconds_to_extract", lambda *_: 0.5)
+    monkeypatch.setattr(cost, "seconds_to_train", lambda *_: 0.5)
+    ds = make_dataset([0, 1] * 30, split=["train"] * 40 + ["test"] * 20, subset_sizes={"S": 10})
+    heads = [replace(LINEAR, backbones=(name,)) for name in ("supervised", "simclr")]
+    tuned = [replace(model, kind="finetune") for model in heads]
+    missing = {(model, "S"): "" for model in heads + tuned}
+    said: list[str] = []
+    states = [
+        DatasetState(name, ds, "live", owed=dict.fromkeys(("supervised", "simclr"), 9), missing=dict(missing))
+        for name in ("one", "two")
+    ]  # fmt: skip
+    steps = estimate_steps(states, SETTINGS, said.append)
+    assert [step.seconds for step in steps if step.action == "extract"] == [0.75 * 9] * 4
+    assert said == [
+        "calibrating the reading of one …", "calibrating supervised on one …",
+        "calibrating the finetuning of supervised …", "calibrating linear on supervised …",
+        "calibrating the reading of two …", "calibrating supervised on two …",  # images of another size
+    ]  # fmt: skip
+
+
+def test_a_long_first_step_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 8.0, 0.0, 0.5, 1.0, 2.0])
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(now))
+    steps: list[int] = []
+    assert cost._per_image(steps.append, torch.device("cpu")) == 4.0
+    assert cost._per_image(steps.append, torch.device("cpu")) == 0.25
+    assert steps == [2, 2, 4]
 
 
 def test_costs_are_told_in_words() -> None:
