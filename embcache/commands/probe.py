@@ -161,10 +161,15 @@ def results(
     Example: embcache results --dataset pneumonia
     """
     from embcache.paths import home_dir
-    from embcache.probe.results import list_results
+    from embcache.probe.results import list_results, list_unreadable
 
     names = split_list(dataset)
     found = [result for name in names for result in list_results(home, name)] if names else list_results(home)
+    unreadable = [run for name in names for run in list_unreadable(home, name)] if names else list_unreadable(home)
+    if unreadable:
+        count = "1 run" if len(unreadable) == 1 else f"{len(unreadable)} runs"
+        folders = ", ".join(str(run) for run in unreadable[:5]) + (", …" if len(unreadable) > 5 else "")
+        typer.echo(f"{count} could not be read (made by another version, or damaged): {folders}", err=True)
     if json:
         write_json([result.to_json() for result in found], json)
     if json == "-":

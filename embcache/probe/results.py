@@ -37,6 +37,7 @@ __all__ = [
     "find_run_anywhere",
     "find_run_at",
     "list_results",
+    "list_unreadable",
     "load_heads",
     "load_predictions",
     "load_result",
@@ -137,12 +138,15 @@ def find_run_anywhere(id: str, home: PathLike | None = None) -> tuple[ProbeResul
     StoreNotFoundError
         No run or several begin so; the message lists those that come near.
     StoreError
-        The run's ``result.json`` cannot be read.
+        The one run called so was made by another version of embcache, or is damaged.
     """
     runs = {run.name: run for run in _run_folders(home_dir(home).glob("*/runs"))}
     fits = [id] if id in runs else [n for n in runs if id and (n.startswith(id) or n.rpartition("-")[2].startswith(id))]
+    if len(fits) > 1:  # those that cannot be read are not meant, unless there are no others
+        fits = [name for name in fits if find_run_at(runs[name]) is not None] or fits[:1]
     if len(fits) != 1:
-        near = fits or difflib.get_close_matches(id, runs, n=5, cutoff=0.4) or list(runs)
+        readable = [name for name, run in runs.items() if find_run_at(run) is not None] if not fits else []
+        near = fits or difflib.get_close_matches(id, readable, n=5, cutoff=0.4) or readable
         raise StoreNotFoundError(
             f"{len(fits)} runs are called so" if fits else "there is no such run",
             expected=", ".join(near[:8]) + (" …" if len(near) > 8 else "") if near else "a run; none is saved yet",
@@ -159,7 +163,8 @@ def load_result(run: Path) -> ProbeResult:
     Raises
     ------
     StoreError
-        ``result.json`` is not a result of this version, or not that of its folder.
+        The run was made by another version of embcache, or is damaged: ``result.json`` is not a result of this version,
+        or not that of its folder.
     """
     try:
         content = _content(run)
@@ -167,8 +172,8 @@ def load_result(run: Path) -> ProbeResult:
         result = ProbeResult.from_json(content)
         if result.id != run.name or run_id(result.request) != run.name:
             raise ValueError(f"a request that hashes to {run_id(result.request)}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _bad_run(run / "result.json", error) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise _other_run(run, error) from error
     return result
 
 
@@ -229,6 +234,12 @@ def list_results(home: PathLike | None = None, dataset: str | None = None) -> li
     return sorted(results, key=lambda r: (r.dataset, r.kind, r.head, r.backbones, r.n_train, r.id))
 
 
+def list_unreadable(home: PathLike | None = None, dataset: str | None = None) -> list[Path]:
+    """Run folders that `list_results` leaves out: made by another version of embcache, or damaged."""
+    folders = home_dir(home).glob("*/runs") if dataset is None else [runs_dir(dataset, home)]
+    return [run for run in _run_folders(folders) if find_run_at(run) is None]
+
+
 def find_run_at(run: Path) -> ProbeResult | None:
     """The result of a run folder; None where it cannot be read."""
     try:
@@ -254,7 +265,12 @@ def _run_folders(folders: Iterable[Path]) -> list[Path]:
 
 
 def _content(run: Path) -> dict[str, Any]:
-    return unseal((run / "result.json").read_bytes(), run / "result.json", _MEND)
+    try:
+        content = unseal((run / "result.json").read_bytes(), run / "result.json", _MEND)
+        _ = content["files"], content["folds"]
+    except (OSError, StoreError, KeyError) as error:
+        raise _other_run(run, error) from error
+    return content
 
 
 def _verified(run: Path, name: str) -> Path:
@@ -265,6 +281,24 @@ def _verified(run: Path, name: str) -> Path:
     if file_checksum(run / name) != record:
         raise ValueError("bytes with another checksum than that recorded")
     return run / name
+
+
+def _other_run(run: Path, error: Exception) -> StoreError:
+    """A run whose ``result.json`` is not one of this version."""
+    cause = error.__cause__ if isinstance(error, StoreError) else error
+    if isinstance(cause, KeyError):
+        found = f"no entry {cause}"
+    elif isinstance(cause, FileNotFoundError):
+        found = "no such file"
+    else:
+        found = (error.found if isinstance(error, StoreError) else None) or str(error).split("\n")[0]
+    return StoreError(
+        "a run was made by another version of embcache, or is damaged",
+        expected="a result.json that this version wrote",
+        found=found,
+        where=run / "result.json",
+        fix="make the run again, which replaces one of the same id",
+    )
 
 
 def _bad_run(path: Path, error: Exception) -> StoreError:

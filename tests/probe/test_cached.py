@@ -22,6 +22,7 @@ from embcache.probe.cached import (
     plan_cached,
     probe_cached,
 )
+from embcache.probe.results import runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
 
 
@@ -142,6 +143,11 @@ def test_results_lists_run_ids(two: list[ImageDataset], home: Path) -> None:
     (result, _) = probe_cached(["first"], home=home)
     assert result.id in cli("results", "--dataset", "first").stdout
     assert "no results" in cli("results", "--dataset", "second").stdout
+    (runs_dir("second", home) / "linear-S-0").mkdir(parents=True)
+    told = cli("results")
+    assert "1 run could not be read (made by another version, or damaged): " in told.stderr
+    assert told.stderr.strip().endswith("second/runs/linear-S-0")
+    assert "linear-S-0" not in cli("results", "--dataset", "first").stderr
 
 
 def test_predictions_to_hand_in_have_no_score(home: Path) -> None:

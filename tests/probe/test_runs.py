@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from embcache.probe.results import (
     ProbeResult,
     find_run,
     find_run_anywhere,
+    list_results,
+    list_unreadable,
     load_heads,
     load_predictions,
     load_result,
@@ -26,6 +29,7 @@ from embcache.probe.results import (
     save_run,
 )
 from embcache.probe.summary import Outcome, prediction_table, summarise
+from embcache.store.sealed import seal, unseal
 from tests.probe.build import make_dataset
 
 MODEL = np.random.default_rng(0).bytes(3_000_000)
@@ -181,6 +185,34 @@ def test_runs_that_are_not_there_or_several_are_listed(home: Path) -> None:
     assert caught.value.fix == "embcache results"
     with pytest.raises(StoreNotFoundError):
         find_run_anywhere("", home)
+
+
+@pytest.mark.parametrize("harm", ["another version", "no checksum", "no files", "cut short", "gone"])
+def test_a_run_of_another_version_is_called_so_and_never_offered(home: Path, harm: str) -> None:
+    (other, frame), (mine, _) = (make_run("probe", seed=seed) for seed in range(2))
+    run = save_run(other, frame, [], home)
+    save_run(mine, frame, [], home)
+    path = run / "result.json"
+    content = unseal(path.read_bytes(), path, "")
+    texts = {
+        "another version": seal({**content, "extra": 1}),
+        "no checksum": json.dumps(content).encode(),
+        "no files": seal({name: value for name, value in content.items() if name != "files"}),
+        "cut short": path.read_bytes()[:50],
+    }
+    path.write_bytes(texts[harm]) if harm != "gone" else path.unlink()
+    for read in (lambda: find_run_anywhere(other.id, home), lambda: load_result(run)):
+        with pytest.raises(StoreError, match="a run was made by another version of embcache, or is damaged") as caught:
+            read()
+        assert "feature store" not in str(caught.value)
+        assert "KeyError" not in str(caught.value)
+    assert (list_results(home), list_unreadable(home)) == ([mine], [run])
+    assert list_unreadable(home, "another") == []
+    assert find_run_anywhere("linear-S", home)[0] == mine
+    with pytest.raises(StoreNotFoundError) as missing:
+        find_run_anywhere("lineer-S", home)
+    assert mine.id in str(missing.value)
+    assert other.id not in str(missing.value)
 
 
 def test_unknown_and_missing_keys_are_refused() -> None:
