@@ -199,9 +199,10 @@ def test_a_reused_result_carries_the_notes_of_this_request(cached: ImageDataset,
 def test_a_result_of_another_request_is_not_taken(cached: ImageDataset, home: Path) -> None:
     first, other = probe_features(cached, "a", home=home), probe_features(cached, "b", home=home)
     (run_of(first, home) / "result.json").write_bytes((run_of(other, home) / "result.json").read_bytes())
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match="is damaged") as caught:
         load_result(run_of(first, home))
     assert probe_features(cached, "a", home=home).backbones == ("a",)
+    assert "a request that hashes to" in str(caught.value.found)
 
 
 def test_a_run_is_there_whole_or_not_at_all(cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
