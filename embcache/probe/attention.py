@@ -11,12 +11,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from embcache.probe.attention_nodes import MOST_NODES, interpolate, place_nodes, plain_arithmetic
+from embcache.probe.attention_nodes import MOST_NODES, interpolate, node_maps, place_nodes, plain_arithmetic
 
 _PAD = 7
 
 _BREAK_EVEN = 6
 """Nodes on N tokens cost less than N² scores up to N / 6 of them (`benchmarks/attention.py`)."""
+
+_MAP_CELLS = 1 << 24  # of all maps, or factors of maps, held at a time: 64 MiB in float32
 
 ATTENTIONS = ("auto", "exact", "fast")
 """How attention can be computed."""
@@ -52,14 +54,64 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kind: str = "auto"
         raise ValueError(f"attention is one of {ATTENTIONS}, not {kind!r}")
     dtype = torch.promote_types(q.dtype, torch.float32)
     with plain_arithmetic(q):
-        rows = [t.reshape(-1, q.shape[-1]).to(dtype) for t in (q, k, v)]
-        out = _exact(*rows) if kind == "exact" else _fast(*rows, most_nodes(q.shape[-1], kind))
+        q_rows, k_rows, v_rows = (t.reshape(-1, q.shape[-1]).to(dtype) for t in (q, k, v))
+        if kind == "exact":
+            out = _exact(q_rows, k_rows, v_rows)
+        else:
+            out = _fast(q_rows, k_rows, v_rows, most_nodes(q.shape[-1], kind))
     return out.reshape(q.shape).to(q.dtype)
 
 
 def most_nodes(tokens: int, kind: str) -> int:
     """How many nodes a row of so many tokens may have before it is computed exactly."""
     return {"exact": 0, "auto": min(MOST_NODES, tokens // _BREAK_EVEN), "fast": min(MOST_NODES, tokens - 1)}[kind]
+
+
+@torch.no_grad()
+def sum_attention(q: torch.Tensor, k: torch.Tensor, parts: int, kind: str = "auto") -> torch.Tensor:
+    """Attention from each part of the tokens to each other part, summed over rows; no row's map is formed from nodes.
+
+    A row's map is Sᵀ W with the shares S (M, N) that nodes have in queries and the weights W (M, N) that they give to
+    tokens, so the sum over rows is one product of S and W of all rows, side by side. Both are summed over the tokens of
+    a part first: with few parts the map is never formed at all.
+
+    Parameters
+    ----------
+    q, k : Tensor of shape (R, N), floating
+        Scalar queries and keys.
+    parts : int
+        Of N / ``parts`` neighbouring tokens each; N gives the whole map.
+    kind : {"auto", "exact", "fast"}
+        As of `attend`; ``exact``, and rows that need too many nodes, form the map of a few rows at a time.
+
+    Returns
+    -------
+    float64 Tensor of shape (parts, parts)
+        Row *a*, column *b*: Σ over rows, i in a and j in b of softmax_j(q_i k_j).
+    """
+    tokens = q.shape[1]
+
+    def in_parts(t: torch.Tensor, dim: int) -> torch.Tensor:
+        each = tokens // parts
+        return t if each == 1 else t.reshape(*t.shape[:dim], parts, each, *t.shape[dim + 1 :]).sum(dim + 1)
+
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k = q.to(dtype), k.to(dtype)
+    total = torch.zeros(parts, parts, dtype=torch.float64, device=q.device)
+    with plain_arithmetic(q):
+        groups, left = place_nodes(q, k, k, most_nodes(tokens, kind))
+        for group in groups:
+            keys = k[group.rows]
+            step = max(1, _MAP_CELLS // (tokens * group.t.shape[1]))
+            for start in range(0, len(keys), step):
+                shares, weights = (
+                    in_parts(t, 2).flatten(0, 1) for t in node_maps(keys, group, slice(start, start + step))
+                )
+                total += shares.T @ weights
+        for some in torch.split(left, max(1, _MAP_CELLS // tokens**2)):
+            maps = (q[some, :, None] * k[some, None]).softmax(-1)
+            total += in_parts(in_parts(maps, 2), 1).sum(0, dtype=torch.float64)
+    return total
 
 
 def _fast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, most: int) -> torch.Tensor:

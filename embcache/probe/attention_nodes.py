@@ -3,10 +3,10 @@
 For one row, F(t) = Σ_j w_j(t) v_j with w_j(t) = e^(t k_j) / Z(t) and Z(t) = Σ_j e^(t k_j). F is analytic wherever Z has
 no zero: in a strip of half-width π / range(k) about the real axis, and, since far from t = 0 only the keys next to the
 largest still weigh, also in a cone that opens as |t| grows: a zero t + iy needs keys that are π / 2y below the largest
-to weigh as much as it, hence N e^(-|t| π / 2y) ≥ 1. So the nodes are Chebyshev's in the variable u of
-t = b sinh(u), b = 8 / range(k): evenly dense where the strip is narrow, ever sparser where the cone is wide. Their number
-then follows from the width of the queries in u: it is proportional to range(q) · range(k) where that is small, and grows
-with its logarithm where it is large.
+to weigh as much as it, hence N e^(-|t| π / 2y) ≥ 1. So the nodes are Chebyshev's in the variable u of t = b sinh(u),
+b = 8 / range(k): evenly dense where the strip is narrow, ever sparser where the cone is wide. Their number then follows
+from the width of the queries in u: it is proportional to range(q) · range(k) where that is small, and grows with its
+logarithm where it is large.
 
 Keys that lie in two heaps need up to three times the nodes of keys spread like a normal sample. So a row starts with
 the count of the latter, and the Chebyshev coefficients of F, of its slope, of the mean key and of the weights of the
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 TOLERANCE = 1e-5
 """Error of fast attention, relative to how much an output varies within its row."""
@@ -83,7 +84,8 @@ def place_nodes(
 
     Parameters
     ----------
-    q, k, v : Tensor of shape (R, N), float32 or float64
+    q, k, v : Tensor of shape (R, N)
+        Queries, keys and values, float32 or float64.
     most : int
         Rows that need more nodes are left out.
     keep : bool
@@ -118,9 +120,9 @@ def place_nodes(
         if not waiting[place]:
             continue
         rows = torch.tensor(waiting[place], device=q.device)
-        some = (lambda t, rows=rows: t) if len(rows) == len(q) else (lambda t, rows=rows: t[rows])
-        t = some(bend) * torch.sinh(some(middle) + some(half) * _chebyshev(count, q)[0])
-        group, good = _evaluate(rows, some(x), t, some(k), some(v), keep)
+        some = slice(None) if len(rows) == len(q) else rows  # where it is all of them, nothing is moved
+        t = bend[some] * torch.sinh(middle[some] + half[some] * _chebyshev(count, q)[0])
+        group, good = _evaluate(rows, x[some], t, k[some], v[some], keep)
         passed = good.tolist()
         if not all(passed):
             waiting[_next(place, len(counts))] += [
@@ -176,7 +178,7 @@ def _resolved(values: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
 
 def interpolate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: NodeGroup) -> torch.Tensor:
     """Attention (R, N) of the rows of a group, differentiable once."""
-    out: torch.Tensor = _Interpolate.apply(q, k, v, group)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _Interpolate.apply(q, k, v, group)
     return out
 
 
@@ -197,7 +199,7 @@ class _Interpolate(torch.autograd.Function):
         return both[:, 0] + v.mean(1, keepdim=True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         k, v, slope = ctx.saved_tensors
         with plain_arithmetic(k):
@@ -225,15 +227,20 @@ def _gradients(
     return grad_k, grad_v
 
 
-def node_weights(k: torch.Tensor, group: NodeGroup) -> torch.Tensor:
-    """Attention (R, M, N) that a query at each node gives to each token."""
-    return _exponentials(group.t, _from_extremes(_centred(k))) * group.inverse[:, :, None]
+def node_maps(k: torch.Tensor, group: NodeGroup, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of some rows of a group as two factors; ``k`` (R, N) holds the keys of all of its rows.
 
-
-def node_shares(group: NodeGroup) -> torch.Tensor:
-    """Share (R, M, N) that each node has in each query's attention; shares of a query sum to 1, some are negative."""
+    Returns
+    -------
+    Tensor of shape (rows, M, N)
+        Share of each node in each query's attention; shares of a query sum to 1, some are negative.
+    Tensor of shape (rows, M, N)
+        Attention that a query at each node gives to each token.
+    """
     count = group.t.shape[1]
-    return _chebyshev(count, group.x)[1].T @ _polynomials(group.x, count)
+    shares = _chebyshev(count, k)[1].T @ _polynomials(group.x[block], count)
+    weights = _exponentials(group.t[block], _from_extremes(_centred(k[block])))
+    return shares, weights * group.inverse[block, :, None]
 
 
 def _exponentials(t: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -252,7 +259,8 @@ def _from_extremes(k: torch.Tensor) -> torch.Tensor:
 def _polynomials(x: torch.Tensor, count: int) -> torch.Tensor:
     """Chebyshev polynomials T_0 … T_(count-1) at x (R, N), (R, count, N), with the signs + + - - + + - - ….
 
-    With these signs the recurrence is a sum, T_n ± 2 x T_(n-1), and one pass over the numbers; `_chebyshev` has the same.
+    With these signs the recurrence is a sum, T_(n-2) ± 2 x T_(n-1), done in one pass over the numbers; the matrix of
+    `_chebyshev` has the same signs.
     """
     out = x.new_empty(len(x), count, x.shape[1])
     out[:, 0], out[:, 1] = 1, x
@@ -289,8 +297,14 @@ def _centred(x: torch.Tensor) -> torch.Tensor:
 
 
 def _take(group: NodeGroup, good: torch.Tensor) -> NodeGroup:
-    parts = (group.rows, group.x, group.t, group.inverse, group.values)
-    return NodeGroup(*(t[good] for t in parts), None if group.weights is None else group.weights[good])
+    return NodeGroup(
+        group.rows[good],
+        group.x[good],
+        group.t[good],
+        group.inverse[good],
+        group.values[good],
+        None if group.weights is None else group.weights[good],
+    )
 
 
 def _blocks(rows: int, cells: int) -> Iterator[slice]:
