@@ -26,7 +26,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -103,12 +103,12 @@ def place_nodes(
     if not counts or not q.numel():
         return [], every
     k, v = _centred(k), _centred(v)
-    span = k.amax(1, keepdim=True) - k.amin(1, keepdim=True)  # (R, 1)
-    bend = _BEND / span.clamp_min(1e-30)
+    smallest, largest = k.amin(1, keepdim=True), k.amax(1, keepdim=True)
+    bend = _BEND / (largest - smallest).clamp_min(1e-30)
     u = _asinh(q / bend)
     low, high = u.amin(1, keepdim=True), u.amax(1, keepdim=True)
     half, middle = (high - low) / 2, (high + low) / 2
-    x = ((u - middle) / torch.where(half > 0, half, 1)).clamp_(-1, 1)
+    x = u.sub_(middle).div_(torch.where(half > 0, half, 1)).clamp_(-1, 1)
     # The last place is for rows beyond every width and for those that are not finite.
     limits = torch.tensor(_WIDTHS, dtype=q.dtype, device=q.device)
     first = torch.bucketize((2 * half)[:, 0], limits).tolist()
@@ -144,7 +144,10 @@ def _evaluate(
     rows: torch.Tensor, x: torch.Tensor, t: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: bool
 ) -> tuple[NodeGroup, torch.Tensor]:
     """F and F' at given nodes, and whether these are enough, bool (R,); ``k`` and ``v`` are centred."""
-    keys, terms = _from_extremes(k), torch.stack([torch.ones_like(k), v, k, k * v], 1)  # (R, 2, N), (R, 4, N)
+    keys, low, high = _from_extremes(k)
+    terms = k.new_empty(len(k), 4, k.shape[1])
+    terms[:, 0], terms[:, 1], terms[:, 2] = 1, v, k
+    torch.mul(k, v, out=terms[:, 3])
     sums = t.new_empty(len(t), 4, t.shape[1])
     weights = _exponentials(t, keys) if keep and t.numel() * k.shape[1] <= _KEEP else None
     for block in _blocks(len(t), t.shape[1] * k.shape[1]):
@@ -154,7 +157,6 @@ def _evaluate(
     mean_v, mean_k, mean_kv = (sums[:, 1:] * inverse).unbind(1)  # (R, M) each
     slope = mean_kv - mean_k * mean_v
     inverse = inverse[:, 0]
-    high, low = k.amax(1, keepdim=True), k.amin(1, keepdim=True)
     span = high - low
     # Weights of the largest and of the smallest key.
     outermost = [inverse * torch.exp(t.clamp(max=0) * span), inverse * torch.exp(-t.clamp(min=0) * span)]
@@ -212,12 +214,14 @@ def _gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of keys, Σ_i g_i q_i w_j(q_i) (v_j - F(q_i)), and of values, Σ_i g_i w_j(q_i); (R, N) each."""
     k, v, count = _centred(k), _centred(v), group.t.shape[1]
-    keys, cosines = _from_extremes(k), _chebyshev(count, k)[1]
+    keys = None if group.weights is not None else _from_extremes(k)[0]
+    cosines = _chebyshev(count, k)[1]
     grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
     for block in _blocks(len(k), count * k.shape[1]):
         t, values = group.t[block], group.values[block]
         basis = _polynomials(group.x[block], count) if polynomials is None else polynomials[block]
-        weights = _exponentials(t, keys[block]) if group.weights is None else group.weights[block]  # (R, M, N), times Z
+        # (R, M, N), times Z
+        weights = _exponentials(t, keys[block]) if keys is not None else cast("torch.Tensor", group.weights)[block]
         # What the queries say together at each node, Σ_i g_i share_m(q_i), over the node's Z: (R, M).
         pull = (upstream[block, None] @ basis.mT)[:, 0] @ cosines * group.inverse[block]
         torch.bmm(pull[:, None], weights, out=grad_v[block, None])
@@ -239,7 +243,7 @@ def node_maps(k: torch.Tensor, group: NodeGroup, block: slice) -> tuple[torch.Te
     """
     count = group.t.shape[1]
     shares = _chebyshev(count, k)[1].T @ _polynomials(group.x[block], count)
-    weights = _exponentials(group.t[block], _from_extremes(_centred(k[block])))
+    weights = _exponentials(group.t[block], _from_extremes(_centred(k[block]))[0])
     return shares, weights * group.inverse[block, :, None]
 
 
@@ -251,9 +255,13 @@ def _exponentials(t: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.bmm(torch.stack([t.clamp(min=0), t.clamp(max=0)], 2), keys).clamp_(min=_FLOOR).exp_()
 
 
-def _from_extremes(k: torch.Tensor) -> torch.Tensor:
-    """Keys (R, N) less the largest and less the smallest; (R, 2, N)."""
-    return torch.stack([k - k.amax(1, keepdim=True), k - k.amin(1, keepdim=True)], 1)
+def _from_extremes(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys (R, N) less the largest and less the smallest, (R, 2, N), and the smallest and the largest, (R, 1)."""
+    low, high = k.amin(1, keepdim=True), k.amax(1, keepdim=True)
+    keys = k.new_empty(len(k), 2, k.shape[1])
+    torch.sub(k, high, out=keys[:, 0])
+    torch.sub(k, low, out=keys[:, 1])
+    return keys, low, high
 
 
 def _polynomials(x: torch.Tensor, count: int) -> torch.Tensor:
@@ -287,9 +295,9 @@ def _chebyshev_on(count: int, dtype: torch.dtype, device: torch.device) -> tuple
 
 def _asinh(x: torch.Tensor) -> torch.Tensor:
     """The inverse of sinh; torch's own takes five times as long on a CPU."""
-    size = x.abs()
     squared = x * x
-    return torch.log1p(size + squared / (1 + torch.sqrt(1 + squared))).copysign(x)
+    root = torch.add(squared, 1).sqrt_().add_(1)
+    return squared.div_(root).add_(x.abs()).log1p_().copysign_(x)
 
 
 def _centred(x: torch.Tensor) -> torch.Tensor:
