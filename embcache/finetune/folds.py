@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError
-from embcache.extract.memory import keep_freed_memory
+from embcache.memory import keep_freed_memory
 from embcache.finetune.checkpoint import CheckpointFolder, FoldState, Progress, machine
 from embcache.finetune.data import Frames
 from embcache.finetune.model import ImageModel, State, assemble, model_file
