@@ -1,8 +1,8 @@
-"""What attention costs in a training step of DVME: by nodes, exactly, with timm's layer, and without any.
+"""What attention costs a training step of DVME: by nodes, exactly, with timm's layer, and without any.
 
 One step is what `embcache.probe.stack` does for a batch: logits and their gradients, then Adam over all parameters
-(three backbones of 1280 features, 1536 tokens, 2.8 million parameters a head). The ways take turns, so that all
-see the same machine. Ranges of scores are set by the first queries and keys; within a setting all ways start equal.
+(three backbones of 1280 features, 1536 tokens, 2.8 million parameters a head). The ways take turns, so that all see the
+same machine. "Scores" is range(q) · range(k) of an image: heads trained on pretrained features have 0.05 to 30.
 
     python benchmarks/attention.py [--repeats 7] [--heads 1] [--threads 2]
 """
@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 
+from embcache.memory import keep_freed_memory
 from embcache.probe.adam import adam_step
-from embcache.probe.attention import attend
 from embcache.probe.attention_nodes import place_nodes
 from embcache.probe.fusion import Fusion, Params, project
 from embcache.probe.heads import make_head
@@ -83,42 +83,47 @@ def stepper(head: Any, heads: int, params: Params) -> Callable[[], None]:
 
 
 def scale_scores(params: Params, wanted: float) -> None:
-    """Make queries so large that range(q) · range(k) is about ``wanted``."""
+    """Make queries and keys such that range(q) · range(k) is about ``wanted``."""
     generator = torch.Generator().manual_seed(0)
-    meta = project(
-        params,
-        {
-            b: torch.rand(len(p), 8, d, generator=generator)
-            for (b, d), p in zip(DIMS.items(), [params["classifier.bias"]] * 3, strict=True)
-        },
-    )
+    heads = len(params["classifier.bias"])
+    meta = project(params, {b: torch.rand(heads, 8, d, generator=generator) for b, d in DIMS.items()})
     spread = (meta.amax(-1) - meta.amin(-1)).mean(1)  # (heads,)
     params["attn.qkv.weight"][:, 0, 0] = wanted / spread**2
     params["attn.qkv.weight"][:, 1, 0] = 1
 
 
-def medians(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each way; they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(repeats + 1):
+def take_turns(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of each way, by the wall clock and of processors."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for number in range(repeats + 2):
         for name, work in ways.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             work()
-            if number:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+            if number >= 2:  # the first rounds warm up
+                found[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return {
+        name: (statistics.median(wall for wall, _ in times), statistics.median(cpu for _, cpu in times))
+        for name, times in found.items()
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--heads", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=1, help="trained as one stack; timm's layer takes one")
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    rows = []
+    keep_freed_memory()  # as training does
+    print(f"{asked.heads} head(s), batch {BATCH}, {asked.threads} threads, medians of {asked.repeats}, ", end="")
+    print(
+        f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
+    )
+    print()
+    print("| scores | nodes | attention | ms a step | × the step without | × faster than timm | ms of processors, × |")
+    print("|---|---|---|---|---|---|---|")
     for scores in (0.5, 5.0, 30.0, 300.0, 3000.0):
-        steps = {}
+        steps, nodes = {}, ""
         for name, make in WAYS.items():
             if name.startswith("timm") and asked.heads > 1:
                 continue
@@ -126,9 +131,26 @@ def main() -> None:
             params = fresh(head, asked.heads)
             if "attn.qkv.weight" in params:
                 scale_scores(params, scores)
+                nodes = nodes_of(params)
             steps[name] = stepper(head, asked.heads, params)
-        found = medians(steps, asked.repeats)
-        print(scores, {n: round(1e3 * t, 1) for n, t in found.items()})
+        found = take_turns(steps, asked.repeats)
+        bare, peer = found["without attention"], found.get("timm's Attention")
+        for name, (wall, cpu) in found.items():
+            against = f"{peer[0] / wall:.1f}" if peer else ""
+            print(f"| {scores:g} | {nodes} | {name} | {1e3 * wall:.1f} | {wall / bare[0]:.2f} | {against} ", end="")
+            print(f"| {1e3 * cpu:.1f}, {cpu / bare[1]:.2f} |")
+
+
+def nodes_of(params: Params) -> str:
+    """How many nodes the images of a batch get."""
+    generator = torch.Generator().manual_seed(0)
+    heads = len(params["classifier.bias"])
+    meta = project(params, {b: torch.rand(heads, BATCH, d, generator=generator) for b, d in DIMS.items()})
+    weight, bias = params["attn.qkv.weight"], params["attn.qkv.bias"]
+    q, k, v = ((meta * weight[:, i, :, None] + bias[:, i, None, None]).flatten(0, 1) for i in range(3))
+    groups, left = place_nodes(q, k, v)
+    counts = sorted({group.t.shape[1] for group in groups})
+    return "–".join(map(str, dict.fromkeys([counts[0], counts[-1]]))) + (f", {len(left)} exact" if len(left) else "")
 
 
 if __name__ == "__main__":
