@@ -14,11 +14,12 @@ import embcache
 PACKAGE = Path(embcache.__file__).parent
 
 # Each part may import itself and the parts named here.
-_BASE = {"errors", "paths"}
+_BASE = {"errors", "memory", "paths"}
 _STAGE = _BASE | {"data", "store"}
 _LIBRARY = _STAGE | {"extract", "probe", "finetune", "analysis"}
 ALLOWED = {
     "errors": set(),
+    "memory": set(),
     "paths": set(),
     "data": _BASE,
     "store": _BASE,

@@ -10,13 +10,16 @@ import torch
 from numpy.typing import NDArray
 
 from embcache.errors import UsageError
+from embcache.probe.attention import sum_attention
 from embcache.probe.fusion import project
 
-_CELLS = 1 << 24  # of all maps held at a time: 64 MiB in float32
+_IMAGES = 256  # looked at together
 
 
 @torch.no_grad()
-def mean_attention(params: Mapping[str, torch.Tensor], x: Mapping[str, torch.Tensor]) -> NDArray[np.float32]:
+def mean_attention(
+    params: Mapping[str, torch.Tensor], x: Mapping[str, torch.Tensor], kind: str = "auto"
+) -> NDArray[np.float32]:
     """Mean over images of the attention weights of a ``dvme`` or ``dvme-token`` head; no map is kept per image.
 
     Parameters
@@ -25,6 +28,8 @@ def mean_attention(params: Mapping[str, torch.Tensor], x: Mapping[str, torch.Ten
         One head's, without the stacking axis, as `embcache.probe.results.load_heads` gives them.
     x : mapping of backbone to float32 Tensor of shape (n, D)
         Features of the images, backbones in the order that the head was trained with (``ProbeResult.backbones``).
+    kind : {"auto", "exact", "fast"}
+        How ``dvme`` attends, see `embcache.probe.attention.sum_attention`: by nodes no map is formed per image either.
 
     Returns
     -------
@@ -37,6 +42,25 @@ def mean_attention(params: Mapping[str, torch.Tensor], x: Mapping[str, torch.Ten
     UsageError
         The head has no attention, or no images were given.
     """
+    n, tokens = _count(params, x)
+    total = _sum_attention(params, x, tokens, kind)
+    return np.asarray((total / n).float().cpu().numpy())
+
+
+@torch.no_grad()
+def mean_mass(
+    params: Mapping[str, torch.Tensor], x: Mapping[str, torch.Tensor], kind: str = "auto"
+) -> NDArray[np.float64]:
+    """`mass_table` of `mean_attention`, in time linear in the number of tokens: the map is never formed.
+
+    Parameters, return value and errors as there, one row and column for each backbone.
+    """
+    n, tokens = _count(params, x)
+    return np.asarray((_sum_attention(params, x, len(x), kind) / (n * tokens / len(x))).cpu().numpy())
+
+
+def _count(params: Mapping[str, torch.Tensor], x: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """Images, and tokens of each."""
     if "attn.qkv.weight" not in params:
         raise UsageError(
             "this head has no attention",
@@ -47,18 +71,28 @@ def mean_attention(params: Mapping[str, torch.Tensor], x: Mapping[str, torch.Ten
     n = len(next(iter(x.values()))) if x else 0
     if n == 0:
         raise UsageError("attention is averaged over images", expected="one at least", found="none")
+    return n, sum(params[f"project.{backbone}.weight"].shape[0] for backbone in x) // params["attn.qkv.weight"].shape[1]
+
+
+def _sum_attention(
+    params: Mapping[str, torch.Tensor], x: Mapping[str, torch.Tensor], parts: int, kind: str
+) -> torch.Tensor:
+    """Attention from each part of the tokens to each other, summed over images and a part's tokens; (parts, parts)."""
+    n, tokens = _count(params, x)
     stacked = {name: p[None].float() for name, p in params.items()}
     weight, bias = params["attn.qkv.weight"].float(), params["attn.qkv.bias"].float()  # (3d, d), (3d,)
     width = weight.shape[1]  # numbers a token holds
-    tokens = sum(stacked[f"project.{backbone}.weight"].shape[1] for backbone in x) // width
-    total = torch.zeros(tokens, tokens, dtype=torch.float64, device=weight.device)
-    for rows in torch.split(torch.arange(n), max(1, _CELLS // tokens**2)):
+    total = torch.zeros(parts, parts, dtype=torch.float64, device=weight.device)
+    for rows in torch.split(torch.arange(n), _IMAGES):
         part = {backbone: features[rows].to(weight)[None] for backbone, features in x.items()}
         meta = project(stacked, part)[0].view(len(rows), tokens, width)
         q, k = (meta @ weight[:width].T + bias[:width], meta @ weight[width : 2 * width].T + bias[width : 2 * width])
-        scores = torch.bmm(q, k.transpose(1, 2)).div_(math.sqrt(width))  # (images, N, N)
-        total += scores.softmax(-1).sum(0, dtype=torch.float64)
-    return np.asarray((total / n).float().cpu().numpy())
+        if width == 1:
+            total += sum_attention(q[..., 0], k[..., 0], parts, kind)
+        else:
+            weights = (torch.bmm(q, k.transpose(1, 2)) / math.sqrt(width)).softmax(-1)  # (images, N, N)
+            total += weights.sum(0, dtype=torch.float64)  # a token is a backbone: N parts either way
+    return total
 
 
 def mass_table(mean_map: NDArray[np.floating], n_backbones: int) -> NDArray[np.float64]:

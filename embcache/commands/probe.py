@@ -102,6 +102,15 @@ def probe(
         list[str] | None,
         typer.Option("--head-option", metavar="NAME=VALUE", help="A hyperparameter of the head; repeatable."),
     ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            "--attention",
+            metavar="auto|exact|fast",
+            help="How dvme attends: all scores, or a few nodes (same to 1e-5) where, by auto, they cost less. "
+            "[default: auto]",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:0, …")] = "cpu",
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
@@ -118,6 +127,7 @@ def probe(
     from embcache.probe.cached import probe_cached
     from embcache.probe.options import parse_head_options, parse_rates
 
+    chosen = [*(head_option or []), *([] if attention is None else [f"attention={attention}"])]
     with ProgressBar("epoch") as bar:
         results = probe_cached(
             split_list(dataset) or None,
@@ -137,7 +147,7 @@ def probe(
             repeats=repeats,
             views=views,
             target=target,
-            head_options=parse_head_options(head_option or []),
+            head_options=parse_head_options(chosen),
             device=device,
             allow_missing=allow_missing,
             dataset_name=name,
@@ -186,7 +196,9 @@ def heads() -> None:
 
     Example: embcache heads
     """
-    from embcache.probe.heads import count_parameters, heads, hyperparameters, make_head
+    from dataclasses import asdict
+
+    from embcache.probe.heads import count_parameters, heads, make_head
     from embcache.probe.solve import is_solved
 
     rows = []
@@ -195,7 +207,7 @@ def heads() -> None:
         dims = {"simclr": 2048, "swav": 2048, "dino": 1536} if kind.fuses else {"resnet50": 2048}
         head = make_head(name)
         count = "" if is_solved(head) else f"{count_parameters(head, dims, 5):,}"
-        options = ", ".join(f"{key}={_shown(value)}" for key, value in hyperparameters(head).items())
+        options = ", ".join(f"{key}={_shown(value)}" for key, value in asdict(head).items())  # type: ignore[call-overload]
         rows.append([name, "several" if kind.fuses else "one", count, options, kind.summary])
     print_table(
         ["head", "backbones", "parameters", "options", "what it is"],

@@ -21,9 +21,9 @@ from embcache.errors import UsageError
 from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.backbones import LoadedBackbone
 from embcache.extract.batching import Source, stack_batch
-from embcache.extract.memory import keep_freed_memory
 from embcache.extract.transforms import Transform, frame, normalise
 from embcache.extract.views import CachedFrames, Views, make_views, view_batches
+from embcache.memory import keep_freed_memory
 from embcache.store.commit import ShardRows
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")

@@ -1,4 +1,4 @@
-"""Adam, written out for stacked parameters."""
+"""Adam for stacked parameters, each head with its own step count and rate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Sequence
 import torch
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.Adam's defaults
+
+_LARGE = 1 << 16
+"""Numbers of one head's tensor from which a pass over memory costs more than a call. Of a head, not of a stack: what a
+head learns does not depend on how many train beside it."""
 
 
 def adam_step(
@@ -20,8 +24,47 @@ def adam_step(
 ) -> None:
     """One step of Adam (torch's arithmetic, no weight decay) in place, each head with its own step count and rate.
 
-    Written out because ``torch.optim.Adam`` knows one rate a tensor, and its first step imports torch's compiler.
+    Not ``torch.optim.Adam``, which knows one rate a tensor and whose first step imports torch's compiler. Large tensors
+    go through its fused kernel, head by head: one pass over memory instead of nine.
     """
+    if p[0].numel() >= _LARGE and p.device.type in ("cpu", "cuda"):
+        for k, (step, lr) in enumerate(zip(steps, lrs, strict=True)):
+            _fused_step(p[k], gradient[k], first[k], second[k], step, lr)
+    else:
+        _stacked_step(p, gradient, first, second, steps, lrs)
+
+
+def _fused_step(
+    p: torch.Tensor, gradient: torch.Tensor, first: torch.Tensor, second: torch.Tensor, step: int, lr: float
+) -> None:
+    """What ``torch.optim.Adam(fused=True)`` calls."""
+    count = torch.tensor(float(step), device=p.device)
+    torch._fused_adam_(
+        [p],
+        [gradient.contiguous()],
+        [first],
+        [second],
+        [],
+        [count],
+        lr=lr,
+        beta1=BETA1,
+        beta2=BETA2,
+        weight_decay=0.0,
+        eps=EPSILON,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _stacked_step(
+    p: torch.Tensor,
+    gradient: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    steps: Sequence[int],
+    lrs: Sequence[float],
+) -> None:
+    """All heads in one go, pass by pass."""
     shape = (-1,) + (1,) * (p.dim() - 1)
 
     def column(values: list[float]) -> torch.Tensor:

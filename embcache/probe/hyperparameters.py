@@ -1,11 +1,24 @@
-"""Checks of heads' hyperparameters: a value of the wrong kind is told before anything is trained."""
+"""Heads' hyperparameters: which of them a request names, and checks that tell a value of the wrong kind in time."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import field, fields
 from typing import Any
 
 from embcache.errors import UsageError
+
+
+def implicit(default: Any) -> Any:
+    """A field of a head that says how something is computed, not what: at its default no request names it."""
+    return field(default=default, metadata={"implicit": True})
+
+
+def named_hyperparameters(head: Any) -> dict[str, Any]:
+    """The fields of a head but for implicit ones at their default: what a request holds and a run id hashes."""
+    pairs = ((f, getattr(head, f.name)) for f in fields(head))
+    return {f.name: value for f, value in pairs if not ("implicit" in f.metadata and value == f.default)}
 
 
 def check_count(head: Any, field: str) -> None:
@@ -29,6 +42,12 @@ def check_list(head: Any, field: str) -> None:
     values = getattr(head, field)
     fits = isinstance(values, tuple) and bool(values) and all(_is_number(v) and v > 0 for v in values)
     _check(head, field, fits, "numbers above 0, one at least")
+
+
+def check_choice(head: Any, field: str, choices: Sequence[str]) -> None:
+    """Raise a UsageError unless ``head.field`` is one of ``choices``."""
+    value = getattr(head, field)
+    _check(head, field, isinstance(value, str) and value in choices, ", ".join(choices))
 
 
 def _is_number(value: object) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from embcache.memory import keep_freed_memory
 from embcache.probe.adam import adam_step
 from embcache.probe.apply import Applicable, Params, plain_view, stacked_logits
 from embcache.probe.apply import predict_logits as predict_logits
@@ -219,11 +220,14 @@ def _threads_for(params: Params) -> Iterator[None]:
     """One thread for a small stack.
 
     Its steps are over before a second thread has started, and on a busy machine the wait for that thread takes ten
-    times as long as the work.
+    times as long as the work. The gradients of a large one are tens of megabytes, freed after each step and wanted
+    again in the next.
     """
     before = torch.get_num_threads()
     if sum(p.numel() for p in params.values()) < _SMALL:
         torch.set_num_threads(1)
+    else:
+        keep_freed_memory()
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import Attention
 
 from embcache.analysis import attention
-from embcache.analysis.attention import mass_table, mean_attention
+from embcache.analysis.attention import mass_table, mean_attention, mean_mass
 from embcache.errors import UsageError
 from embcache.probe.heads import make_head
 
@@ -44,8 +44,24 @@ def test_is_the_mean_of_timms_weights(name: str, width: int, monkeypatch: pytest
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
-    monkeypatch.setattr(attention, "_CELLS", 1)  # an image at a time
+    monkeypatch.setattr(attention, "_IMAGES", 1)  # an image at a time
     np.testing.assert_allclose(mean_attention(params, x), found, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0, 1e4])
+def test_nodes_give_the_map_and_the_mass_of_all_scores(spread: float) -> None:
+    params, x = setting("dvme", proj_dim=60, n=9)
+    params["attn.qkv.weight"] = params["attn.qkv.weight"] * spread
+    maps = {kind: mean_attention(params, x, kind) for kind in ("exact", "fast", "auto")}
+    for kind, found in maps.items():
+        np.testing.assert_allclose(found, maps["exact"], atol=2e-5 * maps["exact"].max())
+        np.testing.assert_allclose(mean_mass(params, x, kind), mass_table(maps["exact"], 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dvme", "dvme-token"])
+def test_mass_of_either_head_is_that_of_its_map(name: str) -> None:
+    params, x = setting(name)
+    np.testing.assert_allclose(mean_mass(params, x), mass_table(mean_attention(params, x), 2), atol=1e-5)
 
 
 def test_mass_is_what_a_backbones_tokens_give_to_each_backbone() -> None:

@@ -203,6 +203,26 @@ def test_hyperparameters_of_heads_are_part_of_the_request(cached: ImageDataset, 
         probe(cached, head="knn", head_options={"neighbours": 3})
 
 
+def test_attention_is_part_of_the_request_where_it_is_asked_for(home: Path) -> None:
+    ds = make_dataset([0, 1] * 60)
+    put_store(home, ds, "a", make_features(ds, 6))
+    put_store(home, ds, "b", make_features(ds, 4, seed=1))
+
+    def planned(**options: Any) -> str | ProbeResult:
+        (found,) = find_saved(ds, [["a", "b"]], subsets=["S"], head="dvme", folds=3, home=home, head_options=options)
+        return found
+
+    assert planned() == planned(attention="auto") == "dvme-S-ee11b5cffdd2"  # the id that version 0.1.0 gave
+    assert planned(proj_dim=8) == planned(proj_dim=8, attention="auto") == "dvme-S-e176872ee70f"
+    assert len({planned(), planned(attention="exact"), planned(attention="fast")}) == 3
+    (by_nodes,) = probe_grid(
+        ds, [["a", "b"]], head="dvme", head_options={"attention": "fast", "proj_dim": 8}, folds=3, home=home
+    )
+    assert by_nodes.request["head"] == {"name": "dvme", "proj_dim": 8, "dropout": 0.2, "attention": "fast"}
+    with pytest.raises(UsageError, match="no usable value"):
+        planned(attention="quick")
+
+
 def test_a_column_is_probed_instead_of_the_label(cached: ImageDataset, home: Path) -> None:
     told = (cached.table["sex"] == "M").to_numpy()
     features = np.random.default_rng(1).normal(size=(len(cached), 6)).astype(np.float32)

@@ -119,6 +119,12 @@ def test_what_is_asked_beyond_the_default_has_columns_of_its_own(two: list[Image
     assert "logreg (Cs=[0.01, 0.1])" in listed
 
 
+def test_how_dvme_attends_is_told_where_it_was_asked_for(two: list[ImageDataset], home: Path) -> None:
+    asked = ("--dataset", "first", "--backbone", "a,b", "--head", "dvme", "--head-option", "proj_dim=4")
+    assert "dvme (proj_dim=4, attention=fast)" in cli("probe", *asked, "--attention", "fast").stdout
+    assert "dvme (proj_dim=4)" in cli("probe", *asked, "--attention", "auto").stdout
+
+
 def test_views_are_probed_where_they_are_cached(two: list[ImageDataset], home: Path) -> None:
     features = make_features(two[0])
     put_store(home, two[0], "viewed", np.stack([features, features, features], 1))
@@ -175,6 +181,9 @@ def test_local_test_sets_are_called_not_comparable(two: list[ImageDataset], home
         (["--lr", "1e-3,fast"], UsageError, "learning rate must be a number"),
         (["--head-option", "k"], UsageError, "not given as it should be"),
         (["--head", "knn", "--head-option", "k=few", "--dataset", "first"], UsageError, "no usable value"),
+        (["--head", "dvme", "--backbone", "a,b", "--attention", "quick"], UsageError, "no usable value"),
+        (["--attention", "fast", "--dataset", "first"], UsageError, "no such hyperparameter"),
+        (["--head", "dvme", "--attention", "fast", "--head-option", "attention=auto"], UsageError, "each name once"),
         (["--views", "4"], StoreNotFoundError, "with 4 views"),
         (["--views", "4", "--dataset", "first"], StoreNotFoundError, "with 4 views of each image"),
         (["--target", "sex", "--dataset", "first"], UsageError, "no column 'sex'"),
@@ -194,6 +203,7 @@ def test_heads_lists_every_head() -> None:
     out = cli("heads").stdout
     assert all(name in out for name in ("linear", "dvme ", "dvme-noattn", "dvme-identity"))
     assert "3,677,709" in out
+    assert "attention=auto" in out
 
 
 # --- splits

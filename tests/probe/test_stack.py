@@ -49,7 +49,9 @@ def train(
     return train_stack(head, x, y, jobs, n_classes, metric, options.get("schedule", Schedule()))
 
 
-def test_adam_is_torchs_with_a_rate_and_a_step_count_for_each_head() -> None:
+@pytest.mark.parametrize("large", [1 << 16, 1])
+def test_adam_is_torchs_with_a_rate_and_a_step_count_for_each_head(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embcache.probe.adam._LARGE", large)
     lrs, started = [1e-3, 1e-1, 1e-2], [0, 3, 1]
     torch.manual_seed(0)
     p = torch.randn(3, 5, 4)

@@ -14,7 +14,7 @@ import difflib
 import functools
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from importlib import import_module
 from typing import Any, ClassVar, Protocol, cast
 
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from embcache.errors import UsageError
+from embcache.probe.hyperparameters import named_hyperparameters
 from embcache.probe.solve import is_solved
 from embcache.probe.stack import TrainableHead, stream_generator
 from embcache.probe.train import FittedHead
@@ -84,8 +85,8 @@ def make_head(name: str, **hyperparameters: Any) -> Head:
 
 
 def hyperparameters(head: Head) -> dict[str, Any]:
-    """The constructor's arguments that make this head again."""
-    return asdict(head)  # type: ignore[call-overload,no-any-return]
+    """The constructor's arguments that make this head again: all that say what it is, implicit ones where not usual."""
+    return named_hyperparameters(head)
 
 
 def trainable(head: Head) -> TrainableHead:

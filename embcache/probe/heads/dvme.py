@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from numpy.typing import ArrayLike
 
-from embcache.probe.attention import attend
+from embcache.probe.attention import ATTENTIONS, attend
 from embcache.probe.fusion import Fusion, Params, init_projections, project
-from embcache.probe.hyperparameters import check_count
+from embcache.probe.hyperparameters import check_choice, check_count, implicit
 from embcache.probe.layers import affine, init_linear
 from embcache.probe.train import FittedHead, fit
 
@@ -24,11 +24,27 @@ from embcache.probe.train import FittedHead, fit
 class DVME(Fusion):
     """Listing 1: attention over the scalar components of the concatenation.
 
-    ``proj_dim`` × backbones tokens of dimension 1. Attributes as `embcache.probe.fusion.Fusion`.
+    ``proj_dim`` × backbones tokens of dimension 1.
+
+    Attributes
+    ----------
+    proj_dim, dropout
+        As `embcache.probe.fusion.Fusion`.
+    attention : {"auto", "exact", "fast"}
+        As `embcache.probe.attention.attend`. ``auto`` gives what ``exact`` gives, to a tolerance of the size of
+        float32's own rounding; how the same numbers are computed is no property of a head. So it is not among the
+        hyperparameters that a request hashes, and a run made by exact attention answers for it. Whoever asks for one
+        way wants to know about that way: the request says so, and the result is a run of its own.
     """
+
+    attention: str = implicit("auto")
 
     name: ClassVar[str] = "dvme"
     summary: ClassVar[str] = "fuses backbones: projections, attention over their components, hidden layer (Listing 1)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "attention", ATTENTIONS)
 
     def init_mixing(self, generator: torch.Generator) -> Params:
         """``attn.qkv``, a Linear(1, 3), and ``attn.proj``, a Linear(1, 1)."""
@@ -38,7 +54,7 @@ class DVME(Fusion):
         """Self-attention of the components (K, B, N)."""
         weight, bias = params["attn.qkv.weight"], params["attn.qkv.bias"]  # (K, 3, 1), (K, 3)
         q, k, v = (meta * weight[:, i, :, None] + bias[:, i, None, None] for i in range(3))
-        attended = attend(q, k, v)
+        attended = attend(q, k, v, self.attention)
         return attended * params["attn.proj.weight"] + params["attn.proj.bias"][:, :, None]
 
 

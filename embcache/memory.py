@@ -1,4 +1,4 @@
-"""How the C library handles the memory that a network's activations come and go in."""
+"""How the C library handles memory in which large arrays come and go: activations, gradients."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Let the process keep freed memory and use it again, instead of returning it to the kernel after each layer.
 
     Activations of a batch are tens of megabytes; by default glibc maps and unmaps each of them, and the kernel zeroes
-    the pages anew every time: a third of the processor time of an extraction on CPU (docs/log.md). The cost is that
-    the process holds its peak memory until it ends.
+    the pages anew every time: a third of the processor time of an extraction on CPU, and a quarter of a training of
+    DVME heads (docs/log.md). The cost is that the process holds its peak memory until it ends.
 
     Returns
     -------
