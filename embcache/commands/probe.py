@@ -117,6 +117,7 @@ def probe(
     """
     from embcache.probe.usage import check_usage, parse_head_options, parse_rates
 
+    datasets, backbones = split_list(dataset) or None, split_list(backbone) or None
     subsets, rates, options = (
         split_list(subset) or ["S"],
         parse_rates(split_list(lr)),
@@ -128,8 +129,8 @@ def probe(
 
     with ProgressBar("epoch") as bar:
         results = probe_cached(
-            split_list(dataset) or None,
-            split_list(backbone) or None,
+            datasets,
+            backbones,
             head=head,
             subsets=subsets,
             data_root=data_root,

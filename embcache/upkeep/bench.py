@@ -143,7 +143,7 @@ def _reading() -> list[Measured]:
     rows = [Measured("memory: copying an array", size / copy, "GB")]
     rows.append(Measured("np.load, nothing verified", size / load, "GB", "memory", copy / load))
     return rows + [
-        Measured(f"reading a {name} store, verified", size / seconds, "GB", "np.load", load / seconds)
+        Measured(f"reading features from {name}, verified", size / seconds, "GB", "np.load", load / seconds)
         for name, seconds in zip(FORMATS, reads, strict=True)
     ]
 
