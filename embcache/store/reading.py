@@ -174,16 +174,17 @@ def read_index(store: Path, header: StoreHeader, number: int) -> RowIndex:
         A file is missing or its bytes are not those that were committed.
     """
     form, record = FORMATS[header.format], read_commit(store, number)
-    for name, (size, _) in record.files.items():
+    names = form.index_files(record.files)
+    files = _read_committed(store, number, record, names)
+    for name in set(record.files).difference(names):
         # Features are read when they are asked for; that none of them is cut short is known at once.
-        path = store / "shards" / shard_name(number) / name
+        size = record.files[name][0]
         try:
-            there = path.stat().st_size
+            there = (store / "shards" / shard_name(number) / name).stat().st_size
         except FileNotFoundError:
             there = -1
         if there != size:
             _refuse(store, number, f"{size} bytes in {name}", f"{there} bytes" if there >= 0 else "no such file")
-    files = _read_committed(store, number, record, form.index_files(record.files))
     index = _decode(form.decode_index, files, store, number)
     lengths = {len(index.ids), len(index.valid), len(index.digests), len(index.reasons), record.rows}
     if len(lengths) != 1 or index.valid.dtype != np.bool_:
@@ -290,7 +291,8 @@ def _check_shape(
 def _read_committed(store: Path, number: int, record: CommitRecord, names: Iterable[str]) -> dict[str, bytes]:
     folder = store / "shards" / shard_name(number)
     fix = _recompute(folder)
-    return {name: read_file(folder / name, fix, record.files[name]) for name in names}
+    # Joined as texts: there are thousands of files, and a Path takes longer to make than such a file to read.
+    return {name: read_file(f"{folder}/{name}", fix, record.files[name]) for name in names}
 
 
 def _decode(decode: Callable[[Mapping[str, Bytes]], _T], files: Mapping[str, Bytes], store: Path, number: int) -> _T:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from embcache.errors import CorruptStoreError, StoreError
+from embcache.paths import PathLike
 from embcache.store.sealed import crc32c
 
 _PIECE = 1 << 18  # bytes read at a time: the checksum finds them in the core's own cache
@@ -30,7 +30,7 @@ class Scratch:
         return self._memory[:size]
 
 
-def read_file(path: Path, fix: str, expected: tuple[int, str] | None = None) -> bytes:
+def read_file(path: PathLike, fix: str, expected: tuple[int, str] | None = None) -> bytes:
     """The bytes of a file; with ``expected`` (size, crc32c) only those.
 
     Raises
@@ -40,21 +40,21 @@ def read_file(path: Path, fix: str, expected: tuple[int, str] | None = None) -> 
     StoreError
         The system does not let it be read.
     """
-    with _refusals_told(path, fix):
-        size = path.stat().st_size
+    with _refusals_told(path, fix), open(path, "rb", buffering=0) as file:  # noqa: PTH123  # also of texts
+        size = os.fstat(file.fileno()).st_size
         # A wrong size is refused before reading: what grew to gigabytes is not loaded to be told so.
-        data = path.read_bytes() if expected is None or size == expected[0] else b""
+        data = file.readall() if expected is None or size == expected[0] else b""
     if expected is not None and (size != expected[0] or crc32c(data) != expected[1]):
         raise _other_bytes(path, fix, expected, size, crc32c(data))
     return data
 
 
-def read_into(path: Path, fix: str, expected: tuple[int, str], targets: Sequence[npt.NDArray[np.uint8]]) -> None:
+def read_into(path: PathLike, fix: str, expected: tuple[int, str], targets: Sequence[npt.NDArray[np.uint8]]) -> None:
     """Read a whole file into arrays, one after the other, and check it on the way.
 
     Parameters
     ----------
-    path : Path
+    path : path-like
         The file.
     fix : str
         Goes into the message of an error.
@@ -69,7 +69,7 @@ def read_into(path: Path, fix: str, expected: tuple[int, str], targets: Sequence
         As for `read_file`.
     """
     crc = done = 0
-    with _refusals_told(path, fix), path.open("rb", buffering=0) as file:
+    with _refusals_told(path, fix), open(path, "rb", buffering=0) as file:  # noqa: PTH123
         size = os.fstat(file.fileno()).st_size
         if size == expected[0]:
             for target in targets:
@@ -86,7 +86,7 @@ def read_into(path: Path, fix: str, expected: tuple[int, str], targets: Sequence
 
 
 @contextmanager
-def _refusals_told(path: Path, fix: str) -> Iterator[None]:
+def _refusals_told(path: PathLike, fix: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -101,7 +101,7 @@ def _refusals_told(path: Path, fix: str) -> Iterator[None]:
         ) from error
 
 
-def _other_bytes(path: Path, fix: str, expected: tuple[int, str], size: int, crc: str) -> CorruptStoreError:
+def _other_bytes(path: PathLike, fix: str, expected: tuple[int, str], size: int, crc: str) -> CorruptStoreError:
     return CorruptStoreError(
         "a file of the feature store is not the one that was committed",
         expected=f"{expected[0]} bytes, crc32c {expected[1]}",

@@ -49,7 +49,7 @@ def feature_files(names: Iterable[str]) -> list[str]:
 
 def decode_index(files: Mapping[str, Bytes]) -> RowIndex:
     """Everything but the features of a shard, from its verified bytes."""
-    plain = is_group(files.get(ROOT + "zarr.json", b""))
+    plain = is_group(bytes(files.get(ROOT + "zarr.json", b"")))
     found = {name: decode_array(files, ROOT + name) for name in INDEX} if plain else {}
     if not found or any(values is None for values in found.values()):
         group = _open(files, ROOT)
@@ -64,7 +64,7 @@ def decode_index(files: Mapping[str, Bytes]) -> RowIndex:
 
 def decode_features(files: Mapping[str, Bytes]) -> np.ndarray:
     """Features ``(n, *row_shape)`` of a shard, from its verified bytes."""
-    plain = decode_array(files, ROOT + "features") if is_group(files.get(ROOT + "zarr.json", b"")) else None
+    plain = decode_array(files, ROOT + "features") if is_group(bytes(files.get(ROOT + "zarr.json", b""))) else None
     return plain if isinstance(plain, np.ndarray) else _get(_open(files, ROOT), "features")
 
 

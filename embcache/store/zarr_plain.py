@@ -106,10 +106,11 @@ def decode_array(files: Mapping[str, Bytes], array: str) -> Any:
     return np.frombuffer(chunk, plain.dtype).reshape(plain.chunk_rows, *plain.shape[1:])[: plain.shape[0]]
 
 
-def is_group(metadata: Bytes) -> bool:
+@functools.lru_cache(maxsize=64)
+def is_group(metadata: bytes) -> bool:
     """Whether a ``zarr.json`` is that of a plain group."""
     try:
-        content = json.loads(bytes(metadata))
+        content = json.loads(metadata)
     except ValueError:
         return False
     usual = isinstance(content, dict) and set(content) == {"attributes", "zarr_format", "node_type"}
