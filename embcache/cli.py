@@ -15,6 +15,7 @@ import typer
 import embcache
 from embcache.commands import (
     backbones,
+    bench,
     compare,
     datasets,
     demo,
@@ -78,6 +79,7 @@ app.add_typer(splits.app, name="splits")
 app.command()(store.ls)
 app.command()(store.info)
 app.command()(store.export)
+app.command()(bench.bench)
 
 
 def _terminate(_signum: int, _frame: object) -> NoReturn:

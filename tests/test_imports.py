@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import embcache
+from embcache.data.dataset import ImageDataset
+from tests.store.build import add, make_store, make_table
 
 PACKAGE = Path(embcache.__file__).parent
 
@@ -90,6 +92,49 @@ def test_quick_commands_import_no_torch(arguments: list[str], home: Path) -> Non
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["--help"]])
+def test_listing_needs_no_heavy_package(arguments: list[str], home: Path) -> None:
+    path = make_store(home)
+    add(path, 0, ["a", "b"])
+    table = make_table(["a", "b"]).table.assign(path=["a", "b"], member=-1)
+    ds = ImageDataset("ds", None, ("no", "yes"), "auc", "generic", table)
+    (home / "ds" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
+    assert not _imported_by(arguments, 0) & {"pandas", "zarr", "h5py", "sklearn", "scipy", "PIL", "tqdm"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--head", "lineer"],
+        ["--val", "some"],
+        ["--test", "public"],
+        ["--folds", "1"],
+        ["--repeats", "0"],
+        ["--views", "0"],
+        ["--lr", "fast"],
+        ["--lr", "-1"],
+        ["--subset", "0"],
+        ["--subset", "1.5"],
+        ["--head-option", "k"],
+        ["--backbone", "a,,b"],
+    ],
+)
+def test_a_slip_in_the_flags_of_probe_is_told_before_torch_is_imported(flags: list[str], home: Path) -> None:
+    assert not _imported_by(["probe", *flags], 2) & {"torch", "pandas", "zarr", "sklearn"}
+
+
+def _imported_by(arguments: list[str], status: int) -> set[str]:
+    """Top-level modules that a command has imported when it ends with ``status``."""
+    script = (
+        "import sys\nfrom embcache.cli import main\nsys.argv[1:] = " + repr(arguments) + "\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == " + str(status) + ", end.code\n"
+        "print('imported', *{name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()[1:])
 
 
 def test_importing_the_package_is_light() -> None:

@@ -124,16 +124,25 @@ def probe(
 
     Example: embcache probe --head linear --subset S,M,F --dataset pneumonia
     """
-    from embcache.probe.cached import probe_cached
-    from embcache.probe.options import parse_head_options, parse_rates
+    from embcache.probe.usage import check_usage, parse_head_options, parse_rates
 
     chosen = [*(head_option or []), *([] if attention is None else [f"attention={attention}"])]
+    datasets, backbones = split_list(dataset) or None, split_list(backbone) or None
+    subsets, rates, options = (
+        split_list(subset) or ["S"],
+        parse_rates(split_list(lr)),
+        parse_head_options(chosen),
+    )
+    check_usage(head=head, subsets=subsets, folds=folds, repeats=repeats, views=views, val=val, test=test, lr=rates)
+
+    from embcache.probe.cached import probe_cached  # imports torch, which a slip in a flag need not wait for
+
     with ProgressBar("epoch") as bar:
         results = probe_cached(
-            split_list(dataset) or None,
-            split_list(backbone) or None,
+            datasets,
+            backbones,
             head=head,
-            subsets=split_list(subset) or ["S"],
+            subsets=subsets,
             data_root=data_root,
             home=home,
             folds=folds,
@@ -143,11 +152,11 @@ def probe(
             exclude_test_overlap=exclude_test_overlap,
             splits=splits,
             recipe=recipe,
-            lr=parse_rates(split_list(lr)),
+            lr=rates,
             repeats=repeats,
             views=views,
             target=target,
-            head_options=parse_head_options(chosen),
+            head_options=options,
             device=device,
             allow_missing=allow_missing,
             dataset_name=name,

@@ -98,7 +98,7 @@ def run(
 
     Example: embcache run B3 --backbone random,effnet_lite0 --subset 50,100,F
     """
-    from embcache.probe.options import parse_rates
+    from embcache.probe.usage import parse_rates
     from embcache.report.render import check_format, render
     from embcache.study.order import Order, deliver
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
@@ -57,6 +56,8 @@ def own_array(file: Any, key: str) -> Any:
     DatasetError
         Its values are, or may be, elsewhere.
     """
+    import h5py
+
     link = file.get(key, getlink=True)
     if link is None:
         raise KeyError(f"there is no {key!r} in the file")
@@ -78,6 +79,8 @@ def own_array(file: Any, key: str) -> Any:
 
 def _array(path: str, member: int) -> Any:
     """The array of an open file; files stay open, for opening costs more than reading a row."""
+    import h5py
+
     state = os.stat(path)  # noqa: PTH116
     # Keyed by process: a handle must not be used on both sides of a fork.
     key = (os.getpid(), path, state.st_ino, state.st_size, state.st_mtime_ns)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 
@@ -202,6 +201,8 @@ def _count_images(path: Path) -> int:
 @contextmanager
 def _open_array(path: Path, key: str) -> Iterator[Any]:
     """Array ``key`` of an HDF5 file, open; whatever h5py raises on broken bytes becomes a `DatasetError`."""
+    import h5py
+
     try:
         with h5py.File(os.fspath(path), "r", locking=False) as file:
             yield own_array(file, key)

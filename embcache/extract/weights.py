@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import importlib.util
 import os
 import secrets
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
-
-from tqdm import tqdm
 
 from embcache.errors import WeightsError
 from embcache.paths import PathLike, weights_dir
@@ -156,6 +151,12 @@ def download(published: Published, folder: Path) -> Path:
 
 def _fetch(published: Published, folder: Path, file: IO[bytes]) -> str:
     """Stream the published file into ``file``; return its sha256 once it is known to be complete and right."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    from tqdm import tqdm
+
     request = urllib.request.Request(published.url, headers={"User-Agent": "embcache"})
     digest, received = hashlib.sha256(), 0
     try:

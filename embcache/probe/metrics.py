@@ -11,14 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import (
-    accuracy_score,
-    average_precision_score,
-    cohen_kappa_score,
-    recall_score,
-    roc_auc_score,
-    roc_curve,
-)
 
 from embcache.errors import ProtocolError
 
@@ -33,6 +25,13 @@ BOOTSTRAP_SEED = 20_210_823
 """One seed for all results, so that two rows on the same test set are compared on the same resamples."""
 
 _BLOCK = 50  # resamples drawn and scored at a time; part of the random stream, so a constant
+
+
+def _sklearn() -> Any:
+    """scikit-learn's metrics, imported when a model is tested: training comes first and does without them."""
+    import sklearn.metrics
+
+    return sklearn.metrics
 
 
 def softmax(logits: ArrayLike) -> FloatArray:
@@ -74,7 +73,7 @@ def score(metric: str, y: ArrayLike, p: ArrayLike) -> float:
     if metric == "kappa":
         return _kappa(labels, probabilities)
     if metric == "auc":
-        return float(roc_auc_score(labels, log_odds(probabilities)))
+        return float(_sklearn().roc_auc_score(labels, log_odds(probabilities)))
     values = [value for value in per_class_auc(labels, probabilities) if value is not None]
     return float(np.mean(values))
 
@@ -103,7 +102,7 @@ def per_class_auc(y: ArrayLike, p: ArrayLike) -> list[float | None]:
     labels, probabilities = np.asarray(y), np.asarray(p)
     one_vs_rest = [labels == c for c in range(probabilities.shape[1])]
     return [
-        float(roc_auc_score(positive, probabilities[:, c])) if 0 < positive.sum() < len(labels) else None
+        float(_sklearn().roc_auc_score(positive, probabilities[:, c])) if 0 < positive.sum() < len(labels) else None
         for c, positive in enumerate(one_vs_rest)
     ]
 
@@ -128,6 +127,7 @@ def evaluate(metric: str, y: ArrayLike, p: ArrayLike) -> dict[str, Any]:
         averaged one-vs-rest over the classes that occur), ``kappa`` (quadratic), ``per_class_auc`` (a list, None for an
         absent class) and ``absent_classes`` (their numbers).
     """
+    sk = _sklearn()
     labels, probabilities = _checked(metric, y, p)
     n_classes = probabilities.shape[1]
     present = sorted(set(labels.tolist()))
@@ -138,11 +138,13 @@ def evaluate(metric: str, y: ArrayLike, p: ArrayLike) -> dict[str, Any]:
         sides = [(labels == c, probabilities[:, c]) for c in present]
     return {
         "score": score(metric, labels, probabilities),
-        "auc": float(np.mean([roc_auc_score(positive, s) for positive, s in sides])),
-        "auprc": float(np.mean([average_precision_score(positive, s) for positive, s in sides])),
-        "accuracy": float(accuracy_score(labels, predicted)),
+        "auc": float(np.mean([sk.roc_auc_score(positive, s) for positive, s in sides])),
+        "auprc": float(np.mean([sk.average_precision_score(positive, s) for positive, s in sides])),
+        "accuracy": float(sk.accuracy_score(labels, predicted)),
         # recall averaged over the classes that occur: balanced accuracy, which would warn of absent ones
-        "balanced_accuracy": float(recall_score(labels, predicted, labels=present, average="macro", zero_division=0.0)),
+        "balanced_accuracy": float(
+            sk.recall_score(labels, predicted, labels=present, average="macro", zero_division=0.0)
+        ),
         "sensitivity_at_95_specificity": float(np.mean([_sensitivity(positive, s, 0.95) for positive, s in sides])),
         "kappa": _kappa(labels, probabilities),
         "per_class_auc": per_class_auc(labels, probabilities),
@@ -221,12 +223,12 @@ def log_odds(p: FloatArray) -> FloatArray:
 
 
 def _kappa(y: IntArray, p: FloatArray) -> float:
-    return float(cohen_kappa_score(y, p.argmax(1), labels=np.arange(p.shape[1]), weights="quadratic"))
+    return float(_sklearn().cohen_kappa_score(y, p.argmax(1), labels=np.arange(p.shape[1]), weights="quadratic"))
 
 
 def _sensitivity(positive: NDArray[np.bool_], scores: FloatArray, specificity: float) -> float:
     """Highest sensitivity among the thresholds whose specificity is at least the asked one."""
-    fpr, tpr, _ = roc_curve(positive, scores, drop_intermediate=False)
+    fpr, tpr, _ = _sklearn().roc_curve(positive, scores, drop_intermediate=False)
     return float(tpr[fpr <= 1 - specificity + 1e-12].max())
 
 

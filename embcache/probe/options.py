@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -13,6 +12,7 @@ from embcache.paths import PathLike
 from embcache.probe.heads import Head, make_head
 from embcache.probe.schedule import Schedule
 from embcache.probe.solve import is_solved
+from embcache.probe.usage import check_counts
 
 _DRAWN_ANEW = "other folds, subsets and random streams"
 
@@ -85,10 +85,7 @@ class ProbeOptions:
     reuse: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "views"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} must be at least 1", found=str(value), fix=f"--{name} 4")
+        check_counts(repeats=self.repeats, views=self.views)
         for schedule in self.schedules:  # each checks its rate
             if self.lr is not None and is_solved(self.model):
                 raise UsageError(
@@ -152,49 +149,3 @@ def make_options(options: Mapping[str, Any]) -> ProbeOptions:
     if unknown:
         raise TypeError(f"a probe has no option {', '.join(map(repr, unknown))}")
     return ProbeOptions(**options)
-
-
-def parse_head_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Hyperparameters from ``name=value`` texts; a value is JSON (a number, a list …), else text.
-
-    Raises
-    ------
-    UsageError
-        A text has no name or no value, or names something twice.
-    """
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = (part.strip() for part in pair.partition("="))
-        if not (name and equals and text) or name in found:
-            raise UsageError(
-                "a hyperparameter is not given as it should be",
-                expected="name=value, each name once",
-                found=repr(pair),
-                where="--head-option",
-                fix="--head-option proj_dim=256",
-            )
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        found[name] = tuple(value) if isinstance(value, list) else value
-    return found
-
-
-def parse_rates(texts: Sequence[str]) -> float | list[float] | None:
-    """Learning rates from texts: None of none, a number of one.
-
-    Raises
-    ------
-    UsageError
-        A text is not a number.
-    """
-    rates = []
-    for text in texts:
-        try:
-            rates.append(float(text))
-        except ValueError as error:
-            raise UsageError(
-                "a learning rate must be a number", found=repr(text), where="--lr", fix="--lr 1e-4,1e-3,1e-2"
-            ) from error
-    return (rates[0] if len(rates) == 1 else rates) if rates else None

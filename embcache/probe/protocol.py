@@ -21,6 +21,7 @@ from embcache.data.groups import merge_groups, overlap_notes
 from embcache.data.splits import IntArray, hash_order, stratified_group_folds, water_fill
 from embcache.errors import ProtocolError, UsageError
 from embcache.probe.splits import Key, Splits, StrArray, absent_note
+from embcache.probe.usage import check_protocol, unknown_subset
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
@@ -81,10 +82,7 @@ def plan_splits(
     UsageError
         A malformed ``subsets``, ``folds``, ``val`` or ``test``.
     """
-    _check_choice("--val", val, ("full", "matched"))
-    _check_choice("--test", test, ("local", "official"))
-    if folds < 2:
-        raise UsageError("cross-validation needs at least two folds", found=f"--folds {folds}", fix="--folds 5")
+    check_protocol(folds, val, test)
     sizes = subset_sizes(ds, subsets)
     table = ds.table
     ids = table["id"].to_numpy(dtype=object)
@@ -179,11 +177,7 @@ def subset_sizes(ds: ImageDataset, subsets: Sequence[str | int]) -> dict[str, in
         elif name in known:
             sizes[name] = known[name]
         else:
-            raise UsageError(
-                f"no such subset: {str(asked)!r}",
-                expected=f"{', '.join(known)} or a number of training images",
-                fix="--subset S,M,F or --subset 20,50,100",
-            )
+            raise unknown_subset(asked, known)
     if not sizes:
         raise UsageError("no subset asked for", fix="--subset S")
     return sizes
@@ -311,8 +305,3 @@ def _matched(orders: Sequence[IntArray], n: int, where: str, ds: ImageDataset) -
             fix="--val full, or a larger --subset",
         )
     return _take(orders, int(share.sum()))
-
-
-def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UsageError(f"no such choice for {flag}", expected=" or ".join(choices), found=repr(value))

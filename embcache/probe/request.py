@@ -137,7 +137,7 @@ def ask(
         target = column_values(ds, options.target).name
         ds = retarget(ds, target)
     names = tuple(subset_sizes(ds, subsets))
-    _check_device(options.device)
+    check_device(options.device)
     sets = [_checked_set(options.model, asked) for asked in sets]
     stores = open_stores(ds, sets, options.home, options.recipe, options.n_views)
     plans = tuple(
@@ -172,7 +172,8 @@ def _checked_set(head: Head, names: Sequence[str]) -> Sequence[str]:
     return names
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise a `UsageError` unless torch can compute there."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -22,8 +22,8 @@ from typing import Any
 from embcache.errors import StoreError
 from embcache.paths import slug
 from embcache.store.formats import FORMATS, find_format
+from embcache.store.header import StoreHeader
 from embcache.store.reading import (
-    StoreHeader,
     read_header,
     read_live,
     read_plan,

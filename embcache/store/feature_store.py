@@ -14,6 +14,7 @@ import numpy as np
 from embcache.errors import StoreError
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.features import Features
+from embcache.store.header import StoreHeader
 from embcache.store.messages import (
     NamedTable,
     describe_differences,
@@ -23,7 +24,6 @@ from embcache.store.messages import (
 )
 from embcache.store.reading import (
     LiveRows,
-    StoreHeader,
     committed_numbers,
     plan_numbers,
     read_header,

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
 
-from embcache.store.reading import StoreHeader, read_features
+from embcache.store.header import StoreHeader
+from embcache.store.reading import read_features, read_rows
+from embcache.store.verified import Scratch
 
 Rows = slice | SupportsIndex | np.ndarray | list[int]
+
+_THREADS = 4  # reading and checking are at the speed of the memory long before there are more
+_FEW = 2  # shards that are read one by one, the last of them kept for whoever asks for the next rows
 
 
 class Features:
@@ -48,8 +55,13 @@ class Features:
         out = np.empty((len(flat), *self._header.row_shape), self.dtype)
         order = np.argsort(self._shards[flat], kind="stable")
         starts = np.flatnonzero(np.diff(self._shards[flat][order], prepend=-1))
-        for part in np.split(order, starts[1:]) if len(order) else ():
-            out[part] = self._shard(int(self._shards[flat[part[0]]]))[self._positions[flat[part]]]
+        parts = np.split(order, starts[1:]) if len(order) else []  # places in out, one part a shard
+        if len(parts) <= _FEW:
+            for part in parts:
+                out[part] = self._shard(int(self._shards[flat[part[0]]]))[self._positions[flat[part]]]
+        else:
+            self._last = None
+            self._read(flat, parts, out)
         return out.reshape(*np.shape(chosen), *self._header.row_shape)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -63,6 +75,27 @@ class Features:
     def __repr__(self) -> str:
         return f"Features({self.shape} {self.dtype}; index to read, [:] for all)"
 
+    def _read(self, flat: np.ndarray, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
+        """Read rows ``flat`` into ``out``, several shards at a time."""
+
+        def work(mine: Sequence[np.ndarray]) -> None:
+            scratch = Scratch()
+            for part in mine:
+                rows, first = flat[part], int(part[0])
+                run = int(part[-1]) - first == len(part) - 1  # ascending, so without gaps
+                target = out[first : first + len(part)] if run else np.empty((len(part), *out.shape[1:]), out.dtype)
+                shard = int(self._shards[rows[0]])
+                read_rows(self._path, self._header, shard, self._positions[rows], target, scratch)
+                if not run:
+                    out[part] = target
+
+        threads = min(_THREADS, _cores(), len(parts))
+        if threads == 1:
+            work(parts)
+            return
+        with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+            list(pool.map(work, [parts[k::threads] for k in range(threads)]))  # the first error is raised
+
     def _shard(self, number: int) -> np.ndarray:
         # Row after row is a common way to read; shards are immutable, so the last one need not be read again.
         last, self._last = self._last, None
@@ -71,3 +104,7 @@ class Features:
             last = (number, read_features(self._path, self._header, number))
         self._last = last
         return last[1]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import import_module
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from embcache.errors import UsageError
-from embcache.store import hdf5_format, zarr_format
-from embcache.store.rows import RowIndex, ShardRows
+from embcache.store.rows import Bytes, PlainFeatures, RowIndex, ShardRows
 
 
 class StoreFormat(Protocol):
@@ -27,11 +27,17 @@ class StoreFormat(Protocol):
     def feature_files(self, names: Iterable[str]) -> list[str]:
         """Files needed by ``decode_features``."""
 
-    def decode_index(self, files: Mapping[str, bytes]) -> RowIndex:
+    def decode_index(self, files: Mapping[str, Bytes]) -> RowIndex:
         """Rows without their features."""
 
-    def decode_features(self, files: Mapping[str, bytes]) -> np.ndarray:
-        """Features ``(n, *row_shape)``."""
+    def decode_features(self, files: Mapping[str, Bytes]) -> np.ndarray:
+        """Features ``(n, *row_shape)``, often over the bytes given; not to be written to."""
+
+    def plain_features(self, read: Callable[[str], bytes], sizes: Mapping[str, int]) -> PlainFeatures | None:
+        """Which file of a shard can be read straight into an array; None where `decode_features` must be asked.
+
+        ``read`` gives the verified bytes of a file by its name, ``sizes`` those of all files of the shard.
+        """
 
     def encode_view(
         self,
@@ -46,7 +52,24 @@ class StoreFormat(Protocol):
         """Files and links of the view over all shards."""
 
 
-FORMATS: dict[str, StoreFormat] = {module.name: module for module in (zarr_format, hdf5_format)}
+class _Formats(Mapping[str, StoreFormat]):
+    """Formats by name, each imported when it is first asked for: whoever reads Zarr needs no HDF5."""
+
+    _names = ("zarr", "hdf5")
+
+    def __getitem__(self, name: str) -> StoreFormat:
+        if name not in self._names:
+            raise KeyError(name)
+        return cast(StoreFormat, import_module(f"embcache.store.{name}_format"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+FORMATS: Mapping[str, StoreFormat] = _Formats()
 
 
 def find_format(name: str) -> StoreFormat:

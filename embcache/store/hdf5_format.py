@@ -7,13 +7,21 @@ Strings have a fixed length, in UTF-8: variable ones live in a heap whose bytes 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import h5py
 import numpy as np
 
-from embcache.store.rows import RowIndex, ShardRows, digests_from_bytes, digests_to_bytes
+from embcache.store.rows import (
+    NUMERIC_KINDS,
+    Bytes,
+    PlainFeatures,
+    RowIndex,
+    ShardRows,
+    digests_from_bytes,
+    digests_to_bytes,
+)
 
 name = "hdf5"
 view = "view.h5"
@@ -43,9 +51,9 @@ def feature_files(names: Iterable[str]) -> list[str]:
     return list(names)
 
 
-def decode_index(files: Mapping[str, bytes]) -> RowIndex:
+def decode_index(files: Mapping[str, Bytes]) -> RowIndex:
     """Everything but the features of a shard, from its verified bytes."""
-    with h5py.File(io.BytesIO(files[FILE]), "r") as file:
+    with h5py.File(_Verified(files[FILE]), "r") as file:
         return RowIndex(
             ids=_get_strings(file, "ids"),
             valid=_get(file, "valid"),
@@ -54,10 +62,21 @@ def decode_index(files: Mapping[str, bytes]) -> RowIndex:
         )
 
 
-def decode_features(files: Mapping[str, bytes]) -> np.ndarray:
+def decode_features(files: Mapping[str, Bytes]) -> np.ndarray:
     """Features ``(n, *row_shape)`` of a shard, from its verified bytes."""
-    with h5py.File(io.BytesIO(files[FILE]), "r") as file:
-        return _get(file, "features")
+    data = files[FILE]
+    with h5py.File(_Verified(data), "r") as file:
+        array = _own(file, "features")
+        start = _start(array, file.userblock_size, len(data))
+        if start is None:
+            return np.asarray(array[...])
+        return np.frombuffer(data, array.dtype, array.size, start).reshape(array.shape)
+
+
+def plain_features(read: Callable[[str], bytes], sizes: Mapping[str, int]) -> PlainFeatures | None:
+    """None: where the features begin is only known once the whole file is verified and parsed."""
+    del read, sizes
+    return None
 
 
 def encode_view(
@@ -88,6 +107,30 @@ def encode_view(
     return {view: buffer.getvalue()}, {}
 
 
+class _Verified(io.RawIOBase):
+    """A file of verified bytes, which are not copied."""
+
+    def __init__(self, data: Bytes) -> None:
+        self._data, self._at = memoryview(data), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        target = memoryview(buffer).cast("B")
+        found = self._data[self._at : self._at + len(target)]
+        target[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+
 def _put(file: Any, name: str, values: np.ndarray) -> None:
     file.create_dataset(name, data=values, dtype=values.dtype.newbyteorder("<"), track_times=False)
 
@@ -99,7 +142,11 @@ def _strings(values: Sequence[str]) -> np.ndarray:
 
 
 def _get(file: Any, name: str) -> np.ndarray:
-    """The values of an array that lie in the file's own bytes: only those were verified.
+    return np.asarray(_own(file, name)[...])
+
+
+def _own(file: Any, name: str) -> Any:
+    """An array whose values lie in the file's own bytes: only those were verified.
 
     HDF5 would also follow links, external storage and virtual datasets to other files.
     """
@@ -107,8 +154,23 @@ def _get(file: Any, name: str) -> np.ndarray:
     array = file[name] if isinstance(link, h5py.HardLink) else None
     if not isinstance(array, h5py.Dataset) or array.external or array.is_virtual:
         raise ValueError(f"{name!r} is no array whose values lie in the shard's own file")
-    return np.asarray(array[...])
+    return array
+
+
+def _start(array: Any, userblock: int, size: int) -> int | None:
+    """Where in a file of ``size`` bytes an array's values lie as they are in memory; None where they do not."""
+    start = array.id.get_offset()
+    as_it_is = (
+        start is not None
+        and not userblock
+        and array.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
+        and array.dtype.isnative
+        and array.dtype.kind in NUMERIC_KINDS
+        and array.id.get_storage_size() == array.nbytes
+        and start + array.nbytes <= size
+    )
+    return start if as_it_is else None
 
 
 def _get_strings(file: Any, name: str) -> tuple[str, ...]:
-    return tuple(value.decode("utf-8") for value in _get(file, name))
+    return tuple(value.decode("utf-8") for value in _get(file, name).tolist())

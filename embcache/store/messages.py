@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import pandas as pd
-
 from embcache.errors import RecipeError, StoreNotFoundError
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.recipe import Recipe
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from embcache.store.feature_store import FeatureStore
 
 

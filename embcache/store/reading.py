@@ -9,9 +9,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -20,73 +22,14 @@ import numpy as np
 
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.store.formats import FORMATS
+from embcache.store.header import StoreHeader
 from embcache.store.recipe import Recipe
-from embcache.store.rows import NUMERIC_KINDS, PlanEntry, RowIndex, ShardRows
-from embcache.store.sealed import crc32c, unseal
+from embcache.store.rows import Bytes, PlanEntry, RowIndex
+from embcache.store.sealed import unseal
+from embcache.store.verified import Scratch, read_file, read_into
 
 _T = TypeVar("_T")
 _NUMBER = re.compile(r"\d{6,}")
-
-
-@dataclass(frozen=True)
-class StoreHeader:
-    """What ``recipe.json`` says: the recipe, and what was settled when the store was created.
-
-    Raises
-    ------
-    StoreError
-        A size is not positive, or the recipe's dtype is not one of numbers.
-    """
-
-    recipe: Recipe
-    format: str
-    row_shape: tuple[int, ...]
-    rows_per_shard: int
-    batch_size: int
-    threads: int
-    provenance: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        if min(self.rows_per_shard, self.batch_size, self.threads, *self.row_shape) < 1:
-            raise StoreError(
-                "a store needs positive sizes",
-                expected="rows_per_shard, batch_size, threads and every side of row_shape at least 1",
-                found=f"{self.rows_per_shard}, {self.batch_size}, {self.threads}, {self.row_shape}",
-            )
-        try:
-            numeric = np.dtype(self.recipe.dtype).kind in NUMERIC_KINDS
-        except TypeError:
-            numeric = False
-        if not numeric:
-            raise StoreError("features need a dtype of numbers", expected="such as float32", found=self.recipe.dtype)
-
-    def check_rows(self, rows: ShardRows, planned: Sequence[str]) -> None:
-        """Raise a StoreError unless ``rows`` are those of the plan, of this store's shape and dtype."""
-        if list(rows.ids) != list(planned):
-            raise StoreError(
-                "a shard's rows are not those of its plan",
-                expected=f"{len(planned)} ids in the plan's order",
-                found=f"{len(rows.ids)} ids, {len(set(planned) & set(rows.ids))} of them planned",
-            )
-        if rows.features.shape[1:] != self.row_shape or rows.features.dtype != np.dtype(self.recipe.dtype):
-            raise StoreError(
-                "features do not fit their store",
-                expected=f"{self.recipe.dtype} {(len(planned), *self.row_shape)}",
-                found=f"{rows.features.dtype} {rows.features.shape}",
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON data, with the recipe's full fingerprint."""
-        return {
-            "fingerprint": self.recipe.fingerprint,
-            "recipe": self.recipe.to_json(),
-            "format": self.format,
-            "row_shape": list(self.row_shape),
-            "rows_per_shard": self.rows_per_shard,
-            "batch_size": self.batch_size,
-            "threads": self.threads,
-            "provenance": dict(self.provenance),
-        }
 
 
 @dataclass(frozen=True)
@@ -137,7 +80,7 @@ def read_header(store: Path) -> StoreHeader:
     """
     path = store / "recipe.json"
     fix = f"restore it from a copy; or `rm -r {shlex.quote(str(store))}` and extract again"
-    content = unseal(_read(path, fix), path, fix)
+    content = unseal(read_file(path, fix), path, fix)
     try:
         recipe = Recipe.from_json(content["recipe"])
         header = StoreHeader(
@@ -191,7 +134,7 @@ def read_plan(store: Path, number: int) -> tuple[PlanEntry, ...]:
     path = store / "plan" / f"{shard_name(number)}.json"
     both = " ".join(shlex.quote(str(part)) for part in (path, store / "shards" / shard_name(number)))
     fix = f"`rm -rf {both}` and {_again(store)}: it plans and computes those images anew"
-    content = unseal(_read(path, fix), path, fix, indent=None)
+    content = unseal(read_file(path, fix), path, fix, indent=None)
     if content.get("number") != number:
         raise CorruptStoreError(
             "a plan lies under another number", found=f"plan {content.get('number')}", where=path, fix=fix
@@ -209,7 +152,12 @@ def read_commit(store: Path, number: int) -> CommitRecord:
     """
     path = store / "shards" / shard_name(number) / "commit.json"
     fix = _recompute(path.parent)
-    content = unseal(_read(path, fix), path, fix)
+    return _parse_commit(read_file(path, fix), path, fix)
+
+
+@functools.lru_cache(maxsize=1024)  # it is read with the index and again with the features
+def _parse_commit(data: bytes, path: Path, fix: str) -> CommitRecord:
+    content = unseal(data, path, fix)
     files = {name: (entry["size"], entry["crc32c"]) for name, entry in content["files"].items()}
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -226,16 +174,17 @@ def read_index(store: Path, header: StoreHeader, number: int) -> RowIndex:
         A file is missing or its bytes are not those that were committed.
     """
     form, record = FORMATS[header.format], read_commit(store, number)
-    for name, (size, _) in record.files.items():
+    names = form.index_files(record.files)
+    files = _read_committed(store, number, record, names)
+    for name in set(record.files).difference(names):
         # Features are read when they are asked for; that none of them is cut short is known at once.
-        path = store / "shards" / shard_name(number) / name
+        size = record.files[name][0]
         try:
-            there = path.stat().st_size
+            there = (store / "shards" / shard_name(number) / name).stat().st_size
         except FileNotFoundError:
             there = -1
         if there != size:
             _refuse(store, number, f"{size} bytes in {name}", f"{there} bytes" if there >= 0 else "no such file")
-    files = _read_committed(store, number, record, form.index_files(record.files))
     index = _decode(form.decode_index, files, store, number)
     lengths = {len(index.ids), len(index.valid), len(index.digests), len(index.reasons), record.rows}
     if len(lengths) != 1 or index.valid.dtype != np.bool_:
@@ -254,60 +203,99 @@ def read_features(store: Path, header: StoreHeader, number: int) -> np.ndarray:
     form, record = FORMATS[header.format], read_commit(store, number)
     files = _read_committed(store, number, record, form.feature_files(record.files))
     features = _decode(form.decode_features, files, store, number)
-    expected = (record.rows, *header.row_shape)
-    if features.shape != expected or features.dtype != np.dtype(header.recipe.dtype):
-        _refuse(store, number, f"{header.recipe.dtype} {expected}", f"{features.dtype} {features.shape}")
+    _check_shape(store, header, number, record, features.shape, features.dtype)
     return features
+
+
+def read_rows(
+    store: Path, header: StoreHeader, number: int, positions: np.ndarray, out: np.ndarray, scratch: Scratch
+) -> None:
+    """Read some rows of a shard's features into an array: those of `read_features`, with fewer copies.
+
+    Parameters
+    ----------
+    store, header, number
+        The shard.
+    positions : ndarray of int64, shape (m,)
+        Rows of the shard.
+    out : ndarray, shape (m, *row_shape), C-contiguous
+        Of the recipe's dtype. A run of rows is read straight into it; what it holds after an error is not to be used.
+    scratch : Scratch
+        Memory for what is read besides.
+
+    Raises
+    ------
+    CorruptStoreError
+        A file is missing or its bytes are not those that were committed.
+    """
+    form, record = FORMATS[header.format], read_commit(store, number)
+    folder = store / "shards" / shard_name(number)
+    fix = _recompute(folder)
+    sizes = {name: size for name, (size, _) in record.files.items()}
+    plain = form.plain_features(lambda name: read_file(folder / name, fix, record.files[name]), sizes)
+    first, n = int(positions[0]), len(positions)
+    run = bool((np.diff(positions) == 1).all())
+    if plain is None:
+        names = form.feature_files(record.files)
+        memory = np.split(scratch.take(sum(sizes[name] for name in names)), np.cumsum([sizes[name] for name in names]))
+        for name, target in zip(names, memory, strict=False):
+            read_into(folder / name, fix, record.files[name], [target])
+        files = {name: data.data.toreadonly() for name, data in zip(names, memory, strict=False)}
+        features = _decode(form.decode_features, files, store, number)
+        _check_shape(store, header, number, record, features.shape, features.dtype)
+        out[...] = features[first : first + n] if run else features[positions]
+        return
+    _check_shape(store, header, number, record, plain.shape, plain.dtype)
+    size, row = sizes[plain.file], out.dtype.itemsize * math.prod(header.row_shape)
+    if run:
+        head, body = first * row, n * row
+        rest = scratch.take(max(head, size - head - body))  # read only to be checked
+        targets = [rest[:head], out.reshape(-1).view(np.uint8), rest[: size - head - body]]
+        read_into(folder / plain.file, fix, record.files[plain.file], targets)
+    else:
+        data = scratch.take(size)
+        read_into(folder / plain.file, fix, record.files[plain.file], [data])
+        out[...] = data[: record.rows * row].view(plain.dtype).reshape(plain.shape)[positions]
 
 
 def read_live(store: Path, header: StoreHeader) -> LiveRows:
     """Find the live rows: each id's row in the highest committed shard that holds it."""
-    indexes = {number: read_index(store, header, number) for number in committed_numbers(store)}
-    where = {id_: (number, i) for number, index in indexes.items() for i, id_ in enumerate(index.ids)}
-    places = sorted(where.values())
+    numbers = committed_numbers(store)
+    indexes = [read_index(store, header, number) for number in numbers]
+    ids = [id_ for index in indexes for id_ in index.ids]
+    lengths = [len(index.ids) for index in indexes]
+    last = dict(zip(ids, range(len(ids)), strict=True))  # of the rows of an id, the last one stays
+    kept = range(len(ids)) if len(last) == len(ids) else sorted(last.values())
+    rows = np.array(kept, dtype=np.int64)
+    digests = [digest for index in indexes for digest in index.digests]
+    reasons = [reason for index in indexes for reason in index.reasons]
     return LiveRows(
-        ids=[indexes[n].ids[i] for n, i in places],
-        valid=np.array([indexes[n].valid[i] for n, i in places], dtype=bool),
-        digests=[indexes[n].digests[i] for n, i in places],
-        reasons=[indexes[n].reasons[i] for n, i in places],
-        shards=np.array([n for n, _ in places], dtype=np.int64),
-        positions=np.array([i for _, i in places], dtype=np.int64),
-        shard_rows={number: len(index.ids) for number, index in indexes.items()},
+        ids=[ids[k] for k in kept],
+        valid=np.concatenate([np.zeros(0, bool), *(index.valid for index in indexes)])[rows],
+        digests=[digests[k] for k in kept],
+        reasons=[reasons[k] for k in kept],
+        shards=np.repeat(np.array(numbers, dtype=np.int64), lengths)[rows],
+        positions=np.concatenate([np.zeros(0, np.int64), *(np.arange(n) for n in lengths)])[rows],
+        shard_rows=dict(zip(numbers, lengths, strict=True)),
     )
+
+
+def _check_shape(
+    store: Path, header: StoreHeader, number: int, record: CommitRecord, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> None:
+    expected = (record.rows, *header.row_shape)
+    if shape != expected or dtype != np.dtype(header.recipe.dtype):
+        _refuse(store, number, f"{header.recipe.dtype} {expected}", f"{dtype} {shape}")
 
 
 def _read_committed(store: Path, number: int, record: CommitRecord, names: Iterable[str]) -> dict[str, bytes]:
     folder = store / "shards" / shard_name(number)
-    return {name: _read(folder / name, _recompute(folder), record.files[name]) for name in names}
+    fix = _recompute(folder)
+    # Joined as texts: there are thousands of files, and a Path takes longer to make than such a file to read.
+    return {name: read_file(f"{folder}/{name}", fix, record.files[name]) for name in names}
 
 
-def _read(path: Path, fix: str, expected: tuple[int, str] | None = None) -> bytes:
-    try:
-        size = path.stat().st_size
-        # A wrong size is refused before reading: what grew to gigabytes is not loaded to be told so.
-        data = path.read_bytes() if expected is None or size == expected[0] else b""
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise CorruptStoreError("a file of the feature store is missing", where=path, fix=fix) from error
-    except OSError as error:
-        # Says nothing about the bytes: a disk that fails, a share that is gone, missing permission.
-        raise StoreError(
-            "a file of the feature store cannot be read",
-            found=error.strerror or str(error),
-            where=path,
-            fix="check the disk and its permissions, then repeat the command",
-        ) from error
-    if expected is not None and (size != expected[0] or crc32c(data) != expected[1]):
-        raise CorruptStoreError(
-            "a file of the feature store is not the one that was committed",
-            expected=f"{expected[0]} bytes, crc32c {expected[1]}",
-            found=f"{size} bytes" + (f", crc32c {crc32c(data)}" if size == expected[0] else ""),
-            where=path,
-            fix=fix,
-        )
-    return data
-
-
-def _decode(decode: Callable[[Mapping[str, bytes]], _T], files: Mapping[str, bytes], store: Path, number: int) -> _T:
+def _decode(decode: Callable[[Mapping[str, Bytes]], _T], files: Mapping[str, Bytes], store: Path, number: int) -> _T:
     try:
         return decode(files)
     except Exception as error:  # zarr and h5py raise many kinds; the bytes match, so the shard was made elsewhere

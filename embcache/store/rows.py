@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from embcache.errors import StoreError
 
+Bytes = bytes | memoryview  # verified bytes of a file; of a memoryview only until its memory is used again
 NUMERIC_KINDS = "biufc"  # numpy's kinds of dtype that a row may have
 HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -61,6 +63,25 @@ class RowIndex:
     valid: np.ndarray
     digests: tuple[str, ...]
     reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PlainFeatures:
+    """The file of a shard that begins with its features, row by row as they lie in memory.
+
+    Parameters
+    ----------
+    file : str
+        Its name in the shard.
+    shape : tuple of int
+        (n, *row_shape); the file may hold more, which is padding.
+    dtype : dtype
+        In this machine's byte order.
+    """
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
 
 
 @dataclass(frozen=True)
@@ -165,7 +186,9 @@ def digests_to_bytes(digests: Sequence[str]) -> np.ndarray:
 
 def digests_from_bytes(raw: np.ndarray) -> tuple[str, ...]:
     """Invert :func:`digests_to_bytes`."""
-    return tuple(row.tobytes().hex() if row.any() else "" for row in raw)
+    digits, unknown = raw.tobytes().hex(), "0" * 64
+    found = (digits[start : start + 64] for start in range(0, len(digits), 64))
+    return tuple("" if digest == unknown else digest for digest in found)
 
 
 def _storable(text: str) -> str:

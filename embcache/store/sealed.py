@@ -30,7 +30,14 @@ def file_checksum(path: Path) -> dict[str, Any]:
 
 def seal(content: dict[str, Any], *, indent: int | None = 1) -> bytes:
     """JSON of ``content`` with a last key ``crc32c`` over all the others; the same bytes for equal content."""
-    checksum = crc32c(canonical_json(content).encode("utf-8"))
+    return _text(content, _checksum(content), indent)
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return crc32c(canonical_json(content).encode("utf-8"))
+
+
+def _text(content: dict[str, Any], checksum: str, indent: int | None) -> bytes:
     text = json.dumps({**content, "crc32c": checksum}, indent=indent, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8") + b"\n"
 
@@ -47,7 +54,7 @@ def unseal(data: bytes, where: Path, fix: str, *, indent: int | None = 1) -> dic
         content = json.loads(data.decode("utf-8"))
         found = content.pop("crc32c")
         # Comparing the whole text also catches a flip in the whitespace, which parsing would forgive.
-        intact = found == crc32c(canonical_json(content).encode("utf-8")) and seal(content, indent=indent) == data
+        intact = found == _checksum(content) and _text(content, found, indent) == data
     except Exception as error:  # whatever a flipped bit makes of the parser
         raise CorruptStoreError(
             "a file of the feature store is damaged", found=f"{type(error).__name__}: {error}", where=where, fix=fix

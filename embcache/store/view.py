@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from embcache.store.formats import FORMATS
-from embcache.store.reading import LiveRows, StoreHeader
+from embcache.store.header import StoreHeader
+from embcache.store.reading import LiveRows
 
 
 def view_files(header: StoreHeader, live: LiveRows) -> tuple[dict[str, bytes], dict[str, str]]:

@@ -2,19 +2,23 @@
 
 A shard is ``data.zarr/{features,ids,valid,digest,reason}``, each array in one chunk without compression. The features'
 chunk always spans ``rows_per_shard`` rows, zero-padded, so that the view over all shards can link to it as it is.
+What is written so is read without zarr (`embcache.store.zarr_plain`); arrays stored otherwise are read by zarr.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
-from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import MemoryStore
 
-from embcache.store.rows import RowIndex, ShardRows, digests_from_bytes, digests_to_bytes
+from embcache.store.rows import Bytes, PlainFeatures, RowIndex, ShardRows, digests_from_bytes, digests_to_bytes
+from embcache.store.zarr_plain import decode_array, is_group, parse_array
+
+# zarr is imported where it is used: whoever reads what embcache wrote does without it, and starts sooner.
+if TYPE_CHECKING:
+    import zarr
+    from zarr.storage import MemoryStore
 
 name = "zarr"
 view = "view.zarr"
@@ -24,8 +28,7 @@ INDEX = ("ids", "valid", "digest", "reason")
 
 def encode_shard(rows: ShardRows, rows_per_shard: int) -> dict[str, bytes]:
     """Files of a shard, ``{path inside the shard's folder: bytes}``; the same bytes for equal rows."""
-    store = MemoryStore()
-    group = zarr.create_group(store=store, zarr_format=3)
+    store, group = _new_group({})
     _put(group, "features", rows.features, chunk_rows=rows_per_shard)
     _put_strings(group, "ids", rows.ids)
     _put(group, "valid", rows.valid)
@@ -44,20 +47,35 @@ def feature_files(names: Iterable[str]) -> list[str]:
     return [name for name in names if name == ROOT + "zarr.json" or name.startswith(ROOT + "features/")]
 
 
-def decode_index(files: Mapping[str, bytes]) -> RowIndex:
+def decode_index(files: Mapping[str, Bytes]) -> RowIndex:
     """Everything but the features of a shard, from its verified bytes."""
-    group = _open(files, ROOT)
+    plain = is_group(bytes(files.get(ROOT + "zarr.json", b"")))
+    found = {name: decode_array(files, ROOT + name) for name in INDEX} if plain else {}
+    if not found or any(values is None for values in found.values()):
+        group = _open(files, ROOT)
+        found = {name: _get(group, name) for name in INDEX}
     return RowIndex(
-        ids=tuple(map(str, _get(group, "ids"))),
-        valid=_get(group, "valid"),
-        digests=digests_from_bytes(_get(group, "digest")),
-        reasons=tuple(map(str, _get(group, "reason"))),
+        ids=tuple(map(str, found["ids"])),
+        valid=found["valid"],
+        digests=digests_from_bytes(found["digest"]),
+        reasons=tuple(map(str, found["reason"])),
     )
 
 
-def decode_features(files: Mapping[str, bytes]) -> np.ndarray:
+def decode_features(files: Mapping[str, Bytes]) -> np.ndarray:
     """Features ``(n, *row_shape)`` of a shard, from its verified bytes."""
-    return _get(_open(files, ROOT), "features")
+    plain = decode_array(files, ROOT + "features") if is_group(bytes(files.get(ROOT + "zarr.json", b""))) else None
+    return plain if isinstance(plain, np.ndarray) else _get(_open(files, ROOT), "features")
+
+
+def plain_features(read: Callable[[str], bytes], sizes: Mapping[str, int]) -> PlainFeatures | None:
+    """Which file is the features as they lie in memory, if one is; see `embcache.store.formats.StoreFormat`."""
+    if ROOT + "features/zarr.json" not in sizes:
+        return None
+    array = parse_array(read(ROOT + "features/zarr.json"))
+    if array is None or array.dtype is None or sizes.get(f"{ROOT}features/{array.chunk}") != array.chunk_bytes:
+        return None
+    return PlainFeatures(f"{ROOT}features/{array.chunk}", array.shape, array.dtype)
 
 
 def encode_view(
@@ -95,8 +113,7 @@ def encode_view(
     links : dict of str to str
         ``{link: target}``, both relative to the store.
     """
-    store = MemoryStore()
-    group = zarr.create_group(store=store, zarr_format=3, attributes=dict(attributes))
+    store, group = _new_group(attributes)
     _create(group, "features", (len(ids), *row_shape), (rows_per_shard, *row_shape), dtype)
     _put_strings(group, "ids", ids)
     _put(group, "valid", valid)
@@ -105,6 +122,14 @@ def encode_view(
         f"{view}/features/c/{number}{tail}": f"shards/{number:06d}/{ROOT}features/c/0{tail}" for number in shard_rows
     }
     return _files(store, view + "/"), links
+
+
+def _new_group(attributes: Mapping[str, Any]) -> tuple[MemoryStore, zarr.Group]:
+    import zarr
+    from zarr.storage import MemoryStore
+
+    store = MemoryStore()
+    return store, zarr.create_group(store=store, zarr_format=3, attributes=dict(attributes))
 
 
 def _create(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any) -> Any:
@@ -132,6 +157,8 @@ def _put_strings(group: zarr.Group, name: str, values: Iterable[str]) -> None:
 
 
 def _get(group: zarr.Group, name: str) -> np.ndarray:
+    import zarr
+
     array = group[name]
     assert isinstance(array, zarr.Array)
     return np.asarray(array[...])
@@ -141,7 +168,11 @@ def _files(store: MemoryStore, prefix: str) -> dict[str, bytes]:
     return {prefix + key: store._store_dict[key].to_bytes() for key in sorted(store._store_dict)}
 
 
-def _open(files: Mapping[str, bytes], prefix: str) -> zarr.Group:
+def _open(files: Mapping[str, Bytes], prefix: str) -> zarr.Group:
+    import zarr
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.storage import MemoryStore
+
     make = default_buffer_prototype().buffer.from_bytes
-    store = MemoryStore({name.removeprefix(prefix): make(data) for name, data in files.items()}, read_only=True)
+    store = MemoryStore({name.removeprefix(prefix): make(bytes(data)) for name, data in files.items()}, read_only=True)
     return zarr.open_group(store, mode="r", zarr_format=3)

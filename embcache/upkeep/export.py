@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
-import zarr
 
-from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError
 from embcache.paths import PathLike
 from embcache.store.feature_store import FeatureStore
+
+# What writes a format is imported by its writer: `embcache ls` needs none of them.
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from embcache.data.dataset import ImageDataset
 
 # Rows written at once: some 8 MB of 2048 float32.
 _BLOCK = 1024
@@ -114,6 +114,8 @@ class _Export:
         return {"ids": self.ids, "groups": self.groups, "split": self.split, "class_names": self.class_names}
 
     def table(self) -> pa.Table:
+        import pyarrow as pa
+
         flat = self.features.reshape(len(self.ids), -1)
         views, dim = self.features.shape[1:] if self.features.ndim == 3 else (1, flat.shape[1])
         columns_of = (
@@ -140,14 +142,20 @@ def _write_npz(path: Path, rows: _Export) -> None:
 
 
 def _write_parquet(path: Path, rows: _Export) -> None:
+    import pyarrow.parquet as pq
+
     pq.write_table(rows.table(), path)
 
 
 def _write_csv(path: Path, rows: _Export) -> None:
+    import pyarrow.csv
+
     pyarrow.csv.write_csv(rows.table(), path)
 
 
 def _write_zarr(path: Path, rows: _Export) -> None:
+    import zarr
+
     group = zarr.open_group(path, mode="w-", zarr_format=3, attributes=dict(rows.source))
     for name, values in (("features", rows.features), ("labels", rows.labels)):
         chunks = (min(_BLOCK, max(1, len(values))), *values.shape[1:])
@@ -158,6 +166,8 @@ def _write_zarr(path: Path, rows: _Export) -> None:
 
 
 def _write_hdf5(path: Path, rows: _Export) -> None:
+    import h5py
+
     with h5py.File(path, "w") as file:
         file.attrs.update(rows.source)
         file.create_dataset("features", data=rows.features)

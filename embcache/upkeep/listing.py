@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embcache.data.dataset import read_snapshot
+from embcache.data.snapshot import snapshot_ids
 from embcache.errors import DatasetError, StoreError
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.feature_store import FeatureStore, store_folders
@@ -214,15 +214,17 @@ def transform_words(transform: Mapping[str, Any]) -> str:
 def _snapshot(folder: Path, home: PathLike | None) -> tuple[str, list[str] | None]:
     """Name and ids of the dataset whose stores lie in ``folder``; the folder's name and None without a snapshot."""
     try:
-        ds = read_snapshot(folder.name, home)
+        known = snapshot_ids(folder.name, home)
     except DatasetError:
-        ds = None  # says nothing of the stores; `extract` writes it anew
-    return (folder.name, None) if ds is None else (ds.name, [str(id_) for id_ in ds.table["id"]])
+        known = None  # says nothing of the stores; `extract` writes it anew
+    return known or (folder.name, None)
 
 
 def _summarise(store: FeatureStore, name: str, ids: Sequence[str] | None) -> CachedStore:
-    planned = {entry.id for entries in store.plans().values() for entry in entries}
-    owed_ids = planned if ids is None else planned & set(ids) if store.holds_pixels else set(ids)
+    owed_ids = set(ids or ())
+    if ids is None or store.holds_pixels:  # else the plans need not be read
+        planned = {entry.id for entries in store.plans().values() for entry in entries}
+        owed_ids = planned if ids is None else planned & owed_ids
     shown = store if ids is None else store.restrict(ids)
     return CachedStore(
         dataset=name,

@@ -10,7 +10,6 @@ once from the training rows and handed to ``apply`` among the parameters. A head
 
 from __future__ import annotations
 
-import difflib
 import functools
 import pkgutil
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from embcache.probe.hyperparameters import named_hyperparameters
 from embcache.probe.solve import is_solved
 from embcache.probe.stack import TrainableHead, stream_generator
 from embcache.probe.train import FittedHead
+from embcache.probe.usage import unknown_head
 
 
 class Head(Protocol):
@@ -68,12 +68,7 @@ def make_head(name: str, **hyperparameters: Any) -> Head:
     """
     known = heads()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        raise UsageError(
-            f"there is no head {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
-            expected="one of " + ", ".join(known),
-            fix="embcache heads",
-        )
+        raise unknown_head(name, known)
     allowed = {field.name for field in fields(known[name])}  # type: ignore[arg-type]
     if not allowed.issuperset(hyperparameters):
         raise UsageError(

@@ -10,8 +10,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from embcache.errors import ProtocolError
 from embcache.probe.hyperparameters import check_count, check_list
@@ -121,6 +119,9 @@ class LogReg:
 
     def _path(self, x: NDArray[np.float64], y: NDArray[np.int64], n_classes: int) -> Iterator[_Solution]:
         """A solution for every C, ascending; each starts from the one before."""
+        from sklearn.exceptions import ConvergenceWarning  # here, so that other heads do without scikit-learn
+        from sklearn.linear_model import LogisticRegression
+
         # The solution lies in the span of the rows, so with fewer rows than features it is found among n numbers a
         # class instead of D: the same solution, sooner.
         basis, reduced = None, x
@@ -146,9 +147,7 @@ class _Solution:
     converged: bool
 
 
-def _solution(
-    C: float, coefficients: NDArray[np.float64], model: LogisticRegression, n_classes: int, converged: bool
-) -> _Solution:
+def _solution(C: float, coefficients: NDArray[np.float64], model: Any, n_classes: int, converged: bool) -> _Solution:
     weight, bias = np.zeros((n_classes, coefficients.shape[1])), np.full(n_classes, _ABSENT)
     if len(model.classes_) == 2:  # scikit-learn gives the log odds of the second class
         weight[model.classes_[1]] = coefficients[0]

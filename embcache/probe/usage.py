@@ -1,0 +1,137 @@
+"""What of a probe can be refused before torch is imported: values that no dataset and no head could take.
+
+Importing torch takes seconds; a slip in a flag is told at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from typing import Any
+
+from embcache.errors import UsageError
+from embcache.probe.schedule import Schedule
+
+_NAME = re.compile(r'^    name: ClassVar\[str\] = "([^"]+)"', re.MULTILINE)
+
+
+def check_usage(
+    *,
+    head: str = "linear",
+    subsets: Sequence[str | int] = ("S",),
+    folds: int = 5,
+    repeats: int = 1,
+    views: int | None = None,
+    val: str = "full",
+    test: str = "local",
+    lr: float | Sequence[float] | None = None,
+) -> None:
+    """Refuse what can be refused without data; meanings as of `embcache.probe.options.ProbeOptions`.
+
+    Raises
+    ------
+    UsageError
+        A value cannot be used.
+    """
+    if head not in (names := head_names()):
+        raise unknown_head(head, names)
+    check_protocol(folds, val, test)
+    check_counts(repeats=repeats, views=views)
+    for asked in subsets:
+        name = str(asked).strip()
+        if not name.isidentifier() and not (name.isascii() and name.isdigit() and int(name)):
+            raise unknown_subset(asked, ("S", "M", "F"))
+    for rate in lr if isinstance(lr, Sequence) else () if lr is None else (lr,):
+        Schedule(lr=rate)
+
+
+def head_names() -> list[str]:
+    """Names of all heads in alphabetical order, read off their sources; importing those imports torch."""
+    folder = files("embcache.probe") / "heads"
+    sources = (file.read_text("utf-8") for file in folder.iterdir() if file.name.endswith(".py"))
+    return sorted(name for source in sources for name in _NAME.findall(source))
+
+
+def unknown_head(name: str, known: Iterable[str]) -> UsageError:
+    """The error for a head that there is not."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=3)
+    return UsageError(
+        f"there is no head {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
+        expected="one of " + ", ".join(names),
+        fix="embcache heads",
+    )
+
+
+def unknown_subset(asked: object, known: Iterable[str]) -> UsageError:
+    """The error for a subset that is neither a name nor a number of images."""
+    return UsageError(
+        f"no such subset: {str(asked)!r}",
+        expected=f"{', '.join(known)} or a number of training images",
+        fix="--subset S,M,F or --subset 20,50,100",
+    )
+
+
+def check_counts(**values: int | None) -> None:
+    """Raise a `UsageError` unless every value that is given is at least 1."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1", found=str(value), fix=f"--{name} 4")
+
+
+def check_protocol(folds: int, val: str, test: str) -> None:
+    """Raise a `UsageError` where folds, validation or test set are none that the protocol has."""
+    for flag, value, choices in (("--val", val, ("full", "matched")), ("--test", test, ("local", "official"))):
+        if value not in choices:
+            raise UsageError(f"no such choice for {flag}", expected=" or ".join(choices), found=repr(value))
+    if folds < 2:
+        raise UsageError("cross-validation needs at least two folds", found=f"--folds {folds}", fix="--folds 5")
+
+
+def parse_head_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Hyperparameters from ``name=value`` texts; a value is JSON (a number, a list …), else text.
+
+    Raises
+    ------
+    UsageError
+        A text has no name or no value, or names something twice.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = (part.strip() for part in pair.partition("="))
+        if not (name and equals and text) or name in found:
+            raise UsageError(
+                "a hyperparameter is not given as it should be",
+                expected="name=value, each name once",
+                found=repr(pair),
+                where="--head-option",
+                fix="--head-option proj_dim=256",
+            )
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        found[name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def parse_rates(texts: Sequence[str]) -> float | list[float] | None:
+    """Learning rates from texts: None of none, a number of one.
+
+    Raises
+    ------
+    UsageError
+        A text is not a number.
+    """
+    rates = []
+    for text in texts:
+        try:
+            rates.append(float(text))
+        except ValueError as error:
+            raise UsageError(
+                "a learning rate must be a number", found=repr(text), where="--lr", fix="--lr 1e-4,1e-3,1e-2"
+            ) from error
+    return (rates[0] if len(rates) == 1 else rates) if rates else None

@@ -1,0 +1,33 @@
+"""The snapshot's ids, read without pandas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from embcache.data.dataset import ImageDataset, read_snapshot
+from embcache.data.snapshot import snapshot_ids
+from embcache.errors import DatasetError
+from embcache.paths import slug
+from tests.store.build import make_table
+
+
+def test_name_and_ids_are_those_of_the_snapshot(home: Path) -> None:
+    table = make_table(["b", "a/ü", "c"]).table.assign(path=["b", "a", "c"], member=-1)
+    ds = ImageDataset("Chest X", None, ("no", "yes"), "auc", "generic", table)
+    assert snapshot_ids("Chest X") is None
+    (home / slug("Chest X")).mkdir(parents=True)
+    (home / slug("Chest X") / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
+    whole = read_snapshot("Chest X")
+    assert whole is not None
+    assert snapshot_ids("Chest X") == (whole.name, whole.table["id"].tolist()) == ("Chest X", ["b", "a/ü", "c"])
+    assert snapshot_ids(slug("Chest X"), home) == ("Chest X", ["b", "a/ü", "c"])
+
+
+@pytest.mark.parametrize("damage", [b"", b"not parquet", b"PAR1"])
+def test_a_damaged_snapshot_is_told(home: Path, damage: bytes) -> None:
+    (home / "ds").mkdir(parents=True)
+    (home / "ds" / "dataset.parquet").write_bytes(damage)
+    with pytest.raises(DatasetError, match="snapshot"):
+        snapshot_ids("ds")

@@ -1,0 +1,152 @@
+"""Reading Zarr without zarr: the same values, or none."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zarr.storage import MemoryStore
+
+from embcache.store import zarr_format
+from embcache.store.rows import ShardRows
+from embcache.store.zarr_plain import decode_array, is_group, parse_array
+
+DTYPES = (
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
+    "complex64", "complex128",
+)  # fmt: skip
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40)
+
+
+def by_zarr(files: dict[str, bytes], array: str) -> Any:
+    """What zarr itself makes of the files."""
+    return zarr_format._get(zarr_format._open(files, zarr_format.ROOT), array)
+
+
+def rows_of(values: np.ndarray, ids: list[str], bad: list[bool]) -> ShardRows:
+    return ShardRows(
+        tuple(ids),
+        values,
+        ~np.array(bad),
+        tuple("" if b else "0f" * 32 for b in bad),
+        tuple(f"broken: {i}" if b else "" for i, b in zip(ids, bad, strict=True)),
+    )
+
+
+@given(
+    dtype=st.sampled_from(DTYPES),
+    row_shape=st.lists(st.integers(1, 4), max_size=3).map(tuple),
+    ids=st.lists(TEXTS, min_size=1, max_size=6, unique=True),
+    padding=st.integers(0, 3),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_shard_is_read_as_zarr_reads_it(
+    dtype: str, row_shape: tuple[int, ...], ids: list[str], padding: int, data: st.DataObject
+) -> None:
+    raw = np.random.default_rng(len(ids)).bytes(
+        len(ids) * int(np.prod(row_shape, dtype=int)) * np.dtype(dtype).itemsize
+    )
+    values = np.frombuffer(raw, np.uint8 if dtype == "bool" else dtype).reshape(len(ids), *row_shape)
+    values = (values % 2).astype(bool) if dtype == "bool" else values  # any bits of a number, NaN and infinities too
+    bad = [data.draw(st.booleans()) for _ in ids]
+    files = zarr_format.encode_shard(rows_of(values, ids, bad), len(ids) + padding)
+    plain = zarr_format.plain_features(files.__getitem__, {name: len(content) for name, content in files.items()})
+    assert plain is not None
+    expected = by_zarr(files, "features")
+    straight = np.frombuffer(files[plain.file], plain.dtype)[: expected.size].reshape(plain.shape)
+    for found in (decode_array(files, "data.zarr/features"), zarr_format.decode_features(files), straight):
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert found.tobytes() == expected.tobytes() == values.tobytes()
+    index = zarr_format.decode_index(files)
+    assert list(index.ids) == [str(value) for value in by_zarr(files, "ids")] == ids
+    assert list(index.reasons) == [str(value) for value in by_zarr(files, "reason")]
+    assert index.valid.tolist() == by_zarr(files, "valid").tolist() == [not b for b in bad]
+    assert [bool(digest) for digest in index.digests] == by_zarr(files, "digest").any(1).tolist()
+
+
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "compressed": {"compressors": zarr.codecs.ZstdCodec()},
+    "big-endian": {"serializer": zarr.codecs.BytesCodec(endian="big")},
+    "several chunks": {"chunks": (2, 3)},
+    "chunks across a row": {"chunks": (4, 2)},
+    "shards": {"chunks": (2, 3), "shards": (4, 3)},
+    "transposed": {"filters": [zarr.codecs.TransposeCodec(order=(1, 0))]},
+    "checksummed": {"compressors": zarr.codecs.Crc32cCodec()},
+    "other keys": {"chunk_key_encoding": {"name": "v2", "separator": "."}},
+    "named axes": {"dimension_names": ["row", "column"]},
+    "no chunk at all": {"config": {"write_empty_chunks": False}, "fill_value": 7.0},
+}
+
+
+@pytest.mark.parametrize("how", list(OTHERWISE))
+def test_what_is_stored_otherwise_is_left_to_zarr(how: str) -> None:
+    values = (
+        np.full((4, 3), 7, np.float32) if how == "no chunk at all" else np.arange(12, dtype=np.float32).reshape(4, 3)
+    )
+    store = MemoryStore()
+    group = zarr.create_group(store=store, zarr_format=3)
+    usual = {"chunks": (4, 3), "compressors": None, "filters": (), "fill_value": 0}
+    group.create_array("features", shape=(4, 3), dtype="float32", **{**usual, **OTHERWISE[how]})[...] = values
+    files = {"data.zarr/" + key: value.to_bytes() for key, value in store._store_dict.items()}
+    sizes = {name: len(content) for name, content in files.items()}
+    assert zarr_format.plain_features(files.__getitem__, sizes) is None
+    assert decode_array(files, "data.zarr/features") is None
+    assert np.array_equal(zarr_format.decode_features(files), values)
+
+
+def metadata() -> dict[str, Any]:
+    files = zarr_format.encode_shard(rows_of(np.zeros((2, 3), np.float32), ["a", "b"], [False, False]), 4)
+    found: dict[str, Any] = json.loads(files["data.zarr/features/zarr.json"])
+    return found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"zarr_format": 2},
+        {"node_type": "group"},
+        {"data_type": "float8"},
+        {"data_type": {"name": "numpy.datetime64"}},
+        {"data_type": ["float32"]},
+        {"shape": [9, 3]},
+        {"shape": []},
+        {"shape": [2.0, 3]},
+        {"shape": [0, 3]},
+        {"shape": "23"},
+        {"codecs": []},
+        {"codecs": [{"name": "bytes"}]},
+        {"codecs": ["bytes"]},
+        {"storage_transformers": [{"name": "x"}]},
+        {"must_understand": True},
+        {"chunk_grid": {"name": "rectilinear", "configuration": {"chunk_shape": [4, 3]}}},
+        {"chunk_grid": {}},
+    ],
+)
+def test_metadata_of_another_kind_is_refused(change: dict[str, Any]) -> None:
+    usual = metadata()
+    assert parse_array(json.dumps(usual).encode()) is not None
+    assert parse_array(json.dumps({**usual, **change}).encode()) is None
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"7", b"{", b"\xff", b"null"])
+def test_what_is_no_metadata_is_refused(text: bytes) -> None:
+    assert parse_array(text) is None
+    assert not is_group(text)
+
+
+@pytest.mark.parametrize("cut", [0, 3, 5, -1, None])
+def test_strings_that_do_not_fill_their_chunk_are_left_to_zarr(cut: int | None) -> None:
+    files = zarr_format.encode_shard(rows_of(np.zeros((2, 3), np.float32), ["a", "béta"], [False, False]), 2)
+    chunk = files["data.zarr/ids/c/0"]
+    assert decode_array(files, "data.zarr/ids") == ("a", "béta")
+    assert (
+        decode_array({**files, "data.zarr/ids/c/0": chunk + b"x" if cut is None else chunk[:cut]}, "data.zarr/ids")
+        is None
+    )
+    assert decode_array({**files, "data.zarr/ids/c/0": chunk[:-1] + b"\xff"}, "data.zarr/ids") is None
