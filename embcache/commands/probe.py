@@ -103,6 +103,14 @@ def probe(
         typer.Option("--head-option", metavar="NAME=VALUE", help="A hyperparameter of the head; repeatable."),
     ] = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:0, …")] = "cpu",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory",
+            metavar="SIZE",
+            help="Memory to take besides the program, as 2GB: features that need more are streamed from their shards.",
+        ),
+    ] = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     again: Annotated[bool, typer.Option("--again", help="Train even where a saved result answers the same.")] = False,
@@ -139,6 +147,7 @@ def probe(
             target=target,
             head_options=parse_head_options(head_option or []),
             device=device,
+            max_memory=max_memory,
             allow_missing=allow_missing,
             dataset_name=name,
             reuse=not again,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -53,6 +54,9 @@ class ProbeOptions:
         Leave out of the pool images that share a group with the official test set.
     device : str
         Where heads are trained: ``"cpu"``, ``"cuda"`` …
+    max_memory : int or str, optional
+        Bytes (``"2GB"``) that a probe may take besides the program itself. Features that need more are streamed from
+        their shards: see `embcache.probe.stream`. Default: features are read into memory, however many.
     save : bool
         Write the run folder.
     reuse : bool
@@ -79,6 +83,7 @@ class ProbeOptions:
     splits: PathLike | None = None
     exclude_test_overlap: bool = False
     device: str = "cpu"
+    max_memory: int | str | None = None
     save: bool = True
     reuse: bool = True
 
@@ -87,6 +92,8 @@ class ProbeOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name} must be at least 1", found=str(value), fix=f"--{name} 4")
+        if self.memory is not None and self.memory < 1:
+            raise UsageError("--max-memory must be at least a byte", found=str(self.max_memory), fix="--max-memory 2GB")
         for schedule in self.schedules:  # each checks its rate
             if self.lr is not None and is_solved(self.model):
                 raise UsageError(
@@ -109,6 +116,11 @@ class ProbeOptions:
         if not rates:
             raise UsageError("no learning rate asked for", fix="--lr 1e-3")
         return tuple(Schedule(lr=rate) for rate in dict.fromkeys(rates))
+
+    @cached_property
+    def memory(self) -> int | None:
+        """``max_memory`` in bytes."""
+        return parse_size(self.max_memory) if isinstance(self.max_memory, str) else self.max_memory
 
     @property
     def n_views(self) -> int:
@@ -188,3 +200,25 @@ def parse_rates(texts: Sequence[str]) -> float | list[float] | None:
                 "a learning rate must be a number", found=repr(text), where="--lr", fix="--lr 1e-4,1e-3,1e-2"
             ) from error
     return (rates[0] if len(rates) == 1 else rates) if rates else None
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a text: ``2GB`` (10⁹ bytes a GB), ``512MiB`` (2²⁰ bytes a MiB), ``800000``.
+
+    Raises
+    ------
+    UsageError
+        The text is no size.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise UsageError(
+            "an amount of memory is not given as it should be",
+            expected="a number of bytes, or one with KB, MB, GB, MiB or GiB",
+            found=repr(text),
+            where="--max-memory",
+            fix="--max-memory 2GB",
+        )
+    number, prefix, binary = found.groups()
+    power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
