@@ -103,7 +103,7 @@ class Asked:
         Raises
         ------
         UsageError
-            They are more than may be held, and the head is solved; or the buffer would not hold a batch of each head.
+            They are more than may be held, and the head is solved; or the buffer would not hold a batch.
         """
         o, limit = self.options, self.options.memory
         if limit is None:
@@ -119,7 +119,7 @@ class Asked:
                 found=f"{limit / 1e9:.3g}GB for {needed / 1e9:.3g} GB of features",
                 fix="a larger --max-memory, a smaller --subset, or a head that is trained: --head linear",
             )
-        rows, least = int(limit * _BUFFER / each), 4 * o.schedules[0].batch_size
+        rows, least = int(limit * _BUFFER / each), o.schedules[0].batch_size
         if rows < least:
             raise UsageError(
                 "--max-memory leaves no room for a buffer of features",
