@@ -258,14 +258,8 @@ def _train_epoch(
         # Heads share no parameter, so the gradient of the sum is the gradient of each.
         gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
         steps[part] = [done + 1 for done in steps[part]]
-        adam_step(
-            [p.detach() for p in leaves.values()],
-            gradients,
-            [first[name][part] for name in leaves],
-            [second[name][part] for name in leaves],
-            steps[part],
-            lrs[part],
-        )
+        for (name, p), gradient in zip(leaves.items(), gradients, strict=True):
+            adam_step(p.detach(), gradient, first[name][part], second[name][part], steps[part], lrs[part])
         sums[part] += losses.detach().double() * shape[1]
     for run, total in zip(live, sums.tolist(), strict=True):
         run.losses.append(total / len(run.job.train))

@@ -64,7 +64,7 @@ def test_adam_is_torchs_with_a_rate_and_a_step_count_for_each_head() -> None:
             steps[k] += 1
             truth[k].grad = gradient[k].clone()
             adams[k].step()
-            parts = [[t[k : k + 1]] for t in (p, gradient, first, second)]
+            parts = [t[k : k + 1] for t in (p, gradient, first, second)]
             adam_step(*parts, steps[k : k + 1], lrs[k : k + 1])
     for k in range(3):
         torch.testing.assert_close(p[k], truth[k].detach(), rtol=1e-5, atol=1e-7)
