@@ -2,8 +2,8 @@
 
 kaiko-eva gets an environment of its own, made here (``python -m venv``, ``pip install kaiko-eva``) unless ``--env`` has
 one. It reads one .pt file an image, as its offline mode does, and trains ``n_runs=5`` times: batch size 64, Adam at
-1e-3, as many epochs as the probe trained, its own early stopping off, its usual metrics. The probe is ``embcache probe`` from the
-shell; both include the start of the program.
+1e-3, as many epochs as the probe trained, no early stopping, its usual metrics. The probe is ``embcache probe`` from
+the shell; both include the start of the program.
 
     python benchmarks/eva.py [--repeats 5] [--env FOLDER] [--workers N]
 """

@@ -5,7 +5,7 @@ turns. The plain loop is what anyone would write: a DataLoader over features in 
 ReduceLROnPlateau, scikit-learn's AUC after each epoch, one fold after the other; the same protocol, the same folds, and
 the features in one .npy file.
 
-    python benchmarks/probing.py [--repeats 5] [--rows 10000,100000,1000000] [--max-memory 2GB] [--only linear,grid,rows]
+    python benchmarks/probing.py [--repeats 5] [--rows 10000,100000,1000000] [--max-memory 2GB] [--only linear,grid]
 """
 
 from __future__ import annotations
