@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from probing import DIM, print_table, probe, write_plain
+from probing import DIM, Cost, faster, print_table, probe, shell, told, write_plain
 from synthetic import pneumonia_like, put_store
 
 FIT = """
@@ -91,17 +91,6 @@ def write_embeddings(plain: Path, root: Path, python: Path) -> None:
     subprocess.run([str(python), "-c", write, str(plain / "x.npy"), str(root)], check=True)
 
 
-def seconds_of(command: list[str]) -> float:
-    """Wall time of a command that must succeed."""
-    import time
-
-    began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stdout[-2000:] + done.stderr[-4000:])
-    return time.perf_counter() - began
-
-
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,28 +108,28 @@ def main() -> None:
         write_embeddings(folder, folder / "embeddings", python)
         script = folder / "fit.py"
         script.write_text(FIT)
-        ours, theirs = [], []
+        ours: list[Cost] = []
+        theirs: list[Cost] = []
         epochs = asked.epochs
         for number in range(asked.repeats):
             answer = folder / "ours.json"
-            ours.append(probe(home, "pneumonia-like", answer, "--backbone", "dino-like", "--subset", "F")[0])
+            ours.append(probe(home, "pneumonia-like", answer, "--backbone", "dino-like", "--subset", "F"))
             (result,) = json.loads(answer.read_text())
             epochs = epochs or round(statistics.mean(fold["epochs"] for fold in result["folds"]))
-            command = [str(python), str(script), str(folder / "embeddings"), str(epochs), str(asked.workers), "5"]
-            theirs.append(seconds_of([*command, str(folder / f"logs{number}"), str(DIM)]))
-            print(f"{ours[-1]:.1f} s beside {theirs[-1]:.1f} s", file=sys.stderr, flush=True)
+            command = [str(script), str(folder / "embeddings"), str(epochs), str(asked.workers), "5"]
+            theirs.append(shell(*command, str(folder / f"logs{number}"), str(DIM), python=str(python)))
+            print(f"{told(ours[-1:])} beside {told(theirs[-1:])}", file=sys.stderr, flush=True)
         asking = [str(python), "-c", "from importlib.metadata import version as v; print(v('kaiko-eva'), v('torch'))"]
         version, torch_version = subprocess.check_output(asking, text=True).split()
-    ratio = statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
     print_table(
         ["work", "embcache", "beside it", "ratio"],
         [
             [
                 f"linear, 5 models, {result['n_train']:,} training images × {DIM}",
-                f"{statistics.median(ours):.1f} s, {statistics.mean(f['epochs'] for f in result['folds']):.0f} epochs",
-                f"kaiko-eva {version} offline fit {statistics.median(theirs):.0f} s, {epochs} epochs, "
+                f"{told(ours)}, {statistics.mean(f['epochs'] for f in result['folds']):.0f} epochs",
+                f"kaiko-eva {version} offline fit {told(theirs)}, {epochs} epochs, "
                 f"{asked.workers} workers (torch {torch_version})",
-                f"{ratio:.0f} × as fast",
+                faster(ours, theirs),
             ]
         ],
     )
