@@ -112,6 +112,14 @@ def probe(
         ),
     ] = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:0, …")] = "cpu",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory",
+            metavar="SIZE",
+            help="Memory to take besides the program, as 2GB: features that need more are streamed from their shards.",
+        ),
+    ] = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     again: Annotated[bool, typer.Option("--again", help="Train even where a saved result answers the same.")] = False,
@@ -133,7 +141,17 @@ def probe(
         parse_rates(split_list(lr)),
         parse_head_options(chosen),
     )
-    check_usage(head=head, subsets=subsets, folds=folds, repeats=repeats, views=views, val=val, test=test, lr=rates)
+    check_usage(
+        head=head,
+        subsets=subsets,
+        folds=folds,
+        repeats=repeats,
+        views=views,
+        val=val,
+        test=test,
+        lr=rates,
+        max_memory=max_memory,
+    )
 
     from embcache.probe.cached import probe_cached  # imports torch, which a slip in a flag need not wait for
 
@@ -158,6 +176,7 @@ def probe(
             target=target,
             head_options=options,
             device=device,
+            max_memory=max_memory,
             allow_missing=allow_missing,
             dataset_name=name,
             reuse=not again,

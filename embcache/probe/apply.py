@@ -1,17 +1,19 @@
-"""Logits of one head over many rows of features: what training validates by and prediction asks for."""
+"""Logits of heads over many rows of features: what training validates by and prediction asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embcache.probe.rows import FeatureRows, as_rows
+
 Params = dict[str, torch.Tensor]
 
-_CHUNK = 1024  # rows scored at a time
+_TOGETHER = 1024  # rows × heads scored at a time
 
 
 class Applicable(Protocol):
@@ -25,10 +27,11 @@ class Applicable(Protocol):
 
 
 def predict_logits(
-    head: Applicable, params: Params, x: Mapping[str, torch.Tensor], rows: torch.Tensor
+    head: Applicable, params: Params, x: Mapping[str, torch.Tensor] | FeatureRows, rows: torch.Tensor
 ) -> NDArray[np.float32]:
     """Logits of one head, shape (len(rows), C); ``params`` without the stacking axis; of views the first."""
-    return stacked_logits(head, {name: p[None] for name, p in params.items()}, x, rows)
+    (logits,) = logits_of_sets(head, [{name: p[None] for name, p in params.items()}], x, [rows])
+    return np.asarray(logits[0])
 
 
 def plain_view(features: torch.Tensor) -> torch.Tensor:
@@ -37,15 +40,40 @@ def plain_view(features: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def stacked_logits(
-    head: Applicable, params: Params, x: Mapping[str, torch.Tensor], rows: torch.Tensor
-) -> NDArray[np.float32]:
-    """Logits of a stack of one head, shape (len(rows), C); ``params`` with their leading axis."""
-    if not len(rows):
-        return np.zeros((0, 0), np.float32)
-    device = next(iter(params.values())).device
-    parts = [
-        head.apply(params, {b: (f[chunk] if f.dim() == 2 else f[chunk, 0])[None] for b, f in x.items()}, None)[0]
-        for chunk in torch.split(rows.to(device), _CHUNK)
-    ]
-    return np.asarray(torch.cat(parts).float().cpu().numpy())
+def logits_of_sets(
+    head: Applicable,
+    params: Sequence[Params],
+    x: Mapping[str, torch.Tensor] | FeatureRows,
+    sets: Sequence[torch.Tensor],
+) -> list[NDArray[np.float32]]:
+    """Logits of several stacks of heads, each over a set of rows of its own; every row is read once a set.
+
+    Parameters
+    ----------
+    head : Applicable
+        What all of them are.
+    params : sequence of Params
+        For each set the parameters (K, …) of the heads that are asked.
+    x : mapping of backbone to Tensor, or FeatureRows
+        Features; of views the first.
+    sets : sequence of int64 Tensor of shape (m,)
+        Rows.
+
+    Returns
+    -------
+    list of float32 array of shape (K, m, C)
+        Of shape (K, 0, 0) for a set without rows.
+    """
+    widths = [len(next(iter(p.values()))) for p in params]
+    found = [np.zeros((width, 0, 0), np.float32) for width in widths]
+    for chunk in as_rows(x).chunks(sets):
+        k, width = chunk.number, widths[chunk.number]
+        step = max(1, _TOGETHER // width)
+        for start in range(0, len(chunk.places), step):
+            part = slice(start, start + step)
+            shared = {b: f[None, part].expand(width, -1, -1) for b, f in chunk.x.items()}
+            logits = head.apply(params[k], shared, None).float().cpu().numpy()
+            if not found[k].size:
+                found[k] = np.empty((width, len(sets[k]), logits.shape[-1]), np.float32)
+            found[k][:, chunk.places[part].numpy()] = logits
+    return found

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 
 from embcache.data.dataset import ImageDataset
+from embcache.data.splits import IntArray
 from embcache.errors import StoreError, UsageError
 from embcache.paths import PathLike
 from embcache.probe.protocol import merged_groups, plan_splits, subset_sizes
+from embcache.probe.rows import kept_dtype
 from embcache.probe.splits import Splits, read_splits
+from embcache.probe.stream import Streamed
 from embcache.store.feature_store import FeatureStore, extract_command, list_stores, open_store
 
 
@@ -145,7 +150,12 @@ def plan_for(
 
 
 def load_features(
-    store: FeatureStore, ds: ImageDataset, ids: Sequence[str] | NDArray[np.object_], views: int = 1
+    store: FeatureStore,
+    ds: ImageDataset,
+    ids: Sequence[str] | NDArray[np.object_],
+    views: int = 1,
+    *,
+    keep_half: bool = False,
 ) -> torch.Tensor:
     """Features of some images of a dataset, raw.
 
@@ -159,29 +169,96 @@ def load_features(
         The images.
     views : int
         More than one: all views of the store, else the plain image.
+    keep_half : bool
+        Leave features that are stored in half precision as they are.
 
     Returns
     -------
-    float32 Tensor of shape (n, D), or (n, V, D) where ``views`` is more than one
+    float32 (or float16) Tensor of shape (n, D), or (n, V, D) where ``views`` is more than one
 
     Raises
     ------
     StoreError
         The store has not got all of them.
     """
-    row_of = {name: row for row, name in enumerate(store.ids.tolist())}
-    missing = [name for name in ids if name not in row_of]
-    if missing:
+    x = store.features[rows_of(store, ds, ids, views)]
+    if x.ndim == 3 and views == 1:
+        x = x[:, 0]  # the first view is the image as it is
+    kept = x.dtype == np.float16 and keep_half
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=None if kept else np.float32))
+
+
+def rows_of(
+    store: FeatureStore, ds: ImageDataset, ids: Sequence[str] | NDArray[np.object_], views: int = 1
+) -> IntArray:
+    """Where in ``store.features`` some images of a dataset lie.
+
+    Raises
+    ------
+    StoreError
+        The store has not got all of them.
+    """
+    asked = np.asarray(ids, dtype=object)
+    rows = pd.Index(store.ids.astype(object)).get_indexer(pd.Index(asked))
+    missing = asked[rows < 0]
+    if len(missing):
         raise StoreError(
-            f"{len(missing):,} of {len(ids):,} images have no features of {store.recipe.backbone} yet",
+            f"{len(missing):,} of {len(asked):,} images have no features of {store.recipe.backbone} yet",
             found=f"no row for {', '.join(map(repr, missing[:5]))}{' …' if len(missing) > 5 else ''}",
             where=store.path,
             fix=extract_command(store.recipe.backbone, ds) + (f" --views {views}" if views > 1 else ""),
         )
-    x = store.features[np.array([row_of[name] for name in ids], dtype=np.int64)]
-    if x.ndim == 3 and views == 1:
-        x = x[:, 0]  # the first view is the image as it is
-    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+    return np.asarray(rows, dtype=np.int64)
+
+
+def stream_features(
+    stores: Mapping[str, FeatureStore],
+    ds: ImageDataset,
+    ids: Sequence[str] | NDArray[np.object_],
+    *,
+    buffer_rows: int,
+    views: int = 1,
+    stream: str = "0",
+    device: str = "cpu",
+) -> Streamed:
+    """Features of some images of a dataset, to be read shard by shard whenever they are needed.
+
+    Parameters
+    ----------
+    stores : mapping of backbone to FeatureStore
+        Where they are cached; the shards of the first are the unit of reading.
+    ds, ids, views
+        As for `load_features`.
+    buffer_rows, stream, device
+        As for `embcache.probe.stream.Streamed`.
+
+    Raises
+    ------
+    StoreError
+        A store has not got all of them.
+    """
+    places = {backbone: rows_of(store, ds, ids, views) for backbone, store in stores.items()}
+    first = next(iter(stores))
+    shards = stores[first].features._shards
+    numbers, counts = np.unique(shards, return_counts=True)
+    return Streamed(
+        stored={backbone: store.features for backbone, store in stores.items()},
+        places=places,
+        shards=shards[places[first]],
+        shard_rows=dict(zip(numbers.tolist(), counts.tolist(), strict=True)),
+        buffer_rows=buffer_rows,
+        n_views=views,
+        stream=stream,
+        device=device,
+    )
+
+
+def row_bytes(stores: Mapping[str, FeatureStore], views: int = 1) -> int:
+    """Bytes that one image's features of all these stores take in memory."""
+    return sum(
+        (prod(store.row_shape) if views > 1 else store.row_shape[-1]) * kept_dtype(store.dtype).itemsize
+        for store in stores.values()
+    )
 
 
 def digest_images(stores: Mapping[str, KnownImages], ids: Sequence[str] | NDArray[np.object_]) -> str:

@@ -81,12 +81,55 @@ def score(metric: str, y: ArrayLike, p: ArrayLike) -> float:
 def selection_score(metric: str, y: ArrayLike, p: ArrayLike) -> float:
     """`score`, counted instead of integrated: what training compares epochs by.
 
+    Parameters and errors as of `score`; see `selection_scorer`.
+    """
+    return selection_scorer(metric, y, np.shape(p)[1])(np.asarray(p, dtype=np.float64))
+
+
+def selection_scorer(metric: str, y: ArrayLike, n_classes: int) -> Callable[[FloatArray], float]:
+    """A function of probabilities (n, C) that scores them on one set of labels, again and again.
+
     Pairs and cells are counted in whole numbers, so that two epochs that rank all images alike have exactly equal
     scores (ties keep the earliest epoch), and without scikit-learn's input checks, which cost more than an epoch does.
-    The value is that of `score` to rounding. Parameters and errors as there.
+    The value is that of `score` to rounding.
+
+    Parameters
+    ----------
+    metric : {"auc", "macro_auc", "kappa"}
+        As for `score`.
+    y : array-like of int, shape (n,)
+        True labels.
+    n_classes : int
+        C.
+
+    Raises
+    ------
+    ProtocolError
+        As of `score`.
     """
-    labels, probabilities = _checked(metric, y, p)
-    return float(_SCORERS[metric](labels, probabilities)(np.ones((1, len(labels))))[0])
+    labels, _ = _checked(metric, y, np.zeros((0, n_classes)))
+    if metric == "kappa":
+        once = np.ones((1, len(labels)))
+        return lambda p: float(_weighted_kappa(labels, p)(once)[0])
+    if metric == "auc":
+        positive = labels == 1
+        return lambda p: _counted_auc(positive, log_odds(p))
+    sides = [(int(c), labels == c) for c in np.unique(labels)]
+    return lambda p: float(np.mean([_counted_auc(positive, p[:, c]) for c, positive in sides]))
+
+
+def _counted_auc(positive: NDArray[np.bool_], scores: FloatArray) -> float:
+    """Share of the pairs of a positive and a negative row that are ranked rightly, ties counting half."""
+    order = np.argsort(scores)
+    ranked, negative = scores[order], ~positive[order]
+    below = np.cumsum(negative, dtype=np.float64)  # negatives up to here: below a positive, where none is equal
+    starts = np.flatnonzero(ranked[1:] != ranked[:-1]) + 1
+    if len(starts) + 1 < len(ranked):
+        edges = np.concatenate([[0], starts, [len(ranked)]])
+        before, upto = np.concatenate([[0.0], below])[edges[:-1]], below[edges[1:] - 1]
+        below = np.repeat((before + upto) / 2, np.diff(edges))
+    n_negative = int(negative.sum())
+    return float(below[~negative].sum() / (n_negative * (len(ranked) - n_negative)))
 
 
 def per_class_auc(y: ArrayLike, p: ArrayLike) -> list[float | None]:

@@ -12,7 +12,7 @@ from embcache.paths import PathLike
 from embcache.probe.heads import Head, make_head
 from embcache.probe.schedule import Schedule
 from embcache.probe.solve import is_solved
-from embcache.probe.usage import check_counts
+from embcache.probe.usage import check_counts, check_memory
 
 _DRAWN_ANEW = "other folds, subsets and random streams"
 
@@ -55,6 +55,9 @@ class ProbeOptions:
         Leave out of the pool images that share a group with the official test set.
     device : str
         Where heads are trained: ``"cpu"``, ``"cuda"`` …
+    max_memory : int or str, optional
+        Bytes (``"2GB"``) that a probe may take besides the program itself. Features that need more are streamed from
+        their shards: see `embcache.probe.stream`. Default: features are read into memory, however many.
     save : bool
         Write the run folder.
     reuse : bool
@@ -81,11 +84,13 @@ class ProbeOptions:
     splits: PathLike | None = None
     exclude_test_overlap: bool = False
     device: str = "cpu"
+    max_memory: int | str | None = None
     save: bool = True
     reuse: bool = True
 
     def __post_init__(self) -> None:
         check_counts(repeats=self.repeats, views=self.views)
+        check_memory(self.max_memory)
         for schedule in self.schedules:  # each checks its rate
             if self.lr is not None and is_solved(self.model):
                 raise UsageError(
@@ -115,6 +120,11 @@ class ProbeOptions:
         if not rates:
             raise UsageError("no learning rate asked for", fix="--lr 1e-3")
         return tuple(Schedule(lr=rate) for rate in dict.fromkeys(rates))
+
+    @cached_property
+    def memory(self) -> int | None:
+        """``max_memory`` in bytes."""
+        return check_memory(self.max_memory)
 
     @property
     def n_views(self) -> int:

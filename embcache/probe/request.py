@@ -16,7 +16,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.splits import IntArray
 from embcache.errors import UsageError
 from embcache.probe.heads import Head, hyperparameters
-from embcache.probe.inputs import digest_images, open_stores, plan_for
+from embcache.probe.inputs import digest_images, open_stores, plan_for, row_bytes
 from embcache.probe.options import ProbeOptions
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.results import PROTOCOL_VERSION, ProbeResult, as_asked, find_run, run_id
@@ -24,6 +24,9 @@ from embcache.probe.solve import is_solved
 from embcache.probe.splits import Splits
 from embcache.probe.summary import request_notes, training_notes
 from embcache.store.feature_store import FeatureStore
+
+_FEATURES = 0.75  # share of --max-memory that features may take; ids, labels and heads need the rest
+_BUFFER = 0.125  # share of it that is the buffer of streamed features
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +94,49 @@ class Asked:
             **({"views": o.n_views} if o.n_views > 1 else {}),
             **({"target": self.target} if self.target else {}),
             **({"exclude_test_overlap": True} if o.exclude_test_overlap else {}),
+            **({"buffer_rows": streamed} if (streamed := self.buffer_rows(backbones, subset)) else {}),
         }
         return json.loads(json.dumps(request))  # type: ignore[no-any-return]  # as it reads back: lists, no tuples
+
+    def buffer_rows(self, backbones: Sequence[str], subset: str) -> int | None:
+        """Rows of the buffer that features are streamed through; None where they are read into memory.
+
+        Raises
+        ------
+        UsageError
+            They are more than may be held, and the head is solved; or the buffer would not hold a batch.
+        """
+        o, limit = self.options, self.options.memory
+        if limit is None:
+            return None
+        each = row_bytes({backbone: self.stores[backbone] for backbone in backbones}, o.n_views)
+        needed = len(self.used(subset)) * each
+        if needed <= limit * _FEATURES:
+            return None
+        if is_solved(o.model):
+            raise UsageError(
+                f"head {o.head!r} is solved on all features at once: they cannot be streamed",
+                expected=f"--max-memory {needed / _FEATURES / 1e9:.2g}GB or more",
+                found=f"{limit / 1e9:.3g}GB for {needed / 1e9:.3g} GB of features",
+                fix="a larger --max-memory, a smaller --subset, or a head that is trained: --head linear",
+            )
+        rows, least = int(limit * _BUFFER / each), o.schedules[0].batch_size
+        if rows < least:
+            raise UsageError(
+                "--max-memory leaves no room for a buffer of features",
+                expected=f"{least * each / _BUFFER / 1e6:.3g}MB or more",
+                found=f"{limit / 1e6:.3g}MB",
+                fix=f"--max-memory {max(1, round(least * each / _BUFFER / 1e6 + 0.5))}MB",
+            )
+        return rows
+
+    def notes(self, backbones: Sequence[str], subset: str) -> list[str]:
+        """What a reader must know of how a result was asked for."""
+        rows = self.buffer_rows(backbones, subset)
+        if rows is None:
+            return self.options.notes()
+        streamed = f"features were streamed: an epoch's order is shuffled by shards, then within some {rows:,} rows"
+        return [*self.options.notes(), streamed]
 
     def saved(self, request: Mapping[str, Any]) -> ProbeResult | None:
         """The saved result of a request, told as asked; None where there is none, or one by an older version.
@@ -106,7 +150,7 @@ class Asked:
         """A result with the source and the notes of this request."""
         notes = [
             *request_notes(self.ds, self.plans, result.subset),
-            *self.options.notes(),
+            *self.notes(result.backbones, result.subset),
             *training_notes(result.folds),
         ]
         return as_asked(result, self.source, notes)

@@ -13,15 +13,21 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.splits import IntArray
 from embcache.errors import StoreError
 from embcache.paths import PathLike
-from embcache.probe.apply import predict_logits
-from embcache.probe.inputs import load_features
+from embcache.probe.apply import logits_of_sets
+from embcache.probe.heads import Head, count_parameters
+from embcache.probe.inputs import load_features, stream_features
 from embcache.probe.metrics import FloatArray, softmax
 from embcache.probe.options import ProbeOptions, make_options
 from embcache.probe.request import Asked, ask
 from embcache.probe.results import ProbeResult, run_id, save_run
+from embcache.probe.rows import FeatureRows, Resident
 from embcache.probe.solve import is_solved
+from embcache.probe.stack import Job, TrainedHead
 from embcache.probe.summary import Outcome, prediction_table, summarise
 from embcache.probe.train import best_of, make_job, train_jobs
+
+_SMALL = 5_000_000
+"""Parameters of one subset's heads up to which several subsets train as one stack."""
 
 Progress = Callable[[int, int, str], Any]
 """Told (head-epochs settled, head-epochs planned, what is being trained)."""
@@ -47,6 +53,7 @@ def probe_features(
     splits: PathLike | None = None,
     exclude_test_overlap: bool = False,
     device: str = "cpu",
+    max_memory: int | str | None = None,
     save: bool = True,
     reuse: bool = True,
     progress: Progress | None = None,
@@ -66,7 +73,7 @@ def probe_features(
     subset : str or int
         ``"S"``, ``"M"``, ``"F"``, or a number of training images.
     head, folds, seed, repeats, home, val, test, recipe, views, lr, target, head_options, splits, exclude_test_overlap,\
- device, save, reuse
+ device, max_memory, save, reuse
         See `embcache.probe.options.ProbeOptions`.
     progress : callable, optional
         See `Progress`.
@@ -102,6 +109,7 @@ def probe_features(
         splits=splits,
         exclude_test_overlap=exclude_test_overlap,
         device=device,
+        max_memory=max_memory,
         save=save,
         reuse=reuse,
     )
@@ -162,43 +170,78 @@ def find_saved(
 
 
 def _answer_all(asked: Asked, progress: Progress | None) -> list[ProbeResult]:
-    o, ds = asked.options, asked.ds
-    each = asked.n_models * o.schedules[0].max_epochs
+    o, each = asked.options, asked.n_models * asked.options.schedules[0].max_epochs
     settled, planned = 0, len(asked.sets) * len(asked.subsets) * each
     results: list[ProbeResult] = []
     loaded: dict[str, torch.Tensor] = {}
-    used = asked.used(*asked.subsets)
     for names in asked.sets:
         loaded = {backbone: x for backbone, x in loaded.items() if backbone in names}  # the others are done with
-        for subset in asked.subsets:
-            request = asked.request(names, subset)
-            result = asked.saved(request) if o.save and o.reuse else None
-            if result is None:
-                for backbone in names:
-                    if backbone not in loaded:
-                        x = load_features(asked.stores[backbone], ds, asked.plans[0].ids[used], o.n_views)
-                        loaded[backbone] = x.to(o.device)
-                tell = _teller(progress, settled, planned, f"{ds.name} {o.head} {'+'.join(names)} {subset}")
-                result = _answer(asked, subset, request, {b: loaded[b] for b in names}, used, tell)
-            results.append(result)
-            settled += each
-            if progress is not None:
-                progress(settled, planned, f"{ds.name} {o.head}")
+        requests = {subset: asked.request(names, subset) for subset in asked.subsets}
+        saved = {subset: asked.saved(r) if o.save and o.reuse else None for subset, r in requests.items()}
+        found = {subset: result for subset, result in saved.items() if result is not None}
+        settled += len(found) * each
+        for group in _groups(asked, names, [subset for subset in asked.subsets if subset not in found]):
+            tell = _teller(progress, settled, planned, f"{asked.ds.name} {o.head} {'+'.join(names)} {','.join(group)}")
+            # Rows in memory are those of all subsets that are ever kept there: read once, whichever group comes first.
+            x, used = _features(asked, names, group, loaded)
+            found |= _answer(asked, names, group, requests, x, used, tell)
+            settled += len(group) * each
+        results += [found[subset] for subset in asked.subsets]
+        if progress is not None:
+            progress(settled, planned, f"{asked.ds.name} {o.head}")
     return results
+
+
+def _groups(asked: Asked, names: Sequence[str], subsets: Sequence[str]) -> list[list[str]]:
+    """Subsets that train as one stack: all that share a source of features, of small heads.
+
+    Large heads have nothing to gain from one another, and much to lose where hours of training are interrupted.
+    """
+    dims = {backbone: asked.stores[backbone].row_shape[-1] for backbone in names}
+    size = count_parameters(asked.options.model, dims, len(asked.ds.class_names)) * asked.n_models
+    if is_solved(asked.options.model) or size > _SMALL:
+        return [[subset] for subset in subsets]
+    by_source: dict[bool, list[str]] = {}
+    for subset in subsets:
+        by_source.setdefault(asked.buffer_rows(names, subset) is None, []).append(subset)
+    return list(by_source.values())
+
+
+def _features(
+    asked: Asked, names: Sequence[str], group: Sequence[str], loaded: dict[str, torch.Tensor]
+) -> tuple[FeatureRows, IntArray]:
+    """Features of a group of subsets, and the rows of the dataset that they are of."""
+    o, ids = asked.options, asked.plans[0].ids
+    rows = asked.buffer_rows(names, group[0])
+    if rows is not None:
+        used = asked.used(*group)
+        loaded.clear()
+        stores = {backbone: asked.stores[backbone] for backbone in names}
+        x = stream_features(
+            stores, asked.ds, ids[used], buffer_rows=rows, views=o.n_views, stream=str(o.seed), device=o.device
+        )
+        return x, used
+    used = asked.used(*(subset for subset in asked.subsets if asked.buffer_rows(names, subset) is None))
+    for backbone in names:
+        if backbone not in loaded:
+            features = load_features(asked.stores[backbone], asked.ds, ids[used], o.n_views, keep_half=True)
+            loaded[backbone] = features.to(o.device)
+    return Resident({backbone: loaded[backbone] for backbone in names}), used
 
 
 def _answer(
     asked: Asked,
-    subset: str,
-    request: Mapping[str, Any],
-    x: Mapping[str, torch.Tensor],
+    names: Sequence[str],
+    group: Sequence[str],
+    requests: Mapping[str, Mapping[str, Any]],
+    x: FeatureRows,
     used: IntArray,
     on_epoch: Callable[[int], Any],
-) -> ProbeResult:
-    """Train, test and save one result; ``x`` holds features of the dataset's rows ``used``."""
+) -> dict[str, ProbeResult]:
+    """Train all heads of a group of subsets, then test and save each subset's; ``x`` holds the dataset's ``used``."""
     began = time.perf_counter()
     o, ds, plans = asked.options, asked.ds, asked.plans
-    n_classes, head = len(ds.class_names), o.model
+    n_classes = len(ds.class_names)
     place = np.full(len(plans[0].ids), -1, dtype=np.int64)  # dataset row → row of the features
     place[used] = np.arange(len(used))
     labels = plans[0].labels[used]
@@ -211,53 +254,81 @@ def _answer(
             f"{o.seed + repeat}\0{f}",
             schedule.lr,
         )
+        for subset in group
         for repeat, plan in enumerate(plans)
         for f in range(plan.n_folds)
         for schedule in o.schedules
     ]
     y = torch.from_numpy(labels).to(o.device)
-    every = train_jobs(head, x, y, jobs, n_classes, ds.metric, o.schedules[0], on_epoch=on_epoch)
+    every = train_jobs(o.model, x, y, jobs, n_classes, ds.metric, o.schedules[0], on_epoch=on_epoch)
     rates = len(o.schedules)
     sweeps = [range(k, k + rates) for k in range(0, len(every), rates)]
     chosen = [sweep[best_of([every[k] for k in sweep])] for sweep in sweeps]
     models = [every[k] for k in chosen]
-    outcomes = [
-        Outcome(
-            best_epoch=every[k].best_epoch,
-            epochs=len(every[k].losses),
-            val_score=every[k].val_score,
-            lr=None if is_solved(head) else jobs[k].lr,
-            diverged=every[k].diverged,
-            chosen=every[k].chosen,
-            lost_lrs=[jobs[j].lr for j in sweep if every[j].diverged and j != k],
+    p = _predict(o.model, models, x, torch.from_numpy(place[plans[0].test]), n_classes)
+    trained = time.perf_counter() - began
+    # What a subset took of the time of all: as much as its heads saw of the rows.
+    seen = [max(1, len(t.losses)) * (len(job.train) + len(job.val)) for t, job in zip(every, jobs, strict=True)]
+    results = {}
+    for number, subset in enumerate(group):
+        began, part = (
+            time.perf_counter(),
+            slice(number * len(models) // len(group), (number + 1) * len(models) // len(group)),
         )
-        for k, sweep in zip(chosen, sweeps, strict=True)
+        share = sum(seen[part.start * rates : part.stop * rates]) / sum(seen)
+        outcomes = [_outcome(o, every, jobs, k, sweep) for k, sweep in zip(chosen[part], sweeps[part], strict=True)]
+        _check_finite(p[part][[bool(m.params) for m in models[part]]], plans[0].test_ids, asked)
+        result = summarise(
+            ds,
+            plans,
+            subset,
+            kind="probe",
+            backbones=tuple(names),
+            head=o.head,
+            request=requests[subset],
+            recipes={backbone: asked.stores[backbone].recipe.to_json() for backbone in names},
+            outcomes=outcomes,
+            p=p[part],
+            source=asked.source,
+            seconds=trained * share + time.perf_counter() - began,
+            target=asked.target,
+            notes=asked.notes(names, subset),
+        )
+        if o.save:
+            table = prediction_table(plans[0], p[part], outcomes)
+            save_run(result, table, [m.params for m in models[part]], o.home)
+        results[subset] = result
+    return results
+
+
+def _predict(
+    head: Head, models: Sequence[TrainedHead], x: FeatureRows, rows: torch.Tensor, n_classes: int
+) -> FloatArray:
+    """Class probabilities (len(models), n, C) of some rows; nan where there is no model."""
+    p = np.full((len(models), len(rows), n_classes), np.nan)
+    # A solved head may keep as many rows as trained it: such heads cannot be stacked.
+    made = [k for k, model in enumerate(models) if model.params]
+    stacks = [[k] for k in made] if is_solved(head) else [made] if made else []
+    params = [
+        {name: torch.stack([models[k].params[name] for k in stack]) for name in models[stack[0]].params}
+        for stack in stacks
     ]
-    rows = torch.from_numpy(place[plans[0].test])
-    blank = np.full((len(rows), n_classes), np.nan)
-    p = np.stack(  # (R × K, n_test, C)
-        [softmax(predict_logits(head, m.params, x, rows)) if m.params else blank for m in models]
+    for stack, logits in zip(stacks, logits_of_sets(head, params, x, [rows] * len(stacks)), strict=True):
+        p[stack] = softmax(logits)
+    return p
+
+
+def _outcome(o: ProbeOptions, every: Sequence[TrainedHead], jobs: Sequence[Job], k: int, sweep: range) -> Outcome:
+    trained = every[k]
+    return Outcome(
+        best_epoch=trained.best_epoch,
+        epochs=len(trained.losses),
+        val_score=trained.val_score,
+        lr=None if is_solved(o.model) else jobs[k].lr,
+        diverged=trained.diverged,
+        chosen=trained.chosen,
+        lost_lrs=[jobs[j].lr for j in sweep if every[j].diverged and j != k],
     )
-    _check_finite(p[[bool(m.params) for m in models]], plans[0].test_ids, asked)
-    result = summarise(
-        ds,
-        plans,
-        subset,
-        kind="probe",
-        backbones=tuple(x),
-        head=o.head,
-        request=request,
-        recipes={backbone: asked.stores[backbone].recipe.to_json() for backbone in x},
-        outcomes=outcomes,
-        p=p,
-        source=asked.source,
-        seconds=time.perf_counter() - began,
-        target=asked.target,
-        notes=o.notes(),
-    )
-    if o.save:
-        save_run(result, prediction_table(plans[0], p, outcomes), [m.params for m in models], o.home)
-    return result
 
 
 def _check_finite(p: FloatArray, test_ids: Sequence[str], asked: Asked) -> None:

@@ -12,18 +12,22 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from embcache.memory import keep_freed_memory
 from embcache.probe.adam import adam_step
-from embcache.probe.apply import Applicable, Params, plain_view, stacked_logits
+from embcache.probe.apply import Applicable, Params, logits_of_sets
 from embcache.probe.apply import predict_logits as predict_logits
-from embcache.probe.metrics import selection_score, softmax
+from embcache.probe.metrics import selection_scorer, softmax
+from embcache.probe.rows import FeatureRows, as_rows
 from embcache.probe.schedule import Schedule, Tracker
+from embcache.probe.standard import constants_of
 
 _SMALL = 500_000  # parameters, of all heads together
 
@@ -32,7 +36,9 @@ class TrainableHead(Applicable, Protocol):
     """What the stack needs of a head; see `embcache.probe.heads` for the whole contract.
 
     A head may also have ``constants(x)``: untrained values, named like parameters, that it computes from a fold's
-    training rows (n, D) of each backbone. ``apply`` finds them among ``params``, and they are kept with the head.
+    training rows (n, D) of each backbone. ``apply`` finds them among ``params``, and they are kept with the head. To be
+    trained on streamed features it then also has ``constants_in_parts()``, which makes something that takes in rows by
+    ``add(x)`` and gives the values by ``params()``: `embcache.probe.standard.Standard`.
     """
 
     def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
@@ -107,12 +113,18 @@ class _Run:
     order: torch.Generator
     dropout: torch.Generator
     views: torch.Generator
+    scorer: Callable[[NDArray[np.float64]], float] | None
     constants: Params = field(default_factory=dict)
     best: Params = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     val_scores: list[float] = field(default_factory=list)
     lrs: list[float] = field(default_factory=list)
     diverged: bool = False
+
+    @cached_property
+    def held(self) -> bytes:
+        """Which rows validate: heads of which these are equal validate on the same ones."""
+        return hashlib.sha256(self.job.val.numpy().tobytes()).digest()
 
     @property
     def finished(self) -> bool:
@@ -129,7 +141,7 @@ def stream_generator(stream: str, purpose: str) -> torch.Generator:
 
 def train_stack(
     head: TrainableHead,
-    x: Mapping[str, torch.Tensor],
+    x: Mapping[str, torch.Tensor] | FeatureRows,
     y: torch.Tensor,
     jobs: Sequence[Job],
     n_classes: int,
@@ -144,7 +156,7 @@ def train_stack(
     ----------
     head : TrainableHead
         Gives ``init`` and ``apply``.
-    x : mapping of backbone to float32 Tensor of shape (N, D) or (N, V, D)
+    x : mapping of backbone to floating Tensor of shape (N, D) or (N, V, D), or FeatureRows
         Features; gathered by row number, never copied whole. Of V views of every image, each draw of an epoch takes
         one, the same of every backbone; constants and validation take the first.
     y : int64 Tensor of shape (N,)
@@ -164,22 +176,13 @@ def train_stack(
     -------
     list of TrainedHead, in the order of ``jobs``
     """
-    device = y.device
-    dims = {backbone: features.shape[-1] for backbone, features in x.items()}
-    runs = [
-        _Run(
-            job,
-            Tracker(schedule, job.lr),
-            stream_generator(job.stream, "order"),
-            stream_generator(job.stream, "dropout"),
-            stream_generator(job.stream, "views"),
-            _constants(head, x, job),
-        )
-        for job in jobs
-    ]
-    # Heads with more steps an epoch come first, so that those still active in a step are a prefix of the stack.
+    rows, device = as_rows(x), y.device
+    runs = [_start(job, y, n_classes, metric, schedule) for job in jobs]
+    for run, constants in zip(runs, constants_of(head, rows, [job.train for job in jobs]), strict=True):
+        run.constants = constants
+    # Heads with more steps an epoch come first: those that are still active in a step are neighbours in the stack.
     live = sorted(runs, key=lambda run: -len(run.job.train))
-    fresh = [head.init(stream_generator(run.job.stream, "init"), dims, n_classes) for run in live]
+    fresh = [head.init(stream_generator(run.job.stream, "init"), rows.dims, n_classes) for run in live]
     params: Params = {name: torch.stack([p[name] for p in fresh]).to(device) for name in fresh[0]} if fresh else {}
     first = {name: torch.zeros_like(p) for name, p in params.items()}
     second = {name: torch.zeros_like(p) for name, p in params.items()}
@@ -188,9 +191,8 @@ def train_stack(
 
     with _threads_for(params):
         while live:
-            _train_epoch(head, x, y, live, params, fixed, first, second, steps, schedule)
-            for k, run in enumerate(live):
-                _validate(head, {name: p[k : k + 1] for name, p in params.items()}, x, y, run, metric)
+            _train_epoch(head, rows, y, live, params, fixed, first, second, steps, schedule)
+            _validate(head, rows, live, {**params, **fixed}, params)
             if on_epoch is not None:
                 on_epoch(sum(schedule.max_epochs if run.finished else len(run.losses) for run in runs))
             keep = [k for k, run in enumerate(live) if not run.finished]
@@ -202,13 +204,12 @@ def train_stack(
     return [_trained(run) for run in runs]
 
 
-def _constants(head: TrainableHead, x: Mapping[str, torch.Tensor], job: Job) -> Params:
-    """Untrained values of one head, from its training rows."""
-    compute = getattr(head, "constants", None)
-    if compute is None:
-        return {}
-    constants: Params = compute({b: plain_view(f)[job.train.to(f.device)] for b, f in x.items()})
-    return constants
+def _start(job: Job, y: torch.Tensor, n_classes: int, metric: str, schedule: Schedule) -> _Run:
+    scorer = None
+    if len(job.val):
+        scorer = selection_scorer(metric, y[job.val.to(y.device)].cpu().numpy(), n_classes)
+    order, dropout, views = (stream_generator(job.stream, purpose) for purpose in ("order", "dropout", "views"))
+    return _Run(job, Tracker(schedule, job.lr), order, dropout, views, scorer)
 
 
 def _stacked_constants(live: Sequence[_Run]) -> Params:
@@ -236,7 +237,7 @@ def _threads_for(params: Params) -> Iterator[None]:
 
 def _train_epoch(
     head: TrainableHead,
-    x: Mapping[str, torch.Tensor],
+    x: FeatureRows,
     y: torch.Tensor,
     live: Sequence[_Run],
     params: Params,
@@ -247,32 +248,24 @@ def _train_epoch(
     schedule: Schedule,
 ) -> None:
     """One epoch of every live head; parameters and moments are updated in place."""
-    size = schedule.batch_size
     orders = [_draw_epoch(run) for run in live]
-    n_views = max(features.shape[1] if features.dim() == 3 else 1 for features in x.values())
-    views = [_draw_views(run, n_views) for run in live]
-    sums = [0.0] * len(live)
-    for start in range(0, len(orders[0]), size):
-        batches = [order[start : start + size] for order in orders if len(order) > start]
-        for part in _equal_lengths(batches):
-            rows = torch.stack(batches[part]).to(y.device)  # (heads of the part, their batch)
-            view = torch.stack([v[start : start + rows.shape[1]] for v in views[part]]).to(y.device)
-            masks = _dropout_masks(head, live[part], rows.shape[1], y.device)
-            leaves = {name: p[part].detach().requires_grad_() for name, p in params.items()}
-            given = {**leaves, **{name: c[part] for name, c in fixed.items()}}
-            batch = {b: features[rows] if features.dim() == 2 else features[rows, view] for b, features in x.items()}
-            logits = head.apply(given, batch, masks)
-            each = F.cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="none").view(rows.shape)
-            losses = each.mean(1)
-            # Heads share no parameter, so the gradient of the sum is the gradient of each.
-            gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
-            steps[part] = [step + 1 for step in steps[part]]
-            lrs = [run.tracker.lr for run in live[part]]
-            for (name, p), gradient in zip(leaves.items(), gradients, strict=True):
-                adam_step(p.detach(), gradient, first[name][part], second[name][part], steps[part], lrs)
-            for k, value in enumerate(losses.tolist(), start=part.start):
-                sums[k] += value * rows.shape[1]
-    for run, total in zip(live, sums, strict=True):
+    views = [_draw_views(run, x.n_views) for run in live]
+    sums = torch.zeros(len(live), dtype=torch.float64, device=y.device)
+    lrs = [run.tracker.lr for run in live]
+    for step in x.steps(orders, views, schedule.batch_size, len(live[0].losses)):
+        part, shape = step.heads, step.rows.shape
+        masks = _dropout_masks(head, live[part], shape[1], y.device)
+        leaves = {name: p[part].detach().requires_grad_() for name, p in params.items()}
+        logits = head.apply({**leaves, **{name: c[part] for name, c in fixed.items()}}, step.x, masks)
+        each = F.cross_entropy(logits.flatten(0, 1), y[step.rows].flatten(), reduction="none").view(shape)
+        losses = each.mean(1)
+        # Heads share no parameter, so the gradient of the sum is the gradient of each.
+        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
+        steps[part] = [done + 1 for done in steps[part]]
+        for (name, p), gradient in zip(leaves.items(), gradients, strict=True):
+            adam_step(p.detach(), gradient, first[name][part], second[name][part], steps[part], lrs[part])
+        sums[part] += losses.detach().double() * shape[1]
+    for run, total in zip(live, sums.tolist(), strict=True):
         run.losses.append(total / len(run.job.train))
         run.lrs.append(run.tracker.lr)
 
@@ -289,19 +282,8 @@ def _draw_views(run: _Run, n_views: int) -> torch.Tensor:
     """The view of each draw of one epoch. A stream of its own: views change neither order nor dropout."""
     n = len(run.job.train)
     if n_views == 1:
-        return torch.zeros(n, dtype=torch.int64)
+        return torch.zeros((), dtype=torch.int64).expand(n)
     return torch.randint(n_views, (n,), generator=run.views)
-
-
-def _equal_lengths(batches: Sequence[torch.Tensor]) -> list[slice]:
-    """Neighbouring heads whose batches are equally long: one stacked step each, and no padding.
-
-    Heads are sorted by their number of rows, so only last, partial batches differ. A padded batch would be rounded
-    otherwise than the one a head has alone, and attention's vanishing gradients make much of that.
-    """
-    lengths = [len(batch) for batch in batches]
-    starts = [k for k in range(len(lengths)) if k == 0 or lengths[k] != lengths[k - 1]]
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
 
 def _dropout_masks(
@@ -316,23 +298,37 @@ def _dropout_masks(
     }
 
 
-def _validate(
-    head: TrainableHead, params: Params, x: Mapping[str, torch.Tensor], y: torch.Tensor, run: _Run, metric: str
-) -> None:
-    """Score one head (stacking axis of 1) after an epoch and keep its parameters where it is the best so far."""
-    params = {**params, **{name: c[None] for name, c in run.constants.items()}}
-    logits = stacked_logits(head, params, x, run.job.val)
-    run.diverged = not (math.isfinite(run.losses[-1]) and bool(np.isfinite(logits).all()))
-    if run.diverged:
-        run.val_scores.append(-math.inf)
-        return
-    better = True
-    if len(run.job.val):
-        value = selection_score(metric, y[run.job.val.to(y.device)].cpu().numpy(), softmax(logits))
-        run.val_scores.append(value)
-        better = run.tracker.update(value)
-    if better:
-        run.best = {name: p[0].clone() for name, p in params.items()}
+def _validate(head: TrainableHead, x: FeatureRows, live: Sequence[_Run], given: Params, params: Params) -> None:
+    """Score every live head after an epoch and keep its parameters where it is the best so far.
+
+    ``given`` is what heads are applied with: ``params``, and their constants. Heads that validate on the same rows are
+    applied to them together.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for k, run in enumerate(live):
+        groups.setdefault(run.held, []).append(k)
+    of_group = [
+        {name: p[k[0] : k[0] + 1] if len(k) == 1 else p[torch.tensor(k, device=p.device)] for name, p in given.items()}
+        for k in groups.values()
+    ]
+    scored = logits_of_sets(head, of_group, x, [live[k[0]].job.val for k in groups.values()])
+    logits = {
+        k: part
+        for numbers, found in zip(groups.values(), scored, strict=True)
+        for k, part in zip(numbers, found, strict=True)
+    }
+    for k, run in enumerate(live):
+        run.diverged = not (math.isfinite(run.losses[-1]) and bool(np.isfinite(logits[k]).all()))
+        if run.diverged:
+            run.val_scores.append(-math.inf)
+            continue
+        better = True
+        if run.scorer is not None:
+            value = run.scorer(softmax(logits[k]))
+            run.val_scores.append(value)
+            better = run.tracker.update(value)
+        if better:
+            run.best = {name: p[k].clone() for name, p in params.items()} | run.constants
 
 
 def _trained(run: _Run) -> TrainedHead:

@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+
+from embcache.errors import UsageError
+from embcache.probe.rows import FeatureRows
 
 Params = dict[str, torch.Tensor]
 
 
+class Standard:
+    """Mean and scale of every feature, as scikit-learn's ``StandardScaler``, from rows that come in parts."""
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._mean: Params = {}
+        self._squares: Params = {}  # sum of squared deviations from the mean
+
+    def add(self, x: Mapping[str, torch.Tensor]) -> None:
+        """Take in more rows: float32 Tensors of shape (n, D)."""
+        n = len(next(iter(x.values())))
+        if not n:
+            return
+        before, self._n = self._n, self._n + n
+        for backbone, features in x.items():
+            wide = features.double()
+            mean = wide.mean(0)
+            squares = wide.var(0, correction=0) * n
+            if before:  # moments of two parts make those of the whole (Chan, Golub and LeVeque)
+                apart = mean - self._mean[backbone]
+                squares += self._squares[backbone] + apart * apart * (before * n / self._n)
+                mean = self._mean[backbone] + apart * (n / self._n)
+            self._mean[backbone], self._squares[backbone] = mean, squares
+
+    def params(self) -> Params:
+        """``standard.<backbone>.mean`` and ``standard.<backbone>.scale``, float32 of shape (D,).
+
+        The scale is the standard deviation (divided by n), 1 where a feature does not vary.
+        """
+        params: Params = {}
+        for backbone, mean in self._mean.items():
+            scale = (self._squares[backbone] / self._n).sqrt()
+            # What rounding leaves of a constant feature is no variation.
+            constant = scale <= 10 * torch.finfo(torch.float64).eps * mean.abs()
+            params[f"standard.{backbone}.mean"] = mean.float()
+            params[f"standard.{backbone}.scale"] = scale.masked_fill(constant, 1.0).float()
+        return params
+
+
 def standard_params(x: Mapping[str, torch.Tensor]) -> Params:
-    """Mean and scale of every feature over the rows given, as scikit-learn's ``StandardScaler``.
+    """Mean and scale of every feature over the rows given.
 
     Parameters
     ----------
@@ -20,20 +62,38 @@ def standard_params(x: Mapping[str, torch.Tensor]) -> Params:
     Returns
     -------
     dict of float32 Tensor of shape (D,)
-        ``standard.<backbone>.mean`` and ``standard.<backbone>.scale``: the standard deviation (divided by n), 1 where
-        a feature does not vary.
+        See `Standard.params`.
     """
-    params: Params = {}
-    for backbone, features in x.items():
-        wide = features.double()
-        mean, scale = wide.mean(0), wide.std(0, correction=0)
-        # What rounding leaves of a constant feature is no variation.
-        constant = scale <= 10 * torch.finfo(torch.float64).eps * mean.abs()
-        params[f"standard.{backbone}.mean"] = mean.float()
-        params[f"standard.{backbone}.scale"] = scale.masked_fill(constant, 1.0).float()
-    return params
+    standard = Standard()
+    standard.add(x)
+    return standard.params()
 
 
 def standardise(params: Mapping[str, torch.Tensor], backbone: str, x: torch.Tensor) -> torch.Tensor:
     """Features (K, B, D) of a backbone by the means and scales (K, D) of each head."""
     return (x - params[f"standard.{backbone}.mean"][:, None]) / params[f"standard.{backbone}.scale"][:, None]
+
+
+def constants_of(head: object, x: FeatureRows, sets: Sequence[torch.Tensor]) -> list[Params]:
+    """Untrained values of several heads, each from its own training rows; empty for a head that has none.
+
+    Raises
+    ------
+    UsageError
+        The features are streamed and the head wants all of a fold's training rows at once.
+    """
+    compute = getattr(head, "constants", None)
+    if compute is None:
+        return [{} for _ in sets]
+    if x.in_memory:
+        return [compute(x.gather(rows)) for rows in sets]
+    in_parts = getattr(head, "constants_in_parts", None)
+    if in_parts is None:
+        raise UsageError(
+            f"head {getattr(head, 'name', '')!r} needs all training features at once: they cannot be streamed",
+            fix="a larger --max-memory, or a smaller --subset",
+        )
+    parts: list[Standard] = [in_parts() for _ in sets]
+    for chunk in x.chunks(sets):  # one pass for all heads
+        parts[chunk.number].add(chunk.x)
+    return [part.params() for part in parts]

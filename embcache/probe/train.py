@@ -11,8 +11,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from embcache.errors import ProtocolError
-from embcache.probe.apply import Applicable, plain_view, predict_logits
+from embcache.probe.apply import Applicable, predict_logits
 from embcache.probe.metrics import selection_score, softmax
+from embcache.probe.rows import FeatureRows, as_rows
 from embcache.probe.schedule import Schedule
 from embcache.probe.solve import SolvedHead, is_solved
 from embcache.probe.stack import Job, TrainableHead, TrainedHead, stream_generator, train_stack
@@ -58,7 +59,7 @@ def make_job(
 
 def train_jobs(
     head: Applicable,
-    x: Mapping[str, torch.Tensor],
+    x: Mapping[str, torch.Tensor] | FeatureRows,
     y: torch.Tensor,
     jobs: Sequence[Job],
     n_classes: int,
@@ -72,17 +73,15 @@ def train_jobs(
     Parameters and return value as of `embcache.probe.stack.train_stack`; a head that is solved has neither losses nor
     epochs. How jobs are divided among stacks changes no result.
     """
-    tell = on_epoch or (lambda done: None)
+    tell, rows = on_epoch or (lambda done: None), as_rows(x)
     if is_solved(head):
         solved = []
         for number, job in enumerate(jobs, start=1):
-            solved.append(_solve(head, x, y, job, n_classes, metric))
+            solved.append(_solve(head, rows, y, job, n_classes, metric))
             tell(number * schedule.max_epochs)
         return solved
     trainable = cast("TrainableHead", head)
-    dims = {backbone: features.shape[-1] for backbone, features in x.items()}
-    size = sum(p.numel() for p in trainable.init(stream_generator("", "count"), dims, n_classes).values())
-    width = max(1, _LARGEST_STACK // size)
+    width = max(1, _LARGEST_STACK // size_of(trainable, rows.dims, n_classes))
     trained: list[TrainedHead] = []
     for start in range(0, len(jobs), width):
 
@@ -91,7 +90,7 @@ def train_jobs(
 
         trained += train_stack(
             trainable,
-            x,
+            rows,
             y,
             jobs[start : start + width],
             n_classes,
@@ -102,18 +101,20 @@ def train_jobs(
     return trained
 
 
+def size_of(head: TrainableHead, dims: Mapping[str, int], n_classes: int) -> int:
+    """How many numbers one head trains."""
+    return sum(p.numel() for p in head.init(stream_generator("", "count"), dims, n_classes).values())
+
+
 def best_of(trained: Sequence[TrainedHead]) -> int:
     """Which of several heads did best on validation: the first of equals, one without a model only where none has."""
     scores = [(bool(t.params), -np.inf if t.val_score is None else t.val_score) for t in trained]
     return scores.index(max(scores))
 
 
-def _solve(
-    head: SolvedHead, x: Mapping[str, torch.Tensor], y: torch.Tensor, job: Job, n_classes: int, metric: str
-) -> TrainedHead:
+def _solve(head: SolvedHead, x: FeatureRows, y: torch.Tensor, job: Job, n_classes: int, metric: str) -> TrainedHead:
     def take(rows: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        rows = rows.to(y.device)
-        return {backbone: plain_view(features)[rows] for backbone, features in x.items()}, y[rows]
+        return x.gather(rows), y[rows.to(y.device)]
 
     train, labels = take(job.train)
     failed = TrainedHead({}, 0, None, (), (), (), diverged=True)

@@ -28,6 +28,7 @@ def check_usage(
     val: str = "full",
     test: str = "local",
     lr: float | Sequence[float] | None = None,
+    max_memory: int | str | None = None,
 ) -> None:
     """Refuse what can be refused without data; meanings as of `embcache.probe.options.ProbeOptions`.
 
@@ -46,6 +47,7 @@ def check_usage(
             raise unknown_subset(asked, ("S", "M", "F"))
     for rate in lr if isinstance(lr, Sequence) else () if lr is None else (lr,):
         Schedule(lr=rate)
+    check_memory(max_memory)
 
 
 def head_names() -> list[str]:
@@ -135,3 +137,39 @@ def parse_rates(texts: Sequence[str]) -> float | list[float] | None:
                 "a learning rate must be a number", found=repr(text), where="--lr", fix="--lr 1e-4,1e-3,1e-2"
             ) from error
     return (rates[0] if len(rates) == 1 else rates) if rates else None
+
+
+def check_memory(max_memory: int | str | None) -> int | None:
+    """``--max-memory`` in bytes.
+
+    Raises
+    ------
+    UsageError
+        It is no amount of memory, or none at all.
+    """
+    size = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    if size is not None and size < 1:
+        raise UsageError("--max-memory must be at least a byte", found=str(max_memory), fix="--max-memory 2GB")
+    return size
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a text: ``2GB`` (10⁹ bytes a GB), ``512MiB`` (2²⁰ bytes a MiB), ``800000``.
+
+    Raises
+    ------
+    UsageError
+        The text is no size.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise UsageError(
+            "an amount of memory is not given as it should be",
+            expected="a number of bytes, or one with KB, MB, GB, MiB or GiB",
+            found=repr(text),
+            where="--max-memory",
+            fix="--max-memory 2GB",
+        )
+    number, prefix, binary = found.groups()
+    power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)

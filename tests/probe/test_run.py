@@ -253,9 +253,9 @@ def test_features_are_read_once_for_all_subsets(
     loads = []
     original = run_module.load_features
 
-    def spy(store: Any, *rest: Any) -> torch.Tensor:
+    def spy(store: Any, *rest: Any, **options: Any) -> torch.Tensor:
         loads.append(store.recipe.backbone)
-        return original(store, *rest)
+        return original(store, *rest, **options)
 
     monkeypatch.setattr(run_module, "load_features", spy)
     probe_grid(cached, [["a"], ["b"]], subsets=["S", 30, "F"], home=home)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from embcache.probe.layers import affine, init_linear
-from embcache.probe.standard import standard_params, standardise
+from embcache.probe.standard import Standard, standard_params, standardise
 from embcache.probe.train import FittedHead, fit
 
 Params = dict[str, torch.Tensor]
@@ -35,6 +35,10 @@ class Concat:
     def constants(self, x: Mapping[str, torch.Tensor]) -> Params:
         """``standard.<backbone>.mean`` and ``.scale`` of training rows (n, D)."""
         return standard_params(x)
+
+    def constants_in_parts(self) -> Standard:
+        """The same from training rows that are streamed."""
+        return Standard()
 
     def apply(
         self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None

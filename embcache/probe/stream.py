@@ -1,0 +1,204 @@
+"""Features larger than memory: all heads share one stream of shards, shuffled on two levels.
+
+An epoch takes the shards in a random order, as many at a time as a buffer holds; of the rows in the buffer every head
+takes its own draws in its own random order. What a head draws in an epoch is what it would draw from memory, row for
+row; only the order is bound to that of the shards. Draws that do not fill a batch wait in front of the buffer for the
+next shards.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from embcache.probe.rows import CHUNK, Chunk, Step, equal_runs, kept_dtype, take
+from embcache.probe.stack import stream_generator
+
+IntArray = NDArray[np.int64]
+
+
+class StoredRows(Protocol):
+    """What is streamed: an array that is read when indexed, as `embcache.store.features.Features` is."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, D) or (n, V, D)."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As stored."""
+        ...
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """The rows asked for, in their order."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """Features on disk as `embcache.probe.rows.FeatureRows`.
+
+    Attributes
+    ----------
+    stored : mapping of backbone to StoredRows
+        The features.
+    places : mapping of backbone to int64 array of shape (N,)
+        Where each row lies in them.
+    shards : int64 array of shape (N,)
+        The shard that each row is read with.
+    shard_rows : mapping of int to int
+        How many rows each shard has, wanted or not: which shards are in the buffer together does not depend on which of
+        their rows are wanted.
+    buffer_rows : int
+        Rows that the buffer holds; a single larger shard is taken whole.
+    n_views : int
+        More than one: views (n, V, D) that training draws from, else the plain images.
+    stream : str
+        Names the random stream of the order of shards.
+    device : str
+        Where batches go.
+    """
+
+    stored: Mapping[str, StoredRows]
+    places: Mapping[str, IntArray]
+    shards: IntArray
+    shard_rows: Mapping[int, int]
+    buffer_rows: int
+    n_views: int = 1
+    stream: str = "0"
+    device: str = "cpu"
+
+    in_memory = False
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        """Features of each backbone."""
+        return {backbone: stored.shape[-1] for backbone, stored in self.stored.items()}
+
+    def steps(
+        self, orders: Sequence[torch.Tensor], views: Sequence[torch.Tensor], size: int, epoch: int
+    ) -> Iterator[Step]:
+        """One epoch of several heads; see `embcache.probe.rows.FeatureRows`."""
+        block_of, n_blocks = self._blocks(epoch)
+        queues = [_Queue(o, v, block_of[self.shards[o.numpy()]], n_blocks) for o, v in zip(orders, views, strict=True)]
+        # Rows that any head draws, block by block: each is read once, and only those are.
+        wanted = np.unique(np.concatenate([queue.rows for queue in queues]))
+        wanted = wanted[np.lexsort((self.shards[wanted], block_of[self.shards[wanted]]))]
+        bounds = np.searchsorted(block_of[self.shards[wanted]], np.arange(n_blocks + 1))
+        front = len(queues) * size  # where draws wait
+        held = self._empty(front + int(np.diff(bounds).max(initial=0)))
+        at = np.zeros(len(self.shards), dtype=np.int64)  # row → place in the buffer
+        for block in range(n_blocks):
+            rows = wanted[bounds[block] : bounds[block + 1]]
+            at[rows] = np.arange(front, front + len(rows))
+            self._read_into(held, front, rows)
+            lies = [queue.places(block, at, k * size) for k, queue in enumerate(queues)]
+            last = block == n_blocks - 1
+            ready = [places[: len(places) if last else len(places) // size * size] for places in lies]
+            for start in range(0, max(map(len, ready)), size):
+                for heads in equal_runs([min(size, max(0, len(r) - start)) for r in ready]):
+                    yield self._step(held, queues, ready, heads, slice(start, start + size))
+            for k, queue in enumerate(queues):
+                queue.done += len(ready[k])
+                left = torch.from_numpy(lies[k][len(ready[k]) :])
+                for features in held.values():
+                    features[k * size : k * size + len(left)] = features[left]
+
+    def chunks(self, sets: Sequence[torch.Tensor]) -> Iterator[Chunk]:
+        """Features of several sets of rows, shard by shard; see `embcache.probe.rows.FeatureRows`."""
+        numbers = np.array(sorted(self.shard_rows))
+        orders, bounds = [], []
+        for asked_rows in sets:
+            of_rank = np.searchsorted(numbers, self.shards[asked_rows.numpy()])
+            orders.append(np.argsort(of_rank, kind="stable"))
+            bounds.append(np.searchsorted(of_rank[orders[-1]], np.arange(len(numbers) + 1)))
+        for rank in range(len(numbers)):
+            parts = [order[b[rank] : b[rank + 1]] for order, b in zip(orders, bounds, strict=True)]
+            asked = [rows.numpy()[part] for rows, part in zip(sets, parts, strict=True)]
+            read = np.unique(np.concatenate(asked)) if asked else np.zeros(0, np.int64)
+            if not len(read):
+                continue
+            held = self._empty(len(read))
+            self._read_into(held, 0, read)
+            for number, (part, rows) in enumerate(zip(parts, asked, strict=True)):
+                for start in range(0, len(part), CHUNK):
+                    places = torch.from_numpy(np.searchsorted(read, rows[start : start + CHUNK]))
+                    x = {b: take(f, places).to(self.device) for b, f in held.items()}
+                    yield Chunk(number, torch.from_numpy(part[start : start + CHUNK]), x)
+
+    def gather(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features of rows, all at once; see `embcache.probe.rows.FeatureRows`."""
+        x = {b: torch.empty((len(rows), dim), device=self.device) for b, dim in self.dims.items()}
+        for chunk in self.chunks([rows]):
+            for backbone, features in chunk.x.items():
+                x[backbone][chunk.places.to(self.device)] = features
+        return x
+
+    def _blocks(self, epoch: int) -> tuple[IntArray, int]:
+        """Which fill of the buffer each shard belongs to in an epoch, by shard number, and how many there are."""
+        numbers = np.array(sorted(self.shard_rows))
+        order = torch.randperm(len(numbers), generator=stream_generator(self.stream, f"shards {epoch}")).numpy()
+        block_of = np.zeros(int(numbers.max()) + 1, dtype=np.int64)
+        block, filled = 0, 0
+        for number in numbers[order].tolist():
+            if filled and filled + self.shard_rows[number] > self.buffer_rows:
+                block, filled = block + 1, 0
+            block_of[number] = block
+            filled += self.shard_rows[number]
+        return block_of, block + 1
+
+    def _empty(self, n: int) -> dict[str, torch.Tensor]:
+        """Room for n rows of each backbone, in the dtype in which they are kept."""
+        shapes = {b: s.shape[1:] if self.n_views > 1 else s.shape[-1:] for b, s in self.stored.items()}
+        return {b: torch.empty((n, *shape), dtype=kept_dtype(self.stored[b].dtype)) for b, shape in shapes.items()}
+
+    def _read_into(self, held: Mapping[str, torch.Tensor], start: int, rows: IntArray) -> None:
+        """Read rows, shard by shard where they are listed so: never more than one shard beside the buffer."""
+        edges = np.flatnonzero(np.diff(self.shards[rows], prepend=-1, append=-1))
+        for a, b in itertools.pairwise(edges.tolist()):
+            for backbone, features in held.items():
+                read = self.stored[backbone][self.places[backbone][rows[a:b]]]
+                if read.ndim == 3 and self.n_views == 1:
+                    read = read[:, 0]  # the first view is the image as it is
+                features[start + a : start + b] = torch.from_numpy(np.ascontiguousarray(read))
+
+    def _step(
+        self,
+        held: Mapping[str, torch.Tensor],
+        queues: Sequence[_Queue],
+        ready: Sequence[IntArray],
+        heads: slice,
+        part: slice,
+    ) -> Step:
+        numbers = range(heads.start, heads.stop)
+        places = torch.from_numpy(np.stack([ready[k][part] for k in numbers]))
+        rows = torch.from_numpy(np.stack([queues[k].rows[queues[k].done :][part] for k in numbers]))
+        view = None
+        if self.n_views > 1:
+            view = torch.from_numpy(np.stack([queues[k].views[queues[k].done :][part] for k in numbers]))
+        return Step(heads, rows.to(self.device), {b: take(f, places, view).to(self.device) for b, f in held.items()})
+
+
+class _Queue:
+    """The draws of one head in an epoch, in the order of the blocks: ``done`` of them have been trained on."""
+
+    def __init__(self, order: torch.Tensor, views: torch.Tensor, blocks: IntArray, n_blocks: int) -> None:
+        narrow = blocks.astype(np.int16) if n_blocks < 2**15 else blocks  # what numpy sorts in linear time
+        by_block = np.argsort(narrow, kind="stable")
+        self.rows: IntArray = order.numpy()[by_block]
+        self.views: IntArray = views.numpy()[by_block]
+        self.ends: IntArray = np.searchsorted(blocks[by_block], np.arange(n_blocks), side="right")
+        self.done = 0
+
+    def places(self, block: int, at: IntArray, front: int) -> IntArray:
+        """Where in the buffer the draws lie: those that waited, then those of the block."""
+        before = int(self.ends[block - 1]) if block else 0
+        waited = np.arange(front, front + before - self.done)
+        return np.concatenate([waited, at[self.rows[before : self.ends[block]]]])

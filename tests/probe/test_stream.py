@@ -1,0 +1,210 @@
+"""Features that are streamed from shards: the same draws as from memory, in an order bound to the shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import embcache.probe.run as run_module
+from embcache.data.dataset import ImageDataset
+from embcache.errors import UsageError
+from embcache.probe.apply import predict_logits
+from embcache.probe.heads import make_head
+from embcache.probe.metrics import softmax
+from embcache.probe.options import parse_size
+from embcache.probe.rows import Resident
+from embcache.probe.run import probe_features, probe_grid
+from embcache.probe.schedule import Schedule
+from embcache.probe.stack import Job, train_stack
+from embcache.probe.stream import Streamed
+from tests.probe.build import make_dataset, make_features, put_store
+
+
+def shards_of(n: int, per_shard: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.permutation(np.arange(n) // per_shard)
+
+
+def streamed(x: torch.Tensor, shards: np.ndarray, buffer_rows: int, **options: Any) -> Streamed:
+    numbers, counts = np.unique(shards, return_counts=True)
+    places = np.random.default_rng(1).permutation(len(x))
+    stored = np.empty_like(x.numpy())
+    stored[places] = x.numpy()
+    rows = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+    return Streamed({"a": stored}, {"a": places}, shards, rows, buffer_rows, **options)
+
+
+@settings(max_examples=40)
+@given(
+    n=st.integers(1, 200),
+    per_shard=st.integers(1, 40),
+    buffer_rows=st.integers(1, 120),
+    size=st.integers(1, 16),
+    sizes=st.lists(st.integers(1, 150), min_size=1, max_size=4),
+    views=st.sampled_from([1, 3]),
+    seed=st.integers(0, 50),
+)
+def test_a_streamed_epoch_trains_on_the_draws_of_one_from_memory(
+    n: int, per_shard: int, buffer_rows: int, size: int, sizes: list[int], views: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = torch.arange(n * views, dtype=torch.float32).view(n, views, 1)
+    x = x if views > 1 else x[:, 0]
+    rows = streamed(x, shards_of(n, per_shard, rng), buffer_rows, n_views=views)
+    orders = [torch.from_numpy(rng.integers(0, n, size=k)) for k in sorted(sizes, reverse=True)]
+    drawn = [torch.from_numpy(rng.integers(0, views, size=len(order))) for order in orders]
+    seen: list[list[float]] = [[] for _ in orders]
+    lengths: list[list[int]] = [[] for _ in orders]
+    for step in rows.steps(orders, drawn, size, epoch=seed):
+        assert step.rows.shape == step.x["a"].shape[:2]
+        for k, head in enumerate(range(step.heads.start, step.heads.stop)):
+            np.testing.assert_array_equal(step.x["a"][k, :, 0] // views, step.rows[k])
+            seen[head] += step.x["a"][k, :, 0].tolist()
+            lengths[head].append(step.rows.shape[1])
+    for order, view, shown, of in zip(orders, drawn, seen, lengths, strict=True):
+        assert sorted(shown) == sorted((order * views + view).float().tolist())
+        full, rest = divmod(len(order), size)
+        assert of == [size] * full + [rest] * (rest > 0)
+
+
+def test_rows_of_one_epoch_come_by_shards_and_of_another_in_another_order() -> None:
+    n, x = 400, torch.zeros(400, 1)
+    shards = np.arange(n) // 50
+    rows = streamed(x, shards, buffer_rows=100)
+    order, view = torch.randperm(n, generator=torch.Generator().manual_seed(0)), torch.zeros(n, dtype=torch.int64)
+    first, second = (
+        shards[torch.cat([step.rows[0] for step in rows.steps([order], [view], 64, epoch)]).numpy()] for epoch in (0, 1)
+    )
+    for start in range(0, n, 100):  # two shards at a time, mixed
+        assert len(set(first[start : start + 100])) == 2
+        assert len(np.flatnonzero(np.diff(first[start : start + 100]))) > 10
+    assert first.tolist() != second.tolist()
+
+
+def test_chunks_have_every_row_of_every_set_once() -> None:
+    x = torch.randn(300, 4)
+    rows = streamed(x, shards_of(300, 32, np.random.default_rng(0)), buffer_rows=64)
+    sets = [torch.randperm(300)[:90], torch.zeros(0, dtype=torch.int64), torch.arange(300), torch.tensor([7, 7, 3])]
+    for source in (rows, Resident({"a": x})):
+        found = [torch.full((len(s), 4), torch.nan) for s in sets]
+        for chunk in source.chunks(sets):
+            found[chunk.number][chunk.places] = chunk.x["a"]
+        for s, f in zip(sets, found, strict=True):
+            torch.testing.assert_close(f, x[s], rtol=0, atol=0)
+        torch.testing.assert_close(source.gather(sets[0])["a"], x[sets[0]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "concat"])
+def test_a_streamed_head_is_the_same_alone_and_in_a_stack_and_as_good_as_one_from_memory(name: str) -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, size=600)
+    x = torch.from_numpy((rng.normal(size=(600, 10)) + 0.5 * y[:, None] * rng.normal(size=10)).astype(np.float32))
+    jobs = [Job(torch.arange(30 * k, 200 + 40 * k), torch.arange(400, 600), str(k), 1e-2) for k in range(3)]
+    head, schedule = make_head(name, **({"hidden": 8} if name == "mlp" else {})), Schedule(max_epochs=8, min_epochs=8)
+    rows = streamed(x, shards_of(600, 64, rng), buffer_rows=150)
+    labels = torch.from_numpy(y)
+    together = train_stack(head, rows, labels, jobs, 2, "auc", schedule)
+    memory = train_stack(head, {"a": x}, labels, jobs, 2, "auc", schedule)
+    for job, stacked, resident in zip(jobs, together, memory, strict=True):
+        (alone,) = train_stack(head, rows, labels, [job], 2, "auc", schedule)
+        np.testing.assert_allclose(stacked.losses, alone.losses, rtol=1e-5)
+        a, b = (softmax(predict_logits(head, t.params, rows, torch.arange(600))) for t in (stacked, alone))
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+        assert stacked.val_score == pytest.approx(resident.val_score, abs=0.03)
+        for constant in (n for n in resident.params if n.startswith("standard.")):
+            torch.testing.assert_close(stacked.params[constant], resident.params[constant], rtol=1e-5, atol=1e-6)
+
+
+# --- as asked for
+
+
+@pytest.fixture
+def ds() -> ImageDataset:
+    labels = np.random.default_rng(0).integers(0, 2, size=900).tolist()
+    return make_dataset(labels, split=["train"] * 600 + ["test"] * 300)
+
+
+@pytest.fixture
+def cached(home: Path, ds: ImageDataset) -> ImageDataset:
+    put_store(home, ds, "a", make_features(ds, 300).astype(np.float16))
+    return ds
+
+
+LIMIT = 600_000  # 900 × 300 half floats are 540,000 bytes: more than the share that features may take
+
+
+def test_streaming_reaches_the_same_within_fold_noise_as_another_run(cached: ImageDataset, home: Path) -> None:
+    plain = probe_features(cached, "a", subset="F", home=home)
+    streamed = probe_features(cached, "a", subset="F", home=home, max_memory=LIMIT)
+    assert plain.mean == pytest.approx(streamed.mean, abs=2 * (plain.std or 0) + 0.005)
+    assert streamed.id != plain.id
+    assert any("streamed" in note for note in streamed.notes)
+    again = probe_features(cached, "a", subset="F", home=home, max_memory=LIMIT, reuse=False)
+    assert [f.score for f in again.folds] == [f.score for f in streamed.folds]
+
+
+def test_what_fits_into_memory_is_the_same_run(cached: ImageDataset, home: Path) -> None:
+    plain = probe_features(cached, "a", subset="F", home=home)
+    assert probe_features(cached, "a", subset="F", home=home, max_memory="1MB") == plain
+    assert not any("streamed" in note for note in plain.notes)
+
+
+def test_each_subset_is_streamed_or_not_whatever_else_is_asked(home: Path, ds: ImageDataset) -> None:
+    small = make_dataset(ds.labels.tolist(), split=["train"] * 850 + ["test"] * 50)
+    put_store(home, small, "a", make_features(small, 300).astype(np.float16))
+    alone = [
+        probe_features(small, "a", subset=s, val="matched", home=home, max_memory=LIMIT, reuse=False)
+        for s in ("S", "F")
+    ]
+    grid = probe_grid(small, [["a"]], subsets=["F", "S"], val="matched", home=home, max_memory=LIMIT, reuse=False)
+    assert [any("streamed" in note for note in result.notes) for result in grid] == [True, False]
+    for a, b in zip(alone, reversed(grid), strict=True):
+        assert a.id == b.id
+        assert a.mean == pytest.approx(b.mean, abs=1e-6)
+
+
+def test_features_in_half_precision_stay_so_in_memory(
+    cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+
+    def spy(head: Any, x: Any, *rest: Any, **options: Any) -> Any:
+        kept.append(x.x["a"].dtype)
+        return original(head, x, *rest, **options)
+
+    original = run_module.train_jobs
+    monkeypatch.setattr(run_module, "train_jobs", spy)
+    probe_features(cached, "a", home=home)
+    assert kept == [torch.float16]
+
+
+@pytest.mark.parametrize("head", ["knn", "logreg"])
+def test_a_solved_head_says_what_it_needs(cached: ImageDataset, home: Path, head: str) -> None:
+    with pytest.raises(UsageError, match=f"head '{head}' is solved on all features at once") as caught:
+        probe_features(cached, "a", subset="F", head=head, home=home, max_memory=LIMIT)
+    assert "--max-memory" in str(caught.value)
+
+
+def test_a_limit_without_room_for_a_buffer_is_refused(cached: ImageDataset, home: Path) -> None:
+    with pytest.raises(UsageError, match="no room for a buffer") as caught:
+        probe_features(cached, "a", subset="F", home=home, max_memory="10kB")
+    assert "--max-memory 1MB" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GB", 2 * 10**9), ("1.5 gb", 1.5 * 10**9), ("512MiB", 512 * 2**20), ("4096", 4096), ("10B", 10), ("1T", 10**12)],
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: float) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "2XB", "-1GB", "2 GB of it"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="amount of memory"):
+        parse_size(text)
