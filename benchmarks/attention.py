@@ -76,8 +76,9 @@ def stepper(head: Any, heads: int, params: Params) -> Callable[[], None]:
     def step() -> None:
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         loss = F.cross_entropy(head.apply(leaves, x, mask).flatten(0, 1), y.flatten(), reduction="sum") / BATCH
-        for (name, p), gradient in zip(leaves.items(), torch.autograd.grad(loss, list(leaves.values())), strict=True):
-            adam_step(p.detach(), gradient, *moments[name], [1] * heads, [1e-6] * heads)
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        parts = [(params[name], g, *moments[name]) for name, g in zip(leaves, gradients, strict=True)]
+        adam_step(parts, [1] * heads, [1e-6] * heads)
 
     return step
 

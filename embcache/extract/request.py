@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
 from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.extract.batching import Source, prepare
@@ -61,7 +62,7 @@ def weights_by_name(names: Sequence[str], weights: PathLike | Mapping[str, PathL
 
 def default_workers() -> int:
     """Threads that decode images where nobody says how many: one a core, 8 at most."""
-    return min(os.cpu_count() or 1, 8)
+    return min(usable_cores(), 8)
 
 
 def check_numbers(

@@ -26,7 +26,7 @@ from embcache.extract.worker import arithmetic
 from embcache.finetune.checkpoint import FoldState
 from embcache.finetune.data import Draw, Frames, batches
 from embcache.finetune.model import ImageModel, State
-from embcache.probe.metrics import selection_score, softmax
+from embcache.probe.metrics import score, softmax
 from embcache.probe.schedule import Schedule, Tracker
 from embcache.probe.stack import Job, stream_generator
 
@@ -126,12 +126,12 @@ def train_fold(
             logits = predict_logits(model, setting, job.val.tolist()) if math.isfinite(loss) else None
             if logits is None or not np.isfinite(logits).all():
                 return replace(state, diverged=True)
-            score = selection_score(setting.metric, setting.y[job.val.numpy()], softmax(logits))
-            better = tracker.update(score)
+            value = score(setting.metric, setting.y[job.val.numpy()], softmax(logits))
+            better = tracker.update(value)
             state = replace(
                 state,
                 losses=(*state.losses, loss),
-                val_scores=(*state.val_scores, score),
+                val_scores=(*state.val_scores, value),
                 lrs=(*state.lrs, lr),
                 scaler=dict(scaler.state_dict()),
             )

@@ -6,7 +6,6 @@ other weights, another decoder or another arithmetic would give numbers that onl
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from embcache.data.columns import retarget
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import DatasetError, UsageError
+from embcache.extract.request import default_workers
 from embcache.paths import PathLike
 from embcache.predict.images import images_of_dataset, images_of_paths
 from embcache.predict.model import load_model
@@ -156,7 +156,7 @@ def predict_images(
         raise _none_read(names, reasons)
     model = load_model(result, folder, chosen, home=home, weights=weights, device=device)
     p = np.full((len(names), len(result.class_names)), np.nan)
-    with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
+    with ThreadPoolExecutor(workers or default_workers()) as pool:
         for start in range(0, len(todo), _CHUNK):
             rows = todo[start : start + _CHUNK]
             found, why = model(asked.root, [asked.sources[k] for k in rows], pool)

@@ -1,7 +1,9 @@
 """Scores of predicted probabilities, and bootstrap intervals over groups.
 
-scikit-learn does the arithmetic of every test score; the bootstrap repeats the datasets' own metrics for thousands of
-resamples at once, as weighted counts, and tests hold these against scikit-learn with ``sample_weight``.
+Pairs and cells are counted in whole numbers, so that two models that rank all images alike have exactly equal scores;
+the bootstrap repeats the datasets' own metrics for thousands of resamples at once, as weighted counts. Tests hold every
+score against scikit-learn, with ``sample_weight`` too. scikit-learn itself is not called: its import takes longer than
+most probes train, and its input checks longer than an epoch.
 """
 
 from __future__ import annotations
@@ -25,13 +27,6 @@ BOOTSTRAP_SEED = 20_210_823
 """One seed for all results, so that two rows on the same test set are compared on the same resamples."""
 
 _BLOCK = 50  # resamples drawn and scored at a time; part of the random stream, so a constant
-
-
-def _sklearn() -> Any:
-    """scikit-learn's metrics, imported when a model is tested: training comes first and does without them."""
-    import sklearn.metrics
-
-    return sklearn.metrics
 
 
 def softmax(logits: ArrayLike) -> FloatArray:
@@ -70,28 +65,13 @@ def score(metric: str, y: ArrayLike, p: ArrayLike) -> float:
         ``y`` holds fewer than two classes, or ``metric`` is unknown or does not fit the number of classes.
     """
     labels, probabilities = _checked(metric, y, p)
-    if metric == "kappa":
-        return _kappa(labels, probabilities)
-    if metric == "auc":
-        return float(_sklearn().roc_auc_score(labels, log_odds(probabilities)))
-    values = [value for value in per_class_auc(labels, probabilities) if value is not None]
-    return float(np.mean(values))
+    return scorer(metric, labels, probabilities.shape[1])(probabilities)
 
 
-def selection_score(metric: str, y: ArrayLike, p: ArrayLike) -> float:
-    """`score`, counted instead of integrated: what training compares epochs by.
+def scorer(metric: str, y: ArrayLike, n_classes: int) -> Callable[[FloatArray], float]:
+    """`score` on one set of labels, as a function of finite float64 probabilities (n, C): what training calls.
 
-    Parameters and errors as of `score`; see `selection_scorer`.
-    """
-    return selection_scorer(metric, y, np.shape(p)[1])(np.asarray(p, dtype=np.float64))
-
-
-def selection_scorer(metric: str, y: ArrayLike, n_classes: int) -> Callable[[FloatArray], float]:
-    """A function of probabilities (n, C) that scores them on one set of labels, again and again.
-
-    Pairs and cells are counted in whole numbers, so that two epochs that rank all images alike have exactly equal
-    scores (ties keep the earliest epoch), and without scikit-learn's input checks, which cost more than an epoch does.
-    The value is that of `score` to rounding.
+    Ties between epochs keep the earliest: equal rankings have equal scores, to the last bit.
 
     Parameters
     ----------
@@ -113,12 +93,12 @@ def selection_scorer(metric: str, y: ArrayLike, n_classes: int) -> Callable[[Flo
         return lambda p: float(_weighted_kappa(labels, p)(once)[0])
     if metric == "auc":
         positive = labels == 1
-        return lambda p: _counted_auc(positive, log_odds(p))
+        return lambda p: _auc(positive, log_odds(p))
     sides = [(int(c), labels == c) for c in np.unique(labels)]
-    return lambda p: float(np.mean([_counted_auc(positive, p[:, c]) for c, positive in sides]))
+    return lambda p: float(np.mean([_auc(positive, p[:, c]) for c, positive in sides]))
 
 
-def _counted_auc(positive: NDArray[np.bool_], scores: FloatArray) -> float:
+def _auc(positive: NDArray[np.bool_], scores: FloatArray) -> float:
     """Share of the pairs of a positive and a negative row that are ranked rightly, ties counting half."""
     order = np.argsort(scores)
     ranked, negative = scores[order], ~positive[order]
@@ -145,7 +125,7 @@ def per_class_auc(y: ArrayLike, p: ArrayLike) -> list[float | None]:
     labels, probabilities = np.asarray(y), np.asarray(p)
     one_vs_rest = [labels == c for c in range(probabilities.shape[1])]
     return [
-        float(_sklearn().roc_auc_score(positive, probabilities[:, c])) if 0 < positive.sum() < len(labels) else None
+        _auc(positive, probabilities[:, c]) if 0 < positive.sum() < len(labels) else None
         for c, positive in enumerate(one_vs_rest)
     ]
 
@@ -170,7 +150,6 @@ def evaluate(metric: str, y: ArrayLike, p: ArrayLike) -> dict[str, Any]:
         averaged one-vs-rest over the classes that occur), ``kappa`` (quadratic), ``per_class_auc`` (a list, None for an
         absent class) and ``absent_classes`` (their numbers).
     """
-    sk = _sklearn()
     labels, probabilities = _checked(metric, y, p)
     n_classes = probabilities.shape[1]
     present = sorted(set(labels.tolist()))
@@ -181,15 +160,12 @@ def evaluate(metric: str, y: ArrayLike, p: ArrayLike) -> dict[str, Any]:
         sides = [(labels == c, probabilities[:, c]) for c in present]
     return {
         "score": score(metric, labels, probabilities),
-        "auc": float(np.mean([sk.roc_auc_score(positive, s) for positive, s in sides])),
-        "auprc": float(np.mean([sk.average_precision_score(positive, s) for positive, s in sides])),
-        "accuracy": float(sk.accuracy_score(labels, predicted)),
-        # recall averaged over the classes that occur: balanced accuracy, which would warn of absent ones
-        "balanced_accuracy": float(
-            sk.recall_score(labels, predicted, labels=present, average="macro", zero_division=0.0)
-        ),
+        "auc": float(np.mean([_auc(positive, s) for positive, s in sides])),
+        "auprc": float(np.mean([_average_precision(positive, s) for positive, s in sides])),
+        "accuracy": float((labels == predicted).mean()),
+        "balanced_accuracy": float(np.mean([(predicted[labels == c] == c).mean() for c in present])),
         "sensitivity_at_95_specificity": float(np.mean([_sensitivity(positive, s, 0.95) for positive, s in sides])),
-        "kappa": _kappa(labels, probabilities),
+        "kappa": scorer("kappa", labels, n_classes)(probabilities),
         "per_class_auc": per_class_auc(labels, probabilities),
         "absent_classes": [c for c in range(n_classes) if c not in present],
     }
@@ -252,6 +228,11 @@ def _checked(metric: str, y: ArrayLike, p: ArrayLike) -> tuple[IntArray, FloatAr
         raise ProtocolError(
             "the AUC is for two classes", found=f"{probabilities.shape[1]} classes", fix="use the metric macro_auc"
         )
+    if not np.isfinite(probabilities).all():
+        raise ProtocolError(
+            "a score needs probabilities that are numbers",
+            found=f"{int((~np.isfinite(probabilities)).any(-1).sum()):,} rows without",
+        )
     if len(np.unique(labels)) < 2:
         raise ProtocolError(
             "a score needs images of two classes", found=f"{len(labels)} images of {len(np.unique(labels))} class"
@@ -265,14 +246,26 @@ def log_odds(p: FloatArray) -> FloatArray:
     return np.asarray(np.log(np.maximum(p[:, 1], tiny)) - np.log(np.maximum(p[:, 0], tiny)))
 
 
-def _kappa(y: IntArray, p: FloatArray) -> float:
-    return float(_sklearn().cohen_kappa_score(y, p.argmax(1), labels=np.arange(p.shape[1]), weights="quadratic"))
+def _curve(positive: NDArray[np.bool_], scores: FloatArray) -> tuple[IntArray, IntArray]:
+    """True and false positives at every distinct threshold, from the highest to the lowest."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    last = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1)  # of each run of equal scores
+    true = np.cumsum(positive[order])[last]
+    return true, last + 1 - true
+
+
+def _average_precision(positive: NDArray[np.bool_], scores: FloatArray) -> float:
+    """Precision at each threshold, weighted by the recall it adds: no interpolation, as scikit-learn has it."""
+    true, false = _curve(positive, scores)
+    return float((np.diff(true, prepend=0) / true[-1] * (true / (true + false))).sum())
 
 
 def _sensitivity(positive: NDArray[np.bool_], scores: FloatArray, specificity: float) -> float:
     """Highest sensitivity among the thresholds whose specificity is at least the asked one."""
-    fpr, tpr, _ = _sklearn().roc_curve(positive, scores, drop_intermediate=False)
-    return float(tpr[fpr <= 1 - specificity + 1e-12].max())
+    true, false = _curve(positive, scores)
+    allowed = false / false[-1] <= 1 - specificity + 1e-12
+    return float((true[allowed] / true[-1]).max(initial=0.0))
 
 
 def resample_weights(

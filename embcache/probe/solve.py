@@ -54,7 +54,7 @@ class SolvedHead(Protocol):
         n_classes : int
             C, the width of the logits.
         metric : str
-            By which validation chooses; see `embcache.probe.metrics.selection_score`.
+            By which validation chooses; see `embcache.probe.metrics.score`.
         """
         ...
 

@@ -24,7 +24,7 @@ from embcache.memory import keep_freed_memory
 from embcache.probe.adam import adam_step
 from embcache.probe.apply import Applicable, Params, logits_of_sets
 from embcache.probe.apply import predict_logits as predict_logits
-from embcache.probe.metrics import selection_scorer, softmax
+from embcache.probe.metrics import scorer, softmax
 from embcache.probe.rows import FeatureRows, as_rows
 from embcache.probe.schedule import Schedule, Tracker
 from embcache.probe.standard import constants_of
@@ -205,11 +205,9 @@ def train_stack(
 
 
 def _start(job: Job, y: torch.Tensor, n_classes: int, metric: str, schedule: Schedule) -> _Run:
-    scorer = None
-    if len(job.val):
-        scorer = selection_scorer(metric, y[job.val.to(y.device)].cpu().numpy(), n_classes)
+    own = scorer(metric, y[job.val.to(y.device)].cpu().numpy(), n_classes) if len(job.val) else None
     order, dropout, views = (stream_generator(job.stream, purpose) for purpose in ("order", "dropout", "views"))
-    return _Run(job, Tracker(schedule, job.lr), order, dropout, views, scorer)
+    return _Run(job, Tracker(schedule, job.lr), order, dropout, views, own)
 
 
 def _stacked_constants(live: Sequence[_Run]) -> Params:
@@ -221,14 +219,12 @@ def _threads_for(params: Params) -> Iterator[None]:
     """One thread for a small stack.
 
     Its steps are over before a second thread has started, and on a busy machine the wait for that thread takes ten
-    times as long as the work. The gradients of a large one are tens of megabytes, freed after each step and wanted
-    again in the next.
+    times as long as the work. Batches and gradients are megabytes, freed after each step and wanted again in the next.
     """
     before = torch.get_num_threads()
+    keep_freed_memory()
     if sum(p.numel() for p in params.values()) < _SMALL:
         torch.set_num_threads(1)
-    else:
-        keep_freed_memory()
     try:
         yield
     finally:
@@ -262,9 +258,12 @@ def _train_epoch(
         # Heads share no parameter, so the gradient of the sum is the gradient of each.
         gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
         steps[part] = [done + 1 for done in steps[part]]
-        for (name, p), gradient in zip(leaves.items(), gradients, strict=True):
-            adam_step(p.detach(), gradient, first[name][part], second[name][part], steps[part], lrs[part])
-        sums[part] += losses.detach().double() * shape[1]
+        parts = [
+            (params[name][part], gradient, first[name][part], second[name][part])
+            for name, gradient in zip(leaves, gradients, strict=True)
+        ]
+        adam_step(parts, steps[part], lrs[part])
+        sums[part].add_(losses.detach(), alpha=shape[1])
     for run, total in zip(live, sums.tolist(), strict=True):
         run.losses.append(total / len(run.job.train))
         run.lrs.append(run.tracker.lr)

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from embcache.errors import ProtocolError
 from embcache.probe.apply import Applicable, predict_logits
-from embcache.probe.metrics import selection_score, softmax
+from embcache.probe.metrics import score, softmax
 from embcache.probe.rows import FeatureRows, as_rows
 from embcache.probe.schedule import Schedule
 from embcache.probe.solve import SolvedHead, is_solved
@@ -118,16 +118,16 @@ def _solve(head: SolvedHead, x: FeatureRows, y: torch.Tensor, job: Job, n_classe
 
     train, labels = take(job.train)
     failed = TrainedHead({}, 0, None, (), (), (), diverged=True)
-    if not all(torch.isfinite(features).all() for features in train.values()):
-        return failed
     held, held_labels = take(job.val) if len(job.val) else (None, None)
+    if not all(torch.isfinite(features).all() for features in [*train.values(), *(held or {}).values()]):
+        return failed
     solved = head.solve(train, labels, held, held_labels, n_classes, metric)
     if held_labels is None:
         return TrainedHead(solved.params, 0, None, (), (), (), chosen=solved.chosen)
     logits = predict_logits(head, solved.params, x, job.val)
     if not np.isfinite(logits).all():
         return failed
-    value = selection_score(metric, held_labels.cpu().numpy(), softmax(logits))
+    value = score(metric, held_labels.cpu().numpy(), softmax(logits))
     return TrainedHead(solved.params, 0, value, (), (), (), chosen=solved.chosen)
 
 

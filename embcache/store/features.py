@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from embcache.cores import usable_cores
 from embcache.store.header import StoreHeader
 from embcache.store.reading import read_features, read_rows
 from embcache.store.verified import Scratch
@@ -89,7 +89,7 @@ class Features:
                 if not run:
                     out[part] = target
 
-        threads = min(_THREADS, _cores(), len(parts))
+        threads = min(_THREADS, usable_cores(), len(parts))
         if threads == 1:
             work(parts)
             return
@@ -104,7 +104,3 @@ class Features:
             last = (number, read_features(self._path, self._header, number))
         self._last = last
         return last[1]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

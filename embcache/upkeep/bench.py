@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.images import read_image
 from embcache.errors import EmbcacheError, ImageError
@@ -257,7 +257,7 @@ def _decoding(ds: ImageDataset) -> Measured:
 
     (seconds,) = _turns([decode], 1)
     rate = len(images) / seconds
-    cores = _cores()
+    cores = usable_cores()
     return Measured(
         f"decoding {ds.name} on one of {cores} cores ({len(ds) / rate / cores:,.0f} s for all)", rate, "images"
     )
@@ -267,17 +267,13 @@ def _machine(device: str) -> dict[str, Any]:
     packages = ("torch", "numpy", "zarr", "h5py")
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     return {
-        "cores": _cores(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
         "device": name,
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
     }
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _wait(device: str) -> None:

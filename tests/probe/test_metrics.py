@@ -11,13 +11,14 @@ from sklearn.metrics import (
     average_precision_score,
     balanced_accuracy_score,
     cohen_kappa_score,
+    recall_score,
     roc_auc_score,
     roc_curve,
 )
 
 from embcache.errors import ProtocolError
 from embcache.probe import metrics
-from embcache.probe.metrics import bootstrap, evaluate, interval, per_class_auc, score, selection_score, softmax
+from embcache.probe.metrics import bootstrap, evaluate, interval, per_class_auc, score, softmax
 
 
 def predictions(n: int, n_classes: int, seed: int, *, coarse: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -41,17 +42,11 @@ def test_macro_auc_and_kappa_are_scikit_learns(seed: int, n_classes: int) -> Non
     assert score("kappa", y, p) == pytest.approx(expected, abs=1e-12)
 
 
-@given(st.integers(0, 500), st.sampled_from([("auc", 2), ("macro_auc", 4), ("kappa", 5)]), st.booleans())
-def test_epochs_are_compared_by_the_score_itself(seed: int, metric: tuple[str, int], coarse: bool) -> None:
-    y, p = predictions(50, metric[1], seed, coarse=coarse)
-    assert selection_score(metric[0], y, p) == pytest.approx(score(metric[0], y, p), abs=1e-12)
-
-
 @given(st.integers(0, 300))
-def test_equal_rankings_have_exactly_equal_selection_scores(seed: int) -> None:
+def test_equal_rankings_have_exactly_equal_scores(seed: int) -> None:
     y, p = predictions(50, 2, seed)
     sharper = softmax(np.log(p) * 1.7)
-    assert selection_score("auc", y, sharper) == selection_score("auc", y, p)
+    assert score("auc", y, sharper) == score("auc", y, p)
 
 
 def test_confident_predictions_are_still_ranked() -> None:
@@ -76,19 +71,42 @@ def test_a_class_absent_from_the_fold_is_flagged_and_not_averaged_over() -> None
     )
 
 
-@given(st.integers(0, 200))
-def test_the_other_scores_of_two_classes(seed: int) -> None:
-    y, p = predictions(60, 2, seed)
+@given(st.integers(0, 200), st.booleans())
+def test_the_other_scores_of_two_classes(seed: int, coarse: bool) -> None:
+    y, p = predictions(60, 2, seed, coarse=coarse)
+    odds = np.log(p[:, 1] / p[:, 0]).round(9)  # what ranks: coarse logits have ties that their rounding would part
+    p = softmax(np.stack([np.zeros(60), odds], 1))
     got = evaluate("auc", y, p)
-    assert got["score"] == got["auc"] == pytest.approx(roc_auc_score(y, p[:, 1]))
-    assert got["auprc"] == pytest.approx(average_precision_score(y, p[:, 1]))
+    assert got["score"] == got["auc"] == pytest.approx(roc_auc_score(y, odds), abs=1e-12)
+    assert got["auprc"] == pytest.approx(average_precision_score(y, odds), abs=1e-12)
     assert got["accuracy"] == pytest.approx(accuracy_score(y, p.argmax(1)))
     assert got["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y, p.argmax(1)))
-    fpr, tpr, _ = roc_curve(y, p[:, 1])
-    assert got["sensitivity_at_95_specificity"] >= tpr[fpr <= 0.05].max() - 1e-12
-    thresholds = np.unique(p[:, 1])
-    by_hand = max((p[y == 1, 1] > t).mean() for t in [*thresholds, -1.0] if (p[y == 0, 1] <= t).mean() >= 0.95)
+    fpr, tpr, _ = roc_curve(y, odds, drop_intermediate=False)
+    assert got["sensitivity_at_95_specificity"] == pytest.approx(tpr[fpr <= 0.05 + 1e-12].max(), abs=1e-12)
+    thresholds = np.unique(odds)
+    by_hand = max((odds[y == 1] > t).mean() for t in [*thresholds, -np.inf] if (odds[y == 0] <= t).mean() >= 0.95)
     assert got["sensitivity_at_95_specificity"] == pytest.approx(by_hand)
+
+
+@given(st.integers(0, 200), st.integers(3, 6), st.booleans())
+def test_the_other_scores_of_more_classes(seed: int, n_classes: int, coarse: bool) -> None:
+    y, p = predictions(60, n_classes, seed, coarse=coarse)
+    y[y == n_classes - 1] = 0  # the last class does not occur
+    got, sides = evaluate("macro_auc", y, p), [(y == c, p[:, c]) for c in range(n_classes - 1)]
+    assert got["auc"] == pytest.approx(np.mean([roc_auc_score(*side) for side in sides]), abs=1e-12)
+    assert got["auprc"] == pytest.approx(np.mean([average_precision_score(*side) for side in sides]), abs=1e-12)
+    recall = recall_score(y, p.argmax(1), labels=range(n_classes - 1), average="macro", zero_division=0.0)
+    assert got["balanced_accuracy"] == pytest.approx(recall)
+    expected = cohen_kappa_score(y, p.argmax(1), weights="quadratic", labels=range(n_classes))
+    assert got["kappa"] == pytest.approx(expected, abs=1e-12)
+    assert got["per_class_auc"][:-1] == pytest.approx([roc_auc_score(*side) for side in sides], abs=1e-12)
+    assert got["per_class_auc"][-1] is None
+    assert got["absent_classes"] == [n_classes - 1]
+
+
+def test_predictions_that_are_not_numbers_have_no_score() -> None:
+    with pytest.raises(ProtocolError, match="numbers"):
+        score("auc", [0, 1], [[0.5, 0.5], [np.nan, 0.5]])
 
 
 @pytest.mark.parametrize("metric", ["auc", "macro_auc", "kappa"])

@@ -19,7 +19,7 @@ from embcache.probe import train as train_module
 from embcache.probe.adam import adam_step
 from embcache.probe.apply import predict_logits
 from embcache.probe.heads import heads, make_head
-from embcache.probe.metrics import selection_score, softmax
+from embcache.probe.metrics import score, softmax
 from embcache.probe.schedule import Schedule
 from embcache.probe.solve import is_solved
 from embcache.probe.stack import Job, TrainedHead, stream_generator, train_stack
@@ -67,7 +67,7 @@ def test_adam_is_torchs_with_a_rate_and_a_step_count_for_each_head(large: int, m
             truth[k].grad = gradient[k].clone()
             adams[k].step()
             parts = [t[k : k + 1] for t in (p, gradient, first, second)]
-            adam_step(*parts, steps[k : k + 1], lrs[k : k + 1])
+            adam_step([parts], steps[k : k + 1], lrs[k : k + 1])
     for k in range(3):
         torch.testing.assert_close(p[k], truth[k].detach(), rtol=1e-5, atol=1e-7)
 
@@ -361,7 +361,7 @@ def test_a_solved_head_in_the_engine_is_the_head_on_its_rows(name: str) -> None:
     assert head.chosen == alone.chosen
     assert all(torch.equal(head.params[n], alone.params[n]) for n in alone.params)
     p = softmax(predict_logits(make_head(name), head.params, {"a": x}, rows(300, 400)))
-    assert head.val_score == pytest.approx(selection_score("macro_auc", y[300:].numpy(), p))
+    assert head.val_score == pytest.approx(score("macro_auc", y[300:].numpy(), p))
     assert (head.best_epoch, head.losses, head.diverged) == (0, (), False)
 
 

@@ -17,12 +17,12 @@ from embcache.errors import UsageError
 from embcache.probe.apply import predict_logits
 from embcache.probe.heads import make_head
 from embcache.probe.metrics import softmax
-from embcache.probe.usage import parse_size
 from embcache.probe.rows import Resident
 from embcache.probe.run import probe_features, probe_grid
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import Job, train_stack
 from embcache.probe.stream import Streamed
+from embcache.probe.usage import parse_size
 from tests.probe.build import make_dataset, make_features, put_store
 
 
