@@ -86,13 +86,7 @@ def test_matplotlib_is_imported_in_one_place() -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["ls"], ["datasets"], ["extract", "--help"], ["probe", "--help"]])
 def test_quick_commands_import_no_torch(arguments: list[str], home: Path) -> None:
-    script = (
-        "import sys, contextlib\nfrom embcache.cli import main\nsys.argv[1:] = " + repr(arguments) + "\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0, end.code\n"
-        "heavy = {'torch', 'timm', 'torchvision', 'matplotlib'} & set(sys.modules)\nassert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert not _imported_by(arguments, 0) & {"torch", "timm", "torchvision", "matplotlib"}
 
 
 @pytest.mark.parametrize("arguments", [["ls"], ["--help"]])
@@ -129,13 +123,16 @@ def test_a_slip_in_the_flags_of_probe_is_told_before_torch_is_imported(flags: li
 def _imported_by(arguments: list[str], status: int) -> set[str]:
     """Top-level modules that a command has imported when it ends with ``status``."""
     script = (
-        "import sys\nfrom embcache.cli import main\nsys.argv[1:] = " + repr(arguments) + "\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == " + str(status) + ", end.code\n"
-        "print('imported', *{name.partition('.')[0] for name in sys.modules})"
+        "import atexit, sys\nfrom embcache.cli import main\nsys.argv[1:] = " + repr(arguments) + "\n"
+        "names = lambda: print('imported', *{name.partition('.')[0] for name in sys.modules}, flush=True)\n"
+        "atexit.register(names)\nmain()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return set(done.stdout.splitlines()[-1].split()[1:])
+    assert done.returncode == status, done.stderr
+    said, *names = done.stdout.splitlines()[-1].split()
+    assert said == "imported"
+    assert "embcache" in names
+    return set(names)
 
 
 def test_importing_the_package_is_light() -> None:
