@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check bench format clean
 
 demo: .venv/installed
 	$(BIN)/embcache demo
@@ -14,6 +14,17 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# About two hours; kaiko-eva is installed into an environment of its own. docs/benchmarks.md keeps what was measured.
+bench: .venv/installed
+	$(BIN)/python benchmarks/probing.py
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/attention.py --heads 5
+	$(BIN)/python benchmarks/dvme.py
+	$(BIN)/python benchmarks/logreg.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/reading.py
+	$(BIN)/python benchmarks/eva.py
 
 format: .venv/installed
 	$(BIN)/ruff format .
