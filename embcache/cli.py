@@ -9,6 +9,7 @@ import atexit
 import os
 import signal
 import sys
+import threading
 from typing import Annotated, NoReturn
 
 import typer
@@ -88,6 +89,9 @@ def _terminate(_signum: int, _frame: object) -> NoReturn:
     raise SystemExit(143)
 
 
+_SIGNALLED = (130, 143)
+
+
 def _leave(status: int) -> NoReturn:
     """End the process with a status, at once; every finally block has run by now.
 
@@ -95,12 +99,15 @@ def _leave(status: int) -> NoReturn:
     one run in three was once seen to end by the signal itself after it had said all it had to say; leaving here makes
     the status the same every time.
     """
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
-        status = 1
+    if status not in _SIGNALLED:  # then nobody waits for threads at work
+        threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter does first: executors end
     atexit._run_exitfuncs()  # temporary folders, loggers, worker processes
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):  # its reader has gone, its disk is full, it is closed
+            status = status or 1
     os._exit(status)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import embcache
 from embcache.data.dataset import ImageDataset
+from tests.probe import build as probe_build
 from tests.store.build import add, make_store, make_table
 
 PACKAGE = Path(embcache.__file__).parent
@@ -114,17 +115,33 @@ def test_listing_needs_no_heavy_package(arguments: list[str], home: Path) -> Non
         ["--subset", "1.5"],
         ["--head-option", "k"],
         ["--backbone", "a,,b"],
+        ["--max-memory", "foo"],
+        ["--max-memory", "0"],
+        ["--attention", "wrong", "--head", "dvme"],
+        ["--attention", "fast"],
+        ["--attention", ""],
     ],
 )
 def test_a_slip_in_the_flags_of_probe_is_told_before_torch_is_imported(flags: list[str], home: Path) -> None:
     assert not _imported_by(["probe", *flags], 2) & {"torch", "pandas", "zarr", "sklearn"}
 
 
+@pytest.mark.parametrize("head", ["linear", "mlp", "dvme"])
+def test_a_probe_imports_neither_the_compiler_nor_scikit_learn(head: str, home: Path) -> None:
+    ds = probe_build.make_dataset([0, 1] * 40, split=["train"] * 60 + ["test"] * 20)
+    probe_build.put_store(home, ds, "a", probe_build.make_features(ds))
+    (home / ds.name / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
+    asked = ["probe", "--home", str(home), "--head", head, "--backbone", "a", "--folds", "2", "--subset", "12"]
+    imported = _imported_by(asked, 0)
+    assert "torch" in imported
+    assert not imported & {"sklearn", "zarr", "sympy", "torch._dynamo", "torch._inductor"}
+
+
 def _imported_by(arguments: list[str], status: int) -> set[str]:
-    """Top-level modules that a command has imported when it ends with ``status``."""
+    """Modules, to the second level, that a command has imported when it ends with ``status``."""
     script = (
         "import atexit, sys\nfrom embcache.cli import main\nsys.argv[1:] = " + repr(arguments) + "\n"
-        "names = lambda: print('imported', *{name.partition('.')[0] for name in sys.modules}, flush=True)\n"
+        "names = lambda: print('imported', *{'.'.join(name.split('.')[:n]) for name in sys.modules for n in (1, 2)}, flush=True)\n"
         "atexit.register(names)\nmain()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -12,21 +12,19 @@ from embcache.commands.options import (
     BackboneOption,
     DataRootOption,
     DatasetOption,
+    FoldsOption,
     HomeOption,
     JsonOption,
     NameOption,
-    split_list,
-    write_json,
-)
-from embcache.commands.probe import (
-    FoldsOption,
     OverlapOption,
     SeedOption,
     SubsetOption,
     TestOption,
     ValOption,
-    print_results,
+    split_list,
+    write_json,
 )
+from embcache.commands.probe import print_results
 from embcache.commands.progress import ProgressBar
 
 

@@ -51,6 +51,36 @@ NameOption = Annotated[
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE|-", help="Write the answer as JSON to FILE, or to stdout with -.")
 ]
+SubsetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--subset",
+        metavar="S,M,F,N",
+        help="S, M, F or a number of training images; repeatable, or comma-separated. [default: S]",
+    ),
+]
+FoldsOption = Annotated[int, typer.Option("--folds", metavar="K", help="Folds of the cross-validation.")]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Of folds, subsets, weights, order and dropout.")]
+ValOption = Annotated[
+    str,
+    typer.Option(
+        "--val", metavar="full|matched", help="Validate on the whole fold, or on as many images as train, balanced."
+    ),
+]
+TestOption = Annotated[
+    str,
+    typer.Option(
+        "--test",
+        metavar="local|official",
+        help="Where the official test labels are not public: hold out 20 % of the labelled images, or nothing.",
+    ),
+]
+OverlapOption = Annotated[
+    bool,
+    typer.Option(
+        "--exclude-test-overlap", help="Leave out training images that share a group with the official test set."
+    ),
+]
 
 
 def split_list(values: Sequence[str] | None) -> list[str]:

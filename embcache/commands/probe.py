@@ -13,9 +13,15 @@ from embcache.commands.options import (
     BackboneOption,
     DataRootOption,
     DatasetOption,
+    FoldsOption,
     HomeOption,
     JsonOption,
     NameOption,
+    OverlapOption,
+    SeedOption,
+    SubsetOption,
+    TestOption,
+    ValOption,
     split_list,
     write_json,
 )
@@ -24,37 +30,6 @@ from embcache.commands.table import print_table
 
 if TYPE_CHECKING:
     from embcache.probe.results import ProbeResult
-
-SubsetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--subset",
-        metavar="S,M,F,N",
-        help="S, M, F or a number of training images; repeatable, or comma-separated. [default: S]",
-    ),
-]
-FoldsOption = Annotated[int, typer.Option("--folds", metavar="K", help="Folds of the cross-validation.")]
-SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Of folds, subsets, weights, order and dropout.")]
-ValOption = Annotated[
-    str,
-    typer.Option(
-        "--val", metavar="full|matched", help="Validate on the whole fold, or on as many images as train, balanced."
-    ),
-]
-TestOption = Annotated[
-    str,
-    typer.Option(
-        "--test",
-        metavar="local|official",
-        help="Where the official test labels are not public: hold out 20 % of the labelled images, or nothing.",
-    ),
-]
-OverlapOption = Annotated[
-    bool,
-    typer.Option(
-        "--exclude-test-overlap", help="Leave out training images that share a group with the official test set."
-    ),
-]
 
 
 def probe(
@@ -134,12 +109,11 @@ def probe(
     """
     from embcache.probe.usage import check_usage, parse_head_options, parse_rates
 
-    chosen = [*(head_option or []), *([] if attention is None else [f"attention={attention}"])]
     datasets, backbones = split_list(dataset) or None, split_list(backbone) or None
     subsets, rates, options = (
         split_list(subset) or ["S"],
         parse_rates(split_list(lr)),
-        parse_head_options(chosen),
+        parse_head_options(head_option or []),
     )
     check_usage(
         head=head,
@@ -151,7 +125,10 @@ def probe(
         test=test,
         lr=rates,
         max_memory=max_memory,
+        attention=attention,
     )
+    if attention is not None:
+        options["attention"] = attention
 
     from embcache.probe.cached import probe_cached  # imports torch, which a slip in a flag need not wait for
 

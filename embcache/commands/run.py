@@ -17,10 +17,10 @@ from embcache.commands.options import (
     HomeOption,
     JsonOption,
     NameOption,
+    OverlapOption,
     split_list,
     write_json,
 )
-from embcache.commands.probe import OverlapOption
 from embcache.commands.progress import ProgressBar
 from embcache.errors import UsageError
 

@@ -12,11 +12,15 @@ from embcache.commands.options import (
     AllowMissingOption,
     BackboneOption,
     DataRootOption,
+    FoldsOption,
     HomeOption,
     NameOption,
+    OverlapOption,
+    SeedOption,
+    TestOption,
+    ValOption,
     split_list,
 )
-from embcache.commands.probe import FoldsOption, OverlapOption, SeedOption, TestOption, ValOption
 from embcache.commands.table import print_table
 from embcache.errors import UsageError
 

@@ -313,13 +313,12 @@ def _weighted_macro_auc(y: IntArray, p: FloatArray) -> Callable[[FloatArray], Fl
 def _weighted_kappa(y: IntArray, p: FloatArray) -> Callable[[FloatArray], FloatArray]:
     """Quadratic weighted kappa under row weights of shape (B, n), from weighted confusion matrices."""
     n_classes = p.shape[1]
-    cell = np.zeros((len(y), n_classes * n_classes))
-    cell[np.arange(len(y)), y * n_classes + p.argmax(1)] = 1.0
+    cell = y * n_classes + p.argmax(1)
     distance = np.subtract.outer(np.arange(n_classes), np.arange(n_classes)) ** 2.0
 
     def kappa(weights: FloatArray) -> FloatArray:
-        table = (weights @ cell).reshape(-1, n_classes, n_classes)
-        table /= table.sum((1, 2), keepdims=True)
+        table = np.stack([np.bincount(cell, w, n_classes * n_classes) for w in weights])
+        table = (table / table.sum(1, keepdims=True)).reshape(-1, n_classes, n_classes)
         chance = table.sum(2)[:, :, None] * table.sum(1)[:, None, :]
         return np.asarray(1 - (distance * table).sum((1, 2)) / (distance * chance).sum((1, 2)))
 

@@ -15,6 +15,9 @@ from typing import Any
 from embcache.errors import UsageError
 from embcache.probe.schedule import Schedule
 
+ATTENTIONS = ("auto", "exact", "fast")
+"""How the attention of ``dvme`` can be computed; see `embcache.probe.attention.attend`."""
+
 _NAME = re.compile(r'^    name: ClassVar\[str\] = "([^"]+)"', re.MULTILINE)
 
 
@@ -29,6 +32,7 @@ def check_usage(
     test: str = "local",
     lr: float | Sequence[float] | None = None,
     max_memory: int | str | None = None,
+    attention: str | None = None,
 ) -> None:
     """Refuse what can be refused without data; meanings as of `embcache.probe.options.ProbeOptions`.
 
@@ -48,6 +52,8 @@ def check_usage(
     for rate in lr if isinstance(lr, Sequence) else () if lr is None else (lr,):
         Schedule(lr=rate)
     check_memory(max_memory)
+    if attention is not None:
+        check_attention(head, attention)
 
 
 def head_names() -> list[str]:
@@ -139,6 +145,18 @@ def parse_rates(texts: Sequence[str]) -> float | list[float] | None:
     return (rates[0] if len(rates) == 1 else rates) if rates else None
 
 
+def check_attention(head: str, attention: str) -> None:
+    """Refuse an ``--attention`` that there is not, or that is asked of a head that does not attend so."""
+    if head != "dvme":
+        raise UsageError(
+            "--attention is for the head dvme", found=f"--head {head}", fix="--head dvme, or leave --attention out"
+        )
+    if attention not in ATTENTIONS:
+        raise UsageError(
+            "unknown --attention", expected=" | ".join(ATTENTIONS), found=repr(attention), fix="--attention auto"
+        )
+
+
 def check_memory(max_memory: int | str | None) -> int | None:
     """``--max-memory`` in bytes.
 
@@ -148,7 +166,7 @@ def check_memory(max_memory: int | str | None) -> int | None:
         It is no amount of memory, or none at all.
     """
     size = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-    if size is not None and size < 1:
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise UsageError("--max-memory must be at least a byte", found=str(max_memory), fix="--max-memory 2GB")
     return size
 

@@ -80,6 +80,20 @@ def test_each_mistake_gets_one_message(home: Path, arguments: list[str], status:
         assert word in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a shell and /dev/full")
+@pytest.mark.parametrize(
+    ("target", "statuses"),
+    [(">&-", (0,)), ("> /dev/full", (1,)), ("| true; exit ${PIPESTATUS[0]}", (0, 1))],
+    ids=["closed", "full", "reader gone"],
+)
+def test_output_that_cannot_be_written_leaves_no_traceback(home: Path, target: str, statuses: tuple[int, ...]) -> None:
+    command = f"{sys.executable} -m embcache datasets {target}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode in statuses, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
 def test_extract_then_probe_a_folder(folder: Path, home: Path, tmp_path: Path) -> None:
     arguments = ["--dataset", "folder", "--data-root", str(folder)]
     first = embcache("extract", "--backbone", "random", *arguments, "--json", "-")
