@@ -172,7 +172,7 @@ def _resolved(values: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     ``size`` (R, functions) is the largest term of the sums that the values come from, whose rounding ends no sooner.
     """
     count = values.shape[-1]
-    tail = (values @ _chebyshev(count, values)[1].T)[..., -(2 + count // 8) :].abs().amax(-1)
+    tail = _coefficients(values)[..., -(2 + count // 8) :].abs().amax(-1)
     spread = values.amax(-1) - values.amin(-1)
     noise = _NOISE if values.dtype == torch.float32 else _NOISE * 1e-6
     return (tail <= _MARGIN * TOLERANCE * spread + noise * (size + values.abs().amax(-1))).all(1)
@@ -190,7 +190,7 @@ class _Interpolate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: NodeGroup) -> torch.Tensor:
         count = group.t.shape[1]
-        coefficients = group.values @ _chebyshev(count, q)[1].T  # (R, 2, M)
+        coefficients = _coefficients(group.values)  # (R, 2, M)
         both = q.new_empty(len(q), 2, q.shape[1])  # F and F' at the queries
         kept = _polynomials(group.x, count) if group.weights is not None else None
         for block in _blocks(len(q), count * q.shape[1]):
@@ -223,7 +223,7 @@ def _gradients(
         # (R, M, N), times Z
         weights = _exponentials(t, keys[block]) if keys is not None else cast("torch.Tensor", group.weights)[block]
         # What the queries say together at each node, Σ_i g_i share_m(q_i), over the node's Z: (R, M).
-        pull = (upstream[block, None] @ basis.mT)[:, 0] @ cosines * group.inverse[block]
+        pull = torch.bmm(torch.bmm(upstream[block, None], basis.mT), _of_each(cosines, t))[:, 0] * group.inverse[block]
         torch.bmm(pull[:, None], weights, out=grad_v[block, None])
         # Term by term: where one key has all the weight, v_j - F is exactly 0, and t may be large.
         pulled = (v[block, None] - values[:, 0, :, None]).mul_(weights)
@@ -242,7 +242,8 @@ def node_maps(k: torch.Tensor, group: NodeGroup, block: slice) -> tuple[torch.Te
         Attention that a query at each node gives to each token.
     """
     count = group.t.shape[1]
-    shares = _chebyshev(count, k)[1].T @ _polynomials(group.x[block], count)
+    basis = _polynomials(group.x[block], count)
+    shares = torch.bmm(_of_each(_chebyshev(count, k)[1].T, basis), basis)
     weights = _exponentials(group.t[block], _from_extremes(_centred(k[block]))[0])
     return shares, weights * group.inverse[block, :, None]
 
@@ -291,6 +292,20 @@ def _chebyshev_on(count: int, dtype: torch.dtype, device: torch.device) -> tuple
     matrix[0] /= 2
     matrix[(n % 4) >= 2] *= -1
     return angles.cos().to(device, dtype), matrix.to(device, dtype)
+
+
+def _coefficients(values: torch.Tensor) -> torch.Tensor:
+    """Chebyshev coefficients, in `_polynomials`, of functions (R, functions, M) known at the nodes; same shape."""
+    return torch.bmm(values, _of_each(_chebyshev(values.shape[-1], values)[1].T, values))
+
+
+def _of_each(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """One matrix for a product with each of the rows.
+
+    ``rows @ matrix`` would be one product of all rows together, whose rounding depends on how many they are: then a row
+    might be given other nodes, and a head would train otherwise in a stack than alone.
+    """
+    return matrix.expand(len(rows), -1, -1)
 
 
 def _asinh(x: torch.Tensor) -> torch.Tensor:
