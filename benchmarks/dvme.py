@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from probing import GRID, Cost, print_table, shell, told
+from common import Cost, print_table, shell, told
+from probing import GRID
 from synthetic import pneumonia_like, put_store
 
 FUSED = ("simclr-like", "swav-like", "dino-like")

@@ -20,7 +20,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from probing import DIM, Cost, faster, print_table, probe, shell, told, write_plain
+from common import Cost, faster, print_table, shell, told
+from probing import DIM, probe, write_plain
 from synthetic import pneumonia_like, put_store
 
 FIT = """

@@ -15,7 +15,7 @@ import warnings
 
 import numpy as np
 import torch
-from probing import print_table
+from common import print_table
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler

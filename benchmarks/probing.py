@@ -12,50 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from common import Cost, faster, print_table, shell, told
 from synthetic import make_dataset, pneumonia_like, put_store
 
 DIM = 1536
 GRID = {"simclr-like": 2048, "swav-like": 2048, "supervised-like": 2048, "random-like": 2048, "dino-like": 1536}
 SIZES = "50,100,200,M,F"
 IMPORTS = "import torch, zarr, sklearn.metrics, pandas, embcache.probe.run, embcache.probe.cached"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a program took: seconds of wall time and of processors, peak resident megabytes."""
-
-    wall: float
-    cpu: float
-    peak: float
-
-
-def shell(*arguments: str, python: str = sys.executable) -> Cost:
-    """Run a Python program that must succeed."""
-    began = time.perf_counter()
-    process = subprocess.Popen([python, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    stdout, stderr = process.stdout, process.stderr
-    assert stdout is not None
-    assert stderr is not None
-    with stdout, stderr:
-        said = stdout.read() + stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(said.decode())
-    return Cost(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
 
 
 def probe(home: Path, dataset: str, answer: Path, *options: str) -> Cost:
@@ -139,18 +107,6 @@ def linear_row(home: Path, folder: Path, repeats: int) -> list[str]:
     ]
 
 
-def told(costs: list[Cost]) -> str:
-    """Medians of wall and processor time."""
-    return f"{statistics.median(c.wall for c in costs):.1f} s ({statistics.median(c.cpu for c in costs):.1f} s CPU)"
-
-
-def faster(ours: list[Cost], theirs: list[Cost]) -> str:
-    """Median ratios, run by run; that of processor time does not see what else a busy machine does."""
-    wall = statistics.median(t.wall / o.wall for o, t in zip(ours, theirs, strict=True))
-    cpu = statistics.median(t.cpu / o.cpu for o, t in zip(ours, theirs, strict=True))
-    return f"{wall:.1f} × as fast ({cpu:.1f} × by CPU time)"
-
-
 def grid_row(home: Path, folder: Path, repeats: int) -> list[str]:
     """Five backbones at five sizes, five folds each."""
     options = ("--backbone", ",".join(GRID), "--subset", SIZES)
@@ -167,7 +123,7 @@ def rows_rows(home: Path, folder: Path, sizes: list[int], limit: str) -> list[li
     for n in sizes:
         ds = make_dataset(f"rows-{n}", n - n // 10, n // 10, 0.5)
         if not (home / ds.name).exists():
-            put_store(home, ds, "synthetic", DIM, "float16", 4096)
+            put_store(home, ds, "synthetic", DIM, "float16")
         del ds
         cost = probe(home, f"rows-{n}", folder / "rows.json", "--subset", "F", "--max-memory", limit)
         (result,) = json.loads((folder / "rows.json").read_text())
@@ -214,21 +170,6 @@ def main() -> None:
         if "rows" in wanted:
             rows += rows_rows(home, folder, [int(n) for n in asked.rows.split(",")], asked.max_memory)
     print_table(["work", "embcache", "beside it", "ratio"], rows)
-
-
-def print_table(header: list[str], rows: list[list[Any]]) -> None:
-    """Print Markdown, with the machine and the versions beneath."""
-    from importlib.metadata import version
-
-    for row in [header, ["---"] * len(header), *rows]:
-        print(f"| {' | '.join(row)} |")
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "scikit-learn", "zarr"))
-    load = os.getloadavg()[0]
-    print(
-        f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores (load {load:.1f} at the end)", end=", "
-    )
-    print(f"Python {platform.python_version()}, {versions}; peak of this script's children ", end="")
-    print(f"{resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000:,.0f} MB")
 
 
 if __name__ == "__main__":

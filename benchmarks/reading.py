@@ -10,22 +10,18 @@ let go of before the next is read, as `np.load` would be.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from common import machine
+from synthetic import make_dataset, put_store
 
-from embcache.store.commit import commit_shard, create_store, publish_plan
 from embcache.store.feature_store import FeatureStore
-from embcache.store.recipe import Recipe
-from embcache.store.rows import PlanEntry, ShardRows
 
 ROWS_PER_SHARD = 512  # what extraction uses
 
@@ -48,7 +44,13 @@ def main() -> None:
 def run(folder: Path, rows: int, dim: int, repeats: int, with_zarr: bool) -> None:
     features = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
     np.save(folder / "features.npy", features)
-    stores = {format: write_store(folder / format, format, features) for format in ("zarr", "hdf5")}
+    ds = make_dataset("reading", rows - 2, 2, 0.5)
+    stores = {
+        format: FeatureStore(
+            put_store(folder / format, ds, "any", dim, shard=ROWS_PER_SHARD, format=format, features=features)
+        )
+        for format in ("zarr", "hdf5")
+    }
     shuffled = np.random.default_rng(1).permutation(rows)
     for store in stores.values():
         assert np.array_equal(store.features[:], features)
@@ -81,57 +83,11 @@ def run(folder: Path, rows: int, dim: int, repeats: int, with_zarr: bool) -> Non
     print(
         f"{rows:,} × {dim} float32 ({size / 1e6:,.0f} MB), {ROWS_PER_SHARD} rows a shard, median of {repeats}; ", end=""
     )
-    print(f"{machine()}\n")
+    print(f"{machine(('numpy', 'zarr', 'h5py', 'google-crc32c'))}\n")
     print("| read by | speed, share of `np.load` | seconds | GB/s |\n|---|---|---|---|")
     for name, seconds in taken.items():
         median = statistics.median(seconds)
         print(f"| {name} | {base / median:.2f} | {median:.3f} | {size / median / 1e9:.2f} |")
-
-
-def write_store(home: Path, format: str, features: np.ndarray) -> FeatureStore:
-    """A store of these rows as extraction leaves it."""
-    recipe = Recipe(
-        backbone="random",
-        architecture="none",
-        weights_sha256="0" * 64,
-        transform={"kind": "paper"},
-        decoder="none",
-        pooling="avg",
-        precision="fp32",
-        dtype="float32",
-        numerics=1,
-    )
-    path = create_store(
-        home / "benchmark",
-        recipe,
-        format=format,
-        row_shape=features.shape[1:],
-        rows_per_shard=ROWS_PER_SHARD,
-        batch_size=64,
-        threads=1,
-        provenance={},
-    )
-    for number, start in enumerate(range(0, len(features), ROWS_PER_SHARD)):
-        part = features[start : start + ROWS_PER_SHARD]
-        ids = tuple(f"train/image_{start + i:07d}.png" for i in range(len(part)))
-        publish_plan(path, number, [PlanEntry(id_, 1, 1, None) for id_ in ids])
-        commit_shard(
-            path, number, ShardRows(ids, part, np.ones(len(part), bool), ("ab" * 32,) * len(part), ("",) * len(part))
-        )
-    return FeatureStore(path)
-
-
-def machine() -> str:
-    """Cores, processor and versions, for the caption."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "zarr", "h5py", "google-crc32c"))
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        model = next(
-            (x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), model
-        )
-    return f"{cores} cores of {model}, CPython {platform.python_version()}, {packages}"
 
 
 if __name__ == "__main__":

@@ -11,25 +11,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+from common import machine
+from synthetic import make_dataset, put_store
 
-from embcache.data.dataset import ImageDataset
-from embcache.store.commit import commit_shard, create_store, publish_plan
-from embcache.store.recipe import Recipe
-from embcache.store.rows import PlanEntry, ShardRows
+from embcache.store.feature_store import FeatureStore
 
 COMMAND = "import sys; sys.argv[0] = 'embcache'; from embcache.cli import main; main()"
+PACKAGES = ("torch", "zarr", "scikit-learn", "pandas", "typer")
 IMPORTS = "import torch, zarr, sklearn.metrics"
 # The progress of a probe is told after every epoch: the first word of it ends the process.
 FIRST_EPOCH = """
@@ -84,7 +81,7 @@ def run(folder: Path, rows: int, dim: int, repeats: int) -> None:
                 taken[name].append((seconds, used))
     medians = {name: [statistics.median(kind) for kind in zip(*each, strict=True)] for name, each in taken.items()}
     base, base_used = medians["`import torch, zarr, sklearn.metrics`, `np.load`"]
-    print(f"{rows:,} × {dim} float32 cached, 5 folds of the linear head, median of {repeats}; {machine()}\n")
+    print(f"{rows:,} × {dim} float32 cached, 5 folds of the linear head, median of {repeats}; {machine(PACKAGES)}\n")
     print("| process | seconds | of imports and `np.load` | processor seconds | of imports and `np.load` |")
     print("|---|---|---|---|---|")
     for name, (seconds, used) in medians.items():
@@ -99,57 +96,9 @@ def processor_seconds() -> float:
 
 def make_home(home: Path, copy: Path, rows: int, dim: int) -> None:
     """A home with one dataset of two classes, its features cached, and the same features as a ``.npy`` file."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(rows) % 2
-    features = rng.standard_normal((rows, dim), dtype=np.float32)
-    features[:, 0] += labels
-    np.save(copy, features)
-    ids = [f"image_{i:06d}.png" for i in range(rows)]
-    split = np.where(np.arange(rows) % 10 < 8, "train", "test")
-    table = pd.DataFrame({"id": ids, "path": ids, "member": -1, "label": labels, "group": ids, "split": split})
-    ds = ImageDataset("startup", None, ("no", "yes"), "auc", "generic", table)
-    recipe = Recipe(
-        backbone="random",
-        architecture="none",
-        weights_sha256="0" * 64,
-        transform={"kind": "paper"},
-        decoder="none",
-        pooling="avg",
-        precision="fp32",
-        dtype="float32",
-        numerics=1,
-    )
-    path = create_store(
-        home / "startup",
-        recipe,
-        format="zarr",
-        row_shape=(dim,),
-        rows_per_shard=512,
-        batch_size=64,
-        threads=1,
-        provenance={},
-    )
-    for number, start in enumerate(range(0, rows, 512)):
-        part = tuple(ids[start : start + 512])
-        publish_plan(path, number, [PlanEntry(id_, 1, 1, None) for id_ in part])
-        valid = np.ones(len(part), bool)
-        commit_shard(
-            path, number, ShardRows(part, features[start : start + 512], valid, ("",) * len(part), ("",) * len(part))
-        )
-    (home / "startup" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
-
-
-def machine() -> str:
-    """Cores, processor and versions, for the caption."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "zarr", "scikit-learn", "pandas", "typer"))
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        model = next(
-            (x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), model
-        )
-    return f"{cores} cores of {model}, CPython {platform.python_version()}, {packages}"
+    ds = make_dataset("startup", rows - rows // 5, rows // 5, 0.5)
+    store = FeatureStore(put_store(home, ds, "any", dim))
+    np.save(copy, store.features[:])
 
 
 if __name__ == "__main__":

@@ -48,8 +48,18 @@ def pneumonia_like() -> ImageDataset:
     return make_dataset("pneumonia-like", normal + pneumonia, test, pneumonia / (normal + pneumonia))
 
 
-def put_store(home: Path, ds: ImageDataset, backbone: str, dim: int, dtype: str = "float32", shard: int = 1024) -> None:
-    """Commit features that tell the classes apart about as well as real ones do, shard by shard."""
+def put_store(
+    home: Path,
+    ds: ImageDataset,
+    backbone: str,
+    dim: int,
+    dtype: str = "float32",
+    shard: int = 512,
+    *,
+    format: str = "zarr",
+    features: np.ndarray | None = None,
+) -> Path:
+    """Commit features, shard by shard as extraction does; by default such as tell the classes apart like real ones."""
     folder = home / ds.name
     folder.mkdir(parents=True, exist_ok=True)
     write_snapshot(folder, ds.to_parquet_bytes())
@@ -64,15 +74,20 @@ def put_store(home: Path, ds: ImageDataset, backbone: str, dim: int, dtype: str 
         dtype=dtype,
         numerics=1,
     )
-    store = create_store(folder, recipe, row_shape=(dim,), rows_per_shard=shard, batch_size=64, threads=1)
+    shape = (dim,)
+    store = create_store(folder, recipe, format=format, row_shape=shape, rows_per_shard=shard, batch_size=64, threads=1)
     rng = np.random.Generator(np.random.PCG64(int.from_bytes(backbone.encode(), "little")))
     direction = rng.standard_normal(dim, np.float32) / np.sqrt(dim, dtype=np.float32)
     ids, signs = ds.table["id"].tolist(), 2 * ds.labels.astype(np.float32) - 1
     for number, start in enumerate(range(0, len(ids), shard)):
         part = tuple(ids[start : start + shard])
-        x = np.abs(0.4 * rng.standard_normal((len(part), dim), np.float32))
-        x += 0.4 * signs[start : start + shard, None] * direction
+        if features is None:
+            x = np.abs(0.4 * rng.standard_normal((len(part), dim), np.float32))
+            x += 0.4 * signs[start : start + shard, None] * direction
+        else:
+            x = features[start : start + shard]
         publish_plan(store, number, [PlanEntry(i, 1, 1, None) for i in part])
         digests = tuple(hashlib.sha256(i.encode()).hexdigest() for i in part)
-        rows = ShardRows(part, x.astype(dtype), np.ones(len(part), bool), digests, ("",) * len(part))
+        rows = ShardRows(part, x.astype(dtype, copy=False), np.ones(len(part), bool), digests, ("",) * len(part))
         commit_shard(store, number, rows)
+    return Path(store)

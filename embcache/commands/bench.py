@@ -26,7 +26,7 @@ def bench(
     """Measure reading, training and decoding on this machine, and what share of its ceiling each reaches.
 
     Features are made up and written to a temporary folder; images are those of a dataset that is at hand. It takes
-    some ten seconds.
+    some half a minute.
 
     Example: embcache bench --dataset pneumonia
     """

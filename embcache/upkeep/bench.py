@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import PIL.Image
 import torch
 
 from embcache.cores import usable_cores
@@ -25,7 +30,7 @@ from embcache.probe.heads import make_head
 from embcache.probe.request import check_device
 from embcache.probe.schedule import Schedule
 from embcache.probe.train import make_job, train_jobs
-from embcache.store.commit import commit_shard, create_store, publish_plan
+from embcache.store.commit import commit_shard, create_store, publish_plan, write_snapshot
 from embcache.store.feature_store import FeatureStore
 from embcache.store.formats import FORMATS
 from embcache.store.recipe import Recipe
@@ -82,7 +87,7 @@ def run_bench(
     device: str = "cpu",
     say: Callable[[str], Any] = lambda stage: None,
 ) -> Bench:
-    """Measure reading, training and decoding on made-up features and real images; some ten seconds.
+    """Measure reading, training and decoding on made-up features and real images; some half a minute.
 
     Parameters
     ----------
@@ -103,14 +108,16 @@ def run_bench(
         The dataset that was named cannot be read.
     """
     check_device(device)
+    ds = _dataset_at_hand(dataset, data_root, home)
     measured, notes = [], []
     say("reading features")
     measured += _reading()
     say("training linear heads")
     measured.append(_linear(device))
     say("training dvme")
-    measured += _dvme(device)
-    ds = _dataset_at_hand(dataset, data_root, home)
+    measured.append(_dvme(device))
+    say("a whole probe")
+    measured.append(_whole_probe())
     if ds is None:
         notes.append("no images are at hand: --dataset NAME measures decoding")
     else:
@@ -148,7 +155,7 @@ def _reading() -> list[Measured]:
     ]
 
 
-def _write_store(home: Path, name: str, features: np.ndarray) -> FeatureStore:
+def _write_store(home: Path, name: str, features: np.ndarray, names: Sequence[str] | None = None) -> FeatureStore:
     recipe = Recipe(
         backbone="bench",
         architecture="none",
@@ -160,6 +167,7 @@ def _write_store(home: Path, name: str, features: np.ndarray) -> FeatureStore:
         dtype=str(features.dtype),
         numerics=1,
     )
+    names = names or [str(i) for i in range(len(features))]
     path = create_store(
         home,
         recipe,
@@ -172,7 +180,7 @@ def _write_store(home: Path, name: str, features: np.ndarray) -> FeatureStore:
     )
     for number, start in enumerate(range(0, len(features), 512)):
         part = features[start : start + 512]
-        ids, none = tuple(str(start + i) for i in range(len(part))), ("",) * len(part)
+        ids, none = tuple(names[start : start + 512]), ("",) * len(part)
         publish_plan(path, number, [PlanEntry(id_, -1, -1) for id_ in ids])
         commit_shard(path, number, ShardRows(ids, part, np.ones(len(part), bool), none, none))
     return FeatureStore(path)
@@ -196,12 +204,14 @@ def _linear(device: str) -> Measured:
         # On rows in their order, and on one thread, as so small a model trains: more only wait for each other.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        for _ in range(_FOLDS):
-            for batch in groups:
-                torch.bmm(batch, weight.transpose(1, 2))
-                torch.bmm(error.transpose(1, 2), batch)
-        _wait(device)
-        torch.set_num_threads(threads)
+        try:
+            for _ in range(_FOLDS):
+                for batch in groups:
+                    torch.bmm(batch, weight.transpose(1, 2))
+                    torch.bmm(error.transpose(1, 2), batch)
+            _wait(device)
+        finally:
+            torch.set_num_threads(threads)
 
     training, products = _turns([train, multiply], 3)
     products *= _ROWS / (len(groups) * _FOLDS * _BATCH)  # the rows that fill no group of batches
@@ -209,9 +219,9 @@ def _linear(device: str) -> Measured:
     return Measured(f"training {_FOLDS} linear heads", rows, "rows", "its matrix products alone", products / training)
 
 
-def _dvme(device: str) -> list[Measured]:
+def _dvme(device: str) -> Measured:
     generator = torch.Generator().manual_seed(0)
-    n = 2 * _BATCH
+    n = 8 * _BATCH  # enough steps that initial weights are a small part
     x = {name: torch.randn(n, dim, generator=generator).to(device) for name, dim in _BACKBONES.items()}
     labels = np.arange(n) % 2
     y = torch.from_numpy(labels).to(device)
@@ -221,15 +231,35 @@ def _dvme(device: str) -> list[Measured]:
         lambda head=make_head(name): train_jobs(head, x, y, [job], 2, "auc", plan) for name in ("dvme", "dvme-identity")
     ]
     whole, without = _turns(ways, 3)
-    return [
-        Measured("training dvme", n / whole, "rows", "dvme without its attention", without / whole),
-        Measured("training dvme without attention", n / without, "rows"),
-    ]
+    return Measured("training dvme", n / whole, "rows", "dvme without its attention", without / whole)
+
+
+def _whole_probe() -> Measured:
+    """``embcache probe`` as a process of its own, on made-up features of 1,000 images."""
+    n = 1000
+    labels, ids = np.arange(n) % 2, [f"i{k:04d}" for k in range(n)]
+    split = np.where(np.arange(n) % 10 < 8, "train", "test")
+    table = pd.DataFrame({"id": ids, "path": ids, "member": -1, "label": labels, "group": ids, "split": split})
+    ds = ImageDataset("bench", None, ("no", "yes"), "auc", "generic", table)
+    features = np.random.default_rng(0).standard_normal((n, _DIM), dtype=np.float32) + labels[:, None] / 16
+    with tempfile.TemporaryDirectory() as folder:
+        _write_store(Path(folder) / "bench", "zarr", features.astype(np.float32), ids)
+        write_snapshot(Path(folder) / "bench", ds.to_parquet_bytes())
+        asked = ["probe", "--home", folder, "--dataset", "bench", "--subset", "S", "--again"]
+
+        def run(*arguments: str) -> None:
+            subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+
+        whole, floor = _turns([lambda: run("-m", "embcache", *asked), lambda: run("-c", "import torch")], 3)
+    return Measured("probing 50 of 1,000 images, from start to end", 1 / whole, "probes", "import torch", floor / whole)
 
 
 def _dataset_at_hand(name: str | None, data_root: PathLike | None, home: PathLike | None) -> ImageDataset | None:
     if name is not None:
-        return find_dataset(name, root=data_root, home=home, allow_missing=True)[0]
+        ds = find_dataset(name, root=data_root, home=home, allow_missing=True)[0]
+        if ds.root is None or not ds.root.exists():
+            raise EmbcacheError("the images are not there", where=ds.name, fix="--data-root FOLDER")
+        return ds
     for cached in cached_datasets(home):
         try:
             ds, source = find_dataset(cached, home=home, allow_missing=True)
@@ -241,26 +271,36 @@ def _dataset_at_hand(name: str | None, data_root: PathLike | None, home: PathLik
 
 
 def _decoding(ds: ImageDataset) -> Measured:
-    """Images spread over the dataset, one after the other as one worker decodes them."""
+    """Images spread over the dataset, one after the other as one worker decodes them; unreadable ones are left out."""
     chosen = np.unique(np.linspace(0, len(ds) - 1, _IMAGES).astype(int))
-    images = [(str(ds.table["path"].iloc[i]), int(ds.table["member"].iloc[i])) for i in chosen]
-    root = ds.root
-    if root is None or not root.exists():
-        raise EmbcacheError("the images are not there", where=ds.name, fix="--data-root FOLDER")
+    every = [(str(ds.table["path"].iloc[i]), int(ds.table["member"].iloc[i])) for i in chosen]
+    root, images = ds.root, []
+    assert root is not None
+    for path, member in every:
+        with contextlib.suppress(ImageError):  # extraction would quarantine it
+            read_image(root, path, member)
+            images.append((path, member))
+    if not images:
+        raise EmbcacheError("no image could be read", found=f"{len(every)} of {ds.name} tried", where=root)
 
     def decode() -> None:
         for path, member in images:
-            try:
-                read_image(root, path, member)
-            except ImageError:  # extraction would quarantine it
-                continue
+            read_image(root, path, member)
 
-    (seconds,) = _turns([decode], 1)
-    rate = len(images) / seconds
+    def pillow() -> None:
+        for path, _ in images:
+            with PIL.Image.open(root / path) as image:
+                image.convert("RGB").load()
+
     cores = usable_cores()
-    return Measured(
-        f"decoding {ds.name} on one of {cores} cores ({len(ds) / rate / cores:,.0f} s for all)", rate, "images"
-    )
+    try:
+        seconds, floor = _turns([decode, pillow], 1)
+        against = {"ceiling": "Pillow's decoder alone", "share": floor / seconds}
+    except (OSError, ValueError):  # DICOM, or images inside a file: no picture for Pillow
+        (seconds,), against = _turns([decode], 1), {}
+    rate = len(images) / seconds
+    stage = f"decoding {ds.name} on one of {cores} cores ({len(ds) / rate / cores:,.0f} s for all)"
+    return Measured(stage, rate, "images", **against)  # type: ignore[arg-type]
 
 
 def _machine(device: str) -> dict[str, Any]:
