@@ -23,6 +23,9 @@ from embcache.probe.splits import Splits, read_splits
 from embcache.probe.stream import Streamed
 from embcache.store.feature_store import FeatureStore, extract_command, list_stores, open_store
 
+SHARDS = 4
+"""Shards that are read at a time where what is read is not what is kept."""
+
 
 class KnownImages(Protocol):
     """What splits must know of images; a store has it."""
@@ -181,11 +184,19 @@ def load_features(
     StoreError
         The store has not got all of them.
     """
-    x = store.features[rows_of(store, ds, ids, views)]
-    if x.ndim == 3 and views == 1:
-        x = x[:, 0]  # the first view is the image as it is
-    kept = x.dtype == np.float16 and keep_half
-    return torch.from_numpy(np.ascontiguousarray(x, dtype=None if kept else np.float32))
+    rows, stored = rows_of(store, ds, ids, views), store.features
+    kept = np.dtype(np.float16) if stored.dtype == np.float16 and keep_half else np.dtype(np.float32)
+    plain = stored.ndim == 3 and views == 1  # the first view is the image as it is
+    if stored.dtype == kept and not plain:
+        return torch.from_numpy(stored[rows])
+    # What is not kept, other views and wider numbers, is not held for more rows than a few shards have.
+    x = np.empty((len(rows), *(stored.shape[2:] if plain else stored.shape[1:])), kept)
+    order = np.argsort(stored.shards[rows], kind="stable")
+    first = np.flatnonzero(np.diff(stored.shards[rows[order]], prepend=-1))  # where each shard begins
+    for part in np.split(order, first[SHARDS::SHARDS]) if len(order) else ():
+        read = stored[rows[part]]
+        x[part] = read[:, 0] if plain else read
+    return torch.from_numpy(x)
 
 
 def rows_of(
@@ -239,7 +250,7 @@ def stream_features(
     """
     places = {backbone: rows_of(store, ds, ids, views) for backbone, store in stores.items()}
     first = next(iter(stores))
-    shards = stores[first].features._shards
+    shards = stores[first].features.shards
     numbers, counts = np.unique(shards, return_counts=True)
     return Streamed(
         stored={backbone: store.features for backbone, store in stores.items()},
@@ -251,6 +262,19 @@ def stream_features(
         stream=stream,
         device=device,
     )
+
+
+def digest_shards(stores: Mapping[str, FeatureStore], ds: ImageDataset, ids: NDArray[np.object_], views: int) -> str:
+    """SHA-256 (hex) of which shard each image is streamed with, and of how many rows each shard has.
+
+    The order of an epoch follows from both: the same images in other shards, or beside others, make another result.
+    """
+    first = next(iter(stores.values()))
+    lies = hashlib.sha256()
+    numbers, counts = np.unique(first.features.shards, return_counts=True)
+    for array in (numbers, counts, first.features.shards[rows_of(first, ds, ids, views)]):
+        lies.update(np.asarray(array, dtype="<i8").tobytes())
+    return lies.hexdigest()
 
 
 def row_bytes(stores: Mapping[str, FeatureStore], views: int = 1) -> int:

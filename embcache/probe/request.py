@@ -15,8 +15,9 @@ from embcache.data.columns import column_values, retarget
 from embcache.data.dataset import ImageDataset
 from embcache.data.splits import IntArray
 from embcache.errors import UsageError
+from embcache.probe.budget import Need, Shape, estimate, megabytes
 from embcache.probe.heads import Head, hyperparameters
-from embcache.probe.inputs import digest_images, open_stores, plan_for, row_bytes
+from embcache.probe.inputs import digest_images, digest_shards, open_stores, plan_for
 from embcache.probe.options import ProbeOptions
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.results import PROTOCOL_VERSION, ProbeResult, as_asked, find_run, run_id
@@ -24,9 +25,6 @@ from embcache.probe.solve import is_solved
 from embcache.probe.splits import Splits
 from embcache.probe.summary import request_notes, training_notes
 from embcache.store.feature_store import FeatureStore
-
-_FEATURES = 0.75  # share of --max-memory that features may take; ids, labels and heads need the rest
-_BUFFER = 0.125  # share of it that is the buffer of streamed features
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +92,25 @@ class Asked:
             **({"views": o.n_views} if o.n_views > 1 else {}),
             **({"target": self.target} if self.target else {}),
             **({"exclude_test_overlap": True} if o.exclude_test_overlap else {}),
-            **({"buffer_rows": streamed} if (streamed := self.buffer_rows(backbones, subset)) else {}),
+            **self._streamed(backbones, subset),
         }
         return json.loads(json.dumps(request))  # type: ignore[no-any-return]  # as it reads back: lists, no tuples
+
+    def need(self, backbones: Sequence[str], *subsets: str) -> Need:
+        """Memory that these subsets take, trained together."""
+        o, kinds = self.options, [(plan, f, s) for plan in self.plans for s in subsets for f in range(plan.n_folds)]
+        shape = Shape(
+            images=len(self.plans[0].ids),
+            used=len(self.used(*subsets)),
+            train=max(len(plan.train[f, s]) for plan, f, s in kinds),
+            val=max(len(plan.val[f, s]) for plan, f, s in kinds),
+            test=len(self.plans[0].test),
+            models=self.n_models * len(subsets),
+            batch=o.schedules[0].batch_size,
+            n_classes=len(self.ds.class_names),
+            n_views=o.n_views,
+        )
+        return estimate(o.model, {backbone: self.stores[backbone] for backbone in backbones}, shape)
 
     def buffer_rows(self, backbones: Sequence[str], subset: str) -> int | None:
         """Rows of the buffer that features are streamed through; None where they are read into memory.
@@ -104,31 +118,43 @@ class Asked:
         Raises
         ------
         UsageError
-            They are more than may be held, and the head is solved; or the buffer would not hold a batch.
+            The limit holds neither the features nor a buffer of them, with what one head takes at least; or it does
+            not hold the features, and the head is solved.
         """
         o, limit = self.options, self.options.memory
         if limit is None:
             return None
-        each = row_bytes({backbone: self.stores[backbone] for backbone in backbones}, o.n_views)
-        needed = len(self.used(subset)) * each
-        if needed <= limit * _FEATURES:
+        need = self.need(backbones, subset)
+        if need.in_memory <= limit:
             return None
-        if is_solved(o.model):
+        features = f"{need.features / 1e6:,.4g} MB of features"
+        if need.solved:
             raise UsageError(
                 f"head {o.head!r} is solved on all features at once: they cannot be streamed",
-                expected=f"--max-memory {needed / _FEATURES / 1e9:.2g}GB or more",
-                found=f"{limit / 1e9:.3g}GB for {needed / 1e9:.3g} GB of features",
-                fix="a larger --max-memory, a smaller --subset, or a head that is trained: --head linear",
+                expected=f"--max-memory {megabytes(need.least)} or more, copies that are worked on included",
+                found=f"{limit / 1e6:,.4g} MB for {features}",
+                fix=f"--max-memory {megabytes(need.least)}, a smaller --subset, or a head that is trained: "
+                "--head linear",
             )
-        rows, least = int(limit * _BUFFER / each), o.schedules[0].batch_size
-        if rows < least:
+        if need.streamed > limit:
+            streams = need.streamed < need.in_memory
             raise UsageError(
-                "--max-memory leaves no room for a buffer of features",
-                expected=f"{least * each / _BUFFER / 1e6:.3g}MB or more",
-                found=f"{limit / 1e6:.3g}MB",
-                fix=f"--max-memory {max(1, round(least * each / _BUFFER / 1e6 + 0.5))}MB",
+                "--max-memory leaves no room for a buffer of features" if streams else "--max-memory is too small",
+                expected=f"{megabytes(need.least)} or more, "
+                + ("to stream features through a buffer" if streams else "to read features into memory"),
+                found=f"{limit / 1e6:,.4g} MB for {features}, and {(need.base + need.head) / 1e6:,.4g} MB for training",
+                fix=f"--max-memory {megabytes(need.least)}",
             )
-        return rows
+        return need.buffer_rows(limit)
+
+    def _streamed(self, backbones: Sequence[str], subset: str) -> dict[str, Any]:
+        """What a request holds of how features are streamed: nothing where they are not."""
+        rows = self.buffer_rows(backbones, subset)
+        if rows is None:
+            return {}
+        stores = {backbone: self.stores[backbone] for backbone in backbones}
+        lies = digest_shards(stores, self.ds, self.plans[0].ids[self.used(subset)], self.options.n_views)
+        return {"buffer_rows": rows, "shards": lies}
 
     def notes(self, backbones: Sequence[str], subset: str) -> list[str]:
         """What a reader must know of how a result was asked for."""

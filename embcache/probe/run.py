@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from embcache.data.splits import IntArray
 from embcache.errors import StoreError
 from embcache.paths import PathLike
 from embcache.probe.apply import logits_of_sets
-from embcache.probe.heads import Head, count_parameters
+from embcache.probe.grouping import groups_of, rows_together
+from embcache.probe.heads import Head
 from embcache.probe.inputs import load_features, stream_features
 from embcache.probe.metrics import FloatArray, softmax
 from embcache.probe.options import ProbeOptions, make_options
@@ -25,9 +27,6 @@ from embcache.probe.solve import is_solved
 from embcache.probe.stack import Job, TrainedHead
 from embcache.probe.summary import Outcome, prediction_table, summarise
 from embcache.probe.train import best_of, make_job, train_jobs
-
-_SMALL = 5_000_000
-"""Parameters of one subset's heads up to which several subsets train as one stack."""
 
 Progress = Callable[[int, int, str], Any]
 """Told (head-epochs settled, head-epochs planned, what is being trained)."""
@@ -173,18 +172,18 @@ def _answer_all(asked: Asked, progress: Progress | None) -> list[ProbeResult]:
     o, each = asked.options, asked.n_models * asked.options.schedules[0].max_epochs
     settled, planned = 0, len(asked.sets) * len(asked.subsets) * each
     results: list[ProbeResult] = []
-    loaded: dict[str, torch.Tensor] = {}
+    loaded = _Loaded()
     for names in asked.sets:
-        loaded = {backbone: x for backbone, x in loaded.items() if backbone in names}  # the others are done with
+        loaded.keep(names)  # the others are done with
         requests = {subset: asked.request(names, subset) for subset in asked.subsets}
         saved = {subset: asked.saved(r) if o.save and o.reuse else None for subset, r in requests.items()}
         found = {subset: result for subset, result in saved.items() if result is not None}
         settled += len(found) * each
-        for group in _groups(asked, names, [subset for subset in asked.subsets if subset not in found]):
+        lacking = [subset for subset in asked.subsets if subset not in found]
+        for group in groups_of(asked, names, lacking):
             tell = _teller(progress, settled, planned, f"{asked.ds.name} {o.head} {'+'.join(names)} {','.join(group)}")
-            # Rows in memory are those of all subsets that are ever kept there: read once, whichever group comes first.
-            x, used = _features(asked, names, group, loaded)
-            found |= _answer(asked, names, group, requests, x, used, tell)
+            # No name is kept of the features: they would live on while the next ones are read.
+            found |= _answer(asked, names, group, requests, *_features(asked, names, group, lacking, loaded), tell)
             settled += len(group) * each
         results += [found[subset] for subset in asked.subsets]
         if progress is not None:
@@ -192,41 +191,41 @@ def _answer_all(asked: Asked, progress: Progress | None) -> list[ProbeResult]:
     return results
 
 
-def _groups(asked: Asked, names: Sequence[str], subsets: Sequence[str]) -> list[list[str]]:
-    """Subsets that train as one stack: all that share a source of features, of small heads.
+@dataclass(eq=False)
+class _Loaded:
+    """Features in memory, by backbone, and the rows of the dataset that all of them are of."""
 
-    Large heads have nothing to gain from one another, and much to lose where hours of training are interrupted.
-    """
-    dims = {backbone: asked.stores[backbone].row_shape[-1] for backbone in names}
-    size = count_parameters(asked.options.model, dims, len(asked.ds.class_names)) * asked.n_models
-    if is_solved(asked.options.model) or size > _SMALL:
-        return [[subset] for subset in subsets]
-    by_source: dict[bool, list[str]] = {}
-    for subset in subsets:
-        by_source.setdefault(asked.buffer_rows(names, subset) is None, []).append(subset)
-    return list(by_source.values())
+    used: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    x: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Let go of the features of all other backbones."""
+        self.x = {backbone: x for backbone, x in self.x.items() if backbone in names}
 
 
 def _features(
-    asked: Asked, names: Sequence[str], group: Sequence[str], loaded: dict[str, torch.Tensor]
+    asked: Asked, names: Sequence[str], group: Sequence[str], lacking: Sequence[str], loaded: _Loaded
 ) -> tuple[FeatureRows, IntArray]:
-    """Features of a group of subsets, and the rows of the dataset that they are of."""
+    """Features of a group of the lacking subsets, and the rows of the dataset that they are of."""
     o, ids = asked.options, asked.plans[0].ids
     rows = asked.buffer_rows(names, group[0])
     if rows is not None:
         used = asked.used(*group)
-        loaded.clear()
+        loaded.keep([])
         stores = {backbone: asked.stores[backbone] for backbone in names}
         x = stream_features(
             stores, asked.ds, ids[used], buffer_rows=rows, views=o.n_views, stream=str(o.seed), device=o.device
         )
         return x, used
-    used = asked.used(*(subset for subset in asked.subsets if asked.buffer_rows(names, subset) is None))
+    used = rows_together(asked, names, group, lacking)
+    if not np.array_equal(used, loaded.used):
+        loaded.keep([])
+        loaded.used = used
     for backbone in names:
-        if backbone not in loaded:
+        if backbone not in loaded.x:
             features = load_features(asked.stores[backbone], asked.ds, ids[used], o.n_views, keep_half=True)
-            loaded[backbone] = features.to(o.device)
-    return Resident({backbone: loaded[backbone] for backbone in names}), used
+            loaded.x[backbone] = features.to(o.device)
+    return Resident({backbone: loaded.x[backbone] for backbone in names}), used
 
 
 def _answer(
@@ -260,7 +259,10 @@ def _answer(
         for schedule in o.schedules
     ]
     y = torch.from_numpy(labels).to(o.device)
-    every = train_jobs(o.model, x, y, jobs, n_classes, ds.metric, o.schedules[0], on_epoch=on_epoch)
+    widest = None
+    if o.memory is not None:
+        widest = asked.need(names, *group).width(o.memory, asked.buffer_rows(names, group[0]), len(used))
+    every = train_jobs(o.model, x, y, jobs, n_classes, ds.metric, o.schedules[0], widest=widest, on_epoch=on_epoch)
     rates = len(o.schedules)
     sweeps = [range(k, k + rates) for k in range(0, len(every), rates)]
     chosen = [sweep[best_of([every[k] for k in sweep])] for sweep in sweeps]

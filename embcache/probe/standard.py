@@ -85,14 +85,15 @@ def constants_of(head: object, x: FeatureRows, sets: Sequence[torch.Tensor]) -> 
     compute = getattr(head, "constants", None)
     if compute is None:
         return [{} for _ in sets]
-    if x.in_memory:
-        return [compute(x.gather(rows)) for rows in sets]
     in_parts = getattr(head, "constants_in_parts", None)
+    if in_parts is None and x.in_memory:
+        return [compute(x.gather(rows)) for rows in sets]
     if in_parts is None:
         raise UsageError(
             f"head {getattr(head, 'name', '')!r} needs all training features at once: they cannot be streamed",
             fix="a larger --max-memory, or a smaller --subset",
         )
+    # In parts also where features are in memory: a fold's training rows, widened, may take four times what they do.
     parts: list[Standard] = [in_parts() for _ in sets]
     for chunk in x.chunks(sets):  # one pass for all heads
         parts[chunk.number].add(chunk.x)

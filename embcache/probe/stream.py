@@ -3,14 +3,22 @@
 An epoch takes the shards in a random order, as many at a time as a buffer holds; of the rows in the buffer every head
 takes its own draws in its own random order. What a head draws in an epoch is what it would draw from memory, row for
 row; only the order is bound to that of the shards. Draws that do not fill a batch wait in front of the buffer for the
-next shards.
+next shards: a batch for each head, which `embcache.probe.budget` counts with the heads.
+
+The order of the shards is that of the epoch and of the seed asked for; heads of all folds, rates and repeats see the
+same one, as they share what is read. What each of them draws, and the order within the buffer, are its own.
+
+A unit of reading is a shard of the first backbone's store. Where the other stores list images otherwise, or have other
+shards, the rows of a unit lie in several of theirs, and each of those is read and checked as a whole: up to as many
+times an epoch as units have rows in it. Stores that one extraction after another filled from the same dataset, with as
+many rows a shard, do not differ so; nor does it change a result.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,6 +82,7 @@ class Streamed:
     n_views: int = 1
     stream: str = "0"
     device: str = "cpu"
+    _sorted: dict[int, tuple[torch.Tensor, IntArray, IntArray]] = field(default_factory=dict, init=False, repr=False)
 
     in_memory = False
 
@@ -87,9 +96,15 @@ class Streamed:
     ) -> Iterator[Step]:
         """One epoch of several heads; see `embcache.probe.rows.FeatureRows`."""
         block_of, n_blocks = self._blocks(epoch)
-        queues = [_Queue(o, v, block_of[self.shards[o.numpy()]], n_blocks) for o, v in zip(orders, views, strict=True)]
+        queues = [
+            _Queue(order, view if self.n_views > 1 else None, block_of[self.shards[order.numpy()]], n_blocks)
+            for order, view in zip(orders, views, strict=True)
+        ]
         # Rows that any head draws, block by block: each is read once, and only those are.
-        wanted = np.unique(np.concatenate([queue.rows for queue in queues]))
+        drawn = np.zeros(len(self.shards), dtype=bool)
+        for queue in queues:
+            drawn[queue.rows] = True
+        wanted = np.flatnonzero(drawn)
         wanted = wanted[np.lexsort((self.shards[wanted], block_of[self.shards[wanted]]))]
         bounds = np.searchsorted(block_of[self.shards[wanted]], np.arange(n_blocks + 1))
         front = len(queues) * size  # where draws wait
@@ -114,11 +129,7 @@ class Streamed:
     def chunks(self, sets: Sequence[torch.Tensor]) -> Iterator[Chunk]:
         """Features of several sets of rows, shard by shard; see `embcache.probe.rows.FeatureRows`."""
         numbers = np.array(sorted(self.shard_rows))
-        orders, bounds = [], []
-        for asked_rows in sets:
-            of_rank = np.searchsorted(numbers, self.shards[asked_rows.numpy()])
-            orders.append(np.argsort(of_rank, kind="stable"))
-            bounds.append(np.searchsorted(of_rank[orders[-1]], np.arange(len(numbers) + 1)))
+        orders, bounds = zip(*self._by_shard(sets, numbers), strict=True) if sets else ((), ())
         for rank in range(len(numbers)):
             parts = [order[b[rank] : b[rank + 1]] for order, b in zip(orders, bounds, strict=True)]
             asked = [rows.numpy()[part] for rows, part in zip(sets, parts, strict=True)]
@@ -140,6 +151,24 @@ class Streamed:
             for backbone, features in chunk.x.items():
                 x[backbone][chunk.places.to(self.device)] = features
         return x
+
+    def _by_shard(self, sets: Sequence[torch.Tensor], numbers: IntArray) -> list[tuple[IntArray, IntArray]]:
+        """For each set its places, shard by shard, and where in them each shard begins; kept until the next call.
+
+        Heads validate on the same sets after each epoch.
+        """
+        known, found = dict(self._sorted), []
+        self._sorted.clear()
+        for rows in sets:
+            # By identity, and with the set itself, so that no other takes its number while it is kept.
+            kept, order, bounds = known.get(id(rows), (None, None, None))
+            if kept is not rows or order is None or bounds is None:
+                of_rank = np.searchsorted(numbers, self.shards[rows.numpy()])
+                order = np.argsort(of_rank, kind="stable")
+                bounds = np.searchsorted(of_rank[order], np.arange(len(numbers) + 1))
+            self._sorted[id(rows)] = rows, order, bounds
+            found.append((order, bounds))
+        return found
 
     def _blocks(self, epoch: int) -> tuple[IntArray, int]:
         """Which fill of the buffer each shard belongs to in an epoch, by shard number, and how many there are."""
@@ -189,11 +218,11 @@ class Streamed:
 class _Queue:
     """The draws of one head in an epoch, in the order of the blocks: ``done`` of them have been trained on."""
 
-    def __init__(self, order: torch.Tensor, views: torch.Tensor, blocks: IntArray, n_blocks: int) -> None:
+    def __init__(self, order: torch.Tensor, views: torch.Tensor | None, blocks: IntArray, n_blocks: int) -> None:
         narrow = blocks.astype(np.int16) if n_blocks < 2**15 else blocks  # what numpy sorts in linear time
         by_block = np.argsort(narrow, kind="stable")
         self.rows: IntArray = order.numpy()[by_block]
-        self.views: IntArray = views.numpy()[by_block]
+        self.views: IntArray = np.zeros(0, np.int64) if views is None else views.numpy()[by_block]
         self.ends: IntArray = np.searchsorted(blocks[by_block], np.arange(n_blocks), side="right")
         self.done = 0
 

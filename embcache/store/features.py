@@ -42,6 +42,13 @@ class Features:
         return len(self.shape)
 
     @property
+    def shards(self) -> np.ndarray:
+        """Number of the shard that each row lies in, int64 (N,); not to be written to."""
+        shards = self._shards.view()
+        shards.flags.writeable = False
+        return shards
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """As stored."""
         return np.dtype(self._header.recipe.dtype)

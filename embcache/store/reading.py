@@ -155,7 +155,8 @@ def read_commit(store: Path, number: int) -> CommitRecord:
     return _parse_commit(read_file(path, fix), path, fix)
 
 
-@functools.lru_cache(maxsize=1024)  # it is read with the index and again with the features
+# Read with the index and, streamed, each epoch: a cache with less room than there are shards would never be of use.
+@functools.lru_cache(maxsize=1 << 15)
 def _parse_commit(data: bytes, path: Path, fix: str) -> CommitRecord:
     content = unseal(data, path, fix)
     files = {name: (entry["size"], entry["crc32c"]) for name, entry in content["files"].items()}
@@ -178,11 +179,18 @@ def read_index(store: Path, header: StoreHeader, number: int) -> RowIndex:
     files = _read_committed(store, number, record, names)
     for name in set(record.files).difference(names):
         # Features are read when they are asked for; that none of them is cut short is known at once.
-        size = record.files[name][0]
+        size, path = record.files[name][0], store / "shards" / shard_name(number) / name
         try:
-            there = (store / "shards" / shard_name(number) / name).stat().st_size
-        except FileNotFoundError:
+            there = path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
             there = -1
+        except OSError as error:
+            raise StoreError(
+                "a file of the feature store cannot be read",
+                found=error.strerror or str(error),
+                where=path,
+                fix="check the disk and its permissions, then repeat the command",
+            ) from error
         if there != size:
             _refuse(store, number, f"{size} bytes in {name}", f"{there} bytes" if there >= 0 else "no such file")
     index = _decode(form.decode_index, files, store, number)
@@ -232,7 +240,11 @@ def read_rows(
     folder = store / "shards" / shard_name(number)
     fix = _recompute(folder)
     sizes = {name: size for name, (size, _) in record.files.items()}
-    plain = form.plain_features(lambda name: read_file(folder / name, fix, record.files[name]), sizes)
+
+    def verified(name: str) -> bytes:
+        return read_file(folder / name, fix, record.files[name])
+
+    plain = _decode(lambda _: form.plain_features(verified, sizes), {}, store, number)
     first, n = int(positions[0]), len(positions)
     run = bool((np.diff(positions) == 1).all())
     if plain is None:
@@ -298,6 +310,8 @@ def _read_committed(store: Path, number: int, record: CommitRecord, names: Itera
 def _decode(decode: Callable[[Mapping[str, Bytes]], _T], files: Mapping[str, Bytes], store: Path, number: int) -> _T:
     try:
         return decode(files)
+    except StoreError:
+        raise
     except Exception as error:  # zarr and h5py raise many kinds; the bytes match, so the shard was made elsewhere
         folder = store / "shards" / shard_name(number)
         raise CorruptStoreError(

@@ -69,7 +69,8 @@ def parse_array(metadata: bytes) -> PlainArray | None:
         (codec,) = content["codecs"]
         name = content["data_type"]
         dtype = None if name == "string" else _NUMBERS[name]
-    except (ValueError, KeyError, TypeError):  # a data type that is no text cannot be a key of a dictionary
+    # A data type that is no text cannot be a key of a dictionary; brackets can be nested deeper than the stack is.
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     sides = [*shape, *chunks] if isinstance(shape, list) and isinstance(chunks, list) else []
     usual = (
@@ -111,7 +112,7 @@ def is_group(metadata: bytes) -> bool:
     """Whether a ``zarr.json`` is that of a plain group."""
     try:
         content = json.loads(metadata)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     usual = isinstance(content, dict) and set(content) == {"attributes", "zarr_format", "node_type"}
     return usual and content["zarr_format"] == 3 and content["node_type"] == "group"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,47 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import embcache.probe.budget as budget_module
 import embcache.probe.run as run_module
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from embcache.probe.apply import predict_logits
+from embcache.probe.budget import Need
 from embcache.probe.heads import make_head
 from embcache.probe.metrics import softmax
+from embcache.probe.options import ProbeOptions
+from embcache.probe.request import ask
 from embcache.probe.rows import Resident
-from embcache.probe.run import probe_features, probe_grid
+from embcache.probe.run import find_saved, probe_features, probe_grid
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import Job, train_stack
 from embcache.probe.stream import Streamed
 from embcache.probe.usage import parse_size
-from tests.probe.build import make_dataset, make_features, put_store
+from embcache.store.commit import PlanEntry, ShardRows, commit_shard, create_store, publish_plan, write_snapshot
+from tests.probe.build import make_dataset, make_features, make_recipe
+
+
+def put_shards(home: Path, ds: ImageDataset, backbone: str, features: np.ndarray, per_shard: int = 64) -> None:
+    """Commit ``features`` (rows as the dataset's), so many a shard."""
+    folder = home / ds.name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_snapshot(folder, ds.to_parquet_bytes())
+    recipe = make_recipe(backbone, dtype=str(features.dtype))
+    store = create_store(
+        folder, recipe, row_shape=features.shape[1:], rows_per_shard=per_shard, batch_size=64, threads=1
+    )
+    ids = ds.table["id"].tolist()
+    for number, start in enumerate(range(0, len(ids), per_shard)):
+        part = tuple(ids[start : start + per_shard])
+        publish_plan(store, number, [PlanEntry(i, 1, 1, None) for i in part])
+        block, digests = features[start : start + per_shard], ("",) * len(part)
+        commit_shard(store, number, ShardRows(part, block, np.ones(len(part), bool), digests, ("",) * len(part)))
+
+
+def need_of(ds: ImageDataset, home: Path, subset: str = "F", *names: str, **options: Any) -> Need:
+    """What a probe of these backbones is thought to take."""
+    asked = ask(ds, [names or ("a",)], [subset], ProbeOptions(home=home, **options))
+    return asked.need(names or ("a",), subset)
 
 
 def shards_of(n: int, per_shard: int, rng: np.random.Generator) -> np.ndarray:
@@ -99,6 +128,71 @@ def test_chunks_have_every_row_of_every_set_once() -> None:
         torch.testing.assert_close(source.gather(sets[0])["a"], x[sets[0]], rtol=0, atol=0)
 
 
+def test_backbones_whose_stores_differ_in_order_and_in_shards_are_streamed_row_by_row() -> None:
+    rng, n = np.random.default_rng(0), 300
+    x = {b: torch.from_numpy(rng.normal(size=(n, dim)).astype(np.float32)) for b, dim in (("a", 3), ("b", 5))}
+    places = {b: rng.permutation(n) for b in x}
+    stored = {b: np.empty_like(f.numpy()) for b, f in x.items()}
+    reads: list[tuple[int, int]] = []  # rows asked for, shards of the second store that they lie in
+
+    class Counted:
+        shape, dtype = (n, 5), np.dtype(np.float32)
+
+        def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+            reads.append((len(rows), len(np.unique(rows // 17))))
+            return stored["b"][rows]
+
+    for b, features in x.items():
+        stored[b][places[b]] = features.numpy()
+    shards = places["a"] // 40
+    numbers, counts = np.unique(shards, return_counts=True)
+    rows_of = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+    rows = Streamed({"a": stored["a"], "b": Counted()}, places, shards, rows_of, buffer_rows=90)
+    orders = [torch.randperm(n)[:250], torch.randint(n, (200,))]
+    drawn = 0
+    for step in rows.steps(orders, [torch.zeros(len(o), dtype=torch.int64) for o in orders], 16, 0):
+        for b in x:
+            torch.testing.assert_close(step.x[b], x[b][step.rows], rtol=0, atol=0)
+        drawn += step.rows.numel()
+    assert drawn == 450
+    assert sum(n_rows for n_rows, _ in reads) <= n, "each row is read once"
+    assert max(n_shards for _, n_shards in reads) > 2, "and with it other shards, as the module says"
+    for b, features in rows.gather(orders[1]).items():
+        torch.testing.assert_close(features, x[b][orders[1]], rtol=0, atol=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    name=st.sampled_from(["linear", "dvme", "dvme-identity"]),
+    views=st.sampled_from([1, 3]),
+    per_shard=st.integers(1, 60),
+    buffer_rows=st.integers(1, 120),
+    lengths=st.lists(st.integers(5, 90), min_size=1, max_size=3),
+    seed=st.integers(0, 50),
+)
+def test_a_streamed_head_is_the_same_alone_and_in_a_stack(
+    name: str, views: int, per_shard: int, buffer_rows: int, lengths: list[int], seed: int
+) -> None:
+    rng, n = np.random.default_rng(seed), 120
+    y = torch.from_numpy(np.arange(n) % 2)
+    x = torch.from_numpy(rng.normal(size=(n, views, 6)).astype(np.float32))
+    rows = streamed(x if views > 1 else x[:, 0], shards_of(n, per_shard, rng), buffer_rows, n_views=views)
+    jobs = [
+        Job(torch.from_numpy(np.sort(rng.permutation(90)[:m])), torch.arange(90, n), str(k), 1e-2 / (k + 1))
+        for k, m in enumerate(lengths)
+    ]
+    head = make_head(name, **({} if name == "linear" else {"proj_dim": 8}))
+    schedule = Schedule(max_epochs=3, min_epochs=3, batch_size=16)
+    together = train_stack(head, rows, y, jobs, 2, "auc", schedule)
+    for job, stacked in zip(jobs, together, strict=True):
+        (alone,) = train_stack(head, rows, y, [job], 2, "auc", schedule)
+        np.testing.assert_allclose(stacked.losses, alone.losses, rtol=1e-4)
+        assert stacked.params.keys() == alone.params.keys()
+        a, b = (softmax(predict_logits(head, t.params, rows, job.val)) for t in (stacked, alone))
+        if stacked.best_epoch == alone.best_epoch:  # rounding may tell equal validation scores apart
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["linear", "mlp", "concat"])
 def test_a_streamed_head_is_the_same_alone_and_in_a_stack_and_as_good_as_one_from_memory(name: str) -> None:
     rng = np.random.default_rng(0)
@@ -130,42 +224,60 @@ def ds() -> ImageDataset:
 
 
 @pytest.fixture
-def cached(home: Path, ds: ImageDataset) -> ImageDataset:
-    put_store(home, ds, "a", make_features(ds, 300).astype(np.float16))
+def cached(home: Path, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> ImageDataset:
+    monkeypatch.setattr(budget_module, "FIXED", 0)  # more than all of these features
+    put_shards(home, ds, "a", make_features(ds, 300).astype(np.float16))
     return ds
 
 
-LIMIT = 600_000  # 900 × 300 half floats are 540,000 bytes: more than the share that features may take
+@pytest.fixture
+def limit(cached: ImageDataset, home: Path) -> int:
+    """A limit under which the whole is streamed."""
+    need = need_of(cached, home)
+    assert need.streamed < need.in_memory
+    return (need.streamed + need.in_memory) // 2
 
 
-def test_streaming_reaches_the_same_within_fold_noise_as_another_run(cached: ImageDataset, home: Path) -> None:
+def test_streaming_reaches_the_same_within_fold_noise_as_another_run(
+    cached: ImageDataset, home: Path, limit: int
+) -> None:
     plain = probe_features(cached, "a", subset="F", home=home)
-    streamed = probe_features(cached, "a", subset="F", home=home, max_memory=LIMIT)
+    streamed = probe_features(cached, "a", subset="F", home=home, max_memory=limit)
     assert plain.mean == pytest.approx(streamed.mean, abs=2 * (plain.std or 0) + 0.005)
     assert streamed.id != plain.id
     assert any("streamed" in note for note in streamed.notes)
-    again = probe_features(cached, "a", subset="F", home=home, max_memory=LIMIT, reuse=False)
+    again = probe_features(cached, "a", subset="F", home=home, max_memory=limit, reuse=False)
     assert [f.score for f in again.folds] == [f.score for f in streamed.folds]
 
 
 def test_what_fits_into_memory_is_the_same_run(cached: ImageDataset, home: Path) -> None:
     plain = probe_features(cached, "a", subset="F", home=home)
-    assert probe_features(cached, "a", subset="F", home=home, max_memory="1MB") == plain
+    assert probe_features(cached, "a", subset="F", home=home, max_memory="100MB") == plain
     assert not any("streamed" in note for note in plain.notes)
 
 
-def test_each_subset_is_streamed_or_not_whatever_else_is_asked(home: Path, ds: ImageDataset) -> None:
-    small = make_dataset(ds.labels.tolist(), split=["train"] * 850 + ["test"] * 50)
-    put_store(home, small, "a", make_features(small, 300).astype(np.float16))
-    alone = [
-        probe_features(small, "a", subset=s, val="matched", home=home, max_memory=LIMIT, reuse=False)
-        for s in ("S", "F")
-    ]
-    grid = probe_grid(small, [["a"]], subsets=["F", "S"], val="matched", home=home, max_memory=LIMIT, reuse=False)
+def test_each_subset_is_streamed_or_not_whatever_else_is_asked(cached: ImageDataset, home: Path, limit: int) -> None:
+    asked: dict[str, Any] = {"val": "matched", "home": home, "max_memory": limit, "reuse": False}
+    alone = [probe_features(cached, "a", subset=s, **asked) for s in ("S", "F")]
+    grid = probe_grid(cached, [["a"]], subsets=["F", "S"], **asked)
     assert [any("streamed" in note for note in result.notes) for result in grid] == [True, False]
     for a, b in zip(alone, reversed(grid), strict=True):
         assert a.id == b.id
         assert a.mean == pytest.approx(b.mean, abs=1e-6)
+
+
+def test_a_streamed_result_depends_on_how_its_rows_lie_in_shards(
+    cached: ImageDataset, home: Path, tmp_path: Path, limit: int
+) -> None:
+    features = make_features(cached, 300).astype(np.float16)
+    put_shards(tmp_path, cached, "a", features, per_shard=60)
+    ids = [
+        find_saved(cached, [["a"]], subsets=["F"], home=folder, max_memory=size)
+        for size in (limit, None)
+        for folder in (home, tmp_path)
+    ]
+    assert ids[0] != ids[1], "other shards, another order"
+    assert ids[2] == ids[3], "but none in memory"
 
 
 def test_features_in_half_precision_stay_so_in_memory(
@@ -183,17 +295,36 @@ def test_features_in_half_precision_stay_so_in_memory(
     assert kept == [torch.float16]
 
 
+def advised(error: UsageError) -> str:
+    found = re.search(r"--max-memory (\d+MB)", str(error))
+    assert found is not None
+    return found[1]
+
+
 @pytest.mark.parametrize("head", ["knn", "logreg"])
-def test_a_solved_head_says_what_it_needs(cached: ImageDataset, home: Path, head: str) -> None:
+def test_a_solved_head_says_what_it_needs_and_its_copies_count(
+    cached: ImageDataset, home: Path, head: str, limit: int
+) -> None:
     with pytest.raises(UsageError, match=f"head '{head}' is solved on all features at once") as caught:
-        probe_features(cached, "a", subset="F", head=head, home=home, max_memory=LIMIT)
-    assert "--max-memory" in str(caught.value)
+        probe_features(cached, "a", subset="F", head=head, home=home, max_memory=limit)
+    need = need_of(cached, home, head=head)
+    assert need.in_memory > need.features + 480 * 300 * 20, "float32 three times and float64 once"
+    assert int(advised(caught.value)[:-2]) * 10**6 >= need.in_memory
+    probe_features(cached, "a", subset="F", head=head, home=home, max_memory=advised(caught.value))
 
 
-def test_a_limit_without_room_for_a_buffer_is_refused(cached: ImageDataset, home: Path) -> None:
-    with pytest.raises(UsageError, match="no room for a buffer") as caught:
-        probe_features(cached, "a", subset="F", home=home, max_memory="10kB")
-    assert "--max-memory 1MB" in str(caught.value)
+@pytest.mark.parametrize("per_shard", [64, 900])
+def test_a_limit_that_is_too_small_names_the_least_that_is_not(
+    cached: ImageDataset, home: Path, tmp_path: Path, per_shard: int
+) -> None:
+    put_shards(tmp_path, cached, "a", make_features(cached, 300).astype(np.float16), per_shard)
+    with pytest.raises(UsageError, match="--max-memory") as caught:
+        probe_features(cached, "a", subset="F", home=tmp_path, max_memory="10kB")
+    need = need_of(cached, tmp_path)
+    # One shard of everything is never worth a buffer.
+    assert (need.streamed < need.in_memory) == (per_shard == 64) == ("a buffer" in str(caught.value))
+    assert int(advised(caught.value)[:-2]) == -(-min(need.streamed, need.in_memory) // 10**6)
+    probe_features(cached, "a", subset="F", home=tmp_path, max_memory=advised(caught.value))
 
 
 @pytest.mark.parametrize(
