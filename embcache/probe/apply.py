@@ -13,7 +13,10 @@ from embcache.probe.rows import FeatureRows, as_rows
 
 Params = dict[str, torch.Tensor]
 
-_TOGETHER = 1024  # rows × heads scored at a time
+# Rows are cut alike however many heads are scored, as the products of a part are rounded by its length: a head's logits,
+# and so its best epoch, are those it has alone.
+_ROWS = 512
+_HEADS = 4
 
 
 class Applicable(Protocol):
@@ -32,11 +35,6 @@ def predict_logits(
     """Logits of one head, shape (len(rows), C); ``params`` without the stacking axis; of views the first."""
     (logits,) = logits_of_sets(head, [{name: p[None] for name, p in params.items()}], x, [rows])
     return np.asarray(logits[0])
-
-
-def plain_view(features: torch.Tensor) -> torch.Tensor:
-    """Features (N, D) of the images as they are: those given, or the first of their views (N, V, D)."""
-    return features if features.dim() == 2 else features[:, 0]
 
 
 @torch.no_grad()
@@ -68,12 +66,14 @@ def logits_of_sets(
     found = [np.zeros((width, 0, 0), np.float32) for width in widths]
     for chunk in as_rows(x).chunks(sets):
         k, width = chunk.number, widths[chunk.number]
-        step = max(1, _TOGETHER // width)
-        for start in range(0, len(chunk.places), step):
-            part = slice(start, start + step)
-            shared = {b: f[None, part].expand(width, -1, -1) for b, f in chunk.x.items()}
-            logits = head.apply(params[k], shared, None).float().cpu().numpy()
-            if not found[k].size:
-                found[k] = np.empty((width, len(sets[k]), logits.shape[-1]), np.float32)
-            found[k][:, chunk.places[part].numpy()] = logits
+        for first in range(0, width, _HEADS):
+            heads = slice(first, min(first + _HEADS, width))
+            asked = {name: p[heads] for name, p in params[k].items()}
+            for start in range(0, len(chunk.places), _ROWS):
+                part = slice(start, start + _ROWS)
+                shared = {b: f[None, part].expand(heads.stop - first, -1, -1) for b, f in chunk.x.items()}
+                logits = head.apply(asked, shared, None).float().cpu().numpy()
+                if not found[k].size:
+                    found[k] = np.empty((width, len(sets[k]), logits.shape[-1]), np.float32)
+                found[k][heads, chunk.places[part].numpy()] = logits
     return found

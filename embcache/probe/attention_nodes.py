@@ -11,7 +11,7 @@ logarithm where it is large.
 Keys that lie in two heaps need up to three times the nodes of keys spread like a normal sample. So a row starts with
 the count of the latter, and the Chebyshev coefficients of F, of its slope, of the mean key and of the weights of the
 outermost keys tell whether that was enough: where their tail is above the tolerance, the row is done again with twice
-the nodes. The decision needs the row alone.
+the nodes. The decision needs the row alone, and so does the rounding: no product is of several rows.
 
 Gradients (upstream g_i): that of q_i is g_i F'(q_i), F' = E[kv] - E[k] E[v] under the same weights, interpolated from
 its own values at the nodes: the derivative of the interpolant of F would lose digits. Those of k and v are sums over
@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,7 +32,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 TOLERANCE = 1e-5
-"""Error of fast attention, relative to how much an output varies within its row."""
+"""Error of fast attention, relative to how much outputs, or a gradient, vary within a row.
+
+It comes on top of float32's own: where all outputs of a row are nearly the same, or where a gradient is a small sum of
+large terms, these digits are lost whichever way attention is computed. The tail of the coefficients is an estimate, no
+bound: gradients of keys with an outlier far from all others were seen up to 5e-5 off.
+"""
 
 MOST_NODES = 256
 """Beyond it float32 loses more in the recurrence than further nodes would win."""
@@ -63,7 +68,7 @@ class NodeGroup:
     inverse : Tensor of shape (R, M)
         1 / Σ_j e^(t k_j - max_j t k_j).
     values : Tensor of shape (R, 2, M)
-        F less the row's mean value, and F', at the nodes.
+        F less the mean of the row's ``v``, and F', at the nodes.
     weights : Tensor of shape (R, M, N) or None
         e^(t k_j - max_j t k_j), where it was asked for and is small enough to be kept.
     """
@@ -224,10 +229,13 @@ def _gradients(
         weights = _exponentials(t, keys[block]) if keys is not None else cast("torch.Tensor", group.weights)[block]
         # What the queries say together at each node, Σ_i g_i share_m(q_i), over the node's Z: (R, M).
         pull = torch.bmm(torch.bmm(upstream[block, None], basis.mT), _of_each(cosines, t))[:, 0] * group.inverse[block]
-        torch.bmm(pull[:, None], weights, out=grad_v[block, None])
         # Term by term: where one key has all the weight, v_j - F is exactly 0, and t may be large.
         pulled = (v[block, None] - values[:, 0, :, None]).mul_(weights)
-        torch.bmm((pull * t)[:, None], pulled, out=grad_k[block, None])
+        # Σ_j w_j (v_j - F) is 0: what it is instead is the rounding of F, which t multiplies.
+        missing = pulled.sum(-1) * group.inverse[block]
+        both = torch.bmm(torch.stack([pull, pull * t * missing], 1), weights)
+        grad_v[block] = both[:, 0]
+        torch.baddbmm(both[:, 1:], (pull * t)[:, None], pulled, beta=-1, out=grad_k[block, None])
     return grad_k, grad_v
 
 
@@ -338,4 +346,6 @@ def _blocks(rows: int, cells: int) -> Iterator[slice]:
 
 def plain_arithmetic(like: torch.Tensor) -> AbstractContextManager[Any]:
     """No autocast, which would compute the products in half precision."""
+    if not torch.is_autocast_enabled(like.device.type):
+        return nullcontext()  # to enter torch's takes as long as a small product
     return torch.autocast(like.device.type, enabled=False)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from embcache.probe.attention_nodes import plain_arithmetic
+
 _NARROW = 64  # outputs up to which the weights go first in the product
 
 
@@ -35,20 +37,22 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        if weight.shape[1] <= _NARROW:
-            return torch.baddbmm(bias[:, :, None], weight, x.transpose(1, 2)).transpose(1, 2).contiguous()
-        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+        with plain_arithmetic(x):
+            if weight.shape[1] <= _NARROW:
+                return torch.baddbmm(bias[:, :, None], weight, x.transpose(1, 2)).transpose(1, 2).contiguous()
+            return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         (out,) = gradients
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        return (
-            torch.bmm(out, weight) if of_x else None,
-            torch.bmm(out.transpose(1, 2).contiguous(), x) if of_weight else None,
-            out.sum(1) if of_bias else None,
-        )
+        with plain_arithmetic(x):
+            return (
+                torch.bmm(out, weight) if of_x else None,
+                torch.bmm(out.transpose(1, 2).contiguous(), x) if of_weight else None,
+                out.sum(1) if of_bias else None,
+            )
 
 
 def layer_norm(params: Mapping[str, torch.Tensor], name: str, x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,17 @@ from embcache.probe.schedule import Schedule
 from embcache.probe.stack import Job, train_stack
 
 
-def weights_by_definition(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    return torch.softmax(q.double()[..., :, None] * k.double()[..., None, :], dim=-1)
+def weights_by_definition(q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.softmax(q.to(dtype)[..., :, None] * k.to(dtype)[..., None, :], dim=-1)
 
 
-def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return (weights_by_definition(q, k) * v.double()[..., None, :]).sum(-1)
+def by_definition(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    return (weights_by_definition(q, k, dtype) * v.to(dtype)[..., None, :]).sum(-1)
 
 
+ALLOWED = 5e-5  # of a row's spread; all but a few keys with an outlier keep to a fifth of it
 KEYS: dict[str, Any] = {
     "normal": lambda shape, g: torch.randn(shape, generator=g),
     "uniform": lambda shape, g: torch.rand(shape, generator=g),
@@ -47,32 +51,41 @@ def example(kind: str, shape: tuple[int, ...], scores: float, shift: float, seed
     return q, k, torch.randn(shape, generator=g), torch.randn(shape, generator=g)
 
 
-def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, upstream: torch.Tensor, kind: str) -> None:
-    """Output and all gradients are those of the definition.
+def with_gradients(
+    inputs: tuple[torch.Tensor, ...], upstream: torch.Tensor, attention: Callable[..., torch.Tensor]
+) -> list[torch.Tensor]:
+    """Output and gradients of q, k and v, in float64."""
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    out = attention(*leaves)
+    gradients = torch.autograd.grad((out * upstream.to(out.dtype)).sum(), leaves)
+    return [t.detach().double() for t in (out, *gradients)]
 
-    Float32 itself rounds scores by 6e-8 of their size, which is allowed for on top of the tolerance.
+
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, upstream: torch.Tensor, kind: str) -> None:
+    """Output and all gradients are those of the definition, row by row.
+
+    On top of the tolerance each row may have a few times the error that the definition itself has in float32, and some
+    units in the last place of the largest terms: that error can happen to be none. Rows without nodes get what torch's
+    kernel rounds, 6e-8 of a score, for it keeps no weights but computes them again from scores less their logarithm.
     """
-    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-    truths = [t.double().requires_grad_() for t in (q, k, v)]
-    out, truth = attend(*inputs, kind=kind), by_definition(*truths)
-    rounding = 2e-7 * float((q.abs().amax(-1) * k.abs().amax(-1)).max())
-    scale = v.abs().amax(-1, keepdim=True).double()
-    assert ((out - truth).abs() / scale).max() <= 1e-5 + rounding
-    found = torch.autograd.grad((out * upstream).sum(), inputs)
-    expected = torch.autograd.grad((truth * upstream).sum(), truths)
-    # What the terms of each gradient are at most, by the definition, and what float32 cannot tell apart in them: means
-    # of v and k are rounded relative to the largest v and k.
-    g, weights = upstream.abs().double(), weights_by_definition(q, k)
-    pulls = (g * q.abs())[..., None] * weights
-    largest_k = k.abs().amax(-1, keepdim=True)
-    bounds = (
-        (3e-5 + 3e-7 + rounding) * (g * largest_k * scale).amax(-1),
-        (3e-5 + 2 * rounding) * (pulls * (v[..., None, :] - truth[..., None]).abs()).sum(-2).amax(-1)
-        + 6e-7 * (pulls * scale[..., None]).sum(-2).amax(-1),
-        (3e-5 + 2 * rounding) * (g[..., None] * weights).sum(-2).amax(-1),
+    found = with_gradients((q, k, v), upstream, lambda *t: attend(*t, kind=kind))
+    truth = with_gradients((q.double(), k.double(), v.double()), upstream, by_definition)
+    own = with_gradients((q, k, v), upstream, lambda *t: by_definition(*t, dtype=torch.float32))
+    g, weights, largest_v = upstream.abs().double(), weights_by_definition(q, k), v.abs().amax(-1).double()
+    _, left = place_nodes(*(t.reshape(-1, t.shape[-1]) for t in (q, k, v)), most_nodes(q.shape[-1], kind))
+    units = torch.full(q.shape[:-1], 2e-6, dtype=torch.float64)
+    units.view(-1)[left] += 2e-7 * (q.abs().amax(-1) * k.abs().amax(-1)).double().view(-1)[left]
+    terms = (
+        largest_v,
+        g.amax(-1) * k.abs().amax(-1) * largest_v,
+        ((g * q.abs())[..., None] * weights).sum(-2).amax(-1) * largest_v,
+        (g[..., None] * weights).sum(-2).amax(-1),
     )
-    for mine, theirs, bound in zip(found, expected, bounds, strict=True):
-        assert ((mine - theirs).abs().amax(-1) <= bound.detach() + 1e-12).all()
+    for name, mine, theirs, plain, term in zip(("out", "q", "k", "v"), found, truth, own, terms, strict=True):
+        error, rounding = ((t - theirs).abs().amax(-1) for t in (mine, plain))
+        spread = theirs.amax(-1) - theirs.amin(-1)
+        allowed = ALLOWED * spread + 4 * rounding + units * term
+        assert (error <= allowed + 1e-12).all(), f"{name}: {float((error / allowed).max()):.1f} times what is allowed"
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
@@ -90,10 +103,17 @@ def test_output_and_gradients_are_those_of_the_definition(
     check(*example(keys, shape, scores, shift, seed), kind=kind)
 
 
-@pytest.mark.parametrize("scores", [0.05, 3.0, 30.0, 500.0])
+@pytest.mark.parametrize("scores", [0.05, 3.0, 30.0, 500.0, 1e4])
 @pytest.mark.parametrize("keys", ["normal", "two heaps", "one outlier"])
 def test_1536_tokens_as_the_listing_has_them(keys: str, scores: float) -> None:
     check(*example(keys, (3, 1536), scores, 0.3, 0), kind="fast")
+
+
+@pytest.mark.parametrize("scores", [30.0, 1e3])
+def test_keys_gradients_where_far_queries_have_none(scores: float) -> None:
+    """Values that tell the heap of a key: beyond a few queries, v_j - F is 0 or has no weight."""
+    q, k, _, upstream = example("two heaps", (3, 1536), scores, 0.3, 0)
+    check(q, k, k.clone(), upstream, "fast")
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
@@ -135,13 +155,18 @@ def test_rows_that_need_too_many_nodes_are_exact_and_the_others_are_not() -> Non
     check(q[[0, 2, 3]], k[[0, 2, 3]], v[[0, 2, 3]], upstream[[0, 2, 3]], "auto")
 
 
-def test_a_row_is_computed_alike_in_any_batch() -> None:
-    parts = [example("normal", (3, 300), scores, 0.0, 1) for scores in (0.1, 3.0, 40.0, 2000.0)]
-    q, k, v = (torch.cat([part[i] for part in parts]) for i in range(3))
-    whole = attend(q, k, v)
-    for row in range(len(q)):
-        alone = attend(q[row : row + 1], k[row : row + 1], v[row : row + 1])[0]
-        torch.testing.assert_close(whole[row], alone, rtol=1e-6, atol=2e-7)
+@pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize("scores", [0.3, 3.0, 30.0, 500.0])
+def test_a_row_is_computed_alike_in_any_batch(scores: float, kind: str) -> None:
+    *inputs, upstream = example("normal", (64, 300), scores, 0.0, 1)
+
+    def rows(part: slice) -> list[torch.Tensor]:
+        return with_gradients(tuple(t[part] for t in inputs), upstream[part], lambda *t: attend(*t, kind=kind))
+
+    whole = rows(slice(None))
+    for part in (slice(0, 1), slice(63, 64), slice(10, 20), slice(30, 56)):
+        for all_rows, some in zip(whole, rows(part), strict=True):
+            assert torch.equal(all_rows[part], some)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from embcache.errors import ProtocolError
 from embcache.probe import train as train_module
 from embcache.probe.adam import adam_step
-from embcache.probe.apply import predict_logits
+from embcache.probe.apply import logits_of_sets, predict_logits
 from embcache.probe.heads import heads, make_head
 from embcache.probe.metrics import score, softmax
 from embcache.probe.schedule import Schedule
@@ -28,6 +28,9 @@ from embcache.probe.train import best_of, fit, is_balanced, make_job, train_jobs
 N, DIM = 400, 12
 TRAINED = [name for name, kind in heads().items() if not is_solved(kind)]
 SMALL = {name: {"proj_dim": 8} for name in TRAINED if name.startswith("dvme")} | {"mlp": {"hidden": 8}}
+BY_NODES: list[tuple[str, dict[str, Any]]] = [  # with 16 tokens auto never takes nodes
+    ("dvme", {"proj_dim": 64, "attention": attention}) for attention in ("fast", "auto")
+]
 
 
 def problem(n_classes: int = 2, seed: int = 0, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,14 +129,16 @@ def test_a_stack_is_the_plain_pytorch_loop_for_every_fold(n_train: int, oversamp
 
 @settings(max_examples=12)
 @given(
-    name=st.sampled_from(TRAINED),
+    kind=st.sampled_from([(name, SMALL.get(name, {})) for name in TRAINED] + BY_NODES),
     sizes=st.lists(st.integers(8, 140), min_size=2, max_size=5),
     seed=st.integers(0, 100),
     views=st.sampled_from([0, 0, 2]),
 )
-def test_a_head_is_the_same_alone_and_in_a_stack(name: str, sizes: list[int], seed: int, views: int) -> None:
+def test_a_head_is_the_same_alone_and_in_a_stack(
+    kind: tuple[str, dict[str, Any]], sizes: list[int], seed: int, views: int
+) -> None:
     x, y = problem(3, seed)
-    head = make_head(name, **SMALL.get(name, {}))
+    head = make_head(kind[0], **kind[1])
     features = {"a": x, "b": x[:, :5].contiguous()} if head.fuses else {"a": x}
     if views:
         noise = torch.randn(views, N, 1, generator=torch.Generator().manual_seed(seed))
@@ -153,6 +158,16 @@ def test_a_head_is_the_same_alone_and_in_a_stack(name: str, sizes: list[int], se
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
+def test_validation_rounds_a_head_alike_with_any_number_of_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = {"a": torch.rand(1300, 1536, generator=generator)}
+    each = [make_head("linear").init(generator, {"a": 1536}, 2) for _ in range(20)]
+    stacked = {name: torch.stack([p[name] for p in each]) for name in each[0]}
+    (together,) = logits_of_sets(make_head("linear"), [stacked], x, [rows(0, 1300)])
+    for params, logits in zip(each, together, strict=True):
+        assert np.array_equal(predict_logits(make_head("linear"), params, x, rows(0, 1300)), logits)
+
+
 @dataclass
 class Spy:
     """A head that remembers which rows it was shown in training."""
@@ -169,6 +184,29 @@ class Spy:
 
     def dropouts(self) -> Mapping[str, tuple[int, float]]:
         return {}
+
+
+class CostSpy(Spy):
+    """Remembers how many heads it was applied for, in training and in validation."""
+
+    def __init__(self) -> None:
+        self.applied: list[tuple[bool, int]] = []
+
+    def apply(self, params: Any, x: Mapping[str, torch.Tensor], masks: Any) -> torch.Tensor:
+        self.applied.append((masks is not None, len(params["w"])))
+        return super().apply(params, x, None)
+
+
+def test_a_finished_head_costs_nothing_more() -> None:
+    x, y = problem()
+    good, bad = Job(rows(0, 64), rows(300, 400), "0", 1e-3), Job(rows(100, 164), rows(300, 400), "1", float("nan"))
+    spy = CostSpy()
+    first, second = train(spy, {"a": x}, y, [good, bad], schedule=Schedule(max_epochs=5, min_epochs=5))
+    assert (len(first.losses), second.diverged) == (5, True)
+    ended = len(second.losses)
+    assert ended < 5
+    for training in (True, False):
+        assert [k for t, k in spy.applied if t is training] == [2] * ended + [1] * (5 - ended)
 
 
 def shown(y: np.ndarray, chosen: np.ndarray, epochs: int) -> list[torch.Tensor]:
