@@ -15,6 +15,7 @@ import numpy as np
 from embcache.probe.heads import Head, trainable
 from embcache.probe.heads.knn import KNN
 from embcache.probe.inputs import SHARDS, row_bytes
+from embcache.probe.rows import CHUNK
 from embcache.probe.solve import is_solved
 from embcache.probe.stack import stream_generator
 from embcache.store.feature_store import FeatureStore
@@ -82,9 +83,9 @@ class Need:
     rows : int
         Images whose features are read.
     loading : int
-        Shards, while features are read into memory.
+        Beside features in memory: shards while they are read, rows that are scored together afterwards.
     streaming : int
-        Shards, while features are streamed.
+        Beside the buffer: shards that are read, and rows scored together where they are more than it holds.
     largest : int
         Rows of the largest shard: the buffer holds one at least.
     head : int
@@ -158,15 +159,18 @@ def estimate(head: Head, stores: Mapping[str, FeatureStore], shape: Shape) -> Ne
         each, kept = _trained(head, dims, shape)
     outcome = shape.test * (_PER_TEST + 32 * shape.n_classes)
     base = FIXED + _PER_IMAGE * shape.images + shape.models * (_PER_JOB * shape.train + kept + outcome)
+    row, largest = row_bytes(stores, shape.n_views), largest_shard(next(iter(stores.values())))
+    loading = [_loading(store, shape.n_views) for store in stores.values()]
+    # The shard that was read last is kept, another is decoded, and its rows are copied; rows of a second backbone may
+    # lie in several of its shards.
+    reading = sum((3 if number == 0 else _READERS + 1) * size for number, size in enumerate(shards))
     return Need(
         base=base,
-        row=row_bytes(stores, shape.n_views),
+        row=row,
         rows=shape.used,
-        loading=max(map(_loading, stores.values(), [shape.n_views] * len(stores)), default=0),
-        # The shard that was read last is kept, another is decoded, and its rows are copied; rows of a second backbone
-        # may lie in several of its shards.
-        streaming=sum((3 if number == 0 else _READERS + 1) * size for number, size in enumerate(shards)),
-        largest=largest_shard(next(iter(stores.values()))),
+        loading=max(_chunk(head, dims, shape, max(shape.train, shape.val, shape.test)), *loading),
+        streaming=reading + max(0, _chunk(head, dims, shape, largest) - largest * row),
+        largest=largest,
         head=each,
         batch=shape.batch,
         solved=is_solved(head),
@@ -192,6 +196,15 @@ def _loading(store: FeatureStore, n_views: int) -> int:
     as_kept = store.dtype in (np.float16, np.float32) and (len(store.row_shape) == 1 or n_views > 1)
     shards = len(np.unique(store.features.shards))
     return (min(_READERS, shards) + (0 if as_kept else min(SHARDS, shards))) * _shard_bytes(store)
+
+
+def _chunk(head: object, dims: Mapping[str, int], shape: Shape, rows: int) -> int:
+    """Bytes of rows that are scored together, widened; heads with constants standardise them, and sum them as float64.
+
+    All heads share them; ``rows`` are the most that there are.
+    """
+    constants = hasattr(head, "constants") or is_solved(head)
+    return min(CHUNK, rows) * ((24 if constants else 8) * sum(dims.values()) + 4 * _ACTIVATIONS * shape.n_classes)
 
 
 def _trained(head: Head, dims: Mapping[str, int], shape: Shape) -> tuple[int, int]:
