@@ -13,8 +13,8 @@ from embcache.probe.rows import FeatureRows, as_rows
 
 Params = dict[str, torch.Tensor]
 
-# Rows are cut alike however many heads are scored, as the products of a part are rounded by its length: a head's logits,
-# and so its best epoch, are those it has alone.
+# Rows are cut alike however many heads are scored, as the products of a part are rounded by its length: a head's
+# logits, and so its best epoch, are those it has alone.
 _ROWS = 512
 _HEADS = 4
 

@@ -34,9 +34,8 @@ from torch.autograd.function import once_differentiable
 TOLERANCE = 1e-5
 """Error of fast attention, relative to how much outputs, or a gradient, vary within a row.
 
-It comes on top of float32's own: where all outputs of a row are nearly the same, or where a gradient is a small sum of
-large terms, these digits are lost whichever way attention is computed. The tail of the coefficients is an estimate, no
-bound: gradients of keys with an outlier far from all others were seen up to 5e-5 off.
+It comes on top of float32's own: where a row's outputs are nearly the same, or a gradient is a small sum of large terms,
+digits are lost in any case. The tail is an estimate, no bound: with one key far from all others 5e-5 was seen.
 """
 
 MOST_NODES = 256

@@ -209,6 +209,16 @@ def test_a_finished_head_costs_nothing_more() -> None:
         assert [k for t, k in spy.applied if t is training] == [2] * ended + [1] * (5 - ended)
 
 
+def test_a_head_that_stops_early_costs_nothing_more() -> None:
+    x, y = problem()
+    stops, goes_on = Job(rows(0, 64), rows(300, 400), "0", 1e-3), Job(rows(100, 164), rows(0, 0), "1", 1e-3)
+    spy = CostSpy()
+    first, second = train(spy, {"a": x}, y, [stops, goes_on], schedule=Schedule(max_epochs=6, min_epochs=2, patience=1))
+    assert (len(first.losses), len(second.losses)) == (2, 6)  # all its scores are equal
+    assert [k for t, k in spy.applied if t] == [2] * 2 + [1] * 4
+    assert [k for t, k in spy.applied if not t] == [1] * 2  # the other one validates on nothing
+
+
 def shown(y: np.ndarray, chosen: np.ndarray, epochs: int) -> list[torch.Tensor]:
     spy = Spy()
     numbers = torch.arange(len(y), dtype=torch.float32)[:, None]
