@@ -34,8 +34,8 @@ from torch.autograd.function import once_differentiable
 TOLERANCE = 1e-5
 """Error of fast attention, relative to how much outputs, or a gradient, vary within a row.
 
-It comes on top of float32's own: where a row's outputs are nearly the same, or a gradient is a small sum of large terms,
-digits are lost in any case. The tail is an estimate, no bound: with one key far from all others 5e-5 was seen.
+It comes on top of float32's own: where a row's outputs are nearly the same, or a gradient is a small sum of large
+terms, digits are lost in any case. The tail is an estimate, no bound: with a key far from all others 5e-5 was seen.
 """
 
 MOST_NODES = 256

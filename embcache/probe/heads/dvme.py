@@ -31,10 +31,11 @@ class DVME(Fusion):
     proj_dim, dropout
         As `embcache.probe.fusion.Fusion`.
     attention : {"auto", "exact", "fast"}
-        As `embcache.probe.attention.attend`. ``auto`` gives what ``exact`` gives, to a tolerance of 1e-5 of how
-        much the components of an image vary (5e-5 was seen in gradients where one key is far from all others); how the same numbers are computed is no property of a head. So it is not among the
-        hyperparameters that a request hashes, and a run made by exact attention answers for it. Whoever asks for one
-        way wants to know about that way: the request says so, and the result is a run of its own.
+        As `embcache.probe.attention.attend`. ``auto`` gives what ``exact`` gives, to a tolerance of 1e-5 of how much
+        the components of an image vary (5e-5 was seen in gradients where one key is far from all others); how the same
+        numbers are computed is no property of a head. So it is not among the hyperparameters that a request hashes, and
+        a run made by exact attention answers for it. Whoever asks for one way wants to know about that way: the request
+        says so, and the result is a run of its own.
     """
 
     attention: str = implicit("auto")
