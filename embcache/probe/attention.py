@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from embcache.probe.attention_nodes import MOST_NODES, interpolate, node_maps, place_nodes, plain_arithmetic
+from embcache.probe.usage import ATTENTIONS
 
 _PAD = 7
 
@@ -19,9 +20,6 @@ _BREAK_EVEN = 6
 """Nodes on N tokens cost less than N² scores up to N / 6 of them (`benchmarks/attention.py`)."""
 
 _MAP_CELLS = 1 << 24  # of all maps, or factors of maps, held at a time: 64 MiB in float32
-
-ATTENTIONS = ("auto", "exact", "fast")
-"""How attention can be computed."""
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kind: str = "auto") -> torch.Tensor:

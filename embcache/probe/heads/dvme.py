@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import torch
 from numpy.typing import ArrayLike
 
-from embcache.probe.attention import ATTENTIONS, attend
+from embcache.probe.attention import attend
 from embcache.probe.fusion import Fusion, Params, init_projections, project
 from embcache.probe.hyperparameters import check_choice, check_count, implicit
 from embcache.probe.layers import affine, init_linear
 from embcache.probe.train import FittedHead, fit
+from embcache.probe.usage import ATTENTIONS
 
 
 @dataclass(frozen=True)
