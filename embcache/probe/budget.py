@@ -27,7 +27,7 @@ FEATURES = 0.75
 """Share of the limit that features may take in memory, at most."""
 
 _BUFFER = 0.125  # share of it that is the buffer of streamed features
-_PER_IMAGE = 1000  # of the whole dataset: table, ids and digests, in the dataset and in each store's index
+_PER_IMAGE = 800  # of the whole dataset: table, ids and digests, in the dataset and in each store's index
 _PER_DRAW = 48  # of a head in a stack and a row that it trains on: its order, sorted, and what sorts it
 _PER_JOB = 24  # of a head, waiting or not, and a row that it trains on: which row, its weight
 _PER_TEST = 64  # of a head and a test row, besides its probabilities: the table of predictions
@@ -35,6 +35,7 @@ _COPIES = 6  # of a head that trains: values, gradients, two moments, and those 
 _KEPT = 2  # of a head that is done: its best epoch, and the bytes that are saved
 _ACTIVATIONS = 16  # of each output of a layer: its value, its gradient, and what lies between
 _NEIGHBOURS = 1024 * 4  # cosines of the images that are scored together, of each training image
+_SCORED = 512  # rows that a head is applied to at a time where nothing is trained
 _READERS = 4  # shards that are read at a time
 
 
@@ -214,8 +215,13 @@ def _trained(head: Head, dims: Mapping[str, int], shape: Shape) -> tuple[int, in
     outputs = sum(p.shape[0] for p in params.values() if p.dim() > 1)
     # A batch is gathered as it is stored, widened, standardised and laid side by side.
     batch = 4 * shape.batch * (4 * sum(dims.values()) + _ACTIVATIONS * outputs)
+    scored = (
+        min(_SCORED, max(shape.val, shape.test))
+        * 4
+        * ((2 * sum(dims.values()) if hasattr(head, "constants") else 0) + 4 * outputs)
+    )
     draws = shape.train * (_PER_DRAW + (16 if shape.n_views > 1 else 0))
-    return _COPIES * size + batch + draws + shape.val * (32 + 4 * shape.n_classes), _KEPT * size
+    return _COPIES * size + max(batch, scored) + draws + shape.val * (32 + 4 * shape.n_classes), _KEPT * size
 
 
 def _solved(head: object, numbers: int, shape: Shape) -> int:
