@@ -9,8 +9,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 PROTOCOL_VERSION = 1
-"""Raised when the protocol changes, so that older runs are not taken for new ones. Arithmetic that gives the same within
-rounding (another order of sums, attention by nodes) is the same protocol: a saved run answers for it."""
+"""Raised when the protocol changes, so that older runs are not taken for new ones. Arithmetic that gives the same but
+for rounding (another order of sums, attention by nodes) is the same protocol: a saved run answers for it."""
 
 
 @dataclass(frozen=True)
