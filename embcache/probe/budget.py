@@ -27,7 +27,7 @@ FEATURES = 0.75
 """Share of the limit that features may take in memory, at most."""
 
 _BUFFER = 0.125  # share of it that is the buffer of streamed features
-_PER_IMAGE = 800  # of the whole dataset: table, ids and digests, in the dataset and in each store's index
+_PER_IMAGE = 1000  # of the whole dataset: table, ids and digests, in the dataset and in each store's index
 _PER_DRAW = 48  # of a head in a stack and a row that it trains on: its order, sorted, and what sorts it
 _PER_JOB = 24  # of a head, waiting or not, and a row that it trains on: which row, its weight
 _PER_TEST = 64  # of a head and a test row, besides its probabilities: the table of predictions
