@@ -141,8 +141,8 @@ def _imported_by(arguments: list[str], status: int) -> set[str]:
     """Modules, to the second level, that a command has imported when it ends with ``status``."""
     script = (
         "import atexit, sys\nfrom embcache.cli import main\nsys.argv[1:] = " + repr(arguments) + "\n"
-        "names = lambda: print('imported', *{'.'.join(name.split('.')[:n]) for name in sys.modules for n in (1, 2)}, flush=True)\n"
-        "atexit.register(names)\nmain()"
+        "short = lambda: {'.'.join(name.split('.')[:n]) for name in sys.modules for n in (1, 2)}\n"
+        "atexit.register(lambda: print('imported', *short(), flush=True))\nmain()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
