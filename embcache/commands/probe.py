@@ -107,7 +107,7 @@ def probe(
 
     Example: embcache probe --head linear --subset S,M,F --dataset pneumonia
     """
-    from embcache.probe.usage import check_usage, parse_head_options, parse_rates
+    from embcache.probe.usage import check_usage, join_head_options, parse_head_options, parse_rates
 
     datasets, backbones = split_list(dataset) or None, split_list(backbone) or None
     subsets, rates, options = (
@@ -128,7 +128,7 @@ def probe(
         attention=attention,
     )
     if attention is not None:
-        options["attention"] = attention
+        options = join_head_options(options, attention=attention)
 
     from embcache.probe.cached import probe_cached  # imports torch, which a slip in a flag need not wait for
 

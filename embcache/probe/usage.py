@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -124,6 +124,25 @@ def parse_head_options(pairs: Sequence[str]) -> dict[str, Any]:
             value = text
         found[name] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def join_head_options(options: Mapping[str, Any], **flags: Any) -> dict[str, Any]:
+    """Hyperparameters with those that have a flag of their own.
+
+    Raises
+    ------
+    UsageError
+        One is given both ways.
+    """
+    for name in flags:
+        if name in options:
+            raise UsageError(
+                f"{name} is given twice",
+                expected="each name once",
+                found=f"--{name} and --head-option {name}=…",
+                fix=f"leave --head-option {name}=… out",
+            )
+    return {**options, **flags}
 
 
 def parse_rates(texts: Sequence[str]) -> float | list[float] | None:
