@@ -15,7 +15,7 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# About two hours; kaiko-eva is installed into an environment of its own. docs/benchmarks.md keeps what was measured.
+# Hours; kaiko-eva is installed into an environment of its own. docs/benchmarks.md keeps what was measured.
 bench: .venv/installed
 	$(BIN)/python benchmarks/probing.py
 	$(BIN)/python benchmarks/attention.py

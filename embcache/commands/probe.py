@@ -82,7 +82,7 @@ def probe(
         typer.Option(
             "--attention",
             metavar="auto|exact|fast",
-            help="How dvme attends: all scores, or a few nodes (same to 1e-5) where, by auto, they cost less. "
+            help="How dvme attends: all scores (exact), a few nodes, the same to 1e-5 (fast), or what costs less. "
             "[default: auto]",
         ),
     ] = None,

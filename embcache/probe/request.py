@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,7 @@ class Asked:
     plans: tuple[Splits, ...]
     options: ProbeOptions
     source: str
+    _needs: dict[tuple[str, ...], Need] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def n_models(self) -> int:
@@ -97,7 +98,13 @@ class Asked:
         return json.loads(json.dumps(request))  # type: ignore[no-any-return]  # as it reads back: lists, no tuples
 
     def need(self, backbones: Sequence[str], *subsets: str) -> Need:
-        """Memory that these subsets take, trained together."""
+        """Memory that these subsets take, trained together; estimated once, as all that follows asks for it again."""
+        key = (*backbones, "", *subsets)
+        if key not in self._needs:
+            self._needs[key] = self._estimate(backbones, subsets)
+        return self._needs[key]
+
+    def _estimate(self, backbones: Sequence[str], subsets: Sequence[str]) -> Need:
         o, kinds = self.options, [(plan, f, s) for plan in self.plans for s in subsets for f in range(plan.n_folds)]
         shape = Shape(
             images=len(self.plans[0].ids),

@@ -26,7 +26,7 @@ from embcache.store.header import StoreHeader
 from embcache.store.recipe import Recipe
 from embcache.store.rows import Bytes, PlanEntry, RowIndex
 from embcache.store.sealed import unseal
-from embcache.store.verified import Scratch, read_file, read_into
+from embcache.store.verified import Scratch, read_file, read_into, refusals_told
 
 _T = TypeVar("_T")
 _NUMBER = re.compile(r"\d{6,}")
@@ -180,17 +180,11 @@ def read_index(store: Path, header: StoreHeader, number: int) -> RowIndex:
     for name in set(record.files).difference(names):
         # Features are read when they are asked for; that none of them is cut short is known at once.
         size, path = record.files[name][0], store / "shards" / shard_name(number) / name
-        try:
-            there = path.stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            there = -1
-        except OSError as error:
-            raise StoreError(
-                "a file of the feature store cannot be read",
-                found=error.strerror or str(error),
-                where=path,
-                fix="check the disk and its permissions, then repeat the command",
-            ) from error
+        with refusals_told(path, _recompute(path.parent)):
+            try:
+                there = path.stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                there = -1
         if there != size:
             _refuse(store, number, f"{size} bytes in {name}", f"{there} bytes" if there >= 0 else "no such file")
     index = _decode(form.decode_index, files, store, number)

@@ -40,7 +40,7 @@ def read_file(path: PathLike, fix: str, expected: tuple[int, str] | None = None)
     StoreError
         The system does not let it be read.
     """
-    with _refusals_told(path, fix), open(path, "rb", buffering=0) as file:  # noqa: PTH123  # also of texts
+    with refusals_told(path, fix), open(path, "rb", buffering=0) as file:  # noqa: PTH123  # also of texts
         size = os.fstat(file.fileno()).st_size
         # A wrong size is refused before reading: what grew to gigabytes is not loaded to be told so.
         data = file.readall() if expected is None or size == expected[0] else b""
@@ -69,7 +69,7 @@ def read_into(path: PathLike, fix: str, expected: tuple[int, str], targets: Sequ
         As for `read_file`.
     """
     crc = done = 0
-    with _refusals_told(path, fix), open(path, "rb", buffering=0) as file:  # noqa: PTH123
+    with refusals_told(path, fix), open(path, "rb", buffering=0) as file:  # noqa: PTH123
         size = os.fstat(file.fileno()).st_size
         if size == expected[0]:
             for target in targets:
@@ -86,7 +86,8 @@ def read_into(path: PathLike, fix: str, expected: tuple[int, str], targets: Sequ
 
 
 @contextmanager
-def _refusals_told(path: PathLike, fix: str) -> Iterator[None]:
+def refusals_told(path: PathLike, fix: str) -> Iterator[None]:
+    """What the system refuses inside, as errors of the store: missing is damage, the rest says nothing of the bytes."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:

@@ -40,6 +40,7 @@ _ROWS, _DIM, _FOLDS, _BATCH = 8192, 1536, 5, 64
 _BACKBONES = {"simclr": 2048, "swav": 2048, "dino": 1536}  # what dvme fuses by default
 _IMAGES = 64
 _REPEATS = 5
+_STARTS = 3  # of whole processes
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def _whole_probe() -> Measured:
         def run(*arguments: str) -> None:
             subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
 
-        whole, floor = _turns([lambda: run("-m", "embcache", *asked), lambda: run("-c", "import torch")], 3)
+        whole, floor = _turns([lambda: run("-m", "embcache", *asked), lambda: run("-c", "import torch")], _STARTS)
     return Measured("probing 50 of 1,000 images, from start to end", 1 / whole, "probes", "import torch", floor / whole)
 
 

@@ -15,7 +15,7 @@ from embcache.upkeep import bench
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"_ROWS": 640, "_DIM": 8, "_REPEATS": 1, "_IMAGES": 3}.items():
+    for name, value in {"_ROWS": 640, "_DIM": 8, "_REPEATS": 1, "_STARTS": 1, "_IMAGES": 3}.items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "_BACKBONES", {"a": 8, "b": 8})
 
