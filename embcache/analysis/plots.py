@@ -25,11 +25,12 @@ Style = tuple[str, str, str | tuple[int, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Map:
-    """One panel: a title, coordinates (n, 2) and labels (n,)."""
+    """One panel: a title, coordinates (n, 2), labels (n,), and what is written under it."""
 
     title: str
     coordinates: NDArray[np.float32]
     labels: NDArray[np.int64]
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, targe
                 color=_COLOURS[label % len(_COLOURS)], marker=_MARKERS[label % len(_MARKERS)],
             )  # fmt: skip
         axis.set_title(_plain(panel.title), fontsize=10)
+        axis.set_xlabel(_plain(panel.caption), fontsize=7)
         axis.set_xticks([])
         axis.set_yticks([])
     for axis in axes[len(maps) :]:

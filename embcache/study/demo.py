@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from embcache.analysis.maps import embed_map
 from embcache.analysis.plots import Map, plot_maps
-from embcache.analysis.tsne import embed_tsne
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.extract.run import run_extraction
 from embcache.paths import PathLike, home_dir, slug
@@ -44,7 +44,7 @@ def run_demo(*, home: PathLike | None = None, say: Callable[[str], object] = lam
     maps = []
     for extraction in extractions:
         features, labels, _ = extraction.store.arrays(dataset, split="test")
-        maps.append(Map(extraction.backbone, embed_tsne(features), labels))
+        maps.append(Map(extraction.backbone, embed_map(features), labels))
     title = f"t-SNE of the cached features, {len(maps[0].labels)} test images of the synthetic sample"
     figure = plot_maps(maps, dataset.class_names, title, folder / slug(dataset.name) / "figures" / "tsne.png")
     return DemoOutcome(dataset, tuple(results), figure, folder)

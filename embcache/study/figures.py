@@ -10,19 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import balanced_accuracy_score
-from sklearn.neighbors import NearestNeighbors
-from sklearn.preprocessing import StandardScaler
 
 from embcache.analysis.attention import mass_table, mean_attention
+from embcache.analysis.maps import NEIGHBOURS, embed_map, neighbour_accuracy
 from embcache.analysis.plots import AttentionPanel, Map, plot_attention, plot_maps
-from embcache.analysis.tsne import embed_tsne
-from embcache.data.splits import hash_order
-from embcache.errors import EmbcacheError, ProtocolError, UsageError
+from embcache.analysis.shown import LIMIT, Shown, fused_features, plain_features, shown_images
+from embcache.errors import EmbcacheError, UsageError
 from embcache.paths import home_dir, slug
-from embcache.probe.heads.dvme import DVME
-from embcache.probe.inputs import open_stores, plan_for
-from embcache.probe.results import ProbeResult, load_heads, runs_dir
+from embcache.probe.inputs import open_stores
+from embcache.probe.results import load_heads, runs_dir
 from embcache.report.grid import Grid, Model
 from embcache.report.layout import Marks, Table
 from embcache.store.feature_store import FeatureStore
@@ -30,13 +26,6 @@ from embcache.study.definitions import LINEAR, Figure
 from embcache.study.plan import DatasetState, look
 from embcache.study.run import Progress, Say, carry_out
 from embcache.study.settings import Settings, in_a_line
-
-LIMIT = 2000
-"""Test images of a map: beyond it t-SNE takes long and points hide each other."""
-
-NEIGHBOURS = 10
-
-_CHUNK = 128  # images embedded at a time
 
 
 @dataclass(frozen=True)
@@ -59,13 +48,6 @@ class _Panel:
     label: str
     features: NDArray[np.float32]  # (n, D)
     remark: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class _TestRows:
-    ids: list[str]
-    labels: NDArray[np.int64]
-    remark: str
 
 
 def figure_grid(figure: Figure) -> Grid:
@@ -194,20 +176,21 @@ def _draw_maps(
     stores = _stores(grid, state, settings)
     if not stores:
         return []
-    test = _test_rows(state, stores, figure.subset, settings, most=LIMIT)
-    features = {name: _rows(store, test.ids) for name, store in stores.items()}
+    test = _shown(state, stores, figure.subset, settings, most=LIMIT)
+    features = {name: plain_features(store, test.ids) for name, store in stores.items()}
     panels = []
     for model in grid.models:
         result = state.results.get((model, state.subset_of[figure.subset]))
         if model.kind == "features" and model.backbones[0] in features:
             panels.append(_Panel(model.label, features[model.backbones[0]]))
         elif result is not None and set(model.backbones) <= set(features):
-            fold, fused = _fused(result, {name: features[name] for name in model.backbones}, settings)
+            run = runs_dir(result.dataset, settings.home) / result.id
+            fold, fused = fused_features(result, run, {name: features[name] for name in model.backbones})
             panels.append(_Panel(model.label, fused, f"trained with labels (fold {fold}, subset {result.subset})"))
     maps = []
     for panel in panels:
         title = panel.label + (f"\n{panel.remark}" if panel.remark else "")
-        maps.append(Map(title, embed_tsne(panel.features), test.labels))
+        maps.append(Map(title, embed_map(panel.features), test.labels))
     synthetic = " (synthetic)" if state.ds.synthetic else ""
     plot_maps(maps, state.ds.class_names, f"{figure.title}, {state.ds.name}{synthetic}, n = {len(test.ids):,}", path)
     drawn: list[tuple[tuple[str, ...], dict[str, Any]]] = []
@@ -230,8 +213,8 @@ def _draw_attention(
     if result is None:
         return []
     stores = _stores(grid, state, settings)
-    test = _test_rows(state, stores, figure.subset, settings, most=None)
-    x = {name: torch.from_numpy(_rows(stores[name], test.ids)) for name in model.backbones}
+    test = _shown(state, stores, figure.subset, settings, most=None)
+    x = {name: torch.from_numpy(plain_features(stores[name], test.ids)) for name in model.backbones}
     heads = [params for params in load_heads(runs_dir(state.ds.name, settings.home) / result.id) if params]
     weights = np.mean([mean_attention(params, x) for params in heads], axis=0).astype(np.float32)
     mass = mass_table(weights, len(model.backbones))
@@ -257,75 +240,19 @@ def _stores(grid: Grid, state: DatasetState, settings: Settings) -> dict[str, Fe
     return open_stores(state.ds, there, settings.home, settings.recipe)
 
 
-def _test_rows(
+def _shown(
     state: DatasetState, stores: Mapping[str, FeatureStore], subset: str, settings: Settings, *, most: int | None
-) -> _TestRows:
+) -> Shown:
     """The labelled test images of the protocol, all of them or so many at most."""
     assert state.ds is not None
-    plan = plan_for(
+    return shown_images(
         state.ds,
         list(stores.values()),
-        subsets=(state.subset_of[subset],),
+        subset=state.subset_of[subset],
+        most=most,
         folds=settings.folds,
         seed=settings.seed,
         val=settings.val,
         test=settings.test,
         exclude_test_overlap=settings.exclude_test_overlap,
     )
-    rows = plan.test[plan.labels[plan.test] >= 0]
-    if not len(rows):
-        raise ProtocolError(
-            f"the labels of the test images of {state.asked} are not known: there is nothing to colour by",
-            fix="--test local",
-        )
-    remark = f"{plan.test_set} test set"
-    if most is not None and len(rows) > most:
-        remark += f", {most:,} drawn of {len(rows):,} images"
-        rows = np.sort(rows[hash_order(0, "figure", [str(i) for i in plan.ids[rows]])[:most]])
-    return _TestRows([str(i) for i in plan.ids[rows]], plan.labels[rows], remark)
-
-
-def _rows(store: FeatureStore, ids: Sequence[str]) -> NDArray[np.float32]:
-    """Features of some images, plain where there are several views; (n, D)."""
-    place = {name: row for row, name in enumerate(store.ids.tolist())}
-    x = np.asarray(store.features[np.array([place[name] for name in ids], dtype=np.int64)], dtype=np.float32)
-    return np.ascontiguousarray(x if x.ndim == 2 else x[:, 0])
-
-
-@torch.no_grad()
-def _fused(
-    result: ProbeResult, features: Mapping[str, NDArray[np.float32]], settings: Settings
-) -> tuple[int, NDArray[np.float32]]:
-    """The first fold that has a model, and its fused embedding; (n, 512)."""
-    heads = load_heads(runs_dir(result.dataset, settings.home) / result.id)
-    place, trained = next((place, params) for place, params in enumerate(heads) if params)
-    params = {name: p[None] for name, p in trained.items()}
-    head = DVME(**{k: v for k, v in result.request["head"].items() if k != "name"})
-    x = {name: torch.from_numpy(features[name]) for name in result.backbones}
-    n = len(next(iter(x.values())))
-    parts = [
-        head.embed(params, {name: f[start : start + _CHUNK][None] for name, f in x.items()})[0]
-        for start in range(0, n, _CHUNK)
-    ]
-    return result.folds[place].fold, np.asarray(torch.cat(parts).float().numpy())
-
-
-def neighbour_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64], k: int = NEIGHBOURS) -> float:
-    """Balanced accuracy of the majority class among each image's k nearest others, ties to the nearer neighbours.
-
-    Parameters
-    ----------
-    features : float32 array of shape (n, D)
-        Standardised here.
-    labels : int64 array of shape (n,)
-        0 … C − 1.
-    k : int
-        Lowered to the others there are.
-    """
-    x = StandardScaler().fit_transform(features)
-    k = min(k, len(x) - 1)
-    near = NearestNeighbors(n_neighbors=k).fit(x).kneighbors(return_distance=False)  # (n, k), an image never its own
-    votes = np.zeros((len(x), int(labels.max()) + 1))
-    for rank in range(k):
-        votes[np.arange(len(x)), labels[near[:, rank]]] += 1 + (k - rank) * 1e-6
-    return float(balanced_accuracy_score(labels, votes.argmax(1)))

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from sklearn.manifold import trustworthiness
 
+from embcache.analysis.maps import embed_map
 from embcache.analysis.plots import Map, plot_maps
-from embcache.analysis.tsne import embed_tsne
 from embcache.errors import ProtocolError
 
 
@@ -22,18 +22,18 @@ def blobs(n: int = 40) -> tuple[np.ndarray, np.ndarray]:
 
 def test_neighbourhoods_are_kept_and_the_seed_fixes_the_map() -> None:
     features, _ = blobs()
-    found = embed_tsne(features, seed=3)
+    found = embed_map(features, seed=3)
     assert found.shape == (120, 2)
     assert found.dtype == np.float32
     assert trustworthiness(features, found, n_neighbors=10) > 0.85
-    assert np.array_equal(found, embed_tsne(features, seed=3))
+    assert np.array_equal(found, embed_map(features, seed=3))
 
 
 def test_few_images_lower_the_perplexity_and_too_few_are_refused() -> None:
     features, _ = blobs(2)
-    assert np.isfinite(embed_tsne(features)).all()
+    assert np.isfinite(embed_map(features)).all()
     with pytest.raises(ProtocolError, match="too few images"):
-        embed_tsne(features[:3])
+        embed_map(features[:3])
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])

@@ -1,0 +1,76 @@
+"""Coordinates of maps, kept: the same picture is not computed twice, and its points can be taken along."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embcache.analysis.maps import embed_map
+from embcache.errors import StoreError
+from embcache.store.commit import replace_file
+from embcache.store.sealed import seal, unseal
+
+_PACKAGES = {"tsne": "openTSNE", "umap": "umap-learn", "pca": "scikit-learn"}
+
+
+def cached_map(
+    folder: Path,
+    source: Mapping[str, Any],
+    ids: Sequence[str],
+    features: NDArray[np.float32],
+    method: str,
+    *,
+    seed: int,
+    perplexity: float,
+) -> NDArray[np.float32]:
+    """`embcache.analysis.maps.embed_map`, read where the same map was made before.
+
+    Parameters
+    ----------
+    folder : Path
+        Where coordinates are kept.
+    source : mapping of str to JSON
+        What the features are: fingerprints of recipes, the run and fold of a fused embedding.
+    ids : sequence of str, length n
+        The images, in order.
+    features : float32 array (n, D)
+        Their bytes are part of what is asked.
+    method, seed, perplexity
+        As for `embed_map`.
+    """
+    asked = {
+        "source": dict(source),
+        "images": hashlib.sha256("\0".join(ids).encode("utf-8")).hexdigest(),
+        "features": hashlib.sha256(np.ascontiguousarray(features).tobytes()).hexdigest(),
+        "method": method,
+        "seed": seed,
+        "perplexity": perplexity,
+        "version": _version(_PACKAGES.get(method, "")),
+    }
+    name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode("utf-8")).hexdigest()[:16]
+    path = folder / f"{method}-{name}.json"
+    try:
+        kept = unseal(path.read_bytes(), path, "")
+        if kept["asked"] == asked:
+            coordinates = np.asarray(kept["coordinates"], dtype=np.float32)
+            if coordinates.shape == (len(ids), 2) and np.isfinite(coordinates).all():
+                return coordinates
+    except (OSError, StoreError, KeyError, ValueError):
+        pass  # none there, or not as it was written: it only saves work
+    coordinates = embed_map(features, method, seed=seed, perplexity=perplexity)
+    replace_file(path, seal({"asked": asked, "coordinates": coordinates.tolist()}))
+    return coordinates
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,221 @@
+"""``embcache tsne``: cached backbones and fused embeddings side by side, each with its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from embcache.analysis.coordinates import cached_map
+from embcache.analysis.maps import METHODS, PERPLEXITY, MapScores, score_map
+from embcache.analysis.shown import Shown, fused_features, plain_features, shown_images
+from embcache.data.dataset import ImageDataset
+from embcache.errors import StoreNotFoundError, UsageError
+from embcache.paths import PathLike, home_dir, slug
+from embcache.probe.cached import cached_backbones
+from embcache.probe.inputs import open_stores
+from embcache.probe.results import ProbeResult, find_run_anywhere
+from embcache.store.feature_store import extract_command
+
+NAMES = {"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA"}
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One embedding and its map.
+
+    Attributes
+    ----------
+    label : str
+        Backbone, or what a run fuses.
+    remark : str
+        What a reader must know, such as that it was trained with labels.
+    dim : int
+        Of the embedding.
+    coordinates : float32 array (n, 2)
+    scores : MapScores
+    source : dict
+        Fingerprint of the recipe; or run, fold and fingerprints.
+    """
+
+    label: str
+    remark: str
+    dim: int
+    coordinates: NDArray[np.float32]
+    scores: MapScores
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """Maps of the same images.
+
+    Attributes
+    ----------
+    dataset : str
+    method : str
+    shown : Shown
+        The images.
+    panels : tuple of Panel
+    paths : tuple of Path
+        The figure, once in each format asked for.
+    """
+
+    dataset: str
+    method: str
+    shown: Shown
+    panels: tuple[Panel, ...]
+    paths: tuple[Path, ...]
+
+    def table(self) -> pd.DataFrame:
+        """One row an image and embedding: ``embedding, id, label, x, y``."""
+        parts = [
+            pd.DataFrame(
+                {
+                    "embedding": panel.label,
+                    "id": self.shown.ids,
+                    "label": self.shown.labels,
+                    "x": panel.coordinates[:, 0],
+                    "y": panel.coordinates[:, 1],
+                }
+            )
+            for panel in self.panels
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+
+def draw_maps(
+    ds: ImageDataset,
+    backbones: Sequence[str] = (),
+    runs: Sequence[str] = (),
+    *,
+    method: str = "tsne",
+    rows: str = "test",
+    most: int | None = None,
+    seed: int = 0,
+    perplexity: float = PERPLEXITY,
+    home: PathLike | None = None,
+    recipe: str | None = None,
+    targets: Sequence[PathLike] = (),
+) -> Maps:
+    """Map cached embeddings of the same images, and draw the maps side by side.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        Whose images are shown.
+    backbones : sequence of str
+        Default, where no runs are given either: all that are cached.
+    runs : sequence of str
+        Ids (or beginnings) of runs of a fused head, whose embedding is shown.
+    method, perplexity
+        As for `embcache.analysis.maps.embed_map`.
+    rows : {"test", "train", "all"}
+        Which images. Test rows follow the protocol of the first run, where one is given.
+    most : int, optional
+        At most so many images.
+    seed : int
+        Of the maps, and, without runs, of the splits.
+    home, recipe
+        As for `embcache.probe.inputs.open_stores`.
+    targets : sequence of path
+        Files to draw; the suffix says the format. Default: ``<home>/<dataset>/figures/<method>.png``.
+
+    Raises
+    ------
+    StoreNotFoundError
+        Nothing is cached, or there is no such run.
+    UsageError
+        A run is of another dataset, or fuses nothing; or runs with different test images.
+    """
+    if method not in METHODS:
+        raise UsageError("there is no such method", expected=", ".join(METHODS), found=method, fix="--method tsne")
+    found = [find_run_anywhere(run, home) for run in runs]
+    for result, _ in found:
+        _check_run(result, ds, found[0][0])
+    names = list(dict.fromkeys(backbones)) or ([] if runs else cached_backbones(ds.name, home))
+    needed = list(dict.fromkeys([*names, *(b for result, _ in found for b in result.backbones)]))
+    if not needed:
+        raise StoreNotFoundError(
+            f"no features are cached for {ds.name}",
+            where=home_dir(home) / slug(ds.name),
+            fix=extract_command("NAME", ds, home),
+        )
+    stores = open_stores(ds, [needed], home, recipe)
+    protocol: dict[str, Any] = {"seed": seed}
+    if found:
+        asked = found[0][0].request
+        protocol = {key: asked[key] for key in ("folds", "seed", "val", "test") if key in asked}
+    subset = found[0][0].subset if found else "F"
+    shown = shown_images(ds, list(stores.values()), rows=rows, subset=subset, most=most, **protocol)
+    features = {name: plain_features(store, shown.ids) for name, store in stores.items()}
+    folder = home_dir(home) / slug(ds.name) / "figures"
+    panels = []
+    for name in names:
+        source = {"recipe": stores[name].recipe.fingerprint}
+        panels.append(_panel(name, "", features[name], source, shown, method, seed, perplexity, folder))
+    for result, path in found:
+        fold, fused = fused_features(result, path, {name: features[name] for name in result.backbones})
+        source = {
+            "run": result.id,
+            "fold": str(fold),
+            **{name: stores[name].recipe.fingerprint for name in result.backbones},
+        }
+        remark = f"trained with labels ({result.subset}, fold {fold})"
+        label = f"{result.head}: {' + '.join(result.backbones)}"
+        panels.append(_panel(label, remark, fused, source, shown, method, seed, perplexity, folder))
+    paths = tuple(Path(target) for target in targets) or (folder / f"{method}.png",)
+    _draw(ds, method, shown, panels, paths)
+    return Maps(ds.name, method, shown, tuple(panels), paths)
+
+
+def _check_run(result: ProbeResult, ds: ImageDataset, first: ProbeResult) -> None:
+    if result.dataset != ds.name:
+        raise UsageError("a run of another dataset", expected=ds.name, found=f"{result.id} of {result.dataset}")
+    protocols = [{key: r.request.get(key) for key in ("folds", "seed", "val", "test")} for r in (first, result)]
+    if protocols[0] != protocols[1]:
+        raise UsageError(
+            "runs of different protocols have different test images",
+            expected=f"{first.id}: {protocols[0]}",
+            found=f"{result.id}: {protocols[1]}",
+            fix="one figure each",
+        )
+
+
+def _panel(
+    label: str,
+    remark: str,
+    features: NDArray[np.float32],
+    source: dict[str, Any],
+    shown: Shown,
+    method: str,
+    seed: int,
+    perplexity: float,
+    folder: Path,
+) -> Panel:
+    coordinates = cached_map(
+        folder / "coordinates", source, shown.ids, features, method, seed=seed, perplexity=perplexity
+    )
+    scores = score_map(features, coordinates, shown.labels)
+    return Panel(label, remark, features.shape[1], coordinates, scores, source)
+
+
+def _draw(ds: ImageDataset, method: str, shown: Shown, panels: Sequence[Panel], paths: Sequence[Path]) -> None:
+    from embcache.analysis.plots import Map, plot_maps
+
+    maps = []
+    for panel in panels:
+        s = panel.scores
+        silhouette = "–" if s.silhouette is None else f"{s.silhouette:.2f}"
+        caption = f"silhouette {silhouette} · k-NN {s.knn_accuracy:.3f} · trust {s.trustworthiness:.3f}"
+        title = panel.label + (f"\n{panel.remark}" if panel.remark else "")
+        maps.append(Map(title, panel.coordinates, shown.labels, caption))
+    synthetic = " (synthetic)" if ds.synthetic else ""
+    title = f"{NAMES[method]}, {ds.name}{synthetic}: {shown.remark}, n = {len(shown.ids):,}"
+    for path in paths:
+        plot_maps(maps, ds.class_names, title, path)

@@ -1,0 +1,153 @@
+"""The images that a figure shows, and their embeddings: cached features, or what a fused head makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from embcache.data.dataset import ImageDataset
+from embcache.data.splits import hash_order
+from embcache.errors import ProtocolError, UsageError
+from embcache.probe.fusion import Fusion
+from embcache.probe.heads import make_head
+from embcache.probe.inputs import plan_for
+from embcache.probe.results import ProbeResult, load_heads
+from embcache.store.feature_store import FeatureStore
+
+LIMIT = 2000
+"""Images of a map in a figure of the paper: beyond it points hide each other."""
+
+ROWS = ("test", "train", "all")
+
+_CHUNK = 128  # images embedded at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """Labelled images of a figure.
+
+    Attributes
+    ----------
+    ids : list of str, length n
+    labels : int64 array (n,)
+    remark : str
+        Which rows these are, in words.
+    """
+
+    ids: list[str]
+    labels: NDArray[np.int64]
+    remark: str
+
+
+def shown_images(
+    ds: ImageDataset,
+    stores: Sequence[FeatureStore],
+    *,
+    rows: str = "test",
+    subset: str | int = "F",
+    most: int | None = None,
+    **protocol: Any,
+) -> Shown:
+    """The labelled images that the protocol tests on, or trains and validates on, or both; readable in every store.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        As its stores know it.
+    stores : sequence of FeatureStore
+        Images that one of them could not read are left out.
+    rows : {"test", "train", "all"}
+        ``train`` is the pool: whatever trains or validates in some fold.
+    subset : str or int
+        Which the pool must carry.
+    most : int, optional
+        So many are drawn by a hash of their ids where there are more.
+    **protocol
+        ``folds, seed, val, test, exclude_test_overlap`` as for `embcache.probe.inputs.plan_for`.
+
+    Raises
+    ------
+    ProtocolError
+        None of the images has a label that is known, or the dataset does not carry the protocol.
+    UsageError
+        There are no such rows.
+    """
+    if rows not in ROWS:
+        raise UsageError("there are no such rows", expected=", ".join(ROWS), found=rows, fix="--rows test")
+    plan = plan_for(ds, list(stores), subsets=(subset,), **protocol)
+    pool = np.unique(np.concatenate([part for side in (plan.train, plan.val) for part in side.values()]))
+    parts = {"test": plan.test, "train": pool, "all": np.union1d(plan.test, pool)}
+    chosen = parts[rows]
+    chosen = chosen[plan.labels[chosen] >= 0]
+    if not len(chosen):
+        raise ProtocolError(
+            f"the labels of the {rows} images of {ds.name} are not known: there is nothing to colour by",
+            fix="--test local",
+        )
+    words = {"test": f"{plan.test_set} test set", "train": "training and validation images", "all": "all images"}
+    remark = words[rows]
+    if most is not None and len(chosen) > most:
+        remark += f", {most:,} drawn of {len(chosen):,} images"
+        chosen = np.sort(chosen[hash_order(0, "figure", [str(i) for i in plan.ids[chosen]])[:most]])
+    return Shown([str(i) for i in plan.ids[chosen]], plan.labels[chosen], remark)
+
+
+def plain_features(store: FeatureStore, ids: Sequence[str]) -> NDArray[np.float32]:
+    """Features of some images, float32 (n, D); of several views the plain one."""
+    place = {name: row for row, name in enumerate(store.ids.tolist())}
+    x = np.asarray(store.features[np.array([place[name] for name in ids], dtype=np.int64)], dtype=np.float32)
+    return np.ascontiguousarray(x if x.ndim == 2 else x[:, 0])
+
+
+@torch.no_grad()
+def fused_features(
+    result: ProbeResult, run: Path, features: Mapping[str, NDArray[np.float32]]
+) -> tuple[int, NDArray[np.float32]]:
+    """The embedding that a run of ``dvme`` makes of cached features, by its first fold that has a model.
+
+    Parameters
+    ----------
+    result : ProbeResult
+        Of a head that fuses.
+    run : Path
+        Its folder.
+    features : mapping of backbone to float32 array (n, D)
+        Of each of the run's backbones.
+
+    Returns
+    -------
+    fold : int
+    embedding : float32 array (n, 512)
+        The hidden layer after ReLU.
+
+    Raises
+    ------
+    UsageError
+        The run's head fuses nothing.
+    ProtocolError
+        No fold has a model.
+    """
+    head = make_head(**result.request["head"])
+    if not isinstance(head, Fusion):
+        raise UsageError(
+            f"a run of {result.head} has no fused embedding", expected="a run of dvme", found=result.id,
+            fix="embcache results --head dvme",
+        )  # fmt: skip
+    heads = load_heads(run)
+    place = next((place for place, params in enumerate(heads) if params), None)
+    if place is None:
+        raise ProtocolError("no fold of this run has a model", found=result.id, where=run, fix="embcache probe --again")
+    params = {name: p[None] for name, p in heads[place].items()}
+    x = {name: torch.from_numpy(features[name]) for name in result.backbones}
+    n = len(next(iter(x.values())))
+    parts = [
+        head.embed(params, {name: f[start : start + _CHUNK][None] for name, f in x.items()})[0]
+        for start in range(0, n, _CHUNK)
+    ]
+    return result.folds[place].fold, np.asarray(torch.cat(parts).float().numpy())
