@@ -22,6 +22,7 @@ from embcache.commands import (
     datasets,
     demo,
     extract,
+    figures,
     finetune,
     predict,
     probe,
@@ -73,6 +74,7 @@ app.command()(compare.compare)
 app.command()(compare.subgroups)
 app.command()(rank.rank)
 app.command()(rank.similarity)
+app.command()(figures.tsne)
 app.command()(predict.predict)
 app.command()(predict.submit)
 app.command()(predict.kaggle_score)

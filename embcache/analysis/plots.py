@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -82,7 +83,7 @@ def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, targe
                 points[:, 0], points[:, 1], s=14, alpha=0.8, linewidths=0, label=_plain(name),
                 color=_COLOURS[label % len(_COLOURS)], marker=_MARKERS[label % len(_MARKERS)],
             )  # fmt: skip
-        axis.set_title(_plain(panel.title), fontsize=10)
+        axis.set_title(_plain(_wrapped(panel.title)), fontsize=10)
         axis.set_xlabel(_plain(panel.caption), fontsize=7)
         axis.set_xticks([])
         axis.set_yticks([])
@@ -226,6 +227,44 @@ def plot_attention(panels: Sequence[AttentionPanel], title: str, target: Path) -
         below.set_title("attention of a row's tokens to a column's, summed", fontsize=8)
     figure.suptitle(_plain(title), fontsize=11)
     return _save(figure, target)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One image of a contact sheet: uint8 (H, W, 3) or None where it is not here, what is written under it, a mark."""
+
+    pixels: NDArray[np.uint8] | None
+    caption: str
+    marked: bool = False
+
+
+def plot_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], title: str, target: Path) -> Path:
+    """Draw rows of images, each row with its name; marked images have a coloured frame."""
+    columns = max(len(cells) for _, cells in rows)
+    figure = Figure(figsize=(1.5 * columns + 0.4, 1.95 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (name, cells) in zip(axes, rows, strict=True):
+        for axis in line:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        for axis, cell in zip(line, cells, strict=False):
+            if cell.pixels is None:
+                axis.text(0.5, 0.5, "not here", ha="center", va="center", fontsize=8, transform=axis.transAxes)
+            else:
+                axis.imshow(cell.pixels)
+            axis.set_xlabel(_plain(cell.caption), fontsize=6)
+            for spine in axis.spines.values():
+                spine.set_color(_COLOURS[5] if cell.marked else "0.7")
+                spine.set_linewidth(2.5 if cell.marked else 0.8)
+        line[0].set_ylabel(_plain(name), fontsize=8)
+        for axis in line[len(cells) :]:
+            axis.set_axis_off()
+    figure.suptitle(_plain(title), fontsize=10)
+    return _save(figure, target)
+
+
+def _wrapped(title: str, width: int = 34) -> str:
+    return "\n".join(part for line in title.split("\n") for part in textwrap.wrap(line, width) or [""])
 
 
 def _plain(text: str) -> str:

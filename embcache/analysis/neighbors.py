@@ -1,0 +1,132 @@
+"""Nearest neighbours of an image in cached features: what does a backbone take for alike?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embcache.data.dataset import ImageDataset
+from embcache.errors import UsageError
+from embcache.paths import PathLike
+from embcache.probe.cached import cached_backbones
+from embcache.probe.inputs import open_stores
+from embcache.store.feature_store import FeatureStore
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """One image near another.
+
+    Attributes
+    ----------
+    id : str
+    similarity : float
+        Cosine of the standardised features of the two, −1 … 1.
+    label : int
+        −1 where there is none.
+    split, group : str
+    """
+
+    id: str
+    similarity: float
+    label: int
+    split: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest images of one image under one backbone, nearest first."""
+
+    backbone: str
+    image: Neighbour
+    nearest: tuple[Neighbour, ...]
+
+
+def find_neighbours(
+    ds: ImageDataset,
+    image: str,
+    backbones: Sequence[str] = (),
+    *,
+    k: int = 8,
+    home: PathLike | None = None,
+    recipe: str | None = None,
+) -> list[Neighbours]:
+    """The k images nearest to one, under each backbone.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        Among whose cached images is looked.
+    image : str
+        Id of a cached image; the end of one will do where it is the end of one only.
+    backbones : sequence of str
+        Default: all that are cached.
+    k : int
+        Lowered to the others there are.
+    home, recipe
+        As for `embcache.probe.inputs.open_stores`.
+
+    Raises
+    ------
+    UsageError
+        No image, or several, are called so; or it could not be read.
+    StoreNotFoundError
+        A backbone is not cached.
+    """
+    if k < 1:
+        raise UsageError("how many neighbours?", expected="at least 1", found=str(k), fix="-k 8")
+    id_ = _find(ds, image)
+    names = list(dict.fromkeys(backbones)) or cached_backbones(ds.name, home)
+    stores = open_stores(ds, [names], home, recipe)
+    return [_nearest(ds, store, id_, k) for store in stores.values()]
+
+
+def standard_directions(features: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Features (n, D), each component standardised over the images and each row scaled to length 1."""
+    x = np.asarray(features, dtype=np.float32)
+    deviation = x.std(axis=0)
+    x = (x - x.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
+    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12), dtype=np.float32)
+
+
+def _find(ds: ImageDataset, image: str) -> str:
+    ids = ds.table["id"].tolist()
+    if image in set(ids):
+        return image
+    fits = [id_ for id_ in ids if image and id_.endswith(image)]
+    if len(fits) != 1:
+        raise UsageError(
+            "several images are called so" if fits else f"{ds.name} has no such image",
+            expected=", ".join((fits or ids)[:5]) + (" …" if len(fits or ids) > 5 else ""),
+            found=repr(image),
+            fix="--image ID",
+        )
+    return fits[0]
+
+
+def _nearest(ds: ImageDataset, store: FeatureStore, id_: str, k: int) -> Neighbours:
+    ids = store.ids.tolist()
+    if id_ not in ids:
+        reason = store.quarantined.get(id_, "it has no features yet")
+        raise UsageError(
+            f"{store.recipe.backbone} has no features of this image", found=f"{id_!r}: {reason}", where=store.path
+        )
+    x = store.features[:]
+    directions = standard_directions(x if x.ndim == 2 else x[:, 0])
+    place = ids.index(id_)
+    similarity = directions @ directions[place]
+    similarity[place] = -np.inf
+    # Of equal similarity the earlier image comes first, on every machine.
+    order = np.argsort(-similarity, kind="stable")[: min(k, len(ids) - 1)]
+    rows = ds.table.set_index("id")
+
+    def describe(i: int, value: float) -> Neighbour:
+        row = rows.loc[ids[i]]
+        return Neighbour(ids[i], value, int(row["label"]), str(row["split"]), str(row["group"]))
+
+    nearest = tuple(describe(int(i), float(similarity[i])) for i in order)
+    return Neighbours(store.recipe.backbone, describe(place, 1.0), nearest)
