@@ -105,7 +105,7 @@ def _find(ds: ImageDataset, image: str) -> str:
             found=repr(image),
             fix="--image ID",
         )
-    return fits[0]
+    return str(fits[0])
 
 
 def _nearest(ds: ImageDataset, store: FeatureStore, id_: str, k: int) -> Neighbours:
