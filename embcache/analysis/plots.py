@@ -263,6 +263,29 @@ def plot_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], title: str, target: P
     return _save(figure, target)
 
 
+def plot_heads(pixels: NDArray[np.uint8], heads: NDArray[np.float32], title: str, target: Path) -> Path:
+    """Draw an image, the mean of attention maps (heads, rows, columns), and each of them over the image."""
+    maps = [("the image", None), ("mean", heads.mean(0)), *((f"head {h}", one) for h, one in enumerate(heads))]
+    columns = min(len(maps), 4)
+    rows = -(-len(maps) // columns)
+    figure = Figure(figsize=(1.9 * columns, 2.1 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    height, width = pixels.shape[:2]
+    for axis, (name, values) in zip(axes, maps, strict=False):
+        axis.imshow(pixels)
+        if values is not None:
+            # Each on a scale of its own up to its 99.5th percentile: heads differ in how sharp they look.
+            axis.imshow(
+                values, cmap="inferno", alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                vmin=0.0, vmax=float(max(np.quantile(values, 0.995), 1e-12)), interpolation="nearest",
+            )  # fmt: skip
+        axis.set_title(name, fontsize=8)
+    for axis in axes:
+        axis.set_axis_off()
+    figure.suptitle(_plain(title), fontsize=9)
+    return _save(figure, target)
+
+
 def _wrapped(title: str, width: int = 34) -> str:
     return "\n".join(part for line in title.split("\n") for part in textwrap.wrap(line, width) or [""])
 

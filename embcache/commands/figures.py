@@ -1,10 +1,10 @@
-"""``embcache tsne``: pictures of what is cached."""
+"""``embcache tsne``, ``attention`` and ``neighbors``: pictures of what is cached."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,12 +19,13 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
-from embcache.commands.table import print_table
+from embcache.commands.table import print_table, printable
 from embcache.errors import UsageError
 from embcache.paths import replace_file
 
 if TYPE_CHECKING:
     from embcache.analysis.draw_maps import Maps
+    from embcache.analysis.run_attention import RunAttention
     from embcache.data.dataset import ImageDataset
 
 RunsOption = Annotated[
@@ -112,6 +113,177 @@ def tsne(
                   "labels": maps.shown.labels.tolist(), "class_names": list(ds.class_names), "panels": panels,
                   "figures": [str(path) for path in maps.paths]}  # fmt: skip
         write_json(answer, json)
+
+
+def attention(
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="ID", help="Run of dvme or dvme-token; any unique beginning.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", metavar="FILE", help="Instead of a run: one image file.")
+    ] = None,
+    backbone: BackboneOption = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", metavar="FILE", help="With --image: the backbone's checkpoint.")
+    ] = None,
+    transform: Annotated[
+        str | None, typer.Option("--transform", metavar="paper|imagenet|model", help="With --image: as for extract.")
+    ] = None,
+    output: OutputOption = None,
+    recipe: RecipeOption = None,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    allow_missing: AllowMissingOption = False,
+    json: JsonOption = None,
+) -> None:
+    """Show what is attended to: by a DVME run, or by a vision transformer in one image.
+
+    With --run: the mean map over the test images with the backbones' borders (Figure F1), attention between backbones
+    with its spread over folds and by class, its entropy, and the components that receive most; from the cache alone.
+    With --image: the class token of the last block, per head, over the image; dino or a timm: vision transformer.
+
+    Example: embcache attention --run dvme-F-1a2b   ·   embcache attention --image xray.png --backbone dino
+    """
+    if (run is None) == (image is None):
+        raise UsageError(
+            "attention of a run, or in an image", expected="--run ID or --image FILE", fix="embcache results"
+        )
+    if image is None and (weights is not None or transform is not None or backbone):
+        raise UsageError("--backbone, --weights and --transform go with --image", fix="leave them out")
+    targets = _targets(output)
+    if image is not None:
+        _image_attention(image, split_list(backbone), weights, transform, home, targets, json)
+        return
+    from embcache.analysis.run_attention import draw_attention, run_attention
+    from embcache.data.dataset import find_dataset
+    from embcache.paths import home_dir, slug
+    from embcache.probe.results import find_run_anywhere
+
+    result, folder = find_run_anywhere(str(run), home)
+    ds, _ = find_dataset(result.dataset, root=data_root, home=home, allow_missing=allow_missing)
+    found = run_attention(ds, result, folder, home=home, recipe=recipe)
+    for target in targets or [home_dir(home) / slug(ds.name) / "figures" / f"attention-{result.id}.png"]:
+        path = draw_attention(found, ds.synthetic, target)
+        if json != "-":
+            typer.echo(f"figure: {path}")
+    if json != "-":
+        _print_attention(found)
+    if json:
+        write_json(_attention_json(found), json)
+
+
+def _image_attention(
+    image: Path,
+    backbones: list[str],
+    weights: Path | None,
+    transform: str | None,
+    home: Path | None,
+    targets: list[Path],
+    json: str | None,
+) -> None:
+    if len(backbones) > 1:
+        raise UsageError("attention in an image is of one backbone", found=", ".join(backbones), fix="--backbone dino")
+    from embcache.analysis.plots import plot_heads
+    from embcache.analysis.vit_attention import image_attention
+
+    name = (backbones or ["dino"])[0]
+    found = image_attention(image, name, weights=weights, transform=transform, home=home)
+    paths = targets or [Path(f"{image.stem}-attention.png")]
+    for path in paths:
+        plot_heads(found.pixels, found.heads, f"{name}: class token of the last block", path)
+        if json != "-":
+            typer.echo(f"figure: {path}")
+    if json:
+        answer = {"backbone": name, "image": str(image), "patch": found.patch, "heads": found.heads.tolist(),
+                  "figures": [str(path) for path in paths]}  # fmt: skip
+        write_json(answer, json)
+
+
+def _print_attention(found: RunAttention) -> None:
+    r = found.result
+    names = list(r.backbones)
+    typer.echo(f"{r.dataset}: {r.id}, {found.folds} folds, {found.shown.remark}, {len(found.shown.ids):,} images")
+
+    def cells(mass: Any, std: Any = None) -> list[list[str]]:
+        return [
+            [a, *(f"{mass[i][j]:.3f}" + (f" ± {std[i][j]:.3f}" if std is not None and found.folds > 1 else "")
+                  for j in range(len(names)))]
+            for i, a in enumerate(names)
+        ]  # fmt: skip
+
+    typer.echo("\nshare of attention, from a row's tokens to a column's: mean ± sd over folds")
+    print_table(["from", *(f"to {b}" for b in names)], cells(found.mass, found.mass_std))
+    for label, mass in found.by_class.items():
+        typer.echo(f"\n{printable(label)} alone")
+        print_table(["from", *(f"to {b}" for b in names)], cells(mass))
+    spread = f" ± {found.entropy_std:.4f}" if found.folds > 1 else ""
+    typer.echo(f"\nentropy: {found.entropy:.4f}{spread} of log N; 1 is attention that makes no difference")
+    typer.echo("components that receive most, with their share of all attention (even: "
+               f"{1 / len(found.weights):.5f}):")  # fmt: skip
+    print_table(["backbone", "component", "share"], [[b, c, f"{share:.5f}"] for b, c, share in found.received])
+
+
+def _attention_json(found: RunAttention) -> dict[str, Any]:
+    def finite(values: Any) -> Any:
+        return [[float(v) if v == v else None for v in row] for row in values]
+
+    return {
+        "run": found.result.id, "dataset": found.result.dataset, "backbones": list(found.result.backbones),
+        "n_test": len(found.shown.ids), "folds": found.folds, "mass": finite(found.mass),
+        "mass_std": finite(found.mass_std), "by_class": {k: finite(v) for k, v in found.by_class.items()},
+        "entropy": found.entropy, "entropy_std": None if found.folds < 2 else found.entropy_std,
+        "received": [{"backbone": b, "component": c, "share": s} for b, c, s in found.received],
+    }  # fmt: skip
+
+
+def neighbors(
+    image: Annotated[str, typer.Option("--image", metavar="ID", help="Id of a cached image, or its unique end.")],
+    k: Annotated[int, typer.Option("-k", metavar="K", help="Neighbours to show.")] = 8,
+    dataset: DatasetOption = None,
+    backbone: BackboneOption = None,
+    output: OutputOption = None,
+    recipe: RecipeOption = None,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    allow_missing: AllowMissingOption = False,
+    name: NameOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Show the images nearest to one in cached features, as a table and a contact sheet.
+
+    Nearest by the cosine of standardised features, under each backbone (default: all that are cached). The sheet needs
+    the images at hand; where they are not, the table says which they are.
+
+    Example: embcache neighbors --image test/NORMAL/IM-0001-0001.jpeg -k 8 --dataset pneumonia
+    """
+    targets = _targets(output)
+    ds = _one_dataset(dataset, data_root, home, allow_missing, name)
+    from embcache.analysis.neighbors import find_neighbours
+    from embcache.analysis.sheets import draw_neighbours
+    from embcache.paths import home_dir, slug
+
+    found = find_neighbours(ds, image, split_list(backbone), k=k, home=home, recipe=recipe)
+    default = home_dir(home) / slug(ds.name) / "figures" / f"neighbors-{slug(found[0].image.id)}.png"
+    paths = [draw_neighbours(ds, found, target) for target in targets or [default]]
+    if json != "-":
+        for each in found:
+            own = _class_name(ds, each.image.label)
+            typer.echo(f"{each.backbone}: nearest to {printable(each.image.id)} ({own}, {each.image.split})")
+            rows = [
+                [place, n.id, _class_name(ds, n.label), n.split, f"{n.similarity:.4f}",
+                 "same group" if n.group == each.image.group else ""]
+                for place, n in enumerate(each.nearest, start=1)
+            ]  # fmt: skip
+            print_table(["", "id", "class", "split", "similarity", ""], rows)
+            typer.echo()
+        for path in paths:
+            typer.echo(f"figure: {path}" + ("" if ds.root else "   (the images are not here: no pictures in it)"))
+    if json:
+        write_json([asdict(each) for each in found], json)
+
+
+def _class_name(ds: ImageDataset, label: int) -> str:
+    return ds.class_names[label] if label >= 0 else "no label"
 
 
 def _targets(output: list[str] | None) -> list[Path]:

@@ -21,7 +21,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
 
     Control characters are shown escaped, so that no name can disturb the terminal.
     """
-    cells = [["" if value is None else _printable(str(value)) for value in row] for row in rows]
+    cells = [["" if value is None else printable(str(value)) for value in row] for row in rows]
     columns = list(zip(headers, *cells, strict=True)) if cells else [(h,) for h in headers]
     widths = [max(map(_width, column)) for column in columns]
     right = [len(c) > 1 and all(_is_number(v) or not v for v in c[1:]) and any(c[1:]) for c in columns]
@@ -43,5 +43,5 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, not
         typer.echo(f"· {note}")
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
