@@ -16,6 +16,7 @@ import typer
 
 import embcache
 from embcache.commands import (
+    audit,
     backbones,
     bench,
     compare,
@@ -77,6 +78,7 @@ app.command()(rank.similarity)
 app.command()(figures.tsne)
 app.command()(figures.attention)
 app.command()(figures.neighbors)
+app.command()(audit.audit)
 app.command()(predict.predict)
 app.command()(predict.submit)
 app.command()(predict.kaggle_score)

@@ -93,10 +93,10 @@ def run_attention(
     heads = [params for params in load_heads(run) if params]
     if not heads:
         raise ProtocolError("no fold of this run has a model", found=result.id, where=run)
-    weights = np.zeros((0, 0), np.float32)
+    weights: NDArray[np.float64] = np.zeros((0, 0))
     for params in heads:  # one map at a time, however many folds there are
-        one = mean_attention(params, x) / len(heads)
-        weights = one if not weights.size else weights + one
+        one = mean_attention(params, x).astype(np.float64) / len(heads)
+        weights = weights + one if weights.size else one
     masses = np.stack([mean_mass(params, x) for params in heads])  # (folds, B, B)
     entropies = np.array([mean_entropy(params, x) for params in heads])
     several = len(heads) > 1

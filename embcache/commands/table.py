@@ -44,4 +44,5 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, not
 
 
 def printable(text: str) -> str:
+    """``text`` with control characters escaped, for one line of a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
