@@ -50,9 +50,7 @@ def parse_max_bad(value: int | str, images: int) -> int:
 def check_on_error(value: str) -> None:
     """`UsageError` for what an extraction cannot do with an unreadable image."""
     if value not in ON_ERROR:
-        raise UsageError(
-            "unknown --on-error", expected=" or ".join(ON_ERROR), found=value, fix="--on-error quarantine"
-        )
+        raise UsageError("unknown --on-error", expected=" or ".join(ON_ERROR), found=value, fix="--on-error quarantine")
 
 
 class Guard:

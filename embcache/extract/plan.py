@@ -73,7 +73,9 @@ def plan_store(
         fresh = [
             PlanEntry(image, *states[path], None)
             for image, (path, member) in members.items()
-            if image not in held or image in again or not _same_bytes(held[image], root, path, int(member), states[path])
+            if image not in held
+            or image in again
+            or not _same_bytes(held[image], root, path, int(member), states[path])
         ]
         retried = sum(entry.id in again for entry in fresh)
         changed = sum(entry.id in held for entry in fresh) - retried

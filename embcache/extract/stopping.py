@@ -19,12 +19,18 @@ class Stop:
         Images of the shard at hand that are still to be computed or committed; 0 between shards.
     signal : int or None
         The signal that asked for it.
+    others : bool
+        Whether other processes of this run may have a shard at hand.
+    killed : bool
+        Whether those were ended without waiting for it.
     """
 
     def __init__(self) -> None:
         self.left = 0
         self.signal: int | None = None
+        self.others = self.killed = False
         self._asked = threading.Event()
+        self._told: list[Callable[[], object]] = []
 
     @property
     def asked(self) -> bool:
@@ -34,6 +40,14 @@ class Stop:
     def ask(self) -> None:
         """Let no further shard begin."""
         self._asked.set()
+        for tell in self._told:
+            tell()
+
+    def on_ask(self, tell: Callable[[], object]) -> None:
+        """Have somebody told when it is asked, also if it has been."""
+        self._told.append(tell)
+        if self.asked:
+            tell()
 
     def wait(self, seconds: float) -> None:
         """Sleep, unless the run is to end."""
@@ -71,10 +85,11 @@ def stop_on_signals(stop: Stop, tell: Callable[[str], object] | None = None) -> 
 
     def handle(number: int, _frame: FrameType | None) -> None:
         first, stop.signal = stop.signal is None, number
-        if not (first and stop.left):
+        if not first or not (stop.left or stop.others):
             raise SystemExit(exit_status(number))
+        left = f"{stop.left:,} images left" if stop.left else "of another device"
+        (tell or _tell)(f"stopping after the shard at hand ({left}); again stops at once")
         stop.ask()
-        (tell or _tell)(f"stopping after the shard at hand ({stop.left:,} images left); again stops at once")
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, handle) for number in numbers}
