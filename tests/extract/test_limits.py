@@ -19,6 +19,8 @@ from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.extract.backbones import LoadedBackbone
 from embcache.extract.limits import parse_max_bad
 from embcache.extract.run import Extraction, run_extraction
+from embcache.report.compare import compare_runs
+from embcache.report.curves import curve_table
 from embcache.store.feature_store import open_store
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
@@ -260,6 +262,10 @@ def test_no_grey_or_zero_row_reaches_a_probe_and_the_result_says_how_many_are_mi
     assert np.abs(features).sum(axis=1).min() > 0
     result = embcache.probe_features(dataset, ["random"], head="knn", subset="F")
     assert "4 unreadable images left out" in result.notes
+    other = embcache.probe_features(dataset, ["random"], head="logreg", subset="F")
+    compared = compare_runs([result.id, other.id], resamples=20)
+    assert [row.notes[-1] for row in compared] == ["4 unreadable images left out"] * 2
+    assert f"{dataset.name}: 4 unreadable images left out" in curve_table([result, other]).notes
     fold = result.folds[0]
     assert fold.n_train + fold.n_val + result.n_test == 76
 
