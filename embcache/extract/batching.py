@@ -62,17 +62,22 @@ def prepare(root: Path, source: Source, geometries: Sequence[Geometry]) -> Prepa
     except ImageError as error:
         return Prepared((), "", error.problem)
     except OSError as error:
-        raise DatasetError(
-            "an image cannot be read for now; it is not quarantined, for that says nothing about the image",
-            found=f"{errno.errorcode.get(error.errno or 0, 'error')}: {error.strerror or error}",
-            where=f"{root / source.path} (image {source.id})",
-            fix="check the disk, the mount and the permissions, then run the same command: what is committed stays",
-        ) from error
+        raise medium_failed(root / source.path, error) from error
     try:
         return Prepared(tuple(geometry(image) for geometry in geometries), digest, "")
     except ValueError as error:
         # The file is of another size than when the dataset was scanned.
         return Prepared((), digest, str(error))
+
+
+def medium_failed(path: Path, error: OSError) -> DatasetError:
+    """The error for a file that the system does not hand over: it says nothing about the image, so the run stops."""
+    return DatasetError(
+        "an image cannot be read for now; it is not quarantined, for that says nothing about the image",
+        found=f"{errno.errorcode.get(error.errno or 0, 'error')}: {error.strerror or error}",
+        where=path,
+        fix="check the disk, the mount and the permissions, then run the same command: what is committed stays",
+    )
 
 
 def prepare_batches(

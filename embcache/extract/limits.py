@@ -154,7 +154,7 @@ class Guard:
         found = None
         if _identity(self._root) != self._folder or self._folder is None:
             found = "the folder is another one than when the run began, or none: was it unmounted?"
-        elif not os.listdir(self._root):  # noqa: PTH208  # of a mount that is gone, only the empty folder is left
+        elif _empty(self._root):  # of a mount that is gone, only the empty folder is left
             found = "the folder is empty: was it unmounted?"
         elif _path(self._root, source).exists():
             found = f"{source.path} was not there a moment ago, and is again: does the mount come and go?"
@@ -187,6 +187,11 @@ class _Tally:
                 if reason and reason != LEFT and image in self._ids:
                     self._bad[image] = reason
         return self._bad
+
+
+def _empty(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return next(entries, None) is None
 
 
 def _path(root: Path, source: Source) -> Path:

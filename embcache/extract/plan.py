@@ -16,7 +16,8 @@ import pandas as pd
 
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import read_image
-from embcache.extract.batching import LEFT
+from embcache.errors import ImageError
+from embcache.extract.batching import LEFT, medium_failed
 from embcache.extract.scan import ABSENT, file_states
 from embcache.store.commit import PlanEntry, publish_plan
 from embcache.store.feature_store import FeatureStore
@@ -98,7 +99,13 @@ def _same_bytes(held: PlanEntry, root: Path, path: str, member: int, state: tupl
 
 
 def _digest(root: Path, path: str, member: int) -> str:
-    if member < 0:
-        with (root / path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    return read_image(root, path, member)[1]
+    """Of an image's bytes as they are now; empty where they cannot be had, so that computing it says why."""
+    try:
+        if member < 0:
+            with (root / path).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        return read_image(root, path, member)[1]
+    except (ImageError, FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        raise medium_failed(root / path, error) from error

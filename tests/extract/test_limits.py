@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -183,7 +184,7 @@ def test_a_failing_medium_is_told_with_image_and_error(
         with pytest.raises(DatasetError, match="what is committed stays") as caught:
             extract(images)
     assert errno.errorcode[code] in str(caught.value)
-    assert "benign/09.png" in str(caught.value)
+    assert str(images / "benign" / "09.png") in str(caught.value)
     assert (extract(images).computed, extract(images).quarantined) == (20, {})
 
 
@@ -278,3 +279,21 @@ def _direct(done: Extraction, dataset: ImageDataset) -> tuple[np.ndarray, list[s
     names = kept["id"].tolist()
     (clean,) = run_extraction(["random"], replace(dataset, table=kept), home=done.store.path.parent / "clean")
     return clean.store.features[:], names
+
+
+def test_a_medium_that_fails_before_any_image_is_decoded_is_told_too(
+    images: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(images)
+    os.utime(images / "benign" / "05.png", (2, 2))  # so that its bytes are looked at
+    original = Path.open
+
+    def fail(path: Path, *arguments: object, **keywords: object) -> object:
+        if path.name == "05.png":
+            raise OSError(errno.EIO, "Input/output error")
+        return original(path, *arguments, **keywords)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(DatasetError, match="cannot be read for now") as caught:
+        extract(images)
+    assert "EIO" in str(caught.value)

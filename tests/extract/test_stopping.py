@@ -77,7 +77,7 @@ def wait_for(home: Path, pattern: str, process: subprocess.Popen[str]) -> None:
 
 def helping(home: Path) -> str:
     """What is there once a second process has a shard: the run itself has the first."""
-    return str(home / "*" / "random-*" / "leases" / "000001.json")
+    return str(home / "*" / "random-*" / "[ls]*" / "000001*")
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_a_device_that_dies_leaves_its_shard_to_the_others_and_is_told(
 def test_a_device_without_memory_tells_why_and_the_others_go_on(
     images: Path, home: Path, whole: dict[str, bytes]
 ) -> None:
-    helpers = json.dumps({"TINY_WAITS": "", "TINY_MOST": "0"})
+    helpers = json.dumps({"TINY_WAITS": "", "TINY_SECONDS": "0.5", "TINY_MOST": "0"})
     answer, err = finish(
         start(images, "--batch-size", "2", "--device", "cpu,cpu", TINY_WAITS=helping(home), TINY_HELPERS=helpers)
     )

@@ -1,18 +1,18 @@
 """``python -m tests.extract.tiny_run ARGUMENTS``: the ``embcache`` command with the tiny network for every backbone.
 
-Environment: ``TINY_SECONDS`` each batch takes so long; ``TINY_WAITS`` it waits for a file of that pattern to appear; ``TINY_MOST`` a larger batch is out of memory; ``TINY_DIES`` the
-process is killed in the midst of its first shard; ``TINY_ROWS`` of a shard; ``TINY_HELPERS`` a JSON object of variables
-for the processes of further devices.
+Environment: ``TINY_SECONDS`` each batch takes so long; ``TINY_WAITS`` it waits for a file of that pattern;
+``TINY_MOST`` a larger batch is out of memory; ``TINY_DIES`` the process is killed in the midst of its first shard;
+``TINY_ROWS`` of a shard; ``TINY_HELPERS`` a JSON object of variables for the processes of further devices.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ class Troubled(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         time.sleep(float(os.environ.get("TINY_SECONDS", "0")))
-        while os.environ.get("TINY_WAITS") and not glob.glob(os.environ["TINY_WAITS"]):
+        pattern = os.environ.get("TINY_WAITS", "").removeprefix("/")
+        while pattern and not list(Path("/").glob(pattern)):
             time.sleep(0.02)
         if os.environ.get("TINY_DIES"):
             os.kill(os.getpid(), signal.SIGKILL)
