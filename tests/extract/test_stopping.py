@@ -20,6 +20,7 @@ from embcache.extract.run import extract_features
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 from embcache.store.reading import read_commit
+from tests.extract.conftest import draw
 
 PROJECT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are sent as POSIX has them")
@@ -55,7 +56,7 @@ def start(root: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[dict[str, object], str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert "Traceback" not in err
     (answer,) = json.loads(out)
@@ -80,10 +81,13 @@ def helping(home: Path) -> str:
     return str(home / "*" / "random-*" / "[ls]*" / "000001*")
 
 
-@pytest.fixture
-def whole(images: Path, home: Path, tmp_path: Path) -> dict[str, bytes]:
-    """What an uninterrupted run leaves: three shards, of 8, 8 and 4 images."""
-    answer, _ = finish(start(images, "--home", str(tmp_path / "whole"), "--batch-size", "2"))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an uninterrupted run over the same images leaves: three shards, of 8, 8 and 4 images."""
+    folder = tmp_path_factory.mktemp("whole")
+    for index in range(20):
+        draw(folder / "images" / ("benign" if index % 2 else "malignant") / f"{index:02}.png", index)
+    answer, _ = finish(start(folder / "images", "--home", str(folder / "home"), "--batch-size", "2"))
     return contents(Path(str(answer["store"])))
 
 
@@ -140,7 +144,7 @@ def test_a_signal_while_waiting_for_another_process_stops_at_once(images: Path, 
         process = start(images)
         wait_for(home, "shards/000002", process)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=100)
     assert process.returncode == 143, err
     assert "stopped at once" in err
 
