@@ -13,7 +13,7 @@ import functools
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -264,9 +264,12 @@ def read_rows(
         out[...] = data[: record.rows * row].view(plain.dtype).reshape(plain.shape)[positions]
 
 
-def read_live(store: Path, header: StoreHeader) -> LiveRows:
-    """Find the live rows: each id's row in the highest committed shard that holds it."""
-    numbers = committed_numbers(store)
+def read_live(store: Path, header: StoreHeader, numbers: Sequence[int] | None = None) -> LiveRows:
+    """Find the live rows: each id's row in the highest committed shard that holds it.
+
+    With ``numbers``, ascending, as if only these shards were committed.
+    """
+    numbers = committed_numbers(store) if numbers is None else numbers
     indexes = [read_index(store, header, number) for number in numbers]
     ids = [id_ for index in indexes for id_ in index.ids]
     lengths = [len(index.ids) for index in indexes]
