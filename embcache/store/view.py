@@ -10,7 +10,6 @@ from embcache.store.formats import FORMATS
 from embcache.store.header import StoreHeader
 from embcache.store.reading import LiveRows
 
-
 # The library that a format's view is written with: another version of it may write other bytes for the same view.
 _LIBRARIES = {"zarr": "zarr", "hdf5": "h5py"}
 

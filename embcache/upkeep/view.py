@@ -44,11 +44,11 @@ def check_view(store: Path, header: StoreHeader) -> ViewCheck:
     """
     view = store / FORMATS[header.format].view
     if not os.path.lexists(view):
-        return ViewCheck(notes=("there is no view for plain readers: `embcache extract` or --repair writes it",))
+        return ViewCheck(notes=("there is no view for plain readers: `embcache verify --repair` writes it",))
     wrong, files, size = _compare(store, header, view, committed_numbers(store))
     if not wrong:
         return ViewCheck((), (), files, size)
-    again = "`embcache extract` or --repair writes it anew"
+    again = "`embcache verify --repair` writes it anew"
     spanned, committed = _spanned(view), committed_numbers(store)
     if set(spanned) < set(committed) and not _compare(store, header, view, spanned)[0]:
         return ViewCheck((), (f"the view is older than the newest shard: {again}",), files, size)
