@@ -6,7 +6,7 @@ What a shard's rows are made of is the caller's: features of networks, or pixels
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Protocol, TypeVar
 
@@ -50,6 +50,7 @@ def compute_owed(
     compute: Compute[J],
     *,
     part: tuple[int, int] | None = None,
+    only: Mapping[str, Collection[int]] | None = None,
     label: str = "extract",
     say: Callable[[str], object] = lambda line: None,
 ) -> list[int]:
@@ -67,6 +68,8 @@ def compute_owed(
         Makes the rows of one shard for some of the jobs.
     part : (int, int), optional
         ``(i, n)``: only every n-th shard, from the i-th (1-based).
+    only : mapping of str to collection of int, optional
+        By fingerprint of a store's recipe, the shards to compute; other shards, and other stores, are left as they are.
     label : str
         Begins the progress bar.
     say : callable
@@ -77,7 +80,8 @@ def compute_owed(
     passes: dict[tuple[Shard, int], list[int]] = {}
     for index, job in enumerate(jobs):
         for shard in job.plan.shards:
-            if part is None or shard.number % part[1] == part[0] - 1:
+            mine = part is None or shard.number % part[1] == part[0] - 1
+            if mine and (only is None or shard.number in only.get(job.store.recipe.fingerprint, ())):
                 passes.setdefault((shard, job.batch_size), []).append(index)
     decodings = sum(len(shard.ids) for shard, _ in passes)
     once = len({image for shard, _ in passes for image in shard.ids})
@@ -90,21 +94,21 @@ def compute_owed(
             progress = False
             for (shard, batch_size), sharing in list(passes.items()):
                 with ExitStack() as leases:
-                    mine = [index for index in sharing if _lease(leases, jobs[index].store, shard.number)]
+                    leased = [index for index in sharing if _lease(leases, jobs[index].store, shard.number)]
                     # A shard that another process committed since the plan was read costs nothing.
-                    owed = [index for index in mine if shard.number not in jobs[index].store.committed()]
+                    owed = [index for index in leased if shard.number not in jobs[index].store.committed()]
                     if owed:
                         # An image that left the dataset after its shard was planned keeps its row, marked unreadable.
                         wanted = [sources.get(image, Source(image, "", -1)) for image in shard.ids]
                         _commit([jobs[index] for index in owed], shard, wanted, batch_size, compute, bar.update)
                 for index in owed:
                     computed[index] += len(shard.ids)
-                left = [index for index in sharing if index not in mine]
+                left = [index for index in sharing if index not in leased]
                 if left:
                     passes[shard, batch_size] = left
                 else:
                     del passes[shard, batch_size]
-                progress |= bool(mine)
+                progress |= bool(leased)
             if not progress:
                 time.sleep(_POLL_SECONDS)
     for job, count in zip(jobs, computed, strict=True):

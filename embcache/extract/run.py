@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,7 @@ def extract_features(
     format: str | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
+    feature_dtype: str = "float32",
 ) -> FeatureStore | dict[str, FeatureStore]:
     """Run frozen backbones once over all images of a dataset, computing only what is not cached.
 
@@ -100,6 +101,9 @@ def extract_features(
     views : int
         More than one: a store of its own with rows (V, D). View 0 is the plain image, the others are augmented as the
         dataset's modality allows (:mod:`embcache.extract.augment`), the same in every run.
+    feature_dtype : {"float32", "float16"}
+        As which the features are kept, whatever computed them. Part of the recipe: float16 is a store of its own, of
+        half the size; an image whose features it cannot hold is quarantined.
 
     Returns
     -------
@@ -115,6 +119,7 @@ def extract_features(
     done = run_extraction(
         names, dataset, home=home, weights=weights, transform=transform, device=device, precision=precision,
         batch_size=batch_size, workers=workers, format=format, part=part, views=views,
+        feature_dtype=feature_dtype,
     )  # fmt: skip
     stores = {extraction.backbone: extraction.store for extraction in done}
     return stores[names[0]] if isinstance(backbones, str) else stores
@@ -134,22 +139,27 @@ def run_extraction(
     format: str | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
+    feature_dtype: str = "float32",
+    only: Mapping[str, Collection[int]] | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> list[Extraction]:
-    """As :func:`extract_features`, reporting what was done; ``say`` is told each thing worth knowing as it happens."""
+    """As :func:`extract_features`, reporting what was done; ``say`` is told each thing worth knowing as it happens.
+
+    With ``only``, shards by fingerprint of a store, no others are computed: what else is owed stays so.
+    """
     started = time.monotonic()
-    overrides = weights_by_name(names, weights)
+    weights = weights_by_name(names, weights)
     check_numbers(batch_size, workers, part, views)
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         files = scan_dataset(dataset, home, pool)
+        networks = open_networks(
+            names, dataset, files, home=home, weights=weights, transform=transform, device=device,
+            precision=precision, views=views, feature_dtype=feature_dtype,
+        )  # fmt: skip
         jobs = []
-        for name in names:
-            spec = find_backbone(name)
-            if dataset.kind in spec.contaminated:
+        for name, network in zip(names, networks, strict=True):
+            if dataset.kind in network.backbone.spec.contaminated:
                 say(f"{name} was pretrained on images of {dataset.kind}: its scores there are contaminated")
-            chosen = choose_transform(spec, transform, files.sizes)
-            loaded = load_backbone(name, weights=overrides.get(name), home=home, image_size=chosen.size)
-            network = freeze(loaded, chosen, device, precision, views, dataset.augment)
             store = _store(files.folder, network, format, batch_size)
             if not store.committed():
                 _say_what_differs(store, files.folder, say)
@@ -167,8 +177,49 @@ def run_extraction(
                 files.root, sources, networks, batch_size=batch_size, pool=pool, cached=cached, on_rows=on_rows
             )
 
-        computed = compute_owed(jobs, dataset, compute, part=part, say=say)
+        computed = compute_owed(jobs, dataset, compute, part=part, only=only, say=say)
     return [_summary(job, dataset, computed[i], time.monotonic() - started) for i, job in enumerate(jobs)]
+
+
+def open_networks(
+    names: Sequence[str],
+    dataset: ImageDataset,
+    files: DatasetFiles,
+    *,
+    home: PathLike | None = None,
+    weights: PathLike | Mapping[str, PathLike] | None = None,
+    transform: str | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    views: int = 1,
+    feature_dtype: str = "float32",
+) -> list[FrozenNetwork]:
+    """The networks that an extraction with the same arguments uses, in the order of ``names``; nothing is computed.
+
+    Parameters
+    ----------
+    files : DatasetFiles
+        The dataset's files as they are now: the transform follows their sizes.
+    names, dataset, home, weights, transform, device, precision, views, feature_dtype
+        As for :func:`extract_features`.
+
+    Returns
+    -------
+    list of FrozenNetwork
+        :func:`make_recipe` gives the recipe of each.
+
+    Raises
+    ------
+    UsageError, WeightsError
+        A name, a value or a device does not exist; weights are not there or do not fit.
+    """
+    overrides = weights_by_name(names, weights)
+    networks = []
+    for name in names:
+        chosen = choose_transform(find_backbone(name), transform, files.sizes)
+        loaded = load_backbone(name, weights=overrides.get(name), home=home, image_size=chosen.size)
+        networks.append(freeze(loaded, chosen, device, precision, views, dataset.augment, feature_dtype))
+    return networks
 
 
 def _cached_pixels(
@@ -199,7 +250,7 @@ def make_recipe(network: FrozenNetwork) -> Recipe:
         decoder=DECODER_VERSION,
         pooling=spec.pooling,
         precision=network.precision,
-        dtype="float32",
+        dtype=network.dtype,
         numerics=NUMERICS,
     )
 
