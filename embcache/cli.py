@@ -29,6 +29,7 @@ from embcache.commands import (
     run,
     splits,
     store,
+    verify,
 )
 from embcache.errors import EmbcacheError, UsageError
 
@@ -81,6 +82,7 @@ app.add_typer(splits.app, name="splits")
 app.command()(store.ls)
 app.command()(store.info)
 app.command()(store.export)
+app.command()(verify.verify)
 app.command()(bench.bench)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from embcache.errors import CorruptStoreError, StoreError
+from embcache.paths import home_dir
 from embcache.store.formats import FORMATS
 from embcache.store.header import StoreHeader
 from embcache.store.recipe import Recipe
@@ -38,6 +40,8 @@ class CommitRecord:
 
     rows: int
     files: Mapping[str, tuple[int, str]]
+    batch_size: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def read_header(store: Path) -> StoreHeader:
         It is missing or damaged, does not hash to its fingerprint, or lies in another recipe's folder.
     """
     path = store / "recipe.json"
-    fix = f"restore it from a copy; or `rm -r {shlex.quote(str(store))}` and extract again"
+    fix = f"restore it from a copy, or `{repair_command(store)}`: it can be made again where the weights are here"
     content = unseal(read_file(path, fix), path, fix)
     try:
         recipe = Recipe.from_json(content["recipe"])
@@ -132,8 +136,7 @@ def read_plan(store: Path, number: int) -> tuple[PlanEntry, ...]:
         The plan is missing or damaged.
     """
     path = store / "plan" / f"{shard_name(number)}.json"
-    both = " ".join(shlex.quote(str(part)) for part in (path, store / "shards" / shard_name(number)))
-    fix = f"`rm -rf {both}` and {_again(store)}: it plans and computes those images anew"
+    fix = f"`{repair_command(store)}`"
     content = unseal(read_file(path, fix), path, fix, indent=None)
     if content.get("number") != number:
         raise CorruptStoreError(
@@ -151,7 +154,11 @@ def read_commit(store: Path, number: int) -> CommitRecord:
         It is missing or damaged, or names a file outside its shard.
     """
     path = store / "shards" / shard_name(number) / "commit.json"
-    fix = _recompute(path.parent)
+    return read_commit_file(path, _recompute(path.parent))
+
+
+def read_commit_file(path: Path, fix: str = "") -> CommitRecord:
+    """As :func:`read_commit`, of a ``commit.json`` wherever it lies."""
     return _parse_commit(read_file(path, fix), path, fix)
 
 
@@ -327,13 +334,22 @@ def _refuse(store: Path, number: int, expected: str, found: str) -> None:
     )
 
 
+def repair_command(store: Path) -> str:
+    """The command that mends a store, to be typed."""
+    return _repair_command(str(store), os.environ.get("EMBCACHE_HOME"))
+
+
+@functools.lru_cache(maxsize=256)  # asked for with each file that is read, told with the one that is damaged
+def _repair_command(store: str, _: str | None) -> str:
+    path = Path(store)
+    backbone = re.sub(r"-[0-9a-f]{12}$", "", path.name)
+    words = ["embcache", "verify", "--repair", "--dataset", path.parent.name, "--backbone", backbone]
+    home = path.parent.parent
+    return shlex.join(words if home == home_dir() else [*words, "--home", str(home)])
+
+
 def _recompute(folder: Path) -> str:
-    return f"`rm -r {shlex.quote(str(folder))}` and {_again(folder.parent.parent)}: it recomputes this shard only"
-
-
-def _again(store: Path) -> str:
-    """Who fills a gap in a store: whatever finetunes decodes pixels again, and an extraction does without them."""
-    return "run the same command again" if store.name.startswith("pixels-") else "run the same `embcache extract` again"
+    return f"`{repair_command(folder.parent.parent)}`: it recomputes this shard only"
 
 
 def _listing(folder: Path) -> list[Path]:
