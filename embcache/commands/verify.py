@@ -35,6 +35,14 @@ WeightsOption = Annotated[
     typer.Option("--weights", metavar="[NAME=]FILE", help="Checkpoint; NAME= may be left out for one backbone."),
 ]
 
+_KINDS = {
+    "recipe": "damaged recipe",
+    "plan": "damaged plan",
+    "shard": "damaged",
+    "extra": "too much",
+    "view": "damaged view",
+    "moved": "not put back",
+}
 _SHOWN = 20  # lines of damage of one store
 
 
@@ -119,7 +127,8 @@ def verify(
             )
             answers.append(answer)
             failed |= not well
-    snapshots = _check_snapshots({path.parent for path in stores}, by_folder, home, repair, quiet)
+    told = "\n".join(a["repaired"]["error"] or "" for a in answers if a["repaired"])
+    snapshots = _check_snapshots({path.parent for path in stores}, by_folder, home, repair, quiet, told)
     failed |= any(row["problem"] for row in snapshots)
     if json:
         write_json({"well": not failed, "stores": answers, "snapshots": snapshots}, json)
@@ -201,9 +210,12 @@ def _one_store(
                 answer["repaired"] = {"done": done, "left": answer["damage"], "error": str(error)}
                 return answer, False
             well = not after.damage
+            answer |= {"rows": after.rows, "notes": list(after.notes)}
             answer["repaired"] = {"done": done, "left": [each.to_json() for each in after.damage], "error": None}
             tell("  mended: every file is as it should be" if well else "  damage is left:")
-            _tell_damage(after.damage, tell)
+            for note in after.notes:
+                tell(f"  note: {printable(note)}")
+            _tell_damage(check.path, after.damage, tell)
     if (source or direct) and not well:
         tell("  --source and --direct wait until the store is mended")
         return answer, False
@@ -223,20 +235,25 @@ def _tell_check(check: StoreCheck, repair: bool, tell: Callable[[str], object]) 
         f"{check.dataset}/{check.path.name}: {state}; {check.shards:,} shards, {check.rows:,} rows, "
         f"{check.files:,} files, {size_words(check.bytes)} read{left}"
     )
-    _tell_damage(check.damage, tell)
+    _tell_damage(check.path, check.damage, tell)
     if check.damage and not repair:
         tell(f"  to mend it: {repair_command(check.path)}")
-    for note in check.notes:
+    for note in () if repair and check.damage else check.notes:
         tell(f"  note: {printable(note)}")
 
 
-def _tell_damage(damage: Sequence[Damage], tell: Callable[[str], object]) -> None:
+def _tell_damage(store: Path, damage: Sequence[Damage], tell: Callable[[str], object]) -> None:
     for each in damage[:_SHOWN]:
-        where = "" if each.shard is None else f" of shard {each.shard}"
-        tell(f"  {each.kind}{where}: {printable(str(each.path))}: {printable(each.problem)}")
+        place = each.path.relative_to(store) if each.path.is_relative_to(store) else each.path
+        tell(f"  {_KINDS[each.kind]}: {printable(str(place))}: {printable(each.problem)}")
         if each.rows is not None:
             run = each.rows
-            tell(f"    rows {run.first}-{run.last} ({run.count:,} images, {run.first_id!r} … {run.last_id!r})")
+            tell(
+                f"    shard {each.shard}, rows {run.first}-{run.last}: {run.count:,} images, {run.first_id!r} "
+                f"… {run.last_id!r}"
+            )
+        elif each.shard is not None:
+            tell(f"    shard {each.shard}")
     if len(damage) > _SHOWN:
         tell(f"  … and {len(damage) - _SHOWN} more (--json - lists all)")
 
@@ -282,7 +299,7 @@ def _tell_direct(
 
 
 def _check_snapshots(
-    folders: set[Path], loaders: dict[str, _Loader], home: Path | None, repair: bool, quiet: bool
+    folders: set[Path], loaders: dict[str, _Loader], home: Path | None, repair: bool, quiet: bool, told: str
 ) -> list[dict[str, Any]]:
     """The datasets' snapshots: probing reads them where the images are not here."""
     from embcache.data.dataset import read_snapshot
@@ -304,7 +321,8 @@ def _check_snapshots(
                     write_snapshot(folder, dataset.to_parquet_bytes())
                     mended = True
             except EmbcacheError as error:
-                typer.echo(f"embcache: {error}", err=True)
+                if str(error) not in told:
+                    typer.echo(f"embcache: {error}", err=True)
         if problem and not quiet:
             fix = "written anew" if mended else "embcache verify --repair --dataset NAME --data-root FOLDER mends it"
             typer.echo(f"snapshot: {path}: {problem}; {fix}")
@@ -321,4 +339,4 @@ def _conclude(answers: Sequence[dict[str, Any]]) -> None:
 
 
 def _left(answer: dict[str, Any]) -> list[Any]:
-    return answer["repaired"]["left"] if answer.get("repaired") else answer["damage"]
+    return list(answer["repaired"]["left"] if answer["repaired"] else answer["damage"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from embcache.store.reading import (
 )
 from embcache.upkeep.networks import Maker, make_again, sources_of, torch_threads, usable_threads
 from embcache.upkeep.restore import restore_recipe
-from embcache.upkeep.source import digest_now
+from embcache.upkeep.source import digest_now, readable_now
 from embcache.upkeep.verify import StoreCheck, moved_aside, verify_store
 
 Say = Callable[[str], object]
@@ -114,11 +115,10 @@ def repair_store(
     for each in check.damage:
         if each.kind == "extra" and (each.path.exists() or each.path.is_symlink()):
             discard(each.path)
-            say(f"removed {each.path}, which no commit names")
-    if any(each.kind in ("view", "shard", "moved", "plan") for each in check.damage) or needs_repair(check):
-        if committed_numbers(path):
-            write_view(path)
-            say("wrote the view for plain readers anew")
+            say(f"{each.path.relative_to(path)}: removed")
+    if committed_numbers(path) and {each.kind for each in check.damage} != {"extra"}:
+        write_view(path)
+        say("the view for plain readers: written anew")
     return verify_store(path)
 
 
@@ -128,16 +128,11 @@ def _of_kind(check: StoreCheck, *kinds: str) -> list[int]:
 
 def _planned(path: Path, number: int) -> list[str]:
     """Ids of a shard as its plan says, or its index where the plan is damaged; none where neither does."""
-    for ids in (lambda: [e.id for e in read_plan(path, number)], lambda: _index_ids(path, number)):
-        try:
-            return ids()
-        except CorruptStoreError:
-            continue
+    with suppress(CorruptStoreError):
+        return [entry.id for entry in read_plan(path, number)]
+    with suppress(CorruptStoreError):
+        return list(read_index(path, read_header(path), number).ids)
     return []
-
-
-def _index_ids(path: Path, number: int) -> list[str]:
-    return list(read_index(path, read_header(path), number).ids)
 
 
 def _refuse_missing(job: _Job, shards: Sequence[int], allow_missing: bool) -> None:
@@ -196,7 +191,8 @@ def _entries_of_shard(job: _Job, number: int) -> list[PlanEntry]:
         file = root / source.path
         if source.path and file.is_file():
             state = file.stat()
-            if digest_now(root, source) == digest:
+            # Of what could not be read then there is no digest: as long as it still cannot, it counts as the same.
+            if digest_now(root, source) == digest if digest else not readable_now(root, source):
                 entry = PlanEntry(source.id, state.st_size, state.st_mtime_ns, None)
         entries.append(entry)
     return entries

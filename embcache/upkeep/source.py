@@ -107,6 +107,15 @@ def digest_now(root: Path, source: Source) -> str | None:
         return "" if (root / source.path).is_file() else None
 
 
+def readable_now(root: Path, source: Source) -> bool:
+    """Whether an image can be decoded."""
+    try:
+        read_image(root, source.path, source.member)
+    except ImageError:
+        return False
+    return True
+
+
 def _still(missing: Sequence[str], store: FeatureStore) -> tuple[str, ...]:
     """Those of the missing that had features: the others were quarantined, maybe for the same reason."""
     return tuple(id_ for id_ in missing if id_ not in store.quarantined)

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from embcache.errors import CorruptStoreError, StoreError
@@ -195,7 +195,7 @@ def verify_store(path: Path, on_shard: Callable[[int, int], object] = lambda don
         backbone=header.recipe.backbone if header else name["slug"] if name else path.name,
         fingerprint=(header.recipe.fingerprint if header else name["digits"] if name else "")[:12],
         shards=len(committed),
-        rows=sum(map(len, found.shards.values())),
+        rows=sum(len(found.shards.get(number) or found.plans.get(number, ())) for number in committed),
         planned=sum(len(ids) for number, ids in found.plans.items() if number not in committed),
         files=found.files,
         bytes=found.bytes,
@@ -276,10 +276,10 @@ def _check_pairs(path: Path, header: StoreHeader | None, committed: Sequence[int
     later: set[str] = set()  # ids of higher shards
     superseded = set()
     for number in reversed(committed):
-        ids = found.shards.get(number, ())
-        if ids and later.issuperset(ids):
+        held = found.shards.get(number, ())
+        if held and later.issuperset(held):
             superseded.add(number)
-        later.update(ids)
+        later.update(held)
     for number in committed:
         plan = path / "plan" / f"{shard_name(number)}.json"
         ids = found.shards.get(number)
@@ -346,6 +346,7 @@ def _shard_rows(path: Path, header: StoreHeader | None, number: int, found: _Fou
 
 def _extra(folder: Path, known: set[str]) -> Iterator[Path]:
     """Files and empty folders of a shard that are not ``known``."""
+    holding = {parent.as_posix() for name in known for parent in PurePosixPath(name).parents}
     for root, folders, names in os.walk(folder):
         here = Path(root)
         for name in names:
@@ -354,7 +355,7 @@ def _extra(folder: Path, known: set[str]) -> Iterator[Path]:
                 yield path
         for name in folders:
             path = here / name
-            if path.is_symlink() or not any(path.iterdir()):
+            if path.is_symlink() or (path.relative_to(folder).as_posix() not in holding and not any(path.iterdir())):
                 yield path
 
 
