@@ -30,6 +30,7 @@ from embcache.commands import (
     splits,
     store,
     verify,
+    why,
 )
 from embcache.errors import EmbcacheError, UsageError
 
@@ -83,6 +84,7 @@ app.command()(store.ls)
 app.command()(store.info)
 app.command()(store.export)
 app.command()(verify.verify)
+app.command()(why.why)
 app.command()(bench.bench)
 
 
