@@ -23,6 +23,7 @@ from embcache.commands import (
     demo,
     extract,
     finetune,
+    gc,
     predict,
     probe,
     rank,
@@ -85,6 +86,7 @@ app.command()(store.info)
 app.command()(store.export)
 app.command()(verify.verify)
 app.command()(why.why)
+app.command()(gc.gc)
 app.command()(bench.bench)
 
 

@@ -14,7 +14,7 @@ STALE_SECONDS = 600.0
 def lease_files(store: Path) -> list[Path]:
     """Files of all leases of a store."""
     folder = store / "leases"
-    return sorted(path for path in folder.glob("*.json") if path.is_file()) if folder.is_dir() else []
+    return sorted(path for path in folder.glob("*.json") if path.stem.isdecimal()) if folder.is_dir() else []
 
 
 def live_leases(store: Path) -> list[Path]:
@@ -29,8 +29,9 @@ def leftovers(store: Path, *, older: float = STALE_SECONDS) -> list[Path]:
     """
     beside = [path for path in store.parent.glob(".*") if path.name.startswith(f".{store.name}-")]
     staged = [path for path in _children(store / "staging") if not path.name.startswith("damaged-")]
-    claims = [path for path in _children(store / "leases") if path.suffix != ".json" or is_stale(path)]
-    return sorted(path for path in (*beside, *staged, *claims) if _age(path) > older or path.suffix == ".json")
+    claims = [path for path in lease_files(store) if is_stale(path)]
+    staged += [path for path in _children(store / "leases") if path.suffix != ".json" or "-" in path.name]
+    return sorted(path for path in (*beside, *staged, *claims) if stale(path, older) or path in claims)
 
 
 def store_notes(store: Path) -> list[str]:
@@ -39,10 +40,10 @@ def store_notes(store: Path) -> list[str]:
     if working := live_leases(store):
         shards = ", ".join(path.stem.lstrip("0") or "0" for path in working)
         notes.append(f"another process is computing shard {shards}")
-    stale = [path for path in lease_files(store) if is_stale(path)]
-    if stale:
-        notes.append(f"{len(stale)} leases of processes that are gone: `embcache gc` removes them")
-    rubbish = [path for path in leftovers(store) if path not in stale]
+    dead = [path for path in lease_files(store) if is_stale(path)]
+    if dead:
+        notes.append(f"{len(dead)} leases of processes that are gone: `embcache gc` removes them")
+    rubbish = [path for path in leftovers(store) if path not in dead]
     if rubbish:
         notes.append(f"{len(rubbish)} leftovers of killed processes: `embcache gc` removes them")
     return notes
@@ -52,8 +53,9 @@ def _children(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def _age(path: Path) -> float:
+def stale(path: Path, older: float = STALE_SECONDS) -> bool:
+    """Whether a file has not been touched for so long that nobody is at it."""
     try:
-        return time.time() - path.lstat().st_mtime
+        return time.time() - path.lstat().st_mtime > older
     except FileNotFoundError:
-        return 0.0
+        return False

@@ -49,7 +49,7 @@ def check_view(store: Path, header: StoreHeader) -> ViewCheck:
     if not wrong:
         return ViewCheck((), (), files, size)
     again = "`embcache verify --repair` writes it anew"
-    spanned, committed = _spanned(view), committed_numbers(store)
+    spanned, committed = spanned_shards(view), committed_numbers(store)
     if set(spanned) < set(committed) and not _compare(store, header, view, spanned)[0]:
         return ViewCheck((), (f"the view is older than the newest shard: {again}",), files, size)
     writer = view_writer(header.format)
@@ -71,7 +71,7 @@ def _compare(
     return wrong, len(files) + len(links), sum(map(len, files.values()))
 
 
-def _spanned(view: Path) -> list[int]:
+def spanned_shards(view: Path) -> list[int]:
     """Numbers of the shards that a view leads to, as its names say; none of it is parsed."""
     if view.is_dir():
         folder = view / "features" / "c"
