@@ -21,6 +21,7 @@ from embcache.commands import (
     compare,
     datasets,
     demo,
+    doctor,
     extract,
     finetune,
     gc,
@@ -87,6 +88,7 @@ app.command()(store.export)
 app.command()(verify.verify)
 app.command()(why.why)
 app.command()(gc.gc)
+app.command()(doctor.doctor)
 app.command()(bench.bench)
 
 
