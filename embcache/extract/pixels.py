@@ -22,7 +22,7 @@ import embcache
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION
 from embcache.extract.batching import Source, prepare_batches
-from embcache.extract.compute import compute_owed
+from embcache.extract.compute import Terms, compute_owed
 from embcache.extract.plan import Plan, plan_store
 from embcache.extract.request import check_numbers, default_workers
 from embcache.extract.scan import DatasetFiles, scan_dataset
@@ -113,7 +113,7 @@ def cache_pixels(
             return [_rows(files.root, sources, framing, batch_size, pool, on_rows) for _ in jobs]
 
         wanted_shards = None if only is None else {store.recipe.fingerprint: only}
-        compute_owed([job], ds, compute, only=wanted_shards, label="decode", say=say)
+        compute_owed([job], ds, compute, only=wanted_shards, label="decode", terms=Terms(say=say))
     return FeatureStore(store.path).restrict(wanted.table["id"])
 
 

@@ -175,6 +175,7 @@ def compute_shard(
     pool: Executor,
     cached: Mapping[str, CachedFrames] | None = None,
     on_rows: Callable[[int], object] = lambda rows: None,
+    on_bad: Callable[[Source, str], object] = lambda source, reason: None,
 ) -> list[ShardRows]:
     """Features of one shard under each network; every image is read and decoded once for all of them.
 
@@ -194,6 +195,8 @@ def compute_shard(
         By frame key, images that need no decoding; the features are the same either way.
     on_rows : callable
         Told the number of images after each batch and network.
+    on_bad : callable
+        Told each image that cannot be used, and why, as soon as that is known; may raise.
 
     Returns
     -------
@@ -211,6 +214,9 @@ def compute_shard(
         start = len(digests)
         digests += [prepared.digest for prepared in batch]
         reasons += [prepared.reason for prepared in batch]
+        for source, prepared in zip(sources[start:], batch, strict=False):
+            if prepared.reason:
+                on_bad(source, prepared.reason)
         stacked: dict[int, NDArray[np.uint8]] = {}
         for network, views, target in zip(networks, looks, features, strict=True):
             for view in range(views.number):

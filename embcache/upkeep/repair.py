@@ -248,12 +248,13 @@ def _mend_shards(job: _Job, shards: Sequence[int], on_rows: Callable[[int, int],
     with ThreadPoolExecutor(default_workers()) as pool:
         for number, ids in planned.items():
             batch, threads = _made_with(job, number)
-            with _claim(job.path, number), torch_threads(usable_threads(threads)):
+            threads = usable_threads(threads)
+            with _claim(job.path, number), torch_threads(threads):
                 rows = job.maker.make(sources_of(job.dataset, ids), pool, batch, more)
                 folder = job.path / "shards" / shard_name(number)
                 if folder.exists():
                     set_aside(job.path, folder, f"damaged-{shard_name(number)}")
-                commit_shard(job.path, number, rows)
+                commit_shard(job.path, number, rows, batch_size=batch, threads=threads)
             _discard_aside(job.path, number)
             job.say(f"shard {number}: {len(ids):,} images computed again")
 
