@@ -138,7 +138,7 @@ def test_a_shard_put_aside_is_also_computed_by_an_extraction(
     before = tree(path)
     damage(path / "shards" / "000001" / "commit.json", "flip")
 
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
