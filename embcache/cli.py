@@ -21,14 +21,18 @@ from embcache.commands import (
     compare,
     datasets,
     demo,
+    doctor,
     extract,
     finetune,
+    gc,
     predict,
     probe,
     rank,
     run,
     splits,
     store,
+    verify,
+    why,
 )
 from embcache.errors import EmbcacheError, UsageError
 
@@ -81,6 +85,10 @@ app.add_typer(splits.app, name="splits")
 app.command()(store.ls)
 app.command()(store.info)
 app.command()(store.export)
+app.command()(verify.verify)
+app.command()(why.why)
+app.command()(gc.gc)
+app.command()(doctor.doctor)
 app.command()(bench.bench)
 
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import functools
-import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from embcache.data.checks import check_table, first_few
 from embcache.data.files import locate_files
 from embcache.data.groups import duplicate_notes, identical_files, merge_groups, overlap_notes
+from embcache.data.snapshot import decode_snapshot, encode_snapshot
 from embcache.data.source import (
     DATASETS,
     DatasetSource,
@@ -148,10 +145,7 @@ class ImageDataset:
             table = pa.Table.from_pandas(self.table, preserve_index=False)
         except pa.ArrowException as error:
             raise DatasetError("a column holds values of several types", found=str(error), where=self.name) from error
-        table = table.replace_schema_metadata({"embcache": json.dumps(meta, sort_keys=True)})
-        sink = io.BytesIO()
-        pq.write_table(table, sink)
-        return sink.getvalue()
+        return encode_snapshot(table, meta)
 
     @classmethod
     def from_parquet_bytes(cls, data: bytes) -> ImageDataset:
@@ -163,12 +157,11 @@ class ImageDataset:
             The bytes are not such a file.
         """
         try:
-            table = pq.read_table(io.BytesIO(data))
-            meta: dict[str, Any] = json.loads(table.schema.metadata[b"embcache"])
+            table, meta = decode_snapshot(data)
             meta |= {key: None if meta[key] is None else Path(meta[key]) for key in ("root", "origin")}
             for key in ("class_names", "notes", "missing"):
                 meta[key] = tuple(meta[key])
-            return cls(table=table.replace_schema_metadata(None).to_pandas(), **meta)
+            return cls(table=table.to_pandas(), **meta)
         except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
             raise DatasetError("not a dataset snapshot", found=str(error).split("\n")[0]) from error
 

@@ -32,7 +32,7 @@ from embcache.store.commit import ShardRows, create_store, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
 from embcache.store.recipe import Recipe
 
-__all__ = ["CurrentPixels", "cache_pixels", "current_pixels", "decode_into", "frame", "open_pixels"]
+__all__ = ["CurrentPixels", "cache_pixels", "current_pixels", "decode_into", "frame", "open_pixels", "pixel_recipe"]
 
 # 25 MB, which are 128 rows at 256×256: at most a few seconds of decoding to lose, and one shard fits any memory.
 SHARD_BYTES = 128 * 256 * 256 * 3
@@ -214,7 +214,8 @@ def current_pixels(ds: ImageDataset, transform: Transform, files: DatasetFiles) 
     return CurrentPixels(store, rows) if rows else None
 
 
-def _recipe(framing: Transform) -> Recipe:
+def pixel_recipe(framing: Transform) -> Recipe:
+    """All that determines the pixels of a frame."""
     return Recipe(
         backbone=PIXELS,
         architecture="none",
@@ -229,14 +230,14 @@ def _recipe(framing: Transform) -> Recipe:
 
 
 def _path(folder: Path, framing: Transform) -> Path:
-    return folder / f"{PIXELS}-{_recipe(framing).fingerprint[:12]}"
+    return folder / f"{PIXELS}-{pixel_recipe(framing).fingerprint[:12]}"
 
 
 def _store(folder: Path, framing: Transform, format: str | None) -> FeatureStore:
     row_shape = (*framing.size, 3)
     path = create_store(
         folder,
-        _recipe(framing),
+        pixel_recipe(framing),
         format=format,
         row_shape=row_shape,
         rows_per_shard=max(1, min(MAX_ROWS, SHARD_BYTES // prod(row_shape))),

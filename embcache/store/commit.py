@@ -39,7 +39,9 @@ __all__ = [
     "ShardRows",
     "commit_shard",
     "create_store",
+    "discard",
     "publish_plan",
+    "set_aside",
     "write_scan",
     "write_snapshot",
     "write_view",
@@ -292,6 +294,38 @@ def move_file(path: Path, target: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def set_aside(store: Path, path: Path, label: str) -> Path:
+    """Take a file or folder out of a store at once: it then lies under staging, as ``LABEL-<digits>``, until discarded.
+
+    Raises
+    ------
+    StoreError
+        The disk refuses.
+    """
+    aside = Path(store) / "staging" / f"{label}-{secrets.token_hex(8)}"
+    with _writing(path):
+        _make_folder(aside.parent)
+        path.rename(aside)
+        _sync_folder(path.parent)
+        _sync_folder(aside.parent)
+    return aside
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder with all that is in it; links are not followed, none there is as well.
+
+    Raises
+    ------
+    StoreError
+        The disk refuses.
+    """
+    with _writing(path), suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def touch_file(path: Path) -> None:

@@ -92,16 +92,21 @@ def encode_view(
 
     Parameters and results are those of :func:`embcache.store.zarr_format.encode_view`.
     """
-    layout = h5py.VirtualLayout((len(ids), *row_shape), dtype.newbyteorder("<"))
+    # h5py's own way to make a virtual dataset stamps it with the time: its bytes could not be compared.
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_obj_track_times(False)
+    layout.set_fill_value(np.zeros(1, dtype.newbyteorder("<")))
+    space = h5py.h5s.create_simple((len(ids), *row_shape))
     for number, rows in shard_rows.items():
-        start = number * rows_per_shard
+        space.select_hyperslab((number * rows_per_shard, *(0 for _ in row_shape)), (rows, *row_shape))
         # Relative names are looked for beside the file that holds the virtual dataset.
-        source = h5py.VirtualSource(f"shards/{number:06d}/{FILE}", "features", shape=(rows, *row_shape))
-        layout[start : start + rows] = source
+        source = h5py.h5s.create_simple((rows, *row_shape))
+        layout.set_virtual(space, f"shards/{number:06d}/{FILE}".encode(), b"features", source)
+    space.select_all()
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver=LIBVER) as file:
         file.attrs.update(attributes)
-        file.create_virtual_dataset("features", layout, fillvalue=0)
+        h5py.h5d.create(file.id, b"features", h5py.h5t.py_create(dtype.newbyteorder("<")), space, dcpl=layout)
         file.create_dataset("ids", data=np.array(ids, dtype=object), dtype=h5py.string_dtype("utf-8"))
         _put(file, "valid", valid)
     return {view: buffer.getvalue()}, {}

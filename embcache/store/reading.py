@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from embcache.errors import CorruptStoreError, StoreError
+from embcache.paths import home_dir
 from embcache.store.formats import FORMATS
 from embcache.store.header import StoreHeader
 from embcache.store.recipe import Recipe
@@ -84,7 +86,7 @@ def read_header(store: Path) -> StoreHeader:
         It is missing or damaged, does not hash to its fingerprint, or lies in another recipe's folder.
     """
     path = store / "recipe.json"
-    fix = f"restore it from a copy; or `rm -r {shlex.quote(str(store))}` and extract again"
+    fix = f"restore it from a copy, or `{repair_command(store)}`: it can be made again where the weights are here"
     content = unseal(read_file(path, fix), path, fix)
     try:
         recipe = Recipe.from_json(content["recipe"])
@@ -137,8 +139,7 @@ def read_plan(store: Path, number: int) -> tuple[PlanEntry, ...]:
         The plan is missing or damaged.
     """
     path = store / "plan" / f"{shard_name(number)}.json"
-    both = " ".join(shlex.quote(str(part)) for part in (path, store / "shards" / shard_name(number)))
-    fix = f"`rm -rf {both}` and {_again(store)}: it plans and computes those images anew"
+    fix = f"`{repair_command(store)}`"
     content = unseal(read_file(path, fix), path, fix, indent=None)
     if content.get("number") != number:
         raise CorruptStoreError(
@@ -156,7 +157,11 @@ def read_commit(store: Path, number: int) -> CommitRecord:
         It is missing or damaged, or names a file outside its shard.
     """
     path = store / "shards" / shard_name(number) / "commit.json"
-    fix = _recompute(path.parent)
+    return read_commit_file(path, _recompute(path.parent))
+
+
+def read_commit_file(path: Path, fix: str = "") -> CommitRecord:
+    """As :func:`read_commit`, of a ``commit.json`` wherever it lies."""
     return _parse_commit(read_file(path, fix), path, fix)
 
 
@@ -269,9 +274,12 @@ def read_rows(
         out[...] = data[: record.rows * row].view(plain.dtype).reshape(plain.shape)[positions]
 
 
-def read_live(store: Path, header: StoreHeader) -> LiveRows:
-    """Find the live rows: each id's row in the highest committed shard that holds it."""
-    numbers = committed_numbers(store)
+def read_live(store: Path, header: StoreHeader, numbers: Sequence[int] | None = None) -> LiveRows:
+    """Find the live rows: each id's row in the highest committed shard that holds it.
+
+    With ``numbers``, ascending, as if only these shards were committed.
+    """
+    numbers = committed_numbers(store) if numbers is None else numbers
     indexes = [read_index(store, header, number) for number in numbers]
     ids = [id_ for index in indexes for id_ in index.ids]
     lengths = [len(index.ids) for index in indexes]
@@ -329,13 +337,22 @@ def _refuse(store: Path, number: int, expected: str, found: str) -> None:
     )
 
 
+def repair_command(store: Path) -> str:
+    """The command that mends a store, to be typed."""
+    return _repair_command(str(store), os.environ.get("EMBCACHE_HOME"))
+
+
+@functools.lru_cache(maxsize=256)  # asked for with each file that is read, told with the one that is damaged
+def _repair_command(store: str, _: str | None) -> str:
+    path = Path(store)
+    backbone = re.sub(r"-[0-9a-f]{12}$", "", path.name)
+    words = ["embcache", "verify", "--repair", "--dataset", path.parent.name, "--backbone", backbone]
+    home = path.parent.parent
+    return shlex.join(words if home == home_dir() else [*words, "--home", str(home)])
+
+
 def _recompute(folder: Path) -> str:
-    return f"`rm -r {shlex.quote(str(folder))}` and {_again(folder.parent.parent)}: it recomputes this shard only"
-
-
-def _again(store: Path) -> str:
-    """Who fills a gap in a store: whatever finetunes decodes pixels again, and an extraction does without them."""
-    return "run the same command again" if store.name.startswith("pixels-") else "run the same `embcache extract` again"
+    return f"`{repair_command(folder.parent.parent)}`: it recomputes this shard only"
 
 
 def _listing(folder: Path) -> list[Path]:

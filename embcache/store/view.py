@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import numpy as np
 
 from embcache.store.formats import FORMATS
 from embcache.store.header import StoreHeader
 from embcache.store.reading import LiveRows
+
+# The library that a format's view is written with: another version of it may write other bytes for the same view.
+_LIBRARIES = {"zarr": "zarr", "hdf5": "h5py"}
+
+
+def view_writer(format: str) -> str:
+    """What writes views here, as each view says of itself: views of one writer can be compared byte by byte."""
+    library = _LIBRARIES[format]
+    return f"embcache view 1, {library} {version(library)}"
 
 
 def view_files(header: StoreHeader, live: LiveRows) -> tuple[dict[str, bytes], dict[str, str]]:
@@ -31,6 +42,7 @@ def view_files(header: StoreHeader, live: LiveRows) -> tuple[dict[str, bytes], d
     attributes = {
         "backbone": header.recipe.backbone,
         "fingerprint": header.recipe.fingerprint,
+        "written_by": view_writer(header.format),
         "rows": "use only rows whose valid is true; the others are padding, superseded or unreadable",
     }
     return FORMATS[header.format].encode_view(

@@ -280,7 +280,7 @@ def test_a_damaged_shard_of_pixels_is_told_and_mended_by_removing_it(images: Pat
     chunk.write_bytes(bytes(data))
     with pytest.raises(CorruptStoreError, match="crc32c") as caught:
         extract_features("random", ds)
-    assert "run the same command again" in str(caught.value.fix)
+    assert f"embcache verify --repair --dataset {ds.name} --backbone pixels" in str(caught.value.fix)
     for path in sorted((store.path / "shards" / "000001").rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
     (store.path / "shards" / "000001").rmdir()
