@@ -26,6 +26,7 @@ from embcache.data.arrays import member_pixels, member_size
 from embcache.data.checks import refuse_outside
 from embcache.data.dicom import decode_dicom, dicom_size, is_dicom
 from embcache.data.files import is_inside
+from embcache.data.jpeg import decode_jpeg
 from embcache.data.quiet import quiet
 from embcache.errors import EmbcacheError, ImageError
 
@@ -77,6 +78,9 @@ def decode_image(data: bytes, *, name: str = "") -> npt.NDArray[np.uint8]:
             return decode_dicom(data, name)
     with _reasons():
         image, orientation = _open(io.BytesIO(data))
+        pixels = decode_jpeg(data, image) if orientation == 1 else None
+        if pixels is not None:
+            return pixels
         image.load()
         return _to_rgb(image, orientation)
 
