@@ -15,7 +15,7 @@ from tqdm import tqdm
 from embcache.data.dataset import ImageDataset
 from embcache.extract.batching import Source
 from embcache.extract.plan import Plan, Shard
-from embcache.store.commit import ShardRows, commit_shard, write_view
+from embcache.store.commit import ShardRows, commit_shard, refresh_view
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 
@@ -107,9 +107,8 @@ def compute_owed(
                 progress |= bool(mine)
             if not progress:
                 time.sleep(_POLL_SECONDS)
-    for job, count in zip(jobs, computed, strict=True):
-        if count or not any(job.store.path.glob("view.*")):
-            write_view(job.store.path)
+    for job in jobs:
+        refresh_view(job.store.path)
     return computed
 
 
