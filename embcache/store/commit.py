@@ -18,6 +18,7 @@ from embcache.errors import StoreError
 from embcache.paths import slug
 from embcache.store.disk import (
     create_exclusive,
+    exclusive_prefix,
     make_folder,
     remove_leftovers,
     rename_new,
@@ -203,7 +204,8 @@ def commit_shard(store: Path, number: int, rows: ShardRows) -> bool:
                 if not target.is_dir():
                     raise
         sync_folder(target.parent)
-        remove_leftovers(store / "staging", prefix)
+        # Whoever published the plan may have been killed just after it.
+        remove_leftovers(store / "staging", prefix, exclusive_prefix(store / "plan" / f"{name}.json"))
     return won
 
 

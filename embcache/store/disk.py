@@ -25,6 +25,7 @@ from embcache.errors import StoreError
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+_NO_SYMLINKS = (*_NO_LINKS, errno.EACCES, errno.EINVAL)  # the last one: Windows, without the privilege
 # What a filesystem answers that cannot flush a folder, or does not know this kind of rename.
 _UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _GONE = ".gone"
@@ -209,7 +210,9 @@ def write_tree(
         for name, (text, source) in links.items():
             try:
                 os.symlink(text, root / name)
-            except (OSError, NotImplementedError):
+            except (OSError, NotImplementedError) as error:
+                if isinstance(error, OSError) and error.errno not in _NO_SYMLINKS:
+                    raise
                 write_file(root / name, source.read_bytes())
         for folder in sorted(inner, key=lambda folder: -len(folder.parts)):
             sync_folder(root / folder)
@@ -266,11 +269,11 @@ def remove(path: Path) -> None:
     os.rmdir(path)
 
 
-def remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove what begins with ``prefix``: killed processes left it, or slower ones still write it in vain."""
+def remove_leftovers(folder: Path, *prefixes: str) -> None:
+    """Remove what begins with one of the prefixes: killed processes left it, or slower ones still write it in vain."""
     with suppress(OSError):
         for name in os.listdir(folder):
-            if name.startswith(prefix):
+            if name.startswith(prefixes):
                 with suppress(OSError):
                     remove(folder / name)
 

@@ -175,7 +175,7 @@ class Disk:
 
 def _load(path: Path) -> Any:
     if path.is_symlink():
-        return _Link(os.readlink(path))
+        return _Link(str(path.readlink()))
     if path.is_file():
         return _File(path.read_bytes(), path.read_bytes())
     folder = _Folder()

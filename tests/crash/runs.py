@@ -61,7 +61,8 @@ CASES = [
 
 def prepare() -> None:
     """Settle, in the process that forks, all that its children share, modules too; it starts no thread."""
-    assert zarr.storage and pyarrow.parquet
+    assert zarr.storage
+    assert pyarrow.parquet
     Image.init()
     torch.set_num_threads(1)
     run.load_backbone = _load
@@ -144,7 +145,13 @@ class Child:
         self.pid = fork(lambda: self._extract(dataset, home, case, hook, part, ttl), log)
 
     def _extract(
-        self, dataset: ImageDataset, home: Path, case: Case, hook: Hook | None, part: tuple[int, int] | None, ttl: float | None
+        self,
+        dataset: ImageDataset,
+        home: Path,
+        case: Case,
+        hook: Hook | None,
+        part: tuple[int, int] | None,
+        ttl: float | None,
     ) -> None:
         if ttl is not None:
             lease.TTL_SECONDS = ttl
@@ -256,20 +263,23 @@ def committed(home: Path) -> dict[str, dict[str, tuple[int, int]]]:
 
 
 def contents(home: Path) -> dict[str, bytes]:
-    """All that a home holds but leases and staging: files by their bytes, links by their texts, ``view.h5`` by arrays."""
+    """All that a home holds but leases and staging: bytes of files, texts of links, arrays of ``view.h5``."""
     found: dict[str, bytes] = {}
     for path in sorted(home.rglob("*")):
         name = path.relative_to(home).as_posix()
         if {"leases", "staging"} & set(path.parts):
             continue
         if path.is_symlink():
-            found[name] = b"-> " + os.readlink(path).encode()
+            found[name] = b"-> " + os.fsencode(path.readlink())
         elif path.name == "view.h5":
             with h5py.File(path) as file:
                 arrays = [np.asarray(file[key][...]) for key in ("features", "ids", "valid")]
-                found[name] = b"".join(
-                    repr(array.tolist()).encode() if array.dtype == object else array.tobytes() for array in arrays
-                ) + str(file.attrs["shards"]).encode()
+                found[name] = (
+                    b"".join(
+                        repr(array.tolist()).encode() if array.dtype == object else array.tobytes() for array in arrays
+                    )
+                    + str(file.attrs["shards"]).encode()
+                )
         elif path.is_file():
             found[name] = path.read_bytes()
     return found
