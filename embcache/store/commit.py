@@ -204,8 +204,9 @@ def commit_shard(store: Path, number: int, rows: ShardRows) -> bool:
                 if not target.is_dir():
                     raise
         sync_folder(target.parent)
-        # Whoever published the plan may have been killed just after it.
-        remove_leftovers(store / "staging", prefix, exclusive_prefix(store / "plan" / f"{name}.json"))
+        # Whoever published the plan, or took the lease, may have been killed just after it.
+        others = [exclusive_prefix(store / folder / f"{name}.json") for folder in ("plan", "leases")]
+        remove_leftovers(store / "staging", prefix, *others)
     return won
 
 

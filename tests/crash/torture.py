@@ -1,8 +1,9 @@
 """Kill, starve and cut off extractions, and print what came of it: ``python -m tests.crash.torture``, ``make torture``.
 
-Nothing is left out by default: SIGKILL before and after every call to the filesystem and within every write, every
-fault at every call, power cuts at every instant, some hundreds of random instants, runs side by side, paused writers;
-over Zarr and HDF5, one and two backbones, empty homes and such that hold an extraction. ``--every N`` takes each N-th.
+SIGKILL before and after every call to the filesystem and within every write, every fault at every call, power cuts at
+every instant that leaves another disk, some hundreds of random instants, runs side by side, paused writers; over Zarr
+and HDF5, one and two backbones (of two, which repeat the calls of one, every fourth call), empty homes and such that
+hold an extraction. ``--every N`` takes each N-th.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def all_trials(trials: Trials, arguments: argparse.Namespace) -> list[Trial]:
         case = cases[number % len(cases)]
         at = int((number + chance.random()) / arguments.pauses * trials.calls[case])
         some.append((f"paused at call {at}, {case}", lambda c=case, a=at: trials.pause(c, a)))
-    rest = [trial for case in cases for trial in _of_case(trials, case, every, chance)]
+    # A second backbone repeats the calls of the first one.
+    rest = [t for case in cases for t in _of_case(trials, case, every * (1 + 3 * (len(case.backbones) > 1)), chance)]
     cuts = [trial for trial in rest if trial[0].startswith("power")]
     chance.shuffle(rest)
     chosen = rest if arguments.sample is None else cuts[:: max(1, len(cuts) // 6)] + rest[: arguments.sample]
@@ -78,13 +80,15 @@ def run_slice(arguments: argparse.Namespace) -> int:
     prepare()
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="embcache-torture-", dir=memory if memory.is_dir() else None))
-    began = shown = time.monotonic()
+    began = time.monotonic()
     failures = []
     try:
         trials = Trials(folder, [CASES[int(number)] for number in arguments.cases.split(",")])
         mine = all_trials(trials, arguments)[first::step]
         trials.totals["trials planned"] = len(mine)
-        for name, trial in mine:
+        for number, (name, trial) in enumerate(mine):
+            if number % 200 == 0:
+                print(f"… job {first}, trial {number}: {dict(sorted(trials.totals.items()))}", flush=True)
             if arguments.minutes and time.monotonic() - began > 60 * arguments.minutes:
                 break
             try:
@@ -93,9 +97,6 @@ def run_slice(arguments: argparse.Namespace) -> int:
                 failures.append(f"{name}: {type(error).__name__}: {error}")
                 print(f"FAILED {failures[-1]}", flush=True)
             trials.totals["trials made"] += 1
-            if time.monotonic() - shown > 60:
-                shown = time.monotonic()
-                print(f"… {first}/{step}: {dict(trials.totals)}", flush=True)
         calls = {str(case): count for case, count in trials.calls.items()}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
