@@ -48,6 +48,7 @@ class Trials:
     def __init__(self, folder: Path, cases: Sequence[Case] = CASES) -> None:
         self.totals: Counter[str] = Counter()
         self.calls: dict[Case, int] = {}
+        folder.mkdir(exist_ok=True)
         self._folder, self._log, self._home = folder, folder / "log", folder / "trial" / "home"
         self._expected: dict[Case, dict[str, bytes]] = {}
         self._rows: dict[Case, dict[str, int]] = {}
