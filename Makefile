@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check torture bench format clean
 
 demo: .venv/installed
 	$(BIN)/embcache demo
@@ -14,6 +14,10 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# An hour or two on two cores: kills, faults and power losses at every call to the filesystem. Needs Linux.
+torture: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash.torture
 
 # Hours; kaiko-eva is installed into an environment of its own. docs/benchmarks.md keeps what was measured.
 bench: .venv/installed

@@ -85,6 +85,31 @@ def test_matplotlib_is_imported_in_one_place() -> None:
     assert importers == {"plots.py"}
 
 
+# Calls that change a filesystem, however they are spelt: by os, shutil, a Path or the built-in open.
+_CHANGING = {
+    "chmod", "copy2", "copyfile", "copyfileobj", "copytree", "fsync", "ftruncate", "hardlink_to", "link", "makedirs",
+    "mkdir", "mkfifo", "mkstemp", "mkdtemp", "move", "open", "pwrite", "rename", "renames", "removedirs", "rmdir",
+    "rmtree", "symlink", "symlink_to", "touch", "truncate", "unlink", "utime", "write_bytes", "write_text",
+}  # fmt: skip
+
+
+def test_one_module_of_the_store_writes_to_disk() -> None:
+    """`disk.py` makes the calls, `commit.py` says what is written and when; every other one only reads."""
+    callers = set()
+    for path in (PACKAGE / "store").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                texts = [
+                    a.value for a in [*node.args, *(k.value for k in node.keywords)] if isinstance(a, ast.Constant)
+                ]
+                if name in _CHANGING and not (name == "open" and "rb" in texts):
+                    callers.add(path.name)
+    assert callers == {"disk.py"}
+    writers = {p.name for p in (PACKAGE / "store").glob("*.py") if "embcache.store.disk" in _imports(p)}
+    assert writers == {"commit.py", "lease.py"}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -18,7 +18,7 @@ from embcache.extract.limits import Guard
 from embcache.extract.plan import Plan, Shard
 from embcache.extract.shortage import Halving
 from embcache.extract.stopping import Stop
-from embcache.store.commit import ShardRows, commit_shard, write_view
+from embcache.store.commit import ShardRows, commit_shard, refresh_view
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 
@@ -146,9 +146,8 @@ def compute_owed(
                 progress |= bool(leased)
             if passes and not progress:
                 terms.stop.wait(_POLL_SECONDS)
-    for job, count in zip(jobs, computed, strict=True):
-        if count or not any(job.store.path.glob("view.*")):
-            write_view(job.store.path)
+    for job in jobs:
+        refresh_view(job.store.path)
     return computed
 
 

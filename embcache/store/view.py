@@ -1,14 +1,17 @@
-"""What a view over all shards is made of, for readers without embcache. Nothing here touches the disk."""
+"""What a view over all shards is made of, for readers without embcache. Nothing here changes the disk."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 
 from embcache.store.formats import FORMATS
 from embcache.store.header import StoreHeader
 from embcache.store.reading import LiveRows
+from embcache.store.sealed import crc32c
 
 # The library that a format's view is written with: another version of it may write other bytes for the same view.
 _LIBRARIES = {"zarr": "zarr", "hdf5": "h5py"}
@@ -43,6 +46,7 @@ def view_files(header: StoreHeader, live: LiveRows) -> tuple[dict[str, bytes], d
         "backbone": header.recipe.backbone,
         "fingerprint": header.recipe.fingerprint,
         "written_by": view_writer(header.format),
+        "shards": _mark(live.shard_rows),
         "rows": "use only rows whose valid is true; the others are padding, superseded or unreadable",
     }
     return FORMATS[header.format].encode_view(
@@ -54,3 +58,18 @@ def view_files(header: StoreHeader, live: LiveRows) -> tuple[dict[str, bytes], d
         shard_rows=live.shard_rows,
         attributes=attributes,
     )
+
+
+def view_is_current(store: Path, header: StoreHeader, committed: Iterable[int]) -> bool:
+    """Whether the view that is there was made of just these shards; searched, not parsed: no checksum covers it."""
+    view = store / FORMATS[header.format].view
+    try:
+        data = (view / "zarr.json" if view.is_dir() else view).read_bytes()
+    except OSError:
+        return False
+    return _mark(committed).encode() in data
+
+
+def _mark(committed: Iterable[int]) -> str:
+    """What tells in a view which shards it was made of: its attribute ``shards``."""
+    return f"view of the shards {crc32c(' '.join(map(str, sorted(committed))).encode())}"
