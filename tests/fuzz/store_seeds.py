@@ -113,6 +113,8 @@ def _replace(tree: Any, dice: random.Random, value: Any) -> None:
                 walk(node[key])
 
     walk(tree)
+    if not spots:
+        return
     node, key = dice.choice(spots)
     action = dice.randrange(6)
     if action == 0 and isinstance(node, dict):
