@@ -198,6 +198,8 @@ def _first(value: Any) -> float:
 def _check(pydicom: Any, file: Any, name: str) -> None:
     if any(tag not in file for tag in ("Rows", "Columns", "PhotometricInterpretation")):
         raise ImageError("a DICOM file without an image")
+    if min(int(file.Rows), int(file.Columns)) < 1:
+        raise ImageError("a DICOM file whose image has no pixels")
     limit = Image.MAX_IMAGE_PIXELS
     if limit and int(file.Rows) * int(file.Columns) > limit:
         raise ImageError(f"too large: more than {limit:,} pixels")

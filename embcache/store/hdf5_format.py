@@ -122,6 +122,9 @@ class _Verified(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         target = memoryview(buffer).cast("B")
+        if self._at < 0 or self._at + len(target) > len(self._data):
+            # HDF5 takes as much memory as a header claims, and fills with zeros what is not there.
+            raise ValueError("the HDF5 file claims more than it holds")
         found = self._data[self._at : self._at + len(target)]
         target[: len(found)] = found
         self._at += len(found)
