@@ -87,12 +87,17 @@ def read_row(array: Any, row: int, descriptor: int) -> npt.NDArray[np.uint8]:
     if layout.get_layout() != h5py.h5d.CHUNKED:
         raise ImageError("the array is neither contiguous nor in chunks")
     filters = [layout.get_filter(k) for k in range(layout.get_nfilters())]
-    unknown = [f[3].decode("ascii", "replace") or str(f[0]) for f in filters if f[0] not in (_DEFLATE, _SHUFFLE, _FLETCHER32)]
+    unknown = [
+        f[3].decode("ascii", "replace") or str(f[0]) for f in filters if f[0] not in (_DEFLATE, _SHUFFLE, _FLETCHER32)
+    ]
     if unknown:
         raise ImageError(f"the array is compressed as {', '.join(unknown)}: only deflate is read (h5repack -f GZIP=4)")
     chunk = array.chunks
     out = np.zeros(array.shape[1:], np.uint8)
-    if math.prod(chunk) > MOST_CHUNK_BYTES or math.prod(-(-s // c) for s, c in zip(array.shape[1:], chunk[1:], strict=True)) > 4096:
+    if (
+        math.prod(chunk) > MOST_CHUNK_BYTES
+        or math.prod(-(-s // c) for s, c in zip(array.shape[1:], chunk[1:], strict=True)) > 4096
+    ):
         raise ImageError(f"the array has chunks of {chunk}: too large, or too many a row")
     first = row // chunk[0] * chunk[0]
     for y in range(0, array.shape[1], chunk[1]):

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from embcache.data.arrays import own_array
-from embcache.data.chunks import StrictFile
 from embcache.data.checks import check_file_id, first_few
+from embcache.data.chunks import StrictFile
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import find_level, image_index, locate_files
 from embcache.data.labels import label_numbers, read_table

@@ -40,7 +40,9 @@ class PlanEntry:
     def __post_init__(self) -> None:
         check_id(self.id)
         if type(self.size) is not int or type(self.mtime_ns) is not int:
-            raise StoreError("a file's size and time are whole numbers", found=f"{self.size!r}, {self.mtime_ns!r}"[:200])
+            raise StoreError(
+                "a file's size and time are whole numbers", found=f"{self.size!r}, {self.mtime_ns!r}"[:200]
+            )
         if self.digest is not None and not HEX_DIGEST.fullmatch(self.digest):
             raise StoreError("a digest is not a sha256", expected="64 hex digits", found=repr(self.digest))
 

@@ -191,7 +191,9 @@ def _codec_names(tree: Any) -> set[str]:
     if not isinstance(tree, dict):
         return {str(tree)}
     inside = tree.get("configuration") or {}
-    return {str(tree.get("name"))}.union(*(_codec_names(inside[key]) for key in ("codecs", "index_codecs") if key in inside))
+    return {str(tree.get("name"))}.union(
+        *(_codec_names(inside[key]) for key in ("codecs", "index_codecs") if key in inside)
+    )
 
 
 def _files(store: MemoryStore, prefix: str) -> dict[str, bytes]:

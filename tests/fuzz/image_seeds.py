@@ -70,7 +70,6 @@ def image_seeds() -> list[Seed]:
         ("text.ppm", b"P3 4 3 255\n" + b"1 20 255\n" * 12),
         ("bits.pbm", b"P1 8 2\n0101010111110000\n"),
         ("rgb.pcx", encode(pixels(), "PCX")),
-        ("rgb.ico", encode(pixels(), "ICO", sizes=[(16, 16)])),
     ]
     made += [("frames.mpo", encode(pixels(), "MPO", save_all=True, append_images=[pixels().rotate(180)]))]
     if features.check("webp"):
@@ -98,7 +97,9 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _with_text(png: bytes) -> bytes:
-    extra = png_chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 5000)) + png_chunk(b"iCCP", b"p\0\0" + zlib.compress(b"y" * 999))
+    extra = png_chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 5000)) + png_chunk(
+        b"iCCP", b"p\0\0" + zlib.compress(b"y" * 999)
+    )
     return png[:33] + extra + png[33:]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import faulthandler
 import os
 import pickle
 import select
@@ -60,7 +60,8 @@ class _Child:
 
     def __init__(self, call: Callable[[Any, Path], Any]) -> None:
         self.done = 0
-        self.folder = Path(tempfile.mkdtemp(prefix="embcache-fuzz-"))
+        folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        self.folder = Path(tempfile.mkdtemp(prefix="embcache-fuzz-", dir=folder))
         down, up = os.pipe(), os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -115,6 +116,7 @@ class _Child:
 
 def _serve(call: Callable[[Any, Path], Any], source: IO[bytes], sink: IO[bytes], folder: Path) -> None:
     os.chdir(folder)
+    faulthandler.disable()  # the parent tells of crashes
     faults = os.open(os.devnull, os.O_WRONLY)
     os.dup2(faults, 2)  # codecs talk
     os.fsync = lambda descriptor: None  # type: ignore[assignment]  # nobody pulls the plug here
@@ -154,20 +156,3 @@ def _status(key: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith(key)), 0)
-
-
-def run_alone(call: Callable[..., Any], *arguments: Any, memory: int = MEMORY, seconds: float = SECONDS) -> Ended:
-    """One call in a fresh interpreter (nothing inherited), under the same limits; ``call`` must be importable."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply_async(_measured, (call, arguments)).get(seconds)
-
-
-def _measured(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Ended:
-    before, start = _reset_peak(), time.monotonic()
-    result, failure = None, ""
-    try:
-        result = call(*arguments)
-    except Exception as error:
-        failure = f"{type(error).__name__}: {error}"
-    return Ended(result, failure, time.monotonic() - start, max(0, _peak() - before))

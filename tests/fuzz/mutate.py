@@ -88,9 +88,7 @@ def _put(data: bytearray, at: int, size: int, order: str, number: int) -> None:
 def random_changes(dice: random.Random) -> tuple[Change, ...]:
     """One to eight changes, mostly few."""
     number = min(8, 1 + int(dice.expovariate(0.7)))
-    return tuple(
-        Change(dice.choice(KINDS), dice.random(), dice.randrange(2**32), dice.random()) for _ in range(number)
-    )
+    return tuple(Change(dice.choice(KINDS), dice.random(), dice.randrange(2**32), dice.random()) for _ in range(number))
 
 
 def changes() -> st.SearchStrategy[list[Change]]:

@@ -171,7 +171,9 @@ def stored(shape: tuple[int, ...], **options: Any) -> dict[str, bytes]:
         ((200_000, 1), {"chunks": (1, 1), "compressors": None}),
     ],
 )
-def test_what_could_unpack_to_more_than_its_files_hold_is_refused(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+def test_what_could_unpack_to_more_than_its_files_hold_is_refused(
+    shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
     with pytest.raises(ValueError, match="does not compress"):
         zarr_format.decode_features(stored(shape, **options))
 
