@@ -33,19 +33,24 @@ class StrictFile(io.RawIOBase):
         self._size, self._at = os.fstat(self._descriptor).st_size, 0
 
     def readable(self) -> bool:
+        """True."""
         return True
 
     def seekable(self) -> bool:
+        """True."""
         return True
 
     def fileno(self) -> int:
+        """The descriptor that it reads from."""
         return self._descriptor
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move; as `io.RawIOBase` has it."""
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        """Fill a buffer; ValueError where the file ends before that."""
         target = memoryview(buffer).cast("B")
         if self._at < 0 or self._at + len(target) > self._size:
             raise ValueError("the HDF5 file claims more than it holds")
@@ -55,6 +60,7 @@ class StrictFile(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
+        """Close the descriptor."""
         if not self.closed:
             os.close(self._descriptor)
         super().close()
@@ -68,6 +74,7 @@ def read_row(array: Any, row: int, descriptor: int) -> npt.NDArray[np.uint8]:
     array : h5py.Dataset
         Its values lie in its own file.
     row : int
+        At least 0 and below the array's length.
     descriptor : int
         Of the same file, open for reading.
 

@@ -10,8 +10,8 @@ import pickletools
 from dataclasses import dataclass
 from typing import IO, Any
 
-MOST_OPERATIONS = 2_000_000
-"""Files of training states have some hundred thousand."""
+MOST_OPERATIONS = 500_000
+"""Files of whole training states have some ten thousand."""
 
 _MOST_PARTS = 10_000  # of a tuple, those of the tuples in it included as often as they stand there
 _DEEPEST = 64

@@ -171,7 +171,7 @@ def _parse_commit(data: bytes, path: Path, fix: str) -> CommitRecord:
     except (KeyError, TypeError, AttributeError) as error:
         raise _not_ours("a commit", error, path, fix) from error
     for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise CorruptStoreError("a commit names a file outside its shard", found=name, where=path, fix=fix)
     return CommitRecord(rows, files)
 

@@ -79,7 +79,10 @@ def image_seeds() -> list[Seed]:
     if features.check("avif"):
         made += [("rgb.avif", encode(pixels(), "AVIF"))]
     if features.check("jpg_2000"):
-        made += [("rgb.jp2", encode(pixels(), "JPEG2000")), ("tiles.j2k", encode(pixels(), "JPEG2000", no_jp2=True, tile_size=(8, 8)))]  # fmt: skip
+        made += [
+            ("rgb.jp2", encode(pixels(), "JPEG2000")),
+            ("tiles.j2k", encode(pixels(), "JPEG2000", no_jp2=True, tile_size=(8, 8))),
+        ]
         made += [("wide.jp2", encode(pixels("I;16"), "JPEG2000"))]
     return [Seed(name, data, tuple(header(data)), mend_png if data[1:4] == b"PNG" else bytes) for name, data in made]
 
@@ -234,7 +237,11 @@ def array_seeds() -> list[Seed]:
     """HDF5 files as the original PatchCamelyon has them."""
     values = np.arange(4 * 6 * 5 * 3, dtype=np.uint8).reshape(4, 6, 5, 3)
     made = []
-    for name, options in (("plain.h5", {}), ("gzip.h5", {"chunks": (2, 6, 5, 3), "compression": "gzip", "shuffle": True}), ("checked.h5", {"chunks": (1, 6, 5, 3), "fletcher32": True})):  # fmt: skip
+    for name, options in (
+        ("plain.h5", {}),
+        ("gzip.h5", {"chunks": (2, 6, 5, 3), "compression": "gzip", "shuffle": True}),
+        ("checked.h5", {"chunks": (1, 6, 5, 3), "fletcher32": True}),
+    ):
         for libver in ("earliest", "latest"):
             sink = io.BytesIO()
             with h5py.File(sink, "w", libver=libver) as file:

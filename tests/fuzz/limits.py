@@ -34,7 +34,9 @@ class Ended:
     memory: int = 0  # bytes at the peak, beyond what the process held before
 
 
-def run_each(call: Callable[[Any, Path], Any], inputs: Iterable[Any], *, memory: int = MEMORY, seconds: float = SECONDS) -> Iterator[tuple[Any, Ended]]:  # fmt: skip
+def run_each(
+    call: Callable[[Any, Path], Any], inputs: Iterable[Any], *, memory: int = MEMORY, seconds: float = SECONDS
+) -> Iterator[tuple[Any, Ended]]:
     """Call ``call(input, empty folder)`` for each input in forked children; yields as they end.
 
     A child that passes a limit, or dies, is replaced by a new one: the rest goes on.

@@ -35,7 +35,10 @@ def main() -> int:
     seed = random.SystemRandom().randrange(2**32) if asked.seed is None else asked.seed
     targets = asked.target or list(TARGETS)
     print(f"seed {seed}; limits an input: {SECONDS:g} s, {MEMORY >> 20} MiB; {asked.minutes:g} min in all", flush=True)
-    failed = [fuzz(name, random.Random(f"{seed} {name}"), 60 * asked.minutes / len(targets), asked.failures) for name in targets]  # fmt: skip
+    failed = [
+        fuzz(name, random.Random(f"{seed} {name}"), 60 * asked.minutes / len(targets), asked.failures)
+        for name in targets
+    ]
     return 1 if sum(failed) else 0
 
 

@@ -65,7 +65,12 @@ def _zip_fields(data: bytes) -> Iterator[Field]:
     start = data.find(b"\x80\x02")
     end = data.find(b"PK", start)
     yield from (Field(at, 1) for at in range(start, end))  # the pickle
-    for mark, sizes in ((b"PK\x03\x04", {8: 2, 18: 4, 22: 4, 26: 2, 28: 2}), (b"PK\x01\x02", {10: 2, 20: 4, 24: 4, 28: 2, 42: 4}), (b"PK\x05\x06", {8: 2, 10: 2, 12: 4, 16: 4}), (b"PK\x06\x06", {32: 8, 40: 8, 48: 8})):  # fmt: skip
+    for mark, sizes in (
+        (b"PK\x03\x04", {8: 2, 18: 4, 22: 4, 26: 2, 28: 2}),
+        (b"PK\x01\x02", {10: 2, 20: 4, 24: 4, 28: 2, 42: 4}),
+        (b"PK\x05\x06", {8: 2, 10: 2, 12: 4, 16: 4}),
+        (b"PK\x06\x06", {32: 8, 40: 8, 48: 8}),
+    ):
         at = data.find(mark)
         while at >= 0:
             yield from (Field(at + offset, size) for offset, size in sizes.items())
