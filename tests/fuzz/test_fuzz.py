@@ -27,8 +27,11 @@ from tests.store.build import quick_disk
 __all__ = ["quick_disk"]
 
 FIXED = settings(
-    derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)  # fmt: skip
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 COUNTS = {"images": 1500, "dicom": 1000, "arrays": 1000, "checkpoints": 700, "zarr stores": 250, "hdf5 stores": 250}
 
 

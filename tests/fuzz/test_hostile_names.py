@@ -28,7 +28,8 @@ __all__ = ["quick_disk"]
 
 IDS = (
     "=cmd|' /C calc'!A0", "+1", "-rf", "--home", "@SUM(A1)", "a\nb", "a\r\nb", "tab\tin", "🫁🩻", "e\u0301", "x" * 300,
-    "a/b", "$(touch x)", "`id`", "a;b", 'a"b', "a'b", "a,b", "\x1b[31mred", "%s%n", "..hidden", "CON", "{0}", "\u202etxt",
+    "a/b", "$(touch x)", "`id`", "a;b", 'a"b', "a'b", "a,b", "\x1b[31mred",
+    "%s%n", "..hidden", "CON", "{0}", "\u202etxt",
 )  # fmt: skip
 CLASSES = ("=1+1", "\x1b]0;title\x07")
 
