@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from embcache.data.chunks import StrictFile, read_row
 from embcache.errors import DatasetError, EmbcacheError, ImageError
@@ -84,6 +83,7 @@ def own_array(file: Any, key: str) -> Any:
 def _array(path: str, member: int) -> Any:
     """The array of an open file; files stay open, for opening costs more than reading a row."""
     import h5py
+    from PIL import Image  # probing from a cache lists such files and decodes none
 
     state = os.stat(path)  # noqa: PTH116
     # Keyed by process: a handle must not be used on both sides of a fork.
