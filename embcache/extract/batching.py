@@ -7,6 +7,7 @@ an uninterrupted one bit for bit.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.data.images import read_image
-from embcache.errors import ImageError
+from embcache.errors import DatasetError, ImageError
+
+# Reason of a row whose image left the dataset after its shard was planned: no fault of the image.
+LEFT = "no longer in the dataset"
 
 Geometry = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
@@ -48,20 +52,32 @@ def prepare(root: Path, source: Source, geometries: Sequence[Geometry]) -> Prepa
 
     Raises
     ------
-    OSError
+    DatasetError
         The medium failed (EIO, ESTALE, …): that says nothing about the image, so it is not quarantined.
     """
     if not source.path:
-        return Prepared((), "", "no longer in the dataset")
+        return Prepared((), "", LEFT)
     try:
         image, digest = read_image(root, source.path, source.member)
     except ImageError as error:
         return Prepared((), "", error.problem)
+    except OSError as error:
+        raise medium_failed(root / source.path, error) from error
     try:
         return Prepared(tuple(geometry(image) for geometry in geometries), digest, "")
     except ValueError as error:
         # The file is of another size than when the dataset was scanned.
         return Prepared((), digest, str(error))
+
+
+def medium_failed(path: Path, error: OSError) -> DatasetError:
+    """The error for a file that the system does not hand over: it says nothing about the image, so the run stops."""
+    return DatasetError(
+        "an image cannot be read for now; it is not quarantined, for that says nothing about the image",
+        found=f"{errno.errorcode.get(error.errno or 0, 'error')}: {error.strerror or error}",
+        where=path,
+        fix="check the disk, the mount and the permissions, then run the same command: what is committed stays",
+    )
 
 
 def prepare_batches(

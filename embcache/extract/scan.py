@@ -14,6 +14,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION, read_size
 from embcache.errors import ImageError
 from embcache.extract.backbones import Backbone
+from embcache.extract.batching import medium_failed
 from embcache.extract.request import default_workers, image_root, none_readable
 from embcache.extract.transforms import Transform, choose_transform
 from embcache.paths import PathLike, home_dir, slug
@@ -117,7 +118,7 @@ def scan_images(dataset: ImageDataset, root: Path, known: pd.DataFrame | None, p
     Raises
     ------
     DatasetError
-        A path leads out of the root, or what decodes an image is not installed.
+        A path leads out of the root, what decodes an image is not installed, or a file cannot be read for now.
     """
     table = dataset.table[["path", "member"]].drop_duplicates("path")
     before = {} if known is None else file_states(known)
@@ -125,8 +126,10 @@ def scan_images(dataset: ImageDataset, root: Path, known: pd.DataFrame | None, p
     def scan(path: str, member: int) -> tuple[str, int, int, int, int]:
         try:
             state = (root / path).stat()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return path, ABSENT, 0, 0, 0
+        except OSError as error:
+            raise medium_failed(root / path, error) from error
         seen = before.get(path)
         if seen is not None and seen[:2] == (state.st_size, state.st_mtime_ns) and seen[2] > 0:
             return (path, *seen)
@@ -134,6 +137,8 @@ def scan_images(dataset: ImageDataset, root: Path, known: pd.DataFrame | None, p
             width, height = read_size(root, path, member)
         except ImageError:
             width = height = 0
+        except OSError as error:
+            raise medium_failed(root / path, error) from error
         return path, state.st_size, state.st_mtime_ns, width, height
 
     rows = pool.map(scan, table["path"], table["member"])

@@ -35,10 +35,15 @@ _NUMBER = re.compile(r"\d{6,}")
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """What ``commit.json`` says of a shard: its rows, and ``{name: (size, crc32c)}`` of each file."""
+    """What ``commit.json`` says of a shard: its rows, and ``{name: (size, crc32c)}`` of each file.
+
+    ``batch_size`` and ``threads`` are those that it was computed with, None where they are the store's.
+    """
 
     rows: int
     files: Mapping[str, tuple[int, str]]
+    batch_size: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -168,12 +173,14 @@ def _parse_commit(data: bytes, path: Path, fix: str) -> CommitRecord:
     try:
         files = {name: (_count(entry["size"]), str(entry["crc32c"])) for name, entry in content["files"].items()}
         rows = _count(content["rows"])
+        # Only where they differ from what the store was created with.
+        batch_size, threads = (_count(content[k]) if k in content else None for k in ("batch_size", "threads"))
     except (KeyError, TypeError, AttributeError) as error:
         raise _not_ours("a commit", error, path, fix) from error
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise CorruptStoreError("a commit names a file outside its shard", found=name, where=path, fix=fix)
-    return CommitRecord(rows, files)
+    return CommitRecord(rows, files, batch_size, threads)
 
 
 def _count(value: object) -> int:
