@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import hashlib
@@ -53,6 +54,7 @@ HOSTILE: tuple[Any, ...] = (
 def template(format: str) -> Path:
     """A store with two committed shards, made once."""
     folder = Path(tempfile.mkdtemp(prefix="embcache-fuzz-", dir=IN_MEMORY))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     store = make_store(folder, format)
     add(store, 0, ["a", "b", "c", "d"], bad=["b"])
     add(store, 1, ["e", "a"])
