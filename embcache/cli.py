@@ -34,7 +34,7 @@ from embcache.commands import (
     verify,
     why,
 )
-from embcache.errors import EmbcacheError, UsageError
+from embcache.errors import EmbcacheError, UsageError, printable
 
 app = typer.Typer(
     name="embcache",
@@ -139,7 +139,9 @@ def main() -> NoReturn:
     except OSError as error:
         # A disk that fails or fills says nothing of embcache: one message, no traceback.
         where = f" ({error.filename})" if error.filename else ""
-        typer.echo(f"embcache: the operating system refused: {error.strerror or error}{where}", err=True)
+        typer.echo(
+            f"embcache: the operating system refused: {printable(f'{error.strerror or error}{where}')}", err=True
+        )
         status = 1
     if isinstance(status, str):
         typer.echo(status, err=True)

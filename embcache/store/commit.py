@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -306,5 +307,5 @@ def discard(path: Path) -> None:
     StoreError
         The disk refuses.
     """
-    with writing(path):
+    with writing(path), suppress(FileNotFoundError):
         remove(path)
