@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,7 +45,12 @@ def extract(
             "model: a timm: backbone's own. [default: paper; model for timm: backbones]",
         ),
     ] = None,
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda:0, …")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", metavar="NAME[,NAME…]", help="auto, cpu, cuda:0, …; several share the work, a process each."
+        ),
+    ] = "auto",
     precision: Annotated[
         str, typer.Option("--precision", metavar="KIND", help="fp32, tf32, bf16 or fp16; part of the recipe.")
     ] = "fp32",
@@ -73,6 +80,29 @@ def extract(
             help="Views of each image: the plain one and V - 1 augmented as its modality allows (a store of its own).",
         ),
     ] = 1,
+    feature_dtype: Annotated[
+        str,
+        typer.Option(
+            "--feature-dtype", metavar="float32|float16", help="As which features are kept; part of the recipe."
+        ),
+    ] = "float32",
+    on_error: Annotated[
+        str,
+        typer.Option(
+            "--on-error",
+            metavar="quarantine|fail",
+            help="Leave an image that cannot be used out, with the reason, or stop at the first.",
+        ),
+    ] = "quarantine",
+    max_bad: Annotated[
+        str,
+        typer.Option(
+            "--max-bad", metavar="N|P%", help="Stop above so many quarantined images (of a share, one may be)."
+        ),
+    ] = "1%",
+    retry_quarantined: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Look at quarantined images again, changed or not.")
+    ] = False,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
@@ -99,36 +129,54 @@ def extract(
         )
     from embcache.data.dataset import find_dataset
     from embcache.extract.run import run_extraction
+    from embcache.extract.stopping import Stop, exit_status, stop_on_signals
 
-    answers = []
+    answers, stop = [], Stop()
     for each in datasets:
         found, _ = find_dataset(each, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
         for note in found.notes:
             typer.echo(f"note: {note}", err=True)
         try:
-            done = run_extraction(
-                names,
-                found,
-                home=home,
-                weights=parse_weights(weights, names),
-                transform=transform,
-                device=device,
-                precision=precision,
-                batch_size=batch_size,
-                workers=workers,
-                format=format,
-                part=_parse_part(part),
-                views=views,
-                say=lambda line: typer.echo(f"note: {line}", err=True),
-            )
+            with stop_on_signals(stop):
+                done = run_extraction(
+                    names,
+                    found,
+                    home=home,
+                    weights=parse_weights(weights, names),
+                    transform=transform,
+                    device=device,
+                    precision=precision,
+                    batch_size=batch_size,
+                    workers=workers,
+                    format=format,
+                    part=_parse_part(part),
+                    views=views,
+                    feature_dtype=feature_dtype,
+                    on_error=on_error,
+                    max_bad=max_bad,
+                    retry_quarantined=retry_quarantined,
+                    stop=stop,
+                    say=lambda line: typer.echo(f"note: {line}", err=True),
+                )
         except (KeyboardInterrupt, SystemExit):
-            typer.echo("\nstopped: what is committed stays, and the same command goes on from there", err=True)
+            _say_how_to_go_on("stopped at once: what is committed stays")
             raise
         if json != "-":
             _print(found.name, len(found), done)
         answers += [_as_json(found.name, extraction) for extraction in done]
+        if stop.signal is not None:
+            break
     if json:
         write_json(answers, json)
+    if stop.signal is not None:
+        left = sum(extraction.left for extraction in done)
+        _say_how_to_go_on(f"stopped after the shard at hand, which is committed; {left:,} images are left")
+        raise SystemExit(exit_status(stop.signal))
+
+
+def _say_how_to_go_on(what: str) -> None:
+    command = shlex.join(["embcache", *sys.argv[1:]])
+    typer.echo(f"\n{what}; the same command goes on from there:\n  {command}", err=True)
 
 
 def parse_weights(values: list[str] | None, names: list[str] | None = None) -> dict[str, Path] | None:
@@ -181,12 +229,20 @@ def _print(dataset: str, images: int, done: list[Extraction]) -> None:
     notes += [f"quarantined: {image}: {reason}" for image, reason in list(bad.items())[:5]]
     if len(bad) > 5:
         notes.append(f"… and {len(bad) - 5} more quarantined images (embcache info)")
-    if not any(extraction.computed for extraction in done):
+    left = max(extraction.left for extraction in done)
+    if left:
+        notes.insert(0, f"not complete: {left:,} images are owed still")
+    elif not any(extraction.computed for extraction in done):
         notes.insert(0, "complete: every image was cached already, nothing was computed")
     changed = max((e.changed for e in done), default=0)
     if changed:
         notes.append(f"{changed} images changed since they were extracted and were extracted again")
+    retried = max(extraction.retried for extraction in done)
+    if retried:
+        notes.append(f"{retried} quarantined images were looked at again")
     print_table(headers, rows, notes=notes)
+    if left:
+        return
     views = done[0].store.views
     typer.echo(
         f"next: embcache probe --head linear --subset S,M,F --dataset {dataset}"
@@ -205,6 +261,8 @@ def _as_json(dataset: str, extraction: Extraction) -> dict[str, object]:
         "cached": extraction.cached,
         "added": extraction.added,
         "changed": extraction.changed,
+        "retried": extraction.retried,
+        "left": extraction.left,
         "quarantined": dict(extraction.quarantined),
         "seconds": round(extraction.seconds, 3),
     }

@@ -215,12 +215,25 @@ def _in_words(answer: StoreInfo) -> str:
         ),
         ("created with", f"batch size {store.batch_size}, {store.threads} threads"),
         *((f"  {name}", value) for name, value in store.provenance.items()),
+        *_otherwise(answer),
         ("format", f"{store.format}, {_size(summary.bytes)}"),
         ("path", store.path),
         ("plain readers", answer.view or "no view yet: embcache extract writes it"),
     ]
     width = max(len(_printable(name)) for name, _ in lines if len(name) <= 40)
     return "\n".join(f"{_printable(name):<{width}}  {_printable(str(value))}" for name, value in lines)
+
+
+def _otherwise(answer: StoreInfo) -> list[tuple[str, str]]:
+    """How the shards were computed that were not computed as the store was begun: those alike on one line."""
+    store, alike = answer.store, dict[str, list[int]]()
+    for number, made in answer.otherwise.items():
+        words = f"batch {made.batch_size or store.batch_size}, {made.threads or store.threads} threads"
+        alike.setdefault(words, []).append(number)
+    return [
+        ("computed with", f"{words}: {len(numbers)} of {answer.shards} shards, the first {numbers[0]:06d}")
+        for words, numbers in alike.items()
+    ]
 
 
 def _flat(transform: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -7,6 +7,7 @@ an uninterrupted one bit for bit.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.data.images import read_image
-from embcache.errors import ImageError
+from embcache.errors import DatasetError, ImageError
+
+# Reason of a row whose image left the dataset after its shard was planned: no fault of the image.
+LEFT = "no longer in the dataset"
 
 Geometry = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
@@ -48,15 +52,22 @@ def prepare(root: Path, source: Source, geometries: Sequence[Geometry]) -> Prepa
 
     Raises
     ------
-    OSError
+    DatasetError
         The medium failed (EIO, ESTALE, …): that says nothing about the image, so it is not quarantined.
     """
     if not source.path:
-        return Prepared((), "", "no longer in the dataset")
+        return Prepared((), "", LEFT)
     try:
         image, digest = read_image(root, source.path, source.member)
     except ImageError as error:
         return Prepared((), "", error.problem)
+    except OSError as error:
+        raise DatasetError(
+            "an image cannot be read for now; it is not quarantined, for that says nothing about the image",
+            found=f"{errno.errorcode.get(error.errno or 0, 'error')}: {error.strerror or error}",
+            where=f"{root / source.path} (image {source.id})",
+            fix="check the disk, the mount and the permissions, then run the same command: what is committed stays",
+        ) from error
     try:
         return Prepared(tuple(geometry(image) for geometry in geometries), digest, "")
     except ValueError as error:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
 from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.extract.batching import Source, prepare
-from embcache.paths import PathLike
+from embcache.paths import PathLike, slug
+from embcache.store.feature_store import FeatureStore
 
 
 def none_readable(dataset: ImageDataset, root: Path) -> DatasetNotFoundError:
@@ -81,4 +82,20 @@ def check_numbers(
     if part is not None and not 1 <= part[0] <= part[1]:
         raise UsageError(
             "no such part", expected="I/N with 1 <= I <= N", found=f"{part[0]}/{part[1]}", fix="--part 1/4"
+        )
+
+
+def say_what_differs(store: FeatureStore, folder: Path, say: Callable[[str], object]) -> None:
+    """Tell why the features of a backbone that is cached already are computed anew: a stale cache is never served."""
+    for path in sorted(folder.glob(f"{slug(store.recipe.backbone)}-*")):
+        other = FeatureStore(path)
+        if path == store.path or other.recipe.backbone != store.recipe.backbone or not other.committed():
+            continue
+        if other.views != store.views:
+            continue  # asked for as such: nobody takes one for the other
+        differences = store.recipe.differences(other.recipe)
+        what = ", ".join(f"{name} {theirs} there, {mine} now" for name, (mine, theirs) in differences.items())
+        say(
+            f"{store.recipe.backbone} is cached under another recipe ({path.name}: {what}); "
+            "all images are extracted under this one, and `embcache probe --recipe PREFIX` tells the two apart"
         )

@@ -12,6 +12,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from embcache.extract.views import CachedFrames, Views, make_views, view_batches
 from embcache.memory import keep_freed_memory
 from embcache.store.commit import ShardRows
 
+DTYPES = ("float32", "float16")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 # Raised whenever the arithmetic between decoded pixels and stored features changes: it is part of every recipe.
@@ -36,7 +38,8 @@ NUMERICS = 1
 class FrozenNetwork:
     """A loaded backbone with its transform, device and precision: uint8 batches in, float32 features out.
 
-    With more than one view, each image is seen so many times: as it is, and augmented.
+    With more than one view, each image is seen so many times: as it is, and augmented. ``dtype`` is that in which the
+    features are kept.
     """
 
     backbone: LoadedBackbone
@@ -45,6 +48,7 @@ class FrozenNetwork:
     precision: str
     views: int = 1
     augmentation: Augmentation | None = None
+    dtype: str = "float32"
 
     @property
     def looks(self) -> Views:
@@ -73,15 +77,23 @@ def freeze(
     precision: str,
     views: int = 1,
     augment: str = "generic",
+    dtype: str = "float32",
 ) -> FrozenNetwork:
     """Put a backbone on its device, ready to extract; ``augment`` is the modality that views beyond the first follow.
 
     Raises
     ------
     UsageError
-        The device is not there, or does not have the precision.
+        The device is not there, or does not have the precision; features are not kept in that dtype.
     """
     target = pick_device(device)
+    if dtype not in DTYPES:
+        raise UsageError(
+            "unknown dtype of features",
+            expected=", ".join(DTYPES),
+            found=dtype,
+            fix="embcache extract --feature-dtype float32 …",
+        )
     if precision not in PRECISIONS:
         raise UsageError(
             "unknown precision",
@@ -104,6 +116,7 @@ def freeze(
         precision,
         views,
         augmentation(augment, frame(transform).size, transform.size) if views > 1 else None,
+        dtype,
     )
 
 
@@ -162,6 +175,7 @@ def compute_shard(
     pool: Executor,
     cached: Mapping[str, CachedFrames] | None = None,
     on_rows: Callable[[int], object] = lambda rows: None,
+    on_bad: Callable[[Source, str], object] = lambda source, reason: None,
 ) -> list[ShardRows]:
     """Features of one shard under each network; every image is read and decoded once for all of them.
 
@@ -181,6 +195,8 @@ def compute_shard(
         By frame key, images that need no decoding; the features are the same either way.
     on_rows : callable
         Told the number of images after each batch and network.
+    on_bad : callable
+        Told each image that cannot be used, and why, as soon as that is known; may raise.
 
     Returns
     -------
@@ -198,6 +214,9 @@ def compute_shard(
         start = len(digests)
         digests += [prepared.digest for prepared in batch]
         reasons += [prepared.reason for prepared in batch]
+        for source, prepared in zip(sources[start:], batch, strict=False):
+            if prepared.reason:
+                on_bad(source, prepared.reason)
         stacked: dict[int, NDArray[np.uint8]] = {}
         for network, views, target in zip(networks, looks, features, strict=True):
             for view in range(views.number):
@@ -207,12 +226,17 @@ def compute_shard(
                     stacked[which] = stack_batch(batch, which, batch_size, views.size)
                 target[start : start + len(batch), view] = network.features(stacked[which])[: len(batch)]
             on_rows(len(batch))
-    shaped = [rows.reshape(len(sources), *net.row_shape) for rows, net in zip(features, networks, strict=True)]
+    # What a narrow dtype cannot hold becomes infinite, and is quarantined like whatever else is not finite.
+    with np.errstate(over="ignore"):
+        shaped = [
+            rows.reshape(len(sources), *net.row_shape).astype(net.dtype, copy=False)
+            for rows, net in zip(features, networks, strict=True)
+        ]
     return [_rows(sources, rows, digests, reasons) for rows in shaped]
 
 
 def _rows(
-    sources: Sequence[Source], features: NDArray[np.float32], digests: Sequence[str], reasons: Sequence[str]
+    sources: Sequence[Source], features: NDArray[Any], digests: Sequence[str], reasons: Sequence[str]
 ) -> ShardRows:
     finite = [bool(np.isfinite(row).all()) for row in features]
     why = tuple(

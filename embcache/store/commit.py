@@ -160,8 +160,21 @@ def publish_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> bool
     return create_exclusive(store / "plan" / f"{shard_name(number)}.json", sealed, staging=store / "staging")
 
 
-def commit_shard(store: Path, number: int, rows: ShardRows) -> bool:
+def commit_shard(
+    store: Path, number: int, rows: ShardRows, *, batch_size: int | None = None, threads: int | None = None
+) -> bool:
     """Commit the computed rows of shard ``number``; on return they are on disk, whoever wrote them.
+
+    Parameters
+    ----------
+    store : Path
+        The store's folder.
+    number : int
+        Of a published plan.
+    rows : ShardRows
+        As planned.
+    batch_size, threads : int, optional
+        With which they were computed; recorded where that is not with which the store was created.
 
     Returns
     -------
@@ -183,7 +196,9 @@ def commit_shard(store: Path, number: int, rows: ShardRows) -> bool:
             staged = store / "staging" / (prefix + secrets.token_hex(8))
             files = FORMATS[header.format].encode_shard(rows.blanked(), header.rows_per_shard)
             record = {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in sorted(files.items())}
-            files["commit.json"] = seal({"rows": len(rows.ids), "files": record})
+            made = {"batch_size": batch_size, "threads": threads}
+            unusual = {name: n for name, n in made.items() if n is not None and n != getattr(header, name)}
+            files["commit.json"] = seal({"rows": len(rows.ids), "files": record, **unusual})
             try:
                 _write_tree(staged, files)
                 won = _rename_new(staged, target)

@@ -34,10 +34,15 @@ _NUMBER = re.compile(r"\d{6,}")
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """What ``commit.json`` says of a shard: its rows, and ``{name: (size, crc32c)}`` of each file."""
+    """What ``commit.json`` says of a shard: its rows, and ``{name: (size, crc32c)}`` of each file.
+
+    ``batch_size`` and ``threads`` are those that it was computed with, None where they are the store's.
+    """
 
     rows: int
     files: Mapping[str, tuple[int, str]]
+    batch_size: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ def _parse_commit(data: bytes, path: Path, fix: str) -> CommitRecord:
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CorruptStoreError("a commit names a file outside its shard", found=name, where=path, fix=fix)
-    return CommitRecord(content["rows"], files)
+    return CommitRecord(content["rows"], files, content.get("batch_size"), content.get("threads"))
 
 
 def read_index(store: Path, header: StoreHeader, number: int) -> RowIndex:
