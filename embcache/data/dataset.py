@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from embcache.data.checks import check_table, first_few
 from embcache.data.files import locate_files
-from embcache.data.groups import duplicate_notes, identical_files, merge_groups, overlap_notes
+from embcache.data.groups import LOOKED_AT_LOADING, duplicate_notes, identical_files, merge_groups, overlap_notes
 from embcache.data.source import (
     DATASETS,
     DatasetSource,
@@ -33,6 +33,7 @@ from embcache.paths import PathLike, home_dir, slug
 
 __all__ = ["DATASETS", "ImageDataset", "find_dataset", "load_dataset"]
 
+DEFERRED = "byte-identical images are not looked for at loading: there are too many; those decoded are grouped by digest"
 DEFAULT_SIZES: Mapping[str, int] = {"S": 50, "M": 500}
 
 
@@ -319,7 +320,14 @@ def group_identical(ds: ImageDataset, sizes: Mapping[str, int | None]) -> ImageD
         With a root.
     sizes : mapping of str to int or None
         Size of each path as `locate_files` gives it; rows whose file is not there join nothing.
+
+    Notes
+    -----
+    Beyond `LOOKED_AT_LOADING` images no file is read, and a note says so: probing and finetuning join the groups of
+    identical images by the digests that were taken while decoding, in datasets of any size.
     """
+    if len(ds) > LOOKED_AT_LOADING:
+        return replace(ds, notes=(*ds.notes, DEFERRED, *overlap_notes(ds.table)))
     digests = identical_files(ds.root, {path: size for path, size in sizes.items() if size}) if ds.root else {}
     keys = [digests.get(path, "") for path in ds.table["path"].tolist()]
     table = ds.table.assign(group=merge_groups(ds.table["group"].tolist(), keys))

@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import read_image
 from embcache.extract.batching import LEFT
-from embcache.extract.scan import ABSENT, file_states
+from embcache.extract.scan import ABSENT, Scan
 from embcache.store.commit import PlanEntry, publish_plan
 from embcache.store.feature_store import FeatureStore
 
@@ -45,7 +43,7 @@ def plan_store(
     store: FeatureStore,
     dataset: ImageDataset,
     root: Path,
-    scan: pd.DataFrame,
+    scan: Scan,
     *,
     publish: bool = True,
     retry_quarantined: bool = False,
@@ -56,7 +54,7 @@ def plan_store(
     and the shards are those that would be. With ``retry_quarantined`` quarantined images are owed once more: what could
     not be read then may be now, though the files have not changed.
     """
-    states = {path: state[:2] for path, state in file_states(scan).items()}
+    states = scan.states
     members = dict(
         zip(dataset.table["id"], zip(dataset.table["path"], dataset.table["member"], strict=True), strict=True)
     )
