@@ -289,7 +289,9 @@ def settle(ds: ImageDataset, source: DatasetSource, *, allow_missing: bool) -> I
     """Compare a table with the files: drop or refuse missing images, group identical ones, note what matters."""
     if ds.root is None:
         return ds
-    sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=source.merge_identical)
+    # A look at every file is spared where identical ones are not looked for.
+    looked = source.merge_identical and len(ds) <= LOOKED_AT_LOADING
+    sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=looked)
     missing = tuple(path for path, size in sizes.items() if size is None)
     if missing and (not allow_missing or len(missing) == len(sizes)):
         get = f"get the images: kagglehub.{source.download}" if source.download else "put the images there"

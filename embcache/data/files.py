@@ -27,7 +27,8 @@ def is_litter(name: str) -> bool:
 
 def is_image_name(name: str) -> bool:
     """Whether a file name has an image's suffix."""
-    return not is_litter(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
+    _, dot, suffix = name.rpartition(".")
+    return dot + suffix.lower() in IMAGE_SUFFIXES and not is_litter(name)
 
 
 def list_folder(folder: Path | str) -> list[os.DirEntry[str]]:
@@ -152,13 +153,14 @@ def _look(
     for folder, members in by_folder.items():
         inside = is_inside(root, os.path.realpath(root / folder))
         entries = {e.name: e for e in _scan(root / folder)}
+        start = len(folder) + 1 if folder else 0
         for path in members:
             if not inside:
                 raise refuse_outside(path, where=root)
-            entry = entries.get(path.rpartition("/")[2])
+            entry = entries.get(path[start:])
             try:
-                if entry is not None and not entry.is_symlink():
-                    yield path, look(entry) if entry.is_file() else None
+                if entry is not None and (entry.is_file(follow_symlinks=False) or not entry.is_symlink()):
+                    yield path, look(entry) if entry.is_file(follow_symlinks=False) else None
                     continue
                 # A link; or a name the file system spells otherwise (letter case, composed accents); or absent.
                 real = os.path.realpath(root / path)

@@ -10,6 +10,7 @@ import os
 import struct
 
 _HEAD = 1 << 12  # bytes read at first
+_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _MOST = 1 << 18  # and at most: a JPEG may begin with profiles and previews
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that give a size
 _BARE = frozenset(range(0xD0, 0xD8)) | {0x01}  # JPEG markers without a length
@@ -22,7 +23,7 @@ def is_square_of(path: str, side: int) -> bool:
     Parameters
     ----------
     path : str
-        A regular file: following links is the caller's choice.
+        A regular file; a link is not followed where the system can tell.
     side : int
         Pixels.
 
@@ -31,7 +32,7 @@ def is_square_of(path: str, side: int) -> bool:
     OSError
         The file cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(path, _FLAGS)
     try:
         head = os.read(descriptor, _HEAD)
         if head.startswith(b"\x89PNG\r\n\x1a\n"):

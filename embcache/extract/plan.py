@@ -55,9 +55,8 @@ def plan_store(
     not be read then may be now, though the files have not changed.
     """
     states = scan.states
-    members = dict(
-        zip(dataset.table["id"], zip(dataset.table["path"], dataset.table["member"], strict=True), strict=True)
-    )
+    ids, paths, rows = (dataset.table[name].tolist() for name in ("id", "path", "member"))
+    members = dict(zip(ids, zip(paths, rows, strict=True), strict=True))
     while True:
         plans, committed = store.plans(), set(store.committed())
         owed = {number: entries for number, entries in plans.items() if number not in committed}
@@ -73,7 +72,7 @@ def plan_store(
             for image, (path, member) in members.items()
             if image not in held
             or image in again
-            or not _same_bytes(held[image], root, path, int(member), states[path])
+            or not _same_bytes(held[image], root, path, member, states[path])
         ]
         retried = sum(entry.id in again for entry in fresh)
         changed = sum(entry.id in held for entry in fresh) - retried
