@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from embcache.data.checks import check_table, first_few
 from embcache.data.files import locate_files
-from embcache.data.groups import duplicate_notes, identical_files, merge_groups, overlap_notes
+from embcache.data.groups import LOOKED_AT_LOADING, duplicate_notes, identical_files, merge_groups, overlap_notes
 from embcache.data.snapshot import decode_snapshot, encode_snapshot
 from embcache.data.source import (
     DATASETS,
@@ -30,6 +30,9 @@ from embcache.paths import PathLike, home_dir, slug
 
 __all__ = ["DATASETS", "ImageDataset", "find_dataset", "load_dataset"]
 
+DEFERRED = (
+    "byte-identical images are not looked for at loading: there are too many; those decoded are grouped by digest"
+)
 DEFAULT_SIZES: Mapping[str, int] = {"S": 50, "M": 500}
 
 
@@ -281,7 +284,9 @@ def settle(ds: ImageDataset, source: DatasetSource, *, allow_missing: bool) -> I
     """Compare a table with the files: drop or refuse missing images, group identical ones, note what matters."""
     if ds.root is None:
         return ds
-    sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=source.merge_identical)
+    # A look at every file is spared where identical ones are not looked for.
+    looked = source.merge_identical and len(ds) <= LOOKED_AT_LOADING
+    sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=looked)
     missing = tuple(path for path, size in sizes.items() if size is None)
     if missing and (not allow_missing or len(missing) == len(sizes)):
         get = f"get the images: kagglehub.{source.download}" if source.download else "put the images there"
@@ -312,7 +317,14 @@ def group_identical(ds: ImageDataset, sizes: Mapping[str, int | None]) -> ImageD
         With a root.
     sizes : mapping of str to int or None
         Size of each path as `locate_files` gives it; rows whose file is not there join nothing.
+
+    Notes
+    -----
+    Beyond `LOOKED_AT_LOADING` images no file is read, and a note says so: probing and finetuning join the groups of
+    identical images by the digests that were taken while decoding, in datasets of any size.
     """
+    if len(ds) > LOOKED_AT_LOADING:
+        return replace(ds, notes=(*ds.notes, DEFERRED, *overlap_notes(ds.table)))
     digests = identical_files(ds.root, {path: size for path, size in sizes.items() if size}) if ds.root else {}
     keys = [digests.get(path, "") for path in ds.table["path"].tolist()]
     table = ds.table.assign(group=merge_groups(ds.table["group"].tolist(), keys))

@@ -12,13 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import read_image
 from embcache.errors import ImageError
 from embcache.extract.batching import LEFT, medium_failed
-from embcache.extract.scan import ABSENT, file_states
+from embcache.extract.scan import ABSENT, Scan
 from embcache.store.commit import PlanEntry, publish_plan
 from embcache.store.feature_store import FeatureStore
 
@@ -46,7 +44,7 @@ def plan_store(
     store: FeatureStore,
     dataset: ImageDataset,
     root: Path,
-    scan: pd.DataFrame,
+    scan: Scan,
     *,
     publish: bool = True,
     retry_quarantined: bool = False,
@@ -57,10 +55,9 @@ def plan_store(
     and the shards are those that would be. With ``retry_quarantined`` quarantined images are owed once more: what could
     not be read then may be now, though the files have not changed.
     """
-    states = {path: state[:2] for path, state in file_states(scan).items()}
-    members = dict(
-        zip(dataset.table["id"], zip(dataset.table["path"], dataset.table["member"], strict=True), strict=True)
-    )
+    states = scan.states
+    ids, paths, rows = (dataset.table[name].tolist() for name in ("id", "path", "member"))
+    members = dict(zip(ids, zip(paths, rows, strict=True), strict=True))
     while True:
         plans, committed = store.plans(), set(store.committed())
         owed = {number: entries for number, entries in plans.items() if number not in committed}
@@ -74,9 +71,7 @@ def plan_store(
         fresh = [
             PlanEntry(image, *states[path], None)
             for image, (path, member) in members.items()
-            if image not in held
-            or image in again
-            or not _same_bytes(held[image], root, path, int(member), states[path])
+            if image not in held or image in again or not _same_bytes(held[image], root, path, member, states[path])
         ]
         retried = sum(entry.id in again for entry in fresh)
         changed = sum(entry.id in held for entry in fresh) - retried
