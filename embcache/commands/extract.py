@@ -24,6 +24,7 @@ from embcache.commands.table import print_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
+    from embcache.extract.profile import Profile
     from embcache.extract.run import Extraction
 
 
@@ -55,16 +56,21 @@ def extract(
         str, typer.Option("--precision", metavar="KIND", help="fp32, tf32, bf16 or fp16; part of the recipe.")
     ] = "fp32",
     batch_size: Annotated[
-        int | None,
+        str | None,
         typer.Option(
             "--batch-size",
-            metavar="N",
-            help="Images a batch. [default: the store's; for a new one 16 on a CPU, 64 on a GPU]",
+            metavar="N|auto",
+            help="Images a batch; auto tries some when a store is made. [default: the store's; for a new one 16 on a "
+            "CPU, 64 on a GPU]",
         ),
     ] = None,
     workers: Annotated[
-        int | None,
-        typer.Option("--workers", metavar="N", help="Threads that decode images. [default: one a core, 8 at most]"),
+        str | None,
+        typer.Option(
+            "--workers",
+            metavar="N|auto",
+            help="Threads that decode images; auto tries some when a store is made. [default: one a core, 8 at most]",
+        ),
     ] = None,
     format: Annotated[
         str | None, typer.Option("--format", metavar="zarr|hdf5", help="Format of a new store. [default: zarr]")
@@ -103,6 +109,9 @@ def extract(
     retry_quarantined: Annotated[
         bool, typer.Option("--retry-quarantined", help="Look at quarantined images again, changed or not.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say which shares of the time decoding, networks and the rest took.")
+    ] = False,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
@@ -128,6 +137,7 @@ def extract(
             "--data-root and --name belong to one dataset", found=", ".join(datasets), fix="one command a dataset"
         )
     from embcache.data.dataset import find_dataset
+    from embcache.extract.profile import Profile
     from embcache.extract.run import run_extraction
     from embcache.extract.stopping import Stop, exit_status, stop_on_signals
 
@@ -136,6 +146,7 @@ def extract(
         found, _ = find_dataset(each, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
         for note in found.notes:
             typer.echo(f"note: {note}", err=True)
+        spent = Profile()
         try:
             with stop_on_signals(stop):
                 done = run_extraction(
@@ -146,8 +157,9 @@ def extract(
                     transform=transform,
                     device=device,
                     precision=precision,
-                    batch_size=batch_size,
-                    workers=workers,
+                    batch_size=_number(batch_size, "--batch-size"),
+                    workers=_number(workers, "--workers"),
+                    profile=spent,
                     format=format,
                     part=_parse_part(part),
                     views=views,
@@ -163,6 +175,8 @@ def extract(
             raise
         if json != "-":
             _print(found.name, len(found), done)
+            if profile:
+                _print_profile(spent)
         answers += [_as_json(found.name, extraction) for extraction in done]
         if stop.signal is not None:
             break
@@ -207,6 +221,25 @@ def parse_weights(values: list[str] | None, names: list[str] | None = None) -> d
             name, file = names[0], value
         weights[name] = Path(file)
     return weights
+
+
+def _number(value: str | None, flag: str) -> int | str | None:
+    if value is None or value == "auto":
+        return value
+    if not value.isascii() or not value.isdecimal():
+        raise UsageError(f"{flag} is no number", expected="a number, or auto", found=value, fix=f"{flag} auto")
+    return int(value)
+
+
+def _print_profile(spent: Profile) -> None:
+    shares = spent.shares()
+    typer.echo("share of the time of this process since its start:")
+    print_table(["step", "share"], [[step, f"{share:.1%}"] for step, share in shares.items()])
+    rest = max(0.0, 1 - sum(shares.values()))
+    told = (
+        "decoding overlaps with the networks" if spent.overlapped else f"the rest, {rest:.1%}, is loading and planning"
+    )
+    typer.echo(f"· {told}")
 
 
 def _parse_part(value: str | None) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.extract.batching import Source
 from embcache.extract.limits import Guard
 from embcache.extract.plan import Plan, Shard
+from embcache.extract.profile import Profile
 from embcache.extract.shortage import Halving
 from embcache.extract.stopping import Stop
 from embcache.store.commit import ShardRows, commit_shard, refresh_view
@@ -63,6 +64,8 @@ class Terms:
         Told where images must be decoded twice, and where the memory does not hold a batch.
     quiet : bool
         No progress bar.
+    profile : Profile, optional
+        Told how long commits take.
     """
 
     guard: Guard | None = None
@@ -70,6 +73,7 @@ class Terms:
     threads: int | None = None
     say: Callable[[str], object] = lambda line: None
     quiet: bool = False
+    profile: Profile = field(default_factory=Profile)
 
 
 def compute_owed(
@@ -181,7 +185,8 @@ class _Worker(Generic[J]):
             if self._terms.guard is not None:
                 self._terms.guard.admit([(job.store, rows) for job, rows in zip(jobs, every, strict=True)], sources)
             for job, rows in zip(jobs, every, strict=True):
-                commit_shard(job.store.path, shard.number, rows, batch_size=used, threads=self._terms.threads)
+                with self._terms.profile.timed("write"):
+                    commit_shard(job.store.path, shard.number, rows, batch_size=used, threads=self._terms.threads)
 
     def _rows(self, jobs: Sequence[J], sources: Sequence[Source], batch_size: int) -> Sequence[ShardRows]:
         shown = 0

@@ -67,18 +67,19 @@ def default_workers() -> int:
 
 
 def check_numbers(
-    batch_size: int | None = None,
-    workers: int | None = None,
+    batch_size: int | str | None = None,
+    workers: int | str | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
 ) -> None:
     """`UsageError` for numbers that no extraction can have."""
     if views < 1:
         raise UsageError("the number of views must be at least 1", found=str(views), fix="--views 4")
-    if batch_size is not None and batch_size < 1:
-        raise UsageError("the batch size must be at least 1", found=str(batch_size))
-    if workers is not None and workers < 1:
-        raise UsageError("the number of workers must be at least 1", found=str(workers))
+    for words, flag, value in (("batch size", "batch-size", batch_size), ("number of workers", "workers", workers)):
+        if value is not None and value != "auto" and not (isinstance(value, int) and value >= 1):
+            raise UsageError(
+                f"the {words} must be at least 1", expected="a number, or auto", found=str(value), fix=f"--{flag} auto"
+            )
     if part is not None and not 1 <= part[0] <= part[1]:
         raise UsageError(
             "no such part", expected="I/N with 1 <= I <= N", found=f"{part[0]}/{part[1]}", fix="--part 1/4"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from embcache.extract.devices import Crew, split_devices
 from embcache.extract.limits import Guard
 from embcache.extract.pixels import CurrentPixels, current_pixels
 from embcache.extract.plan import Plan, plan_store
+from embcache.extract.profile import Profile
 from embcache.extract.request import (
     check_numbers,
     default_workers,
@@ -30,6 +32,7 @@ from embcache.extract.request import (
 from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.stopping import Stop
 from embcache.extract.transforms import choose_transform
+from embcache.extract.tune import settle
 from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, freeze
 from embcache.paths import PathLike, home_dir
 from embcache.store.commit import ShardRows, create_store, write_snapshot
@@ -76,8 +79,8 @@ def extract_features(
     transform: str | None = None,
     device: str = "auto",
     precision: str = "fp32",
-    batch_size: int | None = None,
-    workers: int | None = None,
+    batch_size: int | str | None = None,
+    workers: int | str | None = None,
     format: str | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
@@ -104,9 +107,9 @@ def extract_features(
         ``auto``, ``cpu``, ``cuda:0``, …; several, such as ``cuda:0,cuda:1``, share the work, in a process each.
     precision : {"fp32", "tf32", "bf16", "fp16"}
         Part of the recipe: another precision is another store.
-    batch_size : int, optional
+    batch_size : int or "auto", optional
         Default: the one recorded in the store; for a new one 16 on a CPU, 64 on a GPU.
-    workers : int, optional
+    workers : int or "auto", optional
         Threads that decode images; default: one per core, 8 at most.
     format : {"zarr", "hdf5"}, optional
         Default: the one the store has, Zarr for a new one.
@@ -155,8 +158,8 @@ def run_extraction(
     transform: str | None = None,
     device: str = "auto",
     precision: str = "fp32",
-    batch_size: int | None = None,
-    workers: int | None = None,
+    batch_size: int | str | None = None,
+    workers: int | str | None = None,
     format: str | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
@@ -168,20 +171,23 @@ def run_extraction(
     stop: Stop | None = None,
     say: Callable[[str], object] = lambda line: None,
     joining: bool = False,
+    profile: Profile | None = None,
 ) -> list[Extraction]:
     """As :func:`extract_features`, reporting what was done; ``say`` is told each thing worth knowing as it happens.
 
     With ``only``, shards by fingerprint of a store, no others are computed: what else is owed stays so. ``stop`` ends
     the run after the shard at hand. ``joining`` is for a process that helps another one: it tells what happens to it
-    and not what the other tells anyway.
+    and not what the other tells anyway. ``profile`` is told where the time of this process goes.
     """
     started = time.monotonic()
     weights, stop, devices = weights_by_name(names, weights), stop or Stop(), split_devices(device)
     check_numbers(batch_size, workers, part, views)
     guard = Guard(dataset, image_root(dataset), on_error, max_bad, home)
     tell = (lambda line: None) if joining else say
-    workers = workers or max(1, default_workers() // len(devices))
-    with ThreadPoolExecutor(workers) as pool:
+    profile = profile or Profile()
+    with ExitStack() as pools:
+        threads = workers if isinstance(workers, int) else max(1, default_workers() // len(devices))
+        pool = pools.enter_context(ThreadPoolExecutor(threads))
         files = scan_dataset(dataset, home, pool)
         networks = open_networks(
             names, dataset, files, home=home, weights=weights, transform=transform, device=devices[0],
@@ -191,11 +197,14 @@ def run_extraction(
         for name, network in zip(names, networks, strict=True):
             if dataset.kind in network.backbone.spec.contaminated:
                 tell(f"{name} was pretrained on images of {dataset.kind}: its scores there are contaminated")
-            store = _store(files.folder, network, format, batch_size)
+            size, threads = settle(batch_size, workers, threads, network, make_recipe(network), files, dataset, tell)
+            store = _store(files.folder, network, format, size, threads if workers == "auto" else None)
             if not store.committed():
                 say_what_differs(store, files.folder, tell)
             plan = plan_store(store, dataset, files.root, files.scan, retry_quarantined=retry_quarantined)
-            jobs.append(_Job(network, store, plan, batch_size or store.batch_size))
+            jobs.append(_Job(network, store, plan, size or store.batch_size))
+        pool = pools.enter_context(ThreadPoolExecutor(threads))
+        profile.workers = threads
         if not joining:
             write_snapshot(files.folder, dataset.to_parquet_bytes())
             files.keep()
@@ -207,14 +216,15 @@ def run_extraction(
             networks = [job.network for job in jobs]
             return compute_shard(
                 files.root, sources, networks, batch_size=batch_size, pool=pool, cached=cached, on_rows=on_rows,
-                on_bad=guard.look,
+                on_bad=guard.look, profile=profile,
             )  # fmt: skip
 
-        terms = Terms(guard, stop, threads=torch.get_num_threads(), say=say, quiet=joining)
+        terms = Terms(guard, stop, threads=torch.get_num_threads(), say=say, quiet=joining, profile=profile)
         owed = any(job.plan.shards for job in jobs)
         request = {
             "names": list(names), "home": str(home_dir(home)), "weights": {n: str(w) for n, w in weights.items()},
-            "transform": transform, "precision": precision, "batch_size": batch_size, "workers": workers,
+            "transform": transform, "precision": precision, "workers": threads,
+            "batch_size": batch_size if isinstance(batch_size, int) else None,
             "part": part, "views": views, "feature_dtype": feature_dtype, "on_error": on_error, "max_bad": max_bad,
             "only": None if only is None else {fingerprint: list(numbers) for fingerprint, numbers in only.items()},
         }  # fmt: skip
@@ -299,13 +309,15 @@ def make_recipe(network: FrozenNetwork) -> Recipe:
     )
 
 
-def _store(folder: Path, network: FrozenNetwork, format: str | None, batch_size: int | None) -> FeatureStore:
+def _store(
+    folder: Path, network: FrozenNetwork, format: str | None, batch_size: int | None, workers: int | None
+) -> FeatureStore:
     provenance = {
         "weights": network.backbone.weights_source,
         "device": str(network.device),
         "torch": torch.__version__,
         "embcache": embcache.__version__,
-    }
+    } | ({} if workers is None else {"workers": workers})
     path = create_store(
         folder,
         make_recipe(network),
