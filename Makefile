@@ -28,6 +28,8 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/logreg.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/reading.py
+	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/eva.py
 
 # Hostile files, with limits on time and memory: make fuzz MINUTES=60. What fails is kept in fuzz-failures/.

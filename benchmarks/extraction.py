@@ -152,8 +152,8 @@ def plain_loop(
         works[precision] = lambda net=net: extracted([net], folder, sources, pool)  # type: ignore[misc]
     found = medians(works, repeats)
     print(
-        f"{side:>5} px  plain timm loop {len(paths) / found['timm']:.1f} img/s; fp32 {found['timm'] / found['fp32']:.2f} "
-        f"times, bf16 {found['timm'] / found['bf16']:.2f} times as fast"
+        f"{side:>5} px  plain timm loop {len(paths) / found['timm']:.1f} img/s; "
+        f"fp32 {found['timm'] / found['fp32']:.2f} times, bf16 {found['timm'] / found['bf16']:.2f} times as fast"
     )
 
 

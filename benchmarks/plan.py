@@ -2,7 +2,8 @@
 
 Makes N tiny PNG files that all differ (140 bytes each, 8×8 pixels, in two class folders), then, in a process of its own
 each time, does what an extraction does before its first image is decoded: load the dataset, look at every file, publish
-the plan of a store, write the snapshot and the scan. The first run finds nothing; the second one finds its plans and its scan.
+the plan of a store, write the snapshot and the scan. The first run finds nothing; the second one finds its plans and
+its scan.
 
     python benchmarks/plan.py [--images 100000] [--sizes one|two] [--folder FOLDER] [--repeats 1]
 
