@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,13 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("EMBCACHE_HOME", str(tmp_path_factory.getbasetemp() / "nobodys-home"))
     for name in ("EMBCACHE_DATA", "EMBCACHE_WEIGHTS"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws from torch's own generator is the same in every run; torch is not imported for it."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture

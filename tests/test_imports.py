@@ -110,9 +110,30 @@ def test_one_module_of_the_store_writes_to_disk() -> None:
     assert writers == {"commit.py", "lease.py"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["ls"], ["datasets"], ["extract", "--help"], ["probe", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["ls"],
+        ["datasets"],
+        ["gc"],
+        *([command, "--help"] for command in ("extract", "probe", "verify", "why", "gc", "doctor")),
+    ],
+)
 def test_quick_commands_import_no_torch(arguments: list[str], home: Path) -> None:
     assert not _imported_by(arguments, 0) & {"torch", "timm", "torchvision", "matplotlib"}
+
+
+@pytest.mark.parametrize("arguments", [["verify"], ["verify", "--source"], ["gc"]])
+def test_reading_every_byte_imports_no_torch(arguments: list[str], home: Path) -> None:
+    path = make_store(home)
+    add(path, 0, ["a", "b"])
+    add(path, 1, ["a"])
+    table = make_table(["a", "b"]).table.assign(path=["a", "b"], member=-1)
+    ds = ImageDataset("ds", home, ("no", "yes"), "auc", "generic", table)
+    (home / "ds" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
+    status = 1 if "--source" in arguments else 0  # there are no such images
+    assert not _imported_by(arguments, status) & {"torch", "timm", "torchvision", "matplotlib"}
 
 
 @pytest.mark.parametrize("arguments", [["ls"], ["--help"]])

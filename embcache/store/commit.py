@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from embcache.store.disk import (
     create_exclusive,
     exclusive_prefix,
     make_folder,
+    remove,
     remove_leftovers,
     rename_new,
     replace_file,
     staged_name,
     swap_in,
     sync_folder,
+    take_aside,
     write_tree,
     writing,
 )
@@ -49,9 +52,11 @@ __all__ = [
     "commit_shard",
     "create_exclusive",
     "create_store",
+    "discard",
     "publish_plan",
     "refresh_view",
     "replace_file",
+    "set_aside",
     "write_scan",
     "write_snapshot",
     "write_view",
@@ -181,8 +186,21 @@ def publish_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> bool
     return create_exclusive(store / "plan" / f"{shard_name(number)}.json", sealed, staging=store / "staging")
 
 
-def commit_shard(store: Path, number: int, rows: ShardRows) -> bool:
+def commit_shard(
+    store: Path, number: int, rows: ShardRows, *, batch_size: int | None = None, threads: int | None = None
+) -> bool:
     """Commit the computed rows of shard ``number``; on return they are on disk, whoever wrote them.
+
+    Parameters
+    ----------
+    store : Path
+        The store's folder.
+    number : int
+        Of a published plan.
+    rows : ShardRows
+        As planned.
+    batch_size, threads : int, optional
+        With which they were computed; recorded where that is not with which the store was created.
 
     Returns
     -------
@@ -204,7 +222,9 @@ def commit_shard(store: Path, number: int, rows: ShardRows) -> bool:
             staged = store / "staging" / staged_name(f"shard-{name}-")
             files = FORMATS[header.format].encode_shard(rows.blanked(), header.rows_per_shard)
             record = {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in sorted(files.items())}
-            files["commit.json"] = seal({"rows": len(rows.ids), "files": record})
+            made = {"batch_size": batch_size, "threads": threads}
+            unusual = {name: n for name, n in made.items() if n is not None and n != getattr(header, name)}
+            files["commit.json"] = seal({"rows": len(rows.ids), "files": record, **unusual})
             # The plan may be another process's, killed before its name was on disk: no shard without its plan.
             sync_folder(store / "plan")
             try:
@@ -273,3 +293,29 @@ def write_snapshot(dataset_dir: Path, parquet: bytes) -> None:
 def write_scan(dataset_dir: Path, parquet: bytes) -> None:
     """Write the last scan of a dataset's files, ``scan.parquet``, beside its stores."""
     replace_file(Path(dataset_dir) / "scan.parquet", parquet)
+
+
+def set_aside(store: Path, path: Path, label: str) -> Path:
+    """Take a file or folder out of a store at once: it then lies under staging, as ``LABEL-<digits>``, until discarded.
+
+    Raises
+    ------
+    StoreError
+        The disk refuses.
+    """
+    aside = Path(store) / "staging" / staged_name(f"{label}-")
+    with writing(path):
+        take_aside(path, aside)
+    return aside
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder with all that is in it; links are not followed, none there is as well.
+
+    Raises
+    ------
+    StoreError
+        The disk refuses.
+    """
+    with writing(path), suppress(FileNotFoundError):
+        remove(path)

@@ -252,6 +252,14 @@ def swap_in(staged: Path, target: Path) -> None:
     raise StoreError("another process keeps writing the view", where=target)
 
 
+def take_aside(path: Path, aside: Path) -> None:
+    """Rename a file or folder to another folder of its filesystem, which is made where it is not there."""
+    make_folder(aside.parent)
+    os.rename(path, aside)
+    sync_folder(path.parent)
+    sync_folder(aside.parent)
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder, the folder at once for all who know its name."""
     if path.is_symlink() or not path.is_dir():

@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -121,6 +122,16 @@ class Lease:
                 if _content(self.path) != self._content:
                     return
                 touch_file(self.path)
+
+
+def is_stale(path: Path, *, ttl: float = TTL_SECONDS) -> bool:
+    """Whether the holder of a lease is gone, as far as can be told without writing: by this machine's clock."""
+    content = _content(path)
+    if content is None or _died_here(content):
+        return True
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > ttl
+    return True
 
 
 def _take_away(path: Path, ttl: float) -> bool:

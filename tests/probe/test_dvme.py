@@ -121,17 +121,20 @@ def test_training_has_the_losses_of_the_listing(proj_dim: int, n: int, epochs: i
     assert losses[-1] < losses[0]
 
 
-def test_outputs_are_those_of_the_listing_with_timms_attention() -> None:
+# The LayerNorm after the attention magnifies what the nodes leave out of it: 1e-5 of its outputs.
+@pytest.mark.parametrize(("attention", "atol"), [("exact", 1e-5), ("fast", 1e-4)])
+def test_outputs_are_those_of_the_listing_with_timms_attention(attention: str, atol: float) -> None:
     dims = {"simclr": 24, "swav": 20, "dino": 12}
-    head = make_head("dvme")
+    head = make_head("dvme", attention=attention)
     params = head.init(torch.Generator().manual_seed(3), dims, 5)
     model = Listing1(dims, 512, 5, TimmAttention(1, num_heads=1, qkv_bias=True)).eval()
     load(model, params)
-    x = {b: torch.randn(4, d) for b, d in dims.items()}
+    rng = torch.Generator().manual_seed(4)
+    x = {b: torch.randn(4, d, generator=rng) for b, d in dims.items()}
     with torch.no_grad():
         expected = model(x)
     mine = head.apply({n: p[None] for n, p in params.items()}, {b: f[None] for b, f in x.items()}, None)[0]
-    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=atol)
 
 
 def test_parameter_counts_are_the_papers() -> None:
