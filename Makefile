@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check torture fuzz bench format clean
 
 demo: .venv/installed
 	$(BIN)/embcache demo
@@ -15,6 +15,10 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# An hour or two on two cores: kills, faults and power losses at every call to the filesystem. Needs Linux.
+torture: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash.torture
+
 # Hours; kaiko-eva is installed into an environment of its own. docs/benchmarks.md keeps what was measured.
 bench: .venv/installed
 	$(BIN)/python benchmarks/probing.py
@@ -24,7 +28,14 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/logreg.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/reading.py
+	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/eva.py
+
+# Hostile files, with limits on time and memory: make fuzz MINUTES=60. What fails is kept in fuzz-failures/.
+MINUTES ?= 10
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.long --minutes $(MINUTES)
 
 format: .venv/installed
 	$(BIN)/ruff format .

@@ -22,17 +22,21 @@ from embcache.commands import (
     compare,
     datasets,
     demo,
+    doctor,
     extract,
     figures,
     finetune,
+    gc,
     predict,
     probe,
     rank,
     run,
     splits,
     store,
+    verify,
+    why,
 )
-from embcache.errors import EmbcacheError, UsageError
+from embcache.errors import EmbcacheError, UsageError, printable
 
 app = typer.Typer(
     name="embcache",
@@ -87,6 +91,10 @@ app.add_typer(splits.app, name="splits")
 app.command()(store.ls)
 app.command()(store.info)
 app.command()(store.export)
+app.command()(verify.verify)
+app.command()(why.why)
+app.command()(gc.gc)
+app.command()(doctor.doctor)
 app.command()(bench.bench)
 
 
@@ -137,7 +145,9 @@ def main() -> NoReturn:
     except OSError as error:
         # A disk that fails or fills says nothing of embcache: one message, no traceback.
         where = f" ({error.filename})" if error.filename else ""
-        typer.echo(f"embcache: the operating system refused: {error.strerror or error}{where}", err=True)
+        typer.echo(
+            f"embcache: the operating system refused: {printable(f'{error.strerror or error}{where}')}", err=True
+        )
         status = 1
     if isinstance(status, str):
         typer.echo(status, err=True)

@@ -18,6 +18,16 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """``text`` for a terminal: what is not printable but a line's end is shown escaped.
+
+    Ids, paths and class names come from files: none of them may move a cursor, colour a line or retitle a window.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class EmbcacheError(Exception):
     """An error a user can mend.
 
@@ -44,10 +54,10 @@ class EmbcacheError(Exception):
     ) -> None:
         self.problem, self.expected, self.found, self.where, self.fix = problem, expected, found, where, fix
         parts = (("expected", expected), ("found", found), ("where", where), ("to mend it", fix))
-        lines = [problem]
+        lines = [printable(problem)]
         for label, value in parts:
             if value is not None:
-                lines.append(f"  {label}: " + str(value).replace("\n", "\n    "))
+                lines.append(f"  {label}: " + printable(str(value)).replace("\n", "\n    "))
         super().__init__("\n".join(lines))
 
 

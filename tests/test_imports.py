@@ -85,9 +85,55 @@ def test_matplotlib_is_imported_in_one_place() -> None:
     assert importers == {"plots.py"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["ls"], ["datasets"], ["extract", "--help"], ["probe", "--help"]])
+# Calls that change a filesystem, however they are spelt: by os, shutil, a Path or the built-in open.
+_CHANGING = {
+    "chmod", "copy2", "copyfile", "copyfileobj", "copytree", "fsync", "ftruncate", "hardlink_to", "link", "makedirs",
+    "mkdir", "mkfifo", "mkstemp", "mkdtemp", "move", "open", "pwrite", "rename", "renames", "removedirs", "rmdir",
+    "rmtree", "symlink", "symlink_to", "touch", "truncate", "unlink", "utime", "write_bytes", "write_text",
+}  # fmt: skip
+
+
+def test_one_module_of_the_store_writes_to_disk() -> None:
+    """`disk.py` makes the calls, `commit.py` says what is written and when; every other one only reads."""
+    callers = set()
+    for path in (PACKAGE / "store").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                texts = [
+                    a.value for a in [*node.args, *(k.value for k in node.keywords)] if isinstance(a, ast.Constant)
+                ]
+                if name in _CHANGING and not (name == "open" and "rb" in texts):
+                    callers.add(path.name)
+    assert callers == {"disk.py"}
+    writers = {p.name for p in (PACKAGE / "store").glob("*.py") if "embcache.store.disk" in _imports(p)}
+    assert writers == {"commit.py", "lease.py"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["ls"],
+        ["datasets"],
+        ["gc"],
+        *([command, "--help"] for command in ("extract", "probe", "verify", "why", "gc", "doctor")),
+    ],
+)
 def test_quick_commands_import_no_torch(arguments: list[str], home: Path) -> None:
     assert not _imported_by(arguments, 0) & {"torch", "timm", "torchvision", "matplotlib"}
+
+
+@pytest.mark.parametrize("arguments", [["verify"], ["verify", "--source"], ["gc"]])
+def test_reading_every_byte_imports_no_torch(arguments: list[str], home: Path) -> None:
+    path = make_store(home)
+    add(path, 0, ["a", "b"])
+    add(path, 1, ["a"])
+    table = make_table(["a", "b"]).table.assign(path=["a", "b"], member=-1)
+    ds = ImageDataset("ds", home, ("no", "yes"), "auc", "generic", table)
+    (home / "ds" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
+    status = 1 if "--source" in arguments else 0  # there are no such images
+    assert not _imported_by(arguments, status) & {"torch", "timm", "torchvision", "matplotlib"}
 
 
 @pytest.mark.parametrize("arguments", [["ls"], ["--help"]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +24,7 @@ from embcache.commands.table import print_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
+    from embcache.extract.profile import Profile
     from embcache.extract.run import Extraction
 
 
@@ -43,21 +46,31 @@ def extract(
             "model: a timm: backbone's own. [default: paper; model for timm: backbones]",
         ),
     ] = None,
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda:0, …")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", metavar="NAME[,NAME…]", help="auto, cpu, cuda:0, …; several share the work, a process each."
+        ),
+    ] = "auto",
     precision: Annotated[
         str, typer.Option("--precision", metavar="KIND", help="fp32, tf32, bf16 or fp16; part of the recipe.")
     ] = "fp32",
     batch_size: Annotated[
-        int | None,
+        str | None,
         typer.Option(
             "--batch-size",
-            metavar="N",
-            help="Images a batch. [default: the store's; for a new one 16 on a CPU, 64 on a GPU]",
+            metavar="N|auto",
+            help="Images a batch; auto tries some when a store is made. [default: the store's; for a new one 16 on a "
+            "CPU, 64 on a GPU]",
         ),
     ] = None,
     workers: Annotated[
-        int | None,
-        typer.Option("--workers", metavar="N", help="Threads that decode images. [default: one a core, 8 at most]"),
+        str | None,
+        typer.Option(
+            "--workers",
+            metavar="N|auto",
+            help="Threads that decode images; auto tries some when a store is made. [default: one a core, 8 at most]",
+        ),
     ] = None,
     format: Annotated[
         str | None, typer.Option("--format", metavar="zarr|hdf5", help="Format of a new store. [default: zarr]")
@@ -73,6 +86,32 @@ def extract(
             help="Views of each image: the plain one and V - 1 augmented as its modality allows (a store of its own).",
         ),
     ] = 1,
+    feature_dtype: Annotated[
+        str,
+        typer.Option(
+            "--feature-dtype", metavar="float32|float16", help="As which features are kept; part of the recipe."
+        ),
+    ] = "float32",
+    on_error: Annotated[
+        str,
+        typer.Option(
+            "--on-error",
+            metavar="quarantine|fail",
+            help="Leave an image that cannot be used out, with the reason, or stop at the first.",
+        ),
+    ] = "quarantine",
+    max_bad: Annotated[
+        str,
+        typer.Option(
+            "--max-bad", metavar="N|P%", help="Stop above so many quarantined images (of a share, one may be)."
+        ),
+    ] = "1%",
+    retry_quarantined: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Look at quarantined images again, changed or not.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say which shares of the time decoding, networks and the rest took.")
+    ] = False,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
@@ -98,37 +137,60 @@ def extract(
             "--data-root and --name belong to one dataset", found=", ".join(datasets), fix="one command a dataset"
         )
     from embcache.data.dataset import find_dataset
+    from embcache.extract.profile import Profile
     from embcache.extract.run import run_extraction
+    from embcache.extract.stopping import Stop, exit_status, stop_on_signals
 
-    answers = []
+    answers, stop = [], Stop()
     for each in datasets:
         found, _ = find_dataset(each, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
         for note in found.notes:
             typer.echo(f"note: {note}", err=True)
+        spent = Profile()
         try:
-            done = run_extraction(
-                names,
-                found,
-                home=home,
-                weights=parse_weights(weights, names),
-                transform=transform,
-                device=device,
-                precision=precision,
-                batch_size=batch_size,
-                workers=workers,
-                format=format,
-                part=_parse_part(part),
-                views=views,
-                say=lambda line: typer.echo(f"note: {line}", err=True),
-            )
+            with stop_on_signals(stop):
+                done = run_extraction(
+                    names,
+                    found,
+                    home=home,
+                    weights=parse_weights(weights, names),
+                    transform=transform,
+                    device=device,
+                    precision=precision,
+                    batch_size=_number(batch_size, "--batch-size"),
+                    workers=_number(workers, "--workers"),
+                    profile=spent,
+                    format=format,
+                    part=_parse_part(part),
+                    views=views,
+                    feature_dtype=feature_dtype,
+                    on_error=on_error,
+                    max_bad=max_bad,
+                    retry_quarantined=retry_quarantined,
+                    stop=stop,
+                    say=lambda line: typer.echo(f"note: {line}", err=True),
+                )
         except (KeyboardInterrupt, SystemExit):
-            typer.echo("\nstopped: what is committed stays, and the same command goes on from there", err=True)
+            _say_how_to_go_on("stopped at once: what is committed stays")
             raise
         if json != "-":
             _print(found.name, len(found), done)
+            if profile:
+                _print_profile(spent)
         answers += [_as_json(found.name, extraction) for extraction in done]
+        if stop.signal is not None:
+            break
     if json:
         write_json(answers, json)
+    if stop.signal is not None:
+        left = sum(extraction.left for extraction in done)
+        _say_how_to_go_on(f"stopped after the shard at hand, which is committed; {left:,} images are left")
+        raise SystemExit(exit_status(stop.signal))
+
+
+def _say_how_to_go_on(what: str) -> None:
+    command = shlex.join(["embcache", *sys.argv[1:]])
+    typer.echo(f"\n{what}; the same command goes on from there:\n  {command}", err=True)
 
 
 def parse_weights(values: list[str] | None, names: list[str] | None = None) -> dict[str, Path] | None:
@@ -161,6 +223,25 @@ def parse_weights(values: list[str] | None, names: list[str] | None = None) -> d
     return weights
 
 
+def _number(value: str | None, flag: str) -> int | str | None:
+    if value is None or value == "auto":
+        return value
+    if not value.isascii() or not value.isdecimal():
+        raise UsageError(f"{flag} is no number", expected="a number, or auto", found=value, fix=f"{flag} auto")
+    return int(value)
+
+
+def _print_profile(spent: Profile) -> None:
+    shares = spent.shares()
+    typer.echo("share of the time of this process since its start:")
+    print_table(["step", "share"], [[step, f"{share:.1%}"] for step, share in shares.items()])
+    rest = max(0.0, 1 - sum(shares.values()))
+    told = (
+        "decoding overlaps with the networks" if spent.overlapped else f"the rest, {rest:.1%}, is loading and planning"
+    )
+    typer.echo(f"· {told}")
+
+
 def _parse_part(value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
@@ -181,12 +262,20 @@ def _print(dataset: str, images: int, done: list[Extraction]) -> None:
     notes += [f"quarantined: {image}: {reason}" for image, reason in list(bad.items())[:5]]
     if len(bad) > 5:
         notes.append(f"… and {len(bad) - 5} more quarantined images (embcache info)")
-    if not any(extraction.computed for extraction in done):
+    left = max(extraction.left for extraction in done)
+    if left:
+        notes.insert(0, f"not complete: {left:,} images are owed still")
+    elif not any(extraction.computed for extraction in done):
         notes.insert(0, "complete: every image was cached already, nothing was computed")
     changed = max((e.changed for e in done), default=0)
     if changed:
         notes.append(f"{changed} images changed since they were extracted and were extracted again")
+    retried = max(extraction.retried for extraction in done)
+    if retried:
+        notes.append(f"{retried} quarantined images were looked at again")
     print_table(headers, rows, notes=notes)
+    if left:
+        return
     views = done[0].store.views
     typer.echo(
         f"next: embcache probe --head linear --subset S,M,F --dataset {dataset}"
@@ -205,6 +294,8 @@ def _as_json(dataset: str, extraction: Extraction) -> dict[str, object]:
         "cached": extraction.cached,
         "added": extraction.added,
         "changed": extraction.changed,
+        "retried": extraction.retried,
+        "left": extraction.left,
         "quarantined": dict(extraction.quarantined),
         "seconds": round(extraction.seconds, 3),
     }

@@ -73,7 +73,7 @@ def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption 
             s.precision,
             s.transform,
             s.format,
-            _size(s.bytes),
+            size_words(s.bytes),
             f"{s.owed:,} to go" if s.owed else "complete",
         ]
         for s in stores
@@ -81,7 +81,7 @@ def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption 
     headers = [
         "dataset", "backbone", "recipe", "rows", "quarantined", "precision", "transform", "format", "size", "state",
     ]  # fmt: skip
-    notes = [f"in {where}: {_size(sum(s.bytes for s in stores))} in {len(stores)} stores"]
+    notes = [f"in {where}: {size_words(sum(s.bytes for s in stores))} in {len(stores)} stores"]
     if runs:
         notes.append("runs: " + ", ".join(f"{name} {number}" for name, number in runs.items()) + " (embcache results)")
     notes += [
@@ -181,7 +181,7 @@ def export(
 def _go_on(run: InterruptedRun) -> str:
     how = f"go on: {run.command}" if run.command else "go on: its command with --resume"
     return (
-        f"unfinished: {run.dataset} {run.id}, {_size(run.bytes)} of checkpoints; unless it is running, {how}; "
+        f"unfinished: {run.dataset} {run.id}, {size_words(run.bytes)} of checkpoints; unless it is running, {how}; "
         f"or rm -r '{run.path}'"
     )
 
@@ -215,12 +215,25 @@ def _in_words(answer: StoreInfo) -> str:
         ),
         ("created with", f"batch size {store.batch_size}, {store.threads} threads"),
         *((f"  {name}", value) for name, value in store.provenance.items()),
-        ("format", f"{store.format}, {_size(summary.bytes)}"),
+        *_otherwise(answer),
+        ("format", f"{store.format}, {size_words(summary.bytes)}"),
         ("path", store.path),
         ("plain readers", answer.view or "no view yet: embcache extract writes it"),
     ]
-    width = max(len(_printable(name)) for name, _ in lines if len(name) <= 40)
-    return "\n".join(f"{_printable(name):<{width}}  {_printable(str(value))}" for name, value in lines)
+    width = max(len(printable(name)) for name, _ in lines if len(name) <= 40)
+    return "\n".join(f"{printable(name):<{width}}  {printable(str(value))}" for name, value in lines)
+
+
+def _otherwise(answer: StoreInfo) -> list[tuple[str, str]]:
+    """How the shards were computed that were not computed as the store was begun: those alike on one line."""
+    store, alike = answer.store, dict[str, list[int]]()
+    for number, made in answer.otherwise.items():
+        words = f"batch {made.batch_size or store.batch_size}, {made.threads or store.threads} threads"
+        alike.setdefault(words, []).append(number)
+    return [
+        ("computed with", f"{words}: {len(numbers)} of {answer.shards} shards, the first {numbers[0]:06d}")
+        for words, numbers in alike.items()
+    ]
 
 
 def _flat(transform: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -231,11 +244,13 @@ def _flat(transform: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return lines
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Text with its control characters escaped, so that no name can disturb the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def _size(number: int) -> str:
+def size_words(number: int) -> str:
+    """A number of bytes as people say it: ``12.3 MB``."""
     size, units = float(number), ["B", "kB", "MB", "GB", "TB"]
     while size >= 999.5 and len(units) > 1:
         size, units = size / 1000, units[1:]

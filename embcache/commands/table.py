@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import typer
 
+from embcache.errors import printable
+
 
 def _width(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
@@ -40,7 +42,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, not
     """Print a table to stdout, its notes beneath."""
     typer.echo(format_table(headers, rows))
     for note in notes:
-        typer.echo(f"· {note}")
+        typer.echo(f"· {printable(note)}")
 
 
 def printable(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from embcache.data.chunks import StrictFile, read_row
 from embcache.errors import DatasetError, EmbcacheError, ImageError
 
 KEY = "x"  # the array, (N, H, W, 3) uint8
@@ -33,7 +34,9 @@ def member_pixels(path: str, member: int) -> npt.NDArray[np.uint8]:
         The file takes the array from elsewhere (`own_array`).
     """
     with _lock, _reasons():
-        return np.ascontiguousarray(_array(path, member)[member])
+        array = _array(path, member)
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            return read_row(array, member, file.fileno())
 
 
 def member_size(path: str, member: int) -> tuple[int, int]:
@@ -80,20 +83,27 @@ def own_array(file: Any, key: str) -> Any:
 def _array(path: str, member: int) -> Any:
     """The array of an open file; files stay open, for opening costs more than reading a row."""
     import h5py
+    from PIL import Image  # probing from a cache lists such files and decodes none
 
     state = os.stat(path)  # noqa: PTH116
     # Keyed by process: a handle must not be used on both sides of a fork.
     key = (os.getpid(), path, state.st_ino, state.st_size, state.st_mtime_ns)
     if key not in _files:
-        _files[key] = h5py.File(path, "r", locking=False)
+        _files[key] = h5py.File(StrictFile(path), "r")
         if len(_files) > _OPEN_FILES:
             _files.popitem(last=False)[1].close()
     _files.move_to_end(key)
-    if KEY not in _files[key]:
-        raise ImageError(f"the HDF5 file has no array {KEY!r}")
-    array = own_array(_files[key], KEY)
+    try:
+        array = own_array(_files[key], KEY)  # never `KEY in file`, which would follow a link to another file
+    except KeyError as error:
+        raise ImageError(f"the HDF5 file has no array {KEY!r}") from error
     if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
-        raise ImageError(f"the array {KEY!r} is not (N, H, W, 3) of uint8 but {array.shape} of {array.dtype}")
+        raise ImageError(f"the array {KEY!r} is not (N, H, W, 3) of uint8 but {array.shape} of {array.dtype}"[:200])
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and array.shape[1] * array.shape[2] > limit:
+        raise ImageError(f"too large: more than {limit:,} pixels")
+    if min(array.shape[1:]) < 1:
+        raise ImageError("the array's images have no pixels")
     if member >= len(array):
         raise ImageError(f"there is no row {member}: the array has {len(array)}")
     return array
@@ -114,5 +124,6 @@ def _reasons() -> Iterator[None]:
         code = int(number.group(1)) if number else getattr(error, "errno", None)
         if code not in (None, 0, errno.EINVAL):
             raise OSError(code, os.strerror(code)) from error
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        text = "".join(c if c.isprintable() else " " for c in str(error))
+        reason = " ".join(text.split())[:120] or type(error).__name__
         raise ImageError(f"the HDF5 file cannot be read: {reason}") from error

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import functools
-import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from embcache.data.checks import check_table, first_few
 from embcache.data.files import locate_files
-from embcache.data.groups import duplicate_notes, identical_files, merge_groups, overlap_notes
+from embcache.data.groups import LOOKED_AT_LOADING, duplicate_notes, identical_files, merge_groups, overlap_notes
+from embcache.data.snapshot import decode_snapshot, encode_snapshot
 from embcache.data.source import (
     DATASETS,
     DatasetSource,
@@ -33,6 +30,9 @@ from embcache.paths import PathLike, home_dir, slug
 
 __all__ = ["DATASETS", "ImageDataset", "find_dataset", "load_dataset"]
 
+DEFERRED = (
+    "byte-identical images are not looked for at loading: there are too many; those decoded are grouped by digest"
+)
 DEFAULT_SIZES: Mapping[str, int] = {"S": 50, "M": 500}
 
 
@@ -148,10 +148,7 @@ class ImageDataset:
             table = pa.Table.from_pandas(self.table, preserve_index=False)
         except pa.ArrowException as error:
             raise DatasetError("a column holds values of several types", found=str(error), where=self.name) from error
-        table = table.replace_schema_metadata({"embcache": json.dumps(meta, sort_keys=True)})
-        sink = io.BytesIO()
-        pq.write_table(table, sink)
-        return sink.getvalue()
+        return encode_snapshot(table, meta)
 
     @classmethod
     def from_parquet_bytes(cls, data: bytes) -> ImageDataset:
@@ -163,12 +160,11 @@ class ImageDataset:
             The bytes are not such a file.
         """
         try:
-            table = pq.read_table(io.BytesIO(data))
-            meta: dict[str, Any] = json.loads(table.schema.metadata[b"embcache"])
+            table, meta = decode_snapshot(data)
             meta |= {key: None if meta[key] is None else Path(meta[key]) for key in ("root", "origin")}
             for key in ("class_names", "notes", "missing"):
                 meta[key] = tuple(meta[key])
-            return cls(table=table.replace_schema_metadata(None).to_pandas(), **meta)
+            return cls(table=table.to_pandas(), **meta)
         except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
             raise DatasetError("not a dataset snapshot", found=str(error).split("\n")[0]) from error
 
@@ -288,7 +284,9 @@ def settle(ds: ImageDataset, source: DatasetSource, *, allow_missing: bool) -> I
     """Compare a table with the files: drop or refuse missing images, group identical ones, note what matters."""
     if ds.root is None:
         return ds
-    sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=source.merge_identical)
+    # A look at every file is spared where identical ones are not looked for.
+    looked = source.merge_identical and len(ds) <= LOOKED_AT_LOADING
+    sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=looked)
     missing = tuple(path for path, size in sizes.items() if size is None)
     if missing and (not allow_missing or len(missing) == len(sizes)):
         get = f"get the images: kagglehub.{source.download}" if source.download else "put the images there"
@@ -319,7 +317,14 @@ def group_identical(ds: ImageDataset, sizes: Mapping[str, int | None]) -> ImageD
         With a root.
     sizes : mapping of str to int or None
         Size of each path as `locate_files` gives it; rows whose file is not there join nothing.
+
+    Notes
+    -----
+    Beyond `LOOKED_AT_LOADING` images no file is read, and a note says so: probing and finetuning join the groups of
+    identical images by the digests that were taken while decoding, in datasets of any size.
     """
+    if len(ds) > LOOKED_AT_LOADING:
+        return replace(ds, notes=(*ds.notes, DEFERRED, *overlap_notes(ds.table)))
     digests = identical_files(ds.root, {path: size for path, size in sizes.items() if size}) if ds.root else {}
     keys = [digests.get(path, "") for path in ds.table["path"].tolist()]
     table = ds.table.assign(group=merge_groups(ds.table["group"].tolist(), keys))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def is_litter(name: str) -> bool:
 
 def is_image_name(name: str) -> bool:
     """Whether a file name has an image's suffix."""
-    return not is_litter(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
+    _, dot, suffix = name.rpartition(".")
+    return dot + suffix.lower() in IMAGE_SUFFIXES and not is_litter(name)
 
 
 def list_folder(folder: Path | str) -> list[os.DirEntry[str]]:
@@ -122,26 +124,52 @@ def locate_files(root: Path, paths: Sequence[str], *, sizes: bool = True) -> dic
     DatasetError
         A path leads out of the root through a symbolic link.
     """
+    if not sizes:
+        return {path: None if state is None else 0 for path, state in _look(root, paths, lambda place: (0, 0))}
+    return {path: None if state is None else state[0] for path, state in stat_files(root, paths)}
+
+
+def stat_files(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """Every distinct path under ``root`` with (size in bytes, mtime in ns) of its file, or None where there is none.
+
+    Raises
+    ------
+    DatasetError
+        A path leads out of the root through a symbolic link.
+    """
+    return _look(root, paths, _state)
+
+
+def _state(place: str | os.DirEntry[str]) -> tuple[int, int]:
+    state = os.stat(place) if isinstance(place, str) else place.stat()  # noqa: PTH116
+    return state.st_size, state.st_mtime_ns
+
+
+def _look(
+    root: Path, paths: Sequence[str], look: Callable[[str | os.DirEntry[str]], tuple[int, int]]
+) -> Iterator[tuple[str, tuple[int, int] | None]]:
     by_folder: dict[str, list[str]] = {}
     for path in dict.fromkeys(paths):
         by_folder.setdefault(path.rpartition("/")[0], []).append(path)
-    found: dict[str, int | None] = {}
     for folder, members in by_folder.items():
         inside = is_inside(root, os.path.realpath(root / folder))
         entries = {e.name: e for e in _scan(root / folder)}
+        start = len(folder) + 1 if folder else 0
         for path in members:
             if not inside:
                 raise refuse_outside(path, where=root)
-            entry = entries.get(path.rpartition("/")[2])
-            if entry is not None and not entry.is_symlink():
-                found[path] = (entry.stat().st_size if sizes else 0) if entry.is_file() else None
-                continue
-            # A link; or a name the file system spells otherwise (letter case, composed accents); or absent.
-            real = os.path.realpath(root / path)
-            if not is_inside(root, real):
-                raise refuse_outside(path, where=root)
-            found[path] = os.stat(real).st_size if os.path.isfile(real) else None  # noqa: PTH113, PTH116
-    return found
+            entry = entries.get(path[start:])
+            try:
+                if entry is not None and (entry.is_file(follow_symlinks=False) or not entry.is_symlink()):
+                    yield path, look(entry) if entry.is_file(follow_symlinks=False) else None
+                    continue
+                # A link; or a name the file system spells otherwise (letter case, composed accents); or absent.
+                real = os.path.realpath(root / path)
+                if not is_inside(root, real):
+                    raise refuse_outside(path, where=root)
+                yield path, look(real) if stat.S_ISREG(os.stat(real).st_mode) else None  # noqa: PTH116
+            except (FileNotFoundError, NotADirectoryError):  # absent, or gone since the folder was listed
+                yield path, None
 
 
 def is_inside(root: Path | str, real: str) -> bool:

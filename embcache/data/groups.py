@@ -5,14 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 
 from embcache.data.checks import first_few
 
 _PROBE = 4096  # bytes read from the start, middle and end of files of equal size before they are hashed whole
+_READERS, _TOGETHER = 4, 256  # threads that read files, and files that one of them reads before it is asked again
+
+_T = TypeVar("_T")
+
+
+LOOKED_AT_LOADING = 200_000
+"""Images of a dataset up to which identical files are looked for at loading; beyond, the digests that are taken while
+decoding tell: they group the same images when features are probed."""
 
 
 def merge_groups(groups: Sequence[str], keys: Sequence[str]) -> list[str]:
@@ -31,6 +41,8 @@ def merge_groups(groups: Sequence[str], keys: Sequence[str]) -> list[str]:
         Merged groups, each named after the smallest of its members: the names depend on neither the order of
         the rows nor that of the merges.
     """
+    if not any(keys):
+        return list(groups)
     parent = {g: g for g in groups}
 
     def find(group: str) -> str:
@@ -63,16 +75,14 @@ def identical_files(root: Path, sizes: Mapping[str, int]) -> dict[str, str]:
     for path, size in sizes.items():
         if size:
             by_size[size].append(path)
+    alike = [path for paths in by_size.values() if len(paths) > 1 for path in paths]
     by_excerpt: dict[tuple[int, bytes], list[str]] = defaultdict(list)
-    for size, paths in by_size.items():
-        if len(paths) > 1:
-            for path in paths:
-                by_excerpt[size, _excerpt(root / path)].append(path)
+    for path, excerpt in zip(alike, _in_threads(_excerpt, root, alike), strict=True):
+        by_excerpt[sizes[path], excerpt].append(path)
     by_digest: dict[str, list[str]] = defaultdict(list)
-    for paths in by_excerpt.values():
-        if len(paths) > 1:
-            for path in paths:
-                by_digest[_digest(root / path)].append(path)
+    suspects = [path for paths in by_excerpt.values() if len(paths) > 1 for path in paths]
+    for path, digest in zip(suspects, _in_threads(_digest, root, suspects), strict=True):
+        by_digest[digest].append(path)
     return {path: digest for digest, paths in by_digest.items() if len(paths) > 1 for path in paths}
 
 
@@ -117,16 +127,37 @@ def overlap_notes(table: pd.DataFrame) -> list[str]:
     ]
 
 
-def _excerpt(path: Path) -> bytes:
-    with path.open("rb", buffering=0) as file:  # three short reads: a buffer would only be filled and thrown away
-        size = os.fstat(file.fileno()).st_size
-        parts = []
-        for start in (0, max(size // 2, 0), max(size - _PROBE, 0)):
-            file.seek(start)
-            parts.append(file.read(_PROBE))
+def _in_threads(look: Callable[[str], _T], root: Path, paths: Sequence[str]) -> Iterator[_T]:
+    """What ``look`` says of each file, in order; several are read at once, for a disk has its latency."""
+    base = os.path.join(root, "")  # noqa: PTH118  # paths are joined as texts: there are hundreds of thousands
+
+    def some(start: int) -> list[_T]:
+        return [look(base + path) for path in paths[start : start + _TOGETHER]]
+
+    if len(paths) <= _TOGETHER:
+        yield from some(0)
+        return
+    with ThreadPoolExecutor(_READERS) as pool:
+        for found in pool.map(some, range(0, len(paths), _TOGETHER)):
+            yield from found
+
+
+def _excerpt(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        start = os.read(descriptor, 3 * _PROBE)
+        if len(start) < 3 * _PROBE:
+            return start if len(start) < 32 else hashlib.sha256(start).digest()
+        size = os.fstat(descriptor).st_size
+        parts = [start[:_PROBE]]
+        for place in (size // 2, size - _PROBE):
+            os.lseek(descriptor, place, os.SEEK_SET)
+            parts.append(os.read(descriptor, _PROBE))
+    finally:
+        os.close(descriptor)
     return hashlib.sha256(b"".join(parts)).digest()
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:  # noqa: PTH123
         return hashlib.file_digest(file, "sha256").hexdigest()

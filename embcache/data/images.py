@@ -26,6 +26,8 @@ from embcache.data.arrays import member_pixels, member_size
 from embcache.data.checks import refuse_outside
 from embcache.data.dicom import decode_dicom, dicom_size, is_dicom
 from embcache.data.files import is_inside
+from embcache.data.guards import readable_formats, refuse_at_sight
+from embcache.data.jpeg import decode_jpeg
 from embcache.data.quiet import quiet
 from embcache.errors import EmbcacheError, ImageError
 
@@ -42,7 +44,7 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _WIDE_GREY = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-_REFUSED = {"EPS": "PostScript is not decoded: it would run a program", "PDF": "a PDF is not an image"}
+_BLOCK = 1 << 22  # pixels converted at a time: what is made of an image at the limit must not take gigabytes
 
 
 def decode_image(data: bytes, *, name: str = "") -> npt.NDArray[np.uint8]:
@@ -75,9 +77,14 @@ def decode_image(data: bytes, *, name: str = "") -> npt.NDArray[np.uint8]:
     if is_dicom(data, name):
         with _reasons():
             return decode_dicom(data, name)
+    refuse_at_sight(data)
     with _reasons():
         image, orientation = _open(io.BytesIO(data))
-        image.load()
+        pixels = decode_jpeg(data, image) if orientation == 1 else None
+        if pixels is not None:
+            return pixels
+        with quiet(r"PIL\."):
+            image.load()
         return _to_rgb(image, orientation)
 
 
@@ -122,6 +129,7 @@ def read_size(dataset_root: Path | str, path: str, member: int = -1) -> tuple[in
         head = file.read(132)
         if not head:
             raise ImageError("the file is empty")
+        refuse_at_sight(head)
         file.seek(0)
         with _reasons():
             if is_dicom(head, path):
@@ -150,9 +158,7 @@ def _open_file(real: str) -> IO[bytes]:
 def _open(file: IO[bytes]) -> tuple[Image.Image, int]:
     """Open an image, its header read, and the EXIF orientation (1 to 8) still to be applied."""
     with quiet(r"PIL\.", fatal=Image.DecompressionBombWarning):
-        image = Image.open(file)
-        if image.format in _REFUSED:
-            raise ImageError(_REFUSED[image.format])
+        image = Image.open(file, formats=readable_formats())
         if image.format == "TIFF":  # Pillow turns these itself
             return image, 1
         if image.format == "PNG":
@@ -168,24 +174,41 @@ def _open(file: IO[bytes]) -> tuple[Image.Image, int]:
 
 def _to_rgb(image: Image.Image, orientation: int) -> npt.NDArray[np.uint8]:
     if image.mode in _WIDE_GREY:
-        grey = scale_to_bytes(np.asarray(image))
-        image = Image.fromarray(grey)
-    elif image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # straight to RGB would warn of transparent palettes
+        image = Image.fromarray(scale_to_bytes(np.asarray(image)))
     if orientation != 1:
         image = image.transpose(_TRANSPOSE[orientation])
-    return np.array(image.convert("RGB"))
+    width, height = image.size
+    rows = max(1, _BLOCK // max(1, width))
+    if rows >= height:
+        return np.array(_opaque(image))
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        pixels[top:bottom] = np.asarray(_opaque(image.crop((0, top, width, bottom))))
+    return pixels
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # straight to RGB would warn of transparent palettes
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def scale_to_bytes(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Scale an array by its own finite range to 0 … 255; not-a-number becomes 0, infinities the ends."""
-    x = values.astype(np.float64)
-    finite = x[np.isfinite(x)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    if high <= low:
-        return np.zeros(x.shape, dtype=np.uint8)
-    x = np.nan_to_num(x, nan=low, posinf=high, neginf=low)
-    return np.rint((x - low) * (255.0 / (high - low))).astype(np.uint8)
+    flat = np.ascontiguousarray(values).reshape(-1)
+    parts = [slice(start, start + _BLOCK) for start in range(0, flat.size, _BLOCK)]
+    low, high = np.inf, -np.inf
+    for part in parts:
+        finite = flat[part][np.isfinite(flat[part])]
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    scaled = np.zeros(flat.shape, dtype=np.uint8)
+    if high > low:
+        for part in parts:
+            x = np.nan_to_num(flat[part].astype(np.float64), nan=low, posinf=high, neginf=low)
+            scaled[part] = np.rint((x - low) * (255.0 / (high - low))).astype(np.uint8)
+    return scaled.reshape(values.shape)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import pandas as pd
 
 from embcache.data.arrays import own_array
 from embcache.data.checks import check_file_id, first_few
+from embcache.data.chunks import StrictFile
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import find_level, image_index, locate_files
 from embcache.data.labels import label_numbers, read_table
@@ -204,7 +205,7 @@ def _open_array(path: Path, key: str) -> Iterator[Any]:
     import h5py
 
     try:
-        with h5py.File(os.fspath(path), "r", locking=False) as file:
+        with h5py.File(StrictFile(os.fspath(path)), "r") as file:
             yield own_array(file, key)
     except (DatasetError, MemoryError, PermissionError):
         raise

@@ -1,13 +1,62 @@
-"""The name and the ids of a dataset's snapshot, read without pandas: listing what is cached needs no more."""
+"""The file of a dataset's snapshot, checked; and its name and ids, read without pandas: a listing needs no more."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+from typing import TYPE_CHECKING, Any
 
 from embcache.errors import DatasetError
 from embcache.paths import PathLike, home_dir, slug
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 FILE = "dataset.parquet"
+_META, _CHECK = b"embcache", b"embcache-check"
+
+
+def encode_snapshot(table: pa.Table, meta: dict[str, Any]) -> bytes:
+    """A table and what belongs to it as a Parquet file in which a flipped byte does not go unnoticed.
+
+    Parquet's own checksums cover the values; the footer holds one over everything else that is read.
+    """
+    import pyarrow.parquet as pq
+
+    text = json.dumps(meta, sort_keys=True)
+    described = table.replace_schema_metadata({_META: text, _CHECK: _check(text, table)})
+    sink = io.BytesIO()
+    pq.write_table(described, sink, write_page_checksum=True)
+    return sink.getvalue()
+
+
+def decode_snapshot(data: bytes, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
+    """The inverse of `encode_snapshot`, with only some of the columns where they are named.
+
+    Raises
+    ------
+    ArrowException, KeyError, ValueError, OSError
+        The bytes are not such a file, or not as they were written.
+    """
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+    table = file.read(columns=columns)
+    described = file.schema_arrow.metadata or {}
+    text = described[_META].decode("utf-8")
+    # Snapshots of earlier versions have no check.
+    if _CHECK in described and described[_CHECK].decode("ascii") != _check(text, file.schema_arrow, file.metadata):
+        raise ValueError("its checksum is another")
+    return table.replace_schema_metadata(None), json.loads(text)
+
+
+def _check(text: str, described: Any, footer: Any = None) -> str:
+    """Sha256 of all that a snapshot says besides its values: number of rows, columns, and its own JSON."""
+    schema = getattr(described, "schema", described)
+    columns = [[field.name, str(field.type)] for field in schema]
+    rows = (footer or described).num_rows
+    return hashlib.sha256(json.dumps([rows, columns, text]).encode()).hexdigest()
 
 
 def snapshot_ids(name: str, home: PathLike | None = None) -> tuple[str, list[str]] | None:
@@ -26,15 +75,13 @@ def snapshot_ids(name: str, home: PathLike | None = None) -> tuple[str, list[str
         The snapshot is damaged.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     path = home_dir(home) / slug(name) / FILE
     if not path.is_file():
         return None
     try:
-        file = pq.ParquetFile(path)
-        meta = json.loads(file.schema_arrow.metadata[b"embcache"])
-        return str(meta["name"]), [str(id_) for id_ in file.read(columns=["id"])["id"].to_pylist()]
+        table, meta = decode_snapshot(path.read_bytes(), ["id"])
+        return str(meta["name"]), [str(id_) for id_ in table["id"].to_pylist()]
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
         raise DatasetError(
             "the snapshot of a dataset is damaged", found=str(error).split("\n")[0], where=path

@@ -7,16 +7,29 @@ an uninterrupted one bit for bit.
 
 from __future__ import annotations
 
+import errno
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embcache.data.images import read_image
-from embcache.errors import ImageError
+from embcache.errors import DatasetError, ImageError
+from embcache.extract.profile import Profile
+
+if TYPE_CHECKING:
+    from torch import Tensor  # whoever only reads images, such as `embcache verify --source`, does without torch
+
+# Reason of a row whose image left the dataset after its shard was planned: no fault of the image.
+LEFT = "no longer in the dataset"
+
+# Batches that are decoded while one is used, where another device than the decoding cores uses it.
+AHEAD = 2
 
 Geometry = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
@@ -43,31 +56,46 @@ class Prepared:
     reason: str
 
 
-def prepare(root: Path, source: Source, geometries: Sequence[Geometry]) -> Prepared:
+def prepare(root: Path, source: Source, geometries: Sequence[Geometry], profile: Profile | None = None) -> Prepared:
     """Read, decode and transform one image; an unreadable one is a reason, not an exception.
 
     Raises
     ------
-    OSError
+    DatasetError
         The medium failed (EIO, ESTALE, …): that says nothing about the image, so it is not quarantined.
     """
     if not source.path:
-        return Prepared((), "", "no longer in the dataset")
+        return Prepared((), "", LEFT)
+    profile = profile or Profile()
     try:
-        image, digest = read_image(root, source.path, source.member)
+        with profile.timed("decode"):
+            image, digest = read_image(root, source.path, source.member)
     except ImageError as error:
         return Prepared((), "", error.problem)
+    except OSError as error:
+        raise medium_failed(root / source.path, error) from error
     try:
-        return Prepared(tuple(geometry(image) for geometry in geometries), digest, "")
+        with profile.timed("transform"):
+            return Prepared(tuple(geometry(image) for geometry in geometries), digest, "")
     except ValueError as error:
         # The file is of another size than when the dataset was scanned.
         return Prepared((), digest, str(error))
 
 
+def medium_failed(path: Path, error: OSError) -> DatasetError:
+    """The error for a file that the system does not hand over: it says nothing about the image, so the run stops."""
+    return DatasetError(
+        "an image cannot be read for now; it is not quarantined, for that says nothing about the image",
+        found=f"{errno.errorcode.get(error.errno or 0, 'error')}: {error.strerror or error}",
+        where=path,
+        fix="check the disk, the mount and the permissions, then run the same command: what is committed stays",
+    )
+
+
 def prepare_batches(
     root: Path, sources: Sequence[Source], geometries: Sequence[Geometry], batch_size: int, pool: Executor
 ) -> Iterator[list[Prepared]]:
-    """Yield the prepared images of one shard batch by batch, decoding the next batch while this one is used."""
+    """Yield the prepared images of one shard batch by batch, decoding the next batches while this one is used."""
 
     def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
         return [pool.submit(prepare, root, source, geometries) for source in chunk]
@@ -76,16 +104,20 @@ def prepare_batches(
 
 
 def batches_ahead(
-    sources: Sequence[Source], batch_size: int, submit: Callable[[Sequence[Source]], list[Future[Prepared]]]
+    sources: Sequence[Source],
+    batch_size: int,
+    submit: Callable[[Sequence[Source]], list[Future[Prepared]]],
+    ahead: int = AHEAD,
 ) -> Iterator[list[Prepared]]:
-    """Yield what ``submit`` makes of each batch, with the next batch begun while this one is used."""
+    """Yield what ``submit`` makes of each batch, with the ``ahead`` next batches begun while this one is used."""
     chunks = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
-    pending: list[list[Future[Prepared]]] = [submit(chunk) for chunk in chunks[:2]]
+    pending: deque[list[Future[Prepared]]] = deque()
+    begun = 0
     try:
         for index in range(len(chunks)):
-            batch = [future.result() for future in pending.pop(0)]
-            if index + 2 < len(chunks):
-                pending.append(submit(chunks[index + 2]))
+            pending.extend(submit(chunk) for chunk in chunks[begun : index + 1 + ahead])
+            begun = min(max(begun, index + 1 + ahead), len(chunks))
+            batch = [future.result() for future in pending.popleft()]
             yield batch
     finally:
         for futures in pending:
@@ -93,10 +125,10 @@ def batches_ahead(
                 future.cancel()
 
 
-def stack_batch(batch: Sequence[Prepared], geometry: int, batch_size: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Stack one geometry of a batch to uint8 (batch_size, H, W, 3); absent and unreadable rows are zero."""
-    pixels = np.zeros((batch_size, *size, 3), np.uint8)
+def stack_batch(batch: Sequence[Prepared], geometry: int, out: Tensor) -> Tensor:
+    """Stack one geometry of a batch into ``out``, uint8 (B, H, W, 3); absent and unreadable rows become zero."""
+    pixels = out.numpy()
     for row, prepared in enumerate(batch):
-        if prepared.pixels:
-            pixels[row] = prepared.pixels[geometry]
-    return pixels
+        pixels[row] = prepared.pixels[geometry] if prepared.pixels else 0
+    pixels[len(batch) :] = 0
+    return out

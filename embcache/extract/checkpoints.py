@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from embcache.errors import WeightsError
+from embcache.extract.pickles import HostilePickleError, check_pickle
 
 # Where published files keep the network, tried in this order; the first that is there counts.
 NESTS = (
@@ -80,6 +81,11 @@ _HARMLESS = [
 ]
 
 
+_STAND_INS = frozenset(f"{stand_in.__module__}.{stand_in.__name__}" for stand_in in _HARMLESS)
+_LEGACY_PICKLES = 5  # magic number, protocol, machine, the object, names of the storages that follow
+_MOST_HEADER = 16 << 20  # published files have some hundred kilobytes; a gigabyte of objects fits into 100 MB
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The network's tensors under the names they have in the file, and the sha256 of the file."""
@@ -137,13 +143,38 @@ def _read(path: Path, file: IO[bytes]) -> object:
             link.symlink_to(path.resolve())
             return _read_pickle(path, link, mmap=True)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        if int.from_bytes(head[:8], "little") > _MOST_HEADER:
+            raise _BrokenError(f"a safetensors file whose header has more than {_MOST_HEADER:,} bytes")
         try:
             return safetensors.torch.load_file(path)
         except Exception as error:
             raise _BrokenError(f"a damaged safetensors file: {error}") from error
     if head[:2] == b"\x80\x02":
+        for _ in range(_LEGACY_PICKLES):
+            _check_pickle(path, file)
+        file.seek(0)
         return _read_pickle(path, file, mmap=False)
     raise _BrokenError(_describe(head))
+
+
+def _check_pickle(path: Path, file: IO[bytes]) -> None:
+    """Refuse a pickle, before torch reads it, that calls what no checkpoint needs or is made to keep one busy."""
+    try:
+        check_pickle(file, _STAND_INS)
+    except HostilePickleError as error:
+        if str(error).startswith("GLOBAL "):
+            raise _unsafe(path, str(error).removeprefix("GLOBAL ")) from error
+        raise _BrokenError(str(error)) from error
+    except Exception as error:  # pickletools raises whatever comes
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise _BrokenError(f"a damaged or foreign PyTorch file: {reason}") from error
+
+
+def _unsafe(path: Path, name: str) -> WeightsError:
+    return WeightsError(
+        "the checkpoint is refused: reading it could run code", expected="tensors and plain containers",
+        found=f"the object {name}", where=path, fix=_CONVERT,
+    )  # fmt: skip
 
 
 def _read_pickle(path: Path, source: Path | IO[bytes], *, mmap: bool) -> object:
@@ -154,10 +185,7 @@ def _read_pickle(path: Path, source: Path | IO[bytes], *, mmap: bool) -> object:
         except Exception as error:  # a malformed pickle can raise anything
             unsafe = re.search(r"GLOBAL (\w\S*)", str(error))
             if unsafe:
-                raise WeightsError(
-                    "the checkpoint is refused: reading it could run code", expected="tensors and plain containers",
-                    found=f"the object {unsafe[1]}", where=path, fix=_CONVERT,
-                ) from error  # fmt: skip
+                raise _unsafe(path, unsafe[1]) from error
             # torch wraps the reason in advice to load the file unsafely, which is not ours to give.
             said = re.search(r"WeightsUnpickler error: (.+)", str(error)) or re.search(r"(.+)", str(error))
             reason = said[1].strip() if said else f"it ends too early ({type(error).__name__})"
@@ -174,6 +202,13 @@ def _check_zip(path: Path, file: IO[bytes]) -> None:
             if sum(record.file_size for record in records) > path.stat().st_size:
                 raise _BrokenError("a zip archive whose records claim more bytes than the file has")
             damaged = archive.testzip()
+            names = [record.filename for record in records]
+            if len(set(names)) < len(names):
+                raise _BrokenError("a zip archive with several records of one name")
+            for record in records if damaged is None else []:
+                if record.filename.endswith(".pkl"):
+                    with archive.open(record) as pickle:
+                        _check_pickle(path, pickle)
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise _BrokenError(f"a damaged zip archive, or a download cut short: {error}") from error
     if damaged is not None:
@@ -213,6 +248,12 @@ def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
             expected="named tensors, flat or under " + ", ".join("/".join(nest) for nest in NESTS),
             found="entries that are not tensors: " + _some(other), fix=_CONVERT,
         )  # fmt: skip
+    size = path.stat().st_size
+    for key, value in loaded.items():
+        # A tensor may be of another kind, without values, or repeat one value over any shape.
+        plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if not plain or value.numel() * value.element_size() > size:
+            raise _BrokenError(f"{key} is no plain tensor whose values the file holds")
     return {key: value.detach() for key, value in loaded.items()}
 
 

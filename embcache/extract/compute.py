@@ -5,17 +5,21 @@ What a shard's rows are made of is the caller's: features of networks, or pixels
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 from tqdm import tqdm
 
 from embcache.data.dataset import ImageDataset
 from embcache.extract.batching import Source
+from embcache.extract.limits import Guard
 from embcache.extract.plan import Plan, Shard
-from embcache.store.commit import ShardRows, commit_shard, write_view
+from embcache.extract.profile import Profile
+from embcache.extract.shortage import Halving
+from embcache.extract.stopping import Stop
+from embcache.store.commit import ShardRows, commit_shard, refresh_view
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 
@@ -44,18 +48,48 @@ J = TypeVar("J", bound=Job)
 Compute = Callable[[Sequence[J], Sequence[Source], int, Callable[[int], object]], Sequence[ShardRows]]
 
 
+@dataclass(frozen=True)
+class Terms:
+    """The terms on which shards are computed, whatever their rows are.
+
+    Parameters
+    ----------
+    guard : Guard, optional
+        Judges rows before they are committed; default: every row is.
+    stop : Stop
+        Asked before each shard.
+    threads : int, optional
+        What to record with a shard beside its batch size, where they are not those of the store.
+    say : callable
+        Told where images must be decoded twice, and where the memory does not hold a batch.
+    quiet : bool
+        No progress bar.
+    profile : Profile, optional
+        Told how long commits take.
+    """
+
+    guard: Guard | None = None
+    stop: Stop = field(default_factory=Stop)
+    threads: int | None = None
+    say: Callable[[str], object] = lambda line: None
+    quiet: bool = False
+    profile: Profile = field(default_factory=Profile)
+
+
 def compute_owed(
     jobs: Sequence[J],
     dataset: ImageDataset,
     compute: Compute[J],
     *,
     part: tuple[int, int] | None = None,
+    only: Mapping[str, Collection[int]] | None = None,
     label: str = "extract",
-    say: Callable[[str], object] = lambda line: None,
+    terms: Terms | None = None,
 ) -> list[int]:
     """Compute and commit every owed shard of every job; return the images computed per job.
 
-    Jobs that owe the same shard are computed together, so that its images are decoded once.
+    Jobs that owe the same shard are computed together, so that its images are decoded once. A shard that another
+    process is computing is waited for: should that process die, it is computed here.
 
     Parameters
     ----------
@@ -67,63 +101,108 @@ def compute_owed(
         Makes the rows of one shard for some of the jobs.
     part : (int, int), optional
         ``(i, n)``: only every n-th shard, from the i-th (1-based).
+    only : mapping of str to collection of int, optional
+        By fingerprint of a store's recipe, the shards to compute; other shards, and other stores, are left as they are.
     label : str
         Begins the progress bar.
-    say : callable
-        Told where images must be decoded twice.
+    terms : Terms, optional
+        What is borne, when to stop, and who is told.
+
+    Raises
+    ------
+    EmbcacheError
+        The guard refuses a shard, the memory does not hold one image, or a store cannot be written.
     """
+    terms = terms or Terms()
     columns = [dataset.table[name].tolist() for name in ("id", "path", "member")]
     sources = {image: Source(image, path, member) for image, path, member in zip(*columns, strict=True)}
-    passes: dict[tuple[Shard, int], list[int]] = {}
-    for index, job in enumerate(jobs):
-        for shard in job.plan.shards:
-            if part is None or shard.number % part[1] == part[0] - 1:
-                passes.setdefault((shard, job.batch_size), []).append(index)
+    passes = _passes(jobs, part, only)
     decodings = sum(len(shard.ids) for shard, _ in passes)
     once = len({image for shard, _ in passes for image in shard.ids})
     if decodings > once:
-        say(f"the backbones do not owe the same shards: {decodings - once} images are decoded in a second pass")
+        terms.say(f"the backbones do not owe the same shards: {decodings - once} images are decoded in a second pass")
     computed = [0] * len(jobs)
     total = sum(len(shard.ids) * len(sharing) for (shard, _), sharing in passes.items())
-    with tqdm(total=total, unit="img", desc=f"{label} {dataset.name}", disable=None, smoothing=0.05) as bar:
-        while passes:
+    bar = tqdm(total=total, unit="img", desc=f"{label} {dataset.name}", disable=terms.quiet or None, smoothing=0.05)
+    with bar:
+        worker = _Worker(compute, terms, bar.update)
+        while passes and not terms.stop.asked:
             progress = False
             for (shard, batch_size), sharing in list(passes.items()):
-                with ExitStack() as leases:
-                    mine = [index for index in sharing if _lease(leases, jobs[index].store, shard.number)]
+                if terms.stop.asked:
+                    break
+                # At hand from its lease on: a signal meanwhile waits for its commit.
+                with terms.stop.at_hand(len(shard.ids)), ExitStack() as leases:
+                    leased = [index for index in sharing if _lease(leases, jobs[index].store, shard.number)]
                     # A shard that another process committed since the plan was read costs nothing.
-                    owed = [index for index in mine if shard.number not in jobs[index].store.committed()]
+                    owed = [index for index in leased if shard.number not in jobs[index].store.committed()]
                     if owed:
                         # An image that left the dataset after its shard was planned keeps its row, marked unreadable.
                         wanted = [sources.get(image, Source(image, "", -1)) for image in shard.ids]
-                        _commit([jobs[index] for index in owed], shard, wanted, batch_size, compute, bar.update)
+                        worker.commit([jobs[index] for index in owed], shard, wanted, batch_size)
+                bar.update(len(shard.ids) * (len(leased) - len(owed)))
                 for index in owed:
                     computed[index] += len(shard.ids)
-                left = [index for index in sharing if index not in mine]
+                left = [index for index in sharing if index not in leased]
                 if left:
                     passes[shard, batch_size] = left
                 else:
                     del passes[shard, batch_size]
-                progress |= bool(mine)
-            if not progress:
-                time.sleep(_POLL_SECONDS)
-    for job, count in zip(jobs, computed, strict=True):
-        if count or not any(job.store.path.glob("view.*")):
-            write_view(job.store.path)
+                progress |= bool(leased)
+            if passes and not progress:
+                terms.stop.wait(_POLL_SECONDS)
+    for job in jobs:
+        refresh_view(job.store.path)
     return computed
 
 
-def _commit(
-    jobs: Sequence[J],
-    shard: Shard,
-    sources: Sequence[Source],
-    batch_size: int,
-    compute: Compute[J],
-    on_rows: Callable[[int], object],
-) -> None:
-    # A function of its own: its rows are let go of before the next shard's are made.
-    for job, rows in zip(jobs, compute(jobs, sources, batch_size, on_rows), strict=True):
-        commit_shard(job.store.path, shard.number, rows)
+def _passes(
+    jobs: Sequence[J], part: tuple[int, int] | None, only: Mapping[str, Collection[int]] | None
+) -> dict[tuple[Shard, int], list[int]]:
+    """Owed shards, with the batch size of each, and which of the jobs owe them: those share one decoding."""
+    passes: dict[tuple[Shard, int], list[int]] = {}
+    for index, job in enumerate(jobs):
+        asked = None if only is None else only.get(job.store.recipe.fingerprint, ())
+        for shard in job.plan.shards:
+            if part is not None and shard.number % part[1] != part[0] - 1:
+                continue
+            if asked is None or shard.number in asked:
+                passes.setdefault((shard, job.batch_size), []).append(index)
+    return passes
+
+
+class _Worker(Generic[J]):
+    """Computes one shard after the other: decode, features, judgement, commit."""
+
+    def __init__(self, compute: Compute[J], terms: Terms, on_rows: Callable[[int], object]) -> None:
+        self._compute, self._terms, self._on_rows = compute, terms, on_rows
+        self._halving = Halving(terms.say)
+
+    def commit(self, jobs: Sequence[J], shard: Shard, sources: Sequence[Source], batch_size: int) -> None:
+        """Compute a shard for some jobs and commit it to the store of each."""
+        # Nothing is kept of its rows: they are let go of before the next shard's are made.
+        with self._terms.stop.at_hand(len(sources)):
+            every, used = self._halving.run(lambda size: self._rows(jobs, sources, size), batch_size)
+            if self._terms.guard is not None:
+                self._terms.guard.admit([(job.store, rows) for job, rows in zip(jobs, every, strict=True)], sources)
+            for job, rows in zip(jobs, every, strict=True):
+                with self._terms.profile.timed("write"):
+                    commit_shard(job.store.path, shard.number, rows, batch_size=used, threads=self._terms.threads)
+
+    def _rows(self, jobs: Sequence[J], sources: Sequence[Source], batch_size: int) -> Sequence[ShardRows]:
+        shown = 0
+
+        def through(images: int) -> None:
+            nonlocal shown
+            shown += images
+            self._on_rows(images)
+            self._terms.stop.through(images / len(jobs))
+
+        try:
+            return self._compute(jobs, sources, batch_size, through)
+        except BaseException:
+            self._on_rows(-shown)  # they are computed again, or not at all
+            raise
 
 
 def _lease(stack: ExitStack, store: FeatureStore, number: int) -> bool:

@@ -8,7 +8,7 @@ other (plans, leases, shards, quarantine, resume), and like any other it follows
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -22,7 +22,7 @@ import embcache
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION
 from embcache.extract.batching import Source, prepare_batches
-from embcache.extract.compute import compute_owed
+from embcache.extract.compute import Terms, compute_owed
 from embcache.extract.plan import Plan, plan_store
 from embcache.extract.request import check_numbers, default_workers
 from embcache.extract.scan import DatasetFiles, scan_dataset
@@ -32,7 +32,7 @@ from embcache.store.commit import ShardRows, create_store, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
 from embcache.store.recipe import Recipe
 
-__all__ = ["CurrentPixels", "cache_pixels", "current_pixels", "decode_into", "frame", "open_pixels"]
+__all__ = ["CurrentPixels", "cache_pixels", "current_pixels", "decode_into", "frame", "open_pixels", "pixel_recipe"]
 
 # 25 MB, which are 128 rows at 256×256: at most a few seconds of decoding to lose, and one shard fits any memory.
 SHARD_BYTES = 128 * 256 * 256 * 3
@@ -57,6 +57,7 @@ def cache_pixels(
     home: PathLike | None = None,
     workers: int | None = None,
     format: str | None = None,
+    only: Collection[int] | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> FeatureStore:
     """Decode and resize every image once, and keep the pixels; what is there already is not decoded again.
@@ -75,6 +76,8 @@ def cache_pixels(
         Threads that decode images; default: one a core, 8 at most.
     format : {"zarr", "hdf5"}, optional
         Default: the one the store has, Zarr for a new one.
+    only : collection of int, optional
+        Decode these shards and no other that is owed.
     say : callable
         Told what is decoded, and how much room it takes.
 
@@ -98,7 +101,7 @@ def cache_pixels(
         write_snapshot(files.folder, ds.to_parquet_bytes())
         files.keep()
         job = _Job(store, plan_store(store, wanted, files.root, files.scan))
-        owed = sum(len(shard.ids) for shard in job.plan.shards)
+        owed = sum(len(shard.ids) for shard in job.plan.shards if only is None or shard.number in only)
         if owed:
             size = f"{framing.size[1]}×{framing.size[0]}"
             room = owed * prod(store.row_shape) / 1e9
@@ -109,7 +112,8 @@ def cache_pixels(
         ) -> list[ShardRows]:
             return [_rows(files.root, sources, framing, batch_size, pool, on_rows) for _ in jobs]
 
-        compute_owed([job], ds, compute, label="decode", say=say)
+        wanted_shards = None if only is None else {store.recipe.fingerprint: only}
+        compute_owed([job], ds, compute, only=wanted_shards, label="decode", terms=Terms(say=say))
     return FeatureStore(store.path).restrict(wanted.table["id"])
 
 
@@ -210,7 +214,8 @@ def current_pixels(ds: ImageDataset, transform: Transform, files: DatasetFiles) 
     return CurrentPixels(store, rows) if rows else None
 
 
-def _recipe(framing: Transform) -> Recipe:
+def pixel_recipe(framing: Transform) -> Recipe:
+    """All that determines the pixels of a frame."""
     return Recipe(
         backbone=PIXELS,
         architecture="none",
@@ -225,14 +230,14 @@ def _recipe(framing: Transform) -> Recipe:
 
 
 def _path(folder: Path, framing: Transform) -> Path:
-    return folder / f"{PIXELS}-{_recipe(framing).fingerprint[:12]}"
+    return folder / f"{PIXELS}-{pixel_recipe(framing).fingerprint[:12]}"
 
 
 def _store(folder: Path, framing: Transform, format: str | None) -> FeatureStore:
     row_shape = (*framing.size, 3)
     path = create_store(
         folder,
-        _recipe(framing),
+        pixel_recipe(framing),
         format=format,
         row_shape=row_shape,
         rows_per_shard=max(1, min(MAX_ROWS, SHARD_BYTES // prod(row_shape))),

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import read_image
-from embcache.extract.scan import ABSENT, file_states
+from embcache.errors import ImageError
+from embcache.extract.batching import LEFT, medium_failed
+from embcache.extract.scan import ABSENT, Scan
 from embcache.store.commit import PlanEntry, publish_plan
 from embcache.store.feature_store import FeatureStore
 
@@ -37,33 +37,44 @@ class Plan:
     cached: int  # images of the dataset that are committed already
     added: int  # images that no shard held before this plan
     changed: int  # images whose bytes changed since they were extracted
+    retried: int = 0  # images that were quarantined, and are owed once more
 
 
 def plan_store(
-    store: FeatureStore, dataset: ImageDataset, root: Path, scan: pd.DataFrame, *, publish: bool = True
+    store: FeatureStore,
+    dataset: ImageDataset,
+    root: Path,
+    scan: Scan,
+    *,
+    publish: bool = True,
+    retry_quarantined: bool = False,
 ) -> Plan:
     """Publish what ``store`` owes for ``dataset`` as new shards, and return all shards still to compute.
 
     Shards that an earlier, interrupted run planned come first, unchanged. With ``publish=False`` nothing is written
-    and the shards are those that would be.
+    and the shards are those that would be. With ``retry_quarantined`` quarantined images are owed once more: what could
+    not be read then may be now, though the files have not changed.
     """
-    states = {path: state[:2] for path, state in file_states(scan).items()}
-    members = dict(
-        zip(dataset.table["id"], zip(dataset.table["path"], dataset.table["member"], strict=True), strict=True)
-    )
+    states = scan.states
+    ids, paths, rows = (dataset.table[name].tolist() for name in ("id", "path", "member"))
+    members = dict(zip(ids, zip(paths, rows, strict=True), strict=True))
     while True:
         plans, committed = store.plans(), set(store.committed())
         owed = {number: entries for number, entries in plans.items() if number not in committed}
-        held = dict(store.sources())
+        held, reasons = store.sources_and_reasons()
+        # A row of an image that had left the dataset says nothing of one that is back.
+        again = {image for image, reason in reasons.items() if retry_quarantined or reason == LEFT}
         cached = sum(image in held for image in members)
         for _, entries in sorted(owed.items()):
             held.update((entry.id, entry) for entry in entries)
+            again.difference_update(entry.id for entry in entries)
         fresh = [
             PlanEntry(image, *states[path], None)
             for image, (path, member) in members.items()
-            if image not in held or not _same_bytes(held[image], root, path, int(member), states[path])
+            if image not in held or image in again or not _same_bytes(held[image], root, path, member, states[path])
         ]
-        changed = sum(entry.id in held for entry in fresh)
+        retried = sum(entry.id in again for entry in fresh)
+        changed = sum(entry.id in held for entry in fresh) - retried
         size = store.rows_per_shard
         chunks = [fresh[start : start + size] for start in range(0, len(fresh), size)]
         first = max(plans, default=-1) + 1
@@ -71,7 +82,7 @@ def plan_store(
         if not publish or all(publish_plan(store.path, first + i, chunk) for i, chunk in enumerate(chunks)):
             numbered: Mapping[int, object] = {first + i: chunk for i, chunk in enumerate(chunks)}
             shards = [Shard(n, tuple(e.id for e in entries)) for n, entries in sorted({**owed, **numbered}.items())]  # type: ignore[attr-defined]
-            return Plan(tuple(shards), cached - changed, len(fresh) - changed, changed)
+            return Plan(tuple(shards), cached - changed - retried, len(fresh) - changed - retried, changed, retried)
 
 
 def _same_bytes(held: PlanEntry, root: Path, path: str, member: int, state: tuple[int, int]) -> bool:
@@ -83,7 +94,13 @@ def _same_bytes(held: PlanEntry, root: Path, path: str, member: int, state: tupl
 
 
 def _digest(root: Path, path: str, member: int) -> str:
-    if member < 0:
-        with (root / path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    return read_image(root, path, member)[1]
+    """Of an image's bytes as they are now; empty where they cannot be had, so that computing it says why."""
+    try:
+        if member < 0:
+            with (root / path).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        return read_image(root, path, member)[1]
+    except (ImageError, FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        raise medium_failed(root / path, error) from error

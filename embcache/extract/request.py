@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
 from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.extract.batching import Source, prepare
-from embcache.paths import PathLike
+from embcache.paths import PathLike, slug
+from embcache.store.feature_store import FeatureStore
 
 
 def none_readable(dataset: ImageDataset, root: Path) -> DatasetNotFoundError:
@@ -66,19 +67,36 @@ def default_workers() -> int:
 
 
 def check_numbers(
-    batch_size: int | None = None,
-    workers: int | None = None,
+    batch_size: int | str | None = None,
+    workers: int | str | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
 ) -> None:
     """`UsageError` for numbers that no extraction can have."""
     if views < 1:
         raise UsageError("the number of views must be at least 1", found=str(views), fix="--views 4")
-    if batch_size is not None and batch_size < 1:
-        raise UsageError("the batch size must be at least 1", found=str(batch_size))
-    if workers is not None and workers < 1:
-        raise UsageError("the number of workers must be at least 1", found=str(workers))
+    for words, flag, value in (("batch size", "batch-size", batch_size), ("number of workers", "workers", workers)):
+        if value is not None and value != "auto" and not (isinstance(value, int) and value >= 1):
+            raise UsageError(
+                f"the {words} must be at least 1", expected="a number, or auto", found=str(value), fix=f"--{flag} auto"
+            )
     if part is not None and not 1 <= part[0] <= part[1]:
         raise UsageError(
             "no such part", expected="I/N with 1 <= I <= N", found=f"{part[0]}/{part[1]}", fix="--part 1/4"
+        )
+
+
+def say_what_differs(store: FeatureStore, folder: Path, say: Callable[[str], object]) -> None:
+    """Tell why the features of a backbone that is cached already are computed anew: a stale cache is never served."""
+    for path in sorted(folder.glob(f"{slug(store.recipe.backbone)}-*")):
+        other = FeatureStore(path)
+        if path == store.path or other.recipe.backbone != store.recipe.backbone or not other.committed():
+            continue
+        if other.views != store.views:
+            continue  # asked for as such: nobody takes one for the other
+        differences = store.recipe.differences(other.recipe)
+        what = ", ".join(f"{name} {theirs} there, {mine} now" for name, (mine, theirs) in differences.items())
+        say(
+            f"{store.recipe.backbone} is cached under another recipe ({path.name}: {what}); "
+            "all images are extracted under this one, and `embcache probe --recipe PREFIX` tells the two apart"
         )

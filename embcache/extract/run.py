@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +16,25 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION
 from embcache.extract.backbones import find_backbone, load_backbone
 from embcache.extract.batching import Source
-from embcache.extract.compute import compute_owed
+from embcache.extract.compute import Terms, compute_owed
+from embcache.extract.devices import Crew, split_devices
+from embcache.extract.limits import Guard
 from embcache.extract.pixels import CurrentPixels, current_pixels
 from embcache.extract.plan import Plan, plan_store
-from embcache.extract.request import check_numbers, default_workers, weights_by_name
+from embcache.extract.profile import Profile
+from embcache.extract.request import (
+    check_numbers,
+    default_workers,
+    image_root,
+    say_what_differs,
+    weights_by_name,
+)
 from embcache.extract.scan import DatasetFiles, scan_dataset
+from embcache.extract.stopping import Stop
 from embcache.extract.transforms import choose_transform
+from embcache.extract.tune import settle
 from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, freeze
-from embcache.paths import PathLike, slug
+from embcache.paths import PathLike, home_dir
 from embcache.store.commit import ShardRows, create_store, write_snapshot
 from embcache.store.feature_store import FeatureStore
 from embcache.store.recipe import Recipe
@@ -43,6 +55,8 @@ class Extraction:
     cached: int  # images that were in the store before
     added: int
     changed: int
+    retried: int
+    left: int  # images that are owed still: the run was stopped, or they are another part's
     quarantined: Mapping[str, str]  # id → reason, of the whole dataset
     seconds: float
     notes: tuple[str, ...]
@@ -65,11 +79,15 @@ def extract_features(
     transform: str | None = None,
     device: str = "auto",
     precision: str = "fp32",
-    batch_size: int | None = None,
-    workers: int | None = None,
+    batch_size: int | str | None = None,
+    workers: int | str | None = None,
     format: str | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
+    feature_dtype: str = "float32",
+    on_error: str = "quarantine",
+    max_bad: int | str = "1%",
+    retry_quarantined: bool = False,
 ) -> FeatureStore | dict[str, FeatureStore]:
     """Run frozen backbones once over all images of a dataset, computing only what is not cached.
 
@@ -86,12 +104,12 @@ def extract_features(
     transform : {"paper", "imagenet", "model"}, optional
         Default: ``paper``, and for ``timm:`` backbones the model's own preprocessing.
     device : str
-        ``auto``, ``cpu``, ``cuda:0``, …
+        ``auto``, ``cpu``, ``cuda:0``, …; several, such as ``cuda:0,cuda:1``, share the work, in a process each.
     precision : {"fp32", "tf32", "bf16", "fp16"}
         Part of the recipe: another precision is another store.
-    batch_size : int, optional
+    batch_size : int or "auto", optional
         Default: the one recorded in the store; for a new one 16 on a CPU, 64 on a GPU.
-    workers : int, optional
+    workers : int or "auto", optional
         Threads that decode images; default: one per core, 8 at most.
     format : {"zarr", "hdf5"}, optional
         Default: the one the store has, Zarr for a new one.
@@ -100,6 +118,16 @@ def extract_features(
     views : int
         More than one: a store of its own with rows (V, D). View 0 is the plain image, the others are augmented as the
         dataset's modality allows (:mod:`embcache.extract.augment`), the same in every run.
+    feature_dtype : {"float32", "float16"}
+        As which the features are kept, whatever computed them. Part of the recipe: float16 is a store of its own, of
+        half the size; an image whose features it cannot hold is quarantined.
+    on_error : {"quarantine", "fail"}
+        What an image does that cannot be read, or whose features are not finite: it is left out, with the reason, or
+        the run stops at the first.
+    max_bad : int or str
+        Quarantined images, or such as ``"1%"`` of the dataset (one at least), above which the run stops.
+    retry_quarantined : bool
+        Look at quarantined images again, though their files have not changed.
 
     Returns
     -------
@@ -115,6 +143,7 @@ def extract_features(
     done = run_extraction(
         names, dataset, home=home, weights=weights, transform=transform, device=device, precision=precision,
         batch_size=batch_size, workers=workers, format=format, part=part, views=views,
+        feature_dtype=feature_dtype, on_error=on_error, max_bad=max_bad, retry_quarantined=retry_quarantined,
     )  # fmt: skip
     stores = {extraction.backbone: extraction.store for extraction in done}
     return stores[names[0]] if isinstance(backbones, str) else stores
@@ -129,46 +158,122 @@ def run_extraction(
     transform: str | None = None,
     device: str = "auto",
     precision: str = "fp32",
-    batch_size: int | None = None,
-    workers: int | None = None,
+    batch_size: int | str | None = None,
+    workers: int | str | None = None,
     format: str | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
+    feature_dtype: str = "float32",
+    on_error: str = "quarantine",
+    max_bad: int | str = "1%",
+    retry_quarantined: bool = False,
+    only: Mapping[str, Collection[int]] | None = None,
+    stop: Stop | None = None,
     say: Callable[[str], object] = lambda line: None,
+    joining: bool = False,
+    profile: Profile | None = None,
 ) -> list[Extraction]:
-    """As :func:`extract_features`, reporting what was done; ``say`` is told each thing worth knowing as it happens."""
+    """As :func:`extract_features`, reporting what was done; ``say`` is told each thing worth knowing as it happens.
+
+    With ``only``, shards by fingerprint of a store, no others are computed: what else is owed stays so. ``stop`` ends
+    the run after the shard at hand. ``joining`` is for a process that helps another one: it tells what happens to it
+    and not what the other tells anyway. ``profile`` is told where the time of this process goes.
+    """
     started = time.monotonic()
-    overrides = weights_by_name(names, weights)
+    weights, stop, devices = weights_by_name(names, weights), stop or Stop(), split_devices(device)
     check_numbers(batch_size, workers, part, views)
-    with ThreadPoolExecutor(workers or default_workers()) as pool:
+    guard = Guard(dataset, image_root(dataset), on_error, max_bad, home)
+    tell = (lambda line: None) if joining else say
+    profile = profile or Profile()
+    with ExitStack() as pools:
+        threads = workers if isinstance(workers, int) else max(1, default_workers() // len(devices))
+        pool = pools.enter_context(ThreadPoolExecutor(threads))
         files = scan_dataset(dataset, home, pool)
+        networks = open_networks(
+            names, dataset, files, home=home, weights=weights, transform=transform, device=devices[0],
+            precision=precision, views=views, feature_dtype=feature_dtype,
+        )  # fmt: skip
         jobs = []
-        for name in names:
-            spec = find_backbone(name)
-            if dataset.kind in spec.contaminated:
-                say(f"{name} was pretrained on images of {dataset.kind}: its scores there are contaminated")
-            chosen = choose_transform(spec, transform, files.sizes)
-            loaded = load_backbone(name, weights=overrides.get(name), home=home, image_size=chosen.size)
-            network = freeze(loaded, chosen, device, precision, views, dataset.augment)
-            store = _store(files.folder, network, format, batch_size)
+        for name, network in zip(names, networks, strict=True):
+            if dataset.kind in network.backbone.spec.contaminated:
+                tell(f"{name} was pretrained on images of {dataset.kind}: its scores there are contaminated")
+            size, threads = settle(batch_size, workers, threads, network, make_recipe(network), files, dataset, tell)
+            store = _store(files.folder, network, format, size, threads if workers == "auto" else None)
             if not store.committed():
-                _say_what_differs(store, files.folder, say)
-            plan = plan_store(store, dataset, files.root, files.scan)
-            jobs.append(_Job(network, store, plan, batch_size or store.batch_size))
-        write_snapshot(files.folder, dataset.to_parquet_bytes())
-        files.keep()
-        cached = _cached_pixels(jobs, dataset, files, say)
+                say_what_differs(store, files.folder, tell)
+            plan = plan_store(store, dataset, files.root, files.scan, retry_quarantined=retry_quarantined)
+            jobs.append(_Job(network, store, plan, size or store.batch_size))
+        pool = pools.enter_context(ThreadPoolExecutor(threads))
+        profile.workers = threads
+        if not joining:
+            write_snapshot(files.folder, dataset.to_parquet_bytes())
+            files.keep()
+        cached = _cached_pixels(jobs, dataset, files, tell)
 
         def compute(
             jobs: Sequence[_Job], sources: Sequence[Source], batch_size: int, on_rows: Callable[[int], object]
         ) -> list[ShardRows]:
             networks = [job.network for job in jobs]
             return compute_shard(
-                files.root, sources, networks, batch_size=batch_size, pool=pool, cached=cached, on_rows=on_rows
-            )
+                files.root, sources, networks, batch_size=batch_size, pool=pool, cached=cached, on_rows=on_rows,
+                on_bad=guard.look, profile=profile,
+            )  # fmt: skip
 
-        computed = compute_owed(jobs, dataset, compute, part=part, say=say)
+        terms = Terms(guard, stop, threads=torch.get_num_threads(), say=say, quiet=joining, profile=profile)
+        owed = any(job.plan.shards for job in jobs)
+        request = {
+            "names": list(names), "home": str(home_dir(home)), "weights": {n: str(w) for n, w in weights.items()},
+            "transform": transform, "precision": precision, "workers": threads,
+            "batch_size": batch_size if isinstance(batch_size, int) else None,
+            "part": part, "views": views, "feature_dtype": feature_dtype, "on_error": on_error, "max_bad": max_bad,
+            "only": None if only is None else {fingerprint: list(numbers) for fingerprint, numbers in only.items()},
+        }  # fmt: skip
+        with Crew(devices[1:] if owed else (), dataset, request, stop, say) as crew:
+            computed = compute_owed(jobs, dataset, compute, part=part, only=only, terms=terms)
+    for _, images in crew.computed:
+        computed = [ours + theirs for ours, theirs in zip(computed, images, strict=True)]
     return [_summary(job, dataset, computed[i], time.monotonic() - started) for i, job in enumerate(jobs)]
+
+
+def open_networks(
+    names: Sequence[str],
+    dataset: ImageDataset,
+    files: DatasetFiles,
+    *,
+    home: PathLike | None = None,
+    weights: PathLike | Mapping[str, PathLike] | None = None,
+    transform: str | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    views: int = 1,
+    feature_dtype: str = "float32",
+) -> list[FrozenNetwork]:
+    """The networks that an extraction with the same arguments uses, in the order of ``names``; nothing is computed.
+
+    Parameters
+    ----------
+    files : DatasetFiles
+        The dataset's files as they are now: the transform follows their sizes.
+    names, dataset, home, weights, transform, device, precision, views, feature_dtype
+        As for :func:`extract_features`.
+
+    Returns
+    -------
+    list of FrozenNetwork
+        :func:`make_recipe` gives the recipe of each.
+
+    Raises
+    ------
+    UsageError, WeightsError
+        A name, a value or a device does not exist; weights are not there or do not fit.
+    """
+    overrides = weights_by_name(names, weights)
+    networks = []
+    for name in names:
+        chosen = choose_transform(find_backbone(name), transform, files.sizes)
+        loaded = load_backbone(name, weights=overrides.get(name), home=home, image_size=chosen.size)
+        networks.append(freeze(loaded, chosen, device, precision, views, dataset.augment, feature_dtype))
+    return networks
 
 
 def _cached_pixels(
@@ -199,18 +304,20 @@ def make_recipe(network: FrozenNetwork) -> Recipe:
         decoder=DECODER_VERSION,
         pooling=spec.pooling,
         precision=network.precision,
-        dtype="float32",
+        dtype=network.dtype,
         numerics=NUMERICS,
     )
 
 
-def _store(folder: Path, network: FrozenNetwork, format: str | None, batch_size: int | None) -> FeatureStore:
+def _store(
+    folder: Path, network: FrozenNetwork, format: str | None, batch_size: int | None, workers: int | None
+) -> FeatureStore:
     provenance = {
         "weights": network.backbone.weights_source,
         "device": str(network.device),
         "torch": torch.__version__,
         "embcache": embcache.__version__,
-    }
+    } | ({} if workers is None else {"workers": workers})
     path = create_store(
         folder,
         make_recipe(network),
@@ -226,7 +333,7 @@ def _store(folder: Path, network: FrozenNetwork, format: str | None, batch_size:
 
 def _summary(job: _Job, dataset: ImageDataset, computed: int, seconds: float) -> Extraction:
     store = FeatureStore(job.store.path).restrict(dataset.table["id"].tolist())
-    name = job.network.backbone.spec.name
+    name, committed = job.network.backbone.spec.name, set(store.committed())
     notes = []
     threads = torch.get_num_threads()
     if computed and (job.batch_size, threads) != (store.batch_size, store.threads):
@@ -241,23 +348,9 @@ def _summary(job: _Job, dataset: ImageDataset, computed: int, seconds: float) ->
         job.plan.cached,
         job.plan.added,
         job.plan.changed,
+        job.plan.retried,
+        sum(len(shard.ids) for shard in job.plan.shards if shard.number not in committed),
         dict(store.quarantined),
         seconds,
         tuple(notes),
     )
-
-
-def _say_what_differs(store: FeatureStore, folder: Path, say: Callable[[str], object]) -> None:
-    """Tell why the features of a backbone that is cached already are computed anew: a stale cache is never served."""
-    for path in sorted(folder.glob(f"{slug(store.recipe.backbone)}-*")):
-        other = FeatureStore(path)
-        if path == store.path or other.recipe.backbone != store.recipe.backbone or not other.committed():
-            continue
-        if other.views != store.views:
-            continue  # asked for as such: nobody takes one for the other
-        differences = store.recipe.differences(other.recipe)
-        what = ", ".join(f"{name} {theirs} there, {mine} now" for name, (mine, theirs) in differences.items())
-        say(
-            f"{store.recipe.backbone} is cached under another recipe ({path.name}: {what}); "
-            "all images are extracted under this one, and `embcache probe --recipe PREFIX` tells the two apart"
-        )

@@ -12,31 +12,40 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from embcache.errors import UsageError
 from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.backbones import LoadedBackbone
-from embcache.extract.batching import Source, stack_batch
+from embcache.extract.batching import AHEAD, Source, stack_batch
+from embcache.extract.fold import fold_norms
+from embcache.extract.profile import Profile
+from embcache.extract.reduced import to_bfloat16
+from embcache.extract.transfer import DEPTH, Receiver, Sender, as_tensor
 from embcache.extract.transforms import Transform, frame, normalise
 from embcache.extract.views import CachedFrames, Views, make_views, view_batches
 from embcache.memory import keep_freed_memory
 from embcache.store.commit import ShardRows
 
+DTYPES = ("float32", "float16")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 # Raised whenever the arithmetic between decoded pixels and stored features changes: it is part of every recipe.
-NUMERICS = 1
+# 2: batch norms folded into convolutions; bfloat16 from end to end.
+NUMERICS = 2
 
 
 @dataclass(frozen=True)
 class FrozenNetwork:
     """A loaded backbone with its transform, device and precision: uint8 batches in, float32 features out.
 
-    With more than one view, each image is seen so many times: as it is, and augmented.
+    With more than one view, each image is seen so many times: as it is, and augmented. ``dtype`` is that in which the
+    features are kept.
     """
 
     backbone: LoadedBackbone
@@ -45,6 +54,7 @@ class FrozenNetwork:
     precision: str
     views: int = 1
     augmentation: Augmentation | None = None
+    dtype: str = "float32"
 
     @property
     def looks(self) -> Views:
@@ -59,11 +69,17 @@ class FrozenNetwork:
 
     def features(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Features, float32 (B, D), of a uint8 batch (B, H, W, 3)."""
-        with torch.inference_mode(), arithmetic(self.device, self.precision):
-            batch = normalise(torch.from_numpy(pixels), self.transform, self.device)
-            output = self.backbone.module(batch.contiguous(memory_format=torch.channels_last))
-        result: NDArray[np.float32] = output.float().cpu().numpy()
+        result: NDArray[np.float32] = self.forward(as_tensor(pixels)).cpu().numpy()
         return result
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """As :meth:`features` of a tensor, best on the device already: the result is, and may not be done yet."""
+        # A network for bfloat16 has its weights in it, and says itself where: autocast would cast them in every batch.
+        precision = "fp32" if self.precision == "bf16" else self.precision
+        with torch.inference_mode(), arithmetic(self.device, precision):
+            batch = normalise(pixels, self.transform, self.device)
+            output: Tensor = self.backbone.module(batch.contiguous(memory_format=torch.channels_last))
+            return output.float()
 
 
 def freeze(
@@ -73,15 +89,23 @@ def freeze(
     precision: str,
     views: int = 1,
     augment: str = "generic",
+    dtype: str = "float32",
 ) -> FrozenNetwork:
     """Put a backbone on its device, ready to extract; ``augment`` is the modality that views beyond the first follow.
 
     Raises
     ------
     UsageError
-        The device is not there, or does not have the precision.
+        The device is not there, or does not have the precision; features are not kept in that dtype.
     """
     target = pick_device(device)
+    if dtype not in DTYPES:
+        raise UsageError(
+            "unknown dtype of features",
+            expected=", ".join(DTYPES),
+            found=dtype,
+            fix="embcache extract --feature-dtype float32 …",
+        )
     if precision not in PRECISIONS:
         raise UsageError(
             "unknown precision",
@@ -95,8 +119,12 @@ def freeze(
         )
     if target.type == "cpu":
         keep_freed_memory()
+    # Networks that are trained go another way: a folded norm learns nothing.
+    module = fold_norms(backbone.module.to(device="cpu"), transform.size)
+    if precision == "bf16":
+        module = to_bfloat16(module)
     # Channels last is about 1.5 times faster for convolutions on CPUs (docs/log.md) and what tensor cores want.
-    module = backbone.module.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = module.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return FrozenNetwork(
         LoadedBackbone(backbone.spec, module, backbone.weights_sha256, backbone.weights_source),
         transform,
@@ -104,6 +132,7 @@ def freeze(
         precision,
         views,
         augmentation(augment, frame(transform).size, transform.size) if views > 1 else None,
+        dtype,
     )
 
 
@@ -162,6 +191,8 @@ def compute_shard(
     pool: Executor,
     cached: Mapping[str, CachedFrames] | None = None,
     on_rows: Callable[[int], object] = lambda rows: None,
+    on_bad: Callable[[Source, str], object] = lambda source, reason: None,
+    profile: Profile | None = None,
 ) -> list[ShardRows]:
     """Features of one shard under each network; every image is read and decoded once for all of them.
 
@@ -172,7 +203,7 @@ def compute_shard(
     sources : sequence of Source
         The shard's images, in order.
     networks : sequence of FrozenNetwork
-        Each sees every image.
+        Each sees every image; all on one device.
     batch_size : int
         Rows of each batch given to a network, always; see :mod:`embcache.extract.batching`.
     pool : Executor
@@ -181,6 +212,10 @@ def compute_shard(
         By frame key, images that need no decoding; the features are the same either way.
     on_rows : callable
         Told the number of images after each batch and network.
+    on_bad : callable
+        Told each image that cannot be used, and why, as soon as that is known; may raise.
+    profile : Profile, optional
+        Told how long each step took.
 
     Returns
     -------
@@ -194,25 +229,52 @@ def compute_shard(
     features = [np.zeros((len(sources), net.views, net.backbone.spec.dim), np.float32) for net in networks]
     digests: list[str] = []
     reasons: list[str] = []
-    for batch in view_batches(root, sources, distinct, batch_size, pool, cached):
+    profile, overlapped = profile or Profile(), networks[0].device.type != "cpu"
+    profile.overlapped = overlapped
+    sender, receiver = Sender(networks[0].device), Receiver()
+    # On a CPU the cores that would decode the next batch are those that compute this one: neither gets faster, and
+    # torch's threads wait for whichever of them was interrupted (docs/log.md).
+    ahead = AHEAD if overlapped else 0
+    batches = view_batches(root, sources, distinct, batch_size, pool, cached, ahead=ahead, profile=profile)
+    while True:
+        with profile.timed("idle"):
+            batch = next(batches, None)
+        if batch is None:
+            break
         start = len(digests)
         digests += [prepared.digest for prepared in batch]
         reasons += [prepared.reason for prepared in batch]
-        stacked: dict[int, NDArray[np.uint8]] = {}
+        for source, prepared in zip(sources[start:], batch, strict=False):
+            if prepared.reason:
+                on_bad(source, prepared.reason)
+        sent: dict[int, Tensor] = {}
         for network, views, target in zip(networks, looks, features, strict=True):
             for view in range(views.number):
                 # A batch holds one view of its images, so that view 0 is computed just as without others.
                 which = firsts[views] + view
-                if which not in stacked:
-                    stacked[which] = stack_batch(batch, which, batch_size, views.size)
-                target[start : start + len(batch), view] = network.features(stacked[which])[: len(batch)]
+                if which not in sent:
+                    with profile.timed("transfer"):
+                        pixels = sender.empty((batch_size, *views.size, 3))
+                        sent[which] = sender.send(stack_batch(batch, which, pixels))
+                with profile.timed("forward"):
+                    output = network.forward(sent[which])
+                    receiver.bring(output, target[start : start + len(batch), view])
             on_rows(len(batch))
-    shaped = [rows.reshape(len(sources), *net.row_shape) for rows, net in zip(features, networks, strict=True)]
+        with profile.timed("forward"):
+            receiver.settle(keep=(DEPTH - 1) * sum(views.number for views in looks))
+    with profile.timed("forward"):
+        receiver.settle()
+    # What a narrow dtype cannot hold becomes infinite, and is quarantined like whatever else is not finite.
+    with np.errstate(over="ignore"):
+        shaped = [
+            rows.reshape(len(sources), *net.row_shape).astype(net.dtype, copy=False)
+            for rows, net in zip(features, networks, strict=True)
+        ]
     return [_rows(sources, rows, digests, reasons) for rows in shaped]
 
 
 def _rows(
-    sources: Sequence[Source], features: NDArray[np.float32], digests: Sequence[str], reasons: Sequence[str]
+    sources: Sequence[Source], features: NDArray[Any], digests: Sequence[str], reasons: Sequence[str]
 ) -> ShardRows:
     finite = [bool(np.isfinite(row).all()) for row in features]
     why = tuple(

@@ -6,7 +6,7 @@ A *frame* is an image after resizing and before the crop: what a pixel store hol
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import lcm
@@ -65,7 +65,9 @@ class Frames:
     ids: tuple[str, ...]
 
 
-def choose_transforms(specs: Sequence[Backbone], kind: str | None, sizes: set[tuple[int, int]]) -> dict[str, Transform]:
+def choose_transforms(
+    specs: Sequence[Backbone], kind: str | None, sizes: Collection[tuple[int, int]]
+) -> dict[str, Transform]:
     """One transform a backbone, all of the same geometry, so that every backbone sees the same augmented pixels.
 
     Raises

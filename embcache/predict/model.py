@@ -19,7 +19,7 @@ from embcache.extract.batching import Source, prepare_batches, stack_batch
 from embcache.extract.request import weights_by_name
 from embcache.extract.run import BATCH_SIZES, make_recipe
 from embcache.extract.transforms import Transform
-from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, freeze, pick_device
+from embcache.extract.worker import FrozenNetwork, compute_shard, freeze, pick_device
 from embcache.finetune.model import FinetunedModel, load_finetuned
 from embcache.paths import PathLike
 from embcache.probe.apply import predict_logits
@@ -71,7 +71,7 @@ class _FinetunedModel:
         parts: list[FloatArray] = []
         reasons: list[str] = []
         for batch in prepare_batches(root, sources, [transform.geometry], self.batch_size, pool):
-            pixels = stack_batch(batch, 0, len(batch), transform.size)
+            pixels = stack_batch(batch, 0, torch.empty((len(batch), *transform.size, 3), dtype=torch.uint8)).numpy()
             parts.append(np.mean([m.predict(pixels) for m in self.models], axis=0))
             reasons += [
                 prepared.reason or ("" if np.isfinite(row).all() else "the outputs are not finite")
@@ -128,7 +128,7 @@ def load_model(
                 "a finetuned run has weights of its own", found=f"--weights {weights}", fix="leave --weights out"
             )
         for recipe in recipes.values():  # of its features nothing else is left to chance: the model was saved whole
-            _refuse_differences(result, recipe, replace(recipe, decoder=DECODER_VERSION, numerics=NUMERICS), folder)
+            _refuse_differences(result, recipe, replace(recipe, decoder=DECODER_VERSION), folder)
         target = pick_device(device)
         models = [load_finetuned(folder, result, fold, str(target)) for fold in folds]
         return _FinetunedModel(models, BATCH_SIZES.get(target.type, 64))

@@ -138,6 +138,11 @@ class ProbeResult:
     target: str = ""
     recipes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The notes that say how many images could not be read: every table of scores repeats them."""
+        return tuple(note for note in self.notes if " unreadable images " in note)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
         return json.loads(json.dumps(asdict(self), allow_nan=False))  # type: ignore[no-any-return]

@@ -263,7 +263,10 @@ def _row(
         result.mean,
         result.std,
         interval(samples),
-        notes=tuple(note for note in result.notes if note.startswith(("few test groups", "ungrouped"))),
+        notes=(
+            *(note for note in result.notes if note.startswith(("few test groups", "ungrouped"))),
+            *result.left_out,
+        ),
         labels_used=result.labels_used,
     )
     if reference is None or against is None or reference.result.mean is None:

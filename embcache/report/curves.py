@@ -173,6 +173,7 @@ def curve_table(results: Sequence[ProbeResult]) -> Table:
         "columns: training labels of a fold; labels used, validation included: "
         + ", ".join(f"{n:,}: {labels:,}" for n, labels in used.items()),
         "mean ± sd over folds; interval: bootstrap over test groups",
+        *dict.fromkeys(f"{r.dataset}: {note}" for r in scored for note in r.left_out),
     )
     return Table(
         "curves",

@@ -124,6 +124,7 @@ def score_subgroups(
             )
         where = np.array([place[image] for image in tested.ids], dtype=np.int64)
         asked = metric or result.metric
+        notes |= dict.fromkeys(result.left_out)
         rows.append(_score(tested, asked, "", "all", np.ones(len(where), dtype=bool), resamples))
         for name in by:
             column = column_values(ds, name)

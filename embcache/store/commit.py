@@ -1,29 +1,41 @@
-"""The only module of the store that writes to disk.
+"""What the store writes to disk, and in which order; with its hands, `embcache.store.disk`, the only module that does.
 
 Nothing that readers look at is ever edited. A shard is written under ``staging/``, flushed to disk file by file and
 folder by folder, and renamed into place as a whole; a plan is linked into place, which fails when its number is taken.
 A process killed at any instant leaves either the old state or the new one, and at most rubbish under ``staging/``,
-which is never read and which the next commit of the same shard removes.
+which is never read and which the next commit of the same shard removes. So does a machine that loses its power: what
+is renamed is on disk before it gets its name, and a shard never outlives the plan that it fulfils.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-import secrets
-import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from embcache.errors import StoreError
 from embcache.paths import slug
+from embcache.store.disk import (
+    create_exclusive,
+    exclusive_prefix,
+    make_folder,
+    remove,
+    remove_leftovers,
+    rename_new,
+    replace_file,
+    staged_name,
+    swap_in,
+    sync_folder,
+    take_aside,
+    write_tree,
+    writing,
+)
 from embcache.store.formats import FORMATS, find_format
 from embcache.store.header import StoreHeader
 from embcache.store.reading import (
+    committed_numbers,
     read_header,
     read_live,
     read_plan,
@@ -32,27 +44,25 @@ from embcache.store.reading import (
 from embcache.store.recipe import Recipe
 from embcache.store.rows import PlanEntry, ShardRows, check_ids
 from embcache.store.sealed import crc32c, seal
-from embcache.store.view import view_files
+from embcache.store.view import view_files, view_is_current
 
 __all__ = [
     "PlanEntry",
     "ShardRows",
     "commit_shard",
+    "create_exclusive",
     "create_store",
+    "discard",
     "publish_plan",
+    "refresh_view",
+    "replace_file",
+    "set_aside",
     "write_scan",
     "write_snapshot",
     "write_view",
 ]
 
-_TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-_FIXES = {
-    errno.ENOSPC: "free space there, then run the same command: what is committed stays",
-    errno.EDQUOT: "raise the quota or free space, then run the same command: what is committed stays",
-    errno.EACCES: "make the folder writable, or give --home FOLDER",
-    errno.EROFS: "give --home FOLDER on a disk that can be written",
-}
+_FOLDERS = ("plan", "shards", "leases", "staging")
 
 
 def create_store(
@@ -105,19 +115,24 @@ def create_store(
         provenance=dict(provenance or {}),
     )
     store = Path(dataset_dir) / f"{slug(recipe.backbone)}-{recipe.fingerprint[:12]}"
-    with _writing(store):
+    with writing(store):
         if not store.is_dir():
-            _make_folder(store.parent)
-            staged = store.parent / f".{store.name}-{secrets.token_hex(8)}"
+            make_folder(store.parent)
+            staged = store.parent / staged_name(f".{store.name}-")
             try:
-                _write_tree(staged, {"recipe.json": seal(header.to_json())}, ("plan", "shards", "leases", "staging"))
-                _rename_new(staged, store)
+                write_tree(staged, {"recipe.json": seal(header.to_json())}, _FOLDERS)
+                rename_new(staged, store)
             except FileNotFoundError:
                 # Another process created it first and removed what we had begun.
                 if not store.is_dir():
                     raise
-            _sync_folder(store.parent)
-            _remove_leftovers(store.parent, f".{store.name}-")
+        remove_leftovers(store.parent, f".{store.name}-")
+        # Copying tools drop empty folders; and whoever made a name may have been killed before it was on disk.
+        for name in _FOLDERS:
+            make_folder(store / name)
+        for folder in (store / "shards", store, store.parent, store.parent.parent):
+            sync_folder(folder)
+        _sweep(store)
     there = read_header(store)
     if there.recipe != recipe or there.row_shape != header.row_shape:
         raise StoreError(
@@ -135,6 +150,17 @@ def create_store(
             fix=f"leave out --format, or give --format {there.format}; `embcache export` writes other formats",
         )
     return store
+
+
+def _sweep(store: Path) -> None:
+    """Remove what killed processes and power cuts left of the shards that are committed: nobody needs it any more."""
+    for number in committed_numbers(store) if any((store / "staging").iterdir()) else ():
+        remove_leftovers(store / "staging", *_staged_prefixes(store, shard_name(number)))
+
+
+def _staged_prefixes(store: Path, name: str) -> list[str]:
+    """How names under ``staging/`` begin that a shard's rows, plan and lease are written under."""
+    return [f"shard-{name}-", *(exclusive_prefix(store / folder / f"{name}.json") for folder in ("plan", "leases"))]
 
 
 def publish_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> bool:
@@ -160,8 +186,21 @@ def publish_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> bool
     return create_exclusive(store / "plan" / f"{shard_name(number)}.json", sealed, staging=store / "staging")
 
 
-def commit_shard(store: Path, number: int, rows: ShardRows) -> bool:
+def commit_shard(
+    store: Path, number: int, rows: ShardRows, *, batch_size: int | None = None, threads: int | None = None
+) -> bool:
     """Commit the computed rows of shard ``number``; on return they are on disk, whoever wrote them.
+
+    Parameters
+    ----------
+    store : Path
+        The store's folder.
+    number : int
+        Of a published plan.
+    rows : ShardRows
+        As planned.
+    batch_size, threads : int, optional
+        With which they were computed; recorded where that is not with which the store was created.
 
     Returns
     -------
@@ -176,23 +215,28 @@ def commit_shard(store: Path, number: int, rows: ShardRows) -> bool:
     store = Path(store)
     header, name = read_header(store), shard_name(number)
     header.check_rows(rows, [entry.id for entry in read_plan(store, number)])
-    target, prefix = store / "shards" / name, f"shard-{name}-"
-    with _writing(store):
+    target = store / "shards" / name
+    with writing(store):
         won = False
         if not target.is_dir():
-            staged = store / "staging" / (prefix + secrets.token_hex(8))
+            staged = store / "staging" / staged_name(f"shard-{name}-")
             files = FORMATS[header.format].encode_shard(rows.blanked(), header.rows_per_shard)
             record = {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in sorted(files.items())}
-            files["commit.json"] = seal({"rows": len(rows.ids), "files": record})
+            made = {"batch_size": batch_size, "threads": threads}
+            unusual = {name: n for name, n in made.items() if n is not None and n != getattr(header, name)}
+            files["commit.json"] = seal({"rows": len(rows.ids), "files": record, **unusual})
+            # The plan may be another process's, killed before its name was on disk: no shard without its plan.
+            sync_folder(store / "plan")
             try:
-                _write_tree(staged, files)
-                won = _rename_new(staged, target)
+                write_tree(staged, files)
+                won = rename_new(staged, target)
             except FileNotFoundError:
                 # Whoever commits first removes what others have staged for the same shard.
                 if not target.is_dir():
                     raise
-        _sync_folder(target.parent)
-        _remove_leftovers(store / "staging", prefix)
+        sync_folder(target.parent)
+        # Whoever published the plan, or took the lease, may have been killed just after it.
+        remove_leftovers(store / "staging", *_staged_prefixes(store, name))
     return won
 
 
@@ -205,22 +249,40 @@ def write_view(store: Path) -> None:
     """
     store = Path(store)
     header = read_header(store)
-    files, links = view_files(header, read_live(store, header))
     view = store / FORMATS[header.format].view
-    staged = store / "staging" / f"view-{secrets.token_hex(8)}"
-    with _writing(store):
-        try:
-            _write_tree(staged, files)
-            for link, target in links.items():
-                # Relative to where the link will lie, not to where it is staged.
-                _link_or_copy(staged / link, os.path.relpath(target, Path(link).parent), store / target)
-            _swap_in(staged / view.name, view)
-        except FileNotFoundError:
-            # Another process wrote its view first and removed ours from staging.
-            if not view.exists():
-                raise
-        _sync_folder(store)
-        _remove_leftovers(store / "staging", "view-")
+    while True:
+        live = read_live(store, header)
+        files, links = view_files(header, live)
+        # Relative to where a link will lie, not to where it is staged.
+        targets = {link: (os.path.relpath(target, Path(link).parent), store / target) for link, target in links.items()}
+        staged = store / "staging" / staged_name("view-")
+        with writing(store):
+            try:
+                write_tree(staged, files, links=targets)
+                swap_in(staged / view.name, view)
+            except FileNotFoundError:
+                # Another process wrote its view first and removed ours from staging.
+                if not view.exists():
+                    raise
+            sync_folder(store)
+            remove_leftovers(store / "staging", "view-")
+        # What another process committed meanwhile is in its view: ours may just have replaced it, or removed it from
+        # staging.
+        if view_is_current(store, header, committed_numbers(store)):
+            return
+
+
+def refresh_view(store: Path) -> bool:
+    """Write the view unless it shows the shards that are committed; True when it was written.
+
+    A run that is killed between its last commit and its view leaves this to the next one.
+    """
+    store = Path(store)
+    if view_is_current(store, read_header(store), committed_numbers(store)):
+        remove_leftovers(store / "staging", "view-")
+        return False
+    write_view(store)
+    return True
 
 
 def write_snapshot(dataset_dir: Path, parquet: bytes) -> None:
@@ -233,185 +295,27 @@ def write_scan(dataset_dir: Path, parquet: bytes) -> None:
     replace_file(Path(dataset_dir) / "scan.parquet", parquet)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old bytes or the new ones, and nothing between; makes its folder."""
-    prefix = f".{path.name}-"
-    with _writing(path):
-        _make_folder(path.parent)
-        if not (path.is_file() and path.read_bytes() == data):
-            staged = path.with_name(prefix + secrets.token_hex(8))
-            try:
-                _write_file(staged, data)
-                staged.replace(path)
-            except FileNotFoundError:
-                # Another process wrote the same file and removed what we had begun: ours counts as overwritten.
-                if not path.exists():
-                    raise
-            _sync_folder(path.parent)
-        _remove_leftovers(path.parent, prefix)
+def set_aside(store: Path, path: Path, label: str) -> Path:
+    """Take a file or folder out of a store at once: it then lies under staging, as ``LABEL-<digits>``, until discarded.
+
+    Raises
+    ------
+    StoreError
+        The disk refuses.
+    """
+    aside = Path(store) / "staging" / staged_name(f"{label}-")
+    with writing(path):
+        take_aside(path, aside)
+    return aside
 
 
-def create_exclusive(path: Path, data: bytes, *, staging: Path) -> bool:
-    """Write a file that must not be there yet, whole or not at all; False when it is there."""
-    prefix = f"{path.parent.name}-{path.name}-"
-    staged = staging / (prefix + secrets.token_hex(8))
-    with _writing(path):
-        won = False
-        if not path.exists():
-            _write_file(staged, data)
-            won = _link_new(staged, path)
-        _sync_folder(path.parent)
-        _remove_leftovers(staging, prefix)
-    return won
+def discard(path: Path) -> None:
+    """Remove a file or a folder with all that is in it; links are not followed, none there is as well.
 
-
-def remove_file(path: Path) -> None:
-    """Remove a file; none there is as well."""
-    path.unlink(missing_ok=True)
-
-
-def move_file(path: Path, target: Path) -> bool:
-    """Rename a file; False when it is not there (any more)."""
-    try:
-        path.rename(target)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def touch_file(path: Path) -> None:
-    """Set a file's modification time to now, by the clock of the filesystem."""
-    os.utime(path)
-
-
-@contextmanager
-def _writing(where: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            "the feature store cannot be written",
-            found=error.strerror or str(error),
-            where=error.filename or where,
-            fix=_FIXES.get(error.errno or 0, "check the disk, then run the same command: what is committed stays"),
-        ) from error
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError:
-            path.unlink(missing_ok=True)  # on a full disk what was half written must not take space
-            raise
-
-
-def _write_tree(root: Path, files: Mapping[str, bytes], folders: Sequence[str] = ()) -> None:
-    """Write files and empty folders under a new folder ``root`` and flush all of it to disk."""
-    made = {root}
-    root.mkdir()
-    try:
-        for name in [*(str(Path(file).parent) for file in files), *folders]:
-            (root / name).mkdir(parents=True, exist_ok=True)
-            made.update(root / part for part in (Path(name), *Path(name).parents))
-        for name, data in files.items():
-            _write_file(root / name, data)
-        for folder in sorted(made, key=lambda folder: -len(folder.parts)):
-            _sync_folder(folder)
-    except OSError:
-        shutil.rmtree(root, ignore_errors=True)
-        raise
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder and those above it, each flushed to disk."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    for path in reversed(missing):
-        path.mkdir(exist_ok=True)
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return  # Windows has no handle to flush for a folder
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _rename_new(staged: Path, target: Path) -> bool:
-    """Rename a folder to a name that must be free; False, and the folder removed, when it is taken."""
-    try:
-        staged.rename(target)
-    except OSError as error:
-        if error.errno not in _TAKEN or not target.is_dir():
-            raise
-        shutil.rmtree(staged, ignore_errors=True)
-        return False
-    return True
-
-
-def _swap_in(staged: Path, target: Path) -> None:
-    """Put a file or folder in the place of another one."""
-    if staged.is_file():
-        staged.replace(target)
-        return
-    for _ in range(100):
-        try:
-            staged.rename(target)
-            return
-        except OSError as error:
-            if error.errno not in _TAKEN:
-                raise
-        if _exchange(staged, target):
-            return
-        # No atomic exchange here: for an instant there is no view. Another process may do the same: look again.
-        move_file(target, staged.with_name(f"{staged.name}-{secrets.token_hex(4)}"))
-    raise StoreError("another process keeps writing the view", where=target)
-
-
-def _link_new(staged: Path, path: Path) -> bool:
-    """Give a staged file a name that must be free; False when it is taken."""
-    try:
-        os.link(staged, path)
-    except FileExistsError:
-        return False
-    except FileNotFoundError:
-        # Only who takes the name removes what others have staged for it.
-        if staged.exists() or not (staged.parent.is_dir() and path.parent.is_dir()):
-            raise
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        # A filesystem without hard links. Between look and rename another process may publish the same number; that
-        # costs work only, since a shard's own ids say what it holds.
-        if path.exists():
-            return False
-        staged.rename(path)
-    return True
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders atomically, where the kernel and the filesystem can (Linux, renameat2)."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    at_cwd, exchange = -100, 2
-    return bool(rename and rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
-
-
-def _link_or_copy(link: Path, relative: str, source: Path) -> None:
-    link.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        link.symlink_to(relative)
-    except (OSError, NotImplementedError):
-        shutil.copyfile(source, link)
-
-
-def _remove_leftovers(folder: Path, prefix: str) -> None:
-    for path in folder.glob(prefix + "*"):
-        with suppress(OSError):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    Raises
+    ------
+    StoreError
+        The disk refuses.
+    """
+    with writing(path), suppress(FileNotFoundError):
+        remove(path)

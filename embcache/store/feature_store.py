@@ -176,13 +176,17 @@ class FeatureStore:
 
         Size and modification time are those seen when the row was planned; the digest is that of the decoded bytes.
         """
+        return self.sources_and_reasons()[0]
+
+    def sources_and_reasons(self) -> tuple[dict[str, PlanEntry], dict[str, str]]:
+        """:meth:`sources`, and by id why a live row is not valid, of one look at the disk."""
         live = read_live(self.path, self._header)
         entries = {n: {entry.id: entry for entry in read_plan(self.path, n)} for n in set(live.shards.tolist())}
         held = {}
         for id_, shard, digest in zip(live.ids, live.shards.tolist(), live.digests, strict=True):
             planned = entries[shard].get(id_, PlanEntry(id_, -1, -1))
             held[id_] = PlanEntry(id_, planned.size, planned.mtime_ns, digest or None)
-        return held
+        return held, {id_: reason for id_, reason in zip(live.ids, live.reasons, strict=True) if reason}
 
     @cached_property
     def ids(self) -> np.ndarray:

@@ -53,12 +53,13 @@ def feature_files(names: Iterable[str]) -> list[str]:
 
 def decode_index(files: Mapping[str, Bytes]) -> RowIndex:
     """Everything but the features of a shard, from its verified bytes."""
-    with h5py.File(_Verified(files[FILE]), "r") as file:
+    data = files[FILE]
+    with h5py.File(_Verified(data), "r") as file:
         return RowIndex(
-            ids=_get_strings(file, "ids"),
-            valid=_get(file, "valid"),
-            digests=digests_from_bytes(_get(file, "digest")),
-            reasons=_get_strings(file, "reason"),
+            ids=_get_strings(file, "ids", data),
+            valid=_get_flags(file, "valid", data),
+            digests=digests_from_bytes(_get(file, "digest", data)),
+            reasons=_get_strings(file, "reason", data),
         )
 
 
@@ -66,11 +67,7 @@ def decode_features(files: Mapping[str, Bytes]) -> np.ndarray:
     """Features ``(n, *row_shape)`` of a shard, from its verified bytes."""
     data = files[FILE]
     with h5py.File(_Verified(data), "r") as file:
-        array = _own(file, "features")
-        start = _start(array, file.userblock_size, len(data))
-        if start is None:
-            return np.asarray(array[...])
-        return np.frombuffer(data, array.dtype, array.size, start).reshape(array.shape)
+        return _get(file, "features", data)
 
 
 def plain_features(read: Callable[[str], bytes], sizes: Mapping[str, int]) -> PlainFeatures | None:
@@ -92,16 +89,21 @@ def encode_view(
 
     Parameters and results are those of :func:`embcache.store.zarr_format.encode_view`.
     """
-    layout = h5py.VirtualLayout((len(ids), *row_shape), dtype.newbyteorder("<"))
+    # h5py's own way to make a virtual dataset stamps it with the time: its bytes could not be compared.
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_obj_track_times(False)
+    layout.set_fill_value(np.zeros(1, dtype.newbyteorder("<")))
+    space = h5py.h5s.create_simple((len(ids), *row_shape))
     for number, rows in shard_rows.items():
-        start = number * rows_per_shard
+        space.select_hyperslab((number * rows_per_shard, *(0 for _ in row_shape)), (rows, *row_shape))
         # Relative names are looked for beside the file that holds the virtual dataset.
-        source = h5py.VirtualSource(f"shards/{number:06d}/{FILE}", "features", shape=(rows, *row_shape))
-        layout[start : start + rows] = source
+        source = h5py.h5s.create_simple((rows, *row_shape))
+        layout.set_virtual(space, f"shards/{number:06d}/{FILE}".encode(), b"features", source)
+    space.select_all()
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver=LIBVER) as file:
         file.attrs.update(attributes)
-        file.create_virtual_dataset("features", layout, fillvalue=0)
+        h5py.h5d.create(file.id, b"features", h5py.h5t.py_create(dtype.newbyteorder("<")), space, dcpl=layout)
         file.create_dataset("ids", data=np.array(ids, dtype=object), dtype=h5py.string_dtype("utf-8"))
         _put(file, "valid", valid)
     return {view: buffer.getvalue()}, {}
@@ -125,6 +127,9 @@ class _Verified(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         target = memoryview(buffer).cast("B")
+        if self._at < 0 or self._at + len(target) > len(self._data):
+            # HDF5 takes as much memory as a header claims, and fills with zeros what is not there.
+            raise ValueError("the HDF5 file claims more than it holds")
         found = self._data[self._at : self._at + len(target)]
         target[: len(found)] = found
         self._at += len(found)
@@ -141,8 +146,25 @@ def _strings(values: Sequence[str]) -> np.ndarray:
     return np.array(encoded, dtype=h5py.string_dtype("utf-8", length))
 
 
-def _get(file: Any, name: str) -> np.ndarray:
-    return np.asarray(_own(file, name)[...])
+def _get(file: Any, name: str, data: Bytes) -> np.ndarray:
+    """An array's values, over the file's bytes.
+
+    Only where the array begins is asked of HDF5: its filters and conversions, which hostile bytes can crash or have
+    unpack to any size, never run.
+    """
+    array = _own(file, name)
+    start, dtype = array.id.get_offset(), np.dtype(array.dtype)
+    as_written = (
+        start is not None
+        and array.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
+        and dtype.kind in NUMERIC_KINDS + "S"
+        and dtype.itemsize > 0
+        and array.id.get_storage_size() == array.nbytes
+        and start + array.nbytes <= len(data)
+    )
+    if not as_written:
+        raise ValueError(f"{name!r} does not lie in the file as embcache writes it: in one piece, not compressed")
+    return np.frombuffer(data, dtype, array.size, start).reshape(array.shape)
 
 
 def _own(file: Any, name: str) -> Any:
@@ -157,20 +179,12 @@ def _own(file: Any, name: str) -> Any:
     return array
 
 
-def _start(array: Any, userblock: int, size: int) -> int | None:
-    """Where in a file of ``size`` bytes an array's values lie as they are in memory; None where they do not."""
-    start = array.id.get_offset()
-    as_it_is = (
-        start is not None
-        and not userblock
-        and array.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
-        and array.dtype.isnative
-        and array.dtype.kind in NUMERIC_KINDS
-        and array.id.get_storage_size() == array.nbytes
-        and start + array.nbytes <= size
-    )
-    return start if as_it_is else None
+def _get_flags(file: Any, name: str, data: Bytes) -> np.ndarray:
+    values = _get(file, name, data)
+    if values.dtype != np.bool_ or (values.view(np.uint8) > 1).any():
+        raise ValueError(f"{name!r} holds other values than true and false")
+    return values
 
 
-def _get_strings(file: Any, name: str) -> tuple[str, ...]:
-    return tuple(value.decode("utf-8") for value in _get(file, name).tolist())
+def _get_strings(file: Any, name: str, data: Bytes) -> tuple[str, ...]:
+    return tuple(value.decode("utf-8") for value in _get(file, name, data).tolist())

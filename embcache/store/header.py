@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ import numpy as np
 from embcache.errors import StoreError
 from embcache.store.recipe import Recipe
 from embcache.store.rows import NUMERIC_KINDS, ShardRows
+
+MOST_ROW_BYTES = 1 << 28
+MOST_SHARD_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,15 @@ class StoreHeader:
     provenance: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        if min(self.rows_per_shard, self.batch_size, self.threads, *self.row_shape) < 1:
+        sizes = (self.rows_per_shard, self.batch_size, self.threads, *self.row_shape)
+        if not all(type(size) is int for size in sizes) or not (
+            isinstance(self.format, str) and isinstance(self.provenance, Mapping)
+        ):
+            raise StoreError(
+                "a store's sizes are whole numbers, its format a name, its provenance an object",
+                found=repr((*sizes, self.format))[:200],
+            )
+        if min(sizes) < 1:
             raise StoreError(
                 "a store needs positive sizes",
                 expected="rows_per_shard, batch_size, threads and every side of row_shape at least 1",
@@ -44,6 +56,14 @@ class StoreHeader:
             numeric = False
         if not numeric:
             raise StoreError("features need a dtype of numbers", expected="such as float32", found=self.recipe.dtype)
+        row = np.dtype(self.recipe.dtype).itemsize * math.prod(self.row_shape)
+        if row > MOST_ROW_BYTES or self.rows_per_shard > MOST_SHARD_ROWS:
+            # Memory is set aside by these numbers before a shard is looked at.
+            raise StoreError(
+                "a store's rows or shards are too large to be true",
+                expected=f"at most {MOST_ROW_BYTES:,} bytes a row and {MOST_SHARD_ROWS:,} rows a shard",
+                found=f"{row:,} bytes a row, {self.rows_per_shard:,} rows a shard",
+            )
 
     def check_rows(self, rows: ShardRows, planned: Sequence[str]) -> None:
         """Raise a StoreError unless ``rows`` are those of the plan, of this store's shape and dtype."""

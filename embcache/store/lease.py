@@ -10,15 +10,28 @@ import os
 import secrets
 import socket
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from embcache.store.commit import create_exclusive, move_file, remove_file, touch_file
+from embcache.errors import StoreError
+from embcache.store.disk import (
+    create_exclusive,
+    exclusive_prefix,
+    filesystem_time,
+    move_file,
+    remove_file,
+    staged_name,
+    touch_file,
+    writing,
+)
 from embcache.store.reading import shard_name
 
 # Long enough for a stalled network disk; a holder that died on this machine is noticed at once.
 TTL_SECONDS = 60.0
+# Stamps further ahead than this come from a clock that was set back since, not from its grain.
+_FUTURE_SECONDS = 3.0
 
 
 class Lease:
@@ -41,7 +54,7 @@ class Lease:
         self._thread.start()
 
     @classmethod
-    def acquire(cls, store: Path, number: int, *, ttl: float = TTL_SECONDS) -> Lease | None:
+    def acquire(cls, store: Path, number: int, *, ttl: float | None = None) -> Lease | None:
         """Claim shard ``number`` of a store.
 
         Parameters
@@ -50,20 +63,28 @@ class Lease:
             The store's folder.
         number : int
             Shard to claim.
-        ttl : float
-            Seconds without a heartbeat after which others may take the lease over.
+        ttl : float, optional
+            Seconds without a heartbeat after which others may take the lease over; default `TTL_SECONDS`.
 
         Returns
         -------
         Lease or None
             None while another holder is alive.
+
+        Raises
+        ------
+        StoreError
+            The disk refuses.
         """
+        ttl = TTL_SECONDS if ttl is None else ttl
         folder = Path(store) / "leases"
         path = folder / f"{shard_name(number)}.json"
         content = json.dumps({"machine": _machine(), "pid": os.getpid(), "token": secrets.token_hex(8)}).encode()
         if create_exclusive(path, content, staging=folder.parent / "staging"):
             return cls(path, content, ttl)
-        if not _take_away(path, ttl):
+        with writing(path):
+            free = _take_away(path, ttl)
+        if not free:
             return None
         if create_exclusive(path, content, staging=folder.parent / "staging"):
             return cls(path, content, ttl)
@@ -76,11 +97,14 @@ class Lease:
 
     def release(self) -> None:
         """Give the shard back. Releasing twice, or a lease that was taken over, does nothing."""
-        ours = self.held
+        # A disk that refuses leaves a lease behind, which ends with our process or in its own time.
+        ours = False
+        with suppress(OSError):
+            ours = self.held
         self._done.set()
         self._thread.join()
         if ours:
-            with suppress(OSError):
+            with suppress(StoreError):
                 remove_file(self.path)
 
     def __enter__(self) -> Lease:
@@ -94,10 +118,20 @@ class Lease:
     def _beat(self) -> None:
         while not self._done.wait(self._ttl / 4):
             # A disk that refuses the heartbeat costs the lease at worst.
-            with suppress(OSError):
+            with suppress(OSError, StoreError):
                 if _content(self.path) != self._content:
                     return
                 touch_file(self.path)
+
+
+def is_stale(path: Path, *, ttl: float = TTL_SECONDS) -> bool:
+    """Whether the holder of a lease is gone, as far as can be told without writing: by this machine's clock."""
+    content = _content(path)
+    if content is None or _died_here(content):
+        return True
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > ttl
+    return True
 
 
 def _take_away(path: Path, ttl: float) -> bool:
@@ -107,13 +141,14 @@ def _take_away(path: Path, ttl: float) -> bool:
         return True
     if not (_died_here(content) or _age(path) > ttl):
         return False
-    aside = path.with_name(f"{path.stem}-stale-{secrets.token_hex(8)}")
+    staging = path.parent.parent / "staging"
+    aside = staging / staged_name(exclusive_prefix(path))
     if not move_file(path, aside):
         return True
     taken = _content(aside)
     if taken is not None and taken != content:
         # Someone took it over since we looked: give theirs back.
-        create_exclusive(path, taken, staging=path.parent.parent / "staging")
+        create_exclusive(path, taken, staging=staging)
     remove_file(aside)
     return taken == content
 
@@ -141,14 +176,16 @@ def _machine() -> str:
 
 def _age(path: Path) -> float:
     """Seconds since the last heartbeat, by the clock of the filesystem: machines need not agree on the time."""
-    clock = path.with_name(f"{path.stem}-clock-{secrets.token_hex(8)}")
     try:
-        create_exclusive(clock, b"", staging=path.parent.parent / "staging")
-        return clock.stat().st_mtime - path.stat().st_mtime
+        beat = path.stat().st_mtime
+        age = filesystem_time(path.parent.parent / "staging", exclusive_prefix(path)) - beat
+        if age < -_FUTURE_SECONDS:
+            # That clock was set back. From now on the lease ages like any other, unless its holder beats.
+            with suppress(StoreError):
+                touch_file(path)
     except FileNotFoundError:
         return float("inf")
-    finally:
-        remove_file(clock)
+    return age
 
 
 def _content(path: Path) -> bytes | None:

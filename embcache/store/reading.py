@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from embcache.errors import CorruptStoreError, StoreError
+from embcache.paths import home_dir
 from embcache.store.formats import FORMATS
 from embcache.store.header import StoreHeader
 from embcache.store.recipe import Recipe
@@ -29,15 +31,21 @@ from embcache.store.sealed import unseal
 from embcache.store.verified import Scratch, read_file, read_into, refusals_told
 
 _T = TypeVar("_T")
+_SLACK = 1 << 20  # bytes of fill values that a shard stored otherwise need not hold
 _NUMBER = re.compile(r"\d{6,}")
 
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """What ``commit.json`` says of a shard: its rows, and ``{name: (size, crc32c)}`` of each file."""
+    """What ``commit.json`` says of a shard: its rows, and ``{name: (size, crc32c)}`` of each file.
+
+    ``batch_size`` and ``threads`` are those that it was computed with, None where they are the store's.
+    """
 
     rows: int
     files: Mapping[str, tuple[int, str]]
+    batch_size: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,14 +87,14 @@ def read_header(store: Path) -> StoreHeader:
         It is missing or damaged, does not hash to its fingerprint, or lies in another recipe's folder.
     """
     path = store / "recipe.json"
-    fix = f"restore it from a copy; or `rm -r {shlex.quote(str(store))}` and extract again"
+    fix = f"restore it from a copy, or `{repair_command(store)}`: it can be made again where the weights are here"
     content = unseal(read_file(path, fix), path, fix)
     try:
         recipe = Recipe.from_json(content["recipe"])
         header = StoreHeader(
             recipe=recipe,
             format=content["format"],
-            row_shape=tuple(content["row_shape"]),
+            row_shape=tuple(content["row_shape"]),  # what it holds is the header's to check
             rows_per_shard=content["rows_per_shard"],
             batch_size=content["batch_size"],
             threads=content["threads"],
@@ -94,11 +102,13 @@ def read_header(store: Path) -> StoreHeader:
         )
     except KeyError as error:
         raise CorruptStoreError("recipe.json lacks a key", expected=str(error), where=path, fix=fix) from error
-    if recipe.fingerprint != content["fingerprint"] or not store.name.endswith("-" + recipe.fingerprint[:12]):
+    except TypeError as error:  # sealed by who knows whom: the checksum says nothing of what it covers
+        raise _not_ours("recipe.json", error, path, fix) from error
+    if recipe.fingerprint != content.get("fingerprint") or not store.name.endswith("-" + recipe.fingerprint[:12]):
         raise CorruptStoreError(
             "a store's recipe is not the one that names it",
             expected=recipe.fingerprint,
-            found=f"{content['fingerprint']} in a folder called {store.name}",
+            found=f"{str(content.get('fingerprint'))[:80]} in a folder called {store.name}",
             where=path,
             fix=fix,
         )
@@ -132,14 +142,16 @@ def read_plan(store: Path, number: int) -> tuple[PlanEntry, ...]:
         The plan is missing or damaged.
     """
     path = store / "plan" / f"{shard_name(number)}.json"
-    both = " ".join(shlex.quote(str(part)) for part in (path, store / "shards" / shard_name(number)))
-    fix = f"`rm -rf {both}` and {_again(store)}: it plans and computes those images anew"
+    fix = f"`{repair_command(store)}`"
     content = unseal(read_file(path, fix), path, fix, indent=None)
     if content.get("number") != number:
         raise CorruptStoreError(
             "a plan lies under another number", found=f"plan {content.get('number')}", where=path, fix=fix
         )
-    return tuple(PlanEntry(*row) for row in content["rows"])
+    try:
+        return tuple(PlanEntry(*row) for row in content["rows"])
+    except (KeyError, TypeError, StoreError) as error:
+        raise _not_ours("a plan", error, path, fix) from error
 
 
 def read_commit(store: Path, number: int) -> CommitRecord:
@@ -151,7 +163,11 @@ def read_commit(store: Path, number: int) -> CommitRecord:
         It is missing or damaged, or names a file outside its shard.
     """
     path = store / "shards" / shard_name(number) / "commit.json"
-    fix = _recompute(path.parent)
+    return read_commit_file(path, _recompute(path.parent))
+
+
+def read_commit_file(path: Path, fix: str = "") -> CommitRecord:
+    """As :func:`read_commit`, of a ``commit.json`` wherever it lies."""
     return _parse_commit(read_file(path, fix), path, fix)
 
 
@@ -159,11 +175,30 @@ def read_commit(store: Path, number: int) -> CommitRecord:
 @functools.lru_cache(maxsize=1 << 15)
 def _parse_commit(data: bytes, path: Path, fix: str) -> CommitRecord:
     content = unseal(data, path, fix)
-    files = {name: (entry["size"], entry["crc32c"]) for name, entry in content["files"].items()}
+    try:
+        files = {name: (_count(entry["size"]), str(entry["crc32c"])) for name, entry in content["files"].items()}
+        rows = _count(content["rows"])
+        # Only where they differ from what the store was created with.
+        batch_size, threads = (_count(content[k]) if k in content else None for k in ("batch_size", "threads"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _not_ours("a commit", error, path, fix) from error
     for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise CorruptStoreError("a commit names a file outside its shard", found=name, where=path, fix=fix)
-    return CommitRecord(content["rows"], files)
+    return CommitRecord(rows, files, batch_size, threads)
+
+
+def _count(value: object) -> int:
+    """A number of bytes or rows as JSON has it; TypeError where it is none."""
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} is not a number of bytes or rows")
+    return value
+
+
+def _not_ours(what: str, error: Exception, path: Path, fix: str) -> CorruptStoreError:
+    """The error for a sealed file that embcache cannot have written."""
+    found = f"lacks {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+    return CorruptStoreError(f"{what} is not as embcache writes it", found=found[:200], where=path, fix=fix)
 
 
 def read_index(store: Path, header: StoreHeader, number: int) -> RowIndex:
@@ -175,18 +210,14 @@ def read_index(store: Path, header: StoreHeader, number: int) -> RowIndex:
         A file is missing or its bytes are not those that were committed.
     """
     form, record = FORMATS[header.format], read_commit(store, number)
+    # Arrays are made by these numbers before the features are looked at.
+    row = np.dtype(header.recipe.dtype).itemsize * math.prod(header.row_shape)
+    held = sum(size for size, _ in record.files.values())
+    if record.rows > header.rows_per_shard or record.rows * row > held + _SLACK:
+        _refuse(store, number, f"at most {header.rows_per_shard} rows of {row} bytes", f"{record.rows} in {held} bytes")
     names = form.index_files(record.files)
     files = _read_committed(store, number, record, names)
-    for name in set(record.files).difference(names):
-        # Features are read when they are asked for; that none of them is cut short is known at once.
-        size, path = record.files[name][0], store / "shards" / shard_name(number) / name
-        with refusals_told(path, _recompute(path.parent)):
-            try:
-                there = path.stat().st_size
-            except (FileNotFoundError, NotADirectoryError):
-                there = -1
-        if there != size:
-            _refuse(store, number, f"{size} bytes in {name}", f"{there} bytes" if there >= 0 else "no such file")
+    _check_sizes(store, number, record, set(record.files).difference(names))
     index = _decode(form.decode_index, files, store, number)
     lengths = {len(index.ids), len(index.valid), len(index.digests), len(index.reasons), record.rows}
     if len(lengths) != 1 or index.valid.dtype != np.bool_:
@@ -243,6 +274,7 @@ def read_rows(
     run = bool((np.diff(positions) == 1).all())
     if plain is None:
         names = form.feature_files(record.files)
+        _check_sizes(store, number, record, names)
         memory = np.split(scratch.take(sum(sizes[name] for name in names)), np.cumsum([sizes[name] for name in names]))
         for name, target in zip(names, memory, strict=False):
             read_into(folder / name, fix, record.files[name], [target])
@@ -252,6 +284,7 @@ def read_rows(
         out[...] = features[first : first + n] if run else features[positions]
         return
     _check_shape(store, header, number, record, plain.shape, plain.dtype)
+    _check_sizes(store, number, record, [plain.file])
     size, row = sizes[plain.file], out.dtype.itemsize * math.prod(header.row_shape)
     if run:
         head, body = first * row, n * row
@@ -264,9 +297,12 @@ def read_rows(
         out[...] = data[: record.rows * row].view(plain.dtype).reshape(plain.shape)[positions]
 
 
-def read_live(store: Path, header: StoreHeader) -> LiveRows:
-    """Find the live rows: each id's row in the highest committed shard that holds it."""
-    numbers = committed_numbers(store)
+def read_live(store: Path, header: StoreHeader, numbers: Sequence[int] | None = None) -> LiveRows:
+    """Find the live rows: each id's row in the highest committed shard that holds it.
+
+    With ``numbers``, ascending, as if only these shards were committed.
+    """
+    numbers = committed_numbers(store) if numbers is None else numbers
     indexes = [read_index(store, header, number) for number in numbers]
     ids = [id_ for index in indexes for id_ in index.ids]
     lengths = [len(index.ids) for index in indexes]
@@ -284,6 +320,20 @@ def read_live(store: Path, header: StoreHeader) -> LiveRows:
         positions=np.concatenate([np.zeros(0, np.int64), *(np.arange(n) for n in lengths)])[rows],
         shard_rows=dict(zip(numbers, lengths, strict=True)),
     )
+
+
+def _check_sizes(store: Path, number: int, record: CommitRecord, names: Iterable[str]) -> None:
+    """Refuse files that are not as long as the commit says, before anything is read or memory taken for it."""
+    for name in names:
+        # Features are read when they are asked for; that none of them is cut short is known at once.
+        size, path = record.files[name][0], store / "shards" / shard_name(number) / name
+        with refusals_told(path, _recompute(path.parent)):
+            try:
+                there = path.stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                there = -1
+        if there != size:
+            _refuse(store, number, f"{size} bytes in {name}", f"{there} bytes" if there >= 0 else "no such file")
 
 
 def _check_shape(
@@ -324,13 +374,22 @@ def _refuse(store: Path, number: int, expected: str, found: str) -> None:
     )
 
 
+def repair_command(store: Path) -> str:
+    """The command that mends a store, to be typed."""
+    return _repair_command(str(store), os.environ.get("EMBCACHE_HOME"))
+
+
+@functools.lru_cache(maxsize=256)  # asked for with each file that is read, told with the one that is damaged
+def _repair_command(store: str, _: str | None) -> str:
+    path = Path(store)
+    backbone = re.sub(r"-[0-9a-f]{12}$", "", path.name)
+    words = ["embcache", "verify", "--repair", "--dataset", path.parent.name, "--backbone", backbone]
+    home = path.parent.parent
+    return shlex.join(words if home == home_dir() else [*words, "--home", str(home)])
+
+
 def _recompute(folder: Path) -> str:
-    return f"`rm -r {shlex.quote(str(folder))}` and {_again(folder.parent.parent)}: it recomputes this shard only"
-
-
-def _again(store: Path) -> str:
-    """Who fills a gap in a store: whatever finetunes decodes pixels again, and an extraction does without them."""
-    return "run the same command again" if store.name.startswith("pixels-") else "run the same `embcache extract` again"
+    return f"`{repair_command(folder.parent.parent)}`: it recomputes this shard only"
 
 
 def _listing(folder: Path) -> list[Path]:

@@ -1,12 +1,30 @@
-"""What a view over all shards is made of, for readers without embcache. Nothing here touches the disk."""
+"""What a view over all shards is made of, for readers without embcache. Nothing here changes the disk."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
 import numpy as np
 
+from embcache.errors import StoreError
 from embcache.store.formats import FORMATS
 from embcache.store.header import StoreHeader
 from embcache.store.reading import LiveRows
+from embcache.store.sealed import crc32c
+
+# The library that a format's view is written with: another version of it may write other bytes for the same view.
+_LIBRARIES = {"zarr": "zarr", "hdf5": "h5py"}
+
+
+def view_writer(format: str) -> str:
+    """What writes views here, as each view says of itself: views of one writer can be compared byte by byte."""
+    library = _LIBRARIES[format]
+    return f"embcache view 1, {library} {version(library)}"
+
+
+MOST_ROWS = 1 << 26  # each takes memory while the view is made; shard numbers come from folder names
 
 
 def view_files(header: StoreHeader, live: LiveRows) -> tuple[dict[str, bytes], dict[str, str]]:
@@ -23,6 +41,12 @@ def view_files(header: StoreHeader, live: LiveRows) -> tuple[dict[str, bytes], d
         ``{link: target}``, both relative to the store.
     """
     size = header.rows_per_shard * (max(live.shard_rows, default=-1) + 1)
+    if size > MOST_ROWS:
+        raise StoreError(
+            "a store has too many rows for a view",
+            expected=f"at most {MOST_ROWS:,}",
+            found=f"{size:,}: {header.rows_per_shard:,} rows a shard, the last of them number {max(live.shard_rows):,}",
+        )
     rows = live.shards * header.rows_per_shard + live.positions
     ids, valid = [""] * size, np.zeros(size, bool)
     for row, id_ in zip(rows.tolist(), live.ids, strict=True):
@@ -31,6 +55,8 @@ def view_files(header: StoreHeader, live: LiveRows) -> tuple[dict[str, bytes], d
     attributes = {
         "backbone": header.recipe.backbone,
         "fingerprint": header.recipe.fingerprint,
+        "written_by": view_writer(header.format),
+        "shards": _mark(live.shard_rows),
         "rows": "use only rows whose valid is true; the others are padding, superseded or unreadable",
     }
     return FORMATS[header.format].encode_view(
@@ -42,3 +68,18 @@ def view_files(header: StoreHeader, live: LiveRows) -> tuple[dict[str, bytes], d
         shard_rows=live.shard_rows,
         attributes=attributes,
     )
+
+
+def view_is_current(store: Path, header: StoreHeader, committed: Iterable[int]) -> bool:
+    """Whether the view that is there was made of just these shards; searched, not parsed: no checksum covers it."""
+    view = store / FORMATS[header.format].view
+    try:
+        data = (view / "zarr.json" if view.is_dir() else view).read_bytes()
+    except OSError:
+        return False
+    return _mark(committed).encode() in data
+
+
+def _mark(committed: Iterable[int]) -> str:
+    """What tells in a view which shards it was made of: its attribute ``shards``."""
+    return f"view of the shards {crc32c(' '.join(map(str, sorted(committed))).encode())}"

@@ -7,6 +7,8 @@ What is written so is read without zarr (`embcache.store.zarr_plain`); arrays st
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,12 @@ name = "zarr"
 view = "view.zarr"
 ROOT = "data.zarr/"
 INDEX = ("ids", "valid", "digest", "reason")
+TEXTS = ("ids", "reason")
+
+# What zarr may undo: none of these can make much of little, as a compressor can.
+_CODECS = {"bytes", "crc32c", "transpose", "sharding_indexed"}
+_SLACK = 1 << 20  # bytes that an array may have beyond those of its files: chunks of fill values are not written
+_MOST_CHUNKS = 10_000
 
 
 def encode_shard(rows: ShardRows, rows_per_shard: int) -> dict[str, bytes]:
@@ -51,9 +59,12 @@ def decode_index(files: Mapping[str, Bytes]) -> RowIndex:
     """Everything but the features of a shard, from its verified bytes."""
     plain = is_group(bytes(files.get(ROOT + "zarr.json", b"")))
     found = {name: decode_array(files, ROOT + name) for name in INDEX} if plain else {}
-    if not found or any(values is None for values in found.values()):
+    if any(found.get(name) is None for name in TEXTS):
+        # zarr makes room for as many strings as a chunk claims to hold before it looks at them.
+        raise ValueError("the ids and reasons do not lie in their files as embcache writes them")
+    if any(values is None for values in found.values()):
         group = _open(files, ROOT)
-        found = {name: _get(group, name) for name in INDEX}
+        found |= {name: _get(group, name, files) for name in INDEX if name not in TEXTS}
     return RowIndex(
         ids=tuple(map(str, found["ids"])),
         valid=found["valid"],
@@ -65,7 +76,7 @@ def decode_index(files: Mapping[str, Bytes]) -> RowIndex:
 def decode_features(files: Mapping[str, Bytes]) -> np.ndarray:
     """Features ``(n, *row_shape)`` of a shard, from its verified bytes."""
     plain = decode_array(files, ROOT + "features") if is_group(bytes(files.get(ROOT + "zarr.json", b""))) else None
-    return plain if isinstance(plain, np.ndarray) else _get(_open(files, ROOT), "features")
+    return plain if isinstance(plain, np.ndarray) else _get(_open(files, ROOT), "features", files)
 
 
 def plain_features(read: Callable[[str], bytes], sizes: Mapping[str, int]) -> PlainFeatures | None:
@@ -156,12 +167,33 @@ def _put_strings(group: zarr.Group, name: str, values: Iterable[str]) -> None:
     _create(group, name, array.shape, array.shape, "string")[...] = array
 
 
-def _get(group: zarr.Group, name: str) -> np.ndarray:
+def _get(group: zarr.Group, name: str, files: Mapping[str, Bytes]) -> np.ndarray:
     import zarr
 
     array = group[name]
-    assert isinstance(array, zarr.Array)
+    if not isinstance(array, zarr.Array):
+        raise ValueError(f"{name!r} is no array")
+    whole = sum(map(len, files.values())) + _SLACK
+    inner = math.prod(-(-side // max(1, chunk)) for side, chunk in zip(array.shape, array.chunks, strict=True))
+    codecs = _codec_names(json.loads(bytes(files[f"{ROOT}{name}/zarr.json"]))["codecs"])
+    if not codecs <= _CODECS or array.nbytes > whole or inner > _MOST_CHUNKS:
+        raise ValueError(
+            f"{name!r} has {array.nbytes} bytes in {inner} chunks by the codecs {', '.join(sorted(codecs))}: embcache "
+            "writes one chunk and does not compress it"
+        )
     return np.asarray(array[...])
+
+
+def _codec_names(tree: Any) -> set[str]:
+    """Names of all codecs in metadata, those inside others too."""
+    if isinstance(tree, list):
+        return set().union(*map(_codec_names, tree))
+    if not isinstance(tree, dict):
+        return {str(tree)}
+    inside = tree.get("configuration") or {}
+    return {str(tree.get("name"))}.union(
+        *(_codec_names(inside[key]) for key in ("codecs", "index_codecs") if key in inside)
+    )
 
 
 def _files(store: MemoryStore, prefix: str) -> dict[str, bytes]:

@@ -12,6 +12,7 @@ from embcache.data.snapshot import snapshot_ids
 from embcache.errors import DatasetError, StoreError
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.feature_store import FeatureStore, store_folders
+from embcache.store.reading import CommitRecord, read_commit
 from embcache.store.sealed import unseal
 
 
@@ -94,6 +95,7 @@ class StoreInfo:
     uncommitted: tuple[int, ...]
     superseded: int
     view: Path | None
+    otherwise: Mapping[int, CommitRecord]  # shards not computed with the store's own batch size and threads
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON data."""
@@ -122,6 +124,10 @@ class StoreInfo:
                 "batch_size": store.batch_size,
                 "threads": store.threads,
                 **store.provenance,
+            },
+            "computed_otherwise": {
+                str(number): {"batch_size": made.batch_size, "threads": made.threads}
+                for number, made in self.otherwise.items()
             },
         }
 
@@ -184,6 +190,7 @@ def store_info(store: FeatureStore, home: PathLike | None = None) -> StoreInfo:
     plans, committed = whole.plans(), whole.committed()
     live = len(whole.ids) + len(whole.quarantined)
     view = next((path for path in (store.path / "view.zarr", store.path / "view.h5") if path.exists()), None)
+    made = {number: read_commit(store.path, number) for number in committed}
     return StoreInfo(
         store=store if ids is None else whole.restrict(ids),
         summary=_summarise(whole, name, ids),
@@ -191,6 +198,7 @@ def store_info(store: FeatureStore, home: PathLike | None = None) -> StoreInfo:
         uncommitted=tuple(number for number in plans if number not in committed),
         superseded=sum(len(plans[number]) for number in committed) - live,
         view=view,
+        otherwise={number: record for number, record in made.items() if record.batch_size or record.threads},
     )
 
 

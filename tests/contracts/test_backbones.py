@@ -131,8 +131,8 @@ def test_reduced_precision_is_near_full_precision(load: Callable[[str], LoadedBa
     reduced = freeze(loaded, transform, "cpu", "bf16").features(batch)
     assert reduced.dtype == np.float32
     assert not np.array_equal(full, reduced)
-    # EfficientNet-Lite2 loses most: its activations, cut at 6, cancel where bfloat16 keeps three digits.
-    assert np.linalg.norm(reduced - full) < 0.2 * np.linalg.norm(full)
+    cosines = (full * reduced).sum(1) / np.linalg.norm(full, axis=1) / np.linalg.norm(reduced, axis=1)
+    assert cosines.min() >= 0.999
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,10 +2,15 @@ import hashlib
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import embcache.data.dataset as loading
+from embcache.data.dataset import load_dataset
 from embcache.data.groups import duplicate_notes, identical_files, merge_groups, overlap_notes
+from embcache.probe.protocol import merged_groups
+from tests.data.pictures import write_image
 
 ROWS = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.sampled_from(["", "k", "l", "m", "n"])), max_size=20)
 
@@ -70,3 +75,21 @@ def test_notes_count_groups_on_both_sides_of_the_test_set() -> None:
     assert note.startswith("1 groups occur in both")
     assert "(1 training images)" in note
     assert overlap_notes(table[table["group"] != "p"]) == []
+
+
+def test_in_a_dataset_of_many_images_the_digests_of_features_group_identical_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(12):
+        write_image(tmp_path / "ab"[number % 2] / f"{number:02}.png", seed=number)
+    (tmp_path / "b" / "twin.png").write_bytes((tmp_path / "a" / "00.png").read_bytes())
+    known = load_dataset("folder", tmp_path)
+    monkeypatch.setattr(loading, "LOOKED_AT_LOADING", len(known) - 1)
+    monkeypatch.setattr(loading, "identical_files", lambda root, sizes: pytest.fail("a file was read"))
+    deferred = load_dataset("folder", tmp_path)
+    assert deferred.notes[-1] == loading.DEFERRED
+    assert deferred.groups.tolist() == deferred.ids.tolist()
+    digests = {id_: hashlib.sha256((tmp_path / id_).read_bytes()).hexdigest() for id_ in deferred.ids}
+    grouped = merged_groups(deferred, digests).tolist()
+    assert grouped == known.groups.tolist() == merged_groups(known, digests).tolist()
+    assert grouped[deferred.ids.tolist().index("b/twin.png")] == "a/00.png"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from embcache.data.dataset import ImageDataset, read_snapshot
@@ -31,3 +32,25 @@ def test_a_damaged_snapshot_is_told(home: Path, damage: bytes) -> None:
     (home / "ds" / "dataset.parquet").write_bytes(damage)
     with pytest.raises(DatasetError, match="snapshot"):
         snapshot_ids("ds")
+
+
+def test_a_flipped_byte_is_noticed_or_changes_nothing(home: Path) -> None:
+    table = make_table(["b", "a/ü", "c"]).table.assign(path=["b", "a", "c"], member=-1, sex=["F", "M", "F"])
+    ds = ImageDataset("mine", None, ("no", "yes"), "auc", "generic", table, notes=("seen",))
+    data = ds.to_parquet_bytes()
+    path = home / "mine" / "dataset.parquet"
+    path.parent.mkdir(parents=True)
+    noticed = 0
+    for position in range(len(data)):
+        changed = bytearray(data)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
+        try:
+            again = ImageDataset.from_parquet_bytes(bytes(changed))
+        except DatasetError:
+            noticed += 1
+            continue
+        pd.testing.assert_frame_equal(again.table, ds.table)
+        assert (again.name, again.class_names, again.notes) == (ds.name, ds.class_names, ds.notes)
+        assert snapshot_ids("mine", home) == ("mine", ds.table["id"].tolist())
+    assert noticed > len(data) / 2

@@ -188,12 +188,12 @@ def test_an_extraction_from_pixels_equals_one_that_decodes(
     spoil(images)
     draw(images / "benign" / "large.png", 7, size=100)  # so that all are resized, and cropped from a frame
     ds = load(images)
-    direct = extract_features("random", ds, home=tmp_path / "direct", views=views)
+    direct = extract_features("random", ds, home=tmp_path / "direct", views=views, max_bad=2)
     assert isinstance(direct, FeatureStore)
     cache_pixels(ds, PAPER, format=format)
     decoded.clear()
     said: list[str] = []
-    (done,) = run_extraction(["random"], ds, views=views, say=said.append, workers=1)
+    (done,) = run_extraction(["random"], ds, views=views, say=said.append, workers=1, max_bad=2)
     assert contents(done.store) == contents(direct)
     assert shard_files(done.store) == shard_files(direct)
     assert done.store.recipe == direct.recipe
@@ -249,11 +249,11 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     whole = cache_pixels(ds, AS_IS, home=tmp_path / "whole")
     original, calls = compute.commit_shard, []
 
-    def interrupted(*arguments: object) -> object:
+    def interrupted(*arguments: object, **keywords: object) -> object:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(*arguments)  # type: ignore[arg-type]
+        return original(*arguments, **keywords)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(compute, "commit_shard", interrupted)
@@ -280,7 +280,7 @@ def test_a_damaged_shard_of_pixels_is_told_and_mended_by_removing_it(images: Pat
     chunk.write_bytes(bytes(data))
     with pytest.raises(CorruptStoreError, match="crc32c") as caught:
         extract_features("random", ds)
-    assert "run the same command again" in str(caught.value.fix)
+    assert f"embcache verify --repair --dataset {ds.name} --backbone pixels" in str(caught.value.fix)
     for path in sorted((store.path / "shards" / "000001").rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
     (store.path / "shards" / "000001").rmdir()

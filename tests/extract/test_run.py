@@ -15,7 +15,7 @@ from PIL import Image
 import embcache.extract.batching as batching
 import embcache.extract.run as run
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.errors import CorruptStoreError, DatasetNotFoundError, UsageError
+from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, UsageError
 from embcache.extract.run import extract_features, run_extraction
 from embcache.store.feature_store import FeatureStore
 from tests.extract.conftest import draw
@@ -100,7 +100,7 @@ def test_an_unreadable_image_is_quarantined_and_never_reaches_a_probe(images: Pa
     broken.write_bytes(broken.read_bytes()[:100])
     (images / "benign" / "03.png").write_bytes(b"")
     dataset = load(images)
-    done = run_extraction(["random"], dataset)[0]
+    done = run_extraction(["random"], dataset, max_bad=2)[0]
     assert len(done.quarantined) == 2
     assert all(done.quarantined.values())
     assert len(done.store.ids) == 18
@@ -118,7 +118,7 @@ def test_a_failing_disk_stops_the_run_and_blames_no_image(
 
     with monkeypatch.context() as patch:
         patch.setattr(batching, "read_image", fail)
-        with pytest.raises(OSError, match="Input/output"):
+        with pytest.raises(DatasetError, match="EIO"):
             extract(images)
     assert run_extraction(["random"], load(images))[0].computed == 20
 

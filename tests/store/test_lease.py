@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from embcache.errors import StoreError
+from embcache.store import lease as lease_module
 from embcache.store.commit import commit_shard
 from embcache.store.lease import Lease
+from tests.crash.faults import Call, between
 from tests.store.build import make_rows, make_store, plan
 
 
@@ -123,3 +130,74 @@ def test_safety_does_not_depend_on_leases(store: Path) -> None:
     assert commit_shard(store, 0, make_rows(["a"], seed=1))  # a writer without the lease
     lease.release()
     assert not commit_shard(store, 0, make_rows(["a"], seed=2))  # the holder that was overtaken
+
+
+@pytest.mark.parametrize("hours", [-24, 24])
+def test_a_machine_whose_clock_is_wrong_takes_no_lease_from_a_living_holder(
+    hours: int, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = store / "leases" / "000000.json"
+    path.write_text(json.dumps({"machine": "elsewhere", "pid": 1, "token": "x"}))
+    now = time.time() + 3600 * hours
+    for name, value in (("time", now), ("time_ns", int(now * 1e9))):
+        monkeypatch.setattr(time, name, lambda value=value: value)
+    assert Lease.acquire(store, 0) is None
+    assert lease_files(store) == ["000000.json"]
+
+
+def test_a_lease_stamped_before_the_clock_was_set_back_ages_like_any_other(store: Path) -> None:
+    path = store / "leases" / "000000.json"
+    path.write_text(json.dumps({"machine": "elsewhere", "pid": 1, "token": "x"}))
+    os.utime(path, (time.time() + 86400,) * 2)
+    assert Lease.acquire(store, 0) is None
+    assert abs(path.stat().st_mtime - time.time()) < 3600  # it was a day ahead
+    os.utime(path, (1, 1))
+    with Lease.acquire(store, 0) or pytest.fail("its holder is silent"):
+        pass
+
+
+def test_looking_at_a_lease_leaves_nothing_behind(store: Path) -> None:
+    (store / "leases" / "000000.json").write_text(json.dumps({"machine": "elsewhere", "pid": 1, "token": "x"}))
+    assert Lease.acquire(store, 0) is None
+    assert list((store / "staging").iterdir()) == []
+    assert lease_files(store) == ["000000.json"]
+
+
+def test_a_disk_that_refuses_a_lease_is_told_and_one_that_refuses_its_end_does_no_harm(store: Path) -> None:
+    def refuse(call: Call, do: Callable[[], Any]) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with between(refuse), pytest.raises(StoreError, match="cannot be written"):
+        Lease.acquire(store, 0)
+    lease = Lease.acquire(store, 0)
+    assert lease is not None
+    with between(refuse):
+        lease.release()
+    with Lease.acquire(store, 1) or pytest.fail("another shard is free"):
+        pass
+
+
+@pytest.mark.parametrize("renames", [True, False])
+def test_leases_need_no_hard_links(renames: bool, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(call: Call, do: Callable[[], Any]) -> Any:
+        if call.name == "link":
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        return do() if renames or call.name != "renameat" else False
+
+    with between(refuse):
+        lease = Lease.acquire(store, 0)
+        assert lease is not None
+        assert Lease.acquire(store, 0) is None
+        lease.release()
+        assert lease_files(store) == []
+        assert list((store / "staging").iterdir()) == []
+
+
+def test_the_time_a_lease_lives_is_read_when_it_is_taken(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = store / "leases" / "000000.json"
+    path.write_text(json.dumps({"machine": "elsewhere", "pid": 1, "token": "x"}))
+    os.utime(path, (time.time() - 30,) * 2)
+    assert Lease.acquire(store, 0) is None
+    monkeypatch.setattr(lease_module, "TTL_SECONDS", 10.0)
+    with Lease.acquire(store, 0) or pytest.fail("silent for longer than that"):
+        pass

@@ -25,7 +25,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 def by_zarr(files: dict[str, bytes], array: str) -> Any:
     """What zarr itself makes of the files."""
-    return zarr_format._get(zarr_format._open(files, zarr_format.ROOT), array)
+    return np.asarray(zarr_format._open(files, zarr_format.ROOT)[array][...])
 
 
 def rows_of(values: np.ndarray, ids: list[str], bad: list[bool]) -> ShardRows:
@@ -71,7 +71,6 @@ def test_a_shard_is_read_as_zarr_reads_it(
 
 
 OTHERWISE: dict[str, dict[str, Any]] = {
-    "compressed": {"compressors": zarr.codecs.ZstdCodec()},
     "big-endian": {"serializer": zarr.codecs.BytesCodec(endian="big")},
     "several chunks": {"chunks": (2, 3)},
     "chunks across a row": {"chunks": (4, 2)},
@@ -150,3 +149,37 @@ def test_strings_that_do_not_fill_their_chunk_are_left_to_zarr(cut: int | None) 
         is None
     )
     assert decode_array({**files, "data.zarr/ids/c/0": chunk[:-1] + b"\xff"}, "data.zarr/ids") is None
+
+
+def stored(shape: tuple[int, ...], **options: Any) -> dict[str, bytes]:
+    """Files of a shard whose features are stored by zarr itself."""
+    store = MemoryStore()
+    group = zarr.create_group(store=store, zarr_format=3)
+    array = group.create_array("features", shape=shape, dtype="float32", **options)
+    if np.prod(shape) < 1e6:
+        array[...] = np.ones(shape, np.float32)
+    return {"data.zarr/" + key: value.to_bytes() for key, value in store._store_dict.items()}
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((4, 3), {"chunks": (4, 3), "compressors": zarr.codecs.ZstdCodec()}),
+        ((4, 3), {"chunks": (4, 3), "compressors": zarr.codecs.GzipCodec()}),
+        ((4, 4), {"chunks": (2, 4), "shards": (4, 4), "compressors": zarr.codecs.ZstdCodec()}),
+        ((10**6, 10**6), {"chunks": (10**6, 10**6), "compressors": None}),
+        ((200_000, 1), {"chunks": (1, 1), "compressors": None}),
+    ],
+)
+def test_what_could_unpack_to_more_than_its_files_hold_is_refused(
+    shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="does not compress"):
+        zarr_format.decode_features(stored(shape, **options))
+
+
+def test_strings_are_not_left_to_zarr_which_believes_their_number() -> None:
+    files = zarr_format.encode_shard(rows_of(np.zeros((2, 3), np.float32), ["a", "b"], [False, False]), 2)
+    claims = b"\xff\xff\xff\xff" + files["data.zarr/ids/c/0"][4:]
+    with pytest.raises(ValueError, match="as embcache writes them"):
+        zarr_format.decode_index({**files, "data.zarr/ids/c/0": claims})

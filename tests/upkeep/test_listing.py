@@ -314,5 +314,5 @@ def test_ls_names_a_damaged_store(cached: tuple[FeatureStore, ImageDataset], app
     (cached[0].path / "shards" / "000000" / "commit.json").write_bytes(b"")
     out = CliRunner().invoke(app, ["ls"], catch_exceptions=False).stdout
     assert "damaged" in out
-    with pytest.raises(EmbcacheError, match="rm -r"):
+    with pytest.raises(EmbcacheError, match="verify --repair --dataset ds --backbone random"):
         CliRunner().invoke(app, ["info"], catch_exceptions=False)

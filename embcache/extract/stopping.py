@@ -1,0 +1,110 @@
+"""Stopping between two shards: the first signal lets the shard at hand be committed, the second does not wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stop:
+    """Says whether a run is to end after the shard at hand; whoever is not the run may ask for it, at any time.
+
+    Attributes
+    ----------
+    left : int
+        Images of the shard at hand that are still to be computed or committed; 0 between shards.
+    signal : int or None
+        The signal that asked for it.
+    others : bool
+        Whether other processes of this run may have a shard at hand.
+    killed : bool
+        Whether those were ended without waiting for it.
+    """
+
+    def __init__(self) -> None:
+        self.left = 0
+        self.signal: int | None = None
+        self.others = self.killed = False
+        self._asked = threading.Event()
+        self._told: list[Callable[[], object]] = []
+
+    @property
+    def asked(self) -> bool:
+        """Whether no further shard is to be begun."""
+        return self._asked.is_set()
+
+    def ask(self) -> None:
+        """Let no further shard begin."""
+        self._asked.set()
+        for tell in self._told:
+            tell()
+
+    def on_ask(self, tell: Callable[[], object]) -> None:
+        """Have somebody told when it is asked, also if it has been."""
+        self._told.append(tell)
+        if self.asked:
+            tell()
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless the run is to end."""
+        self._asked.wait(seconds)
+
+    @contextmanager
+    def at_hand(self, images: int) -> Iterator[None]:
+        """A shard of so many images is computed and committed meanwhile."""
+        self.left = max(1, images)
+        try:
+            yield
+        finally:
+            self.left = 0
+
+    def through(self, images: float) -> None:
+        """So many images of the shard at hand are computed; one counts until the shard is committed."""
+        if self.left:
+            self.left = max(1, int(self.left - images))
+
+
+@contextmanager
+def stop_on_signals(stop: Stop, tell: Callable[[str], object] | None = None) -> Iterator[Stop]:
+    """SIGINT and SIGTERM ask ``stop`` to stop; a second one, or one between shards, ends the run at once.
+
+    Nothing is done outside the main thread, where Python allows no handlers.
+
+    Raises
+    ------
+    SystemExit
+        Where the signal arrives and the run ends at once: 130 for SIGINT, 143 for SIGTERM.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        first, stop.signal = stop.signal is None, number
+        if not first or not (stop.left or stop.others):
+            raise SystemExit(exit_status(number))
+        left = f"{stop.left:,} images left" if stop.left else "of another device"
+        (tell or _tell)(f"stopping after the shard at hand ({left}); again stops at once")
+        stop.ask()
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_status(number: int) -> int:
+    """What shells expect of a process that a signal ended: 128 and its number."""
+    return 128 + int(number)
+
+
+def _tell(line: str) -> None:
+    # Straight to the descriptor: a handler may run in the midst of Python's own writing to the stream.
+    os.write(2, f"\n{line}\n".encode())

@@ -1,0 +1,336 @@
+"""How the store writes to disk: every call that changes the filesystem is made here, and made so that it lasts.
+
+`embcache.store.commit` says what is written and in which order; nobody else in the store writes. Three rules hold:
+
+- What readers look at appears whole: it is written under another name, flushed, and renamed or linked into place.
+- What is removed disappears whole: a folder is renamed before it is emptied. Whoever still writes into it (a process
+  that lost a race) meets ``FileNotFoundError`` at its next call, and never puts half of a folder into place.
+- What is flushed is the file first, then each folder from the inside out, then the folder that names the whole.
+
+Only functions of ``os`` are called, so that tests can stand between this module and the disk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from embcache.errors import StoreError
+
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+_NO_SYMLINKS = (*_NO_LINKS, errno.EACCES, errno.EINVAL)  # the last one: Windows, without the privilege
+# What a filesystem answers that cannot flush a folder, or does not know this kind of rename.
+_UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+_GONE = ".gone"
+_NOREPLACE, _EXCHANGE = 1, 2  # of Linux's renameat2
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+_FIXES = {
+    errno.ENOSPC: "free space there, then run the same command: what is committed stays",
+    errno.EDQUOT: "raise the quota or free space, then run the same command: what is committed stays",
+    errno.EACCES: "make the folder writable, or give --home FOLDER",
+    errno.EROFS: "give --home FOLDER on a disk that can be written",
+}
+
+
+@contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """Tell what the system refuses as one `StoreError` with what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            "the feature store cannot be written",
+            found=error.strerror or str(error),
+            where=error.filename or where,
+            fix=_FIXES.get(error.errno or 0, "check the disk, then run the same command: what is committed stays"),
+        ) from error
+
+
+def staged_name(prefix: str) -> str:
+    """A name that nobody else uses; it begins with ``prefix``, by which what a killed process left is found."""
+    return prefix + secrets.token_hex(8)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old bytes or the new ones, and nothing between; makes its folder."""
+    prefix = f".{path.name}-"
+    with writing(path):
+        make_folder(path.parent)
+        if not (path.is_file() and path.read_bytes() == data):
+            staged = path.with_name(staged_name(prefix))
+            try:
+                with _removed_on_error(staged):
+                    write_file(staged, data)
+                    os.replace(staged, path)
+            except FileNotFoundError:
+                # Another process wrote the same file and removed what we had begun: ours counts as overwritten.
+                if not path.exists():
+                    raise
+        # Also when it was there: who wrote it may have been killed before the name was on disk.
+        sync_folder(path.parent)
+        remove_leftovers(path.parent, prefix)
+
+
+def create_exclusive(path: Path, data: bytes, *, staging: Path) -> bool:
+    """Write a file that must not be there yet, whole or not at all; False when it is there."""
+    prefix = exclusive_prefix(path)
+    staged = staging / staged_name(prefix)
+    with writing(path):
+        won = False
+        if not path.exists():
+            with _removed_on_error(staged):
+                write_file(staged, data)
+                won = _link_new(staged, path)
+        sync_folder(path.parent)
+        remove_leftovers(staging, prefix)
+    return won
+
+
+def exclusive_prefix(path: Path) -> str:
+    """How names under ``staging/`` begin that :func:`create_exclusive` of ``path`` removes."""
+    return f"{path.parent.name}-{path.name}-"
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file; none there is as well."""
+    with writing(path), suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def move_file(path: Path, target: Path) -> bool:
+    """Rename a file or folder; False when it is not there (any more)."""
+    with writing(path):
+        try:
+            os.rename(path, target)
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def touch_file(path: Path) -> None:
+    """Set a file's modification time to now, by the clock of the filesystem."""
+    with writing(path):
+        os.utime(path)
+
+
+def filesystem_time(folder: Path, prefix: str) -> float:
+    """Seconds since the epoch by the clock that stamps the files of ``folder``, that of a server perhaps."""
+    path = folder / staged_name(prefix)
+    with writing(folder):
+        descriptor = os.open(path, _NEW, 0o666)
+        try:
+            os.write(descriptor, b"\n")
+            os.fsync(descriptor)
+            return os.fstat(descriptor).st_mtime  # of the open file: others may have removed the name by now
+        finally:
+            os.close(descriptor)
+            with suppress(OSError):
+                os.unlink(path)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each flushed to disk before the next is made."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        with suppress(FileExistsError):  # another process was quicker
+            os.mkdir(path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk."""
+    if os.name == "nt":
+        return  # Windows has no handle to flush for a folder
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new file and flush it; none is left where that fails."""
+    with _removed_on_error(path):
+        descriptor = os.open(path, _NEW, 0o666)
+        try:
+            left = memoryview(data)
+            while left:
+                written = os.write(descriptor, left)  # a signal, a quota or 2 GiB may cut it short
+                if not written:
+                    raise OSError(errno.EIO, "nothing more can be written", str(path))
+                left = left[written:]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_tree(
+    root: Path,
+    files: Mapping[str, bytes],
+    folders: Sequence[str] = (),
+    links: Mapping[str, tuple[str, Path]] | None = None,
+) -> None:
+    """Write a new folder and flush all of it to disk; none is left where that fails.
+
+    Parameters
+    ----------
+    root : Path
+        The folder, in one that is there.
+    files : mapping of str to bytes
+        By their paths in it.
+    folders : sequence of str
+        Folders that may stay empty.
+    links : mapping of str to (str, Path), optional
+        Symbolic links with their texts; where links cannot be made, the file at the path is copied.
+
+    Raises
+    ------
+    FileNotFoundError
+        Another process removed the folder meanwhile.
+    """
+    links = links or {}
+    paths = [Path(folder) for folder in folders] + [Path(name).parent for name in (*files, *links)]
+    inner = {part for path in paths for part in (path, *path.parents)} | {Path()}
+    with _removed_on_error(root):
+        # From the top, each one once: a root that was removed meanwhile must not come back in part.
+        for folder in sorted(inner, key=lambda folder: len(folder.parts)):
+            os.mkdir(root / folder)
+        for name, data in files.items():
+            write_file(root / name, data)
+        for name, (text, source) in links.items():
+            try:
+                os.symlink(text, root / name)
+            except (OSError, NotImplementedError) as error:
+                if isinstance(error, OSError) and error.errno not in _NO_SYMLINKS:
+                    raise
+                write_file(root / name, source.read_bytes())
+        for folder in sorted(inner, key=lambda folder: -len(folder.parts)):
+            sync_folder(root / folder)
+
+
+def rename_new(staged: Path, target: Path) -> bool:
+    """Rename a folder to a name that must be free; False, and the folder removed, when it is taken."""
+    with _removed_on_error(staged):
+        try:
+            os.rename(staged, target)
+        except OSError as error:
+            if error.errno not in _TAKEN or not target.is_dir():
+                raise
+            with suppress(OSError):
+                remove(staged)
+            return False
+    return True
+
+
+def swap_in(staged: Path, target: Path) -> None:
+    """Put a file or folder in the place of another one."""
+    if staged.is_file():
+        os.replace(staged, target)
+        return
+    for _ in range(100):
+        try:
+            os.rename(staged, target)
+            return
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+        if _rename_at(staged, target, _EXCHANGE):
+            return
+        # No atomic exchange here: for an instant there is no view. Another process may do the same: look again.
+        with suppress(FileNotFoundError):
+            os.rename(target, staged.with_name(f"{staged.name}-{secrets.token_hex(4)}"))
+    raise StoreError("another process keeps writing the view", where=target)
+
+
+def take_aside(path: Path, aside: Path) -> None:
+    """Rename a file or folder to another folder of its filesystem, which is made where it is not there."""
+    make_folder(aside.parent)
+    os.rename(path, aside)
+    sync_folder(path.parent)
+    sync_folder(aside.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, the folder at once for all who know its name."""
+    if path.is_symlink() or not path.is_dir():
+        os.unlink(path)
+        return
+    if path.suffix != _GONE:
+        gone = path.with_name(path.name + _GONE)
+        os.rename(path, gone)
+        path = gone
+    for folder, folders, files in os.walk(path, topdown=False):
+        for name in (*files, *folders):
+            inner = Path(folder, name)
+            with suppress(FileNotFoundError):  # another process removes it too
+                os.rmdir(inner) if name in folders and not inner.is_symlink() else os.unlink(inner)
+    os.rmdir(path)
+
+
+def remove_leftovers(folder: Path, *prefixes: str) -> None:
+    """Remove what begins with one of the prefixes: killed processes left it, or slower ones still write it in vain."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if name.startswith(prefixes):
+                with suppress(OSError):
+                    remove(folder / name)
+
+
+@contextmanager
+def _removed_on_error(staged: Path) -> Iterator[None]:
+    """Remove what was begun when it cannot be finished: on a full disk it must not take space."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):
+            remove(staged)
+        raise
+
+
+def _link_new(staged: Path, path: Path) -> bool:
+    """Give a staged file a name that must be free; False when it is taken."""
+    try:
+        try:
+            os.link(staged, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # A filesystem without hard links.
+            if not _rename_at(staged, path, _NOREPLACE):
+                # Nor such a rename. Between look and rename another process may publish the same name; that costs
+                # work only, since a shard's own ids say what it holds.
+                if path.exists():
+                    return False
+                os.rename(staged, path)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        # Only who takes the name removes what others have staged for it.
+        if staged.exists() or not (staged.parent.is_dir() and path.parent.is_dir()):
+            raise
+        return False
+    return True
+
+
+def _rename_at(one: Path, other: Path, flags: int) -> bool:
+    """Rename without replacing, or exchange two names, atomically; False where that is not to be had (Linux has it)."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    at_cwd = -100
+    if rename is None:
+        return False
+    if rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), flags) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _UNKNOWN:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))

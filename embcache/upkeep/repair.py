@@ -1,0 +1,293 @@
+"""Mending what a verification found: only what is damaged is computed again (``embcache verify --repair``).
+
+A damaged shard stays where it is until its rows are computed; then it is put aside and the new one renamed into its
+place. Killed in between, the shard is planned and not there, and lies under staging as ``damaged-…``: the next repair
+goes on from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from embcache.data.dataset import ImageDataset
+from embcache.errors import CorruptStoreError, DatasetError, StoreError
+from embcache.extract.request import default_workers, image_root
+from embcache.paths import PathLike
+from embcache.store.commit import (
+    PlanEntry,
+    commit_shard,
+    discard,
+    publish_plan,
+    set_aside,
+    write_view,
+)
+from embcache.store.header import StoreHeader
+from embcache.store.lease import Lease
+from embcache.store.reading import (
+    committed_numbers,
+    plan_numbers,
+    read_commit,
+    read_commit_file,
+    read_header,
+    read_index,
+    read_plan,
+    shard_name,
+)
+from embcache.upkeep.networks import Maker, make_again, sources_of, torch_threads, usable_threads
+from embcache.upkeep.restore import restore_recipe
+from embcache.upkeep.source import digest_now, readable_now
+from embcache.upkeep.verify import StoreCheck, moved_aside, verify_store
+
+Say = Callable[[str], object]
+_FEW = 5
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A store under repair."""
+
+    path: Path
+    header: StoreHeader
+    dataset: ImageDataset
+    maker: Maker | None  # None where nothing has to be computed
+    say: Say
+
+
+def needs_repair(check: StoreCheck) -> bool:
+    """Whether there is anything to mend: damage, or a view that is missing or older than its store."""
+    return bool(check.damage) or any(note.startswith(("the view is", "there is no view")) for note in check.notes)
+
+
+def repair_store(
+    check: StoreCheck,
+    load: Callable[[], ImageDataset],
+    *,
+    home: PathLike | None = None,
+    weights: Mapping[str, PathLike] | None = None,
+    device: str = "auto",
+    allow_missing: bool = False,
+    say: Say = lambda line: None,
+    on_rows: Callable[[int, int], object] = lambda done, total: None,
+) -> StoreCheck:
+    """Mend one store, and verify it again.
+
+    Parameters
+    ----------
+    check : StoreCheck
+        What is wrong with it.
+    load : callable
+        Gives the dataset, with its images; asked only where they are needed.
+    home, weights, device
+        As for an extraction.
+    allow_missing : bool
+        Compute shards of which images are gone: those become rows that could not be read.
+    say : callable
+        Told each thing that is done.
+    on_rows : callable
+        Told how many of how many images are through.
+
+    Raises
+    ------
+    RecipeError, WeightsError, DatasetError
+        What is needed is not here, or another than then. The store is as it was.
+    StoreError
+        The disk refuses, or another process is computing the same shard.
+    """
+    path = check.path
+    if any(each.kind == "recipe" for each in check.damage):
+        restore_recipe(path, load(), home=home, weights=weights, device=device, say=say)
+        check = verify_store(path)
+    header = read_header(path)
+    shards = _of_kind(check, "shard", "moved")
+    plans = _of_kind(check, "plan")
+    if shards or plans:
+        dataset = load()
+        image_root(dataset)
+        maker = make_again(header, dataset, home=home, weights=weights, device=device) if shards else None
+        job = _Job(path, header, dataset, maker, say)
+        _refuse_missing(job, shards, allow_missing)
+        _mend_plans(job, plans, set(shards))
+        _mend_shards(job, [number for number in shards if number in plan_numbers(path)], on_rows)
+    for each in check.damage:
+        if each.kind == "extra" and (each.path.exists() or each.path.is_symlink()):
+            discard(each.path)
+            say(f"{each.path.relative_to(path)}: removed")
+    if committed_numbers(path) and {each.kind for each in check.damage} != {"extra"}:
+        write_view(path)
+        say("the view for plain readers: written anew")
+    return verify_store(path)
+
+
+def _of_kind(check: StoreCheck, *kinds: str) -> list[int]:
+    return sorted({each.shard for each in check.damage if each.kind in kinds and each.shard is not None})
+
+
+def _planned(path: Path, number: int) -> list[str]:
+    """Ids of a shard as its plan says, or its index where the plan is damaged; none where neither does."""
+    with suppress(CorruptStoreError):
+        return [entry.id for entry in read_plan(path, number)]
+    with suppress(CorruptStoreError):
+        return list(read_index(path, read_header(path), number).ids)
+    return []
+
+
+def _refuse_missing(job: _Job, shards: Sequence[int], allow_missing: bool) -> None:
+    """Images that are not here would become unreadable rows where there were features."""
+    gone = []
+    for number in shards:
+        unreadable = _unreadable(job.path, job.header, number)
+        for source in sources_of(job.dataset, _planned(job.path, number)):
+            there = source.path and (image_root(job.dataset) / source.path).is_file()
+            if not there and source.id not in unreadable:
+                gone.append(source.id)
+    if gone and not allow_missing:
+        raise DatasetError(
+            f"{len(gone):,} images of damaged shards are not here; the store was not touched",
+            found="no " + ", ".join(map(repr, gone[:_FEW])) + (", …" if len(gone) > _FEW else ""),
+            where=job.dataset.root,
+            fix="put them back, or go on without them: --allow-missing (their rows will say that they are missing)",
+        )
+
+
+def _unreadable(path: Path, header: StoreHeader, number: int) -> set[str]:
+    """Images that could not be read when the shard was made, where its index can still be."""
+    try:
+        index = read_index(path, header, number)
+    except CorruptStoreError:
+        return set()
+    return {id_ for id_, valid in zip(index.ids, index.valid.tolist(), strict=True) if not valid}
+
+
+def _mend_plans(job: _Job, plans: Sequence[int], shards: set[int]) -> None:
+    """Write damaged plans anew: from their shards where these are intact, else from the images that no plan names."""
+    lost = [number for number in plans if number in shards]
+    for number in plans:
+        file = job.path / "plan" / f"{shard_name(number)}.json"
+        if number in lost:
+            continue
+        committed = number in committed_numbers(job.path)
+        entries = _entries_of_shard(job, number) if committed else []
+        if file.exists():
+            discard(set_aside(job.path, file, "plan-damaged"))
+        if entries:
+            publish_plan(job.path, number, entries)
+            job.say(f"plan {number}: written anew from its shard ({len(entries):,} images)")
+        else:
+            job.say(f"plan {number}: removed, nothing was computed for it; the next extraction plans its images anew")
+    if lost:
+        _plan_anew(job, lost)
+
+
+def _entries_of_shard(job: _Job, number: int) -> list[PlanEntry]:
+    """The plan that an intact shard was made by; files that are others by now count as changed."""
+    index = read_index(job.path, job.header, number)
+    root, entries = image_root(job.dataset), []
+    for source, digest in zip(sources_of(job.dataset, index.ids), index.digests, strict=True):
+        entry = PlanEntry(source.id, -1, -1, None)
+        file = root / source.path
+        if source.path and file.is_file():
+            state = file.stat()
+            # Of what could not be read then there is no digest: as long as it still cannot, it counts as the same.
+            if digest_now(root, source) == digest if digest else not readable_now(root, source):
+                entry = PlanEntry(source.id, state.st_size, state.st_mtime_ns, None)
+        entries.append(entry)
+    return entries
+
+
+def _plan_anew(job: _Job, lost: Sequence[int]) -> None:
+    """Plans whose shards are damaged too: their images are those of the dataset that no other plan names."""
+    others = [number for number in plan_numbers(job.path) if number not in lost]
+    known = {entry.id for number in others for entry in read_plan(job.path, number)}
+    rest = [id_ for id_ in job.dataset.table["id"].tolist() if id_ not in known]
+    for number in lost:
+        ids, rest = _take(job, number, rest)
+        file = job.path / "plan" / f"{shard_name(number)}.json"
+        if file.exists():
+            discard(set_aside(job.path, file, "plan-damaged"))
+        if not ids:
+            folder = job.path / "shards" / shard_name(number)
+            if folder.exists():
+                discard(set_aside(job.path, folder, "shard-unplanned"))
+            job.say(f"plan and shard {number}: removed, no image of the dataset is theirs")
+            continue
+        states = []
+        for source in sources_of(job.dataset, ids):
+            state = (image_root(job.dataset) / source.path).stat()
+            states.append(PlanEntry(source.id, state.st_size, state.st_mtime_ns, None))
+        publish_plan(job.path, number, states)
+        job.say(f"plan {number}: written anew for {len(ids):,} images that no other plan names")
+
+
+def _take(job: _Job, number: int, rest: list[str]) -> tuple[list[str], list[str]]:
+    """The images of a lost plan, of those that are left: by its shard's index or, failing that, their number."""
+    held = [id_ for id_ in _planned(job.path, number) if id_ in set(rest)]
+    if held:
+        return held, [id_ for id_ in rest if id_ not in set(held)]
+    try:
+        rows = read_commit(job.path, number).rows
+    except CorruptStoreError:
+        rows = job.header.rows_per_shard
+    return rest[:rows], rest[rows:]
+
+
+def _mend_shards(job: _Job, shards: Sequence[int], on_rows: Callable[[int, int], object]) -> None:
+    if not shards or job.maker is None:
+        return
+    planned = {number: [entry.id for entry in read_plan(job.path, number)] for number in shards}
+    total, done = sum(map(len, planned.values())), 0
+
+    def more(rows: int) -> None:
+        nonlocal done
+        done += rows
+        on_rows(done, total)
+
+    with ThreadPoolExecutor(default_workers()) as pool:
+        for number, ids in planned.items():
+            batch, threads = _made_with(job, number)
+            threads = usable_threads(threads)
+            with _claim(job.path, number), torch_threads(threads):
+                rows = job.maker.make(sources_of(job.dataset, ids), pool, batch, more)
+                folder = job.path / "shards" / shard_name(number)
+                if folder.exists():
+                    set_aside(job.path, folder, f"damaged-{shard_name(number)}")
+                commit_shard(job.path, number, rows, batch_size=batch, threads=threads)
+            _discard_aside(job.path, number)
+            job.say(f"shard {number}: {len(ids):,} images computed again")
+
+
+def _made_with(job: _Job, number: int) -> tuple[int, int]:
+    """Batch size and threads of a shard: the bits of its features depend on them."""
+    aside = moved_aside(job.path).get(number)
+    for folder in (job.path / "shards" / shard_name(number), *([aside] if aside else [])):
+        try:
+            record = read_commit_file(folder / "commit.json")
+        except CorruptStoreError:
+            continue
+        return record.batch_size or job.header.batch_size, record.threads or job.header.threads
+    return job.header.batch_size, job.header.threads
+
+
+def _claim(path: Path, number: int) -> Lease:
+    lease = Lease.acquire(path, number)
+    if lease is None:
+        raise StoreError(
+            "another process is computing the same shard",
+            found=f"a lease on shard {number}",
+            where=path,
+            fix="wait until it is done, then run the same command again",
+        )
+    return lease
+
+
+def _discard_aside(path: Path, number: int) -> None:
+    for entry in _entries(path / "staging"):
+        if entry.name.startswith(f"damaged-{shard_name(number)}-"):
+            discard(entry)
+
+
+def _entries(folder: Path) -> Iterable[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []

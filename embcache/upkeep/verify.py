@@ -1,0 +1,378 @@
+"""Every byte of a store against what vouches for it (``embcache verify``). Nothing here writes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from embcache.errors import CorruptStoreError, StoreError
+from embcache.paths import PathLike, home_dir, slug
+from embcache.store.header import StoreHeader
+from embcache.store.reading import (
+    committed_numbers,
+    plan_numbers,
+    read_commit,
+    read_features,
+    read_header,
+    read_index,
+    read_plan,
+    shard_name,
+)
+from embcache.store.verified import read_file
+from embcache.upkeep.notes import store_notes
+from embcache.upkeep.view import check_view
+
+_FOLDER = re.compile(r"(?P<slug>.+)-(?P<digits>[0-9a-f]{12})")
+# A store's own entries; anything else in its folder is told and left alone.
+_ENTRIES = {"recipe.json", "plan", "shards", "leases", "staging", "view.zarr", "view.h5"}
+_NFS = ".nfs"  # what an NFS client leaves of a file that is removed while it is open
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A run of rows of a store, numbered as in its view: row ``i`` of shard ``N`` is ``N * rows_per_shard + i``."""
+
+    first: int
+    last: int
+    count: int
+    first_id: str
+    last_id: str
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is not as it was committed.
+
+    Attributes
+    ----------
+    kind : {"recipe", "plan", "shard", "extra", "view", "moved"}
+        What is damaged. ``moved``: a repair that was interrupted has put the shard aside.
+    path : Path
+        The file, or the folder where that is all that can be said.
+    problem : str
+        What is wrong, in one line.
+    shard : int or None
+        The shard that it belongs to.
+    rows : Rows or None
+        The shard's rows, as far as its plan or its index still says.
+    """
+
+    kind: str
+    path: Path
+    problem: str
+    shard: int | None = None
+    rows: Rows | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON data."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+@dataclass(frozen=True)
+class StoreCheck:
+    """What a verification found in one store.
+
+    Attributes
+    ----------
+    path : Path
+        The store's folder.
+    backbone, fingerprint : str
+        As the recipe says; as the folder's name says where the recipe is damaged.
+    shards, rows, files, bytes : int
+        What was committed and read: shards, their rows (superseded ones included), files and bytes of all kinds.
+    planned : int
+        Rows that are planned and not computed yet; that is no damage.
+    damage : tuple of Damage
+    notes : tuple of str
+        What is worth knowing and no damage.
+    """
+
+    path: Path
+    backbone: str
+    fingerprint: str
+    shards: int
+    rows: int
+    planned: int
+    files: int
+    bytes: int
+    damage: tuple[Damage, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def dataset(self) -> str:
+        """Folder name of the store's dataset."""
+        return self.path.parent.name
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON data."""
+        return {
+            "dataset": self.dataset,
+            "backbone": self.backbone,
+            "fingerprint": self.fingerprint,
+            "path": str(self.path),
+            "shards": self.shards,
+            "rows": self.rows,
+            "planned": self.planned,
+            "files": self.files,
+            "bytes": self.bytes,
+            "damage": [each.to_json() for each in self.damage],
+            "notes": list(self.notes),
+        }
+
+
+@dataclass
+class _Found:
+    """What is gathered while a store is read."""
+
+    damage: list[Damage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    plans: dict[int, tuple[str, ...]] = field(default_factory=dict)  # ids of the intact plans
+    shards: dict[int, tuple[str, ...]] = field(default_factory=dict)  # ids of the intact shards
+    files: int = 0
+    bytes: int = 0
+
+    def count(self, path: Path) -> None:
+        self.files += 1
+        self.bytes += path.lstat().st_size
+
+
+def find_stores(
+    home: PathLike | None = None,
+    dataset: str | None = None,
+    backbones: Sequence[str] = (),
+    recipe: str | None = None,
+) -> list[Path]:
+    """Folders of stores, those without a recipe included; names of backbones may be given as folders spell them."""
+    root = home_dir(home)
+    datasets = _folders(root) if dataset is None else [root / slug(dataset)]
+    wanted = {slug(name) for name in backbones}
+    return [
+        path
+        for folder in datasets
+        for path in _folders(folder)
+        if (name := _FOLDER.fullmatch(path.name))
+        and ((path / "recipe.json").is_file() or (path / "shards").is_dir())
+        and (not wanted or name["slug"] in wanted)
+        and name["digits"].startswith((recipe or "")[:12])
+    ]
+
+
+def verify_store(path: Path, on_shard: Callable[[int, int], object] = lambda done, total: None) -> StoreCheck:
+    """Read every file of a store and compare it with what was committed.
+
+    Parameters
+    ----------
+    path : Path
+        The store's folder.
+    on_shard : callable
+        Told how many of how many shards are through.
+
+    Raises
+    ------
+    StoreError
+        The system does not let a file be read: that says nothing of its bytes.
+    """
+    found = _Found()
+    header = _check_recipe(path, found)
+    for number in plan_numbers(path):
+        _check_plan(path, header, number, found)
+    committed = committed_numbers(path)
+    for done, number in enumerate(committed, start=1):
+        _check_shard(path, header, number, found)
+        on_shard(done, len(committed))
+    _check_pairs(path, header, committed, found)
+    _check_listing(path, found)
+    if header is not None:
+        _check_view(path, header, committed, found)
+    found.notes += store_notes(path)
+    name = _FOLDER.fullmatch(path.name)
+    return StoreCheck(
+        path=path,
+        backbone=header.recipe.backbone if header else name["slug"] if name else path.name,
+        fingerprint=(header.recipe.fingerprint if header else name["digits"] if name else "")[:12],
+        shards=len(committed),
+        rows=sum(len(found.shards.get(number) or found.plans.get(number, ())) for number in committed),
+        planned=sum(len(ids) for number, ids in found.plans.items() if number not in committed),
+        files=found.files,
+        bytes=found.bytes,
+        damage=tuple(found.damage),
+        notes=tuple(found.notes),
+    )
+
+
+def in_one_line(error: StoreError) -> str:
+    """Problem, expectation and finding of an error, without where and how."""
+    said = [("expected", error.expected), ("found", error.found)]
+    text = error.problem + "".join(f"; {label} {value}" for label, value in said if value)
+    return " ".join(text.split())
+
+
+def _check_recipe(path: Path, found: _Found) -> StoreHeader | None:
+    file = path / "recipe.json"
+    try:
+        header = read_header(path)
+    except StoreError as error:
+        if not isinstance(error, CorruptStoreError) and file.is_file() and not os.access(file, os.R_OK):
+            raise
+        found.damage.append(Damage("recipe", file, in_one_line(error)))
+        return None
+    found.count(file)
+    return header
+
+
+def _check_plan(path: Path, header: StoreHeader | None, number: int, found: _Found) -> None:
+    file = path / "plan" / f"{shard_name(number)}.json"
+    try:
+        found.plans[number] = tuple(entry.id for entry in read_plan(path, number))
+    except CorruptStoreError as error:
+        rows = _shard_rows(path, header, number, found)
+        found.damage.append(Damage("plan", file, in_one_line(error), number, rows))
+        return
+    found.count(file)
+
+
+def _check_shard(path: Path, header: StoreHeader | None, number: int, found: _Found) -> None:
+    folder = path / "shards" / shard_name(number)
+    before = len(found.damage)
+
+    def damaged(where: Path, problem: str) -> None:
+        found.damage.append(Damage("shard", where, problem, number, _shard_rows(path, header, number, found)))
+
+    try:
+        record = read_commit(path, number)
+    except CorruptStoreError as error:
+        damaged(folder / "commit.json", in_one_line(error))
+        return
+    found.count(folder / "commit.json")
+    try:
+        if header is None:
+            raise CorruptStoreError("without the recipe, files are checked one by one")
+        index = read_index(path, header, number)
+        read_features(path, header, number)  # together these have read every file that the commit names
+    except CorruptStoreError as error:
+        for name, expected in record.files.items():
+            try:
+                read_file(folder / name, "", expected)
+            except CorruptStoreError as wrong:
+                damaged(folder / name, in_one_line(wrong))
+        if len(found.damage) == before and header is not None:
+            damaged(folder, in_one_line(error))
+    else:
+        found.shards[number] = index.ids
+    for name in record.files:
+        if (folder / name).is_file():
+            found.count(folder / name)
+    for extra in _extra(folder, {"commit.json", *record.files}):
+        found.damage.append(Damage("extra", extra, "no commit names it", number, None))
+
+
+def _check_pairs(path: Path, header: StoreHeader | None, committed: Sequence[int], found: _Found) -> None:
+    """Shards against their plans."""
+    there = set(plan_numbers(path))
+    later: set[str] = set()  # ids of higher shards
+    superseded = set()
+    for number in reversed(committed):
+        held = found.shards.get(number, ())
+        if held and later.issuperset(held):
+            superseded.add(number)
+        later.update(held)
+    for number in committed:
+        plan = path / "plan" / f"{shard_name(number)}.json"
+        ids = found.shards.get(number)
+        if number not in there and number in superseded:
+            found.notes.append(f"shard {number} has no plan and no row in use: `embcache gc` removes it")
+        elif number not in there:
+            rows = _shard_rows(path, header, number, found)
+            found.damage.append(Damage("plan", plan, "a file of the feature store is missing", number, rows))
+        elif ids is not None and number in found.plans and ids != found.plans[number]:
+            folder = path / "shards" / shard_name(number)
+            rows = _shard_rows(path, header, number, found)
+            found.damage.append(Damage("shard", folder, "its rows are not those of its plan", number, rows))
+    for number in sorted(moved_aside(path)):
+        if number not in committed:
+            aside = moved_aside(path)[number]
+            rows = _shard_rows(path, header, number, found)
+            problem = "a repair put it aside and did not finish"
+            found.damage.append(Damage("moved", aside, problem, number, rows))
+
+
+def moved_aside(store: Path) -> dict[int, Path]:
+    """Damaged shards that a repair has put aside, by number."""
+    names = ((re.fullmatch(r"damaged-(\d{6,})-[0-9a-f]+", entry.name), entry) for entry in _entries(store / "staging"))
+    return {int(name[1]): entry for name, entry in names if name}
+
+
+def _check_listing(path: Path, found: _Found) -> None:
+    """Entries that embcache did not make: what lies between the shards and plans, and in the store's folder."""
+    plans = {f"{shard_name(number)}.json" for number in plan_numbers(path)}
+    shards = {shard_name(number) for number in committed_numbers(path)}
+    for folder, known in ((path / "plan", plans), (path / "shards", shards)):
+        for entry in _entries(folder):
+            if entry.name not in known and not entry.name.startswith(_NFS):
+                found.damage.append(Damage("extra", entry, f"it is no {folder.name.removesuffix('s')}"))
+    strangers = [e.name for e in _entries(path) if e.name not in _ENTRIES and not e.name.startswith(_NFS)]
+    if strangers:
+        found.notes.append(f"not of the store, and left alone: {', '.join(strangers)}")
+
+
+def _check_view(path: Path, header: StoreHeader, committed: Sequence[int], found: _Found) -> None:
+    if any(each.kind in ("shard", "moved") for each in found.damage):
+        found.notes.append("the view is compared once the shards are mended")
+        return
+    if committed:
+        check = check_view(path, header)
+        found.files, found.bytes = found.files + check.files, found.bytes + check.bytes
+        found.notes += check.notes
+        found.damage += [Damage("view", where, problem) for where, problem in check.wrong]
+
+
+def _shard_rows(path: Path, header: StoreHeader | None, number: int, found: _Found) -> Rows | None:
+    """The rows of a shard, from its plan or, where that is damaged, from its index."""
+    ids = found.plans.get(number) or found.shards.get(number)
+    if not ids and header is not None:
+        try:
+            ids = read_index(path, header, number).ids
+        except StoreError:
+            ids = None
+    if not ids:
+        return None
+    first = number * header.rows_per_shard if header else 0
+    return Rows(first, first + len(ids) - 1, len(ids), ids[0], ids[-1])
+
+
+def _extra(folder: Path, known: set[str]) -> Iterator[Path]:
+    """Files and empty folders of a shard that are not ``known``."""
+    holding = {parent.as_posix() for name in known for parent in PurePosixPath(name).parents}
+    for root, folders, names in os.walk(folder):
+        here = Path(root)
+        for name in names:
+            path = here / name
+            if path.relative_to(folder).as_posix() not in known and not name.startswith(_NFS):
+                yield path
+        for name in folders:
+            path = here / name
+            if path.is_symlink() or (path.relative_to(folder).as_posix() not in holding and not any(path.iterdir())):
+                yield path
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def damage_counts(damage: Sequence[Damage]) -> Mapping[str, int]:
+    """How many there are of each kind, in the order of their first."""
+    counts: dict[str, int] = {}
+    for each in damage:
+        counts[each.kind] = counts.get(each.kind, 0) + 1
+    return counts

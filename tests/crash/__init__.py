@@ -1,0 +1,1 @@
+"""Extraction under kills, failing disks and power cuts; see `tests.crash.torture`."""

@@ -1,0 +1,160 @@
+"""Kill, starve and cut off extractions, and print what came of it: ``python -m tests.crash.torture``, ``make torture``.
+
+SIGKILL before and after every call to the filesystem and within every write, every fault at every call, power cuts at
+every instant that leaves another disk, some hundreds of random instants, runs side by side, paused writers; over Zarr
+and HDF5, one and two backbones (of two, which repeat the calls of one, every fourth call), empty homes and such that
+hold an extraction. ``--every N`` takes each N-th.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tests.crash.faults import FAULTS
+from tests.crash.powerloss import MODES
+from tests.crash.runs import CASES, Case, prepare
+from tests.crash.trials import Trials
+
+Trial = tuple[str, Callable[[], None]]
+CUTS = 12  # trials that share the instants of one run
+LASTING = ("ENOSPC", "EIO")  # faults that are also tried as states: from one call on to the last
+
+
+def all_trials(trials: Trials, arguments: argparse.Namespace) -> list[Trial]:
+    """Every trial with what to call it: first those that chance makes, then those of single calls, shuffled."""
+    chance, every, cases = random.Random(arguments.seed), arguments.every, list(trials.calls)
+    some: list[Trial] = []
+    for number in range(arguments.random):
+        case = cases[number % len(cases)]
+        seed = chance.random()
+        some.append((f"random kills, {case}", lambda c=case, s=seed: trials.kill_at_random(c, random.Random(s))))
+    for number in range(arguments.together):
+        case = cases[number * 3 % len(cases)]
+        seed = chance.random()
+        some.append((f"at once, {case}, seed {seed}", lambda c=case, s=seed: trials.many_at_once(c, random.Random(s))))
+    for number in range(arguments.pauses):
+        case = cases[number % len(cases)]
+        at = int((number + chance.random()) / arguments.pauses * trials.calls[case])
+        some.append((f"paused at call {at}, {case}", lambda c=case, a=at: trials.pause(c, a)))
+    # A second backbone repeats the calls of the first one.
+    rest = [t for case in cases for t in _of_case(trials, case, every * (1 + 3 * (len(case.backbones) > 1)), chance)]
+    cuts = [trial for trial in rest if trial[0].startswith("power")]
+    chance.shuffle(rest)
+    chosen = rest if arguments.sample is None else cuts[:: max(1, len(cuts) // 6)] + rest[: arguments.sample]
+    return some + chosen
+
+
+def _of_case(trials: Trials, case: Case, every: int, chance: random.Random) -> Iterator[Trial]:
+    """Faults at single calls, and power losses."""
+
+    def at_calls(fault: str, places: Sequence[int], *, onwards: bool = False) -> Iterator[Trial]:
+        for at in places[chance.randrange(min(every, len(places))) :: every]:
+            name = f"{fault} {'from' if onwards else 'at'} call {at}, {case}"
+            yield name, lambda a=at: trials.fault_at_call(case, fault, a, onwards=onwards)
+
+    def cut(mode: str, offset: int, seed: float) -> Callable[[], None]:
+        return lambda: trials.lose_power(case, mode, random.Random(seed), step=CUTS * every, offset=offset)
+
+    for mode in MODES:
+        for offset in chance.sample(range(CUTS * every), CUTS):
+            yield f"power losses, {mode}, {case}", cut(mode, offset, chance.random())
+    for fault, (_, names) in FAULTS.items():
+        yield from at_calls(fault, trials.places(case, names))
+    for fault in LASTING:
+        yield from at_calls(fault, trials.places(case, None)[::4], onwards=True)
+
+
+def run_slice(arguments: argparse.Namespace) -> int:
+    """Every n-th trial, from the i-th; the totals as JSON on the last line."""
+    first, step = (int(number) for number in arguments.slice.split("/"))
+    prepare()
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="embcache-torture-", dir=memory if memory.is_dir() else None))
+    began = time.monotonic()
+    failures = []
+    try:
+        trials = Trials(folder, [CASES[int(number)] for number in arguments.cases.split(",")])
+        mine = all_trials(trials, arguments)[first::step]
+        trials.totals["trials planned"] = len(mine)
+        for number, (name, trial) in enumerate(mine):
+            if number % 200 == 0:
+                print(f"… job {first}, trial {number}: {dict(sorted(trials.totals.items()))}", flush=True)
+            if arguments.minutes and time.monotonic() - began > 60 * arguments.minutes:
+                break
+            try:
+                trial()
+            except Exception as error:
+                failures.append(f"{name}: {type(error).__name__}: {error}")
+                print(f"FAILED {failures[-1]}", flush=True)
+            trials.totals["trials made"] += 1
+        calls = {str(case): count for case, count in trials.calls.items()}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps({"totals": trials.totals, "calls": calls, "failures": failures}))
+    return bool(failures)
+
+
+def main() -> int:
+    """Share the trials among processes, add up their totals, and print them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--every", type=int, default=1, help="break only every N-th call")
+    parser.add_argument("--random", type=int, default=240, help="trials with kills at random instants")
+    parser.add_argument("--together", type=int, default=60, help="trials with several processes at once")
+    parser.add_argument("--pauses", type=int, default=60, help="trials with a paused writer")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that make trials")
+    parser.add_argument("--sample", type=int, help="of the trials of single calls, only so many")
+    parser.add_argument("--minutes", type=float, help="begin no trial after so long")
+    parser.add_argument("--cases", default=",".join(map(str, range(len(CASES)))), help="numbers of kinds of runs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file for the totals")
+    parser.add_argument("--slice", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.slice:
+        return run_slice(arguments)
+    started = time.monotonic()
+    command = [sys.executable, "-m", "tests.crash.torture", *sys.argv[1:]]
+    jobs = [
+        subprocess.Popen([*command, "--slice", f"{job}/{arguments.jobs}"], stdout=subprocess.PIPE, text=True)
+        for job in range(arguments.jobs)
+    ]
+    totals: Counter[str] = Counter()
+    failures: list[str] = []
+    last: list[str] = [""] * len(jobs)
+    for index, job in enumerate(jobs):
+        assert job.stdout
+        for line in job.stdout:
+            last[index] = line
+            if not line.startswith("{"):
+                print(line, end="", flush=True)
+        job.wait()
+    calls: dict[str, int] = {}
+    for line in last:
+        if not line.startswith("{"):
+            failures.append("a job ended before its trials did")
+            continue
+        result = json.loads(line)
+        totals.update(result["totals"])
+        failures += result["failures"]
+        calls = result["calls"]
+    for name, count in sorted(calls.items()):
+        print(f"{count:>12,} calls to the filesystem in one run: {name}")
+    for name, count in sorted(totals.items()):
+        print(f"{count:>12,} {name}")
+    print(f"{len(failures):>12,} failures, in {time.monotonic() - started:.0f} s")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"totals": totals, "calls": calls, "failures": failures}, indent=1))
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""The fast decoder of JPEG files gives Pillow's pixels, and Pillow's verdicts."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import simplejpeg  # noqa: F401 - a dependency: without it the tests would compare Pillow with itself
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from embcache.data import images, jpeg
+from embcache.data.images import decode_image
+from embcache.errors import ImageError
+
+
+def picture(width: int = 61, height: int = 47, mode: str = "RGB") -> Image.Image:
+    values = np.random.default_rng(width * height).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def encode(image: Image.Image, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def by_pillow(data: bytes, monkeypatch: pytest.MonkeyPatch) -> np.ndarray | str:
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "decode_jpeg", lambda data, image: None)
+        return outcome(data)
+
+
+def outcome(data: bytes) -> np.ndarray | str:
+    try:
+        return decode_image(data)
+    except ImageError as error:
+        return error.problem
+
+
+def fast(data: bytes) -> bool:
+    return jpeg.decode_jpeg(data, Image.open(io.BytesIO(data))) is not None
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (17, 33), (224, 224), (301, 203)])
+def test_pixels_are_those_of_pillow(
+    size: tuple[int, int], progressive: bool, subsampling: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encode(picture(*size), quality=83, subsampling=subsampling, progressive=progressive)
+    assert fast(data)
+    pixels = decode_image(data)
+    assert pixels.shape == (size[1], size[0], 3)
+    assert pixels.flags.c_contiguous
+    np.testing.assert_array_equal(pixels, by_pillow(data, monkeypatch))
+
+
+@pytest.mark.parametrize("options", [{"quality": 1}, {"quality": 100}, {"optimize": True}, {"restart_marker_rows": 1}])
+def test_ways_of_encoding(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(picture(), **options)
+    assert fast(data)
+    np.testing.assert_array_equal(decode_image(data), by_pillow(data, monkeypatch))
+
+
+def test_grey_becomes_rgb(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(picture(mode="L"))
+    assert fast(data)
+    np.testing.assert_array_equal(decode_image(data), by_pillow(data, monkeypatch))
+
+
+def test_cmyk_stays_with_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(picture(mode="CMYK"))
+    assert not fast(data)
+    np.testing.assert_array_equal(decode_image(data), by_pillow(data, monkeypatch))
+
+
+def test_a_turned_image_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(picture(), exif=exif)
+    assert decode_image(data).shape == (61, 47, 3)
+    np.testing.assert_array_equal(decode_image(data), by_pillow(data, monkeypatch))
+
+
+def test_a_file_without_its_end_has_the_reason_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(picture())
+    for length in range(len(data) - 1, 100, -37):
+        found, expected = outcome(data[:length]), by_pillow(data[:length], monkeypatch)
+        assert isinstance(found, str) == isinstance(expected, str)
+        np.testing.assert_array_equal(found, expected)
+    assert isinstance(outcome(data[: len(data) // 2]), str)
+
+
+def test_a_truncated_file_with_an_end_stuck_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(picture())
+    for length in range(len(data) - 3, 100, -41):
+        cut = data[:length] + b"\xff\xd9"
+        np.testing.assert_array_equal(outcome(cut), by_pillow(cut, monkeypatch))
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_damaged_files_end_as_with_pillow(data: st.DataObject) -> None:
+    broken = bytearray(encode(picture(), progressive=data.draw(st.booleans())))
+    for _ in range(data.draw(st.integers(1, 4))):
+        broken[data.draw(st.integers(2, len(broken) - 3))] = data.draw(st.integers(0, 255))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        expected = by_pillow(bytes(broken), monkeypatch)
+    np.testing.assert_array_equal(outcome(bytes(broken)), expected)
+
+
+def test_another_libjpeg_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(picture())
+    expected = decode_image(data)
+    monkeypatch.setattr(jpeg, "_same_pixels", lambda: False)
+    assert not fast(data)
+    np.testing.assert_array_equal(decode_image(data), expected)
+
+
+def test_without_the_package_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jpeg, "simplejpeg", None)
+    assert not jpeg._same_pixels.__wrapped__()
+
+
+def test_decoders_that_differ_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = jpeg._decode
+    monkeypatch.setattr(jpeg, "_decode", lambda data: right(data) ^ 1)  # type: ignore[operator]
+    assert not jpeg._same_pixels.__wrapped__()
+    monkeypatch.undo()
+    assert jpeg._same_pixels.__wrapped__()

@@ -1,0 +1,211 @@
+"""Processes that meet at every call to the filesystem: whoever is slower finds what the other left, and no rubbish."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embcache.store import disk
+from embcache.store.commit import (
+    commit_shard,
+    create_exclusive,
+    create_store,
+    refresh_view,
+    replace_file,
+    write_view,
+)
+from embcache.store.feature_store import FeatureStore
+from embcache.store.reading import committed_numbers, read_header
+from embcache.store.view import view_is_current
+from tests.crash.faults import Call, between
+from tests.store.build import FORMATS, add, make_rows, make_store, plan, quick_disk, recipe, tree
+
+__all__ = ["quick_disk"]
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
+
+def meeting(mine: Callable[[], Any], other: Callable[[], Any], at: int) -> tuple[Any, list[str]]:
+    """Run ``mine`` and, before its ``at``-th call to the filesystem, all of ``other``; the result and mine's calls."""
+    calls: list[str] = []
+    busy = False
+
+    def hook(call: Call, do: Callable[[], Any]) -> Any:
+        nonlocal busy
+        if not busy:
+            calls.append(call.name)
+            if len(calls) - 1 == at:
+                busy = True
+                other()
+                busy = False
+        return do()
+
+    with between(hook):
+        return mine(), calls
+
+
+def number_of_calls(prepare: Callable[[], Path], mine: Callable[[Path], Any]) -> int:
+    path = prepare()
+    return len(meeting(lambda: mine(path), lambda: None, -1)[1])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_overtaken_at_any_call_a_commit_leaves_the_winner_alone(format: str, tmp_path: Path) -> None:
+    mine, others = make_rows(["a", "b"], seed=1), make_rows(["a", "b"], seed=2)
+
+    def prepare(name: str) -> Path:
+        path = make_store(tmp_path / name, format)
+        plan(path, 0, ["a", "b"])
+        return path
+
+    count = number_of_calls(lambda: prepare("n"), lambda path: commit_shard(path, 0, mine))
+    results = []
+    for at in range(count):
+        path = prepare(str(at))
+        won: list[bool] = []
+
+        def other(path: Path = path, won: list[bool] = won) -> None:
+            won.append(commit_shard(path, 0, others))
+
+        first, _ = meeting(lambda path=path: commit_shard(path, 0, mine), other, at)
+        assert sorted([first, *won]) == [False, True]
+        assert np.array_equal(FeatureStore(path).features[:], (mine if first else others).features)
+        assert list((path / "staging").iterdir()) == []
+        results.append(first)
+    assert {True, False} == set(results)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("exchange", [True, False])
+def test_overtaken_at_any_call_the_view_shows_all_that_is_committed(
+    format: str, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(disk, "_rename_at", lambda one, other, flags: False)
+
+    def prepare(name: str) -> Path:
+        path = make_store(tmp_path / name, format)
+        add(path, 0, ["a", "b"])
+        write_view(path)
+        add(path, 1, ["c"])
+        plan(path, 2, ["d", "e"])
+        return path
+
+    def other(path: Path) -> None:
+        commit_shard(path, 2, make_rows(["d", "e"], seed=2))
+        write_view(path)
+
+    whole = prepare("whole")
+    other(whole)
+    count = number_of_calls(lambda: prepare("n"), write_view)
+    for at in [*range(0, count - 30, 4), *range(max(0, count - 30), count)]:  # most of the first ones are alike
+        path = prepare(str(at))
+        meeting(lambda path=path: write_view(path), lambda path=path: other(path), at)
+        assert view_is_current(path, read_header(path), committed_numbers(path))
+        assert tree(path) == tree(whole)
+        assert list((path / "staging").iterdir()) == []
+
+
+def test_overtaken_at_any_call_a_store_is_created_once(tmp_path: Path) -> None:
+    count = number_of_calls(lambda: tmp_path / "n", make_store)
+    for at in range(count):
+        home = tmp_path / str(at)
+        meeting(lambda home=home: make_store(home), lambda home=home: make_store(home), at)
+        (store,) = (home / "ds").iterdir()
+        assert sorted(path.name for path in store.iterdir()) == ["leases", "plan", "recipe.json", "shards", "staging"]
+
+
+@pytest.mark.parametrize("links", ["hard", "renameat2", "neither"])
+def test_overtaken_at_any_call_a_name_is_taken_once(
+    links: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if links != "hard":
+        monkeypatch.setattr(os, "link", _refuse_links)
+    if links == "neither":
+        monkeypatch.setattr(disk, "_rename_at", lambda one, other, flags: False)
+
+    def prepare(name: str) -> Path:
+        for part in ("plan", "staging"):
+            (tmp_path / name / part).mkdir(parents=True)
+        return tmp_path / name
+
+    def take(folder: Path, data: bytes) -> bool:
+        return create_exclusive(folder / "plan" / "7", data, staging=folder / "staging")
+
+    count = number_of_calls(lambda: prepare("n"), lambda folder: take(folder, b"mine"))
+    for at in range(count):
+        folder = prepare(str(at))
+        won: list[bool] = []
+
+        def other(folder: Path = folder, won: list[bool] = won) -> None:
+            won.append(take(folder, b"other"))
+
+        mine, _ = meeting(lambda folder=folder: take(folder, b"mine"), other, at)
+        assert tree(folder) == {"plan/7": b"mine" if mine else b"other"}
+        # Without links and without such a rename, both may think that they have it: the later one has.
+        assert sorted([mine, *won]) == [False, True] or (links == "neither" and mine)
+
+
+def _refuse_links(*_: object) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_overtaken_at_any_call_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    count = number_of_calls(lambda: tmp_path / "n" / "file", lambda path: replace_file(path, b"mine"))
+    for at in range(count):
+        path = tmp_path / str(at) / "file"
+        meeting(lambda path=path: replace_file(path, b"mine"), lambda path=path: replace_file(path, b"other"), at)
+        assert [p.name for p in path.parent.iterdir()] == ["file"]
+        assert path.read_bytes() in (b"mine", b"other")
+
+
+def test_a_folder_that_another_process_removes_never_comes_back_in_part(tmp_path: Path) -> None:
+    root = tmp_path / "staged"
+    files = {"a/b/one": b"1", "a/c/two": b"2", "three": b"3"}
+    count = number_of_calls(lambda: tmp_path / "n", lambda path: disk.write_tree(path, files, ["empty"]))
+    for at in range(1, count):
+        with pytest.raises(FileNotFoundError) if at < count - 2 else _nothing():  # the last calls are on an open folder
+            meeting(lambda: disk.write_tree(root, files, ["empty"]), lambda: disk.remove(root), at)
+        assert list(tmp_path.iterdir()) == [tmp_path / "n"]
+
+
+class _nothing:  # noqa: N801
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_a_store_that_lost_its_empty_folders_is_mended(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    for name in ("plan", "shards", "leases", "staging"):
+        (path / name).rmdir()
+    arguments = {"row_shape": [3], "rows_per_shard": 4, "batch_size": 2, "threads": 1}
+    assert create_store(path.parent, recipe(), **arguments) == path  # type: ignore[arg-type]
+    add(path, 0, ["a"])
+    assert FeatureStore(path).ids.tolist() == ["a"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_view_is_written_anew_when_shards_were_added(format: str, tmp_path: Path) -> None:
+    path = make_store(tmp_path, format)
+    assert refresh_view(path)
+    add(path, 0, ["a"])
+    assert refresh_view(path)
+    assert not refresh_view(path)
+    add(path, 1, ["a"])
+    assert refresh_view(path)
+
+
+def test_a_filesystem_that_cannot_flush_folders_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flush(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").resolve().is_dir():
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    add(make_store(tmp_path), 0, ["a"])

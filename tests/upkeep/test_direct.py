@@ -1,0 +1,117 @@
+"""Rows against the images they are of: hashed again, and computed again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import embcache.upkeep.direct as direct
+from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.errors import DatasetNotFoundError
+from embcache.extract.run import run_extraction
+from embcache.store.commit import ShardRows, commit_shard, discard
+from embcache.store.feature_store import FeatureStore
+from embcache.upkeep.direct import check_direct
+from embcache.upkeep.source import check_source
+from tests.extract.conftest import draw
+from tests.upkeep.conftest import KINDS, Make, ds, images, make, quick_disk, tiny
+
+__all__ = ["ds", "images", "make", "quick_disk", "tiny"]
+
+
+def put_features(path: Path, number: int, features: np.ndarray) -> None:
+    """A shard that is intact and holds other features."""
+    store = FeatureStore(path)
+    ids = tuple(entry.id for entry in store.plans()[number])
+    digests = tuple(store.digests.get(id_, "") for id_ in ids)
+    reasons = tuple(store.quarantined.get(id_, "") for id_ in ids)
+    discard(path / "shards" / f"{number:06d}")
+    commit_shard(path, number, ShardRows(ids, features, np.array([not reason for reason in reasons]), digests, reasons))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_rows_are_those_that_the_images_give(kind: str, make: Make, ds: ImageDataset) -> None:
+    path = make(kind)
+    found = check_direct(path, ds, 6)
+    assert (found.compared, found.full, found.well) == (6, None, True)
+    assert found.difference <= (0 if kind == "pixels" else 1e-4)
+    assert found.cosine > 0.99999
+    everything = check_direct(path, ds, 1000)
+    assert everything.compared == len(FeatureStore(path)) == 19
+
+
+def test_one_wrong_row_is_found_and_named(make: Make, ds: ImageDataset) -> None:
+    path = make("zarr")
+    store = FeatureStore(path)
+    features = store.features[:][store.features.shards == 1].copy()
+    features[3] *= 1.001
+    put_features(path, 1, features)
+    found = check_direct(path, ds, 100)
+    assert not found.well
+    assert found.worst == store.plans()[1][3].id
+    assert 5e-4 < found.difference < 2e-3
+    assert any("NOT" in line for line in found.in_words())
+    assert any(found.worst in line for line in found.in_words())
+
+
+def test_changed_images_are_left_out_and_told(make: Make, ds: ImageDataset, images: Path) -> None:
+    path = make("zarr")
+    file = images / "malignant" / "04.png"
+    state = file.stat()
+    draw(file, 99)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    (images / "benign" / "07.png").write_bytes(b"broken")
+    found = check_direct(path, ds, 100)
+    assert found.changed == ("malignant/04.png",)
+    assert found.unreadable == ("benign/07.png",)
+    assert found.compared == 17
+    assert not found.well
+    assert found.difference <= 1e-4
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "float32"), ("fp32", "float16"), ("bf16", "float16")])
+def test_less_than_full_precision_is_held_against_it(
+    precision: str, dtype: str, ds: ImageDataset, tiny: None, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "_FEWEST", 4)
+    (done,) = run_extraction(["random"], ds, precision=precision, feature_dtype=dtype)
+    found = check_direct(done.store.path, ds, 12)
+    assert found.well
+    assert found.full is not None
+    assert 0 < found.full.difference < 0.05
+    assert found.full.cosine >= direct.MIN_COSINE
+    assert found.full.metric == "auc"
+    assert found.full.cached is not None
+    assert found.to_json()["full"]["limit"] == pytest.approx(2 / 12)
+    monkeypatch.setattr(direct, "MIN_COSINE", 2.0)
+    assert not found.well
+
+
+def test_hashing_finds_what_times_and_sizes_hide(make: Make, ds: ImageDataset, images: Path) -> None:
+    path = make("zarr")
+    intact = check_source(FeatureStore(path), ds)
+    assert (intact.checked, intact.well, intact.removed) == (20, True, 0)
+    file = images / "malignant" / "04.png"
+    state, data = file.stat(), bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    (images / "benign" / "07.png").unlink()
+    found = check_source(FeatureStore(path), ds)
+    assert (found.changed, found.missing) == (("malignant/04.png",), ("benign/07.png",))
+    assert not found.well
+    fewer = check_source(FeatureStore(path), load_dataset("folder", images))
+    assert (fewer.changed, fewer.missing, fewer.removed) == (("malignant/04.png",), (), 1)
+
+
+def test_without_the_images_there_is_one_message(make: Make, ds: ImageDataset, tmp_path: Path) -> None:
+    gone = dataclasses.replace(ds, root=tmp_path / "gone")
+    path = make("zarr")
+    with pytest.raises(DatasetNotFoundError, match="not here"):
+        check_source(FeatureStore(path), gone)
+    with pytest.raises(DatasetNotFoundError, match="not here"):
+        check_direct(path, gone, 3)

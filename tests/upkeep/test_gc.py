@@ -1,0 +1,205 @@
+"""Freeing room never costs a row that is in use, whenever it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import embcache.store.commit as commit
+import embcache.upkeep.gc as gc
+from embcache.cli import app
+from embcache.errors import CorruptStoreError, StoreError
+from embcache.store.feature_store import FeatureStore
+from embcache.store.formats import FORMATS
+from embcache.store.lease import Lease
+from embcache.upkeep.gc import collect
+from embcache.upkeep.verify import verify_store
+from tests.store.build import add, make_store, plan, quick_disk, tree
+
+__all__ = ["quick_disk"]
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
+
+def build(folder: Path, format: str = "zarr", **keywords: Any) -> Path:
+    """Shards of which one is in full use, two in part, and one not at all; five rows are superseded."""
+    path = make_store(folder, format, **keywords)
+    add(path, 0, ["a", "b", "c", "d"], bad=["b"])
+    add(path, 1, ["e", "f", "g", "h"])
+    add(path, 2, ["i", "j"])
+    add(path, 3, ["i", "j", "a"])
+    add(path, 4, ["e", "f"])
+    commit.write_view(path)
+    return path
+
+
+def held(path: Path) -> dict[str, Any]:
+    """All that a store says of each image."""
+    store = FeatureStore(path)
+    features = dict(zip(store.ids.tolist(), store.features[:].tolist(), strict=True))
+    sources = store.sources()
+    return {
+        id_: (features.get(id_), store.quarantined.get(id_), store.digests.get(id_), (entry.size, entry.mtime_ns))
+        for id_, entry in sources.items()
+    }
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_superseded_rows_go_and_all_others_stay(format: str, tmp_path: Path) -> None:
+    path = build(tmp_path, format)
+    before = held(path)
+    whole = {n: (path / "shards" / n).stat().st_ino for n in ("000003", "000004")}
+    promised = collect(path, dry_run=True)
+    size = gc.folder_bytes(path)
+    done = collect(path)
+    assert (done.superseded, done.moved, done.shards) == (promised.superseded, promised.moved, promised.shards)
+    assert (done.superseded, done.moved, done.shards) == (5, 5, 3)
+    assert held(path) == before
+    assert FeatureStore(path).committed() == (3, 4, 5, 6)
+    assert {n: (path / "shards" / n).stat().st_ino for n in whole} == whole
+    check = verify_store(path)
+    assert (check.damage, check.notes, check.rows) == ((), (), 10)
+    assert done.freed == size - gc.folder_bytes(path)
+    again = collect(path)
+    assert (again.superseded, again.shards, again.freed) == (0, 0, 0)
+
+
+def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
+    path = build(tmp_path)
+    before = tree(tmp_path)
+    assert collect(path, dry_run=True).superseded == 5
+    assert tree(tmp_path) == before
+
+
+def test_views_and_planned_shards_are_kept(tmp_path: Path) -> None:
+    path = make_store(tmp_path, row_shape=(2, 3))
+    add(path, 0, ["a", "b"], row_shape=(2, 3))
+    add(path, 1, ["a"], row_shape=(2, 3))
+    plan(path, 2, ["x", "y"])
+    before = held(path)
+    collect(path)
+    assert held(path) == before
+    assert set(FeatureStore(path).plans()) - set(FeatureStore(path).committed()) == {2}
+    assert 3 in FeatureStore(path).committed()
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_killed_at_any_step_nothing_is_lost_and_the_next_run_finishes(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = ("publish_plan", "commit_shard", "set_aside", "discard", "write_view")
+    originals = {name: getattr(gc, name) for name in steps}
+    expected, left = None, 1
+    moment = 0
+    while left == 1:
+        path = build(tmp_path / str(moment), format)
+        before = held(path)
+        budget = [moment]
+
+        def guard(name: str, after: bool, budget: list[int] = budget) -> Any:
+            def wrapped(*arguments: Any, **keywords: Any) -> Any:
+                if not after:
+                    if budget[0] == 0:
+                        raise KeyboardInterrupt
+                    budget[0] -= 1
+                return originals[name](*arguments, **keywords)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            for name in steps:
+                patch.setattr(gc, name, guard(name, after=False))
+            try:
+                collect(path)
+                left = 0
+            except KeyboardInterrupt:
+                left = 1
+        assert held(path) == before, moment
+        assert not [each for each in verify_store(path).damage if each.kind != "view"], moment
+        # What a killed run has put aside is old enough to go at once.
+        for entry in (path / "staging").iterdir():
+            os.utime(entry, (1, 1))
+        collect(path)
+        collect(path)
+        assert held(path) == before, moment
+        committed = FeatureStore(path).committed()
+        assert expected in (None, committed), moment
+        expected = committed
+        check = verify_store(path)
+        assert (check.damage, check.notes, check.planned) == ((), (), 0), moment
+        assert not list((path / "staging").iterdir()), moment
+        moment += 1
+    assert moment > 10
+
+
+def test_whoever_has_the_store_open_is_never_served_other_rows(tmp_path: Path) -> None:
+    path = build(tmp_path)
+    store = FeatureStore(path)
+    rows = {id_: row for row, id_ in enumerate(store.ids.tolist())}
+    intact = store.features[:]
+    features = FeatureStore(path).restrict(store.ids.tolist())
+    assert len(features) == len(rows)
+    collect(path)
+    for id_, row in rows.items():
+        try:
+            found = features.features[row]
+        except CorruptStoreError:
+            continue
+        assert np.array_equal(found, intact[row]), id_
+
+
+def test_a_store_in_use_or_damaged_is_refused(tmp_path: Path) -> None:
+    path = build(tmp_path)
+    before = tree(path)
+    with Lease.acquire(path, 7) as lease:  # type: ignore[union-attr]
+        assert lease.held
+        with pytest.raises(StoreError, match="another process is computing") as caught:
+            collect(path)
+        assert "shard 7" in str(caught.value.found)
+    assert tree(path) == before
+    (path / "shards" / "000001" / "commit.json").write_bytes(b"{}")
+    with pytest.raises(CorruptStoreError, match="verify --repair"):
+        collect(path)
+    assert (path / "shards" / "000000").is_dir()
+
+
+def test_leftovers_and_dead_leases_go(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    add(path, 0, ["a"])
+    old = [path / "staging" / "shard-000009-00", path / "leases" / "000009.json", tmp_path / "ds" / f".{path.name}-00"]
+    for entry in (*old, path / "staging" / "shard-000010-00"):
+        entry.parent.mkdir(exist_ok=True)
+        entry.write_bytes(b"xyz")
+    (path / "staging" / "damaged-000003-00").mkdir()  # tells a repair what is missing
+    (path / "staging" / "damaged-000000-00").mkdir()  # and this one is there again
+    for entry in (*old, path / "staging" / "damaged-000003-00"):
+        os.utime(entry, (1, 1))
+    assert collect(path).leftovers == 4
+    assert not any(entry.exists() for entry in old)
+    assert sorted(entry.name for entry in (path / "staging").iterdir()) == ["damaged-000003-00", "shard-000010-00"]
+
+
+def test_the_command_says_what_it_frees(home: Path) -> None:
+    path = build(home)
+    (home / "ds" / ".dataset.parquet-00").write_bytes(b"half")
+    os.utime(home / "ds" / ".dataset.parquet-00", (1, 1))
+    run = CliRunner().invoke
+    told = run(app, ["gc", "--dry-run", "--json", "-"], catch_exceptions=False)
+    answer = json.loads(told.stdout)
+    assert (told.exit_code, answer["dry_run"], answer["stores"][0]["superseded"]) == (0, True, 5)
+    assert (path / "shards" / "000000").is_dir()
+    told = run(app, ["gc", "--dataset", "ds"], catch_exceptions=False)
+    assert told.exit_code == 0
+    assert "freed in" in told.stdout
+    assert not (home / "ds" / ".dataset.parquet-00").exists()
+    with Lease.acquire(path, 7):  # type: ignore[union-attr]
+        told = run(app, ["gc"], catch_exceptions=False)
+    assert told.exit_code == 1
+    assert "another process" in told.stderr
+    assert "nothing is cached" in run(app, ["gc", "--home", str(home / "none")], catch_exceptions=False).stdout

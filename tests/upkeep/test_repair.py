@@ -1,0 +1,255 @@
+"""Repair computes just what is damaged, gives the same bytes, and refuses what it could not make again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import embcache.upkeep.networks as networks
+import embcache.upkeep.repair as repair
+from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, RecipeError, StoreError
+from embcache.extract.run import run_extraction
+from embcache.extract.worker import FrozenNetwork
+from embcache.store.feature_store import FeatureStore
+from embcache.store.lease import Lease
+from embcache.upkeep.repair import needs_repair, repair_store
+from embcache.upkeep.verify import StoreCheck, verify_store
+from tests.extract.conftest import draw
+from tests.extract.tiny import load_tiny
+from tests.store.build import tree
+from tests.upkeep.conftest import KINDS, Make, damage, ds, files_of, flip, images, make, quick_disk, stamps, tiny
+
+__all__ = ["ds", "images", "make", "quick_disk", "tiny"]
+
+
+def mend(path: Path, ds: ImageDataset, **keywords: object) -> StoreCheck:
+    return repair_store(verify_store(path), lambda: ds, **keywords)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_damaged_shard_is_computed_again_and_equals_what_it_was(
+    kind: str, how: str, make: Make, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(kind)
+    before, others = tree(path), {n: stamps(path / "shards" / n) for n in ("000000", "000002")}
+    damage(max(files_of(path / "shards" / "000001"), key=lambda file: file.stat().st_size), how)
+    images = []
+    for maker in (networks.Features, networks.Pixels):
+        original = maker.make
+
+        def counted(self: object, sources: list[object], *rest: object, original: Callable[..., object] = original):  # type: ignore[no-untyped-def]
+            images.extend(sources)
+            return original(self, sources, *rest)
+
+        monkeypatch.setattr(maker, "make", counted)
+    (found,) = verify_store(path).damage
+    assert (found.kind, found.shard) == ("shard", 1)
+    after = mend(path, ds)
+    assert (after.damage, after.notes) == ((), ())
+    assert len(images) == 8
+    assert tree(path) == before
+    assert {n: stamps(path / "shards" / n) for n in others} == others
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_file_can_be_mended(kind: str, make: Make, ds: ImageDataset) -> None:
+    path = make(kind)
+    before = tree(path)
+    for file in files_of(path):
+        flip(file, 40, bit=2)
+        assert needs_repair(verify_store(path))
+        assert not mend(path, ds).damage
+        if file.name == "recipe.json":  # where it was made is not known any more
+            assert FeatureStore(path).recipe.fingerprint.startswith(path.name[-12:])
+            assert "made again" in FeatureStore(path).provenance["note"]
+            before = tree(path)
+        assert tree(path) == before, file
+
+
+def test_everything_at_once(make: Make, ds: ImageDataset) -> None:
+    path = make("zarr")
+    before = tree(path)
+    for name in ("plan/000000.json", "shards/000001/commit.json", "view.zarr/valid/c/0", "plan/000002.json"):
+        damage(path / name, "cut")
+    shutil.rmtree(path / "shards" / "000002" / "data.zarr")
+    (path / "shards" / "000000" / "extra").write_text("x")
+    (path / "shards" / "mine.txt").write_text("x")
+    done: list[str] = []
+    assert not mend(path, ds, say=done.append).damage
+    assert tree(path) == before
+    assert any("plan 0: written anew from its shard" in line for line in done)
+    assert any("plan 2: written anew for 4 images that no other plan names" in line for line in done)
+    assert sum("computed again" in line for line in done) == 2
+
+
+def test_a_damaged_plan_of_nothing_computed_is_planned_anew(make: Make, ds: ImageDataset) -> None:
+    path = make("zarr")
+    before = tree(path)
+    shutil.rmtree(path / "shards" / "000002")
+    flip(path / "plan" / "000002.json", 30)
+    assert not mend(path, ds).damage
+    assert not (path / "plan" / "000002.json").exists()
+    run_extraction(["random"], ds)
+    assert tree(path) == before
+
+
+@pytest.mark.parametrize("kind", ["zarr", "pixels"])
+@pytest.mark.parametrize("moment", ["compute", "commit", "view"])
+def test_a_repair_that_is_killed_is_finished_by_the_next(
+    kind: str, moment: str, make: Make, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(kind)
+    before = tree(path)
+    for number in ("000000", "000001"):
+        damage(path / "shards" / number / "commit.json", "flip")
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "compute":
+            patch.setattr(networks.Pixels if kind == "pixels" else networks.Features, "make", die)
+        else:
+            patch.setattr(repair, {"commit": "commit_shard", "view": "write_view"}[moment], die)
+        with pytest.raises(KeyboardInterrupt):
+            mend(path, ds)
+    left = verify_store(path)
+    assert {each.shard for each in left.damage} == (set() if moment == "view" else {0, 1})
+    assert [each.kind for each in left.damage] == {
+        "compute": ["shard", "shard"], "commit": ["shard", "moved"], "view": [],
+    }[moment]  # fmt: skip
+    assert not mend(path, ds).damage
+    assert tree(path) == before
+
+
+def test_a_shard_put_aside_is_also_computed_by_an_extraction(
+    make: Make, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make("zarr")
+    before = tree(path)
+    damage(path / "shards" / "000001" / "commit.json", "flip")
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(repair, "commit_shard", die)
+        with pytest.raises(KeyboardInterrupt):
+            mend(path, ds)
+    (done,) = run_extraction(["random"], ds)
+    assert done.computed == 8
+    assert not verify_store(path).damage
+    assert {name: data for name, data in tree(path).items() if not name.startswith("staging/")} == before
+
+
+def test_what_cannot_be_made_again_is_refused_and_nothing_is_touched(
+    make: Make, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make("zarr")
+    damage(path / "shards" / "000001" / "commit.json", "flip")
+    before = stamps(path)
+
+    def other_weights(name: str, **_: object) -> object:
+        return dataclasses.replace(load_tiny(name), weights_sha256="cd" * 32)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(networks, "load_backbone", other_weights)
+        with pytest.raises(RecipeError, match="weights_sha256 = cdcd") as caught:
+            mend(path, ds)
+    assert "--weights random=FILE" in str(caught.value.fix)
+    newer = networks.make_recipe
+
+    def numerics(network: FrozenNetwork) -> object:
+        return dataclasses.replace(newer(network), numerics=newer(network).numerics + 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(networks, "make_recipe", numerics)
+        with pytest.raises(RecipeError, match="numerics = ") as caught:
+            mend(path, ds)
+    assert "a new extraction" in str(caught.value.fix)
+    assert "embcache extract --backbone random" in str(caught.value.fix)
+    with pytest.raises(DatasetNotFoundError, match="not here"):
+        mend(path, dataclasses.replace(ds, root=None))
+    assert stamps(path) == before
+
+
+def test_images_that_are_gone_are_not_turned_into_unreadable_rows(make: Make, ds: ImageDataset, images: Path) -> None:
+    path = make("zarr")
+    damage(path / "shards" / "000001" / "commit.json", "flip")
+    before = stamps(path)
+    second = FeatureStore(path).plans()[1]
+    gone = second[0].id
+    (images / ds.table.set_index("id")["path"][gone]).unlink()
+    fewer = load_dataset("folder", images)
+    with pytest.raises(DatasetError, match="not here") as caught:
+        mend(path, fewer)
+    assert "--allow-missing" in str(caught.value.fix)
+    assert stamps(path) == before
+    assert not mend(path, fewer, allow_missing=True).damage
+    assert FeatureStore(path).quarantined[gone] == "no longer in the dataset"
+
+
+def test_a_row_of_a_changed_image_is_of_its_new_bytes(make: Make, ds: ImageDataset, images: Path) -> None:
+    path = make("zarr")
+    changed = FeatureStore(path).plans()[1][0].id
+    draw(images / ds.table.set_index("id")["path"][changed], 99)
+    damage(path / "shards" / "000001" / "commit.json", "flip")
+    assert not mend(path, ds).damage
+    data = (images / ds.table.set_index("id")["path"][changed]).read_bytes()
+    assert FeatureStore(path).digests[changed] == hashlib.sha256(data).hexdigest()
+
+
+def test_the_threads_and_the_batch_are_those_of_the_store(
+    make: Make, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make("zarr")
+    threads, seen = torch.get_num_threads(), []
+    original = networks.Features.make
+
+    def watched(self: networks.Features, sources: object, pool: object, batch_size: int, on_rows: object) -> object:
+        seen.append((torch.get_num_threads(), batch_size))
+        return original(self, sources, pool, batch_size, on_rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(networks.Features, "make", watched)
+    damage(path / "shards" / "000001" / "commit.json", "flip")
+    torch.set_num_threads(threads + 1)
+    try:
+        mend(path, ds)
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [(FeatureStore(path).threads, FeatureStore(path).batch_size)]
+
+
+def test_a_shard_that_another_process_computes_is_left_to_it(make: Make, ds: ImageDataset) -> None:
+    path = make("zarr")
+    damage(path / "shards" / "000001" / "commit.json", "flip")
+    with Lease.acquire(path, 1) as lease:  # type: ignore[union-attr]
+        assert lease.held
+        with pytest.raises(StoreError, match="another process"):
+            mend(path, ds)
+    assert not mend(path, ds).damage
+
+
+def test_a_recipe_that_nobody_can_make_again_is_told(
+    make: Make, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make("zarr")
+    shards = stamps(path / "shards")
+    os.truncate(path / "recipe.json", 10)
+    monkeypatch.setattr("embcache.upkeep.restore.load_backbone", lambda name, **_: dataclasses.replace(
+        load_tiny(name), weights_sha256="cd" * 32
+    ))  # fmt: skip
+    with pytest.raises(CorruptStoreError, match=f"begins with {path.name[-12:]}") as caught:
+        mend(path, ds)
+    assert "restore it from a copy" in str(caught.value.fix)
+    assert stamps(path / "shards") == shards
