@@ -13,14 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from embcache.data.images import read_image
 from embcache.errors import DatasetError, ImageError
 from embcache.extract.profile import Profile
+
+if TYPE_CHECKING:
+    from torch import Tensor  # whoever only reads images, such as `embcache verify --source`, does without torch
 
 # Reason of a row whose image left the dataset after its shard was planned: no fault of the image.
 LEFT = "no longer in the dataset"

@@ -131,7 +131,8 @@ def compute_owed(
             for (shard, batch_size), sharing in list(passes.items()):
                 if terms.stop.asked:
                     break
-                with ExitStack() as leases:
+                # At hand from its lease on: a signal meanwhile waits for its commit.
+                with terms.stop.at_hand(len(shard.ids)), ExitStack() as leases:
                     leased = [index for index in sharing if _lease(leases, jobs[index].store, shard.number)]
                     # A shard that another process committed since the plan was read costs nothing.
                     owed = [index for index in leased if shard.number not in jobs[index].store.committed()]

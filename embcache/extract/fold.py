@@ -36,6 +36,8 @@ def fold_norms(module: nn.Module, size: tuple[int, int]) -> nn.Module:
     Module
         A copy with folded weights; ``module`` itself where there is nothing to fold.
     """
+    if not any(isinstance(each, nn.BatchNorm2d) for each in module.modules()):
+        return module  # nothing to fold: no pass to find that out
     batch = torch.randn((2, 3, *size), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         pairs, expected = _find_pairs(module, batch)

@@ -57,7 +57,7 @@ class Receiver:
         host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
         host.copy_(features, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(features.device))  # which need not be the current device
         self._pending.append((event, host, target))
 
     def settle(self, keep: int = 0) -> None:

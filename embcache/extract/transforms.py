@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -218,6 +219,11 @@ def normalise(batch: torch.Tensor, transform: Transform, device: torch.device | 
         float32 of shape (B, 3, H, W).
     """
     pixels = batch.to(device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32).div_(255)
-    mean = torch.tensor(transform.mean, dtype=torch.float32, device=device).view(3, 1, 1)
-    std = torch.tensor(transform.std, dtype=torch.float32, device=device).view(3, 1, 1)
-    return pixels.sub_(mean).div_(std)
+    return pixels.sub_(_channels(transform.mean, device)).div_(_channels(transform.std, device))
+
+
+@lru_cache(maxsize=64)
+def _channels(values: tuple[float, float, float], device: torch.device | str) -> torch.Tensor:
+    # Once for all batches: taking numbers to a GPU would wait for all that it has still to do.
+    with torch.inference_mode(mode=False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)

@@ -118,8 +118,7 @@ def create_store(
     with writing(store):
         if not store.is_dir():
             make_folder(store.parent)
-            prefix = f".{store.name}-"
-            staged = store.parent / staged_name(prefix)
+            staged = store.parent / staged_name(f".{store.name}-")
             try:
                 write_tree(staged, {"recipe.json": seal(header.to_json())}, _FOLDERS)
                 rename_new(staged, store)
@@ -127,12 +126,13 @@ def create_store(
                 # Another process created it first and removed what we had begun.
                 if not store.is_dir():
                     raise
-            remove_leftovers(store.parent, prefix)
+        remove_leftovers(store.parent, f".{store.name}-")
         # Copying tools drop empty folders; and whoever made a name may have been killed before it was on disk.
         for name in _FOLDERS:
             make_folder(store / name)
         for folder in (store / "shards", store, store.parent, store.parent.parent):
             sync_folder(folder)
+        _sweep(store)
     there = read_header(store)
     if there.recipe != recipe or there.row_shape != header.row_shape:
         raise StoreError(
@@ -150,6 +150,17 @@ def create_store(
             fix=f"leave out --format, or give --format {there.format}; `embcache export` writes other formats",
         )
     return store
+
+
+def _sweep(store: Path) -> None:
+    """Remove what killed processes and power cuts left of the shards that are committed: nobody needs it any more."""
+    for number in committed_numbers(store) if any((store / "staging").iterdir()) else ():
+        remove_leftovers(store / "staging", *_staged_prefixes(store, shard_name(number)))
+
+
+def _staged_prefixes(store: Path, name: str) -> list[str]:
+    """How names under ``staging/`` begin that a shard's rows, plan and lease are written under."""
+    return [f"shard-{name}-", *(exclusive_prefix(store / folder / f"{name}.json") for folder in ("plan", "leases"))]
 
 
 def publish_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> bool:
@@ -204,11 +215,11 @@ def commit_shard(
     store = Path(store)
     header, name = read_header(store), shard_name(number)
     header.check_rows(rows, [entry.id for entry in read_plan(store, number)])
-    target, prefix = store / "shards" / name, f"shard-{name}-"
+    target = store / "shards" / name
     with writing(store):
         won = False
         if not target.is_dir():
-            staged = store / "staging" / staged_name(prefix)
+            staged = store / "staging" / staged_name(f"shard-{name}-")
             files = FORMATS[header.format].encode_shard(rows.blanked(), header.rows_per_shard)
             record = {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in sorted(files.items())}
             made = {"batch_size": batch_size, "threads": threads}
@@ -225,8 +236,7 @@ def commit_shard(
                     raise
         sync_folder(target.parent)
         # Whoever published the plan, or took the lease, may have been killed just after it.
-        others = [exclusive_prefix(store / folder / f"{name}.json") for folder in ("plan", "leases")]
-        remove_leftovers(store / "staging", prefix, *others)
+        remove_leftovers(store / "staging", *_staged_prefixes(store, name))
     return won
 
 

@@ -246,7 +246,7 @@ def fork(body: Callable[[], None], log: Path) -> int:
 
 def stores(home: Path) -> Iterator[Path]:
     """Folders of the stores under a home."""
-    yield from sorted(path.parent for path in home.glob("*/*/recipe.json"))
+    yield from sorted(path.parent for path in home.glob("*/[!.]*/recipe.json"))
 
 
 def committed(home: Path) -> dict[str, dict[str, tuple[int, int]]]:

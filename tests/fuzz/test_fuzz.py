@@ -72,7 +72,7 @@ def _misbehave(what: str, folder: Path) -> str:
     if what == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if what == "memory":
-        held = bytearray(200 << 20)
+        held = b"\1" * (200 << 20)  # zeros would take no memory until they are looked at
         assert held
     if what == "raise":
         raise ZeroDivisionError("made up")

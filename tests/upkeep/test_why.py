@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_a_measurement_counts_whole_batches(
     ds: ImageDataset, tiny: None, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(np.arange(0.0, 100.0, 10.0))
-    monkeypatch.setattr(why.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(why, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     (answer,) = explain(["random"], ds, batch_size=8)
     assert answer.cost.rate == pytest.approx(16 / 10)
 
