@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import cast
 
 import pandas as pd
 
@@ -48,10 +49,12 @@ def check_table(table: pd.DataFrame, class_names: Sequence[str], *, where: objec
 
 def check_strings(values: Sequence[object], column: str, *, where: object) -> list[str]:
     """``values`` as non-empty UTF-8 strings without NUL, else `DatasetError` naming the first that is not."""
-    texts = [value for value in values if isinstance(value, str) and value]
-    whole = "".join(texts)  # one look at all of them, for there may be hundreds of thousands
-    if len(texts) == len(values) and "\0" not in whole and _is_utf8(whole):
-        return texts
+    try:  # one look at all of them, for there may be a million
+        whole = "".join(cast("Sequence[str]", values))
+        if "" not in values and "\0" not in whole and _is_utf8(whole):
+            return list(cast("Sequence[str]", values))
+    except TypeError:  # one of them is no text
+        pass
     bad = next(v for v in values if not isinstance(v, str) or not v or "\0" in v or not _is_utf8(v))
     if not isinstance(bad, str):
         problem = "is not text"

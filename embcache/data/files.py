@@ -160,8 +160,11 @@ def _look(
                 raise refuse_outside(path, where=root)
             entry = entries.get(path[start:])
             try:
-                if entry is not None and (entry.is_file(follow_symlinks=False) or not entry.is_symlink()):
-                    yield path, look(entry) if entry.is_file(follow_symlinks=False) else None
+                if entry is not None and entry.is_file(follow_symlinks=False):
+                    yield path, look(entry)
+                    continue
+                if entry is not None and not entry.is_symlink():
+                    yield path, None
                     continue
                 # A link; or a name the file system spells otherwise (letter case, composed accents); or absent.
                 real = os.path.realpath(root / path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 
-_HEAD = 1 << 12  # bytes read at first
+_HEAD = 1 << 10  # bytes read at first
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _MOST = 1 << 18  # and at most: a JPEG may begin with profiles and previews
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that give a size

@@ -8,7 +8,6 @@ and no extraction. Owed images go into new shards; a published plan is never edi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,20 +68,29 @@ def plan_store(
             held.update((entry.id, entry) for entry in entries)
             again.difference_update(entry.id for entry in entries)
         fresh = [
-            PlanEntry(image, *states[path], None)
+            image
             for image, (path, member) in members.items()
             if image not in held or image in again or not _same_bytes(held[image], root, path, member, states[path])
         ]
-        retried = sum(entry.id in again for entry in fresh)
-        changed = sum(entry.id in held for entry in fresh) - retried
+        retried = sum(image in again for image in fresh)
+        changed = sum(image in held for image in fresh) - retried
         size = store.rows_per_shard
-        chunks = [fresh[start : start + size] for start in range(0, len(fresh), size)]
         first = max(plans, default=-1) + 1
+        chunks = {first + i: fresh[start : start + size] for i, start in enumerate(range(0, len(fresh), size))}
         # Another process may plan at the same moment: the one whose number is taken looks again.
-        if not publish or all(publish_plan(store.path, first + i, chunk) for i, chunk in enumerate(chunks)):
-            numbered: Mapping[int, object] = {first + i: chunk for i, chunk in enumerate(chunks)}
-            shards = [Shard(n, tuple(e.id for e in entries)) for n, entries in sorted({**owed, **numbered}.items())]  # type: ignore[attr-defined]
-            return Plan(tuple(shards), cached - changed - retried, len(fresh) - changed - retried, changed, retried)
+        if not publish or all(
+            publish_plan(store.path, number, [PlanEntry(image, *states[members[image][0]]) for image in chunk])
+            for number, chunk in chunks.items()
+        ):
+            shards = [Shard(number, tuple(entry.id for entry in entries)) for number, entries in sorted(owed.items())]
+            shards += [Shard(number, tuple(chunk)) for number, chunk in chunks.items()]
+            return Plan(
+                tuple(sorted(shards, key=lambda shard: shard.number)),
+                cached - changed - retried,
+                len(fresh) - changed - retried,
+                changed,
+                retried,
+            )
 
 
 def _same_bytes(held: PlanEntry, root: Path, path: str, member: int, state: tuple[int, int]) -> bool:

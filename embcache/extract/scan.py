@@ -82,9 +82,11 @@ class Scan:
             A path leads out of the root, or what decodes an image is not installed.
         """
         chunks = [paths[start : start + _TOGETHER] for start in range(0, len(paths), _TOGETHER)]
+        found: set[tuple[int, int]] = set()
         for chunk, sizes in zip(chunks, pool.map(lambda some: self._read(some, guess), chunks), strict=True):
             self.seen.update(zip(chunk, sizes, strict=True))
-        return {self.seen[path] for path in paths} - {UNREADABLE}
+            found.update(sizes)
+        return found - {UNREADABLE}
 
     def _read(self, paths: Sequence[str], guess: tuple[int, int] | None) -> list[tuple[int, int]]:
         side = guess[0] if guess is not None and guess[0] == guess[1] else 0
@@ -142,7 +144,7 @@ class ImageSizes(Collection[tuple[int, int]]):
         sizes = set(scan.seen.values()) - {UNREADABLE}
         if _decided(sizes):
             return sizes
-        unread = [path for path in scan.states if _unread(scan, path)]
+        unread = [path for path, (size, _) in scan.states.items() if path not in scan.seen and size != ABSENT]
         with ThreadPoolExecutor(default_workers()) as pool:
             start, count = 0, 16
             while start < len(unread) and not _decided(sizes):
@@ -150,10 +152,6 @@ class ImageSizes(Collection[tuple[int, int]]):
                 sizes |= scan.read(unread[start : start + count], pool, guess)
                 start, count = start + count, min(2 * count, 1 << 14)
         return sizes
-
-
-def _unread(scan: Scan, path: str) -> bool:
-    return path not in scan.seen and scan.states[path][0] != ABSENT
 
 
 def _decided(sizes: Collection[tuple[int, int]]) -> bool:

@@ -38,15 +38,15 @@ def canonical_json(value: Any) -> str:
 
 def _refuse_other_keys(value: Any) -> None:
     # json.dumps would turn the keys 1 and "1" into the same text, hence two recipes into one.
-    if isinstance(value, Mapping):
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            if not isinstance(item, _LEAVES):  # a plan has thousands of them
+                _refuse_other_keys(item)
+    elif isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"key {key!r} is not a string")
             _refuse_other_keys(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            if not isinstance(item, _LEAVES):  # a plan has thousands of them
-                _refuse_other_keys(item)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ NUMERIC_KINDS = "biufc"  # numpy's kinds of dtype that a row may have
 HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a plan of a million images has as many
 class PlanEntry:
     """One row that a shard owes, and the state in which its source file was seen.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import pickle
@@ -118,6 +119,8 @@ class _Child:
 
 def _serve(call: Callable[[Any, Path], Any], source: IO[bytes], sink: IO[bytes], folder: Path) -> None:
     os.chdir(folder)
+    with contextlib.suppress(OSError, AttributeError):  # freed memory that the parent kept would hide what a call takes
+        ctypes.CDLL(None).malloc_trim(0)
     faulthandler.disable()  # the parent tells of crashes
     faults = os.open(os.devnull, os.O_WRONLY)
     os.dup2(faults, 2)  # codecs talk
