@@ -21,7 +21,8 @@ from embcache.probe.inputs import open_stores
 from embcache.probe.results import ProbeResult, load_heads
 
 _IMAGES = 16  # whose weights are looked at together
-_GRID = 129  # queries at which an entropy is computed
+_GRID = 129  # queries at which an entropy is computed, at least
+_PER_SCORE = 4  # and so many more for each unit that scores range over
 _MOST = 10  # components that are named
 
 Params = Mapping[str, torch.Tensor]
@@ -123,8 +124,8 @@ def run_attention(
 def mean_entropy(params: Params, x: Mapping[str, torch.Tensor]) -> float:
     """Mean over images and tokens of the entropy of a token's attention, as a share of log N.
 
-    Where a token is one number its entropy is a smooth function of its query: it is computed at `_GRID` queries of each
-    image and interpolated linearly (to 1e-4; a test compares it with all N).
+    Where a token is one number its entropy is a smooth function of its query: it is computed at some queries of each
+    image, the more the further scores range, and interpolated linearly (to 1e-4; a test compares it with all N).
 
     Parameters
     ----------
@@ -149,15 +150,17 @@ def mean_entropy(params: Params, x: Mapping[str, torch.Tensor]) -> float:
 def _entropies(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Entropy of each token's weights: queries and keys (images, N, d) → (images, N)."""
     tokens, width = q.shape[1:]
-    few = width == 1 and tokens > 2 * _GRID
     low, high = q.amin(1, keepdim=True), q.amax(1, keepdim=True)
-    asked = low + (high - low) * torch.linspace(0, 1, _GRID).to(q)[None, :, None] if few else q
+    reach = float(((high - low) * (k.amax(1, keepdim=True) - k.amin(1, keepdim=True))).max()) if width == 1 else 0.0
+    grid = _GRID + math.ceil(_PER_SCORE * min(reach, tokens))
+    few = width == 1 and tokens > 2 * grid
+    asked = low + (high - low) * torch.linspace(0, 1, grid).to(q)[None, :, None] if few else q
     log_p = (torch.bmm(asked, k.transpose(1, 2)) / math.sqrt(width)).log_softmax(-1)  # (images, asked, N)
     found = -(log_p.exp() * log_p).sum(-1)
     if not few:
         return found
-    place = ((q - low) / (high - low).clamp_min(1e-30)).squeeze(-1) * (_GRID - 1)
-    below = place.long().clamp(0, _GRID - 2)
+    place = ((q - low) / (high - low).clamp_min(1e-30)).squeeze(-1) * (grid - 1)
+    below = place.long().clamp(0, grid - 2)
     share = place - below
     return found.gather(1, below) * (1 - share) + found.gather(1, below + 1) * share
 
