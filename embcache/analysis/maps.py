@@ -20,6 +20,7 @@ PERPLEXITY = 30.0
 NEIGHBOURS = 10
 """Of an image, wherever neighbourhoods are looked at."""
 
+_COMPONENTS = 50
 _FEW = 10_000  # images up to which exact neighbours and Barnes-Hut are the faster way (docs/log.md)
 
 
@@ -33,8 +34,9 @@ def embed_map(
     features : array-like of shape (n, D)
         Standardised here, each component.
     method : {"tsne", "umap", "pca"}
-        t-SNE by openTSNE (Poličar et al., 2019) from a PCA initialisation; UMAP by umap-learn (extra ``umap``), with
-        as many neighbours as half the perplexity; the first two principal components.
+        t-SNE by openTSNE (Poličar et al., 2019) of the first 50 principal components, from the first two of them
+        (Kobak and Berens, 2019); UMAP by umap-learn (extra ``umap``), with as many neighbours as half the perplexity;
+        the first two principal components.
     seed : int
         Of the optimisation.
     perplexity : float
@@ -61,20 +63,23 @@ def embed_map(
     X = StandardScaler().fit_transform(X)
     if method == "umap":
         return _umap(X, seed, max(2, min(round(perplexity / 2), len(X) - 1)))
-    first = _principal(X, seed)
-    return first if method == "pca" else _tsne(X, first, seed, min(perplexity, (len(X) - 1) / 3))
+    if method == "pca":
+        return _principal(X, seed, 2)
+    return _tsne(_principal(X, seed, _COMPONENTS), seed, min(perplexity, (len(X) - 1) / 3))
 
 
-def _principal(X: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
-    """The first two principal components, (n, 2)."""
+def _principal(X: NDArray[np.float32], seed: int, most: int) -> NDArray[np.float32]:
+    """The first principal components, (n, 2 … most)."""
     if X.shape[1] == 1:
         return np.column_stack([X, np.zeros_like(X)])
-    return np.asarray(PCA(2, svd_solver="auto", random_state=seed).fit_transform(X), dtype=np.float32)
+    found = PCA(min(most, *X.shape), svd_solver="auto", random_state=seed).fit_transform(X)
+    return np.asarray(found, dtype=np.float32)
 
 
-def _tsne(X: NDArray[np.float32], start: NDArray[np.float32], seed: int, perplexity: float) -> NDArray[np.float32]:
+def _tsne(X: NDArray[np.float32], seed: int, perplexity: float) -> NDArray[np.float32]:
     from openTSNE import TSNE
 
+    start = X[:, :2]
     few = len(X) <= _FEW
     tsne = TSNE(
         perplexity=perplexity,
