@@ -21,6 +21,7 @@ NEIGHBOURS = 10
 """Of an image, wherever neighbourhoods are looked at."""
 
 _COMPONENTS = 50
+_ALONE = 2_000  # images up to which further threads gain nothing
 _FEW = 10_000  # images up to which exact neighbours and Barnes-Hut are the faster way (docs/log.md)
 
 
@@ -88,7 +89,7 @@ def _tsne(X: NDArray[np.float32], seed: int, perplexity: float) -> NDArray[np.fl
         # Scaled as openTSNE does itself: the deviation of the first axis is 1e-4.
         initialization=(start / max(float(start[:, 0].std()), 1e-12) * 1e-4).astype(np.float64),
         random_state=seed,
-        n_jobs=usable_cores(),
+        n_jobs=usable_cores() if len(X) > _ALONE else 1,
     )
     return np.asarray(tsne.fit(X), dtype=np.float32)
 

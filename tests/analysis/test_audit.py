@@ -27,7 +27,7 @@ def ds(home: Path, truth: np.ndarray) -> ImageDataset:
     groups = [f"g{k}" for k in range(N)]
     groups[8] = groups[5]
     true = make_dataset(truth.tolist(), groups, ["train"] * (N - TEST) + ["test"] * TEST)
-    x = make_features(true, 24, shift=9.0)
+    x = make_features(true, 24, shift=14.0)
     x[8] = x[5] + 1e-3  # within a group
     x[240] = x[21] + 1e-3  # a training image in the test set
     x[100] = np.random.default_rng(3).normal(size=24) * 0.1 - 30  # far from everything
