@@ -20,6 +20,9 @@ PERPLEXITY = 30.0
 NEIGHBOURS = 10
 """Of an image, wherever neighbourhoods are looked at."""
 
+MAP_VERSION = 2
+"""Raised whenever `embed_map` would give other coordinates of the same features: those kept are then made anew."""
+
 _COMPONENTS = 50
 _ALONE = 2_000  # images up to which further threads gain nothing
 _FEW = 10_000  # images up to which exact neighbours and Barnes-Hut are the faster way (docs/log.md)

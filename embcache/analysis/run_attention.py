@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,26 +98,30 @@ def run_attention(
     for params in heads:  # one map at a time, however many folds there are
         one = mean_attention(params, x).astype(np.float64) / len(heads)
         weights = weights + one if weights.size else one
-    masses = np.stack([mean_mass(params, x) for params in heads])  # (folds, B, B)
+    present, counts = np.unique(shown.labels, return_counts=True)
+    each = np.stack([_by_class(heads, x, shown.labels == label) for label in present])  # (classes, folds, B, B)
+    masses = np.einsum("c,cfij->fij", counts / counts.sum(), each)  # of all images, each counted once
     entropies = np.array([mean_entropy(params, x) for params in heads])
     several = len(heads) > 1
-    by_class = {}
-    for label in np.unique(shown.labels).tolist():
-        rows = torch.from_numpy(np.flatnonzero(shown.labels == label))
-        part = {name: features[rows] for name, features in x.items()}
-        by_class[ds.class_names[label]] = np.mean([mean_mass(params, part) for params in heads], axis=0)
     return RunAttention(
         result=result,
         shown=shown,
         weights=weights.astype(np.float32),
         mass=masses.mean(0),
         mass_std=masses.std(0, ddof=1) if several else np.full_like(masses[0], np.nan),
-        by_class=by_class,
+        by_class={ds.class_names[label]: mass.mean(0) for label, mass in zip(present.tolist(), each, strict=True)},
         entropy=float(entropies.mean()),
         entropy_std=float(entropies.std(ddof=1)) if several else math.nan,
         received=_received(weights, result.backbones),
         folds=len(heads),
     )
+
+
+def _by_class(heads: Sequence[Params], x: Mapping[str, torch.Tensor], chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Mass of some images under each head, (folds, B, B)."""
+    rows = torch.from_numpy(np.flatnonzero(chosen))
+    part = {name: features[rows] for name, features in x.items()}
+    return np.stack([mean_mass(params, part) for params in heads])
 
 
 @torch.no_grad()

@@ -55,7 +55,9 @@ def test_what_was_planted_is_found(ds: ImageDataset, home: Path) -> None:
 
 
 def test_a_label_is_doubted_where_another_class_is_as_probable_as_its_own_images_find_it() -> None:
-    p = np.array([[0.9, 0.1, 0.0], [0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.1, 0.6, 0.3], [0.85, 0.1, 0.05], [0.4, 0.0, 0.6]])
+    p = np.array(
+        [[0.9, 0.1, 0.0], [0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.1, 0.6, 0.3], [0.85, 0.1, 0.05], [0.4, 0.0, 0.6]]
+    )
     labels = np.array([0, 0, 1, 1, 1, 2])
     # Means of p(own class): 0.8, 0.5, 0.6. Only image 4 has another class above that class's mean.
     ids = np.array([f"i{k}" for k in range(6)], dtype=object)
