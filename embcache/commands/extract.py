@@ -20,7 +20,7 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
-from embcache.commands.table import print_table
+from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def extract(
     for each in datasets:
         found, _ = find_dataset(each, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
         for note in found.notes:
-            typer.echo(f"note: {note}", err=True)
+            print_note(note)
         spent = Profile()
         try:
             with stop_on_signals(stop):
@@ -168,7 +168,7 @@ def extract(
                     max_bad=max_bad,
                     retry_quarantined=retry_quarantined,
                     stop=stop,
-                    say=lambda line: typer.echo(f"note: {line}", err=True),
+                    say=print_note,
                 )
         except (KeyboardInterrupt, SystemExit):
             _say_how_to_go_on("stopped at once: what is committed stays")

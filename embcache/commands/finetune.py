@@ -135,7 +135,7 @@ def finetune(
                 reuse=not again,
                 allow_missing=allow_missing,
                 dataset_name=name,
-                say=lambda line: typer.echo(f"note: {line}", err=True),
+                say=print_note,
                 progress=bar.update,
             )
         except (KeyboardInterrupt, SystemExit):

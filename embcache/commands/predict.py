@@ -11,7 +11,7 @@ import typer
 from embcache.commands.extract import parse_weights
 from embcache.commands.options import DataRootOption, HomeOption, JsonOption, split_list, write_json
 from embcache.commands.progress import ProgressBar
-from embcache.commands.table import print_table
+from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
 
 RunOption = Annotated[
@@ -75,7 +75,7 @@ def predict(
             progress=bar.update,
         )
     for note in found.notes:
-        typer.echo(f"note: {note}", err=True)
+        print_note(note)
     for image, reason in found.failed.items():
         typer.echo(f"not read: {_printable(image)}: {reason}", err=True)
     read, total = len(found.images) - len(found.failed), len(found.images)
@@ -126,7 +126,7 @@ def submit(
         typer.echo(f"filled in: {_printable(image)}: {reason}", err=True)
     if json == "-":
         for note in made.notes:
-            typer.echo(f"note: {note}", err=True)
+            print_note(note)
         return
     print_table(
         ["fold", "file", "rows", "filled in"],

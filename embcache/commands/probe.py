@@ -26,7 +26,7 @@ from embcache.commands.options import (
     write_json,
 )
 from embcache.commands.progress import ProgressBar
-from embcache.commands.table import print_table
+from embcache.commands.table import print_note, print_table
 
 if TYPE_CHECKING:
     from embcache.probe.results import ProbeResult
@@ -157,7 +157,7 @@ def probe(
             allow_missing=allow_missing,
             dataset_name=name,
             reuse=not again,
-            say=lambda line: typer.echo(f"note: {line}", err=True),
+            say=print_note,
             progress=bar.update,
         )
     if json != "-":

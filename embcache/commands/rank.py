@@ -19,7 +19,7 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
-from embcache.commands.table import print_table
+from embcache.commands.table import print_note, print_table
 
 if TYPE_CHECKING:
     from embcache.analysis.rank import Ranking
@@ -102,7 +102,7 @@ def similarity(
         home=home,
         allow_missing=allow_missing,
         dataset_name=name,
-        say=lambda line: typer.echo(f"note: {line}", err=True),
+        say=print_note,
     )
     if json != "-":
         for k, each in enumerate(found):

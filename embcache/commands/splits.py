@@ -21,7 +21,7 @@ from embcache.commands.options import (
     ValOption,
     split_list,
 )
-from embcache.commands.table import print_table
+from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def export(
         exclude_test_overlap=exclude_test_overlap,
     )
     knows = f"identical and unreadable images as {store.path.name} knows them" if store else "no features cached yet"
-    typer.echo(f"note: labels and groups from the {source} dataset; {knows}", err=True)
+    print_note(f"labels and groups from the {source} dataset; {knows}")
     if output == "-":
         typer.echo(jsonlib.dumps(splits.to_json(), indent=1, ensure_ascii=False))
         return

@@ -20,7 +20,7 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
-from embcache.commands.table import print_table
+from embcache.commands.table import print_note, print_table
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import home_dir
 
@@ -173,9 +173,9 @@ def export(
     store = open_store(backbones[0], ds, home=home, recipe=recipe, views=views)
     written = export_features(store, ds, target, format=format, overwrite=force)
     typer.echo(f"{target}: {written:,} rows of {store.row_shape} {store.dtype}")
-    typer.echo(f"note: labels and splits are from the {origin} dataset", err=True)
+    print_note(f"labels and splits are from the {origin} dataset")
     if store.quarantined:
-        typer.echo(f"note: {len(store.quarantined):,} images that could not be read are left out", err=True)
+        print_note(f"{len(store.quarantined):,} images that could not be read are left out")
 
 
 def _go_on(run: InterruptedRun) -> str:

@@ -43,3 +43,8 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, not
     typer.echo(format_table(headers, rows))
     for note in notes:
         typer.echo(f"· {printable(note)}")
+
+
+def print_note(text: str) -> None:
+    """Print ``note: text`` to stderr, with control characters (of ids and paths, say) escaped in each line."""
+    typer.echo("note: " + "\n".join(printable(line) for line in text.split("\n")), err=True)
