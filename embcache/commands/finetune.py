@@ -26,6 +26,7 @@ from embcache.commands.options import (
 )
 from embcache.commands.probe import print_results
 from embcache.commands.progress import ProgressBar
+from embcache.commands.table import print_note
 
 
 def finetune(
