@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the command reference is made from the commands themselves, at each build, so it cannot go stale."""
+"""A hook of mkdocs: the command reference is made from the commands themselves at each build, so it cannot go stale."""
 
 from __future__ import annotations
 
@@ -78,8 +78,10 @@ def _default(parameter: Any) -> str:
     if parameter.param_type_name == "argument" or value is None or value == () or callable(value):
         return ""
     if isinstance(value, bool):
-        return (parameter.opts[0] if value else "off") if not parameter.secondary_opts else (
-            parameter.opts[0] if value else parameter.secondary_opts[0]
+        return (
+            (parameter.opts[0] if value else "off")
+            if not parameter.secondary_opts
+            else (parameter.opts[0] if value else parameter.secondary_opts[0])
         )
     return str(value)
 

@@ -39,5 +39,7 @@ def test_commands_and_docstrings_are_in_it(site: Path) -> None:
 def test_nothing_is_fetched_from_the_network(site: Path) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text("utf-8")
-        loaded = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]+)|<link[^>]*stylesheet[^>]*href="(https?:[^"]+)', text)
+        loaded = re.findall(
+            r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]+)|<link[^>]*stylesheet[^>]*href="(https?:[^"]+)', text
+        )
         assert not loaded, page
