@@ -67,8 +67,9 @@ def _row(parameter: Any) -> str:
         value = "" if parameter.is_flag else f" {parameter.metavar or parameter.type.name.upper()}"
         spelling = ", ".join(names) + value
     default = told.rstrip().removesuffix("]") or _default(parameter)
-    cells = (f"`{spelling}`", f"`{default}`" if default else "", _plain(text.strip()))
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    # A bar within backticks divides no cells, and a backslash before it would be shown.
+    cells = (f"`{spelling}`", f"`{default}`" if default else "", _plain(text.strip()).replace("|", "\\|"))
+    return "| " + " | ".join(cells) + " |"
 
 
 def _default(parameter: Any) -> str:

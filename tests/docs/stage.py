@@ -8,7 +8,6 @@ sixty; finetuning ends after two epochs.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -20,22 +19,19 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-DIM = 16
-
 
 def load_small(name: str, **_: object) -> Any:
-    """Stands for ``load_backbone``: sixteen features of an image of any size, other ones for each name."""
+    """Stands for ``load_backbone``: as many features, of images of any size, by other weights for each name."""
     import torch
     from torch import nn
 
     from embcache.extract.backbones import LoadedBackbone, find_backbone
 
+    spec = find_backbone(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(name.encode()))
-        module = nn.Sequential(
-            nn.Conv2d(3, DIM, 7, stride=3), nn.ReLU(), nn.Conv2d(DIM, DIM, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        )
-    spec = dataclasses.replace(find_backbone(name), dim=DIM)
+        convolutions = nn.Sequential(nn.Conv2d(3, 16, 7, stride=3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+        module = nn.Sequential(convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, spec.dim))
     return LoadedBackbone(spec, module.eval().requires_grad_(False), f"{zlib.crc32(name.encode()):064x}", "made up")
 
 
@@ -47,14 +43,17 @@ def install() -> None:
     import embcache
     import embcache.data.sample as sample
     from embcache.extract import backbones
+    from embcache.finetune import model
 
     for module in pkgutil.walk_packages(embcache.__path__, "embcache."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    plain = backbones.load_backbone
+    plain, empty = backbones.load_backbone, model.empty_backbone
     for module in [m for name, m in sys.modules.items() if name.startswith("embcache")]:
         if getattr(module, "load_backbone", None) is plain:
             module.load_backbone = load_small  # type: ignore[attr-defined]
+        if getattr(module, "empty_backbone", None) is empty:
+            module.empty_backbone = lambda spec, _: load_small(spec.name).module  # type: ignore[attr-defined]
     embcache.finetune_images.__kwdefaults__["max_epochs"] = 2
     sample.GROUPS, sample.TEST_GROUPS, sample.TILES_PER_CLASS = 12, 3, 2  # type: ignore[misc]
 

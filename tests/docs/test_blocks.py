@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -109,37 +109,53 @@ def stage() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", WITH_CODE)
-def test_the_blocks_of_a_page_run(name: str, stage: Path, tmp_path: Path) -> None:
+Perform = Callable[..., str]
+
+
+@pytest.fixture
+def perform(stage: Path, tmp_path: Path) -> Perform:
+    """Run a command of ``embcache`` in a folder of its own; with ``page`` the blocks in that file instead."""
     make_world(tmp_path)
     environment = {
-        "PATH": f"{stage}:{os.environ['PATH']}",
-        "HOME": str(tmp_path), "EMBCACHE_HOME": str(tmp_path / "home"), "EMBCACHE_WEIGHTS": str(tmp_path / "weights"),
-        "EMBCACHE_DATA": str(tmp_path / "data"),
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1",
-        "LC_ALL": "C.UTF-8",
+        "PATH": f"{stage}:{os.environ['PATH']}", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8",
+        "EMBCACHE_HOME": str(tmp_path / "home"), "EMBCACHE_WEIGHTS": str(tmp_path / "weights"),
+        "EMBCACHE_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
 
-    def perform(command: list[str], **more: str) -> str:
+    def perform(*arguments: str, page: Path | None = None) -> str:
+        more = {} if page is None else {"EMBCACHE_PAGE": str(page)}
         done = subprocess.run(
-            command, cwd=tmp_path, env={**environment, **more}, timeout=300,
+            [str(stage / "embcache"), *arguments], cwd=tmp_path, env={**environment, **more}, timeout=300,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, errors="replace",
         )  # fmt: skip
-        assert done.returncode == 0, f"{name}: {' '.join(command)}\n{done.stdout[-6000:]}"
+        assert done.returncode == 0, f"{' '.join(arguments)} ended with {done.returncode}\n{done.stdout[-6000:]}"
         return done.stdout
 
-    ids = {}
+    return perform
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_the_blocks_of_a_page_run(name: str, perform: Perform, tmp_path: Path) -> None:
+    ids, answer, page = {}, tmp_path / "answer.json", tmp_path / "blocks.json"
     for shown, arguments in BEFORE.get(name, ()):
-        target = tmp_path / "answer.json"
-        perform([str(stage / "embcache"), *arguments.split(), "--json", str(target)])
+        perform(*arguments.split(), "--json", str(answer))
         if shown:
-            ids[shown] = json.loads(target.read_text("utf-8"))[0]["id"]
-        target.unlink()
-    content = [_as_data(name, block, ids) for block in read_blocks(ROOT / name) if not block.needs]
+            ids[shown] = json.loads(answer.read_text("utf-8"))[0]["id"]
+    blocks = [b for b in read_blocks(ROOT / name) if not b.needs and (b.file or b.language in RUN)]
+    page.write_text(json.dumps([_as_data(name, block, ids) for block in blocks]), "utf-8")
+    shown = perform(page=page)
+    for block in blocks:
+        assert block.file or f"--- {name}:{block.line}" in shown
+
+
+@pytest.mark.parametrize("block", ["```python\nprint(1 / 0)\n```", "```bash\nembcache info --dataset none\ntrue\n```"])
+def test_a_block_that_fails_is_told(block: str, perform: Perform, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(f"# A page\n\n{block}\n", "utf-8")
     page = tmp_path / "blocks.json"
-    page.write_text(json.dumps([block for block in content if block["file"] or block["language"] in RUN]), "utf-8")
-    perform([str(stage / "embcache")], EMBCACHE_PAGE=str(page))
+    page.write_text(json.dumps([_as_data("page.md", b, {}) for b in read_blocks(tmp_path / "page.md")]), "utf-8")
+    with pytest.raises(AssertionError, match=r"page\.md"):
+        perform(page=page)
 
 
 def _as_data(name: str, block: Block, ids: dict[str, str]) -> dict[str, object]:

@@ -41,12 +41,10 @@ def test_the_reference_has_each_flag_with_help_and_default(path: str) -> None:
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(rows) == len(COMMANDS[path].params)
     for parameter, row in zip(COMMANDS[path].params, rows, strict=True):
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
-        assert len(cells) == 3
+        cells = [cell.strip() for cell in re.split(r" \| ", row.strip("| "))]
         for name in parameter.opts if parameter.param_type_name == "option" else ():
             assert name in cells[0]
-        # Of some flags there is nothing to say but the default.
-        assert cells[2] or cells[1]
+        assert len(cells) > 1, f"{path}: neither help nor default in {row}"
 
 
 @pytest.mark.parametrize("path", COMMANDS)

@@ -29,8 +29,7 @@ def make_world(folder: Path) -> None:
             draw(folder / "my_images" / split / ("lesion" if k % 2 else "healthy") / f"{split}-{k}.png", 500 + k, k % 2)
     for k in range(4):
         draw(folder / "new-scans" / f"{k}.png", 600 + k, k % 2)
-    for k, finding in enumerate(("other", "airspace opacity", "nodule or mass", "fracture", "pneumothorax")):
-        draw(folder / "elsewhere" / "train" / finding / f"{k}.png", 620 + k, k)
+        draw(folder / "elsewhere" / ("NORMAL", "PNEUMONIA")[k % 2] / f"{k}.png", 620 + k, k % 2)
     draw(folder / "more" / "one.png", 610, 0)
     (folder / "my-grid.toml").write_text('datasets = ["pneumonia"]\nbackbones = ["random"]\nsubsets = ["S"]\n', "utf-8")
 
