@@ -33,7 +33,10 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/reading.py
 	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/tsne.py
 	$(BIN)/python benchmarks/eva.py
 
 # Hostile files, with limits on time and memory: make fuzz MINUTES=60. What fails is kept in fuzz-failures/.

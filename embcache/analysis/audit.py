@@ -26,7 +26,7 @@ FAR = 5.0
 """Robust deviations below the usual closeness of neighbours from which an image counts as an outlier."""
 
 _BLOCK = 512  # rows compared with all others at a time
-_HEAD = LogReg(Cs=(1e-3, 1e-2, 1e-1))
+_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -173,7 +173,7 @@ def audit_dataset(
     is_test = np.arange(len(rows)) >= len(rows) - len(test)
     pairs, closeness = _compare(plan, rows, directions, is_test, similarity)
     parts = [np.arange(len(part)) + start for part, start in _starts([*pool, test]) if len(part)]
-    probabilities = _out_of_fold(features, plan.labels[rows], parts, len(plan.class_names), ds.metric)
+    probabilities = _out_of_fold(features, plan.labels[rows], parts, len(plan.class_names))
     split = np.where(is_test, "test", "train")
     doubts = _doubt(plan.ids[rows], plan.labels[rows], probabilities, split)
     outliers = _outliers(plan.ids[rows], closeness, split)
@@ -215,23 +215,40 @@ def _pair(plan: Splits, one: int, other: int, similarity: float, across: bool) -
     return Pair(str(plan.ids[one]), str(plan.ids[other]), min(similarity, 1.0), kind, same)
 
 
-def _out_of_fold(features: torch.Tensor, labels: Int, parts: Sequence[Int], classes: int, metric: str) -> Float:
-    """Probabilities (n, C) of each part by a model of all others but one, on which its strength was chosen."""
+def _out_of_fold(features: torch.Tensor, labels: Int, parts: Sequence[Int], classes: int) -> Float:
+    """Probabilities (n, C) of each part by a model of all others but one, on which its strength was chosen.
+
+    Chosen by the log loss: the metrics of the datasets do not care whether probabilities are those of the classes.
+    """
     found = np.zeros((len(labels), classes))
     y = torch.from_numpy(labels)
     for place, held in enumerate(parts):
         val = parts[(place + 1) % len(parts)]
         train = np.setdiff1d(np.arange(len(labels)), np.concatenate([held, val]))
-        found[held] = _probabilities(features, y, train, val, held, classes, metric)
+        each = [
+            _probabilities(features, y, train, val, np.concatenate([val, held]), classes, "macro_auc", (strength,))
+            for strength in _STRENGTHS
+        ]
+        own = np.arange(len(val)), labels[val]
+        losses = [-np.log(np.maximum(p[own], 1e-12)).mean() for p in each]
+        found[held] = each[int(np.argmin(losses))][len(val) :]
     return found
 
 
 def _probabilities(
-    features: torch.Tensor, y: torch.Tensor, train: Int, val: Int, held: Int, classes: int, metric: str
+    features: torch.Tensor,
+    y: torch.Tensor,
+    train: Int,
+    val: Int,
+    asked: Int,
+    classes: int,
+    metric: str,
+    strengths: tuple[float, ...] = _STRENGTHS,
 ) -> Float:
+    head = LogReg(Cs=strengths)
     x = {"features": features[train]}
-    solved = _HEAD.solve(x, y[train], {"features": features[val]}, y[val], classes, metric)
-    logits = _HEAD.apply({name: p[None] for name, p in solved.params.items()}, {"features": features[held][None]})
+    solved = head.solve(x, y[train], {"features": features[val]}, y[val], classes, metric)
+    logits = head.apply({name: p[None] for name, p in solved.params.items()}, {"features": features[asked][None]})
     return softmax(logits[0].double().numpy())
 
 

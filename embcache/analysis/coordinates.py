@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embcache.analysis.maps import embed_map
+from embcache.analysis.maps import MAP_VERSION, embed_map
 from embcache.errors import StoreError
 from embcache.store.commit import replace_file
 from embcache.store.sealed import seal, unseal
@@ -52,6 +52,7 @@ def cached_map(
         "method": method,
         "seed": seed,
         "perplexity": perplexity,
+        "map": MAP_VERSION,
         "version": _version(_PACKAGES.get(method, "")),
     }
     name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode("utf-8")).hexdigest()[:16]

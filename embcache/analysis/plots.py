@@ -297,7 +297,7 @@ def _plain(text: str) -> str:
 def _save(figure: Figure, target: Path) -> Path:
     """Write a figure in the format of the target's suffix, whole or not at all."""
     drawn = BytesIO()
-    figure.savefig(drawn, dpi=150, format=target.suffix.lstrip(".").lower() or None)
+    figure.savefig(drawn, dpi=300, format=target.suffix.lstrip(".").lower() or None)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_file(target, drawn.getvalue())
     return target

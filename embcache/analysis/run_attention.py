@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from embcache.probe.inputs import open_stores
 from embcache.probe.results import ProbeResult, load_heads
 
 _IMAGES = 16  # whose weights are looked at together
-_GRID = 129  # queries at which an entropy is computed
+_GRID = 129  # queries at which an entropy is computed, at least
+_PER_SCORE = 4  # and so many more for each unit that scores range over
 _MOST = 10  # components that are named
 
 Params = Mapping[str, torch.Tensor]
@@ -97,21 +98,18 @@ def run_attention(
     for params in heads:  # one map at a time, however many folds there are
         one = mean_attention(params, x).astype(np.float64) / len(heads)
         weights = weights + one if weights.size else one
-    masses = np.stack([mean_mass(params, x) for params in heads])  # (folds, B, B)
+    present, counts = np.unique(shown.labels, return_counts=True)
+    each = np.stack([_by_class(heads, x, shown.labels == label) for label in present])  # (classes, folds, B, B)
+    masses = np.einsum("c,cfij->fij", counts / counts.sum(), each)  # of all images, each counted once
     entropies = np.array([mean_entropy(params, x) for params in heads])
     several = len(heads) > 1
-    by_class = {}
-    for label in np.unique(shown.labels).tolist():
-        rows = torch.from_numpy(np.flatnonzero(shown.labels == label))
-        part = {name: features[rows] for name, features in x.items()}
-        by_class[ds.class_names[label]] = np.mean([mean_mass(params, part) for params in heads], axis=0)
     return RunAttention(
         result=result,
         shown=shown,
         weights=weights.astype(np.float32),
         mass=masses.mean(0),
         mass_std=masses.std(0, ddof=1) if several else np.full_like(masses[0], np.nan),
-        by_class=by_class,
+        by_class={ds.class_names[label]: mass.mean(0) for label, mass in zip(present.tolist(), each, strict=True)},
         entropy=float(entropies.mean()),
         entropy_std=float(entropies.std(ddof=1)) if several else math.nan,
         received=_received(weights, result.backbones),
@@ -119,12 +117,19 @@ def run_attention(
     )
 
 
+def _by_class(heads: Sequence[Params], x: Mapping[str, torch.Tensor], chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Mass of some images under each head, (folds, B, B)."""
+    rows = torch.from_numpy(np.flatnonzero(chosen))
+    part = {name: features[rows] for name, features in x.items()}
+    return np.stack([mean_mass(params, part) for params in heads])
+
+
 @torch.no_grad()
 def mean_entropy(params: Params, x: Mapping[str, torch.Tensor]) -> float:
     """Mean over images and tokens of the entropy of a token's attention, as a share of log N.
 
-    Where a token is one number its entropy is a smooth function of its query: it is computed at `_GRID` queries of each
-    image and interpolated linearly (to 1e-4; a test compares it with all N).
+    Where a token is one number its entropy is a smooth function of its query: it is computed at some queries of each
+    image, the more the further scores range, and interpolated linearly (to 1e-4; a test compares it with all N).
 
     Parameters
     ----------
@@ -149,15 +154,17 @@ def mean_entropy(params: Params, x: Mapping[str, torch.Tensor]) -> float:
 def _entropies(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Entropy of each token's weights: queries and keys (images, N, d) → (images, N)."""
     tokens, width = q.shape[1:]
-    few = width == 1 and tokens > 2 * _GRID
     low, high = q.amin(1, keepdim=True), q.amax(1, keepdim=True)
-    asked = low + (high - low) * torch.linspace(0, 1, _GRID).to(q)[None, :, None] if few else q
+    reach = float(((high - low) * (k.amax(1, keepdim=True) - k.amin(1, keepdim=True))).max()) if width == 1 else 0.0
+    grid = _GRID + math.ceil(_PER_SCORE * min(reach, tokens))
+    few = width == 1 and tokens > 2 * grid
+    asked = low + (high - low) * torch.linspace(0, 1, grid).to(q)[None, :, None] if few else q
     log_p = (torch.bmm(asked, k.transpose(1, 2)) / math.sqrt(width)).log_softmax(-1)  # (images, asked, N)
     found = -(log_p.exp() * log_p).sum(-1)
     if not few:
         return found
-    place = ((q - low) / (high - low).clamp_min(1e-30)).squeeze(-1) * (_GRID - 1)
-    below = place.long().clamp(0, _GRID - 2)
+    place = ((q - low) / (high - low).clamp_min(1e-30)).squeeze(-1) * (grid - 1)
+    below = place.long().clamp(0, grid - 2)
     share = place - below
     return found.gather(1, below) * (1 - share) + found.gather(1, below + 1) * share
 

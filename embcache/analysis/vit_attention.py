@@ -67,6 +67,8 @@ def image_attention(
         As for an extraction.
     """
     path = Path(image).expanduser()
+    if not path.is_file():
+        raise UsageError("there is no such image", expected="an image file", found=str(image), fix="--image FILE")
     pixels, _ = read_image(path.resolve().parent, path.name)
     spec = find_backbone(backbone)
     chosen = choose_transform(spec, transform, {(pixels.shape[1], pixels.shape[0])})

@@ -19,8 +19,8 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
-from embcache.commands.table import print_table, printable
-from embcache.errors import StoreNotFoundError, UsageError
+from embcache.commands.table import print_table
+from embcache.errors import StoreNotFoundError, UsageError, printable
 
 if TYPE_CHECKING:
     from embcache.analysis.audit import Audit

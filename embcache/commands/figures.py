@@ -19,8 +19,8 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
-from embcache.commands.table import print_table, printable
-from embcache.errors import UsageError
+from embcache.commands.table import print_table
+from embcache.errors import UsageError, printable
 from embcache.paths import replace_file
 
 if TYPE_CHECKING:
@@ -162,14 +162,14 @@ def attention(
     result, folder = find_run_anywhere(str(run), home)
     ds, _ = find_dataset(result.dataset, root=data_root, home=home, allow_missing=allow_missing)
     found = run_attention(ds, result, folder, home=home, recipe=recipe)
-    for target in targets or [home_dir(home) / slug(ds.name) / "figures" / f"attention-{result.id}.png"]:
-        path = draw_attention(found, ds.synthetic, target)
-        if json != "-":
-            typer.echo(f"figure: {path}")
+    default = home_dir(home) / slug(ds.name) / "figures" / f"attention-{result.id}.png"
+    paths = [draw_attention(found, ds.synthetic, target) for target in targets or [default]]
     if json != "-":
         _print_attention(found)
+        for path in paths:
+            typer.echo(f"figure: {path}")
     if json:
-        write_json(_attention_json(found), json)
+        write_json(_attention_json(found) | {"figures": [str(path) for path in paths]}, json)
 
 
 def _image_attention(

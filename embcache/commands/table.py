@@ -43,8 +43,3 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, not
     typer.echo(format_table(headers, rows))
     for note in notes:
         typer.echo(f"· {printable(note)}")
-
-
-def printable(text: str) -> str:
-    """``text`` with control characters escaped, for one line of a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -80,7 +80,7 @@ def test_attention_is_of_all_test_images_and_maps_of_so_many(
 
 def test_the_fold_that_a_map_is_of_is_named(toy: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = with_dvme("D1", toy)
-    monkeypatch.setattr("embcache.study.figures.load_heads", lambda run: [{}, load_heads(run)[1]])
+    monkeypatch.setattr("embcache.analysis.shown.load_heads", lambda run: [{}, load_heads(run)[1]])
     figure = narrow_figure(FIGURES["D1"], ["toy"], BACKBONES, ["S"])
     drawn = draw_figure(figure, SETTINGS, states=[state], target=tmp_path / "d1.png")
     assert any("trained with labels (fold 1, subset S)" in note for note in drawn.table.notes)
