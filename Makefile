@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check torture fuzz bench format clean
+.PHONY: demo test check docs torture fuzz bench format clean
 
 demo: .venv/installed
 	$(BIN)/embcache demo
@@ -14,6 +14,10 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The site, in site/: open site/index.html. A warning is an error.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # An hour or two on two cores: kills, faults and power losses at every call to the filesystem. Needs Linux.
 torture: .venv/installed
@@ -53,4 +57,4 @@ format: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,13 +17,14 @@ from tests.store.build import add, make_store, make_table
 PACKAGE = Path(embcache.__file__).parent
 
 # Each part may import itself and the parts named here.
-_BASE = {"cores", "errors", "memory", "paths"}
+_BASE = {"cores", "errors", "memory", "notebook", "paths"}
 _STAGE = _BASE | {"data", "store"}
 _LIBRARY = _STAGE | {"extract", "probe", "finetune", "analysis"}
 ALLOWED = {
     "cores": set(),
     "errors": set(),
     "memory": set(),
+    "notebook": {"errors"},
     "paths": set(),
     "data": _BASE,
     "store": _BASE,

@@ -25,7 +25,8 @@ from embcache.data.source import (
     refusals_told,
     resolve_root,
 )
-from embcache.errors import DatasetError, DatasetNotFoundError
+from embcache.errors import DatasetError, DatasetNotFoundError, printable
+from embcache.notebook import few, html_table
 from embcache.paths import PathLike, home_dir, slug
 
 __all__ = ["DATASETS", "ImageDataset", "find_dataset", "load_dataset"]
@@ -128,16 +129,35 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.table)
 
-    def __repr__(self) -> str:
-        parts = []
+    def _facts(self) -> list[tuple[str, str]]:
+        """What a person wants to know of it, as (name, value); one pass over the labels, no file is looked at."""
+        facts = []
         for split in ("train", "val", "test"):
-            labels = self.table.loc[self.table["split"] == split, "label"]
-            counts = [f"{int((labels == c).sum()):,} {name}" for c, name in enumerate(self.class_names)]
-            counts += [f"{int((labels == -1).sum()):,} unlabelled"] if (labels == -1).any() else []
+            labels = self.table.loc[self.table["split"] == split, "label"].to_numpy(dtype=np.int64)
             if len(labels):
-                parts.append(f"{len(labels):,} {split} ({', '.join(counts)})")
-        groups = f"{self.table['group'].nunique():,} groups"
-        return f"ImageDataset({self.name!r}: {'; '.join([*parts, groups, self.metric])}; root={self.root})"
+                known = np.bincount(labels[labels >= 0], minlength=len(self.class_names))
+                counts = [f"{n:,} {name}" for n, name in zip(known.tolist(), self.class_names, strict=True)]
+                lacking = int((labels < 0).sum())
+                unlabelled = f"{lacking:,} unlabelled" if lacking else ""
+                parts = [part for part in (few(counts), unlabelled) if part] if known.any() else [unlabelled]
+                facts.append((split, f"{len(labels):,} ({', '.join(parts)})"))
+        groups = f"{self.table['group'].nunique():,}" + ("" if self.grouped else ", as far as they are known")
+        facts += [("groups", groups), ("metric", self.metric)]
+        facts += [("synthetic", "drawn, not taken")] if self.synthetic else []
+        facts += [("missing", f"{len(self.missing):,} images that the labels name")] if self.missing else []
+        facts += [("notes", f"{len(self.notes):,}, in .notes")] if self.notes else []
+        return [*facts, ("root", str(self.root))]
+
+    def _headline(self) -> str:
+        classes = len(self.class_names)
+        return f"{self.name!r}: {len(self):,} images, {classes:,} class{'' if classes == 1 else 'es'}"
+
+    def __repr__(self) -> str:
+        lines = [f"  {name}: {value}" for name, value in self._facts()]
+        return printable("\n".join([f"ImageDataset({self._headline()}", *lines]) + ")")
+
+    def _repr_html_(self) -> str:
+        return html_table(f"ImageDataset {self._headline()}", [*self._facts(), *(("note", n) for n in self.notes)])
 
     def to_parquet_bytes(self) -> bytes:
         """The whole dataset as a Parquet file; everything but the table is JSON in the schema's metadata."""

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+from embcache.errors import printable
+from embcache.notebook import few, html_table
+
 PROTOCOL_VERSION = 1
 """Raised when the protocol changes, so that older runs are not taken for new ones. Arithmetic that gives the same but
 for rounding (another order of sums, attention by nodes) is the same protocol: a saved run answers for it."""
@@ -164,12 +167,43 @@ class ProbeResult:
         folds = tuple(FoldResult(**fold) for fold in data["folds"])
         return cls(**{**data, **tuples, "interval": bounds, "folds": folds})
 
+    def _reached(self) -> str:
+        if self.mean is None:
+            return "test labels not known"
+        bounds = "" if self.interval is None else f", 95 % {self.interval[0]:.4f} to {self.interval[1]:.4f}"
+        return f"{self.mean:.4f}" + ("" if self.std is None else f" ± {self.std:.4f}") + bounds
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """What a person wants to know of it, as (name, value)."""
+        seen = f"{self.n_train:,} training + {self.n_val:,} validation = {self.labels_used:,} labels a fold"
+        facts = [
+            (self.metric, f"{self._reached()}, over {len(self.folds)} folds, on {self.n_test:,} test images"),
+            ("images", seen),
+            ("test set", self.test_set + (" (synthetic images)" if self.synthetic else "")),
+            ("classes", few(self.class_names)),
+        ]
+        prints = [f"{name} {digits[:12]}" for name, digits in self.request.get("recipes", ())]
+        facts += [("target", f"column {self.target}")] if self.target else []
+        facts += [("recipes", few(prints))] if prints else []
+        return [*facts, ("id", self.id)]
+
+    def _headline(self) -> str:
+        return f"{self.kind}: {' + '.join(self.backbones)}, {self.head} on {self.dataset}, subset {self.subset}"
+
     def __repr__(self) -> str:
-        spread = "" if self.std is None else f" ± {self.std:.4f}"
-        reached = "test labels not known" if self.mean is None else f"{self.mean:.4f}{spread}"
-        return (
-            f"ProbeResult({self.dataset}, {' + '.join(self.backbones)}, {self.head}, {self.subset}: "
-            f"{self.metric} {reached} over {len(self.folds)} folds, {self.labels_used} labels; id={self.id!r})"
+        notes = [("notes", f"{len(self.notes):,}, in .notes")] if self.notes else []
+        lines = [f"  {name}: {value}" for name, value in [*self._facts(), *notes]]
+        return printable("\n".join([f"ProbeResult({self._headline()}", *lines]) + ")")
+
+    def _repr_html_(self) -> str:
+        def cell(value: float | None) -> str:
+            return "–" if value is None else f"{value:.4f}"
+
+        rows = [(f.fold, cell(f.score), cell(f.val_score), f.best_epoch, f.n_train, f.n_val) for f in self.folds]
+        return html_table(
+            f"ProbeResult {self._headline()}",
+            [*self._facts(), *(("note", note) for note in self.notes)],
+            [("fold", f"test {self.metric}", "validation", "best epoch", "training", "validation images"), *rows],
         )
 
 

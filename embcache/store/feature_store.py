@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from embcache.errors import StoreError
+from embcache.errors import StoreError, printable
+from embcache.notebook import html_table
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.features import Features
 from embcache.store.header import StoreHeader
@@ -26,6 +27,7 @@ from embcache.store.reading import (
     LiveRows,
     committed_numbers,
     plan_numbers,
+    read_commit,
     read_header,
     read_live,
     read_plan,
@@ -256,12 +258,36 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self._usable)
 
+    def _facts(self) -> list[tuple[str, str]]:
+        """What a person wants to know of it, as (name, value). No features are read.
+
+        An HDF5 shard is one file that is verified whole before it is parsed: unless its rows were asked for before,
+        they are counted from the commits, which do not tell how many are quarantined or superseded.
+        """
+        each = " × ".join(map(str, self.row_shape))
+        facts = [("rows", f"{each} {self.dtype}" + (f", {self.views} views of an image" if self.views > 1 else ""))]
+        try:
+            numbers = self.committed()
+            if self.format == "zarr" or "_live" in self.__dict__:
+                facts += [("images", f"{len(self):,}"), ("quarantined", f"{len(self.quarantined):,}")]
+            else:
+                rows = sum(read_commit(self.path, number).rows for number in numbers)
+                facts.append(("images", f"{rows:,} rows committed, quarantined ones among them"))
+            owed = len(set(plan_numbers(self.path)) - set(numbers))
+            facts.append(("shards", f"{len(numbers):,} ({self.format})" + (f", {owed:,} owed" if owed else "")))
+        except StoreError as error:  # a repr says so and does not raise; whoever reads rows gets the whole message
+            facts.append(("unreadable", error.problem))
+        facts += [("shown", f"restricted to {len(self.keep):,} ids")] if self.keep is not None else []
+        recipe = self.recipe
+        made = f"{recipe.fingerprint[:12]} ({recipe.backbone}, {recipe.precision}, {recipe.pooling})"
+        return [*facts, ("recipe", made), ("path", str(self.path))]
+
     def __repr__(self) -> str:
-        shown = "" if self.keep is None else f", restricted to {len(self.keep):,} ids"
-        return (
-            f"FeatureStore({self.dataset}/{self.path.name}: {len(self):,} × {self.row_shape} {self.dtype}, "
-            f"{len(self.quarantined):,} quarantined, {self.format}{shown})"
-        )
+        lines = [f"  {name}: {value}" for name, value in self._facts()]
+        return printable("\n".join([f"FeatureStore({self.recipe.backbone!r} over {self.dataset!r}", *lines]) + ")")
+
+    def _repr_html_(self) -> str:
+        return html_table(f"FeatureStore {self.recipe.backbone} over {self.dataset}", self._facts())
 
 
 def store_folders(home: PathLike | None = None, dataset: str | None = None) -> list[Path]:

@@ -39,7 +39,7 @@ def test_columns_are_given_as_arrays_and_one_split_can_be_selected() -> None:
     assert ds.select("test").ids.tolist() == ["c"]
     assert ds.select("test").table.index.tolist() == [0]
     assert ds.file_path(1) == Path("/nowhere/b.png")
-    assert "2 train (1 cat, 1 dog)" in repr(ds)
+    assert "train: 2 (1 cat, 1 dog)" in repr(ds)
     assert "1 unlabelled" in repr(ds)
 
 

@@ -133,13 +133,6 @@ def test_a_commit_cannot_name_files_outside_its_shard(tmp_path: Path) -> None:
         len(FeatureStore(path))
 
 
-def test_a_store_shows_itself(tmp_path: Path) -> None:
-    path = make_store(tmp_path)
-    add(path, 0, ["a", "b"], bad=["b"])
-    text = repr(FeatureStore(path))
-    assert text == f"FeatureStore(ds/{path.name}: 1 × (3,) float32, 1 quarantined, zarr)"
-
-
 def test_a_store_does_not_change_under_its_reader(tmp_path: Path) -> None:
     path = make_store(tmp_path)
     add(path, 0, ["a"])
