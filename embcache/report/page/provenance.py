@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embcache.errors import EmbcacheError
-from embcache.probe.heads import heads, make_head
-from embcache.probe.hyperparameters import hyperparameters
+from embcache.probe.heads import heads, hyperparameters, make_head
 from embcache.probe.results import ProbeResult
 from embcache.probe.schedule import Schedule
 from embcache.report.layout import signed
