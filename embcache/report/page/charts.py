@@ -171,7 +171,7 @@ def map_chart(id: str, class_names: Sequence[str], *, alt: str) -> Chart:
     """An empty map, one renderer a class and a ring for what is picked; the page's script fills in the points."""
     plot = figure(
         height=520, sizing_mode="stretch_width", tools="pan,box_zoom,wheel_zoom,reset,save", toolbar_location="above",
-        active_scroll=None, active_drag=None, match_aspect=True,
+        active_scroll=None, active_drag=None, x_range=(0, 1), y_range=(0, 1),
     )  # fmt: skip
     plot.toolbar.logo = None
     plot.axis.visible = False
@@ -213,4 +213,4 @@ def bokeh_script() -> str:
     """Bokeh's own script, some 1.3 MB: what draws the charts."""
     from bokeh.resources import Resources
 
-    return "\n".join(Resources(mode="inline", components=["bokeh"], minified=True).js_raw)
+    return "\n".join(Resources(mode="inline", components=["bokeh"], minified=True, log_level="error").js_raw)

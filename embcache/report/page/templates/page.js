@@ -71,6 +71,7 @@
   addEventListener("scroll", hideTip, {passive: true});
   addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
 
+  const column = (source, name) => (source.data instanceof Map ? source.data.get(name) : source.data[name]);
   const named = (figure, name) => figure.renderers.filter((renderer) => renderer.name === name);
 
   const wireLegend = (chart, figure, toggled) => {
@@ -89,14 +90,14 @@
     for (const [place, series] of chart.series.entries()) {
       for (const renderer of named(figure, `s${place}`)) {
         const source = renderer.data_source;
-        if (!("y" in source.get_data?.() ?? {}) && !source.data.y && !source.data.get?.("y")) continue;
+        if (!column(source, "y")) continue; // a band
         source.inspect.connect(() => {
           const {indices, line_indices: lines} = source.inspected;
           const row = indices.length ? indices[0] : lines?.length ? lines[0] : -1;
           if (row < 0 || !renderer.visible) under.delete(place); else under.set(place, {series, source, row});
           if (!under.size) { hideTip(); return; }
           const rows = [...under.values()].slice(0, 6).map(({series, source, row}) => {
-            const at = (name) => (source.data.get ? source.data.get(name) : source.data[name])[row];
+            const at = (name) => column(source, name)[row];
             const line = make("p");
             line.append(make("strong", series.name), make("span", ` ${chart.axes[0]} ${number(at("x"), chart.digits[0])}, ${chart.axes[1]} ${number(at("y"), chart.digits[1])}`));
             return line;
@@ -275,7 +276,7 @@
     wire() {
       for (const c of this.data.classes.keys()) {
         const renderer = named(this.figure, `s${c}`)[0], source = renderer.data_source;
-        const k = (row) => (source.data.get ? source.data.get("k") : source.data.k)[row];
+        const k = (row) => column(source, "k")[row];
         source.inspect.connect(() => {
           const {indices} = source.inspected;
           if (indices.length) { this.under = c; this.hover(k(indices[0])); }
@@ -335,6 +336,5 @@
     retheme();
     root.dataset.drawn = String(Math.round(performance.now()));
   };
-  Bokeh.set_log_level("error");
   draw().catch((error) => { root.dataset.failed = String(error); console.error(error); });
 })();
