@@ -17,6 +17,8 @@ PAPER_NAMES = {
     "dvme": "DVME", "dvme-noattn": "DVME w/o self-attention",
 }  # fmt: skip
 _FUSED = ("simclr", "swav", "dino")  # the set of the paper's DVME
+_THEIRS = ", the paper's"
+_NOT_HERE = "not made here"
 _BANDS = 6  # curves up to which bands are told apart
 
 
@@ -67,12 +69,26 @@ def paper_table(task: Task) -> Table | None:
         values = {subset: paper_value(task.dataset, "probe", name, subset) for subset in subsets}
         if name not in there and any(values.values()) and name != "dvme-noattn":
             head, backbones = ("linear", (name,)) if not name.startswith("dvme") else (name, _FUSED)
-            model = Model(f"{label}, the paper's", "probe", head, backbones, paper=name)
+            model = Model(f"{label}{_THEIRS}", "probe", head, backbones, paper=name)
             models.append(model)
-            cells += [Cell(task.dataset, model, s, None, "not made here", value) for s, value in values.items()]
+            cells += [Cell(task.dataset, model, s, None, _NOT_HERE, value) for s, value in values.items()]
     metric = METRIC_NAMES.get(task.metric, task.metric)
     grid = Grid(f"{task.title}", f"test {metric}", (task.dataset,), tuple(models), tuple(subsets), "subsets")
-    return lay_out(grid, cells)
+    return _trimmed(lay_out(grid, cells), {model.label for model in models if model.label.endswith(_THEIRS)})
+
+
+def _trimmed(table: Table, theirs: set[str]) -> Table:
+    """The table without its first column, the dataset, and without our empty row of models that are the paper's."""
+    rows: list[tuple[str, ...]] = []
+    label = ""
+    for row in (row[1:] for row in table.rows):
+        if row[0] in theirs and row[1] == "ours":
+            label = row[0]
+        else:
+            rows.append((label, *row[1:]) if label else row)
+            label = ""
+    notes = tuple(note for note in table.notes if not note.endswith(f"] {_NOT_HERE}"))
+    return Table(table.name, table.title, table.headers[1:], tuple(rows), notes, table.records)
 
 
 def _kind(result: ProbeResult) -> str:
@@ -127,7 +143,7 @@ def _paper_curves(task: Task) -> list[Series]:
         points = sorted((n, value.mean) for n, value in found if value is not None and value.mean is not None)
         if points and name != "dvme-noattn":
             x, y = zip(*points, strict=True)
-            series.append(Series(f"{label}, the paper's", x, y, dashed=True, shown=False))
+            series.append(Series(f"{label}{_THEIRS}", x, y, dashed=True, shown=False))
     return series
 
 

@@ -166,7 +166,7 @@ def class_scores(t: Tested) -> list[ClassScore]:
                 float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 _mean(hits),
                 _mean(purity),
-            )  # fmt: skip
+            )
         )
     return rows
 

@@ -225,7 +225,10 @@ def _plain(view: View) -> dict[str, Any]:
     part, ids = view.part, view.images
     quarantined, broken = quarantines(part, ids=ids)
     rows, warnings = balance(part)
-    table = lambda t: t if t is None or ids else _scrubbed(t, part)
+
+    def table(t):
+        return t if t is None or ids else _scrubbed(t, part)
+
     return {
         "id": view.id,
         "name": part.name,

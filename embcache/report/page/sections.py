@@ -14,7 +14,7 @@ from embcache.report.curves import curve_table
 from embcache.report.layout import Table, signed
 from embcache.report.page.beside import learning_curves, paper_table
 from embcache.report.page.charts import Chart, Series, line_chart
-from embcache.report.page.choice import Choice, Rival
+from embcache.report.page.choice import Choice, Rival, beyond
 from embcache.report.page.collect import Part, Task
 from embcache.report.page.numbers import GRID, Calibration, calibrate, class_scores, confusion, mean_roc
 from embcache.report.page.warn import secret_words
@@ -65,6 +65,7 @@ class TaskSection:
 
     task: Task
     headline: str
+    winners: Table
     curves: Chart
     numbers: Table
     paper: Table | None
@@ -110,9 +111,33 @@ def task_section(
     ]
     say(f"{task.title}: subgroups")
     return TaskSection(
-        task, headline(task, choices), learning_curves(task, f"{id}-curves"), curve_table(task.results),
+        task, headline(task, choices), _winners(task, choices), learning_curves(task, f"{id}-curves"), curve_table(task.results),
         paper_table(task), sizes, _subgroups(task, part, choices, ids, data_root),
     )  # fmt: skip
+
+
+def _winners(task: Task, choices: Sequence[Choice]) -> Table:
+    """A row a size: what is best on validation, its scores, and how far the next best is."""
+    metric = METRIC_NAMES.get(task.metric, task.metric)
+    rows = []
+    for choice in choices:
+        best, others = choice.chosen, choice.rivals[1:]
+        beside = ("", "", "")
+        if others:
+            row = others[0].row
+            apart = "beyond" if beyond(row) else "within"
+            beside = (others[0].name, signed(row.difference or 0.0, 4, plus=True), apart)
+        rows.append(
+            (
+                f"{choice.subset}: {choice.n_train:,} + {choice.labels_used - choice.n_train:,}", best.name,
+                signed(best.validated, 4), _spread(best.row.mean, best.row.std), _bounds(best.row.interval), *beside,
+            )
+        )  # fmt: skip
+    headers = (
+        "labels: training + validation", "best on validation", f"validation {metric}", f"its test {metric}",
+        "95 % interval", "next on validation", "its difference on test", "the interval",
+    )  # fmt: skip
+    return Table("winners", f"{task.title}: best on validation at each size", headers, tuple(rows))
 
 
 def _size(task: Task, choice: Choice, id: str, place: int) -> Size:
@@ -162,7 +187,7 @@ def _ranking(task: Task, choice: Choice, calibrations: dict[str, Calibration]) -
                 "" if row.p_holm is None else p_words(row.p_holm).removeprefix("= "),
                 *(_fold_mean(rival, key) for key in ("accuracy", "balanced_accuracy", "sensitivity_at_95_specificity")),
                 f"{calibration.ece:.3f} ± {calibration.ece_std:.3f}",
-            )  # fmt: skip
+            )
         )
     notes = (
         "in the order of the validation score, which alone chooses; differences are from the first row, on the same "

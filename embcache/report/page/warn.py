@@ -67,7 +67,7 @@ def quarantines(part: Part, *, ids: bool) -> tuple[list[Quarantine], list[str]]:
                 len(bad),
                 tuple(reasons) if ids else (),
                 images,
-            )  # fmt: skip
+            )
         )
     return found, problems
 

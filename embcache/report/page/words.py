@@ -11,8 +11,8 @@ from embcache.report.page.collect import Task
 
 RULE = (
     "“Best” is always the highest mean validation score over folds; the test set is only read off. Two models differ "
-    "“beyond the interval” where the 95 % bootstrap interval of their difference, on the same resamples of test groups, "
-    "leaves 0 out; p is corrected by Holm for all models compared at that size."
+    "“beyond the interval” where the 95 % bootstrap interval of their difference, on the same resamples of test "
+    "groups, leaves 0 out; p is corrected by Holm for all models compared at that size."
 )
 _MOST = 4  # names in a list
 
@@ -66,8 +66,8 @@ def sentences(task: Task, choice: Choice) -> list[str]:
     higher = [rival for rival in others if rival.row.mean > best.row.mean]
     if higher:
         told.append(
-            f"A higher test {metric} was reached by {_listed(higher, scores=True)}: this chooses nothing, for then the "
-            "test set would be part of training."
+            f"A higher test {metric} was reached by {_listed(higher, scores=True)}: not chosen, for a choice by test "
+            "score would make the test set part of training."
         )
     return told
 
@@ -82,15 +82,23 @@ def _beside(rival: Rival, metric: str) -> str:
     words = f"On the test set it reaches {_score(rival)}"
     if row.difference is None or row.difference_interval is None or row.p_holm is None:
         return words + "."
-    low, high = row.difference_interval
-    side = "lower" if row.difference < 0 else "higher"
-    verdict = "beyond the interval" if beyond(row) else "within the interval, so this test set does not tell them apart"
+    return f"{words}: its {metric} is {_apart(row.difference)} {verdict(rival)}."
+
+
+def _apart(difference: float) -> str:
+    return f"{_number(abs(difference), 4)} {'lower' if difference < 0 else 'higher'}"
+
+
+def verdict(rival: Rival) -> str:
+    """``(interval of the difference …, p …), beyond the interval``, or within it."""
+    row = rival.row
+    if row.difference_interval is None or row.p_holm is None:
+        return ""
+    told = "beyond the interval" if beyond(row) else "within the interval: this test set does not tell them apart"
     if beyond(row) and not told_apart(row):
-        verdict += ", though not after correction"
-    return (
-        f"{words}: a {metric} {_number(abs(row.difference))} {side} (interval of the difference {_bounds(low, high, True)}, "
-        f"p {p_words(row.p_holm)}), {verdict}."
-    )
+        told += ", though not after correction"
+    low, high = row.difference_interval
+    return f"(interval of the difference {_bounds(low, high, plus=True)}, p {p_words(row.p_holm)}), {told}"
 
 
 def _against_all(others: Sequence[Rival]) -> str:
@@ -99,7 +107,9 @@ def _against_all(others: Sequence[Rival]) -> str:
     if not ahead and not behind:
         return f"After correction none of the {len(others)} other models differs from it on the test set."
     words = f"After correction it is ahead of {len(ahead)} of the {len(others)} other models on the test set"
-    words += f" ({_listed(ahead)})" if ahead and len(ahead) < len(others) else ""
+    if ahead and len(ahead) < len(others):
+        rest = [r for r in others if r not in ahead]
+        words += f" (all but {_listed(rest)})" if len(rest) < len(ahead) else f" ({_listed(ahead)})"
     return words + (f", and behind {_listed(behind)}." if behind else ".")
 
 
@@ -114,12 +124,13 @@ def _score(rival: Rival) -> str:
     return f"{_number(rival.row.mean)}{spread}"
 
 
-def _number(value: float) -> str:
-    return signed(value, 3)
+def _number(value: float, digits: int = 3) -> str:
+    return signed(value, digits)
 
 
-def _bounds(low: float, high: float, plus: bool = False) -> str:
-    return f"{signed(low, 3, plus=plus)} to {signed(high, 3, plus=plus)}"
+def _bounds(low: float, high: float, *, plus: bool = False) -> str:
+    digits = 4 if plus else 3
+    return f"{signed(low, digits, plus=plus)} to {signed(high, digits, plus=plus)}"
 
 
 def p_words(p: float) -> str:
