@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from embcache.commands.options import DataRootOption, DatasetOption, HomeOption, JsonOption, split_list, write_json
-from embcache.commands.table import printable
-from embcache.errors import UsageError
+from embcache.errors import UsageError, printable
 
 
 def report(

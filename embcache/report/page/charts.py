@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from bokeh.core.types import ID
 from bokeh.embed import json_item
-from bokeh.models import FixedTicker, HoverTool, NumeralTickFormatter, TapTool
+from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, NumeralTickFormatter, Range1d, TapTool
 from bokeh.plotting import figure
+from bokeh.resources import Resources
 from numpy.typing import NDArray
 
 # Told apart with every common kind of colour vision (after Okabe and Ito, 2008), and visible on white and on black.
@@ -113,6 +115,7 @@ def line_chart(
     Parameters
     ----------
     id : str
+        Of the element that it is drawn in.
     series : sequence of Series
         The first eight differ by colour, those after them by dashes too.
     alt : str
@@ -130,8 +133,8 @@ def line_chart(
     digits : (int, int)
         Of x and y in tooltips.
     """
-    ranges = {"x_range": (-0.01, 1.01), "y_range": (-0.01, 1.01)} if square else {}
-    plot = figure(
+    ranges: dict[str, Any] = {"x_range": (-0.01, 1.01), "y_range": (-0.01, 1.01)} if square else {}
+    plot: Any = figure(
         height=360 if square else 340, sizing_mode="stretch_width", x_axis_type="log" if log_x else "auto",
         x_axis_label=axes[0], y_axis_label=axes[1], **ranges,
         tools="pan,box_zoom,wheel_zoom,reset,save", toolbar_location="above", active_scroll=None, active_drag=None,
@@ -142,7 +145,8 @@ def line_chart(
         plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
     if diagonal:
         plot.line([0, 1], [0, 1], line_color="#8A8A8A", line_dash="dashed", line_width=1, name="diagonal")
-    keys, hoverable = [], []
+    keys: list[Key] = []
+    hoverable: list[Any] = []
     for place, one in enumerate(series):
         colour = COLOURS[place % len(COLOURS)]
         marker = place % len(MARKERS)
@@ -152,7 +156,7 @@ def line_chart(
             plot.varea(
                 x, list(one.low), list(one.high), fill_color=colour, fill_alpha=0.13, name=name, visible=one.shown
             )
-        line = plot.line(
+        line: Any = plot.line(
             x, y, line_color=colour, line_dash=dash, line_width=2, name=name, visible=one.shown,
             line_alpha=0.7 if one.dashed else 1,
         )  # fmt: skip
@@ -169,14 +173,15 @@ def line_chart(
 
 def map_chart(id: str, class_names: Sequence[str], *, alt: str) -> Chart:
     """An empty map, one renderer a class and a ring for what is picked; the page's script fills in the points."""
-    plot = figure(
+    plot: Any = figure(
         height=520, sizing_mode="stretch_width", tools="pan,box_zoom,wheel_zoom,reset,save", toolbar_location="above",
-        active_scroll=None, active_drag=None, x_range=(0, 1), y_range=(0, 1),
+        active_scroll=None, active_drag=None, x_range=Range1d(0, 1), y_range=Range1d(0, 1),
     )  # fmt: skip
     plot.toolbar.logo = None
     plot.axis.visible = False
     plot.grid.visible = False
-    keys, renderers = [], []
+    keys: list[Key] = []
+    renderers: list[Any] = []
     empty: dict[str, NDArray[np.float32]] = {name: np.zeros(0, dtype=np.float32) for name in ("x", "y", "k")}
     for c, name in enumerate(class_names):
         colour, marker = COLOURS[c % len(COLOURS)], MARKERS[c % len(MARKERS)]
@@ -191,14 +196,13 @@ def map_chart(id: str, class_names: Sequence[str], *, alt: str) -> Chart:
     plot.scatter(
         "x", "y", source=_source(empty), size=16, fill_color=None, line_color="#D55E00", line_width=3, name="ring"
     )
-    plot.add_tools(HoverTool(tooltips=None, renderers=renderers), TapTool(renderers=renderers))
-    plot.toolbar.active_tap = plot.select_one(TapTool)
+    tap = TapTool(renderers=renderers)
+    plot.add_tools(HoverTool(tooltips=None, renderers=renderers), tap)
+    plot.toolbar.active_tap = tap
     return Chart(id, alt, _item(plot, id), tuple(keys), ("", ""), kind="map")
 
 
 def _source(columns: dict[str, NDArray[np.float32]]) -> Any:
-    from bokeh.models import ColumnDataSource
-
     return ColumnDataSource({name: values.tolist() for name, values in columns.items()})
 
 
@@ -206,11 +210,9 @@ def _item(plot: Any, id: str) -> dict[str, Any]:
     plot.background_fill_color = None
     plot.border_fill_color = None
     plot.min_border_left = 8
-    return dict(json_item(plot, id))
+    return dict(json_item(plot, ID(id)))
 
 
 def bokeh_script() -> str:
     """Bokeh's own script, some 1.3 MB: what draws the charts."""
-    from bokeh.resources import Resources
-
     return "\n".join(Resources(mode="inline", components=["bokeh"], minified=True, log_level="error").js_raw)

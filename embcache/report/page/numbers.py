@@ -47,7 +47,9 @@ def mean_roc(labels: IntArray, p: FloatArray, of_class: int) -> tuple[FloatArray
     Parameters
     ----------
     labels : int64 array (n,)
+        True classes.
     p : float64 array (K, n, C)
+        Class probabilities by each of K fold models.
     of_class : int
         Against all others.
 
@@ -95,7 +97,9 @@ def calibrate(labels: IntArray, p: FloatArray) -> Calibration:
     Parameters
     ----------
     labels : int64 array (n,)
+        True classes.
     p : float64 array (K, n, C)
+        Class probabilities by each of K fold models.
     """
     confidence, right = p.max(2), p.argmax(2) == labels
     errors = [_gap(*_binned(c, r)) for c, r in zip(confidence, right, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -226,7 +227,7 @@ def _plain(view: View) -> dict[str, Any]:
     quarantined, broken = quarantines(part, ids=ids)
     rows, warnings = balance(part)
 
-    def table(t):
+    def table(t: Table | None) -> Table | None:
         return t if t is None or ids else _scrubbed(t, part)
 
     return {
@@ -246,7 +247,10 @@ def _plain(view: View) -> dict[str, Any]:
         "sheets": view.sheets,
         "attended": view.attended,
         "classes": [[name, *(f"{count:,}" for count in (*counts, groups))] for name, counts, groups in rows],
-        "stores": [[q.backbone, q.fingerprint, f"{q.rows:,}", f"{q.bad:,}"] for q in quarantined],
+        "stores": [
+            [q.backbone, q.fingerprint, f"{q.rows:,}", f"{q.bad:,}", q.reasons[0][0] if q.reasons else ""]
+            for q in quarantined
+        ],
         "warnings": warnings,
         "quarantines": quarantined,
         "problems": [*view.problems, *(broken if ids else without_ids(broken, part))],
@@ -275,8 +279,6 @@ def _is_number(text: str) -> bool:
 
 
 def _own_command(parts: Sequence[Part], images: bool) -> str:
-    import shlex
-
     names = ",".join(part.name for part in parts)
     return f"embcache report --dataset {shlex.quote(names)}" + ("" if images else " --no-images")
 

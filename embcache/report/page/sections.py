@@ -111,7 +111,8 @@ def task_section(
     ]
     say(f"{task.title}: subgroups")
     return TaskSection(
-        task, headline(task, choices), _winners(task, choices), learning_curves(task, f"{id}-curves"), curve_table(task.results),
+        task, headline(task, choices), _winners(task, choices), learning_curves(task, f"{id}-curves"),
+        curve_table(task.results),
         paper_table(task), sizes, _subgroups(task, part, choices, ids, data_root),
     )  # fmt: skip
 

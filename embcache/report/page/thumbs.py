@@ -48,6 +48,7 @@ def make_sheets(ds: ImageDataset, ids: Sequence[str], budget: int = BUDGET) -> S
     Parameters
     ----------
     ds : ImageDataset
+        Whose images are read.
     ids : sequence of str
         Of the images, in order.
     budget : int
