@@ -175,7 +175,7 @@ def map_chart(id: str, class_names: Sequence[str], *, alt: str) -> Chart:
     """An empty map, one renderer a class and a ring for what is picked; the page's script fills in the points."""
     plot: Any = figure(
         height=520, sizing_mode="stretch_width", tools="pan,box_zoom,wheel_zoom,reset,save", toolbar_location="above",
-        active_scroll=None, active_drag=None, x_range=Range1d(0, 1), y_range=Range1d(0, 1),
+        active_scroll=None, active_drag=None, x_range=Range1d(start=0, end=1), y_range=Range1d(start=0, end=1),
     )  # fmt: skip
     plot.toolbar.logo = None
     plot.axis.visible = False

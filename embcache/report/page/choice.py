@@ -79,8 +79,9 @@ class Choice:
 def choose(task: Task, part: Part, *, resamples: int = RESAMPLES) -> list[Choice]:
     """The choice at every number of training labels of a task, ascending.
 
-    Sizes at which nothing can be ranked are left out. Models are ranked that share the digest of their splits, so that one's validation score is comparable with
-    another's; where there are several such families the largest is taken, of equal ones that with the most labels.
+    Sizes at which nothing can be ranked are left out. Models are ranked that share the digest of their splits, so that
+    one's validation score is comparable with another's; where there are several such families the largest is taken, of
+    equal ones that with the most labels.
     """
     sizes: dict[int, dict[str, ProbeResult]] = {}
     for name, members in task.models.items():
