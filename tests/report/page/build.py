@@ -11,7 +11,7 @@ from PIL import Image
 
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.probe.run import probe_features
-from embcache.report.compare import Comparison, Tested
+from embcache.report import compare
 from embcache.report.page.choice import Choice, Rival
 from tests.probe.build import make_features, put_store
 from tests.report.build import make_result
@@ -78,12 +78,12 @@ def make_rival(
 ) -> Rival:
     """A rival with these numbers: ``difference`` is (value, low, high), ``p`` corrected."""
     result = make_result((mean - 0.01, mean, mean + 0.01), id=name, val_mean=val, backbones=backbones)
-    row = Comparison(
+    row = compare.Comparison(
         name, "pneumonia", backbones, "linear", "S", "auc", mean, 0.01, (mean - 0.02, mean + 0.02),
         None if difference is None else difference[0], None if difference is None else difference[1:], p, p,
     )  # fmt: skip
     empty = np.zeros(0, dtype=object)
-    tested = Tested(result, empty, empty, np.zeros(0, dtype=np.int64), np.zeros((3, 0, 2)))
+    tested = compare.Tested(result, empty, empty, np.zeros(0, dtype=np.int64), np.zeros((3, 0, 2)))
     return Rival(name, tested, row)
 
 

@@ -7,7 +7,7 @@ import pytest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import auc, confusion_matrix, precision_score, recall_score, roc_curve
 
-from embcache.report.compare import Tested
+from embcache.report import compare
 from embcache.report.page.numbers import GRID, calibrate, class_scores, confusion, mean_roc, roc_points
 from tests.report.build import make_result
 
@@ -87,7 +87,7 @@ def test_class_scores_are_scikit_learns() -> None:
     names = ("a", "b", "c", "never")
     wide = np.concatenate([p, np.zeros((*p.shape[:2], 1))], axis=2)
     groups = np.array([f"g{k // 2}" for k in range(len(labels))], dtype=object)
-    t = Tested(make_result(class_names=names), groups, groups, labels, wide)
+    t = compare.Tested(make_result(class_names=names), groups, groups, labels, wide)
     rows = class_scores(t)
     for c in range(3):
         assert rows[c].n_images == (labels == c).sum()
