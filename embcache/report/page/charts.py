@@ -171,8 +171,9 @@ def line_chart(
     return Chart(id, alt, _item(plot, id), tuple(keys), axes, digits=digits)
 
 
-def map_chart(id: str, class_names: Sequence[str], *, alt: str) -> Chart:
-    """An empty map, one renderer a class and a ring for what is picked; the page's script fills in the points."""
+def map_chart(id: str, class_names: Sequence[str], count: int, *, alt: str) -> Chart:
+    """An empty map of ``count`` images, a renderer a class and a ring for what is picked; the page's script fills it."""
+    size = 7 if count < 1500 else 5 if count < 4000 else 4
     plot: Any = figure(
         height=520, sizing_mode="stretch_width", tools="pan,box_zoom,wheel_zoom,reset,save", toolbar_location="above",
         active_scroll=None, active_drag=None, x_range=Range1d(start=0, end=1), y_range=Range1d(start=0, end=1),
@@ -186,7 +187,7 @@ def map_chart(id: str, class_names: Sequence[str], *, alt: str) -> Chart:
     for c, name in enumerate(class_names):
         colour, marker = COLOURS[c % len(COLOURS)], MARKERS[c % len(MARKERS)]
         points = plot.scatter(
-            "x", "y", source=_source(empty), marker=marker, size=7, fill_color=colour, fill_alpha=0.65, name=f"s{c}",
+            "x", "y", source=_source(empty), marker=marker, size=size, fill_color=colour, fill_alpha=0.65, name=f"s{c}",
             line_color=None if marker != "plus" else colour,
         )  # fmt: skip
         points.nonselection_glyph = None

@@ -150,7 +150,9 @@ class View:
 def _view(part: Part, id: str, *, images: bool, rows: str, data_root: PathLike | None, say: Say, budget: int) -> View:
     problems = [f"the table of images cannot be had: {part.problem}"] if part.problem else []
     if part.unreadable:
-        problems.append(f"{part.unreadable} runs cannot be read: made by another version, or damaged")
+        problems.append(
+            f"{part.unreadable} run{'s' * (part.unreadable > 1)} could not be read: made by another version, or damaged"
+        )
     sections, of_labels = [], list[Choice]()
     for number, task in enumerate(part.tasks):
         say(f"{task.title}: {len(task.results)} results, compared on {len(task.models)} models' test predictions")
@@ -164,7 +166,7 @@ def _view(part: Part, id: str, *, images: bool, rows: str, data_root: PathLike |
         found = make_map(part, of_labels, rows=rows, most=LIMIT, say=say)
         problems += found.notes
         chart = map_chart(
-            f"{id}-map", found.ds.class_names,
+            f"{id}-map", found.ds.class_names, len(found.shown.ids),
             alt="Map of embeddings: a point an image, coloured by its class. The search beneath reaches every point.",
         )  # fmt: skip
         if images:

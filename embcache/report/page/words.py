@@ -106,8 +106,10 @@ def _against_all(others: Sequence[Rival]) -> str:
     behind = [r for r in others if told_apart(r.row) and (r.row.difference or 0.0) > 0]
     if not ahead and not behind:
         return f"After correction none of the {len(others)} other models differs from it on the test set."
+    if len(ahead) == len(others):
+        return f"After correction it is ahead of all {len(others)} other models on the test set."
     words = f"After correction it is ahead of {len(ahead)} of the {len(others)} other models on the test set"
-    if ahead and len(ahead) < len(others):
+    if ahead:
         rest = [r for r in others if r not in ahead]
         words += f" (all but {_listed(rest)})" if len(rest) < len(ahead) else f" ({_listed(ahead)})"
     return words + (f", and behind {_listed(behind)}." if behind else ".")
