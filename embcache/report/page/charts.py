@@ -172,7 +172,7 @@ def line_chart(
 
 
 def map_chart(id: str, class_names: Sequence[str], count: int, *, alt: str) -> Chart:
-    """An empty map of ``count`` images, a renderer a class and a ring for what is picked; the page's script fills it."""
+    """A map of ``count`` images, a renderer a class and a ring for what is picked; the page's script puts points in."""
     size = 7 if count < 1500 else 5 if count < 4000 else 4
     plot: Any = figure(
         height=520, sizing_mode="stretch_width", tools="pan,box_zoom,wheel_zoom,reset,save", toolbar_location="above",
