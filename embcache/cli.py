@@ -30,6 +30,7 @@ from embcache.commands import (
     predict,
     probe,
     rank,
+    report,
     run,
     splits,
     store,
@@ -83,6 +84,7 @@ app.command()(figures.tsne)
 app.command()(figures.attention)
 app.command()(figures.neighbors)
 app.command()(audit.audit)
+app.command()(report.report)
 app.command()(predict.predict)
 app.command()(predict.submit)
 app.command()(predict.kaggle_score)

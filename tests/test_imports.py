@@ -86,6 +86,11 @@ def test_matplotlib_is_imported_in_one_place() -> None:
     assert importers == {"plots.py"}
 
 
+def test_bokeh_is_imported_in_one_place() -> None:
+    importers = {p.name for p in SOURCES if any(n.split(".")[0] == "bokeh" for n in _imports(p))}
+    assert importers == {"charts.py"}
+
+
 # Calls that change a filesystem, however they are spelt: by os, shutil, a Path or the built-in open.
 _CHANGING = {
     "chmod", "copy2", "copyfile", "copyfileobj", "copytree", "fsync", "ftruncate", "hardlink_to", "link", "makedirs",
@@ -118,11 +123,11 @@ def test_one_module_of_the_store_writes_to_disk() -> None:
         ["ls"],
         ["datasets"],
         ["gc"],
-        *([command, "--help"] for command in ("extract", "probe", "verify", "why", "gc", "doctor")),
+        *([command, "--help"] for command in ("extract", "probe", "verify", "why", "gc", "doctor", "report")),
     ],
 )
 def test_quick_commands_import_no_torch(arguments: list[str], home: Path) -> None:
-    assert not _imported_by(arguments, 0) & {"torch", "timm", "torchvision", "matplotlib"}
+    assert not _imported_by(arguments, 0) & {"torch", "timm", "torchvision", "matplotlib", "bokeh", "jinja2"}
 
 
 @pytest.mark.parametrize("arguments", [["verify"], ["verify", "--source"], ["gc"]])
@@ -144,7 +149,7 @@ def test_listing_needs_no_heavy_package(arguments: list[str], home: Path) -> Non
     table = make_table(["a", "b"]).table.assign(path=["a", "b"], member=-1)
     ds = ImageDataset("ds", None, ("no", "yes"), "auc", "generic", table)
     (home / "ds" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
-    assert not _imported_by(arguments, 0) & {"pandas", "zarr", "h5py", "sklearn", "scipy", "PIL", "tqdm"}
+    assert not _imported_by(arguments, 0) & {"pandas", "zarr", "h5py", "sklearn", "scipy", "PIL", "tqdm", "bokeh"}
 
 
 @pytest.mark.parametrize(

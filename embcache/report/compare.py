@@ -136,7 +136,17 @@ def compare_runs(
             found=", ".join(result.id for result in ordered.values()) or "none",
             fix="embcache compare RUN RUN …   (embcache results lists them)",
         )
-    tested = [load_tested(result, path, home) for path, result in ordered.items()]
+    return compare_tested([load_tested(result, path, home) for path, result in ordered.items()], resamples=resamples)
+
+
+def compare_tested(tested: Sequence[Tested], *, resamples: int = RESAMPLES) -> list[Comparison]:
+    """Compare results whose predictions are read already with the first of them.
+
+    Raises
+    ------
+    ProtocolError
+        They were not tested on the same images by the same metric.
+    """
     for other in tested[1:]:
         _check_same_test(tested[0], other)
     samples = [bootstrap(t.result.metric, t.labels, t.p, t.groups, resamples=resamples) for t in tested]

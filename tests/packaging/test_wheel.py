@@ -39,6 +39,8 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path, home: Path) -> Non
     run(*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel), cwd=tmp_path)
     assert {p.name for p in site.iterdir()} - {"bin"} == {"embcache", wheel.name.split("-py3")[0] + ".dist-info"}
     assert (site / "embcache" / "py.typed").is_file()
+    templates = site / "embcache" / "report" / "page" / "templates"
+    assert {path.name for path in templates.iterdir()} == {"page.css", "page.html.j2", "page.js"}
     where = run(
         sys.executable, "-P", "-c", "import embcache; print(embcache.__file__)", cwd=tmp_path, PYTHONPATH=str(site)
     )

@@ -1,0 +1,156 @@
+"""Results beside the paper's values, and as learning curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from embcache.probe.metrics import METRIC_NAMES
+from embcache.probe.results import ProbeResult
+from embcache.report.grid import Cell, Grid, Model, compare_with_paper, trained_by
+from embcache.report.layout import Table, lay_out
+from embcache.report.page.charts import Chart, Series, line_chart
+from embcache.report.page.collect import Task
+from embcache.report.paper import PaperValue, find_value, named_subset, paper_tables
+
+PAPER_NAMES = {
+    "random": "Random", "supervised": "Supervised ImageNet", "swav": "SwAV", "simclr": "SimCLR", "dino": "DINO",
+    "dvme": "DVME", "dvme-noattn": "DVME w/o self-attention",
+}  # fmt: skip
+_FUSED = ("simclr", "swav", "dino")  # the set of the paper's DVME
+_THEIRS = ", the paper's"
+_NOT_HERE = "not made here"
+_BANDS = 6  # curves up to which bands are told apart
+
+
+def paper_name(kind: str, head: str, backbones: tuple[str, ...]) -> str:
+    """The paper's name for a model; empty where it has no such model."""
+    if kind not in ("probe", "finetune"):
+        return ""
+    if head == "linear" and len(backbones) == 1 and backbones[0] in PAPER_NAMES:
+        return backbones[0]
+    return head if kind == "probe" and head in ("dvme", "dvme-noattn") and set(backbones) == set(_FUSED) else ""
+
+
+def paper_value(dataset: str, kind: str, name: str, subset: str) -> PaperValue | None:
+    """What the paper prints for a model of its own at a subset: from Tables B and C, which have every size."""
+    if not name:
+        return None
+    wanted = "finetune" if kind == "finetune" else "probe"
+    for table in paper_tables().values():
+        if table.kind == wanted and table.name[0] in "BC":
+            value = find_value(table.name, dataset, name, named_subset(dataset, subset))
+            if value is not None:
+                return value
+    return None
+
+
+def paper_table(task: Task) -> Table | None:
+    """A row a model, a column a size, the paper's value and the difference beneath where the paper has one.
+
+    The paper's own linear models stand below without results of ours, for comparison. None for a task that is not one
+    of the labels.
+    """
+    subsets = _sizes(task)
+    if task.target or not subsets:
+        return None
+    models, cells = [], []
+    for name, members in task.models.items():
+        first = members[0]
+        own = paper_name(_kind(first), first.head, first.backbones)
+        model = Model(name, first.kind, first.head, first.backbones, paper=own)
+        models.append(model)
+        at = {subsets_name(r): r for r in members}
+        for subset in subsets:
+            value = paper_value(task.dataset, _kind(first), own, subset)
+            reason = "" if subset in at else "no saved result"
+            cells.append(compare_with_paper(Cell(task.dataset, model, subset, at.get(subset), reason, value)))
+    there = {model.paper for model in models if model.kind == "probe"}
+    for name, label in PAPER_NAMES.items():
+        values = {subset: paper_value(task.dataset, "probe", name, subset) for subset in subsets}
+        if name not in there and any(values.values()) and name != "dvme-noattn":
+            head, backbones = ("linear", (name,)) if not name.startswith("dvme") else (name, _FUSED)
+            model = Model(f"{label}{_THEIRS}", "probe", head, backbones, paper=name)
+            models.append(model)
+            cells += [Cell(task.dataset, model, s, None, _NOT_HERE, value) for s, value in values.items()]
+    metric = METRIC_NAMES.get(task.metric, task.metric)
+    grid = Grid(f"{task.title}", f"test {metric}", (task.dataset,), tuple(models), tuple(subsets), "subsets")
+    return _trimmed(lay_out(grid, cells), {model.label for model in models if model.label.endswith(_THEIRS)})
+
+
+def _trimmed(table: Table, theirs: set[str]) -> Table:
+    """The table without its first column, the dataset, and without our empty row of models that are the paper's."""
+    rows: list[tuple[str, ...]] = []
+    label = ""
+    for row in (row[1:] for row in table.rows):
+        if row[0] in theirs and row[1] == "ours":
+            label = row[0]
+        else:
+            rows.append((label, *row[1:]) if label else row)
+            label = ""
+    notes = tuple(note for note in table.notes if not note.endswith(f"] {_NOT_HERE}"))
+    return Table(table.name, table.title, table.headers[1:], tuple(rows), notes, table.records)
+
+
+def _kind(result: ProbeResult) -> str:
+    """What was trained: of a leaderboard's result, the kind of the run handed in."""
+    return str((trained_by(result) or {}).get("kind", result.kind))
+
+
+def subsets_name(result: ProbeResult) -> str:
+    """The subset, ``S`` or ``M`` where a number is what the paper calls so."""
+    return named_subset(result.dataset, result.subset)
+
+
+def _sizes(task: Task) -> list[str]:
+    """Names of subsets by their number of training labels."""
+    sizes = {subsets_name(r): r.n_train for r in task.results}
+    return sorted(sizes, key=lambda name: sizes[name])
+
+
+def learning_curves(task: Task, id: str) -> Chart:
+    """One curve a model with its interval; the paper's linear models dashed, and shown when asked for."""
+    metric = METRIC_NAMES.get(task.metric, task.metric)
+    ordered = sorted(task.models.items(), key=lambda pair: -max(r.mean or 0.0 for r in pair[1]))
+    series = [_curve(name, members, len(ordered) <= _BANDS) for name, members in ordered]
+    series += _paper_curves(task)
+    ticks = [float(r.n_train) for r in task.results]
+    return line_chart(
+        id, series, axes=("training labels of a fold", f"test {metric}"), log_x=True, ticks=_apart(ticks),
+        alt=f"Learning curves: test {metric} over numbers of training labels, {len(ordered)} models; the table "
+        "beneath has the numbers.",
+    )  # fmt: skip
+
+
+def _curve(name: str, members: Sequence[ProbeResult], band: bool) -> Series:
+    points = sorted(members, key=lambda r: r.n_train)
+    bounds = [r.interval or ((r.mean or 0) - (r.std or 0), (r.mean or 0) + (r.std or 0)) for r in points]
+    return Series(
+        name,
+        tuple(float(r.n_train) for r in points),
+        tuple(float(r.mean or 0.0) for r in points),
+        tuple(low for low, _ in bounds) if band else (),
+        tuple(high for _, high in bounds) if band else (),
+    )
+
+
+def _paper_curves(task: Task) -> list[Series]:
+    if task.target:
+        return []
+    sizes = {subsets_name(r): float(r.n_train) for r in task.results}
+    series = []
+    for name, label in PAPER_NAMES.items():
+        found = [(n, paper_value(task.dataset, "probe", name, subset)) for subset, n in sizes.items()]
+        points = sorted((n, value.mean) for n, value in found if value is not None and value.mean is not None)
+        if points and name != "dvme-noattn":
+            x, y = zip(*points, strict=True)
+            series.append(Series(f"{label}{_THEIRS}", x, y, dashed=True, shown=False))
+    return series
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Ticks that leave room for their labels on a logarithmic axis: none within a third of one before it."""
+    kept: list[float] = []
+    for tick in sorted(set(ticks), reverse=True):
+        if not kept or tick < kept[-1] / 1.35:
+            kept.append(tick)
+    return kept

@@ -1,0 +1,307 @@
+"""The page itself: sections into a template, with scripts, styles and data inline, so that one file holds all."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+import embcache
+from embcache.errors import EmbcacheError, UsageError, printable
+from embcache.paths import PathLike, replace_file
+from embcache.report.layout import Table
+from embcache.report.page.attention import Attended, attend, attending_run
+from embcache.report.page.charts import Chart, bokeh_script, map_chart
+from embcache.report.page.choice import Choice, choose
+from embcache.report.page.collect import Part, collect_parts
+from embcache.report.page.embedding import LIMIT, EmbeddingMap, make_map, map_data
+from embcache.report.page.provenance import RUN_HEADERS, commands, recipe_rows, run_rows, version_rows
+from embcache.report.page.sections import TaskSection, task_section
+from embcache.report.page.thumbs import BUDGET, Sheets, make_sheets
+from embcache.report.page.warn import HIDDEN, balance, notes_of, quarantines, secret_words, without_ids
+from embcache.report.page.words import RULE
+
+Say = Callable[[str], object]
+
+NO_THUMBNAILS = "The images are not at hand, so the map has no thumbnails."
+PRIVATE = "Made without images: neither thumbnails nor ids of images are in this file."
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A report that was written.
+
+    Attributes
+    ----------
+    path : Path
+    bytes : int
+    datasets : tuple of str
+    results : int
+    thumbnails : int
+        In the file.
+    headlines : tuple of str
+        One a task.
+    notes : tuple of str
+        What could not be put on the page, and why.
+    """
+
+    path: Path
+    bytes: int
+    datasets: tuple[str, ...]
+    results: int
+    thumbnails: int
+    headlines: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def write_report(
+    target: PathLike = "report.html",
+    datasets: Sequence[str] = (),
+    *,
+    home: PathLike | None = None,
+    data_root: PathLike | None = None,
+    images: bool = True,
+    rows: str = "test",
+    say: Say = lambda line: None,
+) -> Written:
+    """Write one self-contained HTML page of the saved results of datasets.
+
+    Parameters
+    ----------
+    target : path
+        The file.
+    datasets : sequence of str
+        Default: all that have saved results.
+    home : path, optional
+        Folder of stores and runs.
+    data_root : path, optional
+        The folder of the one dataset named.
+    images : bool
+        Whether thumbnails, ids and file names of images may be in the file.
+    rows : {"test", "all"}
+        Which images the embedding map shows.
+    say : callable
+        Told what is being computed, a line at a time.
+
+    Raises
+    ------
+    StoreNotFoundError
+        There are no saved results.
+    UsageError
+        ``data_root`` with several datasets, unknown ``rows``, or a file that cannot be written.
+    """
+    if rows not in ("test", "all"):
+        raise UsageError("there are no such rows", expected="test, all", found=rows, fix="--rows test")
+    parts = collect_parts(datasets, home=home, data_root=data_root)
+    views = [
+        _view(part, f"d{number}", images=images, rows=rows, data_root=data_root, say=say,
+              budget=BUDGET // len(parts))
+        for number, part in enumerate(parts)
+    ]  # fmt: skip
+    say("putting the page together")
+    data = render_page(views, parts, images=images).encode("utf-8", "replace")
+    path = Path(target)
+    try:
+        replace_file(path, data)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the report: {error.strerror}", where=path, fix="name a file that can be written: --output"
+        ) from error
+    return Written(
+        path, len(data), tuple(part.name for part in parts), sum(len(part.results) for part in parts),
+        sum(sum(place >= 0 for place in v.sheets.place) for v in views if v.sheets),
+        tuple(section.headline for v in views for section in v.tasks),
+        tuple(f"{v.part.name}: {note}" for v in views for note in v.problems),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """All that the template shows of one dataset."""
+
+    part: Part
+    id: str
+    tasks: list[TaskSection]
+    map: EmbeddingMap | None
+    chart: Chart | None
+    sheets: Sheets | None
+    attended: Attended | None
+    problems: list[str]
+    images: bool
+
+    @property
+    def charts(self) -> list[Chart]:
+        """All charts of the dataset, in the order of the page."""
+        return [
+            *(chart for section in self.tasks for chart in section.charts),
+            *([self.chart] if self.chart is not None else []),
+        ]
+
+
+def _view(part: Part, id: str, *, images: bool, rows: str, data_root: PathLike | None, say: Say, budget: int) -> View:
+    problems = [f"the table of images cannot be had: {part.problem}"] if part.problem else []
+    if part.unreadable:
+        problems.append(
+            f"{part.unreadable} run{'s' * (part.unreadable > 1)} could not be read: made by another version, or damaged"
+        )
+    sections, of_labels = [], list[Choice]()
+    for number, task in enumerate(part.tasks):
+        say(f"{task.title}: {len(task.results)} results, compared on {len(task.models)} models' test predictions")
+        choices = choose(task, part)
+        of_labels = of_labels or ([] if task.target else choices)
+        sections.append(task_section(task, part, choices, f"{id}-t{number}", ids=images, data_root=data_root, say=say))
+    if not part.tasks:
+        problems.append("no result has a score: the test labels are not known")
+    found, chart, sheets = None, None, None
+    try:
+        found = make_map(part, of_labels, rows=rows, most=LIMIT, say=say)
+        problems += found.notes
+        chart = map_chart(
+            f"{id}-map", found.ds.class_names, len(found.shown.ids),
+            alt="Map of embeddings: a point an image, coloured by its class. The search beneath reaches every point.",
+        )  # fmt: skip
+        if images:
+            say(f"{part.name}: thumbnails")
+            sheets = make_sheets(found.ds, found.shown.ids, budget)
+    except EmbcacheError as error:
+        problems.append(f"no map: {error.problem}")
+    attended = None
+    run = attending_run(part, of_labels)
+    if run is not None and part.ds is not None:
+        say(f"{part.name}: attention of {run.id}")
+        try:
+            attended = attend(part, run)
+        except EmbcacheError as error:
+            problems.append(f"no attention of {run.id}: {error.problem}")
+    if not images:
+        problems = without_ids(problems, part)
+    return View(part, id, sections, found, chart, sheets, attended, problems, images)
+
+
+def render_page(views: Sequence[View], parts: Sequence[Part], *, images: bool) -> str:
+    """The page as text.
+
+    Nothing in it is fetched from anywhere: a content security policy forbids it, and lets no script run but the two of
+    the page, known by their hashes.
+    """
+    folder = files("embcache.report.page").joinpath("templates")
+    css, script = (folder.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
+    library = bokeh_script().replace("</script", "<\\/script")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
+        autoescape=True, undefined=jinja2.StrictUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    charts = [chart.data() for view in views for chart in view.charts]
+    maps = {
+        view.chart.id: map_data(view.map, view.sheets, ids=images)
+        for view in views
+        if view.map is not None and view.chart is not None
+    }
+    return environment.get_template("page.html.j2").render(
+        views=[_plain(view) for view in views],
+        rule=RULE,
+        images=images,
+        private=PRIVATE,
+        no_thumbnails=NO_THUMBNAILS,
+        version=embcache.__version__,
+        versions=version_rows(parts),
+        run_headers=RUN_HEADERS,
+        command=_own_command(parts, images),
+        css=Markup(css),
+        script=Markup(script),
+        library=Markup(library),
+        policy=_policy(library, script),
+        data=Markup(json_text({"charts": charts, "maps": maps})),
+    )
+
+
+def _plain(view: View) -> dict[str, Any]:
+    part, ids = view.part, view.images
+    quarantined, broken = quarantines(part, ids=ids)
+    rows, warnings = balance(part)
+
+    def table(t: Table | None) -> Table | None:
+        return t if t is None or ids else _scrubbed(t, part)
+
+    return {
+        "id": view.id,
+        "name": part.name,
+        "synthetic": any(result.synthetic for result in part.results),
+        "source": part.source,
+        "tasks": [
+            {
+                "section": section, "id": f"{view.id}-t{number}", "numbers": table(section.numbers),
+                "paper": table(section.paper), "subgroups": table(section.subgroups),
+            }
+            for number, section in enumerate(view.tasks)
+        ],
+        "map": view.map,
+        "chart": view.chart,
+        "sheets": view.sheets,
+        "attended": view.attended,
+        "classes": [[name, *(f"{count:,}" for count in (*counts, groups))] for name, counts, groups in rows],
+        "stores": [
+            [q.backbone, q.fingerprint, f"{q.rows:,}", f"{q.bad:,}", q.reasons[0][0] if q.reasons else ""]
+            for q in quarantined
+        ],
+        "warnings": warnings,
+        "quarantines": quarantined,
+        "problems": [*view.problems, *(broken if ids else without_ids(broken, part))],
+        "notes": notes_of(part, ids=ids),
+        "recipes": recipe_rows(part),
+        "runs": run_rows(part),
+        "commands": commands(part),
+    }  # fmt: skip
+
+
+def _scrubbed(table: Table, part: Part) -> Table:
+    """The table without notes that name an image."""
+    secret = secret_words(part)
+    notes = tuple(note for note in without_ids(table.notes, part) if note != HIDDEN)
+    rows = tuple(tuple("…" if cell in secret and not _known(cell, part) else cell for cell in r) for r in table.rows)
+    return Table(table.name, table.title, table.headers, rows, notes)
+
+
+def _known(cell: str, part: Part) -> bool:
+    """Whether a cell is what the page says anyway: a number, a class, a dataset."""
+    return cell == part.name or cell in {name for r in part.results for name in r.class_names} or _is_number(cell)
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(",", "").replace(".", "").isdigit()
+
+
+def _own_command(parts: Sequence[Part], images: bool) -> str:
+    names = ",".join(part.name for part in parts)
+    return f"embcache report --dataset {shlex.quote(names)}" + ("" if images else " --no-images")
+
+
+def _shown(value: Any) -> Any:
+    """Text with control characters escaped: none of them may stand in HTML, and some turn text around."""
+    return printable(value) if type(value) is str else value
+
+
+def json_text(data: Any) -> str:
+    r"""JSON that may stand inside a ``<script>``: ASCII alone, ``<``, ``>`` and ``&`` as ``\u003c`` and the like."""
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _policy(*scripts: str) -> str:
+    hashes = " ".join(
+        "'sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii") + "'"
+        for text in scripts
+    )
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )

@@ -1,0 +1,100 @@
+"""What is counted from predictions, against scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import auc, confusion_matrix, precision_score, recall_score, roc_curve
+
+from embcache.report import compare
+from embcache.report.page.numbers import GRID, calibrate, class_scores, confusion, mean_roc, roc_points
+from tests.report.build import make_result
+
+
+def _predictions(n_classes: int, ties: bool = False, n: int = 400, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(n_classes)
+    labels = rng.integers(0, n_classes, n)
+    logits = rng.normal(size=(k, n, n_classes)) + 1.5 * np.eye(n_classes)[labels]
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    if ties:
+        p = np.round(p, 1)
+        p /= p.sum(-1, keepdims=True)
+    return labels, p
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_roc_points_are_those_of_scikit_learn(ties: bool) -> None:
+    labels, p = _predictions(2, ties)
+    false, true = roc_points(labels == 1, p[0, :, 1])
+    theirs = roc_curve(labels, p[0, :, 1], drop_intermediate=False)
+    np.testing.assert_allclose(false, theirs[0])
+    np.testing.assert_allclose(true, theirs[1])
+
+
+def test_mean_roc_keeps_the_area() -> None:
+    labels, p = _predictions(3)
+    mean, sd = mean_roc(labels, p, 2)
+    areas = [auc(*roc_curve(labels == 2, q[:, 2])[:2]) for q in p]
+    assert np.trapezoid(mean, GRID) == pytest.approx(np.mean(areas), abs=0.01)
+    assert mean.shape == sd.shape == GRID.shape
+    assert (np.diff(mean) >= -1e-12).all()
+    assert mean[-1] == 1
+
+
+def test_mean_roc_of_class_0_of_two_ranks_by_its_own_odds() -> None:
+    labels, p = _predictions(2)
+    mean, _ = mean_roc(labels, p, 0)
+    areas = [auc(*roc_curve(labels == 0, q[:, 0])[:2]) for q in p]
+    assert np.trapezoid(mean, GRID) == pytest.approx(np.mean(areas), abs=0.01)
+
+
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_calibration_is_that_of_scikit_learn(n_classes: int) -> None:
+    labels, p = _predictions(n_classes)
+    found = calibrate(labels, p)
+    confidence, right = p.max(2).ravel(), (p.argmax(2) == labels).ravel()
+    accuracy, means = calibration_curve(right, confidence, n_bins=10)
+    np.testing.assert_allclose(found.accuracy, accuracy)
+    np.testing.assert_allclose(found.confidence, means)
+    assert found.share.sum() == pytest.approx(1)
+    errors = []
+    for q in p:
+        edges = np.linspace(0, 1, 11)
+        bins = np.searchsorted(edges[1:-1], q.max(1))
+        gaps = [
+            (bins == b).mean() * abs((q.argmax(1) == labels)[bins == b].mean() - q.max(1)[bins == b].mean())
+            for b in np.unique(bins)
+        ]
+        errors.append(sum(gaps))
+    assert found.ece == pytest.approx(np.mean(errors))
+    assert found.ece_std == pytest.approx(np.std(errors, ddof=1))
+
+
+def test_a_model_that_is_as_right_as_it_says_has_no_calibration_error() -> None:
+    p = np.tile([[0.75, 0.25]], (4, 1))[None]
+    assert calibrate(np.array([0, 0, 0, 1]), p).ece == pytest.approx(0)
+
+
+def test_confusion_is_the_mean_of_scikit_learns() -> None:
+    labels, p = _predictions(4)
+    theirs = np.mean([confusion_matrix(labels, q.argmax(1), labels=range(4)) for q in p], axis=0)
+    np.testing.assert_allclose(confusion(labels, p), theirs)
+
+
+def test_class_scores_are_scikit_learns() -> None:
+    labels, p = _predictions(3)
+    names = ("a", "b", "c", "never")
+    wide = np.concatenate([p, np.zeros((*p.shape[:2], 1))], axis=2)
+    groups = np.array([f"g{k // 2}" for k in range(len(labels))], dtype=object)
+    t = compare.Tested(make_result(class_names=names), groups, groups, labels, wide)
+    rows = class_scores(t)
+    for c in range(3):
+        assert rows[c].n_images == (labels == c).sum()
+        assert rows[c].n_groups == len(set(groups[labels == c]))
+        recalls = [recall_score(labels == c, q.argmax(1) == c) for q in p]
+        purity = [precision_score(labels == c, q.argmax(1) == c) for q in p]
+        assert rows[c].sensitivity == pytest.approx(np.mean(recalls))
+        assert rows[c].precision == pytest.approx(np.mean(purity))
+        assert rows[c].auc == pytest.approx(np.mean([auc(*roc_curve(labels == c, q[:, c])[:2]) for q in p]))
+    assert (rows[3].auc, rows[3].sensitivity, rows[3].precision) == (None, None, None)

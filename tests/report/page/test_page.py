@@ -1,0 +1,170 @@
+"""The whole page of a study with hostile names: what it holds, what it escapes, what it leaves out."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embcache.errors import StoreNotFoundError, UsageError
+from embcache.report.page.collect import collect_parts
+from embcache.report.page.page import PRIVATE, Written, json_text, write_report
+from embcache.report.page.warn import HIDDEN, without_ids
+from tests.report.page.build import CLASSES, HOSTILE, NAME, Study, make_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return make_study(tmp_path_factory.mktemp("study"), heads=("linear", "dvme-token"))
+
+
+@pytest.fixture(scope="module")
+def written(study: Study) -> Written:
+    return write_report(study.home / "full.html", home=study.home)
+
+
+@pytest.fixture(scope="module")
+def page(written: Written) -> str:
+    return written.path.read_text("utf-8")
+
+
+class _Tags(HTMLParser):
+    """Tags and attributes of a page, its text, and the content of its scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.scripts: list[str] = []
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        (self.scripts if self._inside == "script" else self.words).append(data)
+
+
+def _data(text: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
+
+
+def test_it_holds_a_whole_study(written: Written, page: str) -> None:
+    assert written.datasets == (NAME,)
+    assert written.results == 6
+    assert written.thumbnails == 75
+    assert not written.notes
+    words = " ".join(_Tags(page).words)
+    for part in ("learning curves", "Calibration", "Confusion", "Subgroups", "Embedding map", "Attention of", "Entropy",
+                 "Quarantine", "Provenance", "fingerprint", "trained with labels"):  # fmt: skip
+        assert part in words, part
+    assert f"embcache probe --dataset folder --data-root FOLDER --name {NAME} --head linear" in words
+    assert "--backbone strong,weak" in words or "--backbone weak,strong" in words
+
+
+def test_nothing_is_fetched_and_no_other_script_may_run(page: str) -> None:
+    found = _Tags(page)
+    for tag, attributes in found.tags:
+        for name in ("src", "href"):
+            value = attributes.get(name) or ""
+            assert value.startswith(("#", "data:")) or not value, (tag, value)
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+    scripts = [attributes for tag, attributes in found.tags if tag == "script"]
+    assert len(scripts) == 3
+    policy = next(a["content"] for t, a in found.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert policy.count("sha256-") == 2
+    assert "unsafe-eval" not in policy
+    assert "script-src 'unsafe" not in policy
+
+
+def test_hostile_names_stay_text(page: str, study: Study) -> None:
+    assert HOSTILE not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<b>" not in _without_scripts(page)
+    assert "\u2028" not in page
+    data = _data(page)
+    assert sorted(next(iter(data["maps"].values()))["classes"]) == sorted(CLASSES)
+    assert set(next(iter(data["maps"].values()))["ids"]) <= set(study.ds.table["id"])
+    for chart in data["charts"]:
+        drawn = json.dumps(chart["item"])
+        assert "alert" not in drawn  # no name of a user reaches Bokeh
+        assert "frac" not in drawn
+
+
+def _without_scripts(page: str) -> str:
+    return re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.S)
+
+
+def test_without_images_nothing_names_one(study: Study, tmp_path: Path) -> None:
+    done = write_report(tmp_path / "private.html", home=study.home, images=False)
+    text = done.path.read_text("utf-8")
+    assert done.thumbnails == 0
+    assert PRIVATE in text
+    assert "image/webp" not in text.replace("data:image/webp;base64,${", "")
+    table = study.ds.table
+    for value in {*table["id"], *table["path"], *table["group"], *(Path(p).stem for p in table["path"])}:
+        assert value not in text
+        assert json.dumps(value)[1:-1] not in text
+    assert str(study.home) not in text
+    assert str(study.table.parent) not in text
+    (of_map,) = _data(text)["maps"].values()
+    assert of_map["ids"] is None
+    assert of_map["thumbs"] is None
+    assert of_map["labels"] != np.sort(of_map["labels"]).tolist()
+
+
+def test_paths_of_the_machine_are_in_no_page(page: str, study: Study) -> None:
+    assert str(study.home.parent) not in page
+
+
+def test_it_works_without_the_images_and_says_so(tmp_path: Path) -> None:
+    study = make_study(tmp_path, images=False)
+    done = write_report(tmp_path / "r.html", home=study.home)
+    assert done.thumbnails == 0
+    text = done.path.read_text("utf-8")
+    assert "the map has no thumbnails" in text
+    assert "the copy kept at extraction" in text
+
+
+def test_the_same_results_make_the_same_page_but_for_bokehs_own_names(page: str, study: Study, tmp_path: Path) -> None:
+    again = write_report(tmp_path / "again.html", home=study.home).path.read_text("utf-8")
+    bare = [re.sub(r'"(id|root_id)":"p\d+"', "", text) for text in (page, again)]
+    assert bare[0] == bare[1]
+
+
+def test_no_results_and_slips_are_told(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(StoreNotFoundError, match="embcache probe"):
+        write_report(tmp_path / "r.html", home=tmp_path / "nowhere")
+    with pytest.raises(StoreNotFoundError, match="hostile"):
+        write_report(tmp_path / "r.html", ["other"], home=study.home)
+    with pytest.raises(UsageError, match="test, all"):
+        write_report(tmp_path / "r.html", home=study.home, rows="some")
+    with pytest.raises(UsageError, match="cannot write"):
+        write_report(tmp_path / "no" / "folder" / "r.html", home=study.home)
+
+
+def test_notes_that_name_images_are_left_out(study: Study) -> None:
+    (part,) = collect_parts([NAME], home=study.home)
+    notes = [
+        "3 images are copies",
+        "identical with other labels: patient003.png, patient004.png",
+        "seen in mrs-jones-4",
+    ]
+    assert without_ids(notes, part) == ["3 images are copies", HIDDEN]
+
+
+def test_json_may_stand_in_a_script() -> None:
+    text = json_text({"a": "</script><!-- & \u2028 é"})
+    assert not set("<>&\u2028é") & set(text)
+    assert json.loads(text) == {"a": "</script><!-- & \u2028 é"}
