@@ -129,6 +129,31 @@ def test_hovering_shows_image_id_label_and_prediction(page: Any) -> None:
     assert not tip.is_displayed()
 
 
+def test_hovering_over_a_curve_names_its_model(page: Any) -> None:
+    plot = _one(page, "figure.chart .plot")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", plot)
+    time.sleep(0.3)
+    x, y = page.execute_script(
+        """
+        const item = JSON.parse(document.getElementById('data').textContent).charts[0].item;
+        const view = Bokeh.index.get_by_id ? Bokeh.index.get_by_id(item.root_id) : Bokeh.index[item.root_id];
+        const points = view.model.renderers.filter((r) => r.name === 's0').at(-1).data_source.data;
+        const get = (n) => (points instanceof Map ? points.get(n) : points[n])[0];
+        const box = view.canvas_view.el.getBoundingClientRect();
+        return [view.frame.x_scale.compute(get('x')) + box.left, view.frame.y_scale.compute(get('y')) + box.top];
+        """
+    )
+    _hover(page, x, y)
+    tip = _one(page, "#tip")
+    _until(tip.is_displayed)
+    assert "training labels of a fold 12" in tip.text
+    assert tip.find_element(By.CSS_SELECTOR, "strong").text in (
+        "weak, linear",
+        "strong, linear",
+        "weak + strong, dvme-token",
+    )
+
+
 def test_a_click_keeps_an_image_and_filters_by_it(page: Any) -> None:
     _to_map(page)
     x, y, _ = _points(page, 1)[2]
