@@ -129,6 +129,31 @@ def test_hovering_shows_image_id_label_and_prediction(page: Any) -> None:
     assert not tip.is_displayed()
 
 
+def test_hovering_over_a_curve_names_its_model(page: Any) -> None:
+    plot = _one(page, "figure.chart .plot")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", plot)
+    time.sleep(0.3)
+    x, y = page.execute_script(
+        """
+        const item = JSON.parse(document.getElementById('data').textContent).charts[0].item;
+        const view = Bokeh.index.get_by_id ? Bokeh.index.get_by_id(item.root_id) : Bokeh.index[item.root_id];
+        const points = view.model.renderers.filter((r) => r.name === 's0').at(-1).data_source.data;
+        const get = (n) => (points instanceof Map ? points.get(n) : points[n])[0];
+        const box = view.canvas_view.el.getBoundingClientRect();
+        return [view.frame.x_scale.compute(get('x')) + box.left, view.frame.y_scale.compute(get('y')) + box.top];
+        """
+    )
+    _hover(page, x, y)
+    tip = _one(page, "#tip")
+    _until(tip.is_displayed)
+    assert "training labels of a fold 12" in tip.text
+    assert tip.find_element(By.CSS_SELECTOR, "strong").text in (
+        "weak, linear",
+        "strong, linear",
+        "weak + strong, dvme-token",
+    )
+
+
 def test_a_click_keeps_an_image_and_filters_by_it(page: Any) -> None:
     _to_map(page)
     x, y, _ = _points(page, 1)[2]
@@ -244,9 +269,31 @@ def test_no_width_makes_the_page_scroll_sideways(page: Any, width: int) -> None:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_it_prints(page: Any) -> None:
+def test_it_prints_charts_as_light_stills_and_takes_them_away_again(page: Any) -> None:
+    _one(page, "#theme").click()
+    page.execute_script(
+        """
+        window.stills = [];
+        addEventListener('beforeprint', () => {
+            for (const c of document.querySelectorAll('.still')) {
+                const pixels = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+                let drawn = 0, dark = 0;
+                for (let i = 0; i < pixels.length; i += 4) if (pixels[i + 3] > 200) {
+                    drawn += 1;
+                    if (pixels[i] + pixels[i + 1] + pixels[i + 2] < 200) dark += 1;
+                }
+                window.stills.push([drawn, dark]);
+            }
+        });
+        """
+    )
     printed = page.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
     assert len(printed["data"]) > 20_000
+    stills = page.execute_script("return window.stills")
+    assert len(stills) == 4  # what is open: curves, ROC and reliability of the largest size, the map
+    assert all(drawn > 100 for drawn, _ in stills)
+    assert all(dark > 20 for _, dark in stills[:3])  # the words at the axes, dark on white paper
+    _until(lambda: not page.find_elements(By.CSS_SELECTOR, ".still"))
 
 
 def test_without_images_points_are_reached_by_number(browser: Any, private_file: Path) -> None:

@@ -120,7 +120,8 @@ def attend(part: Part, result: ProbeResult) -> Attended:
             return Attended(**kept["attended"])
     except (OSError, StoreError, KeyError, TypeError):
         pass  # none there, or not as it was written: it only saves work
-    found = _attended(run_attention(part.ds, result, folder, home=part.home))
+    recipes = ",".join(str(fingerprint) for _, fingerprint in result.request.get("recipes", [])) or None
+    found = _attended(run_attention(part.ds, result, folder, home=part.home, recipe=recipes))
     replace_file(path, seal({"asked": asked, "attended": asdict(found)}))
     return found
 

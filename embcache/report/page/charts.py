@@ -149,7 +149,7 @@ def line_chart(
     hoverable: list[Any] = []
     for place, one in enumerate(series):
         colour = COLOURS[place % len(COLOURS)]
-        marker = place % len(MARKERS)
+        marker = (place + place // len(COLOURS)) % len(MARKERS)  # another shape when colours come again
         dash = "dashed" if one.dashed else _DASHES[place // len(COLOURS) % len(_DASHES)]
         name, x, y = f"s{place}", list(one.x), list(one.y)
         if one.low:
@@ -185,7 +185,8 @@ def map_chart(id: str, class_names: Sequence[str], count: int, *, alt: str) -> C
     renderers: list[Any] = []
     empty: dict[str, NDArray[np.float32]] = {name: np.zeros(0, dtype=np.float32) for name in ("x", "y", "k")}
     for c, name in enumerate(class_names):
-        colour, marker = COLOURS[c % len(COLOURS)], MARKERS[c % len(MARKERS)]
+        shape = (c + c // len(COLOURS)) % len(MARKERS)  # another one when colours come again
+        colour, marker = COLOURS[c % len(COLOURS)], MARKERS[shape]
         points = plot.scatter(
             "x", "y", source=_source(empty), marker=marker, size=size, fill_color=colour, fill_alpha=0.65, name=f"s{c}",
             line_color=None if marker != "plus" else colour,
@@ -193,7 +194,7 @@ def map_chart(id: str, class_names: Sequence[str], count: int, *, alt: str) -> C
         points.nonselection_glyph = None
         points.selection_glyph = None
         renderers.append(points)
-        keys.append(Key(name, colour, GLYPHS[c % len(GLYPHS)]))
+        keys.append(Key(name, colour, GLYPHS[shape]))
     plot.scatter(
         "x", "y", source=_source(empty), size=16, fill_color=None, line_color="#D55E00", line_width=3, name="ring"
     )

@@ -128,7 +128,7 @@ def _command(result: ProbeResult, dataset: str, part: Part) -> str:
     """The command of a run but for its backbones and its subset."""
     request = result.request
     words = [f"embcache {result.kind} {dataset} --head {shlex.quote(result.head)}"]
-    if len({result.id: 0 for result in part.results}) and _ambiguous(result, part):
+    if _ambiguous(result, part):
         fingerprint = next(iter(_recipes(result).values()), "")
         words.append(f"--recipe {fingerprint[:12]}")
     words += [f"--head-option {shlex.quote(f'{k}={_option(v)}')}" for k, v in _head_options(request.get("head", {}))]

@@ -17,6 +17,7 @@ IMBALANCE = 3.0
 """A class with so many times fewer images than the largest is told."""
 
 HIDDEN = "a note that names images is left out of this page; `embcache results` prints it"
+_FILE = re.compile(r"\.(png|jpe?g|tiff?|webp|bmp|gif|jp2|dcm|dicom|h5|hdf5|csv|parquet)\b", re.IGNORECASE)
 _MOST = 50  # quarantined images that are listed
 
 
@@ -120,9 +121,18 @@ def notes_of(part: Part, *, ids: bool) -> list[str]:
 
 
 def without_ids(notes: Sequence[str], part: Part) -> list[str]:
-    """Notes in which no id, path or file name of the dataset occurs; the others are replaced by one that says so."""
+    """Notes in which no id, path or file name occurs; the others are replaced by one that says so."""
     names = secret_words(part)
-    kept = [note for note in notes if not names & _words(note)]
+    # An id of several words is looked for as it is.
+    long = [name for name in names if len(_words(name)) > 3]
+    kept = [
+        note
+        for note in notes
+        if part.ds is not None  # else nobody knows what an id is
+        and not names & _words(note)
+        and not _FILE.search(note)
+        and not any(name in note for name in long)
+    ]
     return kept + [HIDDEN] * (len(kept) < len(notes))
 
 

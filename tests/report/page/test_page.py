@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from embcache.errors import StoreNotFoundError, UsageError
-from embcache.report.page.collect import collect_parts
+from embcache.probe.results import save_run
+from embcache.probe.run import probe_features
+from embcache.report.page.choice import choose
+from embcache.report.page.collect import Part, collect_parts, make_tasks
 from embcache.report.page.page import PRIVATE, Written, json_text, write_report
 from embcache.report.page.warn import HIDDEN, without_ids
+from tests.report.build import make_result
 from tests.report.page.build import CLASSES, HOSTILE, NAME, Study, make_study
 
 
@@ -141,6 +148,63 @@ def test_the_same_results_make_the_same_page_but_for_bokehs_own_names(page: str,
     again = write_report(tmp_path / "again.html", home=study.home).path.read_text("utf-8")
     bare = [re.sub(r'"(id|root_id)":"p\d+"', "", text) for text in (page, again)]
     assert bare[0] == bare[1]
+
+
+def test_runs_alone_make_a_page_that_says_what_is_missing(tmp_path: Path) -> None:
+    study = make_study(tmp_path, images=False)
+    for path in (study.home / NAME).iterdir():
+        if path.name != "runs":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for images in (True, False):
+        done = write_report(tmp_path / "r.html", home=study.home, images=images)
+        text = done.path.read_text("utf-8")
+        assert "best on validation" in text
+        if images:
+            assert any("no map" in note for note in done.notes)
+            assert any("cannot be had" in note for note in done.notes)
+        else:
+            assert HIDDEN in text
+            assert "scan&lt;b" not in text
+
+
+def test_a_column_as_target_is_a_task_of_its_own_and_unscored_runs_are_listed(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    probe_features(study.ds, ["strong"], folds=2, subset=20, home=study.home, target="sex")
+    parts = collect_parts(home=study.home)
+    assert [task.title for task in parts[0].tasks] == [NAME, f"{NAME}, sex"]
+    done = write_report(tmp_path / "r.html", home=study.home)
+    assert [line.split(":")[0] for line in done.headlines] == [NAME, f"{NAME}, sex"]
+    text = done.path.read_text("utf-8")
+    assert "--target sex" in text
+    assert "<i>" not in _without_scripts(text)
+
+
+def test_the_best_is_never_chosen_by_test_score(tmp_path: Path) -> None:
+    """The family with the best test score loses where its validation score is lower."""
+    results = [
+        make_result((0.9, 0.91, 0.92), id="good-test", val_mean=0.7, backbones=("a",)),
+        make_result((0.7, 0.71, 0.72), id="good-val", val_mean=0.9, backbones=("b",)),
+    ]
+    (task,) = make_tasks(results)
+    table = pd.DataFrame(
+        {"id": [f"i{k}" for k in range(20)], "label": [0, 1] * 10, "group": [f"g{k}" for k in range(20)]}
+    )
+    rng = np.random.default_rng(0)
+    for result in results:
+        frames = []
+        for fold in range(3):
+            p = rng.uniform(size=20)
+            frames.append(table.assign(fold=fold, p_0=1 - p, p_1=p))
+        save_run(result, pd.concat(frames), [], tmp_path)
+    part = Part("pneumonia", None, "", "", tuple(results), (task,), 0, tmp_path)
+    (choice,) = choose(task, part, resamples=50)
+    assert choice.chosen.name == "b, linear"
+    assert [rival.name for rival in choice.rivals] == ["b, linear", "a, linear"]
+    other = replace(results[0], request={**results[0].request, "splits": "others"})
+    (apart,) = make_tasks([other, results[1]])
+    (alone,) = choose(apart, part, resamples=50)
+    assert len(alone.rivals) == 1
+    assert len(alone.apart) == 1
 
 
 def test_no_results_and_slips_are_told(study: Study, tmp_path: Path) -> None:

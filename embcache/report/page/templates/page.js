@@ -38,8 +38,26 @@
     retheme();
   });
   system.addEventListener("change", () => retheme());
-  addEventListener("beforeprint", () => retheme(false));
-  addEventListener("afterprint", () => retheme());
+  // On paper each chart is a still picture in light colours, as wide as the sheet: Bokeh would repaint too late.
+  addEventListener("beforeprint", () => {
+    for (const [id, {figure, view}] of plots) {
+      const plot = document.getElementById(id);
+      if (!plot.clientWidth || plot.closest("details:not([open])")) continue;
+      paint(figure, false);
+      view.repaint();
+      const still = view.export("png").canvas;
+      still.className = "still";
+      plot.append(still);
+      plot.classList.add("printed");
+    }
+  });
+  addEventListener("afterprint", () => {
+    for (const still of all(".still")) {
+      still.parentElement.classList.remove("printed");
+      still.remove();
+    }
+    retheme();
+  });
 
   const opener = document.getElementById("open-all");
   opener.addEventListener("click", () => {
@@ -326,8 +344,8 @@
   const draw = async () => {
     for (const chart of data.charts) {
       const manager = await Bokeh.embed.embed_item(chart.item, chart.id);
-      const figure = (manager.roots ? [...manager.roots][0] : manager).model;
-      plots.set(chart.id, {figure});
+      const view = manager.roots ? [...manager.roots][0] : manager, figure = view.model;
+      plots.set(chart.id, {figure, view});
       paint(figure, isDark());
       if (chart.kind === "map") plots.get(chart.id).map = new EmbeddingMap(chart, figure); else wireLines(chart, figure);
       // Let the page answer between two charts.
