@@ -49,6 +49,11 @@ BEFORE: dict[str, list[tuple[str, str]]] = {
         ("", f"extract --backbone random,{LITES} --dataset pneumonia"),
         ("", f"probe --head dvme --subset S --dataset pneumonia --backbone {LITES}"),
     ],
+    "docs/report.md": [
+        ("", f"extract --backbone random,{LITES} --dataset pneumonia,aptos"),
+        ("", f"probe --head dvme --subset S --dataset pneumonia --backbone {LITES}"),
+        ("", "probe --subset S,F --dataset pneumonia,aptos --backbone random"),
+    ],
     "docs/tables.md": [
         ("", f"extract --backbone random,{LITES} --dataset pneumonia"),
         ("", "probe --subset S,F --dataset pneumonia"),
