@@ -53,7 +53,7 @@ format: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit("embcache needs CPython 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
 	@# Debian's python3 without python3-venv has no ensurepip: then the pip of $(PYTHON) installs into .venv.
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
-	$(BIN)/python -m pip install -q -e '.[offline,dicom,dev,docs]'
+	$(BIN)/python -m pip install -q -e '.[offline,dicom,dev]'
 	touch $@
 
 clean:
