@@ -23,7 +23,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
 
     Control characters are shown escaped, so that no name can disturb the terminal.
     """
-    cells = [["" if value is None else printable(str(value)) for value in row] for row in rows]
+    cells = [["" if value is None else _cell(str(value)) for value in row] for row in rows]
     columns = list(zip(headers, *cells, strict=True)) if cells else [(h,) for h in headers]
     widths = [max(map(_width, column)) for column in columns]
     right = [len(c) > 1 and all(_is_number(v) or not v for v in c[1:]) and any(c[1:]) for c in columns]
@@ -38,6 +38,10 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
     return "\n".join([line(headers), line(["─" * w for w in widths]), *map(line, cells)])
 
 
+def _cell(text: str) -> str:
+    return printable(text).replace("\n", "\\n")  # a cell has one line
+
+
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, notes: Sequence[str] = ()) -> None:
     """Print a table to stdout, its notes beneath."""
     typer.echo(format_table(headers, rows))
@@ -47,4 +51,4 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, not
 
 def print_note(text: str) -> None:
     """Print ``note: text`` to stderr, with control characters (of ids and paths, say) escaped in each line."""
-    typer.echo("note: " + "\n".join(printable(line) for line in text.split("\n")), err=True)
+    typer.echo(f"note: {printable(text)}", err=True)
