@@ -116,7 +116,10 @@ def collect(path: Path, *, dry_run: bool = False, say: Say = lambda line: None) 
     before = folder_bytes(path) + sum(folder_bytes(each) for each in rubbish if path not in each.parents)
     if dry_run:
         taken = sum(folder_bytes(path / "shards" / shard_name(number)) for number in wasteful)
-        kept = sum(_share(path, number, counts.get(number, 0), live.shard_rows[number]) for number in wasteful)
+        if header.format == "zarr":  # a shard's array has room for all rows, however few there are
+            kept = -(-len(moving) // header.rows_per_shard) * (taken // max(len(wasteful), 1))
+        else:
+            kept = sum(_share(path, number, counts.get(number, 0), live.shard_rows[number]) for number in wasteful)
         freed = taken - kept + sum(map(folder_bytes, rubbish))
         return Collected(path, superseded, len(moving), len(wasteful), len(rubbish), max(0, freed))
     if wasteful:
