@@ -34,7 +34,7 @@ AHEAD = 2
 Geometry = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """One image to read: its id, its path relative to the dataset's root, its row in an array file (else −1)."""
 

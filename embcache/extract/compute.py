@@ -115,7 +115,12 @@ def compute_owed(
     """
     terms = terms or Terms()
     columns = [dataset.table[name].tolist() for name in ("id", "path", "member")]
-    sources = {image: Source(image, path, member) for image, path, member in zip(*columns, strict=True)}
+    # Where the path is the id, one string serves as both: there may be millions.
+    sources = {
+        image: Source(image, image if path == image else path, member)
+        for image, path, member in zip(*columns, strict=True)
+    }
+    del columns
     passes = _passes(jobs, part, only)
     decodings = sum(len(shard.ids) for shard, _ in passes)
     once = len({image for shard, _ in passes for image in shard.ids})

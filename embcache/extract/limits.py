@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from embcache.data.dataset import ImageDataset
@@ -87,9 +88,12 @@ class Guard:
         self._dataset, self._root, self._home = dataset, root, home
         self._fail, self._asked = on_error == "fail", max_bad
         self._allowed = parse_max_bad(max_bad, len(dataset))
-        self._ids = frozenset(dataset.table["id"].tolist())
         self._folder = _identity(root)
         self._tallies: dict[Path, _Tally] = {}
+
+    @cached_property
+    def _ids(self) -> frozenset[str]:  # asked for only where an image is bad
+        return frozenset(self._dataset.table["id"].tolist())
 
     def look(self, source: Source, reason: str) -> None:
         """Judge an image that cannot be used, as soon as that is known.
@@ -129,8 +133,9 @@ class Guard:
                 if source.id in bad:
                     self.look(source, bad[source.id])
             tally = self._tallies.setdefault(store.path, _Tally(store, self._ids))
+            again = set(rows.ids)
             # A row of the same image that was there is superseded.
-            before = {image: why for image, why in tally.bad().items() if image not in set(rows.ids)}
+            before = {image: why for image, why in tally.bad().items() if image not in again}
             if len(before) + len(bad) > self._allowed:
                 raise self._too_many(store, {**bad, **before}, len(bad))
 

@@ -89,7 +89,8 @@ class Scan:
         return found - {UNREADABLE}
 
     def _read(self, paths: Sequence[str], guess: tuple[int, int] | None) -> list[tuple[int, int]]:
-        side = guess[0] if guess is not None and guess[0] == guess[1] else 0
+        guess = guess or UNKNOWN
+        side = guess[0] if guess[0] == guess[1] else 0
         inside: dict[str, bool] = {}  # whether a folder, links followed, lies in the root
         sizes = []
         for path in paths:
@@ -97,8 +98,8 @@ class Scan:
             if folder not in inside:
                 inside[folder] = is_inside(self.root, os.path.realpath(f"{self.root}/{folder}"))
             try:
-                if side and member < 0 and inside[folder] and _says(f"{self.root}/{path}", side):
-                    sizes.append((side, side))
+                if side > 0 and member < 0 and inside[folder] and _says(f"{self.root}/{path}", side):
+                    sizes.append(guess)
                 else:
                     sizes.append(read_size(self.root, path, member))
             except ImageError:
