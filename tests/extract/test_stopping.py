@@ -143,6 +143,14 @@ def test_a_signal_while_waiting_for_another_process_stops_at_once(images: Path, 
     with Lease.acquire(store, 1) or pytest.fail("the lease is free"):
         process = start(images)
         wait_for(home, "shards/000002", process)
+        # The shard is there before it is let go of: until then a signal waits for it.
+        for _ in range(600):
+            lease = Lease.acquire(store, 2)
+            if lease is not None:
+                lease.release()
+                break
+            time.sleep(0.05)
+        time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=100)
     assert process.returncode == 143, err
