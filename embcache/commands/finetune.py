@@ -15,8 +15,10 @@ from embcache.commands.options import (
     FoldsOption,
     HomeOption,
     JsonOption,
+    MetricOption,
     NameOption,
     OverlapOption,
+    PositiveOption,
     SeedOption,
     SubsetOption,
     TestOption,
@@ -24,7 +26,7 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
-from embcache.commands.probe import print_results
+from embcache.commands.probe import in_metrics, print_results
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import print_note
 
@@ -73,6 +75,8 @@ def finetune(
         int, typer.Option("--accumulate", metavar="N", help="Parts in which a batch goes through, to save memory.")
     ] = 1,
     max_epochs: Annotated[int, typer.Option("--max-epochs", metavar="N", help="At most so many epochs.")] = 50,
+    metric: MetricOption = None,
+    positive: PositiveOption = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -105,7 +109,7 @@ def finetune(
     """
     from embcache.finetune.named import finetune_named
 
-    names = split_list(backbone)
+    names, metrics = split_list(backbone), split_list(metric)
     with ProgressBar("img") as bar:
         try:
             results = finetune_named(
@@ -129,6 +133,8 @@ def finetune(
                 batch_size=batch_size,
                 accumulate=accumulate,
                 max_epochs=max_epochs,
+                metric=metrics[0] if metrics else None,
+                positive=positive,
                 workers=workers,
                 pixel_cache=pixel_cache,
                 keep_models=models,
@@ -142,6 +148,7 @@ def finetune(
         except (KeyboardInterrupt, SystemExit):
             typer.echo("\nstopped: the last whole epoch is kept; the same command with --resume goes on", err=True)
             raise
+    results = in_metrics(results, metrics, home)
     if json != "-":
         print_results(results)
     if json:

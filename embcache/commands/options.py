@@ -75,6 +75,24 @@ TestOption = Annotated[
         help="Where the official test labels are not public: hold out 20 % of the labelled images, or nothing.",
     ),
 ]
+MetricOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME[,NAME…]",
+        help="auc, accuracy, balanced_accuracy, f1, mcc, kappa, auprc, brier, log_loss, sensitivity, specificity, ppv, "
+        "npv, sensitivity_at_95_specificity, … [default: the dataset's own]",
+    ),
+]
+PositiveOption = Annotated[
+    str | None,
+    typer.Option(
+        "--positive",
+        metavar="CLASS",
+        help="The positive class of two, which AUPRC, sensitivity and the like are of. [default: the one that is not "
+        "named normal, benign, negative, no …, 0 and the like; else the second]",
+    ),
+]
 OverlapOption = Annotated[
     bool,
     typer.Option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,8 +17,10 @@ from embcache.commands.options import (
     FoldsOption,
     HomeOption,
     JsonOption,
+    MetricOption,
     NameOption,
     OverlapOption,
+    PositiveOption,
     SeedOption,
     SubsetOption,
     TestOption,
@@ -26,7 +29,7 @@ from embcache.commands.options import (
     write_json,
 )
 from embcache.commands.progress import ProgressBar
-from embcache.commands.table import print_note, print_table
+from embcache.commands.table import bounds, print_note, print_table, spread
 
 if TYPE_CHECKING:
     from embcache.probe.results import ProbeResult
@@ -69,6 +72,8 @@ def probe(
             "--views", metavar="V", help="Train on V cached views of each image, another one drawn each epoch."
         ),
     ] = None,
+    metric: MetricOption = None,
+    positive: PositiveOption = None,
     target: Annotated[
         str | None,
         typer.Option("--target", metavar="COLUMN", help="Tell apart a column of the dataset's table, not the labels."),
@@ -110,6 +115,7 @@ def probe(
     from embcache.probe.usage import check_usage, join_head_options, parse_head_options, parse_rates
 
     datasets, backbones = split_list(dataset) or None, split_list(backbone) or None
+    metrics = split_list(metric)
     subsets, rates, options = (
         split_list(subset) or ["S"],
         parse_rates(split_list(lr)),
@@ -150,6 +156,8 @@ def probe(
             lr=rates,
             repeats=repeats,
             views=views,
+            metric=metrics[0] if metrics else None,
+            positive=positive,
             target=target,
             head_options=options,
             device=device,
@@ -160,18 +168,22 @@ def probe(
             say=print_note,
             progress=bar.update,
         )
+    shown = in_metrics(results, metrics, home)
     if json != "-":
-        print_results(results)
+        print_results(shown)
     if json:
-        write_json([result.to_json() for result in results], json)
+        write_json([result.to_json() for result in shown], json)
 
 
 def results(
     dataset: DatasetOption = None,
+    metric: MetricOption = None,
     home: HomeOption = None,
     json: JsonOption = None,
 ) -> None:
-    """List the results that were saved, with their run ids.
+    """List the results that were saved, with their run IDs.
+
+    --metric scores them by other metrics, from their saved predictions; nothing is trained.
 
     Example: embcache results --dataset pneumonia
     """
@@ -185,6 +197,7 @@ def results(
         count = "1 run" if len(unreadable) == 1 else f"{len(unreadable)} runs"
         folders = ", ".join(str(run) for run in unreadable[:5]) + (", …" if len(unreadable) > 5 else "")
         typer.echo(f"{count} could not be read (made by another version, or damaged): {folders}", err=True)
+    found = in_metrics(found, split_list(metric), home)
     if json:
         write_json([result.to_json() for result in found], json)
     if json == "-":
@@ -236,21 +249,39 @@ def print_results(results: Sequence[ProbeResult], *, ids: bool = False) -> None:
         "learning rate": [_rates(result) for result in results],
         "chosen": [_chosen(result) for result in results],
     }
+    from embcache.probe.metrics import metric_title
+
     shown = {name: cells for name, cells in rare.items() if any(cells)}
     headers = ["dataset", "backbone", "head", "subset", "labels used", "test", "metric", "mean ± sd", "95 % interval"]
     headers += ["validation", "best epoch", *shown, *(["run"] if ids else [])]
-    rows = [
-        [*_row(result), *(cells[number] for cells in shown.values()), *([result.id] if ids else [])]
-        for number, result in enumerate(results)
-    ]
+    rows = []
+    for number, result in enumerate(results):
+        last = [*(cells[number] for cells in shown.values()), *([result.id] if ids else [])]
+        rows.append([*_row(result), *last])
+        others = [
+            (name, metric_title(e.metric, e.positive), spread(e.mean, e.std), bounds(e.interval) or e.why)
+            for name, e in result.estimates.items()
+            if name
+        ]
+        if result.metric == "accuracy" and result.majority is not None:
+            others.append((f"always {result.majority[0]}", "accuracy", f"{result.majority[1]:.4f}", ""))
+        for name, *numbers in others:
+            rows.append(["", "", f"  {name}", "", "", "", *numbers, "", "", *[""] * len(last)])
     print_table(headers, rows, notes=_notes(results))
 
 
+def in_metrics(results: Sequence[ProbeResult], metrics: Sequence[str], home: Path | None) -> list[ProbeResult]:
+    """Every result by every metric that was asked for, or by its own."""
+    from embcache.probe.summary import in_metric
+
+    return [in_metric(result, metric, home) for result in results for metric in metrics or [result.metric]]
+
+
 def _row(result: ProbeResult) -> list[str]:
-    from embcache.probe.metrics import METRIC_NAMES
+    from embcache.probe.metrics import metric_title
 
     epochs = [fold.best_epoch for fold in result.folds if fold.best_epoch]
-    spread = "" if result.std is None else f" ± {result.std:.4f}"
+    found = result.estimate
     return [
         result.dataset,
         " + ".join(result.backbones),
@@ -258,9 +289,9 @@ def _row(result: ProbeResult) -> list[str]:
         result.subset,
         f"{result.labels_used:,} ({result.n_train:,} + {result.n_val:,})",
         f"{result.test_set} {result.n_test:,}",
-        METRIC_NAMES.get(result.metric, result.metric),
-        "not known" if result.mean is None else f"{result.mean:.4f}{spread}",
-        "" if result.interval is None else f"{result.interval[0]:.4f} – {result.interval[1]:.4f}",
+        metric_title(result.metric, "" if found is None else found.positive),
+        "not known" if result.mean is None else spread(result.mean, result.std),
+        bounds(result.interval) or ("" if found is None else found.why),
         "" if result.val_mean is None else f"{result.val_mean:.4f}",
         _range(epochs) if epochs else "",
     ]
@@ -309,10 +340,13 @@ def _range(values: Sequence[float]) -> str:
 
 def _notes(results: Sequence[ProbeResult]) -> list[str]:
     """Notes of all results, each once; named by dataset where there are several."""
+    from embcache.report.compare import INTERVALS
+
     several = len({result.dataset for result in results}) > 1
     notes: dict[str, None] = {}
     for result in results:
-        told = [*result.notes]
+        own = f"{' + '.join(result.backbones)}, {result.head}, {result.subset}: " if len(results) > 1 else ""
+        told = [f"{own}{note}" if note.startswith("fold ") else note for note in result.notes]
         if result.source == "snapshot":
             told.append("the images' folder is not there: labels and groups are those kept at extraction")
         absent = sorted(
@@ -324,5 +358,9 @@ def _notes(results: Sequence[ProbeResult]) -> list[str]:
             told.append("a local test set: not comparable with published values")
         notes |= dict.fromkeys(f"{result.dataset}: {note}" if several else note for note in told)
     over = "folds of all repeats" if any(_repeats(result) > 1 for result in results) else "folds"
-    means = f"mean ± sd over {over}; interval: bootstrap over test groups"
-    return [*notes, f"{means}; labels used: (training + validation) of one fold"]
+    means = f"mean ± sd over {over}; labels used: (training + validation) of one fold"
+    missing = {f"{r.id}: {r.estimate.why}": None for r in results if r.estimate and r.estimate.why and r.interval}
+    rows = "ensemble: the mean of the models' probabilities, which is what `embcache predict` uses"
+    if any("by patient" in result.estimates for result in results):
+        rows += "; by patient: the mean of probabilities over a patient's images"
+    return [*notes, *missing, means, rows, INTERVALS]

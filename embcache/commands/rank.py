@@ -115,9 +115,9 @@ def similarity(
 
 def _print_ranking(ranking: Ranking) -> None:
     from embcache.analysis.rank import SCORES
-    from embcache.probe.metrics import METRIC_NAMES
+    from embcache.probe.metrics import metric_title
 
-    metric = METRIC_NAMES.get(ranking.metric, ranking.metric)
+    metric = metric_title(ranking.metric)
     subsets = list(dict.fromkeys(subset for row in ranking.rows for subset in row.probes))
     headers = ["backbone", "LogME", "H-score", f"nearest centroid {metric}", f"k-NN {metric}", "mean rank"]
     rows = [

@@ -27,6 +27,7 @@ from embcache.finetune.model import check_head, has_batch_norm
 from embcache.paths import PathLike
 from embcache.probe.heads import hyperparameters, make_head
 from embcache.probe.inputs import digest_images, plan_for
+from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_class
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.results import PROTOCOL_VERSION
 from embcache.probe.schedule import Schedule
@@ -66,6 +67,8 @@ class Settings:
     batch_size: int | None = None
     accumulate: int = 1
     max_epochs: int = 50
+    metric: str | None = None
+    positive: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +113,11 @@ class Asked:
     fingerprints: Mapping[str, str]
     device: torch.device
 
+    def metric(self, ds: ImageDataset) -> Metric:
+        """What scores, and chooses epochs on validation."""
+        metric = find_metric(self.settings.metric or ds.metric, len(ds.class_names))
+        return metric.of(positive_class(ds.class_names, self.settings.positive))
+
     @property
     def names(self) -> tuple[str, ...]:
         """The backbones."""
@@ -147,7 +155,7 @@ class Asked:
             "protocol": PROTOCOL_VERSION,
             "finetune": ARITHMETIC,
             "dataset": ds.name,
-            "metric": ds.metric,
+            "metric": self.metric(ds).key,
             "splits": plan.digest(self.subset),
             "images": digest_images({"pixels": images}, plan.ids[plan.used(self.subset)]),
             "recipes": [[name, self.fingerprints[name]] for name in self.names],
@@ -162,6 +170,7 @@ class Asked:
             # Batch normalisation takes its statistics over what goes through the network at once.
             **({"accumulate": self.settings.accumulate} if self.settings.accumulate > 1 else {}),
             **({"exclude_test_overlap": True} if self.settings.exclude_test_overlap else {}),
+            **asymmetry(self.metric(ds), ds.class_names, self.settings.positive),
         }
 
     def notes(self, ds: ImageDataset) -> list[str]:

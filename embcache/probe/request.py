@@ -18,12 +18,13 @@ from embcache.errors import UsageError
 from embcache.probe.budget import Need, Shape, estimate, megabytes
 from embcache.probe.heads import Head, hyperparameters
 from embcache.probe.inputs import digest_images, digest_shards, open_stores, plan_for
+from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_class
 from embcache.probe.options import ProbeOptions
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.results import PROTOCOL_VERSION, ProbeResult, as_asked, find_run, run_id
 from embcache.probe.solve import is_solved
 from embcache.probe.splits import Splits
-from embcache.probe.summary import request_notes, training_notes
+from embcache.probe.summary import request_notes, training_notes, with_positive
 from embcache.store.feature_store import FeatureStore
 
 
@@ -60,6 +61,16 @@ class Asked:
     _needs: dict[tuple[str, ...], Need] = field(default_factory=dict, repr=False, compare=False)
 
     @property
+    def metric(self) -> Metric:
+        """What scores, and chooses epochs on validation: the one asked for, else the dataset's own."""
+        return find_metric(self.options.metric or self.ds.metric, len(self.ds.class_names))
+
+    @property
+    def positive(self) -> int:
+        """The positive class."""
+        return positive_class(self.ds.class_names, self.options.positive)
+
+    @property
     def n_models(self) -> int:
         """Heads that one result trains: repeats × folds × learning rates."""
         return len(self.plans) * self.plans[0].n_folds * len(self.options.schedules)
@@ -77,7 +88,7 @@ class Asked:
             "kind": "probe",
             "protocol": PROTOCOL_VERSION,
             "dataset": self.ds.name,
-            "metric": self.ds.metric,
+            "metric": self.metric.key,
             "splits": digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest(),
             "images": digest_images(stores, plan.ids[self.used(subset)]),
             "recipes": [[backbone, store.recipe.fingerprint] for backbone, store in stores.items()],
@@ -92,6 +103,7 @@ class Asked:
             **({"lrs": [schedule.lr for schedule in o.schedules]} if len(o.schedules) > 1 else {}),
             **({"views": o.n_views} if o.n_views > 1 else {}),
             **({"target": self.target} if self.target else {}),
+            **asymmetry(self.metric, self.ds.class_names, o.positive),
             **({"exclude_test_overlap": True} if o.exclude_test_overlap else {}),
             **self._streamed(backbones, subset),
         }
@@ -172,21 +184,17 @@ class Asked:
         return [*self.options.notes(), streamed]
 
     def saved(self, request: Mapping[str, Any]) -> ProbeResult | None:
-        """The saved result of a request, told as asked; None where there is none, or one by an older version.
-
-        A run without recipes was saved before runs kept groups and recipes; it is made again.
-        """
+        """The saved result of a request, with the source and the notes of this one; None where there is none."""
         found = find_run(run_id(request), self.ds.name, self.options.home)
-        return None if found is None or not found.recipes else self.told(found)
-
-    def told(self, result: ProbeResult) -> ProbeResult:
-        """A result with the source and the notes of this request."""
+        if found is None:
+            return None
+        found = with_positive(found, self.options.positive, self.options.home)
         notes = [
-            *request_notes(self.ds, self.plans, result.subset),
-            *self.notes(result.backbones, result.subset),
-            *training_notes(result.folds),
+            *request_notes(self.ds, self.plans, found.subset),
+            *self.notes(found.backbones, found.subset),
+            *training_notes(found),
         ]
-        return as_asked(result, self.source, notes)
+        return as_asked(found, self.source, notes)
 
 
 def ask(

@@ -12,6 +12,8 @@ from typing import Any, Protocol, TypeGuard
 
 import torch
 
+from embcache.probe.metrics import Metric
+
 Params = dict[str, torch.Tensor]
 
 
@@ -41,7 +43,7 @@ class SolvedHead(Protocol):
         x_val: Mapping[str, torch.Tensor] | None,
         y_val: torch.Tensor | None,
         n_classes: int,
-        metric: str,
+        metric: str | Metric,
     ) -> Solved:
         """Solve one head.
 
@@ -53,7 +55,7 @@ class SolvedHead(Protocol):
             Labels, 0 … ``n_classes`` − 1.
         n_classes : int
             C, the width of the logits.
-        metric : str
+        metric : str or Metric
             By which validation chooses; see `embcache.probe.metrics.score`.
         """
         ...

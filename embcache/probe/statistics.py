@@ -364,7 +364,7 @@ def _first_interval(scores: Scores, v: float, level: float) -> tuple[float, floa
 
 
 def _effective_n(scores: Scores, v: float) -> float:
-    """n = p(1 − p)/V; the number of groups counted where nothing varies."""
+    """N = p(1 − p)/V; the number of groups counted where nothing varies."""
     p = scores.mean
     counted = int((np.abs(scores.moves) > 0).any(axis=0).sum())
     if v > 0 and 0 < p < 1:

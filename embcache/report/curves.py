@@ -10,7 +10,7 @@ from typing import Any
 from embcache.analysis.plots import Curve, CurvePanel, plot_curves
 from embcache.errors import StoreNotFoundError
 from embcache.paths import PathLike, home_dir, slug
-from embcache.probe.metrics import METRIC_NAMES
+from embcache.probe.metrics import metric_title
 from embcache.probe.results import ProbeResult, list_results
 from embcache.report.grid import Cell, Grid, Model
 from embcache.report.layout import Table, record, signed
@@ -36,7 +36,7 @@ def _panel(key: tuple[str, str, str], results: Sequence[ProbeResult]) -> CurvePa
     dataset, target, metric = key
     curves = tuple(_curve(label, members) for label, members in named_curves(results).items())
     title = dataset + (f", {target}" if target else "") + (" (synthetic)" if results[0].synthetic else "")
-    return CurvePanel(title, METRIC_NAMES.get(metric, metric), curves)
+    return CurvePanel(title, metric_title(metric), curves)
 
 
 def _curve(label: str, results: Sequence[ProbeResult]) -> Curve:
@@ -144,7 +144,7 @@ def table_curves(grid: Grid, cells: Sequence[Cell]) -> list[CurvePanel]:
             at = [c.result for c in cells if c.dataset == dataset and c.model == model and c.result is not None]
             scored = [result for result in at if result.mean is not None]
             if scored:
-                metric = METRIC_NAMES.get(scored[0].metric, scored[0].metric)
+                metric = metric_title(scored[0].metric)
                 curves.append(_curve(model.label, scored))
         if curves:
             panels.append(CurvePanel(dataset, metric, (*curves, *theirs.get(dataset, []))))
@@ -160,7 +160,7 @@ def curve_table(results: Sequence[ProbeResult]) -> Table:
     for panel in dict.fromkeys((r.dataset, r.target, r.metric) for r in scored):
         dataset, target, metric = panel
         group = [r for r in scored if (r.dataset, r.target, r.metric) == panel]
-        words = f"{dataset}{f', {target}' if target else ''} ({METRIC_NAMES.get(metric, metric)})"
+        words = f"{dataset}{f', {target}' if target else ''} ({metric_title(metric)})"
         for label, members in named_curves(group).items():
             at = {r.n_train: r for r in members}
             rows.append((words, label, *(_reached(at[n]) if n in at else "" for n in sizes)))

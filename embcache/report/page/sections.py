@@ -9,7 +9,7 @@ from typing import Any
 from embcache.data.columns import column_values, columns
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
-from embcache.probe.metrics import METRIC_NAMES
+from embcache.probe.metrics import metric_title
 from embcache.report.curves import curve_table
 from embcache.report.layout import Table, signed
 from embcache.report.page.beside import learning_curves, paper_table
@@ -119,7 +119,7 @@ def task_section(
 
 def _winners(task: Task, choices: Sequence[Choice]) -> Table:
     """A row a size: what is best on validation, its scores, and how far the next best is."""
-    metric = METRIC_NAMES.get(task.metric, task.metric)
+    metric = metric_title(task.metric)
     rows = []
     for choice in choices:
         best, others = choice.chosen, choice.rivals[1:]
@@ -169,7 +169,7 @@ def _size(task: Task, choice: Choice, id: str, place: int) -> Size:
 
 
 def _ranking(task: Task, choice: Choice, calibrations: dict[str, Calibration]) -> Table:
-    metric = METRIC_NAMES.get(task.metric, task.metric)
+    metric = metric_title(task.metric)
     headers = (
         "model", f"validation {metric}", f"test {metric}", "95 % interval", "difference", "95 % interval", "p (Holm)",
         "accuracy", "balanced accuracy", "sensitivity at 95 % specificity", "ECE",
@@ -296,7 +296,7 @@ def _subgroups(
         )
         for s in scored
     ]  # fmt: skip
-    metric = METRIC_NAMES.get(task.metric, task.metric)
+    metric = metric_title(task.metric)
     return Table(
         "subgroups", f"Subgroups of the test set under {best.name}, {choices[-1].subset}",
         ("column", "value", "images", "groups", f"test {metric}", "95 % interval"), tuple(rows), (*notes, *told),

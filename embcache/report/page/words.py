@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from embcache.probe.metrics import METRIC_NAMES
+from embcache.probe.metrics import metric_title
 from embcache.report.layout import signed
 from embcache.report.page.choice import Choice, Rival, beyond, told_apart
 from embcache.report.page.collect import Task
@@ -21,7 +21,7 @@ def headline(task: Task, choices: Sequence[Choice]) -> str:
     """One sentence on a task: what is best at each size, and how far the test score goes from the first to the last."""
     if not choices:
         return f"{task.title}: no results that can be ranked."
-    metric = METRIC_NAMES.get(task.metric, task.metric)
+    metric = metric_title(task.metric)
     winners = list(dict.fromkeys(choice.chosen.name for choice in choices))
     first, last = choices[0], choices[-1]
     if len(choices) == 1:
@@ -48,7 +48,7 @@ def size_words(choice: Choice) -> str:
 
 def sentences(task: Task, choice: Choice) -> list[str]:
     """What one size says, as sentences of plain text."""
-    metric, best, others = METRIC_NAMES.get(task.metric, task.metric), choice.chosen, choice.rivals[1:]
+    metric, best, others = metric_title(task.metric), choice.chosen, choice.rivals[1:]
     low, high = best.row.interval
     told = [
         f"{best.name} has the {'best' if others else 'only'} validation {metric}"
