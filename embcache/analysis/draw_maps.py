@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from embcache.analysis.coordinates import cached_map
-from embcache.analysis.maps import METHODS, PERPLEXITY, MapScores, score_map
+from embcache.analysis.maps import METHODS, PERPLEXITY, MapScores, decimals, score_map
 from embcache.analysis.shown import Shown, fused_features, plain_features, shown_images
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreNotFoundError, UsageError
@@ -201,7 +201,7 @@ def _panel(
     coordinates = cached_map(
         folder / "coordinates", source, shown.ids, features, method, seed=seed, perplexity=perplexity
     )
-    scores = score_map(features, coordinates, shown.labels)
+    scores = score_map(features, coordinates, shown.labels, shown.groups)
     return Panel(label, remark, features.shape[1], coordinates, scores, source)
 
 
@@ -211,8 +211,8 @@ def _draw(ds: ImageDataset, method: str, shown: Shown, panels: Sequence[Panel], 
     maps = []
     for panel in panels:
         s = panel.scores
-        silhouette = "–" if s.silhouette is None else f"{s.silhouette:.2f}"
-        caption = f"silhouette {silhouette} · k-NN {s.knn_accuracy:.3f} · trust {s.trustworthiness:.3f}"
+        silhouette, accuracy = decimals(s.silhouette, 2), decimals(s.knn_accuracy, 3)
+        caption = f"silhouette {silhouette} · k-NN {accuracy} · trust {s.trustworthiness:.3f}"
         title = panel.label + (f"\n{panel.remark}" if panel.remark else "")
         maps.append(Map(title, panel.coordinates, shown.labels, caption))
     synthetic = " (synthetic)" if ds.synthetic else ""

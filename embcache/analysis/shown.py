@@ -36,12 +36,15 @@ class Shown:
     ----------
     ids : list of str, length n
     labels : int64 array (n,)
+    groups : list of str, length n
+        Of each image; identical images are of one group.
     remark : str
         Which rows these are, in words.
     """
 
     ids: list[str]
     labels: NDArray[np.int64]
+    groups: list[str]
     remark: str
 
 
@@ -95,7 +98,7 @@ def shown_images(
     if most is not None and len(chosen) > most:
         remark += f", {most:,} drawn of {len(chosen):,} images"
         chosen = np.sort(chosen[hash_order(0, "figure", [str(i) for i in plan.ids[chosen]])[:most]])
-    return Shown([str(i) for i in plan.ids[chosen]], plan.labels[chosen], remark)
+    return Shown([str(i) for i in plan.ids[chosen]], plan.labels[chosen], plan.groups[chosen].tolist(), remark)
 
 
 def plain_features(store: FeatureStore, ids: Sequence[str]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from embcache.analysis.attention import mass_table, mean_attention
-from embcache.analysis.maps import NEIGHBOURS, embed_map, neighbour_accuracy
+from embcache.analysis.maps import NEIGHBOURS, decimals, embed_map, neighbour_accuracy
 from embcache.analysis.plots import AttentionPanel, Map, plot_attention, plot_maps
 from embcache.analysis.shown import LIMIT, Shown, fused_features, plain_features, shown_images
 from embcache.errors import EmbcacheError, UsageError
@@ -154,8 +154,8 @@ _HEADERS = {
 }
 _NOTES = {
     "maps": (
-        f"k-NN accuracy: balanced accuracy of the majority of the {NEIGHBOURS} nearest test images (standardised "
-        "features, each image left out of its own neighbours); of the embedding, not of its map",
+        f"k-NN accuracy: balanced accuracy of the majority of the {NEIGHBOURS} nearest test images of other groups "
+        "(standardized features); of the embedding, not of its map",
     ),
     "attention": ("attention that the tokens of one backbone give to all tokens of another, mean over its tokens, the "
                   "test images and the folds; rows sum to 1",),
@@ -195,9 +195,9 @@ def _draw_maps(
     plot_maps(maps, state.ds.class_names, f"{figure.title}, {state.ds.name}{synthetic}, n = {len(test.ids):,}", path)
     drawn: list[tuple[tuple[str, ...], dict[str, Any]]] = []
     for panel in panels:
-        score = neighbour_accuracy(panel.features, test.labels)
+        score = neighbour_accuracy(panel.features, test.labels, test.groups)
         words = (state.asked, panel.label + marks.mark(panel.remark), str(panel.features.shape[1]))
-        row: tuple[str, ...] = (*words, f"{len(test.ids):,}{marks.mark(test.remark)}", f"{score:.3f}")
+        row: tuple[str, ...] = (*words, f"{len(test.ids):,}{marks.mark(test.remark)}", decimals(score, 3))
         record = {"dataset": state.asked, "embedding": panel.label, "dimensions": panel.features.shape[1],
                   "n_test": len(test.ids), "knn_accuracy": score, "figure": str(path)}  # fmt: skip
         drawn.append((row, record))

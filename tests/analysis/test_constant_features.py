@@ -59,4 +59,4 @@ def test_constants_change_no_score() -> None:
     np.testing.assert_allclose(2 * centroid_logits(x[:100], labels[:100], x[100:], 2), alone, rtol=1e-6)
     points = embed_map(live, "pca")
     np.testing.assert_allclose(np.abs(embed_map(x, "pca")), np.abs(points), atol=1e-4)
-    assert score_map(x, points, labels) == score_map(live, points, labels)
+    assert score_map(x, points, labels, range(200)) == score_map(live, points, labels, range(200))
