@@ -150,9 +150,8 @@ def draw_maps(
     protocol: dict[str, Any] = {"seed": seed}
     if found:
         asked = found[0][0].request
-        protocol = {key: asked[key] for key in ("folds", "seed", "val", "test") if key in asked}
-    subset = found[0][0].subset if found else "F"
-    shown = shown_images(ds, list(stores.values()), rows=rows, subset=subset, most=most, **protocol)
+        protocol = {key: asked[key] for key in ("seed", "test") if key in asked}
+    shown = shown_images(ds, list(stores.values()), rows=rows, most=most, **protocol)
     features = {name: plain_features(store, shown.ids) for name, store in stores.items()}
     folder = home_dir(home) / slug(ds.name) / "figures"
     panels = []

@@ -130,7 +130,7 @@ def similarity(
         Features are missing.
     """
     pool = open_pool(ds, backbones, home=home, recipe=recipe, seed=seed)
-    names, rows = list(pool.stores), drawn(pool)
+    names, rows = list(pool.stores), drawn(pool, seed)
     if len(names) < 2:
         raise UsageError(
             "similarity compares backbones",
@@ -150,7 +150,7 @@ def similarity(
         a, b = names[i], names[j]
         biased[i, j], unbiased[i, j] = biased[j, i], unbiased[j, i] = _hsic(centred[a], centred[b])
         shared[i, j] = shared[j, i] = shared_neighbours(near[a], near[b])
-    notes = list(pool.plan.notes)
+    notes = list(pool.sides.notes)
     if len(rows) < len(pool.rows):
         notes.append(f"{len(rows):,} of {len(pool.rows):,} training images, drawn at random")
     return Similarity(

@@ -63,7 +63,7 @@ def tsne(
         int | None, typer.Option("--limit", metavar="N", help="Draw N of the images at most. [default: all]")
     ] = None,
     perplexity: Annotated[float, typer.Option("--perplexity", metavar="P", help="Of t-SNE.")] = 30.0,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of maps, and of a local test set.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of maps.")] = 0,
     output: OutputOption = None,
     coordinates: Annotated[
         Path | None,

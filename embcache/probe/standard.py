@@ -14,6 +14,8 @@ from embcache.probe.rows import FeatureRows
 
 Params = dict[str, torch.Tensor]
 
+_WIDENED = 8192  # rows that are float64 at a time
+
 
 class Standard:
     """Mean and scale of every feature, as scikit-learn's ``StandardScaler``, from rows that come in parts."""
@@ -80,13 +82,16 @@ def standardise(params: Mapping[str, torch.Tensor], backbone: str, x: torch.Tens
 def standardized(x: ArrayLike, by: ArrayLike | None = None) -> NDArray[np.float32]:
     """Features (n, D) of which each is standardized by the rows ``by`` (m, D), by default by ``x`` itself."""
     rows, known = (torch.from_numpy(np.require(a, np.float32, ["C", "W"])) for a in (x, x if by is None else by))
-    params = {name: p[None] for name, p in standard_params({"": known}).items()}
+    standard = Standard()
+    for part in torch.split(known, _WIDENED):
+        standard.add({"": part})
+    params = {name: p[None] for name, p in standard.params().items()}
     return np.asarray(standardise(params, "", rows[None])[0].numpy())
 
 
-def standard_directions(x: ArrayLike) -> NDArray[np.float32]:
-    """Standardized features (n, D), each row scaled to length 1: their products are cosines."""
-    return np.asarray(F.normalize(torch.from_numpy(standardized(x)), dim=-1).numpy())
+def standard_directions(x: ArrayLike, by: ArrayLike | None = None) -> NDArray[np.float32]:
+    """Features as `standardized`, each row then scaled to length 1: their products are cosines."""
+    return np.asarray(F.normalize(torch.from_numpy(standardized(x, by)), dim=-1).numpy())
 
 
 def constants_of(head: object, x: FeatureRows, sets: Sequence[torch.Tensor]) -> list[Params]:

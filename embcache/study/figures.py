@@ -176,7 +176,7 @@ def _draw_maps(
     stores = _stores(grid, state, settings)
     if not stores:
         return []
-    test = _shown(state, stores, figure.subset, settings, most=LIMIT)
+    test = _shown(state, stores, settings, most=LIMIT)
     features = {name: plain_features(store, test.ids) for name, store in stores.items()}
     panels = []
     for model in grid.models:
@@ -213,7 +213,7 @@ def _draw_attention(
     if result is None:
         return []
     stores = _stores(grid, state, settings)
-    test = _shown(state, stores, figure.subset, settings, most=None)
+    test = _shown(state, stores, settings, most=None)
     x = {name: torch.from_numpy(plain_features(stores[name], test.ids)) for name in model.backbones}
     heads = [params for params in load_heads(runs_dir(state.ds.name, settings.home) / result.id) if params]
     weights = np.mean([mean_attention(params, x) for params in heads], axis=0).astype(np.float32)
@@ -240,19 +240,14 @@ def _stores(grid: Grid, state: DatasetState, settings: Settings) -> dict[str, Fe
     return open_stores(state.ds, there, settings.home, settings.recipe)
 
 
-def _shown(
-    state: DatasetState, stores: Mapping[str, FeatureStore], subset: str, settings: Settings, *, most: int | None
-) -> Shown:
+def _shown(state: DatasetState, stores: Mapping[str, FeatureStore], settings: Settings, *, most: int | None) -> Shown:
     """The labelled test images of the protocol, all of them or so many at most."""
     assert state.ds is not None
     return shown_images(
         state.ds,
         list(stores.values()),
-        subset=state.subset_of[subset],
         most=most,
-        folds=settings.folds,
         seed=settings.seed,
-        val=settings.val,
         test=settings.test,
         exclude_test_overlap=settings.exclude_test_overlap,
     )

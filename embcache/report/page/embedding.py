@@ -111,7 +111,7 @@ def make_map(
         raise StoreNotFoundError(f"neither images nor a table of {part.name} are here", fix="embcache extract …")
     stores, notes = _stores(ds, part)
     request = choices[-1].chosen.result.request if choices else {}
-    protocol: dict[str, Any] = {key: request[key] for key in ("folds", "seed", "test") if key in request}
+    protocol: dict[str, Any] = {key: request[key] for key in ("seed", "test") if key in request}
     protocol["exclude_test_overlap"] = bool(request.get("exclude_test_overlap", False))
     shown = _mixed(shown_images(ds, list(stores.values()), rows=rows, most=most, **protocol))
     features = {name: plain_features(store, shown.ids) for name, store in stores.items()}
