@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embcache.analysis.neighbors import standard_directions
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from embcache.paths import PathLike
@@ -17,6 +16,7 @@ from embcache.probe.heads.logreg import LogReg
 from embcache.probe.inputs import load_features, open_stores, plan_for
 from embcache.probe.metrics import score, softmax
 from embcache.probe.splits import Splits
+from embcache.probe.standard import standard_directions
 
 SIMILARITY = 0.95
 """Cosine of standardised features from which two images count as near-duplicates."""

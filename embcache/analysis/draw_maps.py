@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from embcache.analysis.coordinates import cached_map
-from embcache.analysis.maps import METHODS, PERPLEXITY, MapScores, score_map
+from embcache.analysis.maps import METHODS, PERPLEXITY, MapScores, decimals, score_map
 from embcache.analysis.shown import Shown, fused_features, plain_features, shown_images
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreNotFoundError, UsageError
@@ -150,9 +150,8 @@ def draw_maps(
     protocol: dict[str, Any] = {"seed": seed}
     if found:
         asked = found[0][0].request
-        protocol = {key: asked[key] for key in ("folds", "seed", "val", "test") if key in asked}
-    subset = found[0][0].subset if found else "F"
-    shown = shown_images(ds, list(stores.values()), rows=rows, subset=subset, most=most, **protocol)
+        protocol = {key: asked[key] for key in ("seed", "test") if key in asked}
+    shown = shown_images(ds, list(stores.values()), rows=rows, most=most, **protocol)
     features = {name: plain_features(store, shown.ids) for name, store in stores.items()}
     folder = home_dir(home) / slug(ds.name) / "figures"
     panels = []
@@ -201,7 +200,7 @@ def _panel(
     coordinates = cached_map(
         folder / "coordinates", source, shown.ids, features, method, seed=seed, perplexity=perplexity
     )
-    scores = score_map(features, coordinates, shown.labels)
+    scores = score_map(features, coordinates, shown.labels, shown.groups)
     return Panel(label, remark, features.shape[1], coordinates, scores, source)
 
 
@@ -211,8 +210,8 @@ def _draw(ds: ImageDataset, method: str, shown: Shown, panels: Sequence[Panel], 
     maps = []
     for panel in panels:
         s = panel.scores
-        silhouette = "–" if s.silhouette is None else f"{s.silhouette:.2f}"
-        caption = f"silhouette {silhouette} · k-NN {s.knn_accuracy:.3f} · trust {s.trustworthiness:.3f}"
+        silhouette, accuracy = decimals(s.silhouette, 2), decimals(s.knn_accuracy, 3)
+        caption = f"silhouette {silhouette} · k-NN {accuracy} · trust {s.trustworthiness:.3f}"
         title = panel.label + (f"\n{panel.remark}" if panel.remark else "")
         maps.append(Map(title, panel.coordinates, shown.labels, caption))
     synthetic = " (synthetic)" if ds.synthetic else ""

@@ -17,10 +17,12 @@ from embcache.data.dataset import ImageDataset
 from embcache.paths import PathLike
 from embcache.probe.heads import hyperparameters, make_head
 from embcache.probe.heads.knn import KNN
+from embcache.probe.inputs import plan_for
 from embcache.probe.metrics import score, softmax
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.results import ProbeResult, list_results
 from embcache.probe.schedule import Schedule
+from embcache.probe.splits import Splits
 from embcache.probe.stack import predict_logits
 
 SCORES: Mapping[str, str] = {
@@ -30,6 +32,8 @@ SCORES: Mapping[str, str] = {
     "knn": "k-NN",
 }
 """The scores of a backbone, higher is better, as tables name them."""
+
+_FOLDS = 5
 
 _Protocol = tuple[str, str, int, int, bool]
 """Validation, test set, seed, folds, and whether the overlap with the test set was left out."""
@@ -186,7 +190,7 @@ def rank_dataset(
     recipe : str, optional
         Fingerprint prefixes, where several recipes of a backbone are cached; separated by commas.
     seed : int
-        Of the protocol's folds and subsets.
+        Of the protocol's folds and subsets. Folds are five; fewer, with a note, where a class has fewer groups.
     subset : str or int
         As for probing. F with more than `embcache.analysis.pool.MOST` training images a fold takes that many.
 
@@ -197,18 +201,20 @@ def rank_dataset(
     StoreError
         Features are missing.
     ProtocolError
-        The dataset cannot carry folds or subset.
+        A class has groups for fewer than two folds, or the dataset cannot carry the subset.
     """
     (name,) = subset_sizes(ds, [subset])
-    pool = open_pool(ds, backbones, subset=name, home=home, recipe=recipe, seed=seed)
-    notes = list(pool.plan.notes)
-    if name == "F" and min(len(rows) for rows in pool.plan.train.values()) > MOST:
+    pool = open_pool(ds, backbones, home=home, recipe=recipe, seed=seed)
+    folds, said = _folds(pool)
+    plan = plan_for(ds, list(pool.stores.values()), subsets=[name], folds=folds, seed=seed)
+    notes = [*plan.notes, *said]
+    if name == "F" and min(len(rows) for rows in plan.train.values()) > MOST:
         notes.append(f"scored on {MOST:,} training images a fold, drawn balanced from all there are")
         name = str(MOST)
-        pool = open_pool(ds, backbones, subset=name, home=home, recipe=recipe, seed=seed)
-    scores = {backbone: _scores(pool, backbone, name) for backbone in pool.stores}
+        plan = plan_for(ds, list(pool.stores.values()), subsets=[name], folds=folds, seed=seed)
+    scores = {backbone: _scores(pool, plan, backbone, name) for backbone in pool.stores}
     ranks = [rankdata([-row[key] for row in scores.values()]) for key in SCORES]
-    saved, said = _saved_probes(pool, home, seed)
+    saved, said = _saved_probes(pool, plan, home)
     notes += said
     rows = [
         RankRow(
@@ -222,8 +228,7 @@ def rank_dataset(
     ]
     rows.sort(key=lambda row: row.place)
     n_train, n_val = (
-        float(np.mean([len(part[fold, name]) for fold in range(pool.plan.n_folds)]))
-        for part in (pool.plan.train, pool.plan.val)
+        float(np.mean([len(part[fold, name]) for fold in range(folds)])) for part in (plan.train, plan.val)
     )
     ordered = sorted((result for own in saved.values() for result in own.values()), key=lambda r: r.n_train)
     labels = {result.subset: result.labels_used for result in ordered}
@@ -257,8 +262,19 @@ def correlate(rows: Sequence[RankRow]) -> list[Correlation]:
     return found
 
 
-def _scores(pool: Pool, backbone: str, subset: str) -> dict[str, float]:
-    plan, metric, n_classes = pool.plan, pool.ds.metric, len(pool.ds.class_names)
+def _folds(pool: Pool) -> tuple[int, list[str]]:
+    """Into how many folds every class can be divided, from two to five, and what to say where it is not five."""
+    labels, groups = (part[pool.sides.pool] for part in (pool.sides.labels, pool.sides.groups))
+    counts = [len(set(groups[labels == c])) for c in range(len(pool.ds.class_names))]
+    folds = max(2, min([_FOLDS, *counts]))
+    if folds == _FOLDS:
+        return folds, []
+    rare = ", ".join(name for name, count in zip(pool.ds.class_names, counts, strict=True) if count < _FOLDS)
+    return folds, [f"{folds} folds in place of {_FOLDS}: {rare} is too rare for more (groups outside the test set)"]
+
+
+def _scores(pool: Pool, plan: Splits, backbone: str, subset: str) -> dict[str, float]:
+    metric, n_classes = pool.ds.metric, len(pool.ds.class_names)
     features, place = pool.features(backbone, pool.rows), np.full(len(plan.ids), -1, dtype=np.int64)
     place[pool.rows] = np.arange(len(pool.rows))
     x, labels = features.numpy(), plan.labels
@@ -283,11 +299,13 @@ def _scores(pool: Pool, backbone: str, subset: str) -> dict[str, float]:
     }
 
 
-def _saved_probes(pool: Pool, home: PathLike | None, seed: int) -> tuple[dict[str, dict[str, ProbeResult]], list[str]]:
+def _saved_probes(
+    pool: Pool, plan: Splits, home: PathLike | None
+) -> tuple[dict[str, dict[str, ProbeResult]], list[str]]:
     """Saved linear probes of each backbone by subset, on the very features ranked, and what to say of them.
 
-    All are of one protocol: this seed's five folds, validated on whole folds, where there is a probe of it, else the
-    one that most are of; at each subset also of the same splits.
+    All are of one protocol: that of the plan, where there is a probe of it, else the one that most are of; at each
+    subset also of the same splits.
     """
     usual = asdict(Schedule())
     head = {"name": "linear", **hyperparameters(make_head("linear"))}
@@ -310,7 +328,7 @@ def _saved_probes(pool: Pool, home: PathLike | None, seed: int) -> tuple[dict[st
     found: dict[str, dict[str, ProbeResult]] = {backbone: {} for backbone in pool.stores}
     if not fitting:
         return found, [f"{others} linear probes of other protocols left out"] if others else []
-    default = (pool.plan.val_mode, pool.plan.test_set, seed, pool.plan.n_folds, False)
+    default = (plan.val_mode, plan.test_set, plan.seed, plan.n_folds, False)
     chosen = default if default in fitting else max(fitting, key=lambda key: (len(fitting[key]), repr(key)))
     ordered = sorted(fitting[chosen], key=lambda r: (r.n_train, r.id))
     for subset in dict.fromkeys(result.subset for result in ordered):

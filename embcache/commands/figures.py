@@ -63,7 +63,7 @@ def tsne(
         int | None, typer.Option("--limit", metavar="N", help="Draw N of the images at most. [default: all]")
     ] = None,
     perplexity: Annotated[float, typer.Option("--perplexity", metavar="P", help="Of t-SNE.")] = 30.0,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of maps, and of a local test set.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of maps.")] = 0,
     output: OutputOption = None,
     coordinates: Annotated[
         Path | None,
@@ -79,7 +79,8 @@ def tsne(
     """Map cached embeddings side by side: each backbone, and what a run of dvme fuses.
 
     From the cache alone. Under each map: silhouette of the classes and balanced accuracy of the ten nearest
-    neighbours, both in the embedding itself, and how far the map's neighbours are the embedding's (trustworthiness).
+    neighbors, both in the embedding itself and among images of other groups (patients), and how far the map's
+    neighbors are the embedding's (trustworthiness).
 
     Example: embcache tsne --dataset pneumonia --backbone random,effnet_lite0 --run dvme-S --output maps.pdf
     """
@@ -324,15 +325,20 @@ def _write_points(maps: Maps, ds: ImageDataset, target: Path) -> None:
 
 
 def _print_maps(maps: Maps) -> None:
+    from embcache.analysis.maps import decimals
+
     typer.echo(f"{maps.dataset}: {maps.shown.remark}, {len(maps.shown.ids):,} images")
     rows = [
         [
-            panel.label, panel.dim, "–" if panel.scores.silhouette is None else f"{panel.scores.silhouette:.3f}",
-            f"{panel.scores.knn_accuracy:.3f}", f"{panel.scores.trustworthiness:.3f}", panel.remark,
+            panel.label, panel.dim, decimals(panel.scores.silhouette, 3), decimals(panel.scores.knn_accuracy, 3),
+            f"{panel.scores.trustworthiness:.3f}", panel.remark,
         ]
         for panel in maps.panels
     ]  # fmt: skip
     print_table(["embedding", "dimensions", "silhouette", "k-NN accuracy", "trustworthiness", ""], rows)
-    typer.echo("· silhouette and k-NN accuracy (balanced, 10 neighbours) of the embedding; trustworthiness of its map")
+    typer.echo(
+        "· silhouette and k-NN accuracy (balanced, 10 neighbors), among images of other groups, of the embedding; "
+        "trustworthiness of its map"
+    )
     for path in maps.paths:
         typer.echo(f"figure: {path}")

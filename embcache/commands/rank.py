@@ -77,7 +77,7 @@ def rank(
 def similarity(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the folds, hence of a local test set.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the images drawn, where there are many.")] = 0,
     recipe: RecipeOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
