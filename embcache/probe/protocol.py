@@ -12,6 +12,7 @@ and for every backbone and head.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +33,31 @@ TEST_SEED = 20_210_823
 
 TEST_PARTS = 5
 """The local test set is one of five stratified, grouped parts: 20 %."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """The rows of a dataset that may train, those that validate in every fold, and those that test.
+
+    Attributes
+    ----------
+    ids, groups : object arrays of str, shape (N,)
+    labels : int64 array of shape (N,)
+        -1 where unlabelled.
+    pool, own_val, test : int64 array
+        Rows, ascending. ``own_val``: the dataset's own val split, empty where it has none.
+    test_set : {"official", "local"}
+    notes : tuple of str
+    """
+
+    ids: StrArray
+    labels: IntArray
+    groups: StrArray
+    pool: IntArray
+    own_val: IntArray
+    test: IntArray
+    test_set: str
+    notes: tuple[str, ...]
 
 
 def plan_splits(
@@ -85,39 +111,14 @@ def plan_splits(
     """
     check_protocol(folds, val, test)
     sizes = subset_sizes(ds, subsets)
-    table = ds.table
-    ids = table["id"].to_numpy(dtype=object)
-    labels = table["label"].to_numpy(dtype=np.int64)
-    given = table["split"].to_numpy(dtype=object)
-    groups = merged_groups(ds, digests)
+    sides = divide(
+        ds, seed=seed, test=test, digests=digests, unreadable=unreadable, exclude_test_overlap=exclude_test_overlap
+    )
+    ids, labels, groups, notes = sides.ids, sides.labels, sides.groups, list(sides.notes)
+    pool, own_val, test_rows = sides.pool, sides.own_val, sides.test
     n_classes = len(ds.class_names)
-    # the overlap is told below, for the test set that is really used
-    notes = [note for note in ds.notes if note not in overlap_notes(table)]
-
-    readable = ~np.isin(ids, np.asarray(sorted(unreadable), dtype=object)) if unreadable else np.ones(len(ids), bool)
-    if not readable.all():
-        notes.append(f"{(~readable).sum()} unreadable images left out")
-    usable = readable & (labels >= 0)
-    pool, own_val = (np.flatnonzero((given == split) & usable) for split in ("train", "val"))
-    official = np.flatnonzero((given == "test") & readable)
-    if not ds.grouped:
-        notes.append("ungrouped: slides may be on both sides")
-    if (labels[official] >= 0).any() or test == "official":
-        test_rows, test_set = official, "official"
-        pool, own_val, told = _official_overlap(ds, groups, official, pool, own_val, exclude_test_overlap)
-        notes += told
-    else:
-        test_rows, test_set = _local_test(labels, groups, pool, own_val), "local"
-        pool = np.setdiff1d(pool, test_rows)
     if len(own_val):
         notes.append(f"validation is the dataset's own val split ({len(own_val)} images) in every fold")
-        kept = pool[~_sharing(groups, pool, own_val)]
-        if len(kept) < len(pool):
-            notes.append(f"{len(pool) - len(kept)} training images that share a group with the val split left out")
-        pool = kept
-    if ds.pool_limit is not None and len(pool) > ds.pool_limit:
-        pool = np.sort(pool[hash_order(seed, "pool", ids[pool].tolist())[: ds.pool_limit]])
-
     _check_classes(ds, labels[pool], groups[pool], folds)
     fold_of = stratified_group_folds(labels[pool], groups[pool].tolist(), folds, seed, "folds")
     train: dict[Key, IntArray] = {}
@@ -150,7 +151,7 @@ def plan_splits(
         labels=labels,
         groups=groups,
         test=test_rows,
-        test_set=test_set,
+        test_set=sides.test_set,
         train=train,
         val=validate,
         subsets=tuple(sizes),
@@ -159,6 +160,52 @@ def plan_splits(
         val_mode=val,
         notes=tuple(dict.fromkeys(notes)),
     ).check()
+
+
+def divide(
+    ds: ImageDataset,
+    *,
+    seed: int = 0,
+    test: str = "local",
+    digests: Mapping[str, str] | None = None,
+    unreadable: Collection[str] = (),
+    exclude_test_overlap: bool = False,
+) -> Sides:
+    """Divide a dataset into pool and test set. Needs no folds, so any number of images of a class will do.
+
+    Parameters as of `plan_splits`.
+    """
+    table = ds.table
+    ids = table["id"].to_numpy(dtype=object)
+    labels = table["label"].to_numpy(dtype=np.int64)
+    given = table["split"].to_numpy(dtype=object)
+    groups = merged_groups(ds, digests)
+    # the overlap is told below, for the test set that is really used
+    notes = [note for note in ds.notes if note not in overlap_notes(table)]
+
+    readable = ~np.isin(ids, np.asarray(sorted(unreadable), dtype=object)) if unreadable else np.ones(len(ids), bool)
+    if not readable.all():
+        notes.append(f"{(~readable).sum()} unreadable images left out")
+    usable = readable & (labels >= 0)
+    pool, own_val = (np.flatnonzero((given == split) & usable) for split in ("train", "val"))
+    official = np.flatnonzero((given == "test") & readable)
+    if not ds.grouped:
+        notes.append("ungrouped: slides may be on both sides")
+    if (labels[official] >= 0).any() or test == "official":
+        test_rows, test_set = official, "official"
+        pool, own_val, told = _official_overlap(ds, groups, official, pool, own_val, exclude_test_overlap)
+        notes += told
+    else:
+        test_rows, test_set = _local_test(labels, groups, pool, own_val), "local"
+        pool = np.setdiff1d(pool, test_rows)
+    if len(own_val):
+        kept = pool[~_sharing(groups, pool, own_val)]
+        if len(kept) < len(pool):
+            notes.append(f"{len(pool) - len(kept)} training images that share a group with the val split left out")
+        pool = kept
+    if ds.pool_limit is not None and len(pool) > ds.pool_limit:
+        pool = np.sort(pool[hash_order(seed, "pool", ids[pool].tolist())[: ds.pool_limit]])
+    return Sides(ids, labels, groups, pool, own_val, test_rows, test_set, tuple(notes))
 
 
 def subset_sizes(ds: ImageDataset, subsets: Sequence[str | int]) -> dict[str, int | None]:
