@@ -145,8 +145,8 @@ class Audit:
     outliers : tuple of Outlier
         Furthest first.
     exclude : tuple of (str, str)
-        Training images to leave out, each with the reason. Test images never: a test set that was cleaned by a model
-        flatters that model.
+        Training images to leave out, each with the reason. No label error where the models are too weak, no outlier of
+        a class with `NEIGHBORS` images or fewer, and never a test image: a test set that a model cleaned flatters it.
     effect : Effect or None
         None where nothing is excluded, or where it cannot be told.
     no_effect : str
@@ -455,6 +455,9 @@ def _exclude(
 ) -> tuple[tuple[str, str], ...]:
     """Training images to leave out, each with its first reason."""
     reasons: dict[str, str] = {}
+    # An image of a rare class is far from others only because there are few of its kind.
+    common = np.bincount(images.labels[: images.n], minlength=len(images.class_names)) > NEIGHBORS
+    usual = set(images.ids[: images.n][common[images.labels[: images.n]]].tolist())
     for pair in pairs:
         if pair.kind == "across splits":  # the training image comes first
             reasons.setdefault(pair.one, f"near-duplicate of the test image {pair.other}")
@@ -463,7 +466,7 @@ def _exclude(
             name = images.class_names[error.proposed]
             reasons.setdefault(error.id, f"likely label error ({name}: p = {error.p_proposed:.3f})")
     for outlier in outliers:
-        if outlier.split != "test":
+        if outlier.id in usual:
             reasons.setdefault(outlier.id, f"outlier ({outlier.deviations:.1f} deviations)")
     return tuple(reasons.items())
 
