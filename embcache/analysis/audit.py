@@ -330,10 +330,10 @@ def _judge(
     groups = [len(set(images.groups[: images.n][here == c].tolist())) for c in range(len(names))]
     judged = [c for c, count in enumerate(groups) if count >= folds]
     rare = ", ".join(f"{name} ({groups[c]})" for c, name in enumerate(names) if c not in judged)
-    notes = (f"labels are judged of classes with {folds} groups in training or more; not of {rare}",) if rare else ()
+    notes = (f"labels are not judged of classes with fewer than {folds} groups in training: {rare}",) if rare else ()
     if len(judged) < 2:
         return None, (), notes
-    some = images.of_classes(judged)
+    some = images.of_classes(judged) if rare else images
     p = _calibrated(some, folds, seed)
     doubted = doubted_labels(some.labels, p, some.n)
     y, right, n = some.labels[: some.n], p.argmax(1)[: some.n] == some.labels[: some.n], some.n

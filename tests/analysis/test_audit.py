@@ -204,7 +204,7 @@ def test_rare_classes_do_not_end_the_audit(home: Path) -> None:
     assert [(e.id, e.label, e.proposed) for e in found.label_errors if e.split == "train"] == [("i7", 1, 0)]
     assert found.judge is not None
     assert not found.judge.too_weak
-    assert any("not of c (" in note for note in found.notes)
+    assert any("fewer than 5 groups in training: c (" in note for note in found.notes)
     assert {"i80", "i81", "i82"} & {o.id for o in found.outliers}  # far from all others, since they are few
     assert not {"i80", "i81", "i82"} & {id_ for id_, _ in found.exclude}
     assert found.effect is not None
