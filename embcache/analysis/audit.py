@@ -23,7 +23,7 @@ from embcache.probe.heads.logreg import LogReg
 from embcache.probe.inputs import load_features, open_stores
 from embcache.probe.metrics import score
 from embcache.probe.protocol import divide
-from embcache.probe.standard import Standard, standardise
+from embcache.probe.standard import standard_directions
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
@@ -45,7 +45,6 @@ FAR = 5.0
 """Robust deviations below the usual closeness of neighbors from which an image counts as an outlier."""
 
 _BLOCK = 512  # rows compared with all others at a time
-_CHUNK = 8192  # rows standardized at a time, in float64
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 Float = NDArray[np.float64]
@@ -289,7 +288,7 @@ def _check(images: _Images, ds: ImageDataset) -> None:
 
 def _compare(images: _Images, threshold: float) -> tuple[tuple[Pair, ...], Float]:
     """Near-duplicates among all images, and each image's mean similarity to its nearest other training images, (N,)."""
-    z = _directions(images)
+    z = standard_directions(images.x.numpy(), by=images.x[: images.n].numpy())
     total, n, k = len(z), images.n, min(NEIGHBORS, images.n - 1)
     closeness = np.empty(total)
     pairs = []
@@ -302,16 +301,6 @@ def _compare(images: _Images, threshold: float) -> tuple[tuple[Pair, ...], Float
             if start + a < b:
                 pairs.append(_pair(images, start + a, b, float(similar[a, b])))
     return tuple(sorted(pairs, key=lambda pair: (-pair.similarity, pair.one, pair.other))), closeness
-
-
-def _directions(images: _Images) -> NDArray[np.float32]:
-    """Features standardized by the training images, each row scaled to length 1."""
-    standard = Standard()
-    for start in range(0, images.n, _CHUNK):
-        standard.add({"": images.x[start : min(start + _CHUNK, images.n)]})
-    params = {name: p[None] for name, p in standard.params().items()}
-    z = np.asarray(standardise(params, "", images.x[None])[0].numpy(), dtype=np.float32)
-    return np.asarray(z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12), dtype=np.float32)
 
 
 def _pair(images: _Images, one: int, other: int, similarity: float) -> Pair:

@@ -10,17 +10,17 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
-from sklearn.preprocessing import StandardScaler
 
 from embcache.cores import usable_cores
 from embcache.errors import ProtocolError, UsageError
+from embcache.probe.standard import standardized
 
 METHODS = ("tsne", "umap", "pca")
 PERPLEXITY = 30.0
 NEIGHBOURS = 10
 """Of an image, wherever neighbourhoods are looked at."""
 
-MAP_VERSION = 2
+MAP_VERSION = 3
 """Raised whenever `embed_map` would give other coordinates of the same features: those kept are then made anew."""
 
 _COMPONENTS = 50
@@ -64,7 +64,7 @@ def embed_map(
     X = np.asarray(features, dtype=np.float32)
     if len(X) < 4:
         raise ProtocolError("too few images for a map", expected="at least 4", found=str(len(X)))
-    X = StandardScaler().fit_transform(X)
+    X = standardized(X)
     if method == "umap":
         return _umap(X, seed, max(2, min(round(perplexity / 2), len(X) - 1)))
     if method == "pca":
@@ -130,7 +130,7 @@ class MapScores:
 
 def score_map(features: ArrayLike, coordinates: ArrayLike, labels: NDArray[np.int64]) -> MapScores:
     """Scores of an embedding (n, D) and of its map (n, 2), on the images shown."""
-    X = StandardScaler().fit_transform(np.asarray(features, dtype=np.float32))
+    X = standardized(features)
     classes = len(np.unique(labels))
     silhouette = float(silhouette_score(X, labels)) if 1 < classes < len(X) else None
     k = max(1, min(NEIGHBOURS, (len(X) - 1) // 2))
@@ -150,7 +150,7 @@ def neighbour_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64],
     k : int
         Lowered to the others there are.
     """
-    return _neighbour_accuracy(StandardScaler().fit_transform(features), labels, k)
+    return _neighbour_accuracy(standardized(features), labels, k)
 
 
 def _neighbour_accuracy(x: NDArray[np.float32], labels: NDArray[np.int64], k: int) -> float:

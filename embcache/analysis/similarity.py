@@ -15,6 +15,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, UsageError
 from embcache.paths import PathLike
 from embcache.probe.cached import cached_backbones, cached_datasets
+from embcache.probe.standard import standard_directions
 from embcache.store.feature_store import extract_command
 
 Array = NDArray[np.float64]
@@ -183,9 +184,7 @@ def linear_cka(x: NDArray[np.floating], y: NDArray[np.floating], *, debiased: bo
 
 def nearest_neighbours(x: NDArray[np.floating], k: int) -> NDArray[np.int64]:
     """Rows of the ``k`` nearest other images of each, int64 (n, k): by cosine on standardised features, as ``knn``."""
-    spread = np.std(x, axis=0, dtype=np.float64)
-    z = (x - np.mean(x, axis=0, dtype=np.float64)) / np.where(spread > 0, spread, 1.0)
-    z = (z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    z = standard_directions(x)
     near = np.empty((len(z), k), dtype=np.int64)
     for start in range(0, len(z), _BLOCK):
         cosines = z[start : start + _BLOCK] @ z.T
