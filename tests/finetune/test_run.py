@@ -68,6 +68,20 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.undo()
 
 
+def test_no_test_label_decides_anything(ds: ImageDataset, home: Path) -> None:
+    table = ds.table.copy()
+    test = table["split"] == "test"
+    table.loc[test, "label"] = 1 - table.loc[test, "label"]
+    kept = []
+    for one in (ds, replace(ds, table=table)):
+        result = run(one)
+        heads = load_heads(runs_dir(ds.name, home) / result.id)
+        folds = [(f.best_epoch, f.epochs, f.val_score, f.lr) for f in result.folds]
+        kept.append((folds, [{name: p.tolist() for name, p in head.items()} for head in heads], result.mean))
+    assert kept[0][:2] == kept[1][:2]
+    assert kept[0][2] != kept[1][2]
+
+
 Written = dict[tuple[int, int], tuple[object, ...]]
 
 
