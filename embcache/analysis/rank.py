@@ -13,6 +13,7 @@ from scipy.stats import kendalltau, rankdata, spearmanr
 
 from embcache.analysis.pool import MOST, Pool, open_datasets, open_pool
 from embcache.analysis.transfer import centroid_logits, h_score, logme
+from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset
 from embcache.paths import PathLike
 from embcache.probe.heads import hyperparameters, make_head
@@ -134,12 +135,13 @@ def rank_cached(
     home: PathLike | None = None,
     allow_missing: bool = False,
     dataset_name: str | None = None,
+    classes: ClassOptions = ClassOptions(),
 ) -> list[Ranking]:
     """Rank the backbones of datasets by name, by default of every one whose features are cached.
 
     Parameters
     ----------
-    datasets, backbones, data_root, home, allow_missing, dataset_name
+    datasets, backbones, data_root, home, allow_missing, dataset_name, classes
         As for `embcache.probe.cached.probe_cached`.
     subset, seed, recipe
         As for `rank_dataset`.
@@ -152,7 +154,12 @@ def rank_cached(
         ``data_root`` with several datasets.
     """
     opened = open_datasets(
-        datasets, data_root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name
+        datasets,
+        data_root=data_root,
+        home=home,
+        allow_missing=allow_missing,
+        dataset_name=dataset_name,
+        classes=classes,
     )
     return [rank_dataset(ds, backbones, home=home, recipe=recipe, seed=seed, subset=subset) for ds in opened]
 
@@ -296,7 +303,9 @@ def _saved_probes(pool: Pool, home: PathLike | None, seed: int) -> tuple[dict[st
     for result in list_results(home, pool.ds.name):
         request = result.request
         single = result.kind == "probe" and result.head == "linear" and len(result.backbones) == 1
-        if not single or result.mean is None or result.backbones[0] not in pool.stores or result.target:
+        if not single or result.mean is None or result.backbones[0] not in pool.stores:
+            continue
+        if result.target != pool.ds.target or request.get("classes", {}) != pool.ds.renamed:
             continue
         backbone = result.backbones[0]
         if dict(request["recipes"]).get(backbone) != pool.stores[backbone].recipe.fingerprint:

@@ -12,13 +12,16 @@ from embcache.commands.options import (
     AllowMissingOption,
     BackboneOption,
     DataRootOption,
+    DropClassOption,
     FoldsOption,
     HomeOption,
+    MergeClassOption,
     NameOption,
     OverlapOption,
     SeedOption,
     TestOption,
     ValOption,
+    class_options,
     split_list,
 )
 from embcache.commands.table import print_note, print_table
@@ -50,6 +53,8 @@ def export(
     val: ValOption = "full",
     test: TestOption = "local",
     exclude_test_overlap: OverlapOption = False,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
 ) -> None:
@@ -65,6 +70,7 @@ def export(
     if len(names) > 1:
         raise UsageError("--backbone names the one store that tells which images are identical", found=", ".join(names))
     ds, source = find_dataset(dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds = class_options(drop_class, merge_class).of(ds)
     splits, store = plan_cached(
         ds,
         home=home,
@@ -93,6 +99,8 @@ def import_(
     dataset: OneDatasetOption,
     data_root: DataRootOption = None,
     home: HomeOption = None,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
 ) -> None:
@@ -106,6 +114,7 @@ def import_(
     from embcache.probe.cached import import_splits
 
     ds, _ = find_dataset(dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds = class_options(drop_class, merge_class).of(ds)
     imported = import_splits(file, ds, home)
     _print(imported.splits)
     typer.echo(f"kept as {imported.path}")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from embcache.data.classes import class_flags
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from embcache.extract.augment import Augmentation, augmentation
@@ -162,6 +163,7 @@ class Asked:
             # Batch normalisation takes its statistics over what goes through the network at once.
             **({"accumulate": self.settings.accumulate} if self.settings.accumulate > 1 else {}),
             **({"exclude_test_overlap": True} if self.settings.exclude_test_overlap else {}),
+            **({"classes": dict(ds.renamed)} if ds.renamed else {}),
         }
 
     def notes(self, ds: ImageDataset) -> list[str]:
@@ -236,6 +238,7 @@ def resume_command(ds: ImageDataset, backbones: Sequence[str], settings: Setting
     words += ["--data-root", str(ds.origin)] if ds.origin is not None else []
     words += ["--name", ds.name] if ds.kind == "folder" else []
     words += ["--allow-missing"] if ds.missing else []
+    words += class_flags(ds.renamed)
     for option in fields(Settings):
         value, flag = getattr(settings, option.name), "--" + option.name.replace("_", "-")
         if option.name not in ("head", "subset") and value == option.default:

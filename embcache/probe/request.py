@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from embcache.data.columns import column_values, retarget
+from embcache.data.columns import retarget
 from embcache.data.dataset import ImageDataset
 from embcache.data.splits import IntArray
 from embcache.errors import UsageError
@@ -35,8 +35,6 @@ class Asked:
     ----------
     ds : ImageDataset
         With the target column as its labels where one is asked for.
-    target : str
-        That column, as the table spells it; empty for the labels.
     sets : sequence of sequences of str
         Each gives one result per subset.
     subsets : tuple of str
@@ -50,7 +48,6 @@ class Asked:
     """
 
     ds: ImageDataset
-    target: str
     sets: Sequence[Sequence[str]]
     subsets: tuple[str, ...]
     stores: Mapping[str, FeatureStore]
@@ -91,7 +88,8 @@ class Asked:
             **({"repeats": o.repeats} if o.repeats > 1 else {}),
             **({"lrs": [schedule.lr for schedule in o.schedules]} if len(o.schedules) > 1 else {}),
             **({"views": o.n_views} if o.n_views > 1 else {}),
-            **({"target": self.target} if self.target else {}),
+            **({"target": self.ds.target} if self.ds.target else {}),
+            **({"classes": dict(self.ds.renamed)} if self.ds.renamed else {}),
             **({"exclude_test_overlap": True} if o.exclude_test_overlap else {}),
             **self._streamed(backbones, subset),
         }
@@ -209,10 +207,8 @@ def ask(
     StoreError
         Nothing is cached for it, or several recipes are.
     """
-    target = ""
     if options.target is not None:
-        target = column_values(ds, options.target).name
-        ds = retarget(ds, target)
+        ds = retarget(ds, options.target)
     names = tuple(subset_sizes(ds, subsets))
     check_device(options.device)
     sets = [_checked_set(options.model, asked) for asked in sets]
@@ -232,7 +228,7 @@ def ask(
         for repeat in range(options.repeats)
     )
     source = source or ("live" if ds.root is not None and ds.root.exists() else "snapshot")
-    return Asked(ds, target, sets, names, stores, plans, options, source)
+    return Asked(ds, sets, names, stores, plans, options, source)
 
 
 def _checked_set(head: Head, names: Sequence[str]) -> Sequence[str]:

@@ -293,7 +293,7 @@ def _answer(
             p=p[part],
             source=asked.source,
             seconds=trained * share + time.perf_counter() - began,
-            target=asked.target,
+            target=ds.target,
             notes=asked.notes(names, subset),
         )
         if o.save:

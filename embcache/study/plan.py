@@ -98,6 +98,7 @@ def look(grid: Grid, settings: Settings, say: Callable[[str], object] = lambda l
                 allow_missing=settings.allow_missing,
                 dataset_name=settings.dataset_name,
             )
+            state.ds = settings.classes.of(state.ds)
         except EmbcacheError as error:
             if isinstance(error, UsageError):
                 raise
