@@ -19,7 +19,6 @@ from embcache.paths import PathLike
 from embcache.probe.heads import hyperparameters, make_head
 from embcache.probe.heads.knn import KNN
 from embcache.probe.metrics import score, softmax
-from embcache.probe.protocol import subset_sizes
 from embcache.probe.results import ProbeResult, list_results
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import predict_logits
@@ -206,13 +205,13 @@ def rank_dataset(
     ProtocolError
         The dataset cannot carry folds or subset.
     """
-    (name,) = subset_sizes(ds, [subset])
-    pool = open_pool(ds, backbones, subset=name, home=home, recipe=recipe, seed=seed)
+    pool = open_pool(ds, backbones, subset=subset, home=home, recipe=recipe, seed=seed)
+    (name,) = pool.plan.subsets
     notes = list(pool.plan.notes)
     if name == "F" and min(len(rows) for rows in pool.plan.train.values()) > MOST:
         notes.append(f"scored on {MOST:,} training images a fold, drawn balanced from all there are")
-        name = str(MOST)
-        pool = open_pool(ds, backbones, subset=name, home=home, recipe=recipe, seed=seed)
+        pool = open_pool(ds, backbones, subset=MOST, home=home, recipe=recipe, seed=seed)
+        (name,) = pool.plan.subsets
     scores = {backbone: _scores(pool, backbone, name) for backbone in pool.stores}
     ranks = [rankdata([-row[key] for row in scores.values()]) for key in SCORES]
     saved, said = _saved_probes(pool, home, seed)

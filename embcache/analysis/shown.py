@@ -88,7 +88,7 @@ def shown_images(
     if not len(chosen):
         raise ProtocolError(
             f"the labels of the {rows} images of {ds.name} are not known: there is nothing to colour by",
-            fix="--test local",
+            fix=("--test local", "--rows all"),
         )
     words = {"test": f"{plan.test_set} test set", "train": "training and validation images", "all": "all images"}
     remark = words[rows]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embcache.errors import UsageError
+from embcache.errors import UsageError, advise_only
 from embcache.paths import replace_file
 
 if TYPE_CHECKING:
@@ -114,6 +114,14 @@ def split_list(values: Sequence[str] | None) -> list[str]:
             if name.strip() not in names:
                 names.append(name.strip())
     return names
+
+
+def advise_by(context: typer.Context) -> None:
+    """Let errors advise only the flags of the command that is about to run; for the callback of a group."""
+    command = getattr(context.command, "commands", {}).get(context.invoked_subcommand)
+    if command is not None:
+        advise_only(flag for option in command.params for flag in (*option.opts, *option.secondary_opts))
+        context.call_on_close(lambda: advise_only(None))
 
 
 def class_options(drop: Sequence[str] | None, merge: Sequence[str] | None) -> ClassOptions:

@@ -21,6 +21,7 @@ from embcache.commands.options import (
     SeedOption,
     TestOption,
     ValOption,
+    advise_by,
     class_options,
     split_list,
 )
@@ -30,7 +31,7 @@ from embcache.errors import UsageError
 if TYPE_CHECKING:
     from embcache.probe.splits import Splits
 
-app = typer.Typer(help="The exact images of every fold and subset.", no_args_is_help=True)
+app = typer.Typer(help="The exact images of every fold and subset.", no_args_is_help=True, callback=advise_by)
 
 OneDatasetOption = Annotated[str, typer.Option("--dataset", metavar="NAME", help="See `embcache datasets`.")]
 

@@ -97,7 +97,11 @@ def new_names(ds: ImageDataset, drop: Iterable[str], merge: Mapping[str, Iterabl
         raise UsageError(f"class {twice[0]!r} is named in two changes", expected="each class dropped or merged once")
     for name, members in merged.items():
         if len(members) < 2:
-            raise UsageError("a merge needs two classes or more", found=f"{' + '.join(members)} = {name}", fix=_EXAMPLE)
+            raise UsageError(
+                "a merge needs two classes or more",
+                found=f"{' + '.join(members)} = {name}",
+                fix=_example(dict.fromkeys((*members, *ds.class_names))),
+            )
         if name in ds.class_names and name not in members:
             raise UsageError(
                 f"{ds.name} already has a class {name!r}, which is not one of those to merge",

@@ -346,13 +346,12 @@ def settle(ds: ImageDataset, source: DatasetSource, *, allow_missing: bool) -> I
     missing = tuple(path for path, size in sizes.items() if size is None)
     if missing and (not allow_missing or len(missing) == len(sizes)):
         get = f"get the images: kagglehub.{source.download}" if source.download else "put the images there"
-        flag = "--allow-missing (a flag of every command that takes --dataset; load_dataset: allow_missing=True)"
         raise DatasetError(
             f"{len(missing):,} of {len(sizes):,} images that the labels name are not there",
             expected="a file for every row",
             found=f"no {first_few(missing)}",
             where=ds.root,
-            fix=get if len(missing) == len(sizes) else f"{get}; or go on without them: {flag}",
+            fix=get if len(missing) == len(sizes) else (get, "--allow-missing (in Python allow_missing=True)"),
         )
     if missing:
         note = f"{len(missing):,} of {len(sizes):,} images are missing and left out (first: {first_few(missing, 3)})"

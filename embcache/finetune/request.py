@@ -31,7 +31,7 @@ from embcache.probe.inputs import digest_images, plan_for
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.results import PROTOCOL_VERSION
 from embcache.probe.schedule import Schedule
-from embcache.probe.splits import Splits
+from embcache.probe.splits import Splits, name_everything
 from embcache.probe.stack import TrainableHead
 
 ARITHMETIC = 1
@@ -127,12 +127,12 @@ class Asked:
         return next(iter(self.transforms.values()))
 
     def plan(self, ds: ImageDataset, images: Images) -> Splits:
-        """Splits of the dataset, as `embcache.probe.inputs.plan_for` draws them for probing."""
+        """Splits of the dataset, as `embcache.probe.inputs.plan_for` draws them for probing; of one subset."""
         s = self.settings
-        return plan_for(
+        drawn = plan_for(
             ds,
             [images],
-            subsets=[self.subset],
+            subsets=[s.subset],
             folds=s.folds,
             seed=s.seed,
             val=s.val,
@@ -140,6 +140,8 @@ class Asked:
             splits=s.splits,
             exclude_test_overlap=s.exclude_test_overlap,
         )
+        (plan,) = name_everything([drawn])
+        return plan
 
     def request(self, ds: ImageDataset, plan: Splits, images: Images) -> dict[str, Any]:
         """Everything that the result depends on, as JSON data; how pixels are kept or workers share is not in it."""

@@ -75,7 +75,7 @@ def probe_cached(
     Returns
     -------
     list of ProbeResult
-        For each dataset each set of backbones each subset.
+        For each dataset each set of backbones each subset; those of the same images once.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def probe_cached(
             progress=progress,
             **options,
         )
-    return results
+    return list({result.id: result for result in results}.values())
 
 
 def cached_datasets(home: PathLike | None = None) -> list[str]:

@@ -22,7 +22,7 @@ from embcache.probe.options import ProbeOptions
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.results import PROTOCOL_VERSION, ProbeResult, as_asked, find_run, run_id
 from embcache.probe.solve import is_solved
-from embcache.probe.splits import Splits
+from embcache.probe.splits import Splits, name_everything
 from embcache.probe.summary import request_notes, training_notes
 from embcache.store.feature_store import FeatureStore
 
@@ -38,7 +38,9 @@ class Asked:
     sets : sequence of sequences of str
         Each gives one result per subset.
     subsets : tuple of str
-        Canonical names.
+        Canonical names, each once.
+    order : tuple of str
+        The canonical name of each subset that was asked for.
     stores : mapping of backbone to FeatureStore
     plans : tuple of Splits
         One a repeat; all have the same test set.
@@ -50,6 +52,7 @@ class Asked:
     ds: ImageDataset
     sets: Sequence[Sequence[str]]
     subsets: tuple[str, ...]
+    order: tuple[str, ...]
     stores: Mapping[str, FeatureStore]
     plans: tuple[Splits, ...]
     options: ProbeOptions
@@ -180,7 +183,7 @@ class Asked:
     def told(self, result: ProbeResult) -> ProbeResult:
         """A result with the source and the notes of this request."""
         notes = [
-            *request_notes(self.ds, self.plans, result.subset),
+            *request_notes(self.ds, self.plans, result.subset, result.head),
             *self.notes(result.backbones, result.subset),
             *training_notes(result.folds),
         ]
@@ -209,15 +212,16 @@ def ask(
     """
     if options.target is not None:
         ds = retarget(ds, options.target)
-    names = tuple(subset_sizes(ds, subsets))
+    names = [name for asked in subsets for name in subset_sizes(ds, [asked])]
+    subset_sizes(ds, names)  # one at least
     check_device(options.device)
     sets = [_checked_set(options.model, asked) for asked in sets]
     stores = open_stores(ds, sets, options.home, options.recipe, options.n_views)
-    plans = tuple(
+    drawn = [
         plan_for(
             ds,
             list(stores.values()),
-            subsets=names,
+            subsets=subsets,
             folds=options.folds,
             seed=options.seed + repeat,
             val=options.val,
@@ -226,9 +230,11 @@ def ask(
             exclude_test_overlap=options.exclude_test_overlap,
         )
         for repeat in range(options.repeats)
-    )
+    ]
+    plans = name_everything(drawn)
+    order = tuple(map(plans[0].name_of, names))
     source = source or ("live" if ds.root is not None and ds.root.exists() else "snapshot")
-    return Asked(ds, sets, names, stores, plans, options, source)
+    return Asked(ds, sets, tuple(dict.fromkeys(order)), order, stores, plans, options, source)
 
 
 def _checked_set(head: Head, names: Sequence[str]) -> Sequence[str]:

@@ -13,6 +13,7 @@ import pandas as pd
 
 import embcache
 from embcache.data.dataset import ImageDataset
+from embcache.probe.heads import imbalance
 from embcache.probe.metrics import FloatArray, bootstrap, evaluate, interval
 from embcache.probe.results import FoldResult, ProbeResult, run_id
 from embcache.probe.splits import Splits
@@ -161,7 +162,7 @@ def summarise(
         folds=tuple(folds),
         test_set=plan.test_set,
         synthetic=ds.synthetic,
-        notes=(*request_notes(ds, plans, subset), *notes, *training_notes(folds)),
+        notes=(*request_notes(ds, plans, subset, head), *notes, *training_notes(folds)),
         class_names=tuple(ds.class_names),
         request=request,
         seconds=round(seconds, 3),
@@ -172,15 +173,15 @@ def summarise(
     )
 
 
-def request_notes(ds: ImageDataset, plans: Splits | Sequence[Splits], subset: str) -> list[str]:
-    """What a reader must know before anything is trained: of the dataset, its splits and the subset.
+def request_notes(ds: ImageDataset, plans: Splits | Sequence[Splits], subset: str, head: str) -> list[str]:
+    """What a reader must know before anything is trained: of the dataset, its splits, the subset and the head.
 
     What is true of a later repeat only says which.
     """
     plan, *repeats = [plans] if isinstance(plans, Splits) else plans
-    notes = _notes_of(ds, plan, subset)
+    notes = _notes_of(ds, plan, subset, head)
     for number, repeat in enumerate(repeats, start=1):
-        notes += [f"repeat {number}: {note}" for note in _notes_of(ds, repeat, subset) if note not in notes]
+        notes += [f"repeat {number}: {note}" for note in _notes_of(ds, repeat, subset, head) if note not in notes]
     return list(dict.fromkeys(notes))
 
 
@@ -225,7 +226,7 @@ def prediction_table(plan: Splits, p: FloatArray, outcomes: Sequence[Outcome] | 
     )
 
 
-def _notes_of(ds: ImageDataset, plan: Splits, subset: str) -> list[str]:
+def _notes_of(ds: ImageDataset, plan: Splits, subset: str, head: str) -> list[str]:
     notes = list(plan.notes)
     if ds.synthetic and not any(note.startswith("synthetic") for note in notes):
         notes.insert(0, "synthetic: the images are drawn by embcache")
@@ -233,7 +234,7 @@ def _notes_of(ds: ImageDataset, plan: Splits, subset: str) -> list[str]:
         notes.append(f"the labels of the {len(plan.test)} test images are not known: predictions are kept, not scored")
     n_classes = len(ds.class_names)
     if not all(is_balanced(plan.labels[plan.train[f, subset]], n_classes) for f in range(plan.n_folds)):
-        notes.append(f"subset {subset}: classes are not balanced, so training draws them equally often")
+        notes.append(f"subset {subset}: classes are not balanced: {imbalance(head)}")
     labels, groups = plan.labels[plan.test], plan.groups[plan.test]
     few = {name: len(set(groups[labels == c])) for c, name in enumerate(ds.class_names) if (labels == c).any()}
     few = {name: count for name, count in few.items() if count < FEW_GROUPS}
