@@ -137,7 +137,7 @@ def fused_features(
     if not isinstance(head, Fusion):
         raise UsageError(
             f"a run of {result.head} has no fused embedding", expected="a run of dvme", found=result.id,
-            fix="embcache results --head dvme",
+            fix="embcache results",
         )  # fmt: skip
     heads = load_heads(run)
     place = next((place for place, params in enumerate(heads) if params), None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from embcache.data.checks import SPLITS
 from embcache.data.groups import overlap_notes
 from embcache.errors import UsageError
 
@@ -161,7 +162,7 @@ def _notes(ds: ImageDataset, of: Sequence[str]) -> list[str]:
             continue
         names = ", ".join(ds.class_names[c] for c in old)
         split = ds.table["split"][np.isin(ds.labels, old)]
-        counts = ", ".join(f"{number:,} {name}" for name, number in split.value_counts(sort=False).items())
+        counts = ", ".join(f"{n:,} {name}" for name in SPLITS if (n := int((split == name).sum())))
         images = f"{len(split):,} images" + (f" ({counts})" if counts else "")
         several = f"classes {names} are" if len(old) > 1 else f"class {names} is"
         notes.append(f"{several} one class, {new}: {images}" if new else f"{several} left out: {images}")
