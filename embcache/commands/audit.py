@@ -14,9 +14,12 @@ from embcache.commands.options import (
     BackboneOption,
     DataRootOption,
     DatasetOption,
+    DropClassOption,
     HomeOption,
     JsonOption,
+    MergeClassOption,
     NameOption,
+    class_options,
     split_list,
     write_json,
 )
@@ -47,6 +50,8 @@ def audit(
     ] = 100,
     show: Annotated[int, typer.Option("--show", metavar="N", help="Number of lines to print of each list.")] = 10,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the folds.")] = 0,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
@@ -82,6 +87,7 @@ def audit(
     if output is not None:
         check_target(output)
     ds, _ = find_dataset(names[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds = class_options(drop_class, merge_class).of(ds)
     cached = backbones or cached_backbones(ds.name, home)
     if not cached:
         raise StoreNotFoundError(f"no features are cached for {ds.name}", fix=extract_command("NAME", ds, home))

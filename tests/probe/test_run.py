@@ -16,10 +16,11 @@ from sklearn.metrics import average_precision_score, cohen_kappa_score, log_loss
 import embcache.probe.run as run_module
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, RecipeError, StoreError, StoreNotFoundError, UsageError
+from embcache.probe.cached import probe_cached
 from embcache.probe.metrics import softmax
 from embcache.probe.protocol import plan_splits
 from embcache.probe.results import ProbeResult, list_results, load_heads, load_predictions, load_result, runs_dir
-from embcache.probe.run import probe_features, probe_grid
+from embcache.probe.run import find_saved, probe_features, probe_grid
 from embcache.probe.splits import write_splits
 from embcache.probe.summary import in_metric
 from tests.probe.build import make_dataset, make_features, make_recipe, put_store
@@ -423,12 +424,28 @@ def test_kappa_is_quadratic_on_the_arg_max(home: Path) -> None:
     assert result.folds[2].score == pytest.approx(cohen_kappa_score(part["label"], predicted, weights="quadratic"))
 
 
-def test_unbalanced_subsets_say_that_they_are_oversampled(home: Path) -> None:
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [("linear", "draws them equally often"), ("logreg", "weigh alike"), ("knn", "more neighbors")],
+)
+def test_unbalanced_subsets_say_what_the_head_does_about_it(home: Path, head: str, words: str) -> None:
     ds = make_dataset([0] * 200 + [1] * 40)
     put_store(home, ds, "a", make_features(ds))
-    small, full = probe_grid(ds, [["a"]], subsets=[20, "F"], home=home)
-    assert not any("equally often" in note for note in small.notes)
-    assert any("equally often" in note for note in full.notes)
+    small, full = probe_grid(ds, [["a"]], subsets=[20, "F"], head=head, home=home)
+    assert not any("not balanced" in note for note in small.notes)
+    (note,) = (note for note in full.notes if "not balanced" in note)
+    assert words in note
+
+
+def test_one_computation_is_one_run(home: Path) -> None:
+    ds = make_dataset([0, 1] * 100, split=["train"] * 100 + ["test"] * 100, subset_sizes={"S": 20, "M": 500})
+    put_store(home, ds, "a", make_features(ds))
+    results = probe_grid(ds, [["a"]], subsets=["S", 20, "M", "F"], head="knn", home=home)
+    assert [r.subset for r in results] == ["S", "S", "F", "F"]
+    assert len({r.id for r in results}) == len(list_results(home)) == 2
+    assert find_saved(ds, [["a"]], subsets=["M", 20], head="knn", home=home) == [results[3], results[0]]
+    assert any("subset M is 500 training images" in note for note in results[2].notes)
+    assert [r.subset for r in probe_cached(subsets=["20", "S", "M", "F"], head="knn", home=home)] == ["S", "F"]
 
 
 def test_synthetic_images_are_called_so(home: Path) -> None:
