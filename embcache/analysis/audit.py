@@ -478,7 +478,7 @@ def _effect(images: _Images, excluded: set[str], metric: str, folds: int, seed: 
     for train, val in parts:
         for rows, held, scores in ((train, val, before), (train[~out[train]], val[~out[val]], after)):
             logits = _logits(images, rows, test, LogReg(Cs=_STRENGTHS), held, metric)
-            scores.append(score(metric, y[test], softmax(logits, axis=1)))
+            scores.append(score(metric, y[test], logits))
     return Effect(metric, _mean_sd(before), _mean_sd(after)), ""
 
 

@@ -19,7 +19,7 @@ from embcache.paths import PathLike
 from embcache.probe.heads import hyperparameters, make_head
 from embcache.probe.heads.knn import KNN
 from embcache.probe.inputs import plan_for
-from embcache.probe.metrics import score, softmax
+from embcache.probe.metrics import score
 from embcache.probe.results import ProbeResult, list_results
 from embcache.probe.schedule import Schedule
 from embcache.probe.splits import Splits
@@ -288,12 +288,12 @@ def _scores(pool: Pool, plan: Splits, backbone: str, subset: str) -> dict[str, f
     for fold in range(plan.n_folds):
         train, val = plan.train[fold, subset], plan.val[fold, subset]
         nearest = centroid_logits(x[place[train]], labels[train], x[place[val]], n_classes)
-        centroid.append(score(metric, labels[val], softmax(nearest)))
+        centroid.append(score(metric, labels[val], nearest))
         solved = KNN().solve(
             {backbone: features[place[train]]}, torch.from_numpy(labels[train]), None, None, n_classes, metric
         )
         votes = predict_logits(KNN(), solved.params, {backbone: features}, torch.from_numpy(place[val]))
-        near.append(score(metric, labels[val], softmax(votes)))
+        near.append(score(metric, labels[val], votes))
     # At F the folds' training rows together are the pool; smaller subsets differ from fold to fold.
     parts = [plan.train[fold, subset] for fold in range(plan.n_folds)]
     parts = [np.unique(np.concatenate(parts))] if subset == "F" else parts

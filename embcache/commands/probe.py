@@ -33,6 +33,7 @@ from embcache.commands.options import (
 )
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import bounds, print_note, print_table, spread
+from embcache.errors import printable
 
 if TYPE_CHECKING:
     from embcache.probe.results import ProbeResult
@@ -189,12 +190,14 @@ def results(
 ) -> None:
     """List the results that were saved, with their run IDs.
 
+    Beneath stand which backbone to take, chosen on validation, and whether more labels still help.
     --metric scores them by other metrics, from their saved predictions; nothing is trained.
 
     Example: embcache results --dataset pneumonia
     """
     from embcache.paths import home_dir
     from embcache.probe.results import list_results, list_unreadable
+    from embcache.report.advice import advise, sentences
 
     names = split_list(dataset)
     found = [result for name in names for result in list_results(home, name)] if names else list_results(home)
@@ -213,6 +216,9 @@ def results(
         typer.echo("next: embcache probe --head linear --subset S,M,F")
         return
     print_results(found, ids=True)
+    told = sentences(advise(found, home=home))
+    if told:
+        typer.echo("\n" + "\n".join(map(printable, told)))
 
 
 def heads() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ from embcache.commands.options import (
     HomeOption,
     JsonOption,
     MergeClassOption,
+    MetricOption,
     NameOption,
     OverlapOption,
     class_options,
@@ -144,6 +146,7 @@ def curves(
     kind: Annotated[
         list[str] | None, typer.Option("--kind", metavar="probe|finetune|kaggle", help="Only results of this kind.")
     ] = None,
+    metric: MetricOption = None,
     home: HomeOption = None,
     format: FormatOption = "markdown",
     output: OutputOption = None,
@@ -152,25 +155,34 @@ def curves(
 ) -> None:
     """Draw learning curves of the saved results: mean and interval over numbers of training labels.
 
+    Beneath stand which backbone to take, chosen on validation, and whether more labels still help.
+
     Example: embcache curves --dataset pneumonia --head linear --figure curves.png
     """
-    from embcache.report.curves import draw_curves
+    from embcache.report.advice import advise, sentences
+    from embcache.report.curves import draw_curves, find_results
     from embcache.report.render import check_format, render
 
     check_format(format)
     output = _checked_output(output)
-    table, path = draw_curves(
+    target = _checked_figure(figure)
+    results = find_results(
         home=home,
         datasets=split_list(dataset),
         backbones=split_list(backbone),
         heads=split_list(head),
         kinds=split_list(kind),
-        target=_checked_figure(figure),
+        metrics=split_list(metric),
     )
-    _hand_over(render(table, format), table, (path,), output, json)
+    table, path = draw_curves(results, home=home, target=target)
+    advice = advise(results, home=home)
+    table = replace(table, notes=(*table.notes, *sentences(advice)))
+    _hand_over(render(table, format), table, (path,), output, json, advice=[each.to_json() for each in advice])
 
 
-def _hand_over(text: str, table: Table, figures: Sequence[Path], output: Path | None, json: str | None) -> None:
+def _hand_over(
+    text: str, table: Table, figures: Sequence[Path], output: Path | None, json: str | None, **more: object
+) -> None:
     """The answer to stdout or its file, figures named on stderr."""
     if output is not None:
         from embcache.report.csvfile import write_text
@@ -183,7 +195,7 @@ def _hand_over(text: str, table: Table, figures: Sequence[Path], output: Path | 
         typer.echo(f"figure  {path}", err=True)
     if json:
         answer = {"name": table.name, "title": table.title, "records": [dict(r) for r in table.records],
-                  "notes": list(table.notes), "figures": [str(path) for path in figures]}  # fmt: skip
+                  "notes": list(table.notes), "figures": [str(path) for path in figures], **more}  # fmt: skip
         write_json(answer, json)
 
 
