@@ -1,16 +1,16 @@
 """Metrics of predicted classes: one row of `METRICS` each, in a weighted form that resampling and training share.
 
-Every metric reads logits, never saturated probabilities: classes are ranked by their log odds, which softmax would round
-to ties. Pairs and cells are counted in whole numbers, so that two models that rank all images alike have exactly equal
-scores. Tests hold every metric against scikit-learn, with ``sample_weight`` too. scikit-learn itself is not called: its
-import takes longer than most probes train, and its input checks longer than an epoch.
+Every metric reads logits, never saturated probabilities: classes are ranked by their log odds, which softmax would
+round to ties. Pairs and cells are counted in whole numbers, so that two models that rank all images alike have exactly
+equal scores. Tests hold every metric against scikit-learn, with ``sample_weight`` too. scikit-learn itself is not
+called: its import takes longer than most probes train, and its input checks longer than an epoch.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -66,9 +66,9 @@ class Metric:
     binary: bool = False
     ratio: Callable[[IntArray, FloatArray, int], tuple[BoolArray, BoolArray]] | None = None
 
-    def named(self, class_names: Sequence[str], positive: int) -> str:
-        """The title, with the positive class where the value depends on it."""
-        return f"{self.title} of {class_names[positive]}" if self.asymmetric and len(class_names) == 2 else self.title
+    def of(self, positive: int) -> Metric:
+        """The same metric, always of one positive class: what a training that chooses by it is given."""
+        return replace(self, form=lambda y, z, _: self.form(y, z, positive))
 
 
 def softmax(logits: ArrayLike) -> FloatArray:
@@ -96,7 +96,7 @@ def log_odds(logits: ArrayLike) -> FloatArray:
 
 
 def log_probabilities(logits: ArrayLike) -> FloatArray:
-    """log p of each class, of logits of shape (..., C): exact near p = 1 too, so that it can be used as logits."""
+    """Log p of each class, of logits of shape (..., C): exact near p = 1 too, so that it can be used as logits."""
     return np.asarray(-np.logaddexp(0.0, -log_odds(logits)))
 
 
@@ -132,13 +132,22 @@ def positive_class(class_names: Sequence[str], asked: str | None = None) -> int:
     return negative.index(False) if len(class_names) == 2 and sum(negative) == 1 else min(1, len(class_names) - 1)
 
 
+def asymmetry(metric: Metric, class_names: Sequence[str], positive: str | None) -> dict[str, str]:
+    """What a request holds of the positive class: nothing where choosing epochs by the metric does not depend on it."""
+    if not metric.asymmetric or len(class_names) != 2:
+        return {}
+    return {"positive": class_names[positive_class(class_names, positive)]}
+
+
 def _is_negative(name: str) -> bool:
     plain = name.strip().casefold()
     return plain in NEGATIVE_NAMES or re.match(r"(no|non|not)[ _-]", plain) is not None
 
 
-def find_metric(name: str, n_classes: int) -> Metric:
+def find_metric(name: str | Metric, n_classes: int) -> Metric:
     """The metric of a name, for so many classes: ``auc`` of more than two is ``macro_auc``, and the reverse.
+
+    A `Metric` is given back as it is.
 
     Besides the keys of `METRICS`, ``sensitivity_at_95_specificity`` and ``specificity_at_90_sensitivity`` take any
     number of percent.
@@ -150,6 +159,8 @@ def find_metric(name: str, n_classes: int) -> Metric:
     ProtocolError
         It is for two classes, and there are more.
     """
+    if isinstance(name, Metric):
+        return name
     key = name.strip().lower().replace("-", "_").replace(" ", "_")
     if key in ("auc", "macro_auc"):
         key = "auc" if n_classes == 2 else "macro_auc"
@@ -169,12 +180,12 @@ def find_metric(name: str, n_classes: int) -> Metric:
     return metric
 
 
-def score(metric: str, y: ArrayLike, logits: ArrayLike, positive: int = 1) -> float:
+def score(metric: str | Metric, y: ArrayLike, logits: ArrayLike, positive: int = 1) -> float:
     """One number for predictions.
 
     Parameters
     ----------
-    metric : str
+    metric : str or Metric
         A name that `find_metric` knows.
     y : array-like of int, shape (n,)
         True labels.
@@ -198,7 +209,7 @@ def score(metric: str, y: ArrayLike, logits: ArrayLike, positive: int = 1) -> fl
     return float(find_metric(metric, z.shape[1]).form(labels, z, positive)(np.ones((1, len(labels))))[0])
 
 
-def scorer(metric: str, y: ArrayLike, n_classes: int, positive: int = 1) -> Callable[[FloatArray], float]:
+def scorer(metric: str | Metric, y: ArrayLike, n_classes: int, positive: int = 1) -> Callable[[ArrayLike], float]:
     """`score` on one set of labels, as a function of finite logits (n, C), higher is better: what training calls.
 
     Losses are negated. Ties between epochs keep the earliest: equal rankings have equal scores, to the last bit.
@@ -286,7 +297,8 @@ def _auc(positive: BoolArray, scores: FloatArray) -> Weighted:
 
 
 def _ratio(above: FloatArray, below: FloatArray) -> FloatArray:
-    return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, np.nan), where=below > 0)
+    empty = np.full(np.broadcast(above, below).shape, np.nan)
+    return np.asarray(np.divide(above, below, out=empty, where=below > 0))
 
 
 def _one_vs_rest(
@@ -314,7 +326,7 @@ def _mean_over(parts: Sequence[Weighted]) -> Weighted:
 
 
 def _curve(positive: BoolArray, scores: FloatArray, read: Callable[[FloatArray, FloatArray], FloatArray]) -> Weighted:
-    """A number read off the positives and negatives at or above each distinct score, from the highest; (B, distinct)."""
+    """A number read off the positives and negatives at or above each distinct score, (B, distinct), highest first."""
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))
     sign = positive[order]
@@ -328,10 +340,14 @@ def _curve(positive: BoolArray, scores: FloatArray, read: Callable[[FloatArray, 
     return form
 
 
-def _average_precision(tp: FloatArray, fp: FloatArray) -> FloatArray:
+def _average_precision(positive: BoolArray, scores: FloatArray) -> Weighted:
     """Σ (recallₙ − recallₙ₋₁) precisionₙ, as scikit-learn defines it."""
-    steps = np.diff(tp, axis=1, prepend=0) / np.maximum(tp[:, -1:], 1e-300)
-    return np.asarray((steps * np.nan_to_num(_ratio(tp, tp + fp))).sum(1))
+
+    def read(tp: FloatArray, fp: FloatArray) -> FloatArray:
+        steps = np.diff(tp, axis=1, prepend=0) / np.maximum(tp[:, -1:], 1e-300)
+        return np.asarray((steps * np.nan_to_num(_ratio(tp, tp + fp))).sum(1))
+
+    return _curve(positive, scores, read)
 
 
 def _at(what: str, percent: float) -> Metric:
@@ -377,7 +393,7 @@ def _kappa(table: FloatArray, positive: int) -> FloatArray:
     distance = np.subtract.outer(np.arange(n), np.arange(n)) ** 2.0
     table = table / table.sum((1, 2), keepdims=True)
     chance = table.sum(2)[:, :, None] * table.sum(1)[:, None, :]
-    return 1 - _ratio((distance * table).sum((1, 2)), (distance * chance).sum((1, 2)))
+    return np.asarray(1 - _ratio((distance * table).sum((1, 2)), (distance * chance).sum((1, 2))))
 
 
 def _f1(table: FloatArray, positive: int) -> FloatArray:
@@ -399,7 +415,7 @@ def _mcc(table: FloatArray, positive: int) -> FloatArray:
     true, called, n = table.sum(2), table.sum(1), table.sum((1, 2))
     covariance = np.trace(table, axis1=1, axis2=2) * n - (true * called).sum(1)
     spread = np.sqrt((n**2 - (called**2).sum(1)) * (n**2 - (true**2).sum(1)))
-    return np.divide(covariance, spread, out=np.zeros_like(covariance), where=spread > 1e-9 * n**2)
+    return np.asarray(np.divide(covariance, spread, out=np.zeros_like(covariance), where=spread > 1e-9 * n**2))
 
 
 def _mean_of(
@@ -421,7 +437,7 @@ def _brier(y: IntArray, z: FloatArray, positive: int) -> FloatArray:
 
 
 def _log_loss(y: IntArray, z: FloatArray, positive: int) -> FloatArray:
-    return -log_probabilities(z)[np.arange(len(y)), y]
+    return np.asarray(-log_probabilities(z)[np.arange(len(y)), y])
 
 
 def _proportion(
@@ -431,7 +447,7 @@ def _proportion(
         numerator, denominator = ratio(y, z, positive)
         return lambda w: _ratio(w @ (numerator & denominator).astype(np.float64), w @ denominator.astype(np.float64))
 
-    return Metric(key, title, form, "proportion", ratio=ratio, **traits)  # type: ignore[arg-type]
+    return Metric(key, title, form, "proportion", ratio=ratio, **traits)
 
 
 def _called(z: FloatArray, positive: int) -> BoolArray:
@@ -446,7 +462,7 @@ METRICS: Mapping[str, Metric] = {
         Metric("auc", "AUC", _one_vs_rest(_auc), "auc", per_class=True, binary=True),
         Metric("macro_auc", "macro AUC", _one_vs_rest(_auc), "auc", per_class=True),
         Metric("kappa", "kappa", _of_confusion(_kappa), low=-1.0),
-        Metric("auprc", "AUPRC", _one_vs_rest(lambda s, x: _curve(s, x, _average_precision)), per_class=True, asymmetric=True),
+        Metric("auprc", "AUPRC", _one_vs_rest(_average_precision), per_class=True, asymmetric=True),
         _proportion("accuracy", "accuracy", lambda y, z, _: (z.argmax(1) == y, np.ones(len(y), dtype=bool))),
         Metric("balanced_accuracy", "balanced accuracy", _of_confusion(_recalls), per_class=True),
         Metric("f1", "F1", _of_confusion(_f1), per_class=True, asymmetric=True),
@@ -464,6 +480,7 @@ METRICS: Mapping[str, Metric] = {
 """Every metric by its key. A new metric is one row."""
 
 
-def metric_title(name: str) -> str:
-    """A metric's name as tables print it."""
-    return METRICS[name].title if name in METRICS else name.replace("_", " ")
+def metric_title(name: str, positive: str = "") -> str:
+    """A metric as tables print it, with the class that an asymmetric one is of."""
+    title = METRICS[name].title if name in METRICS else re.sub(r"_(\d[\d.]*)_", r" \1 % ", name).replace("_", " ")
+    return f"{title} of {positive}" if positive else title
