@@ -28,6 +28,17 @@ def is_balanced(labels: NDArray[np.int64], n_classes: int) -> bool:
     return int(counts.max() - counts.min()) <= 1
 
 
+def seen_shares(labels: NDArray[np.int64], n_classes: int, weighs: bool) -> list[float]:
+    """Share of each class among what training sees of rows with these labels.
+
+    ``weighs``: the head takes the classes that occur alike where they are not balanced.
+    """
+    counts = np.bincount(labels, minlength=n_classes).astype(np.float64)
+    if weighs and not is_balanced(labels, n_classes):
+        counts = (counts > 0).astype(np.float64)
+    return (counts / counts.sum()).tolist()  # type: ignore[no-any-return]
+
+
 def make_job(
     labels: NDArray[np.int64], train: NDArray[np.int64], val: NDArray[np.int64], n_classes: int, stream: str, lr: float
 ) -> Job:

@@ -79,6 +79,12 @@ def make_head(name: str, **hyperparameters: Any) -> Head:
     return known[name](**hyperparameters)
 
 
+def weighs(name: str) -> bool:
+    """Whether the head called ``name`` takes classes alike where they are not balanced; trained heads draw them so."""
+    kind = heads()[name]
+    return kind.weighs if is_solved(kind) else True
+
+
 def hyperparameters(head: Head) -> dict[str, Any]:
     """The constructor's arguments that make this head again: all that say what it is, implicit ones where not usual."""
     return named_hyperparameters(head)

@@ -41,6 +41,7 @@ class KNN:
     name: ClassVar[str] = "knn"
     summary: ClassVar[str] = "weighted nearest neighbours by cosine, on standardised features (DINO's evaluation)"
     fuses: ClassVar[bool] = False
+    weighs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_count(self, "k")
