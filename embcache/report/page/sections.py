@@ -172,7 +172,7 @@ def _ranking(task: Task, choice: Choice, calibrations: dict[str, Calibration]) -
     metric = metric_title(task.metric)
     headers = (
         "model", f"validation {metric}", f"test {metric}", "95 % interval", "difference", "95 % interval", "p (Holm)",
-        "accuracy", "balanced accuracy", "sensitivity at 95 % specificity", "ECE",
+        "accuracy", "balanced accuracy", "sensitivity at 95 % specificity, threshold read off the test set", "ECE",
     )  # fmt: skip
     rows = []
     for rival in choice.rivals:
