@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from embcache.analysis.coordinates import cached_map
 from embcache.analysis.maps import METHODS, PERPLEXITY, MapScores, decimals, score_map
 from embcache.analysis.shown import Shown, fused_features, plain_features, shown_images
+from embcache.data.classes import class_flags, class_words
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir, slug
@@ -176,6 +178,14 @@ def draw_maps(
 def _check_run(result: ProbeResult, ds: ImageDataset, first: ProbeResult) -> None:
     if result.dataset != ds.name:
         raise UsageError("a run of another dataset", expected=ds.name, found=f"{result.id} of {result.dataset}")
+    classes = result.request.get("classes", {})
+    if classes != ds.renamed:
+        raise UsageError(
+            "a run that tells other classes apart has other test images",
+            expected=class_words(ds.renamed) or "all classes as they are",
+            found=f"{result.id}: {class_words(classes) or 'all classes as they are'}",
+            fix=shlex.join(class_flags(classes)) or "leave --drop-class and --merge-class out",
+        )
     protocols = [{key: r.request.get(key) for key in ("folds", "seed", "val", "test")} for r in (first, result)]
     if protocols[0] != protocols[1]:
         raise UsageError(

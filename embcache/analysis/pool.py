@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.splits import IntArray, hash_order
 from embcache.errors import StoreNotFoundError, UsageError
@@ -51,12 +52,13 @@ def open_datasets(
     home: PathLike | None = None,
     allow_missing: bool = False,
     dataset_name: str | None = None,
+    classes: ClassOptions = ClassOptions(),
 ) -> list[ImageDataset]:
     """Datasets by name, live or from the snapshot kept at extraction; default: every one with cached features.
 
     Parameters
     ----------
-    names, data_root, home, allow_missing, dataset_name
+    names, data_root, home, allow_missing, dataset_name, classes
         As for `embcache.probe.cached.probe_cached`.
 
     Raises
@@ -75,10 +77,11 @@ def open_datasets(
         )
     if len(asked) > 1 and (data_root is not None or dataset_name is not None):
         raise UsageError("--data-root and --name are for one dataset", found=", ".join(asked), fix="--dataset NAME")
-    return [
+    found = (
         find_dataset(name, root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name)[0]
         for name in asked
-    ]
+    )
+    return [classes.of(ds) for ds in found]
 
 
 def open_pool(

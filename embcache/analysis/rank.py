@@ -13,13 +13,13 @@ from scipy.stats import kendalltau, rankdata, spearmanr
 
 from embcache.analysis.pool import MOST, Pool, open_datasets, open_pool
 from embcache.analysis.transfer import centroid_logits, h_score, logme
+from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset
 from embcache.paths import PathLike
 from embcache.probe.heads import hyperparameters, make_head
 from embcache.probe.heads.knn import KNN
 from embcache.probe.inputs import plan_for
-from embcache.probe.metrics import score, softmax
-from embcache.probe.protocol import subset_sizes
+from embcache.probe.metrics import score
 from embcache.probe.results import ProbeResult, list_results
 from embcache.probe.schedule import Schedule
 from embcache.probe.splits import Splits
@@ -142,12 +142,13 @@ def rank_cached(
     home: PathLike | None = None,
     allow_missing: bool = False,
     dataset_name: str | None = None,
+    classes: ClassOptions = ClassOptions(),
 ) -> list[Ranking]:
     """Rank the backbones of datasets by name, by default of every one whose features are cached.
 
     Parameters
     ----------
-    datasets, backbones, data_root, home, allow_missing, dataset_name
+    datasets, backbones, data_root, home, allow_missing, dataset_name, classes
         As for `embcache.probe.cached.probe_cached`.
     subset, seed, recipe
         As for `rank_dataset`.
@@ -160,7 +161,12 @@ def rank_cached(
         ``data_root`` with several datasets.
     """
     opened = open_datasets(
-        datasets, data_root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name
+        datasets,
+        data_root=data_root,
+        home=home,
+        allow_missing=allow_missing,
+        dataset_name=dataset_name,
+        classes=classes,
     )
     return [rank_dataset(ds, backbones, home=home, recipe=recipe, seed=seed, subset=subset) for ds in opened]
 
@@ -207,15 +213,15 @@ def rank_dataset(
     ProtocolError
         A class has groups for fewer than two folds, or the dataset cannot carry the subset.
     """
-    (name,) = subset_sizes(ds, [subset])
     pool = open_pool(ds, backbones, home=home, recipe=recipe, seed=seed)
     folds, said = _folds(pool)
-    plan = plan_for(ds, list(pool.stores.values()), subsets=[name], folds=folds, seed=seed)
+    plan = plan_for(ds, list(pool.stores.values()), subsets=[subset], folds=folds, seed=seed)
+    (name,) = plan.subsets
     notes = [*plan.notes, *said]
     if name == "F" and min(len(rows) for rows in plan.train.values()) > MOST:
         notes.append(f"scored on {MOST:,} training images a fold, drawn balanced from all there are")
-        name = str(MOST)
-        plan = plan_for(ds, list(pool.stores.values()), subsets=[name], folds=folds, seed=seed)
+        plan = plan_for(ds, list(pool.stores.values()), subsets=[MOST], folds=folds, seed=seed)
+        (name,) = plan.subsets
     scores = {backbone: _scores(pool, plan, backbone, name) for backbone in pool.stores}
     ranks = [rankdata([-row[key] for row in scores.values()]) for key in ORDER]
     saved, said = _saved_probes(pool, plan, home)
@@ -286,12 +292,12 @@ def _scores(pool: Pool, plan: Splits, backbone: str, subset: str) -> dict[str, f
     for fold in range(plan.n_folds):
         train, val = plan.train[fold, subset], plan.val[fold, subset]
         nearest = centroid_logits(x[place[train]], labels[train], x[place[val]], n_classes)
-        centroid.append(score(metric, labels[val], softmax(nearest)))
+        centroid.append(score(metric, labels[val], nearest))
         solved = KNN().solve(
             {backbone: features[place[train]]}, torch.from_numpy(labels[train]), None, None, n_classes, metric
         )
         votes = predict_logits(KNN(), solved.params, {backbone: features}, torch.from_numpy(place[val]))
-        near.append(score(metric, labels[val], softmax(votes)))
+        near.append(score(metric, labels[val], votes))
     # At F the folds' training rows together are the pool; smaller subsets differ from fold to fold.
     parts = [plan.train[fold, subset] for fold in range(plan.n_folds)]
     parts = [np.unique(np.concatenate(parts))] if subset == "F" else parts
@@ -318,7 +324,9 @@ def _saved_probes(
     for result in list_results(home, pool.ds.name):
         request = result.request
         single = result.kind == "probe" and result.head == "linear" and len(result.backbones) == 1
-        if not single or result.mean is None or result.backbones[0] not in pool.stores or result.target:
+        if not single or result.mean is None or result.backbones[0] not in pool.stores:
+            continue
+        if result.target != pool.ds.target or request.get("classes", {}) != pool.ds.renamed:
             continue
         backbone = result.backbones[0]
         if dict(request["recipes"]).get(backbone) != pool.stores[backbone].recipe.fingerprint:

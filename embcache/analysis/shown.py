@@ -90,7 +90,7 @@ def shown_images(
     if not len(chosen):
         raise ProtocolError(
             f"the labels of the {rows} images of {ds.name} are not known: there is nothing to colour by",
-            fix="--test local",
+            fix=("--test local", "--rows all"),
         )
     words = {"test": f"{sides.test_set} test set", "train": "training and validation images", "all": "all images"}
     remark = words[rows]
@@ -139,7 +139,7 @@ def fused_features(
     if not isinstance(head, Fusion):
         raise UsageError(
             f"a run of {result.head} has no fused embedding", expected="a run of dvme", found=result.id,
-            fix="embcache results --head dvme",
+            fix="embcache results",
         )  # fmt: skip
     heads = load_heads(run)
     place = next((place for place, params in enumerate(heads) if params), None)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.analysis.pool import drawn, open_datasets, open_pool
+from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, UsageError
 from embcache.paths import PathLike
@@ -67,13 +68,14 @@ def similarity_cached(
     home: PathLike | None = None,
     allow_missing: bool = False,
     dataset_name: str | None = None,
+    classes: ClassOptions = ClassOptions(),
     say: Callable[[str], Any] = lambda line: None,
 ) -> list[Similarity]:
     """`similarity` on datasets by name, by default on every one with two backbones cached at least.
 
     Parameters
     ----------
-    datasets, backbones, data_root, home, allow_missing, dataset_name
+    datasets, backbones, data_root, home, allow_missing, dataset_name, classes
         As for `embcache.probe.cached.probe_cached`.
     seed, recipe
         As for `similarity`.
@@ -94,7 +96,7 @@ def similarity_cached(
             say(f"{name} left out: fewer than two backbones cached")
         names = [name for name in names if name not in single] or names
     opened = open_datasets(
-        names, data_root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name
+        names, data_root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name, classes=classes
     )
     return [similarity(ds, backbones, home=home, recipe=recipe, seed=seed) for ds in opened]
 

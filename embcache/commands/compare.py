@@ -2,53 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embcache.commands.options import DataRootOption, HomeOption, JsonOption, split_list, write_json
-from embcache.commands.table import print_table
+from embcache.commands.options import DataRootOption, HomeOption, JsonOption, MetricOption, split_list, write_json
+from embcache.commands.table import bounds, print_table, spread
+
+if TYPE_CHECKING:
+    from embcache.report.compare import Comparison
 
 RunsArgument = Annotated[
-    list[str], typer.Argument(metavar="RUN…", help="Ids of runs, or their beginnings: `embcache results` lists them.")
+    list[str], typer.Argument(metavar="RUN…", help="Run IDs; each can be abbreviated to a unique prefix.")
 ]
 
 
 def compare(
     runs: RunsArgument,
     reference: Annotated[
-        str | None, typer.Option("--reference", metavar="RUN", help="Compare with this one. [default: the first]")
+        str | None, typer.Option("--reference", metavar="RUN", help="Compare with this run. [default: the first]")
+    ] = None,
+    metric: MetricOption = None,
+    margin: Annotated[
+        float | None,
+        typer.Option("--margin", metavar="D", help="Also test that the difference is smaller than this (equivalence)."),
     ] = None,
     home: HomeOption = None,
     json: JsonOption = None,
 ) -> None:
     """Compare results on the same test images with one reference: difference, 95 % interval, p.
 
-    Test groups are resampled, the same 2,000 times for every run; p is two-sided, and corrected by Holm for all runs
-    that are compared with the reference.
+    A difference is one of procedures (backbone, head and subset, trained anew) where the folds show how much training
+    varies, else of these trained models. p is two-sided, and corrected by Holm for all runs and metrics compared.
 
     Example: embcache compare linear-S-0123 dvme-S-4567
     """
-    from embcache.probe.metrics import METRIC_NAMES
+    from embcache.probe.metrics import metric_title
     from embcache.report.compare import compare_runs
 
-    rows = compare_runs(split_list(runs), reference=reference, home=home)
+    rows = compare_runs(split_list(runs), reference=reference, metrics=split_list(metric), margin=margin, home=home)
     if json:
         write_json([row.to_json() for row in rows], json)
     if json == "-":
         return
     first = rows[0]
-    headers = [
-        "run",
-        "backbone",
-        "head",
-        "subset",
-        "labels used",
-        METRIC_NAMES.get(first.metric, first.metric),
-        "95 % interval",
-    ]
+    headers = ["run", "backbone", "head", "subset", "labels used", "metric", "mean ± sd", "95 % interval"]
+    headers += ["difference", "95 % interval", "p", "p (Holm)", *(["p (margin)"] if margin is not None else [])]
     print_table(
-        [*headers, "difference", "95 % interval", "p", "p (Holm)"],
+        headers,
         [
             [
                 row.run,
@@ -56,23 +57,47 @@ def compare(
                 row.head,
                 row.subset,
                 f"{row.labels_used:,}",
-                _spread(row.mean, row.std),
-                _range(row.interval),
-                "reference" if row.difference is None else f"{row.difference:+.4f}",
-                "" if row.difference_interval is None else _range(row.difference_interval, "+"),
-                "" if row.p is None else _p(row.p),
-                "" if row.p_holm is None else _p(row.p_holm),
+                metric_title(row.metric, row.estimate.positive),
+                spread(row.mean, row.std),
+                bounds(row.interval) or row.estimate.why,
+                *_difference(row, margin is not None),
             ]
             for row in rows
         ],
-        notes=[
-            *dict.fromkeys(note for row in rows for note in row.notes),
-            f"{first.dataset}: difference from {first.run}, on the same resamples of test groups",
-            "labels used: training + validation of a fold",
-            "p: two-sided, of no difference between these models on such test images; Holm: for all rows against the "
-            "reference",
-        ],
+        notes=[*dict.fromkeys(note for row in rows for note in row.notes), *_notes(rows, first, margin)],
     )
+
+
+def _difference(row: Comparison, margin: bool) -> list[str]:
+    found = row.difference
+    if found is None:
+        return ["reference", "", "", "", *([""] if margin else [])]
+    told = [f"{found.difference:+.4f}", bounds(found.interval, "+") or found.why, _p(found.p), _p(row.p_holm)]
+    return [*told, *([_p(found.p_margin)] if margin else [])]
+
+
+def _notes(rows: list[Comparison], first: Comparison, margin: float | None) -> list[str]:
+    from embcache.probe.metrics import metric_title
+    from embcache.report.compare import INTERVALS, SPEAKS_OF
+
+    notes = [f"{first.dataset}: difference from {first.run}", "labels used: training + validation of a fold", INTERVALS]
+    for trained in (True, False):
+        about = [row for row in rows if row.difference is not None and row.difference.trained is trained]
+        if about:
+            which = "" if len(about) == len(rows) - 1 else ", ".join(dict.fromkeys(row.run for row in about)) + ": "
+            notes.append(which + SPEAKS_OF[trained])
+    for row in rows:
+        found = row.difference
+        if found is None or found.smallest is None or row.p_holm is None or row.p_holm < 0.05:
+            continue
+        name = metric_title(row.metric, row.estimate.positive)
+        notes.append(
+            f"{row.run}: no difference in {name} was shown; one of {found.smallest:.3f} or more would have been found "
+            "with 80 % power (without correction)"
+        )
+    if margin is not None:
+        notes.append(f"p (margin): of a difference of {margin:g} or more (two one-sided tests); small means equivalent")
+    return notes
 
 
 def subgroups(
@@ -81,45 +106,34 @@ def subgroups(
         list[str] | None,
         typer.Option("--by", metavar="COLUMN[,COLUMN…]", help="Columns of the dataset's table: sex, age, …"),
     ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            "--metric",
-            metavar="NAME",
-            help="auc, auprc, accuracy, balanced_accuracy, sensitivity_at_95_specificity or kappa. "
-            "[default: the dataset's own]",
-        ),
-    ] = None,
+    metric: MetricOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
     json: JsonOption = None,
 ) -> None:
     """Score results within subgroups of the test images: by sex, age band, view position, any column.
 
-    Ages come in bands, other numbers in quarters. How well features tell a column itself: embcache probe --target.
+    Ages come in bands, other numbers in quarters. With two runs or more, each is also compared with the first within
+    every subgroup; p is corrected by Holm over all subgroups. How well features tell a column itself:
+    embcache probe --target.
 
     Example: embcache subgroups linear-S-0123 --by sex,age
     """
-    from embcache.probe.metrics import METRIC_NAMES
+    from embcache.probe.metrics import metric_title
+    from embcache.report.compare import INTERVALS
     from embcache.report.subgroups import score_subgroups
 
-    rows, notes = score_subgroups(split_list(runs), split_list(by), metric=metric, home=home, data_root=data_root)
+    rows, notes = score_subgroups(
+        split_list(runs), split_list(by), metrics=split_list(metric), home=home, data_root=data_root
+    )
     if json:
         write_json([row.to_json() for row in rows], json)
     if json == "-":
         return
-    name = rows[0].metric
+    compared = any(row.difference is not None for row in rows)
+    headers = ["run", "labels used", "column", "value", "images", "groups", "metric", "mean ± sd", "95 % interval"]
     print_table(
-        [
-            "run",
-            "labels used",
-            "column",
-            "value",
-            "images",
-            "groups",
-            METRIC_NAMES.get(name, name.replace("_", " ")),
-            "95 % interval",
-        ],
+        [*headers, *(["difference", "95 % interval", "p (Holm)"] if compared else [])],
         [
             [
                 row.run,
@@ -128,26 +142,31 @@ def subgroups(
                 row.value,
                 f"{row.n_images:,}",
                 f"{row.n_groups:,}",
-                f"too few: no {', '.join(row.lacks)}" if row.mean is None else _spread(row.mean, row.std),
-                "" if row.interval is None else _range(row.interval),
+                metric_title(row.metric, row.positive),
+                f"too few: no {', '.join(row.lacks)}" if row.mean is None else spread(row.mean, row.std),
+                bounds(row.interval) or row.why,
+                *(
+                    []
+                    if not compared
+                    else ["", "", ""]
+                    if row.difference is None
+                    else [
+                        f"{row.difference.difference:+.4f}",
+                        bounds(row.difference.interval, "+") or row.difference.why,
+                        _p(row.p_holm),
+                    ]
+                ),
             ]
             for row in rows
         ],
         notes=[
             *notes,
             "labels used: training + validation of a fold",
-            "mean ± sd over folds; interval: bootstrap over the subgroup's test groups",
+            INTERVALS,
+            *([f"difference: from {rows[0].run}; Holm: over all runs and subgroups"] if compared else []),
         ],
     )
 
 
-def _spread(mean: float, std: float | None) -> str:
-    return f"{mean:.4f}" + ("" if std is None else f" ± {std:.4f}")
-
-
-def _range(bounds: tuple[float, float], sign: str = "") -> str:
-    return f"{bounds[0]:{sign}.4f} – {bounds[1]:{sign}.4f}"
-
-
-def _p(p: float) -> str:
-    return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
+def _p(p: float | None) -> str:
+    return "" if p is None else f"{p:.4f}" if p >= 0.0001 else "< 0.0001"

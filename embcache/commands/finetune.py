@@ -12,19 +12,24 @@ from embcache.commands.options import (
     BackboneOption,
     DataRootOption,
     DatasetOption,
+    DropClassOption,
     FoldsOption,
     HomeOption,
     JsonOption,
+    MergeClassOption,
+    MetricOption,
     NameOption,
     OverlapOption,
+    PositiveOption,
     SeedOption,
     SubsetOption,
     TestOption,
     ValOption,
+    class_options,
     split_list,
     write_json,
 )
-from embcache.commands.probe import print_results
+from embcache.commands.probe import in_metrics, print_results
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import print_note
 
@@ -73,6 +78,8 @@ def finetune(
         int, typer.Option("--accumulate", metavar="N", help="Parts in which a batch goes through, to save memory.")
     ] = 1,
     max_epochs: Annotated[int, typer.Option("--max-epochs", metavar="N", help="At most so many epochs.")] = 50,
+    metric: MetricOption = None,
+    positive: PositiveOption = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -92,6 +99,8 @@ def finetune(
     again: Annotated[
         bool, typer.Option("--again", help="Train even where a saved result answers the same, from the beginning.")
     ] = False,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
@@ -105,7 +114,7 @@ def finetune(
     """
     from embcache.finetune.named import finetune_named
 
-    names = split_list(backbone)
+    names, metrics = split_list(backbone), split_list(metric)
     with ProgressBar("img") as bar:
         try:
             results = finetune_named(
@@ -121,6 +130,7 @@ def finetune(
                 test=test,
                 exclude_test_overlap=exclude_test_overlap,
                 splits=splits,
+                classes=class_options(drop_class, merge_class),
                 weights=parse_weights(weights, names),
                 transform=transform,
                 device=device,
@@ -129,6 +139,8 @@ def finetune(
                 batch_size=batch_size,
                 accumulate=accumulate,
                 max_epochs=max_epochs,
+                metric=metrics[0] if metrics else None,
+                positive=positive,
                 workers=workers,
                 pixel_cache=pixel_cache,
                 keep_models=models,
@@ -142,6 +154,7 @@ def finetune(
         except (KeyboardInterrupt, SystemExit):
             typer.echo("\nstopped: the last whole epoch is kept; the same command with --resume goes on", err=True)
             raise
+    results = in_metrics(results, metrics, home)
     if json != "-":
         print_results(results)
     if json:

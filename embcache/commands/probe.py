@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,20 +14,26 @@ from embcache.commands.options import (
     BackboneOption,
     DataRootOption,
     DatasetOption,
+    DropClassOption,
     FoldsOption,
     HomeOption,
     JsonOption,
+    MergeClassOption,
+    MetricOption,
     NameOption,
     OverlapOption,
+    PositiveOption,
     SeedOption,
     SubsetOption,
     TestOption,
     ValOption,
+    class_options,
     split_list,
     write_json,
 )
 from embcache.commands.progress import ProgressBar
-from embcache.commands.table import print_note, print_table
+from embcache.commands.table import bounds, print_note, print_table, spread
+from embcache.errors import printable
 
 if TYPE_CHECKING:
     from embcache.probe.results import ProbeResult
@@ -69,10 +76,14 @@ def probe(
             "--views", metavar="V", help="Train on V cached views of each image, another one drawn each epoch."
         ),
     ] = None,
+    metric: MetricOption = None,
+    positive: PositiveOption = None,
     target: Annotated[
         str | None,
         typer.Option("--target", metavar="COLUMN", help="Tell apart a column of the dataset's table, not the labels."),
     ] = None,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     head_option: Annotated[
         list[str] | None,
         typer.Option("--head-option", metavar="NAME=VALUE", help="A hyperparameter of the head; repeatable."),
@@ -110,6 +121,7 @@ def probe(
     from embcache.probe.usage import check_usage, join_head_options, parse_head_options, parse_rates
 
     datasets, backbones = split_list(dataset) or None, split_list(backbone) or None
+    metrics = split_list(metric)
     subsets, rates, options = (
         split_list(subset) or ["S"],
         parse_rates(split_list(lr)),
@@ -150,7 +162,10 @@ def probe(
             lr=rates,
             repeats=repeats,
             views=views,
+            metric=metrics[0] if metrics else None,
+            positive=positive,
             target=target,
+            classes=class_options(drop_class, merge_class),
             head_options=options,
             device=device,
             max_memory=max_memory,
@@ -160,23 +175,29 @@ def probe(
             say=print_note,
             progress=bar.update,
         )
+    shown = in_metrics(results, metrics, home)
     if json != "-":
-        print_results(results)
+        print_results(shown)
     if json:
-        write_json([result.to_json() for result in results], json)
+        write_json([result.to_json() for result in shown], json)
 
 
 def results(
     dataset: DatasetOption = None,
+    metric: MetricOption = None,
     home: HomeOption = None,
     json: JsonOption = None,
 ) -> None:
-    """List the results that were saved, with their run ids.
+    """List the results that were saved, with their run IDs.
+
+    Beneath stand which backbone to take, chosen on validation, and whether more labels still help.
+    --metric scores them by other metrics, from their saved predictions; nothing is trained.
 
     Example: embcache results --dataset pneumonia
     """
     from embcache.paths import home_dir
     from embcache.probe.results import list_results, list_unreadable
+    from embcache.report.advice import advise, sentences
 
     names = split_list(dataset)
     found = [result for name in names for result in list_results(home, name)] if names else list_results(home)
@@ -185,6 +206,7 @@ def results(
         count = "1 run" if len(unreadable) == 1 else f"{len(unreadable)} runs"
         folders = ", ".join(str(run) for run in unreadable[:5]) + (", …" if len(unreadable) > 5 else "")
         typer.echo(f"{count} could not be read (made by another version, or damaged): {folders}", err=True)
+    found = in_metrics(found, split_list(metric), home)
     if json:
         write_json([result.to_json() for result in found], json)
     if json == "-":
@@ -194,6 +216,9 @@ def results(
         typer.echo("next: embcache probe --head linear --subset S,M,F")
         return
     print_results(found, ids=True)
+    told = sentences(advise(found, home=home))
+    if told:
+        typer.echo("\n" + "\n".join(map(printable, told)))
 
 
 def heads() -> None:
@@ -230,27 +255,47 @@ def print_results(results: Sequence[ProbeResult], *, ids: bool = False) -> None:
     What few results have (a target column, repeats, swept learning rates, a solved head's choice) has a column only
     where one of them has it.
     """
+    from embcache.data.classes import target_words
+
     rare = {
-        "target": [result.target for result in results],
+        "target": [target_words(result.request) for result in results],
         "repeats": [str(_repeats(result)) if _repeats(result) > 1 else "" for result in results],
         "learning rate": [_rates(result) for result in results],
         "chosen": [_chosen(result) for result in results],
     }
+    from embcache.probe.metrics import metric_title
+
     shown = {name: cells for name, cells in rare.items() if any(cells)}
     headers = ["dataset", "backbone", "head", "subset", "labels used", "test", "metric", "mean ± sd", "95 % interval"]
     headers += ["validation", "best epoch", *shown, *(["run"] if ids else [])]
-    rows = [
-        [*_row(result), *(cells[number] for cells in shown.values()), *([result.id] if ids else [])]
-        for number, result in enumerate(results)
-    ]
+    rows = []
+    for number, result in enumerate(results):
+        last = [*(cells[number] for cells in shown.values()), *([result.id] if ids else [])]
+        rows.append([*_row(result), *last])
+        others = [
+            (name, metric_title(e.metric, e.positive), spread(e.mean, e.std), bounds(e.interval) or e.why)
+            for name, e in result.estimates.items()
+            if name
+        ]
+        if result.metric == "accuracy" and result.majority is not None:
+            others.append((f"always {result.majority[0]}", "accuracy", f"{result.majority[1]:.4f}", ""))
+        for name, *numbers in others:
+            rows.append(["", "", f"  {name}", "", "", "", *numbers, "", "", *[""] * len(last)])
     print_table(headers, rows, notes=_notes(results))
 
 
+def in_metrics(results: Sequence[ProbeResult], metrics: Sequence[str], home: Path | None) -> list[ProbeResult]:
+    """Every result by every metric that was asked for, or by its own."""
+    from embcache.probe.summary import in_metric
+
+    return [in_metric(result, metric, home) for result in results for metric in metrics or [result.metric]]
+
+
 def _row(result: ProbeResult) -> list[str]:
-    from embcache.probe.metrics import METRIC_NAMES
+    from embcache.probe.metrics import metric_title
 
     epochs = [fold.best_epoch for fold in result.folds if fold.best_epoch]
-    spread = "" if result.std is None else f" ± {result.std:.4f}"
+    found = result.estimate
     return [
         result.dataset,
         " + ".join(result.backbones),
@@ -258,9 +303,9 @@ def _row(result: ProbeResult) -> list[str]:
         result.subset,
         f"{result.labels_used:,} ({result.n_train:,} + {result.n_val:,})",
         f"{result.test_set} {result.n_test:,}",
-        METRIC_NAMES.get(result.metric, result.metric),
-        "not known" if result.mean is None else f"{result.mean:.4f}{spread}",
-        "" if result.interval is None else f"{result.interval[0]:.4f} – {result.interval[1]:.4f}",
+        metric_title(result.metric, "" if found is None else found.positive),
+        "not known" if result.mean is None else spread(result.mean, result.std),
+        bounds(result.interval) or ("" if found is None else found.why),
         "" if result.val_mean is None else f"{result.val_mean:.4f}",
         _range(epochs) if epochs else "",
     ]
@@ -309,10 +354,13 @@ def _range(values: Sequence[float]) -> str:
 
 def _notes(results: Sequence[ProbeResult]) -> list[str]:
     """Notes of all results, each once; named by dataset where there are several."""
+    from embcache.report.compare import INTERVALS
+
     several = len({result.dataset for result in results}) > 1
     notes: dict[str, None] = {}
     for result in results:
-        told = [*result.notes]
+        own = f"{' + '.join(result.backbones)}, {result.head}, {result.subset}: " if len(results) > 1 else ""
+        told = [f"{own}{note}" if note.startswith("fold ") else note for note in result.notes]
         if result.source == "snapshot":
             told.append("the images' folder is not there: labels and groups are those kept at extraction")
         absent = sorted(
@@ -324,5 +372,9 @@ def _notes(results: Sequence[ProbeResult]) -> list[str]:
             told.append("a local test set: not comparable with published values")
         notes |= dict.fromkeys(f"{result.dataset}: {note}" if several else note for note in told)
     over = "folds of all repeats" if any(_repeats(result) > 1 for result in results) else "folds"
-    means = f"mean ± sd over {over}; interval: bootstrap over test groups"
-    return [*notes, f"{means}; labels used: (training + validation) of one fold"]
+    means = f"mean ± sd over {over}; labels used: (training + validation) of one fold"
+    missing = {f"{r.id}: {r.estimate.why}": None for r in results if r.estimate and r.estimate.why and r.interval}
+    rows = "ensemble: the mean of the models' probabilities, which is what `embcache predict` uses"
+    if any("by patient" in result.estimates for result in results):
+        rows += "; by patient: the mean of probabilities over a patient's images"
+    return [*notes, *missing, means, rows, INTERVALS]

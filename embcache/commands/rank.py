@@ -13,9 +13,12 @@ from embcache.commands.options import (
     BackboneOption,
     DataRootOption,
     DatasetOption,
+    DropClassOption,
     HomeOption,
     JsonOption,
+    MergeClassOption,
     NameOption,
+    class_options,
     split_list,
     write_json,
 )
@@ -38,6 +41,8 @@ def rank(
         str, typer.Option("--subset", metavar="S|M|F|N", help="Training images to score on, as for probing.")
     ] = "F",
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of folds and subsets.")] = 0,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     recipe: RecipeOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
@@ -65,6 +70,7 @@ def rank(
         home=home,
         allow_missing=allow_missing,
         dataset_name=name,
+        classes=class_options(drop_class, merge_class),
     )
     if json != "-":
         for k, ranking in enumerate(rankings):
@@ -79,6 +85,8 @@ def similarity(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the images drawn, where there are many.")] = 0,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     recipe: RecipeOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
@@ -103,6 +111,7 @@ def similarity(
         home=home,
         allow_missing=allow_missing,
         dataset_name=name,
+        classes=class_options(drop_class, merge_class),
         say=print_note,
     )
     if json != "-":
@@ -116,9 +125,9 @@ def similarity(
 
 def _print_ranking(ranking: Ranking) -> None:
     from embcache.analysis.rank import SCORES
-    from embcache.probe.metrics import METRIC_NAMES
+    from embcache.probe.metrics import metric_title
 
-    metric = METRIC_NAMES.get(ranking.metric, ranking.metric)
+    metric = metric_title(ranking.metric)
     subsets = list(dict.fromkeys(subset for row in ranking.rows for subset in row.probes))
     headers = ["backbone", "LogME", "H-score", f"nearest centroid {metric}", f"k-NN {metric}", "mean rank"]
     rows = [

@@ -49,6 +49,16 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, not
         typer.echo(f"· {printable(note)}")
 
 
+def spread(mean: float | None, std: float | None) -> str:
+    """``mean ± sd``, as tables show it."""
+    return "" if mean is None else f"{mean:.4f}" + ("" if std is None else f" ± {std:.4f}")
+
+
+def bounds(interval: tuple[float, float] | None, sign: str = "") -> str:
+    """``low – high``, as tables show it."""
+    return "" if interval is None else f"{interval[0]:{sign}.4f} – {interval[1]:{sign}.4f}"
+
+
 def print_note(text: str) -> None:
     """Print ``note: text`` to stderr, with control characters (of ids and paths, say) escaped in each line."""
     typer.echo(f"note: {printable(text)}", err=True)

@@ -21,10 +21,9 @@ from embcache.finetune.model import ImageModel, State, assemble, model_file
 from embcache.finetune.request import Asked
 from embcache.finetune.train import Setting, best_epoch, predict_logits, train_fold
 from embcache.memory import keep_freed_memory
-from embcache.probe.metrics import FloatArray, softmax
 from embcache.probe.splits import Splits
 from embcache.probe.stack import Job, stream_generator
-from embcache.probe.summary import Outcome
+from embcache.probe.summary import Outcome, Outputs
 from embcache.probe.train import make_job
 
 Tell = Callable[[int, int, str], Any]
@@ -105,22 +104,22 @@ class FoldRun:
         self._y[self._place[known]] = self.plan.labels[known]
         self._settled = self._done = 0
 
-    def train(self, progress: Progress) -> tuple[Progress, FloatArray]:
+    def train(self, progress: Progress) -> tuple[Progress, Outputs]:
         """Train and test every fold that is not finished.
 
         Returns
         -------
         Progress
             All folds finished.
-        float64 array of shape (folds, n_test, C)
-            Test predictions; NaN for a fold without a model.
+        Outputs
+            Logits; nan for a fold without a model.
         """
         asked, began = self.asked, time.perf_counter() - progress.seconds
         if asked.device.type == "cpu":
             keep_freed_memory()
         setting = Setting(
-            self.frames, self._y, asked.augment, asked.schedule, self.ds.metric, asked.settings.accumulate, self.pool,
-            self._count,
+            self.frames, self._y, asked.augment, asked.schedule, asked.metric(self.ds), asked.settings.accumulate,
+            self.pool, self._count,
         )  # fmt: skip
         jobs = [self._job(fold) for fold in range(self.plan.n_folds)]
         model, initial = None, {}
@@ -150,8 +149,10 @@ class FoldRun:
             keep(self._finish(model, job, setting, fold, self._train(model, job, setting, fold, state, keep)))
             self._settle(fold)
         blank = np.full((len(self.plan.test), len(self.ds.class_names)), np.nan)
-        p = [self.folder.load(f.files["test"])["p"].numpy() if "test" in f.files else blank for f in progress.folds]
-        return replace(progress, seconds=time.perf_counter() - began), np.stack(p)
+        found = [self.folder.load(f.files["test"]) if "test" in f.files else {} for f in progress.folds]
+        test = [tensors["test"].double().numpy() if tensors else blank for tensors in found]
+        val = [tensors["val"].double().numpy() if tensors else blank[:0] for tensors in found]
+        return replace(progress, seconds=time.perf_counter() - began), Outputs(np.stack(test), val)
 
     def _job(self, fold: int) -> Job:
         """The fold's job: the same stream, and so the same initial head, as in probing."""
@@ -193,10 +194,12 @@ class FoldRun:
         files: dict[str, Any] = {}
         if "best" in state.files:
             model.load(self.folder.load(state.files["best"]))
-            logits = predict_logits(model, setting, self._place[self.plan.test].tolist())
-            if np.isfinite(logits).all():
-                p = torch.from_numpy(softmax(logits))
-                files["test"] = self.folder.save(f"fold{fold}-test.safetensors", {"p": p})
+            test = predict_logits(model, setting, self._place[self.plan.test].tolist())
+            if np.isfinite(test).all():
+                held = np.sort(self.plan.val[fold, self.asked.subset])
+                val = predict_logits(model, setting, self._place[held].tolist())
+                logits = {"test": torch.from_numpy(test), "val": torch.from_numpy(val)}
+                files["test"] = self.folder.save(f"fold{fold}-test.safetensors", logits)
                 if self.keep_models:
                     files["best"] = state.files["best"]
             else:
@@ -207,7 +210,7 @@ class FoldRun:
         """Images that a fold is planned to see at most."""
         key = (fold, self.asked.subset)
         epoch = len(self.plan.train[key]) + len(self.plan.val[key])
-        return self.asked.schedule.max_epochs * epoch + len(self.plan.test)
+        return self.asked.schedule.max_epochs * epoch + len(self.plan.test) + len(self.plan.val[key])
 
     def _settle(self, fold: int) -> None:
         """Whatever of a fold was planned and not needed counts as done."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from embcache.data.classes import class_flags
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from embcache.extract.augment import Augmentation, augmentation
@@ -27,10 +28,11 @@ from embcache.finetune.model import check_head, has_batch_norm
 from embcache.paths import PathLike
 from embcache.probe.heads import hyperparameters, make_head
 from embcache.probe.inputs import digest_images, plan_for
+from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_class
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.results import PROTOCOL_VERSION
 from embcache.probe.schedule import Schedule
-from embcache.probe.splits import Splits
+from embcache.probe.splits import Splits, name_everything
 from embcache.probe.stack import TrainableHead
 
 ARITHMETIC = 1
@@ -66,6 +68,8 @@ class Settings:
     batch_size: int | None = None
     accumulate: int = 1
     max_epochs: int = 50
+    metric: str | None = None
+    positive: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +114,11 @@ class Asked:
     fingerprints: Mapping[str, str]
     device: torch.device
 
+    def metric(self, ds: ImageDataset) -> Metric:
+        """What scores, and chooses epochs on validation."""
+        metric = find_metric(self.settings.metric or ds.metric, len(ds.class_names))
+        return metric.of(positive_class(ds.class_names, self.settings.positive))
+
     @property
     def names(self) -> tuple[str, ...]:
         """The backbones."""
@@ -126,12 +135,12 @@ class Asked:
         return next(iter(self.transforms.values()))
 
     def plan(self, ds: ImageDataset, images: Images) -> Splits:
-        """Splits of the dataset, as `embcache.probe.inputs.plan_for` draws them for probing."""
+        """Splits of the dataset, as `embcache.probe.inputs.plan_for` draws them for probing; of one subset."""
         s = self.settings
-        return plan_for(
+        drawn = plan_for(
             ds,
             [images],
-            subsets=[self.subset],
+            subsets=[s.subset],
             folds=s.folds,
             seed=s.seed,
             val=s.val,
@@ -139,6 +148,8 @@ class Asked:
             splits=s.splits,
             exclude_test_overlap=s.exclude_test_overlap,
         )
+        (plan,) = name_everything([drawn])
+        return plan
 
     def request(self, ds: ImageDataset, plan: Splits, images: Images) -> dict[str, Any]:
         """Everything that the result depends on, as JSON data; how pixels are kept or workers share is not in it."""
@@ -147,7 +158,7 @@ class Asked:
             "protocol": PROTOCOL_VERSION,
             "finetune": ARITHMETIC,
             "dataset": ds.name,
-            "metric": ds.metric,
+            "metric": self.metric(ds).key,
             "splits": plan.digest(self.subset),
             "images": digest_images({"pixels": images}, plan.ids[plan.used(self.subset)]),
             "recipes": [[name, self.fingerprints[name]] for name in self.names],
@@ -162,6 +173,8 @@ class Asked:
             # Batch normalisation takes its statistics over what goes through the network at once.
             **({"accumulate": self.settings.accumulate} if self.settings.accumulate > 1 else {}),
             **({"exclude_test_overlap": True} if self.settings.exclude_test_overlap else {}),
+            **asymmetry(self.metric(ds), ds.class_names, self.settings.positive),
+            **({"classes": dict(ds.renamed)} if ds.renamed else {}),
         }
 
     def notes(self, ds: ImageDataset) -> list[str]:
@@ -236,6 +249,7 @@ def resume_command(ds: ImageDataset, backbones: Sequence[str], settings: Setting
     words += ["--data-root", str(ds.origin)] if ds.origin is not None else []
     words += ["--name", ds.name] if ds.kind == "folder" else []
     words += ["--allow-missing"] if ds.missing else []
+    words += class_flags(ds.renamed)
     for option in fields(Settings):
         value, flag = getattr(settings, option.name), "--" + option.name.replace("_", "-")
         if option.name not in ("head", "subset") and value == option.default:

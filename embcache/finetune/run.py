@@ -27,9 +27,16 @@ from embcache.finetune.folds import FoldRun, Tell, begin, head_of, kept_models, 
 from embcache.finetune.model import model_file
 from embcache.finetune.request import Settings, ask, resume_command
 from embcache.paths import PathLike
-from embcache.probe.metrics import FloatArray
 from embcache.probe.results import ProbeResult, as_asked, find_run, run_id, runs_dir, save_run
-from embcache.probe.summary import prediction_table, request_notes, summarise, training_notes
+from embcache.probe.summary import (
+    Outputs,
+    prediction_table,
+    request_notes,
+    summarise,
+    training_notes,
+    validation_table,
+    with_positive,
+)
 
 
 def finetune_images(
@@ -53,6 +60,8 @@ def finetune_images(
     batch_size: int | None = None,
     accumulate: int = 1,
     max_epochs: int = 50,
+    metric: str | None = None,
+    positive: str | None = None,
     workers: int | None = None,
     pixel_cache: bool = True,
     resume: bool | None = False,
@@ -97,6 +106,8 @@ def finetune_images(
         Parts in which a batch goes through the network, to take less memory.
     max_epochs : int
         At most so many epochs.
+    metric, positive
+        As for `embcache.probe.run.probe_features`.
     workers : int, optional
         Threads that decode and augment images; 0 for none besides the main one. No result depends on it.
     pixel_cache : bool
@@ -134,7 +145,7 @@ def finetune_images(
     """
     settings = Settings(
         head, subset, folds, seed, val, test, splits, exclude_test_overlap, weights, transform, device, precision, lr,
-        batch_size, accumulate, max_epochs,
+        batch_size, accumulate, max_epochs, metric, positive,
     )  # fmt: skip
     if workers is not None and workers < 0:
         raise UsageError("the number of workers must be 0 or more", found=str(workers), fix="--workers 2")
@@ -155,6 +166,7 @@ def finetune_images(
             else:
                 frames, images = decode_frames(ds, asked.transform, asked.files.root, scratch / "all.u8", pool)
         plan = asked.plan(ds, images)
+        asked = replace(asked, subset=plan.name_of(asked.subset))
         request = asked.request(ds, plan, images)
         id = run_id(request)
         folder = CheckpointFolder(
@@ -173,18 +185,24 @@ def finetune_images(
             elif frames is None:
                 frames, _ = decode_frames(ds, asked.transform, asked.files.root, scratch / "used.u8", pool, ids=ids)
             run = FoldRun(ds, asked, plan, frames, folder, None if workers == 0 else pool, keep_models, progress)
-            done, p = run.train(begun)
+            done, outputs = run.train(begun)
             try:
-                result = _result(run, request, done, p, source or "live")
+                result = _result(run, request, done, outputs, source or "live")
             except ProtocolError:  # every fold diverged: there is nothing to go on from
                 folder.clear()
                 raise
             if save:
-                _save(run, result, done, p, home)
+                _save(run, result, done, outputs, home)
             folder.clear()
+        else:
+            result = with_positive(result, positive, home)
         if save and keep_models:
             _tell_lost_models(runs_dir(ds.name, home) / id, result, say)
-        notes = [*request_notes(ds, plan, asked.subset), *asked.notes(ds), *training_notes(result.folds)]
+        notes = [
+            *request_notes(ds, plan, asked.subset, asked.head_name),
+            *asked.notes(ds),
+            *training_notes(result),
+        ]
         return as_asked(result, source or "live", notes)
 
 
@@ -222,15 +240,17 @@ def find_finetuned(
         asked = ask(ds, backbones, settings, home, pool, allow_download=False)
         images = known_images(ds, asked.transform, asked.files, home, pool)
         plan = asked.plan(ds, images)
+        asked = replace(asked, subset=plan.name_of(asked.subset))
     id = run_id(asked.request(ds, plan, images))
     result = find_run(id, ds.name, home)
     if result is None:
         return id
-    notes = [*request_notes(ds, plan, asked.subset), *asked.notes(ds), *training_notes(result.folds)]
+    result = with_positive(result, settings.positive, home)
+    notes = [*request_notes(ds, plan, asked.subset, asked.head_name), *asked.notes(ds), *training_notes(result)]
     return as_asked(result, "live", notes)
 
 
-def _result(run: FoldRun, request: Mapping[str, Any], done: Progress, p: FloatArray, source: str) -> ProbeResult:
+def _result(run: FoldRun, request: Mapping[str, Any], done: Progress, outputs: Outputs, source: str) -> ProbeResult:
     asked = run.asked
     result = summarise(
         run.ds,
@@ -242,9 +262,10 @@ def _result(run: FoldRun, request: Mapping[str, Any], done: Progress, p: FloatAr
         request=request,
         recipes=asked.recipes,
         outcomes=[outcome(state, asked.schedule.lr) for state in done.folds],
-        p=p,
+        outputs=outputs,
         source=source,
         seconds=done.seconds,
+        positive=asked.settings.positive,
     )
     return replace(result, versions={**result.versions, **{name: version(name) for name in ("timm", "torchvision")}})
 
@@ -258,11 +279,13 @@ def _tell_lost_models(run: Path, result: ProbeResult, say: Callable[[str], objec
         say(f"{result.id}: {which} were not kept; --again trains and keeps them")
 
 
-def _save(run: FoldRun, result: ProbeResult, done: Progress, p: FloatArray, home: PathLike | None) -> None:
+def _save(run: FoldRun, result: ProbeResult, done: Progress, outputs: Outputs, home: PathLike | None) -> None:
     """Write the run; the models move there from the checkpoints, and the heads are kept besides as in probing."""
     outcomes = [outcome(state, run.asked.schedule.lr) for state in done.folds]
     models = kept_models(run.folder, done)
     heads = [
         head_of(run.folder.load(state.files["best"])) if "best" in state.files else {} for state in done.folds
     ] if models else []  # fmt: skip
-    save_run(result, prediction_table(run.plan, p, outcomes), heads, home, files=models)
+    table = prediction_table(run.plan, outputs, outcomes)
+    validation = validation_table([run.plan], run.asked.subset, outputs, outcomes)
+    save_run(result, table, heads, home, validation=validation, files=models)

@@ -26,7 +26,7 @@ from embcache.extract.worker import arithmetic
 from embcache.finetune.checkpoint import FoldState
 from embcache.finetune.data import Draw, Frames, batches
 from embcache.finetune.model import ImageModel, State
-from embcache.probe.metrics import score, softmax
+from embcache.probe.metrics import Metric, scorer
 from embcache.probe.schedule import Schedule, Tracker
 from embcache.probe.stack import Job, stream_generator
 
@@ -48,7 +48,7 @@ class Setting:
         Of training images; its ``size`` is the network's.
     schedule : Schedule
         The optimisation.
-    metric : str
+    metric : str or Metric
         Scores the validation images.
     accumulate : int
         Parts in which a batch goes through the network; one step follows all of them.
@@ -62,7 +62,7 @@ class Setting:
     y: NDArray[np.int64]
     augment: Augmentation
     schedule: Schedule
-    metric: str
+    metric: str | Metric
     accumulate: int = 1
     pool: ThreadPoolExecutor | None = None
     on_images: Callable[[int], object] = field(default=lambda count: None)
@@ -126,7 +126,7 @@ def train_fold(
             logits = predict_logits(model, setting, job.val.tolist()) if math.isfinite(loss) else None
             if logits is None or not np.isfinite(logits).all():
                 return replace(state, diverged=True)
-            value = score(setting.metric, setting.y[job.val.numpy()], softmax(logits))
+            value = scorer(setting.metric, setting.y[job.val.numpy()], logits.shape[1])(logits)
             better = tracker.update(value)
             state = replace(
                 state,

@@ -140,6 +140,8 @@ def plan_for(
         unreadable=unreadable,
         exclude_test_overlap=exclude_test_overlap,
     )
+    names = {str(size): name for name, size in ds.subset_sizes.items() if name not in plan.subsets}
+    plan = plan.rename(names)
     lacking = [name for name in (subset_sizes(ds, subsets) if subsets else ()) if name not in plan.subsets]
     if lacking:
         raise UsageError(

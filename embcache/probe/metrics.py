@@ -1,298 +1,289 @@
-"""Scores of predicted probabilities, and bootstrap intervals over groups.
+"""Metrics of predicted classes: one row of `METRICS` each, in a weighted form that resampling and training share.
 
-Pairs and cells are counted in whole numbers, so that two models that rank all images alike have exactly equal scores;
-the bootstrap repeats the datasets' own metrics for thousands of resamples at once, as weighted counts. Tests hold every
-score against scikit-learn, with ``sample_weight`` too. scikit-learn itself is not called: its import takes longer than
-most probes train, and its input checks longer than an epoch.
+Every metric reads logits, never saturated probabilities: classes are ranked by their log odds, which softmax would
+round to ties. Pairs and cells are counted in whole numbers, so that two models that rank all images alike have exactly
+equal scores. Tests hold every metric against scikit-learn, with ``sample_weight`` too. scikit-learn itself is not
+called: its import takes longer than most probes train, and its input checks longer than an epoch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from embcache.errors import ProtocolError
+from embcache.errors import ProtocolError, UsageError
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+Weighted = Callable[[FloatArray], FloatArray]
+"""From row weights of shape (B, n) to B values; nan where the weights leave nothing to score."""
 
-METRIC_NAMES: Mapping[str, str] = {"auc": "AUC", "macro_auc": "macro AUC", "kappa": "kappa"}
-"""The metrics that a dataset can have, as tables name them."""
+NEGATIVE_NAMES = ("normal", "benign", "healthy", "negative", "control", "0", "false")
+"""Class names that mean "without disease", besides those that begin with ``no`` and a separator."""
 
-RESAMPLES = 2000
-BOOTSTRAP_SEED = 20_210_823
-"""One seed for all results, so that two rows on the same test set are compared on the same resamples."""
 
-_BLOCK = 50  # resamples drawn and scored at a time; part of the random stream, so a constant
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes
+    ----------
+    key, title : str
+        As options name it and as tables print it.
+    form : callable
+        From labels (n,), logits (n, C) and the positive class to the weighted form.
+    interval : {"auc", "proportion", "bootstrap"}
+        How its interval is made: `embcache.probe.statistics`.
+    low, high : float
+        Its range.
+    loss : bool
+        Lower is better.
+    per_class : bool
+        It scores every class by itself, so that an interval needs enough groups of each.
+    asymmetric : bool
+        With two classes its value depends on which of them is positive.
+    binary : bool
+        It is for two classes only.
+    ratio : callable, optional
+        Of a proportion: numerator and denominator of each row, boolean (n,).
+    """
+
+    key: str
+    title: str
+    form: Callable[[IntArray, FloatArray, int], Weighted]
+    interval: Literal["auc", "proportion", "bootstrap"] = "bootstrap"
+    low: float = 0.0
+    high: float = 1.0
+    loss: bool = False
+    per_class: bool = False
+    asymmetric: bool = False
+    binary: bool = False
+    ratio: Callable[[IntArray, FloatArray, int], tuple[BoolArray, BoolArray]] | None = None
+
+    def of(self, positive: int) -> Metric:
+        """The same metric, always of one positive class: what a training that chooses by it is given."""
+        return replace(self, form=lambda y, z, _: self.form(y, z, positive))
 
 
 def softmax(logits: ArrayLike) -> FloatArray:
-    """Class probabilities in float64: float32 would round confident ones to ties at 1.
-
-    Parameters
-    ----------
-    logits : array-like of float, shape (..., C)
-        Unnormalised log probabilities.
-
-    Returns
-    -------
-    float64 array of shape (..., C)
-    """
+    """Class probabilities in float64, of logits of shape (..., C)."""
     z = np.asarray(logits, dtype=np.float64)
     e = np.exp(z - z.max(axis=-1, keepdims=True))
     return np.asarray(e / e.sum(axis=-1, keepdims=True))
 
 
-def score(metric: str, y: ArrayLike, p: ArrayLike) -> float:
-    """One number for predictions; higher is better.
+def log_odds(logits: ArrayLike) -> FloatArray:
+    """log(p / (1 − p)) of each class, of logits of shape (..., C): a class's logit less the logsumexp of the others.
 
-    Parameters
-    ----------
-    metric : {"auc", "macro_auc", "kappa"}
-        Area under the ROC curve of class 1; mean one-vs-rest AUC over the classes that occur in ``y`` (choice);
-        quadratic weighted kappa of the most probable class.
-    y : array-like of int, shape (n,)
-        True labels.
-    p : array-like of float, shape (n, C)
-        Class probabilities.
+    Ranks as the probabilities do, without the ties that they have near 0 and 1.
+    """
+    z = np.asarray(logits, dtype=np.float64)
+    if z.shape[-1] == 2:
+        difference = z[..., 1] - z[..., 0]
+        return np.stack([-difference, difference], axis=-1)
+    columns = []
+    for c in range(z.shape[-1]):
+        others = np.delete(z, c, axis=-1)
+        top = others.max(axis=-1, keepdims=True)
+        columns.append(z[..., c] - top[..., 0] - np.log(np.exp(others - top).sum(axis=-1)))
+    return np.stack(columns, axis=-1)
+
+
+def log_probabilities(logits: ArrayLike) -> FloatArray:
+    """Log p of each class, of logits of shape (..., C): exact near p = 1 too, so that it can be used as logits."""
+    return np.asarray(-np.logaddexp(0.0, -log_odds(logits)))
+
+
+def mean_logits(logits: ArrayLike, axis: int = 0) -> FloatArray:
+    """Logits of the mean of probabilities over an axis, by log-mean-exp: what an ensemble predicts."""
+    log_p = log_probabilities(logits)
+    top = log_p.max(axis=axis, keepdims=True)
+    mean = np.log(np.exp(log_p - top).mean(axis=axis, keepdims=True)) + top
+    return np.asarray(mean.squeeze(axis))
+
+
+def positive_class(class_names: Sequence[str], asked: str | None = None) -> int:
+    """Which class is positive: the one asked for, else the one that is not named like a negative, else the second.
+
+    Frequencies are never looked at.
 
     Raises
     ------
-    ProtocolError
-        ``y`` holds fewer than two classes, or ``metric`` is unknown or does not fit the number of classes.
+    UsageError
+        There is no class ``asked``.
     """
-    labels, probabilities = _checked(metric, y, p)
-    return scorer(metric, labels, probabilities.shape[1])(probabilities)
+    if asked is not None:
+        if asked not in class_names:
+            raise UsageError(
+                "there is no such class to be the positive one",
+                expected=", ".join(class_names),
+                found=asked,
+                where="--positive",
+                fix=f"--positive {class_names[-1]}",
+            )
+        return list(class_names).index(asked)
+    negative = [_is_negative(name) for name in class_names]
+    return negative.index(False) if len(class_names) == 2 and sum(negative) == 1 else min(1, len(class_names) - 1)
 
 
-def scorer(metric: str, y: ArrayLike, n_classes: int) -> Callable[[FloatArray], float]:
-    """`score` on one set of labels, as a function of finite float64 probabilities (n, C): what training calls.
+def asymmetry(metric: Metric, class_names: Sequence[str], positive: str | None) -> dict[str, str]:
+    """What a request holds of the positive class: nothing where choosing epochs by the metric does not depend on it."""
+    if not metric.asymmetric or len(class_names) != 2:
+        return {}
+    return {"positive": class_names[positive_class(class_names, positive)]}
 
-    Ties between epochs keep the earliest: equal rankings have equal scores, to the last bit.
 
-    Parameters
-    ----------
-    metric : {"auc", "macro_auc", "kappa"}
-        As for `score`.
-    y : array-like of int, shape (n,)
-        True labels.
-    n_classes : int
-        C.
+def _is_negative(name: str) -> bool:
+    plain = name.strip().casefold()
+    return plain in NEGATIVE_NAMES or re.match(r"(no|non|not)[ _-]", plain) is not None
+
+
+def find_metric(name: str | Metric, n_classes: int) -> Metric:
+    """The metric of a name, for so many classes: ``auc`` of more than two is ``macro_auc``, and the reverse.
+
+    A `Metric` is given back as it is.
+
+    Besides the keys of `METRICS`, ``sensitivity_at_95_specificity`` and ``specificity_at_90_sensitivity`` take any
+    number of percent.
 
     Raises
     ------
+    UsageError
+        There is no such metric.
     ProtocolError
-        As of `score`.
+        It is for two classes, and there are more.
     """
-    labels, _ = _checked(metric, y, np.zeros((0, n_classes)))
-    if metric == "kappa":
-        once = np.ones((1, len(labels)))
-        return lambda p: float(_weighted_kappa(labels, p)(once)[0])
-    if metric == "auc":
-        positive = labels == 1
-        return lambda p: _auc(positive, log_odds(p))
-    sides = [(int(c), labels == c) for c in np.unique(labels)]
-    return lambda p: float(np.mean([_auc(positive, p[:, c]) for c, positive in sides]))
-
-
-def _auc(positive: NDArray[np.bool_], scores: FloatArray) -> float:
-    """Share of the pairs of a positive and a negative row that are ranked rightly, ties counting half."""
-    order = np.argsort(scores)
-    ranked, negative = scores[order], ~positive[order]
-    below = np.cumsum(negative, dtype=np.float64)  # negatives up to here: below a positive, where none is equal
-    starts = np.flatnonzero(ranked[1:] != ranked[:-1]) + 1
-    if len(starts) + 1 < len(ranked):
-        edges = np.concatenate([[0], starts, [len(ranked)]])
-        before, upto = np.concatenate([[0.0], below])[edges[:-1]], below[edges[1:] - 1]
-        below = np.repeat((before + upto) / 2, np.diff(edges))
-    n_negative = int(negative.sum())
-    return float(below[~negative].sum() / (n_negative * (len(ranked) - n_negative)))
-
-
-def per_class_auc(y: ArrayLike, p: ArrayLike) -> list[float | None]:
-    """One-vs-rest AUC of each class; None for a class that does not occur in ``y``.
-
-    Parameters
-    ----------
-    y : array-like of int, shape (n,)
-        True labels, of two classes at least.
-    p : array-like of float, shape (n, C)
-        Class probabilities.
-    """
-    labels, probabilities = np.asarray(y), np.asarray(p)
-    one_vs_rest = [labels == c for c in range(probabilities.shape[1])]
-    return [
-        _auc(positive, probabilities[:, c]) if 0 < positive.sum() < len(labels) else None
-        for c, positive in enumerate(one_vs_rest)
-    ]
-
-
-def evaluate(metric: str, y: ArrayLike, p: ArrayLike) -> dict[str, Any]:
-    """All that is reported of one model's predictions.
-
-    Parameters
-    ----------
-    metric : {"auc", "macro_auc", "kappa"}
-        The dataset's own metric.
-    y : array-like of int, shape (n,)
-        True labels.
-    p : array-like of float, shape (n, C)
-        Class probabilities.
-
-    Returns
-    -------
-    dict
-        ``score`` (the dataset's metric), ``auc`` (macro one-vs-rest for more than two classes), ``auprc``,
-        ``accuracy``, ``balanced_accuracy``, ``sensitivity_at_95_specificity`` (the last and ``auprc`` of class 1, or
-        averaged one-vs-rest over the classes that occur), ``kappa`` (quadratic), ``per_class_auc`` (a list, None for an
-        absent class) and ``absent_classes`` (their numbers).
-    """
-    labels, probabilities = _checked(metric, y, p)
-    n_classes = probabilities.shape[1]
-    present = sorted(set(labels.tolist()))
-    predicted = probabilities.argmax(1)
-    if n_classes == 2:
-        sides = [(labels == 1, log_odds(probabilities))]
+    if isinstance(name, Metric):
+        return name
+    key = name.strip().lower().replace("-", "_").replace(" ", "_")
+    if key in ("auc", "macro_auc"):
+        key = "auc" if n_classes == 2 else "macro_auc"
+    at = re.fullmatch(r"(sensitivity|specificity)_at_(\d{1,2}(?:\.\d+)?)_(sensitivity|specificity)", key)
+    if key in METRICS:
+        metric = METRICS[key]
+    elif at and at[1] != at[3]:
+        metric = _at(at[1], float(at[2]))
     else:
-        sides = [(labels == c, probabilities[:, c]) for c in present]
-    return {
-        "score": score(metric, labels, probabilities),
-        "auc": float(np.mean([_auc(positive, s) for positive, s in sides])),
-        "auprc": float(np.mean([_average_precision(positive, s) for positive, s in sides])),
-        "accuracy": float((labels == predicted).mean()),
-        "balanced_accuracy": float(np.mean([(predicted[labels == c] == c).mean() for c in present])),
-        "sensitivity_at_95_specificity": float(np.mean([_sensitivity(positive, s, 0.95) for positive, s in sides])),
-        "kappa": scorer("kappa", labels, n_classes)(probabilities),
-        "per_class_auc": per_class_auc(labels, probabilities),
-        "absent_classes": [c for c in range(n_classes) if c not in present],
-    }
+        raise UsageError("there is no such metric", expected=", ".join(METRICS), found=name, where="--metric")
+    if metric.binary and n_classes != 2:
+        raise ProtocolError(
+            f"the metric {metric.key} is for two classes",
+            found=f"{n_classes} classes",
+            fix="--metric " + ("balanced_accuracy" if metric.key != "auc" else "macro_auc"),
+        )
+    return metric
 
 
-def bootstrap(
-    metric: str,
-    y: ArrayLike,
-    p: ArrayLike,
-    groups: Sequence[str] | NDArray[np.object_],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = BOOTSTRAP_SEED,
-) -> FloatArray:
-    """Metric on resampled test groups, averaged over the fold models on each resample.
-
-    Groups are drawn with replacement within strata, as many as the stratum has. A stratum is the groups that hold the
-    same classes (for groups of one class: the class), so that no resample loses a class.
+def score(metric: str | Metric, y: ArrayLike, logits: ArrayLike, positive: int = 1) -> float:
+    """One number for predictions.
 
     Parameters
     ----------
-    metric : {"auc", "macro_auc", "kappa"}
-        What is computed on each resample.
+    metric : str or Metric
+        A name that `find_metric` knows.
     y : array-like of int, shape (n,)
         True labels.
-    p : array-like of float, shape (K, n, C)
-        Class probabilities by each of K models.
-    groups : sequence of str, length n
-        Patient, slide … of each image.
-    resamples : int
-        How many.
-    seed : int
-        The same seed, labels and groups give the same resamples, whatever the predictions.
+    logits : array-like of float, shape (n, C)
+        Unnormalized log probabilities; the logarithm of probabilities is one of their forms.
+    positive : int
+        Class that an asymmetric metric of two is of.
 
-    Returns
-    -------
-    float64 array of shape (resamples,)
+    Raises
+    ------
+    ProtocolError
+        ``y`` holds fewer than two classes, a logit is not a number, or the metric does not fit the number of classes.
     """
-    models = np.asarray(p, dtype=np.float64)
-    labels, _ = _checked(metric, y, models[0])
-    scorers = [_SCORERS[metric](labels, q) for q in models]
-    blocks = [
-        np.mean([scorer(weights) for scorer in scorers], axis=0)
-        for weights in resample_weights(labels, groups, resamples, seed)
-    ]
-    return np.asarray(np.concatenate(blocks))
-
-
-def interval(samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap samples, shape (B,)."""
-    low, high = np.quantile(np.asarray(samples, dtype=np.float64), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def _checked(metric: str, y: ArrayLike, p: ArrayLike) -> tuple[IntArray, FloatArray]:
-    labels, probabilities = np.asarray(y, dtype=np.int64), np.asarray(p, dtype=np.float64)
-    if metric not in METRIC_NAMES:
-        raise ProtocolError("unknown metric", expected=", ".join(METRIC_NAMES), found=repr(metric))
-    if metric == "auc" and probabilities.shape[1] != 2:
+    z = np.asarray(logits, dtype=np.float64)
+    if not np.isfinite(z).all():
         raise ProtocolError(
-            "the AUC is for two classes", found=f"{probabilities.shape[1]} classes", fix="use the metric macro_auc"
+            "a score needs predictions that are numbers",
+            found=f"{int((~np.isfinite(z)).any(-1).sum()):,} rows without",
         )
-    if not np.isfinite(probabilities).all():
-        raise ProtocolError(
-            "a score needs probabilities that are numbers",
-            found=f"{int((~np.isfinite(probabilities)).any(-1).sum()):,} rows without",
-        )
+    labels = _two_classes(y)
+    return float(find_metric(metric, z.shape[1]).form(labels, z, positive)(np.ones((1, len(labels))))[0])
+
+
+def scorer(metric: str | Metric, y: ArrayLike, n_classes: int, positive: int = 1) -> Callable[[ArrayLike], float]:
+    """`score` on one set of labels, as a function of finite logits (n, C), higher is better: what training calls.
+
+    Losses are negated. Ties between epochs keep the earliest: equal rankings have equal scores, to the last bit.
+    """
+    labels, found = _two_classes(y), find_metric(metric, n_classes)
+    once, sign = np.ones((1, len(labels))), -1.0 if found.loss else 1.0
+    return lambda z: sign * float(found.form(labels, np.asarray(z, dtype=np.float64), positive)(once)[0])
+
+
+def _two_classes(y: ArrayLike) -> IntArray:
+    labels = np.asarray(y, dtype=np.int64)
     if len(np.unique(labels)) < 2:
         raise ProtocolError(
             "a score needs images of two classes", found=f"{len(labels)} images of {len(np.unique(labels))} class"
         )
-    return labels, probabilities
+    return labels
 
 
-def log_odds(p: FloatArray) -> FloatArray:
-    """Ranks by the probability of class 1, without the ties that rounding makes near 1; shape (n,)."""
-    tiny = np.finfo(np.float64).tiny
-    return np.asarray(np.log(np.maximum(p[:, 1], tiny)) - np.log(np.maximum(p[:, 0], tiny)))
+def per_class_auc(y: ArrayLike, logits: ArrayLike) -> list[float | None]:
+    """One-vs-rest AUC of each class; None for a class that does not occur in ``y``, as for `score`."""
+    labels, odds = np.asarray(y), log_odds(logits)
+    once = np.ones((1, len(labels)))
+    return [
+        float(_auc(labels == c, odds[:, c])(once)[0]) if 0 < (labels == c).sum() < len(labels) else None
+        for c in range(odds.shape[1])
+    ]
 
 
-def _curve(positive: NDArray[np.bool_], scores: FloatArray) -> tuple[IntArray, IntArray]:
-    """True and false positives at every distinct threshold, from the highest to the lowest."""
-    order = np.argsort(-scores, kind="stable")
-    ranked = scores[order]
-    last = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1)  # of each run of equal scores
-    true = np.cumsum(positive[order])[last]
-    return true, last + 1 - true
+def evaluate(metric: str, y: ArrayLike, logits: ArrayLike, positive: int = 1) -> dict[str, Any]:
+    """All that is reported of one model's predictions; parameters as of `score`.
+
+    Returns
+    -------
+    dict
+        ``score`` (of ``metric``), every metric of `METRICS` that fits the number of classes by its key, ``auc`` always
+        (macro one-vs-rest for more than two classes), ``per_class_auc`` (a list, None for an absent class),
+        ``absent_classes`` (their numbers) and ``predicted`` (how many images each class was predicted for). None
+        stands for a value that cannot be told.
+    """
+    labels, z = np.asarray(y, dtype=np.int64), np.asarray(logits, dtype=np.float64)
+    n_classes = z.shape[1]
+    fitting = [m for m in METRICS.values() if not (m.binary and n_classes != 2)]
+    values = {m.key: score(m.key, labels, z, positive) for m in fitting}
+    values["auc"] = values["macro_auc"]
+    if n_classes == 2:
+        del values["macro_auc"]
+    return {
+        "score": score(metric, labels, z, positive),
+        **{key: value if np.isfinite(value) else None for key, value in values.items()},
+        "per_class_auc": per_class_auc(labels, z),
+        "absent_classes": [c for c in range(n_classes) if c not in labels],
+        "predicted": np.bincount(z.argmax(1), minlength=n_classes).tolist(),
+    }
 
 
-def _average_precision(positive: NDArray[np.bool_], scores: FloatArray) -> float:
-    """Precision at each threshold, weighted by the recall it adds: no interpolation, as scikit-learn has it."""
-    true, false = _curve(positive, scores)
-    return float((np.diff(true, prepend=0) / true[-1] * (true / (true + false))).sum())
+# The weighted forms.
 
 
-def _sensitivity(positive: NDArray[np.bool_], scores: FloatArray, specificity: float) -> float:
-    """Highest sensitivity among the thresholds whose specificity is at least the asked one."""
-    true, false = _curve(positive, scores)
-    allowed = false / false[-1] <= 1 - specificity + 1e-12
-    return float((true[allowed] / true[-1]).max(initial=0.0))
+def auc_placements(positive: BoolArray, scores: FloatArray) -> FloatArray:
+    """Of each positive row the share of negatives below it, of each negative the share of positives above; (n,).
+
+    Ties count half. The mean over either class is the AUC (DeLong's placement values).
+    """
+    below = np.empty(len(scores))
+    for of, others in ((positive, np.sort(scores[~positive])), (~positive, np.sort(scores[positive]))):
+        left, right = (np.searchsorted(others, scores[of], side) for side in ("left", "right"))
+        below[of] = (left + right) / 2 / len(others)
+    return np.where(positive, below, 1 - below)
 
 
-def resample_weights(
-    y: IntArray, groups: Sequence[str] | NDArray[np.object_], resamples: int, seed: int
-) -> Iterator[FloatArray]:
-    """How often each image is drawn, in blocks of shape (≤ _BLOCK, n)."""
-    names, group = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
-    group = group.reshape(-1)
-    holds = np.zeros((len(names), int(y.max()) + 1), dtype=bool)  # which classes each group holds
-    holds[group, y] = True
-    stratum = np.unique(holds, axis=0, return_inverse=True)[1].reshape(-1)
-    members = [np.flatnonzero(stratum == c) for c in np.unique(stratum)]
-    rng = np.random.Generator(np.random.PCG64(seed))
-    for start in range(0, resamples, _BLOCK):
-        block = min(_BLOCK, resamples - start)
-        drawn = np.zeros((_BLOCK, len(names)), dtype=np.float64)
-        for stratum_groups in members:
-            picks = stratum_groups[rng.integers(0, len(stratum_groups), size=(_BLOCK, len(stratum_groups)))]
-            np.add.at(drawn, (np.arange(_BLOCK)[:, None], picks), 1.0)
-        yield drawn[:block, group]
-
-
-def _weighted_auc(positive: NDArray[np.bool_], scores: FloatArray) -> Callable[[FloatArray], FloatArray]:
-    """AUC under row weights of shape (B, n): the Mann-Whitney statistic, ties counting half."""
-    _, rank = np.unique(scores, return_inverse=True)
-    order = np.argsort(rank.reshape(-1), kind="stable")
-    starts = np.flatnonzero(np.diff(rank.reshape(-1)[order], prepend=-1))  # first row of each run of equal scores
+def _auc(positive: BoolArray, scores: FloatArray) -> Weighted:
+    """The Mann-Whitney statistic, ties counting half."""
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # first row of each run of equal scores
     sign = positive[order]
 
     def auc(weights: FloatArray) -> FloatArray:
@@ -300,33 +291,196 @@ def _weighted_auc(positive: NDArray[np.bool_], scores: FloatArray) -> Callable[[
         pos = np.add.reduceat(w * sign, starts, axis=1)  # (B, distinct scores)
         neg = np.add.reduceat(w * ~sign, starts, axis=1)
         below = np.cumsum(neg, axis=1) - neg
-        return np.asarray((pos * (below + neg / 2)).sum(1) / (pos.sum(1) * neg.sum(1)))
+        return _ratio((pos * (below + neg / 2)).sum(1), pos.sum(1) * neg.sum(1))
 
     return auc
 
 
-def _weighted_macro_auc(y: IntArray, p: FloatArray) -> Callable[[FloatArray], FloatArray]:
-    parts = [_weighted_auc(y == c, p[:, c]) for c in np.unique(y)]
-    return lambda weights: np.asarray(np.mean([part(weights) for part in parts], axis=0))
+def _ratio(above: FloatArray, below: FloatArray) -> FloatArray:
+    empty = np.full(np.broadcast(above, below).shape, np.nan)
+    return np.asarray(np.divide(above, below, out=empty, where=below > 0))
 
 
-def _weighted_kappa(y: IntArray, p: FloatArray) -> Callable[[FloatArray], FloatArray]:
-    """Quadratic weighted kappa under row weights of shape (B, n), from weighted confusion matrices."""
-    n_classes = p.shape[1]
-    cell = y * n_classes + p.argmax(1)
-    distance = np.subtract.outer(np.arange(n_classes), np.arange(n_classes)) ** 2.0
+def _one_vs_rest(
+    of_side: Callable[[BoolArray, FloatArray], Weighted],
+) -> Callable[[IntArray, FloatArray, int], Weighted]:
+    """Of the positive class of two; of more the mean over the classes that occur, in each resample."""
 
-    def kappa(weights: FloatArray) -> FloatArray:
-        table = np.stack([np.bincount(cell, w, n_classes * n_classes) for w in weights])
-        table = (table / table.sum(1, keepdims=True)).reshape(-1, n_classes, n_classes)
-        chance = table.sum(2)[:, :, None] * table.sum(1)[:, None, :]
-        return np.asarray(1 - (distance * table).sum((1, 2)) / (distance * chance).sum((1, 2)))
+    def form(y: IntArray, z: FloatArray, positive: int) -> Weighted:
+        odds = log_odds(z)
+        classes = [positive] if z.shape[1] == 2 else np.unique(y)
+        return _mean_over([of_side(y == c, odds[:, c]) for c in classes])
 
-    return kappa
+    return form
 
 
-_SCORERS: Mapping[str, Callable[[IntArray, FloatArray], Callable[[FloatArray], FloatArray]]] = {
-    "auc": lambda y, p: _weighted_auc(y == 1, log_odds(p)),
-    "macro_auc": _weighted_macro_auc,
-    "kappa": _weighted_kappa,
-}
+def _mean_over(parts: Sequence[Weighted]) -> Weighted:
+    """The mean of those parts that have a value."""
+
+    def mean(weights: FloatArray) -> FloatArray:
+        values = np.stack([part(weights) for part in parts])
+        there = np.isfinite(values)
+        return _ratio(np.where(there, values, 0.0).sum(0), there.sum(0).astype(np.float64))
+
+    return mean
+
+
+def _curve(positive: BoolArray, scores: FloatArray, read: Callable[[FloatArray, FloatArray], FloatArray]) -> Weighted:
+    """A number read off the positives and negatives at or above each distinct score, (B, distinct), highest first."""
+    order = np.argsort(-scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))
+    sign = positive[order]
+
+    def form(weights: FloatArray) -> FloatArray:
+        w = weights[:, order]
+        tp = np.cumsum(np.add.reduceat(w * sign, starts, axis=1), axis=1)
+        fp = np.cumsum(np.add.reduceat(w * ~sign, starts, axis=1), axis=1)
+        return np.where((tp[:, -1] > 0) & (fp[:, -1] > 0), read(tp, fp), np.nan)
+
+    return form
+
+
+def _average_precision(positive: BoolArray, scores: FloatArray) -> Weighted:
+    """Σ (recallₙ − recallₙ₋₁) precisionₙ, as scikit-learn defines it."""
+
+    def read(tp: FloatArray, fp: FloatArray) -> FloatArray:
+        steps = np.diff(tp, axis=1, prepend=0) / np.maximum(tp[:, -1:], 1e-300)
+        return np.asarray((steps * np.nan_to_num(_ratio(tp, tp + fp))).sum(1))
+
+    return _curve(positive, scores, read)
+
+
+def _at(what: str, percent: float) -> Metric:
+    """Highest sensitivity among the thresholds of at least some specificity, or the reverse."""
+
+    def read(tp: FloatArray, fp: FloatArray) -> FloatArray:
+        sensitivity, specificity = (
+            np.hstack([np.zeros((len(tp), 1)), x / np.maximum(x[:, -1:], 1e-300)]) for x in (tp, fp)
+        )
+        specificity = 1 - specificity
+        wanted, given = (sensitivity, specificity) if what == "sensitivity" else (specificity, sensitivity)
+        return np.asarray(np.where(given >= percent / 100 - 1e-12, wanted, 0.0).max(1))
+
+    other = "specificity" if what == "sensitivity" else "sensitivity"
+    return Metric(
+        f"{what}_at_{percent:g}_{other}",
+        f"{what} at {percent:g} % {other}",
+        _one_vs_rest(lambda positive, scores: _curve(positive, scores, read)),
+        per_class=True,
+        asymmetric=True,
+    )
+
+
+def _confusion(y: IntArray, z: FloatArray) -> Weighted:
+    """Weighted confusion matrices (B, C, C), rows true and columns predicted."""
+    n_classes = z.shape[1]
+    cells = np.zeros((len(y), n_classes * n_classes))
+    cells[np.arange(len(y)), y * n_classes + z.argmax(1)] = 1.0
+    return lambda w: (w @ cells).reshape(len(w), n_classes, n_classes)
+
+
+def _of_confusion(read: Callable[[FloatArray, int], FloatArray]) -> Callable[[IntArray, FloatArray, int], Weighted]:
+    def form(y: IntArray, z: FloatArray, positive: int) -> Weighted:
+        tables = _confusion(y, z)
+        return lambda w: read(tables(w), positive)
+
+    return form
+
+
+def _kappa(table: FloatArray, positive: int) -> FloatArray:
+    """Quadratic weighted kappa."""
+    n = table.shape[1]
+    distance = np.subtract.outer(np.arange(n), np.arange(n)) ** 2.0
+    table = table / table.sum((1, 2), keepdims=True)
+    chance = table.sum(2)[:, :, None] * table.sum(1)[:, None, :]
+    return np.asarray(1 - _ratio((distance * table).sum((1, 2)), (distance * chance).sum((1, 2))))
+
+
+def _f1(table: FloatArray, positive: int) -> FloatArray:
+    hits = np.diagonal(table, axis1=1, axis2=2)
+    true, called = table.sum(2), table.sum(1)
+    each = np.where(true > 0, _ratio(2 * hits, true + called), np.nan)  # (B, C), of the classes that occur
+    if table.shape[1] == 2:
+        return np.asarray(each[:, positive])
+    return _ratio(np.nan_to_num(each).sum(1), np.isfinite(each).sum(1).astype(np.float64))
+
+
+def _recalls(table: FloatArray, positive: int) -> FloatArray:
+    each = _ratio(np.diagonal(table, axis1=1, axis2=2), table.sum(2))
+    return _ratio(np.nan_to_num(each).sum(1), np.isfinite(each).sum(1).astype(np.float64))
+
+
+def _mcc(table: FloatArray, positive: int) -> FloatArray:
+    """Matthews's correlation (Gorodkin's for more classes); 0 where all are called, or are, one class."""
+    true, called, n = table.sum(2), table.sum(1), table.sum((1, 2))
+    covariance = np.trace(table, axis1=1, axis2=2) * n - (true * called).sum(1)
+    spread = np.sqrt((n**2 - (called**2).sum(1)) * (n**2 - (true**2).sum(1)))
+    return np.asarray(np.divide(covariance, spread, out=np.zeros_like(covariance), where=spread > 1e-9 * n**2))
+
+
+def _mean_of(
+    each: Callable[[IntArray, FloatArray, int], FloatArray],
+) -> Callable[[IntArray, FloatArray, int], Weighted]:
+    def form(y: IntArray, z: FloatArray, positive: int) -> Weighted:
+        values = each(y, z, positive)
+        return lambda w: _ratio(w @ values, w.sum(1))
+
+    return form
+
+
+def _brier(y: IntArray, z: FloatArray, positive: int) -> FloatArray:
+    """Squared error of P(positive) of two classes; of more the sum over classes."""
+    p = softmax(z)
+    if z.shape[1] == 2:
+        return np.asarray((p[:, positive] - (y == positive)) ** 2)
+    return np.asarray(((p - np.eye(z.shape[1])[y]) ** 2).sum(1))
+
+
+def _log_loss(y: IntArray, z: FloatArray, positive: int) -> FloatArray:
+    return np.asarray(-log_probabilities(z)[np.arange(len(y)), y])
+
+
+def _proportion(
+    key: str, title: str, ratio: Callable[[IntArray, FloatArray, int], tuple[BoolArray, BoolArray]], **traits: bool
+) -> Metric:
+    def form(y: IntArray, z: FloatArray, positive: int) -> Weighted:
+        numerator, denominator = ratio(y, z, positive)
+        return lambda w: _ratio(w @ (numerator & denominator).astype(np.float64), w @ denominator.astype(np.float64))
+
+    return Metric(key, title, form, "proportion", ratio=ratio, **traits)
+
+
+def _called(z: FloatArray, positive: int) -> BoolArray:
+    return np.asarray(z.argmax(1) == positive)
+
+
+_TWO = {"asymmetric": True, "binary": True}
+
+METRICS: Mapping[str, Metric] = {
+    metric.key: metric
+    for metric in (
+        Metric("auc", "AUC", _one_vs_rest(_auc), "auc", per_class=True, binary=True),
+        Metric("macro_auc", "macro AUC", _one_vs_rest(_auc), "auc", per_class=True),
+        Metric("kappa", "kappa", _of_confusion(_kappa), low=-1.0),
+        Metric("auprc", "AUPRC", _one_vs_rest(_average_precision), per_class=True, asymmetric=True),
+        _proportion("accuracy", "accuracy", lambda y, z, _: (z.argmax(1) == y, np.ones(len(y), dtype=bool))),
+        Metric("balanced_accuracy", "balanced accuracy", _of_confusion(_recalls), per_class=True),
+        Metric("f1", "F1", _of_confusion(_f1), per_class=True, asymmetric=True),
+        Metric("mcc", "MCC", _of_confusion(_mcc), low=-1.0),
+        Metric("brier", "Brier score", _mean_of(_brier), high=2.0, loss=True),
+        Metric("log_loss", "log loss", _mean_of(_log_loss), high=np.inf, loss=True),
+        _proportion("sensitivity", "sensitivity", lambda y, z, c: (_called(z, c), y == c), per_class=True, **_TWO),
+        _proportion("specificity", "specificity", lambda y, z, c: (~_called(z, c), y != c), per_class=True, **_TWO),
+        _proportion("ppv", "PPV", lambda y, z, c: (y == c, _called(z, c)), **_TWO),
+        _proportion("npv", "NPV", lambda y, z, c: (y != c, ~_called(z, c)), **_TWO),
+        _at("sensitivity", 95),
+        _at("specificity", 95),
+    )
+}  # fmt: skip
+"""Every metric by its key. A new metric is one row."""
+
+
+def metric_title(name: str, positive: str = "") -> str:
+    """A metric as tables print it, with the class that an asymmetric one is of."""
+    title = METRICS[name].title if name in METRICS else re.sub(r"_(\d[\d.]*)_", r" \1 % ", name).replace("_", " ")
+    return f"{title} of {positive}" if positive else title

@@ -49,6 +49,12 @@ class ProbeOptions:
         validation (the first of equals).
     target : str, optional
         A column of the dataset's table to tell apart instead of the labels.
+    metric : str, optional
+        Scores the models and chooses their epochs on validation; default the dataset's own. See
+        `embcache.probe.metrics.METRICS`.
+    positive : str, optional
+        The positive class of two, of which asymmetric metrics are; see `embcache.probe.metrics.positive_class`.
+        Nothing is trained anew for it, unless an asymmetric metric chooses epochs.
     splits : path, optional
         A splits file to use instead of drawing.
     exclude_test_overlap : bool
@@ -81,6 +87,8 @@ class ProbeOptions:
     views: int | None = None
     lr: float | Sequence[float] | None = None
     target: str | None = None
+    metric: str | None = None
+    positive: str | None = None
     splits: PathLike | None = None
     exclude_test_overlap: bool = False
     device: str = "cpu"

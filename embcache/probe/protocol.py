@@ -11,6 +11,7 @@ and for every backbone and head.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from embcache.data.classes import class_flags
 from embcache.data.groups import merge_groups, overlap_notes
 from embcache.data.splits import IntArray, hash_order, stratified_group_folds, water_fill
 from embcache.errors import ProtocolError, UsageError
@@ -104,13 +106,16 @@ def plan_splits(
     Raises
     ------
     ProtocolError
-        Fewer than two classes, a class with fewer images or groups than folds, a number larger than the pool or
-        smaller than the number of classes, or matched validation with fewer than two images of a class.
+        Fewer than two classes, a class with fewer groups than folds (than two, where validation is the dataset's own
+        val split, which must have two classes), a number larger than the pool or smaller than the number of classes, or
+        matched validation with fewer than two images of a class.
     UsageError
         A malformed ``subsets``, ``folds``, ``val`` or ``test``.
     """
     check_protocol(folds, val, test)
     sizes = subset_sizes(ds, subsets)
+    numbers = {str(asked).strip() for asked in subsets}  # what was asked for as a number must be there
+    everything = set(sizes)
     sides = divide(
         ds, seed=seed, test=test, digests=digests, unreadable=unreadable, exclude_test_overlap=exclude_test_overlap
     )
@@ -119,7 +124,7 @@ def plan_splits(
     n_classes = len(ds.class_names)
     if len(own_val):
         notes.append(f"validation is the dataset's own val split ({len(own_val)} images) in every fold")
-    _check_classes(ds, labels[pool], groups[pool], folds)
+    _check_classes(ds, labels, groups, pool, own_val, test_rows if sides.test_set == "local" else own_val[:0], folds)
     fold_of = stratified_group_folds(labels[pool], groups[pool].tolist(), folds, seed, "folds")
     train: dict[Key, IntArray] = {}
     validate: dict[Key, IntArray] = {}
@@ -129,19 +134,22 @@ def plan_splits(
         drawn = _class_orders(candidates, labels, ids, n_classes, seed, f"train/{fold}")
         held = _class_orders(holdout, labels, ids, n_classes, seed, f"val/{fold}")
         for subset, n in sizes.items():
-            if n is not None and not subset.isdigit() and n > sum(map(len, drawn)):
+            if n is not None and str(n) not in numbers and n > sum(map(len, drawn)):
                 # S and M are the dataset's own sizes: part of a dataset has less, a number asked for is an error
                 notes.append(f"subset {subset} is {n} training images and the folds hold fewer: all of them train")
                 n = None
             rows = _draw(drawn, n, f"fold {fold}, subset {subset}", ds)
             train[fold, subset] = rows
+            if len(rows) < sum(map(len, drawn)):
+                everything.discard(subset)
             validate[fold, subset] = np.sort(holdout)
             if val == "matched":
                 validate[fold, subset] = np.sort(_matched(held, len(rows), f"fold {fold}, subset {subset}", ds))
             if val == "matched" and len(holdout) < len(rows):
                 notes.append(f"subset {subset}, fold {fold}: only {len(holdout)} images to validate, {len(rows)} train")
     for fold in range(folds):
-        notes += absent_note(ds.class_names, labels[validate[fold, next(iter(sizes))]], f"validation of fold {fold}")
+        where = "the val split" if len(own_val) else f"validation of fold {fold}"
+        notes += absent_note(ds.class_names, labels[validate[fold, next(iter(sizes))]], where)
     if (labels[test_rows] >= 0).any():
         notes += absent_note(ds.class_names, labels[test_rows], "the test set")
     return Splits(
@@ -159,6 +167,7 @@ def plan_splits(
         seed=seed,
         val_mode=val,
         notes=tuple(dict.fromkeys(notes)),
+        everything=frozenset(everything),
     ).check()
 
 
@@ -211,17 +220,20 @@ def divide(
 def subset_sizes(ds: ImageDataset, subsets: Sequence[str | int]) -> dict[str, int | None]:
     """Canonical names of the asked subsets with their numbers of training images; None for F, all there are.
 
+    A number that S or M is in this dataset is called so: one computation has one name.
+
     Raises
     ------
     UsageError
         A subset is neither a name the dataset defines, nor F, nor a positive number; or none is asked.
     """
     known = {**{str(k).upper(): int(v) for k, v in ds.subset_sizes.items()}, "F": None}
+    named = {size: name for name, size in reversed(known.items()) if size is not None}
     sizes: dict[str, int | None] = {}
     for asked in subsets:
         name = str(asked).strip().upper()
         if name.isascii() and name.isdigit() and int(name) > 0:
-            sizes[str(int(name))] = int(name)
+            sizes[named.get(int(name), str(int(name)))] = int(name)
         elif name in known:
             sizes[name] = known[name]
         else:
@@ -259,7 +271,7 @@ def _official_overlap(
         note = f"{len(shared)} training images of {names} groups that the official test set shares left out"
         return np.setdiff1d(pool, shared), np.setdiff1d(own_val, shared), [note]
     note = f"{len(shared)} training images share {names} groups with the official test set"
-    return pool, own_val, [note + "; --exclude-test-overlap leaves them out"]
+    return pool, own_val, [note + "; embcache probe --exclude-test-overlap leaves them out"]
 
 
 def _local_test(labels: IntArray, groups: StrArray, pool: IntArray, own_val: IntArray) -> IntArray:
@@ -285,8 +297,17 @@ def _nearest_fifth(labels: IntArray, part: IntArray) -> int:
     return int(distance.argmin())
 
 
-def _check_classes(ds: ImageDataset, labels: IntArray, groups: StrArray, folds: int) -> None:
-    counts = np.bincount(labels, minlength=len(ds.class_names))
+def _check_classes(
+    ds: ImageDataset,
+    labels: IntArray,
+    groups: StrArray,
+    pool: IntArray,
+    own_val: IntArray,
+    held_out: IntArray,
+    folds: int,
+) -> None:
+    """Refuse a pool that some fold could not train or validate every class on; ``held_out`` is a local test set."""
+    counts = np.bincount(labels[pool], minlength=len(ds.class_names))
     listing = ", ".join(f"{name}: {count}" for name, count in zip(ds.class_names, counts, strict=True)) or "no classes"
     if (counts > 0).sum() < 2:
         raise ProtocolError(
@@ -296,19 +317,49 @@ def _check_classes(ds: ImageDataset, labels: IntArray, groups: StrArray, folds: 
             where=ds.root,
             fix="label more images, or embcache datasets to see what was read",
         )
-    for c, name in enumerate(ds.class_names):
-        n_groups = len(set(groups[labels == c]))
-        if n_groups < folds:
-            what = "images" if counts[c] < folds else "groups"
-            raise ProtocolError(
-                f"class {name!r} of {ds.name} has fewer {what} than there are folds",
-                expected=f"at least {folds} groups (patients, slides …) of every class in the pool",
-                found=f"{counts[c]} images in {n_groups} groups; all classes: {listing}",
-                where=ds.root,
-                fix=f"--folds {n_groups}"
-                if n_groups >= 2
-                else "get more images of this class, or merge it with another",
-            )
+    if len(own_val) and len(np.unique(labels[own_val])) < 2:
+        raise ProtocolError(
+            f"the val split of {ds.name} holds fewer than two classes",
+            expected="validation images of two classes or more",
+            found=f"{len(own_val)} of {ds.class_names[labels[own_val[0]]]!r}",
+            where=ds.root,
+            fix="put images of the other classes into the val split, or its images into train: folds validate then",
+        )
+    # A fold leaves a part of the pool out: the others must have each class, and the part too where it validates.
+    needed = 2 if len(own_val) else folds
+    n_pool, n_held = (
+        _groups_of_classes(labels, groups, pool, counts),
+        _groups_of_classes(labels, groups, held_out, counts),
+    )
+    few = [c for c, n in enumerate(n_pool) if n < needed]
+    if not few:
+        return
+    first = few[0]
+    in_all = needed + (1 if len(held_out) else 0)  # the local test set takes a group of most classes
+    short = [c for c in range(len(counts)) if c in few or n_pool[c] + n_held[c] < in_all]
+    without = class_flags({ds.class_names[c]: "" for c in short})
+    together = ["--merge-class", f"{ds.class_names[first]}+OTHER=NEW"]
+    raise ProtocolError(
+        f"class {ds.class_names[first]!r} of {ds.name} has fewer "
+        + ("images" if counts[first] < needed else "groups")
+        + (" than two to train on: a fold would train without it" if len(own_val) else " than there are folds"),
+        expected=f"at least {needed} groups (patients, slides …) of every class in the pool",
+        found=f"{counts[first]} images in {n_pool[first]} groups"
+        + (f" (the local test set holds {n_held[first]} more)" if n_held[first] else "")
+        + f"; all classes: {listing}",
+        where=ds.root,
+        fix=(
+            *([f"--folds {min(n_pool)}"] if min(n_pool) >= 2 else []),
+            *([shlex.join(without)] if len(counts) - len(short) > 1 else []),
+            *([shlex.join(together)] if len(counts) > 2 else []),
+            f"more images: {in_all} groups of every class" + (", one for the test set" if len(held_out) else ""),
+        ),
+    )
+
+
+def _groups_of_classes(labels: IntArray, groups: StrArray, rows: IntArray, counts: IntArray) -> list[int]:
+    """How many groups each class has among some rows."""
+    return [len(set(groups[rows[labels[rows] == c]])) for c in range(len(counts))]
 
 
 def _class_orders(rows: IntArray, labels: IntArray, ids: StrArray, n: int, seed: int, purpose: str) -> list[IntArray]:
@@ -351,6 +402,6 @@ def _matched(orders: Sequence[IntArray], n: int, where: str, ds: ImageDataset) -
             expected="two images of every class",
             found=f"{share.min()} of {name!r} among {share.sum()}",
             where=where,
-            fix="--val full, or a larger --subset",
+            fix=("--val full", *(["a larger --subset"] if len(orders[int(share.argmin())]) > 1 else [])),
         )
     return _take(orders, int(share.sum()))

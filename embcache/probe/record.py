@@ -10,8 +10,9 @@ from typing import Any
 
 from embcache.errors import printable
 from embcache.notebook import few, html_table
+from embcache.probe.statistics import Estimate
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised when the protocol changes, so that older runs are not taken for new ones. Arithmetic that gives the same but
 for rounding (another order of sums, attention by nodes) is the same protocol: a saved run answers for it."""
 
@@ -90,7 +91,8 @@ class ProbeResult:
     mean, std : float or None
         Over folds on the test set, ``std`` with ddof 1 (None of a single fold); None where no fold has a score.
     interval : (float, float) or None
-        95 % bootstrap interval of ``mean`` over test groups.
+        95 % interval that tables show: for new patients and a newly trained model, where there is one, else for new
+        patients and these models; ``estimate`` has both.
     val_mean : float or None
         Mean validation score over folds: what may be used to choose between models.
     folds : tuple of FoldResult
@@ -111,7 +113,21 @@ class ProbeResult:
     target : str
         The column of the dataset's table that is told apart instead of the labels; empty for the labels.
     recipes : dict
-        Each backbone's whole recipe, so that a run can predict new images by its own; empty in runs of older versions.
+        Each backbone's whole recipe, so that a run can predict new images by its own.
+    estimate : Estimate or None
+        ``mean`` with both its intervals and what they are made of.
+    positive : str
+        Class that asymmetric metrics of two classes are of; with more classes empty, unless one was asked for.
+    overlap : float or None
+        Mean share of training images that two models have in common.
+    test_counts : tuple of int
+        Scored test images of each class.
+    ensemble : dict
+        Scores of the mean of the models' probabilities, which is what ``predict`` uses: ``estimate``, and ``metrics``
+        as `embcache.probe.metrics.evaluate` gives them.
+    by_group : dict
+        Scores by patient (mean of probabilities over a group's images): ``groups``, ``estimate``, ``ensemble``; or
+        ``why`` there are none. Empty where every group has one image.
     """
 
     id: str
@@ -140,6 +156,32 @@ class ProbeResult:
     source: str
     target: str = ""
     recipes: Mapping[str, Any] = field(default_factory=dict)
+    estimate: Estimate | None = None
+    positive: str = ""
+    overlap: float | None = None
+    test_counts: tuple[int, ...] = ()
+    ensemble: Mapping[str, Any] = field(default_factory=dict)
+    by_group: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """What was scored: ``""`` the mean over models, ``ensemble``, ``by patient``, ``by patient, ensemble``."""
+        groups = self.by_group.get("ensemble", {})
+        found = {
+            "": None if self.estimate is None else self.estimate.to_json(),
+            "ensemble": self.ensemble.get("estimate"),
+            "by patient": self.by_group.get("estimate"),
+            "by patient, ensemble": groups.get("estimate"),
+        }
+        return {name: Estimate.from_json(data) for name, data in found.items() if data is not None}
+
+    @property
+    def majority(self) -> tuple[str, float] | None:
+        """The most frequent class of the test set and its share, which is the accuracy of always predicting it."""
+        if not sum(self.test_counts):
+            return None
+        most = max(self.test_counts)
+        return self.class_names[self.test_counts.index(most)], most / sum(self.test_counts)
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -162,10 +204,11 @@ class ProbeResult:
         _check_keys(cls, data)
         for fold in data["folds"]:
             _check_keys(FoldResult, fold)
-        tuples = {name: tuple(data[name]) for name in ("backbones", "notes", "class_names")}
+        tuples = {name: tuple(data[name]) for name in ("backbones", "notes", "class_names", "test_counts")}
         bounds = None if data["interval"] is None else (float(data["interval"][0]), float(data["interval"][1]))
         folds = tuple(FoldResult(**fold) for fold in data["folds"])
-        return cls(**{**data, **tuples, "interval": bounds, "folds": folds})
+        found = None if data["estimate"] is None else Estimate.from_json(data["estimate"])
+        return cls(**{**data, **tuples, "interval": bounds, "folds": folds, "estimate": found})
 
     def _reached(self) -> str:
         if self.mean is None:
@@ -180,7 +223,7 @@ class ProbeResult:
             (self.metric, f"{self._reached()}, over {len(self.folds)} folds, on {self.n_test:,} test images"),
             ("images", seen),
             ("test set", self.test_set + (" (synthetic images)" if self.synthetic else "")),
-            ("classes", few(self.class_names)),
+            ("classes", few(self.class_names) + (f"; positive: {self.positive}" if self.positive else "")),
         ]
         prints = [f"{name} {digits[:12]}" for name, digits in self.request.get("recipes", ())]
         facts += [("target", f"column {self.target}")] if self.target else []

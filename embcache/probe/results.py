@@ -41,6 +41,7 @@ __all__ = [
     "load_heads",
     "load_predictions",
     "load_result",
+    "replace_result",
     "run_file",
     "run_id",
     "runs_dir",
@@ -61,6 +62,7 @@ def save_run(
     heads: Sequence[Mapping[str, torch.Tensor]],
     home: PathLike | None = None,
     *,
+    validation: pd.DataFrame | None = None,
     files: Mapping[str, bytes | Path] | None = None,
 ) -> Path:
     """Write a run, whole or not at all, in place of one of the same id.
@@ -70,12 +72,14 @@ def save_run(
     result : ProbeResult
         Goes into ``result.json``.
     predictions : DataFrame
-        Columns ``id, label, group, fold, p_0 … p_C-1``; no rows for a fold without a model.
+        Columns ``id, label, group, fold, p_0 … p_C-1, logit_0 … logit_C-1``; no rows for a fold without a model.
     heads : sequence of dict of Tensor
         Parameters of each fold's head, an empty dict for a fold without a model. Without any ``heads.safetensors`` is
         not written.
     home : path, optional
         Folder of stores and runs.
+    validation : DataFrame, optional
+        Predictions of the rows that chose each model: columns ``id, label, group, fold, logit_0 … logit_C-1``.
     files : mapping of name to bytes or Path, optional
         Other files of the run. A path is moved into the run, once the run is there; where that fails it stays.
 
@@ -88,6 +92,8 @@ def save_run(
     folder.mkdir(parents=True, exist_ok=True)
     staging = folder / f".{result.id}.{os.getpid()}.{secrets.token_hex(4)}"
     content: dict[str, bytes | Path] = {"predictions.parquet": predictions.to_parquet(index=False)}
+    if validation is not None:
+        content["validation.parquet"] = validation.to_parquet(index=False)
     tensors = {f"fold{k}.{name}": p.contiguous().cpu() for k, head in enumerate(heads) for name, p in head.items()}
     if tensors:
         content["heads.safetensors"] = save_tensors(tensors, {"run": result.id})
@@ -110,6 +116,17 @@ def save_run(
         if isinstance(data, Path):
             data.unlink(missing_ok=True)
     return folder / result.id
+
+
+def replace_result(run: Path, result: ProbeResult) -> None:
+    """Write ``result.json`` of a run anew; its other files stay as they are."""
+    aside = run / f".result.{os.getpid()}.{secrets.token_hex(4)}"
+    try:
+        _write(aside, seal({**result.to_json(), "files": _content(run)["files"]}))
+        aside.replace(run / "result.json")
+        _sync(run)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def find_run(id: str, dataset: str, home: PathLike | None = None) -> ProbeResult | None:
@@ -170,6 +187,8 @@ def load_result(run: Path) -> ProbeResult:
         content = _content(run)
         content.pop("files")
         result = ProbeResult.from_json(content)
+        if result.kind != "kaggle" and result.request.get("protocol") != PROTOCOL_VERSION:
+            raise ValueError(f"protocol {result.request.get('protocol')}, not {PROTOCOL_VERSION}")
         if result.id != run.name or run_id(result.request) != run.name:
             raise ValueError(f"a request that hashes to {run_id(result.request)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -177,10 +196,10 @@ def load_result(run: Path) -> ProbeResult:
     return result
 
 
-def load_predictions(run: Path) -> pd.DataFrame:
-    """Test predictions of a run: ``id, label, group, fold, p_0 … p_C-1``; label −1 where it is not known.
+def load_predictions(run: Path, name: str = "predictions") -> pd.DataFrame:
+    """Test predictions of a run: ``id, label, group, fold, p_0 …, logit_0 …``; label −1 where it is not known.
 
-    A fold whose training failed has no rows. Runs of older versions have no ``group``.
+    A fold whose training failed has no rows. ``name="validation"``: those of the rows that chose each model.
 
     Raises
     ------
@@ -188,9 +207,9 @@ def load_predictions(run: Path) -> pd.DataFrame:
         The file is not there or not as it was written.
     """
     try:
-        return pd.read_parquet(_verified(run, "predictions.parquet"))
+        return pd.read_parquet(_verified(run, f"{name}.parquet"))
     except (ValueError, OSError) as error:
-        raise _bad_run(run / "predictions.parquet", error) from error
+        raise _bad_run(run / f"{name}.parquet", error) from error
 
 
 def load_heads(run: Path) -> list[dict[str, torch.Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from embcache.data.dataset import ImageDataset
 from embcache.data.splits import IntArray
@@ -18,14 +19,13 @@ from embcache.probe.apply import logits_of_sets
 from embcache.probe.grouping import groups_of, rows_together
 from embcache.probe.heads import Head
 from embcache.probe.inputs import load_features, stream_features
-from embcache.probe.metrics import FloatArray, softmax
 from embcache.probe.options import ProbeOptions, make_options
 from embcache.probe.request import Asked, ask
 from embcache.probe.results import ProbeResult, run_id, save_run
 from embcache.probe.rows import FeatureRows, Resident
 from embcache.probe.solve import is_solved
 from embcache.probe.stack import Job, TrainedHead
-from embcache.probe.summary import Outcome, prediction_table, summarise
+from embcache.probe.summary import Outcome, Outputs, prediction_table, summarise, validation_table
 from embcache.probe.train import best_of, make_job, train_jobs
 
 Progress = Callable[[int, int, str], Any]
@@ -47,6 +47,8 @@ def probe_features(
     recipe: str | None = None,
     views: int | None = None,
     lr: float | Sequence[float] | None = None,
+    metric: str | None = None,
+    positive: str | None = None,
     target: str | None = None,
     head_options: Mapping[str, Any] | None = None,
     splits: PathLike | None = None,
@@ -71,8 +73,8 @@ def probe_features(
         Whose cached features; exactly one for a head that does not fuse.
     subset : str or int
         ``"S"``, ``"M"``, ``"F"``, or a number of training images.
-    head, folds, seed, repeats, home, val, test, recipe, views, lr, target, head_options, splits, exclude_test_overlap,\
- device, max_memory, save, reuse
+    head, folds, seed, repeats, home, val, test, recipe, views, lr, metric, positive, target, head_options, splits,\
+ exclude_test_overlap, device, max_memory, save, reuse
         See `embcache.probe.options.ProbeOptions`.
     progress : callable, optional
         See `Progress`.
@@ -104,6 +106,8 @@ def probe_features(
         recipe=recipe,
         views=views,
         lr=lr,
+        metric=metric,
+        positive=positive,
         target=target,
         splits=splits,
         exclude_test_overlap=exclude_test_overlap,
@@ -146,7 +150,8 @@ def probe_grid(
     Returns
     -------
     list of ProbeResult
-        For each set of backbones each subset, in the order asked.
+        For each set of backbones each subset, in the order asked. Subsets that are the same images (50 and S, or F and
+        an S of more than there are) have the same result.
     """
     return _answer_all(ask(ds, backbones, subsets, make_options(options), source), progress)
 
@@ -164,7 +169,7 @@ def find_saved(
     Parameters as of `probe_grid`. Requests are computed, nothing is trained or written; the stores must be there.
     """
     asked = ask(ds, backbones, subsets, make_options(options), source)
-    requests = [asked.request(names, subset) for names in asked.sets for subset in asked.subsets]
+    requests = [asked.request(names, subset) for names in asked.sets for subset in asked.order]
     return [asked.saved(request) or run_id(request) for request in requests]
 
 
@@ -185,7 +190,7 @@ def _answer_all(asked: Asked, progress: Progress | None) -> list[ProbeResult]:
             # No name is kept of the features: they would live on while the next ones are read.
             found |= _answer(asked, names, group, requests, *_features(asked, names, group, lacking, loaded), tell)
             settled += len(group) * each
-        results += [found[subset] for subset in asked.subsets]
+        results += [found[subset] for subset in asked.order]
         if progress is not None:
             progress(settled, planned, f"{asked.ds.name} {o.head}")
     return results
@@ -262,12 +267,16 @@ def _answer(
     widest = None
     if o.memory is not None:
         widest = asked.need(names, *group).width(o.memory, asked.buffer_rows(names, group[0]), len(used))
-    every = train_jobs(o.model, x, y, jobs, n_classes, ds.metric, o.schedules[0], widest=widest, on_epoch=on_epoch)
+    metric = asked.metric
+    every = train_jobs(
+        o.model, x, y, jobs, n_classes, metric.of(asked.positive), o.schedules[0], widest=widest, on_epoch=on_epoch
+    )
     rates = len(o.schedules)
     sweeps = [range(k, k + rates) for k in range(0, len(every), rates)]
     chosen = [sweep[best_of([every[k] for k in sweep])] for sweep in sweeps]
     models = [every[k] for k in chosen]
-    p = _predict(o.model, models, x, torch.from_numpy(place[plans[0].test]), n_classes)
+    held = [jobs[k].val for k in chosen]
+    outputs = _predict(o.model, models, x, torch.from_numpy(place[plans[0].test]), held, n_classes)
     trained = time.perf_counter() - began
     # What a subset took of the time of all: as much as its heads saw of the rows.
     seen = [max(1, len(t.losses)) * (len(job.train) + len(job.val)) for t, job in zip(every, jobs, strict=True)]
@@ -279,7 +288,8 @@ def _answer(
         )
         share = sum(seen[part.start * rates : part.stop * rates]) / sum(seen)
         outcomes = [_outcome(o, every, jobs, k, sweep) for k, sweep in zip(chosen[part], sweeps[part], strict=True)]
-        _check_finite(p[part][[bool(m.params) for m in models[part]]], plans[0].test_ids, asked)
+        own = Outputs(outputs.test[part], outputs.val[part])
+        _check_finite(own.test[[bool(m.params) for m in models[part]]], plans[0].test_ids, asked)
         result = summarise(
             ds,
             plans,
@@ -290,34 +300,47 @@ def _answer(
             request=requests[subset],
             recipes={backbone: asked.stores[backbone].recipe.to_json() for backbone in names},
             outcomes=outcomes,
-            p=p[part],
+            outputs=own,
             source=asked.source,
             seconds=trained * share + time.perf_counter() - began,
-            target=asked.target,
+            positive=o.positive,
+            target=ds.target,
             notes=asked.notes(names, subset),
         )
         if o.save:
-            table = prediction_table(plans[0], p[part], outcomes)
-            save_run(result, table, [m.params for m in models[part]], o.home)
+            table = prediction_table(plans[0], own, outcomes)
+            validation = validation_table(plans, subset, own, outcomes)
+            save_run(result, table, [m.params for m in models[part]], o.home, validation=validation)
         results[subset] = result
     return results
 
 
 def _predict(
-    head: Head, models: Sequence[TrainedHead], x: FeatureRows, rows: torch.Tensor, n_classes: int
-) -> FloatArray:
-    """Class probabilities (len(models), n, C) of some rows; nan where there is no model."""
-    p = np.full((len(models), len(rows), n_classes), np.nan)
+    head: Head,
+    models: Sequence[TrainedHead],
+    x: FeatureRows,
+    test: torch.Tensor,
+    held: Sequence[torch.Tensor],
+    n_classes: int,
+) -> Outputs:
+    """Logits of the test rows and of each model's own validation rows; nan where there is no model."""
+    logits = np.full((len(models), len(test), n_classes), np.nan)
+    val = [np.full((len(rows), n_classes), np.nan) for rows in held]
     # A solved head may keep as many rows as trained it: such heads cannot be stacked.
     made = [k for k, model in enumerate(models) if model.params]
     stacks = [[k] for k in made] if is_solved(head) else [made] if made else []
+    asked = [(stack, test) for stack in stacks] + [([k], held[k]) for k in made if len(held[k])]
     params = [
         {name: torch.stack([models[k].params[name] for k in stack]) for name in models[stack[0]].params}
-        for stack in stacks
+        for stack, _ in asked
     ]
-    for stack, logits in zip(stacks, logits_of_sets(head, params, x, [rows] * len(stacks)), strict=True):
-        p[stack] = softmax(logits)
-    return p
+    found = logits_of_sets(head, params, x, [rows for _, rows in asked])
+    for number, ((stack, _), given) in enumerate(zip(asked, found, strict=True)):
+        if number < len(stacks):
+            logits[stack] = given
+        else:
+            val[stack[0]] = given[0].astype(np.float64)
+    return Outputs(logits, val)
 
 
 def _outcome(o: ProbeOptions, every: Sequence[TrainedHead], jobs: Sequence[Job], k: int, sweep: range) -> Outcome:
@@ -333,7 +356,7 @@ def _outcome(o: ProbeOptions, every: Sequence[TrainedHead], jobs: Sequence[Job],
     )
 
 
-def _check_finite(p: FloatArray, test_ids: Sequence[str], asked: Asked) -> None:
+def _check_finite(p: NDArray[np.float64], test_ids: Sequence[str], asked: Asked) -> None:
     bad = [test_ids[int(i)] for i in np.flatnonzero(~np.isfinite(p).all(axis=(0, 2)))]
     if bad:
         raise StoreError(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeGuard
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 import torch
+
+from embcache.probe.metrics import Metric
 
 Params = dict[str, torch.Tensor]
 
@@ -34,6 +36,9 @@ class Solved:
 class SolvedHead(Protocol):
     """What the engine needs of a solved head; see `embcache.probe.heads` for the whole contract."""
 
+    imbalance: ClassVar[str]
+    """What it does where classes are not balanced, in words; for a head that is trained `make_job` sees to it."""
+
     def solve(
         self,
         x: Mapping[str, torch.Tensor],
@@ -41,7 +46,7 @@ class SolvedHead(Protocol):
         x_val: Mapping[str, torch.Tensor] | None,
         y_val: torch.Tensor | None,
         n_classes: int,
-        metric: str,
+        metric: str | Metric,
     ) -> Solved:
         """Solve one head.
 
@@ -53,7 +58,7 @@ class SolvedHead(Protocol):
             Labels, 0 … ``n_classes`` − 1.
         n_classes : int
             C, the width of the logits.
-        metric : str
+        metric : str or Metric
             By which validation chooses; see `embcache.probe.metrics.score`.
         """
         ...

@@ -24,7 +24,7 @@ from embcache.memory import keep_freed_memory
 from embcache.probe.adam import adam_step
 from embcache.probe.apply import Applicable, Params, logits_of_sets
 from embcache.probe.apply import predict_logits as predict_logits
-from embcache.probe.metrics import scorer, softmax
+from embcache.probe.metrics import Metric, scorer
 from embcache.probe.rows import FeatureRows, as_rows
 from embcache.probe.schedule import Schedule, Tracker
 from embcache.probe.standard import constants_of
@@ -145,7 +145,7 @@ def train_stack(
     y: torch.Tensor,
     jobs: Sequence[Job],
     n_classes: int,
-    metric: str,
+    metric: str | Metric,
     schedule: Schedule,
     *,
     on_epoch: Callable[[int], Any] | None = None,
@@ -165,7 +165,7 @@ def train_stack(
         The heads.
     n_classes : int
         C, the width of the logits.
-    metric : str
+    metric : str or Metric
         Scores the validation rows; see `embcache.probe.metrics.score`.
     schedule : Schedule
         The optimisation.
@@ -204,7 +204,7 @@ def train_stack(
     return [_trained(run) for run in runs]
 
 
-def _start(job: Job, y: torch.Tensor, n_classes: int, metric: str, schedule: Schedule) -> _Run:
+def _start(job: Job, y: torch.Tensor, n_classes: int, metric: str | Metric, schedule: Schedule) -> _Run:
     own = scorer(metric, y[job.val.to(y.device)].cpu().numpy(), n_classes) if len(job.val) else None
     order, dropout, views = (stream_generator(job.stream, purpose) for purpose in ("order", "dropout", "views"))
     return _Run(job, Tracker(schedule, job.lr), order, dropout, views, own)
@@ -323,7 +323,7 @@ def _validate(head: TrainableHead, x: FeatureRows, live: Sequence[_Run], given: 
             continue
         better = True
         if run.scorer is not None:
-            value = run.scorer(softmax(logits[k]))
+            value = run.scorer(logits[k])
             run.val_scores.append(value)
             better = run.tracker.update(value)
         if better:

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 import embcache
 from embcache.data.dataset import ImageDataset
-from embcache.probe.metrics import FloatArray, bootstrap, evaluate, interval
-from embcache.probe.results import FoldResult, ProbeResult, run_id
+from embcache.paths import PathLike
+from embcache.probe.heads import imbalance
+from embcache.probe.metrics import FloatArray, evaluate, find_metric, positive_class, score, softmax
+from embcache.probe.predictions import Predictions, ensemble_scores, grouped_scores
+from embcache.probe.results import (
+    FoldResult,
+    ProbeResult,
+    load_predictions,
+    replace_result,
+    run_id,
+    runs_dir,
+)
 from embcache.probe.splits import Splits
+from embcache.probe.statistics import training_overlap
 from embcache.probe.train import diverged_error, is_balanced
 
-FEW_GROUPS = 10
-"""A class with fewer test groups makes a bootstrap interval that a reader must be warned of."""
+COLLAPSED = 0.8
+"""A model that predicts one class for this share of the test images, and half as often again as it occurs, is named."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,22 @@ class Outcome:
         return self.diverged and self.best_epoch == 0
 
 
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What the models of one run give.
+
+    Attributes
+    ----------
+    test : float64 array of shape (R × K, n_test, C)
+        Logits of the test images; whatever stands there for a model that failed is not read.
+    val : sequence of float64 arrays of shape (m, C)
+        Logits of each model's validation images, at the epoch that was kept.
+    """
+
+    test: FloatArray
+    val: Sequence[FloatArray]
+
+
 def summarise(
     ds: ImageDataset,
     plans: Sequence[Splits],
@@ -67,9 +96,10 @@ def summarise(
     request: Mapping[str, Any],
     recipes: Mapping[str, Any],
     outcomes: Sequence[Outcome],
-    p: FloatArray,
+    outputs: Outputs,
     source: str,
     seconds: float,
+    positive: str | None = None,
     target: str = "",
     notes: Sequence[str] = (),
 ) -> ProbeResult:
@@ -90,17 +120,19 @@ def summarise(
     head : str
         Name of the head.
     request : dict
-        All that the result depends on; its hash is the run's id.
+        All that the result depends on, the metric among it; its hash is the run's id.
     recipes : mapping of backbone to JSON
         Whole recipes.
     outcomes : sequence of Outcome
-        One a model, R × K of them, repeat by repeat.
-    p : float64 array of shape (R × K, n_test, C)
-        Test predictions; whatever stands there for a model that failed is not read.
+        One per model, R × K of them, repeat by repeat.
+    outputs : Outputs
+        Of these models.
     source : {"live", "snapshot"}
         Where labels came from.
     seconds : float
         Wall time.
+    positive : str, optional
+        The positive class; see `embcache.probe.metrics.positive_class`.
     target : str
         The column that is told apart instead of the labels.
     notes : sequence of str
@@ -111,7 +143,7 @@ def summarise(
     ProtocolError
         No model is left: training diverged in every fold.
     """
-    plan, metric = plans[0], ds.metric
+    plan = plans[0]
     labels, groups = plan.labels[plan.test], plan.groups[plan.test]
     known = labels >= 0
     made = [f for f, outcome in enumerate(outcomes) if not outcome.failed]
@@ -121,28 +153,27 @@ def summarise(
     folds = []
     for f, outcome in enumerate(outcomes):
         repeat, part = divmod(f, plan.n_folds)
-        metrics = evaluate(metric, labels[known], p[f, known]) if known.any() and f in made else {}
         folds.append(
             FoldResult(
                 fold=f,
-                score=metrics.get("score"),
+                score=None,
                 val_score=None if outcome.failed else outcome.val_score,
                 best_epoch=outcome.best_epoch,
                 epochs=outcome.epochs,
                 n_train=len(plans[repeat].train[part, subset]),
                 n_val=len(plans[repeat].val[part, subset]),
                 lr=outcome.lr,
-                metrics=metrics,
+                metrics={},
                 diverged=outcome.diverged,
                 repeat=repeat,
                 chosen=dict(outcome.chosen),
                 lost_lrs=list(outcome.lost_lrs),
             )
         )
-    scores = [fold.score for fold in folds if fold.score is not None]
     validated = [fold.val_score for fold in folds if fold.val_score is not None]
     sizes = np.array([[fold.n_train, fold.n_val] for fold in folds], dtype=np.float64).mean(0)
-    return ProbeResult(
+    names = tuple(ds.class_names)
+    result = ProbeResult(
         id=run_id(request),
         kind=kind,
         dataset=ds.name,
@@ -153,40 +184,137 @@ def summarise(
         n_val=round(sizes[1]),
         n_test=int(known.sum()) or len(plan.test),
         labels_used=round(sizes.sum()),
-        metric=metric,
-        mean=float(np.mean(scores)) if scores else None,
-        std=float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
-        interval=interval(bootstrap(metric, labels[known], p[made][:, known], groups[known])) if scores else None,
+        metric=str(request["metric"]),
+        mean=None,
+        std=None,
+        interval=None,
         val_mean=float(np.mean(validated)) if validated else None,
         folds=tuple(folds),
         test_set=plan.test_set,
         synthetic=ds.synthetic,
-        notes=(*request_notes(ds, plans, subset), *notes, *training_notes(folds)),
-        class_names=tuple(ds.class_names),
+        notes=(*request_notes(ds, plans, subset, head), *notes),
+        class_names=names,
         request=request,
         seconds=round(seconds, 3),
         versions=_versions(),
         source=source,
         target=target,
         recipes=dict(recipes),
+        overlap=training_overlap([plans[f // plan.n_folds].train[f % plan.n_folds, subset] for f in made]),
+    )
+    predictions = Predictions(
+        plan.ids[plan.test][known], groups[known], labels[known], outputs.test[made][:, known], names,
+    )  # fmt: skip
+    result = scored(result, predictions, positive)
+    return replace(result, notes=(*result.notes, *training_notes(result)))
+
+
+def scored(result: ProbeResult, predictions: Predictions, positive: str | None = None) -> ProbeResult:
+    """A result with every score of its predictions of labeled test images; ``positive`` as for `summarise`.
+
+    Nothing is trained: the same result with another positive class has other asymmetric scores and nothing else.
+    """
+    names, metric = result.class_names, result.metric
+    number = positive_class(names, positive)
+    shown = names[number] if len(names) == 2 or positive is not None else ""
+    if not len(predictions.labels):
+        return replace(result, positive=shown)
+    found = replace(
+        predictions,
+        positive=number,
+        overlap=result.overlap,
+        folds=1 + max(f.fold for f in result.folds if not f.repeat),
+    )
+    each = iter([evaluate(metric, found.labels, z, number) for z in found.logits])
+    metrics: list[dict[str, Any]] = [{} if fold.failed else next(each) for fold in result.folds]
+    estimate = found.estimate(metric)
+    return replace(
+        result,
+        mean=estimate.mean,
+        std=estimate.std,
+        interval=estimate.interval,
+        folds=tuple(replace(f, score=m.get("score"), metrics=m) for f, m in zip(result.folds, metrics, strict=True)),
+        estimate=estimate,
+        positive=shown,
+        test_counts=tuple(np.bincount(found.labels, minlength=len(names)).tolist()),
+        ensemble=ensemble_scores(found, metric),
+        by_group=grouped_scores(found, metric),
     )
 
 
-def request_notes(ds: ImageDataset, plans: Splits | Sequence[Splits], subset: str) -> list[str]:
-    """What a reader must know before anything is trained: of the dataset, its splits and the subset.
+def with_positive(result: ProbeResult, positive: str | None, home: PathLike | None) -> ProbeResult:
+    """A saved result with another positive class: scored anew and recorded in its run, never trained anew."""
+    names = result.class_names
+    wanted = names[positive_class(names, positive)] if len(names) == 2 or positive is not None else ""
+    if wanted == result.positive:
+        return result
+    run = runs_dir(result.dataset, home) / result.id
+    found = scored(result, load_run_predictions(result, run), positive)
+    replace_result(run, found)
+    return found
+
+
+def in_metric(result: ProbeResult, metric: str, home: PathLike | None) -> ProbeResult:
+    """A saved result scored by another metric, on test and on validation; its epochs were chosen by its own.
+
+    A result without test scores, or of a leaderboard, is given back as it is.
+    """
+    key = find_metric(metric, len(result.class_names)).key
+    if key == result.metric or result.mean is None or result.kind == "kaggle":
+        return result
+    run = runs_dir(result.dataset, home) / result.id
+    found = scored(replace(result, metric=key), load_run_predictions(result, run), result.positive or None)
+    held = load_predictions(run, "validation")
+    columns = [f"logit_{c}" for c in range(len(result.class_names))]
+    positive = positive_class(result.class_names, result.positive or None)
+    values = {
+        int(str(fold)): score(key, rows["label"].to_numpy(), rows[columns].to_numpy(), positive)
+        for fold, rows in held.groupby("fold")
+    }
+    folds = tuple(replace(fold, val_score=values.get(fold.fold)) for fold in found.folds)
+    return replace(found, folds=folds, val_mean=float(np.mean(list(values.values()))) if values else None)
+
+
+def load_run_predictions(result: ProbeResult, run: Path) -> Predictions:
+    """Predictions of a run for its labeled test images, ascending by id.
+
+    Raises
+    ------
+    StoreError
+        The run's file cannot be read.
+    """
+    table = load_predictions(run)
+    table = table[table["label"] >= 0].sort_values(["fold", "id"], kind="stable")
+    first = table[table["fold"] == table["fold"].min()]
+    names = result.class_names
+    logits = table[[f"logit_{c}" for c in range(len(names))]].to_numpy(dtype=np.float64)
+    return Predictions(
+        ids=first["id"].to_numpy(dtype=object),
+        groups=first["group"].to_numpy(dtype=object),
+        labels=first["label"].to_numpy(dtype=np.int64),
+        logits=logits.reshape(-1, len(first), len(names)),
+        class_names=names,
+        positive=positive_class(names, result.positive or None),
+        overlap=result.overlap,
+        folds=1 + max(fold.fold for fold in result.folds if not fold.repeat),
+    )
+
+
+def request_notes(ds: ImageDataset, plans: Splits | Sequence[Splits], subset: str, head: str) -> list[str]:
+    """What a reader must know before anything is trained: of the dataset, its splits, the subset and the head.
 
     What is true of a later repeat only says which.
     """
     plan, *repeats = [plans] if isinstance(plans, Splits) else plans
-    notes = _notes_of(ds, plan, subset)
+    notes = _notes_of(ds, plan, subset, head)
     for number, repeat in enumerate(repeats, start=1):
-        notes += [f"repeat {number}: {note}" for note in _notes_of(ds, repeat, subset) if note not in notes]
+        notes += [f"repeat {number}: {note}" for note in _notes_of(ds, repeat, subset, head) if note not in notes]
     return list(dict.fromkeys(notes))
 
 
-def training_notes(folds: Sequence[FoldResult]) -> list[str]:
-    """What a reader must know of the training: folds and learning rates that ended because a loss was not finite."""
-    notes = []
+def training_notes(result: ProbeResult) -> list[str]:
+    """What a reader must know of the training: what diverged, and models that predict little but one class."""
+    folds, notes = result.folds, []
     for rate in dict.fromkeys(rate for fold in folds for rate in fold.lost_lrs):
         where = [str(fold.fold) for fold in folds if rate in fold.lost_lrs]
         told = "every fold" if len(where) == len(folds) else f"fold{'s' * (len(where) > 1)} {', '.join(where)}"
@@ -196,36 +324,52 @@ def training_notes(folds: Sequence[FoldResult]) -> list[str]:
             notes.append(f"fold {fold.fold} diverged in its first epoch: left out of mean, deviation and interval")
         elif fold.diverged:
             notes.append(f"fold {fold.fold} diverged in epoch {fold.epochs}: epoch {fold.best_epoch} was kept")
+        predicted = fold.metrics.get("predicted", [0])
+        most, n = max(predicted), sum(predicted)
+        if n and most >= COLLAPSED * n:
+            c = predicted.index(most)
+            if most >= 1.5 * result.test_counts[c]:
+                count = f"all {n:,}" if most == n else f"{most:,} of {n:,}"
+                name = result.class_names[c]
+                true = f"{result.test_counts[c]:,}"
+                notes.append(f"fold {fold.fold} predicts {name!r} for {count} test images, of which {true} are")
     return notes
 
 
-def prediction_table(plan: Splits, p: FloatArray, outcomes: Sequence[Outcome] | None = None) -> pd.DataFrame:
-    """Test predictions as a table: ``id, label, group, fold, p_0 … p_C-1``.
+def prediction_table(plan: Splits, outputs: Outputs, outcomes: Sequence[Outcome]) -> pd.DataFrame:
+    """Test predictions as a table: ``id, label, group, fold, p_0 … p_C-1, logit_0 … logit_C-1``.
 
-    Parameters
-    ----------
-    plan : Splits
-        Of any repeat: all have one test set.
-    p : float64 array of shape (folds, n_test, C)
-        Test predictions, folds counted over all repeats.
-    outcomes : sequence of Outcome, optional
-        Folds without a model get no rows.
+    Folds are counted over all repeats, which have one test set; those without a model get no rows.
     """
-    made = [f for f in range(len(p)) if outcomes is None or not outcomes[f].failed]
-    n_test, n_classes = p.shape[1:]
-    flat = p[made].reshape(-1, n_classes)
-    return pd.DataFrame(
-        {
-            "id": np.tile(plan.ids[plan.test], len(made)),
-            "label": np.tile(plan.labels[plan.test], len(made)),
-            "group": np.tile(plan.groups[plan.test], len(made)),
-            "fold": np.repeat(np.array(made, dtype=np.int64), n_test),
-            **{f"p_{c}": flat[:, c] for c in range(n_classes)},
-        }
-    )
+    made = [f for f, outcome in enumerate(outcomes) if not outcome.failed]
+    table = pd.concat([_rows(plan, plan.test, f, outputs.test[f]) for f in made], ignore_index=True)
+    n_classes = outputs.test.shape[2]
+    p = softmax(table[[f"logit_{c}" for c in range(n_classes)]].to_numpy())
+    for c in range(n_classes):
+        table.insert(4 + c, f"p_{c}", p[:, c])
+    return table
 
 
-def _notes_of(ds: ImageDataset, plan: Splits, subset: str) -> list[str]:
+def validation_table(
+    plans: Sequence[Splits], subset: str, outputs: Outputs, outcomes: Sequence[Outcome]
+) -> pd.DataFrame:
+    """Predictions of the rows that chose each model: ``id, label, group, fold, logit_0 … logit_C-1``."""
+    parts = [
+        _rows(plan, np.sort(plan.val[f % plan.n_folds, subset]), f, outputs.val[f])
+        for f, outcome in enumerate(outcomes)
+        if not outcome.failed
+        for plan in [plans[f // plans[0].n_folds]]
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _rows(plan: Splits, rows: NDArray[np.int64], fold: int, logits: FloatArray) -> pd.DataFrame:
+    columns = {f"logit_{c}": column for c, column in enumerate(np.asarray(logits, dtype=np.float64).T)}
+    about = {"id": plan.ids[rows], "label": plan.labels[rows], "group": plan.groups[rows]}
+    return pd.DataFrame({**about, "fold": np.full(len(rows), fold, dtype=np.int64), **columns})
+
+
+def _notes_of(ds: ImageDataset, plan: Splits, subset: str, head: str) -> list[str]:
     notes = list(plan.notes)
     if ds.synthetic and not any(note.startswith("synthetic") for note in notes):
         notes.insert(0, "synthetic: the images are drawn by embcache")
@@ -233,13 +377,7 @@ def _notes_of(ds: ImageDataset, plan: Splits, subset: str) -> list[str]:
         notes.append(f"the labels of the {len(plan.test)} test images are not known: predictions are kept, not scored")
     n_classes = len(ds.class_names)
     if not all(is_balanced(plan.labels[plan.train[f, subset]], n_classes) for f in range(plan.n_folds)):
-        notes.append(f"subset {subset}: classes are not balanced, so training draws them equally often")
-    labels, groups = plan.labels[plan.test], plan.groups[plan.test]
-    few = {name: len(set(groups[labels == c])) for c, name in enumerate(ds.class_names) if (labels == c).any()}
-    few = {name: count for name, count in few.items() if count < FEW_GROUPS}
-    if few:
-        counts = ", ".join(f"{count} of {name}" for name, count in few.items())
-        notes.append(f"few test groups ({counts}): resampling them says less than the interval seems to")
+        notes.append(f"subset {subset}: classes are not balanced: {imbalance(head)}")
     return notes
 
 

@@ -12,11 +12,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from embcache.errors import ProtocolError
 from embcache.probe.apply import Applicable, predict_logits
-from embcache.probe.metrics import score, softmax
+from embcache.probe.metrics import Metric, scorer, softmax
 from embcache.probe.rows import FeatureRows, as_rows
 from embcache.probe.schedule import Schedule
 from embcache.probe.solve import SolvedHead, is_solved
 from embcache.probe.stack import Job, TrainableHead, TrainedHead, stream_generator, train_stack
+
+DRAWN_EQUALLY = "training draws them equally often"
+"""What `make_job` does where classes are not balanced, in words."""
 
 _LARGEST_STACK = 100_000_000
 """Parameters that one stack may hold; with gradients, moments and best epochs some 2 GB."""
@@ -63,7 +66,7 @@ def train_jobs(
     y: torch.Tensor,
     jobs: Sequence[Job],
     n_classes: int,
-    metric: str,
+    metric: str | Metric,
     schedule: Schedule,
     *,
     widest: int | None = None,
@@ -113,7 +116,9 @@ def best_of(trained: Sequence[TrainedHead]) -> int:
     return scores.index(max(scores))
 
 
-def _solve(head: SolvedHead, x: FeatureRows, y: torch.Tensor, job: Job, n_classes: int, metric: str) -> TrainedHead:
+def _solve(
+    head: SolvedHead, x: FeatureRows, y: torch.Tensor, job: Job, n_classes: int, metric: str | Metric
+) -> TrainedHead:
     def take(rows: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         return x.gather(rows), y[rows.to(y.device)]
 
@@ -128,7 +133,7 @@ def _solve(head: SolvedHead, x: FeatureRows, y: torch.Tensor, job: Job, n_classe
     logits = predict_logits(head, solved.params, x, job.val)
     if not np.isfinite(logits).all():
         return failed
-    value = score(metric, held_labels.cpu().numpy(), softmax(logits))
+    value = scorer(metric, held_labels.cpu().numpy(), n_classes)(logits)
     return TrainedHead(solved.params, 0, value, (), (), (), chosen=solved.chosen)
 
 

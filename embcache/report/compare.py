@@ -1,49 +1,69 @@
-"""Two or more results on the same test images: differences on the same bootstrap resamples, Holm over one family.
+"""Two or more results on the same test images: differences with intervals, Holm over one family.
 
-Folds are no paired samples (their training sets overlap), so nothing is tested over folds. What is resampled are test
-groups: each resample scores every result, so a difference is one of models that saw the same images (FACTS of the
-protocol, "Uncertainty"; `embcache.probe.metrics.bootstrap`).
+Folds are no paired samples (their training sets overlap), so nothing is tested over folds alone: a difference has the
+variance of the test groups, which both results share, and that of training, which their folds show
+(`embcache.probe.statistics.compare`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from embcache.data.dataset import read_snapshot
-from embcache.errors import ProtocolError, StoreError, UsageError
+from embcache.errors import ProtocolError, UsageError
 from embcache.paths import PathLike
-from embcache.probe.metrics import RESAMPLES, bootstrap, interval
-from embcache.probe.results import ProbeResult, find_run_anywhere, load_predictions
+from embcache.probe.metrics import FloatArray, IntArray
+from embcache.probe.predictions import Predictions
+from embcache.probe.results import ProbeResult, find_run_anywhere
+from embcache.probe.statistics import RESAMPLES, Difference, Estimate, Scores, compare, holm
+from embcache.probe.statistics import estimate as estimate_scores
+from embcache.probe.summary import load_run_predictions
 
-FloatArray = NDArray[np.float64]
+if TYPE_CHECKING:
+    from embcache.report.subgroups import Subgroup
+
+INTERVALS = (
+    "95 % interval: for new patients and a newly trained model, where folds show how much training varies; else for "
+    "new patients and these models"
+)
+SPEAKS_OF = {
+    True: "the difference is one of procedures, trained anew on other images of this kind",
+    False: "the difference is one of these trained models: how much training varies is not in it",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Tested:
-    """A result and its predictions of labelled test images.
-
-    Attributes
-    ----------
-    result : ProbeResult
-    ids, groups : object array of str of shape (n,)
-        Sorted by id.
-    labels : int64 array of shape (n,)
-    p : float64 array of shape (K, n, C)
-        Of every fold that has a model.
-    """
+    """A result and its predictions of labeled test images, sorted by id."""
 
     result: ProbeResult
-    ids: NDArray[np.object_]
-    groups: NDArray[np.object_]
-    labels: NDArray[np.int64]
-    p: FloatArray
+    predictions: Predictions
+
+    @property
+    def ids(self) -> NDArray[np.object_]:
+        """Of the images, (n,)."""
+        return self.predictions.ids
+
+    @property
+    def groups(self) -> NDArray[np.object_]:
+        """Of the images, (n,)."""
+        return self.predictions.groups
+
+    @property
+    def labels(self) -> IntArray:
+        """Of the images, (n,)."""
+        return self.predictions.labels
+
+    @property
+    def p(self) -> FloatArray:
+        """Class probabilities (K, n, C) by every fold that has a model."""
+        return self.predictions.p
 
 
 @dataclass(frozen=True)
@@ -54,20 +74,12 @@ class Comparison:
     ----------
     run, dataset, head, subset, metric : str
     backbones : tuple of str
-    mean : float
-        Over the folds.
-    std : float or None
-        Over the folds, ddof 1.
-    interval : (float, float)
-        95 % bootstrap interval of the mean.
-    difference : float or None
-        Mean less that of the reference; None for the reference, as what follows.
-    difference_interval : (float, float) or None
-        95 % bootstrap interval on the same resamples.
-    p : float or None
-        Two-sided bootstrap p of no difference.
+    estimate : Estimate
+        Mean over the folds, sd and both intervals.
+    difference : Difference or None
+        Mean less that of the reference; None for the reference.
     p_holm : float or None
-        The same after Holm's correction for all results compared with the reference.
+        Its p after Holm's correction for all results compared with the reference.
     notes : tuple of str
         What the result says of its test groups, on which all the rest depends.
     labels_used : int
@@ -80,15 +92,26 @@ class Comparison:
     head: str
     subset: str
     metric: str
-    mean: float
-    std: float | None
-    interval: tuple[float, float]
-    difference: float | None = None
-    difference_interval: tuple[float, float] | None = None
-    p: float | None = None
+    estimate: Estimate
+    difference: Difference | None = None
     p_holm: float | None = None
     notes: tuple[str, ...] = ()
     labels_used: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Over the folds."""
+        return self.estimate.mean
+
+    @property
+    def std(self) -> float | None:
+        """Over the folds, ddof 1."""
+        return self.estimate.std
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 %, as tables show it."""
+        return self.estimate.interval
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
@@ -99,10 +122,12 @@ def compare_runs(
     runs: Sequence[str],
     *,
     reference: str | None = None,
+    metrics: Sequence[str] = (),
+    margin: float | None = None,
     home: PathLike | None = None,
     resamples: int = RESAMPLES,
 ) -> list[Comparison]:
-    """Compare results with one reference on the same resamples of the same test images.
+    """Compare results with one reference on the same test images.
 
     Parameters
     ----------
@@ -110,6 +135,10 @@ def compare_runs(
         Ids of runs, or their beginnings.
     reference : str, optional
         The run that the others are compared with; default the first. It need not be among ``runs``.
+    metrics : sequence of str
+        What to compare by; default the runs' own metric, which must then be one.
+    margin : float, optional
+        Also test that the difference is smaller than this on either side.
     home : path, optional
         Folder of stores and runs.
     resamples : int
@@ -118,7 +147,7 @@ def compare_runs(
     Returns
     -------
     list of Comparison
-        The reference first, then the others in their order.
+        For each metric the reference first, then the others in their order.
 
     Raises
     ------
@@ -127,6 +156,8 @@ def compare_runs(
     ProtocolError
         They were not tested on the same images by the same metric, or the labels are not known.
     """
+    if margin is not None and not margin > 0:
+        raise UsageError("a margin is a difference above 0", found=f"{margin:g}", where="--margin", fix="--margin 0.02")
     first = None if reference is None else find_run_anywhere(reference, home)
     found = [find_run_anywhere(run, home) for run in runs]
     ordered = {path: result for result, path in ([first] if first else []) + found}  # a run named twice counts once
@@ -136,11 +167,18 @@ def compare_runs(
             found=", ".join(result.id for result in ordered.values()) or "none",
             fix="embcache compare RUN RUN …   (embcache results lists them)",
         )
-    return compare_tested([load_tested(result, path, home) for path, result in ordered.items()], resamples=resamples)
+    tested = [load_tested(result, path) for path, result in ordered.items()]
+    return compare_tested(tested, metrics=metrics, margin=margin, resamples=resamples)
 
 
-def compare_tested(tested: Sequence[Tested], *, resamples: int = RESAMPLES) -> list[Comparison]:
-    """Compare results whose predictions are read already with the first of them.
+def compare_tested(
+    tested: Sequence[Tested],
+    *,
+    metrics: Sequence[str] = (),
+    margin: float | None = None,
+    resamples: int = RESAMPLES,
+) -> list[Comparison]:
+    """Compare results whose predictions are read already with the first of them; p of all metrics are one family.
 
     Raises
     ------
@@ -148,86 +186,69 @@ def compare_tested(tested: Sequence[Tested], *, resamples: int = RESAMPLES) -> l
         They were not tested on the same images by the same metric.
     """
     for other in tested[1:]:
-        _check_same_test(tested[0], other)
-    samples = [bootstrap(t.result.metric, t.labels, t.p, t.groups, resamples=resamples) for t in tested]
-    rows = [_row(tested[0], samples[0])]
-    p = [bootstrap_p(sample - samples[0]) for sample in samples[1:]]
-    for t, sample, raw, corrected in zip(tested[1:], samples[1:], p, holm(p), strict=True):
-        rows.append(_row(t, sample, tested[0], samples[0], raw, corrected))
-    return rows
+        _check_same_test(tested[0], other, bool(metrics))
+    # One positive class for all: that of the reference.
+    positive = tested[0].predictions.positive
+    rows = []
+    for metric in metrics or (tested[0].result.metric,):
+        scores = [replace(t.predictions, positive=positive).scores(metric, resamples) for t in tested]
+        rows.append(_row(tested[0], scores[0]))
+        for t, s in zip(tested[1:], scores[1:], strict=True):
+            rows.append(replace(_row(t, s), difference=difference(tested[0], scores[0], t, s, margin)))
+    return corrected(rows)
 
 
-def bootstrap_p(differences: ArrayLike) -> float:
-    """Two-sided p that a difference is 0, from its bootstrap samples.
-
-    Twice the share of samples on the rarer side of 0 (those at 0 count on both), each share with one sample added, so
-    that the smallest p of B samples is 2 / (B + 1); 1 at most.
-
-    Parameters
-    ----------
-    differences : array-like of float, shape (B,)
-        On each resample.
-    """
-    d = np.round(np.asarray(differences, dtype=np.float64), 12)  # equal scores may differ in their last bits
-    rarer = min(int((d <= 0).sum()), int((d >= 0).sum()))
-    return min(1.0, 2 * (rarer + 1) / (len(d) + 1))
+Row = TypeVar("Row", "Comparison", "Subgroup")
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the m p-values of one family, adjusted, in the order given.
-
-    The k-th smallest is multiplied by m − k + 1; none becomes smaller than one before it, or more than 1.
-    """
-    values = np.asarray(p, dtype=np.float64)
-    order = np.argsort(values, kind="stable")
-    stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
-    adjusted = np.empty(len(values))
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return [float(value) for value in adjusted]
+def corrected(rows: Sequence[Row]) -> list[Row]:
+    """The rows with Holm's correction of all their differences as one family."""
+    known = [row.difference.p for row in rows if row.difference is not None and row.difference.p is not None]
+    adjusted = iter(holm(known))
+    return [
+        row if row.difference is None or row.difference.p is None else replace(row, p_holm=next(adjusted))
+        for row in rows
+    ]
 
 
-def load_tested(result: ProbeResult, path: Path, home: PathLike | None = None) -> Tested:
-    """Predictions of a run on its labelled test images.
+def difference(
+    reference: Tested, against: Scores, t: Tested, scores: Scores, margin: float | None = None
+) -> Difference:
+    """Of a result from a reference, by scores on the same test rows."""
+    overlaps = [x.predictions.overlap for x in (t, reference)]
+    shared = None if None in overlaps else float(np.mean([o for o in overlaps if o is not None]))
+    return compare(scores, against, overlap=shared, folds=t.predictions.folds, margin=margin)
+
+
+def same_test(a: Tested, b: Tested) -> bool:
+    """Whether two results were tested on the same images, labels and groups."""
+    return all(np.array_equal(x, y) for x, y in ((a.ids, b.ids), (a.labels, b.labels), (a.groups, b.groups)))
+
+
+def load_tested(result: ProbeResult, path: Path) -> Tested:
+    """Predictions of a run on its labeled test images.
 
     Raises
     ------
     ProtocolError
         The labels of the test images are not known.
     StoreError
-        The run's file cannot be read, or holds no groups and the dataset's snapshot is gone.
+        The run's file cannot be read.
     """
-    table = load_predictions(path)
-    table = table[table["label"] >= 0].sort_values(["fold", "id"], kind="stable")
-    if table.empty or result.kind == "kaggle":
+    if result.kind == "kaggle" or result.mean is None:
         raise ProtocolError(
-            f"the test labels of run {result.id} are not known, so its score cannot be resampled",
+            f"the test labels of run {result.id} are not known, so its predictions cannot be scored",
             expected="a run with --test local, or on a dataset whose test labels are public",
             found=f"{result.kind} on {result.dataset}, test set {result.test_set}",
             fix="embcache results",
         )
-    first = table[table["fold"] == table["fold"].iloc[0]]
-    chances = table[[f"p_{c}" for c in range(len(result.class_names))]].to_numpy(dtype=np.float64)
-    ids = first["id"].to_numpy(dtype=object)
-    groups = first["group"].to_numpy(dtype=object) if "group" in first else _snapshot_groups(result, ids, home)
-    return Tested(
-        result, ids, groups, first["label"].to_numpy(dtype=np.int64), chances.reshape(-1, len(ids), chances.shape[1])
-    )
+    return Tested(result, load_run_predictions(result, path))
 
 
-def _snapshot_groups(result: ProbeResult, ids: NDArray[np.object_], home: PathLike | None) -> NDArray[np.object_]:
-    """Groups of a run made by a version that kept none with the predictions."""
-    ds = read_snapshot(result.dataset, home)
-    known = {} if ds is None else dict(zip(ds.table["id"], ds.table["group"], strict=True))
-    if not set(ids) <= set(known):
-        raise StoreError(
-            f"run {result.id} was made by a version that kept no groups",
-            fix=f"embcache probe --again --dataset {result.dataset} --head {result.head} --subset {result.subset}",
-        )
-    return np.array([str(known[i]) for i in ids], dtype=object)
-
-
-def _check_same_test(a: Tested, b: Tested) -> None:
+def _check_same_test(a: Tested, b: Tested, other_metric: bool) -> None:
     words = {"dataset": "datasets", "target": "targets", "metric": "metrics", "class_names": "classes"}
+    if other_metric:
+        del words["metric"]
     for what, several in words.items():
         mine, theirs = getattr(a.result, what), getattr(b.result, what)
         if mine != theirs:
@@ -253,40 +274,16 @@ def _told(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value) or "the labels"
 
 
-def _row(
-    t: Tested,
-    samples: FloatArray,
-    reference: Tested | None = None,
-    against: FloatArray | None = None,
-    p: float | None = None,
-    p_holm: float | None = None,
-) -> Comparison:
+def _row(t: Tested, scores: Scores) -> Comparison:
     result = t.result
-    assert result.mean is not None  # load_tested refuses results without scores
-    row = Comparison(
-        result.id,
-        result.dataset,
-        result.backbones,
-        result.head,
-        result.subset,
-        result.metric,
-        result.mean,
-        result.std,
-        interval(samples),
-        notes=(
-            *(note for note in result.notes if note.startswith(("few test groups", "ungrouped"))),
-            *result.left_out,
-        ),
-        labels_used=result.labels_used,
-    )
-    if reference is None or against is None or reference.result.mean is None:
-        return row
     return Comparison(
-        **{
-            **{name: getattr(row, name) for name in row.__dataclass_fields__},
-            "difference": result.mean - reference.result.mean,
-            "difference_interval": interval(samples - against),
-            "p": p,
-            "p_holm": p_holm,
-        }
+        run=result.id,
+        dataset=result.dataset,
+        backbones=result.backbones,
+        head=result.head,
+        subset=result.subset,
+        metric=scores.metric.key,
+        estimate=estimate_scores(scores, t.predictions.overlap, t.predictions.folds),
+        notes=(*(note for note in result.notes if note.startswith("ungrouped")), *result.left_out),
+        labels_used=result.labels_used,
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from embcache.probe.metrics import METRIC_NAMES
+from embcache.probe.metrics import metric_title
 from embcache.report.grid import Cell, Grid
 from embcache.report.paper import paper_tables
 
@@ -170,7 +170,7 @@ def _labels_used(cells: Sequence[Cell]) -> str:
 
 
 def _dataset_words(dataset: str, cells: Sequence[Cell]) -> str:
-    metrics = dict.fromkeys(METRIC_NAMES.get(c.result.metric, c.result.metric) for c in cells if c.result)
+    metrics = dict.fromkeys(metric_title(c.result.metric) for c in cells if c.result)
     return f"{dataset} ({', '.join(metrics)})" if metrics else dataset
 
 
@@ -180,7 +180,7 @@ def _notes(grid: Grid, cells: Sequence[Cell], marks: Marks) -> list[str]:
     if any(cell.difference is not None for cell in cells):
         notes.append(DIFFERENCE_NOTE)
     if results:
-        metrics = dict.fromkeys(f"{r.dataset}: {METRIC_NAMES.get(r.metric, r.metric)}" for r in results)
+        metrics = dict.fromkeys(f"{r.dataset}: {metric_title(r.metric)}" for r in results)
         tests = dict.fromkeys(f"{r.dataset}: {r.test_set} test set of {r.n_test:,} images" for r in results)
         folds = dict.fromkeys(len(r.folds) for r in results)
         notes.append(f"mean ± sd over {' or '.join(map(str, folds))} folds; " + "; ".join([*metrics, *tests]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,9 @@ from embcache.data.columns import column_values
 from embcache.data.dataset import find_dataset
 from embcache.errors import StoreError, UsageError
 from embcache.paths import PathLike
-from embcache.probe.metrics import RESAMPLES, evaluate, interval
 from embcache.probe.results import find_run_anywhere
-from embcache.report.compare import Tested, load_tested
-from embcache.report.scorers import bootstrap_metric
-
-METRICS = ("auc", "auprc", "accuracy", "balanced_accuracy", "sensitivity_at_95_specificity", "kappa")
-"""What a subgroup can be scored by besides the dataset's own metric."""
+from embcache.probe.statistics import RESAMPLES, Difference, estimate
+from embcache.report.compare import Tested, corrected, difference, load_tested, same_test
 
 NO_VALUE = "(no value)"
 
@@ -37,11 +33,21 @@ class Subgroup:
     mean, std : float or None
         Over folds (ddof 1); None where the subgroup is too small.
     interval : (float, float) or None
-        95 % bootstrap interval over the subgroup's groups.
+        95 %, as tables show it; None with the reason in ``why``.
+    why : str
+        Why there is no interval.
+    positive : str
+        The class that an asymmetric metric is of.
     lacks : tuple of str
         Classes of the test set that the subgroup has not: it is too small to be scored.
     labels_used : int
         Of a fold of the run, training and validation.
+    positive : str
+        The class that an asymmetric metric is of.
+    difference : Difference or None
+        From the first run within the same subgroup, where both were tested on the same images.
+    p_holm : float or None
+        Its p, corrected for all runs, metrics and subgroups.
     """
 
     run: str
@@ -55,6 +61,10 @@ class Subgroup:
     interval: tuple[float, float] | None
     lacks: tuple[str, ...] = ()
     labels_used: int = 0
+    why: str = ""
+    positive: str = ""
+    difference: Difference | None = None
+    p_holm: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
@@ -65,7 +75,7 @@ def score_subgroups(
     runs: Sequence[str],
     by: Sequence[str],
     *,
-    metric: str | None = None,
+    metrics: Sequence[str] = (),
     home: PathLike | None = None,
     data_root: PathLike | None = None,
     resamples: int = RESAMPLES,
@@ -78,8 +88,8 @@ def score_subgroups(
         Ids of runs, or their beginnings.
     by : sequence of str
         Columns; see `embcache.data.columns.column_values`.
-    metric : str, optional
-        One of `METRICS`, or ``macro_auc``; default the dataset's own.
+    metrics : sequence of str
+        See `embcache.probe.metrics.find_metric`; default the runs' own.
     home : path, optional
         Folder of stores and runs.
     data_root : path, optional
@@ -105,13 +115,12 @@ def score_subgroups(
     """
     if not runs or not by:
         raise UsageError("subgroups need runs and columns", fix="embcache subgroups RUN --by sex,age")
-    if metric is not None and metric not in (*METRICS, "macro_auc"):
-        raise UsageError("no such metric", expected=", ".join(METRICS), found=metric, where="--metric")
     rows: list[Subgroup] = []
+    first: Tested | None = None
     notes: dict[str, None] = {}
     for run in runs:
         result, path = find_run_anywhere(run, home)
-        tested = load_tested(result, path, home)
+        tested = load_tested(result, path)
         ds, _ = find_dataset(result.dataset, root=data_root, home=home)
         place = {image: row for row, image in enumerate(ds.ids)}
         gone = [image for image in tested.ids if image not in place]
@@ -123,33 +132,51 @@ def score_subgroups(
                 fix="name the folder that the run was made from with --data-root",
             )
         where = np.array([place[image] for image in tested.ids], dtype=np.int64)
-        asked = metric or result.metric
+        first = first or tested
+        against = first if tested is not first and same_test(first, tested) else None
         notes |= dict.fromkeys(result.left_out)
-        rows.append(_score(tested, asked, "", "all", np.ones(len(where), dtype=bool), resamples))
+        parts: list[tuple[str, str, NDArray[np.bool_]]] = [("", "all", np.ones(len(where), dtype=bool))]
         for name in by:
             column = column_values(ds, name)
             notes |= dict.fromkeys(column.notes)
             of = column.of[where]
-            for value in (*column.values, ""):
-                members = np.asarray(of == value, dtype=bool)
-                if members.any():
-                    rows.append(_score(tested, asked, column.name, value or NO_VALUE, members, resamples))
-    return rows, list(notes)
+            values = {value: np.asarray(of == value, dtype=bool) for value in (*column.values, "")}
+            parts += [(column.name, value or NO_VALUE, members) for value, members in values.items() if members.any()]
+        for metric in metrics or (result.metric,):
+            rows += [_score(tested, metric, *part, against, resamples) for part in parts]
+    return corrected(rows), list(notes)
 
 
-def _score(t: Tested, metric: str, column: str, value: str, members: NDArray[np.bool_], resamples: int) -> Subgroup:
+def _score(
+    t: Tested,
+    metric: str,
+    column: str,
+    value: str,
+    members: NDArray[np.bool_],
+    against: Tested | None,
+    resamples: int,
+) -> Subgroup:
     """One row; without scores where a class of the test set is missing, for then it is another task."""
-    labels, p, groups = t.labels[members], t.p[:, members], t.groups[members]
+    found = t.predictions.take(members)
     names = t.result.class_names
-    lacks = tuple(names[c] for c in sorted(set(t.labels.tolist()) - set(labels.tolist())))
-    row = Subgroup(t.result.id, metric, column, value, len(labels), len(set(groups)), None, None, None, lacks,
+    lacks = tuple(names[c] for c in sorted(set(t.labels.tolist()) - set(found.labels.tolist())))
+    row = Subgroup(t.result.id, metric, column, value, len(found.ids), len(set(found.groups)), None, None, None, lacks,
                    t.result.labels_used)  # fmt: skip
     if lacks:
         return row
-    own = t.result.metric
-    key = "score" if metric == own else "auc" if metric == "macro_auc" else metric
-    scores = [evaluate(own, labels, q)[key] for q in p]
-    samples = bootstrap_metric(metric, labels, p, groups, resamples=resamples)
-    std = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
-    found = {"mean": float(np.mean(scores)), "std": std, "interval": interval(samples)}
-    return Subgroup(**{**{name: getattr(row, name) for name in row.__dataclass_fields__}, **found})
+    scores = found.scores(metric, resamples)
+    e = estimate(scores, found.overlap, found.folds)
+    apart = None
+    if against is not None:
+        other = replace(against.predictions, positive=found.positive).take(members).scores(metric, resamples)
+        apart = difference(against, other, t, scores)
+    return replace(
+        row,
+        metric=e.metric,
+        mean=e.mean,
+        std=e.std,
+        interval=e.interval,
+        why=e.why,
+        positive=e.positive,
+        difference=apart,
+    )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 
 from embcache.probe.hyperparameters import check_count, check_positive
+from embcache.probe.metrics import Metric
 from embcache.probe.solve import Params, Solved
 from embcache.probe.standard import standard_params, standardise
 from embcache.probe.train import FittedHead, fit
@@ -40,6 +41,7 @@ class KNN:
     name: ClassVar[str] = "knn"
     summary: ClassVar[str] = "weighted nearest neighbours by cosine, on standardised features (DINO's evaluation)"
     fuses: ClassVar[bool] = False
+    imbalance: ClassVar[str] = "nothing is done about it, and frequent classes have more neighbors"
 
     def __post_init__(self) -> None:
         check_count(self, "k")
@@ -52,7 +54,7 @@ class KNN:
         x_val: Mapping[str, torch.Tensor] | None,
         y_val: torch.Tensor | None,
         n_classes: int,
-        metric: str,
+        metric: str | Metric,
     ) -> Solved:
         """Keep the training rows.
 

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from embcache.errors import ProtocolError
 from embcache.probe.hyperparameters import check_count, check_list
 from embcache.probe.layers import affine
-from embcache.probe.metrics import score, softmax
+from embcache.probe.metrics import Metric, scorer
 from embcache.probe.solve import Params, Solved
 from embcache.probe.standard import standard_params, standardise
 from embcache.probe.threads import threads_for
@@ -45,6 +45,7 @@ class LogReg:
     name: ClassVar[str] = "logreg"
     summary: ClassVar[str] = "logistic regression by L-BFGS on standardised features, C chosen on validation"
     fuses: ClassVar[bool] = False
+    imbalance: ClassVar[str] = "they weigh alike in training"
 
     def __post_init__(self) -> None:
         values = self.Cs if isinstance(self.Cs, tuple | list) else (self.Cs,)
@@ -59,7 +60,7 @@ class LogReg:
         x_val: Mapping[str, torch.Tensor] | None,
         y_val: torch.Tensor | None,
         n_classes: int,
-        metric: str,
+        metric: str | Metric,
     ) -> Solved:
         """Fit for every C and keep the best.
 
@@ -90,7 +91,7 @@ class LogReg:
                 "logistic regression cannot be solved",
                 expected="finite features of two classes at least",
                 found=f"{len(np.unique(labels))} class" if len(np.unique(labels)) < 2 else "features not finite",
-                fix="a larger --subset, or look for features that are not finite: embcache info",
+                fix=("a larger --subset", "look for features that are not finite: embcache info"),
             )
         with threads_for(train.size):
             solutions = list(self._path(train, labels, n_classes))
@@ -99,7 +100,8 @@ class LogReg:
         else:
             held, held_labels = rows(x_val[backbone]), y_val.cpu().numpy()
             # max keeps the first of equals, and the path ascends in C
-            best = max(solutions, key=lambda s: score(metric, held_labels, softmax(held @ s.weight.T + s.bias)))
+            value = scorer(metric, held_labels, n_classes)
+            best = max(solutions, key=lambda s: value(held @ s.weight.T + s.bias))
         chosen = {"C": best.C} if best.converged else {"C": best.C, "converged": False}
         weight, bias = (torch.from_numpy(a).to(features) for a in (best.weight, best.bias))
         return Solved({**params, "classifier.weight": weight, "classifier.bias": bias}, chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from embcache.probe.metrics import METRIC_NAMES
+from embcache.probe.metrics import metric_title
 from embcache.probe.results import ProbeResult
 from embcache.report.grid import Cell, Grid, Model, compare_with_paper, trained_by
 from embcache.report.layout import Table, lay_out
@@ -72,7 +72,7 @@ def paper_table(task: Task) -> Table | None:
             model = Model(f"{label}{_THEIRS}", "probe", head, backbones, paper=name)
             models.append(model)
             cells += [Cell(task.dataset, model, s, None, _NOT_HERE, value) for s, value in values.items()]
-    metric = METRIC_NAMES.get(task.metric, task.metric)
+    metric = metric_title(task.metric)
     grid = Grid(f"{task.title}", f"test {metric}", (task.dataset,), tuple(models), tuple(subsets), "subsets")
     return _trimmed(lay_out(grid, cells), {model.label for model in models if model.label.endswith(_THEIRS)})
 
@@ -109,7 +109,7 @@ def _sizes(task: Task) -> list[str]:
 
 def learning_curves(task: Task, id: str) -> Chart:
     """One curve a model with its interval; the paper's linear models dashed, and shown when asked for."""
-    metric = METRIC_NAMES.get(task.metric, task.metric)
+    metric = metric_title(task.metric)
     ordered = sorted(task.models.items(), key=lambda pair: -max(r.mean or 0.0 for r in pair[1]))
     series = [_curve(name, members, len(ordered) <= _BANDS) for name, members in ordered]
     series += _paper_curves(task)

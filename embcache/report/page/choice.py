@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from embcache.errors import EmbcacheError
-from embcache.probe.metrics import RESAMPLES
 from embcache.probe.results import ProbeResult
-from embcache.report.compare import Comparison, Tested, compare_tested, load_tested
+from embcache.probe.statistics import RESAMPLES
+from embcache.report.compare import Comparison, Tested, compare_tested, load_tested, same_test
 from embcache.report.page.collect import Part, Task
 
 LEVEL = 0.05
@@ -101,12 +99,12 @@ def _choice(at: Mapping[str, ProbeResult], part: Part, resamples: int) -> Choice
     problems = []
     for name in family:
         try:
-            tested[name] = load_tested(at[name], part.run_folder(at[name]), part.home)
+            tested[name] = load_tested(at[name], part.run_folder(at[name]))
         except EmbcacheError as error:
             problems.append(f"{name}: {error.problem}")
     apart = [name for name in at if name not in family]
     order = sorted(tested, key=lambda name: (-(at[name].val_mean or 0.0), name))
-    alike = [name for name in order if _same_images(tested[order[0]], tested[name])]
+    alike = [name for name in order if same_test(tested[order[0]], tested[name])]
     if not alike:
         return None
     rows = compare_tested([tested[name] for name in alike], resamples=resamples)
@@ -116,13 +114,9 @@ def _choice(at: Mapping[str, ProbeResult], part: Part, resamples: int) -> Choice
     return Choice(first.subset, first.n_train, first.labels_used, rivals, tuple(apart), tuple(problems))
 
 
-def _same_images(a: Tested, b: Tested) -> bool:
-    return all(np.array_equal(x, y) for x, y in ((a.ids, b.ids), (a.labels, b.labels), (a.groups, b.groups)))
-
-
 def beyond(row: Comparison) -> bool:
     """Whether the 95 % interval of a difference leaves 0 out."""
-    bounds = row.difference_interval
+    bounds = None if row.difference is None else row.difference.interval
     return bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from embcache.analysis.coordinates import cached_map
 from embcache.analysis.maps import PERPLEXITY, MapScores, decimals, score_map
 from embcache.analysis.shown import Shown, fused_features, plain_features, shown_images
+from embcache.data.classes import target_words
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError, StoreNotFoundError
 from embcache.paths import slug
@@ -159,7 +160,7 @@ def _fused_run(part: Part, choices: Sequence[Choice], features: dict[str, NDArra
     runs = [
         r
         for r in part.results
-        if r.kind == "probe" and r.head in FUSED and not r.target and set(r.backbones) <= set(features)
+        if r.kind == "probe" and r.head in FUSED and not target_words(r.request) and set(r.backbones) <= set(features)
     ]
     ranked = {rival.result.id for choice in choices for rival in choice.rivals}
     runs = [r for r in runs if r.id in ranked] or runs

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from embcache.errors import EmbcacheError
-from embcache.probe.summary import FEW_GROUPS
+from embcache.probe.statistics import FEWEST_GROUPS
 from embcache.report.page.collect import Part
 from embcache.store.feature_store import list_stores
 
@@ -107,7 +107,7 @@ def balance(part: Part) -> tuple[list[tuple[str, list[int], int]], list[str]]:
                     f"largest class ({max(counts):,})"
                 )
     for name, _, groups in rows[: len(names)]:
-        if 0 < groups < FEW_GROUPS:
+        if 0 < groups < FEWEST_GROUPS:
             warnings.append(f"only {groups} groups of class {name}: any interval of its scores says little")
     return rows, warnings
 
