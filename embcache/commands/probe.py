@@ -14,9 +14,11 @@ from embcache.commands.options import (
     BackboneOption,
     DataRootOption,
     DatasetOption,
+    DropClassOption,
     FoldsOption,
     HomeOption,
     JsonOption,
+    MergeClassOption,
     MetricOption,
     NameOption,
     OverlapOption,
@@ -25,6 +27,7 @@ from embcache.commands.options import (
     SubsetOption,
     TestOption,
     ValOption,
+    class_options,
     split_list,
     write_json,
 )
@@ -79,6 +82,8 @@ def probe(
         str | None,
         typer.Option("--target", metavar="COLUMN", help="Tell apart a column of the dataset's table, not the labels."),
     ] = None,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     head_option: Annotated[
         list[str] | None,
         typer.Option("--head-option", metavar="NAME=VALUE", help="A hyperparameter of the head; repeatable."),
@@ -160,6 +165,7 @@ def probe(
             metric=metrics[0] if metrics else None,
             positive=positive,
             target=target,
+            classes=class_options(drop_class, merge_class),
             head_options=options,
             device=device,
             max_memory=max_memory,
@@ -249,8 +255,10 @@ def print_results(results: Sequence[ProbeResult], *, ids: bool = False) -> None:
     What few results have (a target column, repeats, swept learning rates, a solved head's choice) has a column only
     where one of them has it.
     """
+    from embcache.data.classes import target_words
+
     rare = {
-        "target": [result.target for result in results],
+        "target": [target_words(result.request) for result in results],
         "repeats": [str(_repeats(result)) if _repeats(result) > 1 else "" for result in results],
         "learning rate": [_rates(result) for result in results],
         "chosen": [_chosen(result) for result in results],

@@ -15,11 +15,14 @@ from embcache.commands.options import (
     BackboneOption,
     DataRootOption,
     DatasetOption,
+    DropClassOption,
     HomeOption,
     JsonOption,
+    MergeClassOption,
     MetricOption,
     NameOption,
     OverlapOption,
+    class_options,
     split_list,
     write_json,
 )
@@ -72,6 +75,8 @@ def run(
         str | None, typer.Option("--recipe", metavar="PREFIX", help="Where several recipes of a backbone are cached.")
     ] = None,
     exclude_test_overlap: OverlapOption = False,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
     weights: Annotated[
@@ -111,6 +116,7 @@ def run(
         "exclude_test_overlap": exclude_test_overlap, "max_epochs": max_epochs, "data_root": data_root, "home": home,
         "weights": parse_weights(weights) or {}, "transform": transform, "device": device, "workers": workers,
         "allow_missing": allow_missing, "dataset_name": name, "lr": parse_rates(split_list(lr)),
+        "classes": class_options(drop_class, merge_class) if drop_class or merge_class else None,
     }  # fmt: skip
     order = Order(
         what,

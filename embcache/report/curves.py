@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embcache.analysis.plots import Curve, CurvePanel, plot_curves
+from embcache.data.classes import target_words
 from embcache.errors import StoreNotFoundError
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.metrics import metric_title
@@ -30,8 +31,12 @@ def curve_panels(results: Sequence[ProbeResult]) -> list[CurvePanel]:
     panels: dict[tuple[str, str, str], list[ProbeResult]] = {}
     for result in results:
         if result.mean is not None:
-            panels.setdefault((result.dataset, result.target, result.metric), []).append(result)
+            panels.setdefault(_panel_of(result), []).append(result)
     return [_panel(key, group) for key, group in panels.items()]
+
+
+def _panel_of(result: ProbeResult) -> tuple[str, str, str]:
+    return result.dataset, target_words(result.request), result.metric
 
 
 def _panel(key: tuple[str, str, str], results: Sequence[ProbeResult]) -> CurvePanel:
@@ -181,9 +186,9 @@ def curve_table(results: Sequence[ProbeResult]) -> Table:
     sizes = sorted({result.n_train for result in scored})
     rows: list[tuple[str, ...]] = []
     records = []
-    for panel in dict.fromkeys((r.dataset, r.target, r.metric) for r in scored):
+    for panel in dict.fromkeys(map(_panel_of, scored)):
         dataset, target, _ = panel
-        group = [r for r in scored if (r.dataset, r.target, r.metric) == panel]
+        group = [r for r in scored if _panel_of(r) == panel]
         words = f"{dataset}{f', {target}' if target else ''} ({_titled(group[0])})"
         for label, members in named_curves(group).items():
             at = {r.n_train: r for r in members}

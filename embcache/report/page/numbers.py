@@ -41,15 +41,15 @@ def roc_points(positive: ArrayLike, scores: ArrayLike) -> tuple[FloatArray, Floa
     )
 
 
-def mean_roc(labels: IntArray, p: FloatArray, of_class: int) -> tuple[FloatArray, FloatArray]:
+def mean_roc(labels: IntArray, logits: FloatArray, of_class: int) -> tuple[FloatArray, FloatArray]:
     """Mean and standard deviation over fold models of the true positive rate at each rate of `GRID`.
 
     Parameters
     ----------
     labels : int64 array (n,)
         True classes.
-    p : float64 array (K, n, C)
-        Class probabilities by each of K fold models.
+    logits : float64 array (K, n, C)
+        By each of K fold models.
     of_class : int
         Against all others.
 
@@ -58,10 +58,8 @@ def mean_roc(labels: IntArray, p: FloatArray, of_class: int) -> tuple[FloatArray
     mean, sd : float64 arrays of shape (101,)
     """
     curves = []
-    for q in p:
-        # By the odds with two classes: probabilities near 1 are rounded to ties.
-        odds = log_odds(q if of_class else q[:, ::-1]) if q.shape[1] == 2 else q[:, of_class]
-        false, true = roc_points(labels == of_class, odds)
+    for z in logits:
+        false, true = roc_points(labels == of_class, log_odds(z)[:, of_class])
         # The highest rate reached at each false positive rate: a step up ends where the next begins.
         curve = np.interp(GRID, false, true)
         curve[0] = true[false == 0].max()
@@ -153,8 +151,8 @@ class ClassScore:
 
 def class_scores(t: Tested) -> list[ClassScore]:
     """Scores of every class of a result, one against all others."""
-    aucs = [per_class_auc(t.labels, q) for q in t.p]
-    predicted = t.p.argmax(2)  # (K, n)
+    aucs = [per_class_auc(t.labels, z) for z in t.predictions.logits]
+    predicted = t.predictions.logits.argmax(2)  # (K, n)
     rows = []
     for c, name in enumerate(t.result.class_names):
         own = t.labels == c

@@ -127,11 +127,12 @@ def _winners(task: Task, choices: Sequence[Choice]) -> Table:
         if others:
             row = others[0].row
             apart = "beyond" if beyond(row) else "within"
-            beside = (others[0].name, signed(row.difference or 0.0, 4, plus=True), apart)
+            assert row.difference is not None
+            beside = (others[0].name, signed(row.difference.difference, 4, plus=True), apart)
         rows.append(
             (
                 f"{choice.subset}: {choice.n_train:,} + {choice.labels_used - choice.n_train:,}", best.name,
-                signed(best.validated, 4), _spread(best.row.mean, best.row.std), _bounds(best.row.interval), *beside,
+                signed(best.validated, 4), _spread(best.row.mean, best.row.std), _bounds(best.row.interval) or best.row.estimate.why, *beside,
             )
         )  # fmt: skip
     headers = (
@@ -182,9 +183,9 @@ def _ranking(task: Task, choice: Choice, calibrations: dict[str, Calibration]) -
                 rival.name,
                 signed(rival.validated, 4),
                 _spread(row.mean, row.std),
-                _bounds(row.interval),
-                "best on validation" if row.difference is None else signed(row.difference, 4, plus=True),
-                "" if row.difference_interval is None else _bounds(row.difference_interval, plus=True),
+                _bounds(row.interval) or row.estimate.why,
+                "best on validation" if row.difference is None else signed(row.difference.difference, 4, plus=True),
+                "" if row.difference is None else _bounds(row.difference.interval, plus=True) or row.difference.why,
                 "" if row.p_holm is None else p_words(row.p_holm).removeprefix("= "),
                 *(_fold_mean(rival, key) for key in ("accuracy", "balanced_accuracy", "sensitivity_at_95_specificity")),
                 f"{calibration.ece:.3f} ± {calibration.ece_std:.3f}",
@@ -224,7 +225,7 @@ def _roc(task: Task, choice: Choice, drawn: Sequence[Rival], id: str) -> Chart:
 
 
 def _roc_series(name: str, rival: Rival, of_class: int, *, band: bool) -> Series:
-    mean, sd = mean_roc(rival.tested.labels, rival.tested.p, of_class)
+    mean, sd = mean_roc(rival.tested.labels, rival.tested.predictions.logits, of_class)
     low, high = (mean - sd).clip(0, 1), (mean + sd).clip(0, 1)
     return Series(
         name, _tuple(GRID), _tuple(mean), _tuple(low) if band else (), _tuple(high) if band else (), points=False
@@ -292,7 +293,7 @@ def _subgroups(
         (
             s.column or "all", s.value, f"{s.n_images:,}", f"{s.n_groups:,}",
             f"too few: no {', '.join(s.lacks)}" if s.mean is None else _spread(s.mean, s.std),
-            "" if s.interval is None else _bounds(s.interval),
+            _bounds(s.interval) or s.why,
         )
         for s in scored
     ]  # fmt: skip
@@ -307,8 +308,8 @@ def _spread(mean: float, std: float | None) -> str:
     return signed(mean, 4) + ("" if std is None else f" ± {std:.4f}")
 
 
-def _bounds(bounds: tuple[float, float], plus: bool = False) -> str:
-    return " to ".join(signed(bound, 4, plus=plus) for bound in bounds)
+def _bounds(bounds: tuple[float, float] | None, plus: bool = False) -> str:
+    return " to ".join(signed(bound, 4, plus=plus) for bound in bounds or ())
 
 
 def _or_dash(value: float | None) -> str:

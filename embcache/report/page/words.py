@@ -49,11 +49,10 @@ def size_words(choice: Choice) -> str:
 def sentences(task: Task, choice: Choice) -> list[str]:
     """What one size says, as sentences of plain text."""
     metric, best, others = metric_title(task.metric), choice.chosen, choice.rivals[1:]
-    low, high = best.row.interval
     told = [
         f"{best.name} has the {'best' if others else 'only'} validation {metric}"
         + (f" of {len(choice.rivals)} models" if others else "")
-        + f" ({_number(best.validated)}); its test {metric} is {_score(best)}, 95 % interval {_bounds(low, high)}."
+        + f" ({_number(best.validated)}); its test {metric} is {_score(best)}{_interval(best)}."
     ]
     if others:
         told.append(_next_best(others[0], metric))
@@ -80,9 +79,9 @@ def _beside(rival: Rival, metric: str) -> str:
     """A rival's test score beside that of the best; ``row.difference`` is the rival's less the best's."""
     row = rival.row
     words = f"On the test set it reaches {_score(rival)}"
-    if row.difference is None or row.difference_interval is None or row.p_holm is None:
+    if row.difference is None or row.difference.interval is None or row.p_holm is None:
         return words + "."
-    return f"{words}: its {metric} is {_apart(row.difference)} {verdict(rival)}."
+    return f"{words}: its {metric} is {_apart(row.difference.difference)} {verdict(rival)}."
 
 
 def _apart(difference: float) -> str:
@@ -92,18 +91,18 @@ def _apart(difference: float) -> str:
 def verdict(rival: Rival) -> str:
     """``(interval of the difference …, p …), beyond the interval``, or within it."""
     row = rival.row
-    if row.difference_interval is None or row.p_holm is None:
+    if row.difference is None or row.difference.interval is None or row.p_holm is None:
         return ""
     told = "beyond the interval" if beyond(row) else "within the interval: this test set does not tell them apart"
     if beyond(row) and not told_apart(row):
         told += ", though not after correction"
-    low, high = row.difference_interval
+    low, high = row.difference.interval
     return f"(interval of the difference {_bounds(low, high, plus=True)}, p {p_words(row.p_holm)}), {told}"
 
 
 def _against_all(others: Sequence[Rival]) -> str:
-    ahead = [r for r in others if told_apart(r.row) and (r.row.difference or 0.0) < 0]
-    behind = [r for r in others if told_apart(r.row) and (r.row.difference or 0.0) > 0]
+    ahead = [r for r in others if told_apart(r.row) and _difference(r) < 0]
+    behind = [r for r in others if told_apart(r.row) and _difference(r) > 0]
     if not ahead and not behind:
         return f"After correction none of the {len(others)} other models differs from it on the test set."
     if len(ahead) == len(others):
@@ -113,6 +112,15 @@ def _against_all(others: Sequence[Rival]) -> str:
         rest = [r for r in others if r not in ahead]
         words += f" (all but {_listed(rest)})" if len(rest) < len(ahead) else f" ({_listed(ahead)})"
     return words + (f", and behind {_listed(behind)}." if behind else ".")
+
+
+def _difference(rival: Rival) -> float:
+    return 0.0 if rival.row.difference is None else rival.row.difference.difference
+
+
+def _interval(rival: Rival) -> str:
+    bounds = rival.row.interval
+    return f" ({rival.row.estimate.why})" if bounds is None else f", 95 % interval {_bounds(*bounds)}"
 
 
 def _listed(rivals: Sequence[Rival], scores: bool = False) -> str:

@@ -10,7 +10,9 @@ import pandas as pd
 from PIL import Image
 
 from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.probe.predictions import Predictions
 from embcache.probe.run import probe_features
+from embcache.probe.statistics import Difference, Estimate
 from embcache.report import compare
 from embcache.report.page.choice import Choice, Rival
 from tests.probe.build import make_features, put_store
@@ -78,12 +80,15 @@ def make_rival(
 ) -> Rival:
     """A rival with these numbers: ``difference`` is (value, low, high), ``p`` corrected."""
     result = make_result((mean - 0.01, mean, mean + 0.01), id=name, val_mean=val, backbones=backbones)
+    bounds = (mean - 0.02, mean + 0.02)
+    estimate = Estimate("auc", "", mean, 0.01, bounds, bounds, "", 300, 1e-4, 1e-5, 0.5, 0.0)
     row = compare.Comparison(
-        name, "pneumonia", backbones, "linear", "S", "auc", mean, 0.01, (mean - 0.02, mean + 0.02),
-        None if difference is None else difference[0], None if difference is None else difference[1:], p, p,
+        name, "pneumonia", backbones, "linear", "S", "auc", estimate,
+        None if difference is None else Difference(difference[0], difference[1:], p, 0.03, None, True), p,
     )  # fmt: skip
     empty = np.zeros(0, dtype=object)
-    tested = compare.Tested(result, empty, empty, np.zeros(0, dtype=np.int64), np.zeros((3, 0, 2)))
+    none = Predictions(empty, empty, np.zeros(0, dtype=np.int64), np.zeros((3, 0, 2)), result.class_names)
+    tested = compare.Tested(result, none)
     return Rival(name, tested, row)
 
 

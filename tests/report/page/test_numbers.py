@@ -7,6 +7,7 @@ import pytest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import auc, confusion_matrix, precision_score, recall_score, roc_curve
 
+from embcache.probe.predictions import Predictions
 from embcache.report import compare
 from embcache.report.page.numbers import GRID, calibrate, class_scores, confusion, mean_roc, roc_points
 from tests.report.build import make_result
@@ -34,7 +35,7 @@ def test_roc_points_are_those_of_scikit_learn(ties: bool) -> None:
 
 def test_mean_roc_keeps_the_area() -> None:
     labels, p = _predictions(3)
-    mean, sd = mean_roc(labels, p, 2)
+    mean, sd = mean_roc(labels, np.log(p), 2)
     areas = [auc(*roc_curve(labels == 2, q[:, 2])[:2]) for q in p]
     assert np.trapezoid(mean, GRID) == pytest.approx(np.mean(areas), abs=0.01)
     assert mean.shape == sd.shape == GRID.shape
@@ -44,7 +45,7 @@ def test_mean_roc_keeps_the_area() -> None:
 
 def test_mean_roc_of_class_0_of_two_ranks_by_its_own_odds() -> None:
     labels, p = _predictions(2)
-    mean, _ = mean_roc(labels, p, 0)
+    mean, _ = mean_roc(labels, np.log(p), 0)
     areas = [auc(*roc_curve(labels == 0, q[:, 0])[:2]) for q in p]
     assert np.trapezoid(mean, GRID) == pytest.approx(np.mean(areas), abs=0.01)
 
@@ -87,7 +88,7 @@ def test_class_scores_are_scikit_learns() -> None:
     names = ("a", "b", "c", "never")
     wide = np.concatenate([p, np.zeros((*p.shape[:2], 1))], axis=2)
     groups = np.array([f"g{k // 2}" for k in range(len(labels))], dtype=object)
-    t = compare.Tested(make_result(class_names=names), groups, groups, labels, wide)
+    t = compare.Tested(make_result(class_names=names), Predictions(groups, groups, labels, np.log(wide), names))
     rows = class_scores(t)
     for c in range(3):
         assert rows[c].n_images == (labels == c).sum()

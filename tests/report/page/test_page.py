@@ -194,7 +194,7 @@ def test_the_best_is_never_chosen_by_test_score(tmp_path: Path) -> None:
         frames = []
         for fold in range(3):
             p = rng.uniform(size=20)
-            frames.append(table.assign(fold=fold, p_0=1 - p, p_1=p))
+            frames.append(table.assign(fold=fold, p_0=1 - p, p_1=p, logit_0=np.log(1 - p), logit_1=np.log(p)))
         save_run(result, pd.concat(frames), [], tmp_path)
     part = Part("pneumonia", None, "", "", tuple(results), (task,), 0, tmp_path)
     (choice,) = choose(task, part, resamples=50)
