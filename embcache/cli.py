@@ -37,6 +37,7 @@ from embcache.commands import (
     verify,
     why,
 )
+from embcache.commands.options import advise_by
 from embcache.errors import EmbcacheError, UsageError, printable
 
 app = typer.Typer(
@@ -59,11 +60,13 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     del version
+    advise_by(context)
 
 
 app.command()(demo.demo)

@@ -95,10 +95,12 @@ def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, targe
     return _save(figure, target)
 
 
-def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path) -> Path:
+def plot_curves(
+    panels: Sequence[CurvePanel], title: str, target: Path, *, bands: str = "95 % interval, or ± sd where there is none"
+) -> Path:
     """Draw learning curves over a logarithmic axis of training labels, a panel beside the other, one legend beneath.
 
-    A panel of more than six curves has thin bars in place of bands.
+    ``bands`` says what they show. A panel of more than six curves has thin bars in place of bands.
     """
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
@@ -135,12 +137,11 @@ def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path) -> Path:
         axis.grid(alpha=0.25)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    bands = "95 % interval, or ± sd where there is none"
     if any(_many(panel) for panel in panels):
         bands += f"; bands only in panels of up to {_BANDS} curves"
     figure.legend(
         [handles[label] for label in styles], [_plain(label) for label in styles], loc="outside lower center",
-        ncols=ncols, frameon=False, fontsize=8, title=f"bars: {bands}", title_fontsize=8,
+        ncols=ncols, frameon=False, fontsize=8, title=_wrapped(f"bars: {bands}", int(width * 15)), title_fontsize=8,
     )  # fmt: skip
     figure.suptitle(_plain(title), fontsize=11)
     return _save(figure, target)

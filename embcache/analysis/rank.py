@@ -13,14 +13,16 @@ from scipy.stats import kendalltau, rankdata, spearmanr
 
 from embcache.analysis.pool import MOST, Pool, open_datasets, open_pool
 from embcache.analysis.transfer import centroid_logits, h_score, logme
+from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset
 from embcache.paths import PathLike
 from embcache.probe.heads import hyperparameters, make_head
 from embcache.probe.heads.knn import KNN
-from embcache.probe.metrics import score, softmax
-from embcache.probe.protocol import subset_sizes
+from embcache.probe.inputs import plan_for
+from embcache.probe.metrics import score
 from embcache.probe.results import ProbeResult, list_results
 from embcache.probe.schedule import Schedule
+from embcache.probe.splits import Splits
 from embcache.probe.stack import predict_logits
 
 SCORES: Mapping[str, str] = {
@@ -30,6 +32,8 @@ SCORES: Mapping[str, str] = {
     "knn": "k-NN",
 }
 """The scores of a backbone, higher is better, as tables name them."""
+
+_FOLDS = 5
 
 _Protocol = tuple[str, str, int, int, bool]
 """Validation, test set, seed, folds, and whether the overlap with the test set was left out."""
@@ -134,12 +138,13 @@ def rank_cached(
     home: PathLike | None = None,
     allow_missing: bool = False,
     dataset_name: str | None = None,
+    classes: ClassOptions = ClassOptions(),
 ) -> list[Ranking]:
     """Rank the backbones of datasets by name, by default of every one whose features are cached.
 
     Parameters
     ----------
-    datasets, backbones, data_root, home, allow_missing, dataset_name
+    datasets, backbones, data_root, home, allow_missing, dataset_name, classes
         As for `embcache.probe.cached.probe_cached`.
     subset, seed, recipe
         As for `rank_dataset`.
@@ -152,7 +157,12 @@ def rank_cached(
         ``data_root`` with several datasets.
     """
     opened = open_datasets(
-        datasets, data_root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name
+        datasets,
+        data_root=data_root,
+        home=home,
+        allow_missing=allow_missing,
+        dataset_name=dataset_name,
+        classes=classes,
     )
     return [rank_dataset(ds, backbones, home=home, recipe=recipe, seed=seed, subset=subset) for ds in opened]
 
@@ -186,7 +196,7 @@ def rank_dataset(
     recipe : str, optional
         Fingerprint prefixes, where several recipes of a backbone are cached; separated by commas.
     seed : int
-        Of the protocol's folds and subsets.
+        Of the protocol's folds and subsets. Folds are five; fewer, with a note, where a class has fewer groups.
     subset : str or int
         As for probing. F with more than `embcache.analysis.pool.MOST` training images a fold takes that many.
 
@@ -197,18 +207,20 @@ def rank_dataset(
     StoreError
         Features are missing.
     ProtocolError
-        The dataset cannot carry folds or subset.
+        A class has groups for fewer than two folds, or the dataset cannot carry the subset.
     """
-    (name,) = subset_sizes(ds, [subset])
-    pool = open_pool(ds, backbones, subset=name, home=home, recipe=recipe, seed=seed)
-    notes = list(pool.plan.notes)
-    if name == "F" and min(len(rows) for rows in pool.plan.train.values()) > MOST:
+    pool = open_pool(ds, backbones, home=home, recipe=recipe, seed=seed)
+    folds, said = _folds(pool)
+    plan = plan_for(ds, list(pool.stores.values()), subsets=[subset], folds=folds, seed=seed)
+    (name,) = plan.subsets
+    notes = [*plan.notes, *said]
+    if name == "F" and min(len(rows) for rows in plan.train.values()) > MOST:
         notes.append(f"scored on {MOST:,} training images a fold, drawn balanced from all there are")
-        name = str(MOST)
-        pool = open_pool(ds, backbones, subset=name, home=home, recipe=recipe, seed=seed)
-    scores = {backbone: _scores(pool, backbone, name) for backbone in pool.stores}
+        plan = plan_for(ds, list(pool.stores.values()), subsets=[MOST], folds=folds, seed=seed)
+        (name,) = plan.subsets
+    scores = {backbone: _scores(pool, plan, backbone, name) for backbone in pool.stores}
     ranks = [rankdata([-row[key] for row in scores.values()]) for key in SCORES]
-    saved, said = _saved_probes(pool, home, seed)
+    saved, said = _saved_probes(pool, plan, home)
     notes += said
     rows = [
         RankRow(
@@ -222,8 +234,7 @@ def rank_dataset(
     ]
     rows.sort(key=lambda row: row.place)
     n_train, n_val = (
-        float(np.mean([len(part[fold, name]) for fold in range(pool.plan.n_folds)]))
-        for part in (pool.plan.train, pool.plan.val)
+        float(np.mean([len(part[fold, name]) for fold in range(folds)])) for part in (plan.train, plan.val)
     )
     ordered = sorted((result for own in saved.values() for result in own.values()), key=lambda r: r.n_train)
     labels = {result.subset: result.labels_used for result in ordered}
@@ -257,8 +268,19 @@ def correlate(rows: Sequence[RankRow]) -> list[Correlation]:
     return found
 
 
-def _scores(pool: Pool, backbone: str, subset: str) -> dict[str, float]:
-    plan, metric, n_classes = pool.plan, pool.ds.metric, len(pool.ds.class_names)
+def _folds(pool: Pool) -> tuple[int, list[str]]:
+    """Into how many folds every class can be divided, from two to five, and what to say where it is not five."""
+    labels, groups = (part[pool.sides.pool] for part in (pool.sides.labels, pool.sides.groups))
+    counts = [len(set(groups[labels == c])) for c in range(len(pool.ds.class_names))]
+    folds = max(2, min([_FOLDS, *counts]))
+    if folds == _FOLDS:
+        return folds, []
+    rare = ", ".join(name for name, count in zip(pool.ds.class_names, counts, strict=True) if count < _FOLDS)
+    return folds, [f"{folds} folds in place of {_FOLDS}: {rare} is too rare for more (groups outside the test set)"]
+
+
+def _scores(pool: Pool, plan: Splits, backbone: str, subset: str) -> dict[str, float]:
+    metric, n_classes = pool.ds.metric, len(pool.ds.class_names)
     features, place = pool.features(backbone, pool.rows), np.full(len(plan.ids), -1, dtype=np.int64)
     place[pool.rows] = np.arange(len(pool.rows))
     x, labels = features.numpy(), plan.labels
@@ -266,12 +288,12 @@ def _scores(pool: Pool, backbone: str, subset: str) -> dict[str, float]:
     for fold in range(plan.n_folds):
         train, val = plan.train[fold, subset], plan.val[fold, subset]
         nearest = centroid_logits(x[place[train]], labels[train], x[place[val]], n_classes)
-        centroid.append(score(metric, labels[val], softmax(nearest)))
+        centroid.append(score(metric, labels[val], nearest))
         solved = KNN().solve(
             {backbone: features[place[train]]}, torch.from_numpy(labels[train]), None, None, n_classes, metric
         )
         votes = predict_logits(KNN(), solved.params, {backbone: features}, torch.from_numpy(place[val]))
-        near.append(score(metric, labels[val], softmax(votes)))
+        near.append(score(metric, labels[val], votes))
     # At F the folds' training rows together are the pool; smaller subsets differ from fold to fold.
     parts = [plan.train[fold, subset] for fold in range(plan.n_folds)]
     parts = [np.unique(np.concatenate(parts))] if subset == "F" else parts
@@ -283,11 +305,13 @@ def _scores(pool: Pool, backbone: str, subset: str) -> dict[str, float]:
     }
 
 
-def _saved_probes(pool: Pool, home: PathLike | None, seed: int) -> tuple[dict[str, dict[str, ProbeResult]], list[str]]:
+def _saved_probes(
+    pool: Pool, plan: Splits, home: PathLike | None
+) -> tuple[dict[str, dict[str, ProbeResult]], list[str]]:
     """Saved linear probes of each backbone by subset, on the very features ranked, and what to say of them.
 
-    All are of one protocol: this seed's five folds, validated on whole folds, where there is a probe of it, else the
-    one that most are of; at each subset also of the same splits.
+    All are of one protocol: that of the plan, where there is a probe of it, else the one that most are of; at each
+    subset also of the same splits.
     """
     usual = asdict(Schedule())
     head = {"name": "linear", **hyperparameters(make_head("linear"))}
@@ -296,7 +320,9 @@ def _saved_probes(pool: Pool, home: PathLike | None, seed: int) -> tuple[dict[st
     for result in list_results(home, pool.ds.name):
         request = result.request
         single = result.kind == "probe" and result.head == "linear" and len(result.backbones) == 1
-        if not single or result.mean is None or result.backbones[0] not in pool.stores or result.target:
+        if not single or result.mean is None or result.backbones[0] not in pool.stores:
+            continue
+        if result.target != pool.ds.target or request.get("classes", {}) != pool.ds.renamed:
             continue
         backbone = result.backbones[0]
         if dict(request["recipes"]).get(backbone) != pool.stores[backbone].recipe.fingerprint:
@@ -310,7 +336,7 @@ def _saved_probes(pool: Pool, home: PathLike | None, seed: int) -> tuple[dict[st
     found: dict[str, dict[str, ProbeResult]] = {backbone: {} for backbone in pool.stores}
     if not fitting:
         return found, [f"{others} linear probes of other protocols left out"] if others else []
-    default = (pool.plan.val_mode, pool.plan.test_set, seed, pool.plan.n_folds, False)
+    default = (plan.val_mode, plan.test_set, plan.seed, plan.n_folds, False)
     chosen = default if default in fitting else max(fitting, key=lambda key: (len(fitting[key]), repr(key)))
     ordered = sorted(fitting[chosen], key=lambda r: (r.n_train, r.id))
     for subset in dict.fromkeys(result.subset for result in ordered):

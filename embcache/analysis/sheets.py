@@ -37,7 +37,9 @@ def draw_neighbours(ds: ImageDataset, found: Sequence[Neighbours], target: Path)
     rows = []
     for each in found:
         cells = [_cell(ds, each.image, each.image, "the image")]
-        cells += [_cell(ds, n, each.image, f"{n.similarity:.2f}") for n in each.nearest]
+        for near in each.nearest:
+            remark = f"{near.similarity:.2f}" + (" · same group" if near.group == each.image.group else "")
+            cells.append(_cell(ds, near, each.image, remark))
         rows.append((each.backbone, cells))
     return plot_sheet(rows, f"nearest in cached features: {_short(found[0].image.id)}", target)
 

@@ -13,9 +13,12 @@ from embcache.commands.options import (
     BackboneOption,
     DataRootOption,
     DatasetOption,
+    DropClassOption,
     HomeOption,
     JsonOption,
+    MergeClassOption,
     NameOption,
+    class_options,
     split_list,
     write_json,
 )
@@ -38,6 +41,8 @@ def rank(
         str, typer.Option("--subset", metavar="S|M|F|N", help="Training images to score on, as for probing.")
     ] = "F",
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of folds and subsets.")] = 0,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     recipe: RecipeOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
@@ -64,6 +69,7 @@ def rank(
         home=home,
         allow_missing=allow_missing,
         dataset_name=name,
+        classes=class_options(drop_class, merge_class),
     )
     if json != "-":
         for k, ranking in enumerate(rankings):
@@ -77,7 +83,9 @@ def rank(
 def similarity(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the folds, hence of a local test set.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the images drawn, where there are many.")] = 0,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     recipe: RecipeOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
@@ -102,6 +110,7 @@ def similarity(
         home=home,
         allow_missing=allow_missing,
         dataset_name=name,
+        classes=class_options(drop_class, merge_class),
         say=print_note,
     )
     if json != "-":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeGuard
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 import torch
 
@@ -35,6 +35,9 @@ class Solved:
 
 class SolvedHead(Protocol):
     """What the engine needs of a solved head; see `embcache.probe.heads` for the whole contract."""
+
+    imbalance: ClassVar[str]
+    """What it does where classes are not balanced, in words; for a head that is trained `make_job` sees to it."""
 
     def solve(
         self,

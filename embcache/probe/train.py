@@ -18,6 +18,9 @@ from embcache.probe.schedule import Schedule
 from embcache.probe.solve import SolvedHead, is_solved
 from embcache.probe.stack import Job, TrainableHead, TrainedHead, stream_generator, train_stack
 
+DRAWN_EQUALLY = "training draws them equally often"
+"""What `make_job` does where classes are not balanced, in words."""
+
 _LARGEST_STACK = 100_000_000
 """Parameters that one stack may hold; with gradients, moments and best epochs some 2 GB."""
 

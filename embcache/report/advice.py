@@ -183,6 +183,15 @@ def advise(results: Sequence[ProbeResult], *, home: PathLike | None = None, resa
     return [_advise(named_curves(members), home, resamples) for members in tasks.values()]
 
 
+def sentences(advice: Sequence[Advice]) -> list[str]:
+    """What a table of results says beneath, each named by its dataset and target where there are several."""
+    several = len({each.title for each in advice}) > 1
+    told = [
+        (each.title, line) for each in advice for line in (*each.sentences, *(f"not read: {p}" for p in each.problems))
+    ]
+    return [f"{title}: {line}" if several else line for title, line in told]
+
+
 def _advise(models: Mapping[str, Sequence[ProbeResult]], home: PathLike | None, resamples: int) -> Advice:
     first = next(iter(models.values()))[0]
     problems: dict[str, None] = {}

@@ -24,7 +24,7 @@ from embcache.errors import UsageError
 from embcache.probe.hyperparameters import named_hyperparameters
 from embcache.probe.solve import is_solved
 from embcache.probe.stack import TrainableHead, stream_generator
-from embcache.probe.train import FittedHead
+from embcache.probe.train import DRAWN_EQUALLY, FittedHead
 from embcache.probe.usage import unknown_head
 
 
@@ -77,6 +77,12 @@ def make_head(name: str, **hyperparameters: Any) -> Head:
             found=", ".join(sorted(set(hyperparameters) - allowed)),
         )
     return known[name](**hyperparameters)
+
+
+def imbalance(name: str) -> str:
+    """What the head called ``name`` does where classes are not balanced, in words."""
+    kind = heads()[name]
+    return kind.imbalance if is_solved(kind) else DRAWN_EQUALLY
 
 
 def hyperparameters(head: Head) -> dict[str, Any]:

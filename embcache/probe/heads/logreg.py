@@ -45,6 +45,7 @@ class LogReg:
     name: ClassVar[str] = "logreg"
     summary: ClassVar[str] = "logistic regression by L-BFGS on standardised features, C chosen on validation"
     fuses: ClassVar[bool] = False
+    imbalance: ClassVar[str] = "they weigh alike in training"
 
     def __post_init__(self) -> None:
         values = self.Cs if isinstance(self.Cs, tuple | list) else (self.Cs,)
@@ -90,7 +91,7 @@ class LogReg:
                 "logistic regression cannot be solved",
                 expected="finite features of two classes at least",
                 found=f"{len(np.unique(labels))} class" if len(np.unique(labels)) < 2 else "features not finite",
-                fix="a larger --subset, or look for features that are not finite: embcache info",
+                fix=("a larger --subset", "look for features that are not finite: embcache info"),
             )
         with threads_for(train.size):
             solutions = list(self._path(train, labels, n_classes))

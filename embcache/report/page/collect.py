@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from embcache.data.classes import target_words
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import EmbcacheError, StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir
@@ -22,7 +23,7 @@ class Task:
     Attributes
     ----------
     dataset, target, metric : str
-        ``target`` is empty for the labels, else the column that is told apart.
+        ``target`` is empty for the labels as they are, else `embcache.data.classes.target_words`.
     class_names : tuple of str
     models : dict of str to list of ProbeResult
         By the model's name, which tells what sets it apart from the others; results over sizes.
@@ -156,7 +157,7 @@ def make_tasks(results: Sequence[ProbeResult], others: Sequence[str] = ()) -> li
     groups: dict[tuple[str, str, str, tuple[str, ...]], list[ProbeResult]] = {}
     for result in results:
         if result.mean is not None:
-            key = (result.dataset, result.target, result.metric, result.class_names)
+            key = (result.dataset, target_words(result.request), result.metric, result.class_names)
             groups.setdefault(key, []).append(result)
     ordered = sorted(groups.items(), key=lambda pair: (pair[0][1] != "", pair[0]))
     return [
