@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embcache.data.columns import retarget
+from embcache.data.columns import as_in_run
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError
 from embcache.probe.inputs import open_stores, plan_for
@@ -78,9 +78,9 @@ def cohort(part: Part, choices: Sequence[Choice], *, ids: bool) -> Cohort | None
         return None
     result = choices[-1].chosen.result
     request = result.request
-    ds = retarget(part.ds, request["target"]) if request.get("target") else part.ds
     recipes = ",".join(str(fingerprint) for _, fingerprint in request.get("recipes", [])) or None
     try:
+        ds = as_in_run(part.ds, request)
         stores = open_stores(ds, [result.backbones], part.home, recipes)
         asked = {
             key: request[key] for key in ("folds", "seed", "val", "test", "exclude_test_overlap") if key in request
@@ -92,77 +92,71 @@ def cohort(part: Part, choices: Sequence[Choice], *, ids: bool) -> Cohort | None
     if request.get("repeats", 1) == 1 and plan.digest(result.subset) != request.get("splits"):
         told = "the splits of these results were imported, or the images are others now: the flow of images is not told"
         return Cohort((), None, notes=(told,))
-    bad = {name: reason for store in stores.values() for name, reason in store.quarantined.items()}
-    return _cohort(ds, plan, bad, choices, secret_words(part, ids=ids))
+    bad = {name for store in stores.values() for name in store.quarantined}
+    sizes = ", ".join(f"{c.n_train:,} + {c.labels_used - c.n_train:,}" for c in choices)
+    return _cohort(part.ds, ds, plan, bad, sizes, secret_words(part, ids=ids))
 
 
-def _cohort(ds: ImageDataset, plan: Splits, bad: dict[str, str], choices: Sequence[Choice], secret: set[str]) -> Cohort:
-    n, given = len(plan.ids), ds.table["split"].to_numpy(dtype=object)
-    test, pool, val = (np.zeros(n, dtype=bool) for _ in range(3))
-    test[plan.test] = True
-    for (_, subset), rows in plan.train.items():
-        if subset == "F":
-            pool[rows] = True
-    for rows in plan.val.values():
-        val[rows] = True
-    val &= ~pool  # a val split of the dataset's own: else a fold's validation images train in another
-    unreadable = np.array([name in bad for name in plan.ids], dtype=bool)
+def _cohort(whole: ImageDataset, ds: ImageDataset, plan: Splits, bad: set[str], sizes: str, secret: set[str]) -> Cohort:
+    n = len(plan.ids)
+
+    def mask(rows: Sequence[NDArray[np.int64]]) -> BoolArray:
+        found = np.zeros(n, dtype=bool)
+        found[np.concatenate(rows)] = True
+        return found
+
+    grouped = len(set(whole.groups.tolist())) < len(whole)
+    test, pool = mask([plan.test]), mask([rows for (_, subset), rows in plan.train.items() if subset == "F"])
+    val = mask([*plan.val.values()]) & ~pool  # a split of the dataset's own: else what validates also trains
     rest = ~(test | pool | val)
-    shares = [np.isin(plan.groups, np.unique(plan.groups[side])) if side.any() else side for side in (test, val)]
-    reasons: list[tuple[str, BoolArray]] = [
-        ("could not be read", unreadable),
-        ("without a label", (plan.labels < 0) & ~((given == "test") & test)),
-        ("of patients who are in the test set", shares[0]),
-        ("of patients who are in the validation split", shares[1]),
-        ("not drawn: the pool is limited", rest),
-    ]
-    grouped = len(set(ds.groups.tolist())) < len(ds)
+    of_test, of_val = (np.isin(plan.groups, np.unique(plan.groups[part])) for part in (test, val))
+    reasons = {
+        "could not be read": np.array([name in bad for name in plan.ids], dtype=bool),
+        "without a label": plan.labels < 0,
+        "of patients who are in the test set": of_test,
+        "of patients who are in the validation split": of_val,
+        "not drawn: the pool is limited": rest,
+    }
 
-    def count(mask: BoolArray) -> int | None:
-        return len(set(plan.groups[mask].tolist())) if grouped else None
+    def step(words: str, part: BoolArray, kind: str, detail: str = "") -> Step:
+        return Step(words, int(part.sum()), len(set(plan.groups[part].tolist())) if grouped else None, kind, detail)
 
-    everything = np.ones(n, dtype=bool)
-    steps = [Step("listed in the source", n + len(ds.missing), None if ds.missing else count(everything), "there")]
-    if ds.missing:
-        steps.append(Step("whose file is missing", len(ds.missing), None, "out"))
-    for words, mask in reasons:
-        out = mask & rest
-        rest = rest & ~out
-        if out.any():
-            steps.append(Step(words, int(out.sum()), count(out), "out"))
-    used = test | pool | val
-    steps.append(Step("used", int(used.sum()), count(used), "there"))
-    official = "the official one" if plan.test_set == "official" else "held out by embcache"
-    per_fold = ", ".join(f"{c.n_train:,} + {c.labels_used - c.n_train:,}" for c in choices)
-    detail = f"in a fold, training + validation: {per_fold}"
-    pooled = f"training and validation, {plan.n_folds} folds" if not val.any() else f"training, {plan.n_folds} folds"
-    shared = int((pool & shares[0]).sum())
-    if shared:
-        detail += f"; {shared:,} images are of patients who are in the test set too"
-    steps.append(Step(pooled, int(pool.sum()), count(pool), "used", detail))
-    parts = [("training and validation" if not val.any() else "training", pool)]
+    gone = [("whose file is missing", len(ds.missing)), ("of classes that are left out", len(whole) - n)]
+    steps = [Step("listed in the source", len(whole) + len(ds.missing),
+                  len(set(whole.groups.tolist())) if grouped and not ds.missing else None, "there")]  # fmt: skip
+    steps += [Step(words, number, None, "out") for words, number in gone if number]
+    for words, why in reasons.items():
+        if (rest & why).any():
+            steps.append(step(words, rest & why, "out"))
+            rest = rest & ~why
+    steps.append(step("used", test | pool | val, "there"))
+    shared = int((pool & of_test).sum())
+    detail = f"in a fold, training + validation: {sizes}"
+    detail += f"; {shared:,} images are of patients who are in the test set too" if shared else ""
+    name = "training" if val.any() else "training and validation"
+    steps.append(step(f"{name}, {plan.n_folds} folds", pool, "used", detail))
+    parts = {name: pool}
     if val.any():
-        steps.append(Step("validation, the dataset's own split", int(val.sum()), count(val), "used", "in every fold"))
-        parts.append(("validation", val))
+        parts["validation"] = val
+        steps.append(step("validation, a split of the dataset's own", val, "used", "the same in every fold"))
+    parts["test"] = test
     unlabeled = int((plan.labels[plan.test] < 0).sum())
+    official = "the official one" if plan.test_set == "official" else "held out by embcache"
     detail = f"{unlabeled:,} without a label, not scored" if unlabeled else ""
-    steps.append(Step(f"test set, {official}", int(test.sum()), count(test), "used", detail))
-    parts.append(("test", test))
+    steps.append(step(f"test set, {official}", test, "used", detail))
     return Cohort(tuple(steps), _mix(ds, plan, parts, grouped, secret), grouped, shared)
 
 
-def _mix(
-    ds: ImageDataset, plan: Splits, parts: Sequence[tuple[str, BoolArray]], grouped: bool, secret: set[str]
-) -> Table:
-    totals = [int(mask.sum()) for _, mask in parts]
+def _mix(ds: ImageDataset, plan: Splits, parts: Mapping[str, BoolArray], grouped: bool, secret: set[str]) -> Table:
+    totals = [int(part.sum()) for part in parts.values()]
 
     def row(name: str, value: str, which: BoolArray) -> tuple[str, ...]:
-        counts = [int((mask & which).sum()) for _, mask in parts]
+        counts = [int((part & which).sum()) for part in parts.values()]
         return (name, value, *(f"{c:,} ({c / t:.1%})" if t else "0" for c, t in zip(counts, totals, strict=True)))
 
     rows: list[tuple[str, ...]] = [("images", "", *(f"{t:,}" for t in totals))]
     if grouped:
-        per = [np.unique(plan.groups[mask].astype(str), return_counts=True)[1] for _, mask in parts]
+        per = [np.unique(plan.groups[part].astype(str), return_counts=True)[1] for part in parts.values()]
         rows.append(("patients", "", *(f"{len(c):,}" for c in per)))
         rows.append(
             (
@@ -176,11 +170,11 @@ def _mix(
     rows += [row("class" if c == 0 else "", name, plan.labels == c) for c, name in enumerate(names)]
     if len(names) < len(ds.class_names):
         notes.append(f"{len(ds.class_names) - len(names):,} more classes are not listed")
-    if (plan.labels[np.any([mask for _, mask in parts], axis=0)] < 0).any():
+    if (plan.labels[np.any([*parts.values()], axis=0)] < 0).any():
         rows.append(row("", "no label", plan.labels < 0))
     for column in told_columns(ds, secret):
         values = [(value, column.of == value) for value in column.values]
         values += [("(no value)", column.of == "")] if (column.of == "").any() else []
-        rows += [row(column.name if k == 0 else "", value, mask) for k, (value, mask) in enumerate(values)]
-    headers = ("", "", *(name for name, _ in parts))
+        rows += [row(column.name if k == 0 else "", value, of) for k, (value, of) in enumerate(values)]
+    headers = ("", "", *parts)
     return Table("mix", "Case mix of the parts", headers, tuple(rows), tuple(notes))
