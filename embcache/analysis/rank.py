@@ -33,6 +33,10 @@ SCORES: Mapping[str, str] = {
 }
 """The scores of a backbone, higher is better, as tables name them."""
 
+ORDER = ("logme", "centroid", "knn")
+"""The scores that rows are ordered by. The H-score is measured on the rows that it is fitted to, so that it is nearly as
+high for permuted labels as for the true ones (docs/heads.md)."""
+
 _FOLDS = 5
 
 _Protocol = tuple[str, str, int, int, bool]
@@ -52,7 +56,7 @@ class RankRow:
         The dataset's metric on validation rows (mean over folds) of the nearest class centroid, and of the head
         ``knn``: both learn from a fold's training rows.
     place : float
-        Mean of the four ranks among the backbones compared; 1 is best in all of them.
+        Mean of the ranks by `ORDER` among the backbones compared; 1 is best in all of them.
     probes : mapping of subset to float
         Mean test score of the saved linear probe on the same features, for each subset there is one of; all rows' by
         one protocol.
@@ -219,7 +223,7 @@ def rank_dataset(
         plan = plan_for(ds, list(pool.stores.values()), subsets=[MOST], folds=folds, seed=seed)
         (name,) = plan.subsets
     scores = {backbone: _scores(pool, plan, backbone, name) for backbone in pool.stores}
-    ranks = [rankdata([-row[key] for row in scores.values()]) for key in SCORES]
+    ranks = [rankdata([-row[key] for row in scores.values()]) for key in ORDER]
     saved, said = _saved_probes(pool, plan, home)
     notes += said
     rows = [

@@ -263,20 +263,24 @@ def test_an_unknown_option_is_a_programming_error(cached: ImageDataset, home: Pa
         probe_grid(cached, [["a"]], sede=3)
 
 
-def test_a_run_of_an_earlier_version_is_read_and_made_again(cached: ImageDataset, home: Path) -> None:
+@pytest.mark.parametrize("change", [{"estimate": ...}, {"request": {"protocol": 1}}])
+def test_a_run_of_an_earlier_version_is_refused_and_made_again(
+    cached: ImageDataset, home: Path, change: dict[str, Any]
+) -> None:
     result = probe(cached)
     run = runs_dir("toy") / result.id
     content = unseal((run / "result.json").read_bytes(), run, "")
-    for key in ("recipes", "target"):
-        del content[key]
-    for fold in content["folds"]:
-        del fold["repeat"], fold["chosen"]
+    for key, value in change.items():
+        if value is ...:
+            del content[key]
+        else:
+            content[key] |= value
     (run / "result.json").write_bytes(seal(content))
-    old = load_result(run)
-    assert (old.mean, old.recipes, old.target, old.folds) == (result.mean, {}, "", result.folds)
+    with pytest.raises(StoreError, match="another version"):
+        load_result(run)
     again = probe(cached)
     assert (again.id, again.mean) == (result.id, result.mean)
-    assert load_result(run).recipes == result.recipes != {}
+    assert load_result(run) == again
 
 
 # --- folds that fail
