@@ -28,6 +28,7 @@ from embcache.commands import (
     finetune,
     gc,
     predict,
+    predicted,
     probe,
     rank,
     report,
@@ -37,6 +38,7 @@ from embcache.commands import (
     verify,
     why,
 )
+from embcache.commands.options import advise_by
 from embcache.errors import EmbcacheError, UsageError, printable
 
 app = typer.Typer(
@@ -59,11 +61,13 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     del version
+    advise_by(context)
 
 
 app.command()(demo.demo)
@@ -78,6 +82,8 @@ app.command()(run.run)
 app.command()(run.curves)
 app.command()(compare.compare)
 app.command()(compare.subgroups)
+app.command()(predicted.errors)
+app.command()(predicted.plot)
 app.command()(rank.rank)
 app.command()(rank.similarity)
 app.command()(figures.tsne)

@@ -17,6 +17,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
+
+_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+_known: frozenset[str] | None = None
+
+
+def advise_only(flags: Iterable[str] | None) -> None:
+    """Leave out of errors, from now on, advice that names a flag besides these; None: leave nothing out.
+
+    The command line says so which flags the command has that was typed: what raises an error cannot know.
+    """
+    global _known
+    _known = None if flags is None else frozenset(flags)
+
+
+def _may_advise(advice: str) -> bool:
+    own, _, _ = advice.partition("embcache ")  # what follows is typed to another command
+    return _known is None or _known.issuperset(_FLAG.findall(own))
+
 
 def printable(text: str) -> str:
     """``text`` for a terminal: what is not printable but a line's end is shown escaped.
@@ -39,8 +59,8 @@ class EmbcacheError(Exception):
         What should have been there, and what is.
     where : object, optional
         The file, folder, column or flag at fault.
-    fix : str, optional
-        The command to type, or the step to take.
+    fix : str or sequence of str, optional
+        The command to type, or the step to take; of several those that `advise_only` allows.
     """
 
     def __init__(
@@ -50,10 +70,12 @@ class EmbcacheError(Exception):
         expected: str | None = None,
         found: str | None = None,
         where: object = None,
-        fix: str | None = None,
+        fix: str | Sequence[str] | None = None,
     ) -> None:
-        self.problem, self.expected, self.found, self.where, self.fix = problem, expected, found, where, fix
-        parts = (("expected", expected), ("found", found), ("where", where), ("to mend it", fix))
+        self.problem, self.expected, self.found, self.where = problem, expected, found, where
+        advice = [fix] if isinstance(fix, str) else fix or ()
+        self.fix = ", or ".join(filter(_may_advise, advice)) or None
+        parts = (("expected", expected), ("found", found), ("where", where), ("to mend it", self.fix))
         lines = [printable(problem)]
         for label, value in parts:
             if value is not None:

@@ -1,35 +1,53 @@
-"""What cached features say of a dataset: near-duplicates, labels to doubt, outliers; and what leaving them out does."""
+"""What cached features say of a dataset: near-duplicates, likely label errors, outliers; the effect without them.
+
+Nothing here that decides about a training image looks at the label of a test image: features are standardized, models
+fitted and thresholds set on training images alone. Test images are judged by what was learned from training images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
 
-from embcache.analysis.neighbors import standard_directions
-from embcache.data.dataset import ImageDataset
-from embcache.errors import UsageError
+from embcache.data.splits import IntArray, stratified_group_folds
+from embcache.errors import ProtocolError, UsageError
 from embcache.paths import PathLike
 from embcache.probe.heads.logreg import LogReg
-from embcache.probe.inputs import load_features, open_stores, plan_for
-from embcache.probe.metrics import score, softmax
-from embcache.probe.splits import Splits
+from embcache.probe.inputs import load_features, open_stores
+from embcache.probe.metrics import score
+from embcache.probe.protocol import divide
+from embcache.probe.standard import standard_directions
+
+if TYPE_CHECKING:
+    from embcache.data.dataset import ImageDataset
 
 SIMILARITY = 0.95
-"""Cosine of standardised features from which two images count as near-duplicates."""
+"""Cosine of standardized features from which two images count as near-duplicates."""
 
-NEIGHBOURS = 10
+MOST = 100
+"""Likely label errors that are listed, of training and of test labels each."""
+
+CREDIBLE = 0.10
+"""Share of doubted labels (mean over classes) above which the model is called too weak, not the labels wrong.
+
+The worst of the ten benchmarks whose labels Northcutt, Athalye and Mueller (2021) had checked has 10 % errors.
+"""
+
+NEIGHBORS = 10
 FAR = 5.0
-"""Robust deviations below the usual closeness of neighbours from which an image counts as an outlier."""
+"""Robust deviations below the usual closeness of neighbors from which an image counts as an outlier."""
 
 _BLOCK = 512  # rows compared with all others at a time
-_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 Float = NDArray[np.float64]
-Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -44,8 +62,8 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Doubt:
-    """A label that models which did not see the image confidently disagree with."""
+class LabelError:
+    """A label that models which did not see the image confidently disagree with, and their most probable class."""
 
     id: str
     label: int
@@ -56,8 +74,36 @@ class Doubt:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """What the models that judge labels are worth.
+
+    Attributes
+    ----------
+    labels, test_labels : int
+        Labels that were judged, of training and of test images.
+    found, test_found : int
+        Likely errors among them, listed or not.
+    share : float
+        Of the training labels of a class, how many are doubted: mean over classes.
+    balanced_accuracy : float
+        Of the most probable class against the training labels, out of fold.
+    too_weak : bool
+        ``share`` is above `CREDIBLE`, or most labels of a class are doubted: more likely the models are wrong than the
+        labels. What they doubt is listed, and nothing is excluded for it.
+    """
+
+    labels: int
+    test_labels: int
+    found: int
+    test_found: int
+    share: float
+    balanced_accuracy: float
+    too_weak: bool
+
+
+@dataclass(frozen=True)
 class Outlier:
-    """An image far from all others. ``deviations``: of its closeness to its neighbours, robust, below the median."""
+    """An image far from all training images. ``deviations``: of its closeness to them, robust, below their median."""
 
     id: str
     deviations: float
@@ -66,26 +112,18 @@ class Outlier:
 
 @dataclass(frozen=True)
 class Effect:
-    """Test metric over folds of a logistic regression on F, with all rows and without the excluded ones.
+    """Test metric of a logistic regression on F, of all test images, trained with and without the excluded images.
 
     Attributes
     ----------
     metric : str
     before, after : (float, float)
-        Mean and sd (ddof 1) over folds; ``after`` was trained and validated without the excluded rows and is scored on
-        the whole test set: nothing is gained by leaving out what is hard.
-    after_clean : (float, float)
-        As ``after``, scored without the excluded test images.
-    excluded_train, excluded_test : int
-        Images.
+        Mean and sd (ddof 1) over folds.
     """
 
     metric: str
     before: tuple[float, float]
     after: tuple[float, float]
-    after_clean: tuple[float, float]
-    excluded_train: int
-    excluded_test: int
 
 
 @dataclass(frozen=True)
@@ -95,31 +133,65 @@ class Audit:
     Attributes
     ----------
     dataset, backbone : str
-    images : int
-        Labelled and readable.
+    images, test_images : int
+        Labeled and readable ones, for training (and validation) and for testing.
     pairs : tuple of Pair
         Most similar first.
-    doubts : tuple of Doubt
+    judge : Judge or None
+        None where fewer than two classes can be judged; a note says why.
+    label_errors : tuple of LabelError
         Most confident first.
     outliers : tuple of Outlier
         Furthest first.
     exclude : tuple of (str, str)
-        Ids to leave out, each with the reason: doubted labels, outliers, and of near-duplicates across the test border
-        the training image.
+        Training images to leave out, each with the reason. No label error where the models are too weak, no outlier of
+        a class with `NEIGHBORS` images or fewer, and never a test image: a test set that a model cleaned flatters it.
     effect : Effect or None
-        None where nothing is excluded.
+        None where nothing is excluded, or where it cannot be told.
+    no_effect : str
+        Why it cannot be told.
     notes : tuple of str
     """
 
     dataset: str
     backbone: str
     images: int
+    test_images: int
     pairs: tuple[Pair, ...]
-    doubts: tuple[Doubt, ...]
+    judge: Judge | None
+    label_errors: tuple[LabelError, ...]
     outliers: tuple[Outlier, ...]
     exclude: tuple[tuple[str, str], ...]
     effect: Effect | None
+    no_effect: str
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """Images that are audited: the first ``n`` train, the others test."""
+
+    ids: NDArray[np.object_]
+    labels: IntArray
+    groups: NDArray[np.object_]
+    split: NDArray[np.object_]
+    x: torch.Tensor  # float32 (N, D), raw
+    n: int
+    class_names: tuple[str, ...]
+
+    def folds(self, folds: int, seed: int) -> IntArray:
+        """The fold of each training image, classes spread evenly and no group divided; any class may be rare."""
+        return stratified_group_folds(self.labels[: self.n], self.groups[: self.n].tolist(), folds, seed)
+
+    def of_classes(self, classes: Sequence[int]) -> _Images:
+        """The images of some classes, these numbered anew."""
+        number = np.full(len(self.class_names), -1, dtype=np.int64)
+        number[list(classes)] = np.arange(len(classes))
+        rows = np.flatnonzero(number[self.labels] >= 0)
+        return _Images(
+            self.ids[rows], number[self.labels[rows]], self.groups[rows], self.split[rows], self.x[rows],
+            int((rows < self.n).sum()), tuple(self.class_names[c] for c in classes),
+        )  # fmt: skip
 
 
 def audit_dataset(
@@ -127,197 +199,288 @@ def audit_dataset(
     backbone: str,
     *,
     similarity: float = SIMILARITY,
+    most: int = MOST,
     home: PathLike | None = None,
     recipe: str | None = None,
     folds: int = 5,
     seed: int = 0,
 ) -> Audit:
-    """Look for near-duplicates, labels to doubt and outliers in the cached features of one backbone.
+    """Look for near-duplicates, likely label errors and outliers in the cached features of one backbone.
 
-    Doubted labels follow confident learning (Northcutt et al., 2021): logistic regressions over grouped folds give each
-    image probabilities of models that did not see it (or its group); a class proposes itself where its probability
-    reaches the mean that images of this class have, and a label is doubted where the most probable such class is
-    another one.
+    Label errors are found by confident learning (Northcutt, Jiang and Chuang, 2021): logistic regressions over grouped
+    folds of the training images give each of these calibrated probabilities of models that did not see it (or its
+    group). A class is confident of an image where its probability reaches the mean that training images of this label
+    have; a label is doubted where such a class is another one (of several, the most probable class counts) and the
+    label is not itself the most probable class, as ``cleanlab.filter.find_label_issues`` has it with
+    ``filter_by="confident_learning"``. Test labels are judged by the mean of the same models.
 
     Parameters
     ----------
     ds : ImageDataset
-        Audited are its labelled images.
+        Audited are its labeled images. Near-duplicates and outliers take any number of each class; labels are judged of
+        classes that have as many groups as there are folds.
     backbone : str
         Whose cached features are used.
     similarity : float
         As `SIMILARITY`.
+    most : int
+        As `MOST`.
     home, recipe
         As for `embcache.probe.inputs.open_stores`.
-    folds, seed : int
-        Of the protocol.
+    folds : int
+        Three at least: one is judged, one calibrates, the others train.
+    seed : int
+        Of the folds.
 
     Raises
     ------
     UsageError
-        The threshold is none.
+        A threshold or a number out of range.
     ProtocolError
-        The dataset does not carry the folds.
+        Fewer than two training images, or features that are not finite.
     """
     if not 0 < similarity <= 1:
         raise UsageError(
             "not a similarity", expected="above 0, at most 1", found=str(similarity), fix="--similarity 0.95"
         )
+    if most < 0:
+        raise UsageError("not a number of label errors", expected="0 or more", found=str(most), fix=f"--most {MOST}")
+    if folds < 3:
+        raise UsageError("too few folds to judge labels", expected="at least 3", found=str(folds))
     store = open_stores(ds, [[backbone]], home, recipe)[backbone]
-    plan = plan_for(ds, [store], subsets=("F",), folds=folds, seed=seed)
-    pool = [plan.val[fold, "F"] for fold in range(plan.n_folds)]
-    test = plan.test[plan.labels[plan.test] >= 0]
-    rows = np.concatenate([*pool, test])
-    features = load_features(store, ds, plan.ids[rows])  # (n, D)
-    directions = standard_directions(features.numpy())
-    is_test = np.arange(len(rows)) >= len(rows) - len(test)
-    pairs, closeness = _compare(plan, rows, directions, is_test, similarity)
-    parts = [np.arange(len(part)) + start for part, start in _starts([*pool, test]) if len(part)]
-    probabilities = _out_of_fold(features, plan.labels[rows], parts, len(plan.class_names))
-    split = np.where(is_test, "test", "train")
-    doubts = _doubt(plan.ids[rows], plan.labels[rows], probabilities, split)
-    outliers = _outliers(plan.ids[rows], closeness, split)
-    exclude = _exclude(pairs, doubts, outliers, dict(zip(plan.ids[rows].tolist(), is_test.tolist(), strict=True)))
-    effect = _effect(plan, rows, features, {id_ for id_, _ in exclude}, ds.metric) if exclude else None
-    return Audit(ds.name, backbone, len(rows), pairs, doubts, outliers, exclude, effect, plan.notes)
+    sides = divide(ds, seed=seed, digests=store.digests, unreadable=store.quarantined)
+    train, test = np.union1d(sides.pool, sides.own_val), sides.test[sides.labels[sides.test] >= 0]
+    rows = np.concatenate([train, test])
+    split = ds.table["split"].to_numpy(dtype=object)[rows]
+    split[len(train) :] = "test"  # of a local test set too
+    images = _Images(
+        sides.ids[rows], sides.labels[rows], sides.groups[rows], split,
+        load_features(store, ds, sides.ids[rows]), len(train), tuple(ds.class_names),
+    )  # fmt: skip
+    _check(images, ds)
+    pairs, closeness = _compare(images, similarity)
+    judge, errors, notes = _judge(images, most, folds, seed)
+    outliers = _outliers(images, closeness)
+    trusted = () if judge is None or judge.too_weak else errors
+    exclude = _exclude(images, pairs, trusted, outliers)
+    effect, reason = _effect(images, {id_ for id_, _ in exclude}, ds.metric, folds, seed) if exclude else (None, "")
+    said = [note.removesuffix("; --exclude-test-overlap leaves them out") for note in sides.notes]  # a flag of others
+    return Audit(
+        ds.name, backbone, len(train), len(test), pairs, judge, errors, outliers, exclude, effect, reason,
+        (*said, *notes),
+    )  # fmt: skip
 
 
-def _starts(parts: Sequence[Int]) -> Iterable[tuple[Int, int]]:
-    start = 0
-    for part in parts:
-        yield part, start
-        start += len(part)
+def _check(images: _Images, ds: ImageDataset) -> None:
+    if images.n < 2:
+        raise ProtocolError(
+            f"{ds.name} has too few training images to audit", expected="at least 2, labeled and readable",
+            found=str(images.n), where=ds.root,
+        )  # fmt: skip
+    bad = images.ids[~torch.isfinite(images.x).all(dim=1).numpy()].tolist()
+    if bad:
+        raise ProtocolError(
+            f"{len(bad):,} of {len(images.ids):,} images have features that are not finite",
+            found=", ".join(map(repr, bad[:5])) + (" …" if len(bad) > 5 else ""),
+            fix="remove the store and extract again, in fp32: embcache ls",
+        )
 
 
-def _compare(
-    plan: Splits, rows: Int, directions: NDArray[np.float32], is_test: NDArray[np.bool_], threshold: float
-) -> tuple[tuple[Pair, ...], Float]:
-    """Near-duplicates, and each image's mean similarity to its nearest others, (n,)."""
-    n, k = len(rows), min(NEIGHBOURS, len(rows) - 1)
-    closeness = np.empty(n)
+def _compare(images: _Images, threshold: float) -> tuple[tuple[Pair, ...], Float]:
+    """Near-duplicates among all images, and each image's mean similarity to its nearest other training images, (N,)."""
+    z = standard_directions(images.x.numpy(), by=images.x[: images.n].numpy())
+    total, n, k = len(z), images.n, min(NEIGHBORS, images.n - 1)
+    closeness = np.empty(total)
     pairs = []
-    for start in range(0, n, _BLOCK):
-        similar = directions[start : start + _BLOCK] @ directions.T  # (block, n)
+    for start in range(0, total, _BLOCK):
+        similar = z[start : start + _BLOCK] @ z.T  # (block, N)
         own = np.arange(len(similar))
         similar[own, start + own] = -np.inf
-        closeness[start : start + len(similar)] = np.partition(similar, n - k, axis=1)[:, n - k :].mean(axis=1)
+        closeness[start : start + len(similar)] = np.partition(similar[:, :n], n - k, axis=1)[:, n - k :].mean(axis=1)
         for a, b in np.argwhere(similar >= threshold).tolist():
-            i, j = start + a, b
-            if i < j:
-                pairs.append(_pair(plan, int(rows[i]), int(rows[j]), float(similar[a, b]), is_test[i] != is_test[j]))
+            if start + a < b:
+                pairs.append(_pair(images, start + a, b, float(similar[a, b])))
     return tuple(sorted(pairs, key=lambda pair: (-pair.similarity, pair.one, pair.other))), closeness
 
 
-def _pair(plan: Splits, one: int, other: int, similarity: float, across: bool) -> Pair:
-    same_group = plan.groups[one] == plan.groups[other]
+def _pair(images: _Images, one: int, other: int, similarity: float) -> Pair:
+    across = one < images.n <= other
+    same_group = images.groups[one] == images.groups[other]
     kind = "across splits" if across else "within a group" if same_group else "across groups"
-    same = bool(plan.labels[one] == plan.labels[other])
-    return Pair(str(plan.ids[one]), str(plan.ids[other]), min(similarity, 1.0), kind, same)
+    same = bool(images.labels[one] == images.labels[other])
+    return Pair(str(images.ids[one]), str(images.ids[other]), min(similarity, 1.0), kind, same)
 
 
-def _out_of_fold(features: torch.Tensor, labels: Int, parts: Sequence[Int], classes: int) -> Float:
-    """Probabilities (n, C) of each part by a model of all others but one, on which its strength was chosen.
+def _judge(
+    images: _Images, most: int, folds: int, seed: int
+) -> tuple[Judge | None, tuple[LabelError, ...], tuple[str, ...]]:
+    """Likely label errors of the classes that have enough groups, what the models are worth, and notes."""
+    names, here = images.class_names, images.labels[: images.n]
+    groups = [len(set(images.groups[: images.n][here == c].tolist())) for c in range(len(names))]
+    judged = [c for c, count in enumerate(groups) if count >= folds]
+    rare = ", ".join(f"{name} ({groups[c]})" for c, name in enumerate(names) if c not in judged)
+    notes = (f"labels are not judged of classes with fewer than {folds} groups in training: {rare}",) if rare else ()
+    if len(judged) < 2:
+        return None, (), notes
+    some = images.of_classes(judged) if rare else images
+    p = _calibrated(some, folds, seed)
+    doubted = doubted_labels(some.labels, p, some.n)
+    y, right, n = some.labels[: some.n], p.argmax(1)[: some.n] == some.labels[: some.n], some.n
+    shares = np.array([doubted[:n][y == c].mean() for c in range(len(judged))])
+    judge = Judge(
+        labels=n,
+        test_labels=len(p) - n,
+        found=int(doubted[:n].sum()),
+        test_found=int(doubted[n:].sum()),
+        share=float(shares.mean()),
+        balanced_accuracy=float(np.mean([right[y == c].mean() for c in range(len(judged))])),
+        too_weak=bool(shares.mean() > CREDIBLE or shares.max() > 0.5),
+    )
+    # Capped on each side of its own: no test label decides which training labels are listed.
+    errors = [error for side in (slice(0, n), slice(n, None)) for error in _errors(some, p, doubted, side)[:most]]
+    errors = [replace(e, label=judged[e.label], proposed=judged[e.proposed]) for e in errors]
+    return judge, tuple(sorted(errors, key=lambda e: e.p_label - e.p_proposed)), notes
 
-    Chosen by the log loss: the metrics of the datasets do not care whether probabilities are those of the classes.
+
+def _errors(images: _Images, p: Float, doubted: NDArray[np.bool_], side: slice) -> list[LabelError]:
+    """Likely label errors among the training images or the test images, most confident first."""
+    rows = np.arange(len(p))[side][doubted[side]]
+    proposed, labels = p.argmax(1), images.labels
+    errors = [
+        LabelError(
+            str(images.ids[i]), int(labels[i]), int(proposed[i]), float(p[i, labels[i]]), float(p[i, proposed[i]]),
+            str(images.split[i]),
+        )
+        for i in rows
+    ]  # fmt: skip
+    return sorted(errors, key=lambda e: e.p_label - e.p_proposed)
+
+
+def doubted_labels(labels: IntArray, p: Float, n: int) -> NDArray[np.bool_]:
+    """Labels that confident learning doubts; see `audit_dataset`.
+
+    Parameters
+    ----------
+    labels : int64 array of shape (N,)
+        0 … C − 1; every class occurs among the first ``n``.
+    p : float64 array of shape (N, C)
+        Probabilities by models that did not see the image.
+    n : int
+        Thresholds are those of the first ``n`` images.
+
+    Returns
+    -------
+    bool array of shape (N,)
     """
-    found = np.zeros((len(labels), classes))
-    y = torch.from_numpy(labels)
-    for place, held in enumerate(parts):
-        val = parts[(place + 1) % len(parts)]
-        train = np.setdiff1d(np.arange(len(labels)), np.concatenate([held, val]))
-        each = [
-            _probabilities(features, y, train, val, np.concatenate([val, held]), classes, "macro_auc", (strength,))
-            for strength in _STRENGTHS
-        ]
-        own = np.arange(len(val)), labels[val]
-        losses = [-np.log(np.maximum(p[own], 1e-12)).mean() for p in each]
-        found[held] = each[int(np.argmin(losses))][len(val) :]
+    thresholds = np.array([p[:n][labels[:n] == c, c].mean() for c in range(p.shape[1])])
+    confident = p >= thresholds - 1e-6
+    several, most_probable = confident.sum(1) > 1, p.argmax(1)
+    guess = np.where(several, most_probable, confident.argmax(1))
+    return np.asarray(confident.any(1) & (guess != labels) & (most_probable != labels))
+
+
+def _calibrated(images: _Images, folds: int, seed: int) -> Float:
+    """Calibrated probabilities (N, C): of a training image by the model that saw neither it nor its group.
+
+    A test image has the mean of all models, which are of training images.
+    """
+    y, n, classes = images.labels, images.n, len(images.class_names)
+    fold_of = images.folds(folds, seed)
+    found = np.zeros((len(y), classes))
+    for k in range(folds):
+        held, val = np.flatnonzero(fold_of == k), np.flatnonzero(fold_of == (k + 1) % folds)
+        train = np.setdiff1d(np.arange(n), np.concatenate([held, val]))
+        asked = np.concatenate([val, held, np.arange(n, len(y))])
+        # The head weighs classes alike; their shares in training turn its odds into those of the data.
+        shares = np.log(np.maximum(np.bincount(y[train], minlength=classes), 1) / len(train))
+        best = np.inf
+        for strength in _STRENGTHS:
+            logits = _logits(images, train, asked, LogReg(Cs=(strength,))) + shares
+            temperature, loss = _fit_temperature(logits[: len(val)], y[val])
+            if loss < best:
+                best, p = loss, softmax(logits[len(val) :] / temperature, axis=1)
+        found[held] = p[: len(held)]
+        found[n:] += p[len(held) :] / folds
     return found
 
 
-def _probabilities(
-    features: torch.Tensor,
-    y: torch.Tensor,
-    train: Int,
-    val: Int,
-    asked: Int,
-    classes: int,
-    metric: str,
-    strengths: tuple[float, ...] = _STRENGTHS,
+def _fit_temperature(logits: Float, labels: IntArray) -> tuple[float, float]:
+    """The temperature by which logits (n, C) have the least log loss, and that loss.
+
+    With a standard normal prior on its logarithm: a few images that happen to be separable prove no certainty.
+    """
+
+    def loss(log_temperature: float) -> float:
+        own = log_softmax(logits / np.exp(log_temperature), axis=1)[np.arange(len(labels)), labels]
+        return float(-own.mean() + log_temperature**2 / (2 * len(labels)))
+
+    best = minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded")
+    return float(np.exp(best.x)), float(best.fun)
+
+
+def _logits(
+    images: _Images, train: IntArray, asked: IntArray, head: LogReg, val: IntArray | None = None, metric: str = ""
 ) -> Float:
-    head = LogReg(Cs=strengths)
-    x = {"features": features[train]}
-    solved = head.solve(x, y[train], {"features": features[val]}, y[val], classes, metric)
-    logits = head.apply({name: p[None] for name, p in solved.params.items()}, {"features": features[asked][None]})
-    return softmax(logits[0].double().numpy())
+    """Logits (len(asked), C) of a head trained on some rows, its strength chosen on others."""
+    x, y = images.x, torch.from_numpy(images.labels)
+    x_val, y_val = (None, None) if val is None else ({"features": x[val]}, y[val])
+    solved = head.solve({"features": x[train]}, y[train], x_val, y_val, len(images.class_names), metric)
+    logits = head.apply({name: p[None] for name, p in solved.params.items()}, {"features": x[asked][None]})
+    return np.asarray(logits[0].double().numpy())
 
 
-def _doubt(ids: NDArray[np.object_], labels: Int, p: Float, split: NDArray[np.str_]) -> tuple[Doubt, ...]:
-    classes = p.shape[1]
-    usual = np.array([p[labels == c, c].mean() if (labels == c).any() else np.inf for c in range(classes)])
-    fits = np.where(p >= usual, p, -1.0)
-    proposed = fits.argmax(1)
-    doubted = np.flatnonzero((fits.max(1) > 0) & (proposed != labels))
-    own, other = p[doubted, labels[doubted]], p[doubted, proposed[doubted]]
-    order = np.argsort(own - other, kind="stable")
-    return tuple(
-        Doubt(
-            str(ids[i]),
-            int(labels[i]),
-            int(proposed[i]),
-            float(p[i, labels[i]]),
-            float(p[i, proposed[i]]),
-            str(split[i]),
-        )
-        for i in doubted[order]
-    )
-
-
-def _outliers(ids: NDArray[np.object_], closeness: Float, split: NDArray[np.str_]) -> tuple[Outlier, ...]:
-    middle = np.median(closeness)
-    spread = 1.4826 * np.median(np.abs(closeness - middle))  # a standard deviation, were they normal
+def _outliers(images: _Images, closeness: Float) -> tuple[Outlier, ...]:
+    usual = closeness[: images.n]
+    middle = np.median(usual)
+    spread = 1.4826 * np.median(np.abs(usual - middle))  # a standard deviation, were they normal
     deviations = (middle - closeness) / max(float(spread), 1e-12)
     far = np.flatnonzero(deviations > FAR)
     order = far[np.argsort(-deviations[far], kind="stable")]
-    return tuple(Outlier(str(ids[i]), float(deviations[i]), str(split[i])) for i in order)
+    return tuple(Outlier(str(images.ids[i]), float(deviations[i]), str(images.split[i])) for i in order)
 
 
 def _exclude(
-    pairs: Sequence[Pair], doubts: Sequence[Doubt], outliers: Sequence[Outlier], is_test: dict[str, bool]
+    images: _Images, pairs: Sequence[Pair], errors: Sequence[LabelError], outliers: Sequence[Outlier]
 ) -> tuple[tuple[str, str], ...]:
+    """Training images to leave out, each with its first reason."""
     reasons: dict[str, str] = {}
+    # An image of a rare class is far from others only because there are few of its kind.
+    common = np.bincount(images.labels[: images.n], minlength=len(images.class_names)) > NEIGHBORS
+    usual = set(images.ids[: images.n][common[images.labels[: images.n]]].tolist())
     for pair in pairs:
-        if pair.kind == "across splits":
-            train, test = (pair.other, pair.one) if is_test[pair.one] else (pair.one, pair.other)
-            reasons.setdefault(train, f"near-duplicate of the test image {test}")
-    for doubt in doubts:
-        reasons.setdefault(doubt.id, f"its label is doubted (p = {doubt.p_label:.3f})")
+        if pair.kind == "across splits":  # the training image comes first
+            reasons.setdefault(pair.one, f"near-duplicate of the test image {pair.other}")
+    for error in errors:
+        if error.split != "test":
+            name = images.class_names[error.proposed]
+            reasons.setdefault(error.id, f"likely label error ({name}: p = {error.p_proposed:.3f})")
     for outlier in outliers:
-        reasons.setdefault(outlier.id, f"outlier ({outlier.deviations:.1f} deviations)")
+        if outlier.id in usual:
+            reasons.setdefault(outlier.id, f"outlier ({outlier.deviations:.1f} deviations)")
     return tuple(reasons.items())
 
 
-def _effect(plan: Splits, rows: Int, features: torch.Tensor, excluded: set[str], metric: str) -> Effect:
-    place = {int(row): i for i, row in enumerate(rows.tolist())}
-    out = np.array([str(plan.ids[row]) in excluded for row in rows])
-    y = torch.from_numpy(plan.labels[rows])
-    test = np.array([place[int(row)] for row in plan.test if int(row) in place], dtype=np.int64)
-    classes = len(plan.class_names)
-    before, after, clean = [], [], []
-    for fold in range(plan.n_folds):
-        train, val = (
-            np.array([place[int(row)] for row in part[fold, "F"]], dtype=np.int64) for part in (plan.train, plan.val)
-        )
-        p = _probabilities(features, y, train, val, test, classes, metric)
-        before.append(score(metric, plan.labels[rows][test], p))
-        p = _probabilities(features, y, train[~out[train]], val[~out[val]], test, classes, metric)
-        after.append(score(metric, plan.labels[rows][test], p))
-        clean.append(score(metric, plan.labels[rows][test[~out[test]]], p[~out[test]]))
-    pool = np.setdiff1d(np.arange(len(rows)), test)
-    return Effect(
-        metric, _mean_sd(before), _mean_sd(after), _mean_sd(clean), int(out[pool].sum()), int(out[test].sum())
-    )
+def _effect(images: _Images, excluded: set[str], metric: str, folds: int, seed: int) -> tuple[Effect | None, str]:
+    """What leaving training images out does to the test metric, or why it cannot be told."""
+    y, test = images.labels, np.arange(images.n, len(images.labels))
+    out = np.array([id_ in excluded for id_ in images.ids])
+    fold_of = images.folds(folds, seed)
+    parts = [(np.flatnonzero(fold_of != k), np.flatnonzero(fold_of == k)) for k in range(folds)]
+    gone = sorted({int(c) for train, _ in parts for c in set(y[train]) - set(y[train[~out[train]]])})
+    if gone:
+        return None, f"{', '.join(images.class_names[c] for c in gone)} would be gone"
+    if len(np.unique(y[test])) < 2:
+        return None, "the labeled test images are not of two classes"
+    if any(len(np.unique(y[val[~out[val]]])) < 2 for _, val in parts):
+        return None, "a fold would have images of one class only to validate on"
+    before: list[float] = []
+    after: list[float] = []
+    for train, val in parts:
+        for rows, held, scores in ((train, val, before), (train[~out[train]], val[~out[val]], after)):
+            logits = _logits(images, rows, test, LogReg(Cs=_STRENGTHS), held, metric)
+            scores.append(score(metric, y[test], logits))
+    return Effect(metric, _mean_sd(before), _mean_sd(after)), ""
 
 
 def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return float(np.mean(values)), float(np.std(values, ddof=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from embcache.analysis.coordinates import cached_map
-from embcache.analysis.maps import METHODS, PERPLEXITY, MapScores, score_map
+from embcache.analysis.maps import METHODS, PERPLEXITY, MapScores, decimals, score_map
 from embcache.analysis.shown import Shown, fused_features, plain_features, shown_images
+from embcache.data.classes import class_flags, class_words
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir, slug
@@ -150,9 +152,8 @@ def draw_maps(
     protocol: dict[str, Any] = {"seed": seed}
     if found:
         asked = found[0][0].request
-        protocol = {key: asked[key] for key in ("folds", "seed", "val", "test") if key in asked}
-    subset = found[0][0].subset if found else "F"
-    shown = shown_images(ds, list(stores.values()), rows=rows, subset=subset, most=most, **protocol)
+        protocol = {key: asked[key] for key in ("seed", "test") if key in asked}
+    shown = shown_images(ds, list(stores.values()), rows=rows, most=most, **protocol)
     features = {name: plain_features(store, shown.ids) for name, store in stores.items()}
     folder = home_dir(home) / slug(ds.name) / "figures"
     panels = []
@@ -177,6 +178,14 @@ def draw_maps(
 def _check_run(result: ProbeResult, ds: ImageDataset, first: ProbeResult) -> None:
     if result.dataset != ds.name:
         raise UsageError("a run of another dataset", expected=ds.name, found=f"{result.id} of {result.dataset}")
+    classes = result.request.get("classes", {})
+    if classes != ds.renamed:
+        raise UsageError(
+            "a run that tells other classes apart has other test images",
+            expected=class_words(ds.renamed) or "all classes as they are",
+            found=f"{result.id}: {class_words(classes) or 'all classes as they are'}",
+            fix=shlex.join(class_flags(classes)) or "leave --drop-class and --merge-class out",
+        )
     protocols = [{key: r.request.get(key) for key in ("folds", "seed", "val", "test")} for r in (first, result)]
     if protocols[0] != protocols[1]:
         raise UsageError(
@@ -201,7 +210,7 @@ def _panel(
     coordinates = cached_map(
         folder / "coordinates", source, shown.ids, features, method, seed=seed, perplexity=perplexity
     )
-    scores = score_map(features, coordinates, shown.labels)
+    scores = score_map(features, coordinates, shown.labels, shown.groups)
     return Panel(label, remark, features.shape[1], coordinates, scores, source)
 
 
@@ -211,8 +220,8 @@ def _draw(ds: ImageDataset, method: str, shown: Shown, panels: Sequence[Panel], 
     maps = []
     for panel in panels:
         s = panel.scores
-        silhouette = "–" if s.silhouette is None else f"{s.silhouette:.2f}"
-        caption = f"silhouette {silhouette} · k-NN {s.knn_accuracy:.3f} · trust {s.trustworthiness:.3f}"
+        silhouette, accuracy = decimals(s.silhouette, 2), decimals(s.knn_accuracy, 3)
+        caption = f"silhouette {silhouette} · k-NN {accuracy} · trust {s.trustworthiness:.3f}"
         title = panel.label + (f"\n{panel.remark}" if panel.remark else "")
         maps.append(Map(title, panel.coordinates, shown.labels, caption))
     synthetic = " (synthetic)" if ds.synthetic else ""

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
-from sklearn.metrics import silhouette_score
-from sklearn.neighbors import NearestNeighbors
-from sklearn.preprocessing import StandardScaler
+from sklearn.metrics import pairwise_distances_chunked
 
 from embcache.cores import usable_cores
 from embcache.errors import ProtocolError, UsageError
+from embcache.probe.standard import standardized
 
 METHODS = ("tsne", "umap", "pca")
 PERPLEXITY = 30.0
 NEIGHBOURS = 10
 """Of an image, wherever neighbourhoods are looked at."""
 
-MAP_VERSION = 2
+MAP_VERSION = 3
 """Raised whenever `embed_map` would give other coordinates of the same features: those kept are then made anew."""
 
 _COMPONENTS = 50
 _ALONE = 2_000  # images up to which further threads gain nothing
+_DISTANCES = 256  # MiB of distances held at a time
 _FEW = 10_000  # images up to which exact neighbours and Barnes-Hut are the faster way (docs/log.md)
 
 
@@ -64,7 +65,7 @@ def embed_map(
     X = np.asarray(features, dtype=np.float32)
     if len(X) < 4:
         raise ProtocolError("too few images for a map", expected="at least 4", found=str(len(X)))
-    X = StandardScaler().fit_transform(X)
+    X = standardized(X)
     if method == "umap":
         return _umap(X, seed, max(2, min(round(perplexity / 2), len(X) - 1)))
     if method == "pca":
@@ -111,54 +112,103 @@ def _umap(X: NDArray[np.float32], seed: int, neighbours: int) -> NDArray[np.floa
 
 @dataclass(frozen=True)
 class MapScores:
-    """What is printed under a map.
+    """Scores of an embedding and of its map, over the images shown.
 
     Attributes
     ----------
     silhouette : float or None
-        Mean silhouette of the classes in the standardised embedding, −1 … 1; None with a single class.
-    knn_accuracy : float
+        Mean silhouette of the classes in the standardized embedding, −1 … 1. Distances to images of the same group
+        count neither within a class nor between classes. None with a single class, or where no image has images of its
+        own and of another class in other groups.
+    knn_accuracy : float or None
         `neighbour_accuracy` in the embedding, not in its map.
     trustworthiness : float
-        How far neighbours in the map are neighbours in the embedding (Venna and Kaski, 2001), 0 … 1.
+        How far neighbors in the map are neighbors in the embedding (Venna and Kaski, 2001), 0 … 1.
     """
 
     silhouette: float | None
-    knn_accuracy: float
+    knn_accuracy: float | None
     trustworthiness: float
 
 
-def score_map(features: ArrayLike, coordinates: ArrayLike, labels: NDArray[np.int64]) -> MapScores:
-    """Scores of an embedding (n, D) and of its map (n, 2), on the images shown."""
-    X = StandardScaler().fit_transform(np.asarray(features, dtype=np.float32))
-    classes = len(np.unique(labels))
-    silhouette = float(silhouette_score(X, labels)) if 1 < classes < len(X) else None
+def decimals(score: float | None, places: int) -> str:
+    """A score as text; a dash where there is none."""
+    return "–" if score is None else f"{score:.{places}f}"
+
+
+def score_map(
+    features: ArrayLike, coordinates: ArrayLike, labels: NDArray[np.int64], groups: Sequence[str]
+) -> MapScores:
+    """Scores of an embedding (n, D) and of its map (n, 2), with the class and the group of each image shown."""
+    X = standardized(features)
+    silhouette, accuracy = _scores_among_groups(X, labels, groups, NEIGHBOURS)
     k = max(1, min(NEIGHBOURS, (len(X) - 1) // 2))
     trust = float(trustworthiness(X, np.asarray(coordinates), n_neighbors=k))
-    return MapScores(silhouette, _neighbour_accuracy(X, labels, NEIGHBOURS), trust)
+    return MapScores(silhouette, accuracy, trust)
 
 
-def neighbour_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64], k: int = NEIGHBOURS) -> float:
-    """Balanced accuracy of the majority class among each image's k nearest others, ties to the nearer neighbours.
+def neighbour_accuracy(
+    features: ArrayLike, labels: NDArray[np.int64], groups: Sequence[str], k: int = NEIGHBOURS
+) -> float | None:
+    """Balanced accuracy of the majority class among each image's k nearest images of other groups.
+
+    A patient's other images say nothing about the class, however near they are. Ties go to the nearer neighbors.
 
     Parameters
     ----------
     features : float32 array of shape (n, D)
-        Standardised here.
+        Standardized here.
     labels : int64 array of shape (n,)
         0 … C − 1.
+    groups : sequence of str, length n
+        Of each image.
     k : int
-        Lowered to the others there are.
+        Lowered to the images there are.
+
+    Returns
+    -------
+    float or None
+        None where all images are of one group.
     """
-    return _neighbour_accuracy(StandardScaler().fit_transform(features), labels, k)
+    return _scores_among_groups(standardized(features), labels, groups, k)[1]
 
 
-def _neighbour_accuracy(x: NDArray[np.float32], labels: NDArray[np.int64], k: int) -> float:
+def _scores_among_groups(
+    x: NDArray[np.float32], labels: NDArray[np.int64], groups: Sequence[str], k: int
+) -> tuple[float | None, float | None]:
+    """Silhouette and balanced accuracy of neighbors, in one pass over the distances between images of other groups."""
+    classes, y = np.unique(labels, return_inverse=True)
+    group = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)[1]
+    one_hot = np.eye(len(classes))[y]  # (n, C)
+    own_group = np.zeros((group.max() + 1, len(classes)))
+    np.add.at(own_group, group, one_hot)
+    counts = one_hot.sum(0) - own_group[group]  # (n, C) of images of other groups
     k = min(k, len(x) - 1)
-    near = NearestNeighbors(n_neighbors=k).fit(x).kneighbors(return_distance=False)  # (n, k), an image never its own
-    votes = np.zeros((len(x), int(labels.max()) + 1))
-    for rank in range(k):
-        votes[np.arange(len(x)), labels[near[:, rank]]] += 1 + (k - rank) * 1e-6
-    # Balanced accuracy: the mean recall of the classes that are there (scikit-learn warns of a single one).
-    right = votes.argmax(1) == labels
-    return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
+    weights = 1 + np.arange(k, 0, -1) * 1e-6
+
+    def summarize(distances: NDArray[np.floating], start: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        same = group[start : start + len(distances), None] == group
+        sums = np.where(same, 0, distances) @ one_hot
+        distances[same] = np.inf
+        near = np.argpartition(distances, k - 1, axis=1)[:, :k]
+        far = np.take_along_axis(distances, near, axis=1)
+        order = np.argsort(far, axis=1, kind="stable")
+        near, known = np.take_along_axis(near, order, axis=1), np.isfinite(np.take_along_axis(far, order, axis=1))
+        return sums, ((known * weights)[:, :, None] * one_hot[near]).sum(1)
+
+    parts = pairwise_distances_chunked(x, reduce_func=summarize, working_memory=_DISTANCES)
+    sums, votes = (np.concatenate(part) for part in zip(*parts, strict=True))
+    rows = np.arange(len(x))
+    right = votes.argmax(1) == y
+    voted = votes.any(1)
+    # Balanced accuracy: the mean recall of the classes that are there.
+    recalls = [right[voted & (y == c)].mean() for c in np.unique(y[voted])]
+    means = np.divide(sums, counts, out=np.full_like(sums, np.inf), where=counts > 0)
+    within = means[rows, y]
+    means[rows, y] = np.inf
+    between = means.min(1)
+    known = np.isfinite(within) & np.isfinite(between)
+    silhouettes = np.zeros(len(x))  # as scikit-learn has it where there is nothing to compare
+    within, between = within[known], between[known]
+    silhouettes[known] = (between - within) / np.maximum(np.maximum(within, between), 1e-30)
+    return float(silhouettes.mean()) if known.any() else None, float(np.mean(recalls)) if recalls else None

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from embcache.paths import PathLike
 from embcache.probe.cached import cached_backbones
 from embcache.probe.inputs import open_stores
+from embcache.probe.standard import standard_directions
 from embcache.store.feature_store import FeatureStore
 
 
@@ -83,14 +83,6 @@ def find_neighbours(
     names = list(dict.fromkeys(backbones)) or cached_backbones(ds.name, home)
     stores = open_stores(ds, [names], home, recipe)
     return [_nearest(ds, store, id_, k) for store in stores.values()]
-
-
-def standard_directions(features: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Features (n, D), each component standardised over the images and each row scaled to length 1."""
-    x = np.asarray(features, dtype=np.float32)
-    deviation = x.std(axis=0)
-    x = (x - x.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
-    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12), dtype=np.float32)
 
 
 def _find(ds: ImageDataset, image: str) -> str:

@@ -1,4 +1,4 @@
-"""Cached features of the images that may be looked at before any test: the pool of the protocol."""
+"""Cached features of the images that may be looked at before any test: the pool of the protocol, without folds."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.splits import IntArray, hash_order
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.cached import cached_backbones, cached_datasets
-from embcache.probe.inputs import load_features, open_stores, plan_for
-from embcache.probe.splits import Splits
+from embcache.probe.inputs import divide_for, load_features, open_stores
+from embcache.probe.protocol import Sides
 from embcache.store.feature_store import FeatureStore, extract_command
 
 MOST = 5_000
@@ -23,25 +24,25 @@ MOST = 5_000
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Splits of a dataset and the stores of several backbones over it.
+    """The images of a dataset outside its test set, and the stores of several backbones over it.
 
     Attributes
     ----------
     ds : ImageDataset
     stores : dict of backbone to FeatureStore
-    plan : Splits
+    sides : Sides
     rows : int64 array
-        Rows of the dataset that train or validate in any fold, ascending; no test row among them.
+        Rows of the dataset that may train or validate, ascending; no test row among them.
     """
 
     ds: ImageDataset
     stores: dict[str, FeatureStore]
-    plan: Splits
+    sides: Sides
     rows: IntArray
 
     def features(self, backbone: str, rows: IntArray) -> torch.Tensor:
         """Raw features of some rows, float32 (n, D)."""
-        return load_features(self.stores[backbone], self.ds, self.plan.ids[rows])
+        return load_features(self.stores[backbone], self.ds, self.sides.ids[rows])
 
 
 def open_datasets(
@@ -51,12 +52,13 @@ def open_datasets(
     home: PathLike | None = None,
     allow_missing: bool = False,
     dataset_name: str | None = None,
+    classes: ClassOptions = ClassOptions(),
 ) -> list[ImageDataset]:
     """Datasets by name, live or from the snapshot kept at extraction; default: every one with cached features.
 
     Parameters
     ----------
-    names, data_root, home, allow_missing, dataset_name
+    names, data_root, home, allow_missing, dataset_name, classes
         As for `embcache.probe.cached.probe_cached`.
 
     Raises
@@ -75,23 +77,22 @@ def open_datasets(
         )
     if len(asked) > 1 and (data_root is not None or dataset_name is not None):
         raise UsageError("--data-root and --name are for one dataset", found=", ".join(asked), fix="--dataset NAME")
-    return [
+    found = (
         find_dataset(name, root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name)[0]
         for name in asked
-    ]
+    )
+    return [classes.of(ds) for ds in found]
 
 
 def open_pool(
     ds: ImageDataset,
     backbones: Sequence[str] | None = None,
     *,
-    subset: str | int = "F",
     home: PathLike | None = None,
     recipe: str | None = None,
-    folds: int = 5,
     seed: int = 0,
 ) -> Pool:
-    """Open what is cached and draw the splits that a probe would.
+    """Open what is cached and leave out the test set that a probe would hold out.
 
     Parameters
     ----------
@@ -99,19 +100,15 @@ def open_pool(
         The dataset.
     backbones : sequence of str, optional
         Default: all that are cached.
-    subset : str or int
-        As for `embcache.probe.protocol.plan_splits`.
     home, recipe
         As for `embcache.probe.inputs.open_stores`.
-    folds, seed : int
-        Of the protocol.
+    seed : int
+        Draws the pool, where the dataset limits it.
 
     Raises
     ------
     StoreNotFoundError
         Nothing is cached.
-    ProtocolError
-        The dataset cannot carry folds or subset.
     """
     names = list(dict.fromkeys(backbones or cached_backbones(ds.name, home)))
     if not names:
@@ -121,14 +118,13 @@ def open_pool(
             fix=extract_command("NAME", ds, home),
         )
     stores = open_stores(ds, [names], home, recipe)
-    plan = plan_for(ds, list(stores.values()), subsets=[subset], folds=folds, seed=seed)
-    parts = [rows for side in (plan.train, plan.val) for rows in side.values()]
-    return Pool(ds, stores, plan, np.unique(np.concatenate(parts)))
+    sides = divide_for(ds, list(stores.values()), seed=seed)
+    return Pool(ds, stores, sides, np.union1d(sides.pool, sides.own_val))
 
 
-def drawn(pool: Pool) -> IntArray:
-    """`MOST` rows of a pool, or all where it has fewer; ascending, drawn by hash with the pool's seed."""
+def drawn(pool: Pool, seed: int) -> IntArray:
+    """`MOST` rows of a pool, or all where it has fewer; ascending, drawn by hash with the seed."""
     if len(pool.rows) <= MOST:
         return pool.rows
-    order = hash_order(pool.plan.seed, "analysis", pool.plan.ids[pool.rows].tolist())
+    order = hash_order(seed, "analysis", pool.sides.ids[pool.rows].tolist())
     return np.sort(pool.rows[order[:MOST]])

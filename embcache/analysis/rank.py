@@ -11,16 +11,18 @@ import numpy as np
 import torch
 from scipy.stats import kendalltau, rankdata, spearmanr
 
-from embcache.analysis.pool import MOST, Pool, open_datasets, open_pool
+from embcache.analysis.pool import MOST, Pool, drawn, open_datasets, open_pool
 from embcache.analysis.transfer import centroid_logits, h_score, logme
+from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset
 from embcache.paths import PathLike
 from embcache.probe.heads import hyperparameters, make_head
 from embcache.probe.heads.knn import KNN
-from embcache.probe.metrics import score, softmax
-from embcache.probe.protocol import subset_sizes
+from embcache.probe.inputs import plan_for
+from embcache.probe.metrics import score
 from embcache.probe.results import ProbeResult, list_results
 from embcache.probe.schedule import Schedule
+from embcache.probe.splits import Splits
 from embcache.probe.stack import predict_logits
 
 SCORES: Mapping[str, str] = {
@@ -30,6 +32,12 @@ SCORES: Mapping[str, str] = {
     "knn": "k-NN",
 }
 """The scores of a backbone, higher is better, as tables name them."""
+
+ORDER = ("logme", "centroid", "knn")
+"""The scores that rows are ordered by. The H-score is measured on the rows that it is fitted to: it is nearly as
+high for permuted labels as for the true ones (docs/heads.md)."""
+
+_FOLDS = 5
 
 _Protocol = tuple[str, str, int, int, bool]
 """Validation, test set, seed, folds, and whether the overlap with the test set was left out."""
@@ -46,9 +54,9 @@ class RankRow:
         See `embcache.analysis.transfer`; of the training rows (mean over folds; of the whole pool at subset F).
     centroid, knn : float
         The dataset's metric on validation rows (mean over folds) of the nearest class centroid, and of the head
-        ``knn``: both learn from a fold's training rows.
+        ``knn``: both learn from a fold's training rows. NaN where a class is in too few groups for two folds.
     place : float
-        Mean of the four ranks among the backbones compared; 1 is best in all of them.
+        Mean of the ranks by `ORDER` among the backbones compared; 1 is best in all of them.
     probes : mapping of subset to float
         Mean test score of the saved linear probe on the same features, for each subset there is one of; all rows' by
         one protocol.
@@ -134,12 +142,13 @@ def rank_cached(
     home: PathLike | None = None,
     allow_missing: bool = False,
     dataset_name: str | None = None,
+    classes: ClassOptions = ClassOptions(),
 ) -> list[Ranking]:
     """Rank the backbones of datasets by name, by default of every one whose features are cached.
 
     Parameters
     ----------
-    datasets, backbones, data_root, home, allow_missing, dataset_name
+    datasets, backbones, data_root, home, allow_missing, dataset_name, classes
         As for `embcache.probe.cached.probe_cached`.
     subset, seed, recipe
         As for `rank_dataset`.
@@ -152,7 +161,12 @@ def rank_cached(
         ``data_root`` with several datasets.
     """
     opened = open_datasets(
-        datasets, data_root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name
+        datasets,
+        data_root=data_root,
+        home=home,
+        allow_missing=allow_missing,
+        dataset_name=dataset_name,
+        classes=classes,
     )
     return [rank_dataset(ds, backbones, home=home, recipe=recipe, seed=seed, subset=subset) for ds in opened]
 
@@ -186,7 +200,8 @@ def rank_dataset(
     recipe : str, optional
         Fingerprint prefixes, where several recipes of a backbone are cached; separated by commas.
     seed : int
-        Of the protocol's folds and subsets.
+        Of the protocol's folds and subsets. Folds are five; fewer, with a note, where a class has fewer groups; where
+        it has one, all training images are scored by LogME alone.
     subset : str or int
         As for probing. F with more than `embcache.analysis.pool.MOST` training images a fold takes that many.
 
@@ -197,19 +212,16 @@ def rank_dataset(
     StoreError
         Features are missing.
     ProtocolError
-        The dataset cannot carry folds or subset.
+        There are fewer than two classes, or the dataset cannot carry the subset.
     """
-    (name,) = subset_sizes(ds, [subset])
-    pool = open_pool(ds, backbones, subset=name, home=home, recipe=recipe, seed=seed)
-    notes = list(pool.plan.notes)
-    if name == "F" and min(len(rows) for rows in pool.plan.train.values()) > MOST:
-        notes.append(f"scored on {MOST:,} training images a fold, drawn balanced from all there are")
-        name = str(MOST)
-        pool = open_pool(ds, backbones, subset=name, home=home, recipe=recipe, seed=seed)
-    scores = {backbone: _scores(pool, backbone, name) for backbone in pool.stores}
-    ranks = [rankdata([-row[key] for row in scores.values()]) for key in SCORES]
-    saved, said = _saved_probes(pool, home, seed)
-    notes += said
+    pool = open_pool(ds, backbones, home=home, recipe=recipe, seed=seed)
+    plan, said = _plan(pool, subset, seed)
+    (name,) = plan.subsets
+    scores = {backbone: _scores(pool, plan, backbone, name) for backbone in pool.stores}
+    known = [key for key in ORDER if not any(np.isnan(row[key]) for row in scores.values())]
+    ranks = [rankdata([-row[key] for row in scores.values()]) for key in known]
+    saved, found = _saved_probes(pool, plan, home)
+    notes = [*plan.notes, *said, *found]
     rows = [
         RankRow(
             backbone=backbone,
@@ -222,8 +234,7 @@ def rank_dataset(
     ]
     rows.sort(key=lambda row: row.place)
     n_train, n_val = (
-        float(np.mean([len(part[fold, name]) for fold in range(pool.plan.n_folds)]))
-        for part in (pool.plan.train, pool.plan.val)
+        float(np.mean([len(part[fold, name]) for fold in range(plan.n_folds)])) for part in (plan.train, plan.val)
     )
     ordered = sorted((result for own in saved.values() for result in own.values()), key=lambda r: r.n_train)
     labels = {result.subset: result.labels_used for result in ordered}
@@ -257,21 +268,51 @@ def correlate(rows: Sequence[RankRow]) -> list[Correlation]:
     return found
 
 
-def _scores(pool: Pool, backbone: str, subset: str) -> dict[str, float]:
-    plan, metric, n_classes = pool.plan, pool.ds.metric, len(pool.ds.class_names)
+def _plan(pool: Pool, subset: str | int, seed: int) -> tuple[Splits, list[str]]:
+    """Five folds, fewer where a class has fewer groups, none to validate where it has one; and what to say of it."""
+    sides, names = pool.sides, pool.ds.class_names
+    labels, groups = sides.labels[sides.pool], sides.groups[sides.pool]
+    counts = [len(set(groups[labels == c])) for c in range(len(names))]
+    folds = min(_FOLDS, *counts)
+    if folds < 2 <= sum(count > 0 for count in counts) and str(subset).upper() == "F":
+        rows = drawn(pool, seed)
+        few = ", ".join(name for name, count in zip(names, counts, strict=True) if count < 2)
+        note = f"ordered by LogME alone: nearest centroid and k-NN need two groups outside the test set of {few}"
+        return Splits(
+            dataset=pool.ds.name, class_names=names, ids=sides.ids, labels=sides.labels, groups=sides.groups,
+            test=sides.test, test_set=sides.test_set, train={(0, "F"): rows}, val={(0, "F"): rows[:0]}, subsets=("F",),
+            n_folds=1, seed=seed, val_mode="full", notes=sides.notes,
+        ), [note]  # fmt: skip
+    stores, folds = list(pool.stores.values()), max(folds, 2)
+    plan = plan_for(pool.ds, stores, subsets=[subset], folds=folds, seed=seed)
+    notes = []
+    if folds < _FOLDS:
+        few = ", ".join(name for name, count in zip(names, counts, strict=True) if count < _FOLDS)
+        notes.append(f"{folds} folds in place of {_FOLDS}: too few groups outside the test set of {few}")
+    if plan.subsets == ("F",) and min(len(rows) for rows in plan.train.values()) > MOST:
+        notes.append(f"scored on {MOST:,} training images a fold, drawn balanced from all there are")
+        plan = plan_for(pool.ds, stores, subsets=[MOST], folds=folds, seed=seed)
+    return plan, notes
+
+
+def _scores(pool: Pool, plan: Splits, backbone: str, subset: str) -> dict[str, float]:
+    metric, n_classes = pool.ds.metric, len(pool.ds.class_names)
     features, place = pool.features(backbone, pool.rows), np.full(len(plan.ids), -1, dtype=np.int64)
     place[pool.rows] = np.arange(len(pool.rows))
     x, labels = features.numpy(), plan.labels
     centroid, near = [], []
     for fold in range(plan.n_folds):
         train, val = plan.train[fold, subset], plan.val[fold, subset]
+        if not len(val):
+            centroid, near = [np.nan], [np.nan]
+            break
         nearest = centroid_logits(x[place[train]], labels[train], x[place[val]], n_classes)
-        centroid.append(score(metric, labels[val], softmax(nearest)))
+        centroid.append(score(metric, labels[val], nearest))
         solved = KNN().solve(
             {backbone: features[place[train]]}, torch.from_numpy(labels[train]), None, None, n_classes, metric
         )
         votes = predict_logits(KNN(), solved.params, {backbone: features}, torch.from_numpy(place[val]))
-        near.append(score(metric, labels[val], softmax(votes)))
+        near.append(score(metric, labels[val], votes))
     # At F the folds' training rows together are the pool; smaller subsets differ from fold to fold.
     parts = [plan.train[fold, subset] for fold in range(plan.n_folds)]
     parts = [np.unique(np.concatenate(parts))] if subset == "F" else parts
@@ -283,11 +324,13 @@ def _scores(pool: Pool, backbone: str, subset: str) -> dict[str, float]:
     }
 
 
-def _saved_probes(pool: Pool, home: PathLike | None, seed: int) -> tuple[dict[str, dict[str, ProbeResult]], list[str]]:
+def _saved_probes(
+    pool: Pool, plan: Splits, home: PathLike | None
+) -> tuple[dict[str, dict[str, ProbeResult]], list[str]]:
     """Saved linear probes of each backbone by subset, on the very features ranked, and what to say of them.
 
-    All are of one protocol: this seed's five folds, validated on whole folds, where there is a probe of it, else the
-    one that most are of; at each subset also of the same splits.
+    All are of one protocol: that of the plan, where there is a probe of it, else the one that most are of; at each
+    subset also of the same splits.
     """
     usual = asdict(Schedule())
     head = {"name": "linear", **hyperparameters(make_head("linear"))}
@@ -296,7 +339,9 @@ def _saved_probes(pool: Pool, home: PathLike | None, seed: int) -> tuple[dict[st
     for result in list_results(home, pool.ds.name):
         request = result.request
         single = result.kind == "probe" and result.head == "linear" and len(result.backbones) == 1
-        if not single or result.mean is None or result.backbones[0] not in pool.stores or result.target:
+        if not single or result.mean is None or result.backbones[0] not in pool.stores:
+            continue
+        if result.target != pool.ds.target or request.get("classes", {}) != pool.ds.renamed:
             continue
         backbone = result.backbones[0]
         if dict(request["recipes"]).get(backbone) != pool.stores[backbone].recipe.fingerprint:
@@ -310,7 +355,7 @@ def _saved_probes(pool: Pool, home: PathLike | None, seed: int) -> tuple[dict[st
     found: dict[str, dict[str, ProbeResult]] = {backbone: {} for backbone in pool.stores}
     if not fitting:
         return found, [f"{others} linear probes of other protocols left out"] if others else []
-    default = (pool.plan.val_mode, pool.plan.test_set, seed, pool.plan.n_folds, False)
+    default = (plan.val_mode, plan.test_set, plan.seed, plan.n_folds, False)
     chosen = default if default in fitting else max(fitting, key=lambda key: (len(fitting[key]), repr(key)))
     ordered = sorted(fitting[chosen], key=lambda r: (r.n_train, r.id))
     for subset in dict.fromkeys(result.subset for result in ordered):

@@ -88,8 +88,8 @@ def run_attention(
     if result.dataset != ds.name:
         raise UsageError("a run of another dataset", expected=ds.name, found=f"{result.id} of {result.dataset}")
     stores = open_stores(ds, [list(result.backbones)], home, recipe)
-    asked = {key: result.request[key] for key in ("folds", "seed", "val", "test") if key in result.request}
-    shown = shown_images(ds, list(stores.values()), subset=result.subset, **asked)
+    asked = {key: result.request[key] for key in ("seed", "test") if key in result.request}
+    shown = shown_images(ds, list(stores.values()), **asked)
     x = {name: torch.from_numpy(plain_features(stores[name], shown.ids)) for name in result.backbones}
     heads = [params for params in load_heads(run) if params]
     if not heads:

@@ -16,7 +16,7 @@ from embcache.data.splits import hash_order
 from embcache.errors import ProtocolError, UsageError
 from embcache.probe.fusion import Fusion
 from embcache.probe.heads import make_head
-from embcache.probe.inputs import plan_for
+from embcache.probe.inputs import divide_for
 from embcache.probe.results import ProbeResult, load_heads
 from embcache.store.feature_store import FeatureStore
 
@@ -36,12 +36,15 @@ class Shown:
     ----------
     ids : list of str, length n
     labels : int64 array (n,)
+    groups : list of str, length n
+        Of each image; identical images are of one group.
     remark : str
         Which rows these are, in words.
     """
 
     ids: list[str]
     labels: NDArray[np.int64]
+    groups: list[str]
     remark: str
 
 
@@ -50,11 +53,12 @@ def shown_images(
     stores: Sequence[FeatureStore],
     *,
     rows: str = "test",
-    subset: str | int = "F",
     most: int | None = None,
     **protocol: Any,
 ) -> Shown:
     """The labelled images that the protocol tests on, or trains and validates on, or both; readable in every store.
+
+    No folds are drawn, so any number of images of a class can be shown.
 
     Parameters
     ----------
@@ -63,39 +67,37 @@ def shown_images(
     stores : sequence of FeatureStore
         Images that one of them could not read are left out.
     rows : {"test", "train", "all"}
-        ``train`` is the pool: whatever trains or validates in some fold.
-    subset : str or int
-        Which the pool must carry.
+        ``train`` is the pool: all that may train or validate.
     most : int, optional
         So many are drawn by a hash of their ids where there are more.
     **protocol
-        ``folds, seed, val, test, exclude_test_overlap`` as for `embcache.probe.inputs.plan_for`.
+        ``seed, test, exclude_test_overlap`` as for `embcache.probe.inputs.divide_for`.
 
     Raises
     ------
     ProtocolError
-        None of the images has a label that is known, or the dataset does not carry the protocol.
+        None of the images has a label that is known.
     UsageError
         There are no such rows.
     """
     if rows not in ROWS:
         raise UsageError("there are no such rows", expected=", ".join(ROWS), found=rows, fix="--rows test")
-    plan = plan_for(ds, list(stores), subsets=(subset,), **protocol)
-    pool = np.unique(np.concatenate([part for side in (plan.train, plan.val) for part in side.values()]))
-    parts = {"test": plan.test, "train": pool, "all": np.union1d(plan.test, pool)}
+    sides = divide_for(ds, stores, **protocol)
+    pool = np.union1d(sides.pool, sides.own_val)
+    parts = {"test": sides.test, "train": pool, "all": np.union1d(sides.test, pool)}
     chosen = parts[rows]
-    chosen = chosen[plan.labels[chosen] >= 0]
+    chosen = chosen[sides.labels[chosen] >= 0]
     if not len(chosen):
         raise ProtocolError(
             f"the labels of the {rows} images of {ds.name} are not known: there is nothing to colour by",
-            fix="--test local",
+            fix=("--test local", "--rows all"),
         )
-    words = {"test": f"{plan.test_set} test set", "train": "training and validation images", "all": "all images"}
+    words = {"test": f"{sides.test_set} test set", "train": "training and validation images", "all": "all images"}
     remark = words[rows]
     if most is not None and len(chosen) > most:
         remark += f", {most:,} drawn of {len(chosen):,} images"
-        chosen = np.sort(chosen[hash_order(0, "figure", [str(i) for i in plan.ids[chosen]])[:most]])
-    return Shown([str(i) for i in plan.ids[chosen]], plan.labels[chosen], remark)
+        chosen = np.sort(chosen[hash_order(0, "figure", [str(i) for i in sides.ids[chosen]])[:most]])
+    return Shown([str(i) for i in sides.ids[chosen]], sides.labels[chosen], sides.groups[chosen].tolist(), remark)
 
 
 def plain_features(store: FeatureStore, ids: Sequence[str]) -> NDArray[np.float32]:
@@ -137,7 +139,7 @@ def fused_features(
     if not isinstance(head, Fusion):
         raise UsageError(
             f"a run of {result.head} has no fused embedding", expected="a run of dvme", found=result.id,
-            fix="embcache results --head dvme",
+            fix="embcache results",
         )  # fmt: skip
     heads = load_heads(run)
     place = next((place for place, params in enumerate(heads) if params), None)

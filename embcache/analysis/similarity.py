@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.analysis.pool import drawn, open_datasets, open_pool
+from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, UsageError
 from embcache.paths import PathLike
 from embcache.probe.cached import cached_backbones, cached_datasets
+from embcache.probe.standard import standard_directions
 from embcache.store.feature_store import extract_command
 
 Array = NDArray[np.float64]
@@ -66,13 +68,14 @@ def similarity_cached(
     home: PathLike | None = None,
     allow_missing: bool = False,
     dataset_name: str | None = None,
+    classes: ClassOptions = ClassOptions(),
     say: Callable[[str], Any] = lambda line: None,
 ) -> list[Similarity]:
     """`similarity` on datasets by name, by default on every one with two backbones cached at least.
 
     Parameters
     ----------
-    datasets, backbones, data_root, home, allow_missing, dataset_name
+    datasets, backbones, data_root, home, allow_missing, dataset_name, classes
         As for `embcache.probe.cached.probe_cached`.
     seed, recipe
         As for `similarity`.
@@ -93,7 +96,7 @@ def similarity_cached(
             say(f"{name} left out: fewer than two backbones cached")
         names = [name for name in names if name not in single] or names
     opened = open_datasets(
-        names, data_root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name
+        names, data_root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name, classes=classes
     )
     return [similarity(ds, backbones, home=home, recipe=recipe, seed=seed) for ds in opened]
 
@@ -129,7 +132,7 @@ def similarity(
         Features are missing.
     """
     pool = open_pool(ds, backbones, home=home, recipe=recipe, seed=seed)
-    names, rows = list(pool.stores), drawn(pool)
+    names, rows = list(pool.stores), drawn(pool, seed)
     if len(names) < 2:
         raise UsageError(
             "similarity compares backbones",
@@ -149,7 +152,7 @@ def similarity(
         a, b = names[i], names[j]
         biased[i, j], unbiased[i, j] = biased[j, i], unbiased[j, i] = _hsic(centred[a], centred[b])
         shared[i, j] = shared[j, i] = shared_neighbours(near[a], near[b])
-    notes = list(pool.plan.notes)
+    notes = list(pool.sides.notes)
     if len(rows) < len(pool.rows):
         notes.append(f"{len(rows):,} of {len(pool.rows):,} training images, drawn at random")
     return Similarity(
@@ -183,9 +186,7 @@ def linear_cka(x: NDArray[np.floating], y: NDArray[np.floating], *, debiased: bo
 
 def nearest_neighbours(x: NDArray[np.floating], k: int) -> NDArray[np.int64]:
     """Rows of the ``k`` nearest other images of each, int64 (n, k): by cosine on standardised features, as ``knn``."""
-    spread = np.std(x, axis=0, dtype=np.float64)
-    z = (x - np.mean(x, axis=0, dtype=np.float64)) / np.where(spread > 0, spread, 1.0)
-    z = (z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    z = standard_directions(x)
     near = np.empty((len(z), k), dtype=np.int64)
     for start in range(0, len(z), _BLOCK):
         cosines = z[start : start + _BLOCK] @ z.T

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
 from embcache.data.splits import IntArray
+from embcache.probe.standard import standardized
 from embcache.probe.threads import threads_for
 
 Array = NDArray[np.float64]
@@ -75,9 +76,7 @@ def centroid_logits(x: NDArray[np.floating], y: IntArray, held: NDArray[np.float
     float64 array of shape (m, C)
         −½ of the mean squared distance per feature: the arg max is the nearest centroid.
     """
-    mean, scale = np.mean(x, axis=0, dtype=np.float64), np.std(x, axis=0, dtype=np.float64)
-    scale = np.where(scale > 0, scale, 1.0)
-    z, h = (x - mean) / scale, (held - mean) / scale
+    z, h = (standardized(rows, by=x).astype(np.float64) for rows in (x, held))
     centroids = np.stack([z[y == c].mean(axis=0) for c in range(n_classes)])  # (C, D)
     squared = (h**2).sum(1)[:, None] - 2 * h @ centroids.T + (centroids**2).sum(1)
     return np.asarray(-0.5 * squared / x.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,9 +14,12 @@ from embcache.commands.options import (
     BackboneOption,
     DataRootOption,
     DatasetOption,
+    DropClassOption,
     HomeOption,
     JsonOption,
+    MergeClassOption,
     NameOption,
+    class_options,
     split_list,
     write_json,
 )
@@ -35,10 +39,19 @@ def audit(
         typer.Option("--similarity", metavar="S", help="Cosine from which two images count as near-duplicates."),
     ] = 0.95,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE.csv", help="Write the ids to leave out, with the reasons.")
+        Path | None,
+        typer.Option("--output", metavar="FILE.csv", help="Write the IDs of training images to leave out, and why."),
     ] = None,
-    show: Annotated[int, typer.Option("--show", metavar="N", help="Lines of each list to print.")] = 10,
+    most: Annotated[
+        int,
+        typer.Option(
+            "--most", metavar="N", help="Maximum number of likely label errors to list, per side (training, test)."
+        ),
+    ] = 100,
+    show: Annotated[int, typer.Option("--show", metavar="N", help="Number of lines to print of each list.")] = 10,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the folds.")] = 0,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
@@ -49,10 +62,10 @@ def audit(
     name: NameOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Look for near-duplicates, labels to doubt and outliers, and say what leaving them out does to the metric.
+    """Look for near-duplicates, likely label errors and outliers, and measure the effect of leaving them out.
 
-    From cached features alone, without the images. Doubted labels are those that models which did not see the image
-    confidently disagree with: look at them before you believe either side.
+    Audit needs cached features only, not the images. A label is a likely error where models that did not see the image
+    confidently disagree with it. Review the images before you trust either the label or the model.
 
     Example: embcache audit --dataset pneumonia --backbone effnet_lite0 --output exclude.csv
     """
@@ -64,7 +77,7 @@ def audit(
             fix="embcache audit --dataset NAME --backbone NAME",
         )
     if show < 0:
-        raise UsageError("a number of lines", expected="0 or more", found=str(show), fix="--show 10")
+        raise UsageError("not a number of lines", expected="0 or more", found=str(show), fix="--show 10")
     from embcache.analysis.audit import audit_dataset
     from embcache.data.dataset import find_dataset
     from embcache.probe.cached import cached_backbones
@@ -74,26 +87,29 @@ def audit(
     if output is not None:
         check_target(output)
     ds, _ = find_dataset(names[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds = class_options(drop_class, merge_class).of(ds)
     cached = backbones or cached_backbones(ds.name, home)
     if not cached:
         raise StoreNotFoundError(f"no features are cached for {ds.name}", fix=extract_command("NAME", ds, home))
     if not backbones and len(cached) > 1:
         # Whatever was cached first is no reason: an initialised network sees little of what matters.
         cached = [name for name in cached if name.partition(":")[0] != "random"] or cached
-    found = audit_dataset(ds, cached[0], similarity=similarity, home=home, recipe=recipe, seed=seed)
+    found = audit_dataset(ds, cached[0], similarity=similarity, most=most, home=home, recipe=recipe, seed=seed)
     if output is not None:
         write_text(output, csv_text(["id", "reason"], found.exclude))
     if json != "-":
         _print(found, ds, show)
         if output is not None:
-            typer.echo(f"to leave out: {output}, {len(found.exclude):,} ids")
+            typer.echo(f"wrote {output}: {len(found.exclude):,} training images to leave out")
     if json:
         write_json(asdict(found), json)
 
 
 def _print(found: Audit, ds: ImageDataset, show: int) -> None:
-    classes = ds.class_names
-    typer.echo(f"{found.dataset}: {found.images:,} labelled images, features of {found.backbone}")
+    typer.echo(
+        f"{found.dataset}: {found.images:,} labeled images for training and {found.test_images:,} for testing, "
+        f"features of {found.backbone}"
+    )
     kinds = {
         kind: sum(p.kind == kind for p in found.pairs) for kind in ("across splits", "across groups", "within a group")
     }
@@ -105,32 +121,53 @@ def _print(found: Audit, ds: ImageDataset, show: int) -> None:
     )
     rows = [[p.one, p.other, f"{p.similarity:.4f}", p.kind, "" if p.same_label else "other label"] for p in found.pairs]
     _table(["image", "image", "similarity", "", ""], rows, show)
-    typer.echo(f"\nlabels to doubt: {len(found.doubts):,}")
-    doubts = [
-        [d.id, d.split, classes[d.label], f"{d.p_label:.3f}", classes[d.proposed], f"{d.p_proposed:.3f}"]
-        for d in found.doubts
-    ]
-    _table(["image", "split", "label", "p", "proposed", "p"], doubts, show)
+    _print_label_errors(found, ds.class_names, show)
     typer.echo(f"\noutliers: {len(found.outliers):,}")
     _table(["image", "split", "deviations"], [[o.id, o.split, f"{o.deviations:.1f}"] for o in found.outliers], show)
-    if found.effect is None:
-        typer.echo("\nnothing to leave out")
-        return
-    e = found.effect
-    typer.echo(
-        f"\nleft out: {e.excluded_train:,} training and {e.excluded_test:,} test images; logistic regression on F, "
-        f"test {e.metric} (mean ± sd over folds)"
-    )
-    lines = [
-        ["all images", "all", *_cell(e.before)],
-        ["without them", "all", *_cell(e.after)],
-        ["without them", "without them", *_cell(e.after_clean)],
-    ]
-    print_table(["trained on", "tested on", e.metric, ""], lines)
-    typer.echo("· images were chosen by models of the same features: the last line flatters, and a test set is not")
-    typer.echo("  to be cleaned by what is tested on it; look at the images, mend the labels, and say so")
+    _print_effect(found)
     for note in found.notes:
         typer.echo(f"· {printable(note)}")
+
+
+def _print_label_errors(found: Audit, classes: Sequence[str], show: int) -> None:
+    judge, errors = found.judge, found.label_errors
+    if judge is None:
+        typer.echo("\nlikely label errors: not looked for, since fewer than two classes can be judged")
+        return
+    typer.echo(
+        f"\nlikely label errors: {judge.found:,} of {judge.labels:,} training labels, "
+        f"{judge.test_found:,} of {judge.test_labels:,} test labels"
+    )
+    if judge.too_weak:
+        typer.echo(
+            "· this model is too weak to judge labels: its balanced accuracy on images that it did not see is "
+            f"{judge.balanced_accuracy:.2f},\n  and it doubts {judge.share:.0%} of the labels of a class on average. "
+            "Nothing is left out because of its doubts"
+        )
+    lines = [
+        [e.id, e.split, classes[e.label], f"{e.p_label:.3f}", classes[e.proposed], f"{e.p_proposed:.3f}"]
+        for e in errors
+    ]
+    _table(["image", "split", "label", "p", "proposed", "p"], lines, show)
+    if len(errors) < judge.found + judge.test_found:
+        typer.echo("· only the most confident are listed: --most N lists more")
+
+
+def _print_effect(found: Audit) -> None:
+    if not found.exclude:
+        typer.echo("\nnothing to leave out")
+        return
+    typer.echo(f"\nto leave out: {len(found.exclude):,} of {found.images:,} training images")
+    e = found.effect
+    if e is None:
+        typer.echo(f"effect: cannot be told: {found.no_effect}")
+    else:
+        typer.echo(f"effect on the {e.metric} of all test images (logistic regression on F, mean ± sd over folds)")
+        print_table(
+            ["trained on", e.metric, ""],
+            [["all training images", *_cell(e.before)], ["without those to leave out", *_cell(e.after)]],
+        )
+    typer.echo("· test images are never left out: removing those that a model gets wrong only makes it look better")
 
 
 def _cell(value: tuple[float, float]) -> list[str]:

@@ -13,19 +13,23 @@ from embcache.commands.options import (
     BackboneOption,
     DataRootOption,
     DatasetOption,
+    DropClassOption,
     HomeOption,
     JsonOption,
+    MergeClassOption,
     NameOption,
+    class_options,
     split_list,
     write_json,
 )
-from embcache.commands.table import print_table
+from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError, printable
 from embcache.paths import replace_file
 
 if TYPE_CHECKING:
     from embcache.analysis.draw_maps import Maps
     from embcache.analysis.run_attention import RunAttention
+    from embcache.data.classes import ClassOptions
     from embcache.data.dataset import ImageDataset
 
 RunsOption = Annotated[
@@ -63,12 +67,14 @@ def tsne(
         int | None, typer.Option("--limit", metavar="N", help="Draw N of the images at most. [default: all]")
     ] = None,
     perplexity: Annotated[float, typer.Option("--perplexity", metavar="P", help="Of t-SNE.")] = 30.0,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of maps, and of a local test set.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of maps.")] = 0,
     output: OutputOption = None,
     coordinates: Annotated[
         Path | None,
         typer.Option("--coordinates", metavar="FILE", help="Write the points: CSV, or Parquet by its suffix."),
     ] = None,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     recipe: RecipeOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
@@ -79,16 +85,17 @@ def tsne(
     """Map cached embeddings side by side: each backbone, and what a run of dvme fuses.
 
     From the cache alone. Under each map: silhouette of the classes and balanced accuracy of the ten nearest
-    neighbours, both in the embedding itself, and how far the map's neighbours are the embedding's (trustworthiness).
+    neighbors, both in the embedding itself and among images of other groups (patients), and how far the map's
+    neighbors are the embedding's (trustworthiness).
 
     Example: embcache tsne --dataset pneumonia --backbone random,effnet_lite0 --run dvme-S --output maps.pdf
     """
-    targets = _targets(output)
+    targets = figure_targets(output)
     if coordinates is not None and coordinates.suffix.lower() not in (".csv", ".parquet"):
         raise UsageError("points are written as CSV or Parquet", found=str(coordinates), fix="--coordinates points.csv")
     if limit is not None and limit < 4:
         raise UsageError("too few images for a map", expected="at least 4", found=str(limit), fix="--limit 2000")
-    ds = _one_dataset(dataset, data_root, home, allow_missing, name)
+    ds = _one_dataset(dataset, data_root, home, allow_missing, name, class_options(drop_class, merge_class))
     from embcache.analysis.draw_maps import draw_maps
 
     maps = draw_maps(
@@ -150,18 +157,19 @@ def attention(
         )
     if image is None and (weights is not None or transform is not None or backbone):
         raise UsageError("--backbone, --weights and --transform go with --image", fix="leave them out")
-    targets = _targets(output)
+    targets = figure_targets(output)
     if image is not None:
         _image_attention(image, split_list(backbone), weights, transform, home, targets, json)
         return
     from embcache.analysis.run_attention import draw_attention, run_attention
+    from embcache.data.columns import as_in_run
     from embcache.data.dataset import find_dataset
     from embcache.paths import home_dir, slug
     from embcache.probe.results import find_run_anywhere
 
     result, folder = find_run_anywhere(str(run), home)
     ds, _ = find_dataset(result.dataset, root=data_root, home=home, allow_missing=allow_missing)
-    found = run_attention(ds, result, folder, home=home, recipe=recipe)
+    found = run_attention(as_in_run(ds, result.request), result, folder, home=home, recipe=recipe)
     default = home_dir(home) / slug(ds.name) / "figures" / f"attention-{result.id}.png"
     paths = [draw_attention(found, ds.synthetic, target) for target in targets or [default]]
     if json != "-":
@@ -242,6 +250,8 @@ def neighbors(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
     output: OutputOption = None,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     recipe: RecipeOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
@@ -256,8 +266,8 @@ def neighbors(
 
     Example: embcache neighbors --image test/NORMAL/IM-0001-0001.jpeg -k 8 --dataset pneumonia
     """
-    targets = _targets(output)
-    ds = _one_dataset(dataset, data_root, home, allow_missing, name)
+    targets = figure_targets(output)
+    ds = _one_dataset(dataset, data_root, home, allow_missing, name, class_options(drop_class, merge_class))
     from embcache.analysis.neighbors import find_neighbours
     from embcache.analysis.sheets import draw_neighbours
     from embcache.paths import home_dir, slug
@@ -286,7 +296,8 @@ def _class_name(ds: ImageDataset, label: int) -> str:
     return ds.class_names[label] if label >= 0 else "no label"
 
 
-def _targets(output: list[str] | None) -> list[Path]:
+def figure_targets(output: list[str] | None) -> list[Path]:
+    """The files that figures are written to, checked before anything is computed."""
     targets = [Path(target) for target in split_list(output)]
     for target in targets:
         if target.suffix.lower() not in SUFFIXES:
@@ -298,16 +309,25 @@ def _targets(output: list[str] | None) -> list[Path]:
 
 
 def _one_dataset(
-    dataset: list[str] | None, data_root: Path | None, home: Path | None, allow_missing: bool, name: str | None
+    dataset: list[str] | None,
+    data_root: Path | None,
+    home: Path | None,
+    allow_missing: bool,
+    name: str | None,
+    classes: ClassOptions,
 ) -> ImageDataset:
     names = split_list(dataset)
     if len(names) != 1:
         raise UsageError(
             "a figure is of one dataset", found=", ".join(names) or "none", fix="--dataset NAME   (embcache ls)"
         )
+    from embcache.data.classes import change_notes
     from embcache.data.dataset import find_dataset
 
     ds, _ = find_dataset(names[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds = classes.of(ds)
+    for note in change_notes(ds):
+        print_note(note)
     return ds
 
 
@@ -324,15 +344,20 @@ def _write_points(maps: Maps, ds: ImageDataset, target: Path) -> None:
 
 
 def _print_maps(maps: Maps) -> None:
+    from embcache.analysis.maps import decimals
+
     typer.echo(f"{maps.dataset}: {maps.shown.remark}, {len(maps.shown.ids):,} images")
     rows = [
         [
-            panel.label, panel.dim, "–" if panel.scores.silhouette is None else f"{panel.scores.silhouette:.3f}",
-            f"{panel.scores.knn_accuracy:.3f}", f"{panel.scores.trustworthiness:.3f}", panel.remark,
+            panel.label, panel.dim, decimals(panel.scores.silhouette, 3), decimals(panel.scores.knn_accuracy, 3),
+            f"{panel.scores.trustworthiness:.3f}", panel.remark,
         ]
         for panel in maps.panels
     ]  # fmt: skip
     print_table(["embedding", "dimensions", "silhouette", "k-NN accuracy", "trustworthiness", ""], rows)
-    typer.echo("· silhouette and k-NN accuracy (balanced, 10 neighbours) of the embedding; trustworthiness of its map")
+    typer.echo(
+        "· silhouette and k-NN accuracy (balanced, 10 neighbors), among images of other groups, of the embedding; "
+        "trustworthiness of its map"
+    )
     for path in maps.paths:
         typer.echo(f"figure: {path}")

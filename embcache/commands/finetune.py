@@ -12,9 +12,11 @@ from embcache.commands.options import (
     BackboneOption,
     DataRootOption,
     DatasetOption,
+    DropClassOption,
     FoldsOption,
     HomeOption,
     JsonOption,
+    MergeClassOption,
     MetricOption,
     NameOption,
     OverlapOption,
@@ -23,6 +25,7 @@ from embcache.commands.options import (
     SubsetOption,
     TestOption,
     ValOption,
+    class_options,
     split_list,
     write_json,
 )
@@ -96,6 +99,8 @@ def finetune(
     again: Annotated[
         bool, typer.Option("--again", help="Train even where a saved result answers the same, from the beginning.")
     ] = False,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
@@ -125,6 +130,7 @@ def finetune(
                 test=test,
                 exclude_test_overlap=exclude_test_overlap,
                 splits=splits,
+                classes=class_options(drop_class, merge_class),
                 weights=parse_weights(weights, names),
                 transform=transform,
                 device=device,

@@ -6,12 +6,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embcache.errors import UsageError
+from embcache.errors import UsageError, advise_only
 from embcache.paths import replace_file
+
+if TYPE_CHECKING:
+    from embcache.data.classes import ClassOptions
 
 HomeOption = Annotated[
     Path | None,
@@ -50,6 +53,18 @@ NameOption = Annotated[
 ]
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE|-", help="Write the answer as JSON to FILE, or to stdout with -.")
+]
+DropClassOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--drop-class",
+        metavar="NAME[,NAME…]",
+        help="Leave out the images of a class; repeatable, or comma-separated.",
+    ),
+]
+MergeClassOption = Annotated[
+    list[str] | None,
+    typer.Option("--merge-class", metavar="A+B=NEW", help="Make one class of several, with a new name; repeatable."),
 ]
 SubsetOption = Annotated[
     list[str] | None,
@@ -134,6 +149,21 @@ def split_list(values: Sequence[str] | None) -> list[str]:
             if name.strip() not in names:
                 names.append(name.strip())
     return names
+
+
+def advise_by(context: typer.Context) -> None:
+    """Let errors advise only the flags of the command that is about to run; for the callback of a group."""
+    command = getattr(context.command, "commands", {}).get(context.invoked_subcommand)
+    if command is not None:
+        advise_only(flag for option in command.params for flag in (*option.opts, *option.secondary_opts))
+        context.call_on_close(lambda: advise_only(None))
+
+
+def class_options(drop: Sequence[str] | None, merge: Sequence[str] | None) -> ClassOptions:
+    """What ``--drop-class`` and ``--merge-class`` were given."""
+    from embcache.data.classes import ClassOptions
+
+    return ClassOptions(tuple(drop or ()), tuple(merge or ()))
 
 
 def write_json(data: Any, target: str) -> None:

@@ -15,9 +15,11 @@ from embcache.commands.options import (
     CalibrateOption,
     DataRootOption,
     DatasetOption,
+    DropClassOption,
     FoldsOption,
     HomeOption,
     JsonOption,
+    MergeClassOption,
     MetricOption,
     NameOption,
     OverlapOption,
@@ -27,12 +29,13 @@ from embcache.commands.options import (
     SubsetOption,
     TestOption,
     ValOption,
+    class_options,
     split_list,
     write_json,
 )
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import bounds, print_note, print_table, spread
-from embcache.errors import UsageError
+from embcache.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from embcache.probe.results import ProbeResult
@@ -81,6 +84,8 @@ def probe(
         str | None,
         typer.Option("--target", metavar="COLUMN", help="Tell apart a column of the dataset's table, not the labels."),
     ] = None,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     head_option: Annotated[
         list[str] | None,
         typer.Option("--head-option", metavar="NAME=VALUE", help="A hyperparameter of the head; repeatable."),
@@ -162,6 +167,7 @@ def probe(
             metric=metrics[0] if metrics else None,
             positive=positive,
             target=target,
+            classes=class_options(drop_class, merge_class),
             head_options=options,
             device=device,
             max_memory=max_memory,
@@ -192,9 +198,10 @@ def results(
 ) -> None:
     """List the results that were saved, with their run IDs; or show one run in full.
 
-    --metric scores them by other metrics, from their saved predictions; nothing is trained. A run in full has scores
-    with both intervals, of the ensemble and by patient, operating points chosen on validation images, calibration and
-    the confusion matrix; --positive, --prevalence and --calibrate are for a run in full.
+    --metric scores them by other metrics, from their saved predictions; nothing is trained. Beneath stand which
+    backbone to take, chosen on validation, and whether more labels still help. A run in full has scores with both
+    intervals, of the ensemble and by patient, operating points chosen on validation images, calibration and the
+    confusion matrix; --positive, --prevalence and --calibrate are for a run in full.
 
     Example: embcache results linear-S-0123 --prevalence 0.1
     """
@@ -211,6 +218,7 @@ def results(
         )
     from embcache.paths import home_dir
     from embcache.probe.results import list_results, list_unreadable
+    from embcache.report.advice import advise, sentences
 
     names = split_list(dataset)
     found = [result for name in names for result in list_results(home, name)] if names else list_results(home)
@@ -229,6 +237,9 @@ def results(
         typer.echo("next: embcache probe --head linear --subset S,M,F")
         return
     print_results(found, ids=True)
+    told = sentences(advise(found, home=home))
+    if told:
+        typer.echo("\n" + "\n".join(map(printable, told)))
 
 
 def heads() -> None:
@@ -265,8 +276,10 @@ def print_results(results: Sequence[ProbeResult], *, ids: bool = False) -> None:
     What few results have (a target column, repeats, swept learning rates, a solved head's choice) has a column only
     where one of them has it.
     """
+    from embcache.data.classes import target_words
+
     rare = {
-        "target": [result.target for result in results],
+        "target": [target_words(result.request) for result in results],
         "repeats": [str(_repeats(result)) if _repeats(result) > 1 else "" for result in results],
         "learning rate": [_rates(result) for result in results],
         "chosen": [_chosen(result) for result in results],

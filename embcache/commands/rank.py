@@ -13,9 +13,12 @@ from embcache.commands.options import (
     BackboneOption,
     DataRootOption,
     DatasetOption,
+    DropClassOption,
     HomeOption,
     JsonOption,
+    MergeClassOption,
     NameOption,
+    class_options,
     split_list,
     write_json,
 )
@@ -38,6 +41,8 @@ def rank(
         str, typer.Option("--subset", metavar="S|M|F|N", help="Training images to score on, as for probing.")
     ] = "F",
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of folds and subsets.")] = 0,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     recipe: RecipeOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
@@ -47,8 +52,9 @@ def rank(
 ) -> None:
     """Score every cached backbone in seconds, without training: which one to bother with.
 
-    LogME, H-score, nearest centroid and k-NN, on training images only, beside the linear probes that are saved and
-    the rank correlation with them. Without --dataset every dataset whose features are cached.
+    LogME, nearest centroid and k-NN, by whose mean rank rows are ordered, and the H-score, on training images only,
+    beside the linear probes that are saved and the rank correlation with them. Without --dataset every dataset whose
+    features are cached.
 
     Example: embcache rank --dataset pneumonia
     """
@@ -64,6 +70,7 @@ def rank(
         home=home,
         allow_missing=allow_missing,
         dataset_name=name,
+        classes=class_options(drop_class, merge_class),
     )
     if json != "-":
         for k, ranking in enumerate(rankings):
@@ -77,7 +84,9 @@ def rank(
 def similarity(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the folds, hence of a local test set.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the images drawn, where there are many.")] = 0,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     recipe: RecipeOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
@@ -102,6 +111,7 @@ def similarity(
         home=home,
         allow_missing=allow_missing,
         dataset_name=name,
+        classes=class_options(drop_class, merge_class),
         say=print_note,
     )
     if json != "-":
@@ -123,7 +133,7 @@ def _print_ranking(ranking: Ranking) -> None:
     rows = [
         [
             row.backbone,
-            *(f"{getattr(row, key):.4f}" for key in SCORES),
+            *("–" if math.isnan(getattr(row, key)) else f"{getattr(row, key):.4f}" for key in SCORES),
             f"{row.place:.2f}",
             *(f"{row.probes[subset]:.4f}" if subset in row.probes else "" for subset in subsets),
         ]
@@ -137,6 +147,7 @@ def _print_ranking(ranking: Ranking) -> None:
     notes = [
         *ranking.notes,
         "labels: training + validation of a fold",
+        "mean rank: of LogME, nearest centroid and k-NN; the H-score takes no part, it is high for permuted labels too",
         "scores use training and validation images only; linear: test score of the saved probe, for comparison",
     ]
     if ranking.correlations:

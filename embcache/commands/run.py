@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +15,14 @@ from embcache.commands.options import (
     BackboneOption,
     DataRootOption,
     DatasetOption,
+    DropClassOption,
     HomeOption,
     JsonOption,
+    MergeClassOption,
+    MetricOption,
     NameOption,
     OverlapOption,
+    class_options,
     split_list,
     write_json,
 )
@@ -70,6 +75,8 @@ def run(
         str | None, typer.Option("--recipe", metavar="PREFIX", help="Where several recipes of a backbone are cached.")
     ] = None,
     exclude_test_overlap: OverlapOption = False,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
     weights: Annotated[
@@ -109,6 +116,7 @@ def run(
         "exclude_test_overlap": exclude_test_overlap, "max_epochs": max_epochs, "data_root": data_root, "home": home,
         "weights": parse_weights(weights) or {}, "transform": transform, "device": device, "workers": workers,
         "allow_missing": allow_missing, "dataset_name": name, "lr": parse_rates(split_list(lr)),
+        "classes": class_options(drop_class, merge_class) if drop_class or merge_class else None,
     }  # fmt: skip
     order = Order(
         what,
@@ -138,6 +146,7 @@ def curves(
     kind: Annotated[
         list[str] | None, typer.Option("--kind", metavar="probe|finetune|kaggle", help="Only results of this kind.")
     ] = None,
+    metric: MetricOption = None,
     home: HomeOption = None,
     format: FormatOption = "markdown",
     output: OutputOption = None,
@@ -146,25 +155,34 @@ def curves(
 ) -> None:
     """Draw learning curves of the saved results: mean and interval over numbers of training labels.
 
+    Beneath stand which backbone to take, chosen on validation, and whether more labels still help.
+
     Example: embcache curves --dataset pneumonia --head linear --figure curves.png
     """
-    from embcache.report.curves import draw_curves
+    from embcache.report.advice import advise, sentences
+    from embcache.report.curves import draw_curves, find_results
     from embcache.report.render import check_format, render
 
     check_format(format)
     output = _checked_output(output)
-    table, path = draw_curves(
+    target = _checked_figure(figure)
+    results = find_results(
         home=home,
         datasets=split_list(dataset),
         backbones=split_list(backbone),
         heads=split_list(head),
         kinds=split_list(kind),
-        target=_checked_figure(figure),
+        metrics=split_list(metric),
     )
-    _hand_over(render(table, format), table, (path,), output, json)
+    table, path = draw_curves(results, home=home, target=target)
+    advice = advise(results, home=home)
+    table = replace(table, notes=(*table.notes, *sentences(advice)))
+    _hand_over(render(table, format), table, (path,), output, json, advice=[each.to_json() for each in advice])
 
 
-def _hand_over(text: str, table: Table, figures: Sequence[Path], output: Path | None, json: str | None) -> None:
+def _hand_over(
+    text: str, table: Table, figures: Sequence[Path], output: Path | None, json: str | None, **more: object
+) -> None:
     """The answer to stdout or its file, figures named on stderr."""
     if output is not None:
         from embcache.report.csvfile import write_text
@@ -177,7 +195,7 @@ def _hand_over(text: str, table: Table, figures: Sequence[Path], output: Path | 
         typer.echo(f"figure  {path}", err=True)
     if json:
         answer = {"name": table.name, "title": table.title, "records": [dict(r) for r in table.records],
-                  "notes": list(table.notes), "figures": [str(path) for path in figures]}  # fmt: skip
+                  "notes": list(table.notes), "figures": [str(path) for path in figures], **more}  # fmt: skip
         write_json(answer, json)
 
 

@@ -12,13 +12,17 @@ from embcache.commands.options import (
     AllowMissingOption,
     BackboneOption,
     DataRootOption,
+    DropClassOption,
     FoldsOption,
     HomeOption,
+    MergeClassOption,
     NameOption,
     OverlapOption,
     SeedOption,
     TestOption,
     ValOption,
+    advise_by,
+    class_options,
     split_list,
 )
 from embcache.commands.table import print_note, print_table
@@ -27,7 +31,7 @@ from embcache.errors import UsageError
 if TYPE_CHECKING:
     from embcache.probe.splits import Splits
 
-app = typer.Typer(help="The exact images of every fold and subset.", no_args_is_help=True)
+app = typer.Typer(help="The exact images of every fold and subset.", no_args_is_help=True, callback=advise_by)
 
 OneDatasetOption = Annotated[str, typer.Option("--dataset", metavar="NAME", help="See `embcache datasets`.")]
 
@@ -50,6 +54,8 @@ def export(
     val: ValOption = "full",
     test: TestOption = "local",
     exclude_test_overlap: OverlapOption = False,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
 ) -> None:
@@ -65,6 +71,7 @@ def export(
     if len(names) > 1:
         raise UsageError("--backbone names the one store that tells which images are identical", found=", ".join(names))
     ds, source = find_dataset(dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds = class_options(drop_class, merge_class).of(ds)
     splits, store = plan_cached(
         ds,
         home=home,
@@ -93,6 +100,8 @@ def import_(
     dataset: OneDatasetOption,
     data_root: DataRootOption = None,
     home: HomeOption = None,
+    drop_class: DropClassOption = None,
+    merge_class: MergeClassOption = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
 ) -> None:
@@ -106,6 +115,7 @@ def import_(
     from embcache.probe.cached import import_splits
 
     ds, _ = find_dataset(dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds = class_options(drop_class, merge_class).of(ds)
     imported = import_splits(file, ds, home)
     _print(imported.splits)
     typer.echo(f"kept as {imported.path}")

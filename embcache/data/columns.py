@@ -10,13 +10,15 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embcache.data.checks import COLUMNS, first_few
+from embcache.data.classes import class_words, renamed
 from embcache.data.dataset import ImageDataset
 from embcache.data.labels import as_text, class_order
 from embcache.errors import DatasetError, UsageError
@@ -111,7 +113,8 @@ def retarget(ds: ImageDataset, column: str) -> ImageDataset:
 
     Name, groups and splits stay, so that cached features and folds serve as they are; the metric is the AUC, or the
     macro AUC of more than two values. Images without a value are unlabelled, and so are those of the validation and
-    test splits whose value no image for training has. There is no leaderboard for a column.
+    test splits whose value no image for training has. There is no leaderboard for a column. A dataset that has this
+    target is returned as it is.
 
     Parameters
     ----------
@@ -123,11 +126,20 @@ def retarget(ds: ImageDataset, column: str) -> ImageDataset:
     Raises
     ------
     UsageError
-        There is no such column.
+        There is no such column, or classes of the dataset were dropped or merged before.
     DatasetError
         Fewer than two values among the images for training, or too many.
     """
     found = column_values(ds, column)
+    if found.name == ds.target:
+        return ds
+    if ds.renamed:
+        raise UsageError(
+            "classes were dropped or merged before the target was chosen",
+            expected="the classes of the target",
+            found=class_words(ds.renamed),
+            fix=f"embcache.data.columns.retarget(dataset, {column!r}).with_classes(…)",
+        )
     training = ds.table["split"].to_numpy(dtype=object) == "train"
     seen = set(found.of[training].tolist())
     names = tuple(value for value in found.values if value in seen)
@@ -151,7 +163,29 @@ def retarget(ds: ImageDataset, column: str) -> ImageDataset:
         table=ds.table.assign(label=labels),
         leaderboard_alpha=None,
         notes=(*ds.notes, *notes),
+        target=found.name,
+        whole=ds.whole or ds,
     )
+
+
+def as_in_run(ds: ImageDataset, request: Mapping[str, Any]) -> ImageDataset:
+    """The dataset with the labels of a run: its target column, its classes dropped or merged.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        As it is loaded.
+    request : mapping
+        `embcache.probe.results.ProbeResult.request`; of a leaderboard's result that of the run handed in.
+
+    Raises
+    ------
+    UsageError, DatasetError
+        As `retarget`.
+    """
+    request = request.get("of", request)
+    ds = retarget(ds, request["target"]) if request.get("target") else ds
+    return renamed(ds, request.get("classes", {}))
 
 
 def _find(ds: ImageDataset, column: str) -> str:

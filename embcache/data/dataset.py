@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from embcache.data.checks import check_table, first_few
+from embcache.data.classes import new_names, renamed
 from embcache.data.files import locate_files
 from embcache.data.groups import LOOKED_AT_LOADING, duplicate_notes, identical_files, merge_groups, overlap_notes
 from embcache.data.snapshot import decode_snapshot, encode_snapshot
@@ -74,6 +75,12 @@ class ImageDataset:
         Paths that the labels name and that are not there.
     origin : Path or None
         What it was loaded from: the folder that was named, or the label table.
+    target : str
+        The column that the labels are (`embcache.data.columns.retarget`); empty for the dataset's own labels.
+    renamed : mapping of str to str
+        Name of each class that was dropped (empty) or merged by `with_classes`, before and after.
+    whole : ImageDataset or None
+        The dataset as it was loaded, where target or classes are others: what a snapshot keeps.
 
     Raises
     ------
@@ -96,6 +103,9 @@ class ImageDataset:
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     origin: Path | None = None
+    target: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    whole: ImageDataset | None = None
 
     def __post_init__(self) -> None:
         check_table(self.table, self.class_names, where=self.root or self.name)
@@ -119,6 +129,28 @@ class ImageDataset:
     def select(self, split: str) -> ImageDataset:
         """The dataset with the rows of one split only."""
         return replace(self, table=self.table[self.table["split"] == split])
+
+    def with_classes(self, drop: Iterable[str] = (), merge: Mapping[str, Iterable[str]] | None = None) -> ImageDataset:
+        """The dataset without some classes and their images, and with others merged.
+
+        Name, groups and splits stay, so cached features serve as they are. A merged class stands where the first of
+        its members stood. Notes count the images; of two classes that are left the metric is the AUC, where it was the
+        macro AUC, and there is no leaderboard.
+
+        Parameters
+        ----------
+        drop : iterable of str
+            Classes to leave out.
+        merge : mapping of str to iterable of str
+            The new name, and the two or more classes that it takes the place of: ``{"ill": ["mild", "severe"]}``.
+
+        Raises
+        ------
+        UsageError
+            There is no such class, one is named twice, a new name is that of another class, or fewer than two classes
+            would be left.
+        """
+        return renamed(self, new_names(self, drop, merge or {}))
 
     def file_path(self, row: int) -> Path:
         """Path of the file that holds image ``row``."""
@@ -160,8 +192,12 @@ class ImageDataset:
         return html_table(f"ImageDataset {self._headline()}", [*self._facts(), *(("note", n) for n in self.notes)])
 
     def to_parquet_bytes(self) -> bytes:
-        """The whole dataset as a Parquet file; everything but the table is JSON in the schema's metadata."""
-        meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "table"}
+        """The dataset as a Parquet file, everything but the table as JSON in the schema's metadata.
+
+        ``target``, ``renamed`` and ``whole``, which tell one dataset from another, are not in it.
+        """
+        left_out = ("table", "target", "renamed", "whole")
+        meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         meta |= {"subset_sizes": dict(self.subset_sizes)}
         meta |= {key: None if meta[key] is None else str(meta[key]) for key in ("root", "origin")}
         try:
@@ -310,13 +346,12 @@ def settle(ds: ImageDataset, source: DatasetSource, *, allow_missing: bool) -> I
     missing = tuple(path for path, size in sizes.items() if size is None)
     if missing and (not allow_missing or len(missing) == len(sizes)):
         get = f"get the images: kagglehub.{source.download}" if source.download else "put the images there"
-        flag = "--allow-missing (a flag of every command that takes --dataset; load_dataset: allow_missing=True)"
         raise DatasetError(
             f"{len(missing):,} of {len(sizes):,} images that the labels name are not there",
             expected="a file for every row",
             found=f"no {first_few(missing)}",
             where=ds.root,
-            fix=get if len(missing) == len(sizes) else f"{get}; or go on without them: {flag}",
+            fix=get if len(missing) == len(sizes) else (get, "--allow-missing (in Python allow_missing=True)"),
         )
     if missing:
         note = f"{len(missing):,} of {len(sizes):,} images are missing and left out (first: {first_few(missing, 3)})"

@@ -123,7 +123,7 @@ def overlap_notes(table: pd.DataFrame) -> list[str]:
     in_training = int(table.loc[~test, "group"].isin(shared).sum())
     return [
         f"{len(shared):,} groups occur in both train and the official test set ({in_training:,} training images): "
-        "--exclude-test-overlap leaves those out of training"
+        "embcache probe --exclude-test-overlap leaves those out of training"
     ]
 
 

@@ -121,7 +121,7 @@ def read_checkpoint(path: Path, *, given: bool = False) -> Checkpoint:
             f"{path.name} is not a checkpoint that can be read", expected="safetensors, or a PyTorch file of tensors",
             found=str(error), where=path,
             fix="pass another file with --weights, or none to use the published one" if given
-            else f"rm '{path}' and fetch it again, or pass another with --weights",
+            else (f"rm '{path}' and fetch it again", "pass another with --weights"),
         ) from error  # fmt: skip
     except OSError as error:
         raise WeightsError(

@@ -98,7 +98,7 @@ def cache_pixels(
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         files = scan_dataset(ds, home, pool)
         store = _store(files.folder, framing, format)
-        write_snapshot(files.folder, ds.to_parquet_bytes())
+        write_snapshot(files.folder, (ds.whole or ds).to_parquet_bytes())
         files.keep()
         job = _Job(store, plan_store(store, wanted, files.root, files.scan))
         owed = sum(len(shard.ids) for shard in job.plan.shards if only is None or shard.number in only)

@@ -206,7 +206,7 @@ def run_extraction(
         pool = pools.enter_context(ThreadPoolExecutor(threads))
         profile.workers = threads
         if not joining:
-            write_snapshot(files.folder, dataset.to_parquet_bytes())
+            write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
             files.keep()
         cached = _cached_pixels(jobs, dataset, files, tell)
 

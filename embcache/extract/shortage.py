@@ -50,8 +50,10 @@ class Halving:
                     raise EmbcacheError(
                         "the memory does not hold the network and one image",
                         found=reason,
-                        fix="--device cpu or another device, or end what else uses the memory; "
-                        "the same command goes on from what is committed",
+                        fix=(
+                            "--device cpu or another device",
+                            "end what else uses the memory; the same command goes on from what is committed",
+                        ),
                     ) from error
             # Outside the clause: the error keeps the tensors of its frames alive.
             size = self._most = size // 2

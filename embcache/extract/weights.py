@@ -48,7 +48,7 @@ def find_weights(published: Published, folder: Path) -> Path | None:
             raise WeightsError(
                 f"{published.filename} is not the published file", expected=f"{published.size:,} bytes",
                 found=f"{size:,} bytes", where=path,
-                fix=f"rm '{path}' to have it fetched again, or pass a checkpoint of your own with --weights",
+                fix=(f"rm '{path}' to have it fetched again", "pass a checkpoint of your own with --weights"),
             )  # fmt: skip
         return path
     return _find_in_package(published) if published.package else None
@@ -232,5 +232,7 @@ def check_digest(path: Path, sha256: str, published: Published) -> None:
     raise WeightsError(
         f"{path.name} has changed, or is another file under that name", expected=f"sha256 {stated}",
         found=f"sha256 {sha256}", where=path,
-        fix=f"rm '{path}' '{_sidecar(path)}' to have it fetched again, or pass a checkpoint of your own with --weights",
+        fix=(
+            f"rm '{path}' '{_sidecar(path)}' to have it fetched again", "pass a checkpoint of your own with --weights",
+        ),
     )  # fmt: skip

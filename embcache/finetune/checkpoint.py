@@ -107,7 +107,7 @@ class CheckpointFolder:
         lease = Lease.acquire(self.path, 0)
         if lease is None:
             raise StoreError(
-                "another process is finetuning this run", where=self.path, fix="wait for it, or end it and --resume"
+                "another process is finetuning this run", where=self.path, fix=("wait for it", "end it and --resume")
             )
         try:
             yield
@@ -194,7 +194,8 @@ class CheckpointFolder:
             path.unlink(missing_ok=True)
             raise StoreError(
                 "the checkpoint cannot be written", found=str(error), where=path,
-                fix="free space there, then run the same command with --resume: the last epoch is kept",
+                fix="free space there, then run the same command again (embcache finetune with --resume): "
+                "the last epoch is kept",
             ) from error  # fmt: skip
 
     def load(self, record: Mapping[str, Any]) -> dict[str, Tensor]:

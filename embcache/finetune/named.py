@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from embcache.data.classes import ClassOptions
 from embcache.data.dataset import find_dataset
 from embcache.errors import UsageError
 from embcache.finetune.folds import Tell
@@ -27,6 +28,7 @@ def finetune_named(
     allow_missing: bool = False,
     dataset_name: str | None = None,
     splits: str | None = None,
+    classes: ClassOptions = ClassOptions(),
     weights: PathLike | Mapping[str, PathLike] | None = None,
     say: Callable[[str], object] = lambda line: None,
     progress: Tell | None = None,
@@ -53,6 +55,8 @@ def finetune_named(
         Name of a ``folder`` dataset.
     splits : str, optional
         A splits file, or the name of an imported one.
+    classes : ClassOptions
+        Classes to drop or merge.
 
     Returns
     -------
@@ -78,11 +82,14 @@ def finetune_named(
             "no backbone was named", fix="embcache finetune --backbone NAME …   (embcache backbones lists them)"
         )
     sets = [list(backbones or PAPER_SET)] if fuses else [[name] for name in backbones]
-    results = []
+    found = []
     for name in datasets:
         ds, source = find_dataset(
             name, root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name
         )
+        found.append((classes.of(ds), source))
+    results = []
+    for ds, source in found:
         for asked in sets:
             for subset in subsets:
                 results.append(

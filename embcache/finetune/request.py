@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from embcache.data.classes import class_flags
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from embcache.extract.augment import Augmentation, augmentation
@@ -31,7 +32,7 @@ from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_clas
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.results import PROTOCOL_VERSION
 from embcache.probe.schedule import Schedule
-from embcache.probe.splits import Splits
+from embcache.probe.splits import Splits, name_everything
 from embcache.probe.stack import TrainableHead
 
 ARITHMETIC = 1
@@ -134,12 +135,12 @@ class Asked:
         return next(iter(self.transforms.values()))
 
     def plan(self, ds: ImageDataset, images: Images) -> Splits:
-        """Splits of the dataset, as `embcache.probe.inputs.plan_for` draws them for probing."""
+        """Splits of the dataset, as `embcache.probe.inputs.plan_for` draws them for probing; of one subset."""
         s = self.settings
-        return plan_for(
+        drawn = plan_for(
             ds,
             [images],
-            subsets=[self.subset],
+            subsets=[s.subset],
             folds=s.folds,
             seed=s.seed,
             val=s.val,
@@ -147,6 +148,8 @@ class Asked:
             splits=s.splits,
             exclude_test_overlap=s.exclude_test_overlap,
         )
+        (plan,) = name_everything([drawn])
+        return plan
 
     def request(self, ds: ImageDataset, plan: Splits, images: Images) -> dict[str, Any]:
         """Everything that the result depends on, as JSON data; how pixels are kept or workers share is not in it."""
@@ -171,6 +174,7 @@ class Asked:
             **({"accumulate": self.settings.accumulate} if self.settings.accumulate > 1 else {}),
             **({"exclude_test_overlap": True} if self.settings.exclude_test_overlap else {}),
             **asymmetry(self.metric(ds), ds.class_names, self.settings.positive),
+            **({"classes": dict(ds.renamed)} if ds.renamed else {}),
         }
 
     def notes(self, ds: ImageDataset) -> list[str]:
@@ -245,6 +249,7 @@ def resume_command(ds: ImageDataset, backbones: Sequence[str], settings: Setting
     words += ["--data-root", str(ds.origin)] if ds.origin is not None else []
     words += ["--name", ds.name] if ds.kind == "folder" else []
     words += ["--allow-missing"] if ds.missing else []
+    words += class_flags(ds.renamed)
     for option in fields(Settings):
         value, flag = getattr(settings, option.name), "--" + option.name.replace("_", "-")
         if option.name not in ("head", "subset") and value == option.default:

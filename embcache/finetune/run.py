@@ -166,6 +166,7 @@ def finetune_images(
             else:
                 frames, images = decode_frames(ds, asked.transform, asked.files.root, scratch / "all.u8", pool)
         plan = asked.plan(ds, images)
+        asked = replace(asked, subset=plan.name_of(asked.subset))
         request = asked.request(ds, plan, images)
         id = run_id(request)
         folder = CheckpointFolder(
@@ -197,7 +198,11 @@ def finetune_images(
             result = with_positive(result, positive, home)
         if save and keep_models:
             _tell_lost_models(runs_dir(ds.name, home) / id, result, say)
-        notes = [*request_notes(ds, plan, asked.subset), *asked.notes(ds), *training_notes(result)]
+        notes = [
+            *request_notes(ds, plan, asked.subset, asked.head_name),
+            *asked.notes(ds),
+            *training_notes(result),
+        ]
         return as_asked(result, source or "live", notes)
 
 
@@ -235,12 +240,13 @@ def find_finetuned(
         asked = ask(ds, backbones, settings, home, pool, allow_download=False)
         images = known_images(ds, asked.transform, asked.files, home, pool)
         plan = asked.plan(ds, images)
+        asked = replace(asked, subset=plan.name_of(asked.subset))
     id = run_id(asked.request(ds, plan, images))
     result = find_run(id, ds.name, home)
     if result is None:
         return id
     result = with_positive(result, settings.positive, home)
-    notes = [*request_notes(ds, plan, asked.subset), *asked.notes(ds), *training_notes(result)]
+    notes = [*request_notes(ds, plan, asked.subset, asked.head_name), *asked.notes(ds), *training_notes(result)]
     return as_asked(result, "live", notes)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embcache.data.columns import retarget
+from embcache.data.classes import change_notes
+from embcache.data.columns import as_in_run
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import DatasetError, UsageError
 from embcache.extract.request import default_workers
@@ -283,8 +284,7 @@ def _dataset_of_classes(
     result: ProbeResult, name: str, data_root: PathLike | None, home: PathLike | None
 ) -> ImageDataset:
     ds, _ = find_dataset(name, root=data_root, home=home)
-    if result.target:
-        ds = retarget(ds, result.target)
+    ds = as_in_run(ds, result.request)
     if tuple(ds.class_names) != result.class_names:
         raise DatasetError(
             f"{ds.name} has other classes than run {result.id} tells apart",
@@ -312,6 +312,8 @@ def _notes(result: ProbeResult, ds: ImageDataset | None) -> Iterator[str]:
         yield f"training of fold {', '.join(map(str, failed))} diverged: the other folds predict"
     if result.target:
         yield f"the run tells the column {result.target!r} apart, not the classes of {result.dataset}"
+    if ds is not None:
+        yield from change_notes(ds)
     if ds is not None and ds.name == result.dataset:
         yield f"images that the run was trained on are among those of {ds.name}"
 

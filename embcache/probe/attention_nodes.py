@@ -59,7 +59,7 @@ class NodeGroup:
     Attributes
     ----------
     rows : int64 Tensor of shape (R,)
-        Their places.
+        Their places, ascending.
     x : Tensor of shape (R, N)
         Queries in the variable of interpolation, within [-1, 1].
     t : Tensor of shape (R, M)
@@ -123,6 +123,7 @@ def place_nodes(
     for place, count in enumerate(counts):
         if not waiting[place]:
             continue
+        waiting[place].sort()  # rows that were tried with fewer nodes came behind the others
         rows = torch.tensor(waiting[place], device=q.device)
         some = slice(None) if len(rows) == len(q) else rows  # where it is all of them, nothing is moved
         t = bend[some] * torch.sinh(middle[some] + half[some] * _chebyshev(count, q)[0])

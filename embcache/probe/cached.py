@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embcache.data.classes import ClassOptions
+from embcache.data.columns import retarget
 from embcache.data.dataset import ImageDataset, find_dataset, read_snapshot
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir, slug
@@ -32,6 +34,8 @@ def probe_cached(
     allow_missing: bool = False,
     dataset_name: str | None = None,
     splits: str | None = None,
+    target: str | None = None,
+    classes: ClassOptions = ClassOptions(),
     say: Callable[[str], Any] = lambda line: None,
     progress: Progress | None = None,
     **options: Any,
@@ -57,6 +61,10 @@ def probe_cached(
         Name that a ``folder`` dataset was extracted under, where ``data_root`` says which.
     splits : str, optional
         A splits file, or the name of an imported one.
+    target : str, optional
+        A column of each dataset's table to tell apart instead of the labels.
+    classes : ClassOptions
+        Classes to drop or merge, of the labels or the target.
     say : callable
         Told what was left out or chosen, a line at a time.
     progress : callable, optional
@@ -67,7 +75,7 @@ def probe_cached(
     Returns
     -------
     list of ProbeResult
-        For each dataset each set of backbones each subset.
+        For each dataset each set of backbones each subset; those of the same images once.
 
     Raises
     ------
@@ -82,11 +90,14 @@ def probe_cached(
         raise UsageError(
             "--data-root, --name and --splits are for one dataset", found=", ".join(names), fix="--dataset NAME"
         )
-    results = []
+    found = []
     for name in names:
         ds, source = find_dataset(
             name, root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name
         )
+        found.append((classes.of(ds if target is None else retarget(ds, target)), source))
+    results = []
+    for ds, source in found:
         results += probe_grid(
             ds,
             _sets(model, backbones, ds, home, views),
@@ -97,7 +108,7 @@ def probe_cached(
             progress=progress,
             **options,
         )
-    return results
+    return list({result.id: result for result in results}.values())
 
 
 def cached_datasets(home: PathLike | None = None) -> list[str]:

@@ -17,7 +17,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.splits import IntArray
 from embcache.errors import StoreError, UsageError
 from embcache.paths import PathLike
-from embcache.probe.protocol import merged_groups, plan_splits, subset_sizes
+from embcache.probe.protocol import Sides, divide, merged_groups, plan_splits, subset_sizes
 from embcache.probe.rows import kept_dtype
 from embcache.probe.splits import Splits, read_splits
 from embcache.probe.stream import Streamed
@@ -120,8 +120,7 @@ def plan_for(
     splits : path, optional
         Read from this file instead of drawing; it must list ``subsets``.
     """
-    digests = {name: digest for store in stores for name, digest in store.digests.items()}
-    unreadable = {name for store in stores for name in store.quarantined}
+    digests, unreadable = _known(stores)
     if splits is None:
         return plan_splits(
             ds,
@@ -141,6 +140,8 @@ def plan_for(
         unreadable=unreadable,
         exclude_test_overlap=exclude_test_overlap,
     )
+    names = {str(size): name for name, size in ds.subset_sizes.items() if name not in plan.subsets}
+    plan = plan.rename(names)
     lacking = [name for name in (subset_sizes(ds, subsets) if subsets else ()) if name not in plan.subsets]
     if lacking:
         raise UsageError(
@@ -150,6 +151,27 @@ def plan_for(
             fix=f"--subset {','.join(plan.subsets)}",
         )
     return plan
+
+
+def divide_for(
+    ds: ImageDataset,
+    stores: Sequence[KnownImages],
+    *,
+    seed: int = 0,
+    test: str = "local",
+    exclude_test_overlap: bool = False,
+) -> Sides:
+    """Pool and test set of a dataset as its stores know it, without folds; parameters as of `plan_for`."""
+    digests, unreadable = _known(stores)
+    return divide(
+        ds, seed=seed, test=test, digests=digests, unreadable=unreadable, exclude_test_overlap=exclude_test_overlap
+    )
+
+
+def _known(stores: Sequence[KnownImages]) -> tuple[dict[str, str], set[str]]:
+    """Digests of images, and the images that could not be read."""
+    digests = {name: digest for store in stores for name, digest in store.digests.items()}
+    return digests, {name for store in stores for name in store.quarantined}
 
 
 def load_features(

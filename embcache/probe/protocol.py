@@ -11,13 +11,16 @@ and for every backbone and head.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from embcache.data.classes import class_flags
 from embcache.data.groups import merge_groups, overlap_notes
 from embcache.data.splits import IntArray, hash_order, stratified_group_folds, water_fill
 from embcache.errors import ProtocolError, UsageError
@@ -32,6 +35,31 @@ TEST_SEED = 20_210_823
 
 TEST_PARTS = 5
 """The local test set is one of five stratified, grouped parts: 20 %."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """The rows of a dataset that may train, those that validate in every fold, and those that test.
+
+    Attributes
+    ----------
+    ids, groups : object arrays of str, shape (N,)
+    labels : int64 array of shape (N,)
+        -1 where unlabelled.
+    pool, own_val, test : int64 array
+        Rows, ascending. ``own_val``: the dataset's own val split, empty where it has none.
+    test_set : {"official", "local"}
+    notes : tuple of str
+    """
+
+    ids: StrArray
+    labels: IntArray
+    groups: StrArray
+    pool: IntArray
+    own_val: IntArray
+    test: IntArray
+    test_set: str
+    notes: tuple[str, ...]
 
 
 def plan_splits(
@@ -78,19 +106,89 @@ def plan_splits(
     Raises
     ------
     ProtocolError
-        Fewer than two classes, a class with fewer images or groups than folds, a number larger than the pool or
-        smaller than the number of classes, or matched validation with fewer than two images of a class.
+        Fewer than two classes, a class with fewer groups than folds (than two, where validation is the dataset's own
+        val split, which must have two classes), a number larger than the pool or smaller than the number of classes, or
+        matched validation with fewer than two images of a class.
     UsageError
         A malformed ``subsets``, ``folds``, ``val`` or ``test``.
     """
     check_protocol(folds, val, test)
     sizes = subset_sizes(ds, subsets)
+    numbers = {str(asked).strip() for asked in subsets}  # what was asked for as a number must be there
+    everything = set(sizes)
+    sides = divide(
+        ds, seed=seed, test=test, digests=digests, unreadable=unreadable, exclude_test_overlap=exclude_test_overlap
+    )
+    ids, labels, groups, notes = sides.ids, sides.labels, sides.groups, list(sides.notes)
+    pool, own_val, test_rows = sides.pool, sides.own_val, sides.test
+    n_classes = len(ds.class_names)
+    if len(own_val):
+        notes.append(f"validation is the dataset's own val split ({len(own_val)} images) in every fold")
+    _check_classes(ds, labels, groups, pool, own_val, test_rows if sides.test_set == "local" else own_val[:0], folds)
+    fold_of = stratified_group_folds(labels[pool], groups[pool].tolist(), folds, seed, "folds")
+    train: dict[Key, IntArray] = {}
+    validate: dict[Key, IntArray] = {}
+    for fold in range(folds):
+        candidates = pool[fold_of != fold]
+        holdout = own_val if len(own_val) else pool[fold_of == fold]
+        drawn = _class_orders(candidates, labels, ids, n_classes, seed, f"train/{fold}")
+        held = _class_orders(holdout, labels, ids, n_classes, seed, f"val/{fold}")
+        for subset, n in sizes.items():
+            if n is not None and str(n) not in numbers and n > sum(map(len, drawn)):
+                # S and M are the dataset's own sizes: part of a dataset has less, a number asked for is an error
+                notes.append(f"subset {subset} is {n} training images and the folds hold fewer: all of them train")
+                n = None
+            rows = _draw(drawn, n, f"fold {fold}, subset {subset}", ds)
+            train[fold, subset] = rows
+            if len(rows) < sum(map(len, drawn)):
+                everything.discard(subset)
+            validate[fold, subset] = np.sort(holdout)
+            if val == "matched":
+                validate[fold, subset] = np.sort(_matched(held, len(rows), f"fold {fold}, subset {subset}", ds))
+            if val == "matched" and len(holdout) < len(rows):
+                notes.append(f"subset {subset}, fold {fold}: only {len(holdout)} images to validate, {len(rows)} train")
+    for fold in range(folds):
+        where = "the val split" if len(own_val) else f"validation of fold {fold}"
+        notes += absent_note(ds.class_names, labels[validate[fold, next(iter(sizes))]], where)
+    if (labels[test_rows] >= 0).any():
+        notes += absent_note(ds.class_names, labels[test_rows], "the test set")
+    return Splits(
+        dataset=ds.name,
+        class_names=tuple(ds.class_names),
+        ids=ids,
+        labels=labels,
+        groups=groups,
+        test=test_rows,
+        test_set=sides.test_set,
+        train=train,
+        val=validate,
+        subsets=tuple(sizes),
+        n_folds=folds,
+        seed=seed,
+        val_mode=val,
+        notes=tuple(dict.fromkeys(notes)),
+        everything=frozenset(everything),
+    ).check()
+
+
+def divide(
+    ds: ImageDataset,
+    *,
+    seed: int = 0,
+    test: str = "local",
+    digests: Mapping[str, str] | None = None,
+    unreadable: Collection[str] = (),
+    exclude_test_overlap: bool = False,
+) -> Sides:
+    """Divide a dataset into pool and test set. Needs no folds, so any number of images of a class will do.
+
+    Parameters as of `plan_splits`.
+    """
     table = ds.table
     ids = table["id"].to_numpy(dtype=object)
     labels = table["label"].to_numpy(dtype=np.int64)
     given = table["split"].to_numpy(dtype=object)
     groups = merged_groups(ds, digests)
-    n_classes = len(ds.class_names)
     # the overlap is told below, for the test set that is really used
     notes = [note for note in ds.notes if note not in overlap_notes(table)]
 
@@ -110,59 +208,19 @@ def plan_splits(
         test_rows, test_set = _local_test(labels, groups, pool, own_val), "local"
         pool = np.setdiff1d(pool, test_rows)
     if len(own_val):
-        notes.append(f"validation is the dataset's own val split ({len(own_val)} images) in every fold")
         kept = pool[~_sharing(groups, pool, own_val)]
         if len(kept) < len(pool):
             notes.append(f"{len(pool) - len(kept)} training images that share a group with the val split left out")
         pool = kept
     if ds.pool_limit is not None and len(pool) > ds.pool_limit:
         pool = np.sort(pool[hash_order(seed, "pool", ids[pool].tolist())[: ds.pool_limit]])
-
-    _check_classes(ds, labels[pool], groups[pool], folds)
-    fold_of = stratified_group_folds(labels[pool], groups[pool].tolist(), folds, seed, "folds")
-    train: dict[Key, IntArray] = {}
-    validate: dict[Key, IntArray] = {}
-    for fold in range(folds):
-        candidates = pool[fold_of != fold]
-        holdout = own_val if len(own_val) else pool[fold_of == fold]
-        drawn = _class_orders(candidates, labels, ids, n_classes, seed, f"train/{fold}")
-        held = _class_orders(holdout, labels, ids, n_classes, seed, f"val/{fold}")
-        for subset, n in sizes.items():
-            if n is not None and not subset.isdigit() and n > sum(map(len, drawn)):
-                # S and M are the dataset's own sizes: part of a dataset has less, a number asked for is an error
-                notes.append(f"subset {subset} is {n} training images and the folds hold fewer: all of them train")
-                n = None
-            rows = _draw(drawn, n, f"fold {fold}, subset {subset}", ds)
-            train[fold, subset] = rows
-            validate[fold, subset] = np.sort(holdout)
-            if val == "matched":
-                validate[fold, subset] = np.sort(_matched(held, len(rows), f"fold {fold}, subset {subset}", ds))
-            if val == "matched" and len(holdout) < len(rows):
-                notes.append(f"subset {subset}, fold {fold}: only {len(holdout)} images to validate, {len(rows)} train")
-    for fold in range(folds):
-        notes += absent_note(ds.class_names, labels[validate[fold, next(iter(sizes))]], f"validation of fold {fold}")
-    if (labels[test_rows] >= 0).any():
-        notes += absent_note(ds.class_names, labels[test_rows], "the test set")
-    return Splits(
-        dataset=ds.name,
-        class_names=tuple(ds.class_names),
-        ids=ids,
-        labels=labels,
-        groups=groups,
-        test=test_rows,
-        test_set=test_set,
-        train=train,
-        val=validate,
-        subsets=tuple(sizes),
-        n_folds=folds,
-        seed=seed,
-        val_mode=val,
-        notes=tuple(dict.fromkeys(notes)),
-    ).check()
+    return Sides(ids, labels, groups, pool, own_val, test_rows, test_set, tuple(notes))
 
 
 def subset_sizes(ds: ImageDataset, subsets: Sequence[str | int]) -> dict[str, int | None]:
     """Canonical names of the asked subsets with their numbers of training images; None for F, all there are.
+
+    A number that S or M is in this dataset is called so: one computation has one name.
 
     Raises
     ------
@@ -170,11 +228,12 @@ def subset_sizes(ds: ImageDataset, subsets: Sequence[str | int]) -> dict[str, in
         A subset is neither a name the dataset defines, nor F, nor a positive number; or none is asked.
     """
     known = {**{str(k).upper(): int(v) for k, v in ds.subset_sizes.items()}, "F": None}
+    named = {size: name for name, size in reversed(known.items()) if size is not None}
     sizes: dict[str, int | None] = {}
     for asked in subsets:
         name = str(asked).strip().upper()
         if name.isascii() and name.isdigit() and int(name) > 0:
-            sizes[str(int(name))] = int(name)
+            sizes[named.get(int(name), str(int(name)))] = int(name)
         elif name in known:
             sizes[name] = known[name]
         else:
@@ -212,7 +271,7 @@ def _official_overlap(
         note = f"{len(shared)} training images of {names} groups that the official test set shares left out"
         return np.setdiff1d(pool, shared), np.setdiff1d(own_val, shared), [note]
     note = f"{len(shared)} training images share {names} groups with the official test set"
-    return pool, own_val, [note + "; --exclude-test-overlap leaves them out"]
+    return pool, own_val, [note + "; embcache probe --exclude-test-overlap leaves them out"]
 
 
 def _local_test(labels: IntArray, groups: StrArray, pool: IntArray, own_val: IntArray) -> IntArray:
@@ -238,8 +297,17 @@ def _nearest_fifth(labels: IntArray, part: IntArray) -> int:
     return int(distance.argmin())
 
 
-def _check_classes(ds: ImageDataset, labels: IntArray, groups: StrArray, folds: int) -> None:
-    counts = np.bincount(labels, minlength=len(ds.class_names))
+def _check_classes(
+    ds: ImageDataset,
+    labels: IntArray,
+    groups: StrArray,
+    pool: IntArray,
+    own_val: IntArray,
+    held_out: IntArray,
+    folds: int,
+) -> None:
+    """Refuse a pool that some fold could not train or validate every class on; ``held_out`` is a local test set."""
+    counts = np.bincount(labels[pool], minlength=len(ds.class_names))
     listing = ", ".join(f"{name}: {count}" for name, count in zip(ds.class_names, counts, strict=True)) or "no classes"
     if (counts > 0).sum() < 2:
         raise ProtocolError(
@@ -249,19 +317,49 @@ def _check_classes(ds: ImageDataset, labels: IntArray, groups: StrArray, folds: 
             where=ds.root,
             fix="label more images, or embcache datasets to see what was read",
         )
-    for c, name in enumerate(ds.class_names):
-        n_groups = len(set(groups[labels == c]))
-        if n_groups < folds:
-            what = "images" if counts[c] < folds else "groups"
-            raise ProtocolError(
-                f"class {name!r} of {ds.name} has fewer {what} than there are folds",
-                expected=f"at least {folds} groups (patients, slides …) of every class in the pool",
-                found=f"{counts[c]} images in {n_groups} groups; all classes: {listing}",
-                where=ds.root,
-                fix=f"--folds {n_groups}"
-                if n_groups >= 2
-                else "get more images of this class, or merge it with another",
-            )
+    if len(own_val) and len(np.unique(labels[own_val])) < 2:
+        raise ProtocolError(
+            f"the val split of {ds.name} holds fewer than two classes",
+            expected="validation images of two classes or more",
+            found=f"{len(own_val)} of {ds.class_names[labels[own_val[0]]]!r}",
+            where=ds.root,
+            fix="put images of the other classes into the val split, or its images into train: folds validate then",
+        )
+    # A fold leaves a part of the pool out: the others must have each class, and the part too where it validates.
+    needed = 2 if len(own_val) else folds
+    n_pool, n_held = (
+        _groups_of_classes(labels, groups, pool, counts),
+        _groups_of_classes(labels, groups, held_out, counts),
+    )
+    few = [c for c, n in enumerate(n_pool) if n < needed]
+    if not few:
+        return
+    first = few[0]
+    in_all = needed + (1 if len(held_out) else 0)  # the local test set takes a group of most classes
+    short = [c for c in range(len(counts)) if c in few or n_pool[c] + n_held[c] < in_all]
+    without = class_flags({ds.class_names[c]: "" for c in short})
+    together = ["--merge-class", f"{ds.class_names[first]}+OTHER=NEW"]
+    raise ProtocolError(
+        f"class {ds.class_names[first]!r} of {ds.name} has fewer "
+        + ("images" if counts[first] < needed else "groups")
+        + (" than two to train on: a fold would train without it" if len(own_val) else " than there are folds"),
+        expected=f"at least {needed} groups (patients, slides …) of every class in the pool",
+        found=f"{counts[first]} images in {n_pool[first]} groups"
+        + (f" (the local test set holds {n_held[first]} more)" if n_held[first] else "")
+        + f"; all classes: {listing}",
+        where=ds.root,
+        fix=(
+            *([f"--folds {min(n_pool)}"] if min(n_pool) >= 2 else []),
+            *([shlex.join(without)] if len(counts) - len(short) > 1 else []),
+            *([shlex.join(together)] if len(counts) > 2 else []),
+            f"more images: {in_all} groups of every class" + (", one for the test set" if len(held_out) else ""),
+        ),
+    )
+
+
+def _groups_of_classes(labels: IntArray, groups: StrArray, rows: IntArray, counts: IntArray) -> list[int]:
+    """How many groups each class has among some rows."""
+    return [len(set(groups[rows[labels[rows] == c]])) for c in range(len(counts))]
 
 
 def _class_orders(rows: IntArray, labels: IntArray, ids: StrArray, n: int, seed: int, purpose: str) -> list[IntArray]:
@@ -304,6 +402,6 @@ def _matched(orders: Sequence[IntArray], n: int, where: str, ds: ImageDataset) -
             expected="two images of every class",
             found=f"{share.min()} of {name!r} among {share.sum()}",
             where=where,
-            fix="--val full, or a larger --subset",
+            fix=("--val full", *(["a larger --subset"] if len(orders[int(share.argmin())]) > 1 else [])),
         )
     return _take(orders, int(share.sum()))

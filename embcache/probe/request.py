@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from embcache.data.columns import column_values, retarget
+from embcache.data.columns import retarget
 from embcache.data.dataset import ImageDataset
 from embcache.data.splits import IntArray
 from embcache.errors import UsageError
@@ -23,7 +23,7 @@ from embcache.probe.options import ProbeOptions
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.results import PROTOCOL_VERSION, ProbeResult, as_asked, find_run, run_id
 from embcache.probe.solve import is_solved
-from embcache.probe.splits import Splits
+from embcache.probe.splits import Splits, name_everything
 from embcache.probe.summary import request_notes, training_notes, with_positive
 from embcache.store.feature_store import FeatureStore
 
@@ -36,12 +36,12 @@ class Asked:
     ----------
     ds : ImageDataset
         With the target column as its labels where one is asked for.
-    target : str
-        That column, as the table spells it; empty for the labels.
     sets : sequence of sequences of str
         Each gives one result per subset.
     subsets : tuple of str
-        Canonical names.
+        Canonical names, each once.
+    order : tuple of str
+        The canonical name of each subset that was asked for.
     stores : mapping of backbone to FeatureStore
     plans : tuple of Splits
         One a repeat; all have the same test set.
@@ -51,9 +51,9 @@ class Asked:
     """
 
     ds: ImageDataset
-    target: str
     sets: Sequence[Sequence[str]]
     subsets: tuple[str, ...]
+    order: tuple[str, ...]
     stores: Mapping[str, FeatureStore]
     plans: tuple[Splits, ...]
     options: ProbeOptions
@@ -102,7 +102,8 @@ class Asked:
             **({"repeats": o.repeats} if o.repeats > 1 else {}),
             **({"lrs": [schedule.lr for schedule in o.schedules]} if len(o.schedules) > 1 else {}),
             **({"views": o.n_views} if o.n_views > 1 else {}),
-            **({"target": self.target} if self.target else {}),
+            **({"target": self.ds.target} if self.ds.target else {}),
+            **({"classes": dict(self.ds.renamed)} if self.ds.renamed else {}),
             **asymmetry(self.metric, self.ds.class_names, o.positive),
             **({"exclude_test_overlap": True} if o.exclude_test_overlap else {}),
             **self._streamed(backbones, subset),
@@ -190,7 +191,7 @@ class Asked:
             return None
         found = with_positive(found, self.options.positive, self.options.home)
         notes = [
-            *request_notes(self.ds, self.plans, found.subset),
+            *request_notes(self.ds, self.plans, found.subset, found.head),
             *self.notes(found.backbones, found.subset),
             *training_notes(found),
         ]
@@ -217,19 +218,18 @@ def ask(
     StoreError
         Nothing is cached for it, or several recipes are.
     """
-    target = ""
     if options.target is not None:
-        target = column_values(ds, options.target).name
-        ds = retarget(ds, target)
-    names = tuple(subset_sizes(ds, subsets))
+        ds = retarget(ds, options.target)
+    names = [name for asked in subsets for name in subset_sizes(ds, [asked])]
+    subset_sizes(ds, names)  # one at least
     check_device(options.device)
     sets = [_checked_set(options.model, asked) for asked in sets]
     stores = open_stores(ds, sets, options.home, options.recipe, options.n_views)
-    plans = tuple(
+    drawn = [
         plan_for(
             ds,
             list(stores.values()),
-            subsets=names,
+            subsets=subsets,
             folds=options.folds,
             seed=options.seed + repeat,
             val=options.val,
@@ -238,9 +238,11 @@ def ask(
             exclude_test_overlap=options.exclude_test_overlap,
         )
         for repeat in range(options.repeats)
-    )
+    ]
+    plans = name_everything(drawn)
+    order = tuple(map(plans[0].name_of, names))
     source = source or ("live" if ds.root is not None and ds.root.exists() else "snapshot")
-    return Asked(ds, target, sets, names, stores, plans, options, source)
+    return Asked(ds, sets, tuple(dict.fromkeys(order)), order, stores, plans, options, source)
 
 
 def _checked_set(head: Head, names: Sequence[str]) -> Sequence[str]:

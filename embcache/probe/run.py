@@ -150,7 +150,8 @@ def probe_grid(
     Returns
     -------
     list of ProbeResult
-        For each set of backbones each subset, in the order asked.
+        For each set of backbones each subset, in the order asked. Subsets that are the same images (50 and S, or F and
+        an S of more than there are) have the same result.
     """
     return _answer_all(ask(ds, backbones, subsets, make_options(options), source), progress)
 
@@ -168,7 +169,7 @@ def find_saved(
     Parameters as of `probe_grid`. Requests are computed, nothing is trained or written; the stores must be there.
     """
     asked = ask(ds, backbones, subsets, make_options(options), source)
-    requests = [asked.request(names, subset) for names in asked.sets for subset in asked.subsets]
+    requests = [asked.request(names, subset) for names in asked.sets for subset in asked.order]
     return [asked.saved(request) or run_id(request) for request in requests]
 
 
@@ -189,7 +190,7 @@ def _answer_all(asked: Asked, progress: Progress | None) -> list[ProbeResult]:
             # No name is kept of the features: they would live on while the next ones are read.
             found |= _answer(asked, names, group, requests, *_features(asked, names, group, lacking, loaded), tell)
             settled += len(group) * each
-        results += [found[subset] for subset in asked.subsets]
+        results += [found[subset] for subset in asked.order]
         if progress is not None:
             progress(settled, planned, f"{asked.ds.name} {o.head}")
     return results
@@ -303,7 +304,7 @@ def _answer(
             source=asked.source,
             seconds=trained * share + time.perf_counter() - began,
             positive=o.positive,
-            target=asked.target,
+            target=ds.target,
             notes=asked.notes(names, subset),
         )
         if o.save:

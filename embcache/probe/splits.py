@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,8 @@ class Splits:
         ``"full"`` or ``"matched"``.
     notes : tuple of str
         What a reader of the results must know.
+    everything : frozenset of str
+        Subsets that are F under another name: in every fold all that may train do.
     """
 
     dataset: str
@@ -71,6 +73,7 @@ class Splits:
     seed: int
     val_mode: str
     notes: tuple[str, ...] = ()
+    everything: frozenset[str] = frozenset()
 
     @property
     def test_ids(self) -> tuple[str, ...]:
@@ -102,6 +105,16 @@ class Splits:
         text = json.dumps([list(self.class_names), content, list(self.groups[self.test])], ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
+    def name_of(self, subset: str) -> str:
+        """What `name_everything` calls a subset: F, where it is that."""
+        return subset if subset in self.subsets else "F"
+
+    def rename(self, names: Mapping[str, str]) -> Splits:
+        """The same splits with subsets called by other names; two that get one name must be the same images."""
+        train, val = ({(f, names.get(s, s)): rows for (f, s), rows in p.items()} for p in (self.train, self.val))
+        subsets = tuple(dict.fromkeys(names.get(s, s) for s in self.subsets))
+        return replace(self, train=train, val=val, subsets=subsets)
+
     def check(self) -> Splits:
         """Return these splits if no group is on two sides of any fold and every part can be used.
 
@@ -119,7 +132,9 @@ class Splits:
                 "the labelled test images are all of one class",
                 expected="two classes at least",
                 found=f"{len(known)} of {self.class_names[known[0]]!r}",
-                fix="add test images of the other classes",
+                fix="label images of the other classes: the local test set is a fifth of all"
+                if self.test_set == "local"
+                else "add test images of the other classes",
             )
         test_rows, test_groups = set(self.test.tolist()), set(self.groups[self.test])
         for (fold, subset), train in self.train.items():
@@ -137,7 +152,7 @@ class Splits:
                     raise ProtocolError(
                         f"fold {fold}, subset {subset}: {side} holds fewer than two classes",
                         found=f"{len(rows)} images of {len(np.unique(self.labels[rows]))} class",
-                        fix="ask for fewer --folds or a larger --subset, or label more images",
+                        fix=("fewer --folds", "a larger --subset", "label more images"),
                     )
         return self
 
@@ -162,6 +177,12 @@ class Splits:
             "test": list(self.test_ids),
             "folds": folds,
         }
+
+
+def name_everything(plans: Sequence[Splits]) -> tuple[Splits, ...]:
+    """Plans in which a subset that trains on everything, in all of them, is called F: one computation has one name."""
+    names = {s: "F" for s in plans[0].subsets if all(s in plan.everything for plan in plans)}
+    return tuple(plan.rename(names) for plan in plans)
 
 
 def write_splits(splits: Splits, path: Path) -> None:
@@ -309,6 +330,13 @@ def read_splits(
         seed=seed,
         val_mode=val_mode,
         notes=tuple(dict.fromkeys(notes)),
+        everything=frozenset(
+            s
+            for s in (subsets if "F" in subsets else ())
+            if all(
+                np.array_equal(np.sort(p[f, s]), np.sort(p[f, "F"])) for f in range(len(folds)) for p in (train, val)
+            )
+        ),
     ).check()
 
 

@@ -1,15 +1,20 @@
-"""Standardisation inside a head: means and scales of the training rows are parameters that nobody trains."""
+"""Standardization, everywhere by the same means and scales; inside a head they are parameters that nobody trains."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
 
 from embcache.errors import UsageError
 from embcache.probe.rows import FeatureRows
 
 Params = dict[str, torch.Tensor]
+
+_WIDENED = 8192  # rows that are float64 at a time
 
 
 class Standard:
@@ -72,6 +77,21 @@ def standard_params(x: Mapping[str, torch.Tensor]) -> Params:
 def standardise(params: Mapping[str, torch.Tensor], backbone: str, x: torch.Tensor) -> torch.Tensor:
     """Features (K, B, D) of a backbone by the means and scales (K, D) of each head."""
     return (x - params[f"standard.{backbone}.mean"][:, None]) / params[f"standard.{backbone}.scale"][:, None]
+
+
+def standardized(x: ArrayLike, by: ArrayLike | None = None) -> NDArray[np.float32]:
+    """Features (n, D) of which each is standardized by the rows ``by`` (m, D), by default by ``x`` itself."""
+    rows, known = (torch.from_numpy(np.require(a, np.float32, ["C", "W"])) for a in (x, x if by is None else by))
+    standard = Standard()
+    for part in torch.split(known, _WIDENED):
+        standard.add({"": part})
+    params = {name: p[None] for name, p in standard.params().items()}
+    return np.asarray(standardise(params, "", rows[None])[0].numpy())
+
+
+def standard_directions(x: ArrayLike, by: ArrayLike | None = None) -> NDArray[np.float32]:
+    """Features as `standardized`, each row then scaled to length 1: their products are cosines."""
+    return np.asarray(F.normalize(torch.from_numpy(standardized(x, by)), dim=-1).numpy())
 
 
 def constants_of(head: object, x: FeatureRows, sets: Sequence[torch.Tensor]) -> list[Params]:

@@ -14,6 +14,7 @@ intervals cover in simulated worlds.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -156,7 +157,7 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
-        return asdict(self)
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]  # as it reads back: lists, no tuples
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Estimate:

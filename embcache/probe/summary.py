@@ -17,7 +17,7 @@ import embcache
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError
 from embcache.paths import PathLike
-from embcache.probe.heads import weighs
+from embcache.probe.heads import imbalance, weighs
 from embcache.probe.metrics import FloatArray, evaluate, find_metric, positive_class, score, softmax
 from embcache.probe.predictions import Predictions, ensemble_scores, grouped_scores
 from embcache.probe.prevalence import Adjust, Adjustment, adjustments, prevalence_vector
@@ -195,7 +195,7 @@ def summarise(
         folds=tuple(folds),
         test_set=plan.test_set,
         synthetic=ds.synthetic,
-        notes=(*request_notes(ds, plans, subset), *notes),
+        notes=(*request_notes(ds, plans, subset, head), *notes),
         class_names=names,
         request=request,
         seconds=round(seconds, 3),
@@ -359,15 +359,15 @@ def adjust_models(result: ProbeResult, run: Path, asked: Adjust) -> list[Adjustm
     return adjustments(seen, load_validation(result, run) if asked.calibrate else [], prevalence, asked.calibrate)
 
 
-def request_notes(ds: ImageDataset, plans: Splits | Sequence[Splits], subset: str) -> list[str]:
-    """What a reader must know before anything is trained: of the dataset, its splits and the subset.
+def request_notes(ds: ImageDataset, plans: Splits | Sequence[Splits], subset: str, head: str) -> list[str]:
+    """What a reader must know before anything is trained: of the dataset, its splits, the subset and the head.
 
     What is true of a later repeat only says which.
     """
     plan, *repeats = [plans] if isinstance(plans, Splits) else plans
-    notes = _notes_of(ds, plan, subset)
+    notes = _notes_of(ds, plan, subset, head)
     for number, repeat in enumerate(repeats, start=1):
-        notes += [f"repeat {number}: {note}" for note in _notes_of(ds, repeat, subset) if note not in notes]
+        notes += [f"repeat {number}: {note}" for note in _notes_of(ds, repeat, subset, head) if note not in notes]
     return list(dict.fromkeys(notes))
 
 
@@ -428,7 +428,7 @@ def _rows(plan: Splits, rows: NDArray[np.int64], fold: int, logits: FloatArray) 
     return pd.DataFrame({**about, "fold": np.full(len(rows), fold, dtype=np.int64), **columns})
 
 
-def _notes_of(ds: ImageDataset, plan: Splits, subset: str) -> list[str]:
+def _notes_of(ds: ImageDataset, plan: Splits, subset: str, head: str) -> list[str]:
     notes = list(plan.notes)
     if ds.synthetic and not any(note.startswith("synthetic") for note in notes):
         notes.insert(0, "synthetic: the images are drawn by embcache")
@@ -436,7 +436,7 @@ def _notes_of(ds: ImageDataset, plan: Splits, subset: str) -> list[str]:
         notes.append(f"the labels of the {len(plan.test)} test images are not known: predictions are kept, not scored")
     n_classes = len(ds.class_names)
     if not all(is_balanced(plan.labels[plan.train[f, subset]], n_classes) for f in range(plan.n_folds)):
-        notes.append(f"subset {subset}: classes are not balanced, so training draws them equally often")
+        notes.append(f"subset {subset}: classes are not balanced: {imbalance(head)}")
     return notes
 
 

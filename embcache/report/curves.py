@@ -3,40 +3,66 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from embcache.analysis.plots import Curve, CurvePanel, plot_curves
+from embcache.data.classes import target_words
 from embcache.errors import StoreNotFoundError
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.metrics import metric_title
 from embcache.probe.results import ProbeResult, list_results
+from embcache.probe.summary import in_metric
 from embcache.report.grid import Cell, Grid, Model
 from embcache.report.layout import Table, record, signed
 
 # What differs from size to size of one curve, or says nothing of the protocol.
-_NOT_PROTOCOL = ("subset", "splits", "images", "dataset", "metric", "run")
+_NOT_PROTOCOL = ("subset", "splits", "images", "dataset", "run")
 
 
 def curve_panels(results: Sequence[ProbeResult]) -> list[CurvePanel]:
     """One panel a dataset and metric, one curve for every model and protocol.
 
-    A point is the mean over folds at the number of training labels of a fold, its band the 95 % bootstrap interval,
-    or ± one sd where there is none. Results that are not scored are left out.
+    A point is the mean over folds at the number of training labels of a fold, its band the saved 95 % interval
+    (`band_words` says which); of a leaderboard's scores ± one sd. Results that are not scored are left out.
     """
     panels: dict[tuple[str, str, str], list[ProbeResult]] = {}
     for result in results:
         if result.mean is not None:
-            panels.setdefault((result.dataset, result.target, result.metric), []).append(result)
+            panels.setdefault(_panel_of(result), []).append(result)
     return [_panel(key, group) for key, group in panels.items()]
 
 
+def _panel_of(result: ProbeResult) -> tuple[str, str, str]:
+    return result.dataset, target_words(result.request), result.metric
+
+
 def _panel(key: tuple[str, str, str], results: Sequence[ProbeResult]) -> CurvePanel:
-    dataset, target, metric = key
+    dataset, target, _ = key
     curves = tuple(_curve(label, members) for label, members in named_curves(results).items())
     title = dataset + (f", {target}" if target else "") + (" (synthetic)" if results[0].synthetic else "")
-    return CurvePanel(title, metric_title(metric), curves)
+    return CurvePanel(title, _titled(results[0]), curves)
+
+
+def _titled(result: ProbeResult) -> str:
+    """The metric as a curve's axis names it, with the class that an asymmetric one is of."""
+    return metric_title(result.metric, "" if result.estimate is None else result.estimate.positive)
+
+
+def band_words(results: Sequence[ProbeResult]) -> str:
+    """Which interval the bands of scored results are, in words."""
+    estimates = [result.estimate for result in results if result.estimate is not None]
+    anew = any(e.new_model is not None for e in estimates)
+    fixed = any(e.new_model is None and e.these_models is not None for e in estimates)
+    words = {
+        "95 % interval for new patients and a newly trained model": anew,
+        f"95 % interval for new patients and these models{', where the first is missing' * anew}": fixed,
+        "no interval where there are too few patients": any(e.interval is None for e in estimates),
+        "± sd over folds of leaderboard scores": any(r.estimate is None and r.std is not None for r in results),
+    }
+    return "; ".join(word for word, there in words.items() if there)
 
 
 def _curve(label: str, results: Sequence[ProbeResult]) -> Curve:
@@ -54,6 +80,9 @@ def _curve(label: str, results: Sequence[ProbeResult]) -> Curve:
 
 
 def _spread(result: ProbeResult) -> tuple[float, float]:
+    """Where there is no interval: nothing, but of a leaderboard's scores ± one sd."""
+    if result.estimate is not None:
+        return math.nan, math.nan
     mean, sd = result.mean or 0.0, result.std or 0.0
     return mean - sd, mean + sd
 
@@ -105,7 +134,7 @@ def _flat(request: Mapping[str, Any]) -> dict[str, str]:
         elif name == "recipes":
             flat["recipe"] = " ".join(str(fingerprint)[:6] for _, fingerprint in value)
         else:
-            flat[name] = str(value)
+            flat["epochs by" if name == "metric" else name] = str(value)
     return flat
 
 
@@ -144,7 +173,7 @@ def table_curves(grid: Grid, cells: Sequence[Cell]) -> list[CurvePanel]:
             at = [c.result for c in cells if c.dataset == dataset and c.model == model and c.result is not None]
             scored = [result for result in at if result.mean is not None]
             if scored:
-                metric = metric_title(scored[0].metric)
+                metric = _titled(scored[0])
                 curves.append(_curve(model.label, scored))
         if curves:
             panels.append(CurvePanel(dataset, metric, (*curves, *theirs.get(dataset, []))))
@@ -157,10 +186,10 @@ def curve_table(results: Sequence[ProbeResult]) -> Table:
     sizes = sorted({result.n_train for result in scored})
     rows: list[tuple[str, ...]] = []
     records = []
-    for panel in dict.fromkeys((r.dataset, r.target, r.metric) for r in scored):
-        dataset, target, metric = panel
-        group = [r for r in scored if (r.dataset, r.target, r.metric) == panel]
-        words = f"{dataset}{f', {target}' if target else ''} ({metric_title(metric)})"
+    for panel in dict.fromkeys(map(_panel_of, scored)):
+        dataset, target, _ = panel
+        group = [r for r in scored if _panel_of(r) == panel]
+        words = f"{dataset}{f', {target}' if target else ''} ({_titled(group[0])})"
         for label, members in named_curves(group).items():
             at = {r.n_train: r for r in members}
             rows.append((words, label, *(_reached(at[n]) if n in at else "" for n in sizes)))
@@ -172,7 +201,7 @@ def curve_table(results: Sequence[ProbeResult]) -> Table:
     notes = (
         "columns: training labels of a fold; labels used, validation included: "
         + ", ".join(f"{n:,}: {labels:,}" for n, labels in used.items()),
-        "mean ± sd over folds; interval: bootstrap over test groups",
+        f"mean ± sd over folds; {band_words(scored)}",
         *dict.fromkeys(f"{r.dataset}: {note}" for r in scored for note in r.left_out),
     )
     return Table(
@@ -194,16 +223,16 @@ def _bounds(result: ProbeResult) -> str:
     return "" if result.interval is None else " – ".join(signed(bound, 3) for bound in result.interval)
 
 
-def draw_curves(
+def find_results(
     *,
     home: PathLike | None = None,
     datasets: Sequence[str] = (),
     backbones: Sequence[str] = (),
     heads: Sequence[str] = (),
     kinds: Sequence[str] = (),
-    target: Path | None = None,
-) -> tuple[Table, Path]:
-    """Draw the saved results that fit, a panel a dataset, and lay them out as a table.
+    metrics: Sequence[str] = (),
+) -> list[ProbeResult]:
+    """The scored results that are saved and fit.
 
     Parameters
     ----------
@@ -211,8 +240,8 @@ def draw_curves(
         Folder of stores and runs.
     datasets, backbones, heads, kinds : sequence of str
         Only results of these; empty for all. A result over several backbones fits where all of them are named.
-    target : path, optional
-        The figure; default ``<home>/<dataset>/figures/curves.png``, of several datasets ``<home>/curves.png``.
+    metrics : sequence of str
+        Score each by these; empty for its own. Scores of leaderboards stay as they are.
 
     Raises
     ------
@@ -235,7 +264,26 @@ def draw_curves(
             where=home_dir(home),
             fix="embcache probe --head linear --subset 20,50,100,F, or embcache results to see what there is",
         )
-    names = list(dict.fromkeys(result.dataset for result in fitting))
+    return [in_metric(result, metric, home) for metric in metrics for result in fitting] or fitting
+
+
+def draw_curves(
+    results: Sequence[ProbeResult], *, home: PathLike | None = None, target: Path | None = None
+) -> tuple[Table, Path]:
+    """Draw scored results, one panel per dataset and metric, and lay them out as a table.
+
+    Parameters
+    ----------
+    results : sequence of ProbeResult
+        As `find_results` gives them.
+    home : path, optional
+        Folder of stores and runs.
+    target : path, optional
+        The figure; default ``<home>/<dataset>/figures/curves.png``, of several datasets ``<home>/curves.png``.
+    """
+    names = list(dict.fromkeys(result.dataset for result in results))
     folder = home_dir(home) / slug(names[0]) / "figures" if len(names) == 1 else home_dir(home)
-    path = plot_curves(curve_panels(fitting), "Learning curves", target or folder / "curves.png")
-    return curve_table(fitting), path
+    path = plot_curves(
+        curve_panels(results), "Learning curves", target or folder / "curves.png", bands=band_words(results)
+    )
+    return curve_table(results), path

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from embcache.data.classes import class_words
 from embcache.finetune.request import GENTLE, gentle
 from embcache.probe.results import ProbeResult
 from embcache.probe.schedule import Schedule
@@ -164,6 +165,8 @@ def _other_task(request: Mapping[str, Any]) -> str:
     """How the images or the labels differ from the paper's; empty where they do not."""
     if request.get("target"):
         return f"it predicts the column {request['target']}, not the labels"
+    if request.get("classes"):
+        return f"it tells other classes apart: {class_words(request['classes'])}"
     if request.get("exclude_test_overlap"):
         return "trained without the images that share a group with the test set, the paper with them"
     return ""

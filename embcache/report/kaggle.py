@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from embcache.data.classes import class_words
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.labels import read_table
 from embcache.errors import ProtocolError, UsageError
@@ -242,10 +243,12 @@ def _competition(result: ProbeResult, ds: ImageDataset) -> Competition:
             expected="a run on " + " or ".join(f"{name} ({c.slug})" for name, c in COMPETITIONS.items()),
             found=f"{result.id} on {ds.name}",
         )
-    if result.target or result.kind == "kaggle":
+    classes = class_words(result.request.get("classes", {}))
+    if result.target or classes or result.kind == "kaggle":
+        other = f"probe of the column {result.target!r}" if result.target else classes or result.kind
         raise UsageError(
             "only a run that predicts the competition's own labels can be handed in",
-            found=f"{result.id}: " + (f"probe of the column {result.target!r}" if result.target else result.kind),
+            found=f"{result.id}: {other}",
             fix=f"--run {result.request.get('run', 'RUN')}",
         )
     if result.test_set != "official":

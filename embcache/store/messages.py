@@ -66,10 +66,11 @@ def several_match(backbone: str, dataset: str | NamedTable, matching: Sequence[F
         expected="one",
         found="\n".join(f"{line}; {_rows_of(s, dataset)}" for s, line in zip(matching, lines, strict=True)),
         where=matching[0].path.parent,
-        fix=(f"--views {' | '.join(map(str, numbers))}, or " if len(numbers) > 1 else "")
-        + "--recipe "
-        + " | ".join(s.recipe.fingerprint[:12] for s in matching)
-        + f", or drop one for good: rm -r {shlex.quote(str(matching[0].path))}",
+        fix=(
+            *([f"--views {' | '.join(map(str, numbers))}"] if len(numbers) > 1 else []),
+            "--recipe " + " | ".join(s.recipe.fingerprint[:12] for s in matching),
+            f"drop one for good: rm -r {shlex.quote(str(matching[0].path))}",
+        ),
     )
 
 

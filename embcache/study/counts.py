@@ -37,7 +37,7 @@ def table1(datasets: Sequence[str], settings: Settings) -> Table:
                 name, root=settings.data_root, home=settings.home, allow_missing=settings.allow_missing,
                 dataset_name=settings.dataset_name,
             )  # fmt: skip
-            counts, remark = count_images(ds, settings)
+            counts, remark = count_images(settings.classes.of(ds), settings)
         except EmbcacheError as error:
             if isinstance(error, UsageError):
                 raise

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from embcache.analysis.attention import mass_table, mean_attention
-from embcache.analysis.maps import NEIGHBOURS, embed_map, neighbour_accuracy
+from embcache.analysis.maps import NEIGHBOURS, decimals, embed_map, neighbour_accuracy
 from embcache.analysis.plots import AttentionPanel, Map, plot_attention, plot_maps
 from embcache.analysis.shown import LIMIT, Shown, fused_features, plain_features, shown_images
 from embcache.errors import EmbcacheError, UsageError
@@ -154,8 +154,8 @@ _HEADERS = {
 }
 _NOTES = {
     "maps": (
-        f"k-NN accuracy: balanced accuracy of the majority of the {NEIGHBOURS} nearest test images (standardised "
-        "features, each image left out of its own neighbours); of the embedding, not of its map",
+        f"k-NN accuracy: balanced accuracy of the majority of the {NEIGHBOURS} nearest test images of other groups "
+        "(standardized features); of the embedding, not of its map",
     ),
     "attention": ("attention that the tokens of one backbone give to all tokens of another, mean over its tokens, the "
                   "test images and the folds; rows sum to 1",),
@@ -176,7 +176,7 @@ def _draw_maps(
     stores = _stores(grid, state, settings)
     if not stores:
         return []
-    test = _shown(state, stores, figure.subset, settings, most=LIMIT)
+    test = _shown(state, stores, settings, most=LIMIT)
     features = {name: plain_features(store, test.ids) for name, store in stores.items()}
     panels = []
     for model in grid.models:
@@ -195,9 +195,9 @@ def _draw_maps(
     plot_maps(maps, state.ds.class_names, f"{figure.title}, {state.ds.name}{synthetic}, n = {len(test.ids):,}", path)
     drawn: list[tuple[tuple[str, ...], dict[str, Any]]] = []
     for panel in panels:
-        score = neighbour_accuracy(panel.features, test.labels)
+        score = neighbour_accuracy(panel.features, test.labels, test.groups)
         words = (state.asked, panel.label + marks.mark(panel.remark), str(panel.features.shape[1]))
-        row: tuple[str, ...] = (*words, f"{len(test.ids):,}{marks.mark(test.remark)}", f"{score:.3f}")
+        row: tuple[str, ...] = (*words, f"{len(test.ids):,}{marks.mark(test.remark)}", decimals(score, 3))
         record = {"dataset": state.asked, "embedding": panel.label, "dimensions": panel.features.shape[1],
                   "n_test": len(test.ids), "knn_accuracy": score, "figure": str(path)}  # fmt: skip
         drawn.append((row, record))
@@ -213,7 +213,7 @@ def _draw_attention(
     if result is None:
         return []
     stores = _stores(grid, state, settings)
-    test = _shown(state, stores, figure.subset, settings, most=None)
+    test = _shown(state, stores, settings, most=None)
     x = {name: torch.from_numpy(plain_features(stores[name], test.ids)) for name in model.backbones}
     heads = [params for params in load_heads(runs_dir(state.ds.name, settings.home) / result.id) if params]
     weights = np.mean([mean_attention(params, x) for params in heads], axis=0).astype(np.float32)
@@ -240,19 +240,14 @@ def _stores(grid: Grid, state: DatasetState, settings: Settings) -> dict[str, Fe
     return open_stores(state.ds, there, settings.home, settings.recipe)
 
 
-def _shown(
-    state: DatasetState, stores: Mapping[str, FeatureStore], subset: str, settings: Settings, *, most: int | None
-) -> Shown:
+def _shown(state: DatasetState, stores: Mapping[str, FeatureStore], settings: Settings, *, most: int | None) -> Shown:
     """The labelled test images of the protocol, all of them or so many at most."""
     assert state.ds is not None
     return shown_images(
         state.ds,
         list(stores.values()),
-        subset=state.subset_of[subset],
         most=most,
-        folds=settings.folds,
         seed=settings.seed,
-        val=settings.val,
         test=settings.test,
         exclude_test_overlap=settings.exclude_test_overlap,
     )

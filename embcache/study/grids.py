@@ -9,6 +9,8 @@
     subsets = ["S", 100, "F"]                      # default: S, M, F
     seeds = [0, 1]                                 # default: 0
     kind = "probe"                                 # or "finetune", or both as a list
+    drop_class = ["other"]                         # classes to leave out
+    merge_class = ["mild+severe=ill"]              # classes to make one of
     val = "full"; test = "local"; folds = 5; repeats = 1; lr = [1e-4, 1e-3]   # one a line in a real file
     max_epochs = 50                                # of finetunings
 """
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from embcache.data.classes import ClassOptions
 from embcache.errors import UsageError
 from embcache.probe.heads import heads as known_heads
 from embcache.report.grid import Grid, Model
@@ -38,7 +41,7 @@ class OwnGrid:
     ----------
     grid : Grid
     options : dict
-        Those of ``val, test, folds, repeats, lr, max_epochs`` that the file names.
+        Those of ``val, test, folds, repeats, lr, max_epochs`` that the file names, and ``classes``.
     """
 
     grid: Grid
@@ -48,7 +51,8 @@ class OwnGrid:
 _CHOICES = {"kind": ("probe", "finetune"), "val": ("full", "matched"), "test": ("local", "official")}
 _REQUIRED = ("datasets", "backbones")
 _OPTIONS = ("val", "test", "folds", "repeats", "lr", "max_epochs")
-_KEYS = (*_REQUIRED, "heads", "subsets", "seeds", "kind", "title", *_OPTIONS)
+_CLASSES = ("drop_class", "merge_class")
+_KEYS = (*_REQUIRED, "heads", "subsets", "seeds", "kind", "title", *_CLASSES, *_OPTIONS)
 
 
 def read_grid(path: Path) -> OwnGrid:
@@ -145,6 +149,9 @@ class _Reader:
             elif type(value) is not int or value < 1:
                 raise self._error(f"{key!r} is not a number", f"{key} = 5", repr(value))
             options[key] = value
+        if any(key in self.content for key in _CLASSES):
+            texts = (tuple(self._list(key, str, [])) if key in self.content else () for key in _CLASSES)
+            options["classes"] = ClassOptions(*texts)
         return options
 
     def _list(self, key: str, kind: type | tuple[type, ...], default: list[Any]) -> list[Any]:
@@ -169,6 +176,7 @@ class _Reader:
 
 
 def _expected(key: str) -> str:
-    examples = {"seeds": "[0, 1]", "subsets": '["S", 100, "F"]', "heads": '["linear", "knn"]', "title": '"A title"'}
+    examples = {"seeds": "[0, 1]", "subsets": '["S", 100, "F"]', "heads": '["linear", "knn"]', "title": '"A title"',
+                "merge_class": '["mild+severe=ill"]'}  # fmt: skip
     example = examples.get(key, '["NAME", …]')
     return f"{key} = {example}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from embcache.analysis.plots import plot_curves
 from embcache.errors import UsageError
-from embcache.report.curves import table_curves
+from embcache.report.curves import band_words, table_curves
 from embcache.report.grid import Grid
 from embcache.report.layout import Marks, Table
 from embcache.study.cost import Step, duration, estimate_steps, step_words, total_words
@@ -116,7 +116,8 @@ def _scores(order: Order, own: Grid, settings: Settings, say: Say, progress: Pro
     figures: tuple[Path, ...] = ()
     panels = table_curves(grid, study.cells) if order.figure is not None else []
     if order.figure is not None and panels:
-        figures = (plot_curves(panels, study.table.title, order.figure),)
+        bands = band_words([cell.result for cell in study.cells if cell.result is not None])
+        figures = (plot_curves(panels, study.table.title, order.figure, bands=bands),)
     return Delivery(study.table, figures, empty=not study.results)
 
 

@@ -98,12 +98,13 @@ def look(grid: Grid, settings: Settings, say: Callable[[str], object] = lambda l
                 allow_missing=settings.allow_missing,
                 dataset_name=settings.dataset_name,
             )
+            state.ds = settings.classes.of(state.ds)
         except EmbcacheError as error:
             if isinstance(error, UsageError):
                 raise
             state.problem = in_a_line(error)
             continue
-        state.subset_of = {subset: canonical_subset(state.ds, subset) for subset in grid.subsets}
+        state.subset_of = {subset: next(iter(subset_sizes(state.ds, [subset]))) for subset in grid.subsets}
         look_at_stores(state, models, settings)
         look_at_runs(state, models, settings)
     return states
@@ -115,18 +116,6 @@ def _check_finetuning(settings: Settings) -> None:
         raise UsageError("--repeats is for probes: finetuned models are trained once", fix="leave --repeats out")
     if not (settings.lr is None or isinstance(settings.lr, float | int)):
         raise UsageError("learning rates are swept by probes only", fix="one --lr for finetuning")
-
-
-def canonical_subset(ds: ImageDataset, asked: str) -> str:
-    """``S`` or ``M`` for the number that they are in a dataset, else the checked name: one run serves every table.
-
-    Raises
-    ------
-    UsageError
-        There is no such subset.
-    """
-    ((name, size),) = subset_sizes(ds, [asked]).items()
-    return next((known for known, n in ds.subset_sizes.items() if n == size), name)
 
 
 def look_at_stores(state: DatasetState, models: Sequence[Model], settings: Settings) -> None:
@@ -237,14 +226,12 @@ def _leaderboard_results(
     there = not any(name in state.owed or name in state.broken for name in model.backbones)
     if not scored or not (there or model.kind == "finetune"):
         return {}
-    names = {subset: subset for subset in state.subset_of.values()}
-    sizes = state.ds.subset_sizes
-    names |= {str(sizes[subset]): subset for subset in names if subset in sizes}  # a run of 50 images is one of S
     found: dict[str, ProbeResult] = {}
-    for name, answer in _answers(state, model, tuple(names), replace(settings, test="official")):
+    subsets = tuple(dict.fromkeys(state.subset_of.values()))
+    for subset, answer in _answers(state, model, subsets, replace(settings, test="official")):
         run = answer.id if isinstance(answer, ProbeResult) else answer
         if isinstance(run, str) and run in scored:
-            found.setdefault(names[name], scored[run])
+            found[subset] = scored[run]
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from embcache.data.classes import ClassOptions
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
 from embcache.report.grid import Model
@@ -23,6 +24,8 @@ class Settings:
         Of finetunings, instead of the protocol's 50.
     device : str
         ``auto``: extraction and finetuning take a GPU where there is one, probes the CPU.
+    classes : ClassOptions
+        Classes to drop or merge in every dataset.
     home, data_root, dataset_name, allow_missing, weights, transform, workers
         As for `embcache.data.dataset.find_dataset` and `embcache.extract.run.run_extraction`.
     """
@@ -37,6 +40,7 @@ class Settings:
     exclude_test_overlap: bool = False
     max_epochs: int | None = None
     device: str = "auto"
+    classes: ClassOptions = field(default_factory=ClassOptions)
     home: PathLike | None = None
     data_root: PathLike | None = None
     dataset_name: str | None = None

@@ -277,7 +277,7 @@ def _probe(
         found = np.zeros((len(features), len(dataset.class_names)))
         found[:, classes] = model.predict_proba(plain(features))
         try:
-            return dataset.metric, float(score(dataset.metric, truth, found))
+            return dataset.metric, float(score(dataset.metric, truth, np.log(found + 1e-300)))
         except EmbcacheError:  # the sample has not got the classes that the metric needs
             return "accuracy", float((found.argmax(axis=1) == truth).mean())
 

@@ -82,14 +82,55 @@ def test_scores_are_scikit_learns(ds: ImageDataset, home: Path) -> None:
         KNeighborsClassifier(9, algorithm="brute").fit(np.delete(x, i, 0), np.delete(y, i)).predict(x[i : i + 1])[0]
         for i in range(len(x))
     ]
-    assert neighbour_accuracy(make_features(ds, 12)[120:], y, 9) == pytest.approx(balanced_accuracy_score(y, voted))
+    assert neighbour_accuracy(make_features(ds, 12)[120:], y, range(60), 9) == pytest.approx(
+        balanced_accuracy_score(y, voted)
+    )
 
 
 def test_a_single_class_has_no_silhouette() -> None:
     x = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
-    scores = score_map(x, x[:, :2], np.zeros(12, dtype=np.int64))
+    scores = score_map(x, x[:, :2], np.zeros(12, dtype=np.int64), range(12))
     assert scores.silhouette is None
     assert scores.knn_accuracy == 1.0
+
+
+def grouped(n: int = 240, classes: int = 2) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Images that are nearest to those of their own patient; a patient's class is random."""
+    rng = np.random.default_rng(3)
+    patient = np.arange(n) // 8
+    x = rng.normal(size=(n // 8, 16))[patient] + 0.2 * rng.normal(size=(n, 16))
+    return x.astype(np.float32), rng.integers(0, classes, n // 8)[patient], [f"patient {p}" for p in patient]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_patients_own_images_are_no_neighbors(classes: int) -> None:
+    x, y, groups = grouped(classes=classes)
+    z = StandardScaler().fit_transform(x.astype(np.float64))
+    distances = np.linalg.norm(z[:, None] - z[None], axis=2)
+    silhouettes, right = [], []
+    for i in range(len(x)):
+        others = np.array([group != groups[i] for group in groups])
+        means = [distances[i, others & (y == c)].mean() for c in range(classes)]
+        a, b = means[y[i]], min(mean for c, mean in enumerate(means) if c != y[i])
+        silhouettes.append((b - a) / max(a, b))
+        near = y[others][np.argsort(distances[i, others])[:9]]
+        right.append(np.bincount(near, minlength=classes) @ np.eye(classes)[y[i]] == np.bincount(near).max())
+    scores = score_map(x, x[:, :2], y, groups)
+    assert scores.silhouette == pytest.approx(np.mean(silhouettes), abs=1e-5)
+    if classes == 2:  # nine votes of two classes are no tie
+        expected = np.mean([np.array(right)[y == c].mean() for c in range(2)])
+        assert neighbour_accuracy(x, y, groups, 9) == pytest.approx(expected)
+        alone = neighbour_accuracy(x, y, range(len(x)), 9)
+        assert alone is not None
+        assert alone > expected + 0.2
+        assert silhouette_score(z, y) > np.mean(silhouettes)
+
+
+def test_groups_that_hold_a_class_alone_or_everything() -> None:
+    x, y, _ = grouped(40)
+    assert score_map(x, x[:, :2], y, ["one"] * 40).knn_accuracy is None
+    assert score_map(x, x[:, :2], y, ["one"] * 40).silhouette is None
+    assert neighbour_accuracy(x, np.arange(40) // 20, ["ab"[i // 20] for i in range(40)]) == 0.0
 
 
 def test_a_fused_embedding_is_the_heads_hidden_layer_and_says_that_it_saw_labels(

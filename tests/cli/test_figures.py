@@ -93,14 +93,43 @@ def test_neighbors_say_that_the_images_are_not_here(run: str, tmp_path: Path) ->
     assert [(found["backbone"], len(found["nearest"])) for found in answer] == [("good", 3), ("weak", 3)]
 
 
-def test_audit_prints_and_writes_what_to_leave_out(run: str, tmp_path: Path) -> None:
+def test_audit_prints_and_writes_what_to_leave_out(home: Path, tmp_path: Path) -> None:
+    labels = np.tile([0, 1], 60)
+    ds = make_dataset(labels, split=["train"] * 80 + ["test"] * 40)
+    x = make_features(ds, 10, shift=12.0)
+    labels[[4, 100]] = 1 - labels[[4, 100]]
+    put_store(home, make_dataset(labels, split=["train"] * 80 + ["test"] * 40), "good", x)
     target = tmp_path / "exclude.csv"
-    shown = embcache("audit", "--dataset", "toy", "--backbone", "weak", "--output", target, "--show", 2).stdout
-    assert "labels to doubt" in shown
-    rows = read_csv(target)
-    answer = json.loads(embcache("audit", "--dataset", "toy", "--backbone", "weak", "--json", "-").stdout)
-    assert [row["id"] for row in rows] == [id_ for id_, _ in answer["exclude"]]
-    assert answer["images"] == 120
+    shown = embcache("audit", "--dataset", "toy", "--similarity", "1", "--output", target).stdout
+    assert "likely label errors: 1 of 80 training labels, 1 of 40 test labels" in shown
+    assert "to leave out: 1 of 80 training images" in shown
+    assert "without those to leave out" in shown
+    (row,) = read_csv(target)
+    assert row["id"] == "i4"
+    answer = json.loads(embcache("audit", "--dataset", "toy", "--similarity", "1", "--json", "-").stdout)
+    assert [id_ for id_, _ in answer["exclude"]] == ["i4"]
+    assert (answer["images"], answer["test_images"]) == (80, 40)
+    few = embcache("audit", "--dataset", "toy", "--most", "0").stdout
+    assert "only the most confident are listed" in few
+
+
+def test_audit_says_where_the_model_is_too_weak(run: str, tmp_path: Path) -> None:
+    target = tmp_path / "exclude.csv"
+    shown = embcache("audit", "--dataset", "toy", "--backbone", "weak", "--output", target).stdout
+    assert "this model is too weak to judge labels" in shown
+    assert not any("label error" in row["reason"] for row in read_csv(target))
+
+
+def test_audit_writes_its_list_where_the_effect_cannot_be_told(home: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frames = rng.normal(size=10) * 5 + rng.normal(size=(30, 10)) * 1e-3
+    ds = make_dataset([0] * 30 + [1] * 60, [f"video{k // 3}" for k in range(30)] + [f"p{k}" for k in range(60)])
+    put_store(home, ds, "good", np.concatenate([frames, rng.normal(size=(60, 10))]).astype(np.float32))
+    target = tmp_path / "exclude.csv"
+    done = embcache("audit", "--dataset", "toy", "--output", target)
+    assert done.exit_code == 0
+    assert "effect: cannot be told: a would be gone" in done.stdout
+    assert sum("near-duplicate" in row["reason"] for row in read_csv(target)) == 24
 
 
 @pytest.mark.parametrize(
@@ -119,6 +148,7 @@ def test_audit_prints_and_writes_what_to_leave_out(run: str, tmp_path: Path) -> 
         (("audit", "--dataset", "toy", "--backbone", "good,weak"), "one backbone"),
         (("audit", "--dataset", "toy", "--show", "-1"), "number of lines"),
         (("audit", "--dataset", "toy", "--similarity", "2"), "similarity"),
+        (("audit", "--dataset", "toy", "--most", "-1"), "label errors"),
     ],
 )
 def test_slips_are_told(run: str, words: tuple[str, ...], problem: str) -> None:

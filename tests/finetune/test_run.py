@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save_file
 import embcache.finetune.data as data
 import embcache.finetune.folds as folds
 import embcache.finetune.train as train
-from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.data.dataset import ImageDataset, load_dataset, read_snapshot
 from embcache.errors import CorruptStoreError, EmbcacheError, ProtocolError, StoreError, UsageError, WeightsError
 from embcache.extract.run import extract_features
 from embcache.finetune import find_finetuned, finetune_images
 from embcache.finetune.model import ImageModel
 from embcache.probe.results import ProbeResult, list_results, load_heads, load_predictions, runs_dir
 from embcache.probe.run import probe_features
+from embcache.upkeep.listing import list_interrupted
 from tests.finetune.conftest import QUICK, RESNET, VIT, draw
 
 OPTIONS: dict[str, Any] = QUICK
@@ -66,6 +67,20 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield after
     monkeypatch.undo()
+
+
+def test_no_test_label_decides_anything(ds: ImageDataset, home: Path) -> None:
+    table = ds.table.copy()
+    test = table["split"] == "test"
+    table.loc[test, "label"] = 1 - table.loc[test, "label"]
+    kept = []
+    for one in (ds, replace(ds, table=table)):
+        result = run(one)
+        heads = load_heads(runs_dir(ds.name, home) / result.id)
+        folds = [(f.best_epoch, f.epochs, f.val_score, f.lr) for f in result.folds]
+        kept.append((folds, [{name: p.tolist() for name, p in head.items()} for head in heads], result.mean))
+    assert kept[0][:2] == kept[1][:2]
+    assert kept[0][2] != kept[1][2]
 
 
 Written = dict[tuple[int, int], tuple[object, ...]]
@@ -296,6 +311,24 @@ def test_a_run_of_another_request_is_not_resumed_from_this_checkpoint(ds: ImageD
     assert any("no checkpoint to resume" in line for line in said)
     assert reached(other) == reached(run(ds, seed=1, reuse=False))
     assert len(partials(ds)) == 1  # the first one's, untouched
+
+
+def test_other_classes_leave_the_snapshot_as_it_is_and_are_resumed(ds: ImageDataset, interrupt: Any) -> None:
+    labels = np.where(np.arange(len(ds)) % 3 == 0, 2, ds.labels)
+    three = replace(ds, class_names=(*ds.class_names, "other"), metric="macro_auc", table=ds.table.assign(label=labels))
+    two = three.with_classes(["other"])
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(two)
+    (interrupted,) = list_interrupted(dataset=ds.name)
+    assert "--drop-class other" in interrupted.command
+    interrupt(10**6)
+    result = run(two, resume=True)
+    assert result.class_names == ds.class_names
+    snapshot = read_snapshot(ds.name)
+    assert snapshot is not None
+    assert snapshot.class_names == three.class_names
+    assert len(snapshot) == len(ds)
 
 
 def test_a_damaged_checkpoint_is_one_clear_error(ds: ImageDataset, interrupt: Any) -> None:

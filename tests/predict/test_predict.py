@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import embcache.predict.model as model
+from embcache.cli import app
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetError, DatasetNotFoundError, RecipeError, StoreError, StoreNotFoundError, UsageError
 from embcache.extract.backbones import LoadedBackbone, load_backbone
@@ -438,3 +440,34 @@ def test_dicom_files_are_grouped_by_patient(made: tuple[Path, Path, dict[str, st
     rows = {row["group"]: row for row in found.group_rows()}
     assert rows["A"]["p_a"] == pytest.approx(found.p[[0, 2], 0].mean())
     assert (len(rows), rows["A"]["images"]) == (4, 2)
+
+
+def test_a_run_of_other_classes_predicts_those_of_a_dataset(tmp_path: Path) -> None:
+    for k in range(36):
+        draw(tmp_path / "graded" / ("train" if k < 27 else "test") / "abc"[k % 3] / f"{k:02}.png", k, size=32)
+    ds, home = load_dataset("folder", tmp_path / "graded", dataset_name="graded"), tmp_path / "home"
+    extract_features(["random", "random:1"], ds, home=home)
+    asked: dict[str, Any] = {"folds": 2, "subset": 8, "home": home}
+    two = probe_features(ds.with_classes(["b"]), "random", head="knn", **asked)
+    found = predict_images(two.id, dataset="graded", home=home)
+    assert found.class_names == ("a", "c")
+    # Images of a class that the run does not know are left out, and counted.
+    assert found.images == tuple(i for i in ds.ids if "/b/" not in i)
+    assert found.labels == tuple(i.split("/")[1] for i in found.images)
+    assert "class b is left out: 12 images (9 train, 3 test)" in found.notes
+    expected = stored(home, two.id)
+    rows = {image: p for image, p in zip(found.images, found.p, strict=True) if image in expected}
+    np.testing.assert_allclose([rows[i] for i in expected], list(expected.values()), rtol=0, atol=1e-5)
+    merged = probe_features(
+        ds.with_classes(merge={"ab": ["a", "b"]}),
+        ["random", "random:1"],
+        head="dvme",
+        head_options={"proj_dim": 8},
+        **asked,
+    )
+    assert predict_images(merged.id, dataset="graded", home=home).labels == tuple(
+        "c" if "/c/" in i else "ab" for i in ds.ids
+    )
+    done = CliRunner().invoke(app, ["attention", "--run", merged.id, "--home", str(home), "--json", "-"])
+    assert done.exception is None
+    assert set(json.loads(done.stdout)["by_class"]) == {"ab", "c"}

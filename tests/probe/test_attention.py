@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -167,6 +168,61 @@ def test_a_row_is_computed_alike_in_any_batch(scores: float, kind: str) -> None:
     for part in (slice(0, 1), slice(63, 64), slice(10, 20), slice(30, 56)):
         for all_rows, some in zip(whole, rows(part), strict=True):
             assert torch.equal(all_rows[part], some)
+
+
+LAWS: dict[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]] = {
+    "normal": lambda rng, shape: rng.normal(size=shape),
+    "heaped": lambda rng, shape: np.sign(rng.normal(size=shape)) + 0.1 * rng.normal(size=shape),
+    "skewed": lambda rng, shape: np.exp(0.5 * rng.normal(size=shape)),
+    "lognormal": lambda rng, shape: np.exp(1.5 * rng.normal(size=shape)),
+}
+
+
+def batch(law: str, rows: int, tokens: int, unlike: float, seed: int) -> tuple[torch.Tensor, ...]:
+    """Queries, keys, values and a gradient from above; the scales of rows differ by a factor of about e^``unlike``."""
+    rng = np.random.default_rng(seed)
+    of_row = rng.choice(sorted(LAWS), rows) if law == "mixed" else [law] * rows
+    k = np.concatenate([LAWS[name](rng, (1, tokens)) for name in of_row])
+    k *= np.exp(1.2 * rng.normal() + unlike * rng.normal(size=(rows, 1)))
+    q = rng.normal(size=(rows, tokens)) * np.exp(0.7 * rng.normal() + unlike / 2 * rng.normal(size=(rows, 1)))
+    v, upstream = (rng.normal(size=(rows, tokens)) for _ in range(2))
+    return tuple(torch.from_numpy(a.astype(np.float32)) for a in (q, k, v, upstream))
+
+
+@pytest.mark.parametrize("law", ["mixed", *LAWS])
+@settings(max_examples=30)
+@given(
+    kind=st.sampled_from(["auto", "fast"]),
+    rows=st.integers(1, 6) | st.integers(1, 70),
+    unlike=st.sampled_from([0.0, 0.3, 1.2]),
+    seed=st.integers(0, 10_000),
+    data=st.data(),
+)
+def test_every_row_of_a_batch_is_its_own_in_any_order(
+    law: str, kind: str, rows: int, unlike: float, seed: int, data: st.DataObject
+) -> None:
+    *inputs, upstream = batch(law, rows, 160, unlike, seed)
+    check(*inputs, upstream, kind)
+    given_order = with_gradients(tuple(inputs), upstream, lambda *t: attend(*t, kind=kind))
+    order = torch.tensor(data.draw(st.permutations(range(rows))))
+    turned = with_gradients(tuple(t[order] for t in inputs), upstream[order], lambda *t: attend(*t, kind=kind))
+    for one, other in zip(given_order, turned, strict=True):
+        assert torch.equal(one[order], other)
+
+
+@pytest.mark.parametrize(
+    ("law", "rows", "seed"), [("heaped", 2, 2), ("heaped", 3, 8), ("skewed", 2, 10), ("skewed", 3, 35)]
+)
+def test_rows_that_were_once_exchanged(law: str, rows: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    k = (LAWS[law](rng, (rows, 1536)) * np.exp(1.2 * rng.normal(size=(rows, 1)))).astype(np.float32)
+    q = (rng.normal(size=(rows, 1536)) * np.exp(0.7 * rng.normal(size=(rows, 1)))).astype(np.float32)
+    queries, keys = torch.from_numpy(q), torch.from_numpy(k)
+    right = by_definition(queries.double(), keys.double(), keys.double() / 2)
+    for order in itertools.permutations(range(rows)):
+        turned = list(order)
+        error = (attend(queries[turned], keys[turned], keys[turned] / 2) - right[turned]).abs().amax(1)
+        assert (error / right[turned].std(1) < 2e-5).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

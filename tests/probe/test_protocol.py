@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.splits import water_fill
 from embcache.errors import ProtocolError, UsageError
-from embcache.probe.protocol import merged_groups, plan_splits
-from embcache.probe.splits import Splits
+from embcache.probe.protocol import merged_groups, plan_splits, subset_sizes
+from embcache.probe.splits import Splits, name_everything
 from tests.probe.build import make_dataset
 
 FROZEN_TRAIN = [("i40", "i139", "i170", "i151", "i219", "i11"), ("i49", "i98", "i176", "i84", "i177", "i154")]
@@ -432,6 +432,83 @@ def test_class_missing_from_a_validation_fold_is_told() -> None:
     extended = replace(ds, table=no_c)
     plan = plan_splits(extended, subsets=["F"], folds=2)
     assert any("has no image of c" in note for note in plan.notes)
+
+
+def test_advice_for_a_rare_class_leads_to_splits() -> None:
+    ds = make_dataset([0, 1] * 40 + [2] * 3)
+    with pytest.raises(ProtocolError) as caught:
+        plan_splits(ds, subsets=["F"])
+    fix = str(caught.value.fix)
+    assert "--drop-class c, or --merge-class c+OTHER=NEW, or more images: 6 groups of every class, one for" in fix
+    assert plan_splits(ds.with_classes(["c"]), subsets=["F"]).class_names == ("a", "b")
+    assert plan_splits(ds.with_classes(merge={"bc": ["b", "c"]}), subsets=["F"]).class_names == ("a", "bc")
+    folds = int(fix.split("--folds ")[1][0])
+    assert plan_splits(ds, subsets=["F"], folds=folds).n_folds == folds
+
+
+def test_two_images_of_every_class_are_told_what_the_local_test_set_takes() -> None:
+    ds = make_dataset([0, 1, 2, 3, 4] * 2)
+    with pytest.raises(ProtocolError) as caught:
+        plan_splits(ds, subsets=["F"], folds=2)
+    assert "the local test set holds 1 more" in str(caught.value.found)
+    # Dropping or fewer folds would not help: three images are needed of every class that is left.
+    assert (
+        caught.value.fix == "--merge-class a+OTHER=NEW, or more images: 3 groups of every class, one for the test set"
+    )
+    assert plan_splits(make_dataset([0, 1, 2, 3, 4] * 3), subsets=["F"], folds=2).n_folds == 2
+
+
+def own_val(train: list[int], val: list[int]) -> ImageDataset:
+    split = ["train"] * len(train) + ["val"] * len(val) + ["test"] * 6
+    return make_dataset([*train, *val, *[0, 1, 2] * 2], split=split, n_classes=3)
+
+
+def test_with_a_val_split_of_ones_own_folds_need_two_groups_of_a_class_only() -> None:
+    plan = plan_splits(own_val([0, 1] * 20 + [2] * 2, [0, 1, 2] * 3), subsets=["F"])
+    assert all(set(plan.labels[plan.train[f, "F"]]) == {0, 1, 2} for f in range(5))
+    with pytest.raises(ProtocolError, match="fewer images than two to train on") as caught:
+        plan_splits(own_val([0, 1] * 20 + [2], [0, 1, 2] * 3), subsets=["F"])
+    assert "--folds" not in str(caught.value.fix)
+    assert "--drop-class c" in str(caught.value.fix)
+
+
+def test_a_val_split_of_one_class_gets_advice_about_itself() -> None:
+    with pytest.raises(ProtocolError, match="the val split of toy holds fewer than two classes") as caught:
+        plan_splits(own_val([0, 1, 2] * 20, [1] * 5), subsets=["F"])
+    assert "val split" in str(caught.value.fix)
+    notes = plan_splits(own_val([0, 1, 2] * 20, [0, 1] * 5), subsets=["F"]).notes
+    assert sum("has no image of c" in note for note in notes) == 1
+    with pytest.raises(ProtocolError, match="matched validation") as caught:
+        plan_splits(own_val([0, 1, 2] * 20, [0, 1, 2, 0, 1]), subsets=["F"], val="matched")
+    assert caught.value.fix == "--val full"  # no larger subset has more of class c in the val split
+
+
+# --- one computation has one name
+
+
+def test_a_number_that_s_is_is_called_s() -> None:
+    ds = make_dataset([0, 1] * 100, subset_sizes={"S": 20, "M": 60})
+    assert list(subset_sizes(ds, [20, "S", "60", 61, "F"])) == ["S", "M", "61", "F"]
+    # What is asked for as a number must be there, whatever it is called.
+    with pytest.raises(ProtocolError, match="larger than the pool"):
+        plan_splits(make_dataset([0, 1] * 30, subset_sizes={"S": 50, "M": 500}), subsets=[50])
+    assert plan_splits(make_dataset([0, 1] * 30, subset_sizes={"S": 50, "M": 500}), subsets=["S"]).subsets == ("S",)
+
+
+def test_what_is_everything_in_every_fold_of_all_plans_is_f() -> None:
+    # 101 images: a pool of 81 or so; the folds train on 64 or 65.
+    ds = make_dataset([0, 1] * 50 + [0], subset_sizes={"S": 20, "M": 500})
+    plan = plan_splits(ds, subsets=["S", "M", "F"])
+    sizes = {len(plan.train[f, "F"]) for f in range(5)}
+    (named,) = name_everything([plan])
+    assert named.subsets == ("S", "F")
+    assert [named.name_of(s) for s in ("S", "M", "F")] == ["S", "F", "F"]
+    assert all(np.array_equal(named.train[f, "F"], plan.train[f, "M"]) for f in range(5))
+    assert len(sizes) == 2
+    partly = plan_splits(replace(ds, subset_sizes={"S": min(sizes), "M": max(sizes)}), subsets=["S", "M"])
+    assert partly.everything == {"M"}
+    others = replace(partly, everything=frozenset())
+    assert name_everything([partly, others])[0].subsets == ("S", "M")
 
 
 # --- the real images

@@ -11,16 +11,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.metrics import cohen_kappa_score, roc_auc_score
+from sklearn.metrics import average_precision_score, cohen_kappa_score, log_loss, roc_auc_score
 
 import embcache.probe.run as run_module
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, RecipeError, StoreError, StoreNotFoundError, UsageError
-from embcache.probe.metrics import bootstrap, interval, softmax
+from embcache.probe.cached import probe_cached
+from embcache.probe.metrics import softmax
 from embcache.probe.protocol import plan_splits
 from embcache.probe.results import ProbeResult, list_results, load_heads, load_predictions, load_result, runs_dir
-from embcache.probe.run import probe_features, probe_grid
+from embcache.probe.run import find_saved, probe_features, probe_grid
 from embcache.probe.splits import write_splits
+from embcache.probe.summary import in_metric
 from tests.probe.build import make_dataset, make_features, make_recipe, put_store
 
 
@@ -66,20 +68,96 @@ def test_a_result_says_what_it_is(cached: ImageDataset, home: Path) -> None:
 def test_test_scores_are_those_of_the_kept_predictions(cached: ImageDataset, home: Path) -> None:
     result = probe_features(cached, "a", home=home)
     frame = load_predictions(run_of(result, home))
-    assert list(frame.columns) == ["id", "label", "group", "fold", "p_0", "p_1"]
+    assert list(frame.columns) == ["id", "label", "group", "fold", "p_0", "p_1", "logit_0", "logit_1"]
     assert len(frame) == 5 * 60
     by_id = dict(zip(cached.ids, cached.labels, strict=True))
     assert all(by_id[i] == y for i, y in zip(frame["id"], frame["label"], strict=True))
-    stacked = []
     for fold in result.folds:
         part = frame[frame["fold"] == fold.fold]
         assert fold.score == pytest.approx(roc_auc_score(part["label"], part["p_1"]), abs=1e-9)
-        stacked.append(part[["p_0", "p_1"]].to_numpy())
     test = cached.table[cached.table["split"] == "test"]
     assert part["id"].tolist() == test["id"].tolist()
-    samples = bootstrap("auc", test["label"], np.stack(stacked), test["group"].tolist())
-    assert result.interval == pytest.approx(interval(samples))
-    assert result.interval[0] < result.mean < result.interval[1]
+    logits = frame[["logit_0", "logit_1"]].to_numpy()
+    np.testing.assert_allclose(softmax(logits), frame[["p_0", "p_1"]].to_numpy(), rtol=1e-12)
+    assert result.estimate is not None
+    assert result.interval == result.estimate.new_model
+    (low, high), (lower, higher) = result.estimate.these_models, result.estimate.new_model
+    assert lower <= low < result.mean < high <= higher
+
+
+def test_what_predict_uses_and_patients_are_scored(cached: ImageDataset, home: Path) -> None:
+    result = probe_features(cached, "a", home=home)
+    frame = load_predictions(run_of(result, home))
+    ensemble = frame.groupby("id").agg({"label": "first", "p_1": "mean", "group": "first"})
+    scores = result.estimates
+    assert scores["ensemble"].mean == pytest.approx(roc_auc_score(ensemble["label"], ensemble["p_1"]))
+    assert "groups hold images of several classes" in result.by_group["why"]
+    table = cached.table.assign(label=[k // 2 % 2 for k in range(len(cached.table))])  # a class per group
+    found = probe_features(replace(cached, table=table), "a", home=home)
+    frame = load_predictions(run_of(found, home))
+    patients = frame.groupby(["fold", "group"]).agg({"label": "first", "p_1": "mean"})
+    each = [roc_auc_score(part["label"], part["p_1"]) for _, part in patients.groupby("fold")]
+    assert found.by_group["groups"] == 30
+    assert found.estimates["by patient"].mean == pytest.approx(np.mean(each))
+    one = patients.groupby("group").agg({"label": "first", "p_1": "mean"})
+    assert found.estimates["by patient, ensemble"].mean == pytest.approx(roc_auc_score(one["label"], one["p_1"]))
+
+
+def test_another_metric_scores_a_saved_run(cached: ImageDataset, home: Path) -> None:
+    result = probe_features(cached, "a", home=home)
+    found = in_metric(result, "auprc", home)
+    frame = load_predictions(run_of(result, home))
+    held = load_predictions(run_of(result, home), "validation")
+    each = [average_precision_score(part["label"], part["p_1"]) for _, part in frame.groupby("fold")]
+    odds = held["logit_1"] - held["logit_0"]
+    validated = [average_precision_score(part["label"], odds[part.index]) for _, part in held.groupby("fold")]
+    assert [fold.score for fold in found.folds] == pytest.approx(each)
+    assert found.val_mean == pytest.approx(np.mean(validated))
+    assert (found.id, found.metric, found.positive) == (result.id, "auprc", "b")
+    own = [roc_auc_score(part["label"], odds[part.index]) for _, part in held.groupby("fold")]
+    assert [fold.val_score for fold in result.folds] == pytest.approx(own)  # the epoch that was kept
+
+
+def test_another_positive_class_is_scored_and_recorded_without_training(
+    cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = probe_features(cached, "a", home=home)
+    assert result.positive == "b"
+    monkeypatch.setattr(run_module, "train_jobs", never_train)
+    other = probe_features(cached, "a", home=home, positive="a")
+    frame = load_predictions(run_of(result, home))
+    part = frame[frame["fold"] == 0]
+    expected = average_precision_score(part["label"] == 0, part["p_0"])
+    assert (other.id, other.positive, other.mean) == (result.id, "a", result.mean)
+    assert other.folds[0].metrics["auprc"] == pytest.approx(expected)
+    assert load_result(run_of(result, home)).positive == "a"
+    with pytest.raises(UsageError, match="no such class"):
+        probe_features(cached, "a", home=home, positive="c")
+
+
+def test_the_metric_that_chooses_epochs_is_part_of_the_request(cached: ImageDataset, home: Path) -> None:
+    own = probe_features(cached, "a", home=home)
+    loss = probe_features(cached, "a", home=home, metric="log_loss")
+    assert loss.id != own.id
+    assert loss.metric == "log_loss"
+    held = load_predictions(run_of(loss, home), "validation")
+    for fold in loss.folds:
+        part = held[held["fold"] == fold.fold]
+        p = softmax(part[["logit_0", "logit_1"]].to_numpy())
+        assert fold.val_score == pytest.approx(-log_loss(part["label"], p))  # negated: higher is better
+    assert (
+        probe_features(cached, "a", home=home, metric="auprc").id
+        != probe_features(cached, "a", home=home, metric="auprc", positive="a").id
+    )
+
+
+def test_a_fold_that_predicts_one_class_is_named(home: Path) -> None:
+    ds = make_dataset([0, 1] * 60, split=["train"] * 80 + ["test"] * 40)
+    put_store(home, ds, "flat", np.zeros((120, 4), np.float32))
+    result = probe_features(ds, "flat", subset="F", home=home)
+    told = [note for note in result.notes if "for all 40 test images, of which 20 are" in note]
+    assert len(told) == 5
+    assert result.majority == ("a", 0.5)
 
 
 def test_kept_heads_give_the_predictions_from_raw_features(cached: ImageDataset, home: Path) -> None:
@@ -101,6 +179,7 @@ def test_the_run_reads_back(cached: ImageDataset, home: Path) -> None:
         "heads.safetensors",
         "predictions.parquet",
         "result.json",
+        "validation.parquet",
     ]
 
 
@@ -127,7 +206,7 @@ def test_the_same_request_is_answered_from_the_run(
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"subset": 20}, {"folds": 4}, {"val": "matched"}, {"lr": 1e-2}, {"head": "dvme-noattn"}]
+    "change", [{"seed": 1}, {"subset": 30}, {"folds": 4}, {"val": "matched"}, {"lr": 1e-2}, {"head": "dvme-noattn"}]
 )
 def test_another_request_is_another_run(cached: ImageDataset, home: Path, change: dict[str, Any]) -> None:
     assert probe_features(cached, "a", home=home, **change).id != probe_features(cached, "a", home=home).id
@@ -345,12 +424,28 @@ def test_kappa_is_quadratic_on_the_arg_max(home: Path) -> None:
     assert result.folds[2].score == pytest.approx(cohen_kappa_score(part["label"], predicted, weights="quadratic"))
 
 
-def test_unbalanced_subsets_say_that_they_are_oversampled(home: Path) -> None:
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [("linear", "draws them equally often"), ("logreg", "weigh alike"), ("knn", "more neighbors")],
+)
+def test_unbalanced_subsets_say_what_the_head_does_about_it(home: Path, head: str, words: str) -> None:
     ds = make_dataset([0] * 200 + [1] * 40)
     put_store(home, ds, "a", make_features(ds))
-    small, full = probe_grid(ds, [["a"]], subsets=[20, "F"], home=home)
-    assert not any("equally often" in note for note in small.notes)
-    assert any("equally often" in note for note in full.notes)
+    small, full = probe_grid(ds, [["a"]], subsets=[20, "F"], head=head, home=home)
+    assert not any("not balanced" in note for note in small.notes)
+    (note,) = (note for note in full.notes if "not balanced" in note)
+    assert words in note
+
+
+def test_one_computation_is_one_run(home: Path) -> None:
+    ds = make_dataset([0, 1] * 100, split=["train"] * 100 + ["test"] * 100, subset_sizes={"S": 20, "M": 500})
+    put_store(home, ds, "a", make_features(ds))
+    results = probe_grid(ds, [["a"]], subsets=["S", 20, "M", "F"], head="knn", home=home)
+    assert [r.subset for r in results] == ["S", "S", "F", "F"]
+    assert len({r.id for r in results}) == len(list_results(home)) == 2
+    assert find_saved(ds, [["a"]], subsets=["M", 20], head="knn", home=home) == [results[3], results[0]]
+    assert any("subset M is 500 training images" in note for note in results[2].notes)
+    assert [r.subset for r in probe_cached(subsets=["20", "S", "M", "F"], head="knn", home=home)] == ["S", "F"]
 
 
 def test_synthetic_images_are_called_so(home: Path) -> None:
@@ -424,7 +519,10 @@ def test_progress_ends_at_its_total(cached: ImageDataset, home: Path) -> None:
     assert [done for done, _ in told] == sorted(done for done, _ in told)
 
 
-def test_an_interval_over_few_test_groups_carries_a_warning(home: Path) -> None:
-    ds = make_dataset([0, 1] * 40 + [0, 1] * 5, split=["train"] * 80 + ["test"] * 10)
+def test_too_few_test_groups_have_words_instead_of_an_interval(home: Path) -> None:
+    ds = make_dataset([0, 1] * 40 + [0, 1] * 4, split=["train"] * 80 + ["test"] * 8)
     put_store(home, ds, "a", make_features(ds))
-    assert [note for note in probe_features(ds, "a", home=home).notes if note.startswith("few test groups (5 of")]
+    result = probe_features(ds, "a", home=home)
+    assert result.interval is None
+    assert result.estimate is not None
+    assert result.estimate.why == "too few patients: 4 of a, 4 of b, 5 needed"

@@ -16,6 +16,7 @@ from embcache.errors import StoreError, StoreNotFoundError
 from embcache.probe import results as results_module
 from embcache.probe.protocol import plan_splits
 from embcache.probe.results import (
+    PROTOCOL_VERSION,
     ProbeResult,
     find_run,
     find_run_anywhere,
@@ -28,7 +29,7 @@ from embcache.probe.results import (
     runs_dir,
     save_run,
 )
-from embcache.probe.summary import Outcome, prediction_table, summarise
+from embcache.probe.summary import Outcome, Outputs, prediction_table, summarise
 from embcache.store.sealed import seal, unseal
 from tests.probe.build import make_dataset
 
@@ -41,9 +42,11 @@ def make_run(
     """A result that some other path than probing made."""
     ds = make_dataset([0, 1] * 40, split=["train"] * 60 + ["test"] * 20, name=dataset)
     plans = [plan_splits(ds, subsets=["S"], folds=3, seed=s) for s in (seed, seed + 1)]
-    p = np.random.default_rng(seed).dirichlet([1, 1], size=(6, 20))
+    rng = np.random.default_rng(seed)
+    outputs = Outputs(rng.normal(size=(6, 20, 2)), [rng.normal(size=(20, 2))] * 6)
     outcomes = [Outcome(k + 1, 9, 0.5 + k / 100, 1e-4) for k in range(6)]
-    request = {"kind": kind, "head": {"name": head}, "subset": "S", "dataset": dataset, "seed": seed}
+    request = {"kind": kind, "protocol": PROTOCOL_VERSION, "head": {"name": head}, "subset": "S", "metric": "auc"}
+    request |= {"dataset": dataset, "seed": seed}
     result = summarise(
         ds,
         plans,
@@ -54,12 +57,12 @@ def make_run(
         request=request,
         recipes={"random": {"backbone": "random"}},
         outcomes=outcomes,
-        p=p,
+        outputs=outputs,
         source="live",
         seconds=1.0,
         notes=["a note of its own"],
     )
-    return result, prediction_table(plans[0], p, outcomes)
+    return result, prediction_table(plans[0], outputs, outcomes)
 
 
 def test_results_of_other_paths_are_put_together_the_same_way(home: Path) -> None:
@@ -71,7 +74,7 @@ def test_results_of_other_paths_are_put_together_the_same_way(home: Path) -> Non
     ]
     assert result.mean == pytest.approx(np.mean([f.score for f in result.folds]))
     assert "a note of its own" in result.notes
-    assert list(frame.columns) == ["id", "label", "group", "fold", "p_0", "p_1"]
+    assert list(frame.columns) == ["id", "label", "group", "fold", "p_0", "p_1", "logit_0", "logit_1"]
     assert frame["group"].tolist() == frame["id"].tolist()  # each image is a group of its own here
     assert frame.groupby("fold").size().tolist() == [20] * 6
     assert load_result(save_run(result, frame, [], home)) == result
@@ -80,12 +83,12 @@ def test_results_of_other_paths_are_put_together_the_same_way(home: Path) -> Non
 def test_a_single_scored_fold_has_no_deviation() -> None:
     ds = make_dataset([0, 1] * 40, split=["train"] * 60 + ["test"] * 20)
     plan = plan_splits(ds, subsets=["S"], folds=2)
-    p = np.random.default_rng(0).dirichlet([1, 1], size=(2, 20))
+    logits = np.random.default_rng(0).normal(size=(2, 20, 2))
     result = summarise(
         ds, [plan], "S", kind="probe", backbones=["a"], head="linear",
-        request={"kind": "probe", "head": {"name": "linear"}, "subset": "S"}, recipes={},
+        request={"kind": "probe", "head": {"name": "linear"}, "subset": "S", "metric": "auc"}, recipes={},
         outcomes=[Outcome(0, 1, None, 1e-3, diverged=True), Outcome(5, 30, 0.7, 1e-3)],
-        p=p, source="live", seconds=1.0,
+        outputs=Outputs(logits, logits), source="live", seconds=1.0,
     )  # fmt: skip
     assert result.mean == result.folds[1].score
     assert result.std is None

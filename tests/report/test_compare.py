@@ -1,18 +1,20 @@
-"""Comparisons: the same resamples, Holm in one family, refused where the test images are not the same."""
+"""Comparisons: the same test groups, Holm in one family, refused where the test images are not the same."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from embcache.errors import ProtocolError, StoreNotFoundError, UsageError
-from embcache.probe.metrics import BOOTSTRAP_SEED, resample_weights
 from embcache.probe.results import find_run_anywhere, load_predictions
 from embcache.probe.run import probe_features
-from embcache.report.compare import bootstrap_p, compare_runs, holm
+from embcache.probe.statistics import holm
+from embcache.report.compare import compare_runs
 from tests.probe.build import make_dataset, make_features, put_store
 
 
@@ -47,42 +49,67 @@ def test_holm_of_the_textbook_example() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-def test_equal_scores_are_no_difference_whatever_their_last_bits() -> None:
-    assert bootstrap_p([1e-17, -1e-17] * 50) == bootstrap_p(np.zeros(100)) == 1.0
-    assert bootstrap_p([1e-16] * 100) == 1.0
+def placements(labels: Any, score: Any) -> Any:
+    """Share of the other class that each row is ranked rightly against, pair by pair."""
+    out = np.empty(len(labels))
+    for i, y in enumerate(labels):
+        apart = (score[i] - score[labels != y]) * (1 if y else -1)
+        out[i] = np.mean((apart > 0) + 0.5 * (apart == 0))
+    return out
 
 
-def test_p_counts_both_sides_of_zero() -> None:
-    assert bootstrap_p(np.arange(1, 2000)) == pytest.approx(2 / 2000)
-    assert bootstrap_p([-1.0, 1.0]) == 1.0
-    assert bootstrap_p(np.zeros(100)) == 1.0
-    assert bootstrap_p([-1.0] * 4 + [1.0] * 95) == pytest.approx(2 * 5 / 100)
-
-
-def test_differences_are_those_of_a_loop_with_scikit_learn(home: Path, runs: list[str]) -> None:
-    rows = compare_runs(runs, home=home, resamples=60)
-    tables = [load_predictions(find_run_anywhere(run, home)[1]).sort_values(["fold", "id"]) for run in runs]
+def test_a_difference_has_the_variance_of_test_groups_and_of_training(home: Path, runs: list[str]) -> None:
+    rows = compare_runs(runs, home=home)
+    found = [find_run_anywhere(run, home) for run in runs]
+    tables = [load_predictions(path).sort_values(["fold", "id"]) for _, path in found]
     first = tables[0][tables[0]["fold"] == 0]
-    y, groups = first["label"].to_numpy(), first["group"].to_numpy(dtype=object)
-    weights = np.concatenate(list(resample_weights(y, groups, 60, BOOTSTRAP_SEED)))
-    # copies of the drawn images instead of weights, one fold and one resample at a time
-    samples = [
-        [
-            np.mean([roc_auc_score(np.repeat(y, c), np.repeat(q, c)) for q in t["p_1"].to_numpy().reshape(2, -1)])
-            for c in weights.astype(int)
-        ]
-        for t in tables
-    ]
-    for row, own in zip(rows, samples, strict=True):
-        assert row.interval == pytest.approx(tuple(np.quantile(own, [0.025, 0.975])), abs=1e-12)
-    assert rows[0].difference is None
-    assert rows[0].p is None
-    p = [bootstrap_p(np.subtract(own, samples[0])) for own in samples[1:]]
-    for row, own, raw, corrected in zip(rows[1:], samples[1:], p, holm(p), strict=True):
-        assert row.difference == pytest.approx(row.mean - rows[0].mean)
-        gap = np.subtract(own, samples[0])
-        assert row.difference_interval == pytest.approx(tuple(np.quantile(gap, [0.025, 0.975])), abs=1e-12)
-        assert (row.p, row.p_holm) == pytest.approx((raw, corrected))
+    y, groups = first["label"].to_numpy(), first["group"].to_numpy()
+    scores = [t["p_1"].to_numpy().reshape(2, -1) for t in tables]
+    influence, auc = [], []
+    for own in scores:  # DeLong's placement values, summed by group (one class each) as Obuchowski does
+        placed = np.stack([placements(y, q) for q in own])
+        auc.append([roc_auc_score(y, q) for q in own])
+        moves = []
+        for group in np.unique(groups):
+            rows_of = groups == group
+            c = y[rows_of][0]
+            n_groups = len(np.unique(groups[y == c]))
+            share = (placed[:, rows_of] - np.array(auc[-1])[:, None]).sum(1) / (y == c).sum()
+            moves.append(share * np.sqrt(n_groups / (n_groups - 1)))
+        influence.append(np.array(moves))  # (groups, folds)
+    overlap = found[0][0].overlap
+    assert overlap == 0.0  # two folds
+    for row, own, values in zip(rows[1:], influence[1:], auc[1:], strict=True):
+        apart = own - influence[0]
+        v_test = (apart.mean(1) ** 2).sum()
+        noise = ((apart - apart.mean(1, keepdims=True)) ** 2).sum()
+        sigma2 = max(0.0, np.var(np.subtract(values, auc[0]), ddof=1) - noise)
+        assert row.difference is not None
+        assert row.difference.difference == pytest.approx(np.mean(values) - np.mean(auc[0]))
+        assert row.difference.trained
+        low, high = row.difference.interval
+        assert (low + high) / 2 == pytest.approx(row.difference.difference)
+        v, t = v_test + sigma2 / 2, row.difference.difference / np.sqrt(v_test + sigma2 / 2)
+        # Satterthwaite: 14 groups less one of each class, one degree of freedom of training
+        parts = [(apart[[y[groups == g][0] == c for g in np.unique(groups)]].mean(1) ** 2).sum() for c in (0, 1)]
+        n_groups = [len(np.unique(groups[y == c])) for c in (0, 1)]
+        df_test = v_test**2 / sum(p**2 / (n - 1) for p, n in zip(parts, n_groups, strict=True))
+        df = v**2 / (v_test**2 / df_test + (sigma2 / 2) ** 2)
+        assert row.difference.p == pytest.approx(2 * stats.t.sf(abs(t), df), rel=1e-6)
+        assert high - low == pytest.approx(2 * stats.t.ppf(0.975, df) * np.sqrt(v))
+        smallest = (stats.t.ppf(0.975, df) + stats.t.ppf(0.8, df)) * np.sqrt(v)
+        assert row.difference.smallest == pytest.approx(smallest)
+    assert [row.p_holm for row in rows[1:]] == pytest.approx(holm_by_definition([r.difference.p for r in rows[1:]]))
+
+
+def test_metrics_are_one_family_and_margins_test_equivalence(home: Path, runs: list[str]) -> None:
+    rows = compare_runs(runs, metrics=["auc", "accuracy"], margin=0.9, home=home)
+    assert [row.metric for row in rows] == ["auc"] * 3 + ["accuracy"] * 3
+    apart = [row for row in rows if row.difference is not None]
+    assert [row.p_holm for row in apart] == pytest.approx(holm_by_definition([r.difference.p for r in apart]))
+    assert all(0 <= row.difference.p_margin < 0.5 for row in apart)
+    with pytest.raises(UsageError, match="margin"):
+        compare_runs(runs, margin=0.0, home=home)
 
 
 def test_the_own_interval_is_that_of_the_result(home: Path, runs: list[str]) -> None:
@@ -94,7 +121,7 @@ def test_the_reference_comes_first_and_a_run_named_twice_counts_once(home: Path,
     rows = compare_runs([*runs, runs[0]], reference=runs[1], home=home, resamples=50)
     assert [row.run for row in rows] == [runs[1], runs[0], runs[2]]
     assert rows[1].difference is not None
-    assert rows[1].difference < 0
+    assert rows[1].difference.difference < 0
 
 
 def test_fewer_than_two_runs_and_unknown_ones_are_refused(home: Path, runs: list[str]) -> None:

@@ -111,5 +111,5 @@ def test_neighbour_accuracy_leaves_each_image_out() -> None:
     for i in range(60):
         others = np.arange(60) != i
         guesses.append(KNeighborsClassifier(1).fit(standard[others], labels[others]).predict(standard[i : i + 1])[0])
-    assert neighbour_accuracy(features, labels, k=1) == balanced_accuracy_score(labels, guesses)
-    assert neighbour_accuracy(labels[:, None].astype(np.float32), labels) == 1.0
+    assert neighbour_accuracy(features, labels, range(60), k=1) == balanced_accuracy_score(labels, guesses)
+    assert neighbour_accuracy(labels[:, None].astype(np.float32), labels, range(60)) == 1.0

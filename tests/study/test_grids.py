@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from embcache.data.classes import ClassOptions
 from embcache.errors import UsageError
 from embcache.study.grids import read_grid
 
@@ -59,6 +60,11 @@ def test_probes_and_finetunings_stand_in_one_grid(tmp_path: Path) -> None:
     assert [m.kind for m in read_grid(written(tmp_path, text)).grid.models] == ["probe", "finetune"]
 
 
+def test_classes_are_left_out_and_merged_as_the_command_does(tmp_path: Path) -> None:
+    own = read_grid(written(tmp_path, BASE + 'drop_class = "other"\nmerge_class = ["mild+severe=ill"]\n'))
+    assert own.options == {"classes": ClassOptions(("other",), ("mild+severe=ill",))}
+
+
 BASE = 'datasets = ["a"]\nbackbones = ["x"]\n'
 
 
@@ -76,6 +82,7 @@ BASE = 'datasets = ["a"]\nbackbones = ["x"]\n'
         (BASE + 'kind = "train"\n', "no such 'kind'"),
         (BASE + "folds = 0\n", "'folds' is not a number"),
         (BASE + 'lr = "fast"\n', "'lr' is not a learning rate"),
+        (BASE + "drop_class = 3\n", "'drop_class' is not a list"),
         (BASE + "title = 3\n", "'title' is not of the right kind"),
         ("backbones = [1]\ndatasets = ['a']\n", "'backbones' is not a list of names"),
         ("datasets = [", "not TOML"),

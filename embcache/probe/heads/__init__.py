@@ -79,6 +79,13 @@ def make_head(name: str, **hyperparameters: Any) -> Head:
     return known[name](**hyperparameters)
 
 
+def imbalance(name: str) -> str:
+    """What the head called ``name`` does where classes are not balanced, in words."""
+    if not is_solved(heads()[name]):
+        return "training draws them equally often"
+    return "they weigh alike in training" if weighs(name) else "nothing is done about it"
+
+
 def weighs(name: str) -> bool:
     """Whether the head called ``name`` takes classes alike where they are not balanced; trained heads draw them so."""
     kind = heads()[name]

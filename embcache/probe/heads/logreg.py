@@ -91,7 +91,7 @@ class LogReg:
                 "logistic regression cannot be solved",
                 expected="finite features of two classes at least",
                 found=f"{len(np.unique(labels))} class" if len(np.unique(labels)) < 2 else "features not finite",
-                fix="a larger --subset, or look for features that are not finite: embcache info",
+                fix=("a larger --subset", "look for features that are not finite: embcache info"),
             )
         with threads_for(train.size):
             solutions = list(self._path(train, labels, n_classes))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from embcache.analysis.run_attention import RunAttention, run_attention
+from embcache.data.classes import target_words
 from embcache.errors import StoreError
 from embcache.paths import slug
 from embcache.probe.results import ProbeResult, run_file
@@ -95,7 +96,7 @@ class Attended:
 
 def attending_run(part: Part, choices: Sequence[Choice]) -> ProbeResult | None:
     """The run whose attention is shown: of dvme before dvme-token, of most training labels, best on validation."""
-    runs = [r for r in part.results if r.kind == "probe" and r.head in ATTENDING and not r.target]
+    runs = [r for r in part.results if r.kind == "probe" and r.head in ATTENDING and not target_words(r.request)]
     ranked = {rival.result.id for choice in choices for rival in choice.rivals}
     runs = [r for r in runs if r.id in ranked] or runs
     return max(runs, key=lambda r: (r.head == "dvme", r.n_train, r.val_mean or 0.0), default=None)
@@ -149,7 +150,7 @@ def _attended(found: RunAttention) -> Attended:
 def map_picture(weights: NDArray[np.floating], backbones: int) -> str:
     """A mean map (N, N) as PNG in base64: dark is more, lines are the borders of the backbones.
 
-    Shares span orders of magnitude between columns, so colours follow ranks (as quantiles), not values.
+    Shares span orders of magnitude between columns, so colors follow ranks (as quantiles), not values.
     """
     n = len(weights)
     step = -(-n // _SIDE)

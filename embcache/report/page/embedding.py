@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.analysis.coordinates import cached_map
-from embcache.analysis.maps import PERPLEXITY, MapScores, score_map
+from embcache.analysis.maps import PERPLEXITY, MapScores, decimals, score_map
 from embcache.analysis.shown import Shown, fused_features, plain_features, shown_images
+from embcache.data.classes import target_words
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError, StoreNotFoundError
 from embcache.paths import slug
@@ -54,8 +55,8 @@ class EmbeddingMap:
         The images, in an order of their own that says nothing.
     panels : tuple of Panel
     predicted : tuple of (str, int64 array (n,), float64 array (n,))
-        By each chosen model: its words, the class of the highest mean probability over fold models (−1 where it
-        predicted none), and that probability.
+        By the ensemble of each chosen model: its words, the most probable class (−1 where it predicted none), and its
+        probability.
     notes : tuple of str
         What could not be shown, and why.
     """
@@ -72,7 +73,7 @@ class EmbeddingMap:
             [
                 panel.label, f"{panel.dim:,}",
                 "–" if panel.scores.silhouette is None else signed(panel.scores.silhouette, 3),
-                f"{panel.scores.knn_accuracy:.3f}", f"{panel.scores.trustworthiness:.3f}", panel.remark,
+                decimals(panel.scores.knn_accuracy, 3), decimals(panel.scores.trustworthiness, 3), panel.remark,
             ]
             for panel in self.panels
         ]  # fmt: skip
@@ -111,7 +112,7 @@ def make_map(
         raise StoreNotFoundError(f"neither images nor a table of {part.name} are here", fix="embcache extract …")
     stores, notes = _stores(ds, part)
     request = choices[-1].chosen.result.request if choices else {}
-    protocol: dict[str, Any] = {key: request[key] for key in ("folds", "seed", "test") if key in request}
+    protocol: dict[str, Any] = {key: request[key] for key in ("seed", "test") if key in request}
     protocol["exclude_test_overlap"] = bool(request.get("exclude_test_overlap", False))
     shown = _mixed(shown_images(ds, list(stores.values()), rows=rows, most=most, **protocol))
     features = {name: plain_features(store, shown.ids) for name, store in stores.items()}
@@ -120,7 +121,7 @@ def make_map(
     def panel(label: str, remark: str, x: NDArray[np.float32], source: dict[str, Any]) -> Panel:
         say(f"{ds.name}: t-SNE of {label}, {len(x):,} images")
         points = cached_map(folder, source, shown.ids, x, "tsne", seed=_SEED, perplexity=PERPLEXITY)
-        return Panel(label, remark, x.shape[1], points, score_map(x, points, shown.labels))
+        return Panel(label, remark, x.shape[1], points, score_map(x, points, shown.labels, shown.groups))
 
     panels = [panel(name, "", x, {"recipe": stores[name].recipe.fingerprint}) for name, x in sorted(features.items())]
     fused = _fused_run(part, choices, features)
@@ -159,7 +160,7 @@ def _fused_run(part: Part, choices: Sequence[Choice], features: dict[str, NDArra
     runs = [
         r
         for r in part.results
-        if r.kind == "probe" and r.head in FUSED and not r.target and set(r.backbones) <= set(features)
+        if r.kind == "probe" and r.head in FUSED and not target_words(r.request) and set(r.backbones) <= set(features)
     ]
     ranked = {rival.result.id for choice in choices for rival in choice.rivals}
     runs = [r for r in runs if r.id in ranked] or runs
@@ -169,7 +170,7 @@ def _fused_run(part: Part, choices: Sequence[Choice], features: dict[str, NDArra
 def _mixed(shown: Shown) -> Shown:
     """The same images in a seeded order, so that a point's number does not tell its place in the dataset."""
     order = np.random.Generator(np.random.PCG64(_SEED)).permutation(len(shown.ids))
-    return Shown([shown.ids[i] for i in order], shown.labels[order], shown.remark)
+    return Shown([shown.ids[i] for i in order], shown.labels[order], [shown.groups[i] for i in order], shown.remark)
 
 
 def _predictions(
@@ -178,7 +179,7 @@ def _predictions(
     found = []
     for choice in reversed(choices):
         t = choice.chosen.tested
-        mean = t.p.mean(0)  # (n, C)
+        mean = t.predictions.ensemble().p[0]  # (n, C)
         place = {name: row for row, name in enumerate(t.ids.tolist())}
         rows = np.array([place.get(name, -1) for name in ids], dtype=np.int64)
         classes = np.where(rows >= 0, mean.argmax(1)[rows], -1)

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from embcache.data.classes import class_flags
 from embcache.errors import EmbcacheError
 from embcache.probe.heads import heads, hyperparameters, make_head
 from embcache.probe.results import ProbeResult
@@ -135,6 +136,7 @@ def _command(result: ProbeResult, dataset: str, part: Part) -> str:
     for name, default in (("folds", 5), ("seed", 0), ("val", "full"), ("repeats", 1), ("views", 1), ("target", "")):
         if request.get(name, default) != default:
             words.append(f"--{name} {shlex.quote(str(request[name]))}")
+    words += map(shlex.quote, class_flags(request.get("classes", {})))
     if request.get("test") == "official" and part.ds is not None and part.ds.leaderboard_alpha is not None:
         words.append("--test official")
     if request.get("exclude_test_overlap"):

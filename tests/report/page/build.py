@@ -10,8 +10,11 @@ import pandas as pd
 from PIL import Image
 
 from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.probe.predictions import Predictions
 from embcache.probe.run import probe_features
+from embcache.probe.statistics import Difference, Estimate
 from embcache.report import compare
+from embcache.report.advice import advise_backbone
 from embcache.report.page.choice import Choice, Rival
 from tests.probe.build import make_features, put_store
 from tests.report.build import make_result
@@ -78,14 +81,18 @@ def make_rival(
 ) -> Rival:
     """A rival with these numbers: ``difference`` is (value, low, high), ``p`` corrected."""
     result = make_result((mean - 0.01, mean, mean + 0.01), id=name, val_mean=val, backbones=backbones)
+    bounds = (mean - 0.02, mean + 0.02)
+    estimate = Estimate("auc", "", mean, 0.01, bounds, bounds, "", 300, 1e-4, 1e-5, 0.5, 0.0)
     row = compare.Comparison(
-        name, "pneumonia", backbones, "linear", "S", "auc", mean, 0.01, (mean - 0.02, mean + 0.02),
-        None if difference is None else difference[0], None if difference is None else difference[1:], p, p,
+        name, "pneumonia", backbones, "linear", "S", "auc", estimate,
+        None if difference is None else Difference(difference[0], difference[1:], p, 0.03, None, True), p,
     )  # fmt: skip
     empty = np.zeros(0, dtype=object)
-    tested = compare.Tested(result, empty, empty, np.zeros(0, dtype=np.int64), np.zeros((3, 0, 2)))
+    none = Predictions(empty, empty, np.zeros(0, dtype=np.int64), np.zeros((3, 0, 2)), result.class_names)
+    tested = compare.Tested(result, none)
     return Rival(name, tested, row)
 
 
 def make_choice(*rivals: Rival, subset: str = "S", n_train: int = 50) -> Choice:
-    return Choice(subset, n_train, n_train + 100, rivals)
+    advice = advise_backbone([rival.name for rival in rivals], [rival.row for rival in rivals], n_train)
+    return Choice(subset, n_train, n_train + 100, rivals, advice)

@@ -1,0 +1,177 @@
+"""Simulated test sets with a known truth, for `statistics.py`: labels (n,), groups (n,) and logits (models, n, classes).
+
+The laws, so that the figures can be repeated elsewhere (N is a standard normal deviate, Φ its distribution):
+
+two classes    A patient has one class and 1 + Poisson(1) images. A score is δ·[positive] + √.6 N(patient) + √.28 N(image)
+               + √.12 N(model, image), with δ = √2 Φ⁻¹(AUC): its AUC over all patients is known exactly. Uneven: 1 + a
+               geometric number of images of mean 5, and patients hold 90 % of the variance. Unequal: positives spread
+               3 times as wide. Coarse: scores rounded to 4 levels.
+fundus         A patient has one eye, or two with probability .46. An eye's severity is .8 N(patient) + .6 N(eye), cut into
+               five grades with shares .475, .1775, .255, .065, .0275. The logit of grade g is −.48 (g − grade)² +
+               .6 N(patient, g) + .8 N(eye, g) + .5 N(model, eye, g).
+single images  The same grades, every image a patient of its own; logits −.5 (g − grade)² + .9 N(image, g) +
+               .5 N(model, image, g).
+rare           15 % positive, every image a patient of its own; score 1.5·[positive] + .9 N(image) + .4 N(model, image) − 1.
+several        A patient has images of different classes (lesions), drawn without replacement; logits [own class]·gain +
+               N(image, class), gain .7.
+heads          Features N(64) + 2/8 (label − ½) in every direction, and .6 N(image) along that diagonal, the same for all
+               backbones. Logistic regression on the first labels of each fold's training part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+
+Array = NDArray[np.float64]
+GRADES = np.array([0.475, 0.1775, 0.255, 0.065, 0.0275])
+NORMAL = NormalDist()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One test set. ``other`` is a second set of models, as good as the first; ``overlap`` of heads' training rows."""
+
+    labels: NDArray[np.int64]
+    groups: NDArray[np.int64]
+    logits: Array
+    other: Array | None = None
+    overlap: float | None = None
+    truth: float | None = None
+
+
+World = Callable[[np.random.Generator], Drawn]
+
+
+def _two_columns(score: Array) -> Array:
+    return np.stack([np.zeros_like(score), score], axis=-1)
+
+
+def _patients(images: NDArray[np.int64], positive: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Groups and labels of rows: the first patients are positive."""
+    groups = np.repeat(np.arange(len(images)), images)
+    return groups, (groups < positive).astype(np.int64)
+
+
+def two_classes(
+    positive: int, negative: int, auc: float, *, uneven: bool = False, unequal: bool = False, coarse: bool = False
+) -> World:
+    def draw(rng: np.random.Generator) -> Drawn:
+        n = positive + negative
+        groups, labels = _patients(rng.geometric(0.2, n) if uneven else 1 + rng.poisson(1.0, n), positive)
+        shared = 0.9 if uneven else 0.6
+        noise = math.sqrt(shared) * rng.normal(size=n)[groups]
+        noise = noise + math.sqrt(0.7 * (1 - shared)) * rng.normal(size=len(groups))
+        noise = noise + math.sqrt(0.3 * (1 - shared)) * rng.normal(size=(5, len(groups)))
+        spread = np.where(labels == 1, 3.0, 1.0) if unequal else np.ones(len(groups))
+        distance = NORMAL.inv_cdf(auc) * math.sqrt(10 if unequal else 2)
+        score = distance * labels + spread * noise
+        return Drawn(labels, groups, _two_columns(np.clip(np.round(score), -1, 2) if coarse else score))
+
+    return draw
+
+
+def fundus(patients: int, models: int = 5) -> World:
+    cuts = [NORMAL.inv_cdf(share) for share in np.cumsum(GRADES)[:-1]]
+
+    def draw(rng: np.random.Generator) -> Drawn:
+        groups = np.repeat(np.arange(patients), 1 + (rng.random(patients) < 0.46))
+        n = len(groups)
+        grade = np.searchsorted(cuts, 0.8 * rng.normal(size=patients)[groups] + 0.6 * rng.normal(size=n))
+        logits = -0.48 * (np.arange(5) - grade[:, None]) ** 2.0
+        logits += 0.6 * rng.normal(size=(patients, 5))[groups] + 0.8 * rng.normal(size=(n, 5))
+        return Drawn(grade, groups, logits + 0.5 * rng.normal(size=(models, n, 5)))
+
+    return draw
+
+
+def single_images(images: int, models: int = 3) -> World:
+    def draw(rng: np.random.Generator) -> Drawn:
+        grade = rng.choice(5, images, p=GRADES)
+        logits = -0.5 * (np.arange(5) - grade[:, None]) ** 2.0 + 0.9 * rng.normal(size=(images, 5))
+        return Drawn(grade, np.arange(images), logits + 0.5 * rng.normal(size=(models, images, 5)))
+
+    return draw
+
+
+def rare(images: int, models: int = 3) -> World:
+    def draw(rng: np.random.Generator) -> Drawn:
+        labels = (rng.random(images) < 0.15).astype(np.int64)
+        score = 1.5 * labels + 0.9 * rng.normal(size=images) - 1 + 0.4 * rng.normal(size=(models, images))
+        return Drawn(labels, np.arange(images), _two_columns(score))
+
+    return draw
+
+
+def several(patients: int, classes: int, images: int, *, gain: float = 0.7, models: int = 1) -> World:
+    def draw(rng: np.random.Generator) -> Drawn:
+        labels = rng.permuted(np.tile(np.arange(classes), (patients, 1)), axis=1)[:, :images].reshape(-1)
+        logits, other = (
+            rng.normal(size=(models, len(labels), classes)) + gain * np.eye(classes)[labels] for _ in range(2)
+        )
+        return Drawn(labels, np.repeat(np.arange(patients), images), logits, other)
+
+    return draw
+
+
+def equal_models(positive: int, negative: int, auc: float) -> World:
+    """Two sets of five fixed models that are equally good; 70 % of the variance is theirs in common, half by patient."""
+
+    def draw(rng: np.random.Generator) -> Drawn:
+        groups, labels = _patients(1 + rng.poisson(1.0, positive + negative), positive)
+        n = len(groups)
+
+        def noise(share: float, *models: int) -> Array:
+            by_patient = rng.normal(size=positive + negative)[groups]
+            return math.sqrt(share / 2) * (by_patient + rng.normal(size=(*models, n)))
+
+        both = NORMAL.inv_cdf(auc) * math.sqrt(2) * labels + noise(0.7)
+        one, other = (_two_columns(both + noise(0.3, 5)) for _ in range(2))
+        return Drawn(labels, groups, one, other)
+
+    return draw
+
+
+def heads(labeled: int, test: int, *, folds: int = 5, repeats: int = 1, apart: bool = False) -> World:
+    """Heads of two backbones with one law. The truth is the AUC, over all patients, of one head trained on other rows.
+
+    ``apart`` trains each head on rows of its own: overlap 0.
+    """
+    dimensions, pool = 64, max(1250, 3 * labeled * (folds if apart else 1))
+    direction = np.full(dimensions, 2 / math.sqrt(dimensions))
+    unit = direction / np.linalg.norm(direction)
+
+    def draw(rng: np.random.Generator) -> Drawn:
+        labels = np.r_[np.arange(pool) % 2, np.arange(test) % 2]
+        difficulty = rng.normal(size=len(labels))
+
+        def features(rows: NDArray[np.int64], hard: Array) -> Array:
+            x = rng.normal(size=(len(rows), dimensions)) + np.outer(labels[rows] - 0.5, direction)
+            return np.asarray(x + 0.6 * np.outer(hard, unit))
+
+        def fit(x: Array, y: NDArray[np.int64]) -> LogisticRegression:
+            return LogisticRegression(C=0.1, max_iter=200).fit(x, y)
+
+        splits = [rng.permutation(pool // 2)[np.arange(pool) // 2] % folds for _ in range(repeats)]
+        parts = []
+        for fold in splits:
+            for k in range(folds):
+                rows = np.flatnonzero((fold == k) if apart else (fold != k))
+                parts.append(np.r_[rows[labels[rows] == 0][: labeled // 2], rows[labels[rows] == 1][: labeled // 2]])
+        pair = []
+        for _ in range(2):
+            x = features(np.arange(len(labels)), difficulty)
+            pair.append(np.stack([_two_columns(fit(x[r], labels[r]).decision_function(x[pool:])) for r in parts]))
+        common = [len(np.intersect1d(a, b)) / len(a) for i, a in enumerate(parts) for b in parts[:i]]
+        new = np.arange(labeled)
+        w = fit(features(new, rng.normal(size=labeled)), labels[new]).coef_[0]
+        truth = NORMAL.cdf(float(w @ direction / math.sqrt(2 * (w @ w + 0.36 * (w @ unit) ** 2))))
+        return Drawn(labels[pool:], np.arange(test), *pair, float(np.mean(common)), truth)
+
+    return draw
