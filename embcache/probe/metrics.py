@@ -484,3 +484,10 @@ def metric_title(name: str, positive: str = "") -> str:
     """A metric as tables print it, with the class that an asymmetric one is of."""
     title = METRICS[name].title if name in METRICS else re.sub(r"_(\d[\d.]*)_", r" \1 % ", name).replace("_", " ")
     return f"{title} of {positive}" if positive else title
+
+
+def merit(name: str, value: float | None) -> float:
+    """A score as a choice between models ranks it: higher is better, a loss negated; −inf for none."""
+    if value is None:
+        return -np.inf
+    return -value if name in METRICS and METRICS[name].loss else value
