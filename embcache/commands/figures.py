@@ -297,7 +297,7 @@ def _class_name(ds: ImageDataset, label: int) -> str:
 
 
 def figure_targets(output: list[str] | None) -> list[Path]:
-    """The files that ``--output`` names, whose suffix must be that of a figure."""
+    """The files that figures are written to, checked before anything is computed."""
     targets = [Path(target) for target in split_list(output)]
     for target in targets:
         if target.suffix.lower() not in SUFFIXES:

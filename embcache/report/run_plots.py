@@ -63,8 +63,8 @@ def draw_run(tested: Tested, kind: str, targets: Sequence[Path], *, positive: st
     ----------
     tested : Tested
         A run and its predictions.
-    kind : {"roc", "pr", "confusion", "calibration"}
-        Which figure.
+    kind : str
+        One of ``roc``, ``pr``, ``confusion``, ``calibration``.
     targets : sequence of Path
         The files: PNG, SVG or PDF by their suffix.
     positive : str, optional
