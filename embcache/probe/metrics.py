@@ -486,3 +486,10 @@ def metric_title(name: str, positive: str = "") -> str:
     title = METRICS[name].title if name in METRICS else re.sub(r"_(\d[\d.]*)_", r" \1 % ", name).replace("_", " ")
     read_off = ", threshold read off the test set" if "_at_" in name else ""
     return title + (f" of {positive}" if positive else "") + read_off
+
+
+def merit(name: str, value: float | None) -> float:
+    """A score as a choice between models ranks it: higher is better, a loss negated; −inf for none."""
+    if value is None:
+        return -np.inf
+    return -value if name in METRICS and METRICS[name].loss else value

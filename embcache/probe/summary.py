@@ -153,13 +153,14 @@ def summarise(
         where = f"every fold ({head}, subset {subset})"
         raise diverged_error(where, max((o.lr for o in outcomes if o.lr is not None), default=None))
     folds = []
+    sign = -1.0 if find_metric(str(request["metric"]), len(ds.class_names)).loss else 1.0  # training negates a loss
     for f, outcome in enumerate(outcomes):
         repeat, part = divmod(f, plan.n_folds)
         folds.append(
             FoldResult(
                 fold=f,
                 score=None,
-                val_score=None if outcome.failed else outcome.val_score,
+                val_score=None if outcome.failed or outcome.val_score is None else sign * outcome.val_score,
                 best_epoch=outcome.best_epoch,
                 epochs=outcome.epochs,
                 n_train=len(plans[repeat].train[part, subset]),

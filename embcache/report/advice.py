@@ -15,7 +15,7 @@ import numpy as np
 
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
-from embcache.probe.metrics import METRICS, find_metric, metric_title
+from embcache.probe.metrics import METRICS, find_metric, merit, metric_title
 from embcache.probe.results import ProbeResult, runs_dir
 from embcache.probe.statistics import RESAMPLES, Difference, Scores, estimate
 from embcache.report.compare import Comparison, Tested, compare_tested, load_tested, same_test
@@ -232,8 +232,7 @@ def _size(result: ProbeResult) -> int:
 
 def _validated(result: ProbeResult) -> float:
     """Mean validation score, higher is better."""
-    sign = -1.0 if find_metric(result.metric, len(result.class_names)).loss else 1.0
-    return sign * float(result.val_mean or 0.0)
+    return merit(result.metric, result.val_mean)
 
 
 def comparable(at: Mapping[str, ProbeResult]) -> list[str]:
@@ -282,7 +281,7 @@ def advise_backbone(names: Sequence[str], rows: Sequence[Comparison], n_train: i
     parts = {
         "worse": f"it is better than {told['worse']}{these}, Holm-corrected p < {LEVEL:g}",
         "undecided": f"it cannot be told apart from {told['undecided']}{these}",
-        "better": f"{told['better']} scored higher on the test images{these}, which play no part in the choice",
+        "better": f"{told['better']} scored better on the test images{these}, which play no part in the choice",
         "unknown": f"there are too few patients to compare it with {told['unknown']}",
     }
     metric = metric_title(first.metric, first.estimate.positive)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from embcache.probe.decisions import against_rest
-from embcache.probe.metrics import FloatArray, IntArray
+from embcache.probe.metrics import FloatArray, IntArray, log_odds
 from embcache.probe.predictions import Predictions
 from embcache.probe.statistics import Estimate
 
@@ -65,6 +65,33 @@ def precision_at(positive: ArrayLike, scores: ArrayLike) -> FloatArray:
     return precision[np.searchsorted(recall, GRID - 1e-12)]  # the first is above 0, and the last is 1
 
 
+def mean_curve(
+    labels: IntArray,
+    logits: FloatArray,
+    of_class: int,
+    at: Callable[[ArrayLike, ArrayLike], FloatArray] = roc_at,
+) -> tuple[FloatArray, FloatArray]:
+    """Mean and standard deviation over models of a class's curve at each value of `GRID`.
+
+    Parameters
+    ----------
+    labels : int64 array (n,)
+        True classes.
+    logits : float64 array (K, n, C)
+        By each of K models.
+    of_class : int
+        Against all others, ranked by its log odds.
+    at : callable
+        `roc_at` or `precision_at`.
+
+    Returns
+    -------
+    mean, sd : float64 arrays of shape (201,)
+    """
+    curves = np.stack([at(labels == of_class, odds) for odds in log_odds(logits)[..., of_class]])
+    return curves.mean(0), curves.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(GRID))
+
+
 @dataclass(frozen=True, eq=False)
 class Rates:
     """One class against the rest: the curve of the models and of their ensemble.
@@ -99,11 +126,10 @@ class Rates:
 
 def class_rates(predictions: Predictions, of_class: int, metric: str) -> Rates:
     """ROC (``metric="auc"``) or precision–recall curves (``"auprc"``) of a class that occurs, as do others."""
-    at: Callable[[NDArray[np.bool_], FloatArray], FloatArray]
     at, points = (roc_at, roc_points) if metric == "auc" else (precision_at, precision_recall_points)
+    mean, sd = mean_curve(predictions.labels, predictions.logits, of_class, at)
     two = against_rest(predictions, of_class)
     own, one = two.labels == 1, two.ensemble()
-    curves = np.stack([at(own, z[:, 1]) for z in two.logits - two.logits[..., :1]])
     x, y = points(own, one.logits[0, :, 1] - one.logits[0, :, 0])
     if metric == "auprc":
         x, y = np.append(0.0, np.repeat(x, 2)[:-1]), np.repeat(y, 2)  # as steps
@@ -112,8 +138,8 @@ def class_rates(predictions: Predictions, of_class: int, metric: str) -> Rates:
         images=int(own.sum()),
         groups=len(np.unique(two.groups[own])),
         share=float(own.mean()),
-        mean=curves.mean(0),
-        sd=curves.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(GRID)),
+        mean=mean,
+        sd=sd,
         x=x,
         y=y,
         estimate=two.estimate(metric),

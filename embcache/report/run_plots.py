@@ -183,7 +183,8 @@ def _confusion(predictions: Predictions, title: str, targets: Sequence[Path]) ->
         plot_confusion(counts, names, title, target)
     rows = [[name, *(f"{count:,}" for count in line)] for name, line in zip(names, counts.tolist(), strict=True)]
     records = [
-        dict(zip(names, line, strict=True)) | {"": name} for name, line in zip(names, counts.tolist(), strict=True)
+        {"class": name, "predicted": dict(zip(names, line, strict=True))}
+        for name, line in zip(names, counts.tolist(), strict=True)
     ]
     notes = [f"rows: true classes; columns: predicted by the {models}"]
     return Drawn("confusion", title, "", ["class", *names], rows, notes, records, list(targets))
