@@ -93,7 +93,7 @@ def _points(t: Tested, run: Path, positive: int) -> Table:
         (p.rule, p.models, _thresholds(p), *(_value(v, why) for v in (p.sensitivity, p.specificity, p.ppv, p.npv)))
         for p in points
     ]
-    headers = ("chosen on validation", "of", f"P({name}) above", "sensitivity", "specificity", "PPV", "NPV")
+    headers = ("rule", "of", f"P({name}) above", "sensitivity", "specificity", "PPV", "NPV")
     chosen = {p.models: p.chosen_on for p in points if p.chosen_on}
     notes = [f"{models}: threshold from {on.removeprefix('threshold from ')}" for models, on in chosen.items()]
     notes += ["predictive values are at the share of the test set", f"positive: {name}; {INTERVALS}"]
