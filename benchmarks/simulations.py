@@ -34,7 +34,9 @@ def old_resamples(drawn: Drawn, metric: str, resamples: int, *models: Array) -> 
 
 
 def old_interval(drawn: Drawn, metric: str, resamples: int) -> tuple[float, float]:
-    low, high = np.quantile(old_resamples(drawn, metric, resamples, drawn.logits)[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(
+        old_resamples(drawn, metric, resamples, drawn.logits)[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    )
     return float(low), float(high)
 
 
@@ -143,9 +145,17 @@ def pairs() -> list[Cell]:
     ]
     rows += [
         Cell("fixed", f"{p} patients, {i} of {c} classes each", m, worlds.several(p, c, i))
-        for m, p, c, i in (("macro_auc", 60, 8, 4), ("macro_auc", 100, 20, 3), ("accuracy", 60, 8, 4), ("kappa", 60, 8, 4))
+        for m, p, c, i in (
+            ("macro_auc", 60, 8, 4),
+            ("macro_auc", 100, 20, 3),
+            ("accuracy", 60, 8, 4),
+            ("kappa", 60, 8, 4),
+        )
     ]
-    rows += [Cell("heads", f"{n} labels, {t} test images", "auc", worlds.heads(n, t)) for n, t in ((50, 600), (50, 200), (500, 600))]
+    rows += [
+        Cell("heads", f"{n} labels, {t} test images", "auc", worlds.heads(n, t))
+        for n, t in ((50, 600), (50, 200), (500, 600))
+    ]
     return rows
 
 
@@ -166,7 +176,14 @@ def coverage(cell: Cell, repetitions: int, resamples: int, old: int) -> list[str
         if old:
             before.add(old_interval(drawn, cell.metric, old), truth)
         after.add(estimate(scores(drawn, cell.metric, resamples)).these_models, truth)
-    return [cell.title, cell.metric, f"{truth:.3f}", *before.cells(), *after.cells(), f"{after.refused / repetitions:.3f}"]
+    return [
+        cell.title,
+        cell.metric,
+        f"{truth:.3f}",
+        *before.cells(),
+        *after.cells(),
+        f"{after.refused / repetitions:.3f}",
+    ]
 
 
 def false_positives(cell: Cell, repetitions: int, resamples: int, old: int) -> list[str]:
@@ -181,7 +198,12 @@ def false_positives(cell: Cell, repetitions: int, resamples: int, old: int) -> l
             p.append(found)
     shares = [float((np.array(values) < 0.05).mean()) if values else math.nan for values in (before, p)]
     error = [math.sqrt(s * (1 - s) / repetitions) for s in shares]
-    return [cell.title, cell.metric, *(f"{s:.3f} ± {e:.3f}" for s, e in zip(shares, error, strict=True)), f"{1 - len(p) / repetitions:.3f}"]
+    return [
+        cell.title,
+        cell.metric,
+        *(f"{s:.3f} ± {e:.3f}" for s, e in zip(shares, error, strict=True)),
+        f"{1 - len(p) / repetitions:.3f}",
+    ]
 
 
 def main() -> None:
@@ -201,7 +223,9 @@ def main() -> None:
     for cell in pairs():
         if asked.only in cell.section + " " + cell.metric and asked.match in cell.title:
             began = time.time()
-            row = false_positives(cell, 400 if cell.section == "heads" else asked.repetitions, asked.resamples, asked.old)
+            row = false_positives(
+                cell, 400 if cell.section == "heads" else asked.repetitions, asked.resamples, asked.old
+            )
             print("|", " | ".join(row), "|", f"{time.time() - began:.0f}s", flush=True)
 
 

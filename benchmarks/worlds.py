@@ -167,9 +167,7 @@ def heads(labeled: int, test: int, *, folds: int = 5, repeats: int = 1, apart: b
         pair = []
         for _ in range(2):
             x = features(np.arange(len(labels)), difficulty)
-            pair.append(
-                np.stack([_two_columns(fit(x[r], labels[r]).decision_function(x[pool:])) for r in parts])
-            )
+            pair.append(np.stack([_two_columns(fit(x[r], labels[r]).decision_function(x[pool:])) for r in parts]))
         common = [len(np.intersect1d(a, b)) / len(a) for i, a in enumerate(parts) for b in parts[:i]]
         new = np.arange(labeled)
         w = fit(features(new, rng.normal(size=labeled)), labels[new]).coef_[0]

@@ -133,7 +133,7 @@ def _print_ranking(ranking: Ranking) -> None:
     rows = [
         [
             row.backbone,
-            *(f"{getattr(row, key):.4f}" for key in SCORES),
+            *("–" if math.isnan(getattr(row, key)) else f"{getattr(row, key):.4f}" for key in SCORES),
             f"{row.place:.2f}",
             *(f"{row.probes[subset]:.4f}" if subset in row.probes else "" for subset in subsets),
         ]
