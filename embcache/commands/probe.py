@@ -186,7 +186,7 @@ def probe(
 
 def results(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="ID of a run, or its beginning: show this one in full.")
+        str | None, typer.Argument(metavar="RUN", help="ID of a run, or its beginning: show this one in full.")
     ] = None,
     dataset: DatasetOption = None,
     metric: MetricOption = None,

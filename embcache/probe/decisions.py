@@ -226,7 +226,7 @@ def _point(
     if prevalence is None:
         positive = shifted[..., 1] > 0
         for key, some in (("ppv", positive.any(1)), ("npv", (~positive).any(1))):
-            found[key] = Value.of(called.estimate(key)) if some.all() else Value(None, why="no image is called so")
+            found[key] = Value.of(called.estimate(key)) if some.all() else Value(None, why="no image called")
     else:
         hit, passed = found["sensitivity"], found["specificity"]
         found["ppv"] = _predictive_value(hit, passed, prevalence)
@@ -249,7 +249,7 @@ def _predictive_value(own: Value, other: Value, share: float) -> Value:
     if a is None or b is None:
         return Value(None, why=own.why or other.why)
     if math.isnan(of(a, b)):
-        return Value(None, why="no image is called so")
+        return Value(None, why="no image called")
     center = of(a, b)
 
     def bounds(ends: tuple[float, float] | None, other_ends: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -8,6 +8,7 @@ wanted prevalence is added. The temperature is applied between the two, so that 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,7 @@ def prevalence_vector(prevalence: float | Mapping[str, float], class_names: Sequ
             expected="CLASS=NUMBER for each class",
             found=f"{prevalence:g}",
             where="--prevalence",
-            fix=f"--prevalence {example}",
+            fix=f"--prevalence {shlex.quote(example)}",
         )
     values = [given.get(name, math.nan) for name in names]
     if set(given) != set(names) or not all(0 < value < 1 for value in values) or abs(sum(values) - 1) > 1e-3:
@@ -96,7 +97,7 @@ def prevalence_vector(prevalence: float | Mapping[str, float], class_names: Sequ
             expected="a number above 0 and below 1 for each of " + ", ".join(names) + ", together 1",
             found=found,
             where="--prevalence",
-            fix="--prevalence 0.1" if len(names) == 2 else f"--prevalence {example}",
+            fix="--prevalence 0.1" if len(names) == 2 else f"--prevalence {shlex.quote(example)}",
         )
     return np.array(values) / sum(values)
 
@@ -166,7 +167,7 @@ def adjustments(
                 "validation images do not tell how frequent each class is",
                 expected="images of each class",
                 found="none of " + ", ".join(name for name, n in zip(names, counts, strict=True) if not n),
-                fix="--prevalence",
+                fix="--prevalence with a number for each class",
             )
         prevalence = counts / counts.sum()
     prior = tuple(prevalence.tolist())

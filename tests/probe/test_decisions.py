@@ -148,7 +148,7 @@ def test_where_no_image_is_called_positive_there_is_no_ppv(prevalence: float | N
     y = np.repeat([0, 1], 10)
     (point,) = operating_points(predictions(y, np.full(20, -1.0)), [], prevalence)
     assert (point.sensitivity.value, point.specificity.value) == (0, 1)
-    assert (point.ppv.value, point.ppv.why) == (None, "no image is called so")
+    assert (point.ppv.value, point.ppv.why) == (None, "no image called")
     assert point.npv.value == pytest.approx(0.5 if prevalence is None else 0.8)
 
 

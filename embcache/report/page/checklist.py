@@ -47,7 +47,7 @@ def checklist(
         ("C34, C42", "T18c, T18d", "protocol, registration", UNKNOWN),
         ("C43", "T18e, T18f", "data, code and models", f"commands, versions and run IDs under Provenance; the models "
          f"are saved in the runs, and embcache predict uses them; whether the data can be had: {UNKNOWN}"),
-        ("C44", "T17–T19", "funding, conflicts of interest, ethics, involvement of patients", UNKNOWN),
+        ("C44", "T17, T18a, T18b, T19", "funding, conflicts of interest, ethics, involvement of patients", UNKNOWN),
     ]  # fmt: skip
     notes = (
         "C: items of CLAIM, 2024 update (Tejani et al., Radiology: Artificial Intelligence 2024); T: items of "
@@ -70,13 +70,13 @@ def _study(part: Part, task: Task, found: Cohort | None) -> Rows:
     return [
         ("C1–C4", "T1–T4", "title, abstract, background, objectives", UNKNOWN),
         ("C5, C6", "T4", "design and goal", "which frozen backbone and how many labels a classifier needs: heads are "
-         f"trained and tested on images that were there before; whether they were collected for it: {UNKNOWN}"),
+         f"trained and tested on existing images; whether they were collected for it: {UNKNOWN}"),
         ("C7", "T5a", "source of the data", f"{part.name} ({what}); where and from whom: {UNKNOWN}"),
         ("C13", "T5b, T6a, T6c", "dates, setting, acquisition, treatments", UNKNOWN),
         ("C8, C10", "T6b", "who was included and excluded", left_out),
         ("C12", "T11", "missing data", "images without a label or that cannot be read are left out, as counted in the "
          "flow; nothing is imputed"),
-        ("C11", "", "removal of identities", f"{UNKNOWN}; this page holds no names of patients"),
+        ("C11", "–", "removal of identities", f"{UNKNOWN}; this page holds no names of patients"),
         ("C14–C18", "T8, T9", "reference standard: who labeled, how, how reliably",
          f"labels as given ({', '.join(task.class_names[:8])}{' …' if len(task.class_names) > 8 else ''}); the rest is "
          f"{UNKNOWN}"),
@@ -120,7 +120,7 @@ def _model(part: Part, last: Choice) -> Rows:
         ("C22", "T12c, T22", "model", f"head {result.head} on {'features' if result.kind == 'probe' else 'images'} of "
          f"{' + '.join(result.backbones)}" + (", frozen" if result.kind == "probe" else "")),
         ("C23", "T18f", "software", versions or UNKNOWN),
-        ("C24", "", "initial weights", weights),
+        ("C24", "–", "initial weights", weights),
         ("C25", "T12c, T13", "training, unequal classes", (schedule or "solved, without a schedule")
          + "; how often classes are drawn: under Notes"),
         ("C26", "T12c", "how the final model was selected", "backbone and head by the mean validation score over "
@@ -140,7 +140,7 @@ def _results(
         for s in flow if s.kind == "used"
     )  # fmt: skip
     metric = metric_title(task.metric, e.positive)
-    mixed = sorted({row[0] for row in found.mix.rows if row[0]} - {"images"}) if found and found.mix else []
+    mixed = [row[0] for row in found.mix.rows if row[0] and row[1]] if found and found.mix else []
     columns = list(dict.fromkeys(r[0] for r in subgroups.rows if r[0] != "all")) if subgroups is not None else []
     sizes = ", ".join(f"{c.n_train:,}" for c in choices)
     return [
@@ -150,7 +150,7 @@ def _results(
          "trained model; Holm-corrected p; the smallest difference that would have been found"),
         ("C30", "T12d", "robustness", f"{len(best.result.folds)} fold models; training labels: {sizes}; other centers "
          f"or scanners: {UNKNOWN}"),
-        ("C31", "", "explanations", "attention between backbones" if attended is not None else "none"),
+        ("C31", "–", "explanations", "attention between backbones" if attended is not None else "none"),
         ("C32, C33", "T16", "internal and external test data", "test images of the same source; external data: none on "
          "this page"),
         ("C35", "T20a, T21", "flow of patients and images", used or UNKNOWN),
@@ -158,11 +158,11 @@ def _results(
          else UNKNOWN),
         ("C37, C38", "T23a", "performance with its uncertainty", f"test {metric} {score(e.mean, e.std)}, 95 % interval "
          f"{bounds(e.interval) or e.why}; all models and sizes above"),
-        ("", "T14, T23b", "fairness, performance in groups", "subgroups by " + ", ".join(columns) if columns
+        ("–", "T14, T23b", "fairness, performance in groups", "subgroups by " + ", ".join(columns) if columns
          else "the table of images has no column that makes groups, such as age or sex"),
-        ("", "T15", "output and thresholds", "the probability of each class; thresholds from validation images, under "
+        ("–", "T15", "output and thresholds", "the probability of each class; thresholds from validation images, under "
          "Operating points" if len(task.class_names) == 2 else "the probability of each class"),
-        ("C39", "", "failures", "confusion matrix; its cells show the images in the map"),
-        ("", "T12f, T24", "updating of the model", "none"),
+        ("C39", "–", "failures", "confusion matrix; its cells show the images in the map"),
+        ("–", "T12f, T24", "updating of the model", "none"),
         ("C40, C41", "T25–T27", "interpretation, limitations, use in practice", UNKNOWN),
     ]  # fmt: skip

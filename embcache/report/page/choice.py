@@ -56,8 +56,7 @@ class Choice:
     advice : BackboneAdvice
         What sets the chosen one apart from the others on the test set.
     change : Difference or None
-        Test score of the chosen one less that of the one chosen at the size before, where both were tested on the same
-        images.
+        Test score of the chosen one less its own at the size before, where it was ranked there on the same test images.
     apart : tuple of str
         Names of models at this size that cannot be ranked with these, for they were validated or tested on others.
     problems : tuple of str
@@ -120,8 +119,9 @@ def _choice(at: Mapping[str, ProbeResult], part: Part, resamples: int) -> Choice
 
 
 def _change(before: Choice, after: Choice, resamples: int) -> Difference | None:
-    a, b = before.chosen.tested, after.chosen.tested
-    if not same_test(a, b):
+    b, own = after.chosen.tested, [rival.tested for rival in before.rivals if rival.name == after.chosen.name]
+    if not own or not same_test(own[0], b):
         return None
+    a = own[0]
     against, scores = (t.predictions.scores(t.result.metric, resamples) for t in (a, b))
     return difference(a, against, b, scores)

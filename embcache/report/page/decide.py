@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,7 @@ from embcache.probe.decisions import (
     calibration,
     operating_points,
 )
-from embcache.probe.predictions import Predictions
-from embcache.probe.results import load_predictions
+from embcache.probe.summary import load_validation
 from embcache.report.compare import INTERVALS, Tested
 from embcache.report.layout import Table, signed
 from embcache.report.page.charts import Chart, Series, line_chart
@@ -83,7 +82,7 @@ def decide(t: Tested, run: Path, id: str) -> Decided:
 
 def _points(t: Tested, run: Path, positive: int) -> Table:
     try:
-        held = [against_rest(v, positive) for v in validation_predictions(t, run)]
+        held = [against_rest(v, positive) for v in load_validation(t.result, run)]
         points = operating_points(against_rest(t.predictions, positive), held)
     except EmbcacheError as error:
         return Table("points", "Operating points", ("",), (), (f"not made: {error.problem}",))
@@ -93,7 +92,7 @@ def _points(t: Tested, run: Path, positive: int) -> Table:
         (p.rule, p.models, _thresholds(p), *(_value(v, why) for v in (p.sensitivity, p.specificity, p.ppv, p.npv)))
         for p in points
     ]
-    headers = ("chosen on validation", "of", f"P({name}) above", "sensitivity", "specificity", "PPV", "NPV")
+    headers = ("rule", "of", f"P({name}) above", "sensitivity", "specificity", "PPV", "NPV")
     chosen = {p.models: p.chosen_on for p in points if p.chosen_on}
     notes = [f"{models}: threshold from {on.removeprefix('threshold from ')}" for models, on in chosen.items()]
     notes += ["predictive values are at the share of the test set", f"positive: {name}; {INTERVALS}"]
@@ -136,25 +135,3 @@ def _value(v: Value, why: dict[str, None]) -> str:
         why |= {f"no value: {v.why}": None} if v.why else {}
         return "–"
     return bounded(signed(v.value, 3), v.interval, v.why, why)
-
-
-def validation_predictions(t: Tested, run: Path) -> list[Predictions]:
-    """Of each fold model alone, its predictions of the validation images that chose it.
-
-    Raises
-    ------
-    StoreError
-        The run's file cannot be read.
-    """
-    table = load_predictions(run, "validation")
-    columns = [f"logit_{c}" for c in range(len(t.result.class_names))]
-    return [
-        replace(
-            t.predictions,
-            ids=rows["id"].to_numpy(dtype=object),
-            groups=rows["group"].to_numpy(dtype=object),
-            labels=rows["label"].to_numpy(dtype=np.int64),
-            logits=rows[columns].to_numpy(dtype=np.float64)[None],
-        )
-        for _, rows in table.groupby("fold", sort=True)
-    ]

@@ -274,7 +274,7 @@ def _plain(view: View) -> dict[str, Any]:
         "attended": view.attended,
         "cohort": view.cohort,
         "checklist": table(asked),
-        "warnings": [*(q.words for q in quarantined), *unequal_classes(part)],
+        "warnings": [*(q.words for q in quarantined), *_overlap(view.cohort), *unequal_classes(part)],
         "quarantines": quarantined,
         "problems": [*view.problems, *without_names(broken, part, ids=ids)],
         "notes": notes_of(part, ranked, ids=ids),
@@ -282,6 +282,13 @@ def _plain(view: View) -> dict[str, Any]:
         "runs": run_rows(part),
         "commands": commands(part),
     }  # fmt: skip
+
+
+def _overlap(found: Cohort | None) -> list[str]:
+    if found is None or not found.shared:
+        return []
+    left_out = "; embcache probe --exclude-test-overlap leaves them out"
+    return [f"{found.shared:,} training images are of patients who are in the test set too{left_out}"]
 
 
 def _scrubbed(table: Table, part: Part) -> Table:

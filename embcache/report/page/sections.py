@@ -175,7 +175,7 @@ def summary_table(sections: Sequence[TaskSection]) -> Table:
         f"test {titles[0] if len(titles) == 1 else 'score'}, mean ± sd over folds", f"95 %: {NEW_MODEL}",
         f"95 %: {THESE_MODELS}", "ensemble, which predict uses", "change from the size before",
     )  # fmt: skip
-    told = ("change: of the expected test score, with its 95 % interval, on the same test images", *notes)
+    told = ("change: of the same model's expected test score from the size before, with its 95 % interval", *notes)
     return Table("summary", "Best on validation at each number of labels", headers, tuple(rows), told)
 
 

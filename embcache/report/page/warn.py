@@ -22,6 +22,7 @@ IMBALANCE = 3.0
 HIDDEN = "a note that names patients or images is left out of this page; `embcache results` prints it"
 _FILE = re.compile(r"\.(png|jpe?g|tiff?|webp|bmp|gif|jp2|dcm|dicom|h5|hdf5|csv|parquet)\b", re.IGNORECASE)
 _MOST = 50  # quarantined images that are listed
+_ELSEWHERE = re.compile(r"unreadable images |\d training images? (of .* left out|share .* with the official test set)")
 _FOLD = re.compile(r"\bfold (\d+)\b")
 
 
@@ -97,17 +98,24 @@ def unequal_classes(part: Part) -> list[str]:
 def notes_of(part: Part, ranked: Collection[str], *, ids: bool) -> list[str]:
     """The notes of a dataset and of its results, each once, folds of one fact together; none names a patient.
 
-    What only one training did is told with its run, or where that is ``ranked`` (by its id). How many images could not
-    be read is told by `quarantines`, which patients are in the test set too by the results, whose test set it is.
+    What only one training did is told with its run, or where that is ``ranked`` (by its id), and how a subset was
+    trained on with the heads. How many images could not be read or are of patients who are in the test set too is told
+    elsewhere.
     """
     notes = dict[str, None]()
     if part.ds is not None:
         notes = dict.fromkeys(note for note in part.ds.notes if note not in overlap_notes(part.ds.table))
+    heads: dict[str, dict[str, None]] = {}
     for result in part.results:
         own = training_notes(result)
-        notes |= dict.fromkeys(note for note in result.notes if note not in own and note not in result.left_out)
+        for note in result.notes:
+            if note.startswith("subset "):
+                heads.setdefault(note, {})[result.head] = None
+            elif note not in own and not _ELSEWHERE.search(note):
+                notes[note] = None
         if result.id not in ranked:
             notes |= dict.fromkeys(f"{result.id}: {note}" for note in own)
+    notes |= dict.fromkeys(f"{note} ({', '.join(of)})" for note, of in heads.items())
     by_fact: dict[str, list[str]] = {}
     for note in without_names(list(notes), part, ids=ids):
         fold = _FOLD.search(note)

@@ -104,9 +104,21 @@ def test_patients_are_named_on_no_page_and_images_only_where_ids_may_be(part: Pa
 
 def test_a_fact_of_several_folds_and_runs_is_one_line(part: Part) -> None:
     result = part.results[0]
-    notes = ("validation of fold 0 has no image of a", "validation of fold 1 has no image of a", "a note")
-    told = notes_of(replace(part, results=(replace(result, notes=notes), replace(result, notes=notes))), (), ids=True)
-    assert told == ["validation of folds 0, 1 has no image of a", "a note"]
+    notes = (
+        "validation of fold 0 has no image of a",
+        "validation of fold 1 has no image of a",
+        "a note",
+        "subset F: classes are not balanced",
+        "3 unreadable images left out",
+        "8 training images share 3 groups with the official test set; --exclude-test-overlap leaves them out",
+    )
+    results = (replace(result, notes=notes), replace(result, notes=notes, head="knn"))
+    told = notes_of(replace(part, results=results), (), ids=True)
+    assert told == [
+        "validation of folds 0, 1 has no image of a",
+        "a note",
+        "subset F: classes are not balanced (linear, knn)",
+    ]
 
 
 def test_unequal_classes_are_one_line_per_split(part: Part) -> None:
