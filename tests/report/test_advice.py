@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.metrics import roc_auc_score
+from scipy.special import softmax
+from sklearn.metrics import log_loss, roc_auc_score
 
+from embcache.probe.export import export_head
 from embcache.probe.metrics import log_odds
 from embcache.probe.predictions import Predictions
-from embcache.probe.results import ProbeResult
+from embcache.probe.results import ProbeResult, load_predictions, runs_dir
 from embcache.probe.run import probe_features
 from embcache.probe.summary import in_metric
 from embcache.report.advice import Advice, LabelsAdvice, advise, advise_backbone, advise_labels, doubling, sentences
@@ -199,3 +201,16 @@ def test_several_tasks_are_named(home: Path, saved: list[ProbeResult]) -> None:
     (advice,) = advise(saved, home=home)
     other = Advice("elsewhere", "age", "auc", advice.backbone, None)
     assert sentences([advice, other])[-1].startswith("elsewhere, age: Take ")
+
+
+def test_the_validation_score_of_a_run_that_a_loss_chose_is_that_loss(home: Path, saved: list[ProbeResult]) -> None:
+    labels = np.tile([0, 1], 160)
+    ds = make_dataset(labels, split=["train"] * 160 + ["test"] * 160, name="losses")
+    put_store(home, ds, "good", make_features(ds, shift=2.0))
+    result = probe_features(ds, "good", folds=3, subset=60, metric="log_loss", home=home)
+    table = load_predictions(runs_dir("losses", home) / result.id, "validation")
+    for fold, rows in table.groupby("fold"):
+        wanted = log_loss(rows["label"], softmax(rows[["logit_0", "logit_1"]].to_numpy(), axis=1))
+        assert result.folds[int(str(fold))].val_score == pytest.approx(wanted)
+    losses = [fold.val_score or 0.0 for fold in result.folds]
+    assert export_head(result.id, home / "head", home=home).about["fold"] == int(np.argmin(losses))
