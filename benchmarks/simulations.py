@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import worlds
 from common import machine
-from numpy.typing import NDArray
 from worlds import Array, Drawn, World
 
 from embcache.probe.metrics import find_metric
