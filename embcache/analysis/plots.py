@@ -1,4 +1,4 @@
-"""All drawing; the only module that imports matplotlib."""
+"""All drawing; with `embcache.analysis.lettering` the only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from embcache.analysis.lettering import add_legend, add_title, no_warnings, shorten, use_fonts, wrap
 from embcache.paths import replace_file
 
 # Okabe and Ito's colours (2008), told apart with every common kind of colour vision; markers serve print in grey.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_MARKS = 2 * len(_COLOURS) * len(_MARKERS)  # filled and outlined
 _LINES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # "--" is the paper's
 _BANDS = 6  # curves of a panel up to which bands are told apart
 
@@ -36,7 +39,7 @@ class Map:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: x values, y values and a band of the same length; dashed and without a band for reference.
+    """One line: x values, y values and a band of the same length (nan: none); dashed and without one for reference.
 
     Curves of one ``family`` (backbones) share their colour, those of one ``method`` (head and kind) their marker.
     """
@@ -71,33 +74,46 @@ class AttentionPanel:
 
 
 def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, target: Path) -> Path:
-    """Draw maps side by side with one legend; the format follows the target's suffix (PNG, SVG, PDF)."""
+    """Draw maps side by side with one legend; the format follows the target's suffix (PNG, SVG, PDF).
+
+    The legend has the classes that are shown; where there is no room for all, those of most images.
+    """
+    counts = np.bincount(np.concatenate([panel.labels for panel in maps]), minlength=len(class_names))
+    shown = np.flatnonzero(counts).tolist()
+    size, least = (9.0, 4.6) if len(shown) <= 8 else (8.0, 6.0) if len(shown) <= 24 else (6.5, 7.5)
     columns = min(len(maps), 4)
     rows = -(-len(maps) // columns)
-    figure = Figure(figsize=(3.0 * columns, 3.1 * rows + 0.7), layout="constrained")
+    side = max(3.0, least / columns)  # inches of a panel
+    figure = Figure(figsize=(side * columns, (side + 0.1) * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    handles = {}
     for axis, panel in zip(axes, maps, strict=False):
-        for label, name in enumerate(class_names):
+        for label in shown:
             points = panel.coordinates[panel.labels == label]
-            axis.scatter(
-                points[:, 0], points[:, 1], s=14, alpha=0.8, linewidths=0, label=_plain(name),
-                color=_COLOURS[label % len(_COLOURS)], marker=_MARKERS[label % len(_MARKERS)],
-            )  # fmt: skip
-        axis.set_title(_plain(_wrapped(panel.title)), fontsize=10)
+            handles[class_names[label]] = axis.scatter(points[:, 0], points[:, 1], s=14, alpha=0.8, **class_mark(label))
+        axis.set_title(_plain(wrap(panel.title, 10, side - 0.2)), fontsize=10)
         axis.set_xlabel(_plain(panel.caption), fontsize=7)
         axis.set_xticks([])
         axis.set_yticks([])
     for axis in axes[len(maps) :]:
         axis.set_axis_off()
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False, fontsize=9)
-    figure.suptitle(_plain(title), fontsize=11)
+    weights = {class_names[label]: int(counts[label]) for label in shown}
+    said = f"Marks come again after {_MARKS} classes." if max(shown) >= _MARKS else ""
+    add_legend(figure, handles, size, title=said, weights=weights, handle=1.0)
+    add_title(figure, title, 11)
     return _save(figure, target)
 
 
-def plot_curves(
-    panels: Sequence[CurvePanel], title: str, target: Path, *, bands: str = "95 % interval, or ± sd where there is none"
-) -> Path:
+def class_mark(label: int) -> dict[str, Any]:
+    """Colour and marker of a class: eight pairs that differ in both, then 56 other pairs, then 64 of outlines."""
+    turn, place = divmod(label, len(_COLOURS))
+    colour, marker = _COLOURS[place], _MARKERS[(place + turn) % len(_MARKERS)]
+    if turn // len(_MARKERS) % 2:
+        return {"facecolors": "none", "edgecolors": colour, "linewidths": 0.8, "marker": marker}
+    return {"color": colour, "linewidths": 0, "marker": marker}
+
+
+def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path, *, bands: str = "95 % interval") -> Path:
     """Draw learning curves over a logarithmic axis of training labels, a panel beside the other, one legend beneath.
 
     ``bands`` says what they show. A panel of more than six curves has thin bars in place of bands.
@@ -106,10 +122,7 @@ def plot_curves(
     rows = -(-len(panels) // columns)
     styles = curve_styles(panels)
     width = max(5.2 * columns, 7.2 if len(styles) > _BANDS else 0.0)
-    entry = 0.6 + 0.062 * max(len(label) for label in styles)  # inches, at 8 points
-    ncols = max(1, min(len(styles), int(width / entry)))
-    height = 3.6 * rows + 0.18 * (-(-len(styles) // ncols) + 1) + 0.6
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, 3.6 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     handles = {}
     for axis, panel in zip(axes, panels, strict=False):
@@ -133,17 +146,14 @@ def plot_curves(
         axis.minorticks_off()
         axis.set_xlabel("training labels of a fold", fontsize=9)
         axis.set_ylabel(panel.metric, fontsize=9)
-        axis.set_title(_plain(panel.title), fontsize=10)
+        axis.set_title(_plain(wrap(panel.title, 10, width / columns - 0.6)), fontsize=10)
         axis.grid(alpha=0.25)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     if any(_many(panel) for panel in panels):
         bands += f"; bands only in panels of up to {_BANDS} curves"
-    figure.legend(
-        [handles[label] for label in styles], [_plain(label) for label in styles], loc="outside lower center",
-        ncols=ncols, frameon=False, fontsize=8, title=_wrapped(f"bars: {bands}", int(width * 15)), title_fontsize=8,
-    )  # fmt: skip
-    figure.suptitle(_plain(title), fontsize=11)
+    add_legend(figure, {label: handles[label] for label in styles}, 8, title=f"bars: {bands}")
+    add_title(figure, title, 11)
     return _save(figure, target)
 
 
@@ -202,7 +212,7 @@ def _apart(ticks: Sequence[float]) -> list[float]:
 def plot_attention(panels: Sequence[AttentionPanel], title: str, target: Path) -> Path:
     """Draw mean attention maps above their sums by backbone; rows attend to columns."""
     columns = len(panels)
-    figure = Figure(figsize=(3.6 * columns + 0.4, 7.4), layout="constrained")
+    figure = Figure(figsize=(4.6 * columns + 0.2, 7.4), layout="constrained")
     axes = figure.subplots(2, columns, squeeze=False)
     for (above, below), panel in zip(axes.T, panels, strict=True):
         n, each = len(panel.weights), len(panel.weights) // len(panel.backbones)
@@ -220,13 +230,13 @@ def plot_attention(panels: Sequence[AttentionPanel], title: str, target: Path) -
         for (row, column), value in np.ndenumerate(panel.mass):
             colour = "white" if value < 0.6 else "black"
             below.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
-        names = [_plain(name) for name in panel.backbones]
+        names = [_plain(shorten(name, 8, 1.3)) for name in panel.backbones]
         for axis, places in ((above, centres), (below, np.arange(len(names)))):
             axis.set_xticks(places, names, fontsize=8, rotation=30, ha="right")
             axis.set_yticks(places, names, fontsize=8)
-        above.set_title(_plain(panel.title), fontsize=10)
-        below.set_title("attention of a row's tokens to a column's, summed", fontsize=8)
-    figure.suptitle(_plain(title), fontsize=11)
+        above.set_title(_plain(wrap(panel.title, 9, 2.6)), fontsize=9)
+        below.set_title(wrap("attention of a row's tokens to a column's, summed", 8, 2.4), fontsize=8)
+    add_title(figure, title, 11)
     return _save(figure, target)
 
 
@@ -253,15 +263,137 @@ def plot_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], title: str, target: P
                 axis.text(0.5, 0.5, "not here", ha="center", va="center", fontsize=8, transform=axis.transAxes)
             else:
                 axis.imshow(cell.pixels)
-            axis.set_xlabel(_plain(cell.caption), fontsize=6)
+            caption = "\n".join(shorten(line, 6, 1.4) for line in cell.caption.split("\n"))
+            axis.set_xlabel(_plain(caption), fontsize=6)
             for spine in axis.spines.values():
                 spine.set_color(_COLOURS[5] if cell.marked else "0.7")
                 spine.set_linewidth(2.5 if cell.marked else 0.8)
-        line[0].set_ylabel(_plain(name), fontsize=8)
+        line[0].set_ylabel(_plain(wrap(name, 8, 1.4)), fontsize=8)
         for axis in line[len(cells) :]:
             axis.set_axis_off()
-    figure.suptitle(_plain(title), fontsize=10)
+    add_title(figure, title, 10)
     return _save(figure, target)
+
+
+def plot_rates(
+    curves: Sequence[Curve],
+    title: str,
+    target: Path,
+    *,
+    axes: tuple[str, str],
+    reference: float | Literal["diagonal"] | None = None,
+    points: bool = False,
+    counts: Sequence[int] = (),
+    note: str = "",
+) -> Path:
+    """Draw curves over the unit square, a legend of their labels beneath.
+
+    Parameters
+    ----------
+    curves : sequence of Curve
+        Those of one ``family`` have one colour; those without a label are not in the legend. Bands may be nan.
+    title : str
+        Lines of a title.
+    target : Path
+        The figure.
+    axes : (str, str)
+        What is across and what is up.
+    reference : "diagonal" or float, optional
+        A thin grey line: the diagonal, or at this height.
+    points : bool
+        Mark each point, and draw bars in place of bands.
+    counts : sequence of int
+        Images in equal bins of what is across, drawn as a strip beneath.
+    note : str
+        Stands above the legend.
+    """
+    told = [curve for curve in curves if curve.label]
+    labels = ["\n".join(textwrap.wrap(_plain(curve.label), 92)) for curve in told]
+    note = "\n".join(part for line in note.split("\n") for part in textwrap.wrap(_plain(line), 96))
+    lines = sum(label.count("\n") + 1 for label in labels) + 1 + note.count("\n")
+    figure = Figure(figsize=(6.4, 5.9 + 0.17 * lines + (1.0 if counts else 0.0)), layout="constrained")
+    ratios = (5.2, 1.0) if counts else (1.0,)
+    above, *below = figure.subplots(len(ratios), 1, squeeze=False, height_ratios=ratios, sharex=True)[:, 0]
+    families = list(dict.fromkeys(curve.family for curve in curves))
+    grey = {"color": "0.6", "linewidth": 0.8, "zorder": 1}
+    if reference == "diagonal":
+        above.plot((0, 1), (0, 1), **grey)
+    elif reference is not None:
+        above.axhline(reference, **grey)
+    handles = []
+    for curve in curves:
+        place = families.index(curve.family)
+        colour = _COLOURS[place % len(_COLOURS)]
+        line = "--" if curve.dashed else _LINES[place // len(_COLOURS) % len(_LINES)]
+        width = 1.8 if curve.label else 0.9
+        marker = {"marker": _MARKERS[place % len(_MARKERS)], "markersize": 4.5} if points and curve.label else {}
+        (handle,) = above.plot(curve.x, curve.y, color=colour, linestyle=line, linewidth=width, **marker)
+        handles += [handle] if curve.label else []
+        if not np.isfinite(curve.low).any():
+            continue
+        if points:
+            errors = np.clip([np.subtract(curve.y, curve.low), np.subtract(curve.high, curve.y)], 0, None)
+            above.errorbar(curve.x, curve.y, yerr=errors, fmt="none", ecolor=colour, lw=0.8, capsize=2)
+        else:
+            above.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+    above.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal" if not counts else "auto")
+    above.set_ylabel(_plain(axes[1]), fontsize=9)
+    above.grid(alpha=0.25)
+    for strip in below:
+        edges = np.linspace(0, 1, len(counts) + 1)
+        bars = strip.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color="0.75", edgecolor="white")
+        strip.bar_label(bars, [f"{count:,}" if count else "" for count in counts], fontsize=7)
+        strip.set_ylabel("images", fontsize=8)
+        strip.set_ylim(0, max(counts) * 1.35)
+        strip.tick_params(axis="y", labelsize=7)
+    (below or [above])[-1].set_xlabel(_plain(axes[0]), fontsize=9)
+    above.set_title(_plain(title), fontsize=10)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=1, frameon=False, fontsize=8, title=note or None,
+        title_fontsize=8, alignment="left",
+    )  # fmt: skip
+    return _save(figure, target)
+
+
+_NUMBERED = 40  # classes up to which the cells of a confusion matrix have room for numbers
+
+
+def plot_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str, target: Path) -> Path:
+    """Draw a confusion matrix (C, C), rows true: counts, and shares of their row, which color the cells too."""
+    n = len(names)
+    each = 0.85 if n <= 10 else 0.6 if n <= 20 else 0.42 if n <= _NUMBERED else 0.14
+    size = 5.5 if each < 0.5 else 7 if n > 10 else 9
+    figure = Figure(figsize=(max(4.2, each * n + 2.2), max(3.6, each * n + 1.6)), layout="constrained")
+    axis = figure.subplots()
+    rows = counts.sum(1, keepdims=True)
+    shares = counts / np.maximum(rows, 1)
+    image = axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    figure.colorbar(image, ax=axis, shrink=0.7).set_label("share of the row", fontsize=8)
+    if n <= _NUMBERED:
+        for (row, column), count in np.ndenumerate(counts):
+            share = f"\n{shares[row, column]:.0%}".replace("%", " %") if rows[row, 0] else ""
+            colour = "white" if shares[row, column] > 0.55 else "black"
+            axis.text(column, row, f"{count:,}{share}", ha="center", va="center", color=colour, fontsize=size)
+    shown = [_plain(_cut(name)) for name in names]
+    small = 8 if n <= 20 else 6 if n <= _NUMBERED else 4
+    axis.set_xticks(
+        range(n),
+        shown,
+        fontsize=small,
+        rotation=40 if n <= _NUMBERED else 90,
+        ha="right" if n <= _NUMBERED else "center",
+    )
+    axis.set_yticks(
+        range(n), [f"{name} ({int(total):,})" for name, total in zip(shown, rows[:, 0], strict=True)], fontsize=small
+    )
+    axis.set_xlabel("predicted class", fontsize=9)
+    axis.set_ylabel("true class (test images)", fontsize=9)
+    axis.set_title(_plain(title), fontsize=10)
+    return _save(figure, target)
+
+
+def _cut(text: str, most: int = 28) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def plot_heads(pixels: NDArray[np.uint8], heads: NDArray[np.float32], title: str, target: Path) -> Path:
@@ -283,12 +415,8 @@ def plot_heads(pixels: NDArray[np.uint8], heads: NDArray[np.float32], title: str
         axis.set_title(name, fontsize=8)
     for axis in axes:
         axis.set_axis_off()
-    figure.suptitle(_plain(title), fontsize=9)
+    add_title(figure, title, 9)
     return _save(figure, target)
-
-
-def _wrapped(title: str, width: int = 34) -> str:
-    return "\n".join(part for line in title.split("\n") for part in textwrap.wrap(line, width) or [""])
 
 
 def _plain(text: str) -> str:
@@ -298,7 +426,9 @@ def _plain(text: str) -> str:
 def _save(figure: Figure, target: Path) -> Path:
     """Write a figure in the format of the target's suffix, whole or not at all."""
     drawn = BytesIO()
-    figure.savefig(drawn, dpi=300, format=target.suffix.lstrip(".").lower() or None)
+    use_fonts(figure)
+    with no_warnings():
+        figure.savefig(drawn, dpi=300, format=target.suffix.lstrip(".").lower() or None)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_file(target, drawn.getvalue())
     return target

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy.stats import kendalltau, rankdata, spearmanr
 
-from embcache.analysis.pool import MOST, Pool, open_datasets, open_pool
+from embcache.analysis.pool import MOST, Pool, drawn, open_datasets, open_pool
 from embcache.analysis.transfer import centroid_logits, h_score, logme
 from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset
@@ -33,6 +33,10 @@ SCORES: Mapping[str, str] = {
 }
 """The scores of a backbone, higher is better, as tables name them."""
 
+ORDER = ("logme", "centroid", "knn")
+"""The scores that rows are ordered by. The H-score is measured on the rows that it is fitted to: it is nearly as
+high for permuted labels as for the true ones (docs/heads.md)."""
+
 _FOLDS = 5
 
 _Protocol = tuple[str, str, int, int, bool]
@@ -50,9 +54,9 @@ class RankRow:
         See `embcache.analysis.transfer`; of the training rows (mean over folds; of the whole pool at subset F).
     centroid, knn : float
         The dataset's metric on validation rows (mean over folds) of the nearest class centroid, and of the head
-        ``knn``: both learn from a fold's training rows.
+        ``knn``: both learn from a fold's training rows. NaN where a class is in too few groups for two folds.
     place : float
-        Mean of the four ranks among the backbones compared; 1 is best in all of them.
+        Mean of the ranks by `ORDER` among the backbones compared; 1 is best in all of them.
     probes : mapping of subset to float
         Mean test score of the saved linear probe on the same features, for each subset there is one of; all rows' by
         one protocol.
@@ -196,7 +200,8 @@ def rank_dataset(
     recipe : str, optional
         Fingerprint prefixes, where several recipes of a backbone are cached; separated by commas.
     seed : int
-        Of the protocol's folds and subsets. Folds are five; fewer, with a note, where a class has fewer groups.
+        Of the protocol's folds and subsets. Folds are five; fewer, with a note, where a class has fewer groups; where
+        it has one, all training images are scored by LogME alone.
     subset : str or int
         As for probing. F with more than `embcache.analysis.pool.MOST` training images a fold takes that many.
 
@@ -207,21 +212,16 @@ def rank_dataset(
     StoreError
         Features are missing.
     ProtocolError
-        A class has groups for fewer than two folds, or the dataset cannot carry the subset.
+        There are fewer than two classes, or the dataset cannot carry the subset.
     """
     pool = open_pool(ds, backbones, home=home, recipe=recipe, seed=seed)
-    folds, said = _folds(pool)
-    plan = plan_for(ds, list(pool.stores.values()), subsets=[subset], folds=folds, seed=seed)
+    plan, said = _plan(pool, subset, seed)
     (name,) = plan.subsets
-    notes = [*plan.notes, *said]
-    if name == "F" and min(len(rows) for rows in plan.train.values()) > MOST:
-        notes.append(f"scored on {MOST:,} training images a fold, drawn balanced from all there are")
-        plan = plan_for(ds, list(pool.stores.values()), subsets=[MOST], folds=folds, seed=seed)
-        (name,) = plan.subsets
     scores = {backbone: _scores(pool, plan, backbone, name) for backbone in pool.stores}
-    ranks = [rankdata([-row[key] for row in scores.values()]) for key in SCORES]
-    saved, said = _saved_probes(pool, plan, home)
-    notes += said
+    known = [key for key in ORDER if not any(np.isnan(row[key]) for row in scores.values())]
+    ranks = [rankdata([-row[key] for row in scores.values()]) for key in known]
+    saved, found = _saved_probes(pool, plan, home)
+    notes = [*plan.notes, *said, *found]
     rows = [
         RankRow(
             backbone=backbone,
@@ -234,7 +234,7 @@ def rank_dataset(
     ]
     rows.sort(key=lambda row: row.place)
     n_train, n_val = (
-        float(np.mean([len(part[fold, name]) for fold in range(folds)])) for part in (plan.train, plan.val)
+        float(np.mean([len(part[fold, name]) for fold in range(plan.n_folds)])) for part in (plan.train, plan.val)
     )
     ordered = sorted((result for own in saved.values() for result in own.values()), key=lambda r: r.n_train)
     labels = {result.subset: result.labels_used for result in ordered}
@@ -268,15 +268,31 @@ def correlate(rows: Sequence[RankRow]) -> list[Correlation]:
     return found
 
 
-def _folds(pool: Pool) -> tuple[int, list[str]]:
-    """Into how many folds every class can be divided, from two to five, and what to say where it is not five."""
-    labels, groups = (part[pool.sides.pool] for part in (pool.sides.labels, pool.sides.groups))
-    counts = [len(set(groups[labels == c])) for c in range(len(pool.ds.class_names))]
-    folds = max(2, min([_FOLDS, *counts]))
-    if folds == _FOLDS:
-        return folds, []
-    rare = ", ".join(name for name, count in zip(pool.ds.class_names, counts, strict=True) if count < _FOLDS)
-    return folds, [f"{folds} folds in place of {_FOLDS}: {rare} is too rare for more (groups outside the test set)"]
+def _plan(pool: Pool, subset: str | int, seed: int) -> tuple[Splits, list[str]]:
+    """Five folds, fewer where a class has fewer groups, none to validate where it has one; and what to say of it."""
+    sides, names = pool.sides, pool.ds.class_names
+    labels, groups = sides.labels[sides.pool], sides.groups[sides.pool]
+    counts = [len(set(groups[labels == c])) for c in range(len(names))]
+    folds = min(_FOLDS, *counts)
+    if folds < 2 <= sum(count > 0 for count in counts) and str(subset).upper() == "F":
+        rows = drawn(pool, seed)
+        few = ", ".join(name for name, count in zip(names, counts, strict=True) if count < 2)
+        note = f"ordered by LogME alone: nearest centroid and k-NN need two groups outside the test set of {few}"
+        return Splits(
+            dataset=pool.ds.name, class_names=names, ids=sides.ids, labels=sides.labels, groups=sides.groups,
+            test=sides.test, test_set=sides.test_set, train={(0, "F"): rows}, val={(0, "F"): rows[:0]}, subsets=("F",),
+            n_folds=1, seed=seed, val_mode="full", notes=sides.notes,
+        ), [note]  # fmt: skip
+    stores, folds = list(pool.stores.values()), max(folds, 2)
+    plan = plan_for(pool.ds, stores, subsets=[subset], folds=folds, seed=seed)
+    notes = []
+    if folds < _FOLDS:
+        few = ", ".join(name for name, count in zip(names, counts, strict=True) if count < _FOLDS)
+        notes.append(f"{folds} folds in place of {_FOLDS}: too few groups outside the test set of {few}")
+    if plan.subsets == ("F",) and min(len(rows) for rows in plan.train.values()) > MOST:
+        notes.append(f"scored on {MOST:,} training images a fold, drawn balanced from all there are")
+        plan = plan_for(pool.ds, stores, subsets=[MOST], folds=folds, seed=seed)
+    return plan, notes
 
 
 def _scores(pool: Pool, plan: Splits, backbone: str, subset: str) -> dict[str, float]:
@@ -287,6 +303,9 @@ def _scores(pool: Pool, plan: Splits, backbone: str, subset: str) -> dict[str, f
     centroid, near = [], []
     for fold in range(plan.n_folds):
         train, val = plan.train[fold, subset], plan.val[fold, subset]
+        if not len(val):
+            centroid, near = [np.nan], [np.nan]
+            break
         nearest = centroid_logits(x[place[train]], labels[train], x[place[val]], n_classes)
         centroid.append(score(metric, labels[val], nearest))
         solved = KNN().solve(

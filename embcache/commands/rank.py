@@ -52,8 +52,9 @@ def rank(
 ) -> None:
     """Score every cached backbone in seconds, without training: which one to bother with.
 
-    LogME, H-score, nearest centroid and k-NN, on training images only, beside the linear probes that are saved and
-    the rank correlation with them. Without --dataset every dataset whose features are cached.
+    LogME, nearest centroid and k-NN, by whose mean rank rows are ordered, and the H-score, on training images only,
+    beside the linear probes that are saved and the rank correlation with them. Without --dataset every dataset whose
+    features are cached.
 
     Example: embcache rank --dataset pneumonia
     """
@@ -132,7 +133,7 @@ def _print_ranking(ranking: Ranking) -> None:
     rows = [
         [
             row.backbone,
-            *(f"{getattr(row, key):.4f}" for key in SCORES),
+            *("–" if math.isnan(getattr(row, key)) else f"{getattr(row, key):.4f}" for key in SCORES),
             f"{row.place:.2f}",
             *(f"{row.probes[subset]:.4f}" if subset in row.probes else "" for subset in subsets),
         ]
@@ -146,6 +147,7 @@ def _print_ranking(ranking: Ranking) -> None:
     notes = [
         *ranking.notes,
         "labels: training + validation of a fold",
+        "mean rank: of LogME, nearest centroid and k-NN; the H-score takes no part, it is high for permuted labels too",
         "scores use training and validation images only; linear: test score of the saved probe, for comparison",
     ]
     if ranking.correlations:

@@ -9,6 +9,7 @@ called: its import takes longer than most probes train, and its input checks lon
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -87,12 +88,14 @@ def log_odds(logits: ArrayLike) -> FloatArray:
     if z.shape[-1] == 2:
         difference = z[..., 1] - z[..., 0]
         return np.stack([-difference, difference], axis=-1)
-    columns = []
+    # In ascending order, so that images whose other logits are the same in another order tie.
+    order, columns = np.argsort(z, axis=-1), []
+    ranked = np.take_along_axis(z, order, -1)
     for c in range(z.shape[-1]):
-        others = np.delete(z, c, axis=-1)
-        top = others.max(axis=-1, keepdims=True)
-        columns.append(z[..., c] - top[..., 0] - np.log(np.exp(others - top).sum(axis=-1)))
-    return np.stack(columns, axis=-1)
+        others = np.delete(ranked, c, axis=-1)
+        top = others[..., -1:]
+        columns.append(ranked[..., c] - top[..., 0] - np.log(np.exp(others - top).sum(axis=-1)))
+    return np.take_along_axis(np.stack(columns, axis=-1), np.argsort(order, axis=-1), -1)
 
 
 def log_probabilities(logits: ArrayLike) -> FloatArray:
@@ -125,7 +128,7 @@ def positive_class(class_names: Sequence[str], asked: str | None = None) -> int:
                 expected=", ".join(class_names),
                 found=asked,
                 where="--positive",
-                fix=f"--positive {class_names[-1]}",
+                fix=f"--positive {shlex.quote(class_names[-1])}",
             )
         return list(class_names).index(asked)
     negative = [_is_negative(name) for name in class_names]
@@ -485,6 +488,14 @@ METRICS: Mapping[str, Metric] = {
 
 
 def metric_title(name: str, positive: str = "") -> str:
-    """A metric as tables print it, with the class that an asymmetric one is of."""
+    """A metric as tables print it: with the class that an asymmetric one is of, and where a threshold comes from."""
     title = METRICS[name].title if name in METRICS else re.sub(r"_(\d[\d.]*)_", r" \1 % ", name).replace("_", " ")
-    return f"{title} of {positive}" if positive else title
+    read_off = ", threshold read off the test set" if "_at_" in name else ""
+    return title + (f" of {positive}" if positive else "") + read_off
+
+
+def merit(name: str, value: float | None) -> float:
+    """A score as a choice between models ranks it: higher is better, a loss negated; −inf for none."""
+    if value is None:
+        return -np.inf
+    return -value if name in METRICS and METRICS[name].loss else value

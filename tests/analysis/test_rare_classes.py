@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from embcache.analysis.draw_maps import draw_maps
 from embcache.analysis.rank import rank_dataset
 from embcache.analysis.similarity import similarity
+from embcache.analysis.transfer import logme
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError
-from embcache.probe.protocol import plan_splits
+from embcache.probe.protocol import divide, plan_splits
 from tests.probe.build import make_dataset, make_features, put_store
 
 
@@ -52,13 +54,25 @@ def test_rank_takes_as_many_folds_as_the_rarest_class_has_groups_and_says_so(hom
     folds = int(note.split()[0])
     plan = plan_splits(ds, subsets=["F"], folds=folds)
     assert folds == sum(int(ds.labels[i] == 2) for i in range(84) if i not in plan.test)
-    assert ": c is too rare" in note
+    assert "of c" in note
     assert ranking.n_train + len(plan.val[0, "F"]) == pytest.approx(ranking.labels_used, abs=1)
     assert ranking.labels_used == 84 - len(plan.test)
 
 
-def test_rank_of_a_class_with_one_group_is_refused_without_flags_that_it_lacks(home: Path) -> None:
+def test_rank_by_logme_alone_where_a_class_has_one_group(home: Path) -> None:
     ds = cached(home, [0, 1, 2, 3, 4] * 2)
-    with pytest.raises(ProtocolError, match="at least 2 groups") as caught:
-        rank_dataset(ds, home=home)
-    assert "--folds" not in str(caught.value)
+    ranking = rank_dataset(ds, home=home)
+    pool = sorted(set(range(10)) - set(plan_test(ds)))
+    assert ranking.n_train == ranking.labels_used == len(pool)
+    assert any("LogME alone" in note for note in ranking.notes)
+    for seed, row in enumerate(sorted(ranking.rows, key=lambda row: row.backbone)):
+        assert row.logme == pytest.approx(logme(make_features(ds, 12, seed=seed)[pool], ds.labels[pool]))
+        assert np.isnan(row.knn)
+    assert [row.place for row in ranking.rows] == [1, 2]
+    with pytest.raises(ProtocolError, match="at least 2 groups"):
+        rank_dataset(ds, home=home, subset=6)
+
+
+def plan_test(ds: ImageDataset) -> list[int]:
+    """Rows of the local test set, which depends on no folds."""
+    return divide(ds).test.tolist()

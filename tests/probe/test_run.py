@@ -206,7 +206,7 @@ def test_the_same_request_is_answered_from_the_run(
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"subset": 20}, {"folds": 4}, {"val": "matched"}, {"lr": 1e-2}, {"head": "dvme-noattn"}]
+    "change", [{"seed": 1}, {"subset": 30}, {"folds": 4}, {"val": "matched"}, {"lr": 1e-2}, {"head": "dvme-noattn"}]
 )
 def test_another_request_is_another_run(cached: ImageDataset, home: Path, change: dict[str, Any]) -> None:
     assert probe_features(cached, "a", home=home, **change).id != probe_features(cached, "a", home=home).id

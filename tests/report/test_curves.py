@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from embcache.analysis.plots import Curve, CurvePanel, curve_styles, plot_curves
 from embcache.errors import StoreNotFoundError
 from embcache.probe.results import ProbeResult
-from embcache.report.curves import curve_panels, curve_table, draw_curves, named_curves, table_curves
+from embcache.probe.statistics import Estimate
+from embcache.report.curves import band_words, curve_panels, curve_table, find_results, named_curves, table_curves
 from embcache.report.grid import Grid
 from embcache.report.paper import find_value
 from tests.report.build import SUPERVISED, make_cell, make_result
@@ -93,4 +95,27 @@ def test_the_papers_curve_looks_like_ours_dashed() -> None:
 
 def test_nothing_saved_is_an_error_with_the_next_command(home: Path) -> None:
     with pytest.raises(StoreNotFoundError, match="embcache probe"):
-        draw_curves(home=home)
+        find_results(home=home)
+
+
+def estimated(new: bool, these: bool) -> Estimate:
+    ends = (0.7, 0.9)
+    return Estimate("auc", "", 0.8, 0.1, ends if these else None, ends if new else None, "", 20, 0.0, None, None, 0.0)
+
+
+def test_bands_are_the_saved_intervals_and_the_caption_says_which() -> None:
+    anew = at(50, estimate=estimated(True, True))
+    fixed = at(100, estimate=estimated(False, True))
+    none = at(200, interval=None, std=0.1, estimate=estimated(False, False))
+    board = at(500, interval=None, std=0.1)
+    assert band_words([anew]) == "95 % interval for new patients and a newly trained model"
+    assert band_words([fixed]) == "95 % interval for new patients and these models"
+    assert band_words([anew, fixed, none, board]).split("; ") == [
+        "95 % interval for new patients and a newly trained model",
+        "95 % interval for new patients and these models, where the first is missing",
+        "no interval where there are too few patients",
+        "± sd over folds of leaderboard scores",
+    ]
+    (panel,) = curve_panels([anew, none])
+    assert np.isnan(panel.curves[0].low).tolist() == [False, True]  # a deviation is no interval
+    assert "95 % interval for new patients and a newly trained model" in " ".join(curve_table([anew]).notes)

@@ -11,7 +11,7 @@ import pytest
 
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import UsageError
-from embcache.probe.results import find_run_anywhere, list_results, load_predictions, load_result
+from embcache.probe.results import find_run_anywhere, list_results, load_predictions, load_result, run_id, save_run
 from embcache.probe.run import probe_features
 from embcache.report.kaggle import make_submission, official_command, read_score, save_kaggle_scores
 from tests.data.pictures import write_image
@@ -132,6 +132,16 @@ def test_a_leaderboards_result_is_no_run_to_hand_in(home: Path, run: str, tmp_pa
     with pytest.raises(UsageError, match="can be handed in") as caught:
         make_submission(scored.id, tmp_path / "out", home=home)
     assert caught.value.fix == f"--run {run}"
+
+
+def test_a_run_of_other_classes_is_no_run_to_hand_in(home: Path, run: str, tmp_path: Path) -> None:
+    result, folder = find_run_anywhere(run, home)
+    request = {**result.request, "classes": {"mild": "", "severe": ""}}
+    other = replace(result, id=run_id(request), request=request)
+    save_run(other, load_predictions(folder), [], home)
+    with pytest.raises(UsageError, match="can be handed in") as caught:
+        make_submission(other.id, tmp_path / "out", home=home)
+    assert "without mild, severe" in str(caught.value)
 
 
 def test_scores_are_read_from_pairs() -> None:
