@@ -383,7 +383,12 @@ def _confusion(y: IntArray, z: FloatArray) -> Weighted:
     """Weighted confusion matrices (B, C, C), rows true and columns predicted."""
     n = z.shape[1]
     cells = y * n + z.argmax(1)
-    return lambda w: np.stack([np.bincount(cells, row, n * n) for row in w]).reshape(len(w), n, n)
+
+    def tables(weights: FloatArray) -> FloatArray:
+        counted = [np.bincount(cells, row, n * n) for row in weights]
+        return np.asarray(counted, dtype=np.float64).reshape(len(weights), n, n)
+
+    return tables
 
 
 def _of_confusion(read: Callable[[FloatArray, int], FloatArray]) -> Callable[[IntArray, FloatArray, int], Weighted]:
