@@ -1,8 +1,8 @@
 """What intervals and p-values are worth in simulated worlds with a known truth, before and after.
 
 "Before" is the bootstrap of groups within strata of the exact set of classes that a group holds, until 0.1.0; "after"
-is `embcache.probe.statistics`. `worlds.py` has the worlds, `simulations.py` the rest: a module of this file's name hides
-the standard library's from the other scripts of this folder, so it hands that one over.
+is `embcache.probe.statistics`. `worlds.py` has the worlds and `simulations.py` the rest: this file's name hides the
+standard library's module from the other scripts of this folder, so it hands that module over.
 
     python benchmarks/statistics.py [--repetitions 2000] [--only auc,kappa,macro,others,fixed,heads,new]
 """

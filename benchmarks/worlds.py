@@ -1,4 +1,4 @@
-"""Simulated test sets with a known truth, for `statistics.py`: labels (n,), groups (n,) and logits (models, n, classes).
+"""Simulated test sets with a known truth, for `statistics.py`: labels (n,), groups (n,), logits (models, n, classes).
 
 The laws, so that the figures can be repeated elsewhere (N is a standard normal deviate, Φ its distribution):
 
@@ -30,7 +30,6 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
 
 Array = NDArray[np.float64]
 GRADES = np.array([0.475, 0.1775, 0.255, 0.065, 0.0275])
@@ -136,7 +135,7 @@ def several(patients: int, classes: int, images: int, *, gain: float = 0.7, mode
 
 
 def equal_models(positive: int, negative: int, auc: float) -> World:
-    """Two sets of five fixed models that are equally good; 70 % of the variance is theirs in common, half by patient."""
+    """Two sets of five fixed models that are equally good, and have 70 % of their variance in common."""
 
     def draw(rng: np.random.Generator) -> Drawn:
         groups, labels = _patients(1 + rng.poisson(1.0, positive + negative), positive)
@@ -151,6 +150,19 @@ def equal_models(positive: int, negative: int, auc: float) -> World:
         return Drawn(labels, groups, one, other)
 
     return draw
+
+
+def logistic(x: Array, y: NDArray[np.int64], C: float = 0.1) -> Array:
+    """Weights (K, D) of K logistic regressions on (K, n, D), ½‖w‖² + C Σ cross-entropy, by Newton's method."""
+    k, n, d = x.shape
+    x = np.concatenate([x, np.ones((k, n, 1))], axis=2)
+    w, penalty = np.zeros((k, d + 1)), np.diag(np.r_[np.ones(d), 0.0])
+    for _ in range(10):
+        p = 1 / (1 + np.exp(-np.einsum("knd,kd->kn", x, w)))
+        gradient = w @ penalty + C * np.einsum("knd,kn->kd", x, p - y)
+        hessian = penalty + C * (x * (p * (1 - p))[:, :, None]).swapaxes(1, 2) @ x
+        w = w - np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
+    return w[:, :d]
 
 
 def heads(labeled: int, test: int, *, folds: int = 5, repeats: int = 1, apart: bool = False) -> World:
@@ -170,9 +182,6 @@ def heads(labeled: int, test: int, *, folds: int = 5, repeats: int = 1, apart: b
             x = rng.normal(size=(len(rows), dimensions)) + np.outer(labels[rows] - 0.5, direction)
             return np.asarray(x + 0.6 * np.outer(hard, unit))
 
-        def fit(x: Array, y: NDArray[np.int64]) -> LogisticRegression:
-            return LogisticRegression(C=0.1, solver="newton-cholesky").fit(x, y)
-
         splits = [rng.permutation(pool // 2)[np.arange(pool) // 2] % folds for _ in range(repeats)]
         parts = []
         for fold in splits:
@@ -182,10 +191,11 @@ def heads(labeled: int, test: int, *, folds: int = 5, repeats: int = 1, apart: b
         pair = []
         for _ in range(2):
             x = features(np.arange(len(labels)), difficulty)
-            pair.append(np.stack([_two_columns(fit(x[r], labels[r]).decision_function(x[pool:])) for r in parts]))
+            rows = np.stack(parts)
+            pair.append(_two_columns(logistic(x[rows], labels[rows]) @ x[pool:].T))
         common = [len(np.intersect1d(a, b)) / len(a) for i, a in enumerate(parts) for b in parts[:i]]
         new = np.arange(labeled)
-        w = fit(features(new, rng.normal(size=labeled)), labels[new]).coef_[0]
+        w = logistic(features(new, rng.normal(size=labeled))[None], labels[new][None])[0]
         truth = NORMAL.cdf(float(w @ direction / math.sqrt(2 * (w @ w + 0.36 * (w @ unit) ** 2))))
         return Drawn(labels[pool:], np.arange(test), *pair, float(np.mean(common)), truth)
 

@@ -289,12 +289,17 @@ def _auc(positive: BoolArray, scores: FloatArray) -> Weighted:
 
     def auc(weights: FloatArray) -> FloatArray:
         w = weights[:, order]
-        pos = np.add.reduceat(w * sign, starts, axis=1)  # (B, distinct scores)
-        neg = np.add.reduceat(w * ~sign, starts, axis=1)
+        pos = _run_sums(w * sign, starts)
+        neg = _run_sums(w, starts) - pos
         below = np.cumsum(neg, axis=1) - neg
         return _ratio((pos * (below + neg / 2)).sum(1), pos.sum(1) * neg.sum(1))
 
     return auc
+
+
+def _run_sums(values: FloatArray, starts: IntArray) -> FloatArray:
+    """Sums over runs of columns: (B, n) to (B, runs)."""
+    return values if len(starts) == values.shape[1] else np.add.reduceat(values, starts, axis=1)
 
 
 def _ratio(above: FloatArray, below: FloatArray) -> FloatArray:
@@ -334,8 +339,8 @@ def _curve(positive: BoolArray, scores: FloatArray, read: Callable[[FloatArray, 
 
     def form(weights: FloatArray) -> FloatArray:
         w = weights[:, order]
-        tp = np.cumsum(np.add.reduceat(w * sign, starts, axis=1), axis=1)
-        fp = np.cumsum(np.add.reduceat(w * ~sign, starts, axis=1), axis=1)
+        tp = np.cumsum(_run_sums(w * sign, starts), axis=1)
+        fp = np.cumsum(_run_sums(w, starts), axis=1) - tp
         return np.where((tp[:, -1] > 0) & (fp[:, -1] > 0), read(tp, fp), np.nan)
 
     return form
@@ -374,10 +379,9 @@ def _at(what: str, percent: float) -> Metric:
 
 def _confusion(y: IntArray, z: FloatArray) -> Weighted:
     """Weighted confusion matrices (B, C, C), rows true and columns predicted."""
-    n_classes = z.shape[1]
-    cells = np.zeros((len(y), n_classes * n_classes))
-    cells[np.arange(len(y)), y * n_classes + z.argmax(1)] = 1.0
-    return lambda w: (w @ cells).reshape(len(w), n_classes, n_classes)
+    n = z.shape[1]
+    cells = y * n + z.argmax(1)
+    return lambda w: np.stack([np.bincount(cells, row, n * n) for row in w]).reshape(len(w), n, n)
 
 
 def _of_confusion(read: Callable[[FloatArray, int], FloatArray]) -> Callable[[IntArray, FloatArray, int], Weighted]:
