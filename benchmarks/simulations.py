@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import worlds
 from common import machine
-from numpy.typing import NDArray
 from worlds import Array, Drawn, World
 
 from embcache.probe.metrics import find_metric
@@ -112,15 +111,8 @@ def old_resamples(drawn: Drawn, metric: str, *models: Array) -> list[Array]:
     return [np.mean([form(drawn.labels, z, 1)(weights) for z in side], axis=0) for side in models]
 
 
-<<<<<<< HEAD
-def old_interval(drawn: Drawn, metric: str, resamples: int) -> tuple[float, float]:
-    low, high = np.quantile(
-        old_resamples(drawn, metric, resamples, drawn.logits)[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    )
-=======
 def old_interval(drawn: Drawn, metric: str) -> tuple[float, float]:
     low, high = np.quantile(old_resamples(drawn, metric, drawn.logits)[0], [0.025, 0.975])
->>>>>>> w-d
     return float(low), float(high)
 
 
@@ -166,80 +158,8 @@ def share(count: int, of: int) -> str:
     return f"{p:.3f} ± {math.sqrt(p * (1 - p) / of):.3f}"
 
 
-<<<<<<< HEAD
-def auc_cells() -> list[Cell]:
-    rows = [
-        Cell("auc", f"{n} + {n} patients", "auc", worlds.two_classes(n, n, auc), auc)
-        for auc in (0.80, 0.95, 0.99)
-        for n in (100, 30, 10)
-    ]
-    rows.append(Cell("auc", "10 + 190 patients", "auc", worlds.two_classes(10, 190, 0.9), 0.9))
-    for n in (30, 10, 5):
-        rows.append(Cell("auc", f"{n} + {n} patients, uneven", "auc", worlds.two_classes(n, n, 0.9, uneven=True), 0.9))
-    for p, n in ((30, 30), (10, 190), (190, 10)):
-        world = worlds.two_classes(p, n, 0.9, unequal=True)
-        rows.append(Cell("auc", f"{p} + {n} patients, unequal", "auc", world, 0.9))
-    rows.append(Cell("auc", "5 + 5 patients", "auc", worlds.two_classes(5, 5, 0.9), 0.9))
-    big = worlds.two_classes(50_000, 50_000, 0.9, coarse=True)
-    rows.append(Cell("auc", "30 + 30 patients, coarse", "auc", worlds.two_classes(30, 30, 0.9, coarse=True), None, big))
-    return rows
-
-
-def other_cells() -> list[Cell]:
-    fundus, single, rare = worlds.fundus(100_000, 2), worlds.single_images(200_000, 2), worlds.rare(400_000, 2)
-    rows = [Cell("kappa", f"{n} patients", "kappa", worlds.fundus(n), None, fundus) for n in (55, 200)]
-    rows += [Cell("kappa", f"{n} single images", "kappa", worlds.single_images(n), None, single) for n in (100, 366)]
-    rows += [Cell("macro", f"{n} patients, grades", "macro_auc", worlds.fundus(n), None, fundus) for n in (55, 200)]
-    for patients, classes, images, gain in ((100, 8, 4, 0.7), (60, 8, 4, 0.7), (30, 5, 3, 0.7), (30, 5, 3, 3.0)):
-        rows.append(
-            Cell(
-                "macro",
-                f"{patients} patients, {images} of {classes} classes each",
-                "macro_auc",
-                worlds.several(patients, classes, images, gain=gain),
-                None,
-                worlds.several(20_000, classes, images, gain=gain, models=2),
-            )
-        )
-    for metric in ("auprc", "accuracy", "sensitivity", "specificity", "ppv", "npv", "f1", "brier", "mcc",
-                   "balanced_accuracy", "log_loss", "sensitivity_at_95_specificity"):  # fmt: skip
-        for n in (300, 100, 40) if metric in ("auprc", "accuracy", "sensitivity", "ppv", "f1") else (300,):
-            rows.append(Cell("others", f"{n} images", metric, worlds.rare(n), None, rare))
-    rows.append(Cell("others", "60 patients, 4 of 8 classes each", "accuracy", worlds.several(60, 8, 4), None,
-                     worlds.several(20_000, 8, 4, models=2)))  # fmt: skip
-    return rows
-
-
-CELLS: dict[str, Callable[[], list[Cell]]] = {"auc": auc_cells, "others": other_cells}
-
-
-def pairs() -> list[Cell]:
-    rows = [
-        Cell("fixed", f"{p} + {n} patients", "auc", worlds.equal_models(p, n, auc))
-        for p, n, auc in ((100, 100, 0.9), (30, 30, 0.9), (10, 10, 0.9), (10, 10, 0.99), (10, 190, 0.9))
-    ]
-    rows += [
-        Cell("fixed", f"{p} patients, {i} of {c} classes each", m, worlds.several(p, c, i))
-        for m, p, c, i in (
-            ("macro_auc", 60, 8, 4),
-            ("macro_auc", 100, 20, 3),
-            ("accuracy", 60, 8, 4),
-            ("kappa", 60, 8, 4),
-        )
-    ]
-    rows += [
-        Cell("heads", f"{n} labels, {t} test images", "auc", worlds.heads(n, t))
-        for n, t in ((50, 600), (50, 200), (500, 600))
-    ]
-    return rows
-
-
-def truth_of(cell: Cell) -> float:
-    if cell.truth is not None:
-=======
 def truth_of(cell: Cell) -> float | None:
     if cell.population is None:
->>>>>>> w-d
         return cell.truth
     drawn = cell.population(np.random.default_rng(1))
     form = find_metric(cell.metric, drawn.logits.shape[-1]).form
@@ -252,46 +172,16 @@ def covered(cell: Cell, repetitions: int) -> list[str]:
     assert truth is not None
     for _ in range(repetitions):
         drawn = cell.world(rng)
-<<<<<<< HEAD
-        if old:
-            before.add(old_interval(drawn, cell.metric, old), truth)
-        after.add(estimate(scores(drawn, cell.metric, resamples)).these_models, truth)
-    return [
-        cell.title,
-        cell.metric,
-        f"{truth:.3f}",
-        *before.cells(),
-        *after.cells(),
-        f"{after.refused / repetitions:.3f}",
-    ]
-=======
         before.add(old_interval(drawn, cell.metric), truth)
         after.add(estimate(scored(drawn, cell.metric, drawn.logits)).these_models, truth)
     refused = f"{after.refused / repetitions:.3f}"
     return [cell.title, title_of(cell), f"{truth:.3f}", *before.cells(), *after.cells(), refused]
->>>>>>> w-d
 
 
 def called_different(cell: Cell, repetitions: int) -> list[str]:
     rng, before, after, given = np.random.default_rng(0), 0, 0, 0
     for _ in range(repetitions):
         drawn = cell.world(rng)
-<<<<<<< HEAD
-        if old:
-            before.append(old_p(drawn, cell.metric, old))
-        one, other = (scores(drawn, cell.metric, resamples, z) for z in (drawn.logits, drawn.other))
-        found = compare(one, other, overlap=drawn.overlap).p
-        if found is not None:
-            p.append(found)
-    shares = [float((np.array(values) < 0.05).mean()) if values else math.nan for values in (before, p)]
-    error = [math.sqrt(s * (1 - s) / repetitions) for s in shares]
-    return [
-        cell.title,
-        cell.metric,
-        *(f"{s:.3f} ± {e:.3f}" for s, e in zip(shares, error, strict=True)),
-        f"{1 - len(p) / repetitions:.3f}",
-    ]
-=======
         assert drawn.other is not None
         before += old_p(drawn, cell.metric) < 0.05
         one, other = (scored(drawn, cell.metric, z) for z in (drawn.logits, drawn.other))
@@ -300,7 +190,6 @@ def called_different(cell: Cell, repetitions: int) -> list[str]:
             given += 1
             after += p < 0.05
     return [cell.title, title_of(cell), share(before, repetitions), share(after, given)]
->>>>>>> w-d
 
 
 def newly_trained(cell: Cell, repetitions: int) -> list[str]:
@@ -318,7 +207,11 @@ def newly_trained(cell: Cell, repetitions: int) -> list[str]:
 
 
 def title_of(cell: Cell) -> str:
-    return find_metric(cell.metric, 2 if cell.metric == "auc" else 3).title if cell.metric == "macro_auc" else find_metric(cell.metric, 2).title
+    return (
+        find_metric(cell.metric, 2 if cell.metric == "auc" else 3).title
+        if cell.metric == "macro_auc"
+        else find_metric(cell.metric, 2).title
+    )
 
 
 TABLES = (
@@ -346,25 +239,6 @@ def main(description: str | None) -> None:
     parser.add_argument("--repetitions", type=int, default=2000, help=f"of a cell; at most {TRAINED} with heads")
     parser.add_argument("--only", default="auc,kappa,macro,others,fixed,heads,new", help="sections, by commas")
     asked = parser.parse_args()
-<<<<<<< HEAD
-    for name, make in CELLS.items():
-        for cell in make():
-            if asked.only in cell.section + " " + cell.metric and asked.match in cell.title:
-                began = time.time()
-                row = coverage(cell, asked.repetitions, asked.resamples, asked.old)
-                print("|", " | ".join(row), "|", f"{time.time() - began:.0f}s", flush=True)
-    for cell in pairs():
-        if asked.only in cell.section + " " + cell.metric and asked.match in cell.title:
-            began = time.time()
-            row = false_positives(
-                cell, 400 if cell.section == "heads" else asked.repetitions, asked.resamples, asked.old
-            )
-            print("|", " | ".join(row), "|", f"{time.time() - began:.0f}s", flush=True)
-
-
-if __name__ == "__main__":
-    main()
-=======
     began = time.process_time()
     for title, header, cells, measure in TABLES:
         chosen = [cell for cell in cells() if cell.section in asked.only.split(",")]
@@ -378,4 +252,3 @@ if __name__ == "__main__":
         print(flush=True)
     print(f"{asked.repetitions:,} repetitions of a cell (at most {TRAINED} where heads are trained), {RESAMPLES} resamples, "
           f"{time.process_time() - began:,.0f} s of processors; {machine(('numpy', 'scipy', 'scikit-learn'))}")  # fmt: skip
->>>>>>> w-d

@@ -1,4 +1,4 @@
-"""All drawing; the only module that imports matplotlib."""
+"""All drawing; with `embcache.analysis.lettering` the only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from embcache.analysis.lettering import add_legend, add_title, no_warnings, shorten, use_fonts, wrap
 from embcache.paths import replace_file
 
 # Okabe and Ito's colours (2008), told apart with every common kind of colour vision; markers serve print in grey.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_MARKS = 2 * len(_COLOURS) * len(_MARKERS)  # filled and outlined
 _LINES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # "--" is the paper's
 _BANDS = 6  # curves of a panel up to which bands are told apart
 
@@ -72,28 +74,43 @@ class AttentionPanel:
 
 
 def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, target: Path) -> Path:
-    """Draw maps side by side with one legend; the format follows the target's suffix (PNG, SVG, PDF)."""
+    """Draw maps side by side with one legend; the format follows the target's suffix (PNG, SVG, PDF).
+
+    The legend has the classes that are shown; where there is no room for all, those of most images.
+    """
+    counts = np.bincount(np.concatenate([panel.labels for panel in maps]), minlength=len(class_names))
+    shown = np.flatnonzero(counts).tolist()
+    size, least = (9.0, 4.6) if len(shown) <= 8 else (8.0, 6.0) if len(shown) <= 24 else (6.5, 7.5)
     columns = min(len(maps), 4)
     rows = -(-len(maps) // columns)
-    figure = Figure(figsize=(3.0 * columns, 3.1 * rows + 0.7), layout="constrained")
+    side = max(3.0, least / columns)  # inches of a panel
+    figure = Figure(figsize=(side * columns, (side + 0.1) * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    handles = {}
     for axis, panel in zip(axes, maps, strict=False):
-        for label, name in enumerate(class_names):
+        for label in shown:
             points = panel.coordinates[panel.labels == label]
-            axis.scatter(
-                points[:, 0], points[:, 1], s=14, alpha=0.8, linewidths=0, label=_plain(name),
-                color=_COLOURS[label % len(_COLOURS)], marker=_MARKERS[label % len(_MARKERS)],
-            )  # fmt: skip
-        axis.set_title(_plain(_wrapped(panel.title)), fontsize=10)
+            handles[class_names[label]] = axis.scatter(points[:, 0], points[:, 1], s=14, alpha=0.8, **class_mark(label))
+        axis.set_title(_plain(wrap(panel.title, 10, side - 0.2)), fontsize=10)
         axis.set_xlabel(_plain(panel.caption), fontsize=7)
         axis.set_xticks([])
         axis.set_yticks([])
     for axis in axes[len(maps) :]:
         axis.set_axis_off()
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False, fontsize=9)
-    figure.suptitle(_plain(title), fontsize=11)
+    weights = {class_names[label]: int(counts[label]) for label in shown}
+    said = f"Marks come again after {_MARKS} classes." if max(shown) >= _MARKS else ""
+    add_legend(figure, handles, size, title=said, weights=weights, handle=1.0)
+    add_title(figure, title, 11)
     return _save(figure, target)
+
+
+def class_mark(label: int) -> dict[str, Any]:
+    """Colour and marker of a class: eight pairs that differ in both, then 56 other pairs, then 64 of outlines."""
+    turn, place = divmod(label, len(_COLOURS))
+    colour, marker = _COLOURS[place], _MARKERS[(place + turn) % len(_MARKERS)]
+    if turn // len(_MARKERS) % 2:
+        return {"facecolors": "none", "edgecolors": colour, "linewidths": 0.8, "marker": marker}
+    return {"color": colour, "linewidths": 0, "marker": marker}
 
 
 def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path, *, bands: str = "95 % interval") -> Path:
@@ -105,10 +122,7 @@ def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path, *, bands
     rows = -(-len(panels) // columns)
     styles = curve_styles(panels)
     width = max(5.2 * columns, 7.2 if len(styles) > _BANDS else 0.0)
-    entry = 0.6 + 0.062 * max(len(label) for label in styles)  # inches, at 8 points
-    ncols = max(1, min(len(styles), int(width / entry)))
-    height = 3.6 * rows + 0.18 * (-(-len(styles) // ncols) + 1) + 0.6
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, 3.6 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     handles = {}
     for axis, panel in zip(axes, panels, strict=False):
@@ -132,17 +146,14 @@ def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path, *, bands
         axis.minorticks_off()
         axis.set_xlabel("training labels of a fold", fontsize=9)
         axis.set_ylabel(panel.metric, fontsize=9)
-        axis.set_title(_plain(panel.title), fontsize=10)
+        axis.set_title(_plain(wrap(panel.title, 10, width / columns - 0.6)), fontsize=10)
         axis.grid(alpha=0.25)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     if any(_many(panel) for panel in panels):
         bands += f"; bands only in panels of up to {_BANDS} curves"
-    figure.legend(
-        [handles[label] for label in styles], [_plain(label) for label in styles], loc="outside lower center",
-        ncols=ncols, frameon=False, fontsize=8, title=_wrapped(f"bars: {bands}", int(width * 15)), title_fontsize=8,
-    )  # fmt: skip
-    figure.suptitle(_plain(title), fontsize=11)
+    add_legend(figure, {label: handles[label] for label in styles}, 8, title=f"bars: {bands}")
+    add_title(figure, title, 11)
     return _save(figure, target)
 
 
@@ -201,7 +212,7 @@ def _apart(ticks: Sequence[float]) -> list[float]:
 def plot_attention(panels: Sequence[AttentionPanel], title: str, target: Path) -> Path:
     """Draw mean attention maps above their sums by backbone; rows attend to columns."""
     columns = len(panels)
-    figure = Figure(figsize=(3.6 * columns + 0.4, 7.4), layout="constrained")
+    figure = Figure(figsize=(4.6 * columns + 0.2, 7.4), layout="constrained")
     axes = figure.subplots(2, columns, squeeze=False)
     for (above, below), panel in zip(axes.T, panels, strict=True):
         n, each = len(panel.weights), len(panel.weights) // len(panel.backbones)
@@ -219,13 +230,13 @@ def plot_attention(panels: Sequence[AttentionPanel], title: str, target: Path) -
         for (row, column), value in np.ndenumerate(panel.mass):
             colour = "white" if value < 0.6 else "black"
             below.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
-        names = [_plain(name) for name in panel.backbones]
+        names = [_plain(shorten(name, 8, 1.3)) for name in panel.backbones]
         for axis, places in ((above, centres), (below, np.arange(len(names)))):
             axis.set_xticks(places, names, fontsize=8, rotation=30, ha="right")
             axis.set_yticks(places, names, fontsize=8)
-        above.set_title(_plain(panel.title), fontsize=10)
-        below.set_title("attention of a row's tokens to a column's, summed", fontsize=8)
-    figure.suptitle(_plain(title), fontsize=11)
+        above.set_title(_plain(wrap(panel.title, 9, 2.6)), fontsize=9)
+        below.set_title(wrap("attention of a row's tokens to a column's, summed", 8, 2.4), fontsize=8)
+    add_title(figure, title, 11)
     return _save(figure, target)
 
 
@@ -252,14 +263,15 @@ def plot_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], title: str, target: P
                 axis.text(0.5, 0.5, "not here", ha="center", va="center", fontsize=8, transform=axis.transAxes)
             else:
                 axis.imshow(cell.pixels)
-            axis.set_xlabel(_plain(cell.caption), fontsize=6)
+            caption = "\n".join(shorten(line, 6, 1.4) for line in cell.caption.split("\n"))
+            axis.set_xlabel(_plain(caption), fontsize=6)
             for spine in axis.spines.values():
                 spine.set_color(_COLOURS[5] if cell.marked else "0.7")
                 spine.set_linewidth(2.5 if cell.marked else 0.8)
-        line[0].set_ylabel(_plain(name), fontsize=8)
+        line[0].set_ylabel(_plain(wrap(name, 8, 1.4)), fontsize=8)
         for axis in line[len(cells) :]:
             axis.set_axis_off()
-    figure.suptitle(_plain(title), fontsize=10)
+    add_title(figure, title, 10)
     return _save(figure, target)
 
 
@@ -403,12 +415,8 @@ def plot_heads(pixels: NDArray[np.uint8], heads: NDArray[np.float32], title: str
         axis.set_title(name, fontsize=8)
     for axis in axes:
         axis.set_axis_off()
-    figure.suptitle(_plain(title), fontsize=9)
+    add_title(figure, title, 9)
     return _save(figure, target)
-
-
-def _wrapped(title: str, width: int = 34) -> str:
-    return "\n".join(part for line in title.split("\n") for part in textwrap.wrap(line, width) or [""])
 
 
 def _plain(text: str) -> str:
@@ -418,7 +426,9 @@ def _plain(text: str) -> str:
 def _save(figure: Figure, target: Path) -> Path:
     """Write a figure in the format of the target's suffix, whole or not at all."""
     drawn = BytesIO()
-    figure.savefig(drawn, dpi=300, format=target.suffix.lstrip(".").lower() or None)
+    use_fonts(figure)
+    with no_warnings():
+        figure.savefig(drawn, dpi=300, format=target.suffix.lstrip(".").lower() or None)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_file(target, drawn.getvalue())
     return target

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
 
 import embcache.finetune.data as data
 import embcache.finetune.folds as folds
@@ -469,7 +470,15 @@ def test_progress_reaches_its_end(ds: ImageDataset) -> None:
     told: list[tuple[int, int]] = []
     run(ds, progress=lambda done, total, label: told.append((done, total)))
     assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert told[-1] == (2 * (2 * 32 + 12), 2 * (2 * 32 + 12))
+    assert told[-1] == (2 * (2 * 32 + 12 + 16), 2 * (2 * 32 + 12 + 16))  # epochs, test, validation of the epoch kept
+
+
+def test_predictions_of_validation_are_those_that_chose_the_epoch(ds: ImageDataset) -> None:
+    result = run(ds)
+    held = load_predictions(runs_dir(ds.name) / result.id, "validation")
+    for fold in result.folds:
+        part = held[held["fold"] == fold.fold]
+        assert roc_auc_score(part["label"], part["logit_1"] - part["logit_0"]) == pytest.approx(fold.val_score)
 
 
 def test_predictions_to_hand_in_have_no_score(ds: ImageDataset) -> None:

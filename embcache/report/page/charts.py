@@ -108,7 +108,6 @@ def line_chart(
     log_x: bool = False,
     ticks: Sequence[float] = (),
     square: bool = False,
-    diagonal: bool = False,
     digits: tuple[int, int] = (0, 3),
 ) -> Chart:
     """Lines with bands over one x axis.
@@ -128,9 +127,7 @@ def line_chart(
     ticks : sequence of float
         Of x; default Bokeh's own.
     square : bool
-        Both axes 0 … 1, about as high as wide.
-    diagonal : bool
-        A faint line from (0, 0) to (1, 1).
+        Both axes 0 … 1, about as high as wide, with a faint line from (0, 0) to (1, 1).
     digits : (int, int)
         Of x and y in tooltips.
     """
@@ -144,7 +141,7 @@ def line_chart(
     if ticks:
         plot.xaxis.ticker = FixedTicker(ticks=sorted(set(ticks)))
         plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
-    if diagonal:
+    if square:
         plot.line([0, 1], [0, 1], line_color="#8A8A8A", line_dash="dashed", line_width=1, name="diagonal")
     keys: list[Key] = []
     hoverable: list[Any] = []

@@ -147,7 +147,10 @@ def _part(name: str, metrics: Sequence[str], home: Path, data_root: PathLike | N
         raise
     except EmbcacheError as error:
         problem = error.problem
-    scored = [in_metric(result, metrics[0], home) for result in results] if metrics else results
+    scored = results
+    if metrics:  # a leaderboard gave its own metric alone
+        found = [in_metric(result, metrics[0], home) for result in results]
+        scored = [r for r in found if r.metric == find_metric(metrics[0], len(r.class_names)).key]
     return Part(name, ds, source, problem, tuple(results), tuple(make_tasks(scored, metrics[1:])),
                 len(list_unreadable(home, name)), home)  # fmt: skip
 

@@ -72,7 +72,7 @@ def decide(t: Tested, run: Path, id: str) -> Decided:
         for name, c in single
     ]
     chart = line_chart(
-        id, series, axes=("mean probability", "share observed"), square=True, diagonal=True, digits=(3, 3),
+        id, series, axes=("mean probability", "share observed"), square=True, digits=(3, 3),
         alt="Reliability curves: the share of images of a class over its mean probability, in bins; on the diagonal "
         "probabilities are right.",
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -195,7 +196,7 @@ def _ensemble(rival: Rival) -> str:
 
 
 def _told(e: Estimate, why: dict[str, None]) -> str:
-    return bounded(score(e.mean, e.std), e.interval, e.why, why)
+    return bounded(score(e.mean, e.std) if math.isfinite(e.mean) else "–", e.interval, e.why, why)
 
 
 def _size(task: Task, part: Part, choice: Choice, id: str, place: int) -> Size:
@@ -320,7 +321,7 @@ def _roc(task: Task, choice: Choice, id: str) -> Chart:
         series = [_roc_series(task.class_names[c], best, c, k < MOST_LINES) for k, c in enumerate(present)]
         alt = "ROC curves of the classes under the best model, each against all others; the legend has the AUCs."
     return line_chart(
-        id, series, alt=alt, axes=("false positive rate", "true positive rate"), square=True, diagonal=True,
+        id, series, alt=alt, axes=("false positive rate", "true positive rate"), square=True,
         digits=(2, 3),
     )  # fmt: skip
 
