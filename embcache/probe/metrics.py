@@ -381,7 +381,7 @@ def _confusion(y: IntArray, z: FloatArray) -> Weighted:
     """Weighted confusion matrices (B, C, C), rows true and columns predicted."""
     n = z.shape[1]
     cells = y * n + z.argmax(1)
-    return lambda w: np.stack([np.bincount(cells, row, n * n) for row in w]).reshape(len(w), n, n)
+    return lambda w: np.asarray([np.bincount(cells, row, n * n) for row in w], dtype=np.float64).reshape(len(w), n, n)
 
 
 def _of_confusion(read: Callable[[FloatArray, int], FloatArray]) -> Callable[[IntArray, FloatArray, int], Weighted]:
