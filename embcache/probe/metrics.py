@@ -88,12 +88,14 @@ def log_odds(logits: ArrayLike) -> FloatArray:
     if z.shape[-1] == 2:
         difference = z[..., 1] - z[..., 0]
         return np.stack([-difference, difference], axis=-1)
-    columns = []
+    # In ascending order, so that images whose other logits are the same in another order tie.
+    order, columns = np.argsort(z, axis=-1), []
+    ranked = np.take_along_axis(z, order, -1)
     for c in range(z.shape[-1]):
-        others = np.delete(z, c, axis=-1)
-        top = others.max(axis=-1, keepdims=True)
-        columns.append(z[..., c] - top[..., 0] - np.log(np.exp(others - top).sum(axis=-1)))
-    return np.stack(columns, axis=-1)
+        others = np.delete(ranked, c, axis=-1)
+        top = others[..., -1:]
+        columns.append(ranked[..., c] - top[..., 0] - np.log(np.exp(others - top).sum(axis=-1)))
+    return np.take_along_axis(np.stack(columns, axis=-1), np.argsort(order, axis=-1), -1)
 
 
 def log_probabilities(logits: ArrayLike) -> FloatArray:

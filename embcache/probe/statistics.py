@@ -367,9 +367,9 @@ def estimate(scores: Scores, overlap: float | None = None, folds: int | None = N
         elif overlap > LARGEST_OVERLAP:
             why = f"models share {overlap:.0%} of their training images: no interval for a newly trained model"
         else:
-            sigma2 = _training_variance(values, covariance, overlap)
-            extra = sigma2 * (1 / k + (1 - 1 / k) * overlap) + sigma2
-            second = _widened(scores, first, extra, (folds or k) - 1, level)
+            sigma2, before = _training_variance(values, covariance, overlap)
+            share = 1 / k + (1 - 1 / k) * overlap + 1
+            second = _widened(scores, first, (share * sigma2, share * before), (folds or k) - 1, level)
     return Estimate(
         metric=metric.key,
         positive=test.class_names[test.positive] if metric.asymmetric and len(test.class_names) == 2 else "",
@@ -386,11 +386,15 @@ def estimate(scores: Scores, overlap: float | None = None, folds: int | None = N
     )
 
 
-def _training_variance(values: FloatArray, covariance: FloatArray, overlap: float) -> float:
-    """σ²: the variance between models' scores beyond the test noise between them, as if they shared no rows."""
+def _training_variance(values: FloatArray, covariance: FloatArray, overlap: float) -> tuple[float, float]:
+    """σ²: the variance between models' scores as if they shared no rows, beyond the test noise between them; and s².
+
+    The second is s²/(1 − overlap), with that noise: σ² is as uncertain as s² is.
+    """
     k = len(values)
-    noise = (np.trace(covariance) - covariance.sum() / k) / (k - 1)
-    return max(0.0, float(values.var(ddof=1)) - float(noise)) / (1 - overlap)
+    noise = float(np.trace(covariance) - covariance.sum() / k) / (k - 1)
+    s2 = float(values.var(ddof=1))
+    return max(0.0, s2 - noise) / (1 - overlap), s2 / (1 - overlap)
 
 
 def _first_interval(scores: Scores, v: float, level: float) -> tuple[float, float] | None:
@@ -447,13 +451,20 @@ def wilson(p: float, n: float, level: float = 0.95) -> tuple[float, float]:
 
 
 def _widened(
-    scores: Scores, first: tuple[float, float], extra: float, df_training: int, level: float
+    scores: Scores, first: tuple[float, float], training: tuple[float, float], df_training: int, level: float
 ) -> tuple[float, float]:
-    """The first interval with the variance of training added to each of its sides (square and add)."""
+    """The first interval with the variance of training added to each of its sides (square and add).
+
+    Satterthwaite's degrees of freedom count training's variance before test noise was taken from it: where no more
+    than noise is seen between models, how much there is remains uncertain. They are those of training at least.
+    """
     t, mean, sides = _t(level, scores.df), scores.mean, []
+    extra, before = training
     for end in first:
-        v = ((mean - end) / t) ** 2
-        sides.append(_t(level, _satterthwaite((v, scores.df), (extra, df_training))) * math.sqrt(v + extra))
+        side = ((mean - end) / t) ** 2
+        v, uncertain = side + extra, side**2 / scores.df + before**2 / df_training
+        df = max(df_training, v**2 / uncertain) if uncertain > 0 else scores.df
+        sides.append(_t(level, df) * math.sqrt(v))
     return max(scores.metric.low, mean - sides[0]), min(scores.metric.high, mean + sides[1])
 
 
@@ -507,7 +518,7 @@ def compare(
     if trained:
         assert overlap is not None
         apart = moves[:k] - moves[k:]
-        sigma2 = _training_variance(one.values - other.values, apart @ apart.T, overlap)
+        sigma2, _ = _training_variance(one.values - other.values, apart @ apart.T, overlap)
         extra = sigma2 * (1 / k + (1 - 1 / k) * overlap)
         df = _satterthwaite((v, df), (extra, (folds or k) - 1))
         v += extra

@@ -1,204 +1,358 @@
-"""Scores against scikit-learn; intervals against scikit-learn on each resample."""
+"""Every metric against scikit-learn, with weights too; rankings of large logits; ensembles; positive classes."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import log_softmax, logsumexp
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
-    balanced_accuracy_score,
     cohen_kappa_score,
+    f1_score,
+    log_loss,
+    matthews_corrcoef,
+    precision_score,
     recall_score,
     roc_auc_score,
     roc_curve,
 )
 
-from embcache.errors import ProtocolError
-from embcache.probe import metrics
-from embcache.probe.metrics import bootstrap, evaluate, interval, per_class_auc, score, softmax
+from embcache.errors import ProtocolError, UsageError
+from embcache.probe.metrics import (
+    METRICS,
+    asymmetry,
+    auc_placements,
+    evaluate,
+    find_metric,
+    log_odds,
+    log_probabilities,
+    mean_logits,
+    metric_title,
+    per_class_auc,
+    positive_class,
+    score,
+    scorer,
+    softmax,
+)
 
 
 def predictions(n: int, n_classes: int, seed: int, *, coarse: bool = False) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     y = np.concatenate([np.arange(n_classes), rng.integers(0, n_classes, size=n - n_classes)])
     logits = rng.normal(size=(n, n_classes)) + 1.5 * np.eye(n_classes)[y]
-    return y, softmax(np.round(logits) if coarse else logits)  # coarse ones are full of ties
+    return y, np.round(logits) if coarse else logits  # coarse ones are full of ties
 
 
-@given(st.integers(0, 500), st.booleans())
-def test_auc_is_scikit_learns(seed: int, coarse: bool) -> None:
-    y, p = predictions(40, 2, seed, coarse=coarse)
-    assert score("auc", y, p) == pytest.approx(roc_auc_score(y, p[:, 1]), abs=1e-12)
+def weights_of(y: np.ndarray, seed: int) -> np.ndarray:
+    """How often a resample holds each row; every class stays."""
+    w = np.random.default_rng(seed).integers(0, 4, size=len(y)).astype(np.float64)
+    w[np.unique(y, return_index=True)[1]] = 1
+    return w
 
 
-@given(st.integers(0, 500), st.integers(3, 5))
-def test_macro_auc_and_kappa_are_scikit_learns(seed: int, n_classes: int) -> None:
-    y, p = predictions(60, n_classes, seed)
-    assert score("macro_auc", y, p) == pytest.approx(roc_auc_score(y, p, multi_class="ovr", average="macro"), abs=1e-12)
-    expected = cohen_kappa_score(y, p.argmax(1), weights="quadratic", labels=range(n_classes))
-    assert score("kappa", y, p) == pytest.approx(expected, abs=1e-12)
+# --- right values
+
+
+def odds_by_hand(z: np.ndarray) -> np.ndarray:
+    odds = [z[:, c] - logsumexp(np.delete(z, c, 1), axis=1) for c in range(z.shape[1])]
+    return np.stack(odds, axis=1).round(9)  # what ranks: rounding would part ties
+
+
+def operating_point(wanted: str, percent: float) -> Callable[..., float]:
+    def value(positive: np.ndarray, odds: np.ndarray, sample_weight: np.ndarray) -> float:
+        fpr, tpr, _ = roc_curve(positive, odds, sample_weight=sample_weight, drop_intermediate=False)
+        given, found = (1 - fpr, tpr) if wanted == "sensitivity" else (tpr, 1 - fpr)
+        return float(found[given >= percent / 100 - 1e-12].max())
+
+    return value
+
+
+ONE_VS_REST: dict[str, Callable[..., float]] = {
+    "auc": roc_auc_score,
+    "macro_auc": roc_auc_score,
+    "auprc": average_precision_score,
+    "sensitivity_at_95_specificity": operating_point("sensitivity", 95),
+    "specificity_at_95_sensitivity": operating_point("specificity", 95),
+    "sensitivity_at_80_specificity": operating_point("sensitivity", 80),
+}
+
+
+def by_scikit_learn(key: str, y: np.ndarray, z: np.ndarray, positive: int, w: np.ndarray) -> float:
+    n_classes, called, p, present = z.shape[1], z.argmax(1), softmax(z), np.unique(y)
+    if key in ONE_VS_REST:
+        sides = [positive] if n_classes == 2 else present
+        return float(np.mean([ONE_VS_REST[key](y == c, odds_by_hand(z)[:, c], sample_weight=w) for c in sides]))
+    if key == "kappa":
+        return float(cohen_kappa_score(y, called, weights="quadratic", labels=range(n_classes), sample_weight=w))
+    if key == "brier":
+        errors = (p[:, positive] - (y == positive)) ** 2 if n_classes == 2 else ((p - np.eye(n_classes)[y]) ** 2).sum(1)
+        return float(np.average(errors, weights=w))
+    if key == "log_loss":
+        return float(log_loss(y, p, labels=range(n_classes), sample_weight=w))
+    if key == "f1":
+        labels, average = ([positive], "macro") if n_classes == 2 else (present, "macro")
+        return float(f1_score(y, called, labels=labels, average=average, sample_weight=w))
+    if key == "balanced_accuracy":  # scikit-learn warns of classes that are called and do not occur
+        return float(recall_score(y, called, labels=present, average="macro", sample_weight=w))
+    if key in ("sensitivity", "specificity"):
+        side = positive if key == "sensitivity" else 1 - positive
+        return float(recall_score(y, called, pos_label=side, sample_weight=w))
+    if key in ("ppv", "npv"):
+        side = positive if key == "ppv" else 1 - positive
+        return float(precision_score(y, called, pos_label=side, sample_weight=w, zero_division=np.nan))
+    plain = {"accuracy": accuracy_score, "mcc": matthews_corrcoef}
+    return float(plain[key](y, called, sample_weight=w))
+
+
+KEYS = [*METRICS, "sensitivity_at_80_specificity"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+@given(seed=st.integers(0, 500), n_classes=st.integers(2, 5), coarse=st.booleans(), weighted=st.booleans())
+def test_every_metric_is_scikit_learns(key: str, seed: int, n_classes: int, coarse: bool, weighted: bool) -> None:
+    n_classes = 2 if key in METRICS and METRICS[key].binary else n_classes
+    y, z = predictions(50, n_classes, seed, coarse=coarse)
+    positive = seed % 2
+    w = weights_of(y, seed) if weighted else np.ones(len(y))
+    (got,) = find_metric(key, n_classes).form(y, z, positive)(w[None])
+    assert got == pytest.approx(by_scikit_learn(key, y, z, positive, w), abs=1e-12, nan_ok=True)
+    if not weighted:
+        assert score(key, y, z, positive) == pytest.approx(got, abs=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_resamples_are_scored_at_once_as_one_by_one(key: str) -> None:
+    y, z = predictions(50, 2, 3, coarse=True)
+    form, weights = find_metric(key, 2).form(y, z, 1), np.stack([weights_of(y, seed) for seed in range(7)])
+    np.testing.assert_allclose(form(weights), [form(w[None])[0] for w in weights], rtol=1e-14)
+
+
+@given(st.integers(0, 200), st.integers(3, 6), st.booleans())
+def test_a_class_that_does_not_occur_is_flagged_and_not_averaged_over(seed: int, n_classes: int, coarse: bool) -> None:
+    y, z = predictions(60, n_classes, seed, coarse=coarse)
+    y[y == n_classes - 1] = 0
+    got = evaluate("macro_auc", y, z)
+    for key in ("auprc", "balanced_accuracy", "f1", "kappa"):
+        assert got[key] == pytest.approx(by_scikit_learn(key, y, z, 1, np.ones(60)), abs=1e-12)
+    each = [roc_auc_score(y == c, odds_by_hand(z)[:, c]) for c in range(n_classes - 1)]
+    assert got["per_class_auc"][:-1] == pytest.approx(each, abs=1e-12)
+    assert got["auc"] == got["score"] == pytest.approx(np.mean(each), abs=1e-12)
+    assert got["per_class_auc"][-1] is None
+    assert got["absent_classes"] == [n_classes - 1]
+    assert got["predicted"] == np.bincount(z.argmax(1), minlength=n_classes).tolist()
+
+
+def test_a_resample_without_a_class_scores_the_classes_present() -> None:
+    y, z = predictions(60, 4, 1)
+    lost = np.where(y == 3, 0.0, 1.0)
+    kept = y != 3
+    for key in ("macro_auc", "auprc", "balanced_accuracy", "f1"):
+        (got,) = find_metric(key, 4).form(y, z, 1)(lost[None])
+        expected = by_scikit_learn(key, y[kept], z[kept], 1, np.ones(kept.sum()))
+        assert got == pytest.approx(expected, abs=1e-12), key
+
+
+@pytest.mark.parametrize("key", ["auc", "auprc", "f1", "sensitivity", "sensitivity_at_95_specificity"])
+def test_a_resample_without_the_positive_class_has_no_score(key: str) -> None:
+    y, z = predictions(60, 2, 1)
+    (got,) = find_metric(key, 2).form(y, z, 1)((y == 0).astype(float)[None])
+    assert math.isnan(got)
+
+
+def test_a_value_that_nobody_can_tell_is_none() -> None:
+    y, z = np.array([0, 1, 0, 1]), np.array([[1.0, 0.0], [2.0, 0.0], [1.0, 0.5], [3.0, 0.0]])  # nobody is called 1
+    got = evaluate("auc", y, z)
+    assert got["ppv"] is None
+    assert got["npv"] == 0.5
+    assert got["mcc"] == 0.0
+    assert got["predicted"] == [4, 0]
+
+
+def test_many_classes_take_no_memory_per_row() -> None:
+    y, z = predictions(3_000, 120, 0)
+    assert score("kappa", y, z) == pytest.approx(by_scikit_learn("kappa", y, z, 1, np.ones(len(y))), abs=1e-12)
+
+
+# --- rankings
 
 
 @given(st.integers(0, 300))
 def test_equal_rankings_have_exactly_equal_scores(seed: int) -> None:
-    y, p = predictions(50, 2, seed)
-    sharper = softmax(np.log(p) * 1.7)
-    assert score("auc", y, sharper) == score("auc", y, p)
+    y, z = predictions(50, 2, seed)
+    for key in ("auc", "auprc", "sensitivity_at_95_specificity"):
+        assert score(key, y, 1.7 * z) == score(key, y, z) == score(key, y, z + 5e3)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_rankings_hold_at_every_scale_of_logits(n_classes: int) -> None:
+    rng = np.random.default_rng(41)
+    y = rng.integers(0, n_classes, 300)
+    base = rng.normal(size=(300, n_classes)) + 0.5 * np.eye(n_classes)[y]
+    found = []
+    for scale in (1, 30, 100, 1000, 10_000):
+        z = (base * scale).astype(np.longdouble)
+        each = []
+        for c in range(n_classes):
+            others = np.delete(z, c, axis=1)
+            top = others.max(1, keepdims=True)
+            odds = z[:, c] - top[:, 0] - np.log(np.exp(others - top).sum(1))
+            apart = odds[y == c][:, None] - odds[y != c]
+            each.append(float(((apart > 0) + 0.5 * (apart == 0)).mean()))
+        key = "auc" if n_classes == 2 else "macro_auc"
+        expected = each[1] if n_classes == 2 else np.mean(each)
+        assert score(key, y, base * scale) == pytest.approx(expected, abs=1e-12), scale
+        assert per_class_auc(y, base * scale) == pytest.approx(each, abs=1e-12), scale
+        assert evaluate(key, y, base * scale)["auc"] == score(key, y, base * scale)
+        found.append(expected)
+    if n_classes == 2:
+        assert len(set(found)) == 1  # a scale changes no ranking of two classes
 
 
 def test_confident_predictions_are_still_ranked() -> None:
-    logits = np.array([[0.0, 50.0], [0.0, 60.0], [0.0, 40.0], [0.0, 55.0]])
-    p = softmax(logits)
-    assert (p[:, 1] == 1.0).all()  # as far as float64 can tell
-    assert score("auc", [0, 1, 0, 1], p) == 1.0
+    z = np.array([[50.0, 0.0], [60.0, 0.0]])
+    odds = log_odds(z)[:, 0]
+    assert odds[0] < odds[1]  # as log-softmax in float64 does not
+    assert log_softmax(z, axis=1)[0, 0] == pytest.approx(log_softmax(z, axis=1)[1, 0], abs=1e-20)
+    assert score("auc", [0, 1, 0, 1], [[0.0, 50.0], [0.0, 60.0], [0.0, 40.0], [0.0, 55.0]]) == 1.0
+    three = [[0.0, 50.0, 1.0], [0.0, 60.0, 1.0], [0.0, 40.0, 1.0], [0.0, 55.0, 1.0]]
+    assert per_class_auc([0, 1, 2, 1], three)[1] == 1.0
 
 
-def test_a_class_absent_from_the_fold_is_flagged_and_not_averaged_over() -> None:
-    y, p = predictions(60, 4, 0)
-    keep = y != 2
-    y, p = y[keep], p[keep]
-    assert per_class_auc(y, p)[2] is None
-    present = [roc_auc_score(y == c, p[:, c]) for c in (0, 1, 3)]
-    assert score("macro_auc", y, p) == pytest.approx(np.mean(present))
-    everything = evaluate("macro_auc", y, p)
-    assert everything["absent_classes"] == [2]
-    assert everything["per_class_auc"][2] is None
-    assert everything["balanced_accuracy"] == pytest.approx(
-        np.mean([(p.argmax(1)[y == c] == c).mean() for c in (0, 1, 3)])
-    )
+@given(st.integers(0, 300), st.integers(2, 5))
+def test_placements_average_to_the_auc_on_both_sides(seed: int, n_classes: int) -> None:
+    y, z = predictions(40, n_classes, seed, coarse=seed % 2 == 0)
+    positive, scores = y == 1, odds_by_hand(z)[:, 1]
+    placed = auc_placements(positive, scores)
+    pairs = np.sign(scores[positive][:, None] - scores[~positive]) / 2 + 0.5
+    np.testing.assert_allclose(placed[positive], pairs.mean(1), atol=1e-12)
+    np.testing.assert_allclose(placed[~positive], pairs.mean(0), atol=1e-12)
 
 
-@given(st.integers(0, 200), st.booleans())
-def test_the_other_scores_of_two_classes(seed: int, coarse: bool) -> None:
-    y, p = predictions(60, 2, seed, coarse=coarse)
-    odds = np.log(p[:, 1] / p[:, 0]).round(9)  # what ranks: coarse logits have ties that their rounding would part
-    p = softmax(np.stack([np.zeros(60), odds], 1))
-    got = evaluate("auc", y, p)
-    assert got["score"] == got["auc"] == pytest.approx(roc_auc_score(y, odds), abs=1e-12)
-    assert got["auprc"] == pytest.approx(average_precision_score(y, odds), abs=1e-12)
-    assert got["accuracy"] == pytest.approx(accuracy_score(y, p.argmax(1)))
-    assert got["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y, p.argmax(1)))
-    fpr, tpr, _ = roc_curve(y, odds, drop_intermediate=False)
-    assert got["sensitivity_at_95_specificity"] == pytest.approx(tpr[fpr <= 0.05 + 1e-12].max(), abs=1e-12)
-    thresholds = np.unique(odds)
-    by_hand = max((odds[y == 1] > t).mean() for t in [*thresholds, -np.inf] if (odds[y == 0] <= t).mean() >= 0.95)
-    assert got["sensitivity_at_95_specificity"] == pytest.approx(by_hand)
+# --- probabilities and ensembles
 
 
-@given(st.integers(0, 200), st.integers(3, 6), st.booleans())
-def test_the_other_scores_of_more_classes(seed: int, n_classes: int, coarse: bool) -> None:
-    y, p = predictions(60, n_classes, seed, coarse=coarse)
-    y[y == n_classes - 1] = 0  # the last class does not occur
-    got, sides = evaluate("macro_auc", y, p), [(y == c, p[:, c]) for c in range(n_classes - 1)]
-    assert got["auc"] == pytest.approx(np.mean([roc_auc_score(*side) for side in sides]), abs=1e-12)
-    assert got["auprc"] == pytest.approx(np.mean([average_precision_score(*side) for side in sides]), abs=1e-12)
-    recall = recall_score(y, p.argmax(1), labels=range(n_classes - 1), average="macro", zero_division=0.0)
-    assert got["balanced_accuracy"] == pytest.approx(recall)
-    expected = cohen_kappa_score(y, p.argmax(1), weights="quadratic", labels=range(n_classes))
-    assert got["kappa"] == pytest.approx(expected, abs=1e-12)
-    assert got["per_class_auc"][:-1] == pytest.approx([roc_auc_score(*side) for side in sides], abs=1e-12)
-    assert got["per_class_auc"][-1] is None
-    assert got["absent_classes"] == [n_classes - 1]
+@given(st.integers(0, 300), st.integers(2, 5), st.sampled_from([1.0, 30.0, 1e4]))
+def test_log_probabilities_and_log_odds_are_scipys(seed: int, n_classes: int, scale: float) -> None:
+    z = scale * np.random.default_rng(seed).normal(size=(20, n_classes))
+    np.testing.assert_allclose(log_probabilities(z), log_softmax(z, axis=1), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(softmax(z), np.exp(log_softmax(z, axis=1)), rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(log_odds(z), odds_by_hand(z), rtol=1e-9, atol=1e-8)
 
 
-def test_predictions_that_are_not_numbers_have_no_score() -> None:
-    with pytest.raises(ProtocolError, match="numbers"):
-        score("auc", [0, 1], [[0.5, 0.5], [np.nan, 0.5]])
+@given(st.integers(0, 300), st.integers(2, 5))
+def test_an_ensemble_averages_probabilities(seed: int, n_classes: int) -> None:
+    z = 3 * np.random.default_rng(seed).normal(size=(4, 20, n_classes))
+    p = np.exp(log_softmax(z, axis=-1)).mean(0)
+    np.testing.assert_allclose(softmax(mean_logits(z)), p, rtol=1e-10)
+    np.testing.assert_allclose(log_odds(mean_logits(z)), np.log(p) - np.log1p(-p), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("metric", ["auc", "macro_auc", "kappa"])
-def test_one_class_has_no_score(metric: str) -> None:
-    with pytest.raises(ProtocolError, match="two classes"):
-        score(metric, [1, 1, 1], np.full((3, 2), 0.5))
+def test_an_ensemble_of_saturated_models_is_still_ranked() -> None:
+    z = np.array([[[0.0, 800.0], [0.0, 800.0]], [[0.0, 900.0], [0.0, 801.0]]])  # two models, two images
+    odds = log_odds(mean_logits(z))[:, 1]
+    # 1 − p is (e⁻⁸⁰⁰ + e⁻⁹⁰⁰)/2 and (e⁻⁸⁰⁰ + e⁻⁸⁰¹)/2
+    assert odds == pytest.approx([800 + math.log(2), 800 + math.log(2) - math.log1p(math.exp(-1))], abs=1e-9)
+    three = log_odds(mean_logits(np.concatenate([z, np.full((2, 2, 1), -2000.0)], axis=2)))[:, 1]
+    assert three == pytest.approx(odds, abs=1e-9)
 
 
-def test_metric_and_classes_must_fit() -> None:
-    with pytest.raises(ProtocolError, match="AUC is for two classes"):
-        score("auc", [0, 1, 2], np.full((3, 3), 1 / 3))
-    with pytest.raises(ProtocolError, match="unknown metric"):
-        score("f1", [0, 1], np.full((2, 2), 0.5))
+# --- names, classes, errors
 
 
-# --- intervals
-
-
-def weighted_by_scikit_learn(metric: str, y: np.ndarray, p: np.ndarray, w: np.ndarray) -> float:
-    if metric == "auc":
-        return float(roc_auc_score(y, p[:, 1], sample_weight=w))
-    if metric == "macro_auc":
-        return float(np.mean([roc_auc_score(y == c, p[:, c], sample_weight=w) for c in range(p.shape[1])]))
-    labels = list(range(p.shape[1]))
-    return float(cohen_kappa_score(y, p.argmax(1), weights="quadratic", labels=labels, sample_weight=w))
-
-
-@settings(max_examples=25)
-@given(
-    st.integers(0, 500),
-    st.sampled_from([("auc", 2), ("macro_auc", 4), ("kappa", 5)]),
-    st.booleans(),
-    st.integers(5, 60),
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("abnormal", "normal"), 0),
+        (("benign", "malignant"), 1),
+        (("malignant", "Benign"), 0),
+        (("disease", "no_disease"), 0),
+        (("No finding", "pneumonia"), 1),
+        (("covid", "healthy"), 0),
+        (("control", "case"), 1),
+        (("0", "1"), 1),
+        (("True", "False"), 0),
+        (("positive", "negative"), 0),
+        (("cat", "dog"), 1),
+        (("noble", "nothing"), 1),
+        (("normal", "healthy"), 1),  # both are negatives: the second, as ever
+        (("a", "b", "c"), 1),
+    ],
 )
-def test_bootstrap_is_scikit_learn_on_every_resample(
-    seed: int, metric: tuple[str, int], coarse: bool, n_groups: int
-) -> None:
-    y, p = predictions(60, metric[1], seed, coarse=coarse)
-    other = predictions(60, metric[1], seed + 1)[1]
-    groups = [f"g{k % n_groups}" for k in range(60)]
-    samples = bootstrap(metric[0], y, np.stack([p, other]), groups, resamples=7, seed=seed)
-    (weights,) = list(metrics.resample_weights(y, groups, 7, seed))
-    for sample, w in zip(samples, weights, strict=True):
-        expected = np.mean([weighted_by_scikit_learn(metric[0], y, q, w) for q in (p, other)])
-        assert sample == pytest.approx(expected, abs=1e-10)
+def test_the_positive_class_is_the_one_not_named_like_a_negative(names: tuple[str, ...], expected: int) -> None:
+    assert positive_class(names) == expected
+    assert positive_class(names, names[0]) == 0
 
 
-@given(st.integers(0, 500), st.integers(2, 4), st.integers(4, 40))
-def test_resamples_draw_whole_groups_and_never_lose_a_class(seed: int, n_classes: int, n_groups: int) -> None:
-    rng = np.random.default_rng(seed)
-    y = np.concatenate([np.arange(n_classes), rng.integers(0, n_classes, size=40)])
-    group = rng.integers(0, n_groups, size=len(y))
-    (weights,) = list(metrics.resample_weights(y, [f"g{g}" for g in group], 20, seed))
-    assert weights.shape == (20, len(y))
-    for w in weights:
-        for g in set(group):
-            assert len(set(w[group == g])) == 1  # a group is drawn as a whole
-        assert w[np.unique(group, return_index=True)[1]].sum() == len(set(group))  # as many groups as there are
-        assert set(y[w > 0]) == set(y)
+def test_a_positive_class_that_there_is_not() -> None:
+    with pytest.raises(UsageError) as caught:
+        positive_class(("benign", "malignant"), "cancer")
+    assert caught.value.found == "cancer"
+    assert caught.value.where == "--positive"
 
 
-def test_the_same_test_set_means_the_same_resamples_for_every_model() -> None:
-    y, p = predictions(80, 2, 0)
-    other = predictions(80, 2, 1)[1]
-    groups = [f"g{k // 2}" for k in range(80)]
-    both = bootstrap("auc", y, np.stack([p, other]), groups, resamples=30)
-    alone = [bootstrap("auc", y, q[None], groups, resamples=30) for q in (p, other)]
-    np.testing.assert_allclose(both, np.mean(alone, axis=0))
-    np.testing.assert_array_equal(bootstrap("auc", y, p[None], groups, resamples=30), alone[0])
-    longer = bootstrap("auc", y, p[None], groups, resamples=70)
-    np.testing.assert_array_equal(longer[:30], alone[0])
+@pytest.mark.parametrize("key", [key for key, metric in METRICS.items() if metric.asymmetric])
+def test_asymmetric_metrics_depend_on_the_positive_class_and_the_others_do_not(key: str) -> None:
+    y, z = predictions(80, 2, 5)
+    assert score(key, y, z, 0) != score(key, y, z, 1)
+    assert score(key, 1 - y, z[:, ::-1], 0) == pytest.approx(score(key, y, z, 1))
+    assert asymmetry(METRICS[key], ("disease", "normal"), None) == {"positive": "disease"}
 
 
-def test_groups_widen_the_interval() -> None:
-    y, p = predictions(400, 2, 3)
-    order = np.argsort(y, kind="stable")
-    y, p = np.repeat(y[order], 1), p[order]
-    single = interval(bootstrap("auc", y, p[None], [str(k) for k in range(400)]))
-    copies = np.repeat(np.arange(400), 5)  # every image five times, in groups of five: no more information
-    grouped = interval(bootstrap("auc", y[copies], p[copies][None], [str(k) for k in copies]))
-    ignoring = interval(bootstrap("auc", y[copies], p[copies][None], [str(k) for k in range(2000)]))
-    assert np.diff(grouped)[0] == pytest.approx(np.diff(single)[0], rel=0.1)
-    assert np.diff(ignoring)[0] < 0.6 * np.diff(grouped)[0]
+@pytest.mark.parametrize("key", [key for key, metric in METRICS.items() if not metric.asymmetric])
+def test_symmetric_metrics_do_not(key: str) -> None:
+    y, z = predictions(80, 2, 5)
+    assert score(key, y, z, 0) == pytest.approx(score(key, y, z, 1), abs=1e-12)
+    assert score(key, 1 - y, z[:, ::-1], 0) == pytest.approx(score(key, y, z, 1), abs=1e-12)
+    assert asymmetry(METRICS[key], ("disease", "normal"), None) == {}
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    hits = 0
-    for k in range(60):
-        y = np.repeat([0, 1], 60)
-        x = rng.normal(size=120) + y  # true AUC: Φ(1/√2)
-        p = softmax(np.stack([np.zeros(120), x], axis=1))
-        low, high = interval(bootstrap("auc", y, p[None], [str(i) for i in range(120)], resamples=300, seed=k))
-        hits += low <= 0.7602 <= high
-    assert 51 <= hits <= 60
+def test_metrics_are_found_by_their_names() -> None:
+    assert find_metric("AUC", 2).key == find_metric("macro AUC", 2).key == "auc"
+    assert find_metric("auc", 5).key == find_metric("Macro-AUC", 5).key == "macro_auc"
+    assert find_metric("balanced-accuracy", 3).key == "balanced_accuracy"
+    assert find_metric("specificity_at_97.5_sensitivity", 2).key == "specificity_at_97.5_sensitivity"
+    assert metric_title("specificity_at_97.5_sensitivity").startswith("specificity at 97.5 % sensitivity")
+    assert find_metric(METRICS["f1"], 2) is METRICS["f1"]
+
+
+@pytest.mark.parametrize("name", ["f2", "sensitivity_at_95_sensitivity", "sensitivity_at_x_specificity", ""])
+def test_a_metric_that_there_is_not(name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_metric(name, 2)
+    assert caught.value.found == name
+    assert "balanced_accuracy" in str(caught.value.expected)
+
+
+def test_a_metric_of_two_classes_is_refused_for_more() -> None:
+    with pytest.raises(ProtocolError) as caught:
+        find_metric("sensitivity", 3)
+    assert caught.value.found == "3 classes"
+    assert find_metric(str(caught.value.fix).split()[-1], 3)
+
+
+@pytest.mark.parametrize("key", ["auc", "macro_auc", "kappa", "accuracy"])
+def test_one_class_has_no_score(key: str) -> None:
+    with pytest.raises(ProtocolError, match="two classes"):
+        score(key, [1, 1, 1], np.zeros((3, 2)))
+    with pytest.raises(ProtocolError, match="two classes"):
+        scorer(key, [1, 1, 1], 2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_predictions_that_are_not_numbers_have_no_score(bad: float) -> None:
+    with pytest.raises(ProtocolError, match="numbers"):
+        score("auc", [0, 1], [[0.5, 0.5], [bad, 0.5]])
+
+
+@pytest.mark.parametrize("key", list(METRICS))
+def test_what_training_calls_is_the_score_higher_being_better(key: str) -> None:
+    y, z = predictions(60, 2, 9)
+    sign = -1 if key in ("brier", "log_loss") else 1
+    assert scorer(key, y, 2, positive=0)(z) == sign * score(key, y, z, 0)
+    assert scorer(METRICS[key].of(0) if key != "macro_auc" else key, y, 2)(z) == sign * score(key, y, z, 0)
