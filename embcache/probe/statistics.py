@@ -470,8 +470,10 @@ def _widened(
 
 def _satterthwaite(*parts: tuple[float, float]) -> float:
     """Degrees of freedom of a sum of variances, each with its own; the fewest where all are 0."""
-    total = sum(v for v, _ in parts)
-    return total**2 / sum(v**2 / df for v, df in parts) if total > 0 else min(df for _, df in parts)
+    total, spread = sum(v for v, _ in parts), sum(v**2 / df for v, df in parts)
+    if total == 0:
+        return min(df for _, df in parts)
+    return total**2 / spread if spread > 0 else math.inf
 
 
 def _t(level: float, df: float) -> float:
@@ -508,6 +510,10 @@ def compare(
     from scipy.special import stdtr
 
     difference, why = one.mean - other.mean, one.test.too_few(one.metric)
+    if not why and not math.isfinite(difference):
+        why = "no value"
+    if why:
+        return Difference(difference, None, None, None, None, False, why)
     moves = _joined(one, other)
     k, k_other = len(one.values), len(other.values)
     contrast = np.r_[np.full(k, 1 / k), np.full(k_other, -1 / k_other)]
@@ -522,12 +528,8 @@ def compare(
         extra = sigma2 * (1 / k + (1 - 1 / k) * overlap)
         df = _satterthwaite((v, df), (extra, (folds or k) - 1))
         v += extra
-    if not why and not math.isfinite(difference):
-        why = "no value"
-    if not why and v == 0:
-        why = "no variation among the test groups"
-    if why:
-        return Difference(difference, None, None, None, None, trained, why)
+    if v == 0:
+        return Difference(difference, None, None, None, None, trained, "no variation among the test groups")
     error, t = math.sqrt(v), _t(level, df)
 
     return Difference(
