@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -308,8 +307,8 @@ def plot_rates(
         Stands above the legend.
     """
     told = [curve for curve in curves if curve.label]
-    labels = ["\n".join(textwrap.wrap(_plain(curve.label), 92)) for curve in told]
-    note = "\n".join(part for line in note.split("\n") for part in textwrap.wrap(_plain(line), 96))
+    labels = [_plain(wrap(curve.label, 8, 5.5)) for curve in told]
+    note = _plain(wrap(note, 8, 6.0))
     lines = sum(label.count("\n") + 1 for label in labels) + 1 + note.count("\n")
     figure = Figure(figsize=(6.4, 5.9 + 0.17 * lines + (1.0 if counts else 0.0)), layout="constrained")
     ratios = (5.2, 1.0) if counts else (1.0,)
@@ -347,7 +346,7 @@ def plot_rates(
         strip.set_ylim(0, max(counts) * 1.35)
         strip.tick_params(axis="y", labelsize=7)
     (below or [above])[-1].set_xlabel(_plain(axes[0]), fontsize=9)
-    above.set_title(_plain(title), fontsize=10)
+    above.set_title(_plain(wrap(title, 10, 5.8)), fontsize=10)
     figure.legend(
         handles, labels, loc="outside lower center", ncols=1, frameon=False, fontsize=8, title=note or None,
         title_fontsize=8, alignment="left",
@@ -374,8 +373,8 @@ def plot_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str, 
             share = f"\n{shares[row, column]:.0%}".replace("%", " %") if rows[row, 0] else ""
             colour = "white" if shares[row, column] > 0.55 else "black"
             axis.text(column, row, f"{count:,}{share}", ha="center", va="center", color=colour, fontsize=size)
-    shown = [_plain(_cut(name)) for name in names]
     small = 8 if n <= 20 else 6 if n <= _NUMBERED else 4
+    shown = [_plain(shorten(name, small, 1.6)) for name in names]
     axis.set_xticks(
         range(n),
         shown,
@@ -388,12 +387,8 @@ def plot_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str, 
     )
     axis.set_xlabel("predicted class", fontsize=9)
     axis.set_ylabel("true class (test images)", fontsize=9)
-    axis.set_title(_plain(title), fontsize=10)
+    axis.set_title(_plain(wrap(title, 10, figure.get_figwidth() - 0.6)), fontsize=10)
     return _save(figure, target)
-
-
-def _cut(text: str, most: int = 28) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def plot_heads(pixels: NDArray[np.uint8], heads: NDArray[np.float32], title: str, target: Path) -> Path:
