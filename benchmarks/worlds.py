@@ -2,20 +2,23 @@
 
 The laws, so that the figures can be repeated elsewhere (N is a standard normal deviate, Φ its distribution):
 
-two classes    A patient has one class and 1 + Poisson(1) images. A score is δ·[positive] + √.6 N(patient) + √.28 N(image)
-               + √.12 N(model, image), with δ = √2 Φ⁻¹(AUC): its AUC over all patients is known exactly. Uneven: 1 + a
-               geometric number of images of mean 5, and patients hold 90 % of the variance. Unequal: positives spread
-               3 times as wide. Coarse: scores rounded to 4 levels.
-fundus         A patient has one eye, or two with probability .46. An eye's severity is .8 N(patient) + .6 N(eye), cut into
-               five grades with shares .475, .1775, .255, .065, .0275. The logit of grade g is −.48 (g − grade)² +
+two classes    A patient has one class and 1 + Poisson(1) images. A score is δ·(label − ½) + √.6 N(patient) +
+               √.28 N(image) + √.12 N(model, image), with δ = √2 Φ⁻¹(AUC): its AUC over all patients is known exactly.
+               Uneven: a geometric number of images of mean 5, and a patient's images share 90 % of the variance.
+               Unequal: scores of positives spread 3 times as wide. Coarse: scores rounded to 4 levels.
+one class      The same noise in each of several classes' logits, for patients of one class each; + gain on its own.
+fundus         A patient has one eye, or two with probability .46. An eye's severity is .8 N(patient) + .6 N(eye), cut
+               into five grades with shares .475, .1775, .255, .065, .0275. The logit of grade g is −.48 (g − grade)² +
                .6 N(patient, g) + .8 N(eye, g) + .5 N(model, eye, g).
 single images  The same grades, every image a patient of its own; logits −.5 (g − grade)² + .9 N(image, g) +
                .5 N(model, image, g).
-rare           15 % positive, every image a patient of its own; score 1.5·[positive] + .9 N(image) + .4 N(model, image) − 1.
-several        A patient has images of different classes (lesions), drawn without replacement; logits [own class]·gain +
-               N(image, class), gain .7.
-heads          Features N(64) + 2/8 (label − ½) in every direction, and .6 N(image) along that diagonal, the same for all
-               backbones. Logistic regression on the first labels of each fold's training part.
+rare           15 % positive, every image a patient of its own; score 1.5·label + .9 N(image) + .4 N(model, image) − 1.
+several        A patient has images of different classes (lesions), drawn without replacement; the logits are N(image,
+               class), + gain on its own.
+equal models   As two classes, but √.35 N(patient) + √.35 N(image) are common to both sets of models, √.15 N(patient) +
+               √.15 N(model, image) are each set's own.
+heads          64 features N(image) + ¼ (label − ½), and .6 N(image) along the diagonal, the same for all backbones.
+               Logistic regression on the first labels of each fold's training part, as many of either class.
 """
 
 from __future__ import annotations
@@ -71,8 +74,20 @@ def two_classes(
         noise = noise + math.sqrt(0.3 * (1 - shared)) * rng.normal(size=(5, len(groups)))
         spread = np.where(labels == 1, 3.0, 1.0) if unequal else np.ones(len(groups))
         distance = NORMAL.inv_cdf(auc) * math.sqrt(10 if unequal else 2)
-        score = distance * labels + spread * noise
-        return Drawn(labels, groups, _two_columns(np.clip(np.round(score), -1, 2) if coarse else score))
+        score = distance * (labels - 0.5) + spread * noise
+        return Drawn(labels, groups, _two_columns(np.clip(np.round(score), -2, 1) if coarse else score))
+
+    return draw
+
+
+def one_class(per_class: tuple[int, ...], gain: float, models: int = 3) -> World:
+    def draw(rng: np.random.Generator) -> Drawn:
+        n, classes = sum(per_class), len(per_class)
+        groups = np.repeat(np.arange(n), 1 + rng.poisson(1.0, n))
+        labels = np.repeat(np.arange(classes), per_class)[groups]
+        logits = gain * np.eye(classes)[labels] + math.sqrt(0.6) * rng.normal(size=(n, classes))[groups]
+        logits += math.sqrt(0.28) * rng.normal(size=logits.shape)
+        return Drawn(labels, groups, logits + math.sqrt(0.12) * rng.normal(size=(models, *logits.shape)))
 
     return draw
 
@@ -156,7 +171,7 @@ def heads(labeled: int, test: int, *, folds: int = 5, repeats: int = 1, apart: b
             return np.asarray(x + 0.6 * np.outer(hard, unit))
 
         def fit(x: Array, y: NDArray[np.int64]) -> LogisticRegression:
-            return LogisticRegression(C=0.1, max_iter=200).fit(x, y)
+            return LogisticRegression(C=0.1, solver="newton-cholesky").fit(x, y)
 
         splits = [rng.permutation(pool // 2)[np.arange(pool) // 2] % folds for _ in range(repeats)]
         parts = []
@@ -167,9 +182,7 @@ def heads(labeled: int, test: int, *, folds: int = 5, repeats: int = 1, apart: b
         pair = []
         for _ in range(2):
             x = features(np.arange(len(labels)), difficulty)
-            pair.append(
-                np.stack([_two_columns(fit(x[r], labels[r]).decision_function(x[pool:])) for r in parts])
-            )
+            pair.append(np.stack([_two_columns(fit(x[r], labels[r]).decision_function(x[pool:])) for r in parts]))
         common = [len(np.intersect1d(a, b)) / len(a) for i, a in enumerate(parts) for b in parts[:i]]
         new = np.arange(labeled)
         w = fit(features(new, rng.normal(size=labeled)), labels[new]).coef_[0]

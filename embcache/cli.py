@@ -28,6 +28,7 @@ from embcache.commands import (
     finetune,
     gc,
     predict,
+    predicted,
     probe,
     rank,
     report,
@@ -81,6 +82,8 @@ app.command()(run.run)
 app.command()(run.curves)
 app.command()(compare.compare)
 app.command()(compare.subgroups)
+app.command()(predicted.errors)
+app.command()(predicted.plot)
 app.command()(rank.rank)
 app.command()(rank.similarity)
 app.command()(figures.tsne)

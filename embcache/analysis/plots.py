@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from embcache.analysis.lettering import add_legend, add_title, no_warnings, shorten, use_fonts, wrap
+from embcache.analysis.lettering import add_legend, add_title, no_warnings, shorten, text_width, use_fonts, wrap
 from embcache.paths import replace_file
 
 # Okabe and Ito's colours (2008), told apart with every common kind of colour vision; markers serve print in grey.
@@ -38,7 +38,7 @@ class Map:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: x values, y values and a band of the same length; dashed and without a band for reference.
+    """One line: x values, y values and a band of the same length (nan: none); dashed and without one for reference.
 
     Curves of one ``family`` (backbones) share their colour, those of one ``method`` (head and kind) their marker.
     """
@@ -112,9 +112,7 @@ def class_mark(label: int) -> dict[str, Any]:
     return {"color": colour, "linewidths": 0, "marker": marker}
 
 
-def plot_curves(
-    panels: Sequence[CurvePanel], title: str, target: Path, *, bands: str = "95 % interval, or ± sd where there is none"
-) -> Path:
+def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path, *, bands: str = "95 % interval") -> Path:
     """Draw learning curves over a logarithmic axis of training labels, a panel beside the other, one legend beneath.
 
     ``bands`` says what they show. A panel of more than six curves has thin bars in place of bands.
@@ -272,6 +270,125 @@ def plot_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], title: str, target: P
         line[0].set_ylabel(_plain(wrap(name, 8, 1.4)), fontsize=8)
         for axis in line[len(cells) :]:
             axis.set_axis_off()
+    add_title(figure, title, 10)
+    return _save(figure, target)
+
+
+def plot_rates(
+    curves: Sequence[Curve],
+    title: str,
+    target: Path,
+    *,
+    axes: tuple[str, str],
+    reference: float | Literal["diagonal"] | None = None,
+    points: bool = False,
+    counts: Sequence[int] = (),
+    note: str = "",
+) -> Path:
+    """Draw curves over the unit square, a legend of their labels beneath.
+
+    Parameters
+    ----------
+    curves : sequence of Curve
+        Those of one ``family`` have one colour; those without a label are not in the legend. Bands may be nan.
+    title : str
+        Lines of a title.
+    target : Path
+        The figure.
+    axes : (str, str)
+        What is across and what is up.
+    reference : "diagonal" or float, optional
+        A thin grey line: the diagonal, or at this height.
+    points : bool
+        Mark each point, and draw bars in place of bands.
+    counts : sequence of int
+        Images in equal bins of what is across, drawn as a strip beneath.
+    note : str
+        Stands above the legend.
+    """
+    told = [curve for curve in curves if curve.label]
+    labels, note = [_plain(wrap(curve.label, 8, 5.7)) for curve in told], _plain(wrap(note, 8, 6.1))
+    lines = sum(label.count("\n") + 1 for label in labels) + 1 + note.count("\n")
+    figure = Figure(figsize=(6.4, 5.9 + 0.17 * lines + (1.0 if counts else 0.0)), layout="constrained")
+    ratios = (5.2, 1.0) if counts else (1.0,)
+    above, *below = figure.subplots(len(ratios), 1, squeeze=False, height_ratios=ratios, sharex=True)[:, 0]
+    families = list(dict.fromkeys(curve.family for curve in curves))
+    grey = {"color": "0.6", "linewidth": 0.8, "zorder": 1}
+    if reference == "diagonal":
+        above.plot((0, 1), (0, 1), **grey)
+    elif reference is not None:
+        above.axhline(reference, **grey)
+    handles = []
+    for curve in curves:
+        place = families.index(curve.family)
+        colour = _COLOURS[place % len(_COLOURS)]
+        line = "--" if curve.dashed else _LINES[place // len(_COLOURS) % len(_LINES)]
+        width = 1.8 if curve.label else 0.9
+        marker = {"marker": _MARKERS[place % len(_MARKERS)], "markersize": 4.5} if points and curve.label else {}
+        (handle,) = above.plot(curve.x, curve.y, color=colour, linestyle=line, linewidth=width, **marker)
+        handles += [handle] if curve.label else []
+        if not np.isfinite(curve.low).any():
+            continue
+        if points:
+            errors = np.clip([np.subtract(curve.y, curve.low), np.subtract(curve.high, curve.y)], 0, None)
+            above.errorbar(curve.x, curve.y, yerr=errors, fmt="none", ecolor=colour, lw=0.8, capsize=2)
+        else:
+            above.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+    above.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal" if not counts else "auto")
+    above.set_ylabel(_plain(axes[1]), fontsize=9)
+    above.grid(alpha=0.25)
+    for strip in below:
+        edges = np.linspace(0, 1, len(counts) + 1)
+        bars = strip.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color="0.75", edgecolor="white")
+        strip.bar_label(bars, [f"{count:,}" if count else "" for count in counts], fontsize=7)
+        strip.set_ylabel("images", fontsize=8)
+        strip.set_ylim(0, max(counts) * 1.35)
+        strip.tick_params(axis="y", labelsize=7)
+    (below or [above])[-1].set_xlabel(_plain(axes[0]), fontsize=9)
+    above.set_title(_plain(wrap(title, 10, 5.6)), fontsize=10)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=1, frameon=False, fontsize=8, title=note or None,
+        title_fontsize=8, alignment="left",
+    )  # fmt: skip
+    return _save(figure, target)
+
+
+_NUMBERED = 40  # classes up to which the cells of a confusion matrix have room for numbers
+
+
+def plot_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str, target: Path) -> Path:
+    """Draw a confusion matrix (C, C), rows true: counts, and shares of their row, which color the cells too."""
+    n = len(names)
+    each = 0.85 if n <= 10 else 0.6 if n <= 20 else 0.42 if n <= _NUMBERED else 0.14
+    size = 5.5 if each < 0.5 else 7 if n > 10 else 9
+    small = 8 if n <= 20 else 6 if n <= _NUMBERED else 4
+    shown = [shorten(name, small, 1.6) for name in names]
+    room = max(text_width(name, small) for name in shown)  # inches of names beside and below
+    figure = Figure(figsize=(max(4.2, each * n + 1.9 + room), max(3.6, each * n + 1.2 + room)), layout="constrained")
+    axis = figure.subplots()
+    rows = counts.sum(1, keepdims=True)
+    shares = counts / np.maximum(rows, 1)
+    image = axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    figure.colorbar(image, ax=axis, shrink=0.7).set_label("share of the row", fontsize=8)
+    if n <= _NUMBERED:
+        for (row, column), count in np.ndenumerate(counts):
+            share = f"\n{shares[row, column]:.0%}".replace("%", " %") if rows[row, 0] else ""
+            colour = "white" if shares[row, column] > 0.55 else "black"
+            axis.text(column, row, f"{count:,}{share}", ha="center", va="center", color=colour, fontsize=size)
+    axis.set_xticks(
+        range(n),
+        [_plain(name) for name in shown],
+        fontsize=small,
+        rotation=40 if n <= _NUMBERED else 90,
+        ha="right" if n <= _NUMBERED else "center",
+    )
+    axis.set_yticks(
+        range(n),
+        [f"{_plain(name)} ({int(n_of):,})" for name, n_of in zip(shown, rows[:, 0], strict=True)],
+        fontsize=small,
+    )
+    axis.set_xlabel("predicted class", fontsize=9)
+    axis.set_ylabel("true class (test images)", fontsize=9)
     add_title(figure, title, 10)
     return _save(figure, target)
 

@@ -22,7 +22,10 @@ def thumbnail(ds: ImageDataset, id_: str, side: int = SIDE) -> NDArray[np.uint8]
     """An image of a dataset scaled to fit a square, uint8 (h, w, 3); None where it is not here or cannot be read."""
     if ds.root is None:
         return None
-    row = ds.table[ds.table["id"] == id_].iloc[0]
+    found = ds.table[ds.table["id"] == id_]
+    if found.empty:
+        return None
+    row = found.iloc[0]
     try:
         pixels, _ = read_image(ds.root, str(row["path"]), int(row["member"]))
     except (ImageError, OSError):
@@ -42,6 +45,24 @@ def draw_neighbours(ds: ImageDataset, found: Sequence[Neighbours], target: Path)
             cells.append(_cell(ds, near, each.image, remark))
         rows.append((each.backbone, cells))
     return plot_sheet(rows, f"nearest in cached features: {_short(found[0].image.id)}", target)
+
+
+def draw_pictures(
+    dataset: ImageDataset, captions: Sequence[tuple[str, str]], title: str, target: Path, *, columns: int = 6
+) -> int:
+    """Images by id with a caption each, row by row.
+
+    Returns
+    -------
+    int
+        How many could be read; where none could, nothing is written.
+    """
+    cells = [Cell(thumbnail(dataset, id_), f"{_short(id_)}\n{caption}") for id_, caption in captions]
+    found = sum(cell.pixels is not None for cell in cells)
+    if found:
+        rows = [("", cells[start : start + columns]) for start in range(0, len(cells), columns)]
+        plot_sheet(rows, title, target)
+    return found
 
 
 def _cell(ds: ImageDataset, image: Neighbour, query: Neighbour, remark: str) -> Cell:

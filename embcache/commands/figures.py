@@ -90,7 +90,7 @@ def tsne(
 
     Example: embcache tsne --dataset pneumonia --backbone random,effnet_lite0 --run dvme-S --output maps.pdf
     """
-    targets = _targets(output)
+    targets = figure_targets(output)
     if coordinates is not None and coordinates.suffix.lower() not in (".csv", ".parquet"):
         raise UsageError("points are written as CSV or Parquet", found=str(coordinates), fix="--coordinates points.csv")
     if limit is not None and limit < 4:
@@ -157,7 +157,7 @@ def attention(
         )
     if image is None and (weights is not None or transform is not None or backbone):
         raise UsageError("--backbone, --weights and --transform go with --image", fix="leave them out")
-    targets = _targets(output)
+    targets = figure_targets(output)
     if image is not None:
         _image_attention(image, split_list(backbone), weights, transform, home, targets, json)
         return
@@ -266,7 +266,7 @@ def neighbors(
 
     Example: embcache neighbors --image test/NORMAL/IM-0001-0001.jpeg -k 8 --dataset pneumonia
     """
-    targets = _targets(output)
+    targets = figure_targets(output)
     ds = _one_dataset(dataset, data_root, home, allow_missing, name, class_options(drop_class, merge_class))
     from embcache.analysis.neighbors import find_neighbours
     from embcache.analysis.sheets import draw_neighbours
@@ -296,7 +296,8 @@ def _class_name(ds: ImageDataset, label: int) -> str:
     return ds.class_names[label] if label >= 0 else "no label"
 
 
-def _targets(output: list[str] | None) -> list[Path]:
+def figure_targets(output: list[str] | None) -> list[Path]:
+    """The files that figures are written to, checked before anything is computed."""
     targets = [Path(target) for target in split_list(output)]
     for target in targets:
         if target.suffix.lower() not in SUFFIXES:

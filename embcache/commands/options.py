@@ -108,6 +108,23 @@ PositiveOption = Annotated[
         "named normal, benign, negative, no …, 0 and the like; else the second]",
     ),
 ]
+PrevalenceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prevalence",
+        metavar="P|CLASS=P,…",
+        help="How frequent the positive class of two, or each class, is where the model is to be used: probabilities "
+        "are corrected from what training saw to it.",
+    ),
+]
+CalibrateOption = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate",
+        help="Fit a temperature for each model on its own validation images. Without --prevalence, classes are as "
+        "frequent as among these.",
+    ),
+]
 OverlapOption = Annotated[
     bool,
     typer.Option(

@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from embcache.commands.extract import parse_weights
-from embcache.commands.options import DataRootOption, HomeOption, JsonOption, split_list, write_json
+from embcache.commands.options import (
+    CalibrateOption,
+    DataRootOption,
+    HomeOption,
+    JsonOption,
+    PrevalenceOption,
+    split_list,
+    write_json,
+)
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
@@ -22,7 +30,8 @@ RunOption = Annotated[
 def predict(
     run: RunOption,
     paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="[IMAGE|FOLDER…]", help="Images, or folders to look through.")
+        list[Path] | None,
+        typer.Argument(metavar="[IMAGE|FOLDER|TABLE…]", help="Images, folders to look through, or tables of paths."),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option("--dataset", metavar="NAME", help="Predict all images of a dataset instead.")
@@ -41,6 +50,16 @@ def predict(
         list[str] | None,
         typer.Option("--folds", metavar="K[,K…]", help="Average the models of these folds. [default: all]"),
     ] = None,
+    prevalence: PrevalenceOption = None,
+    calibrate: CalibrateOption = False,
+    by_group: Annotated[
+        Path | None,
+        typer.Option(
+            "--by-group",
+            metavar="FILE",
+            help="Also write a CSV with one row per group (patient): the mean of its images' probabilities.",
+        ),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", metavar="N", min=1, help="Threads that decode images.")
     ] = None,
@@ -50,17 +69,23 @@ def predict(
 ) -> None:
     """Predict images by a saved run: a CSV with the probability of each class, the mean over the run's folds.
 
+    A CSV or Parquet file among the images is a table with a column path, and perhaps group. Probabilities are for the
+    class shares that training saw; --prevalence corrects them, --calibrate fits a temperature for each fold.
+
     Images are decoded, transformed and embedded by the run's own recipe; where that cannot be rebuilt exactly nothing
     is predicted. Images that cannot be read are listed with the reason, on stderr and in the column error.
 
     Example: embcache predict --run linear-S-0123 scans/ --output predictions.csv
     """
     from embcache.predict import predict_images
+    from embcache.probe.prevalence import Adjust, parse_prevalence
     from embcache.probe.results import find_run_anywhere
     from embcache.report.csvfile import check_target, write_text
 
-    if output is not None:
-        check_target(output.expanduser())
+    adjust = Adjust(parse_prevalence(prevalence), calibrate)
+    for file in (output, by_group):
+        if file is not None:
+            check_target(file.expanduser())
     with ProgressBar("img") as bar:
         found = predict_images(
             run,
@@ -71,10 +96,12 @@ def predict(
             weights=parse_weights(weights, list(find_run_anywhere(run, home)[0].backbones)),
             device=device,
             folds=_numbers(folds, "--folds"),
+            adjust=adjust,
+            by_group=by_group is not None,
             workers=workers,
             progress=bar.update,
         )
-    for note in found.notes:
+    for note in (*found.notes, *([f"probabilities are adjusted: {found.adjusted}"] if found.adjusted else [])):
         print_note(note)
     for image, reason in found.failed.items():
         typer.echo(f"not read: {_printable(image)}: {reason}", err=True)
@@ -83,6 +110,9 @@ def predict(
     if output is not None:
         write_text(output.expanduser(), found.to_csv())
         typer.echo(f"written: {output}", err=True)
+    if by_group is not None:
+        write_text(by_group.expanduser(), found.groups_to_csv())
+        typer.echo(f"written: {by_group}", err=True)
     if json:
         write_json(list(found.rows()), json)
     elif output is None:

@@ -12,6 +12,7 @@ import typer
 from embcache.commands.options import (
     AllowMissingOption,
     BackboneOption,
+    CalibrateOption,
     DataRootOption,
     DatasetOption,
     DropClassOption,
@@ -23,6 +24,7 @@ from embcache.commands.options import (
     NameOption,
     OverlapOption,
     PositiveOption,
+    PrevalenceOption,
     SeedOption,
     SubsetOption,
     TestOption,
@@ -33,7 +35,7 @@ from embcache.commands.options import (
 )
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import bounds, print_note, print_table, spread
-from embcache.errors import printable
+from embcache.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from embcache.probe.results import ProbeResult
@@ -183,18 +185,37 @@ def probe(
 
 
 def results(
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="ID of a run, or its beginning: show this one in full.")
+    ] = None,
     dataset: DatasetOption = None,
     metric: MetricOption = None,
+    positive: PositiveOption = None,
+    prevalence: PrevalenceOption = None,
+    calibrate: CalibrateOption = False,
     home: HomeOption = None,
     json: JsonOption = None,
 ) -> None:
-    """List the results that were saved, with their run IDs.
+    """List the results that were saved, with their run IDs; or show one run in full.
 
-    Beneath stand which backbone to take, chosen on validation, and whether more labels still help.
-    --metric scores them by other metrics, from their saved predictions; nothing is trained.
+    --metric scores them by other metrics, from their saved predictions; nothing is trained. Beneath stand which
+    backbone to take, chosen on validation, and whether more labels still help. A run in full has scores with both
+    intervals, of the ensemble and by patient, operating points chosen on validation images, calibration and the
+    confusion matrix; --positive, --prevalence and --calibrate are for a run in full.
 
-    Example: embcache results --dataset pneumonia
+    Example: embcache results linear-S-0123 --prevalence 0.1
     """
+    if run is not None:
+        from embcache.commands.result import show_run
+        from embcache.probe.prevalence import Adjust, parse_prevalence
+
+        adjust = Adjust(parse_prevalence(prevalence), calibrate)
+        show_run(run, metrics=split_list(metric), positive=positive, adjust=adjust, home=home, json=json)
+        return
+    if positive is not None or prevalence is not None or calibrate:
+        raise UsageError(
+            "--positive, --prevalence and --calibrate are for one run", fix="embcache results RUN, with its ID"
+        )
     from embcache.paths import home_dir
     from embcache.probe.results import list_results, list_unreadable
     from embcache.report.advice import advise, sentences

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from embcache.commands.options import DataRootOption, DatasetOption, HomeOption, JsonOption, split_list, write_json
+from embcache.commands.options import (
+    DataRootOption,
+    DatasetOption,
+    HomeOption,
+    JsonOption,
+    MetricOption,
+    split_list,
+    write_json,
+)
 from embcache.errors import UsageError, printable
 
 
@@ -20,17 +28,21 @@ def report(
     rows: Annotated[
         str, typer.Option("--rows", metavar="test|all", help="Labelled images on the embedding map, 6,000 at most.")
     ] = "test",
+    metric: MetricOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
     json: JsonOption = None,
 ) -> None:
     """Write one self-contained HTML page of all saved results: it opens from disk and fetches nothing.
 
-    A summary in words, tables beside the paper's values, learning curves, classes and subgroups, ROC and calibration,
-    an interactive embedding map, attention, warnings, and the commands that make it all again. Without --dataset: of
-    every dataset that has results. Nothing is trained or extracted.
+    A sentence and a table of what is best at each number of labels, with both intervals; then learning curves, all
+    models, the ensemble that predict uses, scores by patient, ROC, operating points, calibration, subgroups, the flow
+    of patients and images, an embedding map, attention, what CLAIM and TRIPOD+AI ask, and the commands that make it
+    all again. Without --dataset, the page covers every dataset that has results. Nothing is trained or extracted.
 
-    Thumbnails and ids in the file may be patient data; --no-images leaves them out.
+    With --metric, the first one scores all results anew and chooses between models; the others are shown beside it.
+
+    Thumbnails and ids in the file may be patient data; --no-images leaves them out. Names of patients are never in it.
 
     Example: embcache report --dataset pneumonia --output study.html
     """
@@ -42,8 +54,9 @@ def report(
         typer.echo(printable(line), err=True)
 
     done = write_report(
-        output, split_list(dataset), home=home, data_root=data_root, images=not no_images, rows=rows, say=say
-    )
+        output, split_list(dataset), metrics=split_list(metric), home=home, data_root=data_root, images=not no_images,
+        rows=rows, say=say,
+    )  # fmt: skip
     if json != "-":
         for line in done.headlines:
             typer.echo(f"· {printable(line)}")

@@ -23,9 +23,14 @@ _BLOCK = 1 << 22  # pixels rendered at a time
 _SUFFIXES = (".dcm", ".dicom", ".dic")
 
 
+def has_dicom_suffix(name: str) -> bool:
+    """Whether a file name ends as DICOM files' names do."""
+    return os.path.splitext(name)[1].lower() in _SUFFIXES  # noqa: PTH122
+
+
 def is_dicom(data: bytes, name: str = "") -> bool:
     """Whether bytes (or a file name) are a DICOM file's: the marker after 128 bytes, else the suffix."""
-    return data[128:132] == b"DICM" or os.path.splitext(name)[1].lower() in _SUFFIXES  # noqa: PTH122
+    return data[128:132] == b"DICM" or has_dicom_suffix(name)
 
 
 def decode_dicom(data: bytes, name: str = "") -> npt.NDArray[np.uint8]:
@@ -86,6 +91,23 @@ def dicom_size(file: IO[bytes], name: str = "") -> tuple[int, int]:
             header = pydicom.dcmread(io.BytesIO(_inflated(head + file.read())), force=True, stop_before_pixels=True)
             _check(pydicom, header, name)
         return int(header.Columns), int(header.Rows)
+
+
+def dicom_patient(file: IO[bytes], name: str = "") -> str:
+    """PatientID from the header of an open file; empty where there is none, or where the header cannot be read.
+
+    Raises
+    ------
+    DatasetError
+        pydicom is not installed.
+    """
+    with _pydicom(name) as pydicom:
+        try:
+            head = io.BytesIO(_inflated(file.read(_HEAD)))
+            header = pydicom.dcmread(head, stop_before_pixels=True, specific_tags=["PatientID"], force=True)
+            return str(header.get("PatientID") or "").strip()
+        except Exception:  # whatever a broken file makes pydicom raise: decoding says what is wrong with it
+            return ""
 
 
 def _inflated(data: bytes) -> bytes:

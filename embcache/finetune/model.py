@@ -158,9 +158,13 @@ class FinetunedModel:
 
     def predict(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Class probabilities, float64 (B, C), of a uint8 batch (B, *transform.size, 3)."""
+        return softmax(self.logits(pixels))
+
+    def logits(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Logits, float32 (B, C), of a uint8 batch (B, *transform.size, 3)."""
         precision = "tf32" if self.model.precision == "tf32" else "fp32"
         with torch.no_grad(), arithmetic(self.model.device, precision):
-            return softmax(self.model.logits(torch.from_numpy(pixels)).float().cpu().numpy())
+            return np.asarray(self.model.logits(torch.from_numpy(pixels)).float().cpu().numpy())
 
 
 def load_finetuned(run: Path, result: ProbeResult, fold: int, device: str = "cpu") -> FinetunedModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,12 +24,13 @@ from embcache.finetune.model import FinetunedModel, load_finetuned
 from embcache.paths import PathLike
 from embcache.probe.apply import predict_logits
 from embcache.probe.heads import Head, make_head
-from embcache.probe.metrics import softmax
 from embcache.probe.results import ProbeResult, load_heads
 from embcache.store.feature_store import list_stores
 from embcache.store.recipe import Recipe
 
 FloatArray = NDArray[np.float64]
+ToProbabilities = Callable[[NDArray[Any]], FloatArray]
+"""From the logits (n, C) of one fold's model to probabilities: `softmax`, or those adjusted to a prevalence."""
 
 
 class Model(Protocol):
@@ -47,6 +48,7 @@ class _ProbeModel:
     networks: Mapping[str, FrozenNetwork]
     head: Head
     params: Sequence[dict[str, torch.Tensor]]
+    to_p: Sequence[ToProbabilities]
 
     def __call__(self, root: Path, sources: Sequence[Source], pool: Executor) -> tuple[FloatArray, list[str]]:
         networks = list(self.networks.values())
@@ -54,7 +56,8 @@ class _ProbeModel:
         shards = compute_shard(root, sources, networks, batch_size=size, pool=pool)
         x = {b: torch.from_numpy(rows.features) for b, rows in zip(self.networks, shards, strict=True)}
         everyone = torch.arange(len(sources))
-        p = np.mean([softmax(predict_logits(self.head, head, x, everyone)) for head in self.params], axis=0)
+        logits = [predict_logits(self.head, head, x, everyone) for head in self.params]
+        p = np.mean([to_p(z) for to_p, z in zip(self.to_p, logits, strict=True)], axis=0)
         reasons = [next(filter(None, why), "") for why in zip(*(rows.reasons for rows in shards), strict=True)]
         return p, reasons
 
@@ -64,6 +67,7 @@ class _FinetunedModel:
     """The finetuned networks of some folds; they share one transform."""
 
     models: Sequence[FinetunedModel]
+    to_p: Sequence[ToProbabilities]
     batch_size: int
 
     def __call__(self, root: Path, sources: Sequence[Source], pool: Executor) -> tuple[FloatArray, list[str]]:
@@ -72,7 +76,9 @@ class _FinetunedModel:
         reasons: list[str] = []
         for batch in prepare_batches(root, sources, [transform.geometry], self.batch_size, pool):
             pixels = stack_batch(batch, 0, torch.empty((len(batch), *transform.size, 3), dtype=torch.uint8)).numpy()
-            parts.append(np.mean([m.predict(pixels) for m in self.models], axis=0))
+            parts.append(
+                np.mean([to_p(m.logits(pixels)) for to_p, m in zip(self.to_p, self.models, strict=True)], axis=0)
+            )
             reasons += [
                 prepared.reason or ("" if np.isfinite(row).all() else "the outputs are not finite")
                 for prepared, row in zip(batch, parts[-1], strict=True)
@@ -83,7 +89,7 @@ class _FinetunedModel:
 def load_model(
     result: ProbeResult,
     folder: Path,
-    folds: Sequence[int],
+    folds: Mapping[int, ToProbabilities],
     *,
     home: PathLike | None,
     weights: PathLike | Mapping[str, PathLike] | None,
@@ -97,8 +103,8 @@ def load_model(
         The run, probed or finetuned.
     folder : Path
         Its folder.
-    folds : sequence of int
-        Whose models are averaged; each must have one.
+    folds : mapping of int to callable
+        Whose models are averaged, each of which must be there, and how their logits become probabilities.
     home : path, optional
         Decides the weights folder, and where the stores of older runs are looked for.
     weights : path or mapping of name to path, optional
@@ -131,7 +137,7 @@ def load_model(
             _refuse_differences(result, recipe, replace(recipe, decoder=DECODER_VERSION), folder)
         target = pick_device(device)
         models = [load_finetuned(folder, result, fold, str(target)) for fold in folds]
-        return _FinetunedModel(models, BATCH_SIZES.get(target.type, 64))
+        return _FinetunedModel(models, list(folds.values()), BATCH_SIZES.get(target.type, 64))
     overrides = weights_by_name(list(recipes), weights)
     networks = {
         backbone: _rebuild(result, recipe, overrides.get(backbone), home, device)
@@ -139,7 +145,8 @@ def load_model(
     }
     asked = dict(result.request["head"])
     heads = load_heads(folder)
-    return _ProbeModel(networks, make_head(asked.pop("name"), **asked), [heads[fold] for fold in folds])
+    head = make_head(asked.pop("name"), **asked)
+    return _ProbeModel(networks, head, [heads[fold] for fold in folds], list(folds.values()))
 
 
 def run_recipes(result: ProbeResult, home: PathLike | None = None) -> dict[str, Recipe]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,10 @@ from embcache.extract.request import default_workers
 from embcache.paths import PathLike
 from embcache.predict.images import images_of_dataset, images_of_paths
 from embcache.predict.model import load_model
+from embcache.probe.metrics import softmax
+from embcache.probe.prevalence import Adjust, Adjustment
 from embcache.probe.results import ProbeResult, find_run_anywhere
+from embcache.probe.summary import adjust_models
 from embcache.report.csvfile import FORMULA_STARTS, csv_text
 
 FloatArray = NDArray[np.float64]
@@ -50,6 +54,10 @@ class Predictions:
         Class of each image of a dataset, ``""`` where it is not known; None for paths.
     notes : tuple of str
         What a reader must know.
+    groups : tuple of str or None
+        Patient, slide … of each image, ``""`` where it is not known; None where no image has one.
+    adjusted : str
+        Prevalence and temperatures that ``p`` was adjusted to; empty where it was not.
     """
 
     run: str
@@ -60,6 +68,8 @@ class Predictions:
     folds: tuple[int, ...]
     labels: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    groups: tuple[str, ...] | None = None
+    adjusted: str = ""
 
     @property
     def failed(self) -> dict[str, str]:
@@ -67,7 +77,7 @@ class Predictions:
         return {image: reason for image, reason in zip(self.images, self.reasons, strict=True) if reason}
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One plain mapping an image: ``image, [label,] prediction, p_CLASS …, error``."""
+        """One plain mapping per image: ``image, [label,] prediction, p_CLASS …, [adjusted,] error``."""
         for k, (image, reason) in enumerate(zip(self.images, self.reasons, strict=True)):
             known = {} if self.labels is None else {"label": self.labels[k]}
             chances = [None if reason else float(p) for p in self.p[k]]
@@ -76,15 +86,49 @@ class Predictions:
                 **known,
                 "prediction": "" if reason else self.class_names[int(self.p[k].argmax())],
                 **{f"p_{name}": chance for name, chance in zip(self.class_names, chances, strict=True)},
+                **({"adjusted": self.adjusted} if self.adjusted else {}),
                 "error": reason,
             }
 
     def to_csv(self) -> str:
         """The rows as CSV text; cells that a spreadsheet would run are guarded, paths by ``./`` so that they hold."""
-        header = ["image", *([] if self.labels is None else ["label"]), "prediction"]
-        header += [*(f"p_{name}" for name in self.class_names), "error"]
-        path = self.labels is None
-        return csv_text(header, ([_cell(k, v, path) for k, v in row.items()] for row in self.rows()))
+        rows, path = list(self.rows()), self.labels is None
+        return csv_text(list(rows[0]), ([_cell(k, v, path) for k, v in row.items()] for row in rows))
+
+    def group_rows(self) -> Iterator[dict[str, Any]]:
+        """One plain mapping per group: ``group, images, not_read, [label,] prediction, p_CLASS …, [adjusted]``.
+
+        Groups come in the order of their first images. ``p_CLASS`` is the mean over the ``images`` that could be read,
+        ``label`` is empty where they differ. An image without a group is a group of its own.
+
+        Raises
+        ------
+        DatasetError
+            No image has a group.
+        """
+        if self.groups is None:
+            raise _no_groups()
+        members: dict[str, list[int]] = {}
+        for k, (group, image) in enumerate(zip(self.groups, self.images, strict=True)):
+            members.setdefault(group or image, []).append(k)
+        for group, rows in members.items():
+            read = [k for k in rows if not self.reasons[k]]
+            p = self.p[read].mean(axis=0) if read else None
+            labels = set() if self.labels is None else {self.labels[k] for k in rows}
+            yield {
+                "group": group.encode("utf-8", "backslashreplace").decode(),
+                "images": len(read),
+                "not_read": len(rows) - len(read),
+                **({} if self.labels is None else {"label": labels.pop() if len(labels) == 1 else ""}),
+                "prediction": "" if p is None else self.class_names[int(p.argmax())],
+                **{f"p_{name}": None if p is None else float(p[c]) for c, name in enumerate(self.class_names)},
+                **({"adjusted": self.adjusted} if self.adjusted else {}),
+            }
+
+    def groups_to_csv(self) -> str:
+        """The rows of groups as CSV text."""
+        rows = list(self.group_rows())
+        return csv_text(list(rows[0]), ([*row.values()] for row in rows))
 
 
 def predict_images(
@@ -97,6 +141,8 @@ def predict_images(
     weights: PathLike | Mapping[str, PathLike] | None = None,
     device: str = "auto",
     folds: Sequence[int] | None = None,
+    adjust: Adjust = Adjust(),
+    by_group: bool = False,
     workers: int | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Predictions:
@@ -120,6 +166,11 @@ def predict_images(
         ``auto``, ``cpu``, ``cuda:0``, …
     folds : sequence of int, optional
         Whose models to average; default all.
+    adjust : Adjust
+        Another prevalence, and temperatures fitted on validation images, for the probabilities of each model before
+        they are averaged. Default: as the models give them.
+    by_group : bool
+        Refuse images without groups: `Predictions.group_rows` will be asked for.
     workers : int, optional
         Threads that decode images; default: one per core, 8 at most.
     progress : callable, optional
@@ -133,13 +184,15 @@ def predict_images(
     Raises
     ------
     UsageError
-        Neither or both of paths and dataset; a fold that the run has not.
+        Neither or both of paths and dataset; a fold that the run has not; a prevalence that is not of its classes.
+    StoreError
+        The run kept no predictions of validation images, which temperatures are fitted on.
     StoreNotFoundError
         There is no such run, or it kept no recipe and its store is gone.
     RecipeError
         The rebuilt recipe is not the run's; the message lists the differences.
     DatasetError
-        The dataset's classes are not the run's, or not one image could be read.
+        The dataset's classes are not the run's, not one image could be read, or ``by_group`` and none has a group.
     """
     if bool(paths) == (dataset is not None):
         raise UsageError(
@@ -149,13 +202,17 @@ def predict_images(
         )
     result, folder = find_run_anywhere(run, home)
     chosen = _chosen_folds(result, folds)
+    models = _adjusted(result, folder, adjust, chosen)
     ds = None if dataset is None else _dataset_of_classes(result, dataset, data_root, home)
     asked = images_of_paths(paths) if ds is None else images_of_dataset(ds)
+    if by_group and not any(asked.groups):
+        raise _no_groups()
     names, reasons = asked.names, list(asked.reasons)
     todo = [k for k, reason in enumerate(reasons) if not reason]
     if not todo:
         raise _none_read(names, reasons)
-    model = load_model(result, folder, chosen, home=home, weights=weights, device=device)
+    to_p = {fold: models[fold].probabilities if models else softmax for fold in chosen}
+    model = load_model(result, folder, to_p, home=home, weights=weights, device=device)
     p = np.full((len(names), len(result.class_names)), np.nan)
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         for start in range(0, len(todo), _CHUNK):
@@ -177,6 +234,35 @@ def predict_images(
         tuple(chosen),
         labels,
         tuple(_notes(result, ds)),
+        asked.groups if any(asked.groups) else None,
+        _in_words(result, adjust, models),
+    )
+
+
+def _adjusted(result: ProbeResult, folder: Path, adjust: Adjust, folds: Sequence[int]) -> dict[int, Adjustment]:
+    """How each fold's probabilities are adjusted; nothing where that was not asked for."""
+    if not adjust:
+        return {}
+    made = [fold.fold for fold in result.folds if not fold.failed]
+    each = dict(zip(made, adjust_models(result, folder, adjust), strict=True))
+    return {fold: each[fold] for fold in folds}
+
+
+def _in_words(result: ProbeResult, adjust: Adjust, models: Mapping[int, Adjustment]) -> str:
+    if not models:
+        return ""
+    shares = next(iter(models.values())).prevalence
+    words = "prevalence " + " ".join(f"{n}={p:.4g}" for n, p in zip(result.class_names, shares, strict=True))
+    temperatures = " ".join(f"{model.temperature:.3g}" for model in models.values())
+    return words + (f"; temperatures {temperatures}" if adjust.calibrate else "")
+
+
+def _no_groups() -> DatasetError:
+    return DatasetError(
+        "the images have no groups, so nothing can be averaged by group",
+        expected="a table with the columns path,group, DICOM files with a PatientID, or a dataset with groups",
+        where="--by-group",
+        fix="embcache predict --run RUN TABLE.csv --by-group FILE",
     )
 
 

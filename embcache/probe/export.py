@@ -6,7 +6,6 @@ Whoever has features of the recipe can predict with plain torch; ``docs/results.
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
 import shutil
@@ -22,6 +21,7 @@ from safetensors.torch import save as save_tensors
 from embcache.errors import UsageError
 from embcache.paths import PathLike
 from embcache.probe.heads import make_head
+from embcache.probe.metrics import merit
 from embcache.probe.record import ProbeResult
 from embcache.probe.results import find_run_anywhere, load_heads
 
@@ -103,7 +103,7 @@ def export_head(run: str, output: PathLike, *, fold: int | None = None, home: Pa
 def _choose_fold(result: ProbeResult, fold: int | None) -> int:
     usable = {f.fold: f for f in result.folds if not f.failed}
     if fold is None:
-        return max(usable.values(), key=lambda f: -math.inf if f.val_score is None else f.val_score).fold
+        return max(usable.values(), key=lambda f: merit(result.metric, f.val_score)).fold
     if fold not in usable:
         raise UsageError(
             f"run {result.id} has no model of fold {fold}", expected=", ".join(map(str, usable)), where="--fold"

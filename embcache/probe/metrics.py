@@ -9,6 +9,7 @@ called: its import takes longer than most probes train, and its input checks lon
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -125,7 +126,7 @@ def positive_class(class_names: Sequence[str], asked: str | None = None) -> int:
                 expected=", ".join(class_names),
                 found=asked,
                 where="--positive",
-                fix=f"--positive {class_names[-1]}",
+                fix=f"--positive {shlex.quote(class_names[-1])}",
             )
         return list(class_names).index(asked)
     negative = [_is_negative(name) for name in class_names]
@@ -481,6 +482,14 @@ METRICS: Mapping[str, Metric] = {
 
 
 def metric_title(name: str, positive: str = "") -> str:
-    """A metric as tables print it, with the class that an asymmetric one is of."""
+    """A metric as tables print it: with the class that an asymmetric one is of, and where a threshold comes from."""
     title = METRICS[name].title if name in METRICS else re.sub(r"_(\d[\d.]*)_", r" \1 % ", name).replace("_", " ")
-    return f"{title} of {positive}" if positive else title
+    read_off = ", threshold read off the test set" if "_at_" in name else ""
+    return title + (f" of {positive}" if positive else "") + read_off
+
+
+def merit(name: str, value: float | None) -> float:
+    """A score as a choice between models ranks it: higher is better, a loss negated; −inf for none."""
+    if value is None:
+        return -np.inf
+    return -value if name in METRICS and METRICS[name].loss else value

@@ -46,6 +46,8 @@ class FoldResult:
         What a solved head chose on validation, such as ``{"C": 0.1}``.
     lost_lrs : list of float
         Learning rates of a sweep at which training diverged, so that they could not be chosen.
+    seen : list of float
+        Share of each class among what training saw: alike where draws or weights make them so, else as they occur.
     """
 
     fold: int
@@ -61,6 +63,7 @@ class FoldResult:
     repeat: int = 0
     chosen: Mapping[str, Any] = field(default_factory=dict)
     lost_lrs: Sequence[float] = field(default_factory=list)
+    seen: Sequence[float] = field(default_factory=list)
 
     @property
     def failed(self) -> bool:

@@ -36,8 +36,8 @@ class Solved:
 class SolvedHead(Protocol):
     """What the engine needs of a solved head; see `embcache.probe.heads` for the whole contract."""
 
-    imbalance: ClassVar[str]
-    """What it does where classes are not balanced, in words; for a head that is trained `make_job` sees to it."""
+    weighs: ClassVar[bool]
+    """Whether classes weigh alike in training where they are not balanced."""
 
     def solve(
         self,

@@ -1,8 +1,8 @@
 """How far a score may be off: intervals for new patients, for a newly trained model, and comparisons of two.
 
-The scores of K fold models on one test set have one covariance matrix, which says how they move together with the choice
-of test groups (patients). It comes from influence values summed by group (AUC, proportions) or from a bootstrap of groups
-(everything else), and everything here is read off it::
+The scores of K fold models on one test set have one covariance matrix, which says how they move together with the
+choice of test groups (patients). It comes from influence values summed by group (AUC, proportions) or from a bootstrap
+of groups (everything else), and everything here is read off it::
 
     test variance of the mean over models      the mean of all entries
     test noise between models                  mean diagonal − mean off the diagonal
@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -62,13 +61,41 @@ class TestSet:
 
     def too_few(self, metric: Metric) -> str:
         """Why there is no interval: depends on counts of groups alone. Empty where there is one."""
-        if metric.per_class:
-            present = np.unique(self.labels).tolist()
-            counts = {self.class_names[c]: len(np.unique(self.groups[self.labels == c])) for c in present}
-            few = [f"{count} of {name}" for name, count in counts.items() if count < FEWEST_GROUPS]
-        else:
-            few = [str(count)] if (count := len(np.unique(self.groups))) < FEWEST_GROUPS else []
-        return f"too few patients: {', '.join(few)}, {FEWEST_GROUPS} needed" if few else ""
+        classes = self.scored(metric)
+        counts = self._groups(classes)
+        names = [f" of {self.class_names[c]}" for c in classes] if metric.per_class else [""]
+        few = [f"{count}{name}" for count, name in zip(counts, names, strict=True) if count < FEWEST_GROUPS]
+        if few:
+            return f"too few patients: {', '.join(few)}, {FEWEST_GROUPS} needed"
+        one_sided = metric.per_class and len(classes) == 1 and metric.ratio is None
+        return f"only images of {self.class_names[classes[0]]}" if one_sided else ""
+
+    def scored(self, metric: Metric) -> list[int]:
+        """Classes that need enough groups each; none where the groups are counted in total."""
+        if not metric.per_class:
+            return []
+        if metric.key in ("sensitivity", "specificity"):
+            return [self.positive if metric.key == "sensitivity" else 1 - self.positive]
+        return [0, 1] if len(self.class_names) == 2 else np.unique(self.labels).tolist()
+
+    def _groups(self, classes: Sequence[int]) -> list[int]:
+        """Groups of each class; of no classes the number of all groups."""
+        sides = [self.labels == c for c in classes] or [np.ones(len(self.labels), dtype=bool)]
+        return [len(np.unique(self.groups[side])) for side in sides]
+
+    def df(self, metric: Metric) -> float:
+        """Degrees of freedom of a bootstrap: Satterthwaite's of a variance 1/n from each class's n groups."""
+        n = np.maximum(2.0, self._groups(self.scored(metric)))
+        return float((1 / n).sum() ** 2 / (1 / (n**2 * (n - 1))).sum())
+
+    def alike(self, classes: Sequence[int]) -> list[float]:
+        """(Σm)²/Σm² of each class, for groups of m images: how many images there are if those of a group are alike."""
+        sides = [self.labels == c for c in classes] or [np.ones(len(self.labels), dtype=bool)]
+        return [_alike(np.unique(self.groups[side], return_counts=True)[1]) for side in sides]
+
+
+def _alike(images: NDArray[Any]) -> float:
+    return float(images.sum() ** 2 / (images**2).sum()) if images.any() else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +116,11 @@ class Scores:
         Of a bootstrap.
     lost : float
         Share of resamples without one of the classes.
-    sizes : (float, float), optional
-        Of an AUC of two classes: effective numbers of positive and negative rows.
+    null : callable, optional
+        Of AUC and proportions: from a true score to the variance that a score of it would have if every group had one
+        image.
+    effect : float
+        The design effect that this variance is multiplied with.
     """
 
     metric: Metric
@@ -100,7 +130,8 @@ class Scores:
     df: float
     draws: FloatArray | None = None
     lost: float = 0.0
-    sizes: tuple[float, float] | None = None
+    null: Callable[[float], float] | None = None
+    effect: float = 1.0
 
     @property
     def mean(self) -> float:
@@ -211,7 +242,7 @@ def sample(
     metric : Metric
         See `embcache.probe.metrics.find_metric`.
     test : TestSet
-        Labels of two classes at least, and groups.
+        Labels and groups.
     logits : array-like of float, shape (K, n, C)
         By each model.
     resamples, seed : int
@@ -223,17 +254,9 @@ def sample(
     names, group = np.unique(np.asarray(test.groups), return_inverse=True)
     group = group.reshape(-1)
     if metric.interval == "auc":
-        influence = np.stack([_auc_influence(test, q, metric) for q in z])
-        return _from_influence(metric, test, values, influence, group, test.labels)
+        return _auc_scores(metric, test, values, z, group)
     if metric.interval == "proportion":
-        assert metric.ratio is not None
-        parts = [metric.ratio(test.labels, q, test.positive) for q in z]
-        influence = np.stack([
-            np.where(below, above - np.nan_to_num(value), 0.0) / max(1, below.sum())
-            for (above, below), value in zip(parts, values, strict=True)
-        ])  # fmt: skip
-        counted = np.any([below for _, below in parts], axis=0)
-        return _from_influence(metric, test, values, influence, group, np.where(counted, 0, -1))
+        return _proportion_scores(metric, test, values, z, group)
     draws, lost = [], 0
     present = np.stack([test.labels == c for c in np.unique(test.labels)], axis=1).astype(np.float64)
     rng = np.random.Generator(np.random.PCG64(seed))
@@ -242,58 +265,78 @@ def sample(
         weights = drawn[: resamples - start, group].astype(np.float64)
         lost += int((weights @ present == 0).any(axis=1).sum())
         draws.append(np.stack([form(weights) for form in forms]))
-    every = np.concatenate(draws, axis=1)
-    there = every[:, np.isfinite(every).all(axis=0)]
-    moves = (there - there.mean(axis=1, keepdims=True)) / math.sqrt(max(1, there.shape[1] - 1))
-    return Scores(metric, test, values, moves, max(1.0, len(names) - 1.0), every, lost / resamples)
+    every, df = np.concatenate(draws, axis=1), test.df(metric)
+    return Scores(metric, test, values, _deviations(every, df), df, every, lost / resamples)
 
 
-def _auc_influence(test: TestSet, z: FloatArray, metric: Metric) -> FloatArray:
-    """Influence of each row on the (macro) AUC; sums to 0 within the classes of a two-class AUC."""
+def _deviations(draws: FloatArray, df: float) -> FloatArray:
+    """Moves of a bootstrap; its variance is too small by n/(n − 1), as those of n drawn values are."""
+    there = draws[:, np.isfinite(draws).all(axis=0)]
+    if there.shape[1] < 2:
+        return np.zeros((len(draws), 1))
+    return np.asarray((there - there.mean(axis=1, keepdims=True)) * math.sqrt((df + 1) / df / (there.shape[1] - 1)))
+
+
+def _auc_scores(metric: Metric, test: TestSet, values: FloatArray, z: FloatArray, group: IntArray) -> Scores:
+    """(Macro) AUC: DeLong's placement values summed by group, and the Hanley–McNeil variance of each class's AUC."""
     odds = log_odds(z)
-    classes = [test.positive] if metric.key == "auc" else np.unique(test.labels)
-    total = np.zeros(len(test.labels))
+    classes = [test.positive] if metric.key == "auc" else np.unique(test.labels).tolist()
+    influence, plain, sizes = np.zeros(z.shape[:2]), 0.0, []
     for c in classes:
         positive = test.labels == c
-        placed = auc_placements(positive, odds[:, c])
-        centered = placed - placed[positive].mean()
-        total += np.where(positive, centered / positive.sum(), centered / (~positive).sum()) / len(classes)
-    return total
+        m, n = int(positive.sum()), int((~positive).sum())
+        if not m or not n:
+            continue
+        placed = np.stack([auc_placements(positive, scores) for scores in odds[:, :, c]])
+        own = (placed - placed[:, positive].mean(1, keepdims=True)) / np.where(positive, m, n) / len(classes)
+        influence += own
+        for side in (positive, ~positive):
+            plain += float((own.mean(0)[side] ** 2).sum()) * side.sum() / max(1, side.sum() - 1)
+        sizes.append((m, n))
+
+    def null(auc: float) -> float:
+        return sum(hanley_mcneil(auc, m, n) for m, n in sizes) / len(classes) ** 2
+
+    moves, df = _by_group(influence, group, test.labels)
+    usual = min(plain, null(float(values.mean()))) if sizes else 0.0
+    present, counts = np.unique(test.labels, return_counts=True)
+    alike = max(n / m for n, m in zip(counts, test.alike(present.tolist()), strict=True))
+    # DeLong's variance vanishes at a perfect score, Hanley and McNeil's is wrong for scores of unequal spread.
+    effect = float((moves.mean(0) ** 2).sum()) / usual if usual > 0 else alike
+    return Scores(metric, test, values, moves, df, null=null, effect=max(1.0, effect))
 
 
-def _from_influence(
-    metric: Metric, test: TestSet, values: FloatArray, influence: FloatArray, group: IntArray, part: IntArray
-) -> Scores:
-    """Sum influence by group. Parts (classes) have their own small-sample factor and degrees of freedom."""
-    moves = np.zeros((len(values), int(group.max()) + 1))
-    variances, dfs = [], []
+def _proportion_scores(metric: Metric, test: TestSet, values: FloatArray, z: FloatArray, group: IntArray) -> Scores:
+    assert metric.ratio is not None
+    parts = [metric.ratio(test.labels, q, test.positive) for q in z]
+    influence = np.stack([
+        np.where(below, above - np.nan_to_num(value), 0.0) / max(1, below.sum())
+        for (above, below), value in zip(parts, values, strict=True)
+    ])  # fmt: skip
+    counted = np.mean([below for _, below in parts], axis=0)
+    n = max(1e-300, float(counted.sum()))
+
+    def null(p: float) -> float:
+        return p * (1 - p) / n
+
+    moves, df = _by_group(influence, group, np.where(counted > 0, 0, -1))
+    usual, clustered = null(float(values.mean())), float((moves.mean(0) ** 2).sum())
+    effect = clustered / usual if usual > 0 else n / _alike(np.bincount(group, counted))
+    return Scores(metric, test, values, moves, df, null=null, effect=max(1.0, effect))
+
+
+def _by_group(influence: FloatArray, group: IntArray, part: IntArray) -> tuple[FloatArray, float]:
+    """Influence summed by group, and its degrees of freedom. Parts (classes) have their own small-sample factor."""
+    moves = np.zeros((len(influence), int(group.max()) + 1))
+    parts = []
     for c in np.unique(part[part >= 0]):
         rows = part == c
         n_groups = len(np.unique(group[rows]))
         factor = math.sqrt(n_groups / max(1, n_groups - 1))
         summed = np.stack([np.bincount(group[rows], q[rows], moves.shape[1]) for q in influence]) * factor
         moves += summed
-        variances.append(float((summed.mean(0) ** 2).sum()))
-        dfs.append(max(1, n_groups - 1))
-    total = sum(variances)
-    df = total**2 / sum(v**2 / d for v, d in zip(variances, dfs, strict=True)) if total > 0 else float(min(dfs))
-    sizes = _effective_sizes(test, influence.mean(0), moves.mean(0)) if metric.key == "auc" else None
-    return Scores(metric, test, values, moves, df, sizes=sizes)
-
-
-def _effective_sizes(test: TestSet, influence: FloatArray, moves: FloatArray) -> tuple[float, float]:
-    """Rows of each class, divided by the clustered design effect, between groups and images.
-
-    Obuchowski's (1997) clustered variance over DeLong's plain one; where nothing varies, as many as there are groups.
-    """
-    positive = test.labels == test.positive
-    sides = (positive, ~positive)
-    plain = sum(float((influence[side] ** 2).sum()) * side.sum() / max(1, side.sum() - 1) for side in sides)
-    effect = float((moves**2).sum()) / plain if plain > 0 else math.inf
-    return tuple(
-        float(np.clip(side.sum() / effect if effect > 0 else side.sum(), len(np.unique(test.groups[side])), side.sum()))
-        for side in sides
-    )  # type: ignore[return-value]
+        parts.append((float((summed.mean(0) ** 2).sum()), max(1.0, n_groups - 1.0)))
+    return moves, _satterthwaite(*parts) if parts else 1.0
 
 
 def estimate(scores: Scores, overlap: float | None = None, folds: int | None = None, level: float = 0.95) -> Estimate:
@@ -316,8 +359,9 @@ def estimate(scores: Scores, overlap: float | None = None, folds: int | None = N
     why, first, second, sigma2 = test.too_few(metric), None, None, None
     if not why and not np.isfinite(mean):
         why = "no value"
-    if not why:
-        first = _first_interval(scores, v_test, level)
+    if not why and (first := _first_interval(scores, v_test, level)) is None:
+        why = "no variation among the test groups"
+    if first:
         if k == 1 or overlap is None:
             why = "one model" if k == 1 else ""
         elif overlap > LARGEST_OVERLAP:
@@ -325,7 +369,7 @@ def estimate(scores: Scores, overlap: float | None = None, folds: int | None = N
         else:
             sigma2 = _training_variance(values, covariance, overlap)
             extra = sigma2 * (1 / k + (1 - 1 / k) * overlap) + sigma2
-            second = _widened(scores, first, v_test, extra, (folds or k) - 1, level)
+            second = _widened(scores, first, extra, (folds or k) - 1, level)
     return Estimate(
         metric=metric.key,
         positive=test.class_names[test.positive] if metric.asymmetric and len(test.class_names) == 2 else "",
@@ -349,87 +393,74 @@ def _training_variance(values: FloatArray, covariance: FloatArray, overlap: floa
     return max(0.0, float(values.var(ddof=1)) - float(noise)) / (1 - overlap)
 
 
-def _first_interval(scores: Scores, v: float, level: float) -> tuple[float, float]:
-    metric, mean, z = scores.metric, scores.mean, NormalDist().inv_cdf((1 + level) / 2)
-    if scores.sizes is not None:
-        return newcombe_auc(mean, *scores.sizes, level)
-    if metric.interval == "auc":
-        return _logit_interval(mean, v, _t(level, scores.df), scores)
-    if metric.interval == "proportion":
-        return wilson(mean, _effective_n(scores, v), level)
-    assert scores.draws is not None
-    draws = scores.draws.mean(axis=0)
-    low, high = np.quantile(draws[np.isfinite(draws)], [(1 - level) / 2, (1 + level) / 2])
-    del z
-    return float(low), float(high)
+def _first_interval(scores: Scores, v: float, level: float) -> tuple[float, float] | None:
+    """Of AUC and proportions a score interval; of the others one on the logit scale of the metric's range."""
+    mean, low, high, t = scores.mean, scores.metric.low, scores.metric.high, _t(level, scores.df)
+    if scores.null is not None:
+        null, effect = scores.null, scores.effect
+        return _score_interval(mean, lambda true: effect * null(true), t)
+    if not math.isfinite(high):
+        half = t * math.sqrt(v) / (mean - low) if mean > low else 0.0
+        return (low + (mean - low) * math.exp(-half), low + (mean - low) * math.exp(half)) if half else None
+    share = (mean - low) / (high - low)
+    if 0 < share < 1 and v > 0:
+        center, half = math.log(share / (1 - share)), t * math.sqrt(v) / (high - low) / (share * (1 - share))
+        ends = tuple(1 / (1 + math.exp(-center - side * half)) for side in (-1, 1))
+    else:  # no resample differs: as wide as for a proportion of the fewest groups' images that are all alike
+        n = min(scores.test.alike(scores.test.scored(scores.metric)))
+        ends = _score_interval(share, lambda true: true * (1 - true) / n, t)
+    return low + (high - low) * ends[0], low + (high - low) * ends[1]
 
 
-def _effective_n(scores: Scores, v: float) -> float:
-    """N = p(1 − p)/V; the number of groups counted where nothing varies."""
-    p = scores.mean
-    counted = int((np.abs(scores.moves) > 0).any(axis=0).sum())
-    if v > 0 and 0 < p < 1:
-        return p * (1 - p) / v
-    assert scores.metric.ratio is not None
-    return max(counted, _groups_counted(scores))
+def _score_interval(value: float, variance: Callable[[float], float], quantile: float) -> tuple[float, float]:
+    """True scores whose own standard error, times the quantile, reaches the value."""
+
+    def end(outside: float) -> float:
+        def beyond(true: float) -> bool:
+            return abs(value - true) > quantile * math.sqrt(max(0.0, variance(true)))
+
+        inside = value
+        if not beyond(outside):
+            return outside
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            inside, outside = (inside, middle) if beyond(middle) else (middle, outside)
+        return (inside + outside) / 2
+
+    return end(0.0), end(1.0)
 
 
-def _groups_counted(scores: Scores) -> int:
-    test, metric = scores.test, scores.metric
-    side = {"sensitivity": test.labels == test.positive, "specificity": test.labels != test.positive}
-    return len(np.unique(test.groups[side.get(metric.key, np.ones(len(test.labels), dtype=bool))]))
+def hanley_mcneil(auc: float, n_positive: float, n_negative: float) -> float:
+    """Variance of an AUC for negative exponential scores, both classes alike (Newcombe 2006, method 5)."""
+    n = (n_positive + n_negative) / 2
+    return auc * (1 - auc) * (1 + (n - 1) * ((1 - auc) / (2 - auc) + auc / (1 + auc))) / (n_positive * n_negative)
 
 
 def newcombe_auc(auc: float, n_positive: float, n_negative: float, level: float = 0.95) -> tuple[float, float]:
     """Score interval of an AUC with the Hanley–McNeil variance at its own ends (Newcombe 2006, method 5)."""
-    z, n_star = NormalDist().inv_cdf((1 + level) / 2), (n_positive + n_negative) / 2
-
-    def beyond(a: float) -> float:
-        v = a * (1 - a) * (1 + (n_star - 1) * ((1 - a) / (2 - a) + a / (1 + a))) / (n_positive * n_negative)
-        return abs(auc - a) - z * math.sqrt(max(v, 0.0))
-
-    def solve(inside: float, outside: float) -> float:
-        if beyond(outside) <= 0:
-            return outside
-        for _ in range(60):
-            middle = (inside + outside) / 2
-            inside, outside = (middle, outside) if beyond(middle) <= 0 else (inside, middle)
-        return (inside + outside) / 2
-
-    return solve(auc, 0.0), solve(auc, 1.0)
+    return _score_interval(auc, lambda true: hanley_mcneil(true, n_positive, n_negative), _t(level, math.inf))
 
 
 def wilson(p: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion with an effective number of trials."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _logit_interval(mean: float, v: float, t: float, scores: Scores) -> tuple[float, float]:
-    """On the logit scale; a perfect macro AUC has the interval of as many pairs as its rarest class has groups."""
-    if not 0 < mean < 1 or v == 0:
-        few = min(len(np.unique(scores.test.groups[scores.test.labels == c])) for c in np.unique(scores.test.labels))
-        return newcombe_auc(mean, few, len(np.unique(scores.test.groups)) - few or few)
-    center, half = math.log(mean / (1 - mean)), t * math.sqrt(v) / (mean * (1 - mean))
-    low, high = (1 / (1 + math.exp(-(center + side * half))) for side in (-1, 1))
-    return low, high
+    return _score_interval(p, lambda true: true * (1 - true) / n, _t(level, math.inf))
 
 
 def _widened(
-    scores: Scores, first: tuple[float, float], v_test: float, extra: float, df_training: int, level: float
+    scores: Scores, first: tuple[float, float], extra: float, df_training: int, level: float
 ) -> tuple[float, float]:
     """The first interval with the variance of training added to each of its sides (square and add)."""
-    t = _t(level, _satterthwaite((v_test, scores.df), (extra, df_training)))
-    z, mean = NormalDist().inv_cdf((1 + level) / 2), scores.mean
-    low, high = (t * math.sqrt(((mean - end) / z) ** 2 + extra) for end in first)
-    return max(scores.metric.low, mean - low), min(scores.metric.high, mean + high)
+    t, mean, sides = _t(level, scores.df), scores.mean, []
+    for end in first:
+        v = ((mean - end) / t) ** 2
+        sides.append(_t(level, _satterthwaite((v, scores.df), (extra, df_training))) * math.sqrt(v + extra))
+    return max(scores.metric.low, mean - sides[0]), min(scores.metric.high, mean + sides[1])
 
 
 def _satterthwaite(*parts: tuple[float, float]) -> float:
+    """Degrees of freedom of a sum of variances, each with its own; the fewest where all are 0."""
     total = sum(v for v, _ in parts)
-    return total**2 / sum(v**2 / df for v, df in parts) if total > 0 else parts[0][1]
+    return total**2 / sum(v**2 / df for v, df in parts) if total > 0 else min(df for _, df in parts)
 
 
 def _t(level: float, df: float) -> float:
@@ -465,39 +496,35 @@ def compare(
     """
     from scipy.special import stdtr
 
-    difference = one.mean - other.mean
+    difference, why = one.mean - other.mean, one.test.too_few(one.metric)
     moves = _joined(one, other)
     k, k_other = len(one.values), len(other.values)
     contrast = np.r_[np.full(k, 1 / k), np.full(k_other, -1 / k_other)]
-    v = v_test = float(((contrast @ moves) ** 2).sum())
-    df = df_test = _difference_df(one, other, contrast, moves)
+    v, df = float(((contrast @ moves) ** 2).sum()), _difference_df(one, other, contrast, moves)
+    if v <= 1e-24:  # all groups agree: no less than what a share of disagreeing images of that many groups could be
+        v, df = _unseen(one), math.inf
     trained = k == k_other > 1 and overlap is not None and overlap <= LARGEST_OVERLAP
     if trained:
         assert overlap is not None
         apart = moves[:k] - moves[k:]
         sigma2 = _training_variance(one.values - other.values, apart @ apart.T, overlap)
         extra = sigma2 * (1 / k + (1 - 1 / k) * overlap)
+        df = _satterthwaite((v, df), (extra, (folds or k) - 1))
         v += extra
-        df = _satterthwaite((v_test, df_test), (extra, (folds or k) - 1))
-    why = one.test.too_few(one.metric)
-    if not why and (v == 0 or not np.isfinite(difference)) and difference != 0:
+    if not why and not math.isfinite(difference):
+        why = "no value"
+    if not why and v == 0:
         why = "no variation among the test groups"
     if why:
         return Difference(difference, None, None, None, None, trained, why)
     error, t = math.sqrt(v), _t(level, df)
 
-    def two_sided(x: float) -> float:
-        return float(2 * stdtr(df, -abs(x) / error)) if error > 0 else 1.0
-
-    p_margin = None
-    if margin is not None:
-        p_margin = float(stdtr(df, -(margin - abs(difference)) / error)) if error > 0 else 0.0
     return Difference(
         difference,
         (difference - t * error, difference + t * error),
-        two_sided(difference),
+        float(2 * stdtr(df, -abs(difference) / error)),
         (t + float(_t(0.6, df))) * error,  # the 0.8 quantile
-        p_margin,
+        None if margin is None else float(stdtr(df, (abs(difference) - margin) / error)),
         trained,
     )
 
@@ -506,9 +533,16 @@ def _joined(one: Scores, other: Scores) -> FloatArray:
     """Moves of both sides' models over the same groups or resamples."""
     if one.draws is None or other.draws is None:
         return np.concatenate([one.moves, other.moves])
-    both = np.concatenate([one.draws, other.draws])
-    both = both[:, np.isfinite(both).all(axis=0)]
-    return (both - both.mean(axis=1, keepdims=True)) / math.sqrt(max(1, both.shape[1] - 1))
+    return _deviations(np.concatenate([one.draws, other.draws]), min(one.df, other.df))
+
+
+def _unseen(scores: Scores) -> float:
+    """Squared standard error of a share of 0 among the images that would remain if those of a group were alike."""
+    metric, test = scores.metric, scores.test
+    if not math.isfinite(metric.high):
+        return 0.0
+    share = wilson(0.0, min(test.alike(test.scored(metric))))[1] / _t(0.95, math.inf)
+    return ((metric.high - metric.low) * share) ** 2
 
 
 def _difference_df(one: Scores, other: Scores, contrast: FloatArray, moves: FloatArray) -> float:
@@ -517,13 +551,11 @@ def _difference_df(one: Scores, other: Scores, contrast: FloatArray, moves: Floa
         return min(one.df, other.df)
     test = one.test
     apart, names = contrast @ moves, np.unique(np.asarray(test.groups))
-    variances, dfs = [], []
+    parts = []
     for c in np.unique(test.labels):
         own = np.isin(names, test.groups[test.labels == c])
-        variances.append(float((apart[own] ** 2).sum()))
-        dfs.append(max(1.0, own.sum() - 1.0))
-    total = sum(variances)
-    return total**2 / sum(v**2 / d for v, d in zip(variances, dfs, strict=True)) if total > 0 else min(dfs)
+        parts.append((float((apart[own] ** 2).sum()), max(1.0, own.sum() - 1.0)))
+    return _satterthwaite(*parts)
 
 
 def holm(p: Sequence[float]) -> list[float]:

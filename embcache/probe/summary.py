@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 import embcache
 from embcache.data.dataset import ImageDataset
+from embcache.errors import StoreError
 from embcache.paths import PathLike
-from embcache.probe.heads import imbalance
+from embcache.probe.heads import imbalance, weighs
 from embcache.probe.metrics import FloatArray, evaluate, find_metric, positive_class, score, softmax
 from embcache.probe.predictions import Predictions, ensemble_scores, grouped_scores
+from embcache.probe.prevalence import Adjust, Adjustment, adjustments, prevalence_vector
 from embcache.probe.results import (
     FoldResult,
     ProbeResult,
@@ -29,7 +31,7 @@ from embcache.probe.results import (
 )
 from embcache.probe.splits import Splits
 from embcache.probe.statistics import training_overlap
-from embcache.probe.train import diverged_error, is_balanced
+from embcache.probe.train import diverged_error, is_balanced, seen_shares
 
 COLLAPSED = 0.8
 """A model that predicts one class for this share of the test images, and half as often again as it occurs, is named."""
@@ -151,13 +153,14 @@ def summarise(
         where = f"every fold ({head}, subset {subset})"
         raise diverged_error(where, max((o.lr for o in outcomes if o.lr is not None), default=None))
     folds = []
+    sign = -1.0 if find_metric(str(request["metric"]), len(ds.class_names)).loss else 1.0  # training negates a loss
     for f, outcome in enumerate(outcomes):
         repeat, part = divmod(f, plan.n_folds)
         folds.append(
             FoldResult(
                 fold=f,
                 score=None,
-                val_score=None if outcome.failed else outcome.val_score,
+                val_score=None if outcome.failed or outcome.val_score is None else sign * outcome.val_score,
                 best_epoch=outcome.best_epoch,
                 epochs=outcome.epochs,
                 n_train=len(plans[repeat].train[part, subset]),
@@ -168,6 +171,7 @@ def summarise(
                 repeat=repeat,
                 chosen=dict(outcome.chosen),
                 lost_lrs=list(outcome.lost_lrs),
+                seen=seen_shares(plan.labels[plans[repeat].train[part, subset]], len(ds.class_names), weighs(head)),
             )
         )
     validated = [fold.val_score for fold in folds if fold.val_score is not None]
@@ -298,6 +302,62 @@ def load_run_predictions(result: ProbeResult, run: Path) -> Predictions:
         overlap=result.overlap,
         folds=1 + max(fold.fold for fold in result.folds if not fold.repeat),
     )
+
+
+def load_validation(result: ProbeResult, run: Path) -> list[Predictions]:
+    """Predictions of a run's models for their own validation images, one `Predictions` per model.
+
+    Raises
+    ------
+    StoreError
+        The run kept none.
+    """
+    names = result.class_names
+    try:
+        table = load_predictions(run, "validation")
+    except StoreError as error:
+        raise StoreError(
+            "operating points and --calibrate need the run's predictions of validation images",
+            found=error.found,
+            where=run / "validation.parquet",
+            fix="make the run again with --again",
+        ) from error
+    return [
+        Predictions(
+            ids=rows["id"].to_numpy(dtype=object),
+            groups=rows["group"].to_numpy(dtype=object),
+            labels=rows["label"].to_numpy(dtype=np.int64),
+            logits=rows[[f"logit_{c}" for c in range(len(names))]].to_numpy(dtype=np.float64)[None],
+            class_names=names,
+            positive=positive_class(names, result.positive or None),
+        )
+        for rows in (table[table["fold"] == fold.fold] for fold in result.folds if not fold.failed)
+    ]
+
+
+def adjust_models(result: ProbeResult, run: Path, asked: Adjust) -> list[Adjustment]:
+    """What `Adjust` means for each model of a run, in the order of its folds that have one.
+
+    Raises
+    ------
+    UsageError
+        The prevalence is not one of the run's classes.
+    ProtocolError
+        No prevalence is given, and validation images do not tell it.
+    StoreError
+        The run did not record what training saw, or kept no predictions of validation images.
+    """
+    seen = [fold.seen for fold in result.folds if not fold.failed]
+    if not all(seen):
+        raise StoreError(
+            "the run was made by a version that did not record how often training saw each class",
+            where=run,
+            fix="make the run again with --again",
+        )
+    names, prevalence = result.class_names, None
+    if asked.prevalence is not None:
+        prevalence = prevalence_vector(asked.prevalence, names, positive_class(names, result.positive or None))
+    return adjustments(seen, load_validation(result, run) if asked.calibrate else [], prevalence, asked.calibrate)
 
 
 def request_notes(ds: ImageDataset, plans: Splits | Sequence[Splits], subset: str, head: str) -> list[str]:

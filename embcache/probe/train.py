@@ -18,9 +18,6 @@ from embcache.probe.schedule import Schedule
 from embcache.probe.solve import SolvedHead, is_solved
 from embcache.probe.stack import Job, TrainableHead, TrainedHead, stream_generator, train_stack
 
-DRAWN_EQUALLY = "training draws them equally often"
-"""What `make_job` does where classes are not balanced, in words."""
-
 _LARGEST_STACK = 100_000_000
 """Parameters that one stack may hold; with gradients, moments and best epochs some 2 GB."""
 
@@ -29,6 +26,17 @@ def is_balanced(labels: NDArray[np.int64], n_classes: int) -> bool:
     """Whether class counts are equal, but for a remainder of one."""
     counts = np.bincount(labels, minlength=n_classes)
     return int(counts.max() - counts.min()) <= 1
+
+
+def seen_shares(labels: NDArray[np.int64], n_classes: int, weighs: bool) -> list[float]:
+    """Share of each class among what training sees of rows with these labels.
+
+    ``weighs``: the head takes the classes that occur alike where they are not balanced.
+    """
+    counts = np.bincount(labels, minlength=n_classes).astype(np.float64)
+    if weighs and not is_balanced(labels, n_classes):
+        counts = (counts > 0).astype(np.float64)
+    return (counts / counts.sum()).tolist()  # type: ignore[no-any-return]
 
 
 def make_job(

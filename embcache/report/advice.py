@@ -1,13 +1,12 @@
 """Two questions answered in a sentence each from saved results: which backbone to take, and whether more labels help.
 
 A backbone is chosen on validation alone; the test set only says how good it is and which others it cannot be told apart
-from. More labels help where the slope of the score over log2 of training labels is above 0 beyond chance. That slope is
-a weighted sum of the scores at each size, so it has the variance of the test groups, which all sizes share, and that of
-training, as any difference has (`embcache.probe.statistics.compare`).
+from. More labels help where the slope of the score over log2 of training labels is above 0 beyond chance (`doubling`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -16,9 +15,9 @@ import numpy as np
 
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
-from embcache.probe.metrics import METRICS, FloatArray, find_metric, metric_title
+from embcache.probe.metrics import METRICS, find_metric, merit, metric_title
 from embcache.probe.results import ProbeResult, runs_dir
-from embcache.probe.statistics import RESAMPLES, Difference, Scores, compare
+from embcache.probe.statistics import RESAMPLES, Difference, Scores, estimate
 from embcache.report.compare import Comparison, Tested, compare_tested, load_tested, same_test
 from embcache.report.curves import named_curves
 from embcache.report.layout import signed
@@ -29,7 +28,7 @@ LEVEL = 0.05
 _MOST = 6  # names in a sentence
 
 Verdict = Literal["worse", "undecided", "better", "unknown"]
-Trend = Literal["rising", "plateau", "flat", "falling", "one size", "unknown"]
+Trend = Literal["rising", "unclear", "plateau", "flat", "falling", "one size", "unknown"]
 Namer = Callable[[str], str]
 """From a model's name to what a sentence calls it."""
 
@@ -99,8 +98,9 @@ class LabelsAdvice:
     name : str
         The model.
     metric : str
-    trend : {"rising", "plateau", "flat", "falling", "one size", "unknown"}
-        ``plateau``: rising over all sizes, but not from ``plateau_from`` on. Of a loss, rising is getting better.
+    trend : {"rising", "unclear", "plateau", "flat", "falling", "one size", "unknown"}
+        Of a loss, rising is getting better. ``unclear``: rising over all sizes, but for the last ones alone that is not
+        shown; ``plateau``: besides, the last ones rise by less than all do; ``unknown``: too few patients.
     sizes : tuple of int
         Training labels of a fold, ascending.
     means : tuple of float
@@ -108,9 +108,9 @@ class LabelsAdvice:
     doubling : Difference or None
         Change of the score with twice the labels, over all sizes; None for one size.
     plateau_from : int or None
-        The size from which on no further rise was shown.
+        The size that begins a plateau.
     last_doubling : Difference or None
-        Like ``doubling``, over the last sizes: from ``plateau_from``, else from half of the most labels or fewer.
+        Like ``doubling``, over the last sizes: those that show no rise, else those from half of the most labels on.
     """
 
     text: str
@@ -232,8 +232,7 @@ def _size(result: ProbeResult) -> int:
 
 def _validated(result: ProbeResult) -> float:
     """Mean validation score, higher is better."""
-    sign = -1.0 if find_metric(result.metric, len(result.class_names)).loss else 1.0
-    return sign * float(result.val_mean or 0.0)
+    return merit(result.metric, result.val_mean)
 
 
 def comparable(at: Mapping[str, ProbeResult]) -> list[str]:
@@ -282,7 +281,7 @@ def advise_backbone(names: Sequence[str], rows: Sequence[Comparison], n_train: i
     parts = {
         "worse": f"it is better than {told['worse']}{these}, Holm-corrected p < {LEVEL:g}",
         "undecided": f"it cannot be told apart from {told['undecided']}{these}",
-        "better": f"{told['better']} scored higher on the test images{these}, which play no part in the choice",
+        "better": f"{told['better']} scored better on the test images{these}, which play no part in the choice",
         "unknown": f"there are too few patients to compare it with {told['unknown']}",
     }
     metric = metric_title(first.metric, first.estimate.positive)
@@ -333,6 +332,10 @@ def advise_labels(
     def rises(d: Difference) -> bool:
         return d.interval is not None and (d.interval[1] < 0 if loss else d.interval[0] > 0)
 
+    def flattens(d: Difference, whole: Difference) -> bool:
+        low, high = d.interval or (-math.inf, math.inf)
+        return low > whole.difference if loss else high < whole.difference
+
     overall, plateau = slope(0), None
     # The end of the curve spans a doubling at least, so that two sizes close together do not pass for a plateau.
     start = max([k for k, n in enumerate(sizes) if 2 * n <= sizes[-1]], default=0)
@@ -342,11 +345,15 @@ def advise_labels(
     elif not rises(overall):
         trend = "falling" if (overall.interval[0] > 0 if loss else overall.interval[1] < 0) else "flat"
     elif not rises(slope(start)):
-        trend, start = "plateau", next(k for k in range(1, len(sizes)) if not rises(slope(k)))
-        plateau = sizes[start]
+        ends = {k: slope(k) for k in range(1, start + 1)}
+        flatter = [k for k, d in ends.items() if not rises(d) and flattens(d, overall)]
+        trend, start = "unclear", next(k for k, d in ends.items() if not rises(d))
+        if flatter:
+            trend, start, plateau = "plateau", flatter[0], sizes[flatter[0]]
     end = slope(start)
     begin = {
         "rising": "More labels still help",
+        "unclear": f"More labels help, though from {sizes[start]:,} on alone no gain was shown",
         "plateau": f"More labels help up to {sizes[start]:,}, beyond which no further gain was shown",
         "flat": "No gain from more labels was shown",
         "falling": "More labels make it worse",
@@ -358,12 +365,20 @@ def advise_labels(
     )
     if overall.interval is not None:
         text += f"; a doubling changes it by {_change(overall)}"
-        text += f", from {sizes[start]:,} on by {_change(end)}" if trend in ("rising", "plateau") and start else ""
+        text += (
+            f", from {sizes[start]:,} on by {_change(end)}"
+            if trend in ("rising", "unclear", "plateau") and start
+            else ""
+        )
     return LabelsAdvice(text + ".", name, result.metric, trend, sizes, means, overall, plateau, end)
 
 
 def doubling(scores: Sequence[Scores], tested: Sequence[Tested]) -> Difference:
     """Change of the score with twice the labels: the least-squares slope over log2 of training labels.
+
+    The slope is a weighted sum of the means at each size. Its variance is that of the same sum over the test groups,
+    which all sizes share, and of each size's training, with the share of training images that its own models have in
+    common. Sizes count as trained independently; where one's images are among the next one's, that is conservative.
 
     Parameters
     ----------
@@ -372,34 +387,34 @@ def doubling(scores: Sequence[Scores], tested: Sequence[Tested]) -> Difference:
     tested : sequence of Tested
         The same results.
     """
+    from scipy.special import stdtr, stdtrit  # scipy.stats takes a second to import
+
     x = np.log2([t.result.n_train for t in tested])
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-    if len({len(s.values) for s in scores}) > 1:  # a fold without a model: folds cannot be paired
-        scores = [_averaged(s) for s in scores]
-    overlaps = [t.predictions.overlap for t in tested]
-    shared = None if None in overlaps else float(np.mean([o for o in overlaps if o is not None]))
-    above, below = (_combined(scores, np.clip(side * weights, 0, None)) for side in (1, -1))
-    return compare(above, below, overlap=shared, folds=tested[0].predictions.folds)
-
-
-def _combined(scores: Sequence[Scores], weights: FloatArray) -> Scores:
-    """A weighted sum of scores, fold by fold."""
-
-    def total(arrays: Sequence[Any]) -> Any:
-        return sum(w * a for w, a in zip(weights, arrays, strict=True))
-
-    draws = None if scores[0].draws is None else total([s.draws for s in scores])
-    moves = scores[0].moves if draws is not None else total([s.moves for s in scores])  # of draws, compare makes them
-    return replace(
-        scores[0], values=total([s.values for s in scores]), moves=moves, draws=draws, df=min(s.df for s in scores)
-    )
-
-
-def _averaged(scores: Scores) -> Scores:
-    """The mean over models as one model."""
-    draws = None if scores.draws is None else scores.draws.mean(0, keepdims=True)
-    return replace(scores, values=scores.values.mean(keepdims=True), moves=scores.moves.mean(0, keepdims=True),
-                   draws=draws)  # fmt: skip
+    slope = float(sum(w * s.mean for w, s in zip(weights, scores, strict=True)))
+    why = scores[0].test.too_few(scores[0].metric) or ("" if np.isfinite(slope) else "no value")
+    moves = sum(w * (s.moves if s.draws is None else s.draws).mean(0) for w, s in zip(weights, scores, strict=True))
+    if scores[0].draws is not None:
+        moves = moves[np.isfinite(moves)]
+        moves = (moves - moves.mean()) / math.sqrt(max(1, len(moves) - 1))
+    parts = [(float((moves**2).sum()), min(s.df for s in scores))]
+    for w, s, t in zip(weights, scores, tested, strict=True):
+        k, own = len(s.values), t.predictions
+        found = estimate(s, own.overlap, own.folds)
+        if found.training_variance is not None and own.overlap is not None:
+            parts.append((w**2 * found.training_variance * (1 / k + (1 - 1 / k) * own.overlap), own.folds - 1))
+    trained = len(parts) == 1 + len(scores)
+    variance = sum(v for v, _ in parts[: None if trained else 1])
+    why = why or ("no variation among the test groups" if variance == 0 and slope else "")
+    if why:
+        return Difference(slope, None, None, None, None, trained, why)
+    if variance == 0:
+        return Difference(0.0, (0.0, 0.0), 1.0, 0.0, None, trained)
+    df = variance**2 / sum(v**2 / d for v, d in parts[: None if trained else 1])  # Satterthwaite
+    error, t95 = math.sqrt(variance), float(stdtrit(df, 0.975))
+    p = float(2 * stdtr(df, -abs(slope) / error))
+    smallest = (t95 + float(stdtrit(df, 0.8))) * error
+    return Difference(slope, (slope - t95 * error, slope + t95 * error), p, smallest, None, trained)
 
 
 def _change(d: Difference) -> str:

@@ -42,6 +42,8 @@ SPEAKS_OF = {
 class Tested:
     """A result and its predictions of labeled test images, sorted by id."""
 
+    __test__ = False  # not a test case of pytest
+
     result: ProbeResult
     predictions: Predictions
 

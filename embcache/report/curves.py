@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def curve_panels(results: Sequence[ProbeResult]) -> list[CurvePanel]:
     """One panel a dataset and metric, one curve for every model and protocol.
 
     A point is the mean over folds at the number of training labels of a fold, its band the saved 95 % interval
-    (`band_words` says which), or ± one sd where there is none. Results that are not scored are left out.
+    (`band_words` says which); of a leaderboard's scores ± one sd. Results that are not scored are left out.
     """
     panels: dict[tuple[str, str, str], list[ProbeResult]] = {}
     for result in results:
@@ -58,7 +59,8 @@ def band_words(results: Sequence[ProbeResult]) -> str:
     words = {
         "95 % interval for new patients and a newly trained model": anew,
         f"95 % interval for new patients and these models{', where the first is missing' * anew}": fixed,
-        f"± sd over folds{', where there is no interval' * (anew or fixed)}": any(r.interval is None for r in results),
+        "no interval where there are too few patients": any(e.interval is None for e in estimates),
+        "± sd over folds of leaderboard scores": any(r.estimate is None and r.std is not None for r in results),
     }
     return "; ".join(word for word, there in words.items() if there)
 
@@ -78,6 +80,9 @@ def _curve(label: str, results: Sequence[ProbeResult]) -> Curve:
 
 
 def _spread(result: ProbeResult) -> tuple[float, float]:
+    """Where there is no interval: nothing, but of a leaderboard's scores ± one sd."""
+    if result.estimate is not None:
+        return math.nan, math.nan
     mean, sd = result.mean or 0.0, result.std or 0.0
     return mean - sd, mean + sd
 

@@ -37,7 +37,7 @@ def test_it_writes_one_file_and_warns_of_patient_data(study: Study, tmp_path: Pa
     assert target.stat().st_size > 1_000_000  # Bokeh is inside
     assert [path.name for path in tmp_path.iterdir()] == ["study.html"]
     assert f"report: {target}" in done.stdout
-    assert "is best on validation" in done.stdout
+    assert "Take strong: it scored best on validation" in done.stdout
     assert "may be patient data" in done.stderr
     assert "--no-images" in done.stderr
 
@@ -57,6 +57,11 @@ def test_all_labelled_images_on_request_as_json(study: Study, tmp_path: Path) ->
     assert answer["thumbnails"] == 120
     assert answer["datasets"] == [NAME]
     assert answer["bytes"] == (tmp_path / "r.html").stat().st_size
+
+
+def test_another_metric(study: Study, tmp_path: Path) -> None:
+    done = embcache("--home", study.home, "--metric", "kappa,accuracy", "--no-images", "--output", tmp_path / "r.html")
+    assert "test kappa of" in done.stdout
 
 
 def test_a_name_that_is_no_page_is_refused_before_anything_is_done(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from embcache.data.dataset import ImageDataset
 from embcache.errors import RecipeError, StoreError, UsageError
 from embcache.finetune import finetune_images
 from embcache.predict import predict_images
+from embcache.probe.prevalence import Adjust
 from embcache.probe.results import find_run_anywhere, load_predictions
+from embcache.probe.summary import adjust_models
 from tests.finetune.conftest import QUICK, RESNET, VIT, ds, networks, pictures
 
 __all__ = ["ds", "networks", "pictures"]  # fixtures
@@ -39,6 +41,15 @@ def test_test_images_get_their_stored_predictions(
     assert len(table) == len(found.images) - 1
     for image, p in zip(found.images[:-1], found.p, strict=False):
         np.testing.assert_allclose(p, table.loc[Path(image).relative_to(ds.root).as_posix()], rtol=0, atol=1e-5)
+    adjusted = predict_images(result.id, [ds.root / "test"], home=home, adjust=Adjust(0.1, calibrate=True))
+    folder = find_run_anywhere(result.id, home)[1]
+    models = adjust_models(result, folder, Adjust(0.1, calibrate=True))
+    rows = load_predictions(folder)
+    p = [m.probabilities(rows.loc[rows["fold"] == f, ["logit_0", "logit_1"]].to_numpy()) for f, m in enumerate(models)]
+    ids = rows.loc[rows["fold"] == 0, "id"].tolist()
+    for image, row in zip(adjusted.images, adjusted.p, strict=True):
+        at = ids.index(Path(image).relative_to(ds.root).as_posix())
+        np.testing.assert_allclose(row, np.mean(p, axis=0)[at], rtol=0, atol=1e-5)
     with pytest.raises(UsageError, match="weights of its own"):
         predict_images(result.id, [ds.root / "test"], home=home, weights=tmp_path / "text.png")
     monkeypatch.setattr("embcache.predict.model.DECODER_VERSION", "another")

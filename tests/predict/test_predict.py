@@ -24,9 +24,11 @@ from embcache.extract.backbones import LoadedBackbone, load_backbone
 from embcache.extract.run import extract_features
 from embcache.predict import Predictions, predict_images
 from embcache.predict.images import list_images
+from embcache.probe.prevalence import Adjust
 from embcache.probe.record import run_id
 from embcache.probe.results import find_run_anywhere, load_heads, load_predictions, save_run
 from embcache.probe.run import probe_features
+from embcache.probe.summary import adjust_models
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
 
@@ -215,7 +217,7 @@ def test_class_names_and_ids_that_are_formulas_are_guarded() -> None:
 def test_files_are_taken_as_named_and_folders_looked_through_once(tmp_path: Path) -> None:
     odd_images(tmp_path / "odd")
     named = [tmp_path / "odd" / "notes.txt", tmp_path / "odd", tmp_path / "odd" / "text.png"]
-    found = list_images(named)
+    found = list(list_images(named))
     assert found[0].name == "notes.txt"
     assert len(found) == len(set(found)) == 8
     assert not any("loop" in path.parts or path.name.startswith(".") for path in found)
@@ -345,6 +347,99 @@ def test_recipes_are_looked_up_once(made: tuple[Path, Path, dict[str, str]], mon
     monkeypatch.setattr(model, "run_recipes", count)
     predict_images(runs["linear"], [root / "test"], home=home)
     assert calls == ["once"]
+
+
+@pytest.mark.parametrize("head", ["linear", "logreg", "dvme"])
+def test_adjusted_probabilities_are_averaged_over_folds_and_said_to_be(
+    made: tuple[Path, Path, dict[str, str]], head: str
+) -> None:
+    home, root, runs = made
+    images = [root / "test"]
+    found = predict_images(runs[head], images, home=home, adjust=Adjust(0.1))
+    table = load_predictions(find_run_anywhere(runs[head], home)[1])
+    odds = table["logit_1"] - table["logit_0"] - np.log(9)  # training drew both classes alike; Bayes' rule
+    p = (1 / (1 + np.exp(-odds))).groupby(table["id"]).mean()
+    for image, row in zip(found.images, found.p, strict=True):
+        assert row[1] == pytest.approx(p[Path(image).relative_to(root).as_posix()], abs=1e-5)
+    assert found.adjusted == "prevalence a=0.9 b=0.1"
+    header, first, *_ = csv.reader(io.StringIO(found.to_csv()))
+    assert header == ["image", "prediction", "p_a", "p_b", "adjusted", "error"]
+    assert first[4] == found.adjusted
+    both = predict_images(runs[head], images, home=home, adjust=Adjust({"a": 0.9, "b": 0.1}, True), folds=[1])
+    result, folder = find_run_anywhere(runs[head], home)
+    model = adjust_models(result, folder, Adjust(0.1, True))[1]
+    assert both.adjusted == f"prevalence a=0.9 b=0.1; temperatures {model.temperature:.3g}"
+    rows = table[table["fold"] == 1].set_index("id")
+    for image, row in zip(both.images, both.p, strict=True):
+        logits = rows.loc[Path(image).relative_to(root).as_posix(), ["logit_0", "logit_1"]].to_numpy(dtype=float)
+        assert row[1] == pytest.approx(model.probabilities(logits)[1], abs=1e-5)
+
+
+def test_without_validation_predictions_no_temperature_can_be_fitted(mine: tuple[Path, Path, dict[str, str]]) -> None:
+    home, root, runs = mine
+    result, folder = find_run_anywhere(runs["linear"], home)
+    save_run(result, load_predictions(folder), load_heads(folder), home)
+    with pytest.raises(StoreError, match="need the run's predictions of validation images"):
+        predict_images(result.id, [root / "test"], home=home, adjust=Adjust(calibrate=True))
+    assert predict_images(result.id, [root / "test"], home=home, adjust=Adjust(0.1)).adjusted
+    with pytest.raises(UsageError, match="not a prevalence of these classes"):
+        predict_images(result.id, [root / "test"], home=home, adjust=Adjust({"a": 0.1, "c": 0.9}))
+
+
+def test_a_table_names_images_and_their_groups(made: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:
+    home, root, runs = made
+    images = sorted((root / "test").rglob("*.png"))
+    table = tmp_path / "new.csv"
+    lines = [f"{os.path.relpath(image, tmp_path)},p{k // 3}" for k, image in enumerate(images)]
+    table.write_text("\n".join(["path,group", *lines, "gone.png,p0", f"{images[0].parent},", "lost.png,p9"]))
+    found = predict_images(runs["linear"], [table], home=home, by_group=True)
+    plain = predict_images(runs["linear"], images, home=home)
+    np.testing.assert_array_equal(found.p[:8], plain.p)
+    rows = {row["group"]: row for row in found.group_rows()}
+    assert [(row["images"], row["not_read"]) for row in rows.values()] == [(3, 1), (3, 0), (2, 0), (0, 1), (0, 1)]
+    assert rows["p1"]["p_b"] == pytest.approx(plain.p[3:6, 1].mean())
+    assert rows["p9"] == {
+        "group": "p9", "images": 0, "not_read": 1, "prediction": "", "p_a": None, "p_b": None
+    }  # fmt: skip
+    assert list(rows)[3] == str(images[0].parent)  # an image without a group is one of its own
+    assert found.groups_to_csv().splitlines()[0] == "group,images,not_read,prediction,p_a,p_b"
+    table.write_text("image,group\na.png,1\n")
+    with pytest.raises(DatasetError, match="lacks the column 'path'"):
+        predict_images(runs["linear"], [table], home=home)
+
+
+def test_groups_are_those_of_the_dataset_or_there_are_none(
+    made: tuple[Path, Path, dict[str, str]], tmp_path: Path
+) -> None:
+    home, root, runs = made
+    for images in ([root / "test"], []):
+        dataset = None if images else "mine"  # class folders have no groups
+        with pytest.raises(DatasetError, match="the images have no groups") as caught:
+            predict_images(runs["linear"], images, dataset=dataset, home=home, by_group=True)
+        assert "PatientID" in str(caught.value.expected)
+    lines = [f"{i.relative_to(root)},{i.parent.name},p{k // 2}" for k, i in enumerate(sorted(root.rglob("*.png")))]
+    (root / "labels.csv").write_text("\n".join(["path,label,group", *lines]))
+    found = predict_images(runs["linear"], dataset="folder", data_root=root / "labels.csv", home=home, by_group=True)
+    (root / "labels.csv").unlink()
+    rows = list(found.group_rows())
+    assert len(rows) == 14
+    assert {row["label"] for row in rows} == {"a", "b"}
+
+
+def test_dicom_files_are_grouped_by_patient(made: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    from tests.data.test_dicom import dicom
+
+    home, _, runs = made
+    for k, patient in enumerate(("A", "B", "A", "")):
+        pixels = np.random.default_rng(k).integers(0, 255, (32, 32), dtype=np.uint8)
+        (tmp_path / f"{k}.dcm").write_bytes(dicom(pixels, preamble=k < 3, PatientID=patient))
+    (tmp_path / "broken.dcm").write_bytes(b"no DICOM file")
+    found = predict_images(runs["linear"], [tmp_path], home=home, by_group=True)
+    assert found.groups == ("A", "B", "A", "", "")
+    rows = {row["group"]: row for row in found.group_rows()}
+    assert rows["A"]["p_a"] == pytest.approx(found.p[[0, 2], 0].mean())
+    assert (len(rows), rows["A"]["images"]) == (4, 2)
 
 
 def test_a_run_of_other_classes_predicts_those_of_a_dataset(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from embcache.analysis.plots import Curve, CurvePanel, curve_styles, plot_curves
 from embcache.errors import StoreNotFoundError
 from embcache.probe.results import ProbeResult
-from embcache.report.curves import curve_panels, curve_table, draw_curves, named_curves, table_curves
+from embcache.report.curves import curve_panels, curve_table, find_results, named_curves, table_curves
 from embcache.report.grid import Grid
 from embcache.report.paper import find_value
 from tests.report.build import SUPERVISED, make_cell, make_result
@@ -93,4 +93,4 @@ def test_the_papers_curve_looks_like_ours_dashed() -> None:
 
 def test_nothing_saved_is_an_error_with_the_next_command(home: Path) -> None:
     with pytest.raises(StoreNotFoundError, match="embcache probe"):
-        draw_curves(home=home)
+        find_results(home=home)

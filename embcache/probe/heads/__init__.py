@@ -24,7 +24,7 @@ from embcache.errors import UsageError
 from embcache.probe.hyperparameters import named_hyperparameters
 from embcache.probe.solve import is_solved
 from embcache.probe.stack import TrainableHead, stream_generator
-from embcache.probe.train import DRAWN_EQUALLY, FittedHead
+from embcache.probe.train import FittedHead
 from embcache.probe.usage import unknown_head
 
 
@@ -81,8 +81,15 @@ def make_head(name: str, **hyperparameters: Any) -> Head:
 
 def imbalance(name: str) -> str:
     """What the head called ``name`` does where classes are not balanced, in words."""
+    if not is_solved(heads()[name]):
+        return "training draws them equally often"
+    return "they weigh alike in training" if weighs(name) else "nothing is done about it"
+
+
+def weighs(name: str) -> bool:
+    """Whether the head called ``name`` takes classes alike where they are not balanced; trained heads draw them so."""
     kind = heads()[name]
-    return kind.imbalance if is_solved(kind) else DRAWN_EQUALLY
+    return kind.weighs if is_solved(kind) else True
 
 
 def hyperparameters(head: Head) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class KNN:
     name: ClassVar[str] = "knn"
     summary: ClassVar[str] = "weighted nearest neighbours by cosine, on standardised features (DINO's evaluation)"
     fuses: ClassVar[bool] = False
-    imbalance: ClassVar[str] = "nothing is done about it, and frequent classes have more neighbors"
+    weighs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_count(self, "k")

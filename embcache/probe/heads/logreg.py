@@ -45,7 +45,7 @@ class LogReg:
     name: ClassVar[str] = "logreg"
     summary: ClassVar[str] = "logistic regression by L-BFGS on standardised features, C chosen on validation"
     fuses: ClassVar[bool] = False
-    imbalance: ClassVar[str] = "they weigh alike in training"
+    weighs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         values = self.Cs if isinstance(self.Cs, tuple | list) else (self.Cs,)

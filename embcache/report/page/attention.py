@@ -150,7 +150,7 @@ def _attended(found: RunAttention) -> Attended:
 def map_picture(weights: NDArray[np.floating], backbones: int) -> str:
     """A mean map (N, N) as PNG in base64: dark is more, lines are the borders of the backbones.
 
-    Shares span orders of magnitude between columns, so colours follow ranks (as quantiles), not values.
+    Shares span orders of magnitude between columns, so colors follow ranks (as quantiles), not values.
     """
     n = len(weights)
     step = -(-n // _SIDE)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from embcache.probe.metrics import metric_title
+from embcache.probe.metrics import METRICS, metric_title
 from embcache.probe.results import ProbeResult
-from embcache.report.grid import Cell, Grid, Model, compare_with_paper, trained_by
+from embcache.report.grid import PAPER_TEST, Cell, Grid, Model, compare_with_paper, trained_by
 from embcache.report.layout import Table, lay_out
 from embcache.report.page.charts import Chart, Series, line_chart
-from embcache.report.page.collect import Task
+from embcache.report.page.collect import Part, Task
 from embcache.report.paper import PaperValue, find_value, named_subset, paper_tables
 
 PAPER_NAMES = {
@@ -17,9 +17,10 @@ PAPER_NAMES = {
     "dvme": "DVME", "dvme-noattn": "DVME w/o self-attention",
 }  # fmt: skip
 _FUSED = ("simclr", "swav", "dino")  # the set of the paper's DVME
+_METRIC = {"pneumonia": "auc", "nih": "macro_auc", "patchcam": "auc", "aptos": "kappa"}
 _THEIRS = ", the paper's"
 _NOT_HERE = "not made here"
-_BANDS = 6  # curves up to which bands are told apart
+_SHOWN = 6  # curves that are shown at first: more hide each other; the legend shows them
 
 
 def paper_name(kind: str, head: str, backbones: tuple[str, ...]) -> str:
@@ -44,14 +45,20 @@ def paper_value(dataset: str, kind: str, name: str, subset: str) -> PaperValue |
     return None
 
 
-def paper_table(task: Task) -> Table | None:
+def has_paper(task: Task, part: Part) -> bool:
+    """Whether the paper is of this dataset and its labels, and not of one's own images under the same name."""
+    kind = part.ds.kind if part.ds is not None else task.dataset
+    return not task.target and kind == task.dataset and task.dataset in PAPER_TEST and task.metric == _METRIC[kind]
+
+
+def paper_table(task: Task, part: Part) -> Table | None:
     """A row a model, a column a size, the paper's value and the difference beneath where the paper has one.
 
-    The paper's own linear models stand below without results of ours, for comparison. None for a task that is not one
-    of the labels.
+    The paper's own linear models stand below without results of ours, for comparison. None where the paper says nothing
+    of the task (`has_paper`).
     """
     subsets = _sizes(task)
-    if task.target or not subsets:
+    if not has_paper(task, part) or not subsets:
         return None
     models, cells = [], []
     for name, members in task.models.items():
@@ -74,11 +81,12 @@ def paper_table(task: Task) -> Table | None:
             cells += [Cell(task.dataset, model, s, None, _NOT_HERE, value) for s, value in values.items()]
     metric = metric_title(task.metric)
     grid = Grid(f"{task.title}", f"test {metric}", (task.dataset,), tuple(models), tuple(subsets), "subsets")
-    return _trimmed(lay_out(grid, cells), {model.label for model in models if model.label.endswith(_THEIRS)})
+    told = {note for result in task.results for note in result.notes}
+    return _trimmed(lay_out(grid, cells), {model.label for model in models if model.label.endswith(_THEIRS)}, told)
 
 
-def _trimmed(table: Table, theirs: set[str]) -> Table:
-    """The table without its first column, the dataset, and without our empty row of models that are the paper's."""
+def _trimmed(table: Table, theirs: set[str], told: set[str]) -> Table:
+    """The table without its first column, the dataset, our empty row of models that are the paper's, and notes told."""
     rows: list[tuple[str, ...]] = []
     label = ""
     for row in (row[1:] for row in table.rows):
@@ -87,7 +95,7 @@ def _trimmed(table: Table, theirs: set[str]) -> Table:
         else:
             rows.append((label, *row[1:]) if label else row)
             label = ""
-    notes = tuple(note for note in table.notes if not note.endswith(f"] {_NOT_HERE}"))
+    notes = tuple(note for note in table.notes if not note.endswith(f"] {_NOT_HERE}") and note not in told)
     return Table(table.name, table.title, table.headers[1:], tuple(rows), notes, table.records)
 
 
@@ -107,12 +115,13 @@ def _sizes(task: Task) -> list[str]:
     return sorted(sizes, key=lambda name: sizes[name])
 
 
-def learning_curves(task: Task, id: str) -> Chart:
+def learning_curves(task: Task, part: Part, id: str) -> Chart:
     """One curve a model with its interval; the paper's linear models dashed, and shown when asked for."""
     metric = metric_title(task.metric)
-    ordered = sorted(task.models.items(), key=lambda pair: -max(r.mean or 0.0 for r in pair[1]))
-    series = [_curve(name, members, len(ordered) <= _BANDS) for name, members in ordered]
-    series += _paper_curves(task)
+    loss = METRICS[task.metric].loss if task.metric in METRICS else False
+    ordered = sorted(task.models.items(), key=lambda pair: -max((-1) ** loss * (r.val_mean or 0.0) for r in pair[1]))
+    series = [_curve(name, members, place < _SHOWN) for place, (name, members) in enumerate(ordered)]
+    series += _paper_curves(task) if has_paper(task, part) else []
     ticks = [float(r.n_train) for r in task.results]
     return line_chart(
         id, series, axes=("training labels of a fold", f"test {metric}"), log_x=True, ticks=_apart(ticks),
@@ -121,21 +130,20 @@ def learning_curves(task: Task, id: str) -> Chart:
     )  # fmt: skip
 
 
-def _curve(name: str, members: Sequence[ProbeResult], band: bool) -> Series:
+def _curve(name: str, members: Sequence[ProbeResult], shown: bool) -> Series:
     points = sorted(members, key=lambda r: r.n_train)
-    bounds = [r.interval or ((r.mean or 0) - (r.std or 0), (r.mean or 0) + (r.std or 0)) for r in points]
+    bounds = [r.interval or (r.mean or 0.0, r.mean or 0.0) for r in points]
     return Series(
         name,
         tuple(float(r.n_train) for r in points),
         tuple(float(r.mean or 0.0) for r in points),
-        tuple(low for low, _ in bounds) if band else (),
-        tuple(high for _, high in bounds) if band else (),
+        tuple(low for low, _ in bounds),
+        tuple(high for _, high in bounds),
+        shown=shown,
     )
 
 
 def _paper_curves(task: Task) -> list[Series]:
-    if task.target:
-        return []
     sizes = {subsets_name(r): float(r.n_train) for r in task.results}
     series = []
     for name, label in PAPER_NAMES.items():

@@ -10,16 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from bokeh.core.types import ID
 from bokeh.embed import json_item
 from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, NumeralTickFormatter, Range1d, TapTool
 from bokeh.plotting import figure
 from bokeh.resources import Resources
-from numpy.typing import NDArray
 
-# Told apart with every common kind of colour vision (after Okabe and Ito, 2008), and visible on white and on black.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8A8A8A", "#A6761D")
+# Told apart with every common kind of color vision (after Okabe and Ito, 2008), and visible on white and on black.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8A8A8A", "#A6761D")
 MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "plus", "star", "hex")
 GLYPHS = ("●", "■", "▲", "◆", "▼", "✚", "★", "⬢")
 _DASHES = ("solid", "dotted", "dotdash")
@@ -42,6 +40,8 @@ class Series:
         At first; the legend toggles it.
     points : bool
         Whether its points are marked.
+    counts : tuple of int
+        Images behind each point, for the tooltip; empty for none.
     """
 
     name: str
@@ -52,14 +52,15 @@ class Series:
     dashed: bool = False
     shown: bool = True
     points: bool = True
+    counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of a legend: its text, colour, a glyph in that colour, whether it is shown at first."""
+    """One entry of a legend: its text, color, a glyph in that color, whether it is shown at first."""
 
     name: str
-    colour: str
+    color: str
     glyph: str
     shown: bool = True
 
@@ -117,7 +118,7 @@ def line_chart(
     id : str
         Of the element that it is drawn in.
     series : sequence of Series
-        The first eight differ by colour, those after them by dashes too.
+        The first eight differ by color, those after them by dashes too.
     alt : str
         A sentence.
     axes : (str, str)
@@ -148,25 +149,26 @@ def line_chart(
     keys: list[Key] = []
     hoverable: list[Any] = []
     for place, one in enumerate(series):
-        colour = COLOURS[place % len(COLOURS)]
-        marker = (place + place // len(COLOURS)) % len(MARKERS)  # another shape when colours come again
-        dash = "dashed" if one.dashed else _DASHES[place // len(COLOURS) % len(_DASHES)]
+        color = COLORS[place % len(COLORS)]
+        marker = (place + place // len(COLORS)) % len(MARKERS)  # another shape when colors come again
+        dash = "dashed" if one.dashed else _DASHES[place // len(COLORS) % len(_DASHES)]
         name, x, y = f"s{place}", list(one.x), list(one.y)
         if one.low:
             plot.varea(
-                x, list(one.low), list(one.high), fill_color=colour, fill_alpha=0.13, name=name, visible=one.shown
+                x, list(one.low), list(one.high), fill_color=color, fill_alpha=0.13, name=name, visible=one.shown
             )
         line: Any = plot.line(
-            x, y, line_color=colour, line_dash=dash, line_width=2, name=name, visible=one.shown,
+            x, y, line_color=color, line_dash=dash, line_width=2, name=name, visible=one.shown,
             line_alpha=0.7 if one.dashed else 1,
         )  # fmt: skip
         if one.points:
+            own = _source({"x": x, "y": y, **({"n": list(one.counts)} if one.counts else {})})
             line = plot.scatter(
-                x, y, marker=MARKERS[marker], size=8, color=colour, name=name, visible=one.shown,
+                "x", "y", source=own, marker=MARKERS[marker], size=8, color=color, name=name, visible=one.shown,
                 fill_alpha=0.3 if one.dashed else 1,
             )  # fmt: skip
         hoverable.append(line)
-        keys.append(Key(one.name, colour, GLYPHS[marker] if one.points else "━", one.shown))
+        keys.append(Key(one.name, color, GLYPHS[marker] if one.points else "━", one.shown))
     plot.add_tools(HoverTool(tooltips=None, renderers=hoverable, mode="mouse", line_policy="nearest"))
     return Chart(id, alt, _item(plot, id), tuple(keys), axes, digits=digits)
 
@@ -183,20 +185,26 @@ def map_chart(id: str, class_names: Sequence[str], count: int, *, alt: str) -> C
     plot.grid.visible = False
     keys: list[Key] = []
     renderers: list[Any] = []
-    empty: dict[str, NDArray[np.float32]] = {name: np.zeros(0, dtype=np.float32) for name in ("x", "y", "k")}
     for c, name in enumerate(class_names):
-        shape = (c + c // len(COLOURS)) % len(MARKERS)  # another one when colours come again
-        colour, marker = COLOURS[c % len(COLOURS)], MARKERS[shape]
+        shape = (c + c // len(COLORS)) % len(MARKERS)  # another one when colors come again
+        color, marker = COLORS[c % len(COLORS)], MARKERS[shape]
         points = plot.scatter(
-            "x", "y", source=_source(empty), marker=marker, size=size, fill_color=colour, fill_alpha=0.65, name=f"s{c}",
-            line_color=None if marker != "plus" else colour,
+            "x", "y", source=_source({"x": [], "y": [], "k": []}), marker=marker, size=size, name=f"s{c}",
+            fill_color=color, fill_alpha=0.65, line_color=None if marker != "plus" else color,
         )  # fmt: skip
         points.nonselection_glyph = None
         points.selection_glyph = None
         renderers.append(points)
-        keys.append(Key(name, colour, GLYPHS[shape]))
+        keys.append(Key(name, color, GLYPHS[shape]))
     plot.scatter(
-        "x", "y", source=_source(empty), size=16, fill_color=None, line_color="#D55E00", line_width=3, name="ring"
+        "x",
+        "y",
+        source=_source({"x": [], "y": [], "k": []}),
+        size=16,
+        fill_color=None,
+        line_color="#D55E00",
+        line_width=3,
+        name="ring",
     )
     tap = TapTool(renderers=renderers)
     plot.add_tools(HoverTool(tooltips=None, renderers=renderers), tap)
@@ -204,8 +212,8 @@ def map_chart(id: str, class_names: Sequence[str], count: int, *, alt: str) -> C
     return Chart(id, alt, _item(plot, id), tuple(keys), ("", ""), kind="map")
 
 
-def _source(columns: dict[str, NDArray[np.float32]]) -> Any:
-    return ColumnDataSource({name: values.tolist() for name, values in columns.items()})
+def _source(columns: dict[str, Any]) -> Any:
+    return ColumnDataSource(columns)
 
 
 def _item(plot: Any, id: str) -> dict[str, Any]:

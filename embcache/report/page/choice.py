@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from embcache.errors import EmbcacheError
 from embcache.probe.results import ProbeResult
-from embcache.probe.statistics import RESAMPLES
-from embcache.report.compare import Comparison, Tested, compare_tested, load_tested, same_test
+from embcache.probe.statistics import RESAMPLES, Difference
+from embcache.report.advice import BackboneAdvice, advise_backbone, comparable
+from embcache.report.compare import Comparison, Tested, compare_tested, difference, load_tested, same_test
 from embcache.report.page.collect import Part, Task
-
-LEVEL = 0.05
-"""A corrected p below it counts as beyond chance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +52,11 @@ class Choice:
     n_train, labels_used : int
         Training labels, and with those of validation.
     rivals : tuple of Rival
-        By falling validation score: the first is the chosen one. The test set plays no part in the order.
+        The best on validation, which is the chosen one, first. The test set plays no part in the order.
+    advice : BackboneAdvice
+        What sets the chosen one apart from the others on the test set.
+    change : Difference or None
+        Test score of the chosen one less its own at the size before, where it was ranked there on the same test images.
     apart : tuple of str
         Names of models at this size that cannot be ranked with these, for they were validated or tested on others.
     problems : tuple of str
@@ -65,8 +67,10 @@ class Choice:
     n_train: int
     labels_used: int
     rivals: tuple[Rival, ...]
+    advice: BackboneAdvice
+    change: Difference | None = None
     apart: tuple[str, ...] = ()
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> Rival:
@@ -77,24 +81,24 @@ class Choice:
 def choose(task: Task, part: Part, *, resamples: int = RESAMPLES) -> list[Choice]:
     """The choice at every number of training labels of a task, ascending.
 
-    Sizes at which nothing can be ranked are left out. Models are ranked that share the digest of their splits, so that
-    one's validation score is comparable with another's; where there are several such families the largest is taken, of
-    equal ones that with the most labels.
+    Sizes at which nothing can be ranked are left out. Models are ranked that share their splits, so that one's
+    validation score is comparable with another's (`embcache.report.advice.comparable`).
     """
     sizes: dict[int, dict[str, ProbeResult]] = {}
     for name, members in task.models.items():
         for result in members:
             if result.kind != "kaggle" and result.val_mean is not None:
                 sizes.setdefault(result.n_train, {})[name] = result
-    found = (_choice(at, part, resamples) for _, at in sorted(sizes.items()))
-    return [choice for choice in found if choice is not None]
+    choices: list[Choice] = []
+    for _, at in sorted(sizes.items()):
+        choice = _choice(at, part, resamples)
+        if choice is not None:
+            choices.append(replace(choice, change=_change(choices[-1], choice, resamples)) if choices else choice)
+    return choices
 
 
 def _choice(at: Mapping[str, ProbeResult], part: Part, resamples: int) -> Choice | None:
-    families: dict[str, list[str]] = {}
-    for name, result in at.items():
-        families.setdefault(str(result.request.get("splits", "")), []).append(name)
-    family = max(families.values(), key=lambda names: (len(names), at[names[0]].labels_used))
+    family = comparable(at)
     tested: dict[str, Tested] = {}
     problems = []
     for name in family:
@@ -102,24 +106,22 @@ def _choice(at: Mapping[str, ProbeResult], part: Part, resamples: int) -> Choice
             tested[name] = load_tested(at[name], part.run_folder(at[name]))
         except EmbcacheError as error:
             problems.append(f"{name}: {error.problem}")
-    apart = [name for name in at if name not in family]
-    order = sorted(tested, key=lambda name: (-(at[name].val_mean or 0.0), name))
+    order = list(tested)
     alike = [name for name in order if same_test(tested[order[0]], tested[name])]
     if not alike:
         return None
     rows = compare_tested([tested[name] for name in alike], resamples=resamples)
     rivals = tuple(Rival(name, tested[name], row) for name, row in zip(alike, rows, strict=True))
     first = rivals[0].result
-    apart += [name for name in order if name not in alike]
-    return Choice(first.subset, first.n_train, first.labels_used, rivals, tuple(apart), tuple(problems))
+    apart = [name for name in at if name not in family or (name in tested and name not in alike)]
+    advice = advise_backbone(alike, rows, first.n_train)
+    return Choice(first.subset, first.n_train, first.labels_used, rivals, advice, None, tuple(apart), tuple(problems))
 
 
-def beyond(row: Comparison) -> bool:
-    """Whether the 95 % interval of a difference leaves 0 out."""
-    bounds = None if row.difference is None else row.difference.interval
-    return bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
-
-
-def told_apart(row: Comparison) -> bool:
-    """Whether a difference holds after Holm's correction for all models compared at this size."""
-    return row.p_holm is not None and row.p_holm < LEVEL
+def _change(before: Choice, after: Choice, resamples: int) -> Difference | None:
+    b, own = after.chosen.tested, [rival.tested for rival in before.rivals if rival.name == after.chosen.name]
+    if not own or not same_test(own[0], b):
+        return None
+    a = own[0]
+    against, scores = (t.predictions.scores(t.result.metric, resamples) for t in (a, b))
+    return difference(a, against, b, scores)

@@ -10,7 +10,9 @@ from embcache.data.classes import target_words
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import EmbcacheError, StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir
+from embcache.probe.metrics import find_metric
 from embcache.probe.results import ProbeResult, list_results, list_unreadable, runs_dir
+from embcache.probe.summary import in_metric
 from embcache.report.curves import named_curves
 
 
@@ -25,6 +27,8 @@ class Task:
     class_names : tuple of str
     models : dict of str to list of ProbeResult
         By the model's name, which tells what sets it apart from the others; results over sizes.
+    others : tuple of str
+        Metrics that are shown besides; empty for the usual ones.
     """
 
     dataset: str
@@ -32,6 +36,7 @@ class Task:
     metric: str
     class_names: tuple[str, ...]
     models: dict[str, list[ProbeResult]]
+    others: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -85,7 +90,11 @@ class Part:
 
 
 def collect_parts(
-    datasets: Sequence[str] = (), *, home: PathLike | None = None, data_root: PathLike | None = None
+    datasets: Sequence[str] = (),
+    *,
+    metrics: Sequence[str] = (),
+    home: PathLike | None = None,
+    data_root: PathLike | None = None,
 ) -> list[Part]:
     """Gather the saved results of datasets, by default of all that have any.
 
@@ -93,6 +102,9 @@ def collect_parts(
     ----------
     datasets : sequence of str
         Names; empty for all.
+    metrics : sequence of str
+        The first scores all results anew, on validation too, so that it also chooses between models; default each
+        result's own. The others are shown besides.
     home : path, optional
         Folder of stores and runs.
     data_root : path, optional
@@ -103,7 +115,9 @@ def collect_parts(
     StoreNotFoundError
         A dataset has no saved results.
     UsageError
-        ``data_root`` with several datasets.
+        ``data_root`` with several datasets, or no such metric.
+    ProtocolError
+        A metric is for two classes, and a dataset has more.
     """
     folder = home_dir(home)
     names = list(dict.fromkeys(datasets)) or list(dict.fromkeys(r.dataset for r in list_results(folder)))
@@ -114,10 +128,10 @@ def collect_parts(
             "there are no saved results to report", where=folder,
             fix="embcache probe --head linear --subset S,M,F, or embcache demo",
         )  # fmt: skip
-    return [_part(name, folder, data_root) for name in names]
+    return [_part(name, metrics, folder, data_root) for name in names]
 
 
-def _part(name: str, home: Path, data_root: PathLike | None) -> Part:
+def _part(name: str, metrics: Sequence[str], home: Path, data_root: PathLike | None) -> Part:
     results = list_results(home, name)
     if not results:
         raise StoreNotFoundError(
@@ -133,11 +147,12 @@ def _part(name: str, home: Path, data_root: PathLike | None) -> Part:
         raise
     except EmbcacheError as error:
         problem = error.problem
-    return Part(name, ds, source, problem, tuple(results), tuple(make_tasks(results)),
+    scored = [in_metric(result, metrics[0], home) for result in results] if metrics else results
+    return Part(name, ds, source, problem, tuple(results), tuple(make_tasks(scored, metrics[1:])),
                 len(list_unreadable(home, name)), home)  # fmt: skip
 
 
-def make_tasks(results: Sequence[ProbeResult]) -> list[Task]:
+def make_tasks(results: Sequence[ProbeResult], others: Sequence[str] = ()) -> list[Task]:
     """Scored results by dataset, target and metric, the labels first."""
     groups: dict[tuple[str, str, str, tuple[str, ...]], list[ProbeResult]] = {}
     for result in results:
@@ -145,4 +160,7 @@ def make_tasks(results: Sequence[ProbeResult]) -> list[Task]:
             key = (result.dataset, target_words(result.request), result.metric, result.class_names)
             groups.setdefault(key, []).append(result)
     ordered = sorted(groups.items(), key=lambda pair: (pair[0][1] != "", pair[0]))
-    return [Task(*key, models=named_curves(members)) for key, members in ordered]
+    return [
+        Task(*key, models=named_curves(members), others=tuple(find_metric(name, len(key[3])).key for name in others))
+        for key, members in ordered
+    ]

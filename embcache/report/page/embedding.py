@@ -55,8 +55,8 @@ class EmbeddingMap:
         The images, in an order of their own that says nothing.
     panels : tuple of Panel
     predicted : tuple of (str, int64 array (n,), float64 array (n,))
-        By each chosen model: its words, the class of the highest mean probability over fold models (−1 where it
-        predicted none), and that probability.
+        By the ensemble of each chosen model: its words, the most probable class (−1 where it predicted none), and its
+        probability.
     notes : tuple of str
         What could not be shown, and why.
     """
@@ -179,7 +179,7 @@ def _predictions(
     found = []
     for choice in reversed(choices):
         t = choice.chosen.tested
-        mean = t.p.mean(0)  # (n, C)
+        mean = t.predictions.ensemble().p[0]  # (n, C)
         place = {name: row for row, name in enumerate(t.ids.tolist())}
         rows = np.array([place.get(name, -1) for name in ids], dtype=np.int64)
         classes = np.where(rows >= 0, mean.argmax(1)[rows], -1)

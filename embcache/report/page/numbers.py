@@ -1,4 +1,4 @@
-"""What is counted from saved predictions: ROC curves, calibration, confusion, scores of each class."""
+"""What is counted from saved predictions: ROC curves, confusion, scores of each class."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from embcache.report.compare import Tested
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-
-BINS = 10
-"""Equal bins of confidence, 0 … 1, of the reliability curve and the calibration error."""
 
 GRID = np.linspace(0, 1, 101)
 """False positive rates at which ROC curves of folds are averaged."""
@@ -51,7 +48,7 @@ def mean_roc(labels: IntArray, logits: FloatArray, of_class: int) -> tuple[Float
     logits : float64 array (K, n, C)
         By each of K fold models.
     of_class : int
-        Against all others.
+        Against all others, ranked by its log odds.
 
     Returns
     -------
@@ -68,76 +65,22 @@ def mean_roc(labels: IntArray, logits: FloatArray, of_class: int) -> tuple[Float
     return stacked.mean(0), stacked.std(0, ddof=1) if len(stacked) > 1 else np.zeros(len(GRID))
 
 
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """How far confidence is accuracy.
-
-    Attributes
-    ----------
-    confidence, accuracy : float64 arrays
-        Means in each bin that has predictions, over all fold models together.
-    share : float64 array
-        Of all predictions that are in the bin.
-    ece, ece_std : float
-        Expected calibration error (Guo et al., 2017): mean over fold models, and standard deviation (0 of one).
-    """
-
-    confidence: FloatArray
-    accuracy: FloatArray
-    share: FloatArray
-    ece: float
-    ece_std: float
-
-
-def calibrate(labels: IntArray, p: FloatArray) -> Calibration:
-    """Reliability of the probability of the predicted class.
-
-    Parameters
-    ----------
-    labels : int64 array (n,)
-        True classes.
-    p : float64 array (K, n, C)
-        Class probabilities by each of K fold models.
-    """
-    confidence, right = p.max(2), p.argmax(2) == labels
-    errors = [_gap(*_binned(c, r)) for c, r in zip(confidence, right, strict=True)]
-    mean_confidence, accuracy, share = _binned(confidence.ravel(), right.ravel())
-    spread = float(np.std(errors, ddof=1)) if len(errors) > 1 else 0.0
-    return Calibration(mean_confidence, accuracy, share, float(np.mean(errors)), spread)
-
-
-def _binned(confidence: FloatArray, right: NDArray[np.bool_]) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Mean confidence, accuracy and share of the bins that are not empty; a bin holds its upper bound, the first 0."""
-    bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], confidence)
-    counts = np.bincount(bins, minlength=BINS).astype(np.float64)
-    some = counts > 0
-    total = np.where(some, counts, 1)
-    means = np.bincount(bins, confidence, BINS) / total, np.bincount(bins, right.astype(np.float64), BINS) / total
-    return means[0][some], means[1][some], (counts / len(confidence))[some]
-
-
-def _gap(confidence: FloatArray, accuracy: FloatArray, share: FloatArray) -> float:
-    return float((share * np.abs(accuracy - confidence)).sum())
-
-
-def confusion(labels: IntArray, p: FloatArray) -> FloatArray:
-    """Images of each true class (rows) predicted as each class (columns), mean over fold models; (C, C)."""
-    n_classes = p.shape[2]
-    cells = labels * n_classes + p.argmax(2)  # (K, n)
-    counts = np.bincount(cells.ravel(), minlength=n_classes * n_classes).reshape(n_classes, n_classes)
-    return np.asarray(counts / len(p), dtype=np.float64)
+def confusion(labels: IntArray, logits: FloatArray) -> IntArray:
+    """Images of each true class (rows) predicted as each class (columns) by logits (n, C); (C, C)."""
+    n_classes = logits.shape[1]
+    return np.bincount(labels * n_classes + logits.argmax(1), minlength=n_classes**2).reshape(n_classes, n_classes)
 
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class under one model, means over fold models; None where it does not occur or is never predicted.
+    """How well one class is told from the others, mean over fold models.
 
     Attributes
     ----------
     name : str
     n_images, n_groups : int
         In the test set.
-    auc, auc_std, sensitivity, precision : float or None
+    auc, auc_std, sensitivity, ppv : float or None
     """
 
     name: str
@@ -146,7 +89,7 @@ class ClassScore:
     auc: float | None
     auc_std: float | None
     sensitivity: float | None
-    precision: float | None
+    ppv: float | None
 
 
 def class_scores(t: Tested) -> list[ClassScore]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,22 @@ from embcache.paths import PathLike, replace_file
 from embcache.report.layout import Table
 from embcache.report.page.attention import Attended, attend, attending_run
 from embcache.report.page.charts import Chart, bokeh_script, map_chart
+from embcache.report.page.checklist import checklist
 from embcache.report.page.choice import Choice, choose
+from embcache.report.page.cohort import Cohort, cohort
 from embcache.report.page.collect import Part, collect_parts
 from embcache.report.page.embedding import LIMIT, EmbeddingMap, make_map, map_data
 from embcache.report.page.provenance import RUN_HEADERS, commands, recipe_rows, run_rows, version_rows
-from embcache.report.page.sections import TaskSection, task_section
+from embcache.report.page.sections import TaskSection, summary_table, task_section
 from embcache.report.page.thumbs import BUDGET, Sheets, make_sheets
-from embcache.report.page.warn import HIDDEN, balance, notes_of, quarantines, secret_words, without_ids
+from embcache.report.page.warn import (
+    HIDDEN,
+    notes_of,
+    quarantines,
+    secret_words,
+    unequal_classes,
+    without_names,
+)
 from embcache.report.page.words import RULE
 
 Say = Callable[[str], object]
@@ -67,6 +77,7 @@ def write_report(
     target: PathLike = "report.html",
     datasets: Sequence[str] = (),
     *,
+    metrics: Sequence[str] = (),
     home: PathLike | None = None,
     data_root: PathLike | None = None,
     images: bool = True,
@@ -81,6 +92,8 @@ def write_report(
         The file.
     datasets : sequence of str
         Default: all that have saved results.
+    metrics : sequence of str
+        As for `embcache.report.page.collect.collect_parts`.
     home : path, optional
         Folder of stores and runs.
     data_root : path, optional
@@ -97,18 +110,20 @@ def write_report(
     StoreNotFoundError
         There are no saved results.
     UsageError
-        ``data_root`` with several datasets, unknown ``rows``, or a file that cannot be written.
+        ``data_root`` with several datasets, unknown ``rows`` or metrics, or a file that cannot be written.
+    ProtocolError
+        A metric is for two classes, and a dataset has more.
     """
     if rows not in ("test", "all"):
         raise UsageError("there are no such rows", expected="test, all", found=rows, fix="--rows test")
-    parts = collect_parts(datasets, home=home, data_root=data_root)
+    parts = collect_parts(datasets, metrics=metrics, home=home, data_root=data_root)
     views = [
         _view(part, f"d{number}", images=images, rows=rows, data_root=data_root, say=say,
               budget=BUDGET // len(parts))
         for number, part in enumerate(parts)
     ]  # fmt: skip
     say("putting the page together")
-    data = render_page(views, parts, images=images).encode("utf-8", "replace")
+    data = render_page(views, parts, metrics, images=images).encode("utf-8", "replace")
     path = Path(target)
     try:
         replace_file(path, data)
@@ -131,6 +146,7 @@ class View:
     part: Part
     id: str
     tasks: list[TaskSection]
+    cohort: Cohort | None
     map: EmbeddingMap | None
     chart: Chart | None
     sheets: Sheets | None
@@ -155,19 +171,21 @@ def _view(part: Part, id: str, *, images: bool, rows: str, data_root: PathLike |
         )
     sections, of_labels = [], list[Choice]()
     for number, task in enumerate(part.tasks):
-        say(f"{task.title}: {len(task.results)} results, compared on {len(task.models)} models' test predictions")
+        say(f"{task.title}: {len(task.results)} results of {len(task.models)} models are compared")
         choices = choose(task, part)
         of_labels = of_labels or ([] if task.target else choices)
         sections.append(task_section(task, part, choices, f"{id}-t{number}", ids=images, data_root=data_root, say=say))
     if not part.tasks:
         problems.append("no result has a score: the test labels are not known")
+    people = cohort(part, sections[0].choices, ids=images) if sections else None
+    problems += people.notes if people is not None else ()
     found, chart, sheets = None, None, None
     try:
         found = make_map(part, of_labels, rows=rows, most=LIMIT, say=say)
         problems += found.notes
         chart = map_chart(
             f"{id}-map", found.ds.class_names, len(found.shown.ids),
-            alt="Map of embeddings: a point an image, coloured by its class. The search beneath reaches every point.",
+            alt="Map of embeddings: a point an image, colored by its class. The search beneath reaches every point.",
         )  # fmt: skip
         if images:
             say(f"{part.name}: thumbnails")
@@ -182,12 +200,11 @@ def _view(part: Part, id: str, *, images: bool, rows: str, data_root: PathLike |
             attended = attend(part, run)
         except EmbcacheError as error:
             problems.append(f"no attention of {run.id}: {error.problem}")
-    if not images:
-        problems = without_ids(problems, part)
-    return View(part, id, sections, found, chart, sheets, attended, problems, images)
+    problems = without_names(problems, part, ids=images)
+    return View(part, id, sections, people, found, chart, sheets, attended, problems, images)
 
 
-def render_page(views: Sequence[View], parts: Sequence[Part], *, images: bool) -> str:
+def render_page(views: Sequence[View], parts: Sequence[Part], metrics: Sequence[str], *, images: bool) -> str:
     """The page as text.
 
     Nothing in it is fetched from anywhere: a content security policy forbids it, and lets no script run but the two of
@@ -206,8 +223,11 @@ def render_page(views: Sequence[View], parts: Sequence[Part], *, images: bool) -
         for view in views
         if view.map is not None and view.chart is not None
     }
+    environment.globals["numeric"] = _numeric
+    sections = [section for view in views for section in view.tasks if section.choices]
     return environment.get_template("page.html.j2").render(
         views=[_plain(view) for view in views],
+        summary=summary_table(sections) if sections else None,
         rule=RULE,
         images=images,
         private=PRIVATE,
@@ -215,7 +235,7 @@ def render_page(views: Sequence[View], parts: Sequence[Part], *, images: bool) -
         version=embcache.__version__,
         versions=version_rows(parts),
         run_headers=RUN_HEADERS,
-        command=_own_command(parts, images),
+        command=_own_command(parts, metrics, images),
         css=Markup(css),
         script=Markup(script),
         library=Markup(library),
@@ -225,13 +245,17 @@ def render_page(views: Sequence[View], parts: Sequence[Part], *, images: bool) -
 
 
 def _plain(view: View) -> dict[str, Any]:
-    part, ids = view.part, view.images
+    part, ids, first = view.part, view.images, view.tasks[0] if view.tasks else None
     quarantined, broken = quarantines(part, ids=ids)
-    rows, warnings = balance(part)
 
     def table(t: Table | None) -> Table | None:
         return t if t is None or ids else _scrubbed(t, part)
 
+    subgroups = first.subgroups if first is not None else None
+    asked = None
+    if first is not None:
+        asked = checklist(part, first.task, first.choices, view.cohort, table(subgroups), view.attended)
+    ranked = {rival.result.id for section in view.tasks for c in section.choices for rival in c.rivals}
     return {
         "id": view.id,
         "name": part.name,
@@ -248,25 +272,29 @@ def _plain(view: View) -> dict[str, Any]:
         "chart": view.chart,
         "sheets": view.sheets,
         "attended": view.attended,
-        "classes": [[name, *(f"{count:,}" for count in (*counts, groups))] for name, counts, groups in rows],
-        "stores": [
-            [q.backbone, q.fingerprint, f"{q.rows:,}", f"{q.bad:,}", q.reasons[0][0] if q.reasons else ""]
-            for q in quarantined
-        ],
-        "warnings": warnings,
+        "cohort": view.cohort,
+        "checklist": table(asked),
+        "warnings": [*(q.words for q in quarantined), *_overlap(view.cohort), *unequal_classes(part)],
         "quarantines": quarantined,
-        "problems": [*view.problems, *(broken if ids else without_ids(broken, part))],
-        "notes": notes_of(part, ids=ids),
+        "problems": [*view.problems, *without_names(broken, part, ids=ids)],
+        "notes": notes_of(part, ranked, ids=ids),
         "recipes": recipe_rows(part),
         "runs": run_rows(part),
         "commands": commands(part),
     }  # fmt: skip
 
 
+def _overlap(found: Cohort | None) -> list[str]:
+    if found is None or not found.shared:
+        return []
+    left_out = "; embcache probe --exclude-test-overlap leaves them out"
+    return [f"{found.shared:,} training images are of patients who are in the test set too{left_out}"]
+
+
 def _scrubbed(table: Table, part: Part) -> Table:
     """The table without notes that name an image."""
-    secret = secret_words(part)
-    notes = tuple(note for note in without_ids(table.notes, part) if note != HIDDEN)
+    secret = secret_words(part, ids=False)
+    notes = tuple(note for note in without_names(table.notes, part, ids=False) if note != HIDDEN)
     rows = tuple(tuple("…" if cell in secret and not _known(cell, part) else cell for cell in r) for r in table.rows)
     return Table(table.name, table.title, table.headers, rows, notes)
 
@@ -280,14 +308,27 @@ def _is_number(text: str) -> bool:
     return text.replace(",", "").replace(".", "").isdigit()
 
 
-def _own_command(parts: Sequence[Part], images: bool) -> str:
+def _own_command(parts: Sequence[Part], metrics: Sequence[str], images: bool) -> str:
     names = ",".join(part.name for part in parts)
-    return f"embcache report --dataset {shlex.quote(names)}" + ("" if images else " --no-images")
+    by = f" --metric {shlex.quote(','.join(metrics))}" if metrics else ""
+    return f"embcache report --dataset {shlex.quote(names)}{by}" + ("" if images else " --no-images")
+
+
+_NUMBER = re.compile(r"[−+<]?\s?\d[\d,.]*\s?%?(?![A-Za-z\d])")
+
+
+def _numeric(rows: Sequence[Sequence[str]]) -> list[bool]:
+    """Which columns hold numbers, and so are aligned to the right: those with more numbers than words."""
+    told = []
+    for column in zip(*rows, strict=True):
+        cells = [str(cell) for cell in column if str(cell) not in ("", "–")]
+        told.append(2 * sum(_NUMBER.match(cell) is not None for cell in cells) > len(cells))
+    return told
 
 
 def _shown(value: Any) -> Any:
-    """Text with control characters escaped: none of them may stand in HTML, and some turn text around."""
-    return printable(value) if type(value) is str else value
+    """Text with control characters escaped, none of which may stand in HTML; a percent sign stays at its number."""
+    return re.sub(r"(?<=\d) (?=%)", "\u00a0", printable(value)) if type(value) is str else value
 
 
 def json_text(data: Any) -> str:

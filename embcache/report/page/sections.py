@@ -6,26 +6,44 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from embcache.data.columns import column_values, columns
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
-from embcache.probe.metrics import metric_title
+from embcache.probe.metrics import METRICS, find_metric, metric_title
+from embcache.probe.statistics import Difference, Estimate
+from embcache.probe.summary import training_notes
+from embcache.report.advice import Advice, advise
+from embcache.report.compare import INTERVALS, SPEAKS_OF
 from embcache.report.curves import curve_table
 from embcache.report.layout import Table, signed
 from embcache.report.page.beside import learning_curves, paper_table
 from embcache.report.page.charts import Chart, Series, line_chart
-from embcache.report.page.choice import Choice, Rival, beyond
+from embcache.report.page.choice import Choice, Rival
 from embcache.report.page.collect import Part, Task
-from embcache.report.page.numbers import GRID, Calibration, calibrate, class_scores, confusion, mean_roc
-from embcache.report.page.warn import secret_words
-from embcache.report.page.words import headline, p_words, sentences, size_words
+from embcache.report.page.decide import Decided, decide
+from embcache.report.page.numbers import GRID, class_scores, confusion, mean_roc
+from embcache.report.page.warn import secret_words, told_columns
+from embcache.report.page.words import (
+    NEW_MODEL,
+    THESE_MODELS,
+    bounded,
+    bounds,
+    change_words,
+    headline,
+    p_words,
+    score,
+    sentences,
+    size_words,
+)
 from embcache.report.subgroups import score_subgroups
 
 MOST_LINES = 6
-"""Models drawn in a chart of one size: the best on validation."""
+"""Lines of a chart that are shown at first: of models the best on validation. The legend shows the others."""
 
 MOST_COLUMNS = 8
 """Columns of a dataset's table that make subgroups."""
+
+OTHERS = ("auc", "accuracy", "balanced_accuracy", "auprc", "f1", "mcc", "brier", "log_loss")
+"""Metrics of the chosen model besides the one that chose it, unless others are asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +55,21 @@ class Size:
     title : str
     sentences : list of str
     ranking : Table
-    roc, reliability : Chart
+        The models.
+    ways : Table
+        The chosen model's mean over folds and its ensemble, by image and by patient.
+    others : Table
+        The chosen model by other metrics.
+    roc : Chart
+    decided : Decided
+        Operating points and calibration of the chosen model.
     confusion : list of (str, list of (str, float))
         A row a true class: of each predicted class the images in words, and their share of the true class.
     classes : Table
     notes : list of str
     chosen : str
+    positive : str
+        The positive class of two; of more classes empty.
     place : int
         Of its predictions among those of the map.
     """
@@ -50,12 +77,15 @@ class Size:
     title: str
     sentences: list[str]
     ranking: Table
+    ways: Table
+    others: Table
     roc: Chart
-    reliability: Chart
+    decided: Decided
     confusion: list[tuple[str, list[tuple[str, float]]]]
     classes: Table
     notes: list[str]
     chosen: str
+    positive: str
     place: int
 
 
@@ -64,8 +94,9 @@ class TaskSection:
     """One task: its headline, curves, tables, and what each size says, the most labels first."""
 
     task: Task
+    choices: Sequence[Choice]
     headline: str
-    winners: Table
+    advice: list[str]
     curves: Chart
     numbers: Table
     paper: Table | None
@@ -75,7 +106,7 @@ class TaskSection:
     @property
     def charts(self) -> list[Chart]:
         """All charts of the section."""
-        return [self.curves, *(chart for size in self.sizes for chart in (size.roc, size.reliability))]
+        return [self.curves, *(chart for size in self.sizes for chart in (size.roc, *size.decided.charts))]
 
 
 def task_section(
@@ -105,50 +136,71 @@ def task_section(
     say : callable
         Told what is being computed.
     """
+    found = advise(task.results, home=part.home)
+    advice: Advice | None = found[0] if found else None
     total = len(choices)
-    sizes = [
-        _size(task, choice, f"{id}-{place}", total - 1 - place) for place, choice in reversed([*enumerate(choices)])
-    ]
+    sizes = []
+    for place, choice in reversed([*enumerate(choices)]):
+        say(f"{task.title}: {size_words(choice)}")
+        sizes.append(_size(task, part, choice, f"{id}-{place}", total - 1 - place))
     say(f"{task.title}: subgroups")
     return TaskSection(
-        task, headline(task, choices), _winners(task, choices), learning_curves(task, f"{id}-curves"),
-        curve_table(task.results),
-        paper_table(task), sizes, _subgroups(task, part, choices, ids, data_root),
+        task, choices, headline(task, choices, advice), _labels_help(advice),
+        learning_curves(task, part, f"{id}-curves"), curve_table(task.results), paper_table(task, part), sizes,
+        _subgroups(task, part, choices, ids, data_root),
     )  # fmt: skip
 
 
-def _winners(task: Task, choices: Sequence[Choice]) -> Table:
-    """A row a size: what is best on validation, its scores, and how far the next best is."""
-    metric = metric_title(task.metric)
-    rows = []
-    for choice in choices:
-        best, others = choice.chosen, choice.rivals[1:]
-        beside = ("", "", "")
-        if others:
-            row = others[0].row
-            apart = "beyond" if beyond(row) else "within"
-            assert row.difference is not None
-            beside = (others[0].name, signed(row.difference.difference, 4, plus=True), apart)
-        rows.append(
-            (
-                f"{choice.subset}: {choice.n_train:,} + {choice.labels_used - choice.n_train:,}", best.name,
-                signed(best.validated, 4), _spread(best.row.mean, best.row.std), _bounds(best.row.interval) or best.row.estimate.why, *beside,
-            )
-        )  # fmt: skip
+def summary_table(sections: Sequence[TaskSection]) -> Table:
+    """What the page opens with: a row a size, what is best on validation, its test score and intervals."""
+    titles = list(dict.fromkeys(_header(c.chosen, s.task.metric) for s in sections for c in s.choices))
+    metrics = {s.task.title: metric_title(s.task.metric) for s in sections}
+    several = len(sections) > 1
+    rows, notes = [], dict[str, None]()
+    for section in sections:
+        loss = METRICS[section.task.metric].loss if section.task.metric in METRICS else False
+        for choice in section.choices:
+            best, e = choice.chosen, choice.chosen.row.estimate
+            if e.new_model is None and e.why:
+                notes[f"{choice.n_train:,} labels: {e.why}"] = None
+            rows.append(
+                (
+                    *([f"{section.task.title} ({metrics[section.task.title]})"] if several else []),
+                    _labels(choice), best.name, score(e.mean, e.std), bounds(e.new_model) or "–",
+                    bounds(e.these_models) or "–", _ensemble(best), change_words(choice.change, loss),
+                )
+            )  # fmt: skip
     headers = (
-        "labels: training + validation", "best on validation", f"validation {metric}", f"its test {metric}",
-        "95 % interval", "next on validation", "its difference on test", "the interval",
+        *(["dataset"] if several else []), "training labels (+ validation)", "best on validation",
+        f"test {titles[0] if len(titles) == 1 else 'score'}, mean ± sd over folds", f"95 %: {NEW_MODEL}",
+        f"95 %: {THESE_MODELS}", "ensemble, which predict uses", "change from the size before",
     )  # fmt: skip
-    return Table("winners", f"{task.title}: best on validation at each size", headers, tuple(rows))
+    told = ("change: of the same model's expected test score from the size before, with its 95 % interval", *notes)
+    return Table("summary", "Best on validation at each number of labels", headers, tuple(rows), told)
 
 
-def _size(task: Task, choice: Choice, id: str, place: int) -> Size:
-    calibrations = {rival.name: calibrate(rival.tested.labels, rival.tested.p) for rival in choice.rivals}
-    drawn = choice.rivals[:MOST_LINES]
+def _labels_help(advice: Advice | None) -> list[str]:
+    """Whether more labels help; which backbone to take is the headline."""
+    return [] if advice is None or advice.labels is None or len(advice.labels.sizes) < 2 else [advice.labels.text]
+
+
+def _labels(choice: Choice) -> str:
+    return f"{choice.n_train:,} (+ {choice.labels_used - choice.n_train:,})"
+
+
+def _ensemble(rival: Rival) -> str:
+    """The score of what predict uses, with the interval that tables show."""
+    e = rival.result.estimates.get("ensemble")
+    return "" if e is None else _told(e, {})
+
+
+def _told(e: Estimate, why: dict[str, None]) -> str:
+    return bounded(score(e.mean, e.std), e.interval, e.why, why)
+
+
+def _size(task: Task, part: Part, choice: Choice, id: str, place: int) -> Size:
     best = choice.chosen
-    notes = []
-    if len(drawn) < len(choice.rivals):
-        notes.append(f"Charts show the {MOST_LINES} models that are best on validation.")
+    notes = [f"{rival.name}: {note}" for rival in choice.rivals[1:] for note in training_notes(rival.result)]
     if choice.apart:
         notes.append(
             "Not ranked here, for they were trained, validated or tested on other images: "
@@ -158,112 +210,149 @@ def _size(task: Task, choice: Choice, id: str, place: int) -> Size:
     return Size(
         title=size_words(choice),
         sentences=sentences(task, choice),
-        ranking=_ranking(task, choice, calibrations),
-        roc=_roc(task, choice, drawn, f"{id}-roc"),
-        reliability=_reliability(drawn, calibrations, f"{id}-reliability"),
+        ranking=_ranking(task, choice),
+        ways=_ways(task, best),
+        others=_others(task, best),
+        roc=_roc(task, choice, f"{id}-roc"),
+        decided=decide(best.tested, part.run_folder(best.result), f"{id}-calibration"),
         confusion=_confusion(best),
         classes=_classes(best),
         notes=notes,
         chosen=best.name,
+        positive=task.class_names[best.tested.predictions.positive] if len(task.class_names) == 2 else "",
         place=place,
     )
 
 
-def _ranking(task: Task, choice: Choice, calibrations: dict[str, Calibration]) -> Table:
-    metric = metric_title(task.metric)
-    headers = (
-        "model", f"validation {metric}", f"test {metric}", "95 % interval", "difference", "95 % interval", "p (Holm)",
-        "accuracy", "balanced accuracy", "sensitivity at 95 % specificity", "ECE",
+def _ranking(task: Task, choice: Choice) -> Table:
+    """A row a model: its scores, and how far it is from the chosen one."""
+    best, differences = choice.chosen, [r.row.difference for r in choice.rivals if r.row.difference is not None]
+    metric, reasons = metric_title(task.metric, best.row.estimate.positive), dict[str, None]()
+    columns: dict[str, Callable[[Rival], str]] = {
+        "model": lambda r: r.name,
+        f"validation {metric}": lambda r: signed(r.validated, 3),
+        f"test {_header(best, task.metric)}": lambda r: score(r.row.mean, r.row.std),
+        f"95 %: {NEW_MODEL}": lambda r: bounds(r.row.estimate.new_model) or "–",
+        f"95 %: {THESE_MODELS}": lambda r: bounds(r.row.estimate.these_models) or "–",
+        "ensemble, which predict uses": _ensemble,
+    }
+    notes = ["in the order of the validation score, which alone chooses"]
+    if differences:
+        columns |= {
+            "difference": lambda r: _of(r, lambda d: signed(d.difference, 3, plus=True)),
+            "its 95 % interval": lambda r: _of(r, lambda d: bounds(d.interval, plus=True) or d.why),
+            "p (Holm)": lambda r: "" if r.row.p_holm is None else p_words(r.row.p_holm),
+            "detectable": lambda r: _of(r, lambda d: "" if d.smallest is None else f"{d.smallest:.3f}"),
+        }
+        speaks = sorted({d.trained for d in differences})
+        notes.append("differences are from the first row; " + "; ".join(SPEAKS_OF[which] for which in speaks))
+        notes.append("detectable: the smallest difference that would have been found, with 80 % power at p < 0.05")
+    for m in task.others:
+        columns[_header(best, m)] = lambda r, m=m: _told(r.tested.predictions.estimate(m), reasons)  # type: ignore[misc]
+    rows = tuple(tuple(cell(rival) for cell in columns.values()) for rival in choice.rivals)
+    why = dict.fromkeys(r.row.estimate.why for r in choice.rivals if r.row.estimate.why) | reasons
+    return Table("ranking", f"Models at {size_words(choice)}", tuple(columns), rows, (*notes, *why))
+
+
+def _of(rival: Rival, read: Callable[[Difference], str]) -> str:
+    return "" if rival.row.difference is None else read(rival.row.difference)
+
+
+def _header(best: Rival, metric: str) -> str:
+    """The metric, of which class, and for accuracy what always predicting the commonest class would reach."""
+    majority = best.result.majority if metric == "accuracy" else None
+    names = best.result.class_names
+    positive = best.result.positive if find_metric(metric, len(names)).asymmetric and len(names) == 2 else ""
+    return metric_title(metric, positive) + ("" if majority is None else f" (always {majority[0]}: {majority[1]:.3f})")
+
+
+def _ways(task: Task, best: Rival) -> Table:
+    """The chosen model in four ways: mean over folds and ensemble, by image and by patient."""
+    result, models = best.result, len(best.tested.predictions.logits)
+    names = {
+        "": f"by image, mean of {models} models",
+        "ensemble": "by image, ensemble: what predict uses",
+        "by patient": f"by patient, mean of {models} models",
+        "by patient, ensemble": "by patient, ensemble: what predict uses",
+    }
+    units = {name: f"{result.by_group.get('groups', 0):,} patients" for name in names if name.startswith("by")}
+    rows, notes = [], ["by patient: the mean of the probabilities of a patient's images"]
+    for name, e in result.estimates.items():
+        if models > 1 or not name.endswith("ensemble"):
+            cells = (bounds(e.new_model) or "–", bounds(e.these_models) or e.why)
+            rows.append((names[name], units.get(name, f"{result.n_test:,} images"), score(e.mean, e.std), *cells))
+    if not result.by_group:
+        notes = []
+    elif "why" in result.by_group:
+        notes = [f"not by patient: {result.by_group['why']}"]
+    headers = ("scored", "on", f"test {_header(best, task.metric)}", f"95 %: {NEW_MODEL}", f"95 %: {THESE_MODELS}")
+    return Table("ways", f"{best.name}: as a mean of models, and as what predict uses", headers, tuple(rows),
+                 tuple(notes))  # fmt: skip
+
+
+def _others(task: Task, best: Rival) -> Table:
+    """The chosen model by other metrics; each score with the interval that tables show."""
+    predictions, n_classes = best.tested.predictions, len(task.class_names)
+    ways = [("mean of models", predictions)]
+    if len(predictions.logits) > 1:
+        ways.append(("ensemble, which predict uses", predictions.ensemble()))
+    if "groups" in best.result.by_group:
+        ways.append(("by patient, ensemble", predictions.by_group().ensemble()))
+    usual = [{"auc": "macro_auc"}.get(m, m) if n_classes > 2 else m for m in OTHERS]
+    metrics = [m for m in task.others or usual if m != task.metric]
+    why = dict[str, None]()
+    rows = [(_header(best, m), *(_told(p.estimate(m), why) for _, p in ways)) for m in metrics]
+    return Table(
+        "others", f"{best.name} by other metrics", ("metric", *(name for name, _ in ways)), tuple(rows),
+        ("accuracy, F1 and MCC of the most probable class", INTERVALS, *why),
     )  # fmt: skip
-    rows = []
-    for rival in choice.rivals:
-        row, calibration = rival.row, calibrations[rival.name]
-        rows.append(
-            (
-                rival.name,
-                signed(rival.validated, 4),
-                _spread(row.mean, row.std),
-                _bounds(row.interval) or row.estimate.why,
-                "best on validation" if row.difference is None else signed(row.difference.difference, 4, plus=True),
-                "" if row.difference is None else _bounds(row.difference.interval, plus=True) or row.difference.why,
-                "" if row.p_holm is None else p_words(row.p_holm).removeprefix("= "),
-                *(_fold_mean(rival, key) for key in ("accuracy", "balanced_accuracy", "sensitivity_at_95_specificity")),
-                f"{calibration.ece:.3f} ± {calibration.ece_std:.3f}",
-            )
-        )
-    notes = (
-        "in the order of the validation score, which alone chooses; differences are from the first row, on the same "
-        "resamples of test groups",
-        "ECE: expected calibration error of the predicted class, ten equal bins, mean ± sd over fold models; 0 is best",
-    )
-    return Table("ranking", f"Models at {size_words(choice)}", headers, tuple(rows), notes)
 
 
-def _fold_mean(rival: Rival, key: str) -> str:
-    values = [float(f.metrics[key]) for f in rival.result.folds if f.metrics.get(key) is not None]
-    return f"{sum(values) / len(values):.3f}" if values else ""
-
-
-def _roc(task: Task, choice: Choice, drawn: Sequence[Rival], id: str) -> Chart:
+def _roc(task: Task, choice: Choice, id: str) -> Chart:
     """Of two classes the curves of models; of more those of the chosen model's classes, one against all others."""
-    series = []
+    best = choice.chosen
     if len(task.class_names) == 2:
-        for rival in drawn:
-            series.append(_roc_series(rival.name, rival, 1, band=rival is drawn[0]))
-        alt = f"ROC curves of {len(drawn)} models, mean over folds; the AUCs are in the table above."
+        positive = best.tested.predictions.positive
+        series = [_roc_series(r.name, r, positive, k < MOST_LINES) for k, r in enumerate(choice.rivals)]
+        alt = f"ROC curves of {len(series)} models, mean over folds; the legend has the AUCs."
     else:
-        best = choice.chosen
-        present = set(best.tested.labels.tolist())
-        for c, name in enumerate(task.class_names):
-            if c in present:
-                series.append(_roc_series(name, best, c, band=len(present) <= MOST_LINES))
-        alt = "ROC curves of the classes under the best model, each against all others; AUCs are in the table beneath."
+        present = [c for c in range(len(task.class_names)) if (best.tested.labels == c).any()]
+        series = [_roc_series(task.class_names[c], best, c, k < MOST_LINES) for k, c in enumerate(present)]
+        alt = "ROC curves of the classes under the best model, each against all others; the legend has the AUCs."
     return line_chart(
         id, series, alt=alt, axes=("false positive rate", "true positive rate"), square=True, diagonal=True,
         digits=(2, 3),
     )  # fmt: skip
 
 
-def _roc_series(name: str, rival: Rival, of_class: int, *, band: bool) -> Series:
+def _roc_series(name: str, rival: Rival, of_class: int, shown: bool) -> Series:
     mean, sd = mean_roc(rival.tested.labels, rival.tested.predictions.logits, of_class)
     low, high = (mean - sd).clip(0, 1), (mean + sd).clip(0, 1)
-    return Series(
-        name, _tuple(GRID), _tuple(mean), _tuple(low) if band else (), _tuple(high) if band else (), points=False
-    )
-
-
-def _reliability(drawn: Sequence[Rival], calibrations: dict[str, Calibration], id: str) -> Chart:
-    series = []
-    for rival in drawn:
-        c = calibrations[rival.name]
-        series.append(Series(f"{rival.name} (ECE {c.ece:.3f})", _tuple(c.confidence), _tuple(c.accuracy)))
-    return line_chart(
-        id, series, axes=("confidence in the predicted class", "accuracy"), square=True, diagonal=True, digits=(3, 3),
-        alt="Reliability curves: accuracy over confidence in ten bins; on the diagonal confidence is accuracy.",
-    )  # fmt: skip
+    aucs = [f.metrics["per_class_auc"][of_class] for f in rival.result.folds if f.metrics]
+    name = f"{name} (AUC {sum(aucs) / len(aucs):.3f})"
+    return Series(name, _tuple(GRID), _tuple(mean), _tuple(low), _tuple(high), points=False, shown=shown)
 
 
 def _confusion(best: Rival) -> list[tuple[str, list[tuple[str, float]]]]:
-    counts = confusion(best.tested.labels, best.tested.p)
-    rows = []
-    for name, line in zip(best.result.class_names, counts, strict=True):
-        total = float(line.sum())
-        rows.append((name, [(f"{v:,.1f}", float(v) / total if total else 0.0) for v in line]))
-    return rows
+    counts = confusion(best.tested.labels, best.tested.predictions.ensemble().logits[0])
+    return [
+        (name, [(f"{n:,}", n / max(1, int(line.sum()))) for n in line.tolist()])
+        for name, line in zip(best.result.class_names, counts, strict=True)
+    ]
 
 
 def _classes(best: Rival) -> Table:
     rows = [
         (
             s.name, f"{s.n_images:,}", f"{s.n_groups:,}",
-            "–" if s.auc is None else _spread(s.auc, s.auc_std), _or_dash(s.sensitivity), _or_dash(s.precision),
+            "–" if s.auc is None else score(s.auc, s.auc_std), _or_dash(s.sensitivity), _or_dash(s.ppv),
         )
         for s in class_scores(best.tested)
     ]  # fmt: skip
     return Table(
         "classes", f"Classes under {best.name}",
-        ("class", "test images", "test groups", "AUC against the rest", "sensitivity", "precision"), tuple(rows),
-        ("means over fold models; sensitivity and precision of the most probable class",),
+        ("class", "test images", "patients", "AUC against the rest", "sensitivity", "PPV"), tuple(rows),
+        ("means over fold models; sensitivity and PPV of the most probable class",),
     )  # fmt: skip
 
 
@@ -272,44 +361,31 @@ def _subgroups(
 ) -> Table | None:
     if part.ds is None or not choices:
         return None
-    best, notes, names = choices[-1].chosen, [], []
-    secret = set() if ids else secret_words(part)
-    for name in columns(part.ds):
-        try:
-            column = column_values(part.ds, name)
-        except EmbcacheError:
-            continue  # a column of text with too many values, or without any
-        if len(column.values) > 1 and not secret & set(column.values):
-            names.append(name)
+    best, notes = choices[-1].chosen, []
+    names = [c.name for c in told_columns(part.ds, secret_words(part, ids=ids)) if len(c.values) > 1]
     if len(names) > MOST_COLUMNS:
         notes.append("not shown: " + ", ".join(names[MOST_COLUMNS:]))
     if not names:
         return None
     try:
-        scored, told = score_subgroups([best.result.id], names[:MOST_COLUMNS], home=part.home, data_root=data_root)
+        scored, told = score_subgroups(
+            [best.result.id], names[:MOST_COLUMNS], metrics=[task.metric], home=part.home, data_root=data_root
+        )
     except EmbcacheError as error:
         return Table("subgroups", "Subgroups", ("",), (), (f"not made: {error.problem}",))
     rows = [
         (
             s.column or "all", s.value, f"{s.n_images:,}", f"{s.n_groups:,}",
-            f"too few: no {', '.join(s.lacks)}" if s.mean is None else _spread(s.mean, s.std),
-            _bounds(s.interval) or s.why,
+            f"no {', '.join(s.lacks)}" if s.mean is None else score(s.mean, s.std), bounds(s.interval) or s.why,
         )
         for s in scored
     ]  # fmt: skip
-    metric = metric_title(task.metric)
+    metric = metric_title(task.metric, best.row.estimate.positive)
     return Table(
-        "subgroups", f"Subgroups of the test set under {best.name}, {choices[-1].subset}",
-        ("column", "value", "images", "groups", f"test {metric}", "95 % interval"), tuple(rows), (*notes, *told),
+        "subgroups", f"Subgroups of the test set under {best.name}, {size_words(choices[-1])}",
+        ("column", "value", "images", "patients", f"test {metric}", "95 % interval"), tuple(rows),
+        (*notes, *told, INTERVALS),
     )  # fmt: skip
-
-
-def _spread(mean: float, std: float | None) -> str:
-    return signed(mean, 4) + ("" if std is None else f" ± {std:.4f}")
-
-
-def _bounds(bounds: tuple[float, float] | None, plus: bool = False) -> str:
-    return " to ".join(signed(bound, 4, plus=plus) for bound in bounds or ())
 
 
 def _or_dash(value: float | None) -> str:

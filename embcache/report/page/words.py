@@ -1,148 +1,138 @@
-"""The summary: sentences drawn from the numbers. What wins is chosen on validation; the test set only says how far."""
+"""What the numbers say in sentences. What is best is chosen on validation; the test set only says how good it is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from embcache.probe.metrics import metric_title
+from embcache.probe.statistics import Difference, Estimate
+from embcache.probe.summary import training_notes
+from embcache.report.advice import Advice
+from embcache.report.advice import Rival as Beside
 from embcache.report.layout import signed
-from embcache.report.page.choice import Choice, Rival, beyond, told_apart
+from embcache.report.page.choice import Choice
 from embcache.report.page.collect import Task
 
+NEW_MODEL = "new patients, a newly trained model"
+THESE_MODELS = "new patients, these models"
+
 RULE = (
-    "“Best” is always the highest mean validation score over folds; the test set is only read off. Two models differ "
-    "“beyond the interval” where the 95 % bootstrap interval of their difference, on the same resamples of test "
-    "groups, leaves 0 out; p is corrected by Holm for all models compared at that size."
+    "The best model is the one with the best mean validation score over folds; the test set plays no part in the "
+    f"choice. Every interval is a 95 % interval. “{THESE_MODELS}” says how far the score of the trained models may be "
+    f"off, for other patients of this kind; “{NEW_MODEL}” adds how much a model varies that is trained anew on other "
+    "images, and is given where the folds show it. p is two-sided and corrected by Holm for all models compared at one "
+    "size."
 )
 _MOST = 4  # names in a list
 
 
-def headline(task: Task, choices: Sequence[Choice]) -> str:
-    """One sentence on a task: what is best at each size, and how far the test score goes from the first to the last."""
+def headline(task: Task, choices: Sequence[Choice], advice: Advice | None) -> str:
+    """One sentence: which backbone to take, or what the only one reaches, at the most labels that tell."""
+    title = task.title + (" (synthetic images)" if task.synthetic else "")
     if not choices:
-        return f"{task.title}: no results that can be ranked."
-    metric = metric_title(task.metric)
-    winners = list(dict.fromkeys(choice.chosen.name for choice in choices))
-    first, last = choices[0], choices[-1]
-    if len(choices) == 1:
-        what = (
-            f"{winners[0]} is best on validation at {size_words(last)}, with a test {metric} of {_score(last.chosen)}"
-        )
-    else:
-        if len(winners) == 1:
-            what = f"{winners[0]} is best on validation at every size"
-        else:
-            parts = [f"{choice.chosen.name} at {choice.subset}" for choice in choices]
-            what = f"best on validation are {'; '.join(parts)}"
-        what += (
-            f". The test {metric} of the best goes from {_score(first.chosen)} with {first.n_train:,} training labels "
-            f"to {_score(last.chosen)} with {last.n_train:,}"
-        )
-    return f"{task.title}{' (synthetic images)' if task.synthetic else ''}: {what}."
+        return f"{title}: no results that can be ranked."
+    if advice is not None and advice.backbone is not None:
+        return f"{title}: {advice.backbone.text}"
+    last, e = choices[-1], choices[-1].chosen.row.estimate
+    best = " is best on validation and" if len(last.rivals) > 1 else ""
+    return (
+        f"{title}: {last.chosen.name}{best} reaches a test {_title(task, last)} of {signed(e.mean, 3)} with "
+        f"{last.n_train:,} training labels{_interval(e)}."
+    )
 
 
 def size_words(choice: Choice) -> str:
     """``S (50 training labels; 1,093 with validation)``."""
-    return f"{choice.subset} ({choice.n_train:,} training labels; {choice.labels_used:,} with validation)"
+    name = "" if choice.subset.isdigit() else f"{choice.subset}: "
+    return f"{name}{choice.n_train:,} training labels ({choice.labels_used:,} with validation)"
 
 
 def sentences(task: Task, choice: Choice) -> list[str]:
     """What one size says, as sentences of plain text."""
-    metric, best, others = metric_title(task.metric), choice.chosen, choice.rivals[1:]
+    metric, best, others = _title(task, choice), choice.chosen, choice.advice.rivals
+    of = f"the best of {len(choice.rivals)} models on validation" if others else "the only model"
     told = [
-        f"{best.name} has the {'best' if others else 'only'} validation {metric}"
-        + (f" of {len(choice.rivals)} models" if others else "")
-        + f" ({_number(best.validated)}); its test {metric} is {_score(best)}{_interval(best)}."
+        f"{best.name} is {of} ({metric} {signed(best.validated, 3)}). On the test set it reaches "
+        f"{score(best.row.mean, best.row.std)}{_interval(best.row.estimate)}."
     ]
-    if others:
-        told.append(_next_best(others[0], metric))
-    if len(others) > 1:
-        told.append(_against_all(others))
-    if best.result.backbones and len(best.result.backbones) > 1:
-        single = next((rival for rival in others if len(rival.result.backbones) == 1), None)
-        if single is not None and single is not others[0]:
-            told.append(f"Of single backbones, {single.name} is best on validation. " + _beside(single, metric))
-    higher = [rival for rival in others if rival.row.mean > best.row.mean]
-    if higher:
+    worse, better, alike, unknown = (
+        [r for r in others if r.verdict == verdict] for verdict in ("worse", "better", "undecided", "unknown")
+    )
+    these = "" if all(r.difference.trained for r in others) else ", of these trained models"
+    if worse:
+        told.append(f"It is better than {_listed(worse)} (Holm-corrected p < 0.05{these}).")
+    if better:
         told.append(
-            f"A higher test {metric} was reached by {_listed(higher, scores=True)}: not chosen, for a choice by test "
-            "score would make the test set part of training."
+            f"{_listed(better)} scored higher on the test set (Holm-corrected p < 0.05{these}), which plays no part in "
+            "the choice."
         )
+    told += [not_shown(r.name, r.difference) for r in alike[:_MOST]]
+    if len(alike) > _MOST:
+        told.append(f"Nor was a difference shown from {len(alike) - _MOST} more models.")
+    if unknown:
+        told.append(f"There are too few patients to compare it with {_listed(unknown)}.")
+    if task.metric == "accuracy" and best.result.majority is not None:
+        name, share = best.result.majority
+        told.append(f"Always predicting {name!r} has an accuracy of {share:.3f}.")
+    told += [f"In this model, {note}." for note in training_notes(best.result)]
     return told
 
 
-def _next_best(rival: Rival, metric: str) -> str:
-    return f"Next on validation is {rival.name} ({_number(rival.validated)}). " + _beside(rival, metric)
+def not_shown(name: str, d: Difference) -> str:
+    """What may be said where no difference was shown: its interval, and which one would have been found."""
+    told = f"No difference from {name} was shown{'' if d.trained else ', of these trained models'}"
+    if d.interval is None:
+        return f"{told}: {d.why}."
+    told += f": {signed(d.difference, 3, plus=True)} ({bounds(d.interval, plus=True)})"
+    if d.smallest is None:
+        return told + "."
+    return f"{told}; one of {d.smallest:.3f} or more would have been found with 80 % power."
 
 
-def _beside(rival: Rival, metric: str) -> str:
-    """A rival's test score beside that of the best; ``row.difference`` is the rival's less the best's."""
-    row = rival.row
-    words = f"On the test set it reaches {_score(rival)}"
-    if row.difference is None or row.difference.interval is None or row.p_holm is None:
-        return words + "."
-    return f"{words}: its {metric} is {_apart(row.difference.difference)} {verdict(rival)}."
-
-
-def _apart(difference: float) -> str:
-    return f"{_number(abs(difference), 4)} {'lower' if difference < 0 else 'higher'}"
-
-
-def verdict(rival: Rival) -> str:
-    """``(interval of the difference …, p …), beyond the interval``, or within it."""
-    row = rival.row
-    if row.difference is None or row.difference.interval is None or row.p_holm is None:
+def change_words(d: Difference | None, loss: bool) -> str:
+    """The difference between two sizes: ``+0.033 (−0.010 to +0.076): no rise shown``."""
+    if d is None:
         return ""
-    told = "beyond the interval" if beyond(row) else "within the interval: this test set does not tell them apart"
-    if beyond(row) and not told_apart(row):
-        told += ", though not after correction"
-    low, high = row.difference.interval
-    return f"(interval of the difference {_bounds(low, high, plus=True)}, p {p_words(row.p_holm)}), {told}"
+    if d.interval is None:
+        return f"{signed(d.difference, 3, plus=True)}: {d.why}"
+    low, high = (-d.interval[1], -d.interval[0]) if loss else d.interval
+    verdict = "better" if low > 0 else "worse" if high < 0 else "no gain shown"
+    these = "" if d.trained else ", these models"
+    return f"{signed(d.difference, 3, plus=True)} ({bounds(d.interval, plus=True)}{these}): {verdict}"
 
 
-def _against_all(others: Sequence[Rival]) -> str:
-    ahead = [r for r in others if told_apart(r.row) and _difference(r) < 0]
-    behind = [r for r in others if told_apart(r.row) and _difference(r) > 0]
-    if not ahead and not behind:
-        return f"After correction none of the {len(others)} other models differs from it on the test set."
-    if len(ahead) == len(others):
-        return f"After correction it is ahead of all {len(others)} other models on the test set."
-    words = f"After correction it is ahead of {len(ahead)} of the {len(others)} other models on the test set"
-    if ahead:
-        rest = [r for r in others if r not in ahead]
-        words += f" (all but {_listed(rest)})" if len(rest) < len(ahead) else f" ({_listed(ahead)})"
-    return words + (f", and behind {_listed(behind)}." if behind else ".")
+def score(mean: float, std: float | None) -> str:
+    """``0.934 ± 0.012``, or without a deviation."""
+    return signed(mean, 3) + ("" if std is None else f" ± {std:.3f}")
 
 
-def _difference(rival: Rival) -> float:
-    return 0.0 if rival.row.difference is None else rival.row.difference.difference
+def bounds(interval: tuple[float, float] | None, *, plus: bool = False) -> str:
+    """``0.912 to 0.951``; nothing of no interval."""
+    return " to ".join(signed(bound, 3, plus=plus) for bound in interval or ())
 
 
-def _interval(rival: Rival) -> str:
-    bounds = rival.row.interval
-    return f" ({rival.row.estimate.why})" if bounds is None else f", 95 % interval {_bounds(*bounds)}"
-
-
-def _listed(rivals: Sequence[Rival], scores: bool = False) -> str:
-    names = [f"{r.name} ({_number(r.row.mean)})" if scores else r.name for r in rivals[:_MOST]]
-    more = len(rivals) - len(names)
-    return "; ".join(names) + (f"; and {more} more" if more > 0 else "")
-
-
-def _score(rival: Rival) -> str:
-    spread = "" if rival.row.std is None else f" ± {rival.row.std:.3f}"
-    return f"{_number(rival.row.mean)}{spread}"
-
-
-def _number(value: float, digits: int = 3) -> str:
-    return signed(value, digits)
-
-
-def _bounds(low: float, high: float, *, plus: bool = False) -> str:
-    digits = 4 if plus else 3
-    return f"{signed(low, digits, plus=plus)} to {signed(high, digits, plus=plus)}"
+def bounded(told: str, interval: tuple[float, float] | None, why: str, reasons: dict[str, None]) -> str:
+    """A score with its interval behind it; why there is none goes into ``reasons``, for the notes of the table."""
+    if interval is None and why:
+        reasons[f"no interval: {why}"] = None
+    return told if interval is None else f"{told} ({bounds(interval)})"
 
 
 def p_words(p: float) -> str:
-    """``= 0.012``, or ``< 0.001``."""
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+    """``0.012``, or ``< 0.001``."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _title(task: Task, choice: Choice) -> str:
+    return metric_title(task.metric, choice.chosen.row.estimate.positive)
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.interval is None:
+        return f" ({estimate.why})" if estimate.why else ""
+    return f" ({bounds(estimate.interval)}: {THESE_MODELS if estimate.new_model is None else NEW_MODEL})"
+
+
+def _listed(rivals: Sequence[Beside]) -> str:
+    names = [r.name for r in rivals[:_MOST]]
+    return "; ".join(names) + (f"; and {len(rivals) - _MOST} more" if len(rivals) > _MOST else "")

@@ -14,6 +14,7 @@ from embcache.probe.predictions import Predictions
 from embcache.probe.run import probe_features
 from embcache.probe.statistics import Difference, Estimate
 from embcache.report import compare
+from embcache.report.advice import advise_backbone
 from embcache.report.page.choice import Choice, Rival
 from tests.probe.build import make_features, put_store
 from tests.report.build import make_result
@@ -93,4 +94,5 @@ def make_rival(
 
 
 def make_choice(*rivals: Rival, subset: str = "S", n_train: int = 50) -> Choice:
-    return Choice(subset, n_train, n_train + 100, rivals)
+    advice = advise_backbone([rival.name for rival in rivals], [rival.row for rival in rivals], n_train)
+    return Choice(subset, n_train, n_train + 100, rivals, advice)

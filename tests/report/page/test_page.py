@@ -12,14 +12,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
-from embcache.errors import StoreNotFoundError, UsageError
+from embcache.errors import ProtocolError, StoreNotFoundError, UsageError
 from embcache.probe.results import save_run
 from embcache.probe.run import probe_features
+from embcache.report.compare import load_tested
 from embcache.report.page.choice import choose
 from embcache.report.page.collect import Part, collect_parts, make_tasks
-from embcache.report.page.page import PRIVATE, Written, json_text, write_report
-from embcache.report.page.warn import HIDDEN, without_ids
+from embcache.report.page.decide import decide
+from embcache.report.page.page import PRIVATE, Written, _numeric, json_text, write_report
+from embcache.report.page.warn import HIDDEN, without_names
+from embcache.report.page.words import NEW_MODEL, THESE_MODELS
+from tests.probe.build import make_dataset, make_features, put_store
 from tests.report.build import make_result
 from tests.report.page.build import CLASSES, HOSTILE, NAME, Study, make_study
 
@@ -72,8 +77,14 @@ def test_it_holds_a_whole_study(written: Written, page: str) -> None:
     assert not written.notes
     words = " ".join(_Tags(page).words)
     for part in ("learning curves", "Calibration", "Confusion", "Subgroups", "Embedding map", "Attention of", "Entropy",
-                 "Quarantine", "Provenance", "fingerprint", "trained with labels"):  # fmt: skip
+                 "Patients and images", "Case mix", "What CLAIM and TRIPOD+AI ask", "Provenance", "fingerprint",
+                 "trained with labels", NEW_MODEL, THESE_MODELS, "ensemble: what predict uses", "detectable",
+                 "intercept", "share observed"):  # fmt: skip
         assert part in words, part
+    # Nothing of what is not there: a paper of these images, images that could not be read.
+    assert "Beside the paper" not in words
+    assert "could not be read" not in words
+    assert words.index(": Take ") < words.index("training labels (+ validation)") < words.index("learning curves")
     assert f"embcache probe --dataset folder --data-root FOLDER --name {NAME} --head linear" in words
     assert "--backbone strong,weak" in words or "--backbone weak,strong" in words
 
@@ -107,6 +118,56 @@ def test_hostile_names_stay_text(page: str, study: Study) -> None:
         drawn = json.dumps(chart["item"])
         assert "alert" not in drawn  # no name of a user reaches Bokeh
         assert "frac" not in drawn
+
+
+def test_groups_are_named_on_no_page(page: str) -> None:
+    assert "mrs-jones" not in page
+
+
+def test_numbers_are_aligned_to_the_right() -> None:
+    rows = [("a", "0.912 ± 0.012", "best", "–", "1,024"), ("b", "−0.1 (−0.2 to 0.1)", "0.3", "< 0.001", "–")]
+    assert _numeric(rows) == [False, True, False, True, True]
+    assert _numeric([]) == []
+
+
+def test_each_legend_of_a_roc_curve_has_its_auc(page: str, study: Study) -> None:
+    (part,) = collect_parts([NAME], home=study.home)
+    best = choose(part.tasks[0], part, resamples=50)[-1].chosen
+    c = part.tasks[0].class_names.index("$$\\frac{a}{b}$$")
+    logits = best.tested.predictions.logits
+    rest = np.delete(logits, c, axis=2)
+    odds = logits[..., c] - np.log(np.exp(rest).sum(-1))
+    theirs = np.mean([roc_auc_score(best.tested.labels == c, z) for z in odds])
+    assert f"(AUC {theirs:.3f})" in page
+
+
+def test_operating_points_are_chosen_without_test_labels(tmp_path: Path) -> None:
+    ds = make_dataset(np.arange(120) % 2, None, ["train"] * 60 + ["test"] * 60)
+    put_store(tmp_path, ds, "strong", make_features(ds, shift=1.0))
+    result = probe_features(ds, ["strong"], folds=2, subset=20, home=tmp_path, head="linear")
+    folder = tmp_path / ds.name / "runs" / result.id
+    t = load_tested(result, folder)
+    shuffled = replace(t.predictions, labels=np.random.default_rng(0).permutation(t.labels))
+    tables = [decide(tested, folder, "c").points for tested in (t, replace(t, predictions=shuffled))]
+    thresholds, sensitivities = ([[row[k] for row in table.rows] for table in tables if table] for k in (2, 3))
+    assert thresholds[0] == thresholds[1]
+    assert sensitivities[0] != sensitivities[1]
+
+
+def test_the_first_metric_chooses_and_the_others_stand_beside_it(study: Study, tmp_path: Path) -> None:
+    done = write_report(tmp_path / "r.html", home=study.home, metrics=["accuracy", "log_loss"], images=False)
+    text = _without_scripts(done.path.read_text("utf-8"))
+    assert "test accuracy of" in done.headlines[0]
+    assert "test accuracy (always " in text
+    assert "log loss</th>" in text
+    assert "--metric accuracy,log_loss" in text
+    (part,) = collect_parts([NAME], home=study.home, metrics=["log_loss"])
+    best, *others = choose(part.tasks[0], part, resamples=50)[-1].rivals
+    assert all(best.validated <= rival.validated for rival in others)  # a loss: the lowest is best
+    with pytest.raises(UsageError, match="no such metric"):
+        collect_parts([NAME], home=study.home, metrics=["area"])
+    with pytest.raises(ProtocolError, match="two classes"):
+        collect_parts([NAME], home=study.home, metrics=["sensitivity"])
 
 
 def _without_scripts(page: str) -> str:
@@ -158,7 +219,7 @@ def test_runs_alone_make_a_page_that_says_what_is_missing(tmp_path: Path) -> Non
     for images in (True, False):
         done = write_report(tmp_path / "r.html", home=study.home, images=images)
         text = done.path.read_text("utf-8")
-        assert "best on validation" in text
+        assert "Take strong" in text
         if images:
             assert any("no map" in note for note in done.notes)
             assert any("cannot be had" in note for note in done.notes)
@@ -225,7 +286,7 @@ def test_notes_that_name_images_are_left_out(study: Study) -> None:
         "identical with other labels: patient003.png, patient004.png",
         "seen in mrs-jones-4",
     ]
-    assert without_ids(notes, part) == ["3 images are copies", HIDDEN]
+    assert without_names(notes, part, ids=False) == ["3 images are copies", HIDDEN]
 
 
 def test_json_may_stand_in_a_script() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typer.main import get_command
 
 from embcache import cli
 from embcache.probe.results import ProbeResult
-from embcache.report.page.beside import paper_table, paper_value
+from embcache.report.page.beside import learning_curves, paper_table, paper_value
 from embcache.report.page.collect import Part, make_tasks
 from embcache.report.page.provenance import commands
+from tests.probe.build import make_dataset
 from tests.report.build import make_result
 
 
@@ -22,7 +24,7 @@ def _part(*results: ProbeResult, name: str = "pneumonia") -> Part:
 
 
 def _rows(*results: ProbeResult) -> list[tuple[str, ...]]:
-    table = paper_table(make_tasks(results)[0])
+    table = paper_table(make_tasks(results)[0], _part(*results))
     assert table is not None
     return list(table.rows)
 
@@ -48,10 +50,23 @@ def test_the_papers_other_models_stand_below_without_a_row_of_ours() -> None:
     assert all(row[1] == "paper" for row in theirs.values())
 
 
-def test_other_datasets_have_no_rows_of_the_paper() -> None:
-    rows = _rows(make_result(dataset="mine"))
-    assert [row[1] for row in rows] == ["", "ours"]
+def test_private_images_and_other_metrics_are_not_put_beside_the_paper() -> None:
+    for result in (make_result(dataset="mine"), make_result(metric="accuracy"), make_result(request={"target": "sex"})):
+        assert paper_table(make_tasks([result])[0], _part(result)) is None
+    own = make_dataset([0, 1] * 10, name="pneumonia")  # a folder of one's own under the paper's name
+    part = Part("pneumonia", own, "live", "", (), (), 0, Path())
+    assert paper_table(make_tasks([make_result()])[0], part) is None
     assert paper_value("mine", "probe", "dino", "S") is None
+
+
+def test_every_curve_has_its_band_and_the_first_six_are_shown() -> None:
+    results = [make_result(id=f"r{k}", backbones=(f"b{k}",), val_mean=0.5 + k / 100) for k in range(9)]
+    (task,) = make_tasks(results)
+    chart = learning_curves(task, _part(*results, name="mine"), "c")
+    keys = [key for key in chart.legend if not key.name.endswith("the paper's")]
+    assert [key.shown for key in keys] == [True] * 6 + [False] * 3
+    assert keys[0].name == "b8, linear"  # the best on validation
+    assert json.dumps(chart.item).count('"VArea"') == 3 * 9  # drawn, muted, not selected
 
 
 def _probe(**changes: Any) -> ProbeResult:

@@ -38,7 +38,7 @@
     retheme();
   });
   system.addEventListener("change", () => retheme());
-  // On paper each chart is a still picture in light colours, as wide as the sheet: Bokeh would repaint too late.
+  // On paper each chart is a still picture in light colors, as wide as the sheet: Bokeh would repaint too late.
   addEventListener("beforeprint", () => {
     for (const [id, {figure, view}] of plots) {
       const plot = document.getElementById(id);
@@ -58,6 +58,18 @@
     }
     retheme();
   });
+
+  // A table that is wider than its box says so, until it has been scrolled.
+  for (const box of all(".scroll")) {
+    const hint = box.previousElementSibling;
+    const tell = () => {
+      const more = box.scrollWidth > box.clientWidth + 1 && box.scrollLeft + box.clientWidth < box.scrollWidth - 1;
+      box.classList.toggle("more", more);
+      if (hint?.classList.contains("hint")) hint.hidden = !(more && box.scrollLeft === 0);
+    };
+    new ResizeObserver(tell).observe(box);
+    box.addEventListener("scroll", tell, {passive: true});
+  }
 
   const opener = document.getElementById("open-all");
   opener.addEventListener("click", () => {
@@ -117,7 +129,7 @@
           const rows = [...under.values()].slice(0, 6).map(({series, source, row}) => {
             const at = (name) => column(source, name)[row];
             const line = make("p");
-            line.append(make("strong", series.name), make("span", ` ${chart.axes[0]} ${number(at("x"), chart.digits[0])}, ${chart.axes[1]} ${number(at("y"), chart.digits[1])}`));
+            line.append(make("strong", series.name), make("span", ` ${chart.axes[0]} ${number(at("x"), chart.digits[0])}, ${chart.axes[1]} ${number(at("y"), chart.digits[1])}${column(source, "n") ? `, ${number(at("n"), 0)} images` : ""}`));
             return line;
           });
           showTip(...rows);

@@ -1,0 +1,218 @@
+"""Probabilities for another prevalence than training saw: prior correction, and a temperature fitted on validation.
+
+Training sees classes alike where its draws or weights make them so, whatever their share among patients is. The log of
+that share is taken off a model's log probabilities, what is left is divided by the temperature, and the log of the
+wanted prevalence is added. The temperature is applied between the two, so that it never moves the prevalence.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embcache.errors import ProtocolError, UsageError
+from embcache.probe.metrics import FloatArray, IntArray, log_probabilities, softmax
+from embcache.probe.predictions import Predictions
+
+_STEEPEST = 100.0  # inverse temperatures are sought from 1 / 100 to 100
+
+
+@dataclass(frozen=True)
+class Adjust:
+    """What a user asks to be done to the probabilities of every model before they are averaged.
+
+    Attributes
+    ----------
+    prevalence : float or mapping of class name to float, optional
+        Where the models are to be used; a number is that of the positive class of two.
+    calibrate : bool
+        Fit a temperature on each model's own validation rows. Without ``prevalence`` classes are taken to be as
+        frequent as among the validation rows of all models.
+    """
+
+    prevalence: float | Mapping[str, float] | None = None
+    calibrate: bool = False
+
+    def __bool__(self) -> bool:
+        return self.calibrate or self.prevalence is not None
+
+
+def parse_prevalence(text: str | None) -> float | dict[str, float] | None:
+    """``0.1`` or ``a=0.1,b=0.2,c=0.7`` as `Adjust` takes it.
+
+    Raises
+    ------
+    UsageError
+        It is neither.
+    """
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            return float(text)
+        pairs = [part.rpartition("=") for part in text.split(",")]
+        return {name.strip(): float(value) for name, _, value in pairs}
+    except ValueError as error:
+        raise UsageError(
+            "not a prevalence",
+            expected="a number between 0 and 1, or CLASS=NUMBER for each class",
+            found=repr(text),
+            where="--prevalence",
+            fix="--prevalence 0.1",
+        ) from error
+
+
+def prevalence_vector(prevalence: float | Mapping[str, float], class_names: Sequence[str], positive: int) -> FloatArray:
+    """Prevalence of each class, float64 (C,), adding up to 1.
+
+    Raises
+    ------
+    UsageError
+        A single number for more than two classes; another class than these; numbers that are not between 0 and 1 or
+        do not add up to 1.
+    """
+    names, example = list(class_names), ",".join(f"{name}={1 / len(class_names):.2g}" for name in class_names)
+    if isinstance(prevalence, Mapping):
+        given, found = dict(prevalence), ", ".join(f"{name}={value:g}" for name, value in prevalence.items())
+    elif len(names) == 2:
+        given, found = {names[positive]: prevalence, names[1 - positive]: 1 - prevalence}, f"{prevalence:g}"
+    else:
+        raise UsageError(
+            f"one number is the prevalence of the positive class of two, and there are {len(names)} classes",
+            expected="CLASS=NUMBER for each class",
+            found=f"{prevalence:g}",
+            where="--prevalence",
+            fix=f"--prevalence {shlex.quote(example)}",
+        )
+    values = [given.get(name, math.nan) for name in names]
+    if set(given) != set(names) or not all(0 < value < 1 for value in values) or abs(sum(values) - 1) > 1e-3:
+        raise UsageError(
+            "not a prevalence of these classes",
+            expected="a number above 0 and below 1 for each of " + ", ".join(names) + ", together 1",
+            found=found,
+            where="--prevalence",
+            fix="--prevalence 0.1" if len(names) == 2 else f"--prevalence {shlex.quote(example)}",
+        )
+    return np.array(values) / sum(values)
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """How the logits of one model become those of another prevalence.
+
+    Attributes
+    ----------
+    seen : tuple of float
+        Share of each class among what its training saw: alike where draws or weights make them so.
+    prevalence : tuple of float
+        Of each class, where it is to be used.
+    temperature : float
+        Evidence is divided by it: above 1 where the model is too sure.
+    """
+
+    seen: tuple[float, ...]
+    prevalence: tuple[float, ...]
+    temperature: float = 1.0
+
+    def logits(self, logits: NDArray[Any]) -> FloatArray:
+        """Logits (…, C) of the adjusted model."""
+        return evidence(logits, self.seen) / self.temperature + np.log(self.prevalence)
+
+    def probabilities(self, logits: NDArray[Any]) -> FloatArray:
+        """Class probabilities (…, C) of the adjusted model."""
+        return softmax(self.logits(logits))
+
+
+def evidence(logits: NDArray[Any], seen: Sequence[float]) -> FloatArray:
+    """Log p (…, C) less the log of what training saw of each class: the log likelihood of an image, but for a sum."""
+    shares = np.asarray(seen, dtype=np.float64)
+    return log_probabilities(logits) - np.log(np.where(shares > 0, shares, 1 / len(shares)))
+
+
+def adjustments(
+    seen: Sequence[Sequence[float]],
+    validation: Sequence[Predictions],
+    prevalence: FloatArray | None,
+    calibrate: bool,
+) -> list[Adjustment]:
+    """For each model the prior correction, and a temperature where one is asked for.
+
+    Parameters
+    ----------
+    seen : sequence of sequence of float
+        Of each model; see `Adjustment`.
+    validation : sequence of Predictions
+        Of each model alone, its own validation rows; not read without ``calibrate``.
+    prevalence : float64 array of shape (C,), optional
+        Default: the shares of the classes among all validation rows.
+    calibrate : bool
+        Fit temperatures: see `fit_temperature`.
+
+    Raises
+    ------
+    ProtocolError
+        No prevalence is given, and a class has no validation row.
+    """
+    if prevalence is None:
+        names = validation[0].class_names
+        counts = np.bincount(np.concatenate([v.labels for v in validation]), minlength=len(names))
+        if not counts.all():
+            raise ProtocolError(
+                "validation images do not tell how frequent each class is",
+                expected="images of each class",
+                found="none of " + ", ".join(name for name, n in zip(names, counts, strict=True) if not n),
+                fix="--prevalence with a number for each class",
+            )
+        prevalence = counts / counts.sum()
+    prior = tuple(prevalence.tolist())
+    if not calibrate:
+        return [Adjustment(tuple(shares), prior) for shares in seen]
+    return [
+        Adjustment(tuple(shares), prior, fit_temperature(v.labels, evidence(v.logits[0], shares), prevalence))
+        for shares, v in zip(seen, validation, strict=True)
+    ]
+
+
+def fit_temperature(labels: IntArray, logits: FloatArray, prevalence: FloatArray) -> float:
+    """The temperature by which ``logits / temperature + log(prevalence)`` have the smallest log loss.
+
+    Rows are weighted so that classes are as frequent as ``prevalence`` says. Half the squared log of the temperature is
+    added to the summed loss (a normal prior with sd 1), which is nothing beside hundreds of rows: a few rows that are
+    told apart without an error do not make a model infinitely sure.
+
+    Parameters
+    ----------
+    labels : int64 array of shape (m,)
+        Of validation rows.
+    logits : float64 array of shape (m, C)
+        Evidence: see `evidence`.
+    prevalence : float64 array of shape (C,)
+        Of the classes.
+    """
+    if not len(labels):
+        return 1.0
+    weighted = row_weights(labels, prevalence)[:, None] * logits
+    prior, target = np.log(prevalence), np.eye(len(prevalence))[labels]
+    low, high = -math.log(_STEEPEST), math.log(_STEEPEST)  # of the log of the inverse temperature
+    for _ in range(50):
+        middle = (low + high) / 2
+        steep = math.exp(middle)
+        slope = steep * float((weighted * (softmax(steep * logits + prior) - target)).sum()) + middle
+        low, high = (low, middle) if slope > 0 else (middle, high)
+    return math.exp(-(low + high) / 2)
+
+
+def row_weights(labels: IntArray, prevalence: FloatArray) -> FloatArray:
+    """Weights (n,) by which the classes of rows are as frequent as ``prevalence`` (C,) says; their mean is 1.
+
+    Classes without a row have none of the weight.
+    """
+    each = prevalence / np.maximum(np.bincount(labels, minlength=len(prevalence)), 1)
+    weights = each[labels]
+    return np.asarray(weights / weights.mean())

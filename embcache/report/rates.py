@@ -1,0 +1,153 @@
+"""ROC and precision–recall curves and confusion, counted from saved predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from embcache.probe.decisions import against_rest
+from embcache.probe.metrics import FloatArray, IntArray, log_odds
+from embcache.probe.predictions import Predictions
+from embcache.probe.statistics import Estimate
+
+GRID = np.linspace(0, 1, 201)
+"""False positive rates, or recalls, at which the curves of models are averaged."""
+
+
+def rates_at_thresholds(positive: ArrayLike, scores: ArrayLike) -> tuple[IntArray, IntArray]:
+    """Positive and negative rows at or above each distinct score, highest first; int64, (number of scores,) each.
+
+    Parameters
+    ----------
+    positive : array-like of bool, shape (n,)
+        With rows of both kinds.
+    scores : array-like of float, shape (n,)
+        Higher for positive.
+    """
+    side, values = np.asarray(positive, dtype=bool), np.asarray(scores, dtype=np.float64)
+    order = np.argsort(-values, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(values[order])), len(values) - 1)
+    above = np.cumsum(side[order])[last]
+    return above, last + 1 - above
+
+
+def roc_points(positive: ArrayLike, scores: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """False and true positive rates at every distinct threshold, from (0, 0) to (1, 1); parameters as above."""
+    true, false = rates_at_thresholds(positive, scores)
+    return np.append(0.0, false / false[-1]), np.append(0.0, true / true[-1])
+
+
+def precision_recall_points(positive: ArrayLike, scores: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Each recall above 0, ascending, and the precision at the highest threshold that reaches it; parameters as above.
+
+    Precision is constant from one recall to the next, as scikit-learn's average precision takes it to be: lines that
+    join the points would promise precisions that no threshold has.
+    """
+    true, false = rates_at_thresholds(positive, scores)
+    reached = np.flatnonzero(np.diff(true, prepend=0))
+    return true[reached] / true[-1], true[reached] / (true + false)[reached]
+
+
+def roc_at(positive: ArrayLike, scores: ArrayLike) -> FloatArray:
+    """The highest true positive rate at each false positive rate of `GRID`; a step up ends where the next begins."""
+    false, true = roc_points(positive, scores)
+    curve = np.interp(GRID, false, true)
+    curve[0] = true[false == 0].max()
+    return curve
+
+
+def precision_at(positive: ArrayLike, scores: ArrayLike) -> FloatArray:
+    """Precision at the highest threshold that reaches each recall of `GRID`; its mean is close to the AUPRC."""
+    recall, precision = precision_recall_points(positive, scores)
+    return precision[np.searchsorted(recall, GRID - 1e-12)]  # the first is above 0, and the last is 1
+
+
+def mean_curve(
+    labels: IntArray,
+    logits: FloatArray,
+    of_class: int,
+    at: Callable[[ArrayLike, ArrayLike], FloatArray] = roc_at,
+) -> tuple[FloatArray, FloatArray]:
+    """Mean and standard deviation over models of a class's curve at each value of `GRID`.
+
+    Parameters
+    ----------
+    labels : int64 array (n,)
+        True classes.
+    logits : float64 array (K, n, C)
+        By each of K models.
+    of_class : int
+        Against all others, ranked by its log odds.
+    at : callable
+        `roc_at` or `precision_at`.
+
+    Returns
+    -------
+    mean, sd : float64 arrays of shape (201,)
+    """
+    curves = np.stack([at(labels == of_class, odds) for odds in log_odds(logits)[..., of_class]])
+    return curves.mean(0), curves.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(GRID))
+
+
+@dataclass(frozen=True, eq=False)
+class Rates:
+    """One class against the rest: the curve of the models and of their ensemble.
+
+    Attributes
+    ----------
+    name : str
+        Of the class.
+    images, groups : int
+        Of the class, in the test set.
+    share : float
+        Of the class among the test images.
+    mean, sd : float64 arrays of shape (201,)
+        Over the models, at each value of `GRID`.
+    x, y : float64 arrays
+        The ensemble's curve, ready to be drawn with straight lines.
+    estimate, ensemble : Estimate
+        AUC or AUPRC, of the mean over the models and of the ensemble.
+    """
+
+    name: str
+    images: int
+    groups: int
+    share: float
+    mean: FloatArray
+    sd: FloatArray
+    x: FloatArray
+    y: FloatArray
+    estimate: Estimate
+    ensemble: Estimate
+
+
+def class_rates(predictions: Predictions, of_class: int, metric: str) -> Rates:
+    """ROC (``metric="auc"``) or precision–recall curves (``"auprc"``) of a class that occurs, as do others."""
+    at, points = (roc_at, roc_points) if metric == "auc" else (precision_at, precision_recall_points)
+    mean, sd = mean_curve(predictions.labels, predictions.logits, of_class, at)
+    two = against_rest(predictions, of_class)
+    own, one = two.labels == 1, two.ensemble()
+    x, y = points(own, one.logits[0, :, 1] - one.logits[0, :, 0])
+    if metric == "auprc":
+        x, y = np.append(0.0, np.repeat(x, 2)[:-1]), np.repeat(y, 2)  # as steps
+    return Rates(
+        name=predictions.class_names[of_class],
+        images=int(own.sum()),
+        groups=len(np.unique(two.groups[own])),
+        share=float(own.mean()),
+        mean=mean,
+        sd=sd,
+        x=x,
+        y=y,
+        estimate=two.estimate(metric),
+        ensemble=one.estimate(metric),
+    )
+
+
+def confusion(labels: IntArray, logits: FloatArray) -> IntArray:
+    """Images of each true class (rows) that logits (n, C) call each class (columns); int64 of shape (C, C)."""
+    n_classes = logits.shape[1]
+    return np.bincount(labels * n_classes + logits.argmax(1), minlength=n_classes**2).reshape(n_classes, n_classes)
