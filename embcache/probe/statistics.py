@@ -486,7 +486,7 @@ def compare(
     one: Scores,
     other: Scores,
     *,
-    overlap: float | None = None,
+    overlap: float | tuple[float, float] | None = None,
     folds: int | None = None,
     margin: float | None = None,
     level: float = 0.95,
@@ -497,9 +497,10 @@ def compare(
     ----------
     one, other : Scores
         As `sample` makes them, with the same resamples.
-    overlap : float, optional
+    overlap : float or (float, float), optional
         Mean share of training rows that two models have in common. With it, and with the same number of models on both
-        sides, the difference is one of the procedures (a model trained anew on other rows), else of these models.
+        sides, the difference is one of the procedures (a model trained anew on other rows), else of these models. Of
+        two different numbers (training sets of two sizes, say) each side has its own variance of training.
     folds : int, optional
         Folds of one repeat; default the number of models.
     margin : float, optional
@@ -520,14 +521,20 @@ def compare(
     v, df = float(((contrast @ moves) ** 2).sum()), _difference_df(one, other, contrast, moves)
     if v <= 1e-24:  # all groups agree: no less than what a share of disagreeing images of that many groups could be
         v, df = _unseen(one), math.inf
-    trained = k == k_other > 1 and overlap is not None and overlap <= LARGEST_OVERLAP
+    shares = overlap if isinstance(overlap, tuple) else None if overlap is None else (overlap, overlap)
+    trained = k == k_other > 1 and shares is not None and max(shares) <= LARGEST_OVERLAP
     if trained:
-        assert overlap is not None
-        apart = moves[:k] - moves[k:]
-        sigma2, _ = _training_variance(one.values - other.values, apart @ apart.T, overlap)
-        extra = sigma2 * (1 / k + (1 - 1 / k) * overlap)
-        df = _satterthwaite((v, df), (extra, (folds or k) - 1))
-        v += extra
+        assert shares is not None
+        a, b = moves[:k], moves[k:]
+        sides = [(one.values - other.values, a - b)]  # of paired folds
+        if abs(shares[0] - shares[1]) > 0.01:
+            sides = [(one.values, a), (other.values, b)]
+        parts = []
+        for (values, own), share in zip(sides, shares, strict=False):
+            sigma2, _ = _training_variance(values, own @ own.T, share)
+            parts.append((sigma2 * (1 / k + (1 - 1 / k) * share), (folds or k) - 1.0))
+        df = _satterthwaite((v, df), *parts)
+        v += sum(extra for extra, _ in parts)
     if v == 0:
         return Difference(difference, None, None, None, None, trained, "no variation among the test groups")
     error, t = math.sqrt(v), _t(level, df)
