@@ -45,7 +45,7 @@ def use_fonts(figure: Figure) -> None:
         _tell_missing("".join(sorted(missing)))
 
 
-def width(text: str, size: float) -> float:
+def text_width(text: str, size: float) -> float:
     """Inches that the longest line of a text takes at a size in points."""
     font = FontProperties(family=_families(text), size=size)
     with no_warnings():
@@ -60,11 +60,13 @@ def wrap(text: str, size: float, inches: float) -> str:
         line = ""
         for word in paragraph.split(" "):
             longer = f"{line} {word}" if line else word
-            if line and width(longer, size) > inches:
+            if line and text_width(longer, size) > inches:
                 lines.append(line)
                 longer = word
-            while width(longer, size) > inches and len(longer) > 1:
-                kept = next(n for n in range(len(longer) - 1, 0, -1) if n == 1 or width(longer[:n], size) <= inches)
+            while text_width(longer, size) > inches and len(longer) > 1:
+                kept = len(longer) - 1
+                while kept > 1 and text_width(longer[:kept], size) > inches:
+                    kept -= 1
                 lines.append(longer[:kept])
                 longer = longer[kept:]
             line = longer
@@ -75,7 +77,7 @@ def wrap(text: str, size: float, inches: float) -> str:
 def shorten(text: str, size: float, inches: float) -> str:
     """A text without its middle where it would not fit a width: names often differ at their ends."""
     short, kept = text, len(text)
-    while width(short, size) > inches and kept > 2:
+    while text_width(short, size) > inches and kept > 2:
         kept -= 1
         short = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
     return short
@@ -114,7 +116,7 @@ def add_legend(
     """
     em, room = size / 72, figure.get_figwidth() - 2 * _MARGIN
     texts = {label: shorten(label, size, room - (handle + 0.5) * em) for label in handles}
-    entry = max(width(text, size) for text in texts.values()) + (handle + 0.5 + 1.5) * em
+    entry = max(text_width(text, size) for text in texts.values()) + (handle + 0.5 + 1.5) * em
     columns = min(max(1, int((room + 1.5 * em) / entry)), len(texts))
     said = [title] if title else []
     if weights is not None and len(texts) > columns * _ROWS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -13,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from embcache.analysis.lettering import add_legend, add_title, no_warnings, shorten, use_fonts, wrap
+from embcache.analysis.lettering import add_legend, add_title, no_warnings, shorten, text_width, use_fonts, wrap
 from embcache.paths import replace_file
 
 # Okabe and Ito's colours (2008), told apart with every common kind of colour vision; markers serve print in grey.
@@ -308,8 +307,7 @@ def plot_rates(
         Stands above the legend.
     """
     told = [curve for curve in curves if curve.label]
-    labels = ["\n".join(textwrap.wrap(_plain(curve.label), 92)) for curve in told]
-    note = "\n".join(part for line in note.split("\n") for part in textwrap.wrap(_plain(line), 96))
+    labels, note = [_plain(wrap(curve.label, 8, 5.7)) for curve in told], _plain(wrap(note, 8, 6.1))
     lines = sum(label.count("\n") + 1 for label in labels) + 1 + note.count("\n")
     figure = Figure(figsize=(6.4, 5.9 + 0.17 * lines + (1.0 if counts else 0.0)), layout="constrained")
     ratios = (5.2, 1.0) if counts else (1.0,)
@@ -347,7 +345,7 @@ def plot_rates(
         strip.set_ylim(0, max(counts) * 1.35)
         strip.tick_params(axis="y", labelsize=7)
     (below or [above])[-1].set_xlabel(_plain(axes[0]), fontsize=9)
-    above.set_title(_plain(title), fontsize=10)
+    above.set_title(_plain(wrap(title, 10, 5.6)), fontsize=10)
     figure.legend(
         handles, labels, loc="outside lower center", ncols=1, frameon=False, fontsize=8, title=note or None,
         title_fontsize=8, alignment="left",
@@ -363,7 +361,10 @@ def plot_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str, 
     n = len(names)
     each = 0.85 if n <= 10 else 0.6 if n <= 20 else 0.42 if n <= _NUMBERED else 0.14
     size = 5.5 if each < 0.5 else 7 if n > 10 else 9
-    figure = Figure(figsize=(max(4.2, each * n + 2.2), max(3.6, each * n + 1.6)), layout="constrained")
+    small = 8 if n <= 20 else 6 if n <= _NUMBERED else 4
+    shown = [shorten(name, small, 1.6) for name in names]
+    room = max(text_width(name, small) for name in shown)  # inches of names beside and below
+    figure = Figure(figsize=(max(4.2, each * n + 1.9 + room), max(3.6, each * n + 1.2 + room)), layout="constrained")
     axis = figure.subplots()
     rows = counts.sum(1, keepdims=True)
     shares = counts / np.maximum(rows, 1)
@@ -374,26 +375,22 @@ def plot_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str, 
             share = f"\n{shares[row, column]:.0%}".replace("%", " %") if rows[row, 0] else ""
             colour = "white" if shares[row, column] > 0.55 else "black"
             axis.text(column, row, f"{count:,}{share}", ha="center", va="center", color=colour, fontsize=size)
-    shown = [_plain(_cut(name)) for name in names]
-    small = 8 if n <= 20 else 6 if n <= _NUMBERED else 4
     axis.set_xticks(
         range(n),
-        shown,
+        [_plain(name) for name in shown],
         fontsize=small,
         rotation=40 if n <= _NUMBERED else 90,
         ha="right" if n <= _NUMBERED else "center",
     )
     axis.set_yticks(
-        range(n), [f"{name} ({int(total):,})" for name, total in zip(shown, rows[:, 0], strict=True)], fontsize=small
+        range(n),
+        [f"{_plain(name)} ({int(n_of):,})" for name, n_of in zip(shown, rows[:, 0], strict=True)],
+        fontsize=small,
     )
     axis.set_xlabel("predicted class", fontsize=9)
     axis.set_ylabel("true class (test images)", fontsize=9)
-    axis.set_title(_plain(title), fontsize=10)
+    add_title(figure, title, 10)
     return _save(figure, target)
-
-
-def _cut(text: str, most: int = 28) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def plot_heads(pixels: NDArray[np.uint8], heads: NDArray[np.float32], title: str, target: Path) -> Path:

@@ -301,7 +301,8 @@ def print_results(results: Sequence[ProbeResult], *, ids: bool = False) -> None:
         if result.metric == "accuracy" and result.majority is not None:
             others.append((f"always {result.majority[0]}", "accuracy", f"{result.majority[1]:.4f}", ""))
         for name, *numbers in others:
-            rows.append(["", "", f"  {name}", "", "", "", *numbers, "", "", *[""] * len(last)])
+            tested = f"{result.by_group['groups']:,} groups" if name.startswith("by patient") else ""
+            rows.append(["", "", f"  {name}", "", "", tested, *numbers, "", "", *[""] * len(last)])
     print_table(headers, rows, notes=_notes(results))
 
 

@@ -173,6 +173,8 @@ def _confusion(one: Predictions) -> list[list[int]]:
 def _notes(two: Predictions, adjust: Adjust, models: Sequence[Adjustment], names: Sequence[str]) -> list[str]:
     positive, own = two.class_names[1], float(two.labels.mean())
     notes = ["one model: its numbers are those of the ensemble"] if len(two.logits) == 1 else []
+    if adjust:
+        notes.append("scores and confusion matrix are of the models' own probabilities; what is below is adjusted")
     if adjust.prevalence is None:
         notes.append(
             f"PPV, NPV and calibration are at the test set's prevalence of {positive}, {own:.3f}; where it is another, "

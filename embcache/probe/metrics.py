@@ -8,6 +8,7 @@ called: its import takes longer than most probes train, and its input checks lon
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -123,12 +124,14 @@ def positive_class(class_names: Sequence[str], asked: str | None = None) -> int:
     """
     if asked is not None:
         if asked not in class_names:
+            plain = {name.casefold(): name for name in class_names}
+            near = difflib.get_close_matches(asked.casefold(), plain, n=1)
             raise UsageError(
                 "there is no such class to be the positive one",
                 expected=", ".join(class_names),
                 found=asked,
                 where="--positive",
-                fix=f"--positive {shlex.quote(class_names[-1])}",
+                fix=f"--positive {shlex.quote(plain[near[0]]) if near else 'CLASS'}",
             )
         return list(class_names).index(asked)
     negative = [_is_negative(name) for name in class_names]
@@ -173,7 +176,14 @@ def find_metric(name: str | Metric, n_classes: int) -> Metric:
     elif at and at[1] != at[3]:
         metric = _at(at[1], float(at[2]))
     else:
-        raise UsageError("there is no such metric", expected=", ".join(METRICS), found=name, where="--metric")
+        near = difflib.get_close_matches(key, METRICS, n=1)
+        raise UsageError(
+            "there is no such metric",
+            expected=", ".join(METRICS),
+            found=name,
+            where="--metric",
+            fix=f"--metric {near[0]}" if near else None,
+        )
     if metric.binary and n_classes != 2:
         raise ProtocolError(
             f"the metric {metric.key} is for two classes",
@@ -383,12 +393,7 @@ def _confusion(y: IntArray, z: FloatArray) -> Weighted:
     """Weighted confusion matrices (B, C, C), rows true and columns predicted."""
     n = z.shape[1]
     cells = y * n + z.argmax(1)
-
-    def tables(weights: FloatArray) -> FloatArray:
-        counted = [np.bincount(cells, row, n * n) for row in weights]
-        return np.asarray(counted, dtype=np.float64).reshape(len(weights), n, n)
-
-    return tables
+    return lambda w: np.asarray([np.bincount(cells, row, n * n) for row in w], dtype=np.float64).reshape(len(w), n, n)
 
 
 def _of_confusion(read: Callable[[FloatArray, int], FloatArray]) -> Callable[[IntArray, FloatArray, int], Weighted]:

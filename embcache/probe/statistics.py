@@ -483,8 +483,10 @@ def _widened(
 
 def _satterthwaite(*parts: tuple[float, float]) -> float:
     """Degrees of freedom of a sum of variances, each with its own; the fewest where all are 0."""
-    total = sum(v for v, _ in parts)
-    return total**2 / sum(v**2 / df for v, df in parts) if total > 0 else min(df for _, df in parts)
+    total, spread = sum(v for v, _ in parts), sum(v**2 / df for v, df in parts)
+    if total == 0:
+        return min(df for _, df in parts)
+    return total**2 / spread if spread > 0 else math.inf
 
 
 def _t(level: float, df: float) -> float:
@@ -497,7 +499,7 @@ def compare(
     one: Scores,
     other: Scores,
     *,
-    overlap: float | None = None,
+    overlap: float | tuple[float, float] | None = None,
     folds: int | None = None,
     margin: float | None = None,
     level: float = 0.95,
@@ -508,9 +510,10 @@ def compare(
     ----------
     one, other : Scores
         As `sample` makes them, with the same resamples.
-    overlap : float, optional
+    overlap : float or (float, float), optional
         Mean share of training rows that two models have in common. With it, and with the same number of models on both
-        sides, the difference is one of the procedures (a model trained anew on other rows), else of these models.
+        sides, the difference is one of the procedures (a model trained anew on other rows), else of these models. Of
+        two different numbers (training sets of two sizes, say) each side has its own variance of training.
     folds : int, optional
         Folds of one repeat; default the number of models.
     margin : float, optional
@@ -521,26 +524,32 @@ def compare(
     from scipy.special import stdtr
 
     difference, why = one.mean - other.mean, one.test.too_few(one.metric)
+    if not why and not math.isfinite(difference):
+        why = "no value"
+    if why:
+        return Difference(difference, None, None, None, None, False, why)
     moves = _joined(one, other)
     k, k_other = len(one.values), len(other.values)
     contrast = np.r_[np.full(k, 1 / k), np.full(k_other, -1 / k_other)]
     v, df = float(((contrast @ moves) ** 2).sum()), _difference_df(one, other, contrast, moves)
     if v <= _NOTHING:  # all groups agree: no less than what a share of disagreeing images of that many groups could be
         v, df = _unseen(one), math.inf
-    trained = k == k_other > 1 and overlap is not None and overlap <= LARGEST_OVERLAP
+    shares = overlap if isinstance(overlap, tuple) else None if overlap is None else (overlap, overlap)
+    trained = k == k_other > 1 and shares is not None and max(shares) <= LARGEST_OVERLAP
     if trained:
-        assert overlap is not None
-        apart = moves[:k] - moves[k:]
-        sigma2, _ = _training_variance(one.values - other.values, apart @ apart.T, overlap)
-        extra = sigma2 * (1 / k + (1 - 1 / k) * overlap)
-        df = _satterthwaite((v, df), (extra, (folds or k) - 1))
-        v += extra
-    if not why and not math.isfinite(difference):
-        why = "no value"
-    if not why and v == 0:
-        why = "no variation among the test groups"
-    if why:
-        return Difference(difference, None, None, None, None, trained, why)
+        assert shares is not None
+        a, b = moves[:k], moves[k:]
+        sides = [(one.values - other.values, a - b)]  # of paired folds
+        if abs(shares[0] - shares[1]) > 0.01:
+            sides = [(one.values, a), (other.values, b)]
+        parts = []
+        for (values, own), share in zip(sides, shares, strict=False):
+            sigma2, _ = _training_variance(values, own @ own.T, share)
+            parts.append((sigma2 * (1 / k + (1 - 1 / k) * share), (folds or k) - 1.0))
+        df = _satterthwaite((v, df), *parts)
+        v += sum(extra for extra, _ in parts)
+    if v == 0:
+        return Difference(difference, None, None, None, None, trained, "no variation among the test groups")
     error, t = math.sqrt(v), _t(level, df)
 
     return Difference(

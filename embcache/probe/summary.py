@@ -268,7 +268,10 @@ def in_metric(result: ProbeResult, metric: str, home: PathLike | None) -> ProbeR
         return result
     run = runs_dir(result.dataset, home) / result.id
     found = scored(replace(result, metric=key), load_run_predictions(result, run), result.positive or None)
-    held = load_predictions(run, "validation")
+    try:
+        held = load_predictions(run, "validation")
+    except StoreError:  # one damaged file must not end a listing; the test scores are there
+        return replace(found, folds=tuple(replace(fold, val_score=None) for fold in found.folds), val_mean=None)
     columns = [f"logit_{c}" for c in range(len(result.class_names))]
     positive = positive_class(result.class_names, result.positive or None)
     values = {
@@ -320,7 +323,7 @@ def load_validation(result: ProbeResult, run: Path) -> list[Predictions]:
             "operating points and --calibrate need the run's predictions of validation images",
             found=error.found,
             where=run / "validation.parquet",
-            fix="make the run again with --again",
+            fix="embcache probe --again …, as the run was made",
         ) from error
     return [
         Predictions(
@@ -352,7 +355,7 @@ def adjust_models(result: ProbeResult, run: Path, asked: Adjust) -> list[Adjustm
         raise StoreError(
             "the run was made by a version that did not record how often training saw each class",
             where=run,
-            fix="make the run again with --again",
+            fix="embcache probe --again …, as the run was made",
         )
     names, prevalence = result.class_names, None
     if asked.prevalence is not None:

@@ -393,11 +393,12 @@ def doubling(scores: Sequence[Scores], tested: Sequence[Tested]) -> Difference:
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     slope = float(sum(w * s.mean for w, s in zip(weights, scores, strict=True)))
     why = scores[0].test.too_few(scores[0].metric) or ("" if np.isfinite(slope) else "no value")
+    df = min(s.df for s in scores)
     moves = sum(w * (s.moves if s.draws is None else s.draws).mean(0) for w, s in zip(weights, scores, strict=True))
     if scores[0].draws is not None:
         moves = moves[np.isfinite(moves)]
-        moves = (moves - moves.mean()) / math.sqrt(max(1, len(moves) - 1))
-    parts = [(float((moves**2).sum()), min(s.df for s in scores))]
+        moves = (moves - moves.mean()) * math.sqrt((df + 1) / df / max(1, len(moves) - 1))
+    parts = [(float((moves**2).sum()), df)]
     for w, s, t in zip(weights, scores, tested, strict=True):
         k, own = len(s.values), t.predictions
         found = estimate(s, own.overlap, own.folds)
@@ -405,11 +406,9 @@ def doubling(scores: Sequence[Scores], tested: Sequence[Tested]) -> Difference:
             parts.append((w**2 * found.training_variance * (1 / k + (1 - 1 / k) * own.overlap), own.folds - 1))
     trained = len(parts) == 1 + len(scores)
     variance = sum(v for v, _ in parts[: None if trained else 1])
-    why = why or ("no variation among the test groups" if variance == 0 and slope else "")
+    why = why or ("" if variance > 0 else "no variation among the test groups")
     if why:
         return Difference(slope, None, None, None, None, trained, why)
-    if variance == 0:
-        return Difference(0.0, (0.0, 0.0), 1.0, 0.0, None, trained)
     df = variance**2 / sum(v**2 / d for v, d in parts[: None if trained else 1])  # Satterthwaite
     error, t95 = math.sqrt(variance), float(stdtrit(df, 0.975))
     p = float(2 * stdtr(df, -abs(slope) / error))

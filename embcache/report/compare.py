@@ -218,7 +218,7 @@ def difference(
 ) -> Difference:
     """Of a result from a reference, by scores on the same test rows."""
     overlaps = [x.predictions.overlap for x in (t, reference)]
-    shared = None if None in overlaps else float(np.mean([o for o in overlaps if o is not None]))
+    shared = None if overlaps[0] is None or overlaps[1] is None else (overlaps[0], overlaps[1])
     return compare(scores, against, overlap=shared, folds=t.predictions.folds, margin=margin)
 
 
@@ -242,7 +242,7 @@ def load_tested(result: ProbeResult, path: Path) -> Tested:
             f"the test labels of run {result.id} are not known, so its predictions cannot be scored",
             expected="a run with --test local, or on a dataset whose test labels are public",
             found=f"{result.kind} on {result.dataset}, test set {result.test_set}",
-            fix="embcache results",
+            fix=f"embcache probe --test local --dataset {result.dataset} --head {result.head} --subset {result.subset}",
         )
     return Tested(result, load_run_predictions(result, path))
 

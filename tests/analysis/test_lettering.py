@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axis import Tick, XTick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
@@ -44,12 +45,25 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Figure]:
 
 def check_nothing_is_cut(figure: Figure) -> None:
     whole = figure.bbox
+    ticks = [tick for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for tick in axis.get_major_ticks()]
+    beyond = {tick.label1 for tick in ticks if not _in_view(tick)}  # matplotlib does not draw these
     for text in figure.findobj(Text):
-        if not text.get_text() or not text.get_visible() or (text.axes is not None and not text.axes.axison):
+        if (
+            text in beyond
+            or not text.get_text()
+            or not text.get_visible()
+            or (text.axes is not None and not text.axes.axison)
+        ):
             continue
         box = text.get_window_extent()
         inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
         assert inside, f"{text.get_text()!r} at {box.bounds} in {whole.bounds}"
+
+
+def _in_view(tick: Tick) -> bool:
+    axis = tick.axes.xaxis if isinstance(tick, XTick) else tick.axes.yaxis
+    low, high = sorted(axis.get_view_interval())
+    return bool(low <= tick.get_loc() <= high)
 
 
 def check_apart(figure: Figure) -> None:
@@ -123,6 +137,15 @@ def test_other_figures_are_not_cut(drawn: Callable[[], Figure], tmp_path: Path) 
         )
         check_nothing_is_cut(drawn())
         check_apart(drawn())
+    for classes in (2, 12):
+        names = [f"{LONG.format(k)}, and more" for k in range(classes)]
+        title = f"run of {name} with a long title, which needs more than one line\nensemble of 5 models, accuracy 0.93"
+        plots.plot_confusion(np.eye(classes, dtype=np.int64) * 1234, names, title, tmp_path / "m.png")
+        check_nothing_is_cut(drawn())
+        rates = [Curve(f"{c}: AUC 0.912 (0.880 to 0.941)", (0.0, 1.0), (0.0, 1.0), *[(0.0, 0.9)] * 2) for c in names]
+        plots.plot_rates(rates, title, tmp_path / "r.png", axes=("1 − specificity", "sensitivity"), note=title)
+        check_nothing_is_cut(drawn())
+        check_apart(drawn())
     cells = [Cell(np.zeros((40, 60, 3), np.uint8), f"…st/NORMAL/IM-0001.jpeg\n{LONG} · train\n0.83 · same group")] * 3
     plots.plot_sheet([(name, cells), (name, cells[:1])], f"nearest in cached features: {name}", tmp_path / "s.png")
     check_nothing_is_cut(drawn())
@@ -171,10 +194,10 @@ def test_fonts_installed_after_matplotlib_made_its_list_are_found(monkeypatch: p
 def test_texts_are_wrapped_and_shortened_to_a_width() -> None:
     text = "one two three four " + "x" * 60 + " 肺炎"
     lines = lettering.wrap(text, 10, 1.5).split("\n")
-    assert all(lettering.width(line, 10) <= 1.5 for line in lines)
+    assert all(lettering.text_width(line, 10) <= 1.5 for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     short = lettering.shorten("lesion number 17 of the left hand", 10, 1.0)
-    assert lettering.width(short, 10) <= 1.0
+    assert lettering.text_width(short, 10) <= 1.0
     assert short.startswith("les")
     assert short.endswith("hand")
     assert lettering.shorten("short", 10, 1.0) == "short"

@@ -65,14 +65,14 @@ def test_advice_to_other_flags_is_left_out() -> None:
         advise_only(None)
 
 
-@pytest.mark.parametrize("command", ["probe", "rank", "splits export"])
+@pytest.mark.parametrize("command", ["probe", "splits export"])
 def test_a_rare_class_is_told_with_what_the_command_can_do(home: Path, command: str) -> None:
     ds = make_dataset([0, 1] * 40 + [2] * 3)
     put_store(home, ds, "a", make_features(ds))
     with pytest.raises(ProtocolError) as caught:
         cli(*command.split(), "--dataset", "toy", "--home", str(home))
     fix = str(caught.value.fix)
-    assert ("--folds" in fix) == (command != "rank")
+    assert "--folds" in fix
     assert "--drop-class c" in fix
     assert "--merge-class c+OTHER=NEW" in fix
     cli(*command.split(), "--dataset", "toy", "--home", str(home), "--drop-class", "c")

@@ -144,7 +144,7 @@ def test_the_metric_that_chooses_epochs_is_part_of_the_request(cached: ImageData
     for fold in loss.folds:
         part = held[held["fold"] == fold.fold]
         p = softmax(part[["logit_0", "logit_1"]].to_numpy())
-        assert fold.val_score == pytest.approx(-log_loss(part["label"], p))  # negated: higher is better
+        assert fold.val_score == pytest.approx(log_loss(part["label"], p))
     assert (
         probe_features(cached, "a", home=home, metric="auprc").id
         != probe_features(cached, "a", home=home, metric="auprc", positive="a").id

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from scipy.special import softmax
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import cohen_kappa_score, log_loss, roc_auc_score
 
 from embcache.probe.export import export_head
 from embcache.probe.metrics import log_odds
@@ -214,3 +214,21 @@ def test_the_validation_score_of_a_run_that_a_loss_chose_is_that_loss(home: Path
         assert result.folds[int(str(fold))].val_score == pytest.approx(wanted)
     losses = [fold.val_score or 0.0 for fold in result.folds]
     assert export_head(result.id, home / "head", home=home).about["fold"] == int(np.argmin(losses))
+
+
+def test_a_doubling_of_a_bootstrapped_score_has_the_variance_of_the_same_resamples() -> None:
+    tested = [at_size(n, [a, a], overlap=None) for n, a in ((20, 0.6), (50, 0.8), (400, 0.85))]
+    found = doubling([t.predictions.scores("kappa") for t in tested], tested)
+    assert not found.trained
+    y = tested[0].labels
+    x = np.log2([20, 50, 400])
+    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    rng, slopes = np.random.default_rng(1), []
+    for _ in range(2000):
+        rows = rng.integers(0, len(y), len(y))
+        kappas = [
+            cohen_kappa_score(y[rows], t.predictions.logits[0, rows].argmax(1), weights="quadratic") for t in tested
+        ]
+        slopes.append(weights @ kappas)
+    assert found.interval is not None
+    assert (found.interval[1] - found.interval[0]) / 2 == pytest.approx(1.98 * np.std(slopes), rel=0.06)

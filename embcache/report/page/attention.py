@@ -17,6 +17,7 @@ from embcache.analysis.run_attention import RunAttention, run_attention
 from embcache.data.classes import target_words
 from embcache.errors import StoreError
 from embcache.paths import slug
+from embcache.probe.metrics import merit
 from embcache.probe.results import ProbeResult, run_file
 from embcache.report.page.choice import Choice
 from embcache.report.page.collect import Part
@@ -99,7 +100,7 @@ def attending_run(part: Part, choices: Sequence[Choice]) -> ProbeResult | None:
     runs = [r for r in part.results if r.kind == "probe" and r.head in ATTENDING and not target_words(r.request)]
     ranked = {rival.result.id for choice in choices for rival in choice.rivals}
     runs = [r for r in runs if r.id in ranked] or runs
-    return max(runs, key=lambda r: (r.head == "dvme", r.n_train, r.val_mean or 0.0), default=None)
+    return max(runs, key=lambda r: (r.head == "dvme", r.n_train, merit(r.metric, r.val_mean)), default=None)
 
 
 def attend(part: Part, result: ProbeResult) -> Attended:

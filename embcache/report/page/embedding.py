@@ -18,6 +18,7 @@ from embcache.errors import EmbcacheError, StoreNotFoundError
 from embcache.paths import slug
 from embcache.probe.cached import cached_backbones
 from embcache.probe.inputs import open_stores
+from embcache.probe.metrics import merit
 from embcache.probe.results import ProbeResult
 from embcache.report.layout import signed
 from embcache.report.page.choice import Choice
@@ -164,7 +165,7 @@ def _fused_run(part: Part, choices: Sequence[Choice], features: dict[str, NDArra
     ]
     ranked = {rival.result.id for choice in choices for rival in choice.rivals}
     runs = [r for r in runs if r.id in ranked] or runs
-    return max(runs, key=lambda r: (r.head == "dvme", r.n_train, r.val_mean or 0.0), default=None)
+    return max(runs, key=lambda r: (r.head == "dvme", r.n_train, merit(r.metric, r.val_mean)), default=None)
 
 
 def _mixed(shown: Shown) -> Shown:

@@ -162,8 +162,10 @@ def summary_table(sections: Sequence[TaskSection]) -> Table:
         loss = METRICS[section.task.metric].loss if section.task.metric in METRICS else False
         for choice in section.choices:
             best, e = choice.chosen, choice.chosen.row.estimate
-            if e.new_model is None and e.why:
-                notes[f"{choice.n_train:,} labels: {e.why}"] = None
+            why = [e.why] if e.new_model is None and e.why else []
+            notes |= dict.fromkeys(
+                f"{choice.n_train:,} labels: {note}" for note in (*why, *training_notes(best.result))
+            )
             rows.append(
                 (
                     *([f"{section.task.title} ({metrics[section.task.title]})"] if several else []),
@@ -374,6 +376,7 @@ def _subgroups(
         )
     except EmbcacheError as error:
         return Table("subgroups", "Subgroups", ("",), (), (f"not made: {error.problem}",))
+    told = [note for note in told if note not in best.result.left_out]
     rows = [
         (
             s.column or "all", s.value, f"{s.n_images:,}", f"{s.n_groups:,}",
