@@ -35,7 +35,7 @@ def make_world(folder: Path) -> None:
 
 
 def _pneumonia(root: Path) -> None:
-    for split, number, first in (("train", 40, 100), ("test", 12, 1)):
+    for split, number, first in (("train", 70, 100), ("test", 12, 1)):
         for k in range(number):
             pathogen = "virus" if k % 4 == 1 else "bacteria"
             name = (
