@@ -37,6 +37,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/tsne.py
+	$(BIN)/python benchmarks/statistics.py
 	$(BIN)/python benchmarks/eva.py
 
 # Hostile files, with limits on time and memory: make fuzz MINUTES=60. What fails is kept in fuzz-failures/.

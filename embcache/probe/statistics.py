@@ -539,11 +539,12 @@ def compare(
     if trained:
         assert shares is not None
         a, b = moves[:k], moves[k:]
-        sides = [(one.values - other.values, a - b)]  # of paired folds
         if abs(shares[0] - shares[1]) > 0.01:
-            sides = [(one.values, a), (other.values, b)]
+            sides = [(one.values, a, shares[0]), (other.values, b, shares[1])]
+        else:  # of paired folds
+            sides = [(one.values - other.values, a - b, sum(shares) / 2)]
         parts = []
-        for (values, own), share in zip(sides, shares, strict=False):
+        for values, own, share in sides:
             sigma2, _ = _training_variance(values, own @ own.T, share)
             parts.append((sigma2 * (1 / k + (1 - 1 / k) * share), (folds or k) - 1.0))
         df = _satterthwaite((v, df), *parts)
@@ -551,7 +552,6 @@ def compare(
     if v == 0:
         return Difference(difference, None, None, None, None, trained, "no variation among the test groups")
     error, t = math.sqrt(v), _t(level, df)
-
     return Difference(
         difference,
         (difference - t * error, difference + t * error),

@@ -552,8 +552,35 @@ def test_a_comparison_of_procedures_adds_the_variance_of_training() -> None:
     df = v**2 / (v_test**2 / df_test + extra**2 / 4)
     assert found.p == pytest.approx(2 * student.sf(abs(found.difference) / math.sqrt(v), df), rel=1e-3)
     assert found.trained
+    assert compare(one, other, overlap=(0.75, 0.75), folds=5) == found
     assert not compare(one, other, overlap=0.95).trained
+    assert not compare(one, other, overlap=(0.5, 0.95)).trained
     assert not compare(one, scored("auc", test, z[5:7]), overlap=0.75).trained
+
+
+def test_training_sets_of_two_sizes_have_their_own_variances() -> None:
+    test, z = patients(6, n_groups=40, models=10)
+    unlike = 0.8 * np.linspace(-1, 1, 5)[:, None, None] * (test.labels[:, None] == np.arange(2))
+    one, other = (scored("auc", test, q) for q in (z[:5] + unlike, z[5:] - 2 * unlike))
+    found, back = compare(one, other, overlap=(0.4, 0.8)), compare(other, one, overlap=(0.8, 0.4))
+    moves, parts = (one.moves - other.moves).mean(0), []
+    for side, o in ((one, 0.4), (other, 0.8)):
+        pairs = [((side.moves[i] - side.moves[j]) ** 2).sum() for i, j in combinations(range(5), 2)]
+        sigma2 = max(0, side.values.var(ddof=1) - np.mean(pairs) / 2) / (1 - o)
+        parts.append(sigma2 * (1 / 5 + 4 / 5 * o))
+    assert all(parts)
+    v = (moves**2).sum() + sum(parts)
+    assert found.interval is not None
+    t = width(found.interval) / 2 / math.sqrt(v)
+    assert student.ppf(0.975, 39) < t < student.ppf(0.975, 4)
+    assert found.p == pytest.approx(back.p)
+
+
+def test_a_value_that_cannot_be_told_is_said() -> None:
+    test, z = patients(6)
+    nobody = scored("ppv", test, z + np.array([1e3, 0.0]))
+    assert (estimate(nobody).why, estimate(nobody).interval) == ("no value", None)
+    assert compare(nobody, scored("ppv", test, z)).why == "no value"
 
 
 @pytest.mark.parametrize("key", sorted(METRICS))
