@@ -249,5 +249,5 @@ def main(description: str | None) -> None:
             print(f"{time.process_time() - began:.0f} s: {cell.section}, {cell.title}", file=sys.stderr)
         print(flush=True)
     used = f"{time.process_time() - began:,.0f} s of processors"
-    print(f"{asked.repetitions:,} repetitions of a cell ({TRAINED} at most where heads are trained), {RESAMPLES} resamples;"
-          f" before: {OLD} of either at most; {used}; {machine(('numpy', 'scipy', 'scikit-learn'))}")  # fmt: skip
+    print(f"{asked.repetitions:,} repetitions of a cell, {TRAINED} where heads are trained, {RESAMPLES} resamples; "
+          f"before: {OLD} of either at most; {used}; {machine(('numpy', 'scipy', 'scikit-learn'))}")  # fmt: skip

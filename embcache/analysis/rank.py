@@ -277,7 +277,9 @@ def _plan(pool: Pool, subset: str | int, seed: int) -> tuple[Splits, list[str]]:
     if folds < 2 <= sum(count > 0 for count in counts) and str(subset).upper() == "F":
         rows = drawn(pool, seed)
         few = ", ".join(name for name, count in zip(names, counts, strict=True) if count < 2)
-        note = f"ordered by LogME alone: nearest centroid and k-NN need two groups outside the test set of {few}"
+        note = (
+            f"LogME alone: nearest centroid and k-NN need two groups outside the test set, and there are fewer of {few}"
+        )
         return Splits(
             dataset=pool.ds.name, class_names=names, ids=sides.ids, labels=sides.labels, groups=sides.groups,
             test=sides.test, test_set=sides.test_set, train={(0, "F"): rows}, val={(0, "F"): rows[:0]}, subsets=("F",),

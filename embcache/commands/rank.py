@@ -144,10 +144,11 @@ def _print_ranking(ranking: Ranking) -> None:
         f"{ranking.labels_used:,} labels used in all"
     )
     print_table([*headers, *(f"linear {s} ({ranking.probe_labels[s]:,} labels)" for s in subsets)], rows)
+    ordering = "LogME" if math.isnan(ranking.rows[0].knn) else "LogME, nearest centroid and k-NN"
     notes = [
         *ranking.notes,
         "labels: training + validation of a fold",
-        "mean rank: of LogME, nearest centroid and k-NN; the H-score takes no part, it is high for permuted labels too",
+        f"mean rank: by {ordering}; the H-score takes no part, because it is high for permuted labels too",
         "scores use training and validation images only; linear: test score of the saved probe, for comparison",
     ]
     if ranking.correlations:

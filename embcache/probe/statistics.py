@@ -35,6 +35,7 @@ FEWEST_GROUPS = 5
 LARGEST_OVERLAP = 0.9
 """Above it, models that share training rows say too little about a newly trained one."""
 
+_NOTHING = 1e-24  # a variance that is rounding
 _BLOCK = 100  # resamples drawn and scored at a time
 
 
@@ -117,8 +118,8 @@ class Scores:
     lost : float
         Share of resamples without one of the classes.
     null : callable, optional
-        Of AUC and proportions: from a true score to the variance that a score of it would have if every group had one
-        image.
+        Of AUC, proportions and a perfect macro AUC: from a true score to the variance that a score of it would have if
+        every group had one image.
     effect : float
         The design effect that this variance is multiplied with.
     """
@@ -298,12 +299,19 @@ def _auc_scores(metric: Metric, test: TestSet, values: FloatArray, z: FloatArray
         return sum(hanley_mcneil(auc, m, n) for m, n in sizes) / len(classes) ** 2
 
     moves, df = _by_group(influence, group, test.labels)
-    usual = min(plain, null(float(values.mean()))) if sizes else 0.0
+    v, usual = float((moves.mean(0) ** 2).sum()), min(plain, null(float(values.mean()))) if sizes else 0.0
+    if metric.key != "auc" and usual > 0:
+        return Scores(metric, test, values, moves, min(df, _df_of_few(moves.mean(0))))
     present, counts = np.unique(test.labels, return_counts=True)
     alike = max(n / m for n, m in zip(counts, test.alike(present.tolist()), strict=True))
     # DeLong's variance vanishes at a perfect score, Hanley and McNeil's is wrong for scores of unequal spread.
-    effect = float((moves.mean(0) ** 2).sum()) / usual if usual > 0 else alike
-    return Scores(metric, test, values, moves, df, null=null, effect=max(1.0, effect))
+    return Scores(metric, test, values, moves, df, null=null, effect=max(1.0, v / usual) if usual > 0 else alike)
+
+
+def _df_of_few(moves: FloatArray) -> float:
+    """Degrees of freedom of Σ moves², 2n/(kurtosis − 1): where few of n groups make up the variance, as few."""
+    n, v = int((moves != 0).sum()), float((moves**2).sum())
+    return max(2.0, 2 * n / max(1.0, n * float((moves**4).sum()) / v**2 - 1)) if v > 0 else math.inf
 
 
 def _proportion_scores(metric: Metric, test: TestSet, values: FloatArray, z: FloatArray, group: IntArray) -> Scores:
@@ -398,16 +406,21 @@ def _training_variance(values: FloatArray, covariance: FloatArray, overlap: floa
 
 
 def _first_interval(scores: Scores, v: float, level: float) -> tuple[float, float] | None:
-    """Of AUC and proportions a score interval; of the others one on the logit scale of the metric's range."""
+    """Of AUC and proportions a score interval; of the others one on the logit scale of the metric's range.
+
+    On the log scale where the range has no end.
+    """
     mean, low, high, t = scores.mean, scores.metric.low, scores.metric.high, _t(level, scores.df)
     if scores.null is not None:
         null, effect = scores.null, scores.effect
         return _score_interval(mean, lambda true: effect * null(true), t)
     if not math.isfinite(high):
-        half = t * math.sqrt(v) / (mean - low) if mean > low else 0.0
-        return (low + (mean - low) * math.exp(-half), low + (mean - low) * math.exp(half)) if half else None
+        if v <= _NOTHING:
+            return None
+        half = t * math.sqrt(v) / (mean - low)
+        return low + (mean - low) * math.exp(-half), low + (mean - low) * math.exp(half)
     share = (mean - low) / (high - low)
-    if 0 < share < 1 and v > 0:
+    if 0 < share < 1 and v > _NOTHING:
         center, half = math.log(share / (1 - share)), t * math.sqrt(v) / (high - low) / (share * (1 - share))
         ends = tuple(1 / (1 + math.exp(-center - side * half)) for side in (-1, 1))
     else:  # no resample differs: as wide as for a proportion of the fewest groups' images that are all alike
@@ -519,7 +532,7 @@ def compare(
     k, k_other = len(one.values), len(other.values)
     contrast = np.r_[np.full(k, 1 / k), np.full(k_other, -1 / k_other)]
     v, df = float(((contrast @ moves) ** 2).sum()), _difference_df(one, other, contrast, moves)
-    if v <= 1e-24:  # all groups agree: no less than what a share of disagreeing images of that many groups could be
+    if v <= _NOTHING:  # all groups agree: no less than what a share of disagreeing images of that many groups could be
         v, df = _unseen(one), math.inf
     shares = overlap if isinstance(overlap, tuple) else None if overlap is None else (overlap, overlap)
     trained = k == k_other > 1 and shares is not None and max(shares) <= LARGEST_OVERLAP

@@ -64,7 +64,7 @@ def test_compare_prints_a_table_or_data(runs: list[str]) -> None:
     rows = json.loads(embcache("compare", ",".join(runs), "--json", "-").stdout)
     assert [row["run"] for row in rows] == runs
     assert rows[0]["difference"] is None
-    assert rows[1]["difference"] > 0
+    assert rows[1]["difference"]["difference"] > 0
 
 
 def test_subgroups_prints_a_table_or_data(runs: list[str], tmp_path: Path) -> None:
