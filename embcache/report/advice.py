@@ -406,7 +406,7 @@ def doubling(scores: Sequence[Scores], tested: Sequence[Tested]) -> Difference:
             parts.append((w**2 * found.training_variance * (1 / k + (1 - 1 / k) * own.overlap), own.folds - 1))
     trained = len(parts) == 1 + len(scores)
     variance = sum(v for v, _ in parts[: None if trained else 1])
-    why = why or ("" if variance > 0 else "no variation among the test groups")
+    why = why or ("" if variance > 1e-24 else "no variation among the test groups")
     if why:
         return Difference(slope, None, None, None, None, trained, why)
     df = variance**2 / sum(v**2 / d for v, d in parts[: None if trained else 1])  # Satterthwaite

@@ -26,7 +26,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "results.md"
 
 def script(folder: Path) -> Path:
     """The documentation's script as a file."""
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)]
+    (code,) = re.findall(r"```python\n(# head.py.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
     path = folder / "head.py"
     path.write_text(code, encoding="utf-8")
     return path
