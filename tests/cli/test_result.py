@@ -102,7 +102,10 @@ def test_another_prevalence_corrects_what_training_saw(run: str, home: Path) -> 
     a, b = np.mean(p[y == 1] > threshold), np.mean(p[y == 0] <= threshold)
     assert point["sensitivity"]["value"] == pytest.approx(a)
     assert point["ppv"]["value"] == pytest.approx(0.1 * a / (0.1 * a + 0.9 * (1 - b)))
-    assert found["notes"] == ["PPV, NPV and calibration are at the prevalence a=0.9, b=0.1"]
+    assert found["notes"] == [
+        "scores and confusion matrix are of the models' own probabilities; what is below is adjusted",
+        "PPV, NPV and calibration are at the prevalence a=0.9, b=0.1",
+    ]
     assert found["scores"] == data(run)["scores"]  # scores are of the probabilities that predict gives by default
     calibrated = data(run, "--prevalence", "0.1", "--calibrate")
     assert len({model["temperature"] for model in calibrated["adjustments"]}) == 3
@@ -152,7 +155,7 @@ def test_a_run_without_validation_predictions_says_so_once(run: str, home: Path)
     assert sum("kept no predictions of validation images" in note for note in found["notes"]) == 1
     with pytest.raises(StoreError, match="need the run's predictions of validation images") as caught:
         results(run, "--calibrate")
-    assert caught.value.fix == "make the run again with --again"
+    assert str(caught.value.fix).startswith("embcache probe --again")
 
 
 def test_a_run_that_did_not_record_what_training_saw_is_refused(run: str, home: Path) -> None:
