@@ -75,7 +75,7 @@ class EmbcacheError(Exception):
         self.problem, self.expected, self.found, self.where = problem, expected, found, where
         advice = [fix] if isinstance(fix, str) else fix or ()
         self.fix = ", or ".join(filter(_may_advise, advice)) or None
-        parts = (("expected", expected), ("found", found), ("where", where), ("to mend it", self.fix))
+        parts = (("expected", expected), ("found", found), ("where", where), ("try", self.fix))
         lines = [printable(problem)]
         for label, value in parts:
             if value is not None:

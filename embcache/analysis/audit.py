@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
 
 from embcache.data.splits import IntArray, stratified_group_folds
 from embcache.errors import ProtocolError, UsageError
 from embcache.paths import PathLike
 from embcache.probe.heads.logreg import LogReg
 from embcache.probe.inputs import load_features, open_stores
-from embcache.probe.metrics import score
+from embcache.probe.metrics import log_probabilities, score, softmax
+from embcache.probe.prevalence import fit_temperature
 from embcache.probe.protocol import divide
 from embcache.probe.standard import standard_directions
 
@@ -392,30 +391,17 @@ def _calibrated(images: _Images, folds: int, seed: int) -> Float:
         train = np.setdiff1d(np.arange(n), np.concatenate([held, val]))
         asked = np.concatenate([val, held, np.arange(n, len(y))])
         # The head weighs classes alike; their shares in training turn its odds into those of the data.
-        shares = np.log(np.maximum(np.bincount(y[train], minlength=classes), 1) / len(train))
+        shares = np.maximum(np.bincount(y[train], minlength=classes), 1) / len(train)
         best = np.inf
         for strength in _STRENGTHS:
-            logits = _logits(images, train, asked, LogReg(Cs=(strength,))) + shares
-            temperature, loss = _fit_temperature(logits[: len(val)], y[val])
+            logits = _logits(images, train, asked, LogReg(Cs=(strength,)))
+            logits = logits / fit_temperature(y[val], logits[: len(val)], shares) + np.log(shares)
+            loss = -float(log_probabilities(logits[: len(val)])[np.arange(len(val)), y[val]].mean())
             if loss < best:
-                best, p = loss, softmax(logits[len(val) :] / temperature, axis=1)
+                best, p = loss, softmax(logits[len(val) :])
         found[held] = p[: len(held)]
         found[n:] += p[len(held) :] / folds
     return found
-
-
-def _fit_temperature(logits: Float, labels: IntArray) -> tuple[float, float]:
-    """The temperature by which logits (n, C) have the least log loss, and that loss.
-
-    With a standard normal prior on its logarithm: a few images that happen to be separable prove no certainty.
-    """
-
-    def loss(log_temperature: float) -> float:
-        own = log_softmax(logits / np.exp(log_temperature), axis=1)[np.arange(len(labels)), labels]
-        return float(-own.mean() + log_temperature**2 / (2 * len(labels)))
-
-    best = minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded")
-    return float(np.exp(best.x)), float(best.fun)
 
 
 def _logits(

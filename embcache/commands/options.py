@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -166,9 +168,20 @@ def class_options(drop: Sequence[str] | None, merge: Sequence[str] | None) -> Cl
     return ClassOptions(tuple(drop or ()), tuple(merge or ()))
 
 
+def plain(value: Any) -> Any:
+    """JSON data from dataclasses, mappings and sequences; None for numbers that are not finite."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(data: Any, target: str) -> None:
-    """Write ``data`` as indented JSON to the file ``target``, or to stdout when it is ``-``."""
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """Write ``data``, made `plain`, as indented JSON to the file ``target``, or to stdout when it is ``-``."""
+    text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if target == "-":
         sys.stdout.write(text)
         return

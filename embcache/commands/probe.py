@@ -326,7 +326,7 @@ def _row(result: ProbeResult) -> list[str]:
         f"{result.labels_used:,} ({result.n_train:,} + {result.n_val:,})",
         f"{result.test_set} {result.n_test:,}",
         metric_title(result.metric, "" if found is None else found.positive),
-        "not known" if result.mean is None else spread(result.mean, result.std),
+        spread(result.mean, result.std) or ("not known" if found is None else "not defined"),
         bounds(result.interval) or ("" if found is None else found.why),
         "" if result.val_mean is None else f"{result.val_mean:.4f}",
         _range(epochs) if epochs else "",

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import typer
 
-from embcache.commands.options import write_json
+from embcache.commands.options import plain, write_json
 from embcache.commands.table import bounds, print_table, spread
 from embcache.errors import StoreError, printable
 from embcache.probe.decisions import Calibration, OperatingPoint, Value, against_rest, calibration, operating_points
 from embcache.probe.metrics import find_metric, metric_title, positive_class
-from embcache.probe.predictions import Predictions
+from embcache.probe.predictions import Predictions, all_estimates
 from embcache.probe.prevalence import Adjust, Adjustment, row_weights
 from embcache.probe.record import ProbeResult
 from embcache.probe.results import find_run_anywhere
 from embcache.probe.statistics import Estimate
 from embcache.probe.summary import adjust_models, load_run_predictions, load_validation
 from embcache.report.compare import INTERVALS
+from embcache.report.rates import confusion
 
 USUAL = ("auc", "kappa", "auprc", "accuracy", "balanced_accuracy", "f1", "mcc", "brier", "log_loss")
 """Scores that are shown besides the run's own; `auc` is the macro one for more than two classes."""
@@ -61,7 +62,7 @@ class Described:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name; None for what is not a number."""
         data = {name: value for name, value in vars(self).items() if name != "result"}
-        return {"result": self.result.to_json(), **{name: _plain(value) for name, value in data.items()}}
+        return {"result": self.result.to_json(), **{name: plain(value) for name, value in data.items()}}
 
 
 def describe(
@@ -104,8 +105,8 @@ def describe(
     keys = dict.fromkeys(find_metric(m, len(names)).key for m in metrics or [result.metric, *USUAL])
     found = Described(
         result,
-        scores={key: _scores(test, key) for key in keys},
-        confusion=_confusion(test.ensemble()),
+        scores={key: all_estimates(test, key) for key in keys},
+        confusion=confusion(test.labels, test.ensemble().logits[0]).tolist(),
         notes=[f"no scores by patient: {result.by_group['why']}"] if "why" in result.by_group else [],
     )
     if not has_positive:
@@ -154,20 +155,6 @@ def show_run(
         write_json(found.to_json(), json)
     if json != "-":
         _print(found)
-
-
-def _scores(test: Predictions, metric: str) -> dict[str, Estimate]:
-    found = {"": test.estimate(metric), "ensemble": test.ensemble().estimate(metric)}
-    if len(set(test.groups.tolist())) < len(test.groups) and not test.mixed_groups():
-        groups = test.by_group()
-        found |= {"by patient": groups.estimate(metric), "by patient, ensemble": groups.ensemble().estimate(metric)}
-    return {name: e for name, e in found.items() if "ensemble" not in name or len(test.logits) > 1}
-
-
-def _confusion(one: Predictions) -> list[list[int]]:
-    n = len(one.class_names)
-    cells = np.bincount(one.labels * n + one.logits[0].argmax(1), minlength=n * n)
-    return cells.reshape(n, n).tolist()
 
 
 def _notes(two: Predictions, adjust: Adjust, models: Sequence[Adjustment], names: Sequence[str]) -> list[str]:
@@ -281,13 +268,3 @@ def _value(v: Value) -> str:
     if v.value is None:
         return v.why or "–"
     return f"{v.value:.4f}" + (f" ({bounds(v.interval)})" if v.interval else "")
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "__dataclass_fields__"):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

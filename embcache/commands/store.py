@@ -85,9 +85,7 @@ def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption 
     if runs:
         notes.append("runs: " + ", ".join(f"{name} {number}" for name, number in runs.items()) + " (embcache results)")
     notes += [
-        f"{s.dataset}/{s.path.name} is damaged: {s.problem}. embcache info says how to mend it"
-        for s in stores
-        if s.problem
+        f"{s.dataset}/{s.path.name} is damaged: {s.problem}. embcache info says how try" for s in stores if s.problem
     ]
     print_table(headers, rows, notes=[*notes, *map(_go_on, begun)])
 

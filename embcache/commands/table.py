@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Sequence
 
@@ -50,8 +51,10 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, not
 
 
 def spread(mean: float | None, std: float | None) -> str:
-    """``mean ± sd``, as tables show it."""
-    return "" if mean is None else f"{mean:.4f}" + ("" if std is None else f" ± {std:.4f}")
+    """``mean ± sd``, as tables show it; empty where there is none, or it is not defined."""
+    if mean is None or not math.isfinite(mean):
+        return ""
+    return f"{mean:.4f}" + ("" if std is None else f" ± {std:.4f}")
 
 
 def bounds(interval: tuple[float, float] | None, sign: str = "") -> str:

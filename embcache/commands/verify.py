@@ -237,7 +237,7 @@ def _tell_check(check: StoreCheck, repair: bool, tell: Callable[[str], object]) 
     )
     _tell_damage(check.path, check.damage, tell)
     if check.damage and not repair:
-        tell(f"  to mend it: {repair_command(check.path)}")
+        tell(f"  try: {repair_command(check.path)}")
     for note in () if repair and check.damage else check.notes:
         tell(f"  note: {printable(note)}")
 

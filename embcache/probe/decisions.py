@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from embcache.errors import ProtocolError
 from embcache.probe.metrics import METRICS, FloatArray, IntArray, Weighted, log_odds, softmax
 from embcache.probe.predictions import Predictions
-from embcache.probe.statistics import RESAMPLES, Estimate, estimate, sample
+from embcache.probe.statistics import RESAMPLES, Estimate, estimate, sample, t_quantile
 
 BINS = 10
 """Most bins of a reliability curve: equal numbers of images in each, at least `_FEWEST_IN_BIN`."""
@@ -377,11 +377,9 @@ def _wald(fits: Sequence[tuple[float | None, FloatArray]], test: Predictions) ->
     why = test.test.too_few(METRICS["auc"])
     if why:
         return Value(mean, why=why)
-    from scipy.special import stdtrit  # scipy.stats takes a second to import
-
     names, group = np.unique(test.groups.astype(str), return_inverse=True)
     moves = np.bincount(group.reshape(-1), np.mean([influence for _, influence in fits], axis=0))
-    half = float(stdtrit(len(names) - 1, 0.975)) * math.sqrt(len(names) / (len(names) - 1) * float((moves**2).sum()))
+    half = t_quantile(0.95, len(names) - 1) * math.sqrt(len(names) / (len(names) - 1) * float((moves**2).sum()))
     return Value(mean, (mean - half, mean + half))
 
 

@@ -173,6 +173,8 @@ def find_metric(name: str | Metric, n_classes: int) -> Metric:
     at = re.fullmatch(r"(sensitivity|specificity)_at_(\d{1,2}(?:\.\d+)?)_(sensitivity|specificity)", key)
     if key in METRICS:
         metric = METRICS[key]
+        if key == "brier" and n_classes == 2:  # of one probability; of more classes it is a sum
+            metric = replace(metric, high=1.0)
     elif at and at[1] != at[3]:
         metric = _at(at[1], float(at[2]))
     else:
@@ -222,14 +224,26 @@ def score(metric: str | Metric, y: ArrayLike, logits: ArrayLike, positive: int =
     return float(find_metric(metric, z.shape[1]).form(labels, z, positive)(np.ones((1, len(labels))))[0])
 
 
+def known(value: float | None) -> float | None:
+    """A score, or None where it is not defined (a PPV where nothing is called positive)."""
+    return float(value) if value is not None and np.isfinite(value) else None
+
+
 def scorer(metric: str | Metric, y: ArrayLike, n_classes: int, positive: int = 1) -> Callable[[ArrayLike], float]:
     """`score` on one set of labels, as a function of finite logits (n, C), higher is better: what training calls.
 
-    Losses are negated. Ties between epochs keep the earliest: equal rankings have equal scores, to the last bit.
+    Losses are negated. Ties between epochs keep the earliest: equal rankings have equal scores, to the last bit. A
+    score that is not defined counts as the worst there is.
     """
     labels, found = _two_classes(y), find_metric(metric, n_classes)
-    once, sign = np.ones((1, len(labels))), -1.0 if found.loss else 1.0
-    return lambda z: sign * float(found.form(labels, np.asarray(z, dtype=np.float64), positive)(once)[0])
+    once = np.ones((1, len(labels)))
+    sign, worst = (-1.0, found.high) if found.loss else (1.0, found.low)
+
+    def value(z: ArrayLike) -> float:
+        defined = known(found.form(labels, np.asarray(z, dtype=np.float64), positive)(once)[0])
+        return sign * (worst if defined is None else defined)
+
+    return value
 
 
 def _two_classes(y: ArrayLike) -> IntArray:
@@ -270,8 +284,8 @@ def evaluate(metric: str, y: ArrayLike, logits: ArrayLike, positive: int = 1) ->
     if n_classes == 2:
         del values["macro_auc"]
     return {
-        "score": score(metric, labels, z, positive),
-        **{key: value if np.isfinite(value) else None for key, value in values.items()},
+        "score": known(score(metric, labels, z, positive)),
+        **{key: known(value) for key, value in values.items()},
         "per_class_auc": per_class_auc(labels, z),
         "absent_classes": [c for c in range(n_classes) if c not in labels],
         "predicted": np.bincount(z.argmax(1), minlength=n_classes).tolist(),

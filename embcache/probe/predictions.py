@@ -88,6 +88,20 @@ class Predictions:
         return replace(self, ids=named, groups=named, labels=self.labels[first], logits=logits)
 
 
+def all_estimates(predictions: Predictions, metric: str) -> dict[str, Estimate]:
+    """Scores of the mean over models (``""``), of the ensemble, by patient, and of the ensemble by patient.
+
+    By patient only where groups have several images of one class; of an ensemble only where there are several models.
+    """
+    found = {"": predictions.estimate(metric)}
+    if len(predictions.logits) > 1:
+        found["ensemble"] = predictions.ensemble().estimate(metric)
+    if len(np.unique(predictions.groups.astype(str))) < len(predictions.groups) and not predictions.mixed_groups():
+        parts = all_estimates(predictions.by_group(), metric)
+        found |= {f"by patient, {name}" if name else "by patient": e for name, e in parts.items()}
+    return found
+
+
 def grouped_scores(predictions: Predictions, metric: str) -> dict[str, Any]:
     """What `embcache.probe.record.ProbeResult.by_group` holds."""
     if len(set(predictions.groups.tolist())) == len(predictions.groups):

@@ -193,7 +193,8 @@ class ProbeResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
-        return json.loads(json.dumps(asdict(self), allow_nan=False))  # type: ignore[no-any-return]
+        data = {**asdict(self), "estimate": None if self.estimate is None else self.estimate.to_json()}
+        return json.loads(json.dumps(data, allow_nan=False))  # type: ignore[no-any-return]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ProbeResult:

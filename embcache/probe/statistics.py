@@ -1,8 +1,8 @@
-"""How far a score may be off: intervals for new patients, for a newly trained model, and comparisons of two.
+"""How far a score may be off: intervals for new patients, and for a newly trained model.
 
 The scores of K fold models on one test set have one covariance matrix, which says how they move together with the
 choice of test groups (patients). It comes from influence values summed by group (AUC, proportions) or from a bootstrap
-of groups (everything else), and everything here is read off it::
+of groups (everything else); everything here and in `embcache.probe.comparisons` is read off it::
 
     test variance of the mean over models      the mean of all entries
     test noise between models                  mean diagonal − mean off the diagonal
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from embcache.probe.metrics import FloatArray, IntArray, Metric, auc_placements, log_odds
+from embcache.probe.metrics import FloatArray, IntArray, Metric, auc_placements, known, log_odds
 
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 20_210_823
@@ -35,7 +35,7 @@ FEWEST_GROUPS = 5
 LARGEST_OVERLAP = 0.9
 """Above it, models that share training rows say too little about a newly trained one."""
 
-_NOTHING = 1e-24  # a variance that is rounding
+NOTHING = 1e-24  # a variance that is rounding
 _BLOCK = 100  # resamples drawn and scored at a time
 
 
@@ -189,43 +189,16 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]  # as it reads back: lists, no tuples
+        numbers = ("mean", "std", "test_variance")  # None where they are not defined
+        data = {**asdict(self), **{name: known(getattr(self, name)) for name in numbers}}
+        return json.loads(json.dumps(data, allow_nan=False))  # type: ignore[no-any-return]  # as it reads back: lists
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Estimate:
         """The inverse of `to_json`."""
         pairs = {name: None if data[name] is None else tuple(data[name]) for name in ("these_models", "new_model")}
-        return cls(**{**data, **pairs})
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of two procedures' expected scores, or of these models' scores, on the same test groups.
-
-    Attributes
-    ----------
-    difference : float
-    interval : (float, float) or None
-        95 %.
-    p : float or None
-        Two-sided, of no difference.
-    smallest : float or None
-        The smallest difference that this test set could have shown: 80 % power at 5 %.
-    p_margin : float or None
-        Of two one-sided tests that the difference is at least the margin.
-    trained : bool
-        The variance of training is in it: it speaks of the procedures, else of these models.
-    why : str
-        Why there is no interval.
-    """
-
-    difference: float
-    interval: tuple[float, float] | None
-    p: float | None
-    smallest: float | None
-    p_margin: float | None
-    trained: bool
-    why: str = ""
+        undefined = {name: math.nan for name in ("mean", "test_variance") if data[name] is None}
+        return cls(**{**data, **pairs, **undefined})
 
 
 def sample(
@@ -267,10 +240,10 @@ def sample(
         lost += int((weights @ present == 0).any(axis=1).sum())
         draws.append(np.stack([form(weights) for form in forms]))
     every, df = np.concatenate(draws, axis=1), test.df(metric)
-    return Scores(metric, test, values, _deviations(every, df), df, every, lost / resamples)
+    return Scores(metric, test, values, deviations(every, df), df, every, lost / resamples)
 
 
-def _deviations(draws: FloatArray, df: float) -> FloatArray:
+def deviations(draws: FloatArray, df: float) -> FloatArray:
     """Moves of a bootstrap; its variance is too small by n/(n − 1), as those of n drawn values are."""
     there = draws[:, np.isfinite(draws).all(axis=0)]
     if there.shape[1] < 2:
@@ -329,7 +302,8 @@ def _proportion_scores(metric: Metric, test: TestSet, values: FloatArray, z: Flo
 
     moves, df = _by_group(influence, group, np.where(counted > 0, 0, -1))
     usual, clustered = null(float(values.mean())), float((moves.mean(0) ** 2).sum())
-    effect = clustered / usual if usual > 0 else n / _alike(np.bincount(group, counted))
+    # Where no group differs from another (all perfect, or each half right) there are as many images as groups.
+    effect = clustered / usual if clustered > NOTHING else n / _alike(np.bincount(group, counted))
     return Scores(metric, test, values, moves, df, null=null, effect=max(1.0, effect))
 
 
@@ -344,7 +318,7 @@ def _by_group(influence: FloatArray, group: IntArray, part: IntArray) -> tuple[F
         summed = np.stack([np.bincount(group[rows], q[rows], moves.shape[1]) for q in influence]) * factor
         moves += summed
         parts.append((float((summed.mean(0) ** 2).sum()), max(1.0, n_groups - 1.0)))
-    return moves, _satterthwaite(*parts) if parts else 1.0
+    return moves, satterthwaite(*parts) if parts else 1.0
 
 
 def estimate(scores: Scores, overlap: float | None = None, folds: int | None = None, level: float = 0.95) -> Estimate:
@@ -375,7 +349,7 @@ def estimate(scores: Scores, overlap: float | None = None, folds: int | None = N
         elif overlap > LARGEST_OVERLAP:
             why = f"models share {overlap:.0%} of their training images: no interval for a newly trained model"
         else:
-            sigma2, before = _training_variance(values, covariance, overlap)
+            sigma2, before = training_variance_of(values, covariance, overlap)
             share = 1 / k + (1 - 1 / k) * overlap + 1
             second = _widened(scores, first, (share * sigma2, share * before), (folds or k) - 1, level)
     return Estimate(
@@ -394,7 +368,7 @@ def estimate(scores: Scores, overlap: float | None = None, folds: int | None = N
     )
 
 
-def _training_variance(values: FloatArray, covariance: FloatArray, overlap: float) -> tuple[float, float]:
+def training_variance_of(values: FloatArray, covariance: FloatArray, overlap: float) -> tuple[float, float]:
     """σ²: the variance between models' scores as if they shared no rows, beyond the test noise between them; and s².
 
     The second is s²/(1 − overlap), with that noise: σ² is as uncertain as s² is.
@@ -410,17 +384,17 @@ def _first_interval(scores: Scores, v: float, level: float) -> tuple[float, floa
 
     On the log scale where the range has no end.
     """
-    mean, low, high, t = scores.mean, scores.metric.low, scores.metric.high, _t(level, scores.df)
+    mean, low, high, t = scores.mean, scores.metric.low, scores.metric.high, t_quantile(level, scores.df)
     if scores.null is not None:
         null, effect = scores.null, scores.effect
         return _score_interval(mean, lambda true: effect * null(true), t)
     if not math.isfinite(high):
-        if v <= _NOTHING:
+        if v <= NOTHING:
             return None
         half = t * math.sqrt(v) / (mean - low)
         return low + (mean - low) * math.exp(-half), low + (mean - low) * math.exp(half)
     share = (mean - low) / (high - low)
-    if 0 < share < 1 and v > _NOTHING:
+    if 0 < share < 1 and v > NOTHING:
         center, half = math.log(share / (1 - share)), t * math.sqrt(v) / (high - low) / (share * (1 - share))
         ends = tuple(1 / (1 + math.exp(-center - side * half)) for side in (-1, 1))
     else:  # no resample differs: as wide as for a proportion of the fewest groups' images that are all alike
@@ -455,12 +429,12 @@ def hanley_mcneil(auc: float, n_positive: float, n_negative: float) -> float:
 
 def newcombe_auc(auc: float, n_positive: float, n_negative: float, level: float = 0.95) -> tuple[float, float]:
     """Score interval of an AUC with the Hanley–McNeil variance at its own ends (Newcombe 2006, method 5)."""
-    return _score_interval(auc, lambda true: hanley_mcneil(true, n_positive, n_negative), _t(level, math.inf))
+    return _score_interval(auc, lambda true: hanley_mcneil(true, n_positive, n_negative), t_quantile(level, math.inf))
 
 
 def wilson(p: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion with an effective number of trials."""
-    return _score_interval(p, lambda true: true * (1 - true) / n, _t(level, math.inf))
+    return _score_interval(p, lambda true: true * (1 - true) / n, t_quantile(level, math.inf))
 
 
 def _widened(
@@ -471,17 +445,17 @@ def _widened(
     Satterthwaite's degrees of freedom count training's variance before test noise was taken from it: where no more
     than noise is seen between models, how much there is remains uncertain. They are those of training at least.
     """
-    t, mean, sides = _t(level, scores.df), scores.mean, []
+    t, mean, sides = t_quantile(level, scores.df), scores.mean, []
     extra, before = training
     for end in first:
         side = ((mean - end) / t) ** 2
         v, uncertain = side + extra, side**2 / scores.df + before**2 / df_training
         df = max(df_training, v**2 / uncertain) if uncertain > 0 else scores.df
-        sides.append(_t(level, df) * math.sqrt(v))
+        sides.append(t_quantile(level, df) * math.sqrt(v))
     return max(scores.metric.low, mean - sides[0]), min(scores.metric.high, mean + sides[1])
 
 
-def _satterthwaite(*parts: tuple[float, float]) -> float:
+def satterthwaite(*parts: tuple[float, float]) -> float:
     """Degrees of freedom of a sum of variances, each with its own; the fewest where all are 0."""
     total, spread = sum(v for v, _ in parts), sum(v**2 / df for v, df in parts)
     if total == 0:
@@ -489,125 +463,19 @@ def _satterthwaite(*parts: tuple[float, float]) -> float:
     return total**2 / spread if spread > 0 else math.inf
 
 
-def _t(level: float, df: float) -> float:
+def t_quantile(level: float, df: float) -> float:
+    """Student's t that a share ``level`` lies within on both sides."""
     from scipy.special import stdtrit  # scipy.stats takes a second to import
 
     return float(stdtrit(df, (1 + level) / 2))
 
 
-def compare(
-    one: Scores,
-    other: Scores,
-    *,
-    overlap: float | tuple[float, float] | None = None,
-    folds: int | None = None,
-    margin: float | None = None,
-    level: float = 0.95,
-) -> Difference:
-    """Difference ``one`` − ``other`` of scores by the same metric on the same test set.
-
-    Parameters
-    ----------
-    one, other : Scores
-        As `sample` makes them, with the same resamples.
-    overlap : float or (float, float), optional
-        Mean share of training rows that two models have in common. With it, and with the same number of models on both
-        sides, the difference is one of the procedures (a model trained anew on other rows), else of these models. Of
-        two different numbers (training sets of two sizes, say) each side has its own variance of training.
-    folds : int, optional
-        Folds of one repeat; default the number of models.
-    margin : float, optional
-        Test equivalence: that the difference is smaller than this on either side.
-    level : float
-        Of the interval.
-    """
-    from scipy.special import stdtr
-
-    difference, why = one.mean - other.mean, one.test.too_few(one.metric)
-    if not why and not math.isfinite(difference):
-        why = "no value"
-    if why:
-        return Difference(difference, None, None, None, None, False, why)
-    moves = _joined(one, other)
-    k, k_other = len(one.values), len(other.values)
-    contrast = np.r_[np.full(k, 1 / k), np.full(k_other, -1 / k_other)]
-    v, df = float(((contrast @ moves) ** 2).sum()), _difference_df(one, other, contrast, moves)
-    if v <= _NOTHING:  # all groups agree: no less than what a share of disagreeing images of that many groups could be
-        v, df = _unseen(one), math.inf
-    shares = overlap if isinstance(overlap, tuple) else None if overlap is None else (overlap, overlap)
-    trained = k == k_other > 1 and shares is not None and max(shares) <= LARGEST_OVERLAP
-    if trained:
-        assert shares is not None
-        a, b = moves[:k], moves[k:]
-        if abs(shares[0] - shares[1]) > 0.01:
-            sides = [(one.values, a, shares[0]), (other.values, b, shares[1])]
-        else:  # of paired folds
-            sides = [(one.values - other.values, a - b, sum(shares) / 2)]
-        parts = []
-        for values, own, share in sides:
-            sigma2, _ = _training_variance(values, own @ own.T, share)
-            parts.append((sigma2 * (1 / k + (1 - 1 / k) * share), (folds or k) - 1.0))
-        df = _satterthwaite((v, df), *parts)
-        v += sum(extra for extra, _ in parts)
-    if v == 0:
-        return Difference(difference, None, None, None, None, trained, "no variation among the test groups")
-    error, t = math.sqrt(v), _t(level, df)
-    return Difference(
-        difference,
-        (difference - t * error, difference + t * error),
-        float(2 * stdtr(df, -abs(difference) / error)),
-        (t + float(_t(0.6, df))) * error,  # the 0.8 quantile
-        None if margin is None else float(stdtr(df, (abs(difference) - margin) / error)),
-        trained,
-    )
-
-
-def _joined(one: Scores, other: Scores) -> FloatArray:
-    """Moves of both sides' models over the same groups or resamples."""
-    if one.draws is None or other.draws is None:
-        return np.concatenate([one.moves, other.moves])
-    return _deviations(np.concatenate([one.draws, other.draws]), min(one.df, other.df))
-
-
-def _unseen(scores: Scores) -> float:
-    """Squared standard error of a share of 0 among the images that would remain if those of a group were alike."""
-    metric, test = scores.metric, scores.test
-    if not math.isfinite(metric.high):
-        return 0.0
-    share = wilson(0.0, min(test.alike(test.scored(metric))))[1] / _t(0.95, math.inf)
-    return ((metric.high - metric.low) * share) ** 2
-
-
-def _difference_df(one: Scores, other: Scores, contrast: FloatArray, moves: FloatArray) -> float:
-    """Degrees of freedom of a difference's test variance."""
-    if one.draws is not None or one.metric.interval == "proportion":
-        return min(one.df, other.df)
-    test = one.test
-    apart, names = contrast @ moves, np.unique(np.asarray(test.groups))
-    parts = []
-    for c in np.unique(test.labels):
-        own = np.isin(names, test.groups[test.labels == c])
-        parts.append((float((apart[own] ** 2).sum()), max(1.0, own.sum() - 1.0)))
-    return _satterthwaite(*parts)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the m p-values of one family, adjusted, in the order given.
-
-    The k-th smallest is multiplied by m − k + 1; none becomes smaller than one before it, or more than 1.
-    """
-    values = np.asarray(p, dtype=np.float64)
-    order = np.argsort(values, kind="stable")
-    stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
-    adjusted = np.empty(len(values))
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return [float(value) for value in adjusted]
-
-
 def training_overlap(parts: Sequence[IntArray]) -> float | None:
     """Mean over pairs of models of the share of training rows that both have; None of a single model."""
-    sets = [set(part.tolist()) for part in parts]
-    shares = [
-        2 * len(a & b) / (len(a) + len(b)) for i, a in enumerate(sets) for b in sets[:i]
-    ]  # of equal sizes: |a ∩ b| / |a|
-    return float(np.mean(shares)) if shares else None
+    if len(parts) < 2:
+        return None
+    rows = np.unique(np.concatenate(parts))
+    holds = np.stack([np.isin(rows, part, kind="sort") for part in parts]).astype(np.float32)
+    common, sizes = holds @ holds.T, holds.sum(1)
+    pairs = np.triu_indices(len(parts), 1)
+    return float((2 * common / (sizes[:, None] + sizes))[pairs].mean())  # of equal sizes: |a ∩ b| / |a|

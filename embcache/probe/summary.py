@@ -18,7 +18,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError
 from embcache.paths import PathLike
 from embcache.probe.heads import imbalance, weighs
-from embcache.probe.metrics import FloatArray, evaluate, find_metric, positive_class, score, softmax
+from embcache.probe.metrics import FloatArray, evaluate, find_metric, known, positive_class, score, softmax
 from embcache.probe.predictions import Predictions, ensemble_scores, grouped_scores
 from embcache.probe.prevalence import Adjust, Adjustment, adjustments, prevalence_vector
 from embcache.probe.results import (
@@ -234,8 +234,8 @@ def scored(result: ProbeResult, predictions: Predictions, positive: str | None =
     estimate = found.estimate(metric)
     return replace(
         result,
-        mean=estimate.mean,
-        std=estimate.std,
+        mean=known(estimate.mean),
+        std=known(estimate.std),
         interval=estimate.interval,
         folds=tuple(replace(f, score=m.get("score"), metrics=m) for f, m in zip(result.folds, metrics, strict=True)),
         estimate=estimate,
@@ -247,10 +247,11 @@ def scored(result: ProbeResult, predictions: Predictions, positive: str | None =
 
 
 def with_positive(result: ProbeResult, positive: str | None, home: PathLike | None) -> ProbeResult:
-    """A saved result with another positive class: scored anew and recorded in its run, never trained anew."""
-    names = result.class_names
-    wanted = names[positive_class(names, positive)] if len(names) == 2 or positive is not None else ""
-    if wanted == result.positive:
+    """A saved result with the positive class asked for, scored anew and recorded in its run; never trained anew.
+
+    None asks for nothing: the class that the run has stays.
+    """
+    if positive is None or result.class_names[positive_class(result.class_names, positive)] == result.positive:
         return result
     run = runs_dir(result.dataset, home) / result.id
     found = scored(result, load_run_predictions(result, run), positive)
@@ -269,17 +270,14 @@ def in_metric(result: ProbeResult, metric: str, home: PathLike | None) -> ProbeR
     run = runs_dir(result.dataset, home) / result.id
     found = scored(replace(result, metric=key), load_run_predictions(result, run), result.positive or None)
     try:
-        held = load_predictions(run, "validation")
+        held = load_validation(result, run)
     except StoreError:  # one damaged file must not end a listing; the test scores are there
-        return replace(found, folds=tuple(replace(fold, val_score=None) for fold in found.folds), val_mean=None)
-    columns = [f"logit_{c}" for c in range(len(result.class_names))]
-    positive = positive_class(result.class_names, result.positive or None)
-    values = {
-        int(str(fold)): score(key, rows["label"].to_numpy(), rows[columns].to_numpy(), positive)
-        for fold, rows in held.groupby("fold")
-    }
-    folds = tuple(replace(fold, val_score=values.get(fold.fold)) for fold in found.folds)
-    return replace(found, folds=folds, val_mean=float(np.mean(list(values.values()))) if values else None)
+        held = []
+    values = [known(score(key, v.labels, v.logits[0], v.positive)) for v in held]
+    each = iter(values)
+    folds = tuple(replace(fold, val_score=None if fold.failed else next(each, None)) for fold in found.folds)
+    there = [value for value in values if value is not None]
+    return replace(found, folds=folds, val_mean=float(np.mean(there)) if there else None)
 
 
 def load_run_predictions(result: ProbeResult, run: Path) -> Predictions:
@@ -292,18 +290,22 @@ def load_run_predictions(result: ProbeResult, run: Path) -> Predictions:
     """
     table = load_predictions(run)
     table = table[table["label"] >= 0].sort_values(["fold", "id"], kind="stable")
-    first = table[table["fold"] == table["fold"].min()]
+    first = 1 + max(fold.fold for fold in result.folds if not fold.repeat)
+    return replace(_predictions(result, table), overlap=result.overlap, folds=first)
+
+
+def _predictions(result: ProbeResult, table: pd.DataFrame) -> Predictions:
+    """A run's table of predictions, whose folds have the same rows in the same order."""
+    one = table[table["fold"] == table["fold"].min()]
     names = result.class_names
     logits = table[[f"logit_{c}" for c in range(len(names))]].to_numpy(dtype=np.float64)
     return Predictions(
-        ids=first["id"].to_numpy(dtype=object),
-        groups=first["group"].to_numpy(dtype=object),
-        labels=first["label"].to_numpy(dtype=np.int64),
-        logits=logits.reshape(-1, len(first), len(names)),
+        ids=one["id"].to_numpy(dtype=object),
+        groups=one["group"].to_numpy(dtype=object),
+        labels=one["label"].to_numpy(dtype=np.int64),
+        logits=logits.reshape(-1, len(one), len(names)),
         class_names=names,
         positive=positive_class(names, result.positive or None),
-        overlap=result.overlap,
-        folds=1 + max(fold.fold for fold in result.folds if not fold.repeat),
     )
 
 
@@ -315,7 +317,6 @@ def load_validation(result: ProbeResult, run: Path) -> list[Predictions]:
     StoreError
         The run kept none.
     """
-    names = result.class_names
     try:
         table = load_predictions(run, "validation")
     except StoreError as error:
@@ -325,17 +326,8 @@ def load_validation(result: ProbeResult, run: Path) -> list[Predictions]:
             where=run / "validation.parquet",
             fix="embcache probe --again …, as the run was made",
         ) from error
-    return [
-        Predictions(
-            ids=rows["id"].to_numpy(dtype=object),
-            groups=rows["group"].to_numpy(dtype=object),
-            labels=rows["label"].to_numpy(dtype=np.int64),
-            logits=rows[[f"logit_{c}" for c in range(len(names))]].to_numpy(dtype=np.float64)[None],
-            class_names=names,
-            positive=positive_class(names, result.positive or None),
-        )
-        for rows in (table[table["fold"] == fold.fold] for fold in result.folds if not fold.failed)
-    ]
+    made = [fold.fold for fold in result.folds if not fold.failed]
+    return [_predictions(result, table[table["fold"] == fold]) for fold in made]
 
 
 def adjust_models(result: ProbeResult, run: Path, asked: Adjust) -> list[Adjustment]:

@@ -15,9 +15,10 @@ import numpy as np
 
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
+from embcache.probe.comparisons import Difference
 from embcache.probe.metrics import METRICS, find_metric, merit, metric_title
 from embcache.probe.results import ProbeResult, runs_dir
-from embcache.probe.statistics import RESAMPLES, Difference, Scores, estimate
+from embcache.probe.statistics import NOTHING, RESAMPLES, Scores, deviations, estimate, satterthwaite, t_quantile
 from embcache.report.compare import Comparison, Tested, compare_tested, load_tested, same_test
 from embcache.report.curves import named_curves
 from embcache.report.layout import signed
@@ -387,7 +388,7 @@ def doubling(scores: Sequence[Scores], tested: Sequence[Tested]) -> Difference:
     tested : sequence of Tested
         The same results.
     """
-    from scipy.special import stdtr, stdtrit  # scipy.stats takes a second to import
+    from scipy.special import stdtr  # scipy.stats takes a second to import
 
     x = np.log2([t.result.n_train for t in tested])
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
@@ -396,8 +397,7 @@ def doubling(scores: Sequence[Scores], tested: Sequence[Tested]) -> Difference:
     df = min(s.df for s in scores)
     moves = sum(w * (s.moves if s.draws is None else s.draws).mean(0) for w, s in zip(weights, scores, strict=True))
     if scores[0].draws is not None:
-        moves = moves[np.isfinite(moves)]
-        moves = (moves - moves.mean()) * math.sqrt((df + 1) / df / max(1, len(moves) - 1))
+        moves = deviations(moves[None], df)[0]
     parts = [(float((moves**2).sum()), df)]
     for w, s, t in zip(weights, scores, tested, strict=True):
         k, own = len(s.values), t.predictions
@@ -405,14 +405,15 @@ def doubling(scores: Sequence[Scores], tested: Sequence[Tested]) -> Difference:
         if found.training_variance is not None and own.overlap is not None:
             parts.append((w**2 * found.training_variance * (1 / k + (1 - 1 / k) * own.overlap), own.folds - 1))
     trained = len(parts) == 1 + len(scores)
-    variance = sum(v for v, _ in parts[: None if trained else 1])
-    why = why or ("" if variance > 1e-24 else "no variation among the test groups")
+    parts = parts if trained else parts[:1]
+    variance = sum(v for v, _ in parts)
+    why = why or ("" if variance > NOTHING else "no variation among the test groups")
     if why:
         return Difference(slope, None, None, None, None, trained, why)
-    df = variance**2 / sum(v**2 / d for v, d in parts[: None if trained else 1])  # Satterthwaite
-    error, t95 = math.sqrt(variance), float(stdtrit(df, 0.975))
+    df, error = satterthwaite(*parts), math.sqrt(variance)
+    t95 = t_quantile(0.95, df)
     p = float(2 * stdtr(df, -abs(slope) / error))
-    smallest = (t95 + float(stdtrit(df, 0.8))) * error
+    smallest = (t95 + t_quantile(0.6, df)) * error  # the 0.8 quantile
     return Difference(slope, (slope - t95 * error, slope + t95 * error), p, smallest, None, trained)
 
 

@@ -2,7 +2,7 @@
 
 Folds are no paired samples (their training sets overlap), so nothing is tested over folds alone: a difference has the
 variance of the test groups, which both results share, and that of training, which their folds show
-(`embcache.probe.statistics.compare`).
+(`embcache.probe.comparisons.compare`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from embcache.errors import ProtocolError, UsageError
 from embcache.paths import PathLike
+from embcache.probe.comparisons import Difference, compare, holm
 from embcache.probe.metrics import FloatArray, IntArray
 from embcache.probe.predictions import Predictions
 from embcache.probe.results import ProbeResult, find_run_anywhere
-from embcache.probe.statistics import RESAMPLES, Difference, Estimate, Scores, compare, holm
+from embcache.probe.statistics import RESAMPLES, Estimate, Scores
 from embcache.probe.statistics import estimate as estimate_scores
 from embcache.probe.summary import load_run_predictions
 
@@ -286,6 +287,17 @@ def _row(t: Tested, scores: Scores) -> Comparison:
         subset=result.subset,
         metric=scores.metric.key,
         estimate=estimate_scores(scores, t.predictions.overlap, t.predictions.folds),
-        notes=(*(note for note in result.notes if note.startswith("ungrouped")), *result.left_out),
+        notes=(
+            *(note for note in result.notes if note.startswith("ungrouped")),
+            *result.left_out,
+            *_baseline(t, scores),
+        ),
         labels_used=result.labels_used,
     )
+
+
+def _baseline(t: Tested, scores: Scores) -> list[str]:
+    if scores.metric.key != "accuracy" or t.result.majority is None:
+        return []
+    name, share = t.result.majority
+    return [f"always predicting {name!r} has an accuracy of {share:.4f} on these test images"]

@@ -197,6 +197,8 @@ def record(cell: Cell) -> dict[str, Any]:
     """A cell as plain data; None where a value is not known."""
     r, v = cell.result, cell.paper
     low, high = r.interval if r is not None and r.interval is not None else (None, None)
+    found = r.estimate if r is not None else None
+    these = (found.these_models if found is not None else None) or (None, None)
     return {
         "dataset": cell.dataset,
         "model": cell.model.label,
@@ -215,6 +217,9 @@ def record(cell: Cell) -> dict[str, Any]:
         "std": r.std if r else None,
         "low": low,
         "high": high,
+        "these_models_low": these[0],
+        "these_models_high": these[1],
+        "positive": found.positive or None if found is not None else None,
         "val_mean": r.val_mean if r else None,
         "paper_mean": v.mean if v else None,
         "paper_std": v.std if v else None,

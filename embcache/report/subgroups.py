@@ -13,8 +13,9 @@ from embcache.data.columns import column_values
 from embcache.data.dataset import find_dataset
 from embcache.errors import StoreError, UsageError
 from embcache.paths import PathLike
+from embcache.probe.comparisons import Difference
 from embcache.probe.results import find_run_anywhere
-from embcache.probe.statistics import RESAMPLES, Difference, estimate
+from embcache.probe.statistics import RESAMPLES, estimate
 from embcache.report.compare import Tested, corrected, difference, load_tested, same_test
 
 NO_VALUE = "(no value)"

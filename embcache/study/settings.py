@@ -90,4 +90,4 @@ def in_a_line(error: EmbcacheError) -> str:
     """An error's problem and its remedy, for a note beneath a table."""
     fix = (error.fix or "").split("\n")[0]
     found = f" ({error.found.splitlines()[0]})" if error.found else ""
-    return f"{error.problem}{found}" + (f"; to mend it: {fix}" if fix else "")
+    return f"{error.problem}{found}" + (f"; try: {fix}" if fix else "")

@@ -205,7 +205,7 @@ def _one(
             store = FeatureStore(path)
             held = set(store.ids.tolist()) | set(store.quarantined)
         except StoreError as error:
-            unreadable.append(Cached(path.name[-12:], path, 0, {}, 0, 0, f"{error.problem}; to mend it: {error.fix}"))
+            unreadable.append(Cached(path.name[-12:], path, 0, {}, 0, 0, f"{error.problem}; try: {error.fix}"))
             continue
         differs = recipe.differences(store.recipe)
         missing, removed = len(set(ids) - held), len(held - set(ids))

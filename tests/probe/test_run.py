@@ -131,8 +131,22 @@ def test_another_positive_class_is_scored_and_recorded_without_training(
     assert (other.id, other.positive, other.mean) == (result.id, "a", result.mean)
     assert other.folds[0].metrics["auprc"] == pytest.approx(expected)
     assert load_result(run_of(result, home)).positive == "a"
+    assert probe_features(cached, "a", home=home).positive == "a"  # nothing asked for: it stays
     with pytest.raises(UsageError, match="no such class"):
         probe_features(cached, "a", home=home, positive="c")
+
+
+def test_a_score_that_is_not_defined_is_no_number(home: Path) -> None:
+    """A PPV where nothing is called positive: None in JSON, the worst score there is where it chooses epochs."""
+    ds = make_dataset([0, 1] * 60, split=["train"] * 80 + ["test"] * 40)
+    put_store(home, ds, "flat", np.zeros((120, 4), np.float32))
+    ppv, npv = (probe_features(ds, "flat", subset="F", home=home, metric=m) for m in ("ppv", "npv"))
+    for result in (ppv, npv):
+        assert load_result(run_of(result, home)).to_json() == result.to_json()
+        assert all(fold.val_score in (0.0, 0.5) for fold in result.folds)
+    undefined = [fold.score is None for result in (ppv, npv) for fold in result.folds]
+    assert any(undefined)
+    assert {result.mean is None for result in (ppv, npv) if any(f.score is None for f in result.folds)} == {True}
 
 
 def test_the_metric_that_chooses_epochs_is_part_of_the_request(cached: ImageDataset, home: Path) -> None:

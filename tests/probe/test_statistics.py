@@ -10,72 +10,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
-from scipy.special import logsumexp
 from scipy.stats import norm
 from scipy.stats import t as student
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
+from embcache.probe.comparisons import compare
 from embcache.probe.metrics import METRICS, find_metric
 from embcache.probe.statistics import (
     BOOTSTRAP_SEED,
     Estimate,
-    Scores,
     TestSet,
-    compare,
     estimate,
-    holm,
     newcombe_auc,
-    sample,
     training_overlap,
     wilson,
 )
-
-FEW = 100  # resamples, where only their number changes
-
-
-def patients(
-    seed: int, n_groups: int = 24, n_classes: int = 2, models: int = 3, gain: float = 1.5
-) -> tuple[TestSet, np.ndarray]:
-    """Patients of one class each, with one to three images."""
-    rng = np.random.default_rng(seed)
-    groups = np.repeat(np.arange(n_groups), rng.integers(1, 4, n_groups))
-    labels = groups % n_classes
-    z = gain * np.eye(n_classes)[labels] + rng.normal(size=(n_groups, n_classes))[groups]
-    names = tuple("abcdefgh"[:n_classes])
-    return TestSet(labels, groups.astype(str), names), z + 0.6 * rng.normal(size=(models, len(labels), n_classes))
-
-
-def lesions(seed: int, n_groups: int = 30, n_classes: int = 6, images: int = 3) -> tuple[TestSet, np.ndarray]:
-    """Patients with images of different classes: most sets of classes occur in one patient."""
-    rng = np.random.default_rng(seed)
-    labels = np.concatenate([rng.choice(n_classes, images, replace=False) for _ in range(n_groups)])
-    groups = np.repeat(np.arange(n_groups), images)
-    z = np.eye(n_classes)[labels] + 0.8 * rng.normal(size=(n_groups, n_classes))[groups]
-    names = tuple("abcdefgh"[:n_classes])
-    return TestSet(labels, groups.astype(str), names), z + rng.normal(size=(2, len(labels), n_classes))
-
-
-def scored(key: str, test: TestSet, z: np.ndarray, resamples: int = FEW) -> Scores:
-    return sample(find_metric(key, len(test.class_names)), test, z, resamples=resamples)
-
-
-def width(interval: tuple[float, float] | None) -> float:
-    assert interval is not None
-    return interval[1] - interval[0]
-
+from tests.probe.patients import FEW, components, lesions, odds_of, patients, scored, width
 
 # --- the variance of an AUC
-
-
-def odds_of(z: np.ndarray, c: int) -> np.ndarray:
-    return z[:, c] - logsumexp(np.delete(z, c, 1), axis=1)
-
-
-def components(positive: np.ndarray, s: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """DeLong's structural components, pair by pair."""
-    v10 = np.array([np.mean([(x > y) + (x == y) / 2 for y in s[~positive]]) for x in s[positive]])
-    v01 = np.array([np.mean([(x > y) + (x == y) / 2 for x in s[positive]]) for y in s[~positive]])
-    return float(v10.mean()), v10, v01
 
 
 @settings(max_examples=15)
@@ -196,6 +148,14 @@ def test_proportions_have_wilsons_interval_with_the_variance_over_patients(seed:
     assert found.test_variance == pytest.approx(v)
     expected = wilson_by_hand(p.mean(), min(n, p.mean() * (1 - p.mean()) / v), student.ppf(0.975, there - 1))
     assert found.these_models == pytest.approx(expected, abs=1e-9)
+
+
+def test_patients_who_are_all_half_right_count_once_each() -> None:
+    groups = np.repeat(np.arange(20), 2)
+    called = np.tile([0, 1], 20)  # every patient has two images of class 1, one of them called right
+    test = TestSet(np.ones(40, dtype=np.int64), groups.astype(str), ("a", "b"))
+    found = estimate(scored("sensitivity", test, 3.0 * np.eye(2)[called][None]))
+    assert found.these_models == pytest.approx(wilson_by_hand(0.5, 20, student.ppf(0.975, 19)))
 
 
 # --- the bootstrap
@@ -494,143 +454,6 @@ def test_patients_of_several_classes_vary_as_a_bootstrap_of_patients_says(key: s
     low, high = np.quantile(each[0] - each[1], [0.025, 0.975])
     difference = compare(*(scored(key, test, q[None], 2000) for q in z))
     assert 0.9 < width(difference.interval) / (high - low) < 1.3
-
-
-# --- comparisons
-
-
-@pytest.mark.parametrize("key", ["auc", "macro_auc", "accuracy", "kappa"])
-@pytest.mark.parametrize("overlap", [None, 0.75])
-def test_a_comparison_turns_round(key: str, overlap: float | None) -> None:
-    test, z = patients(6, n_groups=40, n_classes=3 if key == "macro_auc" else 2, models=6)
-    one, other = (scored(key, test, q) for q in (z[:3], z[3:]))
-    there, back = (compare(a, b, overlap=overlap, margin=0.05) for a, b in ((one, other), (other, one)))
-    assert there.interval is not None
-    assert there.difference == pytest.approx(one.mean - other.mean)
-    assert back.difference == pytest.approx(-there.difference)
-    assert back.interval == pytest.approx((-there.interval[1], -there.interval[0]))
-    for name in ("p", "smallest", "p_margin", "trained"):
-        assert getattr(back, name) == pytest.approx(getattr(there, name)), name
-    assert there.trained == (overlap is not None)
-
-
-def test_a_comparison_is_delongs_with_students_t() -> None:
-    rng = np.random.default_rng(2)
-    labels = np.repeat([0, 1], 30)
-    z = rng.normal(size=(2, 60, 2)) + np.array([1.6, 1.0])[:, None, None] * np.eye(2)[labels]
-    parts = [components(labels == 1, q[:, 1] - q[:, 0]) for q in z]
-    v = [np.var(parts[0][k] - parts[1][k], ddof=1) / 30 for k in (1, 2)]
-    error, df = math.sqrt(sum(v)), sum(v) ** 2 / (v[0] ** 2 / 29 + v[1] ** 2 / 29)
-    d = parts[0][0] - parts[1][0]
-    test = TestSet(labels, np.arange(60), ("a", "b"))
-    found = compare(*(scored("auc", test, q[None]) for q in z), margin=0.3)
-    assert found.difference == pytest.approx(d)
-    assert found.p == pytest.approx(2 * student.sf(abs(d) / error, df))
-    reach = student.ppf(0.975, df) * error
-    assert found.interval == pytest.approx((d - reach, d + reach))
-    assert found.smallest == pytest.approx(reach + student.ppf(0.8, df) * error)
-    sides = student.sf((d + 0.3) / error, df), student.cdf((d - 0.3) / error, df)
-    assert found.p_margin == pytest.approx(max(sides))
-    assert not found.trained
-
-
-def test_a_comparison_of_procedures_adds_the_variance_of_training() -> None:
-    test, z = patients(6, n_groups=40, models=10)
-    unlike = 0.8 * np.linspace(-1, 1, 5)[:, None, None] * (test.labels[:, None] == np.arange(2))
-    one, other = (scored("auc", test, q) for q in (z[:5] + unlike, z[5:] - unlike))
-    found, fixed = (compare(one, other, overlap=o, folds=5) for o in (0.75, None))
-    moves = one.moves - other.moves
-    noise = np.mean([((moves[i] - moves[j]) ** 2).sum() for i, j in combinations(range(5), 2)]) / 2
-    s2 = (one.values - other.values).var(ddof=1) - noise
-    assert s2 > 0
-    extra = s2 / 0.25 * (1 / 5 + 4 / 5 * 0.75)
-    v_test = float((moves.mean(0) ** 2).sum())
-    assert fixed.interval is not None
-    df_test = next(df for df in np.linspace(20, 40, 200_001)
-                   if student.ppf(0.975, df) * math.sqrt(v_test) <= width(fixed.interval) / 2)  # fmt: skip
-    v = v_test + extra
-    df = v**2 / (v_test**2 / df_test + extra**2 / 4)
-    assert found.p == pytest.approx(2 * student.sf(abs(found.difference) / math.sqrt(v), df), rel=1e-3)
-    assert found.trained
-    assert compare(one, other, overlap=(0.75, 0.75), folds=5) == found
-    assert not compare(one, other, overlap=0.95).trained
-    assert not compare(one, other, overlap=(0.5, 0.95)).trained
-    assert not compare(one, scored("auc", test, z[5:7]), overlap=0.75).trained
-
-
-def test_training_sets_of_two_sizes_have_their_own_variances() -> None:
-    test, z = patients(6, n_groups=40, models=10)
-    unlike = 0.8 * np.linspace(-1, 1, 5)[:, None, None] * (test.labels[:, None] == np.arange(2))
-    one, other = (scored("auc", test, q) for q in (z[:5] + unlike, z[5:] - 2 * unlike))
-    found, back = compare(one, other, overlap=(0.4, 0.8)), compare(other, one, overlap=(0.8, 0.4))
-    moves, parts = (one.moves - other.moves).mean(0), []
-    for side, o in ((one, 0.4), (other, 0.8)):
-        pairs = [((side.moves[i] - side.moves[j]) ** 2).sum() for i, j in combinations(range(5), 2)]
-        sigma2 = max(0, side.values.var(ddof=1) - np.mean(pairs) / 2) / (1 - o)
-        parts.append(sigma2 * (1 / 5 + 4 / 5 * o))
-    assert all(parts)
-    v = (moves**2).sum() + sum(parts)
-    assert found.interval is not None
-    t = width(found.interval) / 2 / math.sqrt(v)
-    assert student.ppf(0.975, 39) < t < student.ppf(0.975, 4)
-    assert found.p == pytest.approx(back.p)
-
-
-def test_a_value_that_cannot_be_told_is_said() -> None:
-    test, z = patients(6)
-    nobody = scored("ppv", test, z + np.array([1e3, 0.0]))
-    assert (estimate(nobody).why, estimate(nobody).interval) == ("no value", None)
-    assert compare(nobody, scored("ppv", test, z)).why == "no value"
-
-
-@pytest.mark.parametrize("key", sorted(METRICS))
-@pytest.mark.parametrize("gain", [1.5, 40.0])
-def test_equal_models_do_not_differ_and_are_not_proven_equal_by_few_patients(key: str, gain: float) -> None:
-    test, z = patients(6, models=2, gain=gain)  # ordinary, and perfect
-    one = scored(key, test, z)
-    found = compare(one, one, margin=0.005)
-    if found.why:
-        assert (key, found.why) == ("log_loss", "no variation among the test groups")
-    else:
-        assert (found.difference, found.p) == (0, 1)
-        assert width(found.interval) > 0.01
-        assert found.p_margin is not None
-        assert found.p_margin > 0.05
-
-
-def test_a_perfect_model_beside_a_useless_one() -> None:
-    labels = np.repeat([0, 1], 30)
-    test = TestSet(labels, np.arange(60), ("a", "b"))
-    perfect, useless = scored("auc", test, 9 * np.eye(2)[labels][None]), scored("auc", test, np.zeros((1, 60, 2)))
-    found = compare(perfect, useless)
-    assert found.difference == 0.5
-    assert found.p is not None
-    assert found.p < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("p", "expected"),
-    [
-        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
-        ([0.5, 0.9], [1.0, 1.0]),
-        ([0.02], [0.02]),
-        ([], []),
-    ],
-)
-def test_holms_correction(p: list[float], expected: list[float]) -> None:
-    assert holm(p) == pytest.approx(expected)
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_holm_rejects_as_the_step_down_procedure_does(p: list[float]) -> None:
-    adjusted, order = holm(p), sorted(range(len(p)), key=lambda k: p[k])
-    for alpha in (0.01, 0.05, 0.2):
-        rejected = set()
-        for step, k in enumerate(order):
-            if p[k] * (len(p) - step) > alpha:
-                break
-            rejected.add(k)
-        assert {k for k, q in enumerate(adjusted) if q <= alpha} == rejected
 
 
 # --- what it is for

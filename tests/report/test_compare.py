@@ -11,9 +11,9 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from embcache.errors import ProtocolError, StoreNotFoundError, UsageError
+from embcache.probe.comparisons import holm
 from embcache.probe.results import find_run_anywhere, load_predictions
 from embcache.probe.run import probe_features
-from embcache.probe.statistics import holm
 from embcache.report.compare import compare_runs
 from tests.probe.build import make_dataset, make_features, put_store
 

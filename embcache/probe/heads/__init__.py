@@ -83,7 +83,11 @@ def imbalance(name: str) -> str:
     """What the head called ``name`` does where classes are not balanced, in words."""
     if not is_solved(heads()[name]):
         return "training draws them equally often"
-    return "they weigh alike in training" if weighs(name) else "nothing is done about it"
+    return (
+        "they weigh alike in training"
+        if weighs(name)
+        else "nothing is done about it, so frequent classes count for more (knn: more neighbors)"
+    )
 
 
 def weighs(name: str) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from embcache.errors import EmbcacheError
+from embcache.probe.comparisons import Difference
 from embcache.probe.results import ProbeResult
-from embcache.probe.statistics import RESAMPLES, Difference
+from embcache.probe.statistics import RESAMPLES
 from embcache.report.advice import BackboneAdvice, advise_backbone, comparable
 from embcache.report.compare import Comparison, Tested, compare_tested, difference, load_tested, same_test
 from embcache.report.page.collect import Part, Task

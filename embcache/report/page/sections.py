@@ -9,8 +9,9 @@ from typing import Any
 
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
+from embcache.probe.comparisons import Difference
 from embcache.probe.metrics import METRICS, find_metric, metric_title
-from embcache.probe.statistics import Difference, Estimate
+from embcache.probe.statistics import Estimate
 from embcache.probe.summary import training_notes
 from embcache.report.advice import Advice, advise
 from embcache.report.compare import INTERVALS, SPEAKS_OF
@@ -21,7 +22,7 @@ from embcache.report.page.charts import Chart, Series, line_chart
 from embcache.report.page.choice import Choice, Rival
 from embcache.report.page.collect import Part, Task
 from embcache.report.page.decide import Decided, decide
-from embcache.report.page.numbers import GRID, class_scores, confusion, mean_roc
+from embcache.report.page.numbers import class_scores
 from embcache.report.page.warn import secret_words, told_columns
 from embcache.report.page.words import (
     NEW_MODEL,
@@ -35,6 +36,7 @@ from embcache.report.page.words import (
     sentences,
     size_words,
 )
+from embcache.report.rates import GRID, confusion, mean_curve
 from embcache.report.subgroups import score_subgroups
 
 MOST_LINES = 6
@@ -329,7 +331,7 @@ def _roc(task: Task, choice: Choice, id: str) -> Chart:
 
 
 def _roc_series(name: str, rival: Rival, of_class: int, shown: bool) -> Series:
-    mean, sd = mean_roc(rival.tested.labels, rival.tested.predictions.logits, of_class)
+    mean, sd = mean_curve(rival.tested.labels, rival.tested.predictions.logits, of_class)
     low, high = (mean - sd).clip(0, 1), (mean + sd).clip(0, 1)
     aucs = [f.metrics["per_class_auc"][of_class] for f in rival.result.folds if f.metrics]
     name = f"{name} (AUC {sum(aucs) / len(aucs):.3f})"

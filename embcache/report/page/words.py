@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from embcache.probe.comparisons import Difference
 from embcache.probe.metrics import metric_title
-from embcache.probe.statistics import Difference, Estimate
+from embcache.probe.statistics import Estimate
 from embcache.probe.summary import training_notes
 from embcache.report.advice import Advice
 from embcache.report.advice import Rival as Beside

@@ -10,9 +10,10 @@ import pandas as pd
 from PIL import Image
 
 from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.probe.comparisons import Difference
 from embcache.probe.predictions import Predictions
 from embcache.probe.run import probe_features
-from embcache.probe.statistics import Difference, Estimate
+from embcache.probe.statistics import Estimate
 from embcache.report import compare
 from embcache.report.advice import advise_backbone
 from embcache.report.page.choice import Choice, Rival

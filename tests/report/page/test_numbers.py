@@ -8,7 +8,8 @@ from sklearn.metrics import auc, confusion_matrix, precision_score, recall_score
 
 from embcache.probe.predictions import Predictions
 from embcache.report import compare
-from embcache.report.page.numbers import GRID, class_scores, confusion, mean_roc, roc_points
+from embcache.report.page.numbers import class_scores
+from embcache.report.rates import GRID, confusion, mean_curve, roc_points
 from tests.report.build import make_result
 
 
@@ -34,7 +35,7 @@ def test_roc_points_are_those_of_scikit_learn(ties: bool) -> None:
 
 def test_mean_roc_keeps_the_area() -> None:
     labels, p = _predictions(3)
-    mean, sd = mean_roc(labels, np.log(p), 2)
+    mean, sd = mean_curve(labels, np.log(p), 2)
     areas = [auc(*roc_curve(labels == 2, q[:, 2])[:2]) for q in p]
     assert np.trapezoid(mean, GRID) == pytest.approx(np.mean(areas), abs=0.01)
     assert mean.shape == sd.shape == GRID.shape
@@ -44,7 +45,7 @@ def test_mean_roc_keeps_the_area() -> None:
 
 def test_mean_roc_of_class_0_of_two_ranks_by_its_own_odds() -> None:
     labels, p = _predictions(2)
-    mean, _ = mean_roc(labels, np.log(p), 0)
+    mean, _ = mean_curve(labels, np.log(p), 0)
     areas = [auc(*roc_curve(labels == 0, q[:, 0])[:2]) for q in p]
     assert np.trapezoid(mean, GRID) == pytest.approx(np.mean(areas), abs=0.01)
 
@@ -52,7 +53,7 @@ def test_mean_roc_of_class_0_of_two_ranks_by_its_own_odds() -> None:
 def test_roc_is_counted_from_logits_where_probabilities_saturate() -> None:
     logits, labels = np.zeros((1, 400, 2)), np.arange(400) % 2
     logits[0, :, 1] = np.random.default_rng(0).normal(size=400) * 900 + 500 * labels
-    mean, _ = mean_roc(labels, logits, 1)
+    mean, _ = mean_curve(labels, logits, 1)
     theirs = auc(*roc_curve(labels, logits[0, :, 1])[:2])
     assert np.trapezoid(mean, GRID) == pytest.approx(theirs, abs=0.01)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from embcache.probe.statistics import Difference
+from embcache.probe.comparisons import Difference
 from embcache.report.advice import Advice
 from embcache.report.page.collect import Task
 from embcache.report.page.words import NEW_MODEL, THESE_MODELS, change_words, headline, p_words, sentences
