@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs torture fuzz bench format clean
+.PHONY: demo test check golden docs torture fuzz bench format clean
 
 demo: .venv/installed
 	$(BIN)/embcache demo
@@ -14,6 +14,11 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Splits, features and scores of the working tree beside those of another revision: make golden BASE=REV.
+BASE ?= HEAD
+golden: .venv/installed
+	$(BIN)/python -m tests.golden.compare $(BASE)
 
 # The site, in site/: open site/index.html. A warning is an error.
 docs: .venv/installed

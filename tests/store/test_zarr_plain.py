@@ -156,7 +156,7 @@ def stored(shape: tuple[int, ...], **options: Any) -> dict[str, bytes]:
     store = MemoryStore()
     group = zarr.create_group(store=store, zarr_format=3)
     array = group.create_array("features", shape=shape, dtype="float32", **options)
-    if np.prod(shape) < 1e6:
+    if np.prod(shape) < 1e3:
         array[...] = np.ones(shape, np.float32)
     return {"data.zarr/" + key: value.to_bytes() for key, value in store._store_dict.items()}
 
