@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -17,6 +19,7 @@ from embcache.paths import replace_file
 
 if TYPE_CHECKING:
     from embcache.data.classes import ClassOptions
+    from embcache.data.dataset import ImageDataset
 
 HomeOption = Annotated[
     Path | None,
@@ -27,7 +30,9 @@ HomeOption = Annotated[
 DataRootOption = Annotated[
     Path | None,
     typer.Option(
-        "--data-root", metavar="FOLDER", help="The dataset's own folder. [default: $EMBCACHE_DATA/NAME or ./data/NAME]"
+        "--data-root",
+        metavar="FOLDER",
+        help="The dataset's own folder, or its table. [default: $EMBCACHE_DATA/NAME or ./data/NAME]",
     ),
 ]
 DatasetOption = Annotated[
@@ -68,6 +73,14 @@ MergeClassOption = Annotated[
     list[str] | None,
     typer.Option("--merge-class", metavar="A+B=NEW", help="Make one class of several, with a new name; repeatable."),
 ]
+_COLUMN_HELP = {  # of `embcache.data.roles.ROLES`
+    "path": "Column of a table that names the files.",
+    "label": "Column of a table that holds the labels.",
+    "group": "Column of a table that holds patients, slides …: images of one are never divided. [default: `group`, else one "
+    "with a usual name]",
+    "split": "Column of a table that holds train, val or test.",
+    "id": "Column of a table that names the images.",
+}
 SubsetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -161,11 +174,48 @@ def advise_by(context: typer.Context) -> None:
         context.call_on_close(lambda: advise_only(None))
 
 
+def takes_columns(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command ``--path-column``, ``--group-column`` and the like, as its one parameter ``columns``."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **given: Any) -> None:
+        from embcache.data.roles import Columns
+
+        named = {role: given.pop(f"{role}_column") or "" for role in _COLUMN_HELP}
+        command(*args, columns=Columns(**named, merge_class=tuple(given.get("merge_class") or ())), **given)
+
+    run.__annotations__ = {name: hint for name, hint in command.__annotations__.items() if name != "columns"}
+    run.__annotations__ |= {
+        f"{role}_column": Annotated[str | None, typer.Option(f"--{role}-column", metavar="NAME", help=text)]
+        for role, text in _COLUMN_HELP.items()
+    }
+    hints = get_type_hints(run, include_extras=True)  # typer looks at the signature and evaluates no text there
+    own = [p.replace(annotation=hints[n]) for n, p in inspect.signature(command).parameters.items() if n != "columns"]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hints[name])
+        for name in (f"{role}_column" for role in _COLUMN_HELP)
+    ]
+    run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    return run
+
+
 def class_options(drop: Sequence[str] | None, merge: Sequence[str] | None) -> ClassOptions:
     """What ``--drop-class`` and ``--merge-class`` were given."""
     from embcache.data.classes import ClassOptions
 
     return ClassOptions(tuple(drop or ()), tuple(merge or ()))
+
+
+def refuse_other_merges(merge: Sequence[str] | None, dataset: ImageDataset) -> None:
+    """`UsageError` for merges of classes that are spelled alike in all but letter case no more: features have no classes."""
+    others = [text for text in merge or () if text not in dataset.columns.merge_class]
+    if others:
+        raise UsageError(
+            "here --merge-class is for classes that differ only in letter case",
+            found=", ".join(others),
+            expected=" or ".join(dataset.class_names),
+            fix="merge other classes when they are told apart: embcache probe --merge-class A+B=NEW",
+        )
 
 
 def plain(value: Any) -> Any:

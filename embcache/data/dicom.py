@@ -13,19 +13,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from embcache.data.files import has_dicom_suffix
 from embcache.data.quiet import quiet
 from embcache.errors import DatasetError, ImageError
 
 _DEFLATED, _PLAIN = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"  # transfer syntaxes
 _MOST_INFLATED = 1 << 29
 _HEAD = 1 << 20
+_FIRST = 1 << 13
+_PATIENT = 0x00100020  # the tag of PatientID
 _BLOCK = 1 << 22  # pixels rendered at a time
-_SUFFIXES = (".dcm", ".dicom", ".dic")
-
-
-def has_dicom_suffix(name: str) -> bool:
-    """Whether a file name ends as DICOM files' names do."""
-    return os.path.splitext(name)[1].lower() in _SUFFIXES  # noqa: PTH122
 
 
 def is_dicom(data: bytes, name: str = "") -> bool:
@@ -103,7 +100,17 @@ def dicom_patient(file: IO[bytes], name: str = "") -> str:
     """
     with _pydicom(name) as pydicom:
         try:
-            head = io.BytesIO(_inflated(file.read(_HEAD)))
+            first, passed = file.read(_FIRST), list[int]()
+            if _DEFLATED not in first:  # in most files it is near the beginning: that must do for thousands of them
+                header = pydicom.filereader.read_partial(
+                    io.BytesIO(first), lambda tag, *_: tag > _PATIENT and not passed.append(tag), force=True
+                )
+                if passed or len(first) < _FIRST:
+                    return str(header.get("PatientID") or "").strip()
+        except Exception:  # cut short in the middle of an element
+            pass
+        try:
+            head = io.BytesIO(_inflated(first + file.read(_HEAD)))
             header = pydicom.dcmread(head, stop_before_pixels=True, specific_tags=["PatientID"], force=True)
             return str(header.get("PatientID") or "").strip()
         except Exception:  # whatever a broken file makes pydicom raise: decoding says what is wrong with it

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from embcache.data.checks import refuse_outside
 from embcache.errors import DatasetError
 
-# What Pillow and pydicom read of what lies in image collections; anything else in a class folder is passed over.
+# What Pillow and pydicom read of what lies in image collections; anything else in a class folder is passed over, counted.
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".webp", ".avif", ".tga"}
     | {".jp2", ".j2k", ".jpx", ".pgm", ".ppm", ".pbm", ".pnm", ".pcx", ".dcm", ".dicom", ".dic"}
 )
 
+_DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
 
 # A dataset may be a table of paths and labels instead of a folder.
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq", ".xlsx")
+
+# `IM000001`, `1.2.840.113619`, `I0000001.IMA`: scanners and archives name DICOM files so. Their content tells.
+_UNNAMED = re.compile(r"[^.]+|.*\.(?:\d+|ima|acr|dc3)", re.IGNORECASE)
 
 
 def is_litter(name: str) -> bool:
@@ -30,6 +36,38 @@ def is_image_name(name: str) -> bool:
     """Whether a file name has an image's suffix."""
     _, dot, suffix = name.rpartition(".")
     return dot + suffix.lower() in IMAGE_SUFFIXES and not is_litter(name)
+
+
+def has_dicom_suffix(name: str) -> bool:
+    """Whether a file name ends as DICOM files' names do."""
+    return name.lower().endswith(_DICOM_SUFFIXES)
+
+
+def is_image_file(folder: Path | str, name: str) -> bool:
+    """Whether a file's name has an image's suffix; or it has none, and the file is DICOM by its content."""
+    if is_image_name(name):
+        return True
+    if _UNNAMED.fullmatch(name) is None or is_litter(name):
+        return False
+    place = os.path.join(folder, name)  # noqa: PTH118
+    if not stat.S_ISREG(os.stat(place).st_mode):  # noqa: PTH116  # a pipe would never answer
+        return False
+    with open(place, "rb") as file:  # noqa: PTH123
+        return file.read(132)[128:] == b"DICM"
+
+
+def suffix_of(name: str) -> str:
+    """A file's suffix for counting: both of ``.nii.gz``, "no suffix" where there is none."""
+    match = re.fullmatch(r".+?((?:\.nii)?\.[A-Za-z][\w-]{0,15}|\.tar\.\w+)", name)
+    return match.group(1).lower() if match else "no suffix"
+
+
+def passed_note(passed: Counter[str]) -> list[str]:
+    """What to say of files that a scan passed over, by suffix."""
+    if not passed:
+        return []
+    counts = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(passed.items(), key=lambda item: (-item[1], item[0])))
+    return [f"{sum(passed.values()):,} files that are not images, or of no format that is read, are left out: {counts}"]
 
 
 def list_folder(folder: Path | str) -> list[os.DirEntry[str]]:
@@ -58,10 +96,11 @@ def find_level(root: Path, matches: Callable[[Path], bool], depth: int = 2) -> P
     return None
 
 
-def walk_images(root: Path, folder: str = "") -> Iterator[str]:
+def walk_images(root: Path, folder: str = "", passed: Counter[str] | None = None) -> Iterator[str]:
     """Paths (relative to ``root``, posix) of the images at or below ``root/folder``, in sorted order.
 
-    Linked folders that lie inside the root are passed over (their images are found where they are).
+    Linked folders that lie inside the root are passed over (their images are found where they are). Other files are
+    counted in ``passed`` by their suffix.
 
     Raises
     ------
@@ -72,11 +111,13 @@ def walk_images(root: Path, folder: str = "") -> Iterator[str]:
         path = f"{folder}/{entry.name}" if folder else entry.name
         if entry.is_dir():
             if not entry.is_symlink():
-                yield from walk_images(root, path)
+                yield from walk_images(root, path, passed)
             elif not is_inside(root, os.path.realpath(entry.path)):
                 raise refuse_outside(path, where=root)
-        elif is_image_name(entry.name):
+        elif is_image_name(entry.name) or (entry.is_file() and is_image_file(root / folder, entry.name)):
             yield path
+        elif passed is not None:
+            passed[suffix_of(entry.name)] += 1
 
 
 def image_index(folder: Path) -> dict[str, str]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embcache.data.dataset import ImageDataset
-from embcache.data.dicom import dicom_patient, has_dicom_suffix
-from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, is_image_name, is_litter
-from embcache.data.folder import UNGROUPED
-from embcache.data.labels import read_table
+from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, is_image_file, is_litter
+from embcache.data.groups import UNGROUPED, known_groups, merge_groups, patient_keys
+from embcache.data.labels import open_table
+from embcache.data.nearby import settle_paths
+from embcache.data.roles import Columns, find_columns, find_groups
 from embcache.errors import DatasetError, DatasetNotFoundError
 from embcache.extract.batching import Source
 from embcache.extract.request import image_root
@@ -58,15 +59,21 @@ def images_of_paths(paths: Sequence[PathLike]) -> Asked:
     real = [os.path.realpath(path) for path in found]
     sources = tuple(Source(str(k), path.removeprefix(Path(path).anchor), -1) for k, path in enumerate(real))
     reasons = tuple(map(_not_readable, real))
-    groups = tuple(found[path] or ("" if why else _patient(path)) for path, why in zip(found, reasons, strict=True))
+    # Groups by PatientID are called after their first image: a PatientID is in no answer.
+    lacking = [str(path) for path, why in zip(found, reasons, strict=True) if not (found[path] or why)]
+    patients = patient_keys(Path(), lacking) or [""] * len(lacking)
+    named = zip(lacking, merge_groups(lacking, patients), patients, strict=True)
+    of = {path: group for path, group, patient in named if patient}
+    groups = tuple(group or of.get(str(path), "") for path, group in found.items())
     return Asked(Path(Path.cwd().anchor), tuple(map(str, found)), sources, reasons, groups)
 
 
 def list_images(paths: Sequence[PathLike]) -> dict[Path, str]:
     """The named files, those that tables name, and the images in and below the named folders (sorted), each once.
 
-    A file that was named is kept whatever its name, but for a CSV, TSV or Parquet file: it is a table with a column
-    ``path``, relative to its folder, and perhaps ``group``. Linked folders inside folders are not followed.
+    A file that was named is kept whatever its name, but for a CSV, TSV, Parquet or Excel file: it is a table with a column
+    ``path``, relative to its folder, and perhaps ``group``, or columns with names that are as usual. Linked folders
+    inside folders are not followed.
 
     Returns
     -------
@@ -88,7 +95,7 @@ def list_images(paths: Sequence[PathLike]) -> dict[Path, str]:
         if not path.is_dir():
             found.setdefault(path, "")
             continue
-        inside = [image for image in _walk(path) if is_image_name(image.name)]
+        inside = [image for image in _walk(path) if is_image_file(image.parent, image.name)]
         if not inside:
             raise DatasetNotFoundError(
                 "a folder holds no images",
@@ -103,19 +110,14 @@ def list_images(paths: Sequence[PathLike]) -> dict[Path, str]:
 
 def _listed(file: Path) -> dict[Path, str]:
     """Images that a table names, with their groups."""
-    table = read_table(file, ["path"])
-    if table.empty or not all(table["path"]):
+    table, _ = open_table(file)
+    column = find_columns(table, Columns(), where=file, required=["path"])[0]["path"]
+    if table.empty or not all(table[column]):
         raise DatasetError("a row of a table names no image", expected="a path in every row", where=file)
-    groups = table["group"] if "group" in table else [""] * len(table)
-    return {file.parent / path: group for path, group in zip(table["path"], groups, strict=True)}
-
-
-def _patient(path: Path) -> str:
-    """PatientID of a DICOM file; empty for other files."""
-    if not has_dicom_suffix(path.name):
-        return ""
-    with path.open("rb") as file:
-        return dicom_patient(file, path.name)
+    paths, _ = settle_paths(file.parent.resolve(), table[column].tolist())
+    _, group, _ = find_groups(table, Columns(), [-1] * len(paths), paths, where=file)
+    groups = known_groups(table[group].tolist()) if group else [""] * len(paths)
+    return {file.parent / path: name for path, name in zip(paths, groups, strict=True)}
 
 
 def _not_readable(path: str) -> str:

@@ -81,8 +81,10 @@ def test_split_folders_are_known_in_any_letter_case_and_paths_keep_it(
     assert all(ds.file_path(row).is_file() for row in range(len(ds)))
 
 
-def test_a_class_called_train_is_a_class_when_it_holds_images_itself(tmp_path: Path) -> None:
-    assert load_dataset("folder", fill(tmp_path, "train/1.png", "bus/2.png")).class_names == ("bus", "train")
+def test_no_class_is_called_like_a_split(tmp_path: Path) -> None:
+    with pytest.raises(DatasetNotFoundError, match="'train' names a split") as caught:
+        load_dataset("folder", fill(tmp_path, "train/1.png", "bus/2.png"))
+    assert "rename" in str(caught.value.fix)
 
 
 def test_a_test_class_that_training_lacks_is_an_unknown_label(tmp_path: Path) -> None:
@@ -176,7 +178,7 @@ def test_parquet_serves_as_well_as_csv(tmp_path: Path) -> None:
         ("path,label,id\na.png,0,C:\\a\nb.png,1,b\n", "an id leaves"),
         ("path,label,id\na.png,0,..\nb.png,1,b\n", "an id leaves"),
         ("path,label\n,0\nb.png,1\n", "is empty"),
-        ("path,class\na.png,0\n", "lacks the column 'label'"),
+        ("path,kind\na.png,0\n", "lacks the column 'label'"),
         ("path,label\n", "no rows"),
     ],
 )
