@@ -21,6 +21,7 @@ from embcache.commands.options import (
     NameOption,
     class_options,
     split_list,
+    takes_columns,
     write_json,
 )
 from embcache.commands.table import print_table
@@ -29,8 +30,10 @@ from embcache.errors import StoreNotFoundError, UsageError, printable
 if TYPE_CHECKING:
     from embcache.analysis.audit import Audit
     from embcache.data.dataset import ImageDataset
+    from embcache.data.roles import Columns
 
 
+@takes_columns
 def audit(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -61,6 +64,8 @@ def audit(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Look for near-duplicates, likely label errors and outliers, and measure the effect of leaving them out.
 
@@ -86,7 +91,9 @@ def audit(
 
     if output is not None:
         check_target(output)
-    ds, _ = find_dataset(names[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds, _ = find_dataset(
+        names[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
+    )
     ds = class_options(drop_class, merge_class).of(ds)
     cached = backbones or cached_backbones(ds.name, home)
     if not cached:

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embcache.commands.options import DataRootOption, HomeOption, JsonOption, MergeClassOption, refuse_other_merges, takes_columns, write_json
+from embcache.commands.options import (
+    DataRootOption,
+    HomeOption,
+    JsonOption,
+    MergeClassOption,
+    refuse_other_merges,
+    takes_columns,
+    write_json,
+)
 from embcache.commands.table import print_table
 
 if TYPE_CHECKING:
@@ -41,7 +49,8 @@ def datasets(
         return
     if data_root is not None or columns.named() or columns.merge_class:
         raise UsageError(
-            "--data-root and columns belong to one dataset", fix=f"embcache datasets NAME --data-root {data_root or 'FOLDER'}"
+            "--data-root and columns belong to one dataset",
+            fix=f"embcache datasets NAME --data-root {data_root or 'FOLDER'}",
         )
     rows = list_datasets(home)
     if json:

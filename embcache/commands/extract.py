@@ -16,18 +16,23 @@ from embcache.commands.options import (
     DatasetOption,
     HomeOption,
     JsonOption,
+    MergeClassOption,
     NameOption,
+    refuse_other_merges,
     split_list,
+    takes_columns,
     write_json,
 )
 from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
+    from embcache.data.roles import Columns
     from embcache.extract.profile import Profile
     from embcache.extract.run import Extraction
 
 
+@takes_columns
 def extract(
     backbone: BackboneOption = None,
     dataset: DatasetOption = None,
@@ -114,7 +119,10 @@ def extract(
     ] = False,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
+    merge_class: MergeClassOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Run frozen backbones once over all images into feature stores.
 
@@ -143,7 +151,10 @@ def extract(
 
     answers, stop = [], Stop()
     for each in datasets:
-        found, _ = find_dataset(each, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+        found, _ = find_dataset(
+            each, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
+        )
+        refuse_other_merges(merge_class, found)
         for note in found.notes:
             print_note(note)
         spent = Profile()

@@ -20,6 +20,7 @@ from embcache.commands.options import (
     NameOption,
     class_options,
     split_list,
+    takes_columns,
     write_json,
 )
 from embcache.commands.table import print_note, print_table
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from embcache.analysis.run_attention import RunAttention
     from embcache.data.classes import ClassOptions
     from embcache.data.dataset import ImageDataset
+    from embcache.data.roles import Columns
 
 RunsOption = Annotated[
     list[str] | None,
@@ -55,6 +57,7 @@ OutputOption = Annotated[
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
+@takes_columns
 def tsne(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -81,6 +84,8 @@ def tsne(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Map cached embeddings side by side: each backbone, and what a run of dvme fuses.
 
@@ -95,7 +100,7 @@ def tsne(
         raise UsageError("points are written as CSV or Parquet", found=str(coordinates), fix="--coordinates points.csv")
     if limit is not None and limit < 4:
         raise UsageError("too few images for a map", expected="at least 4", found=str(limit), fix="--limit 2000")
-    ds = _one_dataset(dataset, data_root, home, allow_missing, name, class_options(drop_class, merge_class))
+    ds = _one_dataset(dataset, data_root, home, allow_missing, name, class_options(drop_class, merge_class), columns)
     from embcache.analysis.draw_maps import draw_maps
 
     maps = draw_maps(
@@ -244,6 +249,7 @@ def _attention_json(found: RunAttention) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@takes_columns
 def neighbors(
     image: Annotated[str, typer.Option("--image", metavar="ID", help="Id of a cached image, or its unique end.")],
     k: Annotated[int, typer.Option("-k", metavar="K", help="Neighbours to show.")] = 8,
@@ -258,6 +264,8 @@ def neighbors(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Show the images nearest to one in cached features, as a table and a contact sheet.
 
@@ -267,7 +275,7 @@ def neighbors(
     Example: embcache neighbors --image test/NORMAL/IM-0001-0001.jpeg -k 8 --dataset pneumonia
     """
     targets = figure_targets(output)
-    ds = _one_dataset(dataset, data_root, home, allow_missing, name, class_options(drop_class, merge_class))
+    ds = _one_dataset(dataset, data_root, home, allow_missing, name, class_options(drop_class, merge_class), columns)
     from embcache.analysis.neighbors import find_neighbours
     from embcache.analysis.sheets import draw_neighbours
     from embcache.paths import home_dir, slug
@@ -315,6 +323,7 @@ def _one_dataset(
     allow_missing: bool,
     name: str | None,
     classes: ClassOptions,
+    columns: Columns,
 ) -> ImageDataset:
     names = split_list(dataset)
     if len(names) != 1:
@@ -324,7 +333,9 @@ def _one_dataset(
     from embcache.data.classes import change_notes
     from embcache.data.dataset import find_dataset
 
-    ds, _ = find_dataset(names[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds, _ = find_dataset(
+        names[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
+    )
     ds = classes.of(ds)
     for note in change_notes(ds):
         print_note(note)

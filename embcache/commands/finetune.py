@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,13 +27,18 @@ from embcache.commands.options import (
     ValOption,
     class_options,
     split_list,
+    takes_columns,
     write_json,
 )
 from embcache.commands.probe import in_metrics, print_results
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import print_note
 
+if TYPE_CHECKING:
+    from embcache.data.roles import Columns
 
+
+@takes_columns
 def finetune(
     backbone: BackboneOption = None,
     dataset: DatasetOption = None,
@@ -104,6 +109,8 @@ def finetune(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Train backbones and head together on augmented images, by the protocol of probing, and test them.
 
@@ -148,6 +155,7 @@ def finetune(
                 reuse=not again,
                 allow_missing=allow_missing,
                 dataset_name=name,
+                columns=columns,
                 say=print_note,
                 progress=bar.update,
             )

@@ -76,8 +76,7 @@ MergeClassOption = Annotated[
 _COLUMN_HELP = {  # of `embcache.data.roles.ROLES`
     "path": "Column of a table that names the files.",
     "label": "Column of a table that holds the labels.",
-    "group": "Column of a table that holds patients, slides …: images of one are never divided. [default: `group`, else one "
-    "with a usual name]",
+    "group": "Column of a table that holds patients, slides …: no split divides one. [default: group, or a usual name]",
     "split": "Column of a table that holds train, val or test.",
     "id": "Column of a table that names the images.",
 }
@@ -207,7 +206,7 @@ def class_options(drop: Sequence[str] | None, merge: Sequence[str] | None) -> Cl
 
 
 def refuse_other_merges(merge: Sequence[str] | None, dataset: ImageDataset) -> None:
-    """`UsageError` for merges of classes that are spelled alike in all but letter case no more: features have no classes."""
+    """`UsageError` for merges that loading did not make: of classes that differ in more than letter case."""
     others = [text for text in merge or () if text not in dataset.columns.merge_class]
     if others:
         raise UsageError(

@@ -31,6 +31,7 @@ from embcache.commands.options import (
     ValOption,
     class_options,
     split_list,
+    takes_columns,
     write_json,
 )
 from embcache.commands.progress import ProgressBar
@@ -38,9 +39,11 @@ from embcache.commands.table import bounds, print_note, print_table, spread
 from embcache.errors import UsageError, printable
 
 if TYPE_CHECKING:
+    from embcache.data.roles import Columns
     from embcache.probe.results import ProbeResult
 
 
+@takes_columns
 def probe(
     head: Annotated[str, typer.Option("--head", metavar="NAME", help="See `embcache heads`.")] = "linear",
     subset: SubsetOption = None,
@@ -112,6 +115,8 @@ def probe(
     name: NameOption = None,
     again: Annotated[bool, typer.Option("--again", help="Train even where a saved result answers the same.")] = False,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Train heads on cached features and test them: five folds, early stopping, means and intervals.
 
@@ -173,6 +178,7 @@ def probe(
             max_memory=max_memory,
             allow_missing=allow_missing,
             dataset_name=name,
+            columns=columns,
             reuse=not again,
             say=print_note,
             progress=bar.update,

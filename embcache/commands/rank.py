@@ -20,6 +20,7 @@ from embcache.commands.options import (
     NameOption,
     class_options,
     split_list,
+    takes_columns,
     write_json,
 )
 from embcache.commands.table import print_note, print_table
@@ -27,6 +28,7 @@ from embcache.commands.table import print_note, print_table
 if TYPE_CHECKING:
     from embcache.analysis.rank import Ranking
     from embcache.analysis.similarity import Similarity
+    from embcache.data.roles import Columns
 
 RecipeOption = Annotated[
     str | None,
@@ -34,6 +36,7 @@ RecipeOption = Annotated[
 ]
 
 
+@takes_columns
 def rank(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -49,6 +52,8 @@ def rank(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Score every cached backbone in seconds, without training: which one to bother with.
 
@@ -70,6 +75,7 @@ def rank(
         home=home,
         allow_missing=allow_missing,
         dataset_name=name,
+        columns=columns,
         classes=class_options(drop_class, merge_class),
     )
     if json != "-":
@@ -81,6 +87,7 @@ def rank(
         write_json(_finite([asdict(ranking) for ranking in rankings]), json)
 
 
+@takes_columns
 def similarity(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -93,6 +100,8 @@ def similarity(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Compare the embeddings of cached backbones on the same training images: linear CKA and mutual k-NN.
 
@@ -111,6 +120,7 @@ def similarity(
         home=home,
         allow_missing=allow_missing,
         dataset_name=name,
+        columns=columns,
         classes=class_options(drop_class, merge_class),
         say=print_note,
     )

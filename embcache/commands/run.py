@@ -24,12 +24,14 @@ from embcache.commands.options import (
     OverlapOption,
     class_options,
     split_list,
+    takes_columns,
     write_json,
 )
 from embcache.commands.progress import ProgressBar
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
+    from embcache.data.roles import Columns
     from embcache.report.layout import Table
 
 FormatOption = Annotated[
@@ -44,6 +46,7 @@ FigureOption = Annotated[
 ]
 
 
+@takes_columns
 def run(
     what: Annotated[
         str, typer.Argument(metavar="NAME|FILE.toml", help="table1–table4, B1–B8, C1–C4, G1, fig2, D1, D2, F1.")
@@ -96,6 +99,8 @@ def run(
     figure: FigureOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its cost; do nothing.")] = False,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Make a table or a figure of the paper, or a grid of one's own: plan, do what is missing, print.
 
@@ -115,7 +120,7 @@ def run(
         "folds": folds, "val": val, "test": test, "repeats": repeats, "seed": seed, "recipe": recipe,
         "exclude_test_overlap": exclude_test_overlap, "max_epochs": max_epochs, "data_root": data_root, "home": home,
         "weights": parse_weights(weights) or {}, "transform": transform, "device": device, "workers": workers,
-        "allow_missing": allow_missing, "dataset_name": name, "lr": parse_rates(split_list(lr)),
+        "allow_missing": allow_missing, "dataset_name": name, "columns": columns, "lr": parse_rates(split_list(lr)),
         "classes": class_options(drop_class, merge_class) if drop_class or merge_class else None,
     }  # fmt: skip
     order = Order(

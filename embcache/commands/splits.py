@@ -24,11 +24,13 @@ from embcache.commands.options import (
     advise_by,
     class_options,
     split_list,
+    takes_columns,
 )
 from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
+    from embcache.data.roles import Columns
     from embcache.probe.splits import Splits
 
 app = typer.Typer(help="The exact images of every fold and subset.", no_args_is_help=True, callback=advise_by)
@@ -58,6 +60,8 @@ def export(
     merge_class: MergeClassOption = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Write the splits that `embcache probe` draws, as JSON: ids of the test set and of every fold and subset.
 
@@ -70,7 +74,9 @@ def export(
     names = split_list(backbone)
     if len(names) > 1:
         raise UsageError("--backbone names the one store that tells which images are identical", found=", ".join(names))
-    ds, source = find_dataset(dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds, source = find_dataset(
+        dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
+    )
     ds = class_options(drop_class, merge_class).of(ds)
     splits, store = plan_cached(
         ds,
@@ -95,6 +101,7 @@ def export(
 
 
 @app.command("import")
+@takes_columns
 def import_(
     file: Annotated[Path, typer.Argument(help="A file written by `embcache splits export`.")],
     dataset: OneDatasetOption,
@@ -104,6 +111,8 @@ def import_(
     merge_class: MergeClassOption = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Check someone else's splits against a dataset and keep them for `embcache probe --splits NAME`.
 
@@ -114,7 +123,9 @@ def import_(
     from embcache.data.dataset import find_dataset
     from embcache.probe.cached import import_splits
 
-    ds, _ = find_dataset(dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds, _ = find_dataset(
+        dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
+    )
     ds = class_options(drop_class, merge_class).of(ds)
     imported = import_splits(file, ds, home)
     _print(imported.splits)

@@ -18,6 +18,7 @@ from embcache.commands.options import (
     JsonOption,
     NameOption,
     split_list,
+    takes_columns,
     write_json,
 )
 from embcache.commands.table import print_note, print_table
@@ -25,6 +26,7 @@ from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import home_dir
 
 if TYPE_CHECKING:
+    from embcache.data.roles import Columns
     from embcache.upkeep import InterruptedRun, StoreInfo
 
 RecipeOption = Annotated[
@@ -129,6 +131,7 @@ def info(
         typer.echo(("\n" if index else "") + _in_words(answer))
 
 
+@takes_columns
 def export(
     target: Annotated[Path, typer.Argument(help="File to write: .npz, .parquet, .csv, .zarr or .h5.")],
     backbone: BackboneOption = None,
@@ -147,6 +150,8 @@ def export(
     home: HomeOption = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Write features, labels, groups and splits of one store as one file for other tools.
 
@@ -167,7 +172,9 @@ def export(
             found=f"backbones: {', '.join(backbones) or 'none'}; datasets: {', '.join(datasets) or 'none'}",
             fix="embcache export TARGET --backbone NAME --dataset NAME   (embcache ls says what is cached)",
         )
-    ds, origin = find_dataset(datasets[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds, origin = find_dataset(
+        datasets[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
+    )
     store = open_store(backbones[0], ds, home=home, recipe=recipe, views=views)
     written = export_features(store, ds, target, format=format, overwrite=force)
     typer.echo(f"{target}: {written:,} rows of {store.row_shape} {store.dtype}")

@@ -16,6 +16,7 @@ from embcache.commands.options import (
     JsonOption,
     NameOption,
     split_list,
+    takes_columns,
     write_json,
 )
 from embcache.commands.store import printable, size_words
@@ -23,11 +24,13 @@ from embcache.commands.table import format_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
+    from embcache.data.roles import Columns
     from embcache.upkeep.why import Why
 
 _IDS = 5
 
 
+@takes_columns
 def why(
     backbone: BackboneOption = None,
     dataset: DatasetOption = None,
@@ -57,6 +60,8 @@ def why(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Say why an extraction would compute anything, and what it would cost; nothing is written.
 
@@ -78,7 +83,9 @@ def why(
     from embcache.data.dataset import find_dataset
     from embcache.upkeep.why import explain
 
-    found, _ = find_dataset(datasets[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    found, _ = find_dataset(
+        datasets[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
+    )
     answers = explain(
         names,
         found,

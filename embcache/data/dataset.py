@@ -116,7 +116,7 @@ class ImageDataset:
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     origin: Path | None = None
-    columns: Columns = Columns()
+    columns: Columns = field(default_factory=Columns)
     target: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
     whole: ImageDataset | None = None
@@ -340,7 +340,8 @@ def _as_kept(cached: ImageDataset, columns: Columns) -> ImageDataset:
         raise DatasetNotFoundError(
             "the images' folder is not there, and the snapshot was read with other columns",
             expected=", ".join(f"{role}: {name}" for role, name in columns.named().items()),
-            found=", ".join(f"{role}: {name}" for role, name in cached.columns.named().items()) or "columns by their names",
+            found=", ".join(f"{role}: {name}" for role, name in cached.columns.named().items())
+            or "columns by their names",
             where=cached.origin,
             fix=("--data-root FOLDER", "leave --group-column and the like out"),
         )
@@ -424,7 +425,8 @@ def group_patients(ds: ImageDataset, sizes: Mapping[str, int | None]) -> ImageDa
         return replace(ds, notes=(*ds.notes, f"the PatientID of the DICOM files is not taken for groups: {why}"))
     table = ds.table.assign(group=merge_groups(ds.table["id"].tolist(), patients))
     lacking = patients.count("")
-    note = f"groups are those of the PatientID in the DICOM files ({len(set(patients) - {''}):,} patients), named after an image"
+    known = len(set(patients) - {""})
+    note = f"groups are those of the PatientID in the DICOM files ({known:,} patients), named after an image of each"
     notes = [note if each == UNGROUPED else each for each in ds.notes]
     notes += [f"{lacking:,} of {len(ds):,} images have no PatientID: each is a group of its own"] if lacking else []
     return replace(ds, table=table, notes=tuple(notes))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,12 +99,11 @@ def dicom_patient(file: IO[bytes], name: str = "") -> str:
     """
     with _pydicom(name) as pydicom:
         try:
-            first, passed = file.read(_FIRST), list[int]()
+            first = file.read(_FIRST)
             if _DEFLATED not in first:  # in most files it is near the beginning: that must do for thousands of them
-                header = pydicom.filereader.read_partial(
-                    io.BytesIO(first), lambda tag, *_: tag > _PATIENT and not passed.append(tag), force=True
-                )
-                if passed or len(first) < _FIRST:
+                start = io.BytesIO(first)
+                header = pydicom.filereader.read_partial(start, lambda tag, *_: tag > _PATIENT, force=True)
+                if start.tell() < _FIRST or len(first) < _FIRST:
                     return str(header.get("PatientID") or "").strip()
         except Exception:  # cut short in the middle of an element
             pass

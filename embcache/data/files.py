@@ -12,7 +12,7 @@ from pathlib import Path
 from embcache.data.checks import refuse_outside
 from embcache.errors import DatasetError
 
-# What Pillow and pydicom read of what lies in image collections; anything else in a class folder is passed over, counted.
+# What Pillow and pydicom read of what lies in image collections; other files in class folders are counted, not read.
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".webp", ".avif", ".tga"}
     | {".jp2", ".j2k", ".jpx", ".pgm", ".ppm", ".pbm", ".pnm", ".pcx", ".dcm", ".dicom", ".dic"}

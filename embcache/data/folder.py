@@ -122,12 +122,13 @@ def _dataset(
     class_names = class_order(label for label, split in zip(labels, splits, strict=True) if split == "train")
     numbers = label_numbers(labels, class_names, ids=frame["id"].tolist(), where=where)
     if len(class_names) == 1:
+        above = f"--data-root '{root.parent}'"
         raise DatasetError(
             "there is one class only, so there is nothing to tell apart",
-            expected="two classes or more among the training images; without labels a table whose column label is empty",
+            expected="two classes or more among the training images, or a table whose column label is empty",
             found=class_names[0],
             where=where,
-            fix="--label-column NAME, another column of the table" if where.is_file() else f"--data-root '{root.parent}'",
+            fix="--label-column NAME, another column of the table" if where.is_file() else above,
         )
     if not class_names and where.is_dir():
         raise layout_error(root, "no class folders with images")

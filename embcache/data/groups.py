@@ -149,7 +149,7 @@ def patient_keys(root: Path, paths: Sequence[str]) -> list[str] | None:
     paths : sequence of str, length n
         Relative to it; empty for a file that is not there.
     """
-    asked = [k for k, path in enumerate(paths) if path and not is_image_name(path) or has_dicom_suffix(path)]
+    asked = [k for k, path in enumerate(paths) if (path and not is_image_name(path)) or has_dicom_suffix(path)]
     if not asked:
         return None
     from embcache.data.dicom import dicom_patient, is_dicom  # only they need a decoder

@@ -40,6 +40,7 @@ def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[
     Parameters
     ----------
     path : Path
+        The file; its suffix tells the format.
     rows : int, optional
         At most so many, for a first look.
 
@@ -155,22 +156,20 @@ def _delimiter(text: str, preferred: str) -> str:
 def _sheet(path: Path) -> tuple[list[list[str]], list[str]]:
     """Cells of the first sheet of an Excel workbook as text, and a note where there are others."""
     try:
-        import openpyxl
+        with pd.ExcelFile(path, engine="openpyxl") as workbook:
+            names = workbook.sheet_names
+            sheet = workbook.parse(names[0], header=None, dtype=object, keep_default_na=False)
     except ImportError as error:
         raise DatasetError(
             "Excel files need openpyxl, which is not installed",
             where=path,
             fix='pip install "embcache[excel]", or save the table as CSV UTF-8',
         ) from error
-    try:
-        workbook = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        names, sheet = workbook.sheetnames, workbook.worksheets[0]
-        lines = [[as_text(cell) for cell in row] for row in sheet.iter_rows(values_only=True)]
-        workbook.close()
     except PermissionError:
         raise
     except Exception as error:  # whatever openpyxl raises on broken files
         raise DatasetError("not an Excel workbook", found=str(error).split("\n")[0], where=path) from error
+    lines = [[as_text(cell) for cell in row] for row in sheet.itertuples(index=False, name=None)]
     width = max((k + 1 for line in lines[:1] for k, cell in enumerate(line) if cell), default=0)
     if any(cell for line in lines for cell in line[width:]):
         raise DatasetError("a sheet has values beyond its header", expected="a name over each column", where=path)
@@ -222,19 +221,19 @@ class Spellings:
     of: dict[str, str]
     counts: Counter[str]
 
-    def notes(self) -> list[str]:
-        """What to say of texts of which several are one class, and of those that were read otherwise."""
+    def notes(self, what: str = "class") -> list[str]:
+        """What to say of texts of which several are one class (or group), and of those that were read otherwise."""
         spelled: dict[str, list[str]] = {}
         for text, name in self.of.items():
             spelled.setdefault(name, []).append(text)
         notes = []
         for name, texts in spelled.items():
             if len(texts) > 1:
-                ways = first_few([f"{ascii(t)} ({self.counts[t]:,})" for t in sorted(texts)])
-                notes.append(f"class {name!r} is written in {len(texts)} ways that are one: {ways}")
+                ways = first_few([f"{t!a} ({self.counts[t]:,})" for t in sorted(texts)])
+                notes.append(f"{what} {name!r} is written in {len(texts)} ways that are one: {ways}")
         alone = [t for texts in spelled.values() if len(texts) == 1 for t in texts]
-        odd = [f"{ascii(t)} as {self.of[t]!r}" for t in alone if unicodedata.normalize("NFC", t) != self.of[t]]
-        return notes + ([f"{len(odd):,} class names are read otherwise: {first_few(odd, 3)}"] if odd else [])
+        odd = [f"{t!a} as {self.of[t]!r}" for t in alone if unicodedata.normalize("NFC", t) != self.of[t]]
+        return notes + ([f"{len(odd):,} {what} names are read otherwise: {first_few(odd, 3)}"] if odd else [])
 
 
 def unify(texts: Iterable[str]) -> Spellings:
@@ -288,8 +287,8 @@ def label_notes(labels: Sequence[str], class_names: Sequence[str]) -> list[str]:
     if several:
         n = sum(counts[name] for name in set(several))
         notes.append(
-            f"{n:,} labels seem to hold several findings ({first_few(list(dict.fromkeys(several)), 2)}): each combination is "
-            "one class; a column per finding (yes, no) and --target COLUMN tell one finding apart"
+            f"{n:,} labels seem to hold several findings ({first_few(list(dict.fromkeys(several)), 2)}): each "
+            "combination is one class; a column per finding (yes, no) and --target COLUMN tell one finding apart"
         )
     decimals = [name for name in class_names if re.fullmatch(r"[+-]?[0-9]*[.,][0-9]+", name)]
     if len(decimals) > max(2, len(class_names) // 2):

@@ -76,7 +76,9 @@ def find_layout(root: Path, columns: Columns) -> Layout:
         if tables and not classes:
             if len(tables) > 1:
                 raise _unclear(root, "several tables could be that of the labels", tables, root / tables[0])
-            return Layout(root, root / tables[0], [], [*notes, f"{tables[0]}, beside the images, is the table of labels"])
+            return Layout(
+                root, root / tables[0], [], [*notes, f"{tables[0]}, beside the images, is the table of labels"]
+            )
         if len(children) == 1 and not divided and not _images_in(root / children[0]):
             notes += _strays(root)
             root = root / children[0]
@@ -85,7 +87,9 @@ def find_layout(root: Path, columns: Columns) -> Layout:
     if root != top:
         notes.append(f"the classes are the folders in {root.relative_to(top).as_posix()}/, the only folder with images")
     if tables:
-        notes.append(f"{first_few(tables)} beside the class folders is not used: --data-root '{root / tables[0]}' takes it")
+        notes.append(
+            f"{first_few(tables)} beside the class folders is not used: --data-root '{root / tables[0]}' takes it"
+        )
     if divided:
         rows = _split_rows(root, children, passed, notes)
     elif not children:
@@ -102,7 +106,10 @@ def find_layout(root: Path, columns: Columns) -> Layout:
         left_out = _refuse_no_classes(root, children)
         notes += [f"{name}/ holds the class folders once more and is left out as a copy" for name in left_out]
         rows = [
-            (path, name, "train") for name in children if name not in left_out for path in walk_images(root, name, passed)
+            (path, name, "train")
+            for name in children
+            if name not in left_out
+            for path in walk_images(root, name, passed)
         ]
         beside = [f.name for f in subfolders(root.parent) if SPLIT_NAMES.get(f.name.lower(), "train") != "train"]
         if SPLIT_NAMES.get(root.name.lower()) == "train" and beside:
@@ -110,7 +117,9 @@ def find_layout(root: Path, columns: Columns) -> Layout:
     return Layout(root, None, rows, [*notes, *_strays(root, passed)])
 
 
-def _split_rows(root: Path, children: Sequence[str], passed: Counter[str], notes: list[str]) -> list[tuple[str, str, str]]:
+def _split_rows(
+    root: Path, children: Sequence[str], passed: Counter[str], notes: list[str]
+) -> list[tuple[str, str, str]]:
     rows, others = [], []
     for name in children:
         split = SPLIT_NAMES.get(name.lower())  # the paths keep the folder's own spelling
@@ -142,7 +151,9 @@ def _refuse_no_classes(root: Path, children: Sequence[str]) -> list[str]:
     for copy in copies:
         images = {path.partition("/")[2] for path in walk_images(root, copy)}
         if not images <= {path for name in children if name != copy for path in walk_images(root, name)}:
-            raise _unclear(root, f"the folder {copy!r} has folders of the same names as those beside it", children, root / copy)
+            raise _unclear(
+                root, f"the folder {copy!r} has folders of the same names as those beside it", children, root / copy
+            )
     names = [name for name in children if name not in copies]
     odd = [name for name in names if name.lower() in SPLIT_NAMES]
     if odd:
@@ -150,7 +161,9 @@ def _refuse_no_classes(root: Path, children: Sequence[str]) -> list[str]:
         holds = "images, not class folders" if _images_in(root / odd[0]) else first_few(sorted(within[odd[0]]))
         raise _unclear(root, problem, names, None, f"{odd[0]}/ holds {holds}")
     shared = Counter(inner for name in names for inner in within[name])
-    both = sorted(inner for inner, n in shared.items() if n > 1 and not _SIDES.fullmatch(inner) and not _names_no_class(inner))
+    both = sorted(
+        inner for inner, n in shared.items() if n > 1 and not _SIDES.fullmatch(inner) and not _names_no_class(inner)
+    )
     odd = [name for name in names if _NEVER.fullmatch(name)]
     if all(_names_no_class(name) for name in names) or odd or len(both) > 1:
         problem = "the folders do not name classes" if not both else "several folders have folders of the same names"
@@ -165,14 +178,18 @@ def _no_classes(top: Path, root: Path, columns: Columns) -> DatasetError:
         above = _label_tables(root.parent, columns)
         beside = _image_folders(root.parent, "")
         if above:
-            return _unclear(root, "the images have no labels here", above, root.parent / above[0], "a table beside the folder")
+            return _unclear(
+                root, "the images have no labels here", above, root.parent / above[0], "a table beside the folder"
+            )
         if len(beside) > 1:
             return _unclear(root, "this is one folder of images, without class folders", beside, root.parent)
     note = passed_note(_all_suffixes(root))
     return layout_error(top, "no class folders with images", "; ".join(note) or None)
 
 
-def _unclear(root: Path, problem: str, seen: Sequence[str], instead: Path | None, more: str = "") -> DatasetNotFoundError:
+def _unclear(
+    root: Path, problem: str, seen: Sequence[str], instead: Path | None, more: str = ""
+) -> DatasetNotFoundError:
     table = "a table of path,label (and group, split) as --data-root; or rename folders that do name classes"
     return layout_error(
         root,

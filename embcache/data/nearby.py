@@ -25,9 +25,10 @@ def settle_paths(root: Path, paths: Sequence[str]) -> tuple[list[str], list[str]
     root : Path
         The table's folder, resolved.
     paths : sequence of str
+        As the table has them.
     """
     whole = "\n".join(paths)
-    found, notes = list(paths), []
+    found, notes = list(paths), list[str]()
     if "/" in {path[:1] for path in paths}:
         inside = _relative(root)
         found = _told(found, [inside(path) for path in found], "are absolute paths inside the folder", notes)
@@ -80,7 +81,7 @@ def _there_instead(root: Path, paths: list[str], others: list[str]) -> list[str]
 
 
 def near_misses(root: Path, missing: Sequence[str]) -> tuple[str, str]:
-    """What comes near paths that are not there, by cause with counts, and what to do about it; empty where nothing does.
+    """What comes near paths that are not there, by cause with counts, and what to do about it; else two empty texts.
 
     Parameters
     ----------
@@ -93,7 +94,10 @@ def near_misses(root: Path, missing: Sequence[str]) -> tuple[str, str]:
     if not files:
         return "", ""
     by_path, by_stem = _index(files, _folded), _index(files, lambda path: _folded(_stem(path)))
-    by_name, by_name_stem = _index(files, lambda p: _folded(_name(p))), _index(files, lambda p: _folded(_stem(_name(p))))
+    by_name, by_name_stem = (
+        _index(files, lambda p: _folded(_name(p))),
+        _index(files, lambda p: _folded(_stem(_name(p)))),
+    )
     causes: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for path in missing:
         plain = path.replace("\\", "/").removeprefix("./")
@@ -128,7 +132,7 @@ def _advice(causes: dict[str, list[tuple[str, str]]]) -> str:
     if cause == "folder" and there.endswith(path) and all(b == there[: -len(path)] + a for a, b in causes[cause]):
         return f"write {there[: -len(path)]} before every path, or move the table into that folder"
     if cause == "suffix" and there.startswith(path) and all(b == a + there[len(path) :] for a, b in causes[cause]):
-        return f"append {there[len(path):]} to every path"
+        return f"append {there[len(path) :]} to every path"
     if cause == "table's folder":
         return "move the table into the folder above it, which the paths are relative to"
     return f"write the paths as the files are called: {there} for {path}"

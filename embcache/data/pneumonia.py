@@ -40,7 +40,7 @@ def read_pneumonia(root: Path, name: str) -> ImageDataset:
         raise SOURCE.layout_error(root, "the class folders hold no images")
     notes = passed_note(passed)
     if unknown == len(rows):
-        notes.append("ungrouped: the images' names follow neither Kaggle's nor Mendeley's scheme, so patients are unknown")
+        notes.append("ungrouped: the images' names follow neither Kaggle's nor Mendeley's scheme of patients")
     elif unknown:
         notes.append(f"{unknown:,} of {len(rows):,} images have names that tell no patient: each is a group of its own")
     left_out = sum(1 for _ in walk_images(level, "val")) if (level / "val").is_dir() else 0

@@ -93,9 +93,12 @@ class Columns:
         unknown = [key for key in given or () if key not in {f.name for f in fields(cls)}]
         if unknown:
             raise UsageError(
-                f"there is no column for {unknown[0]!r}", expected=", ".join(f.name for f in fields(cls)), where="columns"
+                f"there is no column for {unknown[0]!r}",
+                expected=", ".join(f.name for f in fields(cls)),
+                where="columns",
             )
-        return cls(**{k: tuple(v) if k == "merge_class" else str(v) for k, v in (given or {}).items()})
+        texts: dict[str, Any] = {key: str(value) for key, value in (given or {}).items()}
+        return cls(**texts | {"merge_class": tuple((given or {}).get("merge_class", ()))})
 
     def over(self, before: Columns) -> Columns:
         """These columns, and where none is named those of ``before``."""
@@ -129,6 +132,7 @@ def find_columns(
     Parameters
     ----------
     table : DataFrame of str
+        As `open_table` gives it.
     wanted : Columns
         What the user named.
     where : Path
@@ -217,7 +221,9 @@ def find_groups(
     Parameters
     ----------
     table : DataFrame of str, n rows
+        Its columns but those of path, label, split and id.
     wanted : Columns
+        What the user named.
     labels : sequence of int, length n
         -1 where there is none.
     ids : sequence of str, length n
@@ -249,7 +255,9 @@ def find_groups(
         told = [f"groups are those of the column {column!r} ({len(set(groups)):,} groups)"] if column != "group" else []
         return groups, column, told + notes
     ranks = {name: rank for name in reversed(header) if (rank := _rank(name)) is not None}
-    values = {name: known_groups(table[name].tolist()) for name in sorted(ranks, key=lambda n: (ranks[n], header.index(n)))}
+    values = {
+        name: known_groups(table[name].tolist()) for name in sorted(ranks, key=lambda n: (ranks[n], header.index(n)))
+    }
     notes = []
     for name in list(values):
         why = unfit_groups(values[name], labels)
@@ -273,7 +281,11 @@ def find_groups(
         groups = merge_groups(groups, values[other]) if "" in values[column] and other != column else groups
     over = ", ".join(repr(name) for name in values if name != column)
     note = f"groups are those of the column {column!r} ({len(set(groups)):,} groups)"
-    return groups, column, [note + (f", in which {over} nest" if over else "") + "; --group-column names another", *more, *notes]
+    return (
+        groups,
+        column,
+        [note + (f", in which {over} nest" if over else "") + "; --group-column names another", *more, *notes],
+    )
 
 
 def unfit_groups(values: Sequence[str], labels: Sequence[int]) -> str:
@@ -293,7 +305,7 @@ def _as_groups(values: Sequence[str], ids: Sequence[str]) -> tuple[list[str], li
     # A row without a group is a group of its own, whatever other groups are called.
     taken = set(known)
     groups = [g or (i if i not in taken else f"{i} (no group)") for g, i in zip(known, ids, strict=True)]
-    notes = [note.replace("class", "group") for note in unify([v for v, g in zip(values, known, strict=True) if g]).notes()]
+    notes = unify(value for value, group in zip(values, known, strict=True) if group).notes("group")
     if lacking:
         notes.append(f"{lacking:,} of {len(ids):,} images have no group: each is a group of its own")
     return groups, notes

@@ -71,9 +71,9 @@ def images_of_paths(paths: Sequence[PathLike]) -> Asked:
 def list_images(paths: Sequence[PathLike]) -> dict[Path, str]:
     """The named files, those that tables name, and the images in and below the named folders (sorted), each once.
 
-    A file that was named is kept whatever its name, but for a CSV, TSV, Parquet or Excel file: it is a table with a column
-    ``path``, relative to its folder, and perhaps ``group``, or columns with names that are as usual. Linked folders
-    inside folders are not followed.
+    A file that was named is kept whatever its name, but for a CSV, TSV, Parquet or Excel file: it is a table with a
+    column ``path``, relative to its folder, and perhaps ``group``, or columns with names that are as usual. Linked
+    folders inside folders are not followed.
 
     Returns
     -------

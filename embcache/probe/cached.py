@@ -11,6 +11,7 @@ from typing import Any
 from embcache.data.classes import ClassOptions
 from embcache.data.columns import retarget
 from embcache.data.dataset import ImageDataset, find_dataset, read_snapshot
+from embcache.data.roles import Columns
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.heads import Head, make_head
@@ -36,6 +37,7 @@ def probe_cached(
     splits: str | None = None,
     target: str | None = None,
     classes: ClassOptions = ClassOptions(),
+    columns: Columns = Columns(),
     say: Callable[[str], Any] = lambda line: None,
     progress: Progress | None = None,
     **options: Any,
@@ -65,6 +67,8 @@ def probe_cached(
         A column of each dataset's table to tell apart instead of the labels.
     classes : ClassOptions
         Classes to drop or merge, of the labels or the target.
+    columns : Columns
+        The columns of a table to read; default: those that extraction read.
     say : callable
         Told what was left out or chosen, a line at a time.
     progress : callable, optional
@@ -93,7 +97,7 @@ def probe_cached(
     found = []
     for name in names:
         ds, source = find_dataset(
-            name, root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name
+            name, root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name, columns=columns
         )
         found.append((classes.of(ds if target is None else retarget(ds, target)), source))
     results = []
