@@ -39,6 +39,7 @@ OneDatasetOption = Annotated[str, typer.Option("--dataset", metavar="NAME", help
 
 
 @app.command("export")
+@takes_columns
 def export(
     dataset: OneDatasetOption,
     output: Annotated[

@@ -35,6 +35,8 @@ class Asked:
         Why an image need not be tried; ``""`` where it may be.
     groups : tuple of str
         Patient, slide … of each image; ``""`` where it is not known.
+    notes : tuple of str
+        What was inferred of tables.
     """
 
     root: Path
@@ -42,6 +44,7 @@ class Asked:
     sources: tuple[Source, ...]
     reasons: tuple[str, ...]
     groups: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def images_of_dataset(ds: ImageDataset) -> Asked:
@@ -55,7 +58,8 @@ def images_of_dataset(ds: ImageDataset) -> Asked:
 
 def images_of_paths(paths: Sequence[PathLike]) -> Asked:
     """Images anywhere in the file system, by their paths as named; links are followed to where they lead."""
-    found = list_images(paths)
+    notes: list[str] = []
+    found = list_images(paths, notes)
     real = [os.path.realpath(path) for path in found]
     sources = tuple(Source(str(k), path.removeprefix(Path(path).anchor), -1) for k, path in enumerate(real))
     reasons = tuple(map(_not_readable, real))
@@ -65,15 +69,15 @@ def images_of_paths(paths: Sequence[PathLike]) -> Asked:
     named = zip(lacking, merge_groups(lacking, patients), patients, strict=True)
     of = {path: group for path, group, patient in named if patient}
     groups = tuple(group or of.get(str(path), "") for path, group in found.items())
-    return Asked(Path(Path.cwd().anchor), tuple(map(str, found)), sources, reasons, groups)
+    return Asked(Path(Path.cwd().anchor), tuple(map(str, found)), sources, reasons, groups, tuple(notes))
 
 
-def list_images(paths: Sequence[PathLike]) -> dict[Path, str]:
+def list_images(paths: Sequence[PathLike], notes: list[str]) -> dict[Path, str]:
     """The named files, those that tables name, and the images in and below the named folders (sorted), each once.
 
     A file that was named is kept whatever its name, but for a CSV, TSV, Parquet or Excel file: it is a table with a
     column ``path``, relative to its folder, and perhaps ``group``, or columns with names that are as usual. Linked
-    folders inside folders are not followed.
+    folders inside folders are not followed. What was inferred is added to ``notes``.
 
     Returns
     -------
@@ -90,7 +94,7 @@ def list_images(paths: Sequence[PathLike]) -> dict[Path, str]:
     found: dict[Path, str] = {}
     for path in map(Path, paths):
         if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
-            found |= _listed(path)
+            found |= _listed(path, notes)
             continue
         if not path.is_dir():
             found.setdefault(path, "")
@@ -108,14 +112,16 @@ def list_images(paths: Sequence[PathLike]) -> dict[Path, str]:
     return found
 
 
-def _listed(file: Path) -> dict[Path, str]:
+def _listed(file: Path, notes: list[str]) -> dict[Path, str]:
     """Images that a table names, with their groups."""
-    table, _ = open_table(file)
-    column = find_columns(table, Columns(), where=file, required=["path"])[0]["path"]
+    table, read = open_table(file)
+    columns, named = find_columns(table, Columns(), where=file, required=["path"])
+    column = columns["path"]
     if table.empty or not all(table[column]):
         raise DatasetError("a row of a table names no image", expected="a path in every row", where=file)
-    paths, _ = settle_paths(file.parent.resolve(), table[column].tolist())
-    _, group, _ = find_groups(table, Columns(), [-1] * len(paths), paths, where=file)
+    paths, settled = settle_paths(file.parent.resolve(), table[column].tolist())
+    _, group, told = find_groups(table.drop(columns=column), Columns(), [-1] * len(paths), paths, where=file)
+    notes += [*read, *named, *settled, *told]
     groups = known_groups(table[group].tolist()) if group else [""] * len(paths)
     return {file.parent / path: name for path, name in zip(paths, groups, strict=True)}
 

@@ -233,7 +233,7 @@ def predict_images(
         tuple(reasons),
         tuple(chosen),
         labels,
-        tuple(_notes(result, ds)),
+        (*_notes(result, ds), *asked.notes),
         asked.groups if any(asked.groups) else None,
         _in_words(result, adjust, models),
     )

@@ -217,7 +217,7 @@ def test_class_names_and_ids_that_are_formulas_are_guarded() -> None:
 def test_files_are_taken_as_named_and_folders_looked_through_once(tmp_path: Path) -> None:
     odd_images(tmp_path / "odd")
     named = [tmp_path / "odd" / "notes.txt", tmp_path / "odd", tmp_path / "odd" / "text.png"]
-    found = list(list_images(named))
+    found = list(list_images(named, []))
     assert found[0].name == "notes.txt"
     assert len(found) == len(set(found)) == 8
     assert not any("loop" in path.parts or path.name.startswith(".") for path in found)
