@@ -78,7 +78,20 @@ def list_folder(folder: Path | str) -> list[os.DirEntry[str]]:
 
 def subfolders(folder: Path) -> list[Path]:
     """Folders directly inside ``folder``, sorted by name."""
-    return [folder / e.name for e in list_folder(folder) if e.is_dir()]
+    with os.scandir(folder) as entries:
+        return [folder / name for name in sorted(e.name for e in entries if e.is_dir() and not is_litter(e.name))]
+
+
+def holds_images(folder: Path | str) -> bool:
+    """Whether there is an image at or below a folder; linked folders are not looked into."""
+    with os.scandir(folder) as entries:
+        inner = []
+        for entry in entries:
+            if entry.is_dir():
+                inner += [] if entry.is_symlink() or is_litter(entry.name) else [entry.path]
+            elif is_image_name(entry.name) or (entry.is_file() and is_image_file(folder, entry.name)):
+                return True
+    return any(map(holds_images, inner))
 
 
 def find_level(root: Path, matches: Callable[[Path], bool], depth: int = 2) -> Path | None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from embcache.data.checks import COLUMNS, check_paths, check_strings, check_unique, first_few, is_absolute
@@ -41,9 +42,9 @@ def read_folder(root: Path, name: str, columns: Columns = Columns()) -> ImageDat
     paths = [path for path, _, _ in layout.rows]
     check_strings(paths, "path", where=root)
     splits = [split for _, _, split in layout.rows]
-    frame = pd.DataFrame({"id": paths, "path": paths, "group": paths, "split": splits})
+    cells = {"id": paths, "path": paths, "group": paths, "split": splits}
     labels = [label for _, label, _ in layout.rows]
-    return _dataset(layout.root, name, frame, labels, columns, [UNGROUPED, *layout.notes], layout.root)
+    return _dataset(layout.root, name, cells, labels, columns, [UNGROUPED, *layout.notes], layout.root)
 
 
 def read_label_table(file: Path, name: str, columns: Columns = Columns()) -> ImageDataset:
@@ -90,11 +91,11 @@ def read_label_table(file: Path, name: str, columns: Columns = Columns()) -> Ima
     free = source.drop(columns=[c for c in source.columns if c in used and c != columns.group])
     groups, column, more = find_groups(free, columns, [number[label] for label in labels], ids, where=file)
     notes += more if groups is not None else [UNGROUPED, *more]
-    frame = pd.DataFrame({"id": ids, "path": paths, "group": groups or ids, "split": splits})
+    cells = {"id": ids, "path": paths, "group": groups or ids, "split": splits}
     used |= {column} if plain_name(column) == "group" else set()
     for each in (c for c in source.columns if c not in used):
-        frame["source_" + each if each in COLUMNS else each] = source[each].tolist()
-    return _dataset(file.parent, name, frame, labels, columns, notes, file)
+        cells["source_" + each if each in COLUMNS else each] = source[each].tolist()
+    return _dataset(file.parent, name, cells, labels, columns, notes, file)
 
 
 def _refuse_elsewhere(file: Path, paths: Sequence[str]) -> None:
@@ -112,15 +113,20 @@ def _refuse_elsewhere(file: Path, paths: Sequence[str]) -> None:
 
 
 def _dataset(
-    root: Path, name: str, frame: pd.DataFrame, given: list[str], columns: Columns, notes: list[str], where: Path
+    root: Path,
+    name: str,
+    cells: dict[str, list[str]],
+    given: list[str],
+    columns: Columns,
+    notes: list[str],
+    where: Path,
 ) -> ImageDataset:
     spellings = unify(label for label in given if label)
     labels = [spellings.of.get(label, "") for label in given]
     merged, done, more = same_but_for_case(labels, columns.merge_class, where=where)
-    labels = [merged.get(label, label) for label in labels]
-    splits = frame["split"].tolist()
-    class_names = class_order(label for label, split in zip(labels, splits, strict=True) if split == "train")
-    numbers = label_numbers(labels, class_names, ids=frame["id"].tolist(), where=where)
+    labels = [merged.get(label, label) for label in labels] if merged else labels
+    class_names = class_order(label for label, split in zip(labels, cells["split"], strict=True) if split == "train")
+    numbers = label_numbers(labels, class_names, ids=cells["id"], where=where)
     if len(class_names) == 1:
         above = f"--data-root '{root.parent}'"
         raise DatasetError(
@@ -132,16 +138,15 @@ def _dataset(
         )
     if not class_names and where.is_dir():
         raise layout_error(root, "no class folders with images")
-    own: dict[str, Any] = {"member": -1, "label": numbers}
+    own: dict[str, Any] = {**cells, "member": np.full(len(given), -1), "label": np.array(numbers, dtype=np.int64)}
+    order = [*COLUMNS, *(name for name in cells if name not in COLUMNS)]
     return ImageDataset(
         name=name,
         root=root,
         class_names=class_names,
         metric="auc" if len(class_names) == 2 else "macro_auc",
         augment="generic",
-        table=frame.assign(**own)[[*COLUMNS, *(c for c in frame.columns if c not in COLUMNS)]].astype(
-            {"member": "int64", "label": "int64"}
-        ),
+        table=pd.DataFrame({name: own[name] for name in order}),
         kind="folder",
         notes=(*notes, *spellings.notes(), *more, *label_notes(labels, class_names)),
         columns=replace(columns, merge_class=done),

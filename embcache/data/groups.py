@@ -67,7 +67,7 @@ def merge_groups(groups: Sequence[str], keys: Sequence[str]) -> list[str]:
 def known_groups(values: Sequence[str]) -> list[str]:
     """Values of a column of groups in one spelling; empty where they say that there is none (nan, null, N/A …)."""
     spelling = unify(values).of
-    spelling |= {value: "" for value in spelling if value.strip().casefold() in _NO_VALUE}
+    spelling |= {value: "" for value in spelling if len(value) < 9 and value.strip().casefold() in _NO_VALUE}
     return [spelling[value] for value in values]
 
 
@@ -149,7 +149,12 @@ def patient_keys(root: Path, paths: Sequence[str]) -> list[str] | None:
     paths : sequence of str, length n
         Relative to it; empty for a file that is not there.
     """
-    asked = [k for k, path in enumerate(paths) if (path and not is_image_name(path)) or has_dicom_suffix(path)]
+    others = {
+        path[path.rfind(".") :] for path in paths if path
+    }  # one look at the suffixes, for there may be many paths
+    if all(is_image_name(f"a{suffix}") and not has_dicom_suffix(suffix) for suffix in others):
+        return None
+    asked = [k for k, path in enumerate(paths) if path and (has_dicom_suffix(path) or not is_image_name(path))]
     if not asked:
         return None
     from embcache.data.dicom import dicom_patient, is_dicom  # only they need a decoder

@@ -243,6 +243,9 @@ def unify(texts: Iterable[str]) -> Spellings:
     decimal point; ``01`` and letter case are kept apart.
     """
     counts = Counter(texts)
+    whole = "\n".join(counts)  # one look at all of them, for there may be a million
+    if whole.isascii() and whole.count("\n") < len(counts) and not any(mark in whole for mark in ("  ", "\t", ".0")):
+        return Spellings({text: text for text in counts}, counts)
     clean = {text: _clean(text) for text in counts}
     together: dict[str, Counter[str]] = {}
     for text, name in clean.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 from embcache.data.checks import first_few
 from embcache.data.files import (
     TABLE_SUFFIXES,
+    holds_images,
     is_image_name,
     list_folder,
     passed_note,
@@ -69,9 +70,9 @@ def find_layout(root: Path, columns: Columns) -> Layout:
     """
     top, notes, passed = root, list[str](), Counter[str]()
     while True:
-        children = [folder.name for folder in subfolders(root) if next(walk_images(root, folder.name), None)]
+        children = _image_folders(root)
         tables = _label_tables(root, columns)
-        divided = any(SPLIT_NAMES.get(n.lower()) == "train" and _has_classes(root, n) for n in children)
+        divided = any(SPLIT_NAMES.get(n.lower()) == "train" and _image_folders(root / n) for n in children)
         classes = divided or (len(children) > 1 and not all(_names_no_class(n) for n in children))
         if tables and not classes:
             if len(tables) > 1:
@@ -127,9 +128,9 @@ def _split_rows(
             others.append(name)
             continue
         folder = name
-        while len(inner := _image_folders(root, folder)) == 1 and _NO_CLASSES.fullmatch(inner[0]):
+        while len(inner := _image_folders(root / folder)) == 1 and _NO_CLASSES.fullmatch(inner[0]):
             folder = f"{folder}/{inner[0]}"  # train/images/<class>
-        for each in _image_folders(root, folder):
+        for each in _image_folders(root / folder):
             rows += [(path, each, split) for path in walk_images(root, f"{folder}/{each}", passed)]
         flat = [f"{folder}/{image}" for image in _images_in(root / folder)]
         if split == "test":  # a test set whose labels are kept elsewhere
@@ -176,7 +177,7 @@ def _no_classes(top: Path, root: Path, columns: Columns) -> DatasetError:
     """The error for a root without folders of images: what lies in it, or above it."""
     if _images_in(root):
         above = _label_tables(root.parent, columns)
-        beside = _image_folders(root.parent, "")
+        beside = _image_folders(root.parent)
         if above:
             return _unclear(
                 root, "the images have no labels here", above, root.parent / above[0], "a table beside the folder"
@@ -229,14 +230,9 @@ def _names_no_class(name: str) -> bool:
     return name.lower() in SPLIT_NAMES or _NO_CLASSES.fullmatch(name) is not None
 
 
-def _has_classes(root: Path, folder: str) -> bool:
-    return bool(_image_folders(root, folder))
-
-
-def _image_folders(root: Path, folder: str) -> list[str]:
-    """Folders in ``root/folder`` with images at any depth."""
-    prefix = f"{folder}/" if folder else ""
-    return [f.name for f in subfolders(root / folder) if next(walk_images(root, prefix + f.name), None)]
+def _image_folders(folder: Path) -> list[str]:
+    """Folders in a folder with images at any depth."""
+    return [inner.name for inner in subfolders(folder) if holds_images(inner)]
 
 
 def _images_in(folder: Path) -> list[str]:

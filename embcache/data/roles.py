@@ -305,7 +305,9 @@ def _as_groups(values: Sequence[str], ids: Sequence[str]) -> tuple[list[str], li
     # A row without a group is a group of its own, whatever other groups are called.
     taken = set(known)
     groups = [g or (i if i not in taken else f"{i} (no group)") for g, i in zip(known, ids, strict=True)]
-    notes = unify(value for value, group in zip(values, known, strict=True) if group).notes("group")
+    notes = []
+    if known != values:
+        notes = unify(value for value, group in zip(values, known, strict=True) if group).notes("group")
     if lacking:
         notes.append(f"{lacking:,} of {len(ids):,} images have no group: each is a group of its own")
     return groups, notes
