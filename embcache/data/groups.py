@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -160,6 +161,8 @@ def patient_keys(root: Path, paths: Sequence[str]) -> list[str] | None:
     from embcache.data.dicom import dicom_patient, is_dicom  # only they need a decoder
 
     def look(path: str) -> str | None:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  # a pipe would never answer
+            return None
         with open(path, "rb") as file:  # noqa: PTH123
             known = is_dicom(file.read(132), path)
             file.seek(0)

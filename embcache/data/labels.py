@@ -158,7 +158,7 @@ def _sheet(path: Path) -> tuple[list[list[str]], list[str]]:
     try:
         with pd.ExcelFile(path, engine="openpyxl") as workbook:
             names = workbook.sheet_names
-            sheet = workbook.parse(names[0], header=None, dtype=object, keep_default_na=False)
+            sheet = pd.read_excel(workbook, sheet_name=names[0], header=None, dtype=object, keep_default_na=False)
     except ImportError as error:
         raise DatasetError(
             "Excel files need openpyxl, which is not installed",
@@ -221,8 +221,8 @@ class Spellings:
     of: dict[str, str]
     counts: Counter[str]
 
-    def notes(self, what: str = "class") -> list[str]:
-        """What to say of texts of which several are one class (or group), and of those that were read otherwise."""
+    def notes(self) -> list[str]:
+        """What to say of texts of which several are one class, and of those that were read otherwise."""
         spelled: dict[str, list[str]] = {}
         for text, name in self.of.items():
             spelled.setdefault(name, []).append(text)
@@ -230,10 +230,10 @@ class Spellings:
         for name, texts in spelled.items():
             if len(texts) > 1:
                 ways = first_few([f"{t!a} ({self.counts[t]:,})" for t in sorted(texts)])
-                notes.append(f"{what} {name!r} is written in {len(texts)} ways that are one: {ways}")
+                notes.append(f"class {name!r} is written in {len(texts)} ways that are one: {ways}")
         alone = [t for texts in spelled.values() if len(texts) == 1 for t in texts]
         odd = [f"{t!a} as {self.of[t]!r}" for t in alone if unicodedata.normalize("NFC", t) != self.of[t]]
-        return notes + ([f"{len(odd):,} {what} names are read otherwise: {first_few(odd, 3)}"] if odd else [])
+        return notes + ([f"{len(odd):,} class names are read otherwise: {first_few(odd, 3)}"] if odd else [])
 
 
 def unify(texts: Iterable[str]) -> Spellings:

@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 
 from embcache.data.groups import known_groups, merge_groups
-from embcache.data.labels import unify
 from embcache.errors import DatasetError, UsageError
 
 ROLES = ("path", "label", "group", "split", "id")
@@ -305,9 +304,10 @@ def _as_groups(values: Sequence[str], ids: Sequence[str]) -> tuple[list[str], li
     # A row without a group is a group of its own, whatever other groups are called.
     taken = set(known)
     groups = [g or (i if i not in taken else f"{i} (no group)") for g, i in zip(known, ids, strict=True)]
-    notes = []
-    if known != values:
-        notes = unify(value for value, group in zip(values, known, strict=True) if group).notes("group")
+    several = len({value for value, group in zip(values, known, strict=True) if group}) - len(taken - {""})
+    # Counted and not listed: they may name patients, and notes are printed in reports.
+    told = f"{several:,} names of groups differ from others only in Unicode form, spaces or invisible characters"
+    notes = [f"{told}: they are one group"] if several else []
     if lacking:
         notes.append(f"{lacking:,} of {len(ids):,} images have no group: each is a group of its own")
     return groups, notes

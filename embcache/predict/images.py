@@ -64,12 +64,13 @@ def images_of_paths(paths: Sequence[PathLike]) -> Asked:
     sources = tuple(Source(str(k), path.removeprefix(Path(path).anchor), -1) for k, path in enumerate(real))
     reasons = tuple(map(_not_readable, real))
     # Groups by PatientID are called after their first image: a PatientID is in no answer.
-    lacking = [str(path) for path, why in zip(found, reasons, strict=True) if not (found[path] or why)]
-    patients = patient_keys(Path(), lacking) or [""] * len(lacking)
-    named = zip(lacking, merge_groups(lacking, patients), patients, strict=True)
-    of = {path: group for path, group, patient in named if patient}
+    anchor, asked = Path(Path.cwd().anchor), [k for k, why in enumerate(reasons) if not why]
+    patients = patient_keys(anchor, [sources[k].path for k in asked]) or []
+    names = [str(path) for path in found]
+    known = [(names[k], patient) for k, patient in zip(asked, patients, strict=False) if patient]
+    of = dict(zip((n for n, _ in known), merge_groups([n for n, _ in known], [p for _, p in known]), strict=True))
     groups = tuple(group or of.get(str(path), "") for path, group in found.items())
-    return Asked(Path(Path.cwd().anchor), tuple(map(str, found)), sources, reasons, groups, tuple(notes))
+    return Asked(anchor, tuple(names), sources, reasons, groups, tuple(notes))
 
 
 def list_images(paths: Sequence[PathLike], notes: list[str]) -> dict[Path, str]:
