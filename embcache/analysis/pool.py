@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset, find_dataset
-from embcache.data.roles import Columns
 from embcache.data.splits import IntArray, hash_order
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir, slug

@@ -13,9 +13,9 @@ from scipy.stats import kendalltau, rankdata, spearmanr
 
 from embcache.analysis.pool import MOST, Pool, drawn, open_datasets, open_pool
 from embcache.analysis.transfer import centroid_logits, h_score, logme
+from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset
-from embcache.data.roles import Columns
 from embcache.paths import PathLike
 from embcache.probe.heads import hyperparameters, make_head
 from embcache.probe.heads.knn import KNN

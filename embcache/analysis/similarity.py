@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.analysis.pool import drawn, open_datasets, open_pool
+from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset
-from embcache.data.roles import Columns
 from embcache.errors import ProtocolError, UsageError
 from embcache.paths import PathLike
 from embcache.probe.cached import cached_backbones, cached_datasets

@@ -29,8 +29,8 @@ from embcache.errors import StoreNotFoundError, UsageError, printable
 
 if TYPE_CHECKING:
     from embcache.analysis.audit import Audit
+    from embcache.data.chosen import Columns
     from embcache.data.dataset import ImageDataset
-    from embcache.data.roles import Columns
 
 
 @takes_columns

@@ -18,7 +18,7 @@ from embcache.commands.options import (
 from embcache.commands.table import print_table
 
 if TYPE_CHECKING:
-    from embcache.data.roles import Columns
+    from embcache.data.chosen import Columns
     from embcache.data.survey import Listed, Survey
 
 

@@ -27,7 +27,7 @@ from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
-    from embcache.data.roles import Columns
+    from embcache.data.chosen import Columns
     from embcache.extract.profile import Profile
     from embcache.extract.run import Extraction
 

@@ -30,9 +30,9 @@ from embcache.paths import replace_file
 if TYPE_CHECKING:
     from embcache.analysis.draw_maps import Maps
     from embcache.analysis.run_attention import RunAttention
+    from embcache.data.chosen import Columns
     from embcache.data.classes import ClassOptions
     from embcache.data.dataset import ImageDataset
-    from embcache.data.roles import Columns
 
 RunsOption = Annotated[
     list[str] | None,

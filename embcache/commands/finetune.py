@@ -35,7 +35,7 @@ from embcache.commands.progress import ProgressBar
 from embcache.commands.table import print_note
 
 if TYPE_CHECKING:
-    from embcache.data.roles import Columns
+    from embcache.data.chosen import Columns
 
 
 @takes_columns

@@ -73,7 +73,7 @@ MergeClassOption = Annotated[
     list[str] | None,
     typer.Option("--merge-class", metavar="A+B=NEW", help="Make one class of several, with a new name; repeatable."),
 ]
-_COLUMN_HELP = {  # of `embcache.data.roles.ROLES`
+_COLUMN_HELP = {  # of `embcache.data.chosen.ROLES`
     "path": "Column of a table that names the files.",
     "label": "Column of a table that holds the labels.",
     "group": "Column of a table that holds patients, slides …: no split divides one. [default: group, or a usual name]",
@@ -178,7 +178,7 @@ def takes_columns(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **given: Any) -> None:
-        from embcache.data.roles import Columns
+        from embcache.data.chosen import Columns
 
         named = {role: given.pop(f"{role}_column") or "" for role in _COLUMN_HELP}
         command(*args, columns=Columns(**named, merge_class=tuple(given.get("merge_class") or ())), **given)

@@ -39,7 +39,7 @@ from embcache.commands.table import bounds, print_note, print_table, spread
 from embcache.errors import UsageError, printable
 
 if TYPE_CHECKING:
-    from embcache.data.roles import Columns
+    from embcache.data.chosen import Columns
     from embcache.probe.results import ProbeResult
 
 

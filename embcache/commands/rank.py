@@ -28,7 +28,7 @@ from embcache.commands.table import print_note, print_table
 if TYPE_CHECKING:
     from embcache.analysis.rank import Ranking
     from embcache.analysis.similarity import Similarity
-    from embcache.data.roles import Columns
+    from embcache.data.chosen import Columns
 
 RecipeOption = Annotated[
     str | None,

@@ -31,7 +31,7 @@ from embcache.commands.progress import ProgressBar
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
-    from embcache.data.roles import Columns
+    from embcache.data.chosen import Columns
     from embcache.report.layout import Table
 
 FormatOption = Annotated[

@@ -30,7 +30,7 @@ from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
-    from embcache.data.roles import Columns
+    from embcache.data.chosen import Columns
     from embcache.probe.splits import Splits
 
 app = typer.Typer(help="The exact images of every fold and subset.", no_args_is_help=True, callback=advise_by)

@@ -26,7 +26,7 @@ from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import home_dir
 
 if TYPE_CHECKING:
-    from embcache.data.roles import Columns
+    from embcache.data.chosen import Columns
     from embcache.upkeep import InterruptedRun, StoreInfo
 
 RecipeOption = Annotated[

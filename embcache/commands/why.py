@@ -24,7 +24,7 @@ from embcache.commands.table import format_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
-    from embcache.data.roles import Columns
+    from embcache.data.chosen import Columns
     from embcache.upkeep.why import Why
 
 _IDS = 5

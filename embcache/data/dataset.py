@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 
 from embcache.data.checks import check_table, first_few
+from embcache.data.chosen import Columns
 from embcache.data.classes import new_names, renamed
 from embcache.data.files import locate_files
 from embcache.data.groups import (
@@ -26,7 +27,7 @@ from embcache.data.groups import (
     patient_keys,
 )
 from embcache.data.nearby import near_misses
-from embcache.data.roles import Columns, unfit_groups
+from embcache.data.roles import unfit_groups
 from embcache.data.snapshot import decode_snapshot, encode_snapshot
 from embcache.data.source import (
     DATASETS,

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from embcache.data.checks import COLUMNS, check_paths, check_strings, check_unique, first_few, is_absolute
+from embcache.data.chosen import Columns
 from embcache.data.classes import same_but_for_case
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import TABLE_SUFFIXES
@@ -18,7 +19,7 @@ from embcache.data.groups import UNGROUPED
 from embcache.data.labels import class_order, label_notes, label_numbers, open_table, unify
 from embcache.data.levels import EXPECTED, find_layout, layout_error
 from embcache.data.nearby import near_misses, settle_paths
-from embcache.data.roles import SPLIT_NAMES, Columns, find_columns, find_groups, plain_name
+from embcache.data.roles import SPLIT_NAMES, find_columns, find_groups, plain_name
 from embcache.data.source import DatasetSource
 from embcache.errors import DatasetError, UsageError
 

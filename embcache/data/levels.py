@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embcache.data.checks import first_few
+from embcache.data.chosen import Columns
 from embcache.data.files import (
     TABLE_SUFFIXES,
     holds_images,
@@ -20,7 +21,7 @@ from embcache.data.files import (
     walk_images,
 )
 from embcache.data.labels import open_table
-from embcache.data.roles import SPLIT_NAMES, Columns, may_hold_labels
+from embcache.data.roles import SPLIT_NAMES, may_hold_labels
 from embcache.errors import DatasetError, DatasetNotFoundError
 
 EXPECTED = """ROOT/<class>/*.png, or ROOT/{train,test}/<class>/*.png,

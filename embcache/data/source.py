@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embcache.data.checks import first_few
+from embcache.data.chosen import Columns
 from embcache.data.files import TABLE_SUFFIXES
-from embcache.data.roles import Columns
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.paths import PathLike, data_dir, home_dir
 

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from embcache.data.checks import SPLITS, first_few
+from embcache.data.chosen import Columns
 from embcache.data.dataset import ImageDataset, join_groups, read_snapshot
 from embcache.data.files import locate_files
-from embcache.data.roles import Columns
 from embcache.data.source import (
     DATASETS,
     DatasetSource,

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
 from embcache.data.dataset import find_dataset
-from embcache.data.roles import Columns
 from embcache.errors import UsageError
 from embcache.finetune.folds import Tell
 from embcache.finetune.run import finetune_images

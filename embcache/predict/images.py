@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from embcache.data.chosen import Columns
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, is_image_file, is_litter
 from embcache.data.groups import UNGROUPED, known_groups, merge_groups, patient_keys
 from embcache.data.labels import open_table
 from embcache.data.nearby import settle_paths
-from embcache.data.roles import Columns, find_columns, find_groups
+from embcache.data.roles import find_columns, find_groups
 from embcache.errors import DatasetError, DatasetNotFoundError
 from embcache.extract.batching import Source
 from embcache.extract.request import image_root

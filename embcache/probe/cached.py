@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
 from embcache.data.columns import retarget
 from embcache.data.dataset import ImageDataset, find_dataset, read_snapshot
-from embcache.data.roles import Columns
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.heads import Head, make_head

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
-from embcache.data.roles import Columns
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
 from embcache.report.grid import Model
