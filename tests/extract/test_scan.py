@@ -189,7 +189,7 @@ def test_a_scan_of_another_decoder_is_not_used(
     assert found is not None
     assert found["path"].tolist() == list(scan.states)
     assert found["size"].tolist() == [size for size, _ in scan.states.values()]
-    monkeypatch.setattr(scanning, "DECODER_VERSION", "pillow-2")
+    monkeypatch.setattr(scanning, "DECODER_VERSION", "pillow-3")
     assert decode_scan(tmp_path / "scan.parquet") is None
     found.to_parquet(tmp_path / "scan.parquet")  # without a version
     assert decode_scan(tmp_path / "scan.parquet") is None
