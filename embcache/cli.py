@@ -40,6 +40,7 @@ from embcache.commands import (
 )
 from embcache.commands.options import advise_by
 from embcache.errors import EmbcacheError, UsageError, printable
+from embcache.memory import is_shortage
 
 app = typer.Typer(
     name="embcache",
@@ -156,6 +157,12 @@ def main() -> NoReturn:
         typer.echo(
             f"embcache: the operating system refused: {printable(f'{error.strerror or error}{where}')}", err=True
         )
+        status = 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        said = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
+        typer.echo(f"embcache: the memory does not hold what was asked for\n  found: {said}", err=True)
         status = 1
     if isinstance(status, str):
         typer.echo(status, err=True)

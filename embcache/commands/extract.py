@@ -16,6 +16,7 @@ from embcache.commands.options import (
     DatasetOption,
     HomeOption,
     JsonOption,
+    MaxPixelsOption,
     NameOption,
     split_list,
     write_json,
@@ -109,6 +110,7 @@ def extract(
     retry_quarantined: Annotated[
         bool, typer.Option("--retry-quarantined", help="Look at quarantined images again, changed or not.")
     ] = False,
+    max_pixels: MaxPixelsOption = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say which shares of the time decoding, networks and the rest took.")
     ] = False,
@@ -167,6 +169,7 @@ def extract(
                     on_error=on_error,
                     max_bad=max_bad,
                     retry_quarantined=retry_quarantined,
+                    max_pixels=max_pixels,
                     stop=stop,
                     say=print_note,
                 )

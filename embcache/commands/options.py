@@ -56,6 +56,14 @@ NameOption = Annotated[
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE|-", help="Write the answer as JSON to FILE, or to stdout with -.")
 ]
+MaxPixelsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-pixels",
+        metavar="N",
+        help="Largest image that is decoded. [default: $EMBCACHE_MAX_PIXELS or 89478485]",
+    ),
+]
 DropClassOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -14,6 +14,7 @@ from embcache.commands.options import (
     DataRootOption,
     HomeOption,
     JsonOption,
+    MaxPixelsOption,
     PrevalenceOption,
     split_list,
     write_json,
@@ -63,6 +64,7 @@ def predict(
     workers: Annotated[
         int | None, typer.Option("--workers", metavar="N", min=1, help="Threads that decode images.")
     ] = None,
+    max_pixels: MaxPixelsOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
     json: JsonOption = None,
@@ -99,6 +101,7 @@ def predict(
             adjust=adjust,
             by_group=by_group is not None,
             workers=workers,
+            max_pixels=max_pixels,
             progress=bar.update,
         )
     for note in (*found.notes, *([f"probabilities are adjusted: {found.adjusted}"] if found.adjusted else [])):

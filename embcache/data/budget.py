@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded unless another limit is given: Pillow's own default, 256 MiB of RGB."""
 
 _MOST = 3 << 30  # bytes for one image at the default limit; 33 bytes per pixel, the worst is 26 (docs/upkeep.md)
+_MOST_PIXELS = 1 << 32
 _SHOWN = 3
 _TOO_LARGE = re.compile(r"too large: ([\d,]+) pixels")
 
@@ -66,12 +68,13 @@ class Decoding:
     Parameters
     ----------
     max_pixels : int
-        Larger images are refused, by the size that their header states.
+        Larger images are refused, by the size that their header states. Default: ``$EMBCACHE_MAX_PIXELS``, else
+        `MAX_PIXELS`.
     budget : Budget
         Default: one for all threads of the process.
     """
 
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = field(default_factory=lambda: default_max_pixels())
     budget: Budget = _shared
     _noted: dict[str, list[str]] = field(default_factory=dict)
 
@@ -104,16 +107,22 @@ class Decoding:
         ]
 
 
-def check_max_pixels(value: int) -> int:
+def default_max_pixels() -> int:
+    """``$EMBCACHE_MAX_PIXELS``, else `MAX_PIXELS`."""
+    return check_max_pixels(os.environ.get("EMBCACHE_MAX_PIXELS") or MAX_PIXELS)
+
+
+def check_max_pixels(value: int | str) -> int:
     """The limit on pixels; `UsageError` where it cannot be one."""
-    if not 1 <= value <= 1 << 40:
+    text = str(value)
+    if not (text.isascii() and text.isdecimal() and len(text) <= 13 and 1 <= int(text) <= _MOST_PIXELS):
         raise UsageError(
-            "--max-pixels cannot be that number",
-            expected="1 to 1,099,511,627,776",
-            found=str(value),
+            "--max-pixels (EMBCACHE_MAX_PIXELS) cannot be that",
+            expected=f"a number of pixels, 1 to {_MOST_PIXELS:,}",
+            found=text[:40],
             fix=f"--max-pixels {MAX_PIXELS}",
         )
-    return value
+    return int(text)
 
 
 def fits_now(reason: str, max_pixels: int) -> bool:

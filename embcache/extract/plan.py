@@ -11,6 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from embcache.data.budget import fits_now
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import read_image
 from embcache.errors import ImageError
@@ -52,7 +53,8 @@ def plan_store(
 
     Shards that an earlier, interrupted run planned come first, unchanged. With ``publish=False`` nothing is written
     and the shards are those that would be. With ``retry_quarantined`` quarantined images are owed once more: what could
-    not be read then may be now, though the files have not changed.
+    not be read then may be now, though the files have not changed. So are those that were too large, and are not by the
+    scan's limit on pixels.
     """
     states = scan.states
     ids, paths, rows = (dataset.table[name].tolist() for name in ("id", "path", "member"))
@@ -62,7 +64,11 @@ def plan_store(
         owed = {number: entries for number, entries in plans.items() if number not in committed}
         held, reasons = store.sources_and_reasons()
         # A row of an image that had left the dataset says nothing of one that is back.
-        again = {image for image, reason in reasons.items() if retry_quarantined or reason == LEFT}
+        again = {
+            image
+            for image, reason in reasons.items()
+            if retry_quarantined or reason == LEFT or fits_now(reason, scan.decoding.max_pixels)
+        }
         cached = sum(image in held for image in members)
         for _, entries in sorted(owed.items()):
             held.update((entry.id, entry) for entry in entries)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import embcache
+from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION
 from embcache.extract.backbones import find_backbone, load_backbone
@@ -88,6 +89,7 @@ def extract_features(
     on_error: str = "quarantine",
     max_bad: int | str = "1%",
     retry_quarantined: bool = False,
+    max_pixels: int | None = None,
 ) -> FeatureStore | dict[str, FeatureStore]:
     """Run frozen backbones once over all images of a dataset, computing only what is not cached.
 
@@ -128,6 +130,9 @@ def extract_features(
         Quarantined images, or such as ``"1%"`` of the dataset (one at least), above which the run stops.
     retry_quarantined : bool
         Look at quarantined images again, though their files have not changed.
+    max_pixels : int, optional
+        Larger images are quarantined. No part of the recipe: with another limit those that it allows are looked at
+        again. Default: ``$EMBCACHE_MAX_PIXELS``, else 89,478,485.
 
     Returns
     -------
@@ -144,6 +149,7 @@ def extract_features(
         names, dataset, home=home, weights=weights, transform=transform, device=device, precision=precision,
         batch_size=batch_size, workers=workers, format=format, part=part, views=views,
         feature_dtype=feature_dtype, on_error=on_error, max_bad=max_bad, retry_quarantined=retry_quarantined,
+        max_pixels=max_pixels,
     )  # fmt: skip
     stores = {extraction.backbone: extraction.store for extraction in done}
     return stores[names[0]] if isinstance(backbones, str) else stores
@@ -167,6 +173,7 @@ def run_extraction(
     on_error: str = "quarantine",
     max_bad: int | str = "1%",
     retry_quarantined: bool = False,
+    max_pixels: int | None = None,
     only: Mapping[str, Collection[int]] | None = None,
     stop: Stop | None = None,
     say: Callable[[str], object] = lambda line: None,
@@ -182,13 +189,14 @@ def run_extraction(
     started = time.monotonic()
     weights, stop, devices = weights_by_name(names, weights), stop or Stop(), split_devices(device)
     check_numbers(batch_size, workers, part, views)
+    decoding = Decoding() if max_pixels is None else Decoding(check_max_pixels(max_pixels))
     guard = Guard(dataset, image_root(dataset), on_error, max_bad, home)
     tell = (lambda line: None) if joining else say
     profile = profile or Profile()
     with ExitStack() as pools:
         threads = workers if isinstance(workers, int) else max(1, default_workers() // len(devices))
         pool = pools.enter_context(ThreadPoolExecutor(threads))
-        files = scan_dataset(dataset, home, pool)
+        files = scan_dataset(dataset, home, pool, decoding)
         networks = open_networks(
             names, dataset, files, home=home, weights=weights, transform=transform, device=devices[0],
             precision=precision, views=views, feature_dtype=feature_dtype,
@@ -216,7 +224,7 @@ def run_extraction(
             networks = [job.network for job in jobs]
             return compute_shard(
                 files.root, sources, networks, batch_size=batch_size, pool=pool, cached=cached, on_rows=on_rows,
-                on_bad=guard.look, profile=profile,
+                on_bad=guard.look, profile=profile, decoding=decoding,
             )  # fmt: skip
 
         terms = Terms(guard, stop, threads=torch.get_num_threads(), say=say, quiet=joining, profile=profile)
@@ -226,10 +234,13 @@ def run_extraction(
             "transform": transform, "precision": precision, "workers": threads,
             "batch_size": batch_size if isinstance(batch_size, int) else None,
             "part": part, "views": views, "feature_dtype": feature_dtype, "on_error": on_error, "max_bad": max_bad,
+            "max_pixels": decoding.max_pixels,
             "only": None if only is None else {fingerprint: list(numbers) for fingerprint, numbers in only.items()},
         }  # fmt: skip
         with Crew(devices[1:] if owed else (), dataset, request, stop, say) as crew:
             computed = compute_owed(jobs, dataset, compute, part=part, only=only, terms=terms)
+    for note in decoding.notes():
+        say(note)
     for _, images in crew.computed:
         computed = [ours + theirs for ours, theirs in zip(computed, images, strict=True)]
     return [_summary(job, dataset, computed[i], time.monotonic() - started) for i, job in enumerate(jobs)]

@@ -10,12 +10,13 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import is_inside, stat_files
 from embcache.data.headers import is_square_of
@@ -57,12 +58,15 @@ class Scan:
         Grows as :class:`ImageSizes` looks.
     members : mapping of str to int
         Row inside the array file of each path, -1 for an image.
+    decoding : Decoding
+        The limit on pixels.
     """
 
     root: Path
     states: Mapping[str, tuple[int, int]]
     seen: dict[str, tuple[int, int]]
     members: Mapping[str, int]
+    decoding: Decoding = field(default_factory=Decoding)
 
     def read(self, paths: Sequence[str], pool: Executor, guess: tuple[int, int] | None = None) -> set[tuple[int, int]]:
         """Read the headers of some files, several at once; return the distinct sizes of those that can be read.
@@ -101,7 +105,7 @@ class Scan:
                 if side > 0 and member < 0 and inside[folder] and _says(f"{self.root}/{path}", side):
                     sizes.append(guess)
                 else:
-                    sizes.append(read_size(self.root, path, member))
+                    sizes.append(read_size(self.root, path, member, self.decoding))
             except ImageError:
                 sizes.append(UNREADABLE)
             except OSError as error:
@@ -186,7 +190,9 @@ class DatasetFiles:
         write_scan(self.folder, encode_scan(self.scan))
 
 
-def scan_dataset(dataset: ImageDataset, home: PathLike | None, pool: Executor) -> DatasetFiles:
+def scan_dataset(
+    dataset: ImageDataset, home: PathLike | None, pool: Executor, decoding: Decoding | None = None
+) -> DatasetFiles:
     """Look at every file of a dataset; what an earlier scan knows of unchanged ones is not read again.
 
     Raises
@@ -197,7 +203,7 @@ def scan_dataset(dataset: ImageDataset, home: PathLike | None, pool: Executor) -
         A path leads out of the root, or what decodes an image is not installed.
     """
     root, folder = image_root(dataset), home_dir(home) / slug(dataset.name)
-    scan = scan_images(dataset, root, decode_scan(folder / "scan.parquet"), pool)
+    scan = scan_images(dataset, root, decode_scan(folder / "scan.parquet"), pool, decoding)
     if all(size == UNREADABLE for size in scan.seen.values()) and not list(ImageSizes(scan)):
         raise none_readable(dataset, root)
     return DatasetFiles(root, folder, scan, ImageSizes(scan))
@@ -237,7 +243,9 @@ def dataset_transform(
     return chosen
 
 
-def scan_images(dataset: ImageDataset, root: Path, known: pd.DataFrame | None, pool: Executor) -> Scan:
+def scan_images(
+    dataset: ImageDataset, root: Path, known: pd.DataFrame | None, pool: Executor, decoding: Decoding | None = None
+) -> Scan:
     """State of each distinct file of a dataset, and what ``known``, an earlier scan, tells of the unchanged ones.
 
     The header of the first file of each suffix is read, so that a decoder that is not installed is missed now.
@@ -254,7 +262,7 @@ def scan_images(dataset: ImageDataset, root: Path, known: pd.DataFrame | None, p
         states = {path: state or (ABSENT, 0) for path, state in stat_files(root, list(members))}
     except OSError as error:
         raise medium_failed(Path(error.filename or root), error) from error
-    scan = Scan(root, states, _still_true(known, states), members)
+    scan = Scan(root, states, _still_true(known, states), members, decoding or Decoding())
     first: dict[str, str] = {}
     for path, (size, _) in states.items():
         if size != ABSENT:

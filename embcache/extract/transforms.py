@@ -15,6 +15,7 @@ from PIL import Image
 from embcache.errors import UsageError
 from embcache.extract.backbones import Backbone
 
+MOST_RESIZED = 1 << 25  # 134 MB in Pillow; a shorter side of 256 reaches it where the longer one is 512 times as long
 KINDS = ("paper", "imagenet", "model")
 
 _FILTERS = {
@@ -61,10 +62,16 @@ class Transform:
         Raises
         ------
         ValueError
-            The image does not come out at ``size``: the transform was chosen for images of another size.
+            The image does not come out at ``size``: the transform was chosen for images of another size. Or it is so
+            thin that its shorter side's growth makes more than `MOST_RESIZED` pixels of it.
         """
         height, width = image.shape[:2]
         target = _resized(self.resize, height, width)
+        if max(target[0] * target[1], height * target[1]) > MOST_RESIZED:  # the rows are resized before the columns
+            raise ValueError(
+                f"an image of {width:,}×{height:,} pixels is too thin for the transform: it would become "
+                f"{target[1]:,}×{max(target[0], height):,} pixels on the way"
+            )
         if target != (height, width):
             resized = Image.fromarray(image).resize((target[1], target[0]), _FILTERS[self.interpolation])
             image = np.asarray(resized)

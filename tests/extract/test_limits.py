@@ -174,7 +174,7 @@ def test_a_failing_medium_is_told_with_image_and_error(
 ) -> None:
     original = batching.read_image
 
-    def fail(root: Path, path: str, member: int) -> object:
+    def fail(root: Path, path: str, member: int, decoding: object = None) -> object:
         if path.endswith("09.png"):
             raise OSError(code, "no such luck")
         return original(root, path, member)
@@ -201,7 +201,7 @@ def test_an_unmounted_root_quarantines_nothing(
 ) -> None:
     original, aside = batching.read_image, images.with_name("aside")
 
-    def read(root: Path, path: str, member: int) -> object:
+    def read(root: Path, path: str, member: int, decoding: object = None) -> object:
         if images.is_dir() and not aside.exists():
             if how == "empty":  # the same folder, as far as its numbers go
                 shutil.copytree(images, aside)
@@ -238,7 +238,7 @@ def test_quarantined_images_are_retried_when_asked(images: Path, home: Path, mon
     assert extract(images, retry_quarantined=True).computed == 0
 
 
-def _refuse_tens(root: Path, path: str, member: int) -> object:
+def _refuse_tens(root: Path, path: str, member: int, decoding: object = None) -> object:
     from embcache.data.images import read_image
     from embcache.errors import ImageError
 

@@ -62,7 +62,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     original = batching.read_image
 
-    def count(root: Path, path: str, member: int) -> object:
+    def count(root: Path, path: str, member: int, decoding: object = None) -> object:
         paths.append(path)
         return original(root, path, member)
 

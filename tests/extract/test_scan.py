@@ -49,7 +49,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     decoder, bare = scanning.read_size, scanning.is_square_of
 
-    def by_decoder(root: Path, path: str, member: int) -> tuple[int, int]:
+    def by_decoder(root: Path, path: str, member: int, decoding: object = None) -> tuple[int, int]:
         paths.append(path)
         return decoder(root, path, member)
 

@@ -150,7 +150,7 @@ def test_one_pass_serves_networks_of_different_frames(images: Path, monkeypatch:
             }
             return found
 
-    def count(root: Path, path: str, member: int) -> object:
+    def count(root: Path, path: str, member: int, decoding: object = None) -> object:
         read.append(path)
         return read_image(root, path, member)
 
