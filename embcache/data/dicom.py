@@ -18,13 +18,14 @@ import numpy.typing as npt
 from PIL import TiffImagePlugin
 
 from embcache.data.budget import Decoding
-from embcache.data.headers import codestream_size
+from embcache.data.headers import codestream_size, jpeg_frame
 from embcache.data.levels import widen_to_bytes
 from embcache.data.quiet import quiet
 from embcache.errors import DatasetError, ImageError
 
 _DEFLATED, _PLAIN = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"  # transfer syntaxes
 _MOST_INFLATED = 1 << 29
+_LOSSLESS = 0xC3  # the JPEG marker of a frame that Huffman codes without loss
 _HEAD = 1 << 20
 _BLOCK = 1 << 22  # pixels rendered at a time
 _SUFFIXES = (".dcm", ".dicom", ".dic")
@@ -208,6 +209,14 @@ def _encoded(pydicom: Any, file: Any) -> bytes:
     elif (size := codestream_size(frame)) != (columns, rows):
         stated = f"{size[0]}×{size[1]}" if size else "no sure size"
         raise ImageError(f"a DICOM frame of {columns}×{rows} pixels whose compressed data state {stated}")
+    if _PLUGINS.get(str(file.file_meta.TransferSyntaxUID), ("",))[0] == "gdcm":
+        # Samples of another depth or number than the file says are written past the end of gdcm's buffer.
+        _, _, bits, components, marker = jpeg_frame(frame) or (0,) * 5
+        allocated, stored = int(file.BitsAllocated), int(file.BitsStored)
+        narrow = allocated == 8 and stored <= bits <= 8
+        wide = allocated == 16 and max(stored, 9) <= bits <= 16
+        if marker != _LOSSLESS or components != int(file.SamplesPerPixel) or not (narrow or wide):
+            raise ImageError(f"a DICOM frame whose lossless JPEG states {components} components of {bits} bits")
     return frame
 
 
@@ -235,6 +244,7 @@ def _stored(file: Any, frame: npt.NDArray[Any]) -> npt.NDArray[Any]:
         raise ImageError(f"a DICOM file with {bits} bits stored of {allocated}, the highest {high}")
     if bits == allocated:
         return frame
+    frame = frame.astype(frame.dtype.newbyteorder("="), copy=False)
     raw = frame.view(f"u{frame.dtype.itemsize}")
     shift = high + 1 - bits
     kept = np.asarray(raw << raw.dtype.type(allocated - bits - shift))
