@@ -29,7 +29,7 @@ from embcache.data.checks import refuse_outside
 from embcache.data.dicom import decode_dicom, dicom_size, is_dicom
 from embcache.data.files import is_inside
 from embcache.data.guards import readable_formats, refuse_at_sight
-from embcache.data.jpeg import decode_jpeg
+from embcache.data.jpeg import decode_jpeg, without_applications
 from embcache.data.levels import scale_to_bytes
 from embcache.data.png import SIGNATURE, decode_deep, deep_channels, without_ancillary
 from embcache.data.quiet import quiet
@@ -102,7 +102,7 @@ def decode_image(data: bytes, *, name: str = "", decoding: Decoding | None = Non
         turned = True
         if data.startswith(SIGNATURE):
             data, turned = without_ancillary(data)
-        image = _open(io.BytesIO(data))
+        image = _open_with_less(io.BytesIO(data))
         decoding.check_size(*image.size)
         with decoding.hold(_PER_PIXEL * image.width * image.height):
             orientation = _orientation(image) if turned else 1
@@ -190,7 +190,7 @@ def read_size(
                 decoding.check_size(width, height)
                 orientation = _orientation(image) if turned and width != height else 1
             else:
-                image = _open(file)
+                image = _open_with_less(file)
                 (width, height), orientation = image.size, _orientation(image)
             decoding.check_size(width, height)
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
@@ -231,6 +231,18 @@ def _open(file: IO[bytes]) -> Image.Image:
     raise UnidentifiedImageError
 
 
+def _open_with_less(file: IO[bytes]) -> Image.Image:
+    """As `_open`; a JPEG whose application segments Pillow stumbles over is opened without them."""
+    try:
+        return _open(file)
+    except UnidentifiedImageError:
+        file.seek(0)
+        less = without_applications(file.read())
+        if less is None:
+            raise
+        return _open(io.BytesIO(less))
+
+
 def _open_page(data: bytes) -> Image.Image:
     return _open(io.BytesIO(data))
 
@@ -253,7 +265,9 @@ def _decode_tiff(data: bytes, name: str, decoding: Decoding) -> npt.NDArray[np.u
     with decoding.hold(page.need):
         if page.pages > 1:
             decoding.note(_FIRST, name)
-        image = None if page.deep and page.photometric in (0, 1, 2, 3) else _pillow_page(data, page)
+        # Of planes, and of gray with alpha, Pillow forgets some.
+        own = page.deep or (page.own_segments and (page.planar or page.samples == 2))
+        image = None if own and page.photometric in (0, 1, 2, 3) else _pillow_page(data, page)
         if image is None or (page.nodata is not None and page.own_segments):
             return _to_rgb(Image.fromarray(decode_page(data, page, _open_page)), page.orientation)
         if page.nodata is not None:

@@ -12,11 +12,13 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import UnidentifiedImageError
 
 from embcache.data.budget import Decoding
 from embcache.data.levels import scale_to_bytes, widen_to_bytes
@@ -192,10 +194,11 @@ def _absent(values: npt.NDArray[Any], nodata: float | None) -> npt.NDArray[np.bo
 def _whole(data: bytes, page: Page, open_page: Callable[[bytes], Any]) -> npt.NDArray[Any]:
     """Samples as Pillow's libtiff has them, where it unpacks what cannot be unpacked apart (12-bit JPEG)."""
     if page.samples == 1 and (page.bits, page.kind) in ((12, "u"), (16, "u")):
-        image = open_page(data)
-        if image.mode.startswith("I;16"):
-            image.load()
-            return np.asarray(image)[..., None]
+        with suppress(UnidentifiedImageError):
+            image = open_page(data)
+            if image.mode.startswith("I;16"):
+                image.load()
+                return np.asarray(image)[..., None]
     name = _NAMES.get(page.compression, f"number {page.compression}")
     raise ImageError(f"a TIFF of {page.bits}-bit samples compressed as {name} is not decoded")
 
