@@ -229,7 +229,7 @@ def parse_weights(values: list[str] | None, names: list[str] | None = None) -> d
 def _number(value: str | None, flag: str) -> int | str | None:
     if value is None or value == "auto":
         return value
-    if not value.isascii() or not value.isdecimal():
+    if not value.isascii() or not value.isdecimal() or len(value) > 12:
         raise UsageError(f"{flag} is no number", expected="a number, or auto", found=value, fix=f"{flag} auto")
     return int(value)
 
@@ -249,7 +249,7 @@ def _parse_part(value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
     index, _, count = value.partition("/")
-    if not (index.isdecimal() and count.isdecimal()):
+    if not (index.isdecimal() and count.isdecimal() and len(value) <= 24):
         raise UsageError("--part is not of the form I/N", expected="--part 1/4 … --part 4/4", found=value)
     return int(index), int(count)
 

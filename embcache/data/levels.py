@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_BLOCK = 1 << 22  # values converted at a time: what is made of an image at the limit must not take gigabytes
+_BLOCK = 1 << 20  # values converted at a time: what is made of an image at the limit must not take gigabytes
 
 
 def scale_to_bytes(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
-from embcache.errors import DatasetNotFoundError, UsageError
+from embcache.errors import DatasetNotFoundError, UsageError, check_number
 from embcache.extract.batching import Source, prepare
 from embcache.paths import PathLike, slug
 from embcache.store.feature_store import FeatureStore
@@ -73,9 +73,12 @@ def check_numbers(
     views: int = 1,
 ) -> None:
     """`UsageError` for numbers that no extraction can have."""
-    if views < 1:
-        raise UsageError("the number of views must be at least 1", found=str(views), fix="--views 4")
-    for words, flag, value in (("batch size", "batch-size", batch_size), ("number of workers", "workers", workers)):
+    check_number("--views", views, 1_000)
+    for words, flag, value, most in (
+        ("batch size", "batch-size", batch_size, 1 << 16), ("number of workers", "workers", workers, 1 << 10),
+    ):  # fmt: skip
+        if isinstance(value, int) and value >= 1:
+            check_number(f"--{flag}", value, most)
         if value is not None and value != "auto" and not (isinstance(value, int) and value >= 1):
             raise UsageError(
                 f"the {words} must be at least 1", expected="a number, or auto", found=str(value), fix=f"--{flag} auto"

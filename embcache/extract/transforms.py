@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from embcache.errors import UsageError
+from embcache.errors import UsageError, check_number
 from embcache.extract.backbones import Backbone
 
+MOST_SIDE = 4096
 MOST_RESIZED = 1 << 25  # 134 MB in Pillow; a shorter side of 256 reaches it where the longer one is 512 times as long
 KINDS = ("paper", "imagenet", "model")
 
@@ -191,6 +192,7 @@ def _size_to_keep(image_sizes: Collection[tuple[int, int]], patch: int) -> tuple
 def _model_transform(backbone: Backbone) -> Transform:
     """The evaluation transform that timm makes from a model's configuration."""
     height, width = backbone.input_size
+    check_number("the side of a model's input", max(height, width), MOST_SIDE)  # a file of others says it
     scaled = (math.floor(height / backbone.crop_pct), math.floor(width / backbone.crop_pct))
     if backbone.crop_mode == "center" and height == width:
         resize: tuple[int, int] | int = scaled[0]

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from embcache.errors import check_number
 from embcache.probe.metrics import FloatArray, IntArray, Metric, auc_placements, known, log_odds
 
 RESAMPLES = 2000
@@ -234,6 +235,7 @@ def sample(
     draws, lost = [], 0
     present = np.stack([test.labels == c for c in np.unique(test.labels)], axis=1).astype(np.float64)
     rng = np.random.Generator(np.random.PCG64(seed))
+    check_number("resamples", resamples, 1_000_000)
     for start in range(0, resamples, _BLOCK):
         drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=_BLOCK)
         weights = drawn[: resamples - start, group].astype(np.float64)
