@@ -14,7 +14,7 @@ from embcache.errors import ImageError, UsageError
 MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded unless another limit is given: Pillow's own default, 256 MiB of RGB."""
 
-_MOST = 3 << 30  # bytes for one image at the default limit; 33 bytes per pixel, the worst is 26 (docs/upkeep.md)
+_MOST = 3 << 30  # bytes for one image at the default limit; 36 bytes per pixel; a 16-bit PNG takes 29
 _MOST_PIXELS = 1 << 32
 _SHOWN = 3
 _TOO_LARGE = re.compile(r"too large: ([\d,]+) pixels")

@@ -50,7 +50,7 @@ _TRANSPOSE = {
 }
 _WIDE_GRAY = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _BLOCK = 1 << 22  # pixels converted at a time: what is made of an image at the limit must not take gigabytes
-_PER_PIXEL = 26  # bytes, at most: 16-bit PNG; of a progressive JPEG coefficients, Pillow's pixels, turned ones and ours
+_PER_PIXEL = 30  # bytes, at most: 16-bit PNG; of a progressive JPEG coefficients, Pillow's pixels, turned ones and ours
 _LARGE_FILE, _LARGEST_FILE = 1 << 26, 1 << 32
 _FIRST = "the first of several frames or pages is used"
 

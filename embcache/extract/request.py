@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from embcache.cores import usable_cores
+from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.errors import DatasetNotFoundError, UsageError, check_number
 from embcache.extract.batching import Source, prepare
@@ -14,10 +15,10 @@ from embcache.paths import PathLike, slug
 from embcache.store.feature_store import FeatureStore
 
 
-def none_readable(dataset: ImageDataset, root: Path) -> DatasetNotFoundError:
+def none_readable(dataset: ImageDataset, root: Path, decoding: Decoding | None = None) -> DatasetNotFoundError:
     """The error for a dataset of which no image can be read, with the first reasons."""
     columns = [dataset.table[name].tolist()[:3] for name in ("id", "path", "member")]
-    prepared = [prepare(root, Source(*row), ()) for row in zip(*columns, strict=True)]
+    prepared = [prepare(root, Source(*row), (), decoding=decoding) for row in zip(*columns, strict=True)]
     reasons = dict.fromkeys(image.reason for image in prepared if image.reason)
     return DatasetNotFoundError(
         "none of the dataset's images can be read",

@@ -205,7 +205,7 @@ def scan_dataset(
     root, folder = image_root(dataset), home_dir(home) / slug(dataset.name)
     scan = scan_images(dataset, root, decode_scan(folder / "scan.parquet"), pool, decoding)
     if all(size == UNREADABLE for size in scan.seen.values()) and not list(ImageSizes(scan)):
-        raise none_readable(dataset, root)
+        raise none_readable(dataset, root, decoding)
     return DatasetFiles(root, folder, scan, ImageSizes(scan))
 
 
