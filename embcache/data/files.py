@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from embcache.data.checks import refuse_outside
 from embcache.errors import DatasetError
@@ -125,12 +126,26 @@ def locate_files(root: Path, paths: Sequence[str], *, sizes: bool = True) -> dic
         A path leads out of the root through a symbolic link.
     """
     if not sizes:
-        return {path: None if state is None else 0 for path, state in _look(root, paths, lambda place: (0, 0))}
-    return {path: None if state is None else state[0] for path, state in stat_files(root, paths)}
+        return {path: state and state.size for path, state in _look(root, paths, lambda place: _NOT_LOOKED_AT)}
+    return {path: state and state.size for path, state in stat_files(root, paths)}
 
 
-def stat_files(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """Every distinct path under ``root`` with (size in bytes, mtime in ns) of its file, or None where there is none.
+class FileState(NamedTuple):
+    """What tells, without reading it, that a file is the one that was there: size in bytes, times in ns, inode.
+
+    Programs can restore ``mtime_ns`` and archives do; ``ctime_ns``, set by the system at every change of the file, and
+    the inode, another one where another file took its name, they cannot. On Windows ``ctime_ns`` is when the file was
+    made and there is no inode: a file that is rewritten in place, and has its time restored, is not noticed there.
+    """
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+def stat_files(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, FileState | None]]:
+    """Every distinct path under ``root`` with the state of its file, or None where there is none.
 
     Raises
     ------
@@ -140,14 +155,18 @@ def stat_files(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, tuple[in
     return _look(root, paths, _state)
 
 
-def _state(place: str | os.DirEntry[str]) -> tuple[int, int]:
+_NOT_LOOKED_AT = FileState(0, 0, 0, 0)
+
+
+def _state(place: str | os.DirEntry[str]) -> FileState:
     state = os.stat(place) if isinstance(place, str) else place.stat()  # noqa: PTH116
-    return state.st_size, state.st_mtime_ns
+    inode = state.st_ino & 0x7FFF_FFFF_FFFF_FFFF  # some file systems number them in more than 63 bits
+    return FileState(state.st_size, state.st_mtime_ns, state.st_ctime_ns, inode)
 
 
 def _look(
-    root: Path, paths: Sequence[str], look: Callable[[str | os.DirEntry[str]], tuple[int, int]]
-) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    root: Path, paths: Sequence[str], look: Callable[[str | os.DirEntry[str]], FileState]
+) -> Iterator[tuple[str, FileState | None]]:
     by_folder: dict[str, list[str]] = {}
     for path in dict.fromkeys(paths):
         by_folder.setdefault(path.rpartition("/")[0], []).append(path)

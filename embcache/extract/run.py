@@ -214,10 +214,12 @@ def run_extraction(
             jobs: Sequence[_Job], sources: Sequence[Source], batch_size: int, on_rows: Callable[[int], object]
         ) -> list[ShardRows]:
             networks = [job.network for job in jobs]
-            return compute_shard(
+            rows = compute_shard(
                 files.root, sources, networks, batch_size=batch_size, pool=pool, cached=cached, on_rows=on_rows,
                 on_bad=guard.look, profile=profile,
             )  # fmt: skip
+            files.scan.learn(sources, rows[0].digests)
+            return rows
 
         terms = Terms(guard, stop, threads=torch.get_num_threads(), say=say, quiet=joining, profile=profile)
         owed = any(job.plan.shards for job in jobs)
@@ -228,7 +230,7 @@ def run_extraction(
             "part": part, "views": views, "feature_dtype": feature_dtype, "on_error": on_error, "max_bad": max_bad,
             "only": None if only is None else {fingerprint: list(numbers) for fingerprint, numbers in only.items()},
         }  # fmt: skip
-        with Crew(devices[1:] if owed else (), dataset, request, stop, say) as crew:
+        with files.learning(), Crew(devices[1:] if owed else (), dataset, request, stop, say) as crew:
             computed = compute_owed(jobs, dataset, compute, part=part, only=only, terms=terms)
     for _, images in crew.computed:
         computed = [ours + theirs for ours, theirs in zip(computed, images, strict=True)]
