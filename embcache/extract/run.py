@@ -197,6 +197,8 @@ def run_extraction(
         for name, network in zip(names, networks, strict=True):
             if dataset.kind in network.backbone.spec.contaminated:
                 tell(f"{name} was pretrained on images of {dataset.kind}: its scores there are contaminated")
+            if network.backbone.inferred:
+                tell(f"{name}: {network.backbone.inferred}")
             size, threads = settle(batch_size, workers, threads, network, make_recipe(network), files, dataset, tell)
             store = _store(files.folder, network, format, size, threads if workers == "auto" else None)
             if not store.committed():

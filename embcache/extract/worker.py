@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def freeze(
     # Channels last is about 1.5 times faster for convolutions on CPUs (docs/log.md) and what tensor cores want.
     module = module.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return FrozenNetwork(
-        LoadedBackbone(backbone.spec, module, backbone.weights_sha256, backbone.weights_source),
+        replace(backbone, module=module),
         transform,
         target,
         precision,
