@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embcache.commands.options import DataRootOption, HomeOption, JsonOption, write_json
+from embcache.commands.output import echo
 from embcache.commands.table import print_table
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _print_list(rows: list[Listed]) -> None:
         elif row.found.dataset.synthetic:
             notes.append(f"{row.name}: synthetic images")
     print_table(["dataset", "what it is", "images", "where"], cells, notes=notes)
-    typer.echo("\nOne in full: embcache datasets NAME [--data-root FOLDER]")
+    echo("\nOne in full: embcache datasets NAME [--data-root FOLDER]")
 
 
 def _images(row: Listed) -> str:
@@ -87,8 +88,8 @@ def _print_survey(survey: Survey) -> None:
     ds = survey.dataset
     whole = bool(survey.present.all())
     sizes = ", ".join(f"{k} = {n:,}" for k, n in ds.subset_sizes.items())
-    typer.echo(f"{ds.name}: {survey.source.description}{' — synthetic' if ds.synthetic else ''}")
-    typer.echo(f"in {ds.root}; metric {ds.metric}; training images {sizes}, F = all\n")
+    echo(f"{ds.name}: {survey.source.description}{' — synthetic' if ds.synthetic else ''}")
+    echo(f"in {ds.root}; metric {ds.metric}; training images {sizes}, F = all\n")
     splits = survey.splits()
     headers = ["class"]
     for split in splits:

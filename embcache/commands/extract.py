@@ -17,9 +17,11 @@ from embcache.commands.options import (
     HomeOption,
     JsonOption,
     NameOption,
+    command,
     split_list,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
 
@@ -70,6 +72,15 @@ def extract(
             "--workers",
             metavar="N|auto",
             help="Threads that decode images; auto tries some when a store is made. [default: one a core, 8 at most]",
+        ),
+    ] = None,
+    rows_per_shard: Annotated[
+        int | None,
+        typer.Option(
+            "--rows-per-shard",
+            metavar="N",
+            help="Images computed and committed together; Ctrl-C waits for them. Settled when a store is made. "
+            "[default: 64 on a CPU, 4096 on a GPU; more above 262,144 and 16,777,216 images]",
         ),
     ] = None,
     format: Annotated[
@@ -160,6 +171,7 @@ def extract(
                     batch_size=_number(batch_size, "--batch-size"),
                     workers=_number(workers, "--workers"),
                     profile=spent,
+                    rows_per_shard=rows_per_shard,
                     format=format,
                     part=_parse_part(part),
                     views=views,
@@ -174,7 +186,7 @@ def extract(
             _say_how_to_go_on("stopped at once: what is committed stays")
             raise
         if json != "-":
-            _print(found.name, len(found), done)
+            _print(found.name, len(found), done, home)
             if profile:
                 _print_profile(spent)
         answers += [_as_json(found.name, extraction) for extraction in done]
@@ -182,15 +194,17 @@ def extract(
             break
     if json:
         write_json(answers, json)
-    if stop.signal is not None:
-        left = sum(extraction.left for extraction in done)
-        _say_how_to_go_on(f"stopped after the shard at hand, which is committed; {left:,} images are left")
+    left, others = max(extraction.undone for extraction in done), datasets[datasets.index(each) + 1 :]
+    if stop.signal is not None and (left or others):
+        rest = f"{left:,} images of {found.name}" if left else ""
+        rest += (" and " if left and others else "") + (f"the images of {', '.join(others)}" if others else "")
+        _say_how_to_go_on(f"stopped after the current shard, which is committed; {rest} are left")
         raise SystemExit(exit_status(stop.signal))
 
 
 def _say_how_to_go_on(what: str) -> None:
     command = shlex.join(["embcache", *sys.argv[1:]])
-    typer.echo(f"\n{what}; the same command goes on from there:\n  {command}", err=True)
+    echo(f"\n{what}; the same command goes on from there:\n  {command}", err=True)
 
 
 def parse_weights(values: list[str] | None, names: list[str] | None = None) -> dict[str, Path] | None:
@@ -233,13 +247,13 @@ def _number(value: str | None, flag: str) -> int | str | None:
 
 def _print_profile(spent: Profile) -> None:
     shares = spent.shares()
-    typer.echo("share of the time of this process since its start:")
+    echo("share of the time of this process since its start:")
     print_table(["step", "share"], [[step, f"{share:.1%}"] for step, share in shares.items()])
     rest = max(0.0, 1 - sum(shares.values()))
     told = (
         "decoding overlaps with the networks" if spent.overlapped else f"the rest, {rest:.1%}, is loading and planning"
     )
-    typer.echo(f"· {told}")
+    echo(f"· {told}")
 
 
 def _parse_part(value: str | None) -> tuple[int, int] | None:
@@ -251,7 +265,7 @@ def _parse_part(value: str | None) -> tuple[int, int] | None:
     return int(index), int(count)
 
 
-def _print(dataset: str, images: int, done: list[Extraction]) -> None:
+def _print(dataset: str, images: int, done: list[Extraction], home: Path | None) -> None:
     rows = [
         [e.backbone, images, e.cached, e.computed, len(e.quarantined), f"{e.seconds:.1f}", e.store.path.name]
         for e in done
@@ -277,10 +291,8 @@ def _print(dataset: str, images: int, done: list[Extraction]) -> None:
     if left:
         return
     views = done[0].store.views
-    typer.echo(
-        f"next: embcache probe --head linear --subset S,M,F --dataset {dataset}"
-        + (f" --views {views}" if views > 1 else "")
-    )
+    words = ["--head", "linear", "--subset", "S,M,F", "--dataset", dataset]
+    echo("next: " + command("probe", *words, *(["--views", str(views)] if views > 1 else []), home=home))
 
 
 def _as_json(dataset: str, extraction: Extraction) -> dict[str, object]:
@@ -296,6 +308,7 @@ def _as_json(dataset: str, extraction: Extraction) -> dict[str, object]:
         "changed": extraction.changed,
         "retried": extraction.retried,
         "left": extraction.left,
+        "rows_per_shard": extraction.store.rows_per_shard,
         "quarantined": dict(extraction.quarantined),
         "seconds": round(extraction.seconds, 3),
     }

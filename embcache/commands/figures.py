@@ -22,8 +22,9 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.table import print_note, print_table
-from embcache.errors import UsageError, printable
+from embcache.errors import UsageError
 from embcache.paths import replace_file
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def tsne(
     if json != "-":
         _print_maps(maps)
         if coordinates is not None:
-            typer.echo(f"points: {coordinates}")
+            echo(f"points: {coordinates}")
     if json:
         panels = [
             {
@@ -175,7 +176,7 @@ def attention(
     if json != "-":
         _print_attention(found)
         for path in paths:
-            typer.echo(f"figure: {path}")
+            echo(f"figure: {path}")
     if json:
         write_json(_attention_json(found) | {"figures": [str(path) for path in paths]}, json)
 
@@ -200,7 +201,7 @@ def _image_attention(
     for path in paths:
         plot_heads(found.pixels, found.heads, f"{name}: class token of the last block", path)
         if json != "-":
-            typer.echo(f"figure: {path}")
+            echo(f"figure: {path}")
     if json:
         answer = {"backbone": name, "image": str(image), "patch": found.patch, "heads": found.heads.tolist(),
                   "figures": [str(path) for path in paths]}  # fmt: skip
@@ -210,7 +211,7 @@ def _image_attention(
 def _print_attention(found: RunAttention) -> None:
     r = found.result
     names = list(r.backbones)
-    typer.echo(f"{r.dataset}: {r.id}, {found.folds} folds, {found.shown.remark}, {len(found.shown.ids):,} images")
+    echo(f"{r.dataset}: {r.id}, {found.folds} folds, {found.shown.remark}, {len(found.shown.ids):,} images")
 
     def cells(mass: Any, std: Any = None) -> list[list[str]]:
         return [
@@ -219,14 +220,14 @@ def _print_attention(found: RunAttention) -> None:
             for i, a in enumerate(names)
         ]  # fmt: skip
 
-    typer.echo("\nshare of attention, from a row's tokens to a column's: mean ± sd over folds")
+    echo("\nshare of attention, from a row's tokens to a column's: mean ± sd over folds")
     print_table(["from", *(f"to {b}" for b in names)], cells(found.mass, found.mass_std))
     for label, mass in found.by_class.items():
-        typer.echo(f"\n{printable(label)} alone")
+        echo(f"\n{label} alone")
         print_table(["from", *(f"to {b}" for b in names)], cells(mass))
     spread = f" ± {found.entropy_std:.4f}" if found.folds > 1 else ""
-    typer.echo(f"\nentropy: {found.entropy:.4f}{spread} of log N; 1 is attention that makes no difference")
-    typer.echo("components that receive most, with their share of all attention (even: "
+    echo(f"\nentropy: {found.entropy:.4f}{spread} of log N; 1 is attention that makes no difference")
+    echo("components that receive most, with their share of all attention (even: "
                f"{1 / len(found.weights):.5f}):")  # fmt: skip
     print_table(["backbone", "component", "share"], [[b, c, f"{share:.5f}"] for b, c, share in found.received])
 
@@ -278,16 +279,16 @@ def neighbors(
     if json != "-":
         for each in found:
             own = _class_name(ds, each.image.label)
-            typer.echo(f"{each.backbone}: nearest to {printable(each.image.id)} ({own}, {each.image.split})")
+            echo(f"{each.backbone}: nearest to {each.image.id} ({own}, {each.image.split})")
             rows = [
                 [place, n.id, _class_name(ds, n.label), n.split, f"{n.similarity:.4f}",
                  "same group" if n.group == each.image.group else ""]
                 for place, n in enumerate(each.nearest, start=1)
             ]  # fmt: skip
             print_table(["", "id", "class", "split", "similarity", ""], rows)
-            typer.echo()
+            echo()
         for path in paths:
-            typer.echo(f"figure: {path}" + ("" if ds.root else "   (the images are not here: no pictures in it)"))
+            echo(f"figure: {path}" + ("" if ds.root else "   (the images are not here: no pictures in it)"))
     if json:
         write_json([asdict(each) for each in found], json)
 
@@ -346,7 +347,7 @@ def _write_points(maps: Maps, ds: ImageDataset, target: Path) -> None:
 def _print_maps(maps: Maps) -> None:
     from embcache.analysis.maps import decimals
 
-    typer.echo(f"{maps.dataset}: {maps.shown.remark}, {len(maps.shown.ids):,} images")
+    echo(f"{maps.dataset}: {maps.shown.remark}, {len(maps.shown.ids):,} images")
     rows = [
         [
             panel.label, panel.dim, decimals(panel.scores.silhouette, 3), decimals(panel.scores.knn_accuracy, 3),
@@ -355,9 +356,9 @@ def _print_maps(maps: Maps) -> None:
         for panel in maps.panels
     ]  # fmt: skip
     print_table(["embedding", "dimensions", "silhouette", "k-NN accuracy", "trustworthiness", ""], rows)
-    typer.echo(
+    echo(
         "· silhouette and k-NN accuracy (balanced, 10 neighbors), among images of other groups, of the embedding; "
         "trustworthiness of its map"
     )
     for path in maps.paths:
-        typer.echo(f"figure: {path}")
+        echo(f"figure: {path}")

@@ -29,6 +29,7 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.probe import in_metrics, print_results
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import print_note
@@ -152,7 +153,7 @@ def finetune(
                 progress=bar.update,
             )
         except (KeyboardInterrupt, SystemExit):
-            typer.echo("\nstopped: the last whole epoch is kept; the same command with --resume goes on", err=True)
+            echo("\nstopped: the last whole epoch is kept; the same command with --resume goes on", err=True)
             raise
     results = in_metrics(results, metrics, home)
     if json != "-":

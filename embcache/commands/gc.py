@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from embcache.commands.options import BackboneOption, DatasetOption, HomeOption, JsonOption, split_list, write_json
+from embcache.commands.output import echo
 from embcache.commands.store import RecipeOption, printable, size_words
 from embcache.commands.table import print_table
 from embcache.errors import StoreError
@@ -42,10 +43,10 @@ def gc(
             done = collect(
                 path,
                 dry_run=dry_run,
-                say=lambda line, label=label: typer.echo(f"{label}: {printable(line)}", err=True),  # type: ignore[misc]
+                say=lambda line, label=label: echo(f"{label}: {printable(line)}", err=True),  # type: ignore[misc]
             )
         except StoreError as error:
-            typer.echo(f"embcache: {label}: {error}", err=True)
+            echo(f"embcache: {label}: {error}", err=True)
             refused.append({"path": str(path), "error": str(error)})
             continue
         answers.append(done)
@@ -67,6 +68,6 @@ def gc(
         if stores:
             print_table(headers, rows, notes=[*notes, f"{size_words(freed)} {verb} in {home_dir(home)}"])
         else:
-            typer.echo(f"nothing is cached in {home_dir(home)}")
+            echo(f"nothing is cached in {home_dir(home)}")
     if refused:
         raise typer.Exit(1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from embcache.commands.output import echo, json_text
 from embcache.errors import UsageError, advise_only
 from embcache.paths import replace_file
 
@@ -153,6 +153,11 @@ def split_list(values: Sequence[str] | None) -> list[str]:
     return names
 
 
+def command(*words: str, home: Path | None = None) -> str:
+    """``embcache`` with these words, to be typed in the same shell; the home that was given goes along."""
+    return shlex.join(["embcache", *words, *(["--home", str(home)] if home is not None else [])])
+
+
 def advise_by(context: typer.Context) -> None:
     """Let errors advise only the flags of the command that is about to run; for the callback of a group."""
     command = getattr(context.command, "commands", {}).get(context.invoked_subcommand)
@@ -181,12 +186,11 @@ def plain(value: Any) -> Any:
 
 def write_json(data: Any, target: str) -> None:
     """Write ``data``, made `plain`, as indented JSON to the file ``target``, or to stdout when it is ``-``."""
-    text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if target == "-":
-        sys.stdout.write(text)
+        echo(json_text(plain(data), shown=True), nl=False)
         return
     try:
-        replace_file(Path(target), text.encode("utf-8"))
+        replace_file(Path(target), json_text(plain(data)).encode("utf-8"))
     except OSError as error:
         raise UsageError(
             f"cannot write the JSON file: {error.strerror}", where=target, fix="name a file that can be written, or -"

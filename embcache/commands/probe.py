@@ -33,9 +33,10 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import bounds, print_note, print_table, spread
-from embcache.errors import UsageError, printable
+from embcache.errors import UsageError
 
 if TYPE_CHECKING:
     from embcache.probe.results import ProbeResult
@@ -226,20 +227,20 @@ def results(
     if unreadable:
         count = "1 run" if len(unreadable) == 1 else f"{len(unreadable)} runs"
         folders = ", ".join(str(run) for run in unreadable[:5]) + (", …" if len(unreadable) > 5 else "")
-        typer.echo(f"{count} could not be read (made by another version, or damaged): {folders}", err=True)
+        echo(f"{count} could not be read (made by another version, or damaged): {folders}", err=True)
     found = in_metrics(found, split_list(metric), home)
     if json:
         write_json([result.to_json() for result in found], json)
     if json == "-":
         return
     if not found:
-        typer.echo(f"no results in {home_dir(home)}" + (f" for {', '.join(names)}" if names else ""))
-        typer.echo("next: embcache probe --head linear --subset S,M,F")
+        echo(f"no results in {home_dir(home)}" + (f" for {', '.join(names)}" if names else ""))
+        echo("next: embcache probe --head linear --subset S,M,F")
         return
     print_results(found, ids=True)
     told = sentences(advise(found, home=home))
     if told:
-        typer.echo("\n" + "\n".join(map(printable, told)))
+        echo("\n" + "\n".join(told))
 
 
 def heads() -> None:

@@ -26,6 +26,7 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
+from embcache.commands.output import echo, echo_data
 from embcache.commands.progress import ProgressBar
 from embcache.errors import UsageError
 
@@ -130,9 +131,9 @@ def run(
     )
     with ProgressBar("step") as bar:
         try:
-            done = deliver(order, say=lambda line: typer.echo(line, err=True), progress=bar.update)
+            done = deliver(order, say=lambda line: echo(line, err=True), progress=bar.update)
         except (KeyboardInterrupt, SystemExit):
-            typer.echo("\nstopped: what is finished stays, and the same command goes on from there", err=True)
+            echo("\nstopped: what is finished stays, and the same command goes on from there", err=True)
             raise
     _hand_over(render(done.table, format), done.table, done.figures, output, json)
     if done.empty:
@@ -188,11 +189,11 @@ def _hand_over(
         from embcache.report.csvfile import write_text
 
         write_text(output, text)
-        typer.echo(f"table   {output}", err=True)
+        echo(f"table   {output}", err=True)
     elif json != "-":
-        typer.echo(text, nl=False)
+        echo_data(text, "--output FILE")
     for path in figures:
-        typer.echo(f"figure  {path}", err=True)
+        echo(f"figure  {path}", err=True)
     if json:
         answer = {"name": table.name, "title": table.title, "records": [dict(r) for r in table.records],
                   "notes": list(table.notes), "figures": [str(path) for path in figures], **more}  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,8 +22,10 @@ from embcache.commands.options import (
     ValOption,
     advise_by,
     class_options,
+    command,
     split_list,
 )
+from embcache.commands.output import echo, json_text
 from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
 
@@ -86,12 +87,12 @@ def export(
     knows = f"identical and unreadable images as {store.path.name} knows them" if store else "no features cached yet"
     print_note(f"labels and groups from the {source} dataset; {knows}")
     if output == "-":
-        typer.echo(jsonlib.dumps(splits.to_json(), indent=1, ensure_ascii=False))
+        echo(json_text(splits.to_json(), indent=1, shown=True), nl=False)
         return
     write_splits(splits, Path(output))
     _print(splits)
-    typer.echo(f"written to {output}")
-    typer.echo(f"next: embcache probe --dataset {ds.name} --splits {output}")
+    echo(f"written to {output}")
+    echo("next: " + command("probe", "--dataset", ds.name, "--splits", output, home=home))
 
 
 @app.command("import")
@@ -118,10 +119,9 @@ def import_(
     ds = class_options(drop_class, merge_class).of(ds)
     imported = import_splits(file, ds, home)
     _print(imported.splits)
-    typer.echo(f"kept as {imported.path}")
-    typer.echo(
-        f"next: embcache probe --dataset {ds.name} --splits {imported.name} --subset {imported.splits.subsets[0]}"
-    )
+    echo(f"kept as {imported.path}")
+    words = ["--dataset", ds.name, "--splits", imported.name, "--subset", str(imported.splits.subsets[0])]
+    echo("next: " + command("probe", *words, home=home))
 
 
 def _print(splits: Splits) -> None:

@@ -20,6 +20,7 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.table import print_note, print_table
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import home_dir
@@ -56,10 +57,10 @@ def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption 
         return
     where = home_dir(home)
     if not stores:
-        typer.echo(f"nothing is cached in {where}" + (f" for {', '.join(names)}" if names else ""))
+        echo(f"nothing is cached in {where}" + (f" for {', '.join(names)}" if names else ""))
         for note in map(_go_on, begun):
-            typer.echo(note)
-        typer.echo("next: embcache demo, or embcache extract --backbone NAME --dataset NAME")
+            echo(note)
+        echo("next: embcache demo, or embcache extract --backbone NAME --dataset NAME")
         return
     rows = [
         [s.dataset, s.backbone, s.fingerprint, *([""] * 6), "damaged"]
@@ -126,7 +127,7 @@ def info(
     if json == "-":
         return
     for index, answer in enumerate(answers):
-        typer.echo(("\n" if index else "") + _in_words(answer))
+        echo(("\n" if index else "") + _in_words(answer))
 
 
 def export(
@@ -170,7 +171,7 @@ def export(
     ds, origin = find_dataset(datasets[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
     store = open_store(backbones[0], ds, home=home, recipe=recipe, views=views)
     written = export_features(store, ds, target, format=format, overwrite=force)
-    typer.echo(f"{target}: {written:,} rows of {store.row_shape} {store.dtype}")
+    echo(f"{target}: {written:,} rows of {store.row_shape} {store.dtype}")
     print_note(f"labels and splits are from the {origin} dataset")
     if store.quarantined:
         print_note(f"{len(store.quarantined):,} images that could not be read are left out")

@@ -20,6 +20,7 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.progress import ProgressBar
 from embcache.commands.store import RecipeOption, printable, size_words
 from embcache.commands.table import print_table
@@ -123,7 +124,7 @@ def verify(
                 source=source,
                 direct=direct,
                 options={"home": home, "weights": given, "device": device},
-                tell=(lambda line: typer.echo(line, err=True)) if quiet else typer.echo,
+                tell=(lambda line: echo(line, err=True)) if quiet else echo,
             )
             answers.append(answer)
             failed |= not well
@@ -206,7 +207,7 @@ def _one_store(
                         **options,
                     )
             except EmbcacheError as error:
-                typer.echo(f"embcache: {check.dataset}/{check.path.name}: {error}", err=True)
+                echo(f"embcache: {check.dataset}/{check.path.name}: {error}", err=True)
                 answer["repaired"] = {"done": done, "left": answer["damage"], "error": str(error)}
                 return answer, False
             well = not after.damage
@@ -322,10 +323,10 @@ def _check_snapshots(
                     mended = True
             except EmbcacheError as error:
                 if str(error) not in told:
-                    typer.echo(f"embcache: {error}", err=True)
+                    echo(f"embcache: {error}", err=True)
         if problem and not quiet:
             fix = "written anew" if mended else "embcache verify --repair --dataset NAME --data-root FOLDER mends it"
-            typer.echo(f"snapshot: {path}: {problem}; {fix}")
+            echo(f"snapshot: {path}: {problem}; {fix}")
         rows.append({"path": str(path), "problem": "" if mended else problem, "repaired": mended})
     return rows
 

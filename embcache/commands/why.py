@@ -18,6 +18,7 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.store import printable, size_words
 from embcache.commands.table import format_table
 from embcache.errors import UsageError
@@ -91,14 +92,14 @@ def why(
         feature_dtype=feature_dtype,
         batch_size=batch_size,
         workers=workers,
-        say=lambda line: typer.echo(f"{line} …", err=True),
+        say=lambda line: echo(f"{line} …", err=True),
     )
     if json:
         write_json([{"dataset": found.name, **answer.to_json()} for answer in answers], json)
     if json == "-":
         return
     for index, answer in enumerate(answers):
-        typer.echo(("\n" if index else "") + "\n".join(_in_words(found.name, answer)))
+        echo(("\n" if index else "") + "\n".join(_in_words(found.name, answer)))
 
 
 def _in_words(dataset: str, answer: Why) -> list[str]:

@@ -238,7 +238,8 @@ def load_dataset(
     Parameters
     ----------
     name : str
-        A key of `DATASETS`; ``"folder"`` for one's own images.
+        A key of `DATASETS`; ``"folder"`` for one's own images; or the name of a cached dataset, which is loaded from
+        where it was extracted from or, where that is gone, from the snapshot that extraction kept.
     root : path, optional
         The dataset's own folder, at any level of its archive (or, for ``"folder"``, a CSV or Parquet file).
         Default: ``$EMBCACHE_DATA/<name>``; for the sample ``<home>/sample-images``, drawn there when absent.
@@ -256,6 +257,8 @@ def load_dataset(
     DatasetError
         Images are missing, ids repeat, a label is unknown, a path leaves the root, a file may not be read.
     """
+    if name not in DATASETS:
+        return find_dataset(name, root=root, home=home, allow_missing=allow_missing, dataset_name=dataset_name)[0]
     source = find_source(name)
     with refusals_told():
         folder = resolve_root(source, root, home)
@@ -291,6 +294,8 @@ def find_dataset(
         if name not in DATASETS:  # known by nothing but its snapshot
             raise
         cached = None  # the files themselves will do, and extraction writes the snapshot anew
+    if cached is None:
+        find_source(name, home)
     if cached is None or (name in DATASETS and name != cached.kind):
         return load_dataset(name, root, allow_missing=allow_missing, dataset_name=dataset_name, home=home), "live"
     # Who extracted without the missing images has agreed to go on without them.

@@ -59,6 +59,18 @@ def _check(text: str, described: Any, footer: Any = None) -> str:
     return hashlib.sha256(json.dumps([rows, columns, text]).encode()).hexdigest()
 
 
+def cached_names(home: PathLike | None = None) -> list[str]:
+    """Names of the datasets that have a snapshot under ``home``, sorted; damaged ones are passed over."""
+    names = []
+    for path in sorted(home_dir(home).glob(f"*/{FILE}")):
+        try:
+            found = snapshot_ids(path.parent.name, home)
+        except DatasetError:
+            continue
+        names += [found[0]] if found is not None else []
+    return sorted(names)
+
+
 def snapshot_ids(name: str, home: PathLike | None = None) -> tuple[str, list[str]] | None:
     """The dataset's own name and the ids of its images, as extraction kept them; None where there is no snapshot.
 

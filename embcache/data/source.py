@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import importlib
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from embcache.data.checks import first_few
 from embcache.data.files import TABLE_SUFFIXES
+from embcache.data.snapshot import cached_names
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.paths import PathLike, data_dir, home_dir
 
@@ -122,13 +124,18 @@ def _may_define_source(module: str) -> bool:
 DATASETS: Mapping[str, DatasetSource] = _Sources()
 
 
-def find_source(name: str) -> DatasetSource:
-    """The row of `DATASETS` called ``name``; `DatasetNotFoundError` lists them all."""
+def find_source(name: str, home: PathLike | None = None) -> DatasetSource:
+    """The row of `DATASETS` called ``name``; `DatasetNotFoundError` lists them all, and those cached that come near."""
     if name not in DATASETS:
+        cached = cached_names(home)
+        near = difflib.get_close_matches(name, [*DATASETS, *cached], n=5)
+        near += [other for other in cached if other.startswith(f"{name}-") and other not in near]
+        known = f", or one of {len(cached):,} that are cached" if cached else ""
         raise DatasetNotFoundError(
             f"there is no dataset {name!r}",
-            expected="one of " + ", ".join(DATASETS) + ", or the name of one that is cached",
-            fix="embcache datasets",
+            expected="one of " + ", ".join(DATASETS) + known,
+            found=f"near to it: {', '.join(near)}" if near else None,
+            fix="embcache datasets; embcache ls lists those that are cached",
         )
     return DATASETS[name]
 

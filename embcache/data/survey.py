@@ -121,7 +121,7 @@ def survey_dataset(name: str, root: PathLike | None = None, home: PathLike | Non
     """
     cached = read_snapshot(name, home) if root is None else None
     if cached is None:
-        return _survey_files(find_source(name), root, home, None)
+        return _survey_files(find_source(name, home), root, home, None)
     source = find_source(cached.kind)
     for folder in (cached.origin, None if cached.kind == "folder" else default_root(cached.kind, home)):
         if folder is not None and folder.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from embcache.cores import usable_cores
@@ -11,7 +12,8 @@ from embcache.data.dataset import ImageDataset
 from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.extract.batching import Source, prepare
 from embcache.paths import PathLike, slug
-from embcache.store.feature_store import FeatureStore
+from embcache.store.feature_store import FeatureStore, extract_command
+from embcache.store.header import MOST_SHARD_ROWS
 
 
 def none_readable(dataset: ImageDataset, root: Path) -> DatasetNotFoundError:
@@ -33,7 +35,7 @@ def image_root(dataset: ImageDataset) -> Path:
         raise DatasetNotFoundError(
             f"the images of {dataset.name} are not here; extraction needs them",
             expected=str(dataset.root) if dataset.root else None,
-            fix=f"embcache extract --dataset {dataset.kind} --data-root FOLDER …",
+            fix=extract_command("NAME", replace(dataset, root=None, origin=None)),
         )
     return dataset.root
 
@@ -71,8 +73,14 @@ def check_numbers(
     workers: int | str | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
+    rows_per_shard: int | None = None,
 ) -> None:
     """`UsageError` for numbers that no extraction can have."""
+    if rows_per_shard is not None and not 1 <= rows_per_shard <= MOST_SHARD_ROWS:
+        raise UsageError(
+            "no such number of rows per shard", expected=f"1 to {MOST_SHARD_ROWS:,}", found=str(rows_per_shard),
+            fix="--rows-per-shard 64",
+        )  # fmt: skip
     if views < 1:
         raise UsageError("the number of views must be at least 1", found=str(views), fix="--views 4")
     for words, flag, value in (("batch size", "batch-size", batch_size), ("number of workers", "workers", workers)):

@@ -16,7 +16,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION
 from embcache.extract.backbones import find_backbone, load_backbone
 from embcache.extract.batching import Source
-from embcache.extract.compute import Terms, compute_owed
+from embcache.extract.compute import Terms, compute_owed, is_asked
 from embcache.extract.devices import Crew, split_devices
 from embcache.extract.limits import Guard
 from embcache.extract.pixels import CurrentPixels, current_pixels
@@ -41,8 +41,10 @@ from embcache.store.recipe import Recipe
 
 # Small batches keep a network's activations near the processor's caches; a GPU wants to be filled (docs/log.md).
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
-# 512 rows: some 4 MB of 2048-d features, and at most a minute of a laptop's work to lose.
-ROWS_PER_SHARD = 512
+# Seconds of work to finish before an interrupted run ends, or to lose. Where that makes more shards than it should take
+# to open a store, they are larger (docs/benchmarks.md).
+ROWS_PER_SHARD = {"cpu": 64, "cuda": 4096}
+_MOST_SHARDS = 4096
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Extraction:
     changed: int
     retried: int
     left: int  # images that are owed still: the run was stopped, or they are another part's
+    undone: int  # of those, images that this run was to compute
     quarantined: Mapping[str, str]  # id → reason, of the whole dataset
     seconds: float
     notes: tuple[str, ...]
@@ -81,6 +84,7 @@ def extract_features(
     precision: str = "fp32",
     batch_size: int | str | None = None,
     workers: int | str | None = None,
+    rows_per_shard: int | None = None,
     format: str | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
@@ -111,6 +115,9 @@ def extract_features(
         Default: the one recorded in the store; for a new one 16 on a CPU, 64 on a GPU.
     workers : int or "auto", optional
         Threads that decode images; default: one per core, 8 at most.
+    rows_per_shard : int, optional
+        Images that are computed and committed together, settled when a store is created; default:
+        :func:`default_rows`.
     format : {"zarr", "hdf5"}, optional
         Default: the one the store has, Zarr for a new one.
     part : (int, int), optional
@@ -142,7 +149,7 @@ def extract_features(
     names = [backbones] if isinstance(backbones, str) else list(backbones)
     done = run_extraction(
         names, dataset, home=home, weights=weights, transform=transform, device=device, precision=precision,
-        batch_size=batch_size, workers=workers, format=format, part=part, views=views,
+        batch_size=batch_size, workers=workers, rows_per_shard=rows_per_shard, format=format, part=part, views=views,
         feature_dtype=feature_dtype, on_error=on_error, max_bad=max_bad, retry_quarantined=retry_quarantined,
     )  # fmt: skip
     stores = {extraction.backbone: extraction.store for extraction in done}
@@ -160,6 +167,7 @@ def run_extraction(
     precision: str = "fp32",
     batch_size: int | str | None = None,
     workers: int | str | None = None,
+    rows_per_shard: int | None = None,
     format: str | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
@@ -176,12 +184,12 @@ def run_extraction(
     """As :func:`extract_features`, reporting what was done; ``say`` is told each thing worth knowing as it happens.
 
     With ``only``, shards by fingerprint of a store, no others are computed: what else is owed stays so. ``stop`` ends
-    the run after the shard at hand. ``joining`` is for a process that helps another one: it tells what happens to it
+    the run after the current shard. ``joining`` is for a process that helps another one: it tells what happens to it
     and not what the other tells anyway. ``profile`` is told where the time of this process goes.
     """
     started = time.monotonic()
     weights, stop, devices = weights_by_name(names, weights), stop or Stop(), split_devices(device)
-    check_numbers(batch_size, workers, part, views)
+    check_numbers(batch_size, workers, part, views, rows_per_shard)
     guard = Guard(dataset, image_root(dataset), on_error, max_bad, home)
     tell = (lambda line: None) if joining else say
     profile = profile or Profile()
@@ -200,7 +208,10 @@ def run_extraction(
             if network.backbone.inferred:
                 tell(f"{name}: {network.backbone.inferred}")
             size, threads = settle(batch_size, workers, threads, network, make_recipe(network), files, dataset, tell)
-            store = _store(files.folder, network, format, size, threads if workers == "auto" else None)
+            rows = rows_per_shard or default_rows(network.device.type, len(dataset))
+            store = _store(files.folder, network, format, rows, size, threads if workers == "auto" else None)
+            if rows_per_shard not in (None, store.rows_per_shard):
+                tell(f"{name}: the store was created with {store.rows_per_shard} rows per shard, and keeps them")
             if not store.committed():
                 say_what_differs(store, files.folder, tell)
             plan = plan_store(store, dataset, files.root, files.scan, retry_quarantined=retry_quarantined)
@@ -236,7 +247,19 @@ def run_extraction(
             computed = compute_owed(jobs, dataset, compute, part=part, only=only, terms=terms)
     for _, images in crew.computed:
         computed = [ours + theirs for ours, theirs in zip(computed, images, strict=True)]
-    return [_summary(job, dataset, computed[i], time.monotonic() - started) for i, job in enumerate(jobs)]
+    return [_summary(job, dataset, computed[i], part, only, time.monotonic() - started) for i, job in enumerate(jobs)]
+
+
+def default_rows(device: str, images: int) -> int:
+    """Rows per shard of a new store for so many images, by the type of the device: ``cpu``, ``cuda``, ….
+
+    64 on a CPU, 4,096 elsewhere; twice as many as often as it takes to have at most 4,096 shards; never more than there
+    are images (but 64), for a shard takes the room of all of its rows.
+    """
+    rows = ROWS_PER_SHARD.get(device, ROWS_PER_SHARD["cuda"])
+    while images > rows * _MOST_SHARDS:
+        rows *= 2
+    return min(rows, max(images, 64))
 
 
 def open_networks(
@@ -314,7 +337,12 @@ def make_recipe(network: FrozenNetwork) -> Recipe:
 
 
 def _store(
-    folder: Path, network: FrozenNetwork, format: str | None, batch_size: int | None, workers: int | None
+    folder: Path,
+    network: FrozenNetwork,
+    format: str | None,
+    rows_per_shard: int,
+    batch_size: int | None,
+    workers: int | None,
 ) -> FeatureStore:
     provenance = {
         "weights": network.backbone.weights_source,
@@ -327,7 +355,7 @@ def _store(
         make_recipe(network),
         format=format,
         row_shape=network.row_shape,
-        rows_per_shard=ROWS_PER_SHARD,
+        rows_per_shard=rows_per_shard,
         batch_size=batch_size or BATCH_SIZES.get(network.device.type, 64),
         threads=torch.get_num_threads(),
         provenance=provenance,
@@ -335,9 +363,18 @@ def _store(
     return FeatureStore(path)
 
 
-def _summary(job: _Job, dataset: ImageDataset, computed: int, seconds: float) -> Extraction:
+def _summary(
+    job: _Job,
+    dataset: ImageDataset,
+    computed: int,
+    part: tuple[int, int] | None,
+    only: Mapping[str, Collection[int]] | None,
+    seconds: float,
+) -> Extraction:
     store = FeatureStore(job.store.path).restrict(dataset.table["id"].tolist())
     name, committed = job.network.backbone.spec.name, set(store.committed())
+    owed = [shard for shard in job.plan.shards if shard.number not in committed]
+    undone = [shard for shard in owed if is_asked(shard.number, store.recipe.fingerprint, part, only)]
     notes = []
     threads = torch.get_num_threads()
     if computed and (job.batch_size, threads) != (store.batch_size, store.threads):
@@ -353,7 +390,8 @@ def _summary(job: _Job, dataset: ImageDataset, computed: int, seconds: float) ->
         job.plan.added,
         job.plan.changed,
         job.plan.retried,
-        sum(len(shard.ids) for shard in job.plan.shards if shard.number not in committed),
+        sum(len(shard.ids) for shard in owed),
+        sum(len(shard.ids) for shard in undone),
         dict(store.quarantined),
         seconds,
         tuple(notes),

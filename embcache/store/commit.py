@@ -53,6 +53,7 @@ __all__ = [
     "create_exclusive",
     "create_store",
     "discard",
+    "is_committed",
     "publish_plan",
     "refresh_view",
     "replace_file",
@@ -238,6 +239,11 @@ def commit_shard(
         # Whoever published the plan, or took the lease, may have been killed just after it.
         remove_leftovers(store / "staging", *_staged_prefixes(store, name))
     return won
+
+
+def is_committed(store: Path, number: int) -> bool:
+    """Whether a shard is committed, without a listing of all."""
+    return (Path(store) / "shards" / shard_name(number)).is_dir()
 
 
 def write_view(store: Path) -> None:

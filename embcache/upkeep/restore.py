@@ -15,7 +15,7 @@ from embcache.errors import CorruptStoreError, EmbcacheError, StoreError, UsageE
 from embcache.extract.backbones import BACKBONES, find_backbone, load_backbone
 from embcache.extract.pixels import pixel_recipe
 from embcache.extract.request import default_workers
-from embcache.extract.run import BATCH_SIZES, ROWS_PER_SHARD, make_recipe
+from embcache.extract.run import BATCH_SIZES, make_recipe
 from embcache.extract.scan import scan_dataset
 from embcache.extract.transforms import KINDS, Transform, choose_transform
 from embcache.extract.worker import DTYPES, PRECISIONS, freeze
@@ -71,7 +71,7 @@ def restore_recipe(
             recipe=recipe,
             format=seen.format,
             row_shape=seen.row_shape,
-            rows_per_shard=seen.rows_per_shard or ROWS_PER_SHARD,
+            rows_per_shard=seen.rows_per_shard or max(len(read_plan(path, number)) for number in plan_numbers(path)),
             batch_size=_number(text, "batch_size") or BATCH_SIZES["cpu"],
             threads=_number(text, "threads") or (1 if pixels else torch.get_num_threads()),
             provenance={"weights": source, "note": "recipe.json was damaged and was made again"},

@@ -70,7 +70,7 @@ def test_above_the_limit_the_run_stops_before_the_commit_and_can_go_on(images: P
     assert "--max-bad 2" in str(caught.value)
     store = open_store("random", load(images).name)
     assert store.committed() == ()
-    with pytest.raises(DatasetError, match=r"3 of 20 \(1 of them in the shard at hand"):
+    with pytest.raises(DatasetError, match=r"3 of 20 \(1 of them in the current shard"):
         extract(images, max_bad=2)
     assert store.committed() == (0,)
     done = extract(images, max_bad=3)

@@ -100,7 +100,7 @@ def test_the_first_signal_commits_the_shard_at_hand_and_says_how_to_go_on(
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
     assert process.returncode == status, err
-    assert "stopping after the shard at hand (" in err
+    assert "stopping after the current shard (" in err
     assert "again stops at once" in err
     assert "Traceback" not in err
     (answer,) = json.loads(out)
