@@ -19,6 +19,7 @@ from embcache.commands.options import (
     JsonOption,
     MergeClassOption,
     NameOption,
+    check_suffix,
     class_options,
     split_list,
     write_json,
@@ -86,7 +87,7 @@ def audit(
     from embcache.store.feature_store import extract_command
 
     if output is not None:
-        check_target(output)
+        check_target(check_suffix(output, "--output", ".csv"))
     ds, _ = find_dataset(names[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
     ds = class_options(drop_class, merge_class).of(ds)
     cached = backbones or cached_backbones(ds.name, home)

@@ -53,8 +53,40 @@ NameOption = Annotated[
     str | None,
     typer.Option("--name", metavar="NAME", help="Name of a `folder` dataset. [default: its folder's and a hash]"),
 ]
+
+
+def check_suffix(path: Path, flag: str, *suffixes: str) -> Path:
+    """Refuse a file whose suffix says that something else is in it than is written; none, and devices, are well.
+
+    Raises
+    ------
+    UsageError
+        The suffix is none of these.
+    """
+    suffix = path.suffix.lower()
+    if suffix and suffix not in suffixes and not (path.exists() and not path.is_file()):
+        raise UsageError(
+            "the suffix of a file says what is in it, and this would be something else",
+            expected=" or ".join(suffixes) or "the name of a folder", found=str(path), where=flag,
+            fix=f"{flag} {path.with_suffix(suffixes[0] if suffixes else '')}",
+        )  # fmt: skip
+    return path
+
+
+def _check_json(target: str | None) -> str | None:
+    if target is not None and target != "-":
+        check_suffix(Path(target), "--json", ".json")
+    return target
+
+
 JsonOption = Annotated[
-    str | None, typer.Option("--json", metavar="FILE|-", help="Write the answer as JSON to FILE, or to stdout with -.")
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="FILE|-",
+        callback=_check_json,
+        help="Write the answer as JSON to FILE, or to stdout with -.",
+    ),
 ]
 DropClassOption = Annotated[
     list[str] | None,

@@ -14,6 +14,7 @@ from embcache.commands.options import (
     HomeOption,
     JsonOption,
     PrevalenceOption,
+    check_suffix,
     split_list,
     write_json,
 )
@@ -83,9 +84,9 @@ def predict(
     from embcache.report.csvfile import check_target, write_text
 
     adjust = Adjust(parse_prevalence(prevalence), calibrate)
-    for file in (output, by_group):
+    for file, flag in ((output, "--output"), (by_group, "--by-group")):
         if file is not None:
-            check_target(file.expanduser())
+            check_target(check_suffix(file.expanduser(), flag, ".csv"))
     with ProgressBar("img") as bar:
         found = predict_images(
             run,
@@ -138,6 +139,8 @@ def submit(
     """
     from embcache.report.kaggle import make_submission
 
+    if output is not None:
+        _check_folder(output)
     made = make_submission(run, output, home=home, data_root=data_root)
     if json:
         write_json(
@@ -221,6 +224,7 @@ def export_head(
     """
     from embcache.probe.export import export_head as export
 
+    _check_folder(output)
     done = export(run, output, fold=fold, home=home)
     if json:
         write_json(done.about, json)
@@ -231,6 +235,11 @@ def export_head(
     )
     echo(f"· {done.about['head']['name']} of fold {done.about['fold']}: {done.about['formula']}")
     echo(f"· written: {done.folder}/head.safetensors and head.json")
+
+
+def _check_folder(output: Path) -> None:
+    if output.suffix.lower() in (".csv", ".json", ".pt", ".pth", ".safetensors", ".tar", ".zip"):
+        check_suffix(output, "--output")
 
 
 def _numbers(values: list[str] | None, flag: str) -> list[int] | None:

@@ -22,6 +22,7 @@ from embcache.commands.options import (
     MetricOption,
     NameOption,
     OverlapOption,
+    check_suffix,
     class_options,
     split_list,
     write_json,
@@ -111,7 +112,7 @@ def run(
     from embcache.study.order import Order, deliver
 
     check_format(format)
-    output = _checked_output(output)
+    output = _checked_output(output, format)
     given = {
         "folds": folds, "val": val, "test": test, "repeats": repeats, "seed": seed, "recipe": recipe,
         "exclude_test_overlap": exclude_test_overlap, "max_epochs": max_epochs, "data_root": data_root, "home": home,
@@ -165,7 +166,7 @@ def curves(
     from embcache.report.render import check_format, render
 
     check_format(format)
-    output = _checked_output(output)
+    output = _checked_output(output, format)
     target = _checked_figure(figure)
     results = find_results(
         home=home,
@@ -200,12 +201,13 @@ def _hand_over(
         write_json(answer, json)
 
 
-def _checked_output(output: Path | None) -> Path | None:
+def _checked_output(output: Path | None, format: str) -> Path | None:
     """The file of the table, its home folder spelled out; an error where it could not be written after all the work."""
     from embcache.report.csvfile import check_target
+    from embcache.report.render import SUFFIXES
 
     if output is not None:
-        output = output.expanduser()
+        output = check_suffix(output.expanduser(), "--output", *SUFFIXES[format])
         check_target(output)
     return output
 

@@ -21,6 +21,7 @@ from embcache.commands.options import (
     TestOption,
     ValOption,
     advise_by,
+    check_suffix,
     class_options,
     command,
     split_list,
@@ -68,6 +69,8 @@ def export(
     from embcache.probe.cached import plan_cached
     from embcache.probe.splits import write_splits
 
+    if output != "-":
+        check_suffix(Path(output), "--output", ".json")
     names = split_list(backbone)
     if len(names) > 1:
         raise UsageError("--backbone names the one store that tells which images are identical", found=", ".join(names))

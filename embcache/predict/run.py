@@ -27,7 +27,7 @@ from embcache.probe.metrics import softmax
 from embcache.probe.prevalence import Adjust, Adjustment
 from embcache.probe.results import ProbeResult, find_run_anywhere
 from embcache.probe.summary import adjust_models
-from embcache.report.csvfile import FORMULA_STARTS, csv_text
+from embcache.report.csvfile import csv_text, is_formula
 
 FloatArray = NDArray[np.float64]
 _CHUNK = 256  # images at a time: what a progress bar counts, and what is in memory as features
@@ -319,6 +319,6 @@ def _notes(result: ProbeResult, ds: ImageDataset | None) -> Iterator[str]:
 
 
 def _cell(column: str, value: object, path: bool) -> object:
-    if column == "image" and path and isinstance(value, str) and value.startswith(FORMULA_STARTS):
+    if column == "image" and path and isinstance(value, str) and is_formula(value):
         return f"./{value}"
     return value

@@ -77,6 +77,13 @@ def export_features(
             found=repr(format) if format else f"a target called {path.name}",
             fix="--format npz, or a target that ends in .npz, .parquet, .csv, .zarr or .h5",
         )
+    said = _SUFFIXES.get(path.suffix.lower(), kind if not path.suffix else "something else")
+    if said != kind:
+        raise UsageError(
+            "the suffix of a file says what is in it, and this would be something else",
+            expected=" or ".join(suffix for suffix, other in _SUFFIXES.items() if other == kind),
+            found=str(path), where=f"--format {kind}", fix="leave out --format, or give the target another suffix",
+        )  # fmt: skip
     if store.holds_pixels:
         raise UsageError(
             "a store of pixels is not exported: it is made of the image files, anew where it is gone",
