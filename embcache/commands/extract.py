@@ -80,7 +80,7 @@ def extract(
             "--rows-per-shard",
             metavar="N",
             help="Images computed and committed together; Ctrl-C waits for them. Settled when a store is made. "
-            "[default: 64 on a CPU, 4096 on a GPU; more above 262,144 and 16,777,216 images]",
+            "[default: 64 on a CPU, 4096 on a GPU; more above 131,072 and 8,388,608 images]",
         ),
     ] = None,
     format: Annotated[

@@ -185,6 +185,16 @@ def split_list(values: Sequence[str] | None) -> list[str]:
     return names
 
 
+def echo_near(names: Sequence[str], home: Path | None) -> None:
+    """Print which datasets that are cached may be meant by names of which nothing is."""
+    from embcache.data.snapshot import cached_names, near_names
+
+    cached = cached_names(home) if names else []
+    for name in names:
+        if name not in cached and (near := near_names(name, cached)):
+            echo(f"near to {name}: {', '.join(near)}")
+
+
 def command(*words: str, home: Path | None = None) -> str:
     """``embcache`` with these words, to be typed in the same shell; the home that was given goes along."""
     return shlex.join(["embcache", *words, *(["--home", str(home)] if home is not None else [])])

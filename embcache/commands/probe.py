@@ -30,6 +30,7 @@ from embcache.commands.options import (
     TestOption,
     ValOption,
     class_options,
+    echo_near,
     split_list,
     write_json,
 )
@@ -235,6 +236,7 @@ def results(
         return
     if not found:
         echo(f"no results in {home_dir(home)}" + (f" for {', '.join(names)}" if names else ""))
+        echo_near(names, home)
         echo("next: embcache probe --head linear --subset S,M,F")
         return
     print_results(found, ids=True)

@@ -17,6 +17,7 @@ from embcache.commands.options import (
     HomeOption,
     JsonOption,
     NameOption,
+    echo_near,
     split_list,
     write_json,
 )
@@ -58,6 +59,7 @@ def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption 
     where = home_dir(home)
     if not stores:
         echo(f"nothing is cached in {where}" + (f" for {', '.join(names)}" if names else ""))
+        echo_near(names, home)
         for note in map(_go_on, begun):
             echo(note)
         echo("next: embcache demo, or embcache extract --backbone NAME --dataset NAME")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import io
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from embcache.errors import DatasetError
@@ -69,6 +71,13 @@ def cached_names(home: PathLike | None = None) -> list[str]:
             continue
         names += [found[0]] if found is not None else []
     return sorted(names)
+
+
+def near_names(name: str, names: Iterable[str]) -> list[str]:
+    """Those of the names for which ``name`` may be a slip, or the beginning; the nearest first."""
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=5)
+    return near + [other for other in known if other.startswith(f"{name}-") and other not in near]
 
 
 def snapshot_ids(name: str, home: PathLike | None = None) -> tuple[str, list[str]] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import importlib
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from embcache.data.checks import first_few
 from embcache.data.files import TABLE_SUFFIXES
-from embcache.data.snapshot import cached_names
+from embcache.data.snapshot import cached_names, near_names
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.paths import PathLike, data_dir, home_dir
 
@@ -128,8 +127,7 @@ def find_source(name: str, home: PathLike | None = None) -> DatasetSource:
     """The row of `DATASETS` called ``name``; `DatasetNotFoundError` lists them all, and those cached that come near."""
     if name not in DATASETS:
         cached = cached_names(home)
-        near = difflib.get_close_matches(name, [*DATASETS, *cached], n=5)
-        near += [other for other in cached if other.startswith(f"{name}-") and other not in near]
+        near = near_names(name, [*DATASETS, *cached])
         known = f", or one of {len(cached):,} that are cached" if cached else ""
         raise DatasetNotFoundError(
             f"there is no dataset {name!r}",

@@ -44,7 +44,7 @@ BATCH_SIZES = {"cpu": 16, "cuda": 64}
 # Seconds of work to finish before an interrupted run ends, or to lose. Where that makes more shards than it should take
 # to open a store, they are larger (docs/benchmarks.md).
 ROWS_PER_SHARD = {"cpu": 64, "cuda": 4096}
-_MOST_SHARDS = 4096
+_MOST_SHARDS = 2048
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def run_extraction(
 def default_rows(device: str, images: int) -> int:
     """Rows per shard of a new store for so many images, by the type of the device: ``cpu``, ``cuda``, ….
 
-    64 on a CPU, 4,096 elsewhere; twice as many as often as it takes to have at most 4,096 shards; never more than there
+    64 on a CPU, 4,096 elsewhere; twice as many as often as it takes to have at most 2,048 shards; never more than there
     are images (but 64), for a shard takes the room of all of its rows.
     """
     rows = ROWS_PER_SHARD.get(device, ROWS_PER_SHARD["cuda"])

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -211,3 +212,22 @@ def test_commands_to_go_on_with_bear_home_and_root(tmp_path: Path, monkeypatch: 
     ds = load_dataset("folder", tmp_path / "my images", dataset_name="mine")
     expected = f"--dataset folder --data-root '{tmp_path / 'my images'}' --name mine --home '/h o'"
     assert extract_command("net", ds, Path("/h o")) == f"embcache extract --backbone net {expected}"
+
+
+@pytest.mark.parametrize("words", [["ls", "--dataset", "toi"], ["results", "--dataset", "toi"]])
+def test_a_listing_of_nothing_names_what_may_be_meant(
+    words: list[str], run: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "near to toi: toy" in command(words, "utf-8", monkeypatch)[1]
+
+
+def test_an_interrupt_while_modules_are_imported_leaves_no_traceback() -> None:
+    script = (
+        "import os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'embcache.cli': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\nfrom embcache.__main__ import main\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
