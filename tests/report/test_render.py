@@ -86,7 +86,7 @@ def test_markdown_has_one_cell_for_each_column() -> None:
 @pytest.mark.parametrize(
     "text",
     ["[x](http://y.example)", "![x](y.png)", "<img src=x onerror=y>", "<http://y.example>", "http://y.example",
-     "www.y.example", "[x][y]", "[x]: http://y.example", "`code`", "*a* _b_ **c** __d__ ~~e~~", "a|b", r"\[x](y)", r"\\|",
+     "www.y.example", "[x][y]", "[x]: http://y", "`code`", "*a* _b_ **c** __d__ ~~e~~", "a|b", r"\[x](y)", r"\\|",
      "&lt;b&gt;", "a\n# b", "me@y.example", "balanced_accuracy", "$x$", "Line [a]", "50 %, a & b; c < d"],
 )  # fmt: skip
 def test_markdown_shows_text_and_obeys_none_of_it(text: str) -> None:
