@@ -247,7 +247,7 @@ def resume_command(ds: ImageDataset, backbones: Sequence[str], settings: Setting
     """The command that goes on with an interrupted run."""
     words = ["embcache", "finetune", "--backbone", ",".join(backbones), "--dataset", ds.kind]
     words += ["--data-root", str(ds.origin)] if ds.origin is not None else []
-    words += ["--name", ds.name] if ds.kind == "folder" else []
+    words += ["--name", ds.name] if ds.name != ds.kind else []
     words += ["--allow-missing"] if ds.missing else []
     words += class_flags(ds.renamed)
     for option in fields(Settings):
