@@ -30,7 +30,7 @@ from tests.extract.tiny import load_tiny
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "load_backbone", load_tiny)
-    monkeypatch.setattr(run, "ROWS_PER_SHARD", 6)
+    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 6)
 
 
 def load(root: Path) -> ImageDataset:
@@ -88,7 +88,7 @@ def test_one_bad_image_is_borne_by_default_and_two_of_twenty_are_not(images: Pat
 
 
 def test_a_list_longer_than_twenty_is_cut(images: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "ROWS_PER_SHARD", 64)
+    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 64)
     for index in range(25):
         draw(images / "benign" / f"x{index:02}.png", index)
         (images / "benign" / f"x{index:02}.png").write_bytes(b"GIF89a, not")

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("quick_disk")
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small shards, a small network."""
     monkeypatch.setattr(run, "load_backbone", load_tiny)
-    monkeypatch.setattr(run, "ROWS_PER_SHARD", 8)
+    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 8)
 
 
 @pytest.fixture
