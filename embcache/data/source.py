@@ -133,7 +133,7 @@ def find_source(name: str, home: PathLike | None = None) -> DatasetSource:
             f"there is no dataset {name!r}",
             expected="one of " + ", ".join(DATASETS) + known,
             found=f"near to it: {', '.join(near)}" if near else None,
-            fix="embcache datasets; embcache ls lists those that are cached",
+            fix="embcache datasets",
         )
     return DATASETS[name]
 

@@ -158,7 +158,7 @@ class Scan:
 def _digest(root: Path, path: str, member: int) -> str:
     try:
         if member < 0:
-            with open(f"{root}/{path}", "rb") as file:  # noqa: PTH123  # there may be hundreds of thousands
+            with (root / path).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         return read_image(root, path, member)[1]
     except (ImageError, FileNotFoundError, NotADirectoryError):
