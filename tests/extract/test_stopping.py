@@ -327,3 +327,13 @@ def test_rows_per_shard_are_settled_when_a_store_is_made(
     for wrong in (0, -1, 1 << 21):
         with pytest.raises(UsageError, match="rows per shard"):
             run.run_extraction(["random"], dataset, rows_per_shard=wrong)
+
+
+def test_a_signal_in_the_last_shard_interrupts_nothing(images: Path, home: Path) -> None:
+    process = start(images, "--rows-per-shard", "64", "--batch-size", "2", TINY_SECONDS="0.2")
+    wait_for(home, "leases/000000.json", process)
+    process.send_signal(signal.SIGINT)
+    answer, err = finish(process)
+    assert (answer["computed"], answer["left"]) == (20, 0)
+    assert "stopping after the current shard (" in err
+    assert "goes on from there" not in err
