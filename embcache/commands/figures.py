@@ -24,7 +24,7 @@ from embcache.commands.options import (
 )
 from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError, printable
-from embcache.paths import replace_file
+from embcache.io import write_output
 
 if TYPE_CHECKING:
     from embcache.analysis.draw_maps import Maps
@@ -340,7 +340,7 @@ def _write_points(maps: Maps, ds: ImageDataset, target: Path) -> None:
     if target.suffix.lower() == ".csv":
         write_text(target, csv_text(list(table.columns), table.astype(object).itertuples(index=False, name=None)))
     else:
-        replace_file(target, table.to_parquet(None, index=False))
+        write_output(target, table.to_parquet(None, index=False))
 
 
 def _print_maps(maps: Maps) -> None:

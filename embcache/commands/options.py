@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from embcache.errors import UsageError, advise_only
-from embcache.paths import replace_file
+from embcache.io import write_output
 
 if TYPE_CHECKING:
     from embcache.data.classes import ClassOptions
@@ -186,7 +186,7 @@ def write_json(data: Any, target: str) -> None:
         sys.stdout.write(text)
         return
     try:
-        replace_file(Path(target), text.encode("utf-8"))
+        write_output(Path(target), text.encode("utf-8"))
     except OSError as error:
         raise UsageError(
             f"cannot write the JSON file: {error.strerror}", where=target, fix="name a file that can be written, or -"

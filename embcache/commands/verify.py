@@ -41,7 +41,6 @@ _KINDS = {
     "shard": "damaged",
     "extra": "too much",
     "view": "damaged view",
-    "moved": "not put back",
 }
 _SHOWN = 20  # lines of damage of one store
 

@@ -75,7 +75,7 @@ def plan_store(
         retried = sum(image in again for image in fresh)
         changed = sum(image in held for image in fresh) - retried
         size = store.rows_per_shard
-        first = max(plans, default=-1) + 1
+        first = max([*plans, *committed], default=-1) + 1
         chunks = {first + i: fresh[start : start + size] for i, start in enumerate(range(0, len(fresh), size))}
         # Another process may plan at the same moment: the one whose number is taken looks again.
         if not publish or all(

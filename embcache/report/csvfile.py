@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from embcache.errors import UsageError
-from embcache.paths import replace_file
+from embcache.io import write_output
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 """What spreadsheets take for the beginning of a formula."""
@@ -55,7 +55,7 @@ def write_text(path: Path, text: str) -> Path:
     """
     check_target(path)
     try:
-        replace_file(path, text.encode("utf-8", "backslashreplace"))
+        write_output(path, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise _not_written(path, str(error.strerror or error)) from error
     return path

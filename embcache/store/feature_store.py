@@ -31,6 +31,9 @@ from embcache.store.reading import (
     read_header,
     read_live,
     read_plan,
+    read_plans,
+    row_sources,
+    unless_collected,
 )
 from embcache.store.recipe import Recipe
 from embcache.store.rows import PlanEntry
@@ -167,7 +170,7 @@ class FeatureStore:
 
     def plans(self) -> dict[int, tuple[PlanEntry, ...]]:
         """Rows that each published shard owes or owed, by number, ascending."""
-        return {number: read_plan(self.path, number) for number in plan_numbers(self.path)}
+        return read_plans(self.path)
 
     def committed(self) -> tuple[int, ...]:
         """Numbers of the committed shards, ascending."""
@@ -182,13 +185,14 @@ class FeatureStore:
 
     def sources_and_reasons(self) -> tuple[dict[str, PlanEntry], dict[str, str]]:
         """:meth:`sources`, and by id why a live row is not valid, of one look at the disk."""
-        live = read_live(self.path, self._header)
-        entries = {n: {entry.id: entry for entry in read_plan(self.path, n)} for n in set(live.shards.tolist())}
-        held = {}
-        for id_, shard, digest in zip(live.ids, live.shards.tolist(), live.digests, strict=True):
-            planned = entries[shard].get(id_, PlanEntry(id_, -1, -1))
-            held[id_] = PlanEntry(id_, planned.size, planned.mtime_ns, digest or None)
-        return held, {id_: reason for id_, reason in zip(live.ids, live.reasons, strict=True) if reason}
+
+        def look() -> tuple[LiveRows, list[PlanEntry]]:
+            live = read_live(self.path, self._header)
+            return live, row_sources(live, {n: read_plan(self.path, n) for n in set(live.shards.tolist())})
+
+        live, held = unless_collected(self.path, look)
+        reasons = {id_: reason for id_, reason in zip(live.ids, live.reasons, strict=True) if reason}
+        return {entry.id: entry for entry in held}, reasons
 
     @cached_property
     def ids(self) -> np.ndarray:

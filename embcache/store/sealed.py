@@ -9,6 +9,7 @@ from typing import Any
 import google_crc32c
 
 from embcache.errors import CorruptStoreError
+from embcache.io import open_regular
 from embcache.store.recipe import canonical_json
 
 _CHUNK = 1 << 20
@@ -22,7 +23,7 @@ def crc32c(data: bytes) -> str:
 def file_checksum(path: Path) -> dict[str, Any]:
     """Size and crc32c of a file, read in pieces: models do not fit in memory twice."""
     size, checksum = 0, 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             size, checksum = size + len(chunk), google_crc32c.extend(checksum, chunk)
     return {"size": size, "crc32c": f"{checksum:08x}"}

@@ -14,6 +14,7 @@ from embcache.paths import PathLike, home_dir, slug
 from embcache.store.header import StoreHeader
 from embcache.store.reading import (
     committed_numbers,
+    misplaced,
     plan_numbers,
     read_commit,
     read_features,
@@ -49,8 +50,8 @@ class Damage:
 
     Attributes
     ----------
-    kind : {"recipe", "plan", "shard", "extra", "view", "moved"}
-        What is damaged. ``moved``: a repair that was interrupted has put the shard aside.
+    kind : {"recipe", "plan", "shard", "extra", "view"}
+        What is damaged.
     path : Path
         The file, or the folder where that is all that can be said.
     problem : str
@@ -176,7 +177,20 @@ def verify_store(path: Path, on_shard: Callable[[int, int], object] = lambda don
     StoreError
         The system does not let a file be read: that says nothing of its bytes.
     """
+    while True:
+        listed = {*plan_numbers(path)}, {*committed_numbers(path)}
+        check = _verify_once(path, on_shard)
+        # What `embcache gc` removed meanwhile is no damage.
+        if not check.damage or (listed[0] <= {*plan_numbers(path)} and listed[1] <= {*committed_numbers(path)}):
+            return check
+
+
+def _verify_once(path: Path, on_shard: Callable[[int, int], object]) -> StoreCheck:
     found = _Found()
+    if wrong := misplaced(path):
+        # Nothing is read through a link: what it leads to is not this store's.
+        found.damage += [Damage("extra", each, "it is not a real folder") for each in wrong]
+        return _store_check(path, None, (), found)
     header = _check_recipe(path, found)
     for number in plan_numbers(path):
         _check_plan(path, header, number, found)
@@ -189,6 +203,10 @@ def verify_store(path: Path, on_shard: Callable[[int, int], object] = lambda don
     if header is not None:
         _check_view(path, header, committed, found)
     found.notes += store_notes(path)
+    return _store_check(path, header, committed, found)
+
+
+def _store_check(path: Path, header: StoreHeader | None, committed: Sequence[int], found: _Found) -> StoreCheck:
     name = _FOLDER.fullmatch(path.name)
     return StoreCheck(
         path=path,
@@ -292,18 +310,6 @@ def _check_pairs(path: Path, header: StoreHeader | None, committed: Sequence[int
             folder = path / "shards" / shard_name(number)
             rows = _shard_rows(path, header, number, found)
             found.damage.append(Damage("shard", folder, "its rows are not those of its plan", number, rows))
-    for number in sorted(moved_aside(path)):
-        if number not in committed:
-            aside = moved_aside(path)[number]
-            rows = _shard_rows(path, header, number, found)
-            problem = "a repair put it aside and did not finish"
-            found.damage.append(Damage("moved", aside, problem, number, rows))
-
-
-def moved_aside(store: Path) -> dict[int, Path]:
-    """Damaged shards that a repair has put aside, by number."""
-    names = ((re.fullmatch(r"damaged-(\d{6,})-[0-9a-f]+", entry.name), entry) for entry in _entries(store / "staging"))
-    return {int(name[1]): entry for name, entry in names if name}
 
 
 def _check_listing(path: Path, found: _Found) -> None:
@@ -320,7 +326,7 @@ def _check_listing(path: Path, found: _Found) -> None:
 
 
 def _check_view(path: Path, header: StoreHeader, committed: Sequence[int], found: _Found) -> None:
-    if any(each.kind in ("shard", "moved") for each in found.damage):
+    if any(each.kind == "shard" for each in found.damage):
         found.notes.append("the view is compared once the shards are mended")
         return
     if committed:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from embcache.errors import StoreError, UsageError
-from embcache.store import disk
+from embcache import io as disk
 from embcache.store.commit import (
     PlanEntry,
     ShardRows,

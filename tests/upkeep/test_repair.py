@@ -125,7 +125,7 @@ def test_a_repair_that_is_killed_is_finished_by_the_next(
     left = verify_store(path)
     assert {each.shard for each in left.damage} == (set() if moment == "view" else {0, 1})
     assert [each.kind for each in left.damage] == {
-        "compute": ["shard", "shard"], "commit": ["shard", "moved"], "view": [],
+        "compute": ["shard", "shard"], "commit": ["shard", "shard"], "view": [],
     }[moment]  # fmt: skip
     assert not mend(path, ds).damage
     assert tree(path) == before

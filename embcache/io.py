@@ -1,13 +1,16 @@
-"""How the store writes to disk: every call that changes the filesystem is made here, and made so that it lasts.
+"""Reading and writing files so that it lasts and harms nobody: the only module of the store that changes a filesystem.
 
-`embcache.store.commit` says what is written and in which order; nobody else in the store writes. Three rules hold:
+`embcache.store.commit` says what is written and in which order. Four rules hold:
 
 - What readers look at appears whole: it is written under another name, flushed, and renamed or linked into place.
-- What is removed disappears whole: a folder is renamed before it is emptied. Whoever still writes into it (a process
-  that lost a race) meets ``FileNotFoundError`` at its next call, and never puts half of a folder into place.
+- What is removed disappears whole: a folder is renamed before it is emptied. A process that lost a race and still
+  writes into it meets ``FileNotFoundError`` at its next call, and never puts half of a folder into place.
 - What is flushed is the file first, then each folder from the inside out, then the folder that names the whole.
+- What others can write is opened only if it is a regular file of a bearable size in a real folder: never a link, a
+  pipe or a device. Reading such a thing could hang, never end, or lead out of the home.
 
-Only functions of ``os`` are called, so that tests can stand between this module and the disk.
+Only functions of ``os`` are called, by two names, so that tests can stand between this module and the disk: ``os``
+for what changes it, ``_look`` for what only looks.
 """
 
 from __future__ import annotations
@@ -15,13 +18,26 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import os as _look
+import re
 import secrets
+import shutil
+import stat
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from embcache.errors import StoreError
+from embcache.paths import PathLike
+
+MOST_BYTES = 1 << 31
+"""Of a file that is read whole and has no recorded size. The snapshot of ten million images is half of it."""
+
+STALE_SECONDS = 600.0
+"""Nothing takes so long between its first byte under a staged name and its rename."""
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -30,6 +46,9 @@ _NO_SYMLINKS = (*_NO_LINKS, errno.EACCES, errno.EINVAL)  # the last one: Windows
 _UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _GONE = ".gone"
 _NOREPLACE, _EXCHANGE = 1, 2  # of Linux's renameat2
+_STAGED = re.compile(r"\.(?P<name>.+)-[0-9a-f]{16}(?P<old>\.old)?(?P<gone>\.gone)?", re.DOTALL)
+_OLD = ".old"
+_READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 _FIXES = {
     errno.ENOSPC: "free space there, then run the same command: what is committed stays",
@@ -37,6 +56,100 @@ _FIXES = {
     errno.EACCES: "make the folder writable, or give --home FOLDER",
     errno.EROFS: "give --home FOLDER on a disk that can be written",
 }
+
+
+class IrregularError(OSError):
+    """What was to be read is a link, a pipe, a device or a folder, or is larger than it may be."""
+
+
+def open_regular(path: PathLike, *, follow: bool = False) -> FileIO:
+    """Open a regular file for reading, at once whatever it is; only with ``follow`` through a link.
+
+    Raises
+    ------
+    IrregularError
+        It is not a regular file.
+    OSError
+        The system refuses.
+    """
+    try:
+        descriptor = _look.open(path, _READ & ~getattr(os, "O_NOFOLLOW", 0) if follow else _READ)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+            raise _irregular(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _irregular(path)
+    return FileIO(descriptor, "r")
+
+
+def read_regular(path: PathLike, *, most: int = MOST_BYTES, follow: bool = False) -> bytes:
+    """The bytes of a regular file of at most ``most`` bytes; raises as `open_regular`."""
+    with open_regular(path, follow=follow) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise IrregularError(errno.EFBIG, f"{size:,} bytes, more than the {most:,} that are read", str(path))
+        return file.readall()
+
+
+def list_folder(folder: PathLike) -> list[os.DirEntry[str]]:
+    """Entries of a real folder, sorted by name; none where it is not there.
+
+    Raises
+    ------
+    IrregularError
+        It is a link or no folder.
+    OSError
+        The system refuses.
+    """
+    try:
+        if not stat.S_ISDIR(_look.lstat(folder).st_mode):
+            raise IrregularError(errno.ENOTDIR, "not a real folder", str(folder))
+        with _look.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return []
+
+
+def is_folder(path: PathLike) -> bool:
+    """Whether there is a real folder, no link."""
+    try:
+        return stat.S_ISDIR(_look.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def is_regular(path: PathLike) -> bool:
+    """Whether there is a regular file, no link."""
+    try:
+        return stat.S_ISREG(_look.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def bytes_under(path: Path) -> int:
+    """Bytes of a file, or of all files under a folder; links count as links, what vanishes meanwhile as nothing."""
+    total = 0
+    with suppress(FileNotFoundError):
+        if path.is_symlink() or not path.is_dir():
+            return path.lstat().st_size
+    for root, _, names in os.walk(path):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(f"{root}/{name}").st_size
+    return total
+
+
+def is_stale(path: Path, older: float = STALE_SECONDS) -> bool:
+    """Whether nobody can be at it any more: not touched for so long, or dated as far in the future."""
+    try:
+        return abs(time.time() - path.lstat().st_mtime) > older
+    except FileNotFoundError:
+        return False
+
+
+def _irregular(path: PathLike) -> IrregularError:
+    return IrregularError(errno.EINVAL, "not a regular file (a link, a pipe, a device or a folder)", str(path))
 
 
 @contextmanager
@@ -63,7 +176,7 @@ def replace_file(path: Path, data: bytes) -> None:
     prefix = f".{path.name}-"
     with writing(path):
         make_folder(path.parent)
-        if not (path.is_file() and path.read_bytes() == data):
+        if not _holds(path, data):
             staged = path.with_name(staged_name(prefix))
             try:
                 with _removed_on_error(staged):
@@ -76,6 +189,98 @@ def replace_file(path: Path, data: bytes) -> None:
         # Also when it was there: who wrote it may have been killed before the name was on disk.
         sync_folder(path.parent)
         remove_leftovers(path.parent, prefix)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether a regular file holds just these bytes."""
+    return is_regular(path) and path.stat().st_size == len(data) and read_regular(path) == data
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Write a file that a user asked for, whole or not at all, in place of what was there; OSError where that fails.
+
+    Links are written through; what is no ordinary file, such as ``/dev/stdout``, is written to as it is.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    path = path.resolve()  # through a link, not in its place
+    staged = path.with_name(staged_name(f".{path.name[:100]}-"))
+    with _removed_on_error(staged):
+        write_file(staged, data)
+        os.replace(staged, path)
+    sweep(path.parent, path.name)
+
+
+def replace_folder(target: Path, files: Mapping[str, bytes | Path]) -> None:
+    """Write a folder whole or not at all, in place of what was there; killed at any instant, one of the two is there.
+
+    Where the system can exchange two names that is one step; elsewhere what was there is renamed first, and
+    `list_replaced` gives it back if the second rename never came. Two writers of one folder both succeed; the later
+    one's stays.
+
+    Parameters
+    ----------
+    target : Path
+        In a folder that is made where it is not there.
+    files : mapping of str to bytes or Path
+        By their names. A path is linked or copied; it is the caller's to remove.
+    """
+    staged = target.with_name(staged_name(f".{target.name}-"))
+    with writing(target):
+        make_folder(target.parent)
+        with _removed_on_error(staged):
+            write_tree(staged, {name: data for name, data in files.items() if isinstance(data, bytes)})
+            for name, source in files.items():
+                if not isinstance(source, bytes):
+                    _take(source, staged / name)
+            sync_folder(staged)
+            swap_in(staged, target, aside=staged.with_name(staged.name + _OLD))
+        sync_folder(target.parent)
+        for left in (staged, staged.with_name(staged.name + _OLD)):
+            with suppress(FileNotFoundError):
+                remove(left)
+    sweep(target.parent, target.name)
+
+
+def _take(source: Path, target: Path) -> None:
+    """A file under a second name; a copy where the filesystem cannot do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_replaced(folder: Path) -> list[os.DirEntry[str]]:
+    """`list_folder`, after giving back their names to folders whose replacement was killed between two renames."""
+    entries = list_folder(folder)
+    names, lost = {entry.name for entry in entries}, False
+    for entry in entries:
+        staged = _STAGED.fullmatch(entry.name)
+        if staged and staged["old"] and not staged["gone"] and staged["name"] not in names:
+            with suppress(OSError):  # a home that cannot be written to is still listed
+                os.rename(entry.path, folder / staged["name"])
+                lost = True
+    return list_folder(folder) if lost else entries
+
+
+def leftovers(folder: Path, name: str | None = None) -> list[Path]:
+    """What killed processes have left in ``folder`` beside what they were to replace there: ``name``, or anything."""
+    found = [(Path(entry.path), _STAGED.fullmatch(entry.name)) for entry in list_replaced(folder)]
+    return [path for path, staged in found if staged and name in (None, staged["name"]) and is_stale(path)]
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove the `leftovers`; what cannot be removed stays."""
+    with suppress(OSError):
+        for path in leftovers(folder, name):
+            with suppress(OSError):
+                remove(path)
 
 
 def create_exclusive(path: Path, data: bytes, *, staging: Path) -> bool:
@@ -117,7 +322,7 @@ def move_file(path: Path, target: Path) -> bool:
 def touch_file(path: Path) -> None:
     """Set a file's modification time to now, by the clock of the filesystem."""
     with writing(path):
-        os.utime(path)
+        os.utime(path, follow_symlinks=False)
 
 
 def filesystem_time(folder: Path, prefix: str) -> float:
@@ -213,7 +418,7 @@ def write_tree(
             except (OSError, NotImplementedError) as error:
                 if isinstance(error, OSError) and error.errno not in _NO_SYMLINKS:
                     raise
-                write_file(root / name, source.read_bytes())
+                write_file(root / name, read_regular(source))
         for folder in sorted(inner, key=lambda folder: -len(folder.parts)):
             sync_folder(root / folder)
 
@@ -232,8 +437,8 @@ def rename_new(staged: Path, target: Path) -> bool:
     return True
 
 
-def swap_in(staged: Path, target: Path) -> None:
-    """Put a file or folder in the place of another one."""
+def swap_in(staged: Path, target: Path, *, aside: Path | None = None) -> None:
+    """Put a file or folder in the place of another one; what was there then lies at ``staged`` or at ``aside``."""
     if staged.is_file():
         os.replace(staged, target)
         return
@@ -246,10 +451,13 @@ def swap_in(staged: Path, target: Path) -> None:
                 raise
         if _rename_at(staged, target, _EXCHANGE):
             return
-        # No atomic exchange here: for an instant there is no view. Another process may do the same: look again.
+        # No atomic exchange here: for an instant there is nothing. Another process may do the same: look again.
+        away = aside or staged.with_name(f"{staged.name}-{secrets.token_hex(4)}")
         with suppress(FileNotFoundError):
-            os.rename(target, staged.with_name(f"{staged.name}-{secrets.token_hex(4)}"))
-    raise StoreError("another process keeps writing the view", where=target)
+            if aside is not None and aside.exists():
+                remove(aside)
+            os.rename(target, away)
+    raise StoreError("another process keeps writing the same", where=target)
 
 
 def take_aside(path: Path, aside: Path) -> None:
