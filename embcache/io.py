@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
+import logging
 import os
 import os as _look
 import re
@@ -25,12 +27,12 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from embcache.errors import StoreError
+from embcache.errors import EmbcacheError, StoreError, printable
 from embcache.paths import PathLike
 
 MOST_BYTES = 1 << 31
@@ -109,6 +111,54 @@ def list_folder(folder: PathLike) -> list[os.DirEntry[str]]:
             return sorted(entries, key=lambda entry: entry.name)
     except FileNotFoundError:
         return []
+
+
+def home_folders(home: Path, skipped: Callable[[PathLike, OSError], object] | None = None) -> list[Path]:
+    """Folders of datasets in a home that can be listed, sorted; links to folders are among them.
+
+    Those that cannot be listed, another user's perhaps, are passed over, and ``skipped`` (default `skip`) is told.
+
+    Raises
+    ------
+    StoreError
+        The home itself cannot be listed.
+    """
+    found = []
+    try:
+        with _look.scandir(home) as entries:
+            folders = sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise not_readable(home, error) from error
+    for folder in folders:
+        try:
+            with _look.scandir(folder):
+                found.append(folder)
+        except OSError as error:
+            (skipped or skip)(folder, error)
+    return found
+
+
+def not_readable(path: PathLike, error: OSError) -> StoreError:
+    """The error for a folder or file of a home that the system does not let this user read."""
+    return StoreError(
+        "a part of the home cannot be read",
+        found=error.strerror or str(error),
+        where=path,
+        fix=("ask its owner for permission (chmod -R g+rX)", "--home FOLDER"),
+    )
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _say_skipped(path: str, why: str) -> None:
+    logging.getLogger("embcache").warning("embcache: skipped %s: %s", printable(path), printable(why))
+
+
+def skip(path: PathLike, error: OSError | EmbcacheError) -> None:
+    """Log, once, that something in a home that others write to is passed over: a listing of the rest goes on."""
+    said = [error.problem, error.found] if isinstance(error, EmbcacheError) else [error.strerror or str(error)]
+    _say_skipped(os.fspath(path), ": ".join(" ".join(text.split())[:300] for text in said if text))
 
 
 def is_folder(path: PathLike) -> bool:
@@ -204,12 +254,23 @@ def write_output(path: Path, data: bytes) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return
-    path = path.resolve()  # through a link, not in its place
-    staged = path.with_name(staged_name(f".{path.name[:100]}-"))
-    with _removed_on_error(staged):
-        write_file(staged, data)
-        os.replace(staged, path)
-    sweep(path.parent, path.name)
+    write_outputs({path: data})
+
+
+def write_outputs(files: Mapping[Path, bytes]) -> None:
+    """Write files as `write_output`; none is put in place before all are written, and the last one comes last."""
+    paths = [path.resolve() for path in files]  # through a link, not in its place
+    staged = [path.with_name(staged_name(f".{path.name[:100]}-")) for path in paths]
+    try:
+        for name, data in zip(staged, files.values(), strict=True):
+            write_file(name, data)
+        for name, path in zip(staged, paths, strict=True):
+            os.replace(name, path)
+            sweep(path.parent, path.name)
+    finally:
+        for name in staged:
+            with suppress(OSError):
+                os.unlink(name)
 
 
 def replace_folder(target: Path, files: Mapping[str, bytes | Path]) -> None:
@@ -225,21 +286,31 @@ def replace_folder(target: Path, files: Mapping[str, bytes | Path]) -> None:
         In a folder that is made where it is not there.
     files : mapping of str to bytes or Path
         By their names. A path is linked or copied; it is the caller's to remove.
+
+    Raises
+    ------
+    OSError
+        The disk refuses: what was there is there still.
     """
     staged = target.with_name(staged_name(f".{target.name}-"))
-    with writing(target):
-        make_folder(target.parent)
-        with _removed_on_error(staged):
-            write_tree(staged, {name: data for name, data in files.items() if isinstance(data, bytes)})
-            for name, source in files.items():
-                if not isinstance(source, bytes):
-                    _take(source, staged / name)
-            sync_folder(staged)
-            swap_in(staged, target, aside=staged.with_name(staged.name + _OLD))
-        sync_folder(target.parent)
-        for left in (staged, staged.with_name(staged.name + _OLD)):
-            with suppress(FileNotFoundError):
-                remove(left)
+    make_folder(target.parent)
+    with _removed_on_error(staged):
+        write_tree(staged, {name: data for name, data in files.items() if isinstance(data, bytes)})
+        for name, source in files.items():
+            if not isinstance(source, bytes):
+                _take(source, staged / name)
+        sync_folder(staged)
+        replace_with(staged, target)
+
+
+def replace_with(staged: Path, target: Path) -> None:
+    """Put a flushed file or folder, called by `staged_name` beside ``target``, in its place; what was there goes."""
+    old = staged.with_name(staged.name + _OLD)
+    swap_in(staged, target, aside=old)
+    sync_folder(target.parent)
+    for left in (staged, old):
+        with suppress(FileNotFoundError):
+            remove(left)
     sweep(target.parent, target.name)
 
 
@@ -439,7 +510,7 @@ def rename_new(staged: Path, target: Path) -> bool:
 
 def swap_in(staged: Path, target: Path, *, aside: Path | None = None) -> None:
     """Put a file or folder in the place of another one; what was there then lies at ``staged`` or at ``aside``."""
-    if staged.is_file():
+    if staged.is_file() and not target.is_dir():
         os.replace(staged, target)
         return
     for _ in range(100):
@@ -447,7 +518,7 @@ def swap_in(staged: Path, target: Path, *, aside: Path | None = None) -> None:
             os.rename(staged, target)
             return
         except OSError as error:
-            if error.errno not in _TAKEN:
+            if error.errno not in (*_TAKEN, errno.EISDIR, errno.ENOTDIR):
                 raise
         if _rename_at(staged, target, _EXCHANGE):
             return

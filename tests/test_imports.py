@@ -17,7 +17,7 @@ from tests.store.build import add, make_store, make_table
 PACKAGE = Path(embcache.__file__).parent
 
 # Each part may import itself and the parts named here.
-_BASE = {"cores", "errors", "io", "memory", "notebook", "paths"}
+_BASE = {"cores", "errors", "io", "memory", "notebook", "paths", "typed"}
 _STAGE = _BASE | {"data", "store"}
 _LIBRARY = _STAGE | {"extract", "probe", "finetune", "analysis"}
 ALLOWED = {
@@ -27,6 +27,7 @@ ALLOWED = {
     "memory": set(),
     "notebook": {"errors"},
     "paths": set(),
+    "typed": set(),
     "data": _BASE,
     "store": _BASE,
     "extract": _STAGE,

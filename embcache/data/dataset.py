@@ -27,8 +27,10 @@ from embcache.data.source import (
     resolve_root,
 )
 from embcache.errors import DatasetError, DatasetNotFoundError, printable
+from embcache.io import read_regular
 from embcache.notebook import few, html_table
 from embcache.paths import PathLike, home_dir, slug
+from embcache.typed import typed_fields
 
 __all__ = ["DATASETS", "ImageDataset", "find_dataset", "load_dataset"]
 
@@ -217,10 +219,7 @@ class ImageDataset:
         """
         try:
             table, meta = decode_snapshot(data)
-            meta |= {key: None if meta[key] is None else Path(meta[key]) for key in ("root", "origin")}
-            for key in ("class_names", "notes", "missing"):
-                meta[key] = tuple(meta[key])
-            return cls(table=table.to_pandas(), **meta)
+            return cls(table=table.to_pandas(), **typed_fields(cls, meta))
         except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
             raise DatasetError("not a dataset snapshot", found=str(error).split("\n")[0]) from error
 
@@ -317,10 +316,14 @@ def read_snapshot(name: str, home: PathLike | None = None) -> ImageDataset | Non
         The snapshot is damaged.
     """
     path = home_dir(home) / slug(name) / "dataset.parquet"
-    if not path.is_file():
-        return None
     try:
-        return ImageDataset.from_parquet_bytes(path.read_bytes())
+        return ImageDataset.from_parquet_bytes(read_regular(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DatasetError(
+            "the snapshot of a dataset cannot be read", found=error.strerror or str(error), where=path
+        ) from error
     except DatasetError as error:
         raise DatasetError(
             "the snapshot of a dataset is damaged",

@@ -22,7 +22,8 @@ from embcache.data.source import (
     refusals_told,
     resolve_root,
 )
-from embcache.errors import DatasetNotFoundError, EmbcacheError
+from embcache.errors import DatasetError, DatasetNotFoundError, EmbcacheError
+from embcache.io import home_folders, skip
 from embcache.paths import PathLike, home_dir
 
 
@@ -184,9 +185,11 @@ def _compare(ds: ImageDataset, source: DatasetSource) -> Survey:
 
 def _cached_datasets(home: PathLike | None) -> list[ImageDataset]:
     found = []
-    for path in sorted(home_dir(home).glob("*/dataset.parquet")):
+    for folder in home_folders(home_dir(home)):
         try:
-            found.append(ImageDataset.from_parquet_bytes(path.read_bytes()))
-        except (EmbcacheError, OSError):  # a damaged snapshot is told where it is asked for; a list goes on
+            dataset = read_snapshot(folder.name, home)
+        except DatasetError as error:
+            skip(folder, error)
             continue
+        found += [dataset] if dataset is not None else []
     return found

@@ -58,7 +58,8 @@ def plan_store(
     ids, paths, rows = (dataset.table[name].tolist() for name in ("id", "path", "member"))
     members = dict(zip(ids, zip(paths, rows, strict=True), strict=True))
     while True:
-        plans, committed = store.plans(), set(store.committed())
+        # In this order: `embcache gc` removes plans before shards, and what it removed is not owed.
+        committed, plans = set(store.committed()), store.plans()
         owed = {number: entries for number, entries in plans.items() if number not in committed}
         held, reasons = store.sources_and_reasons()
         # A row of an image that had left the dataset says nothing of one that is back.

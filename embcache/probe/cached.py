@@ -11,7 +11,8 @@ from typing import Any
 from embcache.data.classes import ClassOptions
 from embcache.data.columns import retarget
 from embcache.data.dataset import ImageDataset, find_dataset, read_snapshot
-from embcache.errors import StoreNotFoundError, UsageError
+from embcache.errors import DatasetError, StoreNotFoundError, UsageError
+from embcache.io import skip
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.heads import Head, make_head
 from embcache.probe.inputs import plan_for
@@ -115,7 +116,11 @@ def cached_datasets(home: PathLike | None = None) -> list[str]:
     """Names of the datasets that have a feature store, sorted."""
     names = set()
     for folder in {store.path.parent for store in list_stores(home)}:
-        snapshot = read_snapshot(folder.name, home)
+        try:
+            snapshot = read_snapshot(folder.name, home)
+        except DatasetError as error:
+            skip(folder, error)
+            continue
         names.add(folder.name if snapshot is None else snapshot.name)
     return sorted(names)
 

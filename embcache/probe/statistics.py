@@ -17,13 +17,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embcache.probe.metrics import FloatArray, IntArray, Metric, auc_placements, known, log_odds
+from embcache.typed import typed
 
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 20_210_823
@@ -195,10 +196,12 @@ class Estimate:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Estimate:
-        """The inverse of `to_json`."""
-        pairs = {name: None if data[name] is None else tuple(data[name]) for name in ("these_models", "new_model")}
-        undefined = {name: math.nan for name in ("mean", "test_variance") if data[name] is None}
-        return cls(**{**data, **pairs, **undefined})
+        """The inverse of `to_json`; raises a ValueError where a value is not of its type."""
+        undefined: dict[str, Any] = {
+            name: math.nan for name in ("mean", "test_variance") if data.get(name, 0.0) is None
+        }
+        found: Estimate = typed(cls, {**data, **dict.fromkeys(undefined, 0.0)}, "estimate")
+        return replace(found, **undefined)
 
 
 def sample(

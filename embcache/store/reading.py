@@ -186,7 +186,17 @@ def read_commit(store: Path, number: int) -> CommitRecord:
         It is missing or damaged, or names a file outside its shard.
     """
     path = store / "shards" / shard_name(number) / "commit.json"
-    return read_commit_file(path, _recompute(path.parent))
+    try:
+        return read_commit_file(path, _recompute(path.parent))
+    except CorruptStoreError as error:
+        if is_folder(path.parent):
+            raise
+        raise CorruptStoreError(
+            "a shard is not there any more",
+            found="no folder: `embcache gc` may have removed it since it was listed",
+            where=path.parent,
+            fix=f"run the same command again; if it fails again, {_recompute(path.parent)}",
+        ) from error
 
 
 def read_commit_file(path: Path, fix: str = "") -> CommitRecord:

@@ -134,7 +134,11 @@ def _stores(
     """A quick check of each store (headers, plans, indexes, sizes), and the leases in all of them."""
     known = {row.path: row for row in cached}
     stores, leases = [], []
-    for path in find_stores(home):
+
+    def unread(path: PathLike, error: OSError) -> None:
+        problems.append(f"{path} cannot be read: {error.strerror}: ask its owner for permission (chmod -R g+rX)")
+
+    for path in find_stores(home, skipped=unread):
         row = known.get(path)
         problem = row.problem if row else "recipe.json is missing"
         try:
@@ -142,7 +146,12 @@ def _stores(
                 FeatureStore(path).sources()  # reads the plans too
         except EmbcacheError as error:
             problem = f"{error.problem} ({error.where})"
-        rubbish = len([each for each in leftovers(path) if each not in lease_files(path)])
+        rubbish, claims = 0, list[Path]()
+        try:
+            claims = lease_files(path)
+            rubbish = len([each for each in leftovers(path) if each not in claims])
+        except OSError as error:
+            problem = problem or f"{error.strerror} ({error.filename})"
         if problem:
             problems.append(f"{path.parent.name}/{path.name}: {problem}: embcache verify --repair")
         stores.append(
@@ -157,7 +166,7 @@ def _stores(
                 "problem": problem,
             }
         )
-        for lease in lease_files(path):
+        for lease in claims:
             leases.append(
                 {"store": f"{path.parent.name}/{path.name}", "shard": int(lease.stem), "stale": is_abandoned(lease)}
             )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embcache.errors import StoreError, UsageError
+from embcache.io import remove, replace_with, staged_name
 from embcache.paths import PathLike
 from embcache.store.feature_store import FeatureStore
 
@@ -193,15 +192,12 @@ def _replacing(target: Path, overwrite: bool) -> Iterator[Path]:
     if target.is_dir() and not (target / "zarr.json").is_file():
         # --force is for what an export made: no slip of a name may delete a folder of images.
         raise UsageError("the target is a folder and not a Zarr group", where=target, fix="another name")
-    staged = target.with_name(f".{target.name}-{secrets.token_hex(8)}")
+    staged = target.with_name(staged_name(f".{target.name}-"))
     try:
         yield staged
         for path in [staged, *staged.rglob("*")]:
             _flush(path)
-        if target.is_dir():
-            shutil.rmtree(target)
-        staged.replace(target)
-        _flush(target.parent)
+        replace_with(staged, target)
     except OSError as error:
         raise StoreError(
             "the export cannot be written",
@@ -210,7 +206,8 @@ def _replacing(target: Path, overwrite: bool) -> Iterator[Path]:
             fix="name a target in a folder that is there and can be written, with space left",
         ) from error
     finally:
-        shutil.rmtree(staged, ignore_errors=True) if staged.is_dir() else staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            remove(staged)
 
 
 def _flush(path: Path) -> None:

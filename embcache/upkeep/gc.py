@@ -22,13 +22,18 @@ from typing import Any
 import numpy as np
 
 from embcache.errors import StoreError
-from embcache.io import bytes_under, is_stale
+from embcache.io import bytes_under, home_folders, skip
+from embcache.io import leftovers as leftovers_in
+from embcache.paths import PathLike, home_dir, slug
+from embcache.probe.folders import PARTIAL, run_folders
 from embcache.store.commit import ShardRows, commit_shard, discard, publish_plan, take_out, write_view
 from embcache.store.formats import FORMATS
 from embcache.store.header import StoreHeader
+from embcache.store.lease import is_abandoned
 from embcache.store.reading import (
     LiveRows,
     committed_numbers,
+    plan_numbers,
     read_features,
     read_header,
     read_live,
@@ -39,10 +44,18 @@ from embcache.store.reading import (
     unless_collected,
 )
 from embcache.store.rows import PlanEntry
-from embcache.upkeep.notes import leftovers
+from embcache.upkeep.notes import lease_files, leftovers
 from embcache.upkeep.view import spanned_shards
 
 Say = Callable[[str], object]
+_REPLACED = (
+    "runs",
+    "splits",
+    "figures",
+    "figures/attention",
+    "figures/coordinates",
+)
+"""Folders of a dataset in which files and folders are replaced."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +191,11 @@ def _look(path: Path, header: StoreHeader) -> _Seen:
 
 def _look_once(path: Path, header: StoreHeader) -> _Seen:
     # The plans come first: whatever is planned after them takes the number that we would.
-    plans = read_plans(path)
-    committed = committed_numbers(path)
+    while True:
+        plans = read_plans(path)
+        committed = committed_numbers(path)
+        if {*plans} <= {*plan_numbers(path)}:
+            break  # else another gc removed some: they are not owed
     live = read_live(path, header, committed)
     owed = {number: entries for number, entries in plans.items() if number not in live.shard_rows}
     anew = {entry.id for entries in owed.values() for entry in entries}
@@ -273,15 +289,37 @@ def _check_superseded(path: Path, header: StoreHeader, wasteful: Sequence[int]) 
         )
 
 
-def collect_dataset(folder: Path, *, dry_run: bool = False) -> Mapping[str, int]:
-    """Remove what killed processes have left beside a dataset's stores: half-written snapshots and scans."""
-    found = [
-        path
-        for prefix in (".dataset.parquet-", ".scan.parquet-")
-        for path in (folder.glob(f"{prefix}*") if folder.is_dir() else ())
-        if is_stale(path)
-    ]
+def collect_home(
+    home: PathLike | None = None, datasets: Sequence[str] = (), *, dry_run: bool = False
+) -> Mapping[str, int]:
+    """Remove what killed processes have left of all but the stores, in a home or in the folders of some datasets.
+
+    That is what was to replace a snapshot, a scan, a run, a splits file or a figure, and the checkpoints of finetunings
+    whose runs are finished. What cannot be listed is skipped.
+    """
+    root = home_dir(home)
+    folders = [root / slug(name) for name in datasets] or [root, *home_folders(root)]
+    found = []
+    for folder in folders:
+        places = [folder, *(folder / name for name in _REPLACED if folder != root)]
+        for place in places:
+            try:
+                found += leftovers_in(place)
+            except OSError as error:
+                skip(place, error)
+    for name in datasets or (None,):
+        found += [path for path in run_folders(home, name, partial=True) if _is_finished(path)]
     freed = sum(map(bytes_under, found))
     for path in () if dry_run else found:
         discard(path)
     return {"leftovers": len(found), "freed": freed}
+
+
+def _is_finished(partial: Path) -> bool:
+    """Whether the run of these checkpoints was saved after them, and no process is at it."""
+    run = partial.with_name(partial.name.removeprefix(".").removesuffix(PARTIAL))
+    try:
+        saved, kept = ((path.lstat().st_mtime_ns) for path in (run / "result.json", partial / "state.json"))
+    except OSError:
+        return False
+    return saved >= kept and all(is_abandoned(lease) for lease in lease_files(partial))

@@ -10,10 +10,11 @@ from typing import Any
 from embcache.data.snapshot import snapshot_ids
 from embcache.errors import DatasetError, StoreError
 from embcache.io import bytes_under
-from embcache.paths import PathLike, home_dir, slug
+from embcache.paths import PathLike
+from embcache.probe.folders import run_folders
 from embcache.store.feature_store import FeatureStore, store_folders
 from embcache.store.reading import CommitRecord, read_commit
-from embcache.store.sealed import unseal
+from embcache.store.sealed import read_sealed
 
 
 @dataclass(frozen=True)
@@ -150,21 +151,20 @@ def list_cached(home: PathLike | None = None, dataset: str | None = None) -> lis
 
 def count_runs(home: PathLike | None = None) -> dict[str, int]:
     """Runs kept of each dataset, by the name of its folder."""
-    counts = {}
-    for folder in sorted(home_dir(home).glob("*/runs")):
-        number = sum(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
-        if number:
-            counts[folder.parent.name] = number
+    counts: dict[str, int] = {}
+    for run in run_folders(home):
+        name = run.parent.parent.name
+        counts[name] = counts.get(name, 0) + 1
     return counts
 
 
 def list_interrupted(home: PathLike | None = None, dataset: str | None = None) -> list[InterruptedRun]:
     """Describe the checkpoints of every finetuning under ``home`` that is not finished."""
     found = []
-    for path in sorted(home_dir(home).glob(f"{slug(dataset) if dataset else '*'}/runs/.*.partial")):
+    for path in run_folders(home, dataset, partial=True):
         state = path / "state.json"
         try:
-            command = str(unseal(state.read_bytes(), state, "", indent=None).get("command", ""))
+            command = str(read_sealed(state, "", indent=None).get("command", ""))[:2000]
         except FileNotFoundError:
             continue  # nothing was trained yet
         except (StoreError, OSError):

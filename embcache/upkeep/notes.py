@@ -15,13 +15,12 @@ def lease_files(store: Path) -> list[Path]:
 
 
 def leftovers(store: Path, *, older: float = STALE_SECONDS) -> list[Path]:
-    """What killed processes have left of a store: under staging and leases, and beside the store's folder."""
-    beside = [Path(entry.path) for entry in list_folder(store.parent) if entry.name.startswith(f".{store.name}-")]
+    """What killed processes have left of a store, under staging and leases."""
     staged = [Path(entry.path) for entry in list_folder(store / "staging")]
     claims = lease_files(store)
     staged += [path for path in (Path(e.path) for e in list_folder(store / "leases")) if path not in claims]
     dead = [path for path in claims if is_abandoned(path)]
-    return sorted([*dead, *(path for path in (*beside, *staged) if is_stale(path, older))])
+    return sorted([*dead, *(path for path in staged if is_stale(path, older))])
 
 
 def store_notes(store: Path) -> list[str]:

@@ -10,7 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from embcache.errors import CorruptStoreError, StoreError
-from embcache.paths import PathLike, home_dir, slug
+from embcache.io import list_folder, skip
+from embcache.paths import PathLike, slug
+from embcache.store.feature_store import folders_with
 from embcache.store.header import StoreHeader
 from embcache.store.reading import (
     committed_numbers,
@@ -23,7 +25,7 @@ from embcache.store.reading import (
     read_plan,
     shard_name,
 )
-from embcache.store.verified import read_file
+from embcache.store.verified import read_file, refusals_told
 from embcache.upkeep.notes import store_notes
 from embcache.upkeep.view import check_view
 
@@ -146,17 +148,18 @@ def find_stores(
     dataset: str | None = None,
     backbones: Sequence[str] = (),
     recipe: str | None = None,
+    skipped: Callable[[PathLike, OSError], object] = skip,
 ) -> list[Path]:
-    """Folders of stores, those without a recipe included; names of backbones may be given as folders spell them."""
-    root = home_dir(home)
-    datasets = _folders(root) if dataset is None else [root / slug(dataset)]
+    """Folders of stores, those without a recipe included; names of backbones may be given as folders spell them.
+
+    ``skipped`` is told of folders that cannot be listed; raises as `embcache.store.feature_store.folders_with`.
+    """
     wanted = {slug(name) for name in backbones}
+    found = {path for entry in ("recipe.json", "shards") for path in folders_with(entry, home, dataset, skipped)}
     return [
         path
-        for folder in datasets
-        for path in _folders(folder)
+        for path in sorted(found)
         if (name := _FOLDER.fullmatch(path.name))
-        and ((path / "recipe.json").is_file() or (path / "shards").is_dir())
         and (not wanted or name["slug"] in wanted)
         and name["digits"].startswith((recipe or "")[:12])
     ]
@@ -179,10 +182,17 @@ def verify_store(path: Path, on_shard: Callable[[int, int], object] = lambda don
     """
     while True:
         listed = {*plan_numbers(path)}, {*committed_numbers(path)}
-        check = _verify_once(path, on_shard)
+        check, failed = None, None
+        try:
+            check = _verify_once(path, on_shard)
+        except CorruptStoreError as error:
+            failed = error
         # What `embcache gc` removed meanwhile is no damage.
-        if not check.damage or (listed[0] <= {*plan_numbers(path)} and listed[1] <= {*committed_numbers(path)}):
+        kept = listed[0] <= {*plan_numbers(path)} and listed[1] <= {*committed_numbers(path)}
+        if check is not None and (kept or not check.damage):
             return check
+        if failed is not None and kept:
+            raise failed
 
 
 def _verify_once(path: Path, on_shard: Callable[[int, int], object]) -> StoreCheck:
@@ -234,7 +244,7 @@ def _check_recipe(path: Path, found: _Found) -> StoreHeader | None:
     try:
         header = read_header(path)
     except StoreError as error:
-        if not isinstance(error, CorruptStoreError) and file.is_file() and not os.access(file, os.R_OK):
+        if isinstance(error.__cause__, OSError) and not isinstance(error, CorruptStoreError):
             raise
         found.damage.append(Damage("recipe", file, in_one_line(error)))
         return None
@@ -365,15 +375,9 @@ def _extra(folder: Path, known: set[str]) -> Iterator[Path]:
                 yield path
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
 def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    with refusals_told(folder, ""):
+        return [Path(entry.path) for entry in list_folder(folder)]
 
 
 def damage_counts(damage: Sequence[Damage]) -> Mapping[str, int]:
