@@ -241,6 +241,14 @@ def replace_file(path: Path, data: bytes) -> None:
         remove_leftovers(path.parent, prefix)
 
 
+def keep_file(path: Path, data: bytes) -> None:
+    """`replace_file` of what only saves work: not kept where that cannot be written, in another user's home say."""
+    try:
+        replace_file(path, data)
+    except StoreError as error:
+        logging.getLogger("embcache").info("%s is not kept: %s", path, error.found)
+
+
 def _holds(path: Path, data: bytes) -> bool:
     """Whether a regular file holds just these bytes."""
     return is_regular(path) and path.stat().st_size == len(data) and read_regular(path) == data

@@ -12,7 +12,7 @@ import json
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Literal, NotRequired, Required, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 DEEPEST = 40
 """Lists and objects within each other; embcache writes at most ten."""
@@ -88,11 +88,13 @@ def _reader(kind: Any) -> Any:
         return functools.partial(_list, tuple if origin is tuple else list, _reader(arguments[0]))
     if origin in (dict, Mapping):
         return functools.partial(_object, _reader(arguments[1]))
-    if origin is not None and origin.__name__ in ("Required", "NotRequired"):
+    if origin in (Required, NotRequired):
         return _reader(arguments[0])
-    hints = get_type_hints(kind)
     if is_typeddict(kind):
-        return functools.partial(_keys, {key: _reader(hint) for key, hint in hints.items()}, kind.__required_keys__)
+        hints = get_type_hints(kind, include_extras=True)  # what `__required_keys__` misses in postponed annotations
+        needed = {key for key, hint in hints.items() if get_origin(hint) is Required}
+        needed |= {key for key in kind.__required_keys__ if get_origin(hints[key]) is not NotRequired}
+        return functools.partial(_keys, {key: _reader(hint) for key, hint in hints.items()}, needed)
     if not dataclasses.is_dataclass(kind):
         raise TypeError(f"no JSON is read as {kind}")
     return functools.partial(_dataclass, kind)
@@ -154,7 +156,7 @@ def _object(read: Any, value: Any, name: str) -> dict[str, Any]:
     return {_plain(str, key, name): read(each, f"{name}.{key}"[:200]) for key, each in value.items()}
 
 
-def _keys(readers: Mapping[str, Any], needed: frozenset[str], value: Any, name: str) -> dict[str, Any]:
+def _keys(readers: Mapping[str, Any], needed: set[str], value: Any, name: str) -> dict[str, Any]:
     found = _object(_reader(Any), value, name)
     if missing := sorted(needed - set(found)):
         raise ValueError(f"{name}: no {missing[0]!r}".lstrip(": "))

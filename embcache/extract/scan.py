@@ -15,16 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import is_inside, stat_files
 from embcache.data.headers import is_square_of
 from embcache.data.images import DECODER_VERSION, read_size
+from embcache.data.snapshot import open_parquet
 from embcache.errors import ImageError
 from embcache.extract.backbones import Backbone
 from embcache.extract.batching import medium_failed
 from embcache.extract.request import default_workers, image_root, none_readable
 from embcache.extract.transforms import Transform, choose_transform
+from embcache.io import read_regular
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.commit import write_scan
 
@@ -298,9 +301,11 @@ def decode_scan(path: Path) -> pd.DataFrame | None:
         -1 where it was not).
     """
     try:
-        scan = pd.read_parquet(path)
-    except (OSError, ValueError):
+        scan: pd.DataFrame = open_parquet(read_regular(path))[1].to_pandas()
+    except (OSError, ValueError, pa.ArrowException):
         return None
     if not {*_SCAN_COLUMNS, _DECODER} <= set(scan.columns) or not (scan[_DECODER] == DECODER_VERSION).all():
+        return None
+    if any(scan[name].dtype != "int64" for name in _SCAN_COLUMNS[1:]):
         return None
     return scan[_SCAN_COLUMNS]

@@ -19,6 +19,7 @@ from embcache.errors import StoreError
 from embcache.io import (
     create_exclusive,
     exclusive_prefix,
+    keep_file,
     make_folder,
     remove,
     remove_leftovers,
@@ -308,8 +309,8 @@ def write_snapshot(dataset_dir: Path, parquet: bytes) -> None:
 
 
 def write_scan(dataset_dir: Path, parquet: bytes) -> None:
-    """Write the last scan of a dataset's files, ``scan.parquet``, beside its stores."""
-    replace_file(Path(dataset_dir) / "scan.parquet", parquet)
+    """Write the last scan of a dataset's files, ``scan.parquet``, beside its stores; it only saves work."""
+    keep_file(Path(dataset_dir) / "scan.parquet", parquet)
 
 
 def take_out(store: Path, path: Path, label: str) -> None:

@@ -14,6 +14,7 @@ never served another image's features.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ def collect(path: Path, *, dry_run: bool = False, say: Say = lambda line: None) 
             take_out(path, path / "shards" / shard_name(number), "gc-shard")
             say(f"shard {number}: removed, its rows were superseded or copied")
     view = path / FORMATS[header.format].view
-    if left.wasteful or (view.exists() and set(spanned_shards(view)) - set(committed_numbers(path))):
+    if left.wasteful or (os.path.lexists(view) and set(spanned_shards(view)) - set(committed_numbers(path))):
         write_view(path)  # also where a killed run has removed shards and not come to this
     for each in rubbish:
         discard(each)

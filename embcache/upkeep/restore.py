@@ -19,6 +19,7 @@ from embcache.extract.run import BATCH_SIZES, ROWS_PER_SHARD, make_recipe
 from embcache.extract.scan import scan_dataset
 from embcache.extract.transforms import KINDS, Transform, choose_transform
 from embcache.extract.worker import DTYPES, PRECISIONS, freeze
+from embcache.io import read_regular
 from embcache.paths import PathLike, slug
 from embcache.store.commit import replace_file
 from embcache.store.feature_store import PIXELS
@@ -168,7 +169,7 @@ def _framings(seen: _Seen) -> Iterator[Transform]:
 
 def _text(path: Path) -> str:
     try:
-        return (path / "recipe.json").read_bytes().decode("utf-8", "replace")
+        return read_regular(path / "recipe.json", most=1 << 20).decode("utf-8", "replace")
     except OSError:
         return ""
 
