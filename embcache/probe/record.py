@@ -19,7 +19,7 @@ for rounding (another order of sums, attention by nodes) is the same protocol: a
 
 
 class _Measured(TypedDict, total=False):
-    absent_classes: list[str]
+    absent_classes: list[int]
     predicted: list[int]
     per_class_auc: list[float | None]
 
@@ -108,7 +108,7 @@ class FoldResult:
     metrics: Mapping[str, Any]
     diverged: bool = False
     repeat: int = 0
-    chosen: Mapping[str, Any] = field(default_factory=dict)
+    chosen: Mapping[str, float] = field(default_factory=dict)
     lost_lrs: Sequence[float] = field(default_factory=list)
     seen: Sequence[float] = field(default_factory=list)
 
@@ -264,7 +264,11 @@ class ProbeResult:
         for number, fold in enumerate(found.folds):
             if fold.fold != number:
                 raise ValueError(f"fold {fold.fold} in the place of fold {number}")
-            typed(_Measured, fold.metrics, "metrics")
+            measured = typed(
+                _Measured, typed(Mapping[str, float | None | list[Any]], fold.metrics, "metrics"), "metrics"
+            )
+            if not {*measured.get("absent_classes", ())} <= {*range(len(found.class_names))}:
+                raise ValueError(f"absent classes {measured['absent_classes']} of {len(found.class_names)}"[:200])
         counts = (found.n_train, found.n_val, found.n_test, found.labels_used, *found.test_counts)
         if not found.class_names or len(found.test_counts) not in (0, len(found.class_names)) or min(counts) < 0:
             raise ValueError(f"counts {counts}, classes {found.class_names}"[:300])

@@ -16,6 +16,7 @@ from pathlib import Path
 from embcache.data.dataset import ImageDataset
 from embcache.errors import CorruptStoreError, DatasetError, StoreError
 from embcache.extract.request import default_workers, image_root
+from embcache.io import make_folder
 from embcache.paths import PathLike
 from embcache.store.commit import (
     PlanEntry,
@@ -28,7 +29,9 @@ from embcache.store.commit import (
 from embcache.store.header import StoreHeader
 from embcache.store.lease import Lease
 from embcache.store.reading import (
+    check_folders,
     committed_numbers,
+    misplaced,
     plan_numbers,
     read_commit,
     read_header,
@@ -97,6 +100,13 @@ def repair_store(
         The disk refuses, or another process is computing the same shard.
     """
     path = check.path
+    if wrong := [each for each in misplaced(path) if each.name in ("leases", "staging")]:
+        for each in wrong:  # nothing that counts is in them; what a link leads to is not this store's
+            discard(each)
+            make_folder(each)
+            say(f"{each.name}: no real folder, made anew")
+        check = verify_store(path)
+    check_folders(path)
     if any(each.kind == "recipe" for each in check.damage):
         restore_recipe(path, load(), home=home, weights=weights, device=device, say=say)
         check = verify_store(path)

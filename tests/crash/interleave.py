@@ -39,7 +39,7 @@ from tests.extract.tiny import load_tiny
 
 COMMANDS = ("extract", "gc", "repair", "verify", "probe", "export")
 IMAGES, ROWS = 12, 4
-SECOND, THIRD = (0, 1, 5), (2, 6)  # images that changed before, and after, the last extraction
+SECOND, THIRD = (0, 1, 5), (2, 3, 6)  # images that changed before, and after, the last extraction
 _LOOKING = ("open", "lstat", "scandir")
 
 
