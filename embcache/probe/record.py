@@ -265,7 +265,7 @@ class ProbeResult:
             if fold.fold != number:
                 raise ValueError(f"fold {fold.fold} in the place of fold {number}")
             measured = typed(
-                _Measured, typed(Mapping[str, float | None | list[Any]], fold.metrics, "metrics"), "metrics"
+                _Measured, typed(Mapping[str, float | list[Any] | None], fold.metrics, "metrics"), "metrics"
             )
             if not {*measured.get("absent_classes", ())} <= {*range(len(found.class_names))}:
                 raise ValueError(f"absent classes {measured['absent_classes']} of {len(found.class_names)}"[:200])

@@ -101,10 +101,10 @@ def repair_store(
     """
     path = check.path
     if wrong := [each for each in misplaced(path) if each.name in ("leases", "staging")]:
-        for each in wrong:  # nothing that counts is in them; what a link leads to is not this store's
-            discard(each)
-            make_folder(each)
-            say(f"{each.name}: no real folder, made anew")
+        for folder in wrong:  # nothing that counts is in them; what a link leads to is not this store's
+            discard(folder)
+            make_folder(folder)
+            say(f"{folder.name}: no real folder, made anew")
         check = verify_store(path)
     check_folders(path)
     if any(each.kind == "recipe" for each in check.damage):
