@@ -24,9 +24,12 @@ golden: .venv/installed
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# An hour or two on two cores: kills, faults and power losses at every call to the filesystem. Needs Linux.
+# Hours on two cores; needs Linux. Kills, faults and power losses at every call to the filesystem; pairs of commands, one
+# paused at each of its steps; special files and hostile values in every place of a home. make torture EVERY=20 is short.
+EVERY ?= 1
 torture: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash.torture
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash.torture --every $(EVERY)
+	for suite in pairs files values; do OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash.torture --suite $$suite --every $(EVERY) || exit 1; done
 
 # Hours; kaiko-eva is installed into an environment of its own. docs/benchmarks.md keeps what was measured.
 bench: .venv/installed

@@ -1,6 +1,20 @@
-"""``python -m embcache``."""
+"""``python -m embcache``, and the ``embcache`` script."""
 
-from embcache.cli import main
+import signal
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command line; an interrupt while its modules are imported ends the process without a traceback."""
+    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heeded:  # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from embcache.cli import main as run
+
+    if heeded:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import sys
 import threading
 from typing import Annotated, NoReturn
 
@@ -39,7 +38,9 @@ from embcache.commands import (
     why,
 )
 from embcache.commands.options import advise_by
-from embcache.errors import EmbcacheError, UsageError, printable
+from embcache.commands.output import echo, guard_streams, lost_output
+from embcache.errors import EmbcacheError, UsageError
+from embcache.memory import is_shortage
 
 app = typer.Typer(
     name="embcache",
@@ -55,7 +56,7 @@ app = typer.Typer(
 
 def _print_version(value: bool) -> None:
     if value:
-        typer.echo(f"embcache {embcache.__version__}")
+        echo(f"embcache {embcache.__version__}")
         raise typer.Exit
 
 
@@ -121,42 +122,47 @@ def _leave(status: int) -> NoReturn:
     one run in three was once seen to end by the signal itself after it had said all it had to say; leaving here makes
     the status the same every time.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):  # a traceback would say nothing by now
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     if status not in _SIGNALLED:  # then nobody waits for threads at work
         threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter does first: executors end
     atexit._run_exitfuncs()  # temporary folders, loggers, worker processes
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except (OSError, ValueError):  # its reader has gone, its disk is full, it is closed
-            status = status or 1
+    if lost_output():
+        status = status or 1
     os._exit(status)
 
 
 def main() -> NoReturn:
     """Run the command line; the entry point of the ``embcache`` script."""
+    guard_streams()
     signal.signal(signal.SIGTERM, _terminate)
     status: object = 0
     try:
-        app()
+        status = _run()
     except KeyboardInterrupt:
         status = 130
     except SystemExit as end:
         status = end.code
+    if isinstance(status, str):
+        echo(status, err=True)
+    _leave(status if isinstance(status, int) else 0 if status is None else 1)
+
+
+def _run() -> int:
+    try:
+        app()
     except EmbcacheError as error:
-        typer.echo(f"embcache: {error}", err=True)
-        status = 2 if isinstance(error, UsageError) else 1
-    except BrokenPipeError:
-        # The reader of our output has gone (`embcache ls | head`): nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
+        echo(f"embcache: {error}", err=True)
+        return 2 if isinstance(error, UsageError) else 1
     except OSError as error:
         # A disk that fails or fills says nothing of embcache: one message, no traceback.
         where = f" ({error.filename})" if error.filename else ""
-        typer.echo(
-            f"embcache: the operating system refused: {printable(f'{error.strerror or error}{where}')}", err=True
-        )
-        status = 1
-    if isinstance(status, str):
-        typer.echo(status, err=True)
-    _leave(status if isinstance(status, int) else 0 if status is None else 1)
+        echo(f"embcache: the operating system refused: {error.strerror or error}{where}", err=True)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        found = str(error).splitlines()[0] if str(error) else type(error).__name__
+        echo(f"embcache: the memory does not hold what was asked for\n  found: {found}", err=True)
+        return 1
+    return 0

@@ -87,6 +87,18 @@ class UsageError(EmbcacheError):
     """The request itself is malformed: an unknown name, a bad value, flags that exclude each other."""
 
 
+def check_number(flag: str, value: float | None, most: float, least: float = 1) -> None:
+    """`UsageError` for a number that nobody can wait for, or that means nothing; None passes.
+
+    Whatever can be asked for has a bound: what is beyond it is a slip of the keyboard, or made to keep a machine busy.
+    """
+    if value is not None and not least <= value <= most:
+        raise UsageError(
+            f"{flag} is out of bounds", expected=f"{least:,} to {most:,}", found=str(value)[:40],
+            fix=f"{flag} {least if value < least else most}",
+        )  # fmt: skip
+
+
 class DatasetError(EmbcacheError):
     """A dataset's files or tables are not as they should be."""
 

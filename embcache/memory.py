@@ -1,4 +1,4 @@
-"""How the C library handles memory in which large arrays come and go: activations, gradients."""
+"""Memory in which large arrays come and go (activations, gradients), and how it is said that there is none left."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ import sys
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+# How the CPU allocator of torch, oneDNN, and older CUDA libraries say it: a RuntimeError with no class of its own.
+_SAID = (
+    "not enough memory", "can't allocate memory", "out of memory", "cublas_status_alloc_failed",
+    "could not create a primitive", "could not create a memory", "could not execute a primitive",
+)  # fmt: skip
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of the processor or of a device."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SAID)
+    )
 
 
 def keep_freed_memory() -> bool:

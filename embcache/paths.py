@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
 from pathlib import Path
 
 PathLike = str | os.PathLike[str]
@@ -24,26 +23,6 @@ def data_dir() -> Path:
 def weights_dir(home: PathLike | None = None) -> Path:
     """Folder of checkpoints: ``$EMBCACHE_WEIGHTS``, else ``<home>/weights``."""
     return Path(os.environ.get("EMBCACHE_WEIGHTS") or home_dir(home) / "weights").expanduser()
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write ``data`` aside and put it at ``path`` at once, in place of what was there; OSError where that fails.
-
-    What is no ordinary file, such as ``/dev/stdout``, is written to as it is.
-    """
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
-    path = path.resolve()  # through a link, not in its place
-    aside = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with aside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def slug(name: str) -> str:

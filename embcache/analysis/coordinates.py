@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from embcache.analysis.maps import MAP_VERSION, embed_map
 from embcache.errors import StoreError
-from embcache.store.commit import replace_file
-from embcache.store.sealed import seal, unseal
+from embcache.io import keep_file
+from embcache.store.sealed import read_sealed, seal
 
 _PACKAGES = {"tsne": "openTSNE", "umap": "umap-learn", "pca": "scikit-learn"}
 
@@ -58,15 +58,15 @@ def cached_map(
     name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode("utf-8")).hexdigest()[:16]
     path = folder / f"{method}-{name}.json"
     try:
-        kept = unseal(path.read_bytes(), path, "")
+        kept = read_sealed(path, "")
         if kept["asked"] == asked:
             coordinates = np.asarray(kept["coordinates"], dtype=np.float32)
             if coordinates.shape == (len(ids), 2) and np.isfinite(coordinates).all():
                 return coordinates
-    except (OSError, StoreError, KeyError, ValueError):
+    except (OSError, StoreError, KeyError, ValueError, TypeError):
         pass  # none there, or not as it was written: it only saves work
     coordinates = embed_map(features, method, seed=seed, perplexity=perplexity)
-    replace_file(path, seal({"asked": asked, "coordinates": coordinates.tolist()}))
+    keep_file(path, seal({"asked": asked, "coordinates": coordinates.tolist()}))
     return coordinates
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embcache.data.dataset import ImageDataset
-from embcache.errors import UsageError
+from embcache.errors import UsageError, check_number
 from embcache.paths import PathLike
 from embcache.probe.cached import cached_backbones
 from embcache.probe.inputs import open_stores
@@ -77,8 +77,7 @@ def find_neighbours(
     StoreNotFoundError
         A backbone is not cached.
     """
-    if k < 1:
-        raise UsageError("how many neighbours?", expected="at least 1", found=str(k), fix="-k 8")
+    check_number("-k", k, 1_000)
     id_ = _find(ds, image)
     names = list(dict.fromkeys(backbones)) or cached_backbones(ds.name, home)
     stores = open_stores(ds, [names], home, recipe)

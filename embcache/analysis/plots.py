@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from embcache.analysis.lettering import add_legend, add_title, no_warnings, shorten, text_width, use_fonts, wrap
-from embcache.paths import replace_file
+from embcache.io import write_output
 
 # Okabe and Ito's colours (2008), told apart with every common kind of colour vision; markers serve print in grey.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
@@ -427,5 +427,5 @@ def _save(figure: Figure, target: Path) -> Path:
     with no_warnings():
         figure.savefig(drawn, dpi=300, format=target.suffix.lstrip(".").lower() or None)
     target.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(target, drawn.getvalue())
+    write_output(target, drawn.getvalue())
     return target

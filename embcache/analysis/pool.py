@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.splits import IntArray, hash_order
@@ -53,12 +54,13 @@ def open_datasets(
     allow_missing: bool = False,
     dataset_name: str | None = None,
     classes: ClassOptions = ClassOptions(),
+    columns: Columns = Columns(),
 ) -> list[ImageDataset]:
     """Datasets by name, live or from the snapshot kept at extraction; default: every one with cached features.
 
     Parameters
     ----------
-    names, data_root, home, allow_missing, dataset_name, classes
+    names, data_root, home, allow_missing, dataset_name, classes, columns
         As for `embcache.probe.cached.probe_cached`.
 
     Raises
@@ -78,7 +80,9 @@ def open_datasets(
     if len(asked) > 1 and (data_root is not None or dataset_name is not None):
         raise UsageError("--data-root and --name are for one dataset", found=", ".join(asked), fix="--dataset NAME")
     found = (
-        find_dataset(name, root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name)[0]
+        find_dataset(
+            name, root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name, columns=columns
+        )[0]
         for name in asked
     )
     return [classes.of(ds) for ds in found]

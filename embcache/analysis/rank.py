@@ -13,6 +13,7 @@ from scipy.stats import kendalltau, rankdata, spearmanr
 
 from embcache.analysis.pool import MOST, Pool, drawn, open_datasets, open_pool
 from embcache.analysis.transfer import centroid_logits, h_score, logme
+from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset
 from embcache.paths import PathLike
@@ -143,12 +144,13 @@ def rank_cached(
     allow_missing: bool = False,
     dataset_name: str | None = None,
     classes: ClassOptions = ClassOptions(),
+    columns: Columns = Columns(),
 ) -> list[Ranking]:
     """Rank the backbones of datasets by name, by default of every one whose features are cached.
 
     Parameters
     ----------
-    datasets, backbones, data_root, home, allow_missing, dataset_name, classes
+    datasets, backbones, data_root, home, allow_missing, dataset_name, classes, columns
         As for `embcache.probe.cached.probe_cached`.
     subset, seed, recipe
         As for `rank_dataset`.
@@ -167,6 +169,7 @@ def rank_cached(
         allow_missing=allow_missing,
         dataset_name=dataset_name,
         classes=classes,
+        columns=columns,
     )
     return [rank_dataset(ds, backbones, home=home, recipe=recipe, seed=seed, subset=subset) for ds in opened]
 

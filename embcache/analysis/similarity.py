@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.analysis.pool import drawn, open_datasets, open_pool
+from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, UsageError
@@ -69,13 +70,14 @@ def similarity_cached(
     allow_missing: bool = False,
     dataset_name: str | None = None,
     classes: ClassOptions = ClassOptions(),
+    columns: Columns = Columns(),
     say: Callable[[str], Any] = lambda line: None,
 ) -> list[Similarity]:
     """`similarity` on datasets by name, by default on every one with two backbones cached at least.
 
     Parameters
     ----------
-    datasets, backbones, data_root, home, allow_missing, dataset_name, classes
+    datasets, backbones, data_root, home, allow_missing, dataset_name, classes, columns
         As for `embcache.probe.cached.probe_cached`.
     seed, recipe
         As for `similarity`.
@@ -96,7 +98,13 @@ def similarity_cached(
             say(f"{name} left out: fewer than two backbones cached")
         names = [name for name in names if name not in single] or names
     opened = open_datasets(
-        names, data_root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name, classes=classes
+        names,
+        data_root=data_root,
+        home=home,
+        allow_missing=allow_missing,
+        dataset_name=dataset_name,
+        classes=classes,
+        columns=columns,
     )
     return [similarity(ds, backbones, home=home, recipe=recipe, seed=seed) for ds in opened]
 

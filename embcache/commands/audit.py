@@ -19,18 +19,23 @@ from embcache.commands.options import (
     JsonOption,
     MergeClassOption,
     NameOption,
+    check_suffix,
     class_options,
     split_list,
+    takes_columns,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.table import print_table
-from embcache.errors import StoreNotFoundError, UsageError, printable
+from embcache.errors import StoreNotFoundError, UsageError
 
 if TYPE_CHECKING:
     from embcache.analysis.audit import Audit
+    from embcache.data.chosen import Columns
     from embcache.data.dataset import ImageDataset
 
 
+@takes_columns
 def audit(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -61,6 +66,8 @@ def audit(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Look for near-duplicates, likely label errors and outliers, and measure the effect of leaving them out.
 
@@ -85,8 +92,10 @@ def audit(
     from embcache.store.feature_store import extract_command
 
     if output is not None:
-        check_target(output)
-    ds, _ = find_dataset(names[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+        check_target(check_suffix(output, "--output", ".csv"))
+    ds, _ = find_dataset(
+        names[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
+    )
     ds = class_options(drop_class, merge_class).of(ds)
     cached = backbones or cached_backbones(ds.name, home)
     if not cached:
@@ -100,13 +109,13 @@ def audit(
     if json != "-":
         _print(found, ds, show)
         if output is not None:
-            typer.echo(f"wrote {output}: {len(found.exclude):,} training images to leave out")
+            echo(f"wrote {output}: {len(found.exclude):,} training images to leave out")
     if json:
         write_json(asdict(found), json)
 
 
 def _print(found: Audit, ds: ImageDataset, show: int) -> None:
-    typer.echo(
+    echo(
         f"{found.dataset}: {found.images:,} labeled images for training and {found.test_images:,} for testing, "
         f"features of {found.backbone}"
     )
@@ -114,7 +123,7 @@ def _print(found: Audit, ds: ImageDataset, show: int) -> None:
         kind: sum(p.kind == kind for p in found.pairs) for kind in ("across splits", "across groups", "within a group")
     }
     differing = sum(not p.same_label for p in found.pairs)
-    typer.echo(
+    echo(
         f"\nnear-duplicates: {len(found.pairs):,} pairs ("
         + ", ".join(f"{number:,} {kind}" for kind, number in kinds.items())
         + f"), {differing:,} of them with different labels"
@@ -122,24 +131,24 @@ def _print(found: Audit, ds: ImageDataset, show: int) -> None:
     rows = [[p.one, p.other, f"{p.similarity:.4f}", p.kind, "" if p.same_label else "other label"] for p in found.pairs]
     _table(["image", "image", "similarity", "", ""], rows, show)
     _print_label_errors(found, ds.class_names, show)
-    typer.echo(f"\noutliers: {len(found.outliers):,}")
+    echo(f"\noutliers: {len(found.outliers):,}")
     _table(["image", "split", "deviations"], [[o.id, o.split, f"{o.deviations:.1f}"] for o in found.outliers], show)
     _print_effect(found)
     for note in found.notes:
-        typer.echo(f"· {printable(note)}")
+        echo(f"· {note}")
 
 
 def _print_label_errors(found: Audit, classes: Sequence[str], show: int) -> None:
     judge, errors = found.judge, found.label_errors
     if judge is None:
-        typer.echo("\nlikely label errors: not looked for, since fewer than two classes can be judged")
+        echo("\nlikely label errors: not looked for, since fewer than two classes can be judged")
         return
-    typer.echo(
+    echo(
         f"\nlikely label errors: {judge.found:,} of {judge.labels:,} training labels, "
         f"{judge.test_found:,} of {judge.test_labels:,} test labels"
     )
     if judge.too_weak:
-        typer.echo(
+        echo(
             "· this model is too weak to judge labels: its balanced accuracy on images that it did not see is "
             f"{judge.balanced_accuracy:.2f},\n  and it doubts {judge.share:.0%} of the labels of a class on average. "
             "Nothing is left out because of its doubts"
@@ -150,24 +159,24 @@ def _print_label_errors(found: Audit, classes: Sequence[str], show: int) -> None
     ]
     _table(["image", "split", "label", "p", "proposed", "p"], lines, show)
     if len(errors) < judge.found + judge.test_found:
-        typer.echo("· only the most confident are listed: --most N lists more")
+        echo("· only the most confident are listed: --most N lists more")
 
 
 def _print_effect(found: Audit) -> None:
     if not found.exclude:
-        typer.echo("\nnothing to leave out")
+        echo("\nnothing to leave out")
         return
-    typer.echo(f"\nto leave out: {len(found.exclude):,} of {found.images:,} training images")
+    echo(f"\nto leave out: {len(found.exclude):,} of {found.images:,} training images")
     e = found.effect
     if e is None:
-        typer.echo(f"effect: cannot be told: {found.no_effect}")
+        echo(f"effect: cannot be told: {found.no_effect}")
     else:
-        typer.echo(f"effect on the {e.metric} of all test images (logistic regression on F, mean ± sd over folds)")
+        echo(f"effect on the {e.metric} of all test images (logistic regression on F, mean ± sd over folds)")
         print_table(
             ["trained on", e.metric, ""],
             [["all training images", *_cell(e.before)], ["without those to leave out", *_cell(e.after)]],
         )
-    typer.echo("· test images are never left out: removing those that a model gets wrong only makes it look better")
+    echo("· test images are never left out: removing those that a model gets wrong only makes it look better")
 
 
 def _cell(value: tuple[float, float]) -> list[str]:
@@ -178,4 +187,4 @@ def _table(headers: list[str], rows: list[list[str]], show: int) -> None:
     if rows and show:
         print_table(headers, rows[:show])
     if len(rows) > show:
-        typer.echo(f"… and {len(rows) - show:,} more (--show {len(rows)}, or --json -)")
+        echo(f"… and {len(rows) - show:,} more (--show {len(rows)}, or --json -)")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from embcache.commands.options import DataRootOption, HomeOption, JsonOption, write_json
+from embcache.commands.output import echo
 from embcache.commands.table import print_table
 
 
@@ -38,7 +39,7 @@ def bench(
         data_root=data_root,
         home=home,
         device=device,
-        say=lambda stage: typer.echo(f"{stage} …", err=True) if tell else None,
+        say=lambda stage: echo(f"{stage} …", err=True) if tell else None,
     )
     if json:
         write_json(answer.to_json(), json)

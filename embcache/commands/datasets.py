@@ -6,18 +6,32 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embcache.commands.options import DataRootOption, HomeOption, JsonOption, write_json
+from embcache.commands.options import (
+    DataRootOption,
+    HomeOption,
+    JsonOption,
+    MergeClassOption,
+    refuse_other_merges,
+    takes_columns,
+    write_json,
+)
+from embcache.commands.output import echo
 from embcache.commands.table import print_table
 
 if TYPE_CHECKING:
+    from embcache.data.chosen import Columns
     from embcache.data.survey import Listed, Survey
 
 
+@takes_columns
 def datasets(
     name: Annotated[str | None, typer.Argument(help="Show this one in full: classes, groups, what is missing.")] = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
     json: JsonOption = None,
+    merge_class: MergeClassOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """List the datasets and what was found of each; with a NAME, one of them in full.
 
@@ -27,14 +41,18 @@ def datasets(
     from embcache.errors import UsageError
 
     if name is not None:
-        survey = survey_dataset(name, data_root, home)
+        survey = survey_dataset(name, data_root, home, columns)
+        refuse_other_merges(merge_class, survey.dataset)
         if json:
             write_json(survey.to_dict(), json)
         if json != "-":
             _print_survey(survey)
         return
-    if data_root is not None:
-        raise UsageError("--data-root belongs to one dataset", fix=f"embcache datasets NAME --data-root {data_root}")
+    if data_root is not None or columns.named() or columns.merge_class:
+        raise UsageError(
+            "--data-root and columns belong to one dataset",
+            fix=f"embcache datasets NAME --data-root {data_root or 'FOLDER'}",
+        )
     rows = list_datasets(home)
     if json:
         write_json([_row_data(row) for row in rows], json)
@@ -58,7 +76,7 @@ def _print_list(rows: list[Listed]) -> None:
         elif row.found.dataset.synthetic:
             notes.append(f"{row.name}: synthetic images")
     print_table(["dataset", "what it is", "images", "where"], cells, notes=notes)
-    typer.echo("\nOne in full: embcache datasets NAME [--data-root FOLDER]")
+    echo("\nOne in full: embcache datasets NAME [--data-root FOLDER]")
 
 
 def _images(row: Listed) -> str:
@@ -87,8 +105,8 @@ def _print_survey(survey: Survey) -> None:
     ds = survey.dataset
     whole = bool(survey.present.all())
     sizes = ", ".join(f"{k} = {n:,}" for k, n in ds.subset_sizes.items())
-    typer.echo(f"{ds.name}: {survey.source.description}{' — synthetic' if ds.synthetic else ''}")
-    typer.echo(f"in {ds.root}; metric {ds.metric}; training images {sizes}, F = all\n")
+    echo(f"{ds.name}: {survey.source.description}{' — synthetic' if ds.synthetic else ''}")
+    echo(f"in {ds.root}; metric {ds.metric}; training images {sizes}, F = all\n")
     splits = survey.splits()
     headers = ["class"]
     for split in splits:
@@ -110,12 +128,15 @@ def _print_survey(survey: Survey) -> None:
 
 def _missing_notes(survey: Survey) -> list[str]:
     from embcache.data.checks import first_few
+    from embcache.data.nearby import near_misses
 
     missing = survey.dataset.missing
     if not missing:
         return []
     get = f"; get them: kagglehub.{survey.source.download}" if survey.source.download else ""
+    near, advice = near_misses(survey.dataset.root, missing) if survey.dataset.root else ("", "")
     return [
         f"{len(missing):,} images are not there: {first_few(missing)}{get}",
+        *(f"{line}; {advice}" for line in near.splitlines()),
         "--allow-missing (in extract) goes on with those that are",
     ]

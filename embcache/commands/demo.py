@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import typer
-
 from embcache.commands.options import HomeOption
+from embcache.commands.output import echo
 from embcache.commands.table import print_table
 
 
@@ -18,11 +17,11 @@ def demo(home: HomeOption = None) -> None:
     from embcache.report.tables import pivot_results
     from embcache.study import run_demo
 
-    outcome = run_demo(home=home, say=lambda line: typer.echo(line, err=True))
+    outcome = run_demo(home=home, say=lambda line: echo(line, err=True))
     first = outcome.results[0]
     headers, rows = pivot_results(outcome.results)
     test = int((outcome.dataset.table["split"] == "test").sum())
-    typer.echo(f"\nsynthetic sample: {first.metric} on {test} test images, mean ± sd over {len(first.folds)} folds\n")
+    echo(f"\nsynthetic sample: {first.metric} on {test} test images, mean ± sd over {len(first.folds)} folds\n")
     print_table(
         headers, rows,
         notes=[
@@ -30,7 +29,7 @@ def demo(home: HomeOption = None) -> None:
 "labels of each fold: training + validation",
         ],
     )  # fmt: skip
-    typer.echo(
+    echo(
         f"""
 features, splits and runs  {outcome.home}
 t-SNE figure               {outcome.figure}

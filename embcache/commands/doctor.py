@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from embcache.commands.options import HomeOption, JsonOption, write_json
+from embcache.commands.output import echo
 from embcache.commands.store import printable, size_words
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ def doctor(home: HomeOption = None, json: JsonOption = None) -> None:
     from embcache.upkeep.doctor import diagnose
 
     tell = sys.stderr.isatty()
-    found = diagnose(home, lambda line: typer.echo(f"{line} …", err=True) if tell else None)
+    found = diagnose(home, lambda line: echo(f"{line} …", err=True) if tell else None)
     if json:
         write_json(asdict(found), json)
     if json != "-":
-        typer.echo("\n".join(_in_words(found)))
+        echo("\n".join(_in_words(found)))
     if found.problems:
         raise typer.Exit(1)
 

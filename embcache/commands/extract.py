@@ -16,18 +16,26 @@ from embcache.commands.options import (
     DatasetOption,
     HomeOption,
     JsonOption,
+    MaxPixelsOption,
+    MergeClassOption,
     NameOption,
+    command,
+    refuse_other_merges,
     split_list,
+    takes_columns,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
+    from embcache.data.chosen import Columns
     from embcache.extract.profile import Profile
     from embcache.extract.run import Extraction
 
 
+@takes_columns
 def extract(
     backbone: BackboneOption = None,
     dataset: DatasetOption = None,
@@ -72,6 +80,15 @@ def extract(
             help="Threads that decode images; auto tries some when a store is made. [default: one a core, 8 at most]",
         ),
     ] = None,
+    rows_per_shard: Annotated[
+        int | None,
+        typer.Option(
+            "--rows-per-shard",
+            metavar="N",
+            help="Images computed and committed together; Ctrl-C waits for them. Settled when a store is made. "
+            "[default: 64 on a CPU, 4096 on a GPU; more above 131,072 and 8,388,608 images]",
+        ),
+    ] = None,
     format: Annotated[
         str | None, typer.Option("--format", metavar="zarr|hdf5", help="Format of a new store. [default: zarr]")
     ] = None,
@@ -109,12 +126,16 @@ def extract(
     retry_quarantined: Annotated[
         bool, typer.Option("--retry-quarantined", help="Look at quarantined images again, changed or not.")
     ] = False,
+    max_pixels: MaxPixelsOption = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say which shares of the time decoding, networks and the rest took.")
     ] = False,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
+    merge_class: MergeClassOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Run frozen backbones once over all images into feature stores.
 
@@ -143,7 +164,10 @@ def extract(
 
     answers, stop = [], Stop()
     for each in datasets:
-        found, _ = find_dataset(each, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+        found, _ = find_dataset(
+            each, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
+        )
+        refuse_other_merges(merge_class, found)
         for note in found.notes:
             print_note(note)
         spent = Profile()
@@ -160,6 +184,7 @@ def extract(
                     batch_size=_number(batch_size, "--batch-size"),
                     workers=_number(workers, "--workers"),
                     profile=spent,
+                    rows_per_shard=rows_per_shard,
                     format=format,
                     part=_parse_part(part),
                     views=views,
@@ -167,6 +192,7 @@ def extract(
                     on_error=on_error,
                     max_bad=max_bad,
                     retry_quarantined=retry_quarantined,
+                    max_pixels=max_pixels,
                     stop=stop,
                     say=print_note,
                 )
@@ -174,7 +200,7 @@ def extract(
             _say_how_to_go_on("stopped at once: what is committed stays")
             raise
         if json != "-":
-            _print(found.name, len(found), done)
+            _print(found.name, len(found), done, home)
             if profile:
                 _print_profile(spent)
         answers += [_as_json(found.name, extraction) for extraction in done]
@@ -182,15 +208,17 @@ def extract(
             break
     if json:
         write_json(answers, json)
-    if stop.signal is not None:
-        left = sum(extraction.left for extraction in done)
-        _say_how_to_go_on(f"stopped after the shard at hand, which is committed; {left:,} images are left")
+    left, others = max(extraction.undone for extraction in done), datasets[datasets.index(each) + 1 :]
+    if stop.signal is not None and (left or others):
+        rest = f"{left:,} images of {found.name}" if left else ""
+        rest += (" and " if left and others else "") + (f"the images of {', '.join(others)}" if others else "")
+        _say_how_to_go_on(f"stopped after the current shard, which is committed; {rest} are left")
         raise SystemExit(exit_status(stop.signal))
 
 
 def _say_how_to_go_on(what: str) -> None:
     command = shlex.join(["embcache", *sys.argv[1:]])
-    typer.echo(f"\n{what}; the same command goes on from there:\n  {command}", err=True)
+    echo(f"\n{what}; the same command goes on from there:\n  {command}", err=True)
 
 
 def parse_weights(values: list[str] | None, names: list[str] | None = None) -> dict[str, Path] | None:
@@ -226,32 +254,32 @@ def parse_weights(values: list[str] | None, names: list[str] | None = None) -> d
 def _number(value: str | None, flag: str) -> int | str | None:
     if value is None or value == "auto":
         return value
-    if not value.isascii() or not value.isdecimal():
+    if not value.isascii() or not value.isdecimal() or len(value) > 12:
         raise UsageError(f"{flag} is no number", expected="a number, or auto", found=value, fix=f"{flag} auto")
     return int(value)
 
 
 def _print_profile(spent: Profile) -> None:
     shares = spent.shares()
-    typer.echo("share of the time of this process since its start:")
+    echo("share of the time of this process since its start:")
     print_table(["step", "share"], [[step, f"{share:.1%}"] for step, share in shares.items()])
     rest = max(0.0, 1 - sum(shares.values()))
     told = (
         "decoding overlaps with the networks" if spent.overlapped else f"the rest, {rest:.1%}, is loading and planning"
     )
-    typer.echo(f"· {told}")
+    echo(f"· {told}")
 
 
 def _parse_part(value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
     index, _, count = value.partition("/")
-    if not (index.isdecimal() and count.isdecimal()):
+    if not (index.isdecimal() and count.isdecimal() and len(value) <= 24):
         raise UsageError("--part is not of the form I/N", expected="--part 1/4 … --part 4/4", found=value)
     return int(index), int(count)
 
 
-def _print(dataset: str, images: int, done: list[Extraction]) -> None:
+def _print(dataset: str, images: int, done: list[Extraction], home: Path | None) -> None:
     rows = [
         [e.backbone, images, e.cached, e.computed, len(e.quarantined), f"{e.seconds:.1f}", e.store.path.name]
         for e in done
@@ -277,10 +305,8 @@ def _print(dataset: str, images: int, done: list[Extraction]) -> None:
     if left:
         return
     views = done[0].store.views
-    typer.echo(
-        f"next: embcache probe --head linear --subset S,M,F --dataset {dataset}"
-        + (f" --views {views}" if views > 1 else "")
-    )
+    words = ["--head", "linear", "--subset", "S,M,F", "--dataset", dataset]
+    echo("next: " + command("probe", *words, *(["--views", str(views)] if views > 1 else []), home=home))
 
 
 def _as_json(dataset: str, extraction: Extraction) -> dict[str, object]:
@@ -296,6 +322,7 @@ def _as_json(dataset: str, extraction: Extraction) -> dict[str, object]:
         "changed": extraction.changed,
         "retried": extraction.retried,
         "left": extraction.left,
+        "rows_per_shard": extraction.store.rows_per_shard,
         "quarantined": dict(extraction.quarantined),
         "seconds": round(extraction.seconds, 3),
     }

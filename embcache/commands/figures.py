@@ -20,15 +20,18 @@ from embcache.commands.options import (
     NameOption,
     class_options,
     split_list,
+    takes_columns,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.table import print_note, print_table
-from embcache.errors import UsageError, printable
-from embcache.paths import replace_file
+from embcache.errors import UsageError
+from embcache.io import write_output
 
 if TYPE_CHECKING:
     from embcache.analysis.draw_maps import Maps
     from embcache.analysis.run_attention import RunAttention
+    from embcache.data.chosen import Columns
     from embcache.data.classes import ClassOptions
     from embcache.data.dataset import ImageDataset
 
@@ -55,6 +58,7 @@ OutputOption = Annotated[
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
+@takes_columns
 def tsne(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -81,6 +85,8 @@ def tsne(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Map cached embeddings side by side: each backbone, and what a run of dvme fuses.
 
@@ -95,7 +101,7 @@ def tsne(
         raise UsageError("points are written as CSV or Parquet", found=str(coordinates), fix="--coordinates points.csv")
     if limit is not None and limit < 4:
         raise UsageError("too few images for a map", expected="at least 4", found=str(limit), fix="--limit 2000")
-    ds = _one_dataset(dataset, data_root, home, allow_missing, name, class_options(drop_class, merge_class))
+    ds = _one_dataset(dataset, data_root, home, allow_missing, name, class_options(drop_class, merge_class), columns)
     from embcache.analysis.draw_maps import draw_maps
 
     maps = draw_maps(
@@ -107,7 +113,7 @@ def tsne(
     if json != "-":
         _print_maps(maps)
         if coordinates is not None:
-            typer.echo(f"points: {coordinates}")
+            echo(f"points: {coordinates}")
     if json:
         panels = [
             {
@@ -175,7 +181,7 @@ def attention(
     if json != "-":
         _print_attention(found)
         for path in paths:
-            typer.echo(f"figure: {path}")
+            echo(f"figure: {path}")
     if json:
         write_json(_attention_json(found) | {"figures": [str(path) for path in paths]}, json)
 
@@ -200,7 +206,7 @@ def _image_attention(
     for path in paths:
         plot_heads(found.pixels, found.heads, f"{name}: class token of the last block", path)
         if json != "-":
-            typer.echo(f"figure: {path}")
+            echo(f"figure: {path}")
     if json:
         answer = {"backbone": name, "image": str(image), "patch": found.patch, "heads": found.heads.tolist(),
                   "figures": [str(path) for path in paths]}  # fmt: skip
@@ -210,7 +216,7 @@ def _image_attention(
 def _print_attention(found: RunAttention) -> None:
     r = found.result
     names = list(r.backbones)
-    typer.echo(f"{r.dataset}: {r.id}, {found.folds} folds, {found.shown.remark}, {len(found.shown.ids):,} images")
+    echo(f"{r.dataset}: {r.id}, {found.folds} folds, {found.shown.remark}, {len(found.shown.ids):,} images")
 
     def cells(mass: Any, std: Any = None) -> list[list[str]]:
         return [
@@ -219,14 +225,14 @@ def _print_attention(found: RunAttention) -> None:
             for i, a in enumerate(names)
         ]  # fmt: skip
 
-    typer.echo("\nshare of attention, from a row's tokens to a column's: mean ± sd over folds")
+    echo("\nshare of attention, from a row's tokens to a column's: mean ± sd over folds")
     print_table(["from", *(f"to {b}" for b in names)], cells(found.mass, found.mass_std))
     for label, mass in found.by_class.items():
-        typer.echo(f"\n{printable(label)} alone")
+        echo(f"\n{label} alone")
         print_table(["from", *(f"to {b}" for b in names)], cells(mass))
     spread = f" ± {found.entropy_std:.4f}" if found.folds > 1 else ""
-    typer.echo(f"\nentropy: {found.entropy:.4f}{spread} of log N; 1 is attention that makes no difference")
-    typer.echo("components that receive most, with their share of all attention (even: "
+    echo(f"\nentropy: {found.entropy:.4f}{spread} of log N; 1 is attention that makes no difference")
+    echo("components that receive most, with their share of all attention (even: "
                f"{1 / len(found.weights):.5f}):")  # fmt: skip
     print_table(["backbone", "component", "share"], [[b, c, f"{share:.5f}"] for b, c, share in found.received])
 
@@ -244,6 +250,7 @@ def _attention_json(found: RunAttention) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@takes_columns
 def neighbors(
     image: Annotated[str, typer.Option("--image", metavar="ID", help="Id of a cached image, or its unique end.")],
     k: Annotated[int, typer.Option("-k", metavar="K", help="Neighbours to show.")] = 8,
@@ -258,6 +265,8 @@ def neighbors(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Show the images nearest to one in cached features, as a table and a contact sheet.
 
@@ -267,7 +276,7 @@ def neighbors(
     Example: embcache neighbors --image test/NORMAL/IM-0001-0001.jpeg -k 8 --dataset pneumonia
     """
     targets = figure_targets(output)
-    ds = _one_dataset(dataset, data_root, home, allow_missing, name, class_options(drop_class, merge_class))
+    ds = _one_dataset(dataset, data_root, home, allow_missing, name, class_options(drop_class, merge_class), columns)
     from embcache.analysis.neighbors import find_neighbours
     from embcache.analysis.sheets import draw_neighbours
     from embcache.paths import home_dir, slug
@@ -278,16 +287,16 @@ def neighbors(
     if json != "-":
         for each in found:
             own = _class_name(ds, each.image.label)
-            typer.echo(f"{each.backbone}: nearest to {printable(each.image.id)} ({own}, {each.image.split})")
+            echo(f"{each.backbone}: nearest to {each.image.id} ({own}, {each.image.split})")
             rows = [
                 [place, n.id, _class_name(ds, n.label), n.split, f"{n.similarity:.4f}",
                  "same group" if n.group == each.image.group else ""]
                 for place, n in enumerate(each.nearest, start=1)
             ]  # fmt: skip
             print_table(["", "id", "class", "split", "similarity", ""], rows)
-            typer.echo()
+            echo()
         for path in paths:
-            typer.echo(f"figure: {path}" + ("" if ds.root else "   (the images are not here: no pictures in it)"))
+            echo(f"figure: {path}" + ("" if ds.root else "   (the images are not here: no pictures in it)"))
     if json:
         write_json([asdict(each) for each in found], json)
 
@@ -315,6 +324,7 @@ def _one_dataset(
     allow_missing: bool,
     name: str | None,
     classes: ClassOptions,
+    columns: Columns,
 ) -> ImageDataset:
     names = split_list(dataset)
     if len(names) != 1:
@@ -324,7 +334,9 @@ def _one_dataset(
     from embcache.data.classes import change_notes
     from embcache.data.dataset import find_dataset
 
-    ds, _ = find_dataset(names[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds, _ = find_dataset(
+        names[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
+    )
     ds = classes.of(ds)
     for note in change_notes(ds):
         print_note(note)
@@ -340,13 +352,13 @@ def _write_points(maps: Maps, ds: ImageDataset, target: Path) -> None:
     if target.suffix.lower() == ".csv":
         write_text(target, csv_text(list(table.columns), table.astype(object).itertuples(index=False, name=None)))
     else:
-        replace_file(target, table.to_parquet(None, index=False))
+        write_output(target, table.to_parquet(None, index=False))
 
 
 def _print_maps(maps: Maps) -> None:
     from embcache.analysis.maps import decimals
 
-    typer.echo(f"{maps.dataset}: {maps.shown.remark}, {len(maps.shown.ids):,} images")
+    echo(f"{maps.dataset}: {maps.shown.remark}, {len(maps.shown.ids):,} images")
     rows = [
         [
             panel.label, panel.dim, decimals(panel.scores.silhouette, 3), decimals(panel.scores.knn_accuracy, 3),
@@ -355,9 +367,9 @@ def _print_maps(maps: Maps) -> None:
         for panel in maps.panels
     ]  # fmt: skip
     print_table(["embedding", "dimensions", "silhouette", "k-NN accuracy", "trustworthiness", ""], rows)
-    typer.echo(
+    echo(
         "· silhouette and k-NN accuracy (balanced, 10 neighbors), among images of other groups, of the embedding; "
         "trustworthiness of its map"
     )
     for path in maps.paths:
-        typer.echo(f"figure: {path}")
+        echo(f"figure: {path}")

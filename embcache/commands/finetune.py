@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,13 +27,19 @@ from embcache.commands.options import (
     ValOption,
     class_options,
     split_list,
+    takes_columns,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.probe import in_metrics, print_results
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import print_note
 
+if TYPE_CHECKING:
+    from embcache.data.chosen import Columns
 
+
+@takes_columns
 def finetune(
     backbone: BackboneOption = None,
     dataset: DatasetOption = None,
@@ -104,6 +110,8 @@ def finetune(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Train backbones and head together on augmented images, by the protocol of probing, and test them.
 
@@ -148,11 +156,12 @@ def finetune(
                 reuse=not again,
                 allow_missing=allow_missing,
                 dataset_name=name,
+                columns=columns,
                 say=print_note,
                 progress=bar.update,
             )
         except (KeyboardInterrupt, SystemExit):
-            typer.echo("\nstopped: the last whole epoch is kept; the same command with --resume goes on", err=True)
+            echo("\nstopped: the last whole epoch is kept; the same command with --resume goes on", err=True)
             raise
     results = in_metrics(results, metrics, home)
     if json != "-":

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import functools
+import inspect
 import math
-import sys
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from embcache.commands.output import echo, json_text
 from embcache.errors import UsageError, advise_only
-from embcache.paths import replace_file
+from embcache.io import write_output
 
 if TYPE_CHECKING:
     from embcache.data.classes import ClassOptions
+    from embcache.data.dataset import ImageDataset
 
 HomeOption = Annotated[
     Path | None,
@@ -27,7 +30,9 @@ HomeOption = Annotated[
 DataRootOption = Annotated[
     Path | None,
     typer.Option(
-        "--data-root", metavar="FOLDER", help="The dataset's own folder. [default: $EMBCACHE_DATA/NAME or ./data/NAME]"
+        "--data-root",
+        metavar="FOLDER",
+        help="The dataset's own folder, or its table. [default: $EMBCACHE_DATA/NAME or ./data/NAME]",
     ),
 ]
 DatasetOption = Annotated[
@@ -53,8 +58,48 @@ NameOption = Annotated[
     str | None,
     typer.Option("--name", metavar="NAME", help="Name of a `folder` dataset. [default: its folder's and a hash]"),
 ]
+
+
+def check_suffix(path: Path, flag: str, *suffixes: str) -> Path:
+    """Refuse a file whose suffix says that something else is in it than is written; none, and devices, are well.
+
+    Raises
+    ------
+    UsageError
+        The suffix is none of these.
+    """
+    suffix = path.suffix.lower()
+    if suffix and suffix not in suffixes and not (path.exists() and not path.is_file()):
+        raise UsageError(
+            "the suffix of a file says what is in it, and this would be something else",
+            expected=" or ".join(suffixes) or "the name of a folder", found=str(path), where=flag,
+            fix=f"{flag} {path.with_suffix(suffixes[0] if suffixes else '')}",
+        )  # fmt: skip
+    return path
+
+
+def _check_json(target: str | None) -> str | None:
+    if target is not None and target != "-":
+        check_suffix(Path(target), "--json", ".json")
+    return target
+
+
 JsonOption = Annotated[
-    str | None, typer.Option("--json", metavar="FILE|-", help="Write the answer as JSON to FILE, or to stdout with -.")
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="FILE|-",
+        callback=_check_json,
+        help="Write the answer as JSON to FILE, or to stdout with -.",
+    ),
+]
+MaxPixelsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-pixels",
+        metavar="N",
+        help="Largest image that is decoded. [default: $EMBCACHE_MAX_PIXELS or 89478485]",
+    ),
 ]
 DropClassOption = Annotated[
     list[str] | None,
@@ -68,6 +113,13 @@ MergeClassOption = Annotated[
     list[str] | None,
     typer.Option("--merge-class", metavar="A+B=NEW", help="Make one class of several, with a new name; repeatable."),
 ]
+_COLUMN_HELP = {  # of `embcache.data.chosen.ROLES`
+    "path": "Column of a table that names the files.",
+    "label": "Column of a table that holds the labels.",
+    "group": "Column of a table that holds patients, slides …: no split divides one. [default: group, or a usual name]",
+    "split": "Column of a table that holds train, val or test.",
+    "id": "Column of a table that names the images.",
+}
 SubsetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -153,6 +205,21 @@ def split_list(values: Sequence[str] | None) -> list[str]:
     return names
 
 
+def echo_near(names: Sequence[str], home: Path | None) -> None:
+    """Print which datasets that are cached may be meant by names of which nothing is."""
+    from embcache.data.snapshot import cached_names, near_names
+
+    cached = cached_names(home) if names else []
+    for name in names:
+        if name not in cached and (near := near_names(name, cached)):
+            echo(f"near to {name}: {', '.join(near)}")
+
+
+def command(*words: str, home: Path | None = None) -> str:
+    """``embcache`` with these words, to be typed in the same shell; the home that was given goes along."""
+    return shlex.join(["embcache", *words, *(["--home", str(home)] if home is not None else [])])
+
+
 def advise_by(context: typer.Context) -> None:
     """Let errors advise only the flags of the command that is about to run; for the callback of a group."""
     command = getattr(context.command, "commands", {}).get(context.invoked_subcommand)
@@ -161,11 +228,48 @@ def advise_by(context: typer.Context) -> None:
         context.call_on_close(lambda: advise_only(None))
 
 
+def takes_columns(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command ``--path-column``, ``--group-column`` and the like, as its one parameter ``columns``."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **given: Any) -> None:
+        from embcache.data.chosen import Columns
+
+        named = {role: given.pop(f"{role}_column") or "" for role in _COLUMN_HELP}
+        command(*args, columns=Columns(**named, merge_class=tuple(given.get("merge_class") or ())), **given)
+
+    run.__annotations__ = {name: hint for name, hint in command.__annotations__.items() if name != "columns"}
+    run.__annotations__ |= {
+        f"{role}_column": Annotated[str | None, typer.Option(f"--{role}-column", metavar="NAME", help=text)]
+        for role, text in _COLUMN_HELP.items()
+    }
+    hints = get_type_hints(run, include_extras=True)  # typer looks at the signature and evaluates no text there
+    own = [p.replace(annotation=hints[n]) for n, p in inspect.signature(command).parameters.items() if n != "columns"]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hints[name])
+        for name in (f"{role}_column" for role in _COLUMN_HELP)
+    ]
+    run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    return run
+
+
 def class_options(drop: Sequence[str] | None, merge: Sequence[str] | None) -> ClassOptions:
     """What ``--drop-class`` and ``--merge-class`` were given."""
     from embcache.data.classes import ClassOptions
 
     return ClassOptions(tuple(drop or ()), tuple(merge or ()))
+
+
+def refuse_other_merges(merge: Sequence[str] | None, dataset: ImageDataset) -> None:
+    """`UsageError` for merges that loading did not make: of classes that differ in more than letter case."""
+    others = [text for text in merge or () if text not in dataset.columns.merge_class]
+    if others:
+        raise UsageError(
+            "here --merge-class is for classes that differ only in letter case",
+            found=", ".join(others),
+            expected=" or ".join(dataset.class_names),
+            fix="merge other classes when they are told apart: embcache probe --merge-class A+B=NEW",
+        )
 
 
 def plain(value: Any) -> Any:
@@ -181,12 +285,11 @@ def plain(value: Any) -> Any:
 
 def write_json(data: Any, target: str) -> None:
     """Write ``data``, made `plain`, as indented JSON to the file ``target``, or to stdout when it is ``-``."""
-    text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if target == "-":
-        sys.stdout.write(text)
+        echo(json_text(plain(data), shown=True), nl=False)
         return
     try:
-        replace_file(Path(target), text.encode("utf-8"))
+        write_output(Path(target), json_text(plain(data)).encode("utf-8"))
     except OSError as error:
         raise UsageError(
             f"cannot write the JSON file: {error.strerror}", where=target, fix="name a file that can be written, or -"

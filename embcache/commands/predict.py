@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,10 +13,13 @@ from embcache.commands.options import (
     DataRootOption,
     HomeOption,
     JsonOption,
+    MaxPixelsOption,
     PrevalenceOption,
+    check_suffix,
     split_list,
     write_json,
 )
+from embcache.commands.output import echo, echo_data
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
@@ -63,6 +65,7 @@ def predict(
     workers: Annotated[
         int | None, typer.Option("--workers", metavar="N", min=1, help="Threads that decode images.")
     ] = None,
+    max_pixels: MaxPixelsOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
     json: JsonOption = None,
@@ -83,9 +86,9 @@ def predict(
     from embcache.report.csvfile import check_target, write_text
 
     adjust = Adjust(parse_prevalence(prevalence), calibrate)
-    for file in (output, by_group):
+    for file, flag in ((output, "--output"), (by_group, "--by-group")):
         if file is not None:
-            check_target(file.expanduser())
+            check_target(check_suffix(file.expanduser(), flag, ".csv"))
     with ProgressBar("img") as bar:
         found = predict_images(
             run,
@@ -99,24 +102,25 @@ def predict(
             adjust=adjust,
             by_group=by_group is not None,
             workers=workers,
+            max_pixels=max_pixels,
             progress=bar.update,
         )
     for note in (*found.notes, *([f"probabilities are adjusted: {found.adjusted}"] if found.adjusted else [])):
         print_note(note)
     for image, reason in found.failed.items():
-        typer.echo(f"not read: {_printable(image)}: {reason}", err=True)
+        echo(f"not read: {image}: {reason}", err=True)
     read, total = len(found.images) - len(found.failed), len(found.images)
-    typer.echo(f"{read:,} of {total:,} images predicted by {found.run}, {len(found.folds)} folds", err=True)
+    echo(f"{read:,} of {total:,} images predicted by {found.run}, {len(found.folds)} folds", err=True)
     if output is not None:
         write_text(output.expanduser(), found.to_csv())
-        typer.echo(f"written: {output}", err=True)
+        echo(f"written: {output}", err=True)
     if by_group is not None:
         write_text(by_group.expanduser(), found.groups_to_csv())
-        typer.echo(f"written: {by_group}", err=True)
+        echo(f"written: {by_group}", err=True)
     if json:
         write_json(list(found.rows()), json)
     elif output is None:
-        sys.stdout.write(found.to_csv())
+        echo_data(found.to_csv(), "--output FILE")
 
 
 def submit(
@@ -138,6 +142,8 @@ def submit(
     """
     from embcache.report.kaggle import make_submission
 
+    if output is not None:
+        _check_folder(output)
     made = make_submission(run, output, home=home, data_root=data_root)
     if json:
         write_json(
@@ -153,7 +159,7 @@ def submit(
             json,
         )
     for image, reason in made.filled.items():
-        typer.echo(f"filled in: {_printable(image)}: {reason}", err=True)
+        echo(f"filled in: {image}: {reason}", err=True)
     if json == "-":
         for note in made.notes:
             print_note(note)
@@ -221,6 +227,7 @@ def export_head(
     """
     from embcache.probe.export import export_head as export
 
+    _check_folder(output)
     done = export(run, output, fold=fold, home=home)
     if json:
         write_json(done.about, json)
@@ -229,8 +236,13 @@ def export_head(
     print_table(
         ["tensor", "shape"], [[name, "×".join(map(str, t["shape"]))] for name, t in done.about["tensors"].items()]
     )
-    typer.echo(f"· {done.about['head']['name']} of fold {done.about['fold']}: {done.about['formula']}")
-    typer.echo(f"· written: {done.folder}/head.safetensors and head.json")
+    echo(f"· {done.about['head']['name']} of fold {done.about['fold']}: {done.about['formula']}")
+    echo(f"· written: {done.folder}/head.safetensors and head.json")
+
+
+def _check_folder(output: Path) -> None:
+    if output.suffix.lower() in (".csv", ".json", ".pt", ".pth", ".safetensors", ".tar", ".zip"):
+        check_suffix(output, "--output")
 
 
 def _numbers(values: list[str] | None, flag: str) -> list[int] | None:
@@ -240,9 +252,3 @@ def _numbers(values: list[str] | None, flag: str) -> list[int] | None:
         return [int(value) for value in split_list(values)]
     except ValueError as error:
         raise UsageError("not a list of numbers", expected="0,1,2", found=", ".join(values), where=flag) from error
-
-
-def _printable(text: str) -> str:
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text
-    )

@@ -11,6 +11,7 @@ import typer
 
 from embcache.commands.figures import SUFFIXES, OutputOption, figure_targets
 from embcache.commands.options import DataRootOption, HomeOption, JsonOption, split_list, write_json
+from embcache.commands.output import echo
 from embcache.commands.table import print_table
 from embcache.errors import EmbcacheError, UsageError
 
@@ -97,7 +98,7 @@ def errors(
     if json == "-":
         return
     models = "" if not listed or listed[0].models == 1 else f" (mean of {listed[0].models} models' probabilities)"
-    typer.echo(f"{result.dataset}: {result.id} gets {len(mistakes):,} of {len(tested.ids):,} test images wrong{models}")
+    echo(f"{result.dataset}: {result.id} gets {len(mistakes):,} of {len(tested.ids):,} test images wrong{models}")
     if mistakes:
         pairs = Counter((m.label, m.predicted) for m in mistakes)
         print_table(
@@ -105,7 +106,7 @@ def errors(
             [[label, predicted, f"{count:,}"] for (label, predicted), count in pairs.most_common(10)],
             notes=[f"{len(pairs) - 10:,} rarer pairs are not shown"] if len(pairs) > 10 else [],
         )
-        typer.echo("\nmost confident mistakes")
+        echo("\nmost confident mistakes")
         print_table(
             ["id", "class", "predicted", "p (class)", "p (predicted)", "models that agree"],
             [
@@ -121,9 +122,9 @@ def errors(
             ],
         )
     for note in notes:
-        typer.echo(f"· {note}")
+        echo(f"· {note}")
     for path in files:
-        typer.echo(f"{'list' if path.suffix.lower() == '.csv' else 'figure'}: {path}")
+        echo(f"{'list' if path.suffix.lower() == '.csv' else 'figure'}: {path}")
 
 
 def plot(
@@ -167,10 +168,10 @@ def plot(
     default = home_dir(home) / slug(result.dataset) / "figures" / f"{kind}-{result.id}.png"
     drawn = draw_run(tested, kind, targets or [default], positive=positive)
     if json != "-":
-        typer.echo(drawn.title.replace("\n", "; "))
+        echo(drawn.title.replace("\n", "; "))
         print_table(drawn.headers, drawn.rows, notes=drawn.notes)
         for path in drawn.files:
-            typer.echo(f"figure: {path}")
+            echo(f"figure: {path}")
     if json:
         answer = {"run": result.id, "dataset": result.dataset, "kind": kind, "positive": drawn.positive}
         more = {"values": list(drawn.records), "notes": list(drawn.notes), "figures": [str(p) for p in drawn.files]}

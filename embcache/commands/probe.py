@@ -30,17 +30,22 @@ from embcache.commands.options import (
     TestOption,
     ValOption,
     class_options,
+    echo_near,
     split_list,
+    takes_columns,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import bounds, print_note, print_table, spread
-from embcache.errors import UsageError, printable
+from embcache.errors import UsageError
 
 if TYPE_CHECKING:
+    from embcache.data.chosen import Columns
     from embcache.probe.results import ProbeResult
 
 
+@takes_columns
 def probe(
     head: Annotated[str, typer.Option("--head", metavar="NAME", help="See `embcache heads`.")] = "linear",
     subset: SubsetOption = None,
@@ -112,6 +117,8 @@ def probe(
     name: NameOption = None,
     again: Annotated[bool, typer.Option("--again", help="Train even where a saved result answers the same.")] = False,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Train heads on cached features and test them: five folds, early stopping, means and intervals.
 
@@ -173,6 +180,7 @@ def probe(
             max_memory=max_memory,
             allow_missing=allow_missing,
             dataset_name=name,
+            columns=columns,
             reuse=not again,
             say=print_note,
             progress=bar.update,
@@ -226,20 +234,21 @@ def results(
     if unreadable:
         count = "1 run" if len(unreadable) == 1 else f"{len(unreadable)} runs"
         folders = ", ".join(str(run) for run in unreadable[:5]) + (", …" if len(unreadable) > 5 else "")
-        typer.echo(f"{count} could not be read (made by another version, or damaged): {folders}", err=True)
+        echo(f"{count} could not be read (made by another version, or damaged): {folders}", err=True)
     found = in_metrics(found, split_list(metric), home)
     if json:
         write_json([result.to_json() for result in found], json)
     if json == "-":
         return
     if not found:
-        typer.echo(f"no results in {home_dir(home)}" + (f" for {', '.join(names)}" if names else ""))
-        typer.echo("next: embcache probe --head linear --subset S,M,F")
+        echo(f"no results in {home_dir(home)}" + (f" for {', '.join(names)}" if names else ""))
+        echo_near(names, home)
+        echo("next: embcache probe --head linear --subset S,M,F")
         return
     print_results(found, ids=True)
     told = sentences(advise(found, home=home))
     if told:
-        typer.echo("\n" + "\n".join(map(printable, told)))
+        echo("\n" + "\n".join(told))
 
 
 def heads() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,14 +20,18 @@ from embcache.commands.options import (
     MergeClassOption,
     NameOption,
     class_options,
+    command,
     split_list,
+    takes_columns,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.table import print_note, print_table
 
 if TYPE_CHECKING:
     from embcache.analysis.rank import Ranking
     from embcache.analysis.similarity import Similarity
+    from embcache.data.chosen import Columns
 
 RecipeOption = Annotated[
     str | None,
@@ -34,6 +39,7 @@ RecipeOption = Annotated[
 ]
 
 
+@takes_columns
 def rank(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -49,6 +55,8 @@ def rank(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Score every cached backbone in seconds, without training: which one to bother with.
 
@@ -70,17 +78,19 @@ def rank(
         home=home,
         allow_missing=allow_missing,
         dataset_name=name,
+        columns=columns,
         classes=class_options(drop_class, merge_class),
     )
     if json != "-":
         for k, ranking in enumerate(rankings):
             if k:
-                typer.echo()
-            _print_ranking(ranking)
+                echo()
+            _print_ranking(ranking, home)
     if json:
         write_json(_finite([asdict(ranking) for ranking in rankings]), json)
 
 
+@takes_columns
 def similarity(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
@@ -93,6 +103,8 @@ def similarity(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Compare the embeddings of cached backbones on the same training images: linear CKA and mutual k-NN.
 
@@ -111,19 +123,20 @@ def similarity(
         home=home,
         allow_missing=allow_missing,
         dataset_name=name,
+        columns=columns,
         classes=class_options(drop_class, merge_class),
         say=print_note,
     )
     if json != "-":
         for k, each in enumerate(found):
             if k:
-                typer.echo()
+                echo()
             _print_similarity(each)
     if json:
         write_json([_similarity_json(each) for each in found], json)
 
 
-def _print_ranking(ranking: Ranking) -> None:
+def _print_ranking(ranking: Ranking, home: Path | None) -> None:
     from embcache.analysis.rank import SCORES
     from embcache.probe.metrics import metric_title
 
@@ -139,7 +152,7 @@ def _print_ranking(ranking: Ranking) -> None:
         ]
         for row in ranking.rows
     ]
-    typer.echo(
+    echo(
         f"{ranking.dataset}: subset {ranking.subset}, {ranking.n_train:,} training images a fold, "
         f"{ranking.labels_used:,} labels used in all"
     )
@@ -152,7 +165,7 @@ def _print_ranking(ranking: Ranking) -> None:
         "scores use training and validation images only; linear: test score of the saved probe, for comparison",
     ]
     if ranking.correlations:
-        typer.echo("\nrank correlation with the linear probe: Kendall's τ / Spearman's ρ (backbones)")
+        echo("\nrank correlation with the linear probe: Kendall's τ / Spearman's ρ (backbones)")
         cells = {(c.score, c.subset): f"{c.kendall:.2f} / {c.spearman:.2f} ({c.n})" for c in ranking.correlations}
         names = {**SCORES, "place": "mean rank"}
         chosen = [subset for subset in subsets if (next(iter(names)), subset) in cells]
@@ -163,20 +176,20 @@ def _print_ranking(ranking: Ranking) -> None:
     else:
         notes.append(
             "no correlation: it takes linear probes of three backbones at one subset: "
-            f"embcache probe --head linear --subset S,M,F --dataset {ranking.dataset}"
+            + command("probe", "--head", "linear", "--subset", "S,M,F", "--dataset", ranking.dataset, home=home)
         )
     for note in notes:
-        typer.echo(f"· {note}")
+        echo(f"· {note}")
 
 
 def _print_similarity(found: Similarity) -> None:
-    typer.echo(f"{found.dataset}: {found.n:,} training images")
+    echo(f"{found.dataset}: {found.n:,} training images")
     chance = found.k / (found.n - 1)
     for title, matrix in (
         ("linear CKA, debiased", found.cka),
         (f"mutual k-NN, k = {found.k}: share of an image's nearest images that are the same", found.neighbours),
     ):
-        typer.echo(f"\n{title}")
+        echo(f"\n{title}")
         print_table(
             ["", *found.backbones],
             [
@@ -189,7 +202,7 @@ def _print_similarity(found: Similarity) -> None:
         "1: the same but for rotation, scale and shift; CKA of unrelated embeddings is 0, mutual k-NN "
         f"{chance:.4f} by chance",
     ):
-        typer.echo(f"· {note}")
+        echo(f"· {note}")
 
 
 def _similarity_json(found: Similarity) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
-from embcache.errors import UsageError, printable
+from embcache.commands.output import echo
+from embcache.errors import UsageError
 
 
 def report(
@@ -51,7 +52,7 @@ def report(
     from embcache.report.page.page import write_report
 
     def say(line: str) -> None:
-        typer.echo(printable(line), err=True)
+        echo(line, err=True)
 
     done = write_report(
         output, split_list(dataset), metrics=split_list(metric), home=home, data_root=data_root, images=not no_images,
@@ -59,15 +60,13 @@ def report(
     )  # fmt: skip
     if json != "-":
         for line in done.headlines:
-            typer.echo(f"· {printable(line)}")
+            echo(f"· {line}")
         for note in done.notes:
-            typer.echo(f"· {printable(note)}")
-        typer.echo(f"report: {done.path} ({done.bytes / 1e6:.1f} MB, {done.results} results)")
+            echo(f"· {note}")
+        echo(f"report: {done.path} ({done.bytes / 1e6:.1f} MB, {done.results} results)")
     if not no_images:
         holds = f"{done.thumbnails:,} thumbnails and ids" if done.thumbnails else "ids"
-        typer.echo(
-            f"the file holds {holds} of images: they may be patient data. --no-images leaves them out.", err=True
-        )
+        echo(f"the file holds {holds} of images: they may be patient data. --no-images leaves them out.", err=True)
     if json:
         answer = {
             "report": str(done.path), "bytes": done.bytes, "datasets": list(done.datasets), "results": done.results,

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 
 from embcache.commands.options import plain, write_json
+from embcache.commands.output import echo
 from embcache.commands.table import bounds, print_table, spread
-from embcache.errors import StoreError, printable
+from embcache.errors import StoreError
 from embcache.probe.decisions import Calibration, OperatingPoint, Value, against_rest, calibration, operating_points
 from embcache.probe.metrics import find_metric, metric_title, positive_class
 from embcache.probe.predictions import Predictions, all_estimates
@@ -194,7 +194,7 @@ def _print(found: Described) -> None:
         f"test set: {result.test_set}, {result.n_test:,} images" + (f" ({counts})" if counts else ""),
         *([f"positive class: {result.positive}"] if result.positive else []),
     ):
-        typer.echo(printable(line))
+        echo(line)
     if found.scores:
         _print_scores(found)
     if found.operating_points:
@@ -205,13 +205,13 @@ def _print(found: Described) -> None:
         _title("Confusion matrix of the ensemble: true classes in rows, predicted classes in columns")
         rows = [[name, *map(str, row)] for name, row in zip(result.class_names, found.confusion, strict=True)]
         print_table(["", *result.class_names], rows)
-    typer.echo("")
+    echo("")
     for note in [*found.notes, *result.notes, *([INTERVALS] if found.scores else [])]:
-        typer.echo(f"· {printable(note)}")
+        echo(f"· {note}")
 
 
 def _title(text: str) -> None:
-    typer.echo(f"\n{printable(text)}")
+    echo(f"\n{text}")
 
 
 def _print_scores(found: Described) -> None:

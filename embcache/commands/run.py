@@ -22,14 +22,18 @@ from embcache.commands.options import (
     MetricOption,
     NameOption,
     OverlapOption,
+    check_suffix,
     class_options,
     split_list,
+    takes_columns,
     write_json,
 )
+from embcache.commands.output import echo, echo_data
 from embcache.commands.progress import ProgressBar
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
+    from embcache.data.chosen import Columns
     from embcache.report.layout import Table
 
 FormatOption = Annotated[
@@ -44,6 +48,7 @@ FigureOption = Annotated[
 ]
 
 
+@takes_columns
 def run(
     what: Annotated[
         str, typer.Argument(metavar="NAME|FILE.toml", help="table1–table4, B1–B8, C1–C4, G1, fig2, D1, D2, F1.")
@@ -96,6 +101,8 @@ def run(
     figure: FigureOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its cost; do nothing.")] = False,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Make a table or a figure of the paper, or a grid of one's own: plan, do what is missing, print.
 
@@ -110,12 +117,12 @@ def run(
     from embcache.study.order import Order, deliver
 
     check_format(format)
-    output = _checked_output(output)
+    output = _checked_output(output, format)
     given = {
         "folds": folds, "val": val, "test": test, "repeats": repeats, "seed": seed, "recipe": recipe,
         "exclude_test_overlap": exclude_test_overlap, "max_epochs": max_epochs, "data_root": data_root, "home": home,
         "weights": parse_weights(weights) or {}, "transform": transform, "device": device, "workers": workers,
-        "allow_missing": allow_missing, "dataset_name": name, "lr": parse_rates(split_list(lr)),
+        "allow_missing": allow_missing, "dataset_name": name, "columns": columns, "lr": parse_rates(split_list(lr)),
         "classes": class_options(drop_class, merge_class) if drop_class or merge_class else None,
     }  # fmt: skip
     order = Order(
@@ -130,9 +137,9 @@ def run(
     )
     with ProgressBar("step") as bar:
         try:
-            done = deliver(order, say=lambda line: typer.echo(line, err=True), progress=bar.update)
+            done = deliver(order, say=lambda line: echo(line, err=True), progress=bar.update)
         except (KeyboardInterrupt, SystemExit):
-            typer.echo("\nstopped: what is finished stays, and the same command goes on from there", err=True)
+            echo("\nstopped: what is finished stays, and the same command goes on from there", err=True)
             raise
     _hand_over(render(done.table, format), done.table, done.figures, output, json)
     if done.empty:
@@ -164,7 +171,7 @@ def curves(
     from embcache.report.render import check_format, render
 
     check_format(format)
-    output = _checked_output(output)
+    output = _checked_output(output, format)
     target = _checked_figure(figure)
     results = find_results(
         home=home,
@@ -188,23 +195,24 @@ def _hand_over(
         from embcache.report.csvfile import write_text
 
         write_text(output, text)
-        typer.echo(f"table   {output}", err=True)
+        echo(f"table   {output}", err=True)
     elif json != "-":
-        typer.echo(text, nl=False)
+        echo_data(text, "--output FILE")
     for path in figures:
-        typer.echo(f"figure  {path}", err=True)
+        echo(f"figure  {path}", err=True)
     if json:
         answer = {"name": table.name, "title": table.title, "records": [dict(r) for r in table.records],
                   "notes": list(table.notes), "figures": [str(path) for path in figures], **more}  # fmt: skip
         write_json(answer, json)
 
 
-def _checked_output(output: Path | None) -> Path | None:
+def _checked_output(output: Path | None, format: str) -> Path | None:
     """The file of the table, its home folder spelled out; an error where it could not be written after all the work."""
     from embcache.report.csvfile import check_target
+    from embcache.report.render import SUFFIXES
 
     if output is not None:
-        output = output.expanduser()
+        output = check_suffix(output.expanduser(), "--output", *SUFFIXES[format])
         check_target(output)
     return output
 

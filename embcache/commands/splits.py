@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,13 +21,18 @@ from embcache.commands.options import (
     TestOption,
     ValOption,
     advise_by,
+    check_suffix,
     class_options,
+    command,
     split_list,
+    takes_columns,
 )
+from embcache.commands.output import echo, json_text
 from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
+    from embcache.data.chosen import Columns
     from embcache.probe.splits import Splits
 
 app = typer.Typer(help="The exact images of every fold and subset.", no_args_is_help=True, callback=advise_by)
@@ -37,6 +41,7 @@ OneDatasetOption = Annotated[str, typer.Option("--dataset", metavar="NAME", help
 
 
 @app.command("export")
+@takes_columns
 def export(
     dataset: OneDatasetOption,
     output: Annotated[
@@ -58,6 +63,8 @@ def export(
     merge_class: MergeClassOption = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Write the splits that `embcache probe` draws, as JSON: ids of the test set and of every fold and subset.
 
@@ -67,10 +74,14 @@ def export(
     from embcache.probe.cached import plan_cached
     from embcache.probe.splits import write_splits
 
+    if output != "-":
+        check_suffix(Path(output), "--output", ".json")
     names = split_list(backbone)
     if len(names) > 1:
         raise UsageError("--backbone names the one store that tells which images are identical", found=", ".join(names))
-    ds, source = find_dataset(dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds, source = find_dataset(
+        dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
+    )
     ds = class_options(drop_class, merge_class).of(ds)
     splits, store = plan_cached(
         ds,
@@ -86,15 +97,16 @@ def export(
     knows = f"identical and unreadable images as {store.path.name} knows them" if store else "no features cached yet"
     print_note(f"labels and groups from the {source} dataset; {knows}")
     if output == "-":
-        typer.echo(jsonlib.dumps(splits.to_json(), indent=1, ensure_ascii=False))
+        echo(json_text(splits.to_json(), indent=1, shown=True), nl=False)
         return
     write_splits(splits, Path(output))
     _print(splits)
-    typer.echo(f"written to {output}")
-    typer.echo(f"next: embcache probe --dataset {ds.name} --splits {output}")
+    echo(f"written to {output}")
+    echo("next: " + command("probe", "--dataset", ds.name, "--splits", output, home=home))
 
 
 @app.command("import")
+@takes_columns
 def import_(
     file: Annotated[Path, typer.Argument(help="A file written by `embcache splits export`.")],
     dataset: OneDatasetOption,
@@ -104,6 +116,8 @@ def import_(
     merge_class: MergeClassOption = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Check someone else's splits against a dataset and keep them for `embcache probe --splits NAME`.
 
@@ -114,14 +128,15 @@ def import_(
     from embcache.data.dataset import find_dataset
     from embcache.probe.cached import import_splits
 
-    ds, _ = find_dataset(dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds, _ = find_dataset(
+        dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
+    )
     ds = class_options(drop_class, merge_class).of(ds)
     imported = import_splits(file, ds, home)
     _print(imported.splits)
-    typer.echo(f"kept as {imported.path}")
-    typer.echo(
-        f"next: embcache probe --dataset {ds.name} --splits {imported.name} --subset {imported.splits.subsets[0]}"
-    )
+    echo(f"kept as {imported.path}")
+    words = ["--dataset", ds.name, "--splits", imported.name, "--subset", str(imported.splits.subsets[0])]
+    echo("next: " + command("probe", *words, home=home))
 
 
 def _print(splits: Splits) -> None:

@@ -17,14 +17,18 @@ from embcache.commands.options import (
     HomeOption,
     JsonOption,
     NameOption,
+    echo_near,
     split_list,
+    takes_columns,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.table import print_note, print_table
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import home_dir
 
 if TYPE_CHECKING:
+    from embcache.data.chosen import Columns
     from embcache.upkeep import InterruptedRun, StoreInfo
 
 RecipeOption = Annotated[
@@ -56,10 +60,11 @@ def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption 
         return
     where = home_dir(home)
     if not stores:
-        typer.echo(f"nothing is cached in {where}" + (f" for {', '.join(names)}" if names else ""))
+        echo(f"nothing is cached in {where}" + (f" for {', '.join(names)}" if names else ""))
+        echo_near(names, home)
         for note in map(_go_on, begun):
-            typer.echo(note)
-        typer.echo("next: embcache demo, or embcache extract --backbone NAME --dataset NAME")
+            echo(note)
+        echo("next: embcache demo, or embcache extract --backbone NAME --dataset NAME")
         return
     rows = [
         [s.dataset, s.backbone, s.fingerprint, *([""] * 6), "damaged"]
@@ -126,9 +131,10 @@ def info(
     if json == "-":
         return
     for index, answer in enumerate(answers):
-        typer.echo(("\n" if index else "") + _in_words(answer))
+        echo(("\n" if index else "") + _in_words(answer))
 
 
+@takes_columns
 def export(
     target: Annotated[Path, typer.Argument(help="File to write: .npz, .parquet, .csv, .zarr or .h5.")],
     backbone: BackboneOption = None,
@@ -147,6 +153,8 @@ def export(
     home: HomeOption = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Write features, labels, groups and splits of one store as one file for other tools.
 
@@ -167,10 +175,12 @@ def export(
             found=f"backbones: {', '.join(backbones) or 'none'}; datasets: {', '.join(datasets) or 'none'}",
             fix="embcache export TARGET --backbone NAME --dataset NAME   (embcache ls says what is cached)",
         )
-    ds, origin = find_dataset(datasets[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    ds, origin = find_dataset(
+        datasets[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
+    )
     store = open_store(backbones[0], ds, home=home, recipe=recipe, views=views)
     written = export_features(store, ds, target, format=format, overwrite=force)
-    typer.echo(f"{target}: {written:,} rows of {store.row_shape} {store.dtype}")
+    echo(f"{target}: {written:,} rows of {store.row_shape} {store.dtype}")
     print_note(f"labels and splits are from the {origin} dataset")
     if store.quarantined:
         print_note(f"{len(store.quarantined):,} images that could not be read are left out")

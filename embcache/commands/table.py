@@ -6,8 +6,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 
-import typer
-
+from embcache.commands.output import echo
 from embcache.errors import printable
 
 
@@ -45,9 +44,9 @@ def _cell(text: str) -> str:
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, notes: Sequence[str] = ()) -> None:
     """Print a table to stdout, its notes beneath."""
-    typer.echo(format_table(headers, rows))
+    echo(format_table(headers, rows))
     for note in notes:
-        typer.echo(f"· {printable(note)}")
+        echo(f"· {note}")
 
 
 def spread(mean: float | None, std: float | None) -> str:
@@ -64,4 +63,4 @@ def bounds(interval: tuple[float, float] | None, sign: str = "") -> str:
 
 def print_note(text: str) -> None:
     """Print ``note: text`` to stderr, with control characters (of ids and paths, say) escaped in each line."""
-    typer.echo(f"note: {printable(text)}", err=True)
+    echo(f"note: {text}", err=True)

@@ -20,11 +20,13 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.progress import ProgressBar
 from embcache.commands.store import RecipeOption, printable, size_words
 from embcache.commands.table import print_table
-from embcache.errors import EmbcacheError, StoreNotFoundError, UsageError
-from embcache.paths import home_dir, slug
+from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError
+from embcache.io import skip
+from embcache.paths import PathLike, home_dir, slug
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
@@ -41,7 +43,6 @@ _KINDS = {
     "shard": "damaged",
     "extra": "too much",
     "view": "damaged view",
-    "moved": "not put back",
 }
 _SHOWN = 20  # lines of damage of one store
 
@@ -94,12 +95,18 @@ def verify(
     from embcache.upkeep.verify import find_stores, verify_store
 
     loaders = {each: _Loader(each, data_root, home, allow_missing, name) for each in datasets}
+    unread: list[dict[str, str]] = []
+
+    def not_read(path: PathLike, error: OSError | StoreError) -> None:
+        skip(path, error)
+        unread.append({"path": str(path), "error": str(error)})
+
     stores = [
         path
         for each in (datasets or (None,))
-        for path in find_stores(home, each and loaders[each].folder(), backbones, recipe)
+        for path in find_stores(home, each and loaders[each].folder(), backbones, recipe, not_read)
     ]
-    if not stores:
+    if not stores and not unread:
         asked = [*(f"--dataset {each}" for each in datasets), *(f"--backbone {each}" for each in backbones)]
         asked += [f"--recipe {recipe}"] if recipe else []
         raise StoreNotFoundError(
@@ -114,7 +121,11 @@ def verify(
         # Pixels first: mending features may read them.
         for path in sorted(stores, key=lambda path: (path.parent.name, not path.name.startswith("pixels-"), path.name)):
             label = f"{path.parent.name}/{path.name}"
-            check = verify_store(path, lambda done, total, label=label: bar.update(done, total, label))  # type: ignore[misc]
+            try:
+                check = verify_store(path, lambda done, total, label=label: bar.update(done, total, label))  # type: ignore[misc]
+            except StoreError as error:
+                not_read(path, error)
+                continue
             load = by_folder.setdefault(path.parent.name, _Loader(path.parent.name, None, home, allow_missing, None))
             answer, well = _one_store(
                 check,
@@ -123,15 +134,15 @@ def verify(
                 source=source,
                 direct=direct,
                 options={"home": home, "weights": given, "device": device},
-                tell=(lambda line: typer.echo(line, err=True)) if quiet else typer.echo,
+                tell=(lambda line: echo(line, err=True)) if quiet else echo,
             )
             answers.append(answer)
             failed |= not well
     told = "\n".join(a["repaired"]["error"] or "" for a in answers if a["repaired"])
     snapshots = _check_snapshots({path.parent for path in stores}, by_folder, home, repair, quiet, told)
-    failed |= any(row["problem"] for row in snapshots)
+    failed |= bool(unread) or any(row["problem"] for row in snapshots)
     if json:
-        write_json({"well": not failed, "stores": answers, "snapshots": snapshots}, json)
+        write_json({"well": not failed, "stores": answers, "snapshots": snapshots, "unread": unread}, json)
     if not quiet:
         _conclude(answers)
     if failed:
@@ -206,7 +217,7 @@ def _one_store(
                         **options,
                     )
             except EmbcacheError as error:
-                typer.echo(f"embcache: {check.dataset}/{check.path.name}: {error}", err=True)
+                echo(f"embcache: {check.dataset}/{check.path.name}: {error}", err=True)
                 answer["repaired"] = {"done": done, "left": answer["damage"], "error": str(error)}
                 return answer, False
             well = not after.damage
@@ -322,10 +333,10 @@ def _check_snapshots(
                     mended = True
             except EmbcacheError as error:
                 if str(error) not in told:
-                    typer.echo(f"embcache: {error}", err=True)
+                    echo(f"embcache: {error}", err=True)
         if problem and not quiet:
             fix = "written anew" if mended else "embcache verify --repair --dataset NAME --data-root FOLDER mends it"
-            typer.echo(f"snapshot: {path}: {problem}; {fix}")
+            echo(f"snapshot: {path}: {problem}; {fix}")
         rows.append({"path": str(path), "problem": "" if mended else problem, "repaired": mended})
     return rows
 

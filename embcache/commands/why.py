@@ -16,18 +16,22 @@ from embcache.commands.options import (
     JsonOption,
     NameOption,
     split_list,
+    takes_columns,
     write_json,
 )
+from embcache.commands.output import echo
 from embcache.commands.store import printable, size_words
 from embcache.commands.table import format_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
+    from embcache.data.chosen import Columns
     from embcache.upkeep.why import Why
 
 _IDS = 5
 
 
+@takes_columns
 def why(
     backbone: BackboneOption = None,
     dataset: DatasetOption = None,
@@ -57,6 +61,8 @@ def why(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Say why an extraction would compute anything, and what it would cost; nothing is written.
 
@@ -78,7 +84,9 @@ def why(
     from embcache.data.dataset import find_dataset
     from embcache.upkeep.why import explain
 
-    found, _ = find_dataset(datasets[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name)
+    found, _ = find_dataset(
+        datasets[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
+    )
     answers = explain(
         names,
         found,
@@ -91,14 +99,14 @@ def why(
         feature_dtype=feature_dtype,
         batch_size=batch_size,
         workers=workers,
-        say=lambda line: typer.echo(f"{line} …", err=True),
+        say=lambda line: echo(f"{line} …", err=True),
     )
     if json:
         write_json([{"dataset": found.name, **answer.to_json()} for answer in answers], json)
     if json == "-":
         return
     for index, answer in enumerate(answers):
-        typer.echo(("\n" if index else "") + "\n".join(_in_words(found.name, answer)))
+        echo(("\n" if index else "") + "\n".join(_in_words(found.name, answer)))
 
 
 def _in_words(dataset: str, answer: Why) -> list[str]:

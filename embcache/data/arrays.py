@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from embcache.data.budget import Decoding
 from embcache.data.chunks import StrictFile, read_row
 from embcache.errors import DatasetError, EmbcacheError, ImageError
 
@@ -23,7 +24,7 @@ _files: OrderedDict[tuple[object, ...], Any] = OrderedDict()
 _lock = threading.Lock()
 
 
-def member_pixels(path: str, member: int) -> npt.NDArray[np.uint8]:
+def member_pixels(path: str, member: int, decoding: Decoding) -> npt.NDArray[np.uint8]:
     """Row ``member`` of the array in an HDF5 file, shape (H, W, 3), uint8.
 
     Raises
@@ -34,15 +35,15 @@ def member_pixels(path: str, member: int) -> npt.NDArray[np.uint8]:
         The file takes the array from elsewhere (`own_array`).
     """
     with _lock, _reasons():
-        array = _array(path, member)
+        array = _array(path, member, decoding)
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123
             return read_row(array, member, file.fileno())
 
 
-def member_size(path: str, member: int) -> tuple[int, int]:
+def member_size(path: str, member: int, decoding: Decoding) -> tuple[int, int]:
     """(width, height) of `member_pixels`."""
     with _lock, _reasons():
-        height, width = _array(path, member).shape[1:3]
+        height, width = _array(path, member, decoding).shape[1:3]
     return int(width), int(height)
 
 
@@ -80,10 +81,9 @@ def own_array(file: Any, key: str) -> Any:
     )
 
 
-def _array(path: str, member: int) -> Any:
+def _array(path: str, member: int, decoding: Decoding) -> Any:
     """The array of an open file; files stay open, for opening costs more than reading a row."""
     import h5py
-    from PIL import Image  # probing from a cache lists such files and decodes none
 
     state = os.stat(path)  # noqa: PTH116
     # Keyed by process: a handle must not be used on both sides of a fork.
@@ -99,9 +99,7 @@ def _array(path: str, member: int) -> Any:
         raise ImageError(f"the HDF5 file has no array {KEY!r}") from error
     if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
         raise ImageError(f"the array {KEY!r} is not (N, H, W, 3) of uint8 but {array.shape} of {array.dtype}"[:200])
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit and array.shape[1] * array.shape[2] > limit:
-        raise ImageError(f"too large: more than {limit:,} pixels")
+    decoding.check_size(int(array.shape[2]), int(array.shape[1]))
     if min(array.shape[1:]) < 1:
         raise ImageError("the array's images have no pixels")
     if member >= len(array):

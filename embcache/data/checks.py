@@ -87,10 +87,15 @@ def check_paths(paths: Sequence[str], column: str, *, where: object) -> None:
     if not any(mark in whole for mark in ("..", "\n/", "\n\\", ":/", ":\\")):
         return
     for path in paths:
-        if path.startswith(("/", "\\")) or path[1:3] in (":/", ":\\"):
+        if is_absolute(path):
             raise refuse_outside(path, column, where=where)
         if ".." in path and ".." in path.replace("\\", "/").split("/"):
             raise refuse_outside(path, column, where=where)
+
+
+def is_absolute(path: str) -> bool:
+    """Whether a path is absolute on any system."""
+    return path.startswith(("/", "\\")) or path[1:3] in (":/", ":\\")
 
 
 def check_file_id(image_id: str, *, where: object) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from embcache.data.checks import SPLITS
 from embcache.data.groups import overlap_notes
-from embcache.errors import UsageError
+from embcache.errors import DatasetError, UsageError
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
@@ -42,21 +42,79 @@ class ClassOptions:
         UsageError
             A text is malformed; or as `ImageDataset.with_classes`.
         """
-        if not (self.drop or self.merge):
+        merge = [text for text in self.merge if text not in ds.columns.merge_class]  # the others were merged at loading
+        if not (self.drop or merge):
             return ds
-        merge: dict[str, list[str]] = {}
-        for text in self.merge:
-            members, equals, name = (part.strip() for part in text.rpartition("="))
-            if not (members and equals and name) or name in merge:
-                raise UsageError(
-                    "classes to merge are not given as they should be",
-                    expected="the classes with + between, = and their new name, which is given once",
-                    found=repr(text),
-                    where="--merge-class",
-                    fix=_example(ds.class_names),
-                )
-            merge[name] = _names(members, "+", ds.class_names)
-        return ds.with_classes([name for text in self.drop for name in _names(text, ",", ds.class_names)], merge)
+        dropped = [name for text in self.drop for name in _names(text, ",", ds.class_names)]
+        return ds.with_classes(dropped, _merges(merge, ds.class_names))
+
+
+def _merges(texts: Iterable[str], known: Sequence[str]) -> dict[str, list[str]]:
+    """Members of each class that ``a+b=c`` makes; `UsageError` where a text is malformed."""
+    merge: dict[str, list[str]] = {}
+    for text in texts:
+        members, equals, name = (part.strip() for part in text.rpartition("="))
+        if not (members and equals and name) or name in merge:
+            raise UsageError(
+                "classes to merge are not given as they should be",
+                expected="the classes with + between, = and their new name, which is given once",
+                found=repr(text),
+                where="--merge-class",
+                fix=_example(known),
+            )
+        merge[name] = _names(members, "+", known)
+    return merge
+
+
+def same_but_for_case(
+    labels: Sequence[str], merge: Sequence[str], *, where: object
+) -> tuple[dict[str, str], tuple[str, ...], list[str]]:
+    """Classes that differ only in letter case: merged where the user said so, else refused.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        One per image, empty where there is none.
+    merge : sequence of str
+        ``a+b=c``; those whose classes differ in more than letter case are not looked at.
+    where : object
+        The table or folder, for messages.
+
+    Returns
+    -------
+    merged : dict of str to str
+        New name of each class that has one.
+    done : tuple of str
+        The texts of ``merge`` that were followed.
+    notes : list of str
+
+    Raises
+    ------
+    DatasetError
+        Two classes differ only in letter case and were not merged.
+    """
+    counts = Counter(label for label in labels if label)
+    merged, done, notes = dict[str, str](), list[str](), list[str]()
+    for text in merge:
+        for name, members in _merges([text], list(counts)).items():
+            if set(members) <= counts.keys() and len({member.casefold() for member in members}) == 1 < len(members):
+                merged |= dict.fromkeys(members, name)
+                done.append(text)
+                notes.append(f"classes {', '.join(members)} are one class, {name}, as --merge-class says")
+    alike: dict[str, list[str]] = {}
+    for name in sorted(dict.fromkeys(merged.get(name, name) for name in counts)):
+        alike.setdefault(name.casefold(), []).append(name)
+    several = [names for names in alike.values() if len(names) > 1]
+    if several:
+        flags = [f"{'+'.join(names)}={max(names, key=lambda n: counts[n])}" for names in several]
+        raise DatasetError(
+            "classes differ only in letter case",
+            expected="one spelling per class",
+            found="; ".join(", ".join(f"{name} ({counts[name]:,})" for name in names) for names in several),
+            where=where,
+            fix=" ".join(f"--merge-class {shlex.quote(flag)}" for flag in flags),
+        )
+    return merged, tuple(done), notes
 
 
 def _names(text: str, separator: str, known: Sequence[str]) -> list[str]:

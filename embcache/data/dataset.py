@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +14,20 @@ import pandas as pd
 import pyarrow as pa
 
 from embcache.data.checks import check_table, first_few
+from embcache.data.chosen import Columns
 from embcache.data.classes import new_names, renamed
 from embcache.data.files import locate_files
-from embcache.data.groups import LOOKED_AT_LOADING, duplicate_notes, identical_files, merge_groups, overlap_notes
+from embcache.data.groups import (
+    LOOKED_AT_LOADING,
+    UNGROUPED,
+    duplicate_notes,
+    identical_files,
+    merge_groups,
+    overlap_notes,
+    patient_keys,
+)
+from embcache.data.nearby import near_misses
+from embcache.data.roles import unfit_groups
 from embcache.data.snapshot import decode_snapshot, encode_snapshot
 from embcache.data.source import (
     DATASETS,
@@ -27,8 +39,10 @@ from embcache.data.source import (
     resolve_root,
 )
 from embcache.errors import DatasetError, DatasetNotFoundError, printable
+from embcache.io import read_regular
 from embcache.notebook import few, html_table
 from embcache.paths import PathLike, home_dir, slug
+from embcache.typed import typed_fields
 
 __all__ = ["DATASETS", "ImageDataset", "find_dataset", "load_dataset"]
 
@@ -75,6 +89,8 @@ class ImageDataset:
         Paths that the labels name and that are not there.
     origin : Path or None
         What it was loaded from: the folder that was named, or the label table.
+    columns : Columns
+        How its table was read: the columns that the user named, and classes that differ only in letter case.
     target : str
         The column that the labels are (`embcache.data.columns.retarget`); empty for the dataset's own labels.
     renamed : mapping of str to str
@@ -103,6 +119,7 @@ class ImageDataset:
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     origin: Path | None = None
+    columns: Columns = field(default_factory=Columns)
     target: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
     whole: ImageDataset | None = None
@@ -198,7 +215,7 @@ class ImageDataset:
         """
         left_out = ("table", "target", "renamed", "whole")
         meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
-        meta |= {"subset_sizes": dict(self.subset_sizes)}
+        meta |= {"subset_sizes": dict(self.subset_sizes), "columns": asdict(self.columns)}
         meta |= {key: None if meta[key] is None else str(meta[key]) for key in ("root", "origin")}
         try:
             table = pa.Table.from_pandas(self.table, preserve_index=False)
@@ -217,10 +234,7 @@ class ImageDataset:
         """
         try:
             table, meta = decode_snapshot(data)
-            meta |= {key: None if meta[key] is None else Path(meta[key]) for key in ("root", "origin")}
-            for key in ("class_names", "notes", "missing"):
-                meta[key] = tuple(meta[key])
-            return cls(table=table.to_pandas(), **meta)
+            return cls(table=table.to_pandas(), **typed_fields(cls, meta))
         except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
             raise DatasetError("not a dataset snapshot", found=str(error).split("\n")[0]) from error
 
@@ -232,15 +246,17 @@ def load_dataset(
     allow_missing: bool = False,
     dataset_name: str | None = None,
     home: PathLike | None = None,
+    columns: Columns | Mapping[str, Any] | None = None,
 ) -> ImageDataset:
     """Load a dataset from its published layout, or any folder or table of labelled images.
 
     Parameters
     ----------
     name : str
-        A key of `DATASETS`; ``"folder"`` for one's own images.
+        A key of `DATASETS`; ``"folder"`` for one's own images; or the name of a cached dataset, which is loaded from
+        where it was extracted from or, where that is gone, from the snapshot that extraction kept.
     root : path, optional
-        The dataset's own folder, at any level of its archive (or, for ``"folder"``, a CSV or Parquet file).
+        The dataset's own folder, at any level of its archive (or, for ``"folder"``, a CSV, Parquet or Excel file).
         Default: ``$EMBCACHE_DATA/<name>``; for the sample ``<home>/sample-images``, drawn there when absent.
     allow_missing : bool
         Go on without the images that are named and not there; they are listed in ``missing``.
@@ -248,18 +264,27 @@ def load_dataset(
         Names the dataset (and so its stores) instead of the default.
     home : path, optional
         Folder of stores and runs; the sample lies in it.
+    columns : Columns or mapping, optional
+        Of the table of a ``"folder"``, the columns of path, label, group, split or id:
+        ``{"group": "Patient ID"}``; ``{"merge_class": ["Normal+normal=normal"]}`` for classes that differ only in
+        letter case. Default: by their names, which the notes tell.
 
     Raises
     ------
     DatasetNotFoundError
         There is no such dataset, or its root is missing or laid out otherwise.
     DatasetError
-        Images are missing, ids repeat, a label is unknown, a path leaves the root, a file may not be read.
+        Images are missing, ids repeat, a label is unknown, a path leaves the root, a file may not be read, there is
+        one class only, or several columns could be meant.
+    UsageError
+        A column is not there, or the layout is published and has its own.
     """
+    if name not in DATASETS:
+        return find_dataset(name, root=root, home=home, allow_missing=allow_missing, dataset_name=dataset_name)[0]
     source = find_source(name)
     with refusals_told():
         folder = resolve_root(source, root, home)
-        ds = replace(source.read(folder, choose_name(source, folder, dataset_name)), origin=folder)
+        ds = source.load(folder, choose_name(source, folder, dataset_name), Columns.of(columns))
         return settle(ds, source, allow_missing=allow_missing)
 
 
@@ -270,6 +295,7 @@ def find_dataset(
     home: PathLike | None = None,
     allow_missing: bool = False,
     dataset_name: str | None = None,
+    columns: Columns = Columns(),
 ) -> tuple[ImageDataset, str]:
     """The dataset from its files where they are there, else from the snapshot that extraction kept.
 
@@ -277,9 +303,9 @@ def find_dataset(
     ----------
     name : str
         As for `load_dataset`, or the name of a cached dataset (``mammo-1a2b3c4d``, or one set by ``--name``).
-    root, home, allow_missing, dataset_name
+    root, home, allow_missing, dataset_name, columns
         As for `load_dataset`. Without ``root`` the folder that the snapshot was made from comes before the
-        default one: the features are of its images.
+        default one: the features are of its images. Columns that are not named are those of the snapshot.
 
     Returns
     -------
@@ -291,21 +317,39 @@ def find_dataset(
         if name not in DATASETS:  # known by nothing but its snapshot
             raise
         cached = None  # the files themselves will do, and extraction writes the snapshot anew
+    if cached is None:
+        find_source(name, home)
     if cached is None or (name in DATASETS and name != cached.kind):
-        return load_dataset(name, root, allow_missing=allow_missing, dataset_name=dataset_name, home=home), "live"
+        load = functools.partial(load_dataset, allow_missing=allow_missing, home=home, columns=columns)
+        return load(name, root, dataset_name=dataset_name), "live"
     # Who extracted without the missing images has agreed to go on without them.
-    load = functools.partial(load_dataset, cached.kind, allow_missing=allow_missing or bool(cached.missing), home=home)
+    allow_missing, columns = allow_missing or bool(cached.missing), columns.over(cached.columns)
+    load = functools.partial(load_dataset, cached.kind, allow_missing=allow_missing, home=home, columns=columns)
     if root is not None:
         if Path(root).expanduser().exists() or Path(root).expanduser().resolve() != cached.origin:
             return load(root, dataset_name=dataset_name or cached.name), "live"
-        return cached, "snapshot"
+        return _as_kept(cached, columns), "snapshot"
     for folder in (cached.origin, None if cached.kind == "folder" else default_root(cached.kind, home)):
         if folder is not None and folder.exists():
             try:
                 return load(folder, dataset_name=cached.name), "live"
             except DatasetNotFoundError:  # the folder has been emptied, or is another thing of that name
                 continue
-    return cached, "snapshot"
+    return _as_kept(cached, columns), "snapshot"
+
+
+def _as_kept(cached: ImageDataset, columns: Columns) -> ImageDataset:
+    """The snapshot, if it was read with the columns that are named."""
+    if columns.named() != cached.columns.named():
+        raise DatasetNotFoundError(
+            "the images' folder is not there, and the snapshot was read with other columns",
+            expected=", ".join(f"{role}: {name}" for role, name in columns.named().items()),
+            found=", ".join(f"{role}: {name}" for role, name in cached.columns.named().items())
+            or "columns by their names",
+            where=cached.origin,
+            fix=("--data-root FOLDER", "leave --group-column and the like out"),
+        )
+    return cached
 
 
 def read_snapshot(name: str, home: PathLike | None = None) -> ImageDataset | None:
@@ -317,10 +361,14 @@ def read_snapshot(name: str, home: PathLike | None = None) -> ImageDataset | Non
         The snapshot is damaged.
     """
     path = home_dir(home) / slug(name) / "dataset.parquet"
-    if not path.is_file():
-        return None
     try:
-        return ImageDataset.from_parquet_bytes(path.read_bytes())
+        return ImageDataset.from_parquet_bytes(read_regular(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DatasetError(
+            "the snapshot of a dataset cannot be read", found=error.strerror or str(error), where=path
+        ) from error
     except DatasetError as error:
         raise DatasetError(
             "the snapshot of a dataset is damaged",
@@ -346,21 +394,50 @@ def settle(ds: ImageDataset, source: DatasetSource, *, allow_missing: bool) -> I
     missing = tuple(path for path, size in sizes.items() if size is None)
     if missing and (not allow_missing or len(missing) == len(sizes)):
         get = f"get the images: kagglehub.{source.download}" if source.download else "put the images there"
+        near, advice = near_misses(ds.root, missing)
+        get = advice or get
         raise DatasetError(
             f"{len(missing):,} of {len(sizes):,} images that the labels name are not there",
             expected="a file for every row",
-            found=f"no {first_few(missing)}",
+            found=f"no {first_few(missing)}" + (f"\n{near}" if near else ""),
             where=ds.root,
             fix=get if len(missing) == len(sizes) else (get, "--allow-missing (in Python allow_missing=True)"),
         )
     if missing:
         note = f"{len(missing):,} of {len(sizes):,} images are missing and left out (first: {first_few(missing, 3)})"
         ds = replace(ds, table=ds.table[~ds.table["path"].isin(missing)], missing=missing, notes=(*ds.notes, note))
-    return (
-        group_identical(ds, sizes)
-        if source.merge_identical
-        else replace(ds, notes=(*ds.notes, *overlap_notes(ds.table)))
-    )
+    return join_groups(ds, source, sizes)
+
+
+def join_groups(ds: ImageDataset, source: DatasetSource, sizes: Mapping[str, int | None]) -> ImageDataset:
+    """Join what belongs together by the files themselves: images of one DICOM patient, and identical ones."""
+    ds = group_patients(ds, sizes) if UNGROUPED in ds.notes else ds
+    if source.merge_identical:
+        return group_identical(ds, sizes)
+    return replace(ds, notes=(*ds.notes, *overlap_notes(ds.table)))
+
+
+def group_patients(ds: ImageDataset, sizes: Mapping[str, int | None]) -> ImageDataset:
+    """Groups by the PatientID of DICOM files, where no column tells.
+
+    Each group is called after the first of its images: a PatientID is kept nowhere.
+    """
+    if len(ds) > LOOKED_AT_LOADING or ds.root is None:
+        return ds
+    paths = ds.table["path"].tolist()
+    patients = patient_keys(ds.root, [path if sizes[path] is not None else "" for path in paths])
+    if patients is None:
+        return ds
+    why = unfit_groups(patients, ds.labels.tolist())
+    if why:
+        return replace(ds, notes=(*ds.notes, f"the PatientID of the DICOM files is not taken for groups: {why}"))
+    table = ds.table.assign(group=merge_groups(ds.table["id"].tolist(), patients))
+    lacking = patients.count("")
+    known = len(set(patients) - {""})
+    note = f"groups are those of the PatientID in the DICOM files ({known:,} patients), named after an image of each"
+    notes = [note if each == UNGROUPED else each for each in ds.notes]
+    notes += [f"{lacking:,} of {len(ds):,} images have no PatientID: each is a group of its own"] if lacking else []
+    return replace(ds, table=table, notes=tuple(notes))
 
 
 def group_identical(ds: ImageDataset, sizes: Mapping[str, int | None]) -> ImageDataset:

@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 import io
-import os
+import math
+import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import TiffImagePlugin
 
+from embcache.data.budget import Decoding
+from embcache.data.files import has_dicom_suffix
+from embcache.data.gray import widen_to_bytes
+from embcache.data.headers import codestream_size, jpeg_frame
 from embcache.data.quiet import quiet
 from embcache.errors import DatasetError, ImageError
 
 _DEFLATED, _PLAIN = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"  # transfer syntaxes
 _MOST_INFLATED = 1 << 29
+_LOSSLESS = 0xC3  # the JPEG marker of a frame that Huffman codes without loss
 _HEAD = 1 << 20
+_FIRST = 1 << 13
+_PATIENT = 0x00100020  # the tag of PatientID
 _BLOCK = 1 << 22  # pixels rendered at a time
-_SUFFIXES = (".dcm", ".dicom", ".dic")
-
-
-def has_dicom_suffix(name: str) -> bool:
-    """Whether a file name ends as DICOM files' names do."""
-    return os.path.splitext(name)[1].lower() in _SUFFIXES  # noqa: PTH122
+# The one plugin of pydicom, and its package, that decodes a compression; what is not here is decoded by pydicom alone.
+_PLUGINS = {
+    "1.2.840.10008.1.2.4.50": ("pillow", "Pillow"),
+    "1.2.840.10008.1.2.4.51": ("pillow", "Pillow"),
+    "1.2.840.10008.1.2.4.57": ("gdcm", "python-gdcm"),
+    "1.2.840.10008.1.2.4.70": ("gdcm", "python-gdcm"),
+    "1.2.840.10008.1.2.4.80": ("pyjpegls", "pyjpegls"),
+    "1.2.840.10008.1.2.4.81": ("pyjpegls", "pyjpegls"),
+    **{f"1.2.840.10008.1.2.4.{n}": ("pylibjpeg", "pylibjpeg-openjpeg") for n in (90, 91, 201, 202, 203)},
+    "1.2.840.10008.1.2.5": ("pydicom", "pydicom"),
+}
+# What an image's gray values hang on, and the macros of functional groups that state it for a frame.
+_MACROS = {
+    "PixelValueTransformationSequence": ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"),
+    "FrameVOILUTSequence": ("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
+}
+_ATTRIBUTES = (
+    "PhotometricInterpretation", "PixelRepresentation", "BitsStored", "PixelPaddingValue", "PixelPaddingRangeLimit",
+    "FloatPixelPaddingValue", "FloatPixelPaddingRangeLimit", "DoubleFloatPixelPaddingValue",
+    "DoubleFloatPixelPaddingRangeLimit", *(name for names in _MACROS.values() for name in names),
+)  # fmt: skip
 
 
 def is_dicom(data: bytes, name: str = "") -> bool:
@@ -33,12 +58,16 @@ def is_dicom(data: bytes, name: str = "") -> bool:
     return data[128:132] == b"DICM" or has_dicom_suffix(name)
 
 
-def decode_dicom(data: bytes, name: str = "") -> npt.NDArray[np.uint8]:
+def decode_dicom(data: bytes, name: str = "", decoding: Decoding | None = None) -> npt.NDArray[np.uint8]:
     """The first frame as a viewer shows it.
 
-    Grey: rescaled (slope and intercept, or the modality's table); then the first window or table of interest if the
-    file has one, else the image's own range; MONOCHROME1 is inverted, so that more is always brighter; padding is
-    black. Colour and palette images become RGB.
+    Gray: stored values (of `BitsStored` below `HighBit`, or floating point), rescaled by slope and intercept or the
+    modality's table; then the first table of interest, of its own bits, else the first window of a positive width, else
+    the image's own range; MONOCHROME1 is inverted, so that more is always brighter; padding is black and outside the
+    range. All of these are the frame's: what its functional group says comes before the group of all frames, and that
+    before the file. Color and palette images become RGB.
+
+    Each compression is decoded by one library, so that the pixels do not depend on what else is installed.
 
     Parameters
     ----------
@@ -46,6 +75,8 @@ def decode_dicom(data: bytes, name: str = "") -> npt.NDArray[np.uint8]:
         The whole file.
     name : str
         Its name, for messages.
+    decoding : Decoding, optional
+        The limit on pixels, and who is told of further frames.
 
     Returns
     -------
@@ -56,40 +87,52 @@ def decode_dicom(data: bytes, name: str = "") -> npt.NDArray[np.uint8]:
     DatasetError
         pydicom, or the package that knows the file's compression, is not installed: that says nothing about the image.
     ImageError
-        The file holds no image, or it is too large. What pydicom raises on broken files passes through.
+        The file holds no image, it is too large, or what it says of its values cannot be followed. What pydicom raises
+        on broken files passes through.
     """
+    decoding = decoding or Decoding()
     with _pydicom(name) as pydicom:
         file = pydicom.dcmread(io.BytesIO(_inflated(data)), force=True)
-        _check(pydicom, file, name)
-        _check_runs(pydicom, file)
-        frame = pydicom.pixels.pixel_array(file, index=0)
-        if frame.shape[:2] != (int(file.Rows), int(file.Columns)) or frame.shape[2:] not in ((), (3,)):
-            raise ImageError(f"a DICOM file whose frame has the shape {frame.shape}"[:120])
-        if not _has_palette(file) and frame.ndim == 3:  # YBR has been made RGB
-            return _eight_bits(frame, int(file.BitsStored))
-        pixels = np.empty((*frame.shape[:2], 3), np.uint8)
-        rows = max(1, _BLOCK // max(1, frame.shape[1]))
-        parts = [slice(top, top + rows) for top in range(0, len(frame), rows)]
-        paint = _colours(pydicom, file) if _has_palette(file) else _greys(pydicom, file, frame, parts)
-        for part in parts:
-            pixels[part] = paint(frame[part])
+        _check(pydicom, file, name, decoding)
+        need = int(file.Rows) * int(file.Columns) * (int(file.get("SamplesPerPixel", 1)) + 2)
+        with decoding.hold(need * (int(file.get("BitsAllocated", 8)) // 8 + 3)):
+            if int(file.get("NumberOfFrames", 1) or 1) > 1:
+                decoding.note("the first of several frames or pages is used", name)
+            return _render(pydicom, file)
+
+
+def _render(pydicom: Any, file: Any) -> npt.NDArray[np.uint8]:
+    frame, photometric = _frame(pydicom, file)
+    if photometric == "RGB":
+        return _eight_bits(frame, int(file.BitsStored))
+    pixels = np.empty((*frame.shape[:2], 3), np.uint8)
+    rows = max(1, _BLOCK // max(1, frame.shape[1]))
+    parts = [slice(top, top + rows) for top in range(0, len(frame), rows)]
+    if photometric == "PALETTE COLOR":
+        paint = _colors(pydicom, file)
+    else:
+        order = ">" if file.file_meta.TransferSyntaxUID == pydicom.uid.ExplicitVRBigEndian else "<"
+        paint = _grays(_of_frame(pydicom, file), order, frame, parts)
+    for part in parts:
+        pixels[part] = paint(frame[part])
     return pixels
 
 
-def dicom_size(file: IO[bytes], name: str = "") -> tuple[int, int]:
+def dicom_size(file: IO[bytes], name: str = "", decoding: Decoding | None = None) -> tuple[int, int]:
     """(width, height) from the header of an open file. Raises as `decode_dicom`."""
+    decoding = decoding or Decoding()
     with _pydicom(name) as pydicom:
         head = file.read(_HEAD)
         try:
             if len(head) == _HEAD and _DEFLATED in head:
                 raise EOFError("what is deflated is read whole")
             header = pydicom.dcmread(io.BytesIO(_inflated(head)), force=True, stop_before_pixels=True)
-            _check(pydicom, header, name)
+            _check(pydicom, header, name, decoding)
         except Exception:  # cut short in the middle of what comes before the pixels, or broken
             if len(head) < _HEAD:
                 raise
             header = pydicom.dcmread(io.BytesIO(_inflated(head + file.read())), force=True, stop_before_pixels=True)
-            _check(pydicom, header, name)
+            _check(pydicom, header, name, decoding)
         return int(header.Columns), int(header.Rows)
 
 
@@ -103,7 +146,16 @@ def dicom_patient(file: IO[bytes], name: str = "") -> str:
     """
     with _pydicom(name) as pydicom:
         try:
-            head = io.BytesIO(_inflated(file.read(_HEAD)))
+            first = file.read(_FIRST)
+            if _DEFLATED not in first:  # in most files it is near the beginning: that must do for thousands of them
+                start = io.BytesIO(first)
+                header = pydicom.filereader.read_partial(start, lambda tag, *_: tag > _PATIENT, force=True)
+                if start.tell() < _FIRST or len(first) < _FIRST:
+                    return str(header.get("PatientID") or "").strip()
+        except Exception:  # cut short in the middle of an element
+            pass
+        try:
+            head = io.BytesIO(_inflated(first + file.read(_HEAD)))
             header = pydicom.dcmread(head, stop_before_pixels=True, specific_tags=["PatientID"], force=True)
             return str(header.get("PatientID") or "").strip()
         except Exception:  # whatever a broken file makes pydicom raise: decoding says what is wrong with it
@@ -125,117 +177,275 @@ def _inflated(data: bytes) -> bytes:
     return (data[:start] + body).replace(_DEFLATED, _PLAIN)
 
 
-def _check_runs(pydicom: Any, file: Any) -> None:
-    """Refuse run-length codes that hold more than the frame: pydicom unpacks them all before it counts."""
-    if file.file_meta.TransferSyntaxUID != pydicom.uid.RLELossless or "PixelData" not in file:
-        return
+def _frame(pydicom: Any, file: Any) -> tuple[npt.NDArray[Any], str]:
+    """Stored values of the first frame, (H, W) or (H, W, 3), and what they are: MONOCHROME…, PALETTE COLOR or RGB."""
+    syntax, values = file.file_meta.TransferSyntaxUID, str(file.PhotometricInterpretation)
+    # Floating-point values lie in an element of their own, and have no bits to choose from.
+    whole = "PixelData" in file
+    encoded = _encoded(pydicom, file) if whole and syntax.is_encapsulated else b""
+    own = whole and (not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless)  # bits as they were stored
+    if encoded and not own and int(file.HighBit) != int(file.BitsStored) - 1:
+        raise ImageError(f"a compressed DICOM frame of {file.BitsStored} bits, the highest {file.HighBit}"[:120])
+    if syntax == pydicom.uid.JPEGExtended12Bit and int(file.BitsStored) > 8:
+        frame = _twelve_bits(encoded, file)
+    else:
+        plugin = _PLUGINS.get(str(syntax), ("", ""))[0] if encoded else ""
+        options = {"decoding_plugin": plugin} if plugin else {}
+        frame, properties = pydicom.pixels.get_decoder(syntax).as_array(
+            file, index=0, **options, **({"correct_unused_bits": False} if own else {})
+        )
+        values = str(properties["photometric_interpretation"])
+    if frame.shape[:2] != (int(file.Rows), int(file.Columns)) or frame.shape[2:] != ((3,) if values == "RGB" else ()):
+        raise ImageError(f"a DICOM file of {values} whose frame has the shape {frame.shape}"[:120])
+    if values not in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB"):
+        raise ImageError(f"a DICOM file whose photometric interpretation {values!r} is not decoded"[:120])
+    return (_stored(file, frame) if own and int(file.BitsAllocated) > 1 else frame), values
+
+
+def _encoded(pydicom: Any, file: Any) -> bytes:
+    """The first frame's codestream; refused where it would unpack to something else than the frame."""
     frames = max(1, int(file.get("NumberOfFrames", 1) or 1))
-    frame = next(iter(pydicom.encaps.generate_frames(file.PixelData, number_of_frames=frames)))
-    samples = int(file.Rows) * int(file.Columns) * int(file.SamplesPerPixel)
-    if len(frame) > 2 * samples * max(1, int(file.BitsAllocated) // 8) + 4096:
-        raise ImageError("a DICOM frame of more run-length codes than it has pixels")
+    frame: bytes = next(iter(pydicom.encaps.generate_frames(file.PixelData, number_of_frames=frames)))
+    rows, columns = int(file.Rows), int(file.Columns)
+    if file.file_meta.TransferSyntaxUID == pydicom.uid.RLELossless:
+        samples = rows * columns * int(file.SamplesPerPixel)  # pydicom unpacks all runs before it counts
+        if len(frame) > 2 * samples * max(1, int(file.BitsAllocated) // 8) + 4096:
+            raise ImageError("a DICOM frame of more run-length codes than it has pixels")
+    elif (size := codestream_size(frame)) != (columns, rows):
+        stated = f"{size[0]}×{size[1]}" if size else "no sure size"
+        raise ImageError(f"a DICOM frame of {columns}×{rows} pixels whose compressed data state {stated}")
+    if _PLUGINS.get(str(file.file_meta.TransferSyntaxUID), ("",))[0] == "gdcm":
+        # Samples of another depth or number than the file says are written past the end of gdcm's buffer.
+        _, _, bits, components, marker = jpeg_frame(frame) or (0,) * 5
+        allocated, stored = int(file.BitsAllocated), int(file.BitsStored)
+        narrow = allocated == 8 and stored <= bits <= 8
+        wide = allocated == 16 and max(stored, 9) <= bits <= 16
+        if marker != _LOSSLESS or components != int(file.SamplesPerPixel) or not (narrow or wide):
+            raise ImageError(f"a DICOM frame whose lossless JPEG states {components} components of {bits} bits")
+    return frame
 
 
-def _has_palette(file: Any) -> bool:
-    return str(file.PhotometricInterpretation) == "PALETTE COLOR"
+def _twelve_bits(encoded: bytes, file: Any) -> npt.NDArray[Any]:
+    """JPEG of 12 bits, which no plugin of pydicom decodes: by the libtiff in Pillow, as the strip of a TIFF."""
+    rows, columns = int(file.Rows), int(file.Columns)
+    if int(file.SamplesPerPixel) != 1 or int(file.PixelRepresentation):
+        raise ImageError("a DICOM file of 12-bit JPEG that is signed or in color is not decoded")
+    tags = [(256, columns), (257, rows), (258, 12), (259, 7), (262, 1), (273, 8), (277, 1), (278, rows)]
+    tags.append((279, len(encoded)))
+    body = encoded + b"\0" * (len(encoded) % 2)
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    wrapped = b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory + bytes(4)
+    image = TiffImagePlugin.TiffImageFile(io.BytesIO(wrapped), "")
+    image.load()
+    return np.asarray(image)
+
+
+def _stored(file: Any, frame: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Values of the stored bits alone: above and below them there may be overlays."""
+    if frame.dtype.kind == "f":
+        return frame
+    allocated, bits, high = frame.dtype.itemsize * 8, int(file.BitsStored), int(file.HighBit)
+    if not (1 <= bits <= allocated and bits - 1 <= high < allocated):
+        raise ImageError(f"a DICOM file with {bits} bits stored of {allocated}, the highest {high}")
+    if bits == allocated:
+        return frame
+    frame = frame.astype(frame.dtype.newbyteorder("="), copy=False)
+    raw = frame.view(f"u{frame.dtype.itemsize}")
+    shift = high + 1 - bits
+    kept = np.asarray(raw << raw.dtype.type(allocated - bits - shift))
+    values = (kept.view(frame.dtype) >> (allocated - bits)).astype(frame.dtype, copy=False)
+    overlays = [element for element in file.group_dataset(0x6000) if element.tag.element == 0x0102 and element.value]
+    if shift == 0 and not overlays and (values != frame).any() and not _padding(file, frame)[values != frame].all():
+        raise ImageError(f"a DICOM file whose values need more than the {bits} bits that it says are stored")
+    # Padding may be a value that the stored bits cannot hold.
+    return np.where(_padding(file, frame), frame, values) if shift == 0 else values
 
 
 _Painter = Callable[[npt.NDArray[Any]], npt.NDArray[np.uint8]]
 
 
-def _colours(pydicom: Any, file: Any) -> _Painter:
+def _colors(pydicom: Any, file: Any) -> _Painter:
     """What makes RGB of rows of a palette image."""
 
     def paint(frame: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-        colour = pydicom.pixels.apply_color_lut(frame, file)[..., :3]
-        return _eight_bits(colour, colour.dtype.itemsize * 8)
+        color = pydicom.pixels.apply_color_lut(frame, file)[..., :3]
+        return _eight_bits(color, color.dtype.itemsize * 8)
 
     return paint
 
 
-def _greys(pydicom: Any, file: Any, frame: npt.NDArray[Any], parts: Sequence[slice]) -> _Painter:
-    """What makes RGB of rows of a grey image, some at a time: as float64 a whole one may take a gigabyte."""
+def _of_frame(pydicom: Any, file: Any) -> Any:
+    """The file's attributes, with those of the functional groups of the first frame in their place."""
+    header = pydicom.Dataset()
+    for name in _ATTRIBUTES:
+        if name in file:
+            header[name] = file[name]
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in (file.get(groups) or ())[:1]:
+            for macro, names in _MACROS.items():
+                for item in (group.get(macro) or ())[:1]:
+                    for name in names:  # a macro replaces all that an outer one says
+                        if name in header:
+                            del header[name]
+                        if name in item:
+                            header[name] = item[name]
+    return header
+
+
+def _grays(header: Any, order: str, frame: npt.NDArray[Any], parts: Sequence[slice]) -> _Painter:
+    """What makes RGB of rows of a gray image, some at a time: as float64 a whole one may take a gigabyte."""
+    modality = _table(header, order, "ModalityLUTSequence", bool(header.get("PixelRepresentation")))
+    slope, intercept = _number(header, "RescaleSlope", 1.0), _number(header, "RescaleIntercept", 0.0)
 
     def rescale(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        grey = np.asarray(pydicom.pixels.apply_modality_lut(rows, file), dtype=np.float64)
-        if file.get("VOILUTSequence"):
-            table = pydicom.pixels.apply_voi_lut(grey.astype(np.int64), file, prefer_lut=True)
-            grey = np.asarray(table, dtype=np.float64)
-        return grey
+        if modality is not None:
+            return modality.of(rows)
+        return rows.astype(np.float64) * slope + intercept
+
+    table = window = None
+    if header.get("VOILUTSequence"):
+        stored = -(2 ** (int(header.BitsStored) - 1)) if header.get("PixelRepresentation") else 0
+        table = _table(header, order, "VOILUTSequence", modality is None and stored * slope + intercept < 0)
+    else:
+        window = _window(header)
+    low, high = np.inf, -np.inf
+    if table is None and window is None:
+        with np.errstate(all="ignore"):
+            for part in parts:
+                gray = rescale(frame[part])
+                gray = gray[~_padding(header, frame[part]) & np.isfinite(gray)]
+                if gray.size:
+                    low, high = min(low, float(gray.min())), max(high, float(gray.max()))
+
+    def shades(gray: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        if table is not None:
+            return table.of(gray) / table.most
+        if window is not None:
+            return window(gray)
+        return np.clip((gray - low) / (high - low), 0.0, 1.0) if high > low else np.zeros_like(gray)
 
     def paint(rows: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         with np.errstate(all="ignore"):  # numbers that a broken header blows up
-            shades = np.nan_to_num(_shades(file, rescale(rows), low, high), nan=0.0)
-        if str(file.PhotometricInterpretation) == "MONOCHROME1":
-            shades = 1.0 - shades
-        shades[_padding(file, rows)] = 0.0
-        return np.repeat(np.rint(shades * 255.0).astype(np.uint8)[..., None], 3, axis=2)
+            gray = rescale(rows)
+            light = np.nan_to_num(shades(gray), nan=0.0)
+        if str(header.PhotometricInterpretation) == "MONOCHROME1":
+            light = 1.0 - light
+        light[_padding(header, rows) | np.isnan(gray)] = 0.0
+        return np.repeat(np.rint(light * 255.0).astype(np.uint8)[..., None], 3, axis=2)
 
-    low, high = np.inf, -np.inf
-    if file.get("VOILUTSequence") or not _has_window(file):  # a window needs no range
-        with np.errstate(all="ignore"):
-            for part in parts:
-                grey = rescale(frame[part])
-                grey = grey[~_padding(file, frame[part]) & np.isfinite(grey)]
-                if grey.size:
-                    low, high = min(low, float(grey.min())), max(high, float(grey.max()))
     return paint
 
 
-def _has_window(file: Any) -> bool:
-    return file.get("WindowCenter") is not None and file.get("WindowWidth") is not None
+@dataclass(frozen=True)
+class _Table:
+    """A lookup table: its entries, the value that the first is for, and the largest value of its bits."""
+
+    entries: npt.NDArray[np.float64]
+    first: int
+    most: float
+
+    def of(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """The entry of each value, rounded down to a whole one; those outside have the first or the last."""
+        at = np.nan_to_num(np.floor(values.astype(np.float64)), nan=0.0, posinf=2e9, neginf=-2e9) - self.first
+        return np.asarray(self.entries[np.clip(at, 0, len(self.entries) - 1).astype(np.int64)])
 
 
-def _shades(file: Any, grey: npt.NDArray[np.float64], low: float, high: float) -> npt.NDArray[np.float64]:
-    """Rescaled values to brightness, 0 to 1 (DICOM part 3, C.11.2.1.2 and C.11.2.1.3)."""
-    if not file.get("VOILUTSequence") and _has_window(file):
-        centre, width = _first(file.WindowCenter), _first(file.WindowWidth)
-        function = str(file.get("VOILUTFunction", "LINEAR")).upper()
-        if function == "SIGMOID" and width > 0:
-            return np.asarray(1.0 / (1.0 + np.exp(np.clip(-4.0 * (grey - centre) / width, -700.0, 700.0))))
+def _table(header: Any, order: str, sequence: str, signed: bool) -> _Table | None:
+    """The first table of a sequence (DICOM part 3, C.11.1.1 and C.11.2.1.1); None where there is none."""
+    if not header.get(sequence):
+        return None
+    item = header[sequence].value[0]
+    number, first, bits = (int(value) for value in item.LUTDescriptor)
+    number = number or 1 << 16
+    if first < 0 and not signed:
+        first += 1 << 16  # its VR depends on what the table is for, and may have been written or read as the other
+    elif first >= 1 << 15 and signed:
+        first -= 1 << 16
+    data = item.LUTData
+    if isinstance(data, bytes):
+        narrow = len(data) in (number, number + number % 2) and bits <= 8
+        data = np.frombuffer(data, np.uint8 if narrow else f"{order}u2", len(data) if narrow else len(data) // 2)[
+            :number
+        ]
+    entries = np.atleast_1d(np.asarray(data, np.float64))
+    if not 1 <= bits <= 16 or len(entries) < number:
+        raise ImageError(f"a DICOM lookup table of {bits} bits with {len(entries)} of {number} entries")
+    if entries.max() >= 1 << bits:
+        raise ImageError(f"a DICOM lookup table of {bits} bits with the entry {entries.max():.0f}")
+    return _Table(entries[:number], first, float((1 << bits) - 1))
+
+
+def _window(header: Any) -> Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]] | None:
+    """The first window that has a width, as brightness from 0 to 1 (DICOM part 3, C.11.2.1.2 and C.11.2.1.3)."""
+    function = str(header.get("VOILUTFunction") or "LINEAR").upper()
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        raise ImageError(f"a DICOM window with the function {function!r}"[:120])
+    for center, width in zip(_numbers(header, "WindowCenter"), _numbers(header, "WindowWidth"), strict=False):
+        if not math.isfinite(center + width) or width <= 0 or (function == "LINEAR" and width < 1):
+            continue  # what programs that remove names leave behind
         if function == "LINEAR":
-            centre, width = centre - 0.5, width - 1.0
-        # A window of no width is a threshold, as the standard has it for LINEAR and width 1.
-        return np.clip((grey - centre) / width + 0.5, 0.0, 1.0) if width > 0 else (grey > centre).astype(np.float64)
-    return np.clip((grey - low) / (high - low), 0.0, 1.0) if high > low else np.zeros_like(grey)
+            center, width = center - 0.5, width - 1.0
+        return partial(_windowed, center, width, function == "SIGMOID")
+    return None
 
 
-def _padding(file: Any, frame: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+def _windowed(center: float, width: float, sigmoid: bool, gray: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    if sigmoid:
+        return np.asarray(1.0 / (1.0 + np.exp(np.clip(-4.0 * (gray - center) / width, -700.0, 700.0))))
+    if width == 0:  # a threshold
+        return (gray > center).astype(np.float64)
+    return np.clip((gray - center) / width + 0.5, 0.0, 1.0)
+
+
+def _padding(header: Any, frame: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Which pixels are padding around the image, by the file's own account."""
-    value = file.get("PixelPaddingValue")
+    kind = {4: "Float", 8: "DoubleFloat"}[frame.dtype.itemsize] if frame.dtype.kind == "f" else ""
+    value = header.get(f"{kind}PixelPaddingValue")
     if value is None:
         return np.zeros(frame.shape, dtype=bool)
-    limit = file.get("PixelPaddingRangeLimit", value)
-    return np.asarray((frame >= min(value, limit)) & (frame <= max(value, limit)))
+    limit = header.get(f"{kind}PixelPaddingRangeLimit")
+    ends = [value, value if limit is None else limit]
+    if not kind:  # of either VR, whatever it was written as
+        span = 1 << 16
+        signed = frame.dtype.kind == "i"
+        ends = [int(end) % span - (span if signed and int(end) % span >= span // 2 else 0) for end in ends]
+    return np.asarray((frame >= min(ends)) & (frame <= max(ends)))
 
 
-def _eight_bits(colour: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(colour >> max(bits - 8, 0)).astype(np.uint8)
+def _eight_bits(color: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
+    if bits < 8:
+        return widen_to_bytes(color & ((1 << bits) - 1), bits)
+    return np.ascontiguousarray(color >> (bits - 8)).astype(np.uint8)
 
 
-def _first(value: Any) -> float:
-    return float(value[0] if isinstance(value, Sequence) and not isinstance(value, str) else value)
+def _numbers(header: Any, name: str) -> list[float]:
+    value = header.get(name)
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return [float(one) for one in (value if several else [value]) if one not in (None, "")]
 
 
-def _check(pydicom: Any, file: Any, name: str) -> None:
+def _number(header: Any, name: str, default: float) -> float:
+    return next(iter(_numbers(header, name)), default)
+
+
+def _check(pydicom: Any, file: Any, name: str, decoding: Decoding) -> None:
     if any(tag not in file for tag in ("Rows", "Columns", "PhotometricInterpretation")):
         raise ImageError("a DICOM file without an image")
     if min(int(file.Rows), int(file.Columns)) < 1:
         raise ImageError("a DICOM file whose image has no pixels")
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit and int(file.Rows) * int(file.Columns) > limit:
-        raise ImageError(f"too large: more than {limit:,} pixels")
+    decoding.check_size(int(file.Columns), int(file.Rows))
     if "TransferSyntaxUID" not in file.file_meta:  # a file without the preamble; this is the standard's default
         file.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
     syntax = file.file_meta.TransferSyntaxUID
-    decoder = pydicom.pixels.get_decoder(syntax)
-    if not decoder.is_available:
+    plugin, package = _PLUGINS.get(str(syntax), ("", ""))
+    available = pydicom.pixels.get_decoder(syntax).available_plugins
+    if plugin and plugin not in available:
         raise DatasetError(
             f"DICOM images compressed as {syntax.name} need a package that is not installed",
-            expected="one of: " + "; ".join(decoder.missing_dependencies),
-            found="none of them",
+            expected=package,
+            found="it is not installed",
             where=name or None,
-            fix="pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg",
+            fix='pip install "embcache[dicom]"',
         )
 
 
@@ -250,5 +460,5 @@ def _pydicom(name: str) -> Iterator[Any]:
             where=name or None,
             fix='pip install "embcache[dicom]"',
         ) from error
-    with quiet(r"pydicom|PIL\.", fatal=Image.DecompressionBombWarning):
+    with quiet(r"pydicom|PIL\."):
         yield pydicom

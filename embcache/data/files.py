@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from embcache.data.checks import refuse_outside
 from embcache.errors import DatasetError
 
-# What Pillow and pydicom read of what lies in image collections; anything else in a class folder is passed over.
+# What Pillow and pydicom read of what lies in image collections; other files in class folders are counted, not read.
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".webp", ".avif", ".tga"}
     | {".jp2", ".j2k", ".jpx", ".pgm", ".ppm", ".pbm", ".pnm", ".pcx", ".dcm", ".dicom", ".dic"}
 )
 
+_DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
 
 # A dataset may be a table of paths and labels instead of a folder.
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq", ".xlsx")
+
+# `IM000001`, `1.2.840.113619`, `I0000001.IMA`: scanners and archives name DICOM files so. Their content tells.
+_UNNAMED = re.compile(r"[^.]+|.*\.(?:\d+|ima|acr|dc3)", re.IGNORECASE)
 
 
 def is_litter(name: str) -> bool:
@@ -32,6 +39,38 @@ def is_image_name(name: str) -> bool:
     return dot + suffix.lower() in IMAGE_SUFFIXES and not is_litter(name)
 
 
+def has_dicom_suffix(name: str) -> bool:
+    """Whether a file name ends as DICOM files' names do."""
+    return name.lower().endswith(_DICOM_SUFFIXES)
+
+
+def is_image_file(folder: Path | str, name: str) -> bool:
+    """Whether a file's name has an image's suffix; or it has none, and the file is DICOM by its content."""
+    if is_image_name(name):
+        return True
+    if _UNNAMED.fullmatch(name) is None or is_litter(name):
+        return False
+    place = os.path.join(folder, name)  # noqa: PTH118
+    if not stat.S_ISREG(os.stat(place).st_mode):  # noqa: PTH116  # a pipe would never answer
+        return False
+    with open(place, "rb") as file:  # noqa: PTH123
+        return file.read(132)[128:] == b"DICM"
+
+
+def suffix_of(name: str) -> str:
+    """A file's suffix for counting: both of ``.nii.gz``, "no suffix" where there is none."""
+    match = re.fullmatch(r".+?((?:\.nii)?\.[A-Za-z][\w-]{0,15}|\.tar\.\w+)", name)
+    return match.group(1).lower() if match else "no suffix"
+
+
+def passed_note(passed: Counter[str]) -> list[str]:
+    """What to say of files that a scan passed over, by suffix."""
+    if not passed:
+        return []
+    counts = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(passed.items(), key=lambda item: (-item[1], item[0])))
+    return [f"{sum(passed.values()):,} files that are not images, or of no format that is read, are left out: {counts}"]
+
+
 def list_folder(folder: Path | str) -> list[os.DirEntry[str]]:
     """Entries of a folder sorted by name, litter left out."""
     with os.scandir(folder) as entries:
@@ -40,7 +79,20 @@ def list_folder(folder: Path | str) -> list[os.DirEntry[str]]:
 
 def subfolders(folder: Path) -> list[Path]:
     """Folders directly inside ``folder``, sorted by name."""
-    return [folder / e.name for e in list_folder(folder) if e.is_dir()]
+    with os.scandir(folder) as entries:
+        return [folder / name for name in sorted(e.name for e in entries if e.is_dir() and not is_litter(e.name))]
+
+
+def holds_images(folder: Path | str) -> bool:
+    """Whether there is an image at or below a folder; linked folders are not looked into."""
+    with os.scandir(folder) as entries:
+        inner = []
+        for entry in entries:
+            if entry.is_dir():
+                inner += [] if entry.is_symlink() or is_litter(entry.name) else [entry.path]
+            elif is_image_name(entry.name) or (entry.is_file() and is_image_file(folder, entry.name)):
+                return True
+    return any(map(holds_images, inner))
 
 
 def find_level(root: Path, matches: Callable[[Path], bool], depth: int = 2) -> Path | None:
@@ -58,10 +110,11 @@ def find_level(root: Path, matches: Callable[[Path], bool], depth: int = 2) -> P
     return None
 
 
-def walk_images(root: Path, folder: str = "") -> Iterator[str]:
+def walk_images(root: Path, folder: str = "", passed: Counter[str] | None = None) -> Iterator[str]:
     """Paths (relative to ``root``, posix) of the images at or below ``root/folder``, in sorted order.
 
-    Linked folders that lie inside the root are passed over (their images are found where they are).
+    Linked folders that lie inside the root are passed over (their images are found where they are). Other files are
+    counted in ``passed`` by their suffix.
 
     Raises
     ------
@@ -72,11 +125,13 @@ def walk_images(root: Path, folder: str = "") -> Iterator[str]:
         path = f"{folder}/{entry.name}" if folder else entry.name
         if entry.is_dir():
             if not entry.is_symlink():
-                yield from walk_images(root, path)
+                yield from walk_images(root, path, passed)
             elif not is_inside(root, os.path.realpath(entry.path)):
                 raise refuse_outside(path, where=root)
-        elif is_image_name(entry.name):
+        elif is_image_name(entry.name) or (entry.is_file() and is_image_file(root / folder, entry.name)):
             yield path
+        elif passed is not None:
+            passed[suffix_of(entry.name)] += 1
 
 
 def image_index(folder: Path) -> dict[str, str]:
@@ -125,12 +180,26 @@ def locate_files(root: Path, paths: Sequence[str], *, sizes: bool = True) -> dic
         A path leads out of the root through a symbolic link.
     """
     if not sizes:
-        return {path: None if state is None else 0 for path, state in _look(root, paths, lambda place: (0, 0))}
-    return {path: None if state is None else state[0] for path, state in stat_files(root, paths)}
+        return {path: state and state.size for path, state in _look(root, paths, lambda place: _NOT_LOOKED_AT)}
+    return {path: state and state.size for path, state in stat_files(root, paths)}
 
 
-def stat_files(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """Every distinct path under ``root`` with (size in bytes, mtime in ns) of its file, or None where there is none.
+class FileState(NamedTuple):
+    """What tells, without reading it, that a file is the one that was there: size in bytes, times in ns, inode.
+
+    Programs can restore ``mtime_ns`` and archives do; ``ctime_ns``, set by the system at every change of the file, and
+    the inode, another one where another file took its name, they cannot. On Windows ``ctime_ns`` is when the file was
+    made and there is no inode: a file that is rewritten in place, and has its time restored, is not noticed there.
+    """
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+def stat_files(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, FileState | None]]:
+    """Every distinct path under ``root`` with the state of its file, or None where there is none.
 
     Raises
     ------
@@ -140,14 +209,18 @@ def stat_files(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, tuple[in
     return _look(root, paths, _state)
 
 
-def _state(place: str | os.DirEntry[str]) -> tuple[int, int]:
+_NOT_LOOKED_AT = FileState(0, 0, 0, 0)
+
+
+def _state(place: str | os.DirEntry[str]) -> FileState:
     state = os.stat(place) if isinstance(place, str) else place.stat()  # noqa: PTH116
-    return state.st_size, state.st_mtime_ns
+    inode = state.st_ino & 0x7FFF_FFFF_FFFF_FFFF  # some file systems number them in more than 63 bits
+    return FileState(state.st_size, state.st_mtime_ns, state.st_ctime_ns, inode)
 
 
 def _look(
-    root: Path, paths: Sequence[str], look: Callable[[str | os.DirEntry[str]], tuple[int, int]]
-) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    root: Path, paths: Sequence[str], look: Callable[[str | os.DirEntry[str]], FileState]
+) -> Iterator[tuple[str, FileState | None]]:
     by_folder: dict[str, list[str]] = {}
     for path in dict.fromkeys(paths):
         by_folder.setdefault(path.rpartition("/")[0], []).append(path)

@@ -2,62 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from embcache.data.checks import COLUMNS, check_paths, check_strings, check_unique, first_few
+from embcache.data.checks import COLUMNS, check_paths, check_strings, check_unique, first_few, is_absolute
+from embcache.data.chosen import Columns
+from embcache.data.classes import same_but_for_case
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import TABLE_SUFFIXES, is_image_name, list_folder, subfolders, walk_images
-from embcache.data.labels import class_order, label_numbers, read_table
+from embcache.data.files import TABLE_SUFFIXES
+from embcache.data.groups import UNGROUPED
+from embcache.data.labels import class_order, label_notes, label_numbers, open_table, unify
+from embcache.data.levels import EXPECTED, find_layout, layout_error
+from embcache.data.nearby import near_misses, settle_paths
+from embcache.data.roles import SPLIT_NAMES, find_columns, find_groups, plain_name
 from embcache.data.source import DatasetSource
-from embcache.errors import DatasetError
-
-SPLIT_NAMES = {  # of folders and in a split column, compared in lower case
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-UNGROUPED = "no group column: every image counts as a patient of its own"
+from embcache.errors import DatasetError, UsageError
 
 
-def read_folder(root: Path, name: str) -> ImageDataset:
-    """Read class folders, or the table that ``root`` is."""
+def read_folder(root: Path, name: str, columns: Columns = Columns()) -> ImageDataset:
+    """Read class folders, the table that lies beside images, or the table that ``root`` is."""
     if root.is_file():
         if root.suffix.lower() not in TABLE_SUFFIXES:
-            raise SOURCE.layout_error(root, "the root is a file, but not a table")
-        return read_label_table(root, name)
-    names = {e.name for e in list_folder(root) if e.is_dir()}
-    if any(SPLIT_NAMES.get(n.lower()) == "train" and _has_classes(root / n) for n in names):
-        return _read_split_folders(root, name)
-    return _assemble(root, name, _class_rows(root, "", "train"), notes=_strays(root))
+            raise layout_error(root, "the root is a file, but not a table")
+        return read_label_table(root, name, columns)
+    layout = find_layout(root, columns)
+    if layout.table is not None:
+        ds = read_label_table(layout.table, name, columns)
+        return replace(ds, notes=(*layout.notes, *ds.notes))
+    if columns.named():
+        raise UsageError(
+            "class folders have no columns",
+            found=" ".join(f"--{role}-column" for role in columns.named()),
+            fix="--data-root TABLE, or leave these options out",
+        )
+    paths = [path for path, _, _ in layout.rows]
+    check_strings(paths, "path", where=root)
+    splits = [split for _, _, split in layout.rows]
+    cells = {"id": paths, "path": paths, "group": paths, "split": splits}
+    labels = [label for _, label, _ in layout.rows]
+    return _dataset(layout.root, name, cells, labels, columns, [UNGROUPED, *layout.notes], layout.root)
 
 
-def read_label_table(file: Path, name: str) -> ImageDataset:
+def read_label_table(file: Path, name: str, columns: Columns = Columns()) -> ImageDataset:
     """Read a table of ``path,label[,group][,split][,id][,anything]``; paths are relative to its folder.
 
     Labels are names or whole numbers, empty where unlabelled; rows without a split are for training; rows without
-    a group are a group of their own; without an ``id`` column the path is the id. Further columns are kept.
+    a group are a group of their own; without an ``id`` column the path is the id. Further columns are kept. Columns
+    may have other names that are usual, which notes name.
 
     Raises
     ------
     DatasetError
-        A column is absent; an id repeats; a split is unknown; a label occurs outside training only; a path
-        or an id is absolute or leads out of the folder.
+        A column is absent, or several could be meant; an id repeats; a split is unknown; a label occurs outside
+        training only, or there is one; classes differ only in letter case; a path or an id is absolute or leads out of
+        the folder.
+    UsageError
+        A column that was named is not there.
     """
-    source = read_table(file, ["path", "label"])
+    source, notes = open_table(file)
+    found, more = find_columns(source, columns, where=file)
+    notes += more
     if source.empty:
-        raise DatasetError("a label file has no rows", expected="one row an image", where=file)
-    paths = [p.removeprefix("./") for p in check_strings(source["path"].tolist(), "path", where=file)]
+        raise DatasetError("a label file has no rows", expected="one row per image", where=file)
+    paths, more = settle_paths(file.parent, check_strings(source[found["path"]].tolist(), "path", where=file))
+    notes += more
+    _refuse_elsewhere(file, paths)
     check_paths(paths, "path", where=file)
-    ids = check_strings(source["id"].tolist(), "id", where=file) if "id" in source else paths
+    ids = check_strings(source[found["id"]].tolist(), "id", where=file) if "id" in found else paths
     check_paths(ids, "id", where=file)
     check_unique(ids, where=file)
-    splits = (
-        [SPLIT_NAMES.get(s.lower() or "train", s) for s in source["split"]]
-        if "split" in source
-        else ["train"] * len(ids)
-    )
+    given = source[found["split"]].tolist() if "split" in found else [""] * len(ids)
+    splits = [SPLIT_NAMES.get(s.lower() or "train", s) for s in given]
     unknown = [f"{i}: {s!r}" for i, s in zip(ids, splits, strict=True) if s not in SPLIT_NAMES]
     if unknown:
         raise DatasetError(
@@ -66,100 +86,79 @@ def read_label_table(file: Path, name: str) -> ImageDataset:
             found=first_few(unknown),
             where=file,
         )
-    labels = source["label"].tolist()
-    class_names = class_order(label for label, s in zip(labels, splits, strict=True) if s == "train")
-    has_group = "group" in source
-    table = pd.DataFrame(
-        {
-            "id": ids,
-            "path": paths,
-            "member": -1,
-            "label": label_numbers(labels, class_names, ids=ids, where=file),
-            "group": [g or i for g, i in zip(source["group"], ids, strict=True)] if has_group else ids,
-            "split": splits,
-        }
-    )
-    for column in source.columns:
-        if column not in ("path", "label", "group", "split", "id"):
-            table["source_" + column if column in COLUMNS else column] = source[column].tolist()
-    return _dataset(file.parent, name, class_names, table, notes=() if has_group else (UNGROUPED,))
+    labels = source[found["label"]].tolist()
+    number = {label: c for c, label in enumerate(dict.fromkeys(labels))} | {"": -1}
+    used = {found[role] for role in ("path", "label", "split", "id") if role in found}
+    free = source.drop(columns=[c for c in source.columns if c in used and c != columns.group])
+    groups, column, more = find_groups(free, columns, [number[label] for label in labels], ids, where=file)
+    notes += more if groups is not None else [UNGROUPED, *more]
+    cells = {"id": ids, "path": paths, "group": groups or ids, "split": splits}
+    used |= {column} if plain_name(column) == "group" else set()
+    for each in (c for c in source.columns if c not in used):
+        cells["source_" + each if each in COLUMNS else each] = source[each].tolist()
+    return _dataset(file.parent, name, cells, labels, columns, notes, file)
 
 
-def _read_split_folders(root: Path, name: str) -> ImageDataset:
-    rows, others = [], []
-    for folder in subfolders(root):
-        split = SPLIT_NAMES.get(folder.name.lower())  # the paths keep the folder's own spelling
-        if split is None:
-            others.append(folder.name)
-            continue
-        rows += _class_rows(root, folder.name + "/", split)
-        if split == "test":  # images beside the class folders: a test set whose labels are kept elsewhere
-            flat = [f"{folder.name}/{e.name}" for e in list_folder(folder) if is_image_name(e.name) and e.is_file()]
-            rows += [(path, "", split) for path in flat]
-    notes = _strays(root)
-    if others:
-        notes.append(f"folders beside the splits are left out: {first_few(others)}")
-    return _assemble(root, name, rows, notes=notes)
-
-
-def _class_rows(root: Path, prefix: str, split: str) -> list[tuple[str, str, str]]:
-    """(path, class name, split) of every image in the class folders of ``root/prefix``."""
-    rows = []
-    for entry in list_folder(root / prefix):
-        if entry.is_dir():
-            rows += [(path, entry.name, split) for path in walk_images(root, prefix + entry.name)]
-    return rows
-
-
-def _assemble(root: Path, name: str, rows: list[tuple[str, str, str]], *, notes: list[str]) -> ImageDataset:
-    if not any(label for _, label, _ in rows):
-        raise SOURCE.layout_error(root, "no class folders with images")
-    paths = [path for path, _, _ in rows]
-    check_strings(paths, "path", where=root)
-    labels = [label for _, label, _ in rows]
-    class_names = class_order(label for _, label, split in rows if split == "train")
-    table = pd.DataFrame(
-        {
-            "id": paths,
-            "path": paths,
-            "member": -1,
-            "label": label_numbers(labels, class_names, ids=paths, where=root),
-            "group": paths,
-            "split": [split for _, _, split in rows],
-        }
-    )
-    return _dataset(root, name, class_names, table, notes=(UNGROUPED, *notes))
+def _refuse_elsewhere(file: Path, paths: Sequence[str]) -> None:
+    """Absolute paths to other folders are refused as any that leave the root, with what comes near them in it."""
+    absolute = [path for path in paths if is_absolute(path)]
+    near, advice = near_misses(file.parent, absolute) if absolute else ("", "")
+    if near:
+        raise DatasetError(
+            f"{len(absolute):,} paths lead out of the dataset's root, which is the table's folder, and are refused",
+            expected="paths relative to the table's folder",
+            found=near,
+            where=file,
+            fix=advice,
+        )
 
 
 def _dataset(
-    root: Path, name: str, class_names: tuple[str, ...], table: pd.DataFrame, notes: tuple[str, ...]
+    root: Path,
+    name: str,
+    cells: dict[str, list[str]],
+    given: list[str],
+    columns: Columns,
+    notes: list[str],
+    where: Path,
 ) -> ImageDataset:
+    spellings = unify(label for label in given if label)
+    labels = [spellings.of.get(label, "") for label in given]
+    merged, done, more = same_but_for_case(labels, columns.merge_class, where=where)
+    labels = [merged.get(label, label) for label in labels] if merged else labels
+    class_names = class_order(label for label, split in zip(labels, cells["split"], strict=True) if split == "train")
+    numbers = label_numbers(labels, class_names, ids=cells["id"], where=where)
+    if len(class_names) == 1:
+        above = f"--data-root '{root.parent}'"
+        raise DatasetError(
+            "there is one class only, so there is nothing to tell apart",
+            expected="two classes or more among the training images, or a table whose column label is empty",
+            found=class_names[0],
+            where=where,
+            fix="--label-column NAME, another column of the table" if where.is_file() else above,
+        )
+    if not class_names and where.is_dir():
+        raise layout_error(root, "no class folders with images")
+    own: dict[str, Any] = {**cells, "member": np.full(len(given), -1), "label": np.array(numbers, dtype=np.int64)}
+    order = [*COLUMNS, *(name for name in cells if name not in COLUMNS)]
     return ImageDataset(
         name=name,
         root=root,
         class_names=class_names,
         metric="auc" if len(class_names) == 2 else "macro_auc",
         augment="generic",
-        table=table.astype({"member": "int64", "label": "int64"}),
+        table=pd.DataFrame({name: own[name] for name in order}),
         kind="folder",
-        notes=notes,
+        notes=(*notes, *spellings.notes(), *more, *label_notes(labels, class_names)),
+        columns=replace(columns, merge_class=done),
     )
-
-
-def _has_classes(folder: Path) -> bool:
-    return any(next(walk_images(folder, child.name), None) for child in subfolders(folder))
-
-
-def _strays(root: Path) -> list[str]:
-    strays = [e.name for e in list_folder(root) if is_image_name(e.name) and e.is_file()]
-    return [f"{len(strays):,} images outside the class folders are left out ({first_few(strays, 3)})"] if strays else []
 
 
 SOURCE = DatasetSource(
     name="folder",
     description="your own: class folders, train/ and test/ of them, or a table",
-    expected="ROOT/<class>/*.png, or ROOT/{train,test}/<class>/*.png,\n"
-    "or a CSV or Parquet file with path,label[,group][,split][,id] given as the root",
+    expected=EXPECTED,
     download=None,
     read=read_folder,
+    own_columns=True,
 )

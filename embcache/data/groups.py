@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,17 @@ from typing import TypeVar
 import pandas as pd
 
 from embcache.data.checks import first_few
+from embcache.data.files import has_dicom_suffix, is_image_name
+from embcache.data.labels import unify
 
 _PROBE = 4096  # bytes read from the start, middle and end of files of equal size before they are hashed whole
 _READERS, _TOGETHER = 4, 256  # threads that read files, and files that one of them reads before it is asked again
 
 _T = TypeVar("_T")
 
+UNGROUPED = "no group column: every image counts as a patient of its own"
+
+_NO_VALUE = {"", "nan", "none", "null", "na", "n/a", "<na>", "nat"}
 
 LOOKED_AT_LOADING = 200_000
 """Images of a dataset up to which identical files are looked for at loading; beyond, the digests that are taken while
@@ -57,6 +63,13 @@ def merge_groups(groups: Sequence[str], keys: Sequence[str]) -> list[str]:
             a, b = find(group), find(first.setdefault(key, group))
             parent[max(a, b)] = min(a, b)
     return [find(group) for group in groups]
+
+
+def known_groups(values: Sequence[str]) -> list[str]:
+    """Values of a column of groups in one spelling; empty where they say that there is none (nan, null, N/A …)."""
+    spelling = unify(values).of
+    spelling |= {value: "" for value in spelling if len(value) < 9 and value.strip().casefold() in _NO_VALUE}
+    return [spelling[value] for value in values]
 
 
 def identical_files(root: Path, sizes: Mapping[str, int]) -> dict[str, str]:
@@ -125,6 +138,41 @@ def overlap_notes(table: pd.DataFrame) -> list[str]:
         f"{len(shared):,} groups occur in both train and the official test set ({in_training:,} training images): "
         "embcache probe --exclude-test-overlap leaves those out of training"
     ]
+
+
+def patient_keys(root: Path, paths: Sequence[str]) -> list[str] | None:
+    """PatientID of each path that is a DICOM file's, else empty; None where no path is one.
+
+    Parameters
+    ----------
+    root : Path
+        The dataset's folder.
+    paths : sequence of str, length n
+        Relative to it; empty for a file that is not there.
+    """
+    others = {
+        path[path.rfind(".") :] for path in paths if path
+    }  # one look at the suffixes, for there may be many paths
+    if all(is_image_name(f"a{suffix}") and not has_dicom_suffix(suffix) for suffix in others):
+        return None
+    asked = [k for k, path in enumerate(paths) if path and (has_dicom_suffix(path) or not is_image_name(path))]
+    if not asked:
+        return None
+    from embcache.data.dicom import dicom_patient, is_dicom  # only they need a decoder
+
+    def look(path: str) -> str | None:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  # a pipe would never answer
+            return None
+        with open(path, "rb") as file:  # noqa: PTH123
+            known = is_dicom(file.read(132), path)
+            file.seek(0)
+            return dicom_patient(file, path) if known else None
+
+    keys = [""] * len(paths)
+    found = list(_in_threads(look, root, [paths[k] for k in asked]))
+    for k, patient in zip(asked, found, strict=True):
+        keys[k] = patient or ""
+    return known_groups(keys) if any(patient is not None for patient in found) else None
 
 
 def _in_threads(look: Callable[[str], _T], root: Path, paths: Sequence[str]) -> Iterator[_T]:

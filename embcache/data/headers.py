@@ -12,7 +12,7 @@ import struct
 _HEAD = 1 << 10  # bytes read at first
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _MOST = 1 << 18  # and at most: a JPEG may begin with profiles and previews
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that give a size
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}  # JPEG markers that give a size; F7: JPEG-LS
 _BARE = frozenset(range(0xD0, 0xD8)) | {0x01}  # JPEG markers without a length
 _SCAN = 0xDA
 
@@ -51,7 +51,13 @@ def is_square_of(path: str, side: int) -> bool:
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
     """(width, height) of the only frame that a JPEG's markers announce before its pixels; None where not sure."""
-    size, place = None, 2
+    frame = jpeg_frame(data)
+    return None if frame is None else frame[:2]
+
+
+def jpeg_frame(data: bytes) -> tuple[int, int, int, int, int] | None:
+    """As `jpeg_size`: (width, height, bits of a sample, components, marker)."""
+    frame, place = None, 2
     while place + 9 <= len(data):
         if data[place] != 0xFF:
             return None
@@ -61,15 +67,26 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
         elif marker in _BARE:
             place += 2
         elif marker == _SCAN:
-            return size
+            return frame
         else:
             if marker in _FRAMES:
-                height, width = struct.unpack_from(">HH", data, place + 5)
-                if size is not None:
+                if frame is not None or place + 10 > len(data):
                     return None
-                size = (width, height)
+                bits, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
+                frame = (width, height, bits, components, marker)
             place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return None
+
+
+def codestream_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) that a JPEG, JPEG-LS or JPEG 2000 codestream states for itself; None where not sure."""
+    if data.startswith(b"\xff\xd8"):
+        return jpeg_size(data)
+    start = data.find(b"\xff\x4f\xff\x51", 0, 1 << 16)  # some wrap the codestream in a JP2 file
+    if start < 0 or start + 24 > len(data):
+        return None
+    right, bottom, left, top = struct.unpack_from(">IIII", data, start + 8)
+    return right - left, bottom - top
 
 
 def _tiff_size(descriptor: int, head: bytes) -> tuple[int, int] | None:

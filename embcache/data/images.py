@@ -1,8 +1,8 @@
 """Image files to ``uint8`` RGB arrays: the decoder, whose version is part of every recipe.
 
-One file gives the same pixels on every machine as far as Pillow and its codecs do; grey levels above 8 bits are scaled
-by the image's own range. What cannot be decoded raises `ImageError` with a reason of one line, without the path, that
-can be kept in a store.
+One file gives the same pixels on every machine as far as Pillow and its codecs do; samples deeper than 8 bits are
+scaled by the image's own range. What cannot be decoded raises `ImageError` with a reason of one line, without the path,
+that can be kept in a store.
 """
 
 from __future__ import annotations
@@ -13,25 +13,30 @@ import io
 import os
 import re
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from embcache.data.arrays import member_pixels, member_size
+from embcache.data.budget import Decoding
 from embcache.data.checks import refuse_outside
 from embcache.data.dicom import decode_dicom, dicom_size, is_dicom
 from embcache.data.files import is_inside
+from embcache.data.gray import scale_to_bytes
 from embcache.data.guards import readable_formats, refuse_at_sight
-from embcache.data.jpeg import decode_jpeg
+from embcache.data.jpeg import decode_jpeg, without_applications
+from embcache.data.png import SIGNATURE, decode_deep, deep_channels, without_ancillary
 from embcache.data.quiet import quiet
+from embcache.data.tiff import Page, decode_page, is_tiff, read_page
 from embcache.errors import EmbcacheError, ImageError
 
-DECODER_VERSION = "pillow-1"
+DECODER_VERSION = "pillow-2"
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TRANSPOSE = {
@@ -43,16 +48,26 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_WIDE_GREY = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_WIDE_GRAY = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _BLOCK = 1 << 22  # pixels converted at a time: what is made of an image at the limit must not take gigabytes
+_PER_PIXEL = 30  # bytes, at most: 16-bit PNG; of a progressive JPEG coefficients, Pillow's pixels, turned ones and ours
+_LARGE_FILE, _LARGEST_FILE = 1 << 26, 1 << 32
+_FIRST = "the first of several frames or pages is used"
 
 
-def decode_image(data: bytes, *, name: str = "") -> npt.NDArray[np.uint8]:
+def decode_image(data: bytes, *, name: str = "", decoding: Decoding | None = None) -> npt.NDArray[np.uint8]:
     """Decode a file's bytes.
 
-    The first frame, turned upright by its EXIF orientation. Palette, CMYK and other colour spaces become RGB as Pillow
-    converts them; alpha is dropped, the colours stay as stored; grey of 16 or 32 bits or floating point is scaled so
-    that its own minimum becomes 0 and its maximum 255 (a constant image becomes 0).
+    The first frame, or the first page of a TIFF that is neither a thumbnail nor a mask, turned upright by its EXIF
+    orientation. Palette, CMYK and other color spaces become RGB as Pillow converts them. Alpha and further channels are
+    dropped, the colors stay as stored.
+
+    - Unsigned samples of up to 8 bits keep their meaning: the largest value of the depth becomes 255.
+    - Deeper, signed and floating-point samples (gray, gray with alpha, RGB, RGBA; PNG and TIFF, and gray of other
+      formats) are scaled so that the image's own minimum becomes 0 and its maximum 255, in one range for all colors; a
+      constant image becomes 0. Of other formats, deeper color is cut to 8 bits by the depth that it states.
+    - White is 255: a TIFF of photometric interpretation 0 is inverted.
+    - Pixels of a TIFF that have the file's NODATA value, and those that are not a number, are outside the range, and 0.
 
     Parameters
     ----------
@@ -60,6 +75,8 @@ def decode_image(data: bytes, *, name: str = "") -> npt.NDArray[np.uint8]:
         The whole file.
     name : str
         File name, by whose suffix DICOM files without their usual preamble are known.
+    decoding : Decoding, optional
+        The limit on pixels, and who is told of further frames.
 
     Returns
     -------
@@ -68,33 +85,51 @@ def decode_image(data: bytes, *, name: str = "") -> npt.NDArray[np.uint8]:
     Raises
     ------
     ImageError
-        Empty, truncated, broken, too large (Pillow's limit on pixels) or not an image.
+        Empty, truncated, broken, too large or not an image.
     DatasetError
         A DICOM file, and what decodes it is not installed.
     """
+    decoding = decoding or Decoding()
     if not data:
         raise ImageError("the file is empty")
     if is_dicom(data, name):
         with _reasons():
-            return decode_dicom(data, name)
+            return decode_dicom(data, name, decoding)
     refuse_at_sight(data)
-    with _reasons():
-        image, orientation = _open(io.BytesIO(data))
-        pixels = decode_jpeg(data, image) if orientation == 1 else None
-        if pixels is not None:
-            return pixels
-        with quiet(r"PIL\."):
+    with _reasons(), quiet(r"PIL\."):
+        if is_tiff(data):
+            return _decode_tiff(data, name, decoding)
+        turned = True
+        if data.startswith(SIGNATURE):
+            data, turned = without_ancillary(data)
+        image = _open_with_less(io.BytesIO(data))
+        decoding.check_size(*image.size)
+        with decoding.hold(_PER_PIXEL * image.width * image.height):
+            orientation = _orientation(image) if turned else 1
+            pixels = decode_jpeg(data, image) if orientation == 1 else None
+            if pixels is not None:
+                return pixels
+            if image.format == "PNG" and (channels := deep_channels(data)):
+                values = decode_deep(data, channels, _open)
+                return _to_rgb(Image.fromarray(scale_to_bytes(values)), orientation)
             image.load()
-        return _to_rgb(image, orientation)
+            pixels = _to_rgb(image, orientation)
+            if image.format in ("GIF", "PNG", "WEBP", "AVIF") and _animated(image):
+                decoding.note(_FIRST, name)
+            return pixels
 
 
-def read_image(dataset_root: Path | str, path: str, member: int = -1) -> tuple[npt.NDArray[np.uint8], str]:
+def read_image(
+    dataset_root: Path | str, path: str, member: int = -1, decoding: Decoding | None = None
+) -> tuple[npt.NDArray[np.uint8], str]:
     """Read and decode one image of a dataset.
 
     Parameters
     ----------
     dataset_root, path, member
         The root, and the row's ``path`` and ``member``.
+    decoding : Decoding, optional
+        As `decode_image`.
 
     Returns
     -------
@@ -111,32 +146,54 @@ def read_image(dataset_root: Path | str, path: str, member: int = -1) -> tuple[n
     OSError
         The file cannot be read for now (no permission, a stale mount, a failing disk): not the image's fault.
     """
+    decoding = decoding or Decoding()
     real = _resolve(dataset_root, path)
     if member >= 0:
-        pixels = member_pixels(real, member)
+        pixels = member_pixels(real, member, decoding)
         return pixels, hashlib.sha256(pixels.tobytes()).hexdigest()
     with _open_file(real) as file:
-        data = file.read()
-    return decode_image(data, name=path), hashlib.sha256(data).hexdigest()
+        size = os.fstat(file.fileno()).st_size
+        if size <= _LARGE_FILE:
+            data = file.read()
+            return decode_image(data, name=path, decoding=decoding), hashlib.sha256(data).hexdigest()
+        if size > _LARGEST_FILE:
+            raise ImageError(f"too large: a file of {size:,} bytes, more than {_LARGEST_FILE:,}: cut it into tiles")
+        with decoding.budget.hold_all():
+            data = file.read()
+            return decode_image(data, name=path, decoding=decoding), hashlib.sha256(data).hexdigest()
 
 
-def read_size(dataset_root: Path | str, path: str, member: int = -1) -> tuple[int, int]:
+def read_size(
+    dataset_root: Path | str, path: str, member: int = -1, decoding: Decoding | None = None
+) -> tuple[int, int]:
     """(width, height) that `read_image` will give, from the header alone. Raises as `read_image` does."""
+    decoding = decoding or Decoding()
     real = _resolve(dataset_root, path)
     if member >= 0:
-        return member_size(real, member)
+        return member_size(real, member, decoding)
     with _open_file(real) as file:
         head = file.read(132)
         if not head:
             raise ImageError("the file is empty")
         refuse_at_sight(head)
         file.seek(0)
-        with _reasons():
+        with _reasons(), quiet(r"PIL\."):
             if is_dicom(head, path):
-                return dicom_size(file, path)
-            image, orientation = _open(file)
-            width, height = image.size
-    return (height, width) if orientation >= 5 else (width, height)
+                return dicom_size(file, path, decoding)
+            if is_tiff(head):
+                page = read_page(file, decoding)
+                width, height, orientation = page.width, page.height, page.orientation
+            elif head.startswith(SIGNATURE):  # an orientation may follow the pixels
+                data, turned = without_ancillary(file.read())
+                image = _open(io.BytesIO(data))
+                (width, height), orientation = image.size, 1
+                decoding.check_size(width, height)
+                orientation = _orientation(image) if turned and width != height else 1
+            else:
+                image = _open_with_less(file)
+                (width, height), orientation = image.size, _orientation(image)
+            decoding.check_size(width, height)
+    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
 
 
 def _resolve(dataset_root: Path | str, path: str) -> str:
@@ -155,27 +212,92 @@ def _open_file(real: str) -> IO[bytes]:
         raise ImageError("the file is not there") from error
 
 
-def _open(file: IO[bytes]) -> tuple[Image.Image, int]:
-    """Open an image, its header read, and the EXIF orientation (1 to 8) still to be applied."""
-    with quiet(r"PIL\.", fatal=Image.DecompressionBombWarning):
-        image = Image.open(file, formats=readable_formats())
-        if image.format == "TIFF":  # Pillow turns these itself
-            return image, 1
-        if image.format == "PNG":
-            # Its EXIF block may follow the pixels, so that getexif() decodes them, and what is broken in them must not
-            # be taken for a broken block: loaded a second time, Pillow returns what it has got so far.
-            image.load()
+def _open(file: IO[bytes]) -> Image.Image:
+    """Pillow's image of a file, its header read.
+
+    As `PIL.Image.open`, which raises or warns of the size by filters and a limit that belong to the whole process.
+    """
+    prefix = file.read(16)
+    for format in readable_formats():
+        factory, accept = Image.OPEN[format]
+        if accept is not None and accept(prefix) is not True:
+            continue
+        file.seek(0)
         try:
-            orientation = image.getexif().get(_ORIENTATION, 1)
-        except Exception:  # a broken EXIF block does not make the pixels unreadable
-            orientation = 1
-    return image, orientation if orientation in _TRANSPOSE else 1
+            image: Image.Image = factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # these mean: another format
+            continue
+        return image
+    raise UnidentifiedImageError
+
+
+def _open_with_less(file: IO[bytes]) -> Image.Image:
+    """As `_open`; a JPEG whose application segments Pillow stumbles over is opened without them."""
+    try:
+        return _open(file)
+    except UnidentifiedImageError:
+        file.seek(0)
+        less = without_applications(file.read())
+        if less is None:
+            raise
+        return _open(io.BytesIO(less))
+
+
+def _open_page(data: bytes) -> Image.Image:
+    return _open(io.BytesIO(data))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8, still to be applied."""
+    if image.format == "PNG":
+        # Its EXIF block may follow the pixels, so that getexif() decodes them, and what is broken in them must not be
+        # taken for a broken block: loaded a second time, Pillow returns what it has got so far.
+        image.load()
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block does not make the pixels unreadable
+        return 1
+    return orientation if orientation in _TRANSPOSE else 1
+
+
+def _decode_tiff(data: bytes, name: str, decoding: Decoding) -> npt.NDArray[np.uint8]:
+    page = read_page(io.BytesIO(data), decoding)
+    with decoding.hold(page.need):
+        if page.pages > 1:
+            decoding.note(_FIRST, name)
+        # Of planes, and of gray with alpha, Pillow forgets some.
+        own = page.deep or (page.own_segments and (page.planar or page.samples == 2))
+        image = None if own and page.photometric in (0, 1, 2, 3) else _pillow_page(data, page)
+        if image is None or (page.nodata is not None and page.own_segments):
+            return _to_rgb(Image.fromarray(decode_page(data, page, _open_page)), page.orientation)
+        if page.nodata is not None:
+            decoding.note("a NODATA value that a lossy compression or color space leaves without meaning", name)
+        image.load()  # turned by Pillow
+        return _to_rgb(image, 1)
+
+
+def _pillow_page(data: bytes, page: Page) -> Image.Image | None:
+    """The page as Pillow has it, its pixels not loaded; None where Pillow has no mode for it."""
+    try:
+        image = _open_page(data)
+        if page.number:
+            image.seek(page.number)
+    except (UnidentifiedImageError, SyntaxError):
+        return None
+    return image if image.format == "TIFF" else None
+
+
+def _animated(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # something broken follows the first frame
+        return True
 
 
 def _to_rgb(image: Image.Image, orientation: int) -> npt.NDArray[np.uint8]:
-    if image.mode in _WIDE_GREY:
+    if image.mode in _WIDE_GRAY:
         image = Image.fromarray(scale_to_bytes(np.asarray(image)))
-    if orientation != 1:
+    if orientation in _TRANSPOSE:
         image = image.transpose(_TRANSPOSE[orientation])
     width, height = image.size
     rows = max(1, _BLOCK // max(1, width))
@@ -194,23 +316,6 @@ def _opaque(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def scale_to_bytes(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Scale an array by its own finite range to 0 … 255; not-a-number becomes 0, infinities the ends."""
-    flat = np.ascontiguousarray(values).reshape(-1)
-    parts = [slice(start, start + _BLOCK) for start in range(0, flat.size, _BLOCK)]
-    low, high = np.inf, -np.inf
-    for part in parts:
-        finite = flat[part][np.isfinite(flat[part])]
-        if finite.size:
-            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
-    scaled = np.zeros(flat.shape, dtype=np.uint8)
-    if high > low:
-        for part in parts:
-            x = np.nan_to_num(flat[part].astype(np.float64), nan=low, posinf=high, neginf=low)
-            scaled[part] = np.rint((x - low) * (255.0 / (high - low))).astype(np.uint8)
-    return scaled.reshape(values.shape)
-
-
 @contextmanager
 def _reasons() -> Iterator[None]:
     """Turn whatever a decoder raises on broken bytes into an `ImageError`; trouble of the machine passes."""
@@ -218,9 +323,6 @@ def _reasons() -> Iterator[None]:
         yield
     except (EmbcacheError, MemoryError):
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = Image.MAX_IMAGE_PIXELS
-        raise ImageError(f"too large: more than {limit:,} pixels" if limit else "too large") from error
     except UnidentifiedImageError as error:
         raise ImageError("not an image that Pillow reads") from error
     except Exception as error:

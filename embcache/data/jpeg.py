@@ -18,6 +18,10 @@ except ImportError:  # a platform without a wheel: Pillow decodes everything
     simplejpeg = None
 
 
+_PIXELS = (0xDA, 0xFF)
+_MEANING = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"Adobe\0d")
+
+
 def decode_jpeg(data: bytes, image: Image.Image) -> npt.NDArray[np.uint8] | None:
     """Decode a JPEG file as Pillow would, or None where Pillow must.
 
@@ -36,6 +40,19 @@ def decode_jpeg(data: bytes, image: Image.Image) -> npt.NDArray[np.uint8] | None
         return None
     pixels = _decode(data)
     return pixels if pixels is not None and pixels.shape == (image.height, image.width, 3) else None
+
+
+def without_applications(data: bytes) -> bytes | None:
+    """A JPEG without its application segments but EXIF and Adobe's, which say what the pixels are; None for others."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    parts, at = [data[:2]], 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] not in _PIXELS:
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        kept = data.startswith(_MEANING, at + 4) or not 0xE0 <= data[at + 1] <= 0xEF
+        parts += [data[at:end]] * kept
+        at = end
+    return b"".join([*parts, data[at:]])
 
 
 def _decode(data: bytes) -> npt.NDArray[np.uint8] | None:

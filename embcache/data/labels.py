@@ -1,10 +1,17 @@
-"""Reading label tables: CSV and Parquet files as text, and what their labels mean."""
+"""Reading label tables: CSV, Parquet and Excel files as text, and what their labels mean."""
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
+import itertools
 import math
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -14,31 +21,170 @@ import pyarrow.parquet as pq
 from embcache.data.checks import first_few
 from embcache.errors import DatasetError
 
+_MARKS = (  # the longer first: one begins like another
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_JOINERS = "\u200c\u200d"  # invisible, and yet part of the spelling in some scripts
+_MISSING_WORDS = {"nan", "na", "n/a", "null", "<na>"}
+_SEPARATORS = "|;,/+"
 
-def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a CSV file (comma, or tab for ``.tsv``): every field as text, blank lines left out.
 
-    UTF-8 with or without a byte order mark; any line ending.
+def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[str]]:
+    """A CSV, TSV, Parquet or Excel file as a table of stripped text, empty where there is no value; and notes.
+
+    CSV may be separated by commas, semicolons, tabs or vertical bars (the one that divides the first lines alike),
+    in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, with any line ends. Of a workbook the first sheet counts.
+
+    Parameters
+    ----------
+    path : Path
+        The file; its suffix tells the format.
+    rows : int, optional
+        At most so many, for a first look.
 
     Raises
     ------
     DatasetError
-        The file is empty or not UTF-8, or a row has not as many fields as the header.
+        It cannot be read, or repeats a column.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = list(csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
+    notes: list[str] = []
+    suffix = path.suffix.lower()
+    if suffix in (".parquet", ".pq"):
+        try:
+            table = pq.read_table(path) if rows is None else pq.ParquetFile(path).schema_arrow.empty_table()
+        except (pa.ArrowException, OSError) as error:
+            raise DatasetError("not a Parquet file", found=str(error).split("\n")[0], where=path) from error
+        header = [str(c) for c in table.column_names]
+        columns = [[as_text(v) for v in column.to_pylist()] for column in table.columns]
+    else:
+        lines, notes = _sheet(path) if suffix == ".xlsx" else _lines(path, rows)
+        header, body = _header_and_rows(lines, path)
+        columns = [[row[i].strip() for row in body] for i in range(len(header))]
+    if len(set(header)) < len(header):
+        repeated = [c for i, c in enumerate(header) if c in header[:i]]
+        raise DatasetError("a label file repeats a column", found=first_few(repeated), where=path)
+    return pd.DataFrame(dict(zip(header, columns, strict=True)), columns=header, dtype=str), notes
+
+
+def read_table(path: Path, required: Sequence[str]) -> pd.DataFrame:
+    """The table of a published layout, whose columns are called as they are published; see `open_table`.
+
+    Raises
+    ------
+    DatasetError
+        It cannot be read, repeats a column, or lacks a required one.
+    """
+    table, _ = open_table(path)
+    header = [str(name) for name in table.columns]
+    absent = [name for name in required if name not in header]
+    if absent:
+        lower = {name.lower(): name for name in header}
+        renamed = [f"{lower[name.lower()]} to {name}" for name in absent if name.lower() in lower]
         raise DatasetError(
-            "a label file cannot be read", expected="comma-separated UTF-8 text", found=str(error), where=path
+            f"a label file lacks the column {absent[0]!r}",
+            expected=",".join(required),
+            found=",".join(header),
+            where=path,
+            fix="rename the column " + ", ".join(renamed) if renamed else "name the columns in the first line",
+        )
+    return table
+
+
+def _lines(path: Path, rows: int | None) -> tuple[list[list[str]], list[str]]:
+    """Fields of every line of a CSV file that is not blank, and what had to be inferred."""
+    text, encoding = _decoded(path, rows)
+    preferred = "\t" if path.suffix.lower() == ".tsv" else ","
+    delimiter = _delimiter(text, preferred)
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=rows is None)
+        lines = list(reader) if rows is None else list(itertools.islice(reader, rows))
+    except csv.Error as error:
+        raise DatasetError(
+            "a label file cannot be read",
+            expected=f"columns separated by {_DELIMITERS[delimiter]}",
+            found=str(error),
+            where=path,
         ) from error
+    told = [f"columns separated by {_DELIMITERS[delimiter]}"] if delimiter != preferred else []
+    told += [encoding.upper()] if not encoding.startswith("utf-8") else []
+    return lines, [f"{path.name} is read as {' in '.join(told)}"] if told else []
+
+
+def _decoded(path: Path, rows: int | None) -> tuple[str, str]:
+    with path.open("rb") as file:
+        data = file.read() if rows is None else file.read(rows << 12)
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding, errors="strict" if rows is None else "ignore")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        found, guess = f"byte 0x{data[error.start]:02x} in line {line}, which is not {encoding.upper()}", "WINDOWS-1252"
+    else:
+        if "\0" not in text:
+            return text, encoding
+        found, guess = "NUL characters, as UTF-16 without a byte order mark has them", "UTF-16LE"
+    # Which of the many one-byte encodings it is, the bytes do not say: a guess would alter names.
+    raise DatasetError(
+        "a label file cannot be read",
+        expected="text in UTF-8, or in UTF-16 with a byte order mark",
+        found=found,
+        where=path,
+        fix=f"iconv -f {guess} -t UTF-8 '{path.name}' > '{path.stem}-utf8{path.suffix}'   (with the encoding it was "
+        "saved in), or save it as “CSV UTF-8”",
+    )
+
+
+def _delimiter(text: str, preferred: str) -> str:
+    """What divides the first lines into most columns, all lines into equally many; else the usual one."""
+    best, most = preferred, 1
+    for delimiter in sorted(_DELIMITERS, key=lambda d: d != preferred):
+        reader = csv.reader(io.StringIO(text[: 1 << 16], newline=""), delimiter=delimiter)
+        try:
+            first = [line for line in itertools.islice(reader, 20) if any(field.strip() for field in line)]
+        except csv.Error:
+            continue
+        if len(text) > 1 << 16 and len(first) > 1 and reader.line_num < 20:
+            first.pop()  # cut short
+        counts = {len(line) for line in first}
+        if len(counts) == 1 and (n := counts.pop()) > most:
+            best, most = delimiter, n
+    return best
+
+
+def _sheet(path: Path) -> tuple[list[list[str]], list[str]]:
+    """Cells of the first sheet of an Excel workbook as text, and a note where there are others."""
+    try:
+        with pd.ExcelFile(path, engine="openpyxl") as workbook:
+            names = workbook.sheet_names
+            sheet = pd.read_excel(workbook, sheet_name=names[0], header=None, dtype=object, keep_default_na=False)
+    except ImportError as error:
+        raise DatasetError(
+            "Excel files need openpyxl, which is not installed",
+            where=path,
+            fix='pip install "embcache[excel]", or save the table as CSV UTF-8',
+        ) from error
+    except PermissionError:
+        raise
+    except Exception as error:  # whatever openpyxl raises on broken files
+        raise DatasetError("not an Excel workbook", found=str(error).split("\n")[0], where=path) from error
+    lines = [[as_text(cell) for cell in row] for row in sheet.itertuples(index=False, name=None)]
+    width = max((k + 1 for line in lines[:1] for k, cell in enumerate(line) if cell), default=0)
+    if any(cell for line in lines for cell in line[width:]):
+        raise DatasetError("a sheet has values beyond its header", expected="a name over each column", where=path)
+    lines = [(line + [""] * width)[:width] for line in lines]
+    note = f"of {len(names)} sheets of {path.name} the first is read, {names[0]!r}"
+    return lines, [note] if len(names) > 1 else []
+
+
+def _header_and_rows(lines: list[list[str]], path: Path) -> tuple[list[str], list[list[str]]]:
     lines = [line for line in lines if any(field.strip() for field in line)]
     if not lines:
-        raise DatasetError("a label file is empty", expected="a header and one row an image", where=path)
+        raise DatasetError("a label file is empty", expected="a header and one row per image", where=path)
     header = [name.strip() for name in lines[0]]
-    if len(lines) > 1 and len(lines[1]) > len(
-        header
-    ):  # quoted names with commas in them: `OriginalImage[Width,Height]`
+    if len(lines) > 1 and len(lines[1]) > len(header):
+        # quoted names with commas in them: `OriginalImage[Width,Height]`
         header = [name.strip() for name in ",".join(lines[0]).split(",")]
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != len(header):
@@ -51,47 +197,6 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
     return header, lines[1:]
 
 
-def read_table(path: Path, required: Sequence[str]) -> pd.DataFrame:
-    """A CSV, TSV or Parquet file as a table of stripped text, empty where there is no value.
-
-    Raises
-    ------
-    DatasetError
-        It cannot be read, repeats a column, or lacks a required one.
-    """
-    if path.suffix.lower() in (".parquet", ".pq"):
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise DatasetError("not a Parquet file", found=str(error).split("\n")[0], where=path) from error
-        header = [str(c) for c in table.column_names]
-        columns = [[as_text(v) for v in column.to_pylist()] for column in table.columns]
-    else:
-        header, rows = read_rows(path)
-        columns = [[row[i].strip() for row in rows] for i in range(len(header))]
-    if len(set(header)) < len(header):
-        repeated = [c for i, c in enumerate(header) if c in header[:i]]
-        raise DatasetError("a label file repeats a column", found=first_few(repeated), where=path)
-    absent = [c for c in required if c not in header]
-    if absent:
-        raise DatasetError(
-            f"a label file lacks the column {absent[0]!r}",
-            expected=",".join(required),
-            found=",".join(header),
-            where=path,
-            fix=_header_advice(header, required),
-        )
-    return pd.DataFrame(dict(zip(header, columns, strict=True)), columns=header)
-
-
-def _header_advice(header: Sequence[str], required: Sequence[str]) -> str:
-    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
-        return "save the table with commas between the columns"
-    lower = {name.lower(): name for name in header}
-    renamed = [f"{lower[name]} to {name}" for name in required if name not in header and name in lower]
-    return "rename the column " + ", ".join(renamed) if renamed else "name the columns in the first line"
-
-
 def as_text(value: object) -> str:
     """A cell as text: empty for none and NaN, whole numbers without a decimal point."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -101,10 +206,112 @@ def as_text(value: object) -> str:
     return str(value).strip()
 
 
+@dataclass(frozen=True)
+class Spellings:
+    """Texts that mean the same, and the one that stands for them.
+
+    Attributes
+    ----------
+    of : dict of str to str
+        What stands for each text that occurs.
+    counts : Counter of str
+        How often each text occurs.
+    """
+
+    of: dict[str, str]
+    counts: Counter[str]
+
+    def notes(self) -> list[str]:
+        """What to say of texts of which several are one class, and of those that were read otherwise."""
+        spelled: dict[str, list[str]] = {}
+        for text, name in self.of.items():
+            spelled.setdefault(name, []).append(text)
+        notes = []
+        for name, texts in spelled.items():
+            if len(texts) > 1:
+                ways = first_few([f"{t!a} ({self.counts[t]:,})" for t in sorted(texts)])
+                notes.append(f"class {name!r} is written in {len(texts)} ways that are one: {ways}")
+        alone = [t for texts in spelled.values() if len(texts) == 1 for t in texts]
+        odd = [f"{t!a} as {self.of[t]!r}" for t in alone if unicodedata.normalize("NFC", t) != self.of[t]]
+        return notes + ([f"{len(odd):,} class names are read otherwise: {first_few(odd, 3)}"] if odd else [])
+
+
+def unify(texts: Iterable[str]) -> Spellings:
+    """Find texts that differ only in Unicode form, spaces, invisible characters, or as numbers (``1`` and ``1.0``).
+
+    What stands for them is in NFC, with single spaces and without invisible characters, and a whole number without a
+    decimal point; ``01`` and letter case are kept apart.
+    """
+    counts = Counter(texts)
+    whole = "\n".join(counts)  # one look at all of them, for there may be a million
+    if whole.isascii() and whole.count("\n") < len(counts) and not any(mark in whole for mark in ("  ", "\t", ".0")):
+        return Spellings({text: text for text in counts}, counts)
+    clean = {text: _clean(text) for text in counts}
+    together: dict[str, Counter[str]] = {}
+    for text, name in clean.items():
+        key = name if name.isascii() else name.translate(dict.fromkeys(map(ord, _JOINERS)))
+        together.setdefault(key, Counter())[name] += counts[text]
+        clean[text] = key
+    shown = {key: min(names, key=lambda n: (-names[n], n)) for key, names in together.items()}
+    return Spellings({text: shown[key] for text, key in clean.items()}, counts)
+
+
+def _clean(text: str) -> str:
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+        text = "".join(c for c in text if c in _JOINERS or unicodedata.category(c) != "Cf")
+    text = " ".join(text.split())
+    return text.partition(".")[0] if re.fullmatch(r"[+-]?[0-9]+\.0+", text) else text
+
+
+def label_notes(labels: Sequence[str], class_names: Sequence[str]) -> list[str]:
+    """What to say of labels that may not be what was meant: several in one, decimals, texts of their own each.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        One per image, empty where there is none.
+    class_names : sequence of str
+        Its distinct values.
+    """
+    counts = Counter(label for label in labels if label)
+    notes = [
+        f"class {name!r} ({counts[name]:,} images) reads like a missing value: leave such cells empty, or --drop-class"
+        for name in class_names
+        if name.casefold() in _MISSING_WORDS
+    ]
+    parts = Counter(part.strip() for name in class_names for s in _SEPARATORS if s in name for part in name.split(s))
+    several = [
+        name
+        for name in class_names
+        for s in _SEPARATORS
+        if s in name and (s == "|" or any(p.strip() in counts or parts[p.strip()] > 1 for p in name.split(s)))
+    ]
+    if several:
+        n = sum(counts[name] for name in set(several))
+        notes.append(
+            f"{n:,} labels seem to hold several findings ({first_few(list(dict.fromkeys(several)), 2)}): each "
+            "combination is one class; a column per finding (yes, no) and --target COLUMN tell one finding apart"
+        )
+    decimals = [name for name in class_names if re.fullmatch(r"[+-]?[0-9]*[.,][0-9]+", name)]
+    if len(decimals) > max(2, len(class_names) // 2):
+        notes.append(
+            f"labels are decimals ({first_few(decimals, 2)}), and each value is a class; in a column of its own, "
+            "--target COLUMN cuts such numbers at their quarters"
+        )
+    single = sum(n == 1 for n in counts.values())
+    if single > max(10, len(counts) // 2) and not decimals:
+        notes.append(
+            f"{single:,} of {len(counts):,} classes have one image: is this the column of the labels? "
+            "--label-column names another, --target a column to tell apart instead"
+        )
+    return notes
+
+
 def class_order(labels: Iterable[str]) -> tuple[str, ...]:
     """Distinct labels as class names: by value when all are whole numbers, else alphabetically. Empty is no label."""
     names = {label for label in labels if label}
-    if all(name.removeprefix("-").isdecimal() for name in names):
+    if all(name.removeprefix("-").isdecimal() and len(name) < 100 for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
 

@@ -23,7 +23,7 @@ from embcache.errors import DatasetError
 
 CLASSES = ("normal", "tumour")
 SLIDE_MAP = "patch_id_wsi_full.csv"
-UNGROUPED = "ungrouped: slides may be on both sides"
+UNGROUPED = "ungrouped: images of one patient or slide may be on both sides"
 _H5 = "camelyonpatch_level_2_split_{part}_{what}"
 _PARTS = {"train": "train", "valid": "train", "test": "test"}  # the original's parts and the split each belongs to
 

@@ -12,39 +12,39 @@ from contextlib import contextmanager
 # one ends; in between threads decode side by side, and filters are only ever added.
 _lock = threading.Lock()
 _inside = 0
-_installed: set[tuple[str, type[Warning] | None]] = set()
+_installed: set[str] = set()
 _saved = warnings.catch_warnings()
 
 
 @contextmanager
-def quiet(module: str, *, fatal: type[Warning] | None = None) -> Iterator[None]:
-    """Ignore warnings raised in modules whose name matches ``module``; those of the class ``fatal`` become errors.
+def quiet(module: str) -> Iterator[None]:
+    """Ignore warnings raised in modules whose name matches ``module``. Nothing is decided by it.
 
     Any number of threads may be inside at once, each with filters of its own choice: all of them hold until the last
     thread has left.
     """
     if getattr(sys.flags, "context_aware_warnings", False):  # each thread has filters of its own
         with warnings.catch_warnings():
-            _install(module, fatal)
+            _install(module)
             yield
         return
-    _enter(module, fatal)
+    _enter(module)
     try:
         yield
     finally:
         _leave()
 
 
-def _enter(module: str, fatal: type[Warning] | None) -> None:
+def _enter(module: str) -> None:
     global _inside, _saved
     with _lock:
         if not _inside:
             _saved = warnings.catch_warnings()
             _saved.__enter__()
         _inside += 1
-        if (module, fatal) not in _installed:
-            _install(module, fatal)
-            _installed.add((module, fatal))
+        if module not in _installed:
+            _install(module)
+            _installed.add(module)
 
 
 def _leave() -> None:
@@ -56,7 +56,5 @@ def _leave() -> None:
             _saved.__exit__(None, None, None)
 
 
-def _install(module: str, fatal: type[Warning] | None) -> None:
+def _install(module: str) -> None:
     warnings.filterwarnings("ignore", module=module)
-    if fatal is not None:
-        warnings.simplefilter("error", fatal)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import io
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from embcache.errors import DatasetError
+from embcache.io import read_regular
 from embcache.paths import PathLike, home_dir, slug
+from embcache.typed import parse, typed
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 FILE = "dataset.parquet"
 _META, _CHECK = b"embcache", b"embcache-check"
@@ -31,6 +36,24 @@ def encode_snapshot(table: pa.Table, meta: dict[str, Any]) -> bytes:
     return sink.getvalue()
 
 
+def open_parquet(data: bytes, columns: list[str] | None = None) -> tuple[pq.ParquetFile, pa.Table]:
+    """A Parquet file that others can write, and its table.
+
+    Raises
+    ------
+    ArrowException, ValueError, OSError
+        The bytes are no such file, a column is there twice, or they promise more rows than can be in them: rows with
+        ids that differ take more room than two bits.
+    """
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names) or file.metadata.num_rows > 4 * len(data):
+        raise ValueError(f"{file.metadata.num_rows:,} rows and {len(names):,} columns in {len(data):,} bytes")
+    return file, file.read(columns=columns)
+
+
 def decode_snapshot(data: bytes, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
     """The inverse of `encode_snapshot`, with only some of the columns where they are named.
 
@@ -39,16 +62,13 @@ def decode_snapshot(data: bytes, columns: list[str] | None = None) -> tuple[pa.T
     ArrowException, KeyError, ValueError, OSError
         The bytes are not such a file, or not as they were written.
     """
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
-    table = file.read(columns=columns)
+    file, table = open_parquet(data, columns)
     described = file.schema_arrow.metadata or {}
     text = described[_META].decode("utf-8")
     # Snapshots of earlier versions have no check.
     if _CHECK in described and described[_CHECK].decode("ascii") != _check(text, file.schema_arrow, file.metadata):
         raise ValueError("its checksum is another")
-    return table.replace_schema_metadata(None), json.loads(text)
+    return table.replace_schema_metadata(None), parse(text.encode())
 
 
 def _check(text: str, described: Any, footer: Any = None) -> str:
@@ -57,6 +77,25 @@ def _check(text: str, described: Any, footer: Any = None) -> str:
     columns = [[field.name, str(field.type)] for field in schema]
     rows = (footer or described).num_rows
     return hashlib.sha256(json.dumps([rows, columns, text]).encode()).hexdigest()
+
+
+def cached_names(home: PathLike | None = None) -> list[str]:
+    """Names of the datasets that have a snapshot under ``home``, sorted; damaged ones are passed over."""
+    names = []
+    for path in sorted(home_dir(home).glob(f"*/{FILE}")):
+        try:
+            found = snapshot_ids(path.parent.name, home)
+        except DatasetError:
+            continue
+        names += [found[0]] if found is not None else []
+    return sorted(names)
+
+
+def near_names(name: str, names: Iterable[str]) -> list[str]:
+    """Those of the names for which ``name`` may be a slip, or the beginning; the nearest first."""
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=5)
+    return near + [other for other in known if other.startswith(f"{name}-") and other not in near]
 
 
 def snapshot_ids(name: str, home: PathLike | None = None) -> tuple[str, list[str]] | None:
@@ -77,11 +116,11 @@ def snapshot_ids(name: str, home: PathLike | None = None) -> tuple[str, list[str
     import pyarrow as pa
 
     path = home_dir(home) / slug(name) / FILE
-    if not path.is_file():
-        return None
     try:
-        table, meta = decode_snapshot(path.read_bytes(), ["id"])
-        return str(meta["name"]), [str(id_) for id_ in table["id"].to_pylist()]
+        table, meta = decode_snapshot(read_regular(path), ["id"])
+        return typed(str, meta["name"], "name"), typed(list[str], table["id"].to_pylist(), "id")
+    except FileNotFoundError:
+        return None
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
         raise DatasetError(
             "the snapshot of a dataset is damaged", found=str(error).split("\n")[0], where=path

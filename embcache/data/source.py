@@ -11,12 +11,14 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embcache.data.checks import first_few
+from embcache.data.chosen import Columns
 from embcache.data.files import TABLE_SUFFIXES
+from embcache.data.snapshot import cached_names, near_names
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.paths import PathLike, data_dir, home_dir
 
@@ -42,15 +44,30 @@ class DatasetSource:
         Whether byte-identical files are grouped together at loading.
     draw : callable (root) -> None, optional
         Makes the data where there is none.
+    own_columns : bool
+        Whether the table is the user's own: ``read`` then takes `Columns` as a third argument.
     """
 
     name: str
     description: str
     expected: str
     download: str | None
-    read: Callable[[Path, str], ImageDataset]
+    read: Callable[..., ImageDataset]
     merge_identical: bool = True
     draw: Callable[[Path], None] | None = None
+    own_columns: bool = False
+
+    def load(self, root: Path, name: str, columns: Columns) -> ImageDataset:
+        """Every row that the labels name, and where they are from; `UsageError` for columns of a published layout."""
+        if self.own_columns:
+            return replace(self.read(root, name, columns), origin=root)
+        if columns.named():
+            raise UsageError(
+                f"{self.name} is published with columns of its own",
+                found=" ".join(f"--{role}-column" for role in columns.named()),
+                fix="leave these options out, or load its table as a dataset of your own: --dataset folder",
+            )
+        return replace(self.read(root, name), origin=root)
 
     def layout_error(self, root: Path, problem: str | None = None) -> DatasetNotFoundError:
         """The error for a root that is missing or laid out otherwise."""
@@ -60,8 +77,7 @@ class DatasetSource:
             fix = "leave --data-root out, or name a folder that is not there yet: the images are drawn at first use"
         else:
             fix = f"put it in {data_dir() / self.name}, or name its folder with --data-root"
-            if self.name == "folder":
-                fix = "make one sub-folder a class, or a table, and name it with --data-root"
+            fix = "name the folder, or a table, with --data-root" if self.own_columns else fix
         if self.download:
             fix = f'python -c "import kagglehub; print(kagglehub.{self.download})"\n{fix}'
         return DatasetNotFoundError(
@@ -122,12 +138,16 @@ def _may_define_source(module: str) -> bool:
 DATASETS: Mapping[str, DatasetSource] = _Sources()
 
 
-def find_source(name: str) -> DatasetSource:
-    """The row of `DATASETS` called ``name``; `DatasetNotFoundError` lists them all."""
+def find_source(name: str, home: PathLike | None = None) -> DatasetSource:
+    """The row of `DATASETS` called ``name``; `DatasetNotFoundError` lists them all, and those cached that come near."""
     if name not in DATASETS:
+        cached = cached_names(home)
+        near = near_names(name, [*DATASETS, *cached])
+        known = f", or one of {len(cached):,} that are cached" if cached else ""
         raise DatasetNotFoundError(
             f"there is no dataset {name!r}",
-            expected="one of " + ", ".join(DATASETS) + ", or the name of one that is cached",
+            expected="one of " + ", ".join(DATASETS) + known,
+            found=f"near to it: {', '.join(near)}" if near else None,
             fix="embcache datasets",
         )
     return DATASETS[name]

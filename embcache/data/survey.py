@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from embcache.data.checks import SPLITS, first_few
-from embcache.data.dataset import ImageDataset, group_identical, read_snapshot
+from embcache.data.chosen import Columns
+from embcache.data.dataset import ImageDataset, join_groups, read_snapshot
 from embcache.data.files import locate_files
-from embcache.data.groups import overlap_notes
 from embcache.data.source import (
     DATASETS,
     DatasetSource,
@@ -22,7 +22,8 @@ from embcache.data.source import (
     refusals_told,
     resolve_root,
 )
-from embcache.errors import DatasetNotFoundError, EmbcacheError
+from embcache.errors import DatasetError, DatasetNotFoundError, EmbcacheError
+from embcache.io import home_folders, skip
 from embcache.paths import PathLike, home_dir
 
 
@@ -102,7 +103,9 @@ class Listed:
     problem: str = ""
 
 
-def survey_dataset(name: str, root: PathLike | None = None, home: PathLike | None = None) -> Survey:
+def survey_dataset(
+    name: str, root: PathLike | None = None, home: PathLike | None = None, columns: Columns = Columns()
+) -> Survey:
     """Look at a dataset: counts from its labels, and which images are there. Missing images are no error.
 
     Parameters
@@ -111,6 +114,8 @@ def survey_dataset(name: str, root: PathLike | None = None, home: PathLike | Non
         As for `find_dataset`: a loader, or a cached dataset.
     root, home : path, optional
         As for `load_dataset`; nothing is drawn.
+    columns : Columns
+        As for `find_dataset`.
 
     Raises
     ------
@@ -121,12 +126,12 @@ def survey_dataset(name: str, root: PathLike | None = None, home: PathLike | Non
     """
     cached = read_snapshot(name, home) if root is None else None
     if cached is None:
-        return _survey_files(find_source(name), root, home, None)
+        return _survey_files(find_source(name, home), root, home, None, columns)
     source = find_source(cached.kind)
     for folder in (cached.origin, None if cached.kind == "folder" else default_root(cached.kind, home)):
         if folder is not None and folder.exists():
             try:
-                return _survey_files(source, folder, home, cached.name)
+                return _survey_files(source, folder, home, cached.name, columns.over(cached.columns))
             except DatasetNotFoundError:  # the folder has been emptied, or is another thing of that name
                 continue
     note = "the folder is gone: this is the snapshot that extraction kept"
@@ -161,11 +166,12 @@ def _list_one(name: str, description: str, root: Path | None, home: PathLike | N
     return Listed(name, description, survey, survey.dataset.origin)
 
 
-def _survey_files(source: DatasetSource, root: PathLike | None, home: PathLike | None, name: str | None) -> Survey:
+def _survey_files(
+    source: DatasetSource, root: PathLike | None, home: PathLike | None, name: str | None, columns: Columns
+) -> Survey:
     with refusals_told():
         folder = resolve_root(source, root, home, draw=False)
-        ds = source.read(folder, choose_name(source, folder, name))
-        return _compare(replace(ds, origin=folder), source)
+        return _compare(source.load(folder, choose_name(source, folder, name), columns), source)
 
 
 def _compare(ds: ImageDataset, source: DatasetSource) -> Survey:
@@ -175,18 +181,17 @@ def _compare(ds: ImageDataset, source: DatasetSource) -> Survey:
     paths = ds.table["path"].tolist()
     sizes = locate_files(ds.root, paths, sizes=source.merge_identical)
     ds = replace(ds, missing=tuple(path for path, size in sizes.items() if size is None))
-    if source.merge_identical:
-        ds = group_identical(ds, sizes)
-    else:
-        ds = replace(ds, notes=(*ds.notes, *overlap_notes(ds.table)))
+    ds = join_groups(ds, source, sizes)
     return Survey(ds, np.array([sizes[path] is not None for path in paths], dtype=bool), source)
 
 
 def _cached_datasets(home: PathLike | None) -> list[ImageDataset]:
     found = []
-    for path in sorted(home_dir(home).glob("*/dataset.parquet")):
+    for folder in home_folders(home_dir(home)):
         try:
-            found.append(ImageDataset.from_parquet_bytes(path.read_bytes()))
-        except (EmbcacheError, OSError):  # a damaged snapshot is told where it is asked for; a list goes on
+            dataset = read_snapshot(folder.name, home)
+        except DatasetError as error:
+            skip(folder, error)
             continue
+        found += [dataset] if dataset is not None else []
     return found

@@ -94,13 +94,15 @@ class LoadedBackbone:
 
     ``module`` maps normalised images, float32 of shape (B, 3, H, W), to features, float32 of shape (B, ``spec.dim``).
     ``weights_sha256`` is that of the checkpoint file or, where there is none, of the tensors (see ``hash_state``);
-    ``weights_source`` says in words where they came from.
+    ``weights_source`` says in words where they came from, ``inferred`` which network, or under which prefix,
+    in a file of the user's own.
     """
 
     spec: Backbone
     module: nn.Module
     weights_sha256: str
     weights_source: str
+    inferred: str = ""
 
 
 def _resnet(**row: Any) -> Backbone:
@@ -292,22 +294,22 @@ def load_backbone(
     if spec.pooling == "timm":
         from embcache.extract.timm_models import load_timm
 
-        module, digest, origin = load_timm(spec, weights, home, image_size, allow_download)
-        return _freeze(spec, module, digest, origin)
+        return _freeze(spec, *load_timm(spec, weights, home, image_size, allow_download))
     path = locate_weights(spec.name, spec.weights, override=weights, home=home, allow_download=allow_download)
     checkpoint = checkpoints.read_checkpoint(path, given=weights is not None)
     if weights is None:
         check_digest(path, checkpoint.sha256, spec.weights)
     module = networks.build_network(spec.network)
-    state = checkpoints.clean_state_dict(checkpoint.state, where=path)
+    found = checkpoints.find_network(checkpoint.state, module.state_dict(), where=path)
+    state = {key: value for key, value in found.state.items() if not key.startswith(checkpoints.HEADS)}
     if spec.timm:
         state = networks.rename_efficientnet(state, module)
     checkpoints.load_strictly(module, state, where=path)
-    return _freeze(spec, module, checkpoint.sha256, path.name)
+    return _freeze(spec, module, checkpoint.sha256, path.name, found.describe(path) if weights is not None else "")
 
 
-def _freeze(spec: Backbone, module: nn.Module, digest: str, origin: str) -> LoadedBackbone:
-    return LoadedBackbone(spec, module.eval().requires_grad_(False), digest, origin)
+def _freeze(spec: Backbone, module: nn.Module, digest: str, origin: str, inferred: str = "") -> LoadedBackbone:
+    return LoadedBackbone(spec, module.eval().requires_grad_(False), digest, origin, inferred)
 
 
 def weights_status(name: str, home: PathLike | None = None) -> str:

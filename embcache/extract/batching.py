@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from embcache.data.budget import Decoding
 from embcache.data.images import read_image
 from embcache.errors import DatasetError, ImageError
 from embcache.extract.profile import Profile
@@ -56,7 +57,13 @@ class Prepared:
     reason: str
 
 
-def prepare(root: Path, source: Source, geometries: Sequence[Geometry], profile: Profile | None = None) -> Prepared:
+def prepare(
+    root: Path,
+    source: Source,
+    geometries: Sequence[Geometry],
+    profile: Profile | None = None,
+    decoding: Decoding | None = None,
+) -> Prepared:
     """Read, decode and transform one image; an unreadable one is a reason, not an exception.
 
     Raises
@@ -69,7 +76,7 @@ def prepare(root: Path, source: Source, geometries: Sequence[Geometry], profile:
     profile = profile or Profile()
     try:
         with profile.timed("decode"):
-            image, digest = read_image(root, source.path, source.member)
+            image, digest = read_image(root, source.path, source.member, decoding)
     except ImageError as error:
         return Prepared((), "", error.problem)
     except OSError as error:
@@ -78,7 +85,7 @@ def prepare(root: Path, source: Source, geometries: Sequence[Geometry], profile:
         with profile.timed("transform"):
             return Prepared(tuple(geometry(image) for geometry in geometries), digest, "")
     except ValueError as error:
-        # The file is of another size than when the dataset was scanned.
+        # The file is of another size than when the dataset was scanned, or of one that the transform blows up.
         return Prepared((), digest, str(error))
 
 
@@ -93,12 +100,17 @@ def medium_failed(path: Path, error: OSError) -> DatasetError:
 
 
 def prepare_batches(
-    root: Path, sources: Sequence[Source], geometries: Sequence[Geometry], batch_size: int, pool: Executor
+    root: Path,
+    sources: Sequence[Source],
+    geometries: Sequence[Geometry],
+    batch_size: int,
+    pool: Executor,
+    decoding: Decoding | None = None,
 ) -> Iterator[list[Prepared]]:
     """Yield the prepared images of one shard batch by batch, decoding the next batches while this one is used."""
 
     def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
-        return [pool.submit(prepare, root, source, geometries) for source in chunk]
+        return [pool.submit(prepare, root, source, geometries, None, decoding) for source in chunk]
 
     return batches_ahead(sources, batch_size, submit)
 

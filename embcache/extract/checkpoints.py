@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import safetensors.torch
 import torch
@@ -23,18 +23,30 @@ from torch import Tensor, nn
 from embcache.errors import WeightsError
 from embcache.extract.pickles import HostilePickleError, check_pickle
 
-# Where published files keep the network, tried in this order; the first that is there counts.
-NESTS = (
-    ("classy_state_dict", "base_model", "model", "trunk"),  # VISSL
-    ("teacher",),  # DINO's full checkpoints
-    ("model_state_dict",),  # VISSL, converted
-    ("state_dict",),
-    ("model",),
+# What stands before a network's own names, in nested mappings or before dots: nests of published files and of training
+# tools, and the wrappers of DistributedDataParallel, torch.compile, VISSL, DINO and MoCo.
+WRAPPERS = frozenset(
+    {"backbone", "base_encoder", "base_model", "classy_state_dict", "encoder", "encoder_q", "model", "model_ema"}
+    | {"model_state_dict", "module", "state_dict", "state_dict_ema", "student", "teacher", "trunk"}
+    | {"_feature_blocks", "_orig_mod"}
 )
-# Wrappers whose names stand before a parameter's own: DistributedDataParallel, VISSL's trunk, DINO's MultiCropWrapper.
-PREFIXES = ("module.", "_feature_blocks.", "backbone.")
+# Of two complete networks in one file the first is taken: as timm takes the average of the weights over training, and
+# as the evaluations of DINO, DINOv2, iBOT (teacher), MoCo (encoder_q, base_encoder) and lightly (backbone) do.
+PREFERRED = (
+    ("state_dict_ema", "state_dict"),
+    ("model_ema", "model"),
+    ("teacher", "student"),
+    ("encoder_q", "encoder_k"),
+    ("base_encoder", "momentum_encoder"),
+    ("backbone", "backbone_momentum"),
+)
+_NEUTRAL = ("module", "_orig_mod")  # say nothing of which network it is
 # What networks carry besides the trunk; left out of a frozen network.
-HEADS = ("fc.", "_fc.", "classifier.", "projection_head.", "prototypes.", "head.", "heads.")
+HEADS = (
+    "_fc.", "classifier.", "dino_head.", "fc.", "head.", "heads.", "ibot_head.", "predictor.", "projection_head.",
+    "projector.", "prototypes.",
+)  # fmt: skip
+_DEEPEST = 8  # mappings in mappings; published files have four
 
 _CONVERT = (
     "if you trust the file, keep its tensors alone in a safetensors file "
@@ -88,14 +100,14 @@ _MOST_HEADER = 16 << 20  # published files have some hundred kilobytes; a gigaby
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The network's tensors under the names they have in the file, and the sha256 of the file."""
+    """All tensors under the names they have in the file, dots between nested ones, and the sha256 of the file."""
 
     state: Mapping[str, Tensor]
     sha256: str
 
 
 def read_checkpoint(path: Path, *, given: bool = False) -> Checkpoint:
-    """Read a published checkpoint: safetensors, PyTorch zip or PyTorch legacy, flat or nested (:data:`NESTS`).
+    """Read a checkpoint: safetensors, PyTorch zip or PyTorch legacy, flat or nested.
 
     Parameters
     ----------
@@ -231,62 +243,120 @@ def _describe(head: bytes) -> str:
 
 
 def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
-    """Find the network's tensors in what a file holds."""
-    for nest in NESTS:
-        inner: Any = loaded
-        for key in nest:
-            inner = inner.get(key) if isinstance(inner, Mapping) else None
-        if isinstance(inner, Mapping):
-            loaded = inner
-            break
+    """Every named tensor in what a file holds; names of nested mappings are joined by dots."""
     if not isinstance(loaded, Mapping) or not loaded:
         raise _BrokenError(f"a {type(loaded).__name__} instead of named tensors")
-    other = [str(key) for key, value in loaded.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
-    if other:
+    state: dict[str, Tensor] = {}
+    _gather(loaded, "", state)
+    if not state:
         raise WeightsError(
             f"{path.name} is not in a layout that embcache knows", where=path,
-            expected="named tensors, flat or under " + ", ".join("/".join(nest) for nest in NESTS),
-            found="entries that are not tensors: " + _some(other), fix=_CONVERT,
+            expected="named tensors, flat or in named mappings",
+            found="entries that are not tensors: " + _some([str(key) for key in loaded]), fix=_CONVERT,
         )  # fmt: skip
     size = path.stat().st_size
-    for key, value in loaded.items():
+    for key, value in state.items():
         # A tensor may be of another kind, without values, or repeat one value over any shape.
         plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
         if not plain or value.numel() * value.element_size() > size:
             raise _BrokenError(f"{key} is no plain tensor whose values the file holds")
-    return {key: value.detach() for key, value in loaded.items()}
+    return {key: value.detach() for key, value in state.items()}
 
 
-def strip_prefixes(state: Mapping[str, Tensor], *, where: object = None) -> dict[str, Tensor]:
-    """Take the known wrappers' prefixes (:data:`PREFIXES`) off every name, as often as they stand there.
+def _gather(mapping: Mapping[object, object], prefix: str, state: dict[str, Tensor]) -> None:
+    for key, value in mapping.items():
+        if not isinstance(key, str):
+            continue  # an optimizer's
+        if isinstance(value, Tensor):
+            if prefix + key in state:
+                raise _BrokenError(f"{prefix + key} is in it twice, nested and with dots in its name")
+            state[prefix + key] = value
+        elif isinstance(value, Mapping) and prefix.count(".") < _DEEPEST:
+            _gather(value, f"{prefix}{key}.", state)
+
+
+@dataclass(frozen=True)
+class Network:
+    """The tensors of one network of a checkpoint, under its own names.
+
+    ``prefix`` stood before each name in the file; ``passed`` stands before those of other complete networks.
+    """
+
+    state: dict[str, Tensor]
+    prefix: str
+    passed: tuple[str, ...] = ()
+
+    def describe(self, path: Path) -> str:
+        """What was chosen of a file; empty where there was nothing to choose."""
+        others = f", not those under {' or '.join(map(repr, self.passed))}" if self.passed else ""
+        return f"the weights are those under {self.prefix!r} of {path.name}{others}" if self.prefix else ""
+
+
+def find_network(
+    state: Mapping[str, Tensor], wanted: Collection[str], *, heads: tuple[str, ...] = HEADS, where: object = None
+) -> Network:
+    """Find a network's tensors in a checkpoint: under the one prefix under which every wanted name is.
+
+    Of several such prefixes the one that :data:`PREFERRED` says. Where there is none, for the file may spell the
+    network's names otherwise, those under the wrappers (:data:`WRAPPERS`) that hold most.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        From `read_checkpoint`.
+    wanted : collection of str
+        Names of the network's tensors.
+    heads : tuple of str
+        How names begin that are left out unless they are wanted.
+    where : object, optional
+        The file, for messages.
 
     Raises
     ------
     WeightsError
-        Two names become one.
+        Several networks are there, and nothing says which is meant.
     """
-    stripped: dict[str, Tensor] = {}
+    required = [name for name in wanted if not name.endswith(".num_batches_tracked")]
+    ends = [key.removesuffix(required[0]) for key in state if key.endswith(required[0])] if required else []
+    whole = [start for start in ends if start[-1:] in ("", ".") and all(start + name in state for name in required)]
+    if whole:
+        prefix = _prefer(whole, where)
+        inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        kept = {key: value for key, value in inner.items() if key in wanted or not key.startswith(heads)}
+        return Network(kept, prefix, tuple(other for other in whole if other != prefix))
+    groups: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
-        name = key
-        while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
-            name = name.removeprefix(prefix)
-        if name in stripped:
-            raise WeightsError(
-                f"the checkpoint names {name} twice, with and without a prefix", found=key, where=where, fix=_CONVERT
-            )
-        stripped[name] = value
-    return stripped
+        prefix = _wrappers(key)
+        groups.setdefault(prefix, {})[key.removeprefix(prefix)] = value
+    most = max(map(len, groups.values()), default=0)
+    prefix = _prefer([prefix for prefix, inner in groups.items() if len(inner) == most], where)
+    return Network(groups[prefix], prefix)
 
 
-def clean_state_dict(state: Mapping[str, Tensor], *, where: object = None) -> dict[str, Tensor]:
-    """Strip the known prefixes and leave out the known heads (:data:`PREFIXES`, :data:`HEADS`).
+def _wrappers(key: str) -> str:
+    parts = key.split(".")
+    count = next((place for place, part in enumerate(parts[:-1]) if part not in WRAPPERS), len(parts) - 1)
+    return "".join(f"{part}." for part in parts[:count])
 
-    Raises
-    ------
-    WeightsError
-        Two names become one.
-    """
-    return {key: value for key, value in strip_prefixes(state, where=where).items() if not key.startswith(HEADS)}
+
+def _prefer(prefixes: list[str], where: object) -> str:
+    best = [one for one in prefixes if not any(_beats(other, one) for other in prefixes)]
+    if len(best) == 1:
+        return best[0]
+    first = best[0] if best else ""
+    raise WeightsError(
+        "the checkpoint holds several networks that fit, and nothing says which is meant", where=where,
+        expected="one network", found=" and ".join(f"tensors under {prefix!r}" if prefix else "tensors under no prefix"
+        for prefix in best),
+        fix="keep one in a file of its own, and pass that with --weights: "
+        f"safetensors.torch.save_file({{NAME without {first!r}: TENSOR, …}}, 'one.safetensors')",
+    )  # fmt: skip
+
+
+def _beats(one: str, other: str) -> bool:
+    mine, theirs = ([part for part in prefix.split(".") if part not in _NEUTRAL] for prefix in (one, other))
+    differing = [pair for pair in zip(mine, theirs, strict=False) if pair[0] != pair[1]]
+    return len(mine) == len(theirs) and len(differing) == 1 and differing[0] in PREFERRED
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, where: object = None) -> None:

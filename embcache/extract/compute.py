@@ -19,7 +19,7 @@ from embcache.extract.plan import Plan, Shard
 from embcache.extract.profile import Profile
 from embcache.extract.shortage import Halving
 from embcache.extract.stopping import Stop
-from embcache.store.commit import ShardRows, commit_shard, refresh_view
+from embcache.store.commit import ShardRows, commit_shard, is_committed, refresh_view
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 
@@ -131,6 +131,7 @@ def compute_owed(
     bar = tqdm(total=total, unit="img", desc=f"{label} {dataset.name}", disable=terms.quiet or None, smoothing=0.05)
     with bar:
         worker = _Worker(compute, terms, bar.update)
+        terms.stop.complete = not passes
         while passes and not terms.stop.asked:
             progress = False
             for (shard, batch_size), sharing in list(passes.items()):
@@ -140,7 +141,7 @@ def compute_owed(
                 with terms.stop.at_hand(len(shard.ids)), ExitStack() as leases:
                     leased = [index for index in sharing if _lease(leases, jobs[index].store, shard.number)]
                     # A shard that another process committed since the plan was read costs nothing.
-                    owed = [index for index in leased if shard.number not in jobs[index].store.committed()]
+                    owed = [index for index in leased if not is_committed(jobs[index].store.path, shard.number)]
                     if owed:
                         # An image that left the dataset after its shard was planned keeps its row, marked unreadable.
                         wanted = [sources.get(image, Source(image, "", -1)) for image in shard.ids]
@@ -153,6 +154,7 @@ def compute_owed(
                     passes[shard, batch_size] = left
                 else:
                     del passes[shard, batch_size]
+                    terms.stop.complete = not passes
                 progress |= bool(leased)
             if passes and not progress:
                 terms.stop.wait(_POLL_SECONDS)
@@ -167,13 +169,19 @@ def _passes(
     """Owed shards, with the batch size of each, and which of the jobs owe them: those share one decoding."""
     passes: dict[tuple[Shard, int], list[int]] = {}
     for index, job in enumerate(jobs):
-        asked = None if only is None else only.get(job.store.recipe.fingerprint, ())
         for shard in job.plan.shards:
-            if part is not None and shard.number % part[1] != part[0] - 1:
-                continue
-            if asked is None or shard.number in asked:
+            if is_asked(shard.number, job.store.recipe.fingerprint, part, only):
                 passes.setdefault((shard, job.batch_size), []).append(index)
     return passes
+
+
+def is_asked(
+    number: int, fingerprint: str, part: tuple[int, int] | None, only: Mapping[str, Collection[int]] | None
+) -> bool:
+    """Whether a shard of the store of this recipe is one that `compute_owed` is asked for."""
+    if part is not None and number % part[1] != part[0] - 1:
+        return False
+    return only is None or number in only.get(fingerprint, ())
 
 
 class _Worker(Generic[J]):

@@ -146,7 +146,7 @@ class Guard:
         command = extract_command(store.recipe.backbone, self._dataset, self._home)
         return DatasetError(
             f"too many images cannot be used: {len(bad):,} of {len(self._dataset):,} "
-            f"({new:,} of them in the shard at hand, which is not committed)",
+            f"({new:,} of them in the current shard, which is not committed)",
             expected=f"at most {self._allowed:,} (--max-bad {self._asked})",
             found="\n".join(lines),
             where=self._root,

@@ -99,8 +99,8 @@ def cache_pixels(
         files = scan_dataset(ds, home, pool)
         store = _store(files.folder, framing, format)
         write_snapshot(files.folder, (ds.whole or ds).to_parquet_bytes())
-        files.keep()
         job = _Job(store, plan_store(store, wanted, files.root, files.scan))
+        files.keep()
         owed = sum(len(shard.ids) for shard in job.plan.shards if only is None or shard.number in only)
         if owed:
             size = f"{framing.size[1]}×{framing.size[0]}"
@@ -110,10 +110,13 @@ def cache_pixels(
         def compute(
             jobs: Sequence[_Job], sources: Sequence[Source], batch_size: int, on_rows: Callable[[int], object]
         ) -> list[ShardRows]:
-            return [_rows(files.root, sources, framing, batch_size, pool, on_rows) for _ in jobs]
+            rows = [_rows(files.root, sources, framing, batch_size, pool, on_rows) for _ in jobs]
+            files.scan.learn(sources, rows[0].digests)
+            return rows
 
         wanted_shards = None if only is None else {store.recipe.fingerprint: only}
-        compute_owed([job], ds, compute, only=wanted_shards, label="decode", terms=Terms(say=say))
+        with files.learning():
+            compute_owed([job], ds, compute, only=wanted_shards, label="decode", terms=Terms(say=say))
     return FeatureStore(store.path).restrict(wanted.table["id"])
 
 

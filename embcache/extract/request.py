@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from embcache.cores import usable_cores
+from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
-from embcache.errors import DatasetNotFoundError, UsageError
+from embcache.errors import DatasetNotFoundError, UsageError, check_number
 from embcache.extract.batching import Source, prepare
 from embcache.paths import PathLike, slug
-from embcache.store.feature_store import FeatureStore
+from embcache.store.feature_store import FeatureStore, extract_command
+from embcache.store.header import MOST_SHARD_ROWS
 
 
-def none_readable(dataset: ImageDataset, root: Path) -> DatasetNotFoundError:
+def none_readable(dataset: ImageDataset, root: Path, decoding: Decoding | None = None) -> DatasetNotFoundError:
     """The error for a dataset of which no image can be read, with the first reasons."""
     columns = [dataset.table[name].tolist()[:3] for name in ("id", "path", "member")]
-    prepared = [prepare(root, Source(*row), ()) for row in zip(*columns, strict=True)]
+    prepared = [prepare(root, Source(*row), (), decoding=decoding) for row in zip(*columns, strict=True)]
     reasons = dict.fromkeys(image.reason for image in prepared if image.reason)
     return DatasetNotFoundError(
         "none of the dataset's images can be read",
@@ -33,7 +36,7 @@ def image_root(dataset: ImageDataset) -> Path:
         raise DatasetNotFoundError(
             f"the images of {dataset.name} are not here; extraction needs them",
             expected=str(dataset.root) if dataset.root else None,
-            fix=f"embcache extract --dataset {dataset.kind} --data-root FOLDER …",
+            fix=extract_command("NAME", replace(dataset, root=None, origin=None)),
         )
     return dataset.root
 
@@ -71,11 +74,17 @@ def check_numbers(
     workers: int | str | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
+    rows_per_shard: int | None = None,
 ) -> None:
     """`UsageError` for numbers that no extraction can have."""
-    if views < 1:
-        raise UsageError("the number of views must be at least 1", found=str(views), fix="--views 4")
-    for words, flag, value in (("batch size", "batch-size", batch_size), ("number of workers", "workers", workers)):
+    if rows_per_shard is not None:
+        check_number("--rows-per-shard", rows_per_shard, MOST_SHARD_ROWS)
+    check_number("--views", views, 1_000)
+    for words, flag, value, most in (
+        ("batch size", "batch-size", batch_size, 1 << 16), ("number of workers", "workers", workers, 1 << 10),
+    ):  # fmt: skip
+        if isinstance(value, int) and value >= 1:
+            check_number(f"--{flag}", value, most)
         if value is not None and value != "auto" and not (isinstance(value, int) and value >= 1):
             raise UsageError(
                 f"the {words} must be at least 1", expected="a number, or auto", found=str(value), fix=f"--{flag} auto"

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 import embcache
+from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION
 from embcache.extract.backbones import find_backbone, load_backbone
 from embcache.extract.batching import Source
-from embcache.extract.compute import Terms, compute_owed
+from embcache.extract.compute import Terms, compute_owed, is_asked
 from embcache.extract.devices import Crew, split_devices
 from embcache.extract.limits import Guard
 from embcache.extract.pixels import CurrentPixels, current_pixels
@@ -41,8 +42,10 @@ from embcache.store.recipe import Recipe
 
 # Small batches keep a network's activations near the processor's caches; a GPU wants to be filled (docs/log.md).
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
-# 512 rows: some 4 MB of 2048-d features, and at most a minute of a laptop's work to lose.
-ROWS_PER_SHARD = 512
+# Seconds of work to finish before an interrupted run ends, or to lose. Where that makes more shards than it should take
+# to open a store, they are larger (docs/benchmarks.md).
+ROWS_PER_SHARD = {"cpu": 64, "cuda": 4096}
+_MOST_SHARDS = 2048
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Extraction:
     changed: int
     retried: int
     left: int  # images that are owed still: the run was stopped, or they are another part's
+    undone: int  # of those, images that this run was to compute
     quarantined: Mapping[str, str]  # id → reason, of the whole dataset
     seconds: float
     notes: tuple[str, ...]
@@ -81,6 +85,7 @@ def extract_features(
     precision: str = "fp32",
     batch_size: int | str | None = None,
     workers: int | str | None = None,
+    rows_per_shard: int | None = None,
     format: str | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
@@ -88,6 +93,7 @@ def extract_features(
     on_error: str = "quarantine",
     max_bad: int | str = "1%",
     retry_quarantined: bool = False,
+    max_pixels: int | None = None,
 ) -> FeatureStore | dict[str, FeatureStore]:
     """Run frozen backbones once over all images of a dataset, computing only what is not cached.
 
@@ -111,6 +117,9 @@ def extract_features(
         Default: the one recorded in the store; for a new one 16 on a CPU, 64 on a GPU.
     workers : int or "auto", optional
         Threads that decode images; default: one per core, 8 at most.
+    rows_per_shard : int, optional
+        Images that are computed and committed together, settled when a store is created; default:
+        :func:`default_rows`.
     format : {"zarr", "hdf5"}, optional
         Default: the one the store has, Zarr for a new one.
     part : (int, int), optional
@@ -128,6 +137,9 @@ def extract_features(
         Quarantined images, or such as ``"1%"`` of the dataset (one at least), above which the run stops.
     retry_quarantined : bool
         Look at quarantined images again, though their files have not changed.
+    max_pixels : int, optional
+        Larger images are quarantined. No part of the recipe: with another limit those that it allows are looked at
+        again. Default: ``$EMBCACHE_MAX_PIXELS``, else 89,478,485.
 
     Returns
     -------
@@ -142,8 +154,9 @@ def extract_features(
     names = [backbones] if isinstance(backbones, str) else list(backbones)
     done = run_extraction(
         names, dataset, home=home, weights=weights, transform=transform, device=device, precision=precision,
-        batch_size=batch_size, workers=workers, format=format, part=part, views=views,
+        batch_size=batch_size, workers=workers, rows_per_shard=rows_per_shard, format=format, part=part, views=views,
         feature_dtype=feature_dtype, on_error=on_error, max_bad=max_bad, retry_quarantined=retry_quarantined,
+        max_pixels=max_pixels,
     )  # fmt: skip
     stores = {extraction.backbone: extraction.store for extraction in done}
     return stores[names[0]] if isinstance(backbones, str) else stores
@@ -160,6 +173,7 @@ def run_extraction(
     precision: str = "fp32",
     batch_size: int | str | None = None,
     workers: int | str | None = None,
+    rows_per_shard: int | None = None,
     format: str | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
@@ -167,6 +181,7 @@ def run_extraction(
     on_error: str = "quarantine",
     max_bad: int | str = "1%",
     retry_quarantined: bool = False,
+    max_pixels: int | None = None,
     only: Mapping[str, Collection[int]] | None = None,
     stop: Stop | None = None,
     say: Callable[[str], object] = lambda line: None,
@@ -176,19 +191,20 @@ def run_extraction(
     """As :func:`extract_features`, reporting what was done; ``say`` is told each thing worth knowing as it happens.
 
     With ``only``, shards by fingerprint of a store, no others are computed: what else is owed stays so. ``stop`` ends
-    the run after the shard at hand. ``joining`` is for a process that helps another one: it tells what happens to it
+    the run after the current shard. ``joining`` is for a process that helps another one: it tells what happens to it
     and not what the other tells anyway. ``profile`` is told where the time of this process goes.
     """
     started = time.monotonic()
     weights, stop, devices = weights_by_name(names, weights), stop or Stop(), split_devices(device)
-    check_numbers(batch_size, workers, part, views)
+    check_numbers(batch_size, workers, part, views, rows_per_shard)
+    decoding = Decoding() if max_pixels is None else Decoding(check_max_pixels(max_pixels))
     guard = Guard(dataset, image_root(dataset), on_error, max_bad, home)
     tell = (lambda line: None) if joining else say
     profile = profile or Profile()
     with ExitStack() as pools:
         threads = workers if isinstance(workers, int) else max(1, default_workers() // len(devices))
         pool = pools.enter_context(ThreadPoolExecutor(threads))
-        files = scan_dataset(dataset, home, pool)
+        files = scan_dataset(dataset, home, pool, decoding)
         networks = open_networks(
             names, dataset, files, home=home, weights=weights, transform=transform, device=devices[0],
             precision=precision, views=views, feature_dtype=feature_dtype,
@@ -197,8 +213,13 @@ def run_extraction(
         for name, network in zip(names, networks, strict=True):
             if dataset.kind in network.backbone.spec.contaminated:
                 tell(f"{name} was pretrained on images of {dataset.kind}: its scores there are contaminated")
+            if network.backbone.inferred:
+                tell(f"{name}: {network.backbone.inferred}")
             size, threads = settle(batch_size, workers, threads, network, make_recipe(network), files, dataset, tell)
-            store = _store(files.folder, network, format, size, threads if workers == "auto" else None)
+            rows = rows_per_shard or default_rows(network.device.type, len(dataset))
+            store = _store(files.folder, network, format, rows, size, threads if workers == "auto" else None)
+            if rows_per_shard not in (None, store.rows_per_shard):
+                tell(f"{name}: the store was created with {store.rows_per_shard} rows per shard, and keeps them")
             if not store.committed():
                 say_what_differs(store, files.folder, tell)
             plan = plan_store(store, dataset, files.root, files.scan, retry_quarantined=retry_quarantined)
@@ -214,10 +235,12 @@ def run_extraction(
             jobs: Sequence[_Job], sources: Sequence[Source], batch_size: int, on_rows: Callable[[int], object]
         ) -> list[ShardRows]:
             networks = [job.network for job in jobs]
-            return compute_shard(
+            rows = compute_shard(
                 files.root, sources, networks, batch_size=batch_size, pool=pool, cached=cached, on_rows=on_rows,
-                on_bad=guard.look, profile=profile,
+                on_bad=guard.look, profile=profile, decoding=decoding,
             )  # fmt: skip
+            files.scan.learn(sources, rows[0].digests)
+            return rows
 
         terms = Terms(guard, stop, threads=torch.get_num_threads(), say=say, quiet=joining, profile=profile)
         owed = any(job.plan.shards for job in jobs)
@@ -226,13 +249,28 @@ def run_extraction(
             "transform": transform, "precision": precision, "workers": threads,
             "batch_size": batch_size if isinstance(batch_size, int) else None,
             "part": part, "views": views, "feature_dtype": feature_dtype, "on_error": on_error, "max_bad": max_bad,
+            "max_pixels": decoding.max_pixels,
             "only": None if only is None else {fingerprint: list(numbers) for fingerprint, numbers in only.items()},
         }  # fmt: skip
-        with Crew(devices[1:] if owed else (), dataset, request, stop, say) as crew:
+        with files.learning(), Crew(devices[1:] if owed else (), dataset, request, stop, say) as crew:
             computed = compute_owed(jobs, dataset, compute, part=part, only=only, terms=terms)
+    for note in decoding.notes():
+        say(note)
     for _, images in crew.computed:
         computed = [ours + theirs for ours, theirs in zip(computed, images, strict=True)]
-    return [_summary(job, dataset, computed[i], time.monotonic() - started) for i, job in enumerate(jobs)]
+    return [_summary(job, dataset, computed[i], part, only, time.monotonic() - started) for i, job in enumerate(jobs)]
+
+
+def default_rows(device: str, images: int) -> int:
+    """Rows per shard of a new store for so many images, by the type of the device: ``cpu``, ``cuda``, ….
+
+    64 on a CPU, 4,096 elsewhere; twice as many as often as it takes to have at most 2,048 shards; never more than there
+    are images (but 64), for a shard takes the room of all of its rows.
+    """
+    rows = ROWS_PER_SHARD.get(device, ROWS_PER_SHARD["cuda"])
+    while images > rows * _MOST_SHARDS:
+        rows *= 2
+    return min(rows, max(images, 64))
 
 
 def open_networks(
@@ -310,7 +348,12 @@ def make_recipe(network: FrozenNetwork) -> Recipe:
 
 
 def _store(
-    folder: Path, network: FrozenNetwork, format: str | None, batch_size: int | None, workers: int | None
+    folder: Path,
+    network: FrozenNetwork,
+    format: str | None,
+    rows_per_shard: int,
+    batch_size: int | None,
+    workers: int | None,
 ) -> FeatureStore:
     provenance = {
         "weights": network.backbone.weights_source,
@@ -323,7 +366,7 @@ def _store(
         make_recipe(network),
         format=format,
         row_shape=network.row_shape,
-        rows_per_shard=ROWS_PER_SHARD,
+        rows_per_shard=rows_per_shard,
         batch_size=batch_size or BATCH_SIZES.get(network.device.type, 64),
         threads=torch.get_num_threads(),
         provenance=provenance,
@@ -331,9 +374,18 @@ def _store(
     return FeatureStore(path)
 
 
-def _summary(job: _Job, dataset: ImageDataset, computed: int, seconds: float) -> Extraction:
+def _summary(
+    job: _Job,
+    dataset: ImageDataset,
+    computed: int,
+    part: tuple[int, int] | None,
+    only: Mapping[str, Collection[int]] | None,
+    seconds: float,
+) -> Extraction:
     store = FeatureStore(job.store.path).restrict(dataset.table["id"].tolist())
     name, committed = job.network.backbone.spec.name, set(store.committed())
+    owed = [shard for shard in job.plan.shards if shard.number not in committed]
+    undone = [shard for shard in owed if is_asked(shard.number, store.recipe.fingerprint, part, only)]
     notes = []
     threads = torch.get_num_threads()
     if computed and (job.batch_size, threads) != (store.batch_size, store.threads):
@@ -349,7 +401,8 @@ def _summary(job: _Job, dataset: ImageDataset, computed: int, seconds: float) ->
         job.plan.added,
         job.plan.changed,
         job.plan.retried,
-        sum(len(shard.ids) for shard in job.plan.shards if shard.number not in committed),
+        sum(len(shard.ids) for shard in owed),
+        sum(len(shard.ids) for shard in undone),
         dict(store.quarantined),
         seconds,
         tuple(notes),

@@ -1,30 +1,39 @@
 """The state of a dataset's image files: what is where, how large, since when; and the transform that follows.
 
 Files are listed and looked up, a folder at a time; a header is read only where a transform hangs on it, and once.
+
+What was found out about a file is kept in ``scan.parquet``, beside the state that it had then (`FileState`), and holds
+as long as the file has that state: width and height, and the digest of its bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
+from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import is_inside, stat_files
+from embcache.data.files import FileState, is_inside, stat_files
 from embcache.data.headers import is_square_of
-from embcache.data.images import DECODER_VERSION, read_size
+from embcache.data.images import DECODER_VERSION, read_image, read_size
+from embcache.data.snapshot import open_parquet
 from embcache.errors import ImageError
 from embcache.extract.backbones import Backbone
-from embcache.extract.batching import medium_failed
+from embcache.extract.batching import Source, medium_failed
 from embcache.extract.request import default_workers, image_root, none_readable
 from embcache.extract.transforms import Transform, choose_transform
+from embcache.io import read_regular
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.commit import write_scan
 
@@ -38,7 +47,11 @@ UNKNOWN = (-1, -1)
 # Images with a longer side are resized by every transform, whatever the sizes of the others.
 _LARGEST_KEPT = 224
 _TOGETHER = 256  # headers that a thread reads before it is asked again
-_SCAN_COLUMNS = ["path", "size", "mtime_ns", "width", "height"]
+_GONE = FileState(ABSENT, 0, 0, 0)
+# A file that was written so shortly before it was looked at may be written again without another time.
+_TICK_NS = 2_000_000_000
+_STATE = list(FileState._fields)
+_SCAN_COLUMNS = ["path", "member", *_STATE, "width", "height", "digest"]
 _DECODER = "decoder"  # column of a kept scan: the version that read its headers
 
 
@@ -50,19 +63,59 @@ class Scan:
     ----------
     root : Path
         Folder of the images.
-    states : mapping of str to (int, int)
-        Size in bytes and modification time in ns of each path; size `ABSENT` where there is no file.
+    states : mapping of str to FileState
+        Of each path; size `ABSENT` where there is no file.
     seen : dict of str to (int, int)
         Width and height of the images whose header was read, now or earlier; `UNREADABLE` where it cannot be.
         Grows as :class:`ImageSizes` looks.
     members : mapping of str to int
-        Row inside the array file of each path, -1 for an image.
+        Row inside the array file of each path, -1 for an image; of several images in one file the first one's.
+    digests : dict of (str, int) to str
+        Sha256 (hex) that the bytes of an image, by path and member, had when its file was in this state.
+    moved : frozenset of str
+        Paths whose file is another than that of the kept scan, or was written since, though size and time are equal.
+    images : sequence of (str, int)
+        Path and member of every distinct image.
+    began_ns : int
+        When the files were looked at.
+    decoding : Decoding
+        The limit on pixels.
     """
 
     root: Path
-    states: Mapping[str, tuple[int, int]]
+    states: Mapping[str, FileState]
     seen: dict[str, tuple[int, int]]
     members: Mapping[str, int]
+    digests: dict[tuple[str, int], str] = field(default_factory=dict)
+    moved: frozenset[str] = frozenset()
+    images: Sequence[tuple[str, int]] = ()
+    began_ns: int = 0
+    decoding: Decoding = field(default_factory=Decoding)
+
+    def confirm(self, images: Iterable[tuple[str, int]]) -> None:
+        """Read those images whose digest is not known, several at once, for :attr:`digests`.
+
+        None is found for an image that is not there or cannot be had from its array file: computing it says why.
+
+        Raises
+        ------
+        DatasetError
+            A file cannot be read for now.
+        """
+        unknown = [image for image in images if image not in self.digests]
+        with ThreadPoolExecutor(default_workers()) as pool:
+            chunks = [unknown[start : start + _TOGETHER] for start in range(0, len(unknown), _TOGETHER)]
+            for chunk, digests in zip(chunks, pool.map(self._hash, chunks), strict=True):
+                self.digests.update((image, digest) for image, digest in zip(chunk, digests, strict=True) if digest)
+
+    def _hash(self, images: Sequence[tuple[str, int]]) -> list[str]:
+        return [_digest(self.root, path, member) for path, member in images]
+
+    def learn(self, sources: Sequence[Source], digests: Sequence[str]) -> None:
+        """Take over the digests of images that were just read; ``""`` is none."""
+        for source, digest in zip(sources, digests, strict=True):
+            if digest:
+                self.digests[source.path, source.member] = digest
 
     def read(self, paths: Sequence[str], pool: Executor, guess: tuple[int, int] | None = None) -> set[tuple[int, int]]:
         """Read the headers of some files, several at once; return the distinct sizes of those that can be read.
@@ -101,12 +154,24 @@ class Scan:
                 if side > 0 and member < 0 and inside[folder] and _says(f"{self.root}/{path}", side):
                     sizes.append(guess)
                 else:
-                    sizes.append(read_size(self.root, path, member))
+                    sizes.append(read_size(self.root, path, member, self.decoding))
             except ImageError:
                 sizes.append(UNREADABLE)
             except OSError as error:
                 raise medium_failed(self.root / path, error) from error
         return sizes
+
+
+def _digest(root: Path, path: str, member: int) -> str:
+    try:
+        if member < 0:
+            with (root / path).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        return read_image(root, path, member)[1]
+    except (ImageError, FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        raise medium_failed(root / path, error) from error
 
 
 def _says(path: str, side: int) -> bool:
@@ -145,7 +210,7 @@ class ImageSizes(Collection[tuple[int, int]]):
         sizes = set(scan.seen.values()) - {UNREADABLE}
         if _decided(sizes):
             return sizes
-        unread = [path for path, (size, _) in scan.states.items() if path not in scan.seen and size != ABSENT]
+        unread = [path for path, state in scan.states.items() if path not in scan.seen and state.size != ABSENT]
         with ThreadPoolExecutor(default_workers()) as pool:
             start, count = 0, 16
             while start < len(unread) and not _decided(sizes):
@@ -182,11 +247,28 @@ class DatasetFiles:
     sizes: ImageSizes
 
     def keep(self) -> None:
-        """Write the scan beside the stores, so that the next one reads no header again."""
+        """Write the scan beside the stores, so that the next one reads no header and no unchanged file again."""
         write_scan(self.folder, encode_scan(self.scan))
 
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Keep the scan once more, however this ends, where digests were learnt meanwhile.
 
-def scan_dataset(dataset: ImageDataset, home: PathLike | None, pool: Executor) -> DatasetFiles:
+        What other processes kept meanwhile stays, as far as it holds of the files as they were here.
+        """
+        known = len(self.scan.digests)
+        try:
+            yield
+        finally:
+            if len(self.scan.digests) > known:
+                _, others, _ = _still_true(decode_scan(self.folder / "scan.parquet"), self.scan.states)
+                self.scan.digests.update(others | self.scan.digests)
+                self.keep()
+
+
+def scan_dataset(
+    dataset: ImageDataset, home: PathLike | None, pool: Executor, decoding: Decoding | None = None
+) -> DatasetFiles:
     """Look at every file of a dataset; what an earlier scan knows of unchanged ones is not read again.
 
     Raises
@@ -197,9 +279,9 @@ def scan_dataset(dataset: ImageDataset, home: PathLike | None, pool: Executor) -
         A path leads out of the root, or what decodes an image is not installed.
     """
     root, folder = image_root(dataset), home_dir(home) / slug(dataset.name)
-    scan = scan_images(dataset, root, decode_scan(folder / "scan.parquet"), pool)
+    scan = scan_images(dataset, root, decode_scan(folder / "scan.parquet"), pool, decoding)
     if all(size == UNREADABLE for size in scan.seen.values()) and not list(ImageSizes(scan)):
-        raise none_readable(dataset, root)
+        raise none_readable(dataset, root, decoding)
     return DatasetFiles(root, folder, scan, ImageSizes(scan))
 
 
@@ -237,7 +319,9 @@ def dataset_transform(
     return chosen
 
 
-def scan_images(dataset: ImageDataset, root: Path, known: pd.DataFrame | None, pool: Executor) -> Scan:
+def scan_images(
+    dataset: ImageDataset, root: Path, known: pd.DataFrame | None, pool: Executor, decoding: Decoding | None = None
+) -> Scan:
     """State of each distinct file of a dataset, and what ``known``, an earlier scan, tells of the unchanged ones.
 
     The header of the first file of each suffix is read, so that a decoder that is not installed is missed now.
@@ -247,39 +331,66 @@ def scan_images(dataset: ImageDataset, root: Path, known: pd.DataFrame | None, p
     DatasetError
         A path leads out of the root, what decodes an image is not installed, or a file cannot be read for now.
     """
+    began = time.time_ns()
+    images = list(dict.fromkeys(zip(dataset.table["path"].tolist(), dataset.table["member"].tolist(), strict=True)))
     members: dict[str, int] = {}
-    for path, member in zip(dataset.table["path"].tolist(), dataset.table["member"].tolist(), strict=True):
+    for path, member in images:
         members.setdefault(path, member)
     try:
-        states = {path: state or (ABSENT, 0) for path, state in stat_files(root, list(members))}
+        states = {path: state or _GONE for path, state in stat_files(root, list(members))}
     except OSError as error:
         raise medium_failed(Path(error.filename or root), error) from error
-    scan = Scan(root, states, _still_true(known, states), members)
+    seen, digests, moved = _still_true(known, states)
+    scan = Scan(root, states, seen, members, digests, moved, images, began, decoding or Decoding())
     first: dict[str, str] = {}
-    for path, (size, _) in states.items():
-        if size != ABSENT:
+    for path, state in states.items():
+        if state.size != ABSENT:
             first.setdefault(path[path.rfind(".") :].lower() if "." in path[-8:] else "", path)
     scan.read([path for path in first.values() if path not in scan.seen], pool)
     return scan
 
 
-def _still_true(known: pd.DataFrame | None, states: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Width and height, from an earlier scan, of readable images whose file has not changed since."""
-    if known is None:
-        return {}
-    columns = [known.loc[known["width"] > 0, name].tolist() for name in _SCAN_COLUMNS]
-    return {
-        path: (width, height)
-        for path, size, mtime, width, height in zip(*columns, strict=True)
-        if states.get(path) == (size, mtime)
-    }
+def _still_true(
+    known: pd.DataFrame | None, states: Mapping[str, FileState]
+) -> tuple[dict[str, tuple[int, int]], dict[tuple[str, int], str], frozenset[str]]:
+    """What an earlier scan says of files that are in the state that they had then, and which others look like it.
+
+    Returns
+    -------
+    seen : dict of str to (int, int)
+        Width and height of readable images.
+    digests : dict of (str, int) to str
+        Of images by path and member.
+    moved : frozenset of str
+        Paths with the same size and modification time, but another ctime or inode.
+    """
+    seen: dict[str, tuple[int, int]] = {}
+    digests: dict[tuple[str, int], str] = {}
+    moved = set()
+    for path, member, *then, width, height, digest in () if known is None else known.itertuples(index=False, name=None):
+        now = states.get(path)
+        if now is not None and now == tuple(then):
+            if width > 0:
+                seen[path] = width, height
+            if digest:
+                digests[path, member] = digest
+        elif now is not None and now[:2] == tuple(then[:2]):
+            moved.add(path)
+    return seen, digests, frozenset(moved)
 
 
 def encode_scan(scan: Scan) -> bytes:
-    """A scan as Parquet bytes, with the decoder's version; width and height are -1 of headers that were not read."""
-    states = np.array(list(scan.states.values()), dtype=np.int64).reshape(-1, 2)
-    sizes = np.array([scan.seen.get(path, UNKNOWN) for path in scan.states], dtype=np.int64).reshape(-1, 2)
-    columns = [list(scan.states), states[:, 0], states[:, 1], sizes[:, 0], sizes[:, 1]]
+    """A scan as Parquet bytes, one row per image, with the decoder's version.
+
+    Width and height are -1 of headers that were not read; a digest is empty where it is not known, or where the file
+    was written so shortly before it was looked at that it could change without another time.
+    """
+    late = scan.began_ns - _TICK_NS
+    states = np.array([scan.states[path] for path, _ in scan.images], dtype=np.int64).reshape(-1, len(_STATE))
+    sizes = np.array([scan.seen.get(path, UNKNOWN) for path, _ in scan.images], dtype=np.int64).reshape(-1, 2)
+    settled = states[:, 1:3].max(axis=1) < late
+    digests = [scan.digests.get(image, "") if old else "" for image, old in zip(scan.images, settled, strict=True)]
+    columns = [[path for path, _ in scan.images], [member for _, member in scan.images], *states.T, *sizes.T, digests]
     buffer = io.BytesIO()
     table = pd.DataFrame(dict(zip(_SCAN_COLUMNS, columns, strict=True)))
     table.assign(**{_DECODER: DECODER_VERSION}).to_parquet(buffer, index=False)
@@ -294,13 +405,15 @@ def decode_scan(path: Path) -> pd.DataFrame | None:
     Returns
     -------
     DataFrame or None
-        ``path``, ``size`` (bytes), ``mtime_ns``, ``width``, ``height`` (pixels; 0 where the header cannot be read,
-        -1 where it was not).
+        One row per image: ``path``, ``member`` (-1 for an image file), ``size`` (bytes), ``mtime_ns``, ``ctime_ns``,
+        ``inode``, ``width``, ``height`` (pixels; 0 where the header cannot be read, -1 where it was not), ``digest``.
     """
     try:
-        scan = pd.read_parquet(path)
-    except (OSError, ValueError):
+        scan: pd.DataFrame = open_parquet(read_regular(path))[1].to_pandas()
+    except (OSError, ValueError, pa.ArrowException):
         return None
     if not {*_SCAN_COLUMNS, _DECODER} <= set(scan.columns) or not (scan[_DECODER] == DECODER_VERSION).all():
+        return None
+    if any(scan[name].dtype != "int64" for name in _SCAN_COLUMNS[1:]):
         return None
     return scan[_SCAN_COLUMNS]

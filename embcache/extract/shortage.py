@@ -8,11 +8,9 @@ from typing import TypeVar
 import torch
 
 from embcache.errors import EmbcacheError
+from embcache.memory import is_shortage
 
 _R = TypeVar("_R")
-
-# How the CPU allocator of torch, and older CUDA libraries, say it: a RuntimeError with no class of its own.
-_SAID = ("not enough memory", "can't allocate memory", "out of memory", "cublas_status_alloc_failed")
 
 
 class Halving:
@@ -42,7 +40,7 @@ class Halving:
         while True:
             try:
                 return compute(size), size
-            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_shortage(error):
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -60,10 +58,3 @@ class Halving:
             self._say(f"out of memory ({reason}): the batch is {size} from here on, recorded with each shard")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def is_shortage(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SAID)

@@ -1,4 +1,4 @@
-"""Stopping between two shards: the first signal lets the shard at hand be committed, the second does not wait."""
+"""Stopping between two shards: the first signal lets the current shard be committed, the second does not wait."""
 
 from __future__ import annotations
 
@@ -6,29 +6,31 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
 class Stop:
-    """Says whether a run is to end after the shard at hand; whoever is not the run may ask for it, at any time.
+    """Says whether a run is to end after the current shard; other threads may ask for it at any time.
 
     Attributes
     ----------
     left : int
-        Images of the shard at hand that are still to be computed or committed; 0 between shards.
+        Images of the current shard that are still to be computed or committed; 0 between shards.
     signal : int or None
         The signal that asked for it.
     others : bool
-        Whether other processes of this run may have a shard at hand.
+        Whether other processes of this run may have a current shard.
     killed : bool
         Whether those were ended without waiting for it.
+    complete : bool
+        Whether every shard that was asked for is committed: there is nothing to stop.
     """
 
     def __init__(self) -> None:
         self.left = 0
         self.signal: int | None = None
-        self.others = self.killed = False
+        self.others = self.killed = self.complete = False
         self._asked = threading.Event()
         self._told: list[Callable[[], object]] = []
 
@@ -63,7 +65,7 @@ class Stop:
             self.left = 0
 
     def through(self, images: float) -> None:
-        """So many images of the shard at hand are computed; one counts until the shard is committed."""
+        """So many images of the current shard are computed; one counts until the shard is committed."""
         if self.left:
             self.left = max(1, int(self.left - images))
 
@@ -71,6 +73,8 @@ class Stop:
 @contextmanager
 def stop_on_signals(stop: Stop, tell: Callable[[str], object] | None = None) -> Iterator[Stop]:
     """SIGINT and SIGTERM ask ``stop`` to stop; a second one, or one between shards, ends the run at once.
+
+    Where everything is computed the first one is noted only.
 
     Nothing is done outside the main thread, where Python allows no handlers.
 
@@ -85,10 +89,12 @@ def stop_on_signals(stop: Stop, tell: Callable[[str], object] | None = None) -> 
 
     def handle(number: int, _frame: FrameType | None) -> None:
         first, stop.signal = stop.signal is None, number
-        if not first or not (stop.left or stop.others):
+        if not first or not (stop.left or stop.others or stop.complete):
             raise SystemExit(exit_status(number))
+        if stop.complete and not stop.left:
+            return  # what remains takes a moment
         left = f"{stop.left:,} images left" if stop.left else "of another device"
-        (tell or _tell)(f"stopping after the shard at hand ({left}); again stops at once")
+        (tell or _tell)(f"stopping after the current shard ({left}); again stops at once")
         stop.ask()
 
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -107,4 +113,5 @@ def exit_status(number: int) -> int:
 
 def _tell(line: str) -> None:
     # Straight to the descriptor: a handler may run in the midst of Python's own writing to the stream.
-    os.write(2, f"\n{line}\n".encode())
+    with suppress(OSError):  # nobody listens
+        os.write(2, f"\n{line}\n".encode("ascii", "backslashreplace"))

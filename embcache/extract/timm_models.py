@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from embcache.errors import UsageError, WeightsError
 from embcache.extract.backbones import Backbone, timm_filename
-from embcache.extract.checkpoints import load_strictly, read_checkpoint, strip_prefixes
+from embcache.extract.checkpoints import HEADS, find_network, load_strictly, read_checkpoint
 from embcache.extract.timm_weights import fetch_weights, hub_errors, reach_hub
 from embcache.extract.weights import Published, check_digest, find_weights, locate_weights
 from embcache.paths import PathLike, weights_dir
@@ -106,13 +106,13 @@ def load_timm(
     home: PathLike | None,
     image_size: tuple[int, int] | None,
     allow_download: bool,
-) -> tuple[nn.Module, str, str]:
+) -> tuple[nn.Module, str, str, str]:
     """Build a timm model with its weights: from ``weights``, else the weights folder, else the hub or their URL.
 
     Returns
     -------
-    module, sha256, origin : Module, str, str
-        The digest is that of the file; the origin is in words.
+    module, sha256, origin, inferred : Module, str, str, str
+        The digest is that of the file; the origin, and what was chosen of ``weights``, are in words.
 
     Raises
     ------
@@ -133,10 +133,10 @@ def load_timm(
     checkpoint = read_checkpoint(path, given=weights is not None)
     if weights is None:
         check_digest(path, checkpoint.sha256, spec.weights)
-    module, digest, origin = _fill(spec, checkpoint.state, path), checkpoint.sha256, path.name + origin
+    module, chosen = _fill(spec, checkpoint.state, path)
     if image_size is not None and image_size != spec.input_size:
         _resize(module, spec, image_size)
-    return module, digest, origin
+    return module, checkpoint.sha256, path.name + origin, chosen if weights is not None else ""
 
 
 def build_timm(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
@@ -153,13 +153,16 @@ def build_timm(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
     return module
 
 
-def _fill(spec: Backbone, state: Mapping[str, Tensor], path: Path) -> Any:
-    """Build the network and fill it strictly from tensors under timm's names, or names that timm itself converts."""
-    stripped = strip_prefixes(state, where=path)
+def _fill(spec: Backbone, state: Mapping[str, Tensor], path: Path) -> tuple[Any, str]:
+    """Build the network and fill it strictly from tensors under timm's names, or names that timm itself converts.
+
+    Returns it, and in words what was chosen of the file.
+    """
     module = _create(spec.timm, dict(spec.timm_arguments), num_classes=0)
     classifiers = module.pretrained_cfg.get("classifier") or ()
     heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    trunk = {key: value for key, value in stripped.items() if key.rpartition(".")[0] not in heads}
+    found = find_network(state, module.state_dict(), heads=(*HEADS, *(f"{head}." for head in heads)), where=path)
+    trunk = {key: value for key, value in found.state.items() if key.rpartition(".")[0] not in heads}
     try:
         load_strictly(module, trunk, where=path)
     except WeightsError as mismatch:
@@ -174,7 +177,7 @@ def _fill(spec: Backbone, state: Mapping[str, Tensor], path: Path) -> Any:
             raise mismatch from None
         del module.pretrained_cfg["state_dict"]
         load_strictly(module, module.state_dict(), where=path)  # timm takes values that are not finite
-    return module
+    return module, found.describe(path)
 
 
 def _create(model_name: str, arguments: Mapping[str, Any], **more: Any) -> Any:

@@ -12,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from embcache.errors import UsageError
+from embcache.errors import UsageError, check_number
 from embcache.extract.backbones import Backbone
 
+MOST_SIDE = 4096
+MOST_RESIZED = 1 << 25  # 134 MB in Pillow; a shorter side of 256 reaches it where the longer one is 512 times as long
 KINDS = ("paper", "imagenet", "model")
 
 _FILTERS = {
@@ -61,10 +63,16 @@ class Transform:
         Raises
         ------
         ValueError
-            The image does not come out at ``size``: the transform was chosen for images of another size.
+            The image does not come out at ``size``: the transform was chosen for images of another size. Or it is so
+            thin that its shorter side's growth makes more than `MOST_RESIZED` pixels of it.
         """
         height, width = image.shape[:2]
         target = _resized(self.resize, height, width)
+        if max(target[0] * target[1], height * target[1]) > MOST_RESIZED:  # the rows are resized before the columns
+            raise ValueError(
+                f"an image of {width:,}×{height:,} pixels is too thin for the transform: it would become "
+                f"{target[1]:,}×{max(target[0], height):,} pixels on the way"
+            )
         if target != (height, width):
             resized = Image.fromarray(image).resize((target[1], target[0]), _FILTERS[self.interpolation])
             image = np.asarray(resized)
@@ -184,6 +192,7 @@ def _size_to_keep(image_sizes: Collection[tuple[int, int]], patch: int) -> tuple
 def _model_transform(backbone: Backbone) -> Transform:
     """The evaluation transform that timm makes from a model's configuration."""
     height, width = backbone.input_size
+    check_number("the side of a model's input", max(height, width), MOST_SIDE)  # a file of others says it
     scaled = (math.floor(height / backbone.crop_pct), math.floor(width / backbone.crop_pct))
     if backbone.crop_mode == "center" and height == width:
         resize: tuple[int, int] | int = scaled[0]

@@ -13,8 +13,8 @@ from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
 from embcache.extract.batching import Source, prepare
 from embcache.extract.scan import DatasetFiles
-from embcache.extract.shortage import is_shortage
 from embcache.extract.worker import FrozenNetwork
+from embcache.memory import is_shortage
 from embcache.paths import slug
 from embcache.store.feature_store import FeatureStore
 from embcache.store.recipe import Recipe

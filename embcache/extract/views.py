@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from embcache.data.budget import Decoding
 from embcache.extract.augment import Augmentation
 from embcache.extract.batching import AHEAD, Prepared, Source, batches_ahead, prepare
 from embcache.extract.profile import Profile
@@ -73,6 +74,7 @@ def prepare_views(
     wanted: Sequence[Views],
     framed: Mapping[str, Frames] | None = None,
     profile: Profile | None = None,
+    decoding: Decoding | None = None,
 ) -> Prepared:
     """As `embcache.extract.batching.prepare`, with the views of each of ``wanted`` one after another.
 
@@ -84,7 +86,7 @@ def prepare_views(
     if there and len(there) == len(framings):
         prepared = Prepared(tuple(pixels for pixels, _ in there), there[0][1], "")
     else:
-        prepared = prepare(root, source, [framing.geometry for framing in framings.values()], profile)
+        prepared = prepare(root, source, [framing.geometry for framing in framings.values()], profile, decoding)
     if not prepared.pixels:
         return prepared
     frames = dict(zip(framings, prepared.pixels, strict=True))
@@ -103,6 +105,7 @@ def view_batches(
     *,
     ahead: int = AHEAD,
     profile: Profile | None = None,
+    decoding: Decoding | None = None,
 ) -> Iterator[list[Prepared]]:
     """As `embcache.extract.batching.prepare_batches`; ``cached`` gives, by frame key, frames that need no decoding."""
     stores = {views.frame_key: cached[views.frame_key] for views in wanted if cached and views.frame_key in cached}
@@ -113,7 +116,7 @@ def view_batches(
 
     def read_one(source: Source, frames: Future[dict[str, Frames]] | None) -> Prepared:
         # Submitted after the frames of its batch, so that even a single thread has read them by now.
-        return prepare_views(root, source, wanted, frames.result() if frames else None, profile)
+        return prepare_views(root, source, wanted, frames.result() if frames else None, profile, decoding)
 
     def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
         frames = pool.submit(read_frames, [source.id for source in chunk]) if stores else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embcache.data.budget import Decoding
 from embcache.errors import UsageError
 from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.backbones import LoadedBackbone
@@ -126,7 +127,7 @@ def freeze(
     # Channels last is about 1.5 times faster for convolutions on CPUs (docs/log.md) and what tensor cores want.
     module = module.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return FrozenNetwork(
-        LoadedBackbone(backbone.spec, module, backbone.weights_sha256, backbone.weights_source),
+        replace(backbone, module=module),
         transform,
         target,
         precision,
@@ -193,6 +194,7 @@ def compute_shard(
     on_rows: Callable[[int], object] = lambda rows: None,
     on_bad: Callable[[Source, str], object] = lambda source, reason: None,
     profile: Profile | None = None,
+    decoding: Decoding | None = None,
 ) -> list[ShardRows]:
     """Features of one shard under each network; every image is read and decoded once for all of them.
 
@@ -216,6 +218,8 @@ def compute_shard(
         Told each image that cannot be used, and why, as soon as that is known; may raise.
     profile : Profile, optional
         Told how long each step took.
+    decoding : Decoding, optional
+        The limit on pixels, and who is told what was inferred of an image.
 
     Returns
     -------
@@ -235,7 +239,9 @@ def compute_shard(
     # On a CPU the cores that would decode the next batch are those that compute this one: neither gets faster, and
     # torch's threads wait for whichever of them was interrupted (docs/log.md).
     ahead = AHEAD if overlapped else 0
-    batches = view_batches(root, sources, distinct, batch_size, pool, cached, ahead=ahead, profile=profile)
+    batches = view_batches(
+        root, sources, distinct, batch_size, pool, cached, ahead=ahead, profile=profile, decoding=decoding
+    )
     while True:
         with profile.timed("idle"):
             batch = next(batches, None)

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -28,12 +28,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from embcache.errors import CorruptStoreError, StoreError
+from embcache.io import is_folder
 from embcache.store.commit import replace_file
 from embcache.store.lease import Lease
-from embcache.store.sealed import file_checksum, seal, unseal
+from embcache.store.sealed import file_checksum, read_sealed, seal
+from embcache.typed import typed
 
 FORMAT = 1
 AGAIN = "repeat the command with --again instead of --resume: it starts over"
+
+
+class _Record(TypedDict):
+    """Of a file that state.json names."""
+
+    name: str
+    size: int
+    crc32c: str
 
 
 @dataclass(frozen=True)
@@ -102,8 +112,10 @@ class CheckpointFolder:
         StoreError
             Another process is training this run.
         """
-        for name in ("leases", "staging"):
-            (self.path / name).mkdir(parents=True, exist_ok=True)
+        for folder in (self.path.parent, self.path, self.path / "leases", self.path / "staging"):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not is_folder(folder):
+                raise _damaged(folder, "a real folder", "a link")
         lease = Lease.acquire(self.path, 0)
         if lease is None:
             raise StoreError(
@@ -126,19 +138,18 @@ class CheckpointFolder:
         """
         path = self.path / "state.json"
         try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        try:
-            content = unseal(data, path, AGAIN, indent=None)
+            content = read_sealed(path, AGAIN, indent=None)
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}")
-            folds = tuple(
-                FoldState(**{**fold, **{name: tuple(fold[name]) for name in ("losses", "val_scores", "lrs")}})
-                for fold in content["folds"]
-            )
-            progress = Progress(folds, content["seconds"], content["machine"])
-        except (CorruptStoreError, ValueError, KeyError, TypeError) as error:
+            progress: Progress = typed(Progress, {key: content[key] for key in ("folds", "seconds", "machine")})
+            for fold in progress.folds:
+                typed(Mapping[str, _Record], fold.files, "files")
+                typed(Mapping[str, float], fold.scaler, "scaler")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _damaged(path, "a file that can be read", error.strerror or str(error)) from error
+        except (CorruptStoreError, ValueError, KeyError) as error:
             found = error.found if isinstance(error, CorruptStoreError) else str(error)
             raise _damaged(path, "the progress of a run of this version of embcache", str(found)) from error
         if content["request"] != self._request:
@@ -214,7 +225,7 @@ class CheckpointFolder:
 
     def file(self, record: Mapping[str, Any]) -> Path:
         """Path of a file that `save` wrote, its bytes verified. Raises as `load`."""
-        path = self.path / str(record["name"])
+        path = self.path / Path(str(record["name"])).name  # never out of the folder
         try:
             found = file_checksum(path)
         except OSError as error:

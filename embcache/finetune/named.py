@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
 from embcache.data.dataset import find_dataset
 from embcache.errors import UsageError
@@ -29,6 +30,7 @@ def finetune_named(
     dataset_name: str | None = None,
     splits: str | None = None,
     classes: ClassOptions = ClassOptions(),
+    columns: Columns = Columns(),
     weights: PathLike | Mapping[str, PathLike] | None = None,
     say: Callable[[str], object] = lambda line: None,
     progress: Tell | None = None,
@@ -57,6 +59,8 @@ def finetune_named(
         A splits file, or the name of an imported one.
     classes : ClassOptions
         Classes to drop or merge.
+    columns : Columns
+        As for `embcache.data.dataset.find_dataset`.
 
     Returns
     -------
@@ -85,7 +89,7 @@ def finetune_named(
     found = []
     for name in datasets:
         ds, source = find_dataset(
-            name, root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name
+            name, root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name, columns=columns
         )
         found.append((classes.of(ds), source))
     results = []

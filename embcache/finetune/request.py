@@ -15,7 +15,7 @@ from torch import nn
 
 from embcache.data.classes import class_flags
 from embcache.data.dataset import ImageDataset
-from embcache.errors import UsageError
+from embcache.errors import UsageError, check_number
 from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.backbones import Backbone, find_backbone, load_backbone
 from embcache.extract.request import weights_by_name
@@ -34,6 +34,7 @@ from embcache.probe.results import PROTOCOL_VERSION
 from embcache.probe.schedule import Schedule
 from embcache.probe.splits import Splits, name_everything
 from embcache.probe.stack import TrainableHead
+from embcache.probe.usage import MOST_SEED
 
 ARITHMETIC = 1
 """Raised when the arithmetic of finetuning changes, so that older runs are not taken for new ones."""
@@ -247,7 +248,7 @@ def resume_command(ds: ImageDataset, backbones: Sequence[str], settings: Setting
     """The command that goes on with an interrupted run."""
     words = ["embcache", "finetune", "--backbone", ",".join(backbones), "--dataset", ds.kind]
     words += ["--data-root", str(ds.origin)] if ds.origin is not None else []
-    words += ["--name", ds.name] if ds.kind == "folder" else []
+    words += ["--name", ds.name] if ds.name != ds.kind else []
     words += ["--allow-missing"] if ds.missing else []
     words += class_flags(ds.renamed)
     for option in fields(Settings):
@@ -290,6 +291,7 @@ def _timm_name(name: str) -> str:
 
 def choose_schedule(specs: Sequence[Backbone], settings: Settings) -> Schedule:
     """The protocol's optimisation, gentler where DINO is among the backbones, with what was asked instead."""
+    check_number("--seed", settings.seed, MOST_SEED, 0)
     default = GENTLE if gentle([spec.name for spec in specs]) else {}
     given = {
         key: value for key, value in (("lr", settings.lr), ("batch_size", settings.batch_size)) if value is not None

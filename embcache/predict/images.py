@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from embcache.data.chosen import Columns
 from embcache.data.dataset import ImageDataset
-from embcache.data.dicom import dicom_patient, has_dicom_suffix
-from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, is_image_name, is_litter
-from embcache.data.folder import UNGROUPED
-from embcache.data.labels import read_table
+from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, is_image_file, is_litter
+from embcache.data.groups import UNGROUPED, known_groups, merge_groups, patient_keys
+from embcache.data.labels import open_table
+from embcache.data.nearby import settle_paths
+from embcache.data.roles import find_columns, find_groups
 from embcache.errors import DatasetError, DatasetNotFoundError
 from embcache.extract.batching import Source
 from embcache.extract.request import image_root
@@ -34,6 +36,8 @@ class Asked:
         Why an image need not be tried; ``""`` where it may be.
     groups : tuple of str
         Patient, slide … of each image; ``""`` where it is not known.
+    notes : tuple of str
+        What was inferred of tables.
     """
 
     root: Path
@@ -41,6 +45,7 @@ class Asked:
     sources: tuple[Source, ...]
     reasons: tuple[str, ...]
     groups: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def images_of_dataset(ds: ImageDataset) -> Asked:
@@ -54,19 +59,27 @@ def images_of_dataset(ds: ImageDataset) -> Asked:
 
 def images_of_paths(paths: Sequence[PathLike]) -> Asked:
     """Images anywhere in the file system, by their paths as named; links are followed to where they lead."""
-    found = list_images(paths)
+    notes: list[str] = []
+    found = list_images(paths, notes)
     real = [os.path.realpath(path) for path in found]
     sources = tuple(Source(str(k), path.removeprefix(Path(path).anchor), -1) for k, path in enumerate(real))
     reasons = tuple(map(_not_readable, real))
-    groups = tuple(found[path] or ("" if why else _patient(path)) for path, why in zip(found, reasons, strict=True))
-    return Asked(Path(Path.cwd().anchor), tuple(map(str, found)), sources, reasons, groups)
+    # Groups by PatientID are called after their first image: a PatientID is in no answer.
+    anchor, asked = Path(Path.cwd().anchor), [k for k, why in enumerate(reasons) if not why]
+    patients = patient_keys(anchor, [sources[k].path for k in asked]) or []
+    names = [str(path) for path in found]
+    known = [(names[k], patient) for k, patient in zip(asked, patients, strict=False) if patient]
+    of = dict(zip((n for n, _ in known), merge_groups([n for n, _ in known], [p for _, p in known]), strict=True))
+    groups = tuple(group or of.get(str(path), "") for path, group in found.items())
+    return Asked(anchor, tuple(names), sources, reasons, groups, tuple(notes))
 
 
-def list_images(paths: Sequence[PathLike]) -> dict[Path, str]:
+def list_images(paths: Sequence[PathLike], notes: list[str]) -> dict[Path, str]:
     """The named files, those that tables name, and the images in and below the named folders (sorted), each once.
 
-    A file that was named is kept whatever its name, but for a CSV, TSV or Parquet file: it is a table with a column
-    ``path``, relative to its folder, and perhaps ``group``. Linked folders inside folders are not followed.
+    A file that was named is kept whatever its name, but for a CSV, TSV, Parquet or Excel file: it is a table with a
+    column ``path``, relative to its folder, and perhaps ``group``, or columns with names that are as usual. Linked
+    folders inside folders are not followed. What was inferred is added to ``notes``.
 
     Returns
     -------
@@ -83,12 +96,12 @@ def list_images(paths: Sequence[PathLike]) -> dict[Path, str]:
     found: dict[Path, str] = {}
     for path in map(Path, paths):
         if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
-            found |= _listed(path)
+            found |= _listed(path, notes)
             continue
         if not path.is_dir():
             found.setdefault(path, "")
             continue
-        inside = [image for image in _walk(path) if is_image_name(image.name)]
+        inside = [image for image in _walk(path) if is_image_file(image.parent, image.name)]
         if not inside:
             raise DatasetNotFoundError(
                 "a folder holds no images",
@@ -101,21 +114,18 @@ def list_images(paths: Sequence[PathLike]) -> dict[Path, str]:
     return found
 
 
-def _listed(file: Path) -> dict[Path, str]:
+def _listed(file: Path, notes: list[str]) -> dict[Path, str]:
     """Images that a table names, with their groups."""
-    table = read_table(file, ["path"])
-    if table.empty or not all(table["path"]):
+    table, read = open_table(file)
+    columns, named = find_columns(table, Columns(), where=file, required=["path"])
+    column = columns["path"]
+    if table.empty or not all(table[column]):
         raise DatasetError("a row of a table names no image", expected="a path in every row", where=file)
-    groups = table["group"] if "group" in table else [""] * len(table)
-    return {file.parent / path: group for path, group in zip(table["path"], groups, strict=True)}
-
-
-def _patient(path: Path) -> str:
-    """PatientID of a DICOM file; empty for other files."""
-    if not has_dicom_suffix(path.name):
-        return ""
-    with path.open("rb") as file:
-        return dicom_patient(file, path.name)
+    paths, settled = settle_paths(file.parent.resolve(), table[column].tolist())
+    _, group, told = find_groups(table.drop(columns=column), Columns(), [-1] * len(paths), paths, where=file)
+    notes += [*read, *named, *settled, *told]
+    groups = known_groups(table[group].tolist()) if group else [""] * len(paths)
+    return {file.parent / path: name for path, name in zip(paths, groups, strict=True)}
 
 
 def _not_readable(path: str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embcache.data.budget import Decoding
 from embcache.data.images import DECODER_VERSION
 from embcache.errors import RecipeError, StoreNotFoundError, UsageError
 from embcache.extract.backbones import load_backbone
@@ -36,7 +37,9 @@ ToProbabilities = Callable[[NDArray[Any]], FloatArray]
 class Model(Protocol):
     """What predicts: decoded, transformed and classified by a run's own recipe."""
 
-    def __call__(self, root: Path, sources: Sequence[Source], pool: Executor) -> tuple[FloatArray, list[str]]:
+    def __call__(
+        self, root: Path, sources: Sequence[Source], pool: Executor, decoding: Decoding
+    ) -> tuple[FloatArray, list[str]]:
         """Probabilities (n, C) of images, and why a row has none."""
         ...
 
@@ -50,10 +53,12 @@ class _ProbeModel:
     params: Sequence[dict[str, torch.Tensor]]
     to_p: Sequence[ToProbabilities]
 
-    def __call__(self, root: Path, sources: Sequence[Source], pool: Executor) -> tuple[FloatArray, list[str]]:
+    def __call__(
+        self, root: Path, sources: Sequence[Source], pool: Executor, decoding: Decoding
+    ) -> tuple[FloatArray, list[str]]:
         networks = list(self.networks.values())
         size = BATCH_SIZES.get(networks[0].device.type, 64)
-        shards = compute_shard(root, sources, networks, batch_size=size, pool=pool)
+        shards = compute_shard(root, sources, networks, batch_size=size, pool=pool, decoding=decoding)
         x = {b: torch.from_numpy(rows.features) for b, rows in zip(self.networks, shards, strict=True)}
         everyone = torch.arange(len(sources))
         logits = [predict_logits(self.head, head, x, everyone) for head in self.params]
@@ -70,11 +75,13 @@ class _FinetunedModel:
     to_p: Sequence[ToProbabilities]
     batch_size: int
 
-    def __call__(self, root: Path, sources: Sequence[Source], pool: Executor) -> tuple[FloatArray, list[str]]:
+    def __call__(
+        self, root: Path, sources: Sequence[Source], pool: Executor, decoding: Decoding
+    ) -> tuple[FloatArray, list[str]]:
         transform = self.models[0].transform
         parts: list[FloatArray] = []
         reasons: list[str] = []
-        for batch in prepare_batches(root, sources, [transform.geometry], self.batch_size, pool):
+        for batch in prepare_batches(root, sources, [transform.geometry], self.batch_size, pool, decoding):
             pixels = stack_batch(batch, 0, torch.empty((len(batch), *transform.size, 3), dtype=torch.uint8)).numpy()
             parts.append(
                 np.mean([to_p(m.logits(pixels)) for to_p, m in zip(self.to_p, self.models, strict=True)], axis=0)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.classes import change_notes
 from embcache.data.columns import as_in_run
 from embcache.data.dataset import ImageDataset, find_dataset
@@ -27,7 +28,7 @@ from embcache.probe.metrics import softmax
 from embcache.probe.prevalence import Adjust, Adjustment
 from embcache.probe.results import ProbeResult, find_run_anywhere
 from embcache.probe.summary import adjust_models
-from embcache.report.csvfile import FORMULA_STARTS, csv_text
+from embcache.report.csvfile import csv_text, is_formula
 
 FloatArray = NDArray[np.float64]
 _CHUNK = 256  # images at a time: what a progress bar counts, and what is in memory as features
@@ -144,6 +145,7 @@ def predict_images(
     adjust: Adjust = Adjust(),
     by_group: bool = False,
     workers: int | None = None,
+    max_pixels: int | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Predictions:
     """Class probabilities of images, or of all images of a dataset, by a saved run.
@@ -173,6 +175,8 @@ def predict_images(
         Refuse images without groups: `Predictions.group_rows` will be asked for.
     workers : int, optional
         Threads that decode images; default: one per core, 8 at most.
+    max_pixels : int, optional
+        Larger images are not decoded; default: ``$EMBCACHE_MAX_PIXELS``, else 89,478,485.
     progress : callable, optional
         Told (images done, images in all).
 
@@ -200,6 +204,7 @@ def predict_images(
             found="both" if paths else "neither",
             fix="embcache predict --run RUN FOLDER, or --dataset NAME",
         )
+    decoding = Decoding() if max_pixels is None else Decoding(check_max_pixels(max_pixels))
     result, folder = find_run_anywhere(run, home)
     chosen = _chosen_folds(result, folds)
     models = _adjusted(result, folder, adjust, chosen)
@@ -217,7 +222,7 @@ def predict_images(
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         for start in range(0, len(todo), _CHUNK):
             rows = todo[start : start + _CHUNK]
-            found, why = model(asked.root, [asked.sources[k] for k in rows], pool)
+            found, why = model(asked.root, [asked.sources[k] for k in rows], pool, decoding)
             for k, chances, reason in zip(rows, found, why, strict=True):
                 p[k], reasons[k] = (np.nan, reason) if reason else (chances, "")
             if progress is not None:
@@ -233,7 +238,7 @@ def predict_images(
         tuple(reasons),
         tuple(chosen),
         labels,
-        tuple(_notes(result, ds)),
+        (*_notes(result, ds), *asked.notes, *decoding.notes()),
         asked.groups if any(asked.groups) else None,
         _in_words(result, adjust, models),
     )
@@ -319,6 +324,6 @@ def _notes(result: ProbeResult, ds: ImageDataset | None) -> Iterator[str]:
 
 
 def _cell(column: str, value: object, path: bool) -> object:
-    if column == "image" and path and isinstance(value, str) and value.startswith(FORMULA_STARTS):
+    if column == "image" and path and isinstance(value, str) and is_formula(value):
         return f"./{value}"
     return value

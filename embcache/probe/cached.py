@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
 from embcache.data.columns import retarget
 from embcache.data.dataset import ImageDataset, find_dataset, read_snapshot
-from embcache.errors import StoreNotFoundError, UsageError
+from embcache.errors import DatasetError, StoreNotFoundError, UsageError
+from embcache.io import skip
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.heads import Head, make_head
 from embcache.probe.inputs import plan_for
@@ -36,6 +38,7 @@ def probe_cached(
     splits: str | None = None,
     target: str | None = None,
     classes: ClassOptions = ClassOptions(),
+    columns: Columns = Columns(),
     say: Callable[[str], Any] = lambda line: None,
     progress: Progress | None = None,
     **options: Any,
@@ -65,6 +68,8 @@ def probe_cached(
         A column of each dataset's table to tell apart instead of the labels.
     classes : ClassOptions
         Classes to drop or merge, of the labels or the target.
+    columns : Columns
+        The columns of a table to read; default: those that extraction read.
     say : callable
         Told what was left out or chosen, a line at a time.
     progress : callable, optional
@@ -93,7 +98,7 @@ def probe_cached(
     found = []
     for name in names:
         ds, source = find_dataset(
-            name, root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name
+            name, root=data_root, home=home, allow_missing=allow_missing, dataset_name=dataset_name, columns=columns
         )
         found.append((classes.of(ds if target is None else retarget(ds, target)), source))
     results = []
@@ -115,7 +120,11 @@ def cached_datasets(home: PathLike | None = None) -> list[str]:
     """Names of the datasets that have a feature store, sorted."""
     names = set()
     for folder in {store.path.parent for store in list_stores(home)}:
-        snapshot = read_snapshot(folder.name, home)
+        try:
+            snapshot = read_snapshot(folder.name, home)
+        except DatasetError as error:
+            skip(folder, error)
+            continue
         names.add(folder.name if snapshot is None else snapshot.name)
     return sorted(names)
 

@@ -6,9 +6,6 @@ Whoever has features of the recipe can predict with plain torch; ``docs/results.
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import cleandoc
@@ -19,6 +16,7 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from embcache.errors import UsageError
+from embcache.io import write_outputs
 from embcache.paths import PathLike
 from embcache.probe.heads import make_head
 from embcache.probe.metrics import merit
@@ -144,17 +142,9 @@ def _describe(result: ProbeResult, fold: int, tensors: Mapping[str, torch.Tensor
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Both files or neither: written aside, then put in place one after the other, the JSON last."""
-    aside = folder / f".{os.getpid()}.{secrets.token_hex(4)}"
     try:
-        aside.mkdir(parents=True)
-        try:
-            for name, data in files.items():
-                (aside / name).write_bytes(data)
-            for name in files:
-                (aside / name).replace(folder / name)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_outputs({folder / name: data for name, data in files.items()})
     except OSError as error:
         raise UsageError(
             "the head cannot be written", found=str(error.strerror), where=folder, fix="--output FOLDER"

@@ -9,6 +9,9 @@ from typing import Any
 
 from embcache.errors import UsageError
 
+MOST = 100_000
+"""Neighbors, hidden units or iterations."""
+
 
 def implicit(default: Any) -> Any:
     """A field of a head that says how something is computed, not what: at its default no request names it."""
@@ -22,9 +25,10 @@ def named_hyperparameters(head: Any) -> dict[str, Any]:
 
 
 def check_count(head: Any, field: str) -> None:
-    """Raise a UsageError unless ``head.field`` is a whole number, one at least."""
+    """Raise a UsageError unless ``head.field`` is a whole number, one at least, of which a machine can do as many."""
     value = getattr(head, field)
-    _check(head, field, isinstance(value, int) and not isinstance(value, bool) and value >= 1, "a whole number from 1")
+    fits = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
+    _check(head, field, fits, f"a whole number from 1 to {MOST:,}")
 
 
 def check_positive(head: Any, field: str) -> None:

@@ -97,7 +97,7 @@ class ProbeOptions:
     reuse: bool = True
 
     def __post_init__(self) -> None:
-        check_counts(repeats=self.repeats, views=self.views)
+        check_counts(self.repeats, self.views, self.seed)
         check_memory(self.max_memory)
         for schedule in self.schedules:  # each checks its rate
             if self.lr is not None and is_solved(self.model):

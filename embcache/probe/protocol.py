@@ -199,7 +199,7 @@ def divide(
     pool, own_val = (np.flatnonzero((given == split) & usable) for split in ("train", "val"))
     official = np.flatnonzero((given == "test") & readable)
     if not ds.grouped:
-        notes.append("ungrouped: slides may be on both sides")
+        notes.append("ungrouped: images of one patient or slide may be on both sides")
     if (labels[official] >= 0).any() or test == "official":
         test_rows, test_set = official, "official"
         pool, own_val, told = _official_overlap(ds, groups, official, pool, own_val, exclude_test_overlap)

@@ -5,16 +5,63 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Required, TypedDict
 
 from embcache.errors import printable
 from embcache.notebook import few, html_table
 from embcache.probe.statistics import Estimate
+from embcache.typed import typed
 
 PROTOCOL_VERSION = 2
 """Raised when the protocol changes, so that older runs are not taken for new ones. Arithmetic that gives the same but
 for rounding (another order of sums, attention by nodes) is the same protocol: a saved run answers for it."""
+
+
+class _Measured(TypedDict, total=False):
+    absent_classes: list[int]
+    predicted: list[int]
+    per_class_auc: list[float | None]
+
+
+class _Ensemble(TypedDict, total=False):
+    estimate: Mapping[str, Any] | None
+    metrics: _Measured
+
+
+class _ByGroup(TypedDict, total=False):
+    why: str
+    groups: int
+    estimate: Mapping[str, Any] | None
+    ensemble: _Ensemble
+
+
+class _Recipe(TypedDict, total=False):
+    transform: Mapping[str, Any]
+
+
+_Recipes = Mapping[str, _Recipe]
+
+
+class _Head(TypedDict):
+    name: str
+
+
+class _Request(TypedDict, total=False):
+    """What is read of a request; of other keys any value will do."""
+
+    kind: Required[str]
+    head: Required[_Head]
+    subset: Required[str]
+    dataset: str
+    splits: str
+    recipes: list[tuple[str, str]]
+    schedule: Mapping[str, float | str | None]
+    classes: Mapping[str, Any]
+    lrs: list[float]
+    target: str
+    run: str
+    of: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,7 +108,7 @@ class FoldResult:
     metrics: Mapping[str, Any]
     diverged: bool = False
     repeat: int = 0
-    chosen: Mapping[str, Any] = field(default_factory=dict)
+    chosen: Mapping[str, float] = field(default_factory=dict)
     lost_lrs: Sequence[float] = field(default_factory=list)
     seen: Sequence[float] = field(default_factory=list)
 
@@ -203,16 +250,31 @@ class ProbeResult:
         Raises
         ------
         ValueError
-            A key is missing or unknown.
+            A key is missing or unknown, or a value not of its type: in a shared home anybody may have written it.
         """
-        _check_keys(cls, data)
-        for fold in data["folds"]:
-            _check_keys(FoldResult, fold)
-        tuples = {name: tuple(data[name]) for name in ("backbones", "notes", "class_names", "test_counts")}
-        bounds = None if data["interval"] is None else (float(data["interval"][0]), float(data["interval"][1]))
-        folds = tuple(FoldResult(**fold) for fold in data["folds"])
-        found = None if data["estimate"] is None else Estimate.from_json(data["estimate"])
-        return cls(**{**data, **tuples, "interval": bounds, "folds": folds, "estimate": found})
+        estimate = data.get("estimate")
+        found: ProbeResult = typed(cls, {**data, "estimate": None})
+        for kind, name in (
+            (_Request, "request"),
+            (_Ensemble, "ensemble"),
+            (_ByGroup, "by_group"),
+            (_Recipes, "recipes"),
+        ):
+            typed(kind, getattr(found, name), name)  # as they are: a request hashes to its id
+        for number, fold in enumerate(found.folds):
+            if fold.fold != number:
+                raise ValueError(f"fold {fold.fold} in the place of fold {number}")
+            measured = typed(
+                _Measured, typed(Mapping[str, float | list[Any] | None], fold.metrics, "metrics"), "metrics"
+            )
+            if not {*measured.get("absent_classes", ())} <= {*range(len(found.class_names))}:
+                raise ValueError(f"absent classes {measured['absent_classes']} of {len(found.class_names)}"[:200])
+        counts = (found.n_train, found.n_val, found.n_test, found.labels_used, *found.test_counts)
+        if not found.class_names or len(found.test_counts) not in (0, len(found.class_names)) or min(counts) < 0:
+            raise ValueError(f"counts {counts}, classes {found.class_names}"[:300])
+        found = found if estimate is None else replace(found, estimate=Estimate.from_json(estimate))
+        _ = found.estimates  # the others are read from where they lie
+        return found
 
     def _reached(self) -> str:
         if self.mean is None:
@@ -263,10 +325,3 @@ def run_id(request: Mapping[str, Any]) -> str:
     kind = "" if request["kind"] == "probe" else f"{request['kind']}-"
     digits = hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
     return f"{kind}{request['head']['name']}-{request['subset']}-{digits}"
-
-
-def _check_keys(cls: type, data: Mapping[str, Any]) -> None:
-    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
-    missing = {name for name, needed in known.items() if needed} - set(data)
-    if set(data) - set(known) or missing:
-        raise ValueError(f"unknown keys {sorted(set(data) - set(known))}, missing keys {sorted(missing)}")

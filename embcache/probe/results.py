@@ -9,24 +9,29 @@ figures are made from these files, never from logs.
 from __future__ import annotations
 
 import difflib
-import os
-import secrets
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from embcache.errors import StoreError, StoreNotFoundError
-from embcache.paths import PathLike, home_dir, slug
+from embcache.data.snapshot import open_parquet
+from embcache.errors import StoreError, StoreNotFoundError, UsageError
+from embcache.io import is_folder, read_regular, replace_file, replace_folder
+from embcache.paths import PathLike, home_dir
+from embcache.probe.folders import real_runs_dir, run_folders, runs_dir
+from embcache.probe.metrics import find_metric
 from embcache.probe.record import PROTOCOL_VERSION, FoldResult, ProbeResult, run_id
-from embcache.store.sealed import file_checksum, seal, unseal
+from embcache.store.sealed import crc32c, file_checksum, read_sealed, seal
+from embcache.typed import typed
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -49,11 +54,6 @@ __all__ = [
 ]
 
 _MEND = "delete the run's folder and make it again"
-
-
-def runs_dir(dataset: str, home: PathLike | None = None) -> Path:
-    """Folder of a dataset's runs."""
-    return home_dir(home) / slug(dataset) / "runs"
 
 
 def save_run(
@@ -88,9 +88,7 @@ def save_run(
     Path
         The run's folder.
     """
-    folder = runs_dir(result.dataset, home)
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".{result.id}.{os.getpid()}.{secrets.token_hex(4)}"
+    folder = real_runs_dir(result.dataset, home) / result.id
     content: dict[str, bytes | Path] = {"predictions.parquet": predictions.to_parquet(index=False)}
     if validation is not None:
         content["validation.parquet"] = validation.to_parquet(index=False)
@@ -98,35 +96,20 @@ def save_run(
     if tensors:
         content["heads.safetensors"] = save_tensors(tensors, {"run": result.id})
     content |= files or {}
-    try:
-        staging.mkdir()
-        for name, data in content.items():
-            if isinstance(data, Path):
-                _take(data, staging / name)
-            else:
-                _write(staging / name, data)
-        record = {name: file_checksum(staging / name) for name in content}
-        _write(staging / "result.json", seal({**result.to_json(), "files": record}))
-        _sync(staging)
-        _swap(staging, folder / result.id)
-        _sync(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    record = {
+        name: file_checksum(data) if isinstance(data, Path) else {"size": len(data), "crc32c": crc32c(data)}
+        for name, data in content.items()
+    }
+    replace_folder(folder, {**content, "result.json": seal({**result.to_json(), "files": record})})
     for data in content.values():
         if isinstance(data, Path):
             data.unlink(missing_ok=True)
-    return folder / result.id
+    return folder
 
 
 def replace_result(run: Path, result: ProbeResult) -> None:
     """Write ``result.json`` of a run anew; its other files stay as they are."""
-    aside = run / f".result.{os.getpid()}.{secrets.token_hex(4)}"
-    try:
-        _write(aside, seal({**result.to_json(), "files": _content(run)["files"]}))
-        aside.replace(run / "result.json")
-        _sync(run)
-    finally:
-        aside.unlink(missing_ok=True)
+    replace_file(run / "result.json", seal({**result.to_json(), "files": _content(run)["files"]}))
 
 
 def find_run(id: str, dataset: str, home: PathLike | None = None) -> ProbeResult | None:
@@ -157,7 +140,7 @@ def find_run_anywhere(id: str, home: PathLike | None = None) -> tuple[ProbeResul
     StoreError
         The one run called so was made by another version of embcache, or is damaged.
     """
-    runs = {run.name: run for run in _run_folders(home_dir(home).glob("*/runs"))}
+    runs = {run.name: run for run in run_folders(home)}
     fits = [id] if id in runs else [n for n in runs if id and (n.startswith(id) or n.rpartition("-")[2].startswith(id))]
     if len(fits) > 1:  # those that cannot be read are not meant, unless there are no others
         fits = [name for name in fits if find_run_at(runs[name]) is not None] or fits[:1]
@@ -189,9 +172,12 @@ def load_result(run: Path) -> ProbeResult:
         result = ProbeResult.from_json(content)
         if result.kind != "kaggle" and result.request.get("protocol") != PROTOCOL_VERSION:
             raise ValueError(f"protocol {result.request.get('protocol')}, not {PROTOCOL_VERSION}")
+        find_metric(result.metric, len(result.class_names))
+        if result.positive and result.positive not in result.class_names:
+            raise ValueError(f"a positive class {result.positive!r} that is none of its classes"[:200])
         if result.id != run.name or run_id(result.request) != run.name:
             raise ValueError(f"a request that hashes to {run_id(result.request)}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, UsageError) as error:
         raise _other_run(run, error) from error
     return result
 
@@ -207,9 +193,31 @@ def load_predictions(run: Path, name: str = "predictions") -> pd.DataFrame:
         The file is not there or not as it was written.
     """
     try:
-        return pd.read_parquet(_verified(run, f"{name}.parquet"))
-    except (ValueError, OSError) as error:
+        table: pd.DataFrame = open_parquet(read_regular(_verified(run, f"{name}.parquet")))[1].to_pandas()
+        content = _content(run)
+        _check_predictions(table, len(content["class_names"]), len(content["folds"]))
+        return table
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise _bad_run(run / f"{name}.parquet", error) from error
+
+
+def _check_predictions(table: pd.DataFrame, classes: int, folds: int) -> None:
+    """Raise a ValueError where predictions are not of their types: in a shared home anybody may have written them."""
+    logits = [f"logit_{c}" for c in range(classes)]
+    numbers = [name for name in table.columns if str(name).startswith(("p_", "logit_"))]
+    if lacking := [name for name in ("id", "group", "label", "fold", *logits) if name not in table]:
+        raise ValueError(f"no column {lacking[0]!r}")
+    for name in ("id", "group"):
+        if not all(isinstance(value, str) for value in table[name].tolist()):
+            raise ValueError(f"{name} is no text")
+    for name, low, high in (("label", -1, classes), ("fold", 0, folds)):
+        values = table[name].to_numpy()
+        if values.dtype.kind not in "iu" or not ((values >= low) & (values < high)).all():
+            raise ValueError(f"{name} is not a number from {low} to {high - 1}")
+    for name in numbers:
+        values = table[name].to_numpy()
+        if values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise ValueError(f"{name} is not a finite number")
 
 
 def load_heads(run: Path) -> list[dict[str, torch.Tensor]]:
@@ -221,13 +229,15 @@ def load_heads(run: Path) -> list[dict[str, torch.Tensor]]:
         The file is not there or not as it was written.
     """
     try:
-        tensors = load_tensors(_verified(run, "heads.safetensors").read_bytes())
+        tensors = load_tensors(read_regular(_verified(run, "heads.safetensors")))
     except (SafetensorError, OSError, ValueError) as error:
         raise _bad_run(run / "heads.safetensors", error) from error
     heads: list[dict[str, torch.Tensor]] = [{} for _ in _content(run)["folds"]]
     for key in sorted(tensors):
-        fold, _, name = key.partition(".")
-        heads[int(fold.removeprefix("fold"))][name] = tensors[key]
+        named = re.fullmatch(r"fold(\d{1,6})\.(.+)", key)
+        if named is None or int(named[1]) >= len(heads):
+            raise _bad_run(run / "heads.safetensors", ValueError(f"a tensor called {key!r}"[:200]))
+        heads[int(named[1])][named[2]] = tensors[key]
     return heads
 
 
@@ -247,16 +257,14 @@ def run_file(run: Path, name: str) -> Path:
 
 def list_results(home: PathLike | None = None, dataset: str | None = None) -> list[ProbeResult]:
     """All saved results that can be read, by dataset, head, backbones and number of training images."""
-    folders = home_dir(home).glob("*/runs") if dataset is None else [runs_dir(dataset, home)]
-    found = [find_run_at(run) for run in _run_folders(folders)]
+    found = [find_run_at(run) for run in run_folders(home, dataset)]
     results = [result for result in found if result is not None]
     return sorted(results, key=lambda r: (r.dataset, r.kind, r.head, r.backbones, r.n_train, r.id))
 
 
 def list_unreadable(home: PathLike | None = None, dataset: str | None = None) -> list[Path]:
     """Run folders that `list_results` leaves out: made by another version of embcache, or damaged."""
-    folders = home_dir(home).glob("*/runs") if dataset is None else [runs_dir(dataset, home)]
-    return [run for run in _run_folders(folders) if find_run_at(run) is None]
+    return [run for run in run_folders(home, dataset) if find_run_at(run) is None]
 
 
 def find_run_at(run: Path) -> ProbeResult | None:
@@ -272,22 +280,25 @@ def as_asked(result: ProbeResult, source: str, notes: Sequence[str]) -> ProbeRes
     return replace(result, source=source, notes=tuple(notes))
 
 
-def _run_folders(folders: Iterable[Path]) -> list[Path]:
-    """Folders of runs that are in place, sorted."""
-    return [
-        run
-        for folder in sorted(folders)
-        if folder.is_dir()
-        for run in sorted(folder.iterdir())
-        if not run.name.startswith(".") and run.is_dir()
-    ]
+class _File(TypedDict):
+    """Of a run: size and crc32c."""
+
+    size: int
+    crc32c: str
 
 
 def _content(run: Path) -> dict[str, Any]:
+    """``result.json`` of a run that lies in real folders, with a checked ``files``."""
     try:
-        content = unseal((run / "result.json").read_bytes(), run / "result.json", _MEND)
-        _ = content["files"], content["folds"]
-    except (OSError, StoreError, KeyError) as error:
+        if not (is_folder(run) and is_folder(run.parent)):
+            raise FileNotFoundError
+        content = read_sealed(run / "result.json", _MEND)
+        files: Mapping[str, _File] = typed(Mapping[str, _File], content["files"], "files")
+        if outside := [name for name in files if Path(name).name != name]:
+            raise ValueError(f"a file called {outside[0]!r}"[:200])
+        typed(list[Any], content["folds"], "folds")
+        typed(list[str], content["class_names"], "class_names")
+    except (OSError, ValueError, StoreError, KeyError) as error:
         raise _other_run(run, error) from error
     return content
 
@@ -328,41 +339,3 @@ def _bad_run(path: Path, error: Exception) -> StoreError:
         where=path,
         fix=_MEND,
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _take(source: Path, target: Path) -> None:
-    """The file of ``source`` under a second name; a copy where the file system cannot do that."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _swap(staging: Path, target: Path) -> None:
-    """Put ``staging`` at ``target``; what was there goes to where ``staging`` was."""
-    try:
-        staging.rename(target)
-    except OSError:
-        if not target.exists():
-            raise
-        old = staging.with_name(staging.name + ".old")
-        target.rename(old)
-        staging.rename(target)
-        shutil.rmtree(old, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from embcache.errors import UsageError
+from embcache.errors import UsageError, check_number
 
 _MIN_CHANGE = 1e-8  # ReduceLROnPlateau's eps: a learning rate that would change by less stays
 
@@ -43,8 +43,9 @@ class Schedule:
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UsageError("the learning rate must be a positive number", found=str(self.lr), fix="--lr 1e-3")
         for name in ("batch_size", "max_epochs", "min_epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1", found=str(getattr(self, name)))
+            check_number(
+                f"--{name.replace('_', '-')}", getattr(self, name), 1 << 20 if name == "batch_size" else 100_000
+            )
 
 
 class Tracker:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +15,8 @@ from numpy.typing import NDArray
 from embcache.data.groups import overlap_notes
 from embcache.data.splits import IntArray
 from embcache.errors import ProtocolError, UsageError
+from embcache.io import read_regular, write_output
+from embcache.typed import parse, typed
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
@@ -25,7 +25,6 @@ StrArray = NDArray[np.object_]
 Key = tuple[int, str]  # (fold, subset)
 
 FORMAT = "embcache-splits-1"
-_KEYS = {"format", "dataset", "class_names", "test_set", "seed", "val_mode", "subsets", "test", "folds", "notes"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,17 +193,33 @@ def write_splits(splits: Splits, path: Path) -> None:
         The file cannot be written.
     """
     text = json.dumps(splits.to_json(), indent=1, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_output(path, text.encode("utf-8"))
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UsageError(
             f"cannot write the splits file: {error.strerror}", where=path, fix="name another file"
         ) from error
+
+
+class _Fold(TypedDict):
+    train: Mapping[str, list[str]]
+    val: Mapping[str, list[str]]
+
+
+class _SplitsFile(TypedDict):
+    """What a splits file holds; see `Splits.to_json`."""
+
+    format: str
+    dataset: str
+    test_set: str
+    notes: list[str]
+    subsets: list[str]
+    folds: list[_Fold]
+    test: list[str]
+    class_names: list[str]
+    seed: int
+    val_mode: str
 
 
 def read_splits(
@@ -237,18 +252,16 @@ def read_splits(
         is divided (see `Splits.check`).
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT or set(data) != _KEYS:
-            raise ValueError(f"keys {sorted(data)}")
-        subsets = tuple(str(s) for s in data["subsets"])
-        folds = [{part: _lists(fold[part]) for part in ("train", "val")} for fold in data["folds"]]
-        test, class_names = [str(i) for i in data["test"]], tuple(data["class_names"])
-        seed, val_mode = int(data["seed"]), str(data["val_mode"])
+        data = typed(_SplitsFile, parse(read_regular(path, follow=True)))
+        if data["format"] != FORMAT or set(data) != set(_SplitsFile.__annotations__):
+            raise ValueError(f"keys {sorted(data)}"[:300])
+        subsets, folds, test = tuple(data["subsets"]), data["folds"], data["test"]
+        class_names, seed, val_mode = tuple(data["class_names"]), data["seed"], data["val_mode"]
         if not subsets or len(folds) < 2 or any(set(fold["train"]) != set(subsets) for fold in folds):
             raise ValueError("every fold must list every subset, and there must be two folds at least")
         if any(set(fold["val"]) not in ({"*"}, set(subsets)) for fold in folds):
             raise ValueError("validation must be listed once ('*') or for every subset")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise ProtocolError(
             "this is not a splits file",
@@ -338,10 +351,6 @@ def read_splits(
             )
         ),
     ).check()
-
-
-def _lists(part: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    return {str(subset): [str(name) for name in names] for subset, names in part.items()}
 
 
 def _divided_group(sides: str, fold: int, subset: str, shared: Collection[str]) -> ProtocolError:

@@ -17,13 +17,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from embcache.errors import check_number
 from embcache.probe.metrics import FloatArray, IntArray, Metric, auc_placements, known, log_odds
+from embcache.typed import typed
 
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 20_210_823
@@ -195,10 +197,12 @@ class Estimate:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Estimate:
-        """The inverse of `to_json`."""
-        pairs = {name: None if data[name] is None else tuple(data[name]) for name in ("these_models", "new_model")}
-        undefined = {name: math.nan for name in ("mean", "test_variance") if data[name] is None}
-        return cls(**{**data, **pairs, **undefined})
+        """The inverse of `to_json`; raises a ValueError where a value is not of its type."""
+        undefined: dict[str, Any] = {
+            name: math.nan for name in ("mean", "test_variance") if data.get(name, 0.0) is None
+        }
+        found: Estimate = typed(cls, {**data, **dict.fromkeys(undefined, 0.0)}, "estimate")
+        return replace(found, **undefined)
 
 
 def sample(
@@ -234,6 +238,7 @@ def sample(
     draws, lost = [], 0
     present = np.stack([test.labels == c for c in np.unique(test.labels)], axis=1).astype(np.float64)
     rng = np.random.Generator(np.random.PCG64(seed))
+    check_number("resamples", resamples, 1_000_000)
     for start in range(0, resamples, _BLOCK):
         drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=_BLOCK)
         weights = drawn[: resamples - start, group].astype(np.float64)

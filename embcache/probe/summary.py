@@ -290,6 +290,18 @@ def load_run_predictions(result: ProbeResult, run: Path) -> Predictions:
     """
     table = load_predictions(run)
     table = table[table["label"] >= 0].sort_values(["fold", "id"], kind="stable")
+    rows = [part[["id", "label"]].to_numpy(dtype=object) for _, part in table.groupby("fold")]
+    counts = tuple(
+        np.bincount(rows[0][:, 1].astype(np.int64), minlength=len(result.class_names)).tolist() if rows else ()
+    )
+    if not rows or not all(np.array_equal(part, rows[0]) for part in rows) or counts != (result.test_counts or counts):
+        raise StoreError(
+            "a run's predictions are not those that its result was made of",
+            expected=f"test images of each class {result.test_counts}, the same of every fold",
+            found=f"{counts}, {len(rows)} folds",
+            where=run / "predictions.parquet",
+            fix="make the run again: embcache probe --again …",
+        )
     first = 1 + max(fold.fold for fold in result.folds if not fold.repeat)
     return replace(_predictions(result, table), overlap=result.overlap, folds=first)
 

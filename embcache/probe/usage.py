@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from embcache.errors import UsageError
+from embcache.errors import UsageError, check_number
 from embcache.probe.schedule import Schedule
 
 ATTENTIONS = ("auto", "exact", "fast")
@@ -47,7 +47,7 @@ def check_usage(
     check_counts(repeats=repeats, views=views)
     for asked in subsets:
         name = str(asked).strip()
-        if not name.isidentifier() and not (name.isascii() and name.isdigit() and int(name)):
+        if not name.isidentifier() and not (name.isascii() and name.isdigit() and len(name) <= 12 and int(name)):
             raise unknown_subset(asked, ("S", "M", "F"))
     for rate in lr if isinstance(lr, Sequence) else () if lr is None else (lr,):
         Schedule(lr=rate)
@@ -83,11 +83,15 @@ def unknown_subset(asked: object, known: Iterable[str]) -> UsageError:
     )
 
 
-def check_counts(**values: int | None) -> None:
-    """Raise a `UsageError` unless every value that is given is at least 1."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1", found=str(value), fix=f"--{name} 4")
+MOST_REPEATS = MOST_FOLDS = MOST_VIEWS = 1_000
+MOST_SEED = 2**62  # one is added for each repeat, and torch takes 63 bits
+
+
+def check_counts(repeats: int | None = None, views: int | None = None, seed: int | None = None) -> None:
+    """Raise a `UsageError` unless every value that is given is one that a protocol can have."""
+    check_number("--repeats", repeats, MOST_REPEATS)
+    check_number("--views", views, MOST_VIEWS)
+    check_number("--seed", seed, MOST_SEED, 0)
 
 
 def check_protocol(folds: int, val: str, test: str) -> None:
@@ -97,6 +101,7 @@ def check_protocol(folds: int, val: str, test: str) -> None:
             raise UsageError(f"no such choice for {flag}", expected=" or ".join(choices), found=repr(value))
     if folds < 2:
         raise UsageError("cross-validation needs at least two folds", found=f"--folds {folds}", fix="--folds 5")
+    check_number("--folds", folds, MOST_FOLDS)
 
 
 def parse_head_options(pairs: Sequence[str]) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from embcache.errors import UsageError
-from embcache.paths import replace_file
+from embcache.io import write_output
 
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
-"""What spreadsheets take for the beginning of a formula."""
+# Apostrophes and characters without ink do not keep a spreadsheet from taking what follows for a formula.
+_BEFORE = re.compile(r"(?:[\s'\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]|[\x00-\x1f\x7f-\x9f])*")
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]], *, guard: bool = True) -> str:
@@ -32,8 +34,18 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]], *, guard: 
 
 
 def guard_cell(text: str) -> str:
-    """``text``, behind an apostrophe where its beginning makes spreadsheets take it for a formula."""
-    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+    """``text``, behind an apostrophe where `is_formula` says so; taking that off gives it back."""
+    return f"'{text}" if is_formula(text) else text
+
+
+def is_formula(text: str) -> bool:
+    """Whether a spreadsheet may take text for a formula: ``= + - @``, full-width and small ones too, a tab or line end.
+
+    What stands before and is not seen (spaces, a byte order mark) and apostrophes make no difference.
+    """
+    start = text[_BEFORE.match(text).end() :][:1]  # type: ignore[union-attr]  # it matches nothing, too
+    lines = text.lstrip("'").startswith(("\t", "\r", "\n"))
+    return lines or unicodedata.normalize("NFKC", start).startswith(("=", "+", "-", "@"))
 
 
 def check_target(path: Path) -> None:
@@ -55,7 +67,7 @@ def write_text(path: Path, text: str) -> Path:
     """
     check_target(path)
     try:
-        replace_file(path, text.encode("utf-8", "backslashreplace"))
+        write_output(path, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise _not_written(path, str(error.strerror or error)) from error
     return path

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
-from embcache.errors import UsageError
+from embcache.errors import UsageError, printable
 from embcache.report.csvfile import csv_text
 from embcache.report.layout import Table
 
@@ -16,8 +16,20 @@ _LATEX = {
     "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "√": r"$\surd$", "²": "$^2$", "₁": "$_1$", "₂": "$_2$", "≥": r"$\geq$",
     "…": r"\ldots{}", "–": "--", "—": "---", "·": r"$\cdot$", "“": "``", "”": "''", "→": r"$\to$",
 }  # fmt: skip
-# What Markdown would read as markup inside a cell.
-_MARKDOWN = str.maketrans({"|": r"\|", "*": r"\*", "<": "&lt;", "\n": " "})
+SUFFIXES = {"markdown": (".md", ".markdown", ".txt"), "latex": (".tex",), "csv": (".csv",)}
+"""What a file of each format may be called."""
+# What Markdown would read as markup inside a cell: cells, emphasis, code, strikethrough, math, tags, entities, links,
+# images and, as GitHub has it, addresses and names of people.
+_MARKUP = (
+    (re.compile(r"\\(?=[!-/:-@\[-`{-~])"), r"\\\\"),
+    (re.compile(r"&(?=#?\w+;)"), "&amp;"),
+    (re.compile(r"[|*`~$]|!(?=\[)|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])"), r"\\\g<0>"),
+    (re.compile("<"), "&lt;"),
+    (re.compile("://"), "&#58;//"),
+    (re.compile(r"(?i)\b(www)\."), r"\1&#46;"),
+    (re.compile("@"), "&#64;"),
+    (re.compile(r"[\r\n]+"), " "),
+)
 
 
 def render(table: Table, form: str) -> str:
@@ -53,7 +65,7 @@ def check_format(form: str) -> None:
 
 def to_markdown(table: Table) -> str:
     """A pipe table whose columns are aligned in the source too, a title above and notes beneath."""
-    rows = [[cell.translate(_MARKDOWN) for cell in row] for row in (table.headers, *table.rows)]
+    rows = [[escape_markdown(cell) for cell in row] for row in (table.headers, *table.rows)]
     widths = [max(3, *map(_width, column)) for column in zip(*rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -61,10 +73,17 @@ def to_markdown(table: Table) -> str:
         return f"| {' | '.join(padded)} |"
 
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    lines = [f"**{_name(table)}** {table.title.translate(_MARKDOWN)}", "", line(rows[0]), rule, *map(line, rows[1:])]
+    lines = [f"**{_name(table)}** {escape_markdown(table.title)}", "", line(rows[0]), rule, *map(line, rows[1:])]
     if table.notes:
-        lines += ["", *(f"- {note.translate(_MARKDOWN)}" for note in table.notes)]
+        lines += ["", *(f"- {escape_markdown(note)}" for note in table.notes)]
     return "\n".join(lines) + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    """Text as Markdown that shows it: nothing in it becomes a link, an image, markup or another cell."""
+    for pattern, replacement in _MARKUP:
+        text = pattern.sub(replacement, text)
+    return printable(text)
 
 
 def to_latex(table: Table) -> str:
@@ -96,7 +115,8 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 def escape_latex(text: str) -> str:
     """Text as LaTeX: special characters escaped, ± as ``$\\pm$``, a true minus as ``$-$``."""
-    plain = "".join(_LATEX.get(character, character) for character in re.sub("-(?=-)", "-\0", text.replace("\n", " ")))
+    text = printable(" ".join(re.split(r"[\r\n]+", text)))
+    plain = "".join(_LATEX.get(character, character) for character in re.sub("-(?=-)", "-\0", text))
     return plain.replace("\0", "{}")  # two hyphens would become a dash: flags are spelled with them
 
 

@@ -1,4 +1,4 @@
-"""What the store writes to disk, and in which order; with its hands, `embcache.store.disk`, the only module that does.
+"""What the store writes to disk, and in which order; with its hands, `embcache.io`.
 
 Nothing that readers look at is ever edited. A shard is written under ``staging/``, flushed to disk file by file and
 folder by folder, and renamed into place as a whole; a plan is linked into place, which fails when its number is taken.
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from embcache.errors import StoreError
-from embcache.paths import slug
-from embcache.store.disk import (
+from embcache.io import (
     create_exclusive,
     exclusive_prefix,
+    keep_file,
     make_folder,
     remove,
     remove_leftovers,
@@ -32,9 +32,12 @@ from embcache.store.disk import (
     write_tree,
     writing,
 )
+from embcache.paths import slug
 from embcache.store.formats import FORMATS, find_format
 from embcache.store.header import StoreHeader
 from embcache.store.reading import (
+    FOLDERS,
+    check_folders,
     committed_numbers,
     read_header,
     read_live,
@@ -53,16 +56,16 @@ __all__ = [
     "create_exclusive",
     "create_store",
     "discard",
+    "is_committed",
     "publish_plan",
     "refresh_view",
     "replace_file",
-    "set_aside",
+    "replace_plan",
+    "take_out",
     "write_scan",
     "write_snapshot",
     "write_view",
 ]
-
-_FOLDERS = ("plan", "shards", "leases", "staging")
 
 
 def create_store(
@@ -120,7 +123,7 @@ def create_store(
             make_folder(store.parent)
             staged = store.parent / staged_name(f".{store.name}-")
             try:
-                write_tree(staged, {"recipe.json": seal(header.to_json())}, _FOLDERS)
+                write_tree(staged, {"recipe.json": seal(header.to_json())}, FOLDERS)
                 rename_new(staged, store)
             except FileNotFoundError:
                 # Another process created it first and removed what we had begun.
@@ -128,7 +131,8 @@ def create_store(
                     raise
         remove_leftovers(store.parent, f".{store.name}-")
         # Copying tools drop empty folders; and whoever made a name may have been killed before it was on disk.
-        for name in _FOLDERS:
+        check_folders(store)
+        for name in FOLDERS:
             make_folder(store / name)
         for folder in (store / "shards", store, store.parent, store.parent.parent):
             sync_folder(folder)
@@ -181,13 +185,23 @@ def publish_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> bool
     limit = read_header(store).rows_per_shard
     if len(entries) > limit or number < 0:
         raise StoreError("a plan does not fit its shard", expected=f"1 to {limit} rows", found=f"{len(entries)} rows")
+    path = store / "plan" / f"{shard_name(number)}.json"
+    return create_exclusive(path, _sealed_plan(number, entries), staging=store / "staging")
+
+
+def _sealed_plan(number: int, entries: Sequence[PlanEntry]) -> bytes:
     rows = [[entry.id, entry.size, entry.mtime_ns, entry.digest] for entry in entries]
-    sealed = seal({"number": number, "rows": rows}, indent=None)
-    return create_exclusive(store / "plan" / f"{shard_name(number)}.json", sealed, staging=store / "staging")
+    return seal({"number": number, "rows": rows}, indent=None)
 
 
 def commit_shard(
-    store: Path, number: int, rows: ShardRows, *, batch_size: int | None = None, threads: int | None = None
+    store: Path,
+    number: int,
+    rows: ShardRows,
+    *,
+    batch_size: int | None = None,
+    threads: int | None = None,
+    damaged: bool = False,
 ) -> bool:
     """Commit the computed rows of shard ``number``; on return they are on disk, whoever wrote them.
 
@@ -201,6 +215,9 @@ def commit_shard(
         As planned.
     batch_size, threads : int, optional
         With which they were computed; recorded where that is not with which the store was created.
+    damaged : bool
+        What is there is damaged: the rows take its place, in one step where the system can exchange two names. Taken
+        away first, it would leave older rows of the same images in use.
 
     Returns
     -------
@@ -218,7 +235,7 @@ def commit_shard(
     target = store / "shards" / name
     with writing(store):
         won = False
-        if not target.is_dir():
+        if damaged or not target.is_dir():
             staged = store / "staging" / staged_name(f"shard-{name}-")
             files = FORMATS[header.format].encode_shard(rows.blanked(), header.rows_per_shard)
             record = {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in sorted(files.items())}
@@ -229,7 +246,9 @@ def commit_shard(
             sync_folder(store / "plan")
             try:
                 write_tree(staged, files)
-                won = rename_new(staged, target)
+                if damaged:
+                    swap_in(staged, target)
+                won = damaged or rename_new(staged, target)
             except FileNotFoundError:
                 # Whoever commits first removes what others have staged for the same shard.
                 if not target.is_dir():
@@ -238,6 +257,11 @@ def commit_shard(
         # Whoever published the plan, or took the lease, may have been killed just after it.
         remove_leftovers(store / "staging", *_staged_prefixes(store, name))
     return won
+
+
+def is_committed(store: Path, number: int) -> bool:
+    """Whether a shard is committed, without a listing of all."""
+    return (Path(store) / "shards" / shard_name(number)).is_dir()
 
 
 def write_view(store: Path) -> None:
@@ -291,12 +315,12 @@ def write_snapshot(dataset_dir: Path, parquet: bytes) -> None:
 
 
 def write_scan(dataset_dir: Path, parquet: bytes) -> None:
-    """Write the last scan of a dataset's files, ``scan.parquet``, beside its stores."""
-    replace_file(Path(dataset_dir) / "scan.parquet", parquet)
+    """Write the last scan of a dataset's files, ``scan.parquet``, beside its stores; it only saves work."""
+    keep_file(Path(dataset_dir) / "scan.parquet", parquet)
 
 
-def set_aside(store: Path, path: Path, label: str) -> Path:
-    """Take a file or folder out of a store at once: it then lies under staging, as ``LABEL-<digits>``, until discarded.
+def take_out(store: Path, path: Path, label: str) -> None:
+    """Remove a file or folder of a store, at once for all who know its name; none there (any more) is as well.
 
     Raises
     ------
@@ -304,9 +328,20 @@ def set_aside(store: Path, path: Path, label: str) -> Path:
         The disk refuses.
     """
     aside = Path(store) / "staging" / staged_name(f"{label}-")
-    with writing(path):
+    with writing(path), suppress(FileNotFoundError):
         take_aside(path, aside)
-    return aside
+        remove(aside)
+
+
+def replace_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> None:
+    """Write the plan of a shard that is there anew, in place of one that is missing or damaged.
+
+    Raises
+    ------
+    StoreError
+        The disk refuses.
+    """
+    replace_file(Path(store) / "plan" / f"{shard_name(number)}.json", _sealed_plan(number, entries))
 
 
 def discard(path: Path) -> None:

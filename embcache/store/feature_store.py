@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from embcache.errors import StoreError, printable
+from embcache.io import home_folders, not_readable, skip
 from embcache.notebook import html_table
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.features import Features
@@ -31,6 +34,9 @@ from embcache.store.reading import (
     read_header,
     read_live,
     read_plan,
+    read_plans,
+    row_sources,
+    unless_collected,
 )
 from embcache.store.recipe import Recipe
 from embcache.store.rows import PlanEntry
@@ -167,7 +173,7 @@ class FeatureStore:
 
     def plans(self) -> dict[int, tuple[PlanEntry, ...]]:
         """Rows that each published shard owes or owed, by number, ascending."""
-        return {number: read_plan(self.path, number) for number in plan_numbers(self.path)}
+        return read_plans(self.path)
 
     def committed(self) -> tuple[int, ...]:
         """Numbers of the committed shards, ascending."""
@@ -182,13 +188,14 @@ class FeatureStore:
 
     def sources_and_reasons(self) -> tuple[dict[str, PlanEntry], dict[str, str]]:
         """:meth:`sources`, and by id why a live row is not valid, of one look at the disk."""
-        live = read_live(self.path, self._header)
-        entries = {n: {entry.id: entry for entry in read_plan(self.path, n)} for n in set(live.shards.tolist())}
-        held = {}
-        for id_, shard, digest in zip(live.ids, live.shards.tolist(), live.digests, strict=True):
-            planned = entries[shard].get(id_, PlanEntry(id_, -1, -1))
-            held[id_] = PlanEntry(id_, planned.size, planned.mtime_ns, digest or None)
-        return held, {id_: reason for id_, reason in zip(live.ids, live.reasons, strict=True) if reason}
+
+        def look() -> tuple[LiveRows, list[PlanEntry]]:
+            live = read_live(self.path, self._header)
+            return live, row_sources(live, {n: read_plan(self.path, n) for n in set(live.shards.tolist())})
+
+        live, held = unless_collected(self.path, look)
+        reasons = {id_: reason for id_, reason in zip(live.ids, live.reasons, strict=True) if reason}
+        return {entry.id: entry for entry in held}, reasons
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -290,20 +297,40 @@ class FeatureStore:
         return html_table(f"FeatureStore {self.recipe.backbone} over {self.dataset}", self._facts())
 
 
+def folders_with(
+    name: str,
+    home: PathLike | None = None,
+    dataset: str | None = None,
+    skipped: Callable[[PathLike, OSError], object] = skip,
+) -> list[Path]:
+    """Folders under those of a dataset, or of every one, that hold an entry of this name, sorted.
+
+    Raises
+    ------
+    StoreError
+        The home, or the folder of the one dataset, cannot be listed. Of several, one that cannot is `skipped`.
+    """
+    root, found = home_dir(home), []
+    for folder in home_folders(root, skipped) if dataset is None else [root / slug(dataset)]:
+        try:
+            paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise not_readable(folder, error) from error
+        for path in paths:
+            try:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    os.lstat(path / name)
+                    found.append(path)
+            except OSError as error:
+                skipped(path, error)
+    return found
+
+
 def store_folders(home: PathLike | None = None, dataset: str | None = None) -> list[Path]:
     """Folders that hold a recipe, sorted by dataset and name; nothing in them is read."""
-    root = home_dir(home)
-    try:
-        datasets = sorted(root.iterdir()) if dataset is None else [root / slug(dataset)]
-        return [
-            path
-            for folder in datasets
-            if folder.is_dir() and not folder.name.startswith(".")
-            for path in sorted(folder.iterdir())
-            if not path.name.startswith(".") and (path / "recipe.json").is_file()
-        ]
-    except FileNotFoundError:
-        return []
+    return folders_with("recipe.json", home, dataset)
 
 
 def list_stores(
@@ -311,14 +338,20 @@ def list_stores(
 ) -> list[FeatureStore]:
     """All stores of features under ``home``, of one dataset or of every one; with ``pixels`` those of pixels too.
 
-    Reads their recipes only, until rows are asked for.
+    Reads their recipes only, until rows are asked for. A store whose recipe is damaged or cannot be read is skipped,
+    with a line in the log: in a shared home one of them does not end what others do.
 
     Raises
     ------
-    CorruptStoreError
-        A store's recipe is damaged.
+    StoreError
+        The home, or the folder of the one dataset, cannot be listed.
     """
-    stores = [FeatureStore(path) for path in store_folders(home, dataset)]
+    stores = []
+    for path in store_folders(home, dataset):
+        try:
+            stores.append(FeatureStore(path))
+        except StoreError as error:
+            skip(path, error)
     return [store for store in stores if pixels or not store.holds_pixels]
 
 

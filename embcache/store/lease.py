@@ -10,17 +10,19 @@ import os
 import secrets
 import socket
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from embcache.errors import StoreError
-from embcache.store.disk import (
+from embcache.io import (
+    IrregularError,
     create_exclusive,
     exclusive_prefix,
     filesystem_time,
+    is_stale,
     move_file,
+    read_regular,
     remove_file,
     staged_name,
     touch_file,
@@ -30,6 +32,7 @@ from embcache.store.reading import shard_name
 
 # Long enough for a stalled network disk; a holder that died on this machine is noticed at once.
 TTL_SECONDS = 60.0
+_MOST_BYTES = 1 << 16
 # Stamps further ahead than this come from a clock that was set back since, not from its grain.
 _FUTURE_SECONDS = 3.0
 
@@ -124,14 +127,13 @@ class Lease:
                 touch_file(self.path)
 
 
-def is_stale(path: Path, *, ttl: float = TTL_SECONDS) -> bool:
-    """Whether the holder of a lease is gone, as far as can be told without writing: by this machine's clock."""
+def is_abandoned(path: Path, *, ttl: float = TTL_SECONDS) -> bool:
+    """Whether the holder of a lease is gone, as far as can be told without writing: by this machine's clock.
+
+    A beat that lies further ahead than a lease lives is no beat either.
+    """
     content = _content(path)
-    if content is None or _died_here(content):
-        return True
-    with suppress(FileNotFoundError):
-        return time.time() - path.stat().st_mtime > ttl
-    return True
+    return content is None or _died_here(content) or is_stale(path, ttl)
 
 
 def _take_away(path: Path, ttl: float) -> bool:
@@ -161,7 +163,7 @@ def _died_here(content: bytes) -> bool:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
         return True
-    except (ValueError, TypeError, KeyError, OverflowError, PermissionError):
+    except (ValueError, TypeError, KeyError, OverflowError, PermissionError, RecursionError):
         return False
     return False
 
@@ -177,7 +179,7 @@ def _machine() -> str:
 def _age(path: Path) -> float:
     """Seconds since the last heartbeat, by the clock of the filesystem: machines need not agree on the time."""
     try:
-        beat = path.stat().st_mtime
+        beat = path.lstat().st_mtime
         age = filesystem_time(path.parent.parent / "staging", exclusive_prefix(path)) - beat
         if age < -_FUTURE_SECONDS:
             # That clock was set back. From now on the lease ages like any other, unless its holder beats.
@@ -190,6 +192,8 @@ def _age(path: Path) -> float:
 
 def _content(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return read_regular(path, most=_MOST_BYTES)
     except FileNotFoundError:
         return None
+    except IrregularError:
+        return b""  # no lease of ours: it ends in its time

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from embcache.errors import RecipeError, StoreNotFoundError
-from embcache.paths import PathLike, home_dir, slug
+from embcache.paths import PathLike, data_dir, home_dir, slug
 from embcache.store.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -95,11 +95,18 @@ def describe_differences(recipes: list[Recipe]) -> list[str]:
 
 def extract_command(backbone: str, dataset: str | NamedTable, home: PathLike | None = None) -> str:
     """Command that extracts a backbone over a dataset, to be typed."""
-    kind = getattr(dataset, "kind", None)
     words = ["embcache", "extract", "--backbone", backbone]
-    words += ["--dataset", dataset if isinstance(dataset, str) else str(kind or dataset.name)]
-    if kind == "folder" and not isinstance(dataset, str):
-        words += ["--data-root", str(getattr(dataset, "root", None) or "FOLDER"), "--name", dataset.name]
+    if isinstance(dataset, str):
+        words += ["--dataset", dataset]
+    else:
+        kind = str(getattr(dataset, "kind", None) or dataset.name)
+        # What it was loaded from may be a table, where the root is the folder of its images.
+        origin = getattr(dataset, "origin", None) or getattr(dataset, "root", None)
+        words += ["--dataset", kind]
+        if kind == "folder" or (origin is not None and kind != "sample" and origin != (data_dir() / kind).resolve()):
+            words += ["--data-root", str(origin or "FOLDER")]
+        words += ["--name", dataset.name] if dataset.name != kind else []
+        words += ["--allow-missing"] if getattr(dataset, "missing", ()) else []
     return shlex.join([*words, "--home", str(home)] if home is not None else words)
 
 

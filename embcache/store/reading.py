@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from embcache.errors import CorruptStoreError, StoreError
+from embcache.io import is_folder, list_folder
 from embcache.paths import home_dir
 from embcache.store.formats import FORMATS
 from embcache.store.header import StoreHeader
@@ -31,6 +32,7 @@ from embcache.store.sealed import unseal
 from embcache.store.verified import Scratch, read_file, read_into, refusals_told
 
 _T = TypeVar("_T")
+FOLDERS = ("plan", "shards", "leases", "staging")
 _SLACK = 1 << 20  # bytes of fill values that a shard stored otherwise need not hold
 _NUMBER = re.compile(r"\d{6,}")
 
@@ -78,14 +80,34 @@ def shard_name(number: int) -> str:
     return f"{number:06d}"
 
 
+def misplaced(store: Path) -> list[Path]:
+    """What lies where a store has its folders and is no real folder: a link could lead out of the home."""
+    paths = [store / name for name in FOLDERS]
+    return [path for path in paths if os.path.lexists(path) and not is_folder(path)]
+
+
+def check_folders(store: Path) -> None:
+    """Raise a CorruptStoreError where `misplaced` finds anything: nothing is read or written through it."""
+    for path in misplaced(store):
+        raise CorruptStoreError(
+            "a folder of a feature store is not a real folder",
+            expected="a folder",
+            found="a link" if path.is_symlink() else "a file",
+            where=path,
+            fix="move the folder itself there, or remove what is in its place",
+        )
+
+
 def read_header(store: Path) -> StoreHeader:
     """Read and check ``recipe.json``.
 
     Raises
     ------
     CorruptStoreError
-        It is missing or damaged, does not hash to its fingerprint, or lies in another recipe's folder.
+        It is missing or damaged, does not hash to its fingerprint, or lies in another recipe's folder; or a folder of
+        the store is none.
     """
+    check_folders(store)
     path = store / "recipe.json"
     fix = f"restore it from a copy, or `{repair_command(store)}`: it can be made again where the weights are here"
     content = unseal(read_file(path, fix), path, fix)
@@ -125,12 +147,13 @@ def read_header(store: Path) -> StoreHeader:
 
 def plan_numbers(store: Path) -> list[int]:
     """Numbers of the published plans, ascending."""
-    return _numbers(path.stem for path in _listing(store / "plan") if path.suffix == ".json")
+    listed = _listing(store / "plan", os.DirEntry.is_file)
+    return _numbers(name.removesuffix(".json") for name in listed if name.endswith(".json"))
 
 
 def committed_numbers(store: Path) -> list[int]:
     """Numbers of the committed shards, ascending."""
-    return _numbers(path.name for path in _listing(store / "shards"))
+    return _numbers(_listing(store / "shards", os.DirEntry.is_dir))
 
 
 def read_plan(store: Path, number: int) -> tuple[PlanEntry, ...]:
@@ -163,7 +186,17 @@ def read_commit(store: Path, number: int) -> CommitRecord:
         It is missing or damaged, or names a file outside its shard.
     """
     path = store / "shards" / shard_name(number) / "commit.json"
-    return read_commit_file(path, _recompute(path.parent))
+    try:
+        return read_commit_file(path, _recompute(path.parent))
+    except CorruptStoreError as error:
+        if is_folder(path.parent):
+            raise
+        raise CorruptStoreError(
+            "a shard is not there any more",
+            found="no folder: `embcache gc` may have removed it since it was listed",
+            where=path.parent,
+            fix=f"run the same command again; if it fails again, {_recompute(path.parent)}",
+        ) from error
 
 
 def read_commit_file(path: Path, fix: str = "") -> CommitRecord:
@@ -297,12 +330,29 @@ def read_rows(
         out[...] = data[: record.rows * row].view(plain.dtype).reshape(plain.shape)[positions]
 
 
+def unless_collected(store: Path, look: Callable[[], _T]) -> _T:
+    """What ``look`` finds in a store, asked again where `embcache gc` removed what it had listed and not yet read."""
+    while True:
+        listed = {*plan_numbers(store)}, {*committed_numbers(store)}
+        try:
+            return look()
+        except CorruptStoreError:
+            if listed[0] <= {*plan_numbers(store)} and listed[1] <= {*committed_numbers(store)}:
+                raise
+
+
+def read_plans(store: Path) -> dict[int, tuple[PlanEntry, ...]]:
+    """Rows that each published shard owes or owed, by number, ascending; raises as `read_plan`."""
+    return unless_collected(store, lambda: {number: read_plan(store, number) for number in plan_numbers(store)})
+
+
 def read_live(store: Path, header: StoreHeader, numbers: Sequence[int] | None = None) -> LiveRows:
     """Find the live rows: each id's row in the highest committed shard that holds it.
 
     With ``numbers``, ascending, as if only these shards were committed.
     """
-    numbers = committed_numbers(store) if numbers is None else numbers
+    if numbers is None:
+        return unless_collected(store, lambda: read_live(store, header, committed_numbers(store)))
     indexes = [read_index(store, header, number) for number in numbers]
     ids = [id_ for index in indexes for id_ in index.ids]
     lengths = [len(index.ids) for index in indexes]
@@ -322,6 +372,14 @@ def read_live(store: Path, header: StoreHeader, numbers: Sequence[int] | None = 
     )
 
 
+def row_sources(live: LiveRows, plans: Mapping[int, Sequence[PlanEntry]]) -> list[PlanEntry]:
+    """The source of each live row: size and time as its own shard's plan has them, the digest that was decoded."""
+    planned = {number: {entry.id: entry for entry in plans.get(number, ())} for number in set(live.shards.tolist())}
+    rows = zip(live.ids, live.shards.tolist(), live.digests, strict=True)
+    found = [(planned[shard].get(id_, PlanEntry(id_, -1, -1)), digest) for id_, shard, digest in rows]
+    return [PlanEntry(entry.id, entry.size, entry.mtime_ns, digest or None) for entry, digest in found]
+
+
 def _check_sizes(store: Path, number: int, record: CommitRecord, names: Iterable[str]) -> None:
     """Refuse files that are not as long as the commit says, before anything is read or memory taken for it."""
     for name in names:
@@ -329,7 +387,7 @@ def _check_sizes(store: Path, number: int, record: CommitRecord, names: Iterable
         size, path = record.files[name][0], store / "shards" / shard_name(number) / name
         with refusals_told(path, _recompute(path.parent)):
             try:
-                there = path.stat().st_size
+                there = path.lstat().st_size
             except (FileNotFoundError, NotADirectoryError):
                 there = -1
         if there != size:
@@ -392,11 +450,9 @@ def _recompute(folder: Path) -> str:
     return f"`{repair_command(folder.parent.parent)}`: it recomputes this shard only"
 
 
-def _listing(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except FileNotFoundError:
-        return []
+def _listing(folder: Path, kind: Callable[..., bool]) -> list[str]:
+    with refusals_told(folder, ""):
+        return [entry.name for entry in list_folder(folder) if kind(entry, follow_symlinks=False)]
 
 
 def _numbers(names: Iterable[str]) -> list[int]:

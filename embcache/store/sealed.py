@@ -9,7 +9,9 @@ from typing import Any
 import google_crc32c
 
 from embcache.errors import CorruptStoreError
+from embcache.io import open_regular, read_regular
 from embcache.store.recipe import canonical_json
+from embcache.typed import parse
 
 _CHUNK = 1 << 20
 
@@ -22,10 +24,15 @@ def crc32c(data: bytes) -> str:
 def file_checksum(path: Path) -> dict[str, Any]:
     """Size and crc32c of a file, read in pieces: models do not fit in memory twice."""
     size, checksum = 0, 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             size, checksum = size + len(chunk), google_crc32c.extend(checksum, chunk)
     return {"size": size, "crc32c": f"{checksum:08x}"}
+
+
+def read_sealed(path: Path, fix: str, *, indent: int | None = 1, most: int = 1 << 28) -> dict[str, Any]:
+    """Content of a sealed file of at most ``most`` bytes; raises as `unseal`, and OSError where it cannot be read."""
+    return unseal(read_regular(path, most=most), path, fix, indent=indent)
 
 
 def seal(content: dict[str, Any], *, indent: int | None = 1) -> bytes:
@@ -51,7 +58,7 @@ def unseal(data: bytes, where: Path, fix: str, *, indent: int | None = 1) -> dic
         The bytes are not exactly those that :func:`seal` wrote. ``where`` and ``fix`` go into the message.
     """
     try:
-        content = json.loads(data.decode("utf-8"))
+        content = parse(data)
         found = content.pop("crc32c")
         # Comparing the whole text also catches a flip in the whitespace, which parsing would forgive.
         intact = found == _checksum(content) and _text(content, found, indent) == data

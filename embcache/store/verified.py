@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embcache.errors import CorruptStoreError, StoreError
+from embcache.io import IrregularError, open_regular, read_regular
 from embcache.paths import PathLike
 from embcache.store.sealed import crc32c
 
@@ -40,11 +41,14 @@ def read_file(path: PathLike, fix: str, expected: tuple[int, str] | None = None)
     StoreError
         The system does not let it be read.
     """
-    with refusals_told(path, fix), open(path, "rb", buffering=0) as file:  # noqa: PTH123  # also of texts
-        size = os.fstat(file.fileno()).st_size
-        # A wrong size is refused before reading: what grew to gigabytes is not loaded to be told so.
-        data = file.readall() if expected is None or size == expected[0] else b""
-    if expected is not None and (size != expected[0] or crc32c(data) != expected[1]):
+    with refusals_told(path, fix):
+        if expected is None:
+            return read_regular(path)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            # A wrong size is refused before reading: what grew to gigabytes is not loaded to be told so.
+            data = file.readall() if size == expected[0] else b""
+    if size != expected[0] or crc32c(data) != expected[1]:
         raise _other_bytes(path, fix, expected, size, crc32c(data))
     return data
 
@@ -69,7 +73,7 @@ def read_into(path: PathLike, fix: str, expected: tuple[int, str], targets: Sequ
         As for `read_file`.
     """
     crc = done = 0
-    with refusals_told(path, fix), open(path, "rb", buffering=0) as file:  # noqa: PTH123
+    with refusals_told(path, fix), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size == expected[0]:
             for target in targets:
@@ -90,7 +94,11 @@ def refusals_told(path: PathLike, fix: str) -> Iterator[None]:
     """What the system refuses inside, as errors of the store: missing is damage, the rest says nothing of the bytes."""
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except IrregularError as error:
+        raise CorruptStoreError(
+            "a file of the feature store is not a plain file", found=error.strerror, where=path, fix=fix
+        ) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptStoreError("a file of the feature store is missing", where=path, fix=fix) from error
     except OSError as error:
         # Says nothing about the bytes: a disk that fails, a share that is gone, missing permission.

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from embcache.errors import StoreError
+from embcache.io import is_folder, read_regular
 from embcache.store.formats import FORMATS
 from embcache.store.header import StoreHeader
 from embcache.store.reading import LiveRows
@@ -74,7 +75,7 @@ def view_is_current(store: Path, header: StoreHeader, committed: Iterable[int]) 
     """Whether the view that is there was made of just these shards; searched, not parsed: no checksum covers it."""
     view = store / FORMATS[header.format].view
     try:
-        data = (view / "zarr.json" if view.is_dir() else view).read_bytes()
+        data = read_regular(view / "zarr.json" if is_folder(view) else view)
     except OSError:
         return False
     return _mark(committed).encode() in data

@@ -35,7 +35,7 @@ def table1(datasets: Sequence[str], settings: Settings) -> Table:
         try:
             ds, _ = find_dataset(
                 name, root=settings.data_root, home=settings.home, allow_missing=settings.allow_missing,
-                dataset_name=settings.dataset_name,
+                dataset_name=settings.dataset_name, columns=settings.columns,
             )  # fmt: skip
             counts, remark = count_images(settings.classes.of(ds), settings)
         except EmbcacheError as error:

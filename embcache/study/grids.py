@@ -26,9 +26,11 @@ from typing import Any
 
 from embcache.data.classes import ClassOptions
 from embcache.errors import UsageError
+from embcache.io import read_regular
 from embcache.probe.heads import heads as known_heads
 from embcache.report.grid import Grid, Model
 from embcache.study.definitions import LINEAR, known_model, make_models
+from embcache.typed import check_depth
 
 _MOST_COLUMNS = 5  # models beside each other, as in the paper
 
@@ -49,6 +51,7 @@ class OwnGrid:
 
 
 _CHOICES = {"kind": ("probe", "finetune"), "val": ("full", "matched"), "test": ("local", "official")}
+_MOST_BYTES = 1 << 20
 _REQUIRED = ("datasets", "backbones")
 _OPTIONS = ("val", "test", "folds", "repeats", "lr", "max_epochs")
 _CLASSES = ("drop_class", "merge_class")
@@ -64,11 +67,12 @@ def read_grid(path: Path) -> OwnGrid:
         The file cannot be read, a key is unknown or missing, or a value is not of its kind.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_regular(path, most=_MOST_BYTES, follow=True).decode("utf-8"))
+        check_depth(content)
     except OSError as error:
         raise UsageError(f"the grid's file cannot be read: {error.strerror}", where=path) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError("the grid's file is not TOML", found=str(error), where=path) from error
+    except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of a number with thousands of digits
+        raise UsageError("the grid's file is not TOML", found=str(error)[:300], where=path) from error
     return _Reader(path, content).read()
 
 
@@ -143,10 +147,10 @@ class _Reader:
                 self._choice(key, value)
             elif key == "lr":
                 rates = value if isinstance(value, list) else [value]
-                if not rates or any(type(rate) not in (int, float) or rate <= 0 for rate in rates):
+                if not rates or not all(type(rate) in (int, float) and 0 < rate < 1e6 for rate in rates):
                     raise self._error("'lr' is not a learning rate, nor a list of them", "1e-3", repr(value))
                 value = [float(rate) for rate in rates] if isinstance(value, list) else float(value)
-            elif type(value) is not int or value < 1:
+            elif type(value) is not int or not 1 <= value < 1 << 31:
                 raise self._error(f"{key!r} is not a number", f"{key} = 5", repr(value))
             options[key] = value
         if any(key in self.content for key in _CLASSES):
@@ -157,7 +161,7 @@ class _Reader:
     def _list(self, key: str, kind: type | tuple[type, ...], default: list[Any]) -> list[Any]:
         value = self.content.get(key, default)
         values = value if isinstance(value, list) else [value]
-        if not values or any(not isinstance(v, kind) or isinstance(v, bool) or v == "" for v in values):
+        if not values or not all(isinstance(v, kind) and _sensible(v) for v in values):
             raise self._error(f"{key!r} is not a list of the right kind", _expected(key), repr(value))
         return list(dict.fromkeys(values))
 
@@ -168,11 +172,15 @@ class _Reader:
         return value
 
     def _choice(self, key: str, value: object) -> None:
-        if value not in _CHOICES[key]:
+        if not isinstance(value, str) or value not in _CHOICES[key]:
             raise self._error(f"no such {key!r}", " or ".join(_CHOICES[key]), repr(value))
 
     def _error(self, problem: str, expected: str, found: str) -> UsageError:
         return UsageError(problem, expected=expected, found=found, where=self.path)
+
+
+def _sensible(value: object) -> bool:
+    return abs(value) < 1 << 63 if type(value) is int else isinstance(value, str) and value != "" and "\0" not in value
 
 
 def _expected(key: str) -> str:

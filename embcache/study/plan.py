@@ -97,6 +97,7 @@ def look(grid: Grid, settings: Settings, say: Callable[[str], object] = lambda l
                 home=settings.home,
                 allow_missing=settings.allow_missing,
                 dataset_name=settings.dataset_name,
+                columns=settings.columns,
             )
             state.ds = settings.classes.of(state.ds)
         except EmbcacheError as error:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
@@ -26,7 +27,7 @@ class Settings:
         ``auto``: extraction and finetuning take a GPU where there is one, probes the CPU.
     classes : ClassOptions
         Classes to drop or merge in every dataset.
-    home, data_root, dataset_name, allow_missing, weights, transform, workers
+    home, data_root, dataset_name, columns, allow_missing, weights, transform, workers
         As for `embcache.data.dataset.find_dataset` and `embcache.extract.run.run_extraction`.
     """
 
@@ -44,6 +45,7 @@ class Settings:
     home: PathLike | None = None
     data_root: PathLike | None = None
     dataset_name: str | None = None
+    columns: Columns = field(default_factory=Columns)
     allow_missing: bool = False
     weights: Mapping[str, PathLike] = field(default_factory=dict)
     transform: str | None = None

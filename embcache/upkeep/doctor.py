@@ -15,11 +15,11 @@ from embcache.errors import EmbcacheError
 from embcache.extract.backbones import BACKBONES, weights_status
 from embcache.paths import PathLike, data_dir, home_dir, weights_dir
 from embcache.store.feature_store import FeatureStore
-from embcache.store.lease import is_stale
+from embcache.store.lease import is_abandoned
 from embcache.upkeep.listing import CachedStore, list_cached, list_interrupted
 from embcache.upkeep.machine import decoding, devices, machine, versions
 from embcache.upkeep.notes import lease_files, leftovers
-from embcache.upkeep.verify import find_stores, moved_aside
+from embcache.upkeep.verify import find_stores
 
 _SPARE = 1.1  # room that is owed, with what a run writes besides features
 
@@ -134,7 +134,11 @@ def _stores(
     """A quick check of each store (headers, plans, indexes, sizes), and the leases in all of them."""
     known = {row.path: row for row in cached}
     stores, leases = [], []
-    for path in find_stores(home):
+
+    def unread(path: PathLike, error: OSError) -> None:
+        problems.append(f"{path} cannot be read: {error.strerror}: ask its owner for permission (chmod -R g+rX)")
+
+    for path in find_stores(home, skipped=unread):
         row = known.get(path)
         problem = row.problem if row else "recipe.json is missing"
         try:
@@ -142,10 +146,12 @@ def _stores(
                 FeatureStore(path).sources()  # reads the plans too
         except EmbcacheError as error:
             problem = f"{error.problem} ({error.where})"
-        aside = [number for number in moved_aside(path) if number not in (() if problem else _committed(path))]
-        if aside and not problem:
-            problem = f"a repair of shard {aside[0]} did not finish"
-        rubbish = len([each for each in leftovers(path) if each not in lease_files(path)])
+        rubbish, claims = 0, list[Path]()
+        try:
+            claims = lease_files(path)
+            rubbish = len([each for each in leftovers(path) if each not in claims])
+        except OSError as error:
+            problem = problem or f"{error.strerror} ({error.filename})"
         if problem:
             problems.append(f"{path.parent.name}/{path.name}: {problem}: embcache verify --repair")
         stores.append(
@@ -160,15 +166,11 @@ def _stores(
                 "problem": problem,
             }
         )
-        for lease in lease_files(path):
+        for lease in claims:
             leases.append(
-                {"store": f"{path.parent.name}/{path.name}", "shard": int(lease.stem), "stale": is_stale(lease)}
+                {"store": f"{path.parent.name}/{path.name}", "shard": int(lease.stem), "stale": is_abandoned(lease)}
             )
     return stores, leases
-
-
-def _committed(path: Path) -> tuple[int, ...]:
-    return FeatureStore(path).committed()
 
 
 def _dataset(name: str, home: PathLike | None) -> dict[str, Any]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embcache.errors import StoreError, UsageError
+from embcache.io import remove, replace_with, staged_name
 from embcache.paths import PathLike
 from embcache.store.feature_store import FeatureStore
 
@@ -77,6 +76,13 @@ def export_features(
             found=repr(format) if format else f"a target called {path.name}",
             fix="--format npz, or a target that ends in .npz, .parquet, .csv, .zarr or .h5",
         )
+    said = _SUFFIXES.get(path.suffix.lower(), kind if not path.suffix else "something else")
+    if said != kind:
+        raise UsageError(
+            "the suffix of a file says what is in it, and this would be something else",
+            expected=" or ".join(suffix for suffix, other in _SUFFIXES.items() if other == kind),
+            found=str(path), where=f"--format {kind}", fix="leave out --format, or give the target another suffix",
+        )  # fmt: skip
     if store.holds_pixels:
         raise UsageError(
             "a store of pixels is not exported: it is made of the image files, anew where it is gone",
@@ -193,15 +199,12 @@ def _replacing(target: Path, overwrite: bool) -> Iterator[Path]:
     if target.is_dir() and not (target / "zarr.json").is_file():
         # --force is for what an export made: no slip of a name may delete a folder of images.
         raise UsageError("the target is a folder and not a Zarr group", where=target, fix="another name")
-    staged = target.with_name(f".{target.name}-{secrets.token_hex(8)}")
+    staged = target.with_name(staged_name(f".{target.name}-"))
     try:
         yield staged
         for path in [staged, *staged.rglob("*")]:
             _flush(path)
-        if target.is_dir():
-            shutil.rmtree(target)
-        staged.replace(target)
-        _flush(target.parent)
+        replace_with(staged, target)
     except OSError as error:
         raise StoreError(
             "the export cannot be written",
@@ -210,7 +213,8 @@ def _replacing(target: Path, overwrite: bool) -> Iterator[Path]:
             fix="name a target in a folder that is there and can be written, with space left",
         ) from error
     finally:
-        shutil.rmtree(staged, ignore_errors=True) if staged.is_dir() else staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            remove(staged)
 
 
 def _flush(path: Path) -> None:

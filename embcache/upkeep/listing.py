@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Any
 
 from embcache.data.snapshot import snapshot_ids
 from embcache.errors import DatasetError, StoreError
-from embcache.paths import PathLike, home_dir, slug
+from embcache.io import bytes_under
+from embcache.paths import PathLike
+from embcache.probe.folders import run_folders
 from embcache.store.feature_store import FeatureStore, store_folders
 from embcache.store.reading import CommitRecord, read_commit
-from embcache.store.sealed import unseal
+from embcache.store.sealed import read_sealed
 
 
 @dataclass(frozen=True)
@@ -144,36 +145,33 @@ def list_cached(home: PathLike | None = None, dataset: str | None = None) -> lis
         except StoreError as error:
             problem = f"{error.problem} ({error.where})" if error.where else error.problem
             backbone, _, fingerprint = path.name.rpartition("-")
-            rows.append(
-                CachedStore(name, backbone, fingerprint, 0, 0, 0, "", "", "", _folder_bytes(path), path, problem)
-            )
+            rows.append(CachedStore(name, backbone, fingerprint, 0, 0, 0, "", "", "", bytes_under(path), path, problem))
     return rows
 
 
 def count_runs(home: PathLike | None = None) -> dict[str, int]:
     """Runs kept of each dataset, by the name of its folder."""
-    counts = {}
-    for folder in sorted(home_dir(home).glob("*/runs")):
-        number = sum(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
-        if number:
-            counts[folder.parent.name] = number
+    counts: dict[str, int] = {}
+    for run in run_folders(home):
+        name = run.parent.parent.name
+        counts[name] = counts.get(name, 0) + 1
     return counts
 
 
 def list_interrupted(home: PathLike | None = None, dataset: str | None = None) -> list[InterruptedRun]:
     """Describe the checkpoints of every finetuning under ``home`` that is not finished."""
     found = []
-    for path in sorted(home_dir(home).glob(f"{slug(dataset) if dataset else '*'}/runs/.*.partial")):
+    for path in run_folders(home, dataset, partial=True):
         state = path / "state.json"
         try:
-            command = str(unseal(state.read_bytes(), state, "", indent=None).get("command", ""))
+            command = str(read_sealed(state, "", indent=None).get("command", ""))[:2000]
         except FileNotFoundError:
             continue  # nothing was trained yet
         except (StoreError, OSError):
             command = ""
         name = path.parent.parent.name
         id = path.name.removeprefix(".").removesuffix(".partial")
-        found.append(InterruptedRun(name, id, _folder_bytes(path), path, command))
+        found.append(InterruptedRun(name, id, bytes_under(path), path, command))
     return found
 
 
@@ -244,12 +242,7 @@ def _summarise(store: FeatureStore, name: str, ids: Sequence[str] | None) -> Cac
         format=store.format,
         precision=str(store.dtype) if store.holds_pixels else store.recipe.precision,
         transform=transform_words(store.recipe.transform),
-        bytes=_folder_bytes(store.path),
+        bytes=bytes_under(store.path),
         path=store.path,
         views=store.views,
     )
-
-
-def _folder_bytes(folder: Path) -> int:
-    # lstat: the view's links count as links, not as the chunks behind them.
-    return sum((Path(root) / name).lstat().st_size for root, _, names in os.walk(folder) for name in names)

@@ -22,7 +22,8 @@ from embcache.data.images import DECODER_VERSION, decode_image
 
 PACKAGES = (
     "torch", "torchvision", "timm", "numpy", "pandas", "pyarrow", "zarr", "h5py", "google-crc32c",
-    "scikit-learn", "scipy", "safetensors", "Pillow", "pydicom", "huggingface_hub", "typer",
+    "scikit-learn", "scipy", "safetensors", "Pillow", "pydicom", "python-gdcm", "pylibjpeg-openjpeg", "pyjpegls",
+    "huggingface_hub", "typer",
 )  # fmt: skip
 # Of the processor's own list, those that decide which kernels torch has.
 FEATURES = (

@@ -1,13 +1,13 @@
 """Mending what a verification found: only what is damaged is computed again (``embcache verify --repair``).
 
-A damaged shard stays where it is until its rows are computed; then it is put aside and the new one renamed into its
-place. Killed in between, the shard is planned and not there, and lies under staging as ``damaged-…``: the next repair
-goes on from that.
+A damaged shard stays where it is until its rows are computed, and goes in the same step in which they come: were it
+away for a moment, older rows of its images would be in use. Where the system cannot exchange two names, a repair that
+is killed between two renames leaves a shard that is planned and not there; the next extraction computes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,22 +16,24 @@ from pathlib import Path
 from embcache.data.dataset import ImageDataset
 from embcache.errors import CorruptStoreError, DatasetError, StoreError
 from embcache.extract.request import default_workers, image_root
+from embcache.io import make_folder
 from embcache.paths import PathLike
 from embcache.store.commit import (
     PlanEntry,
     commit_shard,
     discard,
-    publish_plan,
-    set_aside,
+    replace_plan,
+    take_out,
     write_view,
 )
 from embcache.store.header import StoreHeader
 from embcache.store.lease import Lease
 from embcache.store.reading import (
+    check_folders,
     committed_numbers,
+    misplaced,
     plan_numbers,
     read_commit,
-    read_commit_file,
     read_header,
     read_index,
     read_plan,
@@ -40,7 +42,7 @@ from embcache.store.reading import (
 from embcache.upkeep.networks import Maker, make_again, sources_of, torch_threads, usable_threads
 from embcache.upkeep.restore import restore_recipe
 from embcache.upkeep.source import digest_now, readable_now
-from embcache.upkeep.verify import StoreCheck, moved_aside, verify_store
+from embcache.upkeep.verify import StoreCheck, verify_store
 
 Say = Callable[[str], object]
 _FEW = 5
@@ -98,12 +100,20 @@ def repair_store(
         The disk refuses, or another process is computing the same shard.
     """
     path = check.path
+    if wrong := [each for each in misplaced(path) if each.name in ("leases", "staging")]:
+        for folder in wrong:  # nothing that counts is in them; what a link leads to is not this store's
+            discard(folder)
+            make_folder(folder)
+            say(f"{folder.name}: no real folder, made anew")
+        check = verify_store(path)
+    check_folders(path)
     if any(each.kind == "recipe" for each in check.damage):
         restore_recipe(path, load(), home=home, weights=weights, device=device, say=say)
         check = verify_store(path)
     header = read_header(path)
-    shards = _of_kind(check, "shard", "moved")
-    plans = _of_kind(check, "plan")
+    there = {*plan_numbers(path), *committed_numbers(path)}  # gc may have removed some since
+    shards = [number for number in _of_kind(check, "shard") if number in there]
+    plans = [number for number in _of_kind(check, "plan") if number in there]
     if shards or plans:
         dataset = load()
         image_root(dataset)
@@ -171,12 +181,11 @@ def _mend_plans(job: _Job, plans: Sequence[int], shards: set[int]) -> None:
             continue
         committed = number in committed_numbers(job.path)
         entries = _entries_of_shard(job, number) if committed else []
-        if file.exists():
-            discard(set_aside(job.path, file, "plan-damaged"))
         if entries:
-            publish_plan(job.path, number, entries)
+            replace_plan(job.path, number, entries)
             job.say(f"plan {number}: written anew from its shard ({len(entries):,} images)")
         else:
+            take_out(job.path, file, "plan-damaged")
             job.say(f"plan {number}: removed, nothing was computed for it; the next extraction plans its images anew")
     if lost:
         _plan_anew(job, lost)
@@ -205,20 +214,16 @@ def _plan_anew(job: _Job, lost: Sequence[int]) -> None:
     rest = [id_ for id_ in job.dataset.table["id"].tolist() if id_ not in known]
     for number in lost:
         ids, rest = _take(job, number, rest)
-        file = job.path / "plan" / f"{shard_name(number)}.json"
-        if file.exists():
-            discard(set_aside(job.path, file, "plan-damaged"))
         if not ids:
-            folder = job.path / "shards" / shard_name(number)
-            if folder.exists():
-                discard(set_aside(job.path, folder, "shard-unplanned"))
+            take_out(job.path, job.path / "plan" / f"{shard_name(number)}.json", "plan-damaged")
+            take_out(job.path, job.path / "shards" / shard_name(number), "shard-unplanned")
             job.say(f"plan and shard {number}: removed, no image of the dataset is theirs")
             continue
         states = []
         for source in sources_of(job.dataset, ids):
             state = (image_root(job.dataset) / source.path).stat()
             states.append(PlanEntry(source.id, state.st_size, state.st_mtime_ns, None))
-        publish_plan(job.path, number, states)
+        replace_plan(job.path, number, states)
         job.say(f"plan {number}: written anew for {len(ids):,} images that no other plan names")
 
 
@@ -251,24 +256,17 @@ def _mend_shards(job: _Job, shards: Sequence[int], on_rows: Callable[[int, int],
             threads = usable_threads(threads)
             with _claim(job.path, number), torch_threads(threads):
                 rows = job.maker.make(sources_of(job.dataset, ids), pool, batch, more)
-                folder = job.path / "shards" / shard_name(number)
-                if folder.exists():
-                    set_aside(job.path, folder, f"damaged-{shard_name(number)}")
-                commit_shard(job.path, number, rows, batch_size=batch, threads=threads)
-            _discard_aside(job.path, number)
+                commit_shard(job.path, number, rows, batch_size=batch, threads=threads, damaged=True)
             job.say(f"shard {number}: {len(ids):,} images computed again")
 
 
 def _made_with(job: _Job, number: int) -> tuple[int, int]:
     """Batch size and threads of a shard: the bits of its features depend on them."""
-    aside = moved_aside(job.path).get(number)
-    for folder in (job.path / "shards" / shard_name(number), *([aside] if aside else [])):
-        try:
-            record = read_commit_file(folder / "commit.json")
-        except CorruptStoreError:
-            continue
-        return record.batch_size or job.header.batch_size, record.threads or job.header.threads
-    return job.header.batch_size, job.header.threads
+    try:
+        record = read_commit(job.path, number)
+    except CorruptStoreError:
+        return job.header.batch_size, job.header.threads
+    return record.batch_size or job.header.batch_size, record.threads or job.header.threads
 
 
 def _claim(path: Path, number: int) -> Lease:
@@ -281,13 +279,3 @@ def _claim(path: Path, number: int) -> Lease:
             fix="wait until it is done, then run the same command again",
         )
     return lease
-
-
-def _discard_aside(path: Path, number: int) -> None:
-    for entry in _entries(path / "staging"):
-        if entry.name.startswith(f"damaged-{shard_name(number)}-"):
-            discard(entry)
-
-
-def _entries(folder: Path) -> Iterable[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []

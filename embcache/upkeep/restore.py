@@ -15,10 +15,11 @@ from embcache.errors import CorruptStoreError, EmbcacheError, StoreError, UsageE
 from embcache.extract.backbones import BACKBONES, find_backbone, load_backbone
 from embcache.extract.pixels import pixel_recipe
 from embcache.extract.request import default_workers
-from embcache.extract.run import BATCH_SIZES, ROWS_PER_SHARD, make_recipe
+from embcache.extract.run import BATCH_SIZES, make_recipe
 from embcache.extract.scan import scan_dataset
 from embcache.extract.transforms import KINDS, Transform, choose_transform
 from embcache.extract.worker import DTYPES, PRECISIONS, freeze
+from embcache.io import read_regular
 from embcache.paths import PathLike, slug
 from embcache.store.commit import replace_file
 from embcache.store.feature_store import PIXELS
@@ -71,7 +72,7 @@ def restore_recipe(
             recipe=recipe,
             format=seen.format,
             row_shape=seen.row_shape,
-            rows_per_shard=seen.rows_per_shard or ROWS_PER_SHARD,
+            rows_per_shard=seen.rows_per_shard or max(len(read_plan(path, number)) for number in plan_numbers(path)),
             batch_size=_number(text, "batch_size") or BATCH_SIZES["cpu"],
             threads=_number(text, "threads") or (1 if pixels else torch.get_num_threads()),
             provenance={"weights": source, "note": "recipe.json was damaged and was made again"},
@@ -168,7 +169,7 @@ def _framings(seen: _Seen) -> Iterator[Transform]:
 
 def _text(path: Path) -> str:
     try:
-        return (path / "recipe.json").read_bytes().decode("utf-8", "replace")
+        return read_regular(path / "recipe.json", most=1 << 20).decode("utf-8", "replace")
     except OSError:
         return ""
 

@@ -10,10 +10,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from embcache.errors import CorruptStoreError, StoreError
-from embcache.paths import PathLike, home_dir, slug
+from embcache.io import list_folder, skip
+from embcache.paths import PathLike, slug
+from embcache.store.feature_store import folders_with
 from embcache.store.header import StoreHeader
 from embcache.store.reading import (
     committed_numbers,
+    misplaced,
     plan_numbers,
     read_commit,
     read_features,
@@ -22,7 +25,7 @@ from embcache.store.reading import (
     read_plan,
     shard_name,
 )
-from embcache.store.verified import read_file
+from embcache.store.verified import read_file, refusals_told
 from embcache.upkeep.notes import store_notes
 from embcache.upkeep.view import check_view
 
@@ -49,8 +52,8 @@ class Damage:
 
     Attributes
     ----------
-    kind : {"recipe", "plan", "shard", "extra", "view", "moved"}
-        What is damaged. ``moved``: a repair that was interrupted has put the shard aside.
+    kind : {"recipe", "plan", "shard", "extra", "view"}
+        What is damaged.
     path : Path
         The file, or the folder where that is all that can be said.
     problem : str
@@ -145,17 +148,18 @@ def find_stores(
     dataset: str | None = None,
     backbones: Sequence[str] = (),
     recipe: str | None = None,
+    skipped: Callable[[PathLike, OSError], object] = skip,
 ) -> list[Path]:
-    """Folders of stores, those without a recipe included; names of backbones may be given as folders spell them."""
-    root = home_dir(home)
-    datasets = _folders(root) if dataset is None else [root / slug(dataset)]
+    """Folders of stores, those without a recipe included; names of backbones may be given as folders spell them.
+
+    ``skipped`` is told of folders that cannot be listed; raises as `embcache.store.feature_store.folders_with`.
+    """
     wanted = {slug(name) for name in backbones}
+    found = {path for entry in ("recipe.json", "shards") for path in folders_with(entry, home, dataset, skipped)}
     return [
         path
-        for folder in datasets
-        for path in _folders(folder)
+        for path in sorted(found)
         if (name := _FOLDER.fullmatch(path.name))
-        and ((path / "recipe.json").is_file() or (path / "shards").is_dir())
         and (not wanted or name["slug"] in wanted)
         and name["digits"].startswith((recipe or "")[:12])
     ]
@@ -176,7 +180,27 @@ def verify_store(path: Path, on_shard: Callable[[int, int], object] = lambda don
     StoreError
         The system does not let a file be read: that says nothing of its bytes.
     """
+    while True:
+        listed = {*plan_numbers(path)}, {*committed_numbers(path)}
+        check, failed = None, None
+        try:
+            check = _verify_once(path, on_shard)
+        except CorruptStoreError as error:
+            failed = error
+        # What `embcache gc` removed meanwhile is no damage.
+        kept = listed[0] <= {*plan_numbers(path)} and listed[1] <= {*committed_numbers(path)}
+        if check is not None and (kept or not check.damage):
+            return check
+        if failed is not None and kept:
+            raise failed
+
+
+def _verify_once(path: Path, on_shard: Callable[[int, int], object]) -> StoreCheck:
     found = _Found()
+    if wrong := misplaced(path):
+        # Nothing is read through a link: what it leads to is not this store's.
+        found.damage += [Damage("extra", each, "it is not a real folder") for each in wrong]
+        return _store_check(path, None, (), found)
     header = _check_recipe(path, found)
     for number in plan_numbers(path):
         _check_plan(path, header, number, found)
@@ -189,6 +213,10 @@ def verify_store(path: Path, on_shard: Callable[[int, int], object] = lambda don
     if header is not None:
         _check_view(path, header, committed, found)
     found.notes += store_notes(path)
+    return _store_check(path, header, committed, found)
+
+
+def _store_check(path: Path, header: StoreHeader | None, committed: Sequence[int], found: _Found) -> StoreCheck:
     name = _FOLDER.fullmatch(path.name)
     return StoreCheck(
         path=path,
@@ -216,7 +244,7 @@ def _check_recipe(path: Path, found: _Found) -> StoreHeader | None:
     try:
         header = read_header(path)
     except StoreError as error:
-        if not isinstance(error, CorruptStoreError) and file.is_file() and not os.access(file, os.R_OK):
+        if isinstance(error.__cause__, OSError) and not isinstance(error, CorruptStoreError):
             raise
         found.damage.append(Damage("recipe", file, in_one_line(error)))
         return None
@@ -292,18 +320,6 @@ def _check_pairs(path: Path, header: StoreHeader | None, committed: Sequence[int
             folder = path / "shards" / shard_name(number)
             rows = _shard_rows(path, header, number, found)
             found.damage.append(Damage("shard", folder, "its rows are not those of its plan", number, rows))
-    for number in sorted(moved_aside(path)):
-        if number not in committed:
-            aside = moved_aside(path)[number]
-            rows = _shard_rows(path, header, number, found)
-            problem = "a repair put it aside and did not finish"
-            found.damage.append(Damage("moved", aside, problem, number, rows))
-
-
-def moved_aside(store: Path) -> dict[int, Path]:
-    """Damaged shards that a repair has put aside, by number."""
-    names = ((re.fullmatch(r"damaged-(\d{6,})-[0-9a-f]+", entry.name), entry) for entry in _entries(store / "staging"))
-    return {int(name[1]): entry for name, entry in names if name}
 
 
 def _check_listing(path: Path, found: _Found) -> None:
@@ -320,7 +336,7 @@ def _check_listing(path: Path, found: _Found) -> None:
 
 
 def _check_view(path: Path, header: StoreHeader, committed: Sequence[int], found: _Found) -> None:
-    if any(each.kind in ("shard", "moved") for each in found.damage):
+    if any(each.kind == "shard" for each in found.damage):
         found.notes.append("the view is compared once the shards are mended")
         return
     if committed:
@@ -359,15 +375,9 @@ def _extra(folder: Path, known: set[str]) -> Iterator[Path]:
                 yield path
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
 def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    with refusals_told(folder, ""):
+        return [Path(entry.path) for entry in list_folder(folder)]
 
 
 def damage_counts(damage: Sequence[Damage]) -> Mapping[str, int]:

@@ -6,9 +6,11 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from embcache.io import IrregularError, is_folder, list_folder, read_regular
 from embcache.store.formats import FORMATS
 from embcache.store.header import StoreHeader
 from embcache.store.reading import committed_numbers, read_live
@@ -74,29 +76,30 @@ def _compare(
 
 def spanned_shards(view: Path) -> list[int]:
     """Numbers of the shards that a view leads to, as its names say; none of it is parsed."""
-    if view.is_dir():
-        folder = view / "features" / "c"
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    else:
-        names = [digits.decode() for digits in re.findall(rb"shards/(\d{6,})/data\.h5", view.read_bytes())]
-    return sorted({int(name) for name in names if name.isascii() and name.isdecimal()})
+    names: list[str] = []
+    with suppress(OSError):  # not there, a link, a pipe …: it leads to nothing
+        if is_folder(view):
+            names = [entry.name for entry in list_folder(view / "features" / "c")]
+        else:
+            names = [digits.decode() for digits in re.findall(rb"shards/(\d{6,12})/data\.h5", read_regular(view))]
+    return sorted({int(name) for name in names if name.isascii() and name.isdecimal() and len(name) < 13})
 
 
 def _differs(path: Path, data: bytes) -> str:
     try:
-        if path.stat().st_size == len(data) and path.read_bytes() == data:
+        if path.lstat().st_size == len(data) and read_regular(path) == data:
             return ""
     except (FileNotFoundError, NotADirectoryError):
         return "a file of the view is missing"
-    except IsADirectoryError:
-        return "a folder in place of a file of the view"
+    except IrregularError as error:
+        return str(error.strerror)
     return "it is not what the shards give"
 
 
 def _misleads(link: Path, relative: str, target: Path) -> str:
     if link.is_symlink():
         return "" if os.readlink(link) == relative else f"the link leads to {os.readlink(link)}, not {relative}"  # noqa: PTH115
-    return _differs(link, target.read_bytes())  # where links cannot be made, chunks are copied
+    return _differs(link, read_regular(target))  # where links cannot be made, chunks are copied
 
 
 def _files_of(view: Path) -> set[Path]:
@@ -124,6 +127,6 @@ def _is_head(head: bytes) -> bool:
 def _head(view: Path) -> bytes:
     """The file in which a view says who wrote it."""
     try:
-        return (view / "zarr.json" if view.is_dir() else view).read_bytes()
-    except FileNotFoundError:
+        return read_regular(view / "zarr.json" if is_folder(view) else view)
+    except (FileNotFoundError, IrregularError):
         return b""

@@ -49,7 +49,7 @@ def test_the_unique_end_of_an_id_will_do(ds: ImageDataset, home: Path) -> None:
             find_neighbours(ds, name, ["b"], home=home)
     with pytest.raises(UsageError, match="empty file"):
         find_neighbours(ds, "i3", ["a"], home=home)
-    with pytest.raises(UsageError, match="how many"):
+    with pytest.raises(UsageError, match="-k is out of bounds"):
         find_neighbours(ds, "i0", ["a"], k=0, home=home)
 
 

@@ -143,6 +143,8 @@ def test_a_signal_ends_a_run_that_can_go_on(folder: Path, home: Path, number: in
         "folder",
         "--data-root",
         str(folder),
+        "--rows-per-shard",
+        "8",
     ]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts

@@ -1,4 +1,4 @@
-"""Stands between the store's `disk` module and the system: counts its calls, and breaks one of them."""
+"""Stands between `embcache.io` and the system: counts its calls, and breaks one of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from embcache.store import disk
+from embcache import io as disk
 
 CHANGING = (
     "open", "write", "fsync", "close", "mkdir", "rename", "replace", "link", "symlink", "unlink", "rmdir", "utime",
@@ -43,10 +43,10 @@ class _Between:
         return self.wrap(name, original) if name in CHANGING else original
 
     def wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **keywords: Any) -> Any:
             with self._lock:
                 index, self._count = self._count, self._count + 1
-            return self._hook(Call(index, name, arguments), lambda: original(*arguments))
+            return self._hook(Call(index, name, arguments), lambda: original(*arguments, **keywords))
 
         return call
 

@@ -66,7 +66,7 @@ def prepare() -> None:
     Image.init()
     torch.set_num_threads(1)
     run.load_backbone = _load
-    run.ROWS_PER_SHARD = ROWS
+    run.ROWS_PER_SHARD["cpu"] = ROWS
     compute._POLL_SECONDS = 0.02
 
 

@@ -4,11 +4,16 @@ SIGKILL before and after every call to the filesystem and within every write, ev
 every instant that leaves another disk, some hundreds of random instants, runs side by side, paused writers; over Zarr
 and HDF5, one and two backbones (of two, which repeat the calls of one, every fourth call), empty homes and such that
 hold an extraction. ``--every N`` takes each N-th.
+
+``--suite`` names others than ``kills``: ``pairs`` of commands on one home, one paused at each of its steps; special
+``files`` in every place of a home; hostile ``values`` in every file.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import random
 import shutil
@@ -20,12 +25,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from tests.crash.faults import FAULTS
+from tests.crash.hostile import COMMANDS, KINDS, Home, quick
+from tests.crash.interleave import COMMANDS as PAIRED
+from tests.crash.interleave import World, small
 from tests.crash.powerloss import MODES
 from tests.crash.runs import CASES, Case, prepare
 from tests.crash.trials import Trials
 
 Trial = tuple[str, Callable[[], None]]
+SUITES = ("kills", "pairs", "files", "values")
 CUTS = 12  # trials that share the instants of one run
 LASTING = ("ENOSPC", "EIO")  # faults that are also tried as states: from one call on to the last
 
@@ -74,6 +85,76 @@ def _of_case(trials: Trials, case: Case, every: int, chance: random.Random) -> I
         yield from at_calls(fault, trials.places(case, None)[::4], onwards=True)
 
 
+def other_trials(suite: str, folder: Path, every: int) -> tuple[Iterator[Trial], list[Counter[str]]]:
+    """The trials of a suite besides ``kills``, each with what to call it, and the totals that they add to."""
+    if suite == "pairs":
+        worlds = [World(folder / name, name) for name in ("zarr", "hdf5")]
+        return (trial for world in worlds for trial in _pairs(world, every)), [world.totals for world in worlds]
+    home = Home(folder / suite)
+    trials = _files(home) if suite == "files" else _values(home)
+    return itertools.islice(trials, 0, None, every), [home.totals]
+
+
+def _pairs(world: World, every: int) -> Iterator[Trial]:
+    for first, second in itertools.product(PAIRED, repeat=2):
+        steps = [1]
+        for at in itertools.count(0, every):
+            if at >= steps[0]:
+                break
+
+            def trial(at: int = at, steps: list[int] = steps, pair: tuple[str, str] = (first, second)) -> None:
+                steps[0] = world.trial(*pair, at)
+
+            yield f"{first} paused at step {at} for {second}, {world.format}", trial
+
+
+def _files(home: Home) -> Iterator[Trial]:
+    for place, kind, command in itertools.product(home.places(), KINDS, COMMANDS):
+        yield f"{kind} at {place}, {command}", functools.partial(home.special, place, kind, command)
+
+
+def _values(home: Home) -> Iterator[Trial]:
+    commands = itertools.cycle(COMMANDS)
+    for name, write in home.values():
+        command = next(commands)
+
+        def trial(write: Callable[[], None] = write, command: str = command) -> None:
+            home.start()
+            write()
+            for each in dict.fromkeys(("results", "results RUN", command)):
+                home.command(each)
+            home.totals["values"] += 1
+
+        yield f"{name}, {command}", trial
+
+
+def run_suite(arguments: argparse.Namespace) -> int:
+    """A suite besides ``kills``, in this process; prints its totals."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="embcache-torture-", dir=memory if memory.is_dir() else None))
+    torch.set_num_threads(1)
+    failures, began = [], time.monotonic()
+    try:
+        with quick(), small():
+            trials, totals = other_trials(arguments.suite, folder, arguments.every)
+            for number, (name, trial) in enumerate(trials):
+                if arguments.minutes and time.monotonic() - began > 60 * arguments.minutes:
+                    break
+                try:
+                    trial()
+                except Exception as error:
+                    failures.append(f"{name}: {type(error).__name__}: {error}")
+                    print(f"FAILED {failures[-1]}", flush=True)
+                if number % 500 == 499:
+                    print(f"… trial {number + 1}: {name}", flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    for name, count in sorted(sum(totals, Counter()).items()):
+        print(f"{count:>12,} {name}")
+    print(f"{len(failures):>12,} failures of {arguments.suite}, in {time.monotonic() - began:.0f} s")
+    return bool(failures)
+
+
 def run_slice(arguments: argparse.Namespace) -> int:
     """Every n-th trial, from the i-th; the totals as JSON on the last line."""
     first, step = (int(number) for number in arguments.slice.split("/"))
@@ -117,10 +198,13 @@ def main() -> int:
     parser.add_argument("--cases", default=",".join(map(str, range(len(CASES)))), help="numbers of kinds of runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for the totals")
+    parser.add_argument("--suite", choices=SUITES, default="kills")
     parser.add_argument("--slice", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.slice:
         return run_slice(arguments)
+    if arguments.suite != "kills":
+        return run_suite(arguments)
     started = time.monotonic()
     command = [sys.executable, "-m", "tests.crash.torture", *sys.argv[1:]]
     jobs = [

@@ -4,6 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetError, DatasetNotFoundError
 from tests.data.pictures import write_image
@@ -81,8 +82,10 @@ def test_split_folders_are_known_in_any_letter_case_and_paths_keep_it(
     assert all(ds.file_path(row).is_file() for row in range(len(ds)))
 
 
-def test_a_class_called_train_is_a_class_when_it_holds_images_itself(tmp_path: Path) -> None:
-    assert load_dataset("folder", fill(tmp_path, "train/1.png", "bus/2.png")).class_names == ("bus", "train")
+def test_no_class_is_called_like_a_split(tmp_path: Path) -> None:
+    with pytest.raises(DatasetNotFoundError, match="'train' names a split") as caught:
+        load_dataset("folder", fill(tmp_path, "train/1.png", "bus/2.png"))
+    assert "rename" in str(caught.value.fix)
 
 
 def test_a_test_class_that_training_lacks_is_an_unknown_label(tmp_path: Path) -> None:
@@ -176,7 +179,7 @@ def test_parquet_serves_as_well_as_csv(tmp_path: Path) -> None:
         ("path,label,id\na.png,0,C:\\a\nb.png,1,b\n", "an id leaves"),
         ("path,label,id\na.png,0,..\nb.png,1,b\n", "an id leaves"),
         ("path,label\n,0\nb.png,1\n", "is empty"),
-        ("path,class\na.png,0\n", "lacks the column 'label'"),
+        ("path,kind\na.png,0\n", "lacks the column 'label'"),
         ("path,label\n", "no rows"),
     ],
 )
@@ -229,3 +232,37 @@ def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         pytest.skip("this file system takes no such names")
     with pytest.raises(DatasetError, match="UTF-8"):
         load_dataset("folder", tmp_path)
+
+
+def test_classes_that_look_alike_are_one_and_named(tmp_path: Path) -> None:
+    ds = table(tmp_path, "path,label\na.png,Me\u0301nie\u0300re\nb.png,M\u00e9ni\u00e8re\nc.png,normal\n")
+    assert ds.class_names == ("M\u00e9ni\u00e8re", "normal")
+    assert ds.labels.tolist() == [0, 0, 1]
+    assert any(r"'Me\u0301nie\u0300re' (1), 'M\xe9ni\xe8re' (1)" in note for note in ds.notes)
+
+
+def test_class_folders_that_look_alike_are_one(tmp_path: Path) -> None:
+    fill(tmp_path, "Me\u0301nie\u0300re/1.png", "M\u00e9ni\u00e8re/2.png", "normal/3.png", "normal\u200b/4.png")
+    ds = load_dataset("folder", tmp_path)
+    assert ds.class_names == ("M\u00e9ni\u00e8re", "normal")
+    assert all(ds.file_path(row).is_file() for row in range(4))
+
+
+@pytest.mark.parametrize("layout", ["table", "folders"])
+def test_classes_that_differ_in_case_are_merged_only_on_request(tmp_path: Path, layout: str) -> None:
+    names = ["Normal/0.png", "normal/1.png", "sick/2.png", "normal/3.png"]
+    root = fill(tmp_path, *names)
+    if not (tmp_path / "NORMAL").exists() and layout == "table":
+        root = tmp_path / "t.csv"
+        root.write_text("path,label\n" + "".join(f"{name},{name.split('/')[0]}\n" for name in names))
+    elif (tmp_path / "NORMAL").exists():
+        pytest.skip("this file system does not tell letter case")
+    with pytest.raises(DatasetError, match="differ only in letter case") as caught:
+        load_dataset("folder", root)
+    assert caught.value.found == "Normal (1), normal (2)"
+    assert caught.value.fix == "--merge-class Normal+normal=normal"
+    ds = load_dataset("folder", root, columns={"merge_class": ["Normal+normal=normal", "sick+normal=x"]})
+    assert ds.class_names == ("normal", "sick")
+    assert ds.columns.merge_class == ("Normal+normal=normal",)
+    assert any("classes Normal, normal are one class, normal" in note for note in ds.notes)
+    assert ClassOptions(merge=("Normal+normal=normal",)).of(ds) is ds  # a probe that is asked to merge them again

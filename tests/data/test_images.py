@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from embcache.data import images
-from embcache.data.images import decode_image, read_image, read_size, scale_to_bytes
+from embcache.data.budget import Decoding
+from embcache.data.gray import scale_to_bytes
+from embcache.data.images import decode_image, read_image, read_size
 from embcache.errors import DatasetError, ImageError
 from tests.data.pictures import encode, write_image
 
@@ -163,14 +165,29 @@ def test_an_empty_file_says_so() -> None:
         decode_image(b"")
 
 
-@pytest.mark.parametrize("limit", [20, 30])  # beyond twice the limit Pillow raises, below it warns
-def test_an_image_beyond_pillows_limit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: int) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    (tmp_path / "big.png").write_bytes(encode(PICTURE, "PNG"))
-    with pytest.raises(ImageError, match=f"more than {limit} pixels"):
-        read_image(tmp_path, "big.png")
-    with pytest.raises(ImageError, match=f"more than {limit} pixels"):
-        read_size(tmp_path, "big.png")
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "GIF", "WEBP"])
+def test_the_limit_on_pixels_is_the_headers_and_no_filter_of_the_process(tmp_path: Path, format: str) -> None:
+    data = encode(PICTURE, format)
+    (tmp_path / "big").write_bytes(data)
+    for action in ("ignore", "error"):
+        with warnings.catch_warnings():
+            warnings.simplefilter(action)  # type: ignore[arg-type]
+            assert read_image(tmp_path, "big", decoding=Decoding(45))[0].shape == (5, 9, 3)
+            for read in (read_image, read_size):
+                with pytest.raises(ImageError, match=r"45 pixels, more than 44.*--max-pixels"):
+                    read(tmp_path, "big", decoding=Decoding(44))
+
+
+def test_an_image_above_pillows_own_limit_is_decoded_where_it_is_allowed(tmp_path: Path) -> None:
+    whole = encode(Image.new("1", (20_000, 9_000)), "PNG")  # twice the limit, at which Pillow refuses to open
+    assert read_size(tmp_path, _write(tmp_path, whole), decoding=Decoding(180_000_000)) == (20_000, 9_000)
+    with pytest.raises(ImageError, match="180,000,000 pixels"):
+        read_size(tmp_path, _write(tmp_path, whole))
+
+
+def _write(folder: Path, data: bytes) -> str:
+    (folder / "image").write_bytes(data)
+    return "image"
 
 
 def test_postscript_is_refused_before_any_program_runs() -> None:

@@ -50,7 +50,7 @@ def test_kaggles_layout_gives_an_unlabelled_test_set_in_the_order_to_hand_in(tmp
         {"S": 500, "M": 5000},
     )
     assert not ds.grouped
-    assert ds.notes[0] == "ungrouped: slides may be on both sides"
+    assert ds.notes[0] == "ungrouped: images of one patient or slide may be on both sides"
 
 
 def test_the_slide_map_gives_the_groups(tmp_path: Path) -> None:

@@ -84,3 +84,48 @@ def test_the_published_images_give_the_published_counts(shared_data: Path) -> No
     assert not any("conflicting" in note for note in ds.notes)
     assert any(note.startswith("170 groups occur in both train and the official test set") for note in ds.notes)
     assert len(load_dataset("pneumonia", shared_data)) == len(ds)
+
+
+def write_names(root: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        write_image(root / "chest_xray" / name, i)
+    return root
+
+
+def test_mendeleys_names_have_the_patient_in_the_middle(tmp_path: Path) -> None:
+    names = (
+        "train/PNEUMONIA/BACTERIA-1008087-0001.jpeg",
+        "train/PNEUMONIA/BACTERIA-1008087-0002.jpeg",
+        "train/PNEUMONIA/VIRUS-1008087-0003.jpeg",
+        "train/NORMAL/NORMAL-1003233-0001.jpeg",
+        "test/NORMAL/NORMAL-28501-0001.jpeg",
+    )
+    ds = load_dataset("pneumonia", write_names(tmp_path, *names))
+    rows = dict(zip(ds.ids, zip(ds.groups, ds.table["pathogen"], strict=True), strict=True))
+    assert rows == dict(
+        zip(
+            sorted(names),
+            [("28501", ""), ("1003233", ""), *[("1008087", p) for p in ("bacteria", "bacteria", "virus")]],
+            strict=True,
+        )
+    )
+    assert ds.grouped
+    assert ds.notes == ()
+
+
+def test_names_of_no_known_scheme_are_counted_or_the_dataset_is_ungrouped(tmp_path: Path) -> None:
+    names = ("train/PNEUMONIA/a.jpeg", "train/NORMAL/b.jpeg", "train/NORMAL/NORMALISED-1-2.jpeg")
+    ds = load_dataset("pneumonia", write_names(tmp_path / "1", *names))
+    assert not ds.grouped
+    assert ds.groups.tolist() == ds.ids.tolist()
+    assert any(note.startswith("ungrouped: ") for note in ds.notes)
+    ds = load_dataset("pneumonia", write_names(tmp_path / "2", *names, "train/NORMAL/IM-0115-0001.jpeg"))
+    assert ds.grouped
+    assert "3 of 4 images have names that tell no patient: each is a group of its own" in ds.notes
+
+
+def test_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
+    root = write_layout(tmp_path)
+    (root / "chest_xray" / "train" / "NORMAL" / "Thumb.heic").touch()
+    ds = load_dataset("pneumonia", root)
+    assert any("are left out: 1 .heic" in note for note in ds.notes)

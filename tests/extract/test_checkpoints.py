@@ -20,7 +20,7 @@ from torch import nn
 
 from embcache.errors import WeightsError
 from embcache.extract.backbones import load_backbone
-from embcache.extract.checkpoints import clean_state_dict, hash_state, load_strictly, read_checkpoint
+from embcache.extract.checkpoints import find_network, hash_state, load_strictly, read_checkpoint
 from tests.extract import published
 
 
@@ -51,7 +51,7 @@ def test_every_published_layout_gives_the_trunk_and_nothing_else(tmp_path: Path,
     state = small_state()
     path = published.save(tmp_path / "weights.pth", LAYOUTS[layout](state), legacy=legacy)
     checkpoint = read_checkpoint(path)
-    cleaned = clean_state_dict(checkpoint.state)
+    cleaned = find_network(checkpoint.state, state).state
     assert cleaned.keys() == state.keys()
     assert all(torch.equal(cleaned[key], state[key]) for key in state)
     assert not any(value.requires_grad for value in cleaned.values())
@@ -62,7 +62,7 @@ def test_safetensors_are_read_whatever_the_file_is_called(tmp_path: Path) -> Non
     state = small_state()
     path = tmp_path / "weights.pth"
     safetensors.torch.save_file(published.prefixed(state, "module."), path)
-    cleaned = clean_state_dict(read_checkpoint(path).state)
+    cleaned = find_network(read_checkpoint(path).state, state).state
     assert all(torch.equal(cleaned[key], state[key]) for key in state)
 
 
@@ -212,14 +212,103 @@ def test_a_file_without_named_tensors_is_refused(tmp_path: Path, content: object
 
 
 def test_an_unknown_layout_lists_what_it_holds(tmp_path: Path) -> None:
-    path = published.save(tmp_path / "weights.pth", {"encoder": small_state(), "epoch": 3})
+    path = published.save(tmp_path / "weights.pth", {"encoder": list(small_state().values()), "epoch": 3})
     with pytest.raises(WeightsError, match="encoder, epoch"):
         read_checkpoint(path)
 
 
-def test_two_names_that_become_one_are_refused() -> None:
-    with pytest.raises(WeightsError, match=r"names conv1\.weight twice"):
-        clean_state_dict({"conv1.weight": torch.zeros(1), "module.conv1.weight": torch.ones(1)})
+def of(number: float) -> dict[str, torch.Tensor]:
+    """A network of three tensors, told by its values."""
+    return {"conv1.weight": torch.full((2,), number), "bn.bias": torch.full((3,), number), "n": torch.tensor(number)}
+
+
+def under(prefix: str, number: float) -> dict[str, torch.Tensor]:
+    return {prefix + key: value for key, value in of(number).items()}
+
+
+HEAD = {"dino_head.mlp.0.weight": torch.zeros(4), "fc.weight": torch.zeros(2), "queue": torch.zeros(9)}
+# Tensors of 1 are those that the tools' own evaluations use, others are not: prefix → what a file holds.
+FILES: dict[str, object] = {
+    "": of(1),
+    "_orig_mod.": under("_orig_mod.", 1),
+    "module._orig_mod.": under("module._orig_mod.", 1) | {"module.queue": torch.zeros(2)},
+    "state_dict.model.": {"state_dict": under("model.", 1), "hyper_parameters": {"lr": 1e-3}},
+    "state_dict.model.net.vision.": {
+        "state_dict": under("model.net.vision.", 1) | {"model.text.conv1.weight": torch.zeros(2)}
+    },
+    "state_dict.module.encoder_q.": {"state_dict": under("module.encoder_q.", 1) | under("module.encoder_k.", 2)},
+    "state_dict.module.base_encoder.": {
+        "state_dict": under("module.base_encoder.", 1) | under("module.momentum_encoder.", 2) | HEAD
+    },
+    "backbone.": under("backbone.", 1) | under("backbone_momentum.", 2) | HEAD,
+    "teacher.backbone.": {"teacher": under("backbone.", 1) | HEAD, "student": under("module.backbone.", 2) | HEAD},
+    "model.teacher.backbone.": {"model": under("teacher.backbone.", 1) | under("student.backbone.", 2)},
+    "state_dict_ema.": {"state_dict": of(2), "state_dict_ema": of(1), "epoch": 3},
+    "state_dict_ema.module.": {"state_dict": under("module.", 2), "state_dict_ema": under("module.", 1)},
+    "model_ema.module.": {"model": of(2), "model_ema": under("module.", 1) | {"n_averaged": torch.tensor(5)}},
+    "state_dict_ema.encoder_q.": {
+        "state_dict": under("encoder_q.", 2) | under("encoder_k.", 3),
+        "state_dict_ema": under("encoder_q.", 1) | under("encoder_k.", 4),
+    },
+    "a.b.c.": {"a": {"b": under("c.", 1)}, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}},
+}
+
+
+@pytest.mark.parametrize("prefix", FILES)
+def test_the_one_complete_network_is_found_under_any_prefix(tmp_path: Path, prefix: str) -> None:
+    path = published.save(tmp_path / "weights.pth", FILES[prefix])
+    found = find_network(read_checkpoint(path).state, of(0), where=path)
+    assert found.prefix == prefix
+    assert found.state.keys() == of(0).keys()
+    assert all(bool((value == 1).all()) for value in found.state.values())
+    assert found.describe(path).startswith(f"the weights are those under '{prefix}' of weights.pth" if prefix else "")
+
+
+def test_what_was_not_chosen_is_named(tmp_path: Path) -> None:
+    found = find_network(under("teacher.", 1) | under("student.", 2), of(0))
+    assert found.describe(tmp_path / "x.pth") == (
+        "the weights are those under 'teacher.' of x.pth, not those under 'student.'"
+    )
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        of(1) | under("module.", 2),
+        under("ema.", 1) | under("net.", 2),
+        under("online_encoder.", 1) | under("target_encoder.", 2),
+        under("a.teacher.x.", 1) | under("b.student.x.", 2),
+    ],
+)
+def test_of_two_networks_of_which_either_may_be_meant_none_is_taken(state: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(WeightsError, match="several networks that fit") as caught:
+        find_network(state, of(0))
+    assert " and tensors under '" in str(caught.value.found)
+
+
+def test_a_larger_network_that_holds_every_name_is_not_taken() -> None:
+    """As a ResNet-101 holds every name of a ResNet-50, with the same shapes."""
+    deeper = under("backbone.", 1) | {
+        "backbone.layer3.22.conv1.weight": torch.zeros(2),
+        "backbone.fc.bias": torch.ones(1),
+    }
+    found = find_network(deeper, of(0))
+    assert sorted(set(found.state) - set(of(0))) == ["layer3.22.conv1.weight"]  # load_strictly refuses it
+
+
+def test_names_that_are_spelled_otherwise_come_from_the_fullest_wrapper() -> None:
+    state = {"model.module.x.1": torch.ones(1), "model.module.x.2": torch.ones(1), "model.y": torch.ones(1)}
+    found = find_network(state, of(0))
+    assert (found.prefix, sorted(found.state)) == ("model.module.", ["x.1", "x.2"])
+    both = {f"teacher.backbone.{name}": value for name, value in state.items()}
+    both |= {f"student.backbone.{name}": value for name, value in state.items()}
+    assert find_network(both, of(0)).prefix == "teacher.backbone.model.module."
+
+
+def test_a_name_that_is_there_nested_and_with_dots_is_refused(tmp_path: Path) -> None:
+    path = published.save(tmp_path / "weights.pth", {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}})
+    with pytest.raises(WeightsError, match=r"a\.b is in it twice"):
+        read_checkpoint(path)
 
 
 def network() -> nn.Module:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import embcache
@@ -30,7 +31,7 @@ from tests.extract.tiny import load_tiny
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "load_backbone", load_tiny)
-    monkeypatch.setattr(run, "ROWS_PER_SHARD", 6)
+    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 6)
 
 
 def load(root: Path) -> ImageDataset:
@@ -70,7 +71,7 @@ def test_above_the_limit_the_run_stops_before_the_commit_and_can_go_on(images: P
     assert "--max-bad 2" in str(caught.value)
     store = open_store("random", load(images).name)
     assert store.committed() == ()
-    with pytest.raises(DatasetError, match=r"3 of 20 \(1 of them in the shard at hand"):
+    with pytest.raises(DatasetError, match=r"3 of 20 \(1 of them in the current shard"):
         extract(images, max_bad=2)
     assert store.committed() == (0,)
     done = extract(images, max_bad=3)
@@ -88,7 +89,7 @@ def test_one_bad_image_is_borne_by_default_and_two_of_twenty_are_not(images: Pat
 
 
 def test_a_list_longer_than_twenty_is_cut(images: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "ROWS_PER_SHARD", 64)
+    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 64)
     for index in range(25):
         draw(images / "benign" / f"x{index:02}.png", index)
         (images / "benign" / f"x{index:02}.png").write_bytes(b"GIF89a, not")
@@ -174,7 +175,7 @@ def test_a_failing_medium_is_told_with_image_and_error(
 ) -> None:
     original = batching.read_image
 
-    def fail(root: Path, path: str, member: int) -> object:
+    def fail(root: Path, path: str, member: int, decoding: object = None) -> object:
         if path.endswith("09.png"):
             raise OSError(code, "no such luck")
         return original(root, path, member)
@@ -201,7 +202,7 @@ def test_an_unmounted_root_quarantines_nothing(
 ) -> None:
     original, aside = batching.read_image, images.with_name("aside")
 
-    def read(root: Path, path: str, member: int) -> object:
+    def read(root: Path, path: str, member: int, decoding: object = None) -> object:
         if images.is_dir() and not aside.exists():
             if how == "empty":  # the same folder, as far as its numbers go
                 shutil.copytree(images, aside)
@@ -238,7 +239,7 @@ def test_quarantined_images_are_retried_when_asked(images: Path, home: Path, mon
     assert extract(images, retry_quarantined=True).computed == 0
 
 
-def _refuse_tens(root: Path, path: str, member: int) -> object:
+def _refuse_tens(root: Path, path: str, member: int, decoding: object = None) -> object:
     from embcache.data.images import read_image
     from embcache.errors import ImageError
 
@@ -297,3 +298,44 @@ def test_a_medium_that_fails_before_any_image_is_decoded_is_told_too(
     with pytest.raises(DatasetError, match="cannot be read for now") as caught:
         extract(images)
     assert "EIO" in str(caught.value)
+
+
+def test_another_limit_on_pixels_looks_again_at_what_it_allows_and_keeps_the_recipe(images: Path, home: Path) -> None:
+    draw(images / "benign" / "other.png", 98, size=44)  # so that the large one does not decide the transform
+    draw(images / "benign" / "large.png", 99, size=48)
+    first = extract(images, max_pixels=2_303)
+    (reason,) = first.quarantined.values()
+    assert reason.startswith("too large: 2,304 pixels, more than 2,303")
+    again = extract(images, max_pixels=2_303)
+    assert (again.computed, again.store.path) == (0, first.store.path)
+    done = extract(images, max_pixels=2_304)
+    assert (done.computed, done.retried, done.quarantined) == (1, 1, {})
+    assert done.store.path == first.store.path
+    assert extract(images, max_pixels=2_303).computed == 0  # what is there is right
+    with pytest.raises(UsageError, match="--max-pixels"):
+        extract(images, max_pixels=0)
+
+
+def test_where_the_limit_leaves_no_image_it_is_the_reason(images: Path, home: Path) -> None:
+    with pytest.raises(DatasetNotFoundError, match="too large: 1,600 pixels, more than 100"):
+        extract(images, max_pixels=100)
+
+
+def test_an_image_that_the_transform_blows_up_is_quarantined(images: Path, home: Path) -> None:
+    for name, size in (("wide", (60_000, 3)), ("high", (2, 300_000))):
+        Image.new("RGB", size).save(images / "benign" / f"{name}.png")
+    done = extract(images, transform="imagenet", max_bad=2)
+    assert len(done.quarantined) == 2
+    assert all("too thin for the transform" in reason for reason in done.quarantined.values())
+    squashed = extract(images, transform="paper", max_bad=2)  # to 256 x 256: only its columns grow before its rows
+    assert [Path(image).name for image in squashed.quarantined] == ["high.png"]
+
+
+def test_an_extraction_says_of_which_images_it_used_the_first_frame(images: Path, home: Path) -> None:
+    frames = [Image.new("L", (24, 24), shade) for shade in (0, 255)]
+    frames[0].save(images / "benign" / "stack.tif", save_all=True, append_images=frames[1:])
+    said: list[str] = []
+    extract(images, say=said.append)
+    assert [line for line in said if "frames" in line] == [
+        "1 images: the first of several frames or pages is used (benign/stack.tif)"
+    ]

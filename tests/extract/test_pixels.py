@@ -46,7 +46,7 @@ IMAGENET = choose_transform(find_backbone("random"), "imagenet", {(300, 200)})
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small shards, a small network."""
     monkeypatch.setattr(run, "load_backbone", load_tiny)
-    monkeypatch.setattr(run, "ROWS_PER_SHARD", 8)
+    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 8)
     monkeypatch.setattr(pixels, "MAX_ROWS", 6)
 
 
@@ -62,7 +62,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     original = batching.read_image
 
-    def count(root: Path, path: str, member: int) -> object:
+    def count(root: Path, path: str, member: int, decoding: object = None) -> object:
         paths.append(path)
         return original(root, path, member)
 

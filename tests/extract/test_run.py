@@ -127,7 +127,7 @@ def test_several_backbones_decode_each_image_once(images: Path, home: Path, monk
     read: list[str] = []
     original = batching.read_image
 
-    def count(root: Path, path: str, member: int) -> object:
+    def count(root: Path, path: str, member: int, decoding: object = None) -> object:
         read.append(path)
         return original(root, path, member)
 
@@ -152,7 +152,7 @@ def test_a_second_pass_is_said(images: Path, home: Path) -> None:
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     images: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "ROWS_PER_SHARD", 6)
+    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 6)
     whole = extract(images, home=tmp_path / "whole", batch_size=4)
     original, calls = run.compute_shard, []
 
@@ -197,7 +197,7 @@ def test_another_recipe_never_touches_a_store(images: Path, home: Path) -> None:
 def test_parts_together_are_the_whole(
     images: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "ROWS_PER_SHARD", 6)
+    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 6)
     whole = extract(images, home=tmp_path / "whole")
     counts = [run_extraction(["random"], load(images), part=(i, 3))[0].computed for i in (1, 2, 3)]
     assert sum(counts) == 20

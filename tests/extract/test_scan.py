@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -15,9 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.data.files import FileState, stat_files
 from embcache.errors import DatasetError, DatasetNotFoundError
+from embcache.extract import run
 from embcache.extract import scan as scanning
 from embcache.extract.backbones import find_backbone
+from embcache.extract.run import Extraction
 from embcache.extract.scan import (
     ABSENT,
     UNREADABLE,
@@ -30,6 +38,7 @@ from embcache.extract.scan import (
 )
 from embcache.extract.transforms import choose_transform
 from tests.extract.conftest import draw
+from tests.extract.tiny import load_tiny
 
 
 @pytest.fixture
@@ -49,7 +58,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     decoder, bare = scanning.read_size, scanning.is_square_of
 
-    def by_decoder(root: Path, path: str, member: int) -> tuple[int, int]:
+    def by_decoder(root: Path, path: str, member: int, decoding: object = None) -> tuple[int, int]:
         paths.append(path)
         return decoder(root, path, member)
 
@@ -167,7 +176,7 @@ def test_a_file_that_has_gone_is_absent(dataset: ImageDataset, images: Path, poo
     first = dataset.table["path"][0]
     (images / first).unlink()
     scan = scan_images(dataset, images, None, pool)
-    assert scan.states[first] == (ABSENT, 0)
+    assert scan.states[first][:2] == (ABSENT, 0)
     assert set(ImageSizes(scan)) == {(40, 40)}
     assert first not in scan.seen
 
@@ -188,8 +197,8 @@ def test_a_scan_of_another_decoder_is_not_used(
     found = kept(scan, tmp_path)
     assert found is not None
     assert found["path"].tolist() == list(scan.states)
-    assert found["size"].tolist() == [size for size, _ in scan.states.values()]
-    monkeypatch.setattr(scanning, "DECODER_VERSION", "pillow-2")
+    assert found["size"].tolist() == [state.size for state in scan.states.values()]
+    monkeypatch.setattr(scanning, "DECODER_VERSION", "pillow-3")
     assert decode_scan(tmp_path / "scan.parquet") is None
     found.to_parquet(tmp_path / "scan.parquet")  # without a version
     assert decode_scan(tmp_path / "scan.parquet") is None
@@ -204,3 +213,168 @@ def test_a_missing_decoder_ends_the_scan(images: Path, pool: Executor, monkeypat
     with pytest.raises(DatasetError) as caught:
         scan_images(load_dataset("folder", images), images, None, pool)
     assert caught.value.fix == 'pip install "embcache[dicom]"'
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Each file's bytes under the other's name, as files of their own, with the first one's modification time."""
+    time, pixels = one.stat().st_mtime_ns, (one.read_bytes(), other.read_bytes())
+    for path, content in ((one, pixels[1]), (other, pixels[0])):
+        path.unlink()
+        path.write_bytes(content)
+        os.utime(path, ns=(time, time))
+
+
+def rewrite(one: Path, other: Path) -> None:
+    """The second file's bytes in the first one, in place, its time restored (``touch -r``, ``rsync --inplace``)."""
+    time = one.stat().st_mtime_ns
+    with one.open("r+b") as file:
+        file.write(other.read_bytes())
+    os.utime(one, ns=(time, time))
+
+
+def rename(one: Path, other: Path) -> None:
+    """The files change their names: inodes, bytes and times go with them."""
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+@pytest.fixture
+def alike(tmp_path: Path) -> Path:
+    """Twelve bitmaps of one size and one modification time, an hour old."""
+    root = tmp_path / "alike"
+    for index in range(12):
+        draw(root / "ab"[index % 2] / f"{index:02}.bmp", index)
+    for path in root.rglob("*.bmp"):
+        os.utime(path, (1.6e9, 1.6e9))
+    return root
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that were written just now count as old: what is known of them is believed."""
+    monkeypatch.setattr(scanning, "_TICK_NS", -10 * 10**9)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths of the files that are hashed to learn whether they changed."""
+    paths: list[str] = []
+    digest = scanning._digest
+
+    def counted(root: Path, path: str, member: int) -> str:
+        paths.append(path)
+        return digest(root, path, member)
+
+    monkeypatch.setattr(scanning, "_digest", counted)
+    return paths
+
+
+def state_of(root: Path) -> dict[str, FileState]:
+    ((path, state),) = stat_files(root, ["x.h5"])
+    assert state is not None
+    return {path: state}
+
+
+def first_bytes(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def extracted(root: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Extraction:
+    monkeypatch.setattr(run, "load_backbone", load_tiny)
+    (done,) = run.run_extraction(["random"], load_dataset("folder", root), home=home)
+    held = done.store.digests
+    assert held == {name: first_bytes(root / name) for name in held}  # each row is of the bytes that are there
+    assert len(held) == 12
+    return done
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no time of change")
+@pytest.mark.parametrize("change", [exchange, rewrite, rename])
+@pytest.mark.parametrize("old", [True, False])
+def test_a_change_that_size_and_time_do_not_tell_is_found(
+    change: Callable[[Path, Path], None], old: bool, alike: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if old:
+        monkeypatch.setattr(scanning, "_TICK_NS", -10 * 10**9)
+    assert extracted(alike, home, monkeypatch).computed == 12
+    change(alike / "a" / "00.bmp", alike / "a" / "02.bmp")
+    again = extracted(alike, home, monkeypatch)
+    assert (again.computed, again.changed) == ((1, 1) if change is rewrite else (2, 2))
+    assert extracted(alike, home, monkeypatch).computed == 0
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_dataset_that_was_moved_is_hashed_once(
+    alike: Path, home: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = extracted(alike, home, monkeypatch).store.path
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    assert extracted(alike, home, monkeypatch).computed == 0
+    assert hashed == []  # it was read when it was computed
+    shutil.copytree(alike, alike.with_name("copy"))
+    alike.rename(alike.with_name("old"))
+    alike.with_name("copy").rename(alike)
+    for _ in range(2):
+        assert extracted(alike, home, monkeypatch).computed == 0
+        assert len(hashed) == 12
+    assert before == {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    (home / store.parent.name / "scan.parquet").unlink()
+    for _ in range(2):
+        assert extracted(alike, home, monkeypatch).computed == 0
+        assert len(hashed) == 24
+
+
+def test_what_was_written_just_now_is_not_believed(
+    alike: Path, home: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extracted(alike, home, monkeypatch)
+    extracted(alike, home, monkeypatch)
+    assert len(hashed) == 12  # their ctime is that of this test
+
+
+@pytest.mark.usefixtures("settled")
+def test_what_two_processes_learn_is_kept_of_both(alike: Path, home: Path, pool: Executor) -> None:
+    dataset = load_dataset("folder", alike)
+    mine, theirs = (scan_dataset(dataset, home, pool) for _ in range(2))
+    for files, image in ((mine, dataset.table["path"][0]), (theirs, dataset.table["path"][1])):
+        with files.learning():
+            files.scan.confirm([(image, -1)])
+    kept = scan_dataset(dataset, home, pool).scan.digests
+    assert kept == {(path, -1): first_bytes(alike / path) for path in dataset.table["path"][:2]}
+
+
+@pytest.mark.usefixtures("settled")
+def test_an_unreadable_image_is_tried_again_where_its_file_is_another(
+    alike: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = (alike / "a" / "00.bmp").read_bytes()
+    (alike / "a" / "00.bmp").write_bytes(b"BM" + b"\0" * (len(good) - 2))
+    os.utime(alike / "a" / "00.bmp", (1.6e9, 1.6e9))
+    monkeypatch.setattr(run, "load_backbone", load_tiny)
+    dataset = load_dataset("folder", alike)
+    (first,) = run.run_extraction(["random"], dataset, home=home)
+    assert list(first.quarantined) == ["a/00.bmp"]
+    assert run.run_extraction(["random"], dataset, home=home)[0].computed == 0
+    (alike / "a" / "00.bmp").write_bytes(good)
+    os.utime(alike / "a" / "00.bmp", (1.6e9, 1.6e9))
+    assert extracted(alike, home, monkeypatch).computed == 1
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no time of change")
+def test_images_of_an_array_file_are_compared_one_by_one(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"] = pixels
+    images = [("x.h5", row) for row in range(4)]
+    scan = Scan(tmp_path, state_of(tmp_path), {}, {"x.h5": 0}, images=images, began_ns=time.time_ns())
+    scan.confirm(images)
+    assert scan.digests == {("x.h5", row): hashlib.sha256(pixels[row].tobytes()).hexdigest() for row in range(4)}
+    known = kept(scan, tmp_path)
+    seen, digests, moved = scanning._still_true(known, scan.states)
+    assert (digests, moved) == (scan.digests, frozenset())
+    rewrite(tmp_path / "x.h5", tmp_path / "x.h5")
+    seen, digests, moved = scanning._still_true(known, state_of(tmp_path))
+    assert (seen, digests, moved) == ({}, {}, {"x.h5"})

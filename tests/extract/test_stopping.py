@@ -16,11 +16,14 @@ import pytest
 
 from embcache.data.dataset import load_dataset
 from embcache.errors import UsageError
-from embcache.extract.run import extract_features
+from embcache.extract import run
+from embcache.extract.run import default_rows, extract_features
+from embcache.extract.stopping import Stop, stop_on_signals
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 from embcache.store.reading import read_commit
 from tests.extract.conftest import draw
+from tests.extract.tiny import load_tiny
 
 PROJECT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are sent as POSIX has them")
@@ -100,7 +103,7 @@ def test_the_first_signal_commits_the_shard_at_hand_and_says_how_to_go_on(
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
     assert process.returncode == status, err
-    assert "stopping after the shard at hand (" in err
+    assert "stopping after the current shard (" in err
     assert "again stops at once" in err
     assert "Traceback" not in err
     (answer,) = json.loads(out)
@@ -278,3 +281,59 @@ def test_array_jobs_share_a_store_and_none_waits_for_the_shards_of_another(
     assert all(int(str(answer["left"])) >= 8 for answer in answers)
     assert finish(slow)[0]["computed"] == 8
     assert contents(Path(str(answers[0]["store"]))) == whole
+
+
+def test_a_signal_where_all_is_computed_stops_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    stop = Stop()
+    with stop_on_signals(stop):
+        stop.complete = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        assert not stop.asked
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == ""
+
+
+def test_who_listens_no_more_gets_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(descriptor: int, data: bytes) -> int:
+        raise BrokenPipeError
+
+    stop = Stop()
+    with stop_on_signals(stop), stop.at_hand(3):
+        monkeypatch.setattr(os, "write", gone)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+
+
+@pytest.mark.parametrize(
+    ("device", "images", "rows"),
+    [("cpu", 24, 64), ("cpu", 5840, 64), ("cpu", 131_072, 64), ("cpu", 131_073, 128), ("cpu", 10**6, 512),
+     ("cuda", 24, 64), ("cuda", 3662, 3662), ("cuda", 220_025, 4096), ("cuda", 10**6, 4096), ("mps", 10**4, 4096)],
+)  # fmt: skip
+def test_rows_per_shard_follow_device_and_number_of_images(device: str, images: int, rows: int) -> None:
+    assert default_rows(device, images) == rows
+
+
+def test_rows_per_shard_are_settled_when_a_store_is_made(
+    images: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "load_backbone", load_tiny)
+    dataset, said = load_dataset("folder", images), list[str]()
+    (done,) = run.run_extraction(["random"], dataset, rows_per_shard=7)
+    assert [len(entries) for entries in done.store.plans().values()] == [7, 7, 6]
+    run.run_extraction(["random"], dataset, rows_per_shard=9, say=said.append)
+    assert said == ["random: the store was created with 7 rows per shard, and keeps them"]
+    for wrong in (0, -1, 1 << 21):
+        with pytest.raises(UsageError, match="rows per shard"):
+            run.run_extraction(["random"], dataset, rows_per_shard=wrong)
+
+
+def test_a_signal_in_the_last_shard_interrupts_nothing(images: Path, home: Path) -> None:
+    process = start(images, "--rows-per-shard", "64", "--batch-size", "2", TINY_SECONDS="0.2")
+    wait_for(home, "leases/000000.json", process)
+    process.send_signal(signal.SIGINT)
+    answer, err = finish(process)
+    assert (answer["computed"], answer["left"]) == (20, 0)
+    assert "stopping after the current shard (" in err
+    assert "goes on from there" not in err

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("quick_disk")
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small shards, a small network."""
     monkeypatch.setattr(run, "load_backbone", load_tiny)
-    monkeypatch.setattr(run, "ROWS_PER_SHARD", 8)
+    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 8)
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_one_pass_serves_networks_of_different_frames(images: Path, monkeypatch:
             }
             return found
 
-    def count(root: Path, path: str, member: int) -> object:
+    def count(root: Path, path: str, member: int, decoding: object = None) -> object:
         read.append(path)
         return read_image(root, path, member)
 

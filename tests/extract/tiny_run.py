@@ -51,7 +51,7 @@ def install() -> None:
         return LoadedBackbone(loaded.spec, Troubled(loaded.module), loaded.weights_sha256, loaded.weights_source)
 
     run.load_backbone = load  # type: ignore[assignment]
-    run.ROWS_PER_SHARD = int(os.environ.get("TINY_ROWS", "8"))
+    run.ROWS_PER_SHARD["cpu"] = int(os.environ.get("TINY_ROWS", "8"))
     devices.COMMAND = (sys.executable, "-m", "tests.extract.tiny_run", "--helper")
 
 

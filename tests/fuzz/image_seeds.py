@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import struct
 import zlib
@@ -57,6 +58,8 @@ def image_seeds() -> list[Seed]:
         ("float.tif", encode(pixels("F"), "TIFF")),
         ("int.tif", encode(pixels("I"), "TIFF")),
         ("big.tif", encode(pixels(), "TIFF", big_tiff=True)),
+        ("deep.tif", _deep_tiff()),
+        ("deep.png", deep_png()),
         ("lab.tif", encode(pixels("LAB"), "TIFF")),
         ("rgb.bmp", encode(pixels(), "BMP")),
         ("palette.bmp", encode(pixels("P"), "BMP")),
@@ -85,6 +88,26 @@ def image_seeds() -> list[Seed]:
         ]
         made += [("wide.jp2", encode(pixels("I;16"), "JPEG2000"))]
     return [Seed(name, data, tuple(header(data)), mend_png if data[1:4] == b"PNG" else bytes) for name, data in made]
+
+
+def _deep_tiff() -> bytes:
+    """16-bit RGB in LZW strips, big-endian, with a NODATA value."""
+    from tests.data.test_depth import tiff
+
+    values = np.random.default_rng(3).integers(0, 4096, (17, 24, 3)).astype(">u2")
+    with Image.open(io.BytesIO(encode(Image.frombytes("L", (values.nbytes, 1), values.tobytes()), "TIFF",
+                                      compression="tiff_lzw"))) as packed:  # fmt: skip
+        start, count = packed.tag_v2[273][0], packed.tag_v2[279][0]
+        packed.fp.seek(start)
+        strip = packed.fp.read(count)
+    return tiff(strip, values.shape, 16, ">", t259=5, t262=2, t42113=b"65535\0")
+
+
+def deep_png() -> bytes:
+    """16-bit RGBA."""
+    from tests.data.test_depth import png
+
+    return png(np.random.default_rng(4).integers(0, 4096, (17, 24, 4)).astype(np.uint16))
 
 
 def _exif() -> Image.Exif:
@@ -185,8 +208,33 @@ def dicom_seeds() -> list[Seed]:
         ("jpeg.dcm", _encapsulated(dicom(colour), "JPEGBaseline8Bit", encode(pixels(), "JPEG"))),
         ("jpeg2000.dcm", _encapsulated(dicom(colour), "JPEG2000Lossless", encode(pixels(), "JPEG2000", no_jp2=True))),
         ("deflated.dcm", deflated(dicom(grey))),
+        ("groups.dcm", _with_groups(dicom(grey))),
     ]
+    if importlib.util.find_spec("gdcm") and importlib.util.find_spec("jpeg_ls"):
+        from tests.data.test_dicom_syntaxes import NOISE, by_gdcm, by_pydicom
+
+        made += [
+            ("lossless.dcm", by_gdcm(dicom(NOISE), "JPEGLosslessProcess14_1")),
+            ("jpegls.dcm", by_pydicom(dicom(NOISE), "JPEGLSLossless")),
+            ("openjpeg.dcm", by_pydicom(dicom(NOISE), "JPEG2000Lossless")),
+        ]
     return [Seed(name, data, tuple(_elements(data))) for name, data in made]
+
+
+def _with_groups(data: bytes) -> bytes:
+    """Windows, tables and slopes in functional groups."""
+    import pydicom
+
+    from tests.data.test_dicom_values import item, table
+
+    file = pydicom.dcmread(io.BytesIO(data))
+    display = item(VOILUTSequence=[table(np.arange(64) * 64, 0, 12)])
+    values = item(RescaleSlope=1, RescaleIntercept=-5)
+    file.SharedFunctionalGroupsSequence = [item(PixelValueTransformationSequence=[values])]
+    file.PerFrameFunctionalGroupsSequence = [item(FrameVOILUTSequence=[display])]
+    sink = io.BytesIO()
+    file.save_as(sink)
+    return sink.getvalue()
 
 
 def _compressed(data: bytes, syntax: str) -> bytes:

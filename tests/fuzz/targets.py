@@ -11,7 +11,7 @@ import numpy as np
 
 from embcache.data.images import decode_image, read_image, read_size
 from embcache.errors import DatasetError, EmbcacheError, ImageError, StoreError, WeightsError
-from embcache.extract.checkpoints import clean_state_dict, load_strictly, read_checkpoint
+from embcache.extract.checkpoints import find_network, load_strictly, read_checkpoint
 from tests.fuzz.image_seeds import array_seeds, dicom_seeds, image_seeds
 from tests.fuzz.mutate import Change, Seed, mutate, random_changes
 from tests.fuzz.store_seeds import damage, read_all, store_seeds
@@ -84,8 +84,8 @@ def _checkpoint(seed: Seed, changes: Sequence[Change], folder: Path) -> str:
     path = folder / f"weights{Path(seed.name).suffix}"
     path.write_bytes(mutate(seed, changes, weight_seeds()))
     try:
-        state = clean_state_dict(read_checkpoint(path).state)
-        load_strictly(module(), {name.removeprefix("module."): value for name, value in state.items()})
+        network = module()
+        load_strictly(network, find_network(read_checkpoint(path).state, network.state_dict()).state)
     except WeightsError as error:
         return type(error).__name__
     return "loaded"

@@ -160,7 +160,7 @@ def test_pool_is_cut_after_the_test_set_was_held_out() -> None:
 
 def test_without_a_slide_map_results_are_stamped() -> None:
     plan = plan_splits(make_dataset([0, 1] * 50, grouped=False), subsets=["F"])
-    assert "ungrouped: slides may be on both sides" in plan.notes
+    assert "ungrouped: images of one patient or slide may be on both sides" in plan.notes
 
 
 # --- folds and subsets

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import pandas as pd
 import pytest
 import torch
 
+from embcache import io
 from embcache.errors import StoreError, StoreNotFoundError
-from embcache.probe import results as results_module
 from embcache.probe.protocol import plan_splits
 from embcache.probe.results import (
     PROTOCOL_VERSION,
@@ -31,6 +33,8 @@ from embcache.probe.results import (
 )
 from embcache.probe.summary import Outcome, Outputs, prediction_table, summarise
 from embcache.store.sealed import seal, unseal
+from embcache.upkeep.gc import collect_home
+from tests.crash.faults import Call, between
 from tests.probe.build import make_dataset
 
 MODEL = np.random.default_rng(0).bytes(3_000_000)
@@ -121,10 +125,10 @@ def test_where_a_run_cannot_be_written_its_files_stay_where_they_were(
     model = tmp_path / "model-fold0.safetensors"
     model.write_bytes(MODEL)
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results_module, "_swap", fail)
+    monkeypatch.setattr(io, "swap_in", fail)
     with pytest.raises(OSError, match="No space"):
         save_run(result, frame, [], home, files={model.name: model})
     assert model.read_bytes() == MODEL
@@ -138,7 +142,7 @@ def test_a_file_on_another_file_system_is_copied(home: Path, tmp_path: Path, mon
     def refuse(*_: Any) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(results_module.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     run = save_run(result, frame, [], home, files={"m": tmp_path / "m"})
     assert (run / "m").read_bytes() == MODEL
     assert not (tmp_path / "m").exists()
@@ -222,7 +226,88 @@ def test_unknown_and_missing_keys_are_refused() -> None:
     data = make_run()[0].to_json()
     with pytest.raises(ValueError, match="unknown keys"):
         ProbeResult.from_json({**data, "extra": 1})
-    with pytest.raises(ValueError, match="missing keys"):
+    with pytest.raises(ValueError, match="no 'mean'"):
         ProbeResult.from_json({name: value for name, value in data.items() if name != "mean"})
     older = {name: value for name, value in data.items() if name not in ("target", "recipes")}
     assert ProbeResult.from_json(older) == replace(make_run()[0], recipes={}, seconds=data["seconds"])
+
+
+class _KilledError(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL; what would be removed on an error is told apart below."""
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_killed_at_any_call_a_run_that_is_replaced_is_there(
+    exchange: bool, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, frame = make_run("probe")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    if not exchange:
+        monkeypatch.setattr(io, "_rename_at", lambda *_: False)
+    run = save_run(result, frame, [], home)
+    later, at, ended = replace(result, seconds=2.0), 0, False
+    while not ended:
+
+        def kill(call: Call, do: Callable[[], Any], at: int = at) -> Any:
+            if call.index >= at:
+                raise _KilledError
+            return do()
+
+        try:
+            with between(kill):
+                save_run(later, frame, [], home)
+            ended = True
+        except _KilledError:
+            pass
+        (found,) = list_results(home)
+        assert found in (result, later)
+        assert find_run(result.id, "toy", home) == found
+        at += 1
+    assert at > 15
+    for left in run.parent.iterdir():
+        os.utime(left, (1, 1))
+    left = len(list(run.parent.iterdir())) - 1
+    assert collect_home(home)["leftovers"] == left
+    assert [path.name for path in run.parent.iterdir()] == [run.name]
+
+
+def test_two_writers_of_one_run_both_succeed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, frame = make_run("probe")
+    for exchange in (True, False):
+        monkeypatch.setattr(io, "_rename_at", io._rename_at if exchange else lambda *_: False)
+        save_run(result, frame, [], home)
+        for at in range(30):  # more than there are calls
+
+            def meet(call: Call, do: Callable[[], Any], at: int = at) -> Any:
+                if call.index == at:
+                    with between(lambda _, do: do()):
+                        save_run(replace(result, seconds=float(at)), frame, [], home)
+                return do()
+
+            with between(meet):
+                save_run(result, frame, [], home)
+            assert find_run(result.id, "toy", home) is not None, at
+        assert [path.name for path in runs_dir("toy", home).iterdir()] == [result.id]
+
+
+def test_checkpoints_of_a_finished_run_are_removed_and_others_stay(home: Path) -> None:
+    result, frame = make_run("probe")
+    run = save_run(result, frame, [], home)
+    for id in (run.name, "linear-S-000000000000"):
+        folder = run.parent / f".{id}.partial"
+        folder.mkdir()
+        (folder / "state.json").write_bytes(b"{}")
+        os.utime(folder / "state.json", (1, 1))
+    assert collect_home(home)["leftovers"] == 1
+    assert sorted(path.name for path in run.parent.iterdir()) == [".linear-S-000000000000.partial", run.name]
+
+
+def test_runs_in_a_folder_that_is_a_link_are_neither_read_nor_written(home: Path, tmp_path: Path) -> None:
+    result, frame = make_run("probe")
+    save_run(result, frame, [], tmp_path / "elsewhere")
+    (home / "toy").mkdir(parents=True)
+    (home / "toy" / "runs").symlink_to(tmp_path / "elsewhere" / "toy" / "runs")
+    assert list_results(home) == []
+    assert find_run(result.id, "toy", home) is None
+    with pytest.raises(StoreError, match="not a real folder"):
+        save_run(result, frame, [], home)

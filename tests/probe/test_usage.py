@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
+from embcache.analysis.maps import embed_map
 from embcache.errors import UsageError
+from embcache.extract.request import check_numbers
 from embcache.probe.heads import heads, make_head
+from embcache.probe.schedule import Schedule
 from embcache.probe.usage import check_usage, head_names
 
 
@@ -26,7 +31,27 @@ def test_what_a_dataset_may_define_is_left_to_it(subset: str | int) -> None:
     check_usage(subsets=[subset], lr=[1e-3, 1e-2], views=4, repeats=3, val="matched", test="official")
 
 
-@pytest.mark.parametrize("subset", ["0", "-5", "1e3", "", "S M", 0])
+@pytest.mark.parametrize("subset", ["0", "-5", "1e3", "", "S M", 0, "9" * 5000])
 def test_what_no_dataset_defines_is_refused(subset: str | int) -> None:
     with pytest.raises(UsageError, match="no such subset"):
         check_usage(subsets=[subset])
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: Schedule(max_epochs=10**9),
+        lambda: Schedule(batch_size=10**9),
+        lambda: Schedule(patience=0),
+        lambda: make_head("knn", k=10**9),
+        lambda: make_head("mlp", hidden=10**9),
+        lambda: make_head("logreg", max_iter=10**9),
+        lambda: check_numbers(batch_size=10**9),
+        lambda: check_numbers(workers=10**9),
+        lambda: check_numbers(views=10**9),
+        lambda: embed_map([[0.0]] * 5, seed=-1),
+    ],
+)
+def test_no_count_that_can_be_asked_for_is_without_a_bound(ask: Callable[[], object]) -> None:
+    with pytest.raises(UsageError, match=r"out of bounds|no usable value"):
+        ask()

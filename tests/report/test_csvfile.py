@@ -7,11 +7,13 @@ import io
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from embcache.analysis.plots import Curve, CurvePanel, plot_curves
 from embcache.commands.options import write_json
 from embcache.errors import UsageError
-from embcache.report.csvfile import check_target, csv_text, guard_cell, write_text
+from embcache.report.csvfile import check_target, csv_text, guard_cell, is_formula, write_text
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1"])
@@ -20,6 +22,24 @@ def test_formulas_are_guarded(text: str) -> None:
     (row,) = list(csv.reader(io.StringIO(csv_text(["a"], [[text]]), newline="")))[1:]
     assert row == ["'" + text]
     assert csv_text([text], [], guard=False).startswith((text, '"'))
+
+
+HIDDEN = ["", " ", "\u00a0", "\ufeff", "\u200b\u202e", "'", "''\ufeff ", "\x00"]
+
+
+@pytest.mark.parametrize("before", HIDDEN, ids=ascii)
+@pytest.mark.parametrize("sign", "=+-@＝＋－＠﹦﹢﹣﹫")
+def test_signs_of_any_width_are_guarded_whatever_unseen_stands_before_them(sign: str, before: str) -> None:
+    text = f"{before}{sign}1+1"
+    assert is_formula(text)
+    assert guard_cell(text) == f"'{text}"
+
+
+@given(st.text(alphabet="=＝'\ufeff +-@\t\n ab1", max_size=8))
+def test_taking_one_apostrophe_off_what_is_guarded_gives_it_back(text: str) -> None:
+    cell = guard_cell(text)
+    read = cell[1:] if cell.startswith("'") and is_formula(cell[1:]) else cell
+    assert read == text
 
 
 def test_other_text_and_numbers_stay_as_they_are() -> None:

@@ -83,6 +83,32 @@ def test_markdown_has_one_cell_for_each_column() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["[x](http://y.example)", "![x](y.png)", "<img src=x onerror=y>", "<http://y.example>", "http://y.example",
+     "www.y.example", "[x][y]", "[x]: http://y", "`code`", "*a* _b_ **c** __d__ ~~e~~", "a|b", r"\[x](y)", r"\\|",
+     "&lt;b&gt;", "a\n# b", "me@y.example", "balanced_accuracy", "$x$", "Line [a]", "50 %, a & b; c < d"],
+)  # fmt: skip
+def test_markdown_shows_text_and_obeys_none_of_it(text: str) -> None:
+    """By a parser of Markdown with GitHub's tables, strikethrough and bare addresses."""
+    markdown_it = pytest.importorskip("markdown_it")
+    parser = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    tokens = parser.parse(render(Table("t", text, ("a", "b"), ((text, "n"),), (text,)), "markdown"))
+    inline = [token for token in tokens if token.type == "inline"]
+    assert [token.content for token in tokens if token.type == "html_block"] == []
+    shown = ["".join(child.content for child in token.children) for token in inline]
+    plain = text.replace("\n", " ")
+    assert shown == [f"t. {plain}", "a", "b", plain, "n", plain]
+    kinds = {child.type for token in inline[1:] for child in token.children}
+    assert kinds <= {"text", "text_special"}
+
+
+@pytest.mark.parametrize("form", ["markdown", "latex"])
+def test_no_table_holds_what_a_terminal_obeys(form: str) -> None:
+    text = render(Table("t", "\x1b[2J", ("\u202e",), (("\x9b1m\r\x07",),), ("\x00",)), form)
+    assert text.replace("\n", "").isprintable()
+
+
 def test_latex_escapes_what_latex_would_read() -> None:
     assert escape_latex("a_b & 5 % ± −1 #{x} ~ ^ \\ $") == (
         r"a\_b \& 5 \% $\pm$ $-$1 \#\{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \$"

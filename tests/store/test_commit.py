@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embcache import io as disk
 from embcache.errors import StoreError, UsageError
-from embcache.store import disk
 from embcache.store.commit import (
     PlanEntry,
     ShardRows,

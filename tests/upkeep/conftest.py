@@ -31,8 +31,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, quick_disk: None) -> None:
     """A small network, small shards, no waiting for the disk."""
     for module in (run, networks, restore):
         monkeypatch.setattr(module, "load_backbone", load_tiny)
-    monkeypatch.setattr(run, "ROWS_PER_SHARD", 8)
-    monkeypatch.setattr(restore, "ROWS_PER_SHARD", 8)
+    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 8)
     monkeypatch.setattr(pixels, "MAX_ROWS", 8)
 
 

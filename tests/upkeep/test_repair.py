@@ -125,26 +125,17 @@ def test_a_repair_that_is_killed_is_finished_by_the_next(
     left = verify_store(path)
     assert {each.shard for each in left.damage} == (set() if moment == "view" else {0, 1})
     assert [each.kind for each in left.damage] == {
-        "compute": ["shard", "shard"], "commit": ["shard", "moved"], "view": [],
+        "compute": ["shard", "shard"], "commit": ["shard", "shard"], "view": [],
     }[moment]  # fmt: skip
     assert not mend(path, ds).damage
     assert tree(path) == before
 
 
-def test_a_shard_put_aside_is_also_computed_by_an_extraction(
-    make: Make, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_that_a_repair_put_aside_is_computed_by_an_extraction(make: Make, ds: ImageDataset) -> None:
+    """As a repair leaves it that is killed between two renames, where the system cannot exchange two names."""
     path = make("zarr")
     before = tree(path)
-    damage(path / "shards" / "000001" / "commit.json", "flip")
-
-    def die(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(repair, "commit_shard", die)
-        with pytest.raises(KeyboardInterrupt):
-            mend(path, ds)
+    (path / "shards" / "000001").rename(path / "staging" / f"shard-000001-{16 * '0'}-00000000")
     (done,) = run_extraction(["random"], ds)
     assert done.computed == 8
     assert not verify_store(path).damage

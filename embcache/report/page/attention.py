@@ -16,13 +16,14 @@ from PIL import Image, ImageDraw
 from embcache.analysis.run_attention import RunAttention, run_attention
 from embcache.data.classes import target_words
 from embcache.errors import StoreError
+from embcache.io import keep_file
 from embcache.paths import slug
 from embcache.probe.metrics import merit
 from embcache.probe.results import ProbeResult, run_file
 from embcache.report.page.choice import Choice
 from embcache.report.page.collect import Part
-from embcache.store.commit import replace_file
-from embcache.store.sealed import file_checksum, seal, unseal
+from embcache.store.sealed import file_checksum, read_sealed, seal
+from embcache.typed import typed
 
 ATTENDING = ("dvme", "dvme-token")
 _VERSION = 1  # of what is kept: raised when the picture or the numbers change
@@ -117,14 +118,15 @@ def attend(part: Part, result: ProbeResult) -> Attended:
     name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode("utf-8")).hexdigest()[:16]
     path = part.home / slug(part.name) / "figures" / "attention" / f"{name}.json"
     try:
-        kept = unseal(path.read_bytes(), path, "")
+        kept = read_sealed(path, "")
         if kept["asked"] == asked:
-            return Attended(**kept["attended"])
-    except (OSError, StoreError, KeyError, TypeError):
+            attended: Attended = typed(Attended, kept["attended"])
+            return attended
+    except (OSError, StoreError, KeyError, ValueError):
         pass  # none there, or not as it was written: it only saves work
     recipes = ",".join(str(fingerprint) for _, fingerprint in result.request.get("recipes", [])) or None
     found = _attended(run_attention(part.ds, result, folder, home=part.home, recipe=recipes))
-    replace_file(path, seal({"asked": asked, "attended": asdict(found)}))
+    keep_file(path, seal({"asked": asked, "attended": asdict(found)}))
     return found
 
 

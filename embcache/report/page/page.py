@@ -18,7 +18,8 @@ from markupsafe import Markup
 
 import embcache
 from embcache.errors import EmbcacheError, UsageError, printable
-from embcache.paths import PathLike, replace_file
+from embcache.io import write_output
+from embcache.paths import PathLike
 from embcache.report.layout import Table
 from embcache.report.page.attention import Attended, attend, attending_run
 from embcache.report.page.charts import Chart, bokeh_script, map_chart
@@ -126,7 +127,7 @@ def write_report(
     data = render_page(views, parts, metrics, images=images).encode("utf-8", "replace")
     path = Path(target)
     try:
-        replace_file(path, data)
+        write_output(path, data)
     except OSError as error:
         raise UsageError(
             f"cannot write the report: {error.strerror}", where=path, fix="name a file that can be written: --output"

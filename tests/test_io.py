@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embcache.store import disk
+from embcache import io as disk
 from embcache.store.commit import (
     commit_shard,
     create_exclusive,

@@ -1,0 +1,61 @@
+"""What a user says of a dataset's own table: names of columns, and spellings of classes that are one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from embcache.errors import UsageError
+
+ROLES = ("path", "label", "group", "split", "id")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How a dataset's own table is to be read: names of columns, and spellings of classes that are one.
+
+    Attributes
+    ----------
+    path, label, group, split, id : str
+        The column to use; empty: the one so called, else one with a usual name.
+    merge_class : tuple of str
+        ``A+b=NAME`` for classes that differ only in letter case. Of what a loaded dataset says: those that were.
+    """
+
+    path: str = ""
+    label: str = ""
+    group: str = ""
+    split: str = ""
+    id: str = ""
+    merge_class: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, given: Columns | Mapping[str, Any] | None) -> Columns:
+        """From a mapping such as ``{"group": "Patient ID"}``.
+
+        Raises
+        ------
+        UsageError
+            A key is no role of a column.
+        """
+        if isinstance(given, Columns):
+            return given
+        unknown = [key for key in given or () if key not in {f.name for f in fields(cls)}]
+        if unknown:
+            raise UsageError(
+                f"there is no column for {unknown[0]!r}",
+                expected=", ".join(f.name for f in fields(cls)),
+                where="columns",
+            )
+        texts: dict[str, Any] = {key: str(value) for key, value in (given or {}).items()}
+        return cls(**texts | {"merge_class": tuple((given or {}).get("merge_class", ()))})
+
+    def over(self, before: Columns) -> Columns:
+        """These columns, and where none is named those of ``before``."""
+        merged = {f.name: getattr(self, f.name) or getattr(before, f.name) for f in fields(self)}
+        return replace(self, **{**merged, "merge_class": tuple(dict.fromkeys(before.merge_class + self.merge_class))})
+
+    def named(self) -> dict[str, str]:
+        """The column of each role that has one."""
+        return {role: name for role in ROLES if (name := getattr(self, role))}

@@ -1,0 +1,260 @@
+"""Where in a folder the classes are: whatever level of an archive is named, and never folders that name no class."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from embcache.data.checks import first_few
+from embcache.data.chosen import Columns
+from embcache.data.files import (
+    TABLE_SUFFIXES,
+    holds_images,
+    is_image_name,
+    list_folder,
+    passed_note,
+    subfolders,
+    walk_images,
+)
+from embcache.data.labels import open_table
+from embcache.data.roles import SPLIT_NAMES, may_hold_labels
+from embcache.errors import DatasetError, DatasetNotFoundError
+
+EXPECTED = """ROOT/<class>/*.png, or ROOT/{train,test}/<class>/*.png,
+or a table (CSV, TSV, Parquet, Excel) of path,label[,group][,split][,id] in ROOT, or given as the root"""
+
+_NO_CLASSES = re.compile(  # folders of these names only, numbered or not, are parts of a collection
+    r"(?:images?|imgs?|pictures?|pics?|photos?|data|datasets?|files?|folders?|dirs?|dicoms?|dcms?|pngs?|jpe?gs?|tiffs?|tifs?|"
+    r"tiles?|patches|patch|slides?|scans?|frames?|raw|processed|all|inputs?|samples?|site|cent(?:er|re)|hospital|clinic|scanner|"
+    r"batch|part|fold|chunk|shard|archive|set|split|disk|volume|session|patients?|pat|subjects?|sub|cases?|persons?|study|"
+    r"series)(?:[\s_.-]*(?:\d+|[a-z]))?",
+    re.IGNORECASE,
+)
+_NEVER = re.compile(r"(?:images?|imgs?)(?:[\s_.-]*\d+)?", re.IGNORECASE)
+_SIDES = re.compile(r"\d{1,4}|left|right|od|os", re.IGNORECASE)  # what class folders may share below them
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the images of a folder dataset are.
+
+    Attributes
+    ----------
+    root : Path
+        The folder, at the level that counts.
+    table : Path or None
+        The table that names the images.
+    rows : list of (path, class name, split)
+        Without a table: every image, "" where it has no class.
+    notes : list of str
+    """
+
+    root: Path
+    table: Path | None
+    rows: list[tuple[str, str, str]]
+    notes: list[str]
+
+
+def find_layout(root: Path, columns: Columns) -> Layout:
+    """Find the table, the splits or the class folders at or below ``root``.
+
+    The only folder with images is gone into; a table is used where there are no class folders beside it.
+
+    Raises
+    ------
+    DatasetError
+        There are none, or what is there can be read in two ways: the message says what was seen and what to name.
+    """
+    top, notes, passed = root, list[str](), Counter[str]()
+    while True:
+        children = _image_folders(root)
+        tables = _label_tables(root, columns)
+        divided = any(SPLIT_NAMES.get(n.lower()) == "train" and _image_folders(root / n) for n in children)
+        classes = divided or (len(children) > 1 and not all(_names_no_class(n) for n in children))
+        if tables and not classes:
+            if len(tables) > 1:
+                raise _unclear(root, "several tables could be that of the labels", tables, root / tables[0])
+            return Layout(
+                root, root / tables[0], [], [*notes, f"{tables[0]}, beside the images, is the table of labels"]
+            )
+        if len(children) == 1 and not divided and not _images_in(root / children[0]):
+            notes += _strays(root)
+            root = root / children[0]
+            continue
+        break
+    if root != top:
+        notes.append(f"the classes are the folders in {root.relative_to(top).as_posix()}/, the only folder with images")
+    if tables:
+        notes.append(
+            f"{first_few(tables)} beside the class folders is not used: --data-root '{root / tables[0]}' takes it"
+        )
+    if divided:
+        rows = _split_rows(root, children, passed, notes)
+    elif not children:
+        raise _no_classes(top, root, columns)
+    elif all(_splits_of(root, name) for name in children):
+        rows = [
+            (path, name, SPLIT_NAMES[part.lower()])
+            for name in children
+            for part in _splits_of(root, name)
+            for path in walk_images(root, f"{name}/{part}", passed)
+        ]
+        notes.append("the splits are the folders in each class folder")
+    else:
+        left_out = _refuse_no_classes(root, children)
+        notes += [f"{name}/ holds the class folders once more and is left out as a copy" for name in left_out]
+        rows = [
+            (path, name, "train")
+            for name in children
+            if name not in left_out
+            for path in walk_images(root, name, passed)
+        ]
+        beside = [f.name for f in subfolders(root.parent) if SPLIT_NAMES.get(f.name.lower(), "train") != "train"]
+        if SPLIT_NAMES.get(root.name.lower()) == "train" and beside:
+            notes.append(f"{first_few(beside)} beside {root.name}/ is not used: --data-root '{root.parent}' takes all")
+    return Layout(root, None, rows, [*notes, *_strays(root, passed)])
+
+
+def _split_rows(
+    root: Path, children: Sequence[str], passed: Counter[str], notes: list[str]
+) -> list[tuple[str, str, str]]:
+    rows, others = [], []
+    for name in children:
+        split = SPLIT_NAMES.get(name.lower())  # the paths keep the folder's own spelling
+        if split is None:
+            others.append(name)
+            continue
+        folder = name
+        while len(inner := _image_folders(root / folder)) == 1 and _NO_CLASSES.fullmatch(inner[0]):
+            folder = f"{folder}/{inner[0]}"  # train/images/<class>
+        for each in _image_folders(root / folder):
+            rows += [(path, each, split) for path in walk_images(root, f"{folder}/{each}", passed)]
+        flat = [f"{folder}/{image}" for image in _images_in(root / folder)]
+        if split == "test":  # a test set whose labels are kept elsewhere
+            rows += [(path, "", split) for path in flat]
+        elif flat:
+            notes.append(f"{len(flat):,} images in {folder}/ outside its class folders are left out")
+    if others:
+        notes.append(f"folders beside the splits are left out: {first_few(others)}")
+    names = sorted({label for _, label, _ in rows if label})
+    if all(_names_no_class(name) for name in names) and len(names) > 1:
+        raise _unclear(root, "the folders in train/ do not name classes", names, None)
+    return rows
+
+
+def _refuse_no_classes(root: Path, children: Sequence[str]) -> list[str]:
+    """Refuse folders that name no class; of those that are copies of the others, the names."""
+    within = {name: {folder.name for folder in subfolders(root / name)} for name in children}
+    copies = [name for name in children if len(within[name] & set(children)) > 1]
+    for copy in copies:
+        images = {path.partition("/")[2] for path in walk_images(root, copy)}
+        if not images <= {path for name in children if name != copy for path in walk_images(root, name)}:
+            raise _unclear(
+                root, f"the folder {copy!r} has folders of the same names as those beside it", children, root / copy
+            )
+    names = [name for name in children if name not in copies]
+    odd = [name for name in names if name.lower() in SPLIT_NAMES]
+    if odd:
+        problem = f"the folder {odd[0]!r} names a split, not a class"
+        holds = "images, not class folders" if _images_in(root / odd[0]) else first_few(sorted(within[odd[0]]))
+        raise _unclear(root, problem, names, None, f"{odd[0]}/ holds {holds}")
+    shared = Counter(inner for name in names for inner in within[name])
+    both = sorted(
+        inner for inner, n in shared.items() if n > 1 and not _SIDES.fullmatch(inner) and not _names_no_class(inner)
+    )
+    odd = [name for name in names if _NEVER.fullmatch(name)]
+    if all(_names_no_class(name) for name in names) or odd or len(both) > 1:
+        problem = "the folders do not name classes" if not both else "several folders have folders of the same names"
+        holds = f"each with {first_few(both)}" if both else ""
+        raise _unclear(root, problem, names, root / names[0] if both else None, holds)
+    return copies
+
+
+def _no_classes(top: Path, root: Path, columns: Columns) -> DatasetError:
+    """The error for a root without folders of images: what lies in it, or above it."""
+    if _images_in(root):
+        above = _label_tables(root.parent, columns)
+        beside = _image_folders(root.parent)
+        if above:
+            return _unclear(
+                root, "the images have no labels here", above, root.parent / above[0], "a table beside the folder"
+            )
+        if len(beside) > 1:
+            return _unclear(root, "this is one folder of images, without class folders", beside, root.parent)
+    note = passed_note(_all_suffixes(root))
+    return layout_error(top, "no class folders with images", "; ".join(note) or None)
+
+
+def _unclear(
+    root: Path, problem: str, seen: Sequence[str], instead: Path | None, more: str = ""
+) -> DatasetNotFoundError:
+    table = "a table of path,label (and group, split) as --data-root; or rename folders that do name classes"
+    return layout_error(
+        root,
+        problem,
+        first_few(seen) + (f" ({more})" if more else ""),
+        f"--data-root '{instead}', or {table}" if instead else table,
+    )
+
+
+def layout_error(root: Path, problem: str, found: str | None = None, fix: str | None = None) -> DatasetNotFoundError:
+    """The error for a folder whose classes cannot be told."""
+    entries = [entry.name for entry in list_folder(root)] if root.is_dir() else []
+    return DatasetNotFoundError(
+        problem,
+        expected=EXPECTED,
+        found=found or (first_few(entries) or "an empty folder" if root.is_dir() else "a file"),
+        where=root,
+        fix=fix or "make one sub-folder per class, or a table, and name it with --data-root",
+    )
+
+
+def _label_tables(folder: Path, columns: Columns) -> list[str]:
+    """Tables of paths and labels in a folder, by their header; and those whose header cannot be read."""
+    found = []
+    for entry in list_folder(folder):
+        if os.path.splitext(entry.name)[1].lower() in TABLE_SUFFIXES and entry.is_file():  # noqa: PTH122
+            try:
+                header, _ = open_table(folder / entry.name, rows=1)
+            except DatasetError:  # if it is the only one, reading it says why
+                header = None
+            if header is None or may_hold_labels(header.columns.tolist(), columns):
+                found.append(entry.name)
+    return found
+
+
+def _names_no_class(name: str) -> bool:
+    return name.lower() in SPLIT_NAMES or _NO_CLASSES.fullmatch(name) is not None
+
+
+def _image_folders(folder: Path) -> list[str]:
+    """Folders in a folder with images at any depth."""
+    return [inner.name for inner in subfolders(folder) if holds_images(inner)]
+
+
+def _images_in(folder: Path) -> list[str]:
+    return [e.name for e in list_folder(folder) if is_image_name(e.name) and e.is_file()]
+
+
+def _splits_of(root: Path, name: str) -> list[str]:
+    """Folders in a class folder, if all of them are splits, one is for training, and no image lies beside them."""
+    parts = [folder.name for folder in subfolders(root / name)]
+    splits = {SPLIT_NAMES.get(part.lower()) for part in parts}
+    return parts if "train" in splits and None not in splits and not _images_in(root / name) else []
+
+
+def _strays(root: Path, passed: Counter[str] | None = None) -> list[str]:
+    strays = _images_in(root)
+    told = f"{len(strays):,} images outside the class folders are left out ({first_few(strays, 3)})"
+    return ([told] if strays else []) + passed_note(passed or Counter())
+
+
+def _all_suffixes(root: Path) -> Counter[str]:
+    passed: Counter[str] = Counter()
+    for _ in walk_images(root, "", passed):
+        pass
+    return passed

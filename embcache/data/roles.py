@@ -1,0 +1,276 @@
+"""Which column of a table is what: by the names that are usual in the field, or as the user says.
+
+What was inferred is named in a note; two columns that could be meant are an error that lists them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from embcache.data.chosen import ROLES, Columns
+from embcache.data.groups import known_groups, merge_groups
+from embcache.errors import DatasetError, UsageError
+
+FEWEST_GROUPS = 10
+"""A column with fewer distinct values (a site, a scanner, left and right) is never taken for groups unasked."""
+
+SPLIT_NAMES = {  # of folders and in a split column, compared in lower case
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
+_USUAL = {  # plain names, see `plain_name`; the role's own name comes before all others
+    "path": {
+        "imagepath", "imgpath", "filepath", "filename", "file", "image", "img", "imagename", "imgname", "imagefile",
+        "imgfile", "imagefilename", "imagefilepath", "imageindex", "relativepath", "relpath", "fullpath", "pathtoimage",
+        "dicompath", "dicomfile", "dicomfilename", "dcmpath", "dcmfile", "pngpath", "pngfile", "jpgpath", "jpegpath",
+        "tiffpath", "tilepath", "patchpath", "imagefilepathrelative", "fname", "filelocation", "imagelocation",
+    },
+    "label": {
+        "labels", "class", "classname", "classlabel", "target", "diagnosis", "dx", "category", "finding", "findings",
+        "findinglabel", "findinglabels", "groundtruth", "gt", "outcome", "disease", "condition", "pathology", "grade",
+        "y", "labelname", "imagelabel", "diagnosticlabel", "diagnosislabel", "targetlabel", "annotation",
+    },
+    "split": {"splits", "set", "partition", "subset", "phase", "usage", "datasplit", "dataset", "traintest", "fold"},
+    "id": {"imageid", "imgid", "imageuid", "sopinstanceuid", "instanceuid"},
+}  # fmt: skip
+_KEY = "(?:id|ids|uid|instanceuid|key|code|hash|identifier|barcode|anon|pseudonym)?"
+_GROUPS = tuple(  # coarse to fine: of columns that nest in each other both ways the first is taken
+    re.compile(pattern)
+    for pattern in (
+        rf"(?:anon(?:ymi[sz]ed)?|pseudo(?:nymi[sz]ed)?|deid(?:entified)?|dicom)?(?:patient|patienten|paciente|subject|subj|"
+        rf"participant|proband|person|individual|donor|animal|mouse|case|empi|mrn)(?:{_KEY}|number|num|no|nr|name|index)",
+        r"(?:pat|pt|group)(?:id|uid|key|code)",
+        rf"(?:study|exam|examination|accession|acc)(?:{_KEY}|number)",
+        rf"(?:specimen|biopsy|block){_KEY}",
+        rf"(?:slide|wsi|wholeslide|wholeslideimage|slidename){_KEY}",
+        rf"(?:series|volume|scan|video|clip){_KEY}",
+        r"(?:eye|breast|knee|lesion|nodule|polyp|cell)(?:id|uid|key)",
+    )
+)
+
+
+def plain_name(name: str) -> str:
+    """A column's name without letter case, spaces, underscores, hyphens and dots: what names are compared by."""
+    return re.sub(r"[\s_\-.]+", "", unicodedata.normalize("NFC", name).casefold())
+
+
+def may_hold_labels(header: Sequence[str], wanted: Columns) -> bool:
+    """Whether a table with these columns could be one of paths and labels."""
+    plain = {plain_name(name) for name in header}
+    return all(
+        plain_name(getattr(wanted, role)) in plain if getattr(wanted, role) else plain & {role, *_USUAL[role]}
+        for role in ("path", "label")
+    )
+
+
+def find_columns(
+    table: pd.DataFrame, wanted: Columns, *, where: Path, required: Sequence[str] = ("path", "label")
+) -> tuple[dict[str, str], list[str]]:
+    """The column of each role but the group's, and a note that names those that are not called after it.
+
+    Parameters
+    ----------
+    table : DataFrame of str
+        As `open_table` gives it.
+    wanted : Columns
+        What the user named.
+    where : Path
+        The table's file.
+    required : sequence of str
+        Roles that must have a column.
+
+    Raises
+    ------
+    UsageError
+        A column that was named is not there.
+    DatasetError
+        A required role has no column, or a role has several that could be meant.
+    """
+    header = [str(name) for name in table.columns]
+    found = {role: name for role in ROLES if (name := named_column(header, wanted, role, where))}
+    for role, usual in _USUAL.items():
+        if role in found:
+            continue
+        free = [name for name in header if name not in found.values()]
+        same = [name for name in free if plain_name(name) == role]
+        choice = [role] if role in same else same or [name for name in free if plain_name(name) in usual]
+        if choice != [role]:
+            choice = [name for name in choice if _fits(role, table[name])]
+        if len(choice) > 1 and role == "id":
+            choice = choice[:1]
+        if len(choice) > 1:
+            raise DatasetError(
+                f"{len(choice)} columns could be the {role}",
+                expected=f"one column {role!r}, or the name of the one that is meant",
+                found=", ".join(choice),
+                where=where,
+                fix=f"--{role}-column {_quoted(choice[0])}",
+            )
+        if choice:
+            found[role] = choice[0]
+    absent = [role for role in required if role not in found]
+    if absent:
+        flags = " ".join(f"--{role}-column NAME" for role in absent)
+        raise DatasetError(
+            f"a label file lacks the column {absent[0]!r}",
+            expected=", ".join(required) + ", or columns with usual names such as filename and diagnosis",
+            found=", ".join(header),
+            where=where,
+            fix=f"{flags}, with NAME one of its columns" if len(header) > 1 else "name the columns in the first line",
+        )
+    guessed = {role: name for role, name in found.items() if name != role and not getattr(wanted, role)}
+    told = [f"{role} is {name!r}" for role, name in guessed.items()]
+    note = f"columns of {where.name} by their names: {', '.join(told)}; --path-column and the like name others"
+    return found, [note] if told else []
+
+
+def named_column(header: Sequence[str], wanted: Columns, role: str, where: Path) -> str:
+    """The column that the user named for a role, in the table's own spelling; empty where none was named."""
+    name: str = getattr(wanted, role)
+    if not name or name in header:
+        return name
+    alike = [column for column in header if plain_name(column) == plain_name(name)]
+    if len(alike) == 1:
+        return alike[0]
+    near = difflib.get_close_matches(name, header, n=3)
+    raise UsageError(
+        f"the table has no column {name!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ""),
+        expected=", ".join(header),
+        where=f"--{role}-column",
+    )
+
+
+def _fits(role: str, values: pd.Series[str]) -> bool:
+    """Whether a column whose name is usual for a role, but not the role's own, has values for it."""
+    if role == "split":
+        return set(values.str.lower().unique()) <= {*SPLIT_NAMES, ""}
+    if role == "id":  # names each image; what could leave a folder is no name
+        return values.is_unique and not values.str.contains(r"^$|^[/\\]|\.\.|^.:").any()
+    return True
+
+
+def find_groups(
+    table: pd.DataFrame, wanted: Columns, labels: Sequence[int], ids: Sequence[str], *, where: Path
+) -> tuple[list[str] | None, str, list[str]]:
+    """Groups by a column of a table: the one that is named, ``group``, or one with a usual name.
+
+    Of several the coarsest counts, if the others nest in it. One that is constant, follows from the label or has
+    fewer than `FEWEST_GROUPS` values is not taken unasked.
+
+    Parameters
+    ----------
+    table : DataFrame of str, n rows
+        Its columns but those of path, label, split and id.
+    wanted : Columns
+        What the user named.
+    labels : sequence of int, length n
+        -1 where there is none.
+    ids : sequence of str, length n
+        What rows without a group are called.
+    where : Path
+        The table's file.
+
+    Returns
+    -------
+    groups : list of str of length n, or None
+        None where no column tells.
+    column : str
+        The column; empty where there is none.
+    notes : list of str
+
+    Raises
+    ------
+    UsageError
+        The column that was named is not there.
+    DatasetError
+        Several columns could be meant.
+    """
+    header = [str(name) for name in table.columns]
+    column = named_column(header, wanted, "group", where)
+    own = [name for name in header if plain_name(name) == "group"]
+    column = column or ("group" if "group" in own else own[0] if len(own) == 1 else "")
+    if column:
+        groups, notes = _as_groups(table[column].tolist(), ids)
+        told = [f"groups are those of the column {column!r} ({len(set(groups)):,} groups)"] if column != "group" else []
+        return groups, column, told + notes
+    ranks = {name: rank for name in reversed(header) if (rank := _rank(name)) is not None}
+    values = {
+        name: known_groups(table[name].tolist()) for name in sorted(ranks, key=lambda n: (ranks[n], header.index(n)))
+    }
+    notes = []
+    for name in list(values):
+        why = unfit_groups(values[name], labels)
+        if why:
+            notes.append(f"column {name!r} is not taken for groups: {why}; --group-column {_quoted(name)} takes it")
+            del values[name]
+    if not values:
+        return None, "", notes
+    coarsest = [name for name in values if all(_nests(values[other], values[name]) for other in values)]
+    if not coarsest:
+        raise DatasetError(
+            f"{len(values)} columns could be the groups, and they do not nest in one of them",
+            expected="a column 'group', or the name of the one whose images must stay together",
+            found=", ".join(f"{name} ({len(set(v) - {''}):,} values)" for name, v in values.items()),
+            where=where,
+            fix=f"--group-column {_quoted(next(iter(values)))}",
+        )
+    column = coarsest[0]
+    groups, more = _as_groups(table[column].tolist(), ids)
+    for other in values:  # an image that lacks its patient may still have its study
+        groups = merge_groups(groups, values[other]) if "" in values[column] and other != column else groups
+    over = ", ".join(repr(name) for name in values if name != column)
+    note = f"groups are those of the column {column!r} ({len(set(groups)):,} groups)"
+    return (
+        groups,
+        column,
+        [note + (f", in which {over} nest" if over else "") + "; --group-column names another", *more, *notes],
+    )
+
+
+def unfit_groups(values: Sequence[str], labels: Sequence[int]) -> str:
+    """Why values are not taken for groups unasked; empty where nothing speaks against it."""
+    distinct = set(values) - {""}
+    if len(distinct) < 2:
+        return f"it has {len(distinct)} value{'s' if not distinct else ''}"
+    pairs = {(label, value) for label, value in zip(labels, values, strict=True) if label >= 0 and value}
+    if pairs and len(pairs) == len({label for label, _ in pairs}):
+        return "it follows from the label"
+    return f"it has {len(distinct)} values, fewer than {FEWEST_GROUPS}" if len(distinct) < FEWEST_GROUPS else ""
+
+
+def _as_groups(values: Sequence[str], ids: Sequence[str]) -> tuple[list[str], list[str]]:
+    known = known_groups(values)
+    lacking = known.count("")
+    # A row without a group is a group of its own, whatever other groups are called.
+    taken = set(known)
+    groups = [g or (i if i not in taken else f"{i} (no group)") for g, i in zip(known, ids, strict=True)]
+    several = len({value for value, group in zip(values, known, strict=True) if group}) - len(taken - {""})
+    # Counted and not listed: they may name patients, and notes are printed in reports.
+    told = f"{several:,} names of groups differ from others only in Unicode form, spaces or invisible characters"
+    notes = [f"{told}: they are one group"] if several else []
+    if lacking:
+        notes.append(f"{lacking:,} of {len(ids):,} images have no group: each is a group of its own")
+    return groups, notes
+
+
+def _rank(name: str) -> int | None:
+    plain = plain_name(name)
+    return next((rank for rank, pattern in enumerate(_GROUPS) if pattern.fullmatch(plain)), None)
+
+
+def _nests(fine: Sequence[str], coarse: Sequence[str]) -> bool:
+    """Whether every value of ``fine`` lies in one value of ``coarse``, where both are known."""
+    pairs = {(f, c) for f, c in zip(fine, coarse, strict=True) if f and c}
+    return len(pairs) == len({f for f, _ in pairs})
+
+
+def _quoted(name: str) -> str:
+    return name if re.fullmatch(r"[\w.\-]+", name) else f"'{name}'"

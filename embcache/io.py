@@ -1,0 +1,623 @@
+"""Reading and writing files so that it lasts and harms nobody: the only module of the store that changes a filesystem.
+
+`embcache.store.commit` says what is written and in which order. Four rules hold:
+
+- What readers look at appears whole: it is written under another name, flushed, and renamed or linked into place.
+- What is removed disappears whole: a folder is renamed before it is emptied. A process that lost a race and still
+  writes into it meets ``FileNotFoundError`` at its next call, and never puts half of a folder into place.
+- What is flushed is the file first, then each folder from the inside out, then the folder that names the whole.
+- What others can write is opened only if it is a regular file of a bearable size in a real folder: never a link, a
+  pipe or a device. Reading such a thing could hang, never end, or lead out of the home.
+
+Only functions of ``os`` are called, by two names, so that tests can stand between this module and the disk: ``os``
+for what changes it, ``_look`` for what only looks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import logging
+import os
+import os as _look
+import re
+import secrets
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+
+from embcache.errors import EmbcacheError, StoreError, printable
+from embcache.paths import PathLike
+
+MOST_BYTES = 1 << 31
+"""Of a file that is read whole and has no recorded size. The snapshot of ten million images is half of it."""
+
+STALE_SECONDS = 600.0
+"""Nothing takes so long between its first byte under a staged name and its rename."""
+
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+_NO_SYMLINKS = (*_NO_LINKS, errno.EACCES, errno.EINVAL)  # the last one: Windows, without the privilege
+# What a filesystem answers that cannot flush a folder, or does not know this kind of rename.
+_UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+_GONE = ".gone"
+_NOREPLACE, _EXCHANGE = 1, 2  # of Linux's renameat2
+_STAGED = re.compile(r"\.(?P<name>.+)-[0-9a-f]{16}(?P<old>\.old)?(?P<gone>\.gone)?", re.DOTALL)
+_OLD = ".old"
+_READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+_FIXES = {
+    errno.ENOSPC: "free space there, then run the same command: what is committed stays",
+    errno.EDQUOT: "raise the quota or free space, then run the same command: what is committed stays",
+    errno.EACCES: "make the folder writable, or give --home FOLDER",
+    errno.EROFS: "give --home FOLDER on a disk that can be written",
+}
+
+
+class IrregularError(OSError):
+    """What was to be read is a link, a pipe, a device or a folder, or is larger than it may be."""
+
+
+def open_regular(path: PathLike, *, follow: bool = False) -> FileIO:
+    """Open a regular file for reading, at once whatever it is; only with ``follow`` through a link.
+
+    Raises
+    ------
+    IrregularError
+        It is not a regular file.
+    OSError
+        The system refuses.
+    """
+    try:
+        descriptor = _look.open(path, _READ & ~getattr(os, "O_NOFOLLOW", 0) if follow else _READ)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+            raise _irregular(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _irregular(path)
+    return FileIO(descriptor, "r")
+
+
+def read_regular(path: PathLike, *, most: int = MOST_BYTES, follow: bool = False) -> bytes:
+    """The bytes of a regular file of at most ``most`` bytes; raises as `open_regular`."""
+    with open_regular(path, follow=follow) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise IrregularError(errno.EFBIG, f"{size:,} bytes, more than the {most:,} that are read", str(path))
+        return file.readall()
+
+
+def list_folder(folder: PathLike) -> list[os.DirEntry[str]]:
+    """Entries of a real folder, sorted by name; none where it is not there.
+
+    Raises
+    ------
+    IrregularError
+        It is a link or no folder.
+    OSError
+        The system refuses.
+    """
+    try:
+        if not stat.S_ISDIR(_look.lstat(folder).st_mode):
+            raise IrregularError(errno.ENOTDIR, "not a real folder", str(folder))
+        with _look.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return []
+
+
+def home_folders(home: Path, skipped: Callable[[PathLike, OSError], object] | None = None) -> list[Path]:
+    """Folders of datasets in a home that can be listed, sorted; links to folders are among them.
+
+    Those that cannot be listed, another user's perhaps, are passed over, and ``skipped`` (default `skip`) is told.
+
+    Raises
+    ------
+    StoreError
+        The home itself cannot be listed.
+    """
+    found = []
+    try:
+        with _look.scandir(home) as entries:
+            folders = sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise not_readable(home, error) from error
+    for folder in folders:
+        try:
+            with _look.scandir(folder):
+                found.append(folder)
+        except OSError as error:
+            (skipped or skip)(folder, error)
+    return found
+
+
+def not_readable(path: PathLike, error: OSError) -> StoreError:
+    """The error for a folder or file of a home that the system does not let this user read."""
+    return StoreError(
+        "a part of the home cannot be read",
+        found=error.strerror or str(error),
+        where=path,
+        fix=("ask its owner for permission (chmod -R g+rX)", "--home FOLDER"),
+    )
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _say_skipped(path: str, why: str) -> None:
+    logging.getLogger("embcache").warning("embcache: skipped %s: %s", printable(path), printable(why))
+
+
+def skip(path: PathLike, error: OSError | EmbcacheError) -> None:
+    """Log, once, that something in a home that others write to is passed over: a listing of the rest goes on."""
+    said = [error.problem, error.found] if isinstance(error, EmbcacheError) else [error.strerror or str(error)]
+    _say_skipped(os.fspath(path), ": ".join(" ".join(text.split())[:300] for text in said if text))
+
+
+def is_folder(path: PathLike) -> bool:
+    """Whether there is a real folder, no link."""
+    try:
+        return stat.S_ISDIR(_look.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def is_regular(path: PathLike) -> bool:
+    """Whether there is a regular file, no link."""
+    try:
+        return stat.S_ISREG(_look.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def bytes_under(path: Path) -> int:
+    """Bytes of a file, or of all files under a folder; links count as links, what vanishes meanwhile as nothing."""
+    total = 0
+    with suppress(FileNotFoundError):
+        if path.is_symlink() or not path.is_dir():
+            return path.lstat().st_size
+    for root, _, names in os.walk(path):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(f"{root}/{name}").st_size
+    return total
+
+
+def is_stale(path: Path, older: float = STALE_SECONDS) -> bool:
+    """Whether nobody can be at it any more: not touched for so long, or dated as far in the future."""
+    try:
+        return abs(time.time() - path.lstat().st_mtime) > older
+    except FileNotFoundError:
+        return False
+
+
+def _irregular(path: PathLike) -> IrregularError:
+    return IrregularError(errno.EINVAL, "not a regular file (a link, a pipe, a device or a folder)", str(path))
+
+
+@contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """Tell what the system refuses as one `StoreError` with what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            "the feature store cannot be written",
+            found=error.strerror or str(error),
+            where=error.filename or where,
+            fix=_FIXES.get(error.errno or 0, "check the disk, then run the same command: what is committed stays"),
+        ) from error
+
+
+def staged_name(prefix: str) -> str:
+    """A name that nobody else uses; it begins with ``prefix``, by which what a killed process left is found."""
+    return prefix + secrets.token_hex(8)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old bytes or the new ones, and nothing between; makes its folder."""
+    prefix = f".{path.name}-"
+    with writing(path):
+        make_folder(path.parent)
+        if not _holds(path, data):
+            staged = path.with_name(staged_name(prefix))
+            try:
+                with _removed_on_error(staged):
+                    write_file(staged, data)
+                    os.replace(staged, path)
+            except FileNotFoundError:
+                # Another process wrote the same file and removed what we had begun: ours counts as overwritten.
+                if not path.exists():
+                    raise
+        # Also when it was there: who wrote it may have been killed before the name was on disk.
+        sync_folder(path.parent)
+        remove_leftovers(path.parent, prefix)
+
+
+def keep_file(path: Path, data: bytes) -> None:
+    """`replace_file` of what only saves work: not kept where that cannot be written, in another user's home say."""
+    try:
+        replace_file(path, data)
+    except StoreError as error:
+        logging.getLogger("embcache").info("%s is not kept: %s", path, error.found)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether a regular file holds just these bytes."""
+    return is_regular(path) and path.stat().st_size == len(data) and read_regular(path) == data
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Write a file that a user asked for, whole or not at all, in place of what was there; OSError where that fails.
+
+    Links are written through; what is no ordinary file, such as ``/dev/stdout``, is written to as it is.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    write_outputs({path: data})
+
+
+def write_outputs(files: Mapping[Path, bytes]) -> None:
+    """Write files as `write_output`; none is put in place before all are written, and the last one comes last."""
+    paths = [path.resolve() for path in files]  # through a link, not in its place
+    staged = [path.with_name(staged_name(f".{path.name[:100]}-")) for path in paths]
+    try:
+        for name, data in zip(staged, files.values(), strict=True):
+            write_file(name, data)
+        for name, path in zip(staged, paths, strict=True):
+            os.replace(name, path)
+            sweep(path.parent, path.name)
+    finally:
+        for name in staged:
+            with suppress(OSError):
+                os.unlink(name)
+
+
+def replace_folder(target: Path, files: Mapping[str, bytes | Path]) -> None:
+    """Write a folder whole or not at all, in place of what was there; killed at any instant, one of the two is there.
+
+    Where the system can exchange two names that is one step; elsewhere what was there is renamed first, and
+    `list_replaced` gives it back if the second rename never came. Two writers of one folder both succeed; the later
+    one's stays.
+
+    Parameters
+    ----------
+    target : Path
+        In a folder that is made where it is not there.
+    files : mapping of str to bytes or Path
+        By their names. A path is linked or copied; it is the caller's to remove.
+
+    Raises
+    ------
+    OSError
+        The disk refuses: what was there is there still.
+    """
+    staged = target.with_name(staged_name(f".{target.name}-"))
+    make_folder(target.parent)
+    with _removed_on_error(staged):
+        write_tree(staged, {name: data for name, data in files.items() if isinstance(data, bytes)})
+        for name, source in files.items():
+            if not isinstance(source, bytes):
+                _take(source, staged / name)
+        sync_folder(staged)
+        replace_with(staged, target)
+
+
+def replace_with(staged: Path, target: Path) -> None:
+    """Put a flushed file or folder, called by `staged_name` beside ``target``, in its place; what was there goes."""
+    old = staged.with_name(staged.name + _OLD)
+    swap_in(staged, target, aside=old)
+    sync_folder(target.parent)
+    for left in (staged, old):
+        with suppress(FileNotFoundError):
+            remove(left)
+    sweep(target.parent, target.name)
+
+
+def _take(source: Path, target: Path) -> None:
+    """A file under a second name; a copy where the filesystem cannot do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_replaced(folder: Path) -> list[os.DirEntry[str]]:
+    """`list_folder`, after giving back their names to folders whose replacement was killed between two renames."""
+    entries = list_folder(folder)
+    names, lost = {entry.name for entry in entries}, False
+    for entry in entries:
+        staged = _STAGED.fullmatch(entry.name)
+        if staged and staged["old"] and not staged["gone"] and staged["name"] not in names:
+            with suppress(OSError):  # a home that cannot be written to is still listed
+                os.rename(entry.path, folder / staged["name"])
+                lost = True
+    return list_folder(folder) if lost else entries
+
+
+def leftovers(folder: Path, name: str | None = None) -> list[Path]:
+    """What killed processes have left in ``folder`` beside what they were to replace there: ``name``, or anything."""
+    found = [(Path(entry.path), _STAGED.fullmatch(entry.name)) for entry in list_replaced(folder)]
+    return [path for path, staged in found if staged and name in (None, staged["name"]) and is_stale(path)]
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove the `leftovers`; what cannot be removed stays."""
+    with suppress(OSError):
+        for path in leftovers(folder, name):
+            with suppress(OSError):
+                remove(path)
+
+
+def create_exclusive(path: Path, data: bytes, *, staging: Path) -> bool:
+    """Write a file that must not be there yet, whole or not at all; False when it is there."""
+    prefix = exclusive_prefix(path)
+    staged = staging / staged_name(prefix)
+    with writing(path):
+        won = False
+        if not path.exists():
+            with _removed_on_error(staged):
+                write_file(staged, data)
+                won = _link_new(staged, path)
+        sync_folder(path.parent)
+        remove_leftovers(staging, prefix)
+    return won
+
+
+def exclusive_prefix(path: Path) -> str:
+    """How names under ``staging/`` begin that :func:`create_exclusive` of ``path`` removes."""
+    return f"{path.parent.name}-{path.name}-"
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file; none there is as well."""
+    with writing(path), suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def move_file(path: Path, target: Path) -> bool:
+    """Rename a file or folder; False when it is not there (any more)."""
+    with writing(path):
+        try:
+            os.rename(path, target)
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def touch_file(path: Path) -> None:
+    """Set a file's modification time to now, by the clock of the filesystem."""
+    with writing(path):
+        os.utime(path, follow_symlinks=False)
+
+
+def filesystem_time(folder: Path, prefix: str) -> float:
+    """Seconds since the epoch by the clock that stamps the files of ``folder``, that of a server perhaps."""
+    path = folder / staged_name(prefix)
+    with writing(folder):
+        descriptor = os.open(path, _NEW, 0o666)
+        try:
+            os.write(descriptor, b"\n")
+            os.fsync(descriptor)
+            return os.fstat(descriptor).st_mtime  # of the open file: others may have removed the name by now
+        finally:
+            os.close(descriptor)
+            with suppress(OSError):
+                os.unlink(path)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each flushed to disk before the next is made."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        with suppress(FileExistsError):  # another process was quicker
+            os.mkdir(path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk."""
+    if os.name == "nt":
+        return  # Windows has no handle to flush for a folder
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new file and flush it; none is left where that fails."""
+    with _removed_on_error(path):
+        descriptor = os.open(path, _NEW, 0o666)
+        try:
+            left = memoryview(data)
+            while left:
+                written = os.write(descriptor, left)  # a signal, a quota or 2 GiB may cut it short
+                if not written:
+                    raise OSError(errno.EIO, "nothing more can be written", str(path))
+                left = left[written:]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_tree(
+    root: Path,
+    files: Mapping[str, bytes],
+    folders: Sequence[str] = (),
+    links: Mapping[str, tuple[str, Path]] | None = None,
+) -> None:
+    """Write a new folder and flush all of it to disk; none is left where that fails.
+
+    Parameters
+    ----------
+    root : Path
+        The folder, in one that is there.
+    files : mapping of str to bytes
+        By their paths in it.
+    folders : sequence of str
+        Folders that may stay empty.
+    links : mapping of str to (str, Path), optional
+        Symbolic links with their texts; where links cannot be made, the file at the path is copied.
+
+    Raises
+    ------
+    FileNotFoundError
+        Another process removed the folder meanwhile.
+    """
+    links = links or {}
+    paths = [Path(folder) for folder in folders] + [Path(name).parent for name in (*files, *links)]
+    inner = {part for path in paths for part in (path, *path.parents)} | {Path()}
+    with _removed_on_error(root):
+        # From the top, each one once: a root that was removed meanwhile must not come back in part.
+        for folder in sorted(inner, key=lambda folder: len(folder.parts)):
+            os.mkdir(root / folder)
+        for name, data in files.items():
+            write_file(root / name, data)
+        for name, (text, source) in links.items():
+            try:
+                os.symlink(text, root / name)
+            except (OSError, NotImplementedError) as error:
+                if isinstance(error, OSError) and error.errno not in _NO_SYMLINKS:
+                    raise
+                write_file(root / name, read_regular(source))
+        for folder in sorted(inner, key=lambda folder: -len(folder.parts)):
+            sync_folder(root / folder)
+
+
+def rename_new(staged: Path, target: Path) -> bool:
+    """Rename a folder to a name that must be free; False, and the folder removed, when it is taken."""
+    with _removed_on_error(staged):
+        try:
+            os.rename(staged, target)
+        except OSError as error:
+            if error.errno not in _TAKEN or not target.is_dir():
+                raise
+            with suppress(OSError):
+                remove(staged)
+            return False
+    return True
+
+
+def swap_in(staged: Path, target: Path, *, aside: Path | None = None) -> None:
+    """Put a file or folder in the place of another one; what was there then lies at ``staged`` or at ``aside``."""
+    if staged.is_file() and not target.is_dir():
+        os.replace(staged, target)
+        return
+    for _ in range(100):
+        try:
+            os.rename(staged, target)
+            return
+        except OSError as error:
+            if error.errno not in (*_TAKEN, errno.EISDIR, errno.ENOTDIR):
+                raise
+        if _rename_at(staged, target, _EXCHANGE):
+            return
+        # No atomic exchange here: for an instant there is nothing. Another process may do the same: look again.
+        away = aside or staged.with_name(f"{staged.name}-{secrets.token_hex(4)}")
+        with suppress(FileNotFoundError):
+            if aside is not None and aside.exists():
+                remove(aside)
+            os.rename(target, away)
+    raise StoreError("another process keeps writing the same", where=target)
+
+
+def take_aside(path: Path, aside: Path) -> None:
+    """Rename a file or folder to another folder of its filesystem, which is made where it is not there."""
+    make_folder(aside.parent)
+    os.rename(path, aside)
+    sync_folder(path.parent)
+    sync_folder(aside.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, the folder at once for all who know its name."""
+    if path.is_symlink() or not path.is_dir():
+        os.unlink(path)
+        return
+    if path.suffix != _GONE:
+        gone = path.with_name(path.name + _GONE)
+        os.rename(path, gone)
+        path = gone
+    for folder, folders, files in os.walk(path, topdown=False):
+        for name in (*files, *folders):
+            inner = Path(folder, name)
+            with suppress(FileNotFoundError):  # another process removes it too
+                os.rmdir(inner) if name in folders and not inner.is_symlink() else os.unlink(inner)
+    os.rmdir(path)
+
+
+def remove_leftovers(folder: Path, *prefixes: str) -> None:
+    """Remove what begins with one of the prefixes: killed processes left it, or slower ones still write it in vain."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if name.startswith(prefixes):
+                with suppress(OSError):
+                    remove(folder / name)
+
+
+@contextmanager
+def _removed_on_error(staged: Path) -> Iterator[None]:
+    """Remove what was begun when it cannot be finished: on a full disk it must not take space."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):
+            remove(staged)
+        raise
+
+
+def _link_new(staged: Path, path: Path) -> bool:
+    """Give a staged file a name that must be free; False when it is taken."""
+    try:
+        try:
+            os.link(staged, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # A filesystem without hard links.
+            if not _rename_at(staged, path, _NOREPLACE):
+                # Nor such a rename. Between look and rename another process may publish the same name; that costs
+                # work only, since a shard's own ids say what it holds.
+                if path.exists():
+                    return False
+                os.rename(staged, path)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        # Only who takes the name removes what others have staged for it.
+        if staged.exists() or not (staged.parent.is_dir() and path.parent.is_dir()):
+            raise
+        return False
+    return True
+
+
+def _rename_at(one: Path, other: Path, flags: int) -> bool:
+    """Rename without replacing, or exchange two names, atomically; False where that is not to be had (Linux has it)."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    at_cwd = -100
+    if rename is None:
+        return False
+    if rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), flags) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _UNKNOWN:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
