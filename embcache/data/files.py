@@ -21,6 +21,9 @@ IMAGE_SUFFIXES = frozenset(
 
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
 
+MOST_LEVELS = 64
+"""Of folders in a class folder: more are a loop of mounts, or made to break what walks them."""
+
 # A dataset may be a table of paths and labels instead of a folder.
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq", ".xlsx")
 
@@ -119,8 +122,14 @@ def walk_images(root: Path, folder: str = "", passed: Counter[str] | None = None
     Raises
     ------
     DatasetError
-        A linked folder leads out of the root.
+        A linked folder leads out of the root, or folders are nested more than `MOST_LEVELS` deep.
     """
+    if folder.count("/") > MOST_LEVELS:
+        raise DatasetError(
+            "folders are nested too deep", expected=f"at most {MOST_LEVELS} levels", found=f"{folder[:60]}…",
+            where=root,
+            fix="name the folder of the class folders with --data-root",
+        )  # fmt: skip
     for entry in list_folder(root / folder):
         path = f"{folder}/{entry.name}" if folder else entry.name
         if entry.is_dir():

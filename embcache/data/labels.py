@@ -29,6 +29,8 @@ _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical ba
 _JOINERS = "\u200c\u200d"  # invisible, and yet part of the spelling in some scripts
 _MISSING_WORDS = {"nan", "na", "n/a", "null", "<na>"}
 _SEPARATORS = "|;,/+"
+MOST_COLUMNS = 10_000
+"""A table of more is a matrix of values, not a list of images."""
 
 
 def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[str]]:
@@ -62,6 +64,11 @@ def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[
         lines, notes = _sheet(path) if suffix == ".xlsx" else _lines(path, rows)
         header, body = _header_and_rows(lines, path)
         columns = [[row[i].strip() for row in body] for i in range(len(header))]
+    if len(header) > MOST_COLUMNS:
+        raise DatasetError(
+            f"a label file has {len(header):,} columns", expected=f"at most {MOST_COLUMNS:,}", where=path,
+            fix="keep the columns of paths, labels and groups, and those that are predicted or compared",
+        )  # fmt: skip
     if len(set(header)) < len(header):
         repeated = [c for i, c in enumerate(header) if c in header[:i]]
         raise DatasetError("a label file repeats a column", found=first_few(repeated), where=path)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from embcache.errors import DatasetError
-from embcache.io import read_regular
+from embcache.io import home_folders, read_regular
 from embcache.paths import PathLike, home_dir, slug
 from embcache.typed import parse, typed
 
@@ -82,9 +82,9 @@ def _check(text: str, described: Any, footer: Any = None) -> str:
 def cached_names(home: PathLike | None = None) -> list[str]:
     """Names of the datasets that have a snapshot under ``home``, sorted; damaged ones are passed over."""
     names = []
-    for path in sorted(home_dir(home).glob(f"*/{FILE}")):
+    for folder in home_folders(home_dir(home)):
         try:
-            found = snapshot_ids(path.parent.name, home)
+            found = snapshot_ids(folder.name, home)
         except DatasetError:
             continue
         names += [found[0]] if found is not None else []

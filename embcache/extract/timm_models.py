@@ -68,13 +68,21 @@ def find_timm(name: str) -> Backbone:
         # timm averages the patches of DINOv3 unless told otherwise; the published feature is the class token.
         arguments["global_pool"] = "token"
     try:
-        model = _skeleton(model_name, arguments)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        return _described(name, model_name, arguments)
+    except (
+        ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+    ) as error:  # fmt: skip
         raise UsageError(
-            f"timm cannot build {model_name}", found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            f"timm cannot build {model_name}",
+            found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300],
             expected="on the hub, a config.json in timm's layout that names one of its architectures",
             fix="choose another model; see `embcache backbones`",
         ) from error  # fmt: skip
+
+
+def _described(name: str, model_name: str, arguments: dict[str, Any]) -> Backbone:
+    """What timm, or a configuration that anybody can have written, says of a model; raises whatever comes of that."""
+    model = _skeleton(model_name, arguments)
     config = model.pretrained_cfg
     data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     height, width = data["input_size"][-2:]
@@ -96,7 +104,7 @@ def find_timm(name: str) -> Backbone:
         input_size=(int(height), int(width)),
         crop_pct=float(data["crop_pct"]),
         crop_mode=str(data["crop_mode"]),
-        contaminated=next((names for part, names in CONTAMINATED.items() if part in lower), ()),
+        contaminated=next((names for part, names in CONTAMINATED.items() if part in model_name.lower()), ()),
     )
 
 

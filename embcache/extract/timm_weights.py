@@ -101,9 +101,15 @@ def _config(model_name: str) -> Mapping[str, Any]:
     if model_name.startswith("hf-hub:"):
         repository = model_name.removeprefix("hf-hub:")
         reach_hub(model_name, repository, "config.json")
-        with hub_errors(model_name):
-            config: dict[str, Any] = load_model_config_from_hf(repository)[0]
-        return config
+        try:
+            with hub_errors(model_name):
+                return dict(load_model_config_from_hf(repository)[0])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"the configuration of {model_name} is not one that timm can use",
+                found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300],
+                expected="a config.json in timm's layout", fix="choose another model; see `embcache backbones`",
+            ) from error  # fmt: skip
     known = timm.get_pretrained_cfg(model_name)
     return {"url": known.url, "hf_hub_filename": known.hf_hub_filename} if known is not None else {}
 

@@ -177,3 +177,10 @@ def test_labels_that_may_not_be_meant_are_told() -> None:
 
 def test_a_label_of_thousands_of_digits_is_ordered_as_text() -> None:
     assert class_order(["9" * 5000, "1"]) == ("1", "9" * 5000)
+
+
+def test_a_matrix_of_values_is_no_label_file(tmp_path: Path) -> None:
+    file = tmp_path / "labels.csv"
+    file.write_text(",".join(f"c{k}" for k in range(10_001)) + "\n")
+    with pytest.raises(DatasetError, match="10,001 columns"):
+        open_table(file)

@@ -177,3 +177,13 @@ def test_what_a_scan_passes_over_is_counted_by_suffix(tmp_path: Path) -> None:
     assert len(ds) == len(CLASSES)
     counts = "2 .heic, 1 .bak, 1 .nii.gz, 1 .svs, 1 no suffix"
     assert f"6 files that are not images, or of no format that is read, are left out: {counts}" in ds.notes
+
+
+def test_folders_nested_without_end_are_refused(tmp_path: Path) -> None:
+    deep = tmp_path / "neg"
+    for _ in range(70):
+        deep = deep / "d"
+    deep.mkdir(parents=True)
+    fill(tmp_path, *CLASSES)
+    with pytest.raises(DatasetError, match="nested too deep"):
+        load_dataset("folder", tmp_path)

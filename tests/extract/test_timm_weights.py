@@ -172,6 +172,25 @@ def test_a_repository_that_is_none_of_timms_is_bad_usage(hub: Path) -> None:
         load_backbone(NAME)
 
 
+ARCHITECTURE = '{"architecture": "resnet10t", "pretrained_cfg": '
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[]", "null", "7", "{}", "[" * 100_000, '{"architecture": 5}', ARCHITECTURE + "[]}",
+        ARCHITECTURE + '{"input_size": "wide"}}', ARCHITECTURE + '{"input_size": [3, 64]}}',
+        ARCHITECTURE + '{"input_size": [3, 64, 64], "mean": {"a": 1}}}',
+        ARCHITECTURE + '{"input_size": [3, 64, 64], "crop_pct": "most"}}',
+        ARCHITECTURE + '{"input_size": [3, 64, 64]}, "model_args": {"no_such": 1}}',
+    ],
+)  # fmt: skip
+def test_a_configuration_of_other_types_is_bad_usage(hub: Path, config: str) -> None:
+    (publish(hub) / "config.json").write_text(config)
+    with pytest.raises(UsageError, match="hf-hub:someone/net"):
+        load_backbone(NAME)
+
+
 # Weights at a URL
 
 
