@@ -59,3 +59,8 @@ class Columns:
     def named(self) -> dict[str, str]:
         """The column of each role that has one."""
         return {role: name for role in ROLES if (name := getattr(self, role))}
+
+    def words(self) -> list[str]:
+        """The options that say the same on the command line, as words of a shell."""
+        named = [word for role, name in self.named().items() for word in (f"--{role}-column", name)]
+        return named + [word for text in self.merge_class for word in ("--merge-class", text)]

@@ -107,6 +107,8 @@ def extract_command(backbone: str, dataset: str | NamedTable, home: PathLike | N
             words += ["--data-root", str(origin or "FOLDER")]
         words += ["--name", dataset.name] if dataset.name != kind else []
         words += ["--allow-missing"] if getattr(dataset, "missing", ()) else []
+        columns = getattr(dataset, "columns", None)
+        words += columns.words() if columns is not None else []
     return shlex.join([*words, "--home", str(home)] if home is not None else words)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from embcache.commands import finetune as command
 from embcache.commands import probe, store
+from embcache.data.chosen import Columns
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError
 from embcache.finetune.checkpoint import CheckpointFolder
@@ -95,6 +97,8 @@ def test_the_command_that_goes_on_asks_the_same(ds: ImageDataset, tmp_path: Path
         "dvme", 16, 3, 7, "matched", "official", "kept", True, {"a": "x y.pth", "b": "b.pth"}, "paper", "cpu", "bf16",
         0.01, 8, 2, 9,
     )  # fmt: skip
+    read = replace(ds, columns=Columns(group="who", merge_class=("A+a=A",)))
+    assert "--group-column who --merge-class A+a=A " in resume_command(read, ["a", "b"], settings, tmp_path)
     words = shlex.split(resume_command(ds, ["a", "b"], settings, tmp_path))
     assert words == [
         "embcache", "finetune", "--backbone", "a,b", "--dataset", "folder", "--data-root", str(ds.origin),
