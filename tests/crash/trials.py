@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import marshal
 import os
@@ -13,6 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.store.feature_store import list_stores
@@ -178,12 +181,14 @@ class Trials:
         )
         _, status = os.waitpid(paused.pid, os.WUNTRACED)
         require(os.WIFSTOPPED(status), "did not stop", status)
-        done = self._child(case, ttl=TTL_SECONDS).wait()
-        require(done.status == 0, "the other did not finish", done)
-        self._compare(case)
-        before = committed(self._home)
-        os.kill(paused.pid, signal.SIGCONT)
-        done = paused.wait()
+        try:
+            done = self._child(case, ttl=TTL_SECONDS).wait()
+            require(done.status == 0, "the other did not finish", done)
+            self._compare(case)
+            before = committed(self._home)
+        finally:
+            os.kill(paused.pid, signal.SIGCONT)
+            done = paused.wait()
         require(done.status == 0, "the one that was paused failed", done)
         require(committed(self._home) == before, "the one that was paused changed a shard")
         self._compare(case)
@@ -262,7 +267,9 @@ class Trials:
     def _compare(self, case: Case) -> None:
         found, expected = contents(self._home), self._expected[case]
         require(found.keys() == expected.keys(), "other files", sorted(found.keys() ^ expected.keys()))
-        wrong = [name for name, data in expected.items() if found[name] != data]
+        wrong = [
+            name for name, data in expected.items() if found[name] != data and not _same_scan(name, found[name], data)
+        ]
         require(not wrong, "other bytes", wrong)
         self.totals["files compared"] += len(found)
         self.totals["bytes compared"] += sum(map(len, found.values()))
@@ -327,3 +334,14 @@ def _linkless(links: bool, hook: Hook | None) -> Hook | None:
 
 
 __all__ = ["FAULTS", "Trials", "WrongError"]
+
+
+def _same_scan(name: str, found: bytes, expected: bytes) -> bool:
+    """Whether a scan is the expected one but for digests that one of the two has not learnt: they only save work."""
+    if not name.endswith("/scan.parquet"):
+        return False
+    mine, whole = (pd.read_parquet(io.BytesIO(data)) for data in (found, expected))
+    learnt = (mine["digest"] != "") & (whole["digest"] != "")
+    return mine.drop(columns="digest").equals(whole.drop(columns="digest")) and mine["digest"][learnt].equals(
+        whole["digest"][learnt]
+    )
