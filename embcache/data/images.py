@@ -220,10 +220,10 @@ def _open(file: IO[bytes]) -> Image.Image:
     prefix = file.read(16)
     for format in readable_formats():
         factory, accept = Image.OPEN[format]
-        if accept is not None and accept(prefix) is not True:
-            continue
-        file.seek(0)
         try:
+            if accept is not None and accept(prefix) is not True:
+                continue
+            file.seek(0)
             image: Image.Image = factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error):  # these mean: another format
             continue

@@ -350,3 +350,10 @@ def test_a_png_broken_in_its_middle_is_refused_not_half_decoded() -> None:
     data[middle] ^= 0x10
     with pytest.raises(ImageError):
         decode_image(bytes(data))
+
+
+@pytest.mark.parametrize("size", [*range(1, 17), 40])
+def test_a_file_of_a_few_bytes_is_not_an_image(size: int) -> None:
+    for byte in (b"x", b"\0", b"\xff", b"P", b"B", b"I"):
+        with pytest.raises(ImageError, match=r"not an image|cannot be decoded: (?!unpack)|no DICOM"):
+            decode_image(byte * size)
