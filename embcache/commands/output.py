@@ -68,8 +68,6 @@ class Screen(io.TextIOBase):
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self.lost: Exception | None = None
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -84,7 +82,8 @@ class Screen(io.TextIOBase):
     def write(self, text: str) -> int:
         """Write text, as far as anybody takes it."""
         start = "\r" if text.startswith("\r") else ""
-        self._try(lambda stream: stream.write(start + printable(text[len(start) :])))
+        shown = (start + printable(text[len(start) :])).encode(self.encoding, "backslashreplace").decode(self.encoding)
+        self._try(lambda stream: stream.write(shown))
         return len(text)
 
     def flush(self) -> None:

@@ -414,6 +414,8 @@ def decode_scan(path: Path) -> pd.DataFrame | None:
         return None
     if not {*_SCAN_COLUMNS, _DECODER} <= set(scan.columns) or not (scan[_DECODER] == DECODER_VERSION).all():
         return None
-    if any(scan[name].dtype != "int64" for name in _SCAN_COLUMNS[1:]):
+    if any(scan[name].dtype != "int64" for name in _SCAN_COLUMNS[1:-1]):
+        return None
+    if not all(isinstance(value, str) for name in ("path", "digest") for value in scan[name]):
         return None
     return scan[_SCAN_COLUMNS]
