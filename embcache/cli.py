@@ -8,8 +8,9 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import sys
 import threading
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -132,9 +133,16 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+def _tell_unraisable(unraisable: Any) -> None:
+    # What a signal raises while an object is finalized is lost; the run ends before its next shard instead.
+    if not isinstance(unraisable.exc_value, SystemExit | KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+
+
 def main() -> NoReturn:
     """Run the command line; the entry point of the ``embcache`` script."""
     guard_streams()
+    sys.unraisablehook = _tell_unraisable
     signal.signal(signal.SIGTERM, _terminate)
     status: object = 0
     try:

@@ -90,6 +90,7 @@ def stop_on_signals(stop: Stop, tell: Callable[[str], object] | None = None) -> 
     def handle(number: int, _frame: FrameType | None) -> None:
         first, stop.signal = stop.signal is None, number
         if not first or not (stop.left or stop.others or stop.complete):
+            stop.ask()  # Python drops what is raised while an object is finalized: then no further shard begins
             raise SystemExit(exit_status(number))
         if stop.complete and not stop.left:
             return  # what remains takes a moment

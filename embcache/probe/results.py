@@ -169,6 +169,8 @@ def load_result(run: Path) -> ProbeResult:
     try:
         content = _content(run)
         content.pop("files")
+        if "estimate" not in content:
+            raise KeyError("estimate")
         result = ProbeResult.from_json(content)
         if result.kind != "kaggle" and result.request.get("protocol") != PROTOCOL_VERSION:
             raise ValueError(f"protocol {result.request.get('protocol')}, not {PROTOCOL_VERSION}")

@@ -90,7 +90,7 @@ def small() -> Iterator[None]:
     """A tiny network, small shards; leases that are over at once, for their holder is paused; no waiting for disks."""
     patches: list[tuple[Any, str, Any]] = [
         *((module, "load_backbone", load_tiny) for module in (run, networks, restore)),
-        *((module, "ROWS_PER_SHARD", ROWS) for module in (run, restore)),
+        (run, "ROWS_PER_SHARD", {"cpu": ROWS, "cuda": ROWS}),
         (compute, "_POLL_SECONDS", 0.0),
         (lease, "TTL_SECONDS", -1.0),
         (lease.Lease, "_beat", lambda self: None),

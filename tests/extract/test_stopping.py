@@ -325,7 +325,7 @@ def test_rows_per_shard_are_settled_when_a_store_is_made(
     run.run_extraction(["random"], dataset, rows_per_shard=9, say=said.append)
     assert said == ["random: the store was created with 7 rows per shard, and keeps them"]
     for wrong in (0, -1, 1 << 21):
-        with pytest.raises(UsageError, match="rows per shard"):
+        with pytest.raises(UsageError, match="rows-per-shard is out of bounds"):
             run.run_extraction(["random"], dataset, rows_per_shard=wrong)
 
 

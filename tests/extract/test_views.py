@@ -194,6 +194,6 @@ def test_the_command_says_what_it_did(images: Path, home: Path) -> None:
 
 
 def test_bad_requests_get_one_clear_message(images: Path, home: Path) -> None:
-    with pytest.raises(UsageError, match="at least 1"):
+    with pytest.raises(UsageError, match="--views is out of bounds"):
         extract(load_dataset("folder", images), views=0)
     assert not home.exists()

@@ -435,7 +435,7 @@ def test_weights_that_do_not_fit_are_extraction_s_error(ds: ImageDataset, tmp_pa
         ({"accumulate": 9}, UsageError, "divided"),
         ({"accumulate": 8}, UsageError, "one image at a time"),
         ({"lr": 0.0}, UsageError, "learning rate"),
-        ({"max_epochs": 0}, UsageError, "max_epochs"),
+        ({"max_epochs": 0}, UsageError, "max-epochs"),
         ({"folds": 1}, UsageError, "two folds"),
     ],
 )

@@ -299,16 +299,16 @@ def test_a_result_of_another_request_is_not_taken(cached: ImageDataset, home: Pa
 
 
 def test_a_run_is_there_whole_or_not_at_all(cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from embcache.probe import results
+    from embcache import io
 
-    written = results._write
+    written = io.write_file
 
     def fail(path: Path, data: bytes) -> None:
         if path.name == "result.json":
             raise OSError(28, "No space left on device")
         written(path, data)
 
-    monkeypatch.setattr(results, "_write", fail)
+    monkeypatch.setattr(io, "write_file", fail)
     with pytest.raises(OSError, match="No space"):
         probe_features(cached, "a", home=home)
     assert list((home / "toy" / "runs").iterdir()) == []
