@@ -108,7 +108,8 @@ def predict(
     for note in (*found.notes, *([f"probabilities are adjusted: {found.adjusted}"] if found.adjusted else [])):
         print_note(note)
     for image, reason in found.failed.items():
-        echo(f"not read: {image}: {reason}", err=True)
+        shown = image.replace("\n", "\\n")  # a name cannot forge a line of its own
+        echo(f"not read: {shown}: {reason}", err=True)
     read, total = len(found.images) - len(found.failed), len(found.images)
     echo(f"{read:,} of {total:,} images predicted by {found.run}, {len(found.folds)} folds", err=True)
     if output is not None:

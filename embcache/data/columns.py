@@ -21,6 +21,7 @@ from embcache.data.checks import COLUMNS, first_few
 from embcache.data.classes import class_words, renamed
 from embcache.data.dataset import ImageDataset
 from embcache.data.labels import as_text, class_order
+from embcache.data.roles import may_name_people
 from embcache.errors import DatasetError, UsageError
 
 MAX_VALUES = 20
@@ -102,7 +103,7 @@ def column_values(ds: ImageDataset, column: str) -> Column:
         raise DatasetError(
             f"column {name!r} of {ds.name} has too many values to make groups of images",
             expected=f"numbers, or at most {MAX_VALUES} distinct values",
-            found=f"{len(values):,} ({first_few(values, 3)})",
+            found=f"{len(values):,}" + ("" if may_name_people(name) else f" ({first_few(values, 3)})"),
             fix="another column: " + ", ".join(c for c in columns(ds) if c != name),
         )
     return Column(name, values, np.array(texts, dtype=object))

@@ -57,6 +57,12 @@ _GROUPS = tuple(  # coarse to fine: of columns that nest in each other both ways
 )
 
 
+_PEOPLE = re.compile(
+    r"birth|dob$|mrn|accession|address|phone|email|ssn$|insurance|physician|doctor|operator|surname|^name$|"
+    r"(?:patients?|subject|person|participant|first|last|middle|family|given|full|maiden)names?$"
+)
+
+
 def plain_name(name: str) -> str:
     """A column's name without letter case, spaces, underscores, hyphens and dots: what names are compared by."""
     return re.sub(r"[\s_\-.]+", "", unicodedata.normalize("NFC", name).casefold())
@@ -259,6 +265,11 @@ def _as_groups(values: Sequence[str], ids: Sequence[str]) -> tuple[list[str], li
     if lacking:
         notes.append(f"{lacking:,} of {len(ids):,} images have no group: each is a group of its own")
     return groups, notes
+
+
+def may_name_people(column: str) -> bool:
+    """Whether a column is called as if its values named patients or others, or told when they were born."""
+    return _rank(column) is not None or _PEOPLE.search(plain_name(column)) is not None
 
 
 def _rank(name: str) -> int | None:

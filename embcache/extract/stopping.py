@@ -94,7 +94,7 @@ def stop_on_signals(stop: Stop, tell: Callable[[str], object] | None = None) -> 
             raise SystemExit(exit_status(number))
         if stop.complete and not stop.left:
             return  # what remains takes a moment
-        left = f"{stop.left:,} images left" if stop.left else "of another device"
+        left = f"{stop.left:,} of its images left" if stop.left else "of another device"
         (tell or _tell)(f"stopping after the current shard ({left}); again stops at once")
         stop.ask()
 

@@ -7,6 +7,7 @@ import pytest
 
 from embcache.data.dataset import ImageDataset, find_dataset, load_dataset
 from embcache.data.groups import UNGROUPED
+from embcache.data.roles import may_name_people
 from embcache.errors import DatasetError, UsageError
 from embcache.paths import slug
 from tests.data.pictures import write_image
@@ -207,3 +208,16 @@ def test_columns_that_were_named_are_remembered_with_the_snapshot(tmp_path: Path
     other, _ = find_dataset(ds.name, columns=type(ds.columns)(group="patient"))
     assert other.groups.tolist() == patients(2)
     assert other.class_names == ds.class_names
+
+
+@pytest.mark.parametrize(
+    ("column", "people"),
+    [
+        *((name, True) for name in ("Patient ID", "PatientName", "PatientBirthDate", "name", "MRN", "AccessionNumber",
+                                    "subject", "Study Instance UID", "Referring Physician", "date of birth", "dob")),
+        *((name, False) for name in ("Patient Age", "Patient Gender", "sex", "View Position", "scanner", "site", "year",
+                                     "class name", "manufacturer")),
+    ],
+)  # fmt: skip
+def test_columns_that_may_name_people(column: str, people: bool) -> None:
+    assert may_name_people(column) is people

@@ -16,7 +16,7 @@ from embcache.probe.splits import Splits
 from embcache.report.layout import Table
 from embcache.report.page.choice import Choice
 from embcache.report.page.collect import Part
-from embcache.report.page.warn import secret_words, told_columns
+from embcache.report.page.warn import hidden_columns, secret_words, told_columns
 
 BoolArray = NDArray[np.bool_]
 
@@ -165,7 +165,7 @@ def _mix(ds: ImageDataset, plan: Splits, parts: Mapping[str, BoolArray], grouped
                 *(f"{np.median(c):g} ({c.max():,})" if len(c) else "0" for c in per),
             )
         )
-    notes = ["share of the images of the part"]
+    notes = ["share of the images of the part", *hidden_columns(ds)]
     names = list(ds.class_names)[:MOST_VALUES]
     rows += [row("class" if c == 0 else "", name, plan.labels == c) for c, name in enumerate(names)]
     if len(names) < len(ds.class_names):

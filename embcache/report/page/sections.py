@@ -23,7 +23,7 @@ from embcache.report.page.choice import Choice, Rival
 from embcache.report.page.collect import Part, Task
 from embcache.report.page.decide import Decided, decide
 from embcache.report.page.numbers import class_scores
-from embcache.report.page.warn import secret_words, told_columns
+from embcache.report.page.warn import hidden_columns, secret_words, told_columns
 from embcache.report.page.words import (
     NEW_MODEL,
     THESE_MODELS,
@@ -366,7 +366,7 @@ def _subgroups(
 ) -> Table | None:
     if part.ds is None or not choices:
         return None
-    best, notes = choices[-1].chosen, []
+    best, notes = choices[-1].chosen, hidden_columns(part.ds)
     names = [c.name for c in told_columns(part.ds, secret_words(part, ids=ids)) if len(c.values) > 1]
     if len(names) > MOST_COLUMNS:
         notes.append("not shown: " + ", ".join(names[MOST_COLUMNS:]))

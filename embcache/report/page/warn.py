@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from embcache.data.columns import Column, column_values, columns
 from embcache.data.dataset import ImageDataset
 from embcache.data.groups import overlap_notes
+from embcache.data.roles import may_name_people
 from embcache.errors import EmbcacheError
 from embcache.probe.summary import training_notes
 from embcache.report.page.collect import Part
@@ -163,9 +164,11 @@ def secret_words(part: Part, *, ids: bool) -> set[str]:
 
 
 def told_columns(ds: ImageDataset, secret: set[str]) -> list[Column]:
-    """The columns of a dataset's own table that make groups of images and name no patient."""
+    """The columns of a dataset's own table that make groups of images and name no patient; see `hidden_columns`."""
     groups, told = ds.groups, []
     for name in columns(ds):
+        if may_name_people(name):
+            continue
         try:
             column = column_values(ds, name)
         except EmbcacheError:
@@ -175,6 +178,12 @@ def told_columns(ds: ImageDataset, secret: set[str]) -> list[Column]:
         if not names_patients and not secret & set(column.values):
             told.append(column)
     return told
+
+
+def hidden_columns(ds: ImageDataset) -> list[str]:
+    """What a page says of columns that it leaves out by their names: one note, or none."""
+    names = [name for name in columns(ds) if may_name_people(name)]
+    return [f"columns left out, which may name patients: {', '.join(names)}"] if names else []
 
 
 def _words(note: str) -> set[str]:

@@ -14,7 +14,15 @@ from embcache.report.page.checklist import UNKNOWN, checklist
 from embcache.report.page.choice import choose
 from embcache.report.page.cohort import Cohort, cohort
 from embcache.report.page.collect import Part, make_tasks
-from embcache.report.page.warn import HIDDEN, notes_of, secret_words, told_columns, unequal_classes, without_names
+from embcache.report.page.warn import (
+    HIDDEN,
+    hidden_columns,
+    notes_of,
+    secret_words,
+    told_columns,
+    unequal_classes,
+    without_names,
+)
 from tests.probe.build import make_dataset, make_features, put_store
 
 
@@ -94,6 +102,10 @@ def test_splits_that_cannot_be_drawn_again_are_told(part: Part) -> None:
 def test_columns_that_name_patients_make_no_subgroups(part: Part) -> None:
     assert part.ds is not None
     assert [c.name for c in told_columns(part.ds, secret_words(part, ids=True))] == ["sex", "ward"]
+    named = part.ds.table.assign(PatientName=["Meier", "Huber"] * (len(part.ds) // 2), birth_date="1954-02-03")
+    ds = replace(part.ds, table=named)
+    assert [c.name for c in told_columns(ds, set())] == ["sex", "ward"]
+    assert "PatientName, birth_date" in hidden_columns(ds)[0]
 
 
 def test_patients_are_named_on_no_page_and_images_only_where_ids_may_be(part: Part) -> None:
