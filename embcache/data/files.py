@@ -70,8 +70,15 @@ def passed_note(passed: Counter[str]) -> list[str]:
     """What to say of files that a scan passed over, by suffix."""
     if not passed:
         return []
-    counts = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(passed.items(), key=lambda item: (-item[1], item[0])))
-    return [f"{sum(passed.values()):,} files that are not images, or of no format that is read, are left out: {counts}"]
+    what = "1 file that is not an image, or of no format that is read, is"
+    if (n := sum(passed.values())) > 1:
+        what = f"{n:,} files that are not images, or of no format that is read, are"
+    return [f"{what} left out: {suffix_counts(passed)}"]
+
+
+def suffix_counts(passed: Counter[str]) -> str:
+    """Counts by suffix as text, the most first."""
+    return ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(passed.items(), key=lambda item: (-item[1], item[0])))
 
 
 def list_folder(folder: Path | str) -> list[os.DirEntry[str]]:
@@ -87,15 +94,36 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def holds_images(folder: Path | str) -> bool:
-    """Whether there is an image at or below a folder; linked folders are not looked into."""
-    with os.scandir(folder) as entries:
-        inner = []
-        for entry in entries:
-            if entry.is_dir():
-                inner += [] if entry.is_symlink() or is_litter(entry.name) else [entry.path]
-            elif is_image_name(entry.name) or (entry.is_file() and is_image_file(folder, entry.name)):
-                return True
-    return any(map(holds_images, inner))
+    """Whether there is an image at or below a folder; linked folders are not looked into.
+
+    Raises
+    ------
+    DatasetError
+        Folders are nested more than `MOST_LEVELS` deep.
+    """
+    level, depth = [os.fspath(folder)], 0
+    while level:
+        if depth > MOST_LEVELS:
+            raise too_deep(folder, os.path.relpath(level[0], folder))
+        inner: list[str] = []
+        for each in level:
+            with os.scandir(each) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        inner += [] if entry.is_symlink() or is_litter(entry.name) else [entry.path]
+                    elif is_image_name(entry.name) or (entry.is_file() and is_image_file(each, entry.name)):
+                        return True
+        level, depth = inner, depth + 1
+    return False
+
+
+def too_deep(where: Path | str, folder: str) -> DatasetError:
+    """The error for folders that are nested more than `MOST_LEVELS` deep."""
+    return DatasetError(
+        "folders are nested too deep", expected=f"at most {MOST_LEVELS} levels", found=f"{folder[:60]}…",
+        where=where,
+        fix="name the folder of the class folders with --data-root",
+    )  # fmt: skip
 
 
 def find_level(root: Path, matches: Callable[[Path], bool], depth: int = 2) -> Path | None:
@@ -125,11 +153,7 @@ def walk_images(root: Path, folder: str = "", passed: Counter[str] | None = None
         A linked folder leads out of the root, or folders are nested more than `MOST_LEVELS` deep.
     """
     if folder.count("/") > MOST_LEVELS:
-        raise DatasetError(
-            "folders are nested too deep", expected=f"at most {MOST_LEVELS} levels", found=f"{folder[:60]}…",
-            where=root,
-            fix="name the folder of the class folders with --data-root",
-        )  # fmt: skip
+        raise too_deep(root, folder)
     for entry in list_folder(root / folder):
         path = f"{folder}/{entry.name}" if folder else entry.name
         if entry.is_dir():

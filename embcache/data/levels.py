@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,12 @@ from embcache.data.chosen import Columns
 from embcache.data.files import (
     TABLE_SUFFIXES,
     holds_images,
-    is_image_name,
+    is_image_file,
     list_folder,
     passed_note,
     subfolders,
+    suffix_counts,
+    suffix_of,
     walk_images,
 )
 from embcache.data.labels import open_table
@@ -35,7 +37,8 @@ _NO_CLASSES = re.compile(  # folders of these names only, numbered or not, are p
     re.IGNORECASE,
 )
 _NEVER = re.compile(r"(?:images?|imgs?)(?:[\s_.-]*\d+)?", re.IGNORECASE)
-_SIDES = re.compile(r"\d{1,4}|left|right|od|os", re.IGNORECASE)  # what class folders may share below them
+# What class folders may share below them: sides, years and running numbers; single digits are rather classes.
+_SIDES = re.compile(r"\d{2,4}|left|right|od|os", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def find_layout(root: Path, columns: Columns) -> Layout:
                 root, root / tables[0], [], [*notes, f"{tables[0]}, beside the images, is the table of labels"]
             )
         if len(children) == 1 and not divided and not _images_in(root / children[0]):
-            notes += _strays(root)
+            notes += _strays(root) + _unread(root, children, passed)
             root = root / children[0]
             continue
         break
@@ -92,20 +95,19 @@ def find_layout(root: Path, columns: Columns) -> Layout:
         notes.append(
             f"{first_few(tables)} beside the class folders is not used: --data-root '{root / tables[0]}' takes it"
         )
+        passed.subtract(Counter(suffix_of(name) for name in tables))
+    if children:
+        notes += _unread(root, children, passed)
+    parts = {name: _image_folders(root / name) for name in children}
     if divided:
         rows = _split_rows(root, children, passed, notes)
     elif not children:
         raise _no_classes(top, root, columns)
-    elif all(_splits_of(root, name) for name in children):
-        rows = [
-            (path, name, SPLIT_NAMES[part.lower()])
-            for name in children
-            for part in _splits_of(root, name)
-            for path in walk_images(root, f"{name}/{part}", passed)
-        ]
+    elif any(SPLIT_NAMES.get(part.lower()) == "train" for inner in parts.values() for part in inner):
+        rows = _rows_of_parts(root, parts, passed)
         notes.append("the splits are the folders in each class folder")
     else:
-        left_out = _refuse_no_classes(root, children)
+        left_out = _refuse_no_classes(root, children, tables, columns)
         notes += [f"{name}/ holds the class folders once more and is left out as a copy" for name in left_out]
         rows = [
             (path, name, "train")
@@ -116,23 +118,24 @@ def find_layout(root: Path, columns: Columns) -> Layout:
         beside = [f.name for f in subfolders(root.parent) if SPLIT_NAMES.get(f.name.lower(), "train") != "train"]
         if SPLIT_NAMES.get(root.name.lower()) == "train" and beside:
             notes.append(f"{first_few(beside)} beside {root.name}/ is not used: --data-root '{root.parent}' takes all")
-    return Layout(root, None, rows, [*notes, *_strays(root, passed)])
+    return Layout(root, None, rows, [*notes, *_strays(root), *passed_note(+passed)])
 
 
 def _split_rows(
     root: Path, children: Sequence[str], passed: Counter[str], notes: list[str]
 ) -> list[tuple[str, str, str]]:
-    rows, others = [], []
+    rows, others, within = [], [], dict[str, set[str]]()
     for name in children:
         split = SPLIT_NAMES.get(name.lower())  # the paths keep the folder's own spelling
         if split is None:
             others.append(name)
             continue
-        folder = name
-        while len(inner := _image_folders(root / folder)) == 1 and _NO_CLASSES.fullmatch(inner[0]):
-            folder = f"{folder}/{inner[0]}"  # train/images/<class>
-        for each in _image_folders(root / folder):
+        folder = _gone_into(root, name)  # train/images/<class>
+        classes = _image_folders(root / folder)
+        notes += _unread(root, classes, passed, folder)
+        for each in classes:
             rows += [(path, each, split) for path in walk_images(root, f"{folder}/{each}", passed)]
+            within[each] = within.get(each, set()) | _inner(root, f"{folder}/{each}")
         flat = [f"{folder}/{image}" for image in _images_in(root / folder)]
         if split == "test":  # a test set whose labels are kept elsewhere
             rows += [(path, "", split) for path in flat]
@@ -143,12 +146,29 @@ def _split_rows(
     names = sorted({label for _, label, _ in rows if label})
     if all(_names_no_class(name) for name in names) and len(names) > 1:
         raise _unclear(root, "the folders in train/ do not name classes", names, None)
+    _refuse_shared(root, within)
     return rows
 
 
-def _refuse_no_classes(root: Path, children: Sequence[str]) -> list[str]:
+def _rows_of_parts(root: Path, parts: Mapping[str, Sequence[str]], passed: Counter[str]) -> list[tuple[str, str, str]]:
+    """Rows of splits within the class folders; `DatasetNotFoundError` where a class folder holds images otherwise."""
+    for name, inner in parts.items():
+        odd = [part for part in inner if part.lower() not in SPLIT_NAMES] + _images_in(root / name)
+        if odd:
+            problem = "some class folders hold splits, and one holds other images"
+            raise _unclear(root, problem, sorted(parts), None, f"{name}/ holds {first_few(odd, 3)}")
+    _refuse_shared(root, {name: set().union(*(_inner(root, f"{name}/{p}") for p in parts[name])) for name in parts})
+    every = [(name, folder.name) for name in parts for folder in subfolders(root / name)]
+    return [
+        (path, name, SPLIT_NAMES.get(part.lower(), "train"))  # other folders hold no images: they are counted
+        for name, part in every
+        for path in walk_images(root, f"{name}/{part}", passed)
+    ]
+
+
+def _refuse_no_classes(root: Path, children: Sequence[str], tables: Sequence[str], columns: Columns) -> list[str]:
     """Refuse folders that name no class; of those that are copies of the others, the names."""
-    within = {name: {folder.name for folder in subfolders(root / name)} for name in children}
+    within = {name: _inner(root, name) for name in children}
     copies = [name for name in children if len(within[name] & set(children)) > 1]
     for copy in copies:
         images = {path.partition("/")[2] for path in walk_images(root, copy)}
@@ -158,26 +178,46 @@ def _refuse_no_classes(root: Path, children: Sequence[str]) -> list[str]:
             )
     names = [name for name in children if name not in copies]
     odd = [name for name in names if name.lower() in SPLIT_NAMES]
+    table = root / tables[0] if tables else None
     if odd:
         problem = f"the folder {odd[0]!r} names a split, not a class"
         holds = "images, not class folders" if _images_in(root / odd[0]) else first_few(sorted(within[odd[0]]))
-        raise _unclear(root, problem, names, None, f"{odd[0]}/ holds {holds}")
-    shared = Counter(inner for name in names for inner in within[name])
-    both = sorted(
-        inner for inner, n in shared.items() if n > 1 and not _SIDES.fullmatch(inner) and not _names_no_class(inner)
-    )
-    odd = [name for name in names if _NEVER.fullmatch(name)]
-    if all(_names_no_class(name) for name in names) or odd or len(both) > 1:
-        problem = "the folders do not name classes" if not both else "several folders have folders of the same names"
-        holds = f"each with {first_few(both)}" if both else ""
-        raise _unclear(root, problem, names, root / names[0] if both else None, holds)
+        raise _unclear(root, problem, names, table, f"{odd[0]}/ holds {holds}")
+    _refuse_shared(root, {name: within[name] for name in names})
+    if all(_names_no_class(name) for name in names) or any(_NEVER.fullmatch(name) for name in names):
+        beside = f"{first_few(tables)} lies beside them" if tables else ""
+        elsewhere = None if tables else _table_elsewhere(root, columns)
+        raise elsewhere or _unclear(root, "the folders do not name classes", names, table, beside)
     return copies
+
+
+def _refuse_shared(root: Path, within: Mapping[str, set[str]]) -> None:
+    """Refuse folders (sites, patients, copies) that hold the same two or more folders, which may be the classes."""
+    shared = Counter(inner for names in within.values() for inner in names)
+    both = [n for n in shared if shared[n] > 1 and not _SIDES.fullmatch(n) and not _names_no_class(n)]
+    if len(both) > 1:
+        names, holds = sorted(within), f"each with {first_few(sorted(both))}"
+        inside = root / names[0] if (root / names[0]).is_dir() else None
+        raise _unclear(root, "several folders have folders of the same names", names, inside, holds)
+
+
+def _gone_into(root: Path, folder: str) -> str:
+    """``folder``, or the only one with images in it where that has a name that tells nothing, as deep as that goes."""
+    while len(inner := _image_folders(root / folder)) == 1 and _NO_CLASSES.fullmatch(inner[0]):
+        folder = f"{folder}/{inner[0]}"
+    return folder
+
+
+def _inner(root: Path, folder: str) -> set[str]:
+    return set(_image_folders(root / _gone_into(root, folder)))
 
 
 def _no_classes(top: Path, root: Path, columns: Columns) -> DatasetError:
     """The error for a root without folders of images: what lies in it, or above it."""
     if _images_in(root):
         above = _label_tables(root.parent, columns)
+        if not above and (elsewhere := _table_elsewhere(root.parent, columns)):
+            raise elsewhere
         beside = _image_folders(root.parent)
         if above:
             return _unclear(
@@ -187,6 +227,19 @@ def _no_classes(top: Path, root: Path, columns: Columns) -> DatasetError:
             return _unclear(root, "this is one folder of images, without class folders", beside, root.parent)
     note = passed_note(_all_suffixes(root))
     return layout_error(top, "no class folders with images", "; ".join(note) or None)
+
+
+def _table_elsewhere(root: Path, columns: Columns) -> DatasetError | None:
+    """The error for images whose table of labels lies in a folder beside theirs (``metadata/labels.csv``), if one does."""
+    for folder in subfolders(root):
+        for table in _label_tables(folder, columns):
+            return layout_error(
+                root,
+                "the images have no labels here",
+                f"a table in another folder: {folder / table}",
+                f"move {table} into {root}, with paths as seen from there, and --data-root '{root / table}'",
+            )
+    return None
 
 
 def _unclear(
@@ -237,20 +290,34 @@ def _image_folders(folder: Path) -> list[str]:
 
 
 def _images_in(folder: Path) -> list[str]:
-    return [e.name for e in list_folder(folder) if is_image_name(e.name) and e.is_file()]
+    return [e.name for e in list_folder(folder) if e.is_file() and is_image_file(folder, e.name)]
 
 
-def _splits_of(root: Path, name: str) -> list[str]:
-    """Folders in a class folder, if all of them are splits, one is for training, and no image lies beside them."""
-    parts = [folder.name for folder in subfolders(root / name)]
-    splits = {SPLIT_NAMES.get(part.lower()) for part in parts}
-    return parts if "train" in splits and None not in splits and not _images_in(root / name) else []
-
-
-def _strays(root: Path, passed: Counter[str] | None = None) -> list[str]:
+def _strays(root: Path) -> list[str]:
     strays = _images_in(root)
     told = f"{len(strays):,} images outside the class folders are left out ({first_few(strays, 3)})"
-    return ([told] if strays else []) + passed_note(passed or Counter())
+    return [told] if strays else []
+
+
+def _unread(root: Path, children: Sequence[str], passed: Counter[str], folder: str = "") -> list[str]:
+    """Count the other files in a folder; a note on folders there whose files are all of no format that is read.
+
+    Raises
+    ------
+    DatasetError
+        A linked folder in them leads out of the root.
+    """
+    told = []
+    for entry in list_folder(root / folder):
+        own = Counter[str]()
+        path = f"{folder}/{entry.name}" if folder else entry.name
+        if entry.is_dir() and entry.name not in children:
+            list(walk_images(root, path, own))
+            told += [f"{path} ({suffix_counts(own)})"] if own else []
+        elif entry.is_file() and not is_image_file(root / folder, entry.name):
+            own[suffix_of(entry.name)] += 1
+        passed.update(own)
+    return [f"folders without an image that can be read are left out: {first_few(told)}"] if told else []
 
 
 def _all_suffixes(root: Path) -> Counter[str]:

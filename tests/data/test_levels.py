@@ -179,9 +179,71 @@ def test_what_a_scan_passes_over_is_counted_by_suffix(tmp_path: Path) -> None:
     assert f"6 files that are not images, or of no format that is read, are left out: {counts}" in ds.notes
 
 
-def test_folders_nested_without_end_are_refused(tmp_path: Path) -> None:
+def test_folders_whose_files_cannot_be_read_are_named(tmp_path: Path) -> None:
+    fill(tmp_path, *SPLITS[:6])
+    for name in ("train/other/1.heic", "test/neg/1.heic", "test/neg/2.heic", "slide.svs", "labels.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("a,b\n1,2\n")
+    for root, left_out in ((tmp_path, "test (2 .heic)"), (tmp_path / "train", "other (1 .heic)")):
+        ds = load_dataset("folder", root)
+        assert ds.class_names == ("neg", "pos")
+        assert f"folders without an image that can be read are left out: {left_out}" in ds.notes
+    ds = load_dataset("folder", tmp_path)
+    assert "folders without an image that can be read are left out: train/other (1 .heic)" in ds.notes
+    assert any(note.endswith("3 .heic, 1 .csv, 1 .svs") for note in ds.notes)
+
+
+def test_a_link_out_of_the_root_in_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "root", *CLASSES)
+    fill(tmp_path / "outside", "1.png")
+    (tmp_path / "root" / "c").mkdir()
+    (tmp_path / "root" / "c" / "batch").symlink_to(tmp_path / "outside", target_is_directory=True)
+    with pytest.raises(DatasetError, match="leaves the dataset's root") as caught:
+        load_dataset("folder", tmp_path / "root")
+    assert caught.value.found == "'c/batch'"
+
+
+@pytest.mark.parametrize("odd", ["c/extra/1.png", "c/1.png"])
+def test_images_beside_the_splits_of_class_folders_are_refused(tmp_path: Path, odd: str) -> None:
+    fill(tmp_path, *(f"{c}/{s}/1.png" for c in "abc" for s in ("train", "test")), odd)
+    with pytest.raises(DatasetNotFoundError, match="hold splits") as caught:
+        load_dataset("folder", tmp_path)
+    assert odd.split("/")[1] in str(caught.value.found)
+
+
+@pytest.mark.parametrize("inner", [("0", "1"), ("neg", "pos")])
+@pytest.mark.parametrize(
+    "layout", ["{s}/{c}/1.png", "train/{s}/{c}/1.png", "{s}/train/{c}/1.png", "{s}/images/{c}/1.png"]
+)
+def test_sites_and_patients_that_hold_the_classes_are_not_classes(
+    tmp_path: Path, layout: str, inner: tuple[str, str]
+) -> None:
+    fill(tmp_path, *(layout.format(s=site, c=c) for site in ("mgh", "8863") for c in inner))
+    with pytest.raises(DatasetNotFoundError, match="folders of the same names") as caught:
+        load_dataset("folder", tmp_path)
+    assert f"each with {', '.join(inner)}" in str(caught.value.found)
+    assert "path,label" in str(caught.value.fix)
+
+
+def test_a_table_near_folders_that_are_no_classes_is_named(tmp_path: Path) -> None:
+    paths = [f"images/{i}.png" for i in range(4)]
+    put_table(fill(tmp_path / "a", *paths, *(f"masks/{i}.png" for i in range(4))), paths)
+    with pytest.raises(DatasetNotFoundError) as caught:
+        load_dataset("folder", tmp_path / "a")
+    assert f"--data-root '{tmp_path / 'a' / 'labels.csv'}'" in str(caught.value.fix)
+    fill(tmp_path / "b", *paths)
+    (tmp_path / "b" / "metadata").mkdir()
+    put_table(tmp_path / "b" / "metadata", paths)
+    with pytest.raises(DatasetNotFoundError) as caught:
+        load_dataset("folder", tmp_path / "b")
+    assert f"{tmp_path / 'b' / 'metadata' / 'labels.csv'}" in str(caught.value.found)
+    assert "move labels.csv into" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("levels", [70, 700])
+def test_folders_nested_without_end_are_refused(tmp_path: Path, levels: int) -> None:
     deep = tmp_path / "neg"
-    for _ in range(70):
+    for _ in range(levels):
         deep = deep / "d"
     deep.mkdir(parents=True)
     fill(tmp_path, *CLASSES)
