@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,7 @@ from embcache.commands.options import (
     PrevalenceOption,
     check_suffix,
     split_list,
+    takes_columns,
     write_json,
 )
 from embcache.commands.output import echo, echo_data
@@ -24,11 +25,15 @@ from embcache.commands.progress import ProgressBar
 from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
 
+if TYPE_CHECKING:
+    from embcache.data.chosen import Columns
+
 RunOption = Annotated[
     str, typer.Option("--run", metavar="RUN", help="Id of a run, or its beginning: `embcache results` lists them.")
 ]
 
 
+@takes_columns
 def predict(
     run: RunOption,
     paths: Annotated[
@@ -69,11 +74,14 @@ def predict(
     data_root: DataRootOption = None,
     home: HomeOption = None,
     json: JsonOption = None,
+    *,
+    columns: Columns,
 ) -> None:
     """Predict images by a saved run: a CSV with the probability of each class, the mean over the run's folds.
 
-    A CSV or Parquet file among the images is a table with a column path, and perhaps group. Probabilities are for the
-    class shares that training saw; --prevalence corrects them, --calibrate fits a temperature for each fold.
+    A CSV or Parquet file among the images is a table with a column path, and perhaps group (--path-column and
+    --group-column name others). Probabilities are for the class shares that training saw; --prevalence corrects
+    them, --calibrate fits a temperature for each fold.
 
     Images are decoded, transformed and embedded by the run's own recipe; where that cannot be rebuilt exactly nothing
     is predicted. Images that cannot be read are listed with the reason, on stderr and in the column error.
@@ -104,6 +112,7 @@ def predict(
             workers=workers,
             max_pixels=max_pixels,
             progress=bar.update,
+            columns=columns,
         )
     for note in (*found.notes, *([f"probabilities are adjusted: {found.adjusted}"] if found.adjusted else [])):
         print_note(note)

@@ -22,6 +22,7 @@ from embcache.data.groups import (
     UNGROUPED,
     duplicate_notes,
     identical_files,
+    may_be_dicom,
     merge_groups,
     overlap_notes,
     patient_keys,
@@ -280,7 +281,14 @@ def load_dataset(
         A column is not there, or the layout is published and has its own.
     """
     if name not in DATASETS:
-        return find_dataset(name, root=root, home=home, allow_missing=allow_missing, dataset_name=dataset_name)[0]
+        return find_dataset(
+            name,
+            root=root,
+            home=home,
+            allow_missing=allow_missing,
+            dataset_name=dataset_name,
+            columns=Columns.of(columns),
+        )[0]
     source = find_source(name)
     with refusals_told():
         folder = resolve_root(source, root, home)
@@ -305,7 +313,8 @@ def find_dataset(
         As for `load_dataset`, or the name of a cached dataset (``mammo-1a2b3c4d``, or one set by ``--name``).
     root, home, allow_missing, dataset_name, columns
         As for `load_dataset`. Without ``root`` the folder that the snapshot was made from comes before the
-        default one: the features are of its images. Columns that are not named are those of the snapshot.
+        default one: the features are of its images. Columns that are not named are those of the snapshot, where the
+        root is what it was made from.
 
     Returns
     -------
@@ -323,11 +332,13 @@ def find_dataset(
         load = functools.partial(load_dataset, allow_missing=allow_missing, home=home, columns=columns)
         return load(name, root, dataset_name=dataset_name), "live"
     # Who extracted without the missing images has agreed to go on without them.
-    allow_missing, columns = allow_missing or bool(cached.missing), columns.over(cached.columns)
+    allow_missing = allow_missing or bool(cached.missing)
+    columns, told = columns_of(cached, root, columns)
     load = functools.partial(load_dataset, cached.kind, allow_missing=allow_missing, home=home, columns=columns)
     if root is not None:
         if Path(root).expanduser().exists() or Path(root).expanduser().resolve() != cached.origin:
-            return load(root, dataset_name=dataset_name or cached.name), "live"
+            ds = load(root, dataset_name=dataset_name or cached.name)
+            return replace(ds, notes=(*ds.notes, *told)), "live"
         return _as_kept(cached, columns), "snapshot"
     for folder in (cached.origin, None if cached.kind == "folder" else default_root(cached.kind, home)):
         if folder is not None and folder.exists():
@@ -336,6 +347,14 @@ def find_dataset(
             except DatasetNotFoundError:  # the folder has been emptied, or is another thing of that name
                 continue
     return _as_kept(cached, columns), "snapshot"
+
+
+def columns_of(cached: ImageDataset, root: PathLike | None, columns: Columns) -> tuple[Columns, list[str]]:
+    """``columns`` over those of a snapshot, where it is of this root; and a note where another root leaves them out."""
+    if root is None or cached.origin == Path(root).expanduser().resolve():
+        return columns.over(cached.columns), []
+    words = " ".join(cached.columns.words())
+    return columns, [f"{words}, as {cached.name} was read from {cached.origin}, does not count here"] if words else []
 
 
 def _as_kept(cached: ImageDataset, columns: Columns) -> ImageDataset:
@@ -422,10 +441,17 @@ def group_patients(ds: ImageDataset, sizes: Mapping[str, int | None]) -> ImageDa
 
     Each group is called after the first of its images: a PatientID is kept nowhere.
     """
-    if len(ds) > LOOKED_AT_LOADING or ds.root is None:
-        return ds
     paths = ds.table["path"].tolist()
-    patients = patient_keys(ds.root, [path if sizes[path] is not None else "" for path in paths])
+    if ds.root is None or not may_be_dicom(paths):
+        return ds
+    if len(ds) > LOOKED_AT_LOADING:
+        return replace(
+            ds, notes=(*ds.notes, f"the PatientID of DICOM files is not looked at: there are {len(ds):,} images")
+        )
+    try:
+        patients = patient_keys(ds.root, [path if sizes[path] is not None else "" for path in paths])
+    except DatasetError as error:  # pydicom is not installed: the features may be there without it
+        return replace(ds, notes=(*ds.notes, f"PatientID is not read: {error.problem}; {error.fix}"))
     if patients is None:
         return ds
     why = unfit_groups(patients, ds.labels.tolist())

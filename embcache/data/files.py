@@ -141,11 +141,13 @@ def find_level(root: Path, matches: Callable[[Path], bool], depth: int = 2) -> P
     return None
 
 
-def walk_images(root: Path, folder: str = "", passed: Counter[str] | None = None) -> Iterator[str]:
+def walk_images(
+    root: Path, folder: str = "", passed: Counter[str] | None = None, *, refuse: bool = True
+) -> Iterator[str]:
     """Paths (relative to ``root``, posix) of the images at or below ``root/folder``, in sorted order.
 
     Linked folders that lie inside the root are passed over (their images are found where they are). Other files are
-    counted in ``passed`` by their suffix.
+    counted in ``passed`` by their suffix. Without ``refuse``, linked folders that lead out of the root are passed over.
 
     Raises
     ------
@@ -158,8 +160,8 @@ def walk_images(root: Path, folder: str = "", passed: Counter[str] | None = None
         path = f"{folder}/{entry.name}" if folder else entry.name
         if entry.is_dir():
             if not entry.is_symlink():
-                yield from walk_images(root, path, passed)
-            elif not is_inside(root, os.path.realpath(entry.path)):
+                yield from walk_images(root, path, passed, refuse=refuse)
+            elif refuse and not is_inside(root, os.path.realpath(entry.path)):
                 raise refuse_outside(path, where=root)
         elif is_image_name(entry.name) or (entry.is_file() and is_image_file(root / folder, entry.name)):
             yield path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from embcache.data.checks import COLUMNS, check_paths, check_strings, check_uniq
 from embcache.data.chosen import Columns
 from embcache.data.classes import same_but_for_case
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import TABLE_SUFFIXES
+from embcache.data.files import TABLE_SUFFIXES, passed_note, walk_images
 from embcache.data.groups import UNGROUPED
 from embcache.data.labels import class_order, label_notes, label_numbers, open_table, unify
 from embcache.data.levels import EXPECTED, find_layout, layout_error
@@ -33,7 +34,7 @@ def read_folder(root: Path, name: str, columns: Columns = Columns()) -> ImageDat
     layout = find_layout(root, columns)
     if layout.table is not None:
         ds = read_label_table(layout.table, name, columns)
-        return replace(ds, notes=(*layout.notes, *ds.notes))
+        return replace(ds, notes=(*layout.notes, *ds.notes, *_not_named(layout.root, ds)))
     if columns.named():
         raise UsageError(
             "class folders have no columns",
@@ -97,6 +98,17 @@ def read_label_table(file: Path, name: str, columns: Columns = Columns()) -> Ima
     for each in (c for c in source.columns if c not in used):
         cells["source_" + each if each in COLUMNS else each] = source[each].tolist()
     return _dataset(file.parent, name, cells, labels, columns, notes, file)
+
+
+def _not_named(root: Path, ds: ImageDataset) -> list[str]:
+    """Notes on the files beside a table that it does not name."""
+    passed = Counter[str]()
+    images = list(walk_images(root, "", passed, refuse=False))
+    named = set(ds.table["path"].tolist())
+    others = [path for path in images if path not in named]
+    told = f"{len(others):,} of {len(images):,} images beside the table are not named in it and are left out"
+    tables = Counter(suffix for suffix in passed.elements() if suffix in TABLE_SUFFIXES)
+    return ([f"{told} ({first_few(others, 3)})"] if others else []) + passed_note(passed - tables)
 
 
 def _refuse_elsewhere(file: Path, paths: Sequence[str]) -> None:

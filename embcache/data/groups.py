@@ -140,6 +140,12 @@ def overlap_notes(table: pd.DataFrame) -> list[str]:
     ]
 
 
+def may_be_dicom(paths: Sequence[str]) -> bool:
+    """Whether a path has a DICOM file's suffix, or none of an image."""
+    suffixes = {path[path.rfind(".") :] for path in paths if path}  # one look at them, for there may be many paths
+    return not all(is_image_name(f"a{suffix}") and not has_dicom_suffix(suffix) for suffix in suffixes)
+
+
 def patient_keys(root: Path, paths: Sequence[str]) -> list[str] | None:
     """PatientID of each path that is a DICOM file's, else empty; None where no path is one.
 
@@ -150,10 +156,7 @@ def patient_keys(root: Path, paths: Sequence[str]) -> list[str] | None:
     paths : sequence of str, length n
         Relative to it; empty for a file that is not there.
     """
-    others = {
-        path[path.rfind(".") :] for path in paths if path
-    }  # one look at the suffixes, for there may be many paths
-    if all(is_image_name(f"a{suffix}") and not has_dicom_suffix(suffix) for suffix in others):
+    if not may_be_dicom(paths):
         return None
     asked = [k for k, path in enumerate(paths) if path and (has_dicom_suffix(path) or not is_image_name(path))]
     if not asked:

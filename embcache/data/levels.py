@@ -230,7 +230,7 @@ def _no_classes(top: Path, root: Path, columns: Columns) -> DatasetError:
 
 
 def _table_elsewhere(root: Path, columns: Columns) -> DatasetError | None:
-    """The error for images whose table of labels lies in a folder beside theirs (``metadata/labels.csv``), if one does."""
+    """The error for images whose table lies in a folder beside theirs (``metadata/labels.csv``), if one does."""
     for folder in subfolders(root):
         for table in _label_tables(folder, columns):
             return layout_error(

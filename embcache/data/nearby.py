@@ -98,7 +98,7 @@ def near_misses(root: Path, missing: Sequence[str]) -> tuple[str, str]:
         _index(files, lambda p: _folded(_name(p))),
         _index(files, lambda p: _folded(_stem(_name(p)))),
     )
-    causes: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    causes: dict[str, list[tuple[str, list[str]]]] = defaultdict(list)
     for path in missing:
         plain = path.replace("\\", "/").removeprefix("./")
         hits: list[str] = []
@@ -112,21 +112,29 @@ def near_misses(root: Path, missing: Sequence[str]) -> tuple[str, str]:
         ):
             hits = index.get(key, [])
             if hits:
-                several = f" and {len(hits) - 1:,} more" if len(hits) > 1 else ""
-                causes[cause].append((path, hits[0] + several))
+                causes[cause].append((path, hits))
                 break
         if not hits and not plain.startswith("/") and (root.parent / plain).is_file():
-            causes["table's folder"].append((path, f"../{plain}"))
+            causes["table's folder"].append((path, [f"../{plain}"]))
     if not causes:
         return "", ""
     told = [
-        f"{len(pairs):,} with another {cause}: {first_few([f'{a} is there as {b}' for a, b in pairs], 2)}"
+        f"{len(pairs):,} with another {cause}: {first_few([f'{a} is there as {_either(b)}' for a, b in pairs], 2)}"
         for cause, pairs in sorted(causes.items(), key=lambda item: -len(item[1]))
     ]
     return "\n".join(told), _advice(causes)
 
 
-def _advice(causes: dict[str, list[tuple[str, str]]]) -> str:
+def _either(paths: Sequence[str]) -> str:
+    return " or ".join(paths) if len(paths) < 4 else f"{' or '.join(paths[:3])} or {len(paths) - 3:,} others"
+
+
+def _advice(found: dict[str, list[tuple[str, list[str]]]]) -> str:
+    several = [pair for pairs in found.values() for pair in pairs if len(pair[1]) > 1]
+    causes = {cause: one for cause, pairs in found.items() if (one := [(a, b[0]) for a, b in pairs if len(b) == 1])}
+    if not causes or len(several) > max(map(len, causes.values())):
+        path, hits = several[0]
+        return f"write which file is meant: {_either(hits)} for {path}"
     cause = max(causes, key=lambda name: len(causes[name]))
     path, there = causes[cause][0]
     if cause == "folder" and there.endswith(path) and all(b == there[: -len(path)] + a for a, b in causes[cause]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,7 +79,12 @@ def may_hold_labels(header: Sequence[str], wanted: Columns) -> bool:
 
 
 def find_columns(
-    table: pd.DataFrame, wanted: Columns, *, where: Path, required: Sequence[str] = ("path", "label")
+    table: pd.DataFrame,
+    wanted: Columns,
+    *,
+    where: Path,
+    required: Sequence[str] = ("path", "label"),
+    roles: Sequence[str] = ROLES,
 ) -> tuple[dict[str, str], list[str]]:
     """The column of each role but the group's, and a note that names those that are not called after it.
 
@@ -92,6 +98,8 @@ def find_columns(
         The table's file.
     required : sequence of str
         Roles that must have a column.
+    roles : sequence of str
+        Roles that are looked for.
 
     Raises
     ------
@@ -101,14 +109,20 @@ def find_columns(
         A required role has no column, or a role has several that could be meant.
     """
     header = [str(name) for name in table.columns]
-    found = {role: name for role in ROLES if (name := named_column(header, wanted, role, where))}
+    found = {role: name for role in roles if (name := named_column(header, wanted, role, where))}
+    notes = []
     for role, usual in _USUAL.items():
-        if role in found:
+        if role in found or role not in roles:
             continue
         free = [name for name in header if name not in found.values()]
         same = [name for name in free if plain_name(name) == role]
         choice = [role] if role in same else same or [name for name in free if plain_name(name) in usual]
-        if choice != [role]:
+        if role == "split" and not same:
+            unfit = [name for name in choice if not _fits(role, table[name])]
+            choice = [name for name in choice if name not in unfit]
+            if unfit and not choice:
+                notes.append(f"not taken for the split, as not all values are train, val or test: {', '.join(unfit)}")
+        elif role == "id" and choice != [role]:
             choice = [name for name in choice if _fits(role, table[name])]
         if len(choice) > 1 and role == "id":
             choice = choice[:1]
@@ -135,7 +149,7 @@ def find_columns(
     guessed = {role: name for role, name in found.items() if name != role and not getattr(wanted, role)}
     told = [f"{role} is {name!r}" for role, name in guessed.items()]
     note = f"columns of {where.name} by their names: {', '.join(told)}; --path-column and the like name others"
-    return found, [note] if told else []
+    return found, ([note] if told else []) + notes
 
 
 def named_column(header: Sequence[str], wanted: Columns, role: str, where: Path) -> str:
@@ -158,13 +172,12 @@ def _fits(role: str, values: pd.Series[str]) -> bool:
     """Whether a column whose name is usual for a role, but not the role's own, has values for it."""
     if role == "split":
         return set(values.str.lower().unique()) <= {*SPLIT_NAMES, ""}
-    if role == "id":  # names each image; what could leave a folder is no name
-        return values.is_unique and not values.str.contains(r"^$|^[/\\]|\.\.|^.:").any()
-    return True
+    # An id names each image; what could leave a folder is no name.
+    return values.is_unique and not values.str.contains(r"^$|^[/\\]|\.\.|^.:").any()
 
 
 def find_groups(
-    table: pd.DataFrame, wanted: Columns, labels: Sequence[int], ids: Sequence[str], *, where: Path
+    table: pd.DataFrame, wanted: Columns, labels: Sequence[int], ids: Sequence[str], *, where: Path, refuse: bool = True
 ) -> tuple[list[str] | None, str, list[str]]:
     """Groups by a column of a table: the one that is named, ``group``, or one with a usual name.
 
@@ -183,6 +196,8 @@ def find_groups(
         What rows without a group are called.
     where : Path
         The table's file.
+    refuse : bool
+        False: of several columns that could be meant none is taken, and a note says so.
 
     Returns
     -------
@@ -206,7 +221,7 @@ def find_groups(
     if column:
         groups, notes = _as_groups(table[column].tolist(), ids)
         told = [f"groups are those of the column {column!r} ({len(set(groups)):,} groups)"] if column != "group" else []
-        return groups, column, told + notes
+        return groups, column, [*told, *notes, *_lacking(table[column].tolist(), groups)]
     ranks = {name: rank for name in reversed(header) if (rank := _rank(name)) is not None}
     values = {
         name: known_groups(table[name].tolist()) for name in sorted(ranks, key=lambda n: (ranks[n], header.index(n)))
@@ -221,10 +236,14 @@ def find_groups(
         return None, "", notes
     coarsest = [name for name in values if all(_nests(values[other], values[name]) for other in values)]
     if not coarsest:
+        problem = f"{len(values)} columns could be the groups, and they do not nest in one of them"
+        seen = ", ".join(f"{name} ({len(set(v) - {''}):,} values)" for name, v in values.items())
+        if not refuse:
+            return None, "", [*notes, f"no groups: {problem}: {seen}; --group-column NAME takes one"]
         raise DatasetError(
-            f"{len(values)} columns could be the groups, and they do not nest in one of them",
+            problem,
             expected="a column 'group', or the name of the one whose images must stay together",
-            found=", ".join(f"{name} ({len(set(v) - {''}):,} values)" for name, v in values.items()),
+            found=seen,
             where=where,
             fix=f"--group-column {_quoted(next(iter(values)))}",
         )
@@ -237,7 +256,12 @@ def find_groups(
     return (
         groups,
         column,
-        [note + (f", in which {over} nest" if over else "") + "; --group-column names another", *more, *notes],
+        [
+            note + (f", in which {over} nest" if over else "") + "; --group-column names another",
+            *more,
+            *_lacking(values[column], groups, over),
+            *notes,
+        ],
     )
 
 
@@ -254,7 +278,6 @@ def unfit_groups(values: Sequence[str], labels: Sequence[int]) -> str:
 
 def _as_groups(values: Sequence[str], ids: Sequence[str]) -> tuple[list[str], list[str]]:
     known = known_groups(values)
-    lacking = known.count("")
     # A row without a group is a group of its own, whatever other groups are called.
     taken = set(known)
     groups = [g or (i if i not in taken else f"{i} (no group)") for g, i in zip(known, ids, strict=True)]
@@ -262,14 +285,22 @@ def _as_groups(values: Sequence[str], ids: Sequence[str]) -> tuple[list[str], li
     # Counted and not listed: they may name patients, and notes are printed in reports.
     told = f"{several:,} names of groups differ from others only in Unicode form, spaces or invisible characters"
     notes = [f"{told}: they are one group"] if several else []
-    if lacking:
-        notes.append(f"{lacking:,} of {len(ids):,} images have no group: each is a group of its own")
     return groups, notes
 
 
 def may_name_people(column: str) -> bool:
     """Whether a column is called as if its values named patients or others, or told when they were born."""
     return _rank(column) is not None or _PEOPLE.search(plain_name(column)) is not None
+
+
+def _lacking(values: Sequence[str], groups: Sequence[str], over: str = "") -> list[str]:
+    """Notes on rows without a value: groups of their own, or those that the columns ``over`` put into one."""
+    size = Counter(groups)
+    lacking = [size[group] for value, group in zip(known_groups(values), groups, strict=True) if not value]
+    alone, total = lacking.count(1), len(groups)
+    notes = [f"{alone:,} of {total:,} images have no group: each is a group of its own"] if alone else []
+    joined = f"{len(lacking) - alone:,} of {total:,} images lack it: they are in the group that {over} tells"
+    return notes + ([joined] if over and len(lacking) > alone else [])
 
 
 def _rank(name: str) -> int | None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from embcache.data.checks import SPLITS, first_few
 from embcache.data.chosen import Columns
-from embcache.data.dataset import ImageDataset, join_groups, read_snapshot
+from embcache.data.dataset import ImageDataset, columns_of, join_groups, read_snapshot
 from embcache.data.files import locate_files
 from embcache.data.source import (
     DATASETS,
@@ -124,14 +124,18 @@ def survey_dataset(
     DatasetError
         The labels are broken.
     """
-    cached = read_snapshot(name, home) if root is None else None
+    cached = read_snapshot(name, home) if root is None or name not in DATASETS else None
     if cached is None:
         return _survey_files(find_source(name, home), root, home, None, columns)
     source = find_source(cached.kind)
+    columns, told = columns_of(cached, root, columns)
+    if root is not None:
+        survey = _survey_files(source, root, home, cached.name, columns)
+        return replace(survey, dataset=replace(survey.dataset, notes=(*survey.dataset.notes, *told)))
     for folder in (cached.origin, None if cached.kind == "folder" else default_root(cached.kind, home)):
         if folder is not None and folder.exists():
             try:
-                return _survey_files(source, folder, home, cached.name, columns.over(cached.columns))
+                return _survey_files(source, folder, home, cached.name, columns)
             except DatasetNotFoundError:  # the folder has been emptied, or is another thing of that name
                 continue
     note = "the folder is gone: this is the snapshot that extraction kept"

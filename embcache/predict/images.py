@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from embcache.data.chosen import Columns
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, is_image_file, is_litter
+from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, passed_note, walk_images
 from embcache.data.groups import UNGROUPED, known_groups, merge_groups, patient_keys
 from embcache.data.labels import open_table
 from embcache.data.nearby import settle_paths
 from embcache.data.roles import find_columns, find_groups
-from embcache.errors import DatasetError, DatasetNotFoundError
+from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.extract.batching import Source
 from embcache.extract.request import image_root
 from embcache.paths import PathLike
@@ -57,10 +58,10 @@ def images_of_dataset(ds: ImageDataset) -> Asked:
     return Asked(image_root(ds), tuple(columns[0]), sources, ("",) * len(sources), groups)
 
 
-def images_of_paths(paths: Sequence[PathLike]) -> Asked:
+def images_of_paths(paths: Sequence[PathLike], columns: Columns = Columns()) -> Asked:
     """Images anywhere in the file system, by their paths as named; links are followed to where they lead."""
     notes: list[str] = []
-    found = list_images(paths, notes)
+    found = list_images(paths, notes, columns)
     real = [os.path.realpath(path) for path in found]
     sources = tuple(Source(str(k), path.removeprefix(Path(path).anchor), -1) for k, path in enumerate(real))
     reasons = tuple(map(_not_readable, real))
@@ -74,12 +75,13 @@ def images_of_paths(paths: Sequence[PathLike]) -> Asked:
     return Asked(anchor, tuple(names), sources, reasons, groups, tuple(notes))
 
 
-def list_images(paths: Sequence[PathLike], notes: list[str]) -> dict[Path, str]:
+def list_images(paths: Sequence[PathLike], notes: list[str], columns: Columns = Columns()) -> dict[Path, str]:
     """The named files, those that tables name, and the images in and below the named folders (sorted), each once.
 
     A file that was named is kept whatever its name, but for a CSV, TSV, Parquet or Excel file: it is a table with a
-    column ``path``, relative to its folder, and perhaps ``group``, or columns with names that are as usual. Linked
-    folders inside folders are not followed. What was inferred is added to ``notes``.
+    column ``path``, relative to its folder, and perhaps ``group``, or columns with names that are as usual or that
+    ``columns`` names; labels are not looked at. Linked folders inside folders are not followed. What was inferred, and
+    how many other files the folders hold, is added to ``notes``.
 
     Returns
     -------
@@ -88,20 +90,30 @@ def list_images(paths: Sequence[PathLike], notes: list[str]) -> dict[Path, str]:
 
     Raises
     ------
+    UsageError
+        A column is named that no table needs or has.
     DatasetError
-        A table cannot be read or lacks the column ``path``.
+        A table cannot be read or lacks the column ``path``, or folders are nested too deep.
     DatasetNotFoundError
         A folder holds no image.
     """
     found: dict[Path, str] = {}
+    passed = Counter[str]()
+    tables = any(Path(path).suffix.lower() in TABLE_SUFFIXES for path in paths)
+    if unused := [role for role in columns.named() if not tables or role not in ("path", "group")]:
+        raise UsageError(
+            "predicting images needs no such column" if tables else "there is no table that could have columns",
+            found=" ".join(f"--{role}-column" for role in unused),
+            expected="--path-column and --group-column, with a table",
+        )
     for path in map(Path, paths):
         if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
-            found |= _listed(path, notes)
+            found |= _listed(path, notes, columns)
             continue
         if not path.is_dir():
             found.setdefault(path, "")
             continue
-        inside = [image for image in _walk(path) if is_image_file(image.parent, image.name)]
+        inside = [path / image for image in walk_images(path, "", passed, refuse=False)]
         if not inside:
             raise DatasetNotFoundError(
                 "a folder holds no images",
@@ -111,18 +123,20 @@ def list_images(paths: Sequence[PathLike], notes: list[str]) -> dict[Path, str]:
                 fix="name the images themselves, or the folder they are in",
             )
         found |= {image: found.get(image, "") for image in inside}
+    notes += passed_note(passed)
     return found
 
 
-def _listed(file: Path, notes: list[str]) -> dict[Path, str]:
+def _listed(file: Path, notes: list[str], wanted: Columns) -> dict[Path, str]:
     """Images that a table names, with their groups."""
     table, read = open_table(file)
-    columns, named = find_columns(table, Columns(), where=file, required=["path"])
+    columns, named = find_columns(table, wanted, where=file, required=["path"], roles=["path"])
     column = columns["path"]
     if table.empty or not all(table[column]):
         raise DatasetError("a row of a table names no image", expected="a path in every row", where=file)
     paths, settled = settle_paths(file.parent.resolve(), table[column].tolist())
-    _, group, told = find_groups(table.drop(columns=column), Columns(), [-1] * len(paths), paths, where=file)
+    free = table if column == wanted.group else table.drop(columns=column)
+    _, group, told = find_groups(free, wanted, [-1] * len(paths), paths, where=file, refuse=False)
     notes += [*read, *named, *settled, *told]
     groups = known_groups(table[group].tolist()) if group else [""] * len(paths)
     return {file.parent / path: name for path, name in zip(paths, groups, strict=True)}
@@ -137,12 +151,3 @@ def _not_readable(path: str) -> str:
     except (OSError, ValueError) as error:
         return str(getattr(error, "strerror", None) or error)
     return "" if os.access(path, os.R_OK) else "the file may not be read"
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:  # a folder that may not be read is told, not passed over
-        raise error
-
-    for top, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not is_litter(name))
-        yield from (Path(top) / name for name in sorted(files))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.data.budget import Decoding, check_max_pixels
+from embcache.data.chosen import Columns
 from embcache.data.classes import change_notes
 from embcache.data.columns import as_in_run
 from embcache.data.dataset import ImageDataset, find_dataset
@@ -147,6 +148,7 @@ def predict_images(
     workers: int | None = None,
     max_pixels: int | None = None,
     progress: Callable[[int, int], Any] | None = None,
+    columns: Columns = Columns(),
 ) -> Predictions:
     """Class probabilities of images, or of all images of a dataset, by a saved run.
 
@@ -179,6 +181,8 @@ def predict_images(
         Larger images are not decoded; default: ``$EMBCACHE_MAX_PIXELS``, else 89,478,485.
     progress : callable, optional
         Told (images done, images in all).
+    columns : Columns
+        Of tables among the paths, the columns of path and group; of a dataset as for `load_dataset`.
 
     Returns
     -------
@@ -208,8 +212,8 @@ def predict_images(
     result, folder = find_run_anywhere(run, home)
     chosen = _chosen_folds(result, folds)
     models = _adjusted(result, folder, adjust, chosen)
-    ds = None if dataset is None else _dataset_of_classes(result, dataset, data_root, home)
-    asked = images_of_paths(paths) if ds is None else images_of_dataset(ds)
+    ds = None if dataset is None else _dataset_of_classes(result, dataset, data_root, home, columns)
+    asked = images_of_paths(paths, columns) if ds is None else images_of_dataset(ds)
     if by_group and not any(asked.groups):
         raise _no_groups()
     names, reasons = asked.names, list(asked.reasons)
@@ -286,9 +290,9 @@ def _chosen_folds(result: ProbeResult, folds: Sequence[int] | None) -> list[int]
 
 
 def _dataset_of_classes(
-    result: ProbeResult, name: str, data_root: PathLike | None, home: PathLike | None
+    result: ProbeResult, name: str, data_root: PathLike | None, home: PathLike | None, columns: Columns
 ) -> ImageDataset:
-    ds, _ = find_dataset(name, root=data_root, home=home)
+    ds, _ = find_dataset(name, root=data_root, home=home, columns=columns)
     ds = as_in_run(ds, result.request)
     if tuple(ds.class_names) != result.class_names:
         raise DatasetError(

@@ -1,5 +1,6 @@
 """DICOM's PatientID as the group, and kept nowhere; DICOM files without a suffix."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +90,17 @@ def test_dicom_without_a_suffix_is_found_by_its_content(tmp_path: Path, names: s
     assert len(ds) == N
     assert ds.table["group"].nunique() == 12
     assert any("3 files that are not images" in note for note in ds.notes)
+
+
+def test_without_pydicom_or_beyond_so_many_images_patients_are_not_looked_for_and_a_note_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patients = [secret(i // 2) for i in range(N)]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pydicom", None)
+        ds = collection(tmp_path, patients)
+    assert ds.table["group"].nunique() == N
+    assert any("PatientID is not read" in note and "pip install" in note for note in ds.notes)
+    monkeypatch.setattr("embcache.data.dataset.LOOKED_AT_LOADING", N - 1)
+    ds = load_dataset("folder", tmp_path)
+    assert f"the PatientID of DICOM files is not looked at: there are {N} images" in ds.notes

@@ -8,6 +8,7 @@ import pytest
 from embcache.data.dataset import ImageDataset, find_dataset, load_dataset
 from embcache.data.groups import UNGROUPED
 from embcache.data.roles import may_name_people
+from embcache.data.survey import survey_dataset
 from embcache.errors import DatasetError, UsageError
 from embcache.paths import slug
 from tests.data.pictures import write_image
@@ -221,3 +222,56 @@ def test_columns_that_were_named_are_remembered_with_the_snapshot(tmp_path: Path
 )  # fmt: skip
 def test_columns_that_may_name_people(column: str, people: bool) -> None:
     assert may_name_people(column) is people
+
+
+def test_a_split_that_is_not_known_is_refused_or_told(tmp_path: Path) -> None:
+    values = ["Train", "TEST", "holdout"] * (N // 3)
+    with pytest.raises(DatasetError, match="unknown split"):
+        table(tmp_path, {"Split": values})
+    ds = table(tmp_path, {"set": values})
+    assert set(ds.table["split"]) == {"train"}
+    assert "not taken for the split, as not all values are train, val or test: set" in ds.notes
+
+
+def test_only_images_that_are_alone_are_said_to_be(tmp_path: Path) -> None:
+    pid = patients(2)
+    pid[0] = pid[2] = pid[3] = ""  # the study of the first goes on with p0, that of the others is theirs alone
+    study = [f"s{i // 2}" for i in range(N)]
+    study[3] = ""
+    ds = table(tmp_path, {"patient": pid, "study": study})
+    size = ds.table["group"].value_counts()
+    assert size[ds.groups[[0, 2, 3]]].tolist() == [2, 1, 1]
+    assert f"2 of {N} images have no group: each is a group of its own" in ds.notes
+    assert f"1 of {N} images lack it: they are in the group that 'study' tells" in ds.notes
+
+
+def test_columns_named_for_a_cached_name_count_where_its_root_is_loaded(tmp_path: Path, home: Path) -> None:
+    ds = table(
+        tmp_path / "a", {"pid0": patients(2), "site": patients(12)}, dataset_name="foo", columns={"group": "pid0"}
+    )
+    (home / "foo").mkdir(parents=True)
+    (home / "foo" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
+    for root in (None, tmp_path / "a" / "labels.csv"):
+        assert find_dataset("foo", root=root, home=home)[0].table["group"].nunique() == N // 2
+    assert load_dataset("foo", home=home, columns={"group": "site"}).table["group"].nunique() == 2
+    table(tmp_path / "b", {"patient": patients(1)})
+    for loaded in (
+        find_dataset("foo", root=tmp_path / "b" / "labels.csv", home=home)[0],
+        find_dataset("folder", root=tmp_path / "b" / "labels.csv", dataset_name="foo", home=home)[0],
+        survey_dataset("foo", tmp_path / "b" / "labels.csv", home).dataset,
+    ):
+        assert loaded.name == "foo"
+        assert loaded.table["group"].nunique() == N
+        assert any(note.startswith("--group-column pid0, as foo was read from") for note in loaded.notes)
+
+
+def test_images_beside_a_table_that_it_does_not_name_are_counted(tmp_path: Path) -> None:
+    for i in range(6):
+        write_image(tmp_path / "images" / f"{i}.png", i)
+    (tmp_path / "images" / "7.svs").write_bytes(b"x")
+    rows = [f"images/{i}.png,{'ab'[i % 2]}" for i in range(4)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    notes = load_dataset("folder", tmp_path).notes
+    told = "2 of 6 images beside the table are not named in it and are left out (images/4.png, images/5.png)"
+    assert told in notes
+    assert any(note.endswith("left out: 1 .svs") for note in notes)

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import embcache.predict.model as model
 from embcache.cli import app
+from embcache.data.chosen import Columns
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetError, DatasetNotFoundError, RecipeError, StoreError, StoreNotFoundError, UsageError
 from embcache.extract.backbones import LoadedBackbone, load_backbone
@@ -29,6 +30,7 @@ from embcache.probe.record import run_id
 from embcache.probe.results import find_run_anywhere, load_heads, load_predictions, save_run
 from embcache.probe.run import probe_features
 from embcache.probe.summary import adjust_models
+from tests.data.pictures import write_image
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
 
@@ -472,3 +474,33 @@ def test_a_run_of_other_classes_predicts_those_of_a_dataset(tmp_path: Path) -> N
     done = CliRunner().invoke(app, ["attention", "--run", merged.id, "--home", str(home), "--json", "-"])
     assert done.exception is None
     assert set(json.loads(done.stdout)["by_class"]) == {"ab", "c"}
+
+
+def test_tables_and_folders_need_no_labels_and_say_what_is_left_out(tmp_path: Path) -> None:
+    rows = [f"{i}.png,a,b,p{i * 7 % 13},s{i * 5 % 11}" for i in range(26)]
+    table = tmp_path / "rows.csv"
+    table.write_text("\n".join(["path,diagnosis,class,patient,study", *rows]))
+    notes: list[str] = []
+    assert set(list_images([table], notes).values()) == {""}
+    assert any("do not nest" in note and "--group-column" in note for note in notes)
+    groups = list_images([table], notes, Columns(group="study"))
+    assert [groups[tmp_path / f"{i}.png"] for i in range(3)] == ["s0", "s5", "s10"]
+    with pytest.raises(UsageError, match="no such column"):
+        list_images([table], notes, Columns(label="class"))
+    write_image(tmp_path / "in" / "1.png", 1)
+    (tmp_path / "in" / "2.heic").write_bytes(b"x")
+    (tmp_path / "in" / "3.svs").write_bytes(b"x")
+    with pytest.raises(UsageError, match="no table"):
+        list_images([tmp_path / "in"], notes, Columns(group="study"))
+    notes.clear()
+    assert list(list_images([tmp_path / "in"], notes)) == [tmp_path / "in" / "1.png"]
+    assert notes[0].endswith("1 .heic, 1 .svs")
+
+
+def test_folders_to_predict_that_are_nested_without_end_are_refused(tmp_path: Path) -> None:
+    deep = tmp_path
+    for _ in range(700):
+        deep = deep / "d"
+    deep.mkdir(parents=True)
+    with pytest.raises(DatasetError, match="nested too deep"):
+        list_images([tmp_path], [])
