@@ -70,10 +70,8 @@ def passed_note(passed: Counter[str]) -> list[str]:
     """What to say of files that a scan passed over, by suffix."""
     if not passed:
         return []
-    what = "1 file that is not an image, or of no format that is read, is"
-    if (n := sum(passed.values())) > 1:
-        what = f"{n:,} files that are not images, or of no format that is read, are"
-    return [f"{what} left out: {suffix_counts(passed)}"]
+    told = f"{sum(passed.values()):,} files that are not images, or of no format that is read, are left out"
+    return [f"{told}: {suffix_counts(passed)}"]
 
 
 def suffix_counts(passed: Counter[str]) -> str:

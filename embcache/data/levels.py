@@ -103,9 +103,10 @@ def find_layout(root: Path, columns: Columns) -> Layout:
         rows = _split_rows(root, children, passed, notes)
     elif not children:
         raise _no_classes(top, root, columns)
-    elif any(SPLIT_NAMES.get(part.lower()) == "train" for inner in parts.values() for part in inner):
-        rows = _rows_of_parts(root, parts, passed)
-        notes.append("the splits are the folders in each class folder")
+    elif not any(name.lower() in SPLIT_NAMES for name in children) and any(
+        part.lower() in SPLIT_NAMES for inner in parts.values() for part in inner
+    ):
+        rows = _rows_of_parts(root, parts, passed, notes)
     else:
         left_out = _refuse_no_classes(root, children, tables, columns)
         notes += [f"{name}/ holds the class folders once more and is left out as a copy" for name in left_out]
@@ -150,20 +151,30 @@ def _split_rows(
     return rows
 
 
-def _rows_of_parts(root: Path, parts: Mapping[str, Sequence[str]], passed: Counter[str]) -> list[tuple[str, str, str]]:
-    """Rows of splits within the class folders; `DatasetNotFoundError` where a class folder holds images otherwise."""
+def _rows_of_parts(
+    root: Path, parts: Mapping[str, Sequence[str]], passed: Counter[str], notes: list[str]
+) -> list[tuple[str, str, str]]:
+    """Rows of splits within the class folders; refused where one holds images otherwise, or none is for training."""
+    whole = next((root / n for n, inner in parts.items() for p in inner if _image_folders(root / n / p)), None)
+    rows = []
     for name, inner in parts.items():
         odd = [part for part in inner if part.lower() not in SPLIT_NAMES] + _images_in(root / name)
         if odd:
             problem = "some class folders hold splits, and one holds other images"
-            raise _unclear(root, problem, sorted(parts), None, f"{name}/ holds {first_few(odd, 3)}")
+            raise _unclear(root, problem, sorted(parts), whole, f"{name}/ holds {first_few(odd, 3)}")
+        notes += _unread(root, inner, passed, name)
+        rows += [
+            (path, name, SPLIT_NAMES[part.lower()])
+            for part in inner
+            for path in walk_images(root, f"{name}/{part}", passed)
+        ]
+    if all(split != "train" for _, _, split in rows):
+        raise _unclear(
+            root, "the folders in the class folders are splits, and none is for training", sorted(parts), None
+        )
     _refuse_shared(root, {name: set().union(*(_inner(root, f"{name}/{p}") for p in parts[name])) for name in parts})
-    every = [(name, folder.name) for name in parts for folder in subfolders(root / name)]
-    return [
-        (path, name, SPLIT_NAMES.get(part.lower(), "train"))  # other folders hold no images: they are counted
-        for name, part in every
-        for path in walk_images(root, f"{name}/{part}", passed)
-    ]
+    notes.append("the splits are the folders in each class folder")
+    return rows
 
 
 def _refuse_no_classes(root: Path, children: Sequence[str], tables: Sequence[str], columns: Columns) -> list[str]:

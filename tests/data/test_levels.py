@@ -209,6 +209,9 @@ def test_images_beside_the_splits_of_class_folders_are_refused(tmp_path: Path, o
     with pytest.raises(DatasetNotFoundError, match="hold splits") as caught:
         load_dataset("folder", tmp_path)
     assert odd.split("/")[1] in str(caught.value.found)
+    fill(tmp_path / "x", *(f"{c}/{s}/1.png" for c in "abc" for s in ("val", "test")))
+    with pytest.raises(DatasetNotFoundError, match="none is for training"):
+        load_dataset("folder", tmp_path / "x")
 
 
 @pytest.mark.parametrize("inner", [("0", "1"), ("neg", "pos")])
