@@ -16,6 +16,7 @@ from embcache.commands.options import (
     DatasetOption,
     HomeOption,
     JsonOption,
+    MaxPixelsOption,
     NameOption,
     split_list,
     write_json,
@@ -72,6 +73,7 @@ def verify(
     home: HomeOption = None,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
+    max_pixels: MaxPixelsOption = None,
     json: JsonOption = None,
 ) -> None:
     """Read every byte of what is cached and compare it with what was committed.
@@ -133,7 +135,7 @@ def verify(
                 repair=repair,
                 source=source,
                 direct=direct,
-                options={"home": home, "weights": given, "device": device},
+                options={"home": home, "weights": given, "device": device, "max_pixels": max_pixels},
                 tell=(lambda line: echo(line, err=True)) if quiet else echo,
             )
             answers.append(answer)
@@ -221,7 +223,7 @@ def _one_store(
                 answer["repaired"] = {"done": done, "left": answer["damage"], "error": str(error)}
                 return answer, False
             well = not after.damage
-            answer |= {"rows": after.rows, "notes": list(after.notes)}
+            answer = after.to_json() | {"damage": answer["damage"]}
             answer["repaired"] = {"done": done, "left": [each.to_json() for each in after.damage], "error": None}
             tell("  mended: every file is as it should be" if well else "  damage is left:")
             for note in after.notes:

@@ -15,7 +15,8 @@ MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded unless another limit is given: Pillow's own default, 256 MiB of RGB."""
 
 _MOST = 3 << 30  # bytes for one image at the default limit; 36 bytes per pixel; a 16-bit PNG takes 29
-_MOST_PIXELS = 1 << 32
+MOST_PIXELS = 1 << 32
+"""The highest limit that may be given: larger images are never decoded."""
 _SHOWN = 3
 _TOO_LARGE = re.compile(r"too large: ([\d,]+) pixels")
 
@@ -83,7 +84,7 @@ class Decoding:
         if width * height > self.max_pixels:
             raise ImageError(
                 f"too large: {width * height:,} pixels, more than {self.max_pixels:,}: "
-                "cut it into tiles or scale it down, or raise --max-pixels"
+                "cut it into tiles or scale it down, or raise --max-pixels (EMBCACHE_MAX_PIXELS)"
             )
 
     @contextmanager
@@ -115,17 +116,22 @@ def default_max_pixels() -> int:
 def check_max_pixels(value: int | str) -> int:
     """The limit on pixels; `UsageError` where it cannot be one."""
     text = str(value)
-    if not (text.isascii() and text.isdecimal() and len(text) <= 13 and 1 <= int(text) <= _MOST_PIXELS):
+    if not (text.isascii() and text.isdecimal() and len(text) <= 13 and 1 <= int(text) <= MOST_PIXELS):
         raise UsageError(
             "--max-pixels (EMBCACHE_MAX_PIXELS) cannot be that",
-            expected=f"a number of pixels, 1 to {_MOST_PIXELS:,}",
+            expected=f"a number of pixels, 1 to {MOST_PIXELS:,}",
             found=text[:40],
             fix=f"--max-pixels {MAX_PIXELS}",
         )
     return int(text)
 
 
+def pixels_of(reason: str) -> int:
+    """Pixels of an image that was refused for its size, as ``reason`` says; 0 where another one was given."""
+    match = _TOO_LARGE.match(reason)
+    return int(match[1].replace(",", "")) if match else 0
+
+
 def fits_now(reason: str, max_pixels: int) -> bool:
     """Whether ``reason``, kept with a quarantined image, is a limit on pixels that ``max_pixels`` no longer sets."""
-    match = _TOO_LARGE.match(reason)
-    return match is not None and int(match[1].replace(",", "")) <= max_pixels
+    return 0 < pixels_of(reason) <= max_pixels

@@ -19,6 +19,7 @@ import PIL
 from numpy.typing import NDArray
 
 import embcache
+from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION
 from embcache.extract.batching import Source, prepare_batches
@@ -141,6 +142,7 @@ def decode_into(
     *,
     batch_size: int = _BATCH,
     on_rows: Callable[[int], object] = lambda rows: None,
+    decoding: Decoding | None = None,
 ) -> tuple[list[str], list[str]]:
     """Decode images, without keeping them, into zeros: a row each, left as it is where the image cannot be read.
 
@@ -160,6 +162,8 @@ def decode_into(
         Images decoded ahead.
     on_rows : callable
         Told the number of images after each batch.
+    decoding : Decoding, optional
+        The limit on pixels.
 
     Returns
     -------
@@ -168,7 +172,7 @@ def decode_into(
     """
     digests: list[str] = []
     reasons: list[str] = []
-    for batch in prepare_batches(root, sources, [framing.geometry], batch_size, pool):
+    for batch in prepare_batches(root, sources, [framing.geometry], batch_size, pool, decoding):
         for row, prepared in enumerate(batch, start=len(digests)):
             if prepared.pixels:
                 pixels[row] = prepared.pixels[0]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError, StoreError
 from embcache.extract.request import default_workers, image_root
@@ -137,6 +138,7 @@ def check_direct(
     home: PathLike | None = None,
     weights: Mapping[str, PathLike] | None = None,
     device: str = "auto",
+    max_pixels: int | None = None,
 ) -> DirectCheck:
     """Compute a random sample of a store's rows again, straight from the images, and compare.
 
@@ -148,7 +150,7 @@ def check_direct(
         With its images.
     number : int
         Size of the sample, the same in every run; of a smaller store all rows.
-    home, weights, device
+    home, weights, device, max_pixels
         As for an extraction.
 
     Raises
@@ -161,6 +163,7 @@ def check_direct(
         It holds no row of this dataset.
     """
     header = read_header(path)
+    decoding = Decoding() if max_pixels is None else Decoding(check_max_pixels(max_pixels))
     maker = make_again(header, dataset, home=home, weights=weights, device=device)
     store = FeatureStore(path).restrict(dataset.table["id"])
     if not len(store):
@@ -169,7 +172,7 @@ def check_direct(
     chosen = np.sort(random.choice(len(store), min(number, len(store)), replace=False))
     ids = store.ids[chosen].tolist()
     with torch_threads(header.threads):
-        direct, readable, digests = _compute(maker, dataset, ids, header.batch_size, header.rows_per_shard)
+        direct, readable, digests = _compute(maker, dataset, ids, header.batch_size, header.rows_per_shard, decoding)
         changed = [id_ for id_, digest in zip(ids, digests, strict=True) if _other(digest, store.digests.get(id_))]
         unreadable = [id_ for id_, there in zip(ids, readable, strict=True) if not there and id_ not in changed]
         kept = np.array([id_ not in {*changed, *unreadable} for id_ in ids], dtype=bool)
@@ -187,7 +190,7 @@ def check_direct(
                 dataset, home=home, weights=weights, device=device,
             )  # fmt: skip
             plain = Features(image_root(dataset), network)
-            exact, _, _ = _compute(plain, dataset, names, header.batch_size, header.rows_per_shard)
+            exact, _, _ = _compute(plain, dataset, names, header.batch_size, header.rows_per_shard, decoding)
             full = _against_full(store, dataset, rows, cached, exact)
     return DirectCheck(
         compared=len(names),
@@ -202,13 +205,13 @@ def check_direct(
 
 
 def _compute(
-    maker: Maker, dataset: ImageDataset, ids: Sequence[str], batch_size: int, at_once: int
+    maker: Maker, dataset: ImageDataset, ids: Sequence[str], batch_size: int, at_once: int, decoding: Decoding
 ) -> tuple[NDArray[Any], NDArray[np.bool_], list[str]]:
     parts, digests = [], list[str]()
     with ThreadPoolExecutor(default_workers()) as pool:
         for start in range(0, len(ids), at_once):
             sources = sources_of(dataset, ids[start : start + at_once])
-            rows = maker.make(sources, pool, batch_size, lambda rows: None)
+            rows = maker.make(sources, pool, batch_size, lambda rows: None, decoding)
             parts.append((rows.features, rows.valid))
             digests += rows.digests
     return np.concatenate([f for f, _ in parts]), np.concatenate([v for _, v in parts]), digests

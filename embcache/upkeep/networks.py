@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.errors import RecipeError
 from embcache.extract.backbones import load_backbone
@@ -33,9 +34,14 @@ class Maker(Protocol):
     """Makes the rows of a store from the images."""
 
     def make(
-        self, sources: Sequence[Source], pool: Executor, batch_size: int, on_rows: Callable[[int], object]
+        self,
+        sources: Sequence[Source],
+        pool: Executor,
+        batch_size: int,
+        on_rows: Callable[[int], object],
+        decoding: Decoding | None = None,
     ) -> ShardRows:
-        """Rows of some images, in their order."""
+        """Rows of some images, in their order; by default with the default limit on pixels."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,17 @@ class Features:
     network: FrozenNetwork
 
     def make(
-        self, sources: Sequence[Source], pool: Executor, batch_size: int, on_rows: Callable[[int], object]
+        self,
+        sources: Sequence[Source],
+        pool: Executor,
+        batch_size: int,
+        on_rows: Callable[[int], object],
+        decoding: Decoding | None = None,
     ) -> ShardRows:
         """Rows of some images, in their order."""
-        (rows,) = compute_shard(self.root, sources, [self.network], batch_size=batch_size, pool=pool, on_rows=on_rows)
+        (rows,) = compute_shard(
+            self.root, sources, [self.network], batch_size=batch_size, pool=pool, on_rows=on_rows, decoding=decoding
+        )
         return rows
 
 
@@ -61,12 +74,17 @@ class Pixels:
     framing: Transform
 
     def make(
-        self, sources: Sequence[Source], pool: Executor, batch_size: int, on_rows: Callable[[int], object]
+        self,
+        sources: Sequence[Source],
+        pool: Executor,
+        batch_size: int,
+        on_rows: Callable[[int], object],
+        decoding: Decoding | None = None,
     ) -> ShardRows:
         """Rows of some images, in their order."""
         pixels = np.zeros((len(sources), *self.framing.size, 3), np.uint8)
         digests, reasons = decode_into(
-            pixels, self.root, sources, self.framing, pool, batch_size=batch_size, on_rows=on_rows
+            pixels, self.root, sources, self.framing, pool, batch_size=batch_size, on_rows=on_rows, decoding=decoding
         )
         valid = np.array([not reason for reason in reasons], dtype=bool)
         return ShardRows(tuple(source.id for source in sources), pixels, valid, tuple(digests), tuple(reasons))

@@ -8,11 +8,12 @@ is killed between two renames leaves a shard that is planned and not there; the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from embcache.data.budget import Decoding, check_max_pixels, default_max_pixels, pixels_of
 from embcache.data.dataset import ImageDataset
 from embcache.errors import CorruptStoreError, DatasetError, StoreError
 from embcache.extract.request import default_workers, image_root
@@ -20,6 +21,7 @@ from embcache.io import make_folder
 from embcache.paths import PathLike
 from embcache.store.commit import (
     PlanEntry,
+    ShardRows,
     commit_shard,
     discard,
     replace_plan,
@@ -57,6 +59,8 @@ class _Job:
     dataset: ImageDataset
     maker: Maker | None  # None where nothing has to be computed
     say: Say
+    max_pixels: int | None = None  # as it was given
+    allow_missing: bool = False
 
 
 def needs_repair(check: StoreCheck) -> bool:
@@ -72,6 +76,7 @@ def repair_store(
     weights: Mapping[str, PathLike] | None = None,
     device: str = "auto",
     allow_missing: bool = False,
+    max_pixels: int | None = None,
     say: Say = lambda line: None,
     on_rows: Callable[[int, int], object] = lambda done, total: None,
 ) -> StoreCheck:
@@ -87,6 +92,8 @@ def repair_store(
         As for an extraction.
     allow_missing : bool
         Compute shards of which images are gone: those become rows that could not be read.
+    max_pixels : int, optional
+        As for an extraction. What was decoded with a higher limit is decoded with that again.
     say : callable
         Told each thing that is done.
     on_rows : callable
@@ -96,10 +103,13 @@ def repair_store(
     ------
     RecipeError, WeightsError, DatasetError
         What is needed is not here, or another than then. The store is as it was.
+    DatasetError
+        An image of which there were features cannot be read now: its shard is as it was.
     StoreError
         The disk refuses, or another process is computing the same shard.
     """
     path = check.path
+    max_pixels = None if max_pixels is None else check_max_pixels(max_pixels)
     if wrong := [each for each in misplaced(path) if each.name in ("leases", "staging")]:
         for folder in wrong:  # nothing that counts is in them; what a link leads to is not this store's
             discard(folder)
@@ -118,7 +128,7 @@ def repair_store(
         dataset = load()
         image_root(dataset)
         maker = make_again(header, dataset, home=home, weights=weights, device=device) if shards else None
-        job = _Job(path, header, dataset, maker, say)
+        job = _Job(path, header, dataset, maker, say, max_pixels, allow_missing)
         _refuse_missing(job, shards, allow_missing)
         _mend_plans(job, plans, set(shards))
         _mend_shards(job, [number for number in shards if number in plan_numbers(path)], on_rows)
@@ -243,7 +253,7 @@ def _mend_shards(job: _Job, shards: Sequence[int], on_rows: Callable[[int, int],
     if not shards or job.maker is None:
         return
     planned = {number: [entry.id for entry in read_plan(job.path, number)] for number in shards}
-    total, done = sum(map(len, planned.values())), 0
+    total, done, refused = sum(map(len, planned.values())), 0, list[DatasetError]()
 
     def more(rows: int) -> None:
         nonlocal done
@@ -255,9 +265,62 @@ def _mend_shards(job: _Job, shards: Sequence[int], on_rows: Callable[[int, int],
             batch, threads = _made_with(job, number)
             threads = usable_threads(threads)
             with _claim(job.path, number), torch_threads(threads):
-                rows = job.maker.make(sources_of(job.dataset, ids), pool, batch, more)
+                rows = _make_rows(job, job.maker, number, ids, pool, batch, more)
+                if isinstance(rows, DatasetError):
+                    refused.append(rows)
+                    continue
                 commit_shard(job.path, number, rows, batch_size=batch, threads=threads, damaged=True)
             job.say(f"shard {number}: {len(ids):,} images computed again")
+    if refused:
+        raise refused[0]
+
+
+def _make_rows(
+    job: _Job,
+    maker: Maker,
+    number: int,
+    ids: Sequence[str],
+    pool: Executor,
+    batch: int,
+    on_rows: Callable[[int], object],
+) -> ShardRows | DatasetError:
+    """Rows of a damaged shard; an error instead where one that was valid, or may have been, would not be any more."""
+    sources, limit = sources_of(job.dataset, ids), job.max_pixels or default_max_pixels()
+    rows = maker.make(sources, pool, batch, on_rows, Decoding(limit))
+    lost = _lost_rows(job, number, rows)
+    known = any(certain for _, _, certain in lost)
+    if known and (needed := max(pixels_of(reason) for _, reason, certain in lost if certain)):
+        job.say(f"shard {number}: was made with a higher --max-pixels, at least {needed:,}: computed with that")
+        rows = maker.make(sources, pool, batch, lambda rows: None, Decoding(max(limit, needed)))
+        lost = _lost_rows(job, number, rows)
+    if not lost:
+        return rows
+    return DatasetError(
+        f"{len(lost):,} images of shard {number} cannot be read now, and "
+        + ("had features" if known else "may have had features, for its index is damaged too")
+        + "; the shard was not touched",
+        found="\n".join(f"{id_!r}: {reason}" for id_, reason, _ in lost[:_FEW]) + ("\n…" if len(lost) > _FEW else ""),
+        where=job.dataset.root,
+        fix=f"--max-pixels {max(pixels, limit)} computes them"
+        + ("" if known else f"; --max-pixels {limit} leaves them out, with the reason")
+        if (pixels := max(pixels_of(reason) for _, reason, _ in lost))
+        else "put the images back as they were; or a higher --max-pixels, if it was made with one",
+    )
+
+
+def _lost_rows(job: _Job, number: int, rows: ShardRows) -> list[tuple[str, str, bool]]:
+    """Ids and reasons of rows that are not valid and were, or, where the index is damaged, may have been."""
+    bad = [(id_, reason) for id_, reason in zip(rows.ids, rows.reasons, strict=True) if reason]
+    root = image_root(job.dataset)
+    if job.allow_missing:
+        paths = {source.id: source.path for source in sources_of(job.dataset, rows.ids)}
+        bad = [(id_, reason) for id_, reason in bad if paths[id_] and (root / paths[id_]).is_file()]
+    try:
+        index = read_index(job.path, job.header, number)
+    except CorruptStoreError:  # a limit that was given is to be meant
+        return [] if job.max_pixels else [(id_, reason, False) for id_, reason in bad if pixels_of(reason)]
+    valid = {id_ for id_, was in zip(index.ids, index.valid.tolist(), strict=True) if was}
+    return [(id_, reason, True) for id_, reason in bad if id_ in valid]
 
 
 def _made_with(job: _Job, number: int) -> tuple[int, int]:

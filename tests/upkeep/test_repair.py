@@ -206,9 +206,9 @@ def test_the_threads_and_the_batch_are_those_of_the_store(
     threads, seen = torch.get_num_threads(), []
     original = networks.Features.make
 
-    def watched(self: networks.Features, sources: object, pool: object, batch_size: int, on_rows: object) -> object:
+    def watched(self: networks.Features, sources: object, pool: object, batch_size: int, *rest: object) -> object:
         seen.append((torch.get_num_threads(), batch_size))
-        return original(self, sources, pool, batch_size, on_rows)  # type: ignore[arg-type]
+        return original(self, sources, pool, batch_size, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(networks.Features, "make", watched)
     damage(path / "shards" / "000001" / "commit.json", "flip")
@@ -244,3 +244,49 @@ def test_a_recipe_that_nobody_can_make_again_is_told(
         mend(path, ds)
     assert "restore it from a copy" in str(caught.value.fix)
     assert stamps(path / "shards") == shards
+
+
+def test_a_repair_keeps_what_a_higher_limit_on_pixels_had_let_in(
+    make: Make, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make("zarr")
+    before = tree(path)
+    (features, *_) = [file for file in files_of(path / "shards" / "000001") if "features" in file.as_posix()]
+    monkeypatch.setenv("EMBCACHE_MAX_PIXELS", "1000")  # the images have 1,600
+    flip(features, 40)
+    said: list[str] = []
+    assert not mend(path, ds, say=said.append).damage
+    assert any("higher --max-pixels, at least 1,600" in line for line in said)
+    assert tree(path) == before
+
+
+def test_where_a_damaged_index_hides_what_was_valid_the_limit_on_pixels_is_asked_for(
+    make: Make, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make("hdf5")  # features and index are one file
+    before = tree(path)
+    monkeypatch.setenv("EMBCACHE_MAX_PIXELS", "1000")
+    for number in ("000000", "000001"):
+        flip(max(files_of(path / "shards" / number), key=lambda file: file.stat().st_size), 4000)
+    broken = tree(path)
+    with pytest.raises(DatasetError, match="may have had features") as caught:
+        mend(path, ds)
+    assert "--max-pixels 1600 computes them; --max-pixels 1000 leaves them out" in str(caught.value.fix)
+    assert tree(path) == broken
+    assert not mend(path, ds, max_pixels=1600).damage
+    assert tree(path) == before
+
+
+def test_an_image_that_broke_since_is_not_repaired_into_a_row_without_features(
+    make: Make, ds: ImageDataset, images: Path
+) -> None:
+    path = make("zarr")
+    for number in ("000000", "000002"):
+        flip(max(files_of(path / "shards" / number), key=lambda file: "features" in file.as_posix()), 40)
+    first = FeatureStore(path).plans()[0]
+    name = next(entry.id for entry in first if entry.id != "benign/01.png")
+    (images / name).write_bytes(b"broken")
+    with pytest.raises(DatasetError, match="shard 0 cannot be read now, and had features") as caught:
+        mend(path, ds)
+    assert repr(name) in str(caught.value)
+    assert [each.shard for each in verify_store(path).damage] == [0]  # the other one is mended
