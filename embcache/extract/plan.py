@@ -71,8 +71,11 @@ def plan_store(
             if retry_quarantined or reason == LEFT or fits_now(reason, scan.decoding.max_pixels)
         }
         cached = sum(image in held for image in members)
-        due = {entry.id: entry for _, entries in sorted(owed.items()) for entry in entries}
-        held.update(due)
+        due, copied = dict[str, PlanEntry](), dict[str, PlanEntry]()
+        for _, entries in sorted(owed.items()):
+            # Only `embcache gc` plans digests: it copies the rows that were made of those bytes.
+            (copied if any(entry.digest for entry in entries) else due).update({entry.id: entry for entry in entries})
+        held.update(copied | due)
         again.difference_update(due)
         scan.confirm(
             (path, member)

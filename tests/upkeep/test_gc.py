@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,19 @@ from typer.testing import CliRunner
 import embcache.store.commit as commit
 import embcache.upkeep.gc as gc
 from embcache.cli import app
+from embcache.data.dataset import load_dataset
 from embcache.errors import CorruptStoreError
+from embcache.extract import run
+from embcache.extract.plan import plan_store
+from embcache.extract.scan import scan_dataset
 from embcache.io import bytes_under
 from embcache.store.feature_store import FeatureStore
 from embcache.store.formats import FORMATS
 from embcache.store.lease import Lease
 from embcache.upkeep.gc import collect
 from embcache.upkeep.verify import verify_store
+from tests.extract.conftest import draw
+from tests.extract.tiny import load_tiny
 from tests.store.build import add, make_rows, make_store, plan, quick_disk, tree
 
 __all__ = ["quick_disk"]
@@ -215,3 +223,42 @@ def test_the_command_says_what_it_frees(home: Path) -> None:
     assert "freed in" in told.stdout
     assert not (home / "ds" / f".dataset.parquet-{16 * '0'}").exists()
     assert "nothing is cached" in run(app, ["gc", "--home", str(home / "none")], catch_exceptions=False).stdout
+
+
+def test_files_exchanged_while_rows_are_copied_are_found_by_an_extraction(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "bitmaps"
+    for index in range(4):
+        draw(root / "ab"[index % 2] / f"{index}.bmp", index)
+    monkeypatch.setattr(run, "load_backbone", load_tiny)
+    ds = load_dataset("folder", root)
+    (done,) = run.run_extraction(["random"], ds)
+    draw(root / "b" / "3.bmp", 9)  # so that a row is superseded
+    run.run_extraction(["random"], ds)
+    one, other, original = root / "a" / "0.bmp", root / "b" / "1.bmp", gc.commit_shard
+    for path in (one, other):
+        os.utime(path, (1.6e9, 1.6e9))
+    run.run_extraction(["random"], ds)
+    owed: list[Any] = []
+
+    def exchanged(*arguments: Any, **keywords: Any) -> None:
+        pixels = one.read_bytes(), other.read_bytes()
+        for path, content in zip((other, one), pixels, strict=True):
+            entry = FeatureStore(done.store.path).sources()[path.relative_to(root).as_posix()]
+            path.write_bytes(content)
+            os.utime(path, ns=(entry.mtime_ns, entry.mtime_ns))
+        with ThreadPoolExecutor(1) as pool:
+            scan = scan_dataset(ds, None, pool).scan
+            owed.append(plan_store(FeatureStore(done.store.path), ds, root, scan))
+        original(*arguments, **keywords)
+
+    monkeypatch.setattr(gc, "commit_shard", exchanged)
+    collect(done.store.path)
+    monkeypatch.undo()
+    monkeypatch.setattr(run, "load_backbone", load_tiny)
+    assert owed[0].changed == 2
+    run.run_extraction(["random"], ds, home=home)
+    assert FeatureStore(done.store.path).digests == {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in root.rglob("*.bmp")
+    }
