@@ -108,7 +108,12 @@ class DatasetNotFoundError(DatasetError):
 
 
 class ImageError(EmbcacheError):
-    """One image cannot be decoded. ``problem`` is the reason kept in the quarantine: one line, no path."""
+    """One image cannot be decoded. ``problem`` is the reason kept in the quarantine: one line, no path.
+
+    ``digest`` is the sha256 (hex) of the file's bytes where these could be read.
+    """
+
+    digest: str = ""
 
 
 class WeightsError(EmbcacheError):

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from embcache.data.arrays import member_pixels, member_size
-from embcache.data.budget import Decoding
+from embcache.data.budget import MAX_PIXELS, MOST_PIXELS, Decoding
 from embcache.data.checks import refuse_outside
 from embcache.data.dicom import decode_dicom, dicom_size, is_dicom
 from embcache.data.files import is_inside
@@ -154,20 +154,29 @@ def read_image(
     with _open_file(real) as file:
         size = os.fstat(file.fileno()).st_size
         if size <= _LARGE_FILE:
-            data = file.read()
-            return decode_image(data, name=path, decoding=decoding), hashlib.sha256(data).hexdigest()
+            return _decode_and_hash(file.read(), path, decoding)
         if size > _LARGEST_FILE:
             raise ImageError(f"too large: a file of {size:,} bytes, more than {_LARGEST_FILE:,}: cut it into tiles")
         with decoding.budget.hold_all():
-            data = file.read()
-            return decode_image(data, name=path, decoding=decoding), hashlib.sha256(data).hexdigest()
+            return _decode_and_hash(file.read(), path, decoding)
 
 
-def read_size(
-    dataset_root: Path | str, path: str, member: int = -1, decoding: Decoding | None = None
-) -> tuple[int, int]:
-    """(width, height) that `read_image` will give, from the header alone. Raises as `read_image` does."""
-    decoding = decoding or Decoding()
+def _decode_and_hash(data: bytes, path: str, decoding: Decoding) -> tuple[npt.NDArray[np.uint8], str]:
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        return decode_image(data, name=path, decoding=decoding), digest
+    except ImageError as error:  # so that it is known whether the file is another one later
+        error.digest = digest
+        raise
+
+
+def read_size(dataset_root: Path | str, path: str, member: int = -1) -> tuple[int, int]:
+    """(width, height) that `read_image` will give, from the header alone.
+
+    Whatever the limit on pixels: a transform that is chosen by sizes must not depend on it. Above `MOST_PIXELS`, which
+    no limit allows, it raises as `read_image` does otherwise.
+    """
+    decoding = Decoding(MOST_PIXELS)
     real = _resolve(dataset_root, path)
     if member >= 0:
         return member_size(real, member, decoding)
@@ -188,7 +197,9 @@ def read_size(
                 image = _open(io.BytesIO(data))
                 (width, height), orientation = image.size, 1
                 decoding.check_size(width, height)
-                orientation = _orientation(image) if turned and width != height else 1
+                # Finding it decodes the pixels: of larger images none is looked for, as no choice hangs on it.
+                turned &= width != height and width * height <= MAX_PIXELS
+                orientation = _orientation(image) if turned else 1
             else:
                 image = _open_with_less(file)
                 (width, height), orientation = image.size, _orientation(image)

@@ -254,14 +254,17 @@ def _samples(
     elif page.bits == 24:
         parts = table.reshape(*shape, 3).astype(np.uint32)
         parts = parts if page.big_endian else parts[..., ::-1]
-        values = _signed(parts[..., 0] << 16 | parts[..., 1] << 8 | parts[..., 2], page)
+        values = parts[..., 0] << 16 | parts[..., 1] << 8 | parts[..., 2]
+        if page.predictor == 2:
+            values = np.cumsum(values, axis=1, dtype=np.uint32) & 0xFFFFFF
+        values = _signed(values, page)
     else:
         bits = np.unpackbits(table, axis=1)[:, : columns * channels * page.bits].reshape(rows, -1, page.bits)
         whole = np.zeros(bits.shape[:2], np.uint8 if page.bits < 8 else np.uint16 if page.bits < 16 else np.uint32)
         for place in range(page.bits):
             whole = whole << 1 | bits[..., place]
         values = _signed(whole.reshape(shape), page)
-    if page.predictor == 2:
+    if page.predictor == 2 and page.bits != 24:
         values = np.cumsum(values, axis=1, dtype=values.dtype.newbyteorder("="))
     return values
 

@@ -78,7 +78,7 @@ def prepare(
         with profile.timed("decode"):
             image, digest = read_image(root, source.path, source.member, decoding)
     except ImageError as error:
-        return Prepared((), "", error.problem)
+        return Prepared((), error.digest, error.problem)
     except OSError as error:
         raise medium_failed(root / source.path, error) from error
     try:

@@ -112,8 +112,11 @@ def _same_bytes(held: PlanEntry, owed: bool, scan: Scan, path: str, member: int)
     """Whether the image's bytes are those that its row was made from, or is owed of."""
     state = scan.states[path]
     alike = (held.size, held.mtime_ns) == state[:2]
-    if owed or not held.digest:  # what is owed is read when it is computed; what could not be read has no digest
-        return alike and (owed or path not in scan.moved)
+    if owed:  # it is read when it is computed
+        return alike
+    if not held.digest:
+        # There were no bytes, or not of the image alone (array files). Another store's scan may have seen the change.
+        return alike and path not in scan.moved and (state.size == ABSENT or not scan.readable(path, member))
     return held.digest == scan.digests.get((path, member))
 
 

@@ -138,8 +138,8 @@ def extract_features(
     retry_quarantined : bool
         Look at quarantined images again, though their files have not changed.
     max_pixels : int, optional
-        Larger images are quarantined. No part of the recipe: with another limit those that it allows are looked at
-        again. Default: ``$EMBCACHE_MAX_PIXELS``, else 89,478,485.
+        Larger images are quarantined. No part of the recipe, and their sizes count for the transform all the same:
+        with another limit those that it allows are looked at again. Default: ``$EMBCACHE_MAX_PIXELS``, else 89,478,485.
 
     Returns
     -------

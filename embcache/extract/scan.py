@@ -108,8 +108,18 @@ class Scan:
             for chunk, digests in zip(chunks, pool.map(self._hash, chunks), strict=True):
                 self.digests.update((image, digest) for image, digest in zip(chunk, digests, strict=True) if digest)
 
+    def readable(self, path: str, member: int) -> bool:
+        """Whether an image can be decoded now; `DatasetError` where its file cannot be read for now."""
+        try:
+            read_image(self.root, path, member, self.decoding)
+        except ImageError:
+            return False
+        except OSError as error:
+            raise medium_failed(self.root / path, error) from error
+        return True
+
     def _hash(self, images: Sequence[tuple[str, int]]) -> list[str]:
-        return [_digest(self.root, path, member) for path, member in images]
+        return [_digest(self.root, path, member, self.decoding) for path, member in images]
 
     def learn(self, sources: Sequence[Source], digests: Sequence[str]) -> None:
         """Take over the digests of images that were just read; ``""`` is none."""
@@ -154,7 +164,7 @@ class Scan:
                 if side > 0 and member < 0 and inside[folder] and _says(f"{self.root}/{path}", side):
                     sizes.append(guess)
                 else:
-                    sizes.append(read_size(self.root, path, member, self.decoding))
+                    sizes.append(read_size(self.root, path, member))
             except ImageError:
                 sizes.append(UNREADABLE)
             except OSError as error:
@@ -162,12 +172,12 @@ class Scan:
         return sizes
 
 
-def _digest(root: Path, path: str, member: int) -> str:
+def _digest(root: Path, path: str, member: int, decoding: Decoding) -> str:
     try:
         if member < 0:
             with (root / path).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        return read_image(root, path, member)[1]
+        return read_image(root, path, member, decoding)[1]
     except (ImageError, FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:

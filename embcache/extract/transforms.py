@@ -68,7 +68,9 @@ class Transform:
         """
         height, width = image.shape[:2]
         target = _resized(self.resize, height, width)
-        if max(target[0] * target[1], height * target[1]) > MOST_RESIZED:  # the rows are resized before the columns
+        if (
+            target != (height, width) and max(target[0], height) * target[1] > MOST_RESIZED
+        ):  # the rows are resized before the columns
             raise ValueError(
                 f"an image of {width:,}×{height:,} pixels is too thin for the transform: it would become "
                 f"{target[1]:,}×{max(target[0], height):,} pixels on the way"
@@ -79,7 +81,8 @@ class Transform:
         if self.crop is not None:
             image = centre(image, self.crop)
         if image.shape[:2] != self.size:
-            raise ValueError(f"an image of {width}×{height} pixels does not become {self.size[1]}×{self.size[0]}")
+            kept = "" if self.resize else ": the images of this store keep their size"
+            raise ValueError(f"an image of {width}×{height} pixels does not become {self.size[1]}×{self.size[0]}{kept}")
         return np.ascontiguousarray(image)
 
     def geometry_dict(self) -> dict[str, object]:

@@ -382,3 +382,16 @@ def test_application_segments_never_make_a_jpeg_unreadable(marker: int, body: by
     data = encode(Image.fromarray(drawn("uint8", 3)), "JPEG")
     segment = bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
     assert np.array_equal(decode_image(data[:20] + segment + data[20:]), decode_image(data))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("order", "<>")
+def test_differences_of_24_bit_samples_wrap_at_24_bits(order: str, signed: bool) -> None:
+    values = np.random.default_rng(24).integers(0, 1 << 24, SHAPE)
+    values -= (1 << 23) if signed else 0
+    steps = np.diff(values, axis=1, prepend=0) % (1 << 24)
+    body = steps.astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:]
+    body = np.ascontiguousarray(body if order == ">" else body[:, ::-1]).tobytes()
+    tags = {"t317": 2, "t339": 2 if signed else 1, "t262": 1}
+    shades = np.rint((values - values.min()) / np.ptp(values) * 255)
+    close(decode_image(tiff(body, SHAPE, 24, order, **tags)), np.repeat(shades[..., None], 3, axis=2))

@@ -4,6 +4,7 @@ import io
 import os
 import threading
 import warnings
+import zlib
 from pathlib import Path
 
 import h5py
@@ -166,23 +167,27 @@ def test_an_empty_file_says_so() -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "GIF", "WEBP"])
-def test_the_limit_on_pixels_is_the_headers_and_no_filter_of_the_process(tmp_path: Path, format: str) -> None:
+def test_the_limit_on_pixels_is_the_headers_and_no_filter_of_the_process(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = encode(PICTURE, format)
     (tmp_path / "big").write_bytes(data)
     for action in ("ignore", "error"):
         with warnings.catch_warnings():
             warnings.simplefilter(action)  # type: ignore[arg-type]
             assert read_image(tmp_path, "big", decoding=Decoding(45))[0].shape == (5, 9, 3)
-            for read in (read_image, read_size):
-                with pytest.raises(ImageError, match=r"45 pixels, more than 44.*--max-pixels"):
-                    read(tmp_path, "big", decoding=Decoding(44))
+            with pytest.raises(ImageError, match=r"45 pixels, more than 44.*--max-pixels"):
+                read_image(tmp_path, "big", decoding=Decoding(44))
+            with monkeypatch.context() as patch:
+                patch.setenv("EMBCACHE_MAX_PIXELS", "44")
+                assert read_size(tmp_path, "big") == (9, 5)  # a size is a size
 
 
 def test_an_image_above_pillows_own_limit_is_decoded_where_it_is_allowed(tmp_path: Path) -> None:
     whole = encode(Image.new("1", (20_000, 9_000)), "PNG")  # twice the limit, at which Pillow refuses to open
-    assert read_size(tmp_path, _write(tmp_path, whole), decoding=Decoding(180_000_000)) == (20_000, 9_000)
+    assert read_size(tmp_path, _write(tmp_path, whole)) == (20_000, 9_000)
     with pytest.raises(ImageError, match="180,000,000 pixels"):
-        read_size(tmp_path, _write(tmp_path, whole))
+        read_image(tmp_path, _write(tmp_path, whole))
 
 
 def _write(folder: Path, data: bytes) -> str:
@@ -357,3 +362,15 @@ def test_a_file_of_a_few_bytes_is_not_an_image(size: int) -> None:
     for byte in (b"x", b"\0", b"\xff", b"P", b"B", b"I"):
         with pytest.raises(ImageError, match=r"not an image|cannot be decoded: (?!unpack)|no DICOM"):
             decode_image(byte * size)
+
+
+def test_the_size_of_a_huge_png_with_an_orientation_costs_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = bytearray(encode(Image.new("L", (3, 2)), "PNG", exif=exif))
+    data[16:24] = (60_000).to_bytes(4, "big") + (50_000).to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    monkeypatch.setattr(images, "_orientation", lambda image: pytest.fail("it decodes the pixels"))
+    assert read_size(tmp_path, _write(tmp_path, bytes(data))) == (60_000, 50_000)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -58,7 +59,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     decoder, bare = scanning.read_size, scanning.is_square_of
 
-    def by_decoder(root: Path, path: str, member: int, decoding: object = None) -> tuple[int, int]:
+    def by_decoder(root: Path, path: str, member: int) -> tuple[int, int]:
         paths.append(path)
         return decoder(root, path, member)
 
@@ -263,9 +264,9 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     digest = scanning._digest
 
-    def counted(root: Path, path: str, member: int) -> str:
+    def counted(root: Path, path: str, *rest: Any) -> str:
         paths.append(path)
-        return digest(root, path, member)
+        return digest(root, path, *rest)
 
     monkeypatch.setattr(scanning, "_digest", counted)
     return paths
@@ -360,6 +361,27 @@ def test_an_unreadable_image_is_tried_again_where_its_file_is_another(
     (alike / "a" / "00.bmp").write_bytes(good)
     os.utime(alike / "a" / "00.bmp", (1.6e9, 1.6e9))
     assert extracted(alike, home, monkeypatch).computed == 1
+
+
+@pytest.mark.usefixtures("settled")
+def test_each_store_finds_out_that_an_unreadable_image_was_exchanged(
+    alike: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = alike / "a" / "00.bmp"
+    good = path.read_bytes()
+    path.write_bytes(b"BM" + b"\0" * (len(good) - 2))
+    os.utime(path, (1.6e9, 1.6e9))
+    monkeypatch.setattr(run, "load_backbone", load_tiny)
+    dataset = load_dataset("folder", alike)
+    views = (1, 2)  # a store each
+    for number in views:
+        (done,) = run.run_extraction(["random"], dataset, home=home, views=number)
+        assert done.store.digests["a/00.bmp"] == first_bytes(path)
+    path.write_bytes(good)
+    os.utime(path, (1.6e9, 1.6e9))
+    for number in views:
+        (done,) = run.run_extraction(["random"], dataset, home=home, views=number)
+        assert (done.computed, done.quarantined) == (1, {})
 
 
 @pytest.mark.usefixtures("settled")

@@ -185,3 +185,9 @@ def test_real_images_come_out_as_torchvision_makes_them(shared_data: Path) -> No
         transform = choose_transform(RANDOM, "paper", {image.size, (1, 1)})
         expected = oracle.Compose([oracle.Resize((256, 256)), oracle.CenterCrop(224)])(image)
         np.testing.assert_array_equal(transform.geometry(np.asarray(image)), np.asarray(expected))
+
+
+def test_a_large_image_among_those_that_keep_their_size_is_not_called_thin() -> None:
+    kept = choose_transform(find_backbone("random"), "paper", {(40, 40)})
+    with pytest.raises(ValueError, match="6000×6000 pixels does not become 40×40: the images of this store keep their"):
+        kept.geometry(np.broadcast_to(np.uint8(0), (6000, 6000, 3)))
