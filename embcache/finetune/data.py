@@ -40,7 +40,7 @@ class Images:
     Attributes
     ----------
     digests : mapping of id to str
-        sha256 (hex) of the images' bytes.
+        sha256 (hex) of the bytes of the images that can be used.
     quarantined : mapping of id to str
         Why an image cannot be decoded or does not have the frame's size.
     """
@@ -234,6 +234,6 @@ def _sources(ds: ImageDataset) -> list[Source]:
 
 def _images(ids: Sequence[str], digests: Sequence[str], reasons: Sequence[str]) -> Images:
     return Images(
-        {name: digest for name, digest in zip(ids, digests, strict=True) if digest},
+        {name: digest for name, digest, reason in zip(ids, digests, reasons, strict=True) if digest and not reason},
         {name: reason for name, reason in zip(ids, reasons, strict=True) if reason},
     )

@@ -214,8 +214,12 @@ class FeatureStore:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """Sha256 of the image's bytes, by id, of the shown rows for which it is known."""
-        return {self._live.ids[i]: self._live.digests[i] for i in self._shown if self._live.digests[i]}
+        """Sha256 of the image's bytes, by id, of the shown and readable rows for which it is known.
+
+        Not of quarantined ones: two files that are cut to nothing are not one image of two patients.
+        """
+        live = self._live
+        return {live.ids[i]: live.digests[i] for i in self._usable if live.digests[i]}
 
     def restrict(self, ids: Iterable[str]) -> FeatureStore:
         """Return the same store showing only ``ids``, in their order; those that it does not hold are passed over."""

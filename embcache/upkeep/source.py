@@ -73,7 +73,8 @@ def check_source(
         raise DatasetNotFoundError(
             f"the images of {dataset.name} are not here", expected=str(root) if root else None, fix="--data-root FOLDER"
         )
-    held = {**dict.fromkeys(store.quarantined, ""), **store.digests}
+    rows = store.sources()
+    held = {id_: rows[id_].digest or "" for id_ in (*store.quarantined, *store.digests)}
     columns = [dataset.table[name].tolist() for name in ("id", "path", "member")]
     sources = [Source(*row) for row in zip(*columns, strict=True) if row[0] in held]
     changed, missing, done = [], [], 0

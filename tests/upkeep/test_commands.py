@@ -78,6 +78,15 @@ def test_a_refused_repair_is_one_message_and_status_1(
     assert tree(path) == before
 
 
+def test_a_repaired_link_leaves_the_numbers_of_the_store(make: Make, tmp_path: Path) -> None:
+    path = make("zarr")
+    (path / "staging").rmdir()
+    (path / "staging").symlink_to(tmp_path)
+    told = run("verify", "--repair", "--json", "-")
+    (answer,) = json.loads(told.stdout)["stores"]
+    assert (told.exit_code, answer["shards"], answer["rows"], answer["repaired"]["left"]) == (0, 3, 20, [])
+
+
 def test_bad_requests(make: Make, home: Path) -> None:
     with pytest.raises(StoreNotFoundError, match="nothing is cached"):
         run("verify")
