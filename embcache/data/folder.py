@@ -46,7 +46,19 @@ def read_folder(root: Path, name: str, columns: Columns = Columns()) -> ImageDat
     splits = [split for _, _, split in layout.rows]
     cells = {"id": paths, "path": paths, "group": paths, "split": splits}
     labels = [label for _, label, _ in layout.rows]
-    return _dataset(layout.root, name, cells, labels, columns, [UNGROUPED, *layout.notes], layout.root)
+    notes = [UNGROUPED, *_inner_folders(layout.rows), *layout.notes]
+    return _dataset(layout.root, name, cells, labels, columns, notes, layout.root)
+
+
+def _inner_folders(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    """A note where class folders have folders of several images, which may be patients."""
+    images = Counter(path.rpartition("/")[0] for path, _, _ in rows)
+    classes = {(label, split) for _, label, split in rows}
+    several = sum(n > 1 for n in images.values())
+    if several <= max(len(classes), 3):
+        return []
+    told = f"{len(images):,} folders within the class folders are not taken for groups"
+    return [f"{told}: if they are patients, a table of path,label,group keeps the images of each together"]
 
 
 def read_label_table(file: Path, name: str, columns: Columns = Columns()) -> ImageDataset:

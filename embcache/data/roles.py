@@ -58,6 +58,21 @@ _GROUPS = tuple(  # coarse to fine: of columns that nest in each other both ways
 )
 
 
+_PLACEHOLDERS = {
+    "unknown",
+    "unk",
+    "not known",
+    "anonymous",
+    "anonymized",
+    "missing",
+    "-",
+    "--",
+    "?",
+    "0",
+    "-1",
+    "x",
+    "xxx",
+}
 _PEOPLE = re.compile(
     r"birth|dob$|mrn|accession|address|phone|email|ssn$|insurance|physician|doctor|operator|surname|^name$|"
     r"(?:patients?|subject|person|participant|first|last|middle|family|given|full|maiden)names?$"
@@ -285,7 +300,21 @@ def _as_groups(values: Sequence[str], ids: Sequence[str]) -> tuple[list[str], li
     # Counted and not listed: they may name patients, and notes are printed in reports.
     told = f"{several:,} names of groups differ from others only in Unicode form, spaces or invisible characters"
     notes = [f"{told}: they are one group"] if several else []
-    return groups, notes
+    return groups, [*notes, *_doubtful(groups)]
+
+
+def _doubtful(groups: Sequence[str]) -> list[str]:
+    """Notes on groups that may not be what they seem; they are counted and not named."""
+    size = Counter(groups)
+    spellings = Counter(name.casefold() for name in size)
+    alike = sum(n for n in spellings.values() if n > 1)
+    notes = [f"{alike:,} groups differ from another only in letter case: each is a group of its own"] if alike else []
+    standing = sorted(name for name in size if name.casefold() in _PLACEHOLDERS and size[name] > 1)
+    notes += [
+        f"{size[name]:,} images are one group called {name!r}: if that stands for not known, leave such cells empty"
+        for name in standing
+    ]
+    return notes
 
 
 def may_name_people(column: str) -> bool:

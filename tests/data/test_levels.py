@@ -252,3 +252,9 @@ def test_folders_nested_without_end_are_refused(tmp_path: Path, levels: int) -> 
     fill(tmp_path, *CLASSES)
     with pytest.raises(DatasetError, match="nested too deep"):
         load_dataset("folder", tmp_path)
+
+
+def test_folders_of_several_images_within_a_class_are_noted(tmp_path: Path) -> None:
+    fill(tmp_path, *(f"{c}/{c[0]}{k}/{i}.png" for c in ("neg", "pos") for k in range(4) for i in range(2)))
+    notes = load_dataset("folder", tmp_path).notes
+    assert any(note.startswith("8 folders within the class folders are not taken for groups") for note in notes)

@@ -275,3 +275,11 @@ def test_images_beside_a_table_that_it_does_not_name_are_counted(tmp_path: Path)
     told = "2 of 6 images beside the table are not named in it and are left out (images/4.png, images/5.png)"
     assert told in notes
     assert any(note.endswith("left out: 1 .svs") for note in notes)
+
+
+def test_groups_that_may_not_be_what_they_seem_are_noted(tmp_path: Path) -> None:
+    pid = patients(1)
+    pid[1], pid[2], pid[3] = pid[0].upper(), "unknown", "unknown"
+    notes = table(tmp_path, {"patient": pid}).notes
+    assert "2 groups differ from another only in letter case: each is a group of its own" in notes
+    assert "2 images are one group called 'unknown': if that stands for not known, leave such cells empty" in notes
