@@ -71,7 +71,7 @@ def check_suffix(path: Path, flag: str, *suffixes: str) -> Path:
     suffix = path.suffix.lower()
     if suffix and suffix not in suffixes and not (path.exists() and not path.is_file()):
         raise UsageError(
-            f"{path.suffix} is not what would be written there",
+            f"the suffix {path.suffix} says something else than would be written",
             expected=" or ".join(suffixes) or "the name of a folder", found=str(path), where=flag,
             fix=f"{flag} {path.with_suffix(suffixes[0] if suffixes else '')}",
         )  # fmt: skip

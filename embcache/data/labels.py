@@ -283,7 +283,8 @@ def label_notes(labels: Sequence[str], class_names: Sequence[str]) -> list[str]:
     """
     counts = Counter(label for label in labels if label)
     notes = [
-        f"class {name!r} ({counts[name]:,} images) reads like a missing value: leave such cells empty, or --drop-class"
+        f"class {name!r} ({counts[name]:,} images) reads like a missing value: leave such cells empty, or "
+        f"embcache probe --drop-class {name}"
         for name in class_names
         if name.casefold() in _MISSING_WORDS
     ]

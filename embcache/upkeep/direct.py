@@ -173,8 +173,9 @@ def check_direct(
     ids = store.ids[chosen].tolist()
     with torch_threads(header.threads):
         direct, readable, digests = _compute(maker, dataset, ids, header.batch_size, header.rows_per_shard, decoding)
-        changed = [id_ for id_, digest in zip(ids, digests, strict=True) if _other(digest, store.digests.get(id_))]
-        unreadable = [id_ for id_, there in zip(ids, readable, strict=True) if not there and id_ not in changed]
+        unreadable = [id_ for id_, there in zip(ids, readable, strict=True) if not there]
+        other = [id_ for id_, digest in zip(ids, digests, strict=True) if _other(digest, store.digests.get(id_))]
+        changed = [id_ for id_ in other if id_ not in unreadable]
         kept = np.array([id_ not in {*changed, *unreadable} for id_ in ids], dtype=bool)
         if not kept.any():
             return DirectCheck(0, tuple(changed), tuple(unreadable), float("inf"), 0.0, "", 0.0, None)

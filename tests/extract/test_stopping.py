@@ -94,7 +94,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(Path(str(answer["store"])))
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130)])
 def test_the_first_signal_commits_the_shard_at_hand_and_says_how_to_go_on(
     images: Path, home: Path, whole: dict[str, bytes], number: int, status: int
 ) -> None:
@@ -119,7 +119,7 @@ def test_the_first_signal_commits_the_shard_at_hand_and_says_how_to_go_on(
     assert contents(store) == whole
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143)])
 def test_the_second_signal_stops_at_once(
     images: Path, home: Path, whole: dict[str, bytes], number: int, status: int
 ) -> None:
