@@ -62,7 +62,7 @@ def test_another_unicode_form_finds_its_file(tmp_path: Path, written: str, store
         ([n[:-3] + "jpg" for n in NAMES], "4 with another suffix: train/0.jpg is there as", "write the paths"),
         ([n[6:] for n in NAMES], "4 with another folder: 0.PNG is there as train/0.PNG", "write train/ before every"),
         ([n[6:-4] for n in NAMES], "4 with another folder and suffix: 0 is there as train/0.PNG", "write the paths"),
-        (["/elsewhere/x/" + n for n in NAMES], "4 with another folder: /elsewhere/x/train/0.PNG is there as train/0.PNG",
+        (["/away/x/" + n for n in NAMES], "4 with another folder: /away/x/train/0.PNG is there as train/0.PNG",
          "write the paths"),
         (["C:\\data\\0.PNG", *NAMES[1:]], "1 with another folder: C:\\data\\0.PNG is there as train/0.PNG",
          "write the paths"),
