@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check golden docs torture fuzz bench format clean
+.PHONY: demo test check stats golden docs torture fuzz bench format clean
 
 demo: .venv/installed
 	$(BIN)/embcache demo
@@ -14,6 +14,10 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Lines, files, wide functions, import cycles …; LIST=--list names what counts.
+stats: .venv/installed
+	$(BIN)/python tools/stats.py $(LIST)
 
 # Splits, features and scores of the working tree beside those of another revision: make golden BASE=REV.
 BASE ?= HEAD

@@ -1,4 +1,4 @@
-"""The errors a user can mend, as one tree.
+"""The errors that a user can fix, as one tree.
 
 ::
 
@@ -49,12 +49,14 @@ def printable(text: str) -> str:
 
 
 class EmbcacheError(Exception):
-    """An error a user can mend.
+    """An error that a user can fix.
 
     Parameters
     ----------
     problem : str
         One sentence: what is wrong.
+    code : str
+        Stable name of the error for scripts and tests, such as ``"unknown-option"``.
     expected, found : str, optional
         What should have been there, and what is.
     where : object, optional
@@ -67,12 +69,13 @@ class EmbcacheError(Exception):
         self,
         problem: str,
         *,
+        code: str = "",
         expected: str | None = None,
         found: str | None = None,
         where: object = None,
         fix: str | Sequence[str] | None = None,
     ) -> None:
-        self.problem, self.expected, self.found, self.where = problem, expected, found, where
+        self.problem, self.code, self.expected, self.found, self.where = problem, code, expected, found, where
         advice = [fix] if isinstance(fix, str) else fix or ()
         self.fix = ", or ".join(filter(_may_advise, advice)) or None
         parts = (("expected", expected), ("found", found), ("where", where), ("try", self.fix))

@@ -17,11 +17,14 @@ from tests.store.build import add, make_store, make_table
 PACKAGE = Path(embcache.__file__).parent
 
 # Each part may import itself and the parts named here.
-_BASE = {"cores", "errors", "io", "memory", "notebook", "paths", "typed"}
+_BASE = {"config", "cores", "errors", "io", "log", "memory", "notebook", "paths", "registry", "typed"}
 _STAGE = _BASE | {"data", "store"}
 _LIBRARY = _STAGE | {"extract", "probe", "finetune", "analysis"}
 ALLOWED = {
+    "config": {"errors", "typed"},
     "cores": set(),
+    "log": set(),
+    "registry": {"errors"},
     "errors": set(),
     "io": {"errors", "paths"},
     "memory": set(),

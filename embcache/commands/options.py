@@ -7,13 +7,15 @@ import inspect
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from embcache.commands.output import echo, json_text
+from embcache.config import Config, option_of
+from embcache.config import split_list as split_list
 from embcache.errors import UsageError, advise_only
 from embcache.io import write_output
 
@@ -187,24 +189,6 @@ OverlapOption = Annotated[
 ]
 
 
-def split_list(values: Sequence[str] | None) -> list[str]:
-    """Flatten repeated and comma-separated values; order kept, repeats dropped.
-
-    Raises
-    ------
-    UsageError
-        A value between two commas is empty.
-    """
-    names: list[str] = []
-    for value in values or ():
-        for name in value.split(","):
-            if not name.strip():
-                raise UsageError("an empty name in a list", found=repr(value), fix="separate names by single commas")
-            if name.strip() not in names:
-                names.append(name.strip())
-    return names
-
-
 def echo_near(names: Sequence[str], home: Path | None) -> None:
     """Print which datasets that are cached may be meant by names of which nothing is."""
     from embcache.data.snapshot import cached_names, near_names
@@ -226,6 +210,71 @@ def advise_by(context: typer.Context) -> None:
     if command is not None:
         advise_only(flag for option in command.params for flag in (*option.opts, *option.secondary_opts))
         context.call_on_close(lambda: advise_only(None))
+
+
+class Skip:
+    """In ``Annotated[SomeConfig, Skip("field")]``: fields that a command does not offer as options."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
+def takes_configs(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn each keyword-only parameter that is annotated with a config into one option per field of that config."""
+    hints = get_type_hints(command, include_extras=True)
+    own, made = [], []
+    configs: dict[str, dict[str, Any]] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if not (isinstance(kind, type) and issubclass(kind, Config)):
+            own.append(parameter.replace(annotation=hint))
+            continue
+        skipped = {name for extra in extras if isinstance(extra, Skip) for name in extra.names}
+        options = _options(kind, skipped)
+        configs[parameter.name] = {option.name: kind for option in options}
+        made += options
+
+    @functools.wraps(command)
+    def run(*args: Any, **given: Any) -> None:
+        for parameter, names in configs.items():
+            kind = next(iter(names.values()))
+            values = {name: given.pop(name) for name in names}
+            parsers = {f.name: option_of(f).parse for f in fields(kind)}
+            typed = {name: value for name, value in values.items() if value not in (None, [])}
+            given[parameter] = kind(
+                **{name: parse(value) if (parse := parsers[name]) else value for name, value in typed.items()}
+            )
+        command(*args, **given)
+
+    order = sorted([*own, *made], key=lambda p: p.kind)
+    run.__signature__ = inspect.Signature(order)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in order}
+    return run
+
+
+def _options(kind: type[Config], skipped: set[str]) -> list[inspect.Parameter]:
+    """Typer's options of a config; what several texts make, or what is parsed, is taken as text."""
+    hints, options = get_type_hints(kind), []
+    for f in fields(kind):
+        known, hint, default = option_of(f), hints[f.name], f.default
+        if f.name in skipped or known.flag == "-":
+            continue
+        annotation: Any = hint
+        if get_origin(hint) in (tuple, Mapping):
+            annotation, default = list[str] | None, None
+        elif known.parse is not None:
+            annotation = str | None
+        bases = [base for base in kind.__mro__ if f.name in vars(base).get("__annotations__", {})]
+        heading: str = vars(bases[0])["heading"]
+        flag = known.flag or f"--{f.name.replace('_', '-')}"
+        shown = typer.Option(flag, metavar=known.metavar or None, help=known.help, rich_help_panel=heading)
+        options.append(
+            inspect.Parameter(
+                f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, shown]
+            )
+        )
+    return options
 
 
 def takes_columns(command: Callable[..., None]) -> Callable[..., None]:

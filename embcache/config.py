@@ -1,0 +1,502 @@
+"""Configs: one frozen dataclass per journey, from which options, Python keywords, worker JSON and run IDs derive.
+
+A new option is one field: `option` gives its help, bounds and whether a result depends on it. Importing this module
+imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+
+from embcache.errors import UsageError
+from embcache.typed import typed
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of a field besides its name, type and default.
+
+    Attributes
+    ----------
+    help : str
+        One sentence for ``--help``.
+    metavar : str
+        What the value looks like.
+    flag : str
+        The command-line flag, where it is not the field's name; ``--a/--no-a`` for booleans that are on by default.
+        ``"-"``: not on the command line.
+    result : bool
+        Whether a result depends on the value: then a value other than the default is part of the run's ID.
+    choices : tuple of str
+        All values there are.
+    least, most : float, optional
+        Bounds of a number.
+    parse : callable, optional
+        The value from the text typed on the command line (from a list of texts for tuples and mappings).
+    """
+
+    help: str
+    metavar: str = ""
+    flag: str = ""
+    result: bool = False
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    most: float | None = None
+    parse: Callable[[Any], Any] | None = None
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A field of a config with its default; ``more`` are the fields of `Option`."""
+    metadata = {"option": Option(help, **more)}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: types.MappingProxyType(dict(default)), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def option_of(f: dataclasses.Field[Any]) -> Option:
+    """The `Option` of a config's field."""
+    found: Option = f.metadata["option"]
+    return found
+
+
+def flag_of(f: dataclasses.Field[Any]) -> str:
+    """The command-line flag of a config's field, ``--no-`` form left out."""
+    return (option_of(f).flag or f"--{f.name.replace('_', '-')}").split("/")[0]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of all configs: values are checked and normalized when one is made.
+
+    A single value stands for a tuple of one, a list for a tuple, and any path-like object for a path.
+
+    Raises
+    ------
+    UsageError
+        A value is out of bounds or of another type.
+    """
+
+    heading: ClassVar[str] = "Options"
+    """Under which ``--help`` lists the options."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in fields(self):
+            value = _normal(getattr(self, f.name), hints[f.name])
+            object.__setattr__(self, f.name, value)
+            _check(f, value, hints[f.name])
+
+    @classmethod
+    def make(cls, base: Self | None = None, options: Mapping[str, Any] | None = None) -> Self:
+        """``base``, or the defaults, with some options set.
+
+        Raises
+        ------
+        UsageError
+            There is no such option, or its value cannot be used.
+        """
+        check_keys(options or {}, [f.name for f in fields(cls)], cls.__name__)
+        return dataclasses.replace(base or cls(), **(options or {}))
+
+    def result_options(self) -> dict[str, Any]:
+        """Options that a result depends on and that differ from their defaults, as JSON data for a run's ID."""
+        plain = self.to_json()
+        usual = type(self)().to_json()
+        names = [f.name for f in fields(self) if option_of(f).result]
+        return {name: plain[name] for name in names if plain[name] != usual[name]}
+
+    def to_json(self) -> dict[str, Any]:
+        """All options as JSON data."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`.
+
+        Raises
+        ------
+        ValueError
+            A key is unknown, or a value is not of its type.
+        """
+        return typed(cls, data)  # type: ignore[no-any-return]
+
+
+def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raise a `UsageError` for keys that are not known, with the nearest that is."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            raise UsageError(
+                f"unknown option {name!r}" + (f"; did you mean {near[0]}?" if near else ""),
+                code="unknown-option", expected=", ".join(known), where=where,
+            )  # fmt: skip
+
+
+def _arguments(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the type alone."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _normal(value: Any, hint: Any) -> Any:
+    if value is None:
+        return None
+    kinds = [get_origin(kind) or kind for kind in _arguments(hint)]
+    if tuple in kinds:
+        many = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+        inner = next(get_args(kind)[0] for kind in _arguments(hint) if get_origin(kind) is tuple)
+        return tuple(_normal(each, inner) for each in many)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value) if int not in kinds else value
+    if isinstance(value, os.PathLike):
+        return Path(value) if Path in kinds else str(Path(value))
+    if Path in kinds and isinstance(value, str):
+        return Path(value)
+    if Mapping in kinds:
+        return types.MappingProxyType(dict(value))
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    return any(_fits_one(value, kind, get_origin(kind) or kind) for kind in _arguments(hint))
+
+
+def _fits_one(value: Any, kind: Any, origin: Any) -> bool:
+    if origin is Any:
+        return True
+    if origin is tuple:
+        inner = get_args(kind)
+        if not isinstance(value, tuple):
+            return False
+        if inner[-1] is Ellipsis:
+            return all(_fits(each, inner[0]) for each in value)
+        return len(inner) == len(value) and all(map(_fits, value, inner))
+    if origin is int and isinstance(value, bool):
+        return False
+    return isinstance(value, origin)
+
+
+def _check(f: dataclasses.Field[Any], value: Any, hint: Any) -> None:
+    known, flag = option_of(f), flag_of(f)
+    if not _fits(value, hint):
+        raise UsageError(
+            f"{flag} has a value of another type", code="option-type",
+            expected=known.metavar or str(hint), found=repr(value)[:80], where=flag,
+        )  # fmt: skip
+    for each in value if isinstance(value, tuple) else (value,):
+        if each is None:
+            continue
+        if known.choices and each not in known.choices:
+            near = difflib.get_close_matches(str(each), known.choices, n=1)
+            raise UsageError(
+                f"unknown value for {flag}", code="option-choice", expected=" | ".join(known.choices),
+                found=repr(each)[:80], where=flag, fix=f"{flag} {(near or known.choices)[0]}",
+            )  # fmt: skip
+        if isinstance(each, int | float) and not isinstance(each, bool):
+            low = -math.inf if known.least is None else known.least
+            high = math.inf if known.most is None else known.most
+            if not (math.isfinite(each) and low <= each <= high):
+                raise UsageError(
+                    f"{flag} is out of bounds", code="option-bounds", expected=f"{low:,} to {high:,}",
+                    found=str(each)[:40], where=flag, fix=f"{flag} {low if each < low else high:g}",
+                )  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def split_list(values: str | Sequence[str] | None) -> list[str]:
+    """Flatten repeated and comma-separated values; order is kept, repeats are dropped.
+
+    Raises
+    ------
+    UsageError
+        A value between two commas is empty.
+    """
+    names: list[str] = []
+    for value in [values] if isinstance(values, str) else values or ():
+        for name in value.split(","):
+            if not name.strip():
+                raise UsageError(
+                    "an empty name in a list", code="empty-name", found=repr(value), fix="separate names by one comma"
+                )
+            if name.strip() not in names:
+                names.append(name.strip())
+    return names
+
+
+def parse_numbers(values: Sequence[str]) -> tuple[float, ...]:
+    """Numbers from repeated or comma-separated texts."""
+    found = []
+    for text in split_list(values):
+        try:
+            found.append(float(text))
+        except ValueError as error:
+            raise UsageError("a number was expected", code="not-a-number", found=repr(text), fix="1e-3") from error
+    return tuple(found)
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """``I/N`` as two numbers."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and len(text) <= 24 and 1 <= int(index) <= int(count)):
+        raise UsageError(
+            "--part is not of the form I/N", code="option-part", expected="I/N with 1 <= I <= N", found=repr(text),
+            where="--part", fix="--part 1/4",
+        )  # fmt: skip
+    return int(index), int(count)
+
+
+def parse_pairs(values: Sequence[str]) -> dict[str, Any]:
+    """Values by name from ``NAME=VALUE`` texts; a value is JSON (a number, a list …), else text."""
+    found: dict[str, Any] = {}
+    for pair in values:
+        name, equals, text = (part.strip() for part in pair.partition("="))
+        if not (name and equals and text) or name in found:
+            raise UsageError(
+                "an option of the head is malformed", code="head-option", expected="NAME=VALUE, each name once",
+                found=repr(pair), where="--head-option", fix="--head-option proj_dim=256",
+            )  # fmt: skip
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        found[name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def parse_count_or_share(text: str) -> int | str:
+    """A number of images, or a percentage such as ``1%`` as it is."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 13 else text
+
+
+MOST_FOLDS = MOST_REPEATS = MOST_VIEWS = 1_000
+MOST_SEED = 2**62  # one is added for each repeat, and torch takes 63 bits
+
+
+@dataclass(frozen=True)
+class DatasetRef(Config):
+    """Where a dataset is, and how its table is read.
+
+    The name of the dataset itself is an argument of its own: several can be read alike.
+    """
+
+    heading: ClassVar[str] = "Dataset options"
+
+    data_root: Path | None = option(
+        None, "Folder of the dataset, or its table. [default: $EMBCACHE_DATA/NAME or ./data/NAME]", metavar="FOLDER"
+    )
+    name: str | None = option(
+        None, "Name of a `folder` dataset. [default: its folder's name and a hash]", metavar="NAME"
+    )
+    path_column: str = option("", "Column of a table with the paths of the images.", metavar="NAME")
+    label_column: str = option("", "Column of a table with the labels.", metavar="NAME")
+    group_column: str = option(
+        "",
+        "Column of a table with patients, slides …; no split divides a group. [default: group, or a usual name]",
+        metavar="NAME",
+    )
+    split_column: str = option("", "Column of a table with train, val or test.", metavar="NAME")
+    id_column: str = option("", "Column of a table with the IDs of the images.", metavar="NAME")
+    allow_missing: bool = option(False, "Skip images that are listed but missing.")
+    drop_class: tuple[str, ...] = option(
+        (), "Leave out the images of a class; repeatable or comma-separated.", metavar="NAME[,NAME…]", parse=split_list
+    )
+    merge_class: tuple[str, ...] = option((), "Merge classes under a new name; repeatable.", metavar="A+B=NEW")
+    target: str | None = option(
+        None, "Column of the dataset's table to predict instead of its labels.", metavar="COLUMN"
+    )
+
+
+@dataclass(frozen=True)
+class ExtractConfig(Config):
+    """How features are extracted."""
+
+    heading: ClassVar[str] = "Extraction options"
+
+    weights: tuple[str, ...] = option(
+        (), "Checkpoint of a backbone; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
+    )
+    transform: str | None = option(
+        None,
+        "paper: 256×256, center crop 224, images up to 224 as they are. imagenet: shorter side 256, center crop 224. "
+        "model: the preprocessing of a timm: backbone. [default: paper; model for timm: backbones]",
+        metavar="paper|imagenet|model", choices=("paper", "imagenet", "model"),
+    )  # fmt: skip
+    device: str = option(
+        "auto", "auto, cpu, cuda:0, …; several share the work in one process each.", metavar="NAME[,NAME…]"
+    )
+    precision: str = option(
+        "fp32", "Precision of the network; part of the recipe.", metavar="fp32|tf32|bf16|fp16",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+    )  # fmt: skip
+    batch_size: int | None = option(
+        None, "Images per batch. [default: that of the store; for a new store 16 on a CPU, 64 on a GPU]", metavar="N",
+        least=1, most=1 << 16,
+    )  # fmt: skip
+    workers: int | None = option(
+        None, "Threads that decode images. [default: one per core, at most 8]", metavar="N", least=1, most=1 << 10
+    )
+    rows_per_shard: int | None = option(
+        None,
+        "Images that are computed and committed together in a new store; Ctrl-C waits for them. [default: 64 on a CPU, "
+        "4096 on a GPU; more above 131,072 and 8,388,608 images]",
+        metavar="N", least=1, most=1 << 20,
+    )  # fmt: skip
+    format: str | None = option(
+        None, "File format of a new store. [default: zarr]", metavar="zarr|hdf5", choices=("zarr", "hdf5")
+    )
+    part: tuple[int, int] | None = option(
+        None, "Compute only the I-th of N parts, for array jobs.", metavar="I/N", parse=parse_part
+    )
+    views: int = option(
+        1, "Views per image: the plain one and V - 1 augmented ones, in a store of its own.", metavar="V",
+        least=1, most=MOST_VIEWS,
+    )  # fmt: skip
+    feature_dtype: str = option(
+        "float32", "Data type of the stored features; part of the recipe.", metavar="float32|float16",
+        choices=("float32", "float16"),
+    )  # fmt: skip
+    on_error: str = option(
+        "quarantine", "Skip an image that cannot be used and record the reason, or stop at the first one.",
+        metavar="quarantine|fail", choices=("quarantine", "fail"),
+    )  # fmt: skip
+    max_bad: int | str = option(
+        "1%", "Maximum number or percentage of unreadable images.", metavar="N|P%", parse=parse_count_or_share
+    )
+    retry_quarantined: bool = option(False, "Try quarantined images again, even if they have not changed.")
+    max_pixels: int | None = option(
+        None, "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]", metavar="N",
+        least=1,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
+            parse_part(f"{self.part[0]}/{self.part[1]}")
+
+
+@dataclass(frozen=True)
+class ProtocolConfig(Config):
+    """The protocol that probing and finetuning share: folds, subsets, validation, test set, metric."""
+
+    heading: ClassVar[str] = "Protocol options"
+
+    folds: int = option(
+        5, "Number of folds of the cross-validation.", metavar="K", result=True, least=2, most=MOST_FOLDS
+    )
+    seed: int = option(
+        0, "Seed of folds, subsets, initial weights, order and dropout.", metavar="N", result=True,
+        least=0, most=MOST_SEED,
+    )  # fmt: skip
+    val: str = option(
+        "full", "Validate on the whole fold, or on as many images as are trained on, balanced.",
+        metavar="full|matched", result=True, choices=("full", "matched"),
+    )  # fmt: skip
+    test: str = option(
+        "local",
+        "Where the labels of the official test set are not public: hold out 20 % of the labeled images, or nothing.",
+        metavar="local|official", result=True, choices=("local", "official"),
+    )  # fmt: skip
+    exclude_test_overlap: bool = option(
+        False, "Leave out training images that share a group with the official test set.", result=True
+    )
+    splits: str | None = option(
+        None, "Use the splits of a file, or of a registered name, instead of drawing them.", metavar="FILE|NAME"
+    )
+    metric: str | None = option(
+        None, "Metric that scores models and chooses epochs. [default: that of the dataset]", metavar="NAME"
+    )
+    positive: str | None = option(
+        None,
+        "Positive class of two. [default: the one not named normal, benign, negative, no …, 0 and the like; else the "
+        "second]",
+        metavar="CLASS",
+    )
+
+
+@dataclass(frozen=True)
+class ProbeConfig(ProtocolConfig):
+    """How heads are trained on cached features."""
+
+    heading: ClassVar[str] = "Probe options"
+
+    head: str = option("linear", "Head to train; see `embcache heads`.", metavar="NAME")
+    head_options: Mapping[str, Any] = option(
+        {}, "Hyperparameter of the head; repeatable.", metavar="NAME=VALUE", flag="--head-option", parse=parse_pairs
+    )
+    lr: tuple[float, ...] = option(
+        (), "Learning rate; of several, each fold keeps the best on validation. [default: 1e-3]",
+        metavar="RATE[,RATE…]", result=True, parse=parse_numbers,
+    )  # fmt: skip
+    repeats: int = option(
+        1, "Repeat everything R times with seeds N, N + 1, …", metavar="R", result=True, least=1, most=MOST_REPEATS
+    )
+    views: int = option(
+        1, "Train on V cached views per image, drawn anew in each epoch.", metavar="V", result=True,
+        least=1, most=MOST_VIEWS,
+    )  # fmt: skip
+    recipe: str | None = option(
+        None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX"
+    )
+    buffer: int | None = option(
+        None, "Stream features from their shards through a shuffle buffer of N rows. [default: all in memory]",
+        metavar="N", result=True, least=1, most=1 << 40,
+    )  # fmt: skip
+    device: str = option("cpu", "Device on which heads are trained: cpu, cuda, cuda:0, …", metavar="NAME")
+    again: bool = option(False, "Train even if a saved result answers the same question.")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(ProtocolConfig):
+    """How backbones and a head are trained together on images."""
+
+    heading: ClassVar[str] = "Finetuning options"
+
+    head: str = option("linear", "linear, mlp, or a head that fuses backbones: dvme, …", metavar="NAME")
+    weights: tuple[str, ...] = option(
+        (), "Checkpoint of a backbone; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
+    )
+    transform: str | None = option(
+        None, "As for extract; the crop is random in training. [default: paper; model for timm: backbones]",
+        metavar="paper|imagenet|model", choices=("paper", "imagenet", "model"),
+    )  # fmt: skip
+    device: str = option("auto", "auto, cpu, cuda:0, …", metavar="NAME")
+    precision: str = option(
+        "fp32", "fp32 or bf16; with CUDA also tf32 and fp16.", metavar="KIND", choices=("fp32", "tf32", "bf16", "fp16")
+    )
+    lr: float | None = option(None, "Learning rate. [default: 1e-3; with dino 1e-4]", metavar="RATE")
+    batch_size: int | None = option(
+        None, "Images per step. [default: 64; with dino 16]", metavar="N", least=1, most=1 << 16
+    )
+    accumulate: int = option(
+        1, "Number of parts in which a batch is computed, to save memory.", metavar="N", result=True,
+        least=1, most=1 << 16,
+    )  # fmt: skip
+    max_epochs: int = option(50, "Maximum number of epochs.", metavar="N", result=True, least=1, most=100_000)
+    workers: int | None = option(
+        None, "Threads that prepare images. [default: one per core, at most 8]", metavar="N", least=0, most=1 << 10
+    )
+    max_pixels: int | None = option(
+        None, "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]", metavar="N",
+        least=1,
+    )  # fmt: skip
+    pixel_cache: bool = option(
+        True, "Keep decoded, resized images for later epochs and runs.", flag="--pixel-cache/--no-pixel-cache"
+    )
+    models: bool = option(True, "Keep the model of each fold, for `embcache predict`.", flag="--models/--no-models")
+    resume: bool = option(False, "Continue an interrupted run of the same request.")
+    again: bool = option(False, "Train from the beginning even if a saved result answers the same question.")

@@ -1,0 +1,77 @@
+"""One field of a config is one option of the command line, one keyword, one key of JSON, one part of a run's ID."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from embcache.commands.options import Skip, takes_configs
+from embcache.config import Config, DatasetRef, ExtractConfig, FinetuneConfig, ProbeConfig, option
+from embcache.errors import UsageError
+
+CONFIGS = (DatasetRef, ExtractConfig, ProbeConfig, FinetuneConfig)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_json_reads_back(kind: type[Config]) -> None:
+    assert kind.from_json(kind().to_json()) == kind()
+
+
+def test_a_default_is_no_part_of_an_id() -> None:
+    assert ProbeConfig().result_options() == {}
+    assert ProbeConfig(folds=3, device="cuda", lr=[1e-3, 1e-4]).result_options() == {"folds": 3, "lr": [1e-3, 1e-4]}
+
+
+def test_values_are_normalized() -> None:
+    assert ProbeConfig(lr=1).lr == (1.0,)
+    assert DatasetRef(data_root="here").data_root == Path("here")
+    assert DatasetRef(drop_class=["a", "b"]).drop_class == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "code"),
+    [
+        (ProbeConfig, {"folds": 1}, "option-bounds"),
+        (ProbeConfig, {"folds": True}, "option-type"),
+        (ProbeConfig, {"val": "half"}, "option-choice"),
+        (ProbeConfig, {"fold": 5}, "unknown-option"),
+        (ProbeConfig, {"lr": ["fast"]}, "option-type"),
+        (ExtractConfig, {"part": (3, 2)}, "option-part"),
+        (ExtractConfig, {"format": "netcdf"}, "option-choice"),
+        (ExtractConfig, {"max_pixels": 0}, "option-bounds"),
+    ],
+)
+def test_bad_values_are_refused(kind: type[Config], options: dict[str, Any], code: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        kind.make(None, options)
+    assert caught.value.code == code
+
+
+@dataclass(frozen=True)
+class Toy(Config):
+    heading = "Toy options"
+    size: int = option(3, "Size.", least=1, result=True)
+    names: tuple[str, ...] = option((), "Names.", metavar="NAME")
+    quiet: bool = option(True, "Quiet.", flag="--quiet/--no-quiet")
+    hidden: str = option("", "Not offered.")
+
+
+def test_each_field_is_an_option_of_the_command() -> None:
+    app = typer.Typer()
+    seen = []
+
+    @app.command()
+    @takes_configs
+    def command(word: str = "x", *, toy: Annotated[Toy, Skip("hidden")], source: DatasetRef) -> None:
+        seen.append((word, toy, source))
+
+    arguments = ["--size", "4", "--names", "a", "--names", "b", "--no-quiet", "--data-root", "d", "--word", "y"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert seen == [("y", Toy(4, ("a", "b"), False), DatasetRef(data_root="d"))]
+    assert CliRunner().invoke(app, ["--hidden", "x"]).exit_code == 2
