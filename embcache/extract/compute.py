@@ -16,7 +16,6 @@ from embcache.data.dataset import ImageDataset
 from embcache.extract.batching import Source
 from embcache.extract.limits import Guard
 from embcache.extract.plan import Plan, Shard
-from embcache.extract.profile import Profile
 from embcache.extract.shortage import Halving
 from embcache.extract.stopping import Stop
 from embcache.store.commit import ShardRows, commit_shard, is_committed, refresh_view
@@ -64,8 +63,6 @@ class Terms:
         Told where images must be decoded twice, and where the memory does not hold a batch.
     quiet : bool
         No progress bar.
-    profile : Profile, optional
-        Told how long commits take.
     """
 
     guard: Guard | None = None
@@ -73,7 +70,6 @@ class Terms:
     threads: int | None = None
     say: Callable[[str], object] = lambda line: None
     quiet: bool = False
-    profile: Profile = field(default_factory=Profile)
 
 
 def compute_owed(
@@ -199,8 +195,7 @@ class _Worker(Generic[J]):
             if self._terms.guard is not None:
                 self._terms.guard.admit([(job.store, rows) for job, rows in zip(jobs, every, strict=True)], sources)
             for job, rows in zip(jobs, every, strict=True):
-                with self._terms.profile.timed("write"):
-                    commit_shard(job.store.path, shard.number, rows, batch_size=used, threads=self._terms.threads)
+                commit_shard(job.store.path, shard.number, rows, batch_size=used, threads=self._terms.threads)
 
     def _rows(self, jobs: Sequence[J], sources: Sequence[Source], batch_size: int) -> Sequence[ShardRows]:
         shown = 0

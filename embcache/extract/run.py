@@ -22,7 +22,6 @@ from embcache.extract.devices import Crew, split_devices
 from embcache.extract.limits import Guard
 from embcache.extract.pixels import CurrentPixels, current_pixels
 from embcache.extract.plan import Plan, plan_store
-from embcache.extract.profile import Profile
 from embcache.extract.request import (
     check_numbers,
     default_workers,
@@ -186,13 +185,12 @@ def run_extraction(
     stop: Stop | None = None,
     say: Callable[[str], object] = lambda line: None,
     joining: bool = False,
-    profile: Profile | None = None,
 ) -> list[Extraction]:
     """As :func:`extract_features`, reporting what was done; ``say`` is told each thing worth knowing as it happens.
 
     With ``only``, shards by fingerprint of a store, no others are computed: what else is owed stays so. ``stop`` ends
     the run after the current shard. ``joining`` is for a process that helps another one: it tells what happens to it
-    and not what the other tells anyway. ``profile`` is told where the time of this process goes.
+    and not what the other tells anyway.
     """
     started = time.monotonic()
     weights, stop, devices = weights_by_name(names, weights), stop or Stop(), split_devices(device)
@@ -200,7 +198,6 @@ def run_extraction(
     decoding = Decoding() if max_pixels is None else Decoding(check_max_pixels(max_pixels))
     guard = Guard(dataset, image_root(dataset), on_error, max_bad, home)
     tell = (lambda line: None) if joining else say
-    profile = profile or Profile()
     with ExitStack() as pools:
         threads = workers if isinstance(workers, int) else max(1, default_workers() // len(devices))
         pool = pools.enter_context(ThreadPoolExecutor(threads))
@@ -225,7 +222,6 @@ def run_extraction(
             plan = plan_store(store, dataset, files.root, files.scan, retry_quarantined=retry_quarantined)
             jobs.append(_Job(network, store, plan, size or store.batch_size))
         pool = pools.enter_context(ThreadPoolExecutor(threads))
-        profile.workers = threads
         if not joining:
             write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
             files.keep()
@@ -237,12 +233,12 @@ def run_extraction(
             networks = [job.network for job in jobs]
             rows = compute_shard(
                 files.root, sources, networks, batch_size=batch_size, pool=pool, cached=cached, on_rows=on_rows,
-                on_bad=guard.look, profile=profile, decoding=decoding,
+                on_bad=guard.look, decoding=decoding,
             )  # fmt: skip
             files.scan.learn(sources, rows[0].digests)
             return rows
 
-        terms = Terms(guard, stop, threads=torch.get_num_threads(), say=say, quiet=joining, profile=profile)
+        terms = Terms(guard, stop, threads=torch.get_num_threads(), say=say, quiet=joining)
         owed = any(job.plan.shards for job in jobs)
         request = {
             "names": list(names), "home": str(home_dir(home)), "weights": {n: str(w) for n, w in weights.items()},

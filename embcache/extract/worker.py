@@ -25,7 +25,6 @@ from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.backbones import LoadedBackbone
 from embcache.extract.batching import AHEAD, Source, stack_batch
 from embcache.extract.fold import fold_norms
-from embcache.extract.profile import Profile
 from embcache.extract.reduced import to_bfloat16
 from embcache.extract.transfer import DEPTH, Receiver, Sender, as_tensor
 from embcache.extract.transforms import Transform, frame, normalise
@@ -193,7 +192,6 @@ def compute_shard(
     cached: Mapping[str, CachedFrames] | None = None,
     on_rows: Callable[[int], object] = lambda rows: None,
     on_bad: Callable[[Source, str], object] = lambda source, reason: None,
-    profile: Profile | None = None,
     decoding: Decoding | None = None,
 ) -> list[ShardRows]:
     """Features of one shard under each network; every image is read and decoded once for all of them.
@@ -216,8 +214,6 @@ def compute_shard(
         Told the number of images after each batch and network.
     on_bad : callable
         Told each image that cannot be used, and why, as soon as that is known; may raise.
-    profile : Profile, optional
-        Told how long each step took.
     decoding : Decoding, optional
         The limit on pixels, and who is told what was inferred of an image.
 
@@ -233,20 +229,11 @@ def compute_shard(
     features = [np.zeros((len(sources), net.views, net.backbone.spec.dim), np.float32) for net in networks]
     digests: list[str] = []
     reasons: list[str] = []
-    profile, overlapped = profile or Profile(), networks[0].device.type != "cpu"
-    profile.overlapped = overlapped
     sender, receiver = Sender(networks[0].device), Receiver()
     # On a CPU the cores that would decode the next batch are those that compute this one: neither gets faster, and
     # torch's threads wait for whichever of them was interrupted (docs/log.md).
-    ahead = AHEAD if overlapped else 0
-    batches = view_batches(
-        root, sources, distinct, batch_size, pool, cached, ahead=ahead, profile=profile, decoding=decoding
-    )
-    while True:
-        with profile.timed("idle"):
-            batch = next(batches, None)
-        if batch is None:
-            break
+    ahead = 0 if networks[0].device.type == "cpu" else AHEAD
+    for batch in view_batches(root, sources, distinct, batch_size, pool, cached, ahead=ahead, decoding=decoding):
         start = len(digests)
         digests += [prepared.digest for prepared in batch]
         reasons += [prepared.reason for prepared in batch]
@@ -259,17 +246,12 @@ def compute_shard(
                 # A batch holds one view of its images, so that view 0 is computed just as without others.
                 which = firsts[views] + view
                 if which not in sent:
-                    with profile.timed("transfer"):
-                        pixels = sender.empty((batch_size, *views.size, 3))
-                        sent[which] = sender.send(stack_batch(batch, which, pixels))
-                with profile.timed("forward"):
-                    output = network.forward(sent[which])
-                    receiver.bring(output, target[start : start + len(batch), view])
+                    pixels = sender.empty((batch_size, *views.size, 3))
+                    sent[which] = sender.send(stack_batch(batch, which, pixels))
+                receiver.bring(network.forward(sent[which]), target[start : start + len(batch), view])
             on_rows(len(batch))
-        with profile.timed("forward"):
-            receiver.settle(keep=(DEPTH - 1) * sum(views.number for views in looks))
-    with profile.timed("forward"):
-        receiver.settle()
+        receiver.settle(keep=(DEPTH - 1) * sum(views.number for views in looks))
+    receiver.settle()
     # What a narrow dtype cannot hold becomes infinite, and is quarantined like whatever else is not finite.
     with np.errstate(over="ignore"):
         shaped = [

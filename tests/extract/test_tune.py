@@ -9,7 +9,6 @@ import pytest
 
 import embcache
 from embcache.extract import run, tune
-from embcache.extract.profile import STEPS, Profile
 from embcache.extract.run import run_extraction
 from tests.extract.tiny import load_tiny
 
@@ -49,12 +48,3 @@ def test_a_real_trial_gives_settings_from_those_tried(images: Path, home: Path) 
     (done,) = run_extraction(["random"], ds, home=home, batch_size="auto", workers="auto")
     assert done.store.batch_size in tune.SIZES["cpu"]
     assert 1 <= done.store.provenance["workers"] <= 64
-
-
-def test_a_profile_counts_every_step_of_a_run(images: Path, home: Path) -> None:
-    profile = Profile()
-    run_extraction(["random"], embcache.load_dataset("folder", images), home=home, profile=profile, workers=1)
-    seconds = profile.seconds()
-    assert set(seconds) == set(STEPS)
-    assert min(seconds[step] for step in ("decode", "transform", "transfer", "forward", "write")) > 0
-    assert sum(profile.shares().values()) <= 1.0
