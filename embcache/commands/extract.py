@@ -63,21 +63,16 @@ def extract(
         str, typer.Option("--precision", metavar="KIND", help="fp32, tf32, bf16 or fp16; part of the recipe.")
     ] = "fp32",
     batch_size: Annotated[
-        str | None,
+        int | None,
         typer.Option(
             "--batch-size",
-            metavar="N|auto",
-            help="Images a batch; auto tries some when a store is made. [default: the store's; for a new one 16 on a "
-            "CPU, 64 on a GPU]",
+            metavar="N",
+            help="Images per batch. [default: the store's; 16 on a CPU and 64 on a GPU for a new one]",
         ),
     ] = None,
     workers: Annotated[
-        str | None,
-        typer.Option(
-            "--workers",
-            metavar="N|auto",
-            help="Threads that decode images; auto tries some when a store is made. [default: one a core, 8 at most]",
-        ),
+        int | None,
+        typer.Option("--workers", metavar="N", help="Threads that decode images. [default: one per core, at most 8]"),
     ] = None,
     rows_per_shard: Annotated[
         int | None,
@@ -175,8 +170,8 @@ def extract(
                     transform=transform,
                     device=device,
                     precision=precision,
-                    batch_size=_number(batch_size, "--batch-size"),
-                    workers=_number(workers, "--workers"),
+                    batch_size=batch_size,
+                    workers=workers,
                     rows_per_shard=rows_per_shard,
                     format=format,
                     part=_parse_part(part),
@@ -240,14 +235,6 @@ def parse_weights(values: list[str] | None, names: list[str] | None = None) -> d
             name, file = names[0], value
         weights[name] = Path(file)
     return weights
-
-
-def _number(value: str | None, flag: str) -> int | str | None:
-    if value is None or value == "auto":
-        return value
-    if not value.isascii() or not value.isdecimal() or len(value) > 12:
-        raise UsageError(f"{flag} is no number", expected="a number, or auto", found=value, fix=f"{flag} auto")
-    return int(value)
 
 
 def _parse_part(value: str | None) -> tuple[int, int] | None:

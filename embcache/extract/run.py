@@ -32,7 +32,6 @@ from embcache.extract.request import (
 from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.stopping import Stop
 from embcache.extract.transforms import choose_transform
-from embcache.extract.tune import settle
 from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, freeze
 from embcache.paths import PathLike, home_dir
 from embcache.store.commit import ShardRows, create_store, write_snapshot
@@ -82,8 +81,8 @@ def extract_features(
     transform: str | None = None,
     device: str = "auto",
     precision: str = "fp32",
-    batch_size: int | str | None = None,
-    workers: int | str | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
     rows_per_shard: int | None = None,
     format: str | None = None,
     part: tuple[int, int] | None = None,
@@ -112,9 +111,9 @@ def extract_features(
         ``auto``, ``cpu``, ``cuda:0``, …; several, such as ``cuda:0,cuda:1``, share the work, in a process each.
     precision : {"fp32", "tf32", "bf16", "fp16"}
         Part of the recipe: another precision is another store.
-    batch_size : int or "auto", optional
+    batch_size : int, optional
         Default: the one recorded in the store; for a new one 16 on a CPU, 64 on a GPU.
-    workers : int or "auto", optional
+    workers : int, optional
         Threads that decode images; default: one per core, 8 at most.
     rows_per_shard : int, optional
         Images that are computed and committed together, settled when a store is created; default:
@@ -170,8 +169,8 @@ def run_extraction(
     transform: str | None = None,
     device: str = "auto",
     precision: str = "fp32",
-    batch_size: int | str | None = None,
-    workers: int | str | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
     rows_per_shard: int | None = None,
     format: str | None = None,
     part: tuple[int, int] | None = None,
@@ -199,7 +198,7 @@ def run_extraction(
     guard = Guard(dataset, image_root(dataset), on_error, max_bad, home)
     tell = (lambda line: None) if joining else say
     with ExitStack() as pools:
-        threads = workers if isinstance(workers, int) else max(1, default_workers() // len(devices))
+        threads = workers or max(1, default_workers() // len(devices))
         pool = pools.enter_context(ThreadPoolExecutor(threads))
         files = scan_dataset(dataset, home, pool, decoding)
         networks = open_networks(
@@ -212,16 +211,14 @@ def run_extraction(
                 tell(f"{name} was pretrained on images of {dataset.kind}: its scores there are contaminated")
             if network.backbone.inferred:
                 tell(f"{name}: {network.backbone.inferred}")
-            size, threads = settle(batch_size, workers, threads, network, make_recipe(network), files, dataset, tell)
             rows = rows_per_shard or default_rows(network.device.type, len(dataset))
-            store = _store(files.folder, network, format, rows, size, threads if workers == "auto" else None)
+            store = _store(files.folder, network, format, rows, batch_size)
             if rows_per_shard not in (None, store.rows_per_shard):
                 tell(f"{name}: the store was created with {store.rows_per_shard} rows per shard, and keeps them")
             if not store.committed():
                 say_what_differs(store, files.folder, tell)
             plan = plan_store(store, dataset, files.root, files.scan, retry_quarantined=retry_quarantined)
-            jobs.append(_Job(network, store, plan, size or store.batch_size))
-        pool = pools.enter_context(ThreadPoolExecutor(threads))
+            jobs.append(_Job(network, store, plan, batch_size or store.batch_size))
         if not joining:
             write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
             files.keep()
@@ -243,8 +240,8 @@ def run_extraction(
         request = {
             "names": list(names), "home": str(home_dir(home)), "weights": {n: str(w) for n, w in weights.items()},
             "transform": transform, "precision": precision, "workers": threads,
-            "batch_size": batch_size if isinstance(batch_size, int) else None,
-            "part": part, "views": views, "feature_dtype": feature_dtype, "on_error": on_error, "max_bad": max_bad,
+            "batch_size": batch_size, "part": part, "views": views, "feature_dtype": feature_dtype,
+            "on_error": on_error, "max_bad": max_bad,
             "max_pixels": decoding.max_pixels,
             "only": None if only is None else {fingerprint: list(numbers) for fingerprint, numbers in only.items()},
         }  # fmt: skip
@@ -349,14 +346,13 @@ def _store(
     format: str | None,
     rows_per_shard: int,
     batch_size: int | None,
-    workers: int | None,
 ) -> FeatureStore:
     provenance = {
         "weights": network.backbone.weights_source,
         "device": str(network.device),
         "torch": torch.__version__,
         "embcache": embcache.__version__,
-    } | ({} if workers is None else {"workers": workers})
+    }
     path = create_store(
         folder,
         make_recipe(network),
