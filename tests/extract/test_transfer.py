@@ -12,8 +12,8 @@ import torch
 
 from embcache.extract import batching
 from embcache.extract.batching import Prepared, Source, batches_ahead, stack_batch
-from embcache.extract.transfer import Receiver, Sender, as_tensor
 from embcache.extract.transforms import Transform, normalise
+from embcache.extract.worker import Receiver, Sender, as_tensor
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
 SOURCES = [Source(str(index), f"{index}.png", -1) for index in range(7)]
