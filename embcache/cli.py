@@ -18,7 +18,6 @@ import embcache
 from embcache.commands import (
     audit,
     backbones,
-    bench,
     compare,
     datasets,
     demo,
@@ -105,7 +104,6 @@ app.command()(verify.verify)
 app.command()(why.why)
 app.command()(gc.gc)
 app.command()(doctor.doctor)
-app.command()(bench.bench)
 
 
 def _terminate(_signum: int, _frame: object) -> NoReturn:

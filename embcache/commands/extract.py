@@ -31,7 +31,6 @@ from embcache.errors import UsageError
 
 if TYPE_CHECKING:
     from embcache.data.chosen import Columns
-    from embcache.extract.profile import Profile
     from embcache.extract.run import Extraction
 
 
@@ -64,21 +63,16 @@ def extract(
         str, typer.Option("--precision", metavar="KIND", help="fp32, tf32, bf16 or fp16; part of the recipe.")
     ] = "fp32",
     batch_size: Annotated[
-        str | None,
+        int | None,
         typer.Option(
             "--batch-size",
-            metavar="N|auto",
-            help="Images a batch; auto tries some when a store is made. [default: the store's; for a new one 16 on a "
-            "CPU, 64 on a GPU]",
+            metavar="N",
+            help="Images per batch. [default: the store's; 16 on a CPU and 64 on a GPU for a new one]",
         ),
     ] = None,
     workers: Annotated[
-        str | None,
-        typer.Option(
-            "--workers",
-            metavar="N|auto",
-            help="Threads that decode images; auto tries some when a store is made. [default: one a core, 8 at most]",
-        ),
+        int | None,
+        typer.Option("--workers", metavar="N", help="Threads that decode images. [default: one per core, at most 8]"),
     ] = None,
     rows_per_shard: Annotated[
         int | None,
@@ -127,9 +121,6 @@ def extract(
         bool, typer.Option("--retry-quarantined", help="Look at quarantined images again, changed or not.")
     ] = False,
     max_pixels: MaxPixelsOption = None,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Say which shares of the time decoding, networks and the rest took.")
-    ] = False,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     merge_class: MergeClassOption = None,
@@ -158,7 +149,6 @@ def extract(
             "--data-root and --name belong to one dataset", found=", ".join(datasets), fix="one command a dataset"
         )
     from embcache.data.dataset import find_dataset
-    from embcache.extract.profile import Profile
     from embcache.extract.run import run_extraction
     from embcache.extract.stopping import Stop, exit_status, stop_on_signals
 
@@ -170,7 +160,6 @@ def extract(
         refuse_other_merges(merge_class, found)
         for note in found.notes:
             print_note(note)
-        spent = Profile()
         try:
             with stop_on_signals(stop):
                 done = run_extraction(
@@ -181,9 +170,8 @@ def extract(
                     transform=transform,
                     device=device,
                     precision=precision,
-                    batch_size=_number(batch_size, "--batch-size"),
-                    workers=_number(workers, "--workers"),
-                    profile=spent,
+                    batch_size=batch_size,
+                    workers=workers,
                     rows_per_shard=rows_per_shard,
                     format=format,
                     part=_parse_part(part),
@@ -201,8 +189,6 @@ def extract(
             raise
         if json != "-":
             _print(found.name, len(found), done, home)
-            if profile:
-                _print_profile(spent)
         answers += [_as_json(found.name, extraction) for extraction in done]
         if stop.signal is not None:
             break
@@ -249,25 +235,6 @@ def parse_weights(values: list[str] | None, names: list[str] | None = None) -> d
             name, file = names[0], value
         weights[name] = Path(file)
     return weights
-
-
-def _number(value: str | None, flag: str) -> int | str | None:
-    if value is None or value == "auto":
-        return value
-    if not value.isascii() or not value.isdecimal() or len(value) > 12:
-        raise UsageError(f"{flag} is no number", expected="a number, or auto", found=value, fix=f"{flag} auto")
-    return int(value)
-
-
-def _print_profile(spent: Profile) -> None:
-    shares = spent.shares()
-    echo("share of the time of this process since its start:")
-    print_table(["step", "share"], [[step, f"{share:.1%}"] for step, share in shares.items()])
-    rest = max(0.0, 1 - sum(shares.values()))
-    told = (
-        "decoding overlaps with the networks" if spent.overlapped else f"the rest, {rest:.1%}, is loading and planning"
-    )
-    echo(f"· {told}")
 
 
 def _parse_part(value: str | None) -> tuple[int, int] | None:

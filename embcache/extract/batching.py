@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from embcache.data.budget import Decoding
 from embcache.data.images import read_image
 from embcache.errors import DatasetError, ImageError
-from embcache.extract.profile import Profile
 
 if TYPE_CHECKING:
     from torch import Tensor  # whoever only reads images, such as `embcache verify --source`, does without torch
@@ -61,7 +60,6 @@ def prepare(
     root: Path,
     source: Source,
     geometries: Sequence[Geometry],
-    profile: Profile | None = None,
     decoding: Decoding | None = None,
 ) -> Prepared:
     """Read, decode and transform one image; an unreadable one is a reason, not an exception.
@@ -73,17 +71,14 @@ def prepare(
     """
     if not source.path:
         return Prepared((), "", LEFT)
-    profile = profile or Profile()
     try:
-        with profile.timed("decode"):
-            image, digest = read_image(root, source.path, source.member, decoding)
+        image, digest = read_image(root, source.path, source.member, decoding)
     except ImageError as error:
         return Prepared((), error.digest, error.problem)
     except OSError as error:
         raise medium_failed(root / source.path, error) from error
     try:
-        with profile.timed("transform"):
-            return Prepared(tuple(geometry(image) for geometry in geometries), digest, "")
+        return Prepared(tuple(geometry(image) for geometry in geometries), digest, "")
     except ValueError as error:
         # The file is of another size than when the dataset was scanned, or of one that the transform blows up.
         return Prepared((), digest, str(error))
@@ -110,7 +105,7 @@ def prepare_batches(
     """Yield the prepared images of one shard batch by batch, decoding the next batches while this one is used."""
 
     def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
-        return [pool.submit(prepare, root, source, geometries, None, decoding) for source in chunk]
+        return [pool.submit(prepare, root, source, geometries, decoding) for source in chunk]
 
     return batches_ahead(sources, batch_size, submit)
 

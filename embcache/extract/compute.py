@@ -10,15 +10,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from embcache.data.dataset import ImageDataset
+from embcache.errors import EmbcacheError
 from embcache.extract.batching import Source
 from embcache.extract.limits import Guard
 from embcache.extract.plan import Plan, Shard
-from embcache.extract.profile import Profile
-from embcache.extract.shortage import Halving
 from embcache.extract.stopping import Stop
+from embcache.memory import is_shortage
 from embcache.store.commit import ShardRows, commit_shard, is_committed, refresh_view
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
@@ -44,6 +45,7 @@ class Job(Protocol):
 
 
 J = TypeVar("J", bound=Job)
+_R = TypeVar("_R")
 # (jobs that owe the shard, its images in order, images of one batch, told the images done) → rows of each job
 Compute = Callable[[Sequence[J], Sequence[Source], int, Callable[[int], object]], Sequence[ShardRows]]
 
@@ -64,8 +66,6 @@ class Terms:
         Told where images must be decoded twice, and where the memory does not hold a batch.
     quiet : bool
         No progress bar.
-    profile : Profile, optional
-        Told how long commits take.
     """
 
     guard: Guard | None = None
@@ -73,7 +73,6 @@ class Terms:
     threads: int | None = None
     say: Callable[[str], object] = lambda line: None
     quiet: bool = False
-    profile: Profile = field(default_factory=Profile)
 
 
 def compute_owed(
@@ -199,8 +198,7 @@ class _Worker(Generic[J]):
             if self._terms.guard is not None:
                 self._terms.guard.admit([(job.store, rows) for job, rows in zip(jobs, every, strict=True)], sources)
             for job, rows in zip(jobs, every, strict=True):
-                with self._terms.profile.timed("write"):
-                    commit_shard(job.store.path, shard.number, rows, batch_size=used, threads=self._terms.threads)
+                commit_shard(job.store.path, shard.number, rows, batch_size=used, threads=self._terms.threads)
 
     def _rows(self, jobs: Sequence[J], sources: Sequence[Source], batch_size: int) -> Sequence[ShardRows]:
         shown = 0
@@ -216,6 +214,53 @@ class _Worker(Generic[J]):
         except BaseException:
             self._on_rows(-shown)  # they are computed again, or not at all
             raise
+
+
+class Halving:
+    """The batch size of a run: smaller from the moment at which the memory did not hold it.
+
+    Parameters
+    ----------
+    say : callable
+        Told of every halving.
+    """
+
+    def __init__(self, say: Callable[[str], object] = lambda line: None) -> None:
+        self._say = say
+        self._most: int | None = None
+
+    def run(self, compute: Callable[[int], _R], batch_size: int) -> tuple[_R, int]:
+        """What ``compute`` makes of a shard at ``batch_size`` or less, and the batch size that it was.
+
+        Never two sizes in one shard, so that a shard's rows follow from the one that is recorded.
+
+        Raises
+        ------
+        EmbcacheError
+            One image at a time is too much.
+        """
+        size = min(batch_size, self._most or batch_size)
+        while True:
+            try:
+                return compute(size), size
+            except (RuntimeError, MemoryError) as error:
+                if not is_shortage(error):
+                    raise
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                if size == 1:
+                    raise EmbcacheError(
+                        "the memory does not hold the network and one image",
+                        found=reason,
+                        fix=(
+                            "--device cpu or another device",
+                            "end what else uses the memory; the same command goes on from what is committed",
+                        ),
+                    ) from error
+            # Outside the clause: the error keeps the tensors of its frames alive.
+            size = self._most = size // 2
+            self._say(f"out of memory ({reason}): the batch is {size} from here on, recorded with each shard")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def _lease(stack: ExitStack, store: FeatureStore, number: int) -> bool:

@@ -70,8 +70,8 @@ def default_workers() -> int:
 
 
 def check_numbers(
-    batch_size: int | str | None = None,
-    workers: int | str | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
     part: tuple[int, int] | None = None,
     views: int = 1,
     rows_per_shard: int | None = None,
@@ -80,15 +80,8 @@ def check_numbers(
     if rows_per_shard is not None:
         check_number("--rows-per-shard", rows_per_shard, MOST_SHARD_ROWS)
     check_number("--views", views, 1_000)
-    for words, flag, value, most in (
-        ("batch size", "batch-size", batch_size, 1 << 16), ("number of workers", "workers", workers, 1 << 10),
-    ):  # fmt: skip
-        if isinstance(value, int) and value >= 1:
-            check_number(f"--{flag}", value, most)
-        if value is not None and value != "auto" and not (isinstance(value, int) and value >= 1):
-            raise UsageError(
-                f"the {words} must be at least 1", expected="a number, or auto", found=str(value), fix=f"--{flag} auto"
-            )
+    check_number("--batch-size", batch_size, 1 << 16)
+    check_number("--workers", workers, 1 << 10)
     if part is not None and not 1 <= part[0] <= part[1]:
         raise UsageError(
             "no such part", expected="I/N with 1 <= I <= N", found=f"{part[0]}/{part[1]}", fix="--part 1/4"

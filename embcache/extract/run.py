@@ -22,7 +22,6 @@ from embcache.extract.devices import Crew, split_devices
 from embcache.extract.limits import Guard
 from embcache.extract.pixels import CurrentPixels, current_pixels
 from embcache.extract.plan import Plan, plan_store
-from embcache.extract.profile import Profile
 from embcache.extract.request import (
     check_numbers,
     default_workers,
@@ -33,7 +32,6 @@ from embcache.extract.request import (
 from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.stopping import Stop
 from embcache.extract.transforms import choose_transform
-from embcache.extract.tune import settle
 from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, freeze
 from embcache.paths import PathLike, home_dir
 from embcache.store.commit import ShardRows, create_store, write_snapshot
@@ -83,8 +81,8 @@ def extract_features(
     transform: str | None = None,
     device: str = "auto",
     precision: str = "fp32",
-    batch_size: int | str | None = None,
-    workers: int | str | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
     rows_per_shard: int | None = None,
     format: str | None = None,
     part: tuple[int, int] | None = None,
@@ -113,9 +111,9 @@ def extract_features(
         ``auto``, ``cpu``, ``cuda:0``, …; several, such as ``cuda:0,cuda:1``, share the work, in a process each.
     precision : {"fp32", "tf32", "bf16", "fp16"}
         Part of the recipe: another precision is another store.
-    batch_size : int or "auto", optional
+    batch_size : int, optional
         Default: the one recorded in the store; for a new one 16 on a CPU, 64 on a GPU.
-    workers : int or "auto", optional
+    workers : int, optional
         Threads that decode images; default: one per core, 8 at most.
     rows_per_shard : int, optional
         Images that are computed and committed together, settled when a store is created; default:
@@ -171,8 +169,8 @@ def run_extraction(
     transform: str | None = None,
     device: str = "auto",
     precision: str = "fp32",
-    batch_size: int | str | None = None,
-    workers: int | str | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
     rows_per_shard: int | None = None,
     format: str | None = None,
     part: tuple[int, int] | None = None,
@@ -186,13 +184,12 @@ def run_extraction(
     stop: Stop | None = None,
     say: Callable[[str], object] = lambda line: None,
     joining: bool = False,
-    profile: Profile | None = None,
 ) -> list[Extraction]:
     """As :func:`extract_features`, reporting what was done; ``say`` is told each thing worth knowing as it happens.
 
     With ``only``, shards by fingerprint of a store, no others are computed: what else is owed stays so. ``stop`` ends
     the run after the current shard. ``joining`` is for a process that helps another one: it tells what happens to it
-    and not what the other tells anyway. ``profile`` is told where the time of this process goes.
+    and not what the other tells anyway.
     """
     started = time.monotonic()
     weights, stop, devices = weights_by_name(names, weights), stop or Stop(), split_devices(device)
@@ -200,9 +197,8 @@ def run_extraction(
     decoding = Decoding() if max_pixels is None else Decoding(check_max_pixels(max_pixels))
     guard = Guard(dataset, image_root(dataset), on_error, max_bad, home)
     tell = (lambda line: None) if joining else say
-    profile = profile or Profile()
     with ExitStack() as pools:
-        threads = workers if isinstance(workers, int) else max(1, default_workers() // len(devices))
+        threads = workers or max(1, default_workers() // len(devices))
         pool = pools.enter_context(ThreadPoolExecutor(threads))
         files = scan_dataset(dataset, home, pool, decoding)
         networks = open_networks(
@@ -215,17 +211,14 @@ def run_extraction(
                 tell(f"{name} was pretrained on images of {dataset.kind}: its scores there are contaminated")
             if network.backbone.inferred:
                 tell(f"{name}: {network.backbone.inferred}")
-            size, threads = settle(batch_size, workers, threads, network, make_recipe(network), files, dataset, tell)
             rows = rows_per_shard or default_rows(network.device.type, len(dataset))
-            store = _store(files.folder, network, format, rows, size, threads if workers == "auto" else None)
+            store = _store(files.folder, network, format, rows, batch_size)
             if rows_per_shard not in (None, store.rows_per_shard):
                 tell(f"{name}: the store was created with {store.rows_per_shard} rows per shard, and keeps them")
             if not store.committed():
                 say_what_differs(store, files.folder, tell)
             plan = plan_store(store, dataset, files.root, files.scan, retry_quarantined=retry_quarantined)
-            jobs.append(_Job(network, store, plan, size or store.batch_size))
-        pool = pools.enter_context(ThreadPoolExecutor(threads))
-        profile.workers = threads
+            jobs.append(_Job(network, store, plan, batch_size or store.batch_size))
         if not joining:
             write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
             files.keep()
@@ -237,18 +230,18 @@ def run_extraction(
             networks = [job.network for job in jobs]
             rows = compute_shard(
                 files.root, sources, networks, batch_size=batch_size, pool=pool, cached=cached, on_rows=on_rows,
-                on_bad=guard.look, profile=profile, decoding=decoding,
+                on_bad=guard.look, decoding=decoding,
             )  # fmt: skip
             files.scan.learn(sources, rows[0].digests)
             return rows
 
-        terms = Terms(guard, stop, threads=torch.get_num_threads(), say=say, quiet=joining, profile=profile)
+        terms = Terms(guard, stop, threads=torch.get_num_threads(), say=say, quiet=joining)
         owed = any(job.plan.shards for job in jobs)
         request = {
             "names": list(names), "home": str(home_dir(home)), "weights": {n: str(w) for n, w in weights.items()},
             "transform": transform, "precision": precision, "workers": threads,
-            "batch_size": batch_size if isinstance(batch_size, int) else None,
-            "part": part, "views": views, "feature_dtype": feature_dtype, "on_error": on_error, "max_bad": max_bad,
+            "batch_size": batch_size, "part": part, "views": views, "feature_dtype": feature_dtype,
+            "on_error": on_error, "max_bad": max_bad,
             "max_pixels": decoding.max_pixels,
             "only": None if only is None else {fingerprint: list(numbers) for fingerprint, numbers in only.items()},
         }  # fmt: skip
@@ -353,14 +346,13 @@ def _store(
     format: str | None,
     rows_per_shard: int,
     batch_size: int | None,
-    workers: int | None,
 ) -> FeatureStore:
     provenance = {
         "weights": network.backbone.weights_source,
         "device": str(network.device),
         "torch": torch.__version__,
         "embcache": embcache.__version__,
-    } | ({} if workers is None else {"workers": workers})
+    }
     path = create_store(
         folder,
         make_recipe(network),

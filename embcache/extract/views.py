@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from embcache.data.budget import Decoding
 from embcache.extract.augment import Augmentation
 from embcache.extract.batching import AHEAD, Prepared, Source, batches_ahead, prepare
-from embcache.extract.profile import Profile
 from embcache.extract.transforms import Transform, centre, frame
 from embcache.store.recipe import canonical_json
 
@@ -73,7 +72,6 @@ def prepare_views(
     source: Source,
     wanted: Sequence[Views],
     framed: Mapping[str, Frames] | None = None,
-    profile: Profile | None = None,
     decoding: Decoding | None = None,
 ) -> Prepared:
     """As `embcache.extract.batching.prepare`, with the views of each of ``wanted`` one after another.
@@ -86,12 +84,11 @@ def prepare_views(
     if there and len(there) == len(framings):
         prepared = Prepared(tuple(pixels for pixels, _ in there), there[0][1], "")
     else:
-        prepared = prepare(root, source, [framing.geometry for framing in framings.values()], profile, decoding)
+        prepared = prepare(root, source, [framing.geometry for framing in framings.values()], decoding)
     if not prepared.pixels:
         return prepared
     frames = dict(zip(framings, prepared.pixels, strict=True))
-    with (profile or Profile()).timed("transform"):
-        looked = [view for views in wanted for view in views.look(frames[views.frame_key], source.id)]
+    looked = [view for views in wanted for view in views.look(frames[views.frame_key], source.id)]
     return Prepared(tuple(looked), prepared.digest, "")
 
 
@@ -104,19 +101,17 @@ def view_batches(
     cached: Mapping[str, CachedFrames] | None = None,
     *,
     ahead: int = AHEAD,
-    profile: Profile | None = None,
     decoding: Decoding | None = None,
 ) -> Iterator[list[Prepared]]:
     """As `embcache.extract.batching.prepare_batches`; ``cached`` gives, by frame key, frames that need no decoding."""
     stores = {views.frame_key: cached[views.frame_key] for views in wanted if cached and views.frame_key in cached}
 
     def read_frames(ids: Sequence[str]) -> dict[str, Frames]:
-        with (profile or Profile()).timed("decode"):
-            return {key: store.read(ids) for key, store in stores.items()}
+        return {key: store.read(ids) for key, store in stores.items()}
 
     def read_one(source: Source, frames: Future[dict[str, Frames]] | None) -> Prepared:
         # Submitted after the frames of its batch, so that even a single thread has read them by now.
-        return prepare_views(root, source, wanted, frames.result() if frames else None, profile, decoding)
+        return prepare_views(root, source, wanted, frames.result() if frames else None, decoding)
 
     def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
         frames = pool.submit(read_frames, [source.id for source in chunk]) if stores else None

@@ -7,6 +7,7 @@ Nothing here knows of stores, leases or datasets, so a local loop, a process poo
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -25,9 +26,7 @@ from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.backbones import LoadedBackbone
 from embcache.extract.batching import AHEAD, Source, stack_batch
 from embcache.extract.fold import fold_norms
-from embcache.extract.profile import Profile
 from embcache.extract.reduced import to_bfloat16
-from embcache.extract.transfer import DEPTH, Receiver, Sender, as_tensor
 from embcache.extract.transforms import Transform, frame, normalise
 from embcache.extract.views import CachedFrames, Views, make_views, view_batches
 from embcache.memory import keep_freed_memory
@@ -39,6 +38,9 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 # Raised whenever the arithmetic between decoded pixels and stored features changes: it is part of every recipe.
 # 2: batch norms folded into convolutions; bfloat16 from end to end.
 NUMERICS = 2
+
+# Batches that a GPU may be given before the features of the first are waited for.
+DEPTH = 2
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,65 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
         yield
 
 
+class Sender:
+    """Takes uint8 batches to a device; to a GPU from pinned memory, on a stream of its own.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the batches go.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """A batch to fill, uint8 in host memory; its contents are arbitrary."""
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._stream is not None)
+
+    def send(self, batch: Tensor) -> Tensor:
+        """The batch on the device; what is queued there afterwards sees it whole."""
+        if self._stream is None:
+            return batch.to(self.device)
+        with torch.cuda.stream(self._stream):
+            there = batch.to(self.device, non_blocking=True)
+        here = torch.cuda.current_stream(self.device)
+        here.wait_stream(self._stream)
+        there.record_stream(here)
+        return there
+
+
+class Receiver:
+    """Brings features from a device into arrays; from a GPU when they are done, in the order they were asked for."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[torch.cuda.Event, Tensor, NDArray[Any]]] = deque()
+
+    def bring(self, features: Tensor, target: NDArray[Any]) -> None:
+        """Have the first rows of ``features``, float32 (B, D), written to ``target``, (n, D), now or when settled."""
+        if features.device.type != "cuda":
+            target[:] = features.numpy()[: len(target)]
+            return
+        host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+        host.copy_(features, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(features.device))  # which need not be the current device
+        self._pending.append((event, host, target))
+
+    def settle(self, keep: int = 0) -> None:
+        """Wait until at most ``keep`` of what was asked for is still on its way."""
+        while len(self._pending) > keep:
+            event, host, target = self._pending.popleft()
+            event.synchronize()
+            target[:] = host.numpy()[: len(target)]
+
+
+def as_tensor(pixels: NDArray[np.uint8]) -> Tensor:
+    """A uint8 array as a tensor that shares its memory; a copy of one that may not be written to."""
+    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+
+
 def compute_shard(
     root: Path,
     sources: Sequence[Source],
@@ -193,7 +254,6 @@ def compute_shard(
     cached: Mapping[str, CachedFrames] | None = None,
     on_rows: Callable[[int], object] = lambda rows: None,
     on_bad: Callable[[Source, str], object] = lambda source, reason: None,
-    profile: Profile | None = None,
     decoding: Decoding | None = None,
 ) -> list[ShardRows]:
     """Features of one shard under each network; every image is read and decoded once for all of them.
@@ -216,8 +276,6 @@ def compute_shard(
         Told the number of images after each batch and network.
     on_bad : callable
         Told each image that cannot be used, and why, as soon as that is known; may raise.
-    profile : Profile, optional
-        Told how long each step took.
     decoding : Decoding, optional
         The limit on pixels, and who is told what was inferred of an image.
 
@@ -233,20 +291,11 @@ def compute_shard(
     features = [np.zeros((len(sources), net.views, net.backbone.spec.dim), np.float32) for net in networks]
     digests: list[str] = []
     reasons: list[str] = []
-    profile, overlapped = profile or Profile(), networks[0].device.type != "cpu"
-    profile.overlapped = overlapped
     sender, receiver = Sender(networks[0].device), Receiver()
     # On a CPU the cores that would decode the next batch are those that compute this one: neither gets faster, and
     # torch's threads wait for whichever of them was interrupted (docs/log.md).
-    ahead = AHEAD if overlapped else 0
-    batches = view_batches(
-        root, sources, distinct, batch_size, pool, cached, ahead=ahead, profile=profile, decoding=decoding
-    )
-    while True:
-        with profile.timed("idle"):
-            batch = next(batches, None)
-        if batch is None:
-            break
+    ahead = 0 if networks[0].device.type == "cpu" else AHEAD
+    for batch in view_batches(root, sources, distinct, batch_size, pool, cached, ahead=ahead, decoding=decoding):
         start = len(digests)
         digests += [prepared.digest for prepared in batch]
         reasons += [prepared.reason for prepared in batch]
@@ -259,17 +308,12 @@ def compute_shard(
                 # A batch holds one view of its images, so that view 0 is computed just as without others.
                 which = firsts[views] + view
                 if which not in sent:
-                    with profile.timed("transfer"):
-                        pixels = sender.empty((batch_size, *views.size, 3))
-                        sent[which] = sender.send(stack_batch(batch, which, pixels))
-                with profile.timed("forward"):
-                    output = network.forward(sent[which])
-                    receiver.bring(output, target[start : start + len(batch), view])
+                    pixels = sender.empty((batch_size, *views.size, 3))
+                    sent[which] = sender.send(stack_batch(batch, which, pixels))
+                receiver.bring(network.forward(sent[which]), target[start : start + len(batch), view])
             on_rows(len(batch))
-        with profile.timed("forward"):
-            receiver.settle(keep=(DEPTH - 1) * sum(views.number for views in looks))
-    with profile.timed("forward"):
-        receiver.settle()
+        receiver.settle(keep=(DEPTH - 1) * sum(views.number for views in looks))
+    receiver.settle()
     # What a narrow dtype cannot hold becomes infinite, and is quarantined like whatever else is not finite.
     with np.errstate(over="ignore"):
         shaped = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +12,8 @@ import torch
 
 from embcache.extract import batching
 from embcache.extract.batching import Prepared, Source, batches_ahead, stack_batch
-from embcache.extract.profile import STEPS, Profile
-from embcache.extract.transfer import Receiver, Sender, as_tensor
 from embcache.extract.transforms import Transform, normalise
-from embcache.extract.worker import compute_shard, freeze
-from tests.extract.tiny import load_tiny
+from embcache.extract.worker import Receiver, Sender, as_tensor
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
 SOURCES = [Source(str(index), f"{index}.png", -1) for index in range(7)]
@@ -119,35 +115,3 @@ def test_normalising_is_the_same_in_every_batch_and_mode(device: torch.device) -
     np.testing.assert_allclose(first, expected.transpose(0, 3, 1, 2), rtol=1e-5)
     other = normalise(pixels, replace(transform, mean=(0.0, 0.0, 0.0)), device).cpu().numpy()
     assert not np.array_equal(other, first)
-
-
-def test_a_profile_counts_each_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 10.0])
-    monkeypatch.setattr("embcache.extract.profile.time.perf_counter", lambda: next(now))
-    profile = Profile(workers=2)
-    for step, seconds in (("decode", 4.0), ("transform", 2.0), ("forward", 5.0), ("write", 1.0), ("idle", 4.0)):
-        profile.add(step, seconds)
-    # The run waited 4 s for images, of which two threads took 3 s each.
-    expected = {"decode": 2.0, "transform": 1.0, "transfer": 0.0, "forward": 5.0, "write": 1.0, "idle": 1.0}
-    assert profile.seconds() == expected
-    assert profile.shares() == {step: seconds / 10 for step, seconds in expected.items()}
-    profile.overlapped = True
-    assert profile.seconds()["idle"] == 4.0
-
-
-def test_a_shard_fills_its_profile_and_features_do_not_hang_on_it(images: Path, device: torch.device) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    paths = sorted(path for path in images.rglob("*.png"))[:5]
-    sources = [Source(path.name, str(path.relative_to(images)), -1) for path in paths]
-    transform = Transform("paper", (32, 32), None, (32, 32), "bilinear", (0.5,) * 3, (0.5,) * 3)
-    network = freeze(load_tiny("random"), transform, str(device), "fp32")
-    profile = Profile(workers=2)
-    with ThreadPoolExecutor(2) as pool:
-        timed = compute_shard(images, sources, [network], batch_size=2, pool=pool, profile=profile)
-        plain = compute_shard(images, sources, [network], batch_size=2, pool=pool)
-    assert tuple(profile.seconds()) == STEPS
-    assert all(profile.seconds()[step] > 0 for step in ("decode", "transform", "transfer", "forward"))
-    assert profile.overlapped == (device.type != "cpu")
-    np.testing.assert_array_equal(timed[0].features, plain[0].features)
-    assert timed[0].valid.all()
