@@ -240,7 +240,7 @@ def _one_store(
 
 
 def _tell_check(check: StoreCheck, repair: bool, tell: Callable[[str], object]) -> None:
-    from embcache.store.reading import repair_command
+    from embcache.store.reading import recipe_fix, repair_command
 
     state = f"{len(check.damage)} damaged" if check.damage else "well"
     left = f", {check.planned:,} rows planned and not computed yet" if check.planned else ""
@@ -250,7 +250,8 @@ def _tell_check(check: StoreCheck, repair: bool, tell: Callable[[str], object]) 
     )
     _tell_damage(check.path, check.damage, tell)
     if check.damage and not repair:
-        tell(f"  try: {repair_command(check.path)}")
+        recipe = any(each.kind == "recipe" for each in check.damage)
+        tell(f"  try: {recipe_fix(check.path) if recipe else repair_command(check.path)}")
     for note in () if repair and check.damage else check.notes:
         tell(f"  note: {printable(note)}")
 

@@ -153,7 +153,7 @@ def _stores(
         except OSError as error:
             problem = problem or f"{error.strerror} ({error.filename})"
         if problem:
-            problems.append(f"{path.parent.name}/{path.name}: {problem}: embcache verify --repair")
+            problems.append(f"{path.parent.name}/{path.name}: {problem}: embcache verify names it and what to type")
         stores.append(
             {
                 "dataset": path.parent.name,

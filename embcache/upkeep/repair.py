@@ -42,7 +42,6 @@ from embcache.store.reading import (
     shard_name,
 )
 from embcache.upkeep.networks import Maker, make_again, sources_of, torch_threads, usable_threads
-from embcache.upkeep.restore import restore_recipe
 from embcache.upkeep.source import digest_now, readable_now
 from embcache.upkeep.verify import StoreCheck, verify_store
 
@@ -101,6 +100,8 @@ def repair_store(
 
     Raises
     ------
+    CorruptStoreError
+        The recipe is damaged. The store is as it was.
     RecipeError, WeightsError, DatasetError
         What is needed is not here, or another than then. The store is as it was.
     DatasetError
@@ -117,10 +118,7 @@ def repair_store(
             say(f"{folder.name}: no real folder, made anew")
         check = verify_store(path)
     check_folders(path)
-    if any(each.kind == "recipe" for each in check.damage):
-        restore_recipe(path, load(), home=home, weights=weights, device=device, say=say)
-        check = verify_store(path)
-    header = read_header(path)
+    header = read_header(path)  # nothing is repaired without the recipe
     there = {*plan_numbers(path), *committed_numbers(path)}  # gc may have removed some since
     shards = [number for number in _of_kind(check, "shard") if number in there]
     plans = [number for number in _of_kind(check, "plan") if number in there]
