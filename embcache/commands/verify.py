@@ -59,16 +59,13 @@ def verify(
     source: Annotated[
         bool, typer.Option("--source", help="Hash the images again: which changed or went since they were extracted?")
     ] = False,
-    direct: Annotated[
-        int,
-        typer.Option(
-            "--direct", metavar="N", min=0, help="Compute a random sample of N images again and compare the features."
-        ),
+    sample: Annotated[
+        int, typer.Option("--sample", metavar="N", min=0, help="Compute N random rows again and compare them.")
     ] = 0,
     data_root: DataRootOption = None,
     weights: WeightsOption = None,
     device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="For --repair and --direct: auto, cpu, cuda:0, …")
+        str, typer.Option("--device", metavar="NAME", help="For --repair and --sample: auto, cpu, cuda:0, …")
     ] = "auto",
     home: HomeOption = None,
     allow_missing: AllowMissingOption = False,
@@ -83,7 +80,7 @@ def verify(
     is damaged, or still is after --repair.
 
     --repair first sees that the images and weights are here and that the recipe made now is the store's, then computes
-    just the damaged shards. --source and --direct need the images too, --direct the weights.
+    just the damaged shards. --source and --sample need the images too, --sample the weights.
 
     Example: embcache verify --repair --dataset nih --backbone dino
     """
@@ -134,7 +131,7 @@ def verify(
                 load,
                 repair=repair,
                 source=source,
-                direct=direct,
+                sample=sample,
                 options={"home": home, "weights": given, "device": device, "max_pixels": max_pixels},
                 tell=(lambda line: echo(line, err=True)) if quiet else echo,
             )
@@ -190,7 +187,7 @@ def _one_store(
     *,
     repair: bool,
     source: bool,
-    direct: int,
+    sample: int,
     options: dict[str, Any],
     tell: Callable[[str], object],
 ) -> tuple[dict[str, Any], bool]:
@@ -229,13 +226,13 @@ def _one_store(
             for note in after.notes:
                 tell(f"  note: {printable(note)}")
             _tell_damage(check.path, after.damage, tell)
-    if (source or direct) and not well:
-        tell("  --source and --direct wait until the store is mended")
+    if (source or sample) and not well:
+        tell("  --source and --sample wait until the store is mended")
         return answer, False
     if source:
         well &= _tell_source(answer, check, loader, tell)
-    if direct:
-        well &= _tell_direct(answer, check, loader, direct, options, tell)
+    if sample:
+        well &= _tell_sample(answer, check, loader, sample, options, tell)
     return answer, well
 
 
@@ -295,7 +292,7 @@ def _tell_source(answer: dict[str, Any], check: StoreCheck, loader: _Loader, tel
     return found.well
 
 
-def _tell_direct(
+def _tell_sample(
     answer: dict[str, Any],
     check: StoreCheck,
     loader: _Loader,
@@ -303,12 +300,19 @@ def _tell_direct(
     options: dict[str, Any],
     tell: Callable[[str], object],
 ) -> bool:
-    from embcache.upkeep.direct import check_direct
+    from embcache.upkeep.networks import check_sample
 
-    found = check_direct(check.path, loader.load(), number, **options)
-    answer["direct"] = found.to_json()
-    for line in found.in_words():
-        tell(f"  {line}")
+    found = check_sample(check.path, loader.load(), number, **options)
+    answer["sample"] = found.to_json()
+    verdict = "within" if found.difference <= found.tolerance else "BEYOND"
+    worst = f" ({printable(found.worst)})" if found.worst else ""
+    tell(
+        f"  sample: {found.compared:,} images computed again; largest difference {found.difference:.1e}{worst}, "
+        f"{verdict} the tolerance of {found.tolerance:.1e}"
+    )
+    for label, ids in (("changed since, left out", found.changed), ("cannot be read any more", found.unreadable)):
+        if ids:
+            tell(f"    {label}: {len(ids):,} (first: {printable(ids[0])})")
     return found.well
 
 

@@ -51,13 +51,13 @@ def test_damage_is_named_and_the_printed_command_mends_it(make: Make, ds: ImageD
     assert tree(home) == before
 
 
-def test_source_and_direct_add_to_the_answer(make: Make, ds: ImageDataset, images: Path) -> None:
+def test_source_and_sample_add_to_the_answer(make: Make, ds: ImageDataset, images: Path) -> None:
     make("hdf5")
-    told = run("verify", "--source", "--direct", "5", "--json", "-")
+    told = run("verify", "--source", "--sample", "5", "--json", "-")
     (answer,) = json.loads(told.stdout)["stores"]
     assert told.exit_code == 0
     assert answer["source"]["checked"] == 20
-    assert (answer["direct"]["compared"], answer["direct"]["well"]) == (5, True)
+    assert (answer["sample"]["compared"], answer["sample"]["well"]) == (5, True)
     (images / "benign" / "07.png").write_bytes((images / "benign" / "09.png").read_bytes())
     told = run("verify", "--source")
     assert told.exit_code == 1
@@ -96,7 +96,7 @@ def test_bad_requests(make: Make, home: Path) -> None:
         run("why", "--dataset", "nih")
     with pytest.raises(UsageError, match="one dataset"):
         run("why", "--backbone", "random")
-    assert run("verify", "--direct", "-1").exit_code == 2
+    assert run("verify", "--sample", "-1").exit_code == 2
 
 
 def test_why_prints_fields_images_and_cost(make: Make, ds: ImageDataset) -> None:
