@@ -38,13 +38,7 @@ WeightsOption = Annotated[
     typer.Option("--weights", metavar="[NAME=]FILE", help="Checkpoint; NAME= may be left out for one backbone."),
 ]
 
-_KINDS = {
-    "recipe": "damaged recipe",
-    "plan": "damaged plan",
-    "shard": "damaged",
-    "extra": "too much",
-    "view": "damaged view",
-}
+_KINDS = {"recipe": "damaged recipe", "plan": "damaged plan", "shard": "damaged", "extra": "too much"}
 _SHOWN = 20  # lines of damage of one store
 
 
@@ -76,7 +70,7 @@ def verify(
     """Read every byte of what is cached and compare it with what was committed.
 
     Names each damaged file with its shard and rows; without options, of every store. Checked are the recipe, the
-    plans, the shards, the view for plain readers and the dataset's snapshot. Exit status 0: all is well; 1: something
+    plans, the shards and the dataset's snapshot. Exit status 0: all is well; 1: something
     is damaged, or still is after --repair.
 
     --repair first sees that the images and weights are here and that the recipe made now is the store's, then computes
@@ -196,9 +190,9 @@ def _one_store(
     answer, well = check.to_json(), not check.damage
     answer["repaired"] = None
     if repair:
-        from embcache.upkeep.repair import needs_repair, repair_store
+        from embcache.upkeep.repair import repair_store
 
-        if needs_repair(check):
+        if check.damage:
             done: list[str] = []
 
             def say(line: str) -> None:

@@ -62,11 +62,6 @@ class _Job:
     allow_missing: bool = False
 
 
-def needs_repair(check: StoreCheck) -> bool:
-    """Whether there is anything to mend: damage, or a view that is missing or older than its store."""
-    return bool(check.damage) or any(note.startswith(("the view is", "there is no view")) for note in check.notes)
-
-
 def repair_store(
     check: StoreCheck,
     load: Callable[[], ImageDataset],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,7 +27,6 @@ from embcache.store.reading import (
 )
 from embcache.store.verified import read_file, refusals_told
 from embcache.upkeep.notes import store_notes
-from embcache.upkeep.view import check_view
 
 _FOLDER = re.compile(r"(?P<slug>.+)-(?P<digits>[0-9a-f]{12})")
 # A store's own entries; anything else in its folder is told and left alone.
@@ -52,7 +51,7 @@ class Damage:
 
     Attributes
     ----------
-    kind : {"recipe", "plan", "shard", "extra", "view"}
+    kind : {"recipe", "plan", "shard", "extra"}
         What is damaged.
     path : Path
         The file, or the folder where that is all that can be said.
@@ -210,8 +209,6 @@ def _verify_once(path: Path, on_shard: Callable[[int, int], object]) -> StoreChe
         on_shard(done, len(committed))
     _check_pairs(path, header, committed, found)
     _check_listing(path, found)
-    if header is not None:
-        _check_view(path, header, committed, found)
     found.notes += store_notes(path)
     return _store_check(path, header, committed, found)
 
@@ -335,17 +332,6 @@ def _check_listing(path: Path, found: _Found) -> None:
         found.notes.append(f"not of the store, and left alone: {', '.join(strangers)}")
 
 
-def _check_view(path: Path, header: StoreHeader, committed: Sequence[int], found: _Found) -> None:
-    if any(each.kind == "shard" for each in found.damage):
-        found.notes.append("the view is compared once the shards are mended")
-        return
-    if committed:
-        check = check_view(path, header)
-        found.files, found.bytes = found.files + check.files, found.bytes + check.bytes
-        found.notes += check.notes
-        found.damage += [Damage("view", where, problem) for where, problem in check.wrong]
-
-
 def _shard_rows(path: Path, header: StoreHeader | None, number: int, found: _Found) -> Rows | None:
     """The rows of a shard, from its plan or, where that is damaged, from its index."""
     ids = found.plans.get(number) or found.shards.get(number)
@@ -378,11 +364,3 @@ def _extra(folder: Path, known: set[str]) -> Iterator[Path]:
 def _entries(folder: Path) -> list[Path]:
     with refusals_told(folder, ""):
         return [Path(entry.path) for entry in list_folder(folder)]
-
-
-def damage_counts(damage: Sequence[Damage]) -> Mapping[str, int]:
-    """How many there are of each kind, in the order of their first."""
-    counts: dict[str, int] = {}
-    for each in damage:
-        counts[each.kind] = counts.get(each.kind, 0) + 1
-    return counts

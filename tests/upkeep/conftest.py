@@ -78,8 +78,9 @@ def damage(path: Path, how: str) -> bytes:
 
 
 def files_of(store: Path) -> list[Path]:
-    """Every file of a store that is no link."""
-    return sorted(path for path in store.rglob("*") if path.is_file() and not path.is_symlink())
+    """Every file of a store but its view."""
+    files = (path for path in store.rglob("*") if path.is_file())
+    return sorted(path for path in files if not path.relative_to(store).parts[0].startswith("view."))
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
