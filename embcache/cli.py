@@ -36,7 +36,6 @@ from embcache.commands import (
     splits,
     store,
     verify,
-    why,
 )
 from embcache.commands.options import advise_by
 from embcache.commands.output import echo, guard_streams, lost_output
@@ -102,7 +101,6 @@ app.command()(store.ls)
 app.command()(store.info)
 app.command()(store.export)
 app.command()(verify.verify)
-app.command()(why.why)
 app.command()(gc.gc)
 app.command()(doctor.doctor)
 app.command()(bench.bench)

@@ -30,7 +30,7 @@ from embcache.probe.run import probe_features
 from embcache.store.feature_store import FeatureStore, list_stores
 from embcache.upkeep.export import export_features
 from embcache.upkeep.gc import collect
-from embcache.upkeep.repair import needs_repair, repair_store
+from embcache.upkeep.repair import repair_store
 from embcache.upkeep.verify import verify_store
 from tests.crash.faults import CHANGING
 from tests.extract.conftest import draw
@@ -176,7 +176,7 @@ class World:
 
     def _repair(self) -> None:
         check = verify_store(self.store)
-        if needs_repair(check):
+        if check.damage:
             repair_store(check, lambda: self.dataset, home=self.home, device="cpu")
 
     def _probe(self) -> None:
