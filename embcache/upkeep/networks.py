@@ -8,7 +8,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +16,11 @@ import torch
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset
 from embcache.errors import RecipeError, StoreError
-from embcache.extract.backbones import load_backbone
 from embcache.extract.batching import Source
-from embcache.extract.pixels import decode_into, pixel_recipe
+from embcache.extract.pixels import pixel_recipe, pixel_rows
 from embcache.extract.request import default_workers, image_root
-from embcache.extract.run import make_recipe
-from embcache.extract.transforms import Transform
-from embcache.extract.worker import FrozenNetwork, compute_shard, freeze
+from embcache.extract.run import make_recipe, recipe_network, recipe_transform
+from embcache.extract.worker import compute_shard
 from embcache.paths import PathLike
 from embcache.store.commit import ShardRows
 from embcache.store.feature_store import PIXELS, FeatureStore, extract_command
@@ -35,64 +33,8 @@ TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 2e-2}
 FLOAT16_TOLERANCE = 1e-3  # added where features are kept as float16: half a unit in the last place is 2**-11
 
 
-class Maker(Protocol):
-    """Makes the rows of a store from the images."""
-
-    def make(
-        self,
-        sources: Sequence[Source],
-        pool: Executor,
-        batch_size: int,
-        on_rows: Callable[[int], object],
-        decoding: Decoding | None = None,
-    ) -> ShardRows:
-        """Rows of some images, in their order; by default with the default limit on pixels."""
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features of a network."""
-
-    root: Path
-    network: FrozenNetwork
-
-    def make(
-        self,
-        sources: Sequence[Source],
-        pool: Executor,
-        batch_size: int,
-        on_rows: Callable[[int], object],
-        decoding: Decoding | None = None,
-    ) -> ShardRows:
-        """Rows of some images, in their order."""
-        (rows,) = compute_shard(
-            self.root, sources, [self.network], batch_size=batch_size, pool=pool, on_rows=on_rows, decoding=decoding
-        )
-        return rows
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """Frames of images."""
-
-    root: Path
-    framing: Transform
-
-    def make(
-        self,
-        sources: Sequence[Source],
-        pool: Executor,
-        batch_size: int,
-        on_rows: Callable[[int], object],
-        decoding: Decoding | None = None,
-    ) -> ShardRows:
-        """Rows of some images, in their order."""
-        pixels = np.zeros((len(sources), *self.framing.size, 3), np.uint8)
-        digests, reasons = decode_into(
-            pixels, self.root, sources, self.framing, pool, batch_size=batch_size, on_rows=on_rows, decoding=decoding
-        )
-        valid = np.array([not reason for reason in reasons], dtype=bool)
-        return ShardRows(tuple(source.id for source in sources), pixels, valid, tuple(digests), tuple(reasons))
+# Makes rows of images, in their order.
+Maker = Callable[[Sequence[Source], Executor, int, Callable[[int], object], Decoding], ShardRows]
 
 
 def make_again(
@@ -116,45 +58,30 @@ def make_again(
     if recipe.backbone == PIXELS:
         framing = recipe_transform(recipe)
         refuse_another(recipe, pixel_recipe(framing), dataset)
-        return Pixels(root, framing)
-    network = recipe_network(recipe, dataset, home=home, weights=weights, device=device)
+        return lambda sources, *how: pixel_rows(root, sources, framing, *how)
+    network = recipe_network(
+        recipe,
+        home=home,
+        weights=(weights or {}).get(recipe.backbone),
+        device=device,
+        views=int(recipe.transform.get("views", 1)),
+        augment=dataset.augment,
+    )
     refuse_another(recipe, make_recipe(network), dataset)
-    return Features(root, network)
 
+    def features(
+        sources: Sequence[Source],
+        pool: Executor,
+        batch_size: int,
+        on_rows: Callable[[int], object],
+        decoding: Decoding,
+    ) -> ShardRows:
+        (rows,) = compute_shard(
+            root, sources, [network], batch_size=batch_size, pool=pool, on_rows=on_rows, decoding=decoding
+        )
+        return rows
 
-def recipe_network(
-    recipe: Recipe,
-    dataset: ImageDataset,
-    *,
-    home: PathLike | None = None,
-    weights: Mapping[str, PathLike] | None = None,
-    device: str = "auto",
-) -> FrozenNetwork:
-    """The network of a recipe, as far as weights and this version of embcache give it; the caller compares."""
-    transform = recipe_transform(recipe)
-    loaded = load_backbone(
-        recipe.backbone, weights=(weights or {}).get(recipe.backbone), home=home, image_size=transform.size
-    )
-    views = int(recipe.transform.get("views", 1))
-    return freeze(loaded, transform, device, recipe.precision, views, dataset.augment, recipe.dtype)
-
-
-def recipe_transform(recipe: Recipe) -> Transform:
-    """The transform that a recipe tells; of pixels only what decides them."""
-    told = recipe.transform
-
-    def sides(value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    return Transform(
-        kind=str(told.get("kind", "paper")),
-        resize=sides(told["resize"]),
-        crop=sides(told["crop"]),
-        size=sides(told["size"]),
-        interpolation=told["interpolation"],
-        mean=sides(told.get("mean", (0.0, 0.0, 0.0))),
-        std=sides(told.get("std", (1.0, 1.0, 1.0))),
-    )
+    return features
 
 
 def refuse_another(recipe: Recipe, now: Recipe, dataset: ImageDataset) -> None:
@@ -241,7 +168,7 @@ def check_sample(
     chosen = np.sort(np.random.default_rng(0).choice(len(store), min(number, len(store)), replace=False))
     ids = store.ids[chosen].tolist()
     with ThreadPoolExecutor(default_workers()) as pool, torch_threads(usable_threads(header.threads)):
-        rows = maker.make(sources_of(dataset, ids), pool, header.batch_size, lambda rows: None, decoding)
+        rows = maker(sources_of(dataset, ids), pool, header.batch_size, lambda rows: None, decoding)
     unreadable = [id_ for id_, valid in zip(ids, rows.valid, strict=True) if not valid]
     digests = zip(ids, rows.digests, strict=True)
     changed = [id_ for id_, digest in digests if id_ not in unreadable and digest != (store.digests.get(id_) or digest)]

@@ -279,12 +279,12 @@ def _make_rows(
 ) -> ShardRows | DatasetError:
     """Rows of a damaged shard; an error instead where one that was valid, or may have been, would not be any more."""
     sources, limit = sources_of(job.dataset, ids), job.max_pixels or default_max_pixels()
-    rows = maker.make(sources, pool, batch, on_rows, Decoding(limit))
+    rows = maker(sources, pool, batch, on_rows, Decoding(limit))
     lost = _lost_rows(job, number, rows)
     known = any(certain for _, _, certain in lost)
     if known and (needed := max(pixels_of(reason) for _, reason, certain in lost if certain)):
         job.say(f"shard {number}: was made with a higher --max-pixels, at least {needed:,}: computed with that")
-        rows = maker.make(sources, pool, batch, lambda rows: None, Decoding(max(limit, needed)))
+        rows = maker(sources, pool, batch, lambda rows: None, Decoding(max(limit, needed)))
         lost = _lost_rows(job, number, rows)
     if not lost:
         return rows

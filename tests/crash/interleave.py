@@ -22,7 +22,6 @@ import numpy as np
 import embcache.extract.compute as compute
 import embcache.extract.run as run
 import embcache.store.lease as lease
-import embcache.upkeep.networks as networks
 from embcache import io
 from embcache.data.dataset import load_dataset
 from embcache.errors import EmbcacheError
@@ -88,7 +87,7 @@ def paused(at: int, other: Callable[[], None]) -> Iterator[list[int]]:
 def small() -> Iterator[None]:
     """A tiny network, small shards; leases that are over at once, for their holder is paused; no waiting for disks."""
     patches: list[tuple[Any, str, Any]] = [
-        *((module, "load_backbone", load_tiny) for module in (run, networks)),
+        (run, "load_backbone", load_tiny),
         (run, "ROWS_PER_SHARD", {"cpu": ROWS, "cuda": ROWS}),
         (compute, "_POLL_SECONDS", 0.0),
         (lease, "TTL_SECONDS", -1.0),

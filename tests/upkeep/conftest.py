@@ -9,7 +9,6 @@ import pytest
 
 import embcache.extract.pixels as pixels
 import embcache.extract.run as run
-import embcache.upkeep.networks as networks
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.extract.backbones import find_backbone
 from embcache.extract.pixels import cache_pixels
@@ -28,8 +27,7 @@ Make = Callable[[str], Path]
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, quick_disk: None) -> None:
     """A small network, small shards, no waiting for the disk."""
-    for module in (run, networks):
-        monkeypatch.setattr(module, "load_backbone", load_tiny)
+    monkeypatch.setattr(run, "load_backbone", load_tiny)
     monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 8)
     monkeypatch.setattr(pixels, "MAX_ROWS", 8)
 

@@ -8,18 +8,23 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import embcache.extract.run as run
 import embcache.upkeep.networks as networks
 import embcache.upkeep.repair as repair
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, RecipeError, StoreError
+from embcache.extract.batching import Source
 from embcache.extract.run import run_extraction
 from embcache.extract.worker import FrozenNetwork
+from embcache.store.commit import ShardRows
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
+from embcache.upkeep.networks import Maker
 from embcache.upkeep.repair import repair_store
 from embcache.upkeep.verify import StoreCheck, verify_store
 from tests.extract.conftest import draw
@@ -34,6 +39,22 @@ def mend(path: Path, ds: ImageDataset, **keywords: object) -> StoreCheck:
     return repair_store(verify_store(path), lambda: ds, **keywords)  # type: ignore[arg-type]
 
 
+def watch(patch: pytest.MonkeyPatch, before: Callable[..., object]) -> None:
+    """Call ``before`` with the images and how they are computed, each time a repair computes rows."""
+    original = repair.make_again
+
+    def make_again(*arguments: Any, **keywords: Any) -> Maker:
+        maker = original(*arguments, **keywords)
+
+        def watched(*how: Any) -> ShardRows:
+            before(*how)
+            return maker(*how)
+
+        return watched
+
+    patch.setattr(repair, "make_again", make_again)
+
+
 @pytest.mark.parametrize("how", ["flip", "cut", "remove"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_damaged_shard_is_computed_again_and_equals_what_it_was(
@@ -42,15 +63,8 @@ def test_only_the_damaged_shard_is_computed_again_and_equals_what_it_was(
     path = make(kind)
     before, others = tree(path), {n: stamps(path / "shards" / n) for n in ("000000", "000002")}
     damage(max(files_of(path / "shards" / "000001"), key=lambda file: file.stat().st_size), how)
-    images = []
-    for maker in (networks.Features, networks.Pixels):
-        original = maker.make
-
-        def counted(self: object, sources: list[object], *rest: object, original: Callable[..., object] = original):  # type: ignore[no-untyped-def]
-            images.extend(sources)
-            return original(self, sources, *rest)
-
-        monkeypatch.setattr(maker, "make", counted)
+    images: list[Source] = []
+    watch(monkeypatch, lambda sources, *_: images.extend(sources))
     (found,) = verify_store(path).damage
     assert (found.kind, found.shard) == ("shard", 1)
     after = mend(path, ds)
@@ -112,7 +126,7 @@ def test_a_repair_that_is_killed_is_finished_by_the_next(
 
     with monkeypatch.context() as patch:
         if moment == "compute":
-            patch.setattr(networks.Pixels if kind == "pixels" else networks.Features, "make", die)
+            watch(patch, die)
         else:
             patch.setattr(repair, {"commit": "commit_shard", "view": "write_view"}[moment], die)
         with pytest.raises(KeyboardInterrupt):
@@ -148,7 +162,7 @@ def test_what_cannot_be_made_again_is_refused_and_nothing_is_touched(
         return dataclasses.replace(load_tiny(name), weights_sha256="cd" * 32)
 
     with monkeypatch.context() as patch:
-        patch.setattr(networks, "load_backbone", other_weights)
+        patch.setattr(run, "load_backbone", other_weights)
         with pytest.raises(RecipeError, match="weights_sha256 = cdcd") as caught:
             mend(path, ds)
     assert "--weights random=FILE" in str(caught.value.fix)
@@ -198,14 +212,8 @@ def test_the_threads_and_the_batch_are_those_of_the_store(
     make: Make, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make("zarr")
-    threads, seen = torch.get_num_threads(), []
-    original = networks.Features.make
-
-    def watched(self: networks.Features, sources: object, pool: object, batch_size: int, *rest: object) -> object:
-        seen.append((torch.get_num_threads(), batch_size))
-        return original(self, sources, pool, batch_size, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(networks.Features, "make", watched)
+    threads, seen = torch.get_num_threads(), list[tuple[int, int]]()
+    watch(monkeypatch, lambda _, __, batch_size, *___: seen.append((torch.get_num_threads(), batch_size)))
     damage(path / "shards" / "000001" / "commit.json", "flip")
     torch.set_num_threads(threads + 1)
     try:
