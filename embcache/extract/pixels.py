@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 import embcache
 from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import DECODER_VERSION
-from embcache.extract.batching import Source, prepare_batches
+from embcache.data.images import DECODER_VERSION, Source
+from embcache.extract.batching import prepare_batches
 from embcache.extract.compute import Terms, compute_owed
 from embcache.extract.plan import Plan, plan_store
 from embcache.extract.request import check_numbers, default_workers

@@ -8,16 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import embcache
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import DECODER_VERSION
+from embcache.data.images import DECODER_VERSION, Source
 from embcache.errors import RecipeError
 from embcache.extract.backbones import find_backbone, load_backbone
-from embcache.extract.batching import Source
 from embcache.extract.compute import Terms, compute_owed, is_asked
 from embcache.extract.devices import Crew, split_devices
 from embcache.extract.limits import Guard
@@ -332,7 +332,7 @@ def recipe_network(
 
 def recipe_transform(recipe: Recipe) -> Transform:
     """The transform that a recipe names, of pixels only what decides them; `RecipeError` where something is absent."""
-    told = {"kind": "paper", "mean": [0.0] * 3, "std": [1.0] * 3} if recipe.backbone == PIXELS else {}
+    told: dict[str, Any] = {"kind": "paper", "mean": [0.0] * 3, "std": [1.0] * 3} if recipe.backbone == PIXELS else {}
     told |= recipe.transform
     absent = [field.name for field in fields(Transform) if field.name not in told]
     if absent or not isinstance(told["size"], list):

@@ -11,7 +11,8 @@ import numpy as np
 
 from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
-from embcache.extract.batching import Source, prepare
+from embcache.data.images import Source, image_sources
+from embcache.extract.batching import prepare
 from embcache.extract.scan import DatasetFiles
 from embcache.extract.worker import FrozenNetwork
 from embcache.memory import is_shortage
@@ -105,8 +106,7 @@ def settle(
         kept = known.provenance.get("workers") if known is not None else None
         if isinstance(kept, int) and 1 <= kept <= 64:
             return size, kept
-        columns = [dataset.table[name].tolist()[:_IMAGES] for name in ("id", "path", "member")]
-        threads = tune_workers(files.root, [Source(*row) for row in zip(*columns, strict=True)], network)
+        threads = tune_workers(files.root, image_sources(dataset.table.head(_IMAGES)), network)
         chosen.append(f"{threads} decoding threads")
     if chosen:
         say(f"{recipe.backbone}: {' and '.join(chosen)} were fastest here; they stay with the store")

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from embcache.data.budget import Decoding
-from embcache.data.images import DECODER_VERSION
+from embcache.data.images import DECODER_VERSION, Source
 from embcache.errors import RecipeError, StoreNotFoundError, UsageError
-from embcache.extract.batching import Source, prepare_batches, stack_batch
+from embcache.extract.batching import prepare_batches, stack_batch
 from embcache.extract.request import weights_by_name
 from embcache.extract.run import BATCH_SIZES, make_recipe, recipe_network
 from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device

@@ -22,7 +22,7 @@ import torch
 
 from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset, find_dataset
-from embcache.data.images import read_image
+from embcache.data.images import image_sources, read_image
 from embcache.errors import EmbcacheError, ImageError
 from embcache.paths import PathLike
 from embcache.probe.cached import cached_datasets
@@ -274,23 +274,23 @@ def _dataset_at_hand(name: str | None, data_root: PathLike | None, home: PathLik
 def _decoding(ds: ImageDataset) -> Measured:
     """Images spread over the dataset, one after the other as one worker decodes them; unreadable ones are left out."""
     chosen = np.unique(np.linspace(0, len(ds) - 1, _IMAGES).astype(int))
-    every = [(str(ds.table["path"].iloc[i]), int(ds.table["member"].iloc[i])) for i in chosen]
+    every = image_sources(ds.table.iloc[chosen])
     root, images = ds.root, []
     assert root is not None
-    for path, member in every:
+    for source in every:
         with contextlib.suppress(ImageError):  # extraction would quarantine it
-            read_image(root, path, member)
-            images.append((path, member))
+            read_image(root, source.path, source.member)
+            images.append(source)
     if not images:
         raise EmbcacheError("no image could be read", found=f"{len(every)} of {ds.name} tried", where=root)
 
     def decode() -> None:
-        for path, member in images:
-            read_image(root, path, member)
+        for source in images:
+            read_image(root, source.path, source.member)
 
     def pillow() -> None:
-        for path, _ in images:
-            with PIL.Image.open(root / path) as image:
+        for source in images:
+            with PIL.Image.open(root / source.path) as image:
                 image.convert("RGB").load()
 
     cores = usable_cores()

@@ -15,8 +15,8 @@ import torch
 
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset
+from embcache.data.images import Source, sources_of
 from embcache.errors import RecipeError, StoreError
-from embcache.extract.batching import Source
 from embcache.extract.pixels import pixel_recipe, pixel_rows
 from embcache.extract.request import default_workers, image_root
 from embcache.extract.run import make_recipe, recipe_network, recipe_transform
@@ -104,13 +104,6 @@ def refuse_another(recipe: Recipe, now: Recipe, dataset: ImageDataset) -> None:
     )
 
 
-def sources_of(dataset: ImageDataset, ids: Sequence[str]) -> list[Source]:
-    """Where images lie; those that the dataset has not have no path."""
-    columns = [dataset.table[name].tolist() for name in ("id", "path", "member")]
-    known = {image: Source(image, path, member) for image, path, member in zip(*columns, strict=True)}
-    return [known.get(image, Source(image, "", -1)) for image in ids]
-
-
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
     """So many threads for torch: sums are taken in another order with another number."""
@@ -168,7 +161,7 @@ def check_sample(
     chosen = np.sort(np.random.default_rng(0).choice(len(store), min(number, len(store)), replace=False))
     ids = store.ids[chosen].tolist()
     with ThreadPoolExecutor(default_workers()) as pool, torch_threads(usable_threads(header.threads)):
-        rows = maker(sources_of(dataset, ids), pool, header.batch_size, lambda rows: None, decoding)
+        rows = maker(sources_of(dataset.table, ids), pool, header.batch_size, lambda rows: None, decoding)
     unreadable = [id_ for id_, valid in zip(ids, rows.valid, strict=True) if not valid]
     digests = zip(ids, rows.digests, strict=True)
     changed = [id_ for id_, digest in digests if id_ not in unreadable and digest != (store.digests.get(id_) or digest)]

@@ -12,9 +12,8 @@ from typing import Any
 
 from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import read_image
+from embcache.data.images import Source, image_sources, read_image
 from embcache.errors import DatasetNotFoundError, ImageError
-from embcache.extract.batching import Source
 from embcache.store.feature_store import FeatureStore
 
 _AHEAD = 1024  # images handed to the threads at a time
@@ -75,8 +74,7 @@ def check_source(
         )
     rows = store.sources()
     held = {id_: rows[id_].digest or "" for id_ in (*store.quarantined, *store.digests)}
-    columns = [dataset.table[name].tolist() for name in ("id", "path", "member")]
-    sources = [Source(*row) for row in zip(*columns, strict=True) if row[0] in held]
+    sources = [source for source in image_sources(dataset.table) if source.id in held]
     changed, missing, done = [], [], 0
     # File by file: the images of one array file lie beside each other, and are decoded from it in order.
     with ThreadPoolExecutor(usable_cores()) as pool:

@@ -17,8 +17,8 @@ import embcache.extract.run as run
 import embcache.upkeep.networks as networks
 import embcache.upkeep.repair as repair
 from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.data.images import Source
 from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, RecipeError, StoreError
-from embcache.extract.batching import Source
 from embcache.extract.run import run_extraction
 from embcache.extract.worker import FrozenNetwork
 from embcache.store.commit import ShardRows
