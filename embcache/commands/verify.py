@@ -265,7 +265,7 @@ def _tell_damage(store: Path, damage: Sequence[Damage], tell: Callable[[str], ob
 
 def _tell_source(answer: dict[str, Any], check: StoreCheck, loader: _Loader, tell: Callable[[str], object]) -> bool:
     from embcache.store.feature_store import FeatureStore, extract_command
-    from embcache.upkeep.source import check_source
+    from embcache.upkeep.verify import check_source
 
     dataset = loader.load()
     store = FeatureStore(check.path)

@@ -43,7 +43,7 @@ from embcache.store.reading import (
     unless_collected,
 )
 from embcache.store.rows import PlanEntry
-from embcache.upkeep.notes import lease_files, leftovers
+from embcache.upkeep.verify import lease_files, leftovers
 
 Say = Callable[[str], object]
 _REPLACED = (

@@ -43,8 +43,7 @@ from embcache.store.reading import (
     shard_name,
 )
 from embcache.upkeep.networks import Maker, make_again, torch_threads, usable_threads
-from embcache.upkeep.source import digest_now, readable_now
-from embcache.upkeep.verify import StoreCheck, verify_store
+from embcache.upkeep.verify import StoreCheck, digest_now, readable_now, verify_store
 
 Say = Callable[[str], object]
 _FEW = 5

@@ -17,7 +17,7 @@ from embcache.extract.run import run_extraction
 from embcache.store.commit import ShardRows, commit_shard, discard
 from embcache.store.feature_store import FeatureStore
 from embcache.upkeep.networks import check_sample
-from embcache.upkeep.source import check_source
+from embcache.upkeep.verify import check_source
 from tests.extract.conftest import draw
 from tests.upkeep.conftest import KINDS, Make, ds, images, make, quick_disk, tiny
 
