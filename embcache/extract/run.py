@@ -342,8 +342,11 @@ def recipe_transform(recipe: Recipe) -> Transform:
             found=f"no {', '.join(absent)}",
             fix="extract and probe again with this version of embcache",
         )
-    values = {field.name: told[field.name] for field in fields(Transform)}
-    return Transform(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values: dict[str, Any] = {
+        field.name: tuple(value) if isinstance(value := told[field.name], list) else value
+        for field in fields(Transform)
+    }
+    return Transform(**values)
 
 
 def _cached_pixels(
