@@ -35,7 +35,6 @@ from embcache.commands import (
     splits,
     store,
     verify,
-    why,
 )
 from embcache.commands.options import advise_by
 from embcache.commands.output import echo, guard_streams, lost_output
@@ -101,7 +100,6 @@ app.command()(store.ls)
 app.command()(store.info)
 app.command()(store.export)
 app.command()(verify.verify)
-app.command()(why.why)
 app.command()(gc.gc)
 app.command()(doctor.doctor)
 

@@ -133,7 +133,7 @@ def test_the_store_writes_to_disk_by_one_module() -> None:
         ["ls"],
         ["datasets"],
         ["gc"],
-        *([command, "--help"] for command in ("extract", "probe", "verify", "why", "gc", "doctor", "report")),
+        *([command, "--help"] for command in ("extract", "probe", "verify", "gc", "doctor", "report")),
     ],
 )
 def test_quick_commands_import_no_torch(arguments: list[str], home: Path) -> None:

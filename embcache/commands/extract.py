@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,12 +26,16 @@ from embcache.commands.options import (
     write_json,
 )
 from embcache.commands.output import echo
-from embcache.commands.table import print_note, print_table
+from embcache.commands.store import printable, size_words
+from embcache.commands.table import format_table, print_note, print_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
     from embcache.data.chosen import Columns
     from embcache.extract.run import Extraction
+    from embcache.upkeep.dry_run import DryRun
+
+_IDS = 5  # named of each kind by --dry-run
 
 
 @takes_columns
@@ -121,6 +125,12 @@ def extract(
         bool, typer.Option("--retry-quarantined", help="Look at quarantined images again, changed or not.")
     ] = False,
     max_pixels: MaxPixelsOption = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would be computed (of all parts) and why, field by field; nothing is written."
+        ),
+    ] = False,
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     merge_class: MergeClassOption = None,
@@ -151,8 +161,9 @@ def extract(
     from embcache.data.dataset import find_dataset
     from embcache.extract.run import run_extraction
     from embcache.extract.stopping import Stop, exit_status, stop_on_signals
+    from embcache.upkeep.dry_run import dry_run as explain
 
-    answers, stop = [], Stop()
+    answers, stop = list[dict[str, Any]](), Stop()
     for each in datasets:
         found, _ = find_dataset(
             each, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
@@ -160,6 +171,24 @@ def extract(
         refuse_other_merges(merge_class, found)
         for note in found.notes:
             print_note(note)
+        if dry_run:
+            for answer in explain(
+                names,
+                found,
+                home=home,
+                weights=parse_weights(weights, names),
+                transform=transform,
+                device=device,
+                precision=precision,
+                views=views,
+                feature_dtype=feature_dtype,
+                retry_quarantined=retry_quarantined,
+                max_pixels=max_pixels,
+            ):
+                answers.append({"dataset": found.name, **answer.to_json()})
+                if json != "-":
+                    echo("\n".join(_dry_run_words(found.name, answer)))
+            continue
         try:
             with stop_on_signals(stop):
                 done = run_extraction(
@@ -194,6 +223,8 @@ def extract(
             break
     if json:
         write_json(answers, json)
+    if dry_run:
+        return
     left, others = max(extraction.undone for extraction in done), datasets[datasets.index(each) + 1 :]
     if stop.signal is not None and (left or others):
         rest = f"{left:,} images of {found.name}" if left else ""
@@ -293,3 +324,32 @@ def _as_json(dataset: str, extraction: Extraction) -> dict[str, object]:
         "quarantined": dict(extraction.quarantined),
         "seconds": round(extraction.seconds, 3),
     }
+
+
+def _dry_run_words(dataset: str, answer: DryRun) -> list[str]:
+    lines = [f"{answer.backbone} over {dataset}, recipe {answer.fingerprint[:12]}"]
+    if answer.match is not None:
+        lines.append(f"cached under this recipe: {answer.match.path.name}")
+    elif answer.cached:
+        lines.append("not cached under this recipe: all images would be computed, into a store of their own")
+    else:
+        lines.append("nothing of this backbone is cached for this dataset")
+    for each in answer.cached:
+        if each.problem:
+            lines.append(f"{each.path.name} cannot be read: {printable(each.problem)}")
+        elif each.differs:
+            lines.append(f"{each.path.name} ({each.rows:,} images) differs in:")
+            rows = [[field, _short(mine), _short(theirs)] for field, (mine, theirs) in each.differs.items()]
+            lines += ["  " + line for line in format_table(["field", "wanted", "cached"], rows).split("\n")]
+    if answer.match is not None:
+        for kind, ids in (("added", answer.added), ("changed", answer.changed), ("removed", answer.removed)):
+            if ids:
+                more = ", …" if len(ids) > _IDS else ""
+                lines.append(f"{kind}: {len(ids):,} ({printable(', '.join(ids[:_IDS]))}{more})")
+    what = f"{answer.owed:,} of {answer.images:,} images, {size_words(answer.bytes)} of features"
+    return [*lines, f"an extraction would compute {what if answer.owed else 'nothing'}"]
+
+
+def _short(value: Any) -> str:
+    text = "(not there)" if value is None else str(value)
+    return text if len(text) <= 44 else f"{text[:20]}…{text[-12:]}"

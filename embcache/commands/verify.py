@@ -38,13 +38,7 @@ WeightsOption = Annotated[
     typer.Option("--weights", metavar="[NAME=]FILE", help="Checkpoint; NAME= may be left out for one backbone."),
 ]
 
-_KINDS = {
-    "recipe": "damaged recipe",
-    "plan": "damaged plan",
-    "shard": "damaged",
-    "extra": "too much",
-    "view": "damaged view",
-}
+_KINDS = {"recipe": "damaged recipe", "plan": "damaged plan", "shard": "damaged", "extra": "too much"}
 _SHOWN = 20  # lines of damage of one store
 
 
@@ -59,16 +53,13 @@ def verify(
     source: Annotated[
         bool, typer.Option("--source", help="Hash the images again: which changed or went since they were extracted?")
     ] = False,
-    direct: Annotated[
-        int,
-        typer.Option(
-            "--direct", metavar="N", min=0, help="Compute a random sample of N images again and compare the features."
-        ),
+    sample: Annotated[
+        int, typer.Option("--sample", metavar="N", min=0, help="Compute N random rows again and compare them.")
     ] = 0,
     data_root: DataRootOption = None,
     weights: WeightsOption = None,
     device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="For --repair and --direct: auto, cpu, cuda:0, …")
+        str, typer.Option("--device", metavar="NAME", help="For --repair and --sample: auto, cpu, cuda:0, …")
     ] = "auto",
     home: HomeOption = None,
     allow_missing: AllowMissingOption = False,
@@ -79,11 +70,11 @@ def verify(
     """Read every byte of what is cached and compare it with what was committed.
 
     Names each damaged file with its shard and rows; without options, of every store. Checked are the recipe, the
-    plans, the shards, the view for plain readers and the dataset's snapshot. Exit status 0: all is well; 1: something
+    plans, the shards and the dataset's snapshot. Exit status 0: all is well; 1: something
     is damaged, or still is after --repair.
 
     --repair first sees that the images and weights are here and that the recipe made now is the store's, then computes
-    just the damaged shards. --source and --direct need the images too, --direct the weights.
+    just the damaged shards. --source and --sample need the images too, --sample the weights.
 
     Example: embcache verify --repair --dataset nih --backbone dino
     """
@@ -134,7 +125,7 @@ def verify(
                 load,
                 repair=repair,
                 source=source,
-                direct=direct,
+                sample=sample,
                 options={"home": home, "weights": given, "device": device, "max_pixels": max_pixels},
                 tell=(lambda line: echo(line, err=True)) if quiet else echo,
             )
@@ -190,7 +181,7 @@ def _one_store(
     *,
     repair: bool,
     source: bool,
-    direct: int,
+    sample: int,
     options: dict[str, Any],
     tell: Callable[[str], object],
 ) -> tuple[dict[str, Any], bool]:
@@ -199,9 +190,9 @@ def _one_store(
     answer, well = check.to_json(), not check.damage
     answer["repaired"] = None
     if repair:
-        from embcache.upkeep.repair import needs_repair, repair_store
+        from embcache.upkeep.repair import repair_store
 
-        if needs_repair(check):
+        if check.damage:
             done: list[str] = []
 
             def say(line: str) -> None:
@@ -229,18 +220,18 @@ def _one_store(
             for note in after.notes:
                 tell(f"  note: {printable(note)}")
             _tell_damage(check.path, after.damage, tell)
-    if (source or direct) and not well:
-        tell("  --source and --direct wait until the store is mended")
+    if (source or sample) and not well:
+        tell("  --source and --sample wait until the store is mended")
         return answer, False
     if source:
         well &= _tell_source(answer, check, loader, tell)
-    if direct:
-        well &= _tell_direct(answer, check, loader, direct, options, tell)
+    if sample:
+        well &= _tell_sample(answer, check, loader, sample, options, tell)
     return answer, well
 
 
 def _tell_check(check: StoreCheck, repair: bool, tell: Callable[[str], object]) -> None:
-    from embcache.store.reading import repair_command
+    from embcache.store.reading import recipe_fix, repair_command
 
     state = f"{len(check.damage)} damaged" if check.damage else "well"
     left = f", {check.planned:,} rows planned and not computed yet" if check.planned else ""
@@ -250,7 +241,8 @@ def _tell_check(check: StoreCheck, repair: bool, tell: Callable[[str], object]) 
     )
     _tell_damage(check.path, check.damage, tell)
     if check.damage and not repair:
-        tell(f"  try: {repair_command(check.path)}")
+        recipe = any(each.kind == "recipe" for each in check.damage)
+        tell(f"  try: {recipe_fix(check.path) if recipe else repair_command(check.path)}")
     for note in () if repair and check.damage else check.notes:
         tell(f"  note: {printable(note)}")
 
@@ -273,7 +265,7 @@ def _tell_damage(store: Path, damage: Sequence[Damage], tell: Callable[[str], ob
 
 def _tell_source(answer: dict[str, Any], check: StoreCheck, loader: _Loader, tell: Callable[[str], object]) -> bool:
     from embcache.store.feature_store import FeatureStore, extract_command
-    from embcache.upkeep.source import check_source
+    from embcache.upkeep.verify import check_source
 
     dataset = loader.load()
     store = FeatureStore(check.path)
@@ -294,7 +286,7 @@ def _tell_source(answer: dict[str, Any], check: StoreCheck, loader: _Loader, tel
     return found.well
 
 
-def _tell_direct(
+def _tell_sample(
     answer: dict[str, Any],
     check: StoreCheck,
     loader: _Loader,
@@ -302,12 +294,19 @@ def _tell_direct(
     options: dict[str, Any],
     tell: Callable[[str], object],
 ) -> bool:
-    from embcache.upkeep.direct import check_direct
+    from embcache.upkeep.networks import check_sample
 
-    found = check_direct(check.path, loader.load(), number, **options)
-    answer["direct"] = found.to_json()
-    for line in found.in_words():
-        tell(f"  {line}")
+    found = check_sample(check.path, loader.load(), number, **options)
+    answer["sample"] = found.to_json()
+    verdict = "within" if found.difference <= found.tolerance else "BEYOND"
+    worst = f" ({printable(found.worst)})" if found.worst else ""
+    tell(
+        f"  sample: {found.compared:,} images computed again; largest difference {found.difference:.1e}{worst}, "
+        f"{verdict} the tolerance of {found.tolerance:.1e}"
+    )
+    for label, ids in (("changed since, left out", found.changed), ("cannot be read any more", found.unreadable)):
+        if ids:
+            tell(f"    {label}: {len(ids):,} (first: {printable(ids[0])})")
     return found.well
 
 

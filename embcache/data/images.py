@@ -14,10 +14,11 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,9 @@ from embcache.data.quiet import quiet
 from embcache.data.tiff import Page, decode_page, is_tiff, read_page
 from embcache.errors import EmbcacheError, ImageError
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 DECODER_VERSION = "pillow-2"
 
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -53,6 +57,28 @@ _BLOCK = 1 << 22  # pixels converted at a time: what is made of an image at the 
 _PER_PIXEL = 30  # bytes, at most: 16-bit PNG; of a progressive JPEG coefficients, Pillow's pixels, turned ones and ours
 _LARGE_FILE, _LARGEST_FILE = 1 << 26, 1 << 32
 _FIRST = "the first of several frames or pages is used"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One image to read: its id, its path relative to the dataset's root, its row in an array file (else −1)."""
+
+    id: str
+    path: str
+    member: int
+
+
+def image_sources(table: pd.DataFrame) -> list[Source]:
+    """Where the images of a dataset's table, or of some of its rows, are; in their order."""
+    columns = [table[name].tolist() for name in ("id", "path", "member")]
+    # Where the path is the id, one string serves as both: there may be millions.
+    return [Source(id_, id_ if path == id_ else path, member) for id_, path, member in zip(*columns, strict=True)]
+
+
+def sources_of(table: pd.DataFrame, ids: Sequence[str]) -> list[Source]:
+    """Where the images with these ids are; the path of one that is not in the table is empty."""
+    known = {source.id: source for source in image_sources(table)}
+    return [known.get(id_, Source(id_, "", -1)) for id_ in ids]
 
 
 def decode_image(data: bytes, *, name: str = "", decoding: Decoding | None = None) -> npt.NDArray[np.uint8]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.data.budget import Decoding
-from embcache.data.images import read_image
+from embcache.data.images import Source, read_image
 from embcache.errors import DatasetError, ImageError
 
 if TYPE_CHECKING:
@@ -32,15 +32,6 @@ LEFT = "no longer in the dataset"
 AHEAD = 2
 
 Geometry = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One image to read: its id, its path relative to the dataset's root, its row in an array file (else −1)."""
-
-    id: str
-    path: str
-    member: int
 
 
 @dataclass(frozen=True)

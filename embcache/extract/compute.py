@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from embcache.data.dataset import ImageDataset
+from embcache.data.images import Source, image_sources
 from embcache.errors import EmbcacheError
-from embcache.extract.batching import Source
 from embcache.extract.limits import Guard
 from embcache.extract.plan import Plan, Shard
 from embcache.extract.stopping import Stop
@@ -113,13 +113,7 @@ def compute_owed(
         The guard refuses a shard, the memory does not hold one image, or a store cannot be written.
     """
     terms = terms or Terms()
-    columns = [dataset.table[name].tolist() for name in ("id", "path", "member")]
-    # Where the path is the id, one string serves as both: there may be millions.
-    sources = {
-        image: Source(image, image if path == image else path, member)
-        for image, path, member in zip(*columns, strict=True)
-    }
-    del columns
+    sources = {source.id: source for source in image_sources(dataset.table)}
     passes = _passes(jobs, part, only)
     decodings = sum(len(shard.ids) for shard, _ in passes)
     once = len({image for shard, _ in passes for image in shard.ids})

@@ -14,8 +14,9 @@ from functools import cached_property
 from pathlib import Path
 
 from embcache.data.dataset import ImageDataset
+from embcache.data.images import Source
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
-from embcache.extract.batching import LEFT, Source
+from embcache.extract.batching import LEFT
 from embcache.paths import PathLike
 from embcache.store.commit import ShardRows
 from embcache.store.feature_store import FeatureStore, extract_command

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 import embcache
 from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import DECODER_VERSION
-from embcache.extract.batching import Source, prepare_batches
+from embcache.data.images import DECODER_VERSION, Source
+from embcache.extract.batching import prepare_batches
 from embcache.extract.compute import Terms, compute_owed
 from embcache.extract.plan import Plan, plan_store
 from embcache.extract.request import check_numbers, default_workers
@@ -33,7 +33,16 @@ from embcache.store.commit import ShardRows, create_store, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
 from embcache.store.recipe import Recipe
 
-__all__ = ["CurrentPixels", "cache_pixels", "current_pixels", "decode_into", "frame", "open_pixels", "pixel_recipe"]
+__all__ = [
+    "CurrentPixels",
+    "cache_pixels",
+    "current_pixels",
+    "decode_into",
+    "frame",
+    "open_pixels",
+    "pixel_recipe",
+    "pixel_rows",
+]
 
 # 25 MB, which are 128 rows at 256×256: at most a few seconds of decoding to lose, and one shard fits any memory.
 SHARD_BYTES = 128 * 256 * 256 * 3
@@ -111,7 +120,7 @@ def cache_pixels(
         def compute(
             jobs: Sequence[_Job], sources: Sequence[Source], batch_size: int, on_rows: Callable[[int], object]
         ) -> list[ShardRows]:
-            rows = [_rows(files.root, sources, framing, batch_size, pool, on_rows) for _ in jobs]
+            rows = [pixel_rows(files.root, sources, framing, pool, batch_size, on_rows) for _ in jobs]
             files.scan.learn(sources, rows[0].digests)
             return rows
 
@@ -255,15 +264,19 @@ def _store(folder: Path, framing: Transform, format: str | None) -> FeatureStore
     return FeatureStore(path)
 
 
-def _rows(
+def pixel_rows(
     root: Path,
     sources: Sequence[Source],
     framing: Transform,
-    batch_size: int,
     pool: Executor,
+    batch_size: int,
     on_rows: Callable[[int], object],
+    decoding: Decoding | None = None,
 ) -> ShardRows:
+    """Frames of images as the rows of a shard, uint8 (N, *size, 3)."""
     pixels = np.zeros((len(sources), *framing.size, 3), np.uint8)
-    digests, reasons = decode_into(pixels, root, sources, framing, pool, batch_size=batch_size, on_rows=on_rows)
+    digests, reasons = decode_into(
+        pixels, root, sources, framing, pool, batch_size=batch_size, on_rows=on_rows, decoding=decoding
+    )
     valid = np.array([not reason for reason in reasons], dtype=bool)
     return ShardRows(tuple(source.id for source in sources), pixels, valid, tuple(digests), tuple(reasons))

@@ -10,8 +10,9 @@ from pathlib import Path
 from embcache.cores import usable_cores
 from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
+from embcache.data.images import image_sources
 from embcache.errors import DatasetNotFoundError, UsageError, check_number
-from embcache.extract.batching import Source, prepare
+from embcache.extract.batching import prepare
 from embcache.paths import PathLike, slug
 from embcache.store.feature_store import FeatureStore, extract_command
 from embcache.store.header import MOST_SHARD_ROWS
@@ -19,8 +20,7 @@ from embcache.store.header import MOST_SHARD_ROWS
 
 def none_readable(dataset: ImageDataset, root: Path, decoding: Decoding | None = None) -> DatasetNotFoundError:
     """The error for a dataset of which no image can be read, with the first reasons."""
-    columns = [dataset.table[name].tolist()[:3] for name in ("id", "path", "member")]
-    prepared = [prepare(root, Source(*row), (), decoding=decoding) for row in zip(*columns, strict=True)]
+    prepared = [prepare(root, source, (), decoding=decoding) for source in image_sources(dataset.table.head(3))]
     reasons = dict.fromkeys(image.reason for image in prepared if image.reason)
     return DatasetNotFoundError(
         "none of the dataset's images can be read",

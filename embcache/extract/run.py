@@ -6,17 +6,18 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import embcache
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import DECODER_VERSION
+from embcache.data.images import DECODER_VERSION, Source
+from embcache.errors import RecipeError
 from embcache.extract.backbones import find_backbone, load_backbone
-from embcache.extract.batching import Source
 from embcache.extract.compute import Terms, compute_owed, is_asked
 from embcache.extract.devices import Crew, split_devices
 from embcache.extract.limits import Guard
@@ -31,11 +32,11 @@ from embcache.extract.request import (
 )
 from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.stopping import Stop
-from embcache.extract.transforms import choose_transform
+from embcache.extract.transforms import Transform, choose_transform
 from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, freeze
 from embcache.paths import PathLike, home_dir
 from embcache.store.commit import ShardRows, create_store, write_snapshot
-from embcache.store.feature_store import FeatureStore
+from embcache.store.feature_store import PIXELS, FeatureStore
 from embcache.store.recipe import Recipe
 
 # Small batches keep a network's activations near the processor's caches; a GPU wants to be filled (docs/log.md).
@@ -305,6 +306,40 @@ def open_networks(
         loaded = load_backbone(name, weights=overrides.get(name), home=home, image_size=chosen.size)
         networks.append(freeze(loaded, chosen, device, precision, views, dataset.augment, feature_dtype))
     return networks
+
+
+def recipe_network(
+    recipe: Recipe,
+    *,
+    home: PathLike | None = None,
+    weights: PathLike | None = None,
+    device: str = "auto",
+    views: int = 1,
+    augment: str = "generic",
+) -> FrozenNetwork:
+    """The network that a recipe names, with the weights that are here; the caller compares its recipe."""
+    transform = recipe_transform(recipe)
+    loaded = load_backbone(recipe.backbone, weights=weights, home=home, image_size=transform.size)
+    return freeze(loaded, transform, device, recipe.precision, views, augment, recipe.dtype)
+
+
+def recipe_transform(recipe: Recipe) -> Transform:
+    """The transform that a recipe names, of pixels only what decides them; `RecipeError` where something is absent."""
+    told: dict[str, Any] = {"kind": "paper", "mean": [0.0] * 3, "std": [1.0] * 3} if recipe.backbone == PIXELS else {}
+    told |= recipe.transform
+    absent = [field.name for field in fields(Transform) if field.name not in told]
+    if absent or not isinstance(told["size"], list):
+        raise RecipeError(
+            f"the recipe of {recipe.backbone} does not say how images are transformed",
+            expected=", ".join(field.name for field in fields(Transform)),
+            found=f"no {', '.join(absent)}",
+            fix="extract and probe again with this version of embcache",
+        )
+    values: dict[str, Any] = {
+        field.name: tuple(value) if isinstance(value := told[field.name], list) else value
+        for field in fields(Transform)
+    }
+    return Transform(**values)
 
 
 def _cached_pixels(

@@ -26,11 +26,11 @@ from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import FileState, is_inside, stat_files
 from embcache.data.headers import is_square_of
-from embcache.data.images import DECODER_VERSION, read_image, read_size
+from embcache.data.images import DECODER_VERSION, Source, read_image, read_size
 from embcache.data.snapshot import open_parquet
 from embcache.errors import ImageError
 from embcache.extract.backbones import Backbone
-from embcache.extract.batching import Source, medium_failed
+from embcache.extract.batching import medium_failed
 from embcache.extract.request import default_workers, image_root, none_readable
 from embcache.extract.transforms import Transform, choose_transform
 from embcache.io import read_regular

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.data.budget import Decoding
+from embcache.data.images import Source
 from embcache.extract.augment import Augmentation
-from embcache.extract.batching import AHEAD, Prepared, Source, batches_ahead, prepare
+from embcache.extract.batching import AHEAD, Prepared, batches_ahead, prepare
 from embcache.extract.transforms import Transform, centre, frame
 from embcache.store.recipe import canonical_json
 

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embcache.data.budget import Decoding
+from embcache.data.images import Source
 from embcache.errors import UsageError
 from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.backbones import LoadedBackbone
-from embcache.extract.batching import AHEAD, Source, stack_batch
+from embcache.extract.batching import AHEAD, stack_batch
 from embcache.extract.fold import fold_norms
 from embcache.extract.reduced import to_bfloat16
 from embcache.extract.transforms import Transform, frame, normalise

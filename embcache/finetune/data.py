@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from embcache.data.dataset import ImageDataset
+from embcache.data.images import image_sources
 from embcache.errors import StoreError, UsageError
 from embcache.extract.augment import Augmentation, centre
 from embcache.extract.backbones import Backbone
-from embcache.extract.batching import Source, prepare_batches
+from embcache.extract.batching import prepare_batches
 from embcache.extract.pixels import cache_pixels, decode_into, open_pixels
 from embcache.extract.plan import plan_store
 from embcache.extract.scan import DatasetFiles
@@ -104,7 +105,9 @@ def known_images(
     for store in list_stores(home, ds.name):
         if _complete(store, ds, files):
             return store_images(store.restrict(ds.table["id"]))
-    found = [image for batch in prepare_batches(files.root, _sources(ds), [], _CHUNK, pool) for image in batch]
+    found = [
+        image for batch in prepare_batches(files.root, image_sources(ds.table), [], _CHUNK, pool) for image in batch
+    ]
     names = ds.table["id"].tolist()
     return _images(names, [image.digest for image in found], [image.reason for image in found])
 
@@ -148,7 +151,7 @@ def decode_frames(
     """
     framing = frame(transform)
     wanted = None if ids is None else set(ids)
-    sources = [source for source in _sources(ds) if wanted is None or source.id in wanted]
+    sources = [source for source in image_sources(ds.table) if wanted is None or source.id in wanted]
     pixels = allocate((len(sources), *framing.size, 3), scratch)
     digests, reasons = decode_into(pixels, root, sources, framing, pool, batch_size=_CHUNK)
     names = [source.id for source in sources]
@@ -225,11 +228,6 @@ def batches(
 
 def _complete(store: FeatureStore, ds: ImageDataset, files: DatasetFiles) -> bool:
     return not plan_store(store, ds, files.root, files.scan, publish=False).shards
-
-
-def _sources(ds: ImageDataset) -> list[Source]:
-    columns = [ds.table[name].tolist() for name in ("id", "path", "member")]
-    return [Source(*row) for row in zip(*columns, strict=True)]
 
 
 def _images(ids: Sequence[str], digests: Sequence[str], reasons: Sequence[str]) -> Images:

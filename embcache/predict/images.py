@@ -12,11 +12,11 @@ from embcache.data.chosen import Columns
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, passed_note, walk_images
 from embcache.data.groups import UNGROUPED, known_groups, merge_groups, patient_keys
+from embcache.data.images import Source, image_sources
 from embcache.data.labels import open_table
 from embcache.data.nearby import settle_paths
 from embcache.data.roles import find_columns, find_groups
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
-from embcache.extract.batching import Source
 from embcache.extract.request import image_root
 from embcache.paths import PathLike
 
@@ -51,11 +51,10 @@ class Asked:
 
 def images_of_dataset(ds: ImageDataset) -> Asked:
     """All images of a dataset, by their ids; `DatasetNotFoundError` where its folder is not here."""
-    columns = [ds.table[name].tolist() for name in ("id", "path", "member")]
-    sources = tuple(Source(image, path, member) for image, path, member in zip(*columns, strict=True))
+    sources = tuple(image_sources(ds.table))
     known = ds.grouped and UNGROUPED not in ds.notes
     groups = tuple(ds.table["group"].tolist()) if known else ("",) * len(sources)
-    return Asked(image_root(ds), tuple(columns[0]), sources, ("",) * len(sources), groups)
+    return Asked(image_root(ds), tuple(ds.table["id"]), sources, ("",) * len(sources), groups)
 
 
 def images_of_paths(paths: Sequence[PathLike], columns: Columns = Columns()) -> Asked:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,14 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from embcache.data.budget import Decoding
-from embcache.data.images import DECODER_VERSION
+from embcache.data.images import DECODER_VERSION, Source
 from embcache.errors import RecipeError, StoreNotFoundError, UsageError
-from embcache.extract.backbones import load_backbone
-from embcache.extract.batching import Source, prepare_batches, stack_batch
+from embcache.extract.batching import prepare_batches, stack_batch
 from embcache.extract.request import weights_by_name
-from embcache.extract.run import BATCH_SIZES, make_recipe
-from embcache.extract.transforms import Transform
-from embcache.extract.worker import FrozenNetwork, compute_shard, freeze, pick_device
+from embcache.extract.run import BATCH_SIZES, make_recipe, recipe_network
+from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device
 from embcache.finetune.model import FinetunedModel, load_finetuned
 from embcache.paths import PathLike
 from embcache.probe.apply import predict_logits
@@ -59,7 +57,8 @@ class _ProbeModel:
         networks = list(self.networks.values())
         size = BATCH_SIZES.get(networks[0].device.type, 64)
         shards = compute_shard(root, sources, networks, batch_size=size, pool=pool, decoding=decoding)
-        x = {b: torch.from_numpy(rows.features) for b, rows in zip(self.networks, shards, strict=True)}
+        features = [rows.features.astype(np.float32, copy=False) for rows in shards]
+        x = {b: torch.from_numpy(rows) for b, rows in zip(self.networks, features, strict=True)}
         everyone = torch.arange(len(sources))
         logits = [predict_logits(self.head, head, x, everyone) for head in self.params]
         p = np.mean([to_p(z) for to_p, z in zip(self.to_p, logits, strict=True)], axis=0)
@@ -184,13 +183,11 @@ def _rebuild(
     result: ProbeResult, recipe: Recipe, weights: Path | None, home: PathLike | None, device: str
 ) -> FrozenNetwork:
     """The network of a recipe, ready to embed; `RecipeError` where it would embed otherwise than the recipe says."""
-    transform = _transform(recipe)
-    loaded = load_backbone(recipe.backbone, weights=weights, home=home, image_size=transform.size)
-    network = freeze(loaded, transform, device, recipe.precision)
+    network = recipe_network(recipe, home=home, weights=weights, device=device)
     made = make_recipe(network)
     # Parameters that only cached views have (how many, how augmented) do not concern the plain view predicted from.
     made = replace(made, transform={**recipe.transform, **made.transform})
-    _refuse_differences(result, recipe, made, loaded.weights_source)
+    _refuse_differences(result, recipe, made, network.backbone.weights_source)
     return network
 
 
@@ -206,19 +203,3 @@ def _refuse_differences(result: ProbeResult, recipe: Recipe, made: Recipe, where
             if "weights_sha256" in differences
             else "use the version of embcache that made the run, or make it again with this one",
         )
-
-
-def _transform(recipe: Recipe) -> Transform:
-    values: dict[str, Any] = {
-        f.name: tuple(value) if isinstance(value := recipe.transform.get(f.name), list) else value
-        for f in fields(Transform)
-    }
-    absent = [name for name in values if name not in recipe.transform]
-    if absent or not isinstance(values["size"], tuple):
-        raise RecipeError(
-            f"the recipe of {recipe.backbone} does not say how images are transformed",
-            expected=", ".join(values),
-            found=f"no {', '.join(absent)}",
-            fix="extract and probe again with this version of embcache",
-        )
-    return Transform(**values)

@@ -109,7 +109,7 @@ def read_header(store: Path) -> StoreHeader:
     """
     check_folders(store)
     path = store / "recipe.json"
-    fix = f"restore it from a copy, or `{repair_command(store)}`: it can be made again where the weights are here"
+    fix = recipe_fix(store)
     content = unseal(read_file(path, fix), path, fix)
     try:
         recipe = Recipe.from_json(content["recipe"])
@@ -435,6 +435,11 @@ def _refuse(store: Path, number: int, expected: str, found: str) -> None:
 def repair_command(store: Path) -> str:
     """The command that mends a store, to be typed."""
     return _repair_command(str(store), os.environ.get("EMBCACHE_HOME"))
+
+
+def recipe_fix(store: Path) -> str:
+    """What to do about a damaged ``recipe.json``: nothing else says what the features are."""
+    return f"restore it from a copy, or move the store away and extract again: mv {shlex.quote(str(store))} FOLDER"
 
 
 @functools.lru_cache(maxsize=256)  # asked for with each file that is read, told with the one that is damaged

@@ -19,12 +19,6 @@ from embcache.store.sealed import crc32c
 _LIBRARIES = {"zarr": "zarr", "hdf5": "h5py"}
 
 
-def view_writer(format: str) -> str:
-    """What writes views here, as each view says of itself: views of one writer can be compared byte by byte."""
-    library = _LIBRARIES[format]
-    return f"embcache view 1, {library} {version(library)}"
-
-
 MOST_ROWS = 1 << 26  # each takes memory while the view is made; shard numbers come from folder names
 
 
@@ -48,6 +42,7 @@ def view_files(header: StoreHeader, live: LiveRows) -> tuple[dict[str, bytes], d
             expected=f"at most {MOST_ROWS:,}",
             found=f"{size:,}: {header.rows_per_shard:,} rows a shard, the last of them number {max(live.shard_rows):,}",
         )
+    library = _LIBRARIES[header.format]
     rows = live.shards * header.rows_per_shard + live.positions
     ids, valid = [""] * size, np.zeros(size, bool)
     for row, id_ in zip(rows.tolist(), live.ids, strict=True):
@@ -56,7 +51,7 @@ def view_files(header: StoreHeader, live: LiveRows) -> tuple[dict[str, bytes], d
     attributes = {
         "backbone": header.recipe.backbone,
         "fingerprint": header.recipe.fingerprint,
-        "written_by": view_writer(header.format),
+        "written_by": f"embcache view 1, {library} {version(library)}",
         "shards": _mark(live.shard_rows),
         "rows": "use only rows whose valid is true; the others are padding, superseded or unreadable",
     }

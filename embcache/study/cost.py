@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import read_size
+from embcache.data.images import Source, image_sources, read_size
 from embcache.errors import EmbcacheError, ImageError
 from embcache.extract.backbones import Backbone, LoadedBackbone, find_backbone, load_backbone, weights_status
-from embcache.extract.batching import Source, prepare
+from embcache.extract.batching import prepare
 from embcache.extract.networks import build_network
 from embcache.extract.transforms import Transform, choose_transform
 from embcache.extract.worker import freeze, pick_device
@@ -174,8 +174,7 @@ def _sample(ds: ImageDataset) -> tuple[list[Source], set[tuple[int, int]]]:
     if ds.root is None:
         return [], set()
     rows = np.linspace(0, len(ds) - 1, num=min(_SAMPLE, len(ds)), dtype=int)
-    columns = [ds.table[name].iloc[rows].tolist() for name in ("id", "path", "member")]
-    sources = [Source(*row) for row in zip(*columns, strict=True)]
+    sources = image_sources(ds.table.iloc[rows])
     sizes = set()
     for source in sources:
         try:

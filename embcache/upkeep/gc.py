@@ -14,7 +14,6 @@ never served another image's features.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,7 @@ from embcache.io import bytes_under, home_folders, skip
 from embcache.io import leftovers as leftovers_in
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.folders import PARTIAL, run_folders
-from embcache.store.commit import ShardRows, commit_shard, discard, publish_plan, take_out, write_view
-from embcache.store.formats import FORMATS
+from embcache.store.commit import ShardRows, commit_shard, discard, publish_plan, refresh_view, take_out
 from embcache.store.header import StoreHeader
 from embcache.store.lease import is_abandoned
 from embcache.store.reading import (
@@ -45,8 +43,7 @@ from embcache.store.reading import (
     unless_collected,
 )
 from embcache.store.rows import PlanEntry
-from embcache.upkeep.notes import lease_files, leftovers
-from embcache.upkeep.view import spanned_shards
+from embcache.upkeep.verify import lease_files, leftovers
 
 Say = Callable[[str], object]
 _REPLACED = (
@@ -144,9 +141,8 @@ def collect(path: Path, *, dry_run: bool = False, say: Say = lambda line: None) 
             take_out(path, path / "plan" / f"{shard_name(number)}.json", "gc-plan")
             take_out(path, path / "shards" / shard_name(number), "gc-shard")
             say(f"shard {number}: removed, its rows were superseded or copied")
-    view = path / FORMATS[header.format].view
-    if left.wasteful or (os.path.lexists(view) and set(spanned_shards(view)) - set(committed_numbers(path))):
-        write_view(path)  # also where a killed run has removed shards and not come to this
+    if committed_numbers(path):
+        refresh_view(path)  # also where a killed run has removed shards and not come to this
     for each in rubbish:
         discard(each)
     if rubbish:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from embcache.data.budget import Decoding, check_max_pixels, default_max_pixels, pixels_of
 from embcache.data.dataset import ImageDataset
+from embcache.data.images import sources_of
 from embcache.errors import CorruptStoreError, DatasetError, StoreError
 from embcache.extract.request import default_workers, image_root
 from embcache.io import make_folder
@@ -41,10 +42,8 @@ from embcache.store.reading import (
     read_plan,
     shard_name,
 )
-from embcache.upkeep.networks import Maker, make_again, sources_of, torch_threads, usable_threads
-from embcache.upkeep.restore import restore_recipe
-from embcache.upkeep.source import digest_now, readable_now
-from embcache.upkeep.verify import StoreCheck, verify_store
+from embcache.upkeep.networks import Maker, make_again, torch_threads, usable_threads
+from embcache.upkeep.verify import StoreCheck, digest_now, readable_now, verify_store
 
 Say = Callable[[str], object]
 _FEW = 5
@@ -61,11 +60,6 @@ class _Job:
     say: Say
     max_pixels: int | None = None  # as it was given
     allow_missing: bool = False
-
-
-def needs_repair(check: StoreCheck) -> bool:
-    """Whether there is anything to mend: damage, or a view that is missing or older than its store."""
-    return bool(check.damage) or any(note.startswith(("the view is", "there is no view")) for note in check.notes)
 
 
 def repair_store(
@@ -101,6 +95,8 @@ def repair_store(
 
     Raises
     ------
+    CorruptStoreError
+        The recipe is damaged. The store is as it was.
     RecipeError, WeightsError, DatasetError
         What is needed is not here, or another than then. The store is as it was.
     DatasetError
@@ -117,10 +113,7 @@ def repair_store(
             say(f"{folder.name}: no real folder, made anew")
         check = verify_store(path)
     check_folders(path)
-    if any(each.kind == "recipe" for each in check.damage):
-        restore_recipe(path, load(), home=home, weights=weights, device=device, say=say)
-        check = verify_store(path)
-    header = read_header(path)
+    header = read_header(path)  # nothing is repaired without the recipe
     there = {*plan_numbers(path), *committed_numbers(path)}  # gc may have removed some since
     shards = [number for number in _of_kind(check, "shard") if number in there]
     plans = [number for number in _of_kind(check, "plan") if number in there]
@@ -160,7 +153,7 @@ def _refuse_missing(job: _Job, shards: Sequence[int], allow_missing: bool) -> No
     gone = []
     for number in shards:
         unreadable = _unreadable(job.path, job.header, number)
-        for source in sources_of(job.dataset, _planned(job.path, number)):
+        for source in sources_of(job.dataset.table, _planned(job.path, number)):
             there = source.path and (image_root(job.dataset) / source.path).is_file()
             if not there and source.id not in unreadable:
                 gone.append(source.id)
@@ -205,7 +198,7 @@ def _entries_of_shard(job: _Job, number: int) -> list[PlanEntry]:
     """The plan that an intact shard was made by; files that are others by now count as changed."""
     index = read_index(job.path, job.header, number)
     root, entries = image_root(job.dataset), []
-    for source, digest in zip(sources_of(job.dataset, index.ids), index.digests, strict=True):
+    for source, digest in zip(sources_of(job.dataset.table, index.ids), index.digests, strict=True):
         entry = PlanEntry(source.id, -1, -1, None)
         file = root / source.path
         if source.path and file.is_file():
@@ -230,7 +223,7 @@ def _plan_anew(job: _Job, lost: Sequence[int]) -> None:
             job.say(f"plan and shard {number}: removed, no image of the dataset is theirs")
             continue
         states = []
-        for source in sources_of(job.dataset, ids):
+        for source in sources_of(job.dataset.table, ids):
             state = (image_root(job.dataset) / source.path).stat()
             states.append(PlanEntry(source.id, state.st_size, state.st_mtime_ns, None))
         replace_plan(job.path, number, states)
@@ -285,13 +278,13 @@ def _make_rows(
     on_rows: Callable[[int], object],
 ) -> ShardRows | DatasetError:
     """Rows of a damaged shard; an error instead where one that was valid, or may have been, would not be any more."""
-    sources, limit = sources_of(job.dataset, ids), job.max_pixels or default_max_pixels()
-    rows = maker.make(sources, pool, batch, on_rows, Decoding(limit))
+    sources, limit = sources_of(job.dataset.table, ids), job.max_pixels or default_max_pixels()
+    rows = maker(sources, pool, batch, on_rows, Decoding(limit))
     lost = _lost_rows(job, number, rows)
     known = any(certain for _, _, certain in lost)
     if known and (needed := max(pixels_of(reason) for _, reason, certain in lost if certain)):
         job.say(f"shard {number}: was made with a higher --max-pixels, at least {needed:,}: computed with that")
-        rows = maker.make(sources, pool, batch, lambda rows: None, Decoding(max(limit, needed)))
+        rows = maker(sources, pool, batch, lambda rows: None, Decoding(max(limit, needed)))
         lost = _lost_rows(job, number, rows)
     if not lost:
         return rows
@@ -313,7 +306,7 @@ def _lost_rows(job: _Job, number: int, rows: ShardRows) -> list[tuple[str, str, 
     bad = [(id_, reason) for id_, reason in zip(rows.ids, rows.reasons, strict=True) if reason]
     root = image_root(job.dataset)
     if job.allow_missing:
-        paths = {source.id: source.path for source in sources_of(job.dataset, rows.ids)}
+        paths = {source.id: source.path for source in sources_of(job.dataset.table, rows.ids)}
         bad = [(id_, reason) for id_, reason in bad if paths[id_] and (root / paths[id_]).is_file()]
     try:
         index = read_index(job.path, job.header, number)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from embcache.errors import CorruptStoreError, StoreError
-from embcache.io import list_folder, skip
+from embcache.cores import usable_cores
+from embcache.data.dataset import ImageDataset
+from embcache.data.images import Source, image_sources, read_image
+from embcache.errors import CorruptStoreError, DatasetNotFoundError, ImageError, StoreError
+from embcache.io import STALE_SECONDS, is_stale, list_folder, skip
 from embcache.paths import PathLike, slug
-from embcache.store.feature_store import folders_with
+from embcache.store.feature_store import FeatureStore, folders_with
 from embcache.store.header import StoreHeader
+from embcache.store.lease import is_abandoned
 from embcache.store.reading import (
     committed_numbers,
     misplaced,
@@ -26,12 +33,11 @@ from embcache.store.reading import (
     shard_name,
 )
 from embcache.store.verified import read_file, refusals_told
-from embcache.upkeep.notes import store_notes
-from embcache.upkeep.view import check_view
 
 _FOLDER = re.compile(r"(?P<slug>.+)-(?P<digits>[0-9a-f]{12})")
 # A store's own entries; anything else in its folder is told and left alone.
 _ENTRIES = {"recipe.json", "plan", "shards", "leases", "staging", "view.zarr", "view.h5"}
+_AHEAD = 1024  # images handed to the threads at a time by `check_source`
 _NFS = ".nfs"  # what an NFS client leaves of a file that is removed while it is open
 
 
@@ -48,27 +54,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is not as it was committed.
+    """One thing that is not as it was committed."""
 
-    Attributes
-    ----------
-    kind : {"recipe", "plan", "shard", "extra", "view"}
-        What is damaged.
-    path : Path
-        The file, or the folder where that is all that can be said.
-    problem : str
-        What is wrong, in one line.
-    shard : int or None
-        The shard that it belongs to.
-    rows : Rows or None
-        The shard's rows, as far as its plan or its index still says.
-    """
-
-    kind: str
-    path: Path
-    problem: str
+    kind: str  # "recipe", "plan", "shard" or "extra"
+    path: Path  # the file, or the folder where that is all that can be said
+    problem: str  # in one line
     shard: int | None = None
-    rows: Rows | None = None
+    rows: Rows | None = None  # of the shard, as far as its plan or its index still says
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON data."""
@@ -210,8 +202,6 @@ def _verify_once(path: Path, on_shard: Callable[[int, int], object]) -> StoreChe
         on_shard(done, len(committed))
     _check_pairs(path, header, committed, found)
     _check_listing(path, found)
-    if header is not None:
-        _check_view(path, header, committed, found)
     found.notes += store_notes(path)
     return _store_check(path, header, committed, found)
 
@@ -335,17 +325,6 @@ def _check_listing(path: Path, found: _Found) -> None:
         found.notes.append(f"not of the store, and left alone: {', '.join(strangers)}")
 
 
-def _check_view(path: Path, header: StoreHeader, committed: Sequence[int], found: _Found) -> None:
-    if any(each.kind == "shard" for each in found.damage):
-        found.notes.append("the view is compared once the shards are mended")
-        return
-    if committed:
-        check = check_view(path, header)
-        found.files, found.bytes = found.files + check.files, found.bytes + check.bytes
-        found.notes += check.notes
-        found.damage += [Damage("view", where, problem) for where, problem in check.wrong]
-
-
 def _shard_rows(path: Path, header: StoreHeader | None, number: int, found: _Found) -> Rows | None:
     """The rows of a shard, from its plan or, where that is damaged, from its index."""
     ids = found.plans.get(number) or found.shards.get(number)
@@ -380,9 +359,112 @@ def _entries(folder: Path) -> list[Path]:
         return [Path(entry.path) for entry in list_folder(folder)]
 
 
-def damage_counts(damage: Sequence[Damage]) -> Mapping[str, int]:
-    """How many there are of each kind, in the order of their first."""
-    counts: dict[str, int] = {}
-    for each in damage:
-        counts[each.kind] = counts.get(each.kind, 0) + 1
-    return counts
+def lease_files(store: Path) -> list[Path]:
+    """Files of all leases of a store."""
+    paths = [Path(entry.path) for entry in list_folder(store / "leases") if entry.name.endswith(".json")]
+    return [path for path in paths if path.stem.isdecimal() and path.stem.isascii()]
+
+
+def leftovers(store: Path, *, older: float = STALE_SECONDS) -> list[Path]:
+    """What killed processes have left of a store, under staging and leases."""
+    staged = [Path(entry.path) for entry in list_folder(store / "staging")]
+    claims = lease_files(store)
+    staged += [path for path in (Path(e.path) for e in list_folder(store / "leases")) if path not in claims]
+    dead = [path for path in claims if is_abandoned(path)]
+    return sorted([*dead, *(path for path in staged if is_stale(path, older))])
+
+
+def store_notes(store: Path) -> list[str]:
+    """The same in words, for a person."""
+    notes, claims = [], lease_files(store)
+    dead = [path for path in claims if is_abandoned(path)]
+    if working := [path for path in claims if path not in dead]:
+        shards = ", ".join(path.stem.lstrip("0") or "0" for path in working)
+        notes.append(f"another process is computing shard {shards}")
+    if dead:
+        notes.append(f"{len(dead)} leases of processes that are gone: `embcache gc` removes them")
+    rubbish = [path for path in leftovers(store) if path not in dead]
+    if rubbish:
+        notes.append(f"{len(rubbish)} leftovers of killed processes: `embcache gc` removes them")
+    return notes
+
+
+@dataclass(frozen=True)
+class SourceCheck:
+    """What became of the images of a store's live rows."""
+
+    checked: int  # images that were read
+    changed: tuple[str, ...]  # ids with other bytes than those that the features were made from
+    missing: tuple[str, ...]  # ids without a file
+    removed: int  # live rows of images that left the dataset; they are hidden
+
+    @property
+    def well(self) -> bool:
+        """Whether every row is of the image that is there."""
+        return not self.changed and not self.missing
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON data."""
+        return {
+            "checked": self.checked,
+            "changed": list(self.changed),
+            "missing": list(self.missing),
+            "removed": self.removed,
+        }
+
+
+def check_source(
+    store: FeatureStore, dataset: ImageDataset, on_rows: Callable[[int, int], object] = lambda done, total: None
+) -> SourceCheck:
+    """Hash the images of every live row again, whatever their modification times say."""
+    root = dataset.root
+    if root is None or not root.is_dir():
+        raise DatasetNotFoundError(
+            f"the images of {dataset.name} are not here", expected=str(root) if root else None, fix="--data-root FOLDER"
+        )
+    rows = store.sources()
+    held = {id_: rows[id_].digest or "" for id_ in (*store.quarantined, *store.digests)}
+    sources = [source for source in image_sources(dataset.table) if source.id in held]
+    changed, missing, done = [], [], 0
+    # File by file: the images of one array file lie beside each other, and are decoded from it in order.
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        rest = iter(sources)
+        while chunk := list(islice(rest, _AHEAD)):
+            for source, digest in zip(chunk, pool.map(lambda s: digest_now(root, s), chunk), strict=True):
+                if digest is None:
+                    missing.append(source.id)
+                elif held[source.id] and digest != held[source.id]:
+                    changed.append(source.id)
+            done += len(chunk)
+            on_rows(done, len(sources))
+    return SourceCheck(len(sources), tuple(changed), _still(missing, store), len(held) - len(sources))
+
+
+def digest_now(root: Path, source: Source) -> str | None:
+    """Sha256 (hex) of an image's bytes as they are now: of its file, or of its member of an array file.
+
+    ``""`` where it can still not be read as an image; None where there is no file.
+    """
+    try:
+        if source.member < 0:
+            with (root / source.path).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        return read_image(root, source.path, source.member)[1]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ImageError:
+        return "" if (root / source.path).is_file() else None
+
+
+def readable_now(root: Path, source: Source) -> bool:
+    """Whether an image can be decoded."""
+    try:
+        read_image(root, source.path, source.member)
+    except ImageError:
+        return False
+    return True
+
+
+def _still(missing: Sequence[str], store: FeatureStore) -> tuple[str, ...]:
+    """Those of the missing that had features: the others were quarantined, maybe for the same reason."""
+    return tuple(id_ for id_ in missing if id_ not in store.quarantined)

@@ -13,7 +13,7 @@ from tests.docs.test_commands import COMMANDS
 
 LOADING = [
     "datasets", "extract", "probe", "finetune", "rank", "similarity", "tsne", "neighbors", "audit", "run", "export",
-    "why", "splits export", "splits import", "predict",
+    "splits export", "splits import", "predict",
 ]  # fmt: skip
 
 

@@ -118,8 +118,7 @@ def test_a_leaderboard_there_and_back(home: Path, tmp_path: Path, monkeypatch: p
 @pytest.fixture
 def predicting(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
     """A run on twenty small images by a tiny network, and their folder."""
-    for module in ("extract.run", "predict.model"):
-        monkeypatch.setattr(f"embcache.{module}.load_backbone", load_tiny)
+    monkeypatch.setattr("embcache.extract.run.load_backbone", load_tiny)
     root = tmp_path / "mine"
     for k in range(20):
         draw(root / ("a" if k % 2 else "b") / f"{k:02}.png", k, size=32)

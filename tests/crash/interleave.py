@@ -22,8 +22,6 @@ import numpy as np
 import embcache.extract.compute as compute
 import embcache.extract.run as run
 import embcache.store.lease as lease
-import embcache.upkeep.networks as networks
-import embcache.upkeep.restore as restore
 from embcache import io
 from embcache.data.dataset import load_dataset
 from embcache.errors import EmbcacheError
@@ -31,7 +29,7 @@ from embcache.probe.run import probe_features
 from embcache.store.feature_store import FeatureStore, list_stores
 from embcache.upkeep.export import export_features
 from embcache.upkeep.gc import collect
-from embcache.upkeep.repair import needs_repair, repair_store
+from embcache.upkeep.repair import repair_store
 from embcache.upkeep.verify import verify_store
 from tests.crash.faults import CHANGING
 from tests.extract.conftest import draw
@@ -89,7 +87,7 @@ def paused(at: int, other: Callable[[], None]) -> Iterator[list[int]]:
 def small() -> Iterator[None]:
     """A tiny network, small shards; leases that are over at once, for their holder is paused; no waiting for disks."""
     patches: list[tuple[Any, str, Any]] = [
-        *((module, "load_backbone", load_tiny) for module in (run, networks, restore)),
+        (run, "load_backbone", load_tiny),
         (run, "ROWS_PER_SHARD", {"cpu": ROWS, "cuda": ROWS}),
         (compute, "_POLL_SECONDS", 0.0),
         (lease, "TTL_SECONDS", -1.0),
@@ -177,7 +175,7 @@ class World:
 
     def _repair(self) -> None:
         check = verify_store(self.store)
-        if needs_repair(check):
+        if check.damage:
             repair_store(check, lambda: self.dataset, home=self.home, device="cpu")
 
     def _probe(self) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from embcache.data.images import Source
 from embcache.extract import batching
-from embcache.extract.batching import Prepared, Source, batches_ahead, stack_batch
+from embcache.extract.batching import Prepared, batches_ahead, stack_batch
 from embcache.extract.transforms import Transform, normalise
 from embcache.extract.worker import Receiver, Sender, as_tensor
 

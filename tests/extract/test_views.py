@@ -18,11 +18,10 @@ import embcache.extract.batching as batching
 import embcache.extract.run as run
 from embcache.commands.extract import extract as extract_command
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.data.images import read_image
+from embcache.data.images import Source, read_image
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.extract.augment import augmentation
 from embcache.extract.backbones import find_backbone
-from embcache.extract.batching import Source
 from embcache.extract.run import extract_features, run_extraction
 from embcache.extract.transforms import choose_transform, normalise
 from embcache.extract.views import Frames, make_views, view_batches

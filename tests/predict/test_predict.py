@@ -47,7 +47,6 @@ def load(name: str, **_: object) -> LoadedBackbone:
 def _tiny_networks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("embcache.extract.run.load_backbone", load)
-        patch.setattr("embcache.predict.model.load_backbone", load)
         yield
 
 
@@ -101,8 +100,7 @@ def test_test_images_get_their_stored_predictions(made: tuple[Path, Path, dict[s
 def test_a_real_network_is_rebuilt(
     made: tuple[Path, Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("extract.run", "predict.model"):
-        monkeypatch.setattr(f"embcache.{module}.load_backbone", load_backbone)
+    monkeypatch.setattr("embcache.extract.run.load_backbone", load_backbone)
     home, root = tmp_path / "home", made[1]
     ds = load_dataset("folder", root, dataset_name="mine")
     extract_features("random", ds, home=home)
@@ -318,11 +316,14 @@ def test_progress_is_told(made: tuple[Path, Path, dict[str, str]], monkeypatch: 
     assert told == [(3, 8), (6, 8), (8, 8)]
 
 
-def test_a_view_run_predicts_by_the_plain_view(made: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [{"views": 2}, {"feature_dtype": "float16"}])
+def test_a_run_over_views_or_halves_predicts_by_the_plain_view(
+    made: tuple[Path, Path, dict[str, str]], tmp_path: Path, how: dict[str, Any]
+) -> None:
     _, root, _ = made
     ds: ImageDataset = load_dataset("folder", root, dataset_name="mine")
     home = tmp_path / "home"
-    extract_features("random", ds, home=home, views=2)
+    extract_features("random", ds, home=home, **how)
     run = probe_features(ds, "random", folds=2, subset=8, home=home).id
     expected = stored(home, run)
     found = predict_images(run, [root / "test"], home=home)

@@ -1,4 +1,4 @@
-"""``embcache verify`` and ``why`` as they are typed: what they print, their JSON, their exit status."""
+"""``embcache verify`` and ``extract --dry-run`` as they are typed: what they print, their JSON, their exit status."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_damage_is_named_and_the_printed_command_mends_it(make: Make, ds: ImageD
     assert tree(home) == before
 
 
-def test_source_and_direct_add_to_the_answer(make: Make, ds: ImageDataset, images: Path) -> None:
+def test_source_and_sample_add_to_the_answer(make: Make, ds: ImageDataset, images: Path) -> None:
     make("hdf5")
-    told = run("verify", "--source", "--direct", "5", "--json", "-")
+    told = run("verify", "--source", "--sample", "5", "--json", "-")
     (answer,) = json.loads(told.stdout)["stores"]
     assert told.exit_code == 0
     assert answer["source"]["checked"] == 20
-    assert (answer["direct"]["compared"], answer["direct"]["well"]) == (5, True)
+    assert (answer["sample"]["compared"], answer["sample"]["well"]) == (5, True)
     (images / "benign" / "07.png").write_bytes((images / "benign" / "09.png").read_bytes())
     told = run("verify", "--source")
     assert told.exit_code == 1
@@ -92,25 +92,23 @@ def test_bad_requests(make: Make, home: Path) -> None:
         run("verify")
     with pytest.raises(UsageError, match="one dataset"):
         run("verify", "--dataset", "a,b", "--data-root", "x")
-    with pytest.raises(UsageError, match="no backbone"):
-        run("why", "--dataset", "nih")
-    with pytest.raises(UsageError, match="one dataset"):
-        run("why", "--backbone", "random")
-    assert run("verify", "--direct", "-1").exit_code == 2
+    assert run("verify", "--sample", "-1").exit_code == 2
 
 
-def test_why_prints_fields_images_and_cost(make: Make, ds: ImageDataset) -> None:
+def test_a_dry_run_prints_fields_and_images_and_computes_nothing(make: Make, ds: ImageDataset, home: Path) -> None:
     make("zarr")
-    told = run("why", "--backbone", "random", "--dataset", ds.name, "--precision", "bf16")
+    before = tree(home)
+    told = run("extract", "--dry-run", "--backbone", "random", "--dataset", ds.name, "--precision", "bf16")
     assert told.exit_code == 0
     assert "precision  bf16    fp32" in told.stdout
-    assert "would compute 20 images" in told.stdout
-    told = run("why", "--backbone", "random", "--dataset", ds.name, "--json", "-")
+    assert "would compute 20 of 20 images" in told.stdout
+    told = run("extract", "--dry-run", "--backbone", "random", "--dataset", ds.name, "--json", "-")
     (answer,) = json.loads(told.stdout)
-    assert (answer["cost"]["images"], answer["held"]) == (0, 20)
+    assert (answer["owed"], answer["added"]["number"]) == (0, 0)
+    assert tree(home) == before
 
 
-@pytest.mark.parametrize("command", ["verify", "why", "doctor", "gc"])
+@pytest.mark.parametrize("command", ["verify", "doctor", "gc"])
 def test_help_has_an_example(command: str) -> None:
     told = run(command, "--help")
     assert told.exit_code == 0

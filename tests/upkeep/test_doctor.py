@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import embcache
-import embcache.upkeep.machine as machine
+import embcache.upkeep.doctor as doctor
 from embcache.cli import app
 from embcache.store.commit import write_snapshot
 from embcache.upkeep.doctor import diagnose
@@ -26,10 +26,10 @@ pytestmark = pytest.mark.usefixtures("quick_disk")
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_SECONDS", 0.0)
-    monkeypatch.setattr(machine, "_SIDE", {"cpu": 64, "cuda": 64})
-    monkeypatch.setattr(machine, "_COPIED", {"cpu": 1 << 16, "cuda": 1 << 16})
-    monkeypatch.setattr(machine, "_per_second", lambda work, device=None: (work(), 10.0)[1])
+    monkeypatch.setattr(doctor, "_SECONDS", 0.0)
+    monkeypatch.setattr(doctor, "_SIDE", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(doctor, "_COPIED", {"cpu": 1 << 16, "cuda": 1 << 16})
+    monkeypatch.setattr(doctor, "_per_second", lambda work, device=None: (work(), 10.0)[1])
 
 
 def test_an_empty_home_is_well(home: Path) -> None:
@@ -66,7 +66,7 @@ def test_what_is_wrong_is_named_with_what_mends_it(home: Path, monkeypatch: pyte
     assert by_name[lost.name]["problem"] == "recipe.json is missing"
     assert not by_name[half.name]["problem"]
     assert len(found.problems) == 2
-    assert all("embcache verify --repair" in problem for problem in found.problems)
+    assert all("embcache verify" in problem for problem in found.problems)
     assert found.leases == [{"store": f"ds/{well.name}", "shard": 1, "stale": False}]
     assert found.owed["bytes"] >= 2 * 3 * 4
     assert tree(home) == before
@@ -79,7 +79,7 @@ def test_a_device_that_cannot_be_used_is_told(home: Path, monkeypatch: pytest.Mo
     def refuse(*_: Any) -> float:
         raise RuntimeError("no kernel image is available\nlong text")
 
-    monkeypatch.setattr(machine, "_copying", refuse)
+    monkeypatch.setattr(doctor, "_copying", refuse)
     assert diagnose().problems == ["cpu cannot be used: no kernel image is available"]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import read_image
+from embcache.data.images import Source, read_image, sources_of
 from embcache.errors import ImageError
 
 BUDGET = 4_800_000
@@ -62,21 +62,20 @@ def make_sheets(ds: ImageDataset, ids: Sequence[str], budget: int = BUDGET) -> S
     root = ds.root
     if root is None or not root.is_dir() or not ids:
         return None
-    rows = {name: row for row, name in enumerate(ds.table["id"].tolist())}
-    paths, members = ds.table["path"].tolist(), ds.table["member"].tolist()
+    sources = sources_of(ds.table, ids)
     largest = _TRIES[0][0]
 
-    def small(name: str) -> Image.Image | None:
+    def small(source: Source) -> Image.Image | None:
         try:
-            pixels, _ = read_image(root, str(paths[rows[name]]), int(members[rows[name]]))
-        except (ImageError, OSError, KeyError):
+            pixels, _ = read_image(root, source.path, source.member)
+        except (ImageError, OSError):
             return None
         picture = Image.fromarray(pixels)
         picture.thumbnail((largest, largest))
         return picture
 
     with ThreadPoolExecutor(usable_cores()) as pool:
-        pictures = list(pool.map(small, ids))
+        pictures = list(pool.map(small, sources))
     kept = [picture for picture in pictures if picture is not None]
     if not kept:
         return None

@@ -1,19 +1,15 @@
-"""Why says what differs, which images, and writes nothing."""
+"""A dry run says what differs and which images would be computed, and writes nothing."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-import embcache.upkeep.why as why
-from embcache.commands.why import duration_words
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.extract.run import run_extraction
-from embcache.upkeep.why import explain
+from embcache.upkeep.dry_run import dry_run
 from tests.extract.conftest import draw
 from tests.store.build import tree
 from tests.upkeep.conftest import Make, damage, ds, images, make, quick_disk, tiny
@@ -22,25 +18,21 @@ __all__ = ["ds", "images", "make", "quick_disk", "tiny"]
 
 
 def test_nothing_is_cached(ds: ImageDataset, tiny: None, home: Path) -> None:
-    (answer,) = explain(["random"], ds)
-    assert (answer.match, answer.cached, answer.held) == (None, (), 0)
+    (answer,) = dry_run(["random"], ds)
+    assert (answer.match, answer.cached) == (None, ())
     assert answer.added == tuple(ds.table["id"])
-    assert answer.cost.images == 20
-    assert answer.cost.bytes == 20 * 6 * 4
-    assert answer.cost.rate is not None
-    assert answer.cost.seconds == pytest.approx(20 / answer.cost.rate)
+    assert (answer.owed, answer.bytes) == (20, 20 * 6 * 4)
     assert not home.exists()  # nothing is written
     json.dumps(answer.to_json(), allow_nan=False)
 
 
-def test_a_complete_store_costs_nothing(make: Make, ds: ImageDataset, home: Path) -> None:
+def test_of_a_complete_store_nothing_would_be_computed(make: Make, ds: ImageDataset, home: Path) -> None:
     path = make("zarr")
     before = tree(home)
-    (answer,) = explain(["random"], ds)
+    (answer,) = dry_run(["random"], ds)
     assert answer.match is not None
     assert answer.match.path == path
-    assert (answer.held, answer.added, answer.changed, answer.removed) == (20, (), (), ())
-    assert (answer.cost.images, answer.cost.rate) == (0, None)
+    assert (answer.owed, answer.added, answer.changed, answer.removed) == (0, (), (), ())
     assert tree(home) == before
 
 
@@ -49,7 +41,7 @@ def test_every_field_that_differs_is_named(make: Make, ds: ImageDataset) -> None
     make("views")
     (done,) = run_extraction(["random"], ds, precision="bf16", feature_dtype="float16")
     damage(done.store.path / "shards" / "000000" / "commit.json", "flip")
-    (answer,) = explain(["random"], ds, transform="imagenet", precision="bf16")
+    (answer,) = dry_run(["random"], ds, transform="imagenet", precision="bf16")
     assert answer.match is None
     plain, views, broken = answer.cached
     assert dict(plain.differs)["precision"] == ("bf16", "fp32")
@@ -68,12 +60,18 @@ def test_added_changed_and_removed_images_are_told_apart(make: Make, ds: ImageDa
     draw(images / "malignant" / "04.png", 101)
     (images / "malignant" / "06.png").unlink()
     now = load_dataset("folder", images)
-    (answer,) = explain(["random"], now)
+    (answer,) = dry_run(["random"], now)
     assert (answer.added, answer.changed) == (("benign/new.png",), ("malignant/04.png",))
     assert answer.removed == ("malignant/06.png",)
-    assert (answer.images, answer.held, answer.cost.images) == (20, 18, 2)
+    assert (answer.images, answer.owed) == (20, 2)
     (done,) = run_extraction(["random"], now)
-    assert done.computed == answer.cost.images
+    assert done.computed == answer.owed
+
+
+def test_quarantined_images_are_counted_where_they_are_looked_at_again(make: Make, ds: ImageDataset) -> None:
+    make("zarr")
+    (answer,) = dry_run(["random"], ds, retry_quarantined=True)
+    assert answer.changed == ("benign/01.png",)
 
 
 def test_an_interrupted_run_owes_what_it_planned(make: Make, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,23 +84,6 @@ def test_an_interrupted_run_owes_what_it_planned(make: Make, ds: ImageDataset, m
         patch.setattr(compute, "commit_shard", die)
         with pytest.raises(KeyboardInterrupt):
             make("zarr")
-    (answer,) = explain(["random"], ds)
+    (answer,) = dry_run(["random"], ds)
     assert answer.match is not None
     assert len(answer.added) == 20
-
-
-def test_a_measurement_counts_whole_batches(
-    ds: ImageDataset, tiny: None, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = iter(np.arange(0.0, 100.0, 10.0))
-    monkeypatch.setattr(why, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
-    (answer,) = explain(["random"], ds, batch_size=8)
-    assert answer.cost.rate == pytest.approx(16 / 10)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(3.21, "3.2 s"), (42, "42 s"), (600, "10 min"), (19200, "5 h 20 min"), (864000, "10.0 days")],
-)
-def test_durations_in_words(seconds: float, words: str) -> None:
-    assert duration_words(seconds) == words
