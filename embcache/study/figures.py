@@ -22,7 +22,7 @@ from embcache.probe.results import load_heads, runs_dir
 from embcache.report.grid import Grid, Model
 from embcache.report.layout import Marks, Table
 from embcache.store.feature_store import FeatureStore
-from embcache.study.definitions import LINEAR, Figure
+from embcache.study.definitions import Figure
 from embcache.study.plan import DatasetState, look
 from embcache.study.run import Progress, Say, carry_out
 from embcache.study.settings import Settings, in_a_line
@@ -52,10 +52,9 @@ class _Panel:
 
 def figure_grid(figure: Figure) -> Grid:
     """What a figure needs, as a grid: features of single backbones, and a fused head."""
-    names = {model.backbones[0]: model.label for model in LINEAR}
-    models = [Model(names.get(name, name), "features", "", (name,)) for name in figure.backbones]
+    models = [Model(PAPER_NAMES.get(name, name), "features", "", (name,)) for name in figure.backbones]
     if figure.fused:
-        models.append(Model("DVME", "probe", "dvme", figure.fused))
+        models.append(Model(PAPER_NAMES["dvme"], "probe", "dvme", figure.fused))
     return Grid(
         figure.name, figure.title, figure.datasets, tuple(models), (figure.subset,), "models", leaderboard=False
     )
