@@ -21,6 +21,7 @@ from embcache.probe.inputs import open_stores
 from embcache.probe.results import load_heads, runs_dir
 from embcache.report.grid import Grid, Model
 from embcache.report.layout import Marks, Table
+from embcache.report.paper import PAPER_NAMES
 from embcache.store.feature_store import FeatureStore
 from embcache.study.definitions import Figure
 from embcache.study.plan import DatasetState, look
