@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from scipy.stats import kendalltau, rankdata, spearmanr
 
-from embcache.analysis.pool import MOST, Pool, drawn, open_datasets, open_pool
+from embcache.analysis.pool import MOST, Pool, drawn, open_pool
 from embcache.analysis.transfer import centroid_logits, h_score, logme
-from embcache.data.chosen import Columns
-from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset
 from embcache.paths import PathLike
 from embcache.probe.heads import hyperparameters, make_head
@@ -130,48 +128,6 @@ class Ranking:
     rows: tuple[RankRow, ...]
     correlations: tuple[Correlation, ...]
     notes: tuple[str, ...]
-
-
-def rank_cached(
-    datasets: Sequence[str] | None = None,
-    backbones: Sequence[str] | None = None,
-    *,
-    subset: str | int = "F",
-    seed: int = 0,
-    recipe: str | None = None,
-    data_root: PathLike | None = None,
-    home: PathLike | None = None,
-    allow_missing: bool = False,
-    dataset_name: str | None = None,
-    classes: ClassOptions = ClassOptions(),
-    columns: Columns = Columns(),
-) -> list[Ranking]:
-    """Rank the backbones of datasets by name, by default of every one whose features are cached.
-
-    Parameters
-    ----------
-    datasets, backbones, data_root, home, allow_missing, dataset_name, classes, columns
-        As for `embcache.probe.cached.probe_cached`.
-    subset, seed, recipe
-        As for `rank_dataset`.
-
-    Raises
-    ------
-    StoreNotFoundError
-        Nothing is cached.
-    UsageError
-        ``data_root`` with several datasets.
-    """
-    opened = open_datasets(
-        datasets,
-        data_root=data_root,
-        home=home,
-        allow_missing=allow_missing,
-        dataset_name=dataset_name,
-        classes=classes,
-        columns=columns,
-    )
-    return [rank_dataset(ds, backbones, home=home, recipe=recipe, seed=seed, subset=subset) for ds in opened]
 
 
 def rank_backbones(

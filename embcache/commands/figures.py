@@ -18,6 +18,7 @@ from embcache.commands.options import (
     JsonOption,
     MergeClassOption,
     NameOption,
+    RecipeOption,
     class_options,
     split_list,
     takes_columns,
@@ -42,10 +43,6 @@ RunsOption = Annotated[
         metavar="ID[,ID…]",
         help="Run of a fused head, such as dvme; any unique beginning. See `embcache results`.",
     ),
-]
-RecipeOption = Annotated[
-    str | None,
-    typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
 ]
 OutputOption = Annotated[
     list[str] | None,

@@ -84,6 +84,10 @@ def _check_json(target: str | None) -> str | None:
     return target
 
 
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
+]
 JsonOption = Annotated[
     str | None,
     typer.Option(

@@ -20,8 +20,8 @@ from embcache.commands.options import (
     write_json,
 )
 from embcache.commands.output import echo
-from embcache.commands.store import printable, size_words
-from embcache.commands.table import format_table
+from embcache.commands.store import size_words
+from embcache.commands.table import format_table, one_line
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _in_words(dataset: str, answer: Why) -> list[str]:
         lines.append("nothing of this backbone is cached for this dataset")
     for each in answer.cached:
         if each.problem:
-            lines.append(f"{each.path.name} cannot be read: {printable(each.problem)}")
+            lines.append(f"{each.path.name} cannot be read: {one_line(each.problem)}")
         elif each.differs:
             lines += ["", f"{each.path.name} ({each.rows:,} images) differs in:"]
             rows = [[field, _short(mine), _short(theirs)] for field, (mine, theirs) in each.differs.items()]
@@ -130,7 +130,7 @@ def _in_words(dataset: str, answer: Why) -> list[str]:
         for kind, ids in (("added", answer.added), ("changed", answer.changed), ("removed", answer.removed)):
             if ids:
                 more = ", …" if len(ids) > _IDS else ""
-                lines.append(f"  {kind}: {len(ids):,} ({printable(', '.join(ids[:_IDS]))}{more})")
+                lines.append(f"  {kind}: {len(ids):,} ({one_line(', '.join(ids[:_IDS]))}{more})")
     else:
         lines.append(f"images: {answer.images:,}, none of them cached under this recipe")
     return [*lines, _cost_words(answer)]
