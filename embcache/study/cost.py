@@ -23,6 +23,7 @@ from embcache.extract.worker import freeze, pick_device
 from embcache.probe.heads import make_head
 from embcache.probe.results import ProbeResult, list_results
 from embcache.probe.schedule import Schedule
+from embcache.probe.solve import is_solved
 from embcache.report.grid import Model
 from embcache.study.plan import DatasetState
 from embcache.study.settings import Settings
@@ -313,7 +314,7 @@ def _calibrated(
     if each is None:
         return nothing
     rows = _rows(n_classes)
-    if hasattr(make_head(head), "solve"):
+    if is_solved(make_head(head)):
         return each, f"calibration: solved for {rows} images"
     return each, f"calibration: 2 epochs of {rows} images; at {_EPOCHS:.0f} epochs"
 
@@ -331,7 +332,7 @@ def seconds_to_probe(head: str, dims: Mapping[str, int], n_classes: int) -> floa
     y = np.arange(rows) % n_classes
     model, schedule = make_head(head), Schedule(max_epochs=2, min_epochs=1)
     began = time.perf_counter()
-    if hasattr(model, "solve"):
+    if is_solved(model):
         model.fit(x, y)
         return (time.perf_counter() - began) / (rows * _EPOCHS)
     model.fit(x, y, schedule=schedule)
