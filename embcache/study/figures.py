@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from embcache.analysis.attention import mass_table, mean_attention
 from embcache.analysis.maps import NEIGHBOURS, decimals, embed_map, neighbour_accuracy
 from embcache.analysis.plots import AttentionPanel, Map, plot_attention, plot_maps
-from embcache.analysis.shown import LIMIT, Shown, fused_features, plain_features, shown_images
+from embcache.analysis.shown import LIMIT, Shown, fused_features, shown_images
 from embcache.errors import EmbcacheError, UsageError
 from embcache.paths import home_dir, slug
-from embcache.probe.inputs import open_stores
+from embcache.probe.inputs import load_features, open_stores
 from embcache.probe.results import load_heads, runs_dir
 from embcache.report.grid import Grid, Model
 from embcache.report.layout import Marks, Table
@@ -177,7 +176,7 @@ def _draw_maps(
     if not stores:
         return []
     test = _shown(state, stores, settings, most=LIMIT)
-    features = {name: plain_features(store, test.ids) for name, store in stores.items()}
+    features = {name: load_features(store, state.ds, test.ids).numpy() for name, store in stores.items()}
     panels = []
     for model in grid.models:
         result = state.results.get((model, state.subset_of[figure.subset]))
@@ -214,7 +213,7 @@ def _draw_attention(
         return []
     stores = _stores(grid, state, settings)
     test = _shown(state, stores, settings, most=None)
-    x = {name: torch.from_numpy(plain_features(stores[name], test.ids)) for name in model.backbones}
+    x = {name: load_features(stores[name], state.ds, test.ids) for name in model.backbones}
     heads = [params for params in load_heads(runs_dir(state.ds.name, settings.home) / result.id) if params]
     weights = np.mean([mean_attention(params, x) for params in heads], axis=0).astype(np.float32)
     mass = mass_table(weights, len(model.backbones))
