@@ -93,24 +93,7 @@ def open_pool(
     recipe: str | None = None,
     seed: int = 0,
 ) -> Pool:
-    """Open what is cached and leave out the test set that a probe would hold out.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        The dataset.
-    backbones : sequence of str, optional
-        Default: all that are cached.
-    home, recipe
-        As for `embcache.probe.inputs.open_stores`.
-    seed : int
-        Draws the pool, where the dataset limits it.
-
-    Raises
-    ------
-    StoreNotFoundError
-        Nothing is cached.
-    """
+    """Cached features of a dataset, of all backbones by default, without the test set that a probe would hold out."""
     names = list(dict.fromkeys(backbones or cached_backbones(ds.name, home)))
     if not names:
         raise StoreNotFoundError(

@@ -146,32 +146,10 @@ def rank_dataset(
     seed: int = 0,
     subset: str | int = "F",
 ) -> Ranking:
-    """Score every cached backbone without training; no test row is looked at.
+    """Score cached backbones, all by default, without training; no test row is looked at.
 
-    Parameters
-    ----------
-    ds : ImageDataset
-        The dataset.
-    backbones : sequence of str, optional
-        Default: all that are cached.
-    home : path, optional
-        Folder of stores and runs.
-    recipe : str, optional
-        Fingerprint prefixes, where several recipes of a backbone are cached; separated by commas.
-    seed : int
-        Of the protocol's folds and subsets. Folds are five; fewer, with a note, where a class has fewer groups; where
-        it has one, all training images are scored by LogME alone.
-    subset : str or int
-        As for probing. F with more than `embcache.analysis.pool.MOST` training images a fold takes that many.
-
-    Raises
-    ------
-    StoreNotFoundError
-        Nothing is cached.
-    StoreError
-        Features are missing.
-    ProtocolError
-        There are fewer than two classes, or the dataset cannot carry the subset.
+    Folds are five; fewer, with a note, where a class has fewer groups; where it has one, all training images are scored
+    by LogME alone. ``subset`` F with more than `MOST` training images per fold takes that many.
     """
     pool = open_pool(ds, backbones, home=home, recipe=recipe, seed=seed)
     plan, said = _plan(pool, subset, seed)

@@ -63,28 +63,7 @@ def similarity(
     recipe: str | None = None,
     seed: int = 0,
 ) -> Similarity:
-    """Compare cached backbones on a dataset's training images: the pool of the protocol, never its test set.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        Labels are not used.
-    backbones : sequence of str, optional
-        Two at least; default: all that are cached.
-    home : path, optional
-        Folder of stores.
-    recipe : str, optional
-        Fingerprint prefixes, where several recipes of a backbone are cached; separated by commas.
-    seed : int
-        Draws the images where the pool has more than `embcache.analysis.pool.MOST`.
-
-    Raises
-    ------
-    UsageError
-        Fewer than two backbones.
-    StoreError
-        Features are missing.
-    """
+    """Compare two or more cached backbones on the images of `open_pool`, at most `MOST` drawn by ``seed``."""
     pool = open_pool(ds, backbones, home=home, recipe=recipe, seed=seed)
     names, rows = list(pool.stores), drawn(pool, seed)
     if len(names) < 2:
