@@ -292,9 +292,4 @@ def write_json(data: Any, target: str) -> None:
     if target == "-":
         echo(json_text(plain(data), shown=True), nl=False)
         return
-    try:
-        write_output(Path(target), json_text(plain(data)).encode("utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"cannot write the JSON file: {error.strerror}", where=target, fix="name a file that can be written, or -"
-        ) from error
+    write_output(Path(target), json_text(plain(data)))
