@@ -68,14 +68,13 @@ def errors(
     tested = load_tested(result, folder)
     if not targets:
         default = home_dir(home) / slug(result.dataset) / "figures" / f"errors-{result.id}"
-        default.parent.mkdir(parents=True, exist_ok=True)
         targets = [default.with_name(f"{default.name}{suffix}") for suffix in (".csv", ".png")]
     mistakes = find_mistakes(tested)
     listed = mistakes[:most]
     files, notes = [], []
     for target in targets:
         if target.suffix.lower() == ".csv":
-            files.append(write_output(target, mistakes_csv(listed, groups=groups)))
+            files.append(write_output(target, mistakes_csv(listed, groups=groups), parents=True))
             continue
         shown = listed[: most or SHOWN]
         title = f"{result.id}: {len(shown):,} of {len(mistakes):,} mistakes, the most confident first"

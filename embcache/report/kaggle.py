@@ -122,13 +122,7 @@ def make_submission(
         notes.append(f"{len(surplus):,} test images are not in {SAMPLE} and are left out: {min(surplus)} …")
     notes += [f"fold {f.fold} diverged and has no file" for f in result.folds if f.fold not in texts]
     target = Path(output if output is not None else f"submission-{result.id}").expanduser()
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            "the folder cannot be made", found=str(error.strerror), where=target, fix="--output FOLDER"
-        ) from error
-    files = [write_output(target / f"{result.id}-fold{fold}.csv", text) for fold, text in texts.items()]
+    files = [write_output(target / f"{result.id}-fold{fold}.csv", text, parents=True) for fold, text in texts.items()]
     return Submission(result.id, competition.slug, tuple(files), tuple(texts), len(ids), filled, tuple(notes))
 
 

@@ -151,9 +151,9 @@ def score(mean: float, std: float | None, digits: int = 3) -> str:
     return signed(mean, digits) + ("" if std is None else f" ± {std:.{digits}f}")
 
 
-def bounds(interval: tuple[float, float] | None, *, plus: bool = False, between: str = " to ") -> str:
+def bounds(interval: tuple[float, float] | None, *, digits: int = 3, plus: bool = False, between: str = " to ") -> str:
     """``0.912 to 0.951``; nothing of no interval."""
-    return between.join(signed(bound, 3, plus=plus) for bound in interval or ())
+    return between.join(signed(bound, digits, plus=plus) for bound in interval or ())
 
 
 def table_words(name: str) -> str:
