@@ -14,7 +14,7 @@ from embcache.data.folder import read_label_table
 from embcache.data.source import DatasetSource
 from embcache.data.tiles import CLASSES, draw_tile
 from embcache.errors import DatasetError
-from embcache.io import replace_folder
+from embcache.io import make_folder, rename_new, staged_name, sweep, write_tree
 
 GROUPS, TEST_GROUPS, TILES_PER_CLASS = 60, 15, 4
 
@@ -38,9 +38,13 @@ def read_sample(root: Path, name: str) -> ImageDataset:
 
 
 def draw_sample(root: Path) -> None:
-    """Draw all tiles into ``root``, whole or not at all; a `DatasetError` where that cannot be written."""
+    """Draw all tiles into ``root``, whole or not at all, unless it exists; `DatasetError` if it cannot be written."""
+    staged = root.with_name(staged_name(f".{root.name}-"))
     try:
-        replace_folder(root, _draw_all())
+        make_folder(root.parent)
+        write_tree(staged, _draw_all())
+        rename_new(staged, root)
+        sweep(root.parent, root.name)
     except OSError as error:
         raise DatasetError(
             "the sample cannot be drawn",
