@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
@@ -46,6 +47,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def printed_width(text: str) -> int:
+    """Columns that ``text`` takes where every character takes none, one or two."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 class EmbcacheError(Exception):

@@ -1,16 +1,14 @@
-"""Reading and writing files so that it lasts and harms nobody: the only module of the store that changes a filesystem.
+"""Reading and writing files safely: the only module that changes a filesystem.
 
-`embcache.store.commit` says what is written and in which order. Four rules hold:
+- Files and folders appear whole: they are written under another name, flushed, and renamed or linked into place.
+- They disappear whole: a folder is renamed before it is emptied, so that a process that still writes into it gets
+  ``FileNotFoundError`` and never puts half of a folder into place.
+- Files are flushed first, then each folder from the inside out, then the folder that holds the whole.
+- What others can write is read only if it is a regular file of a limited size in a real folder: never a link, a pipe or
+  a device, which could hang, never end, or lead out of the home.
 
-- What readers look at appears whole: it is written under another name, flushed, and renamed or linked into place.
-- What is removed disappears whole: a folder is renamed before it is emptied. A process that lost a race and still
-  writes into it meets ``FileNotFoundError`` at its next call, and never puts half of a folder into place.
-- What is flushed is the file first, then each folder from the inside out, then the folder that names the whole.
-- What others can write is opened only if it is a regular file of a bearable size in a real folder: never a link, a
-  pipe or a device. Reading such a thing could hang, never end, or lead out of the home.
-
-Only functions of ``os`` are called, by two names, so that tests can stand between this module and the disk: ``os``
-for what changes it, ``_look`` for what only looks.
+Only functions of ``os`` are called, under two names, so that tests can intercept them: ``os`` for what changes the
+disk, ``_look`` for what only reads it.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from embcache.errors import EmbcacheError, StoreError, printable
+from embcache.errors import EmbcacheError, StoreError, UsageError, printable
 from embcache.paths import PathLike
 
 MOST_BYTES = 1 << 31
@@ -65,15 +63,7 @@ class IrregularError(OSError):
 
 
 def open_regular(path: PathLike, *, follow: bool = False) -> FileIO:
-    """Open a regular file for reading, at once whatever it is; only with ``follow`` through a link.
-
-    Raises
-    ------
-    IrregularError
-        It is not a regular file.
-    OSError
-        The system refuses.
-    """
+    """Open a regular file for reading, through a link only with ``follow``; `IrregularError` for anything else."""
     try:
         descriptor = _look.open(path, _READ & ~getattr(os, "O_NOFOLLOW", 0) if follow else _READ)
     except OSError as error:
@@ -95,15 +85,7 @@ def read_regular(path: PathLike, *, most: int = MOST_BYTES, follow: bool = False
 
 
 def list_folder(folder: PathLike) -> list[os.DirEntry[str]]:
-    """Entries of a real folder, sorted by name; none where it is not there.
-
-    Raises
-    ------
-    IrregularError
-        It is a link or no folder.
-    OSError
-        The system refuses.
-    """
+    """Entries of a real folder, sorted by name; none where it does not exist; `IrregularError` for anything else."""
     try:
         if not stat.S_ISDIR(_look.lstat(folder).st_mode):
             raise IrregularError(errno.ENOTDIR, "not a real folder", str(folder))
@@ -114,15 +96,7 @@ def list_folder(folder: PathLike) -> list[os.DirEntry[str]]:
 
 
 def home_folders(home: Path, skipped: Callable[[PathLike, OSError], object] | None = None) -> list[Path]:
-    """Folders of datasets in a home that can be listed, sorted; links to folders are among them.
-
-    Those that cannot be listed, another user's perhaps, are passed over, and ``skipped`` (default `skip`) is told.
-
-    Raises
-    ------
-    StoreError
-        The home itself cannot be listed.
-    """
+    """Folders of datasets in a home, links too, sorted; ``skipped`` (default `skip`) gets those that are unreadable."""
     found = []
     try:
         with _look.scandir(home) as entries:
@@ -166,14 +140,6 @@ def is_folder(path: PathLike) -> bool:
     try:
         return stat.S_ISDIR(_look.lstat(path).st_mode)
     except FileNotFoundError:
-        return False
-
-
-def is_regular(path: PathLike) -> bool:
-    """Whether there is a regular file, no link."""
-    try:
-        return stat.S_ISREG(_look.lstat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -251,63 +217,76 @@ def keep_file(path: Path, data: bytes) -> None:
 
 def _holds(path: Path, data: bytes) -> bool:
     """Whether a regular file holds just these bytes."""
-    return is_regular(path) and path.stat().st_size == len(data) and read_regular(path) == data
+    try:
+        return path.lstat().st_size == len(data) and read_regular(path) == data
+    except (FileNotFoundError, IrregularError):
+        return False
 
 
-def write_output(path: Path, data: bytes) -> None:
-    """Write a file that a user asked for, whole or not at all, in place of what was there; OSError where that fails.
+def check_target(path: Path) -> None:
+    """Raise a `UsageError` where `write_output` could not write: before hours of work, not after."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return  # a device or a pipe
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        reason = "it is a folder" if path.is_dir() else "its folder is not there, or may not be written to"
+        raise _not_written(path, reason)
 
-    Links are written through; what is no ordinary file, such as ``/dev/stdout``, is written to as it is.
+
+def write_output(path: Path, data: bytes | str, *, parents: bool = False) -> Path:
+    """Write a file that a user asked for, whole or not at all, through links and to devices; else a `UsageError`.
+
+    Text is UTF-8, in which the bytes of file names that are not are escaped. With ``parents`` its folder is made.
     """
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
-    write_outputs({path: data})
+    data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
+    if not parents:
+        check_target(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(data)  # /dev/stdout
+    else:
+        write_outputs({path: data})
+    return path
 
 
 def write_outputs(files: Mapping[Path, bytes]) -> None:
-    """Write files as `write_output`; none is put in place before all are written, and the last one comes last."""
-    paths = [path.resolve() for path in files]  # through a link, not in its place
-    staged = [path.with_name(staged_name(f".{path.name[:100]}-")) for path in paths]
+    """Write files, with their folders, as `write_output`: all or none, and the last one comes last."""
+    first, staged = next(iter(files)), []
     try:
+        for path in files:
+            make_folder(path.parent)
+        paths = [path.resolve() for path in files]  # through a link, not in its place
+        staged = [path.with_name(staged_name(f".{path.name[:100]}-")) for path in paths]
         for name, data in zip(staged, files.values(), strict=True):
             write_file(name, data)
         for name, path in zip(staged, paths, strict=True):
             os.replace(name, path)
             sweep(path.parent, path.name)
+    except OSError as error:
+        raise _not_written(first, str(error.strerror or error)) from error
     finally:
         for name in staged:
             with suppress(OSError):
                 os.unlink(name)
 
 
+def _not_written(path: Path, reason: str) -> UsageError:
+    return UsageError(
+        "the file cannot be written",
+        found=reason,
+        where=path,
+        fix="name a file in a folder that is there and can be written to",
+    )
+
+
 def replace_folder(target: Path, files: Mapping[str, bytes | Path]) -> None:
-    """Write a folder whole or not at all, in place of what was there; killed at any instant, one of the two is there.
+    """Write a folder whole or not at all, with copies or links of files, in place of what was there.
 
-    Where the system can exchange two names that is one step; elsewhere what was there is renamed first, and
-    `list_replaced` gives it back if the second rename never came. Two writers of one folder both succeed; the later
-    one's stays.
-
-    Parameters
-    ----------
-    target : Path
-        In a folder that is made where it is not there.
-    files : mapping of str to bytes or Path
-        By their names. A path is linked or copied; it is the caller's to remove.
-
-    Raises
-    ------
-    OSError
-        The disk refuses: what was there is there still.
+    Where the system can exchange two names that is one step; elsewhere the old folder is renamed first, and
+    `list_replaced` restores it if the second rename never came. The later of two writers wins.
     """
     staged = target.with_name(staged_name(f".{target.name}-"))
     make_folder(target.parent)
     with _removed_on_error(staged):
-        write_tree(staged, {name: data for name, data in files.items() if isinstance(data, bytes)})
-        for name, source in files.items():
-            if not isinstance(source, bytes):
-                _take(source, staged / name)
-        sync_folder(staged)
+        write_tree(staged, files)
         replace_with(staged, target)
 
 
@@ -382,19 +361,22 @@ def exclusive_prefix(path: Path) -> str:
     return f"{path.parent.name}-{path.name}-"
 
 
-def remove_file(path: Path) -> None:
-    """Remove a file; none there is as well."""
+def discard(path: Path) -> None:
+    """`remove` a file or folder of a store, if it exists."""
     with writing(path), suppress(FileNotFoundError):
-        os.unlink(path)
+        remove(path)
 
 
-def move_file(path: Path, target: Path) -> bool:
-    """Rename a file or folder; False when it is not there (any more)."""
+def take_aside(path: Path, aside: Path) -> bool:
+    """Move a file or folder of a store to another folder of its filesystem; False when it does not exist (any more)."""
     with writing(path):
+        make_folder(aside.parent)
         try:
-            os.rename(path, target)
+            os.rename(path, aside)
         except FileNotFoundError:
             return False
+        sync_folder(path.parent)
+        sync_folder(aside.parent)
     return True
 
 
@@ -460,27 +442,14 @@ def write_file(path: Path, data: bytes) -> None:
 
 def write_tree(
     root: Path,
-    files: Mapping[str, bytes],
+    files: Mapping[str, bytes | Path],
     folders: Sequence[str] = (),
     links: Mapping[str, tuple[str, Path]] | None = None,
 ) -> None:
-    """Write a new folder and flush all of it to disk; none is left where that fails.
+    """Write a new folder of bytes, of files that exist, of empty folders and links, and flush it.
 
-    Parameters
-    ----------
-    root : Path
-        The folder, in one that is there.
-    files : mapping of str to bytes
-        By their paths in it.
-    folders : sequence of str
-        Folders that may stay empty.
-    links : mapping of str to (str, Path), optional
-        Symbolic links with their texts; where links cannot be made, the file at the path is copied.
-
-    Raises
-    ------
-    FileNotFoundError
-        Another process removed the folder meanwhile.
+    ``links`` has texts of symbolic links, and the files that are copied where links cannot be made. Where another
+    process removes the folder meanwhile, that is a FileNotFoundError.
     """
     links = links or {}
     paths = [Path(folder) for folder in folders] + [Path(name).parent for name in (*files, *links)]
@@ -490,7 +459,7 @@ def write_tree(
         for folder in sorted(inner, key=lambda folder: len(folder.parts)):
             os.mkdir(root / folder)
         for name, data in files.items():
-            write_file(root / name, data)
+            write_file(root / name, data) if isinstance(data, bytes) else _take(data, root / name)
         for name, (text, source) in links.items():
             try:
                 os.symlink(text, root / name)
@@ -537,14 +506,6 @@ def swap_in(staged: Path, target: Path, *, aside: Path | None = None) -> None:
                 remove(aside)
             os.rename(target, away)
     raise StoreError("another process keeps writing the same", where=target)
-
-
-def take_aside(path: Path, aside: Path) -> None:
-    """Rename a file or folder to another folder of its filesystem, which is made where it is not there."""
-    make_folder(aside.parent)
-    os.rename(path, aside)
-    sync_folder(path.parent)
-    sync_folder(aside.parent)
 
 
 def remove(path: Path) -> None:

@@ -7,8 +7,6 @@ from html import escape
 
 from embcache.errors import printable
 
-_MOST = 12  # classes, backbones, … named in one line; the rest are counted
-
 
 def html_table(title: str, rows: Iterable[tuple[str, object]], folds: Sequence[Sequence[object]] = ()) -> str:
     """HTML of a titled table with two columns; below it, if given, a second one whose first row is its header.
@@ -20,12 +18,6 @@ def html_table(title: str, rows: Iterable[tuple[str, object]], folds: Sequence[S
         for name, value in rows
     )
     return f"<div><strong>{_text(title)}</strong><table>{lines}</table>{_grid(folds)}</div>"
-
-
-def few(values: Sequence[str], most: int = _MOST) -> str:
-    """``a, b, c … and 90 more``."""
-    shown = ", ".join(values[:most])
-    return shown if len(values) <= most else f"{shown} … and {len(values) - most:,} more"
 
 
 def _grid(rows: Sequence[Sequence[object]]) -> str:

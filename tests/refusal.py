@@ -12,7 +12,7 @@ from embcache.errors import EmbcacheError
 
 @contextmanager
 def refused(kind: type[EmbcacheError], code: str) -> Iterator[pytest.ExceptionInfo[EmbcacheError]]:
-    """Use as ``with refused(UsageError, "unknown-head") as caught: ...``; then ``caught.value`` has its fields."""
+    """Assert it of the block; ``caught.value`` then has the error's fields."""
     with pytest.raises(kind) as caught:
         yield caught
     assert caught.value.code == code, f"{caught.value.code!r}, not {code!r}: {caught.value}"

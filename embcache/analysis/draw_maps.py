@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from embcache.analysis.coordinates import cached_map
 from embcache.analysis.maps import METHODS, PERPLEXITY, MapScores, decimals, score_map
-from embcache.analysis.shown import Shown, fused_features, plain_features, shown_images
+from embcache.analysis.shown import Shown, fused_features, shown_images
 from embcache.data.classes import class_flags, class_words
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.cached import cached_backbones
-from embcache.probe.inputs import open_stores
+from embcache.probe.inputs import load_features, open_stores
 from embcache.probe.results import ProbeResult, find_run_anywhere
 from embcache.store.feature_store import extract_command
 
@@ -154,7 +154,7 @@ def draw_maps(
         asked = found[0][0].request
         protocol = {key: asked[key] for key in ("seed", "test") if key in asked}
     shown = shown_images(ds, list(stores.values()), rows=rows, most=most, **protocol)
-    features = {name: plain_features(store, shown.ids) for name, store in stores.items()}
+    features = {name: load_features(store, ds, shown.ids).numpy() for name, store in stores.items()}
     folder = home_dir(home) / slug(ds.name) / "figures"
     panels = []
     for name in names:

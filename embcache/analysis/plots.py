@@ -426,6 +426,4 @@ def _save(figure: Figure, target: Path) -> Path:
     use_fonts(figure)
     with no_warnings():
         figure.savefig(drawn, dpi=300, format=target.suffix.lstrip(".").lower() or None)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_output(target, drawn.getvalue())
-    return target
+    return write_output(target, drawn.getvalue(), parents=True)

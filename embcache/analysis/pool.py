@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,30 +47,27 @@ class Pool:
 
 
 def open_datasets(
-    names: Sequence[str] | None = None,
-    *,
+    names: Sequence[str] = (),
     data_root: PathLike | None = None,
     home: PathLike | None = None,
     allow_missing: bool = False,
     dataset_name: str | None = None,
     classes: ClassOptions = ClassOptions(),
     columns: Columns = Columns(),
+    *,
+    several: bool = False,
+    say: Callable[[str], object] = lambda line: None,
 ) -> list[ImageDataset]:
-    """Datasets by name, live or from the snapshot kept at extraction; default: every one with cached features.
+    """Datasets by name; default: every one with cached features.
 
-    Parameters
-    ----------
-    names, data_root, home, allow_missing, dataset_name, classes, columns
-        As for `embcache.probe.cached.probe_cached`.
-
-    Raises
-    ------
-    StoreNotFoundError
-        Nothing is cached.
-    UsageError
-        ``data_root`` or ``dataset_name`` with several datasets.
+    With ``several`` those with one backbone are left out, and ``say`` names them, unless no dataset has more.
     """
     asked = list(names or cached_datasets(home))
+    if not names and several and len(asked) > 1:
+        lacking = [name for name in asked if len(cached_backbones(name, home)) < 2]
+        for name in lacking:
+            say(f"{name} left out: fewer than two backbones cached")
+        asked = [name for name in asked if name not in lacking] or asked
     if not asked:
         raise StoreNotFoundError(
             "nothing is cached",
@@ -96,24 +93,7 @@ def open_pool(
     recipe: str | None = None,
     seed: int = 0,
 ) -> Pool:
-    """Open what is cached and leave out the test set that a probe would hold out.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        The dataset.
-    backbones : sequence of str, optional
-        Default: all that are cached.
-    home, recipe
-        As for `embcache.probe.inputs.open_stores`.
-    seed : int
-        Draws the pool, where the dataset limits it.
-
-    Raises
-    ------
-    StoreNotFoundError
-        Nothing is cached.
-    """
+    """Cached features of a dataset, of all backbones by default, without the test set that a probe would hold out."""
     names = list(dict.fromkeys(backbones or cached_backbones(ds.name, home)))
     if not names:
         raise StoreNotFoundError(

@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from scipy.stats import kendalltau, rankdata, spearmanr
 
-from embcache.analysis.pool import MOST, Pool, drawn, open_datasets, open_pool
+from embcache.analysis.pool import MOST, Pool, drawn, open_pool
 from embcache.analysis.transfer import centroid_logits, h_score, logme
-from embcache.data.chosen import Columns
-from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset
 from embcache.paths import PathLike
 from embcache.probe.heads import hyperparameters, make_head
@@ -132,48 +130,6 @@ class Ranking:
     notes: tuple[str, ...]
 
 
-def rank_cached(
-    datasets: Sequence[str] | None = None,
-    backbones: Sequence[str] | None = None,
-    *,
-    subset: str | int = "F",
-    seed: int = 0,
-    recipe: str | None = None,
-    data_root: PathLike | None = None,
-    home: PathLike | None = None,
-    allow_missing: bool = False,
-    dataset_name: str | None = None,
-    classes: ClassOptions = ClassOptions(),
-    columns: Columns = Columns(),
-) -> list[Ranking]:
-    """Rank the backbones of datasets by name, by default of every one whose features are cached.
-
-    Parameters
-    ----------
-    datasets, backbones, data_root, home, allow_missing, dataset_name, classes, columns
-        As for `embcache.probe.cached.probe_cached`.
-    subset, seed, recipe
-        As for `rank_dataset`.
-
-    Raises
-    ------
-    StoreNotFoundError
-        Nothing is cached.
-    UsageError
-        ``data_root`` with several datasets.
-    """
-    opened = open_datasets(
-        datasets,
-        data_root=data_root,
-        home=home,
-        allow_missing=allow_missing,
-        dataset_name=dataset_name,
-        classes=classes,
-        columns=columns,
-    )
-    return [rank_dataset(ds, backbones, home=home, recipe=recipe, seed=seed, subset=subset) for ds in opened]
-
-
 def rank_backbones(
     ds: ImageDataset, backbones: Sequence[str] | None = None, *, home: PathLike | None = None, **options: Any
 ) -> list[RankRow]:
@@ -190,32 +146,10 @@ def rank_dataset(
     seed: int = 0,
     subset: str | int = "F",
 ) -> Ranking:
-    """Score every cached backbone without training; no test row is looked at.
+    """Score cached backbones, all by default, without training; no test row is looked at.
 
-    Parameters
-    ----------
-    ds : ImageDataset
-        The dataset.
-    backbones : sequence of str, optional
-        Default: all that are cached.
-    home : path, optional
-        Folder of stores and runs.
-    recipe : str, optional
-        Fingerprint prefixes, where several recipes of a backbone are cached; separated by commas.
-    seed : int
-        Of the protocol's folds and subsets. Folds are five; fewer, with a note, where a class has fewer groups; where
-        it has one, all training images are scored by LogME alone.
-    subset : str or int
-        As for probing. F with more than `embcache.analysis.pool.MOST` training images a fold takes that many.
-
-    Raises
-    ------
-    StoreNotFoundError
-        Nothing is cached.
-    StoreError
-        Features are missing.
-    ProtocolError
-        There are fewer than two classes, or the dataset cannot carry the subset.
+    Folds are five; fewer, with a note, where a class has fewer groups; where it has one, all training images are scored
+    by LogME alone. ``subset`` F with more than `MOST` training images per fold takes that many.
     """
     pool = open_pool(ds, backbones, home=home, recipe=recipe, seed=seed)
     plan, said = _plan(pool, subset, seed)

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from embcache.analysis.attention import mass_table, mean_attention, mean_mass
-from embcache.analysis.shown import Shown, plain_features, shown_images
+from embcache.analysis.shown import Shown, shown_images
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, UsageError
 from embcache.paths import PathLike
 from embcache.probe.fusion import project
-from embcache.probe.inputs import open_stores
+from embcache.probe.inputs import load_features, open_stores
 from embcache.probe.results import ProbeResult, load_heads
 
 _IMAGES = 16  # whose weights are looked at together
@@ -90,7 +90,7 @@ def run_attention(
     stores = open_stores(ds, [list(result.backbones)], home, recipe)
     asked = {key: result.request[key] for key in ("seed", "test") if key in result.request}
     shown = shown_images(ds, list(stores.values()), **asked)
-    x = {name: torch.from_numpy(plain_features(stores[name], shown.ids)) for name in result.backbones}
+    x = {name: load_features(stores[name], ds, shown.ids) for name in result.backbones}
     heads = [params for params in load_heads(run) if params]
     if not heads:
         raise ProtocolError("no fold of this run has a model", found=result.id, where=run)

@@ -100,13 +100,6 @@ def shown_images(
     return Shown([str(i) for i in sides.ids[chosen]], sides.labels[chosen], sides.groups[chosen].tolist(), remark)
 
 
-def plain_features(store: FeatureStore, ids: Sequence[str]) -> NDArray[np.float32]:
-    """Features of some images, float32 (n, D); of several views the plain one."""
-    place = {name: row for row, name in enumerate(store.ids.tolist())}
-    x = np.asarray(store.features[np.array([place[name] for name in ids], dtype=np.int64)], dtype=np.float32)
-    return np.ascontiguousarray(x if x.ndim == 2 else x[:, 0])
-
-
 @torch.no_grad()
 def fused_features(
     result: ProbeResult, run: Path, features: Mapping[str, NDArray[np.float32]]

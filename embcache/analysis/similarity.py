@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embcache.analysis.pool import drawn, open_datasets, open_pool
-from embcache.data.chosen import Columns
-from embcache.data.classes import ClassOptions
+from embcache.analysis.pool import drawn, open_pool
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, UsageError
 from embcache.paths import PathLike
-from embcache.probe.cached import cached_backbones, cached_datasets
 from embcache.probe.standard import standard_directions
 from embcache.store.feature_store import extract_command
 
@@ -59,56 +55,6 @@ class Similarity:
     notes: tuple[str, ...] = ()
 
 
-def similarity_cached(
-    datasets: Sequence[str] | None = None,
-    backbones: Sequence[str] | None = None,
-    *,
-    seed: int = 0,
-    recipe: str | None = None,
-    data_root: PathLike | None = None,
-    home: PathLike | None = None,
-    allow_missing: bool = False,
-    dataset_name: str | None = None,
-    classes: ClassOptions = ClassOptions(),
-    columns: Columns = Columns(),
-    say: Callable[[str], Any] = lambda line: None,
-) -> list[Similarity]:
-    """`similarity` on datasets by name, by default on every one with two backbones cached at least.
-
-    Parameters
-    ----------
-    datasets, backbones, data_root, home, allow_missing, dataset_name, classes, columns
-        As for `embcache.probe.cached.probe_cached`.
-    seed, recipe
-        As for `similarity`.
-    say : callable
-        Told which datasets were left out, a line at a time.
-
-    Raises
-    ------
-    StoreNotFoundError
-        Nothing is cached.
-    UsageError
-        ``data_root`` with several datasets, or fewer than two backbones.
-    """
-    names = list(datasets or cached_datasets(home))
-    if not datasets and len(names) > 1:
-        single = [name for name in names if len(cached_backbones(name, home)) < 2]
-        for name in single:
-            say(f"{name} left out: fewer than two backbones cached")
-        names = [name for name in names if name not in single] or names
-    opened = open_datasets(
-        names,
-        data_root=data_root,
-        home=home,
-        allow_missing=allow_missing,
-        dataset_name=dataset_name,
-        classes=classes,
-        columns=columns,
-    )
-    return [similarity(ds, backbones, home=home, recipe=recipe, seed=seed) for ds in opened]
-
-
 def similarity(
     ds: ImageDataset,
     backbones: Sequence[str] | None = None,
@@ -117,28 +63,7 @@ def similarity(
     recipe: str | None = None,
     seed: int = 0,
 ) -> Similarity:
-    """Compare cached backbones on a dataset's training images: the pool of the protocol, never its test set.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        Labels are not used.
-    backbones : sequence of str, optional
-        Two at least; default: all that are cached.
-    home : path, optional
-        Folder of stores.
-    recipe : str, optional
-        Fingerprint prefixes, where several recipes of a backbone are cached; separated by commas.
-    seed : int
-        Draws the images where the pool has more than `embcache.analysis.pool.MOST`.
-
-    Raises
-    ------
-    UsageError
-        Fewer than two backbones.
-    StoreError
-        Features are missing.
-    """
+    """Compare two or more cached backbones on the images of `open_pool`, at most `MOST` drawn by ``seed``."""
     pool = open_pool(ds, backbones, home=home, recipe=recipe, seed=seed)
     names, rows = list(pool.stores), drawn(pool, seed)
     if len(names) < 2:

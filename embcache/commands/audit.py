@@ -19,6 +19,7 @@ from embcache.commands.options import (
     JsonOption,
     MergeClassOption,
     NameOption,
+    RecipeOption,
     check_suffix,
     class_options,
     split_list,
@@ -57,10 +58,7 @@ def audit(
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the folds.")] = 0,
     drop_class: DropClassOption = None,
     merge_class: MergeClassOption = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
-    ] = None,
+    recipe: RecipeOption = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
     allow_missing: AllowMissingOption = False,
@@ -87,8 +85,9 @@ def audit(
         raise UsageError("not a number of lines", expected="0 or more", found=str(show), fix="--show 10")
     from embcache.analysis.audit import audit_dataset
     from embcache.data.dataset import find_dataset
+    from embcache.io import check_target, write_output
     from embcache.probe.cached import cached_backbones
-    from embcache.report.csvfile import check_target, csv_text, write_text
+    from embcache.report.csvfile import csv_text
     from embcache.store.feature_store import extract_command
 
     if output is not None:
@@ -105,7 +104,7 @@ def audit(
         cached = [name for name in cached if name.partition(":")[0] != "random"] or cached
     found = audit_dataset(ds, cached[0], similarity=similarity, most=most, home=home, recipe=recipe, seed=seed)
     if output is not None:
-        write_text(output, csv_text(["id", "reason"], found.exclude))
+        write_output(output, csv_text(["id", "reason"], found.exclude))
     if json != "-":
         _print(found, ds, show)
         if output is not None:

@@ -14,8 +14,7 @@ def demo(home: HomeOption = None) -> None:
     probes at 40, 200 and all training images, a DVME fusion, a t-SNE figure. What was computed is kept, so a second
     run takes seconds.
     """
-    from embcache.report.tables import pivot_results
-    from embcache.study import run_demo
+    from embcache.study.demo import pivot_results, run_demo
 
     outcome = run_demo(home=home, say=lambda line: echo(line, err=True))
     first = outcome.results[0]

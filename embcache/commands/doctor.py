@@ -10,7 +10,8 @@ import typer
 
 from embcache.commands.options import HomeOption, JsonOption, write_json
 from embcache.commands.output import echo
-from embcache.commands.store import printable, size_words
+from embcache.commands.store import size_words
+from embcache.commands.table import one_line
 
 if TYPE_CHECKING:
     from embcache.upkeep.doctor import Diagnosis
@@ -87,16 +88,16 @@ def _in_words(found: Diagnosis) -> list[str]:
         bad = f", {row['quarantined']:,} quarantined" if row["quarantined"] else ""
         left = f", {row['leftovers']} leftovers" if row["leftovers"] else ""
         lines.append(
-            f"  {row['dataset']}/{row['store']}: {printable(state)}; {row['rows']:,} rows{to_go}{bad}{left}, "
+            f"  {row['dataset']}/{row['store']}: {one_line(state)}; {row['rows']:,} rows{to_go}{bad}{left}, "
             f"{size_words(row['bytes'])}"
         )
     stale = [lease for lease in found.leases if lease["stale"]]
     lines.append(f"leases: {len(found.leases) - len(stale)} at work, {len(stale)} of processes that are gone")
     lines += [f"  {lease['store']}: shard {lease['shard']} (embcache gc removes it)" for lease in stale]
     lines.append(f"interrupted runs: {len(found.interrupted) or 'none'}")
-    lines += [f"  {run['dataset']} {run['run']}: {printable(run['command'])}" for run in found.interrupted]
+    lines += [f"  {run['dataset']} {run['run']}: {one_line(run['command'])}" for run in found.interrupted]
     lines.append(f"problems: {len(found.problems) or 'none'}")
-    return [*lines, *(f"  {printable(problem)}" for problem in found.problems)]
+    return [*lines, *(f"  {one_line(problem)}" for problem in found.problems)]
 
 
 def _wrapped(words: list[str]) -> list[str]:

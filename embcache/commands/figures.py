@@ -18,6 +18,7 @@ from embcache.commands.options import (
     JsonOption,
     MergeClassOption,
     NameOption,
+    RecipeOption,
     class_options,
     split_list,
     takes_columns,
@@ -26,7 +27,7 @@ from embcache.commands.options import (
 from embcache.commands.output import echo
 from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
-from embcache.io import write_output
+from embcache.io import check_target, write_output
 
 if TYPE_CHECKING:
     from embcache.analysis.draw_maps import Maps
@@ -42,10 +43,6 @@ RunsOption = Annotated[
         metavar="ID[,ID…]",
         help="Run of a fused head, such as dvme; any unique beginning. See `embcache results`.",
     ),
-]
-RecipeOption = Annotated[
-    str | None,
-    typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
 ]
 OutputOption = Annotated[
     list[str] | None,
@@ -344,13 +341,13 @@ def _one_dataset(
 
 
 def _write_points(maps: Maps, ds: ImageDataset, target: Path) -> None:
-    from embcache.report.csvfile import check_target, csv_text, write_text
+    from embcache.report.csvfile import csv_text
 
     check_target(target)
     table = maps.table()
     table.insert(3, "class_name", [ds.class_names[label] for label in table["label"]])
     if target.suffix.lower() == ".csv":
-        write_text(target, csv_text(list(table.columns), table.astype(object).itertuples(index=False, name=None)))
+        write_output(target, csv_text(list(table.columns), table.astype(object).itertuples(index=False, name=None)))
     else:
         write_output(target, table.to_parquet(None, index=False))
 

@@ -6,10 +6,18 @@ from typing import Annotated
 
 import typer
 
-from embcache.commands.options import BackboneOption, DatasetOption, HomeOption, JsonOption, split_list, write_json
+from embcache.commands.options import (
+    BackboneOption,
+    DatasetOption,
+    HomeOption,
+    JsonOption,
+    RecipeOption,
+    split_list,
+    write_json,
+)
 from embcache.commands.output import echo
-from embcache.commands.store import RecipeOption, printable, size_words
-from embcache.commands.table import print_table
+from embcache.commands.store import size_words
+from embcache.commands.table import one_line, print_table
 from embcache.errors import StoreError
 from embcache.io import skip
 from embcache.paths import PathLike, home_dir
@@ -49,7 +57,7 @@ def gc(
             done = collect(
                 path,
                 dry_run=dry_run,
-                say=lambda line, label=label: echo(f"{label}: {printable(line)}", err=True),  # type: ignore[misc]
+                say=lambda line, label=label: echo(f"{label}: {one_line(line)}", err=True),  # type: ignore[misc]
             )
         except (StoreError, OSError) as error:
             echo(f"embcache: {label}: {error}", err=True)

@@ -86,6 +86,10 @@ def _check_json(target: str | None) -> str | None:
     return target
 
 
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
+]
 JsonOption = Annotated[
     str | None,
     typer.Option(
@@ -337,9 +341,4 @@ def write_json(data: Any, target: str) -> None:
     if target == "-":
         echo(json_text(plain(data), shown=True), nl=False)
         return
-    try:
-        write_output(Path(target), json_text(plain(data)).encode("utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"cannot write the JSON file: {error.strerror}", where=target, fix="name a file that can be written, or -"
-        ) from error
+    write_output(Path(target), json_text(plain(data)))

@@ -128,7 +128,7 @@ def guard_streams() -> None:
 def lost_output() -> bool:
     """Flush both streams; True, with a message on stderr, where some of the standard output could not be written."""
     sys.stdout.flush()
-    error = getattr(sys.stdout, "lost", None)
+    error = sys.stdout.lost if isinstance(sys.stdout, Screen) else None
     if error is not None and not isinstance(error, BrokenPipeError):
         echo(f"embcache: not all of the output could be written: {getattr(error, 'strerror', None) or error}", err=True)
     sys.stderr.flush()

@@ -88,10 +88,10 @@ def predict(
 
     Example: embcache predict --run linear-S-0123 scans/ --output predictions.csv
     """
+    from embcache.io import check_target, write_output
     from embcache.predict import predict_images
     from embcache.probe.prevalence import Adjust, parse_prevalence
     from embcache.probe.results import find_run_anywhere
-    from embcache.report.csvfile import check_target, write_text
 
     adjust = Adjust(parse_prevalence(prevalence), calibrate)
     for file, flag in ((output, "--output"), (by_group, "--by-group")):
@@ -122,10 +122,10 @@ def predict(
     read, total = len(found.images) - len(found.failed), len(found.images)
     echo(f"{read:,} of {total:,} images predicted by {found.run}, {len(found.folds)} folds", err=True)
     if output is not None:
-        write_text(output.expanduser(), found.to_csv())
+        write_output(output.expanduser(), found.to_csv())
         echo(f"written: {output}", err=True)
     if by_group is not None:
-        write_text(by_group.expanduser(), found.groups_to_csv())
+        write_output(by_group.expanduser(), found.groups_to_csv())
         echo(f"written: {by_group}", err=True)
     if json:
         write_json(list(found.rows()), json)

@@ -50,10 +50,10 @@ def errors(
     Example: embcache errors linear-S-0123 --most 50
     """
     from embcache.data.dataset import find_dataset
+    from embcache.io import check_target, write_output
     from embcache.paths import home_dir, slug
     from embcache.probe.results import find_run_anywhere
     from embcache.report.compare import load_tested
-    from embcache.report.csvfile import check_target, write_text
     from embcache.report.mistakes import SHOWN, draw_mistakes, find_mistakes, mistakes_csv
 
     targets = [Path(target).expanduser() for target in split_list(output)]
@@ -68,14 +68,13 @@ def errors(
     tested = load_tested(result, folder)
     if not targets:
         default = home_dir(home) / slug(result.dataset) / "figures" / f"errors-{result.id}"
-        default.parent.mkdir(parents=True, exist_ok=True)
         targets = [default.with_name(f"{default.name}{suffix}") for suffix in (".csv", ".png")]
     mistakes = find_mistakes(tested)
     listed = mistakes[:most]
     files, notes = [], []
     for target in targets:
         if target.suffix.lower() == ".csv":
-            files.append(write_text(target, mistakes_csv(listed, groups=groups)))
+            files.append(write_output(target, mistakes_csv(listed, groups=groups), parents=True))
             continue
         shown = listed[: most or SHOWN]
         title = f"{result.id}: {len(shown):,} of {len(mistakes):,} mistakes, the most confident first"
@@ -152,10 +151,10 @@ def plot(
 
     Example: embcache plot linear-S-0123 --kind pr --output curve.pdf
     """
+    from embcache.io import check_target
     from embcache.paths import home_dir, slug
     from embcache.probe.results import find_run_anywhere
     from embcache.report.compare import load_tested
-    from embcache.report.csvfile import check_target
     from embcache.report.run_plots import KINDS, draw_run
 
     if kind not in KINDS:

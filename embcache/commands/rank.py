@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ from embcache.commands.options import (
     JsonOption,
     MergeClassOption,
     NameOption,
+    RecipeOption,
     class_options,
     command,
     split_list,
@@ -32,11 +32,6 @@ if TYPE_CHECKING:
     from embcache.analysis.rank import Ranking
     from embcache.analysis.similarity import Similarity
     from embcache.data.chosen import Columns
-
-RecipeOption = Annotated[
-    str | None,
-    typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
-]
 
 
 @takes_columns
@@ -66,28 +61,19 @@ def rank(
 
     Example: embcache rank --dataset pneumonia
     """
-    from embcache.analysis.rank import rank_cached
+    from embcache.analysis.pool import open_datasets
+    from embcache.analysis.rank import rank_dataset
 
-    rankings = rank_cached(
-        split_list(dataset) or None,
-        split_list(backbone) or None,
-        subset=subset,
-        seed=seed,
-        recipe=recipe,
-        data_root=data_root,
-        home=home,
-        allow_missing=allow_missing,
-        dataset_name=name,
-        columns=columns,
-        classes=class_options(drop_class, merge_class),
-    )
+    classes, names = class_options(drop_class, merge_class), split_list(backbone) or None
+    opened = open_datasets(split_list(dataset), data_root, home, allow_missing, name, classes, columns)
+    rankings = [rank_dataset(ds, names, home=home, recipe=recipe, seed=seed, subset=subset) for ds in opened]
     if json != "-":
         for k, ranking in enumerate(rankings):
             if k:
                 echo()
             _print_ranking(ranking, home)
     if json:
-        write_json(_finite([asdict(ranking) for ranking in rankings]), json)
+        write_json(rankings, json)
 
 
 @takes_columns
@@ -112,21 +98,14 @@ def similarity(
 
     Example: embcache similarity --dataset pneumonia
     """
-    from embcache.analysis.similarity import similarity_cached
+    from embcache.analysis.pool import open_datasets
+    from embcache.analysis.similarity import similarity
 
-    found = similarity_cached(
-        split_list(dataset) or None,
-        split_list(backbone) or None,
-        seed=seed,
-        recipe=recipe,
-        data_root=data_root,
-        home=home,
-        allow_missing=allow_missing,
-        dataset_name=name,
-        columns=columns,
-        classes=class_options(drop_class, merge_class),
-        say=print_note,
+    classes, names = class_options(drop_class, merge_class), split_list(backbone) or None
+    opened = open_datasets(
+        split_list(dataset), data_root, home, allow_missing, name, classes, columns, several=True, say=print_note
     )
+    found = [similarity(ds, names, home=home, recipe=recipe, seed=seed) for ds in opened]
     if json != "-":
         for k, each in enumerate(found):
             if k:
@@ -206,14 +185,5 @@ def _print_similarity(found: Similarity) -> None:
 
 
 def _similarity_json(found: Similarity) -> dict[str, Any]:
-    plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in vars(found).items()}
-    return dict(_finite(plain))
-
-
-def _finite(data: Any) -> Any:
-    """JSON data with null for what is not a number."""
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
+    matrices = {key: getattr(found, key).tolist() for key in ("cka", "cka_biased", "neighbours")}
+    return {**vars(found), **matrices}

@@ -192,9 +192,9 @@ def _hand_over(
 ) -> None:
     """The answer to stdout or its file, figures named on stderr."""
     if output is not None:
-        from embcache.report.csvfile import write_text
+        from embcache.io import write_output
 
-        write_text(output, text)
+        write_output(output, text)
         echo(f"table   {output}", err=True)
     elif json != "-":
         echo_data(text, "--output FILE")
@@ -208,7 +208,7 @@ def _hand_over(
 
 def _checked_output(output: Path | None, format: str) -> Path | None:
     """The file of the table, its home folder spelled out; an error where it could not be written after all the work."""
-    from embcache.report.csvfile import check_target
+    from embcache.io import check_target
     from embcache.report.render import SUFFIXES
 
     if output is not None:

@@ -17,24 +17,20 @@ from embcache.commands.options import (
     HomeOption,
     JsonOption,
     NameOption,
+    RecipeOption,
     echo_near,
     split_list,
     takes_columns,
     write_json,
 )
 from embcache.commands.output import echo
-from embcache.commands.table import print_note, print_table
+from embcache.commands.table import one_line, print_note, print_table
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import home_dir
 
 if TYPE_CHECKING:
     from embcache.data.chosen import Columns
     from embcache.upkeep import InterruptedRun, StoreInfo
-
-RecipeOption = Annotated[
-    str | None,
-    typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
-]
 
 
 def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption = None) -> None:
@@ -228,8 +224,8 @@ def _in_words(answer: StoreInfo) -> str:
         ("path", store.path),
         ("plain readers", answer.view or "no view yet: embcache extract writes it"),
     ]
-    width = max(len(printable(name)) for name, _ in lines if len(name) <= 40)
-    return "\n".join(f"{printable(name):<{width}}  {printable(str(value))}" for name, value in lines)
+    width = max(len(one_line(name)) for name, _ in lines if len(name) <= 40)
+    return "\n".join(f"{one_line(name):<{width}}  {one_line(str(value))}" for name, value in lines)
 
 
 def _otherwise(answer: StoreInfo) -> list[tuple[str, str]]:
@@ -250,11 +246,6 @@ def _flat(transform: Mapping[str, Any]) -> list[tuple[str, Any]]:
     for name, value in transform.items():
         lines += [(f"{name}.{inner}", v) for inner, v in value.items()] if isinstance(value, dict) else [(name, value)]
     return lines
-
-
-def printable(text: str) -> str:
-    """Text with its control characters escaped, so that no name can disturb the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def size_words(number: int) -> str:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Sequence
 
 from embcache.commands.output import echo
-from embcache.errors import printable
-
-
-def _width(text: str) -> int:
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+from embcache.errors import printable, printed_width
 
 
 def _is_number(text: str) -> bool:
@@ -23,14 +18,14 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
 
     Control characters are shown escaped, so that no name can disturb the terminal.
     """
-    cells = [["" if value is None else _cell(str(value)) for value in row] for row in rows]
+    cells = [["" if value is None else one_line(str(value)) for value in row] for row in rows]
     columns = list(zip(headers, *cells, strict=True)) if cells else [(h,) for h in headers]
-    widths = [max(map(_width, column)) for column in columns]
+    widths = [max(map(printed_width, column)) for column in columns]
     right = [len(c) > 1 and all(_is_number(v) or not v for v in c[1:]) and any(c[1:]) for c in columns]
 
     def line(values: Sequence[str]) -> str:
         padded = (
-            " " * (w - _width(v)) + v if r else v + " " * (w - _width(v))
+            " " * (w - printed_width(v)) + v if r else v + " " * (w - printed_width(v))
             for v, w, r in zip(values, widths, right, strict=True)
         )
         return "  ".join(padded).rstrip()
@@ -38,8 +33,9 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
     return "\n".join([line(headers), line(["─" * w for w in widths]), *map(line, cells)])
 
 
-def _cell(text: str) -> str:
-    return printable(text).replace("\n", "\\n")  # a cell has one line
+def one_line(text: str) -> str:
+    """Text with its control characters escaped, line ends too."""
+    return printable(text).replace("\n", "\\n")
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, notes: Sequence[str] = ()) -> None:

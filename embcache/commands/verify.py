@@ -18,13 +18,14 @@ from embcache.commands.options import (
     JsonOption,
     MaxPixelsOption,
     NameOption,
+    RecipeOption,
     split_list,
     write_json,
 )
 from embcache.commands.output import echo
 from embcache.commands.progress import ProgressBar
-from embcache.commands.store import RecipeOption, printable, size_words
-from embcache.commands.table import print_table
+from embcache.commands.store import size_words
+from embcache.commands.table import one_line, print_table
 from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError
 from embcache.io import skip
 from embcache.paths import PathLike, home_dir, slug
@@ -197,7 +198,7 @@ def _one_store(
 
             def say(line: str) -> None:
                 done.append(line)
-                tell(f"  {printable(line)}")
+                tell(f"  {one_line(line)}")
 
             try:
                 with ProgressBar("img") as bar:
@@ -218,7 +219,7 @@ def _one_store(
             answer["repaired"] = {"done": done, "left": [each.to_json() for each in after.damage], "error": None}
             tell("  mended: every file is as it should be" if well else "  damage is left:")
             for note in after.notes:
-                tell(f"  note: {printable(note)}")
+                tell(f"  note: {one_line(note)}")
             _tell_damage(check.path, after.damage, tell)
     if (source or sample) and not well:
         tell("  --source and --sample wait until the store is mended")
@@ -244,13 +245,13 @@ def _tell_check(check: StoreCheck, repair: bool, tell: Callable[[str], object]) 
         recipe = any(each.kind == "recipe" for each in check.damage)
         tell(f"  try: {recipe_fix(check.path) if recipe else repair_command(check.path)}")
     for note in () if repair and check.damage else check.notes:
-        tell(f"  note: {printable(note)}")
+        tell(f"  note: {one_line(note)}")
 
 
 def _tell_damage(store: Path, damage: Sequence[Damage], tell: Callable[[str], object]) -> None:
     for each in damage[:_SHOWN]:
         place = each.path.relative_to(store) if each.path.is_relative_to(store) else each.path
-        tell(f"  {_KINDS[each.kind]}: {printable(str(place))}: {printable(each.problem)}")
+        tell(f"  {_KINDS[each.kind]}: {one_line(str(place))}: {one_line(each.problem)}")
         if each.rows is not None:
             run = each.rows
             tell(
@@ -276,7 +277,7 @@ def _tell_source(answer: dict[str, Any], check: StoreCheck, loader: _Loader, tel
     for kind in ("changed", "missing"):
         ids = answer["source"][kind]
         for id_ in ids[:5]:
-            tell(f"    {kind}: {printable(id_)}")
+            tell(f"    {kind}: {one_line(id_)}")
         if len(ids) > 5:
             tell(f"    … and {len(ids) - 5} more {kind}")
     if found.removed:

@@ -41,7 +41,7 @@ from embcache.data.source import (
 )
 from embcache.errors import DatasetError, DatasetNotFoundError, printable
 from embcache.io import read_regular
-from embcache.notebook import few, html_table
+from embcache.notebook import html_table
 from embcache.paths import PathLike, home_dir, slug
 from embcache.typed import typed_fields
 
@@ -189,7 +189,7 @@ class ImageDataset:
                 counts = [f"{n:,} {name}" for n, name in zip(known.tolist(), self.class_names, strict=True)]
                 lacking = int((labels < 0).sum())
                 unlabelled = f"{lacking:,} unlabelled" if lacking else ""
-                parts = [part for part in (few(counts), unlabelled) if part] if known.any() else [unlabelled]
+                parts = [part for part in (first_few(counts, 12), unlabelled) if part] if known.any() else [unlabelled]
                 facts.append((split, f"{len(labels):,} ({', '.join(parts)})"))
         groups = f"{self.table['group'].nunique():,}" + ("" if self.grouped else ", as far as they are known")
         facts += [("groups", groups), ("metric", self.metric)]

@@ -5,10 +5,8 @@ Sixty "patients", each with a stain of its own and four tiles of each of four ki
 
 from __future__ import annotations
 
-import csv
-import shutil
-import tempfile
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 from embcache.data.dataset import ImageDataset
@@ -16,6 +14,7 @@ from embcache.data.folder import read_label_table
 from embcache.data.source import DatasetSource
 from embcache.data.tiles import CLASSES, draw_tile
 from embcache.errors import DatasetError
+from embcache.io import make_folder, rename_new, staged_name, sweep, write_tree
 
 GROUPS, TEST_GROUPS, TILES_PER_CLASS = 60, 15, 4
 
@@ -39,26 +38,13 @@ def read_sample(root: Path, name: str) -> ImageDataset:
 
 
 def draw_sample(root: Path) -> None:
-    """Draw all tiles into ``root``: beside it first, then renamed, so that the folder is whole or absent.
-
-    Raises
-    ------
-    DatasetError
-        The folder cannot be written.
-    """
+    """Draw all tiles into ``root``, whole or not at all, unless it exists; `DatasetError` if it cannot be written."""
+    staged = root.with_name(staged_name(f".{root.name}-"))
     try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-        try:
-            _draw_all(staging)
-            staging.chmod(0o755)
-            try:
-                staging.rename(root)
-            except OSError:
-                if not (root / "labels.csv").is_file():  # else another process was faster, with the same tiles
-                    raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        make_folder(root.parent)
+        write_tree(staged, _draw_all())
+        rename_new(staged, root)
+        sweep(root.parent, root.name)
     except OSError as error:
         raise DatasetError(
             "the sample cannot be drawn",
@@ -68,22 +54,20 @@ def draw_sample(root: Path) -> None:
         ) from error
 
 
-def _draw_all(folder: Path) -> None:
+def _draw_all() -> dict[str, bytes]:
     from PIL import Image  # only drawing needs it: probing from a cache loads this module too
 
-    with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["id", "path", "label", "group", "split"])
-        for group in range(GROUPS):
-            split = "test" if group % (GROUPS // TEST_GROUPS) == 3 else "train"
-            (folder / f"patient{group:02d}").mkdir()
-            for label, class_name in enumerate(CLASSES):
-                for tile in range(TILES_PER_CLASS):
-                    path = f"patient{group:02d}/{class_name}-{tile}.png"
-                    pixels = draw_tile(group, label, tile)
-                    Image.fromarray(pixels).save(folder / path, compress_level=1)
-                    table.writerow([path.removesuffix(".png"), path, class_name, f"patient{group:02d}", split])
-    (folder / "README.txt").write_text("Synthetic images, drawn by embcache for its demonstration.\n", encoding="utf-8")
+    files = {"README.txt": b"Synthetic images, drawn by embcache for its demonstration.\n"}
+    lines = ["id,path,label,group,split"]
+    for group in range(GROUPS):
+        split = "test" if group % (GROUPS // TEST_GROUPS) == 3 else "train"
+        for label, class_name in enumerate(CLASSES):
+            for tile in range(TILES_PER_CLASS):
+                name, drawn = f"patient{group:02d}/{class_name}-{tile}", BytesIO()
+                Image.fromarray(draw_tile(group, label, tile)).save(drawn, "PNG", compress_level=1)
+                files[f"{name}.png"] = drawn.getvalue()
+                lines.append(f"{name},{name}.png,{class_name},patient{group:02d},{split}")
+    return {**files, "labels.csv": ("\n".join(lines) + "\n").encode()}
 
 
 SOURCE = DatasetSource(

@@ -15,9 +15,8 @@ does: a process killed at any instant leaves the last whole epoch. Nothing here 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -28,8 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from embcache.errors import CorruptStoreError, StoreError
-from embcache.io import is_folder
-from embcache.store.commit import replace_file
+from embcache.io import discard, is_folder, make_folder, replace_file
 from embcache.store.lease import Lease
 from embcache.store.sealed import file_checksum, read_sealed, seal
 from embcache.typed import typed
@@ -113,7 +111,7 @@ class CheckpointFolder:
             Another process is training this run.
         """
         for folder in (self.path.parent, self.path, self.path / "leases", self.path / "staging"):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             if not is_folder(folder):
                 raise _damaged(folder, "a real folder", "a link")
         lease = Lease.acquire(self.path, 0)
@@ -126,7 +124,8 @@ class CheckpointFolder:
         finally:
             lease.release()
             if not (self.path / "state.json").exists():
-                shutil.rmtree(self.path, ignore_errors=True)
+                with suppress(StoreError):
+                    discard(self.path)
 
     def read(self) -> Progress | None:
         """The progress that was saved; None where there is none.
@@ -182,7 +181,7 @@ class CheckpointFolder:
         named = {"state.json", *(record["name"] for fold in progress.folds for record in fold.files.values())}
         for path in self.path.iterdir():
             if path.is_file() and path.name not in named:
-                path.unlink(missing_ok=True)
+                discard(path)
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Write tensors to a file of this name and flush it; what `FoldState.files` keeps of it.
@@ -237,10 +236,9 @@ class CheckpointFolder:
 
     def clear(self) -> None:
         """Remove what was saved; the folder itself, and a lock on it, go when `lock` is left."""
-        (self.path / "state.json").unlink(missing_ok=True)
-        for path in self.path.iterdir():
+        for path in (self.path / "state.json", *self.path.iterdir()):
             if path.is_file():
-                path.unlink(missing_ok=True)
+                discard(path)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -166,16 +166,16 @@ def stored_frames(store: FeatureStore, ids: Sequence[str], scratch: Path) -> Fra
     StoreError
         The store has not got one of them.
     """
-    place = {name: row for row, name in enumerate(store.ids.tolist())}
-    absent = [name for name in ids if name not in place]
+    rows = store.rows_of(ids)
+    absent = [name for name, row in zip(ids, rows, strict=True) if row < 0]
     if absent:
         raise StoreError(f"{len(absent)} images are not in the pixel store", found=repr(absent[0]), where=store.path)
     # In the store's own order, so that each shard is read and verified once.
-    order = sorted(range(len(ids)), key=lambda k: place[ids[k]])
+    order = np.argsort(rows)
     pixels = allocate((len(ids), *store.row_shape), scratch)
     for start in range(0, len(order), _CHUNK):
         chunk = order[start : start + _CHUNK]
-        pixels[chunk] = store.features[[place[ids[k]] for k in chunk]]
+        pixels[chunk] = store.features[rows[chunk]]
     return Frames(pixels, tuple(ids))
 
 

@@ -22,7 +22,9 @@ from embcache.extract.worker import arithmetic, pick_device
 from embcache.probe.heads import Head, heads, make_head
 from embcache.probe.metrics import softmax
 from embcache.probe.results import ProbeResult, run_file
+from embcache.probe.solve import is_solved
 from embcache.probe.stack import TrainableHead
+from embcache.probe.standard import StandardizedHead
 
 State = dict[str, Tensor]
 
@@ -253,10 +255,10 @@ def check_head(head: Head, backbones: Sequence[str]) -> TrainableHead:
         backbones, or none was named, or one twice.
     """
     if not _trainable(head):
-        kind = "is solved on fixed features" if hasattr(head, "solve") else "standardises features that must stay fixed"
+        kind = "is solved on fixed features" if is_solved(head) else "standardises features that must stay fixed"
         raise UsageError(
             f"head {head.name!r} {kind}: it cannot be trained together with its backbones",
-            expected=", ".join(name for name, other in heads().items() if _trainable(other)), found=head.name,
+            expected=", ".join(name for name in heads() if _trainable(make_head(name))), found=head.name,
             fix="embcache finetune --head linear …",
         )  # fmt: skip
     if not backbones:
@@ -271,5 +273,5 @@ def check_head(head: Head, backbones: Sequence[str]) -> TrainableHead:
     return cast("TrainableHead", head)
 
 
-def _trainable(head: Any) -> bool:
-    return not hasattr(head, "solve") and not hasattr(head, "constants")
+def _trainable(head: object) -> bool:
+    return not is_solved(head) and not isinstance(head, StandardizedHead)

@@ -94,7 +94,8 @@ def export_head(run: str, output: PathLike, *, fold: int | None = None, home: Pa
     about = _describe(result, chosen, tensors)
     data = save_tensors({name: t.contiguous() for name, t in tensors.items()}, {"run": result.id, "fold": str(chosen)})
     folder = Path(output).expanduser()
-    _write(folder, {"head.safetensors": data, "head.json": json.dumps(about, indent=2, ensure_ascii=False).encode()})
+    text = json.dumps(about, indent=2, ensure_ascii=False)
+    write_outputs({folder / "head.safetensors": data, folder / "head.json": text.encode()})
     return ExportedHead(folder, about)
 
 
@@ -139,13 +140,3 @@ def _describe(result: ProbeResult, fold: int, tensors: Mapping[str, torch.Tensor
         },
         "versions": dict(result.versions),
     }
-
-
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_outputs({folder / name: data for name, data in files.items()})
-    except OSError as error:
-        raise UsageError(
-            "the head cannot be written", found=str(error.strerror), where=folder, fix="--output FOLDER"
-        ) from error

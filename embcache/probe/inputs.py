@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 
@@ -231,17 +230,16 @@ def rows_of(
     StoreError
         The store has not got all of them.
     """
-    asked = np.asarray(ids, dtype=object)
-    rows = pd.Index(store.ids.astype(object)).get_indexer(pd.Index(asked))
-    missing = asked[rows < 0]
-    if len(missing):
+    rows: IntArray = store.rows_of(ids)
+    missing = [id_ for id_, row in zip(ids, rows, strict=True) if row < 0]
+    if missing:
         raise StoreError(
-            f"{len(missing):,} of {len(asked):,} images have no features of {store.recipe.backbone} yet",
+            f"{len(missing):,} of {len(rows):,} images have no features of {store.recipe.backbone} yet",
             found=f"no row for {', '.join(map(repr, missing[:5]))}{' …' if len(missing) > 5 else ''}",
             where=store.path,
             fix=extract_command(store.recipe.backbone, ds) + (f" --views {views}" if views > 1 else ""),
         )
-    return np.asarray(rows, dtype=np.int64)
+    return rows
 
 
 def stream_features(

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Required, TypedDict
 
+from embcache.data.checks import first_few
 from embcache.errors import printable
-from embcache.notebook import few, html_table
+from embcache.notebook import html_table
 from embcache.probe.statistics import Estimate
 from embcache.typed import typed
 
@@ -289,11 +290,11 @@ class ProbeResult:
             (self.metric, f"{self._reached()}, over {len(self.folds)} folds, on {self.n_test:,} test images"),
             ("images", seen),
             ("test set", self.test_set + (" (synthetic images)" if self.synthetic else "")),
-            ("classes", few(self.class_names) + (f"; positive: {self.positive}" if self.positive else "")),
+            ("classes", first_few(self.class_names, 12) + (f"; positive: {self.positive}" if self.positive else "")),
         ]
         prints = [f"{name} {digits[:12]}" for name, digits in self.request.get("recipes", ())]
         facts += [("target", f"column {self.target}")] if self.target else []
-        facts += [("recipes", few(prints))] if prints else []
+        facts += [("recipes", first_few(prints, 12))] if prints else []
         return [*facts, ("id", self.id)]
 
     def _headline(self) -> str:

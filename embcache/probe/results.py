@@ -25,7 +25,7 @@ from safetensors.torch import save as save_tensors
 
 from embcache.data.snapshot import open_parquet
 from embcache.errors import StoreError, StoreNotFoundError, UsageError
-from embcache.io import is_folder, read_regular, replace_file, replace_folder
+from embcache.io import discard, is_folder, read_regular, replace_file, replace_folder
 from embcache.paths import PathLike, home_dir
 from embcache.probe.folders import real_runs_dir, run_folders, runs_dir
 from embcache.probe.metrics import find_metric
@@ -103,7 +103,7 @@ def save_run(
     replace_folder(folder, {**content, "result.json": seal({**result.to_json(), "files": record})})
     for data in content.values():
         if isinstance(data, Path):
-            data.unlink(missing_ok=True)
+            discard(data)
     return folder
 
 

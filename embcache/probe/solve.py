@@ -1,14 +1,15 @@
 """Heads that are solved instead of trained: no epochs, no learning rate, no random stream.
 
-A head with a method ``solve`` is one of them. It gives all that its ``apply`` needs as tensors, so that a saved head,
+A solved head gives all that its ``apply`` needs as tensors, so that a saved head,
 an exported one and one that predicts are the same thing whichever way they came about.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 
@@ -33,12 +34,13 @@ class Solved:
     chosen: dict[str, Any] = field(default_factory=dict)
 
 
-class SolvedHead(Protocol):
-    """What the engine needs of a solved head; see `embcache.probe.heads` for the whole contract."""
+class SolvedHead(ABC):
+    """A head that is solved; see `embcache.probe.heads` for the whole contract."""
 
     weighs: ClassVar[bool]
     """Whether classes weigh alike in training where they are not balanced."""
 
+    @abstractmethod
     def solve(
         self,
         x: Mapping[str, torch.Tensor],
@@ -61,15 +63,14 @@ class SolvedHead(Protocol):
         metric : str or Metric
             By which validation chooses; see `embcache.probe.metrics.score`.
         """
-        ...
 
+    @abstractmethod
     def apply(
         self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
         """Logits of shape (K, B, C) from parameters (K, …) and features (K, B, D) each."""
-        ...
 
 
 def is_solved(head: object) -> TypeGuard[SolvedHead]:
-    """Whether a head is solved, not trained."""
-    return hasattr(head, "solve")
+    """Whether a head, or a class of heads, is solved, not trained."""
+    return issubclass(head if isinstance(head, type) else type(head), SolvedHead)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from embcache.data.groups import overlap_notes
 from embcache.data.splits import IntArray
-from embcache.errors import ProtocolError, UsageError
+from embcache.errors import ProtocolError
 from embcache.io import read_regular, write_output
 from embcache.typed import parse, typed
 
@@ -192,14 +192,7 @@ def write_splits(splits: Splits, path: Path) -> None:
     UsageError
         The file cannot be written.
     """
-    text = json.dumps(splits.to_json(), indent=1, ensure_ascii=False) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_output(path, text.encode("utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"cannot write the splits file: {error.strerror}", where=path, fix="name another file"
-        ) from error
+    write_output(path, json.dumps(splits.to_json(), indent=1, ensure_ascii=False) + "\n", parents=True)
 
 
 class _Fold(TypedDict):

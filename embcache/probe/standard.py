@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 
-from embcache.errors import UsageError
 from embcache.probe.rows import FeatureRows
 
 Params = dict[str, torch.Tensor]
@@ -94,27 +93,18 @@ def standard_directions(x: ArrayLike, by: ArrayLike | None = None) -> NDArray[np
     return np.asarray(F.normalize(torch.from_numpy(standardized(x, by)), dim=-1).numpy())
 
 
-def constants_of(head: object, x: FeatureRows, sets: Sequence[torch.Tensor]) -> list[Params]:
-    """Untrained values of several heads, each from its own training rows; empty for a head that has none.
+class StandardizedHead:
+    """A trained head on features that its training rows standardize, with `Standard.params` among its ``params``."""
 
-    Raises
-    ------
-    UsageError
-        The features are streamed and the head wants all of a fold's training rows at once.
-    """
-    compute = getattr(head, "constants", None)
-    if compute is None:
-        return [{} for _ in sets]
-    in_parts = getattr(head, "constants_in_parts", None)
-    if in_parts is None and x.in_memory:
-        return [compute(x.gather(rows)) for rows in sets]
-    if in_parts is None:
-        raise UsageError(
-            f"head {getattr(head, 'name', '')!r} needs all training features at once: they cannot be streamed",
-            fix="a larger --max-memory, or a smaller --subset",
-        )
+    def constants(self, x: Mapping[str, torch.Tensor]) -> Params:
+        """The untrained part of ``params``, from training rows (n, D)."""
+        return standard_params(x)
+
+
+def constants_of(head: object, x: FeatureRows, sets: Sequence[torch.Tensor]) -> list[Params]:
+    """Untrained values of several heads, each from its own training rows; empty for a head that has none."""
+    parts = [Standard() for _ in sets]
     # In parts also where features are in memory: a fold's training rows, widened, may take four times what they do.
-    parts: list[Standard] = [in_parts() for _ in sets]
-    for chunk in x.chunks(sets):  # one pass for all heads
+    for chunk in x.chunks(sets) if isinstance(head, StandardizedHead) else ():  # one pass for all heads
         parts[chunk.number].add(chunk.x)
     return [part.params() for part in parts]

@@ -21,7 +21,7 @@ from embcache.probe.results import ProbeResult, runs_dir
 from embcache.probe.statistics import NOTHING, RESAMPLES, Scores, deviations, estimate, satterthwaite, t_quantile
 from embcache.report.compare import Comparison, Tested, compare_tested, load_tested, same_test
 from embcache.report.curves import named_curves
-from embcache.report.layout import signed
+from embcache.report.layout import bounds, signed
 
 LEVEL = 0.05
 """A corrected p below it tells two models apart."""
@@ -424,10 +424,7 @@ def _change(d: Difference) -> str:
 
 
 def _bounds(interval: tuple[float, float] | None, *, plus: bool = False, words: str = "") -> str:
-    if interval is None:
-        return ""
-    low, high = (signed(bound, 3, plus=plus) for bound in interval)
-    return f" (95 % interval {low} to {high}{words})"
+    return "" if interval is None else f" (95 % interval {bounds(interval, plus=plus)}{words})"
 
 
 def _spoken(name: str) -> str:

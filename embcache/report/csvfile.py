@@ -1,15 +1,10 @@
-"""CSV files for people and their spreadsheets, written whole or not at all."""
+"""CSV for people and their spreadsheets."""
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-
-from embcache.errors import UsageError
-from embcache.io import write_output
 
 # Apostrophes and characters without ink do not keep a spreadsheet from taking what follows for a formula.
 _BEFORE = re.compile(r"(?:[\s'\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]|[\x00-\x1f\x7f-\x9f])*")
@@ -46,40 +41,6 @@ def is_formula(text: str) -> bool:
     start = text[_BEFORE.match(text).end() :][:1]  # type: ignore[union-attr]  # it matches nothing, too
     lines = text.lstrip("'").startswith(("\t", "\r", "\n"))
     return lines or unicodedata.normalize("NFKC", start).startswith(("=", "+", "-", "@"))
-
-
-def check_target(path: Path) -> None:
-    """Raise a `UsageError` where `write_text` could not write: before hours of work, not after."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        return  # a device or a pipe
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        reason = "it is a folder" if path.is_dir() else "its folder is not there, or may not be written to"
-        raise _not_written(path, reason)
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a text file (UTF-8; bytes of file names that are none are escaped), replacing what was there at once.
-
-    Raises
-    ------
-    UsageError
-        It cannot be written there.
-    """
-    check_target(path)
-    try:
-        write_output(path, text.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise _not_written(path, str(error.strerror or error)) from error
-    return path
-
-
-def _not_written(path: Path, reason: str) -> UsageError:
-    return UsageError(
-        "the file cannot be written",
-        found=reason,
-        where=path,
-        fix="name a file in a folder that is there and can be written to",
-    )
 
 
 def _plain(cell: object) -> str:

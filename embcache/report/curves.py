@@ -16,7 +16,7 @@ from embcache.probe.metrics import metric_title
 from embcache.probe.results import ProbeResult, list_results
 from embcache.probe.summary import in_metric
 from embcache.report.grid import Cell, Grid, Model
-from embcache.report.layout import Table, record, signed
+from embcache.report.layout import Table, bounds, record, score
 
 # What differs from size to size of one curve, or says nothing of the protocol.
 _NOT_PROTOCOL = ("subset", "splits", "images", "dataset", "run")
@@ -192,8 +192,10 @@ def curve_table(results: Sequence[ProbeResult]) -> Table:
         words = f"{dataset}{f', {target}' if target else ''} ({_titled(group[0])})"
         for label, members in named_curves(group).items():
             at = {r.n_train: r for r in members}
-            rows.append((words, label, *(_reached(at[n]) if n in at else "" for n in sizes)))
-            rows.append(("", "  95 % interval", *(_bounds(at[n]) if n in at else "" for n in sizes)))
+            rows.append((words, label, *(score(at[n].mean or 0.0, at[n].std) if n in at else "" for n in sizes)))
+            rows.append(
+                ("", "  95 % interval", *(bounds(at[n].interval, between=" – ") if n in at else "" for n in sizes))
+            )
             words = ""
             for cell in (Cell(r.dataset, Model(label, r.kind, r.head, r.backbones), r.subset, r) for r in members):
                 records.append(record(cell))
@@ -212,15 +214,6 @@ def curve_table(results: Sequence[ProbeResult]) -> Table:
         notes if rows else (),
         tuple(records),
     )
-
-
-def _reached(result: ProbeResult) -> str:
-    spread = "" if result.std is None else f" ± {result.std:.3f}"
-    return f"{signed(result.mean or 0.0, 3)}{spread}"
-
-
-def _bounds(result: ProbeResult) -> str:
-    return "" if result.interval is None else " – ".join(signed(bound, 3) for bound in result.interval)
 
 
 def find_results(

@@ -20,10 +20,11 @@ from embcache.data.classes import class_words
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.labels import read_table
 from embcache.errors import ProtocolError, UsageError
+from embcache.io import write_output
 from embcache.paths import PathLike
 from embcache.probe.results import FoldResult, ProbeResult, find_run_anywhere, load_predictions, run_id, save_run
 from embcache.probe.schedule import Schedule
-from embcache.report.csvfile import csv_text, write_text
+from embcache.report.csvfile import csv_text
 from embcache.store.feature_store import list_stores
 
 
@@ -121,13 +122,7 @@ def make_submission(
         notes.append(f"{len(surplus):,} test images are not in {SAMPLE} and are left out: {min(surplus)} …")
     notes += [f"fold {f.fold} diverged and has no file" for f in result.folds if f.fold not in texts]
     target = Path(output if output is not None else f"submission-{result.id}").expanduser()
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            "the folder cannot be made", found=str(error.strerror), where=target, fix="--output FOLDER"
-        ) from error
-    files = [write_text(target / f"{result.id}-fold{fold}.csv", text) for fold, text in texts.items()]
+    files = [write_output(target / f"{result.id}-fold{fold}.csv", text, parents=True) for fold, text in texts.items()]
     return Submission(result.id, competition.slug, tuple(files), tuple(texts), len(ids), filled, tuple(notes))
 
 

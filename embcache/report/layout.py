@@ -122,9 +122,8 @@ def _ours(cell: Cell, marks: Marks) -> str:
     chosen = " + ".join(cell.result.backbones) + " " if cell.model.among else ""
     if cell.result.mean is None:
         return f"{chosen}not scored"
-    spread = "" if cell.result.std is None else f" ± {cell.result.std:.4f}"
     kaggle = marks.mark("scored on the competition's leaderboards") if cell.result.kind == "kaggle" else ""
-    return f"{chosen}{signed(cell.result.mean, 4)}{spread}{kaggle}"
+    return f"{chosen}{score(cell.result.mean, cell.result.std, 4)}{kaggle}"
 
 
 def _paper(cell: Cell, marks: Marks) -> str:
@@ -132,7 +131,7 @@ def _paper(cell: Cell, marks: Marks) -> str:
     if value is None or value.mean is None:
         return ""
     flag = marks.mark(f"as printed in {table_words(value.table)}: {value.flag}" if value.flag else "")
-    return f"{signed(value.mean, 4)} ± {value.std:.4f}{flag}"
+    return f"{score(value.mean, value.std, 4)}{flag}"
 
 
 def _difference(cell: Cell, marks: Marks) -> str:
@@ -145,6 +144,16 @@ def signed(value: float, digits: int, *, plus: bool = False) -> str:
     """A number with a true minus sign, and with a plus where asked."""
     text = f"{value:+.{digits}f}" if plus else f"{value:.{digits}f}"
     return text.replace("-", "−")
+
+
+def score(mean: float, std: float | None, digits: int = 3) -> str:
+    """``0.934 ± 0.012``, or without a deviation."""
+    return signed(mean, digits) + ("" if std is None else f" ± {std:.{digits}f}")
+
+
+def bounds(interval: tuple[float, float] | None, *, digits: int = 3, plus: bool = False, between: str = " to ") -> str:
+    """``0.912 to 0.951``; nothing of no interval."""
+    return between.join(signed(bound, digits, plus=plus) for bound in interval or ())
 
 
 def table_words(name: str) -> str:

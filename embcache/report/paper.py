@@ -9,6 +9,12 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+PAPER_NAMES = {
+    "random": "Random", "supervised": "Supervised ImageNet", "swav": "SwAV", "simclr": "SimCLR", "dino": "DINO",
+    "dvme": "DVME", "dvme-noattn": "DVME w/o self-attention",
+}  # fmt: skip
+"""What the paper calls its backbones, which it probes with ``linear``, and its fusing heads."""
+
 
 @dataclass(frozen=True)
 class PaperValue:

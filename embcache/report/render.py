@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
-from embcache.errors import UsageError, printable
+from embcache.errors import UsageError, printable, printed_width
 from embcache.report.csvfile import csv_text
 from embcache.report.layout import Table
 
@@ -66,10 +65,10 @@ def check_format(form: str) -> None:
 def to_markdown(table: Table) -> str:
     """A pipe table whose columns are aligned in the source too, a title above and notes beneath."""
     rows = [[escape_markdown(cell) for cell in row] for row in (table.headers, *table.rows)]
-    widths = [max(3, *map(_width, column)) for column in zip(*rows, strict=True)]
+    widths = [max(3, *map(printed_width, column)) for column in zip(*rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        padded = (cell + " " * (width - _width(cell)) for cell, width in zip(cells, widths, strict=True))
+        padded = (cell + " " * (width - printed_width(cell)) for cell, width in zip(cells, widths, strict=True))
         return f"| {' | '.join(padded)} |"
 
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
@@ -135,10 +134,6 @@ def _name(table: Table) -> str:
         return f"{table.name}."
     figure = match[1] == "fig" or (match[1] is None and match[2][0] in "DF")
     return f"{'Figure' if figure else 'Table'} {match[2]}."
-
-
-def _width(text: str) -> int:
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 FORMATS: Mapping[str, Callable[[Table], str]] = {"markdown": to_markdown, "latex": to_latex, "csv": to_csv}

@@ -17,7 +17,7 @@ from embcache.probe.metrics import FloatArray, metric_title, positive_class
 from embcache.probe.predictions import Predictions
 from embcache.probe.statistics import Estimate, wilson
 from embcache.report.compare import INTERVALS, Tested
-from embcache.report.layout import signed
+from embcache.report.layout import bounds, signed
 from embcache.report.rates import GRID, class_rates, confusion
 
 KINDS = ("roc", "pr", "confusion", "calibration")
@@ -134,7 +134,7 @@ def _rates(
         label = (
             f"mean of {k} models, {own}"
             if alone
-            else f"{rates.name} ({rates.images:,}): {own}, ensemble {_number(rates.ensemble.mean)}"
+            else f"{rates.name} ({rates.images:,}): {own}, ensemble {signed(rates.ensemble.mean, 3)}"
         )
         curves.append(_curve(label, rates.name, GRID, rates.mean, low, high))
         label = f"ensemble, {one}" if alone else ""
@@ -252,20 +252,12 @@ def _curve(
 def _value(value: Value, digits: int = 3) -> str:
     if value.value is None:
         return f"– ({value.why})"
-    return _number(value.value, digits) + (_ends(value.interval, digits) if value.interval else "")
+    return signed(value.value, digits) + (f" ({bounds(value.interval, digits=digits)})" if value.interval else "")
 
 
 def _told(estimate: Estimate) -> str:
     """``0.912 (0.880 to 0.941)``."""
-    return _number(estimate.mean) + (_ends(estimate.interval) if estimate.interval else f" ({estimate.why})")
-
-
-def _number(value: float, digits: int = 3) -> str:
-    return signed(value, digits)
-
-
-def _ends(interval: tuple[float, float], digits: int = 3) -> str:
-    return f" ({signed(interval[0], digits)} to {signed(interval[1], digits)})"
+    return f"{signed(estimate.mean, 3)} ({bounds(estimate.interval) or estimate.why})"
 
 
 def _which(estimates: Sequence[Estimate]) -> str:

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from embcache.errors import StoreError
 from embcache.io import (
     create_exclusive,
+    discard,
     exclusive_prefix,
     keep_file,
     make_folder,
-    remove,
     remove_leftovers,
     rename_new,
     replace_file,
@@ -328,9 +327,8 @@ def take_out(store: Path, path: Path, label: str) -> None:
         The disk refuses.
     """
     aside = Path(store) / "staging" / staged_name(f"{label}-")
-    with writing(path), suppress(FileNotFoundError):
-        take_aside(path, aside)
-        remove(aside)
+    if take_aside(path, aside):
+        discard(aside)
 
 
 def replace_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> None:
@@ -342,15 +340,3 @@ def replace_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> None
         The disk refuses.
     """
     replace_file(Path(store) / "plan" / f"{shard_name(number)}.json", _sealed_plan(number, entries))
-
-
-def discard(path: Path) -> None:
-    """Remove a file or a folder with all that is in it; links are not followed, none there is as well.
-
-    Raises
-    ------
-    StoreError
-        The disk refuses.
-    """
-    with writing(path), suppress(FileNotFoundError):
-        remove(path)

@@ -225,6 +225,17 @@ class FeatureStore:
         """Return the same store showing only ``ids``, in their order; those that it does not hold are passed over."""
         return FeatureStore(self.path, tuple(dict.fromkeys(map(str, ids))))
 
+    def rows_of(self, ids: Iterable[str]) -> np.ndarray:
+        """Return where in ``features`` the rows of images are, int64 (n,); -1 for an image that has none.
+
+        Parameters
+        ----------
+        ids : iterable of str, length n
+            Of the images.
+        """
+        place = {id_: row for row, id_ in enumerate(self.ids.tolist())}
+        return np.array([place.get(id_, -1) for id_ in ids], dtype=np.int64)
+
     def arrays(self, ds: NamedTable, split: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Features, labels and groups of a dataset's rows, in the dataset's order, quarantined rows left out.
 
@@ -251,8 +262,9 @@ class FeatureStore:
         """
         table = ds.table if split is None else ds.table[ds.table["split"] == split]
         wanted = [str(id_) for id_ in table["id"]]
-        place = {id_: i for i, id_ in enumerate(self.ids.tolist())}
-        absent = [id_ for id_ in wanted if id_ not in place and id_ not in self.quarantined]
+        rows = self.rows_of(wanted)
+        kept = rows >= 0
+        absent = [id_ for id_, there in zip(wanted, kept, strict=True) if not there and id_ not in self.quarantined]
         if absent:
             raise StoreError(
                 f"{len(absent):,} of {len(wanted):,} images have no features yet",
@@ -260,11 +272,9 @@ class FeatureStore:
                 where=self.path,
                 fix=extract_command(self.recipe.backbone, ds),
             )
-        kept = np.array([id_ in place for id_ in wanted], dtype=bool)
-        rows = np.array([place[id_] for id_ in wanted if id_ in place], dtype=np.int64)
         labels = table["label"].to_numpy(dtype=np.int64)[kept]
         groups = np.array([str(group) for group in table["group"]], dtype=np.str_)[kept]
-        return self.features[rows], labels, groups
+        return self.features[rows[kept]], labels, groups
 
     def __len__(self) -> int:
         return len(self._usable)

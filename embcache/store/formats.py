@@ -49,7 +49,11 @@ class StoreFormat(Protocol):
         shard_rows: Mapping[int, int],
         attributes: Mapping[str, Any],
     ) -> tuple[dict[str, bytes], dict[str, str]]:
-        """Files and links of the view over all shards."""
+        """Files, and links with their targets, of the view over all shards; paths are relative to the store.
+
+        Row ``N * rows_per_shard + i`` is row ``i`` of shard ``N``; where there is none its id is ``""``. ``valid`` is
+        True for live rows that could be read, ``shard_rows`` are the rows of each committed shard.
+        """
 
 
 class _Formats(Mapping[str, StoreFormat]):

@@ -85,10 +85,7 @@ def encode_view(
     shard_rows: Mapping[int, int],
     attributes: Mapping[str, Any],
 ) -> tuple[dict[str, bytes], dict[str, str]]:
-    """File ``view.h5``, whose features are a virtual dataset over the shards' files; it needs no links.
-
-    Parameters and results are those of :func:`embcache.store.zarr_format.encode_view`.
-    """
+    """File ``view.h5``, with a virtual dataset of features over the shards' files and no links; see `StoreFormat`."""
     # h5py's own way to make a virtual dataset stamps it with the time: its bytes could not be compared.
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_obj_track_times(False)

@@ -18,13 +18,13 @@ from embcache.errors import StoreError
 from embcache.io import (
     IrregularError,
     create_exclusive,
+    discard,
     exclusive_prefix,
     filesystem_time,
     is_stale,
-    move_file,
     read_regular,
-    remove_file,
     staged_name,
+    take_aside,
     touch_file,
     writing,
 )
@@ -108,7 +108,7 @@ class Lease:
         self._thread.join()
         if ours:
             with suppress(StoreError):
-                remove_file(self.path)
+                discard(self.path)
 
     def __enter__(self) -> Lease:
         return self
@@ -145,13 +145,13 @@ def _take_away(path: Path, ttl: float) -> bool:
         return False
     staging = path.parent.parent / "staging"
     aside = staging / staged_name(exclusive_prefix(path))
-    if not move_file(path, aside):
+    if not take_aside(path, aside):
         return True
     taken = _content(aside)
     if taken is not None and taken != content:
         # Someone took it over since we looked: give theirs back.
         create_exclusive(path, taken, staging=staging)
-    remove_file(aside)
+    discard(aside)
     return taken == content
 
 

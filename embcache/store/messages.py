@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from embcache.errors import RecipeError, StoreNotFoundError
 from embcache.paths import PathLike, data_dir, home_dir, slug
@@ -26,7 +26,18 @@ class NamedTable(Protocol):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row an image: at least ``id``, ``label``, ``group``, ``split``."""
+        """One row per image: at least ``id``, ``label``, ``group``, ``split``."""
+
+
+@runtime_checkable
+class LoadedDataset(NamedTable, Protocol):
+    """A dataset that says how it was loaded, as an ImageDataset does."""
+
+    kind: str
+    root: Path | None
+    origin: Path | None
+    missing: Sequence[str]
+    columns: Any
 
 
 def nothing_matches(
@@ -96,19 +107,18 @@ def describe_differences(recipes: list[Recipe]) -> list[str]:
 def extract_command(backbone: str, dataset: str | NamedTable, home: PathLike | None = None) -> str:
     """Command that extracts a backbone over a dataset, to be typed."""
     words = ["embcache", "extract", "--backbone", backbone]
-    if isinstance(dataset, str):
-        words += ["--dataset", dataset]
+    if not isinstance(dataset, LoadedDataset):
+        words += ["--dataset", dataset if isinstance(dataset, str) else dataset.name]
     else:
-        kind = str(getattr(dataset, "kind", None) or dataset.name)
+        kind = dataset.kind or dataset.name
         # What it was loaded from may be a table, where the root is the folder of its images.
-        origin = getattr(dataset, "origin", None) or getattr(dataset, "root", None)
+        origin = dataset.origin or dataset.root
         words += ["--dataset", kind]
         if kind == "folder" or (origin is not None and kind != "sample" and origin != (data_dir() / kind).resolve()):
             words += ["--data-root", str(origin or "FOLDER")]
         words += ["--name", dataset.name] if dataset.name != kind else []
-        words += ["--allow-missing"] if getattr(dataset, "missing", ()) else []
-        columns = getattr(dataset, "columns", None)
-        words += columns.words() if columns is not None else []
+        words += ["--allow-missing"] if dataset.missing else []
+        words += dataset.columns.words()
     return shlex.join([*words, "--home", str(home)] if home is not None else words)
 
 

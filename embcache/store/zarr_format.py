@@ -98,32 +98,7 @@ def encode_view(
     shard_rows: Mapping[int, int],
     attributes: Mapping[str, Any],
 ) -> tuple[dict[str, bytes], dict[str, str]]:
-    """Files of ``view.zarr`` and, for each chunk of its features, the shard's file that it links to.
-
-    Parameters
-    ----------
-    ids : list of str, length shards * rows_per_shard
-        Row ``N * rows_per_shard + i`` is row ``i`` of shard ``N``; ``""`` where there is none.
-    valid : ndarray of bool, same length
-        True for live rows that could be read.
-    row_shape : tuple of int
-        Shape of one row of features.
-    dtype : dtype
-        Of the features.
-    rows_per_shard : int
-        Rows of every full shard.
-    shard_rows : mapping of int to int
-        Rows of each committed shard.
-    attributes : mapping of str to str
-        Attributes of the root group.
-
-    Returns
-    -------
-    files : dict of str to bytes
-        Paths are relative to the store.
-    links : dict of str to str
-        ``{link: target}``, both relative to the store.
-    """
+    """Files of ``view.zarr`` and, for each chunk of its features, a link to the shard's file; see `StoreFormat`."""
     store, group = _new_group(attributes)
     _create(group, "features", (len(ids), *row_shape), (rows_per_shard, *row_shape), dtype)
     _put_strings(group, "ids", ids)

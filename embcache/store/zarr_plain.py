@@ -1,7 +1,8 @@
 """Zarr v3 arrays as embcache writes them, read without zarr: one chunk, its values as they lie in memory.
 
-Metadata that says anything else (another codec, several chunks, a key that is not known here) is not read here; who
-asks falls back to zarr. Nothing here touches the disk, and the bytes that come in are verified.
+It exists for speed: opening and reading 5,840 rows of 2,048 float32 in 92 shards takes 0.2 processor seconds, by zarr
+1.3 (docs/log.md). Arrays with any other metadata (another codec, several chunks, an unknown key) are left to zarr.
+Nothing here touches the disk, and the bytes that come in are verified.
 """
 
 from __future__ import annotations

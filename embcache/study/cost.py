@@ -23,6 +23,7 @@ from embcache.extract.worker import freeze, pick_device
 from embcache.probe.heads import make_head
 from embcache.probe.results import ProbeResult, list_results
 from embcache.probe.schedule import Schedule
+from embcache.probe.solve import is_solved
 from embcache.report.grid import Model
 from embcache.study.plan import DatasetState
 from embcache.study.settings import Settings
@@ -312,7 +313,7 @@ def _calibrated(
     if each is None:
         return nothing
     rows = _rows(n_classes)
-    if hasattr(make_head(head), "solve"):
+    if is_solved(make_head(head)):
         return each, f"calibration: solved for {rows} images"
     return each, f"calibration: 2 epochs of {rows} images; at {_EPOCHS:.0f} epochs"
 
@@ -329,8 +330,9 @@ def seconds_to_probe(head: str, dims: Mapping[str, int], n_classes: int) -> floa
     x = {name: rng.normal(size=(rows, dim)).astype(np.float32) for name, dim in dims.items()}
     y = np.arange(rows) % n_classes
     model, schedule = make_head(head), Schedule(max_epochs=2, min_epochs=1)
+    solved = is_solved(model)
     began = time.perf_counter()
-    if hasattr(model, "solve"):
+    if solved:
         model.fit(x, y)
         return (time.perf_counter() - began) / (rows * _EPOCHS)
     model.fit(x, y, schedule=schedule)

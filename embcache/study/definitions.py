@@ -10,22 +10,20 @@ from embcache.errors import UsageError
 from embcache.probe.cached import PAPER_SET
 from embcache.probe.heads import heads
 from embcache.report.grid import Grid, Model
+from embcache.report.paper import PAPER_NAMES
 
 DATASETS = ("patchcam", "aptos", "pneumonia", "nih")
 
 LINEAR = tuple(
     Model(label, "probe", "linear", (name,), paper=name)
-    for name, label in (
-        ("random", "Random"),
-        ("supervised", "Supervised ImageNet"),
-        ("swav", "SwAV"),
-        ("simclr", "SimCLR"),
-        ("dino", "DINO"),
-    )
+    for name, label in PAPER_NAMES.items()
+    if not name.startswith("dvme")
 )
 FINETUNED = tuple(replace(model, kind="finetune") for model in LINEAR)
-DVME = Model("DVME", "probe", "dvme", PAPER_SET, paper="dvme")
-ABLATION = (Model("DVME w/o self-attention", "probe", "dvme-noattn", PAPER_SET, paper="dvme-noattn"), DVME)
+DVME, _NO_ATTENTION = (
+    Model(PAPER_NAMES[head], "probe", head, PAPER_SET, paper=head) for head in ("dvme", "dvme-noattn")
+)
+ABLATION = (_NO_ATTENTION, DVME)
 # Section 6.2: "we select the self-supervised initialization … that leads to the best linear evaluation performance".
 _SELF_SUPERVISED = LINEAR[2:]
 BEST = (

@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from embcache.analysis.attention import mass_table, mean_attention
 from embcache.analysis.maps import NEIGHBOURS, decimals, embed_map, neighbour_accuracy
 from embcache.analysis.plots import AttentionPanel, Map, plot_attention, plot_maps
-from embcache.analysis.shown import LIMIT, Shown, fused_features, plain_features, shown_images
+from embcache.analysis.shown import LIMIT, Shown, fused_features, shown_images
 from embcache.errors import EmbcacheError, UsageError
 from embcache.paths import home_dir, slug
-from embcache.probe.inputs import open_stores
+from embcache.probe.inputs import load_features, open_stores
 from embcache.probe.results import load_heads, runs_dir
 from embcache.report.grid import Grid, Model
 from embcache.report.layout import Marks, Table
+from embcache.report.paper import PAPER_NAMES
 from embcache.store.feature_store import FeatureStore
-from embcache.study.definitions import LINEAR, Figure
+from embcache.study.definitions import Figure
 from embcache.study.plan import DatasetState, look
 from embcache.study.run import Progress, Say, carry_out
 from embcache.study.settings import Settings, in_a_line
@@ -52,10 +52,9 @@ class _Panel:
 
 def figure_grid(figure: Figure) -> Grid:
     """What a figure needs, as a grid: features of single backbones, and a fused head."""
-    names = {model.backbones[0]: model.label for model in LINEAR}
-    models = [Model(names.get(name, name), "features", "", (name,)) for name in figure.backbones]
+    models = [Model(PAPER_NAMES.get(name, name), "features", "", (name,)) for name in figure.backbones]
     if figure.fused:
-        models.append(Model("DVME", "probe", "dvme", figure.fused))
+        models.append(Model(PAPER_NAMES["dvme"], "probe", "dvme", figure.fused))
     return Grid(
         figure.name, figure.title, figure.datasets, tuple(models), (figure.subset,), "models", leaderboard=False
     )
@@ -177,7 +176,7 @@ def _draw_maps(
     if not stores:
         return []
     test = _shown(state, stores, settings, most=LIMIT)
-    features = {name: plain_features(store, test.ids) for name, store in stores.items()}
+    features = {name: load_features(store, state.ds, test.ids).numpy() for name, store in stores.items()}
     panels = []
     for model in grid.models:
         result = state.results.get((model, state.subset_of[figure.subset]))
@@ -214,7 +213,7 @@ def _draw_attention(
         return []
     stores = _stores(grid, state, settings)
     test = _shown(state, stores, settings, most=None)
-    x = {name: torch.from_numpy(plain_features(stores[name], test.ids)) for name in model.backbones}
+    x = {name: load_features(stores[name], state.ds, test.ids) for name in model.backbones}
     heads = [params for params in load_heads(runs_dir(state.ds.name, settings.home) / result.id) if params]
     weights = np.mean([mean_attention(params, x) for params in heads], axis=0).astype(np.float32)
     mass = mass_table(weights, len(model.backbones))

@@ -15,8 +15,9 @@ from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 from typer.testing import CliRunner
 
+from embcache.analysis import pool
 from embcache.analysis import rank as module
-from embcache.analysis.rank import RankRow, correlate, rank_backbones, rank_cached, rank_dataset
+from embcache.analysis.rank import RankRow, correlate, rank_backbones, rank_dataset
 from embcache.analysis.transfer import h_score, logme
 from embcache.commands import rank as commands
 from embcache.data.dataset import ImageDataset
@@ -184,11 +185,11 @@ def test_the_callers_threads_stay(ds: ImageDataset, home: Path) -> None:
 
 def test_nothing_cached_is_told(home: Path) -> None:
     with pytest.raises(StoreNotFoundError, match="nothing is cached"):
-        rank_cached(home=home)
+        pool.open_datasets(home=home)
     with pytest.raises(StoreNotFoundError, match="no features are cached"):
         rank_backbones(make_dataset([0, 1] * 30), home=home)
     with pytest.raises(UsageError, match="one dataset"):
-        rank_cached(["a", "b"], data_root="x", home=home)
+        pool.open_datasets(["a", "b"], data_root="x", home=home)
 
 
 def app() -> typer.Typer:

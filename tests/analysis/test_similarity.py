@@ -15,9 +15,8 @@ from embcache.analysis.similarity import (
     nearest_neighbours,
     shared_neighbours,
     similarity,
-    similarity_cached,
 )
-from embcache.errors import StoreNotFoundError, UsageError
+from embcache.errors import UsageError
 from tests.probe.build import make_dataset, make_features, put_store
 
 
@@ -122,11 +121,6 @@ def test_one_backbone_is_refused_and_datasets_with_one_are_left_out(home: Path) 
     with pytest.raises(UsageError, match="compares backbones"):
         similarity(single, home=home)
     told: list[str] = []
-    (found,) = similarity_cached(home=home, say=told.append)
-    assert found.dataset == "several"
+    (found,) = pool.open_datasets(home=home, several=True, say=told.append)
+    assert found.name == "several"
     assert told == ["single left out: fewer than two backbones cached"]
-
-
-def test_nothing_cached_is_told(home: Path) -> None:
-    with pytest.raises(StoreNotFoundError, match="nothing is cached"):
-        similarity_cached(home=home)

@@ -17,6 +17,7 @@ from embcache.probe.heads import Head, count_parameters, heads, hyperparameters,
 from embcache.probe.schedule import Schedule
 from embcache.probe.solve import SolvedHead, is_solved
 from embcache.probe.stack import TrainableHead
+from embcache.probe.standard import StandardizedHead
 
 NAMES = list(heads())
 SOLVED = [name for name in NAMES if is_solved(make_head(name))]
@@ -46,8 +47,7 @@ def make_params(head: Head, x: dict[str, np.ndarray], y: np.ndarray, n_classes: 
         return cast(SolvedHead, head).solve(some, labels, None, None, n_classes, "macro_auc").params
     dims = {b: f.shape[1] for b, f in x.items()}
     params = trainable(head).init(torch.Generator().manual_seed(seed), dims, n_classes)
-    constants = getattr(head, "constants", None)
-    return params | (constants(tensors(x)) if constants else {})
+    return params | (head.constants(tensors(x)) if isinstance(head, StandardizedHead) else {})
 
 
 @pytest.fixture(params=NAMES)
@@ -163,13 +163,12 @@ def test_only_what_trains_can_be_trained(head: Head) -> None:
 
 
 def test_constants_are_of_the_training_rows_and_stay(trained_head: Head) -> None:
-    constants = getattr(trained_head, "constants", None)
-    if constants is None:
+    if not isinstance(trained_head, StandardizedHead):
         pytest.skip("has none")
     x, y = inputs(trained_head, 40)
     held, y_held = inputs(trained_head, 30, seed=1)
     fitted = trained_head.fit(x, y, x_val=held, y_val=y_held, schedule=QUICK)
-    for name, value in constants(tensors(x)).items():
+    for name, value in trained_head.constants(tensors(x)).items():
         torch.testing.assert_close(fitted.trained.params[name], value)
 
 

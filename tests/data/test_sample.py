@@ -64,24 +64,20 @@ def test_it_can_be_read_as_anyones_table(sample: ImageDataset) -> None:
 
 
 def test_who_draws_second_leaves_what_the_first_has_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for content in ("first", "second"):
-
-        def draw(folder: Path, content: str = content) -> None:
-            (folder / "labels.csv").write_text(content)
-
-        monkeypatch.setattr("embcache.data.sample._draw_all", draw)
+    for content in (b"first", b"second"):
+        monkeypatch.setattr("embcache.data.sample._draw_all", lambda content=content: {"labels.csv": content})
         draw_sample(tmp_path / "sample")
     assert (tmp_path / "sample" / "labels.csv").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["sample"]
 
 
 def test_a_drawing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(folder: Path) -> None:
-        (folder / "half.png").touch()
-        raise KeyboardInterrupt
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("embcache.data.sample._draw_all", fail)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr("embcache.data.sample._draw_all", lambda: {"a/half.png": b"x"})
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(DatasetError, match="cannot be drawn"):
         draw_sample(tmp_path / "sample")
     assert list(tmp_path.iterdir()) == []
 

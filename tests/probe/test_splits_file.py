@@ -142,7 +142,7 @@ def test_test_overlap_can_be_excluded(tmp_path: Path) -> None:
 
 def test_where_it_cannot_be_written(ds: ImageDataset, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(UsageError, match="cannot be written"):
         write_splits(plan_splits(ds, subsets=["F"]), tmp_path / "file" / "s.json")
 
 

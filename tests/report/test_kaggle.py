@@ -69,7 +69,7 @@ def test_without_the_sample_the_datasets_order_serves_and_that_is_told(home: Pat
 
 def test_a_folder_that_cannot_be_made_is_told_and_nothing_written(home: Path, run: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UsageError, match="the folder cannot be made"):
+    with pytest.raises(UsageError, match="cannot be written"):
         make_submission(run, tmp_path / "file" / "out", home=home)
 
 

@@ -3,9 +3,9 @@
 A head is a frozen dataclass whose fields are its hyperparameters; sizes come from the data. The contract is `Head`:
 ``fit`` on ``{backbone: (n, D)}`` gives an object with ``predict_proba``, and pure ``apply`` gives logits from stacked
 parameters. A head that is trained by gradient also has pure ``init`` and ``dropouts``
-(`embcache.probe.stack.TrainableHead`): folds train as one stacked model. Where it has ``constants``, these are computed
-once from the training rows and handed to ``apply`` among the parameters. A head that is solved has ``solve``
-(`embcache.probe.solve.SolvedHead`) instead. A module makes its heads known by a tuple ``HEADS`` of their classes.
+(`embcache.probe.stack.TrainableHead`): folds train as one stacked model. A
+`embcache.probe.standard.StandardizedHead` has means and scales of the training rows among its parameters. A head that
+is solved is a `embcache.probe.solve.SolvedHead`. A module makes its heads known by a tuple ``HEADS`` of their classes.
 """
 
 from __future__ import annotations

@@ -10,14 +10,14 @@ import torch
 from numpy.typing import ArrayLike
 
 from embcache.probe.layers import affine, init_linear
-from embcache.probe.standard import Standard, standard_params, standardise
+from embcache.probe.standard import StandardizedHead, standardise
 from embcache.probe.train import FittedHead, fit
 
 Params = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Concat:
+class Concat(StandardizedHead):
     """One linear layer on the concatenation of standardised embeddings.
 
     Every feature has mean 0 and variance 1 over the fold's training rows, so that no backbone outweighs another by
@@ -31,14 +31,6 @@ class Concat:
     def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
         """``classifier`` of shape (C, ΣD); columns in the order of ``dims``."""
         return init_linear(generator, "classifier", sum(dims.values()), n_classes)
-
-    def constants(self, x: Mapping[str, torch.Tensor]) -> Params:
-        """``standard.<backbone>.mean`` and ``.scale`` of training rows (n, D)."""
-        return standard_params(x)
-
-    def constants_in_parts(self) -> Standard:
-        """The same from training rows that are streamed."""
-        return Standard()
 
     def apply(
         self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None

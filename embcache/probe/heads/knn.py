@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from embcache.probe.hyperparameters import check_count, check_positive
 from embcache.probe.metrics import Metric
-from embcache.probe.solve import Params, Solved
+from embcache.probe.solve import Params, Solved, SolvedHead
 from embcache.probe.standard import standard_params, standardise
 from embcache.probe.train import FittedHead, fit
 
@@ -20,7 +20,7 @@ _FLOOR = 1e-12  # of a class without a neighbour, so that its logit is finite
 
 
 @dataclass(frozen=True)
-class KNN:
+class KNN(SolvedHead):
     """Weighted k-nearest neighbours (DINO's ``eval_knn.py``; Wu et al. 2018) by cosine on standardised features.
 
     A neighbour at cosine *s* votes for its class with weight exp(*s* / T); a class's probability is its share of the

@@ -15,7 +15,7 @@ from embcache.errors import ProtocolError
 from embcache.probe.hyperparameters import check_count, check_list
 from embcache.probe.layers import affine
 from embcache.probe.metrics import Metric, scorer
-from embcache.probe.solve import Params, Solved
+from embcache.probe.solve import Params, Solved, SolvedHead
 from embcache.probe.standard import standard_params, standardise
 from embcache.probe.threads import threads_for
 from embcache.probe.train import FittedHead, fit, is_balanced
@@ -24,7 +24,7 @@ _ABSENT = -1e4  # logit of a class that no training image has: probability 0
 
 
 @dataclass(frozen=True)
-class LogReg:
+class LogReg(SolvedHead):
     """L2-regularised multinomial logistic regression by L-BFGS, its strength chosen on validation.
 
     On features standardised by the fold's training rows. Classes weigh alike where the training set is not balanced,

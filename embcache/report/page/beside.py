@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from embcache.probe.cached import PAPER_SET
 from embcache.probe.metrics import METRICS, metric_title
 from embcache.probe.results import ProbeResult
 from embcache.report.grid import PAPER_TEST, Cell, Grid, Model, compare_with_paper, trained_by
 from embcache.report.layout import Table, lay_out
 from embcache.report.page.charts import Chart, Series, line_chart
 from embcache.report.page.collect import Part, Task
-from embcache.report.paper import PaperValue, find_value, named_subset, paper_tables
+from embcache.report.paper import PAPER_NAMES, PaperValue, find_value, named_subset, paper_tables
 
-PAPER_NAMES = {
-    "random": "Random", "supervised": "Supervised ImageNet", "swav": "SwAV", "simclr": "SimCLR", "dino": "DINO",
-    "dvme": "DVME", "dvme-noattn": "DVME w/o self-attention",
-}  # fmt: skip
-_FUSED = ("simclr", "swav", "dino")  # the set of the paper's DVME
 _METRIC = {"pneumonia": "auc", "nih": "macro_auc", "patchcam": "auc", "aptos": "kappa"}
 _THEIRS = ", the paper's"
 _NOT_HERE = "not made here"
@@ -29,7 +25,7 @@ def paper_name(kind: str, head: str, backbones: tuple[str, ...]) -> str:
         return ""
     if head == "linear" and len(backbones) == 1 and backbones[0] in PAPER_NAMES:
         return backbones[0]
-    return head if kind == "probe" and head in ("dvme", "dvme-noattn") and set(backbones) == set(_FUSED) else ""
+    return head if kind == "probe" and head in ("dvme", "dvme-noattn") and set(backbones) == set(PAPER_SET) else ""
 
 
 def paper_value(dataset: str, kind: str, name: str, subset: str) -> PaperValue | None:
@@ -75,7 +71,7 @@ def paper_table(task: Task, part: Part) -> Table | None:
     for name, label in PAPER_NAMES.items():
         values = {subset: paper_value(task.dataset, "probe", name, subset) for subset in subsets}
         if name not in there and any(values.values()) and name != "dvme-noattn":
-            head, backbones = ("linear", (name,)) if not name.startswith("dvme") else (name, _FUSED)
+            head, backbones = ("linear", (name,)) if not name.startswith("dvme") else (name, PAPER_SET)
             model = Model(f"{label}{_THEIRS}", "probe", head, backbones, paper=name)
             models.append(model)
             cells += [Cell(task.dataset, model, s, None, _NOT_HERE, value) for s, value in values.items()]

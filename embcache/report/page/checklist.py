@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from embcache.probe.metrics import metric_title
-from embcache.report.layout import Table
+from embcache.report.layout import Table, bounds, score
 from embcache.report.page.attention import Attended
 from embcache.report.page.choice import Choice
 from embcache.report.page.cohort import Cohort
 from embcache.report.page.collect import Part, Task
-from embcache.report.page.words import bounds, score
 
 UNKNOWN = "not known to embcache"
 _TITLE = "What CLAIM and TRIPOD+AI ask"

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from embcache.analysis.coordinates import cached_map
 from embcache.analysis.maps import PERPLEXITY, MapScores, decimals, score_map
-from embcache.analysis.shown import Shown, fused_features, plain_features, shown_images
+from embcache.analysis.shown import Shown, fused_features, shown_images
 from embcache.data.classes import target_words
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError, StoreNotFoundError
 from embcache.paths import slug
 from embcache.probe.cached import cached_backbones
-from embcache.probe.inputs import open_stores
+from embcache.probe.inputs import load_features, open_stores
 from embcache.probe.metrics import merit
 from embcache.probe.results import ProbeResult
 from embcache.report.layout import signed
@@ -116,7 +116,7 @@ def make_map(
     protocol: dict[str, Any] = {key: request[key] for key in ("seed", "test") if key in request}
     protocol["exclude_test_overlap"] = bool(request.get("exclude_test_overlap", False))
     shown = _mixed(shown_images(ds, list(stores.values()), rows=rows, most=most, **protocol))
-    features = {name: plain_features(store, shown.ids) for name, store in stores.items()}
+    features = {name: load_features(store, ds, shown.ids).numpy() for name, store in stores.items()}
     folder = part.home / slug(ds.name) / "figures" / "coordinates"
 
     def panel(label: str, remark: str, x: NDArray[np.float32], source: dict[str, Any]) -> Panel:

@@ -126,12 +126,7 @@ def write_report(
     say("putting the page together")
     data = render_page(views, parts, metrics, images=images).encode("utf-8", "replace")
     path = Path(target)
-    try:
-        write_output(path, data)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write the report: {error.strerror}", where=path, fix="name a file that can be written: --output"
-        ) from error
+    write_output(path, data)
     return Written(
         path, len(data), tuple(part.name for part in parts), sum(len(part.results) for part in parts),
         sum(sum(place >= 0 for place in v.sheets.place) for v in views if v.sheets),

@@ -16,7 +16,7 @@ from embcache.probe.summary import training_notes
 from embcache.report.advice import Advice, advise
 from embcache.report.compare import INTERVALS, SPEAKS_OF
 from embcache.report.curves import curve_table
-from embcache.report.layout import Table, signed
+from embcache.report.layout import Table, bounds, score, signed
 from embcache.report.page.beside import learning_curves, paper_table
 from embcache.report.page.charts import Chart, Series, line_chart
 from embcache.report.page.choice import Choice, Rival
@@ -28,11 +28,9 @@ from embcache.report.page.words import (
     NEW_MODEL,
     THESE_MODELS,
     bounded,
-    bounds,
     change_words,
     headline,
     p_words,
-    score,
     sentences,
     size_words,
 )

@@ -10,7 +10,7 @@ from embcache.probe.statistics import Estimate
 from embcache.probe.summary import training_notes
 from embcache.report.advice import Advice
 from embcache.report.advice import Rival as Beside
-from embcache.report.layout import signed
+from embcache.report.layout import bounds, score, signed
 from embcache.report.page.choice import Choice
 from embcache.report.page.collect import Task
 
@@ -100,16 +100,6 @@ def change_words(d: Difference | None, loss: bool) -> str:
     verdict = "better" if low > 0 else "worse" if high < 0 else "no gain shown"
     these = "" if d.trained else ", these models"
     return f"{signed(d.difference, 3, plus=True)} ({bounds(d.interval, plus=True)}{these}): {verdict}"
-
-
-def score(mean: float, std: float | None) -> str:
-    """``0.934 ± 0.012``, or without a deviation."""
-    return signed(mean, 3) + ("" if std is None else f" ± {std:.3f}")
-
-
-def bounds(interval: tuple[float, float] | None, *, plus: bool = False) -> str:
-    """``0.912 to 0.951``; nothing of no interval."""
-    return " to ".join(signed(bound, 3, plus=plus) for bound in interval or ())
 
 
 def bounded(told: str, interval: tuple[float, float] | None, why: str, reasons: dict[str, None]) -> str:

@@ -275,7 +275,7 @@ def test_no_results_and_slips_are_told(study: Study, tmp_path: Path) -> None:
         write_report(tmp_path / "r.html", ["other"], home=study.home)
     with pytest.raises(UsageError, match="test, all"):
         write_report(tmp_path / "r.html", home=study.home, rows="some")
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(UsageError, match="cannot be written"):
         write_report(tmp_path / "no" / "folder" / "r.html", home=study.home)
 
 
