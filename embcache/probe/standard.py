@@ -111,7 +111,7 @@ def constants_of(head: object, x: FeatureRows, sets: Sequence[torch.Tensor]) -> 
     if in_parts is None:
         raise UsageError(
             f"head {getattr(head, 'name', '')!r} needs all training features at once: they cannot be streamed",
-            fix="a larger --max-memory, or a smaller --subset",
+            fix="leave --buffer out",
         )
     # In parts also where features are in memory: a fold's training rows, widened, may take four times what they do.
     parts: list[Standard] = [in_parts() for _ in sets]

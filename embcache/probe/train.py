@@ -77,13 +77,12 @@ def train_jobs(
     metric: str | Metric,
     schedule: Schedule,
     *,
-    widest: int | None = None,
     on_epoch: Callable[[int], Any] | None = None,
 ) -> list[TrainedHead]:
     """Train (all as one stack, or as few as memory allows) or solve a head for each job.
 
     Parameters and return value as of `embcache.probe.stack.train_stack`; a head that is solved has neither losses nor
-    epochs. A stack holds ``widest`` heads at most. How jobs are divided among stacks changes no result.
+    epochs. How jobs are divided among stacks changes no result.
     """
     tell, rows = on_epoch or (lambda done: None), as_rows(x)
     if is_solved(head):
@@ -93,7 +92,7 @@ def train_jobs(
             tell(number * schedule.max_epochs)
         return solved
     trainable = cast("TrainableHead", head)
-    width = max(1, min(_LARGEST_STACK // size_of(trainable, rows.dims, n_classes), widest or len(jobs)))
+    width = max(1, _LARGEST_STACK // size_of(trainable, rows.dims, n_classes))
     trained: list[TrainedHead] = []
     for start in range(0, len(jobs), width):
 

@@ -31,7 +31,7 @@ def check_usage(
     val: str = "full",
     test: str = "local",
     lr: float | Sequence[float] | None = None,
-    max_memory: int | str | None = None,
+    buffer: int | None = None,
     attention: str | None = None,
 ) -> None:
     """Refuse what can be refused without data; meanings as of `embcache.probe.options.ProbeOptions`.
@@ -44,14 +44,13 @@ def check_usage(
     if head not in (names := head_names()):
         raise unknown_head(head, names)
     check_protocol(folds, val, test)
-    check_counts(repeats=repeats, views=views)
+    check_counts(repeats=repeats, views=views, buffer=buffer)
     for asked in subsets:
         name = str(asked).strip()
         if not name.isidentifier() and not (name.isascii() and name.isdigit() and len(name) <= 12 and int(name)):
             raise unknown_subset(asked, ("S", "M", "F"))
     for rate in lr if isinstance(lr, Sequence) else () if lr is None else (lr,):
         Schedule(lr=rate)
-    check_memory(max_memory)
     if attention is not None:
         check_attention(head, attention)
 
@@ -84,14 +83,18 @@ def unknown_subset(asked: object, known: Iterable[str]) -> UsageError:
 
 
 MOST_REPEATS = MOST_FOLDS = MOST_VIEWS = 1_000
+MOST_BUFFER = 1_000_000_000  # rows
 MOST_SEED = 2**62  # one is added for each repeat, and torch takes 63 bits
 
 
-def check_counts(repeats: int | None = None, views: int | None = None, seed: int | None = None) -> None:
+def check_counts(
+    repeats: int | None = None, views: int | None = None, seed: int | None = None, buffer: int | None = None
+) -> None:
     """Raise a `UsageError` unless every value that is given is one that a protocol can have."""
     check_number("--repeats", repeats, MOST_REPEATS)
     check_number("--views", views, MOST_VIEWS)
     check_number("--seed", seed, MOST_SEED, 0)
+    check_number("--buffer", buffer, MOST_BUFFER, Schedule.batch_size)
 
 
 def check_protocol(folds: int, val: str, test: str) -> None:
@@ -179,39 +182,3 @@ def check_attention(head: str, attention: str) -> None:
         raise UsageError(
             "unknown --attention", expected=" | ".join(ATTENTIONS), found=repr(attention), fix="--attention auto"
         )
-
-
-def check_memory(max_memory: int | str | None) -> int | None:
-    """``--max-memory`` in bytes.
-
-    Raises
-    ------
-    UsageError
-        It is no amount of memory, or none at all.
-    """
-    size = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise UsageError("--max-memory must be at least a byte", found=str(max_memory), fix="--max-memory 2GB")
-    return size
-
-
-def parse_size(text: str) -> int:
-    """Bytes from a text: ``2GB`` (10⁹ bytes a GB), ``512MiB`` (2²⁰ bytes a MiB), ``800000``.
-
-    Raises
-    ------
-    UsageError
-        The text is no size.
-    """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise UsageError(
-            "an amount of memory is not given as it should be",
-            expected="a number of bytes, or one with KB, MB, GB, MiB or GiB",
-            found=repr(text),
-            where="--max-memory",
-            fix="--max-memory 2GB",
-        )
-    number, prefix, binary = found.groups()
-    power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
