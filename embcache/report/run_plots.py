@@ -13,12 +13,12 @@ import numpy as np
 from embcache.analysis.plots import Curve, plot_confusion, plot_rates
 from embcache.errors import ProtocolError, UsageError
 from embcache.probe.decisions import Bin, Value, against_rest, calibration
-from embcache.probe.metrics import FloatArray, metric_title, positive_class
+from embcache.probe.metrics import FloatArray, confusion, metric_title, positive_class
 from embcache.probe.predictions import Predictions
 from embcache.probe.statistics import Estimate, wilson
 from embcache.report.compare import INTERVALS, Tested
 from embcache.report.layout import signed
-from embcache.report.rates import GRID, class_rates, confusion
+from embcache.report.rates import GRID, class_rates
 
 KINDS = ("roc", "pr", "confusion", "calibration")
 MOST_CLASSES = 10
