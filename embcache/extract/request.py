@@ -78,13 +78,13 @@ def check_numbers(
 ) -> None:
     """`UsageError` for numbers that no extraction can have."""
     if rows_per_shard is not None:
-        check_number("--rows-per-shard", rows_per_shard, MOST_SHARD_ROWS)
-    check_number("--views", views, 1_000)
+        check_number("--rows-per-shard", rows_per_shard, 1, MOST_SHARD_ROWS)
+    check_number("--views", views, 1, 1_000)
     for words, flag, value, most in (
         ("batch size", "batch-size", batch_size, 1 << 16), ("number of workers", "workers", workers, 1 << 10),
     ):  # fmt: skip
         if isinstance(value, int) and value >= 1:
-            check_number(f"--{flag}", value, most)
+            check_number(f"--{flag}", value, 1, most)
         if value is not None and value != "auto" and not (isinstance(value, int) and value >= 1):
             raise UsageError(
                 f"the {words} must be at least 1", expected="a number, or auto", found=str(value), fix=f"--{flag} auto"

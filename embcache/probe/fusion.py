@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from numpy.typing import ArrayLike
 
-from embcache.probe.hyperparameters import check_count, check_rate
+from embcache.errors import check_number
 from embcache.probe.layers import affine, init_linear, layer_norm
 from embcache.probe.train import FittedHead, fit
 
@@ -39,8 +39,8 @@ class Fusion(ABC):
     fuses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_count(self, "proj_dim")
-        check_rate(self, "dropout")
+        check_number("--head-option proj_dim", self.proj_dim, 1, 100_000)
+        check_number("--head-option dropout", self.dropout, 0.0, 0.999)
 
     @abstractmethod
     def init_mixing(self, generator: torch.Generator) -> Params:

@@ -12,7 +12,7 @@ from embcache.paths import PathLike
 from embcache.probe.heads import Head, make_head
 from embcache.probe.schedule import Schedule
 from embcache.probe.solve import is_solved
-from embcache.probe.usage import check_counts
+from embcache.probe.usage import check_options
 
 _DRAWN_ANEW = "other folds, subsets and random streams"
 
@@ -97,8 +97,7 @@ class ProbeOptions:
     reuse: bool = True
 
     def __post_init__(self) -> None:
-        check_counts(self.repeats, self.views, self.seed)
-        check_counts(buffer=self.buffer)
+        check_options(repeats=self.repeats, views=self.views, seed=self.seed, buffer=self.buffer)
         if self.buffer is not None and is_solved(self.model):
             raise UsageError(
                 f"head {self.head!r} is solved on all features at once: they cannot be streamed",

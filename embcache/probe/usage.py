@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from embcache.errors import UsageError, check_number
+from embcache.errors import UsageError, check_choice, check_number
 from embcache.probe.schedule import Schedule
 
 ATTENTIONS = ("auto", "exact", "fast")
@@ -43,8 +43,7 @@ def check_usage(
     """
     if head not in (names := head_names()):
         raise unknown_head(head, names)
-    check_protocol(folds, val, test)
-    check_counts(repeats=repeats, views=views, buffer=buffer)
+    check_options(val=val, test=test, folds=folds, repeats=repeats, views=views, buffer=buffer)
     for asked in subsets:
         name = str(asked).strip()
         if not name.isidentifier() and not (name.isascii() and name.isdigit() and len(name) <= 12 and int(name)):
@@ -52,7 +51,11 @@ def check_usage(
     for rate in lr if isinstance(lr, Sequence) else () if lr is None else (lr,):
         Schedule(lr=rate)
     if attention is not None:
-        check_attention(head, attention)
+        if head != "dvme":
+            raise UsageError(
+                "--attention is for the head dvme", found=f"--head {head}", fix="--head dvme, or leave --attention out"
+            )
+        check_choice("--attention", attention, ATTENTIONS)
 
 
 def head_names() -> list[str]:
@@ -82,29 +85,24 @@ def unknown_subset(asked: object, known: Iterable[str]) -> UsageError:
     )
 
 
-MOST_REPEATS = MOST_FOLDS = MOST_VIEWS = 1_000
-MOST_BUFFER = 1_000_000_000  # rows
 MOST_SEED = 2**62  # one is added for each repeat, and torch takes 63 bits
+BOUNDS = {
+    "folds": (2, 1_000),
+    "repeats": (1, 1_000),
+    "views": (1, 1_000),
+    "seed": (0, MOST_SEED),
+    "buffer": (Schedule.batch_size, 1_000_000_000),
+}
+CHOICES = {"val": ("full", "matched"), "test": ("local", "official")}
 
 
-def check_counts(
-    repeats: int | None = None, views: int | None = None, seed: int | None = None, buffer: int | None = None
-) -> None:
-    """Raise a `UsageError` unless every value that is given is one that a protocol can have."""
-    check_number("--repeats", repeats, MOST_REPEATS)
-    check_number("--views", views, MOST_VIEWS)
-    check_number("--seed", seed, MOST_SEED, 0)
-    check_number("--buffer", buffer, MOST_BUFFER, Schedule.batch_size)
-
-
-def check_protocol(folds: int, val: str, test: str) -> None:
-    """Raise a `UsageError` where folds, validation or test set are none that the protocol has."""
-    for flag, value, choices in (("--val", val, ("full", "matched")), ("--test", test, ("local", "official"))):
-        if value not in choices:
-            raise UsageError(f"no such choice for {flag}", expected=" or ".join(choices), found=repr(value))
-    if folds < 2:
-        raise UsageError("cross-validation needs at least two folds", found=f"--folds {folds}", fix="--folds 5")
-    check_number("--folds", folds, MOST_FOLDS)
+def check_options(**given: Any) -> None:
+    """Raise a `UsageError` unless every value that is not None is one that a protocol can have."""
+    for name, value in given.items():
+        if name in CHOICES:
+            check_choice(f"--{name}", value, CHOICES[name])
+        elif value is not None:
+            check_number(f"--{name}", value, *BOUNDS[name])
 
 
 def parse_head_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -170,15 +168,3 @@ def parse_rates(texts: Sequence[str]) -> float | list[float] | None:
                 "a learning rate must be a number", found=repr(text), where="--lr", fix="--lr 1e-4,1e-3,1e-2"
             ) from error
     return (rates[0] if len(rates) == 1 else rates) if rates else None
-
-
-def check_attention(head: str, attention: str) -> None:
-    """Refuse an ``--attention`` that there is not, or that is asked of a head that does not attend so."""
-    if head != "dvme":
-        raise UsageError(
-            "--attention is for the head dvme", found=f"--head {head}", fix="--head dvme, or leave --attention out"
-        )
-    if attention not in ATTENTIONS:
-        raise UsageError(
-            "unknown --attention", expected=" | ".join(ATTENTIONS), found=repr(attention), fix="--attention auto"
-        )

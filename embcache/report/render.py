@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
-from embcache.errors import UsageError, printable
+from embcache.errors import check_choice, printable
 from embcache.report.csvfile import csv_text
 from embcache.report.layout import Table
 
@@ -59,8 +59,7 @@ def check_format(form: str) -> None:
     UsageError
         There is no such format.
     """
-    if form not in FORMATS:
-        raise UsageError("no such format", expected=", ".join(FORMATS), found=repr(form), fix="--format markdown")
+    check_choice("--format", form, FORMATS)
 
 
 def to_markdown(table: Table) -> str:

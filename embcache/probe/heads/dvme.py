@@ -7,15 +7,15 @@ and the output projection of timm's ``Attention`` (a Linear(1, 1)).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from numpy.typing import ArrayLike
 
+from embcache.errors import check_choice, check_number
 from embcache.probe.attention import attend
 from embcache.probe.fusion import Fusion, Params, init_projections, project
-from embcache.probe.hyperparameters import check_choice, check_count, implicit
 from embcache.probe.layers import affine, init_linear
 from embcache.probe.train import FittedHead, fit
 from embcache.probe.usage import ATTENTIONS
@@ -39,14 +39,14 @@ class DVME(Fusion):
         says so, and the result is a run of its own.
     """
 
-    attention: str = implicit("auto")
+    attention: str = field(default="auto", metadata={"implicit": True})  # how it is computed, not what
 
     name: ClassVar[str] = "dvme"
     summary: ClassVar[str] = "fuses backbones: projections, attention over their components, hidden layer (Listing 1)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "attention", ATTENTIONS)
+        check_choice("--attention", self.attention, ATTENTIONS)
 
     def init_mixing(self, generator: torch.Generator) -> Params:
         """``attn.qkv``, a Linear(1, 3), and ``attn.proj``, a Linear(1, 1)."""
@@ -93,7 +93,7 @@ class DVMENoAttention:
     fuses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_count(self, "proj_dim")
+        check_number("--head-option proj_dim", self.proj_dim, 1, 100_000)
 
     def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
         """``project.<backbone>`` and ``classifier``."""
