@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from embcache.data.dataset import ImageDataset
 from embcache.data.splits import hash_order
 from embcache.errors import ProtocolError, UsageError, check_choice
-from embcache.probe.fusion import Fusion
 from embcache.probe.heads import make_head
+from embcache.probe.heads.dvme import Fusion
 from embcache.probe.inputs import divide_for
 from embcache.probe.results import ProbeResult, load_heads
 from embcache.store.feature_store import FeatureStore

@@ -16,7 +16,6 @@ from embcache.data.splits import IntArray
 from embcache.errors import StoreError
 from embcache.memory import is_shortage
 from embcache.paths import PathLike
-from embcache.probe.apply import logits_of_sets
 from embcache.probe.heads import Head, count_parameters
 from embcache.probe.inputs import load_features, stream_features
 from embcache.probe.options import ProbeOptions, make_options
@@ -24,7 +23,7 @@ from embcache.probe.request import Asked, ask
 from embcache.probe.results import ProbeResult, run_id, save_run
 from embcache.probe.rows import FeatureRows, Resident
 from embcache.probe.solve import is_solved
-from embcache.probe.stack import Job, TrainedHead
+from embcache.probe.stack import Job, TrainedHead, logits_of_sets
 from embcache.probe.summary import Outcome, Outputs, prediction_table, summarise, validation_table
 from embcache.probe.train import best_of, make_job, train_jobs
 

@@ -11,12 +11,19 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from embcache.errors import ProtocolError
-from embcache.probe.apply import Applicable, predict_logits
 from embcache.probe.metrics import Metric, scorer, softmax
 from embcache.probe.rows import FeatureRows, as_rows
 from embcache.probe.schedule import Schedule
 from embcache.probe.solve import SolvedHead, is_solved
-from embcache.probe.stack import Job, TrainableHead, TrainedHead, stream_generator, train_stack
+from embcache.probe.stack import (
+    Applicable,
+    Job,
+    TrainableHead,
+    TrainedHead,
+    predict_logits,
+    stream_generator,
+    train_stack,
+)
 
 _LARGEST_STACK = 100_000_000
 """Parameters that one stack may hold; with gradients, moments and best epochs some 2 GB."""

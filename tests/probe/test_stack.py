@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from embcache.probe.adam import adam_step
-from embcache.probe.apply import logits_of_sets, predict_logits
 from embcache.probe.heads import heads, make_head
 from embcache.probe.metrics import softmax
 from embcache.probe.schedule import Schedule
 from embcache.probe.solve import is_solved
-from embcache.probe.stack import Job, TrainedHead, stream_generator, train_stack
+from embcache.probe.stack import Job, TrainedHead, logits_of_sets, predict_logits, stream_generator, train_stack
 from embcache.probe.train import is_balanced, make_job
 
 N, DIM = 400, 12

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 import embcache.probe.run as run_module
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError
-from embcache.probe.apply import predict_logits
 from embcache.probe.heads import make_head
 from embcache.probe.metrics import softmax
 from embcache.probe.options import ProbeOptions
 from embcache.probe.rows import Resident
 from embcache.probe.run import find_saved, probe_features, probe_grid
 from embcache.probe.schedule import Schedule
-from embcache.probe.stack import Job, train_stack
+from embcache.probe.stack import Job, predict_logits, train_stack
 from embcache.probe.stream import Streamed
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, create_store, publish_plan, write_snapshot
 from tests.probe.build import make_dataset, make_features, make_recipe

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from embcache.cores import threads_for
 from embcache.errors import ProtocolError, check_number
 from embcache.probe.layers import affine
 from embcache.probe.metrics import Metric, scorer
 from embcache.probe.solve import Params, Solved
 from embcache.probe.standard import standard_params, standardise
-from embcache.probe.threads import threads_for
 from embcache.probe.train import FittedHead, fit, is_balanced
 
 _ABSENT = -1e4  # logit of a class that no training image has: probability 0
