@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch.optim.adam import adam
 
 from embcache.memory import keep_freed_memory
-from embcache.probe.adam import adam_step
 from embcache.probe.metrics import Metric, scorer
 from embcache.probe.rows import FeatureRows, as_rows
 from embcache.probe.schedule import Schedule, Tracker
@@ -281,6 +281,22 @@ def _train_epoch(
     for run, total in zip(live, sums.tolist(), strict=True):
         run.losses.append(total / len(run.job.train))
         run.lrs.append(run.tracker.lr)
+
+
+def adam_step(tensors: Sequence[tuple[torch.Tensor, ...]], steps: Sequence[int], lrs: Sequence[float]) -> None:
+    """One step of torch's Adam in place, each head with its own step count (this one included) and rate.
+
+    ``tensors`` are each parameter, its gradient and its two moments, of shape (K, …). ``torch.optim.Adam`` itself has
+    one rate per tensor, and its first step imports torch's compiler.
+    """
+    for k, (step, lr) in enumerate(zip(steps, lrs, strict=True)):
+        params, gradients, first, second = ([each[i][k] for each in tensors] for i in range(4))
+        gradients = [gradient.contiguous() for gradient in gradients]
+        before = [torch.tensor(float(step - 1), device=p.device) for p in params]
+        adam(
+            params, gradients, first, second, [], before, fused=True, amsgrad=False, beta1=0.9, beta2=0.999, lr=lr,
+            weight_decay=0.0, eps=1e-8, maximize=False,
+        )  # fmt: skip
 
 
 def _draw_epoch(run: _Run) -> torch.Tensor:
