@@ -23,11 +23,10 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 
 from embcache.memory import keep_freed_memory
-from embcache.probe.adam import adam_step
 from embcache.probe.attention_nodes import place_nodes
-from embcache.probe.fusion import Fusion, Params, project
 from embcache.probe.heads import make_head
-from embcache.probe.stack import stream_generator
+from embcache.probe.heads.dvme import Fusion, Params, project
+from embcache.probe.stack import adam_step, stream_generator
 
 DIMS = {"a": 1280, "b": 1280, "c": 1280}
 BATCH = 64

@@ -20,6 +20,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from numbers import Integral, Real
 
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 _known: frozenset[str] | None = None
@@ -96,16 +98,33 @@ class UsageError(EmbcacheError):
     """The request itself is malformed: an unknown name, a bad value, flags that exclude each other."""
 
 
-def check_number(flag: str, value: float | None, most: float, least: float = 1) -> None:
-    """`UsageError` for a number that nobody can wait for, or that means nothing; None passes.
-
-    Whatever can be asked for has a bound: what is beyond it is a slip of the keyboard, or made to keep a machine busy.
-    """
-    if value is not None and not least <= value <= most:
+def check_number(flag: str, value: object, least: float, most: float) -> None:
+    """`UsageError` unless a value is a number within bounds, and whole where ``least`` is; every number has a bound."""
+    whole = isinstance(least, int)
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not (number and least <= value <= most):  # type: ignore[operator]
         raise UsageError(
-            f"{flag} is out of bounds", expected=f"{least:,} to {most:,}", found=str(value)[:40],
-            fix=f"{flag} {least if value < least else most}",
+            f"{flag} is out of bounds",
+            code="option-bounds",
+            expected=f"a {'whole ' * whole}number from {least:,} to {most:,}",
+            found=repr(value)[:40],
+            fix=_typed(flag, most if number and value > most else least),  # type: ignore[operator]
+        )
+
+
+def check_choice(flag: str, value: object, choices: Iterable[str]) -> None:
+    """`UsageError` unless a value is one of some names."""
+    names = list(choices)
+    if value not in names:
+        near = get_close_matches(str(value), names, 1) or names
+        raise UsageError(
+            f"unknown {flag}", code="option-choice", expected=" | ".join(names), found=repr(value),
+            fix=_typed(flag, near[0]),
         )  # fmt: skip
+
+
+def _typed(flag: str, value: object) -> str:
+    return f"{flag}={value}" if flag.startswith("--head-option") else f"{flag} {value}"
 
 
 class DatasetError(EmbcacheError):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from embcache.errors import UsageError
 from embcache.probe.attention import sum_attention
-from embcache.probe.fusion import project
+from embcache.probe.heads.dvme import project
 
 _IMAGES = 256  # looked at together
 

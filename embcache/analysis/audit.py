@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from embcache.data.splits import IntArray, stratified_group_folds
-from embcache.errors import ProtocolError, UsageError
+from embcache.errors import ProtocolError, UsageError, check_number
 from embcache.paths import PathLike
 from embcache.probe.heads.logreg import LogReg
 from embcache.probe.inputs import load_features, open_stores
@@ -242,8 +242,7 @@ def audit_dataset(
         raise UsageError(
             "not a similarity", expected="above 0, at most 1", found=str(similarity), fix="--similarity 0.95"
         )
-    if most < 0:
-        raise UsageError("not a number of label errors", expected="0 or more", found=str(most), fix=f"--most {MOST}")
+    check_number("--most", most, 0, 1_000_000)
     if folds < 3:
         raise UsageError("too few folds to judge labels", expected="at least 3", found=str(folds))
     store = open_stores(ds, [[backbone]], home, recipe)[backbone]

@@ -12,7 +12,7 @@ from sklearn.manifold import trustworthiness
 from sklearn.metrics import pairwise_distances_chunked
 
 from embcache.cores import usable_cores
-from embcache.errors import ProtocolError, UsageError, check_number
+from embcache.errors import ProtocolError, UsageError, check_choice, check_number
 from embcache.probe.standard import standardized
 
 METHODS = ("tsne", "umap", "pca")
@@ -58,11 +58,9 @@ def embed_map(
     UsageError
         There is no such method, or what computes it is not installed.
     """
-    if method not in METHODS:
-        raise UsageError("there is no such method", expected=", ".join(METHODS), found=method, fix="--method tsne")
-    if not 1 <= perplexity <= 1000:
-        raise UsageError("not a perplexity", expected="1 to 1000", found=str(perplexity), fix="--perplexity 30")
-    check_number("--seed", seed, 2**32 - 1, 0)
+    check_choice("--method", method, METHODS)
+    check_number("--perplexity", perplexity, 1.0, 1000.0)
+    check_number("--seed", seed, 0, 2**32 - 1)
     X = np.asarray(features, dtype=np.float32)
     if len(X) < 4:
         raise ProtocolError("too few images for a map", expected="at least 4", found=str(len(X)))

@@ -77,7 +77,7 @@ def find_neighbours(
     StoreNotFoundError
         A backbone is not cached.
     """
-    check_number("-k", k, 1_000)
+    check_number("-k", k, 1, 1_000)
     id_ = _find(ds, image)
     names = list(dict.fromkeys(backbones)) or cached_backbones(ds.name, home)
     stores = open_stores(ds, [names], home, recipe)

@@ -16,7 +16,7 @@ from embcache.analysis.shown import Shown, shown_images
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, UsageError
 from embcache.paths import PathLike
-from embcache.probe.fusion import project
+from embcache.probe.heads.dvme import project
 from embcache.probe.inputs import load_features, open_stores
 from embcache.probe.results import ProbeResult, load_heads
 

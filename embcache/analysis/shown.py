@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from embcache.data.dataset import ImageDataset
 from embcache.data.splits import hash_order
-from embcache.errors import ProtocolError, UsageError
-from embcache.probe.fusion import Fusion
+from embcache.errors import ProtocolError, UsageError, check_choice
 from embcache.probe.heads import make_head
+from embcache.probe.heads.dvme import Fusion
 from embcache.probe.inputs import divide_for
 from embcache.probe.results import ProbeResult, load_heads
 from embcache.store.feature_store import FeatureStore
@@ -80,8 +80,7 @@ def shown_images(
     UsageError
         There are no such rows.
     """
-    if rows not in ROWS:
-        raise UsageError("there are no such rows", expected=", ".join(ROWS), found=rows, fix="--rows test")
+    check_choice("--rows", rows, ROWS)
     sides = divide_for(ds, stores, **protocol)
     pool = np.union1d(sides.pool, sides.own_val)
     parts = {"test": sides.test, "train": pool, "all": np.union1d(sides.test, pool)}

@@ -7,9 +7,9 @@ import scipy.linalg
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
+from embcache.cores import threads_for
 from embcache.data.splits import IntArray
 from embcache.probe.standard import standardized
-from embcache.probe.threads import threads_for
 
 Array = NDArray[np.float64]
 

@@ -28,7 +28,7 @@ from embcache.commands.options import (
 )
 from embcache.commands.output import echo
 from embcache.commands.table import print_table
-from embcache.errors import StoreNotFoundError, UsageError
+from embcache.errors import StoreNotFoundError, UsageError, check_number
 
 if TYPE_CHECKING:
     from embcache.analysis.audit import Audit
@@ -81,8 +81,7 @@ def audit(
             found=f"datasets: {', '.join(names) or 'none'}; backbones: {', '.join(backbones) or 'none'}",
             fix="embcache audit --dataset NAME --backbone NAME",
         )
-    if show < 0:
-        raise UsageError("not a number of lines", expected="0 or more", found=str(show), fix="--show 10")
+    check_number("--show", show, 0, 1_000_000)
     from embcache.analysis.audit import audit_dataset
     from embcache.data.dataset import find_dataset
     from embcache.io import check_target, write_output

@@ -26,9 +26,9 @@ from embcache.commands.options import (
     write_json,
 )
 from embcache.commands.output import echo
-from embcache.commands.store import printable, size_words
+from embcache.commands.store import size_words
 from embcache.commands.table import format_table, print_note, print_table
-from embcache.errors import UsageError
+from embcache.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from embcache.data.chosen import Columns

@@ -105,12 +105,10 @@ def probe(
         ),
     ] = None,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:0, …")] = "cpu",
-    max_memory: Annotated[
-        str | None,
+    buffer: Annotated[
+        int | None,
         typer.Option(
-            "--max-memory",
-            metavar="SIZE",
-            help="Memory to take besides the program, as 2GB: features that need more are streamed from their shards.",
+            "--buffer", metavar="N", help="Stream features larger than memory from their shards, N rows at a time."
         ),
     ] = None,
     allow_missing: AllowMissingOption = False,
@@ -145,7 +143,7 @@ def probe(
         val=val,
         test=test,
         lr=rates,
-        max_memory=max_memory,
+        buffer=buffer,
         attention=attention,
     )
     if attention is not None:
@@ -177,7 +175,7 @@ def probe(
             classes=class_options(drop_class, merge_class),
             head_options=options,
             device=device,
-            max_memory=max_memory,
+            buffer=buffer,
             allow_missing=allow_missing,
             dataset_name=name,
             columns=columns,

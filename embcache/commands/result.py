@@ -14,7 +14,7 @@ from embcache.commands.output import echo
 from embcache.commands.table import bounds, print_table, spread
 from embcache.errors import StoreError
 from embcache.probe.decisions import Calibration, OperatingPoint, Value, against_rest, calibration, operating_points
-from embcache.probe.metrics import find_metric, metric_title, positive_class
+from embcache.probe.metrics import confusion, find_metric, metric_title, positive_class
 from embcache.probe.predictions import Predictions, all_estimates
 from embcache.probe.prevalence import Adjust, Adjustment, row_weights
 from embcache.probe.record import ProbeResult
@@ -22,7 +22,6 @@ from embcache.probe.results import find_run_anywhere
 from embcache.probe.statistics import Estimate
 from embcache.probe.summary import adjust_models, load_run_predictions, load_validation
 from embcache.report.compare import INTERVALS
-from embcache.report.rates import confusion
 
 USUAL = ("auc", "kappa", "auprc", "accuracy", "balanced_accuracy", "f1", "mcc", "brier", "log_loss")
 """Scores that are shown besides the run's own; `auc` is the macro one for more than two classes."""

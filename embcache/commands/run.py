@@ -99,14 +99,14 @@ def run(
     format: FormatOption = "markdown",
     output: OutputOption = None,
     figure: FigureOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its cost; do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; do nothing.")] = False,
     json: JsonOption = None,
     *,
     columns: Columns,
 ) -> None:
     """Make a table or a figure of the paper, or a grid of one's own: plan, do what is missing, print.
 
-    Missing extractions, probes and finetunings are planned with their cost, then done; what a run of the same request
+    Missing extractions, probes and finetunings are planned, then done; what a run of the same request
     holds is reused, so that an interrupted command goes on where it stopped. The paper's value and the difference
     (ours − paper) / √(s₁² + s₂²) stand beside ours; on a local test set the difference is withheld.
 

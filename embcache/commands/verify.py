@@ -26,7 +26,7 @@ from embcache.commands.output import echo
 from embcache.commands.progress import ProgressBar
 from embcache.commands.store import size_words
 from embcache.commands.table import one_line, print_table
-from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError
+from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError, printable
 from embcache.io import skip
 from embcache.paths import PathLike, home_dir, slug
 

@@ -77,11 +77,13 @@ def check_numbers(
     rows_per_shard: int | None = None,
 ) -> None:
     """`UsageError` for numbers that no extraction can have."""
-    if rows_per_shard is not None:
-        check_number("--rows-per-shard", rows_per_shard, MOST_SHARD_ROWS)
-    check_number("--views", views, 1_000)
-    check_number("--batch-size", batch_size, 1 << 16)
-    check_number("--workers", workers, 1 << 10)
+    check_number("--views", views, 1, 1_000)
+    for flag, value, most in (
+        ("--rows-per-shard", rows_per_shard, MOST_SHARD_ROWS), ("--batch-size", batch_size, 1 << 16),
+        ("--workers", workers, 1 << 10),
+    ):  # fmt: skip
+        if value is not None:
+            check_number(flag, value, 1, most)
     if part is not None and not 1 <= part[0] <= part[1]:
         raise UsageError(
             "no such part", expected="I/N with 1 <= I <= N", found=f"{part[0]}/{part[1]}", fix="--part 1/4"

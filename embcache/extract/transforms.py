@@ -195,7 +195,7 @@ def _size_to_keep(image_sizes: Collection[tuple[int, int]], patch: int) -> tuple
 def _model_transform(backbone: Backbone) -> Transform:
     """The evaluation transform that timm makes from a model's configuration."""
     height, width = backbone.input_size
-    check_number("the side of a model's input", max(height, width), MOST_SIDE)  # a file of others says it
+    check_number("the side of a model's input", max(height, width), 1, MOST_SIDE)  # a file of others says it
     scaled = (math.floor(height / backbone.crop_pct), math.floor(width / backbone.crop_pct))
     if backbone.crop_mode == "center" and height == width:
         resize: tuple[int, int] | int = scaled[0]

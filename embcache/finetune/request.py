@@ -15,7 +15,7 @@ from torch import nn
 
 from embcache.data.classes import class_flags
 from embcache.data.dataset import ImageDataset
-from embcache.errors import UsageError, check_number
+from embcache.errors import UsageError, check_choice, check_number
 from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.backbones import Backbone, find_backbone, load_backbone
 from embcache.extract.request import weights_by_name
@@ -291,17 +291,13 @@ def _timm_name(name: str) -> str:
 
 def choose_schedule(specs: Sequence[Backbone], settings: Settings) -> Schedule:
     """The protocol's optimisation, gentler where DINO is among the backbones, with what was asked instead."""
-    check_number("--seed", settings.seed, MOST_SEED, 0)
+    check_number("--seed", settings.seed, 0, MOST_SEED)
     default = GENTLE if gentle([spec.name for spec in specs]) else {}
     given = {
         key: value for key, value in (("lr", settings.lr), ("batch_size", settings.batch_size)) if value is not None
     }
     schedule = Schedule(**{**default, **given, "max_epochs": settings.max_epochs})  # type: ignore[arg-type]
-    if not 1 <= settings.accumulate <= schedule.batch_size:
-        raise UsageError(
-            "a batch cannot be divided so", expected=f"1 to {schedule.batch_size} parts",
-            found=str(settings.accumulate), fix="--accumulate 2",
-        )  # fmt: skip
+    check_number("--accumulate", settings.accumulate, 1, schedule.batch_size)
     return schedule
 
 
@@ -310,10 +306,7 @@ def _check_arithmetic(settings: Settings) -> torch.device:
     if device.type == "cuda":
         # cuBLAS repeats its sums only with a workspace of its own, asked for before it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if settings.precision not in PRECISIONS:
-        raise UsageError(
-            "unknown precision", expected=", ".join(PRECISIONS), found=settings.precision, fix="--precision fp32"
-        )
+    check_choice("--precision", settings.precision, PRECISIONS)
     if settings.precision in ("tf32", "fp16") and device.type != "cuda":
         raise UsageError(
             f"training in {settings.precision} needs a CUDA device", found=str(device),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from embcache.data.dataset import ImageDataset
-from embcache.errors import ProtocolError, UsageError
+from embcache.errors import ProtocolError, check_number
 from embcache.extract.request import default_workers
 from embcache.finetune.checkpoint import CheckpointFolder, Progress
 from embcache.finetune.data import (
@@ -147,8 +147,8 @@ def finetune_images(
         head, subset, folds, seed, val, test, splits, exclude_test_overlap, weights, transform, device, precision, lr,
         batch_size, accumulate, max_epochs, metric, positive,
     )  # fmt: skip
-    if workers is not None and workers < 0:
-        raise UsageError("the number of workers must be 0 or more", found=str(workers), fix="--workers 2")
+    if workers is not None:
+        check_number("--workers", workers, 0, 1 << 10)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(workers or (1 if workers == 0 else default_workers())))
         asked = ask(ds, backbones, settings, home, pool)

@@ -21,9 +21,9 @@ from embcache.extract.run import BATCH_SIZES, make_recipe, recipe_network
 from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device
 from embcache.finetune.model import FinetunedModel, load_finetuned
 from embcache.paths import PathLike
-from embcache.probe.apply import predict_logits
 from embcache.probe.heads import Head, make_head
 from embcache.probe.results import ProbeResult, load_heads
+from embcache.probe.stack import predict_logits
 from embcache.store.feature_store import list_stores
 from embcache.store.recipe import Recipe
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.errors import ProtocolError
-from embcache.probe.metrics import METRICS, FloatArray, IntArray, Weighted, log_odds, softmax
+from embcache.probe.metrics import METRICS, FloatArray, IntArray, Weighted, log_odds, roc_counts, softmax
 from embcache.probe.predictions import Predictions
 from embcache.probe.statistics import RESAMPLES, Estimate, estimate, sample, t_quantile
 
@@ -165,8 +165,8 @@ def choose_threshold(positive: NDArray[np.bool_], odds: FloatArray, rule: Rule) 
     middle = np.minimum(values[:-1] + np.diff(values) / 2, np.nextafter(values[1:], -np.inf))
     thresholds = np.concatenate([[np.nextafter(values[0], -np.inf)], middle, [values[-1]]])
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
-    hits = n_positive - np.searchsorted(np.sort(odds[positive]), thresholds, side="right")
-    passed = np.searchsorted(np.sort(odds[~positive]), thresholds, side="right")
+    above, false = (np.append(0, counts)[::-1] for counts in roc_counts(positive, odds))  # by ascending threshold
+    hits, passed = above, n_negative - false
     if rule.reach == "youden":
         return float(thresholds[np.argmax(hits * n_negative + passed * n_positive)])
     if rule.reach == "sensitivity":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -17,13 +16,11 @@ from embcache.data.splits import IntArray
 from embcache.errors import StoreError, UsageError
 from embcache.paths import PathLike
 from embcache.probe.protocol import Sides, divide, merged_groups, plan_splits, subset_sizes
-from embcache.probe.rows import kept_dtype
 from embcache.probe.splits import Splits, read_splits
 from embcache.probe.stream import Streamed
 from embcache.store.feature_store import FeatureStore, extract_command, list_stores, open_store
 
-SHARDS = 4
-"""Shards that are read at a time where what is read is not what is kept."""
+_SHARDS = 4  # read at a time where what is read is not what is kept
 
 
 class KnownImages(Protocol):
@@ -214,7 +211,7 @@ def load_features(
     x = np.empty((len(rows), *(stored.shape[2:] if plain else stored.shape[1:])), kept)
     order = np.argsort(stored.shards[rows], kind="stable")
     first = np.flatnonzero(np.diff(stored.shards[rows[order]], prepend=-1))  # where each shard begins
-    for part in np.split(order, first[SHARDS::SHARDS]) if len(order) else ():
+    for part in np.split(order, first[_SHARDS::_SHARDS]) if len(order) else ():
         read = stored[rows[part]]
         x[part] = read[:, 0] if plain else read
     return torch.from_numpy(x)
@@ -295,14 +292,6 @@ def digest_shards(stores: Mapping[str, FeatureStore], ds: ImageDataset, ids: NDA
     for array in (numbers, counts, first.features.shards[rows_of(first, ds, ids, views)]):
         lies.update(np.asarray(array, dtype="<i8").tobytes())
     return lies.hexdigest()
-
-
-def row_bytes(stores: Mapping[str, FeatureStore], views: int = 1) -> int:
-    """Bytes that one image's features of all these stores take in memory."""
-    return sum(
-        (prod(store.row_shape) if views > 1 else store.row_shape[-1]) * kept_dtype(store.dtype).itemsize
-        for store in stores.values()
-    )
 
 
 def digest_images(stores: Mapping[str, KnownImages], ids: Sequence[str] | NDArray[np.object_]) -> str:

@@ -307,22 +307,6 @@ def auc_placements(positive: BoolArray, scores: FloatArray) -> FloatArray:
     return np.where(positive, below, 1 - below)
 
 
-def _auc(positive: BoolArray, scores: FloatArray) -> Weighted:
-    """The Mann-Whitney statistic, ties counting half."""
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # first row of each run of equal scores
-    sign = positive[order]
-
-    def auc(weights: FloatArray) -> FloatArray:
-        w = weights[:, order]
-        pos = _run_sums(w * sign, starts)
-        neg = _run_sums(w, starts) - pos
-        below = np.cumsum(neg, axis=1) - neg
-        return _ratio((pos * (below + neg / 2)).sum(1), pos.sum(1) * neg.sum(1))
-
-    return auc
-
-
 def _run_sums(values: FloatArray, starts: IntArray) -> FloatArray:
     """Sums over runs of columns: (B, n) to (B, runs)."""
     return values if len(starts) == values.shape[1] else np.add.reduceat(values, starts, axis=1)
@@ -357,19 +341,50 @@ def _mean_over(parts: Sequence[Weighted]) -> Weighted:
     return mean
 
 
-def _curve(positive: BoolArray, scores: FloatArray, read: Callable[[FloatArray, FloatArray], FloatArray]) -> Weighted:
-    """A number read off the positives and negatives at or above each distinct score, (B, distinct), highest first."""
+def above_thresholds(positive: BoolArray, scores: FloatArray) -> Callable[[FloatArray], tuple[FloatArray, FloatArray]]:
+    """From row weights (B, n) to the positives and the negatives at or above each distinct score, highest first.
+
+    Both are of shape (B, distinct scores); with weights of 1 they are counts. Every curve and
+    threshold is read off them.
+    """
     order = np.argsort(-scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))  # first row of each run of equal scores
     sign = positive[order]
 
-    def form(weights: FloatArray) -> FloatArray:
+    def counts(weights: FloatArray) -> tuple[FloatArray, FloatArray]:
         w = weights[:, order]
         tp = np.cumsum(_run_sums(w * sign, starts), axis=1)
-        fp = np.cumsum(_run_sums(w, starts), axis=1) - tp
+        return tp, np.cumsum(_run_sums(w, starts), axis=1) - tp
+
+    return counts
+
+
+def roc_counts(positive: ArrayLike, scores: ArrayLike) -> tuple[IntArray, IntArray]:
+    """`above_thresholds` of single rows: int64, (distinct scores,) each."""
+    side, values = np.asarray(positive, dtype=bool), np.asarray(scores, dtype=np.float64)
+    tp, fp = above_thresholds(side, values)(np.ones((1, len(values))))
+    return tp[0].astype(np.int64), fp[0].astype(np.int64)
+
+
+def _curve(positive: BoolArray, scores: FloatArray, read: Callable[[FloatArray, FloatArray], FloatArray]) -> Weighted:
+    """A number read off `above_thresholds`; nan where a side is empty."""
+    counts = above_thresholds(positive, scores)
+
+    def form(weights: FloatArray) -> FloatArray:
+        tp, fp = counts(weights)
         return np.where((tp[:, -1] > 0) & (fp[:, -1] > 0), read(tp, fp), np.nan)
 
     return form
+
+
+def _auc(positive: BoolArray, scores: FloatArray) -> Weighted:
+    """The Mann-Whitney statistic, ties counting half."""
+
+    def read(tp: FloatArray, fp: FloatArray) -> FloatArray:
+        pos, neg = (np.diff(counts, axis=1, prepend=0) for counts in (tp, fp))
+        return _ratio((pos * (fp[:, -1:] - fp + neg / 2)).sum(1), tp[:, -1] * fp[:, -1])
+
+    return _curve(positive, scores, read)
 
 
 def _average_precision(positive: BoolArray, scores: FloatArray) -> Weighted:
@@ -408,6 +423,11 @@ def _confusion(y: IntArray, z: FloatArray) -> Weighted:
     n = z.shape[1]
     cells = y * n + z.argmax(1)
     return lambda w: np.asarray([np.bincount(cells, row, n * n) for row in w], dtype=np.float64).reshape(len(w), n, n)
+
+
+def confusion(labels: IntArray, logits: FloatArray) -> IntArray:
+    """Images of each true class (rows) that logits (n, C) call each class (columns); int64 of shape (C, C)."""
+    return np.asarray(_confusion(labels, logits)(np.ones((1, len(labels))))[0].astype(np.int64))
 
 
 def _of_confusion(read: Callable[[FloatArray, int], FloatArray]) -> Callable[[IntArray, FloatArray, int], Weighted]:

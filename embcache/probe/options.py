@@ -12,7 +12,7 @@ from embcache.paths import PathLike
 from embcache.probe.heads import Head, make_head
 from embcache.probe.schedule import Schedule
 from embcache.probe.solve import is_solved
-from embcache.probe.usage import check_counts, check_memory
+from embcache.probe.usage import check_options
 
 _DRAWN_ANEW = "other folds, subsets and random streams"
 
@@ -61,9 +61,9 @@ class ProbeOptions:
         Leave out of the pool images that share a group with the official test set.
     device : str
         Where heads are trained: ``"cpu"``, ``"cuda"`` …
-    max_memory : int or str, optional
-        Bytes (``"2GB"``) that a probe may take besides the program itself. Features that need more are streamed from
-        their shards: see `embcache.probe.stream`. Default: features are read into memory, however many.
+    buffer : int, optional
+        Stream features from their shards through a shuffle buffer of so many rows: see `embcache.probe.stream`.
+        Default: all features are read into memory.
     save : bool
         Write the run folder.
     reuse : bool
@@ -92,13 +92,18 @@ class ProbeOptions:
     splits: PathLike | None = None
     exclude_test_overlap: bool = False
     device: str = "cpu"
-    max_memory: int | str | None = None
+    buffer: int | None = None
     save: bool = True
     reuse: bool = True
 
     def __post_init__(self) -> None:
-        check_counts(self.repeats, self.views, self.seed)
-        check_memory(self.max_memory)
+        check_options(repeats=self.repeats, views=self.views, seed=self.seed, buffer=self.buffer)
+        if self.buffer is not None and is_solved(self.model):
+            raise UsageError(
+                f"head {self.head!r} is solved on all features at once: they cannot be streamed",
+                found=f"--buffer {self.buffer}",
+                fix="leave --buffer out, or a head that is trained: --head linear",
+            )
         for schedule in self.schedules:  # each checks its rate
             if self.lr is not None and is_solved(self.model):
                 raise UsageError(
@@ -129,11 +134,6 @@ class ProbeOptions:
             raise UsageError("no learning rate asked for", fix="--lr 1e-3")
         return tuple(Schedule(lr=rate) for rate in dict.fromkeys(rates))
 
-    @cached_property
-    def memory(self) -> int | None:
-        """``max_memory`` in bytes."""
-        return check_memory(self.max_memory)
-
     @property
     def n_views(self) -> int:
         """Views of each image that training draws from."""
@@ -152,6 +152,9 @@ class ProbeOptions:
             notes.append(f"{self.head} is solved on the plain images: it takes no views")
         elif self.n_views > 1:
             notes.append(f"training draws one of {self.n_views} views of each image each epoch; others see it plain")
+        if self.buffer is not None:
+            shuffled = f"shuffled by shards, then within some {self.buffer:,} rows"
+            notes.append(f"features were streamed: an epoch's order is {shuffled}")
         return notes
 
 

@@ -25,7 +25,7 @@ from embcache.data.groups import merge_groups, overlap_notes
 from embcache.data.splits import IntArray, hash_order, stratified_group_folds, water_fill
 from embcache.errors import ProtocolError, UsageError
 from embcache.probe.splits import Key, Splits, StrArray, absent_note
-from embcache.probe.usage import check_protocol, unknown_subset
+from embcache.probe.usage import check_options, unknown_subset
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
@@ -112,7 +112,7 @@ def plan_splits(
     UsageError
         A malformed ``subsets``, ``folds``, ``val`` or ``test``.
     """
-    check_protocol(folds, val, test)
+    check_options(val=val, test=test, folds=folds)
     sizes = subset_sizes(ds, subsets)
     numbers = {str(asked).strip() for asked in subsets}  # what was asked for as a number must be there
     everything = set(sizes)

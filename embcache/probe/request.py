@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from embcache.data.columns import retarget
 from embcache.data.dataset import ImageDataset
 from embcache.data.splits import IntArray
 from embcache.errors import UsageError
-from embcache.probe.budget import Need, Shape, estimate, megabytes
 from embcache.probe.heads import Head, hyperparameters
 from embcache.probe.inputs import digest_images, digest_shards, open_stores, plan_for
 from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_class
@@ -58,7 +58,6 @@ class Asked:
     plans: tuple[Splits, ...]
     options: ProbeOptions
     source: str
-    _needs: dict[tuple[str, ...], Need] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def metric(self) -> Metric:
@@ -83,6 +82,7 @@ class Asked:
         """Everything that one result depends on, as JSON data; what is not asked for is not in it."""
         o, plan = self.options, self.plans[0]
         stores = {backbone: self.stores[backbone] for backbone in backbones}
+        used = plan.ids[self.used(subset)]
         digests = [p.digest(subset) for p in self.plans]
         request = {
             "kind": "probe",
@@ -90,7 +90,7 @@ class Asked:
             "dataset": self.ds.name,
             "metric": self.metric.key,
             "splits": digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest(),
-            "images": digest_images(stores, plan.ids[self.used(subset)]),
+            "images": digest_images(stores, used),
             "recipes": [[backbone, store.recipe.fingerprint] for backbone, store in stores.items()],
             "head": {"name": o.model.name, **hyperparameters(o.model)},
             "schedule": {} if is_solved(o.model) else asdict(o.schedules[0]),
@@ -106,83 +106,16 @@ class Asked:
             **({"classes": dict(self.ds.renamed)} if self.ds.renamed else {}),
             **asymmetry(self.metric, self.ds.class_names, o.positive),
             **({"exclude_test_overlap": True} if o.exclude_test_overlap else {}),
-            **self._streamed(backbones, subset),
+            **self._streamed(stores, used),
         }
         return json.loads(json.dumps(request))  # type: ignore[no-any-return]  # as it reads back: lists, no tuples
 
-    def need(self, backbones: Sequence[str], *subsets: str) -> Need:
-        """Memory that these subsets take, trained together; estimated once, as all that follows asks for it again."""
-        key = (*backbones, "", *subsets)
-        if key not in self._needs:
-            self._needs[key] = self._estimate(backbones, subsets)
-        return self._needs[key]
-
-    def _estimate(self, backbones: Sequence[str], subsets: Sequence[str]) -> Need:
-        o, kinds = self.options, [(plan, f, s) for plan in self.plans for s in subsets for f in range(plan.n_folds)]
-        shape = Shape(
-            images=len(self.plans[0].ids),
-            used=len(self.used(*subsets)),
-            train=max(len(plan.train[f, s]) for plan, f, s in kinds),
-            val=max(len(plan.val[f, s]) for plan, f, s in kinds),
-            test=len(self.plans[0].test),
-            models=self.n_models * len(subsets),
-            batch=o.schedules[0].batch_size,
-            n_classes=len(self.ds.class_names),
-            n_views=o.n_views,
-        )
-        return estimate(o.model, {backbone: self.stores[backbone] for backbone in backbones}, shape)
-
-    def buffer_rows(self, backbones: Sequence[str], subset: str) -> int | None:
-        """Rows of the buffer that features are streamed through; None where they are read into memory.
-
-        Raises
-        ------
-        UsageError
-            The limit holds neither the features nor a buffer of them, with what one head takes at least; or it does
-            not hold the features, and the head is solved.
-        """
-        o, limit = self.options, self.options.memory
-        if limit is None:
-            return None
-        need = self.need(backbones, subset)
-        if need.in_memory <= limit:
-            return None
-        features = f"{need.features / 1e6:,.4g} MB of features"
-        if need.solved:
-            raise UsageError(
-                f"head {o.head!r} is solved on all features at once: they cannot be streamed",
-                expected=f"--max-memory {megabytes(need.least)} or more, copies that are worked on included",
-                found=f"{limit / 1e6:,.4g} MB for {features}",
-                fix=f"--max-memory {megabytes(need.least)}, a smaller --subset, or a head that is trained: "
-                "--head linear",
-            )
-        if need.streamed > limit:
-            streams = need.streamed < need.in_memory
-            raise UsageError(
-                "--max-memory leaves no room for a buffer of features" if streams else "--max-memory is too small",
-                expected=f"{megabytes(need.least)} or more, "
-                + ("to stream features through a buffer" if streams else "to read features into memory"),
-                found=f"{limit / 1e6:,.4g} MB for {features}, and {(need.base + need.head) / 1e6:,.4g} MB for training",
-                fix=f"--max-memory {megabytes(need.least)}",
-            )
-        return need.buffer_rows(limit)
-
-    def _streamed(self, backbones: Sequence[str], subset: str) -> dict[str, Any]:
+    def _streamed(self, stores: Mapping[str, FeatureStore], used: NDArray[np.object_]) -> dict[str, Any]:
         """What a request holds of how features are streamed: nothing where they are not."""
-        rows = self.buffer_rows(backbones, subset)
+        rows = self.options.buffer
         if rows is None:
             return {}
-        stores = {backbone: self.stores[backbone] for backbone in backbones}
-        lies = digest_shards(stores, self.ds, self.plans[0].ids[self.used(subset)], self.options.n_views)
-        return {"buffer_rows": rows, "shards": lies}
-
-    def notes(self, backbones: Sequence[str], subset: str) -> list[str]:
-        """What a reader must know of how a result was asked for."""
-        rows = self.buffer_rows(backbones, subset)
-        if rows is None:
-            return self.options.notes()
-        streamed = f"features were streamed: an epoch's order is shuffled by shards, then within some {rows:,} rows"
-        return [*self.options.notes(), streamed]
+        return {"buffer_rows": rows, "shards": digest_shards(stores, self.ds, used, self.options.n_views)}
 
     def saved(self, request: Mapping[str, Any]) -> ProbeResult | None:
         """The saved result of a request, with the source and the notes of this one; None where there is none."""
@@ -192,7 +125,7 @@ class Asked:
         found = with_positive(found, self.options.positive, self.options.home)
         notes = [
             *request_notes(self.ds, self.plans, found.subset, found.head),
-            *self.notes(found.backbones, found.subset),
+            *self.options.notes(),
             *training_notes(found),
         ]
         return as_asked(found, self.source, notes)

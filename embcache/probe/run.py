@@ -14,22 +14,24 @@ from numpy.typing import NDArray
 from embcache.data.dataset import ImageDataset
 from embcache.data.splits import IntArray
 from embcache.errors import StoreError
+from embcache.memory import is_shortage
 from embcache.paths import PathLike
-from embcache.probe.apply import logits_of_sets
-from embcache.probe.grouping import groups_of, rows_together
-from embcache.probe.heads import Head
+from embcache.probe.heads import Head, count_parameters
 from embcache.probe.inputs import load_features, stream_features
 from embcache.probe.options import ProbeOptions, make_options
 from embcache.probe.request import Asked, ask
 from embcache.probe.results import ProbeResult, run_id, save_run
 from embcache.probe.rows import FeatureRows, Resident
 from embcache.probe.solve import is_solved
-from embcache.probe.stack import Job, TrainedHead
+from embcache.probe.stack import Job, TrainedHead, logits_of_sets
 from embcache.probe.summary import Outcome, Outputs, prediction_table, summarise, validation_table
 from embcache.probe.train import best_of, make_job, train_jobs
 
 Progress = Callable[[int, int, str], Any]
 """Told (head-epochs settled, head-epochs planned, what is being trained)."""
+
+_SMALL = 5_000_000
+"""Parameters of one subset's heads up to which several subsets train as one stack."""
 
 
 def probe_features(
@@ -54,7 +56,7 @@ def probe_features(
     splits: PathLike | None = None,
     exclude_test_overlap: bool = False,
     device: str = "cpu",
-    max_memory: int | str | None = None,
+    buffer: int | None = None,
     save: bool = True,
     reuse: bool = True,
     progress: Progress | None = None,
@@ -74,7 +76,7 @@ def probe_features(
     subset : str or int
         ``"S"``, ``"M"``, ``"F"``, or a number of training images.
     head, folds, seed, repeats, home, val, test, recipe, views, lr, metric, positive, target, head_options, splits,\
- exclude_test_overlap, device, max_memory, save, reuse
+ exclude_test_overlap, device, buffer, save, reuse
         See `embcache.probe.options.ProbeOptions`.
     progress : callable, optional
         See `Progress`.
@@ -112,7 +114,7 @@ def probe_features(
         splits=splits,
         exclude_test_overlap=exclude_test_overlap,
         device=device,
-        max_memory=max_memory,
+        buffer=buffer,
         save=save,
         reuse=reuse,
     )
@@ -185,7 +187,7 @@ def _answer_all(asked: Asked, progress: Progress | None) -> list[ProbeResult]:
         found = {subset: result for subset, result in saved.items() if result is not None}
         settled += len(found) * each
         lacking = [subset for subset in asked.subsets if subset not in found]
-        for group in groups_of(asked, names, lacking):
+        for group in _groups_of(asked, names, lacking):
             tell = _teller(progress, settled, planned, f"{asked.ds.name} {o.head} {'+'.join(names)} {','.join(group)}")
             # No name is kept of the features: they would live on while the next ones are read.
             found |= _answer(asked, names, group, requests, *_features(asked, names, group, lacking, loaded), tell)
@@ -194,6 +196,18 @@ def _answer_all(asked: Asked, progress: Progress | None) -> list[ProbeResult]:
         if progress is not None:
             progress(settled, planned, f"{asked.ds.name} {o.head}")
     return results
+
+
+def _groups_of(asked: Asked, names: Sequence[str], subsets: Sequence[str]) -> list[list[str]]:
+    """Subsets that train as one stack: all of them where heads are small.
+
+    Large heads have nothing to gain from one another, and much to lose where hours of training are interrupted.
+    """
+    dims = {backbone: asked.stores[backbone].row_shape[-1] for backbone in names}
+    size = count_parameters(asked.options.model, dims, len(asked.ds.class_names)) * asked.n_models
+    if is_solved(asked.options.model) or size > _SMALL or not subsets:
+        return [[subset] for subset in subsets]
+    return [list(subsets)]
 
 
 @dataclass(eq=False)
@@ -213,23 +227,32 @@ def _features(
 ) -> tuple[FeatureRows, IntArray]:
     """Features of a group of the lacking subsets, and the rows of the dataset that they are of."""
     o, ids = asked.options, asked.plans[0].ids
-    rows = asked.buffer_rows(names, group[0])
-    if rows is not None:
+    if o.buffer is not None:
         used = asked.used(*group)
         loaded.keep([])
         stores = {backbone: asked.stores[backbone] for backbone in names}
         x = stream_features(
-            stores, asked.ds, ids[used], buffer_rows=rows, views=o.n_views, stream=str(o.seed), device=o.device
+            stores, asked.ds, ids[used], buffer_rows=o.buffer, views=o.n_views, stream=str(o.seed), device=o.device
         )
         return x, used
-    used = rows_together(asked, names, group, lacking)
+    used = asked.used(*lacking)
     if not np.array_equal(used, loaded.used):
         loaded.keep([])
         loaded.used = used
     for backbone in names:
         if backbone not in loaded.x:
-            features = load_features(asked.stores[backbone], asked.ds, ids[used], o.n_views, keep_half=True)
-            loaded.x[backbone] = features.to(o.device)
+            try:
+                features = load_features(asked.stores[backbone], asked.ds, ids[used], o.n_views, keep_half=True)
+                loaded.x[backbone] = features.to(o.device)
+            except (MemoryError, RuntimeError) as error:
+                if not is_shortage(error):
+                    raise
+                raise StoreError(
+                    f"the features of {len(used):,} images do not fit into memory",
+                    found=str(error).splitlines()[0] if str(error) else None,
+                    where=asked.stores[backbone].path,
+                    fix="a smaller --subset" + ("" if is_solved(o.model) else ", or stream them: --buffer 10000"),
+                ) from error
     return Resident({backbone: loaded.x[backbone] for backbone in names}), used
 
 
@@ -264,13 +287,8 @@ def _answer(
         for schedule in o.schedules
     ]
     y = torch.from_numpy(labels).to(o.device)
-    widest = None
-    if o.memory is not None:
-        widest = asked.need(names, *group).width(o.memory, asked.buffer_rows(names, group[0]), len(used))
-    metric = asked.metric
-    every = train_jobs(
-        o.model, x, y, jobs, n_classes, metric.of(asked.positive), o.schedules[0], widest=widest, on_epoch=on_epoch
-    )
+    scored_by = asked.metric.of(asked.positive)
+    every = train_jobs(o.model, x, y, jobs, n_classes, scored_by, o.schedules[0], on_epoch=on_epoch)
     rates = len(o.schedules)
     sweeps = [range(k, k + rates) for k in range(0, len(every), rates)]
     chosen = [sweep[best_of([every[k] for k in sweep])] for sweep in sweeps]
@@ -305,7 +323,7 @@ def _answer(
             seconds=trained * share + time.perf_counter() - began,
             positive=o.positive,
             target=ds.target,
-            notes=asked.notes(names, subset),
+            notes=o.notes(),
         )
         if o.save:
             table = prediction_table(plans[0], own, outcomes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from embcache.errors import UsageError, check_number
+from embcache.errors import check_number
 
 _MIN_CHANGE = 1e-8  # ReduceLROnPlateau's eps: a learning rate that would change by less stays
 
@@ -40,12 +40,10 @@ class Schedule:
     plateau_factor: float = 0.1
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UsageError("the learning rate must be a positive number", found=str(self.lr), fix="--lr 1e-3")
-        for name in ("batch_size", "max_epochs", "min_epochs", "patience"):
-            check_number(
-                f"--{name.replace('_', '-')}", getattr(self, name), 1 << 20 if name == "batch_size" else 100_000
-            )
+        check_number("--lr", self.lr, 1e-12, 1e12)
+        check_number("--batch-size", self.batch_size, 1, 1 << 20)
+        for name in ("max_epochs", "min_epochs", "patience"):
+            check_number(f"--{name.replace('_', '-')}", getattr(self, name), 1, 100_000)
 
 
 class Tracker:

@@ -19,17 +19,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch.optim.adam import adam
 
 from embcache.memory import keep_freed_memory
-from embcache.probe.adam import adam_step
-from embcache.probe.apply import Applicable, Params, logits_of_sets
-from embcache.probe.apply import predict_logits as predict_logits
 from embcache.probe.metrics import Metric, scorer
 from embcache.probe.rows import FeatureRows, as_rows
 from embcache.probe.schedule import Schedule, Tracker
 from embcache.probe.standard import constants_of
 
 _SMALL = 500_000  # parameters, of all heads together
+Params = dict[str, torch.Tensor]
+
+# Rows are cut alike however many heads are scored, as the products of a part are rounded by its length: a head's
+# logits, and so its best epoch, are those it has alone.
+_ROWS = 512
+_HEADS = 4
+
+
+class Applicable(Protocol):
+    """What prediction needs of a head, trained or solved."""
+
+    def apply(
+        self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """Logits of shape (K, B, C) from parameters (K, …), features (K, B, D) each and dropout masks (K, B, width)."""
+        ...
 
 
 class TrainableHead(Applicable, Protocol):
@@ -269,6 +283,22 @@ def _train_epoch(
         run.lrs.append(run.tracker.lr)
 
 
+def adam_step(tensors: Sequence[tuple[torch.Tensor, ...]], steps: Sequence[int], lrs: Sequence[float]) -> None:
+    """One step of torch's Adam in place, each head with its own step count (this one included) and rate.
+
+    ``tensors`` are each parameter, its gradient and its two moments, of shape (K, …). ``torch.optim.Adam`` itself has
+    one rate per tensor, and its first step imports torch's compiler.
+    """
+    for k, (step, lr) in enumerate(zip(steps, lrs, strict=True)):
+        params, gradients, first, second = ([each[i][k] for each in tensors] for i in range(4))
+        gradients = [gradient.contiguous() for gradient in gradients]
+        before = [torch.tensor(float(step - 1), device=p.device) for p in params]
+        adam(
+            params, gradients, first, second, [], before, fused=True, amsgrad=False, beta1=0.9, beta2=0.999, lr=lr,
+            weight_decay=0.0, eps=1e-8, maximize=False,
+        )  # fmt: skip
+
+
 def _draw_epoch(run: _Run) -> torch.Tensor:
     """Row numbers of one epoch, in order."""
     job = run.job
@@ -341,3 +371,53 @@ def _trained(run: _Run) -> TrainedHead:
         lrs=tuple(run.lrs),
         diverged=run.diverged,
     )
+
+
+def predict_logits(
+    head: Applicable, params: Params, x: Mapping[str, torch.Tensor] | FeatureRows, rows: torch.Tensor
+) -> NDArray[np.float32]:
+    """Logits of one head, shape (len(rows), C); ``params`` without the stacking axis; of views the first."""
+    (logits,) = logits_of_sets(head, [{name: p[None] for name, p in params.items()}], x, [rows])
+    return np.asarray(logits[0])
+
+
+@torch.no_grad()
+def logits_of_sets(
+    head: Applicable,
+    params: Sequence[Params],
+    x: Mapping[str, torch.Tensor] | FeatureRows,
+    sets: Sequence[torch.Tensor],
+) -> list[NDArray[np.float32]]:
+    """Logits of several stacks of heads, each over a set of rows of its own; every row is read once a set.
+
+    Parameters
+    ----------
+    head : Applicable
+        What all of them are.
+    params : sequence of Params
+        For each set the parameters (K, …) of the heads that are asked.
+    x : mapping of backbone to Tensor, or FeatureRows
+        Features; of views the first.
+    sets : sequence of int64 Tensor of shape (m,)
+        Rows.
+
+    Returns
+    -------
+    list of float32 array of shape (K, m, C)
+        Of shape (K, 0, 0) for a set without rows.
+    """
+    widths = [len(next(iter(p.values()))) for p in params]
+    found = [np.zeros((width, 0, 0), np.float32) for width in widths]
+    for chunk in as_rows(x).chunks(sets):
+        k, width = chunk.number, widths[chunk.number]
+        for first in range(0, width, _HEADS):
+            heads = slice(first, min(first + _HEADS, width))
+            asked = {name: p[heads] for name, p in params[k].items()}
+            for start in range(0, len(chunk.places), _ROWS):
+                part = slice(start, start + _ROWS)
+                shared = {b: f[None, part].expand(heads.stop - first, -1, -1) for b, f in chunk.x.items()}
+                logits = head.apply(asked, shared, None).float().cpu().numpy()
+                if not found[k].size:
+                    found[k] = np.empty((width, len(sets[k]), logits.shape[-1]), np.float32)
+                found[k][heads, chunk.places[part].numpy()] = logits
+    return found

@@ -238,7 +238,7 @@ def sample(
     draws, lost = [], 0
     present = np.stack([test.labels == c for c in np.unique(test.labels)], axis=1).astype(np.float64)
     rng = np.random.Generator(np.random.PCG64(seed))
-    check_number("resamples", resamples, 1_000_000)
+    check_number("resamples", resamples, 1, 1_000_000)
     for start in range(0, resamples, _BLOCK):
         drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=_BLOCK)
         weights = drawn[: resamples - start, group].astype(np.float64)

@@ -3,7 +3,7 @@
 An epoch takes the shards in a random order, as many at a time as a buffer holds; of the rows in the buffer every head
 takes its own draws in its own random order. What a head draws in an epoch is what it would draw from memory, row for
 row; only the order is bound to that of the shards. Draws that do not fill a batch wait in front of the buffer for the
-next shards: a batch for each head, which `embcache.probe.budget` counts with the heads.
+next shards: a batch for each head, besides the rows of the buffer.
 
 The order of the shards is that of the epoch and of the seed asked for; heads of all folds, rates and repeats see the
 same one, as they share what is read. What each of them draws, and the order within the buffer, are its own.

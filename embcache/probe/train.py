@@ -11,12 +11,19 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from embcache.errors import ProtocolError
-from embcache.probe.apply import Applicable, predict_logits
 from embcache.probe.metrics import Metric, scorer, softmax
 from embcache.probe.rows import FeatureRows, as_rows
 from embcache.probe.schedule import Schedule
 from embcache.probe.solve import SolvedHead, is_solved
-from embcache.probe.stack import Job, TrainableHead, TrainedHead, stream_generator, train_stack
+from embcache.probe.stack import (
+    Applicable,
+    Job,
+    TrainableHead,
+    TrainedHead,
+    predict_logits,
+    stream_generator,
+    train_stack,
+)
 
 _LARGEST_STACK = 100_000_000
 """Parameters that one stack may hold; with gradients, moments and best epochs some 2 GB."""
@@ -77,13 +84,12 @@ def train_jobs(
     metric: str | Metric,
     schedule: Schedule,
     *,
-    widest: int | None = None,
     on_epoch: Callable[[int], Any] | None = None,
 ) -> list[TrainedHead]:
     """Train (all as one stack, or as few as memory allows) or solve a head for each job.
 
     Parameters and return value as of `embcache.probe.stack.train_stack`; a head that is solved has neither losses nor
-    epochs. A stack holds ``widest`` heads at most. How jobs are divided among stacks changes no result.
+    epochs. How jobs are divided among stacks changes no result.
     """
     tell, rows = on_epoch or (lambda done: None), as_rows(x)
     if is_solved(head):
@@ -93,7 +99,7 @@ def train_jobs(
             tell(number * schedule.max_epochs)
         return solved
     trainable = cast("TrainableHead", head)
-    width = max(1, min(_LARGEST_STACK // size_of(trainable, rows.dims, n_classes), widest or len(jobs)))
+    width = max(1, _LARGEST_STACK // size_of(trainable, rows.dims, n_classes))
     trained: list[TrainedHead] = []
     for start in range(0, len(jobs), width):
 

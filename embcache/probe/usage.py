@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from embcache.errors import UsageError, check_number
+from embcache.errors import UsageError, check_choice, check_number
 from embcache.probe.schedule import Schedule
 
 ATTENTIONS = ("auto", "exact", "fast")
@@ -31,7 +31,7 @@ def check_usage(
     val: str = "full",
     test: str = "local",
     lr: float | Sequence[float] | None = None,
-    max_memory: int | str | None = None,
+    buffer: int | None = None,
     attention: str | None = None,
 ) -> None:
     """Refuse what can be refused without data; meanings as of `embcache.probe.options.ProbeOptions`.
@@ -43,17 +43,19 @@ def check_usage(
     """
     if head not in (names := head_names()):
         raise unknown_head(head, names)
-    check_protocol(folds, val, test)
-    check_counts(repeats=repeats, views=views)
+    check_options(val=val, test=test, folds=folds, repeats=repeats, views=views, buffer=buffer)
     for asked in subsets:
         name = str(asked).strip()
         if not name.isidentifier() and not (name.isascii() and name.isdigit() and len(name) <= 12 and int(name)):
             raise unknown_subset(asked, ("S", "M", "F"))
     for rate in lr if isinstance(lr, Sequence) else () if lr is None else (lr,):
         Schedule(lr=rate)
-    check_memory(max_memory)
     if attention is not None:
-        check_attention(head, attention)
+        if head != "dvme":
+            raise UsageError(
+                "--attention is for the head dvme", found=f"--head {head}", fix="--head dvme, or leave --attention out"
+            )
+        check_choice("--attention", attention, ATTENTIONS)
 
 
 def head_names() -> list[str]:
@@ -83,25 +85,24 @@ def unknown_subset(asked: object, known: Iterable[str]) -> UsageError:
     )
 
 
-MOST_REPEATS = MOST_FOLDS = MOST_VIEWS = 1_000
 MOST_SEED = 2**62  # one is added for each repeat, and torch takes 63 bits
+BOUNDS = {
+    "folds": (2, 1_000),
+    "repeats": (1, 1_000),
+    "views": (1, 1_000),
+    "seed": (0, MOST_SEED),
+    "buffer": (Schedule.batch_size, 1_000_000_000),
+}
+CHOICES = {"val": ("full", "matched"), "test": ("local", "official")}
 
 
-def check_counts(repeats: int | None = None, views: int | None = None, seed: int | None = None) -> None:
-    """Raise a `UsageError` unless every value that is given is one that a protocol can have."""
-    check_number("--repeats", repeats, MOST_REPEATS)
-    check_number("--views", views, MOST_VIEWS)
-    check_number("--seed", seed, MOST_SEED, 0)
-
-
-def check_protocol(folds: int, val: str, test: str) -> None:
-    """Raise a `UsageError` where folds, validation or test set are none that the protocol has."""
-    for flag, value, choices in (("--val", val, ("full", "matched")), ("--test", test, ("local", "official"))):
-        if value not in choices:
-            raise UsageError(f"no such choice for {flag}", expected=" or ".join(choices), found=repr(value))
-    if folds < 2:
-        raise UsageError("cross-validation needs at least two folds", found=f"--folds {folds}", fix="--folds 5")
-    check_number("--folds", folds, MOST_FOLDS)
+def check_options(**given: Any) -> None:
+    """Raise a `UsageError` unless every value that is not None is one that a protocol can have."""
+    for name, value in given.items():
+        if name in CHOICES:
+            check_choice(f"--{name}", value, CHOICES[name])
+        elif value is not None:
+            check_number(f"--{name}", value, *BOUNDS[name])
 
 
 def parse_head_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -167,51 +168,3 @@ def parse_rates(texts: Sequence[str]) -> float | list[float] | None:
                 "a learning rate must be a number", found=repr(text), where="--lr", fix="--lr 1e-4,1e-3,1e-2"
             ) from error
     return (rates[0] if len(rates) == 1 else rates) if rates else None
-
-
-def check_attention(head: str, attention: str) -> None:
-    """Refuse an ``--attention`` that there is not, or that is asked of a head that does not attend so."""
-    if head != "dvme":
-        raise UsageError(
-            "--attention is for the head dvme", found=f"--head {head}", fix="--head dvme, or leave --attention out"
-        )
-    if attention not in ATTENTIONS:
-        raise UsageError(
-            "unknown --attention", expected=" | ".join(ATTENTIONS), found=repr(attention), fix="--attention auto"
-        )
-
-
-def check_memory(max_memory: int | str | None) -> int | None:
-    """``--max-memory`` in bytes.
-
-    Raises
-    ------
-    UsageError
-        It is no amount of memory, or none at all.
-    """
-    size = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise UsageError("--max-memory must be at least a byte", found=str(max_memory), fix="--max-memory 2GB")
-    return size
-
-
-def parse_size(text: str) -> int:
-    """Bytes from a text: ``2GB`` (10⁹ bytes a GB), ``512MiB`` (2²⁰ bytes a MiB), ``800000``.
-
-    Raises
-    ------
-    UsageError
-        The text is no size.
-    """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise UsageError(
-            "an amount of memory is not given as it should be",
-            expected="a number of bytes, or one with KB, MB, GB, MiB or GiB",
-            found=repr(text),
-            where="--max-memory",
-            fix="--max-memory 2GB",
-        )
-    number, prefix, binary = found.groups()
-    power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)

@@ -1,4 +1,4 @@
-"""ROC and precision–recall curves and confusion, counted from saved predictions."""
+"""ROC and precision–recall curves of saved predictions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from embcache.probe.decisions import against_rest
-from embcache.probe.metrics import FloatArray, IntArray, log_odds
+from embcache.probe.metrics import FloatArray, IntArray, log_odds, roc_counts
 from embcache.probe.predictions import Predictions
 from embcache.probe.statistics import Estimate
 
@@ -17,36 +17,19 @@ GRID = np.linspace(0, 1, 201)
 """False positive rates, or recalls, at which the curves of models are averaged."""
 
 
-def rates_at_thresholds(positive: ArrayLike, scores: ArrayLike) -> tuple[IntArray, IntArray]:
-    """Positive and negative rows at or above each distinct score, highest first; int64, (number of scores,) each.
-
-    Parameters
-    ----------
-    positive : array-like of bool, shape (n,)
-        With rows of both kinds.
-    scores : array-like of float, shape (n,)
-        Higher for positive.
-    """
-    side, values = np.asarray(positive, dtype=bool), np.asarray(scores, dtype=np.float64)
-    order = np.argsort(-values, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(values[order])), len(values) - 1)
-    above = np.cumsum(side[order])[last]
-    return above, last + 1 - above
-
-
 def roc_points(positive: ArrayLike, scores: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """False and true positive rates at every distinct threshold, from (0, 0) to (1, 1); parameters as above."""
-    true, false = rates_at_thresholds(positive, scores)
+    """False and true positive rates at every distinct threshold, from (0, 0) to (1, 1)."""
+    true, false = roc_counts(positive, scores)
     return np.append(0.0, false / false[-1]), np.append(0.0, true / true[-1])
 
 
 def precision_recall_points(positive: ArrayLike, scores: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """Each recall above 0, ascending, and the precision at the highest threshold that reaches it; parameters as above.
+    """Each recall above 0, ascending, and the precision at the highest threshold that reaches it.
 
     Precision is constant from one recall to the next, as scikit-learn's average precision takes it to be: lines that
     join the points would promise precisions that no threshold has.
     """
-    true, false = rates_at_thresholds(positive, scores)
+    true, false = roc_counts(positive, scores)
     reached = np.flatnonzero(np.diff(true, prepend=0))
     return true[reached] / true[-1], true[reached] / (true + false)[reached]
 
@@ -145,9 +128,3 @@ def class_rates(predictions: Predictions, of_class: int, metric: str) -> Rates:
         estimate=two.estimate(metric),
         ensemble=one.estimate(metric),
     )
-
-
-def confusion(labels: IntArray, logits: FloatArray) -> IntArray:
-    """Images of each true class (rows) that logits (n, C) call each class (columns); int64 of shape (C, C)."""
-    n_classes = logits.shape[1]
-    return np.bincount(labels * n_classes + logits.argmax(1), minlength=n_classes**2).reshape(n_classes, n_classes)

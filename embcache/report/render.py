@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from embcache.errors import UsageError, printable, printed_width
+from embcache.errors import check_choice, printable, printed_width
 from embcache.report.csvfile import csv_text
 from embcache.report.layout import Table
 
@@ -58,8 +58,7 @@ def check_format(form: str) -> None:
     UsageError
         There is no such format.
     """
-    if form not in FORMATS:
-        raise UsageError("no such format", expected=", ".join(FORMATS), found=repr(form), fix="--format markdown")
+    check_choice("--format", form, FORMATS)
 
 
 def to_markdown(table: Table) -> str:

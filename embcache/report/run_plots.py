@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from embcache.analysis.plots import Curve, plot_confusion, plot_rates
-from embcache.errors import ProtocolError, UsageError
+from embcache.errors import ProtocolError, UsageError, check_choice
 from embcache.probe.decisions import Bin, Value, against_rest, calibration
-from embcache.probe.metrics import FloatArray, metric_title, positive_class
+from embcache.probe.metrics import FloatArray, confusion, metric_title, positive_class
 from embcache.probe.predictions import Predictions
 from embcache.probe.statistics import Estimate, wilson
 from embcache.report.compare import INTERVALS, Tested
 from embcache.report.layout import bounds, signed
-from embcache.report.rates import GRID, class_rates, confusion
+from embcache.report.rates import GRID, class_rates
 
 KINDS = ("roc", "pr", "confusion", "calibration")
 MOST_CLASSES = 10
@@ -79,8 +79,7 @@ def draw_run(tested: Tested, kind: str, targets: Sequence[Path], *, positive: st
         The test set holds one class only.
     """
     result, predictions = tested.result, tested.predictions
-    if kind not in KINDS:
-        raise UsageError("there is no such plot", expected=", ".join(KINDS), found=repr(kind), fix="--kind roc")
+    check_choice("--kind", kind, KINDS)
     names = predictions.class_names
     title = f"{result.dataset}{' (synthetic)' * result.synthetic}: {' + '.join(result.backbones)}, {result.id}"
     if kind == "confusion":

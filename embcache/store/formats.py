@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from embcache.errors import UsageError
+from embcache.errors import check_choice
 from embcache.store.rows import Bytes, PlainFeatures, RowIndex, ShardRows
 
 
@@ -84,8 +84,5 @@ def find_format(name: str) -> StoreFormat:
     UsageError
         There is none.
     """
-    if name not in FORMATS:
-        raise UsageError(
-            "unknown store format", expected=" | ".join(FORMATS), found=repr(name), fix=f"--format {min(FORMATS)}"
-        )
+    check_choice("--format", name, sorted(FORMATS))
     return FORMATS[name]

@@ -9,10 +9,10 @@ from typing import Any
 
 from embcache.analysis.plots import plot_curves
 from embcache.errors import UsageError
+from embcache.extract.backbones import weights_status
 from embcache.report.curves import band_words, table_curves
 from embcache.report.grid import Grid
 from embcache.report.layout import Marks, Table
-from embcache.study.cost import Step, duration, estimate_steps, step_words, total_words
 from embcache.study.counts import table1, table_g1
 from embcache.study.definitions import FIGURES, GRIDS, find_name, narrow
 from embcache.study.figures import draw_figure, figure_grid, narrow_figure
@@ -108,7 +108,7 @@ def deliver(order: Order, *, say: Say = lambda line: None, progress: Progress | 
 def _scores(order: Order, own: Grid, settings: Settings, say: Say, progress: Progress | None) -> Delivery:
     grid = narrow(own, datasets=order.datasets, backbones=order.backbones, subsets=order.subsets, heads=order.heads)
     states = look(grid, settings)
-    plan = make_plan(grid, states, settings, say)
+    plan = make_plan(grid, states, settings)
     if order.dry_run:
         return Delivery(plan.table)
     plan.tell(say)
@@ -125,7 +125,7 @@ def _figure(order: Order, settings: Settings, name: str, say: Say, progress: Pro
     figure = narrow_figure(FIGURES[name], order.datasets, order.backbones, order.subsets)
     grid = figure_grid(figure)
     states = look(grid, settings)
-    plan = make_plan(grid, states, settings, say)
+    plan = make_plan(grid, states, settings)
     if order.dry_run:
         return Delivery(plan.table)
     plan.tell(say)
@@ -134,67 +134,79 @@ def _figure(order: Order, settings: Settings, name: str, say: Say, progress: Pro
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What will be done for a table.
+class Step:
+    """One line of a plan: ``count`` images to extract, else results to make."""
 
-    Attributes
-    ----------
-    table : Table
-        Its lines, and in the notes what cannot be had.
-    steps : tuple of Step
-    there, refused : int
-        Results that are there already, and that cannot be had.
-    """
+    dataset: str
+    action: str
+    what: str
+    count: int
+
+    def __str__(self) -> str:
+        unit = ("image" if self.action == "extract" else "result") + ("" if self.count == 1 else "s")
+        return f"{self.action:<8}  {self.dataset}: {self.what}: {self.count:,} {unit}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done for a table: its lines with, in the notes, what cannot be had, and the counts of results."""
 
     table: Table
     steps: tuple[Step, ...]
     there: int
     refused: int
 
-    def tell(self, say: Say) -> None:
-        """Say the plan, a line a step."""
+    def __str__(self) -> str:
         missing = sum(step.count for step in self.steps if step.action != "extract")
-        say(f"plan: results that are there {self.there}, to make {missing}, that cannot be had {self.refused}")
-        for step in self.steps:
-            say(f"{step.action:<8}  {step_words(step)}")
-        if self.steps:
-            say(total_words(self.steps))
+        return f"plan: results that are there {self.there}, to make {missing}, that cannot be had {self.refused}"
+
+    def tell(self, say: Say) -> None:
+        """Say the plan, one line per step."""
+        for line in (self, *self.steps):
+            say(str(line))
 
 
-def make_plan(grid: Grid, states: Sequence[DatasetState], settings: Settings, say: Say) -> Plan:
-    """The steps that a grid needs, with their cost, as a table; ``say`` is told what is calibrated for it."""
-    steps = tuple(estimate_steps(states, settings, say))
+def make_plan(grid: Grid, states: Sequence[DatasetState], settings: Settings) -> Plan:
+    """The steps that a grid needs, as a table."""
+    steps = tuple(step for state in states for step in _steps(state, settings))
     marks = Marks()
-    rows = [
-        (
-            s.dataset,
-            s.action,
-            s.what,
-            f"{s.count:,}",
-            "not known" if s.seconds is None else duration(s.seconds),
-            s.basis,
-        )
-        for s in steps
-    ]
+    rows = [(s.dataset, s.action, s.what, f"{s.count:,}") for s in steps]
     there = refused = 0
     for state in states:
         found = sum(model.kind != "features" for model, _ in state.results)
         there, refused = there + found, refused + len(state.refused)
         if found:
-            rows.append((state.asked, "there", "saved results of the same request", f"{found:,}", "", ""))
+            rows.append((state.asked, "there", "saved results of the same request", f"{found:,}"))
         reasons: dict[str, int] = {state.problem: 0} if state.problem else {}
         for reason in state.refused.values():
             reasons[reason] = reasons.get(reason, 0) + 1
         for reason, count in reasons.items():
-            rows.append((state.asked, "cannot", f"see{marks.mark(reason)}", f"{count:,}" if count else "all", "", ""))
-    headers = ("dataset", "step", "what", "count", "about", "basis")
-    records = tuple(step_record(step) for step in steps)
-    notes = (total_words(steps), *marks.notes()) if steps else ("nothing is left to do", *marks.notes())
-    table = Table(grid.name, f"Plan: {grid.title}", headers, tuple(rows), notes, records)
-    return Plan(table, steps, there, refused)
+            rows.append((state.asked, "cannot", f"see{marks.mark(reason)}", f"{count:,}" if count else "all"))
+    records = tuple({"dataset": s.dataset, "step": s.action, "what": s.what, "count": s.count} for s in steps)
+    notes = marks.notes() if steps else ("nothing is left to do", *marks.notes())
+    headers = ("dataset", "step", "what", "count")
+    return Plan(
+        Table(grid.name, f"Plan: {grid.title}", headers, tuple(rows), tuple(notes), records), steps, there, refused
+    )
 
 
-def step_record(step: Step) -> dict[str, Any]:
-    """A step as plain data."""
-    return {"dataset": step.dataset, "step": step.action, "what": step.what, "count": step.count,
-            "seconds": None if step.seconds is None else round(step.seconds, 1), "basis": step.basis}  # fmt: skip
+def _steps(state: DatasetState, settings: Settings) -> list[Step]:
+    """What is missing of a dataset: extractions, then finetunings and probes, the subsets of a head in one step."""
+    if state.ds is None:
+        return []
+    steps = []
+    cached = [model for model, _ in state.missing if model.kind != "finetune"]
+    for backbone in dict.fromkeys(name for model in cached for name in model.backbones):
+        if backbone in state.owed:
+            absent = backbone not in settings.weights and "downloaded" in weights_status(backbone, settings.home)
+            words = f"{backbone} (its weights are downloaded first)" if absent else backbone
+            steps.append(Step(state.asked, "extract", words, state.owed[backbone]))
+    for kind in ("finetune", "probe"):
+        groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for model, subset in state.missing:
+            if model.kind == kind:
+                groups.setdefault((model.head, model.backbones), []).append(subset)
+        for (head, backbones), subsets in groups.items():
+            what = f"{' + '.join(backbones)}, {head}: {', '.join(dict.fromkeys(subsets))}"
+            steps.append(Step(state.asked, kind, what, len(subsets)))
+    return steps

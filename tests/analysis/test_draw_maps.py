@@ -191,9 +191,9 @@ def test_figures_are_written_in_every_format_asked_for(ds: ImageDataset, home: P
 
 
 def test_what_cannot_be_shown_is_said(ds: ImageDataset, run: ProbeResult, home: Path) -> None:
-    with pytest.raises(UsageError, match="no such method"):
+    with pytest.raises(UsageError, match="unknown --method"):
         draw_maps(ds, ["a"], method="isomap", home=home)
-    with pytest.raises(UsageError, match="no such rows"):
+    with pytest.raises(UsageError, match="unknown --rows"):
         draw_maps(ds, ["a"], rows="val", home=home)
     with pytest.raises(StoreNotFoundError):
         draw_maps(ds, ["c"], home=home)

@@ -151,7 +151,7 @@ def test_a_legend_of_many_classes_lies_within_the_figure_and_says_that_it_is_sho
 
 def test_plot_refuses_what_it_does_not_know(run: str, tmp_path: Path) -> None:
     for flags, message in (
-        (["--kind", "lift"], "no such plot"),
+        (["--kind", "lift"], "unknown --kind"),
         (["--positive", "c"], "no such class"),
         (["--kind", "confusion", "--positive", "b"], "no positive class"),
         (["--output", tmp_path / "a.gif"], "suffix"),

@@ -431,12 +431,12 @@ def test_weights_that_do_not_fit_are_extraction_s_error(ds: ImageDataset, tmp_pa
         ({"head": "concat"}, UsageError, r"standardises features(.|\n)*trained together"),
         ({"subset": 500}, ProtocolError, "larger than the pool"),
         ({"precision": "fp16", "device": "cpu"}, UsageError, "CUDA"),
-        ({"precision": "fp64"}, UsageError, "unknown precision"),
+        ({"precision": "fp64"}, UsageError, "unknown --precision"),
         ({"accumulate": 9}, UsageError, "divided"),
         ({"accumulate": 8}, UsageError, "one image at a time"),
         ({"lr": 0.0}, UsageError, "learning rate"),
         ({"max_epochs": 0}, UsageError, "max-epochs"),
-        ({"folds": 1}, UsageError, "two folds"),
+        ({"folds": 1}, UsageError, "--folds is out of bounds"),
     ],
 )
 def test_bad_requests_are_one_error_and_write_no_run(

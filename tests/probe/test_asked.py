@@ -219,7 +219,7 @@ def test_attention_is_part_of_the_request_where_it_is_asked_for(home: Path) -> N
         ds, [["a", "b"]], head="dvme", head_options={"attention": "fast", "proj_dim": 8}, folds=3, home=home
     )
     assert by_nodes.request["head"] == {"name": "dvme", "proj_dim": 8, "dropout": 0.2, "attention": "fast"}
-    with pytest.raises(UsageError, match="no usable value"):
+    with pytest.raises(UsageError, match="unknown --attention"):
         planned(attention="quick")
 
 

@@ -11,11 +11,10 @@ import torch
 
 from embcache.errors import ProtocolError
 from embcache.probe import train as train_module
-from embcache.probe.apply import predict_logits
 from embcache.probe.heads import make_head
 from embcache.probe.metrics import score, softmax
 from embcache.probe.schedule import Schedule
-from embcache.probe.stack import Job, TrainedHead, train_stack
+from embcache.probe.stack import Job, TrainedHead, predict_logits, train_stack
 from embcache.probe.train import best_of, fit, make_job, train_jobs
 from tests.probe.test_stack import Spy, problem, rows, train
 

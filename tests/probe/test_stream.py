@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import embcache.probe.budget as budget_module
 import embcache.probe.run as run_module
 from embcache.data.dataset import ImageDataset
-from embcache.errors import UsageError
-from embcache.probe.apply import predict_logits
-from embcache.probe.budget import Need
+from embcache.errors import StoreError, UsageError
 from embcache.probe.heads import make_head
 from embcache.probe.metrics import softmax
 from embcache.probe.options import ProbeOptions
-from embcache.probe.request import ask
 from embcache.probe.rows import Resident
 from embcache.probe.run import find_saved, probe_features, probe_grid
 from embcache.probe.schedule import Schedule
-from embcache.probe.stack import Job, train_stack
+from embcache.probe.stack import Job, predict_logits, train_stack
 from embcache.probe.stream import Streamed
-from embcache.probe.usage import parse_size
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, create_store, publish_plan, write_snapshot
 from tests.probe.build import make_dataset, make_features, make_recipe
 
@@ -47,12 +41,6 @@ def put_shards(home: Path, ds: ImageDataset, backbone: str, features: np.ndarray
         publish_plan(store, number, [PlanEntry(i, 1, 1, None) for i in part])
         block, digests = features[start : start + per_shard], ("",) * len(part)
         commit_shard(store, number, ShardRows(part, block, np.ones(len(part), bool), digests, ("",) * len(part)))
-
-
-def need_of(ds: ImageDataset, home: Path, subset: str = "F", *names: str, **options: Any) -> Need:
-    """What a probe of these backbones is thought to take."""
-    asked = ask(ds, [names or ("a",)], [subset], ProbeOptions(home=home, **options))
-    return asked.need(names or ("a",), subset)
 
 
 def shards_of(n: int, per_shard: int, rng: np.random.Generator) -> np.ndarray:
@@ -224,56 +212,41 @@ def ds() -> ImageDataset:
 
 
 @pytest.fixture
-def cached(home: Path, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> ImageDataset:
-    monkeypatch.setattr(budget_module, "FIXED", 0)  # more than all of these features
+def cached(home: Path, ds: ImageDataset) -> ImageDataset:
     put_shards(home, ds, "a", make_features(ds, 300).astype(np.float16))
     return ds
 
 
-@pytest.fixture
-def limit(cached: ImageDataset, home: Path) -> int:
-    """A limit under which the whole is streamed."""
-    need = need_of(cached, home)
-    assert need.streamed < need.in_memory
-    return (need.streamed + need.in_memory) // 2
-
-
-def test_streaming_reaches_the_same_within_fold_noise_as_another_run(
-    cached: ImageDataset, home: Path, limit: int
-) -> None:
+def test_streaming_reaches_the_same_within_fold_noise_as_another_run(cached: ImageDataset, home: Path) -> None:
     plain = probe_features(cached, "a", subset="F", home=home)
-    streamed = probe_features(cached, "a", subset="F", home=home, max_memory=limit)
+    streamed = probe_features(cached, "a", subset="F", home=home, buffer=150)
     assert plain.mean == pytest.approx(streamed.mean, abs=2 * (plain.std or 0) + 0.005)
     assert streamed.id != plain.id
+    assert streamed.request["buffer_rows"] == 150
     assert any("streamed" in note for note in streamed.notes)
-    again = probe_features(cached, "a", subset="F", home=home, max_memory=limit, reuse=False)
+    assert not any("streamed" in note for note in plain.notes)
+    assert probe_features(cached, "a", subset="F", home=home, buffer=150) == streamed
+    again = probe_features(cached, "a", subset="F", home=home, buffer=150, reuse=False)
     assert [f.score for f in again.folds] == [f.score for f in streamed.folds]
 
 
-def test_what_fits_into_memory_is_the_same_run(cached: ImageDataset, home: Path) -> None:
-    plain = probe_features(cached, "a", subset="F", home=home)
-    assert probe_features(cached, "a", subset="F", home=home, max_memory="100MB") == plain
-    assert not any("streamed" in note for note in plain.notes)
-
-
-def test_each_subset_is_streamed_or_not_whatever_else_is_asked(cached: ImageDataset, home: Path, limit: int) -> None:
-    asked: dict[str, Any] = {"val": "matched", "home": home, "max_memory": limit, "reuse": False}
+def test_a_streamed_subset_is_the_same_whatever_else_is_asked(cached: ImageDataset, home: Path) -> None:
+    asked: dict[str, Any] = {"val": "matched", "home": home, "buffer": 150, "reuse": False}
     alone = [probe_features(cached, "a", subset=s, **asked) for s in ("S", "F")]
     grid = probe_grid(cached, [["a"]], subsets=["F", "S"], **asked)
-    assert [any("streamed" in note for note in result.notes) for result in grid] == [True, False]
     for a, b in zip(alone, reversed(grid), strict=True):
         assert a.id == b.id
         assert a.mean == pytest.approx(b.mean, abs=1e-6)
 
 
 def test_a_streamed_result_depends_on_how_its_rows_lie_in_shards(
-    cached: ImageDataset, home: Path, tmp_path: Path, limit: int
+    cached: ImageDataset, home: Path, tmp_path: Path
 ) -> None:
     features = make_features(cached, 300).astype(np.float16)
     put_shards(tmp_path, cached, "a", features, per_shard=60)
     ids = [
-        find_saved(cached, [["a"]], subsets=["F"], home=folder, max_memory=size)
-        for size in (limit, None)
+        find_saved(cached, [["a"]], subsets=["F"], home=folder, buffer=size)
+        for size in (150, None)
         for folder in (home, tmp_path)
     ]
     assert ids[0] != ids[1], "other shards, another order"
@@ -295,47 +268,24 @@ def test_features_in_half_precision_stay_so_in_memory(
     assert kept == [torch.float16]
 
 
-def advised(error: UsageError) -> str:
-    found = re.search(r"--max-memory (\d+MB)", str(error))
-    assert found is not None
-    return found[1]
-
-
 @pytest.mark.parametrize("head", ["knn", "logreg"])
-def test_a_solved_head_says_what_it_needs_and_its_copies_count(
-    cached: ImageDataset, home: Path, head: str, limit: int
+def test_a_solved_head_cannot_be_streamed(cached: ImageDataset, home: Path, head: str) -> None:
+    with pytest.raises(UsageError, match=f"head '{head}' is solved on all features at once"):
+        probe_features(cached, "a", head=head, home=home, buffer=150)
+
+
+@pytest.mark.parametrize("rows", [-1, 0, 63, 10**10])
+def test_a_buffer_holds_one_batch_at_least(rows: int) -> None:
+    with pytest.raises(UsageError, match="--buffer is out of bounds"):
+        ProbeOptions(buffer=rows)
+
+
+def test_features_that_memory_does_not_hold_are_advised_to_be_streamed(
+    cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match=f"head '{head}' is solved on all features at once") as caught:
-        probe_features(cached, "a", subset="F", head=head, home=home, max_memory=limit)
-    need = need_of(cached, home, head=head)
-    assert need.in_memory > need.features + 480 * 300 * 20, "float32 three times and float64 once"
-    assert int(advised(caught.value)[:-2]) * 10**6 >= need.in_memory
-    probe_features(cached, "a", subset="F", head=head, home=home, max_memory=advised(caught.value))
+    def full(*args: object, **options: object) -> None:
+        raise MemoryError("Unable to allocate 9 TiB")
 
-
-@pytest.mark.parametrize("per_shard", [64, 900])
-def test_a_limit_that_is_too_small_names_the_least_that_is_not(
-    cached: ImageDataset, home: Path, tmp_path: Path, per_shard: int
-) -> None:
-    put_shards(tmp_path, cached, "a", make_features(cached, 300).astype(np.float16), per_shard)
-    with pytest.raises(UsageError, match="--max-memory") as caught:
-        probe_features(cached, "a", subset="F", home=tmp_path, max_memory="10kB")
-    need = need_of(cached, tmp_path)
-    # One shard of everything is never worth a buffer.
-    assert (need.streamed < need.in_memory) == (per_shard == 64) == ("a buffer" in str(caught.value))
-    assert int(advised(caught.value)[:-2]) == -(-min(need.streamed, need.in_memory) // 10**6)
-    probe_features(cached, "a", subset="F", home=tmp_path, max_memory=advised(caught.value))
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("2GB", 2 * 10**9), ("1.5 gb", 1.5 * 10**9), ("512MiB", 512 * 2**20), ("4096", 4096), ("10B", 10), ("1T", 10**12)],
-)
-def test_sizes_are_read_as_people_write_them(text: str, size: float) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "much", "2XB", "-1GB", "2 GB of it"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="amount of memory"):
-        parse_size(text)
+    monkeypatch.setattr(run_module, "load_features", full)
+    with pytest.raises(StoreError, match=r"do not fit into memory(.|\n)*--buffer"):
+        probe_features(cached, "a", home=home)

@@ -7,11 +7,11 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_curve, roc_auc_score, roc_curve
 
+from embcache.probe.metrics import confusion
 from embcache.probe.predictions import Predictions
 from embcache.report.rates import (
     GRID,
     class_rates,
-    confusion,
     precision_at,
     precision_recall_points,
     roc_at,

@@ -136,7 +136,7 @@ def test_a_table_without_records_is_csv_as_it_is_laid_out() -> None:
 
 
 def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(UsageError, match="no such format"):
+    with pytest.raises(UsageError, match="unknown --format"):
         render(Table("t", "", (), ()), "html")
 
 

@@ -29,6 +29,7 @@ from embcache.report.grid import Grid, Model
 from embcache.study.definitions import BEST, GRIDS
 from embcache.study.order import Order, deliver
 from embcache.study.settings import Settings
+from tests.data.pictures import write_image
 from tests.probe.build import make_dataset, make_features, put_store
 
 N = 120
@@ -59,9 +60,9 @@ def test_what_is_missing_is_done_and_then_reused(
     # S is 20 images: one run serves both columns
     assert len(list_results(home)) == 4
     assert said[:3] == [
-        "calibrating linear on random …",
-        "calibrating linear on effnet_lite0 …",
         "plan: results that are there 0, to make 4, that cannot be had 0",
+        "probe     toy: random, linear: S, M: 2 results",
+        "probe     toy: effnet_lite0, linear: S, M: 2 results",
     ]
     by_column = {record["subset"]: record["run"] for record in first.table.records if record["model"] == "Random"}
     assert by_column["S"] == by_column["20"] != by_column["M"]
@@ -97,10 +98,20 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(toy: ImageDataset, h
     plan = deliver(order(dry_run=True))
     assert list_results(home) == []
     assert [(record["step"], record["count"]) for record in plan.table.records] == [("probe", 1), ("probe", 1)]
-    assert all("calibration" in record["basis"] and record["seconds"] >= 0 for record in plan.table.records)
     deliver(order(backbones=["random"]))
-    (step,) = deliver(order(dry_run=True)).table.records
-    assert step["basis"] == "1 earlier run, scaled by images and epochs"
+    plan = deliver(order(dry_run=True))
+    assert [row[1:] for row in plan.table.rows] == [
+        ("probe", "effnet_lite0, linear: S", "1"),
+        ("there", "saved results of the same request", "1"),
+    ]
+
+
+def test_a_dry_run_counts_the_images_to_extract(tmp_path: Path, home: Path) -> None:
+    for k in range(6):
+        write_image(tmp_path / "images" / ("a" if k % 2 else "b") / f"{k}.png", seed=k, size=(64, 64))
+    options = {"data_root": tmp_path / "images"}
+    plan = deliver(order(datasets=["folder"], backbones=["effnet_lite0"], options=options, dry_run=True))
+    assert [(r["step"], r["count"]) for r in plan.table.records] == [("extract", 6), ("probe", 1)]
 
 
 def test_what_cannot_be_had_is_told_and_the_rest_goes_on(toy: ImageDataset) -> None:

@@ -21,7 +21,6 @@ import torch
 from numpy.typing import ArrayLike
 
 from embcache.errors import UsageError
-from embcache.probe.hyperparameters import named_hyperparameters
 from embcache.probe.solve import is_solved
 from embcache.probe.stack import TrainableHead, stream_generator
 from embcache.probe.train import FittedHead
@@ -98,7 +97,8 @@ def weighs(name: str) -> bool:
 
 def hyperparameters(head: Head) -> dict[str, Any]:
     """The constructor's arguments that make this head again: all that say what it is, implicit ones where not usual."""
-    return named_hyperparameters(head)
+    pairs = ((f, getattr(head, f.name)) for f in fields(head))  # type: ignore[arg-type]
+    return {f.name: value for f, value in pairs if not ("implicit" in f.metadata and value == f.default)}
 
 
 def trainable(head: Head) -> TrainableHead:

@@ -6,19 +6,103 @@ and the output projection of timm's ``Attention`` (a Linear(1, 1)).
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from numpy.typing import ArrayLike
 
+from embcache.errors import check_choice, check_number
 from embcache.probe.attention import attend
-from embcache.probe.fusion import Fusion, Params, init_projections, project
-from embcache.probe.hyperparameters import check_choice, check_count, implicit
-from embcache.probe.layers import affine, init_linear
+from embcache.probe.layers import affine, init_linear, layer_norm
 from embcache.probe.train import FittedHead, fit
 from embcache.probe.usage import ATTENTIONS
+
+Params = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Fusion(ABC):
+    """A Linear per backbone, concatenation, mixing, LayerNorm, Linear, ReLU, dropout, classifier.
+
+    A head says how it mixes by `init_mixing` and `mix`; all else is here.
+
+    Attributes
+    ----------
+    proj_dim : int
+        Width of each projection and of the last hidden layer.
+    dropout : float
+        Rate before the classifier.
+    """
+
+    proj_dim: int = 512
+    dropout: float = 0.2
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    fuses: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_number("--head-option proj_dim", self.proj_dim, 1, 100_000)
+        check_number("--head-option dropout", self.dropout, 0.0, 0.999)
+
+    @abstractmethod
+    def init_mixing(self, generator: torch.Generator) -> Params:
+        """Parameters of the mixing of one head."""
+
+    @abstractmethod
+    def mix(self, params: Params, meta: torch.Tensor) -> torch.Tensor:
+        """The meta-embedding (K, B, ``proj_dim`` × backbones), mixed; same shape."""
+
+    def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
+        """Parameters named as the listing's layers; ``project.<backbone>`` stands for ``simclr_head`` and its like."""
+        total = self.proj_dim * len(dims)
+        return {
+            **init_projections(generator, dims, self.proj_dim),
+            **self.init_mixing(generator),
+            "normlayer.weight": torch.ones(total),
+            "normlayer.bias": torch.zeros(total),
+            **init_linear(generator, "proj_head", total, self.proj_dim),
+            **init_linear(generator, "classifier", self.proj_dim, n_classes),
+        }
+
+    def embed(self, params: Params, x: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The fused embedding (K, B, ``proj_dim``): the hidden layer after ReLU, before dropout and classifier."""
+        mixed = self.mix(params, project(params, x))
+        return affine(params, "proj_head", layer_norm(params, "normlayer", mixed)).relu()
+
+    def apply(
+        self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Logits (K, B, C) from features (K, B, D) of each backbone."""
+        out = self.embed(params, x)
+        if masks is not None:
+            out = out * masks["hidden"]
+        return affine(params, "classifier", out)
+
+    def dropouts(self) -> Mapping[str, tuple[int, float]]:
+        """One mask before the classifier."""
+        return {"hidden": (self.proj_dim, self.dropout)}
+
+    def fit(self, x: Mapping[str, ArrayLike], y: ArrayLike, **kwargs: Any) -> FittedHead:
+        """Train on arrays; keywords as `embcache.probe.train.fit`."""
+        return fit(self, x, y, **kwargs)
+
+
+def init_projections(generator: torch.Generator, dims: Mapping[str, int], width: int) -> Params:
+    """``project.<backbone>``: a Linear from each backbone's features to ``width``."""
+    params: Params = {}
+    for backbone, dim in dims.items():
+        params |= init_linear(generator, f"project.{backbone}", dim, width)
+    return params
+
+
+def project(params: Params, x: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The meta-embedding: every backbone projected to one width, concatenated; (K, B, width × backbones)."""
+    return torch.cat([affine(params, f"project.{backbone}", features) for backbone, features in x.items()], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -30,7 +114,7 @@ class DVME(Fusion):
     Attributes
     ----------
     proj_dim, dropout
-        As `embcache.probe.fusion.Fusion`.
+        As `Fusion`.
     attention : {"auto", "exact", "fast"}
         As `embcache.probe.attention.attend`. ``auto`` gives what ``exact`` gives, to a tolerance of 1e-5 of how much
         the components of an image vary (5e-5 was seen in gradients where one key is far from all others); how the same
@@ -39,14 +123,14 @@ class DVME(Fusion):
         says so, and the result is a run of its own.
     """
 
-    attention: str = implicit("auto")
+    attention: str = field(default="auto", metadata={"implicit": True})  # how it is computed, not what
 
     name: ClassVar[str] = "dvme"
     summary: ClassVar[str] = "fuses backbones: projections, attention over their components, hidden layer (Listing 1)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "attention", ATTENTIONS)
+        check_choice("--attention", self.attention, ATTENTIONS)
 
     def init_mixing(self, generator: torch.Generator) -> Params:
         """``attn.qkv``, a Linear(1, 3), and ``attn.proj``, a Linear(1, 1)."""
@@ -93,7 +177,7 @@ class DVMENoAttention:
     fuses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_count(self, "proj_dim")
+        check_number("--head-option proj_dim", self.proj_dim, 1, 100_000)
 
     def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
         """``project.<backbone>`` and ``classifier``."""
@@ -117,4 +201,34 @@ class DVMENoAttention:
         return fit(self, x, y, **kwargs)
 
 
-HEADS = (DVME, DVMENoAttention, DVMEIdentity)
+@dataclass(frozen=True)
+class DVMEToken(Fusion):
+    """Self-attention over one token of ``proj_dim`` numbers per backbone, one attention head, then as `DVME`.
+
+    The layer is timm's ``Attention(dim=proj_dim, num_heads=1, qkv_bias=True)``. Attributes as `Fusion`.
+    """
+
+    name: ClassVar[str] = "dvme-token"
+    summary: ClassVar[str] = "dvme with attention over one token per backbone (Section 5.6 as its text reads)"
+
+    def init_mixing(self, generator: torch.Generator) -> Params:
+        """``attn.qkv``, a Linear(D, 3D), and ``attn.proj``, a Linear(D, D), for tokens of D = ``proj_dim`` numbers."""
+        width = self.proj_dim
+        return {
+            **init_linear(generator, "attn.qkv", width, 3 * width),
+            **init_linear(generator, "attn.proj", width, width),
+        }
+
+    def mix(self, params: Params, meta: torch.Tensor) -> torch.Tensor:
+        """Self-attention of the tokens that lie one after the other in (K, B, D × backbones)."""
+        heads, batch, total = meta.shape
+        width = self.proj_dim
+        # One affine map for all tokens of all rows: (K, B × backbones, D) to (K, B × backbones, 3D).
+        qkv = affine(params, "attn.qkv", meta.reshape(heads, -1, width)).view(heads, batch, -1, 3, width)
+        q, k, v = qkv.unbind(3)  # (K, B, backbones, D)
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(width)).softmax(-1)  # (K, B, backbones, backbones)
+        attended = (weights @ v).reshape(heads, -1, width)
+        return affine(params, "attn.proj", attended).view(heads, batch, total)
+
+
+HEADS = (DVME, DVMENoAttention, DVMEIdentity, DVMEToken)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 
-from embcache.probe.hyperparameters import check_count, check_positive
+from embcache.errors import check_number
 from embcache.probe.metrics import Metric
 from embcache.probe.solve import Params, Solved, SolvedHead
 from embcache.probe.standard import standard_params, standardise
@@ -44,8 +44,8 @@ class KNN(SolvedHead):
     weighs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_count(self, "k")
-        check_positive(self, "temperature")
+        check_number("--head-option k", self.k, 1, 100_000)
+        check_number("--head-option temperature", self.temperature, 1e-6, 1e6)
 
     def solve(
         self,

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from embcache.errors import ProtocolError
-from embcache.probe.hyperparameters import check_count, check_list
+from embcache.cores import threads_for
+from embcache.errors import ProtocolError, check_number
 from embcache.probe.layers import affine
 from embcache.probe.metrics import Metric, scorer
 from embcache.probe.solve import Params, Solved, SolvedHead
 from embcache.probe.standard import standard_params, standardise
-from embcache.probe.threads import threads_for
 from embcache.probe.train import FittedHead, fit, is_balanced
 
 _ABSENT = -1e4  # logit of a class that no training image has: probability 0
@@ -50,8 +49,9 @@ class LogReg(SolvedHead):
     def __post_init__(self) -> None:
         values = self.Cs if isinstance(self.Cs, tuple | list) else (self.Cs,)
         object.__setattr__(self, "Cs", tuple(values))
-        check_list(self, "Cs")
-        check_count(self, "max_iter")
+        for value in self.Cs or (None,):
+            check_number("--head-option Cs", value, 1e-12, 1e12)
+        check_number("--head-option max_iter", self.max_iter, 1, 100_000)
 
     def solve(
         self,

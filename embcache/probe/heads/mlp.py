@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from numpy.typing import ArrayLike
 
-from embcache.probe.hyperparameters import check_count, check_rate
+from embcache.errors import check_number
 from embcache.probe.layers import affine, init_linear
 from embcache.probe.train import FittedHead, fit
 
@@ -36,8 +36,8 @@ class MLP:
     fuses: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_count(self, "hidden")
-        check_rate(self, "dropout")
+        check_number("--head-option hidden", self.hidden, 1, 100_000)
+        check_number("--head-option dropout", self.dropout, 0.0, 0.999)
 
     def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
         """``hidden`` (D to ``hidden``) and ``classifier`` (``hidden`` to C), each a weight and a bias."""

@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 import embcache
-from embcache.errors import EmbcacheError, UsageError, printable
+from embcache.errors import EmbcacheError, check_choice, printable
 from embcache.io import write_output
 from embcache.paths import PathLike
 from embcache.report.layout import Table
@@ -115,8 +115,7 @@ def write_report(
     ProtocolError
         A metric is for two classes, and a dataset has more.
     """
-    if rows not in ("test", "all"):
-        raise UsageError("there are no such rows", expected="test, all", found=rows, fix="--rows test")
+    check_choice("--rows", rows, ("test", "all"))
     parts = collect_parts(datasets, metrics=metrics, home=home, data_root=data_root)
     views = [
         _view(part, f"d{number}", images=images, rows=rows, data_root=data_root, say=say,

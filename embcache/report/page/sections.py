@@ -10,7 +10,7 @@ from typing import Any
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
 from embcache.probe.comparisons import Difference
-from embcache.probe.metrics import METRICS, find_metric, metric_title
+from embcache.probe.metrics import METRICS, confusion, find_metric, metric_title
 from embcache.probe.statistics import Estimate
 from embcache.probe.summary import training_notes
 from embcache.report.advice import Advice, advise
@@ -34,7 +34,7 @@ from embcache.report.page.words import (
     sentences,
     size_words,
 )
-from embcache.report.rates import GRID, confusion, mean_curve
+from embcache.report.rates import GRID, mean_curve
 from embcache.report.subgroups import score_subgroups
 
 MOST_LINES = 6

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import auc, confusion_matrix, precision_score, recall_score, roc_curve
 
+from embcache.probe.metrics import confusion
 from embcache.probe.predictions import Predictions
 from embcache.report import compare
 from embcache.report.page.numbers import class_scores
-from embcache.report.rates import GRID, confusion, mean_curve, roc_points
+from embcache.report.rates import GRID, mean_curve, roc_points
 from tests.report.build import make_result
 
 
