@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from embcache.errors import check_number
+from embcache.errors import UsageError, check_number
 
 _MIN_CHANGE = 1e-8  # ReduceLROnPlateau's eps: a learning rate that would change by less stays
 
@@ -40,7 +40,8 @@ class Schedule:
     plateau_factor: float = 0.1
 
     def __post_init__(self) -> None:
-        check_number("--lr", self.lr, 1e-12, 1e12)
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError("the learning rate must be a positive number", found=str(self.lr), fix="--lr 1e-3")
         check_number("--batch-size", self.batch_size, 1, 1 << 20)
         for name in ("max_epochs", "min_epochs", "patience"):
             check_number(f"--{name.replace('_', '-')}", getattr(self, name), 1, 100_000)
