@@ -219,13 +219,7 @@ def _plain(value: Any) -> Any:
 
 
 def split_list(values: str | Sequence[str] | None) -> list[str]:
-    """Flatten repeated and comma-separated values; order is kept, repeats are dropped.
-
-    Raises
-    ------
-    UsageError
-        A value between two commas is empty.
-    """
+    """Flatten repeated and comma-separated values; order is kept, repeats are dropped."""
     names: list[str] = []
     for value in [values] if isinstance(values, str) else values or ():
         for name in value.split(","):

@@ -28,11 +28,6 @@ def keep_freed_memory() -> bool:
     Activations of a batch are tens of megabytes; by default glibc maps and unmaps each of them, and the kernel zeroes
     the pages anew every time: a third of the processor time of an extraction on CPU, and a quarter of a training of
     DVME heads (docs/log.md). The cost is that the process holds its peak memory until it ends.
-
-    Returns
-    -------
-    bool
-        Whether it was done: False where the C library is not glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -26,15 +26,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Objects of one sort by their names.
-
-    Parameters
-    ----------
-    sort : str
-        What is registered, singular, for messages: ``"head"``.
-    builtin : mapping of str to str
-        ``"module:name"`` by the name of each built-in object.
-    """
+    """Objects of one sort by their names."""
 
     def __init__(self, sort: str, builtin: Mapping[str, str]) -> None:
         self.sort = sort
@@ -43,13 +35,7 @@ class Registry(Generic[T]):
         self._installed = False
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator: make an object known under a name.
-
-        Raises
-        ------
-        UsageError
-            The name is taken by another object, or cannot be a name.
-        """
+        """Decorator: make an object known under a name."""
         self._check(name)
 
         def known(made: T) -> T:
@@ -79,13 +65,7 @@ class Registry(Generic[T]):
         return name in self.names()
 
     def get(self, name: str) -> T:
-        """The object of a name, or of ``module:name``.
-
-        Raises
-        ------
-        UsageError
-            There is none, or it cannot be imported.
-        """
+        """The object of a name, or of ``module:name``."""
         self._read_installed()
         if name in self._objects:
             return self._objects[name]
@@ -115,13 +95,7 @@ class Registry(Generic[T]):
 
 
 def import_object(place: str, sort: str = "object") -> Any:
-    """The object that ``module:name`` names; dots in ``name`` reach into classes.
-
-    Raises
-    ------
-    UsageError
-        The module cannot be imported, or has no such object.
-    """
+    """The object that ``module:name`` names; dots in ``name`` reach into classes."""
     module, _, names = place.partition(":")
     try:
         found = importlib.import_module(module)

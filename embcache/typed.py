@@ -21,13 +21,7 @@ _LARGEST = 1 << 63
 
 
 def parse(data: bytes) -> Any:
-    """JSON bytes as plain data.
-
-    Raises
-    ------
-    ValueError
-        They are no UTF-8, no JSON, nested deeper than `DEEPEST`, or hold a number that no file of ours holds.
-    """
+    """JSON bytes as plain data."""
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except RecursionError as error:
@@ -48,24 +42,7 @@ def check_depth(value: Any) -> None:
 
 
 def typed(kind: Any, value: Any, name: str = "") -> Any:
-    """Plain JSON data as a value of an annotated type.
-
-    Parameters
-    ----------
-    kind : type
-        A dataclass (by its fields' annotations; keys that are missing have their defaults, unknown ones are refused), a
-        `TypedDict` (unknown keys are left as they are), ``list``, ``tuple``, ``Sequence``, ``Mapping`` of str, a union,
-        a ``Literal``, ``str``, ``Path``, ``int``, ``float`` (finite), ``bool``, ``None``, or ``Any``.
-    value : JSON data
-        From `parse`.
-    name : str
-        Of the value, for errors.
-
-    Raises
-    ------
-    ValueError
-        The value is not of the type; the message names the key.
-    """
+    """Plain JSON data as a value of an annotated type."""
     return _reader(kind)(value, name)
 
 

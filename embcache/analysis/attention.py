@@ -22,25 +22,7 @@ def mean_attention(
 ) -> NDArray[np.float32]:
     """Mean over images of the attention weights of a ``dvme`` or ``dvme-token`` head; no map is kept per image.
 
-    Parameters
-    ----------
-    params : mapping of name to Tensor
-        One head's, without the stacking axis, as `embcache.probe.results.load_heads` gives them.
-    x : mapping of backbone to float32 Tensor of shape (n, D)
-        Features of the images, backbones in the order that the head was trained with (``ProbeResult.backbones``).
-    kind : {"auto", "exact", "fast"}
-        How ``dvme`` attends, see `embcache.probe.attention.sum_attention`: by nodes no map is formed per image either.
-
-    Returns
-    -------
-    float32 array of shape (N, N)
-        Row *i* says how much token *i* takes from each token; every row sums to 1. Tokens are the components of the
-        meta-embedding for ``dvme`` (1536 with three backbones), the backbones for ``dvme-token``.
-
-    Raises
-    ------
-    UsageError
-        The head has no attention, or no images were given.
+    Shapes: x (n, D); returns (N, N).
     """
     n, tokens = _count(params, x)
     total = _sum_attention(params, x, tokens, kind)
@@ -98,23 +80,7 @@ def _sum_attention(
 def mass_table(mean_map: NDArray[np.floating], n_backbones: int) -> NDArray[np.float64]:
     """How much attention the tokens of each backbone give to those of each other.
 
-    Parameters
-    ----------
-    mean_map : array of shape (N, N)
-        From `mean_attention`; N is a multiple of ``n_backbones``.
-    n_backbones : int
-        B.
-
-    Returns
-    -------
-    float64 array of shape (B, B)
-        Row *a*, column *b*: attention that a token of backbone *a* gives to all tokens of backbone *b*, mean over the
-        tokens of *a*. Rows sum to 1; 1/B everywhere is attention that makes no difference between backbones.
-
-    Raises
-    ------
-    ValueError
-        N does not divide.
+    Shapes: mean_map (N, N); returns (B, B).
     """
     n = len(mean_map)
     if n_backbones < 1 or n % n_backbones or mean_map.shape != (n, n):

@@ -74,30 +74,15 @@ class LabelError:
 
 @dataclass(frozen=True)
 class Judge:
-    """What the models that judge labels are worth.
-
-    Attributes
-    ----------
-    labels, test_labels : int
-        Labels that were judged, of training and of test images.
-    found, test_found : int
-        Likely errors among them, listed or not.
-    share : float
-        Of the training labels of a class, how many are doubted: mean over classes.
-    balanced_accuracy : float
-        Of the most probable class against the training labels, out of fold.
-    too_weak : bool
-        ``share`` is above `CREDIBLE`, or most labels of a class are doubted: more likely the models are wrong than the
-        labels. What they doubt is listed, and nothing is excluded for it.
-    """
+    """What the models that judge labels are worth."""
 
     labels: int
     test_labels: int
     found: int
     test_found: int
-    share: float
-    balanced_accuracy: float
-    too_weak: bool
+    share: float  # of the training labels of a class, how many are doubted: mean over classes
+    balanced_accuracy: float  # of the most probable class against the training labels, out of fold
+    too_weak: bool  # ``share`` is above `CREDIBLE`, or most labels of a class are doubted
 
 
 @dataclass(frozen=True)
@@ -111,14 +96,7 @@ class Outlier:
 
 @dataclass(frozen=True)
 class Effect:
-    """Test metric of a logistic regression on F, of all test images, trained with and without the excluded images.
-
-    Attributes
-    ----------
-    metric : str
-    before, after : (float, float)
-        Mean and sd (ddof 1) over folds.
-    """
+    """Test metric of a logistic regression on F, of all test images, trained with and without the excluded images."""
 
     metric: str
     before: tuple[float, float]
@@ -127,42 +105,19 @@ class Effect:
 
 @dataclass(frozen=True)
 class Audit:
-    """What one backbone's features say.
-
-    Attributes
-    ----------
-    dataset, backbone : str
-    images, test_images : int
-        Labeled and readable ones, for training (and validation) and for testing.
-    pairs : tuple of Pair
-        Most similar first.
-    judge : Judge or None
-        None where fewer than two classes can be judged; a note says why.
-    label_errors : tuple of LabelError
-        Most confident first.
-    outliers : tuple of Outlier
-        Furthest first.
-    exclude : tuple of (str, str)
-        Training images to leave out, each with the reason. No label error where the models are too weak, no outlier of
-        a class with `NEIGHBORS` images or fewer, and never a test image: a test set that a model cleaned flatters it.
-    effect : Effect or None
-        None where nothing is excluded, or where it cannot be told.
-    no_effect : str
-        Why it cannot be told.
-    notes : tuple of str
-    """
+    """What one backbone's features say."""
 
     dataset: str
     backbone: str
     images: int
     test_images: int
-    pairs: tuple[Pair, ...]
-    judge: Judge | None
-    label_errors: tuple[LabelError, ...]
-    outliers: tuple[Outlier, ...]
-    exclude: tuple[tuple[str, str], ...]
-    effect: Effect | None
-    no_effect: str
+    pairs: tuple[Pair, ...]  # most similar first
+    judge: Judge | None  # none where fewer than two classes can be judged; a note says why
+    label_errors: tuple[LabelError, ...]  # most confident first
+    outliers: tuple[Outlier, ...]  # furthest first
+    exclude: tuple[tuple[str, str], ...]  # training images to leave out, each with the reason
+    effect: Effect | None  # none where nothing is excluded, or where it cannot be told
+    no_effect: str  # why it cannot be told
     notes: tuple[str, ...]
 
 
@@ -212,31 +167,6 @@ def audit_dataset(
     have; a label is doubted where such a class is another one (of several, the most probable class counts) and the
     label is not itself the most probable class, as ``cleanlab.filter.find_label_issues`` has it with
     ``filter_by="confident_learning"``. Test labels are judged by the mean of the same models.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        Audited are its labeled images. Near-duplicates and outliers take any number of each class; labels are judged of
-        classes that have as many groups as there are folds.
-    backbone : str
-        Whose cached features are used.
-    similarity : float
-        As `SIMILARITY`.
-    most : int
-        As `MOST`.
-    home, recipe
-        As for `embcache.probe.inputs.open_stores`.
-    folds : int
-        Three at least: one is judged, one calibrates, the others train.
-    seed : int
-        Of the folds.
-
-    Raises
-    ------
-    UsageError
-        A threshold or a number out of range.
-    ProtocolError
-        Fewer than two training images, or features that are not finite.
     """
     if not 0 < similarity <= 1:
         raise UsageError(
@@ -357,18 +287,7 @@ def _errors(images: _Images, p: Float, doubted: NDArray[np.bool_], side: slice) 
 def doubted_labels(labels: IntArray, p: Float, n: int) -> NDArray[np.bool_]:
     """Labels that confident learning doubts; see `audit_dataset`.
 
-    Parameters
-    ----------
-    labels : int64 array of shape (N,)
-        0 … C − 1; every class occurs among the first ``n``.
-    p : float64 array of shape (N, C)
-        Probabilities by models that did not see the image.
-    n : int
-        Thresholds are those of the first ``n`` images.
-
-    Returns
-    -------
-    bool array of shape (N,)
+    Shapes: labels (N,); p (N, C); returns (N,).
     """
     thresholds = np.array([p[:n][labels[:n] == c, c].mean() for c in range(p.shape[1])])
     confident = p >= thresholds - 1e-6

@@ -32,18 +32,7 @@ def cached_map(
 ) -> NDArray[np.float32]:
     """`embcache.analysis.maps.embed_map`, read where the same map was made before.
 
-    Parameters
-    ----------
-    folder : Path
-        Where coordinates are kept.
-    source : mapping of str to JSON
-        What the features are: fingerprints of recipes, the run and fold of a fused embedding.
-    ids : sequence of str, length n
-        The images, in order.
-    features : float32 array (n, D)
-        Their bytes are part of what is asked.
-    method, seed, perplexity
-        As for `embed_map`.
+    Shapes: features (n, D).
     """
     asked = {
         "source": dict(source),

@@ -29,50 +29,25 @@ NAMES = {"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA"}
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One embedding and its map.
+    """One embedding and its map."""
 
-    Attributes
-    ----------
-    label : str
-        Backbone, or what a run fuses.
-    remark : str
-        What a reader must know, such as that it was trained with labels.
-    dim : int
-        Of the embedding.
-    coordinates : float32 array (n, 2)
-    scores : MapScores
-    source : dict
-        Fingerprint of the recipe; or run, fold and fingerprints.
-    """
-
-    label: str
-    remark: str
-    dim: int
-    coordinates: NDArray[np.float32]
+    label: str  # backbone, or what a run fuses
+    remark: str  # what a reader must know, such as that it was trained with labels
+    dim: int  # of the embedding
+    coordinates: NDArray[np.float32]  # (n, 2)
     scores: MapScores
-    source: dict[str, Any]
+    source: dict[str, Any]  # fingerprint of the recipe; or run, fold and fingerprints
 
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """Maps of the same images.
-
-    Attributes
-    ----------
-    dataset : str
-    method : str
-    shown : Shown
-        The images.
-    panels : tuple of Panel
-    paths : tuple of Path
-        The figure, once in each format asked for.
-    """
+    """Maps of the same images."""
 
     dataset: str
     method: str
-    shown: Shown
+    shown: Shown  # the images
     panels: tuple[Panel, ...]
-    paths: tuple[Path, ...]
+    paths: tuple[Path, ...]  # the figure, once in each format asked for
 
     def table(self) -> pd.DataFrame:
         """One row an image and embedding: ``embedding, id, label, x, y``."""
@@ -105,36 +80,7 @@ def draw_maps(
     recipe: str | None = None,
     targets: Sequence[PathLike] = (),
 ) -> Maps:
-    """Map cached embeddings of the same images, and draw the maps side by side.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        Whose images are shown.
-    backbones : sequence of str
-        Default, where no runs are given either: all that are cached.
-    runs : sequence of str
-        Ids (or beginnings) of runs of a fused head, whose embedding is shown.
-    method, perplexity
-        As for `embcache.analysis.maps.embed_map`.
-    rows : {"test", "train", "all"}
-        Which images. Test rows follow the protocol of the first run, where one is given.
-    most : int, optional
-        At most so many images.
-    seed : int
-        Of the maps, and, without runs, of the splits.
-    home, recipe
-        As for `embcache.probe.inputs.open_stores`.
-    targets : sequence of path
-        Files to draw; the suffix says the format. Default: ``<home>/<dataset>/figures/<method>.png``.
-
-    Raises
-    ------
-    StoreNotFoundError
-        Nothing is cached, or there is no such run.
-    UsageError
-        A run is of another dataset, or fuses nothing; or runs with different test images.
-    """
+    """Map cached embeddings of the same images, and draw the maps side by side."""
     if method not in METHODS:
         raise UsageError("there is no such method", expected=", ".join(METHODS), found=method, fix="--method tsne")
     found = [find_run_anywhere(run, home) for run in runs]

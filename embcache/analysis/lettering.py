@@ -97,23 +97,7 @@ def add_legend(
     weights: Mapping[str, int] | None = None,
     handle: float = 2.0,
 ) -> None:
-    """A legend beneath all, in as many columns as fit; the figure grows by its height.
-
-    Parameters
-    ----------
-    figure : Figure
-        With a constrained layout.
-    handles : mapping of label to Artist
-        In order.
-    size : float
-        Of the text, in points.
-    title : str
-        Stands above the entries.
-    weights : mapping of label to int, optional
-        Images of classes: of more than `_ROWS` rows the lightest are left out, and a line says so. Default: none are.
-    handle : float
-        Width of the marks, in ems.
-    """
+    """A legend beneath all, in as many columns as fit; the figure grows by its height."""
     em, room = size / 72, figure.get_figwidth() - 2 * _MARGIN
     texts = {label: shorten(label, size, room - (handle + 0.5) * em) for label in handles}
     entry = max(text_width(text, size) for text in texts.values()) + (handle + 0.5 + 1.5) * em

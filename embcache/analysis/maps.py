@@ -34,29 +34,7 @@ def embed_map(
 ) -> NDArray[np.float32]:
     """Two-dimensional map of standardised features; the same for the same seed.
 
-    Parameters
-    ----------
-    features : array-like of shape (n, D)
-        Standardised here, each component.
-    method : {"tsne", "umap", "pca"}
-        t-SNE by openTSNE (Poličar et al., 2019) of the first 50 principal components, from the first two of them
-        (Kobak and Berens, 2019); UMAP by umap-learn (extra ``umap``), with as many neighbours as half the perplexity;
-        the first two principal components.
-    seed : int
-        Of the optimisation.
-    perplexity : float
-        Of t-SNE; lowered to a third of the neighbours there are where images are few.
-
-    Returns
-    -------
-    ndarray of shape (n, 2), float32
-
-    Raises
-    ------
-    ProtocolError
-        Fewer than four images: there is no neighbourhood to keep.
-    UsageError
-        There is no such method, or what computes it is not installed.
+    Shapes: features (n, D); returns (n, 2).
     """
     check_choice("--method", method, METHODS)
     check_number("--perplexity", perplexity, 1.0, 1000.0)
@@ -111,22 +89,10 @@ def _umap(X: NDArray[np.float32], seed: int, neighbours: int) -> NDArray[np.floa
 
 @dataclass(frozen=True)
 class MapScores:
-    """Scores of an embedding and of its map, over the images shown.
+    """Scores of an embedding and of its map, over the images shown."""
 
-    Attributes
-    ----------
-    silhouette : float or None
-        Mean silhouette of the classes in the standardized embedding, −1 … 1. Distances to images of the same group
-        count neither within a class nor between classes. None with a single class, or where no image has images of its
-        own and of another class in other groups.
-    knn_accuracy : float or None
-        `neighbour_accuracy` in the embedding, not in its map.
-    trustworthiness : float
-        How far neighbors in the map are neighbors in the embedding (Venna and Kaski, 2001), 0 … 1.
-    """
-
-    silhouette: float | None
-    knn_accuracy: float | None
+    silhouette: float | None  # mean silhouette of the classes in the standardized embedding, −1 … 1
+    knn_accuracy: float | None  # `neighbour_accuracy` in the embedding, not in its map
     trustworthiness: float
 
 
@@ -153,21 +119,7 @@ def neighbour_accuracy(
 
     A patient's other images say nothing about the class, however near they are. Ties go to the nearer neighbors.
 
-    Parameters
-    ----------
-    features : float32 array of shape (n, D)
-        Standardized here.
-    labels : int64 array of shape (n,)
-        0 … C − 1.
-    groups : sequence of str, length n
-        Of each image.
-    k : int
-        Lowered to the images there are.
-
-    Returns
-    -------
-    float or None
-        None where all images are of one group.
+    Shapes: features (n, D); labels (n,).
     """
     return _scores_among_groups(standardized(features), labels, groups, k)[1]
 

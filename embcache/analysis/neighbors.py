@@ -18,21 +18,11 @@ from embcache.store.feature_store import FeatureStore
 
 @dataclass(frozen=True)
 class Neighbour:
-    """One image near another.
-
-    Attributes
-    ----------
-    id : str
-    similarity : float
-        Cosine of the standardised features of the two, −1 … 1.
-    label : int
-        −1 where there is none.
-    split, group : str
-    """
+    """One image near another."""
 
     id: str
-    similarity: float
-    label: int
+    similarity: float  # cosine of the standardised features of the two, −1 … 1
+    label: int  # −1 where there is none
     split: str
     group: str
 
@@ -55,28 +45,7 @@ def find_neighbours(
     home: PathLike | None = None,
     recipe: str | None = None,
 ) -> list[Neighbours]:
-    """The k images nearest to one, under each backbone.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        Among whose cached images is looked.
-    image : str
-        Id of a cached image; the end of one will do where it is the end of one only.
-    backbones : sequence of str
-        Default: all that are cached.
-    k : int
-        Lowered to the others there are.
-    home, recipe
-        As for `embcache.probe.inputs.open_stores`.
-
-    Raises
-    ------
-    UsageError
-        No image, or several, are called so; or it could not be read.
-    StoreNotFoundError
-        A backbone is not cached.
-    """
+    """The k images nearest to one, under each backbone."""
     check_number("-k", k, 1, 1_000)
     id_ = _find(ds, image)
     names = list(dict.fromkeys(backbones)) or cached_backbones(ds.name, home)

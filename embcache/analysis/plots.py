@@ -285,27 +285,7 @@ def plot_rates(
     counts: Sequence[int] = (),
     note: str = "",
 ) -> Path:
-    """Draw curves over the unit square, a legend of their labels beneath.
-
-    Parameters
-    ----------
-    curves : sequence of Curve
-        Those of one ``family`` have one colour; those without a label are not in the legend. Bands may be nan.
-    title : str
-        Lines of a title.
-    target : Path
-        The figure.
-    axes : (str, str)
-        What is across and what is up.
-    reference : "diagonal" or float, optional
-        A thin grey line: the diagonal, or at this height.
-    points : bool
-        Mark each point, and draw bars in place of bands.
-    counts : sequence of int
-        Images in equal bins of what is across, drawn as a strip beneath.
-    note : str
-        Stands above the legend.
-    """
+    """Draw curves over the unit square, a legend of their labels beneath."""
     told = [curve for curve in curves if curve.label]
     labels, note = [_plain(wrap(curve.label, 8, 5.7)) for curve in told], _plain(wrap(note, 8, 6.1))
     lines = sum(label.count("\n") + 1 for label in labels) + 1 + note.count("\n")

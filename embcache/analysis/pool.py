@@ -25,21 +25,12 @@ MOST = 5_000
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """The images of a dataset outside its test set, and the stores of several backbones over it.
-
-    Attributes
-    ----------
-    ds : ImageDataset
-    stores : dict of backbone to FeatureStore
-    sides : Sides
-    rows : int64 array
-        Rows of the dataset that may train or validate, ascending; no test row among them.
-    """
+    """The images of a dataset outside its test set, and the stores of several backbones over it."""
 
     ds: ImageDataset
     stores: dict[str, FeatureStore]
     sides: Sides
-    rows: IntArray
+    rows: IntArray  # rows of the dataset that may train or validate, ascending; no test row among them
 
     def features(self, backbone: str, rows: IntArray) -> torch.Tensor:
         """Raw features of some rows, float32 (n, D)."""

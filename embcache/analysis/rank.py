@@ -44,90 +44,42 @@ _Protocol = tuple[str, str, int, int, bool]
 
 @dataclass(frozen=True)
 class RankRow:
-    """Scores of one backbone on a dataset's training images, and what probes of it reached.
-
-    Attributes
-    ----------
-    backbone : str
-    logme, h_score : float
-        See `embcache.analysis.transfer`; of the training rows (mean over folds; of the whole pool at subset F).
-    centroid, knn : float
-        The dataset's metric on validation rows (mean over folds) of the nearest class centroid, and of the head
-        ``knn``: both learn from a fold's training rows. NaN where a class is in too few groups for two folds.
-    place : float
-        Mean of the ranks by `ORDER` among the backbones compared; 1 is best in all of them.
-    probes : mapping of subset to float
-        Mean test score of the saved linear probe on the same features, for each subset there is one of; all rows' by
-        one protocol.
-    runs : mapping of subset to str
-        Their run ids.
-    """
+    """Scores of one backbone on a dataset's training images, and what probes of it reached."""
 
     backbone: str
     logme: float
     h_score: float
     centroid: float
     knn: float
-    place: float
+    place: float  # mean of the ranks by `ORDER` among the backbones compared; 1 is best in all of them
     probes: Mapping[str, float] = field(default_factory=dict)
-    runs: Mapping[str, str] = field(default_factory=dict)
+    runs: Mapping[str, str] = field(default_factory=dict)  # their run ids
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Agreement of one score with the linear probe's test score at one subset, over backbones.
+    """Agreement of one score with the linear probe's test score at one subset, over backbones."""
 
-    Attributes
-    ----------
-    score : str
-        A key of `SCORES`, or ``"place"``.
-    subset : str
-    n : int
-        Backbones that have both; three at least.
-    kendall, spearman : float
-        Rank correlations, τ_b and ρ; NaN where a side is constant. For ``place`` of its negative, so that 1 is
-        agreement throughout.
-    """
-
-    score: str
+    score: str  # A key of `SCORES`, or ``"place"``
     subset: str
-    n: int
+    n: int  # backbones that have both; three at least
     kendall: float
     spearman: float
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The backbones of one dataset, best first.
-
-    Attributes
-    ----------
-    dataset, metric : str
-    subset : str
-        The subset whose rows were looked at.
-    n_train : int
-        Training rows of a fold.
-    labels_used : int
-        Labels of a fold, training and validation.
-    probe_labels : mapping of subset to int
-        The same of the linear probes.
-    rows : tuple of RankRow
-        By ``place``.
-    correlations : tuple of Correlation
-        Empty where fewer than three backbones have a linear probe at one subset.
-    notes : tuple of str
-        What a reader of the scores must know.
-    """
+    """The backbones of one dataset, best first."""
 
     dataset: str
     metric: str
-    subset: str
-    n_train: int
-    labels_used: int
-    probe_labels: Mapping[str, int]
-    rows: tuple[RankRow, ...]
-    correlations: tuple[Correlation, ...]
-    notes: tuple[str, ...]
+    subset: str  # the subset whose rows were looked at
+    n_train: int  # training rows of a fold
+    labels_used: int  # labels of a fold, training and validation
+    probe_labels: Mapping[str, int]  # the same of the linear probes
+    rows: tuple[RankRow, ...]  # by ``place``
+    correlations: tuple[Correlation, ...]  # empty where fewer than three backbones have a linear probe at one subset
+    notes: tuple[str, ...]  # what a reader of the scores must know
 
 
 def rank_backbones(
@@ -182,13 +134,7 @@ def rank_dataset(
 
 
 def correlate(rows: Sequence[RankRow]) -> list[Correlation]:
-    """Rank correlation of every score, and of the place, with the linear probe at each subset that has three or more.
-
-    Parameters
-    ----------
-    rows : sequence of RankRow
-        From `rank_backbones`.
-    """
+    """Rank correlation of every score, and of the place, with the linear probe at each subset of three or more."""
     found = []
     for subset in dict.fromkeys(subset for row in rows for subset in row.probes):
         both = [row for row in rows if subset in row.probes]

@@ -30,61 +30,24 @@ Params = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class RunAttention:
-    """Attention of a run, averaged over its test images and folds.
-
-    Attributes
-    ----------
-    result : ProbeResult
-    shown : Shown
-        The test images.
-    weights : float32 array (N, N)
-        Row *i*: how much token *i* takes from each token; rows sum to 1.
-    mass, mass_std : float64 array (B, B)
-        By backbone, rows sum to 1; the deviation over folds (ddof 1), NaN of a single fold.
-    by_class : dict of str to float64 array (B, B)
-        Of the test images of each class alone.
-    entropy, entropy_std : float
-        Mean entropy of a token's weights as a share of log N, 0 … 1 (1: it makes no difference), and its deviation
-        over folds.
-    received : tuple of (str, int, float)
-        Backbone, component and share of all attention of the components that receive most; 1/N would be even.
-    folds : int
-        That have a model.
-    """
+    """Attention of a run, averaged over its test images and folds."""
 
     result: ProbeResult
-    shown: Shown
-    weights: NDArray[np.float32]
+    shown: Shown  # the test images
+    weights: NDArray[np.float32]  # (N, N); row *i*: how much token *i* takes from each token; rows sum to 1
     mass: NDArray[np.float64]
     mass_std: NDArray[np.float64]
-    by_class: Mapping[str, NDArray[np.float64]]
+    by_class: Mapping[str, NDArray[np.float64]]  # (B, B); of the test images of each class alone
     entropy: float
     entropy_std: float
     received: tuple[tuple[str, int, float], ...]
-    folds: int
+    folds: int  # that have a model
 
 
 def run_attention(
     ds: ImageDataset, result: ProbeResult, run: Path, *, home: PathLike | None = None, recipe: str | None = None
 ) -> RunAttention:
-    """Attention of a run of ``dvme`` or ``dvme-token`` over the labelled test images of its protocol.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        The run's dataset.
-    result, run
-        The run and its folder.
-    home, recipe
-        As for `embcache.probe.inputs.open_stores`.
-
-    Raises
-    ------
-    UsageError
-        The run's head has no attention, or the run is of another dataset.
-    ProtocolError
-        No fold of it has a model.
-    """
+    """Attention of a run of ``dvme`` or ``dvme-token`` over the labelled test images of its protocol."""
     if result.dataset != ds.name:
         raise UsageError("a run of another dataset", expected=ds.name, found=f"{result.id} of {result.dataset}")
     stores = open_stores(ds, [list(result.backbones)], home, recipe)
@@ -131,12 +94,7 @@ def mean_entropy(params: Params, x: Mapping[str, torch.Tensor]) -> float:
     Where a token is one number its entropy is a smooth function of its query: it is computed at some queries of each
     image, the more the further scores range, and interpolated linearly (to 1e-4; a test compares it with all N).
 
-    Parameters
-    ----------
-    params : mapping of name to Tensor
-        One head's, as for `embcache.analysis.attention.mean_attention`.
-    x : mapping of backbone to float32 Tensor (n, D)
-        Features of the images.
+    Shapes: x (n, D).
     """
     stacked = {name: p[None].float() for name, p in params.items()}
     weight, bias = params["attn.qkv.weight"].float(), params["attn.qkv.bias"].float()

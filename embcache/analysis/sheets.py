@@ -50,13 +50,7 @@ def draw_neighbours(ds: ImageDataset, found: Sequence[Neighbours], target: Path)
 def draw_pictures(
     dataset: ImageDataset, captions: Sequence[tuple[str, str]], title: str, target: Path, *, columns: int = 6
 ) -> int:
-    """Images by id with a caption each, row by row.
-
-    Returns
-    -------
-    int
-        How many could be read; where none could, nothing is written.
-    """
+    """Images by id with a caption each, row by row."""
     cells = [Cell(thumbnail(dataset, id_), f"{_short(id_)}\n{caption}") for id_, caption in captions]
     found = sum(cell.pixels is not None for cell in cells)
     if found:

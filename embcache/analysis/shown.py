@@ -30,22 +30,12 @@ _CHUNK = 128  # images embedded at a time
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """Labelled images of a figure.
-
-    Attributes
-    ----------
-    ids : list of str, length n
-    labels : int64 array (n,)
-    groups : list of str, length n
-        Of each image; identical images are of one group.
-    remark : str
-        Which rows these are, in words.
-    """
+    """Labelled images of a figure."""
 
     ids: list[str]
-    labels: NDArray[np.int64]
-    groups: list[str]
-    remark: str
+    labels: NDArray[np.int64]  # (n,)
+    groups: list[str]  # of each image; identical images are of one group
+    remark: str  # which rows these are, in words
 
 
 def shown_images(
@@ -59,26 +49,6 @@ def shown_images(
     """The labelled images that the protocol tests on, or trains and validates on, or both; readable in every store.
 
     No folds are drawn, so any number of images of a class can be shown.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        As its stores know it.
-    stores : sequence of FeatureStore
-        Images that one of them could not read are left out.
-    rows : {"test", "train", "all"}
-        ``train`` is the pool: all that may train or validate.
-    most : int, optional
-        So many are drawn by a hash of their ids where there are more.
-    **protocol
-        ``seed, test, exclude_test_overlap`` as for `embcache.probe.inputs.divide_for`.
-
-    Raises
-    ------
-    ProtocolError
-        None of the images has a label that is known.
-    UsageError
-        There are no such rows.
     """
     check_choice("--rows", rows, ROWS)
     sides = divide_for(ds, stores, **protocol)
@@ -105,27 +75,7 @@ def fused_features(
 ) -> tuple[int, NDArray[np.float32]]:
     """The embedding that a run of ``dvme`` makes of cached features, by its first fold that has a model.
 
-    Parameters
-    ----------
-    result : ProbeResult
-        Of a head that fuses.
-    run : Path
-        Its folder.
-    features : mapping of backbone to float32 array (n, D)
-        Of each of the run's backbones.
-
-    Returns
-    -------
-    fold : int
-    embedding : float32 array (n, 512)
-        The hidden layer after ReLU.
-
-    Raises
-    ------
-    UsageError
-        The run's head fuses nothing.
-    ProtocolError
-        No fold has a model.
+    Shapes: features (n, D).
     """
     head = make_head(**result.request["head"])
     if not isinstance(head, Fusion):

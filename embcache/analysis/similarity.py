@@ -26,33 +26,16 @@ _BLOCK = 1024  # images whose neighbours are looked for at a time
 
 @dataclass(frozen=True, eq=False)
 class Similarity:
-    """Similarity of every pair of backbones; the matrices are symmetric with ones on the diagonal.
-
-    Attributes
-    ----------
-    dataset : str
-    backbones : tuple of str
-    n : int
-        Images that were compared.
-    cka : float64 array of shape (B, B)
-        Debiased linear CKA: 0 expected of unrelated embeddings, 1 of such that differ by rotation, scale and shift.
-    cka_biased : float64 array of shape (B, B)
-        Linear CKA as published (Kornblith et al. 2019): for unrelated embeddings too it grows with dimensions / images.
-    neighbours : float64 array of shape (B, B)
-        Mean share of an image's ``k`` nearest images that are the same in both.
-    k : int
-    notes : tuple of str
-        What a reader of the figures must know.
-    """
+    """Similarity of every pair of backbones; the matrices are symmetric with ones on the diagonal."""
 
     dataset: str
     backbones: tuple[str, ...]
-    n: int
-    cka: Array
-    cka_biased: Array
-    neighbours: Array
+    n: int  # images that were compared
+    cka: Array  # (B, B)
+    cka_biased: Array  # (B, B)
+    neighbours: Array  # (B, B); mean share of an image's ``k`` nearest images that are the same in both
     k: int
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what a reader of the figures must know
 
 
 def similarity(
@@ -100,17 +83,7 @@ def linear_cka(x: NDArray[np.floating], y: NDArray[np.floating], *, debiased: bo
     replaced by the unbiased estimator of HSIC (Song et al. 2012, eq. 5), which leaves out each image's similarity with
     itself. Without that, embeddings with more dimensions than images are alike whatever they are.
 
-    Parameters
-    ----------
-    x, y : float array of shape (n, D), (n, E)
-        Raw features, rows of the same images; four at least.
-    debiased : bool
-        Whether HSIC is estimated without bias; the value may then fall a little below 0.
-
-    Returns
-    -------
-    float
-        NaN where an embedding does not vary.
+    Shapes: x, y (n, D).
     """
     parts = [_centred(x), _centred(y)]
     values = np.array([[_hsic(a, b)[int(debiased)] for b in parts] for a in parts])

@@ -22,12 +22,7 @@ def logme(x: NDArray[np.floating], y: IntArray) -> float:
     iterate a fixed point; here β is solved for and λ = α/β searched, which finds the same maximum also where there are
     fewer images than features and the iteration breaks down.
 
-    Parameters
-    ----------
-    x : float array of shape (n, D)
-        Raw features.
-    y : int array of shape (n,)
-        Labels of two classes at least.
+    Shapes: x (n, D); y (n,).
     """
     X = np.asarray(x, dtype=np.float64)
     n = len(X)
@@ -48,12 +43,7 @@ def h_score(x: NDArray[np.floating], y: IntArray) -> float:
     covariance of the features replaced by their class means (both divided by n). Between 0 and the number of classes
     less one.
 
-    Parameters
-    ----------
-    x : float array of shape (n, D)
-        Raw features.
-    y : int array of shape (n,)
-        Labels.
+    Shapes: x (n, D); y (n,).
     """
     with threads_for(x.size):
         return _h_score(np.asarray(x, dtype=np.float64), np.asarray(y))
@@ -62,19 +52,7 @@ def h_score(x: NDArray[np.floating], y: IntArray) -> float:
 def centroid_logits(x: NDArray[np.floating], y: IntArray, held: NDArray[np.floating], n_classes: int) -> Array:
     """Nearest class centroid on features standardised by the training rows, as logits.
 
-    Parameters
-    ----------
-    x, held : float array of shape (n, D), (m, D)
-        Training rows, and rows to be told apart.
-    y : int array of shape (n,)
-        Training labels; every class occurs.
-    n_classes : int
-        C.
-
-    Returns
-    -------
-    float64 array of shape (m, C)
-        −½ of the mean squared distance per feature: the arg max is the nearest centroid.
+    Shapes: x, held (n, D); y (n,); returns (m, C).
     """
     z, h = (standardized(rows, by=x).astype(np.float64) for rows in (x, held))
     centroids = np.stack([z[y == c].mean(axis=0) for c in range(n_classes)])  # (C, D)

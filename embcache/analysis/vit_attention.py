@@ -21,23 +21,12 @@ from embcache.paths import PathLike
 
 @dataclass(frozen=True, eq=False)
 class ClassAttention:
-    """Attention of the class token of one image.
-
-    Attributes
-    ----------
-    backbone : str
-    pixels : uint8 array (H, W, 3)
-        What the network was given, before normalisation.
-    heads : float32 array (heads, rows, columns)
-        Over the grid of patches; what is missing to a sum of 1 goes to the class token itself and to registers.
-    patch : int
-        Pixels of a patch's side.
-    """
+    """Attention of the class token of one image."""
 
     backbone: str
-    pixels: NDArray[np.uint8]
-    heads: NDArray[np.float32]
-    patch: int
+    pixels: NDArray[np.uint8]  # (H, W, 3); what the network was given, before normalisation
+    heads: NDArray[np.float32]  # (heads, rows, columns)
+    patch: int  # pixels of a patch's side
 
 
 def image_attention(
@@ -48,24 +37,7 @@ def image_attention(
     transform: str | None = None,
     home: PathLike | None = None,
 ) -> ClassAttention:
-    """Attention of the last block's class token to the patches of one image file.
-
-    Parameters
-    ----------
-    image : path
-        Any file that extraction reads.
-    backbone : str
-        ``dino``, or a ``timm:`` vision transformer with a class token.
-    weights, transform, home
-        As for an extraction.
-
-    Raises
-    ------
-    UsageError
-        The backbone is no vision transformer with a class token.
-    ImageError, WeightsError
-        As for an extraction.
-    """
+    """Attention of the last block's class token to the patches of one image file."""
     path = Path(image).expanduser()
     if not path.is_file():
         raise UsageError("there is no such image", expected="an image file", found=str(image), fix="--image FILE")

@@ -63,13 +63,7 @@ NameOption = Annotated[
 
 
 def check_suffix(path: Path, flag: str, *suffixes: str) -> Path:
-    """Refuse a file whose suffix says that something else is in it than is written; none, and devices, are well.
-
-    Raises
-    ------
-    UsageError
-        The suffix is none of these.
-    """
+    """Refuse a file whose suffix says that something else is in it than is written; none, and devices, are well."""
     suffix = path.suffix.lower()
     if suffix and suffix not in suffixes and not (path.exists() and not path.is_file()):
         raise UsageError(

@@ -58,11 +58,6 @@ class Screen(io.TextIOBase):
 
     What libraries write (warnings, logs, progress bars) passes here, too. A line's end, and a return to its beginning
     at the start of what is written, as progress bars make, are kept.
-
-    Parameters
-    ----------
-    stream : TextIO or None
-        Where it goes; None, as Python has it for a stream that was closed, is nowhere.
     """
 
     def __init__(self, stream: TextIO | None) -> None:

@@ -7,13 +7,7 @@ from typing import Any
 
 
 class ProgressBar:
-    """A bar with rate and time left, on stderr and only on a terminal; it begins anew where what is counted changes.
-
-    Parameters
-    ----------
-    unit : str
-        What is counted, singular.
-    """
+    """A bar with rate and time left, on stderr and only on a terminal; it begins anew where what is counted changes."""
 
     def __init__(self, unit: str) -> None:
         self._unit = unit

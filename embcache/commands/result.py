@@ -29,34 +29,16 @@ USUAL = ("auc", "kappa", "auprc", "accuracy", "balanced_accuracy", "f1", "mcc", 
 
 @dataclass(frozen=True, eq=False)
 class Described:
-    """What is printed of a run.
+    """What is printed of a run."""
 
-    Attributes
-    ----------
-    result : ProbeResult
-        With the positive class that was asked for.
-    scores : mapping of metric to mapping of str to Estimate
-        ``""`` the mean over the models, ``ensemble``, ``by patient``, ``by patient, ensemble``.
-    confusion : list of list of int
-        Test images of each true class (rows) that the ensemble calls each class (columns).
-    prevalence : float or None
-        Of the positive class, for PPV, NPV and calibration; None where no class is positive.
-    operating_points, calibration : list
-        See `embcache.probe.decisions`.
-    adjustments : list of Adjustment
-        Of each model, where another prevalence or a temperature was asked for: of operating points and calibration.
-    notes : list of str
-        What a reader must know.
-    """
-
-    result: ProbeResult
+    result: ProbeResult  # with the positive class that was asked for
     scores: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     confusion: Sequence[Sequence[int]] = ()
-    prevalence: float | None = None
+    prevalence: float | None = None  # of the positive class, for PPV, NPV and calibration
     operating_points: Sequence[OperatingPoint] = ()
     calibration: Sequence[Calibration] = ()
-    adjustments: Sequence[Adjustment] = ()
-    notes: Sequence[str] = ()
+    adjustments: Sequence[Adjustment] = ()  # of each model, where another prevalence or a temperature was asked for
+    notes: Sequence[str] = ()  # what a reader must know
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name; None for what is not a number."""
@@ -72,28 +54,7 @@ def describe(
     positive: str | None = None,
     adjust: Adjust = Adjust(),
 ) -> Described:
-    """Everything that is measured on a run's saved predictions; nothing is trained and the run is not changed.
-
-    Parameters
-    ----------
-    result : ProbeResult
-        The run.
-    folder : Path
-        Its folder.
-    metrics : sequence of str
-        Scores to show; default the run's own and `USUAL`.
-    positive : str, optional
-        Class of asymmetric metrics, operating points and calibration.
-    adjust : Adjust
-        For operating points and calibration: another prevalence, temperatures.
-
-    Raises
-    ------
-    UsageError
-        There is no such metric or class, or the prevalence is not one of these classes.
-    StoreError
-        A file of the run that ``adjust`` needs is not there.
-    """
+    """Everything that is measured on a run's saved predictions; nothing is trained and the run is not changed."""
     names, chosen = result.class_names, positive or result.positive or None
     number = positive_class(names, chosen)
     has_positive = len(names) == 2 or chosen is not None

@@ -25,15 +25,7 @@ _lock = threading.Lock()
 
 
 def member_pixels(path: str, member: int, decoding: Decoding) -> npt.NDArray[np.uint8]:
-    """Row ``member`` of the array in an HDF5 file, shape (H, W, 3), uint8.
-
-    Raises
-    ------
-    ImageError
-        There is no such file, array or row, or its bytes are broken.
-    DatasetError
-        The file takes the array from elsewhere (`own_array`).
-    """
+    """Row ``member`` of the array in an HDF5 file, shape (H, W, 3), uint8."""
     with _lock, _reasons():
         array = _array(path, member, decoding)
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123
@@ -52,13 +44,6 @@ def own_array(file: Any, key: str) -> Any:
 
     HDF5 can take an array from other files: by external and soft links, external storage, and virtual datasets. A
     dataset's pixels and labels lie inside its root, so none of these is followed.
-
-    Raises
-    ------
-    KeyError
-        There is no such array.
-    DatasetError
-        Its values are, or may be, elsewhere.
     """
     import h5py
 

@@ -22,13 +22,7 @@ _TOO_LARGE = re.compile(r"too large: ([\d,]+) pixels")
 
 
 class Budget:
-    """Memory that the decoding threads of a process share: they wait until the sum of what they hold fits.
-
-    Parameters
-    ----------
-    total : int
-        Bytes. An image that needs more is decoded alone.
-    """
+    """Memory that the decoding threads of a process share: they wait until the sum of what they hold fits."""
 
     def __init__(self, total: int) -> None:
         self._total, self._used = total, 0
@@ -64,19 +58,10 @@ _shared = Budget(_MOST + (1 << 30))
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the images of one run are decoded.
-
-    Parameters
-    ----------
-    max_pixels : int
-        Larger images are refused, by the size that their header states. Default: ``$EMBCACHE_MAX_PIXELS``, else
-        `MAX_PIXELS`.
-    budget : Budget
-        Default: one for all threads of the process.
-    """
+    """How the images of one run are decoded."""
 
     max_pixels: int = field(default_factory=lambda: default_max_pixels())
-    budget: Budget = _shared
+    budget: Budget = _shared  # default: one for all threads of the process
     _noted: dict[str, list[str]] = field(default_factory=dict)
 
     def check_size(self, width: int, height: int) -> None:

@@ -13,32 +13,18 @@ ROLES = ("path", "label", "group", "split", "id")
 
 @dataclass(frozen=True)
 class Columns:
-    """How a dataset's own table is to be read: names of columns, and spellings of classes that are one.
-
-    Attributes
-    ----------
-    path, label, group, split, id : str
-        The column to use; empty: the one so called, else one with a usual name.
-    merge_class : tuple of str
-        ``A+b=NAME`` for classes that differ only in letter case. Of what a loaded dataset says: those that were.
-    """
+    """How a dataset's own table is to be read: names of columns, and spellings of classes that are one."""
 
     path: str = ""
     label: str = ""
     group: str = ""
     split: str = ""
     id: str = ""
-    merge_class: tuple[str, ...] = ()
+    merge_class: tuple[str, ...] = ()  # ``A+b=NAME`` for classes that differ only in letter case
 
     @classmethod
     def of(cls, given: Columns | Mapping[str, Any] | None) -> Columns:
-        """From a mapping such as ``{"group": "Patient ID"}``.
-
-        Raises
-        ------
-        UsageError
-            A key is no role of a column.
-        """
+        """From a mapping such as ``{"group": "Patient ID"}``."""
         if isinstance(given, Columns):
             return given
         unknown = [key for key in given or () if key not in {f.name for f in fields(cls)}]

@@ -67,22 +67,7 @@ class StrictFile(io.RawIOBase):
 
 
 def read_row(array: Any, row: int, descriptor: int) -> npt.NDArray[np.uint8]:
-    """Row ``row`` of an array of uint8 with four axes, contiguous or in chunks (deflate, shuffle, fletcher32).
-
-    Parameters
-    ----------
-    array : h5py.Dataset
-        Its values lie in its own file.
-    row : int
-        At least 0 and below the array's length.
-    descriptor : int
-        Of the same file, open for reading.
-
-    Raises
-    ------
-    ImageError
-        The values are not where the file says, or stored in a way that is not read.
-    """
+    """Row ``row`` of an array of uint8 with four axes, contiguous or in chunks (deflate, shuffle, fletcher32)."""
     import h5py
 
     layout = array.id.get_create_plist()

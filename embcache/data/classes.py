@@ -21,27 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClassOptions:
-    """``--drop-class`` and ``--merge-class`` as they were typed: what they name, only a dataset tells.
+    """``--drop-class`` and ``--merge-class`` as they were typed: what they name, only a dataset tells."""
 
-    Attributes
-    ----------
-    drop : tuple of str
-        Class names, or several with commas between.
-    merge : tuple of str
-        ``a+b=c``.
-    """
-
-    drop: tuple[str, ...] = ()
-    merge: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()  # class names, or several with commas between
+    merge: tuple[str, ...] = ()  # ``a+b=c``
 
     def of(self, ds: ImageDataset) -> ImageDataset:
-        """The dataset with these classes; see `ImageDataset.with_classes`.
-
-        Raises
-        ------
-        UsageError
-            A text is malformed; or as `ImageDataset.with_classes`.
-        """
+        """The dataset with these classes; see `ImageDataset.with_classes`."""
         merge = [text for text in self.merge if text not in ds.columns.merge_class]  # the others were merged at loading
         if not (self.drop or merge):
             return ds
@@ -69,30 +55,7 @@ def _merges(texts: Iterable[str], known: Sequence[str]) -> dict[str, list[str]]:
 def same_but_for_case(
     labels: Sequence[str], merge: Sequence[str], *, where: object
 ) -> tuple[dict[str, str], tuple[str, ...], list[str]]:
-    """Classes that differ only in letter case: merged where the user said so, else refused.
-
-    Parameters
-    ----------
-    labels : sequence of str
-        One per image, empty where there is none.
-    merge : sequence of str
-        ``a+b=c``; those whose classes differ in more than letter case are not looked at.
-    where : object
-        The table or folder, for messages.
-
-    Returns
-    -------
-    merged : dict of str to str
-        New name of each class that has one.
-    done : tuple of str
-        The texts of ``merge`` that were followed.
-    notes : list of str
-
-    Raises
-    ------
-    DatasetError
-        Two classes differ only in letter case and were not merged.
-    """
+    """Classes that differ only in letter case: merged where the user said so, else refused."""
     counts = Counter(label for label in labels if label)
     merged, done, notes = dict[str, str](), list[str](), list[str]()
     for text in merge:
@@ -133,13 +96,7 @@ def _example(names: Iterable[str]) -> str:
 
 
 def new_names(ds: ImageDataset, drop: Iterable[str], merge: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """What each class that is dropped or merged is called afterwards, in the order of the classes; empty if dropped.
-
-    Raises
-    ------
-    UsageError
-        As `ImageDataset.with_classes`.
-    """
+    """What each class that is dropped or merged is called afterwards, in the order of the classes; empty if dropped."""
     dropped = list(dict.fromkeys(drop))
     merged = {name: list(dict.fromkeys(members)) for name, members in merge.items()}
     named = [*dropped, *(member for members in merged.values() for member in members)]

@@ -39,23 +39,12 @@ _NO_VALUE = {"", "nan", "none", "null", "na", "n/a"}
 
 @dataclass(frozen=True)
 class Column:
-    """A column as groups of images.
-
-    Attributes
-    ----------
-    name : str
-    values : tuple of str
-        The distinct values (or bands of numbers), in the order of the numbers, else of the alphabet.
-    of : object array of str of shape (n,)
-        Value of each image; ``""`` where it has none.
-    notes : tuple of str
-        What a reader must know of how the values came to be.
-    """
+    """A column as groups of images."""
 
     name: str
     values: tuple[str, ...]
-    of: NDArray[np.object_]
-    notes: tuple[str, ...] = ()
+    of: NDArray[np.object_]  # (n,); value of each image; ``""`` where it has none
+    notes: tuple[str, ...] = ()  # what a reader must know of how the values came to be
 
 
 def columns(ds: ImageDataset) -> tuple[str, ...]:
@@ -64,29 +53,7 @@ def columns(ds: ImageDataset) -> tuple[str, ...]:
 
 
 def column_values(ds: ImageDataset, column: str) -> Column:
-    """The values of a column: text as it is, ages in bands, other numbers in quartiles.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        Its table, labels not needed.
-    column : str
-        One of `columns`; case, spaces and underscores do not matter.
-
-    Returns
-    -------
-    Column
-        Bands of ages are fixed. Other numbers are cut where a quarter of the rows lie below whose split is ``train``
-        (all rows where there are none): official test images move no band, but a local test set is drawn from those
-        rows and does. Numbers with at most five distinct values are taken as they are.
-
-    Raises
-    ------
-    UsageError
-        There is no such column.
-    DatasetError
-        No image has a value, or there are too many values to make groups of.
-    """
+    """The values of a column: text as it is, ages in bands, other numbers in quartiles."""
     name = _find(ds, column)
     texts = [as_text(value) for value in ds.table[name].tolist()]
     texts = ["" if text.lower() in _NO_VALUE else text for text in texts]
@@ -116,20 +83,6 @@ def retarget(ds: ImageDataset, column: str) -> ImageDataset:
     macro AUC of more than two values. Images without a value are unlabelled, and so are those of the validation and
     test splits whose value no image for training has. There is no leaderboard for a column. A dataset that has this
     target is returned as it is.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        Its own labels do not matter.
-    column : str
-        As for `column_values`.
-
-    Raises
-    ------
-    UsageError
-        There is no such column, or classes of the dataset were dropped or merged before.
-    DatasetError
-        Fewer than two values among the images for training, or too many.
     """
     found = column_values(ds, column)
     if found.name == ds.target:
@@ -170,20 +123,7 @@ def retarget(ds: ImageDataset, column: str) -> ImageDataset:
 
 
 def as_in_run(ds: ImageDataset, request: Mapping[str, Any]) -> ImageDataset:
-    """The dataset with the labels of a run: its target column, its classes dropped or merged.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        As it is loaded.
-    request : mapping
-        `embcache.probe.results.ProbeResult.request`; of a leaderboard's result that of the run handed in.
-
-    Raises
-    ------
-    UsageError, DatasetError
-        As `retarget`.
-    """
+    """The dataset with the labels of a run: its target column, its classes dropped or merged."""
     request = request.get("of", request)
     ds = retarget(ds, request["target"]) if request.get("target") else ds
     return renamed(ds, request.get("classes", {}))

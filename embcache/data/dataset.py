@@ -372,13 +372,7 @@ def _as_kept(cached: ImageDataset, columns: Columns) -> ImageDataset:
 
 
 def read_snapshot(name: str, home: PathLike | None = None) -> ImageDataset | None:
-    """The table that extraction kept beside the stores of dataset ``name``, if any.
-
-    Raises
-    ------
-    DatasetError
-        The snapshot is damaged.
-    """
+    """The table that extraction kept beside the stores of dataset ``name``, if any."""
     path = home_dir(home) / slug(name) / "dataset.parquet"
     try:
         return ImageDataset.from_parquet_bytes(read_regular(path))

@@ -69,26 +69,7 @@ def decode_dicom(data: bytes, name: str = "", decoding: Decoding | None = None) 
 
     Each compression is decoded by one library, so that the pixels do not depend on what else is installed.
 
-    Parameters
-    ----------
-    data : bytes
-        The whole file.
-    name : str
-        Its name, for messages.
-    decoding : Decoding, optional
-        The limit on pixels, and who is told of further frames.
-
-    Returns
-    -------
-    ndarray of shape (H, W, 3), uint8
-
-    Raises
-    ------
-    DatasetError
-        pydicom, or the package that knows the file's compression, is not installed: that says nothing about the image.
-    ImageError
-        The file holds no image, it is too large, or what it says of its values cannot be followed. What pydicom raises
-        on broken files passes through.
+    Shapes: returns (H, W, 3).
     """
     decoding = decoding or Decoding()
     with _pydicom(name) as pydicom:
@@ -137,13 +118,7 @@ def dicom_size(file: IO[bytes], name: str = "", decoding: Decoding | None = None
 
 
 def dicom_patient(file: IO[bytes], name: str = "") -> str:
-    """PatientID from the header of an open file; empty where there is none, or where the header cannot be read.
-
-    Raises
-    ------
-    DatasetError
-        pydicom is not installed.
-    """
+    """PatientID from the header of an open file; empty where there is none, or where the header cannot be read."""
     with _pydicom(name) as pydicom:
         try:
             first = file.read(_FIRST)

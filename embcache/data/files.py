@@ -92,13 +92,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def holds_images(folder: Path | str) -> bool:
-    """Whether there is an image at or below a folder; linked folders are not looked into.
-
-    Raises
-    ------
-    DatasetError
-        Folders are nested more than `MOST_LEVELS` deep.
-    """
+    """Whether there is an image at or below a folder; linked folders are not looked into."""
     level, depth = [os.fspath(folder)], 0
     while level:
         if depth > MOST_LEVELS:
@@ -146,11 +140,6 @@ def walk_images(
 
     Linked folders that lie inside the root are passed over (their images are found where they are). Other files are
     counted in ``passed`` by their suffix. Without ``refuse``, linked folders that lead out of the root are passed over.
-
-    Raises
-    ------
-    DatasetError
-        A linked folder leads out of the root, or folders are nested more than `MOST_LEVELS` deep.
     """
     if folder.count("/") > MOST_LEVELS:
         raise too_deep(root, folder)
@@ -168,13 +157,7 @@ def walk_images(
 
 
 def image_index(folder: Path) -> dict[str, str]:
-    """File name of each image directly in ``folder`` by its stem, sorted; empty where there is no such folder.
-
-    Raises
-    ------
-    DatasetError
-        Two images have one stem: nobody knows which of them the labels mean.
-    """
+    """File name of each image directly in ``folder`` by its stem, sorted; empty where there is no such folder."""
     if not folder.is_dir():
         return {}
     index: dict[str, str] = {}
@@ -197,20 +180,6 @@ def locate_files(root: Path, paths: Sequence[str], *, sizes: bool = True) -> dic
     """Size in bytes of every distinct path under ``root``, None where there is no such file.
 
     Each folder is listed once, so that 220,025 images cost two listings instead of as many look-ups.
-
-    Parameters
-    ----------
-    root : Path
-        The dataset's folder.
-    paths : sequence of str
-        Relative to it; repeats are looked up once.
-    sizes : bool
-        False spares a look-up a file; the sizes are then all 0.
-
-    Raises
-    ------
-    DatasetError
-        A path leads out of the root through a symbolic link.
     """
     if not sizes:
         return {path: state and state.size for path, state in _look(root, paths, lambda place: _NOT_LOOKED_AT)}
@@ -232,13 +201,7 @@ class FileState(NamedTuple):
 
 
 def stat_files(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, FileState | None]]:
-    """Every distinct path under ``root`` with the state of its file, or None where there is none.
-
-    Raises
-    ------
-    DatasetError
-        A path leads out of the root through a symbolic link.
-    """
+    """Every distinct path under ``root`` with the state of its file, or None where there is none."""
     return _look(root, paths, _state)
 
 

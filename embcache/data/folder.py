@@ -67,15 +67,6 @@ def read_label_table(file: Path, name: str, columns: Columns = Columns()) -> Ima
     Labels are names or whole numbers, empty where unlabelled; rows without a split are for training; rows without
     a group are a group of their own; without an ``id`` column the path is the id. Further columns are kept. Columns
     may have other names that are usual, which notes name.
-
-    Raises
-    ------
-    DatasetError
-        A column is absent, or several could be meant; an id repeats; a split is unknown; a label occurs outside
-        training only, or there is one; classes differ only in letter case; a path or an id is absolute or leads out of
-        the folder.
-    UsageError
-        A column that was named is not there.
     """
     source, notes = open_table(file)
     found, more = find_columns(source, columns, where=file)

@@ -15,19 +15,7 @@ def scale_to_bytes(
 ) -> npt.NDArray[np.uint8]:
     """Scale an image by its own range: its smallest finite value becomes 0, its largest 255, a constant 0.
 
-    Parameters
-    ----------
-    values : ndarray of shape (H, W) or (H, W, C), integer or floating
-        The channels share one range, so that colors stay what they are.
-    absent : ndarray of shape (H, W), bool, optional
-        Pixels without data: outside the range, and black whether inverted or not. So is not-a-number.
-    inverted : bool
-        Small values are bright.
-
-    Returns
-    -------
-    ndarray of the shape of ``values``, uint8
-        Infinities become the ends.
+    Shapes: values (H, W); absent (H, W).
     """
     flat = np.ascontiguousarray(values).reshape(-1)
     gone = None if absent is None else np.repeat(absent.reshape(-1), values.size // max(1, absent.size))

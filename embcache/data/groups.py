@@ -32,21 +32,7 @@ decoding tell: they group the same images when features are probed."""
 
 
 def merge_groups(groups: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """Join all groups that share a key, directly or through others.
-
-    Parameters
-    ----------
-    groups : sequence of str, length n
-        Group of each row.
-    keys : sequence of str, length n
-        What rows may share (a digest, say); an empty key joins nothing.
-
-    Returns
-    -------
-    list of str, length n
-        Merged groups, each named after the smallest of its members: the names depend on neither the order of
-        the rows nor that of the merges.
-    """
+    """Join all groups that share a key, directly or through others."""
     if not any(keys):
         return list(groups)
     parent = {g: g for g in groups}
@@ -76,13 +62,6 @@ def identical_files(root: Path, sizes: Mapping[str, int]) -> dict[str, str]:
     """sha256 (hex) of each file that another file equals byte for byte; all others are absent.
 
     Only files of equal size, then of equal beginning, middle and end, are read whole.
-
-    Parameters
-    ----------
-    root : Path
-        The dataset's folder.
-    sizes : mapping of str to int
-        Size in bytes of each path relative to ``root``; empty files are never called equal.
     """
     by_size: dict[int, list[str]] = defaultdict(list)
     for path, size in sizes.items():
@@ -100,17 +79,7 @@ def identical_files(root: Path, sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def duplicate_notes(table: pd.DataFrame, keys: Sequence[str], class_names: Sequence[str]) -> list[str]:
-    """What to say of byte-identical images: how many there are, and which carry different labels.
-
-    Parameters
-    ----------
-    table : DataFrame
-        With columns id and label.
-    keys : sequence of str, one a row
-        Digest of the files that another file equals, else empty.
-    class_names : sequence of str
-        Names of the labels.
-    """
+    """What to say of byte-identical images: how many there are, and which carry different labels."""
     twins = table.assign(key=list(keys))
     twins = twins[twins["key"] != ""]
     if twins.empty:
@@ -147,15 +116,7 @@ def may_be_dicom(paths: Sequence[str]) -> bool:
 
 
 def patient_keys(root: Path, paths: Sequence[str]) -> list[str] | None:
-    """PatientID of each path that is a DICOM file's, else empty; None where no path is one.
-
-    Parameters
-    ----------
-    root : Path
-        The dataset's folder.
-    paths : sequence of str, length n
-        Relative to it; empty for a file that is not there.
-    """
+    """PatientID of each path that is a DICOM file's, else empty; None where no path is one."""
     if not may_be_dicom(paths):
         return None
     asked = [k for k, path in enumerate(paths) if path and (has_dicom_suffix(path) or not is_image_name(path))]

@@ -29,13 +29,7 @@ def readable_formats() -> tuple[str, ...]:
 
 
 def refuse_at_sight(data: bytes) -> None:
-    """Raise `ImageError` for files that are no images but can look like some, and for those made to keep one busy.
-
-    Parameters
-    ----------
-    data : bytes
-        The whole file, or as much of it as there is at hand.
-    """
+    """Raise `ImageError` for files that are no images but can look like some, and for those made to keep one busy."""
     for starts, reason in _REFUSED:
         if data.startswith(starts):
             raise ImageError(reason)

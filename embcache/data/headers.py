@@ -18,20 +18,7 @@ _SCAN = 0xDA
 
 
 def is_square_of(path: str, side: int) -> bool:
-    """Whether the header of the file says ``side`` × ``side`` pixels; False where that is not sure.
-
-    Parameters
-    ----------
-    path : str
-        A regular file; a link is not followed where the system can tell.
-    side : int
-        Pixels.
-
-    Raises
-    ------
-    OSError
-        The file cannot be read.
-    """
+    """Whether the header of the file says ``side`` × ``side`` pixels; False where that is not sure."""
     descriptor = os.open(path, _FLAGS)
     try:
         head = os.read(descriptor, _HEAD)

@@ -95,25 +95,7 @@ def decode_image(data: bytes, *, name: str = "", decoding: Decoding | None = Non
     - White is 255: a TIFF of photometric interpretation 0 is inverted.
     - Pixels of a TIFF that have the file's NODATA value, and those that are not a number, are outside the range, and 0.
 
-    Parameters
-    ----------
-    data : bytes
-        The whole file.
-    name : str
-        File name, by whose suffix DICOM files without their usual preamble are known.
-    decoding : Decoding, optional
-        The limit on pixels, and who is told of further frames.
-
-    Returns
-    -------
-    ndarray of shape (H, W, 3), uint8
-
-    Raises
-    ------
-    ImageError
-        Empty, truncated, broken, too large or not an image.
-    DatasetError
-        A DICOM file, and what decodes it is not installed.
+    Shapes: returns (H, W, 3).
     """
     decoding = decoding or Decoding()
     if not data:
@@ -150,27 +132,7 @@ def read_image(
 ) -> tuple[npt.NDArray[np.uint8], str]:
     """Read and decode one image of a dataset.
 
-    Parameters
-    ----------
-    dataset_root, path, member
-        The root, and the row's ``path`` and ``member``.
-    decoding : Decoding, optional
-        As `decode_image`.
-
-    Returns
-    -------
-    pixels : ndarray of shape (H, W, 3), uint8
-    digest : str
-        sha256 (hex) of the file's bytes; of the pixels' bytes for a member of an array file.
-
-    Raises
-    ------
-    ImageError
-        The image is not there or cannot be decoded.
-    DatasetError
-        The path leads out of the root, or what decodes the file is not installed.
-    OSError
-        The file cannot be read for now (no permission, a stale mount, a failing disk): not the image's fault.
+    Shapes: returns (H, W, 3).
     """
     decoding = decoding or Decoding()
     real = _resolve(dataset_root, path)

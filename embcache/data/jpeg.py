@@ -25,16 +25,7 @@ _MEANING = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"Adobe\0d")
 def decode_jpeg(data: bytes, image: Image.Image) -> npt.NDArray[np.uint8] | None:
     """Decode a JPEG file as Pillow would, or None where Pillow must.
 
-    Parameters
-    ----------
-    data : bytes
-        The whole file.
-    image : Image
-        As Pillow opened it, its pixels not loaded: its size has passed Pillow's limit.
-
-    Returns
-    -------
-    ndarray of shape (H, W, 3), uint8, or None
+    Shapes: returns (H, W, 3).
     """
     if image.format != "JPEG" or image.mode not in ("RGB", "L") or not _same_pixels():
         return None

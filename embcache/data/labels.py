@@ -38,18 +38,6 @@ def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[
 
     CSV may be separated by commas, semicolons, tabs or vertical bars (the one that divides the first lines alike),
     in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, with any line ends. Of a workbook the first sheet counts.
-
-    Parameters
-    ----------
-    path : Path
-        The file; its suffix tells the format.
-    rows : int, optional
-        At most so many, for a first look.
-
-    Raises
-    ------
-    DatasetError
-        It cannot be read, or repeats a column.
     """
     notes: list[str] = []
     suffix = path.suffix.lower()
@@ -76,13 +64,7 @@ def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[
 
 
 def read_table(path: Path, required: Sequence[str]) -> pd.DataFrame:
-    """The table of a published layout, whose columns are called as they are published; see `open_table`.
-
-    Raises
-    ------
-    DatasetError
-        It cannot be read, repeats a column, or lacks a required one.
-    """
+    """The table of a published layout, whose columns are called as they are published; see `open_table`."""
     table, _ = open_table(path)
     header = [str(name) for name in table.columns]
     absent = [name for name in required if name not in header]
@@ -215,18 +197,10 @@ def as_text(value: object) -> str:
 
 @dataclass(frozen=True)
 class Spellings:
-    """Texts that mean the same, and the one that stands for them.
+    """Texts that mean the same, and the one that stands for them."""
 
-    Attributes
-    ----------
-    of : dict of str to str
-        What stands for each text that occurs.
-    counts : Counter of str
-        How often each text occurs.
-    """
-
-    of: dict[str, str]
-    counts: Counter[str]
+    of: dict[str, str]  # what stands for each text that occurs
+    counts: Counter[str]  # how often each text occurs
 
     def notes(self) -> list[str]:
         """What to say of texts of which several are one class, and of those that were read otherwise."""
@@ -272,15 +246,7 @@ def _clean(text: str) -> str:
 
 
 def label_notes(labels: Sequence[str], class_names: Sequence[str]) -> list[str]:
-    """What to say of labels that may not be what was meant: several in one, decimals, texts of their own each.
-
-    Parameters
-    ----------
-    labels : sequence of str
-        One per image, empty where there is none.
-    class_names : sequence of str
-        Its distinct values.
-    """
+    """What to say of labels that may not be what was meant: several in one, decimals, texts of their own each."""
     counts = Counter(label for label in labels if label)
     notes = [
         f"class {name!r} ({counts[name]:,} images) reads like a missing value: leave such cells empty, or "
@@ -325,13 +291,7 @@ def class_order(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def label_numbers(labels: Sequence[str], class_names: Sequence[str], *, ids: Sequence[str], where: Path) -> list[int]:
-    """Index of each label among ``class_names``; -1 where it is empty.
-
-    Raises
-    ------
-    DatasetError
-        A label is none of them; the message names the first five with their ids.
-    """
+    """Index of each label among ``class_names``; -1 where it is empty."""
     number = {name: c for c, name in enumerate(class_names)} | {"": -1}
     unknown = [f"{i}: {label!r}" for i, label in zip(ids, labels, strict=True) if label not in number]
     if unknown:

@@ -43,22 +43,11 @@ _SIDES = re.compile(r"\d{2,4}|left|right|od|os", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the images of a folder dataset are.
+    """Where the images of a folder dataset are."""
 
-    Attributes
-    ----------
-    root : Path
-        The folder, at the level that counts.
-    table : Path or None
-        The table that names the images.
-    rows : list of (path, class name, split)
-        Without a table: every image, "" where it has no class.
-    notes : list of str
-    """
-
-    root: Path
-    table: Path | None
-    rows: list[tuple[str, str, str]]
+    root: Path  # the folder, at the level that counts
+    table: Path | None  # the table that names the images
+    rows: list[tuple[str, str, str]]  # without a table: every image, "" where it has no class
     notes: list[str]
 
 
@@ -66,11 +55,6 @@ def find_layout(root: Path, columns: Columns) -> Layout:
     """Find the table, the splits or the class folders at or below ``root``.
 
     The only folder with images is gone into; a table is used where there are no class folders beside it.
-
-    Raises
-    ------
-    DatasetError
-        There are none, or what is there can be read in two ways: the message says what was seen and what to name.
     """
     top, notes, passed = root, list[str](), Counter[str]()
     while True:
@@ -311,13 +295,7 @@ def _strays(root: Path) -> list[str]:
 
 
 def _unread(root: Path, children: Sequence[str], passed: Counter[str], folder: str = "") -> list[str]:
-    """Count the other files in a folder; a note on folders there whose files are all of no format that is read.
-
-    Raises
-    ------
-    DatasetError
-        A linked folder in them leads out of the root.
-    """
+    """Count the other files in a folder; a note on folders there whose files are all of no format that is read."""
     told = []
     for entry in list_folder(root / folder):
         own = Counter[str]()

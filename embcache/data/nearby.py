@@ -19,13 +19,6 @@ def settle_paths(root: Path, paths: Sequence[str]) -> tuple[list[str], list[str]
 
     Absolute paths inside the root become relative; backslashes become slashes, and composed accents decomposed ones or
     the reverse, where no file has the name as it is written and one has it otherwise.
-
-    Parameters
-    ----------
-    root : Path
-        The table's folder, resolved.
-    paths : sequence of str
-        As the table has them.
     """
     whole = "\n".join(paths)
     found, notes = list(paths), list[str]()
@@ -81,15 +74,7 @@ def _there_instead(root: Path, paths: list[str], others: list[str]) -> list[str]
 
 
 def near_misses(root: Path, missing: Sequence[str]) -> tuple[str, str]:
-    """What comes near paths that are not there, by cause with counts, and what to do about it; else two empty texts.
-
-    Parameters
-    ----------
-    root : Path
-        The dataset's folder.
-    missing : sequence of str
-        Paths relative to it (or absolute ones that were refused) without a file.
-    """
+    """What comes near paths that are not there, by cause with counts, and what to do about it; else two empty texts."""
     files = _files_below(root)
     if not files:
         return "", ""

@@ -22,15 +22,7 @@ _SMALL = 1 << 12  # a chunk that Pillow may have: of no size, packed or unpacked
 
 
 def without_ancillary(data: bytes) -> tuple[bytes, bool]:
-    """The file without profiles, texts and private chunks, whose damage or size says nothing about the pixels.
-
-    Returns
-    -------
-    bytes
-        What is left; from the first chunk that has no end on, all there is.
-    bool
-        Whether an orientation may be stated.
-    """
+    """The file without profiles, texts and private chunks, whose damage or size says nothing about the pixels."""
     parts, at, start, turned = [], 8, 0, False
     while at + 12 <= len(data):
         size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
@@ -82,15 +74,6 @@ def decode_deep(data: bytes, channels: int, open_png: Any) -> npt.NDArray[np.uin
     """Color of a PNG of 16 bits per channel, which Pillow cuts to 8: gray (H, W) or RGB (H, W, 3), without alpha.
 
     Pillow's unpackers take the upper or the lower byte of each value, so that two readings have both.
-
-    Parameters
-    ----------
-    data : bytes
-        The file.
-    channels : int
-        As `deep_channels` says.
-    open_png : callable
-        Gives Pillow's image of a file.
     """
     mode = "RGB" if channels == 3 else "RGBA"
     # Two channels of 16 bits are laid out as four of 8 are.

@@ -101,28 +101,7 @@ def find_columns(
     required: Sequence[str] = ("path", "label"),
     roles: Sequence[str] = ROLES,
 ) -> tuple[dict[str, str], list[str]]:
-    """The column of each role but the group's, and a note that names those that are not called after it.
-
-    Parameters
-    ----------
-    table : DataFrame of str
-        As `open_table` gives it.
-    wanted : Columns
-        What the user named.
-    where : Path
-        The table's file.
-    required : sequence of str
-        Roles that must have a column.
-    roles : sequence of str
-        Roles that are looked for.
-
-    Raises
-    ------
-    UsageError
-        A column that was named is not there.
-    DatasetError
-        A required role has no column, or a role has several that could be meant.
-    """
+    """The column of each role but the group's, and a note that names those that are not called after it."""
     header = [str(name) for name in table.columns]
     found = {role: name for role in roles if (name := named_column(header, wanted, role, where))}
     notes = []
@@ -198,36 +177,6 @@ def find_groups(
 
     Of several the coarsest counts, if the others nest in it. One that is constant, follows from the label or has
     fewer than `FEWEST_GROUPS` values is not taken unasked.
-
-    Parameters
-    ----------
-    table : DataFrame of str, n rows
-        Its columns but those of path, label, split and id.
-    wanted : Columns
-        What the user named.
-    labels : sequence of int, length n
-        -1 where there is none.
-    ids : sequence of str, length n
-        What rows without a group are called.
-    where : Path
-        The table's file.
-    refuse : bool
-        False: of several columns that could be meant none is taken, and a note says so.
-
-    Returns
-    -------
-    groups : list of str of length n, or None
-        None where no column tells.
-    column : str
-        The column; empty where there is none.
-    notes : list of str
-
-    Raises
-    ------
-    UsageError
-        The column that was named is not there.
-    DatasetError
-        Several columns could be meant.
     """
     header = [str(name) for name in table.columns]
     column = named_column(header, wanted, "group", where)

@@ -37,14 +37,7 @@ def encode_snapshot(table: pa.Table, meta: dict[str, Any]) -> bytes:
 
 
 def open_parquet(data: bytes, columns: list[str] | None = None) -> tuple[pq.ParquetFile, pa.Table]:
-    """A Parquet file that others can write, and its table.
-
-    Raises
-    ------
-    ArrowException, ValueError, OSError
-        The bytes are no such file, a column is there twice, or they promise more rows than can be in them: rows with
-        ids that differ take more room than two bits.
-    """
+    """A Parquet file that others can write, and its table."""
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
@@ -55,13 +48,7 @@ def open_parquet(data: bytes, columns: list[str] | None = None) -> tuple[pq.Parq
 
 
 def decode_snapshot(data: bytes, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
-    """The inverse of `encode_snapshot`, with only some of the columns where they are named.
-
-    Raises
-    ------
-    ArrowException, KeyError, ValueError, OSError
-        The bytes are not such a file, or not as they were written.
-    """
+    """The inverse of `encode_snapshot`, with only some of the columns where they are named."""
     file, table = open_parquet(data, columns)
     described = file.schema_arrow.metadata or {}
     text = described[_META].decode("utf-8")
@@ -99,20 +86,7 @@ def near_names(name: str, names: Iterable[str]) -> list[str]:
 
 
 def snapshot_ids(name: str, home: PathLike | None = None) -> tuple[str, list[str]] | None:
-    """The dataset's own name and the ids of its images, as extraction kept them; None where there is no snapshot.
-
-    Parameters
-    ----------
-    name : str
-        The dataset, or the folder of its stores.
-    home : path, optional
-        Folder of stores and runs.
-
-    Raises
-    ------
-    DatasetError
-        The snapshot is damaged.
-    """
+    """The dataset's own name and the ids of its images, as extraction kept them; None where there is no snapshot."""
     import pyarrow as pa
 
     path = home_dir(home) / slug(name) / FILE

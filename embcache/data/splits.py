@@ -18,19 +18,7 @@ IntArray = NDArray[np.int64]
 def hash_order(seed: int, purpose: str, keys: Sequence[str]) -> IntArray:
     """Indices that put ``keys`` into a pseudo-random order: by SHA-256 of seed, purpose and key.
 
-    Parameters
-    ----------
-    seed : int
-        Another seed gives an independent order.
-    purpose : str
-        What the order is for (``"folds"``, ``"train/3/1"`` …); another purpose gives an independent order.
-    keys : sequence of str, length n
-        Image ids or group names. The order depends on the set of keys only, not on how they were listed;
-        equal keys keep their places relative to each other.
-
-    Returns
-    -------
-    int64 array of shape (n,)
+    Shapes: returns (n,).
     """
     prefix = hashlib.sha256(f"{seed}\0{purpose}\0".encode())
     digests = []
@@ -48,21 +36,7 @@ def water_fill(counts: ArrayLike, n: int) -> IntArray:
     a full level goes, one each, to the classes that have more (ties: the lower class index). Raising ``n`` never
     lowers a class, so draws of growing size are nested.
 
-    Parameters
-    ----------
-    counts : array-like of int, shape (n_classes,)
-        How many there are of each class.
-    n : int
-        How many to draw; at most ``sum(counts)``.
-
-    Returns
-    -------
-    int64 array of shape (n_classes,), summing to ``n``
-
-    Raises
-    ------
-    ValueError
-        ``n`` is negative or more than there are.
+    Shapes: counts (n_classes,); returns (n_classes,).
     """
     have = np.asarray(counts, dtype=np.int64)
     if not 0 <= n <= have.sum():
@@ -86,27 +60,7 @@ def stratified_group_folds(
     fold that lacks most of its classes, else has the least of them; single rows then level the folds class by class.
     Among equals the order is by hash of seed and group.
 
-    Parameters
-    ----------
-    labels : array-like of int, shape (n,)
-        Class of each row.
-    groups : sequence of str, length n
-        Patient, slide … of each row.
-    n_folds : int
-        At least two.
-    seed : int
-        Orders equals.
-    purpose : str
-        Separates this assignment from others made with the same seed.
-
-    Returns
-    -------
-    int64 array of shape (n,), values in ``0 … n_folds - 1``
-
-    Raises
-    ------
-    ValueError
-        Fewer than two folds, or lengths that differ.
+    Shapes: labels (n,); returns (n,).
     """
     if n_folds < 2:
         raise ValueError(f"at least two folds are needed, not {n_folds}")

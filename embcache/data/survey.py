@@ -29,21 +29,11 @@ from embcache.paths import PathLike, home_dir
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """A dataset as its labels name it, and which of its images are there.
+    """A dataset as its labels name it, and which of its images are there."""
 
-    Attributes
-    ----------
-    dataset : ImageDataset
-        Every labelled row, whether or not its image is there; ``missing`` names the files that are not.
-    present : ndarray of bool, shape (n,)
-        Which rows have their image.
-    source : DatasetSource
-        The loader.
-    """
-
-    dataset: ImageDataset
-    present: npt.NDArray[np.bool_]
-    source: DatasetSource
+    dataset: ImageDataset  # every labelled row, whether or not its image is there
+    present: npt.NDArray[np.bool_]  # (n,); which rows have their image
+    source: DatasetSource  # the loader
 
     def splits(self) -> list[str]:
         """The splits that have rows, in the order train, val, test."""
@@ -84,46 +74,19 @@ class Survey:
 
 @dataclass(frozen=True)
 class Listed:
-    """One row of the list of datasets: what is found, or why nothing is.
-
-    Attributes
-    ----------
-    name, description : str
-    found : Survey or None
-    root : Path or None
-        Where it is, or is looked for; None for a folder dataset that nobody has named.
-    problem : str
-        Why there is no survey; empty where there is one, and where the images were merely never put there.
-    """
+    """One row of the list of datasets: what is found, or why nothing is."""
 
     name: str
     description: str
     found: Survey | None
-    root: Path | None
-    problem: str = ""
+    root: Path | None  # where it is, or is looked for; None for a folder dataset that nobody has named
+    problem: str = ""  # why there is no survey
 
 
 def survey_dataset(
     name: str, root: PathLike | None = None, home: PathLike | None = None, columns: Columns = Columns()
 ) -> Survey:
-    """Look at a dataset: counts from its labels, and which images are there. Missing images are no error.
-
-    Parameters
-    ----------
-    name : str
-        As for `find_dataset`: a loader, or a cached dataset.
-    root, home : path, optional
-        As for `load_dataset`; nothing is drawn.
-    columns : Columns
-        As for `find_dataset`.
-
-    Raises
-    ------
-    DatasetNotFoundError
-        Neither the labels nor a snapshot of them are there.
-    DatasetError
-        The labels are broken.
-    """
+    """Look at a dataset: counts from its labels, and which images are there. Missing images are no error."""
     cached = read_snapshot(name, home) if root is None or name not in DATASETS else None
     if cached is None:
         return _survey_files(find_source(name, home), root, home, None, columns)

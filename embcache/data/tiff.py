@@ -87,13 +87,7 @@ def is_tiff(data: bytes) -> bool:
 
 
 def read_page(file: IO[bytes], decoding: Decoding) -> Page:
-    """Tags of the first page that is neither a reduced image nor a mask, else of the first.
-
-    Raises
-    ------
-    ImageError
-        The tags are broken, or state an image, tile or strip that is too large.
-    """
+    """Tags of the first page that is neither a reduced image nor a mask, else of the first."""
     reader = _Reader(file)
     chosen, number, pages = None, 0, 0
     for index, tags in enumerate(reader.directories()):
@@ -114,24 +108,7 @@ def read_page(file: IO[bytes], decoding: Decoding) -> Page:
 def decode_page(data: bytes, page: Page, open_page: Callable[[bytes], Any]) -> npt.NDArray[np.uint8]:
     """Gray or RGB of a page, not turned yet.
 
-    Parameters
-    ----------
-    data : bytes
-        The file.
-    page : Page
-        From `read_page`.
-    open_page : callable
-        Gives Pillow's image of a file.
-
-    Returns
-    -------
-    ndarray of shape (H, W) or (H, W, 3), uint8
-        See `embcache.data.images.decode_image` for what becomes of deeper samples.
-
-    Raises
-    ------
-    ImageError
-        A strip is missing or cut short, or samples are stored in a way that is not decoded.
+    Shapes: returns (H, W).
     """
     _refuse(page)
     if page.compression == _NONE or page.compression in _PACKED:

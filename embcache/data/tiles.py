@@ -46,21 +46,7 @@ class _Dice:
 
 
 def draw_tile(group: int, label: int, tile: int) -> npt.NDArray[np.uint8]:
-    """Draw one tile.
-
-    Parameters
-    ----------
-    group : int
-        The patient, who sets the stain.
-    label : int
-        Index into `CLASSES`: the kind of tissue that prevails.
-    tile : int
-        Number of the tile within the patient and kind.
-
-    Returns
-    -------
-    ndarray of shape (96, 96, 3), uint8
-    """
+    """Draw one tile."""
     dice = _Dice(SEED, group, label, tile)
     kinds = [k for k in range(len(CLASSES)) if k != label]
     second = kinds[dice.below(len(kinds))]

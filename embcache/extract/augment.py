@@ -38,37 +38,17 @@ AUGMENTATIONS: Mapping[str, tuple[bool, bool, float]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Flips, a rotation and a crop of one image, drawn anew for every key.
+    """Flips, a rotation and a crop of one image, drawn anew for every key."""
 
-    Parameters
-    ----------
-    kind : {"patch", "fundus", "chest", "generic"}
-        The rule it was chosen by.
-    frame : (int, int)
-        Height and width of what goes in.
-    size : (int, int)
-        Height and width of what comes out: of the random crop, where it is smaller than the frame.
-    left_right, top_bottom : bool
-        Whether half of the images are mirrored so.
-    degrees : float
-        A rotation about the centre is drawn from ±degrees, bilinear; the corners that it uncovers become black.
-    """
-
-    kind: str
-    frame: tuple[int, int]
-    size: tuple[int, int]
+    kind: str  # the rule it was chosen by
+    frame: tuple[int, int]  # height and width of what goes in
+    size: tuple[int, int]  # height and width of what comes out
     left_right: bool
     top_bottom: bool
-    degrees: float
+    degrees: float  # A rotation about the centre is drawn from ±degrees, bilinear
 
     def __call__(self, pixels: NDArray[np.uint8], key: str) -> NDArray[np.uint8]:
-        """One image augmented: uint8 (*frame, 3) → uint8 (*size, 3), contiguous.
-
-        Raises
-        ------
-        ValueError
-            The image is not of the frame's size.
-        """
+        """One image augmented: uint8 (*frame, 3) → uint8 (*size, 3), contiguous."""
         if pixels.shape != (*self.frame, 3):
             raise ValueError(f"an image to augment is {pixels.shape}, not {(*self.frame, 3)}")
         mirrored, overturned, angle, top, left = self.draw(key)
@@ -113,25 +93,7 @@ class Augmentation:
 
 
 def augmentation(kind: str, frame_size: tuple[int, int], size: tuple[int, int]) -> Augmentation:
-    """The augmentation of a modality.
-
-    Parameters
-    ----------
-    kind : {"patch", "fundus", "chest", "generic"}
-        A dataset's ``augment``. patch: both flips; fundus: both flips and ±180°; chest: left-right flip and ±10°;
-        generic: left-right flip.
-    frame_size, size : (int, int)
-        Height and width before and after; where the first is larger, the crop is random.
-
-    Returns
-    -------
-    Augmentation
-
-    Raises
-    ------
-    UsageError
-        There is no such modality, or the frame is smaller than the result.
-    """
+    """The augmentation of a modality."""
     if kind not in AUGMENTATIONS:
         raise UsageError("unknown augmentation", expected=", ".join(AUGMENTATIONS), found=kind)
     if frame_size[0] < size[0] or frame_size[1] < size[1]:

@@ -313,18 +313,7 @@ def _freeze(spec: Backbone, module: nn.Module, digest: str, origin: str, inferre
 
 
 def weights_status(name: str, home: PathLike | None = None) -> str:
-    """Say whether a backbone's weights are on this machine, without reading or fetching anything.
-
-    Returns
-    -------
-    str
-        ``none needed``, ``here: PATH``, ``not here:`` with what brings them, or ``not usable:`` with the reason.
-
-    Raises
-    ------
-    UsageError
-        There is no such backbone.
-    """
+    """Say whether a backbone's weights are on this machine, without reading or fetching anything."""
     if name == "random" or name.startswith("random:"):
         return "none needed"
     if name not in BACKBONES and not name.startswith("timm:"):

@@ -53,13 +53,7 @@ def prepare(
     geometries: Sequence[Geometry],
     decoding: Decoding | None = None,
 ) -> Prepared:
-    """Read, decode and transform one image; an unreadable one is a reason, not an exception.
-
-    Raises
-    ------
-    DatasetError
-        The medium failed (EIO, ESTALE, …): that says nothing about the image, so it is not quarantined.
-    """
+    """Read, decode and transform one image; an unreadable one is a reason, not an exception."""
     if not source.path:
         return Prepared((), "", LEFT)
     try:

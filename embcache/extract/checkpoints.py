@@ -107,21 +107,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, *, given: bool = False) -> Checkpoint:
-    """Read a checkpoint: safetensors, PyTorch zip or PyTorch legacy, flat or nested.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    given : bool
-        Whether it is the user's own file rather than one in the weights folder, which may be fetched again.
-
-    Raises
-    ------
-    WeightsError
-        The file is missing, empty, truncated, not a checkpoint, would unpack to more than its size, or holds objects
-        that are neither tensors nor known to be harmless.
-    """
+    """Read a checkpoint: safetensors, PyTorch zip or PyTorch legacy, flat or nested."""
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -299,22 +285,6 @@ def find_network(
 
     Of several such prefixes the one that :data:`PREFERRED` says. Where there is none, for the file may spell the
     network's names otherwise, those under the wrappers (:data:`WRAPPERS`) that hold most.
-
-    Parameters
-    ----------
-    state : mapping of str to Tensor
-        From `read_checkpoint`.
-    wanted : collection of str
-        Names of the network's tensors.
-    heads : tuple of str
-        How names begin that are left out unless they are wanted.
-    where : object, optional
-        The file, for messages.
-
-    Raises
-    ------
-    WeightsError
-        Several networks are there, and nothing says which is meant.
     """
     required = [name for name in wanted if not name.endswith(".num_batches_tracked")]
     ends = [key.removesuffix(required[0]) for key in state if key.endswith(required[0])] if required else []
@@ -363,11 +333,6 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, where: obje
     """Fill every parameter and buffer of ``module`` from ``state``, and nothing else.
 
     The one exception is ``num_batches_tracked``, which older checkpoints lack and no frozen network reads.
-
-    Raises
-    ------
-    WeightsError
-        A name is missing or unknown, a shape differs, or a value is not finite; the message lists them.
     """
     wanted = module.state_dict()
     missing = [key for key in wanted if key not in state and not key.endswith(".num_batches_tracked")]

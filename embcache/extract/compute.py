@@ -52,27 +52,13 @@ Compute = Callable[[Sequence[J], Sequence[Source], int, Callable[[int], object]]
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms on which shards are computed, whatever their rows are.
+    """The terms on which shards are computed, whatever their rows are."""
 
-    Parameters
-    ----------
-    guard : Guard, optional
-        Judges rows before they are committed; default: every row is.
-    stop : Stop
-        Asked before each shard.
-    threads : int, optional
-        What to record with a shard beside its batch size, where they are not those of the store.
-    say : callable
-        Told where images must be decoded twice, and where the memory does not hold a batch.
-    quiet : bool
-        No progress bar.
-    """
-
-    guard: Guard | None = None
-    stop: Stop = field(default_factory=Stop)
+    guard: Guard | None = None  # judges rows before they are committed; default: every row is
+    stop: Stop = field(default_factory=Stop)  # asked before each shard
     threads: int | None = None
     say: Callable[[str], object] = lambda line: None
-    quiet: bool = False
+    quiet: bool = False  # no progress bar
 
 
 def compute_owed(
@@ -89,28 +75,6 @@ def compute_owed(
 
     Jobs that owe the same shard are computed together, so that its images are decoded once. A shard that another
     process is computing is waited for: should that process die, it is computed here.
-
-    Parameters
-    ----------
-    jobs : sequence of Job
-        Each with a store of its own.
-    dataset : ImageDataset
-        Says where the images lie.
-    compute : callable
-        Makes the rows of one shard for some of the jobs.
-    part : (int, int), optional
-        ``(i, n)``: only every n-th shard, from the i-th (1-based).
-    only : mapping of str to collection of int, optional
-        By fingerprint of a store's recipe, the shards to compute; other shards, and other stores, are left as they are.
-    label : str
-        Begins the progress bar.
-    terms : Terms, optional
-        What is borne, when to stop, and who is told.
-
-    Raises
-    ------
-    EmbcacheError
-        The guard refuses a shard, the memory does not hold one image, or a store cannot be written.
     """
     terms = terms or Terms()
     sources = {source.id: source for source in image_sources(dataset.table)}
@@ -211,13 +175,7 @@ class _Worker(Generic[J]):
 
 
 class Halving:
-    """The batch size of a run: smaller from the moment at which the memory did not hold it.
-
-    Parameters
-    ----------
-    say : callable
-        Told of every halving.
-    """
+    """The batch size of a run: smaller from the moment at which the memory did not hold it."""
 
     def __init__(self, say: Callable[[str], object] = lambda line: None) -> None:
         self._say = say
@@ -227,11 +185,6 @@ class Halving:
         """What ``compute`` makes of a shard at ``batch_size`` or less, and the batch size that it was.
 
         Never two sizes in one shard, so that a shard's rows follow from the one that is recorded.
-
-        Raises
-        ------
-        EmbcacheError
-            One image at a time is too much.
         """
         size = min(batch_size, self._most or batch_size)
         while True:

@@ -27,13 +27,7 @@ COMMAND = (sys.executable, "-m", "embcache.extract.devices")
 
 
 def split_devices(device: str) -> list[str]:
-    """The devices of a run, ``"cuda:0,cuda:1"``; one that is alone is looked at where it is used.
-
-    Raises
-    ------
-    UsageError
-        One of several is not there.
-    """
+    """The devices of a run, ``"cuda:0,cuda:1"``; one that is alone is looked at where it is used."""
     names = [name.strip() for name in device.split(",")]
     for name in names if len(names) > 1 else ():
         if name in ("", "auto"):
@@ -48,26 +42,7 @@ def split_devices(device: str) -> list[str]:
 
 
 class Crew:
-    """The processes of the other devices, for the time of a ``with``; leaving it waits for the shards at hand.
-
-    Parameters
-    ----------
-    devices : sequence of str
-        One process each; none is as well.
-    dataset : ImageDataset
-        Its images are here.
-    request : mapping of str to JSON
-        Keyword arguments of `embcache.extract.run.run_extraction`.
-    stop : Stop
-        Of the run: the others stop with it.
-    say : callable
-        Told which process ended before its work was done.
-
-    Attributes
-    ----------
-    computed : list of (str, list of int)
-        Device and images per backbone of each process that has ended well.
-    """
+    """The processes of the other devices, for the time of a ``with``; leaving it waits for the shards at hand."""
 
     def __init__(
         self,

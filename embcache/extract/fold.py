@@ -23,18 +23,6 @@ def fold_norms(module: nn.Module, size: tuple[int, int]) -> nn.Module:
     The pairs are those seen in a forward pass, so the network may be built in any way. The result is compared with the
     original on noise; where it is not the same function, the original is returned. What timm's ``BatchNormAct2d`` does
     besides (dropout, activation) stays.
-
-    Parameters
-    ----------
-    module : Module
-        In eval mode, on the CPU, float32; (B, 3, H, W) → features. It is left as it is.
-    size : (int, int)
-        Height and width of the images to come.
-
-    Returns
-    -------
-    Module
-        A copy with folded weights; ``module`` itself where there is nothing to fold.
     """
     if not any(isinstance(each, nn.BatchNorm2d) for each in module.modules()):
         return module  # nothing to fold: no pass to find that out

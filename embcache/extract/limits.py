@@ -28,13 +28,7 @@ _SHOWN = 20
 
 
 def parse_max_bad(value: int | str, images: int) -> int:
-    """How many of a dataset's images may be quarantined: ``"1%"`` of them, one at least, or a number.
-
-    Raises
-    ------
-    UsageError
-        It is neither.
-    """
+    """How many of a dataset's images may be quarantined: ``"1%"`` of them, one at least, or a number."""
     match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)%", str(value).strip(), flags=re.ASCII)
     if match is None or (match[2] and float(match[2]) > 100):
         raise UsageError(
@@ -56,26 +50,7 @@ def check_on_error(value: str) -> None:
 
 
 class Guard:
-    """Watches over one run: every shard passes it before it is committed.
-
-    Parameters
-    ----------
-    dataset : ImageDataset
-        Of the run; made before its files are looked at.
-    root : Path
-        Folder of the images.
-    on_error : {"quarantine", "fail"}
-        What an unreadable image does.
-    max_bad : int or str
-        See :func:`parse_max_bad`.
-    home : path-like, optional
-        For the commands in messages.
-
-    Raises
-    ------
-    UsageError
-        A value is none of those.
-    """
+    """Watches over one run: every shard passes it before it is committed."""
 
     def __init__(
         self,
@@ -97,15 +72,7 @@ class Guard:
         return frozenset(self._dataset.table["id"].tolist())
 
     def look(self, source: Source, reason: str) -> None:
-        """Judge an image that cannot be used, as soon as that is known.
-
-        Raises
-        ------
-        DatasetNotFoundError
-            It vanished because the root did, or is there again.
-        DatasetError
-            No image may be unusable.
-        """
+        """Judge an image that cannot be used, as soon as that is known."""
         if reason == LEFT:
             return
         if reason == _VANISHED:
@@ -119,13 +86,7 @@ class Guard:
             )
 
     def admit(self, commits: Sequence[tuple[FeatureStore, ShardRows]], sources: Sequence[Source]) -> None:
-        """Refuse the rows of one shard, of every store that they go to, where too many images are quarantined by then.
-
-        Raises
-        ------
-        DatasetError
-            They are more than the run bears, or as :meth:`look`; nothing of the shard is to be committed.
-        """
+        """Refuse the rows of one shard, in every store, if too many images are quarantined by then."""
         for store, rows in commits:
             bad = {image: why for image, why in zip(rows.ids, rows.reasons, strict=True) if why and why != LEFT}
             if not bad:

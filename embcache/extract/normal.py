@@ -38,15 +38,6 @@ def fill_normal(
     The same draws become the same values as in torch's ``normal_`` for a CPU (``normal_fill``, which pairs the first
     with the second eight of every sixteen), up to about 1e-7. The draws are multiples of 2⁻²⁴ on every processor;
     what follows in float64 is only what IEEE 754 rounds in one way: additions, products, quotients and square roots.
-
-    Parameters
-    ----------
-    tensor : Tensor
-        Contiguous, of a multiple of sixteen elements, as every convolution of ResNet-50 is. Filled in place.
-    mean, std : float
-        Of the distribution.
-    generator : Generator, optional
-        Default: torch's global one.
     """
     draws = torch.rand(tensor.numel(), generator=generator).view(-1, 2, 8)  # [0, 1)
     for part, target in zip(torch.split(draws, _AT_ONCE), torch.split(tensor.view(-1, 2, 8), _AT_ONCE), strict=True):

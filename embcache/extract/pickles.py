@@ -44,22 +44,7 @@ class _Slot:
 
 
 def check_pickle(file: IO[bytes], allowed: frozenset[str]) -> None:
-    """Go through one pickle without making anything of it; the file is left behind its end.
-
-    Parameters
-    ----------
-    file : binary file
-        At the pickle's start.
-    allowed : frozenset of str
-        Names that may be called besides `CALLS`.
-
-    Raises
-    ------
-    HostilePickleError
-        It has too many operations, too deep or too many tuples, or calls what no checkpoint needs.
-    ValueError, IndexError, KeyError
-        It is no pickle.
-    """
+    """Go through one pickle without making anything of it; the file is left behind its end."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     for count, (code, argument, _) in enumerate(pickletools.genops(file)):

@@ -131,13 +131,7 @@ def cache_pixels(
 
 
 def open_pixels(ds: ImageDataset, transform: Transform, home: PathLike | None = None) -> FeatureStore | None:
-    """The cached frames of a dataset under a transform, or None: what is there, complete and current or not.
-
-    Raises
-    ------
-    CorruptStoreError
-        The store's recipe is damaged.
-    """
+    """The cached frames of a dataset under a transform, or None: what is there, complete and current or not."""
     path = _path(home_dir(home) / slug(ds.name), frame(transform))
     return FeatureStore(path).restrict(ds.table["id"]) if path.is_dir() else None
 
@@ -155,29 +149,7 @@ def decode_into(
 ) -> tuple[list[str], list[str]]:
     """Decode images, without keeping them, into zeros: a row each, left as it is where the image cannot be read.
 
-    Parameters
-    ----------
-    pixels : ndarray of uint8, shape (n, H, W, 3)
-        Zeros; filled in place.
-    root : Path
-        Folder of the images.
-    sources : sequence of Source
-        The images, as many as rows.
-    framing : Transform
-        A frame (`embcache.extract.transforms.frame`).
-    pool : Executor
-        Decodes images.
-    batch_size : int
-        Images decoded ahead.
-    on_rows : callable
-        Told the number of images after each batch.
-    decoding : Decoding, optional
-        The limit on pixels.
-
-    Returns
-    -------
-    digests, reasons : list of str
-        Of each image: sha256 (hex) of its bytes, and why it cannot be read (``""`` where it can).
+    Shapes: pixels (n, H, W, 3).
     """
     digests: list[str] = []
     reasons: list[str] = []
@@ -193,18 +165,10 @@ def decode_into(
 
 @dataclass(frozen=True)
 class CurrentPixels:
-    """Those rows of a store of pixels that were made from the files as they are now.
+    """Those rows of a store of pixels that were made from the files as they are now."""
 
-    Attributes
-    ----------
-    store : FeatureStore
-        Of pixels.
-    rows : mapping of str to int
-        Row of each readable image whose file has not changed. Unreadable ones are looked at again.
-    """
-
-    store: FeatureStore
-    rows: Mapping[str, int]
+    store: FeatureStore  # of pixels
+    rows: Mapping[str, int]  # row of each readable image whose file has not changed
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def read(self, ids: Sequence[str]) -> dict[str, tuple[NDArray[np.uint8], str]]:

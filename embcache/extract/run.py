@@ -280,25 +280,7 @@ def open_networks(
     views: int = 1,
     feature_dtype: str = "float32",
 ) -> list[FrozenNetwork]:
-    """The networks that an extraction with the same arguments uses, in the order of ``names``; nothing is computed.
-
-    Parameters
-    ----------
-    files : DatasetFiles
-        The dataset's files as they are now: the transform follows their sizes.
-    names, dataset, home, weights, transform, device, precision, views, feature_dtype
-        As for :func:`extract_features`.
-
-    Returns
-    -------
-    list of FrozenNetwork
-        :func:`make_recipe` gives the recipe of each.
-
-    Raises
-    ------
-    UsageError, WeightsError
-        A name, a value or a device does not exist; weights are not there or do not fit.
-    """
+    """The networks that an extraction with the same arguments uses, in the order of ``names``; nothing is computed."""
     overrides = weights_by_name(names, weights)
     networks = []
     for name in names:

@@ -57,50 +57,22 @@ _DECODER = "decoder"  # column of a kept scan: the version that read its headers
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """The distinct files of a dataset as they are now.
+    """The distinct files of a dataset as they are now."""
 
-    Attributes
-    ----------
-    root : Path
-        Folder of the images.
-    states : mapping of str to FileState
-        Of each path; size `ABSENT` where there is no file.
-    seen : dict of str to (int, int)
-        Width and height of the images whose header was read, now or earlier; `UNREADABLE` where it cannot be.
-        Grows as :class:`ImageSizes` looks.
-    members : mapping of str to int
-        Row inside the array file of each path, -1 for an image; of several images in one file the first one's.
-    digests : dict of (str, int) to str
-        Sha256 (hex) that the bytes of an image, by path and member, had when its file was in this state.
-    moved : frozenset of str
-        Paths whose file is another than that of the kept scan, or was written since, though size and time are equal.
-    images : sequence of (str, int)
-        Path and member of every distinct image.
-    began_ns : int
-        When the files were looked at.
-    decoding : Decoding
-        The limit on pixels.
-    """
-
-    root: Path
-    states: Mapping[str, FileState]
-    seen: dict[str, tuple[int, int]]
-    members: Mapping[str, int]
+    root: Path  # folder of the images
+    states: Mapping[str, FileState]  # of each path; size `ABSENT` where there is no file
+    seen: dict[str, tuple[int, int]]  # width and height of the images whose header was read, now or earlier
+    members: Mapping[str, int]  # row inside the array file of each path, -1 for an image
     digests: dict[tuple[str, int], str] = field(default_factory=dict)
     moved: frozenset[str] = frozenset()
-    images: Sequence[tuple[str, int]] = ()
-    began_ns: int = 0
-    decoding: Decoding = field(default_factory=Decoding)
+    images: Sequence[tuple[str, int]] = ()  # path and member of every distinct image
+    began_ns: int = 0  # when the files were looked at
+    decoding: Decoding = field(default_factory=Decoding)  # the limit on pixels
 
     def confirm(self, images: Iterable[tuple[str, int]]) -> None:
         """Read those images whose digest is not known, several at once, for :attr:`digests`.
 
         None is found for an image that is not there or cannot be had from its array file: computing it says why.
-
-        Raises
-        ------
-        DatasetError
-            A file cannot be read for now.
         """
         unknown = [image for image in images if image not in self.digests]
         with ThreadPoolExecutor(default_workers()) as pool:
@@ -128,22 +100,7 @@ class Scan:
                 self.digests[source.path, source.member] = digest
 
     def read(self, paths: Sequence[str], pool: Executor, guess: tuple[int, int] | None = None) -> set[tuple[int, int]]:
-        """Read the headers of some files, several at once; return the distinct sizes of those that can be read.
-
-        Parameters
-        ----------
-        paths : sequence of str
-            Files that are there.
-        pool : Executor
-            Reads them.
-        guess : (int, int), optional
-            A size that many of them are likely to have.
-
-        Raises
-        ------
-        DatasetError
-            A path leads out of the root, or what decodes an image is not installed.
-        """
+        """Read the headers of some files, several at once; return the distinct sizes of those that can be read."""
         chunks = [paths[start : start + _TOGETHER] for start in range(0, len(paths), _TOGETHER)]
         found: set[tuple[int, int]] = set()
         for chunk, sizes in zip(chunks, pool.map(lambda some: self._read(some, guess), chunks), strict=True):
@@ -196,11 +153,6 @@ class ImageSizes(Collection[tuple[int, int]]):
 
     Nothing is read until somebody asks. Reading stops at a second size, or at a side that is above `_LARGEST_KEPT`:
     :func:`embcache.extract.transforms.choose_transform` chooses then what it would choose knowing all sizes.
-
-    Parameters
-    ----------
-    scan : Scan
-        Whose headers are read, and kept in it.
     """
 
     def __init__(self, scan: Scan) -> None:
@@ -237,24 +189,12 @@ def _decided(sizes: Collection[tuple[int, int]]) -> bool:
 
 @dataclass(frozen=True)
 class DatasetFiles:
-    """A dataset's files as they are now.
+    """A dataset's files as they are now."""
 
-    Attributes
-    ----------
-    root : Path
-        Folder of the images.
-    folder : Path
-        Folder of the dataset's stores.
-    scan : Scan
-        See :func:`scan_images`.
-    sizes : ImageSizes
-        The distinct (width, height) of its images, as far as a transform depends on them.
-    """
-
-    root: Path
-    folder: Path
-    scan: Scan
-    sizes: ImageSizes
+    root: Path  # folder of the images
+    folder: Path  # folder of the dataset's stores
+    scan: Scan  # see :func:`scan_images`
+    sizes: ImageSizes  # the distinct (width, height) of its images, as far as a transform depends on them
 
     def keep(self) -> None:
         """Write the scan beside the stores, so that the next one reads no header and no unchanged file again."""
@@ -279,15 +219,7 @@ class DatasetFiles:
 def scan_dataset(
     dataset: ImageDataset, home: PathLike | None, pool: Executor, decoding: Decoding | None = None
 ) -> DatasetFiles:
-    """Look at every file of a dataset; what an earlier scan knows of unchanged ones is not read again.
-
-    Raises
-    ------
-    DatasetNotFoundError
-        The images are not here, or none of them can be read.
-    DatasetError
-        A path leads out of the root, or what decodes an image is not installed.
-    """
+    """Look at every file of a dataset; what an earlier scan knows of unchanged ones is not read again."""
     root, folder = image_root(dataset), home_dir(home) / slug(dataset.name)
     scan = scan_images(dataset, root, decode_scan(folder / "scan.parquet"), pool, decoding)
     if all(size == UNREADABLE for size in scan.seen.values()) and not list(ImageSizes(scan)):
@@ -302,26 +234,7 @@ def dataset_transform(
     home: PathLike | None = None,
     pool: Executor | None = None,
 ) -> Transform:
-    """The transform that an extraction of ``backbone`` over ``dataset`` would use.
-
-    Parameters
-    ----------
-    backbone : Backbone
-        From `embcache.extract.backbones.find_backbone`.
-    kind : {"paper", "imagenet", "model"} or None
-        See `embcache.extract.transforms.choose_transform`.
-    dataset : ImageDataset
-        Its files are looked at, and the scan is kept beside the stores.
-    home : path-like, optional
-        Folder of stores.
-    pool : Executor, optional
-        Reads headers; default: threads of its own.
-
-    Raises
-    ------
-    UsageError, DatasetError
-        As `choose_transform` and :func:`scan_dataset`.
-    """
+    """The transform that an extraction of ``backbone`` over ``dataset`` would use."""
     with ExitStack() as stack:
         files = scan_dataset(dataset, home, pool or stack.enter_context(ThreadPoolExecutor(default_workers())))
     chosen = choose_transform(backbone, kind, files.sizes)
@@ -335,11 +248,6 @@ def scan_images(
     """State of each distinct file of a dataset, and what ``known``, an earlier scan, tells of the unchanged ones.
 
     The header of the first file of each suffix is read, so that a decoder that is not installed is missed now.
-
-    Raises
-    ------
-    DatasetError
-        A path leads out of the root, what decodes an image is not installed, or a file cannot be read for now.
     """
     began = time.time_ns()
     images = list(dict.fromkeys(zip(dataset.table["path"].tolist(), dataset.table["member"].tolist(), strict=True)))
@@ -363,17 +271,7 @@ def scan_images(
 def _still_true(
     known: pd.DataFrame | None, states: Mapping[str, FileState]
 ) -> tuple[dict[str, tuple[int, int]], dict[tuple[str, int], str], frozenset[str]]:
-    """What an earlier scan says of files that are in the state that they had then, and which others look like it.
-
-    Returns
-    -------
-    seen : dict of str to (int, int)
-        Width and height of readable images.
-    digests : dict of (str, int) to str
-        Of images by path and member.
-    moved : frozenset of str
-        Paths with the same size and modification time, but another ctime or inode.
-    """
+    """What an earlier scan says of files that are in the state that they had then, and which others look like it."""
     seen: dict[str, tuple[int, int]] = {}
     digests: dict[tuple[str, int], str] = {}
     moved = set()
@@ -411,12 +309,6 @@ def decode_scan(path: Path) -> pd.DataFrame | None:
     """The scan kept in a file, or None: it only saves work, so one that cannot be read counts as absent.
 
     So does one that another version of the decoder made: it may see other sizes.
-
-    Returns
-    -------
-    DataFrame or None
-        One row per image: ``path``, ``member`` (-1 for an image file), ``size`` (bytes), ``mtime_ns``, ``ctime_ns``,
-        ``inode``, ``width``, ``height`` (pixels; 0 where the header cannot be read, -1 where it was not), ``digest``.
     """
     try:
         scan: pd.DataFrame = open_parquet(read_regular(path))[1].to_pandas()

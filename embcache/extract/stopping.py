@@ -11,21 +11,7 @@ from types import FrameType
 
 
 class Stop:
-    """Says whether a run is to end after the current shard; other threads may ask for it at any time.
-
-    Attributes
-    ----------
-    left : int
-        Images of the current shard that are still to be computed or committed; 0 between shards.
-    signal : int or None
-        The signal that asked for it.
-    others : bool
-        Whether other processes of this run may have a current shard.
-    killed : bool
-        Whether those were ended without waiting for it.
-    complete : bool
-        Whether every shard that was asked for is committed: there is nothing to stop.
-    """
+    """Says whether a run is to end after the current shard; other threads may ask for it at any time."""
 
     def __init__(self) -> None:
         self.left = 0
@@ -77,11 +63,6 @@ def stop_on_signals(stop: Stop, tell: Callable[[str], object] | None = None) -> 
     Where everything is computed the first one is noted only.
 
     Nothing is done outside the main thread, where Python allows no handlers.
-
-    Raises
-    ------
-    SystemExit
-        Where the signal arrives and the run ends at once: 130 for SIGINT, 143 for SIGTERM.
     """
     if threading.current_thread() is not threading.main_thread():
         yield stop

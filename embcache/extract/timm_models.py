@@ -40,20 +40,7 @@ CONTAMINATED: Mapping[str, tuple[str, ...]] = {"rad-dino": ("nih",), "rad_dino":
 
 @functools.cache
 def find_timm(name: str) -> Backbone:
-    """Describe a timm model by its own configuration.
-
-    Parameters
-    ----------
-    name : str
-        ``timm:NAME`` or ``timm:hf-hub:ORG/NAME``.
-
-    Raises
-    ------
-    UsageError
-        timm has no such model, or the model gives no pooled features.
-    WeightsError
-        Its configuration on the hub cannot be fetched.
-    """
+    """Describe a timm model by its own configuration."""
     model_name = name.removeprefix("timm:")
     lower = model_name.lower()
     if not model_name.startswith("hf-hub:") and not timm.is_model(model_name):
@@ -115,20 +102,7 @@ def load_timm(
     image_size: tuple[int, int] | None,
     allow_download: bool,
 ) -> tuple[nn.Module, str, str, str]:
-    """Build a timm model with its weights: from ``weights``, else the weights folder, else the hub or their URL.
-
-    Returns
-    -------
-    module, sha256, origin, inferred : Module, str, str, str
-        The digest is that of the file; the origin, and what was chosen of ``weights``, are in words.
-
-    Raises
-    ------
-    UsageError
-        The network cannot take images of that size.
-    WeightsError
-        The weights are missing, refused, or do not fit.
-    """
+    """Build a timm model with its weights: from ``weights``, else the weights folder, else the hub or their URL."""
     folder, origin = weights_dir(home), ""
     path: Path | None
     if weights is not None:
@@ -148,13 +122,7 @@ def load_timm(
 
 
 def build_timm(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
-    """Build a timm model for images of this height and width, its weights still to be filled.
-
-    Raises
-    ------
-    UsageError
-        The network cannot take images of that size.
-    """
+    """Build a timm model for images of this height and width, its weights still to be filled."""
     module: nn.Module = _create(spec.timm, dict(spec.timm_arguments), num_classes=0)
     if image_size != spec.input_size:
         _resize(module, spec, image_size)

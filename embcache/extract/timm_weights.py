@@ -27,24 +27,7 @@ from embcache.extract.weights import Published, download
 
 
 def fetch_weights(spec: Backbone, folder: Path, allow_download: bool) -> Path:
-    """Return the weights that a model's configuration points to: from the hub and its cache, else from a URL.
-
-    Parameters
-    ----------
-    spec : Backbone
-        A timm model.
-    folder : Path
-        The weights folder: what comes from a URL is kept there.
-    allow_download : bool
-        Whether they may be fetched.
-
-    Raises
-    ------
-    UsageError
-        The hub has no such repository.
-    WeightsError
-        There is no network, the hub refuses, or there are no weights to be found.
-    """
+    """Return the weights that a model's configuration points to: from the hub and its cache, else from a URL."""
     filename = spec.weights.filename
     if not allow_download:
         raise _unavailable(spec.timm, "downloads are not allowed here", filename, folder)

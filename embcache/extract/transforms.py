@@ -31,41 +31,18 @@ _FILTERS = {
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize, centre crop, normalise: all that lies between a decoded image and a network.
+    """Resize, centre crop, normalise: all that lies between a decoded image and a network."""
 
-    Parameters
-    ----------
-    kind : {"paper", "imagenet", "model"}
-        The rule it was chosen by.
-    resize : (int, int) or int or None
-        Exact height and width, or length of the shorter side, or no resizing.
-    crop : (int, int) or None
-        Height and width of the centre crop.
-    size : (int, int)
-        Height and width of the result.
-    interpolation : str
-        Pillow's filter, which antialiases when it shrinks; the result is always uint8.
-    mean, std : (float, float, float)
-        Of RGB values scaled to [0, 1].
-    """
-
-    kind: str
-    resize: tuple[int, int] | int | None
-    crop: tuple[int, int] | None
-    size: tuple[int, int]
-    interpolation: str
+    kind: str  # the rule it was chosen by
+    resize: tuple[int, int] | int | None  # exact height and width, or length of the shorter side, or no resizing
+    crop: tuple[int, int] | None  # height and width of the centre crop
+    size: tuple[int, int]  # height and width of the result
+    interpolation: str  # pillow's filter, which antialiases when it shrinks; the result is always uint8
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     def geometry(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Resize and crop one RGB image: uint8 (H, W, 3) → uint8 (*size, 3), contiguous.
-
-        Raises
-        ------
-        ValueError
-            The image does not come out at ``size``: the transform was chosen for images of another size. Or it is so
-            thin that its shorter side's growth makes more than `MOST_RESIZED` pixels of it.
-        """
+        """Resize and crop one RGB image: uint8 (H, W, 3) → uint8 (*size, 3), contiguous."""
         height, width = image.shape[:2]
         target = _resized(self.resize, height, width)
         if (
@@ -130,29 +107,7 @@ def _resized(resize: tuple[int, int] | int | None, height: int, width: int) -> t
 
 
 def choose_transform(backbone: Backbone, kind: str | None, image_sizes: Collection[tuple[int, int]]) -> Transform:
-    """Choose what is done to the images of a dataset before a backbone sees them.
-
-    Parameters
-    ----------
-    backbone : Backbone
-        Whose patch, normalisation and interpolation count.
-    kind : {"paper", "imagenet", "model"} or None
-        ``paper``: images of one size, with no side above 224 and both divisible by the patch, stay as they are; all
-        others are resized to 256×256 and centre-cropped to 224, bilinear. ``imagenet``: shorter side 256, centre crop
-        224, the backbone's own interpolation. ``model``: the preprocessing that timm states for the model.
-        None: ``model`` for ``timm:`` backbones, else ``paper``.
-    image_sizes : collection of (int, int)
-        The distinct (width, height) of the dataset's images.
-
-    Returns
-    -------
-    Transform
-
-    Raises
-    ------
-    UsageError
-        There is no such kind, or the backbone has no preprocessing of its own, or its patch does not divide 224.
-    """
+    """Choose what is done to the images of a dataset before a backbone sees them."""
     own = backbone.pooling == "timm"
     kind = kind or ("model" if own else "paper")
     if kind not in KINDS:
@@ -214,22 +169,7 @@ def _model_transform(backbone: Backbone) -> Transform:
 
 
 def normalise(batch: torch.Tensor, transform: Transform, device: torch.device | str) -> torch.Tensor:
-    """Turn pixels into a network's input, on ``device``.
-
-    Parameters
-    ----------
-    batch : Tensor
-        uint8 of shape (B, H, W, 3); moved to the device before it is widened to floats.
-    transform : Transform
-        Whose mean and deviation are used.
-    device : torch.device or str
-        Where the result lies.
-
-    Returns
-    -------
-    Tensor
-        float32 of shape (B, 3, H, W).
-    """
+    """Turn pixels into a network's input, on ``device``."""
     pixels = batch.to(device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32).div_(255)
     return pixels.sub_(_channels(transform.mean, device)).div_(_channels(transform.std, device))
 

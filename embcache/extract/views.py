@@ -31,27 +31,13 @@ class CachedFrames(Protocol):
 
 @dataclass(frozen=True)
 class Views:
-    """What becomes of a decoded image before normalisation; networks that agree on it share pixels.
+    """What becomes of a decoded image before normalisation; networks that agree on it share pixels."""
 
-    Parameters
-    ----------
-    frame : Transform
-        Gives what can be cached: the image before the crop.
-    frame_key : str
-        What the frame is, whoever normalises it.
-    size : (int, int)
-        Height and width of a view.
-    number : int
-        View 0 is the centre of the frame, the others are augmented.
-    augmentation : Augmentation or None
-        None where there is one view.
-    """
-
-    frame: Transform = field(compare=False)
-    frame_key: str
-    size: tuple[int, int]
-    number: int = 1
-    augmentation: Augmentation | None = None
+    frame: Transform = field(compare=False)  # gives what can be cached: the image before the crop
+    frame_key: str  # what the frame is, whoever normalises it
+    size: tuple[int, int]  # height and width of a view
+    number: int = 1  # view 0 is the centre of the frame, the others are augmented
+    augmentation: Augmentation | None = None  # none where there is one view
 
     def look(self, framed: NDArray[np.uint8], id_: str) -> tuple[NDArray[np.uint8], ...]:
         """The views of one frame, each uint8 (*size, 3); view v of an image is the same however many there are."""

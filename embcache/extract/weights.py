@@ -34,13 +34,7 @@ class Published:
 
 
 def find_weights(published: Published, folder: Path) -> Path | None:
-    """Return the checkpoint's file in ``folder``, else in its package, else None; nothing is read or fetched.
-
-    Raises
-    ------
-    WeightsError
-        A file of that name is there, but of another size than the published one.
-    """
+    """Return the checkpoint's file in ``folder``, else in its package, else None; nothing is read or fetched."""
     path = folder / published.filename
     if published.filename and path.is_file():
         size = path.stat().st_size
@@ -72,26 +66,7 @@ def locate_weights(
     home: PathLike | None = None,
     allow_download: bool = True,
 ) -> Path:
-    """Return a backbone's checkpoint file: ``override``, else in the weights folder or package, else downloaded.
-
-    Parameters
-    ----------
-    name : str
-        The backbone, for messages.
-    published : Published
-        Where it comes from.
-    override : path-like, optional
-        The user's own file.
-    home : path-like, optional
-        Decides the weights folder where ``$EMBCACHE_WEIGHTS`` does not.
-    allow_download : bool
-        Whether it may be fetched.
-
-    Raises
-    ------
-    WeightsError
-        There is no such file and it cannot be fetched; the message names URL, file name and folder.
-    """
+    """Return a backbone's checkpoint file: ``override``, else in the weights folder or package, else downloaded."""
     if override is not None:
         path = Path(override).expanduser()
         if not path.is_file():
@@ -120,11 +95,6 @@ def download(published: Published, folder: Path) -> Path:
 
     The file appears under its name only when it is complete and is what was published. A progress bar is shown on
     stderr where that is a terminal.
-
-    Raises
-    ------
-    WeightsError
-        There is no network, the server refuses, or what came is not the published file.
     """
     # Not mkstemp, whose files nobody else may read: the folder may be shared, and the umask says with whom.
     partial = folder / f".{published.filename}.{secrets.token_hex(8)}.part"
@@ -214,13 +184,7 @@ def _sidecar(path: Path) -> Path:
 
 
 def check_digest(path: Path, sha256: str, published: Published) -> None:
-    """Compare a file's digest with what its publisher states and with what was recorded at its download.
-
-    Raises
-    ------
-    WeightsError
-        They differ.
-    """
+    """Compare a file's digest with what its publisher states and with what was recorded at its download."""
     expected = published.sha256
     try:
         recorded = _sidecar(path).read_text(encoding="utf-8").split()

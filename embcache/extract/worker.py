@@ -95,13 +95,7 @@ def freeze(
     augment: str = "generic",
     dtype: str = "float32",
 ) -> FrozenNetwork:
-    """Put a backbone on its device, ready to extract; ``augment`` is the modality that views beyond the first follow.
-
-    Raises
-    ------
-    UsageError
-        The device is not there, or does not have the precision; features are not kept in that dtype.
-    """
+    """Put a backbone on its device; ``augment`` is the modality that views beyond the first follow."""
     target = pick_device(device)
     if dtype not in DTYPES:
         raise UsageError(
@@ -141,13 +135,7 @@ def freeze(
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto`` is the first CUDA device, else the CPU.
-
-    Raises
-    ------
-    UsageError
-        The name is not a device, or the device is not there.
-    """
+    """``auto`` is the first CUDA device, else the CPU."""
     if device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
@@ -187,13 +175,7 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
 
 
 class Sender:
-    """Takes uint8 batches to a device; to a GPU from pinned memory, on a stream of its own.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where the batches go.
-    """
+    """Takes uint8 batches to a device; to a GPU from pinned memory, on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -257,35 +239,7 @@ def compute_shard(
     on_bad: Callable[[Source, str], object] = lambda source, reason: None,
     decoding: Decoding | None = None,
 ) -> list[ShardRows]:
-    """Features of one shard under each network; every image is read and decoded once for all of them.
-
-    Parameters
-    ----------
-    root : Path
-        The dataset's folder.
-    sources : sequence of Source
-        The shard's images, in order.
-    networks : sequence of FrozenNetwork
-        Each sees every image; all on one device.
-    batch_size : int
-        Rows of each batch given to a network, always; see :mod:`embcache.extract.batching`.
-    pool : Executor
-        Decodes images.
-    cached : mapping of str to CachedFrames, optional
-        By frame key, images that need no decoding; the features are the same either way.
-    on_rows : callable
-        Told the number of images after each batch and network.
-    on_bad : callable
-        Told each image that cannot be used, and why, as soon as that is known; may raise.
-    decoding : Decoding, optional
-        The limit on pixels, and who is told what was inferred of an image.
-
-    Returns
-    -------
-    list of ShardRows
-        One for each network. A row is invalid, with its reason, where the image cannot be read or its features are
-        not finite.
-    """
+    """Features of one shard under each network; every image is read and decoded once for all of them."""
     looks = [network.looks for network in networks]
     distinct = list(dict.fromkeys(looks))
     firsts = dict(zip(distinct, accumulate((views.number for views in distinct), initial=0), strict=False))

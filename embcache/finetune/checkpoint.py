@@ -46,28 +46,14 @@ class _Record(TypedDict):
 
 @dataclass(frozen=True)
 class FoldState:
-    """How far the training of one fold is.
-
-    Attributes
-    ----------
-    losses, val_scores, lrs : tuple of float
-        Mean training loss, validation score after, and learning rate during each epoch whose loss was finite.
-    scaler : dict
-        Of the loss scaling of fp16; empty without.
-    diverged : bool
-        A loss or an output was not finite.
-    finished : bool
-        Tested; ``files`` then holds ``test``, and ``best`` where the model is kept.
-    files : dict
-        Role (``train``, ``best``, ``test``) → name, size and crc32c.
-    """
+    """How far the training of one fold is."""
 
     losses: tuple[float, ...] = ()
     val_scores: tuple[float, ...] = ()
     lrs: tuple[float, ...] = ()
-    scaler: Mapping[str, Any] = field(default_factory=dict)
-    diverged: bool = False
-    finished: bool = False
+    scaler: Mapping[str, Any] = field(default_factory=dict)  # of the loss scaling of fp16; empty without
+    diverged: bool = False  # A loss or an output was not finite
+    finished: bool = False  # tested; ``files`` then holds ``test``, and ``best`` where the model is kept
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -86,30 +72,14 @@ class Progress:
 
 
 class CheckpointFolder:
-    """The folder of one run's checkpoints.
-
-    Parameters
-    ----------
-    path : Path
-        ``<home>/<dataset>/runs/.<run id>.partial``.
-    request : mapping
-        The run's request; a checkpoint of another is refused.
-    command : str
-        What to type to go on, for `embcache.upkeep.list_interrupted`.
-    """
+    """The folder of one run's checkpoints."""
 
     def __init__(self, path: Path, request: Mapping[str, Any], command: str = "") -> None:
         self.path, self._request, self._command = path, dict(request), command
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Claim the folder for this process; an empty one is removed in the end.
-
-        Raises
-        ------
-        StoreError
-            Another process is training this run.
-        """
+        """Claim the folder for this process; an empty one is removed in the end."""
         for folder in (self.path.parent, self.path, self.path / "leases", self.path / "staging"):
             make_folder(folder)
             if not is_folder(folder):
@@ -128,13 +98,7 @@ class CheckpointFolder:
                     discard(self.path)
 
     def read(self) -> Progress | None:
-        """The progress that was saved; None where there is none.
-
-        Raises
-        ------
-        CorruptStoreError
-            ``state.json`` is damaged, or is of another request or version.
-        """
+        """The progress that was saved; None where there is none."""
         path = self.path / "state.json"
         try:
             content = read_sealed(path, AGAIN, indent=None)
@@ -184,13 +148,7 @@ class CheckpointFolder:
                 discard(path)
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Write tensors to a file of this name and flush it; what `FoldState.files` keeps of it.
-
-        Raises
-        ------
-        StoreError
-            The disk refuses.
-        """
+        """Write tensors to a file of this name and flush it; what `FoldState.files` keeps of it."""
         path = self.path / name
         try:
             path.touch()
@@ -209,13 +167,7 @@ class CheckpointFolder:
             ) from error  # fmt: skip
 
     def load(self, record: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Read the tensors of a file that `save` wrote.
-
-        Raises
-        ------
-        CorruptStoreError
-            The file is not there or not as it was written.
-        """
+        """Read the tensors of a file that `save` wrote."""
         path = self.file(record)
         try:
             return load_file(path)

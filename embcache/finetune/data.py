@@ -36,47 +36,24 @@ _CHUNK = 256  # images decoded, or read from a store, at a time
 
 @dataclass(frozen=True)
 class Images:
-    """What is known of a dataset's images before anything is drawn.
+    """What is known of a dataset's images before anything is drawn."""
 
-    Attributes
-    ----------
-    digests : mapping of id to str
-        sha256 (hex) of the bytes of the images that can be used.
-    quarantined : mapping of id to str
-        Why an image cannot be decoded or does not have the frame's size.
-    """
-
-    digests: Mapping[str, str]
-    quarantined: Mapping[str, str]
+    digests: Mapping[str, str]  # sha256 (hex) of the bytes of the images that can be used
+    quarantined: Mapping[str, str]  # why an image cannot be decoded or does not have the frame's size
 
 
 @dataclass(frozen=True, eq=False)
 class Frames:
-    """The frames of some images.
+    """The frames of some images."""
 
-    Attributes
-    ----------
-    pixels : uint8 array of shape (n, H, W, 3)
-        In memory, or mapped from a scratch file.
-    ids : tuple of str
-        Names of the rows.
-    """
-
-    pixels: Pixels = field(repr=False)
-    ids: tuple[str, ...]
+    pixels: Pixels = field(repr=False)  # (n, H, W, 3); in memory, or mapped from a scratch file
+    ids: tuple[str, ...]  # names of the rows
 
 
 def choose_transforms(
     specs: Sequence[Backbone], kind: str | None, sizes: Collection[tuple[int, int]]
 ) -> dict[str, Transform]:
-    """One transform a backbone, all of the same geometry, so that every backbone sees the same augmented pixels.
-
-    Raises
-    ------
-    UsageError
-        The backbones' preprocessing differs in more than mean and standard deviation; or as
-        `embcache.extract.transforms.choose_transform`.
-    """
+    """One transform a backbone, all of the same geometry, so that every backbone sees the same augmented pixels."""
     # Images stay as they are only where the patches of all backbones divide them.
     patch = lcm(*(spec.patch for spec in specs))
     chosen = {spec.name: choose_transform(replace(spec, patch=patch), kind, sizes) for spec in specs}
@@ -144,10 +121,7 @@ def decode_frames(
 ) -> tuple[Frames, Images]:
     """Decode images of a dataset, all or some, without a store.
 
-    Returns
-    -------
-    (Frames, Images)
-        A frame of zeros where an image cannot be read.
+    Shapes: returns (Frames, Images).
     """
     framing = frame(transform)
     wanted = None if ids is None else set(ids)
@@ -159,13 +133,7 @@ def decode_frames(
 
 
 def stored_frames(store: FeatureStore, ids: Sequence[str], scratch: Path) -> Frames:
-    """Frames of some images from a pixel store.
-
-    Raises
-    ------
-    StoreError
-        The store has not got one of them.
-    """
+    """Frames of some images from a pixel store."""
     rows = store.rows_of(ids)
     absent = [name for name, row in zip(ids, rows, strict=True) if row < 0]
     if absent:

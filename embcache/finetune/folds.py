@@ -36,11 +36,6 @@ def begin(
     """The progress to go on from; an empty one to start with.
 
     ``resume`` of None goes on from a checkpoint where there is one, and says nothing where there is none.
-
-    Raises
-    ------
-    StoreError
-        There is a checkpoint, and nobody said whether to go on from it or to start over; or it is damaged.
     """
     here = machine(asked.device)
     if again and resume is False:
@@ -70,31 +65,16 @@ def begin(
 
 @dataclass(eq=False)
 class FoldRun:
-    """The folds of one run.
-
-    Attributes
-    ----------
-    ds, asked, plan
-        The question, its networks and its splits.
-    frames : Frames
-        Of every image that trains, validates or tests.
-    folder : CheckpointFolder
-    pool : ThreadPoolExecutor or None
-        Augments images.
-    keep_models : bool
-        Leave the files of the best models when folds are finished.
-    tell : callable or None
-        See `Tell`.
-    """
+    """The folds of one run."""
 
     ds: ImageDataset
     asked: Asked
     plan: Splits
-    frames: Frames
+    frames: Frames  # of every image that trains, validates or tests
     folder: CheckpointFolder
-    pool: ThreadPoolExecutor | None
-    keep_models: bool
-    tell: Tell | None
+    pool: ThreadPoolExecutor | None  # augments images
+    keep_models: bool  # leave the files of the best models when folds are finished
+    tell: Tell | None  # see `Tell`
 
     def __post_init__(self) -> None:
         row_of = {name: row for row, name in enumerate(self.frames.ids)}
@@ -105,15 +85,7 @@ class FoldRun:
         self._settled = self._done = 0
 
     def train(self, progress: Progress) -> tuple[Progress, Outputs]:
-        """Train and test every fold that is not finished.
-
-        Returns
-        -------
-        Progress
-            All folds finished.
-        Outputs
-            Logits; nan for a fold without a model.
-        """
+        """Train and test every fold that is not finished."""
         asked, began = self.asked, time.perf_counter() - progress.seconds
         if asked.device.type == "cpu":
             keep_freed_memory()

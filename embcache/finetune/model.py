@@ -31,30 +31,14 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class ImageModel:
-    """Backbones and the head on their features, trained together.
+    """Backbones and the head on their features, trained together."""
 
-    Attributes
-    ----------
-    backbones : mapping of str to Module
-        Networks: normalised images, float32 (B, 3, H, W), to features (B, D).
-    transforms : mapping of str to Transform
-        One a backbone; they differ in mean and standard deviation only, since all see the same pixels.
-    head : TrainableHead
-        A head of `embcache.probe.heads`, as probing trains it.
-    params : dict of str to Tensor
-        The head's parameters, named and initialised as in probing.
-    device : torch.device
-        Where all of them lie.
-    precision : {"fp32", "tf32", "bf16", "fp16"}
-        Arithmetic of the backbones; the head and the loss are always computed in fp32.
-    """
-
-    backbones: Mapping[str, nn.Module]
-    transforms: Mapping[str, Transform]
-    head: TrainableHead
-    params: State
-    device: torch.device
-    precision: str
+    backbones: Mapping[str, nn.Module]  # networks: normalised images, float32 (B, 3, H, W), to features (B, D)
+    transforms: Mapping[str, Transform]  # one a backbone
+    head: TrainableHead  # A head of `embcache.probe.heads`, as probing trains it
+    params: State  # the head's parameters, named and initialised as in probing
+    device: torch.device  # where all of them lie
+    precision: str  # arithmetic of the backbones; the head and the loss are always computed in fp32
 
     def logits(self, pixels: Tensor, masks: Mapping[str, Tensor] | None = None) -> Tensor:
         """Logits, float32 (B, C), of a uint8 batch (B, H, W, 3); ``masks`` (B, width) are the head's dropout."""
@@ -101,13 +85,7 @@ class ImageModel:
         return named | {f"head.{key}": value.detach() for key, value in self.params.items()}
 
     def load(self, state: Mapping[str, Tensor], *, where: object = None, fix: str | None = None) -> None:
-        """Copy a state into the model, in place.
-
-        Raises
-        ------
-        WeightsError
-            A tensor is missing or unknown, or has another shape.
-        """
+        """Copy a state into the model, in place."""
         mine = self.state()
         wrong = sorted(set(mine) ^ set(state)) or [n for n, value in mine.items() if state[n].shape != value.shape]
         if wrong:
@@ -145,17 +123,10 @@ def empty_backbone(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
 
 @dataclass(frozen=True, eq=False)
 class FinetunedModel:
-    """The model of one fold of a finetuned run, ready to predict.
-
-    Attributes
-    ----------
-    transform : Transform
-        What images must have gone through; ``predict`` normalises them itself.
-    class_names : tuple of str
-    """
+    """The model of one fold of a finetuned run, ready to predict."""
 
     model: ImageModel
-    transform: Transform
+    transform: Transform  # what images must have gone through; ``predict`` normalises them itself
     class_names: tuple[str, ...]
 
     def predict(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -246,14 +217,7 @@ def has_batch_norm(network: nn.Module) -> bool:
 
 
 def check_head(head: Head, backbones: Sequence[str]) -> TrainableHead:
-    """The head, where it can be trained together with its backbones.
-
-    Raises
-    ------
-    UsageError
-        It is solved instead of trained, or standardises features that training moves; or it does not take so many
-        backbones, or none was named, or one twice.
-    """
+    """The head, where it can be trained together with its backbones."""
     if not _trainable(head):
         kind = "is solved on fixed features" if is_solved(head) else "standardises features that must stay fixed"
         raise UsageError(

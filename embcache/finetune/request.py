@@ -75,43 +75,20 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A question with its networks loaded.
-
-    Attributes
-    ----------
-    settings : Settings
-    subset : str
-        Its canonical name.
-    specs : tuple of Backbone
-    head : TrainableHead
-    head_name : str
-    head_request : dict
-        Name and hyperparameters of the head.
-    schedule : Schedule
-    files : DatasetFiles
-    transforms : dict of str to Transform
-        By backbone; one geometry.
-    augment : Augmentation
-    networks : dict of str to Module
-        By backbone, with their weights.
-    recipes : dict of str to JSON
-        Whole recipes of the features that training starts from.
-    fingerprints : dict of str to str
-    device : torch.device
-    """
+    """A question with its networks loaded."""
 
     settings: Settings
-    subset: str
+    subset: str  # its canonical name
     specs: tuple[Backbone, ...]
     head: TrainableHead
     head_name: str
-    head_request: Mapping[str, Any]
+    head_request: Mapping[str, Any]  # name and hyperparameters of the head
     schedule: Schedule
     files: DatasetFiles
-    transforms: Mapping[str, Transform]
+    transforms: Mapping[str, Transform]  # by backbone; one geometry
     augment: Augmentation
-    networks: Mapping[str, nn.Module]
-    recipes: Mapping[str, Any]
+    networks: Mapping[str, nn.Module]  # by backbone, with their weights
+    recipes: Mapping[str, Any]  # whole recipes of the features that training starts from
     fingerprints: Mapping[str, str]
     device: torch.device
 
@@ -199,17 +176,7 @@ def ask(
     *,
     allow_download: bool = True,
 ) -> Asked:
-    """Check a question and load its networks.
-
-    Raises
-    ------
-    UsageError
-        It is malformed.
-    WeightsError
-        Weights are missing or do not fit.
-    DatasetError
-        The images are not here.
-    """
+    """Check a question and load its networks."""
     given = [backbones] if isinstance(backbones, str) else list(backbones)
     head = make_head(settings.head)
     specs = tuple(find_backbone(name) for name in given)
@@ -270,16 +237,6 @@ def gentle(backbones: Sequence[str]) -> bool:
     """Whether backbones are finetuned with `GENTLE` unless told otherwise.
 
     Names alone decide: nothing is looked up or fetched.
-
-    Parameters
-    ----------
-    backbones : sequence of str
-        Names as in `embcache.probe.results.ProbeResult.backbones`.
-
-    Returns
-    -------
-    bool
-        One of them at least is a ViT-S/8 trained by DINO: the paper's, or one that timm builds, whoever published it.
     """
     return any(name in _DINO or _VIT_S8_DINO.fullmatch(_timm_name(name)) is not None for name in backbones)
 

@@ -214,27 +214,7 @@ def find_finetuned(
     workers: int | None = None,
     **request: Any,
 ) -> ProbeResult | str:
-    """The saved result of a finetuning, or the id that its run would have; trains and downloads nothing.
-
-    Parameters
-    ----------
-    ds, backbones, home
-        As for `finetune_images`.
-    workers : int, optional
-        Threads that look at images.
-    **request
-        As for `finetune_images`: what decides the result (``head`` … ``max_epochs``).
-
-    Returns
-    -------
-    ProbeResult or str
-        Where no store knows the images yet, each of them is decoded once to tell.
-
-    Raises
-    ------
-    EmbcacheError
-        As `finetune_images`; weights that would have to be downloaded are missing.
-    """
+    """The saved result of a finetuning, or the id that its run would have; trains and downloads nothing."""
     settings = Settings(**request)
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         asked = ask(ds, backbones, settings, home, pool, allow_download=False)

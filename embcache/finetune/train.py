@@ -36,35 +36,15 @@ Save = Callable[[FoldState, State, State | None], FoldState]
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What the training of every fold of a run shares.
+    """What the training of every fold of a run shares."""
 
-    Attributes
-    ----------
-    frames : Frames
-        Of all images that train, validate or test.
-    y : int64 array of shape (n,)
-        Labels of the frames; −1 where unlabelled.
-    augment : Augmentation
-        Of training images; its ``size`` is the network's.
-    schedule : Schedule
-        The optimisation.
-    metric : str or Metric
-        Scores the validation images.
-    accumulate : int
-        Parts in which a batch goes through the network; one step follows all of them.
-    pool : ThreadPoolExecutor or None
-        Augments images.
-    on_images : callable
-        Told the number of images after each batch.
-    """
-
-    frames: Frames
-    y: NDArray[np.int64]
-    augment: Augmentation
-    schedule: Schedule
-    metric: str | Metric
-    accumulate: int = 1
-    pool: ThreadPoolExecutor | None = None
+    frames: Frames  # of all images that train, validate or test
+    y: NDArray[np.int64]  # (n,); labels of the frames; −1 where unlabelled
+    augment: Augmentation  # of training images; its ``size`` is the network's
+    schedule: Schedule  # the optimisation
+    metric: str | Metric  # scores the validation images
+    accumulate: int = 1  # parts in which a batch goes through the network; one step follows all of them
+    pool: ThreadPoolExecutor | None = None  # augments images
     on_images: Callable[[int], object] = field(default=lambda count: None)
 
 
@@ -86,28 +66,7 @@ def epoch_batches(job: Job, epoch: int, batch_size: int) -> list[list[int]]:
 def train_fold(
     model: ImageModel, job: Job, setting: Setting, save: Save, *, state: FoldState, resume: Mapping[str, Tensor] | None
 ) -> FoldState:
-    """Train until the schedule ends or a loss or an output is not finite.
-
-    Parameters
-    ----------
-    model : ImageModel
-        As initialised, or with the tensors of ``resume`` still to be loaded.
-    job : Job
-        Rows that train and validate, the fold's random stream, its oversampling.
-    setting : Setting
-        What folds share.
-    save : callable
-        Called after each epoch; see `Save`.
-    state : FoldState
-        How far the fold is.
-    resume : mapping of str to Tensor, optional
-        Tensors that ``save`` was given after the last epoch.
-
-    Returns
-    -------
-    FoldState
-        As ``save`` returned it, with ``diverged`` set where training ended so.
-    """
+    """Train until the schedule ends or a loss or an output is not finite."""
     schedule = setting.schedule
     tracker = Tracker(schedule, job.lr)
     for value in state.val_scores:

@@ -23,30 +23,14 @@ from embcache.paths import PathLike
 
 @dataclass(frozen=True)
 class Asked:
-    """Images to predict.
+    """Images to predict."""
 
-    Attributes
-    ----------
-    root : Path
-        What the paths of the sources are relative to.
-    names : tuple of str
-        What the user calls them: paths, which may be anything that the file system allows, or ids.
-    sources : tuple of Source
-        Where they are.
-    reasons : tuple of str
-        Why an image need not be tried; ``""`` where it may be.
-    groups : tuple of str
-        Patient, slide … of each image; ``""`` where it is not known.
-    notes : tuple of str
-        What was inferred of tables.
-    """
-
-    root: Path
-    names: tuple[str, ...]
-    sources: tuple[Source, ...]
-    reasons: tuple[str, ...]
-    groups: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    root: Path  # what the paths of the sources are relative to
+    names: tuple[str, ...]  # what the user calls them
+    sources: tuple[Source, ...]  # where they are
+    reasons: tuple[str, ...]  # why an image need not be tried; ``""`` where it may be
+    groups: tuple[str, ...]  # patient, slide … of each image; ``""`` where it is not known
+    notes: tuple[str, ...] = ()  # what was inferred of tables
 
 
 def images_of_dataset(ds: ImageDataset) -> Asked:
@@ -81,20 +65,6 @@ def list_images(paths: Sequence[PathLike], notes: list[str], columns: Columns = 
     column ``path``, relative to its folder, and perhaps ``group``, or columns with names that are as usual or that
     ``columns`` names; labels are not looked at. Linked folders inside folders are not followed. What was inferred, and
     how many other files the folders hold, is added to ``notes``.
-
-    Returns
-    -------
-    dict of Path to str
-        Group of each image; empty where no table names one.
-
-    Raises
-    ------
-    UsageError
-        A column is named that no table needs or has.
-    DatasetError
-        A table cannot be read or lacks the column ``path``, or folders are nested too deep.
-    DatasetNotFoundError
-        A folder holds no image.
     """
     found: dict[Path, str] = {}
     passed = Counter[str]()

@@ -101,32 +101,7 @@ def load_model(
     weights: PathLike | Mapping[str, PathLike] | None,
     device: str,
 ) -> Model:
-    """The model of some folds of a run, ready to predict.
-
-    Parameters
-    ----------
-    result : ProbeResult
-        The run, probed or finetuned.
-    folder : Path
-        Its folder.
-    folds : mapping of int to callable
-        Whose models are averaged, each of which must be there, and how their logits become probabilities.
-    home : path, optional
-        Decides the weights folder, and where the stores of older runs are looked for.
-    weights : path or mapping of name to path, optional
-        Checkpoints of frozen backbones; they must be those that the run was made with.
-    device : str
-        ``auto``, ``cpu``, ``cuda:0``, …
-
-    Raises
-    ------
-    RecipeError
-        The rebuilt recipe is not the run's; the message lists the differences.
-    StoreError
-        The run's files cannot be read, or it kept neither recipes nor models.
-    UsageError
-        The run has no model, or takes no weights.
-    """
+    """The model of some folds of a run, ready to predict."""
     if result.kind not in ("probe", "finetune"):
         raise UsageError(
             f"a result of kind {result.kind!r} has no model to predict with",
@@ -156,13 +131,7 @@ def load_model(
 
 
 def run_recipes(result: ProbeResult, home: PathLike | None = None) -> dict[str, Recipe]:
-    """The recipe of each backbone of a run: as the run kept it, else (older runs) from the store it was probed on.
-
-    Raises
-    ------
-    StoreNotFoundError
-        The run kept none, and no store has its fingerprint.
-    """
+    """The recipe of each backbone of a run: as the run kept it, else (older runs) from the store it was probed on."""
     if result.recipes:
         return {backbone: Recipe.from_json(result.recipes[backbone]) for backbone in result.backbones}
     wanted = {str(backbone): str(fingerprint) for backbone, fingerprint in result.request.get("recipes", ())}

@@ -37,41 +37,18 @@ _CHUNK = 256  # images at a time: what a progress bar counts, and what is in mem
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a run says of images.
+    """What a run says of images."""
 
-    Attributes
-    ----------
-    run : str
-        Its id.
-    class_names : tuple of str
-    images : tuple of str
-        As they were named: paths, or ids of a dataset.
-    p : float64 array of shape (n, C)
-        Class probabilities, the mean over ``folds``; NaN where the image could not be read.
-    reasons : tuple of str
-        Why an image could not be read; ``""`` where it could.
-    folds : tuple of int
-        Whose models were averaged.
-    labels : tuple of str or None
-        Class of each image of a dataset, ``""`` where it is not known; None for paths.
-    notes : tuple of str
-        What a reader must know.
-    groups : tuple of str or None
-        Patient, slide … of each image, ``""`` where it is not known; None where no image has one.
-    adjusted : str
-        Prevalence and temperatures that ``p`` was adjusted to; empty where it was not.
-    """
-
-    run: str
+    run: str  # its id
     class_names: tuple[str, ...]
-    images: tuple[str, ...]
-    p: FloatArray
-    reasons: tuple[str, ...]
-    folds: tuple[int, ...]
-    labels: tuple[str, ...] | None = None
-    notes: tuple[str, ...] = ()
-    groups: tuple[str, ...] | None = None
-    adjusted: str = ""
+    images: tuple[str, ...]  # as they were named: paths, or ids of a dataset
+    p: FloatArray  # (n, C); class probabilities, the mean over ``folds``; NaN where the image could not be read
+    reasons: tuple[str, ...]  # why an image could not be read; ``""`` where it could
+    folds: tuple[int, ...]  # whose models were averaged
+    labels: tuple[str, ...] | None = None  # class of each image of a dataset, ``""`` where it is not known
+    notes: tuple[str, ...] = ()  # what a reader must know
+    groups: tuple[str, ...] | None = None  # patient, slide … of each image, ``""`` where it is not known
+    adjusted: str = ""  # prevalence and temperatures that ``p`` was adjusted to; empty where it was not
 
     @property
     def failed(self) -> dict[str, str]:
@@ -102,11 +79,6 @@ class Predictions:
 
         Groups come in the order of their first images. ``p_CLASS`` is the mean over the ``images`` that could be read,
         ``label`` is empty where they differ. An image without a group is a group of its own.
-
-        Raises
-        ------
-        DatasetError
-            No image has a group.
         """
         if self.groups is None:
             raise _no_groups()

@@ -76,19 +76,7 @@ def sum_attention(q: torch.Tensor, k: torch.Tensor, parts: int, kind: str = "aut
     tokens, so the sum over rows is one product of S and W of all rows, side by side. Both are summed over the tokens of
     a part first: with few parts the map is never formed at all.
 
-    Parameters
-    ----------
-    q, k : Tensor of shape (R, N), floating
-        Scalar queries and keys.
-    parts : int
-        Of N / ``parts`` neighbouring tokens each; N gives the whole map.
-    kind : {"auto", "exact", "fast"}
-        As of `attend`; ``exact``, and rows that need too many nodes, form the map of a few rows at a time.
-
-    Returns
-    -------
-    float64 Tensor of shape (parts, parts)
-        Row *a*, column *b*: Σ over rows, i in a and j in b of softmax_j(q_i k_j).
+    Shapes: q, k (R, N); returns (parts, parts).
     """
     tokens = q.shape[1]
 

@@ -54,30 +54,14 @@ _WIDTHS = (0.05, 0.18, 0.9, 1.6, 2.6, 3.4, 4.8, 6.4, 9.0, 12.0, 16.0)
 
 @dataclass(frozen=True, eq=False)
 class NodeGroup:
-    """Rows that have equally many nodes, M.
+    """Rows that have equally many nodes, M."""
 
-    Attributes
-    ----------
-    rows : int64 Tensor of shape (R,)
-        Their places, ascending.
-    x : Tensor of shape (R, N)
-        Queries in the variable of interpolation, within [-1, 1].
-    t : Tensor of shape (R, M)
-        Nodes, as queries.
-    inverse : Tensor of shape (R, M)
-        1 / Σ_j e^(t k_j - max_j t k_j).
-    values : Tensor of shape (R, 2, M)
-        F less the mean of the row's ``v``, and F', at the nodes.
-    weights : Tensor of shape (R, M, N) or None
-        e^(t k_j - max_j t k_j), where it was asked for and is small enough to be kept.
-    """
-
-    rows: torch.Tensor
-    x: torch.Tensor
-    t: torch.Tensor
-    inverse: torch.Tensor
-    values: torch.Tensor
-    weights: torch.Tensor | None
+    rows: torch.Tensor  # (R,); their places, ascending
+    x: torch.Tensor  # (R, N); queries in the variable of interpolation, within [-1, 1]
+    t: torch.Tensor  # (R, M); nodes, as queries
+    inverse: torch.Tensor  # (R, M); 1 / Σ_j e^(t k_j - max_j t k_j)
+    values: torch.Tensor  # (R, 2, M); F less the mean of the row's ``v``, and F', at the nodes
+    weights: torch.Tensor | None  # (R, M, N)
 
 
 @torch.no_grad()
@@ -86,21 +70,7 @@ def place_nodes(
 ) -> tuple[list[NodeGroup], torch.Tensor]:
     """Choose nodes for every row and evaluate F there.
 
-    Parameters
-    ----------
-    q, k, v : Tensor of shape (R, N)
-        Queries, keys and values, float32 or float64.
-    most : int
-        Rows that need more nodes are left out.
-    keep : bool
-        Keep weights, for `interpolate` to be differentiated.
-
-    Returns
-    -------
-    list of NodeGroup
-        By ascending number of nodes.
-    int64 Tensor
-        Rows left out: too many nodes, or numbers that are not finite.
+    Shapes: q, k, v (R, N).
     """
     counts = [n for n in _COUNTS if n <= most]
     every = torch.arange(len(q), device=q.device)
@@ -242,12 +212,7 @@ def _gradients(
 def node_maps(k: torch.Tensor, group: NodeGroup, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of some rows of a group as two factors; ``k`` (R, N) holds the keys of all of its rows.
 
-    Returns
-    -------
-    Tensor of shape (rows, M, N)
-        Share of each node in each query's attention; shares of a query sum to 1, some are negative.
-    Tensor of shape (rows, M, N)
-        Attention that a query at each node gives to each token.
+    Shapes: returns (rows, M, N).
     """
     count = group.t.shape[1]
     basis = _polynomials(group.x[block], count)

@@ -142,24 +142,7 @@ def cached_backbones(dataset: str, home: PathLike | None = None, views: int | No
 def plan_cached(
     ds: ImageDataset, *, home: PathLike | None = None, backbone: str | None = None, **options: Any
 ) -> tuple[Splits, FeatureStore | None]:
-    """The splits that a probe of ``ds`` would draw.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        The dataset.
-    home : path, optional
-        Folder of stores.
-    backbone : str, optional
-        Whose store tells which images are identical or unreadable; default: the first that is cached.
-    **options
-        As for `embcache.probe.protocol.plan_splits`.
-
-    Returns
-    -------
-    (Splits, FeatureStore or None)
-        The store that was asked; None where nothing is cached, and then only the dataset's own groups hold.
-    """
+    """The splits that a probe of ``ds`` would draw."""
     stores = [s for s in list_stores(home, ds.name) if backbone in (None, s.recipe.backbone)]
     if backbone is not None and not stores:
         raise StoreNotFoundError(
@@ -174,29 +157,15 @@ def plan_cached(
 
 @dataclass(frozen=True)
 class ImportedSplits:
-    """A splits file that was checked and kept.
+    """A splits file that was checked and kept."""
 
-    Attributes
-    ----------
-    name : str
-        What ``--splits`` takes.
-    path : Path
-    splits : Splits
-    """
-
-    name: str
+    name: str  # what ``--splits`` takes
     path: Path
     splits: Splits
 
 
 def import_splits(file: Path, ds: ImageDataset, home: PathLike | None = None) -> ImportedSplits:
-    """Check a splits file against a dataset and keep it under ``<home>/<dataset>/splits``.
-
-    Raises
-    ------
-    ProtocolError
-        See `embcache.probe.splits.read_splits`.
-    """
+    """Check a splits file against a dataset and keep it under ``<home>/<dataset>/splits``."""
     splits, _ = plan_cached(ds, home=home, splits=file, subsets=())
     name = f"{file.stem}-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
     path = _splits_dir(ds, home) / f"{slug(name)}.json"
@@ -205,13 +174,7 @@ def import_splits(file: Path, ds: ImageDataset, home: PathLike | None = None) ->
 
 
 def find_splits(name: str, ds: ImageDataset, home: PathLike | None = None) -> Path:
-    """The splits file at path ``name``, or the imported one of that name.
-
-    Raises
-    ------
-    UsageError
-        There is neither.
-    """
+    """The splits file at path ``name``, or the imported one of that name."""
     imported = _splits_dir(ds, home) / f"{name}.json"
     if Path(name).expanduser().is_file():
         return Path(name).expanduser()

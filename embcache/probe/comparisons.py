@@ -23,32 +23,15 @@ from embcache.probe.statistics import (
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two procedures' expected scores, or of these models' scores, on the same test groups.
-
-    Attributes
-    ----------
-    difference : float
-    interval : (float, float) or None
-        95 %.
-    p : float or None
-        Two-sided, of no difference.
-    smallest : float or None
-        The smallest difference that this test set could have shown: 80 % power at 5 %.
-    p_margin : float or None
-        Of two one-sided tests that the difference is at least the margin.
-    trained : bool
-        The variance of training is in it: it speaks of the procedures, else of these models.
-    why : str
-        Why there is no interval.
-    """
+    """Of two procedures' expected scores, or of these models' scores, on the same test groups."""
 
     difference: float
-    interval: tuple[float, float] | None
-    p: float | None
-    smallest: float | None
-    p_margin: float | None
-    trained: bool
-    why: str = ""
+    interval: tuple[float, float] | None  # 95 %
+    p: float | None  # two-sided, of no difference
+    smallest: float | None  # the smallest difference that this test set could have shown: 80 % power at 5 %
+    p_margin: float | None  # of two one-sided tests that the difference is at least the margin
+    trained: bool  # the variance of training is in it: it speaks of the procedures, else of these models
+    why: str = ""  # why there is no interval
 
 
 def compare(

@@ -30,24 +30,12 @@ POOLED = "threshold from pooled out-of-fold predictions of single models"
 
 @dataclass(frozen=True)
 class Value:
-    """A number with its 95 % intervals, as `embcache.probe.statistics.Estimate` has them.
+    """A number with its 95 % intervals, as `embcache.probe.statistics.Estimate` has them."""
 
-    Attributes
-    ----------
-    value : float or None
-        None where it is not defined.
-    these_models : (float, float) or None
-        For new patients and these models.
-    new_model : (float, float) or None
-        For new patients and a newly trained model.
-    why : str
-        Why a number or an interval is missing; empty where none is.
-    """
-
-    value: float | None
-    these_models: tuple[float, float] | None = None
-    new_model: tuple[float, float] | None = None
-    why: str = ""
+    value: float | None  # none where it is not defined
+    these_models: tuple[float, float] | None = None  # for new patients and these models
+    new_model: tuple[float, float] | None = None  # for new patients and a newly trained model
+    why: str = ""  # why a number or an interval is missing; empty where none is
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -82,17 +70,7 @@ def against_rest(predictions: Predictions, positive: int) -> Predictions:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a threshold is chosen on validation rows.
-
-    Attributes
-    ----------
-    title : str
-    reach : {"youden", "sensitivity", "specificity"} or None
-        Largest sum of sensitivity and specificity (of equals the most sensitive), or the threshold that reaches
-        ``least`` of one of them and has the most of the other (of equals the one that has the most of the former).
-        None: no choice, P > 0.5.
-    least : float
-    """
+    """How a threshold is chosen on validation rows."""
 
     title: str
     reach: Literal["youden", "sensitivity", "specificity"] | None
@@ -111,24 +89,11 @@ RULES = (
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What a threshold that was chosen on validation does on the test set.
+    """What a threshold that was chosen on validation does on the test set."""
 
-    Attributes
-    ----------
-    rule : str
-        Title of a `Rule`.
-    models : {"mean of the models", "ensemble"}
-    chosen_on : str
-        Which predictions chose the threshold; empty for P > 0.5.
-    thresholds : tuple of float
-        P(positive) above which an image is called positive, of each model, or of the ensemble.
-    sensitivity, specificity, ppv, npv : Value
-        On the test set. Predictive values are at the test set's prevalence, or at the one asked for.
-    """
-
-    rule: str
+    rule: str  # title of a `Rule`
     models: str
-    chosen_on: str
+    chosen_on: str  # which predictions chose the threshold; empty for P > 0.5
     thresholds: tuple[float, ...]
     sensitivity: Value
     specificity: Value
@@ -141,19 +106,7 @@ def choose_threshold(positive: NDArray[np.bool_], odds: FloatArray, rule: Rule) 
 
     Candidates lie halfway between neighboring values, just below the lowest value and at the highest.
 
-    Parameters
-    ----------
-    positive : bool array of shape (n,)
-        With rows of both classes.
-    odds : float64 array of shape (n,)
-        Log odds of P(positive).
-    rule : Rule
-        What it must reach.
-
-    Raises
-    ------
-    ProtocolError
-        All rows are of one class.
+    Shapes: positive (n,); odds (n,).
     """
     if rule.reach is None:
         return 0.0
@@ -182,25 +135,7 @@ def operating_points(
     prevalence: float | None = None,
     rules: Sequence[Rule] = RULES,
 ) -> list[OperatingPoint]:
-    """Choose thresholds on validation rows and measure them on the test set.
-
-    Parameters
-    ----------
-    test : Predictions
-        Of K models and two classes, see `against_rest`.
-    validation : sequence of Predictions
-        Of each model alone, its own validation rows; two classes too. Empty: only P > 0.5 is measured.
-    prevalence : float, optional
-        Of the positive class, for PPV and NPV; default: that of the test set.
-    rules : sequence of Rule
-        Default: all.
-
-    Returns
-    -------
-    list of OperatingPoint
-        For each rule the mean of the models, each at its own threshold, and the ensemble at the threshold of all
-        validation predictions together. Of a single model only the former.
-    """
+    """Choose thresholds on validation rows and measure them on the test set."""
     points = []
     sides = [(v.labels == 1, v.logits[0, :, 1] - v.logits[0, :, 0]) for v in validation]
     pooled = [np.concatenate(parts) for parts in zip(*sides, strict=True)]
@@ -272,16 +207,7 @@ def _predictive_value(own: Value, other: Value, share: float) -> Value:
 
 @dataclass(frozen=True)
 class Bin:
-    """Test images of similar P(positive).
-
-    Attributes
-    ----------
-    low, high : float
-        Smallest and largest P(positive).
-    predicted, observed : float
-        Mean P(positive), and share of positive images (at the prevalence asked for).
-    images, positives : int
-    """
+    """Test images of similar P(positive)."""
 
     low: float
     high: float
@@ -293,31 +219,14 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How well P(positive) agrees with what was observed.
-
-    Attributes
-    ----------
-    models : {"mean of the models", "ensemble"}
-    intercept : Value
-        Calibration in the large, on the log odds scale: 0 is right, below 0 probabilities are too high. The slope is
-        held at 1.
-    slope : Value
-        Of a logistic regression of the labels on the log odds: 1 is right, below 1 probabilities are too extreme. No
-        value where a threshold divides the classes without an error.
-    brier : Value
-        Mean squared error of P(positive).
-    ece : float
-        Calibration error: root mean square over the bins, debiased (see `calibration_error`).
-    bins : tuple of Bin
-        Of the ensemble, or of a single model.
-    """
+    """How well P(positive) agrees with what was observed."""
 
     models: str
-    intercept: Value
-    slope: Value
-    brier: Value
-    ece: float
-    bins: tuple[Bin, ...] = ()
+    intercept: Value  # calibration in the large, on the log odds scale
+    slope: Value  # of a logistic regression of the labels on the log odds
+    brier: Value  # mean squared error of P(positive)
+    ece: float  # calibration error: root mean square over the bins, debiased (see `calibration_error`)
+    bins: tuple[Bin, ...] = ()  # of the ensemble, or of a single model
 
 
 def calibration(test: Predictions, weights: FloatArray | None = None, resamples: int = RESAMPLES) -> list[Calibration]:
@@ -434,12 +343,7 @@ def calibration_error(y: FloatArray, p: FloatArray, w: FloatArray, groups: NDArr
     After Kumar, Liang and Ma (2019): from each squared gap the variance that it has by chance is subtracted, so that
     the mean square is not above 0 for a calibrated model. The variance is that of residuals summed by group (patient).
 
-    Parameters
-    ----------
-    y, p, w : float64 arrays of shape (n,)
-        Labels 0 and 1, P(positive), weights of the rows.
-    groups : array of shape (n,)
-        Patient, slide … of each row.
+    Shapes: y, p, w (n,); groups (n,).
     """
     total = 0.0
     for rows in _equal_bins(p):

@@ -54,30 +54,7 @@ class ExportedHead:
 
 
 def export_head(run: str, output: PathLike, *, fold: int | None = None, home: PathLike | None = None) -> ExportedHead:
-    """Write ``head.safetensors`` and ``head.json`` of one fold's head into a folder.
-
-    Parameters
-    ----------
-    run : str
-        A run's id, or the beginning of it.
-    output : path
-        Folder; made where it is not there.
-    fold : int, optional
-        Whose head; default the one with the best validation score (never by test score), the first of equals.
-    home : path, optional
-        Folder of stores and runs.
-
-    Returns
-    -------
-    ExportedHead
-
-    Raises
-    ------
-    UsageError
-        The run has no such fold, or no head on features; the folder holds something else or cannot be written to.
-    StoreError
-        There is no such run, or its file cannot be read.
-    """
+    """Write ``head.safetensors`` and ``head.json`` of one fold's head into a folder."""
     result, path = find_run_anywhere(run, home)
     if result.kind != "probe":
         finetuned = result.kind == "finetune"

@@ -18,13 +18,7 @@ def runs_dir(dataset: str, home: PathLike | None = None) -> Path:
 
 
 def real_runs_dir(dataset: str, home: PathLike | None = None) -> Path:
-    """`runs_dir`, to be written to.
-
-    Raises
-    ------
-    StoreError
-        It is a link or no folder: what is written there could land outside the home.
-    """
+    """`runs_dir`, to be written to."""
     folder = runs_dir(dataset, home)
     if os.path.lexists(folder) and not is_folder(folder):
         error = IrregularError(0, "a link, or no folder")
@@ -33,13 +27,7 @@ def real_runs_dir(dataset: str, home: PathLike | None = None) -> Path:
 
 
 def run_folders(home: PathLike | None = None, dataset: str | None = None, *, partial: bool = False) -> list[Path]:
-    """Folders of runs that are in place, sorted; with ``partial`` those of checkpoints of finetunings.
-
-    Raises
-    ------
-    StoreError
-        The home, or the runs of the one dataset, cannot be listed. Of several, one that cannot is skipped.
-    """
+    """Folders of runs that are in place, sorted; with ``partial`` those of checkpoints of finetunings."""
     found = []
     for folder in home_folders(home_dir(home)) if dataset is None else [home_dir(home) / slug(dataset)]:
         try:

@@ -42,26 +42,7 @@ def open_stores(
     recipe: str | None = None,
     views: int = 1,
 ) -> dict[str, FeatureStore]:
-    """The store of every backbone named in ``sets``.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        Rows that it has not are hidden.
-    sets : sequence of sequences of str
-        Names of backbones.
-    home : path, optional
-        Folder of stores.
-    recipe : str, optional
-        Fingerprint prefixes, separated by commas; each must fit a backbone that is asked for.
-    views : int
-        More than one: only stores with so many views of each image.
-
-    Raises
-    ------
-    UsageError
-        A prefix fits none of the backbones.
-    """
+    """The store of every backbone named in ``sets``."""
     asked = list(dict.fromkeys(backbone for names in sets for backbone in names))
     prefixes = [prefix.strip() for prefix in recipe.split(",")] if recipe else []
     fingerprints: dict[str, list[str]] = {backbone: [] for backbone in asked}
@@ -103,19 +84,7 @@ def plan_for(
     splits: PathLike | None = None,
     exclude_test_overlap: bool = False,
 ) -> Splits:
-    """The splits of a dataset as its stores know it: identical bytes grouped, unreadable images left out.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        The dataset.
-    stores : sequence of FeatureStore
-        Or what else knows its images; give the digests of the images, and which could not be read.
-    subsets, folds, seed, val, test, exclude_test_overlap
-        As for `embcache.probe.protocol.plan_splits`.
-    splits : path, optional
-        Read from this file instead of drawing; it must list ``subsets``.
-    """
+    """The splits of a dataset as its stores know it: identical bytes grouped, unreadable images left out."""
     digests, unreadable = _known(stores)
     if splits is None:
         return plan_splits(
@@ -180,27 +149,7 @@ def load_features(
 ) -> torch.Tensor:
     """Features of some images of a dataset, raw.
 
-    Parameters
-    ----------
-    store : FeatureStore
-        Where they are cached.
-    ds : ImageDataset
-        Named in the message when some are not.
-    ids : sequence of str, length n
-        The images.
-    views : int
-        More than one: all views of the store, else the plain image.
-    keep_half : bool
-        Leave features that are stored in half precision as they are.
-
-    Returns
-    -------
-    float32 (or float16) Tensor of shape (n, D), or (n, V, D) where ``views`` is more than one
-
-    Raises
-    ------
-    StoreError
-        The store has not got all of them.
+    Shapes: returns (n, D).
     """
     rows, stored = rows_of(store, ds, ids, views), store.features
     kept = np.dtype(np.float16) if stored.dtype == np.float16 and keep_half else np.dtype(np.float32)
@@ -220,13 +169,7 @@ def load_features(
 def rows_of(
     store: FeatureStore, ds: ImageDataset, ids: Sequence[str] | NDArray[np.object_], views: int = 1
 ) -> IntArray:
-    """Where in ``store.features`` some images of a dataset lie.
-
-    Raises
-    ------
-    StoreError
-        The store has not got all of them.
-    """
+    """Where in ``store.features`` some images of a dataset lie."""
     rows: IntArray = store.rows_of(ids)
     missing = [id_ for id_, row in zip(ids, rows, strict=True) if row < 0]
     if missing:
@@ -249,22 +192,7 @@ def stream_features(
     stream: str = "0",
     device: str = "cpu",
 ) -> Streamed:
-    """Features of some images of a dataset, to be read shard by shard whenever they are needed.
-
-    Parameters
-    ----------
-    stores : mapping of backbone to FeatureStore
-        Where they are cached; the shards of the first are the unit of reading.
-    ds, ids, views
-        As for `load_features`.
-    buffer_rows, stream, device
-        As for `embcache.probe.stream.Streamed`.
-
-    Raises
-    ------
-    StoreError
-        A store has not got all of them.
-    """
+    """Features of some images of a dataset, to be read shard by shard whenever they are needed."""
     places = {backbone: rows_of(store, ds, ids, views) for backbone, store in stores.items()}
     first = next(iter(stores))
     shards = stores[first].features.shards

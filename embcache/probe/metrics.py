@@ -116,11 +116,6 @@ def positive_class(class_names: Sequence[str], asked: str | None = None) -> int:
     """Which class is positive: the one asked for, else the one that is not named like a negative, else the second.
 
     Frequencies are never looked at.
-
-    Raises
-    ------
-    UsageError
-        There is no class ``asked``.
     """
     if asked is not None:
         if asked not in class_names:
@@ -157,13 +152,6 @@ def find_metric(name: str | Metric, n_classes: int) -> Metric:
 
     Besides the keys of `METRICS`, ``sensitivity_at_95_specificity`` and ``specificity_at_90_sensitivity`` take any
     number of percent.
-
-    Raises
-    ------
-    UsageError
-        There is no such metric.
-    ProtocolError
-        It is for two classes, and there are more.
     """
     if isinstance(name, Metric):
         return name
@@ -198,21 +186,7 @@ def find_metric(name: str | Metric, n_classes: int) -> Metric:
 def score(metric: str | Metric, y: ArrayLike, logits: ArrayLike, positive: int = 1) -> float:
     """One number for predictions.
 
-    Parameters
-    ----------
-    metric : str or Metric
-        A name that `find_metric` knows.
-    y : array-like of int, shape (n,)
-        True labels.
-    logits : array-like of float, shape (n, C)
-        Unnormalized log probabilities; the logarithm of probabilities is one of their forms.
-    positive : int
-        Class that an asymmetric metric of two is of.
-
-    Raises
-    ------
-    ProtocolError
-        ``y`` holds fewer than two classes, a logit is not a number, or the metric does not fit the number of classes.
+    Shapes: y (n,); logits (n, C).
     """
     z = np.asarray(logits, dtype=np.float64)
     if not np.isfinite(z).all():
@@ -266,16 +240,7 @@ def per_class_auc(y: ArrayLike, logits: ArrayLike) -> list[float | None]:
 
 
 def evaluate(metric: str, y: ArrayLike, logits: ArrayLike, positive: int = 1) -> dict[str, Any]:
-    """All that is reported of one model's predictions; parameters as of `score`.
-
-    Returns
-    -------
-    dict
-        ``score`` (of ``metric``), every metric of `METRICS` that fits the number of classes by its key, ``auc`` always
-        (macro one-vs-rest for more than two classes), ``per_class_auc`` (a list, None for an absent class),
-        ``absent_classes`` (their numbers) and ``predicted`` (how many images each class was predicted for). None
-        stands for a value that cannot be told.
-    """
+    """All that is reported of one model's predictions; parameters as of `score`."""
     labels, z = np.asarray(y, dtype=np.int64), np.asarray(logits, dtype=np.float64)
     n_classes = z.shape[1]
     fitting = [m for m in METRICS.values() if not (m.binary and n_classes != 2)]

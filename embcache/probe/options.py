@@ -19,82 +19,28 @@ _DRAWN_ANEW = "other folds, subsets and random streams"
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """Options of `embcache.probe.run.probe_features`, `probe_grid` and `find_saved`.
+    """Options of `embcache.probe.run.probe_features`, `probe_grid` and `find_saved`."""
 
-    Attributes
-    ----------
-    head : str
-        A name that ``embcache heads`` lists.
-    head_options : mapping of str to value, optional
-        Hyperparameters of the head.
-    folds : int
-        How many folds the pool is divided into.
-    seed : int
-        Of pool, folds, subsets, initial weights, order and dropout.
-    repeats : int
-        R: the whole with seeds ``seed``, ``seed + 1`` …, R × ``folds`` models in one result.
-    home : path, optional
-        Folder of stores and runs; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
-    val : {"full", "matched"}
-        Validate on the whole fold, or on as many images as train.
-    test : {"local", "official"}
-        See `embcache.probe.protocol.plan_splits`.
-    recipe : str, optional
-        First digits of a fingerprint, where several recipes of a backbone are cached; several separated by commas.
-    views : int, optional
-        Train on stores with so many views of each image, another one drawn each epoch; validation and test take the
-        plain image. Default: plain images throughout.
-    lr : float or sequence of float, optional
-        First learning rate, instead of the protocol's 1e-3; of several, each fold keeps the one that is best on
-        validation (the first of equals).
-    target : str, optional
-        A column of the dataset's table to tell apart instead of the labels.
-    metric : str, optional
-        Scores the models and chooses their epochs on validation; default the dataset's own. See
-        `embcache.probe.metrics.METRICS`.
-    positive : str, optional
-        The positive class of two, of which asymmetric metrics are; see `embcache.probe.metrics.positive_class`.
-        Nothing is trained anew for it, unless an asymmetric metric chooses epochs.
-    splits : path, optional
-        A splits file to use instead of drawing.
-    exclude_test_overlap : bool
-        Leave out of the pool images that share a group with the official test set.
-    device : str
-        Where heads are trained: ``"cpu"``, ``"cuda"`` …
-    buffer : int, optional
-        Stream features from their shards through a shuffle buffer of so many rows: see `embcache.probe.stream`.
-        Default: all features are read into memory.
-    save : bool
-        Write the run folder.
-    reuse : bool
-        Take a saved result of the same request.
-
-    Raises
-    ------
-    UsageError
-        A value cannot be used.
-    """
-
-    head: str = "linear"
-    head_options: Mapping[str, Any] | None = None
-    folds: int = 5
-    seed: int = 0
-    repeats: int = 1
-    home: PathLike | None = None
-    val: str = "full"
-    test: str = "local"
-    recipe: str | None = None
-    views: int | None = None
-    lr: float | Sequence[float] | None = None
-    target: str | None = None
-    metric: str | None = None
-    positive: str | None = None
-    splits: PathLike | None = None
-    exclude_test_overlap: bool = False
-    device: str = "cpu"
-    buffer: int | None = None
-    save: bool = True
-    reuse: bool = True
+    head: str = "linear"  # A name that ``embcache heads`` lists
+    head_options: Mapping[str, Any] | None = None  # hyperparameters of the head
+    folds: int = 5  # how many folds the pool is divided into
+    seed: int = 0  # of pool, folds, subsets, initial weights, order and dropout
+    repeats: int = 1  # R: the whole with seeds ``seed``, ``seed + 1`` …, R × ``folds`` models in one result
+    home: PathLike | None = None  # folder of stores and runs; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``
+    val: str = "full"  # validate on the whole fold, or on as many images as train
+    test: str = "local"  # see `embcache.probe.protocol.plan_splits`
+    recipe: str | None = None  # first digits of a fingerprint, where several recipes of a backbone are cached
+    views: int | None = None  # train on stores with so many views of each image, another one drawn each epoch
+    lr: float | Sequence[float] | None = None  # first learning rate, instead of the protocol's 1e-3
+    target: str | None = None  # A column of the dataset's table to tell apart instead of the labels
+    metric: str | None = None  # scores the models and chooses their epochs on validation
+    positive: str | None = None  # the positive class of two, of which asymmetric metrics are
+    splits: PathLike | None = None  # A splits file to use instead of drawing
+    exclude_test_overlap: bool = False  # leave out of the pool images that share a group with the official test set
+    device: str = "cpu"  # where heads are trained: ``"cpu"``, ``"cuda"`` …
+    buffer: int | None = None  # stream features from their shards through a shuffle buffer of so many rows
+    save: bool = True  # write the run folder
+    reuse: bool = True  # take a saved result of the same request
 
     def __post_init__(self) -> None:
         check_options(repeats=self.repeats, views=self.views, seed=self.seed, buffer=self.buffer)
@@ -159,13 +105,7 @@ class ProbeOptions:
 
 
 def make_options(options: Mapping[str, Any]) -> ProbeOptions:
-    """`ProbeOptions` from keywords.
-
-    Raises
-    ------
-    TypeError
-        There is no such option.
-    """
+    """`ProbeOptions` from keywords."""
     unknown = sorted(set(options) - {field.name for field in fields(ProbeOptions)})
     if unknown:
         raise TypeError(f"a probe has no option {', '.join(map(repr, unknown))}")

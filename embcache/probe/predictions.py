@@ -19,30 +19,16 @@ from embcache.probe.statistics import RESAMPLES, Estimate, Scores, TestSet, esti
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Logits of K models for n labeled rows.
-
-    Attributes
-    ----------
-    ids, groups : object array of str of shape (n,)
-    labels : int64 array of shape (n,)
-    logits : float64 array of shape (K, n, C)
-    class_names : tuple of str
-    positive : int
-        Class that asymmetric metrics of two classes are of.
-    overlap : float or None
-        Mean share of training rows that two models have in common.
-    folds : int
-        Of one repeat.
-    """
+    """Logits of K models for n labeled rows."""
 
     ids: NDArray[np.object_]
     groups: NDArray[np.object_]
-    labels: IntArray
-    logits: FloatArray
+    labels: IntArray  # (n,)
+    logits: FloatArray  # (K, n, C)
     class_names: tuple[str, ...]
-    positive: int = 1
-    overlap: float | None = None
-    folds: int = 1
+    positive: int = 1  # class that asymmetric metrics of two classes are of
+    overlap: float | None = None  # mean share of training rows that two models have in common
+    folds: int = 1  # of one repeat
 
     @property
     def p(self) -> FloatArray:

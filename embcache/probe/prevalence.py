@@ -25,32 +25,17 @@ _STEEPEST = 100.0  # inverse temperatures are sought from 1 / 100 to 100
 
 @dataclass(frozen=True)
 class Adjust:
-    """What a user asks to be done to the probabilities of every model before they are averaged.
+    """What a user asks to be done to the probabilities of every model before they are averaged."""
 
-    Attributes
-    ----------
-    prevalence : float or mapping of class name to float, optional
-        Where the models are to be used; a number is that of the positive class of two.
-    calibrate : bool
-        Fit a temperature on each model's own validation rows. Without ``prevalence`` classes are taken to be as
-        frequent as among the validation rows of all models.
-    """
-
-    prevalence: float | Mapping[str, float] | None = None
-    calibrate: bool = False
+    prevalence: float | Mapping[str, float] | None = None  # where the models are to be used
+    calibrate: bool = False  # fit a temperature on each model's own validation rows
 
     def __bool__(self) -> bool:
         return self.calibrate or self.prevalence is not None
 
 
 def parse_prevalence(text: str | None) -> float | dict[str, float] | None:
-    """``0.1`` or ``a=0.1,b=0.2,c=0.7`` as `Adjust` takes it.
-
-    Raises
-    ------
-    UsageError
-        It is neither.
-    """
+    """``0.1`` or ``a=0.1,b=0.2,c=0.7`` as `Adjust` takes it."""
     if text is None:
         return None
     try:
@@ -69,14 +54,7 @@ def parse_prevalence(text: str | None) -> float | dict[str, float] | None:
 
 
 def prevalence_vector(prevalence: float | Mapping[str, float], class_names: Sequence[str], positive: int) -> FloatArray:
-    """Prevalence of each class, float64 (C,), adding up to 1.
-
-    Raises
-    ------
-    UsageError
-        A single number for more than two classes; another class than these; numbers that are not between 0 and 1 or
-        do not add up to 1.
-    """
+    """Prevalence of each class, float64 (C,), adding up to 1."""
     names, example = list(class_names), ",".join(f"{name}={1 / len(class_names):.2g}" for name in class_names)
     if isinstance(prevalence, Mapping):
         given, found = dict(prevalence), ", ".join(f"{name}={value:g}" for name, value in prevalence.items())
@@ -104,21 +82,11 @@ def prevalence_vector(prevalence: float | Mapping[str, float], class_names: Sequ
 
 @dataclass(frozen=True)
 class Adjustment:
-    """How the logits of one model become those of another prevalence.
+    """How the logits of one model become those of another prevalence."""
 
-    Attributes
-    ----------
-    seen : tuple of float
-        Share of each class among what its training saw: alike where draws or weights make them so.
-    prevalence : tuple of float
-        Of each class, where it is to be used.
-    temperature : float
-        Evidence is divided by it: above 1 where the model is too sure.
-    """
-
-    seen: tuple[float, ...]
-    prevalence: tuple[float, ...]
-    temperature: float = 1.0
+    seen: tuple[float, ...]  # share of each class among what its training saw
+    prevalence: tuple[float, ...]  # of each class, where it is to be used
+    temperature: float = 1.0  # evidence is divided by it: above 1 where the model is too sure
 
     def logits(self, logits: NDArray[Any]) -> FloatArray:
         """Logits (…, C) of the adjusted model."""
@@ -143,21 +111,7 @@ def adjustments(
 ) -> list[Adjustment]:
     """For each model the prior correction, and a temperature where one is asked for.
 
-    Parameters
-    ----------
-    seen : sequence of sequence of float
-        Of each model; see `Adjustment`.
-    validation : sequence of Predictions
-        Of each model alone, its own validation rows; not read without ``calibrate``.
-    prevalence : float64 array of shape (C,), optional
-        Default: the shares of the classes among all validation rows.
-    calibrate : bool
-        Fit temperatures: see `fit_temperature`.
-
-    Raises
-    ------
-    ProtocolError
-        No prevalence is given, and a class has no validation row.
+    Shapes: prevalence (C,).
     """
     if prevalence is None:
         names = validation[0].class_names
@@ -186,14 +140,7 @@ def fit_temperature(labels: IntArray, logits: FloatArray, prevalence: FloatArray
     added to the summed loss (a normal prior with sd 1), which is nothing beside hundreds of rows: a few rows that are
     told apart without an error do not make a model infinitely sure.
 
-    Parameters
-    ----------
-    labels : int64 array of shape (m,)
-        Of validation rows.
-    logits : float64 array of shape (m, C)
-        Evidence: see `evidence`.
-    prevalence : float64 array of shape (C,)
-        Of the classes.
+    Shapes: labels (m,); logits (m, C); prevalence (C,).
     """
     if not len(labels):
         return 1.0

@@ -39,21 +39,10 @@ TEST_PARTS = 5
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """The rows of a dataset that may train, those that validate in every fold, and those that test.
-
-    Attributes
-    ----------
-    ids, groups : object arrays of str, shape (N,)
-    labels : int64 array of shape (N,)
-        -1 where unlabelled.
-    pool, own_val, test : int64 array
-        Rows, ascending. ``own_val``: the dataset's own val split, empty where it has none.
-    test_set : {"official", "local"}
-    notes : tuple of str
-    """
+    """The rows of a dataset that may train, those that validate in every fold, and those that test."""
 
     ids: StrArray
-    labels: IntArray
+    labels: IntArray  # (N,); -1 where unlabelled
     groups: StrArray
     pool: IntArray
     own_val: IntArray
@@ -74,44 +63,7 @@ def plan_splits(
     unreadable: Collection[str] = (),
     exclude_test_overlap: bool = False,
 ) -> Splits:
-    """Draw test set, folds and subsets of a dataset.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        Its labels, groups and splits; images are not looked at.
-    subsets : sequence of str or int
-        ``"S"`` and ``"M"`` as the dataset defines them (all there are, with a note, where that is fewer), ``"F"`` for
-        all of the training folds, or numbers of training images.
-    folds : int
-        At least two.
-    seed : int
-        Draws the pool, the folds and the subsets; never the local test set.
-    val : {"full", "matched"}
-        Validate on the whole fold, or on as many images as train, balanced.
-    test : {"local", "official"}
-        Both mean the official test set where its labels are there. Where they are not, ``local`` holds out a
-        stratified, grouped 20 % of the labelled images first of all, and ``official`` holds out nothing.
-    digests : mapping of id to hex SHA-256, optional
-        Rows with equal digests are put into one group.
-    unreadable : collection of str
-        Ids that have no features (quarantined): they are left out before anything is drawn.
-    exclude_test_overlap : bool
-        Leave out of the pool the images that share a group with the official test set.
-
-    Returns
-    -------
-    Splits
-
-    Raises
-    ------
-    ProtocolError
-        Fewer than two classes, a class with fewer groups than folds (than two, where validation is the dataset's own
-        val split, which must have two classes), a number larger than the pool or smaller than the number of classes, or
-        matched validation with fewer than two images of a class.
-    UsageError
-        A malformed ``subsets``, ``folds``, ``val`` or ``test``.
-    """
+    """Draw test set, folds and subsets of a dataset."""
     check_options(val=val, test=test, folds=folds)
     sizes = subset_sizes(ds, subsets)
     numbers = {str(asked).strip() for asked in subsets}  # what was asked for as a number must be there
@@ -221,11 +173,6 @@ def subset_sizes(ds: ImageDataset, subsets: Sequence[str | int]) -> dict[str, in
     """Canonical names of the asked subsets with their numbers of training images; None for F, all there are.
 
     A number that S or M is in this dataset is called so: one computation has one name.
-
-    Raises
-    ------
-    UsageError
-        A subset is neither a name the dataset defines, nor F, nor a positive number; or none is asked.
     """
     known = {**{str(k).upper(): int(v) for k, v in ds.subset_sizes.items()}, "F": None}
     named = {size: name for name, size in reversed(known.items()) if size is not None}

@@ -30,34 +30,16 @@ from embcache.store.feature_store import FeatureStore
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """Sets of backbones × subsets on one dataset.
+    """Sets of backbones × subsets on one dataset."""
 
-    Attributes
-    ----------
-    ds : ImageDataset
-        With the target column as its labels where one is asked for.
-    sets : sequence of sequences of str
-        Each gives one result per subset.
-    subsets : tuple of str
-        Canonical names, each once.
-    order : tuple of str
-        The canonical name of each subset that was asked for.
-    stores : mapping of backbone to FeatureStore
-    plans : tuple of Splits
-        One a repeat; all have the same test set.
-    options : ProbeOptions
-    source : {"live", "snapshot"}
-        Where labels came from.
-    """
-
-    ds: ImageDataset
-    sets: Sequence[Sequence[str]]
-    subsets: tuple[str, ...]
-    order: tuple[str, ...]
+    ds: ImageDataset  # with the target column as its labels where one is asked for
+    sets: Sequence[Sequence[str]]  # each gives one result per subset
+    subsets: tuple[str, ...]  # canonical names, each once
+    order: tuple[str, ...]  # the canonical name of each subset that was asked for
     stores: Mapping[str, FeatureStore]
-    plans: tuple[Splits, ...]
+    plans: tuple[Splits, ...]  # one a repeat; all have the same test set
     options: ProbeOptions
-    source: str
+    source: str  # where labels came from
 
     @property
     def metric(self) -> Metric:
@@ -138,19 +120,7 @@ def ask(
     options: ProbeOptions,
     source: str | None = None,
 ) -> Asked:
-    """Open the stores and draw the splits of a request.
-
-    Raises
-    ------
-    UsageError
-        The request is malformed.
-    DatasetError
-        The target column cannot be told apart.
-    ProtocolError
-        The data cannot carry the folds or the subsets.
-    StoreError
-        Nothing is cached for it, or several recipes are.
-    """
+    """Open the stores and draw the splits of a request."""
     if options.target is not None:
         ds = retarget(ds, options.target)
     names = [name for asked in subsets for name in subset_sizes(ds, [asked])]

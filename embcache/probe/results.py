@@ -65,29 +65,7 @@ def save_run(
     validation: pd.DataFrame | None = None,
     files: Mapping[str, bytes | Path] | None = None,
 ) -> Path:
-    """Write a run, whole or not at all, in place of one of the same id.
-
-    Parameters
-    ----------
-    result : ProbeResult
-        Goes into ``result.json``.
-    predictions : DataFrame
-        Columns ``id, label, group, fold, p_0 … p_C-1, logit_0 … logit_C-1``; no rows for a fold without a model.
-    heads : sequence of dict of Tensor
-        Parameters of each fold's head, an empty dict for a fold without a model. Without any ``heads.safetensors`` is
-        not written.
-    home : path, optional
-        Folder of stores and runs.
-    validation : DataFrame, optional
-        Predictions of the rows that chose each model: columns ``id, label, group, fold, logit_0 … logit_C-1``.
-    files : mapping of name to bytes or Path, optional
-        Other files of the run. A path is moved into the run, once the run is there; where that fails it stays.
-
-    Returns
-    -------
-    Path
-        The run's folder.
-    """
+    """Write a run, whole or not at all, in place of one of the same id."""
     folder = real_runs_dir(result.dataset, home) / result.id
     content: dict[str, bytes | Path] = {"predictions.parquet": predictions.to_parquet(index=False)}
     if validation is not None:
@@ -124,22 +102,7 @@ def find_run(id: str, dataset: str, home: PathLike | None = None) -> ProbeResult
 
 
 def find_run_anywhere(id: str, home: PathLike | None = None) -> tuple[ProbeResult, Path]:
-    """A saved result and its folder, by its id or the beginning of it, whichever dataset it is of.
-
-    Parameters
-    ----------
-    id : str
-        A run's id, or enough of its beginning or of its last twelve digits to mean one run only.
-    home : path, optional
-        Folder of stores and runs.
-
-    Raises
-    ------
-    StoreNotFoundError
-        No run or several begin so; the message lists those that come near.
-    StoreError
-        The one run called so was made by another version of embcache, or is damaged.
-    """
+    """A saved result and its folder, by its id or the beginning of it, whichever dataset it is of."""
     runs = {run.name: run for run in run_folders(home)}
     fits = [id] if id in runs else [n for n in runs if id and (n.startswith(id) or n.rpartition("-")[2].startswith(id))]
     if len(fits) > 1:  # those that cannot be read are not meant, unless there are no others
@@ -158,14 +121,7 @@ def find_run_anywhere(id: str, home: PathLike | None = None) -> tuple[ProbeResul
 
 
 def load_result(run: Path) -> ProbeResult:
-    """Read the result of a run folder.
-
-    Raises
-    ------
-    StoreError
-        The run was made by another version of embcache, or is damaged: ``result.json`` is not a result of this version,
-        or not that of its folder.
-    """
+    """Read the result of a run folder."""
     try:
         content = _content(run)
         content.pop("files")
@@ -188,11 +144,6 @@ def load_predictions(run: Path, name: str = "predictions") -> pd.DataFrame:
     """Test predictions of a run: ``id, label, group, fold, p_0 …, logit_0 …``; label −1 where it is not known.
 
     A fold whose training failed has no rows. ``name="validation"``: those of the rows that chose each model.
-
-    Raises
-    ------
-    StoreError
-        The file is not there or not as it was written.
     """
     try:
         table: pd.DataFrame = open_parquet(read_regular(_verified(run, f"{name}.parquet")))[1].to_pandas()
@@ -223,13 +174,7 @@ def _check_predictions(table: pd.DataFrame, classes: int, folds: int) -> None:
 
 
 def load_heads(run: Path) -> list[dict[str, torch.Tensor]]:
-    """Parameters of each fold's head of a run; empty for a fold whose training failed.
-
-    Raises
-    ------
-    StoreError
-        The file is not there or not as it was written.
-    """
+    """Parameters of each fold's head of a run; empty for a fold whose training failed."""
     try:
         tensors = load_tensors(read_regular(_verified(run, "heads.safetensors")))
     except (SafetensorError, OSError, ValueError) as error:
@@ -244,13 +189,7 @@ def load_heads(run: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def run_file(run: Path, name: str) -> Path:
-    """The path of a file of a run, its bytes verified.
-
-    Raises
-    ------
-    StoreError
-        The run has no such file, or not as it was written.
-    """
+    """The path of a file of a run, its bytes verified."""
     try:
         return _verified(run, name)
     except (ValueError, OSError) as error:

@@ -18,40 +18,20 @@ CHUNK = 1024  # rows scored at a time
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One batch of some neighbouring heads, equally long for all of them.
+    """One batch of some neighbouring heads, equally long for all of them."""
 
-    Attributes
-    ----------
-    heads : slice
-        Which of the heads.
-    rows : int64 Tensor of shape (k, B)
-        The rows that each of them takes, on the device of the features.
-    x : dict of backbone to float32 Tensor of shape (k, B, D)
-        Their features.
-    """
-
-    heads: slice
-    rows: torch.Tensor
-    x: dict[str, torch.Tensor]
+    heads: slice  # which of the heads
+    rows: torch.Tensor  # (k, B); the rows that each of them takes, on the device of the features
+    x: dict[str, torch.Tensor]  # (k, B, D); their features
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Features of some rows of a set of rows.
+    """Features of some rows of a set of rows."""
 
-    Attributes
-    ----------
-    number : int
-        Which of the sets.
-    places : int64 Tensor of shape (B,)
-        Where in the set the rows stand.
-    x : dict of backbone to float32 Tensor of shape (B, D)
-        Their features; of several views the first, the image as it is.
-    """
-
-    number: int
-    places: torch.Tensor
-    x: dict[str, torch.Tensor]
+    number: int  # which of the sets
+    places: torch.Tensor  # (B,); where in the set the rows stand
+    x: dict[str, torch.Tensor]  # (B, D); their features; of several views the first, the image as it is
 
 
 class FeatureRows(Protocol):
@@ -77,17 +57,7 @@ class FeatureRows(Protocol):
     ) -> Iterator[Step]:
         """One epoch of several heads, batch by batch.
 
-        Parameters
-        ----------
-        orders : sequence of int64 Tensor of shape (n_k,)
-            The rows that each head draws. Rows in memory come in this order; streamed ones in the order of the stream,
-            those that are in its buffer together in this order.
-        views : sequence of int64 Tensor of shape (n_k,)
-            The view of each draw.
-        size : int
-            Rows of a batch; each head's last one may have fewer.
-        epoch : int
-            Counted from 0; a stream's order is another one in each.
+        Shapes: orders (n_k,); views (n_k,).
         """
         ...
 
@@ -102,15 +72,9 @@ class FeatureRows(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """Features in memory (or on a device), of any floating dtype: rows are gathered, then widened to float32.
+    """Features in memory (or on a device), of any floating dtype: rows are gathered, then widened to float32."""
 
-    Attributes
-    ----------
-    x : mapping of backbone to Tensor of shape (N, D) or (N, V, D)
-        Never copied whole.
-    """
-
-    x: Mapping[str, torch.Tensor]
+    x: Mapping[str, torch.Tensor]  # (N, D); never copied whole
 
     in_memory = True
 

@@ -132,29 +132,7 @@ def probe_grid(
     progress: Progress | None = None,
     **options: Any,
 ) -> list[ProbeResult]:
-    """`probe_features` for several sets of backbones and subsets; features are read once for all subsets.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        Labels, groups and splits.
-    backbones : sequence of sequences of str
-        Each set gives one result per subset; one name a set for a head that does not fuse.
-    subsets : sequence of str or int
-        Names or numbers of training images.
-    source : {"live", "snapshot"}, optional
-        Where ``ds`` came from, to be told with the result; default: whether its root is there.
-    progress : callable, optional
-        See `Progress`.
-    **options
-        See `embcache.probe.options.ProbeOptions`.
-
-    Returns
-    -------
-    list of ProbeResult
-        For each set of backbones each subset, in the order asked. Subsets that are the same images (50 and S, or F and
-        an S of more than there are) have the same result.
-    """
+    """`probe_features` for several sets of backbones and subsets; features are read once for all subsets."""
     return _answer_all(ask(ds, backbones, subsets, make_options(options), source), progress)
 
 

@@ -20,18 +20,10 @@ Params = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """A solved head.
+    """A solved head."""
 
-    Attributes
-    ----------
-    params : dict of Tensor
-        All that ``apply`` needs, without the stacking axis, on the device of the features.
-    chosen : dict
-        What validation chose, as JSON data: ``{"C": 0.1}``. Empty where nothing is chosen.
-    """
-
-    params: Params
-    chosen: dict[str, Any] = field(default_factory=dict)
+    params: Params  # all that ``apply`` needs, without the stacking axis, on the device of the features
+    chosen: dict[str, Any] = field(default_factory=dict)  # what validation chose, as JSON data
 
 
 class SolvedHead(ABC):

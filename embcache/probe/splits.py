@@ -185,13 +185,7 @@ def name_everything(plans: Sequence[Splits]) -> tuple[Splits, ...]:
 
 
 def write_splits(splits: Splits, path: Path) -> None:
-    """Write a splits file, whole or not at all.
-
-    Raises
-    ------
-    UsageError
-        The file cannot be written.
-    """
+    """Write a splits file, whole or not at all."""
     write_output(path, json.dumps(splits.to_json(), indent=1, ensure_ascii=False) + "\n", parents=True)
 
 
@@ -223,27 +217,7 @@ def read_splits(
     unreadable: Collection[str] = (),
     exclude_test_overlap: bool = False,
 ) -> Splits:
-    """Read a splits file for a dataset and check it.
-
-    Parameters
-    ----------
-    path : Path
-        The splits file.
-    ds : ImageDataset
-        The dataset whose ids the file names; its labels are the dataset's own.
-    groups : object array of str, shape (len(ds),)
-        The group of each row.
-    unreadable : collection of str
-        Ids that have no features; they are left out, with a note.
-    exclude_test_overlap : bool
-        Leave out of training and validation the images that share a group with the official test set.
-
-    Raises
-    ------
-    ProtocolError
-        The file is not a splits file, names other classes, or ids that the dataset has not or not labelled; or a group
-        is divided (see `Splits.check`).
-    """
+    """Read a splits file for a dataset and check it."""
     try:
         data = typed(_SplitsFile, parse(read_regular(path, follow=True)))
         if data["format"] != FORMAT or set(data) != set(_SplitsFile.__annotations__):

@@ -66,58 +66,27 @@ class TrainableHead(Applicable, Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One head to train.
-
-    Attributes
-    ----------
-    train, val : int64 Tensor of shape (n,), (m,)
-        Rows of the features. Without validation rows the head trains for ``max_epochs`` at one learning rate and the
-        last epoch is kept.
-    stream : str
-        Names the head's random streams: initial weights, order, dropout and views follow from it alone.
-    lr : float
-        First learning rate.
-    weights : float Tensor of shape (n,), optional
-        Draw each epoch's n rows with replacement by these weights, instead of each row once.
-    """
+    """One head to train."""
 
     train: torch.Tensor
     val: torch.Tensor
-    stream: str
-    lr: float
-    weights: torch.Tensor | None = None
+    stream: str  # names the head's random streams: initial weights, order, dropout and views follow from it alone
+    lr: float  # first learning rate
+    weights: torch.Tensor | None = None  # (n,)
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedHead:
-    """A trained (or solved) head: parameters of its best epoch and how it got there.
+    """A trained (or solved) head: parameters of its best epoch and how it got there."""
 
-    Attributes
-    ----------
-    params : dict of Tensor
-        All that ``apply`` needs, constants too, without the stacking axis. Empty where training diverged before a first
-        usable epoch.
-    best_epoch : int
-        Counted from 1; 0 where there is none.
-    val_score : float or None
-    losses : tuple of float
-        Mean training loss of each epoch.
-    val_scores, lrs : tuple of float
-        Validation score after, and learning rate during, each epoch.
-    diverged : bool
-        Training ended because the loss or an output was not finite.
-    chosen : dict
-        What a solved head chose on validation.
-    """
-
-    params: Params
-    best_epoch: int
+    params: Params  # all that ``apply`` needs, constants too, without the stacking axis
+    best_epoch: int  # counted from 1; 0 where there is none
     val_score: float | None
-    losses: tuple[float, ...]
+    losses: tuple[float, ...]  # mean training loss of each epoch
     val_scores: tuple[float, ...]
     lrs: tuple[float, ...]
-    diverged: bool = False
-    chosen: Mapping[str, Any] = field(default_factory=dict)
+    diverged: bool = False  # training ended because the loss or an output was not finite
+    chosen: Mapping[str, Any] = field(default_factory=dict)  # what a solved head chose on validation
 
 
 @dataclass(eq=False)
@@ -166,29 +135,7 @@ def train_stack(
 ) -> list[TrainedHead]:
     """Train one head for each job, all at once.
 
-    Parameters
-    ----------
-    head : TrainableHead
-        Gives ``init`` and ``apply``.
-    x : mapping of backbone to floating Tensor of shape (N, D) or (N, V, D), or FeatureRows
-        Features; gathered by row number, never copied whole. Of V views of every image, each draw of an epoch takes
-        one, the same of every backbone; constants and validation take the first.
-    y : int64 Tensor of shape (N,)
-        Labels; read for the jobs' rows only.
-    jobs : sequence of Job
-        The heads.
-    n_classes : int
-        C, the width of the logits.
-    metric : str or Metric
-        Scores the validation rows; see `embcache.probe.metrics.score`.
-    schedule : Schedule
-        The optimisation.
-    on_epoch : callable, optional
-        Told after each epoch how many head-epochs of the ``len(jobs) * max_epochs`` planned are settled.
-
-    Returns
-    -------
-    list of TrainedHead, in the order of ``jobs``
+    Shapes: x (N, D); y (N,).
     """
     rows, device = as_rows(x), y.device
     runs = [_start(job, y, n_classes, metric, schedule) for job in jobs]
@@ -390,21 +337,7 @@ def logits_of_sets(
 ) -> list[NDArray[np.float32]]:
     """Logits of several stacks of heads, each over a set of rows of its own; every row is read once a set.
 
-    Parameters
-    ----------
-    head : Applicable
-        What all of them are.
-    params : sequence of Params
-        For each set the parameters (K, …) of the heads that are asked.
-    x : mapping of backbone to Tensor, or FeatureRows
-        Features; of views the first.
-    sets : sequence of int64 Tensor of shape (m,)
-        Rows.
-
-    Returns
-    -------
-    list of float32 array of shape (K, m, C)
-        Of shape (K, 0, 0) for a set without rows.
+    Shapes: sets (m,); returns (K, m, C).
     """
     widths = [len(next(iter(p.values()))) for p in params]
     found = [np.zeros((width, 0, 0), np.float32) for width in widths]

@@ -58,15 +58,7 @@ class Standard:
 def standard_params(x: Mapping[str, torch.Tensor]) -> Params:
     """Mean and scale of every feature over the rows given.
 
-    Parameters
-    ----------
-    x : mapping of backbone to float32 Tensor of shape (n, D)
-        Training rows of one fold.
-
-    Returns
-    -------
-    dict of float32 Tensor of shape (D,)
-        See `Standard.params`.
+    Shapes: x (n, D); returns (D,).
     """
     standard = Standard()
     standard.add(x)

@@ -43,24 +43,14 @@ _BLOCK = 100  # resamples drawn and scored at a time
 
 @dataclass(frozen=True, eq=False)
 class TestSet:
-    """Labels and groups of the rows that models are scored on.
-
-    Attributes
-    ----------
-    labels : int64 array of shape (n,)
-    groups : array of shape (n,)
-        Patient, slide … of each row.
-    class_names : tuple of str
-    positive : int
-        Class that asymmetric metrics of two classes are of.
-    """
+    """Labels and groups of the rows that models are scored on."""
 
     __test__ = False  # not a test case of pytest
 
-    labels: IntArray
-    groups: NDArray[Any]
+    labels: IntArray  # (n,)
+    groups: NDArray[Any]  # (n,); patient, slide … of each row
     class_names: tuple[str, ...]
-    positive: int = 1
+    positive: int = 1  # class that asymmetric metrics of two classes are of
 
     def too_few(self, metric: Metric) -> str:
         """Why there is no interval: depends on counts of groups alone. Empty where there is one."""
@@ -103,38 +93,17 @@ def _alike(images: NDArray[Any]) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Scores of K models on one test set, and how they move with its groups.
-
-    Attributes
-    ----------
-    metric : Metric
-    test : TestSet
-    values : float64 array of shape (K,)
-    moves : float64 array of shape (K, M)
-        Influence of each group, scaled so that ``moves @ moves.T`` is the covariance; of a bootstrap, the resamples'
-        deviations from their mean, scaled the same way.
-    df : float
-        Degrees of freedom of the covariance.
-    draws : float64 array of shape (K, B), optional
-        Of a bootstrap.
-    lost : float
-        Share of resamples without one of the classes.
-    null : callable, optional
-        Of AUC, proportions and a perfect macro AUC: from a true score to the variance that a score of it would have if
-        every group had one image.
-    effect : float
-        The design effect that this variance is multiplied with.
-    """
+    """Scores of K models on one test set, and how they move with its groups."""
 
     metric: Metric
     test: TestSet
-    values: FloatArray
-    moves: FloatArray
-    df: float
-    draws: FloatArray | None = None
-    lost: float = 0.0
-    null: Callable[[float], float] | None = None
-    effect: float = 1.0
+    values: FloatArray  # (K,)
+    moves: FloatArray  # (K, M)
+    df: float  # degrees of freedom of the covariance
+    draws: FloatArray | None = None  # (K, B); of a bootstrap
+    lost: float = 0.0  # share of resamples without one of the classes
+    null: Callable[[float], float] | None = None  # of AUC, proportions and a perfect macro AUC
+    effect: float = 1.0  # the design effect that this variance is multiplied with
 
     @property
     def mean(self) -> float:
@@ -144,45 +113,20 @@ class Scores:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score with its two 95 % intervals.
-
-    Attributes
-    ----------
-    metric : str
-    positive : str
-        The class that an asymmetric metric is of; else empty.
-    mean : float
-        Over the models.
-    std : float or None
-        Over the models, ddof 1.
-    these_models : (float, float) or None
-        For new patients and these models.
-    new_model : (float, float) or None
-        For new patients and a newly trained model; None with one model, or where models share too many training rows.
-    why : str
-        Why an interval is missing; empty where none is.
-    groups : int
-        Of the test set.
-    test_variance, training_variance : float
-        Of the mean over models; σ² of one training.
-    overlap : float or None
-        Mean share of training rows that two models have in common.
-    lost : float
-        Share of bootstrap resamples without one of the classes: they were scored on the classes present.
-    """
+    """A score with its two 95 % intervals."""
 
     metric: str
-    positive: str
-    mean: float
-    std: float | None
-    these_models: tuple[float, float] | None
-    new_model: tuple[float, float] | None
-    why: str
-    groups: int
+    positive: str  # the class that an asymmetric metric is of; else empty
+    mean: float  # over the models
+    std: float | None  # over the models, ddof 1
+    these_models: tuple[float, float] | None  # for new patients and these models
+    new_model: tuple[float, float] | None  # for new patients and a newly trained model
+    why: str  # why an interval is missing; empty where none is
+    groups: int  # of the test set
     test_variance: float
     training_variance: float | None
-    overlap: float | None
-    lost: float
+    overlap: float | None  # mean share of training rows that two models have in common
+    lost: float  # share of bootstrap resamples without one of the classes: they were scored on the classes present
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -215,16 +159,7 @@ def sample(
 ) -> Scores:
     """Score K models on one test set and find how the scores move with its groups.
 
-    Parameters
-    ----------
-    metric : Metric
-        See `embcache.probe.metrics.find_metric`.
-    test : TestSet
-        Labels and groups.
-    logits : array-like of float, shape (K, n, C)
-        By each model.
-    resamples, seed : int
-        Of the bootstrap. The same groups, resamples and seed give the same resamples, whatever the predictions.
+    Shapes: logits (K, n, C).
     """
     z = np.asarray(logits, dtype=np.float64)
     forms = [metric.form(test.labels, q, test.positive) for q in z]
@@ -327,19 +262,7 @@ def _by_group(influence: FloatArray, group: IntArray, part: IntArray) -> tuple[F
 
 
 def estimate(scores: Scores, overlap: float | None = None, folds: int | None = None, level: float = 0.95) -> Estimate:
-    """The mean over models with its intervals.
-
-    Parameters
-    ----------
-    scores : Scores
-        Of K models.
-    overlap : float, optional
-        Mean share of training rows that two models have in common; without it there is only the first interval.
-    folds : int, optional
-        Folds of one repeat, whose number less one are the degrees of freedom of training; default K.
-    level : float
-        Of the intervals.
-    """
+    """The mean over models with its intervals."""
     metric, test, values, mean = scores.metric, scores.test, scores.values, scores.mean
     k, covariance = len(values), scores.moves @ scores.moves.T
     v_test = float(covariance.mean())

@@ -51,37 +51,16 @@ class StoredRows(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Streamed:
-    """Features on disk as `embcache.probe.rows.FeatureRows`.
+    """Features on disk as `embcache.probe.rows.FeatureRows`."""
 
-    Attributes
-    ----------
-    stored : mapping of backbone to StoredRows
-        The features.
-    places : mapping of backbone to int64 array of shape (N,)
-        Where each row lies in them.
-    shards : int64 array of shape (N,)
-        The shard that each row is read with.
-    shard_rows : mapping of int to int
-        How many rows each shard has, wanted or not: which shards are in the buffer together does not depend on which of
-        their rows are wanted.
-    buffer_rows : int
-        Rows that the buffer holds; a single larger shard is taken whole.
-    n_views : int
-        More than one: views (n, V, D) that training draws from, else the plain images.
-    stream : str
-        Names the random stream of the order of shards.
-    device : str
-        Where batches go.
-    """
-
-    stored: Mapping[str, StoredRows]
-    places: Mapping[str, IntArray]
-    shards: IntArray
-    shard_rows: Mapping[int, int]
-    buffer_rows: int
-    n_views: int = 1
-    stream: str = "0"
-    device: str = "cpu"
+    stored: Mapping[str, StoredRows]  # the features
+    places: Mapping[str, IntArray]  # (N,); where each row lies in them
+    shards: IntArray  # (N,); the shard that each row is read with
+    shard_rows: Mapping[int, int]  # how many rows each shard has, wanted or not
+    buffer_rows: int  # rows that the buffer holds; a single larger shard is taken whole
+    n_views: int = 1  # more than one: views (n, V, D) that training draws from, else the plain images
+    stream: str = "0"  # names the random stream of the order of shards
+    device: str = "cpu"  # where batches go
     _sorted: dict[int, tuple[torch.Tensor, IntArray, IntArray]] = field(default_factory=dict, init=False, repr=False)
 
     in_memory = False

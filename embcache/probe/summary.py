@@ -39,31 +39,15 @@ COLLAPSED = 0.8
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the training of one fold's model went.
-
-    Attributes
-    ----------
-    best_epoch, epochs : int
-        The epoch that was kept (0: none) and how many were trained; both 0 for a head that is solved.
-    val_score : float or None
-        Validation score at ``best_epoch``.
-    lr : float or None
-        First learning rate; None for a head that is solved.
-    diverged : bool
-        Training ended because a loss or an output was not finite.
-    chosen : dict
-        What a solved head chose on validation.
-    lost_lrs : sequence of float
-        Other learning rates of a sweep, at which training diverged.
-    """
+    """How the training of one fold's model went."""
 
     best_epoch: int
     epochs: int
-    val_score: float | None
-    lr: float | None
-    diverged: bool = False
-    chosen: Mapping[str, Any] = field(default_factory=dict)
-    lost_lrs: Sequence[float] = ()
+    val_score: float | None  # validation score at ``best_epoch``
+    lr: float | None  # first learning rate; None for a head that is solved
+    diverged: bool = False  # training ended because a loss or an output was not finite
+    chosen: Mapping[str, Any] = field(default_factory=dict)  # what a solved head chose on validation
+    lost_lrs: Sequence[float] = ()  # other learning rates of a sweep, at which training diverged
 
     @property
     def failed(self) -> bool:
@@ -73,18 +57,10 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """What the models of one run give.
+    """What the models of one run give."""
 
-    Attributes
-    ----------
-    test : float64 array of shape (R × K, n_test, C)
-        Logits of the test images; whatever stands there for a model that failed is not read.
-    val : sequence of float64 arrays of shape (m, C)
-        Logits of each model's validation images, at the epoch that was kept.
-    """
-
-    test: FloatArray
-    val: Sequence[FloatArray]
+    test: FloatArray  # (R × K, n_test, C)
+    val: Sequence[FloatArray]  # (m, C); logits of each model's validation images, at the epoch that was kept
 
 
 def summarise(
@@ -105,46 +81,7 @@ def summarise(
     target: str = "",
     notes: Sequence[str] = (),
 ) -> ProbeResult:
-    """Score every fold's test predictions and put the result together.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        What was asked about; ``target``'s column is already its label.
-    plans : sequence of Splits
-        The splits of each repeat, of K folds each and with the same test set.
-    subset : str
-        The subset that trained.
-    kind : {"probe", "finetune"}
-        What was trained.
-    backbones : sequence of str
-        In the order in which they were asked for.
-    head : str
-        Name of the head.
-    request : dict
-        All that the result depends on, the metric among it; its hash is the run's id.
-    recipes : mapping of backbone to JSON
-        Whole recipes.
-    outcomes : sequence of Outcome
-        One per model, R × K of them, repeat by repeat.
-    outputs : Outputs
-        Of these models.
-    source : {"live", "snapshot"}
-        Where labels came from.
-    seconds : float
-        Wall time.
-    positive : str, optional
-        The positive class; see `embcache.probe.metrics.positive_class`.
-    target : str
-        The column that is told apart instead of the labels.
-    notes : sequence of str
-        What a reader must know besides `request_notes` and `training_notes`.
-
-    Raises
-    ------
-    ProtocolError
-        No model is left: training diverged in every fold.
-    """
+    """Score every fold's test predictions and put the result together."""
     plan = plans[0]
     labels, groups = plan.labels[plan.test], plan.groups[plan.test]
     known = labels >= 0
@@ -281,13 +218,7 @@ def in_metric(result: ProbeResult, metric: str, home: PathLike | None) -> ProbeR
 
 
 def load_run_predictions(result: ProbeResult, run: Path) -> Predictions:
-    """Predictions of a run for its labeled test images, ascending by id.
-
-    Raises
-    ------
-    StoreError
-        The run's file cannot be read.
-    """
+    """Predictions of a run for its labeled test images, ascending by id."""
     table = load_predictions(run)
     table = table[table["label"] >= 0].sort_values(["fold", "id"], kind="stable")
     rows = [part[["id", "label"]].to_numpy(dtype=object) for _, part in table.groupby("fold")]
@@ -322,13 +253,7 @@ def _predictions(result: ProbeResult, table: pd.DataFrame) -> Predictions:
 
 
 def load_validation(result: ProbeResult, run: Path) -> list[Predictions]:
-    """Predictions of a run's models for their own validation images, one `Predictions` per model.
-
-    Raises
-    ------
-    StoreError
-        The run kept none.
-    """
+    """Predictions of a run's models for their own validation images, one `Predictions` per model."""
     try:
         table = load_predictions(run, "validation")
     except StoreError as error:
@@ -343,17 +268,7 @@ def load_validation(result: ProbeResult, run: Path) -> list[Predictions]:
 
 
 def adjust_models(result: ProbeResult, run: Path, asked: Adjust) -> list[Adjustment]:
-    """What `Adjust` means for each model of a run, in the order of its folds that have one.
-
-    Raises
-    ------
-    UsageError
-        The prevalence is not one of the run's classes.
-    ProtocolError
-        No prevalence is given, and validation images do not tell it.
-    StoreError
-        The run did not record what training saw, or kept no predictions of validation images.
-    """
+    """What `Adjust` means for each model of a run, in the order of its folds that have one."""
     seen = [fold.seen for fold in result.folds if not fold.failed]
     if not all(seen):
         raise StoreError(

@@ -53,18 +53,7 @@ def make_job(
 
     An unbalanced epoch is as many weighted draws with replacement as there are rows, every class equally likely.
 
-    Parameters
-    ----------
-    labels : int64 array of shape (N,)
-        Labels of all rows.
-    train, val : int64 array
-        Row numbers.
-    n_classes : int
-        How many classes the dataset has.
-    stream : str
-        See `Job`.
-    lr : float
-        First learning rate.
+    Shapes: labels (N,).
     """
     # The result depends on which rows train, not on how they were listed.
     train, val = np.sort(train), np.sort(val)
@@ -153,30 +142,15 @@ def _solve(
 
 @dataclass(frozen=True, eq=False)
 class FittedHead:
-    """A trained or solved head that predicts.
-
-    Attributes
-    ----------
-    head : TrainableHead or SolvedHead
-    trained : TrainedHead
-    dims : dict of backbone to int
-        Features it was trained on, in their order.
-    n_classes : int
-    """
+    """A trained or solved head that predicts."""
 
     head: Applicable
     trained: TrainedHead
-    dims: dict[str, int]
+    dims: dict[str, int]  # features it was trained on, in their order
     n_classes: int
 
     def predict_proba(self, x: Mapping[str, ArrayLike]) -> NDArray[np.float64]:
-        """Class probabilities, float64 of shape (n, C), from features of shape (n, D) of each backbone.
-
-        Raises
-        ------
-        ValueError
-            A backbone is missing or has another dimension.
-        """
+        """Class probabilities, float64 of shape (n, C), from features of shape (n, D) of each backbone."""
         features = _tensors(x)
         found = {backbone: features[backbone].shape[1] for backbone in self.dims if backbone in features}
         if found != self.dims:

@@ -34,13 +34,7 @@ def check_usage(
     buffer: int | None = None,
     attention: str | None = None,
 ) -> None:
-    """Refuse what can be refused without data; meanings as of `embcache.probe.options.ProbeOptions`.
-
-    Raises
-    ------
-    UsageError
-        A value cannot be used.
-    """
+    """Refuse what can be refused without data; meanings as of `embcache.probe.options.ProbeOptions`."""
     if head not in (names := head_names()):
         raise unknown_head(head, names)
     check_options(val=val, test=test, folds=folds, repeats=repeats, views=views, buffer=buffer)
@@ -106,13 +100,7 @@ def check_options(**given: Any) -> None:
 
 
 def parse_head_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Hyperparameters from ``name=value`` texts; a value is JSON (a number, a list …), else text.
-
-    Raises
-    ------
-    UsageError
-        A text has no name or no value, or names something twice.
-    """
+    """Hyperparameters from ``name=value`` texts; a value is JSON (a number, a list …), else text."""
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = (part.strip() for part in pair.partition("="))
@@ -133,13 +121,7 @@ def parse_head_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def join_head_options(options: Mapping[str, Any], **flags: Any) -> dict[str, Any]:
-    """Hyperparameters with those that have a flag of their own.
-
-    Raises
-    ------
-    UsageError
-        One is given both ways.
-    """
+    """Hyperparameters with those that have a flag of their own."""
     for name in flags:
         if name in options:
             raise UsageError(
@@ -152,13 +134,7 @@ def join_head_options(options: Mapping[str, Any], **flags: Any) -> dict[str, Any
 
 
 def parse_rates(texts: Sequence[str]) -> float | list[float] | None:
-    """Learning rates from texts: None of none, a number of one.
-
-    Raises
-    ------
-    UsageError
-        A text is not a number.
-    """
+    """Learning rates from texts: None of none, a number of one."""
     rates = []
     for text in texts:
         try:

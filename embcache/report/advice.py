@@ -36,116 +36,54 @@ Namer = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Rival:
-    """A model beside the chosen one.
-
-    Attributes
-    ----------
-    name, run : str
-    difference : Difference
-        Its test score less that of the chosen model.
-    p_holm : float or None
-        Corrected for all models compared at this size.
-    verdict : {"better", "undecided", "worse", "unknown"}
-        Of this model: it scores better or worse than the chosen one, cannot be told apart from it, or there are too few
-        patients to compare them.
-    """
+    """A model beside the chosen one."""
 
     name: str
     run: str
-    difference: Difference
-    p_holm: float | None
-    verdict: Verdict
+    difference: Difference  # its test score less that of the chosen model
+    p_holm: float | None  # corrected for all models compared at this size
+    verdict: Verdict  # of this model
 
 
 @dataclass(frozen=True)
 class BackboneAdvice:
-    """Which backbone to take.
+    """Which backbone to take."""
 
-    Attributes
-    ----------
-    text : str
-        One sentence.
-    name, run : str
-        The model chosen on validation.
-    n_train : int
-        Training labels of a fold.
-    metric : str
-    mean : float
-        Its test score, over folds.
-    interval : (float, float) or None
-        95 %, as tables show it.
-    rivals : tuple of Rival
-        By falling validation score.
-    """
-
-    text: str
+    text: str  # one sentence
     name: str
     run: str
-    n_train: int
+    n_train: int  # training labels of a fold
     metric: str
-    mean: float
-    interval: tuple[float, float] | None
-    rivals: tuple[Rival, ...]
+    mean: float  # its test score, over folds
+    interval: tuple[float, float] | None  # 95 %, as tables show it
+    rivals: tuple[Rival, ...]  # by falling validation score
 
 
 @dataclass(frozen=True)
 class LabelsAdvice:
-    """Whether more labels help one model.
+    """Whether more labels help one model."""
 
-    Attributes
-    ----------
-    text : str
-        One sentence.
-    name : str
-        The model.
-    metric : str
-    trend : {"rising", "unclear", "plateau", "flat", "falling", "one size", "unknown"}
-        Of a loss, rising is getting better. ``unclear``: rising over all sizes, but for the last ones alone that is not
-        shown; ``plateau``: besides, the last ones rise by less than all do; ``unknown``: too few patients.
-    sizes : tuple of int
-        Training labels of a fold, ascending.
-    means : tuple of float
-        Test scores.
-    doubling : Difference or None
-        Change of the score with twice the labels, over all sizes; None for one size.
-    plateau_from : int or None
-        The size that begins a plateau.
-    last_doubling : Difference or None
-        Like ``doubling``, over the last sizes: those that show no rise, else those from half of the most labels on.
-    """
-
-    text: str
-    name: str
+    text: str  # one sentence
+    name: str  # the model
     metric: str
-    trend: Trend
-    sizes: tuple[int, ...]
-    means: tuple[float, ...]
-    doubling: Difference | None = None
-    plateau_from: int | None = None
-    last_doubling: Difference | None = None
+    trend: Trend  # of a loss, rising is getting better
+    sizes: tuple[int, ...]  # training labels of a fold, ascending
+    means: tuple[float, ...]  # test scores
+    doubling: Difference | None = None  # change of the score with twice the labels, over all sizes; None for one size
+    plateau_from: int | None = None  # the size that begins a plateau
+    last_doubling: Difference | None = None  # like ``doubling``, over the last sizes
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What saved results of one dataset, target and metric answer.
-
-    Attributes
-    ----------
-    dataset, target, metric : str
-    backbone : BackboneAdvice or None
-        None where no size has two backbones that can be compared.
-    labels : LabelsAdvice or None
-        Of the chosen model, or the one of the most sizes; None where nothing was validated.
-    problems : tuple of str
-        Runs whose predictions cannot be read.
-    """
+    """What saved results of one dataset, target and metric answer."""
 
     dataset: str
     target: str
     metric: str
-    backbone: BackboneAdvice | None
-    labels: LabelsAdvice | None
-    problems: tuple[str, ...] = ()
+    backbone: BackboneAdvice | None  # none where no size has two backbones that can be compared
+    labels: LabelsAdvice | None  # of the chosen model, or the one of the most sizes; None where nothing was validated
+    problems: tuple[str, ...] = ()  # runs whose predictions cannot be read
 
     @property
     def title(self) -> str:
@@ -164,18 +102,7 @@ class Advice:
 
 
 def advise(results: Sequence[ProbeResult], *, home: PathLike | None = None, resamples: int = RESAMPLES) -> list[Advice]:
-    """Answer both questions for every dataset, target and metric among saved results.
-
-    Parameters
-    ----------
-    results : sequence of ProbeResult
-        As saved, or by another metric (`embcache.probe.summary.in_metric`). Leaderboard scores and results without a
-        test score are left out.
-    home : path, optional
-        Folder of stores and runs.
-    resamples : int
-        Of the bootstrap, for metrics that need one.
-    """
+    """Answer both questions for every dataset, target and metric among saved results."""
     tasks: dict[tuple[Any, ...], list[ProbeResult]] = {}
     for result in results:
         if result.mean is not None and result.val_mean is not None and result.kind != "kaggle":
@@ -254,17 +181,7 @@ def comparable(at: Mapping[str, ProbeResult]) -> list[str]:
 
 
 def advise_backbone(names: Sequence[str], rows: Sequence[Comparison], n_train: int) -> BackboneAdvice:
-    """Which backbone to take, of models at one number of training labels.
-
-    Parameters
-    ----------
-    names : sequence of str
-        Of the models, the one chosen on validation first: ``backbone, head`` and what else sets them apart.
-    rows : sequence of Comparison
-        As `embcache.report.compare.compare_tested` gives them for these models and one metric.
-    n_train : int
-        Training labels of a fold.
-    """
+    """Which backbone to take, of models at one number of training labels."""
     first = rows[0]
     loss = first.metric in METRICS and METRICS[first.metric].loss
     rivals = []
@@ -297,20 +214,7 @@ def advise_backbone(names: Sequence[str], rows: Sequence[Comparison], n_train: i
 def advise_labels(
     name: str, tested: Sequence[Tested], *, shortened: Namer | None = None, resamples: int = RESAMPLES
 ) -> LabelsAdvice:
-    """Whether more labels help one model.
-
-    Parameters
-    ----------
-    name : str
-        Of the model.
-    tested : sequence of Tested
-        Its results over numbers of training labels, by one metric. Those tested on other images than the one with the
-        most labels are left out.
-    shortened : callable, optional
-        From a model's name to what the sentence calls it.
-    resamples : int
-        Of the bootstrap, for metrics that need one.
-    """
+    """Whether more labels help one model."""
     ordered = sorted(tested, key=lambda t: t.result.n_train)
     last = ordered[-1]
     ordered = [t for t in ordered if same_test(last, t)]
@@ -380,13 +284,6 @@ def doubling(scores: Sequence[Scores], tested: Sequence[Tested]) -> Difference:
     The slope is a weighted sum of the means at each size. Its variance is that of the same sum over the test groups,
     which all sizes share, and of each size's training, with the share of training images that its own models have in
     common. Sizes count as trained independently; where one's images are among the next one's, that is conservative.
-
-    Parameters
-    ----------
-    scores : sequence of Scores
-        Of one model at two sizes or more, on the same test set.
-    tested : sequence of Tested
-        The same results.
     """
     from scipy.special import stdtr  # scipy.stats takes a second to import
 

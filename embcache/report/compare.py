@@ -71,23 +71,7 @@ class Tested:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One result beside the reference.
-
-    Attributes
-    ----------
-    run, dataset, head, subset, metric : str
-    backbones : tuple of str
-    estimate : Estimate
-        Mean over the folds, sd and both intervals.
-    difference : Difference or None
-        Mean less that of the reference; None for the reference.
-    p_holm : float or None
-        Its p after Holm's correction for all results compared with the reference.
-    notes : tuple of str
-        What the result says of its test groups, on which all the rest depends.
-    labels_used : int
-        Of a fold, training and validation.
-    """
+    """One result beside the reference."""
 
     run: str
     dataset: str
@@ -95,11 +79,11 @@ class Comparison:
     head: str
     subset: str
     metric: str
-    estimate: Estimate
-    difference: Difference | None = None
-    p_holm: float | None = None
-    notes: tuple[str, ...] = ()
-    labels_used: int = 0
+    estimate: Estimate  # mean over the folds, sd and both intervals
+    difference: Difference | None = None  # mean less that of the reference; None for the reference
+    p_holm: float | None = None  # its p after Holm's correction for all results compared with the reference
+    notes: tuple[str, ...] = ()  # what the result says of its test groups, on which all the rest depends
+    labels_used: int = 0  # of a fold, training and validation
 
     @property
     def mean(self) -> float:
@@ -130,35 +114,7 @@ def compare_runs(
     home: PathLike | None = None,
     resamples: int = RESAMPLES,
 ) -> list[Comparison]:
-    """Compare results with one reference on the same test images.
-
-    Parameters
-    ----------
-    runs : sequence of str
-        Ids of runs, or their beginnings.
-    reference : str, optional
-        The run that the others are compared with; default the first. It need not be among ``runs``.
-    metrics : sequence of str
-        What to compare by; default the runs' own metric, which must then be one.
-    margin : float, optional
-        Also test that the difference is smaller than this on either side.
-    home : path, optional
-        Folder of stores and runs.
-    resamples : int
-        Of the bootstrap.
-
-    Returns
-    -------
-    list of Comparison
-        For each metric the reference first, then the others in their order.
-
-    Raises
-    ------
-    UsageError
-        Fewer than two different runs.
-    ProtocolError
-        They were not tested on the same images by the same metric, or the labels are not known.
-    """
+    """Compare results with one reference on the same test images."""
     if margin is not None and not margin > 0:
         raise UsageError("a margin is a difference above 0", found=f"{margin:g}", where="--margin", fix="--margin 0.02")
     first = None if reference is None else find_run_anywhere(reference, home)
@@ -181,13 +137,7 @@ def compare_tested(
     margin: float | None = None,
     resamples: int = RESAMPLES,
 ) -> list[Comparison]:
-    """Compare results whose predictions are read already with the first of them; p of all metrics are one family.
-
-    Raises
-    ------
-    ProtocolError
-        They were not tested on the same images by the same metric.
-    """
+    """Compare results whose predictions are read already with the first of them; p of all metrics are one family."""
     for other in tested[1:]:
         _check_same_test(tested[0], other, bool(metrics))
     # One positive class for all: that of the reference.
@@ -229,15 +179,7 @@ def same_test(a: Tested, b: Tested) -> bool:
 
 
 def load_tested(result: ProbeResult, path: Path) -> Tested:
-    """Predictions of a run on its labeled test images.
-
-    Raises
-    ------
-    ProtocolError
-        The labels of the test images are not known.
-    StoreError
-        The run's file cannot be read.
-    """
+    """Predictions of a run on its labeled test images."""
     if result.kind == "kaggle" or result.mean is None:
         raise ProtocolError(
             f"the test labels of run {result.id} are not known, so its predictions cannot be scored",

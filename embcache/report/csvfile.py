@@ -11,18 +11,7 @@ _BEFORE = re.compile(r"(?:[\s'\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]], *, guard: bool = True) -> str:
-    r"""Rows as comma-separated text with ``\n`` line ends; floats by ``repr``, nothing for None.
-
-    Parameters
-    ----------
-    header : sequence of str
-        Names of the columns.
-    rows : iterable of sequences
-        As long as the header each.
-    guard : bool
-        Put an apostrophe before text that a spreadsheet would run as a formula (see `guard_cell`). False where the
-        text must stay as it is.
-    """
+    r"""Rows as comma-separated text with ``\n`` line ends; floats by ``repr``, nothing for None."""
     lines = [[guard_cell(name) if guard else name for name in header]]
     lines += [[guard_cell(cell) if guard and isinstance(cell, str) else _plain(cell) for cell in row] for row in rows]
     return "".join(",".join(map(_quoted, line)) + "\n" for line in lines)

@@ -225,22 +225,7 @@ def find_results(
     kinds: Sequence[str] = (),
     metrics: Sequence[str] = (),
 ) -> list[ProbeResult]:
-    """The scored results that are saved and fit.
-
-    Parameters
-    ----------
-    home : path, optional
-        Folder of stores and runs.
-    datasets, backbones, heads, kinds : sequence of str
-        Only results of these; empty for all. A result over several backbones fits where all of them are named.
-    metrics : sequence of str
-        Score each by these; empty for its own. Scores of leaderboards stay as they are.
-
-    Raises
-    ------
-    StoreNotFoundError
-        No scored result fits.
-    """
+    """The scored results that are saved and fit."""
     saved = [result for name in datasets for result in list_results(home, name)] if datasets else list_results(home)
     fitting = [
         result
@@ -263,17 +248,7 @@ def find_results(
 def draw_curves(
     results: Sequence[ProbeResult], *, home: PathLike | None = None, target: Path | None = None
 ) -> tuple[Table, Path]:
-    """Draw scored results, one panel per dataset and metric, and lay them out as a table.
-
-    Parameters
-    ----------
-    results : sequence of ProbeResult
-        As `find_results` gives them.
-    home : path, optional
-        Folder of stores and runs.
-    target : path, optional
-        The figure; default ``<home>/<dataset>/figures/curves.png``, of several datasets ``<home>/curves.png``.
-    """
+    """Draw scored results, one panel per dataset and metric, and lay them out as a table."""
     names = list(dict.fromkeys(result.dataset for result in results))
     folder = home_dir(home) / slug(names[0]) / "figures" if len(names) == 1 else home_dir(home)
     path = plot_curves(

@@ -26,93 +26,43 @@ _COMPLETE = 0.95  # of the test images: a few unreadable ones are no other test 
 
 @dataclass(frozen=True)
 class Model:
-    """What is trained, as one row or column of a table.
+    """What is trained, as one row or column of a table."""
 
-    Attributes
-    ----------
-    label : str
-        As printed.
-    kind : {"probe", "finetune", "features"}
-        ``features`` trains nothing: cached features are all that is asked for.
-    head : str
-        A name that ``embcache heads`` lists.
-    backbones : tuple of str
-        Exactly one for a head that does not fuse.
-    paper : str
-        The paper's name for it; empty where the paper has no such model.
-    seed : int or None
-        Instead of the seed of the whole table.
-    among : tuple of Model
-        Not trained, but chosen for each dataset and subset: the best of these …
-    by : {"", "test", "validation"}
-        … by this score.
-    """
-
-    label: str
-    kind: str
-    head: str
-    backbones: tuple[str, ...]
-    paper: str = ""
-    seed: int | None = None
-    among: tuple[Model, ...] = ()
-    by: str = ""
+    label: str  # as printed
+    kind: str  # ``features`` trains nothing: cached features are all that is asked for
+    head: str  # A name that ``embcache heads`` lists
+    backbones: tuple[str, ...]  # exactly one for a head that does not fuse
+    paper: str = ""  # the paper's name for it; empty where the paper has no such model
+    seed: int | None = None  # instead of the seed of the whole table
+    among: tuple[Model, ...] = ()  # not trained, but chosen for each dataset and subset: the best of these …
+    by: str = ""  # … by this score
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of scores before anything is known of them.
+    """A table of scores before anything is known of them."""
 
-    Attributes
-    ----------
-    name : str
-        ``table2``, ``B3`` …, or the name of the TOML file.
-    title : str
-    datasets : tuple of str
-    models : tuple of Model
-    subsets : tuple of str
-        ``S``, ``M``, ``F`` or numbers, in the order printed.
-    across : {"models", "subsets"}
-        What the columns are; the rest goes down.
-    leaderboard : bool
-        Whether a leaderboard's result may stand in a cell; it has scores, but no predictions with labels and no heads.
-    """
-
-    name: str
+    name: str  # ``table2``, ``B3`` …, or the name of the TOML file
     title: str
     datasets: tuple[str, ...]
     models: tuple[Model, ...]
-    subsets: tuple[str, ...]
-    across: str
-    leaderboard: bool = True
+    subsets: tuple[str, ...]  # ``S``, ``M``, ``F`` or numbers, in the order printed
+    across: str  # what the columns are; the rest goes down
+    leaderboard: bool = True  # whether a leaderboard's result may stand in a cell
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of a table.
-
-    Attributes
-    ----------
-    dataset, subset : str
-    model : Model
-    result : ProbeResult or None
-    reason : str
-        Why there is no result, and what to do.
-    paper : PaperValue or None
-        What the paper has there.
-    difference : float or None
-        (ours − paper) / √(s₁² + s₂²), both deviations over folds.
-    withheld : str
-        Why the difference is not printed though both values are known.
-    """
+    """One place of a table."""
 
     dataset: str
     model: Model
     subset: str
     result: ProbeResult | None = None
-    reason: str = ""
-    paper: PaperValue | None = None
-    difference: float | None = None
-    withheld: str = ""
+    reason: str = ""  # why there is no result, and what to do
+    paper: PaperValue | None = None  # what the paper has there
+    difference: float | None = None  # (ours − paper) / √(s₁² + s₂²), both deviations over folds
+    withheld: str = ""  # why the difference is not printed though both values are known
 
 
 def compare_with_paper(cell: Cell) -> Cell:

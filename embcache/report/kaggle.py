@@ -30,22 +30,12 @@ from embcache.store.feature_store import list_stores
 
 @dataclass(frozen=True)
 class Competition:
-    """What one competition asks for.
+    """What one competition asks for."""
 
-    Attributes
-    ----------
-    slug : str
-        Its name at Kaggle.
-    id_column, value_column : str
-        The header of a submission.
-    hard : bool
-        It takes the most probable class as a number, not the probability of class 1.
-    """
-
-    slug: str
+    slug: str  # its name at Kaggle
     id_column: str
     value_column: str
-    hard: bool
+    hard: bool  # it takes the most probable class as a number, not the probability of class 1
 
 
 COMPETITIONS: Mapping[str, Competition] = {
@@ -57,53 +47,21 @@ SAMPLE = "sample_submission.csv"
 
 @dataclass(frozen=True)
 class Submission:
-    """Files to hand in.
-
-    Attributes
-    ----------
-    run, competition : str
-    files : tuple of Path
-        One a fold.
-    folds : tuple of int
-        Of which fold each file is.
-    rows : int
-        Of each file, without its header.
-    filled : mapping of str to str
-        Ids without a prediction, with the reason; they got the commonest class, or the share of class 1, of the
-        labelled images.
-    notes : tuple of str
-    """
+    """Files to hand in."""
 
     run: str
     competition: str
-    files: tuple[Path, ...]
-    folds: tuple[int, ...]
-    rows: int
-    filled: Mapping[str, str]
+    files: tuple[Path, ...]  # one a fold
+    folds: tuple[int, ...]  # of which fold each file is
+    rows: int  # of each file, without its header
+    filled: Mapping[str, str]  # ids without a prediction, with the reason
     notes: tuple[str, ...]
 
 
 def make_submission(
     run: str, output: PathLike | None = None, *, home: PathLike | None = None, data_root: PathLike | None = None
 ) -> Submission:
-    """Write the files that a competition takes, one a fold, with every id of its sample submission in its order.
-
-    Parameters
-    ----------
-    run : str
-        A run's id, or the beginning of it; made with ``--test official``.
-    output : path, optional
-        Folder of the files ``<run>-fold<k>.csv``; default ``submission-<run>``.
-    home : path, optional
-        Folder of stores and runs.
-    data_root : path, optional
-        The dataset's own folder, where ``sample_submission.csv`` lies.
-
-    Raises
-    ------
-    UsageError
-        The dataset has no competition, the run is not on its official test set, or the folder cannot be written to.
-    """
+    """Write the files that a competition takes, one a fold, with every id of its sample submission in its order."""
     result, folder = find_run_anywhere(run, home)
     ds, _ = find_dataset(result.dataset, root=data_root, home=home)
     competition = _competition(result, ds)
@@ -139,27 +97,6 @@ def save_kaggle_scores(
 
     The score of a fold is α · private + (1 − α) · public, α being the share of the test images behind the private
     score (0.85 for aptos, 0.51 for patchcam). Scores given again replace those given before.
-
-    Parameters
-    ----------
-    run : str
-        The run that was handed in.
-    scores : sequence of (float, float)
-        Private and public score of each fold that has a file, in the order of the folds.
-    home : path, optional
-        Folder of stores and runs.
-    data_root : path, optional
-        The dataset's own folder.
-
-    Returns
-    -------
-    ProbeResult
-        Saved beside the run: mean ± sd (ddof 1) over the folds, no interval.
-
-    Raises
-    ------
-    UsageError
-        The run was not made for a leaderboard, or the scores are not as many as its folds, or not scores.
     """
     result, folder = find_run_anywhere(run, home)
     ds, _ = find_dataset(result.dataset, root=data_root, home=home)
@@ -214,13 +151,7 @@ def save_kaggle_scores(
 
 
 def read_score(text: str) -> tuple[float, float]:
-    """Private and public score from ``PRIVATE/PUBLIC``.
-
-    Raises
-    ------
-    UsageError
-        It is not two numbers with a slash between.
-    """
+    """Private and public score from ``PRIVATE/PUBLIC``."""
     try:
         private, public = text.split("/")
         return float(private), float(public)

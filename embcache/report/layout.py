@@ -16,26 +16,14 @@ DIFFERENCE_NOTE = "difference: (ours − paper) / √(s₁² + s₂²), with s t
 
 @dataclass(frozen=True)
 class Table:
-    """A finished table.
-
-    Attributes
-    ----------
-    name, title : str
-    headers : tuple of str
-    rows : tuple of tuples of str
-        Each as long as ``headers``.
-    notes : tuple of str
-        Printed beneath; those that a mark in the table points to begin with it: ``[a] …``.
-    records : tuple of dict
-        The same in plain data, one a cell: what CSV and JSON hold.
-    """
+    """A finished table."""
 
     name: str
     title: str
     headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-    records: tuple[Mapping[str, Any], ...] = ()
+    rows: tuple[tuple[str, ...], ...]  # each as long as ``headers``
+    notes: tuple[str, ...] = ()  # printed beneath; those that a mark in the table points to begin with it: ``[a] …``
+    records: tuple[Mapping[str, Any], ...] = ()  # the same in plain data, one a cell: what CSV and JSON hold
 
 
 @dataclass
@@ -62,15 +50,7 @@ def _letter(index: int) -> str:
 
 
 def lay_out(grid: Grid, cells: Sequence[Cell]) -> Table:
-    """Arrange cells as the paper does: ours, the paper's value and the difference beneath each other.
-
-    Parameters
-    ----------
-    grid : Grid
-        Says what goes down and what across.
-    cells : sequence of Cell
-        One for each dataset, model and subset of the grid, in any order.
-    """
+    """Arrange cells as the paper does: ours, the paper's value and the difference beneath each other."""
     at = {(cell.dataset, cell.model, cell.subset): cell for cell in cells}
     marks = Marks()
     rows: list[tuple[str, ...]] = []

@@ -20,18 +20,7 @@ SHOWN = 24
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image whose class the ensemble, the mean of the models' probabilities, gets wrong.
-
-    Attributes
-    ----------
-    id, group : str
-    label, predicted : str
-        Names of the true class and of the most probable one.
-    p_label, p_predicted : float
-        Their probabilities.
-    models_agree, models : int
-        Models whose most probable class is the ensemble's, and all of them.
-    """
+    """A test image whose class the ensemble, the mean of the models' probabilities, gets wrong."""
 
     id: str
     group: str
@@ -77,13 +66,7 @@ def mistakes_csv(mistakes: Sequence[Mistake], *, groups: bool = False) -> str:
 
 
 def draw_mistakes(dataset: ImageDataset, mistakes: Sequence[Mistake], title: str, target: Path) -> int:
-    """Draw the images of mistakes, with classes and probability beneath each.
-
-    Returns
-    -------
-    int
-        How many of them could be read; where none could, nothing is written.
-    """
+    """Draw the images of mistakes, with classes and probability beneath each."""
     captions = [
         (m.id, f"{m.label} → {m.predicted}\np {m.p_predicted:.3f} · {m.models_agree} of {m.models} models")
         for m in mistakes

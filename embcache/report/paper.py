@@ -18,59 +18,28 @@ PAPER_NAMES = {
 
 @dataclass(frozen=True)
 class PaperValue:
-    """One number of the paper.
+    """One number of the paper."""
 
-    Attributes
-    ----------
-    table : str
-        Where it is printed: ``table1`` … ``table4``, ``B1`` … ``B8``, ``C1`` … ``C4``, ``G1``.
-    dataset : str
-        Empty in G1.
-    model : str
-        A backbone of the paper, ``dvme``, ``dvme-noattn`` or ``best`` (the best single baseline); in G1 an
-        architecture; empty in Table 1.
-    subset : str
-        ``S``, ``M``, ``F`` or a number of images; ``test`` in Table 1; ``probe`` or ``finetune`` in G1.
-    printed : str
-        The row's or cell's own words where they differ: ``50 (S)``, ``3.6 M``.
-    mean, std : float or None
-        Over five folds; None in Table 1 and G1.
-    count : int or None
-        Images, in Table 1.
-    flag : str
-        What is wrong with it; empty where nothing is.
-    """
-
-    table: str
-    dataset: str = ""
-    model: str = ""
-    subset: str = ""
-    printed: str = ""
+    table: str  # where it is printed: ``table1`` … ``table4``, ``B1`` … ``B8``, ``C1`` … ``C4``, ``G1``
+    dataset: str = ""  # empty in G1
+    model: str = ""  # A backbone of the paper, ``dvme``, ``dvme-noattn`` or ``best`` (the best single baseline)
+    subset: str = ""  # ``S``, ``M``, ``F`` or a number of images
+    printed: str = ""  # the row's or cell's own words where they differ: ``50 (S)``, ``3.6 M``
     mean: float | None = None
     std: float | None = None
-    count: int | None = None
-    flag: str = ""
+    count: int | None = None  # images, in Table 1
+    flag: str = ""  # what is wrong with it; empty where nothing is
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table of the paper.
-
-    Attributes
-    ----------
-    name, caption : str
-    kind : {"sizes", "probe", "finetune", "parameters"}
-    flags : tuple of str
-        Slips of the table as a whole, or of the text about it.
-    values : tuple of PaperValue
-        In the order printed.
-    """
+    """One table of the paper."""
 
     name: str
     caption: str
     kind: str
-    flags: tuple[str, ...]
-    values: tuple[PaperValue, ...]
+    flags: tuple[str, ...]  # slips of the table as a whole, or of the text about it
+    values: tuple[PaperValue, ...]  # in the order printed
 
 
 @functools.cache

@@ -56,20 +56,7 @@ def mean_curve(
 ) -> tuple[FloatArray, FloatArray]:
     """Mean and standard deviation over models of a class's curve at each value of `GRID`.
 
-    Parameters
-    ----------
-    labels : int64 array (n,)
-        True classes.
-    logits : float64 array (K, n, C)
-        By each of K models.
-    of_class : int
-        Against all others, ranked by its log odds.
-    at : callable
-        `roc_at` or `precision_at`.
-
-    Returns
-    -------
-    mean, sd : float64 arrays of shape (201,)
+    Shapes: labels (n,); logits (K, n, C); returns (201,).
     """
     curves = np.stack([at(labels == of_class, odds) for odds in log_odds(logits)[..., of_class]])
     return curves.mean(0), curves.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(GRID))
@@ -77,28 +64,12 @@ def mean_curve(
 
 @dataclass(frozen=True, eq=False)
 class Rates:
-    """One class against the rest: the curve of the models and of their ensemble.
+    """One class against the rest: the curve of the models and of their ensemble."""
 
-    Attributes
-    ----------
-    name : str
-        Of the class.
-    images, groups : int
-        Of the class, in the test set.
-    share : float
-        Of the class among the test images.
-    mean, sd : float64 arrays of shape (201,)
-        Over the models, at each value of `GRID`.
-    x, y : float64 arrays
-        The ensemble's curve, ready to be drawn with straight lines.
-    estimate, ensemble : Estimate
-        AUC or AUPRC, of the mean over the models and of the ensemble.
-    """
-
-    name: str
+    name: str  # of the class
     images: int
     groups: int
-    share: float
+    share: float  # of the class among the test images
     mean: FloatArray
     sd: FloatArray
     x: FloatArray

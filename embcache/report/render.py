@@ -32,32 +32,13 @@ _MARKUP = (
 
 
 def render(table: Table, form: str) -> str:
-    """A table as text that ends in a newline.
-
-    Parameters
-    ----------
-    table : Table
-        What to print.
-    form : {"markdown", "latex", "csv"}
-        CSV holds the records, one line a cell with every number; the others the table as laid out, notes beneath.
-
-    Raises
-    ------
-    UsageError
-        There is no such format.
-    """
+    """A table as text that ends in a newline."""
     check_format(form)
     return FORMATS[form](table)
 
 
 def check_format(form: str) -> None:
-    """Refuse a format that is none, before anything is done.
-
-    Raises
-    ------
-    UsageError
-        There is no such format.
-    """
+    """Refuse a format that is none, before anything is done."""
     check_choice("--format", form, FORMATS)
 
 

@@ -30,54 +30,20 @@ _BANDS = 4  # classes up to which bands are told apart
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure and its numbers.
-
-    Attributes
-    ----------
-    kind : str
-    title : str
-    positive : str
-        The class that is set against the rest; empty where each is.
-    headers, rows
-        The numbers as a table.
-    notes : list of str
-    records : list of dict
-        The numbers as plain data.
-    files : list of Path
-    """
+    """A figure and its numbers."""
 
     kind: str
     title: str
-    positive: str
+    positive: str  # the class that is set against the rest; empty where each is
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str]
-    records: Sequence[dict[str, Any]]
+    records: Sequence[dict[str, Any]]  # the numbers as plain data
     files: Sequence[Path] = field(default_factory=list)
 
 
 def draw_run(tested: Tested, kind: str, targets: Sequence[Path], *, positive: str | None = None) -> Drawn:
-    """Draw one run's test predictions.
-
-    Parameters
-    ----------
-    tested : Tested
-        A run and its predictions.
-    kind : str
-        One of ``roc``, ``pr``, ``confusion``, ``calibration``.
-    targets : sequence of Path
-        The files: PNG, SVG or PDF by their suffix.
-    positive : str, optional
-        Set this class against the rest. Default: of two classes the run's positive one; of more each in turn, up to
-        ten, except in a confusion matrix.
-
-    Raises
-    ------
-    UsageError
-        There is no such kind or class, or a class is named for a confusion matrix.
-    ProtocolError
-        The test set holds one class only.
-    """
+    """Draw one run's test predictions."""
     result, predictions = tested.result, tested.predictions
     check_choice("--kind", kind, KINDS)
     names = predictions.class_names

@@ -23,33 +23,7 @@ NO_VALUE = "(no value)"
 
 @dataclass(frozen=True)
 class Subgroup:
-    """One run within one subgroup.
-
-    Attributes
-    ----------
-    run, metric : str
-    column, value : str
-        ``""`` and ``"all"`` for all test images.
-    n_images, n_groups : int
-    mean, std : float or None
-        Over folds (ddof 1); None where the subgroup is too small.
-    interval : (float, float) or None
-        95 %, as tables show it; None with the reason in ``why``.
-    why : str
-        Why there is no interval.
-    positive : str
-        The class that an asymmetric metric is of.
-    lacks : tuple of str
-        Classes of the test set that the subgroup has not: it is too small to be scored.
-    labels_used : int
-        Of a fold of the run, training and validation.
-    positive : str
-        The class that an asymmetric metric is of.
-    difference : Difference or None
-        From the first run within the same subgroup, where both were tested on the same images.
-    p_holm : float or None
-        Its p, corrected for all runs, metrics and subgroups.
-    """
+    """One run within one subgroup."""
 
     run: str
     metric: str
@@ -59,13 +33,13 @@ class Subgroup:
     n_groups: int
     mean: float | None
     std: float | None
-    interval: tuple[float, float] | None
-    lacks: tuple[str, ...] = ()
-    labels_used: int = 0
-    why: str = ""
-    positive: str = ""
+    interval: tuple[float, float] | None  # 95 %, as tables show it; None with the reason in ``why``
+    lacks: tuple[str, ...] = ()  # classes of the test set that the subgroup has not: it is too small to be scored
+    labels_used: int = 0  # of a fold of the run, training and validation
+    why: str = ""  # why there is no interval
+    positive: str = ""  # the class that an asymmetric metric is of
     difference: Difference | None = None
-    p_holm: float | None = None
+    p_holm: float | None = None  # its p, corrected for all runs, metrics and subgroups
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
@@ -81,39 +55,7 @@ def score_subgroups(
     data_root: PathLike | None = None,
     resamples: int = RESAMPLES,
 ) -> tuple[list[Subgroup], list[str]]:
-    """Score runs within the subgroups that columns of the dataset's table make of the test images.
-
-    Parameters
-    ----------
-    runs : sequence of str
-        Ids of runs, or their beginnings.
-    by : sequence of str
-        Columns; see `embcache.data.columns.column_values`.
-    metrics : sequence of str
-        See `embcache.probe.metrics.find_metric`; default the runs' own.
-    home : path, optional
-        Folder of stores and runs.
-    data_root : path, optional
-        The dataset's own folder, where all runs are of one dataset.
-    resamples : int
-        Of the bootstrap.
-
-    Returns
-    -------
-    rows : list of Subgroup
-        For each run all test images, then the values of each column.
-    notes : list of str
-        What a reader must know.
-
-    Raises
-    ------
-    UsageError
-        No run, no column, or no such column or metric.
-    ProtocolError
-        A run's test labels are not known.
-    StoreError
-        A test image of a run is no longer in the dataset.
-    """
+    """Score runs within the subgroups that columns of the dataset's table make of the test images."""
     if not runs or not by:
         raise UsageError("subgroups need runs and columns", fix="embcache subgroups RUN --by sex,age")
     rows: list[Subgroup] = []

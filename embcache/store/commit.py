@@ -78,35 +78,7 @@ def create_store(
     threads: int,
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Create the store of ``recipe``, or find the one that is there.
-
-    Parameters
-    ----------
-    dataset_dir : Path
-        Folder of the dataset's stores, ``<home>/<slug of its name>``.
-    recipe : Recipe
-        Its fingerprint names the store's folder.
-    format : {"zarr", "hdf5"}, optional
-        Default: that of the store that is there, Zarr for a new one.
-    row_shape : sequence of int
-        Shape of one row of features, such as ``(2048,)``.
-    rows_per_shard, batch_size, threads : int
-        Settled at creation: a store that is there keeps its own.
-    provenance : mapping of str to JSON, optional
-        Where the features come from, for people; no part of the recipe.
-
-    Returns
-    -------
-    Path
-        The store's folder.
-
-    Raises
-    ------
-    StoreError
-        The store that is there has another format or row shape.
-    UsageError
-        The format is unknown.
-    """
+    """Create the store of ``recipe``, or find the one that is there."""
     header = StoreHeader(
         recipe=recipe,
         format=find_format(format or "zarr").name,
@@ -167,18 +139,7 @@ def _staged_prefixes(store: Path, name: str) -> list[str]:
 
 
 def publish_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> bool:
-    """Publish the rows that shard ``number`` owes, once and for all.
-
-    Returns
-    -------
-    bool
-        False when the number is taken: look again at what is owed.
-
-    Raises
-    ------
-    StoreError
-        There are no entries or more than the store's ``rows_per_shard``, an id is repeated, or the disk refuses.
-    """
+    """Publish the rows that shard ``number`` owes, once and for all."""
     store = Path(store)
     check_ids([entry.id for entry in entries])
     limit = read_header(store).rows_per_shard
@@ -202,32 +163,7 @@ def commit_shard(
     threads: int | None = None,
     damaged: bool = False,
 ) -> bool:
-    """Commit the computed rows of shard ``number``; on return they are on disk, whoever wrote them.
-
-    Parameters
-    ----------
-    store : Path
-        The store's folder.
-    number : int
-        Of a published plan.
-    rows : ShardRows
-        As planned.
-    batch_size, threads : int, optional
-        With which they were computed; recorded where that is not with which the store was created.
-    damaged : bool
-        What is there is damaged: the rows take its place, in one step where the system can exchange two names. Taken
-        away first, it would leave older rows of the same images in use.
-
-    Returns
-    -------
-    bool
-        False when another process committed the shard first; ``rows`` are discarded then.
-
-    Raises
-    ------
-    StoreError
-        The rows are not the planned ones, differ from the store's shape or dtype, or the disk refuses.
-    """
+    """Commit the computed rows of shard ``number``; on return they are on disk, whoever wrote them."""
     store = Path(store)
     header, name = read_header(store), shard_name(number)
     header.check_rows(rows, [entry.id for entry in read_plan(store, number)])
@@ -319,24 +255,12 @@ def write_scan(dataset_dir: Path, parquet: bytes) -> None:
 
 
 def take_out(store: Path, path: Path, label: str) -> None:
-    """Remove a file or folder of a store, at once for all who know its name; none there (any more) is as well.
-
-    Raises
-    ------
-    StoreError
-        The disk refuses.
-    """
+    """Remove a file or folder of a store, at once for all who know its name; none there (any more) is as well."""
     aside = Path(store) / "staging" / staged_name(f"{label}-")
     if take_aside(path, aside):
         discard(aside)
 
 
 def replace_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> None:
-    """Write the plan of a shard that is there anew, in place of one that is missing or damaged.
-
-    Raises
-    ------
-    StoreError
-        The disk refuses.
-    """
+    """Write the plan of a shard that is there anew, in place of one that is missing or damaged."""
     replace_file(Path(store) / "plan" / f"{shard_name(number)}.json", _sealed_plan(number, entries))

@@ -317,13 +317,7 @@ def folders_with(
     dataset: str | None = None,
     skipped: Callable[[PathLike, OSError], object] = skip,
 ) -> list[Path]:
-    """Folders under those of a dataset, or of every one, that hold an entry of this name, sorted.
-
-    Raises
-    ------
-    StoreError
-        The home, or the folder of the one dataset, cannot be listed. Of several, one that cannot is `skipped`.
-    """
+    """Folders under those of a dataset, or of every one, that hold an entry of this name, sorted."""
     root, found = home_dir(home), []
     for folder in home_folders(root, skipped) if dataset is None else [root / slug(dataset)]:
         try:

@@ -77,12 +77,6 @@ FORMATS: Mapping[str, StoreFormat] = _Formats()
 
 
 def find_format(name: str) -> StoreFormat:
-    """Format called ``name``.
-
-    Raises
-    ------
-    UsageError
-        There is none.
-    """
+    """Format called ``name``."""
     check_choice("--format", name, sorted(FORMATS))
     return FORMATS[name]

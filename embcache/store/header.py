@@ -19,13 +19,7 @@ MOST_SHARD_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class StoreHeader:
-    """What ``recipe.json`` says: the recipe, and what was settled when the store was created.
-
-    Raises
-    ------
-    StoreError
-        A size is not positive, or the recipe's dtype is not one of numbers.
-    """
+    """What ``recipe.json`` says: the recipe, and what was settled when the store was created."""
 
     recipe: Recipe
     format: str

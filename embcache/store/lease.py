@@ -41,13 +41,6 @@ class Lease:
     """A claim on one shard, kept alive by a thread until :meth:`release`.
 
     Use :meth:`acquire`; also a context manager.
-
-    Attributes
-    ----------
-    path : Path
-        The lease's file.
-    held : bool
-        False once released, or taken over by another process because our heartbeat stopped.
     """
 
     def __init__(self, path: Path, content: bytes, ttl: float) -> None:
@@ -58,27 +51,7 @@ class Lease:
 
     @classmethod
     def acquire(cls, store: Path, number: int, *, ttl: float | None = None) -> Lease | None:
-        """Claim shard ``number`` of a store.
-
-        Parameters
-        ----------
-        store : Path
-            The store's folder.
-        number : int
-            Shard to claim.
-        ttl : float, optional
-            Seconds without a heartbeat after which others may take the lease over; default `TTL_SECONDS`.
-
-        Returns
-        -------
-        Lease or None
-            None while another holder is alive.
-
-        Raises
-        ------
-        StoreError
-            The disk refuses.
-        """
+        """Claim shard ``number`` of a store."""
         ttl = TTL_SECONDS if ttl is None else ttl
         folder = Path(store) / "leases"
         path = folder / f"{shard_name(number)}.json"

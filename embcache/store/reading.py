@@ -52,27 +52,15 @@ class CommitRecord:
 
 @dataclass(frozen=True)
 class LiveRows:
-    """The rows of a store that no later shard supersedes, in shard order.
-
-    Parameters
-    ----------
-    ids, digests, reasons : list of str, length n
-        As in the shards; a reason is ``""`` where the row is valid.
-    valid : ndarray of bool, shape (n,)
-        False where the image could not be read.
-    shards, positions : ndarray of int64, shape (n,)
-        Shard that holds the row, and its place in it.
-    shard_rows : dict of int to int
-        Rows of every committed shard, superseded ones included.
-    """
+    """The rows of a store that no later shard supersedes, in shard order."""
 
     ids: list[str]
-    valid: np.ndarray
+    valid: np.ndarray  # (n,); false where the image could not be read
     digests: list[str]
     reasons: list[str]
     shards: np.ndarray
     positions: np.ndarray
-    shard_rows: dict[int, int]
+    shard_rows: dict[int, int]  # rows of every committed shard, superseded ones included
 
 
 def shard_name(number: int) -> str:
@@ -99,14 +87,7 @@ def check_folders(store: Path) -> None:
 
 
 def read_header(store: Path) -> StoreHeader:
-    """Read and check ``recipe.json``.
-
-    Raises
-    ------
-    CorruptStoreError
-        It is missing or damaged, does not hash to its fingerprint, or lies in another recipe's folder; or a folder of
-        the store is none.
-    """
+    """Read and check ``recipe.json``."""
     check_folders(store)
     path = store / "recipe.json"
     fix = recipe_fix(store)
@@ -157,13 +138,7 @@ def committed_numbers(store: Path) -> list[int]:
 
 
 def read_plan(store: Path, number: int) -> tuple[PlanEntry, ...]:
-    """Read the rows that a shard owes.
-
-    Raises
-    ------
-    CorruptStoreError
-        The plan is missing or damaged.
-    """
+    """Read the rows that a shard owes."""
     path = store / "plan" / f"{shard_name(number)}.json"
     fix = f"`{repair_command(store)}`"
     content = unseal(read_file(path, fix), path, fix, indent=None)
@@ -178,13 +153,7 @@ def read_plan(store: Path, number: int) -> tuple[PlanEntry, ...]:
 
 
 def read_commit(store: Path, number: int) -> CommitRecord:
-    """Read what a shard's ``commit.json`` vouches for.
-
-    Raises
-    ------
-    CorruptStoreError
-        It is missing or damaged, or names a file outside its shard.
-    """
+    """Read what a shard's ``commit.json`` vouches for."""
     path = store / "shards" / shard_name(number) / "commit.json"
     try:
         return read_commit_file(path, _recompute(path.parent))
@@ -235,13 +204,7 @@ def _not_ours(what: str, error: Exception, path: Path, fix: str) -> CorruptStore
 
 
 def read_index(store: Path, header: StoreHeader, number: int) -> RowIndex:
-    """Read a shard's rows without their features.
-
-    Raises
-    ------
-    CorruptStoreError
-        A file is missing or its bytes are not those that were committed.
-    """
+    """Read a shard's rows without their features."""
     form, record = FORMATS[header.format], read_commit(store, number)
     # Arrays are made by these numbers before the features are looked at.
     row = np.dtype(header.recipe.dtype).itemsize * math.prod(header.row_shape)
@@ -259,13 +222,7 @@ def read_index(store: Path, header: StoreHeader, number: int) -> RowIndex:
 
 
 def read_features(store: Path, header: StoreHeader, number: int) -> np.ndarray:
-    """Read a shard's features, ``(n, *row_shape)`` of the recipe's dtype, rows that are not valid included.
-
-    Raises
-    ------
-    CorruptStoreError
-        A file is missing or its bytes are not those that were committed.
-    """
+    """Read a shard's features, ``(n, *row_shape)`` of the recipe's dtype, rows that are not valid included."""
     form, record = FORMATS[header.format], read_commit(store, number)
     files = _read_committed(store, number, record, form.feature_files(record.files))
     features = _decode(form.decode_features, files, store, number)
@@ -278,21 +235,7 @@ def read_rows(
 ) -> None:
     """Read some rows of a shard's features into an array: those of `read_features`, with fewer copies.
 
-    Parameters
-    ----------
-    store, header, number
-        The shard.
-    positions : ndarray of int64, shape (m,)
-        Rows of the shard.
-    out : ndarray, shape (m, *row_shape), C-contiguous
-        Of the recipe's dtype. A run of rows is read straight into it; what it holds after an error is not to be used.
-    scratch : Scratch
-        Memory for what is read besides.
-
-    Raises
-    ------
-    CorruptStoreError
-        A file is missing or its bytes are not those that were committed.
+    Shapes: positions (m,); out (m, *row_shape).
     """
     form, record = FORMATS[header.format], read_commit(store, number)
     folder = store / "shards" / shard_name(number)

@@ -16,13 +16,7 @@ _LEAVES = (str, int, float, type(None))
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, no whitespace, characters as they are and floats by ``repr``: one text per value.
-
-    Raises
-    ------
-    RecipeError
-        The value holds NaN, an infinity, a key that is not a string, or something that JSON does not have.
-    """
+    """JSON with sorted keys, no whitespace, characters as they are and floats by ``repr``: one text per value."""
     try:
         _refuse_other_keys(value)
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

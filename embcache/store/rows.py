@@ -18,24 +18,12 @@ HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)  # a plan of a million images has as many
 class PlanEntry:
-    """One row that a shard owes, and the state in which its source file was seen.
+    """One row that a shard owes, and the state in which its source file was seen."""
 
-    Parameters
-    ----------
-    id : str
-        The image's id in its dataset.
-    size : int
-        Bytes of the source file when planned; -1 where unknown.
-    mtime_ns : int
-        Its modification time in nanoseconds; -1 where unknown.
-    digest : str or None
-        Sha256 of the image's bytes, 64 hex digits, once known.
-    """
-
-    id: str
-    size: int
-    mtime_ns: int
-    digest: str | None = None
+    id: str  # the image's id in its dataset
+    size: int  # bytes of the source file when planned; -1 where unknown
+    mtime_ns: int  # its modification time in nanoseconds; -1 where unknown
+    digest: str | None = None  # sha256 of the image's bytes, 64 hex digits, once known
 
     def __post_init__(self) -> None:
         check_id(self.id)
@@ -49,74 +37,32 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class RowIndex:
-    """What a shard says of its rows besides the features.
+    """What a shard says of its rows besides the features."""
 
-    Parameters
-    ----------
-    ids : tuple of str, length n
-        Unique within the shard.
-    valid : ndarray of bool, shape (n,)
-        False where the image could not be read.
-    digests : tuple of str, length n
-        Sha256 of each image's bytes, 64 hex digits, ``""`` where unknown.
-    reasons : tuple of str, length n
-        Why a row is not valid; ``""`` where it is.
-    """
-
-    ids: tuple[str, ...]
-    valid: np.ndarray
-    digests: tuple[str, ...]
-    reasons: tuple[str, ...]
+    ids: tuple[str, ...]  # unique within the shard
+    valid: np.ndarray  # (n,); false where the image could not be read
+    digests: tuple[str, ...]  # sha256 of each image's bytes, 64 hex digits, ``""`` where unknown
+    reasons: tuple[str, ...]  # why a row is not valid; ``""`` where it is
 
 
 @dataclass(frozen=True)
 class PlainFeatures:
-    """The file of a shard that begins with its features, row by row as they lie in memory.
+    """The file of a shard that begins with its features, row by row as they lie in memory."""
 
-    Parameters
-    ----------
-    file : str
-        Its name in the shard.
-    shape : tuple of int
-        (n, *row_shape); the file may hold more, which is padding.
-    dtype : dtype
-        In this machine's byte order.
-    """
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    file: str  # its name in the shard
+    shape: tuple[int, ...]  # (n, *row_shape); the file may hold more, which is padding
+    dtype: np.dtype[Any]  # in this machine's byte order
 
 
 @dataclass(frozen=True)
 class ShardRows:
-    """The computed rows of one shard; features of rows that are not valid become zeros.
+    """The computed rows of one shard; features of rows that are not valid become zeros."""
 
-    Parameters
-    ----------
-    ids : tuple of str, length n ≥ 1
-        Unique, UTF-8, without NUL.
-    features : ndarray, shape (n, *row_shape)
-        Any numeric or boolean dtype of numpy.
-    valid : ndarray of bool, shape (n,)
-        False where the image could not be read.
-    digests : tuple of str, length n
-        Sha256 of each image's bytes, 64 hex digits, ``""`` where unknown.
-    reasons : tuple of str, length n
-        Why a row is not valid; ``""`` where it is. Characters that a file cannot hold are escaped.
-
-    Raises
-    ------
-    StoreError
-        Lengths differ, an id is empty, repeated or cannot be stored, a digest is malformed, or a row is invalid
-        without a reason or valid with one.
-    """
-
-    ids: tuple[str, ...]
-    features: np.ndarray
-    valid: np.ndarray
-    digests: tuple[str, ...]
-    reasons: tuple[str, ...]
+    ids: tuple[str, ...]  # unique, UTF-8, without NUL
+    features: np.ndarray  # (n, *row_shape); any numeric or boolean dtype of numpy
+    valid: np.ndarray  # (n,); false where the image could not be read
+    digests: tuple[str, ...]  # sha256 of each image's bytes, 64 hex digits, ``""`` where unknown
+    reasons: tuple[str, ...]  # why a row is not valid
 
     def __post_init__(self) -> None:
         n = len(self.ids)

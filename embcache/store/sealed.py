@@ -50,13 +50,7 @@ def _text(content: dict[str, Any], checksum: str, indent: int | None) -> bytes:
 
 
 def unseal(data: bytes, where: Path, fix: str, *, indent: int | None = 1) -> dict[str, Any]:
-    """Content of sealed bytes, without its checksum.
-
-    Raises
-    ------
-    CorruptStoreError
-        The bytes are not exactly those that :func:`seal` wrote. ``where`` and ``fix`` go into the message.
-    """
+    """Content of sealed bytes, without its checksum."""
     try:
         content = parse(data)
         found = content.pop("crc32c")

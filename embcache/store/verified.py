@@ -32,15 +32,7 @@ class Scratch:
 
 
 def read_file(path: PathLike, fix: str, expected: tuple[int, str] | None = None) -> bytes:
-    """The bytes of a file; with ``expected`` (size, crc32c) only those.
-
-    Raises
-    ------
-    CorruptStoreError
-        The file is missing or its bytes are others; ``fix`` goes into the message.
-    StoreError
-        The system does not let it be read.
-    """
+    """The bytes of a file; with ``expected`` (size, crc32c) only those."""
     with refusals_told(path, fix):
         if expected is None:
             return read_regular(path)
@@ -54,24 +46,7 @@ def read_file(path: PathLike, fix: str, expected: tuple[int, str] | None = None)
 
 
 def read_into(path: PathLike, fix: str, expected: tuple[int, str], targets: Sequence[npt.NDArray[np.uint8]]) -> None:
-    """Read a whole file into arrays, one after the other, and check it on the way.
-
-    Parameters
-    ----------
-    path : path-like
-        The file.
-    fix : str
-        Goes into the message of an error.
-    expected : (int, str)
-        Size and crc32c of the file.
-    targets : sequence of contiguous arrays of uint8
-        Together as long as ``expected`` says. What they hold after an error is not to be used.
-
-    Raises
-    ------
-    CorruptStoreError, StoreError
-        As for `read_file`.
-    """
+    """Read a whole file into arrays, one after the other, and check it on the way."""
     crc = done = 0
     with refusals_told(path, fix), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size

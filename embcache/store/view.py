@@ -27,13 +27,6 @@ def view_files(header: StoreHeader, live: LiveRows) -> tuple[dict[str, bytes], d
 
     Row ``N * rows_per_shard + i`` is row ``i`` of shard ``N``. Rows that are padding, superseded or not readable have
     ``valid`` False; those that are not live have no id either.
-
-    Returns
-    -------
-    files : dict of str to bytes
-        Paths are relative to the store.
-    links : dict of str to str
-        ``{link: target}``, both relative to the store.
     """
     size = header.rows_per_shard * (max(live.shard_rows, default=-1) + 1)
     if size > MOST_ROWS:

@@ -34,21 +34,11 @@ _NUMBERS = {
 
 @dataclass(frozen=True)
 class PlainArray:
-    """An array whose values lie in one chunk, as they are.
+    """An array whose values lie in one chunk, as they are."""
 
-    Attributes
-    ----------
-    shape : tuple of int
-        At least one axis.
-    chunk_rows : int
-        Rows that the chunk holds, at least those of the array; the rest is padding.
-    dtype : dtype or None
-        None for strings.
-    """
-
-    shape: tuple[int, ...]
-    chunk_rows: int
-    dtype: np.dtype[Any] | None
+    shape: tuple[int, ...]  # at least one axis
+    chunk_rows: int  # rows that the chunk holds, at least those of the array; the rest is padding
+    dtype: np.dtype[Any] | None  # none for strings
 
     @property
     def chunk(self) -> str:

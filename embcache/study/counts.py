@@ -91,13 +91,7 @@ def count_images(ds: ImageDataset, settings: Settings) -> tuple[dict[str, int], 
 
 
 def table_g1(backbones: Sequence[str]) -> Table:
-    """Trainable parameters of a linear probe, of finetuning and of DVME, exactly, beside the paper's rounded ones.
-
-    Parameters
-    ----------
-    backbones : sequence of str
-        Other ones than the paper's: a linear probe and a finetuning of each, and DVME over them where they are several.
-    """
+    """Trainable parameters of a linear probe, of finetuning and of DVME, exactly, beside the paper's rounded ones."""
     cases: list[tuple[str, tuple[str, ...], str]]
     if backbones:
         cases = [(name, (name,), "linear") for name in backbones]

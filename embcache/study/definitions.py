@@ -65,28 +65,15 @@ GRIDS: Mapping[str, Grid] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One of the paper's figures.
-
-    Attributes
-    ----------
-    name, title : str
-    kind : {"maps", "attention"}
-    datasets : tuple of str
-    backbones : tuple of str
-        Shown alone.
-    fused : tuple of str
-        Shown as DVME fuses them.
-    subset : str
-        DVME is trained on; choice where the paper does not say: F.
-    """
+    """One of the paper's figures."""
 
     name: str
     title: str
     kind: str
     datasets: tuple[str, ...]
-    backbones: tuple[str, ...] = ("supervised", "dino")
-    fused: tuple[str, ...] = PAPER_SET
-    subset: str = "F"
+    backbones: tuple[str, ...] = ("supervised", "dino")  # shown alone
+    fused: tuple[str, ...] = PAPER_SET  # shown as DVME fuses them
+    subset: str = "F"  # DVME is trained on; choice where the paper does not say: F
 
 
 _TSNE = "t-SNE of the test images"
@@ -111,13 +98,7 @@ NAMES = ("table1", *GRIDS, "G1", *FIGURES)
 
 
 def find_name(name: str) -> str:
-    """The canonical spelling of a table's or figure's name.
-
-    Raises
-    ------
-    UsageError
-        There is none of that name.
-    """
+    """The canonical spelling of a table's or figure's name."""
     known = {known.lower(): known for known in NAMES}
     if name.lower() in known:
         return known[name.lower()]
@@ -140,12 +121,6 @@ def narrow(
     """A table with other datasets, backbones, subsets or heads than its own; what is empty stays.
 
     Models that are the paper's keep its label and its numbers; the others are named after what they are made of.
-
-    Raises
-    ------
-    UsageError
-        The table is of one dataset of the paper and another one of them was asked for; or a head needs several
-        backbones and one was given.
     """
     if datasets and len(grid.datasets) == 1 and grid.name in GRIDS:
         other = next((name for name in datasets if name in DATASETS and name not in grid.datasets), None)
@@ -203,13 +178,7 @@ def _key(model: Model) -> tuple[str, str, tuple[str, ...], int | None]:
 
 
 def make_models(kind: str, head: str, backbones: Sequence[str], seed: int | None = None) -> list[Model]:
-    """One model over all backbones for a head that fuses, else one for each; labelled by what they are made of.
-
-    Raises
-    ------
-    UsageError
-        There is no such head, or it fuses and one backbone was given.
-    """
+    """One model over all backbones for a head that fuses, else one for each; labelled by what they are made of."""
     known = heads()
     if head not in known:
         near = difflib.get_close_matches(head, known, n=2)

@@ -54,14 +54,6 @@ def pivot_results(results: Sequence[ProbeResult]) -> tuple[list[str], list[list[
     """Backbones and heads down, subsets across; cells are mean ± sd over folds.
 
     Results of one dataset only: metrics of different datasets do not belong in one column.
-
-    Returns
-    -------
-    headers : list of str
-        ``head``, ``backbones``, then each subset with its labels of one fold, training + validation.
-    rows : list of list of str
-        In the order in which a model first occurs; an empty cell where a result was not made, "not scored" where the
-        test labels are not public.
     """
     if len({(result.dataset, result.metric) for result in results}) > 1:
         raise ValueError("pivot_results takes the results of one dataset and metric")

@@ -30,16 +30,9 @@ from embcache.study.settings import Settings, in_a_line
 
 @dataclass(frozen=True)
 class Drawn:
-    """Figures that were made, and a table of what they say.
+    """Figures that were made, and a table of what they say."""
 
-    Attributes
-    ----------
-    paths : tuple of Path
-        One a dataset.
-    table : Table
-    """
-
-    paths: tuple[Path, ...]
+    paths: tuple[Path, ...]  # one a dataset
     table: Table
 
 
@@ -63,13 +56,7 @@ def figure_grid(figure: Figure) -> Grid:
 def narrow_figure(
     figure: Figure, datasets: Sequence[str] = (), backbones: Sequence[str] = (), subsets: Sequence[str] = ()
 ) -> Figure:
-    """A figure of other datasets, backbones (each alone, and all fused) or of DVME trained on another subset.
-
-    Raises
-    ------
-    UsageError
-        The figure fuses backbones and one was given, or several subsets were.
-    """
+    """A figure of other datasets, backbones (each alone, and all fused) or of DVME trained on another subset."""
     if len(subsets) > 1:
         raise UsageError("a figure shows one subset", found=", ".join(subsets), fix=f"--subset {subsets[0]}")
     if len(backbones) == 1 and figure.kind == "attention":
@@ -92,27 +79,7 @@ def draw_figure(
     say: Say = lambda line: None,
     progress: Progress | None = None,
 ) -> Drawn:
-    """Do what a figure lacks and draw it, one file a dataset.
-
-    Parameters
-    ----------
-    figure : Figure
-        What is wanted.
-    settings : Settings
-        How it is done.
-    target : path, optional
-        The file; with several datasets their names are put before its suffix. Default:
-        ``<home>/<dataset>/figures/<figure>.png``.
-    states : sequence of DatasetState, optional
-        As `embcache.study.plan.look` gave them for `figure_grid`.
-    say, progress
-        As for `embcache.study.run.run_study`.
-
-    Raises
-    ------
-    UsageError
-        A name in the request is none.
-    """
+    """Do what a figure lacks and draw it, one file a dataset."""
     grid = figure_grid(figure)
     states = look(grid, settings) if states is None else states
     marks = Marks()

@@ -37,14 +37,7 @@ _MOST_COLUMNS = 5  # models beside each other, as in the paper
 
 @dataclass(frozen=True)
 class OwnGrid:
-    """What a TOML file asks for.
-
-    Attributes
-    ----------
-    grid : Grid
-    options : dict
-        Those of ``val, test, folds, repeats, lr, max_epochs`` that the file names, and ``classes``.
-    """
+    """What a TOML file asks for."""
 
     grid: Grid
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -59,13 +52,7 @@ _KEYS = (*_REQUIRED, "heads", "subsets", "seeds", "kind", "title", *_CLASSES, *_
 
 
 def read_grid(path: Path) -> OwnGrid:
-    """Read and check a grid's TOML file.
-
-    Raises
-    ------
-    UsageError
-        The file cannot be read, a key is unknown or missing, or a value is not of its kind.
-    """
+    """Read and check a grid's TOML file."""
     try:
         content = tomllib.loads(read_regular(path, most=_MOST_BYTES, follow=True).decode("utf-8"))
         check_depth(content)

@@ -24,68 +24,29 @@ from embcache.study.settings import Settings
 
 @dataclass(frozen=True)
 class Order:
-    """A request for a table or a figure.
+    """A request for a table or a figure."""
 
-    Attributes
-    ----------
-    what : str
-        A name that `embcache.study.definitions.find_name` knows, or the path of a TOML file.
-    datasets, backbones, subsets, heads : sequence of str
-        Instead of the table's own; empty for those.
-    options : mapping
-        Fields of `Settings` that were given; those of a TOML file fill in the others.
-    figure : path, optional
-        Where the figure is written: of a table its learning curves.
-    dry_run : bool
-        Only the plan.
-    """
-
-    what: str
+    what: str  # A name that `embcache.study.definitions.find_name` knows, or the path of a TOML file
     datasets: Sequence[str] = ()
     backbones: Sequence[str] = ()
     subsets: Sequence[str] = ()
     heads: Sequence[str] = ()
-    options: Mapping[str, Any] | None = None
-    figure: Path | None = None
-    dry_run: bool = False
+    options: Mapping[str, Any] | None = None  # fields of `Settings` that were given
+    figure: Path | None = None  # where the figure is written: of a table its learning curves
+    dry_run: bool = False  # only the plan
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """What came of an order.
+    """What came of an order."""
 
-    Attributes
-    ----------
-    table : Table
-        The table, or the plan.
-    figures : tuple of Path
-        Files that were written.
-    empty : bool
-        Nothing of what was asked could be had.
-    """
-
-    table: Table
-    figures: tuple[Path, ...] = ()
-    empty: bool = False
+    table: Table  # the table, or the plan
+    figures: tuple[Path, ...] = ()  # files that were written
+    empty: bool = False  # nothing of what was asked could be had
 
 
 def deliver(order: Order, *, say: Say = lambda line: None, progress: Progress | None = None) -> Delivery:
-    """Plan an order, tell the plan, do what is missing and lay the answer out.
-
-    Parameters
-    ----------
-    order : Order
-        What is wanted.
-    say : callable
-        Told the plan and each thing done, a line at a time.
-    progress : callable, optional
-        Told (settled, planned, what is being trained).
-
-    Raises
-    ------
-    UsageError
-        There is no such table, backbone, head, subset or option.
-    """
+    """Plan an order, tell the plan, do what is missing and lay the answer out."""
     options = dict(order.options or {})
     if order.what.endswith(".toml"):
         own = read_grid(Path(order.what).expanduser())

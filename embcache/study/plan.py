@@ -22,43 +22,19 @@ Key = tuple[Model, str]
 
 @dataclass
 class DatasetState:
-    """One dataset of a table, and how far each of its cells is.
+    """One dataset of a table, and how far each of its cells is."""
 
-    Attributes
-    ----------
-    asked : str
-        The name in the table.
-    leaderboard : bool
-        Whether a leaderboard's result may stand in a cell, see `embcache.report.grid.Grid`.
-    ds : ImageDataset or None
-        None where it cannot be had: ``problem`` says why.
-    source : {"live", "snapshot", ""}
-    problem : str
-    subset_of : dict of str to str
-        Canonical name of each asked subset: S rather than 50 where S is 50.
-    owed : dict of str to int
-        Images of each backbone that have no features yet.
-    broken : dict of str to str
-        Backbones whose features cannot be had, and why.
-    results : dict of Key to ProbeResult
-        What is there.
-    missing : dict of Key to str
-        What is not, with the id of the run to be; empty where that is known only after extraction.
-    refused : dict of Key to str
-        What cannot be had, and why.
-    """
-
-    asked: str
+    asked: str  # the name in the table
     leaderboard: bool = field(default=True, kw_only=True)
-    ds: ImageDataset | None = None
+    ds: ImageDataset | None = None  # none where it cannot be had: ``problem`` says why
     source: str = ""
     problem: str = ""
-    subset_of: dict[str, str] = field(default_factory=dict)
-    owed: dict[str, int] = field(default_factory=dict)
-    broken: dict[str, str] = field(default_factory=dict)
-    results: dict[Key, ProbeResult] = field(default_factory=dict)
-    missing: dict[Key, str] = field(default_factory=dict)
-    refused: dict[Key, str] = field(default_factory=dict)
+    subset_of: dict[str, str] = field(default_factory=dict)  # canonical name of each asked subset
+    owed: dict[str, int] = field(default_factory=dict)  # images of each backbone that have no features yet
+    broken: dict[str, str] = field(default_factory=dict)  # backbones whose features cannot be had, and why
+    results: dict[Key, ProbeResult] = field(default_factory=dict)  # what is there
+    missing: dict[Key, str] = field(default_factory=dict)  # what is not, with the id of the run to be
+    refused: dict[Key, str] = field(default_factory=dict)  # what cannot be had, and why
 
     @property
     def live(self) -> ImageDataset | None:
@@ -72,13 +48,7 @@ def trained_models(grid: Grid) -> tuple[Model, ...]:
 
 
 def look(grid: Grid, settings: Settings, say: Callable[[str], object] = lambda line: None) -> list[DatasetState]:
-    """What is there of each dataset of a grid; nothing is computed or written.
-
-    Raises
-    ------
-    UsageError
-        A backbone or a subset has no such name, or a request is malformed for every dataset alike.
-    """
+    """What is there of each dataset of a grid; nothing is computed or written."""
     if len(grid.datasets) > 1 and (settings.data_root is not None or settings.dataset_name is not None):
         raise UsageError(
             "--data-root and --name are for one dataset", found=", ".join(grid.datasets), fix="--dataset NAME"

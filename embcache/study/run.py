@@ -29,14 +29,7 @@ def _silent(line: str) -> None:
 
 @dataclass(frozen=True)
 class Study:
-    """A table that was filled as far as it could be.
-
-    Attributes
-    ----------
-    grid : Grid
-    cells : tuple of Cell
-    table : Table
-    """
+    """A table that was filled as far as it could be."""
 
     grid: Grid
     cells: tuple[Cell, ...]
@@ -61,24 +54,6 @@ def run_study(
 
     Every result is saved as it is made and found again by its id: an interrupted study goes on where it stopped.
     A cell that cannot be had is told with the reason, and the others are done.
-
-    Parameters
-    ----------
-    grid : Grid
-        What is wanted.
-    settings : Settings
-        How it is done.
-    states : sequence of DatasetState, optional
-        As `embcache.study.plan.look` gave them; they are brought up to date. Default: looked at anew.
-    say : callable
-        Told each thing done, a line at a time.
-    progress : callable, optional
-        See `Progress`.
-
-    Raises
-    ------
-    UsageError
-        A name or a value in the request is none.
     """
     states = look(grid, settings) if states is None else states
     without: dict[str, str] = {}  # backbones whose weights cannot be had, known from the first dataset on

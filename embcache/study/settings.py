@@ -15,21 +15,7 @@ from embcache.report.grid import Model
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for all cells of a table.
-
-    Attributes
-    ----------
-    folds, seed, val, test, repeats, lr, recipe, exclude_test_overlap
-        As for `embcache.probe.run.probe_grid`; ``repeats`` is for probes.
-    max_epochs : int, optional
-        Of finetunings, instead of the protocol's 50.
-    device : str
-        ``auto``: extraction and finetuning take a GPU where there is one, probes the CPU.
-    classes : ClassOptions
-        Classes to drop or merge in every dataset.
-    home, data_root, dataset_name, columns, allow_missing, weights, transform, workers
-        As for `embcache.data.dataset.find_dataset` and `embcache.extract.run.run_extraction`.
-    """
+    """What holds for all cells of a table."""
 
     folds: int = 5
     seed: int = 0
@@ -39,9 +25,9 @@ class Settings:
     lr: float | Sequence[float] | None = None
     recipe: str | None = None
     exclude_test_overlap: bool = False
-    max_epochs: int | None = None
-    device: str = "auto"
-    classes: ClassOptions = field(default_factory=ClassOptions)
+    max_epochs: int | None = None  # of finetunings, instead of the protocol's 50
+    device: str = "auto"  # ``auto``: extraction and finetuning take a GPU where there is one, probes the CPU
+    classes: ClassOptions = field(default_factory=ClassOptions)  # classes to drop or merge in every dataset
     home: PathLike | None = None
     data_root: PathLike | None = None
     dataset_name: str | None = None

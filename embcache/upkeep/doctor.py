@@ -49,47 +49,24 @@ _SPARE = 1.1  # room that is owed, with what a run writes besides features
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All of it, as plain data.
-
-    Attributes
-    ----------
-    versions, machine : mapping
-    devices : list of mapping
-        With the speed that each reaches.
-    decoding : mapping
-    places : list of mapping
-        Home, data and weights folders: whether they are there, can be written, and have room.
-    owed : mapping
-        Images that the stores still owe, the bytes they will take, and those free.
-    weights, datasets, stores, leases, interrupted : list of mapping
-    problems : list of str
-        What a person should do something about, with the command that does it.
-    """
+    """All of it, as plain data."""
 
     versions: dict[str, str]
     machine: dict[str, Any]
-    devices: list[dict[str, Any]]
+    devices: list[dict[str, Any]]  # with the speed that each reaches
     decoding: dict[str, Any]
-    places: list[dict[str, Any]]
-    owed: dict[str, Any]
+    places: list[dict[str, Any]]  # home, data and weights folders
+    owed: dict[str, Any]  # images that the stores still owe, the bytes they will take, and those free
     weights: list[dict[str, str]]
     datasets: list[dict[str, Any]]
     stores: list[dict[str, Any]]
     leases: list[dict[str, Any]]
     interrupted: list[dict[str, Any]]
-    problems: list[str]
+    problems: list[str]  # what a person should do something about, with the command that does it
 
 
 def diagnose(home: PathLike | None = None, say: Callable[[str], object] = lambda line: None) -> Diagnosis:
-    """Look at everything; nothing needs to be cached, and nothing is written.
-
-    Parameters
-    ----------
-    home : path-like, optional
-        Folder of stores.
-    say : callable
-        Told what takes a moment.
-    """
+    """Look at everything; nothing needs to be cached, and nothing is written."""
     problems: list[str] = []
     say("measuring the devices")
     measured = devices()

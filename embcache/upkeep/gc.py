@@ -58,30 +58,14 @@ _REPLACED = (
 
 @dataclass(frozen=True)
 class Collected:
-    """What was freed of one store, or would be.
+    """What was freed of one store, or would be."""
 
-    Attributes
-    ----------
-    path : Path
-        The store's folder.
-    superseded : int
-        Rows that a later row of the same image had replaced.
-    moved : int
-        Live rows that were copied into new shards, so that the old ones could go.
-    shards : int
-        Shards that were removed.
-    leftovers : int
-        Files and folders that killed processes had left, dead leases included.
-    freed : int
-        Bytes; of a dry run what the removed shards take less what the new ones would.
-    """
-
-    path: Path
-    superseded: int
-    moved: int
-    shards: int
-    leftovers: int
-    freed: int
+    path: Path  # the store's folder
+    superseded: int  # rows that a later row of the same image had replaced
+    moved: int  # live rows that were copied into new shards, so that the old ones could go
+    shards: int  # shards that were removed
+    leftovers: int  # files and folders that killed processes had left, dead leases included
+    freed: int  # bytes; of a dry run what the removed shards take less what the new ones would
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON data."""
@@ -97,24 +81,7 @@ class Collected:
 
 
 def collect(path: Path, *, dry_run: bool = False, say: Say = lambda line: None) -> Collected:
-    """Free what nothing needs of one store.
-
-    Parameters
-    ----------
-    path : Path
-        The store's folder.
-    dry_run : bool
-        Only say what would be freed.
-    say : callable
-        Told each thing that is done.
-
-    Raises
-    ------
-    StoreError
-        The disk refuses.
-    CorruptStoreError
-        The store is damaged: nothing is removed from it.
-    """
+    """Free what nothing needs of one store."""
     header = read_header(path)
     seen = _look(path, header)
     rubbish = leftovers(path)
@@ -154,32 +121,16 @@ def collect(path: Path, *, dry_run: bool = False, say: Say = lambda line: None) 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A store at one moment.
-
-    Attributes
-    ----------
-    live, sources : LiveRows, list of PlanEntry
-        The live rows, and the source of each as its own shard's plan has it.
-    plans : mapping of int to tuple of PlanEntry
-        Of shards that are planned and not committed.
-    next : int
-        The number after the highest.
-    wasteful : list of int
-        Shards with superseded rows that can go, once ``moving``, places in ``live``, are copied.
-    waiting : list of int
-        Shards with superseded rows that stay: they hold rows that are planned to be computed anew.
-    superseded : int
-        Superseded rows of the wasteful shards.
-    """
+    """A store at one moment."""
 
     live: LiveRows
     sources: list[PlanEntry]
-    plans: Mapping[int, Sequence[PlanEntry]]
-    next: int
-    wasteful: list[int]
-    waiting: list[int]
+    plans: Mapping[int, Sequence[PlanEntry]]  # of shards that are planned and not committed
+    next: int  # the number after the highest
+    wasteful: list[int]  # shards with superseded rows that can go, once ``moving``, places in ``live``, are copied
+    waiting: list[int]  # shards with superseded rows that stay: they hold rows that are planned to be computed anew
     moving: np.ndarray
-    superseded: int
+    superseded: int  # superseded rows of the wasteful shards
 
 
 def _look(path: Path, header: StoreHeader) -> _Seen:

@@ -19,43 +19,21 @@ from embcache.store.sealed import read_sealed
 
 @dataclass(frozen=True)
 class CachedStore:
-    """One row of ``embcache ls``.
-
-    Attributes
-    ----------
-    dataset, backbone, fingerprint : str
-        Whose features these are, and the first 12 digits of the recipe's fingerprint. The backbone of a store of
-        pixels is "pixels".
-    rows, quarantined : int
-        Images with features, and those that could not be read, of those in the dataset's snapshot.
-    owed : int
-        Images of the snapshot, or of published plans, that have no row yet; 0 when the store is complete. Pixels are
-        kept of what a finetuning needs: only planned ones are owed.
-    format, precision, transform : str
-        The transform is in words; the precision of pixels is their dtype, "uint8".
-    bytes : int
-        On disk, whole store.
-    path : Path
-        The store's folder.
-    problem : str
-        What is wrong with it; ``""`` if nothing is. The numbers mean nothing then.
-    views : int
-        Views of an image in one row.
-    """
+    """One row of ``embcache ls``."""
 
     dataset: str
     backbone: str
     fingerprint: str
     rows: int
     quarantined: int
-    owed: int
+    owed: int  # images of the snapshot, or of published plans, that have no row yet
     format: str
     precision: str
     transform: str
-    bytes: int
-    path: Path
-    problem: str = ""
-    views: int = 1
+    bytes: int  # on disk, whole store
+    path: Path  # the store's folder
+    problem: str = ""  # what is wrong with it; ``""`` if nothing is. The numbers mean nothing then
+    views: int = 1  # views of an image in one row
 
     @property
     def complete(self) -> bool:
@@ -65,25 +43,13 @@ class CachedStore:
 
 @dataclass(frozen=True)
 class InterruptedRun:
-    """A finetuning that was begun and is not finished; it may be running.
-
-    Attributes
-    ----------
-    dataset, id : str
-        Name of the dataset's folder, and the id that the run will have.
-    bytes : int
-        Of its checkpoints on disk.
-    path : Path
-        Their folder.
-    command : str
-        What goes on with it; ``""`` where that cannot be read.
-    """
+    """A finetuning that was begun and is not finished; it may be running."""
 
     dataset: str
     id: str
-    bytes: int
-    path: Path
-    command: str
+    bytes: int  # of its checkpoints on disk
+    path: Path  # their folder
+    command: str  # what goes on with it; ``""`` where that cannot be read
 
 
 @dataclass(frozen=True)
@@ -176,13 +142,7 @@ def list_interrupted(home: PathLike | None = None, dataset: str | None = None) -
 
 
 def store_info(store: FeatureStore, home: PathLike | None = None) -> StoreInfo:
-    """Describe one store in full.
-
-    Raises
-    ------
-    CorruptStoreError
-        Bytes on disk are not those that were committed.
-    """
+    """Describe one store in full."""
     name, ids = _snapshot(store.path.parent, home or store.path.parent.parent)
     whole = FeatureStore(store.path)
     plans, committed = whole.plans(), whole.committed()

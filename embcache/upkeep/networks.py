@@ -45,15 +45,7 @@ def make_again(
     weights: Mapping[str, PathLike] | None = None,
     device: str = "auto",
 ) -> Maker:
-    """What makes the rows of a store again: the images and, for features, the network with its weights.
-
-    Raises
-    ------
-    RecipeError
-        What is made here and now differs from the store's recipe; the message says in what.
-    DatasetNotFoundError, WeightsError, UsageError
-        The images or the weights are not here, or the device is not.
-    """
+    """What makes the rows of a store again: the images and, for features, the network with its weights."""
     root, recipe = image_root(dataset), header.recipe
     if recipe.backbone == PIXELS:
         framing = recipe_transform(recipe)

@@ -74,36 +74,7 @@ def repair_store(
     say: Say = lambda line: None,
     on_rows: Callable[[int, int], object] = lambda done, total: None,
 ) -> StoreCheck:
-    """Mend one store, and verify it again.
-
-    Parameters
-    ----------
-    check : StoreCheck
-        What is wrong with it.
-    load : callable
-        Gives the dataset, with its images; asked only where they are needed.
-    home, weights, device
-        As for an extraction.
-    allow_missing : bool
-        Compute shards of which images are gone: those become rows that could not be read.
-    max_pixels : int, optional
-        As for an extraction. What was decoded with a higher limit is decoded with that again.
-    say : callable
-        Told each thing that is done.
-    on_rows : callable
-        Told how many of how many images are through.
-
-    Raises
-    ------
-    CorruptStoreError
-        The recipe is damaged. The store is as it was.
-    RecipeError, WeightsError, DatasetError
-        What is needed is not here, or another than then. The store is as it was.
-    DatasetError
-        An image of which there were features cannot be read now: its shard is as it was.
-    StoreError
-        The disk refuses, or another process is computing the same shard.
-    """
+    """Mend one store, and verify it again."""
     path = check.path
     max_pixels = None if max_pixels is None else check_max_pixels(max_pixels)
     if wrong := [each for each in misplaced(path) if each.name in ("leases", "staging")]:

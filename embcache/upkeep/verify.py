@@ -69,33 +69,18 @@ class Damage:
 
 @dataclass(frozen=True)
 class StoreCheck:
-    """What a verification found in one store.
+    """What a verification found in one store."""
 
-    Attributes
-    ----------
-    path : Path
-        The store's folder.
-    backbone, fingerprint : str
-        As the recipe says; as the folder's name says where the recipe is damaged.
-    shards, rows, files, bytes : int
-        What was committed and read: shards, their rows (superseded ones included), files and bytes of all kinds.
-    planned : int
-        Rows that are planned and not computed yet; that is no damage.
-    damage : tuple of Damage
-    notes : tuple of str
-        What is worth knowing and no damage.
-    """
-
-    path: Path
+    path: Path  # the store's folder
     backbone: str
     fingerprint: str
     shards: int
     rows: int
-    planned: int
+    planned: int  # rows that are planned and not computed yet; that is no damage
     files: int
     bytes: int
     damage: tuple[Damage, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what is worth knowing and no damage
 
     @property
     def dataset(self) -> str:
@@ -158,20 +143,7 @@ def find_stores(
 
 
 def verify_store(path: Path, on_shard: Callable[[int, int], object] = lambda done, total: None) -> StoreCheck:
-    """Read every file of a store and compare it with what was committed.
-
-    Parameters
-    ----------
-    path : Path
-        The store's folder.
-    on_shard : callable
-        Told how many of how many shards are through.
-
-    Raises
-    ------
-    StoreError
-        The system does not let a file be read: that says nothing of its bytes.
-    """
+    """Read every file of a store and compare it with what was committed."""
     while True:
         listed = {*plan_numbers(path)}, {*committed_numbers(path)}
         check, failed = None, None

@@ -102,13 +102,7 @@ def hyperparameters(head: Head) -> dict[str, Any]:
 
 
 def trainable(head: Head) -> TrainableHead:
-    """The head, where it is trained by gradient.
-
-    Raises
-    ------
-    UsageError
-        It is solved.
-    """
+    """The head, where it is trained by gradient."""
     name = head.name
     if not is_solved(head):
         return cast(TrainableHead, head)

@@ -29,17 +29,10 @@ class Fusion(ABC):
     """A Linear per backbone, concatenation, mixing, LayerNorm, Linear, ReLU, dropout, classifier.
 
     A head says how it mixes by `init_mixing` and `mix`; all else is here.
-
-    Attributes
-    ----------
-    proj_dim : int
-        Width of each projection and of the last hidden layer.
-    dropout : float
-        Rate before the classifier.
     """
 
-    proj_dim: int = 512
-    dropout: float = 0.2
+    proj_dim: int = 512  # width of each projection and of the last hidden layer
+    dropout: float = 0.2  # rate before the classifier
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -110,17 +103,6 @@ class DVME(Fusion):
     """Listing 1: attention over the scalar components of the concatenation.
 
     ``proj_dim`` × backbones tokens of dimension 1.
-
-    Attributes
-    ----------
-    proj_dim, dropout
-        As `Fusion`.
-    attention : {"auto", "exact", "fast"}
-        As `embcache.probe.attention.attend`. ``auto`` gives what ``exact`` gives, to a tolerance of 1e-5 of how much
-        the components of an image vary (5e-5 was seen in gradients where one key is far from all others); how the same
-        numbers are computed is no property of a head. So it is not among the hyperparameters that a request hashes, and
-        a run made by exact attention answers for it. Whoever asks for one way wants to know about that way: the request
-        says so, and the result is a run of its own.
     """
 
     attention: str = field(default="auto", metadata={"implicit": True})  # how it is computed, not what
@@ -162,15 +144,9 @@ class DVMEIdentity(Fusion):
 
 @dataclass(frozen=True)
 class DVMENoAttention:
-    """The ablation of Section 6.2: "the meta-embedding is directly connected to the linear classifier".
+    """The ablation of Section 6.2: "the meta-embedding is directly connected to the linear classifier"."""
 
-    Attributes
-    ----------
-    proj_dim : int
-        Width of each projection.
-    """
-
-    proj_dim: int = 512
+    proj_dim: int = 512  # width of each projection
 
     name: ClassVar[str] = "dvme-noattn"
     summary: ClassVar[str] = "fuses backbones: projections, concatenation, classifier (the ablation of Section 6.2)"

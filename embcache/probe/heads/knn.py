@@ -26,17 +26,10 @@ class KNN(SolvedHead):
     A neighbour at cosine *s* votes for its class with weight exp(*s* / T); a class's probability is its share of the
     votes of the *k* nearest training images (of all, where there are fewer). Votes are not weighed by class: where the
     training set is not balanced, frequent classes have more neighbours. Validation images choose nothing.
-
-    Attributes
-    ----------
-    k : int
-        Neighbours that vote.
-    temperature : float
-        T: smaller, and the nearest count for more.
     """
 
-    k: int = 20
-    temperature: float = 0.07
+    k: int = 20  # neighbours that vote
+    temperature: float = 0.07  # T: smaller, and the nearest count for more
 
     name: ClassVar[str] = "knn"
     summary: ClassVar[str] = "weighted nearest neighbours by cosine, on standardised features (DINO's evaluation)"
@@ -59,13 +52,6 @@ class KNN(SolvedHead):
         """Keep the training rows.
 
         Parameters as `embcache.probe.solve.SolvedHead.solve`; validation rows and metric are not read.
-
-        Returns
-        -------
-        Solved
-            ``bank.features``, float16 (n, D): standardised rows of unit length. Half precision moves a cosine by some
-            5e-6 (at most 1e-4) and halves a run folder. ``bank.labels``, float32 (n, C): one-hot.
-            ``standard.<backbone>.mean`` and ``.scale``.
         """
         params = standard_params(x)
         ((backbone, features),) = x.items()

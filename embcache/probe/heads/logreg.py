@@ -29,17 +29,10 @@ class LogReg(SolvedHead):
     On features standardised by the fold's training rows. Classes weigh alike where the training set is not balanced,
     as oversampling does for trained heads. The C with the best validation score is kept, the smaller (the stronger
     regularisation) on a tie; without validation rows the one nearest to scikit-learn's 1.
-
-    Attributes
-    ----------
-    Cs : tuple of float
-        Inverse strengths to choose from.
-    max_iter : int
-        Iterations of L-BFGS at most, for each C.
     """
 
-    Cs: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    max_iter: int = 1000
+    Cs: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse strengths to choose from
+    max_iter: int = 1000  # iterations of L-BFGS at most, for each C
 
     name: ClassVar[str] = "logreg"
     summary: ClassVar[str] = "logistic regression by L-BFGS on standardised features, C chosen on validation"
@@ -65,17 +58,6 @@ class LogReg(SolvedHead):
         """Fit for every C and keep the best.
 
         Parameters as `embcache.probe.solve.SolvedHead.solve`.
-
-        Returns
-        -------
-        Solved
-            ``classifier.weight`` (C, D), ``classifier.bias`` (C,), ``standard.<backbone>.mean`` and ``.scale``, all
-            float32. ``chosen`` gives ``C``, and ``converged`` false where L-BFGS ran out of iterations.
-
-        Raises
-        ------
-        ProtocolError
-            All training rows are of one class, or features are not finite.
         """
         ((backbone, features),) = x.items()
         params = standard_params(x)

@@ -18,18 +18,10 @@ Params = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class MLP:
-    """Linear, ReLU, dropout, Linear on the raw features of one backbone.
+    """Linear, ReLU, dropout, Linear on the raw features of one backbone."""
 
-    Attributes
-    ----------
-    hidden : int
-        Width of the hidden layer (choice: as DVME's).
-    dropout : float
-        Rate before the last layer (choice: as DVME's).
-    """
-
-    hidden: int = 512
-    dropout: float = 0.2
+    hidden: int = 512  # width of the hidden layer (choice: as DVME's)
+    dropout: float = 0.2  # rate before the last layer (choice: as DVME's)
 
     name: ClassVar[str] = "mlp"
     summary: ClassVar[str] = "one hidden layer on the features of one backbone"

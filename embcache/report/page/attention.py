@@ -35,28 +35,7 @@ Rows = list[list[float]]
 
 @dataclass(frozen=True)
 class Attended:
-    """What the page shows of one run's attention; small enough to be kept beside the maps' coordinates.
-
-    Attributes
-    ----------
-    run, head, subset : str
-    backbones : list of str
-    images, folds, tokens : int
-        Test images, folds that have a model, tokens of an image.
-    mass : B × B numbers
-        Share of attention from the tokens of a row's backbone to those of a column's; rows sum to 1.
-    mass_std : B × B numbers, or None of a single fold
-        Deviation over folds.
-    classes : list of (str, B × B numbers)
-        Of the test images of each class alone.
-    entropy : float
-        Of a token's weights as a share of log N.
-    entropy_std : float or None
-    most : list of (str, int, float)
-        Backbone, component and share of all attention of those that receive most.
-    picture : str
-        The mean map as PNG, base64; empty where a token is a backbone, for the table is the map then.
-    """
+    """What the page shows of one run's attention; small enough to be kept beside the maps' coordinates."""
 
     run: str
     head: str
@@ -65,13 +44,13 @@ class Attended:
     images: int
     folds: int
     tokens: int
-    mass: Rows
-    mass_std: Rows | None
-    classes: list[tuple[str, Rows]]
-    entropy: float
+    mass: Rows  # share of attention from the tokens of a row's backbone to those of a column's; rows sum to 1
+    mass_std: Rows | None  # deviation over folds
+    classes: list[tuple[str, Rows]]  # of the test images of each class alone
+    entropy: float  # of a token's weights as a share of log N
     entropy_std: float | None
-    most: list[tuple[str, int, float]]
-    picture: str
+    most: list[tuple[str, int, float]]  # backbone, component and share of all attention of those that receive most
+    picture: str  # the mean map as PNG, base64; empty where a token is a backbone, for the table is the map then
 
     def cells(self) -> list[tuple[str, list[tuple[str, float]]]]:
         """A row a backbone: its name, and of each backbone the share in words and as a number 0 … 1."""
@@ -105,13 +84,7 @@ def attending_run(part: Part, choices: Sequence[Choice]) -> ProbeResult | None:
 
 
 def attend(part: Part, result: ProbeResult) -> Attended:
-    """The attention of a run over the test images, read where it was computed before.
-
-    Raises
-    ------
-    EmbcacheError
-        Its features are not cached, or its heads cannot be read.
-    """
+    """The attention of a run over the test images, read where it was computed before."""
     assert part.ds is not None
     folder = part.run_folder(result)
     asked = {"run": result.id, "heads": file_checksum(run_file(folder, "heads.safetensors")), "version": _VERSION}

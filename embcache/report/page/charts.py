@@ -25,34 +25,17 @@ _DASHES = ("solid", "dotted", "dotdash")
 
 @dataclass(frozen=True)
 class Series:
-    """One line with a band.
+    """One line with a band."""
 
-    Attributes
-    ----------
-    name : str
-        In the legend.
-    x, y : tuple of float
-    low, high : tuple of float
-        Of the band; empty for none.
-    dashed : bool
-        For reference.
-    shown : bool
-        At first; the legend toggles it.
-    points : bool
-        Whether its points are marked.
-    counts : tuple of int
-        Images behind each point, for the tooltip; empty for none.
-    """
-
-    name: str
+    name: str  # in the legend
     x: tuple[float, ...]
     y: tuple[float, ...]
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
-    dashed: bool = False
-    shown: bool = True
-    points: bool = True
-    counts: tuple[int, ...] = ()
+    dashed: bool = False  # for reference
+    shown: bool = True  # at first; the legend toggles it
+    points: bool = True  # whether its points are marked
+    counts: tuple[int, ...] = ()  # images behind each point, for the tooltip; empty for none
 
 
 @dataclass(frozen=True)
@@ -67,27 +50,13 @@ class Key:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart for the page.
+    """A chart for the page."""
 
-    Attributes
-    ----------
-    id : str
-        Of the element that it is drawn in.
-    alt : str
-        What it shows, for who cannot see it.
-    item : dict
-        Bokeh's document and roots, as JSON data.
-    legend : tuple of Key
-    axes : tuple of str
-        Names of x and y, for the page's own tooltip.
-    kind : {"line", "map"}
-    """
-
-    id: str
-    alt: str
-    item: dict[str, Any]
+    id: str  # of the element that it is drawn in
+    alt: str  # what it shows, for who cannot see it
+    item: dict[str, Any]  # bokeh's document and roots, as JSON data
     legend: tuple[Key, ...]
-    axes: tuple[str, str]
+    axes: tuple[str, str]  # names of x and y, for the page's own tooltip
     kind: str = "line"
     digits: tuple[int, int] = field(default=(0, 3))
 
@@ -110,27 +79,7 @@ def line_chart(
     square: bool = False,
     digits: tuple[int, int] = (0, 3),
 ) -> Chart:
-    """Lines with bands over one x axis.
-
-    Parameters
-    ----------
-    id : str
-        Of the element that it is drawn in.
-    series : sequence of Series
-        The first eight differ by color, those after them by dashes too.
-    alt : str
-        A sentence.
-    axes : (str, str)
-        Names of the axes: words of embcache's own, never of a user.
-    log_x : bool
-        Logarithmic x.
-    ticks : sequence of float
-        Of x; default Bokeh's own.
-    square : bool
-        Both axes 0 … 1, about as high as wide, with a faint line from (0, 0) to (1, 1).
-    digits : (int, int)
-        Of x and y in tooltips.
-    """
+    """Lines with bands over one x axis."""
     ranges: dict[str, Any] = {"x_range": (-0.01, 1.01), "y_range": (-0.01, 1.01)} if square else {}
     plot: Any = figure(
         height=360 if square else 340, sizing_mode="stretch_width", x_axis_type="log" if log_x else "auto",

@@ -23,19 +23,7 @@ def checklist(
     part: Part, task: Task, choices: Sequence[Choice], found: Cohort | None, subgroups: Table | None,
     attended: Attended | None,
 ) -> Table | None:  # fmt: skip
-    """A row an item: its numbers in both checklists, what is asked, and what is known. None without a choice.
-
-    Parameters
-    ----------
-    part, task, choices
-        The dataset, its first task, and what was chosen at each size.
-    found : Cohort or None
-        The flow of images.
-    subgroups : Table or None
-        Scores within subgroups.
-    attended : Attended or None
-        Attention that the page shows.
-    """
+    """A row an item: its numbers in both checklists, what is asked, and what is known. None without a choice."""
     if not choices:
         return None
     rows = [

@@ -16,21 +16,11 @@ from embcache.report.page.collect import Part, Task
 
 @dataclass(frozen=True, eq=False)
 class Rival:
-    """One model at one size.
+    """One model at one size."""
 
-    Attributes
-    ----------
-    name : str
-        Of the model.
-    tested : Tested
-        Its result and predictions.
-    row : Comparison
-        Beside the chosen model, which is its own reference.
-    """
-
-    name: str
-    tested: Tested
-    row: Comparison
+    name: str  # of the model
+    tested: Tested  # its result and predictions
+    row: Comparison  # beside the chosen model, which is its own reference
 
     @property
     def result(self) -> ProbeResult:
@@ -45,33 +35,16 @@ class Rival:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """Models at one number of training labels, all trained, validated and tested on the same images.
-
-    Attributes
-    ----------
-    subset : str
-    n_train, labels_used : int
-        Training labels, and with those of validation.
-    rivals : tuple of Rival
-        The best on validation, which is the chosen one, first. The test set plays no part in the order.
-    advice : BackboneAdvice
-        What sets the chosen one apart from the others on the test set.
-    change : Difference or None
-        Test score of the chosen one less its own at the size before, where it was ranked there on the same test images.
-    apart : tuple of str
-        Names of models at this size that cannot be ranked with these, for they were validated or tested on others.
-    problems : tuple of str
-        Runs whose predictions cannot be read.
-    """
+    """Models at one number of training labels, all trained, validated and tested on the same images."""
 
     subset: str
     n_train: int
     labels_used: int
-    rivals: tuple[Rival, ...]
-    advice: BackboneAdvice
+    rivals: tuple[Rival, ...]  # the best on validation, which is the chosen one, first
+    advice: BackboneAdvice  # what sets the chosen one apart from the others on the test set
     change: Difference | None = None
     apart: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()  # runs whose predictions cannot be read
 
     @property
     def chosen(self) -> Rival:

@@ -26,45 +26,23 @@ MOST_VALUES = 30
 
 @dataclass(frozen=True)
 class Step:
-    """One box of the flow.
-
-    Attributes
-    ----------
-    words : str
-    images : int
-    groups : int or None
-        Patients or other groups; None where they are not known.
-    kind : {"there", "out", "used"}
-        What there is, what leaves, what it is used for.
-    detail : str
-    """
+    """One box of the flow."""
 
     words: str
     images: int
-    groups: int | None
-    kind: str
+    groups: int | None  # patients or other groups; None where they are not known
+    kind: str  # what there is, what leaves, what it is used for
     detail: str = ""
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """The flow of images, and the case mix of its parts.
-
-    Attributes
-    ----------
-    steps : tuple of Step
-    mix : Table or None
-    grouped : bool
-        Whether patients (or other groups) are known.
-    shared : int
-        Training images of patients who are in the test set too.
-    notes : tuple of str
-    """
+    """The flow of images, and the case mix of its parts."""
 
     steps: tuple[Step, ...]
     mix: Table | None
-    grouped: bool = False
-    shared: int = 0
+    grouped: bool = False  # whether patients (or other groups) are known
+    shared: int = 0  # training images of patients who are in the test set too
     notes: tuple[str, ...] = ()
 
 

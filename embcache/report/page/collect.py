@@ -18,25 +18,14 @@ from embcache.report.curves import named_curves
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Results that may stand in one table: of one dataset, target and metric.
-
-    Attributes
-    ----------
-    dataset, target, metric : str
-        ``target`` is empty for the labels as they are, else `embcache.data.classes.target_words`.
-    class_names : tuple of str
-    models : dict of str to list of ProbeResult
-        By the model's name, which tells what sets it apart from the others; results over sizes.
-    others : tuple of str
-        Metrics that are shown besides; empty for the usual ones.
-    """
+    """Results that may stand in one table: of one dataset, target and metric."""
 
     dataset: str
     target: str
     metric: str
     class_names: tuple[str, ...]
-    models: dict[str, list[ProbeResult]]
-    others: tuple[str, ...] = ()
+    models: dict[str, list[ProbeResult]]  # by the model's name, which tells what sets it apart from the others
+    others: tuple[str, ...] = ()  # metrics that are shown besides; empty for the usual ones
 
     @property
     def title(self) -> str:
@@ -56,33 +45,16 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One dataset of a report.
-
-    Attributes
-    ----------
-    name : str
-    ds : ImageDataset or None
-        None where neither its files nor a snapshot are there; ``problem`` says why.
-    source : {"live", "snapshot", ""}
-    problem : str
-    results : tuple of ProbeResult
-        All that can be read, those without a score too.
-    tasks : tuple of Task
-        Of the scored ones.
-    unreadable : int
-        Runs that were made by another version, or are damaged.
-    home : Path
-        Folder of stores and runs.
-    """
+    """One dataset of a report."""
 
     name: str
-    ds: ImageDataset | None
+    ds: ImageDataset | None  # none where neither its files nor a snapshot are there; ``problem`` says why
     source: str
     problem: str
-    results: tuple[ProbeResult, ...]
-    tasks: tuple[Task, ...]
-    unreadable: int
-    home: Path
+    results: tuple[ProbeResult, ...]  # all that can be read, those without a score too
+    tasks: tuple[Task, ...]  # of the scored ones
+    unreadable: int  # runs that were made by another version, or are damaged
+    home: Path  # folder of stores and runs
 
     def run_folder(self, result: ProbeResult) -> Path:
         """Where a result's files lie."""
@@ -96,29 +68,7 @@ def collect_parts(
     home: PathLike | None = None,
     data_root: PathLike | None = None,
 ) -> list[Part]:
-    """Gather the saved results of datasets, by default of all that have any.
-
-    Parameters
-    ----------
-    datasets : sequence of str
-        Names; empty for all.
-    metrics : sequence of str
-        The first scores all results anew, on validation too, so that it also chooses between models; default each
-        result's own. The others are shown besides.
-    home : path, optional
-        Folder of stores and runs.
-    data_root : path, optional
-        The folder of the one dataset named.
-
-    Raises
-    ------
-    StoreNotFoundError
-        A dataset has no saved results.
-    UsageError
-        ``data_root`` with several datasets, or no such metric.
-    ProtocolError
-        A metric is for two classes, and a dataset has more.
-    """
+    """Gather the saved results of datasets, by default of all that have any."""
     folder = home_dir(home)
     names = list(dict.fromkeys(datasets)) or list(dict.fromkeys(r.dataset for r in list_results(folder)))
     if data_root is not None and len(names) != 1:

@@ -30,18 +30,9 @@ MOST_CLASSES = 6
 
 @dataclass(frozen=True, eq=False)
 class Decided:
-    """What is shown of one model's probabilities.
+    """What is shown of one model's probabilities."""
 
-    Attributes
-    ----------
-    points : Table or None
-        Of two classes, or where a positive one was asked for.
-    calibration : Table
-    bins : Table
-    chart : Chart
-    """
-
-    points: Table | None
+    points: Table | None  # of two classes, or where a positive one was asked for
     calibration: Table
     bins: Table
     chart: Chart

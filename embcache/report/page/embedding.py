@@ -47,26 +47,13 @@ class Panel:
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingMap:
-    """The map of one dataset.
-
-    Attributes
-    ----------
-    ds : ImageDataset
-    shown : Shown
-        The images, in an order of their own that says nothing.
-    panels : tuple of Panel
-    predicted : tuple of (str, int64 array (n,), float64 array (n,))
-        By the ensemble of each chosen model: its words, the most probable class (−1 where it predicted none), and its
-        probability.
-    notes : tuple of str
-        What could not be shown, and why.
-    """
+    """The map of one dataset."""
 
     ds: ImageDataset
-    shown: Shown
+    shown: Shown  # the images, in an order of their own that says nothing
     panels: tuple[Panel, ...]
-    predicted: tuple[tuple[str, NDArray[np.int64], NDArray[np.float64]], ...]
-    notes: tuple[str, ...]
+    predicted: tuple[tuple[str, NDArray[np.int64], NDArray[np.float64]], ...]  # (n,)
+    notes: tuple[str, ...]  # what could not be shown, and why
 
     def scores(self) -> list[list[str]]:
         """A row an embedding: name, dimensions, silhouette, k-NN accuracy, trustworthiness, remark."""
@@ -88,26 +75,7 @@ def make_map(
     most: int = LIMIT,
     say: Callable[[str], object] = lambda line: None,
 ) -> EmbeddingMap:
-    """Map every cached backbone of a dataset, and what its best fused run makes of them.
-
-    Parameters
-    ----------
-    part : Part
-        With a dataset.
-    choices : sequence of Choice
-        Of the task of the labels: whose predictions are shown, and by whose protocol the test images are drawn.
-    rows : {"test", "all"}
-        Which labelled images.
-    most : int
-        At most so many, drawn by a hash of their ids.
-    say : callable
-        Told what is being computed.
-
-    Raises
-    ------
-    EmbcacheError
-        Nothing is cached, or the protocol cannot be drawn again.
-    """
+    """Map every cached backbone of a dataset, and what its best fused run makes of them."""
     ds = part.ds
     if ds is None:
         raise StoreNotFoundError(f"neither images nor a table of {part.name} are here", fix="embcache extract …")

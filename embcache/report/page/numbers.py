@@ -12,15 +12,7 @@ from embcache.report.compare import Tested
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How well one class is told from the others, mean over fold models.
-
-    Attributes
-    ----------
-    name : str
-    n_images, n_groups : int
-        In the test set.
-    auc, auc_std, sensitivity, ppv : float or None
-    """
+    """How well one class is told from the others, mean over fold models."""
 
     name: str
     n_images: int

@@ -49,29 +49,15 @@ PRIVATE = "Made without images: neither thumbnails nor ids of images are in this
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """A report that was written.
-
-    Attributes
-    ----------
-    path : Path
-    bytes : int
-    datasets : tuple of str
-    results : int
-    thumbnails : int
-        In the file.
-    headlines : tuple of str
-        One a task.
-    notes : tuple of str
-        What could not be put on the page, and why.
-    """
+    """A report that was written."""
 
     path: Path
     bytes: int
     datasets: tuple[str, ...]
     results: int
-    thumbnails: int
-    headlines: tuple[str, ...]
-    notes: tuple[str, ...]
+    thumbnails: int  # in the file
+    headlines: tuple[str, ...]  # one a task
+    notes: tuple[str, ...]  # what could not be put on the page, and why
 
 
 def write_report(
@@ -85,36 +71,7 @@ def write_report(
     rows: str = "test",
     say: Say = lambda line: None,
 ) -> Written:
-    """Write one self-contained HTML page of the saved results of datasets.
-
-    Parameters
-    ----------
-    target : path
-        The file.
-    datasets : sequence of str
-        Default: all that have saved results.
-    metrics : sequence of str
-        As for `embcache.report.page.collect.collect_parts`.
-    home : path, optional
-        Folder of stores and runs.
-    data_root : path, optional
-        The folder of the one dataset named.
-    images : bool
-        Whether thumbnails, ids and file names of images may be in the file.
-    rows : {"test", "all"}
-        Which images the embedding map shows.
-    say : callable
-        Told what is being computed, a line at a time.
-
-    Raises
-    ------
-    StoreNotFoundError
-        There are no saved results.
-    UsageError
-        ``data_root`` with several datasets, unknown ``rows`` or metrics, or a file that cannot be written.
-    ProtocolError
-        A metric is for two classes, and a dataset has more.
-    """
+    """Write one self-contained HTML page of the saved results of datasets."""
     check_choice("--rows", rows, ("test", "all"))
     parts = collect_parts(datasets, metrics=metrics, home=home, data_root=data_root)
     views = [

@@ -49,45 +49,21 @@ OTHERS = ("auc", "accuracy", "balanced_accuracy", "auprc", "f1", "mcc", "brier",
 
 @dataclass(frozen=True, eq=False)
 class Size:
-    """One number of training labels.
-
-    Attributes
-    ----------
-    title : str
-    sentences : list of str
-    ranking : Table
-        The models.
-    ways : Table
-        The chosen model's mean over folds and its ensemble, by image and by patient.
-    others : Table
-        The chosen model by other metrics.
-    roc : Chart
-    decided : Decided
-        Operating points and calibration of the chosen model.
-    confusion : list of (str, list of (str, float))
-        A row a true class: of each predicted class the images in words, and their share of the true class.
-    classes : Table
-    notes : list of str
-    chosen : str
-    positive : str
-        The positive class of two; of more classes empty.
-    place : int
-        Of its predictions among those of the map.
-    """
+    """One number of training labels."""
 
     title: str
     sentences: list[str]
-    ranking: Table
-    ways: Table
-    others: Table
+    ranking: Table  # the models
+    ways: Table  # the chosen model's mean over folds and its ensemble, by image and by patient
+    others: Table  # the chosen model by other metrics
     roc: Chart
-    decided: Decided
-    confusion: list[tuple[str, list[tuple[str, float]]]]
+    decided: Decided  # operating points and calibration of the chosen model
+    confusion: list[tuple[str, list[tuple[str, float]]]]  # A row a true class
     classes: Table
     notes: list[str]
     chosen: str
-    positive: str
-    place: int
+    positive: str  # the positive class of two; of more classes empty
+    place: int  # of its predictions among those of the map
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,23 +96,7 @@ def task_section(
     data_root: PathLike | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> TaskSection:
-    """Lay out one task.
-
-    Parameters
-    ----------
-    task, part
-        The task and its dataset.
-    choices : sequence of Choice
-        Ascending by labels, as `embcache.report.page.choice.choose` gives them.
-    id : str
-        Begins the ids of its charts.
-    ids : bool
-        Whether subgroups may be named by values that also name images.
-    data_root : path, optional
-        As for `embcache.report.subgroups.score_subgroups`.
-    say : callable
-        Told what is being computed.
-    """
+    """Lay out one task."""
     found = advise(task.results, home=part.home)
     advice: Advice | None = found[0] if found else None
     total = len(choices)

@@ -25,40 +25,15 @@ _TRIES = ((72, 60), (64, 55), (56, 50), (48, 45), (40, 40), (32, 35), (24, 30)) 
 
 @dataclass(frozen=True)
 class Sheets:
-    """Thumbnails of a list of images.
+    """Thumbnails of a list of images."""
 
-    Attributes
-    ----------
-    sheets : tuple of str
-        WebP pictures as base64, ``ACROSS`` × ``ACROSS`` thumbnails each.
-    side : int
-        Of a thumbnail, in pixels.
-    place : tuple of int
-        For each image its running number over all sheets; −1 without a thumbnail.
-    """
-
-    sheets: tuple[str, ...]
-    side: int
-    place: tuple[int, ...]
+    sheets: tuple[str, ...]  # webP pictures as base64, ``ACROSS`` × ``ACROSS`` thumbnails each
+    side: int  # of a thumbnail, in pixels
+    place: tuple[int, ...]  # for each image its running number over all sheets; −1 without a thumbnail
 
 
 def make_sheets(ds: ImageDataset, ids: Sequence[str], budget: int = BUDGET) -> Sheets | None:
-    """Thumbnails of some images of a dataset, as large and as good as the budget allows.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        Whose images are read.
-    ids : sequence of str
-        Of the images, in order.
-    budget : int
-        Bytes of all sheets as base64.
-
-    Returns
-    -------
-    Sheets or None
-        None where not one image is at hand.
-    """
+    """Thumbnails of some images of a dataset, as large and as good as the budget allows."""
     root = ds.root
     if root is None or not root.is_dir() or not ids:
         return None

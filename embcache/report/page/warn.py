@@ -29,25 +29,13 @@ _FOLD = re.compile(r"\bfold (\d+)\b")
 
 @dataclass(frozen=True)
 class Quarantine:
-    """Images that some stores could not read.
+    """Images that some stores could not read."""
 
-    Attributes
-    ----------
-    backbones : tuple of str
-        Whose stores could not read just these.
-    rows, bad : int
-        Images with features, and those without.
-    reasons : tuple of (str, int)
-        Why, the commonest first.
-    images : tuple of (str, str)
-        Id and reason of the first fifty; empty where ids must not be told.
-    """
-
-    backbones: tuple[str, ...]
+    backbones: tuple[str, ...]  # whose stores could not read just these
     rows: int
     bad: int
-    reasons: tuple[tuple[str, int], ...]
-    images: tuple[tuple[str, str], ...]
+    reasons: tuple[tuple[str, int], ...]  # why, the commonest first
+    images: tuple[tuple[str, str], ...]  # id and reason of the first fifty; empty where ids must not be told
 
     @property
     def words(self) -> str:
