@@ -24,11 +24,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from embcache.backbones.catalog import find_backbone, load_backbone
+from embcache.backbones.networks import LastClassTokens
+from embcache.backbones.transforms import choose_transform
 from embcache.cores import usable_cores
-from embcache.extract.backbones import find_backbone, load_backbone
 from embcache.extract.batching import Source, prepare
-from embcache.extract.networks import LastClassTokens
-from embcache.extract.transforms import choose_transform
 from embcache.extract.worker import FrozenNetwork, compute_shard, freeze
 
 BATCH = 16

@@ -57,11 +57,11 @@ def measure(root: Path, home: Path) -> None:
     """One run; prints its stages as JSON."""
     import numpy as np  # noqa: F401  # imports are not what is measured
 
+    from embcache.backbones.catalog import find_backbone
+    from embcache.backbones.transforms import choose_transform
     from embcache.data.dataset import load_dataset
-    from embcache.extract.backbones import find_backbone
-    from embcache.extract.plan import plan_store
     from embcache.extract.scan import scan_dataset
-    from embcache.extract.transforms import choose_transform
+    from embcache.extract.shard_plan import plan_store
     from embcache.paths import slug
     from embcache.store.commit import create_store, write_snapshot
     from embcache.store.feature_store import FeatureStore

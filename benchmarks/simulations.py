@@ -14,9 +14,9 @@ import worlds
 from common import machine
 from worlds import Array, Drawn, World
 
-from embcache.probe.comparisons import compare
 from embcache.probe.metrics import find_metric, metric_title
 from embcache.probe.statistics import Scores, TestSet, estimate, sample
+from embcache.results.comparisons import compare
 
 RESAMPLES = 500
 OLD = 300  # repetitions and resamples of the old method at most: it takes ten times as long

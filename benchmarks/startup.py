@@ -31,7 +31,7 @@ IMPORTS = "import torch, zarr, sklearn.metrics"
 # The progress of a probe is told after every epoch: the first word of it ends the process.
 FIRST_EPOCH = """
 import os, sys
-import embcache.commands.probe as command
+import embcache.commands.probe_command as command
 
 class Ends(command.ProgressBar):
     def update(self, done, total, label=""):

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from sklearn.manifold import TSNE, trustworthiness
 from sklearn.preprocessing import StandardScaler
 
-from embcache.analysis.maps import embed_map
 from embcache.cores import usable_cores
+from embcache.figures.maps import embed_map
 
 
 def synthetic(images: int, dim: int) -> NDArray[np.float32]:

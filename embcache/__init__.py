@@ -21,10 +21,10 @@ _HOMES = {
     "Recipe": "embcache.store.recipe",
     "FeatureStore": "embcache.store.feature_store",
     "open_store": "embcache.store.feature_store",
-    "extract_features": "embcache.extract.run",
-    "probe_features": "embcache.probe.run",
-    "finetune_images": "embcache.finetune.run",
-    "ProbeResult": "embcache.probe.results",
+    "extract_features": "embcache.extract.extract",
+    "probe_features": "embcache.probe.probe",
+    "finetune_images": "embcache.finetune.finetune",
+    "ProbeResult": "embcache.runs.folders",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset as ImageDataset
     from embcache.data.dataset import load_dataset as load_dataset
     from embcache.errors import EmbcacheError as EmbcacheError
-    from embcache.extract.run import extract_features as extract_features
-    from embcache.finetune.run import finetune_images as finetune_images
-    from embcache.probe.results import ProbeResult as ProbeResult
-    from embcache.probe.run import probe_features as probe_features
+    from embcache.extract.extract import extract_features as extract_features
+    from embcache.finetune.finetune import finetune_images as finetune_images
+    from embcache.probe.probe import probe_features as probe_features
+    from embcache.runs.folders import ProbeResult as ProbeResult
     from embcache.store.feature_store import FeatureStore as FeatureStore
     from embcache.store.feature_store import open_store as open_store
     from embcache.store.recipe import Recipe as Recipe

@@ -15,27 +15,25 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import embcache
-from embcache.commands import (
-    audit,
-    backbones,
-    compare,
-    datasets,
-    demo,
-    doctor,
-    extract,
-    figures,
-    finetune,
-    gc,
-    predict,
-    predicted,
-    probe,
-    rank,
-    report,
-    run,
-    splits,
-    store,
-    verify,
-)
+from embcache.commands import audit_command as audit
+from embcache.commands import backbones_command as backbones
+from embcache.commands import compare_command as compare
+from embcache.commands import datasets_command as datasets
+from embcache.commands import demo_command as demo
+from embcache.commands import doctor_command as doctor
+from embcache.commands import extract_command as extract
+from embcache.commands import figures_command as figures
+from embcache.commands import finetune_command as finetune
+from embcache.commands import gc_command as gc
+from embcache.commands import predict_command as predict
+from embcache.commands import predicted_command as predicted
+from embcache.commands import probe_command as probe
+from embcache.commands import rank_command as rank
+from embcache.commands import report_command as report
+from embcache.commands import run_command as run
+from embcache.commands import splits_command as splits
+from embcache.commands import store_command as store
+from embcache.commands import verify_command as verify
 from embcache.commands.options import advise_by
 from embcache.commands.output import echo, guard_streams, lost_output
 from embcache.errors import EmbcacheError, UsageError

@@ -56,6 +56,12 @@ def printed_width(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
+def first_few(items: Sequence[object], n: int = 5) -> str:
+    """The first ``n`` items on one line, and how many more there are."""
+    more = f", … and {len(items) - n:,} more" if len(items) > n else ""
+    return ", ".join(str(i) for i in items[:n]) + more
+
+
 class EmbcacheError(Exception):
     """An error that a user can fix.
 

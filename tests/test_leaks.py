@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from embcache.analysis.audit import audit_dataset
-from embcache.analysis.rank import rank_dataset
-from embcache.analysis.shown import shown_images
-from embcache.analysis.similarity import similarity
 from embcache.data.dataset import ImageDataset
+from embcache.figures.audit import audit_dataset
+from embcache.figures.rank import rank_dataset
+from embcache.figures.shown import shown_images
+from embcache.figures.similarity import similarity
 from embcache.probe.cached import plan_cached
 from embcache.probe.inputs import open_stores
-from embcache.probe.results import ProbeResult, load_heads, load_predictions, runs_dir
-from embcache.probe.run import probe_features
-from embcache.report.grid import Cell, Model, choose_best
-from embcache.report.page.attention import attending_run
-from embcache.report.page.choice import choose
-from embcache.report.page.collect import collect_parts
+from embcache.probe.probe import probe_features
+from embcache.report.attention_section import attending_run
+from embcache.report.choice import choose
+from embcache.report.collect import collect_parts
+from embcache.results.grid import Cell, Model, choose_best
+from embcache.runs.folders import ProbeResult, load_heads, load_predictions, runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
 
 N, TEST = 180, 60
@@ -120,7 +120,7 @@ def test_ranks_similarities_and_maps_are_the_same(worlds: tuple[World, World]) -
 def test_an_audit_says_the_same_of_training_images(
     worlds: tuple[World, World], credible: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embcache.analysis.audit.CREDIBLE", credible)
+    monkeypatch.setattr("embcache.figures.audit.CREDIBLE", credible)
     one, other = (audit_dataset(w.ds, "good", home=w.home, most=3) for w in worlds)
     assert [e for e in one.label_errors if e.split != "test"] == [e for e in other.label_errors if e.split != "test"]
     assert [e for e in one.label_errors if e.split == "test"] != [e for e in other.label_errors if e.split == "test"]

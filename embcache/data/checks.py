@@ -8,7 +8,7 @@ from typing import cast
 
 import pandas as pd
 
-from embcache.errors import DatasetError
+from embcache.errors import DatasetError, first_few
 
 COLUMNS = ("id", "path", "member", "label", "group", "split")
 SPLITS = ("train", "val", "test")
@@ -123,12 +123,6 @@ def refuse_outside(path: str, column: str = "path", *, where: object) -> Dataset
         where=where,
         fix="write the path as seen from the root, or copy the file into it",
     )
-
-
-def first_few(items: Sequence[object], n: int = 5) -> str:
-    """The first ``n`` items on one line, and how many more there are."""
-    more = f", … and {len(items) - n:,} more" if len(items) > n else ""
-    return ", ".join(str(i) for i in items[:n]) + more
 
 
 def _is_utf8(text: str) -> bool:

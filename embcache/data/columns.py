@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embcache.data.checks import COLUMNS, first_few
+from embcache.data.checks import COLUMNS
 from embcache.data.classes import class_words, renamed
 from embcache.data.dataset import ImageDataset
 from embcache.data.labels import as_text, class_order
 from embcache.data.roles import may_name_people
-from embcache.errors import DatasetError, UsageError
+from embcache.errors import DatasetError, UsageError, first_few
 
 MAX_VALUES = 20
 """A column of text with more distinct values names things (a file, a patient) rather than groups of images."""

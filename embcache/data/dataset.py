@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from embcache.data.checks import check_table, first_few
+from embcache.data.checks import check_table
 from embcache.data.chosen import Columns
 from embcache.data.classes import new_names, renamed
 from embcache.data.files import locate_files
@@ -28,9 +28,7 @@ from embcache.data.groups import (
     patient_keys,
 )
 from embcache.data.nearby import near_misses
-from embcache.data.roles import unfit_groups
-from embcache.data.snapshot import decode_snapshot, encode_snapshot
-from embcache.data.source import (
+from embcache.data.published import (
     DATASETS,
     DatasetSource,
     choose_name,
@@ -39,7 +37,9 @@ from embcache.data.source import (
     refusals_told,
     resolve_root,
 )
-from embcache.errors import DatasetError, DatasetNotFoundError, printable
+from embcache.data.roles import unfit_groups
+from embcache.data.snapshot import decode_snapshot, encode_snapshot
+from embcache.errors import DatasetError, DatasetNotFoundError, first_few, printable
 from embcache.io import read_regular
 from embcache.notebook import html_table
 from embcache.paths import PathLike, home_dir, slug

@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import pandas as pd
 
-from embcache.data.checks import first_few
 from embcache.data.files import has_dicom_suffix, is_image_name
 from embcache.data.labels import unify
+from embcache.errors import first_few
 
 _PROBE = 4096  # bytes read from the start, middle and end of files of equal size before they are hashed whole
 _READERS, _TOGETHER = 4, 256  # threads that read files, and files that one of them reads before it is asked again

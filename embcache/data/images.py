@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from embcache.data.arrays import member_pixels, member_size
 from embcache.data.budget import MAX_PIXELS, MOST_PIXELS, Decoding
 from embcache.data.checks import refuse_outside
+from embcache.data.containers.array_rows import member_pixels, member_size
 from embcache.data.dicom import decode_dicom, dicom_size, is_dicom
 from embcache.data.files import is_inside
 from embcache.data.gray import scale_to_bytes

@@ -18,8 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embcache.data.checks import first_few
-from embcache.errors import DatasetError
+from embcache.errors import DatasetError, first_few
 
 _MARKS = (  # the longer first: one begins like another
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from embcache.data.checks import first_few
 from embcache.data.chosen import Columns
 from embcache.data.files import (
     TABLE_SUFFIXES,
@@ -24,7 +23,7 @@ from embcache.data.files import (
 )
 from embcache.data.labels import open_table
 from embcache.data.roles import SPLIT_NAMES, may_hold_labels
-from embcache.errors import DatasetError, DatasetNotFoundError
+from embcache.errors import DatasetError, DatasetNotFoundError, first_few
 
 EXPECTED = """ROOT/<class>/*.png, or ROOT/{train,test}/<class>/*.png,
 or a table (CSV, TSV, Parquet, Excel) of path,label[,group][,split][,id] in ROOT, or given as the root"""

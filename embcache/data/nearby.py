@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path, PureWindowsPath
 
-from embcache.data.checks import first_few
 from embcache.data.files import is_inside, locate_files
+from embcache.errors import first_few
 
 _MOST = 500_000  # files of a root that are looked through for a near miss
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embcache.data.checks import SPLITS, first_few
+from embcache.data.checks import SPLITS
 from embcache.data.chosen import Columns
 from embcache.data.dataset import ImageDataset, columns_of, join_groups, read_snapshot
 from embcache.data.files import locate_files
-from embcache.data.source import (
+from embcache.data.published import (
     DATASETS,
     DatasetSource,
     choose_name,
@@ -22,7 +22,7 @@ from embcache.data.source import (
     refusals_told,
     resolve_root,
 )
-from embcache.errors import DatasetError, DatasetNotFoundError, EmbcacheError
+from embcache.errors import DatasetError, DatasetNotFoundError, EmbcacheError, first_few
 from embcache.io import home_folders, skip
 from embcache.paths import PathLike, home_dir
 

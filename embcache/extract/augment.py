@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from embcache.backbones.transforms import centre
 from embcache.errors import UsageError
-from embcache.extract.transforms import centre
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "augmentation", "centre"]
 

@@ -19,15 +19,15 @@ import PIL
 from numpy.typing import NDArray
 
 import embcache
+from embcache.backbones.transforms import Transform, frame
 from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION, Source
 from embcache.extract.batching import prepare_batches
-from embcache.extract.compute import Terms, compute_owed
-from embcache.extract.plan import Plan, plan_store
-from embcache.extract.request import check_numbers, default_workers
+from embcache.extract.engines.local import Terms, compute_owed
+from embcache.extract.extract_request import check_numbers, default_workers
 from embcache.extract.scan import DatasetFiles, scan_dataset
-from embcache.extract.transforms import Transform, frame
+from embcache.extract.shard_plan import Plan, plan_store
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.commit import ShardRows, create_store, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore

@@ -22,6 +22,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from embcache.backbones.catalog import Backbone
+from embcache.backbones.transforms import Transform, choose_transform
 from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import FileState, is_inside, stat_files
@@ -29,10 +31,8 @@ from embcache.data.headers import is_square_of
 from embcache.data.images import DECODER_VERSION, Source, read_image, read_size
 from embcache.data.snapshot import open_parquet
 from embcache.errors import ImageError
-from embcache.extract.backbones import Backbone
 from embcache.extract.batching import medium_failed
-from embcache.extract.request import default_workers, image_root, none_readable
-from embcache.extract.transforms import Transform, choose_transform
+from embcache.extract.extract_request import default_workers, image_root, none_readable
 from embcache.io import read_regular
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.commit import write_scan
@@ -152,7 +152,7 @@ class ImageSizes(Collection[tuple[int, int]]):
     """The distinct (width, height) of a dataset's images, as far as any transform depends on them; at least one.
 
     Nothing is read until somebody asks. Reading stops at a second size, or at a side that is above `_LARGEST_KEPT`:
-    :func:`embcache.extract.transforms.choose_transform` chooses then what it would choose knowing all sizes.
+    :func:`embcache.backbones.transforms.choose_transform` chooses then what it would choose knowing all sizes.
     """
 
     def __init__(self, scan: Scan) -> None:

@@ -11,12 +11,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from embcache.backbones.transforms import Transform, centre, frame
 from embcache.data.budget import Decoding
 from embcache.data.images import Source
 from embcache.extract.augment import Augmentation
 from embcache.extract.batching import AHEAD, Prepared, batches_ahead, prepare
-from embcache.extract.transforms import Transform, centre, frame
-from embcache.store.recipe import canonical_json
+from embcache.sealed import canonical_json
 
 # Frame, uint8 (H, W, 3), and digest of images, by id.
 Frames = Mapping[str, tuple[NDArray[np.uint8], str]]

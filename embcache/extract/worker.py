@@ -20,15 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embcache.backbones.catalog import LoadedBackbone
+from embcache.backbones.reduced import to_bfloat16
+from embcache.backbones.transforms import Transform, frame, normalise
 from embcache.data.budget import Decoding
 from embcache.data.images import Source
 from embcache.errors import UsageError
 from embcache.extract.augment import Augmentation, augmentation
-from embcache.extract.backbones import LoadedBackbone
 from embcache.extract.batching import AHEAD, stack_batch
 from embcache.extract.fold import fold_norms
-from embcache.extract.reduced import to_bfloat16
-from embcache.extract.transforms import Transform, frame, normalise
 from embcache.extract.views import CachedFrames, Views, make_views, view_batches
 from embcache.memory import keep_freed_memory
 from embcache.store.commit import ShardRows

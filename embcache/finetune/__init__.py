@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from embcache.finetune.finetune import find_finetuned as find_finetuned
+    from embcache.finetune.finetune import finetune_images as finetune_images
     from embcache.finetune.model import load_finetuned as load_finetuned
-    from embcache.finetune.run import find_finetuned as find_finetuned
-    from embcache.finetune.run import finetune_images as finetune_images
 
 _HOMES = {
-    "find_finetuned": "embcache.finetune.run",
-    "finetune_images": "embcache.finetune.run",
+    "find_finetuned": "embcache.finetune.finetune",
+    "finetune_images": "embcache.finetune.finetune",
     "load_finetuned": "embcache.finetune.model",
 }
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.io import discard, is_folder, make_folder, replace_file
+from embcache.sealed import file_checksum, read_sealed, seal
 from embcache.store.lease import Lease
-from embcache.store.sealed import file_checksum, read_sealed, seal
 from embcache.typed import typed
 
 FORMAT = 1

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError
+from embcache.finetune.batches import Frames
 from embcache.finetune.checkpoint import CheckpointFolder, FoldState, Progress, machine
-from embcache.finetune.data import Frames
+from embcache.finetune.epochs import Setting, best_epoch, predict_logits, train_fold
+from embcache.finetune.finetune_plan import Asked
 from embcache.finetune.model import ImageModel, State, assemble, model_file
-from embcache.finetune.request import Asked
-from embcache.finetune.train import Setting, best_epoch, predict_logits, train_fold
 from embcache.memory import keep_freed_memory
 from embcache.probe.splits import Splits
 from embcache.probe.stack import Job, stream_generator

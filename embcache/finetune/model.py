@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from embcache.backbones.catalog import Backbone, find_backbone
+from embcache.backbones.networks import build_network
+from embcache.backbones.timm_models import build_timm
+from embcache.backbones.transforms import Transform, normalise
 from embcache.errors import StoreError, UsageError, WeightsError
-from embcache.extract.backbones import Backbone, find_backbone
-from embcache.extract.networks import build_network
-from embcache.extract.timm_models import build_timm
-from embcache.extract.transforms import Transform, normalise
 from embcache.extract.worker import arithmetic, pick_device
 from embcache.probe.heads import Head, heads, make_head
 from embcache.probe.metrics import softmax
-from embcache.probe.results import ProbeResult, run_file
 from embcache.probe.solve import is_solved
 from embcache.probe.stack import TrainableHead
 from embcache.probe.standard import StandardizedHead
+from embcache.runs.folders import ProbeResult, run_file
 
 State = dict[str, Tensor]
 

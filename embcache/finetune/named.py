@@ -10,12 +10,12 @@ from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
 from embcache.data.dataset import find_dataset
 from embcache.errors import UsageError
+from embcache.finetune.finetune import finetune_images
 from embcache.finetune.folds import Tell
-from embcache.finetune.run import finetune_images
 from embcache.paths import PathLike
 from embcache.probe.cached import PAPER_SET, find_splits
 from embcache.probe.heads import make_head
-from embcache.probe.results import ProbeResult
+from embcache.runs.folders import ProbeResult
 
 
 def finetune_named(
@@ -46,7 +46,7 @@ def finetune_named(
         A head that takes one gives a result for each; one that fuses trains them together (default: simclr, swav,
         dino).
     head, home, weights, say, progress, **options
-        As for `embcache.finetune.run.finetune_images`.
+        As for `embcache.finetune.finetune.finetune_images`.
     subsets : sequence of str or int
         Names or numbers of training images.
     data_root : path, optional

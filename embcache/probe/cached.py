@@ -17,9 +17,9 @@ from embcache.io import skip
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.heads import Head, make_head
 from embcache.probe.inputs import plan_for
-from embcache.probe.results import ProbeResult
-from embcache.probe.run import Progress, probe_grid
+from embcache.probe.probe import Progress, probe_grid
 from embcache.probe.splits import Splits, write_splits
+from embcache.runs.folders import ProbeResult
 from embcache.store.feature_store import FeatureStore, extract_command, list_stores
 
 PAPER_SET = ("simclr", "swav", "dino")
@@ -73,7 +73,7 @@ def probe_cached(
     say : callable
         Told what was left out or chosen, a line at a time.
     progress : callable, optional
-        See `embcache.probe.run.Progress`.
+        See `embcache.probe.probe.Progress`.
     **options
         See `embcache.probe.options.ProbeOptions`, and ``subsets``.
 

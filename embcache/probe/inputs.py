@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from embcache.data.dataset import ImageDataset
-from embcache.data.splits import IntArray
+from embcache.data.draws import IntArray
 from embcache.errors import StoreError, UsageError
 from embcache.paths import PathLike
 from embcache.probe.protocol import Sides, divide, merged_groups, plan_splits, subset_sizes

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from embcache.probe.attention_nodes import plain_arithmetic
+from embcache.probe.heads.attention_nodes import plain_arithmetic
 
 _NARROW = 64  # outputs up to which the weights go first in the product
 

@@ -19,7 +19,7 @@ _DRAWN_ANEW = "other folds, subsets and random streams"
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """Options of `embcache.probe.run.probe_features`, `probe_grid` and `find_saved`."""
+    """Options of `embcache.probe.probe.probe_features`, `probe_grid` and `find_saved`."""
 
     head: str = "linear"  # A name that ``embcache heads`` lists
     head_options: Mapping[str, Any] | None = None  # hyperparameters of the head

@@ -14,7 +14,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from embcache.probe.metrics import FloatArray, IntArray, evaluate, find_metric, mean_logits, softmax
-from embcache.probe.statistics import RESAMPLES, Estimate, Scores, TestSet, estimate, sample
+from embcache.probe.statistics import RESAMPLES, Scores, TestSet, estimate, sample
+from embcache.runs.result import Estimate
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,7 @@ def all_estimates(predictions: Predictions, metric: str) -> dict[str, Estimate]:
 
 
 def grouped_scores(predictions: Predictions, metric: str) -> dict[str, Any]:
-    """What `embcache.probe.record.ProbeResult.by_group` holds."""
+    """What `embcache.runs.result.ProbeResult.by_group` holds."""
     if len(set(predictions.groups.tolist())) == len(predictions.groups):
         return {}
     mixed = predictions.mixed_groups()
@@ -104,7 +105,7 @@ def grouped_scores(predictions: Predictions, metric: str) -> dict[str, Any]:
 
 
 def ensemble_scores(predictions: Predictions, metric: str) -> dict[str, Any]:
-    """What `embcache.probe.record.ProbeResult.ensemble` holds."""
+    """What `embcache.runs.result.ProbeResult.ensemble` holds."""
     one = predictions.ensemble()
     return {
         "estimate": one.estimate(metric).to_json(),

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch.optim.adam import adam
 
 from embcache.memory import keep_freed_memory
+from embcache.probe.feature_rows import FeatureRows, as_rows
 from embcache.probe.metrics import Metric, scorer
-from embcache.probe.rows import FeatureRows, as_rows
 from embcache.probe.schedule import Schedule, Tracker
 from embcache.probe.standard import constants_of
 

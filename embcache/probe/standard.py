@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 
-from embcache.probe.rows import FeatureRows
+from embcache.probe.feature_rows import FeatureRows
 
 Params = dict[str, torch.Tensor]
 

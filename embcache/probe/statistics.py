@@ -2,7 +2,7 @@
 
 The scores of K fold models on one test set have one covariance matrix, which says how they move together with the
 choice of test groups (patients). It comes from influence values summed by group (AUC, proportions) or from a bootstrap
-of groups (everything else); everything here and in `embcache.probe.comparisons` is read off it::
+of groups (everything else); everything here and in `embcache.results.comparisons` is read off it::
 
     test variance of the mean over models      the mean of all entries
     test noise between models                  mean diagonal − mean off the diagonal
@@ -14,18 +14,17 @@ intervals cover in simulated worlds.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embcache.errors import check_number
-from embcache.probe.metrics import FloatArray, IntArray, Metric, auc_placements, known, log_odds
-from embcache.typed import typed
+from embcache.probe.metrics import FloatArray, IntArray, Metric, auc_placements, log_odds
+from embcache.runs.result import Estimate
 
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 20_210_823
@@ -109,44 +108,6 @@ class Scores:
     def mean(self) -> float:
         """Over the models."""
         return float(self.values.mean())
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A score with its two 95 % intervals."""
-
-    metric: str
-    positive: str  # the class that an asymmetric metric is of; else empty
-    mean: float  # over the models
-    std: float | None  # over the models, ddof 1
-    these_models: tuple[float, float] | None  # for new patients and these models
-    new_model: tuple[float, float] | None  # for new patients and a newly trained model
-    why: str  # why an interval is missing; empty where none is
-    groups: int  # of the test set
-    test_variance: float
-    training_variance: float | None
-    overlap: float | None  # mean share of training rows that two models have in common
-    lost: float  # share of bootstrap resamples without one of the classes: they were scored on the classes present
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The one that tables show: for a newly trained model where there is one, else for these models."""
-        return self.new_model or self.these_models
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON data, every field by its name."""
-        numbers = ("mean", "std", "test_variance")  # None where they are not defined
-        data = {**asdict(self), **{name: known(getattr(self, name)) for name in numbers}}
-        return json.loads(json.dumps(data, allow_nan=False))  # type: ignore[no-any-return]  # as it reads back: lists
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Estimate:
-        """The inverse of `to_json`; raises a ValueError where a value is not of its type."""
-        undefined: dict[str, Any] = {
-            name: math.nan for name in ("mean", "test_variance") if data.get(name, 0.0) is None
-        }
-        found: Estimate = typed(cls, {**data, **dict.fromkeys(undefined, 0.0)}, "estimate")
-        return replace(found, **undefined)
 
 
 def sample(

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embcache.probe.rows import CHUNK, Chunk, Step, equal_runs, kept_dtype, take
+from embcache.probe.feature_rows import CHUNK, Chunk, Step, equal_runs, kept_dtype, take
 from embcache.probe.stack import stream_generator
 
 IntArray = NDArray[np.int64]
@@ -51,7 +51,7 @@ class StoredRows(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Streamed:
-    """Features on disk as `embcache.probe.rows.FeatureRows`."""
+    """Features on disk as `embcache.probe.feature_rows.FeatureRows`."""
 
     stored: Mapping[str, StoredRows]  # the features
     places: Mapping[str, IntArray]  # (N,); where each row lies in them
@@ -73,7 +73,7 @@ class Streamed:
     def steps(
         self, orders: Sequence[torch.Tensor], views: Sequence[torch.Tensor], size: int, epoch: int
     ) -> Iterator[Step]:
-        """One epoch of several heads; see `embcache.probe.rows.FeatureRows`."""
+        """One epoch of several heads; see `embcache.probe.feature_rows.FeatureRows`."""
         block_of, n_blocks = self._blocks(epoch)
         queues = [
             _Queue(order, view if self.n_views > 1 else None, block_of[self.shards[order.numpy()]], n_blocks)
@@ -106,7 +106,7 @@ class Streamed:
                     features[k * size : k * size + len(left)] = features[left]
 
     def chunks(self, sets: Sequence[torch.Tensor]) -> Iterator[Chunk]:
-        """Features of several sets of rows, shard by shard; see `embcache.probe.rows.FeatureRows`."""
+        """Features of several sets of rows, shard by shard; see `embcache.probe.feature_rows.FeatureRows`."""
         numbers = np.array(sorted(self.shard_rows))
         orders, bounds = zip(*self._by_shard(sets, numbers), strict=True) if sets else ((), ())
         for rank in range(len(numbers)):
@@ -124,7 +124,7 @@ class Streamed:
                     yield Chunk(number, torch.from_numpy(part[start : start + CHUNK]), x)
 
     def gather(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features of rows, all at once; see `embcache.probe.rows.FeatureRows`."""
+        """Features of rows, all at once; see `embcache.probe.feature_rows.FeatureRows`."""
         x = {b: torch.empty((len(rows), dim), device=self.device) for b, dim in self.dims.items()}
         for chunk in self.chunks([rows]):
             for backbone, features in chunk.x.items():

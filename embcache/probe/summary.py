@@ -21,7 +21,10 @@ from embcache.probe.heads import imbalance, weighs
 from embcache.probe.metrics import FloatArray, evaluate, find_metric, known, positive_class, score, softmax
 from embcache.probe.predictions import Predictions, ensemble_scores, grouped_scores
 from embcache.probe.prevalence import Adjust, Adjustment, adjustments, prevalence_vector
-from embcache.probe.results import (
+from embcache.probe.splits import Splits
+from embcache.probe.statistics import training_overlap
+from embcache.probe.train import diverged_error, is_balanced, seen_shares
+from embcache.runs.folders import (
     FoldResult,
     ProbeResult,
     load_predictions,
@@ -29,9 +32,6 @@ from embcache.probe.results import (
     run_id,
     runs_dir,
 )
-from embcache.probe.splits import Splits
-from embcache.probe.statistics import training_overlap
-from embcache.probe.train import diverged_error, is_balanced, seen_shares
 
 COLLAPSED = 0.8
 """A model that predicts one class for this share of the test images, and half as often again as it occurs, is named."""

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from embcache.errors import ProtocolError
+from embcache.probe.feature_rows import FeatureRows, as_rows
 from embcache.probe.metrics import Metric, scorer, softmax
-from embcache.probe.rows import FeatureRows, as_rows
 from embcache.probe.schedule import Schedule
 from embcache.probe.solve import SolvedHead, is_solved
 from embcache.probe.stack import (

@@ -16,7 +16,7 @@ from embcache.errors import UsageError, check_choice, check_number
 from embcache.probe.schedule import Schedule
 
 ATTENTIONS = ("auto", "exact", "fast")
-"""How the attention of ``dvme`` can be computed; see `embcache.probe.attention.attend`."""
+"""How the attention of ``dvme`` can be computed; see `embcache.probe.heads.scalar_attention.attend`."""
 
 _NAME = re.compile(r'^    name: ClassVar\[str\] = "([^"]+)"', re.MULTILINE)
 

@@ -32,6 +32,7 @@ from embcache.io import (
     writing,
 )
 from embcache.paths import slug
+from embcache.sealed import crc32c, seal
 from embcache.store.formats import FORMATS, find_format
 from embcache.store.header import StoreHeader
 from embcache.store.reading import (
@@ -45,7 +46,6 @@ from embcache.store.reading import (
 )
 from embcache.store.recipe import Recipe
 from embcache.store.rows import PlanEntry, ShardRows, check_ids
-from embcache.store.sealed import crc32c, seal
 from embcache.store.view import view_files, view_is_current
 
 __all__ = [

@@ -24,11 +24,11 @@ import numpy as np
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.io import is_folder, list_folder
 from embcache.paths import home_dir
+from embcache.sealed import unseal
 from embcache.store.formats import FORMATS
 from embcache.store.header import StoreHeader
 from embcache.store.recipe import Recipe
 from embcache.store.rows import Bytes, PlanEntry, RowIndex
-from embcache.store.sealed import unseal
 from embcache.store.verified import Scratch, read_file, read_into, refusals_told
 
 _T = TypeVar("_T")

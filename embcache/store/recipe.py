@@ -10,37 +10,9 @@ from functools import cached_property
 from typing import Any
 
 from embcache.errors import RecipeError
+from embcache.sealed import canonical_json
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-_LEAVES = (str, int, float, type(None))
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, no whitespace, characters as they are and floats by ``repr``: one text per value."""
-    try:
-        _refuse_other_keys(value)
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        text.encode("utf-8")
-    except (TypeError, ValueError) as error:
-        raise RecipeError(
-            "a recipe's value cannot be written as JSON",
-            expected="finite numbers, strings, booleans, null, lists, and objects with string keys",
-            found=str(error),
-        ) from error
-    return text
-
-
-def _refuse_other_keys(value: Any) -> None:
-    # json.dumps would turn the keys 1 and "1" into the same text, hence two recipes into one.
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            if not isinstance(item, _LEAVES):  # a plan has thousands of them
-                _refuse_other_keys(item)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"key {key!r} is not a string")
-            _refuse_other_keys(item)
 
 
 @dataclass(frozen=True)

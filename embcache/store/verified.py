@@ -13,7 +13,7 @@ import numpy.typing as npt
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.io import IrregularError, open_regular, read_regular
 from embcache.paths import PathLike
-from embcache.store.sealed import crc32c
+from embcache.sealed import crc32c
 
 _PIECE = 1 << 18  # bytes read at a time: the checksum finds them in the core's own cache
 

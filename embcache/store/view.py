@@ -10,10 +10,10 @@ import numpy as np
 
 from embcache.errors import StoreError
 from embcache.io import is_folder, read_regular
+from embcache.sealed import crc32c
 from embcache.store.formats import FORMATS
 from embcache.store.header import StoreHeader
 from embcache.store.reading import LiveRows
-from embcache.store.sealed import crc32c
 
 # The library that a format's view is written with: another version of it may write other bytes for the same view.
 _LIBRARIES = {"zarr": "zarr", "hdf5": "h5py"}

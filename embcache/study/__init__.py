@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from embcache.study.demo import run_demo as run_demo
-    from embcache.study.run import run_study as run_study
+    from embcache.study.study import run_study as run_study
 
-_HOMES = {"run_demo": "embcache.study.demo", "run_study": "embcache.study.run"}
+_HOMES = {"run_demo": "embcache.study.demo", "run_study": "embcache.study.study"}
 
 __all__ = ["run_demo", "run_study"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from embcache.backbones.catalog import find_backbone
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import EmbcacheError, UsageError
-from embcache.extract.backbones import find_backbone
 from embcache.probe.cached import PAPER_SET
 from embcache.probe.heads import count_parameters, make_head
 from embcache.probe.protocol import plan_splits
-from embcache.report.layout import Marks, Table
-from embcache.report.paper import find_value
+from embcache.results.layout import Marks, Table
+from embcache.results.paper import find_value
 from embcache.study.definitions import COUNTS, DATASETS
 from embcache.study.settings import Settings, in_a_line
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from embcache.errors import UsageError
 from embcache.probe.cached import PAPER_SET
 from embcache.probe.heads import heads
-from embcache.report.grid import Grid, Model
-from embcache.report.paper import PAPER_NAMES
+from embcache.results.grid import Grid, Model
+from embcache.results.paper import PAPER_NAMES
 
 DATASETS = ("patchcam", "aptos", "pneumonia", "nih")
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from embcache.analysis.maps import embed_map
-from embcache.analysis.plots import Map, plot_maps
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.extract.run import run_extraction
+from embcache.extract.extract import run_extraction
+from embcache.figures.maps import embed_map
+from embcache.figures.plots import Map, plot_maps
 from embcache.paths import PathLike, home_dir, slug
-from embcache.probe.results import ProbeResult
-from embcache.probe.run import probe_grid
+from embcache.probe.probe import probe_grid
+from embcache.runs.folders import ProbeResult
 
 # All that a machine with nothing but PyPI can run: no download is ever needed.
 DEMO_BACKBONES = ("random", "effnet_lite0", "effnet_lite1", "effnet_lite2")

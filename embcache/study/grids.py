@@ -28,7 +28,7 @@ from embcache.data.classes import ClassOptions
 from embcache.errors import UsageError
 from embcache.io import read_regular
 from embcache.probe.heads import heads as known_heads
-from embcache.report.grid import Grid, Model
+from embcache.results.grid import Grid, Model
 from embcache.study.definitions import LINEAR, known_model, make_models
 from embcache.typed import check_depth
 

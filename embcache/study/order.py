@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embcache.analysis.plots import plot_curves
+from embcache.backbones.catalog import weights_status
 from embcache.errors import UsageError
-from embcache.extract.backbones import weights_status
-from embcache.report.curves import band_words, table_curves
-from embcache.report.grid import Grid
-from embcache.report.layout import Marks, Table
+from embcache.figures.plots import plot_curves
+from embcache.results.curves import band_words, table_curves
+from embcache.results.grid import Grid
+from embcache.results.layout import Marks, Table
 from embcache.study.counts import table1, table_g1
 from embcache.study.definitions import FIGURES, GRIDS, find_name, narrow
-from embcache.study.figures import draw_figure, figure_grid, narrow_figure
 from embcache.study.grids import read_grid
-from embcache.study.plan import DatasetState, look
-from embcache.study.run import Progress, Say, run_study
+from embcache.study.paper_figures import draw_figure, figure_grid, narrow_figure
 from embcache.study.settings import Settings
+from embcache.study.study import Progress, Say, run_study
+from embcache.study.study_plan import DatasetState, look
 
 
 @dataclass(frozen=True)

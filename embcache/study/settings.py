@@ -10,7 +10,7 @@ from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
-from embcache.report.grid import Model
+from embcache.results.grid import Model
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from embcache.report.page.page import write_report
-from tests.report.page.build import make_study
+from embcache.report.page import write_report
+from tests.report.build import make_study
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import open_page
-from tests.report.page.build import CLASSES, HOSTILE
+from tests.report.build import CLASSES, HOSTILE
 
 pytest.importorskip("selenium", reason="selenium is not installed: pip install selenium")
 

@@ -17,10 +17,10 @@ import timm
 import torch
 from PIL import Image
 
+from embcache.backbones.catalog import BACKBONES, LoadedBackbone, find_backbone, load_backbone, weights_status
+from embcache.backbones.checkpoints import hash_state
+from embcache.backbones.transforms import choose_transform
 from embcache.data.images import Source
-from embcache.extract.backbones import BACKBONES, LoadedBackbone, find_backbone, load_backbone, weights_status
-from embcache.extract.checkpoints import hash_state
-from embcache.extract.transforms import choose_transform
 from embcache.extract.worker import compute_shard, freeze
 from tests.extract import published
 

@@ -23,17 +23,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typer.testing import CliRunner
 
-import embcache.upkeep.doctor as doctor
+import embcache.maintain.doctor as doctor
 from embcache.cli import app
 from embcache.data.snapshot import decode_snapshot, encode_snapshot
 from embcache.errors import EmbcacheError
 from embcache.io import is_folder
 from embcache.probe.cached import plan_cached
-from embcache.probe.record import run_id
-from embcache.probe.run import probe_features
+from embcache.probe.probe import probe_features
 from embcache.probe.splits import write_splits
+from embcache.runs.result import run_id
+from embcache.sealed import crc32c, seal
 from embcache.store.commit import write_view
-from embcache.store.sealed import crc32c, seal
 from tests.probe.build import make_dataset, make_features, put_store
 
 SECONDS = 60  # after which a command hangs

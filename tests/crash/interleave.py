@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 
-import embcache.extract.compute as compute
-import embcache.extract.run as run
+import embcache.extract.engines.local as compute
+import embcache.extract.extract as run
 import embcache.store.lease as lease
 from embcache import io
 from embcache.data.dataset import load_dataset
 from embcache.errors import EmbcacheError
-from embcache.probe.run import probe_features
+from embcache.maintain.export import export_features
+from embcache.maintain.gc import collect
+from embcache.maintain.repair import repair_store
+from embcache.maintain.verify import verify_store
+from embcache.probe.probe import probe_features
 from embcache.store.feature_store import FeatureStore, list_stores
-from embcache.upkeep.export import export_features
-from embcache.upkeep.gc import collect
-from embcache.upkeep.repair import repair_store
-from embcache.upkeep.verify import verify_store
 from tests.crash.faults import CHANGING
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny

@@ -22,12 +22,12 @@ import torch
 import zarr.storage
 from PIL import Image
 
-import embcache.extract.compute as compute
-import embcache.extract.run as run
+import embcache.extract.engines.local as compute
+import embcache.extract.extract as run
 import embcache.store.lease as lease
+from embcache.backbones.catalog import LoadedBackbone
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError
-from embcache.extract.backbones import LoadedBackbone
 from embcache.store.reading import shard_name
 from tests.crash.faults import Hook, between
 from tests.crash.powerloss import Journal

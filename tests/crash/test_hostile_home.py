@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from embcache import io
 from embcache.cli import app
 from embcache.errors import StoreError
-from embcache.probe.results import list_results
+from embcache.runs.folders import list_results
 from tests.crash.faults import Call, between
 from tests.crash.hostile import KINDS, Home, quick
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-import embcache.upkeep.gc as gc
-from embcache.extract import plan
+import embcache.maintain.gc as gc
+from embcache.extract import shard_plan as plan
 from embcache.extract.scan import Scan
 from embcache.store.feature_store import FeatureStore
 from embcache.store.header import StoreHeader

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.data.datasets.sample import draw_sample
+from embcache.data.datasets.tiles import draw_tile
 from embcache.data.images import read_image
-from embcache.data.sample import draw_sample
-from embcache.data.tiles import draw_tile
 from embcache.errors import DatasetError, DatasetNotFoundError
 
 
@@ -65,7 +65,7 @@ def test_it_can_be_read_as_anyones_table(sample: ImageDataset) -> None:
 
 def test_who_draws_second_leaves_what_the_first_has_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for content in (b"first", b"second"):
-        monkeypatch.setattr("embcache.data.sample._draw_all", lambda content=content: {"labels.csv": content})
+        monkeypatch.setattr("embcache.data.datasets.sample._draw_all", lambda content=content: {"labels.csv": content})
         draw_sample(tmp_path / "sample")
     assert (tmp_path / "sample" / "labels.csv").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["sample"]
@@ -75,7 +75,7 @@ def test_a_drawing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("embcache.data.sample._draw_all", lambda: {"a/half.png": b"x"})
+    monkeypatch.setattr("embcache.data.datasets.sample._draw_all", lambda: {"a/half.png": b"x"})
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(DatasetError, match="cannot be drawn"):
         draw_sample(tmp_path / "sample")

@@ -5,7 +5,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from embcache.commands.datasets import datasets
+from embcache.commands.datasets_command import datasets
 from embcache.data.dataset import load_dataset
 from embcache.data.survey import list_datasets, survey_dataset
 from embcache.errors import DatasetNotFoundError, UsageError

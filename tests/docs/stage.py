@@ -25,7 +25,7 @@ def load_small(name: str, **_: object) -> Any:
     import torch
     from torch import nn
 
-    from embcache.extract.backbones import LoadedBackbone, find_backbone
+    from embcache.backbones.catalog import LoadedBackbone, find_backbone
 
     spec = find_backbone(name)
     with torch.random.fork_rng(devices=[]):
@@ -41,8 +41,8 @@ def install() -> None:
     import pkgutil
 
     import embcache
-    import embcache.data.sample as sample
-    from embcache.extract import backbones
+    import embcache.data.datasets.sample as sample
+    from embcache.backbones import catalog as backbones
     from embcache.finetune import model
 
     for module in pkgutil.walk_packages(embcache.__path__, "embcache."):

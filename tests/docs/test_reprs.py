@@ -11,10 +11,10 @@ import pytest
 
 import embcache.store.reading as reading
 from embcache.data.dataset import ImageDataset
-from embcache.probe.run import probe_features
+from embcache.probe.probe import probe_features
 from embcache.store.feature_store import FeatureStore
 from tests.probe.build import make_dataset, make_features, make_recipe, put_store
-from tests.report.build import make_result
+from tests.results.build import make_result
 from tests.store.build import add, make_store
 
 HOSTILE = "<script>alert(1)</script>"

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from embcache.extract.networks import LastClassTokens
+from embcache.backbones.networks import LastClassTokens
 
 State = Mapping[str, Tensor]
 

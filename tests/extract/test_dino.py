@@ -14,8 +14,8 @@ import timm
 import torch
 from torch import Tensor
 
-from embcache.extract.checkpoints import load_strictly
-from embcache.extract.networks import LastClassTokens, interpolate_positions
+from embcache.backbones.checkpoints import load_strictly
+from embcache.backbones.networks import LastClassTokens, interpolate_positions
 from tests.extract import published
 
 PATCH, HEADS, DEPTH, WIDTH, EPSILON = 8, 6, 12, 384, 1e-6

@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import embcache.extract.batching as batching
-import embcache.extract.compute as compute
+import embcache.extract.engines.local as compute
+import embcache.extract.extract as run
 import embcache.extract.pixels as pixels
-import embcache.extract.run as run
+from embcache.backbones.catalog import find_backbone
+from embcache.backbones.transforms import Transform, choose_transform, frame
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import CorruptStoreError, DatasetNotFoundError, UsageError
 from embcache.extract.augment import centre
-from embcache.extract.backbones import find_backbone
+from embcache.extract.extract import extract_features, run_extraction
 from embcache.extract.pixels import cache_pixels, open_pixels
-from embcache.extract.run import extract_features, run_extraction
 from embcache.extract.scan import dataset_transform
-from embcache.extract.transforms import Transform, choose_transform, frame
-from embcache.finetune.data import decode_frames
+from embcache.finetune.batches import decode_frames
 from embcache.probe.cached import cached_backbones, cached_datasets
 from embcache.store.feature_store import FeatureStore, list_stores
 from tests.extract.conftest import draw

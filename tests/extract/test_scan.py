@@ -20,13 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from embcache.backbones.catalog import find_backbone
+from embcache.backbones.transforms import choose_transform
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.files import FileState, stat_files
 from embcache.errors import DatasetError, DatasetNotFoundError
-from embcache.extract import run
+from embcache.extract import extract as run
 from embcache.extract import scan as scanning
-from embcache.extract.backbones import find_backbone
-from embcache.extract.run import Extraction
+from embcache.extract.extract import Extraction
 from embcache.extract.scan import (
     ABSENT,
     UNREADABLE,
@@ -37,7 +38,6 @@ from embcache.extract.scan import (
     scan_dataset,
     scan_images,
 )
-from embcache.extract.transforms import choose_transform
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from embcache.backbones.transforms import Transform, normalise
 from embcache.data.images import Source
 from embcache.extract import batching
 from embcache.extract.batching import Prepared, batches_ahead, stack_batch
-from embcache.extract.transforms import Transform, normalise
 from embcache.extract.worker import Receiver, Sender, as_tensor
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]

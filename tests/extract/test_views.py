@@ -15,15 +15,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import embcache.extract.batching as batching
-import embcache.extract.run as run
-from embcache.commands.extract import extract as extract_command
+import embcache.extract.extract as run
+from embcache.backbones.catalog import find_backbone
+from embcache.backbones.transforms import choose_transform, normalise
+from embcache.commands.extract_command import extract as extract_command
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.images import Source, read_image
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.extract.augment import augmentation
-from embcache.extract.backbones import find_backbone
-from embcache.extract.run import extract_features, run_extraction
-from embcache.extract.transforms import choose_transform, normalise
+from embcache.extract.extract import extract_features, run_extraction
 from embcache.extract.views import Frames, make_views, view_batches
 from embcache.store.feature_store import FeatureStore, open_store
 from tests.extract.conftest import draw

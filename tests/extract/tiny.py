@@ -7,13 +7,13 @@ import dataclasses
 import torch
 from torch import nn
 
-from embcache.extract.backbones import LoadedBackbone, find_backbone
+from embcache.backbones.catalog import LoadedBackbone, find_backbone
 
 DIM = 6
 
 
 def load_tiny(name: str, **_: object) -> LoadedBackbone:
-    """Stands for ``embcache.extract.run.load_backbone``: six features of an image, at any size."""
+    """Stands for ``embcache.extract.extract.load_backbone``: six features of an image, at any size."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         module = nn.Sequential(

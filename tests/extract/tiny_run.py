@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import embcache.extract.devices as devices
-import embcache.extract.run as run
-from embcache.extract.backbones import LoadedBackbone
+import embcache.extract.engines.devices as devices
+import embcache.extract.extract as run
+from embcache.backbones.catalog import LoadedBackbone
 from tests.extract.tiny import load_tiny
 
 

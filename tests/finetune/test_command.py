@@ -12,15 +12,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from embcache.commands import finetune as command
-from embcache.commands import probe, store
+from embcache.commands import finetune_command as command
+from embcache.commands import probe_command as probe
+from embcache.commands import store_command as store
 from embcache.data.chosen import Columns
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError
 from embcache.finetune.checkpoint import CheckpointFolder
+from embcache.finetune.finetune_plan import Settings, resume_command
 from embcache.finetune.named import finetune_named
-from embcache.finetune.request import Settings, resume_command
-from embcache.upkeep import list_interrupted
+from embcache.maintain import list_interrupted
 from tests.finetune.conftest import QUICK, RESNET, VIT
 
 app = typer.Typer()

@@ -9,18 +9,18 @@ import pytest
 import torch
 from timm.models import get_pretrained_cfg
 
+from embcache.backbones.catalog import find_backbone
+from embcache.backbones.transforms import Transform, choose_transform
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError, WeightsError
-from embcache.extract.backbones import find_backbone
-from embcache.extract.transforms import Transform, choose_transform
 from embcache.extract.worker import freeze
 from embcache.finetune import finetune_images, load_finetuned
-from embcache.finetune.data import choose_transforms
+from embcache.finetune.batches import choose_transforms
+from embcache.finetune.finetune_plan import Settings, choose_schedule, gentle
 from embcache.finetune.model import ImageModel, assemble, check_head, count_parameters, empty_backbone
-from embcache.finetune.request import Settings, choose_schedule, gentle
 from embcache.probe.heads import heads, make_head
-from embcache.probe.results import runs_dir
 from embcache.probe.stack import stream_generator
+from embcache.runs.folders import runs_dir
 from tests.finetune.conftest import QUICK, RESNET, VIT
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_a_fresh_head_is_the_one_that_probing_trains() -> None:
 
 
 def test_features_are_those_of_extraction(ds: ImageDataset) -> None:
-    from embcache.extract.backbones import load_backbone
+    from embcache.backbones.catalog import load_backbone
 
     loaded = load_backbone(VIT, image_size=(32, 32))
     transform = choose_transform(loaded.spec, "paper", {(32, 32)})
@@ -160,7 +160,7 @@ def test_backbones_that_are_trained_together_see_the_same_pixels() -> None:
 def test_a_saved_model_predicts_what_the_run_predicted(ds: ImageDataset, pictures: Path) -> None:
     from PIL import Image
 
-    from embcache.probe.results import load_predictions
+    from embcache.runs.folders import load_predictions
 
     result = finetune_images(ds, [RESNET, VIT], **{**QUICK, "head": "dvme-noattn", "max_epochs": 1})
     run = runs_dir(ds.name) / result.id

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from embcache.errors import EmbcacheError
+from embcache.sealed import canonical_json, crc32c, seal
 from embcache.store.commit import write_view
 from embcache.store.feature_store import FeatureStore
 from embcache.store.header import StoreHeader
@@ -31,8 +32,6 @@ from embcache.store.reading import (
     read_plan,
     read_rows,
 )
-from embcache.store.recipe import canonical_json
-from embcache.store.sealed import crc32c, seal
 from embcache.store.verified import Scratch
 from tests.fuzz.image_seeds import hdf5_fields
 from tests.fuzz.mutate import NUMBERS, Change, Field, Seed, mutate

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from embcache.backbones.checkpoints import find_network, load_strictly, read_checkpoint
 from embcache.data.images import decode_image, read_image, read_size
 from embcache.errors import DatasetError, EmbcacheError, ImageError, StoreError, WeightsError
-from embcache.extract.checkpoints import find_network, load_strictly, read_checkpoint
 from tests.fuzz.image_seeds import array_seeds, dicom_seeds, image_seeds
 from tests.fuzz.mutate import Change, Seed, mutate, random_changes
 from tests.fuzz.store_seeds import damage, read_all, store_seeds

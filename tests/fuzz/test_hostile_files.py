@@ -21,14 +21,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from embcache.backbones.checkpoints import read_checkpoint
 from embcache.data import dicom as dicom_module
 from embcache.data.dataset import load_dataset
 from embcache.data.gray import scale_to_bytes
 from embcache.data.images import decode_image, read_image, read_size
 from embcache.errors import CorruptStoreError, EmbcacheError, ImageError, WeightsError
-from embcache.extract.checkpoints import read_checkpoint
+from embcache.sealed import seal
 from embcache.store.feature_store import FeatureStore
-from embcache.store.sealed import seal
 from tests.data.pictures import encode
 from tests.fuzz.image_seeds import deflated, png_chunk
 from tests.fuzz.limits import run_each
@@ -181,7 +181,7 @@ PICKLES = {
 def test_pickles_that_keep_one_busy_are_refused_at_sight(
     tmp_path: Path, what: str, zipped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embcache.extract.pickles.MOST_OPERATIONS", 5_000)
+    monkeypatch.setattr("embcache.backbones.pickles.MOST_OPERATIONS", 5_000)
     data, reason = PICKLES[what]
     path = tmp_path / "weights.pth"
     if zipped:

@@ -14,12 +14,12 @@ import pytest
 from embcache.commands.table import format_table
 from embcache.data.dataset import load_dataset
 from embcache.errors import DatasetError, EmbcacheError
-from embcache.extract.run import extract_features
-from embcache.predict import predict_images
-from embcache.probe.run import probe_features
-from embcache.report.csvfile import is_formula
+from embcache.extract.extract import extract_features
+from embcache.maintain.export import export_features
+from embcache.probe.probe import probe_features
+from embcache.results.csvfile import is_formula
+from embcache.results.predict import predict_images
 from embcache.store.feature_store import open_store
-from embcache.upkeep.export import export_features
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
 from tests.store.build import quick_disk
@@ -38,7 +38,7 @@ CLASSES = ("=1+1", "\x1b]0;title\x07")
 def test_hostile_ids_and_classes_go_all_the_way_and_come_back_as_they_were(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embcache.extract.run.load_backbone", load_tiny)
+    monkeypatch.setattr("embcache.extract.extract.load_backbone", load_tiny)
     home = tmp_path / "a home"
     table = tmp_path / "images" / "table.csv"
     for k in range(len(IDS)):

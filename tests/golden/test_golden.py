@@ -14,8 +14,8 @@ import numpy as np
 from typer.testing import CliRunner
 
 from embcache.cli import app
+from embcache.probe.probe import probe_features
 from embcache.probe.protocol import plan_splits
-from embcache.probe.run import probe_features
 from tests.probe.build import make_dataset, make_features, put_store
 
 FILE = Path(__file__).with_name("golden.json")

@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import embcache.probe.run as run_module
+import embcache.probe.probe as run_module
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError, ProtocolError, StoreError, StoreNotFoundError, UsageError
 from embcache.probe.heads import make_head
+from embcache.probe.probe import find_saved, probe_features, probe_grid
 from embcache.probe.protocol import plan_splits
-from embcache.probe.results import ProbeResult, load_heads, load_predictions, load_result, runs_dir
-from embcache.probe.run import find_saved, probe_features, probe_grid
 from embcache.probe.splits import write_splits
-from embcache.store.sealed import seal, unseal
+from embcache.runs.folders import ProbeResult, load_heads, load_predictions, load_result, runs_dir
+from embcache.sealed import seal, unseal
 from tests.probe.build import make_dataset, make_features, put_store
 
 FOLDS = 3

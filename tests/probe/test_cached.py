@@ -22,7 +22,7 @@ from embcache.probe.cached import (
     plan_cached,
     probe_cached,
 )
-from embcache.probe.results import runs_dir
+from embcache.runs.folders import runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
 
 

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from embcache.analysis.draw_maps import draw_maps
-from embcache.analysis.rank import rank_dataset
 from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset, read_snapshot
 from embcache.errors import ProtocolError, UsageError
+from embcache.figures.draw_maps import draw_maps
+from embcache.figures.rank import rank_dataset
 from embcache.probe.cached import probe_cached
-from embcache.probe.results import ProbeResult, list_results, load_predictions, runs_dir
-from embcache.probe.run import probe_features
-from embcache.report.compare import compare_runs
-from embcache.report.curves import curve_panels
-from embcache.report.page.collect import make_tasks
-from embcache.report.subgroups import score_subgroups
+from embcache.probe.probe import probe_features
+from embcache.report.collect import make_tasks
+from embcache.results.compare import compare_runs
+from embcache.results.curves import curve_panels
+from embcache.results.subgroups import score_subgroups
+from embcache.runs.folders import ProbeResult, list_results, load_predictions, runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
 from tests.probe.test_cached import cli
 

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from embcache.data.dataset import ImageDataset
+from embcache.probe.feature_rows import Resident
 from embcache.probe.heads import make_head
 from embcache.probe.inputs import load_features
-from embcache.probe.rows import Resident
-from embcache.probe.run import probe_features, probe_grid
+from embcache.probe.probe import probe_features, probe_grid
 from embcache.probe.standard import constants_of, standard_params
 from embcache.store.feature_store import open_store
 from tests.probe.build import make_dataset, make_features

@@ -10,7 +10,6 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from embcache.errors import ProtocolError, UsageError
-from embcache.probe.decisions import calibration_error
 from embcache.probe.predictions import Predictions
 from embcache.probe.prevalence import (
     Adjust,
@@ -22,8 +21,9 @@ from embcache.probe.prevalence import (
     prevalence_vector,
     row_weights,
 )
-from embcache.probe.run import probe_features
+from embcache.probe.probe import probe_features
 from embcache.probe.train import seen_shares
+from embcache.results.decisions import calibration_error
 from tests.probe.build import make_dataset, make_features, put_store
 
 

@@ -16,8 +16,10 @@ import torch
 
 from embcache import io
 from embcache.errors import StoreError, StoreNotFoundError
+from embcache.maintain.gc import collect_home
 from embcache.probe.protocol import plan_splits
-from embcache.probe.results import (
+from embcache.probe.summary import Outcome, Outputs, prediction_table, summarise
+from embcache.runs.folders import (
     PROTOCOL_VERSION,
     ProbeResult,
     find_run,
@@ -31,9 +33,7 @@ from embcache.probe.results import (
     runs_dir,
     save_run,
 )
-from embcache.probe.summary import Outcome, Outputs, prediction_table, summarise
-from embcache.store.sealed import seal, unseal
-from embcache.upkeep.gc import collect_home
+from embcache.sealed import seal, unseal
 from tests.crash.faults import Call, between
 from tests.probe.build import make_dataset
 

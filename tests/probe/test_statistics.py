@@ -14,17 +14,10 @@ from scipy.stats import norm
 from scipy.stats import t as student
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-from embcache.probe.comparisons import compare
 from embcache.probe.metrics import METRICS, find_metric
-from embcache.probe.statistics import (
-    BOOTSTRAP_SEED,
-    Estimate,
-    TestSet,
-    estimate,
-    newcombe_auc,
-    training_overlap,
-    wilson,
-)
+from embcache.probe.statistics import BOOTSTRAP_SEED, TestSet, estimate, newcombe_auc, training_overlap, wilson
+from embcache.results.comparisons import compare
+from embcache.runs.result import Estimate
 from tests.probe.patients import FEW, components, lesions, odds_of, patients, scored, width
 
 # --- the variance of an AUC

@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import embcache.probe.run as run_module
+import embcache.probe.probe as run_module
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError
+from embcache.probe.feature_rows import Resident
 from embcache.probe.heads import make_head
 from embcache.probe.metrics import softmax
 from embcache.probe.options import ProbeOptions
-from embcache.probe.rows import Resident
-from embcache.probe.run import find_saved, probe_features, probe_grid
+from embcache.probe.probe import find_saved, probe_features, probe_grid
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import Job, predict_logits, train_stack
 from embcache.probe.stream import Streamed

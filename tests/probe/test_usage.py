@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from embcache.analysis.maps import embed_map
 from embcache.errors import UsageError
-from embcache.extract.request import check_numbers
+from embcache.extract.extract_request import check_numbers
+from embcache.figures.maps import embed_map
 from embcache.probe.heads import heads, make_head
 from embcache.probe.schedule import Schedule
 from embcache.probe.usage import check_usage, head_names

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from embcache.errors import CorruptStoreError, RecipeError, StoreError, StoreNotFoundError
+from embcache.sealed import seal
 from embcache.store.feature_store import FeatureStore, list_stores, open_store
-from embcache.store.sealed import seal
 from tests.store.build import Table, add, make_store, make_table, recipe
 
 

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embcache.errors import RecipeError
+from embcache.sealed import canonical_json
 from embcache.store.feature_store import describe_differences
-from embcache.store.recipe import Recipe, canonical_json
+from embcache.store.recipe import Recipe
 from tests.store.build import RECIPE, recipe
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from embcache.errors import UsageError
-from embcache.report.paper import find_value, named_subset, paper_tables
+from embcache.results.paper import find_value, named_subset, paper_tables
 from embcache.study.definitions import FIGURES, GRIDS, LINEAR, NAMES, find_name, narrow
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import embcache.study.demo as study
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.probe.results import ProbeResult
+from embcache.runs.folders import ProbeResult
 from embcache.study.demo import pivot_results
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from embcache.data.dataset import ImageDataset
-from embcache.probe.results import list_results
+from embcache.runs.folders import list_results
 from embcache.study.order import Order, deliver
 from tests.finetune.conftest import RESNET, ds, networks, pictures
 

@@ -14,18 +14,18 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import embcache.study.run as study_run
-from embcache.commands import run as commands
-from embcache.commands.extract import parse_weights
+import embcache.study.study as study_run
+from embcache.commands import run_command as commands
+from embcache.commands.extract_command import parse_weights
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
-from embcache.finetune.run import finetune_images
+from embcache.finetune.finetune import finetune_images
 from embcache.probe.options import ProbeOptions
+from embcache.probe.probe import probe_features, probe_grid
 from embcache.probe.protocol import plan_splits
-from embcache.probe.results import ProbeResult, list_results, run_id, save_run
-from embcache.probe.run import probe_features, probe_grid
 from embcache.probe.splits import write_splits
-from embcache.report.grid import Grid, Model
+from embcache.results.grid import Grid, Model
+from embcache.runs.folders import ProbeResult, list_results, run_id, save_run
 from embcache.study.definitions import BEST, GRIDS
 from embcache.study.order import Order, deliver
 from embcache.study.settings import Settings
@@ -297,7 +297,7 @@ def test_the_command_prints_writes_and_leaves_with_a_status(
     absent = ["--output", str(tmp_path / "absent" / "t.md")]
     with monkeypatch.context() as patch:  # told before the work
         patch.setattr("embcache.study.order.deliver", None)
-        patch.setattr("embcache.report.curves.draw_curves", None)
+        patch.setattr("embcache.results.curves.draw_curves", None)
         for command in (asked, ["curves", "--dataset", "toy"]):
             error = runner.invoke(app, [*command, *absent]).exception
             assert isinstance(error, UsageError)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from embcache.errors import check_choice, check_number
-from embcache.probe.attention import attend
+from embcache.probe.heads.scalar_attention import attend
 from embcache.probe.layers import affine, init_linear, layer_norm
 from embcache.probe.train import FittedHead, fit
 from embcache.probe.usage import ATTENTIONS

@@ -1,0 +1,1 @@
+"""Frozen networks: specifications, catalog, checkpoints, transforms."""

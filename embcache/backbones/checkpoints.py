@@ -1,0 +1,373 @@
+"""Published checkpoint formats: reading them without running anything they hold, and filling networks strictly.
+
+Read are safetensors and PyTorch's zip and legacy formats, recognised by content. A pickle may hold tensors, plain
+containers and the few harmless types that the published files hold; anything else is refused, never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from embcache.backbones.pickles import HostilePickleError, check_pickle
+from embcache.errors import WeightsError
+
+# What stands before a network's own names, in nested mappings or before dots: nests of published files and of training
+# tools, and the wrappers of DistributedDataParallel, torch.compile, VISSL, DINO and MoCo.
+WRAPPERS = frozenset(
+    {"backbone", "base_encoder", "base_model", "classy_state_dict", "encoder", "encoder_q", "model", "model_ema"}
+    | {"model_state_dict", "module", "state_dict", "state_dict_ema", "student", "teacher", "trunk"}
+    | {"_feature_blocks", "_orig_mod"}
+)
+# Of two complete networks in one file the first is taken: as timm takes the average of the weights over training, and
+# as the evaluations of DINO, DINOv2, iBOT (teacher), MoCo (encoder_q, base_encoder) and lightly (backbone) do.
+PREFERRED = (
+    ("state_dict_ema", "state_dict"),
+    ("model_ema", "model"),
+    ("teacher", "student"),
+    ("encoder_q", "encoder_k"),
+    ("base_encoder", "momentum_encoder"),
+    ("backbone", "backbone_momentum"),
+)
+_NEUTRAL = ("module", "_orig_mod")  # say nothing of which network it is
+# What networks carry besides the trunk; left out of a frozen network.
+HEADS = (
+    "_fc.", "classifier.", "dino_head.", "fc.", "head.", "heads.", "ibot_head.", "predictor.", "projection_head.",
+    "projector.", "prototypes.",
+)  # fmt: skip
+_DEEPEST = 8  # mappings in mappings; published files have four
+
+_CONVERT = (
+    "if you trust the file, keep its tensors alone in a safetensors file "
+    "(https://huggingface.co/docs/safetensors), and pass that with --weights"
+)
+
+
+class _Ignored:
+    """Takes the place of a harmless object while a pickle is read: holds nothing, does nothing."""
+
+    def __new__(cls, *args: object) -> _Ignored:
+        return object.__new__(cls)
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _BrokenError(Exception):
+    """What a file that is no checkpoint is instead, or how it is damaged."""
+
+
+def _stand_in(path: str) -> type[_Ignored]:
+    # torch finds an allowed class by its module and name, so the stand-in bears those of what it replaces.
+    module, _, name = path.rpartition(".")
+    return type(name, (_Ignored,), {"__module__": module})
+
+
+# Not tensors, and in published files: numpy scalars among losses and learning rates (VISSL, DINO) and the training's
+# arguments (DINO's full checkpoints). None is rebuilt: what is read in its place is inert.
+_HARMLESS = [
+    _stand_in(path)
+    for path in (
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.ndarray",
+        "numpy.dtype",
+        "argparse.Namespace",
+    )
+]
+
+
+_STAND_INS = frozenset(f"{stand_in.__module__}.{stand_in.__name__}" for stand_in in _HARMLESS)
+_LEGACY_PICKLES = 5  # magic number, protocol, machine, the object, names of the storages that follow
+_MOST_HEADER = 16 << 20  # published files have some hundred kilobytes; a gigabyte of objects fits into 100 MB
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All tensors under the names they have in the file, dots between nested ones, and the sha256 of the file."""
+
+    state: Mapping[str, Tensor]
+    sha256: str
+
+
+def read_checkpoint(path: Path, *, given: bool = False) -> Checkpoint:
+    """Read a checkpoint: safetensors, PyTorch zip or PyTorch legacy, flat or nested."""
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            loaded = _read(path, file)
+        return Checkpoint(_unwrap(loaded, path), sha256)
+    except _BrokenError as error:
+        raise WeightsError(
+            f"{path.name} is not a checkpoint that can be read", expected="safetensors, or a PyTorch file of tensors",
+            found=str(error), where=path,
+            fix="pass another file with --weights, or none to use the published one" if given
+            else (f"rm '{path}' and fetch it again", "pass another with --weights"),
+        ) from error  # fmt: skip
+    except OSError as error:
+        raise WeightsError(
+            f"the checkpoint cannot be read: {error.strerror or error}", where=path, fix=f"ls -l '{path}'"
+        ) from error
+
+
+def _read(path: Path, file: IO[bytes]) -> object:
+    head = file.read(512)
+    file.seek(0)
+    if head[:4] == b"PK\x03\x04":
+        _check_zip(path, file)
+        # Mapped, so that a tensor which claims more than the file holds is an error instead of a read past its end.
+        if path.suffix != ".safetensors":
+            return _read_pickle(path, path, mmap=True)
+        # Only a file with a name can be, and torch believes this one: give it another.
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / "checkpoint"
+            link.symlink_to(path.resolve())
+            return _read_pickle(path, link, mmap=True)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        if int.from_bytes(head[:8], "little") > _MOST_HEADER:
+            raise _BrokenError(f"a safetensors file whose header has more than {_MOST_HEADER:,} bytes")
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception as error:
+            raise _BrokenError(f"a damaged safetensors file: {error}") from error
+    if head[:2] == b"\x80\x02":
+        for _ in range(_LEGACY_PICKLES):
+            _check_pickle(path, file)
+        file.seek(0)
+        return _read_pickle(path, file, mmap=False)
+    raise _BrokenError(_describe(head))
+
+
+def _check_pickle(path: Path, file: IO[bytes]) -> None:
+    """Refuse a pickle, before torch reads it, that calls what no checkpoint needs or is made to keep one busy."""
+    try:
+        check_pickle(file, _STAND_INS)
+    except HostilePickleError as error:
+        if str(error).startswith("GLOBAL "):
+            raise _unsafe(path, str(error).removeprefix("GLOBAL ")) from error
+        raise _BrokenError(str(error)) from error
+    except Exception as error:  # pickletools raises whatever comes
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise _BrokenError(f"a damaged or foreign PyTorch file: {reason}") from error
+
+
+def _unsafe(path: Path, name: str) -> WeightsError:
+    return WeightsError(
+        "the checkpoint is refused: reading it could run code", expected="tensors and plain containers",
+        found=f"the object {name}", where=path, fix=_CONVERT,
+    )  # fmt: skip
+
+
+def _read_pickle(path: Path, source: Path | IO[bytes], *, mmap: bool) -> object:
+    with torch.serialization.safe_globals(list(_HARMLESS)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about storages of its own older formats
+        try:
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception as error:  # a malformed pickle can raise anything
+            unsafe = re.search(r"GLOBAL (\w\S*)", str(error))
+            if unsafe:
+                raise _unsafe(path, unsafe[1]) from error
+            # torch wraps the reason in advice to load the file unsafely, which is not ours to give.
+            said = re.search(r"WeightsUnpickler error: (.+)", str(error)) or re.search(r"(.+)", str(error))
+            reason = said[1].strip() if said else f"it ends too early ({type(error).__name__})"
+            raise _BrokenError(f"a damaged or foreign PyTorch file: {reason}") from error
+
+
+def _check_zip(path: Path, file: IO[bytes]) -> None:
+    """PyTorch stores its records uncompressed; anything else may unpack to any size."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise _BrokenError("a compressed zip archive")
+            if sum(record.file_size for record in records) > path.stat().st_size:
+                raise _BrokenError("a zip archive whose records claim more bytes than the file has")
+            damaged = archive.testzip()
+            names = [record.filename for record in records]
+            if len(set(names)) < len(names):
+                raise _BrokenError("a zip archive with several records of one name")
+            for record in records if damaged is None else []:
+                if record.filename.endswith(".pkl"):
+                    with archive.open(record) as pickle:
+                        _check_pickle(path, pickle)
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise _BrokenError(f"a damaged zip archive, or a download cut short: {error}") from error
+    if damaged is not None:
+        raise _BrokenError(f"a damaged zip archive: the checksum of {damaged} does not match")
+
+
+def _describe(head: bytes) -> str:
+    text = head.lstrip().lower()
+    if not head:
+        return "an empty file"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "a web page: the download went to a login or error page"
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself: git lfs pull"
+    if head.startswith(b"\x1f\x8b"):
+        return "a gzip archive: unpack it first"
+    if head[257:262] == b"ustar":
+        return "a tar archive: unpack it first"
+    return f"a file that begins with {head[:8]!r}"
+
+
+def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
+    """Every named tensor in what a file holds; names of nested mappings are joined by dots."""
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise _BrokenError(f"a {type(loaded).__name__} instead of named tensors")
+    state: dict[str, Tensor] = {}
+    _gather(loaded, "", state)
+    if not state:
+        raise WeightsError(
+            f"{path.name} is not in a layout that embcache knows", where=path,
+            expected="named tensors, flat or in named mappings",
+            found="entries that are not tensors: " + _some([str(key) for key in loaded]), fix=_CONVERT,
+        )  # fmt: skip
+    size = path.stat().st_size
+    for key, value in state.items():
+        # A tensor may be of another kind, without values, or repeat one value over any shape.
+        plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if not plain or value.numel() * value.element_size() > size:
+            raise _BrokenError(f"{key} is no plain tensor whose values the file holds")
+    return {key: value.detach() for key, value in state.items()}
+
+
+def _gather(mapping: Mapping[object, object], prefix: str, state: dict[str, Tensor]) -> None:
+    for key, value in mapping.items():
+        if not isinstance(key, str):
+            continue  # an optimizer's
+        if isinstance(value, Tensor):
+            if prefix + key in state:
+                raise _BrokenError(f"{prefix + key} is in it twice, nested and with dots in its name")
+            state[prefix + key] = value
+        elif isinstance(value, Mapping) and prefix.count(".") < _DEEPEST:
+            _gather(value, f"{prefix}{key}.", state)
+
+
+@dataclass(frozen=True)
+class Network:
+    """The tensors of one network of a checkpoint, under its own names.
+
+    ``prefix`` stood before each name in the file; ``passed`` stands before those of other complete networks.
+    """
+
+    state: dict[str, Tensor]
+    prefix: str
+    passed: tuple[str, ...] = ()
+
+    def describe(self, path: Path) -> str:
+        """What was chosen of a file; empty where there was nothing to choose."""
+        others = f", not those under {' or '.join(map(repr, self.passed))}" if self.passed else ""
+        return f"the weights are those under {self.prefix!r} of {path.name}{others}" if self.prefix else ""
+
+
+def find_network(
+    state: Mapping[str, Tensor], wanted: Collection[str], *, heads: tuple[str, ...] = HEADS, where: object = None
+) -> Network:
+    """Find a network's tensors in a checkpoint: under the one prefix under which every wanted name is.
+
+    Of several such prefixes the one that :data:`PREFERRED` says. Where there is none, for the file may spell the
+    network's names otherwise, those under the wrappers (:data:`WRAPPERS`) that hold most.
+    """
+    required = [name for name in wanted if not name.endswith(".num_batches_tracked")]
+    ends = [key.removesuffix(required[0]) for key in state if key.endswith(required[0])] if required else []
+    whole = [start for start in ends if start[-1:] in ("", ".") and all(start + name in state for name in required)]
+    if whole:
+        prefix = _prefer(whole, where)
+        inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        kept = {key: value for key, value in inner.items() if key in wanted or not key.startswith(heads)}
+        return Network(kept, prefix, tuple(other for other in whole if other != prefix))
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        prefix = _wrappers(key)
+        groups.setdefault(prefix, {})[key.removeprefix(prefix)] = value
+    most = max(map(len, groups.values()), default=0)
+    prefix = _prefer([prefix for prefix, inner in groups.items() if len(inner) == most], where)
+    return Network(groups[prefix], prefix)
+
+
+def _wrappers(key: str) -> str:
+    parts = key.split(".")
+    count = next((place for place, part in enumerate(parts[:-1]) if part not in WRAPPERS), len(parts) - 1)
+    return "".join(f"{part}." for part in parts[:count])
+
+
+def _prefer(prefixes: list[str], where: object) -> str:
+    best = [one for one in prefixes if not any(_beats(other, one) for other in prefixes)]
+    if len(best) == 1:
+        return best[0]
+    first = best[0] if best else ""
+    raise WeightsError(
+        "the checkpoint holds several networks that fit, and nothing says which is meant", where=where,
+        expected="one network", found=" and ".join(f"tensors under {prefix!r}" if prefix else "tensors under no prefix"
+        for prefix in best),
+        fix="keep one in a file of its own, and pass that with --weights: "
+        f"safetensors.torch.save_file({{NAME without {first!r}: TENSOR, …}}, 'one.safetensors')",
+    )  # fmt: skip
+
+
+def _beats(one: str, other: str) -> bool:
+    mine, theirs = ([part for part in prefix.split(".") if part not in _NEUTRAL] for prefix in (one, other))
+    differing = [pair for pair in zip(mine, theirs, strict=False) if pair[0] != pair[1]]
+    return len(mine) == len(theirs) and len(differing) == 1 and differing[0] in PREFERRED
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, where: object = None) -> None:
+    """Fill every parameter and buffer of ``module`` from ``state``, and nothing else.
+
+    The one exception is ``num_batches_tracked``, which older checkpoints lack and no frozen network reads.
+    """
+    wanted = module.state_dict()
+    missing = [key for key in wanted if key not in state and not key.endswith(".num_batches_tracked")]
+    unknown = [key for key in state if key not in wanted]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
+        for key, tensor in wanted.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    if missing or unknown or shapes:
+        parts = (("missing", missing), ("unknown", unknown), ("shaped otherwise", shapes))
+        raise WeightsError(
+            "the checkpoint does not fit the network", expected=f"{len(wanted)} tensors: {_some(list(wanted), 3)}",
+            found="; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in parts if keys), where=where,
+            fix="pass the checkpoint of this backbone with --weights NAME=FILE; see `embcache backbones`",
+        )  # fmt: skip
+    spoilt = [key for key in wanted if key in state and not bool(torch.isfinite(state[key]).all())]
+    if spoilt:
+        raise WeightsError(
+            "the checkpoint holds values that are not finite", found=_some(spoilt), where=where,
+            fix="fetch the checkpoint again",
+        )  # fmt: skip
+    module.load_state_dict(dict(state), strict=False)
+
+
+def hash_state(module: nn.Module) -> str:
+    """Sha256 of a network's tensors: names in order, dtypes, shapes and bytes; the same on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _some(names: Collection[str], most: int = 8) -> str:
+    shown = ", ".join(list(names)[:most])
+    return shown + (f", … ({len(names)} in all)" if len(names) > most else "")

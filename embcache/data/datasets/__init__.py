@@ -1,0 +1,1 @@
+"""Datasets with a published layout, one file each."""

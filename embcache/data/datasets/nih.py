@@ -1,0 +1,142 @@
+"""NIH chest X-rays with the four findings that experts adjudicated (Majkowska et al. 2020)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from embcache.data.checks import check_file_id, check_unique, refuse_outside
+from embcache.data.dataset import ImageDataset
+from embcache.data.files import find_level, is_inside, list_folder
+from embcache.data.labels import read_table
+from embcache.data.published import DatasetSource
+from embcache.errors import DatasetError, first_few
+
+FINDINGS = {  # column -> class
+    "Airspace opacity": "airspace opacity",
+    "Nodule or mass": "nodule or mass",
+    "Fracture": "fracture",
+    "Pneumothorax": "pneumothorax",
+}
+CLASSES = ("other", *FINDINGS.values())  # "other" is none of the four, not "no finding"
+
+_FILES = {
+    "train": ("four_findings_expert_labels_validation_labels.csv", "validation_labels.csv"),
+    "test": ("four_findings_expert_labels_test_labels.csv", "test_labels.csv"),
+}
+_SOURCE_COLUMNS = {
+    "Patient ID": "patient_id",
+    "Patient Age": "age",
+    "Patient Gender": "sex",
+    "View Position": "view_position",
+    "Follow-up #": "follow_up",
+    "Finding Labels": "finding_labels",
+    "OriginalImage[Width": "width",
+    "Height]": "height",
+    "OriginalImagePixelSpacing[x": "pixel_spacing_x",
+    "y]": "pixel_spacing_y",
+}
+_NUMBERS = ("age", "follow_up", "width", "height", "pixel_spacing_x", "pixel_spacing_y")
+
+
+def read_nih(root: Path, name: str) -> ImageDataset:
+    """Read both expert label files; the images lie anywhere below the root and are found by their names."""
+    level = find_level(root, lambda folder: _label_file(folder, "train") is not None)
+    if level is None:
+        raise SOURCE.layout_error(root, "the expert label files of NIH are not there")
+    parts, notes = [], []
+    for split in _FILES:
+        file = _label_file(level, split)
+        if file is None:
+            raise SOURCE.layout_error(level, f"the expert label file for {split} is not there")
+        part, several = _read_labels(file, split)
+        notes += [f"{several:,} {split} images with more than one of the four findings are left out"] if several else []
+        parts.append(part)
+    table = pd.concat(parts, ignore_index=True)
+    check_unique(table["id"].tolist(), where=level)
+    places = _find_images(root, set(table["id"].tolist()))
+    table.insert(1, "path", [places.get(i, f"images/{i}") for i in table["id"].tolist()])
+    return ImageDataset(
+        name=name,
+        root=root,
+        class_names=CLASSES,
+        metric="macro_auc",
+        augment="chest",
+        table=table.astype({"member": "int64", "label": "int64"}),
+        kind="nih",
+        subset_sizes={"S": 20, "M": 200},
+        notes=tuple(notes),
+    )
+
+
+def _label_file(folder: Path, split: str) -> Path | None:
+    return next((folder / name for name in _FILES[split] if (folder / name).is_file()), None)
+
+
+def _read_labels(file: Path, split: str) -> tuple[pd.DataFrame, int]:
+    """The rows with at most one finding, and how many have several.
+
+    `read_table` splits the header at every comma: two of its names hold one (``OriginalImage[Width,Height]``), and
+    the rows have a field for each part.
+    """
+    source = read_table(file, ["Image Index", *FINDINGS, *_SOURCE_COLUMNS])
+    findings = source[list(FINDINGS)]
+    wrong = [
+        f"{i}: {v!r}"
+        for column in FINDINGS
+        for i, v in zip(source["Image Index"], findings[column], strict=True)
+        if v not in ("YES", "NO")
+    ]
+    if wrong:
+        raise DatasetError(
+            f"unknown label in {len(wrong):,} rows", expected="YES or NO", found=first_few(wrong), where=file
+        )
+    for image_id in source["Image Index"]:
+        check_file_id(image_id, where=file)
+    check_unique(source["Image Index"].tolist(), where=file)
+    present = (findings == "YES").to_numpy()  # (n, 4)
+    count = present.sum(axis=1)
+    table = pd.DataFrame(
+        {
+            "id": source["Image Index"],
+            "member": -1,
+            "label": (present.argmax(axis=1) + 1) * (count == 1),
+            "group": source["Patient ID"],
+            "split": split,
+            **{column: source[original] for original, column in _SOURCE_COLUMNS.items()},
+        }
+    )
+    try:
+        table = table.assign(**{column: pd.to_numeric(table[column]) for column in _NUMBERS})
+    except ValueError as error:
+        raise DatasetError("a number cannot be read", found=str(error), where=file) from error
+    return table[count <= 1].reset_index(drop=True), int((count > 1).sum())
+
+
+def _find_images(root: Path, names: set[str], folder: str = "", depth: int = 3) -> dict[str, str]:
+    """Path of each of ``names`` below ``root``; where one occurs twice, the first in the order of paths counts."""
+    places: dict[str, str] = {}
+    for entry in list_folder(root / folder):
+        path = f"{folder}/{entry.name}" if folder else entry.name
+        if entry.name in names:
+            places.setdefault(entry.name, path)
+        elif depth and entry.is_dir():
+            if entry.is_symlink():
+                if entry.name.startswith("images") and not is_inside(root, os.path.realpath(entry.path)):
+                    raise refuse_outside(path, where=root)
+                continue
+            places = _find_images(root, names, path, depth - 1) | places
+    return places
+
+
+SOURCE = DatasetSource(
+    name="nih",
+    description="chest X-rays, four findings adjudicated by experts (NIH)",
+    expected="four_findings_expert_labels_{validation,test}_labels.csv\n"
+    "(from the Google Cloud bucket gcs-public-data--healthcare-nih-chest-xray-labels)\n"
+    "and images_001/images/*.png to images_012, or images/*.png",
+    download="dataset_download('nih-chest-xrays/data')",
+    read=read_nih,
+)

@@ -1,0 +1,390 @@
+"""What cached features say of a dataset: near-duplicates, likely label errors, outliers; the effect without them.
+
+Nothing here that decides about a training image looks at the label of a test image: features are standardized, models
+fitted and thresholds set on training images alone. Test images are judged by what was learned from training images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from embcache.data.draws import IntArray, stratified_group_folds
+from embcache.errors import ProtocolError, UsageError, check_number
+from embcache.paths import PathLike
+from embcache.probe.heads.logreg import LogReg
+from embcache.probe.inputs import load_features, open_stores
+from embcache.probe.metrics import log_probabilities, score, softmax
+from embcache.probe.prevalence import fit_temperature
+from embcache.probe.protocol import divide
+from embcache.probe.standard import standard_directions
+
+if TYPE_CHECKING:
+    from embcache.data.dataset import ImageDataset
+
+SIMILARITY = 0.95
+"""Cosine of standardized features from which two images count as near-duplicates."""
+
+MOST = 100
+"""Likely label errors that are listed, of training and of test labels each."""
+
+CREDIBLE = 0.10
+"""Share of doubted labels (mean over classes) above which the model is called too weak, not the labels wrong.
+
+The worst of the ten benchmarks whose labels Northcutt, Athalye and Mueller (2021) had checked has 10 % errors.
+"""
+
+NEIGHBORS = 10
+FAR = 5.0
+"""Robust deviations below the usual closeness of neighbors from which an image counts as an outlier."""
+
+_BLOCK = 512  # rows compared with all others at a time
+_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images that are nearly the same. ``kind``: across splits, across groups, or within a group."""
+
+    one: str
+    other: str
+    similarity: float
+    kind: str
+    same_label: bool
+
+
+@dataclass(frozen=True)
+class LabelError:
+    """A label that models which did not see the image confidently disagree with, and their most probable class."""
+
+    id: str
+    label: int
+    proposed: int
+    p_label: float
+    p_proposed: float
+    split: str
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What the models that judge labels are worth."""
+
+    labels: int
+    test_labels: int
+    found: int
+    test_found: int
+    share: float  # of the training labels of a class, how many are doubted: mean over classes
+    balanced_accuracy: float  # of the most probable class against the training labels, out of fold
+    too_weak: bool  # ``share`` is above `CREDIBLE`, or most labels of a class are doubted
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """An image far from all training images. ``deviations``: of its closeness to them, robust, below their median."""
+
+    id: str
+    deviations: float
+    split: str
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Test metric of a logistic regression on F, of all test images, trained with and without the excluded images."""
+
+    metric: str
+    before: tuple[float, float]
+    after: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What one backbone's features say."""
+
+    dataset: str
+    backbone: str
+    images: int
+    test_images: int
+    pairs: tuple[Pair, ...]  # most similar first
+    judge: Judge | None  # none where fewer than two classes can be judged; a note says why
+    label_errors: tuple[LabelError, ...]  # most confident first
+    outliers: tuple[Outlier, ...]  # furthest first
+    exclude: tuple[tuple[str, str], ...]  # training images to leave out, each with the reason
+    effect: Effect | None  # none where nothing is excluded, or where it cannot be told
+    no_effect: str  # why it cannot be told
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """Images that are audited: the first ``n`` train, the others test."""
+
+    ids: NDArray[np.object_]
+    labels: IntArray
+    groups: NDArray[np.object_]
+    split: NDArray[np.object_]
+    x: torch.Tensor  # float32 (N, D), raw
+    n: int
+    class_names: tuple[str, ...]
+
+    def folds(self, folds: int, seed: int) -> IntArray:
+        """The fold of each training image, classes spread evenly and no group divided; any class may be rare."""
+        return stratified_group_folds(self.labels[: self.n], self.groups[: self.n].tolist(), folds, seed)
+
+    def of_classes(self, classes: Sequence[int]) -> _Images:
+        """The images of some classes, these numbered anew."""
+        number = np.full(len(self.class_names), -1, dtype=np.int64)
+        number[list(classes)] = np.arange(len(classes))
+        rows = np.flatnonzero(number[self.labels] >= 0)
+        return _Images(
+            self.ids[rows], number[self.labels[rows]], self.groups[rows], self.split[rows], self.x[rows],
+            int((rows < self.n).sum()), tuple(self.class_names[c] for c in classes),
+        )  # fmt: skip
+
+
+def audit_dataset(
+    ds: ImageDataset,
+    backbone: str,
+    *,
+    similarity: float = SIMILARITY,
+    most: int = MOST,
+    home: PathLike | None = None,
+    recipe: str | None = None,
+    folds: int = 5,
+    seed: int = 0,
+) -> Audit:
+    """Look for near-duplicates, likely label errors and outliers in the cached features of one backbone.
+
+    Label errors are found by confident learning (Northcutt, Jiang and Chuang, 2021): logistic regressions over grouped
+    folds of the training images give each of these calibrated probabilities of models that did not see it (or its
+    group). A class is confident of an image where its probability reaches the mean that training images of this label
+    have; a label is doubted where such a class is another one (of several, the most probable class counts) and the
+    label is not itself the most probable class, as ``cleanlab.filter.find_label_issues`` has it with
+    ``filter_by="confident_learning"``. Test labels are judged by the mean of the same models.
+    """
+    if not 0 < similarity <= 1:
+        raise UsageError(
+            "not a similarity", expected="above 0, at most 1", found=str(similarity), fix="--similarity 0.95"
+        )
+    check_number("--most", most, 0, 1_000_000)
+    if folds < 3:
+        raise UsageError("too few folds to judge labels", expected="at least 3", found=str(folds))
+    store = open_stores(ds, [[backbone]], home, recipe)[backbone]
+    sides = divide(ds, seed=seed, digests=store.digests, unreadable=store.quarantined)
+    train, test = np.union1d(sides.pool, sides.own_val), sides.test[sides.labels[sides.test] >= 0]
+    rows = np.concatenate([train, test])
+    split = ds.table["split"].to_numpy(dtype=object)[rows]
+    split[len(train) :] = "test"  # of a local test set too
+    images = _Images(
+        sides.ids[rows], sides.labels[rows], sides.groups[rows], split,
+        load_features(store, ds, sides.ids[rows]), len(train), tuple(ds.class_names),
+    )  # fmt: skip
+    _check(images, ds)
+    pairs, closeness = _compare(images, similarity)
+    judge, errors, notes = _judge(images, most, folds, seed)
+    outliers = _outliers(images, closeness)
+    trusted = () if judge is None or judge.too_weak else errors
+    exclude = _exclude(images, pairs, trusted, outliers)
+    effect, reason = _effect(images, {id_ for id_, _ in exclude}, ds.metric, folds, seed) if exclude else (None, "")
+    said = [note.removesuffix("; --exclude-test-overlap leaves them out") for note in sides.notes]  # a flag of others
+    return Audit(
+        ds.name, backbone, len(train), len(test), pairs, judge, errors, outliers, exclude, effect, reason,
+        (*said, *notes),
+    )  # fmt: skip
+
+
+def _check(images: _Images, ds: ImageDataset) -> None:
+    if images.n < 2:
+        raise ProtocolError(
+            f"{ds.name} has too few training images to audit", expected="at least 2, labeled and readable",
+            found=str(images.n), where=ds.root,
+        )  # fmt: skip
+    bad = images.ids[~torch.isfinite(images.x).all(dim=1).numpy()].tolist()
+    if bad:
+        raise ProtocolError(
+            f"{len(bad):,} of {len(images.ids):,} images have features that are not finite",
+            found=", ".join(map(repr, bad[:5])) + (" …" if len(bad) > 5 else ""),
+            fix="remove the store and extract again, in fp32: embcache ls",
+        )
+
+
+def _compare(images: _Images, threshold: float) -> tuple[tuple[Pair, ...], Float]:
+    """Near-duplicates among all images, and each image's mean similarity to its nearest other training images, (N,)."""
+    z = standard_directions(images.x.numpy(), by=images.x[: images.n].numpy())
+    total, n, k = len(z), images.n, min(NEIGHBORS, images.n - 1)
+    closeness = np.empty(total)
+    pairs = []
+    for start in range(0, total, _BLOCK):
+        similar = z[start : start + _BLOCK] @ z.T  # (block, N)
+        own = np.arange(len(similar))
+        similar[own, start + own] = -np.inf
+        closeness[start : start + len(similar)] = np.partition(similar[:, :n], n - k, axis=1)[:, n - k :].mean(axis=1)
+        for a, b in np.argwhere(similar >= threshold).tolist():
+            if start + a < b:
+                pairs.append(_pair(images, start + a, b, float(similar[a, b])))
+    return tuple(sorted(pairs, key=lambda pair: (-pair.similarity, pair.one, pair.other))), closeness
+
+
+def _pair(images: _Images, one: int, other: int, similarity: float) -> Pair:
+    across = one < images.n <= other
+    same_group = images.groups[one] == images.groups[other]
+    kind = "across splits" if across else "within a group" if same_group else "across groups"
+    same = bool(images.labels[one] == images.labels[other])
+    return Pair(str(images.ids[one]), str(images.ids[other]), min(similarity, 1.0), kind, same)
+
+
+def _judge(
+    images: _Images, most: int, folds: int, seed: int
+) -> tuple[Judge | None, tuple[LabelError, ...], tuple[str, ...]]:
+    """Likely label errors of the classes that have enough groups, what the models are worth, and notes."""
+    names, here = images.class_names, images.labels[: images.n]
+    groups = [len(set(images.groups[: images.n][here == c].tolist())) for c in range(len(names))]
+    judged = [c for c, count in enumerate(groups) if count >= folds]
+    rare = ", ".join(f"{name} ({groups[c]})" for c, name in enumerate(names) if c not in judged)
+    notes = (f"labels are not judged of classes with fewer than {folds} groups in training: {rare}",) if rare else ()
+    if len(judged) < 2:
+        return None, (), notes
+    some = images.of_classes(judged) if rare else images
+    p = _calibrated(some, folds, seed)
+    doubted = doubted_labels(some.labels, p, some.n)
+    y, right, n = some.labels[: some.n], p.argmax(1)[: some.n] == some.labels[: some.n], some.n
+    shares = np.array([doubted[:n][y == c].mean() for c in range(len(judged))])
+    judge = Judge(
+        labels=n,
+        test_labels=len(p) - n,
+        found=int(doubted[:n].sum()),
+        test_found=int(doubted[n:].sum()),
+        share=float(shares.mean()),
+        balanced_accuracy=float(np.mean([right[y == c].mean() for c in range(len(judged))])),
+        too_weak=bool(shares.mean() > CREDIBLE or shares.max() > 0.5),
+    )
+    # Capped on each side of its own: no test label decides which training labels are listed.
+    errors = [error for side in (slice(0, n), slice(n, None)) for error in _errors(some, p, doubted, side)[:most]]
+    errors = [replace(e, label=judged[e.label], proposed=judged[e.proposed]) for e in errors]
+    return judge, tuple(sorted(errors, key=lambda e: e.p_label - e.p_proposed)), notes
+
+
+def _errors(images: _Images, p: Float, doubted: NDArray[np.bool_], side: slice) -> list[LabelError]:
+    """Likely label errors among the training images or the test images, most confident first."""
+    rows = np.arange(len(p))[side][doubted[side]]
+    proposed, labels = p.argmax(1), images.labels
+    errors = [
+        LabelError(
+            str(images.ids[i]), int(labels[i]), int(proposed[i]), float(p[i, labels[i]]), float(p[i, proposed[i]]),
+            str(images.split[i]),
+        )
+        for i in rows
+    ]  # fmt: skip
+    return sorted(errors, key=lambda e: e.p_label - e.p_proposed)
+
+
+def doubted_labels(labels: IntArray, p: Float, n: int) -> NDArray[np.bool_]:
+    """Labels that confident learning doubts; see `audit_dataset`.
+
+    Shapes: labels (N,); p (N, C); returns (N,).
+    """
+    thresholds = np.array([p[:n][labels[:n] == c, c].mean() for c in range(p.shape[1])])
+    confident = p >= thresholds - 1e-6
+    several, most_probable = confident.sum(1) > 1, p.argmax(1)
+    guess = np.where(several, most_probable, confident.argmax(1))
+    return np.asarray(confident.any(1) & (guess != labels) & (most_probable != labels))
+
+
+def _calibrated(images: _Images, folds: int, seed: int) -> Float:
+    """Calibrated probabilities (N, C): of a training image by the model that saw neither it nor its group.
+
+    A test image has the mean of all models, which are of training images.
+    """
+    y, n, classes = images.labels, images.n, len(images.class_names)
+    fold_of = images.folds(folds, seed)
+    found = np.zeros((len(y), classes))
+    for k in range(folds):
+        held, val = np.flatnonzero(fold_of == k), np.flatnonzero(fold_of == (k + 1) % folds)
+        train = np.setdiff1d(np.arange(n), np.concatenate([held, val]))
+        asked = np.concatenate([val, held, np.arange(n, len(y))])
+        # The head weighs classes alike; their shares in training turn its odds into those of the data.
+        shares = np.maximum(np.bincount(y[train], minlength=classes), 1) / len(train)
+        best = np.inf
+        for strength in _STRENGTHS:
+            logits = _logits(images, train, asked, LogReg(Cs=(strength,)))
+            logits = logits / fit_temperature(y[val], logits[: len(val)], shares) + np.log(shares)
+            loss = -float(log_probabilities(logits[: len(val)])[np.arange(len(val)), y[val]].mean())
+            if loss < best:
+                best, p = loss, softmax(logits[len(val) :])
+        found[held] = p[: len(held)]
+        found[n:] += p[len(held) :] / folds
+    return found
+
+
+def _logits(
+    images: _Images, train: IntArray, asked: IntArray, head: LogReg, val: IntArray | None = None, metric: str = ""
+) -> Float:
+    """Logits (len(asked), C) of a head trained on some rows, its strength chosen on others."""
+    x, y = images.x, torch.from_numpy(images.labels)
+    x_val, y_val = (None, None) if val is None else ({"features": x[val]}, y[val])
+    solved = head.solve({"features": x[train]}, y[train], x_val, y_val, len(images.class_names), metric)
+    logits = head.apply({name: p[None] for name, p in solved.params.items()}, {"features": x[asked][None]})
+    return np.asarray(logits[0].double().numpy())
+
+
+def _outliers(images: _Images, closeness: Float) -> tuple[Outlier, ...]:
+    usual = closeness[: images.n]
+    middle = np.median(usual)
+    spread = 1.4826 * np.median(np.abs(usual - middle))  # a standard deviation, were they normal
+    deviations = (middle - closeness) / max(float(spread), 1e-12)
+    far = np.flatnonzero(deviations > FAR)
+    order = far[np.argsort(-deviations[far], kind="stable")]
+    return tuple(Outlier(str(images.ids[i]), float(deviations[i]), str(images.split[i])) for i in order)
+
+
+def _exclude(
+    images: _Images, pairs: Sequence[Pair], errors: Sequence[LabelError], outliers: Sequence[Outlier]
+) -> tuple[tuple[str, str], ...]:
+    """Training images to leave out, each with its first reason."""
+    reasons: dict[str, str] = {}
+    # An image of a rare class is far from others only because there are few of its kind.
+    common = np.bincount(images.labels[: images.n], minlength=len(images.class_names)) > NEIGHBORS
+    usual = set(images.ids[: images.n][common[images.labels[: images.n]]].tolist())
+    for pair in pairs:
+        if pair.kind == "across splits":  # the training image comes first
+            reasons.setdefault(pair.one, f"near-duplicate of the test image {pair.other}")
+    for error in errors:
+        if error.split != "test":
+            name = images.class_names[error.proposed]
+            reasons.setdefault(error.id, f"likely label error ({name}: p = {error.p_proposed:.3f})")
+    for outlier in outliers:
+        if outlier.id in usual:
+            reasons.setdefault(outlier.id, f"outlier ({outlier.deviations:.1f} deviations)")
+    return tuple(reasons.items())
+
+
+def _effect(images: _Images, excluded: set[str], metric: str, folds: int, seed: int) -> tuple[Effect | None, str]:
+    """What leaving training images out does to the test metric, or why it cannot be told."""
+    y, test = images.labels, np.arange(images.n, len(images.labels))
+    out = np.array([id_ in excluded for id_ in images.ids])
+    fold_of = images.folds(folds, seed)
+    parts = [(np.flatnonzero(fold_of != k), np.flatnonzero(fold_of == k)) for k in range(folds)]
+    gone = sorted({int(c) for train, _ in parts for c in set(y[train]) - set(y[train[~out[train]]])})
+    if gone:
+        return None, f"{', '.join(images.class_names[c] for c in gone)} would be gone"
+    if len(np.unique(y[test])) < 2:
+        return None, "the labeled test images are not of two classes"
+    if any(len(np.unique(y[val[~out[val]]])) < 2 for _, val in parts):
+        return None, "a fold would have images of one class only to validate on"
+    before: list[float] = []
+    after: list[float] = []
+    for train, val in parts:
+        for rows, held, scores in ((train, val, before), (train[~out[train]], val[~out[val]], after)):
+            logits = _logits(images, rows, test, LogReg(Cs=_STRENGTHS), held, metric)
+            scores.append(score(metric, y[test], logits))
+    return Effect(metric, _mean_sd(before), _mean_sd(after)), ""
+
+
+def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1))

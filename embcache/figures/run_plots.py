@@ -1,0 +1,244 @@
+"""ROC, precision–recall, confusion and calibration of one run as figures: mean over its models, and their ensemble."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embcache.errors import ProtocolError, UsageError, check_choice
+from embcache.figures.plots import Curve, plot_confusion, plot_rates
+from embcache.probe.metrics import FloatArray, confusion, metric_title, positive_class
+from embcache.probe.predictions import Predictions
+from embcache.probe.statistics import wilson
+from embcache.results.compare import INTERVALS, Tested
+from embcache.results.decisions import Bin, Value, against_rest, calibration
+from embcache.results.layout import bounds, signed
+from embcache.results.rates import GRID, class_rates
+from embcache.runs.result import Estimate
+
+KINDS = ("roc", "pr", "confusion", "calibration")
+MOST_CLASSES = 10
+"""Classes of a figure of curves: of more, those with the most test images."""
+
+_THESE = "in brackets: 95 % interval, new patients and these models"
+_BANDS = 4  # classes up to which bands are told apart
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure and its numbers."""
+
+    kind: str
+    title: str
+    positive: str  # the class that is set against the rest; empty where each is
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+    records: Sequence[dict[str, Any]]  # the numbers as plain data
+    files: Sequence[Path] = field(default_factory=list)
+
+
+def draw_run(tested: Tested, kind: str, targets: Sequence[Path], *, positive: str | None = None) -> Drawn:
+    """Draw one run's test predictions."""
+    result, predictions = tested.result, tested.predictions
+    check_choice("--kind", kind, KINDS)
+    names = predictions.class_names
+    title = f"{result.dataset}{' (synthetic)' * result.synthetic}: {' + '.join(result.backbones)}, {result.id}"
+    if kind == "confusion":
+        if positive is not None:
+            raise UsageError("a confusion matrix has no positive class", found=f"--positive {positive}",
+                             fix="leave it out")  # fmt: skip
+        return _confusion(predictions, title, targets)
+    counts = np.bincount(predictions.labels, minlength=len(names))
+    if (counts > 0).sum() < 2:
+        raise ProtocolError(
+            "curves need test images of two classes", found=", ".join(names[c] for c in counts.nonzero()[0])
+        )
+    if positive is not None or len(names) == 2:
+        classes = [positive_class(names, positive) if positive is not None else predictions.positive]
+        if not 0 < counts[classes[0]] < counts.sum():
+            raise ProtocolError(f"no test image is of class {names[classes[0]]!r}", fix="leave --positive out")
+    else:
+        classes = sorted(np.argsort(-counts, kind="stable")[:MOST_CLASSES].tolist())
+        classes = [c for c in classes if counts[c]]
+    notes = [INTERVALS]
+    if len(classes) > 1 and len(classes) < (counts > 0).sum():
+        notes.append(
+            f"shortened: the {len(classes)} classes with the most test images of {int((counts > 0).sum())}; "
+            "--positive CLASS draws another one"
+        )
+    absent = [names[c] for c in np.flatnonzero(counts == 0)]
+    if absent:
+        notes.append(f"no test image of {', '.join(absent)}")
+    draw = _calibration if kind == "calibration" else _rates
+    return draw(predictions, kind, classes, title, targets, notes)
+
+
+def _rates(
+    predictions: Predictions, kind: str, classes: Sequence[int], title: str, targets: Sequence[Path], notes: list[str]
+) -> Drawn:
+    metric = "auc" if kind == "roc" else "auprc"
+    word, k = metric_title(metric), len(predictions.logits)
+    found = [class_rates(predictions, c, metric) for c in classes]
+    curves = []
+    for rates in found:
+        alone = len(found) == 1
+        band = k > 1 and len(found) <= _BANDS
+        low, high = (
+            np.clip(rates.mean + side * rates.sd, 0, 1) if band else np.full(len(GRID), np.nan) for side in (-1, 1)
+        )
+        own, one = f"{word} {_told(rates.estimate)}", f"{word} {_told(rates.ensemble)}"
+        if k == 1:
+            label = own if alone else f"{rates.name} ({rates.images:,}): {own}"
+            curves.append(_curve(label, rates.name, rates.x, rates.y))
+            continue
+        label = (
+            f"mean of {k} models, {own}"
+            if alone
+            else f"{rates.name} ({rates.images:,}): {own}, ensemble {signed(rates.ensemble.mean, 3)}"
+        )
+        curves.append(_curve(label, rates.name, GRID, rates.mean, low, high))
+        label = f"ensemble, {one}" if alone else ""
+        curves.append(_curve(label, "ensemble" if alone else rates.name, rates.x, rates.y, dashed=not alone))
+    first = found[0]
+    if len(found) == 1:
+        title += f"\npositive: {first.name}, {first.images:,} of {len(predictions.labels):,} test images"
+    else:
+        title += "\neach class against the rest (test images)"
+    about = [f"band: ± sd over the {k} models"] if k > 1 and len(found) <= _BANDS else []
+    about += [f"solid: mean of {k} models; dashed: ensemble"] if k > 1 and len(found) > 1 else []
+    about += [which] if (which := _which([r.estimate for r in found])) else []
+    about += [note for note in notes if note.startswith("shortened")]
+    axes = ("1 − specificity", "sensitivity") if kind == "roc" else ("recall", "precision")
+    reference: Any = "diagonal" if kind == "roc" else first.share if len(found) == 1 else None
+    for target in targets:
+        plot_rates(curves, title, target, axes=axes, reference=reference, note="\n".join(about))
+    headers = ["class", "images", "groups", f"{word} ± sd", "95 % interval", f"{word} of the ensemble", "95 % interval"]
+    rows = [
+        [
+            r.name, f"{r.images:,}", f"{r.groups:,}", _mean(r.estimate), _interval(r.estimate), _mean(r.ensemble),
+            _interval(r.ensemble),
+        ]
+        for r in found
+    ]  # fmt: skip
+    records = [
+        {
+            "class": r.name,
+            "images": r.images,
+            "groups": r.groups,
+            "mean": asdict(r.estimate),
+            "ensemble": asdict(r.ensemble),
+        }
+        for r in found
+    ]
+    return Drawn(kind, title, first.name if len(found) == 1 else "", headers, rows, notes, records, list(targets))
+
+
+def _confusion(predictions: Predictions, title: str, targets: Sequence[Path]) -> Drawn:
+    names, one = predictions.class_names, predictions.ensemble()
+    counts = confusion(one.labels, one.logits[0])
+    k, accuracy = len(predictions.logits), one.estimate("accuracy")
+    models = f"ensemble of {k} models" if k > 1 else "one model"
+    title += f"\n{models}, accuracy {_told(accuracy)}"
+    for target in targets:
+        plot_confusion(counts, names, title, target)
+    rows = [[name, *(f"{count:,}" for count in line)] for name, line in zip(names, counts.tolist(), strict=True)]
+    records = [
+        {"class": name, "predicted": dict(zip(names, line, strict=True))}
+        for name, line in zip(names, counts.tolist(), strict=True)
+    ]
+    notes = [f"rows: true classes; columns: predicted by the {models}"]
+    return Drawn("confusion", title, "", ["class", *names], rows, notes, records, list(targets))
+
+
+def _calibration(
+    predictions: Predictions, kind: str, classes: Sequence[int], title: str, targets: Sequence[Path], notes: list[str]
+) -> Drawn:
+    k, curves, rows, records = len(predictions.logits), [], [], []
+    for c in classes:
+        name, two = predictions.class_names[c], against_rest(predictions, c)
+        found = calibration(two)
+        last = found[-1]  # the ensemble, or the single model
+        if len(classes) == 1:
+            for z in two.logits if k > 1 else ():
+                single = calibration(replace(two, logits=z[None]), resamples=1)[-1].bins
+                curves.append(_curve("", "model", *_points(single), dashed=True))
+            low, high = np.array([wilson(b.positives / b.images, b.images) for b in last.bins]).T
+            label = f"intercept {_value(last.intercept, 2)}, slope {_value(last.slope, 2)}, Brier {_value(last.brier)}"
+            curves.append(_curve("ensemble: " * (k > 1) + label, "ensemble", *_points(last.bins), low, high))
+        else:
+            label = f"{name}: slope {_value(last.slope, 2)}, Brier {_value(last.brier)}"
+            curves.append(_curve(label, name, *_points(last.bins)))
+        for each in found:
+            numbers = [_value(each.intercept), _value(each.slope), _value(each.brier), f"{each.ece:.4f}"]
+            rows.append([name, each.models, *numbers, f"{len(each.bins)}" if each.bins else ""])
+            records.append({"class": name, **asdict(each)})
+    first = predictions.class_names[classes[0]]
+    counts: list[int] = []
+    if len(classes) == 1:
+        one = against_rest(predictions.ensemble(), classes[0])
+        counts = np.histogram(one.p[0, :, 1], bins=np.linspace(0, 1, 21))[0].tolist()
+        title += f"\npositive: {first}, {int((one.labels == 1).sum()):,} of {len(one.labels):,} test images"
+    else:
+        title += f"\neach class against the rest{', ensemble' if k > 1 else ''}"
+    sizes = [b["images"] for record in records for b in record["bins"]]
+    about = [
+        f"{len(records[-1]['bins'])} bins of {min(sizes):,}{f' to {max(sizes):,}' * (max(sizes) > min(sizes))} images"
+    ]
+    about += ["bars: 95 % interval of the share"] if len(classes) == 1 else []
+    about += [f"dashed: each of the {k} models"] if len(classes) == 1 and k > 1 else []
+    about = ["; ".join(about), _THESE, *(note for note in notes if note.startswith("shortened"))]
+    axes = (f"probability of {first if len(classes) == 1 else 'the class'}", "share observed")
+    for target in targets:
+        plot_rates(
+            curves, title, target, axes=axes, reference="diagonal", points=True, counts=counts, note="\n".join(about)
+        )
+    headers = ["class", "models", "intercept", "slope", "Brier score", "calibration error", "bins"]
+    return Drawn(kind, title, first if len(classes) == 1 else "", headers, rows, notes, records, list(targets))
+
+
+def _points(bins: Sequence[Bin]) -> tuple[FloatArray, FloatArray]:
+    return np.array([b.predicted for b in bins]), np.array([b.observed for b in bins])
+
+
+def _curve(
+    label: str, family: str, x: FloatArray, y: FloatArray, low: FloatArray | None = None,
+    high: FloatArray | None = None, *, dashed: bool = False,
+) -> Curve:  # fmt: skip
+    none = np.full(len(x), np.nan)
+    xs, ys, lows, highs = (tuple((none if values is None else values).tolist()) for values in (x, y, low, high))
+    return Curve(label, xs, ys, lows, highs, dashed=dashed, family=family)
+
+
+def _value(value: Value, digits: int = 3) -> str:
+    if value.value is None:
+        return f"– ({value.why})"
+    return signed(value.value, digits) + (f" ({bounds(value.interval, digits=digits)})" if value.interval else "")
+
+
+def _told(estimate: Estimate) -> str:
+    """``0.912 (0.880 to 0.941)``."""
+    return f"{signed(estimate.mean, 3)} ({bounds(estimate.interval) or estimate.why})"
+
+
+def _which(estimates: Sequence[Estimate]) -> str:
+    """Which interval a legend has, in words."""
+    if any(e.new_model for e in estimates):
+        return "in brackets: 95 % interval, new patients and a newly trained model (ensemble: these models)"
+    there = any(e.these_models for e in estimates)
+    return _THESE if there else ""
+
+
+def _mean(estimate: Estimate) -> str:
+    if not math.isfinite(estimate.mean):
+        return ""
+    return f"{estimate.mean:.4f}" + ("" if estimate.std is None else f" ± {estimate.std:.4f}")
+
+
+def _interval(estimate: Estimate) -> str:
+    return estimate.why if estimate.interval is None else f"{estimate.interval[0]:.4f} – {estimate.interval[1]:.4f}"

@@ -1,0 +1,289 @@
+"""What a person, or whoever reads a bug report, needs to know of an installation (``embcache doctor``)."""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import embcache
+from embcache.backbones.catalog import BACKBONES, weights_status
+from embcache.cores import usable_cores
+from embcache.data.images import DECODER_VERSION, decode_image
+from embcache.data.published import DATASETS, default_root
+from embcache.errors import EmbcacheError
+from embcache.maintain.listing import CachedStore, list_cached, list_interrupted
+from embcache.maintain.verify import find_stores, lease_files, leftovers
+from embcache.paths import PathLike, data_dir, home_dir, weights_dir
+from embcache.store.feature_store import FeatureStore
+from embcache.store.lease import is_abandoned
+
+PACKAGES = (
+    "torch", "torchvision", "timm", "numpy", "pandas", "pyarrow", "zarr", "h5py", "google-crc32c",
+    "scikit-learn", "scipy", "safetensors", "Pillow", "pydicom", "python-gdcm", "pylibjpeg-openjpeg", "pyjpegls",
+    "huggingface_hub", "typer",
+)  # fmt: skip
+# Of the processor's own list, those that decide which kernels torch has.
+FEATURES = (
+    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "neon", "asimd", "sve",
+    "bf16",
+)  # fmt: skip
+_SECONDS = 0.3  # of each measurement
+_SIDE = {"cpu": 1024, "cuda": 8192}  # of the multiplied matrices
+_COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes
+_SPARE = 1.1  # room that is owed, with what a run writes besides features
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All of it, as plain data."""
+
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    devices: list[dict[str, Any]]  # with the speed that each reaches
+    decoding: dict[str, Any]
+    places: list[dict[str, Any]]  # home, data and weights folders
+    owed: dict[str, Any]  # images that the stores still owe, the bytes they will take, and those free
+    weights: list[dict[str, str]]
+    datasets: list[dict[str, Any]]
+    stores: list[dict[str, Any]]
+    leases: list[dict[str, Any]]
+    interrupted: list[dict[str, Any]]
+    problems: list[str]  # what a person should do something about, with the command that does it
+
+
+def diagnose(home: PathLike | None = None, say: Callable[[str], object] = lambda line: None) -> Diagnosis:
+    """Look at everything; nothing needs to be cached, and nothing is written."""
+    problems: list[str] = []
+    say("measuring the devices")
+    measured = devices()
+    problems += [f"{d['device']} cannot be used: {d['problem']}" for d in measured if d["problem"]]
+    decoded = decoding()
+    places = [_place("home", home_dir(home)), _place("data", data_dir()), _place("weights", weights_dir(home))]
+    if not places[0]["writable"]:
+        problems.append(f"{places[0]['path']} cannot be written: give --home FOLDER, or set EMBCACHE_HOME")
+    say("looking at every store")
+    cached = list_cached(home)
+    owed = _owed(cached, places[0], problems)
+    stores, leases = _stores(home, cached, problems)
+    return Diagnosis(
+        versions=versions(),
+        machine=machine(),
+        devices=measured,
+        decoding=decoded,
+        places=places,
+        owed=owed,
+        weights=[{"backbone": name, "status": weights_status(name, home)} for name in BACKBONES],
+        datasets=[_dataset(name, home) for name in DATASETS if name != "folder"],
+        stores=stores,
+        leases=leases,
+        interrupted=[
+            {"dataset": run.dataset, "run": run.id, "bytes": run.bytes, "path": str(run.path), "command": run.command}
+            for run in list_interrupted(home)
+        ],
+        problems=problems,
+    )
+
+
+def _place(name: str, path: Path) -> dict[str, Any]:
+    nearest = next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
+    usage = shutil.disk_usage(nearest)
+    return {
+        "name": name,
+        "path": str(path),
+        "there": path.exists(),
+        "writable": nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
+        "free_bytes": usage.free,
+        "disk_bytes": usage.total,
+    }
+
+
+def _owed(cached: list[CachedStore], home: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Images still to compute under the recipes that are cached, and the room that their features take."""
+    images = size = 0
+    for row in cached:
+        if row.owed and not row.problem:
+            store = FeatureStore(row.path)
+            images += row.owed
+            size += row.owed * prod(store.row_shape) * store.dtype.itemsize
+    enough = size * _SPARE <= home["free_bytes"]
+    if not enough:
+        problems.append(
+            f"what is planned takes {size / 1e9:.1f} GB and {home['free_bytes'] / 1e9:.1f} GB are free in "
+            f"{home['path']}: free space, or give --home FOLDER"
+        )
+    return {"images": images, "bytes": size, "free_bytes": home["free_bytes"], "enough": enough}
+
+
+def _stores(
+    home: PathLike | None, cached: list[CachedStore], problems: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A quick check of each store (headers, plans, indexes, sizes), and the leases in all of them."""
+    known = {row.path: row for row in cached}
+    stores, leases = [], []
+
+    def unread(path: PathLike, error: OSError) -> None:
+        problems.append(f"{path} cannot be read: {error.strerror}: ask its owner for permission (chmod -R g+rX)")
+
+    for path in find_stores(home, skipped=unread):
+        row = known.get(path)
+        problem = row.problem if row else "recipe.json is missing"
+        try:
+            if row and not problem:
+                FeatureStore(path).sources()  # reads the plans too
+        except EmbcacheError as error:
+            problem = f"{error.problem} ({error.where})"
+        rubbish, claims = 0, list[Path]()
+        try:
+            claims = lease_files(path)
+            rubbish = len([each for each in leftovers(path) if each not in claims])
+        except OSError as error:
+            problem = problem or f"{error.strerror} ({error.filename})"
+        if problem:
+            problems.append(f"{path.parent.name}/{path.name}: {problem}: embcache verify names it and what to type")
+        stores.append(
+            {
+                "dataset": path.parent.name,
+                "store": path.name,
+                "rows": row.rows if row else 0,
+                "owed": row.owed if row else 0,
+                "quarantined": row.quarantined if row else 0,
+                "bytes": row.bytes if row else 0,
+                "leftovers": rubbish,
+                "problem": problem,
+            }
+        )
+        for lease in claims:
+            leases.append(
+                {"store": f"{path.parent.name}/{path.name}", "shard": int(lease.stem), "stale": is_abandoned(lease)}
+            )
+    return stores, leases
+
+
+def _dataset(name: str, home: PathLike | None) -> dict[str, Any]:
+    root = default_root(name, home)
+    return {"dataset": name, "path": str(root), "there": root.exists()}
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of each package that matters; ``not installed`` for optional ones."""
+    found = {"embcache": embcache.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Operating system, processor with what it can, cores, threads and memory."""
+    info = _proc("/proc/cpuinfo")
+    flags = set(_field(info, "flags").split()) | set(_field(info, "Features").split())
+    memory = {line.partition(":")[0]: line.partition(":")[2] for line in _proc("/proc/meminfo").splitlines()}
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _field(info, "model name") or platform.processor() or platform.machine(),
+        "features": [name for name in FEATURES if name in flags],
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        "cores": usable_cores(),
+        "cores_of_machine": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_bytes": _kilobytes(memory.get("MemTotal", "")),
+        "memory_free_bytes": _kilobytes(memory.get("MemAvailable", "")),
+        "decoder": DECODER_VERSION,
+    }
+
+
+def devices() -> list[dict[str, Any]]:
+    """Each device with the speed that it reaches: multiplying matrices, and copying memory."""
+    found = [_device("cpu", "processor", None)]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(_device(f"cuda:{index}", properties.name, properties.total_memory))
+    return found
+
+
+def decoding() -> dict[str, Any]:
+    """Images a second that are decoded from JPEGs of 512×512, by one thread and by one a core."""
+    coarse = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize((512, 512), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    data, cores = buffer.getvalue(), usable_cores()
+    one = _per_second(lambda: decode_image(data))
+    with ThreadPoolExecutor(cores) as pool:
+        many = _per_second(lambda: list(pool.map(decode_image, [data] * cores * 4))) * cores * 4
+    return {"image": "512x512 JPEG", "one_thread": one, "threads": cores, "all_threads": many}
+
+
+def _device(name: str, title: str, memory: int | None) -> dict[str, Any]:
+    device = torch.device(name)
+    answer: dict[str, Any] = {"device": name, "name": title, "memory_bytes": memory, "problem": ""}
+    try:
+        for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            answer[f"{kind}_tflops"] = _multiplying(device, dtype)
+        answer["memory_gb_s"] = _copying(device)
+        if device.type == "cuda":
+            answer["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    except RuntimeError as error:  # a device that is there and cannot be used, or has no memory left
+        answer["problem"] = str(error).splitlines()[0]
+    return answer
+
+
+def _multiplying(device: torch.device, dtype: torch.dtype) -> float:
+    side = _SIDE[device.type]
+    one = torch.ones((side, side), dtype=dtype, device=device)
+    return 2 * side**3 * _per_second(lambda: one @ one, device) / 1e12
+
+
+def _copying(device: torch.device) -> float:
+    source = torch.ones(_COPIED[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * len(source) * _per_second(lambda: target.copy_(source), device) / 1e9  # read and written
+
+
+def _per_second(work: Callable[[], object], device: torch.device | None = None) -> float:
+    """How often a second ``work`` is done, once it is warm."""
+    gpu = device is not None and device.type == "cuda"
+
+    def settle() -> None:
+        if gpu:
+            torch.cuda.synchronize(device)
+
+    work()
+    settle()
+    times, started = 0, time.perf_counter()
+    while (taken := time.perf_counter() - started) < _SECONDS:
+        work()
+        settle()
+        times += 1
+    return times / taken
+
+
+def _proc(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8", "replace")
+    except OSError:
+        return ""  # not Linux
+
+
+def _field(text: str, name: str) -> str:
+    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(name)), "")
+
+
+def _kilobytes(text: str) -> int | None:
+    digits = text.strip().removesuffix("kB").strip()
+    return int(digits) * 1024 if digits.isdecimal() else None

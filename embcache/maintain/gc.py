@@ -1,0 +1,273 @@
+"""Freeing what nothing needs: superseded rows, and what killed processes have left (``embcache gc``).
+
+Live rows of shards that also hold superseded ones are copied, not computed, into new shards with the next free numbers.
+No lock keeps other processes away. A row is copied with the size, time and digest of its own plan, and only if no plan
+owes its image; the copy's plan takes the number after the highest that was there when all this was read. Where another
+process has planned meanwhile that number is taken, and everything is looked at again: a copy never supersedes a row
+that was planned later than the one that it copies.
+
+Once the copies are committed and read back, every row of the old shards is superseded, and they go: first the plan,
+then the shard, each at once. Killed at any instant, every live row is still in a committed shard, and the next run goes
+on. Old numbers are never given to other rows: a process that has the store open is told that a file is gone, and is
+never served another image's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embcache.errors import StoreError
+from embcache.io import bytes_under, home_folders, skip
+from embcache.io import leftovers as leftovers_in
+from embcache.maintain.verify import lease_files, leftovers
+from embcache.paths import PathLike, home_dir, slug
+from embcache.runs.run_names import PARTIAL, run_folders
+from embcache.store.commit import ShardRows, commit_shard, discard, publish_plan, refresh_view, take_out
+from embcache.store.header import StoreHeader
+from embcache.store.lease import is_abandoned
+from embcache.store.reading import (
+    LiveRows,
+    committed_numbers,
+    plan_numbers,
+    read_features,
+    read_header,
+    read_live,
+    read_plan,
+    read_plans,
+    row_sources,
+    shard_name,
+    unless_collected,
+)
+from embcache.store.rows import PlanEntry
+
+Say = Callable[[str], object]
+_REPLACED = (
+    "runs",
+    "splits",
+    "figures",
+    "figures/attention",
+    "figures/coordinates",
+)
+"""Folders of a dataset in which files and folders are replaced."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was freed of one store, or would be."""
+
+    path: Path  # the store's folder
+    superseded: int  # rows that a later row of the same image had replaced
+    moved: int  # live rows that were copied into new shards, so that the old ones could go
+    shards: int  # shards that were removed
+    leftovers: int  # files and folders that killed processes had left, dead leases included
+    freed: int  # bytes; of a dry run what the removed shards take less what the new ones would
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON data."""
+        return {
+            "dataset": self.path.parent.name,
+            "path": str(self.path),
+            "superseded": self.superseded,
+            "moved": self.moved,
+            "shards": self.shards,
+            "leftovers": self.leftovers,
+            "freed": self.freed,
+        }
+
+
+def collect(path: Path, *, dry_run: bool = False, say: Say = lambda line: None) -> Collected:
+    """Free what nothing needs of one store."""
+    header = read_header(path)
+    seen = _look(path, header)
+    rubbish = leftovers(path)
+    before = bytes_under(path) + sum(bytes_under(each) for each in rubbish if path not in each.parents)
+    if seen.waiting:
+        shards = ", ".join(map(str, seen.waiting[:5])) + (" …" if len(seen.waiting) > 5 else "")
+        say(f"shards {shards} hold rows that are to be computed anew: freed once an extraction has done so")
+    if dry_run:
+        freed = _gain(path, header, seen) + sum(map(bytes_under, rubbish))
+        return Collected(path, seen.superseded, len(seen.moving), len(seen.wasteful), len(rubbish), max(0, freed))
+    moved = 0
+    while True:
+        left = _look(path, header)
+        copied = moved
+        for number, rows in _new_shards(path, header, left):
+            unless_collected(path, lambda number=number, rows=rows: _copy(path, header, number, *rows))  # type: ignore[misc]
+            say(f"shard {number}: {len(rows[1]):,} rows copied from older shards")
+            moved += len(rows[1])
+        if moved == copied and not len(left.moving):
+            break
+    if left.wasteful:
+        _check_superseded(path, header, left.wasteful)
+        for number in left.wasteful:
+            take_out(path, path / "plan" / f"{shard_name(number)}.json", "gc-plan")
+            take_out(path, path / "shards" / shard_name(number), "gc-shard")
+            say(f"shard {number}: removed, its rows were superseded or copied")
+    if committed_numbers(path):
+        refresh_view(path)  # also where a killed run has removed shards and not come to this
+    for each in rubbish:
+        discard(each)
+    if rubbish:
+        say(f"{len(rubbish)} leftovers of killed processes: removed")
+    freed = before - bytes_under(path)
+    superseded = max(0, left.superseded - moved)
+    return Collected(path, superseded, moved, len(left.wasteful), len(rubbish), max(0, freed))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A store at one moment."""
+
+    live: LiveRows
+    sources: list[PlanEntry]
+    plans: Mapping[int, Sequence[PlanEntry]]  # of shards that are planned and not committed
+    next: int  # the number after the highest
+    wasteful: list[int]  # shards with superseded rows that can go, once ``moving``, places in ``live``, are copied
+    waiting: list[int]  # shards with superseded rows that stay: they hold rows that are planned to be computed anew
+    moving: np.ndarray
+    superseded: int  # superseded rows of the wasteful shards
+
+
+def _look(path: Path, header: StoreHeader) -> _Seen:
+    return unless_collected(path, lambda: _look_once(path, header))
+
+
+def _look_once(path: Path, header: StoreHeader) -> _Seen:
+    # The plans come first: whatever is planned after them takes the number that we would.
+    while True:
+        plans = read_plans(path)
+        committed = committed_numbers(path)
+        if {*plans} <= {*plan_numbers(path)}:
+            break  # else another gc removed some: they are not owed
+    live = read_live(path, header, committed)
+    owed = {number: entries for number, entries in plans.items() if number not in live.shard_rows}
+    anew = {entry.id for entries in owed.values() for entry in entries}
+    counts = np.bincount(live.shards, minlength=max(committed, default=-1) + 1)
+    partly = [number for number, rows in live.shard_rows.items() if counts[number] < rows]
+    held = {shard for id_, shard in zip(live.ids, live.shards.tolist(), strict=True) if id_ in anew}
+    wasteful = [number for number in partly if number not in held]
+    return _Seen(
+        live=live,
+        sources=row_sources(live, plans),
+        plans=owed,
+        next=max([*plans, *committed], default=-1) + 1,
+        wasteful=wasteful,
+        waiting=[number for number in partly if number in held],
+        moving=np.flatnonzero(np.isin(live.shards, wasteful)),
+        superseded=sum(live.shard_rows[number] - int(counts[number]) for number in wasteful),
+    )
+
+
+def _new_shards(
+    path: Path, header: StoreHeader, seen: _Seen
+) -> Iterator[tuple[int, tuple[LiveRows, Sequence[PlanEntry], Sequence[int]]]]:
+    """Number of each new shard and its rows, as places among live ones; plans of a run that was killed come first.
+
+    Ends before all rows are through where another process has planned since ``seen``: that must be looked at first.
+    """
+    unfinished = False
+    for number, entries in seen.plans.items():
+        # Extraction plans what it has to compute, without a digest: this one was planned to be copied.
+        if not any(entry.digest for entry in entries):
+            continue
+        live = read_live(path, header, [n for n in seen.live.shard_rows if n < number])
+        plans = {n: read_plan(path, n) for n in set(live.shards.tolist())}
+        place = {entry: k for k, entry in enumerate(row_sources(live, plans))}
+        if all(entry in place for entry in entries):
+            unfinished = True
+            yield number, (live, entries, [place[entry] for entry in entries])
+    for index, start in enumerate(range(0, 0 if unfinished else len(seen.moving), header.rows_per_shard)):
+        places = seen.moving[start : start + header.rows_per_shard].tolist()
+        entries = tuple(seen.sources[k] for k in places)
+        if not publish_plan(path, seen.next + index, entries):
+            return
+        yield seen.next + index, (seen.live, entries, places)
+
+
+def _copy(
+    path: Path,
+    header: StoreHeader,
+    number: int,
+    live: LiveRows,
+    entries: Sequence[PlanEntry],
+    places: Sequence[int],
+) -> None:
+    if number in committed_numbers(path):
+        return  # another process was quicker, and may have removed the old shards already
+    features = np.empty((len(places), *header.row_shape), np.dtype(header.recipe.dtype))
+    shards = live.shards[list(places)]
+    for shard in np.unique(shards).tolist():
+        mine = np.flatnonzero(shards == shard)
+        positions = live.positions[[places[k] for k in mine.tolist()]]
+        features[mine] = read_features(path, header, shard)[positions]
+    rows = ShardRows(
+        tuple(entry.id for entry in entries),
+        features,
+        live.valid[list(places)],
+        tuple(live.digests[k] for k in places),
+        tuple(live.reasons[k] for k in places),
+    )
+    commit_shard(path, number, rows)
+
+
+def _gain(path: Path, header: StoreHeader, seen: _Seen) -> int:
+    """Bytes of the wasteful shards less those of the copies of what is in use in them."""
+    sizes = {number: bytes_under(path / "shards" / shard_name(number)) for number in seen.wasteful}
+    if header.format == "zarr":  # a shard's array has room for all rows, however few there are
+        shards = -(-len(seen.moving) // header.rows_per_shard)
+        return sum(sizes.values()) - shards * (sum(sizes.values()) // max(len(sizes), 1))
+    held = np.bincount(seen.live.shards, minlength=seen.next)
+    return sum(size - round(size * int(held[n]) / seen.live.shard_rows[n]) for n, size in sizes.items())
+
+
+def _check_superseded(path: Path, header: StoreHeader, wasteful: Sequence[int]) -> None:
+    """Read back what is there now: no live row may lie in what is about to be removed."""
+    live = read_live(path, header)
+    left = set(live.shards.tolist()) & set(wasteful)
+    for number in set(live.shards.tolist()):
+        read_features(path, header, number)
+    if left:
+        raise StoreError(
+            "rows of old shards are still in use", found=f"shards {sorted(left)}", where=path, fix="embcache verify"
+        )
+
+
+def collect_home(
+    home: PathLike | None = None, datasets: Sequence[str] = (), *, dry_run: bool = False
+) -> Mapping[str, int]:
+    """Remove what killed processes have left of all but the stores, in a home or in the folders of some datasets.
+
+    That is what was to replace a snapshot, a scan, a run, a splits file or a figure, and the checkpoints of finetunings
+    whose runs are finished. What cannot be listed is skipped.
+    """
+    root = home_dir(home)
+    folders = [root / slug(name) for name in datasets] or [root, *home_folders(root)]
+    found = []
+    for folder in folders:
+        places = [folder, *(folder / name for name in _REPLACED if folder != root)]
+        for place in places:
+            try:
+                found += leftovers_in(place)
+            except OSError as error:
+                skip(place, error)
+    for name in datasets or (None,):
+        found += [path for path in run_folders(home, name, partial=True) if _is_finished(path)]
+    freed = sum(map(bytes_under, found))
+    for path in () if dry_run else found:
+        discard(path)
+    return {"leftovers": len(found), "freed": freed}
+
+
+def _is_finished(partial: Path) -> bool:
+    """Whether the run of these checkpoints was saved after them, and no process is at it."""
+    run = partial.with_name(partial.name.removeprefix(".").removesuffix(PARTIAL))
+    try:
+        saved, kept = ((path.lstat().st_mtime_ns) for path in (run / "result.json", partial / "state.json"))
+    except OSError:
+        return False
+    return saved >= kept and all(is_abandoned(lease) for lease in lease_files(partial))

@@ -1,0 +1,343 @@
+"""Two questions answered in a sentence each from saved results: which backbone to take, and whether more labels help.
+
+A backbone is chosen on validation alone; the test set only says how good it is and which others it cannot be told apart
+from. More labels help where the slope of the score over log2 of training labels is above 0 beyond chance (`doubling`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from embcache.errors import EmbcacheError
+from embcache.paths import PathLike
+from embcache.probe.metrics import METRICS, find_metric, merit, metric_title
+from embcache.probe.statistics import NOTHING, RESAMPLES, Scores, deviations, estimate, satterthwaite, t_quantile
+from embcache.results.compare import Comparison, Tested, compare_tested, load_tested, same_test
+from embcache.results.comparisons import Difference
+from embcache.results.curves import named_curves
+from embcache.results.layout import bounds, signed
+from embcache.runs.folders import ProbeResult, runs_dir
+
+LEVEL = 0.05
+"""A corrected p below it tells two models apart."""
+
+_MOST = 6  # names in a sentence
+
+Verdict = Literal["worse", "undecided", "better", "unknown"]
+Trend = Literal["rising", "unclear", "plateau", "flat", "falling", "one size", "unknown"]
+Namer = Callable[[str], str]
+"""From a model's name to what a sentence calls it."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A model beside the chosen one."""
+
+    name: str
+    run: str
+    difference: Difference  # its test score less that of the chosen model
+    p_holm: float | None  # corrected for all models compared at this size
+    verdict: Verdict  # of this model
+
+
+@dataclass(frozen=True)
+class BackboneAdvice:
+    """Which backbone to take."""
+
+    text: str  # one sentence
+    name: str
+    run: str
+    n_train: int  # training labels of a fold
+    metric: str
+    mean: float  # its test score, over folds
+    interval: tuple[float, float] | None  # 95 %, as tables show it
+    rivals: tuple[Rival, ...]  # by falling validation score
+
+
+@dataclass(frozen=True)
+class LabelsAdvice:
+    """Whether more labels help one model."""
+
+    text: str  # one sentence
+    name: str  # the model
+    metric: str
+    trend: Trend  # of a loss, rising is getting better
+    sizes: tuple[int, ...]  # training labels of a fold, ascending
+    means: tuple[float, ...]  # test scores
+    doubling: Difference | None = None  # change of the score with twice the labels, over all sizes; None for one size
+    plateau_from: int | None = None  # the size that begins a plateau
+    last_doubling: Difference | None = None  # like ``doubling``, over the last sizes
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What saved results of one dataset, target and metric answer."""
+
+    dataset: str
+    target: str
+    metric: str
+    backbone: BackboneAdvice | None  # none where no size has two backbones that can be compared
+    labels: LabelsAdvice | None  # of the chosen model, or the one of the most sizes; None where nothing was validated
+    problems: tuple[str, ...] = ()  # runs whose predictions cannot be read
+
+    @property
+    def title(self) -> str:
+        """Dataset, and the target where it is not the label."""
+        return self.dataset + (f", {self.target}" if self.target else "")
+
+    @property
+    def sentences(self) -> list[str]:
+        """What a table of these results says beneath: nothing of one backbone, nothing of one size."""
+        told = [] if self.backbone is None else [self.backbone.text]
+        return told if self.labels is None or len(self.labels.sizes) < 2 else [*told, self.labels.text]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data, every field by its name."""
+        return asdict(self)
+
+
+def advise(results: Sequence[ProbeResult], *, home: PathLike | None = None, resamples: int = RESAMPLES) -> list[Advice]:
+    """Answer both questions for every dataset, target and metric among saved results."""
+    tasks: dict[tuple[Any, ...], list[ProbeResult]] = {}
+    for result in results:
+        if result.mean is not None and result.val_mean is not None and result.kind != "kaggle":
+            key = (result.dataset, result.target, result.metric, result.class_names)
+            tasks.setdefault(key, []).append(result)
+    return [_advise(named_curves(members), home, resamples) for members in tasks.values()]
+
+
+def sentences(advice: Sequence[Advice]) -> list[str]:
+    """What a table of results says beneath, each named by its dataset and target where there are several."""
+    several = len({each.title for each in advice}) > 1
+    told = [
+        (each.title, line) for each in advice for line in (*each.sentences, *(f"not read: {p}" for p in each.problems))
+    ]
+    return [f"{title}: {line}" if several else line for title, line in told]
+
+
+def _advise(models: Mapping[str, Sequence[ProbeResult]], home: PathLike | None, resamples: int) -> Advice:
+    first = next(iter(models.values()))[0]
+    problems: dict[str, None] = {}
+
+    def load(found: Mapping[str, ProbeResult]) -> dict[str, Tested]:
+        loaded = {}
+        for name, result in found.items():
+            try:
+                loaded[name] = load_tested(result, runs_dir(result.dataset, home) / result.id)
+            except EmbcacheError as error:
+                problems[f"{result.id}: {error.problem}"] = None
+        return loaded
+
+    chosen = None
+    for n in sorted({r.n_train for members in models.values() for r in members}, reverse=True):
+        at = {name: r for name, members in models.items() for r in members if r.n_train == n}
+        family = comparable(at)
+        if len({at[name].backbones for name in family}) < 2:
+            continue
+        tested = load({name: at[name] for name in family})
+        alike = [name for name in tested if same_test(next(iter(tested.values())), tested[name])]
+        if len({at[name].backbones for name in alike}) < 2:
+            continue
+        rows = compare_tested([tested[name] for name in alike], resamples=resamples)
+        chosen = advise_backbone(alike, rows, n)
+        break
+    # The curve of the chosen model; where it has one size only, or none was chosen, of the one with the most sizes.
+    order = sorted(models, key=lambda name: (-len(models[name]), -_validated(max(models[name], key=_size))))
+    name = chosen.name if chosen is not None and len(models[chosen.name]) > 1 else order[0]
+    curve = list(load({r.id: r for r in models[name]}).values())
+    labels = advise_labels(name, curve, shortened=_namer(models), resamples=resamples) if curve else None
+    return Advice(first.dataset, first.target, first.metric, chosen, labels, tuple(problems))
+
+
+def _size(result: ProbeResult) -> int:
+    return result.n_train
+
+
+def _validated(result: ProbeResult) -> float:
+    """Mean validation score, higher is better."""
+    return merit(result.metric, result.val_mean)
+
+
+def comparable(at: Mapping[str, ProbeResult]) -> list[str]:
+    """Names of the models at one size whose validation scores can be compared, the best first.
+
+    Those share the digest of their splits; where there are several such families, the one of the most backbones, then
+    of the most models, then with the most labels. The test set plays no part in the order.
+    """
+    families: dict[str, list[str]] = {}
+    for name, result in at.items():
+        families.setdefault(str(result.request.get("splits", "")), []).append(name)
+
+    def rank(names: list[str]) -> tuple[int, int, int]:
+        return len({at[name].backbones for name in names}), len(names), at[names[0]].labels_used
+
+    family = max(list(families.values()), key=rank)
+    return sorted(family, key=lambda name: (-_validated(at[name]), name))
+
+
+def advise_backbone(names: Sequence[str], rows: Sequence[Comparison], n_train: int) -> BackboneAdvice:
+    """Which backbone to take, of models at one number of training labels."""
+    first = rows[0]
+    loss = first.metric in METRICS and METRICS[first.metric].loss
+    rivals = []
+    for name, row in zip(names[1:], rows[1:], strict=True):
+        assert row.difference is not None
+        verdict: Verdict = "undecided"
+        if row.difference.interval is None:
+            verdict = "unknown"
+        elif row.p_holm is not None and row.p_holm < LEVEL:
+            verdict = "better" if (row.difference.difference > 0) is not loss else "worse"
+        rivals.append(Rival(name, row.run, row.difference, row.p_holm, verdict))
+    short = _namer(names)
+    told = {v: _listed([short(r.name) for r in rivals if r.verdict == v]) for v in get_args(Verdict)}
+    these = "" if all(r.difference.trained for r in rivals) else " (as trained here)"
+    parts = {
+        "worse": f"it is better than {told['worse']}{these}, Holm-corrected p < {LEVEL:g}",
+        "undecided": f"it cannot be told apart from {told['undecided']}{these}",
+        "better": f"{told['better']} scored better on the test images{these}, which play no part in the choice",
+        "unknown": f"there are too few patients to compare it with {told['unknown']}",
+    }
+    metric = metric_title(first.metric, first.estimate.positive)
+    text = (
+        f"Take {short(names[0])}: it scored best on validation with {n_train:,} training labels and reaches a test "
+        f"{metric} of {signed(first.mean, 3)}{_bounds(first.interval) or f' ({first.estimate.why})'}; "
+        f"{'; '.join(words for verdict, words in parts.items() if told[verdict])}."
+    )
+    return BackboneAdvice(text, names[0], first.run, n_train, first.metric, first.mean, first.interval, tuple(rivals))
+
+
+def advise_labels(
+    name: str, tested: Sequence[Tested], *, shortened: Namer | None = None, resamples: int = RESAMPLES
+) -> LabelsAdvice:
+    """Whether more labels help one model."""
+    ordered = sorted(tested, key=lambda t: t.result.n_train)
+    last = ordered[-1]
+    ordered = [t for t in ordered if same_test(last, t)]
+    result = last.result
+    loss = find_metric(result.metric, len(result.class_names)).loss
+    title = metric_title(result.metric, "" if result.estimate is None else result.estimate.positive)
+    sizes, means = tuple(t.result.n_train for t in ordered), tuple(float(t.result.mean or 0.0) for t in ordered)
+    if len(sizes) == 1:
+        text = (
+            f"Whether more labels help cannot be told from one size, {sizes[0]:,} training labels; --subset "
+            "20,50,100,F gives several."
+        )
+        return LabelsAdvice(text, name, result.metric, "one size", sizes, means)
+    positive = last.predictions.positive
+    scores = [replace(t.predictions, positive=positive).scores(result.metric, resamples) for t in ordered]
+
+    def slope(start: int) -> Difference:
+        return doubling(scores[start:], ordered[start:])
+
+    def rises(d: Difference) -> bool:
+        return d.interval is not None and (d.interval[1] < 0 if loss else d.interval[0] > 0)
+
+    def flattens(d: Difference, whole: Difference) -> bool:
+        low, high = d.interval or (-math.inf, math.inf)
+        return low > whole.difference if loss else high < whole.difference
+
+    overall, plateau = slope(0), None
+    # The end of the curve spans a doubling at least, so that two sizes close together do not pass for a plateau.
+    start = max([k for k, n in enumerate(sizes) if 2 * n <= sizes[-1]], default=0)
+    trend: Trend = "rising"
+    if overall.interval is None:
+        trend = "unknown"
+    elif not rises(overall):
+        trend = "falling" if (overall.interval[0] > 0 if loss else overall.interval[1] < 0) else "flat"
+    elif not rises(slope(start)):
+        ends = {k: slope(k) for k in range(1, start + 1)}
+        flatter = [k for k, d in ends.items() if not rises(d) and flattens(d, overall)]
+        trend, start = "unclear", next(k for k, d in ends.items() if not rises(d))
+        if flatter:
+            trend, start, plateau = "plateau", flatter[0], sizes[flatter[0]]
+    end = slope(start)
+    begin = {
+        "rising": "More labels still help",
+        "unclear": f"More labels help, though from {sizes[start]:,} on alone no gain was shown",
+        "plateau": f"More labels help up to {sizes[start]:,}, beyond which no further gain was shown",
+        "flat": "No gain from more labels was shown",
+        "falling": "More labels make it worse",
+        "unknown": f"Whether more labels help cannot be told ({overall.why})",
+    }[trend]
+    text = (
+        f"{begin}: {(shortened or _spoken)(name)} reaches a test {title} of "
+        f"{_listed([signed(m, 3) for m in means], 12)} with {_listed([f'{n:,}' for n in sizes], 12)} training labels"
+    )
+    if overall.interval is not None:
+        text += f"; a doubling changes it by {_change(overall)}"
+        text += (
+            f", from {sizes[start]:,} on by {_change(end)}"
+            if trend in ("rising", "unclear", "plateau") and start
+            else ""
+        )
+    return LabelsAdvice(text + ".", name, result.metric, trend, sizes, means, overall, plateau, end)
+
+
+def doubling(scores: Sequence[Scores], tested: Sequence[Tested]) -> Difference:
+    """Change of the score with twice the labels: the least-squares slope over log2 of training labels.
+
+    The slope is a weighted sum of the means at each size. Its variance is that of the same sum over the test groups,
+    which all sizes share, and of each size's training, with the share of training images that its own models have in
+    common. Sizes count as trained independently; where one's images are among the next one's, that is conservative.
+    """
+    from scipy.special import stdtr  # scipy.stats takes a second to import
+
+    x = np.log2([t.result.n_train for t in tested])
+    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    slope = float(sum(w * s.mean for w, s in zip(weights, scores, strict=True)))
+    why = scores[0].test.too_few(scores[0].metric) or ("" if np.isfinite(slope) else "no value")
+    df = min(s.df for s in scores)
+    moves = sum(w * (s.moves if s.draws is None else s.draws).mean(0) for w, s in zip(weights, scores, strict=True))
+    if scores[0].draws is not None:
+        moves = deviations(moves[None], df)[0]
+    parts = [(float((moves**2).sum()), df)]
+    for w, s, t in zip(weights, scores, tested, strict=True):
+        k, own = len(s.values), t.predictions
+        found = estimate(s, own.overlap, own.folds)
+        if found.training_variance is not None and own.overlap is not None:
+            parts.append((w**2 * found.training_variance * (1 / k + (1 - 1 / k) * own.overlap), own.folds - 1))
+    trained = len(parts) == 1 + len(scores)
+    parts = parts if trained else parts[:1]
+    variance = sum(v for v, _ in parts)
+    why = why or ("" if variance > NOTHING else "no variation among the test groups")
+    if why:
+        return Difference(slope, None, None, None, None, trained, why)
+    df, error = satterthwaite(*parts), math.sqrt(variance)
+    t95 = t_quantile(0.95, df)
+    p = float(2 * stdtr(df, -abs(slope) / error))
+    smallest = (t95 + t_quantile(0.6, df)) * error  # the 0.8 quantile
+    return Difference(slope, (slope - t95 * error, slope + t95 * error), p, smallest, None, trained)
+
+
+def _change(d: Difference) -> str:
+    these = "" if d.trained else ", these models"
+    assert d.interval is not None
+    return f"{signed(d.difference, 3, plus=True)}{_bounds(d.interval, plus=True, words=these)}"
+
+
+def _bounds(interval: tuple[float, float] | None, *, plus: bool = False, words: str = "") -> str:
+    return "" if interval is None else f" (95 % interval {bounds(interval, plus=plus)}{words})"
+
+
+def _spoken(name: str) -> str:
+    """``dino (linear)`` for ``dino, linear``."""
+    first, _, rest = name.partition(", ")
+    return f"{first} ({rest})" if rest else first
+
+
+def _namer(names: Iterable[str]) -> Namer:
+    """Models are called by their backbones alone where nothing else sets them apart."""
+    alone = len({name.partition(", ")[2] for name in names}) == 1
+    return (lambda name: name.partition(", ")[0]) if alone else _spoken
+
+
+def _listed(names: Sequence[str], most: int = _MOST) -> str:
+    """``a, b and c``; of many the first and how many others; nothing of none."""
+    if len(names) > most:
+        return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} others"
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

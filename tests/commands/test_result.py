@@ -1,0 +1,195 @@
+"""``embcache results RUN``: what is printed is what saved predictions say, and what cannot be told is said once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from click.testing import Result
+from sklearn.metrics import accuracy_score, brier_score_loss, confusion_matrix, roc_auc_score
+from typer.testing import CliRunner
+
+from embcache.commands import probe_command as probe
+from embcache.errors import StoreError, UsageError
+from embcache.probe.probe import probe_features
+from embcache.runs.folders import find_run_anywhere, load_heads, load_predictions, save_run
+from embcache.runs.result import run_id
+from tests.probe.build import make_dataset, make_features, put_store
+
+app = typer.Typer()
+app.command("results")(probe.results)
+app.command("heads")(probe.heads)
+
+
+def results(*arguments: object) -> Result:
+    """Run ``embcache results``; an error is raised as it is."""
+    done = CliRunner().invoke(app, ["results", *(str(a) for a in arguments)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def data(*arguments: object, metric: str = "brier") -> dict[str, Any]:
+    """Its JSON, with the scores of one metric, or of all."""
+    chosen = ["--metric", metric] if metric else []
+    return json.loads(results(*arguments, *chosen, "--json", "-").stdout)
+
+
+@pytest.fixture
+def run(home: Path) -> str:
+    """A run on images of 2 classes, one sick in four; two images of each patient."""
+    labels = np.repeat(np.tile([0, 1, 0, 0], 40), 2)
+    groups = [f"p{k // 2}" for k in range(320)]
+    ds = make_dataset(labels, groups, split=["train"] * 200 + ["test"] * 120)
+    put_store(home, ds, "net", make_features(ds, shift=2.5))
+    return probe_features(ds, "net", folds=3, subset=40, home=home).id
+
+
+def saved(run: str, home: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,) and mean P(b) (n,) of the run's saved predictions."""
+    table = load_predictions(find_run_anywhere(run, home)[1]).groupby("id")[["label", "p_1"]].mean()
+    return table["label"].to_numpy(), table["p_1"].to_numpy()
+
+
+def test_a_run_is_shown_in_full(run: str, home: Path) -> None:
+    shown = results(run).stdout
+    for words in (
+        "120 images (90 a, 30 b)", "positive class: b", "new patients, these models", "a newly trained model",
+        "by patient, ensemble", "always a", "sensitivity ≥ 0.95", "Calibration of P(b)", "Confusion matrix",
+        "threshold from pooled out-of-fold predictions of single models", "test set's prevalence of b, 0.250",
+    ):  # fmt: skip
+        assert words in shown
+    found, (y, p) = data(run, metric=""), saved(run, home)
+    scores = found["scores"]
+    assert scores["accuracy"]["ensemble"]["mean"] == pytest.approx(accuracy_score(y, p > 0.5))
+    assert scores["auc"]["ensemble"]["mean"] == pytest.approx(roc_auc_score(y, p))
+    assert scores["brier"]["ensemble"]["mean"] == pytest.approx(brier_score_loss(y, p))
+    order = np.argsort([int(i[1:]) for i in sorted(f"i{k}" for k in range(200, 320))])
+    by_patient = p[order].reshape(-1, 2).mean(1)
+    assert scores["auc"]["by patient, ensemble"]["mean"] == pytest.approx(roc_auc_score(y[order][::2], by_patient))
+    assert found["confusion"] == confusion_matrix(y, p > 0.5).tolist()
+    one = next(o for o in found["operating_points"] if (o["rule"], o["models"]) == ("Youden", "ensemble"))
+    assert one["sensitivity"]["value"] == pytest.approx(np.mean(p[y == 1] > one["thresholds"][0]))
+    assert f"{found['calibration'][1]['slope']['value']:.4f}" in shown
+    assert sum(b["images"] for b in found["calibration"][1]["bins"]) == 120
+    assert found["result"]["id"] == run
+    assert found["prevalence"] == 0.25
+
+
+def test_metrics_that_are_asked_for_are_the_ones_shown(run: str) -> None:
+    assert list(data(run, metric="mcc,auprc")["scores"]) == ["mcc", "auprc"]
+    with pytest.raises(UsageError, match="no such metric"):
+        results(run, "--metric", "luck")
+
+
+def test_another_prevalence_corrects_what_training_saw(run: str, home: Path) -> None:
+    found, (y, _) = data(run, "--prevalence", "0.1"), saved(run, home)
+    assert found["prevalence"] == pytest.approx(0.1)
+    table = load_predictions(find_run_anywhere(run, home)[1])
+    odds = np.log(table["p_1"] / table["p_0"]) + np.log(1 / 9)  # training drew both classes alike
+    p = (1 / (1 + np.exp(-odds))).groupby(table["id"]).mean().to_numpy()
+    weights = np.where(y == 1, 0.1 / 30, 0.9 / 90)
+    assert found["calibration"][1]["brier"]["value"] == pytest.approx(np.sum(weights * (p - y) ** 2))
+    point = found["operating_points"][3]
+    assert (point["rule"], point["models"]) == ("Youden", "ensemble")
+    (threshold,) = point["thresholds"]
+    assert threshold < 0.5
+    a, b = np.mean(p[y == 1] > threshold), np.mean(p[y == 0] <= threshold)
+    assert point["sensitivity"]["value"] == pytest.approx(a)
+    assert point["ppv"]["value"] == pytest.approx(0.1 * a / (0.1 * a + 0.9 * (1 - b)))
+    assert found["notes"] == [
+        "scores and confusion matrix are of the models' own probabilities; what is below is adjusted",
+        "PPV, NPV and calibration are at the prevalence a=0.9, b=0.1",
+    ]
+    assert found["scores"] == data(run)["scores"]  # scores are of the probabilities that predict gives by default
+    calibrated = data(run, "--prevalence", "0.1", "--calibrate")
+    assert len({model["temperature"] for model in calibrated["adjustments"]}) == 3
+    with pytest.raises(UsageError, match="not a prevalence of these classes"):
+        results(run, "--prevalence", "10")
+
+
+def test_the_other_class_may_be_positive_and_the_run_stays_as_it_is(run: str, home: Path) -> None:
+    before = find_run_anywhere(run, home)[0]
+    found = data(run, "--positive", "a")
+    assert (found["result"]["positive"], found["prevalence"]) == ("a", 0.75)
+    assert found["scores"]["brier"]["ensemble"]["mean"] == pytest.approx(
+        data(run)["scores"]["brier"]["ensemble"]["mean"]
+    )
+    assert find_run_anywhere(run, home)[0].to_json() == before.to_json()
+
+
+def test_of_several_classes_one_is_named(home: Path) -> None:
+    ds = make_dataset(np.tile([0, 1, 2], 60), split=["train"] * 90 + ["test"] * 90)
+    put_store(home, ds, "net", make_features(ds, shift=2.0))
+    run = probe_features(ds, "net", folds=2, subset=30, home=home).id
+    assert "--positive CLASS" in results(run).stdout
+    assert data(run)["operating_points"] == []
+    found = data(run, "--positive", "c", "--prevalence", "a=0.7,b=0.2,c=0.1")
+    table = load_predictions(find_run_anywhere(run, home)[1])
+    p = (table[["p_0", "p_1", "p_2"]].to_numpy() * [0.7, 0.2, 0.1]).T
+    p_c = (p[2] / p.sum(0)).reshape(2, -1).mean(0)
+    y = table["label"].to_numpy()[:90]
+    assert found["operating_points"][1]["specificity"]["value"] == pytest.approx(np.mean(p_c[y != 2] <= 0.5))
+    assert "the other classes as they are in the test set" in " ".join(found["notes"])
+    with pytest.raises(UsageError, match="there are 3 classes"):
+        results(run, "--positive", "c", "--prevalence", "0.1")
+
+
+def resave(run: str, home: Path, **changes: Any) -> str:
+    """The run again, without its validation predictions."""
+    result, folder = find_run_anywhere(run, home)
+    table, heads = load_predictions(folder), load_heads(folder)
+    save_run(replace(result, **changes), table, heads, home)
+    return run
+
+
+def test_a_run_without_validation_predictions_says_so_once(run: str, home: Path) -> None:
+    resave(run, home)
+    found = data(run, "--prevalence", "0.1")
+    assert {point["rule"] for point in found["operating_points"]} == {"P > 0.5"}
+    assert sum("kept no predictions of validation images" in note for note in found["notes"]) == 1
+    with pytest.raises(StoreError, match="need the run's predictions of validation images") as caught:
+        results(run, "--calibrate")
+    assert str(caught.value.fix).startswith("embcache probe --again")
+
+
+def test_a_run_that_did_not_record_what_training_saw_is_refused(run: str, home: Path) -> None:
+    result, _ = find_run_anywhere(run, home)
+    resave(run, home, folds=tuple(replace(fold, seen=[]) for fold in result.folds))
+    with pytest.raises(StoreError, match="did not record how often training saw each class"):
+        results(run, "--prevalence", "0.1")
+
+
+def test_one_model_is_its_own_ensemble(run: str, home: Path) -> None:
+    result, folder = find_run_anywhere(run, home)
+    table, validation = load_predictions(folder), load_predictions(folder, "validation")
+    failed = [replace(fold, diverged=True, best_epoch=0, score=None, metrics={}) for fold in result.folds[:2]]
+    alone = replace(result, folds=(*failed, result.folds[2]), overlap=None)
+    save_run(alone, table[table["fold"] == 2], [{}, {}, {}], home, validation=validation[validation["fold"] == 2])
+    found = data(run, "--calibrate")
+    assert [c["models"] for c in found["calibration"]] == ["mean of the models"]
+    assert len(found["operating_points"]) == 6
+    assert any("one model" in note for note in found["notes"])
+    assert "ensemble" not in found["scores"]["brier"]
+    assert results(run).exit_code == 0
+
+
+def test_where_test_labels_are_not_known_nothing_is_measured(run: str, home: Path) -> None:
+    result, folder = find_run_anywhere(run, home)
+    request = {**result.request, "kind": "kaggle", "run": run}
+    scored = replace(result, kind="kaggle", request=request, id=run_id(request))
+    save_run(scored, load_predictions(folder), [], home)
+    assert data(scored.id)["scores"] == {}
+    assert "nothing can be measured" in results(scored.id).stdout
+
+
+def test_flags_of_one_run_need_a_run(home: Path) -> None:
+    for flags in (["--calibrate"], ["--prevalence", "0.1"], ["--positive", "b"]):
+        with pytest.raises(UsageError, match="are for one run"):
+            results(*flags)
+    assert "no results" in results().stdout

@@ -1,0 +1,253 @@
+"""What a user relies on in extraction: the right features, once, and nothing else computed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import embcache.extract.batching as batching
+import embcache.extract.extract as run
+from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, UsageError
+from embcache.extract.extract import extract_features, run_extraction
+from embcache.store.feature_store import FeatureStore
+from tests.extract.conftest import draw
+
+
+def load(root: Path) -> ImageDataset:
+    return load_dataset("folder", root)
+
+
+def extract(root: Path, **keywords: object) -> FeatureStore:
+    store = extract_features("random", load(root), **keywords)  # type: ignore[arg-type]
+    assert isinstance(store, FeatureStore)
+    return store
+
+
+def direct_features(root: Path, paths: list[str], seed: int = 0) -> np.ndarray:
+    """One image at a time through torchvision's own network, without embcache."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = torchvision.models.resnet50(weights=None)
+    network.fc = torch.nn.Identity()
+    network.eval()
+    rows = []
+    for path in paths:
+        pixels = torchvision.transforms.functional.to_tensor(Image.open(root / path).convert("RGB"))
+        pixels = torchvision.transforms.functional.normalize(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        with torch.inference_mode():
+            rows.append(network(pixels[None])[0].numpy())
+    return np.stack(rows)
+
+
+def close(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> bool:
+    return bool(np.abs(found - expected).max() <= tolerance * np.abs(expected).max())
+
+
+def test_cached_features_equal_the_direct_path(images: Path, home: Path) -> None:
+    dataset = load(images)
+    store = extract(images)
+    assert store.ids.tolist() == dataset.table["id"].tolist()
+    assert close(store.features[:], direct_features(images, dataset.table["path"].tolist()), 1e-4)
+
+
+def test_features_do_not_depend_on_batch_size_or_workers(images: Path, home: Path, tmp_path: Path) -> None:
+    reference = extract(images, home=tmp_path / "a", batch_size=20, workers=1).features[:]
+    for batch_size, workers in ((1, 1), (7, 3), (64, 2)):
+        other = extract(images, home=tmp_path / f"{batch_size}", batch_size=batch_size, workers=workers).features[:]
+        assert close(other, reference)
+
+
+def test_a_second_run_computes_nothing(images: Path, home: Path) -> None:
+    first = run_extraction(["random"], load(images))[0]
+    second = run_extraction(["random"], load(images))[0]
+    assert (first.computed, first.cached) == (20, 0)
+    assert (second.computed, second.cached) == (0, 20)
+    assert second.store.path == first.store.path
+
+
+def test_only_added_and_changed_images_are_extracted(images: Path, home: Path) -> None:
+    before = extract(images)
+    old = dict(zip(before.ids.tolist(), before.features[:], strict=True))
+    draw(images / "benign" / "new.png", 100)
+    draw(images / "benign" / "01.png", 101)
+    done = run_extraction(["random"], load(images))[0]
+    assert (done.computed, done.added, done.changed, done.cached) == (2, 1, 1, 19)
+    dataset = load(images)
+    now = dict(zip(done.store.ids.tolist(), done.store.features[:], strict=True))
+    assert close(done.store.features[:], direct_features(images, dataset.table["path"].tolist()), 1e-4)
+    (changed,) = [image for image in old if not np.array_equal(old[image], now[image])]
+    assert "01" in changed
+
+
+def test_touching_or_removing_an_image_extracts_nothing(images: Path, home: Path) -> None:
+    extract(images)
+    os.utime(images / "benign" / "01.png", (1, 1))
+    (images / "benign" / "03.png").unlink()
+    done = run_extraction(["random"], load(images))[0]
+    assert (done.computed, done.changed, len(done.store.ids)) == (0, 0, 19)
+
+
+def test_an_unreadable_image_is_quarantined_and_never_reaches_a_probe(images: Path, home: Path) -> None:
+    broken = images / "benign" / "01.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    (images / "benign" / "03.png").write_bytes(b"")
+    dataset = load(images)
+    done = run_extraction(["random"], dataset, max_bad=2)[0]
+    assert len(done.quarantined) == 2
+    assert all(done.quarantined.values())
+    assert len(done.store.ids) == 18
+    features, labels, _ = done.store.arrays(dataset)
+    assert features.shape == (18, 2048)
+    assert labels.tolist().count(dataset.class_names.index("benign")) == 8
+    assert np.abs(features).sum(axis=1).min() > 0
+
+
+def test_a_failing_disk_stops_the_run_and_blames_no_image(
+    images: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batching, "read_image", fail)
+        with pytest.raises(DatasetError, match="EIO"):
+            extract(images)
+    assert run_extraction(["random"], load(images))[0].computed == 20
+
+
+def test_several_backbones_decode_each_image_once(images: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = batching.read_image
+
+    def count(root: Path, path: str, member: int, decoding: object = None) -> object:
+        read.append(path)
+        return original(root, path, member)
+
+    monkeypatch.setattr(batching, "read_image", count)
+    stores = extract_features(["random", "random:1"], load(images))
+    assert isinstance(stores, dict)
+    assert len(read) == 20
+    one, other = stores["random"].features[:], stores["random:1"].features[:]
+    assert close(other, direct_features(images, load(images).table["path"].tolist(), seed=1), 1e-4)
+    assert not np.allclose(one, other)
+
+
+def test_a_second_pass_is_said(images: Path, home: Path) -> None:
+    extract(images)
+    draw(images / "benign" / "new.png", 100)
+    said: list[str] = []
+    done = run_extraction(["random", "random:1"], load(images), say=said.append)
+    assert [extraction.computed for extraction in done] == [1, 21]
+    assert any("second pass" in line for line in said)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    images: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 6)
+    whole = extract(images, home=tmp_path / "whole", batch_size=4)
+    original, calls = run.compute_shard, []
+
+    def interrupted(*arguments: object, **keywords: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run, "compute_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(images, home=tmp_path / "resumed", batch_size=4)
+    monkeypatch.setattr(run, "compute_shard", original)
+    done = run_extraction(["random"], load(images), home=tmp_path / "resumed")[0]
+    assert done.computed == 8
+    assert done.cached == 12
+    for path in sorted((whole.path / "shards").rglob("*")):
+        if path.is_file():
+            assert path.read_bytes() == (done.store.path / path.relative_to(whole.path)).read_bytes()
+
+
+@pytest.mark.parametrize("format", ["zarr", "hdf5"])
+def test_a_shard_cut_short_is_told_before_anything_is_called_complete(images: Path, home: Path, format: str) -> None:
+    store = extract(images, format=format)
+    largest = max((store.path / "shards").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else -1)
+    largest.write_bytes(largest.read_bytes()[:5000])
+    with pytest.raises(CorruptStoreError, match="5000 bytes"):
+        extract(images)
+
+
+def test_another_recipe_never_touches_a_store(images: Path, home: Path) -> None:
+    first = extract(images)
+    before = {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
+    imagenet = extract(images, transform="imagenet")
+    half = extract(images, precision="bf16")
+    assert len({first.path, imagenet.path, half.path}) == 3
+    assert {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()} == before
+    assert not np.array_equal(half.features[:], first.features[:])
+    assert close(half.features[:], first.features[:], 0.1)
+
+
+def test_parts_together_are_the_whole(
+    images: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 6)
+    whole = extract(images, home=tmp_path / "whole")
+    counts = [run_extraction(["random"], load(images), part=(i, 3))[0].computed for i in (1, 2, 3)]
+    assert sum(counts) == 20
+    assert max(counts) < 20
+    assert np.array_equal(extract(images).features[:], whole.features[:])
+
+
+def test_hdf5_holds_the_same_features(images: Path, home: Path, tmp_path: Path) -> None:
+    zarr, hdf5 = extract(images, home=tmp_path / "z"), extract(images, home=tmp_path / "h", format="hdf5")
+    assert np.array_equal(zarr.features[:], hdf5.features[:])
+
+
+def test_images_of_unequal_size_are_resized(images: Path, home: Path) -> None:
+    extract(images)
+    draw(images / "benign" / "large.png", 7, size=300)
+    said: list[str] = []
+    (done,) = run_extraction(["random"], load(images), say=said.append)
+    store = done.store
+    assert (done.computed, done.cached) == (21, 0)
+    assert [line for line in said if "another recipe" in line and "transform.resize" in line]
+    assert store.recipe.transform["resize"] == [256, 256]
+    assert store.recipe.transform["size"] == [224, 224]
+    assert len(store.ids) == 21
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"device": "cuda:7"}, "cannot be used"),
+        ({"device": "warp"}, "cannot be used"),
+        ({"precision": "fp8"}, "unknown precision"),
+        ({"precision": "tf32", "device": "cpu"}, "CUDA"),
+        ({"batch_size": 0}, "out of bounds"),
+        ({"workers": 0}, "out of bounds"),
+        ({"part": (3, 2)}, "no such part"),
+        ({"weights": {"dino": "x"}}, "not asked for"),
+        ({"format": "npz"}, "npz"),
+        ({"transform": "none"}, "transform"),
+    ],
+)
+def test_bad_requests_get_one_clear_message(
+    images: Path, home: Path, keywords: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        extract(images, **keywords)
+
+
+def test_a_dataset_without_images_is_refused(images: Path, home: Path) -> None:
+    dataset = load(images)
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DatasetNotFoundError, match="the first: not an image"):
+        extract_features("random", dataset)

@@ -1,0 +1,346 @@
+"""What a run bears: unreadable images up to a limit, and nothing that only looks like one."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import embcache
+import embcache.extract.batching as batching
+import embcache.extract.extract as run
+from embcache.backbones.catalog import LoadedBackbone
+from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
+from embcache.extract.extract import Extraction, run_extraction
+from embcache.extract.quarantine import parse_max_bad
+from embcache.results.compare import compare_runs
+from embcache.results.curves import curve_table
+from embcache.store.feature_store import open_store
+from tests.extract.conftest import draw
+from tests.extract.tiny import load_tiny
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "load_backbone", load_tiny)
+    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 6)
+
+
+def load(root: Path) -> ImageDataset:
+    return load_dataset("folder", root)
+
+
+def extract(root: Path, **keywords: object) -> Extraction:
+    (done,) = run_extraction(["random"], load(root), **keywords)  # type: ignore[arg-type]
+    return done
+
+
+def spoil(root: Path, *numbers: int) -> None:
+    for number in numbers:
+        (root / ("benign" if number % 2 else "malignant") / f"{number:02}.png").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("value", "images", "allowed"),
+    [("1%", 1000, 10), ("1%", 20, 1), ("0%", 20, 0), ("2.5%", 1000, 25), (0, 20, 0), ("7", 20, 7), ("100%", 20, 20)],
+)
+def test_the_limit_is_a_share_or_a_number(value: int | str, images: int, allowed: int) -> None:
+    assert parse_max_bad(value, images) == allowed
+
+
+@pytest.mark.parametrize("value", ["", "-1", "one", "1 %%", "101%", "0.5", "1e3", "٣%"])
+def test_other_limits_are_refused(value: str) -> None:
+    with pytest.raises(UsageError, match="--max-bad"):
+        parse_max_bad(value, 20)
+
+
+def test_above_the_limit_the_run_stops_before_the_commit_and_can_go_on(images: Path, home: Path) -> None:
+    spoil(images, 1, 11, 13)  # by class: the 1st, 6th and 7th of benign, which come first
+    with pytest.raises(DatasetError, match="too many images cannot be used: 2 of 20") as caught:
+        extract(images, max_bad="5%")
+    assert "at most 1 (--max-bad 5%)" in str(caught.value)
+    assert str(caught.value).count(": the file is empty") == 2
+    assert "--max-bad 2" in str(caught.value)
+    store = open_store("random", load(images).name)
+    assert store.committed() == ()
+    with pytest.raises(DatasetError, match=r"3 of 20 \(1 of them in the current shard"):
+        extract(images, max_bad=2)
+    assert store.committed() == (0,)
+    done = extract(images, max_bad=3)
+    assert (done.computed, done.cached, len(done.quarantined)) == (14, 6, 3)
+    # Nothing is computed any more, so nothing is judged.
+    assert extract(images, max_bad=0).computed == 0
+
+
+def test_one_bad_image_is_borne_by_default_and_two_of_twenty_are_not(images: Path, home: Path) -> None:
+    spoil(images, 1)
+    assert len(extract(images).quarantined) == 1
+    spoil(images, 3)
+    with pytest.raises(DatasetError, match="2 of 20"):
+        extract(images)
+
+
+def test_a_list_longer_than_twenty_is_cut(images: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 64)
+    for index in range(25):
+        draw(images / "benign" / f"x{index:02}.png", index)
+        (images / "benign" / f"x{index:02}.png").write_bytes(b"GIF89a, not")
+    with pytest.raises(DatasetError, match="… and 5 more") as caught:
+        extract(images)
+    assert str(caught.value).count("not an image that Pillow reads") == 20
+
+
+def test_images_that_left_the_dataset_do_not_count(images: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "compute_owed", lambda jobs, *_, **__: [0] * len(jobs))
+        extract(images)  # plans only
+    kept = images.parent / "kept"
+    for number in (1, 3, 5):
+        path = images / "benign" / f"{number:02}.png"
+        shutil.copytree(path.parent, kept, dirs_exist_ok=True)
+        path.unlink()
+    done = extract(images, max_bad=0)
+    assert (done.computed, len(done.store), done.quarantined) == (20, 17, {})
+    # Back again with the same size and time, they are computed.
+    for number in (1, 3, 5):
+        shutil.copy2(kept / f"{number:02}.png", images / "benign" / f"{number:02}.png")
+    shutil.rmtree(kept)
+    assert (extract(images).computed, len(extract(images).store)) == (3, 20)
+
+
+def test_fail_stops_at_the_first_and_commits_nothing_of_its_shard(images: Path, home: Path) -> None:
+    spoil(images, 3, 15)
+    with pytest.raises(DatasetError) as caught:
+        extract(images, on_error="fail", batch_size=1)
+    assert "benign/03.png" in str(caught.value)
+    assert "the file is empty" in str(caught.value)
+    assert str(images / "benign" / "03.png") in str(caught.value)
+    assert open_store("random", load(images).name).committed() == ()
+    with pytest.raises(UsageError, match="--on-error"):
+        extract(images, on_error="ignore")
+
+
+class Odd(nn.Module):
+    """Infinite features of every second image of a batch."""
+
+    def __init__(self, module: nn.Module, value: float) -> None:
+        super().__init__()
+        self.module, self.value = module, value
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.module(pixels).clone()
+        features[::2, 0] = self.value
+        return features
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("inf"), "float32"), (float("nan"), "float16"), (7e4, "float16")])
+def test_features_that_are_not_finite_count_as_bad(
+    images: Path, home: Path, monkeypatch: pytest.MonkeyPatch, value: float, dtype: str
+) -> None:
+    def load_odd(name: str, **_: object) -> LoadedBackbone:
+        loaded = load_tiny(name)
+        return LoadedBackbone(loaded.spec, Odd(loaded.module, value), loaded.weights_sha256, loaded.weights_source)
+
+    monkeypatch.setattr(run, "load_backbone", load_odd)
+    with pytest.raises(DatasetError, match="the features are not finite"):
+        extract(images, feature_dtype=dtype)
+    with pytest.raises(DatasetError, match="an image cannot be used"):
+        extract(images, feature_dtype=dtype, on_error="fail")
+    done = extract(images, feature_dtype=dtype, max_bad="50%")
+    assert set(done.quarantined.values()) == {"the features are not finite"}
+    assert (len(done.store), len(done.quarantined)) == (10, 10)
+    assert np.isfinite(done.store.features[:]).all()
+
+
+def test_half_precision_is_a_store_of_its_own_and_rounds(images: Path, home: Path) -> None:
+    full, half = extract(images).store, extract(images, feature_dtype="float16").store
+    assert full.path != half.path
+    assert half.dtype == np.float16
+    assert np.array_equal(full.features[:].astype(np.float16), half.features[:])
+    with pytest.raises(UsageError, match="dtype"):
+        extract(images, feature_dtype="float64")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EACCES])
+def test_a_failing_medium_is_told_with_image_and_error(
+    images: Path, home: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    original = batching.read_image
+
+    def fail(root: Path, path: str, member: int, decoding: object = None) -> object:
+        if path.endswith("09.png"):
+            raise OSError(code, "no such luck")
+        return original(root, path, member)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batching, "read_image", fail)
+        with pytest.raises(DatasetError, match="what is committed stays") as caught:
+            extract(images)
+    assert errno.errorcode[code] in str(caught.value)
+    assert str(images / "benign" / "09.png") in str(caught.value)
+    assert (extract(images).computed, extract(images).quarantined) == (20, {})
+
+
+def test_a_vanished_image_is_quarantined_while_the_root_stands(images: Path, home: Path) -> None:
+    dataset = load(images)
+    (images / "benign" / "05.png").unlink()
+    (done,) = run_extraction(["random"], dataset)
+    assert list(done.quarantined.values()) == ["the file is not there"]
+
+
+@pytest.mark.parametrize("how", ["empty", "gone", "another", "flickers"])
+def test_an_unmounted_root_quarantines_nothing(
+    images: Path, home: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    original, aside = batching.read_image, images.with_name("aside")
+
+    def read(root: Path, path: str, member: int, decoding: object = None) -> object:
+        if images.is_dir() and not aside.exists():
+            if how == "empty":  # the same folder, as far as its numbers go
+                shutil.copytree(images, aside)
+                for child in list(images.iterdir()):
+                    shutil.rmtree(child)
+            else:
+                images.rename(aside)
+                if how == "another":
+                    draw(images / "benign" / "else.png", 1)
+        try:
+            return original(root, path, member)
+        finally:
+            if how == "flickers" and aside.exists():
+                aside.rename(images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batching, "read_image", read)
+        with pytest.raises(DatasetNotFoundError, match="went away"):
+            extract(images, max_bad="100%", workers=1)
+    if how != "flickers":
+        shutil.rmtree(images, ignore_errors=True)
+        aside.rename(images)
+    done = extract(images)
+    assert (done.computed, done.quarantined) == (20, {})
+
+
+def test_quarantined_images_are_retried_when_asked(images: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(batching, "read_image", _refuse_tens)
+        assert len(extract(images, max_bad=2).quarantined) == 2
+    assert extract(images, max_bad=2).computed == 0
+    done = extract(images, retry_quarantined=True)
+    assert (done.computed, done.retried, done.cached, done.quarantined) == (2, 2, 18, {})
+    assert extract(images, retry_quarantined=True).computed == 0
+
+
+def _refuse_tens(root: Path, path: str, member: int, decoding: object = None) -> object:
+    from embcache.data.images import read_image
+    from embcache.errors import ImageError
+
+    if path.endswith("0.png"):
+        error = ImageError("a decoder that is too old")
+        error.digest = hashlib.sha256((root / path).read_bytes()).hexdigest()
+        raise error
+    return read_image(root, path, member)
+
+
+def test_no_grey_or_zero_row_reaches_a_probe_and_the_result_says_how_many_are_missing(images: Path, home: Path) -> None:
+    for index in range(20, 80):
+        draw(images / ("benign" if index % 2 else "malignant") / f"{index:02}.png", index)
+    spoil(images, 1, 2, 40)
+    whole = images / "malignant" / "44.png"
+    whole.write_bytes(whole.read_bytes()[:-400])
+    dataset = load(images)
+    (done,) = run_extraction(["random"], dataset, max_bad=4)
+    assert len(done.quarantined) == 4
+    features, _, _ = done.store.arrays(dataset)
+    direct, _ = _direct(done, dataset)
+    assert features.shape == (76, 6)
+    assert np.array_equal(features, direct)
+    assert np.abs(features).sum(axis=1).min() > 0
+    result = embcache.probe_features(dataset, ["random"], head="knn", subset="F")
+    assert "4 unreadable images left out" in result.notes
+    other = embcache.probe_features(dataset, ["random"], head="logreg", subset="F")
+    compared = compare_runs([result.id, other.id], resamples=20)
+    assert [row.notes[-1] for row in compared] == ["4 unreadable images left out"] * 2
+    assert f"{dataset.name}: 4 unreadable images left out" in curve_table([result, other]).notes
+    fold = result.folds[0]
+    assert fold.n_train + fold.n_val + result.n_test == 76
+
+
+def _direct(done: Extraction, dataset: ImageDataset) -> tuple[np.ndarray, list[str]]:
+    """Features of the readable images only, in a dataset in which there are no others."""
+    from dataclasses import replace
+
+    kept = dataset.table[~dataset.table["id"].isin(set(done.quarantined))]
+    names = kept["id"].tolist()
+    (clean,) = run_extraction(["random"], replace(dataset, table=kept), home=done.store.path.parent / "clean")
+    return clean.store.features[:], names
+
+
+def test_a_medium_that_fails_before_any_image_is_decoded_is_told_too(
+    images: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(images)
+    os.utime(images / "benign" / "05.png", (2, 2))  # so that its bytes are looked at
+    original = Path.open
+
+    def fail(path: Path, *arguments: object, **keywords: object) -> object:
+        if path.name == "05.png":
+            raise OSError(errno.EIO, "Input/output error")
+        return original(path, *arguments, **keywords)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(DatasetError, match="cannot be read for now") as caught:
+        extract(images)
+    assert "EIO" in str(caught.value)
+
+
+def test_another_limit_on_pixels_looks_again_at_what_it_allows_and_keeps_the_recipe(images: Path, home: Path) -> None:
+    draw(images / "benign" / "large.png", 99, size=48)
+    first = extract(images, max_pixels=2_303)
+    (reason,) = first.quarantined.values()
+    assert reason.startswith("too large: 2,304 pixels, more than 2,303")
+    again = extract(images, max_pixels=2_303)
+    assert (again.computed, again.store.path) == (0, first.store.path)
+    done = extract(images, max_pixels=2_304)
+    assert (done.computed, done.retried, done.quarantined) == (1, 1, {})
+    assert done.store.path == first.store.path
+    assert extract(images, max_pixels=2_303).computed == 0  # what is there is right
+    for scan in home.rglob("scan.parquet"):
+        scan.unlink()
+    assert extract(images, max_pixels=2_303).computed == 0
+    with pytest.raises(UsageError, match="--max-pixels"):
+        extract(images, max_pixels=0)
+
+
+def test_where_the_limit_leaves_no_image_it_is_the_reason(images: Path, home: Path) -> None:
+    with pytest.raises(DatasetError, match="too large: 1,600 pixels, more than 100"):
+        extract(images, max_pixels=100)
+
+
+def test_an_image_that_the_transform_blows_up_is_quarantined(images: Path, home: Path) -> None:
+    for name, size in (("wide", (60_000, 3)), ("high", (2, 300_000))):
+        Image.new("RGB", size).save(images / "benign" / f"{name}.png")
+    done = extract(images, transform="imagenet", max_bad=2)
+    assert len(done.quarantined) == 2
+    assert all("too thin for the transform" in reason for reason in done.quarantined.values())
+    squashed = extract(images, transform="paper", max_bad=2)  # to 256 x 256: only its columns grow before its rows
+    assert [Path(image).name for image in squashed.quarantined] == ["high.png"]
+
+
+def test_an_extraction_says_of_which_images_it_used_the_first_frame(images: Path, home: Path) -> None:
+    frames = [Image.new("L", (24, 24), shade) for shade in (0, 255)]
+    frames[0].save(images / "benign" / "stack.tif", save_all=True, append_images=frames[1:])
+    said: list[str] = []
+    extract(images, say=said.append)
+    assert [line for line in said if "frames" in line] == [
+        "1 images: the first of several frames or pages is used (benign/stack.tif)"
+    ]

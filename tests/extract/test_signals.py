@@ -1,0 +1,339 @@
+"""Signals, memory that runs out, several devices: real processes on one store."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from embcache.data.dataset import load_dataset
+from embcache.errors import UsageError
+from embcache.extract import extract as run
+from embcache.extract.extract import default_rows, extract_features
+from embcache.extract.signals import Stop, stop_on_signals
+from embcache.store.feature_store import FeatureStore
+from embcache.store.lease import Lease
+from embcache.store.reading import read_commit
+from tests.extract.conftest import draw
+from tests.extract.tiny import load_tiny
+
+PROJECT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are sent as POSIX has them")
+
+
+def _heed_interrupts() -> None:
+    """A shell's background jobs, and their children, are started with interrupts ignored; a person's command is not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+_started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _ended() -> Iterator[None]:
+    yield
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.communicate()
+
+
+def start(root: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
+    """`embcache extract` with the tiny network, in a process of its own; shards of eight images."""
+    words = ["extract", "--backbone", "random", "--dataset", "folder", "--data-root", str(root), "--json", "-", *flags]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.extract.tiny_run", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts,
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    _started.append(process)
+    return process
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[dict[str, object], str]:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    (answer,) = json.loads(out)
+    return answer, err
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """Every file of every shard."""
+    return {str(p.relative_to(store)): p.read_bytes() for p in sorted((store / "shards").rglob("*")) if p.is_file()}
+
+
+def wait_for(home: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 100
+    while not list(home.glob(f"*/random-*/{pattern}")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def helping(home: Path) -> str:
+    """What is there once a second process has a shard: the run itself has the first."""
+    return str(home / "*" / "random-*" / "[ls]*" / "000001*")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an uninterrupted run over the same images leaves: three shards, of 8, 8 and 4 images."""
+    folder = tmp_path_factory.mktemp("whole")
+    for index in range(20):
+        draw(folder / "images" / ("benign" if index % 2 else "malignant") / f"{index:02}.png", index)
+    answer, _ = finish(start(folder / "images", "--home", str(folder / "home"), "--batch-size", "2"))
+    return contents(Path(str(answer["store"])))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130)])
+def test_the_first_signal_commits_the_shard_at_hand_and_says_how_to_go_on(
+    images: Path, home: Path, whole: dict[str, bytes], number: int, status: int
+) -> None:
+    process = start(images, "--batch-size", "2", TINY_SECONDS="0.5")  # 2 s a shard
+    wait_for(home, "leases/000000.json", process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == status, err
+    assert "stopping after the current shard (" in err
+    assert "again stops at once" in err
+    assert "Traceback" not in err
+    (answer,) = json.loads(out)
+    assert (answer["computed"], answer["left"]) == (8, 12)
+    store = Path(answer["store"])
+    assert FeatureStore(store).committed() == (0,)
+    assert not list((store / "leases").iterdir())
+    command = shlex.split(err.strip().splitlines()[-1])
+    assert command[:2] == ["embcache", "extract"]
+    assert command[-3:] == ["-", "--batch-size", "2"]
+    rest, _ = finish(start(images, "--batch-size", "2"))
+    assert (rest["computed"], rest["cached"], rest["left"]) == (12, 8, 0)
+    assert contents(store) == whole
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143)])
+def test_the_second_signal_stops_at_once(
+    images: Path, home: Path, whole: dict[str, bytes], number: int, status: int
+) -> None:
+    process = start(images, "--batch-size", "1", TINY_WAITS="/nowhere")
+    wait_for(home, "leases/000000.json", process)
+    time.sleep(1)
+    process.send_signal(number)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(number)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == status, err
+    assert "stopped at once: what is committed stays" in err
+    assert "Traceback" not in err
+    (store,) = home.glob("*/random-*")
+    assert FeatureStore(store).committed() == ()
+    finish(start(images, "--batch-size", "1"))
+    assert set(contents(store)) == set(whole)
+
+
+def test_a_signal_while_waiting_for_another_process_stops_at_once(images: Path, home: Path) -> None:
+    answer, _ = finish(start(images, "--part", "1/3"))
+    store = Path(str(answer["store"]))
+    with Lease.acquire(store, 1) or pytest.fail("the lease is free"):
+        process = start(images)
+        wait_for(home, "shards/000002", process)
+        # The shard is there before it is let go of: until then a signal waits for it.
+        for _ in range(600):
+            lease = Lease.acquire(store, 2)
+            if lease is not None:
+                lease.release()
+                break
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == 143, err
+    assert "stopped at once" in err
+
+
+def test_a_batch_that_the_memory_does_not_hold_is_halved_recorded_and_told(
+    images: Path, home: Path, tmp_path: Path
+) -> None:
+    answer, err = finish(start(images, "--batch-size", "16", TINY_MOST="5"))
+    assert answer["computed"] == 20
+    assert "out of memory (CUDA out of memory" in err
+    assert [line for line in err.splitlines() if "the batch is 8" in line]
+    assert len([line for line in err.splitlines() if "the batch is 4" in line]) == 1  # kept for the rest of the run
+    store = Path(str(answer["store"]))
+    assert [read_commit(store, number).batch_size for number in (0, 1, 2)] == [4, 4, 4]
+    # Byte for byte what a run at that batch size makes; there it is the store's own, and not recorded again.
+    small, _ = finish(start(images, "--home", str(tmp_path / "small"), "--batch-size", "4"))
+    other = Path(str(small["store"]))
+    assert read_commit(other, 0).batch_size is None
+    mine, theirs = contents(store), contents(other)
+    assert {k: v for k, v in mine.items() if "commit" not in k} == {
+        k: v for k, v in theirs.items() if "commit" not in k
+    }
+    info = subprocess.run(
+        [sys.executable, "-m", "embcache", "info", "--dataset", str(answer["dataset"])],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(PROJECT)},
+    )  # fmt: skip
+    assert "batch 4, 1 threads: 3 of 3 shards, the first 000000" in info.stdout, info.stderr
+
+
+def test_a_memory_that_does_not_hold_one_image_is_one_clear_message(images: Path, home: Path) -> None:
+    process = start(images, TINY_MOST="0")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "the memory does not hold the network and one image" in err
+    assert "Traceback" not in err
+
+
+def test_two_devices_share_the_shards_and_leave_the_same_bytes(
+    images: Path, home: Path, whole: dict[str, bytes]
+) -> None:
+    helpers = json.dumps({"TINY_WAITS": "", "TINY_SECONDS": "0.1"})
+    answer, _ = finish(
+        start(images, "--batch-size", "2", "--device", "cpu,cpu", TINY_WAITS=helping(home), TINY_HELPERS=helpers)
+    )
+    assert (answer["computed"], answer["left"]) == (20, 0)
+    assert contents(Path(str(answer["store"]))) == whole
+
+
+def test_a_device_that_dies_leaves_its_shard_to_the_others_and_is_told(
+    images: Path, home: Path, whole: dict[str, bytes]
+) -> None:
+    helpers = json.dumps({"TINY_WAITS": "", "TINY_DIES": "1"})
+    answer, err = finish(
+        start(images, "--batch-size", "2", "--device", "cpu,cpu", TINY_WAITS=helping(home), TINY_HELPERS=helpers)
+    )
+    assert "the process on cpu ended before its work was done" in err
+    assert contents(Path(str(answer["store"]))) == whole
+
+
+def test_a_device_without_memory_tells_why_and_the_others_go_on(
+    images: Path, home: Path, whole: dict[str, bytes]
+) -> None:
+    helpers = json.dumps({"TINY_WAITS": "", "TINY_SECONDS": "0.5", "TINY_MOST": "0"})
+    answer, err = finish(
+        start(images, "--batch-size", "2", "--device", "cpu,cpu", TINY_WAITS=helping(home), TINY_HELPERS=helpers)
+    )
+    assert "cpu: out of memory" in err
+    assert "does not hold the network and one image" in err
+    assert contents(Path(str(answer["store"]))) == whole
+
+
+def test_a_signal_reaches_every_device_and_their_shards_are_committed(images: Path, home: Path) -> None:
+    helpers = json.dumps({"TINY_WAITS": "", "TINY_SECONDS": "1"})
+    process = start(
+        images, "--batch-size", "2", "--device", "cpu,cpu", TINY_WAITS=str(home / "go"), TINY_HELPERS=helpers
+    )
+    wait_for(home, "leases/000001.json", process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    (home / "go").touch()
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 130, err
+    (answer,) = json.loads(out)
+    assert FeatureStore(Path(answer["store"])).committed() == (0, 1)
+    assert (answer["computed"], answer["left"]) == (16, 4)
+    assert not list((Path(answer["store"]) / "leases").iterdir())
+
+
+def test_devices_end_with_a_run_that_is_killed(images: Path, home: Path) -> None:
+    helpers = json.dumps({"TINY_WAITS": "", "TINY_SECONDS": "1"})
+    process = start(images, "--batch-size", "2", "--device", "cpu,cpu", TINY_WAITS="/nowhere", TINY_HELPERS=helpers)
+    wait_for(home, "leases/000001.json", process)
+    (store,) = home.glob("*/random-*")
+    helper = json.loads((store / "leases" / "000001.json").read_text())["pid"]
+    assert helper != process.pid
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{helper}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{helper}").exists()
+    assert FeatureStore(store).committed() == (1,)
+
+
+@pytest.mark.parametrize("devices", ["cpu,warp", "cpu,auto", "cpu,", "cpu,cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_any_work(images: Path, home: Path, devices: str) -> None:
+    with pytest.raises(UsageError, match=r"device"):
+        extract_features("random", load_dataset("folder", images), device=devices)
+    assert not home.exists()
+
+
+def test_array_jobs_share_a_store_and_none_waits_for_the_shards_of_another(
+    images: Path, home: Path, whole: dict[str, bytes]
+) -> None:
+    flags = ("--batch-size", "2")
+    slow = start(images, *flags, "--part", "1/3", TINY_WAITS=str(home / "go"))
+    wait_for(home, "leases/000000.json", slow)
+    quick = [start(images, *flags, "--part", f"{part}/3") for part in (2, 3)]
+    answers = [finish(process)[0] for process in quick]
+    assert slow.poll() is None
+    (home / "go").touch()
+    assert [answer["computed"] for answer in answers] == [8, 4]
+    assert all(int(str(answer["left"])) >= 8 for answer in answers)
+    assert finish(slow)[0]["computed"] == 8
+    assert contents(Path(str(answers[0]["store"]))) == whole
+
+
+def test_a_signal_where_all_is_computed_stops_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    stop = Stop()
+    with stop_on_signals(stop):
+        stop.complete = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        assert not stop.asked
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == ""
+
+
+def test_who_listens_no_more_gets_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(descriptor: int, data: bytes) -> int:
+        raise BrokenPipeError
+
+    stop = Stop()
+    with stop_on_signals(stop), stop.at_hand(3):
+        monkeypatch.setattr(os, "write", gone)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+
+
+@pytest.mark.parametrize(
+    ("device", "images", "rows"),
+    [("cpu", 24, 64), ("cpu", 5840, 64), ("cpu", 131_072, 64), ("cpu", 131_073, 128), ("cpu", 10**6, 512),
+     ("cuda", 24, 64), ("cuda", 3662, 3662), ("cuda", 220_025, 4096), ("cuda", 10**6, 4096), ("mps", 10**4, 4096)],
+)  # fmt: skip
+def test_rows_per_shard_follow_device_and_number_of_images(device: str, images: int, rows: int) -> None:
+    assert default_rows(device, images) == rows
+
+
+def test_rows_per_shard_are_settled_when_a_store_is_made(
+    images: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "load_backbone", load_tiny)
+    dataset, said = load_dataset("folder", images), list[str]()
+    (done,) = run.run_extraction(["random"], dataset, rows_per_shard=7)
+    assert [len(entries) for entries in done.store.plans().values()] == [7, 7, 6]
+    run.run_extraction(["random"], dataset, rows_per_shard=9, say=said.append)
+    assert said == ["random: the store was created with 7 rows per shard, and keeps them"]
+    for wrong in (0, -1, 1 << 21):
+        with pytest.raises(UsageError, match="rows-per-shard is out of bounds"):
+            run.run_extraction(["random"], dataset, rows_per_shard=wrong)
+
+
+def test_a_signal_in_the_last_shard_interrupts_nothing(images: Path, home: Path) -> None:
+    process = start(images, "--rows-per-shard", "64", "--batch-size", "2", TINY_SECONDS="0.2")
+    wait_for(home, "leases/000000.json", process)
+    process.send_signal(signal.SIGINT)
+    answer, err = finish(process)
+    assert (answer["computed"], answer["left"]) == (20, 0)
+    assert "stopping after the current shard (" in err
+    assert "goes on from there" not in err

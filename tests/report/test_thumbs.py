@@ -1,0 +1,74 @@
+"""Sprite sheets: within their budget, each image in its place, nothing of a file but its pixels."""
+
+from __future__ import annotations
+
+import base64
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from embcache.data.dataset import ImageDataset
+from embcache.report.thumbs import ACROSS, make_sheets
+
+
+@pytest.fixture
+def ds(tmp_path: Path) -> ImageDataset:
+    """300 images of noise under a level of their own, the fourth of them no image."""
+    rng = np.random.default_rng(0)
+    for k in range(300):
+        pixels = (rng.integers(0, 40, (80, 80)) + (k % 200)).astype(np.uint8)
+        exif = Image.Exif()
+        exif[0x010E] = "Mrs Jones"
+        Image.fromarray(pixels).save(tmp_path / f"{k}.jpg", exif=exif)
+    (tmp_path / "3.jpg").write_bytes(b"no image")
+    names = [f"i{k}" for k in range(300)]
+    table = pd.DataFrame(
+        {"id": names, "path": [f"{k}.jpg" for k in range(300)], "member": -1, "label": 0, "group": names,
+         "split": "test"}
+    )  # fmt: skip
+    return ImageDataset("noise", tmp_path, ("a", "b"), "auc", "generic", table)
+
+
+def _open(sheet: str) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(sheet)))
+
+
+def test_every_image_is_at_its_place(ds: ImageDataset) -> None:
+    order = [f"i{k}" for k in reversed(range(300))]
+    found = make_sheets(ds, order)
+    assert found is not None
+    assert len(found.sheets) == 2
+    assert found.place[-4] == -1  # what cannot be read has no thumbnail, and no place is lost to it
+    assert sorted(p for p in found.place if p >= 0) == list(range(299))
+    for k in (0, 2, 4, 150, 299):
+        number = found.place[299 - k]
+        sheet = np.asarray(_open(found.sheets[number // ACROSS**2]).convert("L"), dtype=float)
+        row, column = divmod(number % ACROSS**2, ACROSS)
+        side = found.side
+        own = sheet[row * side : (row + 1) * side, column * side : (column + 1) * side]
+        assert own.mean() == pytest.approx(k % 200 + 19.5, abs=4)
+
+
+@pytest.mark.parametrize("budget", [40_000, 150_000, 1_000_000])
+def test_the_budget_is_kept_by_smaller_thumbnails(ds: ImageDataset, budget: int) -> None:
+    found = make_sheets(ds, ds.table["id"].tolist(), budget)
+    assert found is not None
+    assert sum(map(len, found.sheets)) <= budget
+    assert len(found.place) == 300
+
+
+def test_no_metadata_is_taken_along(ds: ImageDataset) -> None:
+    found = make_sheets(ds, ["i0", "i1"])
+    assert found is not None
+    assert b"Jones" not in base64.b64decode(found.sheets[0])
+    assert not _open(found.sheets[0]).getexif()
+
+
+def test_without_images_at_hand_there_are_none(ds: ImageDataset, tmp_path: Path) -> None:
+    assert make_sheets(ds, ["i3"]) is None
+    gone = ImageDataset("noise", tmp_path / "gone", ("a", "b"), "auc", "generic", ds.table)
+    assert make_sheets(gone, ["i0"]) is None

@@ -1,0 +1,268 @@
+"""Operating points chosen on validation, and calibration, against scikit-learn, scipy and brute force."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+from scipy.stats import norm
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss, confusion_matrix
+
+from embcache.errors import ProtocolError
+from embcache.probe.metrics import metric_title, score, softmax
+from embcache.probe.predictions import Predictions
+from embcache.results.decisions import (
+    POOLED,
+    RULES,
+    Rule,
+    against_rest,
+    calibration,
+    calibration_error,
+    choose_threshold,
+    operating_points,
+    recalibration_intercept,
+    recalibration_slope,
+)
+
+SENSITIVE, SPECIFIC = Rule("", "sensitivity", 0.9), Rule("", "specificity", 0.95)
+
+
+def predictions(y: np.ndarray, odds: np.ndarray, groups: np.ndarray | None = None, **fields: object) -> Predictions:
+    """Models of two classes by their log odds (K, n)."""
+    odds = np.atleast_2d(odds)
+    ids = np.array([f"i{k}" for k in range(len(y))], dtype=object)
+    names = ids if groups is None else np.array([f"g{k}" for k in groups], dtype=object)
+    logits = np.stack([np.zeros_like(odds), odds], axis=-1)
+    return Predictions(ids, names, y.astype(np.int64), logits, ("healthy", "sick"), **fields)  # type: ignore[arg-type]
+
+
+def drawn(rng: np.random.Generator, n: int, d: float = 1.5, share: float = 0.4) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and the right log odds of normal scores (at equal shares)."""
+    y = (rng.random(n) < share).astype(np.int64)
+    y[:2] = 0, 1
+    return y, d * (rng.normal(size=n) + d * (y - 0.5))
+
+
+def rates(y: np.ndarray, called: np.ndarray) -> tuple[float, float]:
+    return float(called[y == 1].mean()), float((~called[y == 0]).mean())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_threshold_has_the_most_that_its_rule_allows(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    y, x = drawn(rng, int(rng.integers(4, 60)))
+    x = np.round(x, int(rng.integers(0, 3)))  # with ties
+    every = [rates(y, x > t) for t in (-np.inf, *np.unique(x))]
+    chosen = {
+        rule.reach: rates(y, x > choose_threshold(y == 1, x, rule)) for rule in (*RULES[1:2], SENSITIVE, SPECIFIC)
+    }
+    assert sum(chosen["youden"]) == pytest.approx(max(map(sum, every)))
+    assert chosen["sensitivity"] == max((r for r in every if r[0] >= 0.9), key=lambda r: r[::-1])
+    assert chosen["specificity"] == max(r for r in every if r[1] >= 0.95)
+
+
+def test_thresholds_lie_between_values_and_need_both_classes() -> None:
+    y, x = np.array([0, 0, 1, 1]), np.array([-3.0, -1.0, 1.0, 3.0])
+    assert [choose_threshold(y == 1, x, rule) for rule in RULES] == [0.0] * 6
+    with pytest.raises(ProtocolError, match="both classes"):
+        choose_threshold(y[2:] == 1, x[2:], SENSITIVE)
+    close = np.array([1.0, np.nextafter(1.0, 2)])
+    assert (close > choose_threshold(np.array([False, True]), close, SENSITIVE)).tolist() == [False, True]
+
+
+def test_a_threshold_from_validation_is_unbiased_where_one_from_the_test_set_flatters() -> None:
+    # 20 negatives; 0.429 is the sensitivity at 95 % specificity of an endless test set.
+    d = float(norm.isf(0.05) + norm.ppf(0.429))
+    rng, validated, read_off = np.random.default_rng(0), [], []
+    y = np.repeat([0, 1], 20)
+    for _ in range(1500):
+        held, test = (rng.normal(size=40) + d * y for _ in range(2))
+        t = choose_threshold(y == 1, held, SPECIFIC)
+        validated.append([a - b for a, b in zip(rates(y, test > t), (norm.cdf(d - t), norm.cdf(t)), strict=True)])
+        read_off.append(score("sensitivity_at_95_specificity", y, np.stack([0 * test, test], axis=1)) - 0.429)
+    off, error = np.mean(validated, axis=0), np.std(validated, axis=0) / math.sqrt(1500)
+    assert (np.abs(off) < 3 * error).all()
+    assert (error < 0.004).all()
+    assert np.mean(read_off) > 0.07
+    assert metric_title("sensitivity_at_95_specificity", "sick").endswith(
+        "specificity of sick, threshold read off the test set"
+    )
+
+
+def test_operating_points_are_those_of_the_test_set_at_each_models_own_threshold() -> None:
+    rng = np.random.default_rng(1)
+    y, x = drawn(rng, 200)
+    odds = np.stack([x, 2 * x + rng.normal(size=200)])
+    held = [predictions(*drawn(rng, n)) for n in (50, 60)]
+    points = operating_points(predictions(y, odds), held)
+    assert [(p.rule, p.models) for p in points] == [
+        (rule.title, models) for rule in RULES for models in ("mean of the models", "ensemble")
+    ]
+    mean_p = softmax(predictions(y, odds).logits)[..., 1].mean(0)
+    for rule, mean, one in zip(RULES, points[::2], points[1::2], strict=True):
+        sides = [(v.labels == 1, v.logits[0, :, 1]) for v in held]
+        own = [choose_threshold(*side, rule) for side in sides]
+        pooled = choose_threshold(*(np.concatenate(part) for part in zip(*sides, strict=True)), rule)
+        np.testing.assert_allclose(mean.thresholds, 1 / (1 + np.exp(-np.array(own))))
+        assert one.thresholds == pytest.approx((1 / (1 + math.exp(-pooled)),))
+        assert one.chosen_on == (POOLED if rule.reach else "")
+        tables = [confusion_matrix(y, q > t) for q, t in zip(odds, own, strict=True)]
+        ensemble = confusion_matrix(y, mean_p > 1 / (1 + math.exp(-pooled)))
+        for point, counts in ((mean, tables), (one, [ensemble])):
+            for value, (row, column, axis) in (
+                (point.sensitivity, (1, 1, 1)), (point.specificity, (0, 0, 1)),
+                (point.ppv, (1, 1, 0)), (point.npv, (0, 0, 0)),
+            ):  # fmt: skip
+                of = [table[row, column] / table.sum(axis)[row if axis else column] for table in counts]
+                assert value.value == pytest.approx(np.mean(of))
+                assert value.these_models is not None
+                assert value.these_models[0] < np.mean(of) < value.these_models[1]
+
+
+def test_predictive_values_at_another_prevalence_follow_bayes_and_their_intervals_cover() -> None:
+    rng, d, share, covered, reps = np.random.default_rng(2), 1.8, 0.1, np.zeros(2), 400
+    y = np.repeat([0, 1], 40)
+    hit, passed = norm.cdf(d / 2), norm.cdf(d / 2)
+    right = (
+        share * hit / (share * hit + (1 - share) * (1 - passed)),
+        (1 - share) * passed / ((1 - share) * passed + share * (1 - hit)),
+    )
+    for _ in range(reps):
+        (point,) = operating_points(predictions(y, d * (rng.normal(size=80) + d * (y - 0.5))), [], share)
+        for k, (value, truth) in enumerate(zip((point.ppv, point.npv), right, strict=True)):
+            assert value.interval is not None
+            covered[k] += value.interval[0] <= truth <= value.interval[1]
+    assert (covered / reps >= 0.93).all()
+    assert point.ppv.value is not None
+    a, b = point.sensitivity.value, point.specificity.value
+    assert a is not None
+    assert b is not None
+    assert point.ppv.value == pytest.approx(share * a / (share * a + (1 - share) * (1 - b)))
+
+
+@pytest.mark.parametrize("prevalence", [None, 0.2])
+def test_where_no_image_is_called_positive_there_is_no_ppv(prevalence: float | None) -> None:
+    y = np.repeat([0, 1], 10)
+    (point,) = operating_points(predictions(y, np.full(20, -1.0)), [], prevalence)
+    assert (point.sensitivity.value, point.specificity.value) == (0, 1)
+    assert (point.ppv.value, point.ppv.why) == (None, "no image called")
+    assert point.npv.value == pytest.approx(0.5 if prevalence is None else 0.8)
+
+
+def test_one_class_of_several_is_set_against_the_others() -> None:
+    rng = np.random.default_rng(3)
+    logits = rng.normal(scale=5, size=(3, 40, 4))
+    ids = np.arange(40).astype(str).astype(object)
+    every = Predictions(ids, ids, rng.integers(0, 4, 40), logits, ("a", "b", "c", "d"))
+    two = against_rest(every, 2)
+    np.testing.assert_allclose(two.p[..., 1], every.p[..., 2])
+    np.testing.assert_allclose(two.ensemble().p[0, :, 1], every.p[..., 2].mean(0))
+    assert two.class_names == ("not c", "c")
+    np.testing.assert_array_equal(two.labels, every.labels == 2)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_intercept_and_slope_are_those_of_an_unpenalized_logistic_regression(weighted: bool) -> None:
+    rng = np.random.default_rng(4)
+    y, x = drawn(rng, 300)
+    x = 2.5 * x + 1
+    w = np.where(y == 1, 0.3, 1.7) if weighted else np.ones(300)
+    fitted = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(x[:, None], y, sample_weight=w)
+    assert recalibration_slope(y, x, w)[0] == pytest.approx(float(fitted.coef_[0, 0]), rel=1e-4)
+    loss = minimize_scalar(lambda a: (w * (np.logaddexp(0, a + x) - y * (a + x))).sum(), tol=1e-12)
+    assert recalibration_intercept(y, x, w)[0] == pytest.approx(loss.x, abs=1e-6)
+
+
+def test_extreme_odds_do_not_lose_the_intercept_or_the_slope() -> None:
+    rng = np.random.default_rng(5)
+    y, x = drawn(rng, 300)
+    for scale in (1.0, 1e4):
+        assert recalibration_slope(y, scale * x, np.ones(300))[0] == pytest.approx(
+            recalibration_slope(y, x, np.ones(300))[0] / scale, rel=1e-6
+        )
+    a, _ = recalibration_intercept(y, 1e4 * x, np.ones(300))
+    assert (1 / (1 + np.exp(-np.clip(1e4 * x + a, -700, 700)))).sum() == pytest.approx(y.sum(), abs=1)
+
+
+def test_the_intervals_are_as_wide_as_a_bootstrap_of_patients() -> None:
+    rng = np.random.default_rng(6)
+    labels = rng.integers(0, 2, 150)
+    y, groups = np.repeat(labels, 3), np.repeat(np.arange(150), 3)
+    x = 1.5 * (np.repeat(rng.normal(size=150), 3) + rng.normal(scale=0.5, size=450) + 1.5 * (y - 0.5))
+    (found,) = calibration(predictions(y, x, groups), resamples=200)
+    slopes = []
+    for _ in range(200):
+        rows = np.concatenate([np.arange(3) + 3 * g for g in rng.integers(0, 150, 150)])
+        slopes.append(LogisticRegression(C=np.inf).fit(x[rows, None], y[rows]).coef_[0, 0])
+    assert found.slope.interval is not None
+    width = np.diff(found.slope.interval).item()
+    assert width == pytest.approx(2 * 1.96 * np.std(slopes), rel=0.2)
+    assert found.brier.value == pytest.approx(brier_score_loss(y, 1 / (1 + np.exp(-x))))
+
+
+def test_calibration_is_given_for_the_models_and_for_the_ensemble_with_counts() -> None:
+    rng = np.random.default_rng(7)
+    y, x = drawn(rng, 300)
+    mean, one = calibration(predictions(y, np.stack([x, 3 * x])), resamples=50)
+    slopes = [LogisticRegression(C=np.inf, tol=1e-10).fit(q[:, None], y).coef_[0, 0] for q in (x, 3 * x)]
+    assert mean.slope.value == pytest.approx(np.mean(slopes), rel=1e-4)
+    assert mean.bins == ()
+    assert sum(b.images for b in one.bins) == 300
+    assert sum(b.positives for b in one.bins) == y.sum()
+    assert len(one.bins) == 10
+    p = softmax(predictions(y, np.stack([x, 3 * x])).logits)[..., 1].mean(0)
+    for b in one.bins:
+        rows = (p > b.low - 1e-12) & (p < b.high + 1e-12)
+        assert rows.sum() == b.images
+        assert (b.predicted, b.observed) == pytest.approx((p[rows].mean(), y[rows].mean()))
+
+
+def test_what_cannot_be_told_says_why() -> None:
+    y = np.repeat([0, 1], 20)
+    apart = calibration(predictions(y, np.where(y == 1, 2.0, -2.0) + np.linspace(0, 1, 40)), resamples=20)[0]
+    assert apart.slope.value is None
+    assert "without an error" in apart.slope.why
+    assert apart.intercept.value is not None
+    rng = np.random.default_rng(8)
+    few = calibration(predictions(y, rng.normal(size=40), np.arange(40) // 10), resamples=20)[0]
+    assert few.slope.value is not None
+    assert few.slope.interval is None
+    assert "too few patients: 2 of healthy" in few.slope.why
+
+
+def kumar(y: np.ndarray, p: np.ndarray) -> float:
+    """Debiased squared error of a predictor of few values (Kumar, Liang and Ma 2019, section 5), unclipped."""
+    total = 0.0
+    for value in np.unique(p):
+        rows = p == value
+        n, observed = rows.sum(), y[rows].mean()
+        total += n / len(y) * ((value - observed) ** 2 - observed * (1 - observed) / (n - 1))
+    return total
+
+
+def test_the_calibration_error_is_the_debiased_one_of_its_source() -> None:
+    rng = np.random.default_rng(9)
+    p = np.repeat([0.1, 0.3, 0.6, 0.9], 50)
+    y = (rng.random(200) < np.clip(p + 0.15, 0, 1)).astype(float)
+    error = calibration_error(y, p, np.ones(200), np.arange(200).astype(str).astype(object))
+    assert error == pytest.approx(math.sqrt(kumar(y, p)))
+    twice = np.repeat(np.arange(200), 2)  # each image given twice says no more than once
+    again = calibration_error(y[twice], p[twice], np.ones(400), twice.astype(str).astype(object))
+    assert again == pytest.approx(error)
+
+
+def test_the_calibration_error_does_not_blame_a_calibrated_model() -> None:
+    rng, plain, debiased, off = np.random.default_rng(10), [], [], []
+    groups = np.arange(100).astype(str).astype(object)
+    for _ in range(200):
+        p = rng.random(100)
+        y = (rng.random(100) < p).astype(float)
+        bins = np.array_split(np.argsort(p), 10)
+        plain.append(np.mean([(p[b].mean() - y[b].mean()) ** 2 for b in bins]))
+        debiased.append(calibration_error(y, p, np.ones(100), groups) ** 2)
+        off.append(calibration_error(y, np.clip(p + 0.2, 0, 1.2), np.ones(100), groups) ** 2)
+    assert np.mean(debiased) < 0.35 * np.mean(plain)
+    assert math.sqrt(np.mean(off)) == pytest.approx(0.2, abs=0.02)

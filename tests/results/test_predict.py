@@ -1,0 +1,507 @@
+"""Predictions by a saved run: its stored ones again, from the images alone; and what cannot be predicted is told."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import embcache.results.run_model as model
+from embcache.backbones.catalog import LoadedBackbone, load_backbone
+from embcache.cli import app
+from embcache.data.chosen import Columns
+from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.errors import DatasetError, DatasetNotFoundError, RecipeError, StoreError, StoreNotFoundError, UsageError
+from embcache.extract.extract import extract_features
+from embcache.probe.prevalence import Adjust
+from embcache.probe.probe import probe_features
+from embcache.probe.summary import adjust_models
+from embcache.results.new_images import list_images
+from embcache.results.predict import Predictions, predict_images
+from embcache.runs.folders import find_run_anywhere, load_heads, load_predictions, save_run
+from embcache.runs.result import run_id
+from tests.data.pictures import write_image
+from tests.extract.conftest import draw
+from tests.extract.tiny import load_tiny
+
+
+def load(name: str, **_: object) -> LoadedBackbone:
+    """A tiny network for every name, another for another name."""
+    loaded = load_tiny(name)
+    for parameter in loaded.module.parameters():
+        parameter.mul_(1 + len(name) / 10)
+    return loaded
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_networks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("embcache.extract.extract.load_backbone", load)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, _tiny_networks: None) -> tuple[Path, Path, dict[str, str]]:
+    """A home, the images it was made of, and runs of a linear probe, a solved head and a fusing one."""
+    base = tmp_path_factory.mktemp("predict")
+    home, root = base / "home", base / "mine"
+    for k in range(28):
+        draw(root / ("train" if k < 20 else "test") / ("a" if k % 2 else "b") / f"{k:02}.png", k, size=32)
+    ds = load_dataset("folder", root, dataset_name="mine")
+    extract_features(["random", "random:1"], ds, home=home)
+    runs = {
+        head: probe_features(ds, names, head=head, folds=2, subset=8, home=home, head_options=options).id
+        for head, names, options in (
+            ("linear", ["random"], None),
+            ("logreg", ["random"], None),
+            ("dvme", ["random", "random:1"], {"proj_dim": 8}),
+        )
+    }
+    return home, root, runs
+
+
+@pytest.fixture
+def mine(made: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> tuple[Path, Path, dict[str, str]]:
+    """A copy that a test may break."""
+    home, root, runs = made
+    shutil.copytree(home, tmp_path / "home")
+    return tmp_path / "home", root, runs
+
+
+def stored(home: Path, run: str, folds: list[int] | None = None) -> dict[str, np.ndarray]:
+    """Mean over folds of the test predictions that the run kept, by id."""
+    table = load_predictions(find_run_anywhere(run, home)[1])
+    table = table if folds is None else table[table["fold"].isin(folds)]
+    means = table.groupby("id")[["p_0", "p_1"]].mean()
+    return dict(zip(means.index, means.to_numpy(), strict=True))
+
+
+@pytest.mark.parametrize("head", ["linear", "logreg", "dvme"])
+def test_test_images_get_their_stored_predictions(made: tuple[Path, Path, dict[str, str]], head: str) -> None:
+    home, root, runs = made
+    found = predict_images(runs[head], [root / "test"], home=home)
+    expected = stored(home, runs[head])
+    assert len(found.images) == len(expected) == 8
+    assert found.failed == {}
+    for image, p in zip(found.images, found.p, strict=True):
+        np.testing.assert_allclose(p, expected[Path(image).relative_to(root).as_posix()], rtol=0, atol=1e-5)
+
+
+def test_a_real_network_is_rebuilt(
+    made: tuple[Path, Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embcache.extract.extract.load_backbone", load_backbone)
+    home, root = tmp_path / "home", made[1]
+    ds = load_dataset("folder", root, dataset_name="mine")
+    extract_features("random", ds, home=home)
+    run = probe_features(ds, "random", folds=2, subset=8, home=home).id
+    found = predict_images(run, [root / "test" / "a"], home=home)
+    expected = stored(home, run)
+    for image, p in zip(found.images, found.p, strict=True):
+        np.testing.assert_allclose(p, expected[Path(image).relative_to(root).as_posix()], rtol=0, atol=1e-5)
+
+
+def test_some_folds_alone_and_a_prefix_of_the_id(made: tuple[Path, Path, dict[str, str]]) -> None:
+    home, root, runs = made
+    run = runs["linear"]
+    image = next((root / "test").rglob("*.png"))
+    found = predict_images(run[:-4], [image], home=home, folds=[1])
+    expected = stored(home, run, [1])[image.relative_to(root).as_posix()]
+    np.testing.assert_allclose(found.p[0], expected, rtol=0, atol=1e-5)
+    assert (found.run, found.folds) == (run, (1,))
+    with pytest.raises(UsageError, match="no model of fold 2"):
+        predict_images(run, [image], home=home, folds=[2])
+    with pytest.raises(StoreNotFoundError, match="2 runs are called so"):
+        predict_images("l", [image], home=home)
+
+
+def test_a_datasets_images_are_predicted_by_their_ids_with_their_labels(
+    made: tuple[Path, Path, dict[str, str]],
+) -> None:
+    home, _, runs = made
+    found = predict_images(runs["linear"], dataset="mine", home=home)
+    expected = stored(home, runs["linear"])
+    assert len(found.images) == 28
+    assert found.labels is not None
+    assert set(found.labels) == {"a", "b"}
+    rows = {row["image"]: row for row in found.rows()}
+    for image, p in expected.items():
+        assert rows[image]["p_a"] == pytest.approx(p[0], abs=1e-5)
+        assert rows[image]["label"] == image.split("/")[1]
+    assert found.notes == ("images that the run was trained on are among those of mine",)
+
+
+def test_a_dataset_of_other_classes_is_refused(made: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:
+    home, _, runs = made
+    for name in ("cat", "dog"):
+        draw(tmp_path / "pets" / name / "1.png", 1, size=32)
+    with pytest.raises(DatasetError, match="other classes") as caught:
+        predict_images(runs["linear"], dataset="folder", data_root=tmp_path / "pets", home=home)
+    assert (caught.value.expected, caught.value.found) == ("a, b", "cat, dog")
+
+
+def odd_images(folder: Path) -> None:
+    """A folder with a good image under a formula's name, and all kinds of bad ones."""
+    draw(folder / "=cmd|'calc'!A0.png", 1, size=32)
+    draw(folder / 'ünï ,"x".png', 2, size=32)
+    draw(folder / "wide.png", 3, size=40)
+    (folder / "text.png").write_text("not an image")
+    (folder / "empty.jpg").touch()
+    draw(folder / "cut.png", 4, size=32)
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:200])
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "notes.txt").write_text("passed over")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / ".hidden.png").write_text("passed over")
+
+
+def test_images_that_cannot_be_read_keep_their_row_with_the_reason(
+    made: tuple[Path, Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, _, runs = made
+    odd_images(tmp_path / "odd")
+    monkeypatch.chdir(tmp_path / "odd")
+    found = predict_images(runs["linear"], ["."], home=home)
+    rows = {row["image"]: row for row in found.rows()}
+    assert list(rows) == sorted(rows)
+    good = {"=cmd|'calc'!A0.png", 'ünï ,"x".png'}
+    assert set(rows) - set(found.failed) == good
+    assert found.failed["empty.jpg"] == "the file is empty"
+    assert found.failed["gone.png"] == "the file is not there"
+    assert found.failed["text.png"] == "not an image that Pillow reads"
+    assert "40×40 pixels does not become 32×32" in found.failed["wide.png"]
+    assert found.failed["cut.png"].startswith("cannot be decoded")
+    assert rows["cut.png"]["p_a"] is None
+    assert rows["cut.png"]["prediction"] == ""
+    json.dumps(list(rows.values()), allow_nan=False)
+    lines = list(csv.reader(io.StringIO(found.to_csv(), newline="")))
+    assert lines[0] == ["image", "prediction", "p_a", "p_b", "error"]
+    names = [line[0] for line in lines[1:]]
+    assert "./=cmd|'calc'!A0.png" in names  # still a path, no longer a formula
+    assert all(os.path.lexists(name) for name in names)
+    assert all(len(line) == 5 for line in lines)
+
+
+def test_names_that_are_not_text_are_predicted_and_escaped(
+    made: tuple[Path, Path, dict[str, str]], tmp_path: Path
+) -> None:
+    home, _, runs = made
+    draw(tmp_path / "x.png", 1, size=32)
+    try:
+        (tmp_path / "x.png").rename(tmp_path / os.fsdecode(b"b\xe9\nd.png"))
+    except OSError:
+        pytest.skip("this file system takes only text as names")
+    found = predict_images(runs["linear"], [tmp_path], home=home)
+    assert found.failed == {}
+    assert next(found.rows())["image"].endswith("b\\udce9\nd.png")
+    found.to_csv().encode("utf-8")
+
+
+def test_class_names_and_ids_that_are_formulas_are_guarded() -> None:
+    p = np.array([[0.75, 0.25]])
+    found = Predictions("r", ("=A1", "b"), ("-x",), p, ("",), (0,), labels=("=A1",))
+    assert found.to_csv() == "image,label,prediction,p_=A1,p_b,error\n'-x,'=A1,'=A1,0.75,0.25,\n"
+
+
+def test_files_are_taken_as_named_and_folders_looked_through_once(tmp_path: Path) -> None:
+    odd_images(tmp_path / "odd")
+    named = [tmp_path / "odd" / "notes.txt", tmp_path / "odd", tmp_path / "odd" / "text.png"]
+    found = list(list_images(named, []))
+    assert found[0].name == "notes.txt"
+    assert len(found) == len(set(found)) == 8
+    assert not any("loop" in path.parts or path.name.startswith(".") for path in found)
+
+
+def test_nothing_to_predict_is_told(made: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:
+    home, root, runs = made
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetNotFoundError, match="holds no images") as caught:
+        predict_images(runs["linear"], [tmp_path / "empty"], home=home)
+    assert caught.value.found == "an empty folder"
+    (tmp_path / "text.txt").write_text("x")
+    with pytest.raises(DatasetError, match="the image could not be read"):
+        predict_images(runs["linear"], [tmp_path / "text.txt"], home=home)
+    with pytest.raises(DatasetError, match="not one image could be read"):
+        predict_images(runs["linear"], [tmp_path / "text.txt", tmp_path / "gone.png"], home=home)
+    with pytest.raises(UsageError, match="images, folders of images, or a dataset"):
+        predict_images(runs["linear"], home=home)
+    with pytest.raises(UsageError, match="images, folders of images, or a dataset"):
+        predict_images(runs["linear"], [root], dataset="mine", home=home)
+
+
+def test_the_store_is_not_needed_but_a_run_without_recipes_needs_it(mine: tuple[Path, Path, dict[str, str]]) -> None:
+    home, root, runs = mine
+    result, path = find_run_anywhere(runs["linear"], home)
+    heads, table = load_heads(path), load_predictions(path)
+    save_run(replace(result, recipes={}), table, heads, home)  # as an older version would have
+    image = next((root / "test").rglob("*.png"))
+    before = predict_images(runs["linear"], [image], home=home)
+    for store in (home / "mine").glob("random-*"):
+        shutil.rmtree(store)
+    with pytest.raises(StoreNotFoundError, match="its feature store is gone") as caught:
+        predict_images(runs["linear"], [image], home=home)
+    assert "embcache probe --dataset mine" in str(caught.value.fix)
+    save_run(result, table, heads, home)
+    np.testing.assert_array_equal(predict_images(runs["linear"], [image], home=home).p, before.p)
+
+
+def test_what_the_run_was_not_made_with_is_refused_with_the_difference(
+    mine: tuple[Path, Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, root, runs = mine
+    image = next((root / "test").rglob("*.png"))
+    result, path = find_run_anywhere(runs["linear"], home)
+    changed = {"random": {**result.recipes["random"], "weights_sha256": "0" * 64}}
+    heads, table = load_heads(path), load_predictions(path)
+    save_run(replace(result, recipes=changed), table, heads, home)
+    with pytest.raises(RecipeError, match="is not what run") as caught:
+        predict_images(runs["linear"], [image], home=home)
+    assert caught.value.expected == "weights_sha256: " + "0" * 64
+    assert "--weights random=FILE" in str(caught.value.fix)
+    save_run(result, table, heads, home)
+    monkeypatch.setattr("embcache.extract.extract.DECODER_VERSION", "another")
+    with pytest.raises(RecipeError) as caught:
+        predict_images(runs["linear"], [image], home=home)
+    assert caught.value.found == "decoder: another"
+
+
+def test_a_damaged_run_and_a_leaderboards_result_are_refused(mine: tuple[Path, Path, dict[str, str]]) -> None:
+    home, root, runs = mine
+    image = next((root / "test").rglob("*.png"))
+    result, path = find_run_anywhere(runs["linear"], home)
+    request = {**result.request, "kind": "kaggle", "run": result.id}
+    scored = replace(result, kind="kaggle", request=request, id=run_id(request))
+    save_run(scored, load_predictions(path), [], home)
+    with pytest.raises(UsageError, match="no model to predict with") as caught:
+        predict_images(scored.id, [image], home=home)
+    assert caught.value.fix == f"--run {result.id}"
+    data = bytearray((path / "heads.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "heads.safetensors").write_bytes(bytes(data))
+    with pytest.raises(StoreError, match="cannot be read"):
+        predict_images(result.id, [image], home=home)
+
+
+def test_folds_that_diverged_are_left_out(mine: tuple[Path, Path, dict[str, str]]) -> None:
+    home, root, runs = mine
+    image = next((root / "test").rglob("*.png"))
+    result, path = find_run_anywhere(runs["linear"], home)
+    failed = replace(result.folds[0], diverged=True, best_epoch=0, score=None, metrics={})
+    table = load_predictions(path)
+    save_run(
+        replace(result, folds=(failed, result.folds[1])), table[table["fold"] == 1], [{}, load_heads(path)[1]], home
+    )
+    found = predict_images(result.id, [image], home=home)
+    assert found.folds == (1,)
+    assert found.notes == ("training of fold 0 diverged: the other folds predict",)
+    np.testing.assert_allclose(found.p[0], stored(home, result.id)[image.relative_to(root).as_posix()], atol=1e-5)
+
+
+def test_progress_is_told(made: tuple[Path, Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    home, root, runs = made
+    monkeypatch.setattr("embcache.results.predict._CHUNK", 3)
+    told: list[tuple[int, int]] = []
+    predict_images(runs["linear"], [root / "test"], home=home, progress=lambda done, total: told.append((done, total)))
+    assert told == [(3, 8), (6, 8), (8, 8)]
+
+
+@pytest.mark.parametrize("how", [{"views": 2}, {"feature_dtype": "float16"}])
+def test_a_run_over_views_or_halves_predicts_by_the_plain_view(
+    made: tuple[Path, Path, dict[str, str]], tmp_path: Path, how: dict[str, Any]
+) -> None:
+    _, root, _ = made
+    ds: ImageDataset = load_dataset("folder", root, dataset_name="mine")
+    home = tmp_path / "home"
+    extract_features("random", ds, home=home, **how)
+    run = probe_features(ds, "random", folds=2, subset=8, home=home).id
+    expected = stored(home, run)
+    found = predict_images(run, [root / "test"], home=home)
+    for image, p in zip(found.images, found.p, strict=True):
+        np.testing.assert_allclose(p, expected[Path(image).relative_to(root).as_posix()], rtol=0, atol=1e-5)
+
+
+def test_the_recipe_of_every_backbone_is_rebuilt(made: tuple[Path, Path, dict[str, str]]) -> None:
+    home, _, runs = made
+    result, _ = find_run_anywhere(runs["dvme"], home)
+    recipes = model.run_recipes(result, home)
+    assert [recipe.fingerprint for recipe in recipes.values()] == [digest for _, digest in result.request["recipes"]]
+
+
+def test_recipes_are_looked_up_once(made: tuple[Path, Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    home, root, runs = made
+    calls: list[str] = []
+    original = model.run_recipes
+
+    def count(*args: Any) -> object:
+        calls.append("once")
+        return original(*args)
+
+    monkeypatch.setattr(model, "run_recipes", count)
+    predict_images(runs["linear"], [root / "test"], home=home)
+    assert calls == ["once"]
+
+
+@pytest.mark.parametrize("head", ["linear", "logreg", "dvme"])
+def test_adjusted_probabilities_are_averaged_over_folds_and_said_to_be(
+    made: tuple[Path, Path, dict[str, str]], head: str
+) -> None:
+    home, root, runs = made
+    images = [root / "test"]
+    found = predict_images(runs[head], images, home=home, adjust=Adjust(0.1))
+    table = load_predictions(find_run_anywhere(runs[head], home)[1])
+    odds = table["logit_1"] - table["logit_0"] - np.log(9)  # training drew both classes alike; Bayes' rule
+    p = (1 / (1 + np.exp(-odds))).groupby(table["id"]).mean()
+    for image, row in zip(found.images, found.p, strict=True):
+        assert row[1] == pytest.approx(p[Path(image).relative_to(root).as_posix()], abs=1e-5)
+    assert found.adjusted == "prevalence a=0.9 b=0.1"
+    header, first, *_ = csv.reader(io.StringIO(found.to_csv()))
+    assert header == ["image", "prediction", "p_a", "p_b", "adjusted", "error"]
+    assert first[4] == found.adjusted
+    both = predict_images(runs[head], images, home=home, adjust=Adjust({"a": 0.9, "b": 0.1}, True), folds=[1])
+    result, folder = find_run_anywhere(runs[head], home)
+    model = adjust_models(result, folder, Adjust(0.1, True))[1]
+    assert both.adjusted == f"prevalence a=0.9 b=0.1; temperatures {model.temperature:.3g}"
+    rows = table[table["fold"] == 1].set_index("id")
+    for image, row in zip(both.images, both.p, strict=True):
+        logits = rows.loc[Path(image).relative_to(root).as_posix(), ["logit_0", "logit_1"]].to_numpy(dtype=float)
+        assert row[1] == pytest.approx(model.probabilities(logits)[1], abs=1e-5)
+
+
+def test_without_validation_predictions_no_temperature_can_be_fitted(mine: tuple[Path, Path, dict[str, str]]) -> None:
+    home, root, runs = mine
+    result, folder = find_run_anywhere(runs["linear"], home)
+    save_run(result, load_predictions(folder), load_heads(folder), home)
+    with pytest.raises(StoreError, match="need the run's predictions of validation images"):
+        predict_images(result.id, [root / "test"], home=home, adjust=Adjust(calibrate=True))
+    assert predict_images(result.id, [root / "test"], home=home, adjust=Adjust(0.1)).adjusted
+    with pytest.raises(UsageError, match="not a prevalence of these classes"):
+        predict_images(result.id, [root / "test"], home=home, adjust=Adjust({"a": 0.1, "c": 0.9}))
+
+
+def test_a_table_names_images_and_their_groups(made: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:
+    home, root, runs = made
+    images = sorted((root / "test").rglob("*.png"))
+    table = tmp_path / "new.csv"
+    lines = [f"{os.path.relpath(image, tmp_path)},p{k // 3}" for k, image in enumerate(images)]
+    table.write_text("\n".join(["path,group", *lines, "gone.png,p0", f"{images[0].parent},", "lost.png,p9"]))
+    found = predict_images(runs["linear"], [table], home=home, by_group=True)
+    plain = predict_images(runs["linear"], images, home=home)
+    np.testing.assert_array_equal(found.p[:8], plain.p)
+    rows = {row["group"]: row for row in found.group_rows()}
+    assert [(row["images"], row["not_read"]) for row in rows.values()] == [(3, 1), (3, 0), (2, 0), (0, 1), (0, 1)]
+    assert rows["p1"]["p_b"] == pytest.approx(plain.p[3:6, 1].mean())
+    assert rows["p9"] == {
+        "group": "p9", "images": 0, "not_read": 1, "prediction": "", "p_a": None, "p_b": None
+    }  # fmt: skip
+    assert list(rows)[3] == str(images[0].parent)  # an image without a group is one of its own
+    assert found.groups_to_csv().splitlines()[0] == "group,images,not_read,prediction,p_a,p_b"
+    table.write_text("picture,group\na.png,1\n")
+    with pytest.raises(DatasetError, match="lacks the column 'path'"):
+        predict_images(runs["linear"], [table], home=home)
+
+
+def test_groups_are_those_of_the_dataset_or_there_are_none(
+    made: tuple[Path, Path, dict[str, str]], tmp_path: Path
+) -> None:
+    home, root, runs = made
+    for images in ([root / "test"], []):
+        dataset = None if images else "mine"  # class folders have no groups
+        with pytest.raises(DatasetError, match="the images have no groups") as caught:
+            predict_images(runs["linear"], images, dataset=dataset, home=home, by_group=True)
+        assert "PatientID" in str(caught.value.expected)
+    lines = [f"{i.relative_to(root)},{i.parent.name},p{k // 2}" for k, i in enumerate(sorted(root.rglob("*.png")))]
+    (root / "labels.csv").write_text("\n".join(["path,label,group", *lines]))
+    found = predict_images(runs["linear"], dataset="folder", data_root=root / "labels.csv", home=home, by_group=True)
+    (root / "labels.csv").unlink()
+    rows = list(found.group_rows())
+    assert len(rows) == 14
+    assert {row["label"] for row in rows} == {"a", "b"}
+
+
+def test_dicom_files_are_grouped_by_patient(made: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    from tests.data.test_dicom import dicom
+
+    home, _, runs = made
+    for k, patient in enumerate(("A", "B", "A", "")):
+        pixels = np.random.default_rng(k).integers(0, 255, (32, 32), dtype=np.uint8)
+        (tmp_path / f"{k}.dcm").write_bytes(dicom(pixels, preamble=k < 3, PatientID=patient))
+    (tmp_path / "broken.dcm").write_bytes(b"no DICOM file")
+    found = predict_images(runs["linear"], [tmp_path], home=home, by_group=True)
+    first, second = (str(tmp_path / f"{k}.dcm") for k in range(2))  # a PatientID is in no answer
+    assert found.groups == (first, second, first, "", "")
+    rows = {row["group"]: row for row in found.group_rows()}
+    assert rows[first]["p_a"] == pytest.approx(found.p[[0, 2], 0].mean())
+    assert (len(rows), rows[first]["images"]) == (4, 2)
+
+
+def test_a_run_of_other_classes_predicts_those_of_a_dataset(tmp_path: Path) -> None:
+    for k in range(36):
+        draw(tmp_path / "graded" / ("train" if k < 27 else "test") / "abc"[k % 3] / f"{k:02}.png", k, size=32)
+    ds, home = load_dataset("folder", tmp_path / "graded", dataset_name="graded"), tmp_path / "home"
+    extract_features(["random", "random:1"], ds, home=home)
+    asked: dict[str, Any] = {"folds": 2, "subset": 8, "home": home}
+    two = probe_features(ds.with_classes(["b"]), "random", head="knn", **asked)
+    found = predict_images(two.id, dataset="graded", home=home)
+    assert found.class_names == ("a", "c")
+    # Images of a class that the run does not know are left out, and counted.
+    assert found.images == tuple(i for i in ds.ids if "/b/" not in i)
+    assert found.labels == tuple(i.split("/")[1] for i in found.images)
+    assert "class b is left out: 12 images (9 train, 3 test)" in found.notes
+    expected = stored(home, two.id)
+    rows = {image: p for image, p in zip(found.images, found.p, strict=True) if image in expected}
+    np.testing.assert_allclose([rows[i] for i in expected], list(expected.values()), rtol=0, atol=1e-5)
+    merged = probe_features(
+        ds.with_classes(merge={"ab": ["a", "b"]}),
+        ["random", "random:1"],
+        head="dvme",
+        head_options={"proj_dim": 8},
+        **asked,
+    )
+    assert predict_images(merged.id, dataset="graded", home=home).labels == tuple(
+        "c" if "/c/" in i else "ab" for i in ds.ids
+    )
+    done = CliRunner().invoke(app, ["attention", "--run", merged.id, "--home", str(home), "--json", "-"])
+    assert done.exception is None
+    assert set(json.loads(done.stdout)["by_class"]) == {"ab", "c"}
+
+
+def test_tables_and_folders_need_no_labels_and_say_what_is_left_out(tmp_path: Path) -> None:
+    rows = [f"{i}.png,a,b,p{i * 7 % 13},s{i * 5 % 11}" for i in range(26)]
+    table = tmp_path / "rows.csv"
+    table.write_text("\n".join(["path,diagnosis,class,patient,study", *rows]))
+    notes: list[str] = []
+    assert set(list_images([table], notes).values()) == {""}
+    assert any("do not nest" in note and "--group-column" in note for note in notes)
+    groups = list_images([table], notes, Columns(group="study"))
+    assert [groups[tmp_path / f"{i}.png"] for i in range(3)] == ["s0", "s5", "s10"]
+    with pytest.raises(UsageError, match="no such column"):
+        list_images([table], notes, Columns(label="class"))
+    write_image(tmp_path / "in" / "1.png", 1)
+    (tmp_path / "in" / "2.heic").write_bytes(b"x")
+    (tmp_path / "in" / "3.svs").write_bytes(b"x")
+    with pytest.raises(UsageError, match="no table"):
+        list_images([tmp_path / "in"], notes, Columns(group="study"))
+    notes.clear()
+    assert list(list_images([tmp_path / "in"], notes)) == [tmp_path / "in" / "1.png"]
+    assert notes[0].endswith("1 .heic, 1 .svs")
+
+
+def test_folders_to_predict_that_are_nested_without_end_are_refused(tmp_path: Path) -> None:
+    deep = tmp_path
+    for _ in range(700):
+        deep = deep / "d"
+    deep.mkdir(parents=True)
+    with pytest.raises(DatasetError, match="nested too deep"):
+        list_images([tmp_path], [])
