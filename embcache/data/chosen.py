@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from embcache.config import DatasetRef
 from embcache.errors import UsageError
 
 ROLES = ("path", "label", "group", "split", "id")
@@ -36,6 +37,13 @@ class Columns:
             )
         texts: dict[str, Any] = {key: str(value) for key, value in (given or {}).items()}
         return cls(**texts | {"merge_class": tuple((given or {}).get("merge_class", ()))})
+
+    @classmethod
+    def of_ref(cls, ref: DatasetRef) -> Columns:
+        """The columns that a reference names."""
+        return cls(
+            ref.path_column, ref.label_column, ref.group_column, ref.split_column, ref.id_column, ref.merge_class
+        )
 
     def over(self, before: Columns) -> Columns:
         """These columns, and where none is named those of ``before``."""

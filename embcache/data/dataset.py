@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
+from embcache.config import DatasetRef
 from embcache.data.checks import check_table
 from embcache.data.chosen import Columns
 from embcache.data.classes import new_names, renamed
@@ -298,6 +299,7 @@ def load_dataset(
 
 def find_dataset(
     name: str,
+    ref: DatasetRef | None = None,
     *,
     root: PathLike | None = None,
     home: PathLike | None = None,
@@ -320,6 +322,9 @@ def find_dataset(
     -------
     (ImageDataset, {"live", "snapshot"})
     """
+    if ref is not None:
+        root, allow_missing, dataset_name = ref.data_root, ref.allow_missing, ref.name
+        columns = Columns.of_ref(ref)
     try:
         cached = read_snapshot(_cached_name(name, root, dataset_name), home)
     except DatasetError:
