@@ -110,7 +110,7 @@ class _Sources(Mapping[str, DatasetSource]):
 
     @functools.cached_property
     def _rows(self) -> dict[str, DatasetSource]:
-        package = importlib.import_module(__package__ or "embcache.data")
+        package = importlib.import_module("embcache.data.datasets")
         names = (f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__))
         modules = (importlib.import_module(name) for name in names if _may_define_source(name))
         sources = (getattr(module, "SOURCE", None) for module in modules)

@@ -53,7 +53,7 @@ class Head(Protocol):
 def heads() -> dict[str, type[Head]]:
     """Every head of this folder by its name, in alphabetical order."""
     modules = [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    found = {head.name: head for module in modules for head in module.HEADS}
+    found = {head.name: head for module in modules for head in vars(module).get("HEADS", ())}
     return dict(sorted(found.items()))
 
 
