@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from embcache.extract import batching
-from embcache.extract.batching import Prepared, Source, batches_ahead, stack_batch
+from embcache.extract.batching import Source
 from embcache.extract.profile import STEPS, Profile
-from embcache.extract.transfer import Receiver, Sender, as_tensor
+from embcache.extract.transfer import Receiver, Sender
 from embcache.extract.transforms import Transform, normalise
 from embcache.extract.worker import compute_shard, freeze
 from tests.extract.tiny import load_tiny
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
-SOURCES = [Source(str(index), f"{index}.png", -1) for index in range(7)]
 
 
 @pytest.fixture(params=DEVICES)
@@ -46,65 +42,6 @@ def test_what_is_sent_arrives_and_comes_back(device: torch.device) -> None:
     np.testing.assert_array_equal(found, np.stack(batches).reshape(6, 4, -1) + np.float32(1))
 
 
-def test_rows_beyond_the_target_are_dropped(device: torch.device) -> None:
-    receiver, found = Receiver(), np.zeros((2, 3), np.float32)
-    receiver.bring(torch.arange(12.0, device=device).view(4, 3), found)
-    receiver.settle()
-    np.testing.assert_array_equal(found, np.arange(6.0).reshape(2, 3))
-
-
-def test_read_only_pixels_are_copied() -> None:
-    pixels = np.ones((1, 2, 2, 3), np.uint8)
-    assert as_tensor(pixels).numpy().base is pixels or np.shares_memory(as_tensor(pixels).numpy(), pixels)
-    pixels.flags.writeable = False
-    assert not np.shares_memory(as_tensor(pixels).numpy(), pixels)
-
-
-def test_a_stacked_batch_leaves_nothing_of_the_last_one() -> None:
-    out = torch.full((4, 2, 2, 3), 9, dtype=torch.uint8)
-    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    stack_batch([Prepared((image,), "", ""), Prepared((), "", "broken")], 0, out)
-    np.testing.assert_array_equal(out[0].numpy(), image)
-    assert not out[1:].any()
-
-
-@pytest.mark.parametrize("ahead", [0, 1, 2, 9])
-def test_no_more_batches_are_begun_than_asked_for(ahead: int) -> None:
-    begun: list[str] = []
-
-    def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
-        begun.append(chunk[0].id)
-        futures: list[Future[Prepared]] = [Future() for _ in chunk]
-        for future, source in zip(futures, chunk, strict=True):
-            future.set_result(Prepared((), source.id, ""))
-        return futures
-
-    order, before = [], []
-    for batch in batches_ahead(SOURCES, 2, submit, ahead):
-        before.append(len(begun))
-        order += [prepared.digest for prepared in batch]
-    assert order == [source.id for source in SOURCES]
-    assert begun == ["0", "2", "4", "6"]
-    assert before == [min(4, 1 + index + ahead) for index in range(4)]
-
-
-def test_batches_that_nobody_waits_for_are_cancelled() -> None:
-    futures: list[Future[Prepared]] = []
-
-    def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
-        made: list[Future[Prepared]] = [Future() for _ in chunk]
-        if not futures:
-            for future in made:
-                future.set_result(Prepared((), "", ""))
-        futures.extend(made)
-        return made
-
-    batches = batches_ahead(SOURCES, 2, submit, batching.AHEAD)
-    next(batches)
-    batches.close()  # type: ignore[attr-defined]
-    assert [future.cancelled() for future in futures] == [False, False, True, True, True, True]
-
-
 def test_normalising_is_the_same_in_every_batch_and_mode(device: torch.device) -> None:
     transform = Transform("paper", None, None, (2, 2), "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     pixels = torch.arange(12, dtype=torch.uint8).view(1, 2, 2, 3)
@@ -119,20 +56,6 @@ def test_normalising_is_the_same_in_every_batch_and_mode(device: torch.device) -
     np.testing.assert_allclose(first, expected.transpose(0, 3, 1, 2), rtol=1e-5)
     other = normalise(pixels, replace(transform, mean=(0.0, 0.0, 0.0)), device).cpu().numpy()
     assert not np.array_equal(other, first)
-
-
-def test_a_profile_counts_each_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 10.0])
-    monkeypatch.setattr("embcache.extract.profile.time.perf_counter", lambda: next(now))
-    profile = Profile(workers=2)
-    for step, seconds in (("decode", 4.0), ("transform", 2.0), ("forward", 5.0), ("write", 1.0), ("idle", 4.0)):
-        profile.add(step, seconds)
-    # The run waited 4 s for images, of which two threads took 3 s each.
-    expected = {"decode": 2.0, "transform": 1.0, "transfer": 0.0, "forward": 5.0, "write": 1.0, "idle": 1.0}
-    assert profile.seconds() == expected
-    assert profile.shares() == {step: seconds / 10 for step, seconds in expected.items()}
-    profile.overlapped = True
-    assert profile.seconds()["idle"] == 4.0
 
 
 def test_a_shard_fills_its_profile_and_features_do_not_hang_on_it(images: Path, device: torch.device) -> None:
