@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.extract.tiny_run"])
+_context.set_forkserver_preload(["tests.extract.tiny_run", "embcache.cli", "embcache.probe.cached", "pytest"])
 
 
 def _run(module: str, words: tuple[str, ...], environment: dict[str, str], folder: Path) -> None:

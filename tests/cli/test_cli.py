@@ -12,6 +12,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from embcache.cli import app
+from tests.cli.test_output import command
 from tests.extract.conftest import draw
 from tests.forked import ran
 
@@ -30,9 +31,9 @@ def folder(tmp_path: Path) -> Path:
 def test_help_names_every_command(home: Path) -> None:
     shown = CliRunner().invoke(app, ["--help"])
     assert shown.exit_code == 0
-    for command in vars(get_command(app))["commands"]:
-        assert f"\n  {command} " in shown.stdout
-        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+    for name in vars(get_command(app))["commands"]:
+        assert f"\n  {name} " in shown.stdout
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 
 
 def test_version(home: Path) -> None:
@@ -55,8 +56,10 @@ def test_version(home: Path) -> None:
         (["probe", "--head", "liner"], 2, ["liner", "linear"]),
     ],
 )
-def test_each_mistake_gets_one_message(home: Path, arguments: list[str], status: int, words: list[str]) -> None:
-    ended, _, err = ran(*arguments)
+def test_each_mistake_gets_one_message(
+    home: Path, arguments: list[str], status: int, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, _, err = command(arguments, "utf-8", monkeypatch)
     assert ended == status, err
     assert "Traceback" not in err
     for word in words:

@@ -224,11 +224,11 @@ def test_a_doubling_of_a_bootstrapped_score_has_the_variance_of_the_same_resampl
     x = np.log2([20, 50, 400])
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     rng, slopes = np.random.default_rng(1), []
-    for _ in range(2000):
+    for _ in range(800):
         rows = rng.integers(0, len(y), len(y))
         kappas = [
             cohen_kappa_score(y[rows], t.predictions.logits[0, rows].argmax(1), weights="quadratic") for t in tested
         ]
         slopes.append(weights @ kappas)
     assert found.interval is not None
-    assert (found.interval[1] - found.interval[0]) / 2 == pytest.approx(1.98 * np.std(slopes), rel=0.06)
+    assert (found.interval[1] - found.interval[0]) / 2 == pytest.approx(1.98 * np.std(slopes), rel=0.08)
