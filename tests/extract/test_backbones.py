@@ -67,14 +67,13 @@ def test_resnet_features_equal_torchvisions(
 
 
 def test_random_is_torchvisions_own_initialisation_from_its_seed() -> None:
-    for name, seed in (("random", 0), ("random:1", 1)):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            state = torchvision.models.resnet50(weights=None).state_dict()
-        loaded = load_backbone(name).module.state_dict()
-        # Not bit for bit: torch's own last bits depend on the processor (see embcache.extract.normal).
-        assert all(float((loaded[key] - state[key]).abs().max()) <= 1e-6 * float(state[key].max()) for key in loaded)
-        assert set(state) - set(loaded) == {"fc.weight", "fc.bias"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        state = torchvision.models.resnet50(weights=None).state_dict()
+    loaded = load_backbone("random:1").module.state_dict()
+    # Not bit for bit: torch's own last bits depend on the processor (see embcache.extract.normal).
+    assert all(float((loaded[key] - state[key]).abs().max()) <= 1e-6 * float(state[key].max()) for key in loaded)
+    assert set(state) - set(loaded) == {"fc.weight", "fc.bias"}
 
 
 def test_random_differs_by_seed_alone_and_leaves_the_global_random_state_alone() -> None:

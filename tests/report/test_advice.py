@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.optimize import brentq
 from scipy.special import softmax
 from sklearn.metrics import cohen_kappa_score, log_loss, roc_auc_score
 
@@ -120,7 +121,7 @@ def test_the_variance_of_a_doubling_is_that_of_patients_and_of_each_sizes_traini
     assert found.interval is not None
     error = (found.interval[1] - found.interval[0]) / 2
     assert found.p is not None
-    df = next(d for d in np.linspace(2, 200, 40_000) if stats.t.ppf(0.975, d) * np.sqrt(v_test + v_training) <= error)
+    df = brentq(lambda d: stats.t.ppf(0.975, d) * np.sqrt(v_test + v_training) - error, 2, 200)
     assert 2 < df < 118
     assert found.p == pytest.approx(2 * stats.t.sf(abs(found.difference) / np.sqrt(v_test + v_training), df), rel=0.02)
 
