@@ -133,13 +133,6 @@ def test_bfloat16_runs_and_stays_near(ds: ImageDataset) -> None:
     assert np.allclose(bf16.losses, fp32.losses, rtol=0.2)
 
 
-def test_the_global_random_state_is_left_alone(ds: ImageDataset) -> None:
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    trained(model_of(RESNET, head="mlp"), setting_of())
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_a_loss_that_is_not_finite_ends_training_with_the_best_epoch_so_far(
     ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,13 +169,6 @@ def test_unbalanced_classes_are_drawn_equally_often() -> None:
     drawn = Counter(y[row] for epoch in range(40) for batch in epoch_batches(job, epoch, 16) for row in batch)
     assert sum(drawn.values()) == 4000
     assert 0.45 < drawn[1] / 4000 < 0.55
-
-
-def test_a_last_batch_of_one_image_is_joined_to_the_one_before() -> None:
-    y = np.array([0, 1] * 20)
-    job = make_job(y, np.arange(33), np.arange(0), 2, "0\x000", 1e-3)
-    assert [len(batch) for batch in epoch_batches(job, 1, 16)] == [16, 17]
-    assert [len(batch) for batch in epoch_batches(job, 1, 64)] == [33]
 
 
 def test_an_image_that_is_drawn_twice_looks_different_each_time() -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-import embcache.upkeep.why as why
 from embcache.commands.why import duration_words
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.extract.run import run_extraction
@@ -89,15 +86,6 @@ def test_an_interrupted_run_owes_what_it_planned(make: Make, ds: ImageDataset, m
     (answer,) = explain(["random"], ds)
     assert answer.match is not None
     assert len(answer.added) == 20
-
-
-def test_a_measurement_counts_whole_batches(
-    ds: ImageDataset, tiny: None, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = iter(np.arange(0.0, 100.0, 10.0))
-    monkeypatch.setattr(why, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
-    (answer,) = explain(["random"], ds, batch_size=8)
-    assert answer.cost.rate == pytest.approx(16 / 10)
 
 
 @pytest.mark.parametrize(
