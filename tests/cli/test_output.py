@@ -18,6 +18,7 @@ import pytest
 from embcache import cli
 from embcache.commands import output
 from embcache.commands.output import Screen, echo, echo_data, json_text
+from embcache.commands.table import print_note
 from embcache.data.dataset import load_dataset
 from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.probe.run import probe_features
@@ -235,3 +236,10 @@ def test_an_interrupt_while_modules_are_imported_leaves_no_traceback() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_control_characters_are_escaped_and_lines_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    print_note("left out: a\x1b[2Jb\r\nsecond\u202e line")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "note: left out: a\\x1b[2Jb\\r\nsecond\\u202e line\n"

@@ -11,7 +11,6 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from embcache.errors import ProtocolError, StoreNotFoundError, UsageError
-from embcache.probe.comparisons import holm
 from embcache.probe.results import find_run_anywhere, load_predictions
 from embcache.probe.run import probe_features
 from embcache.report.compare import compare_runs
@@ -38,15 +37,6 @@ def holm_by_definition(p: list[float]) -> list[float]:
     for rank, k in enumerate(order):
         adjusted[k] = min(1.0, max((len(p) - j) * p[order[j]] for j in range(rank + 1)))
     return adjusted
-
-
-@pytest.mark.parametrize("p", [[], [0.5], [0.01, 0.04, 0.03, 0.005], [0.02, 0.02, 0.9], [0.6, 0.7, 0.8], [1.0, 0.0]])
-def test_holm_is_the_step_down_procedure(p: list[float]) -> None:
-    assert holm(p) == pytest.approx(holm_by_definition(p), abs=1e-15)
-
-
-def test_holm_of_the_textbook_example() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 def placements(labels: Any, score: Any) -> Any:
