@@ -11,7 +11,6 @@ import pytest
 from matplotlib.axis import Tick, XTick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.text import Text
 
 from embcache.analysis import lettering, plots
@@ -157,17 +156,3 @@ def test_a_font_is_named_where_none_has_the_characters(
     caplog.clear()
     plots.plot_maps(maps(1, 1), ["\u0e01"], "t", tmp_path / "map.png")
     assert "Noto Sans (thai)" in caplog.text
-
-
-def test_characters_come_from_an_installed_font(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    character = "肺"
-    families = lettering._families(f"a {character}")
-    found = [
-        family
-        for family in families[1:]
-        if get_font(findfont(FontProperties(family=[family]))).get_char_index(ord(character))
-    ]
-    plots.plot_maps(maps(1, 1), [character], "t", tmp_path / "map.png")
-    assert bool(found) != bool(caplog.records)
-    if not found:
-        pytest.skip("no installed font has Chinese characters")

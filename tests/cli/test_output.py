@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,15 +91,22 @@ def test_data_on_stdout_that_had_to_be_escaped_is_told(capsys: pytest.CaptureFix
     assert "--output FILE keeps them" in shown.err
 
 
-@pytest.fixture
-def run(home: Path) -> str:
-    """A run over a dataset whose classes, ids and groups bear hostile names."""
+@pytest.fixture(scope="module")
+def made_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    home = tmp_path_factory.mktemp("made") / "home"
     ds = make_dataset(np.tile([0, 1], 60), split=["train"] * 80 + ["test"] * 40)
     ds = replace(ds, class_names=("plain", HOSTILE), notes=(f"a note of {HOSTILE}",))
     ds.table["id"] = [f"{HOSTILE}{k}" for k in range(120)]
     ds.table["site"] = [f"{HOSTILE}{k % 2}" for k in range(120)]
     put_store(home, ds, "net", make_features(ds, shift=0.5), bad={f"{HOSTILE}3": f"broken {HOSTILE}"})
-    return probe_features(ds, "net", folds=2, subset=20, home=home).id
+    return home, probe_features(ds, "net", folds=2, subset=20, home=home).id
+
+
+@pytest.fixture
+def run(made_run: tuple[Path, str], home: Path) -> str:
+    """A run over a dataset whose classes, ids and groups bear hostile names."""
+    shutil.copytree(made_run[0], home)
+    return made_run[1]
 
 
 def command(words: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from embcache.data.dataset import ImageDataset
-from embcache.extract.augment import Augmentation, augmentation
-from embcache.extract.backbones import find_backbone, load_backbone
-from embcache.extract.transforms import Transform, choose_transform, normalise
+from embcache.extract.augment import augmentation
+from embcache.extract.backbones import load_backbone
+from embcache.extract.transforms import choose_transform, normalise
 from embcache.finetune.checkpoint import FoldState
-from embcache.finetune.data import Draw, Frames, batches
+from embcache.finetune.data import Frames
 from embcache.finetune.model import ImageModel, assemble, check_head
 from embcache.finetune.train import Setting, best_epoch, epoch_batches, train_fold
 from embcache.probe.heads import make_head
@@ -169,27 +169,3 @@ def test_unbalanced_classes_are_drawn_equally_often() -> None:
     drawn = Counter(y[row] for epoch in range(40) for batch in epoch_batches(job, epoch, 16) for row in batch)
     assert sum(drawn.values()) == 4000
     assert 0.45 < drawn[1] / 4000 < 0.55
-
-
-def test_an_image_that_is_drawn_twice_looks_different_each_time() -> None:
-    cut, _ = frames()
-    seen: list[str] = []
-
-    def look(self: Augmentation, pixels: np.ndarray, key: str) -> np.ndarray:
-        seen.append(key)
-        return pixels
-
-    augment = augmentation("chest", SIZE, SIZE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Augmentation, "__call__", look)
-        list(batches(cut, [[Draw(3, "a"), Draw(3, "b"), Draw(3, None)]], augment, None))
-    assert seen == ["a", "b"]
-
-
-def test_the_plain_view_is_the_centre_and_the_augmented_one_is_not() -> None:
-    cut, _ = frames()
-    augment = augmentation("chest", SIZE, (24, 24))
-    (batch,) = batches(cut, [[Draw(2, None), Draw(2, "key")]], augment, None)
-    assert torch.equal(batch[0], torch.from_numpy(cut.pixels[2, 4:28, 4:28]))
-    assert not torch.equal(batch[0], batch[1])
-    assert isinstance(choose_transform(find_backbone("random"), "paper", {(24, 24)}), Transform)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,24 @@ from embcache.probe.summary import in_metric
 from tests.probe.build import make_dataset, make_features, make_recipe, put_store
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ds() -> ImageDataset:
     rng = np.random.default_rng(0)
     groups = [f"g{k // 2}" for k in range(260)]
     return make_dataset(rng.integers(0, 2, size=260).tolist(), groups, ["train"] * 200 + ["test"] * 60)
 
 
-@pytest.fixture
-def cached(home: Path, ds: ImageDataset) -> ImageDataset:
+@pytest.fixture(scope="module")
+def made(ds: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("made") / "home"
     put_store(home, ds, "a", make_features(ds, 16))
     put_store(home, ds, "b", make_features(ds, 10, seed=1))
+    return home
+
+
+@pytest.fixture
+def cached(home: Path, ds: ImageDataset, made: Path) -> ImageDataset:
+    shutil.copytree(made, home)
     return ds
 
 

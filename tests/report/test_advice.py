@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,9 +134,9 @@ def test_a_curve_of_models_that_share_nearly_all_training_images_speaks_of_these
     assert ", these models)" in advise_labels("dino, linear", tested).text
 
 
-@pytest.fixture
-def saved(home: Path) -> list[ProbeResult]:
-    """Results of three backbones, at two sizes, on patients with two images each."""
+@pytest.fixture(scope="module")
+def made_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[ProbeResult]]:
+    home = tmp_path_factory.mktemp("made") / "home"
     labels = np.tile([0, 1], 160)
     groups = [f"g{k // 4}-{k % 2}" for k in range(320)]
     ds = make_dataset(labels, groups, ["train"] * 160 + ["test"] * 160)
@@ -143,7 +144,14 @@ def saved(home: Path) -> list[ProbeResult]:
     for name, shift in (("bad", 0.0), ("good", 4.0), ("same", 4.0)):
         put_store(home, ds, name, make_features(ds, shift=shift, seed=11 if name == "same" else len(name)))
         results += [probe_features(ds, name, folds=5, subset=n, home=home) for n in (12, 60)]
-    return results
+    return home, results
+
+
+@pytest.fixture
+def saved(made_saved: tuple[Path, list[ProbeResult]], home: Path) -> list[ProbeResult]:
+    """Results of three backbones, at two sizes, on patients with two images each."""
+    shutil.copytree(made_saved[0], home)
+    return made_saved[1]
 
 
 def test_the_backbone_is_the_best_on_validation_whatever_the_test_set_says(

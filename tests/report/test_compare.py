@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from embcache.report.compare import compare_runs
 from tests.probe.build import make_dataset, make_features, put_store
 
 
-@pytest.fixture
-def runs(home: Path) -> list[str]:
-    """A bad, a good and a middling result on one dataset with groups of two."""
+@pytest.fixture(scope="module")
+def made_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    home = tmp_path_factory.mktemp("made") / "home"
     labels = np.tile([0, 1], 60)
     groups = [f"g{k // 4}-{k % 2}" for k in range(120)]
     ds = make_dataset(labels, groups, ["train"] * 60 + ["test"] * 60)
@@ -27,7 +28,14 @@ def runs(home: Path) -> list[str]:
     for name, shift in (("bad", 0.3), ("good", 3.0), ("fair", 1.0)):
         put_store(home, ds, name, make_features(ds, shift=shift, seed=len(name)))
         ids.append(probe_features(ds, name, folds=2, subset=20, home=home).id)
-    return ids
+    return home, ids
+
+
+@pytest.fixture
+def runs(made_runs: tuple[Path, list[str]], home: Path) -> list[str]:
+    """A bad, a good and a middling result on one dataset with groups of two."""
+    shutil.copytree(made_runs[0], home)
+    return made_runs[1]
 
 
 def holm_by_definition(p: list[float]) -> list[float]:
