@@ -152,9 +152,9 @@ def test_closed_and_full_streams_end_no_work(home: Path, tmp_path: Path) -> None
     for index in range(4):
         draw(tmp_path / "images" / "ab"[index % 2] / f"{index}.png", index)
     extract = f"extract --backbone random --dataset folder --data-root {tmp_path / 'images'}"
-    cases = [(f"{extract} 2>&- <&-", 0), ("verify --repair >/dev/full", 1)]
+    cases = [(f"tests.extract.tiny_run {extract} 2>&- <&-", 0), ("embcache verify --repair >/dev/full", 1)]
     for words, status in cases:
-        line = f"{sys.executable} -m tests.extract.tiny_run {words}"
+        line = f"{sys.executable} -m {words}"
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env={**os.environ})
         assert done.returncode == status, (words, done.stderr)
         assert "Traceback" not in done.stderr

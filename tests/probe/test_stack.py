@@ -125,7 +125,7 @@ def test_a_stack_is_the_plain_pytorch_loop_for_every_fold(n_train: int, oversamp
         torch.testing.assert_close(head.params["classifier.weight"], plain["state"]["weight"], rtol=1e-4, atol=1e-6)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     kind=st.sampled_from([(name, SMALL.get(name, {})) for name in TRAINED] + BY_NODES),
     sizes=st.lists(st.integers(8, 140), min_size=2, max_size=5),
