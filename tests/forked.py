@@ -10,6 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
+if not hasattr(os, "fork"):
+    pytest.skip("needs fork", allow_module_level=True)
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.extract.tiny_run", "embcache.cli", "embcache.probe.cached", "pytest"])
 
