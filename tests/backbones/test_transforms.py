@@ -90,7 +90,7 @@ def test_a_patch_that_does_not_divide_224_is_bad_usage() -> None:
 sides = st.integers(1, 400)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(height=sides, width=sides, bicubic=st.booleans())
 def test_imagenets_geometry_equals_torchvisions(height: int, width: int, bicubic: bool) -> None:
     image = noise(height, width)
@@ -100,7 +100,7 @@ def test_imagenets_geometry_equals_torchvisions(height: int, width: int, bicubic
     np.testing.assert_array_equal(transform.geometry(image), np.asarray(expected))
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(height=sides, width=sides)
 def test_the_papers_geometry_equals_torchvisions(height: int, width: int) -> None:
     image = noise(height, width)

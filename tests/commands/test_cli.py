@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
+from embcache.cli import app
+from tests.commands.test_output import command
 from tests.extract.conftest import draw
+from tests.forked import ran
 
-
-def embcache(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "embcache", *arguments],
-        capture_output=True, text=True, check=False, env={**os.environ, **environment},
-    )  # fmt: skip
+TINY = "tests.extract.tiny_run"
 
 
 @pytest.fixture
@@ -33,27 +29,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_help_names_every_command(home: Path) -> None:
-    done = embcache("--help")
-    assert done.returncode == 0
-    for command in (
-        "demo",
-        "datasets",
-        "backbones",
-        "heads",
-        "extract",
-        "probe",
-        "results",
-        "splits",
-        "ls",
-        "info",
-        "export",
-    ):
-        assert f"\n  {command} " in done.stdout
-        assert embcache(command, "--help").returncode == 0
+    shown = CliRunner().invoke(app, ["--help"])
+    assert shown.exit_code == 0
+    for name in vars(get_command(app))["commands"]:
+        assert f"\n  {name} " in shown.stdout
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 
 
 def test_version(home: Path) -> None:
-    assert embcache("--version").stdout.startswith("embcache 0.")
+    assert ran("--version")[1].startswith("embcache 0.")
 
 
 @pytest.mark.parametrize(
@@ -72,12 +56,14 @@ def test_version(home: Path) -> None:
         (["probe", "--head", "liner"], 2, ["liner", "linear"]),
     ],
 )
-def test_each_mistake_gets_one_message(home: Path, arguments: list[str], status: int, words: list[str]) -> None:
-    done = embcache(*arguments)
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
+def test_each_mistake_gets_one_message(
+    home: Path, arguments: list[str], status: int, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, _, err = command(arguments, "utf-8", monkeypatch)
+    assert ended == status, err
+    assert "Traceback" not in err
     for word in words:
-        assert word in done.stderr
+        assert word in err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a shell and /dev/full")
@@ -95,67 +81,22 @@ def test_output_that_cannot_be_written_leaves_no_traceback(home: Path, target: s
 
 
 def test_extract_then_probe_a_folder(folder: Path, home: Path, tmp_path: Path) -> None:
-    arguments = ["--dataset", "folder", "--data-root", str(folder)]
-    first = embcache("extract", "--backbone", "random", *arguments, "--json", "-")
-    assert first.returncode == 0, first.stderr
-    (extraction,) = json.loads(first.stdout)
+    extract = ("extract", "--backbone", "random", "--dataset", "folder", "--data-root", str(folder), "--json", "-")
+    status, out, err = ran(*extract, module=TINY)
+    assert status == 0, err
+    (extraction,) = json.loads(out)
     assert (extraction["computed"], extraction["cached"], extraction["quarantined"]) == (30, 0, {})
-    assert embcache("ls").stdout.count("random") == 1
+    assert ran("ls")[1].count("random") == 1
     target = tmp_path / "results.json"
-    done = embcache("probe", "--head", "linear", "--subset", "10,F", *arguments, "--json", str(target))
-    assert done.returncode == 0, done.stderr
-    results = json.loads(target.read_text())
-    assert results[0]["n_train"] == 10
-    assert all(0 <= result["mean"] <= 1 and len(result["folds"]) == 5 for result in results)
-    assert "linear" in done.stdout
-
-
-def test_probing_works_with_the_images_gone(folder: Path, home: Path) -> None:
-    arguments = ["--dataset", "folder", "--data-root", str(folder)]
-    name = json.loads(embcache("extract", "--backbone", "random", *arguments, "--json", "-").stdout)[0]["dataset"]
-    live = json.loads(embcache("probe", "--subset", "10", "--dataset", name, "--json", "-").stdout)
+    probe = ("probe", "--head", "linear", "--subset", "10,F", "--dataset")
+    status, out, err = ran(*probe, "folder", "--data-root", str(folder), "--json", str(target))
+    assert status == 0, err
+    live = json.loads(target.read_text())
+    assert live[0]["n_train"] == 10
+    assert all(0 <= result["mean"] <= 1 and len(result["folds"]) == 5 for result in live)
+    assert "linear" in out
     folder.rename(folder.with_name("elsewhere"))
-    gone = embcache("probe", "--subset", "10", "--dataset", name, "--json", "-")
-    assert gone.returncode == 0, gone.stderr
-    assert json.loads(gone.stdout)[0]["mean"] == live[0]["mean"]
-    assert json.loads(gone.stdout)[0]["source"] == "snapshot"
-
-
-def _heed_interrupts() -> None:
-    """A shell's background jobs, and their children, are started with interrupts ignored; a person's command is not."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_that_can_go_on(folder: Path, home: Path, number: int, status: int) -> None:
-    for index in range(30, 60):
-        draw(folder / "a" / f"{index}.png", index, size=96)
-    for path in folder.rglob("*.png"):
-        draw(path, int(path.stem), size=96)
-    command = [
-        sys.executable,
-        "-m",
-        "embcache",
-        "extract",
-        "--backbone",
-        "random",
-        "--dataset",
-        "folder",
-        "--data-root",
-        str(folder),
-        "--rows-per-shard",
-        "8",
-    ]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts
-    )
-    deadline = time.monotonic() + 60
-    while not list(home.glob("*/random-*/plan/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == status, stderr
-    assert "Traceback" not in stderr
-    assert "goes on from there" in stderr
-    done = embcache("extract", "--backbone", "random", "--dataset", "folder", "--data-root", str(folder), "--json", "-")
-    assert done.returncode == 0, done.stderr
+    status, out, err = ran(*probe, extraction["dataset"], "--json", "-")
+    assert status == 0, err
+    assert json.loads(out)[0]["mean"] == live[0]["mean"]
+    assert json.loads(out)[0]["source"] == "snapshot"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -38,16 +39,23 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 
-@pytest.fixture
-def run(home: Path) -> str:
-    """Id of a DVME run over two backbones of the dataset ``toy``."""
+@pytest.fixture(scope="module")
+def made_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    home = tmp_path_factory.mktemp("made") / "home"
     ds = make_dataset(np.tile([0, 1], 60), split=["train"] * 80 + ["test"] * 40)
     for seed, (name, shift) in enumerate((("good", 4.0), ("weak", 0.5))):
         put_store(home, ds, name, make_features(ds, 10, shift=shift, seed=seed))
     result = probe_features(
         ds, ["good", "weak"], head="dvme", folds=2, subset=20, home=home, head_options={"proj_dim": 6}
     )
-    return result.id
+    return home, result.id
+
+
+@pytest.fixture
+def run(made_run: tuple[Path, str], home: Path) -> str:
+    """Id of a DVME run over two backbones of the dataset ``toy``."""
+    shutil.copytree(made_run[0], home)
+    return made_run[1]
 
 
 def test_tsne_writes_figures_points_and_a_table(run: str, home: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from embcache import cli
 from embcache.commands import output
 from embcache.commands.output import Screen, echo, echo_data, json_text
+from embcache.commands.table import print_note
 from embcache.data.dataset import load_dataset
 from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.probe.probe import probe_features
@@ -89,15 +91,22 @@ def test_data_on_stdout_that_had_to_be_escaped_is_told(capsys: pytest.CaptureFix
     assert "--output FILE keeps them" in shown.err
 
 
-@pytest.fixture
-def run(home: Path) -> str:
-    """A run over a dataset whose classes, ids and groups bear hostile names."""
+@pytest.fixture(scope="module")
+def made_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    home = tmp_path_factory.mktemp("made") / "home"
     ds = make_dataset(np.tile([0, 1], 60), split=["train"] * 80 + ["test"] * 40)
     ds = replace(ds, class_names=("plain", HOSTILE), notes=(f"a note of {HOSTILE}",))
     ds.table["id"] = [f"{HOSTILE}{k}" for k in range(120)]
     ds.table["site"] = [f"{HOSTILE}{k % 2}" for k in range(120)]
     put_store(home, ds, "net", make_features(ds, shift=0.5), bad={f"{HOSTILE}3": f"broken {HOSTILE}"})
-    return probe_features(ds, "net", folds=2, subset=20, home=home).id
+    return home, probe_features(ds, "net", folds=2, subset=20, home=home).id
+
+
+@pytest.fixture
+def run(made_run: tuple[Path, str], home: Path) -> str:
+    """A run over a dataset whose classes, ids and groups bear hostile names."""
+    shutil.copytree(made_run[0], home)
+    return made_run[1]
 
 
 def command(words: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
@@ -143,9 +152,9 @@ def test_closed_and_full_streams_end_no_work(home: Path, tmp_path: Path) -> None
     for index in range(4):
         draw(tmp_path / "images" / "ab"[index % 2] / f"{index}.png", index)
     extract = f"extract --backbone random --dataset folder --data-root {tmp_path / 'images'}"
-    cases = [(f"{extract} 2>&- <&-", 0), ("verify --repair >/dev/full", 1)]
+    cases = [(f"tests.extract.tiny_run {extract} 2>&- <&-", 0), ("embcache verify --repair >/dev/full", 1)]
     for words, status in cases:
-        line = f"{sys.executable} -m tests.extract.tiny_run {words}"
+        line = f"{sys.executable} -m {words}"
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env={**os.environ})
         assert done.returncode == status, (words, done.stderr)
         assert "Traceback" not in done.stderr
@@ -235,3 +244,10 @@ def test_an_interrupt_while_modules_are_imported_leaves_no_traceback() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_control_characters_are_escaped_and_lines_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    print_note("left out: a\x1b[2Jb\r\nsecond\u202e line")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "note: left out: a\\x1b[2Jb\\r\nsecond\\u202e line\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 from embcache.commands import predicted_command as predicted
 from embcache.commands import probe_command as probe
 from embcache.commands import run_command as tables
-from embcache.errors import EmbcacheError, ProtocolError, UsageError
-from embcache.figures import plots
+from embcache.errors import EmbcacheError, UsageError
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import find_run_anywhere, load_predictions
 from tests.probe.build import make_dataset, make_features, put_store
@@ -38,29 +37,21 @@ def embcache(*arguments: object) -> Result:
     return done
 
 
-@pytest.fixture
-def run(home: Path) -> str:
-    """Id of a run on two classes, of two backbones at two sizes each."""
+@pytest.fixture(scope="module")
+def made_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    home = tmp_path_factory.mktemp("made") / "home"
     ds = make_dataset(np.tile([0, 1], 80), split=["train"] * 80 + ["test"] * 80)
     for backbone, shift in (("good", 2.0), ("weak", 0.0)):
         put_store(home, ds, backbone, make_features(ds, shift=shift))
         results = [probe_features(ds, backbone, folds=3, subset=n, home=home) for n in (12, 40)]
-    return results[0].id
+    return home, results[0].id
 
 
 @pytest.fixture
-def many(home: Path) -> str:
-    """Id of a run on thirteen classes; the last does not occur in the test set."""
-    labels = np.tile(np.arange(13), 20)
-    split = ["train" if k < 130 or c == 12 else "test" for k, c in enumerate(labels)]
-    ds = make_dataset(labels % 8, split=split, name="many", metric="macro_auc")
-    ds = replace(
-        ds,
-        class_names=tuple(f"a class with a rather long name, number {c}" for c in range(13)),
-        table=ds.table.assign(label=labels),
-    )
-    put_store(home, ds, "good", make_features(ds, shift=1.0))
-    return probe_features(ds, "good", folds=2, subset="F", home=home).id
+def run(made_run: tuple[Path, str], home: Path) -> str:
+    """Id of a run on two classes, of two backbones at two sizes each."""
+    shutil.copytree(made_run[0], home)
+    return made_run[1]
 
 
 def test_errors_writes_the_list_and_says_that_the_images_are_not_there(run: str, home: Path, tmp_path: Path) -> None:
@@ -121,33 +112,6 @@ def test_the_confusion_matrix_counts_the_ensemble(run: str, home: Path) -> None:
     wanted = confusion_matrix(table.groupby("id")["label"].first(), p.argmax(1))
     values = json.loads(embcache("plot", run, "--kind", "confusion", "--json", "-").stdout)["values"]
     assert [[row["predicted"]["a"], row["predicted"]["b"]] for row in values] == wanted.tolist()
-
-
-@pytest.mark.parametrize("kind", ["roc", "pr", "calibration"])
-def test_a_legend_of_many_classes_lies_within_the_figure_and_says_that_it_is_shortened(
-    kind: str, many: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inside = []
-
-    def save(figure: plots.Figure, target: Path) -> Path:
-        figure.canvas.draw()
-        (legend,) = figure.legends
-        box, page = legend.get_window_extent(), figure.bbox
-        inside.append(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1)
-        texts.extend(text.get_text().replace("\n", " ") for text in legend.get_texts())
-        titles.append(legend.get_title().get_text())
-        return target
-
-    texts: list[str] = []
-    titles: list[str] = []
-    monkeypatch.setattr(plots, "_save", save)
-    done = embcache("plot", many, "--kind", kind, "--output", tmp_path / "a.png")
-    assert inside == [True]
-    assert sum("a class with a rather long name, number" in text for text in texts) == 10
-    assert "shortened: the 10 classes with the most test images of 12" in titles[0].replace("\n", " ")
-    assert "no test image of a class with a rather long name, number 12" in done.stdout
-    with pytest.raises(ProtocolError, match="no test image is of class"):
-        embcache("plot", many, "--kind", kind, "--positive", "a class with a rather long name, number 12")
 
 
 def test_plot_refuses_what_it_does_not_know(run: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,21 @@ def data(*arguments: object, metric: str = "brier") -> dict[str, Any]:
     return json.loads(results(*arguments, *chosen, "--json", "-").stdout)
 
 
-@pytest.fixture
-def run(home: Path) -> str:
-    """A run on images of 2 classes, one sick in four; two images of each patient."""
+@pytest.fixture(scope="module")
+def made_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    home = tmp_path_factory.mktemp("made") / "home"
     labels = np.repeat(np.tile([0, 1, 0, 0], 40), 2)
     groups = [f"p{k // 2}" for k in range(320)]
     ds = make_dataset(labels, groups, split=["train"] * 200 + ["test"] * 120)
     put_store(home, ds, "net", make_features(ds, shift=2.5))
-    return probe_features(ds, "net", folds=3, subset=40, home=home).id
+    return home, probe_features(ds, "net", folds=3, subset=40, home=home).id
+
+
+@pytest.fixture
+def run(made_run: tuple[Path, str], home: Path) -> str:
+    """A run on images of 2 classes, one sick in four; two images of each patient."""
+    shutil.copytree(made_run[0], home)
+    return made_run[1]
 
 
 def saved(run: str, home: Path) -> tuple[np.ndarray, np.ndarray]:

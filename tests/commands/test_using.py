@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +43,22 @@ def embcache(*arguments: object) -> Result:
     return done
 
 
-@pytest.fixture
-def runs(home: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def made_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    home = tmp_path_factory.mktemp("made") / "home"
     ds = make_dataset(np.tile([0, 1], 60), split=["train"] * 60 + ["test"] * 60)
     ds.table["sex"] = np.where(np.arange(120) % 5 < 2, "F", "M").astype(object)
     ids = []
     for name, shift in (("bad", 0.3), ("good", 3.0)):
         put_store(home, ds, name, make_features(ds, shift=shift))
         ids.append(probe_features(ds, name, folds=2, subset=20, home=home).id)
-    return ids
+    return home, ids
+
+
+@pytest.fixture
+def runs(made_runs: tuple[Path, list[str]], home: Path) -> list[str]:
+    shutil.copytree(made_runs[0], home)
+    return made_runs[1]
 
 
 def test_compare_prints_a_table_or_data(runs: list[str]) -> None:

@@ -16,6 +16,7 @@ from embcache.data.dataset import DATASETS, ImageDataset, find_dataset, load_dat
 from embcache.data.images import read_image, read_size
 from embcache.errors import DatasetError, DatasetNotFoundError
 from embcache.paths import slug
+from tests.extract.test_augment import MODALITIES
 
 Load = Callable[..., ImageDataset]
 
@@ -52,7 +53,7 @@ def test_the_table_holds_what_the_contract_says(load: Load) -> None:
     assert set(ds.labels.tolist()) >= set(range(len(ds.class_names)))
     assert all(isinstance(value, str) for column in ("id", "path", "group", "split") for value in ds.table[column])
     assert ds.metric in {"auc", "macro_auc", "kappa"}
-    assert ds.augment in {"patch", "fundus", "chest", "generic"}
+    assert ds.augment == MODALITIES[ds.kind]
     assert "F" not in ds.subset_sizes
     assert 0 < ds.subset_sizes["S"] < ds.subset_sizes["M"]
     assert ds.kind in DATASETS

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import weakref
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -20,7 +18,6 @@ from embcache.errors import CorruptStoreError, StoreError
 from embcache.store.commit import ShardRows, commit_shard, create_store, write_view
 from embcache.store.feature_store import FeatureStore
 from embcache.store.formats import FORMATS
-from embcache.store.reading import read_features
 from tests.store.build import add, digest, make_rows, make_store, make_table, plan, quick_disk, recipe, tree
 
 __all__ = ["quick_disk"]
@@ -55,8 +52,9 @@ def test_rows_come_back_as_they_were_written(format: str, tmp_path: Path) -> Non
     assert [entry.id for entry in store.plans()[1]] == ["e", "f"]
 
 
-@pytest.mark.parametrize("row_shape", [(5,), (2, 3), (4, 5, 3), ()])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8", "float64"])
+@pytest.mark.parametrize(
+    ("row_shape", "dtype"), [((5,), "float16"), ((2, 3), "float32"), ((4, 5, 3), "uint8"), ((), "float64")]
+)
 def test_any_row_shape_and_dtype_is_kept(format: str, row_shape: tuple[int, ...], dtype: str, tmp_path: Path) -> None:
     path = make_store(tmp_path, format, row_shape=row_shape, dtype=dtype)
     values = np.random.default_rng(0).integers(0, 200, (3, *row_shape)).astype(dtype)
@@ -352,39 +350,3 @@ def test_arrays_are_aligned_by_id(format: str, tmp_path: Path) -> None:
     assert store.arrays(ds, split="val")[0].shape == (0, 3)
     with pytest.raises(StoreError, match=r"1 of 2 images have no features yet(.|\n)*embcache extract"):
         store.arrays(make_table(["a", "new"]))
-
-
-def test_an_unblanked_shard_is_written_with_zeros_where_rows_are_not_valid(format: str, tmp_path: Path) -> None:
-    path = make_store(tmp_path, format, row_shape=(2, 2, 3), dtype="uint8")
-    for number, bad in enumerate(([], ["b"])):
-        values = np.full((2, 2, 2, 3), 7, np.uint8)
-        valid = np.array([id_ not in bad for id_ in "ab"])
-        reasons = tuple("broken" if id_ in bad else "" for id_ in "ab")
-        plan(path, number, "ab")
-        commit_shard(path, number, ShardRows(("a", "b"), values, valid, ("", ""), reasons))
-        assert (values == 7).all()  # what was handed in is left as it is
-        read = read_features(path, FeatureStore(path)._header, number)
-        assert read[valid].min() == 7
-        assert not read[~valid].any()
-
-
-def test_shards_are_let_go_of_as_reading_moves_on(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = make_store(tmp_path, format)
-    for number in range(3):
-        add(path, number, [f"{number}{i}" for i in range(4)])
-    held: list[weakref.ref[np.ndarray]] = []
-
-    def watched(*arguments: Any) -> np.ndarray:
-        assert not any(ref() is not None for ref in held)  # the one before is gone when the next is read
-        shard = read_features(*arguments)
-        held.append(weakref.ref(shard))
-        return shard
-
-    monkeypatch.setattr("embcache.store.features.read_features", watched)
-    features = FeatureStore(path).features
-    for row in range(12):
-        features[row]
-    assert len(held) == 3
-    features[:]  # many shards are read straight into the answer
-    assert len(held) == 3
-    assert held[-1]() is None

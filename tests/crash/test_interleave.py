@@ -33,11 +33,12 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, World
 
 def test_no_pair_of_commands_serves_old_features_or_loses_rows(worlds: dict[str, World]) -> None:
     chance = random.Random(0)
-    for number, (first, second) in enumerate(itertools.product(COMMANDS, repeat=2)):
+    pairs = [pair for pair in itertools.product(COMMANDS, repeat=2) if not set(pair) <= {"verify", "probe", "export"}]
+    for number, (first, second) in enumerate(pairs):
         world = worlds["hdf5" if number % 4 else "zarr"]
         world.trial(first, second, chance.randrange(30 if first in ("probe", "export") else 150))
     totals = worlds["hdf5"].totals + worlds["zarr"].totals
-    assert totals["trials"] == 36
+    assert totals["trials"] == len(pairs) == 27
     assert totals["rows compared"] > 500
 
 

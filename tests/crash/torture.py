@@ -59,10 +59,15 @@ def all_trials(trials: Trials, arguments: argparse.Namespace) -> list[Trial]:
         some.append((f"paused at call {at}, {case}", lambda c=case, a=at: trials.pause(c, a)))
     # A second backbone repeats the calls of the first one.
     rest = [t for case in cases for t in _of_case(trials, case, every * (1 + 3 * (len(case.backbones) > 1)), chance)]
-    cuts = [trial for trial in rest if trial[0].startswith("power")]
     chance.shuffle(rest)
-    chosen = rest if arguments.sample is None else cuts[:: max(1, len(cuts) // 6)] + rest[: arguments.sample]
-    return some + chosen
+    seen: Counter[str] = Counter()
+    for name, trial in rest:
+        power = name.startswith("power")  # one such trial has several instants
+        kind = ", ".join(name.split(", ")[:2]) if power else name.split(" call")[0]
+        seen[kind] += 1
+        if arguments.sample is None or seen[kind] <= (1 if power else arguments.sample):
+            some.append((name, trial))
+    return some
 
 
 def _of_case(trials: Trials, case: Case, every: int, chance: random.Random) -> Iterator[Trial]:
@@ -193,7 +198,9 @@ def main() -> int:
     parser.add_argument("--together", type=int, default=60, help="trials with several processes at once")
     parser.add_argument("--pauses", type=int, default=60, help="trials with a paused writer")
     parser.add_argument("--jobs", type=int, default=2, help="processes that make trials")
-    parser.add_argument("--sample", type=int, help="of the trials of single calls, only so many")
+    parser.add_argument(
+        "--sample", type=int, help="of each kind of fault at single calls, only so many; of each of power cuts, one"
+    )
     parser.add_argument("--minutes", type=float, help="begin no trial after so long")
     parser.add_argument("--cases", default=",".join(map(str, range(len(CASES)))), help="numbers of kinds of runs")
     parser.add_argument("--seed", type=int, default=0)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from embcache.data.classes import ClassOptions, change_notes, class_flags, class_words, renamed
+from embcache.data.classes import ClassOptions, change_notes, class_flags, class_words
 from embcache.data.columns import as_in_run, retarget
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
@@ -129,8 +129,3 @@ def test_a_note_of_the_overlap_with_the_test_set_counts_what_is_left() -> None:
     noted = replace(shared, notes=tuple(overlap_notes(shared.table)))
     changed = noted.with_classes(["a+b"])
     assert [note for note in changed.notes if "groups occur in both" in note] == overlap_notes(changed.table)
-
-
-def test_names_that_are_no_longer_there_change_nothing() -> None:
-    ds = graded()
-    assert renamed(ds, {"gone": ""}).class_names == ds.class_names

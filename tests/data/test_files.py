@@ -2,19 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from embcache.data.files import find_level, image_index, is_image_name, locate_files, walk_images
+from embcache.data.files import image_index, locate_files, walk_images
 from embcache.errors import DatasetError
 from tests.data.pictures import write_image
-
-
-@pytest.mark.parametrize("name", ["a.png", "A.JPEG", "x.dcm", "y.TIFF"])
-def test_images_are_known_by_their_suffix(name: str) -> None:
-    assert is_image_name(name)
-
-
-@pytest.mark.parametrize("name", ["._a.png", ".DS_Store", "Thumbs.db", "labels.csv", "png", "a.png.txt"])
-def test_litter_and_other_files_are_no_images(name: str) -> None:
-    assert not is_image_name(name)
 
 
 def test_walking_is_sorted_and_passes_over_litter(tmp_path: Path) -> None:
@@ -35,32 +25,6 @@ def test_a_linked_folder_inside_is_passed_over_and_one_leading_out_is_refused(tm
         list(walk_images(root))
 
 
-def test_the_outermost_matching_level_is_found(tmp_path: Path) -> None:
-    (tmp_path / "one" / "two" / "mark").mkdir(parents=True)
-    (tmp_path / "one" / "mark").mkdir()
-
-    def matches(folder: Path) -> bool:
-        return (folder / "mark").is_dir()
-
-    assert find_level(tmp_path, matches) == tmp_path / "one"
-    assert find_level(tmp_path, matches, depth=0) is None
-    (tmp_path / "deep" / "x" / "y" / "mark").mkdir(parents=True)
-    assert find_level(tmp_path / "deep", matches) == tmp_path / "deep" / "x" / "y"
-    assert find_level(tmp_path / "deep", matches, depth=1) is None
-
-
-def test_files_are_located_with_their_sizes(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x").write_bytes(b"12345")
-    (tmp_path / "a" / "link").symlink_to("x")
-    (tmp_path / "a" / "dangling").symlink_to("nothing")
-    (tmp_path / "a" / "folder").mkdir()
-    paths = ["a/x", "a/link", "a/dangling", "a/folder", "a/none", "no/where", "a/x/y"]
-    found = locate_files(tmp_path, [*paths, "a/x"])
-    assert found == {"a/x": 5, "a/link": 5, **dict.fromkeys(paths[2:])}
-    assert locate_files(tmp_path, ["a/x", "a/none"], sizes=False) == {"a/x": 0, "a/none": None}
-
-
 @pytest.mark.parametrize("path", ["link", "linked/x", "chain"])
 def test_links_that_lead_out_are_refused_whether_or_not_their_target_is_there(tmp_path: Path, path: str) -> None:
     root = tmp_path / "root"
@@ -77,13 +41,6 @@ def test_a_root_that_is_itself_a_link_is_no_way_out(tmp_path: Path) -> None:
     write_image(tmp_path / "real" / "x.png")
     (tmp_path / "link").symlink_to("real")
     assert locate_files(tmp_path / "link", ["x.png"])["x.png"] is not None
-
-
-def test_images_are_indexed_by_stem(tmp_path: Path) -> None:
-    for name in ["b.png", "a.v2.tif", "._a.tif"]:
-        write_image(tmp_path / name)
-    assert image_index(tmp_path) == {"a.v2": "a.v2.tif", "b": "b.png"}
-    assert image_index(tmp_path / "nowhere") == {}
 
 
 def test_two_images_of_one_stem_are_refused_with_both_paths(tmp_path: Path) -> None:

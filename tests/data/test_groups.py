@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embcache.data.dataset as loading
@@ -26,12 +26,14 @@ def connected(rows: list[tuple[str, str]]) -> list[frozenset[str]]:
     return [frozenset(reach[g]) for g, _ in rows]
 
 
+@settings(max_examples=30)
 @given(ROWS)
 def test_groups_are_merged_exactly_when_a_chain_of_keys_connects_them(rows: list[tuple[str, str]]) -> None:
     merged = merge_groups([g for g, _ in rows], [k for _, k in rows])
     assert merged == [min(component) for component in connected(rows)]
 
 
+@settings(max_examples=30)
 @given(ROWS, st.randoms())
 def test_the_names_do_not_depend_on_the_order_of_rows(rows: list[tuple[str, str]], random: object) -> None:
     shuffled = list(rows)
@@ -41,6 +43,7 @@ def test_the_names_do_not_depend_on_the_order_of_rows(rows: list[tuple[str, str]
     assert before == after
 
 
+@settings(max_examples=30)
 @given(st.lists(st.binary(max_size=3), max_size=8))
 def test_identical_files_are_exactly_those_with_a_twin(tmp_path_factory: object, contents: list[bytes]) -> None:
     root: Path = tmp_path_factory.mktemp("twins")

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -44,6 +44,7 @@ def test_a_jpeg_with_two_frames_is_not_sure(tmp_path: Path) -> None:
     assert jpeg_size(data[:place] + data[place : place + 19] + data[place:]) is None
 
 
+@settings(max_examples=30)
 @given(st.sampled_from(["png", "jpeg", "tiff"]), st.data())
 def test_whatever_happens_to_a_byte_the_decoder_agrees_or_refuses(
     tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject

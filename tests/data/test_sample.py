@@ -1,4 +1,7 @@
+import functools
 import hashlib
+import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,14 +15,21 @@ from embcache.data.images import read_image
 from embcache.errors import DatasetError, DatasetNotFoundError
 
 
+@functools.cache
+def drawn() -> Path:
+    """The sample, drawn once in a process."""
+    folder = Path(tempfile.mkdtemp(prefix="embcache-test-")) / "sample"
+    draw_sample(folder)
+    return folder
+
+
 def write_layout(root: Path) -> Path:
-    draw_sample(root / "sample")
-    return root / "sample"
+    return shutil.copytree(drawn(), root / "sample")
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
-    return load_dataset("sample", tmp_path_factory.mktemp("home") / "sample-images")
+    return load_dataset("sample", write_layout(tmp_path_factory.mktemp("home")))
 
 
 def test_sixty_patients_with_four_kinds_each_a_quarter_of_them_held_out(sample: ImageDataset) -> None:

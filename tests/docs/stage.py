@@ -3,7 +3,7 @@
 Importing torch takes seconds and pages hold dozens of commands, so one process imports everything once and forks for
 each. It computes nothing itself: a fork after threads were started may hang. In the place of published networks stand
 small ones with weights of their own, so that every backbone is here; the built-in sample has a few patients instead of
-sixty; finetuning ends after two epochs.
+sixty; training ends after two epochs.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def install() -> None:
     import embcache.data.datasets.sample as sample
     from embcache.backbones import catalog as backbones
     from embcache.finetune import model
+    from embcache.probe.schedule import Schedule
 
     for module in pkgutil.walk_packages(embcache.__path__, "embcache."):
         if not module.name.endswith("__main__"):
@@ -55,6 +56,7 @@ def install() -> None:
         if getattr(module, "empty_backbone", None) is empty:
             module.empty_backbone = lambda spec, _: load_small(spec.name).module  # type: ignore[attr-defined]
     embcache.finetune_images.__kwdefaults__["max_epochs"] = 2
+    Schedule.__init__.__defaults__ = (1e-3, 64, 2, 2, 10, 5, 0.1)  # type: ignore[misc]
     sample.GROUPS, sample.TEST_GROUPS, sample.TILES_PER_CLASS = 12, 3, 2  # type: ignore[misc]
 
 

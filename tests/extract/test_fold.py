@@ -46,7 +46,7 @@ def batch() -> Tensor:
     return torch.randn((3, 3, *SIZE), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("name", ["torchvision", "tf_efficientnet_lite0", "resnet10t", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", ["torchvision", "tf_efficientnet_lite0", "mobilenetv3_small_050"])
 def test_a_folded_network_gives_the_same_features_without_norms(name: str) -> None:
     module = build(name)
     before = {key: value.clone() for key, value in module.state_dict().items()}
@@ -59,11 +59,6 @@ def test_a_folded_network_gives_the_same_features_without_norms(name: str) -> No
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
     assert not any(parameter.requires_grad for parameter in folded.parameters())
     assert not any(layer.training for layer in folded.modules())
-
-
-def test_folding_twice_gives_the_same_bits() -> None:
-    first, second = fold_norms(build("resnet10t"), SIZE), fold_norms(build("resnet10t"), SIZE)
-    assert torch.equal(first(batch()), second(batch()))
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
@@ -133,7 +128,7 @@ def test_weights_that_are_standardised_when_used_are_not_scaled() -> None:
     assert fold_norms(random_norms(module), SIZE) is module
 
 
-@pytest.mark.parametrize("name", ["torchvision", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "vit_tiny_patch16_224"])
 def test_bfloat16_takes_and_gives_float32(name: str) -> None:
     module = build(name) if "vit" not in name else timm.create_model(name, num_classes=0, img_size=64).eval()
     reduced = to_bfloat16(fold_norms(module, SIZE))
@@ -143,9 +138,3 @@ def test_bfloat16_takes_and_gives_float32(name: str) -> None:
     assert any(parameter.dtype == torch.bfloat16 for parameter in reduced.parameters())
     assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
     assert torch.cosine_similarity(found, expected).min() >= 0.999
-
-
-def test_depthwise_layers_keep_float32() -> None:
-    reduced = to_bfloat16(build("tf_efficientnet_lite0"))
-    kept = {layer.weight.dtype for layer in reduced.modules() if isinstance(layer, nn.Conv2d) and layer.groups > 1}
-    assert kept == {torch.float32}

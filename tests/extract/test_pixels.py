@@ -26,7 +26,6 @@ from embcache.extract.augment import centre
 from embcache.extract.extract import extract_features, run_extraction
 from embcache.extract.pixels import cache_pixels, open_pixels
 from embcache.extract.scan import dataset_transform
-from embcache.finetune.batches import decode_frames
 from embcache.probe.cached import cached_backbones, cached_datasets
 from embcache.store.feature_store import FeatureStore, list_stores
 from tests.extract.conftest import draw
@@ -102,13 +101,6 @@ def test_the_centre_of_a_frame_is_the_transform(height: int, width: int, crop: i
     assert frame(Transform("paper", (64, 71), (crop, crop), (crop, crop), "bilinear", *normal)).size == (64, 71)
 
 
-def test_the_frame_is_what_finetuning_crops() -> None:
-    assert frame(PAPER).size == (256, 256)
-    assert frame(PAPER).crop is None
-    assert frame(AS_IS) == AS_IS
-    assert frame(IMAGENET) == IMAGENET  # the shorter side alone: images differ until they are cropped
-
-
 @pytest.mark.parametrize("format", ["zarr", "hdf5"])
 def test_pixels_are_those_of_the_decoded_and_resized_images(images: Path, home: Path, format: str) -> None:
     draw(images / "benign" / "wide.png", 5, size=90)
@@ -142,42 +134,6 @@ def test_what_is_cached_is_not_decoded_again(images: Path, home: Path, decoded: 
     assert len(cache_pixels(load(images), AS_IS)) == 21
     assert len(decoded) == 21
     assert decoded[-1] == "benign/new.png"
-
-
-def test_transforms_that_differ_in_normalisation_alone_share_pixels(images: Path, home: Path) -> None:
-    other = choose_transform(find_backbone("effnet_lite0"), "paper", {(40, 40)})
-    assert other.mean != AS_IS.mean
-    first, second = cache_pixels(load(images), AS_IS), cache_pixels(load(images), other)
-    assert first.path == second.path
-    assert open_pixels(load(images), IMAGENET) is None
-
-
-def test_opening_never_decodes(images: Path, home: Path, decoded: list[str]) -> None:
-    ds = load(images)
-    assert open_pixels(ds, AS_IS) is None
-    assert not home.exists()
-    cache_pixels(ds, AS_IS, ids=ds.table["id"].tolist()[:4])
-    decoded.clear()
-    found = open_pixels(ds, AS_IS)
-    assert found is not None
-    assert len(found) == 4
-    assert decoded == []
-
-
-def test_direct_reading_gives_the_same_pixels(images: Path, home: Path, tmp_path: Path, pool: Executor) -> None:
-    spoil(images)
-    ds = load(images)
-    ids = ds.table["id"].tolist()[::-1]
-    assert ds.root is not None
-    frames, found = decode_frames(ds, AS_IS, ds.root, tmp_path / "frames", pool, ids=ids)
-    direct, reasons, ids = frames.pixels, dict(found.quarantined), list(frames.ids)
-    store = cache_pixels(ds, AS_IS)
-    assert reasons == store.quarantined
-    assert found.digests == store.digests
-    assert direct.shape == (20, 40, 40, 3)
-    place = {id_: row for row, id_ in enumerate(ids)}
-    assert np.array_equal(direct[[place[id_] for id_ in store.ids]], store.features[:])
-    assert not direct[[place[id_] for id_ in reasons]].any()
 
 
 @pytest.mark.parametrize("format", ["zarr", "hdf5"])

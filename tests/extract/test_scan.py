@@ -6,24 +6,18 @@ import hashlib
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from embcache.backbones.catalog import find_backbone
 from embcache.backbones.transforms import choose_transform
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.data.files import FileState, stat_files
 from embcache.errors import DatasetError, DatasetNotFoundError
 from embcache.extract import extract as run
 from embcache.extract import scan as scanning
@@ -90,25 +84,10 @@ def test_headers_are_read_once(
     assert len(read) == 20
 
 
-def test_no_header_is_read_that_no_transform_hangs_on(
-    dataset: ImageDataset, images: Path, home: Path, pool: Executor, read: list[str]
-) -> None:
-    files = scan_dataset(dataset, home, pool)
-    choose_transform(find_backbone("random"), "imagenet", files.sizes)
-    assert len(read) == 1  # one of a suffix: that it can be decoded at all
-    files.keep()
-    assert decode_scan(files.folder / "scan.parquet")["width"].tolist() == [40] + [-1] * 19
-    choose_transform(find_backbone("random"), "paper", files.sizes)
-    assert len(read) == 20
-
-
-@pytest.mark.parametrize("side", [225, 56])
-def test_a_large_image_or_a_second_size_spares_the_other_headers(
-    side: int, images: Path, pool: Executor, read: list[str], tmp_path: Path
-) -> None:
+def test_a_second_size_spares_the_other_headers(images: Path, pool: Executor, read: list[str], tmp_path: Path) -> None:
     for index in range(100):
         draw(images / "benign" / f"more{index:03}.png", 100 + index)
-    draw(images / "benign" / "0.png", 1, size=side)  # the first to be listed
+    draw(images / "benign" / "0.png", 1, size=56)  # the first to be listed
     dataset = load_dataset("folder", images)
     scan = scan_images(dataset, images, None, pool)
     sizes = ImageSizes(scan)
@@ -124,17 +103,6 @@ def test_a_large_image_or_a_second_size_spares_the_other_headers(
     assert choose_transform(find_backbone("random"), None, ImageSizes(left)).resize is None
     assert set(left.seen.values()) == {(40, 40)}
     assert len(left.seen) == 120
-
-
-SIZES = st.lists(st.tuples(st.integers(1, 260), st.integers(1, 260)) | st.just((96, 96)), min_size=1, max_size=6)
-
-
-@given(SIZES, st.integers(1, 6), st.sampled_from(["random", "dino"]))
-def test_sizes_that_settle_the_transform_give_that_of_all(sizes: list[tuple[int, int]], some: int, name: str) -> None:
-    looked = set(sizes[:some])
-    if scanning._decided(looked):
-        backbone = find_backbone(name)
-        assert choose_transform(backbone, None, looked) == choose_transform(backbone, None, sizes)
 
 
 def test_every_header_of_small_images_of_one_size_counts(
@@ -189,20 +157,6 @@ def test_a_link_that_leads_out_since_loading_is_refused(dataset: ImageDataset, i
     path.symlink_to(outside)
     with pytest.raises(DatasetError, match="leaves the dataset's root"):
         scan_images(dataset, images, None, pool)
-
-
-def test_a_scan_of_another_decoder_is_not_used(
-    dataset: ImageDataset, images: Path, tmp_path: Path, pool: Executor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scan = scan_images(dataset, images, None, pool)
-    found = kept(scan, tmp_path)
-    assert found is not None
-    assert found["path"].tolist() == list(scan.states)
-    assert found["size"].tolist() == [state.size for state in scan.states.values()]
-    monkeypatch.setattr(scanning, "DECODER_VERSION", "pillow-3")
-    assert decode_scan(tmp_path / "scan.parquet") is None
-    found.to_parquet(tmp_path / "scan.parquet")  # without a version
-    assert decode_scan(tmp_path / "scan.parquet") is None
 
 
 def test_a_missing_decoder_ends_the_scan(images: Path, pool: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,12 +224,6 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(scanning, "_digest", counted)
     return paths
-
-
-def state_of(root: Path) -> dict[str, FileState]:
-    ((path, state),) = stat_files(root, ["x.h5"])
-    assert state is not None
-    return {path: state}
 
 
 def first_bytes(path: Path) -> str:
@@ -383,21 +331,3 @@ def test_each_store_finds_out_that_an_unreadable_image_was_exchanged(
     for number in views:
         (done,) = run.run_extraction(["random"], dataset, home=home, views=number)
         assert (done.computed, done.quarantined) == (1, {})
-
-
-@pytest.mark.usefixtures("settled")
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no time of change")
-def test_images_of_an_array_file_are_compared_one_by_one(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        file["x"] = pixels
-    images = [("x.h5", row) for row in range(4)]
-    scan = Scan(tmp_path, state_of(tmp_path), {}, {"x.h5": 0}, images=images, began_ns=time.time_ns())
-    scan.confirm(images)
-    assert scan.digests == {("x.h5", row): hashlib.sha256(pixels[row].tobytes()).hexdigest() for row in range(4)}
-    known = kept(scan, tmp_path)
-    seen, digests, moved = scanning._still_true(known, scan.states)
-    assert (digests, moved) == (scan.digests, frozenset())
-    rewrite(tmp_path / "x.h5", tmp_path / "x.h5")
-    seen, digests, moved = scanning._still_true(known, state_of(tmp_path))
-    assert (seen, digests, moved) == ({}, {}, {"x.h5"})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +9,9 @@ import pytest
 import torch
 
 from embcache.backbones.transforms import Transform, normalise
-from embcache.data.images import Source
-from embcache.extract import batching
-from embcache.extract.batching import Prepared, batches_ahead, stack_batch
-from embcache.extract.worker import Receiver, Sender, as_tensor
+from embcache.extract.worker import Receiver, Sender
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
-SOURCES = [Source(str(index), f"{index}.png", -1) for index in range(7)]
 
 
 @pytest.fixture(params=DEVICES)
@@ -41,65 +35,6 @@ def test_what_is_sent_arrives_and_comes_back(device: torch.device) -> None:
         receiver.settle(keep=1)
     receiver.settle()
     np.testing.assert_array_equal(found, np.stack(batches).reshape(6, 4, -1) + np.float32(1))
-
-
-def test_rows_beyond_the_target_are_dropped(device: torch.device) -> None:
-    receiver, found = Receiver(), np.zeros((2, 3), np.float32)
-    receiver.bring(torch.arange(12.0, device=device).view(4, 3), found)
-    receiver.settle()
-    np.testing.assert_array_equal(found, np.arange(6.0).reshape(2, 3))
-
-
-def test_read_only_pixels_are_copied() -> None:
-    pixels = np.ones((1, 2, 2, 3), np.uint8)
-    assert as_tensor(pixels).numpy().base is pixels or np.shares_memory(as_tensor(pixels).numpy(), pixels)
-    pixels.flags.writeable = False
-    assert not np.shares_memory(as_tensor(pixels).numpy(), pixels)
-
-
-def test_a_stacked_batch_leaves_nothing_of_the_last_one() -> None:
-    out = torch.full((4, 2, 2, 3), 9, dtype=torch.uint8)
-    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    stack_batch([Prepared((image,), "", ""), Prepared((), "", "broken")], 0, out)
-    np.testing.assert_array_equal(out[0].numpy(), image)
-    assert not out[1:].any()
-
-
-@pytest.mark.parametrize("ahead", [0, 1, 2, 9])
-def test_no_more_batches_are_begun_than_asked_for(ahead: int) -> None:
-    begun: list[str] = []
-
-    def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
-        begun.append(chunk[0].id)
-        futures: list[Future[Prepared]] = [Future() for _ in chunk]
-        for future, source in zip(futures, chunk, strict=True):
-            future.set_result(Prepared((), source.id, ""))
-        return futures
-
-    order, before = [], []
-    for batch in batches_ahead(SOURCES, 2, submit, ahead):
-        before.append(len(begun))
-        order += [prepared.digest for prepared in batch]
-    assert order == [source.id for source in SOURCES]
-    assert begun == ["0", "2", "4", "6"]
-    assert before == [min(4, 1 + index + ahead) for index in range(4)]
-
-
-def test_batches_that_nobody_waits_for_are_cancelled() -> None:
-    futures: list[Future[Prepared]] = []
-
-    def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
-        made: list[Future[Prepared]] = [Future() for _ in chunk]
-        if not futures:
-            for future in made:
-                future.set_result(Prepared((), "", ""))
-        futures.extend(made)
-        return made
-
-    batches = batches_ahead(SOURCES, 2, submit, batching.AHEAD)
-    next(batches)
-    batches.close()  # type: ignore[attr-defined]
-    assert [future.cancelled() for future in futures] == [False, False, True, True, True, True]
 
 
 def test_normalising_is_the_same_in_every_batch_and_mode(device: torch.device) -> None:

@@ -55,7 +55,8 @@ def install() -> None:
     devices.COMMAND = (sys.executable, "-m", "tests.extract.tiny_run", "--helper")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command, or the process of a further device."""
     install()
     if sys.argv[1:] == ["--helper"]:
         os.environ.update(json.loads(os.environ.get("TINY_HELPERS", "{}")))
@@ -64,3 +65,7 @@ if __name__ == "__main__":
         from embcache.cli import main
 
         main()
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -226,12 +225,3 @@ def test_umap_maps_where_it_is_installed() -> None:
     assert found.shape == (60, 2)
     assert np.array_equal(found, embed_map(x, "umap", seed=2))
     assert trustworthiness(x, found, n_neighbors=5) > 0.8
-
-
-def test_kept_coordinates_are_plain_json(ds: ImageDataset, home: Path) -> None:
-    maps = draw_maps(ds, ["a"], method="pca", home=home)
-    (kept,) = (home / "toy" / "figures" / "coordinates").iterdir()
-    body = json.loads(kept.read_text(encoding="utf-8"))
-    text = json.dumps(body)
-    assert f"{maps.panels[0].coordinates[0, 0]:.4f}"[:6] in text
-    assert maps.panels[0].source["recipe"] in text

@@ -10,7 +10,6 @@ import torch
 from timm.models.vision_transformer import Attention
 
 from embcache.errors import UsageError
-from embcache.figures import mean_attention as attention
 from embcache.figures.mean_attention import mass_table, mean_attention, mean_mass
 from embcache.probe.heads import make_head
 
@@ -36,7 +35,7 @@ def timm_weights(params: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch
 
 
 @pytest.mark.parametrize(("name", "width"), [("dvme", 1), ("dvme-token", 8)])
-def test_is_the_mean_of_timms_weights(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_the_mean_of_timms_weights(name: str, width: int) -> None:
     params, x = setting(name)
     meta = torch.cat([x[b] @ params[f"project.{b}.weight"].T + params[f"project.{b}.bias"] for b in DIMS], dim=1)
     expected = timm_weights(params, meta.view(7, -1, width)).mean(0)
@@ -44,8 +43,6 @@ def test_is_the_mean_of_timms_weights(name: str, width: int, monkeypatch: pytest
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
-    monkeypatch.setattr(attention, "_IMAGES", 1)  # an image at a time
-    np.testing.assert_allclose(mean_attention(params, x), found, rtol=1e-5)
 
 
 @pytest.mark.parametrize("spread", [0.3, 3.0, 1e4])

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
-from embcache.figures import run_attention as module
-from embcache.figures.run_attention import draw_attention, mean_entropy, run_attention
+from embcache.figures.run_attention import draw_attention, run_attention
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import ProbeResult, load_heads, runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
@@ -73,33 +72,6 @@ def test_averages_over_images_and_folds(ds: ImageDataset, home: Path) -> None:
     assert share == pytest.approx(shares.max(), rel=1e-5)
     assert list(DIMS).index(backbone) * WIDTH + component == shares.argmax()
     assert sum(s for _, _, s in found.received) <= 1 + 1e-5
-
-
-@pytest.mark.parametrize("spread", [0.01, 0.3, 2.0, 5.0, 100.0])
-def test_the_entropy_of_few_queries_is_that_of_all(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = torch.Generator().manual_seed(0)
-    tokens = 1000
-    params = {
-        "project.a.weight": torch.randn(tokens, 6, generator=rng), "project.a.bias": torch.zeros(tokens),
-        "attn.qkv.weight": torch.tensor([[1.0], [spread], [1.0]]), "attn.qkv.bias": torch.zeros(3),
-    }  # fmt: skip
-    x = {"a": torch.randn(5, 6, generator=rng)}
-    found = mean_entropy(params, x)
-    monkeypatch.setattr(module, "_GRID", tokens)  # never fewer than tokens / 2: every query is computed
-    assert found == pytest.approx(mean_entropy(params, x), abs=1e-4)
-
-
-def test_one_fold_has_no_spread(ds: ImageDataset, home: Path) -> None:
-    result, folder = probed(ds, home)
-    heads = load_heads(folder)
-    import embcache.figures.run_attention as ra
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ra, "load_heads", lambda run: heads[:1])
-        found = run_attention(ds, result, folder, home=home)
-    assert found.folds == 1
-    assert np.isnan(found.mass_std).all()
-    assert math.isnan(found.entropy_std)
 
 
 @pytest.mark.parametrize("head", ["dvme", "dvme-token"])

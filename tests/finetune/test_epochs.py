@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from embcache.backbones.catalog import find_backbone, load_backbone
-from embcache.backbones.transforms import Transform, choose_transform, normalise
+from embcache.backbones.catalog import load_backbone
+from embcache.backbones.transforms import choose_transform, normalise
 from embcache.data.dataset import ImageDataset
-from embcache.extract.augment import Augmentation, augmentation
-from embcache.finetune.batches import Draw, Frames, batches
+from embcache.extract.augment import augmentation
+from embcache.finetune.batches import Frames
 from embcache.finetune.checkpoint import FoldState
 from embcache.finetune.epochs import Setting, best_epoch, epoch_batches, train_fold
 from embcache.finetune.model import ImageModel, assemble, check_head
@@ -133,13 +133,6 @@ def test_bfloat16_runs_and_stays_near(ds: ImageDataset) -> None:
     assert np.allclose(bf16.losses, fp32.losses, rtol=0.2)
 
 
-def test_the_global_random_state_is_left_alone(ds: ImageDataset) -> None:
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    trained(model_of(RESNET, head="mlp"), setting_of())
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_a_loss_that_is_not_finite_ends_training_with_the_best_epoch_so_far(
     ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,34 +169,3 @@ def test_unbalanced_classes_are_drawn_equally_often() -> None:
     drawn = Counter(y[row] for epoch in range(40) for batch in epoch_batches(job, epoch, 16) for row in batch)
     assert sum(drawn.values()) == 4000
     assert 0.45 < drawn[1] / 4000 < 0.55
-
-
-def test_a_last_batch_of_one_image_is_joined_to_the_one_before() -> None:
-    y = np.array([0, 1] * 20)
-    job = make_job(y, np.arange(33), np.arange(0), 2, "0\x000", 1e-3)
-    assert [len(batch) for batch in epoch_batches(job, 1, 16)] == [16, 17]
-    assert [len(batch) for batch in epoch_batches(job, 1, 64)] == [33]
-
-
-def test_an_image_that_is_drawn_twice_looks_different_each_time() -> None:
-    cut, _ = frames()
-    seen: list[str] = []
-
-    def look(self: Augmentation, pixels: np.ndarray, key: str) -> np.ndarray:
-        seen.append(key)
-        return pixels
-
-    augment = augmentation("chest", SIZE, SIZE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Augmentation, "__call__", look)
-        list(batches(cut, [[Draw(3, "a"), Draw(3, "b"), Draw(3, None)]], augment, None))
-    assert seen == ["a", "b"]
-
-
-def test_the_plain_view_is_the_centre_and_the_augmented_one_is_not() -> None:
-    cut, _ = frames()
-    augment = augmentation("chest", SIZE, (24, 24))
-    (batch,) = batches(cut, [[Draw(2, None), Draw(2, "key")]], augment, None)
-    assert torch.equal(batch[0], torch.from_numpy(cut.pixels[2, 4:28, 4:28]))
-    assert not torch.equal(batch[0], batch[1])
-    assert isinstance(choose_transform(find_backbone("random"), "paper", {(24, 24)}), Transform)

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 import embcache.finetune.batches as data
-import embcache.finetune.epochs as train
 import embcache.finetune.folds as folds
 from embcache.data.dataset import ImageDataset, load_dataset, read_snapshot
 from embcache.errors import CorruptStoreError, EmbcacheError, ProtocolError, StoreError, UsageError, WeightsError
@@ -231,33 +230,6 @@ def test_an_interrupted_run_is_resumed_only_when_told(
         shutil.rmtree(runs_dir(ds.name))
 
 
-@pytest.mark.parametrize("lost", ["adam.step.", "adam.exp_avg.", "adam.exp_avg_sq.", "model."])
-def test_training_that_goes_on_without_a_part_of_its_state_would_be_seen(
-    ds: ImageDataset, interrupt: Any, written: Written, monkeypatch: pytest.MonkeyPatch, lost: str
-) -> None:
-    run(ds, max_epochs=4)
-    epochs = take(written)
-    shutil.rmtree(runs_dir(ds.name))
-    interrupt(2)
-    with pytest.raises(KeyboardInterrupt):
-        run(ds, max_epochs=4)
-    interrupt(10**6)
-    assert take(written) == {key: epochs[key] for key in ((0, 1), (0, 2))}
-    original = train._restore
-
-    def forget(*args: Any) -> None:
-        *others, tensors = args
-        hit = {name: torch.zeros_like(value) for name, value in tensors.items() if name.startswith(lost)}
-        assert hit
-        original(*others, {**tensors, **hit})
-
-    monkeypatch.setattr(train, "_restore", forget)
-    run(ds, resume=True, max_epochs=4)
-    resumed = take(written)
-    assert [key for key in epochs if key in resumed and resumed[key] != epochs[key]] == [(0, 3), (0, 4)]
-    assert set(resumed) == set(epochs) - {(0, 1), (0, 2)}  # the second fold begins anew, and so is the same
-
-
 def test_again_starts_over(ds: ImageDataset, interrupt: Any) -> None:
     reference = run(ds)
     interrupt(2)
@@ -464,13 +436,6 @@ def test_images_of_another_size_are_resized_and_cropped_at_random(
     result = run(large, subset=6, max_epochs=1)
     assert set(seen) == {(224, 224, 3)}
     assert result.request["augment"]["frame"] == [256, 256]
-
-
-def test_progress_reaches_its_end(ds: ImageDataset) -> None:
-    told: list[tuple[int, int]] = []
-    run(ds, progress=lambda done, total, label: told.append((done, total)))
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert told[-1] == (2 * (2 * 32 + 12 + 16), 2 * (2 * 32 + 12 + 16))  # epochs, test, validation of the epoch kept
 
 
 def test_predictions_of_validation_are_those_that_chose_the_epoch(ds: ImageDataset) -> None:

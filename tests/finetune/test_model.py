@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from timm.models import get_pretrained_cfg
 
 from embcache.backbones.catalog import find_backbone
 from embcache.backbones.transforms import Transform, choose_transform
@@ -18,7 +17,7 @@ from embcache.finetune import finetune_images, load_finetuned
 from embcache.finetune.batches import choose_transforms
 from embcache.finetune.finetune_plan import Settings, choose_schedule, gentle
 from embcache.finetune.model import ImageModel, assemble, check_head, count_parameters, empty_backbone
-from embcache.probe.heads import heads, make_head
+from embcache.probe.heads import make_head
 from embcache.probe.stack import stream_generator
 from embcache.runs.folders import runs_dir
 from tests.finetune.conftest import QUICK, RESNET, VIT
@@ -93,19 +92,6 @@ def test_sets_of_backbones_are_checked() -> None:
         check_head(make_head("linear"), [])
 
 
-@pytest.mark.parametrize("name", heads())
-def test_heads_that_need_fixed_features_are_refused(name: str) -> None:
-    head = make_head(name)
-    backbones = ["random", "dino"] if head.fuses else ["random"]
-    if name in ("concat", "knn", "logreg"):
-        with pytest.raises(UsageError, match=f"{name}.*cannot be trained together with its backbones") as caught:
-            check_head(head, backbones)
-        assert caught.value.expected is not None
-        assert name not in caught.value.expected.split(", ")
-    else:
-        assert check_head(head, backbones) is head
-
-
 def test_dino_is_trained_gently() -> None:
     dino, random = (find_backbone(name) for name in ("dino", "random"))
     for specs in ([dino], [random, dino], [find_backbone("timm:vit_small_patch8_224.dino")]):
@@ -139,12 +125,6 @@ def test_dino_is_trained_gently() -> None:
 )
 def test_gentle_is_for_vit_s8_trained_by_dino(backbones: list[str], expected: bool) -> None:
     assert gentle(backbones) == expected
-
-
-def test_timm_means_dino_where_a_vit_s8_has_no_tag() -> None:
-    config = get_pretrained_cfg("vit_small_patch8_224")
-    assert config is not None
-    assert config.tag == "dino"
 
 
 def test_backbones_that_are_trained_together_see_the_same_pixels() -> None:

@@ -32,7 +32,7 @@ FIXED = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-COUNTS = {"images": 1500, "dicom": 1000, "arrays": 1000, "checkpoints": 700, "zarr stores": 250, "hdf5 stores": 250}
+COUNTS = {"images": 300, "dicom": 200, "arrays": 200, "checkpoints": 150, "zarr stores": 60, "hdf5 stores": 60}
 
 
 def _meet(name: str, seed: int, made: list[Change], folder: Path) -> None:

@@ -24,7 +24,6 @@ from PIL import Image
 from embcache.backbones.checkpoints import read_checkpoint
 from embcache.data import dicom as dicom_module
 from embcache.data.dataset import load_dataset
-from embcache.data.gray import scale_to_bytes
 from embcache.data.images import decode_image, read_image, read_size
 from embcache.errors import CorruptStoreError, EmbcacheError, ImageError, WeightsError
 from embcache.sealed import seal
@@ -65,25 +64,6 @@ def test_images_at_and_above_the_limit_take_little_memory() -> None:
     assert refused.memory < 200 << 20
     assert read.result == "(9459, 9459, 3)"
     assert not read.failure
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "I;16", "1"])
-def test_images_taken_in_blocks_have_the_same_pixels(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.fuzz.image_seeds import pixels
-
-    data = encode(pixels(mode, (31, 23)), "TIFF")
-    whole = decode_image(data)
-    monkeypatch.setattr("embcache.data.images._BLOCK", 31 * 4)
-    assert np.array_equal(decode_image(data), whole)
-
-
-def test_scaling_in_blocks_is_scaling_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.random.default_rng(0).normal(size=(40, 9)).astype(np.float32)
-    values[3, 3], values[4, 4], values[5, 5] = np.nan, np.inf, -np.inf
-    whole = scale_to_bytes(values)
-    monkeypatch.setattr("embcache.data.gray._BLOCK", 7)
-    assert np.array_equal(scale_to_bytes(values), whole)
-    assert (whole[3, 3], whole[4, 4], whole[5, 5]) == (0, 255, 0)
 
 
 def test_a_progressive_jpeg_of_thousands_of_scans_is_refused() -> None:

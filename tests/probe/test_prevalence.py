@@ -22,7 +22,6 @@ from embcache.probe.prevalence import (
     row_weights,
 )
 from embcache.probe.probe import probe_features
-from embcache.probe.train import seen_shares
 from embcache.results.decisions import calibration_error
 from tests.probe.build import make_dataset, make_features, put_store
 
@@ -140,9 +139,3 @@ def test_a_run_records_what_its_training_saw(home: Path) -> None:
         assert [fold.seen for fold in result.folds] == [[0.5, 0.5] if balanced else [0.75, 0.25]] * 2
     odd = probe_features(ds, "net", head="linear", subset=7, folds=2, home=home)  # balanced but for one: no draws
     assert sorted(odd.folds[0].seen) == pytest.approx([3 / 7, 4 / 7])
-
-
-def test_classes_that_do_not_occur_are_not_seen() -> None:
-    labels = np.array([0, 0, 0, 2])
-    assert seen_shares(labels, 3, weighs=True) == [0.5, 0, 0.5]
-    assert seen_shares(labels, 3, weighs=False) == [0.75, 0, 0.25]

@@ -222,16 +222,6 @@ def test_a_run_of_another_version_is_called_so_and_never_offered(home: Path, har
     assert other.id not in str(missing.value)
 
 
-def test_unknown_and_missing_keys_are_refused() -> None:
-    data = make_run()[0].to_json()
-    with pytest.raises(ValueError, match="unknown keys"):
-        ProbeResult.from_json({**data, "extra": 1})
-    with pytest.raises(ValueError, match="no 'mean'"):
-        ProbeResult.from_json({name: value for name, value in data.items() if name != "mean"})
-    older = {name: value for name, value in data.items() if name not in ("target", "recipes")}
-    assert ProbeResult.from_json(older) == replace(make_run()[0], recipes={}, seconds=data["seconds"])
-
-
 class _KilledError(BaseException):
     """Nothing catches it, as nothing catches SIGKILL; what would be removed on an error is told apart below."""
 

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embcache.errors import UsageError
 from embcache.probe.schedule import Schedule, Tracker
 
 SCORES = st.lists(st.one_of(st.sampled_from([0.5, 0.6, 0.7]), st.floats(0, 1)), min_size=1, max_size=70)
-
-
-def test_defaults_are_the_protocol() -> None:
-    assert Schedule() == Schedule(
-        lr=1e-3, batch_size=64, max_epochs=50, min_epochs=30, patience=10, plateau_patience=5, plateau_factor=0.1
-    )
 
 
 @given(SCORES)
@@ -55,23 +46,3 @@ def test_early_stop_counts_from_the_first_epoch_and_is_obeyed_from_epoch_30() ->
         tracker.update(0.5)
     assert tracker.epoch == 30
     assert tracker.best_epoch == 1
-
-
-def test_improving_to_the_end_takes_50_epochs() -> None:
-    tracker = Tracker(Schedule())
-    while not tracker.done:
-        tracker.update(tracker.epoch / 100)
-    assert (tracker.epoch, tracker.best_epoch, tracker.lr) == (50, 50, 1e-3)
-
-
-def test_a_score_that_is_not_a_number_is_never_the_best() -> None:
-    tracker = Tracker(Schedule())
-    assert not tracker.update(math.nan)
-    assert tracker.best_epoch == 0
-    assert tracker.update(0.1)
-
-
-@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"lr": math.nan}, {"lr": -1.0}, {"batch_size": 0}, {"max_epochs": 0}])
-def test_impossible_schedules_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(UsageError):
-        Schedule(**bad)  # type: ignore[arg-type]

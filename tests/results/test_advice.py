@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.optimize import brentq
 from scipy.special import softmax
 from sklearn.metrics import cohen_kappa_score, log_loss, roc_auc_score
 
@@ -120,7 +122,7 @@ def test_the_variance_of_a_doubling_is_that_of_patients_and_of_each_sizes_traini
     assert found.interval is not None
     error = (found.interval[1] - found.interval[0]) / 2
     assert found.p is not None
-    df = next(d for d in np.linspace(2, 200, 40_000) if stats.t.ppf(0.975, d) * np.sqrt(v_test + v_training) <= error)
+    df = brentq(lambda d: stats.t.ppf(0.975, d) * np.sqrt(v_test + v_training) - error, 2, 200)
     assert 2 < df < 118
     assert found.p == pytest.approx(2 * stats.t.sf(abs(found.difference) / np.sqrt(v_test + v_training), df), rel=0.02)
 
@@ -132,9 +134,9 @@ def test_a_curve_of_models_that_share_nearly_all_training_images_speaks_of_these
     assert ", these models)" in advise_labels("dino, linear", tested).text
 
 
-@pytest.fixture
-def saved(home: Path) -> list[ProbeResult]:
-    """Results of three backbones, at two sizes, on patients with two images each."""
+@pytest.fixture(scope="module")
+def made_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[ProbeResult]]:
+    home = tmp_path_factory.mktemp("made") / "home"
     labels = np.tile([0, 1], 160)
     groups = [f"g{k // 4}-{k % 2}" for k in range(320)]
     ds = make_dataset(labels, groups, ["train"] * 160 + ["test"] * 160)
@@ -142,7 +144,14 @@ def saved(home: Path) -> list[ProbeResult]:
     for name, shift in (("bad", 0.0), ("good", 4.0), ("same", 4.0)):
         put_store(home, ds, name, make_features(ds, shift=shift, seed=11 if name == "same" else len(name)))
         results += [probe_features(ds, name, folds=5, subset=n, home=home) for n in (12, 60)]
-    return results
+    return home, results
+
+
+@pytest.fixture
+def saved(made_saved: tuple[Path, list[ProbeResult]], home: Path) -> list[ProbeResult]:
+    """Results of three backbones, at two sizes, on patients with two images each."""
+    shutil.copytree(made_saved[0], home)
+    return made_saved[1]
 
 
 def test_the_backbone_is_the_best_on_validation_whatever_the_test_set_says(
@@ -224,11 +233,11 @@ def test_a_doubling_of_a_bootstrapped_score_has_the_variance_of_the_same_resampl
     x = np.log2([20, 50, 400])
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     rng, slopes = np.random.default_rng(1), []
-    for _ in range(2000):
+    for _ in range(800):
         rows = rng.integers(0, len(y), len(y))
         kappas = [
             cohen_kappa_score(y[rows], t.predictions.logits[0, rows].argmax(1), weights="quadratic") for t in tested
         ]
         slopes.append(weights @ kappas)
     assert found.interval is not None
-    assert (found.interval[1] - found.interval[0]) / 2 == pytest.approx(1.98 * np.std(slopes), rel=0.06)
+    assert (found.interval[1] - found.interval[0]) / 2 == pytest.approx(1.98 * np.std(slopes), rel=0.08)

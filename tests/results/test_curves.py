@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from embcache.errors import StoreNotFoundError
-from embcache.figures.plots import Curve, CurvePanel, curve_styles, plot_curves
 from embcache.results.curves import band_words, curve_panels, curve_table, find_results, named_curves, table_curves
 from embcache.results.grid import Grid
 from embcache.results.paper import find_value
@@ -66,31 +65,6 @@ def test_the_papers_points_are_dashed_beside_ours() -> None:
         ("Supervised ImageNet", False), ("Supervised ImageNet, paper", True),
     ]  # fmt: skip
     assert panel.curves[1].y == (0.8789,)
-
-
-def test_every_curve_of_a_figure_looks_different(tmp_path: Path) -> None:
-    names = [(f"b{b}", f"h{h}") for b in range(10) for h in range(10)] + [("b0", "h0")]
-    curves = [
-        Curve(f"{k}", (50.0, 500.0), (0.7, 0.8), (0.6, 0.7), (0.8, 0.9), family=family, method=method)
-        for k, (family, method) in enumerate(names)
-    ]  # fmt: skip
-    panels = [CurvePanel("one", "AUC", tuple(curves[:60])), CurvePanel("two", "AUC", tuple(curves[40:]))]
-    styles = curve_styles(panels)
-    assert len(set(styles.values())) == len(styles) == 101
-    colours = {curve.family: styles[curve.label][0] for curve in curves[:80]}
-    assert len(set(colours.values())) == 8
-    assert all(styles[curve.label][0] == colours[curve.family] for curve in curves[:80])
-    (alone,) = [CurvePanel("heads", "AUC", tuple(curves[:8]))]
-    assert len({style[0] for style in curve_styles([alone]).values()}) == 8
-    assert plot_curves([alone], "t", tmp_path / "c.png").stat().st_size > 0
-
-
-def test_the_papers_curve_looks_like_ours_dashed() -> None:
-    point = ((50.0,), (0.7,), (0.6,), (0.8,))
-    ours, theirs = Curve("a", *point), Curve("a, paper", *point, dashed=True)
-    styles = curve_styles([CurvePanel("t", "AUC", (ours, theirs, Curve("b, paper", *point, dashed=True)))])
-    assert styles["a"][:2] == styles["a, paper"][:2]
-    assert [style[2] for style in styles.values()] == ["-", "--", "--"]
 
 
 def test_nothing_saved_is_an_error_with_the_next_command(home: Path) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import embcache.results.run_model as model
 from embcache.backbones.catalog import LoadedBackbone, load_backbone
 from embcache.cli import app
 from embcache.data.chosen import Columns
@@ -308,16 +307,8 @@ def test_folds_that_diverged_are_left_out(mine: tuple[Path, Path, dict[str, str]
     np.testing.assert_allclose(found.p[0], stored(home, result.id)[image.relative_to(root).as_posix()], atol=1e-5)
 
 
-def test_progress_is_told(made: tuple[Path, Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    home, root, runs = made
-    monkeypatch.setattr("embcache.results.predict._CHUNK", 3)
-    told: list[tuple[int, int]] = []
-    predict_images(runs["linear"], [root / "test"], home=home, progress=lambda done, total: told.append((done, total)))
-    assert told == [(3, 8), (6, 8), (8, 8)]
-
-
 @pytest.mark.parametrize("how", [{"views": 2}, {"feature_dtype": "float16"}])
-def test_a_run_over_views_or_halves_predicts_by_the_plain_view(
+def test_a_run_over_views_or_float16_predicts(
     made: tuple[Path, Path, dict[str, str]], tmp_path: Path, how: dict[str, Any]
 ) -> None:
     _, root, _ = made
@@ -329,27 +320,6 @@ def test_a_run_over_views_or_halves_predicts_by_the_plain_view(
     found = predict_images(run, [root / "test"], home=home)
     for image, p in zip(found.images, found.p, strict=True):
         np.testing.assert_allclose(p, expected[Path(image).relative_to(root).as_posix()], rtol=0, atol=1e-5)
-
-
-def test_the_recipe_of_every_backbone_is_rebuilt(made: tuple[Path, Path, dict[str, str]]) -> None:
-    home, _, runs = made
-    result, _ = find_run_anywhere(runs["dvme"], home)
-    recipes = model.run_recipes(result, home)
-    assert [recipe.fingerprint for recipe in recipes.values()] == [digest for _, digest in result.request["recipes"]]
-
-
-def test_recipes_are_looked_up_once(made: tuple[Path, Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    home, root, runs = made
-    calls: list[str] = []
-    original = model.run_recipes
-
-    def count(*args: Any) -> object:
-        calls.append("once")
-        return original(*args)
-
-    monkeypatch.setattr(model, "run_recipes", count)
-    predict_images(runs["linear"], [root / "test"], home=home)
-    assert calls == ["once"]
 
 
 @pytest.mark.parametrize("head", ["linear", "logreg", "dvme"])

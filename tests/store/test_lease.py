@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from embcache.errors import StoreError
-from embcache.store import lease as lease_module
 from embcache.store.commit import commit_shard
 from embcache.store.lease import Lease
 from tests.crash.faults import Call, between
@@ -156,13 +155,6 @@ def test_a_lease_stamped_before_the_clock_was_set_back_ages_like_any_other(store
         pass
 
 
-def test_looking_at_a_lease_leaves_nothing_behind(store: Path) -> None:
-    (store / "leases" / "000000.json").write_text(json.dumps({"machine": "elsewhere", "pid": 1, "token": "x"}))
-    assert Lease.acquire(store, 0) is None
-    assert list((store / "staging").iterdir()) == []
-    assert lease_files(store) == ["000000.json"]
-
-
 def test_a_disk_that_refuses_a_lease_is_told_and_one_that_refuses_its_end_does_no_harm(store: Path) -> None:
     def refuse(call: Call, do: Callable[[], Any]) -> Any:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -191,13 +183,3 @@ def test_leases_need_no_hard_links(renames: bool, store: Path, monkeypatch: pyte
         lease.release()
         assert lease_files(store) == []
         assert list((store / "staging").iterdir()) == []
-
-
-def test_the_time_a_lease_lives_is_read_when_it_is_taken(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = store / "leases" / "000000.json"
-    path.write_text(json.dumps({"machine": "elsewhere", "pid": 1, "token": "x"}))
-    os.utime(path, (time.time() - 30,) * 2)
-    assert Lease.acquire(store, 0) is None
-    monkeypatch.setattr(lease_module, "TTL_SECONDS", 10.0)
-    with Lease.acquire(store, 0) or pytest.fail("silent for longer than that"):
-        pass

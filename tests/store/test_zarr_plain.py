@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from zarr.storage import MemoryStore
 
 from embcache.store import zarr_format
 from embcache.store.rows import ShardRows
-from embcache.store.zarr_plain import decode_array, is_group, parse_array
+from embcache.store.zarr_plain import decode_array
 
 DTYPES = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
@@ -97,46 +96,6 @@ def test_what_is_stored_otherwise_is_left_to_zarr(how: str) -> None:
     assert zarr_format.plain_features(files.__getitem__, sizes) is None
     assert decode_array(files, "data.zarr/features") is None
     assert np.array_equal(zarr_format.decode_features(files), values)
-
-
-def metadata() -> dict[str, Any]:
-    files = zarr_format.encode_shard(rows_of(np.zeros((2, 3), np.float32), ["a", "b"], [False, False]), 4)
-    found: dict[str, Any] = json.loads(files["data.zarr/features/zarr.json"])
-    return found
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"zarr_format": 2},
-        {"node_type": "group"},
-        {"data_type": "float8"},
-        {"data_type": {"name": "numpy.datetime64"}},
-        {"data_type": ["float32"]},
-        {"shape": [9, 3]},
-        {"shape": []},
-        {"shape": [2.0, 3]},
-        {"shape": [0, 3]},
-        {"shape": "23"},
-        {"codecs": []},
-        {"codecs": [{"name": "bytes"}]},
-        {"codecs": ["bytes"]},
-        {"storage_transformers": [{"name": "x"}]},
-        {"must_understand": True},
-        {"chunk_grid": {"name": "rectilinear", "configuration": {"chunk_shape": [4, 3]}}},
-        {"chunk_grid": {}},
-    ],
-)
-def test_metadata_of_another_kind_is_refused(change: dict[str, Any]) -> None:
-    usual = metadata()
-    assert parse_array(json.dumps(usual).encode()) is not None
-    assert parse_array(json.dumps({**usual, **change}).encode()) is None
-
-
-@pytest.mark.parametrize("text", [b"", b"[]", b"7", b"{", b"\xff", b"null"])
-def test_what_is_no_metadata_is_refused(text: bytes) -> None:
-    assert parse_array(text) is None
-    assert not is_group(text)
 
 
 @pytest.mark.parametrize("cut", [0, 3, 5, -1, None])
