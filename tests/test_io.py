@@ -18,11 +18,11 @@ from embcache.store.commit import (
     create_store,
     refresh_view,
     replace_file,
+    view_is_current,
     write_view,
 )
 from embcache.store.feature_store import FeatureStore
 from embcache.store.reading import committed_numbers, read_header
-from embcache.store.view import view_is_current
 from tests.crash.faults import Call, between
 from tests.store.build import FORMATS, add, make_rows, make_store, plan, quick_disk, recipe, tree
 

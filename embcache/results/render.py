@@ -34,7 +34,7 @@ _MARKUP = (
 def render(table: Table, form: str) -> str:
     """A table as text that ends in a newline."""
     check_format(form)
-    return FORMATS[form](table)
+    return find_format(form)(table)
 
 
 def check_format(form: str) -> None:

@@ -14,12 +14,13 @@ from embcache.cli import app
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetNotFoundError
 from embcache.extract.extract import run_extraction
-from embcache.maintain.rebuild import check_sample
+from embcache.maintain.repair import check_sample
 from embcache.maintain.verify import check_source
 from embcache.store.commit import ShardRows, commit_shard, discard
 from embcache.store.feature_store import FeatureStore
 from tests.extract.conftest import draw
 from tests.maintain.conftest import KINDS, Make, ds, images, make, quick_disk, tiny
+from tests.refusal import refused
 
 __all__ = ["ds", "images", "make", "quick_disk", "tiny"]
 
@@ -104,7 +105,7 @@ def test_hashing_finds_what_times_and_sizes_hide(make: Make, ds: ImageDataset, i
 def test_without_the_images_there_is_one_message(make: Make, ds: ImageDataset, tmp_path: Path) -> None:
     gone = dataclasses.replace(ds, root=tmp_path / "gone")
     path = make("zarr")
-    with pytest.raises(DatasetNotFoundError, match="not here"):
+    with refused(DatasetNotFoundError, "images-not-here"):
         check_source(FeatureStore(path), gone)
-    with pytest.raises(DatasetNotFoundError, match="not here"):
+    with refused(DatasetNotFoundError, "images-not-here"):
         check_sample(path, gone, 3)

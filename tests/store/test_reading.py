@@ -11,8 +11,9 @@ import pytest
 import embcache.store.reading as reading
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.store.feature_store import open_store
-from embcache.store.verified import Scratch
-from embcache.store.zarr_plain import is_group, parse_array
+from embcache.store.reading import Scratch
+from embcache.store.zarr_format import is_group, parse_array
+from tests.refusal import refused
 from tests.store.build import add, make_store
 
 DEEP = b"[" * 200_000
@@ -29,14 +30,14 @@ def test_what_a_format_raises_while_rows_are_read_is_an_error_of_the_store(
     path = make_store(tmp_path)
     add(path, 0, ["a", "b", "c"])
     header = reading.read_header(path)
-    form = reading.FORMATS[header.format]
+    form = reading.find_format(header.format)
 
     def fail(*_: Any) -> None:
         raise RecursionError("too deep")
 
     monkeypatch.setattr(form, "plain_features", fail)
     out = np.empty((3, 3), np.float32)
-    with pytest.raises(CorruptStoreError, match="cannot be decoded"):
+    with refused(CorruptStoreError, "shard-damaged"):
         reading.read_rows(path, header, 0, np.arange(3), out, Scratch())
 
     def refuse(*_: Any) -> None:
