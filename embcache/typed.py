@@ -78,8 +78,14 @@ def typed(kind: Any, value: Any, name: str = "") -> Any:
     return _fields(kind, value, name)
 
 
-_parts = functools.cache(lambda kind: (get_origin(kind), get_args(kind)))
-_hints = functools.cache(lambda kind: get_type_hints(kind, include_extras=True))
+@functools.cache
+def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(kind), get_args(kind)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def typed_fields(kind: Any, data: Mapping[str, Any], name: str = "") -> dict[str, Any]:

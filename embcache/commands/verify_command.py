@@ -1,4 +1,4 @@
-"""``embcache verify``: every byte of what is cached against what was committed, and repairing what is damaged."""
+"""``embcache verify``: every byte of what is cached against what was committed, and repair."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _KINDS = {"recipe": "damaged recipe", "plan": "damaged plan", "shard": "damaged", "extra": "too much"}
 _SHOWN = 20  # lines of damage of one store
-Tell = Callable[[str], object]
+Show = Callable[[str], object]
 
 
 @takes_configs
@@ -93,8 +93,9 @@ def verify(
     if not stores and not unread:
         raise nothing_cached(backbones, datasets, recipe, home)
     quiet = json == "-"
-    tell: Tell = (lambda line: echo(line, err=True)) if quiet else echo
-    job = _Job(repair, source, sample, config, parse_weights(list(config.weights), backbones or None) or {}, home, tell)
+    show: Show = (lambda line: echo(line, err=True)) if quiet else echo
+    weights = parse_weights(list(config.weights), backbones or None) or {}
+    report = _StoreReport(repair, source, sample, config, weights, home, show)
     by_folder = {slug(loader.folder()): loader for loader in loaders.values()}
     answers = list[dict[str, Any]]()
     with ProgressBar("shard") as bar:
@@ -109,7 +110,7 @@ def verify(
             loader = by_folder.setdefault(
                 path.parent.name, _Loader(path.parent.name, DatasetRef(allow_missing=ref.allow_missing), home)
             )
-            answers.append(job.one_store(check, loader))
+            answers.append(report.one_store(check, loader))
     reported = "\n".join(a["repaired"]["error"] or "" for a in answers if a["repaired"])
     folders = sorted({path.parent for path in stores})
     snapshots = [_check_snapshot(folder, by_folder, home, repair, reported) for folder in folders]
@@ -159,7 +160,7 @@ class _Loader:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _StoreReport:
     """What is done with each store."""
 
     repair: bool
@@ -168,7 +169,7 @@ class _Job:
     config: RepairConfig
     weights: dict[str, Path]
     home: Path | None
-    tell: Tell
+    show: Show
 
     def one_store(self, check: StoreCheck, loader: _Loader) -> dict[str, Any]:
         """Report on a store, and repair it where asked; its JSON, with ``well``."""
@@ -176,23 +177,23 @@ class _Job:
 
         state = f"{len(check.damage)} damaged" if check.damage else "no damage"
         left = f", {check.planned:,} rows planned and not computed yet" if check.planned else ""
-        self.tell(
+        self.show(
             f"{check.dataset}/{check.path.name}: {state}; {check.shards:,} shards, {check.rows:,} rows, "
             f"{check.files:,} files, {size_words(check.bytes)} read{left}"
         )
-        self._tell_damage(check.path, check.damage)
+        self._show_damage(check.path, check.damage)
         answer = {**plain(check), "repaired": None, "well": not check.damage}
         if check.damage and self.repair:
             answer = self._repair(check, loader, answer)
         else:
             if check.damage:
                 recipe = any(each.kind == "recipe" for each in check.damage)
-                self.tell(f"  try: {recipe_fix(check.path) if recipe else repair_command(check.path)}")
+                self.show(f"  try: {recipe_fix(check.path) if recipe else repair_command(check.path)}")
             for note in check.notes:
-                self.tell(f"  note: {one_line(note)}")
+                self.show(f"  note: {one_line(note)}")
         if (self.source or self.sample) and not answer["well"]:
             if not (answer["repaired"] and answer["repaired"]["error"]):
-                self.tell("  --source and --sample are skipped: the store is damaged")
+                self.show("  --source and --sample are skipped: the store is damaged")
             return answer
         if self.source:
             self._check_source(check, loader.load(), answer)
@@ -214,11 +215,11 @@ class _Job:
             echo(f"embcache: {check.dataset}/{check.path.name}: {error}", err=True)
             return answer | {"repaired": {"done": done, "left": answer["damage"], "error": str(error)}}
         for line in done:
-            self.tell(f"  {one_line(line)}")
-        self.tell("  damage is left:" if after.damage else "  repaired: every file is as it should be")
+            self.show(f"  {one_line(line)}")
+        self.show("  damage is left:" if after.damage else "  repaired: every file is as it should be")
         for note in after.notes:
-            self.tell(f"  note: {one_line(note)}")
-        self._tell_damage(check.path, after.damage)
+            self.show(f"  note: {one_line(note)}")
+        self._show_damage(check.path, after.damage)
         repaired = {"done": done, "left": plain(after.damage), "error": None}
         return {**plain(after), "damage": answer["damage"], "repaired": repaired, "well": not after.damage}
 
@@ -227,18 +228,18 @@ class _Job:
 
         return Rebuild(self.home, self.weights, self.config.device, self.config.max_pixels, loader.ref.allow_missing)
 
-    def _tell_damage(self, store: Path, damage: Sequence[Damage]) -> None:
+    def _show_damage(self, store: Path, damage: Sequence[Damage]) -> None:
         for each in damage[:_SHOWN]:
             place = each.path.relative_to(store) if each.path.is_relative_to(store) else each.path
-            self.tell(f"  {_KINDS[each.kind]}: {one_line(str(place))}: {one_line(each.problem)}")
+            self.show(f"  {_KINDS[each.kind]}: {one_line(str(place))}: {one_line(each.problem)}")
             rows = "" if each.rows is None else (
                 f", rows {each.rows.first}-{each.rows.last}: {each.rows.count:,} images, {each.rows.first_id!r} … "
                 f"{each.rows.last_id!r}"
             )  # fmt: skip
             if each.shard is not None:
-                self.tell(f"    shard {each.shard}{rows}")
+                self.show(f"    shard {each.shard}{rows}")
         if len(damage) > _SHOWN:
-            self.tell(f"  … and {len(damage) - _SHOWN} more (--json - lists all)")
+            self.show(f"  … and {len(damage) - _SHOWN} more (--json - lists all)")
 
     def _check_source(self, check: StoreCheck, dataset: ImageDataset, answer: dict[str, Any]) -> None:
         from embcache.maintain.verify import check_source
@@ -248,18 +249,18 @@ class _Job:
         with ProgressBar("img") as bar:
             found = check_source(store, dataset, lambda n, total: bar.update(n, total, "source"))
         answer["source"] = plain(found)
-        self.tell(
+        self.show(
             f"  source: {found.checked:,} images hashed, {len(found.changed)} changed, {len(found.missing)} missing"
         )
         for label, ids in (("changed", found.changed), ("missing", found.missing)):
             for id_ in ids[:5]:
-                self.tell(f"    {label}: {one_line(id_)}")
+                self.show(f"    {label}: {one_line(id_)}")
             if len(ids) > 5:
-                self.tell(f"    … and {len(ids) - 5} more {label}")
+                self.show(f"    … and {len(ids) - 5} more {label}")
         if found.removed:
-            self.tell(f"    {found.removed:,} rows of images that left the dataset: hidden")
+            self.show(f"    {found.removed:,} rows of images that left the dataset: hidden")
         if found.changed and not store.holds_pixels:
-            self.tell(f"    their features are outdated; try: {extract_command(store.recipe.backbone, dataset)}")
+            self.show(f"    their features are outdated; try: {extract_command(store.recipe.backbone, dataset)}")
         answer["well"] &= found.well
 
     def _check_sample(self, check: StoreCheck, loader: _Loader, answer: dict[str, Any]) -> None:
@@ -269,13 +270,13 @@ class _Job:
         answer["sample"] = {**plain(found), "well": found.well}
         verdict = "within" if found.difference <= found.tolerance else "BEYOND"
         worst = f" ({printable(found.worst)})" if found.worst else ""
-        self.tell(
+        self.show(
             f"  sample: {found.compared:,} images computed again; largest difference {found.difference:.1e}{worst}, "
             f"{verdict} the tolerance of {found.tolerance:.1e}"
         )
         for label, ids in (("changed since, left out", found.changed), ("no longer readable", found.unreadable)):
             if ids:
-                self.tell(f"    {label}: {len(ids):,} (first: {printable(ids[0])})")
+                self.show(f"    {label}: {len(ids):,} (first: {printable(ids[0])})")
         answer["well"] &= found.well
 
 

@@ -8,8 +8,8 @@ that was planned later than the one that it copies.
 
 Once the copies are committed and read back, every row of the old shards is superseded, and they go: first the plan,
 then the shard, each at once. Killed at any instant, every live row is still in a committed shard, and the next run goes
-on. Old numbers are never given to other rows: a process that has the store open is told that a file is gone, and is
-never served another image's features.
+on. Old numbers are never given to other rows: a process that has the store open gets an error for a file that is gone,
+never features of another image.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from embcache.store.commit import (
     refresh_view,
     take_out,
 )
-from embcache.store.layout import StoreHeader
 from embcache.store.lease import is_abandoned
 from embcache.store.reading import (
     LiveRows,
@@ -52,6 +51,7 @@ from embcache.store.reading import (
     shard_path,
     unless_collected,
 )
+from embcache.store.schema import StoreHeader
 
 _REPLACED = ("runs", "splits", "figures", "figures/attention", "figures/coordinates")
 """Folders of a dataset in which files and folders are replaced."""

@@ -31,7 +31,6 @@ from embcache.maintain.verify import StoreCheck, digest_now, image_folder, verif
 from embcache.paths import PathLike
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, discard, replace_plan, take_out, write_view
 from embcache.store.feature_store import PIXELS, FeatureStore, extract_command
-from embcache.store.layout import RowIndex, StoreHeader
 from embcache.store.lease import Lease
 from embcache.store.reading import (
     check_folders,
@@ -46,6 +45,7 @@ from embcache.store.reading import (
     shard_path,
 )
 from embcache.store.recipe import Recipe
+from embcache.store.schema import RowIndex, StoreHeader
 
 _FEW = 5
 # Largest allowed |cached - computed| / max |computed| of an image, by precision: the same arithmetic in other batches.

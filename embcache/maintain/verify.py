@@ -18,7 +18,6 @@ from embcache.errors import CorruptStoreError, DatasetNotFoundError, ImageError,
 from embcache.io import STALE_SECONDS, is_stale, list_folder, skip
 from embcache.paths import PathLike, slug
 from embcache.store.feature_store import FeatureStore, folders_with
-from embcache.store.layout import StoreHeader
 from embcache.store.lease import is_abandoned
 from embcache.store.reading import (
     ShardFiles,
@@ -34,6 +33,7 @@ from embcache.store.reading import (
     shard_name,
     shard_path,
 )
+from embcache.store.schema import StoreHeader
 
 _FOLDER = re.compile(r"(?P<slug>.+)-(?P<digits>[0-9a-f]{12})")
 # A store's own entries; anything else in its folder is reported and left alone.

@@ -34,7 +34,7 @@ _MARKUP = (
 def render(table: Table, form: str) -> str:
     """A table as text that ends in a newline."""
     check_format(form)
-    return find_format(form)(table)
+    return FORMATS[form](table)
 
 
 def check_format(form: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import Any, Required, TypedDict
 
 from embcache.errors import first_few, printable
 from embcache.notebook import html_table
-from embcache.typed import typed
+from embcache.sealed import canonical_json
+from embcache.typed import plain, typed
 
 _METRIC = re.compile(r"\w[\w.:-]{0,99}", re.ASCII)
 
@@ -88,18 +88,17 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
-        numbers = ("mean", "std", "test_variance")  # None where they are not defined
-        data = {**asdict(self), **{name: _finite(getattr(self, name)) for name in numbers}}
-        return json.loads(json.dumps(data, allow_nan=False))  # type: ignore[no-any-return]  # as it reads back: lists
+        data = asdict(self)
+        for name in ("mean", "std", "test_variance"):  # None where they are not defined
+            data[name] = data[name] if data[name] is not None and math.isfinite(data[name]) else None
+        return plain(data)  # type: ignore[no-any-return]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Estimate:
         """The inverse of `to_json`; raises a ValueError where a value is not of its type."""
-        undefined: dict[str, Any] = {
-            name: math.nan for name in ("mean", "test_variance") if data.get(name, 0.0) is None
-        }
+        undefined = [name for name in ("mean", "test_variance") if data.get(name, 0.0) is None]
         found: Estimate = typed(cls, {**data, **dict.fromkeys(undefined, 0.0)}, "estimate")
-        return replace(found, **undefined)
+        return replace(found, **dict.fromkeys(undefined, math.nan))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -279,7 +278,7 @@ class ProbeResult:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
         data = {**asdict(self), "estimate": None if self.estimate is None else self.estimate.to_json()}
-        return json.loads(json.dumps(data, allow_nan=False))  # type: ignore[no-any-return]
+        return plain(data)  # type: ignore[no-any-return]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ProbeResult:
@@ -354,17 +353,11 @@ class ProbeResult:
         )
 
 
-def _finite(value: float | None) -> float | None:
-    """The value, or None where it is not a number."""
-    return None if value is None or not math.isfinite(value) else value
-
-
 def run_id(request: Mapping[str, Any]) -> str:
     """Readable name of a run: head, subset and twelve digits of the SHA-256 of the canonical request.
 
     Kinds other than ``probe`` stand before the head's name.
     """
-    text = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     kind = "" if request["kind"] == "probe" else f"{request['kind']}-"
-    digits = hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+    digits = hashlib.sha256(canonical_json(request).encode("utf-8")).hexdigest()[:12]
     return f"{kind}{request['head']['name']}-{request['subset']}-{digits}"

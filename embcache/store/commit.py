@@ -38,16 +38,6 @@ from embcache.io import (
 )
 from embcache.paths import slug
 from embcache.sealed import crc32c, seal
-from embcache.store.layout import (
-    FORMATS,
-    PlanEntry,
-    ShardRows,
-    StoreHeader,
-    ViewRows,
-    check_ids,
-    find_format,
-    plan_rows,
-)
 from embcache.store.reading import (
     FOLDERS,
     LiveRows,
@@ -61,6 +51,16 @@ from embcache.store.reading import (
     shard_path,
 )
 from embcache.store.recipe import Recipe
+from embcache.store.schema import (
+    FORMATS,
+    PlanEntry,
+    ShardRows,
+    StoreHeader,
+    ViewRows,
+    check_ids,
+    find_format,
+    plan_rows,
+)
 
 __all__ = [
     "PlanEntry",

@@ -20,7 +20,6 @@ from embcache.errors import RecipeError, StoreError, StoreNotFoundError, printab
 from embcache.io import home_folders, not_readable, skip
 from embcache.notebook import html_table
 from embcache.paths import PathLike, data_dir, home_dir, slug
-from embcache.store.layout import PlanEntry, StoreHeader
 from embcache.store.reading import (
     LiveRows,
     Scratch,
@@ -37,6 +36,7 @@ from embcache.store.reading import (
     unless_collected,
 )
 from embcache.store.recipe import Recipe
+from embcache.store.schema import PlanEntry, StoreHeader
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from embcache.store.layout import (
+from embcache.store.schema import (
     NUMERIC_KINDS,
     Bytes,
     PlainFeatures,

@@ -27,8 +27,8 @@ from embcache.errors import CorruptStoreError, StoreError
 from embcache.io import IrregularError, is_folder, list_folder, open_regular, read_regular
 from embcache.paths import PathLike, home_dir
 from embcache.sealed import crc32c, unseal
-from embcache.store.layout import FORM, FORMATS, Bytes, PlanEntry, RowIndex, StoreHeader, find_format, plan_entries
 from embcache.store.recipe import Recipe
+from embcache.store.schema import FORM, FORMATS, Bytes, PlanEntry, RowIndex, StoreHeader, find_format, plan_entries
 
 _T = TypeVar("_T")
 FOLDERS = ("plan", "shards", "leases", "staging")

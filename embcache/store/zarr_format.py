@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embcache.store.layout import (
+from embcache.store.schema import (
     Bytes,
     PlainFeatures,
     RowIndex,

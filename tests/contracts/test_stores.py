@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.store.commit import ShardRows, commit_shard, create_store, write_view
 from embcache.store.feature_store import FeatureStore
-from embcache.store.layout import FORMATS, find_format
 from embcache.store.reading import read_features
+from embcache.store.schema import FORMATS, find_format
 from tests.refusal import refused
 from tests.store.build import add, digest, make_rows, make_store, make_table, plan, quick_disk, recipe, tree
 

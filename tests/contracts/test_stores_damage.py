@@ -12,7 +12,7 @@ import pytest
 from embcache.errors import CorruptStoreError
 from embcache.store.commit import commit_shard
 from embcache.store.feature_store import FeatureStore
-from embcache.store.layout import FORMATS, find_format
+from embcache.store.schema import FORMATS, find_format
 from tests.refusal import refused
 from tests.store.build import add, make_store, quick_disk, tree
 

@@ -21,7 +21,6 @@ from embcache.errors import EmbcacheError
 from embcache.sealed import canonical_json, crc32c, seal
 from embcache.store.commit import write_view
 from embcache.store.feature_store import FeatureStore
-from embcache.store.layout import StoreHeader
 from embcache.store.reading import (
     Scratch,
     committed_numbers,
@@ -33,6 +32,7 @@ from embcache.store.reading import (
     read_plan,
     read_rows,
 )
+from embcache.store.schema import StoreHeader
 from tests.fuzz.image_seeds import hdf5_fields
 from tests.fuzz.mutate import NUMBERS, Change, Field, Seed, mutate
 from tests.store.build import add, make_store

@@ -307,7 +307,7 @@ def test_no_pickle_runs_wherever_it_is_put(tmp_path: Path, home: Path, kind: str
 @pytest.mark.usefixtures("quick_disk")
 @pytest.mark.parametrize("format", ["zarr", "hdf5"])
 def test_a_store_of_hostile_sizes_takes_no_memory(tmp_path: Path, format: str) -> None:
-    from embcache.store.layout import StoreHeader
+    from embcache.store.schema import StoreHeader
     from tests.store.build import RECIPE
 
     usual = functools.partial(StoreHeader, RECIPE, format, batch_size=1, threads=1, provenance={})

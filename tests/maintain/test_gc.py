@@ -26,8 +26,8 @@ from embcache.io import bytes_under
 from embcache.maintain.gc import collect
 from embcache.maintain.verify import verify_store
 from embcache.store.feature_store import FeatureStore
-from embcache.store.layout import FORMATS
 from embcache.store.lease import Lease
+from embcache.store.schema import FORMATS
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
 from tests.store.build import add, make_rows, make_store, plan, quick_disk, tree

@@ -17,7 +17,7 @@ from embcache.errors import CorruptStoreError
 from embcache.maintain.verify import find_stores, verify_store
 from embcache.store.commit import write_view
 from embcache.store.feature_store import FeatureStore
-from embcache.store.layout import FORMATS, find_format
+from embcache.store.schema import FORMATS, find_format
 from tests.maintain.conftest import damage, files_of, flip
 from tests.store.build import add, make_store, plan, quick_disk, tree
 

@@ -31,7 +31,7 @@ from embcache.store.commit import (
     write_view,
 )
 from embcache.store.feature_store import FeatureStore, list_stores
-from embcache.store.layout import plan_entries, plan_rows
+from embcache.store.schema import plan_entries, plan_rows
 from tests.refusal import refused
 from tests.store.build import FORMATS, add, make_rows, make_store, plan, quick_disk, recipe, tree
 

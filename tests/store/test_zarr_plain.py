@@ -14,7 +14,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from embcache.store import zarr_format
-from embcache.store.layout import ShardRows
+from embcache.store.schema import ShardRows
 from embcache.store.zarr_format import decode_array, is_group, parse_array
 
 DTYPES = (
