@@ -12,15 +12,8 @@ import numpy as np
 import pytest
 
 from embcache import io as disk
-from embcache.store.commit import (
-    commit_shard,
-    create_exclusive,
-    create_store,
-    refresh_view,
-    replace_file,
-    view_is_current,
-    write_view,
-)
+from embcache.io import create_exclusive, replace_file
+from embcache.store.commit import commit_shard, create_store, refresh_view, view_is_current, write_view
 from embcache.store.feature_store import FeatureStore
 from embcache.store.reading import committed_numbers, read_header
 from tests.crash.faults import Call, between

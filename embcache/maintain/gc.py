@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from embcache.errors import StoreError
-from embcache.io import bytes_under, home_folders, skip
+from embcache.io import bytes_under, discard, home_folders, skip
 from embcache.io import leftovers as leftovers_in
 from embcache.log import log
 from embcache.maintain.verify import lease_files, leftovers
@@ -31,7 +31,6 @@ from embcache.store.commit import (
     PlanEntry,
     ShardRows,
     commit_shard,
-    discard,
     publish_plan,
     refresh_view,
     take_out,

@@ -16,6 +16,7 @@ from embcache.runs.folders import PARTIAL, run_folders
 from embcache.sealed import read_sealed
 from embcache.store.feature_store import FeatureStore, store_folders
 from embcache.store.reading import CommitRecord, read_commit
+from embcache.typed import plain
 
 
 @dataclass(frozen=True)
@@ -63,24 +64,16 @@ class StoreInfo:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON data."""
-        store, summary = self.store, self.summary
-        return {
-            "dataset": summary.dataset,
-            "backbone": summary.backbone,
+        store, summary = self.store, plain(self.summary)
+        alike = ("dataset", "backbone", "path", "rows", "views", "owed", "complete", "format", "bytes")
+        return {name: summary[name] for name in alike} | {
             "fingerprint": store.recipe.fingerprint,
-            "path": str(store.path),
-            "rows": summary.rows,
             "row_shape": list(store.row_shape),
             "dtype": str(store.dtype),
-            "views": summary.views,
             "quarantined": store.quarantined,
-            "owed": summary.owed,
-            "complete": summary.complete,
             "superseded": self.superseded,
             "shards": self.shards,
             "uncommitted": list(self.uncommitted),
-            "format": store.format,
-            "bytes": summary.bytes,
             "view": None if self.view is None else str(self.view),
             "recipe": store.recipe.to_json(),
             "created_with": {
@@ -91,8 +84,7 @@ class StoreInfo:
                 **store.provenance,
             },
             "computed_otherwise": {
-                str(number): {"batch_size": made.batch_size, "threads": made.threads}
-                for number, made in self.otherwise.items()
+                str(n): {"batch_size": made.batch_size, "threads": made.threads} for n, made in self.otherwise.items()
             },
         }
 

@@ -25,11 +25,11 @@ from embcache.extract.extract import make_recipe, recipe_network, recipe_transfo
 from embcache.extract.extract_request import default_workers
 from embcache.extract.pixels import pixel_recipe, pixel_rows
 from embcache.extract.worker import compute_shard
-from embcache.io import make_folder
+from embcache.io import discard, make_folder
 from embcache.log import log
 from embcache.maintain.verify import StoreCheck, digest_now, image_folder, verify_store
 from embcache.paths import PathLike
-from embcache.store.commit import PlanEntry, ShardRows, commit_shard, discard, replace_plan, take_out, write_view
+from embcache.store.commit import PlanEntry, ShardRows, commit_shard, replace_plan, take_out, write_view
 from embcache.store.feature_store import PIXELS, FeatureStore, extract_command
 from embcache.store.lease import Lease
 from embcache.store.reading import (
@@ -198,7 +198,7 @@ class _Repair:
         self.header = read_header(path)  # nothing is repaired without the recipe
         there = {*plan_numbers(path), *committed_numbers(path)}  # gc may have removed some since
         shards, plans = (
-            sorted({each.shard for each in check.damage if each.kind == kind and each.shard in there})  # type: ignore[type-var]
+            sorted({each.shard for each in check.damage if each.kind == kind and each.shard in there})
             for kind in ("shard", "plan")
         )
         if shards or plans:

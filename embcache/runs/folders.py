@@ -33,33 +33,15 @@ from embcache.io import (
     skip,
 )
 from embcache.paths import PathLike, home_dir, slug
-from embcache.runs.result import PROTOCOL_VERSION, FoldResult, ProbeResult, run_id
+from embcache.runs.result import PROTOCOL_VERSION as PROTOCOL_VERSION
+from embcache.runs.result import FoldResult as FoldResult
+from embcache.runs.result import ProbeResult as ProbeResult
+from embcache.runs.result import run_id as run_id
 from embcache.sealed import crc32c, file_checksum, open_parquet, read_sealed, seal
 from embcache.typed import typed
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = [
-    "PARTIAL",
-    "PROTOCOL_VERSION",
-    "FoldResult",
-    "ProbeResult",
-    "as_asked",
-    "find_run",
-    "find_run_anywhere",
-    "list_results",
-    "list_unreadable",
-    "load_heads",
-    "load_predictions",
-    "load_result",
-    "replace_result",
-    "run_file",
-    "run_folders",
-    "run_id",
-    "runs_dir",
-    "save_run",
-]
 
 PARTIAL = ".partial"
 """Suffix of the folders of checkpoints of finetunings."""

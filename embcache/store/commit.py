@@ -51,33 +51,9 @@ from embcache.store.reading import (
     shard_path,
 )
 from embcache.store.recipe import Recipe
-from embcache.store.schema import (
-    FORMATS,
-    PlanEntry,
-    ShardRows,
-    StoreHeader,
-    ViewRows,
-    check_ids,
-    find_format,
-    plan_rows,
-)
-
-__all__ = [
-    "PlanEntry",
-    "ShardRows",
-    "commit_shard",
-    "create_store",
-    "discard",
-    "is_committed",
-    "publish_plan",
-    "refresh_view",
-    "replace_plan",
-    "take_out",
-    "view_is_current",
-    "write_scan",
-    "write_snapshot",
-    "write_view",
-]
+from embcache.store.schema import FORMATS, StoreHeader, ViewRows, check_ids, find_format, plan_rows
+from embcache.store.schema import PlanEntry as PlanEntry
+from embcache.store.schema import ShardRows as ShardRows
 
 MOST_VIEW_ROWS = 1 << 26  # each takes memory while the view is made; shard numbers come from folder names
 # The library that a format's view is written with: another version of it may write other bytes for the same view.

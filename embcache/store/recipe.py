@@ -59,12 +59,11 @@ class Recipe:
     numerics: int
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kind = {"numerics": int, "transform": Mapping}.get(field.name, str)
+        for name, value in vars(self).items():
+            kind = {"numerics": int, "transform": Mapping}.get(name, str)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise RecipeError(
-                    f"the field {field.name} of a recipe has another type", code="recipe-field",
+                    f"the field {name} of a recipe has another type", code="recipe-field",
                     expected={int: "an integer", str: "a string"}.get(kind, "an object"), found=repr(value)[:200],
                 )  # fmt: skip
         if self.precision not in PRECISIONS:

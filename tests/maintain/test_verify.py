@@ -61,7 +61,7 @@ def test_an_intact_store_is_well(format: str, tmp_path: Path, quick_disk: None) 
 
 
 @pytest.mark.parametrize("format", FORMAT_NAMES)
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_flipped_bit_is_named_with_its_shard_and_rows(format: str, data: st.DataObject) -> None:
     path = shared_store(format)

@@ -73,26 +73,6 @@ def test_features_that_cannot_be_looked_at_are_an_error_of_the_store(
         reading.read_index(path, header, 0)
 
 
-def test_commits_are_parsed_once_however_many_shards_are_read_in_turn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = make_store(tmp_path)
-    add(path, 0, ["a"])
-    data = (path / "shards/000000/commit.json").read_bytes()
-    parses: list[Path] = []
-    original = reading.unseal
-
-    def spy(data: bytes, path: Path, *rest: Any) -> Any:
-        parses.append(path)
-        return original(data, path, *rest)
-
-    monkeypatch.setattr(reading, "unseal", spy)
-    for _ in range(3):
-        for number in range(2500):  # a million rows, and more
-            reading._parse_commit(data, tmp_path / f"{number}/commit.json", "")
-    assert len(parses) == 2500
-
-
 def test_shards_of_rows_can_be_seen_and_not_changed(tmp_path: Path) -> None:
     path = make_store(tmp_path)
     add(path, 0, ["a", "b", "c", "d"])
