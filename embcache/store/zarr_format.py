@@ -43,10 +43,6 @@ ROOT = "data.zarr/"
 _CODECS = {"bytes", "crc32c", "transpose", "sharding_indexed"}
 _SLACK = 1 << 20  # bytes that an array may have beyond those of its files: chunks of fill values are not written
 _MOST_CHUNKS = 10_000
-_KEYS = {
-    "shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs", "attributes", "zarr_format",
-    "node_type", "storage_transformers",
-}  # fmt: skip
 _NUMBERS = {
     name: np.dtype(name)
     for name in (
@@ -212,20 +208,21 @@ def parse_array(metadata: bytes) -> PlainArray | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     sides = [*shape, *chunks] if isinstance(shape, list) and isinstance(chunks, list) else []
-    usual = (
-        set(content) == _KEYS
-        and content["zarr_format"] == 3
-        and content["node_type"] == "array"
-        and content["storage_transformers"] == []
-        and content["chunk_grid"] == {"name": "regular", "configuration": {"chunk_shape": chunks}}
-        and content["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
-        and bool(sides)
-        and all(type(side) is int and side > 0 for side in sides)
-        and shape[1:] == chunks[1:]
-        and shape[0] <= chunks[0]
-        and codec in _codecs(dtype)
-    )
-    if not usual or (dtype is None and shape != chunks):
+    usual = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": shape,
+        "data_type": content["data_type"],
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "codecs": [codec],
+        "storage_transformers": [],
+        **{key: content.get(key) for key in ("fill_value", "attributes")},
+    }
+    if content != usual or codec not in _codecs(dtype) or not all(type(side) is int and side > 0 for side in sides):
+        return None
+    fits = bool(sides) and shape[1:] == chunks[1:] and (shape == chunks or (dtype is not None and shape[0] < chunks[0]))
+    if not fits:
         return None
     return PlainArray(tuple(shape), chunks[0], dtype)
 

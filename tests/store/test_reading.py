@@ -12,6 +12,7 @@ import embcache.store.reading as reading
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.store.feature_store import open_store
 from embcache.store.reading import Scratch
+from embcache.store.schema import find_format
 from embcache.store.zarr_format import is_group, parse_array
 from tests.refusal import refused
 from tests.store.build import add, make_store
@@ -30,7 +31,7 @@ def test_what_a_format_raises_while_rows_are_read_is_an_error_of_the_store(
     path = make_store(tmp_path)
     add(path, 0, ["a", "b", "c"])
     header = reading.read_header(path)
-    form = reading.find_format(header.format)
+    form = find_format(header.format)
 
     def fail(*_: Any) -> None:
         raise RecursionError("too deep")
