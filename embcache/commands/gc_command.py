@@ -19,8 +19,7 @@ from embcache.commands.output import echo
 from embcache.commands.store_command import size_words
 from embcache.commands.table import print_table
 from embcache.errors import StoreError
-from embcache.io import skip
-from embcache.paths import PathLike, home_dir
+from embcache.paths import home_dir
 from embcache.typed import plain
 
 
@@ -41,16 +40,11 @@ def gc(
     Example: embcache gc --dry-run --dataset nih
     """
     from embcache.maintain.gc import collect, collect_home
-    from embcache.maintain.verify import find_stores
+    from embcache.maintain.verify import walk_stores
 
     backbones, datasets = split_list(backbone), split_list(dataset)
-    done, refused = list[Any](), list[dict[str, str]]()
-
-    def unread(path: PathLike, error: OSError) -> None:
-        skip(path, error)
-        refused.append({"path": str(path), "error": error.strerror or str(error)})
-
-    stores = [path for name in (datasets or (None,)) for path in find_stores(home, name, backbones, recipe, unread)]
+    done = list[Any]()
+    stores, refused = walk_stores(home, datasets, backbones, recipe)
     for path in stores:
         try:
             done.append(collect(path, dry_run=dry_run))

@@ -28,7 +28,7 @@ from embcache.commands.table import one_line, print_table
 from embcache.config import DatasetRef, RepairConfig
 from embcache.errors import EmbcacheError, StoreError, UsageError, printable
 from embcache.io import skip
-from embcache.paths import PathLike, home_dir, slug
+from embcache.paths import home_dir, slug
 from embcache.typed import plain
 
 if TYPE_CHECKING:
@@ -76,20 +76,10 @@ def verify(
             "--data-root and --name belong to one dataset", code="one-dataset",
             found=", ".join(datasets) or "no --dataset", fix="embcache verify --dataset NAME --data-root …",
         )  # fmt: skip
-    from embcache.maintain.verify import find_stores, verify_store
+    from embcache.maintain.verify import verify_store, walk_stores
 
     loaders = {name: _Loader(name, ref, home) for name in datasets}
-    unread = list[dict[str, str]]()
-
-    def not_read(path: PathLike, error: OSError | StoreError) -> None:
-        skip(path, error)
-        unread.append({"path": str(path), "error": str(error)})
-
-    stores = [
-        path
-        for name in (datasets or (None,))
-        for path in find_stores(home, name and loaders[name].folder(), backbones, recipe, not_read)
-    ]
+    stores, unread = walk_stores(home, [loaders[name].folder() for name in datasets], backbones, recipe)
     if not stores and not unread:
         raise nothing_cached(backbones, datasets, recipe, home)
     quiet = json == "-"
@@ -105,7 +95,8 @@ def verify(
             try:
                 check = verify_store(path, lambda done, total, label=label: bar.update(done, total, label))  # type: ignore[misc]
             except StoreError as error:
-                not_read(path, error)
+                skip(path, error)
+                unread.append({"path": str(path), "error": str(error)})
                 continue
             loader = by_folder.setdefault(
                 path.parent.name, _Loader(path.parent.name, DatasetRef(allow_missing=ref.allow_missing), home)

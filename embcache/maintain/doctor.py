@@ -27,7 +27,7 @@ from embcache.data.published import DATASETS, default_root
 from embcache.errors import EmbcacheError
 from embcache.log import log
 from embcache.maintain.listing import CachedStore, list_cached, list_interrupted
-from embcache.maintain.verify import find_stores, lease_files, leftovers
+from embcache.maintain.verify import lease_files, leftovers, walk_stores
 from embcache.paths import PathLike, data_dir, home_dir, weights_dir
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import is_abandoned
@@ -139,16 +139,15 @@ def _stores(
     """A quick check of each store (headers, plans, indexes, sizes), and the leases in all of them."""
     known = {row.path: row for row in cached}
     stores, leases = [], []
-
-    def unread(path: PathLike, error: OSError) -> None:
-        problems.append(f"{path} cannot be read: {error.strerror}: ask its owner for permission (chmod -R g+rX)")
-
-    for path in find_stores(home, skipped=unread):
+    paths, unread = walk_stores(home)
+    for each in unread:
+        problems.append(f"{each['path']} cannot be read: {each['error']}: ask its owner for permission (chmod -R g+rX)")
+    for path in paths:
         row, name = known.get(path), f"{path.parent.name}/{path.name}"
         problem, left, claims = row.problem if row else "recipe.json is missing", list[Path](), list[Path]()
         try:
             claims = lease_files(path)
-            left = [each for each in leftovers(path) if each not in claims]
+            left = [other for other in leftovers(path) if other not in claims]
             if row and not problem:
                 FeatureStore(path).sources()  # reads the plans too
         except EmbcacheError as error:
@@ -162,12 +161,12 @@ def _stores(
             {
                 "dataset": path.parent.name,
                 "store": path.name,
-                **(dict.fromkeys(counts, 0) if row is None else {each: vars(row)[each] for each in counts}),
+                **(dict.fromkeys(counts, 0) if row is None else {count: vars(row)[count] for count in counts}),
                 "leftovers": len(left),
                 "problem": problem,
             }
         )
-        leases += [{"store": name, "shard": int(each.stem), "stale": is_abandoned(each)} for each in claims]
+        leases += [{"store": name, "shard": int(claim.stem), "stale": is_abandoned(claim)} for claim in claims]
     return stores, leases
 
 

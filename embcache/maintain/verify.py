@@ -103,6 +103,20 @@ def find_stores(
     ]
 
 
+def walk_stores(
+    home: PathLike | None = None, datasets: Sequence[str] = (), backbones: Sequence[str] = (), recipe: str | None = None
+) -> tuple[list[Path], list[dict[str, str]]]:
+    """Folders of stores of all, or some, datasets; and ``path`` and ``error`` of folders that cannot be listed."""
+    unread = list[dict[str, str]]()
+
+    def skipped(path: PathLike, error: OSError) -> None:
+        skip(path, error)
+        unread.append({"path": str(path), "error": error.strerror or str(error)})
+
+    stores = [path for name in (datasets or (None,)) for path in find_stores(home, name, backbones, recipe, skipped)]
+    return stores, unread
+
+
 def verify_store(path: Path, on_shard: Callable[[int, int], object] = lambda done, total: None) -> StoreCheck:
     """Read every file of a store and compare it with what was committed."""
     while True:
