@@ -384,6 +384,22 @@ class ExtractConfig(Config):
 
 
 @dataclass(frozen=True)
+class RepairConfig(Config):
+    """With what damaged shards and samples are computed again."""
+
+    heading: ClassVar[str] = "Options of --repair and --sample"
+
+    weights: tuple[str, ...] = option(
+        (), "Checkpoint of a backbone; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
+    )
+    device: str = option("auto", "auto, cpu, cuda:0, …", metavar="NAME")
+    max_pixels: int | None = option(
+        None, "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]", metavar="N",
+        least=1,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class ProtocolConfig(Config):
     """The protocol that probing and finetuning share: folds, subsets, validation, test set, metric."""
 

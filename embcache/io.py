@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
-import logging
 import os
 import os as _look
 import re
@@ -31,13 +30,14 @@ from io import FileIO
 from pathlib import Path
 
 from embcache.errors import EmbcacheError, StoreError, UsageError, printable
+from embcache.log import log
 from embcache.paths import PathLike
 
 MOST_BYTES = 1 << 31
-"""Of a file that is read whole and has no recorded size. The snapshot of ten million images is half of it."""
+"""Largest file that is read whole without a recorded size; the snapshot of ten million images has half of it."""
 
 STALE_SECONDS = 600.0
-"""Nothing takes so long between its first byte under a staged name and its rename."""
+"""No write takes longer from its first byte under a staged name to its rename."""
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -115,9 +115,10 @@ def home_folders(home: Path, skipped: Callable[[PathLike, OSError], object] | No
 
 
 def not_readable(path: PathLike, error: OSError) -> StoreError:
-    """The error for a folder or file of a home that the system does not let this user read."""
+    """The error for a folder or file of a home that this user may not read."""
     return StoreError(
         "a part of the home cannot be read",
+        code="home-not-readable",
         found=error.strerror or str(error),
         where=path,
         fix=("ask its owner for permission (chmod -R g+rX)", "--home FOLDER"),
@@ -126,11 +127,11 @@ def not_readable(path: PathLike, error: OSError) -> StoreError:
 
 @functools.lru_cache(maxsize=1 << 12)
 def _say_skipped(path: str, why: str) -> None:
-    logging.getLogger("embcache").warning("embcache: skipped %s: %s", printable(path), printable(why))
+    log.warning("skipped %s: %s", printable(path), printable(why))
 
 
 def skip(path: PathLike, error: OSError | EmbcacheError) -> None:
-    """Log, once, that something in a home that others write to is passed over: a listing of the rest goes on."""
+    """Log, once, that something in a home is skipped; a listing of the rest continues."""
     said = [error.problem, error.found] if isinstance(error, EmbcacheError) else [error.strerror or str(error)]
     _say_skipped(os.fspath(path), ": ".join(" ".join(text.split())[:300] for text in said if text))
 
@@ -145,19 +146,16 @@ def is_folder(path: PathLike) -> bool:
 
 def bytes_under(path: Path) -> int:
     """Bytes of a file, or of all files under a folder; links count as links, what vanishes meanwhile as nothing."""
+    walked = [f"{root}/{name}" for root, _, names in os.walk(path) for name in names]
     total = 0
-    with suppress(FileNotFoundError):
-        if path.is_symlink() or not path.is_dir():
-            return path.lstat().st_size
-    for root, _, names in os.walk(path):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += os.lstat(f"{root}/{name}").st_size
+    for each in [path] if path.is_symlink() or not path.is_dir() else walked:
+        with suppress(FileNotFoundError):
+            total += os.lstat(each).st_size
     return total
 
 
 def is_stale(path: Path, older: float = STALE_SECONDS) -> bool:
-    """Whether nobody can be at it any more: not touched for so long, or dated as far in the future."""
+    """Whether no process can still use it: not touched for ``older`` seconds, or dated as far in the future."""
     try:
         return abs(time.time() - path.lstat().st_mtime) > older
     except FileNotFoundError:
@@ -170,12 +168,13 @@ def _irregular(path: PathLike) -> IrregularError:
 
 @contextmanager
 def writing(where: Path) -> Iterator[None]:
-    """Tell what the system refuses as one `StoreError` with what to do about it."""
+    """Raise what the system refuses as one `StoreError` that says what to do about it."""
     try:
         yield
     except OSError as error:
         raise StoreError(
             "the feature store cannot be written",
+            code="store-not-written",
             found=error.strerror or str(error),
             where=error.filename or where,
             fix=_FIXES.get(error.errno or 0, "check the disk, then run the same command: what is committed stays"),
@@ -183,7 +182,7 @@ def writing(where: Path) -> Iterator[None]:
 
 
 def staged_name(prefix: str) -> str:
-    """A name that nobody else uses; it begins with ``prefix``, by which what a killed process left is found."""
+    """A unique name; it begins with ``prefix``, by which what a killed process left is found."""
     return prefix + secrets.token_hex(8)
 
 
@@ -192,7 +191,7 @@ def replace_file(path: Path, data: bytes) -> None:
     prefix = f".{path.name}-"
     with writing(path):
         make_folder(path.parent)
-        if not _holds(path, data):
+        if not _same_bytes(path, data):
             staged = path.with_name(staged_name(prefix))
             try:
                 with _removed_on_error(staged):
@@ -212,35 +211,32 @@ def keep_file(path: Path, data: bytes) -> None:
     try:
         replace_file(path, data)
     except StoreError as error:
-        logging.getLogger("embcache").info("%s is not kept: %s", path, error.found)
+        log.info("%s is not kept: %s", path, error.found)
 
 
-def _holds(path: Path, data: bytes) -> bool:
-    """Whether a regular file holds just these bytes."""
-    try:
+def _same_bytes(path: Path, data: bytes) -> bool:
+    with suppress(FileNotFoundError, IrregularError):
         return path.lstat().st_size == len(data) and read_regular(path) == data
-    except (FileNotFoundError, IrregularError):
-        return False
+    return False
 
 
 def check_target(path: Path) -> None:
     """Raise a `UsageError` where `write_output` could not write: before hours of work, not after."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        return  # a device or a pipe
+    if _is_stream(path):
+        return
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        reason = "it is a folder" if path.is_dir() else "its folder is not there, or may not be written to"
-        raise _not_written(path, reason)
+        raise _not_written(path, "it is a folder" if path.is_dir() else "its folder does not exist or is not writable")
 
 
 def write_output(path: Path, data: bytes | str, *, parents: bool = False) -> Path:
-    """Write a file that a user asked for, whole or not at all, through links and to devices; else a `UsageError`.
+    """Write a file that a user named, whole or not at all, through links and to devices; else a `UsageError`.
 
     Text is UTF-8, in which the bytes of file names that are not are escaped. With ``parents`` its folder is made.
     """
     data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     if not parents:
         check_target(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if _is_stream(path):
         path.write_bytes(data)  # /dev/stdout
     else:
         write_outputs({path: data})
@@ -268,13 +264,16 @@ def write_outputs(files: Mapping[Path, bytes]) -> None:
                 os.unlink(name)
 
 
+def _is_stream(path: Path) -> bool:
+    """Whether it is a device or a pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def _not_written(path: Path, reason: str) -> UsageError:
     return UsageError(
-        "the file cannot be written",
-        found=reason,
-        where=path,
-        fix="name a file in a folder that is there and can be written to",
-    )
+        "the file cannot be written", code="file-not-written", found=reason, where=path,
+        fix="name a file in an existing folder that is writable",
+    )  # fmt: skip
 
 
 def replace_folder(target: Path, files: Mapping[str, bytes | Path]) -> None:
@@ -283,22 +282,39 @@ def replace_folder(target: Path, files: Mapping[str, bytes | Path]) -> None:
     Where the system can exchange two names that is one step; elsewhere the old folder is renamed first, and
     `list_replaced` restores it if the second rename never came. The later of two writers wins.
     """
-    staged = target.with_name(staged_name(f".{target.name}-"))
     make_folder(target.parent)
-    with _removed_on_error(staged):
+    with replacing(target) as staged:
         write_tree(staged, files)
-        replace_with(staged, target)
 
 
-def replace_with(staged: Path, target: Path) -> None:
-    """Put a flushed file or folder, called by `staged_name` beside ``target``, in its place; what was there goes."""
+@contextmanager
+def replacing(target: Path, *, flush: bool = False) -> Iterator[Path]:
+    """A name beside ``target`` for a file or folder that the block writes; at the end it takes the target's place.
+
+    With ``flush`` everything is flushed to disk first. What was begun is removed on an error.
+    """
+    staged = target.with_name(staged_name(f".{target.name}-"))
     old = staged.with_name(staged.name + _OLD)
-    swap_in(staged, target, aside=old)
-    sync_folder(target.parent)
-    for left in (staged, old):
-        with suppress(FileNotFoundError):
-            remove(left)
+    try:
+        yield staged
+        for path in [staged, *staged.rglob("*")] if flush else ():
+            sync_folder(path) if path.is_dir() else _sync_file(path)
+        swap_in(staged, target, aside=old)
+        sync_folder(target.parent)
+    finally:
+        # Removed too after an exchange of names: then what was there before lies here.
+        for left in (staged, old) if target.exists() else (staged,):
+            with suppress(OSError):
+                remove(left)
     sweep(target.parent, target.name)
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _take(source: Path, target: Path) -> None:
@@ -307,11 +323,7 @@ def _take(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-    descriptor = os.open(target, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync_file(target)
 
 
 def list_replaced(folder: Path) -> list[os.DirEntry[str]]:
@@ -505,7 +517,7 @@ def swap_in(staged: Path, target: Path, *, aside: Path | None = None) -> None:
             if aside is not None and aside.exists():
                 remove(aside)
             os.rename(target, away)
-    raise StoreError("another process keeps writing the same", where=target)
+    raise StoreError("another process keeps writing the same", code="write-contention", where=target)
 
 
 def remove(path: Path) -> None:
@@ -526,7 +538,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *prefixes: str) -> None:
-    """Remove what begins with one of the prefixes: killed processes left it, or slower ones still write it in vain."""
+    """Remove what begins with a prefix: killed processes left it, or slower ones still write it in vain."""
     with suppress(OSError):
         for name in os.listdir(folder):
             if name.startswith(prefixes):

@@ -1,17 +1,25 @@
-"""Small JSON files that carry a checksum of their own, so that no flipped bit in them goes unnoticed."""
+"""Files that others can write, checked before they are used: checksums, sealed JSON, and Parquet.
+
+A sealed JSON file carries a checksum of its own, so that no flipped bit in it goes unnoticed.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 
 from embcache.errors import CorruptStoreError, RecipeError
 from embcache.io import open_regular, read_regular
 from embcache.typed import parse
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _CHUNK = 1 << 20
 _LEAVES = (str, int, float, type(None))
@@ -25,7 +33,8 @@ def canonical_json(value: Any) -> str:
         text.encode("utf-8")
     except (TypeError, ValueError) as error:
         raise RecipeError(
-            "a recipe's value cannot be written as JSON",
+            "a value of a recipe cannot be written as JSON",
+            code="recipe-json",
             expected="finite numbers, strings, booleans, null, lists, and objects with string keys",
             found=str(error),
         ) from error
@@ -59,6 +68,17 @@ def file_checksum(path: Path) -> dict[str, Any]:
     return {"size": size, "crc32c": f"{checksum:08x}"}
 
 
+def open_parquet(data: bytes, columns: list[str] | None = None) -> tuple[pq.ParquetFile, pa.Table]:
+    """A Parquet file that others can write, and its table; a ValueError where it claims more rows than it can hold."""
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names) or file.metadata.num_rows > 4 * len(data):
+        raise ValueError(f"{file.metadata.num_rows:,} rows and {len(names):,} columns in {len(data):,} bytes")
+    return file, file.read(columns=columns)
+
+
 def read_sealed(path: Path, fix: str, *, indent: int | None = 1, most: int = 1 << 28) -> dict[str, Any]:
     """Content of a sealed file of at most ``most`` bytes; raises as `unseal`, and OSError where it cannot be read."""
     return unseal(read_regular(path, most=most), path, fix, indent=indent)
@@ -66,35 +86,26 @@ def read_sealed(path: Path, fix: str, *, indent: int | None = 1, most: int = 1 <
 
 def seal(content: dict[str, Any], *, indent: int | None = 1) -> bytes:
     """JSON of ``content`` with a last key ``crc32c`` over all the others; the same bytes for equal content."""
-    return _text(content, _checksum(content), indent)
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return crc32c(canonical_json(content).encode("utf-8"))
-
-
-def _text(content: dict[str, Any], checksum: str, indent: int | None) -> bytes:
-    text = json.dumps({**content, "crc32c": checksum}, indent=indent, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8") + b"\n"
+    checked = {**content, "crc32c": crc32c(canonical_json(content).encode("utf-8"))}
+    return json.dumps(checked, indent=indent, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
 
 
 def unseal(data: bytes, where: Path, fix: str, *, indent: int | None = 1) -> dict[str, Any]:
     """Content of sealed bytes, without its checksum."""
     try:
         content = parse(data)
-        found = content.pop("crc32c")
+        del content["crc32c"]
         # Comparing the whole text also catches a flip in the whitespace, which parsing would forgive.
-        intact = found == _checksum(content) and _text(content, found, indent) == data
+        intact = seal(content, indent=indent) == data
     except Exception as error:  # whatever a flipped bit makes of the parser
         raise CorruptStoreError(
-            "a file of the feature store is damaged", found=f"{type(error).__name__}: {error}", where=where, fix=fix
-        ) from error
+            "a file of the feature store is damaged", code="file-damaged", found=f"{type(error).__name__}: {error}",
+            where=where, fix=fix,
+        ) from error  # fmt: skip
     if not intact:
         raise CorruptStoreError(
-            "a file of the feature store is damaged",
+            "a file of the feature store is damaged", code="file-damaged",
             expected="the bytes that its checksum was taken from",
-            found=f"{len(data)} bytes with another checksum",
-            where=where,
-            fix=fix,
-        )
+            found=f"{len(data)} bytes with another checksum", where=where, fix=fix,
+        )  # fmt: skip
     return dict(content)

@@ -1,7 +1,7 @@
 """JSON that others can write, read by the types that it must have.
 
-A checksum says that bytes are those that somebody wrote, not that they mean anything: in a shared home every value may
-be of any type, size or depth. `parse` bounds size and depth, `typed` holds a value against an annotation.
+A checksum says that bytes are those that were written, not that they mean anything: in a shared home every value may be
+of any type, size or depth. `parse` bounds size and depth, `typed` checks a value against an annotation.
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ DEEPEST = 40
 """Lists and objects within each other; embcache writes at most ten."""
 
 _LARGEST = 1 << 63
+_PLAIN = {None: type(None), type(None): type(None), bool: bool, str: str, int: int, float: float}
+_NAMES = {float: "a number", type(None): "null"}
 
 
 def parse(data: bytes) -> Any:
-    """JSON bytes as plain data."""
+    """JSON bytes as plain data; a ValueError for anything else."""
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except RecursionError as error:
         raise ValueError(f"nested deeper than {DEEPEST} levels") from error
     check_depth(value)
     return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def check_depth(value: Any) -> None:
@@ -42,53 +48,80 @@ def check_depth(value: Any) -> None:
 
 
 def typed(kind: Any, value: Any, name: str = "") -> Any:
-    """Plain JSON data as a value of an annotated type."""
-    return _reader(kind)(value, name)
+    """Plain JSON data as a value of an annotated type; a ValueError names the first value of another type."""
+    if kind in _PLAIN:
+        return _scalar(_PLAIN[kind], value, name)
+    origin, inner = _parts(kind)
+    if kind is Any:
+        return value
+    if kind is Path:
+        return Path(_scalar(str, value, name))
+    if origin in (Union, types.UnionType):
+        return _either(inner, kind, value, name)
+    if origin in (Required, NotRequired):
+        return typed(inner[0], value, name)
+    if origin is Literal:
+        if not isinstance(value, str | int) or value not in inner:
+            raise _wrong(name, " or ".join(map(repr, inner)), value)
+        return value
+    if origin in (list, tuple, Sequence):
+        fixed = origin is tuple and inner[-1] is not Ellipsis
+        if not isinstance(value, list | tuple) or (fixed and len(value) != len(inner)):
+            raise _wrong(name, f"a list of {len(inner)}" if fixed else "a list", value)
+        kinds = inner if fixed else (inner[0],) * len(value)
+        found = [typed(each, item, f"{name}[{k}]") for k, (each, item) in enumerate(zip(kinds, value, strict=True))]
+        return tuple(found) if origin is tuple else found
+    if not isinstance(value, Mapping):
+        raise _wrong(name, "an object", value)
+    if origin in (dict, Mapping):
+        return {_scalar(str, key, name): typed(inner[1], each, f"{name}.{key}"[:200]) for key, each in value.items()}
+    return _fields(kind, value, name)
 
 
 @functools.cache
-def _reader(kind: Any) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return lambda value, name: value
-    if kind in (None, type(None), bool, str, int, float):
-        return functools.partial(_plain, type(None) if kind is None else kind)
-    if kind is Path:
-        return lambda value, name: Path(_plain(str, value, name))
-    if origin in (Union, types.UnionType):
-        return functools.partial(_either, [_reader(each) for each in arguments], kind)
-    if origin is Literal:
-        return functools.partial(_one_of, arguments)
-    if origin is tuple and arguments[-1] is not Ellipsis:
-        return functools.partial(_row, [_reader(each) for each in arguments])
-    if origin in (list, tuple, Sequence):
-        return functools.partial(_list, tuple if origin is tuple else list, _reader(arguments[0]))
-    if origin in (dict, Mapping):
-        return functools.partial(_object, _reader(arguments[1]))
-    if origin in (Required, NotRequired):
-        return _reader(arguments[0])
-    if is_typeddict(kind):
-        hints = get_type_hints(kind, include_extras=True)  # what `__required_keys__` misses in postponed annotations
-        needed = {key for key, hint in hints.items() if get_origin(hint) is Required}
-        needed |= {key for key in kind.__required_keys__ if get_origin(hints[key]) is not NotRequired}
-        return functools.partial(_keys, {key: _reader(hint) for key, hint in hints.items()}, needed)
-    if not dataclasses.is_dataclass(kind):
-        raise TypeError(f"no JSON is read as {kind}")
-    return functools.partial(_dataclass, kind)
+def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(kind), get_args(kind)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def typed_fields(kind: Any, data: Mapping[str, Any], name: str = "") -> dict[str, Any]:
     """Values for some fields of a dataclass, each read as `typed` reads its annotation; unknown keys are refused."""
-    hints = get_type_hints(kind)
     if unknown := sorted(set(data) - {field.name for field in dataclasses.fields(kind)}):
         raise ValueError(f"{name}: unknown keys {unknown}".lstrip(": ")[:300])
-    return {key: _reader(hints[key])(value, f"{name}.{key}".lstrip(".")) for key, value in data.items()}
+    return {key: typed(_hints(kind)[key], value, f"{name}.{key}".lstrip(".")) for key, value in data.items()}
 
 
-def _plain(kind: type, value: Any, name: str) -> Any:
+def _fields(kind: Any, value: Mapping[str, Any], name: str) -> Any:
+    """A TypedDict, in which other keys may have any value, or a dataclass, in which there may be no others."""
+    data = {_scalar(str, key, name): each for key, each in value.items()}
+    if is_typeddict(kind):
+        hints = _hints(kind)  # `__required_keys__` does not know Required in postponed annotations
+        needed = [
+            key
+            for key, hint in hints.items()
+            if get_origin(hint) is Required or (key in kind.__required_keys__ and get_origin(hint) is not NotRequired)
+        ]
+        found = {key: typed(hints[key], each, f"{name}.{key}") if key in hints else each for key, each in data.items()}
+    else:
+        needed = [
+            field.name
+            for field in dataclasses.fields(kind)
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        ]
+        found = typed_fields(kind, data, name)
+    if missing := sorted(set(needed) - set(data)):
+        raise ValueError(f"{name}: no {missing[0]!r}".lstrip(": "))
+    return found if is_typeddict(kind) else kind(**found)
+
+
+def _scalar(kind: type, value: Any, name: str) -> Any:
     number = kind is float and type(value) in (int, float)
     if not number and type(value) is not kind:
-        raise _wrong(name, {float: "a number", type(None): "null"}.get(kind, kind.__name__), value)
+        raise _wrong(name, _NAMES.get(kind, kind.__name__), value)
     if type(value) in (int, float) and not abs(value) < _LARGEST:  # also what is not a number
         raise _wrong(name, "a finite number that means something", value)
     if type(value) is str and not value.isascii():
@@ -98,59 +131,15 @@ def _plain(kind: type, value: Any, name: str) -> Any:
     return value
 
 
-def _either(readers: Sequence[Any], kind: Any, value: Any, name: str) -> Any:
-    errors = []
-    for read in readers:
+def _either(kinds: Sequence[Any], kind: Any, value: Any, name: str) -> Any:
+    deeper = None
+    for each in kinds:
         try:
-            return read(value, name)
+            return typed(each, value, name)
         except ValueError as error:
-            errors.append(error)
-    shown = [error for error in errors if not str(error).startswith(f"{name}:")] or [_wrong(name, _words(kind), value)]
-    raise shown[0]
-
-
-def _one_of(choices: Sequence[Any], value: Any, name: str) -> Any:
-    if not isinstance(value, str | int) or value not in choices:
-        raise _wrong(name, " or ".join(map(repr, choices)), value)
-    return value
-
-
-def _row(readers: Sequence[Any], value: Any, name: str) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple) or len(value) != len(readers):
-        raise _wrong(name, f"a list of {len(readers)}", value)
-    return tuple(read(each, f"{name}[{k}]") for k, (read, each) in enumerate(zip(readers, value, strict=True)))
-
-
-def _list(kind: type, read: Any, value: Any, name: str) -> Any:
-    if not isinstance(value, list | tuple):
-        raise _wrong(name, "a list", value)
-    return kind(read(each, f"{name}[{k}]") for k, each in enumerate(value))
-
-
-def _object(read: Any, value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise _wrong(name, "an object", value)
-    return {_plain(str, key, name): read(each, f"{name}.{key}"[:200]) for key, each in value.items()}
-
-
-def _keys(readers: Mapping[str, Any], needed: set[str], value: Any, name: str) -> dict[str, Any]:
-    found = _object(_reader(Any), value, name)
-    if missing := sorted(needed - set(found)):
-        raise ValueError(f"{name}: no {missing[0]!r}".lstrip(": "))
-    return {key: readers[key](each, f"{name}.{key}") if key in readers else each for key, each in found.items()}
-
-
-def _dataclass(kind: Any, value: Any, name: str) -> Any:
-    found = typed_fields(kind, _object(_reader(Any), value, name), name)
-    for field in dataclasses.fields(kind):
-        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        if not optional and field.name not in found:
-            raise ValueError(f"{name}: no {field.name!r}".lstrip(": "))
-    return kind(**found)
-
-
-def _words(kind: Any) -> str:
-    return str(kind).replace("typing.", "").replace("NoneType", "null")[:120]
+            if not str(error).startswith(f"{name}:"):
+                deeper = deeper or error
+    raise deeper or _wrong(name, str(kind).replace("typing.", "").replace("NoneType", "null")[:120], value)
 
 
 def _wrong(name: str, expected: str, value: Any) -> ValueError:
@@ -158,5 +147,10 @@ def _wrong(name: str, expected: str, value: Any) -> ValueError:
     return ValueError(f"{name}: {text[:80]}, not {expected}")
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+def plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as plain JSON data; the inverse of `typed`."""
+
+    def inner(each: Any) -> Any:
+        return dataclasses.asdict(each) if dataclasses.is_dataclass(each) else str(each)  # type: ignore[arg-type]
+
+    return json.loads(json.dumps(value, default=inner, allow_nan=False))

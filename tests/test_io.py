@@ -12,17 +12,10 @@ import numpy as np
 import pytest
 
 from embcache import io as disk
-from embcache.store.commit import (
-    commit_shard,
-    create_exclusive,
-    create_store,
-    refresh_view,
-    replace_file,
-    write_view,
-)
+from embcache.io import create_exclusive, replace_file
+from embcache.store.commit import commit_shard, create_store, refresh_view, view_is_current, write_view
 from embcache.store.feature_store import FeatureStore
 from embcache.store.reading import committed_numbers, read_header
-from embcache.store.view import view_is_current
 from tests.crash.faults import Call, between
 from tests.store.build import FORMATS, add, make_rows, make_store, plan, quick_disk, recipe, tree
 

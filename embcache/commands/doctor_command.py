@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def doctor(home: HomeOption = None, json: JsonOption = None) -> None:
-    """Say what a person or a bug report needs to know of this installation.
+    """Describe this installation for a bug report, and list what is wrong with it.
 
     Versions, processor features, devices and the speed they reach, room on the disk against what the stores still
     owe, weights and datasets found, stale leases, interrupted runs, and stores that fail a quick check (headers, plans
@@ -28,8 +27,7 @@ def doctor(home: HomeOption = None, json: JsonOption = None) -> None:
     """
     from embcache.maintain.doctor import diagnose
 
-    tell = sys.stderr.isatty()
-    found = diagnose(home, lambda line: echo(f"{line} …", err=True) if tell else None)
+    found = diagnose(home)
     if json:
         write_json(asdict(found), json)
     if json != "-":

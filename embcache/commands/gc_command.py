@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,71 +17,53 @@ from embcache.commands.options import (
 )
 from embcache.commands.output import echo
 from embcache.commands.store_command import size_words
-from embcache.commands.table import one_line, print_table
+from embcache.commands.table import print_table
 from embcache.errors import StoreError
-from embcache.io import skip
-from embcache.paths import PathLike, home_dir
+from embcache.paths import home_dir
+from embcache.typed import plain
 
 
 def gc(
     backbone: BackboneOption = None,
     dataset: DatasetOption = None,
     recipe: RecipeOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be freed, and change nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be freed, and change nothing.")] = False,
     home: HomeOption = None,
     json: JsonOption = None,
 ) -> None:
     """Free what nothing needs: rows that newer ones of the same image have replaced, and what killed processes left.
 
-    Rows in use are copied, not computed, into new shards before the old ones go; rows of images that left the dataset
-    are kept. Killed at any instant nothing is lost, and other commands may run at the same time: rows that one of them
-    is to compute stay where they are. A damaged store is refused.
+    Rows in use are copied, not computed, into new shards before the old ones are removed; rows of images that left the
+    dataset are kept. Nothing is lost if the command is killed, and other commands may run at the same time: rows that
+    one of them is to compute stay where they are. A damaged store is refused.
 
     Example: embcache gc --dry-run --dataset nih
     """
     from embcache.maintain.gc import collect, collect_home
-    from embcache.maintain.verify import find_stores
+    from embcache.maintain.verify import walk_stores
 
     backbones, datasets = split_list(backbone), split_list(dataset)
-    answers, refused = [], []
-
-    def unread(path: PathLike, error: OSError) -> None:
-        skip(path, error)
-        refused.append({"path": str(path), "error": error.strerror or str(error)})
-
-    stores = [path for name in (datasets or (None,)) for path in find_stores(home, name, backbones, recipe, unread)]
-    quiet = json == "-"
+    done = list[Any]()
+    stores, refused = walk_stores(home, datasets, backbones, recipe)
     for path in stores:
-        label = f"{path.parent.name}/{path.name}"
         try:
-            done = collect(
-                path,
-                dry_run=dry_run,
-                say=lambda line, label=label: echo(f"{label}: {one_line(line)}", err=True),  # type: ignore[misc]
-            )
+            done.append(collect(path, dry_run=dry_run))
         except (StoreError, OSError) as error:
-            echo(f"embcache: {label}: {error}", err=True)
+            echo(f"embcache: {path.parent.name}/{path.name}: {error}", err=True)
             refused.append({"path": str(path), "error": str(error)})
-            continue
-        answers.append(done)
     beside = collect_home(home, datasets, dry_run=dry_run)
-    freed = sum(answer.freed for answer in answers) + beside["freed"]
+    freed = sum(each.freed for each in done) + beside["freed"]
     if json:
-        write_json(
-            {"dry_run": dry_run, "freed": freed, "stores": [a.to_json() for a in answers], "refused": refused}, json
-        )
-    if not quiet:
+        write_json({"dry_run": dry_run, "freed": freed, "stores": plain(done), "refused": refused}, json)
+    if json != "-" and stores:
         rows = [
-            [a.path.parent.name, a.path.name, a.superseded, a.moved, a.shards, a.leftovers, size_words(a.freed)]
-            for a in answers
+            [c.dataset, c.path.name, c.superseded, c.moved, c.shards, c.leftovers, size_words(c.freed)] for c in done
         ]
         headers = ["dataset", "store", "superseded", "copied", "shards removed", "leftovers", "freed"]
-        more = beside["leftovers"]
-        notes = [f"{more} leftovers beside the stores"] if more else []
+        notes = [f"{beside['leftovers']} leftovers beside the stores"] if beside["leftovers"] else []
         verb = "would be freed" if dry_run else "freed"
-        if stores:
-            print_table(headers, rows, notes=[*notes, f"{size_words(freed)} {verb} in {home_dir(home)}"])
-        elif not refused:
-            echo(f"nothing is cached in {home_dir(home)}")
+        print_table(headers, rows, notes=[*notes, f"{size_words(freed)} {verb} in {home_dir(home)}"])
+    elif json != "-" and not refused:
+        echo(f"nothing is cached in {home_dir(home)}")
     if refused:
         raise typer.Exit(1)

@@ -3,55 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from embcache.commands.options import (
-    AllowMissingOption,
     BackboneOption,
-    DataRootOption,
     DatasetOption,
     HomeOption,
     JsonOption,
-    NameOption,
     RecipeOption,
+    Skip,
     echo_near,
     split_list,
-    takes_columns,
+    takes_configs,
     write_json,
 )
 from embcache.commands.output import echo
 from embcache.commands.table import one_line, print_note, print_table
+from embcache.config import DatasetRef
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import home_dir
+from embcache.typed import plain
 
 if TYPE_CHECKING:
-    from embcache.data.chosen import Columns
-    from embcache.maintain import InterruptedRun, StoreInfo
+    from embcache.maintain.listing import InterruptedRun, StoreInfo
 
 
 def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption = None) -> None:
-    """List what is cached: one line a store, and the number of runs.
+    """List the cached stores, one per line, and count the runs.
 
     `to go` counts images of the dataset that have no features yet: `embcache extract` computes just those.
 
     Example: embcache ls --dataset pneumonia
     """
-    from embcache.maintain import count_runs, list_cached, list_interrupted
+    from embcache.maintain.listing import count_runs, list_cached, list_interrupted
 
     names = split_list(dataset)
     stores = [row for name in (names or (None,)) for row in list_cached(home, name)]
     runs = count_runs(home)
     begun = [run for name in (names or (None,)) for run in list_interrupted(home, name)]
     if json:
-        fields = ("dataset", "backbone", "fingerprint", "rows", "quarantined", "owed", "complete", "format", "bytes")
-        extra = ("precision", "transform", "views", "problem")
-        answer = [{**{f: getattr(s, f) for f in (*fields, *extra)}, "path": str(s.path)} for s in stores]
-        interrupted = [{**asdict(run), "path": str(run.path)} for run in begun]
-        write_json({"stores": answer, "runs": runs, "interrupted": interrupted}, json)
+        write_json({"stores": plain(stores), "runs": runs, "interrupted": plain(begun)}, json)
     if json == "-":
         return
     where = home_dir(home)
@@ -62,32 +56,18 @@ def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption 
             echo(note)
         echo("next: embcache demo, or embcache extract --backbone NAME --dataset NAME")
         return
-    rows = [
-        [s.dataset, s.backbone, s.fingerprint, *([""] * 6), "damaged"]
-        if s.problem
-        else [
-            s.dataset,
-            s.backbone,
-            s.fingerprint,
-            f"{s.rows:,}",
-            s.quarantined,
-            s.precision,
-            s.transform,
-            s.format,
-            size_words(s.bytes),
-            f"{s.owed:,} to go" if s.owed else "complete",
-        ]
-        for s in stores
-    ]
+    rows = []
+    for s in stores:
+        state = "damaged" if s.problem else f"{s.owed:,} to go" if s.owed else "complete"
+        facts = [f"{s.rows:,}", s.quarantined, s.precision, s.transform, s.format, size_words(s.bytes)]
+        rows.append([s.dataset, s.backbone, s.fingerprint, *([""] * len(facts) if s.problem else facts), state])
     headers = [
         "dataset", "backbone", "recipe", "rows", "quarantined", "precision", "transform", "format", "size", "state",
     ]  # fmt: skip
     notes = [f"in {where}: {size_words(sum(s.bytes for s in stores))} in {len(stores)} stores"]
     if runs:
         notes.append("runs: " + ", ".join(f"{name} {number}" for name, number in runs.items()) + " (embcache results)")
-    notes += [
-        f"{s.dataset}/{s.path.name} is damaged: {s.problem}. embcache info says how try" for s in stores if s.problem
-    ]
+    notes += [f"{s.dataset}/{s.path.name} is damaged: {s.problem}; try: embcache info" for s in stores if s.problem]
     print_table(headers, rows, notes=[*notes, *map(_go_on, begun)])
 
 
@@ -98,13 +78,13 @@ def info(
     home: HomeOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Say all that is known of stores: recipe, shards, quarantine, where the files lie.
+    """Describe stores in full: recipe, shards, quarantine, where the files lie.
 
-    Without options, of every store.
+    Without options, every store.
 
     Example: embcache info --backbone dino --dataset nih
     """
-    from embcache.maintain import store_info
+    from embcache.maintain.listing import store_info
     from embcache.store.feature_store import list_stores
 
     backbones, datasets = split_list(backbone), split_list(dataset)
@@ -115,22 +95,27 @@ def info(
         if (not backbones or store.recipe.backbone in backbones) and store.recipe.fingerprint.startswith(recipe or "")
     ]
     if not found:
-        asked = [f"--backbone {','.join(backbones)}"] if backbones else []
-        asked += [f"--dataset {','.join(datasets)}"] if datasets else []
-        asked += [f"--recipe {recipe}"] if recipe else []
-        raise StoreNotFoundError(
-            "nothing is cached" + (" for " + " ".join(asked) if asked else ""), where=home_dir(home), fix="embcache ls"
-        )
+        raise nothing_cached(backbones, datasets, recipe, home)
     answers = [store_info(store, home) for store in found]
     if json:
         write_json([answer.to_json() for answer in answers], json)
-    if json == "-":
-        return
-    for index, answer in enumerate(answers):
-        echo(("\n" if index else "") + _in_words(answer))
+    if json != "-":
+        echo("\n\n".join(map(_in_words, answers)))
 
 
-@takes_columns
+def nothing_cached(
+    backbones: list[str], datasets: list[str], recipe: str | None, home: Path | None
+) -> StoreNotFoundError:
+    """The error where the options of a command match no store."""
+    flags = {"--backbone": ",".join(backbones), "--dataset": ",".join(datasets), "--recipe": recipe}
+    given = " ".join(f"{flag} {value}" for flag, value in flags.items() if value)
+    return StoreNotFoundError(
+        "nothing is cached" + (f" for {given}" if given else ""), code="store-not-found", where=home_dir(home),
+        fix="embcache ls",
+    )  # fmt: skip
+
+
+@takes_configs
 def export(
     target: Annotated[Path, typer.Argument(help="File to write: .npz, .parquet, .csv, .zarr or .h5.")],
     backbone: BackboneOption = None,
@@ -138,19 +123,18 @@ def export(
     recipe: RecipeOption = None,
     format: Annotated[
         str | None,
-        typer.Option("--format", metavar="npz|parquet|csv|zarr|hdf5", help="[default: what TARGET ends in]"),
+        typer.Option(
+            "--format", metavar="npz|parquet|csv|zarr|hdf5", help="Format of the file. [default: by TARGET's suffix]"
+        ),
     ] = None,
     views: Annotated[
         int | None,
-        typer.Option("--views", metavar="V", help="The store with V views of each image. [default: the plain one]"),
+        typer.Option("--views", metavar="V", help="Export the store with V views per image. [default: the plain one]"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace TARGET if it is there.")] = False,
-    data_root: DataRootOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace TARGET if it exists.")] = False,
     home: HomeOption = None,
-    allow_missing: AllowMissingOption = False,
-    name: NameOption = None,
     *,
-    columns: Columns,
+    ref: Annotated[DatasetRef, Skip("drop_class", "merge_class", "target")],
 ) -> None:
     """Write features, labels, groups and splits of one store as one file for other tools.
 
@@ -161,21 +145,19 @@ def export(
     Example: embcache export features.npz --backbone dino --dataset nih
     """
     from embcache.data.dataset import find_dataset
-    from embcache.maintain import export_features
+    from embcache.maintain.export import export_features
     from embcache.store.feature_store import open_store
 
     backbones, datasets = split_list(backbone), split_list(dataset)
     if len(backbones) != 1 or len(datasets) != 1:
         raise UsageError(
-            "an export is of one backbone over one dataset",
+            "an export is of one backbone over one dataset", code="export-one-store",
             found=f"backbones: {', '.join(backbones) or 'none'}; datasets: {', '.join(datasets) or 'none'}",
-            fix="embcache export TARGET --backbone NAME --dataset NAME   (embcache ls says what is cached)",
-        )
-    ds, origin = find_dataset(
-        datasets[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
-    )
-    store = open_store(backbones[0], ds, home=home, recipe=recipe, views=views)
-    written = export_features(store, ds, target, format=format, overwrite=force)
+            fix="embcache export TARGET --backbone NAME --dataset NAME   (embcache ls lists what is cached)",
+        )  # fmt: skip
+    found, origin = find_dataset(datasets[0], ref, home=home)
+    store = open_store(backbones[0], found, home=home, recipe=recipe, views=views)
+    written = export_features(store, found, target, format=format, overwrite=force)
     echo(f"{target}: {written:,} rows of {store.row_shape} {store.dtype}")
     print_note(f"labels and splits are from the {origin} dataset")
     if store.quarantined:
@@ -183,33 +165,29 @@ def export(
 
 
 def _go_on(run: InterruptedRun) -> str:
-    how = f"go on: {run.command}" if run.command else "go on: its command with --resume"
+    how = run.command or "repeat its command with --resume"
     return (
-        f"unfinished: {run.dataset} {run.id}, {size_words(run.bytes)} of checkpoints; unless it is running, {how}; "
-        f"or rm -r '{run.path}'"
+        f"unfinished: {run.dataset} {run.id}, {size_words(run.bytes)} of checkpoints; unless it is running, continue: "
+        f"{how}; or rm -r '{run.path}'"
     )
 
 
 def _in_words(answer: StoreInfo) -> str:
     store, summary, recipe = answer.store, answer.summary, answer.store.recipe
-    bad = list(store.quarantined.items())
+    bad, pixels = list(store.quarantined.items()), store.holds_pixels
     left = f"{answer.superseded:,} superseded" if answer.superseded else "none superseded"
     state = f"{summary.owed:,} images to go" if summary.owed else "complete"
     lines = [
         ("dataset", summary.dataset),
         ("backbone", recipe.backbone),
-        *([] if store.holds_pixels else [("network", recipe.architecture)]),
-        *([] if store.holds_pixels else [("weights", f"sha256 {recipe.weights_sha256}")]),
+        *([] if pixels else [("network", recipe.architecture), ("weights", f"sha256 {recipe.weights_sha256}")]),
         ("transform", summary.transform),
         *((f"  {name}", value) for name, value in _flat(recipe.transform)),
         ("decoder", recipe.decoder),
-        *([] if store.holds_pixels else [("pooling", recipe.pooling), ("precision", recipe.precision)]),
+        *([] if pixels else [("pooling", recipe.pooling), ("precision", recipe.precision)]),
         ("numerics", recipe.numerics),
         ("fingerprint", recipe.fingerprint),
-        (
-            "pixels" if store.holds_pixels else "features",
-            f"{summary.rows:,} × {store.row_shape} {store.dtype}, {state}",
-        ),
+        ("pixels" if pixels else "features", f"{summary.rows:,} × {store.row_shape} {store.dtype}, {state}"),
         ("rows", f"{left}, {summary.quarantined:,} quarantined"),
         *((f"  {id_}", reason) for id_, reason in bad[:20]),
         *([("  …", f"and {len(bad) - 20:,} more (--json - lists all)")] if len(bad) > 20 else []),
@@ -217,7 +195,7 @@ def _in_words(answer: StoreInfo) -> str:
             "shards",
             f"{answer.shards} of up to {store.rows_per_shard} rows, {len(answer.uncommitted)} planned and not there",
         ),
-        ("created with", f"batch size {store.batch_size}, {store.threads} threads"),
+        ("created with", f"batch size {store.batch_size}, {store.threads} threads, runtime {store.runtime}"),
         *((f"  {name}", value) for name, value in store.provenance.items()),
         *_otherwise(answer),
         ("format", f"{store.format}, {size_words(summary.bytes)}"),
@@ -229,7 +207,7 @@ def _in_words(answer: StoreInfo) -> str:
 
 
 def _otherwise(answer: StoreInfo) -> list[tuple[str, str]]:
-    """How the shards were computed that were not computed as the store was begun: those alike on one line."""
+    """How the other shards were computed that differ from the store's settings: those alike on one line."""
     store, alike = answer.store, dict[str, list[int]]()
     for number, made in answer.otherwise.items():
         words = f"batch {made.batch_size or store.batch_size}, {made.threads or store.threads} threads"

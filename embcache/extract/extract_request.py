@@ -15,7 +15,7 @@ from embcache.errors import DatasetNotFoundError, UsageError, check_number
 from embcache.extract.batching import prepare
 from embcache.paths import PathLike, slug
 from embcache.store.feature_store import FeatureStore, extract_command
-from embcache.store.header import MOST_SHARD_ROWS
+from embcache.store.schema import MOST_SHARD_ROWS
 
 
 def none_readable(dataset: ImageDataset, root: Path, decoding: Decoding | None = None) -> DatasetNotFoundError:

@@ -94,7 +94,7 @@ def plan_store(
         chunks = {first + i: fresh[start : start + size] for i, start in enumerate(range(0, len(fresh), size))}
         # Another process may plan at the same moment: the one whose number is taken looks again.
         if not publish or all(
-            publish_plan(store.path, number, [PlanEntry(image, *states[members[image][0]][:2]) for image in chunk])
+            publish_plan(store.path, number, [_entry(image, members[image], scan) for image in chunk])
             for number, chunk in chunks.items()
         ):
             shards = [Shard(number, tuple(entry.id for entry in entries)) for number, entries in sorted(owed.items())]
@@ -106,6 +106,12 @@ def plan_store(
                 changed,
                 retried,
             )
+
+
+def _entry(image: str, source: tuple[str, int], scan: Scan) -> PlanEntry:
+    path, member = source
+    size, mtime_ns = scan.states[path][:2]
+    return PlanEntry(image, size, mtime_ns, None, str(member) if member >= 0 else "")
 
 
 def _same_bytes(held: PlanEntry, owed: bool, scan: Scan, path: str, member: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a person, or whoever reads a bug report, needs to know of an installation (``embcache doctor``)."""
+"""What a person or the reader of a bug report needs to know of an installation (``embcache doctor``)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from embcache.cores import usable_cores
 from embcache.data.images import DECODER_VERSION, decode_image
 from embcache.data.published import DATASETS, default_root
 from embcache.errors import EmbcacheError
+from embcache.log import log
 from embcache.maintain.listing import CachedStore, list_cached, list_interrupted
-from embcache.maintain.verify import find_stores, lease_files, leftovers
+from embcache.maintain.verify import lease_files, leftovers, walk_stores
 from embcache.paths import PathLike, data_dir, home_dir, weights_dir
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import is_abandoned
@@ -44,7 +45,7 @@ FEATURES = (
 _SECONDS = 0.3  # of each measurement
 _SIDE = {"cpu": 1024, "cuda": 8192}  # of the multiplied matrices
 _COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes
-_SPARE = 1.1  # room that is owed, with what a run writes besides features
+_SPARE = 1.1  # disk space that is needed, with what a run writes in addition to features
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,17 @@ class Diagnosis:
     problems: list[str]  # what a person should do something about, with the command that does it
 
 
-def diagnose(home: PathLike | None = None, say: Callable[[str], object] = lambda line: None) -> Diagnosis:
+def diagnose(home: PathLike | None = None) -> Diagnosis:
     """Look at everything; nothing needs to be cached, and nothing is written."""
     problems: list[str] = []
-    say("measuring the devices")
+    log.info("measuring the devices")
     measured = devices()
     problems += [f"{d['device']} cannot be used: {d['problem']}" for d in measured if d["problem"]]
     decoded = decoding()
     places = [_place("home", home_dir(home)), _place("data", data_dir()), _place("weights", weights_dir(home))]
     if not places[0]["writable"]:
         problems.append(f"{places[0]['path']} cannot be written: give --home FOLDER, or set EMBCACHE_HOME")
-    say("looking at every store")
+    log.info("checking every store")
     cached = list_cached(home)
     owed = _owed(cached, places[0], problems)
     stores, leases = _stores(home, cached, problems)
@@ -87,7 +88,11 @@ def diagnose(home: PathLike | None = None, say: Callable[[str], object] = lambda
         places=places,
         owed=owed,
         weights=[{"backbone": name, "status": weights_status(name, home)} for name in BACKBONES],
-        datasets=[_dataset(name, home) for name in DATASETS if name != "folder"],
+        datasets=[
+            {"dataset": name, "path": str(root), "there": root.exists()}
+            for name in DATASETS
+            if name != "folder" and (root := default_root(name, home))
+        ],
         stores=stores,
         leases=leases,
         interrupted=[
@@ -134,48 +139,35 @@ def _stores(
     """A quick check of each store (headers, plans, indexes, sizes), and the leases in all of them."""
     known = {row.path: row for row in cached}
     stores, leases = [], []
-
-    def unread(path: PathLike, error: OSError) -> None:
-        problems.append(f"{path} cannot be read: {error.strerror}: ask its owner for permission (chmod -R g+rX)")
-
-    for path in find_stores(home, skipped=unread):
-        row = known.get(path)
-        problem = row.problem if row else "recipe.json is missing"
+    paths, unread = walk_stores(home)
+    for each in unread:
+        problems.append(f"{each['path']} cannot be read: {each['error']}: ask its owner for permission (chmod -R g+rX)")
+    for path in paths:
+        row, name = known.get(path), f"{path.parent.name}/{path.name}"
+        problem, left, claims = row.problem if row else "recipe.json is missing", list[Path](), list[Path]()
         try:
+            claims = lease_files(path)
+            left = [other for other in leftovers(path) if other not in claims]
             if row and not problem:
                 FeatureStore(path).sources()  # reads the plans too
         except EmbcacheError as error:
             problem = f"{error.problem} ({error.where})"
-        rubbish, claims = 0, list[Path]()
-        try:
-            claims = lease_files(path)
-            rubbish = len([each for each in leftovers(path) if each not in claims])
         except OSError as error:
             problem = problem or f"{error.strerror} ({error.filename})"
         if problem:
-            problems.append(f"{path.parent.name}/{path.name}: {problem}: embcache verify names it and what to type")
+            problems.append(f"{name}: {problem}: embcache verify names it and what to type")
+        counts = ("rows", "owed", "quarantined", "bytes")
         stores.append(
             {
                 "dataset": path.parent.name,
                 "store": path.name,
-                "rows": row.rows if row else 0,
-                "owed": row.owed if row else 0,
-                "quarantined": row.quarantined if row else 0,
-                "bytes": row.bytes if row else 0,
-                "leftovers": rubbish,
+                **(dict.fromkeys(counts, 0) if row is None else {count: vars(row)[count] for count in counts}),
+                "leftovers": len(left),
                 "problem": problem,
             }
         )
-        for lease in claims:
-            leases.append(
-                {"store": f"{path.parent.name}/{path.name}", "shard": int(lease.stem), "stale": is_abandoned(lease)}
-            )
+        leases += [{"store": name, "shard": int(claim.stem), "stale": is_abandoned(claim)} for claim in claims]
     return stores, leases
-
-
-def _dataset(name: str, home: PathLike | None) -> dict[str, Any]:
-    root = default_root(name, home)
-    return {"dataset": name, "path": str(root), "there": root.exists()}
 
 
 def versions() -> dict[str, str]:
@@ -218,7 +210,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def decoding() -> dict[str, Any]:
-    """Images a second that are decoded from JPEGs of 512×512, by one thread and by one a core."""
+    """Images per second that are decoded from JPEGs of 512×512, by one thread and by one per core."""
     coarse = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize((512, 512), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
@@ -256,7 +248,7 @@ def _copying(device: torch.device) -> float:
 
 
 def _per_second(work: Callable[[], object], device: torch.device | None = None) -> float:
-    """How often a second ``work`` is done, once it is warm."""
+    """How often ``work`` is done per second, once it is warm."""
     gpu = device is not None and device.type == "cuda"
 
     def settle() -> None:

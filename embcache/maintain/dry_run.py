@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from embcache.extract.worker import FrozenNetwork
 from embcache.maintain.verify import find_stores
 from embcache.paths import PathLike
 from embcache.store.feature_store import FeatureStore
+from embcache.typed import plain
 
-_FIRST = 20  # ids of each kind that are in the JSON
+_FIRST = 20  # ids of added, changed and removed images in the JSON
 
 
 @dataclass(frozen=True)
@@ -65,29 +66,22 @@ class DryRun:
         return len(self.added) + len(self.changed)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain JSON data; of each kind of images their number and the first."""
+        """Everything as plain JSON data."""
+
+        def differs(each: Cached) -> dict[str, Any]:
+            return {name: {"wanted": mine, "cached": theirs} for name, (mine, theirs) in each.differs.items()}
+
+        first = {"added": self.added, "changed": self.changed, "removed": self.removed}
         return {
             "backbone": self.backbone,
             "fingerprint": self.fingerprint,
-            "recipe": dict(self.recipe),
+            "recipe": plain(self.recipe),
             "match": None if self.match is None else str(self.match.path),
-            "cached": [
-                {
-                    **asdict(each),
-                    "path": str(each.path),
-                    "differs": {
-                        name: {"wanted": mine, "cached": theirs} for name, (mine, theirs) in each.differs.items()
-                    },
-                }
-                for each in self.cached
-            ],
+            "cached": [{**plain(each), "differs": differs(each)} for each in self.cached],
             "images": self.images,
             "owed": self.owed,
             "bytes": self.bytes,
-            **{
-                kind: {"number": len(ids), "first": list(ids[:_FIRST])}
-                for kind, ids in (("added", self.added), ("changed", self.changed), ("removed", self.removed))
-            },
+            **{name: {"number": len(ids), "first": list(ids[:_FIRST])} for name, ids in first.items()},
         }
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embcache.errors import StoreError, UsageError
-from embcache.io import remove, replace_with, staged_name
+from embcache.io import replacing
 from embcache.paths import PathLike
 from embcache.store.feature_store import FeatureStore
 
@@ -30,7 +28,7 @@ _SUFFIXES = {".npz": "npz", ".parquet": "parquet", ".csv": "csv", ".zarr": "zarr
 
 def export_features(
     store: FeatureStore,
-    ds: ImageDataset,
+    dataset: ImageDataset,
     target: PathLike,
     *,
     format: str | None = None,
@@ -46,14 +44,14 @@ def export_features(
     ----------
     store : FeatureStore
         From :func:`embcache.open_store`.
-    ds : ImageDataset
+    dataset : ImageDataset
         Gives labels, groups and splits.
     target : path-like
         The file; it appears whole or not at all.
     format : {"npz", "parquet", "csv", "zarr", "hdf5"}, optional
         Default: what the target's suffix says.
     overwrite : bool
-        Replace a target that is there.
+        Replace an existing target.
 
     Returns
     -------
@@ -63,46 +61,60 @@ def export_features(
     Raises
     ------
     UsageError
-        The format is unknown or the target is there already.
+        The format is unknown or the target exists.
     StoreError
         The store is not complete for this dataset, or the target cannot be written.
     """
     path = Path(target)
-    kind = format or _SUFFIXES.get(path.suffix.lower())
-    if kind not in _WRITERS:
+    suffix = path.suffix.lower()
+    chosen = format or _SUFFIXES.get(suffix)
+    if chosen not in _WRITERS:
         raise UsageError(
-            "the format of the export is not known",
-            expected=" | ".join(_WRITERS),
+            "the format of the export is not known", code="export-format", expected=" | ".join(_WRITERS),
             found=repr(format) if format else f"a target called {path.name}",
             fix="--format npz, or a target that ends in .npz, .parquet, .csv, .zarr or .h5",
-        )
-    said = _SUFFIXES.get(path.suffix.lower(), kind if not path.suffix else "something else")
-    if said != kind:
+        )  # fmt: skip
+    if suffix and _SUFFIXES.get(suffix) != chosen:
         raise UsageError(
-            "the suffix of a file says what is in it, and this would be something else",
-            expected=" or ".join(suffix for suffix, other in _SUFFIXES.items() if other == kind),
-            found=str(path), where=f"--format {kind}", fix="leave out --format, or give the target another suffix",
+            "the suffix of the target stands for another format", code="export-suffix",
+            expected=" or ".join(each for each, other in _SUFFIXES.items() if other == chosen),
+            found=str(path), where=f"--format {chosen}", fix="leave out --format, or give the target another suffix",
         )  # fmt: skip
     if store.holds_pixels:
         raise UsageError(
-            "a store of pixels is not exported: it is made of the image files, anew where it is gone",
-            found=store.path.name,
+            "a store of pixels is not exported: it is made from the image files, and again where it is gone",
+            code="export-pixels", found=store.path.name,
             fix="embcache.extract.pixels.open_pixels reads it; embcache export … --backbone NAME exports features",
+        )  # fmt: skip
+    if path.exists() and not overwrite:
+        raise UsageError(
+            "the target exists", code="target-exists", where=path, fix="another name, or --force to replace it"
         )
-    shown = store.restrict(ds.table["id"])
-    features, labels, groups = shown.arrays(ds)
-    splits = dict(zip(ds.table["id"], ds.table["split"], strict=True))
+    if path.is_dir() and not (path / "zarr.json").is_file():
+        # --force is for what an export made: no slip of a name may delete a folder of images.
+        raise UsageError(
+            "the target is a folder and not a Zarr group", code="target-folder", where=path, fix="another name"
+        )
+    shown = store.restrict(dataset.table["id"])
+    features, labels, groups = shown.arrays(dataset)
+    splits = dict(zip(dataset.table["id"], dataset.table["split"], strict=True))
     rows = _Export(
         ids=shown.ids.tolist(),
         labels=labels,
         groups=groups.tolist(),
         split=[str(splits[id_]) for id_ in shown.ids.tolist()],
         features=features,
-        class_names=list(ds.class_names),
-        source={"dataset": ds.name, "backbone": store.recipe.backbone, "fingerprint": store.recipe.fingerprint},
+        class_names=list(dataset.class_names),
+        source={"dataset": dataset.name, "backbone": store.recipe.backbone, "fingerprint": store.recipe.fingerprint},
     )
-    with _replacing(path, overwrite) as staged:
-        _WRITERS[kind](staged, rows)
+    try:
+        with replacing(path, flush=True) as staged:
+            _WRITERS[chosen](staged, rows)
+    except OSError as error:
+        raise StoreError(
+            "the export cannot be written", code="export-not-written", found=error.strerror or str(error), where=path,
+            fix="name a target in an existing folder that is writable, with space left",
+        ) from error  # fmt: skip
     return len(rows.ids)
 
 
@@ -124,9 +136,7 @@ class _Export:
 
         flat = self.features.reshape(len(self.ids), -1)
         views, dim = self.features.shape[1:] if self.features.ndim == 3 else (1, flat.shape[1])
-        columns_of = (
-            [f"v{v}_f{i}" for v in range(views) for i in range(dim)] if views > 1 else [f"f{i}" for i in range(dim)]
-        )
+        columns_of = [f"v{v}_f{i}" if views > 1 else f"f{i}" for v in range(views) for i in range(dim)]
         names = [self.class_names[label] if label >= 0 else "" for label in self.labels.tolist()]
         columns = {
             "id": pa.array(self.ids, pa.string()),
@@ -183,45 +193,5 @@ def _write_hdf5(path: Path, rows: _Export) -> None:
 
 
 _WRITERS: dict[str, Callable[[Path, _Export], None]] = {
-    "npz": _write_npz,
-    "parquet": _write_parquet,
-    "csv": _write_csv,
-    "zarr": _write_zarr,
-    "hdf5": _write_hdf5,
-}
-
-
-@contextmanager
-def _replacing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a path to write beside ``target``; what is there takes its name at the end, or is removed on an error."""
-    if target.exists() and not overwrite:
-        raise UsageError("the target is there already", where=target, fix="another name, or --force to replace it")
-    if target.is_dir() and not (target / "zarr.json").is_file():
-        # --force is for what an export made: no slip of a name may delete a folder of images.
-        raise UsageError("the target is a folder and not a Zarr group", where=target, fix="another name")
-    staged = target.with_name(staged_name(f".{target.name}-"))
-    try:
-        yield staged
-        for path in [staged, *staged.rglob("*")]:
-            _flush(path)
-        replace_with(staged, target)
-    except OSError as error:
-        raise StoreError(
-            "the export cannot be written",
-            found=error.strerror or str(error),
-            where=target,
-            fix="name a target in a folder that is there and can be written, with space left",
-        ) from error
-    finally:
-        with suppress(OSError):
-            remove(staged)
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows has no handle to flush for a folder
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    "npz": _write_npz, "parquet": _write_parquet, "csv": _write_csv, "zarr": _write_zarr, "hdf5": _write_hdf5,
+}  # fmt: skip

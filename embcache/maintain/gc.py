@@ -8,51 +8,51 @@ that was planned later than the one that it copies.
 
 Once the copies are committed and read back, every row of the old shards is superseded, and they go: first the plan,
 then the shard, each at once. Killed at any instant, every live row is still in a committed shard, and the next run goes
-on. Old numbers are never given to other rows: a process that has the store open is told that a file is gone, and is
-never served another image's features.
+on. Old numbers are never given to other rows: a process that has the store open gets an error for a file that is gone,
+never features of another image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from embcache.errors import StoreError
-from embcache.io import bytes_under, home_folders, skip
+from embcache.io import bytes_under, discard, home_folders, skip
 from embcache.io import leftovers as leftovers_in
+from embcache.log import log
 from embcache.maintain.verify import lease_files, leftovers
 from embcache.paths import PathLike, home_dir, slug
-from embcache.runs.run_names import PARTIAL, run_folders
-from embcache.store.commit import ShardRows, commit_shard, discard, publish_plan, refresh_view, take_out
-from embcache.store.header import StoreHeader
+from embcache.runs.folders import PARTIAL, run_folders
+from embcache.store.commit import (
+    PlanEntry,
+    ShardRows,
+    commit_shard,
+    publish_plan,
+    refresh_view,
+    take_out,
+)
 from embcache.store.lease import is_abandoned
 from embcache.store.reading import (
     LiveRows,
     committed_numbers,
     plan_numbers,
+    plan_path,
     read_features,
     read_header,
     read_live,
     read_plan,
     read_plans,
     row_sources,
-    shard_name,
+    shard_path,
     unless_collected,
 )
-from embcache.store.rows import PlanEntry
+from embcache.store.schema import StoreHeader
 
-Say = Callable[[str], object]
-_REPLACED = (
-    "runs",
-    "splits",
-    "figures",
-    "figures/attention",
-    "figures/coordinates",
-)
+_REPLACED = ("runs", "splits", "figures", "figures/attention", "figures/coordinates")
 """Folders of a dataset in which files and folders are replaced."""
 
 
@@ -60,6 +60,7 @@ _REPLACED = (
 class Collected:
     """What was freed of one store, or would be."""
 
+    dataset: str  # folder name of the store's dataset
     path: Path  # the store's folder
     superseded: int  # rows that a later row of the same image had replaced
     moved: int  # live rows that were copied into new shards, so that the old ones could go
@@ -67,56 +68,41 @@ class Collected:
     leftovers: int  # files and folders that killed processes had left, dead leases included
     freed: int  # bytes; of a dry run what the removed shards take less what the new ones would
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain JSON data."""
-        return {
-            "dataset": self.path.parent.name,
-            "path": str(self.path),
-            "superseded": self.superseded,
-            "moved": self.moved,
-            "shards": self.shards,
-            "leftovers": self.leftovers,
-            "freed": self.freed,
-        }
 
-
-def collect(path: Path, *, dry_run: bool = False, say: Say = lambda line: None) -> Collected:
+def collect(path: Path, *, dry_run: bool = False) -> Collected:
     """Free what nothing needs of one store."""
-    header = read_header(path)
-    seen = _look(path, header)
-    rubbish = leftovers(path)
+    header, name = read_header(path), f"{path.parent.name}/{path.name}"
+    seen, rubbish, moved = _look(path, header), leftovers(path), 0
     before = bytes_under(path) + sum(bytes_under(each) for each in rubbish if path not in each.parents)
     if seen.waiting:
         shards = ", ".join(map(str, seen.waiting[:5])) + (" …" if len(seen.waiting) > 5 else "")
-        say(f"shards {shards} hold rows that are to be computed anew: freed once an extraction has done so")
+        log.info("%s: shards %s hold rows that are planned to be computed again: freed after the next extraction",
+                 name, shards)  # fmt: skip
     if dry_run:
         freed = _gain(path, header, seen) + sum(map(bytes_under, rubbish))
-        return Collected(path, seen.superseded, len(seen.moving), len(seen.wasteful), len(rubbish), max(0, freed))
-    moved = 0
+        counts = (seen.superseded, len(seen.moving), len(seen.wasteful), len(rubbish), max(0, freed))
+        return Collected(path.parent.name, path, *counts)
     while True:
-        left = _look(path, header)
-        copied = moved
+        left, copied = _look(path, header), moved
         for number, rows in _new_shards(path, header, left):
             unless_collected(path, lambda number=number, rows=rows: _copy(path, header, number, *rows))  # type: ignore[misc]
-            say(f"shard {number}: {len(rows[1]):,} rows copied from older shards")
+            log.info("%s: shard %d: %d rows copied from older shards", name, number, len(rows[1]))
             moved += len(rows[1])
         if moved == copied and not len(left.moving):
             break
     if left.wasteful:
         _check_superseded(path, header, left.wasteful)
         for number in left.wasteful:
-            take_out(path, path / "plan" / f"{shard_name(number)}.json", "gc-plan")
-            take_out(path, path / "shards" / shard_name(number), "gc-shard")
-            say(f"shard {number}: removed, its rows were superseded or copied")
+            take_out(path, plan_path(path, number), "gc-plan")
+            take_out(path, shard_path(path, number), "gc-shard")
+            log.info("%s: shard %d: removed, its rows were superseded or copied", name, number)
     if committed_numbers(path):
         refresh_view(path)  # also where a killed run has removed shards and not come to this
     for each in rubbish:
         discard(each)
-    if rubbish:
-        say(f"{len(rubbish)} leftovers of killed processes: removed")
-    freed = before - bytes_under(path)
+    freed = max(0, before - bytes_under(path))
     superseded = max(0, left.superseded - moved)
-    return Collected(path, superseded, moved, len(left.wasteful), len(rubbish), max(0, freed))
+    return Collected(path.parent.name, path, superseded, moved, len(left.wasteful), len(rubbish), freed)
 
 
 @dataclass(frozen=True)
@@ -199,25 +185,19 @@ def _copy(
 ) -> None:
     if number in committed_numbers(path):
         return  # another process was quicker, and may have removed the old shards already
-    features = np.empty((len(places), *header.row_shape), np.dtype(header.recipe.dtype))
-    shards = live.shards[list(places)]
+    features = np.empty((len(places), *header.row_shape), header.dtype)
+    shards, positions = live.shards[list(places)], live.positions[list(places)]
     for shard in np.unique(shards).tolist():
         mine = np.flatnonzero(shards == shard)
-        positions = live.positions[[places[k] for k in mine.tolist()]]
-        features[mine] = read_features(path, header, shard)[positions]
-    rows = ShardRows(
-        tuple(entry.id for entry in entries),
-        features,
-        live.valid[list(places)],
-        tuple(live.digests[k] for k in places),
-        tuple(live.reasons[k] for k in places),
-    )
-    commit_shard(path, number, rows)
+        features[mine] = read_features(path, header, shard)[positions[mine]]
+    digests, reasons = (tuple(texts[k] for k in places) for texts in (live.digests, live.reasons))
+    ids = tuple(entry.id for entry in entries)
+    commit_shard(path, number, ShardRows(ids, features, live.valid[list(places)], digests, reasons))
 
 
 def _gain(path: Path, header: StoreHeader, seen: _Seen) -> int:
     """Bytes of the wasteful shards less those of the copies of what is in use in them."""
-    sizes = {number: bytes_under(path / "shards" / shard_name(number)) for number in seen.wasteful}
+    sizes = {number: bytes_under(shard_path(path, number)) for number in seen.wasteful}
     if header.format == "zarr":  # a shard's array has room for all rows, however few there are
         shards = -(-len(seen.moving) // header.rows_per_shard)
         return sum(sizes.values()) - shards * (sum(sizes.values()) // max(len(sizes), 1))
@@ -233,8 +213,9 @@ def _check_superseded(path: Path, header: StoreHeader, wasteful: Sequence[int]) 
         read_features(path, header, number)
     if left:
         raise StoreError(
-            "rows of old shards are still in use", found=f"shards {sorted(left)}", where=path, fix="embcache verify"
-        )
+            "rows of old shards are still in use", code="shards-in-use", found=f"shards {sorted(left)}", where=path,
+            fix="embcache verify",
+        )  # fmt: skip
 
 
 def collect_home(
@@ -245,12 +226,9 @@ def collect_home(
     That is what was to replace a snapshot, a scan, a run, a splits file or a figure, and the checkpoints of finetunings
     whose runs are finished. What cannot be listed is skipped.
     """
-    root = home_dir(home)
-    folders = [root / slug(name) for name in datasets] or [root, *home_folders(root)]
-    found = []
-    for folder in folders:
-        places = [folder, *(folder / name for name in _REPLACED if folder != root)]
-        for place in places:
+    root, found = home_dir(home), list[Path]()
+    for folder in [root / slug(name) for name in datasets] or [root, *home_folders(root)]:
+        for place in [folder, *(folder / name for name in _REPLACED if folder != root)]:
             try:
                 found += leftovers_in(place)
             except OSError as error:
@@ -264,7 +242,7 @@ def collect_home(
 
 
 def _is_finished(partial: Path) -> bool:
-    """Whether the run of these checkpoints was saved after them, and no process is at it."""
+    """Whether the run of these checkpoints was saved after them, and no process works on it."""
     run = partial.with_name(partial.name.removeprefix(".").removesuffix(PARTIAL))
     try:
         saved, kept = ((path.lstat().st_mtime_ns) for path in (run / "result.json", partial / "state.json"))

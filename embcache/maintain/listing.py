@@ -1,7 +1,8 @@
-"""What there is (``embcache ls``), and what one store is made of (``embcache info``)."""
+"""What is cached (``embcache ls``), and what one store is made of (``embcache info``)."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,11 @@ from embcache.data.snapshot import snapshot_ids
 from embcache.errors import DatasetError, StoreError
 from embcache.io import bytes_under
 from embcache.paths import PathLike
-from embcache.runs.run_names import run_folders
+from embcache.runs.folders import PARTIAL, run_folders
 from embcache.sealed import read_sealed
 from embcache.store.feature_store import FeatureStore, store_folders
 from embcache.store.reading import CommitRecord, read_commit
+from embcache.typed import plain
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,14 @@ class CachedStore:
     rows: int
     quarantined: int
     owed: int  # images of the snapshot, or of published plans, that have no row yet
+    complete: bool  # whether every image of the dataset has a row
     format: str
+    bytes: int  # on disk, whole store
     precision: str
     transform: str
-    bytes: int  # on disk, whole store
+    views: int  # of an image in one row
+    problem: str  # what is wrong with it; ``""`` if nothing is. The numbers mean nothing then
     path: Path  # the store's folder
-    problem: str = ""  # what is wrong with it; ``""`` if nothing is. The numbers mean nothing then
-    views: int = 1  # views of an image in one row
-
-    @property
-    def complete(self) -> bool:
-        """Whether every image of the dataset has a row."""
-        return not self.owed and not self.problem
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,12 @@ class InterruptedRun:
     id: str
     bytes: int  # of its checkpoints on disk
     path: Path  # their folder
-    command: str  # what goes on with it; ``""`` where that cannot be read
+    command: str  # that continues it; ``""`` where that cannot be read
 
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What ``embcache info`` says of one store, besides what the store says itself."""
+    """What ``embcache info`` says of one store, in addition to what the store says itself."""
 
     store: FeatureStore
     summary: CachedStore
@@ -66,35 +64,27 @@ class StoreInfo:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON data."""
-        store, summary = self.store, self.summary
-        return {
-            "dataset": summary.dataset,
-            "backbone": summary.backbone,
+        store, summary = self.store, plain(self.summary)
+        alike = ("dataset", "backbone", "path", "rows", "views", "owed", "complete", "format", "bytes")
+        return {name: summary[name] for name in alike} | {
             "fingerprint": store.recipe.fingerprint,
-            "path": str(store.path),
-            "rows": summary.rows,
             "row_shape": list(store.row_shape),
             "dtype": str(store.dtype),
-            "views": summary.views,
             "quarantined": store.quarantined,
-            "owed": summary.owed,
-            "complete": summary.complete,
             "superseded": self.superseded,
             "shards": self.shards,
             "uncommitted": list(self.uncommitted),
-            "format": store.format,
-            "bytes": summary.bytes,
             "view": None if self.view is None else str(self.view),
             "recipe": store.recipe.to_json(),
             "created_with": {
                 "rows_per_shard": store.rows_per_shard,
                 "batch_size": store.batch_size,
                 "threads": store.threads,
+                "runtime": store.runtime,
                 **store.provenance,
             },
             "computed_otherwise": {
-                str(number): {"batch_size": made.batch_size, "threads": made.threads}
-                for number, made in self.otherwise.items()
+                str(n): {"batch_size": made.batch_size, "threads": made.threads} for n, made in self.otherwise.items()
             },
         }
 
@@ -107,37 +97,32 @@ def list_cached(home: PathLike | None = None, dataset: str | None = None) -> lis
             snapshots[path.parent] = _snapshot(path.parent, home)
         name, ids = snapshots[path.parent]
         try:
-            rows.append(_summarise(FeatureStore(path), name, ids))
+            rows.append(_summary(FeatureStore(path), name, ids))
         except StoreError as error:
             problem = f"{error.problem} ({error.where})" if error.where else error.problem
             backbone, _, fingerprint = path.name.rpartition("-")
-            rows.append(CachedStore(name, backbone, fingerprint, 0, 0, 0, "", "", "", bytes_under(path), path, problem))
+            size = bytes_under(path)
+            rows.append(CachedStore(name, backbone, fingerprint, 0, 0, 0, False, "", size, "", "", 1, problem, path))
     return rows
 
 
 def count_runs(home: PathLike | None = None) -> dict[str, int]:
     """Runs kept of each dataset, by the name of its folder."""
-    counts: dict[str, int] = {}
-    for run in run_folders(home):
-        name = run.parent.parent.name
-        counts[name] = counts.get(name, 0) + 1
-    return counts
+    return dict(Counter(run.parent.parent.name for run in run_folders(home)))
 
 
 def list_interrupted(home: PathLike | None = None, dataset: str | None = None) -> list[InterruptedRun]:
     """Describe the checkpoints of every finetuning under ``home`` that is not finished."""
     found = []
     for path in run_folders(home, dataset, partial=True):
-        state = path / "state.json"
         try:
-            command = str(read_sealed(state, "", indent=None).get("command", ""))[:2000]
+            command = str(read_sealed(path / "state.json", "", indent=None).get("command", ""))[:2000]
         except FileNotFoundError:
             continue  # nothing was trained yet
         except (StoreError, OSError):
             command = ""
-        name = path.parent.parent.name
-        id = path.name.removeprefix(".").removesuffix(".partial")
-        found.append(InterruptedRun(name, id, bytes_under(path), path, command))
+        id = path.name.removeprefix(".").removesuffix(PARTIAL)
+        found.append(InterruptedRun(path.parent.parent.name, id, bytes_under(path), path, command))
     return found
 
 
@@ -147,15 +132,14 @@ def store_info(store: FeatureStore, home: PathLike | None = None) -> StoreInfo:
     whole = FeatureStore(store.path)
     plans, committed = whole.plans(), whole.committed()
     live = len(whole.ids) + len(whole.quarantined)
-    view = next((path for path in (store.path / "view.zarr", store.path / "view.h5") if path.exists()), None)
     made = {number: read_commit(store.path, number) for number in committed}
     return StoreInfo(
         store=store if ids is None else whole.restrict(ids),
-        summary=_summarise(whole, name, ids),
+        summary=_summary(whole, name, ids),
         shards=len(committed),
         uncommitted=tuple(number for number in plans if number not in committed),
         superseded=sum(len(plans[number]) for number in committed) - live,
-        view=view,
+        view=next((path for path in (store.path / "view.zarr", store.path / "view.h5") if path.exists()), None),
         otherwise={number: record for number, record in made.items() if record.batch_size or record.threads},
     )
 
@@ -186,23 +170,26 @@ def _snapshot(folder: Path, home: PathLike | None) -> tuple[str, list[str] | Non
     return known or (folder.name, None)
 
 
-def _summarise(store: FeatureStore, name: str, ids: Sequence[str] | None) -> CachedStore:
-    owed_ids = set(ids or ())
+def _summary(store: FeatureStore, name: str, ids: Sequence[str] | None) -> CachedStore:
+    wanted = set(ids or ())
     if ids is None or store.holds_pixels:  # else the plans need not be read
         planned = {entry.id for entries in store.plans().values() for entry in entries}
-        owed_ids = planned if ids is None else planned & owed_ids
+        wanted = planned if ids is None else planned & wanted
     shown = store if ids is None else store.restrict(ids)
+    owed = len(wanted.difference(shown.ids.tolist(), shown.quarantined))
     return CachedStore(
         dataset=name,
         backbone=store.recipe.backbone,
         fingerprint=store.recipe.fingerprint[:12],
         rows=len(shown),
         quarantined=len(shown.quarantined),
-        owed=len(owed_ids.difference(shown.ids.tolist(), shown.quarantined)),
+        owed=owed,
+        complete=not owed,
         format=store.format,
+        bytes=bytes_under(store.path),
         precision=str(store.dtype) if store.holds_pixels else store.recipe.precision,
         transform=transform_words(store.recipe.transform),
-        bytes=bytes_under(store.path),
-        path=store.path,
         views=store.views,
+        problem="",
+        path=store.path,
     )

@@ -1,4 +1,4 @@
-"""Mending what a verification found: only what is damaged is computed again (``embcache verify --repair``).
+"""Computing rows of a store again: all of a damaged shard (``embcache verify --repair``), or a sample (``--sample``).
 
 A damaged shard stays where it is until its rows are computed, and goes in the same step in which they come: were it
 away for a moment, older rows of its images would be in use. Where the system cannot exchange two names, a repair that
@@ -7,302 +7,395 @@ is killed between two renames leaves a shard that is planned and not there; the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from embcache.data.budget import Decoding, check_max_pixels, default_max_pixels, pixels_of
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import sources_of
-from embcache.errors import CorruptStoreError, DatasetError, StoreError
-from embcache.extract.extract_request import default_workers, image_root
-from embcache.io import make_folder
-from embcache.maintain.rebuild import Maker, make_again, torch_threads, usable_threads
-from embcache.maintain.verify import StoreCheck, digest_now, readable_now, verify_store
+from embcache.data.images import Source, read_image, sources_of
+from embcache.errors import CorruptStoreError, DatasetError, ImageError, RecipeError, StoreError
+from embcache.extract.extract import make_recipe, recipe_network, recipe_transform
+from embcache.extract.extract_request import default_workers
+from embcache.extract.pixels import pixel_recipe, pixel_rows
+from embcache.extract.worker import compute_shard
+from embcache.io import discard, make_folder
+from embcache.log import log
+from embcache.maintain.verify import StoreCheck, digest_now, image_folder, verify_store
 from embcache.paths import PathLike
-from embcache.store.commit import (
-    PlanEntry,
-    ShardRows,
-    commit_shard,
-    discard,
-    replace_plan,
-    take_out,
-    write_view,
-)
-from embcache.store.header import StoreHeader
+from embcache.store.commit import PlanEntry, ShardRows, commit_shard, replace_plan, take_out, write_view
+from embcache.store.feature_store import PIXELS, FeatureStore, extract_command
 from embcache.store.lease import Lease
 from embcache.store.reading import (
     check_folders,
     committed_numbers,
     misplaced,
     plan_numbers,
+    plan_path,
     read_commit,
     read_header,
     read_index,
     read_plan,
-    shard_name,
+    shard_path,
 )
+from embcache.store.recipe import Recipe
+from embcache.store.schema import RowIndex, StoreHeader
 
-Say = Callable[[str], object]
 _FEW = 5
+# Largest allowed |cached - computed| / max |computed| of an image, by precision: the same arithmetic in other batches.
+TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 2e-2}
+FLOAT16_TOLERANCE = 1e-3  # added where features are kept as float16: half a unit in the last place is 2**-11
+
+# Makes rows of images, in their order: sources, pool, batch size, progress, limits of decoding.
+Maker = Callable[[Sequence[Source], Executor, int, Callable[[int], object], Decoding], ShardRows]
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A store under repair."""
+class Rebuild:
+    """With what rows are computed again."""
 
-    path: Path
-    header: StoreHeader
-    dataset: ImageDataset
-    maker: Maker | None  # None where nothing has to be computed
-    say: Say
+    home: PathLike | None = None
+    weights: Mapping[str, PathLike] = field(default_factory=dict)  # checkpoints by backbone
+    device: str = "auto"
     max_pixels: int | None = None  # as it was given
-    allow_missing: bool = False
+    allow_missing: bool = False  # images that are not here become unreadable rows
+
+
+def make_again(header: StoreHeader, dataset: ImageDataset, how: Rebuild) -> Maker:
+    """What makes the rows of a store again: the images and, for features, the network with its weights."""
+    root, recipe = image_folder(dataset), header.recipe
+    if recipe.backbone == PIXELS:
+        framing = recipe_transform(recipe)
+        _refuse_another(recipe, pixel_recipe(framing), dataset)
+        return lambda sources, *more: pixel_rows(root, sources, framing, *more)
+    network = recipe_network(
+        recipe, home=how.home, weights=how.weights.get(recipe.backbone), device=how.device,
+        views=int(recipe.transform.get("views", 1)), augment=dataset.augment,
+    )  # fmt: skip
+    _refuse_another(recipe, make_recipe(network), dataset)
+    return lambda sources, pool, batch_size, on_rows, decoding: compute_shard(
+        root, sources, [network], batch_size=batch_size, pool=pool, on_rows=on_rows, decoding=decoding
+    )[0]
+
+
+def _refuse_another(recipe: Recipe, now: Recipe, dataset: ImageDataset) -> None:
+    """Raise a RecipeError unless what is made now is what the store holds."""
+    if now == recipe:
+        return
+    differences = recipe.differences(now)
+    what, fix = f"features of {recipe.backbone}", f"a new extraction: {extract_command(recipe.backbone, dataset)}"
+    if recipe.backbone == PIXELS:
+        what, fix = "pixels", "the command that needs the pixels keeps new ones"
+    elif "weights_sha256" in differences:
+        fix = f"the weights that it was made with: --weights {recipe.backbone}=FILE; or {fix}"
+    raise RecipeError(
+        f"the {what} cannot be made again as they were; the store was not changed", code="recipe-differs",
+        expected="\n".join(f"{name} = {there}" for name, (there, _) in differences.items()),
+        found="\n".join(f"{name} = {here}" for name, (_, here) in differences.items()), fix=fix,
+    )  # fmt: skip
+
+
+@contextmanager
+def torch_threads(number: int) -> Iterator[int]:
+    """Threads for torch inside, as far as this machine can start them: another number sums in another order."""
+    before, number = torch.get_num_threads(), max(1, min(number, 4 * (os.cpu_count() or 1)))
+    torch.set_num_threads(number)
+    try:
+        yield number
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class SampleCheck:
+    """Random cached rows against rows computed now."""
+
+    compared: int
+    changed: tuple[str, ...]  # images with other bytes than then: left out
+    unreadable: tuple[str, ...]
+    difference: float  # largest |cached - computed| / max |computed| of an image
+    tolerance: float
+    worst: str  # the image with that difference
+
+    @property
+    def well(self) -> bool:
+        """Whether every row is what its image gives, within the tolerance."""
+        return self.compared > 0 and not self.unreadable and self.difference <= self.tolerance
+
+
+def check_sample(path: Path, dataset: ImageDataset, number: int, how: Rebuild = Rebuild()) -> SampleCheck:
+    """Compute ``number`` random rows of a store again from their images; raises as `make_again`."""
+    header = read_header(path)
+    decoding = Decoding() if how.max_pixels is None else Decoding(check_max_pixels(how.max_pixels))
+    maker = make_again(header, dataset, how)
+    store = FeatureStore(path).restrict(dataset.table["id"])
+    if not len(store):
+        raise StoreError(
+            "the store holds no readable image of this dataset", code="store-empty", where=path, fix="embcache ls"
+        )
+    chosen = np.sort(np.random.default_rng(0).choice(len(store), min(number, len(store)), replace=False))
+    ids = store.ids[chosen].tolist()
+    with ThreadPoolExecutor(default_workers()) as pool, torch_threads(header.threads):
+        rows = maker(sources_of(dataset.table, ids), pool, header.batch_size, lambda rows: None, decoding)
+    unreadable = [id_ for id_, valid in zip(ids, rows.valid, strict=True) if not valid]
+    digests = zip(ids, rows.digests, strict=True)
+    changed = [id_ for id_, digest in digests if id_ not in unreadable and digest != (store.digests.get(id_) or digest)]
+    cached, computed = (a.reshape(len(ids), -1).astype(np.float64) for a in (store.features[chosen], rows.features))
+    scale = np.maximum(np.abs(computed).max(axis=1), np.finfo(np.float32).tiny)
+    differences = dict(zip(ids, (np.abs(cached - computed).max(axis=1) / scale).tolist(), strict=True))
+    for id_ in (*changed, *unreadable):
+        del differences[id_]
+    worst = max(differences, key=lambda id_: differences[id_], default="")
+    tolerance = 0.0 if store.holds_pixels else TOLERANCES[header.recipe.precision]
+    tolerance += FLOAT16_TOLERANCE if header.recipe.dtype == "float16" else 0.0
+    return SampleCheck(
+        len(differences), tuple(changed), tuple(unreadable), differences.get(worst, 0.0), tolerance, worst
+    )
 
 
 def repair_store(
     check: StoreCheck,
     load: Callable[[], ImageDataset],
+    how: Rebuild = Rebuild(),
     *,
-    home: PathLike | None = None,
-    weights: Mapping[str, PathLike] | None = None,
-    device: str = "auto",
-    allow_missing: bool = False,
-    max_pixels: int | None = None,
-    say: Say = lambda line: None,
+    done: list[str] | None = None,
     on_rows: Callable[[int, int], object] = lambda done, total: None,
 ) -> StoreCheck:
-    """Mend one store, and verify it again."""
-    path = check.path
-    max_pixels = None if max_pixels is None else check_max_pixels(max_pixels)
-    if wrong := [each for each in misplaced(path) if each.name in ("leases", "staging")]:
-        for folder in wrong:  # nothing that counts is in them; what a link leads to is not this store's
-            discard(folder)
-            make_folder(folder)
-            say(f"{folder.name}: no real folder, made anew")
-        check = verify_store(path)
-    check_folders(path)
-    header = read_header(path)  # nothing is repaired without the recipe
-    there = {*plan_numbers(path), *committed_numbers(path)}  # gc may have removed some since
-    shards = [number for number in _of_kind(check, "shard") if number in there]
-    plans = [number for number in _of_kind(check, "plan") if number in there]
-    if shards or plans:
-        dataset = load()
-        image_root(dataset)
-        maker = make_again(header, dataset, home=home, weights=weights, device=device) if shards else None
-        job = _Job(path, header, dataset, maker, say, max_pixels, allow_missing)
-        _refuse_missing(job, shards, allow_missing)
-        _mend_plans(job, plans, set(shards))
-        _mend_shards(job, [number for number in shards if number in plan_numbers(path)], on_rows)
-    for each in check.damage:
-        if each.kind == "extra" and (each.path.exists() or each.path.is_symlink()):
-            discard(each.path)
-            say(f"{each.path.relative_to(path)}: removed")
-    if committed_numbers(path) and {each.kind for each in check.damage} != {"extra"}:
-        write_view(path)
-        say("the view for plain readers: written anew")
-    return verify_store(path)
+    """Repair one store, and verify it again; ``done`` receives what was done in words."""
+    return _Repair(check.path, how, [] if done is None else done, on_rows).run(check, load)
 
 
-def _of_kind(check: StoreCheck, *kinds: str) -> list[int]:
-    return sorted({each.shard for each in check.damage if each.kind in kinds and each.shard is not None})
+class _Repair:
+    """A store under repair."""
 
+    header: StoreHeader
+    dataset: ImageDataset
+    root: Path
 
-def _planned(path: Path, number: int) -> list[str]:
-    """Ids of a shard as its plan says, or its index where the plan is damaged; none where neither does."""
-    with suppress(CorruptStoreError):
-        return [entry.id for entry in read_plan(path, number)]
-    with suppress(CorruptStoreError):
-        return list(read_index(path, read_header(path), number).ids)
-    return []
+    def __init__(self, path: Path, how: Rebuild, done: list[str], on_rows: Callable[[int, int], object]) -> None:
+        self.path, self.how, self.done, self.on_rows = path, how, done, on_rows
+        self.max_pixels = None if how.max_pixels is None else check_max_pixels(how.max_pixels)
 
+    def did(self, what: str) -> None:
+        self.done.append(what)
+        log.info(what)
 
-def _refuse_missing(job: _Job, shards: Sequence[int], allow_missing: bool) -> None:
-    """Images that are not here would become unreadable rows where there were features."""
-    gone = []
-    for number in shards:
-        unreadable = _unreadable(job.path, job.header, number)
-        for source in sources_of(job.dataset.table, _planned(job.path, number)):
-            there = source.path and (image_root(job.dataset) / source.path).is_file()
-            if not there and source.id not in unreadable:
-                gone.append(source.id)
-    if gone and not allow_missing:
-        raise DatasetError(
-            f"{len(gone):,} images of damaged shards are not here; the store was not touched",
-            found="no " + ", ".join(map(repr, gone[:_FEW])) + (", …" if len(gone) > _FEW else ""),
-            where=job.dataset.root,
-            fix="put them back, or go on without them: --allow-missing (their rows will say that they are missing)",
+    def run(self, check: StoreCheck, load: Callable[[], ImageDataset]) -> StoreCheck:
+        path = self.path
+        if wrong := [each for each in misplaced(path) if each.name in ("leases", "staging")]:
+            for folder in wrong:  # nothing that counts is in them; what a link leads to is not this store's
+                discard(folder)
+                make_folder(folder)
+                self.did(f"{folder.name}: no real folder, made anew")
+            check = verify_store(path)
+        check_folders(path)
+        self.header = read_header(path)  # nothing is repaired without the recipe
+        there = {*plan_numbers(path), *committed_numbers(path)}  # gc may have removed some since
+        shards, plans = (
+            sorted({each.shard for each in check.damage if each.kind == kind and each.shard in there})
+            for kind in ("shard", "plan")
         )
+        if shards or plans:
+            self.dataset = load()
+            self.root = image_folder(self.dataset)
+            maker = make_again(self.header, self.dataset, self.how) if shards else None
+            self.refuse_missing(shards)
+            self.repair_plans(plans, set(shards))
+            if maker is not None:
+                self.repair_shards(maker, [number for number in shards if number in plan_numbers(path)])
+        for each in check.damage:
+            if each.kind == "extra" and os.path.lexists(each.path):
+                discard(each.path)
+                self.did(f"{each.path.relative_to(path)}: removed")
+        if committed_numbers(path) and {each.kind for each in check.damage} != {"extra"}:
+            write_view(path)
+            self.did("the view for plain readers: written anew")
+        return verify_store(path)
 
+    def sources(self, ids: Sequence[str]) -> list[Source]:
+        return sources_of(self.dataset.table, ids)
 
-def _unreadable(path: Path, header: StoreHeader, number: int) -> set[str]:
-    """Images that could not be read when the shard was made, where its index can still be."""
-    try:
-        index = read_index(path, header, number)
-    except CorruptStoreError:
-        return set()
-    return {id_ for id_, valid in zip(index.ids, index.valid.tolist(), strict=True) if not valid}
+    def is_here(self, source: Source) -> bool:
+        return bool(source.path) and (self.root / source.path).is_file()
 
+    def index(self, number: int) -> RowIndex | None:
+        """Rows of a shard without their features, where they are intact."""
+        with suppress(CorruptStoreError):
+            return read_index(self.path, self.header, number)
+        return None
 
-def _mend_plans(job: _Job, plans: Sequence[int], shards: set[int]) -> None:
-    """Write damaged plans anew: from their shards where these are intact, else from the images that no plan names."""
-    lost = [number for number in plans if number in shards]
-    for number in plans:
-        file = job.path / "plan" / f"{shard_name(number)}.json"
-        if number in lost:
-            continue
-        committed = number in committed_numbers(job.path)
-        entries = _entries_of_shard(job, number) if committed else []
-        if entries:
-            replace_plan(job.path, number, entries)
-            job.say(f"plan {number}: written anew from its shard ({len(entries):,} images)")
-        else:
-            take_out(job.path, file, "plan-damaged")
-            job.say(f"plan {number}: removed, nothing was computed for it; the next extraction plans its images anew")
-    if lost:
-        _plan_anew(job, lost)
+    def planned(self, number: int) -> list[str]:
+        """Ids of a shard as its plan says, or its index where the plan is damaged; none where neither does."""
+        with suppress(CorruptStoreError):
+            return [entry.id for entry in read_plan(self.path, number)]
+        index = self.index(number)
+        return list(index.ids) if index else []
 
+    def refuse_missing(self, shards: Sequence[int]) -> None:
+        """Images that are not here would become unreadable rows where there were features."""
+        gone = []
+        for number in shards:
+            index = self.index(number)
+            bad = set(np.array(index.ids)[~index.valid].tolist()) if index else set()
+            gone += [s.id for s in self.sources(self.planned(number)) if s.id not in bad and not self.is_here(s)]
+        if gone and not self.how.allow_missing:
+            raise DatasetError(
+                f"{len(gone):,} images of damaged shards are not here; the store was not changed",
+                code="images-not-here",
+                found="no " + ", ".join(map(repr, gone[:_FEW])) + (", …" if len(gone) > _FEW else ""),
+                where=self.dataset.root,
+                fix="put them back, or continue without them: --allow-missing (their rows will say that they are "
+                "missing)",
+            )  # fmt: skip
 
-def _entries_of_shard(job: _Job, number: int) -> list[PlanEntry]:
-    """The plan that an intact shard was made by; files that are others by now count as changed."""
-    index = read_index(job.path, job.header, number)
-    root, entries = image_root(job.dataset), []
-    for source, digest in zip(sources_of(job.dataset.table, index.ids), index.digests, strict=True):
-        entry = PlanEntry(source.id, -1, -1, None)
-        file = root / source.path
-        if source.path and file.is_file():
-            state = file.stat()
+    def repair_plans(self, plans: Sequence[int], shards: set[int]) -> None:
+        """Write damaged plans: from their shards where these are intact, else from the images that no plan names."""
+        lost = [number for number in plans if number in shards]
+        for number in plans:
+            if number in lost:
+                continue
+            entries = self.entries_of_shard(number) if number in committed_numbers(self.path) else []
+            if entries:
+                replace_plan(self.path, number, entries)
+                self.did(f"plan {number}: written anew from its shard ({len(entries):,} images)")
+            else:
+                take_out(self.path, plan_path(self.path, number), "plan-damaged")
+                self.did(f"plan {number}: removed, nothing was computed for it; the next extraction plans its images")
+        others = [number for number in plan_numbers(self.path) if number not in lost] if lost else []
+        known = {entry.id for number in others for entry in read_plan(self.path, number)}
+        rest = [id_ for id_ in self.dataset.table["id"].tolist() if id_ not in known] if lost else []
+        for number in lost:
+            ids = self.ids_of_lost(number, rest)
+            rest = [id_ for id_ in rest if id_ not in set(ids)]
+            if ids:
+                replace_plan(self.path, number, [self.entry(source) for source in self.sources(ids)])
+                self.did(f"plan {number}: written anew for {len(ids):,} images that no other plan names")
+            else:
+                take_out(self.path, plan_path(self.path, number), "plan-damaged")
+                take_out(self.path, shard_path(self.path, number), "shard-unplanned")
+                self.did(f"plan and shard {number}: removed, no image of the dataset is theirs")
+
+    def entry(self, source: Source) -> PlanEntry:
+        state = (self.root / source.path).stat()
+        place = str(source.member) if source.member >= 0 else ""
+        return PlanEntry(source.id, state.st_size, state.st_mtime_ns, None, place)
+
+    def entries_of_shard(self, number: int) -> list[PlanEntry]:
+        """The plan that an intact shard was made by; files that are others by now count as changed."""
+        index = read_index(self.path, self.header, number)
+        entries = []
+        for source, digest in zip(self.sources(index.ids), index.digests, strict=True):
             # Of what could not be read then there is no digest: as long as it still cannot, it counts as the same.
-            if digest_now(root, source) == digest if digest else not readable_now(root, source):
-                entry = PlanEntry(source.id, state.st_size, state.st_mtime_ns, None)
-        entries.append(entry)
-    return entries
+            same = self.is_here(source) and (
+                digest_now(self.root, source) == digest if digest else not _is_readable(self.root, source)
+            )
+            entries.append(self.entry(source) if same else PlanEntry(source.id, -1, -1))
+        return entries
+
+    def ids_of_lost(self, number: int, rest: list[str]) -> list[str]:
+        """The images of a lost plan, of those that are left: by its shard's index or, failing that, their number."""
+        left = set(rest)
+        if held := [id_ for id_ in self.planned(number) if id_ in left]:
+            return held
+        try:
+            return rest[: read_commit(self.path, number).rows]
+        except CorruptStoreError:
+            return rest[: self.header.rows_per_shard]
+
+    def repair_shards(self, maker: Maker, shards: Sequence[int]) -> None:
+        planned = {number: [entry.id for entry in read_plan(self.path, number)] for number in shards}
+        total, computed, refused = sum(map(len, planned.values())), 0, list[DatasetError]()
+
+        def more(rows: int) -> None:
+            nonlocal computed
+            computed += rows
+            self.on_rows(computed, total)
+
+        with ThreadPoolExecutor(default_workers()) as pool:
+            for number, ids in planned.items():
+                batch, threads = self.made_with(number)
+                with self.claim(number), torch_threads(threads) as threads:
+                    try:
+                        rows = self.make_rows(number, maker, ids, pool, batch, more)
+                    except DatasetError as error:  # the others are repaired first
+                        refused.append(error)
+                        continue
+                    commit_shard(self.path, number, rows, batch_size=batch, threads=threads, damaged=True)
+                self.did(f"shard {number}: {len(ids):,} images computed again")
+        if refused:
+            raise refused[0]
+
+    def make_rows(
+        self,
+        number: int,
+        maker: Maker,
+        ids: Sequence[str],
+        pool: Executor,
+        batch: int,
+        on_rows: Callable[[int], object],
+    ) -> ShardRows:
+        """Rows of a damaged shard; an error where one that was valid, or may have been, would not be any more."""
+        sources, limit = self.sources(ids), self.max_pixels or default_max_pixels()
+        rows = maker(sources, pool, batch, on_rows, Decoding(limit))
+        known, lost = self.lost_rows(number, rows)
+        if known and (needed := max(map(pixels_of, lost.values()), default=0)):
+            self.did(f"shard {number}: was made with a higher --max-pixels, at least {needed:,}: computed with that")
+            rows = maker(sources, pool, batch, lambda rows: None, Decoding(max(limit, needed)))
+            known, lost = self.lost_rows(number, rows)
+        if not lost:
+            return rows
+        fix = "put the images back as they were; or a higher --max-pixels, if it was made with one"
+        if pixels := max(map(pixels_of, lost.values())):
+            leave = "" if known else f"; --max-pixels {limit} leaves them out, with the reason"
+            fix = f"--max-pixels {max(pixels, limit)} computes them{leave}"
+        features = "had features" if known else "may have had features, for its index is damaged too"
+        raise DatasetError(
+            f"{len(lost):,} images of shard {number} cannot be read now, and {features}; the shard was not changed",
+            code="images-unreadable",
+            found="\n".join(f"{id_!r}: {reason}" for id_, reason in list(lost.items())[:_FEW])
+            + ("\n…" if len(lost) > _FEW else ""),
+            where=self.dataset.root, fix=fix,
+        )  # fmt: skip
+
+    def lost_rows(self, number: int, rows: ShardRows) -> tuple[bool, dict[str, str]]:
+        """Reasons by id of rows that are not valid and were, or, where the index is damaged (False), may have been."""
+        bad = {id_: reason for id_, reason in zip(rows.ids, rows.reasons, strict=True) if reason}
+        if self.how.allow_missing:
+            bad = {source.id: bad[source.id] for source in self.sources(list(bad)) if self.is_here(source)}
+        index = self.index(number)
+        if index is None:  # a limit that was given is meant
+            return False, {} if self.max_pixels else {id_: reason for id_, reason in bad.items() if pixels_of(reason)}
+        valid = set(np.array(index.ids)[index.valid].tolist())
+        return True, {id_: reason for id_, reason in bad.items() if id_ in valid}
+
+    def made_with(self, number: int) -> tuple[int, int]:
+        """Batch size and threads of a shard: the bits of its features depend on them."""
+        batch_size = threads = None
+        with suppress(CorruptStoreError):
+            record = read_commit(self.path, number)
+            batch_size, threads = record.batch_size, record.threads
+        return batch_size or self.header.batch_size, threads or self.header.threads
+
+    def claim(self, number: int) -> Lease:
+        lease = Lease.acquire(self.path, number)
+        if lease is None:
+            raise StoreError(
+                "another process is computing the same shard", code="shard-claimed",
+                found=f"a lease on shard {number}", where=self.path,
+                fix="wait until it is done, then run the same command again",
+            )  # fmt: skip
+        return lease
 
 
-def _plan_anew(job: _Job, lost: Sequence[int]) -> None:
-    """Plans whose shards are damaged too: their images are those of the dataset that no other plan names."""
-    others = [number for number in plan_numbers(job.path) if number not in lost]
-    known = {entry.id for number in others for entry in read_plan(job.path, number)}
-    rest = [id_ for id_ in job.dataset.table["id"].tolist() if id_ not in known]
-    for number in lost:
-        ids, rest = _take(job, number, rest)
-        if not ids:
-            take_out(job.path, job.path / "plan" / f"{shard_name(number)}.json", "plan-damaged")
-            take_out(job.path, job.path / "shards" / shard_name(number), "shard-unplanned")
-            job.say(f"plan and shard {number}: removed, no image of the dataset is theirs")
-            continue
-        states = []
-        for source in sources_of(job.dataset.table, ids):
-            state = (image_root(job.dataset) / source.path).stat()
-            states.append(PlanEntry(source.id, state.st_size, state.st_mtime_ns, None))
-        replace_plan(job.path, number, states)
-        job.say(f"plan {number}: written anew for {len(ids):,} images that no other plan names")
-
-
-def _take(job: _Job, number: int, rest: list[str]) -> tuple[list[str], list[str]]:
-    """The images of a lost plan, of those that are left: by its shard's index or, failing that, their number."""
-    held = [id_ for id_ in _planned(job.path, number) if id_ in set(rest)]
-    if held:
-        return held, [id_ for id_ in rest if id_ not in set(held)]
+def _is_readable(root: Path, source: Source) -> bool:
     try:
-        rows = read_commit(job.path, number).rows
-    except CorruptStoreError:
-        rows = job.header.rows_per_shard
-    return rest[:rows], rest[rows:]
-
-
-def _mend_shards(job: _Job, shards: Sequence[int], on_rows: Callable[[int, int], object]) -> None:
-    if not shards or job.maker is None:
-        return
-    planned = {number: [entry.id for entry in read_plan(job.path, number)] for number in shards}
-    total, done, refused = sum(map(len, planned.values())), 0, list[DatasetError]()
-
-    def more(rows: int) -> None:
-        nonlocal done
-        done += rows
-        on_rows(done, total)
-
-    with ThreadPoolExecutor(default_workers()) as pool:
-        for number, ids in planned.items():
-            batch, threads = _made_with(job, number)
-            threads = usable_threads(threads)
-            with _claim(job.path, number), torch_threads(threads):
-                rows = _make_rows(job, job.maker, number, ids, pool, batch, more)
-                if isinstance(rows, DatasetError):
-                    refused.append(rows)
-                    continue
-                commit_shard(job.path, number, rows, batch_size=batch, threads=threads, damaged=True)
-            job.say(f"shard {number}: {len(ids):,} images computed again")
-    if refused:
-        raise refused[0]
-
-
-def _make_rows(
-    job: _Job,
-    maker: Maker,
-    number: int,
-    ids: Sequence[str],
-    pool: Executor,
-    batch: int,
-    on_rows: Callable[[int], object],
-) -> ShardRows | DatasetError:
-    """Rows of a damaged shard; an error instead where one that was valid, or may have been, would not be any more."""
-    sources, limit = sources_of(job.dataset.table, ids), job.max_pixels or default_max_pixels()
-    rows = maker(sources, pool, batch, on_rows, Decoding(limit))
-    lost = _lost_rows(job, number, rows)
-    known = any(certain for _, _, certain in lost)
-    if known and (needed := max(pixels_of(reason) for _, reason, certain in lost if certain)):
-        job.say(f"shard {number}: was made with a higher --max-pixels, at least {needed:,}: computed with that")
-        rows = maker(sources, pool, batch, lambda rows: None, Decoding(max(limit, needed)))
-        lost = _lost_rows(job, number, rows)
-    if not lost:
-        return rows
-    return DatasetError(
-        f"{len(lost):,} images of shard {number} cannot be read now, and "
-        + ("had features" if known else "may have had features, for its index is damaged too")
-        + "; the shard was not touched",
-        found="\n".join(f"{id_!r}: {reason}" for id_, reason, _ in lost[:_FEW]) + ("\n…" if len(lost) > _FEW else ""),
-        where=job.dataset.root,
-        fix=f"--max-pixels {max(pixels, limit)} computes them"
-        + ("" if known else f"; --max-pixels {limit} leaves them out, with the reason")
-        if (pixels := max(pixels_of(reason) for _, reason, _ in lost))
-        else "put the images back as they were; or a higher --max-pixels, if it was made with one",
-    )
-
-
-def _lost_rows(job: _Job, number: int, rows: ShardRows) -> list[tuple[str, str, bool]]:
-    """Ids and reasons of rows that are not valid and were, or, where the index is damaged, may have been."""
-    bad = [(id_, reason) for id_, reason in zip(rows.ids, rows.reasons, strict=True) if reason]
-    root = image_root(job.dataset)
-    if job.allow_missing:
-        paths = {source.id: source.path for source in sources_of(job.dataset.table, rows.ids)}
-        bad = [(id_, reason) for id_, reason in bad if paths[id_] and (root / paths[id_]).is_file()]
-    try:
-        index = read_index(job.path, job.header, number)
-    except CorruptStoreError:  # a limit that was given is to be meant
-        return [] if job.max_pixels else [(id_, reason, False) for id_, reason in bad if pixels_of(reason)]
-    valid = {id_ for id_, was in zip(index.ids, index.valid.tolist(), strict=True) if was}
-    return [(id_, reason, True) for id_, reason in bad if id_ in valid]
-
-
-def _made_with(job: _Job, number: int) -> tuple[int, int]:
-    """Batch size and threads of a shard: the bits of its features depend on them."""
-    try:
-        record = read_commit(job.path, number)
-    except CorruptStoreError:
-        return job.header.batch_size, job.header.threads
-    return record.batch_size or job.header.batch_size, record.threads or job.header.threads
-
-
-def _claim(path: Path, number: int) -> Lease:
-    lease = Lease.acquire(path, number)
-    if lease is None:
-        raise StoreError(
-            "another process is computing the same shard",
-            found=f"a lease on shard {number}",
-            where=path,
-            fix="wait until it is done, then run the same command again",
-        )
-    return lease
+        read_image(root, source.path, source.member)
+    except ImageError:
+        return False
+    return True

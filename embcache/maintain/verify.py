@@ -7,10 +7,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
@@ -19,23 +18,25 @@ from embcache.errors import CorruptStoreError, DatasetNotFoundError, ImageError,
 from embcache.io import STALE_SECONDS, is_stale, list_folder, skip
 from embcache.paths import PathLike, slug
 from embcache.store.feature_store import FeatureStore, folders_with
-from embcache.store.header import StoreHeader
 from embcache.store.lease import is_abandoned
 from embcache.store.reading import (
+    ShardFiles,
     committed_numbers,
     misplaced,
     plan_numbers,
-    read_commit,
+    plan_path,
     read_features,
     read_header,
     read_index,
     read_plan,
+    refusals_raised,
     shard_name,
+    shard_path,
 )
-from embcache.store.verified import read_file, refusals_told
+from embcache.store.schema import StoreHeader
 
 _FOLDER = re.compile(r"(?P<slug>.+)-(?P<digits>[0-9a-f]{12})")
-# A store's own entries; anything else in its folder is told and left alone.
+# A store's own entries; anything else in its folder is reported and left alone.
 _ENTRIES = {"recipe.json", "plan", "shards", "leases", "staging", "view.zarr", "view.h5"}
 _AHEAD = 1024  # images handed to the threads at a time by `check_source`
 _NFS = ".nfs"  # what an NFS client leaves of a file that is removed while it is open
@@ -57,23 +58,20 @@ class Damage:
     """One thing that is not as it was committed."""
 
     kind: str  # "recipe", "plan", "shard" or "extra"
-    path: Path  # the file, or the folder where that is all that can be said
+    path: Path  # the file, or the folder where that is all that is known
     problem: str  # in one line
     shard: int | None = None
     rows: Rows | None = None  # of the shard, as far as its plan or its index still says
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain JSON data."""
-        return {**asdict(self), "path": str(self.path)}
 
 
 @dataclass(frozen=True)
 class StoreCheck:
     """What a verification found in one store."""
 
-    path: Path  # the store's folder
+    dataset: str  # folder name of the store's dataset
     backbone: str
     fingerprint: str
+    path: Path  # the store's folder
     shards: int
     rows: int
     planned: int  # rows that are planned and not computed yet; that is no damage
@@ -81,43 +79,6 @@ class StoreCheck:
     bytes: int
     damage: tuple[Damage, ...]
     notes: tuple[str, ...]  # what is worth knowing and no damage
-
-    @property
-    def dataset(self) -> str:
-        """Folder name of the store's dataset."""
-        return self.path.parent.name
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain JSON data."""
-        return {
-            "dataset": self.dataset,
-            "backbone": self.backbone,
-            "fingerprint": self.fingerprint,
-            "path": str(self.path),
-            "shards": self.shards,
-            "rows": self.rows,
-            "planned": self.planned,
-            "files": self.files,
-            "bytes": self.bytes,
-            "damage": [each.to_json() for each in self.damage],
-            "notes": list(self.notes),
-        }
-
-
-@dataclass
-class _Found:
-    """What is gathered while a store is read."""
-
-    damage: list[Damage] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    plans: dict[int, tuple[str, ...]] = field(default_factory=dict)  # ids of the intact plans
-    shards: dict[int, tuple[str, ...]] = field(default_factory=dict)  # ids of the intact shards
-    files: int = 0
-    bytes: int = 0
-
-    def count(self, path: Path) -> None:
-        self.files += 1
-        self.bytes += path.lstat().st_size
 
 
 def find_stores(
@@ -129,7 +90,7 @@ def find_stores(
 ) -> list[Path]:
     """Folders of stores, those without a recipe included; names of backbones may be given as folders spell them.
 
-    ``skipped`` is told of folders that cannot be listed; raises as `embcache.store.feature_store.folders_with`.
+    ``skipped`` gets folders that cannot be listed; raises as `embcache.store.feature_store.folders_with`.
     """
     wanted = {slug(name) for name in backbones}
     found = {path for entry in ("recipe.json", "shards") for path in folders_with(entry, home, dataset, skipped)}
@@ -142,13 +103,27 @@ def find_stores(
     ]
 
 
+def walk_stores(
+    home: PathLike | None = None, datasets: Sequence[str] = (), backbones: Sequence[str] = (), recipe: str | None = None
+) -> tuple[list[Path], list[dict[str, str]]]:
+    """Folders of stores of all, or some, datasets; and ``path`` and ``error`` of folders that cannot be listed."""
+    unread = list[dict[str, str]]()
+
+    def skipped(path: PathLike, error: OSError) -> None:
+        skip(path, error)
+        unread.append({"path": str(path), "error": error.strerror or str(error)})
+
+    stores = [path for name in (datasets or (None,)) for path in find_stores(home, name, backbones, recipe, skipped)]
+    return stores, unread
+
+
 def verify_store(path: Path, on_shard: Callable[[int, int], object] = lambda done, total: None) -> StoreCheck:
     """Read every file of a store and compare it with what was committed."""
     while True:
         listed = {*plan_numbers(path)}, {*committed_numbers(path)}
         check, failed = None, None
         try:
-            check = _verify_once(path, on_shard)
+            check = _Verification(path).run(on_shard)
         except CorruptStoreError as error:
             failed = error
         # What `embcache gc` removed meanwhile is no damage.
@@ -159,176 +134,159 @@ def verify_store(path: Path, on_shard: Callable[[int, int], object] = lambda don
             raise failed
 
 
-def _verify_once(path: Path, on_shard: Callable[[int, int], object]) -> StoreCheck:
-    found = _Found()
-    if wrong := misplaced(path):
-        # Nothing is read through a link: what it leads to is not this store's.
-        found.damage += [Damage("extra", each, "it is not a real folder") for each in wrong]
-        return _store_check(path, None, (), found)
-    header = _check_recipe(path, found)
-    for number in plan_numbers(path):
-        _check_plan(path, header, number, found)
-    committed = committed_numbers(path)
-    for done, number in enumerate(committed, start=1):
-        _check_shard(path, header, number, found)
-        on_shard(done, len(committed))
-    _check_pairs(path, header, committed, found)
-    _check_listing(path, found)
-    found.notes += store_notes(path)
-    return _store_check(path, header, committed, found)
+class _Verification:
+    """One look at a store: what is found while its files are read."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header: StoreHeader | None = None
+        self.committed: list[int] = []
+        self.damage: list[Damage] = []
+        self.notes: list[str] = []
+        self.plans: dict[int, tuple[str, ...]] = {}  # ids of the intact plans
+        self.shards: dict[int, tuple[str, ...]] = {}  # ids of the intact shards
+        self.sizes: list[int] = []  # of the files that are read
 
-def _store_check(path: Path, header: StoreHeader | None, committed: Sequence[int], found: _Found) -> StoreCheck:
-    name = _FOLDER.fullmatch(path.name)
-    return StoreCheck(
-        path=path,
-        backbone=header.recipe.backbone if header else name["slug"] if name else path.name,
-        fingerprint=(header.recipe.fingerprint if header else name["digits"] if name else "")[:12],
-        shards=len(committed),
-        rows=sum(len(found.shards.get(number) or found.plans.get(number, ())) for number in committed),
-        planned=sum(len(ids) for number, ids in found.plans.items() if number not in committed),
-        files=found.files,
-        bytes=found.bytes,
-        damage=tuple(found.damage),
-        notes=tuple(found.notes),
-    )
+    def run(self, on_shard: Callable[[int, int], object]) -> StoreCheck:
+        if wrong := misplaced(self.path):
+            # Nothing is read through a link: what it leads to is not this store's.
+            self.damage += [Damage("extra", each, "it is not a real folder") for each in wrong]
+            return self.result()
+        self.check_recipe()
+        for number in plan_numbers(self.path):
+            self.check_plan(number)
+        self.committed = committed_numbers(self.path)
+        for done, number in enumerate(self.committed, start=1):
+            self.check_shard(number)
+            on_shard(done, len(self.committed))
+        self.check_pairs()
+        self.check_listing()
+        self.notes += store_notes(self.path)
+        return self.result()
 
+    def result(self) -> StoreCheck:
+        header, name = self.header, _FOLDER.fullmatch(self.path.name)
+        return StoreCheck(
+            dataset=self.path.parent.name,
+            backbone=header.recipe.backbone if header else name["slug"] if name else self.path.name,
+            fingerprint=(header.recipe.fingerprint if header else name["digits"] if name else "")[:12],
+            path=self.path,
+            shards=len(self.committed),
+            rows=sum(len(self.shards.get(number) or self.plans.get(number, ())) for number in self.committed),
+            planned=sum(len(ids) for number, ids in self.plans.items() if number not in self.committed),
+            files=len(self.sizes),
+            bytes=sum(self.sizes),
+            damage=tuple(self.damage),
+            notes=tuple(self.notes),
+        )
 
-def in_one_line(error: StoreError) -> str:
-    """Problem, expectation and finding of an error, without where and how."""
-    said = [("expected", error.expected), ("found", error.found)]
-    text = error.problem + "".join(f"; {label} {value}" for label, value in said if value)
-    return " ".join(text.split())
-
-
-def _check_recipe(path: Path, found: _Found) -> StoreHeader | None:
-    file = path / "recipe.json"
-    try:
-        header = read_header(path)
-    except StoreError as error:
-        if isinstance(error.__cause__, OSError) and not isinstance(error, CorruptStoreError):
-            raise
-        found.damage.append(Damage("recipe", file, in_one_line(error)))
-        return None
-    found.count(file)
-    return header
-
-
-def _check_plan(path: Path, header: StoreHeader | None, number: int, found: _Found) -> None:
-    file = path / "plan" / f"{shard_name(number)}.json"
-    try:
-        found.plans[number] = tuple(entry.id for entry in read_plan(path, number))
-    except CorruptStoreError as error:
-        rows = _shard_rows(path, header, number, found)
-        found.damage.append(Damage("plan", file, in_one_line(error), number, rows))
-        return
-    found.count(file)
-
-
-def _check_shard(path: Path, header: StoreHeader | None, number: int, found: _Found) -> None:
-    folder = path / "shards" / shard_name(number)
-    before = len(found.damage)
-
-    def damaged(where: Path, problem: str) -> None:
-        found.damage.append(Damage("shard", where, problem, number, _shard_rows(path, header, number, found)))
-
-    try:
-        record = read_commit(path, number)
-    except CorruptStoreError as error:
-        damaged(folder / "commit.json", in_one_line(error))
-        return
-    found.count(folder / "commit.json")
-    try:
-        if header is None:
-            raise CorruptStoreError("without the recipe, files are checked one by one")
-        index = read_index(path, header, number)
-        read_features(path, header, number)  # together these have read every file that the commit names
-    except CorruptStoreError as error:
-        for name, expected in record.files.items():
-            try:
-                read_file(folder / name, "", expected)
-            except CorruptStoreError as wrong:
-                damaged(folder / name, in_one_line(wrong))
-        if len(found.damage) == before and header is not None:
-            damaged(folder, in_one_line(error))
-    else:
-        found.shards[number] = index.ids
-    for name in record.files:
-        if (folder / name).is_file():
-            found.count(folder / name)
-    for extra in _extra(folder, {"commit.json", *record.files}):
-        found.damage.append(Damage("extra", extra, "no commit names it", number, None))
-
-
-def _check_pairs(path: Path, header: StoreHeader | None, committed: Sequence[int], found: _Found) -> None:
-    """Shards against their plans."""
-    there = set(plan_numbers(path))
-    later: set[str] = set()  # ids of higher shards
-    superseded = set()
-    for number in reversed(committed):
-        held = found.shards.get(number, ())
-        if held and later.issuperset(held):
-            superseded.add(number)
-        later.update(held)
-    for number in committed:
-        plan = path / "plan" / f"{shard_name(number)}.json"
-        ids = found.shards.get(number)
-        if number not in there and number in superseded:
-            found.notes.append(f"shard {number} has no plan and no row in use: `embcache gc` removes it")
-        elif number not in there:
-            rows = _shard_rows(path, header, number, found)
-            found.damage.append(Damage("plan", plan, "a file of the feature store is missing", number, rows))
-        elif ids is not None and number in found.plans and ids != found.plans[number]:
-            folder = path / "shards" / shard_name(number)
-            rows = _shard_rows(path, header, number, found)
-            found.damage.append(Damage("shard", folder, "its rows are not those of its plan", number, rows))
-
-
-def _check_listing(path: Path, found: _Found) -> None:
-    """Entries that embcache did not make: what lies between the shards and plans, and in the store's folder."""
-    plans = {f"{shard_name(number)}.json" for number in plan_numbers(path)}
-    shards = {shard_name(number) for number in committed_numbers(path)}
-    for folder, known in ((path / "plan", plans), (path / "shards", shards)):
-        for entry in _entries(folder):
-            if entry.name not in known and not entry.name.startswith(_NFS):
-                found.damage.append(Damage("extra", entry, f"it is no {folder.name.removesuffix('s')}"))
-    strangers = [e.name for e in _entries(path) if e.name not in _ENTRIES and not e.name.startswith(_NFS)]
-    if strangers:
-        found.notes.append(f"not of the store, and left alone: {', '.join(strangers)}")
-
-
-def _shard_rows(path: Path, header: StoreHeader | None, number: int, found: _Found) -> Rows | None:
-    """The rows of a shard, from its plan or, where that is damaged, from its index."""
-    ids = found.plans.get(number) or found.shards.get(number)
-    if not ids and header is not None:
+    def check_recipe(self) -> None:
         try:
-            ids = read_index(path, header, number).ids
-        except StoreError:
-            ids = None
-    if not ids:
-        return None
-    first = number * header.rows_per_shard if header else 0
-    return Rows(first, first + len(ids) - 1, len(ids), ids[0], ids[-1])
+            self.header = read_header(self.path)
+        except StoreError as error:
+            if isinstance(error.__cause__, OSError) and not isinstance(error, CorruptStoreError):
+                raise
+            self.damage.append(Damage("recipe", self.path / "recipe.json", _in_one_line(error)))
+        else:
+            self.sizes.append((self.path / "recipe.json").lstat().st_size)
+
+    def check_plan(self, number: int) -> None:
+        file = plan_path(self.path, number)
+        try:
+            self.plans[number] = tuple(entry.id for entry in read_plan(self.path, number))
+        except CorruptStoreError as error:
+            self.found("plan", file, _in_one_line(error), number)
+        else:
+            self.sizes.append(file.lstat().st_size)
+
+    def check_shard(self, number: int) -> None:
+        folder, before = shard_path(self.path, number), len(self.damage)
+        try:
+            files = ShardFiles(self.path, number)
+        except CorruptStoreError as error:
+            self.found("shard", folder / "commit.json", _in_one_line(error), number)
+            return
+        self.sizes.append((folder / "commit.json").lstat().st_size)
+        for name in files:
+            try:
+                files.get(name)
+            except CorruptStoreError as error:
+                self.found("shard", folder / name, _in_one_line(error), number)
+            if (folder / name).is_file():
+                self.sizes.append((folder / name).lstat().st_size)
+        if self.header is not None and len(self.damage) == before:
+            try:
+                ids = read_index(self.path, self.header, number, files).ids
+                read_features(self.path, self.header, number, files)
+                self.shards[number] = ids
+            except CorruptStoreError as error:
+                self.found("shard", folder, _in_one_line(error), number)
+        for extra in _extra(folder, {"commit.json", *files}):
+            self.damage.append(Damage("extra", extra, "no commit names it", number))
+
+    def check_pairs(self) -> None:
+        """Shards against their plans."""
+        there, superseded = set(plan_numbers(self.path)), set()
+        later: set[str] = set()  # ids of higher shards
+        for number in reversed(self.committed):
+            held = self.shards.get(number, ())
+            if held and later.issuperset(held):
+                superseded.add(number)
+            later.update(held)
+        for number in self.committed:
+            ids = self.shards.get(number)
+            if number not in there and number in superseded:
+                self.notes.append(f"shard {number} has no plan and no row in use: `embcache gc` removes it")
+            elif number not in there:
+                self.found("plan", plan_path(self.path, number), "a file of the feature store is missing", number)
+            elif ids is not None and number in self.plans and ids != self.plans[number]:
+                self.found("shard", shard_path(self.path, number), "its rows are not those of its plan", number)
+
+    def check_listing(self) -> None:
+        """Entries that embcache did not make: what lies between the shards and plans, and in the store's folder."""
+        plans = {f"{shard_name(number)}.json" for number in plan_numbers(self.path)}
+        shards = {shard_name(number) for number in committed_numbers(self.path)}
+        for folder, known in ((self.path / "plan", plans), (self.path / "shards", shards)):
+            for entry in _strangers(folder, known):
+                self.damage.append(Damage("extra", entry, f"it is no {folder.name.removesuffix('s')}"))
+        if names := [entry.name for entry in _strangers(self.path, _ENTRIES)]:
+            self.notes.append(f"not of the store, and left alone: {', '.join(names)}")
+
+    def found(self, kind: str, path: Path, problem: str, number: int) -> None:
+        """Damage of a shard or its plan, with the rows that its plan or, where that is damaged, its index names."""
+        ids = self.plans.get(number) or self.shards.get(number)
+        if not ids and self.header is not None:
+            try:
+                ids = read_index(self.path, self.header, number).ids
+            except StoreError:
+                ids = None
+        first = number * self.header.rows_per_shard if self.header else 0
+        rows = Rows(first, first + len(ids) - 1, len(ids), ids[0], ids[-1]) if ids else None
+        self.damage.append(Damage(kind, path, problem, number, rows))
+
+
+def _in_one_line(error: StoreError) -> str:
+    """Problem, expectation and finding of an error, without where and how."""
+    parts = [("expected", error.expected), ("found", error.found)]
+    return " ".join((error.problem + "".join(f"; {label} {value}" for label, value in parts if value)).split())
 
 
 def _extra(folder: Path, known: set[str]) -> Iterator[Path]:
     """Files and empty folders of a shard that are not ``known``."""
     holding = {parent.as_posix() for name in known for parent in PurePosixPath(name).parents}
     for root, folders, names in os.walk(folder):
-        here = Path(root)
-        for name in names:
-            path = here / name
-            if path.relative_to(folder).as_posix() not in known and not name.startswith(_NFS):
+        for path in (Path(root) / name for name in names):
+            if path.relative_to(folder).as_posix() not in known and not path.name.startswith(_NFS):
                 yield path
-        for name in folders:
-            path = here / name
+        for path in (Path(root) / name for name in folders):
             if path.is_symlink() or (path.relative_to(folder).as_posix() not in holding and not any(path.iterdir())):
                 yield path
 
 
-def _entries(folder: Path) -> list[Path]:
-    with refusals_told(folder, ""):
-        return [Path(entry.path) for entry in list_folder(folder)]
+def _strangers(folder: Path, known: set[str]) -> list[Path]:
+    with refusals_raised(folder, ""):
+        entries = list_folder(folder)
+    return [Path(entry.path) for entry in entries if entry.name not in known and not entry.name.startswith(_NFS)]
 
 
 def lease_files(store: Path) -> list[Path]:
@@ -339,26 +297,21 @@ def lease_files(store: Path) -> list[Path]:
 
 def leftovers(store: Path, *, older: float = STALE_SECONDS) -> list[Path]:
     """What killed processes have left of a store, under staging and leases."""
-    staged = [Path(entry.path) for entry in list_folder(store / "staging")]
     claims = lease_files(store)
-    staged += [path for path in (Path(e.path) for e in list_folder(store / "leases")) if path not in claims]
-    dead = [path for path in claims if is_abandoned(path)]
-    return sorted([*dead, *(path for path in staged if is_stale(path, older))])
+    staged = [Path(entry.path) for name in ("staging", "leases") for entry in list_folder(store / name)]
+    stale = [path for path in staged if path not in claims and is_stale(path, older)]
+    return sorted([*filter(is_abandoned, claims), *stale])
 
 
 def store_notes(store: Path) -> list[str]:
-    """The same in words, for a person."""
-    notes, claims = [], lease_files(store)
-    dead = [path for path in claims if is_abandoned(path)]
-    if working := [path for path in claims if path not in dead]:
+    """Leases and leftovers in words."""
+    notes, claims, left = [], lease_files(store), leftovers(store)
+    if working := [path for path in claims if path not in left]:
         shards = ", ".join(path.stem.lstrip("0") or "0" for path in working)
         notes.append(f"another process is computing shard {shards}")
-    if dead:
-        notes.append(f"{len(dead)} leases of processes that are gone: `embcache gc` removes them")
-    rubbish = [path for path in leftovers(store) if path not in dead]
-    if rubbish:
-        notes.append(f"{len(rubbish)} leftovers of killed processes: `embcache gc` removes them")
-    return notes
+    dead = len(claims) - len(working)
+    counts = {"leases of processes that are gone": dead, "leftovers of killed processes": len(left) - dead}
+    return notes + [f"{number} {what}: `embcache gc` removes them" for what, number in counts.items() if number]
 
 
 @dataclass(frozen=True)
@@ -367,7 +320,7 @@ class SourceCheck:
 
     checked: int  # images that were read
     changed: tuple[str, ...]  # ids with other bytes than those that the features were made from
-    missing: tuple[str, ...]  # ids without a file
+    missing: tuple[str, ...]  # ids without a file that had features
     removed: int  # live rows of images that left the dataset; they are hidden
 
     @property
@@ -375,26 +328,22 @@ class SourceCheck:
         """Whether every row is of the image that is there."""
         return not self.changed and not self.missing
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain JSON data."""
-        return {
-            "checked": self.checked,
-            "changed": list(self.changed),
-            "missing": list(self.missing),
-            "removed": self.removed,
-        }
+
+def image_folder(dataset: ImageDataset) -> Path:
+    """Folder of a dataset's images; a `DatasetNotFoundError` where it is not here."""
+    if dataset.root is None or not dataset.root.is_dir():
+        raise DatasetNotFoundError(
+            f"the images of {dataset.name} are not here", code="images-not-here",
+            expected=str(dataset.root) if dataset.root else None, fix="--data-root FOLDER",
+        )  # fmt: skip
+    return dataset.root
 
 
 def check_source(
     store: FeatureStore, dataset: ImageDataset, on_rows: Callable[[int, int], object] = lambda done, total: None
 ) -> SourceCheck:
     """Hash the images of every live row again, whatever their modification times say."""
-    root = dataset.root
-    if root is None or not root.is_dir():
-        raise DatasetNotFoundError(
-            f"the images of {dataset.name} are not here", expected=str(root) if root else None, fix="--data-root FOLDER"
-        )
-    rows = store.sources()
+    root, rows = image_folder(dataset), store.sources()
     held = {id_: rows[id_].digest or "" for id_ in (*store.quarantined, *store.digests)}
     sources = [source for source in image_sources(dataset.table) if source.id in held]
     changed, missing, done = [], [], 0
@@ -409,7 +358,9 @@ def check_source(
                     changed.append(source.id)
             done += len(chunk)
             on_rows(done, len(sources))
-    return SourceCheck(len(sources), tuple(changed), _still(missing, store), len(held) - len(sources))
+    # Those that were quarantined had no features, maybe for the same reason.
+    gone = tuple(id_ for id_ in missing if id_ not in store.quarantined)
+    return SourceCheck(len(sources), tuple(changed), gone, len(held) - len(sources))
 
 
 def digest_now(root: Path, source: Source) -> str | None:
@@ -426,17 +377,3 @@ def digest_now(root: Path, source: Source) -> str | None:
         return None
     except ImageError:
         return "" if (root / source.path).is_file() else None
-
-
-def readable_now(root: Path, source: Source) -> bool:
-    """Whether an image can be decoded."""
-    try:
-        read_image(root, source.path, source.member)
-    except ImageError:
-        return False
-    return True
-
-
-def _still(missing: Sequence[str], store: FeatureStore) -> tuple[str, ...]:
-    """Those of the missing that had features: the others were quarantined, maybe for the same reason."""
-    return tuple(id_ for id_ in missing if id_ not in store.quarantined)

@@ -32,7 +32,7 @@ IntArray = NDArray[np.int64]
 
 
 class StoredRows(Protocol):
-    """What is streamed: an array that is read when indexed, as `embcache.store.features.Features` is."""
+    """What is streamed: an array that is read when indexed, as `embcache.store.feature_store.Features` is."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,88 +1,117 @@
 """The run folders that keep the results of probing and finetuning.
 
-``<home>/<dataset>/runs/<id>/`` holds ``result.json``, ``predictions.parquet`` (a row for each test image and fold),
-``heads.safetensors`` and whatever else belongs to the run. A run is written aside and renamed into place, so one that
-is there is whole; ``result.json`` records size and checksum of every file. Its id hashes the whole request; tables and
-figures are made from these files, never from logs.
+``<home>/<dataset>/runs/<id>/`` holds ``result.json``, ``predictions.parquet`` (one row per test image and fold),
+``heads.safetensors`` and whatever else belongs to the run. A run is written aside and renamed into place, so an
+existing one is whole; ``result.json`` records size and checksum of every file. Its id hashes the whole request; tables
+and figures are made from these files, never from logs.
+
+pandas, pyarrow and torch are imported by the functions that need them: listings do without.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
-from embcache.data.snapshot import open_parquet
-from embcache.errors import StoreError, StoreNotFoundError, UsageError
-from embcache.io import discard, is_folder, read_regular, replace_file, replace_folder
-from embcache.paths import PathLike, home_dir
-from embcache.probe.metrics import find_metric
-from embcache.runs.result import PROTOCOL_VERSION, FoldResult, ProbeResult, run_id
-from embcache.runs.run_names import real_runs_dir, run_folders, runs_dir
-from embcache.sealed import crc32c, file_checksum, read_sealed, seal
+from embcache.errors import StoreError, StoreNotFoundError
+from embcache.io import (
+    discard,
+    home_folders,
+    is_folder,
+    list_replaced,
+    not_readable,
+    read_regular,
+    replace_file,
+    replace_folder,
+    skip,
+)
+from embcache.paths import PathLike, home_dir, slug
+from embcache.runs.result import PROTOCOL_VERSION as PROTOCOL_VERSION
+from embcache.runs.result import FoldResult as FoldResult
+from embcache.runs.result import ProbeResult as ProbeResult
+from embcache.runs.result import run_id as run_id
+from embcache.sealed import crc32c, file_checksum, open_parquet, read_sealed, seal
 from embcache.typed import typed
 
-__all__ = [
-    "PROTOCOL_VERSION",
-    "FoldResult",
-    "ProbeResult",
-    "as_asked",
-    "find_run",
-    "find_run_anywhere",
-    "find_run_at",
-    "list_results",
-    "list_unreadable",
-    "load_heads",
-    "load_predictions",
-    "load_result",
-    "replace_result",
-    "run_file",
-    "run_id",
-    "runs_dir",
-    "save_run",
-]
+if TYPE_CHECKING:
+    import pandas as pd
 
-_MEND = "delete the run's folder and make it again"
+PARTIAL = ".partial"
+"""Suffix of the folders of checkpoints of finetunings."""
+
+_FIX = "delete the run's folder and make the run again"
+
+
+class _File(TypedDict):
+    """Of a run: size and crc32c."""
+
+    size: int
+    crc32c: str
+
+
+def runs_dir(dataset: str, home: PathLike | None = None) -> Path:
+    """Folder of a dataset's runs."""
+    return home_dir(home) / slug(dataset) / "runs"
+
+
+def run_folders(home: PathLike | None = None, dataset: str | None = None, *, partial: bool = False) -> list[Path]:
+    """Folders of runs that are in place, sorted; with ``partial`` those of checkpoints of finetunings."""
+    found = []
+    for folder in home_folders(home_dir(home)) if dataset is None else [home_dir(home) / slug(dataset)]:
+        try:
+            entries = list_replaced(folder / "runs")
+        except OSError as error:
+            if dataset is not None:
+                raise not_readable(folder / "runs", error) from error
+            skip(folder / "runs", error)
+            continue
+        for entry in entries:
+            hidden = entry.name.startswith(".")
+            wanted = hidden and entry.name.endswith(PARTIAL) if partial else not hidden
+            found += [Path(entry.path)] if wanted and entry.is_dir(follow_symlinks=False) else []
+    return found
 
 
 def save_run(
     result: ProbeResult,
     predictions: pd.DataFrame,
-    heads: Sequence[Mapping[str, torch.Tensor]],
+    heads: Sequence[Mapping[str, Any]],
     home: PathLike | None = None,
     *,
     validation: pd.DataFrame | None = None,
     files: Mapping[str, bytes | Path] | None = None,
 ) -> Path:
-    """Write a run, whole or not at all, in place of one of the same id."""
-    folder = real_runs_dir(result.dataset, home) / result.id
+    """Write a run, whole or not at all, in place of one of the same id. ``heads``: tensors by name, of each fold."""
+    runs = runs_dir(result.dataset, home)
+    if os.path.lexists(runs) and not is_folder(runs):
+        raise StoreError(
+            "the folder of a dataset's runs is not a real folder", code="folder-irregular",
+            found="a link, or no folder", where=runs,
+        )  # fmt: skip
     content: dict[str, bytes | Path] = {"predictions.parquet": predictions.to_parquet(index=False)}
     if validation is not None:
         content["validation.parquet"] = validation.to_parquet(index=False)
-    tensors = {f"fold{k}.{name}": p.contiguous().cpu() for k, head in enumerate(heads) for name, p in head.items()}
-    if tensors:
-        content["heads.safetensors"] = save_tensors(tensors, {"run": result.id})
+    if tensors := {f"fold{k}.{name}": p.contiguous().cpu() for k, head in enumerate(heads) for name, p in head.items()}:
+        from safetensors.torch import save
+
+        content["heads.safetensors"] = save(tensors, {"run": result.id})
     content |= files or {}
     record = {
         name: file_checksum(data) if isinstance(data, Path) else {"size": len(data), "crc32c": crc32c(data)}
         for name, data in content.items()
     }
-    replace_folder(folder, {**content, "result.json": seal({**result.to_json(), "files": record})})
+    replace_folder(runs / result.id, {**content, "result.json": seal({**result.to_json(), "files": record})})
     for data in content.values():
         if isinstance(data, Path):
             discard(data)
-    return folder
+    return runs / result.id
 
 
 def replace_result(run: Path, result: ProbeResult) -> None:
@@ -102,21 +131,20 @@ def find_run(id: str, dataset: str, home: PathLike | None = None) -> ProbeResult
 
 
 def find_run_anywhere(id: str, home: PathLike | None = None) -> tuple[ProbeResult, Path]:
-    """A saved result and its folder, by its id or the beginning of it, whichever dataset it is of."""
+    """A saved result of any dataset and its folder, by its id, its digits, or a prefix of either."""
     runs = {run.name: run for run in run_folders(home)}
     fits = [id] if id in runs else [n for n in runs if id and (n.startswith(id) or n.rpartition("-")[2].startswith(id))]
     if len(fits) > 1:  # those that cannot be read are not meant, unless there are no others
-        fits = [name for name in fits if find_run_at(runs[name]) is not None] or fits[:1]
+        fits = [name for name in fits if _readable(runs[name]) is not None] or fits[:1]
     if len(fits) != 1:
-        readable = [name for name, run in runs.items() if find_run_at(run) is not None] if not fits else []
+        readable = [name for name, run in runs.items() if _readable(run) is not None] if not fits else []
         near = fits or difflib.get_close_matches(id, readable, n=5, cutoff=0.4) or readable
         raise StoreNotFoundError(
-            f"{len(fits)} runs are called so" if fits else "there is no such run",
+            f"{len(fits)} runs match this id" if fits else "there is no such run",
+            code="several-runs" if fits else "run-not-found",
             expected=", ".join(near[:8]) + (" …" if len(near) > 8 else "") if near else "a run; none is saved yet",
-            found=repr(id),
-            where=home_dir(home),
-            fix="embcache results",
-        )
+            found=repr(id), where=home_dir(home), fix="embcache results",
+        )  # fmt: skip
     return load_result(runs[fits[0]]), runs[fits[0]]
 
 
@@ -130,14 +158,35 @@ def load_result(run: Path) -> ProbeResult:
         result = ProbeResult.from_json(content)
         if result.kind != "kaggle" and result.request.get("protocol") != PROTOCOL_VERSION:
             raise ValueError(f"protocol {result.request.get('protocol')}, not {PROTOCOL_VERSION}")
-        find_metric(result.metric, len(result.class_names))
-        if result.positive and result.positive not in result.class_names:
-            raise ValueError(f"a positive class {result.positive!r} that is none of its classes"[:200])
         if result.id != run.name or run_id(result.request) != run.name:
             raise ValueError(f"a request that hashes to {run_id(result.request)}")
-    except (OSError, ValueError, KeyError, UsageError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise _other_run(run, error) from error
     return result
+
+
+def list_results(home: PathLike | None = None, dataset: str | None = None) -> list[ProbeResult]:
+    """All saved results that can be read, by dataset, head, backbones and number of training images."""
+    found = [_readable(run) for run in run_folders(home, dataset)]
+    results = [result for result in found if result is not None]
+    return sorted(results, key=lambda r: (r.dataset, r.kind, r.head, r.backbones, r.n_train, r.id))
+
+
+def list_unreadable(home: PathLike | None = None, dataset: str | None = None) -> list[Path]:
+    """Run folders that `list_results` leaves out: made by another version of embcache, or damaged."""
+    return [run for run in run_folders(home, dataset) if _readable(run) is None]
+
+
+def _readable(run: Path) -> ProbeResult | None:
+    try:
+        return load_result(run)
+    except (OSError, StoreError):
+        return None
+
+
+def as_asked(result: ProbeResult, source: str, notes: Sequence[str]) -> ProbeResult:
+    """A reused result with the place that its labels were read from this time, and the notes of this request."""
+    return replace(result, source=source, notes=tuple(notes))
 
 
 def load_predictions(run: Path, name: str = "predictions") -> pd.DataFrame:
@@ -145,17 +194,20 @@ def load_predictions(run: Path, name: str = "predictions") -> pd.DataFrame:
 
     A fold whose training failed has no rows. ``name="validation"``: those of the rows that chose each model.
     """
+    import pyarrow as pa
+
+    path = run / f"{name}.parquet"
     try:
-        table: pd.DataFrame = open_parquet(read_regular(_verified(run, f"{name}.parquet")))[1].to_pandas()
+        table: pd.DataFrame = open_parquet(read_regular(_verified(path)))[1].to_pandas()
         content = _content(run)
         _check_predictions(table, len(content["class_names"]), len(content["folds"]))
         return table
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise _bad_run(run / f"{name}.parquet", error) from error
+        raise _bad_file(path, error) from error
 
 
 def _check_predictions(table: pd.DataFrame, classes: int, folds: int) -> None:
-    """Raise a ValueError where predictions are not of their types: in a shared home anybody may have written them."""
+    """Raise a ValueError where predictions are not of their types: in a shared home any user may have written them."""
     logits = [f"logit_{c}" for c in range(classes)]
     numbers = [name for name in table.columns if str(name).startswith(("p_", "logit_"))]
     if lacking := [name for name in ("id", "group", "label", "fold", *logits) if name not in table]:
@@ -173,17 +225,21 @@ def _check_predictions(table: pd.DataFrame, classes: int, folds: int) -> None:
             raise ValueError(f"{name} is not a finite number")
 
 
-def load_heads(run: Path) -> list[dict[str, torch.Tensor]]:
-    """Parameters of each fold's head of a run; empty for a fold whose training failed."""
+def load_heads(run: Path) -> list[dict[str, Any]]:
+    """Parameters of each fold's head of a run, as torch tensors; empty for a fold whose training failed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = run / "heads.safetensors"
     try:
-        tensors = load_tensors(read_regular(_verified(run, "heads.safetensors")))
+        tensors = load(read_regular(_verified(path)))
     except (SafetensorError, OSError, ValueError) as error:
-        raise _bad_run(run / "heads.safetensors", error) from error
-    heads: list[dict[str, torch.Tensor]] = [{} for _ in _content(run)["folds"]]
+        raise _bad_file(path, error) from error
+    heads: list[dict[str, Any]] = [{} for _ in _content(run)["folds"]]
     for key in sorted(tensors):
         named = re.fullmatch(r"fold(\d{1,6})\.(.+)", key)
         if named is None or int(named[1]) >= len(heads):
-            raise _bad_run(run / "heads.safetensors", ValueError(f"a tensor called {key!r}"[:200]))
+            raise _bad_file(path, ValueError(f"a tensor called {key!r}"[:200]))
         heads[int(named[1])][named[2]] = tensors[key]
     return heads
 
@@ -191,41 +247,9 @@ def load_heads(run: Path) -> list[dict[str, torch.Tensor]]:
 def run_file(run: Path, name: str) -> Path:
     """The path of a file of a run, its bytes verified."""
     try:
-        return _verified(run, name)
+        return _verified(run / name)
     except (ValueError, OSError) as error:
-        raise _bad_run(run / name, error) from error
-
-
-def list_results(home: PathLike | None = None, dataset: str | None = None) -> list[ProbeResult]:
-    """All saved results that can be read, by dataset, head, backbones and number of training images."""
-    found = [find_run_at(run) for run in run_folders(home, dataset)]
-    results = [result for result in found if result is not None]
-    return sorted(results, key=lambda r: (r.dataset, r.kind, r.head, r.backbones, r.n_train, r.id))
-
-
-def list_unreadable(home: PathLike | None = None, dataset: str | None = None) -> list[Path]:
-    """Run folders that `list_results` leaves out: made by another version of embcache, or damaged."""
-    return [run for run in run_folders(home, dataset) if find_run_at(run) is None]
-
-
-def find_run_at(run: Path) -> ProbeResult | None:
-    """The result of a run folder; None where it cannot be read."""
-    try:
-        return load_result(run)
-    except (OSError, StoreError):
-        return None
-
-
-def as_asked(result: ProbeResult, source: str, notes: Sequence[str]) -> ProbeResult:
-    """A reused result, told where its labels were read from this time, with the notes of this request."""
-    return replace(result, source=source, notes=tuple(notes))
-
-
-class _File(TypedDict):
-    """Of a run: size and crc32c."""
-
-    size: int
-    crc32c: str
+        raise _bad_file(run / name, error) from error
 
 
 def _content(run: Path) -> dict[str, Any]:
@@ -233,7 +257,7 @@ def _content(run: Path) -> dict[str, Any]:
     try:
         if not (is_folder(run) and is_folder(run.parent)):
             raise FileNotFoundError
-        content = read_sealed(run / "result.json", _MEND)
+        content = read_sealed(run / "result.json", _FIX)
         files: Mapping[str, _File] = typed(Mapping[str, _File], content["files"], "files")
         if outside := [name for name in files if Path(name).name != name]:
             raise ValueError(f"a file called {outside[0]!r}"[:200])
@@ -244,39 +268,32 @@ def _content(run: Path) -> dict[str, Any]:
     return content
 
 
-def _verified(run: Path, name: str) -> Path:
+def _verified(path: Path) -> Path:
     """The path of a file of a run whose bytes are those recorded."""
-    record = _content(run)["files"].get(name)
+    record = _content(path.parent)["files"].get(path.name)
     if record is None:
         raise ValueError("the run kept no such file")
-    if file_checksum(run / name) != record:
+    if file_checksum(path) != record:
         raise ValueError("bytes with another checksum than that recorded")
-    return run / name
+    return path
 
 
 def _other_run(run: Path, error: Exception) -> StoreError:
     """A run whose ``result.json`` is not one of this version."""
     cause = error.__cause__ if isinstance(error, StoreError) else error
-    if isinstance(cause, KeyError):
-        found = f"no entry {cause}"
-    elif isinstance(cause, FileNotFoundError):
-        found = "no such file"
+    if isinstance(cause, KeyError | FileNotFoundError):
+        found = f"no entry {cause}" if isinstance(cause, KeyError) else "no such file"
     else:
         found = (error.found if isinstance(error, StoreError) else None) or str(error).split("\n")[0]
     return StoreError(
-        "a run was made by another version of embcache, or is damaged",
-        expected="a result.json that this version wrote",
-        found=found,
-        where=run / "result.json",
+        "a run was made by another version of embcache, or is damaged", code="run-not-readable",
+        expected="a result.json that this version wrote", found=found, where=run / "result.json",
         fix="make the run again, which replaces one of the same id",
-    )
+    )  # fmt: skip
 
 
-def _bad_run(path: Path, error: Exception) -> StoreError:
+def _bad_file(path: Path, error: Exception) -> StoreError:
     return StoreError(
-        "a run's file cannot be read",
-        expected="a file written by this version of embcache",
-        found=str(error).split("\n")[0],
-        where=path,
-        fix=_MEND,
-    )
+        "a file of a run cannot be read", code="run-file-damaged",
+        expected="a file written by this version of embcache", found=str(error).split("\n")[0], where=path, fix=_FIX,
+    )  # fmt: skip

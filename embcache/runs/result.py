@@ -1,17 +1,20 @@
-"""What a result of probing or finetuning says: `FoldResult`, `ProbeResult`, and the id that its request hashes to."""
+"""The result of probing or finetuning: `ProbeResult` with its folds, and the id that its request hashes to."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Required, TypedDict
 
 from embcache.errors import first_few, printable
 from embcache.notebook import html_table
-from embcache.typed import typed
+from embcache.sealed import canonical_json
+from embcache.typed import plain, typed
+
+_METRIC = re.compile(r"\w[\w.:-]{0,99}", re.ASCII)
 
 PROTOCOL_VERSION = 2
 """Raised when the protocol changes, so that older runs are not taken for new ones. Arithmetic that gives the same but
@@ -38,9 +41,6 @@ class _ByGroup(TypedDict, total=False):
 
 class _Recipe(TypedDict, total=False):
     transform: Mapping[str, Any]
-
-
-_Recipes = Mapping[str, _Recipe]
 
 
 class _Head(TypedDict):
@@ -88,18 +88,17 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
-        numbers = ("mean", "std", "test_variance")  # None where they are not defined
-        data = {**asdict(self), **{name: _finite(getattr(self, name)) for name in numbers}}
-        return json.loads(json.dumps(data, allow_nan=False))  # type: ignore[no-any-return]  # as it reads back: lists
+        data = asdict(self)
+        for name in ("mean", "std", "test_variance"):  # None where they are not defined
+            data[name] = data[name] if data[name] is not None and math.isfinite(data[name]) else None
+        return plain(data)  # type: ignore[no-any-return]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Estimate:
         """The inverse of `to_json`; raises a ValueError where a value is not of its type."""
-        undefined: dict[str, Any] = {
-            name: math.nan for name in ("mean", "test_variance") if data.get(name, 0.0) is None
-        }
+        undefined = [name for name in ("mean", "test_variance") if data.get(name, 0.0) is None]
         found: Estimate = typed(cls, {**data, **dict.fromkeys(undefined, 0.0)}, "estimate")
-        return replace(found, **undefined)
+        return replace(found, **dict.fromkeys(undefined, math.nan))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ class ProbeResult:
     Attributes
     ----------
     id : str
-        Names the run; hashes ``request``.
+        Name of the run; hashes ``request``.
     kind : str
         ``"probe"``; ``"finetune"`` for models trained on images; ``"kaggle"`` for scores that a leaderboard gave.
     dataset, head, subset : str
@@ -199,13 +198,13 @@ class ProbeResult:
     source : {"live", "snapshot"}
         Whether labels came from the dataset's own files or from the copy kept at extraction.
     target : str
-        The column of the dataset's table that is told apart instead of the labels; empty for the labels.
+        The column of the dataset's table that is predicted instead of the labels; empty for the labels.
     recipes : dict
         Each backbone's whole recipe, so that a run can predict new images by its own.
     estimate : Estimate or None
         ``mean`` with both its intervals and what they are made of.
     positive : str
-        Class that asymmetric metrics of two classes are of; with more classes empty, unless one was asked for.
+        Class that asymmetric metrics of two classes refer to; with more classes empty, unless one was given.
     overlap : float or None
         Mean share of training images that two models have in common.
     test_counts : tuple of int
@@ -253,7 +252,7 @@ class ProbeResult:
 
     @property
     def estimates(self) -> dict[str, Estimate]:
-        """What was scored: ``""`` the mean over models, ``ensemble``, ``by patient``, ``by patient, ensemble``."""
+        """Scores: ``""`` the mean over models, ``ensemble``, ``by patient``, ``by patient, ensemble``."""
         groups = self.by_group.get("ensemble", {})
         found = {
             "": None if self.estimate is None else self.estimate.to_json(),
@@ -279,7 +278,7 @@ class ProbeResult:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
         data = {**asdict(self), "estimate": None if self.estimate is None else self.estimate.to_json()}
-        return json.loads(json.dumps(data, allow_nan=False))  # type: ignore[no-any-return]
+        return plain(data)  # type: ignore[no-any-return]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ProbeResult:
@@ -288,23 +287,23 @@ class ProbeResult:
         Raises
         ------
         ValueError
-            A key is missing or unknown, or a value not of its type: in a shared home anybody may have written it.
+            A key is missing or unknown, or a value not of its type: in a shared home any user may have written it.
         """
         estimate = data.get("estimate")
         found: ProbeResult = typed(cls, {**data, "estimate": None})
-        for kind, name in (
-            (_Request, "request"),
-            (_Ensemble, "ensemble"),
-            (_ByGroup, "by_group"),
-            (_Recipes, "recipes"),
-        ):
-            typed(kind, getattr(found, name), name)  # as they are: a request hashes to its id
+        typed(_Request, found.request, "request")  # as they are: a request hashes to its id
+        typed(_Ensemble, found.ensemble, "ensemble")
+        typed(_ByGroup, found.by_group, "by_group")
+        typed(Mapping[str, _Recipe], found.recipes, "recipes")
+        if not _METRIC.fullmatch(found.metric):
+            raise ValueError(f"a metric called {found.metric!r}"[:200])
+        if found.positive and found.positive not in found.class_names:
+            raise ValueError(f"a positive class {found.positive!r} that is none of its classes"[:200])
         for number, fold in enumerate(found.folds):
             if fold.fold != number:
                 raise ValueError(f"fold {fold.fold} in the place of fold {number}")
-            measured = typed(
-                _Measured, typed(Mapping[str, float | list[Any] | None], fold.metrics, "metrics"), "metrics"
-            )
+            typed(Mapping[str, float | list[Any] | None], fold.metrics, "metrics")
+            measured = typed(_Measured, fold.metrics, "metrics")
             if not {*measured.get("absent_classes", ())} <= {*range(len(found.class_names))}:
                 raise ValueError(f"absent classes {measured['absent_classes']} of {len(found.class_names)}"[:200])
         counts = (found.n_train, found.n_val, found.n_test, found.labels_used, *found.test_counts)
@@ -321,8 +320,8 @@ class ProbeResult:
         return f"{self.mean:.4f}" + ("" if self.std is None else f" ± {self.std:.4f}") + bounds
 
     def _facts(self) -> list[tuple[str, str]]:
-        """What a person wants to know of it, as (name, value)."""
-        seen = f"{self.n_train:,} training + {self.n_val:,} validation = {self.labels_used:,} labels a fold"
+        """Names and values for people."""
+        seen = f"{self.n_train:,} training + {self.n_val:,} validation = {self.labels_used:,} labels per fold"
         facts = [
             (self.metric, f"{self._reached()}, over {len(self.folds)} folds, on {self.n_test:,} test images"),
             ("images", seen),
@@ -354,17 +353,11 @@ class ProbeResult:
         )
 
 
-def _finite(value: float | None) -> float | None:
-    """The value, or None where it is not a number."""
-    return None if value is None or not math.isfinite(value) else value
-
-
 def run_id(request: Mapping[str, Any]) -> str:
     """Readable name of a run: head, subset and twelve digits of the SHA-256 of the canonical request.
 
     Kinds other than ``probe`` stand before the head's name.
     """
-    text = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     kind = "" if request["kind"] == "probe" else f"{request['kind']}-"
-    digits = hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+    digits = hashlib.sha256(canonical_json(request).encode("utf-8")).hexdigest()[:12]
     return f"{kind}{request['head']['name']}-{request['subset']}-{digits}"

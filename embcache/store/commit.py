@@ -1,4 +1,4 @@
-"""What the store writes to disk, and in which order; with its hands, `embcache.io`.
+"""What the store writes to disk, and in which order; `embcache.io` makes the calls.
 
 Nothing that readers look at is ever edited. A shard is written under ``staging/``, flushed to disk file by file and
 folder by folder, and renamed into place as a whole; a plan is linked into place, which fails when its number is taken.
@@ -10,17 +10,22 @@ is renamed is on disk before it gets its name, and a shard never outlives the pl
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from embcache.errors import StoreError
+import numpy as np
+
+from embcache.errors import StoreError, check_choice
 from embcache.io import (
     create_exclusive,
     discard,
     exclusive_prefix,
+    is_folder,
     keep_file,
     make_folder,
+    read_regular,
     remove_leftovers,
     rename_new,
     replace_file,
@@ -33,38 +38,26 @@ from embcache.io import (
 )
 from embcache.paths import slug
 from embcache.sealed import crc32c, seal
-from embcache.store.formats import FORMATS, find_format
-from embcache.store.header import StoreHeader
 from embcache.store.reading import (
     FOLDERS,
+    LiveRows,
     check_folders,
     committed_numbers,
+    plan_path,
     read_header,
     read_live,
     read_plan,
     shard_name,
+    shard_path,
 )
 from embcache.store.recipe import Recipe
-from embcache.store.rows import PlanEntry, ShardRows, check_ids
-from embcache.store.view import view_files, view_is_current
+from embcache.store.schema import FORMATS, StoreHeader, ViewRows, check_ids, find_format, plan_rows
+from embcache.store.schema import PlanEntry as PlanEntry
+from embcache.store.schema import ShardRows as ShardRows
 
-__all__ = [
-    "PlanEntry",
-    "ShardRows",
-    "commit_shard",
-    "create_exclusive",
-    "create_store",
-    "discard",
-    "is_committed",
-    "publish_plan",
-    "refresh_view",
-    "replace_file",
-    "replace_plan",
-    "take_out",
-    "write_scan",
-    "write_snapshot",
-    "write_view",
-]
+MOST_VIEW_ROWS = 1 << 26  # each takes memory while the view is made; shard numbers come from folder names
+# The library that a format's view is written with: another version of it may write other bytes for the same view.
+_LIBRARIES = {"zarr": "zarr", "hdf5": "h5py"}
 
 
 def create_store(
@@ -78,16 +71,10 @@ def create_store(
     threads: int,
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Create the store of ``recipe``, or find the one that is there."""
-    header = StoreHeader(
-        recipe=recipe,
-        format=find_format(format or "zarr").name,
-        row_shape=tuple(int(size) for size in row_shape),
-        rows_per_shard=int(rows_per_shard),
-        batch_size=int(batch_size),
-        threads=int(threads),
-        provenance=dict(provenance or {}),
-    )
+    """Create the store of ``recipe``, or find the existing one."""
+    check_choice("--format", format or "zarr", FORMATS)
+    shape, sizes = tuple(map(int, row_shape)), (int(rows_per_shard), int(batch_size), int(threads))
+    header = StoreHeader(recipe, format or "zarr", shape, *sizes, dict(provenance or {}))
     store = Path(dataset_dir) / f"{slug(recipe.backbone)}-{recipe.fingerprint[:12]}"
     with writing(store):
         if not store.is_dir():
@@ -101,57 +88,57 @@ def create_store(
                 if not store.is_dir():
                     raise
         remove_leftovers(store.parent, f".{store.name}-")
-        # Copying tools drop empty folders; and whoever made a name may have been killed before it was on disk.
+        # Copying tools drop empty folders; and a process may have been killed before the names it made were on disk.
         check_folders(store)
         for name in FOLDERS:
             make_folder(store / name)
         for folder in (store / "shards", store, store.parent, store.parent.parent):
             sync_folder(folder)
-        _sweep(store)
+        # What killed processes and power cuts left of committed shards: no process needs it any more.
+        for number in committed_numbers(store) if any((store / "staging").iterdir()) else ():
+            remove_leftovers(store / "staging", *_staged_prefixes(store, number))
     there = read_header(store)
     if there.recipe != recipe or there.row_shape != header.row_shape:
         raise StoreError(
-            "the store that is there holds something else",
+            "the existing store holds something else", code="store-mismatch",
             expected=f"rows of shape {header.row_shape}, recipe {recipe.fingerprint}",
-            found=f"rows of shape {there.row_shape}, recipe {there.recipe.fingerprint}",
-            where=store,
-        )
+            found=f"rows of shape {there.row_shape}, recipe {there.recipe.fingerprint}", where=store,
+        )  # fmt: skip
     if format is not None and there.format != format:
         raise StoreError(
-            "a store has one format, and this one is there in the other",
-            expected=format,
-            found=there.format,
-            where=store,
+            "a store has one format, and this one exists in the other", code="store-format-differs",
+            expected=format, found=there.format, where=store,
             fix=f"leave out --format, or give --format {there.format}; `embcache export` writes other formats",
-        )
+        )  # fmt: skip
     return store
 
 
-def _sweep(store: Path) -> None:
-    """Remove what killed processes and power cuts left of the shards that are committed: nobody needs it any more."""
-    for number in committed_numbers(store) if any((store / "staging").iterdir()) else ():
-        remove_leftovers(store / "staging", *_staged_prefixes(store, shard_name(number)))
-
-
-def _staged_prefixes(store: Path, name: str) -> list[str]:
+def _staged_prefixes(store: Path, number: int) -> list[str]:
     """How names under ``staging/`` begin that a shard's rows, plan and lease are written under."""
-    return [f"shard-{name}-", *(exclusive_prefix(store / folder / f"{name}.json") for folder in ("plan", "leases"))]
+    lease = store / "leases" / f"{shard_name(number)}.json"
+    return [f"shard-{shard_name(number)}-", exclusive_prefix(plan_path(store, number)), exclusive_prefix(lease)]
 
 
 def publish_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> bool:
-    """Publish the rows that shard ``number`` owes, once and for all."""
+    """Publish the rows that shard ``number`` owes, once and for all; False where the number is taken."""
     store = Path(store)
     check_ids([entry.id for entry in entries])
     limit = read_header(store).rows_per_shard
     if len(entries) > limit or number < 0:
-        raise StoreError("a plan does not fit its shard", expected=f"1 to {limit} rows", found=f"{len(entries)} rows")
-    path = store / "plan" / f"{shard_name(number)}.json"
-    return create_exclusive(path, _sealed_plan(number, entries), staging=store / "staging")
+        raise StoreError(
+            "a plan does not fit its shard", code="plan-size", expected=f"1 to {limit} rows",
+            found=f"{len(entries)} rows",
+        )  # fmt: skip
+    return create_exclusive(plan_path(store, number), _sealed_plan(number, entries), staging=store / "staging")
+
+
+def replace_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> None:
+    """Write the plan of a shard in place of one that is missing or damaged."""
+    replace_file(plan_path(Path(store), number), _sealed_plan(number, entries))
 
 
 def _sealed_plan(number: int, entries: Sequence[PlanEntry]) -> bytes:
-    rows = [[entry.id, entry.size, entry.mtime_ns, entry.digest] for entry in entries]
-    return seal({"number": number, "rows": rows}, indent=None)
+    return seal({"number": number, "rows": plan_rows(entries)}, indent=None)
 
 
 def commit_shard(
@@ -163,19 +150,18 @@ def commit_shard(
     threads: int | None = None,
     damaged: bool = False,
 ) -> bool:
-    """Commit the computed rows of shard ``number``; on return they are on disk, whoever wrote them."""
+    """Commit the computed rows of shard ``number``; on return they are on disk, whichever process wrote them."""
     store = Path(store)
-    header, name = read_header(store), shard_name(number)
+    header, name, target = read_header(store), shard_name(number), shard_path(store, number)
     header.check_rows(rows, [entry.id for entry in read_plan(store, number)])
-    target = store / "shards" / name
     with writing(store):
         won = False
         if damaged or not target.is_dir():
             staged = store / "staging" / staged_name(f"shard-{name}-")
-            files = FORMATS[header.format].encode_shard(rows.blanked(), header.rows_per_shard)
+            files = find_format(header.format).encode_shard(rows.blanked(), header.rows_per_shard)
             record = {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in sorted(files.items())}
-            made = {"batch_size": batch_size, "threads": threads}
-            unusual = {name: n for name, n in made.items() if n is not None and n != getattr(header, name)}
+            made = {"batch_size": (batch_size, header.batch_size), "threads": (threads, header.threads)}
+            unusual = {name: n for name, (n, usual) in made.items() if n is not None and n != usual}
             files["commit.json"] = seal({"rows": len(rows.ids), "files": record, **unusual})
             # The plan may be another process's, killed before its name was on disk: no shard without its plan.
             sync_folder(store / "plan")
@@ -185,18 +171,18 @@ def commit_shard(
                     swap_in(staged, target)
                 won = damaged or rename_new(staged, target)
             except FileNotFoundError:
-                # Whoever commits first removes what others have staged for the same shard.
+                # The process that commits first removes what others have staged for the same shard.
                 if not target.is_dir():
                     raise
         sync_folder(target.parent)
-        # Whoever published the plan, or took the lease, may have been killed just after it.
-        remove_leftovers(store / "staging", *_staged_prefixes(store, name))
+        # The process that published the plan, or took the lease, may have been killed just after it.
+        remove_leftovers(store / "staging", *_staged_prefixes(store, number))
     return won
 
 
 def is_committed(store: Path, number: int) -> bool:
     """Whether a shard is committed, without a listing of all."""
-    return (Path(store) / "shards" / shard_name(number)).is_dir()
+    return shard_path(Path(store), number).is_dir()
 
 
 def write_view(store: Path) -> None:
@@ -208,20 +194,19 @@ def write_view(store: Path) -> None:
     """
     store = Path(store)
     header = read_header(store)
-    view = store / FORMATS[header.format].view
+    form = find_format(header.format)
     while True:
-        live = read_live(store, header)
-        files, links = view_files(header, live)
+        files, links = form.encode_view(header, _view_rows(header, read_live(store, header)))
         # Relative to where a link will lie, not to where it is staged.
         targets = {link: (os.path.relpath(target, Path(link).parent), store / target) for link, target in links.items()}
         staged = store / "staging" / staged_name("view-")
         with writing(store):
             try:
                 write_tree(staged, files, links=targets)
-                swap_in(staged / view.name, view)
+                swap_in(staged / form.view, store / form.view)
             except FileNotFoundError:
                 # Another process wrote its view first and removed ours from staging.
-                if not view.exists():
+                if not (store / form.view).exists():
                     raise
             sync_folder(store)
             remove_leftovers(store / "staging", "view-")
@@ -244,6 +229,45 @@ def refresh_view(store: Path) -> bool:
     return True
 
 
+def _view_rows(header: StoreHeader, live: LiveRows) -> ViewRows:
+    """Rows of the view; those that are padding, superseded or not readable are not valid, those not live have no id."""
+    size = header.rows_per_shard * (max(live.shard_rows, default=-1) + 1)
+    if size > MOST_VIEW_ROWS:
+        raise StoreError(
+            "a store has too many rows for a view", code="view-size", expected=f"at most {MOST_VIEW_ROWS:,}",
+            found=f"{size:,}: {header.rows_per_shard:,} rows per shard, the last of them number "
+            f"{max(live.shard_rows):,}",
+        )  # fmt: skip
+    ids, valid, rows = [""] * size, np.zeros(size, bool), live.shards * header.rows_per_shard + live.positions
+    valid[rows] = live.valid
+    for row, id_ in zip(rows.tolist(), live.ids, strict=True):
+        ids[row] = id_
+    library = _LIBRARIES[header.format]
+    attributes = {
+        "backbone": header.recipe.backbone,
+        "fingerprint": header.recipe.fingerprint,
+        "written_by": f"embcache view 1, {library} {version(library)}",
+        "shards": _mark(live.shard_rows),
+        "rows": "use only rows whose valid is true; the others are padding, superseded or unreadable",
+    }
+    return ViewRows(ids, valid, live.shard_rows, attributes)
+
+
+def view_is_current(store: Path, header: StoreHeader, committed: Iterable[int]) -> bool:
+    """Whether the existing view was made of just these shards; searched, not parsed: no checksum covers it."""
+    view = store / find_format(header.format).view
+    try:
+        data = read_regular(view / "zarr.json" if is_folder(view) else view)
+    except OSError:
+        return False
+    return _mark(committed).encode() in data
+
+
+def _mark(committed: Iterable[int]) -> str:
+    """What says in a view of which shards it was made: its attribute ``shards``."""
+    return f"view of the shards {crc32c(' '.join(map(str, sorted(committed))).encode())}"
+
+
 def write_snapshot(dataset_dir: Path, parquet: bytes) -> None:
     """Write the snapshot of a dataset's table, ``dataset.parquet``, beside its stores."""
     replace_file(Path(dataset_dir) / "dataset.parquet", parquet)
@@ -255,12 +279,7 @@ def write_scan(dataset_dir: Path, parquet: bytes) -> None:
 
 
 def take_out(store: Path, path: Path, label: str) -> None:
-    """Remove a file or folder of a store, at once for all who know its name; none there (any more) is as well."""
+    """Remove a file or folder of a store, if it exists, in one step for all processes that know its name."""
     aside = Path(store) / "staging" / staged_name(f"{label}-")
     if take_aside(path, aside):
         discard(aside)
-
-
-def replace_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> None:
-    """Write the plan of a shard that is there anew, in place of one that is missing or damaged."""
-    replace_file(Path(store) / "plan" / f"{shard_name(number)}.json", _sealed_plan(number, entries))

@@ -1,67 +1,176 @@
-"""Reading cached features: one store, and finding the stores that are there."""
+"""Reading cached features: one store, and finding the existing stores."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, cast, runtime_checkable
 
 import numpy as np
 
-from embcache.errors import StoreError, printable
+from embcache.cores import usable_cores
+from embcache.errors import RecipeError, StoreError, StoreNotFoundError, printable
 from embcache.io import home_folders, not_readable, skip
 from embcache.notebook import html_table
-from embcache.paths import PathLike, home_dir, slug
-from embcache.store.features import Features
-from embcache.store.header import StoreHeader
-from embcache.store.messages import (
-    NamedTable,
-    describe_differences,
-    extract_command,
-    nothing_matches,
-    several_match,
-)
+from embcache.paths import PathLike, data_dir, home_dir, slug
 from embcache.store.reading import (
     LiveRows,
+    Scratch,
     committed_numbers,
     plan_numbers,
     read_commit,
+    read_features,
     read_header,
     read_live,
     read_plan,
     read_plans,
+    read_rows,
     row_sources,
     unless_collected,
 )
 from embcache.store.recipe import Recipe
-from embcache.store.rows import PlanEntry
+from embcache.store.schema import PlanEntry, StoreHeader
 
-__all__ = [
-    "PIXELS",
-    "FeatureStore",
-    "NamedTable",
-    "describe_differences",
-    "extract_command",
-    "list_stores",
-    "open_store",
-    "store_folders",
-]
+if TYPE_CHECKING:
+    import pandas as pd
 
-# What stands for the backbone in the recipe of a store whose rows are images, decoded and resized.
 PIXELS = "pixels"
+"""Stands for the backbone in the recipe of a store whose rows are images, decoded and resized."""
+
+Rows = slice | SupportsIndex | np.ndarray | list[int]
+_THREADS = 4  # reading and checking are at the speed of the memory long before there are more
+_FEW = 2  # shards that are read one by one, the last of them kept for reading the next rows
+
+
+class NamedTable(Protocol):
+    """What a store needs of a dataset; an ImageDataset has it."""
+
+    @property
+    def name(self) -> str:
+        """Name of the dataset."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per image: at least ``id``, ``label``, ``group``, ``split``."""
+
+
+@runtime_checkable
+class LoadedDataset(NamedTable, Protocol):
+    """A dataset that knows how it was loaded, as an ImageDataset does."""
+
+    kind: str
+    root: Path | None
+    origin: Path | None
+    missing: Sequence[str]
+    columns: Any
+
+
+class Features:
+    """A view over the live rows of a store's shards, as an array that is read when indexed.
+
+    ``features[:]``, ``features[3]``, ``features[10:20]``, ``features[[4, 2]]`` and boolean masks select rows and return
+    numpy arrays. Shards that hold none of the selected rows are not read; those that do are verified first.
+    """
+
+    def __init__(self, path: Path, header: StoreHeader, shards: np.ndarray, positions: np.ndarray) -> None:
+        self._path, self._header, self._shards, self._positions = path, header, shards, positions
+        self._last: tuple[int, np.ndarray] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, *row_shape)."""
+        return (len(self._shards), *self._header.row_shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As stored."""
+        return self._header.dtype
+
+    @property
+    def shards(self) -> np.ndarray:
+        """Number of the shard that each row lies in, int64 (N,); read-only."""
+        shards = self._shards.view()
+        shards.flags.writeable = False
+        return shards
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, rows: Rows) -> np.ndarray:
+        chosen = np.arange(len(self))[rows]
+        flat = np.atleast_1d(chosen).ravel()
+        out = np.empty((len(flat), *self._header.row_shape), self.dtype)
+        order = np.argsort(self._shards[flat], kind="stable")
+        starts = np.flatnonzero(np.diff(self._shards[flat][order], prepend=-1))
+        parts = np.split(order, starts[1:]) if len(order) else []  # places in out, one part per shard
+        if len(parts) <= _FEW:
+            for part in parts:
+                out[part] = self._shard(int(self._shards[flat[part[0]]]))[self._positions[flat[part]]]
+        else:
+            self._last = None
+            self._read(flat, parts, out)
+        return out.reshape(*np.shape(chosen), *self._header.row_shape)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[i] for i in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("features are read from disk: an array of them is always a copy")
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def __repr__(self) -> str:
+        return f"Features({self.shape} {self.dtype}; index to read, [:] for all)"
+
+    def _read(self, flat: np.ndarray, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
+        """Read rows ``flat`` into ``out``, several shards at a time."""
+
+        def work(mine: Sequence[np.ndarray]) -> None:
+            scratch = Scratch()
+            for part in mine:
+                rows, first = flat[part], int(part[0])
+                run = int(part[-1]) - first == len(part) - 1  # ascending, so without gaps
+                target = out[first : first + len(part)] if run else np.empty((len(part), *out.shape[1:]), out.dtype)
+                shard = int(self._shards[rows[0]])
+                read_rows(self._path, self._header, shard, self._positions[rows], target, scratch)
+                if not run:
+                    out[part] = target
+
+        threads = min(_THREADS, usable_cores(), len(parts))
+        if threads == 1:
+            work(parts)
+            return
+        with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+            list(pool.map(work, [parts[k::threads] for k in range(threads)]))  # the first error is raised
+
+    def _shard(self, number: int) -> np.ndarray:
+        # Row after row is a common way to read; shards are immutable, so the last one need not be read again.
+        last, self._last = self._last, None
+        if last is None or last[0] != number:
+            last = None  # freed before the next is read: a shard of pixels takes 25 MB
+            last = (number, read_features(self._path, self._header, number))
+        self._last = last
+        return last[1]
 
 
 @dataclass(frozen=True, repr=False)
 class FeatureStore:
     """Cached features of one backbone over one dataset, under one recipe.
 
-    ``ids``, ``features``, ``quarantined`` and ``digests`` describe the store as it was when first asked for one of
-    them; ``plans()``, ``committed()`` and ``sources()`` look at the disk each time. Nothing here writes.
+    ``ids``, ``features``, ``quarantined`` and ``digests`` describe the store as it was when one of them was first read;
+    ``plans()``, ``committed()`` and ``sources()`` look at the disk each time. Nothing here writes.
 
     Parameters
     ----------
@@ -80,6 +189,8 @@ class FeatureStore:
         Shape of one row of features.
     rows_per_shard, batch_size, threads : int
         As the store was created with.
+    runtime : str
+        What executed the network.
     provenance : mapping of str to JSON
         Where the features come from, for people.
 
@@ -87,14 +198,25 @@ class FeatureStore:
     ------
     CorruptStoreError
         From any method: bytes on disk are not those that were committed.
+    StoreError
+        The store has a form that this version does not read.
     """
 
     path: Path
     keep: tuple[str, ...] | None = None
+    recipe: Recipe = field(init=False, compare=False)
+    format: str = field(init=False, compare=False)
+    row_shape: tuple[int, ...] = field(init=False, compare=False)
+    rows_per_shard: int = field(init=False, compare=False)
+    batch_size: int = field(init=False, compare=False)
+    threads: int = field(init=False, compare=False)
+    runtime: str = field(init=False, compare=False)
+    provenance: Mapping[str, Any] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
-        self._header  # noqa: B018  # a damaged recipe is told at once
+        for name, value in vars(self._header).items():
+            object.__setattr__(self, name, value)
 
     @cached_property
     def _header(self) -> StoreHeader:
@@ -117,24 +239,9 @@ class FeatureStore:
         return cast("np.ndarray", self._shown[self._live.valid[self._shown]])
 
     @property
-    def recipe(self) -> Recipe:
-        """What determines the features."""
-        return self._header.recipe
-
-    @property
-    def format(self) -> str:
-        """File format of the shards: ``zarr`` or ``hdf5``."""
-        return self._header.format
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Shape of one row of features."""
-        return self._header.row_shape
-
-    @property
     def dtype(self) -> np.dtype[Any]:
         """Dtype of the features, as stored."""
-        return np.dtype(self.recipe.dtype)
+        return self._header.dtype
 
     @property
     def holds_pixels(self) -> bool:
@@ -145,26 +252,6 @@ class FeatureStore:
     def views(self) -> int:
         """Views of an image in one row: 1 for rows (D,), V for rows (V, D) of which the first is the plain image."""
         return self.row_shape[0] if len(self.row_shape) == 2 else 1
-
-    @property
-    def rows_per_shard(self) -> int:
-        """Rows of a full shard."""
-        return self._header.rows_per_shard
-
-    @property
-    def batch_size(self) -> int:
-        """Batch size that the store was created with."""
-        return self._header.batch_size
-
-    @property
-    def threads(self) -> int:
-        """Threads that the store was created with."""
-        return self._header.threads
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """Where the features come from, for people."""
-        return self._header.provenance
 
     @property
     def dataset(self) -> str:
@@ -187,7 +274,7 @@ class FeatureStore:
         return self.sources_and_reasons()[0]
 
     def sources_and_reasons(self) -> tuple[dict[str, PlanEntry], dict[str, str]]:
-        """:meth:`sources`, and by id why a live row is not valid, of one look at the disk."""
+        """:meth:`sources`, and by id why a live row is not valid, both from one look at the disk."""
 
         def look() -> tuple[LiveRows, list[PlanEntry]]:
             live = read_live(self.path, self._header)
@@ -222,11 +309,11 @@ class FeatureStore:
         return {live.ids[i]: live.digests[i] for i in self._usable if live.digests[i]}
 
     def restrict(self, ids: Iterable[str]) -> FeatureStore:
-        """Return the same store showing only ``ids``, in their order; those that it does not hold are passed over."""
+        """Return the same store showing only ``ids``, in their order; ids that it does not hold are ignored."""
         return FeatureStore(self.path, tuple(dict.fromkeys(map(str, ids))))
 
     def rows_of(self, ids: Iterable[str]) -> np.ndarray:
-        """Return where in ``features`` the rows of images are, int64 (n,); -1 for an image that has none.
+        """Return the rows of ``features`` that belong to images, int64 (n,); -1 for an image without one.
 
         Parameters
         ----------
@@ -236,12 +323,12 @@ class FeatureStore:
         place = {id_: row for row, id_ in enumerate(self.ids.tolist())}
         return np.array([place.get(id_, -1) for id_ in ids], dtype=np.int64)
 
-    def arrays(self, ds: NamedTable, split: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def arrays(self, dataset: NamedTable, split: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Features, labels and groups of a dataset's rows, in the dataset's order, quarantined rows left out.
 
         Parameters
         ----------
-        ds : ImageDataset
+        dataset : ImageDataset
             Anything with ``name`` and a ``table`` that has the columns ``id, label, group, split``.
         split : {"train", "test", "val"}, optional
             Only the rows of this split.
@@ -258,20 +345,19 @@ class FeatureStore:
         Raises
         ------
         StoreError
-            The store has not got all of the asked rows: it is not complete for this dataset.
+            Some of the rows are not computed yet.
         """
-        table = ds.table if split is None else ds.table[ds.table["split"] == split]
+        table = dataset.table if split is None else dataset.table[dataset.table["split"] == split]
         wanted = [str(id_) for id_ in table["id"]]
         rows = self.rows_of(wanted)
         kept = rows >= 0
         absent = [id_ for id_, there in zip(wanted, kept, strict=True) if not there and id_ not in self.quarantined]
         if absent:
             raise StoreError(
-                f"{len(absent):,} of {len(wanted):,} images have no features yet",
+                f"{len(absent):,} of {len(wanted):,} images have no features yet", code="features-incomplete",
                 found=f"no row for {absent[0]!r}" + (f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""),
-                where=self.path,
-                fix=extract_command(self.recipe.backbone, ds),
-            )
+                where=self.path, fix=extract_command(self.recipe.backbone, dataset),
+            )  # fmt: skip
         labels = table["label"].to_numpy(dtype=np.int64)[kept]
         groups = np.array([str(group) for group in table["group"]], dtype=np.str_)[kept]
         return self.features[rows[kept]], labels, groups
@@ -280,10 +366,10 @@ class FeatureStore:
         return len(self._usable)
 
     def _facts(self) -> list[tuple[str, str]]:
-        """What a person wants to know of it, as (name, value). No features are read.
+        """Names and values for people. No features are read.
 
-        An HDF5 shard is one file that is verified whole before it is parsed: unless its rows were asked for before,
-        they are counted from the commits, which do not tell how many are quarantined or superseded.
+        An HDF5 shard is one file that is verified whole before it is parsed: unless its rows were read before, they are
+        counted from the commits, which do not say how many are quarantined or superseded.
         """
         each = " × ".join(map(str, self.row_shape))
         facts = [("rows", f"{each} {self.dtype}" + (f", {self.views} views of an image" if self.views > 1 else ""))]
@@ -296,7 +382,7 @@ class FeatureStore:
                 facts.append(("images", f"{rows:,} rows committed, quarantined ones among them"))
             owed = len(set(plan_numbers(self.path)) - set(numbers))
             facts.append(("shards", f"{len(numbers):,} ({self.format})" + (f", {owed:,} owed" if owed else "")))
-        except StoreError as error:  # a repr says so and does not raise; whoever reads rows gets the whole message
+        except StoreError as error:  # a repr does not raise; reading rows gives the whole message
             facts.append(("unreadable", error.problem))
         facts += [("shown", f"restricted to {len(self.keep):,} ids")] if self.keep is not None else []
         recipe = self.recipe
@@ -346,8 +432,8 @@ def list_stores(
 ) -> list[FeatureStore]:
     """All stores of features under ``home``, of one dataset or of every one; with ``pixels`` those of pixels too.
 
-    Reads their recipes only, until rows are asked for. A store whose recipe is damaged or cannot be read is skipped,
-    with a line in the log: in a shared home one of them does not end what others do.
+    Reads their recipes only. A store whose recipe is damaged or cannot be read is skipped, with a line in the log: in a
+    shared home one of them does not keep others from being used.
 
     Raises
     ------
@@ -377,14 +463,14 @@ def open_store(
     backbone : str
         Name as given to ``embcache extract``.
     dataset : str or ImageDataset
-        Its name; or the dataset, and then rows are shown in its order and those of images that it has not are hidden.
+        Its name; or the dataset, which gives the order of the rows and hides those of images that it does not have.
     home : path-like, optional
         Folder of stores; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
     recipe : str, optional
         First digits of the fingerprint, where several recipes are cached.
     views : int, optional
-        Only a store with so many views of each image: rows (D,) for one, (V, D) for more. Default: one view, and
-        where features are only cached in several, those.
+        Only a store with this number of views of each image: rows (D,) for one, (V, D) for more. Default: one view, or
+        several where features are only cached so.
 
     Raises
     ------
@@ -402,12 +488,75 @@ def open_store(
     plain = [s for s in fitting if s.views == 1]
     matching = (plain or fitting) if views is None else [s for s in fitting if s.views == views]
     if not matching:
-        raise nothing_matches(backbone, dataset, home, recipe, views, folders, stores)
+        wanted = f" with {views} view{'s' if views > 1 else ''}" if views is not None else ""
+        wanted += f" under a recipe that begins with {recipe}" if recipe else ""
+        cached = [f"{s.recipe.fingerprint[:12]}" + (f" ({s.views} views)" if s.views > 1 else "") for s in stores]
+        found = "recipes " + ", ".join(cached) if cached else ", ".join(path.name for path in folders)
+        more = f" --views {views}" if views and views > 1 else ""
+        raise StoreNotFoundError(
+            f"no features of {backbone}{wanted} are cached for {name}", code="store-not-found",
+            found=found or "nothing cached for this dataset", where=home_dir(home) / slug(name),
+            fix=f"--recipe {stores[0].recipe.fingerprint[:12]}"
+            if stores and views is None
+            else extract_command(backbone, dataset, home) + more,
+        )  # fmt: skip
     if len(matching) > 1:
-        raise several_match(backbone, dataset, matching)
-    found = matching[0]
-    return found if isinstance(dataset, str) else found.restrict(dataset.table["id"])
+        raise _several_match(backbone, dataset, matching)
+    return matching[0] if isinstance(dataset, str) else matching[0].restrict(dataset.table["id"])
 
 
 def _named(path: Path, backbone: str) -> bool:
     return re.fullmatch(re.escape(slug(backbone)) + "-[0-9a-f]{12}", path.name) is not None
+
+
+def _several_match(backbone: str, dataset: str | NamedTable, matching: Sequence[FeatureStore]) -> RecipeError:
+    """The error where several stores match: in what they differ."""
+
+    def held(store: FeatureStore) -> str:
+        ids = set(store.sources())
+        if isinstance(dataset, str):
+            return f"{len(ids)} images"
+        return f"{len(ids & set(dataset.table['id']))} of the dataset's {len(dataset.table)} images"
+
+    lines = describe_differences([store.recipe for store in matching])
+    numbers = sorted({store.views for store in matching})
+    return RecipeError(
+        f"features of {backbone} are cached for {dataset if isinstance(dataset, str) else dataset.name} under "
+        f"{len(matching)} recipes", code="several-recipes", expected="one",
+        found="\n".join(f"{line}; {held(s)}" for s, line in zip(matching, lines, strict=True)),
+        where=matching[0].path.parent,
+        fix=(
+            *([f"--views {' | '.join(map(str, numbers))}"] if len(numbers) > 1 else []),
+            "--recipe " + " | ".join(s.recipe.fingerprint[:12] for s in matching),
+            f"drop one for good: rm -r {shlex.quote(str(matching[0].path))}",
+        ),
+    )  # fmt: skip
+
+
+def describe_differences(recipes: list[Recipe]) -> list[str]:
+    """One line per recipe, with the fields in which they are not all the same."""
+    names = dict.fromkeys(name for other in recipes[1:] for name in recipes[0].differences(other))
+    lines = []
+    for recipe in recipes:
+        texts = {name: str(recipe.flat().get(name)) for name in names}
+        values = (f"{name} = {text if len(text) <= 40 else text[:16] + '…'}" for name, text in texts.items())
+        lines.append(f"{recipe.fingerprint[:12]}: {', '.join(values)}")
+    return lines
+
+
+def extract_command(backbone: str, dataset: str | NamedTable, home: PathLike | None = None) -> str:
+    """The command that extracts a backbone over a dataset."""
+    words = ["embcache", "extract", "--backbone", backbone]
+    if not isinstance(dataset, LoadedDataset):
+        words += ["--dataset", dataset if isinstance(dataset, str) else dataset.name]
+    else:
+        kind = dataset.kind or dataset.name
+        # What it was loaded from may be a table, where the root is the folder of its images.
+        origin = dataset.origin or dataset.root
+        words += ["--dataset", kind]
+        if kind == "folder" or (origin is not None and kind != "sample" and origin != (data_dir() / kind).resolve()):
+            words += ["--data-root", str(origin or "FOLDER")]
+        words += ["--name", dataset.name] if dataset.name != kind else []
+        words += ["--allow-missing"] if dataset.missing else []
+        words += dataset.columns.words()
+    return shlex.join([*words, "--home", str(home)] if home is not None else words)

@@ -7,18 +7,20 @@ Strings have a fixed length, in UTF-8: variable ones live in a heap whose bytes 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import h5py
 import numpy as np
 
-from embcache.store.rows import (
+from embcache.store.schema import (
     NUMERIC_KINDS,
     Bytes,
     PlainFeatures,
     RowIndex,
     ShardRows,
+    StoreHeader,
+    ViewRows,
     digests_from_bytes,
     digests_to_bytes,
 )
@@ -30,7 +32,7 @@ LIBVER = ("v110", "v110")  # the oldest with virtual datasets; fixed, so that eq
 
 
 def encode_shard(rows: ShardRows, rows_per_shard: int) -> dict[str, bytes]:
-    """Files of a shard, ``{path inside the shard's folder: bytes}``; the same bytes for equal rows."""
+    """Files of a shard; see `StoreFormat`."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver=LIBVER) as file:
         _put(file, "features", rows.features)
@@ -41,68 +43,52 @@ def encode_shard(rows: ShardRows, rows_per_shard: int) -> dict[str, bytes]:
     return {FILE: buffer.getvalue()}
 
 
-def index_files(names: Iterable[str]) -> list[str]:
-    """Those files of a shard that :func:`decode_index` needs."""
-    return list(names)
-
-
-def feature_files(names: Iterable[str]) -> list[str]:
-    """Those files of a shard that :func:`decode_features` needs."""
-    return list(names)
-
-
 def decode_index(files: Mapping[str, Bytes]) -> RowIndex:
-    """Everything but the features of a shard, from its verified bytes."""
+    """Everything but the features of a shard."""
     data = files[FILE]
     with h5py.File(_Verified(data), "r") as file:
-        return RowIndex(
-            ids=_get_strings(file, "ids", data),
-            valid=_get_flags(file, "valid", data),
-            digests=digests_from_bytes(_get(file, "digest", data)),
-            reasons=_get_strings(file, "reason", data),
+        valid = _get(file, "valid", data)
+        if valid.dtype != np.bool_ or (valid.view(np.uint8) > 1).any():
+            raise ValueError("'valid' holds other values than true and false")
+        ids, reasons = (
+            tuple(value.decode("utf-8") for value in _get(file, name, data).tolist()) for name in ("ids", "reason")
         )
+        return RowIndex(ids, valid, digests_from_bytes(_get(file, "digest", data)), reasons)
 
 
 def decode_features(files: Mapping[str, Bytes]) -> np.ndarray:
-    """Features ``(n, *row_shape)`` of a shard, from its verified bytes."""
+    """Features ``(n, *row_shape)`` of a shard."""
     data = files[FILE]
     with h5py.File(_Verified(data), "r") as file:
         return _get(file, "features", data)
 
 
-def plain_features(read: Callable[[str], bytes], sizes: Mapping[str, int]) -> PlainFeatures | None:
+def plain_features(files: Mapping[str, Bytes], sizes: Mapping[str, int]) -> PlainFeatures | None:
     """None: where the features begin is only known once the whole file is verified and parsed."""
-    del read, sizes
+    del files, sizes
     return None
 
 
-def encode_view(
-    ids: list[str],
-    valid: np.ndarray,
-    row_shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    rows_per_shard: int,
-    shard_rows: Mapping[int, int],
-    attributes: Mapping[str, Any],
-) -> tuple[dict[str, bytes], dict[str, str]]:
-    """File ``view.h5``, with a virtual dataset of features over the shards' files and no links; see `StoreFormat`."""
+def encode_view(header: StoreHeader, rows: ViewRows) -> tuple[dict[str, bytes], dict[str, str]]:
+    """File ``view.h5``, with a virtual dataset of features over the shards' files and no links."""
+    dtype, row_shape = header.dtype, header.row_shape
     # h5py's own way to make a virtual dataset stamps it with the time: its bytes could not be compared.
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_obj_track_times(False)
     layout.set_fill_value(np.zeros(1, dtype.newbyteorder("<")))
-    space = h5py.h5s.create_simple((len(ids), *row_shape))
-    for number, rows in shard_rows.items():
-        space.select_hyperslab((number * rows_per_shard, *(0 for _ in row_shape)), (rows, *row_shape))
+    space = h5py.h5s.create_simple((len(rows.ids), *row_shape))
+    for number, n in rows.shard_rows.items():
+        space.select_hyperslab((number * header.rows_per_shard, *(0 for _ in row_shape)), (n, *row_shape))
         # Relative names are looked for beside the file that holds the virtual dataset.
-        source = h5py.h5s.create_simple((rows, *row_shape))
+        source = h5py.h5s.create_simple((n, *row_shape))
         layout.set_virtual(space, f"shards/{number:06d}/{FILE}".encode(), b"features", source)
     space.select_all()
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver=LIBVER) as file:
-        file.attrs.update(attributes)
+        file.attrs.update(rows.attributes)
         h5py.h5d.create(file.id, b"features", h5py.h5t.py_create(dtype.newbyteorder("<")), space, dcpl=layout)
-        file.create_dataset("ids", data=np.array(ids, dtype=object), dtype=h5py.string_dtype("utf-8"))
-        _put(file, "valid", valid)
+        file.create_dataset("ids", data=np.array(rows.ids, dtype=object), dtype=h5py.string_dtype("utf-8"))
+        _put(file, "valid", rows.valid)
     return {view: buffer.getvalue()}, {}
 
 
@@ -146,10 +132,13 @@ def _strings(values: Sequence[str]) -> np.ndarray:
 def _get(file: Any, name: str, data: Bytes) -> np.ndarray:
     """An array's values, over the file's bytes.
 
-    Only where the array begins is asked of HDF5: its filters and conversions, which hostile bytes can crash or have
-    unpack to any size, never run.
+    HDF5 only says where the array begins: its filters and conversions, which hostile bytes can crash or have unpack to
+    any size, never run. Links, external storage and virtual datasets, which could lead to other files, are refused.
     """
-    array = _own(file, name)
+    link = file.get(name, getlink=True)
+    array = file[name] if isinstance(link, h5py.HardLink) else None
+    if not isinstance(array, h5py.Dataset) or array.external or array.is_virtual:
+        raise ValueError(f"{name!r} is no array whose values lie in the shard's own file")
     start, dtype = array.id.get_offset(), np.dtype(array.dtype)
     as_written = (
         start is not None
@@ -162,26 +151,3 @@ def _get(file: Any, name: str, data: Bytes) -> np.ndarray:
     if not as_written:
         raise ValueError(f"{name!r} does not lie in the file as embcache writes it: in one piece, not compressed")
     return np.frombuffer(data, dtype, array.size, start).reshape(array.shape)
-
-
-def _own(file: Any, name: str) -> Any:
-    """An array whose values lie in the file's own bytes: only those were verified.
-
-    HDF5 would also follow links, external storage and virtual datasets to other files.
-    """
-    link = file.get(name, getlink=True)
-    array = file[name] if isinstance(link, h5py.HardLink) else None
-    if not isinstance(array, h5py.Dataset) or array.external or array.is_virtual:
-        raise ValueError(f"{name!r} is no array whose values lie in the shard's own file")
-    return array
-
-
-def _get_flags(file: Any, name: str, data: Bytes) -> np.ndarray:
-    values = _get(file, name, data)
-    if values.dtype != np.bool_ or (values.view(np.uint8) > 1).any():
-        raise ValueError(f"{name!r} holds other values than true and false")
-    return values
-
-
-def _get_strings(file: Any, name: str, data: Bytes) -> tuple[str, ...]:
-    return tuple(value.decode("utf-8") for value in _get(file, name, data).tolist())

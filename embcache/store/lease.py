@@ -12,7 +12,6 @@ import socket
 import threading
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from embcache.errors import StoreError
 from embcache.io import (
@@ -51,20 +50,15 @@ class Lease:
 
     @classmethod
     def acquire(cls, store: Path, number: int, *, ttl: float | None = None) -> Lease | None:
-        """Claim shard ``number`` of a store."""
+        """Claim shard ``number`` of a store; None while another process holds it."""
         ttl = TTL_SECONDS if ttl is None else ttl
-        folder = Path(store) / "leases"
-        path = folder / f"{shard_name(number)}.json"
+        path, staging = Path(store) / "leases" / f"{shard_name(number)}.json", Path(store) / "staging"
         content = json.dumps({"machine": _machine(), "pid": os.getpid(), "token": secrets.token_hex(8)}).encode()
-        if create_exclusive(path, content, staging=folder.parent / "staging"):
+        if create_exclusive(path, content, staging=staging):
             return cls(path, content, ttl)
         with writing(path):
             free = _take_away(path, ttl)
-        if not free:
-            return None
-        if create_exclusive(path, content, staging=folder.parent / "staging"):
-            return cls(path, content, ttl)
-        return None
+        return cls(path, content, ttl) if free and create_exclusive(path, content, staging=staging) else None
 
     @property
     def held(self) -> bool:
@@ -86,9 +80,7 @@ class Lease:
     def __enter__(self) -> Lease:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def _beat(self) -> None:

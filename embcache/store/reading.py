@@ -10,30 +10,30 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+import google_crc32c
 import numpy as np
+import numpy.typing as npt
 
 from embcache.errors import CorruptStoreError, StoreError
-from embcache.io import is_folder, list_folder
-from embcache.paths import home_dir
-from embcache.sealed import unseal
-from embcache.store.formats import FORMATS
-from embcache.store.header import StoreHeader
+from embcache.io import IrregularError, is_folder, list_folder, open_regular, read_regular
+from embcache.paths import PathLike, home_dir
+from embcache.sealed import crc32c, unseal
 from embcache.store.recipe import Recipe
-from embcache.store.rows import Bytes, PlanEntry, RowIndex
-from embcache.store.verified import Scratch, read_file, read_into, refusals_told
+from embcache.store.schema import FORM, FORMATS, Bytes, PlanEntry, RowIndex, StoreHeader, find_format, plan_entries
 
 _T = TypeVar("_T")
 FOLDERS = ("plan", "shards", "leases", "staging")
 _SLACK = 1 << 20  # bytes of fill values that a shard stored otherwise need not hold
+_PIECE = 1 << 18  # bytes read at a time: the checksum finds them in the core's own cache
 _NUMBER = re.compile(r"\d{6,}")
 
 
@@ -68,6 +68,16 @@ def shard_name(number: int) -> str:
     return f"{number:06d}"
 
 
+def plan_path(store: Path, number: int) -> Path:
+    """File of a plan."""
+    return store / "plan" / f"{shard_name(number)}.json"
+
+
+def shard_path(store: Path, number: int) -> Path:
+    """Folder of a shard."""
+    return store / "shards" / shard_name(number)
+
+
 def misplaced(store: Path) -> list[Path]:
     """What lies where a store has its folders and is no real folder: a link could lead out of the home."""
     paths = [store / name for name in FOLDERS]
@@ -78,51 +88,39 @@ def check_folders(store: Path) -> None:
     """Raise a CorruptStoreError where `misplaced` finds anything: nothing is read or written through it."""
     for path in misplaced(store):
         raise CorruptStoreError(
-            "a folder of a feature store is not a real folder",
-            expected="a folder",
-            found="a link" if path.is_symlink() else "a file",
-            where=path,
+            "a folder of a feature store is not a real folder", code="folder-irregular", expected="a folder",
+            found="a link" if path.is_symlink() else "a file", where=path,
             fix="move the folder itself there, or remove what is in its place",
-        )
+        )  # fmt: skip
 
 
 def read_header(store: Path) -> StoreHeader:
     """Read and check ``recipe.json``."""
     check_folders(store)
-    path = store / "recipe.json"
-    fix = recipe_fix(store)
+    path, fix = store / "recipe.json", recipe_fix(store)
     content = unseal(read_file(path, fix), path, fix)
+    if content.get("form") != FORM:
+        raise StoreError(
+            "a feature store has a form that this version of embcache does not read", code="store-form",
+            expected=f"form {FORM}", found=f"form {content.get('form', 1)!r}"[:80], where=path,
+            fix=f"extract again, after rm -r {shlex.quote(str(store))}; or read it with the version that wrote it",
+        )  # fmt: skip
     try:
         recipe = Recipe.from_json(content["recipe"])
-        header = StoreHeader(
-            recipe=recipe,
-            format=content["format"],
-            row_shape=tuple(content["row_shape"]),  # what it holds is the header's to check
-            rows_per_shard=content["rows_per_shard"],
-            batch_size=content["batch_size"],
-            threads=content["threads"],
-            provenance=content["provenance"],
-        )
-    except KeyError as error:
-        raise CorruptStoreError("recipe.json lacks a key", expected=str(error), where=path, fix=fix) from error
-    except TypeError as error:  # sealed by who knows whom: the checksum says nothing of what it covers
+        settled = {field.name: content[field.name] for field in fields(StoreHeader)}
+        header = StoreHeader(**{**settled, "recipe": recipe, "row_shape": tuple(content["row_shape"])})
+    except (KeyError, TypeError) as error:  # the checksum says nothing of what it covers
         raise _not_ours("recipe.json", error, path, fix) from error
     if recipe.fingerprint != content.get("fingerprint") or not store.name.endswith("-" + recipe.fingerprint[:12]):
         raise CorruptStoreError(
-            "a store's recipe is not the one that names it",
-            expected=recipe.fingerprint,
-            found=f"{str(content.get('fingerprint'))[:80]} in a folder called {store.name}",
-            where=path,
-            fix=fix,
-        )
+            "the recipe of a store is not the one that names it", code="recipe-mismatch", expected=recipe.fingerprint,
+            found=f"{str(content.get('fingerprint'))[:80]} in a folder called {store.name}", where=path, fix=fix,
+        )  # fmt: skip
     if header.format not in FORMATS:
         raise StoreError(
-            "a store has a format that this version of embcache does not read",
-            expected=" | ".join(FORMATS),
-            found=header.format,
-            where=path,
-            fix="pip install --upgrade embcache",
-        )
+            "a store has a file format that this version of embcache does not read", code="store-format",
+            expected=" | ".join(FORMATS), found=header.format, where=path, fix="pip install --upgrade embcache",
+        )  # fmt: skip
     return header
 
 
@@ -137,40 +135,44 @@ def committed_numbers(store: Path) -> list[int]:
     return _numbers(_listing(store / "shards", os.DirEntry.is_dir))
 
 
+def _listing(folder: Path, kind: Callable[..., bool]) -> list[str]:
+    with refusals_raised(folder, ""):
+        return [entry.name for entry in list_folder(folder) if kind(entry, follow_symlinks=False)]
+
+
+def _numbers(names: Iterable[str]) -> list[int]:
+    return sorted(int(name) for name in names if _NUMBER.fullmatch(name) and name == shard_name(int(name)))
+
+
 def read_plan(store: Path, number: int) -> tuple[PlanEntry, ...]:
     """Read the rows that a shard owes."""
-    path = store / "plan" / f"{shard_name(number)}.json"
-    fix = f"`{repair_command(store)}`"
+    path, fix = plan_path(store, number), f"`{repair_command(store)}`"
     content = unseal(read_file(path, fix), path, fix, indent=None)
     if content.get("number") != number:
         raise CorruptStoreError(
-            "a plan lies under another number", found=f"plan {content.get('number')}", where=path, fix=fix
-        )
+            "a plan lies under another number", code="plan-number", found=f"plan {content.get('number')}"[:80],
+            where=path, fix=fix,
+        )  # fmt: skip
     try:
-        return tuple(PlanEntry(*row) for row in content["rows"])
-    except (KeyError, TypeError, StoreError) as error:
+        return tuple(plan_entries(content["rows"]))
+    except (KeyError, TypeError, ValueError, StoreError) as error:
         raise _not_ours("a plan", error, path, fix) from error
 
 
 def read_commit(store: Path, number: int) -> CommitRecord:
     """Read what a shard's ``commit.json`` vouches for."""
-    path = store / "shards" / shard_name(number) / "commit.json"
+    folder = shard_path(store, number)
+    path, fix = folder / "commit.json", _recompute(folder)
     try:
-        return read_commit_file(path, _recompute(path.parent))
+        return _parse_commit(read_file(path, fix), path, fix)
     except CorruptStoreError as error:
-        if is_folder(path.parent):
+        if is_folder(folder):
             raise
         raise CorruptStoreError(
-            "a shard is not there any more",
-            found="no folder: `embcache gc` may have removed it since it was listed",
-            where=path.parent,
-            fix=f"run the same command again; if it fails again, {_recompute(path.parent)}",
-        ) from error
-
-
-def read_commit_file(path: Path, fix: str = "") -> CommitRecord:
-    """As :func:`read_commit`, of a ``commit.json`` wherever it lies."""
-    return _parse_commit(read_file(path, fix), path, fix)
+            "a shard no longer exists", code="shard-gone",
+            found="no folder: `embcache gc` may have removed it since it was listed", where=folder,
+            fix=f"run the same command again; if it fails again, {fix}",
+        ) from error  # fmt: skip
 
 
 # Read with the index and, streamed, each epoch: a cache with less room than there are shards would never be of use.
@@ -186,7 +188,9 @@ def _parse_commit(data: bytes, path: Path, fix: str) -> CommitRecord:
         raise _not_ours("a commit", error, path, fix) from error
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
-            raise CorruptStoreError("a commit names a file outside its shard", found=name, where=path, fix=fix)
+            raise CorruptStoreError(
+                "a commit names a file outside its shard", code="outside-shard", found=name, where=path, fix=fix
+            )
     return CommitRecord(rows, files, batch_size, threads)
 
 
@@ -197,36 +201,99 @@ def _count(value: object) -> int:
     return value
 
 
-def _not_ours(what: str, error: Exception, path: Path, fix: str) -> CorruptStoreError:
-    """The error for a sealed file that embcache cannot have written."""
-    found = f"lacks {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-    return CorruptStoreError(f"{what} is not as embcache writes it", found=found[:200], where=path, fix=fix)
+class ShardFiles(Mapping[str, Bytes]):
+    """Verified bytes of a committed shard's files by name, each read when it is first looked up.
+
+    With ``scratch`` the one file of a shard lies in memory that is used again for the next shard.
+    """
+
+    def __init__(self, store: Path, number: int, scratch: Scratch | None = None) -> None:
+        self.folder = shard_path(store, number)
+        self.record = read_commit(store, number)
+        self.sizes = {name: size for name, (size, _) in self.record.files.items()}
+        self.read: dict[str, Bytes] = {}
+        self._scratch = scratch if len(self.sizes) == 1 else None
+
+    def __getitem__(self, name: str) -> Bytes:
+        if name not in self.read:
+            expected = self.record.files[name]
+            # Joined as texts: there are thousands of files, and a Path takes longer to make than such a file to read.
+            path, fix = f"{self.folder}/{name}", _recompute(self.folder)
+            if self._scratch is None:
+                self.read[name] = read_file(path, fix, expected)
+            else:
+                self.check_sizes([name])  # before memory is taken
+                memory = self._scratch.take(expected[0])
+                read_into(path, fix, expected, [memory])
+                self.read[name] = memory.data.toreadonly()
+        return self.read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def decode(self, decode: Callable[[ShardFiles], _T]) -> _T:
+        """What a format makes of the files; anything that it raises is damage."""
+        try:
+            return decode(self)
+        except StoreError:
+            raise
+        except Exception as error:  # zarr and h5py raise many kinds; the bytes match, so the shard was made elsewhere
+            raise CorruptStoreError(
+                "a shard cannot be decoded", code="shard-damaged", found=f"{type(error).__name__}: {error}",
+                where=self.folder, fix=_recompute(self.folder),
+            ) from error  # fmt: skip
+
+    def check_sizes(self, names: Iterable[str]) -> None:
+        """Refuse files that are not as long as the commit says, before anything is read or memory taken for it."""
+        for name in names:
+            path = self.folder / name
+            with refusals_raised(path, _recompute(self.folder)):
+                try:
+                    there = path.lstat().st_size
+                except (FileNotFoundError, NotADirectoryError):
+                    there = -1
+            if there != self.sizes[name]:
+                found = f"{there} bytes" if there >= 0 else "no such file"
+                self.refuse(f"{self.sizes[name]} bytes in {name}", found)
+
+    def check_features(self, header: StoreHeader, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        """Refuse features of another shape or dtype than the store's."""
+        expected = (self.record.rows, *header.row_shape)
+        if shape != expected or dtype != header.dtype:
+            self.refuse(f"{header.dtype} {expected}", f"{dtype} {shape}")
+
+    def refuse(self, expected: str, found: str) -> NoReturn:
+        """Raise the error for a shard that does not hold what its store promises."""
+        raise CorruptStoreError(
+            "a shard does not hold what its store promises", code="shard-damaged", expected=expected, found=found,
+            where=self.folder, fix=_recompute(self.folder),
+        )  # fmt: skip
 
 
-def read_index(store: Path, header: StoreHeader, number: int) -> RowIndex:
+def read_index(store: Path, header: StoreHeader, number: int, files: ShardFiles | None = None) -> RowIndex:
     """Read a shard's rows without their features."""
-    form, record = FORMATS[header.format], read_commit(store, number)
+    files = files or ShardFiles(store, number)
+    rows, held = files.record.rows, sum(files.sizes.values())
     # Arrays are made by these numbers before the features are looked at.
-    row = np.dtype(header.recipe.dtype).itemsize * math.prod(header.row_shape)
-    held = sum(size for size, _ in record.files.values())
-    if record.rows > header.rows_per_shard or record.rows * row > held + _SLACK:
-        _refuse(store, number, f"at most {header.rows_per_shard} rows of {row} bytes", f"{record.rows} in {held} bytes")
-    names = form.index_files(record.files)
-    files = _read_committed(store, number, record, names)
-    _check_sizes(store, number, record, set(record.files).difference(names))
-    index = _decode(form.decode_index, files, store, number)
-    lengths = {len(index.ids), len(index.valid), len(index.digests), len(index.reasons), record.rows}
+    if rows > header.rows_per_shard or rows * header.row_bytes > held + _SLACK:
+        files.refuse(f"at most {header.rows_per_shard} rows of {header.row_bytes} bytes", f"{rows} in {held} bytes")
+    index = files.decode(find_format(header.format).decode_index)
+    # Features are read when they are needed; that none of them is cut short is known at once.
+    files.check_sizes(files.sizes.keys() - files.read.keys())
+    lengths = {len(index.ids), len(index.valid), len(index.digests), len(index.reasons), rows}
     if len(lengths) != 1 or index.valid.dtype != np.bool_:
-        _refuse(store, number, f"{record.rows} rows", f"{len(index.ids)} ids, {len(index.valid)} of valid")
+        files.refuse(f"{rows} rows", f"{len(index.ids)} ids, {len(index.valid)} of valid")
     return index
 
 
-def read_features(store: Path, header: StoreHeader, number: int) -> np.ndarray:
+def read_features(store: Path, header: StoreHeader, number: int, files: ShardFiles | None = None) -> np.ndarray:
     """Read a shard's features, ``(n, *row_shape)`` of the recipe's dtype, rows that are not valid included."""
-    form, record = FORMATS[header.format], read_commit(store, number)
-    files = _read_committed(store, number, record, form.feature_files(record.files))
-    features = _decode(form.decode_features, files, store, number)
-    _check_shape(store, header, number, record, features.shape, features.dtype)
+    files = files or ShardFiles(store, number)
+    features = files.decode(find_format(header.format).decode_features)
+    files.check_features(header, features.shape, features.dtype)
     return features
 
 
@@ -237,44 +304,31 @@ def read_rows(
 
     Shapes: positions (m,); out (m, *row_shape).
     """
-    form, record = FORMATS[header.format], read_commit(store, number)
-    folder = store / "shards" / shard_name(number)
-    fix = _recompute(folder)
-    sizes = {name: size for name, (size, _) in record.files.items()}
-
-    def verified(name: str) -> bytes:
-        return read_file(folder / name, fix, record.files[name])
-
-    plain = _decode(lambda _: form.plain_features(verified, sizes), {}, store, number)
+    files = ShardFiles(store, number, scratch)
+    plain = files.decode(lambda files: find_format(header.format).plain_features(files, files.sizes))
     first, n = int(positions[0]), len(positions)
     run = bool((np.diff(positions) == 1).all())
     if plain is None:
-        names = form.feature_files(record.files)
-        _check_sizes(store, number, record, names)
-        memory = np.split(scratch.take(sum(sizes[name] for name in names)), np.cumsum([sizes[name] for name in names]))
-        for name, target in zip(names, memory, strict=False):
-            read_into(folder / name, fix, record.files[name], [target])
-        files = {name: data.data.toreadonly() for name, data in zip(names, memory, strict=False)}
-        features = _decode(form.decode_features, files, store, number)
-        _check_shape(store, header, number, record, features.shape, features.dtype)
+        features = read_features(store, header, number, files)
         out[...] = features[first : first + n] if run else features[positions]
         return
-    _check_shape(store, header, number, record, plain.shape, plain.dtype)
-    _check_sizes(store, number, record, [plain.file])
-    size, row = sizes[plain.file], out.dtype.itemsize * math.prod(header.row_shape)
+    files.check_features(header, plain.shape, plain.dtype)
+    files.check_sizes([plain.file])
+    path, fix, expected = files.folder / plain.file, _recompute(files.folder), files.record.files[plain.file]
+    size, row = expected[0], header.row_bytes
     if run:
         head, body = first * row, n * row
         rest = scratch.take(max(head, size - head - body))  # read only to be checked
         targets = [rest[:head], out.reshape(-1).view(np.uint8), rest[: size - head - body]]
-        read_into(folder / plain.file, fix, record.files[plain.file], targets)
+        read_into(path, fix, expected, targets)
     else:
         data = scratch.take(size)
-        read_into(folder / plain.file, fix, record.files[plain.file], [data])
-        out[...] = data[: record.rows * row].view(plain.dtype).reshape(plain.shape)[positions]
+        read_into(path, fix, expected, [data])
+        out[...] = data[: files.record.rows * row].view(plain.dtype).reshape(plain.shape)[positions]
 
 
 def unless_collected(store: Path, look: Callable[[], _T]) -> _T:
-    """What ``look`` finds in a store, asked again where `embcache gc` removed what it had listed and not yet read."""
+    """What ``look`` finds in a store; it looks again where `embcache gc` removed what was listed and not yet read."""
     while True:
         listed = {*plan_numbers(store)}, {*committed_numbers(store)}
         try:
@@ -316,76 +370,102 @@ def read_live(store: Path, header: StoreHeader, numbers: Sequence[int] | None = 
 
 
 def row_sources(live: LiveRows, plans: Mapping[int, Sequence[PlanEntry]]) -> list[PlanEntry]:
-    """The source of each live row: size and time as its own shard's plan has them, the digest that was decoded."""
+    """The source of each live row: as its own shard's plan has it, with the digest that was decoded."""
     planned = {number: {entry.id: entry for entry in plans.get(number, ())} for number in set(live.shards.tolist())}
     rows = zip(live.ids, live.shards.tolist(), live.digests, strict=True)
     found = [(planned[shard].get(id_, PlanEntry(id_, -1, -1)), digest) for id_, shard, digest in rows]
-    return [PlanEntry(entry.id, entry.size, entry.mtime_ns, digest or None) for entry, digest in found]
+    return [PlanEntry(entry.id, entry.size, entry.mtime_ns, digest or None, entry.place) for entry, digest in found]
 
 
-def _check_sizes(store: Path, number: int, record: CommitRecord, names: Iterable[str]) -> None:
-    """Refuse files that are not as long as the commit says, before anything is read or memory taken for it."""
-    for name in names:
-        # Features are read when they are asked for; that none of them is cut short is known at once.
-        size, path = record.files[name][0], store / "shards" / shard_name(number) / name
-        with refusals_told(path, _recompute(path.parent)):
-            try:
-                there = path.lstat().st_size
-            except (FileNotFoundError, NotADirectoryError):
-                there = -1
-        if there != size:
-            _refuse(store, number, f"{size} bytes in {name}", f"{there} bytes" if there >= 0 else "no such file")
+class Scratch:
+    """Memory that is used again for file after file; fresh pages cost as much as reading does."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> npt.NDArray[np.uint8]:
+        """``size`` bytes, whatever they hold; the next call may give the same ones."""
+        if len(self._memory) < size:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory[:size]
 
 
-def _check_shape(
-    store: Path, header: StoreHeader, number: int, record: CommitRecord, shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> None:
-    expected = (record.rows, *header.row_shape)
-    if shape != expected or dtype != np.dtype(header.recipe.dtype):
-        _refuse(store, number, f"{header.recipe.dtype} {expected}", f"{dtype} {shape}")
+def read_file(path: PathLike, fix: str, expected: tuple[int, str] | None = None) -> bytes:
+    """The bytes of a file; with ``expected`` (size, crc32c) only those."""
+    with refusals_raised(path, fix):
+        if expected is None:
+            return read_regular(path)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            # A wrong size is refused before reading: a file that grew to gigabytes is not loaded for that.
+            data = file.readall() if size == expected[0] else b""
+    if size != expected[0] or crc32c(data) != expected[1]:
+        raise _other_bytes(path, fix, expected, size, crc32c(data))
+    return data
 
 
-def _read_committed(store: Path, number: int, record: CommitRecord, names: Iterable[str]) -> dict[str, bytes]:
-    folder = store / "shards" / shard_name(number)
-    fix = _recompute(folder)
-    # Joined as texts: there are thousands of files, and a Path takes longer to make than such a file to read.
-    return {name: read_file(f"{folder}/{name}", fix, record.files[name]) for name in names}
+def read_into(path: PathLike, fix: str, expected: tuple[int, str], targets: Sequence[npt.NDArray[np.uint8]]) -> None:
+    """Read a whole file into arrays, one after the other, and check it on the way."""
+    crc = done = 0
+    with refusals_raised(path, fix), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == expected[0]:
+            for target in targets:
+                for start in range(0, len(target), _PIECE):
+                    piece = target[start : start + _PIECE]
+                    filled = 0
+                    while filled < len(piece) and (more := file.readinto(piece[filled:].data)):
+                        filled += more
+                    crc = google_crc32c.extend(crc, piece[:filled])
+                    done += filled
+            size = done  # less where the file was cut short meanwhile
+    if size != expected[0] or f"{crc:08x}" != expected[1]:
+        raise _other_bytes(path, fix, expected, size, f"{crc:08x}")
 
 
-def _decode(decode: Callable[[Mapping[str, Bytes]], _T], files: Mapping[str, Bytes], store: Path, number: int) -> _T:
+@contextmanager
+def refusals_raised(path: PathLike, fix: str) -> Iterator[None]:
+    """Raise what the system refuses as errors of the store: missing is damage, the rest says nothing of the bytes."""
     try:
-        return decode(files)
-    except StoreError:
-        raise
-    except Exception as error:  # zarr and h5py raise many kinds; the bytes match, so the shard was made elsewhere
-        folder = store / "shards" / shard_name(number)
+        yield
+    except IrregularError as error:
         raise CorruptStoreError(
-            "a shard cannot be decoded", found=f"{type(error).__name__}: {error}", where=folder, fix=_recompute(folder)
+            "a file of the feature store is not a plain file", code="file-irregular", found=error.strerror, where=path,
+            fix=fix,
+        ) from error  # fmt: skip
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorruptStoreError(
+            "a file of the feature store is missing", code="file-missing", where=path, fix=fix
         ) from error
+    except OSError as error:
+        raise StoreError(
+            "a file of the feature store cannot be read", code="file-not-readable",
+            found=error.strerror or str(error), where=path, fix="check the disk and its permissions, then try again",
+        ) from error  # fmt: skip
 
 
-def _refuse(store: Path, number: int, expected: str, found: str) -> None:
-    folder = store / "shards" / shard_name(number)
-    raise CorruptStoreError(
-        "a shard does not hold what its store promises",
-        expected=expected,
-        found=found,
-        where=folder,
-        fix=_recompute(folder),
+def _other_bytes(path: PathLike, fix: str, expected: tuple[int, str], size: int, crc: str) -> CorruptStoreError:
+    return CorruptStoreError(
+        "a file of the feature store is not the one that was committed", code="file-changed",
+        expected=f"{expected[0]} bytes, crc32c {expected[1]}",
+        found=f"{size} bytes" + (f", crc32c {crc}" if size == expected[0] else ""), where=path, fix=fix,
+    )  # fmt: skip
+
+
+def _not_ours(what: str, error: Exception, path: Path, fix: str) -> CorruptStoreError:
+    """The error for a sealed file that embcache cannot have written."""
+    found = f"lacks {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+    return CorruptStoreError(
+        f"{what} is not as embcache writes it", code="file-foreign", found=found[:200], where=path, fix=fix
     )
 
 
 def repair_command(store: Path) -> str:
-    """The command that mends a store, to be typed."""
+    """The command that repairs a store."""
     return _repair_command(str(store), os.environ.get("EMBCACHE_HOME"))
 
 
-def recipe_fix(store: Path) -> str:
-    """What to do about a damaged ``recipe.json``: nothing else says what the features are."""
-    return f"restore it from a copy, or move the store away and extract again: mv {shlex.quote(str(store))} FOLDER"
-
-
-@functools.lru_cache(maxsize=256)  # asked for with each file that is read, told with the one that is damaged
+@functools.lru_cache(maxsize=256)  # made for each file that is read, shown for the one that is damaged
 def _repair_command(store: str, _: str | None) -> str:
     path = Path(store)
     backbone = re.sub(r"-[0-9a-f]{12}$", "", path.name)
@@ -394,14 +474,10 @@ def _repair_command(store: str, _: str | None) -> str:
     return shlex.join(words if home == home_dir() else [*words, "--home", str(home)])
 
 
+def recipe_fix(store: Path) -> str:
+    """What to do about a damaged ``recipe.json``: nothing else says what the features are."""
+    return f"restore it from a copy, or move the store away and extract again: mv {shlex.quote(str(store))} FOLDER"
+
+
 def _recompute(folder: Path) -> str:
     return f"`{repair_command(folder.parent.parent)}`: it recomputes this shard only"
-
-
-def _listing(folder: Path, kind: Callable[..., bool]) -> list[str]:
-    with refusals_told(folder, ""):
-        return [entry.name for entry in list_folder(folder) if kind(entry, follow_symlinks=False)]
-
-
-def _numbers(names: Iterable[str]) -> list[int]:
-    return sorted(int(name) for name in names if _NUMBER.fullmatch(name) and name == shard_name(int(name)))

@@ -59,11 +59,18 @@ class Recipe:
     numerics: int
 
     def __post_init__(self) -> None:
-        for name in ("backbone", "architecture", "weights_sha256", "decoder", "pooling", "precision", "dtype"):
-            _require(isinstance(getattr(self, name), str), name, "a string", getattr(self, name))
-        _require(type(self.numerics) is int, "numerics", "an integer", self.numerics)
-        _require(isinstance(self.transform, Mapping), "transform", "an object", self.transform)
-        _require(self.precision in PRECISIONS, "precision", " | ".join(PRECISIONS), self.precision)
+        for name, value in vars(self).items():
+            kind = {"numerics": int, "transform": Mapping}.get(name, str)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise RecipeError(
+                    f"the field {name} of a recipe has another type", code="recipe-field",
+                    expected={int: "an integer", str: "a string"}.get(kind, "an object"), found=repr(value)[:200],
+                )  # fmt: skip
+        if self.precision not in PRECISIONS:
+            raise RecipeError(
+                "the precision of a recipe is unknown", code="recipe-precision", expected=" | ".join(PRECISIONS),
+                found=repr(self.precision)[:200],
+            )  # fmt: skip
         # One shape for equal recipes, whether built from tuples in code or read back from a file.
         object.__setattr__(self, "transform", json.loads(canonical_json(dict(self.transform))))
 
@@ -88,17 +95,16 @@ class Recipe:
         RecipeError
             A field is missing, unknown or of the wrong type: a recipe of another version is never half understood.
         """
-        if not isinstance(data, Mapping):
-            raise RecipeError("a recipe is not a JSON object", found=type(data).__name__)
         names = [field.name for field in fields(cls)]
-        missing, unknown = [n for n in names if n not in data], [n for n in data if n not in names]
-        if missing or unknown:
+        if not isinstance(data, Mapping) or set(data) != set(names):
             raise RecipeError(
-                "a recipe does not have the fields of this version of embcache",
+                "a recipe does not have the fields of this version of embcache", code="recipe-fields",
                 expected=", ".join(names),
-                found=f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(map(str, unknown)) or 'none'}",
+                found="missing or unknown: " + ", ".join(sorted(set(names) ^ set(map(str, data))))[:500]
+                if isinstance(data, Mapping)
+                else type(data).__name__,
                 fix="read it with the version of embcache that wrote it, or extract again",
-            )
+            )  # fmt: skip
         return cls(**data)
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -106,22 +112,15 @@ class Recipe:
 
         Parameters of the transform are compared one by one, as ``transform.NAME``; an absent one is ``None``.
         """
-        mine, theirs = _flat(self.to_json()), _flat(other.to_json())
-        names = [*mine, *(name for name in theirs if name not in mine)]
+        mine, theirs = self.flat(), other.flat()
         return {
             name: (mine.get(name), theirs.get(name))
-            for name in names
+            for name in {**mine, **theirs}
             if (name in mine) != (name in theirs) or canonical_json(mine[name]) != canonical_json(theirs[name])
         }
 
-
-def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **{name: value for name, value in data.items() if name != "transform"},
-        **{f"transform.{name}": value for name, value in data["transform"].items()},
-    }
-
-
-def _require(holds: bool, field: str, expected: str, found: object) -> None:
-    if not holds:
-        raise RecipeError(f"a recipe's field {field} is not as it should be", expected=expected, found=repr(found))
+    def flat(self) -> dict[str, Any]:
+        """Return all fields by name, the parameters of the transform as ``transform.NAME``."""
+        data = self.to_json()
+        transform = data.pop("transform")
+        return data | {f"transform.{name}": value for name, value in transform.items()}

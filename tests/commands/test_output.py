@@ -196,7 +196,7 @@ def test_a_suffix_that_says_something_else_is_refused(
 
 
 def test_an_export_under_another_suffix_is_refused(run: str, home: Path, tmp_path: Path) -> None:
-    from embcache.maintain import export_features
+    from embcache.maintain.export import export_features
     from embcache.store.feature_store import open_store
 
     ds = load_dataset("toy", home=home)
@@ -214,7 +214,7 @@ def test_a_cached_dataset_loads_by_its_name_and_a_slip_names_it(run: str, home: 
 
 
 def test_commands_to_go_on_with_bear_home_and_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from embcache.store.messages import extract_command
+    from embcache.store.feature_store import extract_command
 
     draw(tmp_path / "my images" / "a" / "0.png", 0)
     draw(tmp_path / "my images" / "b" / "1.png", 1)

@@ -27,7 +27,7 @@ from embcache.data.dataset import load_dataset
 from embcache.errors import EmbcacheError
 from embcache.maintain.export import export_features
 from embcache.maintain.gc import collect
-from embcache.maintain.repair import repair_store
+from embcache.maintain.repair import Rebuild, repair_store
 from embcache.maintain.verify import verify_store
 from embcache.probe.probe import probe_features
 from embcache.store.feature_store import FeatureStore, list_stores
@@ -176,7 +176,7 @@ class World:
     def _repair(self) -> None:
         check = verify_store(self.store)
         if check.damage:
-            repair_store(check, lambda: self.dataset, home=self.home, device="cpu")
+            repair_store(check, lambda: self.dataset, Rebuild(home=self.home, device="cpu"))
 
     def _probe(self) -> None:
         probe_features(

@@ -15,9 +15,8 @@ import embcache.maintain.gc as gc
 from embcache.extract import shard_plan as plan
 from embcache.extract.scan import Scan
 from embcache.store.feature_store import FeatureStore
-from embcache.store.header import StoreHeader
 from embcache.store.reading import plan_numbers
-from embcache.store.rows import PlanEntry
+from embcache.store.schema import PlanEntry, StoreHeader
 from tests.crash.interleave import COMMANDS, World, small
 
 

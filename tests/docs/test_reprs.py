@@ -134,7 +134,7 @@ def test_a_result_shows_its_score_labels_and_folds(home: Path) -> None:
     assert result.std is not None
     text = repr(result)
     assert f"{result.metric}: {result.mean:.4f} ± {result.std:.4f}, 95 % " in text
-    assert f"20 training + {result.n_val} validation = {result.labels_used} labels a fold" in text
+    assert f"20 training + {result.n_val} validation = {result.labels_used} labels per fold" in text
     assert f"net {make_recipe('net').fingerprint[:12]}" in text
     assert result.id in text
     assert f"{result.folds[1].score:.4f}" in html_text(result)

@@ -21,7 +21,7 @@ from embcache.errors import StoreError, UsageError
 from embcache.finetune.checkpoint import CheckpointFolder
 from embcache.finetune.finetune_plan import Settings, resume_command
 from embcache.finetune.named import finetune_named
-from embcache.maintain import list_interrupted
+from embcache.maintain.listing import list_interrupted
 from tests.finetune.conftest import QUICK, RESNET, VIT
 
 app = typer.Typer()

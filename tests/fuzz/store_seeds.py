@@ -21,8 +21,8 @@ from embcache.errors import EmbcacheError
 from embcache.sealed import canonical_json, crc32c, seal
 from embcache.store.commit import write_view
 from embcache.store.feature_store import FeatureStore
-from embcache.store.header import StoreHeader
 from embcache.store.reading import (
+    Scratch,
     committed_numbers,
     plan_numbers,
     read_features,
@@ -32,7 +32,7 @@ from embcache.store.reading import (
     read_plan,
     read_rows,
 )
-from embcache.store.verified import Scratch
+from embcache.store.schema import StoreHeader
 from tests.fuzz.image_seeds import hdf5_fields
 from tests.fuzz.mutate import NUMBERS, Change, Field, Seed, mutate
 from tests.store.build import add, make_store

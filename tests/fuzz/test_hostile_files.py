@@ -33,6 +33,7 @@ from tests.fuzz.image_seeds import deflated, png_chunk
 from tests.fuzz.limits import run_each
 from tests.fuzz.store_seeds import damage, store_seeds, template
 from tests.fuzz.weight_seeds import Canary, lying_safetensors, malicious
+from tests.refusal import refused
 from tests.store.build import add, make_store, quick_disk
 
 __all__ = ["quick_disk"]
@@ -286,20 +287,20 @@ def test_no_pickle_runs_wherever_it_is_put(tmp_path: Path, home: Path, kind: str
 @pytest.mark.usefixtures("quick_disk")
 @pytest.mark.parametrize("format", ["zarr", "hdf5"])
 def test_a_store_of_hostile_sizes_takes_no_memory(tmp_path: Path, format: str) -> None:
-    from embcache.store.header import StoreHeader
+    from embcache.store.schema import StoreHeader
     from tests.store.build import RECIPE
 
     usual = functools.partial(StoreHeader, RECIPE, format, batch_size=1, threads=1, provenance={})
     usual(row_shape=(3,), rows_per_shard=4)
     for sizes in ({"row_shape": (2**40,), "rows_per_shard": 4}, {"row_shape": (3,), "rows_per_shard": 10**12}):
-        with pytest.raises(EmbcacheError, match="too large to be true"):
+        with refused(EmbcacheError, "store-header"):
             usual(**sizes)
     store = make_store(tmp_path, format)
     add(store, 0, ["a"])
     (store / "shards" / "000000").rename(store / "shards" / "900000000")
     from embcache.store.commit import write_view
 
-    with pytest.raises(EmbcacheError, match="too many rows for a view"):
+    with refused(EmbcacheError, "view-size"):
         write_view(store)
     assert template(format).is_dir()
 
@@ -314,9 +315,9 @@ def test_a_store_of_hostile_sizes_takes_no_memory(tmp_path: Path, format: str) -
         ("shards/000000/commit.json", {"rows": "1", "files": {}}),
         ("shards/000000/commit.json", {"rows": 1, "files": {"x": {"size": -1, "crc32c": "00000000"}}}),
         ("shards/000000/commit.json", {}),
-        ("plan/000000.json", {"number": 0, "rows": [["a", "1", 2, None]]}),
-        ("plan/000000.json", {"number": 0, "rows": [[1, 1, 2, None]]}),
-        ("plan/000000.json", {"number": 0, "rows": [["a", 1, 2, 7]]}),
+        ("plan/000000.json", {"number": 0, "rows": [["a", "", "1", 2, None]]}),
+        ("plan/000000.json", {"number": 0, "rows": [[1, "", 1, 2, None]]}),
+        ("plan/000000.json", {"number": 0, "rows": [["a", "", 1, 2, 7]]}),
         ("plan/000000.json", {"number": 0, "rows": 7}),
         ("plan/000000.json", {"number": 0}),
     ],

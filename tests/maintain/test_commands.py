@@ -12,6 +12,7 @@ from embcache.cli import app
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreNotFoundError, UsageError
 from tests.maintain.conftest import Make, damage, ds, flip, images, make, quick_disk, tiny
+from tests.refusal import refused
 from tests.store.build import tree
 
 __all__ = ["ds", "images", "make", "quick_disk", "tiny"]
@@ -88,9 +89,9 @@ def test_a_repaired_link_leaves_the_numbers_of_the_store(make: Make, tmp_path: P
 
 
 def test_bad_requests(make: Make, home: Path) -> None:
-    with pytest.raises(StoreNotFoundError, match="nothing is cached"):
+    with refused(StoreNotFoundError, "store-not-found"):
         run("verify")
-    with pytest.raises(UsageError, match="one dataset"):
+    with refused(UsageError, "one-dataset"):
         run("verify", "--dataset", "a,b", "--data-root", "x")
     assert run("verify", "--sample", "-1").exit_code == 2
 

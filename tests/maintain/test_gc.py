@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,8 +26,8 @@ from embcache.io import bytes_under
 from embcache.maintain.gc import collect
 from embcache.maintain.verify import verify_store
 from embcache.store.feature_store import FeatureStore
-from embcache.store.formats import FORMATS
 from embcache.store.lease import Lease
+from embcache.store.schema import FORMATS
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
 from tests.store.build import add, make_rows, make_store, plan, quick_disk, tree
@@ -173,14 +174,14 @@ def test_a_lease_bars_nothing_whatever_its_date(tmp_path: Path) -> None:
         assert held(path) == before
 
 
-def test_rows_that_a_plan_owes_stay_where_they_are(tmp_path: Path) -> None:
+def test_rows_that_a_plan_owes_stay_where_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = build(tmp_path)
     plan(path, 5, ["b"])  # of shard 0: its bytes changed, and nothing has computed it yet
-    said: list[str] = []
-    done = collect(path, say=said.append)
+    caplog.set_level(logging.INFO, "embcache")
+    done = collect(path)
     assert (done.superseded, done.moved, done.shards) == (4, 2, 2)
     assert FeatureStore(path).committed() == (0, 3, 4, 6)
-    assert said[0].startswith("shards 0 hold rows that are to be computed anew")
+    assert "shards 0 hold rows that are planned to be computed again" in caplog.messages[0]
     commit.commit_shard(path, 5, make_rows(["b"], seed=5))
     assert collect(path).shards == 1
     assert FeatureStore(path).committed() == (3, 4, 5, 6, 7)

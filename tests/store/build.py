@@ -21,7 +21,7 @@ FORMATS = ("zarr", "hdf5")
 
 @pytest.fixture
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waiting for the disk: nobody pulls the plug in these tests."""
+    """No waiting for the disk: no power is lost in these tests."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 

@@ -20,6 +20,7 @@ from embcache.errors import StoreError
 from embcache.store.commit import commit_shard
 from embcache.store.lease import Lease
 from tests.crash.faults import Call, between
+from tests.refusal import refused
 from tests.store.build import make_rows, make_store, plan
 
 
@@ -159,7 +160,7 @@ def test_a_disk_that_refuses_a_lease_is_told_and_one_that_refuses_its_end_does_n
     def refuse(call: Call, do: Callable[[], Any]) -> Any:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with between(refuse), pytest.raises(StoreError, match="cannot be written"):
+    with between(refuse), refused(StoreError, "store-not-written"):
         Lease.acquire(store, 0)
     lease = Lease.acquire(store, 0)
     assert lease is not None

@@ -1,0 +1,335 @@
+"""What a store is made of: its header, the rows of its shards, and the two file formats."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from embcache.errors import StoreError
+from embcache.store.recipe import Recipe
+
+FORM = 2
+"""Of all files of a store; any other form is refused."""
+
+MOST_ROW_BYTES = 1 << 28
+MOST_SHARD_ROWS = 1 << 20
+NUMERIC_KINDS = "biufc"  # numpy's kinds of dtype that a row may have
+Bytes = bytes | memoryview  # verified bytes of a file; of a memoryview only until its memory is used again
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NUMBERED = re.compile(r"(.*?)(\d{1,15})", re.DOTALL | re.ASCII)
+
+
+@dataclass(frozen=True)
+class StoreHeader:
+    """What ``recipe.json`` says: the recipe, and what was settled when the store was created."""
+
+    recipe: Recipe
+    format: str
+    row_shape: tuple[int, ...]
+    rows_per_shard: int
+    batch_size: int
+    threads: int
+    provenance: Mapping[str, Any]
+    runtime: str = "eager"  # what executes the network
+
+    def __post_init__(self) -> None:
+        sizes = (self.rows_per_shard, self.batch_size, self.threads, *self.row_shape)
+        names = isinstance(self.format, str) and isinstance(self.runtime, str) and isinstance(self.provenance, Mapping)
+        if not names or not all(type(size) is int and size > 0 for size in sizes):
+            raise StoreError(
+                "the header of a store is not as it should be", code="store-header",
+                expected="whole numbers of at least 1, names of format and runtime, and an object as provenance",
+                found=f"{sizes}, {self.format}, {self.runtime}"[:200],
+            )  # fmt: skip
+        try:
+            dtype = np.dtype(self.recipe.dtype)
+        except TypeError:
+            dtype = np.dtype(object)
+        if dtype.kind not in NUMERIC_KINDS:
+            raise StoreError(
+                "features need a dtype of numbers", code="store-dtype", expected="such as float32",
+                found=self.recipe.dtype,
+            )  # fmt: skip
+        if self.row_bytes > MOST_ROW_BYTES or self.rows_per_shard > MOST_SHARD_ROWS:
+            # Memory is reserved by these numbers before a shard is read.
+            raise StoreError(
+                "the rows or shards of a store are too large to be true", code="store-header",
+                expected=f"at most {MOST_ROW_BYTES:,} bytes per row and {MOST_SHARD_ROWS:,} rows per shard",
+                found=f"{self.row_bytes:,} bytes per row, {self.rows_per_shard:,} rows per shard",
+            )  # fmt: skip
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the features."""
+        return np.dtype(self.recipe.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of the features of one row."""
+        return self.dtype.itemsize * math.prod(self.row_shape)
+
+    def check_rows(self, rows: ShardRows, planned: Sequence[str]) -> None:
+        """Raise a StoreError unless ``rows`` are those of the plan, of this store's shape and dtype."""
+        if list(rows.ids) != list(planned):
+            raise StoreError(
+                "the rows of a shard are not those of its plan", code="rows-not-planned",
+                expected=f"{len(planned)} ids in the plan's order",
+                found=f"{len(rows.ids)} ids, {len(set(planned) & set(rows.ids))} of them planned",
+            )  # fmt: skip
+        if rows.features.shape[1:] != self.row_shape or rows.features.dtype != self.dtype:
+            raise StoreError(
+                "the features do not fit their store", code="features-mismatch",
+                expected=f"{self.dtype} {(len(planned), *self.row_shape)}", found=_shape(rows.features),
+            )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data, with the form and the recipe's full fingerprint."""
+        return {
+            "form": FORM,
+            "fingerprint": self.recipe.fingerprint,
+            "recipe": self.recipe.to_json(),
+            "format": self.format,
+            "row_shape": list(self.row_shape),
+            "rows_per_shard": self.rows_per_shard,
+            "batch_size": self.batch_size,
+            "threads": self.threads,
+            "runtime": self.runtime,
+            "provenance": dict(self.provenance),
+        }
+
+
+@dataclass(frozen=True, slots=True)  # a plan of a million images has as many
+class PlanEntry:
+    """One row that a shard owes, and the state in which its source file was seen."""
+
+    id: str  # the image's id in its dataset
+    size: int  # bytes of the source file when planned; -1 where unknown
+    mtime_ns: int  # its modification time in nanoseconds; -1 where unknown
+    digest: str | None = None  # sha256 of the image's bytes, 64 hex digits, once known
+    place: str = ""  # inside a container file; "" where the file is the image
+
+    def __post_init__(self) -> None:
+        check_id(self.id)
+        if type(self.size) is not int or type(self.mtime_ns) is not int or not isinstance(self.place, str):
+            raise StoreError(
+                "an entry of a plan has values of other types", code="plan-entry",
+                found=f"{self.size!r}, {self.mtime_ns!r}, {self.place!r}"[:200],
+            )  # fmt: skip
+        if self.digest is not None:
+            _check_digest(self.digest)
+
+
+def plan_rows(entries: Sequence[PlanEntry]) -> list[list[Any]]:
+    """Entries as they are written: ``[id, place, size, mtime_ns, digest]``, or a range of rows of one container.
+
+    A range is ``[[prefix, width], [first, count], size, mtime_ns, null]``: row n is at the place n and its id is the
+    prefix and n in at least ``width`` digits.
+    """
+    written: list[list[Any]] = []
+    for entry in entries:
+        state = [entry.size, entry.mtime_ns, entry.digest]
+        named = _NUMBERED.fullmatch(entry.id) if entry.place and entry.digest is None else None
+        if named is None or f"{entry.place:0>{len(named[2])}}" != named[2] or entry.place != str(int(named[2])):
+            written.append([entry.id, entry.place, *state])
+            continue
+        number, ids, last = int(named[2]), [named[1], len(named[2])], written[-1] if written else None
+        if last and isinstance(last[0], list) and last[0] == ids and last[2:] == state and sum(last[1]) == number:
+            last[1][1] += 1
+        else:
+            written.append([ids, [number, 1], *state])
+    return written
+
+
+def plan_entries(rows: Sequence[Any]) -> list[PlanEntry]:
+    """The inverse of `plan_rows`; TypeError, ValueError or StoreError where the rows are not of this form."""
+    entries: list[PlanEntry] = []
+    for ids, place, size, mtime_ns, digest in rows:
+        if isinstance(ids, str):
+            entries.append(PlanEntry(ids, size, mtime_ns, digest, place))
+            continue
+        (prefix, width), (first, count) = ids, place
+        numbers = [width, first, count]
+        if not isinstance(prefix, str) or not all(type(n) is int and 0 <= n < 10**15 for n in numbers):
+            raise TypeError(f"a range of rows {[ids, place]!r}"[:200])
+        if not (1 <= width <= 15 and 1 <= count <= MOST_SHARD_ROWS - len(entries)):
+            raise ValueError(f"a range of {count} rows, in ids of {width} digits")
+        for n in range(first, first + count):
+            entries.append(PlanEntry(f"{prefix}{n:0{width}d}", size, mtime_ns, digest, str(n)))
+    return entries
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """What a shard says of its rows apart from the features."""
+
+    ids: tuple[str, ...]  # unique within the shard
+    valid: np.ndarray  # (n,); false where the image could not be read
+    digests: tuple[str, ...]  # sha256 of each image's bytes, 64 hex digits, ``""`` where unknown
+    reasons: tuple[str, ...]  # why a row is not valid; ``""`` where it is
+
+
+@dataclass(frozen=True)
+class PlainFeatures:
+    """The file of a shard that begins with its features, row by row as they lie in memory."""
+
+    file: str  # its name in the shard
+    shape: tuple[int, ...]  # (n, *row_shape); the file may hold more, which is padding
+    dtype: np.dtype[Any]  # in this machine's byte order
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """The computed rows of one shard; features of rows that are not valid become zeros."""
+
+    ids: tuple[str, ...]  # unique, UTF-8, without NUL
+    features: np.ndarray  # (n, *row_shape); any numeric or boolean dtype of numpy
+    valid: np.ndarray  # (n,); false where the image could not be read
+    digests: tuple[str, ...]  # sha256 of each image's bytes, 64 hex digits, ``""`` where unknown
+    reasons: tuple[str, ...]  # why a row is not valid
+
+    def __post_init__(self) -> None:
+        n = len(self.ids)
+        problem = (
+            f"valid is {_shape(self.valid)}, not bool ({n},)"
+            if self.valid.shape != (n,) or self.valid.dtype != np.bool_
+            else f"features are {_shape(self.features)}, not numbers ({n}, …)"
+            if self.features.shape[:1] != (n,) or self.features.dtype.kind not in NUMERIC_KINDS
+            else f"{len(self.digests)} digests, {len(self.reasons)} reasons"
+            if len(self.digests) != n or len(self.reasons) != n
+            else next(
+                (
+                    f"{id_!r}: valid is {bool(valid)}, reason {reason!r}"
+                    for id_, valid, reason in zip(self.ids, self.valid, self.reasons, strict=True)
+                    if bool(valid) == bool(reason)
+                ),
+                "",
+            )
+        )
+        if problem:
+            raise StoreError(
+                "the rows of a shard contradict each other", code="shard-rows",
+                expected="one value per id in every column, and a reason exactly where a row is not valid",
+                found=problem,
+            )  # fmt: skip
+        check_ids(self.ids)
+        for digest in filter(None, self.digests):
+            _check_digest(digest)
+        storable = (text.encode("utf-8", "backslashreplace").decode("utf-8") for text in self.reasons)
+        object.__setattr__(self, "reasons", tuple(text.replace("\0", "\\x00") for text in storable))
+
+    def blanked(self) -> ShardRows:
+        """Return the rows with zeros for features that are not valid.
+
+        What a network made of an unreadable image depends on its neighbors in the batch: it is never kept.
+        """
+        if not self.features[~self.valid].any():
+            return self  # nothing to blank: a shard of pixels is not copied for it
+        features = self.features.copy()
+        features[~self.valid] = 0
+        return replace(self, features=features)
+
+
+def check_id(id_: str) -> None:
+    """Raise a StoreError unless ``id_`` is a non-empty string of UTF-8 without NUL."""
+    if isinstance(id_, str) and id_.isascii() and id_ and "\0" not in id_:
+        return  # nearly all: a plan of a million images asks for each
+    try:
+        fits = isinstance(id_, str) and id_ != "" and "\0" not in id_
+        str(id_).encode("utf-8")
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
+        raise StoreError(
+            "an id cannot be stored", code="id-not-storable", expected="UTF-8, not empty, without NUL",
+            found=repr(id_)[:400],
+        )  # fmt: skip
+
+
+def check_ids(ids: Sequence[str]) -> None:
+    """Raise a StoreError unless every id can be stored and there is at least one, and none twice."""
+    if not ids:
+        raise StoreError("a shard has no rows", code="shard-empty", expected="at least one id")
+    seen: set[str] = set()
+    for id_ in ids:
+        check_id(id_)
+        if id_ in seen:
+            raise StoreError(
+                "an id occurs twice in one shard", code="id-repeated", found=repr(id_),
+                fix="make the dataset's ids unique",
+            )  # fmt: skip
+        seen.add(id_)
+
+
+def _check_digest(digest: str) -> None:
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise StoreError("a digest is not a sha256", code="digest", expected="64 hex digits", found=repr(digest)[:100])
+
+
+def digests_to_bytes(digests: Sequence[str]) -> np.ndarray:
+    """Hex digests as ``uint8 (n, 32)``; a row of zeros where unknown."""
+    raw = b"".join(bytes.fromhex(digest) if digest else bytes(32) for digest in digests)
+    return np.frombuffer(raw, np.uint8).reshape(len(digests), 32)
+
+
+def digests_from_bytes(raw: np.ndarray) -> tuple[str, ...]:
+    """Invert :func:`digests_to_bytes`."""
+    digits, unknown = raw.tobytes().hex(), "0" * 64
+    found = (digits[start : start + 64] for start in range(0, len(digits), 64))
+    return tuple("" if digest == unknown else digest for digest in found)
+
+
+def _shape(array: np.ndarray) -> str:
+    return f"{array.dtype} {array.shape}"
+
+
+@dataclass(frozen=True)
+class ViewRows:
+    """The rows of a view over all shards.
+
+    Row ``N * rows_per_shard + i`` is row ``i`` of shard ``N``; where there is none its id is ``""``.
+    """
+
+    ids: list[str]
+    valid: np.ndarray  # (len(ids),); true for live rows that could be read
+    shard_rows: Mapping[int, int]  # rows of each committed shard
+    attributes: Mapping[str, Any]
+
+
+class StoreFormat(Protocol):
+    """Rows ⇄ bytes: what `embcache.store.zarr_format` and `embcache.store.hdf5_format` have in common.
+
+    Neither touches the disk. Files of a shard are ``{path inside the shard's folder: verified bytes}``, read when they
+    are looked up.
+    """
+
+    name: str  # the value of --format
+    view: str  # file or folder over all shards, for plain readers
+
+    def encode_shard(self, rows: ShardRows, rows_per_shard: int) -> dict[str, bytes]:
+        """Files of a shard; equal rows give equal bytes."""
+
+    def decode_index(self, files: Mapping[str, Bytes]) -> RowIndex:
+        """Rows without their features."""
+
+    def decode_features(self, files: Mapping[str, Bytes]) -> np.ndarray:
+        """Features ``(n, *row_shape)``, often over the bytes given; not to be written to."""
+
+    def plain_features(self, files: Mapping[str, Bytes], sizes: Mapping[str, int]) -> PlainFeatures | None:
+        """Which file can be read straight into an array; None where `decode_features` is needed."""
+
+    def encode_view(self, header: StoreHeader, rows: ViewRows) -> tuple[dict[str, bytes], dict[str, str]]:
+        """Files, and links with their targets, of the view; paths are relative to the store."""
+
+
+FORMATS = ("zarr", "hdf5")
+
+
+def find_format(name: str) -> StoreFormat:
+    """A format by its name, imported when it is first used: reading Zarr needs no HDF5."""
+    return cast(StoreFormat, import_module(f"embcache.store.{name}_format"))

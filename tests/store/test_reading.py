@@ -1,0 +1,84 @@
+"""Reading shards whose files are out of the ordinary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import embcache.store.reading as reading
+from embcache.errors import CorruptStoreError, StoreError
+from embcache.store.feature_store import open_store
+from embcache.store.reading import Scratch
+from embcache.store.schema import find_format
+from embcache.store.zarr_format import is_group, parse_array
+from tests.refusal import refused
+from tests.store.build import add, make_store
+
+DEEP = b"[" * 200_000
+
+
+def test_metadata_nested_deeper_than_the_stack_is_left_to_zarr() -> None:
+    assert parse_array(DEEP) is None
+    assert not is_group(DEEP)
+
+
+def test_what_a_format_raises_while_rows_are_read_is_an_error_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_store(tmp_path)
+    add(path, 0, ["a", "b", "c"])
+    header = reading.read_header(path)
+    form = find_format(header.format)
+
+    def fail(*_: Any) -> None:
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(form, "plain_features", fail)
+    out = np.empty((3, 3), np.float32)
+    with refused(CorruptStoreError, "shard-damaged"):
+        reading.read_rows(path, header, 0, np.arange(3), out, Scratch())
+
+    def refuse(*_: Any) -> None:
+        raise StoreError("the disk is gone")
+
+    monkeypatch.setattr(form, "plain_features", refuse)
+    with pytest.raises(StoreError, match="the disk is gone"):
+        reading.read_rows(path, header, 0, np.arange(3), out, Scratch())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (NotADirectoryError(20, "Not a directory"), CorruptStoreError, "no such file"),
+        (PermissionError(13, "Permission denied"), StoreError, "cannot be read"),
+    ],
+)
+def test_features_that_cannot_be_looked_at_are_an_error_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, kind: type[StoreError], told: str
+) -> None:
+    path = make_store(tmp_path)
+    add(path, 0, ["a", "b", "c"])
+    header = reading.read_header(path)
+    original = Path.stat
+
+    def stat(self: Path, **options: Any) -> Any:
+        if "features" in self.parts:
+            raise error
+        return original(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(kind, match=told):
+        reading.read_index(path, header, 0)
+
+
+def test_shards_of_rows_can_be_seen_and_not_changed(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    add(path, 0, ["a", "b", "c", "d"])
+    add(path, 1, ["e"])
+    shards = open_store("random", "ds", home=tmp_path).features.shards
+    assert shards.tolist() == [0, 0, 0, 0, 1]
+    with pytest.raises(ValueError, match="read-only"):
+        shards[0] = 1
