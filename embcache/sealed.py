@@ -1,17 +1,22 @@
-"""Small JSON files that carry a checksum of their own, so that no flipped bit in them goes unnoticed."""
+"""Files that carry checksums of their own, so that no flipped bit goes unnoticed: small JSON, and Parquet."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 
 from embcache.errors import CorruptStoreError, RecipeError
 from embcache.io import open_regular, read_regular
 from embcache.typed import parse
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _CHUNK = 1 << 20
 _LEAVES = (str, int, float, type(None))
@@ -98,3 +103,14 @@ def unseal(data: bytes, where: Path, fix: str, *, indent: int | None = 1) -> dic
             fix=fix,
         )
     return dict(content)
+
+
+def open_parquet(data: bytes, columns: list[str] | None = None) -> tuple[pq.ParquetFile, pa.Table]:
+    """A Parquet file that others can write, and its table."""
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names) or file.metadata.num_rows > 4 * len(data):
+        raise ValueError(f"{file.metadata.num_rows:,} rows and {len(names):,} columns in {len(data):,} bytes")
+    return file, file.read(columns=columns)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from embcache.errors import DatasetError
 from embcache.io import home_folders, read_regular
 from embcache.paths import PathLike, home_dir, slug
+from embcache.sealed import open_parquet
 from embcache.typed import parse, typed
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
 FILE = "dataset.parquet"
 _META, _CHECK = b"embcache", b"embcache-check"
@@ -34,17 +34,6 @@ def encode_snapshot(table: pa.Table, meta: dict[str, Any]) -> bytes:
     sink = io.BytesIO()
     pq.write_table(described, sink, write_page_checksum=True)
     return sink.getvalue()
-
-
-def open_parquet(data: bytes, columns: list[str] | None = None) -> tuple[pq.ParquetFile, pa.Table]:
-    """A Parquet file that others can write, and its table."""
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
-    names = file.schema_arrow.names
-    if len(set(names)) < len(names) or file.metadata.num_rows > 4 * len(data):
-        raise ValueError(f"{file.metadata.num_rows:,} rows and {len(names):,} columns in {len(data):,} bytes")
-    return file, file.read(columns=columns)
 
 
 def decode_snapshot(data: bytes, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:

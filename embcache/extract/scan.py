@@ -29,12 +29,12 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.files import FileState, is_inside, stat_files
 from embcache.data.headers import is_square_of
 from embcache.data.images import DECODER_VERSION, Source, read_image, read_size
-from embcache.data.snapshot import open_parquet
 from embcache.errors import ImageError
 from embcache.extract.batching import medium_failed
 from embcache.extract.extract_request import default_workers, image_root, none_readable
 from embcache.io import read_regular
 from embcache.paths import PathLike, home_dir, slug
+from embcache.sealed import open_parquet
 from embcache.store.commit import write_scan
 
 # Size of a file that is not there: such images are planned too, and quarantined with the reason when computed.

@@ -23,14 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from embcache.data.snapshot import open_parquet
 from embcache.errors import StoreError, StoreNotFoundError, UsageError
 from embcache.io import discard, is_folder, read_regular, replace_file, replace_folder
 from embcache.paths import PathLike, home_dir
 from embcache.probe.metrics import find_metric
 from embcache.runs.result import PROTOCOL_VERSION, FoldResult, ProbeResult, run_id
 from embcache.runs.run_names import real_runs_dir, run_folders, runs_dir
-from embcache.sealed import crc32c, file_checksum, read_sealed, seal
+from embcache.sealed import crc32c, file_checksum, open_parquet, read_sealed, seal
 from embcache.typed import typed
 
 __all__ = [
