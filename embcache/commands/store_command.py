@@ -29,7 +29,7 @@ from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import home_dir
 
 if TYPE_CHECKING:
-    from embcache.data.chosen import Columns
+    from embcache.config import DatasetRef
     from embcache.maintain import InterruptedRun, StoreInfo
 
 
@@ -150,7 +150,7 @@ def export(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     *,
-    columns: Columns,
+    columns: DatasetRef,
 ) -> None:
     """Write features, labels, groups and splits of one store as one file for other tools.
 

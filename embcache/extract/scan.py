@@ -27,7 +27,7 @@ from embcache.backbones.transforms import Transform, choose_transform
 from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import FileState, is_inside, stat_files
-from embcache.data.headers import is_square_of
+from embcache.data.formats import is_square_of
 from embcache.data.images import DECODER_VERSION, Source, read_image, read_size
 from embcache.errors import ImageError
 from embcache.extract.batching import medium_failed

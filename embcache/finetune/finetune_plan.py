@@ -217,7 +217,7 @@ def resume_command(ds: ImageDataset, backbones: Sequence[str], settings: Setting
     words += ["--data-root", str(ds.origin)] if ds.origin is not None else []
     words += ["--name", ds.name] if ds.name != ds.kind else []
     words += ["--allow-missing"] if ds.missing else []
-    words += [*ds.columns.words(), *class_flags(ds.renamed)]
+    words += [*ds.read_options(), *class_flags(ds.renamed)]
     for option in fields(Settings):
         value, flag = getattr(settings, option.name), "--" + option.name.replace("_", "-")
         if option.name not in ("head", "subset") and value == option.default:

@@ -18,7 +18,7 @@ import pandas as pd
 
 from embcache.data.classes import class_words
 from embcache.data.dataset import ImageDataset, find_dataset
-from embcache.data.labels import read_table
+from embcache.data.tables import read_table
 from embcache.errors import ProtocolError, UsageError
 from embcache.io import write_output
 from embcache.paths import PathLike

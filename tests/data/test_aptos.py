@@ -18,7 +18,7 @@ def write_layout(root: Path) -> Path:
     return root
 
 
-def test_grades_patients_and_an_unlabelled_test_set(tmp_path: Path) -> None:
+def test_grades_patients_and_an_unlabeled_test_set(tmp_path: Path) -> None:
     ds = load_dataset("aptos", write_layout(tmp_path))
     assert ds.labels.tolist() == [2, 4, 1, 0, 3, -1, -1]
     assert ds.class_names[2] == "moderate"

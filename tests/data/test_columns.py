@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from embcache.data.columns import column_values, columns, retarget
+from embcache.data.classes import column_values, columns, retarget
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetError, UsageError
 

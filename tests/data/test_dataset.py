@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embcache.data.dataset import DATASETS, ImageDataset, find_dataset, load_dataset
+from embcache.data.dataset import ImageDataset, find_dataset, load_dataset
+from embcache.data.published import find_layout
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.paths import slug
 from tests.data.pictures import write_image
@@ -40,7 +41,7 @@ def test_columns_are_given_as_arrays_and_one_split_can_be_selected() -> None:
     assert ds.select("test").table.index.tolist() == [0]
     assert ds.file_path(1) == Path("/nowhere/b.png")
     assert "train: 2 (1 cat, 1 dog)" in repr(ds)
-    assert "1 unlabelled" in repr(ds)
+    assert "1 unlabeled" in repr(ds)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +165,8 @@ def test_a_root_that_is_not_there_tells_the_layout_and_the_download(name: str, h
     with pytest.raises(DatasetNotFoundError) as caught:
         load_dataset(name)
     message = str(caught.value)
-    assert DATASETS[name].expected.split("\n")[0] in message
-    assert f"kagglehub.{DATASETS[name].download}" in message
+    assert find_layout(name).expected.split("\n")[0] in message
+    assert f"kagglehub.{find_layout(name).download}" in message
     assert str(home.parent / "data" / name) in message
 
 
@@ -184,7 +185,7 @@ def test_a_folder_dataset_needs_a_folder(home: Path) -> None:
 def test_a_name_that_would_mislead_is_refused(tmp_path: Path, name: str) -> None:
     write_image(tmp_path / "cat" / "a.png")
     with pytest.raises(UsageError):
-        load_dataset("folder", tmp_path, dataset_name=name)
+        load_dataset("folder", tmp_path, name=name)
 
 
 def test_a_folder_that_may_not_be_read_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,14 +274,14 @@ def test_the_snapshot_serves_when_the_folder_is_empty(home: Path, pets: Path) ->
 
 
 def test_a_wrong_root_is_an_error_even_with_a_snapshot(home: Path, pets: Path) -> None:
-    ds = load_dataset("folder", pets, dataset_name="pets")
+    ds = load_dataset("folder", pets, name="pets")
     keep(ds, home)
     with pytest.raises(DatasetNotFoundError):
         find_dataset("pets", root=pets.parent / "nowhere")
 
 
 def test_a_named_dataset_keeps_its_name_when_it_is_moved(home: Path, pets: Path) -> None:
-    ds = load_dataset("folder", pets, dataset_name="pets")
+    ds = load_dataset("folder", pets, name="pets")
     keep(ds, home)
     moved = pets.rename(pets.parent / "moved")
     found, origin = find_dataset("pets", root=moved)
@@ -300,7 +301,7 @@ def test_without_files_or_snapshot_the_error_is_that_of_loading(home: Path) -> N
 
 
 def test_a_kind_that_is_named_is_loaded_whatever_is_cached_by_that_name(home: Path, pets: Path, tmp_path: Path) -> None:
-    keep(load_dataset("folder", pets, dataset_name="mine"), home)
+    keep(load_dataset("folder", pets, name="mine"), home)
     for i, name in enumerate(["NORMAL/IM-0001-0001.jpeg", "PNEUMONIA/person1_virus_1.jpeg"]):
         write_image(tmp_path / "xray" / "train" / name, i)
     found, _ = find_dataset("pneumonia", root=tmp_path / "xray", dataset_name="mine")

@@ -49,7 +49,7 @@ def test_numbered_class_folders_are_ordered_by_value(tmp_path: Path) -> None:
     assert ds.metric == "macro_auc"
 
 
-def test_split_folders_give_splits_and_flat_test_images_are_unlabelled(tmp_path: Path) -> None:
+def test_split_folders_give_splits_and_flat_test_images_are_unlabeled(tmp_path: Path) -> None:
     root = fill(
         tmp_path, "train/a/1.png", "train/b/2.png", "valid/a/3.png", "test/b/4.png", "test/5.png", "docs/x/6.png"
     )
@@ -114,7 +114,7 @@ def test_the_name_tells_the_folder_and_two_of_one_name_differ(tmp_path: Path) ->
     assert one.name == f"mammo-{hashlib.sha256(bytes((tmp_path / 'x' / 'mammo').resolve())).hexdigest()[:8]}"
     assert one.name != two.name
     assert load_dataset("folder", tmp_path / "x" / ".." / "x" / "mammo").name == one.name
-    assert load_dataset("folder", tmp_path / "x" / "mammo", dataset_name="mine").name == "mine"
+    assert load_dataset("folder", tmp_path / "x" / "mammo", name="mine").name == "mine"
     assert one.kind == "folder"
 
 
@@ -261,8 +261,8 @@ def test_classes_that_differ_in_case_are_merged_only_on_request(tmp_path: Path, 
         load_dataset("folder", root)
     assert caught.value.found == "Normal (1), normal (2)"
     assert caught.value.fix == "--merge-class Normal+normal=normal"
-    ds = load_dataset("folder", root, columns={"merge_class": ["Normal+normal=normal", "sick+normal=x"]})
+    ds = load_dataset("folder", root, merge_class=["Normal+normal=normal", "sick+normal=x"])
     assert ds.class_names == ("normal", "sick")
-    assert ds.columns.merge_class == ("Normal+normal=normal",)
+    assert ds.ref.merge_class == ("Normal+normal=normal",)
     assert any("classes Normal, normal are one class, normal" in note for note in ds.notes)
     assert ClassOptions(merge=("Normal+normal=normal",)).of(ds) is ds  # a probe that is asked to merge them again

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from embcache.data import images
 from embcache.data.budget import Decoding
-from embcache.data.gray import scale_to_bytes
+from embcache.data.formats import scale_to_bytes
 from embcache.data.images import decode_image, read_image, read_size
 from embcache.errors import DatasetError, ImageError
 from tests.data.pictures import encode, write_image
@@ -48,7 +48,7 @@ def test_every_mode_becomes_rgb_as_pillow_converts_it(mode: str, format: str) ->
     assert np.array_equal(decoded, expected)
 
 
-def test_alpha_is_dropped_and_the_colours_beneath_stay() -> None:
+def test_alpha_is_dropped_and_the_colors_beneath_stay() -> None:
     alpha = Image.fromarray(np.arange(45, dtype=np.uint8).reshape(5, 9))
     with_alpha = PICTURE.copy()
     with_alpha.putalpha(alpha)
@@ -62,10 +62,10 @@ def test_a_palette_with_transparency_decodes_without_a_warning() -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_is_scaled_by_its_own_range(format: str) -> None:
-    grey = np.array([[1000, 2000], [3000, 5000]], dtype=np.uint16)
-    decoded = decode_image(encode(Image.fromarray(grey), format))
-    expected = np.rint((grey - 1000) / 4000 * 255).astype(np.uint8)
+def test_sixteen_bit_gray_is_scaled_by_its_own_range(format: str) -> None:
+    gray = np.array([[1000, 2000], [3000, 5000]], dtype=np.uint16)
+    decoded = decode_image(encode(Image.fromarray(gray), format))
+    expected = np.rint((gray - 1000) / 4000 * 255).astype(np.uint8)
     assert np.array_equal(decoded, np.repeat(expected[..., None], 3, axis=2))
 
 
@@ -74,9 +74,9 @@ def test_a_constant_sixteen_bit_image_is_black() -> None:
     assert not decoded.any()
 
 
-def test_floating_point_grey_passes_over_what_is_not_finite() -> None:
-    grey = np.array([[0.0, 0.5], [1.0, np.nan]], dtype=np.float32)
-    decoded = decode_image(encode(Image.fromarray(grey), "TIFF"))[..., 0]
+def test_floating_point_gray_passes_over_what_is_not_finite() -> None:
+    gray = np.array([[0.0, 0.5], [1.0, np.nan]], dtype=np.float32)
+    decoded = decode_image(encode(Image.fromarray(gray), "TIFF"))[..., 0]
     assert decoded.tolist() == [[0, 128], [255, 0]]
 
 
@@ -106,12 +106,12 @@ def test_exif_orientation_is_applied_as_pillow_applies_it(tmp_path: Path, format
     assert read_size(tmp_path, "turned") == (decoded.shape[1], decoded.shape[0])
 
 
-def test_exif_orientation_turns_sixteen_bit_grey_too() -> None:
-    grey = np.arange(6, dtype=np.uint16).reshape(2, 3) * 51
+def test_exif_orientation_turns_sixteen_bit_gray_too() -> None:
+    gray = np.arange(6, dtype=np.uint16).reshape(2, 3) * 51
     exif = Image.Exif()
     exif[0x0112] = 6
-    decoded = decode_image(encode(Image.fromarray(grey), "PNG", exif=exif))[..., 0]
-    assert np.array_equal(decoded, np.rot90(grey, -1))
+    decoded = decode_image(encode(Image.fromarray(gray), "PNG", exif=exif))[..., 0]
+    assert np.array_equal(decoded, np.rot90(gray, -1))
 
 
 def test_a_broken_exif_block_leaves_the_pixels_readable() -> None:
@@ -293,10 +293,10 @@ def test_array_files_that_do_not_fit_are_image_errors(array_file: tuple[Path, np
     root, _ = array_file
     with pytest.raises(ImageError, match="no row 4"):
         read_image(root, "x.h5", 4)
-    with h5py.File(root / "grey.h5", "w") as file:
+    with h5py.File(root / "gray.h5", "w") as file:
         file["x"] = np.zeros((3, 4, 4), dtype=np.uint8)
     with pytest.raises(ImageError, match="uint8"):
-        read_size(root, "grey.h5", 0)
+        read_size(root, "gray.h5", 0)
     with h5py.File(root / "other.h5", "w") as file:
         file["y"] = np.zeros(3)
     with pytest.raises(ImageError, match="no array"):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from embcache.data import images, jpeg
+from embcache.data import formats, images
 from embcache.data.images import decode_image
 from embcache.errors import ImageError
 
@@ -41,7 +41,7 @@ def outcome(data: bytes) -> np.ndarray | str:
 
 
 def fast(data: bytes) -> bool:
-    return jpeg.decode_jpeg(data, Image.open(io.BytesIO(data))) is not None
+    return formats.decode_jpeg(data, Image.open(io.BytesIO(data))) is not None
 
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
@@ -65,7 +65,7 @@ def test_ways_of_encoding(options: dict[str, object], monkeypatch: pytest.Monkey
     np.testing.assert_array_equal(decode_image(data), by_pillow(data, monkeypatch))
 
 
-def test_grey_becomes_rgb(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gray_becomes_rgb(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(picture(mode="L"))
     assert fast(data)
     np.testing.assert_array_equal(decode_image(data), by_pillow(data, monkeypatch))
@@ -115,19 +115,19 @@ def test_damaged_files_end_as_with_pillow(data: st.DataObject) -> None:
 def test_another_libjpeg_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(picture())
     expected = decode_image(data)
-    monkeypatch.setattr(jpeg, "_same_pixels", lambda: False)
+    monkeypatch.setattr(formats, "_same_pixels", lambda: False)
     assert not fast(data)
     np.testing.assert_array_equal(decode_image(data), expected)
 
 
 def test_without_the_package_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jpeg, "simplejpeg", None)
-    assert not jpeg._same_pixels.__wrapped__()
+    monkeypatch.setattr(formats, "simplejpeg", None)
+    assert not formats._same_pixels.__wrapped__()
 
 
 def test_decoders_that_differ_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = jpeg._decode
-    monkeypatch.setattr(jpeg, "_decode", lambda data: right(data) ^ 1)  # type: ignore[operator]
-    assert not jpeg._same_pixels.__wrapped__()
+    right = formats._decode
+    monkeypatch.setattr(formats, "_decode", lambda data: right(data) ^ 1)  # type: ignore[operator]
+    assert not formats._same_pixels.__wrapped__()
     monkeypatch.undo()
-    assert jpeg._same_pixels.__wrapped__()
+    assert formats._same_pixels.__wrapped__()

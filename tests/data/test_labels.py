@@ -4,7 +4,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from embcache.data.labels import class_order, label_notes, label_numbers, open_table, read_table, unify
+from embcache.data.classes import class_order, label_notes, label_numbers
+from embcache.data.tables import open_table, read_table, unify
 from embcache.errors import DatasetError
 
 

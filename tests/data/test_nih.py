@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from embcache.data.dataset import DATASETS, load_dataset
+from embcache.data.dataset import load_dataset
+from embcache.data.published import find_layout
 from embcache.errors import DatasetError, DatasetNotFoundError
 from tests.data.pictures import write_image
 
@@ -123,7 +124,7 @@ def test_broken_labels_are_refused(tmp_path: Path, old: str, new: str, message: 
 
 @pytest.mark.shared
 def test_the_published_label_files_give_the_published_counts(shared_data: Path) -> None:
-    source = DATASETS["nih"]
+    source = find_layout("nih")
     ds = source.read(shared_data / "nih", "nih")
     train, test = ds.select("train"), ds.select("test")
     names = ("other", "airspace opacity", "nodule or mass", "fracture", "pneumothorax")

@@ -38,7 +38,7 @@ def write_hdf5(root: Path, *, slides: bool = False) -> dict[str, np.ndarray]:
     return pixels
 
 
-def test_kaggles_layout_gives_an_unlabelled_test_set_in_the_order_to_hand_in(tmp_path: Path) -> None:
+def test_kaggles_layout_gives_an_unlabeled_test_set_in_the_order_to_hand_in(tmp_path: Path) -> None:
     ds = load_dataset("patchcam", write_layout(tmp_path))
     assert ds.ids.tolist() == ["aa", "bb", "cc", "dd", "ff", "ee"]
     assert ds.labels.tolist() == [0, 1, 0, 1, -1, -1]

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from embcache.data.quiet import quiet
+from embcache.data.budget import quiet
 
 
 def warn(module: str, category: type[Warning] = UserWarning) -> None:

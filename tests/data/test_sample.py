@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.data.datasets.sample import draw_sample
-from embcache.data.datasets.tiles import draw_tile
+from embcache.data.datasets.sample import draw_sample, draw_tile
 from embcache.data.images import read_image
 from embcache.errors import DatasetError, DatasetNotFoundError
 
@@ -53,8 +52,8 @@ def test_the_pixels_are_the_same_on_every_machine() -> None:
 
 def test_no_two_tiles_are_alike_and_patients_differ_in_stain(sample: ImageDataset) -> None:
     assert not any("identical" in note for note in sample.notes)
-    colours = {draw_tile(group, 0, 0).mean(axis=(0, 1)).round().astype(int).tobytes() for group in range(12)}
-    assert len(colours) == 12
+    colors = {draw_tile(group, 0, 0).mean(axis=(0, 1)).round().astype(int).tobytes() for group in range(12)}
+    assert len(colors) == 12
 
 
 def test_it_can_be_read_as_anyones_table(sample: ImageDataset) -> None:

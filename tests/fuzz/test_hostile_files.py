@@ -24,7 +24,7 @@ from PIL import Image
 from embcache.backbones.checkpoints import read_checkpoint
 from embcache.data import dicom as dicom_module
 from embcache.data.dataset import load_dataset
-from embcache.data.gray import scale_to_bytes
+from embcache.data.formats import scale_to_bytes
 from embcache.data.images import decode_image, read_image, read_size
 from embcache.errors import CorruptStoreError, EmbcacheError, ImageError, WeightsError
 from embcache.sealed import seal
@@ -81,7 +81,7 @@ def test_scaling_in_blocks_is_scaling_at_once(monkeypatch: pytest.MonkeyPatch) -
     values = np.random.default_rng(0).normal(size=(40, 9)).astype(np.float32)
     values[3, 3], values[4, 4], values[5, 5] = np.nan, np.inf, -np.inf
     whole = scale_to_bytes(values)
-    monkeypatch.setattr("embcache.data.gray._BLOCK", 7)
+    monkeypatch.setattr("embcache.data.formats._BLOCK", 7)
     assert np.array_equal(scale_to_bytes(values), whole)
     assert (whole[3, 3], whole[4, 4], whole[5, 5]) == (0, 255, 0)
 
