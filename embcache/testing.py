@@ -58,10 +58,10 @@ def check_dataset(dataset: ImageDataset, *, images: int = 20) -> None:
     assert dataset.root is not None, "the dataset has a root"
     assert dataset.root.is_absolute(), "the root is an absolute path"
     assert f"{len(dataset):,} images" in repr(dataset)
-    for path, member in table[["path", "member"]].head(images).itertuples(index=False):
-        pixels, digest = read_image(dataset.root, path, member)
+    for path, place in table[["path", "place"]].head(images).itertuples(index=False):
+        pixels, digest = read_image(dataset.root, path, place)
         assert pixels.dtype == np.uint8, f"{path} decodes to {pixels.dtype}"
-        assert pixels.shape == (*read_size(dataset.root, path, member)[::-1], 3), f"{path} has shape {pixels.shape}"
+        assert pixels.shape == (*read_size(dataset.root, path, place)[::-1], 3), f"{path} has shape {pixels.shape}"
         assert len(digest) == 64, "sha256, in hex"
     again = ImageDataset.from_parquet_bytes(dataset.to_parquet_bytes())
     assert again.table.equals(table), "the snapshot has the same table"

@@ -150,7 +150,7 @@ def test_reading_every_byte_imports_no_torch(arguments: list[str], home: Path) -
     path = make_store(home)
     add(path, 0, ["a", "b"])
     add(path, 1, ["a"])
-    table = make_table(["a", "b"]).table.assign(path=["a", "b"], member=-1)
+    table = make_table(["a", "b"]).table.assign(path=["a", "b"], place="")
     ds = ImageDataset("ds", home, ("no", "yes"), "auc", "generic", table)
     (home / "ds" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
     status = 1 if "--source" in arguments else 0  # there are no such images
@@ -161,7 +161,7 @@ def test_reading_every_byte_imports_no_torch(arguments: list[str], home: Path) -
 def test_listing_needs_no_heavy_package(arguments: list[str], home: Path) -> None:
     path = make_store(home)
     add(path, 0, ["a", "b"])
-    table = make_table(["a", "b"]).table.assign(path=["a", "b"], member=-1)
+    table = make_table(["a", "b"]).table.assign(path=["a", "b"], place="")
     ds = ImageDataset("ds", None, ("no", "yes"), "auc", "generic", table)
     (home / "ds" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
     assert not _imported_by(arguments, 0) & {"pandas", "zarr", "h5py", "sklearn", "scipy", "PIL", "tqdm", "bokeh"}

@@ -73,9 +73,11 @@ def _splits(dataset: ImageDataset) -> dict[str, int]:
 
 def _description(dataset: ImageDataset) -> tuple[str, str]:
     """What the dataset's layout is, and the call that downloads it."""
-    from embcache.data.published import find_layout
+    from embcache.data.published import DATASETS, find_layout
 
-    layout = find_layout(dataset.kind)
+    if dataset.layout not in DATASETS:  # a name in a snapshot never says what is imported
+        return dataset.layout, ""
+    layout = find_layout(dataset.layout)
     return layout.description, layout.download or ""
 
 
@@ -85,7 +87,7 @@ def _survey(dataset: ImageDataset) -> dict[str, Any]:
     counts = {name: {split: _count(dataset, split, c) for split in splits} for c, name in names}
     return {
         "name": dataset.name,
-        "kind": dataset.kind,
+        "kind": dataset.layout,
         "description": _description(dataset)[0],
         "root": str(dataset.root),
         "metric": dataset.metric,

@@ -306,7 +306,7 @@ class Column:
 
 
 def columns(ds: ImageDataset) -> tuple[str, ...]:
-    """Names of the dataset's own columns: those beside id, path, member, label, group and split."""
+    """Names of the dataset's own columns: those beside id, path, place, label, group and split."""
     return tuple(str(name) for name in ds.table.columns if name not in COLUMNS)
 
 

@@ -63,10 +63,10 @@ class ImageDataset:
     augment : {"patch", "fundus", "chest", "generic"}
         The augmentation that finetuning uses.
     table : DataFrame
-        ``id`` (str, unique), ``path`` (str, relative to root, posix), ``member`` (int64, the row inside an array
-        file, else -1), ``label`` (int64, -1 unlabeled), ``group`` (str), ``split`` ("train", "val" or "test"),
-        and further columns of the dataset's own. Its order is the same on every machine.
-    kind : str
+        ``id`` (str, unique), ``path`` (str, relative to root, posix), ``place`` (str, inside a container such as the
+        row of an array, else empty), ``label`` (int64, -1 unlabeled), ``group`` (str), ``split`` ("train", "val" or
+        "test"), and further columns of the dataset's own. Its order is the same on every machine.
+    layout : str
         Name of the layout; differs from ``name`` for folders.
     subset_sizes : mapping of str to int
         Training images of the named subsets S and M; F, all of them, is never in it.
@@ -105,7 +105,7 @@ class ImageDataset:
     metric: str
     augment: str
     table: pd.DataFrame
-    kind: str = "folder"
+    layout: str = "folder"
     subset_sizes: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_SIZES))
     pool_limit: int | None = None
     leaderboard_alpha: float | None = None
@@ -267,12 +267,13 @@ def _check_table(table: pd.DataFrame, class_names: Sequence[str], *, where: obje
     check_unique(ids, where=where)
     check_paths(ids, "id", where=where)
     check_paths(paths, "path", where=where)
-    for column in ("member", "label"):
-        if table[column].dtype != "int64":
-            raise DatasetError(
-                f"column {column!r} must be int64", code="column-types", expected="int64",
-                found=str(table[column].dtype), where=where,
-            )  # fmt: skip
+    if any(table["place"] != ""):  # text, too, but empty for files
+        check_strings([place or "-" for place in table["place"].tolist()], "place", where=where)
+    if table["label"].dtype != "int64":
+        raise DatasetError(
+            "column 'label' must be int64", code="column-types", expected="int64", found=str(table["label"].dtype),
+            where=where,
+        )  # fmt: skip
     if len(set(class_names)) < len(class_names) or not all(class_names):
         raise DatasetError(
             "class names must be distinct and not empty", code="class-names", found=", ".join(class_names), where=where
@@ -389,7 +390,7 @@ def _find(name: str, ref: DatasetRef, home: PathLike | None, load: _Load) -> tup
             raise
         cached = None  # the files themselves will do, and extraction writes the snapshot anew
     named = name in DATASETS or ":" in name
-    if cached is None or (named and name != cached.kind):
+    if cached is None or (named and name != cached.layout):
         return load(find_layout(name, home), root, home, ref), "live"
     note = ""
     if root is None or cached.origin == root.expanduser().resolve():
@@ -400,11 +401,11 @@ def _find(name: str, ref: DatasetRef, home: PathLike | None, load: _Load) -> tup
     ref = DatasetRef.make(
         ref, {"allow_missing": ref.allow_missing or bool(cached.missing), "name": ref.name or cached.name}
     )
-    if named or cached.kind in DATASETS:  # a file alone never says what is imported
-        layout = find_layout(cached.kind)
+    if named or cached.layout in DATASETS:  # a file alone never says what is imported
+        layout = find_layout(cached.layout)
         if root is not None and (root.expanduser().exists() or root.expanduser().resolve() != cached.origin):
             return load(layout, root, home, ref).with_notes(*filter(None, [note])), "live"
-        own_root = None if layout.own_columns else default_root(cached.kind, home)
+        own_root = None if layout.own_columns else default_root(cached.layout, home)
         for folder in (cached.origin, own_root) if root is None else ():
             if folder is not None and folder.exists():
                 try:
@@ -517,8 +518,8 @@ def list_datasets(home: PathLike | None = None) -> list[Listed]:
             skip(folder, error)
             continue
         if cached is not None and cached.name not in DATASETS:
-            own = cached.kind == "folder"
-            what = f"from a folder: {first_few(cached.class_names, 4)}" if own else f"as {cached.kind}"
+            own = cached.layout == "folder"
+            what = f"from a folder: {first_few(cached.class_names, 4)}" if own else f"as {cached.layout}"
             rows.append(_list_one(cached.name, f"cached, {what}", cached.origin, home))
     return rows
 

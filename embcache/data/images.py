@@ -25,7 +25,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from embcache.data.budget import MAX_PIXELS, MOST_PIXELS, Decoding, broken, quiet, too_large, unsupported
-from embcache.data.containers.array_rows import member_pixels, member_size
+from embcache.data.containers.array_rows import place_pixels, place_size
 from embcache.data.dicom import decode_dicom, dicom_size, is_dicom
 from embcache.data.files import is_inside, refuse_outside
 from embcache.data.formats import (
@@ -65,25 +65,25 @@ _FIRST = "the first of several frames or pages is used"
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """One image to read: its id, its path relative to the dataset's root, its row in an array file (else −1)."""
+class ImageRef:
+    """One image to read: its id, its path relative to the dataset's root, its place in a container (else empty)."""
 
     id: str
     path: str
-    member: int
+    place: str
 
 
-def image_sources(table: pd.DataFrame) -> list[Source]:
+def image_refs(table: pd.DataFrame) -> list[ImageRef]:
     """Where the images of a dataset's table, or of some of its rows, are; in their order."""
-    columns = [table[name].tolist() for name in ("id", "path", "member")]
+    columns = [table[name].tolist() for name in ("id", "path", "place")]
     # Where the path is the id, one string serves as both: there may be millions.
-    return [Source(id_, id_ if path == id_ else path, member) for id_, path, member in zip(*columns, strict=True)]
+    return [ImageRef(id_, id_ if path == id_ else path, place) for id_, path, place in zip(*columns, strict=True)]
 
 
-def sources_of(table: pd.DataFrame, ids: Sequence[str]) -> list[Source]:
+def image_refs_of(table: pd.DataFrame, ids: Sequence[str]) -> list[ImageRef]:
     """Where the images with these ids are; the path of one that is not in the table is empty."""
-    known = {source.id: source for source in image_sources(table)}
-    return [known.get(id_, Source(id_, "", -1)) for id_ in ids]
+    known = {source.id: source for source in image_refs(table)}
+    return [known.get(id_, ImageRef(id_, "", "")) for id_ in ids]
 
 
 def decode_image(data: bytes, *, name: str = "", decoding: Decoding | None = None) -> npt.NDArray[np.uint8]:
@@ -133,7 +133,7 @@ def decode_image(data: bytes, *, name: str = "", decoding: Decoding | None = Non
 
 
 def read_image(
-    dataset_root: Path | str, path: str, member: int = -1, decoding: Decoding | None = None
+    dataset_root: Path | str, path: str, place: str = "", decoding: Decoding | None = None
 ) -> tuple[npt.NDArray[np.uint8], str]:
     """Read and decode one image of a dataset.
 
@@ -141,8 +141,8 @@ def read_image(
     """
     decoding = decoding or Decoding()
     real = _resolve(dataset_root, path)
-    if member >= 0:
-        pixels = member_pixels(real, member, decoding)
+    if place:
+        pixels = place_pixels(real, place, decoding)
         return pixels, hashlib.sha256(pixels.tobytes()).hexdigest()
     with _open_file(real) as file:
         size = os.fstat(file.fileno()).st_size
@@ -163,7 +163,7 @@ def _decode_and_hash(data: bytes, path: str, decoding: Decoding) -> tuple[npt.ND
         raise
 
 
-def read_size(dataset_root: Path | str, path: str, member: int = -1) -> tuple[int, int]:
+def read_size(dataset_root: Path | str, path: str, place: str = "") -> tuple[int, int]:
     """(width, height) that `read_image` will give, from the header alone.
 
     Whatever the limit on pixels: a transform that is chosen by sizes must not depend on it. Above `MOST_PIXELS`, which
@@ -171,8 +171,8 @@ def read_size(dataset_root: Path | str, path: str, member: int = -1) -> tuple[in
     """
     decoding = Decoding(MOST_PIXELS)
     real = _resolve(dataset_root, path)
-    if member >= 0:
-        return member_size(real, member, decoding)
+    if place:
+        return place_size(real, place, decoding)
     with _open_file(real) as file:
         head = file.read(132)
         if not head:

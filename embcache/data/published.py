@@ -75,7 +75,7 @@ class DatasetLayout:
             )  # fmt: skip
         else:
             dataset = self.read(root, name)
-        return replace(dataset, kind=self.name, origin=root)
+        return replace(dataset, layout=self.name, origin=root)
 
     def layout_error(self, root: Path, problem: str | None = None) -> DatasetNotFoundError:
         """The error for a root that is missing or laid out otherwise."""

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from embcache.config import DatasetRef
 from embcache.errors import DatasetError, first_few
 
-COLUMNS = ("id", "path", "member", "label", "group", "split")
+COLUMNS = ("id", "path", "place", "label", "group", "split")
 SPLITS = ("train", "val", "test")
 ROLES = ("path", "label", "group", "split", "id")
 """Of a table's columns; `DatasetRef` names the column of each."""

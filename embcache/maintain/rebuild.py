@@ -15,7 +15,7 @@ import torch
 
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import Source, sources_of
+from embcache.data.images import ImageRef, image_refs_of
 from embcache.errors import RecipeError, StoreError
 from embcache.extract.extract import make_recipe, recipe_network, recipe_transform
 from embcache.extract.extract_request import default_workers, image_root
@@ -34,7 +34,7 @@ FLOAT16_TOLERANCE = 1e-3  # added where features are kept as float16: half a uni
 
 
 # Makes rows of images, in their order.
-Maker = Callable[[Sequence[Source], Executor, int, Callable[[int], object], Decoding], ShardRows]
+Maker = Callable[[Sequence[ImageRef], Executor, int, Callable[[int], object], Decoding], ShardRows]
 
 
 def make_again(
@@ -62,7 +62,7 @@ def make_again(
     refuse_another(recipe, make_recipe(network), dataset)
 
     def features(
-        sources: Sequence[Source],
+        sources: Sequence[ImageRef],
         pool: Executor,
         batch_size: int,
         on_rows: Callable[[int], object],
@@ -153,7 +153,7 @@ def check_sample(
     chosen = np.sort(np.random.default_rng(0).choice(len(store), min(number, len(store)), replace=False))
     ids = store.ids[chosen].tolist()
     with ThreadPoolExecutor(default_workers()) as pool, torch_threads(usable_threads(header.threads)):
-        rows = maker(sources_of(dataset.table, ids), pool, header.batch_size, lambda rows: None, decoding)
+        rows = maker(image_refs_of(dataset.table, ids), pool, header.batch_size, lambda rows: None, decoding)
     unreadable = [id_ for id_, valid in zip(ids, rows.valid, strict=True) if not valid]
     digests = zip(ids, rows.digests, strict=True)
     changed = [id_ for id_, digest in digests if id_ not in unreadable and digest != (store.digests.get(id_) or digest)]

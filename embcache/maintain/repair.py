@@ -15,7 +15,7 @@ from pathlib import Path
 
 from embcache.data.budget import Decoding, check_max_pixels, default_max_pixels, pixels_of
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import sources_of
+from embcache.data.images import image_refs_of
 from embcache.errors import CorruptStoreError, DatasetError, StoreError
 from embcache.extract.extract_request import default_workers, image_root
 from embcache.io import make_folder
@@ -124,7 +124,7 @@ def _refuse_missing(job: _Job, shards: Sequence[int], allow_missing: bool) -> No
     gone = []
     for number in shards:
         unreadable = _unreadable(job.path, job.header, number)
-        for source in sources_of(job.dataset.table, _planned(job.path, number)):
+        for source in image_refs_of(job.dataset.table, _planned(job.path, number)):
             there = source.path and (image_root(job.dataset) / source.path).is_file()
             if not there and source.id not in unreadable:
                 gone.append(source.id)
@@ -169,7 +169,7 @@ def _entries_of_shard(job: _Job, number: int) -> list[PlanEntry]:
     """The plan that an intact shard was made by; files that are others by now count as changed."""
     index = read_index(job.path, job.header, number)
     root, entries = image_root(job.dataset), []
-    for source, digest in zip(sources_of(job.dataset.table, index.ids), index.digests, strict=True):
+    for source, digest in zip(image_refs_of(job.dataset.table, index.ids), index.digests, strict=True):
         entry = PlanEntry(source.id, -1, -1, None)
         file = root / source.path
         if source.path and file.is_file():
@@ -194,7 +194,7 @@ def _plan_anew(job: _Job, lost: Sequence[int]) -> None:
             job.say(f"plan and shard {number}: removed, no image of the dataset is theirs")
             continue
         states = []
-        for source in sources_of(job.dataset.table, ids):
+        for source in image_refs_of(job.dataset.table, ids):
             state = (image_root(job.dataset) / source.path).stat()
             states.append(PlanEntry(source.id, state.st_size, state.st_mtime_ns, None))
         replace_plan(job.path, number, states)
@@ -249,7 +249,7 @@ def _make_rows(
     on_rows: Callable[[int], object],
 ) -> ShardRows | DatasetError:
     """Rows of a damaged shard; an error instead where one that was valid, or may have been, would not be any more."""
-    sources, limit = sources_of(job.dataset.table, ids), job.max_pixels or default_max_pixels()
+    sources, limit = image_refs_of(job.dataset.table, ids), job.max_pixels or default_max_pixels()
     rows = maker(sources, pool, batch, on_rows, Decoding(limit))
     lost = _lost_rows(job, number, rows)
     known = any(certain for _, _, certain in lost)
@@ -277,7 +277,7 @@ def _lost_rows(job: _Job, number: int, rows: ShardRows) -> list[tuple[str, str, 
     bad = [(id_, reason) for id_, reason in zip(rows.ids, rows.reasons, strict=True) if reason]
     root = image_root(job.dataset)
     if job.allow_missing:
-        paths = {source.id: source.path for source in sources_of(job.dataset.table, rows.ids)}
+        paths = {source.id: source.path for source in image_refs_of(job.dataset.table, rows.ids)}
         bad = [(id_, reason) for id_, reason in bad if paths[id_] and (root / paths[id_]).is_file()]
     try:
         index = read_index(job.path, job.header, number)

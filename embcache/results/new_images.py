@@ -12,7 +12,7 @@ from embcache.config import DatasetRef
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, passed_note, settle_paths, walk_images
 from embcache.data.groups import UNGROUPED, known_groups, merge_groups, patient_keys
-from embcache.data.images import Source, image_sources
+from embcache.data.images import ImageRef, image_refs
 from embcache.data.roles import find_columns, find_groups
 from embcache.data.tables import named_columns, open_table
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
@@ -26,7 +26,7 @@ class Asked:
 
     root: Path  # what the paths of the sources are relative to
     names: tuple[str, ...]  # what the user calls them
-    sources: tuple[Source, ...]  # where they are
+    sources: tuple[ImageRef, ...]  # where they are
     reasons: tuple[str, ...]  # why an image need not be tried; ``""`` where it may be
     groups: tuple[str, ...]  # patient, slide … of each image; ``""`` where it is not known
     notes: tuple[str, ...] = ()  # what was inferred of tables
@@ -34,7 +34,7 @@ class Asked:
 
 def images_of_dataset(ds: ImageDataset) -> Asked:
     """All images of a dataset, by their ids; `DatasetNotFoundError` where its folder is not here."""
-    sources = tuple(image_sources(ds.table))
+    sources = tuple(image_refs(ds.table))
     known = ds.grouped and UNGROUPED not in ds.notes
     groups = tuple(ds.table["group"].tolist()) if known else ("",) * len(sources)
     return Asked(image_root(ds), tuple(ds.table["id"]), sources, ("",) * len(sources), groups)
@@ -45,7 +45,7 @@ def images_of_paths(paths: Sequence[PathLike], columns: DatasetRef = DatasetRef(
     notes: list[str] = []
     found = list_images(paths, notes, columns)
     real = [os.path.realpath(path) for path in found]
-    sources = tuple(Source(str(k), path.removeprefix(Path(path).anchor), -1) for k, path in enumerate(real))
+    sources = tuple(ImageRef(str(k), path.removeprefix(Path(path).anchor), -1) for k, path in enumerate(real))
     reasons = tuple(map(_not_readable, real))
     # Groups by PatientID are called after their first image: a PatientID is in no answer.
     anchor, asked = Path(Path.cwd().anchor), [k for k, why in enumerate(reasons) if not why]

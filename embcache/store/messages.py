@@ -110,7 +110,7 @@ def extract_command(backbone: str, dataset: str | NamedTable, home: PathLike | N
     if not isinstance(dataset, LoadedDataset):
         words += ["--dataset", dataset if isinstance(dataset, str) else dataset.name]
     else:
-        kind = dataset.kind or dataset.name
+        kind = dataset.layout or dataset.name
         # What it was loaded from may be a table, where the root is the folder of its images.
         origin = dataset.origin or dataset.root
         words += ["--dataset", kind]

@@ -20,7 +20,7 @@ def dataset(split: list[str] | None = None, **own: list[object]) -> ImageDataset
         {
             "id": ids,
             "path": ids,
-            "member": np.full(n, -1, dtype=np.int64),
+            "place": "",
             "label": np.arange(n, dtype=np.int64) % 2,
             "group": ids,
             "split": split or ["train"] * n,

@@ -19,7 +19,7 @@ def table(**changes: object) -> pd.DataFrame:
     columns: dict[str, object] = {
         "id": ["a", "b", "c"],
         "path": ["a.png", "b.png", "c.png"],
-        "member": [-1, -1, -1],
+        "place": ["", "", ""],
         "label": [0, 1, -1],
         "group": ["p", "p", "q"],
         "split": ["train", "train", "test"],
@@ -93,7 +93,7 @@ def test_a_snapshot_returns_the_same_dataset(ids: list[str], data: st.DataObject
         {
             "id": ids,
             "path": [f"{i}.png" for i in range(n)],
-            "member": np.arange(n, dtype=np.int64),
+            "place": [str(i) for i in range(n)],
             "label": data.draw(st.lists(st.integers(-1, 1), min_size=n, max_size=n)),
             "group": data.draw(st.lists(NAMES, min_size=n, max_size=n)),
             "split": data.draw(st.lists(st.sampled_from(["train", "val", "test"]), min_size=n, max_size=n)),
@@ -108,7 +108,7 @@ def test_a_snapshot_returns_the_same_dataset(ids: list[str], data: st.DataObject
         metric="auc",
         augment="patch",
         table=columns,
-        kind="patchcam",
+        layout="patchcam",
         subset_sizes={"S": 5},
         pool_limit=9,
         leaderboard_alpha=0.5,
@@ -305,7 +305,7 @@ def test_a_kind_that_is_named_is_loaded_whatever_is_cached_by_that_name(home: Pa
     for i, name in enumerate(["NORMAL/IM-0001-0001.jpeg", "PNEUMONIA/person1_virus_1.jpeg"]):
         write_image(tmp_path / "xray" / "train" / name, i)
     found, _ = find_dataset("pneumonia", root=tmp_path / "xray", dataset_name="mine")
-    assert (found.kind, found.name) == ("pneumonia", "mine")
+    assert (found.layout, found.name) == ("pneumonia", "mine")
 
 
 def test_columns_that_no_file_can_hold_are_refused() -> None:

@@ -130,7 +130,7 @@ def test_a_table_gives_all_its_columns(tmp_path: Path) -> None:
     assert ds.root == tmp_path
     assert ds.class_names == ("no", "yes")
     assert ds.table.to_dict("list") == {
-        "id": ["A", "B", "C"], "path": ["a.png", "b.png", "c.png"], "member": [-1, -1, -1], "label": [1, 0, -1],
+        "id": ["A", "B", "C"], "path": ["a.png", "b.png", "c.png"], "place": ["", "", ""], "label": [1, 0, -1],
         "group": ["p1", "p1", "p2"], "split": ["train", "train", "test"], "sex": ["f", "m", ""],
         "source_member": ["7", "8", "9"],
     }  # fmt: skip

@@ -118,9 +118,9 @@ def test_the_original_release_is_read_from_its_arrays(tmp_path: Path) -> None:
     assert (ds.grouped, ds.leaderboard_alpha) == (False, None)
     assert (ds.pool_limit, dict(ds.subset_sizes)) == (50_000, {"S": 500, "M": 5000})
     for row in (0, 5, 8):
-        part, member = ds.table.loc[row, "part"], int(ds.table.loc[row, "member"])
-        decoded, _ = read_image(ds.root, ds.table.loc[row, "path"], member)
-        assert np.array_equal(decoded, pixels[part][member])
+        part, place = ds.table.loc[row, "part"], ds.table.loc[row, "place"]
+        decoded, _ = read_image(ds.root, ds.table.loc[row, "path"], place)
+        assert np.array_equal(decoded, pixels[part][int(place)])
 
 
 def test_the_originals_slide_lists_give_the_groups(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_arrays_that_lie_outside_their_file_are_refused(
     if key == "x":  # a file that was changed after loading
         for read in (read_image, read_size):
             with pytest.raises(DatasetError, match="lies elsewhere"):
-                read(before.root, path, 0)
+                read(before.root, path, "0")
 
 
 @pytest.mark.parametrize("what", ["x", "y"])

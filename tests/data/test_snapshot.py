@@ -15,7 +15,7 @@ from tests.store.build import make_table
 
 
 def test_name_and_ids_are_those_of_the_snapshot(home: Path) -> None:
-    table = make_table(["b", "a/ü", "c"]).table.assign(path=["b", "a", "c"], member=-1)
+    table = make_table(["b", "a/ü", "c"]).table.assign(path=["b", "a", "c"], place="")
     ds = ImageDataset("Chest X", None, ("no", "yes"), "auc", "generic", table)
     assert snapshot_ids("Chest X") is None
     (home / slug("Chest X")).mkdir(parents=True)
@@ -35,7 +35,7 @@ def test_a_damaged_snapshot_is_told(home: Path, damage: bytes) -> None:
 
 
 def test_a_flipped_byte_is_noticed_or_changes_nothing(home: Path) -> None:
-    table = make_table(["b", "a/ü", "c"]).table.assign(path=["b", "a", "c"], member=-1, sex=["F", "M", "F"])
+    table = make_table(["b", "a/ü", "c"]).table.assign(path=["b", "a", "c"], place="", sex=["F", "M", "F"])
     ds = ImageDataset("mine", None, ("no", "yes"), "auc", "generic", table, notes=("seen",))
     data = ds.to_parquet_bytes()
     path = home / "mine" / "dataset.parquet"

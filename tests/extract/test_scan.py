@@ -59,9 +59,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     decoder, bare = scanning.read_size, scanning.is_square_of
 
-    def by_decoder(root: Path, path: str, member: int) -> tuple[int, int]:
+    def by_decoder(root: Path, path: str, place: str) -> tuple[int, int]:
         paths.append(path)
-        return decoder(root, path, member)
+        return decoder(root, path, place)
 
     def without(path: str, side: int) -> bool:
         found = bare(path, side)
@@ -341,9 +341,9 @@ def test_what_two_processes_learn_is_kept_of_both(alike: Path, home: Path, pool:
     mine, theirs = (scan_dataset(dataset, home, pool) for _ in range(2))
     for files, image in ((mine, dataset.table["path"][0]), (theirs, dataset.table["path"][1])):
         with files.learning():
-            files.scan.confirm([(image, -1)])
+            files.scan.confirm([(image, "")])
     kept = scan_dataset(dataset, home, pool).scan.digests
-    assert kept == {(path, -1): first_bytes(alike / path) for path in dataset.table["path"][:2]}
+    assert kept == {(path, ""): first_bytes(alike / path) for path in dataset.table["path"][:2]}
 
 
 @pytest.mark.usefixtures("settled")
@@ -391,10 +391,10 @@ def test_images_of_an_array_file_are_compared_one_by_one(tmp_path: Path) -> None
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["x"] = pixels
-    images = [("x.h5", row) for row in range(4)]
-    scan = Scan(tmp_path, state_of(tmp_path), {}, {"x.h5": 0}, images=images, began_ns=time.time_ns())
+    images = [("x.h5", str(row)) for row in range(4)]
+    scan = Scan(tmp_path, state_of(tmp_path), {}, {"x.h5": "0"}, images=images, began_ns=time.time_ns())
     scan.confirm(images)
-    assert scan.digests == {("x.h5", row): hashlib.sha256(pixels[row].tobytes()).hexdigest() for row in range(4)}
+    assert scan.digests == {("x.h5", str(row)): hashlib.sha256(pixels[row].tobytes()).hexdigest() for row in range(4)}
     known = kept(scan, tmp_path)
     seen, digests, moved = scanning._still_true(known, scan.states)
     assert (digests, moved) == (scan.digests, frozenset())

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from embcache.backbones.transforms import Transform, normalise
-from embcache.data.images import Source
+from embcache.data.images import ImageRef
 from embcache.extract import batching
 from embcache.extract.batching import Prepared, batches_ahead, stack_batch
 from embcache.extract.worker import Receiver, Sender, as_tensor
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
-SOURCES = [Source(str(index), f"{index}.png", -1) for index in range(7)]
+SOURCES = [ImageRef(str(index), f"{index}.png", "") for index in range(7)]
 
 
 @pytest.fixture(params=DEVICES)
@@ -69,7 +69,7 @@ def test_a_stacked_batch_leaves_nothing_of_the_last_one() -> None:
 def test_no_more_batches_are_begun_than_asked_for(ahead: int) -> None:
     begun: list[str] = []
 
-    def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
+    def submit(chunk: Sequence[ImageRef]) -> list[Future[Prepared]]:
         begun.append(chunk[0].id)
         futures: list[Future[Prepared]] = [Future() for _ in chunk]
         for future, source in zip(futures, chunk, strict=True):
@@ -88,7 +88,7 @@ def test_no_more_batches_are_begun_than_asked_for(ahead: int) -> None:
 def test_batches_that_nobody_waits_for_are_cancelled() -> None:
     futures: list[Future[Prepared]] = []
 
-    def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
+    def submit(chunk: Sequence[ImageRef]) -> list[Future[Prepared]]:
         made: list[Future[Prepared]] = [Future() for _ in chunk]
         if not futures:
             for future in made:

@@ -20,7 +20,7 @@ from embcache.backbones.catalog import find_backbone
 from embcache.backbones.transforms import choose_transform, normalise
 from embcache.commands.extract_command import extract as extract_command
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.data.images import Source, read_image
+from embcache.data.images import ImageRef, read_image
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.extract.augment import augmentation
 from embcache.extract.extract import extract_features, run_extraction
@@ -133,7 +133,7 @@ def test_one_pass_serves_networks_of_different_frames(images: Path, monkeypatch:
         make_views(choose_transform(spec, "paper", {(40, 40)}), 2, augmentation("chest", (40, 40), (40, 40))),
         make_views(choose_transform(spec, "paper", {(40, 40), (50, 50)})),
     ]
-    sources = [Source(*row) for row in zip(*(dataset.table[c] for c in ("id", "path", "member")), strict=True)]
+    sources = [ImageRef(*row) for row in zip(*(dataset.table[c] for c in ("id", "path", "place")), strict=True)]
     read: list[str] = []
 
     class Cached:
@@ -149,9 +149,9 @@ def test_one_pass_serves_networks_of_different_frames(images: Path, monkeypatch:
             }
             return found
 
-    def count(root: Path, path: str, member: int, decoding: object = None) -> object:
+    def count(root: Path, path: str, place: str, decoding: object = None) -> object:
         read.append(path)
-        return read_image(root, path, member)
+        return read_image(root, path, place)
 
     def run_through(cached: Mapping[str, Cached]) -> list[bytes]:
         read.clear()

@@ -32,18 +32,18 @@ _files: OrderedDict[tuple[object, ...], Any] = OrderedDict()
 _lock = threading.Lock()
 
 
-def member_pixels(path: str, member: int, decoding: Decoding) -> npt.NDArray[np.uint8]:
-    """Row ``member`` of the array in an HDF5 file, shape (H, W, 3), uint8."""
+def place_pixels(path: str, place: str, decoding: Decoding) -> npt.NDArray[np.uint8]:
+    """The image at row ``place`` of the array in an HDF5 file, shape (H, W, 3), uint8."""
     with _lock, _reasons():
-        array = _array(path, member, decoding)
+        array = _array(path, place, decoding)
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-            return read_row(array, member, file.fileno())
+            return read_row(array, int(place), file.fileno())
 
 
-def member_size(path: str, member: int, decoding: Decoding) -> tuple[int, int]:
-    """(width, height) of `member_pixels`."""
+def place_size(path: str, place: str, decoding: Decoding) -> tuple[int, int]:
+    """(width, height) of `place_pixels`."""
     with _lock, _reasons():
-        height, width = _array(path, member, decoding).shape[1:3]
+        height, width = _array(path, place, decoding).shape[1:3]
     return int(width), int(height)
 
 
@@ -72,7 +72,7 @@ def own_array(file: Any, key: str) -> Any:
     )  # fmt: skip
 
 
-def _array(path: str, member: int, decoding: Decoding) -> Any:
+def _array(path: str, place: str, decoding: Decoding) -> Any:
     """The array of an open file; files stay open, for opening costs more than reading a row."""
     import h5py
 
@@ -93,8 +93,8 @@ def _array(path: str, member: int, decoding: Decoding) -> Any:
     decoding.check_size(int(array.shape[2]), int(array.shape[1]))
     if min(array.shape[1:]) < 1:
         raise broken("the array's images have no pixels")
-    if member >= len(array):
-        raise broken(f"there is no row {member}: the array has {len(array)}")
+    if not (place.isascii() and place.isdecimal() and len(place) < 20 and int(place) < len(array)):
+        raise broken(f"there is no row {place[:40]}: the array has {len(array)}")
     return array
 
 

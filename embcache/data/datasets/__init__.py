@@ -41,7 +41,7 @@ def competition_table(
     paths = [f"{folders[0]}/{train.get(i, i + suffix)}" for i in known]
     paths += [f"{folders[1]}/{test.get(i, i + suffix)}" for i in test_ids]
     cells = {
-        "id": every, "path": paths, "member": -1, "label": [*labels, *[-1] * len(test_ids)],
+        "id": every, "path": paths, "place": "", "label": [*labels, *[-1] * len(test_ids)],
         "group": [group(i) for i in every], "split": ["train"] * len(known) + ["test"] * len(test_ids),
     }  # fmt: skip
-    return pd.DataFrame(cells).astype({"member": "int64", "label": "int64"}), notes
+    return pd.DataFrame(cells).astype({"label": "int64"}), notes

@@ -425,7 +425,7 @@ def _dataset(
         )  # fmt: skip
     if not class_names and table is None:
         raise layout_error(root, "no class folders with images")
-    own: dict[str, Any] = {**cells, "member": np.full(len(given), -1), "label": np.array(numbers, dtype=np.int64)}
+    own: dict[str, Any] = {**cells, "place": "", "label": np.array(numbers, dtype=np.int64)}
     order = [*COLUMNS, *(name for name in cells if name not in COLUMNS)]
     return ImageDataset(
         name=name,

@@ -63,7 +63,7 @@ def read_nih(root: Path, name: str) -> ImageDataset:
         class_names=CLASSES,
         metric="macro_auc",
         augment="chest",
-        table=table.astype({"member": "int64", "label": "int64"}),
+        table=table.astype({"label": "int64"}),
         subset_sizes={"S": 20, "M": 200},
         notes=tuple(notes),
     )
@@ -99,7 +99,7 @@ def _read_labels(file: Path, split: str) -> tuple[pd.DataFrame, int]:
     table = pd.DataFrame(
         {
             "id": given["Image Index"],
-            "member": -1,
+            "place": "",
             "label": (present.argmax(axis=1) + 1) * (count == 1),
             "group": given["Patient ID"],
             "split": split,

@@ -73,8 +73,8 @@ def _read_hdf5(root: Path, name: str) -> ImageDataset:
         ids = [f"{part}-{row:06d}" for row in range(n)]
         slides = _hdf5_slides(root, part, n)
         cells = {
-            "id": ids, "path": images, "member": np.arange(n), "label": labels, "group": slides or ids, "split": split,
-            "part": part, "has_slide": slides is not None,
+            "id": ids, "path": images, "place": [str(row) for row in range(n)], "label": labels,
+            "group": slides or ids, "split": split, "part": part, "has_slide": slides is not None,
         }  # fmt: skip
         parts.append(pd.DataFrame(cells))
     table = pd.concat(parts, ignore_index=True)
@@ -96,7 +96,7 @@ def _dataset(
         class_names=CLASSES,
         metric="auc",
         augment="patch",
-        table=table.astype({"member": "int64", "label": "int64"}),
+        table=table.astype({"label": "int64"}),
         subset_sizes={"S": 500, "M": 5000},
         pool_limit=50_000,  # in either layout: the paper's F is 50,000 drawn at random
         leaderboard_alpha=leaderboard_alpha,

@@ -35,7 +35,7 @@ def read_pneumonia(root: Path, name: str) -> ImageDataset:
                 group = patient.group(1) or patient.group(2) if patient else path
                 unknown += patient is None
                 cause = (pathogen.group(1) or pathogen.group(2).lower()) if pathogen else ""
-                rows.append((path, path, -1, label, group, split, cause))
+                rows.append((path, path, "", label, group, split, cause))
     if not rows:
         raise LAYOUT.layout_error(root, "the class folders hold no images")
     notes = passed_note(passed)
@@ -48,14 +48,14 @@ def read_pneumonia(root: Path, name: str) -> ImageDataset:
         notes.append(f"the {left_out} images of the official val split are left out: too few to choose by")
     if not any(row[5] == "test" for row in rows):
         notes.append("the official test images are not there: a local test set is held out of the training images")
-    columns = ["id", "path", "member", "label", "group", "split", "pathogen"]
+    columns = ["id", "path", "place", "label", "group", "split", "pathogen"]
     return ImageDataset(
         name=name,
         root=level,
         class_names=CLASSES,
         metric="auc",
         augment="chest",
-        table=pd.DataFrame(rows, columns=columns).astype({"member": "int64", "label": "int64"}),
+        table=pd.DataFrame(rows, columns=columns).astype({"label": "int64"}),
         grouped=unknown < len(rows),
         notes=tuple(notes),
     )
