@@ -28,7 +28,7 @@ LAYERS = (
     ("figures",),
     ("study", "report", "maintain"),
     ("commands",),
-    ("cli",),
+    ("cli", "testing"),
     ("__main__",),
 )
 BESIDE = {("finetune", "probe"), ("backbones", "data")}

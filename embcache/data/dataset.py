@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -371,15 +372,12 @@ def find_dataset(
     """
     ref = ref or columns or DatasetRef()
     options = {"data_root": root, "name": dataset_name, "allow_missing": allow_missing or None}
-    return _find(name, DatasetRef.make(ref, {k: v for k, v in options.items() if v is not None}), home, _load)
+    return _find(name, DatasetRef.make(ref, {k: v for k, v in options.items() if v is not None}), home)
 
 
-_Load = Callable[[DatasetLayout, PathLike | None, PathLike | None, DatasetRef], ImageDataset]
-
-
-def _find(name: str, ref: DatasetRef, home: PathLike | None, load: _Load) -> tuple[ImageDataset, str]:
-    """The dataset as ``load`` has it from wherever its files are, and "live"; else its snapshot, and "snapshot"."""
-    root = ref.data_root
+def _find(name: str, ref: DatasetRef, home: PathLike | None, *, survey: bool = False) -> tuple[ImageDataset, str]:
+    """The dataset from wherever its files are, and "live"; else its snapshot, and "snapshot"."""
+    root, load = ref.data_root, functools.partial(_load, survey=survey)
     try:
         own = ref.name is None and name in DATASETS and root is not None
         cached = read_snapshot(
@@ -412,6 +410,11 @@ def _find(name: str, ref: DatasetRef, home: PathLike | None, load: _Load) -> tup
                     return load(layout, folder, home, DatasetRef.make(ref, {"name": cached.name})), "live"
                 except DatasetNotFoundError:  # the folder has been emptied, or is another thing of that name
                     continue
+    elif root is not None:
+        raise DatasetNotFoundError(
+            f"{cached.name} is read by a function that is not registered", code="layout-not-named",
+            where=root, fix=f"--dataset {cached.layout} --name {cached.name}",
+        )  # fmt: skip
     if named_columns(ref) != named_columns(cached.ref):
         raise DatasetNotFoundError(
             "the images' folder is not there, and the snapshot was read with other columns", code="columns-differ",
@@ -447,18 +450,20 @@ def read_snapshot(name: str, home: PathLike | None = None) -> ImageDataset | Non
         raise damaged(problem, path, error.found or error.problem, code) from error
 
 
-def _load(layout: DatasetLayout, root: PathLike | None, home: PathLike | None, ref: DatasetRef) -> ImageDataset:
-    """Read a table, compare it with the files, drop or refuse missing images, and group identical ones."""
+def _load(
+    layout: DatasetLayout, root: PathLike | None, home: PathLike | None, ref: DatasetRef, *, survey: bool = False
+) -> ImageDataset:
+    """Read a table, drop or refuse rows whose image is missing (a survey keeps all), and group identical images."""
     with unreadable_as_error():
-        folder = resolve_root(layout, root, home)
+        folder = resolve_root(layout, root, home, draw=not survey)
         ds = layout.load(folder, choose_name(layout.name, folder, ref.name), ref)
         if ds.root is None:
             return ds
         # A look at every file is spared where identical ones are not looked for.
-        looked = layout.merge_identical and len(ds) <= LOOKED_AT_LOADING
+        looked = layout.merge_identical and (survey or len(ds) <= LOOKED_AT_LOADING)
         sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=looked)
         missing = tuple(path for path, size in sizes.items() if size is None)
-        if missing and (not ref.allow_missing or len(missing) == len(sizes)):
+        if missing and not survey and (not ref.allow_missing or len(missing) == len(sizes)):
             near, advice = near_misses(ds.root, missing)
             get = f"get the images: kagglehub.{layout.download}" if layout.download else "put the images there"
             get = advice or get
@@ -468,34 +473,22 @@ def _load(layout: DatasetLayout, root: PathLike | None, home: PathLike | None, r
                 where=ds.root,
                 fix=get if len(missing) == len(sizes) else (get, "--allow-missing (in Python allow_missing=True)"),
             )  # fmt: skip
-        if missing:
+        ds = replace(ds, missing=missing)
+        if missing and not survey:
             note = (
                 f"{len(missing):,} of {len(sizes):,} images are missing and left out (first: {first_few(missing, 3)})"
             )
-            table = ds.table[~ds.table["path"].isin(missing)]
-            ds = replace(ds, table=table, missing=missing).with_notes(note)
+            ds = replace(ds, table=ds.table[~ds.table["path"].isin(missing)]).with_notes(note)
         return join_groups(ds, sizes, merge_identical=layout.merge_identical)
 
 
 def survey_dataset(name: str, ref: DatasetRef = DatasetRef(), home: PathLike | None = None) -> ImageDataset:
     """The dataset with every row that its labels name; ``missing`` lists the images that are not there."""
-    found, state = _find(name, ref, home, _load_all)
+    found, state = _find(name, ref, home, survey=True)
     if state == "live":
         return found
     missing = tuple(dict.fromkeys(found.table["path"].tolist()))
     return replace(found, missing=missing).with_notes("the folder is gone: this is the snapshot that extraction kept")
-
-
-def _load_all(layout: DatasetLayout, root: PathLike | None, home: PathLike | None, ref: DatasetRef) -> ImageDataset:
-    """Every row kept, with groups and notes as loading would give them."""
-    with unreadable_as_error():
-        folder = resolve_root(layout, root, home, draw=False)
-        ds = layout.load(folder, choose_name(layout.name, folder, ref.name), ref)
-        if ds.root is None:
-            return ds
-        sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=layout.merge_identical)
-        ds = replace(ds, missing=tuple(path for path, size in sizes.items() if size is None))
-        return join_groups(ds, sizes, merge_identical=layout.merge_identical)
 
 
 class Listed(NamedTuple):

@@ -87,10 +87,12 @@ def _render(pydicom: Any, file: Any) -> npt.NDArray[np.uint8]:
     rows = max(1, _BLOCK // max(1, frame.shape[1]))
     parts = [slice(top, top + rows) for top in range(0, len(frame), rows)]
     if photometric == "PALETTE COLOR":
-        paint = _colors(pydicom, file)
-    else:
-        order = ">" if file.file_meta.TransferSyntaxUID == pydicom.uid.ExplicitVRBigEndian else "<"
-        paint = _grays(_of_frame(pydicom, file), order, frame, parts)
+        for part in parts:
+            color = pydicom.pixels.apply_color_lut(frame[part], file)[..., :3]
+            pixels[part] = _eight_bits(color, color.dtype.itemsize * 8)
+        return pixels
+    order = ">" if file.file_meta.TransferSyntaxUID == pydicom.uid.ExplicitVRBigEndian else "<"
+    paint = _grays(_of_frame(pydicom, file), order, frame, parts)
     for part in parts:
         pixels[part] = paint(frame[part])
     return pixels
@@ -228,19 +230,6 @@ def _stored(file: Any, frame: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.where(_padding(file, frame), frame, values) if shift == 0 else values
 
 
-_Painter = Callable[[npt.NDArray[Any]], npt.NDArray[np.uint8]]
-
-
-def _colors(pydicom: Any, file: Any) -> _Painter:
-    """What makes RGB of rows of a palette image."""
-
-    def paint(frame: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-        color = pydicom.pixels.apply_color_lut(frame, file)[..., :3]
-        return _eight_bits(color, color.dtype.itemsize * 8)
-
-    return paint
-
-
 def _of_frame(pydicom: Any, file: Any) -> Any:
     """The file's attributes, with those of the functional groups of the first frame in their place."""
     header = pydicom.Dataset()
@@ -259,8 +248,8 @@ def _of_frame(pydicom: Any, file: Any) -> Any:
     return header
 
 
-def _grays(header: Any, order: str, frame: npt.NDArray[Any], parts: Sequence[slice]) -> _Painter:
-    """What makes RGB of rows of a gray image, some at a time: as float64 a whole one may take a gigabyte."""
+def _grays(header: Any, order: str, frame: npt.NDArray[Any], parts: Sequence[slice]) -> Any:
+    """Returns the function from rows of a gray image to RGB: as float64, all rows at once may take a gigabyte."""
     modality = _table(header, order, "ModalityLUTSequence", bool(header.get("PixelRepresentation")))
     slope, intercept = _number(header, "RescaleSlope", 1.0), _number(header, "RescaleIntercept", 0.0)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -107,7 +108,7 @@ def find_columns(
             raise DatasetError(
                 f"{len(choice)} columns could be the {role}", code="columns-ambiguous",
                 expected=f"one column {role!r}, or the name of the one that is meant", found=", ".join(choice),
-                where=where, fix=f"--{role}-column {_quoted(choice[0])}",
+                where=where, fix=f"--{role}-column {shlex.quote(choice[0])}",
             )  # fmt: skip
         if choice:
             found[role] = choice[0]
@@ -172,7 +173,7 @@ def find_groups(
     notes = []
     for name in list(candidates):
         if why := unfit_groups(candidates[name], labels):
-            notes.append(f"column {name!r} is not taken for groups: {why}; --group-column {_quoted(name)} takes it")
+            notes.append(f"column {name!r} is not taken for groups: {why}; --group-column {shlex.quote(name)} takes it")
             del candidates[name]
     if not candidates:
         return None, "", notes
@@ -185,7 +186,7 @@ def find_groups(
         raise DatasetError(
             problem, code="columns-ambiguous", found=seen, where=where,
             expected="a column 'group', or the name of the one whose images must stay together",
-            fix=f"--group-column {_quoted(next(iter(candidates)))}",
+            fix=f"--group-column {shlex.quote(next(iter(candidates)))}",
         )  # fmt: skip
     column = coarsest[0]
     groups, more = _as_groups(table[column].tolist(), ids)
@@ -241,7 +242,3 @@ def _nests(fine: Sequence[str], coarse: Sequence[str]) -> bool:
     """Whether every value of ``fine`` lies in one value of ``coarse``, where both are known."""
     pairs = {(f, c) for f, c in zip(fine, coarse, strict=True) if f and c}
     return len(pairs) == len({f for f, _ in pairs})
-
-
-def _quoted(name: str) -> str:
-    return name if re.fullmatch(r"[\w.\-]+", name) else f"'{name}'"

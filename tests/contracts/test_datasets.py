@@ -14,9 +14,11 @@ import pytest
 from embcache.config import DatasetRef
 from embcache.data.dataset import DATASETS, ImageDataset, find_dataset, load_dataset
 from embcache.data.published import find_layout
-from embcache.errors import DatasetError, DatasetNotFoundError
+from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.paths import slug
 from embcache.testing import check_dataset
+from tests.data.pictures import write_image
+from tests.refusal import refused
 
 Load = Callable[..., ImageDataset]
 
@@ -80,7 +82,7 @@ def test_an_image_that_disappears_is_an_error_or_leaves_the_table(own: tuple[str
     if (
         find_layout(name).load(root.resolve(), name, DatasetRef()).ids[0] == gone
     ):  # the labels are kept apart from the images
-        with pytest.raises(DatasetError, match="--allow-missing"):
+        with refused(DatasetError, "images-missing"):
             load_dataset(name, root)
     after = load_dataset(name, root, allow_missing=True)
     assert gone not in after.ids
@@ -123,3 +125,35 @@ def test_the_dataset_is_found_live_and_then_from_its_snapshot(
     found, origin = find_dataset(ds.name)
     assert origin == "snapshot"
     assert found.table.equals(ds.table)
+
+
+def test_a_function_of_another_package_is_a_dataset(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lesions_plugin.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    for number, name in enumerate(("a/1.png", "a/2.png", "b/3.png", "b/4.png")):
+        write_image(tmp_path / "lesions" / name, number)
+    ds = load_dataset("lesions_plugin:read_lesions", tmp_path / "lesions", name="mine")
+    check_dataset(ds)
+    assert (ds.name, ds.layout, ds.origin) == ("mine", "lesions_plugin:read_lesions", tmp_path / "lesions")
+    (home / "mine").mkdir(parents=True)
+    (home / "mine" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
+    assert find_dataset(ds.layout, DatasetRef(name="mine"))[1] == "live"
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail("a file names what is imported"))
+    assert find_dataset("mine")[1] == "snapshot"
+    with refused(UsageError, "unknown-option"):
+        load_dataset("lesions", tmp_path, group_colum="patient")
+
+
+PLUGIN = """
+from pathlib import Path
+import pandas as pd
+from embcache import ImageDataset
+
+def read_lesions(root, name):
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
+    labels = [int(path.startswith("b")) for path in paths]
+    table = pd.DataFrame({"id": paths, "path": paths, "place": "", "label": labels, "group": paths, "split": "train"})
+    return ImageDataset(name, root, ("benign", "malignant"), metric="auc", augment="generic", table=table)
+"""

@@ -21,6 +21,7 @@ from embcache.data.classes import (
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from tests.probe.build import make_dataset
+from tests.refusal import refused
 
 NAMES = ("none", "mild", "severe", "other, unclear", "a+b")
 
@@ -123,7 +124,7 @@ def test_values_of_a_target_can_be_left_out_and_merged() -> None:
     assert len(changed) == (ds.table["view"] != "lateral").sum()
     again = as_in_run(ds, {"target": changed.target, "classes": dict(changed.renamed)})
     pd.testing.assert_frame_equal(again.table, changed.table)
-    with pytest.raises(UsageError, match="before the target was chosen"):
+    with refused(UsageError, "target-after-classes"):
         retarget(ds.with_classes(["a+b"]), "view")
 
 

@@ -79,10 +79,7 @@ def test_gray_is_what_pydicoms_functions_make_of_it(modality: str, voi: str) -> 
             attributes = {"SharedFunctionalGroupsSequence": [groups], "WindowCenter": 7, "WindowWidth": 9}
         elif place == "frame":
             other = item(FrameVOILUTSequence=[item(WindowCenter=7, WindowWidth=9)])
-            attributes = {
-                "SharedFunctionalGroupsSequence": [other],
-                "PerFrameFunctionalGroupsSequence": [groups],
-            }
+            attributes = {"SharedFunctionalGroupsSequence": [other], "PerFrameFunctionalGroupsSequence": [groups]}
         found = decode_image(dicom(stored, **whole, **attributes))
 
         values = pydicom.pixels.apply_modality_lut(stored, flat)

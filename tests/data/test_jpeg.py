@@ -112,19 +112,6 @@ def test_damaged_files_end_as_with_pillow(data: st.DataObject) -> None:
     np.testing.assert_array_equal(outcome(bytes(broken)), expected)
 
 
-def test_another_libjpeg_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encode(picture())
-    expected = decode_image(data)
-    monkeypatch.setattr(formats, "_same_pixels", lambda: False)
-    assert not fast(data)
-    np.testing.assert_array_equal(decode_image(data), expected)
-
-
-def test_without_the_package_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "simplejpeg", None)
-    assert not formats._same_pixels.__wrapped__()
-
-
 def test_decoders_that_differ_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     right = formats._decode
     monkeypatch.setattr(formats, "_decode", lambda data: right(data) ^ 1)  # type: ignore[operator]

@@ -12,6 +12,7 @@ from embcache.data.roles import may_name_people
 from embcache.errors import DatasetError, UsageError
 from embcache.paths import slug
 from tests.data.pictures import write_image
+from tests.refusal import refused
 
 N = 24
 
@@ -94,7 +95,7 @@ def test_coarser_is_what_nests_not_what_is_called_so(tmp_path: Path) -> None:
 
 def test_columns_that_do_not_nest_are_an_error_that_lists_them(tmp_path: Path) -> None:
     crossed = [f"s{i % 12}" for i in range(N)]
-    with pytest.raises(DatasetError, match="do not nest") as caught:
+    with refused(DatasetError, "columns-ambiguous") as caught:
         table(tmp_path, {"patient": patients(2), "slide id": crossed})
     assert "patient (12 values), slide id (12 values)" in str(caught.value)
     assert caught.value.fix == "--group-column patient"
@@ -167,7 +168,7 @@ def test_two_columns_that_could_be_meant_are_listed(tmp_path: Path) -> None:
     table(tmp_path, {})
     frame = pd.read_csv(tmp_path / "labels.csv")
     frame.rename(columns={"label": "diagnosis"}).assign(target=["x", "y"] * 12).to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(DatasetError, match="2 columns could be the label") as caught:
+    with refused(DatasetError, "columns-ambiguous") as caught:
         load_dataset("folder", tmp_path / "t.csv")
     assert "diagnosis, target" in str(caught.value)
     assert "--label-column diagnosis" in str(caught.value)
@@ -176,13 +177,13 @@ def test_two_columns_that_could_be_meant_are_listed(tmp_path: Path) -> None:
 
 def test_a_named_column_that_is_not_there_and_a_key_that_is_no_role_are_refused(tmp_path: Path) -> None:
     table(tmp_path, {"patient": patients(2)})
-    with pytest.raises(UsageError, match="did you mean 'patient'"):
+    with refused(UsageError, "unknown-column"):
         load_dataset("folder", tmp_path / "labels.csv", group_column="patiant")
-    with pytest.raises(UsageError, match="unknown option"):
+    with refused(UsageError, "unknown-option"):
         load_dataset("folder", tmp_path / "labels.csv", patient_column="x")
     write_image(tmp_path / "f" / "a" / "1.png", 1)
     write_image(tmp_path / "f" / "b" / "2.png", 2)
-    with pytest.raises(UsageError, match="class folders have no columns"):
+    with refused(UsageError, "columns-of-folders"):
         load_dataset("folder", tmp_path / "f", group_column="patient")
 
 
@@ -190,7 +191,7 @@ def test_a_published_layout_has_its_own_columns(tmp_path: Path) -> None:
     from tests.data import test_pneumonia
 
     root = test_pneumonia.write_layout(tmp_path)
-    with pytest.raises(UsageError, match="columns of its own"):
+    with refused(UsageError, "columns-published"):
         load_dataset("pneumonia", root, group_column="x")
 
 
@@ -227,7 +228,7 @@ def test_columns_that_may_name_people(column: str, people: bool) -> None:
 
 def test_a_split_that_is_not_known_is_refused_or_told(tmp_path: Path) -> None:
     values = ["Train", "TEST", "holdout"] * (N // 3)
-    with pytest.raises(DatasetError, match="unknown split"):
+    with refused(DatasetError, "unknown-split"):
         table(tmp_path, {"Split": values})
     ds = table(tmp_path, {"set": values})
     assert set(ds.table["split"]) == {"train"}

@@ -247,7 +247,8 @@ def _unclear(
 ) -> DatasetNotFoundError:
     table = "a table of path,label (and group, split) as --data-root; or rename folders that do name classes"
     fix = f"--data-root '{instead}', or {table}" if instead else table
-    return layout_error(root, problem, first_few(seen) + (f" ({more})" if more else ""), fix)
+    found = first_few(seen) + (f" ({more})" if more else "")
+    return DatasetNotFoundError(problem, code="classes-unclear", expected=EXPECTED, found=found, where=root, fix=fix)
 
 
 def layout_error(root: Path, problem: str, found: str | None = None, fix: str | None = None) -> DatasetNotFoundError:
@@ -427,18 +428,13 @@ def _dataset(
         raise layout_error(root, "no class folders with images")
     own: dict[str, Any] = {**cells, "place": "", "label": np.array(numbers, dtype=np.int64)}
     order = [*COLUMNS, *(name for name in cells if name not in COLUMNS)]
+    options = {f"{role}_column": column for role, column in named_columns(ref).items()}
     return ImageDataset(
-        name=name,
-        root=root,
-        class_names=class_names,
-        metric="auc" if len(class_names) == 2 else "macro_auc",
-        augment="generic",
-        table=pd.DataFrame({name: own[name] for name in order}),
+        name, root, class_names, metric="auc" if len(class_names) == 2 else "macro_auc", augment="generic",
+        table=pd.DataFrame({column: own[column] for column in order}),
         notes=(*notes, *spellings.notes(), *more, *label_notes(labels, class_names)),
-        ref=DatasetRef.make(
-            options={**{f"{role}_column": c for role, c in named_columns(ref).items()}, "merge_class": done}
-        ),
-    )
+        ref=DatasetRef.make(options={**options, "merge_class": done}),
+    )  # fmt: skip
 
 
 LAYOUT = DatasetLayout(

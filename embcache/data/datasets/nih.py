@@ -58,15 +58,9 @@ def read_nih(root: Path, name: str) -> ImageDataset:
     places = _find_images(root, set(table["id"].tolist()))
     table.insert(1, "path", [places.get(i, f"images/{i}") for i in table["id"].tolist()])
     return ImageDataset(
-        name=name,
-        root=root,
-        class_names=CLASSES,
-        metric="macro_auc",
-        augment="chest",
-        table=table.astype({"label": "int64"}),
-        subset_sizes={"S": 20, "M": 200},
-        notes=tuple(notes),
-    )
+        name, root, CLASSES, metric="macro_auc", augment="chest", table=table.astype({"label": "int64"}),
+        subset_sizes={"S": 20, "M": 200}, notes=tuple(notes),
+    )  # fmt: skip
 
 
 def _label_file(folder: Path, split: str) -> Path | None:

@@ -83,34 +83,20 @@ def _read_hdf5(root: Path, name: str) -> ImageDataset:
 
 
 def _dataset(
-    root: Path,
-    name: str,
-    table: pd.DataFrame,
-    grouped: bool,
-    notes: list[str],
-    leaderboard_alpha: float | None = None,
+    root: Path, name: str, table: pd.DataFrame, grouped: bool, notes: list[str], leaderboard_alpha: float | None = None
 ) -> ImageDataset:
+    # The pool's limit, in either layout: the paper's F is 50,000 drawn at random.
     return ImageDataset(
-        name=name,
-        root=root,
-        class_names=CLASSES,
-        metric="auc",
-        augment="patch",
-        table=table.astype({"label": "int64"}),
-        subset_sizes={"S": 500, "M": 5000},
-        pool_limit=50_000,  # in either layout: the paper's F is 50,000 drawn at random
-        leaderboard_alpha=leaderboard_alpha,
-        grouped=grouped,
+        name, root, CLASSES, metric="auc", augment="patch", table=table.astype({"label": "int64"}),
+        subset_sizes={"S": 500, "M": 5000}, pool_limit=50_000, leaderboard_alpha=leaderboard_alpha, grouped=grouped,
         notes=tuple(notes if grouped else [UNGROUPED, *notes]),
-    )
+    )  # fmt: skip
 
 
 def _drop_repeats(table: pd.DataFrame, where: Path) -> tuple[pd.DataFrame, list[str]]:
     """One row per id: ids are hashes of the tile, so that a tile cut twice is listed twice. Labels must agree."""
-    labels: dict[str, set[str]] = {}
-    for image_id, label in zip(table["id"], table["label"], strict=True):
-        labels.setdefault(image_id, set()).add(label)
-    disputed = [image_id for image_id, values in labels.items() if len(values) > 1]
+    labels = table.groupby("id", sort=False)["label"].nunique()
+    disputed = labels[labels > 1].index.tolist()
     if disputed:
         raise DatasetError(
             f"duplicate ids: {len(disputed):,} ids occur with different labels", code="duplicate-ids",

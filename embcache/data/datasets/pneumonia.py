@@ -49,13 +49,14 @@ def read_pneumonia(root: Path, name: str) -> ImageDataset:
     if not any(row[5] == "test" for row in rows):
         notes.append("the official test images are not there: a local test set is held out of the training images")
     columns = ["id", "path", "place", "label", "group", "split", "pathogen"]
+    table = pd.DataFrame(rows, columns=columns).astype({"label": "int64"})
     return ImageDataset(
-        name=name,
-        root=level,
-        class_names=CLASSES,
+        name,
+        level,
+        CLASSES,
         metric="auc",
         augment="chest",
-        table=pd.DataFrame(rows, columns=columns).astype({"label": "int64"}),
+        table=table,
         grouped=unknown < len(rows),
         notes=tuple(notes),
     )
