@@ -280,9 +280,9 @@ def takes_columns(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **given: Any) -> None:
-        named = {f"{role}_column": given.pop(f"{role}_column") or "" for role in _COLUMN_HELP}
-        columns = DatasetRef(**named, merge_class=tuple(given.get("merge_class") or ()))
-        command(*args, columns=columns, **given)
+        named: dict[str, Any] = {f"{role}_column": given.pop(f"{role}_column") or "" for role in _COLUMN_HELP}
+        named["merge_class"] = given.get("merge_class") or ()
+        command(*args, columns=DatasetRef.make(options=named), **given)
 
     run.__annotations__ = {name: hint for name, hint in command.__annotations__.items() if name != "columns"}
     run.__annotations__ |= {

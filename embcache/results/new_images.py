@@ -45,7 +45,7 @@ def images_of_paths(paths: Sequence[PathLike], columns: DatasetRef = DatasetRef(
     notes: list[str] = []
     found = list_images(paths, notes, columns)
     real = [os.path.realpath(path) for path in found]
-    sources = tuple(ImageRef(str(k), path.removeprefix(Path(path).anchor), -1) for k, path in enumerate(real))
+    sources = tuple(ImageRef(str(k), path.removeprefix(Path(path).anchor), "") for k, path in enumerate(real))
     reasons = tuple(map(_not_readable, real))
     # Groups by PatientID are called after their first image: a PatientID is in no answer.
     anchor, asked = Path(Path.cwd().anchor), [k for k, why in enumerate(reasons) if not why]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from embcache.errors import RecipeError, StoreNotFoundError
 from embcache.paths import PathLike, data_dir, home_dir, slug
@@ -33,11 +33,13 @@ class NamedTable(Protocol):
 class LoadedDataset(NamedTable, Protocol):
     """A dataset that says how it was loaded, as an ImageDataset does."""
 
-    kind: str
+    layout: str
     root: Path | None
     origin: Path | None
     missing: Sequence[str]
-    columns: Any
+
+    def read_options(self) -> list[str]:
+        """Options of the command line that say how its table was read."""
 
 
 def nothing_matches(

@@ -14,7 +14,6 @@ from embcache.errors import DatasetError, DatasetNotFoundError
 from embcache.io import write_tree
 from tests.refusal import refused
 
-
 drawn = functools.cache(sample_module._draw_all)  # drawing the files takes seconds
 
 
