@@ -28,7 +28,7 @@ from embcache.backbones.catalog import find_backbone, load_backbone
 from embcache.backbones.networks import LastClassTokens
 from embcache.backbones.transforms import choose_transform
 from embcache.cores import usable_cores
-from embcache.extract.batching import Source, prepare
+from embcache.extract.batching import ImageRef, prepare
 from embcache.extract.worker import FrozenNetwork, compute_shard, freeze
 
 BATCH = 16
@@ -96,7 +96,7 @@ def main() -> None:
         folder = Path(name)
         for side in map(int, args.sizes.split(",")):
             paths = draw(folder, args.images, side)
-            sources = [Source(path.name, path.name, -1) for path in paths]
+            sources = [ImageRef(path.name, path.name, "") for path in paths]
             for backbone in args.backbone.split(","):
                 for precision in args.precisions.split(","):
                     ceiling(network(backbone, precision, side, folder), folder, sources, pool, args.repeats)
@@ -110,15 +110,15 @@ def alone(net: FrozenNetwork, images: int) -> None:
         net.features(pixels)
 
 
-def decoded(net: FrozenNetwork, folder: Path, sources: list[Source], pool: ThreadPoolExecutor) -> None:
+def decoded(net: FrozenNetwork, folder: Path, sources: list[ImageRef], pool: ThreadPoolExecutor) -> None:
     list(pool.map(lambda source: prepare(folder, source, [net.looks.frame.geometry]), sources))
 
 
-def extracted(nets: list[FrozenNetwork], folder: Path, sources: list[Source], pool: ThreadPoolExecutor) -> None:
+def extracted(nets: list[FrozenNetwork], folder: Path, sources: list[ImageRef], pool: ThreadPoolExecutor) -> None:
     compute_shard(folder, sources, nets, batch_size=BATCH, pool=pool)
 
 
-def ceiling(net: FrozenNetwork, folder: Path, sources: list[Source], pool: ThreadPoolExecutor, repeats: int) -> None:
+def ceiling(net: FrozenNetwork, folder: Path, sources: list[ImageRef], pool: ThreadPoolExecutor, repeats: int) -> None:
     n = len(sources)
     found = medians(
         {
@@ -137,7 +137,7 @@ def ceiling(net: FrozenNetwork, folder: Path, sources: list[Source], pool: Threa
 
 
 def plain_loop(
-    paths: list[Path], folder: Path, sources: list[Source], pool: ThreadPoolExecutor, repeats: int, side: int
+    paths: list[Path], folder: Path, sources: list[ImageRef], pool: ThreadPoolExecutor, repeats: int, side: int
 ) -> None:
     model = timm.create_model("resnet50", pretrained=False, num_classes=0).eval()
 
@@ -157,7 +157,7 @@ def plain_loop(
     )
 
 
-def five(folder: Path, sources: list[Source], pool: ThreadPoolExecutor, side: int) -> None:
+def five(folder: Path, sources: list[ImageRef], pool: ThreadPoolExecutor, side: int) -> None:
     nets = [network(name, "fp32", side, folder) for name in ("random", "random:1", "random:2", "random:3", "random:4")]
     found = medians(
         {

@@ -25,7 +25,7 @@ def make_dataset(name: str, n_train: int, n_test: int, positive: float) -> Image
         {
             "id": ids,
             "path": [f"{i}.png" for i in ids],
-            "member": np.full(n, -1, dtype=np.int64),
+            "place": "",
             "label": labels,
             "group": [f"g{k // 2}" for k in range(n)],
             "split": ["train"] * n_train + ["test"] * n_test,

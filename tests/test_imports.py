@@ -28,7 +28,7 @@ LAYERS = (
     ("figures",),
     ("study", "report", "maintain"),
     ("commands",),
-    ("cli",),
+    ("cli", "testing"),
     ("__main__",),
 )
 BESIDE = {("finetune", "probe"), ("backbones", "data")}
@@ -155,7 +155,7 @@ def _put_store(home: Path, root: Path | None) -> None:
     path = make_store(home)
     add(path, 0, ["a", "b"])
     add(path, 1, ["a"])
-    table = make_table(["a", "b"]).table.assign(path=["a", "b"], member=-1)
+    table = make_table(["a", "b"]).table.assign(path=["a", "b"], place="")
     ds = ImageDataset("ds", root, ("no", "yes"), "auc", "generic", table)
     (home / "ds" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
 

@@ -31,7 +31,7 @@ from embcache.commands.table import print_table
 from embcache.errors import StoreNotFoundError, UsageError, check_number
 
 if TYPE_CHECKING:
-    from embcache.data.chosen import Columns
+    from embcache.config import DatasetRef
     from embcache.data.dataset import ImageDataset
     from embcache.figures.audit import Audit
 
@@ -65,7 +65,7 @@ def audit(
     name: NameOption = None,
     json: JsonOption = None,
     *,
-    columns: Columns,
+    columns: DatasetRef,
 ) -> None:
     """Look for near-duplicates, likely label errors and outliers, and measure the effect of leaving them out.
 

@@ -1,142 +1,160 @@
-"""``embcache datasets``: what there is, and what is there of one."""
+"""``embcache datasets``: the datasets there are, and what is there of one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embcache.commands.options import (
-    DataRootOption,
-    HomeOption,
-    JsonOption,
-    MergeClassOption,
-    refuse_other_merges,
-    takes_columns,
-    write_json,
-)
+from embcache.commands.options import HomeOption, JsonOption, Skip, refuse_other_merges, takes_configs, write_json
 from embcache.commands.output import echo
 from embcache.commands.table import print_table
+from embcache.config import DatasetRef
 
 if TYPE_CHECKING:
-    from embcache.data.chosen import Columns
-    from embcache.data.survey import Listed, Survey
+    import numpy as np
+    import numpy.typing as npt
+
+    from embcache.data.dataset import ImageDataset, Listed
 
 
-@takes_columns
+@takes_configs
 def datasets(
     name: Annotated[str | None, typer.Argument(help="Show this one in full: classes, groups, what is missing.")] = None,
-    data_root: DataRootOption = None,
     home: HomeOption = None,
     json: JsonOption = None,
-    merge_class: MergeClassOption = None,
     *,
-    columns: Columns,
+    ref: Annotated[DatasetRef, Skip("name", "allow_missing", "drop_class", "target")],
 ) -> None:
     """List the datasets and what was found of each; with a NAME, one of them in full.
 
-    Nothing is read but label files and folder listings, and missing images are no error here.
+    Only label files and folder listings are read, and missing images are no error here.
     """
-    from embcache.data.survey import list_datasets, survey_dataset
+    from embcache.data.dataset import list_datasets, survey_dataset
     from embcache.errors import UsageError
 
     if name is not None:
-        survey = survey_dataset(name, data_root, home, columns)
-        refuse_other_merges(merge_class, survey.dataset)
+        dataset = survey_dataset(name, ref, home)
+        refuse_other_merges(ref.merge_class, dataset)
         if json:
-            write_json(survey.to_dict(), json)
+            write_json(_survey(dataset), json)
         if json != "-":
-            _print_survey(survey)
+            _print_survey(dataset)
         return
-    if data_root is not None or columns.named() or columns.merge_class:
+    if ref != DatasetRef():
         raise UsageError(
-            "--data-root and columns belong to one dataset",
-            fix=f"embcache datasets NAME --data-root {data_root or 'FOLDER'}",
-        )
+            "--data-root and columns belong to one dataset", code="dataset-not-named",
+            fix=f"embcache datasets NAME --data-root {ref.data_root or 'FOLDER'}",
+        )  # fmt: skip
     rows = list_datasets(home)
     if json:
-        write_json([_row_data(row) for row in rows], json)
+        write_json([_listed(row) for row in rows], json)
     if json != "-":
         _print_list(rows)
 
 
+def _present(dataset: ImageDataset) -> npt.NDArray[np.bool_]:
+    return ~dataset.table["path"].isin(dataset.missing).to_numpy()
+
+
+def _count(dataset: ImageDataset, split: str, label: int | None = None) -> tuple[int, int]:
+    """(rows, rows whose image is there) of a split, of one label or of all."""
+    rows = (dataset.table["split"] == split).to_numpy()
+    if label is not None:
+        rows = rows & (dataset.labels == label)
+    return int(rows.sum()), int((rows & _present(dataset)).sum())
+
+
+def _splits(dataset: ImageDataset) -> dict[str, int]:
+    """Number of groups in each split that has rows, in the order train, val, test."""
+    groups = dataset.table.groupby("split")["group"].nunique()
+    return {split: int(groups[split]) for split in ("train", "val", "test") if split in groups}
+
+
+def _description(dataset: ImageDataset) -> tuple[str, str]:
+    """What the dataset's layout is, and the call that downloads it."""
+    from embcache.data.published import DATASETS, find_layout
+
+    if dataset.layout not in DATASETS:  # a name in a snapshot never says what is imported
+        return dataset.layout, ""
+    layout = find_layout(dataset.layout)
+    return layout.description, layout.download or ""
+
+
+def _survey(dataset: ImageDataset) -> dict[str, Any]:
+    names = [*enumerate(dataset.class_names), *([(-1, "unlabeled")] if (dataset.labels < 0).any() else [])]
+    splits = _splits(dataset)
+    counts = {name: {split: _count(dataset, split, c) for split in splits} for c, name in names}
+    return {
+        "name": dataset.name,
+        "kind": dataset.layout,
+        "description": _description(dataset)[0],
+        "root": str(dataset.root),
+        "metric": dataset.metric,
+        "subset_sizes": dict(dataset.subset_sizes),
+        "images": len(dataset),
+        "images_found": int(_present(dataset).sum()),
+        "classes": {name: {split: n for split, (n, _) in found.items()} for name, found in counts.items()},
+        "classes_found": {name: {split: n for split, (_, n) in found.items()} for name, found in counts.items()},
+        "groups": splits,
+        "missing": list(dataset.missing),
+        "notes": list(dataset.notes),
+    }
+
+
+def _listed(row: Listed) -> dict[str, object]:
+    where = None if row.root is None else str(row.root)
+    if row.found is None:
+        return {"name": row.name, "description": row.description, "found": False, "root": where, "problem": row.problem}
+    return {"found": True, **{k: v for k, v in _survey(row.found).items() if k != "missing"}}
+
+
 def _print_list(rows: list[Listed]) -> None:
-    from embcache.data.published import DATASETS
+    from embcache.data.published import DATASETS, find_layout
 
     cells, notes = [], []
-    for row in rows:
-        cells.append((row.name, row.description, _images(row), _where(row)))
-        if row.problem:
-            notes.append(f"{row.name}: {row.problem}")
-        if row.found is None:
-            source = DATASETS.get(row.name)
-            get = f"; kagglehub.{source.download}" if source and source.download else ""
-            if source and not source.draw:
-                notes.append(f"{row.name} expects {' '.join(source.expected.split())}{get}")
-        elif row.found.dataset.synthetic:
-            notes.append(f"{row.name}: synthetic images")
+    for name, description, found, root, problem in rows:
+        images, where = "", f"not found in {root}"
+        if found is not None:
+            total, here = len(found), int(_present(found).sum())
+            images = f"{total:,}" if here == total else f"{here:,} of {total:,}"
+            where = str(root) if here else f"{root} (labels only)"
+        elif root is None:
+            where = "--data-root FOLDER"
+        elif name == "sample":
+            where = f"drawn at first use, in {root}"
+        cells.append((name, description, images, where))
+        notes += [f"{name}: {problem}"] if problem else []
+        if found is None and name in DATASETS and not (layout := find_layout(name)).draw:
+            get = f"; kagglehub.{layout.download}" if layout.download else ""
+            notes.append(f"{name} expects {' '.join(layout.expected.split())}{get}")
+        elif found is not None and found.synthetic:
+            notes.append(f"{name}: synthetic images")
     print_table(["dataset", "what it is", "images", "where"], cells, notes=notes)
     echo("\nOne in full: embcache datasets NAME [--data-root FOLDER]")
 
 
-def _images(row: Listed) -> str:
-    if row.found is None:
-        return ""
-    total, here = len(row.found.dataset), int(row.found.present.sum())
-    return f"{total:,}" if here == total else f"{here:,} of {total:,}"
-
-
-def _where(row: Listed) -> str:
-    if row.found is not None:
-        return str(row.root) if row.found.present.any() else f"{row.root} (labels only)"
-    if row.root is None:
-        return "--data-root FOLDER"
-    return f"drawn at first use, in {row.root}" if row.name == "sample" else f"not found in {row.root}"
-
-
-def _row_data(row: Listed) -> dict[str, object]:
-    where = None if row.root is None else str(row.root)
-    if row.found is None:
-        return {"name": row.name, "description": row.description, "found": False, "root": where, "problem": row.problem}
-    return {"found": True, **{k: v for k, v in row.found.to_dict().items() if k != "missing"}}
-
-
-def _print_survey(survey: Survey) -> None:
-    ds = survey.dataset
-    whole = bool(survey.present.all())
-    sizes = ", ".join(f"{k} = {n:,}" for k, n in ds.subset_sizes.items())
-    echo(f"{ds.name}: {survey.source.description}{' — synthetic' if ds.synthetic else ''}")
-    echo(f"in {ds.root}; metric {ds.metric}; training images {sizes}, F = all\n")
-    splits = survey.splits()
-    headers = ["class"]
-    for split in splits:
-        headers += [split] if whole else [split, "with image"]
-
-    def row(title: str, label: int | None) -> list[object]:
-        counts = [survey.count(split, label) for split in splits]
-        return [title, *(f"{n:,}" for pair in counts for n in (pair[:1] if whole else pair))]
-
-    rows = [row(class_name, label) for label, class_name in enumerate(ds.class_names)]
-    if (ds.labels < 0).any():
-        rows.append(row("(unlabelled)", -1))
-    rows.append(row("images", None))
-    groups: list[object] = ["groups"]
-    for split in splits:
-        groups += [f"{survey.group_count(split):,}"] if whole else [f"{survey.group_count(split):,}", ""]
-    print_table(headers, [*rows, groups], notes=[*ds.notes, *_missing_notes(survey)])
-
-
-def _missing_notes(survey: Survey) -> list[str]:
-    from embcache.data.nearby import near_misses
+def _print_survey(dataset: ImageDataset) -> None:
+    from embcache.data.files import near_misses
     from embcache.errors import first_few
 
-    missing = survey.dataset.missing
-    if not missing:
-        return []
-    get = f"; get them: kagglehub.{survey.source.download}" if survey.source.download else ""
-    near, advice = near_misses(survey.dataset.root, missing) if survey.dataset.root else ("", "")
-    return [
-        f"{len(missing):,} images are not there: {first_few(missing)}{get}",
-        *(f"{line}; {advice}" for line in near.splitlines()),
-        "--allow-missing (in extract) goes on with those that are",
+    description, download = _description(dataset)
+    sizes = ", ".join(f"{k} = {n:,}" for k, n in dataset.subset_sizes.items())
+    echo(f"{dataset.name}: {description}{' — synthetic' if dataset.synthetic else ''}")
+    echo(f"in {dataset.root}; metric {dataset.metric}; training images {sizes}, F = all\n")
+    splits, missing, notes = _splits(dataset), dataset.missing, list(dataset.notes)
+    labels: list[tuple[str, int | None]] = [(name, c) for c, name in enumerate(dataset.class_names)]
+    labels += [("(unlabeled)", -1)] if (dataset.labels < 0).any() else []
+    shown = 2 if missing else 1  # beside the number of rows, that of the images that are there
+    rows: list[list[object]] = [
+        [title, *(f"{n:,}" for split in splits for n in _count(dataset, split, label)[:shown])]
+        for title, label in [*labels, ("images", None)]
     ]
+    rows.append(["groups", *(cell for n in splits.values() for cell in (f"{n:,}", "")[:shown])])
+    if missing:
+        near, advice = near_misses(dataset.root, missing) if dataset.root else ("", "")
+        get = f"; get them: kagglehub.{download}" if download else ""
+        notes.append(f"{len(missing):,} images are not there: {first_few(missing)}{get}")
+        notes += [f"{line}; {advice}" for line in near.splitlines()]
+        notes.append("--allow-missing (in extract) skips them")
+    print_table(["class", *(cell for s in splits for cell in (s, "with image")[:shown])], rows, notes=notes)

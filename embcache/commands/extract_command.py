@@ -31,7 +31,7 @@ from embcache.commands.table import format_table, print_note, print_table
 from embcache.errors import UsageError, printable
 
 if TYPE_CHECKING:
-    from embcache.data.chosen import Columns
+    from embcache.config import DatasetRef
     from embcache.extract.extract import Extraction
     from embcache.maintain.dry_run import DryRun
 
@@ -136,7 +136,7 @@ def extract(
     merge_class: MergeClassOption = None,
     json: JsonOption = None,
     *,
-    columns: Columns,
+    columns: DatasetRef,
 ) -> None:
     """Run frozen backbones once over all images into feature stores.
 

@@ -30,7 +30,7 @@ from embcache.errors import UsageError
 from embcache.io import check_target, write_output
 
 if TYPE_CHECKING:
-    from embcache.data.chosen import Columns
+    from embcache.config import DatasetRef
     from embcache.data.classes import ClassOptions
     from embcache.data.dataset import ImageDataset
     from embcache.figures.draw_maps import Maps
@@ -83,7 +83,7 @@ def tsne(
     name: NameOption = None,
     json: JsonOption = None,
     *,
-    columns: Columns,
+    columns: DatasetRef,
 ) -> None:
     """Map cached embeddings side by side: each backbone, and what a run of dvme fuses.
 
@@ -164,7 +164,7 @@ def attention(
     if image is not None:
         _image_attention(image, split_list(backbone), weights, transform, home, targets, json)
         return
-    from embcache.data.columns import as_in_run
+    from embcache.data.classes import as_in_run
     from embcache.data.dataset import find_dataset
     from embcache.figures.run_attention import draw_attention, run_attention
     from embcache.paths import home_dir, slug
@@ -263,7 +263,7 @@ def neighbors(
     name: NameOption = None,
     json: JsonOption = None,
     *,
-    columns: Columns,
+    columns: DatasetRef,
 ) -> None:
     """Show the images nearest to one in cached features, as a table and a contact sheet.
 
@@ -321,7 +321,7 @@ def _one_dataset(
     allow_missing: bool,
     name: str | None,
     classes: ClassOptions,
-    columns: Columns,
+    columns: DatasetRef,
 ) -> ImageDataset:
     names = split_list(dataset)
     if len(names) != 1:

@@ -36,7 +36,7 @@ from embcache.commands.progress import ProgressBar
 from embcache.commands.table import print_note
 
 if TYPE_CHECKING:
-    from embcache.data.chosen import Columns
+    from embcache.config import DatasetRef
 
 
 @takes_columns
@@ -111,7 +111,7 @@ def finetune(
     name: NameOption = None,
     json: JsonOption = None,
     *,
-    columns: Columns,
+    columns: DatasetRef,
 ) -> None:
     """Train backbones and head together on augmented images, by the protocol of probing, and test them.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type
 import typer
 
 from embcache.commands.output import echo, json_text
-from embcache.config import Config, option_of
+from embcache.config import Config, DatasetRef, option_of
 from embcache.config import split_list as split_list
 from embcache.errors import UsageError, advise_only
 from embcache.io import write_output
@@ -113,7 +113,7 @@ MergeClassOption = Annotated[
     list[str] | None,
     typer.Option("--merge-class", metavar="A+B=NEW", help="Make one class of several, with a new name; repeatable."),
 ]
-_COLUMN_HELP = {  # of `embcache.data.chosen.ROLES`
+_COLUMN_HELP = {  # of `embcache.data.tables.ROLES`
     "path": "Column of a table that names the files.",
     "label": "Column of a table that holds the labels.",
     "group": "Column of a table that holds patients, slides …: no split divides one. [default: group, or a usual name]",
@@ -280,10 +280,9 @@ def takes_columns(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **given: Any) -> None:
-        from embcache.data.chosen import Columns
-
-        named = {role: given.pop(f"{role}_column") or "" for role in _COLUMN_HELP}
-        command(*args, columns=Columns(**named, merge_class=tuple(given.get("merge_class") or ())), **given)
+        named: dict[str, Any] = {f"{role}_column": given.pop(f"{role}_column") or "" for role in _COLUMN_HELP}
+        named["merge_class"] = given.get("merge_class") or ()
+        command(*args, columns=DatasetRef.make(options=named), **given)
 
     run.__annotations__ = {name: hint for name, hint in command.__annotations__.items() if name != "columns"}
     run.__annotations__ |= {
@@ -309,7 +308,7 @@ def class_options(drop: Sequence[str] | None, merge: Sequence[str] | None) -> Cl
 
 def refuse_other_merges(merge: Sequence[str] | None, dataset: ImageDataset) -> None:
     """`UsageError` for merges that loading did not make: of classes that differ in more than letter case."""
-    others = [text for text in merge or () if text not in dataset.columns.merge_class]
+    others = [text for text in merge or () if text not in dataset.ref.merge_class]
     if others:
         raise UsageError(
             "here --merge-class is for classes that differ only in letter case",

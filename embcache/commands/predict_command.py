@@ -26,7 +26,7 @@ from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
-    from embcache.data.chosen import Columns
+    from embcache.config import DatasetRef
 
 RunOption = Annotated[
     str, typer.Option("--run", metavar="RUN", help="Id of a run, or its beginning: `embcache results` lists them.")
@@ -75,7 +75,7 @@ def predict(
     home: HomeOption = None,
     json: JsonOption = None,
     *,
-    columns: Columns,
+    columns: DatasetRef,
 ) -> None:
     """Predict images by a saved run: a CSV with the probability of each class, the mean over the run's folds.
 

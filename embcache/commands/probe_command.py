@@ -41,7 +41,7 @@ from embcache.commands.table import bounds, print_note, print_table, spread
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
-    from embcache.data.chosen import Columns
+    from embcache.config import DatasetRef
     from embcache.runs.folders import ProbeResult
 
 
@@ -116,7 +116,7 @@ def probe(
     again: Annotated[bool, typer.Option("--again", help="Train even where a saved result answers the same.")] = False,
     json: JsonOption = None,
     *,
-    columns: Columns,
+    columns: DatasetRef,
 ) -> None:
     """Train heads on cached features and test them: five folds, early stopping, means and intervals.
 

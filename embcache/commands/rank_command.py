@@ -29,7 +29,7 @@ from embcache.commands.output import echo
 from embcache.commands.table import print_note, print_table
 
 if TYPE_CHECKING:
-    from embcache.data.chosen import Columns
+    from embcache.config import DatasetRef
     from embcache.figures.rank import Ranking
     from embcache.figures.similarity import Similarity
 
@@ -51,7 +51,7 @@ def rank(
     name: NameOption = None,
     json: JsonOption = None,
     *,
-    columns: Columns,
+    columns: DatasetRef,
 ) -> None:
     """Score every cached backbone in seconds, without training: which one to bother with.
 
@@ -90,7 +90,7 @@ def similarity(
     name: NameOption = None,
     json: JsonOption = None,
     *,
-    columns: Columns,
+    columns: DatasetRef,
 ) -> None:
     """Compare the embeddings of cached backbones on the same training images: linear CKA and mutual k-NN.
 

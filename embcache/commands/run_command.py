@@ -33,7 +33,7 @@ from embcache.commands.progress import ProgressBar
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
-    from embcache.data.chosen import Columns
+    from embcache.config import DatasetRef
     from embcache.results.layout import Table
 
 FormatOption = Annotated[
@@ -102,7 +102,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; do nothing.")] = False,
     json: JsonOption = None,
     *,
-    columns: Columns,
+    columns: DatasetRef,
 ) -> None:
     """Make a table or a figure of the paper, or a grid of one's own: plan, do what is missing, print.
 

@@ -32,7 +32,7 @@ from embcache.commands.table import print_note, print_table
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
-    from embcache.data.chosen import Columns
+    from embcache.config import DatasetRef
     from embcache.probe.splits import Splits
 
 app = typer.Typer(help="The exact images of every fold and subset.", no_args_is_help=True, callback=advise_by)
@@ -64,7 +64,7 @@ def export(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     *,
-    columns: Columns,
+    columns: DatasetRef,
 ) -> None:
     """Write the splits that `embcache probe` draws, as JSON: ids of the test set and of every fold and subset.
 
@@ -117,7 +117,7 @@ def import_(
     allow_missing: AllowMissingOption = False,
     name: NameOption = None,
     *,
-    columns: Columns,
+    columns: DatasetRef,
 ) -> None:
     """Check someone else's splits against a dataset and keep them for `embcache probe --splits NAME`.
 

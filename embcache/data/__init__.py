@@ -1,1 +1,1 @@
-"""Labelled images as tables: one module a dataset, and the decoder of their files. Never imports torch."""
+"""Labeled images as tables, one module per published layout, and the decoder of their files. Never imports torch."""

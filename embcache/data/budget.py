@@ -1,10 +1,12 @@
-"""What decoding may take: pixels of one image, memory of all threads together; and what is noted on the way."""
+"""What decoding may take: pixels of one image, memory of all threads together; its notes; and no stray warnings."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,13 +14,28 @@ from dataclasses import dataclass, field
 from embcache.errors import ImageError, UsageError
 
 MAX_PIXELS = 89_478_485
-"""Pixels of the largest image that is decoded unless another limit is given: Pillow's own default, 256 MiB of RGB."""
-
-_MOST = 3 << 30  # bytes for one image at the default limit; 36 bytes per pixel; a 16-bit PNG takes 29
+"""Default limit on the pixels of an image that is decoded: Pillow's own, 256 MiB of RGB."""
 MOST_PIXELS = 1 << 32
 """The highest limit that may be given: larger images are never decoded."""
+
+_MOST = 3 << 30  # bytes for one image at the default limit; 36 bytes per pixel; a 16-bit PNG takes 29
 _SHOWN = 3
 _TOO_LARGE = re.compile(r"too large: ([\d,]+) pixels")
+
+
+def broken(reason: str) -> ImageError:
+    """The error for an image whose bytes contradict themselves or end too early."""
+    return ImageError(reason, code="image-broken")
+
+
+def unsupported(reason: str) -> ImageError:
+    """The error for an image that is whole, but of a format or variant that is not decoded."""
+    return ImageError(reason, code="image-unsupported")
+
+
+def too_large(reason: str) -> ImageError:
+    """The error for an image that would take too many pixels or bytes."""
+    return ImageError(reason, code="image-too-large")
 
 
 class Budget:
@@ -29,11 +46,11 @@ class Budget:
         self._free, self._own = threading.Condition(), threading.local()
 
     @contextmanager
-    def hold(self, need: int) -> Iterator[None]:
-        """Wait until ``need`` bytes are free, and hold them; what this thread holds already counts towards them."""
+    def hold(self, need: int | None = None) -> Iterator[None]:
+        """Wait until ``need`` bytes (default: all) are free and hold them; those this thread holds already count."""
         before: int = getattr(self._own, "held", 0)
-        # A thread that holds something asks for more only where it holds everything: nobody waits for each other.
-        more = 0 if before else min(need, self._total)
+        # A thread that holds something only asks for more where it holds everything: no two wait for each other.
+        more = 0 if before else self._total if need is None else min(need, self._total)
         with self._free:
             self._free.wait_for(lambda: self._used + more <= self._total)
             self._used += more
@@ -46,28 +63,27 @@ class Budget:
                 self._used -= more
                 self._free.notify_all()
 
-    @contextmanager
-    def hold_all(self) -> Iterator[None]:
-        """Decode alone: for files so large that reading them is the larger part."""
-        with self.hold(self._total):
-            yield
-
 
 _shared = Budget(_MOST + (1 << 30))
+
+
+def default_max_pixels() -> int:
+    """``$EMBCACHE_MAX_PIXELS``, else `MAX_PIXELS`."""
+    return check_max_pixels(os.environ.get("EMBCACHE_MAX_PIXELS") or MAX_PIXELS)
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How the images of one run are decoded."""
 
-    max_pixels: int = field(default_factory=lambda: default_max_pixels())
+    max_pixels: int = field(default_factory=default_max_pixels)
     budget: Budget = _shared  # default: one for all threads of the process
     _noted: dict[str, list[str]] = field(default_factory=dict)
 
     def check_size(self, width: int, height: int) -> None:
         """Raise `ImageError` for an image above the limit."""
         if width * height > self.max_pixels:
-            raise ImageError(
+            raise too_large(
                 f"too large: {width * height:,} pixels, more than {self.max_pixels:,}: "
                 "cut it into tiles or scale it down, or raise --max-pixels (EMBCACHE_MAX_PIXELS)"
             )
@@ -77,7 +93,7 @@ class Decoding:
         """Hold ``need`` bytes of the budget; `ImageError` where no image may take that much."""
         most = max(_MOST, _MOST // MAX_PIXELS * self.max_pixels)
         if need > most:
-            raise ImageError(f"decoding would take {need / 1e9:.1f} GB of memory, more than {most / 1e9:.1f} GB")
+            raise too_large(f"decoding would take {need / 1e9:.1f} GB of memory, more than {most / 1e9:.1f} GB")
         with self.budget.hold(need):
             yield
 
@@ -93,26 +109,19 @@ class Decoding:
         ]
 
 
-def default_max_pixels() -> int:
-    """``$EMBCACHE_MAX_PIXELS``, else `MAX_PIXELS`."""
-    return check_max_pixels(os.environ.get("EMBCACHE_MAX_PIXELS") or MAX_PIXELS)
-
-
 def check_max_pixels(value: int | str) -> int:
     """The limit on pixels; `UsageError` where it cannot be one."""
     text = str(value)
     if not (text.isascii() and text.isdecimal() and len(text) <= 13 and 1 <= int(text) <= MOST_PIXELS):
         raise UsageError(
-            "--max-pixels (EMBCACHE_MAX_PIXELS) cannot be that",
-            expected=f"a number of pixels, 1 to {MOST_PIXELS:,}",
-            found=text[:40],
-            fix=f"--max-pixels {MAX_PIXELS}",
-        )
+            "--max-pixels (EMBCACHE_MAX_PIXELS) is out of bounds", code="option-bounds",
+            expected=f"a number of pixels, 1 to {MOST_PIXELS:,}", found=text[:40], fix=f"--max-pixels {MAX_PIXELS}",
+        )  # fmt: skip
     return int(text)
 
 
 def pixels_of(reason: str) -> int:
-    """Pixels of an image that was refused for its size, as ``reason`` says; 0 where another one was given."""
+    """Pixels of an image that was refused for its size, from the quarantined ``reason``; 0 for another reason."""
     match = _TOO_LARGE.match(reason)
     return int(match[1].replace(",", "")) if match else 0
 
@@ -120,3 +129,38 @@ def pixels_of(reason: str) -> int:
 def fits_now(reason: str, max_pixels: int) -> bool:
     """Whether ``reason``, kept with a quarantined image, is a limit on pixels that ``max_pixels`` no longer sets."""
     return 0 < pixels_of(reason) <= max_pixels
+
+
+# Warning filters belong to the process. They are set when the first thread begins to decode and put back when the last
+# one ends; in between threads decode side by side, and filters are only ever added.
+_lock = threading.Lock()
+_inside = 0
+_installed: set[str] = set()
+_saved = warnings.catch_warnings()
+
+
+@contextmanager
+def quiet(module: str) -> Iterator[None]:
+    """Ignore warnings raised in modules whose name matches ``module``, in any number of threads at once."""
+    global _inside, _saved
+    if getattr(sys.flags, "context_aware_warnings", False):  # each thread has filters of its own
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=module)
+            yield
+        return
+    with _lock:
+        if not _inside:
+            _saved = warnings.catch_warnings()
+            _saved.__enter__()
+        _inside += 1
+        if module not in _installed:
+            warnings.filterwarnings("ignore", module=module)
+            _installed.add(module)
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _installed.clear()
+                _saved.__exit__(None, None, None)

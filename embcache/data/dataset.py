@@ -1,12 +1,12 @@
-"""`ImageDataset`: a labelled image collection as one table; `load_dataset` and `find_dataset`, which make it."""
+"""`ImageDataset`, a labeled image collection as one table; and `load_dataset` and `find_dataset`, which make it."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,49 +14,43 @@ import pandas as pd
 import pyarrow as pa
 
 from embcache.config import DatasetRef
-from embcache.data.checks import check_table
-from embcache.data.chosen import Columns
-from embcache.data.classes import new_names, renamed
-from embcache.data.files import locate_files
-from embcache.data.groups import (
-    LOOKED_AT_LOADING,
-    UNGROUPED,
-    duplicate_notes,
-    identical_files,
-    may_be_dicom,
-    merge_groups,
-    overlap_notes,
-    patient_keys,
-)
-from embcache.data.nearby import near_misses
+from embcache.data.classes import new_names, rename_classes
+from embcache.data.files import check_paths, locate_files, near_misses
+from embcache.data.groups import LOOKED_AT_LOADING, join_groups
 from embcache.data.published import (
     DATASETS,
-    DatasetSource,
+    DatasetLayout,
     choose_name,
     default_root,
-    find_source,
-    refusals_told,
+    find_layout,
     resolve_root,
-)
-from embcache.data.roles import unfit_groups
-from embcache.data.snapshot import decode_snapshot, encode_snapshot
-from embcache.errors import DatasetError, DatasetNotFoundError, first_few, printable
-from embcache.io import read_regular
+    unreadable_as_error,
+)  # fmt: skip
+from embcache.data.snapshot import damaged, decode_snapshot, encode_snapshot, snapshot_path
+from embcache.data.tables import COLUMNS, SPLITS, check_strings, check_unique, named_columns
+from embcache.errors import DatasetError, DatasetNotFoundError, EmbcacheError, first_few, printable
+from embcache.io import home_folders, read_regular, skip
 from embcache.notebook import html_table
-from embcache.paths import PathLike, home_dir, slug
-from embcache.typed import typed_fields
+from embcache.paths import PathLike, home_dir
+from embcache.typed import typed, typed_fields
 
 __all__ = ["DATASETS", "ImageDataset", "find_dataset", "load_dataset"]
 
-DEFERRED = (
-    "byte-identical images are not looked for at loading: there are too many; those decoded are grouped by digest"
-)
 DEFAULT_SIZES: Mapping[str, int] = {"S": 50, "M": 500}
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What a dataset's labels are: ``names[c]`` is the class of the rows whose ``column`` is ``c``."""
+
+    names: tuple[str, ...]
+    column: str = "label"
+    kind: str = "classes"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageDataset:
-    """Labelled images as one table, a row an image.
+    """Labeled images as one table with one row per image.
 
     Attributes
     ----------
@@ -70,31 +64,31 @@ class ImageDataset:
     augment : {"patch", "fundus", "chest", "generic"}
         The augmentation that finetuning uses.
     table : DataFrame
-        ``id`` (str, unique), ``path`` (str, relative to root, posix), ``member`` (int64, the row inside an array
-        file, else -1), ``label`` (int64, -1 unlabelled), ``group`` (str), ``split`` ("train", "val" or "test"),
-        and the source's own columns. Its order is the same on every machine.
-    kind : str
-        Name of the loader; differs from ``name`` for folders.
+        ``id`` (str, unique), ``path`` (str, relative to root, posix), ``place`` (str, inside a container such as the
+        row of an array, else empty), ``label`` (int64, -1 unlabeled), ``group`` (str), ``split`` ("train", "val" or
+        "test"), and further columns of the dataset's own. Its order is the same on every machine.
+    layout : str
+        Name of the layout; differs from ``name`` for folders.
     subset_sizes : mapping of str to int
         Training images of the named subsets S and M; F, all of them, is never in it.
     pool_limit : int or None
-        The pool is cut to so many images drawn at random.
+        Number of training images drawn at random before all else; None: all are used.
     leaderboard_alpha : float or None
         Weight of the private score in the competition's average.
     grouped : bool
-        False where groups are unknown and results must say so.
+        False where groups are unknown, which results then state.
     synthetic : bool
-        The images are drawn, not taken.
+        Whether the images are drawn by a program.
     notes : tuple of str
         What a user must see beside any result.
     missing : tuple of str
         Paths that the labels name and that are not there.
     origin : Path or None
         What it was loaded from: the folder that was named, or the label table.
-    columns : Columns
+    ref : DatasetRef
         How its table was read: the columns that the user named, and classes that differ only in letter case.
     target : str
-        The column that the labels are (`embcache.data.columns.retarget`); empty for the dataset's own labels.
+        The column that the labels are (`embcache.data.classes.retarget`); empty for the dataset's own labels.
     renamed : mapping of str to str
         Name of each class that was dropped (empty) or merged by `with_classes`, before and after.
     whole : ImageDataset or None
@@ -112,7 +106,7 @@ class ImageDataset:
     metric: str
     augment: str
     table: pd.DataFrame
-    kind: str = "folder"
+    layout: str = "folder"
     subset_sizes: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_SIZES))
     pool_limit: int | None = None
     leaderboard_alpha: float | None = None
@@ -121,14 +115,19 @@ class ImageDataset:
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     origin: Path | None = None
-    columns: Columns = field(default_factory=Columns)
+    ref: DatasetRef = DatasetRef()
     target: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
     whole: ImageDataset | None = None
 
     def __post_init__(self) -> None:
-        check_table(self.table, self.class_names, where=self.root or self.name)
+        _check_table(self.table, self.class_names, where=self.root or self.name)
         object.__setattr__(self, "table", self.table.reset_index(drop=True))
+
+    @property
+    def targets(self) -> tuple[Classes, ...]:
+        """What can be predicted; so far the classes alone."""
+        return (Classes(self.class_names),)
 
     @property
     def ids(self) -> npt.NDArray[np.object_]:
@@ -137,7 +136,7 @@ class ImageDataset:
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
-        """Labels, shape (n,), int64; -1 where unlabelled."""
+        """Labels, shape (n,), int64; -1 where unlabeled."""
         return self.table["label"].to_numpy(dtype=np.int64)
 
     @property
@@ -149,12 +148,16 @@ class ImageDataset:
         """The dataset with the rows of one split only."""
         return replace(self, table=self.table[self.table["split"] == split])
 
+    def with_notes(self, *notes: str) -> ImageDataset:
+        """The dataset with further notes."""
+        return replace(self, notes=(*self.notes, *notes)) if notes else self
+
     def with_classes(self, drop: Iterable[str] = (), merge: Mapping[str, Iterable[str]] | None = None) -> ImageDataset:
         """The dataset without some classes and their images, and with others merged.
 
-        Name, groups and splits stay, so cached features serve as they are. A merged class stands where the first of
-        its members stood. Notes count the images; of two classes that are left the metric is the AUC, where it was the
-        macro AUC, and there is no leaderboard.
+        Name, groups and splits stay, so cached features can still be used. A merged class takes the place of the first
+        of its members. Notes count the images; if two classes are left, the macro AUC becomes the AUC, and there is no
+        leaderboard.
 
         Parameters
         ----------
@@ -169,32 +172,38 @@ class ImageDataset:
             There is no such class, one is named twice, a new name is that of another class, or fewer than two classes
             would be left.
         """
-        return renamed(self, new_names(self, drop, merge or {}))
+        return rename_classes(self, new_names(self, drop, merge or {}))
 
     def file_path(self, row: int) -> Path:
         """Path of the file that holds image ``row``."""
         if self.root is None:
-            raise DatasetError("this dataset has no folder", where=self.name, fix="load it with a root")
+            raise DatasetError(
+                "this dataset has no folder", code="root-missing", where=self.name, fix="load it with a root"
+            )
         return self.root / str(self.table["path"].iloc[row])
+
+    def read_options(self) -> list[str]:
+        """The options that say on the command line how its table was read, as words of a shell."""
+        words = [word for role, name in named_columns(self.ref).items() for word in (f"--{role}-column", name)]
+        return words + [word for text in self.ref.merge_class for word in ("--merge-class", text)]
 
     def __len__(self) -> int:
         return len(self.table)
 
     def _facts(self) -> list[tuple[str, str]]:
-        """What a person wants to know of it, as (name, value); one pass over the labels, no file is looked at."""
+        """What ``repr`` shows, as (name, value); one pass over the labels, no file is looked at."""
         facts = []
         for split in ("train", "val", "test"):
             labels = self.table.loc[self.table["split"] == split, "label"].to_numpy(dtype=np.int64)
             if len(labels):
                 known = np.bincount(labels[labels >= 0], minlength=len(self.class_names))
                 counts = [f"{n:,} {name}" for n, name in zip(known.tolist(), self.class_names, strict=True)]
-                lacking = int((labels < 0).sum())
-                unlabelled = f"{lacking:,} unlabelled" if lacking else ""
-                parts = [part for part in (first_few(counts, 12), unlabelled) if part] if known.any() else [unlabelled]
+                lacking = f"{(labels < 0).sum():,} unlabeled" if (labels < 0).any() else ""
+                parts = [part for part in (first_few(counts, 12) if known.any() else "", lacking) if part]
                 facts.append((split, f"{len(labels):,} ({', '.join(parts)})"))
         groups = f"{self.table['group'].nunique():,}" + ("" if self.grouped else ", as far as they are known")
         facts += [("groups", groups), ("metric", self.metric)]
-        facts += [("synthetic", "drawn, not taken")] if self.synthetic else []
+        facts += [("synthetic", "drawn by a program")] if self.synthetic else []
         facts += [("missing", f"{len(self.missing):,} images that the labels name")] if self.missing else []
         facts += [("notes", f"{len(self.notes):,}, in .notes")] if self.notes else []
         return [*facts, ("root", str(self.root))]
@@ -213,16 +222,19 @@ class ImageDataset:
     def to_parquet_bytes(self) -> bytes:
         """The dataset as a Parquet file, everything but the table as JSON in the schema's metadata.
 
-        ``target``, ``renamed`` and ``whole``, which tell one dataset from another, are not in it.
+        ``target``, ``renamed`` and ``whole``, which change after loading, are not in it.
         """
-        left_out = ("table", "target", "renamed", "whole")
+        left_out = ("table", "class_names", "target", "renamed", "whole")
         meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
-        meta |= {"subset_sizes": dict(self.subset_sizes), "columns": asdict(self.columns)}
         meta |= {key: None if meta[key] is None else str(meta[key]) for key in ("root", "origin")}
+        meta |= {"subset_sizes": dict(self.subset_sizes), "ref": self.ref.to_json()}
+        meta["targets"] = [{"kind": t.kind, "column": t.column, "names": t.names} for t in self.targets]
         try:
             table = pa.Table.from_pandas(self.table, preserve_index=False)
         except pa.ArrowException as error:
-            raise DatasetError("a column holds values of several types", found=str(error), where=self.name) from error
+            raise DatasetError(
+                "a column holds values of several types", code="column-types", found=str(error), where=self.name
+            ) from error
         return encode_snapshot(table, meta)
 
     @classmethod
@@ -236,40 +248,81 @@ class ImageDataset:
         """
         try:
             table, meta = decode_snapshot(data)
-            return cls(table=table.to_pandas(), **typed_fields(cls, meta))
+            (target,) = typed(list[Classes], meta.pop("targets"), "targets")
+            if target != Classes(target.names):
+                raise ValueError(f"a target of kind {target.kind!r:.40}")
+            return cls(table=table.to_pandas(), class_names=target.names, **typed_fields(cls, meta))
         except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
-            raise DatasetError("not a dataset snapshot", found=str(error).split("\n")[0]) from error
+            raise damaged("not a dataset snapshot", None, str(error).split("\n")[0]) from error
+
+
+def _check_table(table: pd.DataFrame, class_names: Sequence[str], *, where: object) -> None:
+    """Raise `DatasetError` unless ``table`` keeps the contract of `ImageDataset.table`."""
+    absent = [c for c in COLUMNS if c not in table.columns]
+    if absent:
+        raise DatasetError(
+            "the table lacks columns", code="column-missing", expected=", ".join(COLUMNS),
+            found=f"no {', '.join(absent)}", where=where,
+        )  # fmt: skip
+    ids, paths, _ = (check_strings(table[column].tolist(), column, where=where) for column in ("id", "path", "group"))
+    check_unique(ids, where=where)
+    check_paths(ids, "id", where=where)
+    check_paths(paths, "path", where=where)
+    if any(table["place"] != ""):  # text, too, but empty for files
+        check_strings([place or "-" for place in table["place"].tolist()], "place", where=where)
+    if table["label"].dtype != "int64":
+        raise DatasetError(
+            "column 'label' must be int64", code="column-types", expected="int64", found=str(table["label"].dtype),
+            where=where,
+        )  # fmt: skip
+    if len(set(class_names)) < len(class_names) or not all(class_names):
+        raise DatasetError(
+            "class names must be distinct and not empty", code="class-names", found=", ".join(class_names), where=where
+        )
+    labels = table["label"].tolist()
+    if labels and not -1 <= min(labels) <= max(labels) < len(class_names):
+        wrong = [f"{i}: {y}" for i, y in zip(ids, labels, strict=True) if not -1 <= y < len(class_names)]
+        raise DatasetError(
+            f"unknown label in {len(wrong):,} rows", code="unknown-label",
+            expected=f"0 to {len(class_names) - 1} ({', '.join(class_names)}), or -1 for unlabeled",
+            found=first_few(wrong), where=where,
+        )  # fmt: skip
+    unknown = sorted(set(table["split"].tolist()) - set(SPLITS))
+    if unknown:
+        raise DatasetError(
+            "unknown split", code="unknown-split", expected=", ".join(SPLITS), found=first_few(unknown), where=where
+        )
 
 
 def load_dataset(
     name: str,
+    /,
     root: PathLike | None = None,
     *,
-    allow_missing: bool = False,
-    dataset_name: str | None = None,
     home: PathLike | None = None,
-    columns: Columns | Mapping[str, Any] | None = None,
+    ref: DatasetRef | None = None,
+    **options: Any,
 ) -> ImageDataset:
-    """Load a dataset from its published layout, or any folder or table of labelled images.
+    """Load a dataset from its published layout, or any folder or table of labeled images.
 
     Parameters
     ----------
     name : str
-        A key of `DATASETS`; ``"folder"`` for one's own images; or the name of a cached dataset, which is loaded from
-        where it was extracted from or, where that is gone, from the snapshot that extraction kept.
+        A registered layout (``embcache datasets`` lists them) or ``module:function``; ``"folder"`` for your own
+        images; or the name of a cached dataset, which is loaded from where it was extracted from or, where that is
+        gone, from the snapshot that extraction kept.
     root : path, optional
         The dataset's own folder, at any level of its archive (or, for ``"folder"``, a CSV, Parquet or Excel file).
         Default: ``$EMBCACHE_DATA/<name>``; for the sample ``<home>/sample-images``, drawn there when absent.
-    allow_missing : bool
-        Go on without the images that are named and not there; they are listed in ``missing``.
-    dataset_name : str, optional
-        Names the dataset (and so its stores) instead of the default.
     home : path, optional
         Folder of stores and runs; the sample lies in it.
-    columns : Columns or mapping, optional
-        Of the table of a ``"folder"``, the columns of path, label, group, split or id:
-        ``{"group": "Patient ID"}``; ``{"merge_class": ["Normal+normal=normal"]}`` for classes that differ only in
-        letter case. Default: by their names, which the notes tell.
+    ref : DatasetRef, optional
+        How the table is read, as an object.
+    **options
+        Fields of `DatasetRef`: ``allow_missing=True`` skips images that are named and not there, and lists them in
+        ``missing``; ``name="lesions"`` names the dataset (and so its stores); ``group_column="Patient ID"`` and the
+        like name the columns of a table; ``merge_class=["Normal+normal=normal"]`` merges classes that differ only in
+        letter case. By default columns are found by their names, as the notes list them.
 
     Raises
     ------
@@ -279,22 +332,13 @@ def load_dataset(
         Images are missing, ids repeat, a label is unknown, a path leaves the root, a file may not be read, there is
         one class only, or several columns could be meant.
     UsageError
-        A column is not there, or the layout is published and has its own.
+        A column is not there, the layout is published and has its own, or there is no such option.
     """
-    if name not in DATASETS:
-        return find_dataset(
-            name,
-            root=root,
-            home=home,
-            allow_missing=allow_missing,
-            dataset_name=dataset_name,
-            columns=Columns.of(columns),
-        )[0]
-    source = find_source(name)
-    with refusals_told():
-        folder = resolve_root(source, root, home)
-        ds = source.load(folder, choose_name(source, folder, dataset_name), Columns.of(columns))
-        return settle(ds, source, allow_missing=allow_missing)
+    ref = DatasetRef.make(ref, options)
+    root = ref.data_root if root is None else root
+    if name not in DATASETS and ":" not in name:
+        return find_dataset(name, ref, root=root, home=home)[0]
+    return _load(find_layout(name), root, home, ref)
 
 
 def find_dataset(
@@ -305,7 +349,7 @@ def find_dataset(
     home: PathLike | None = None,
     allow_missing: bool = False,
     dataset_name: str | None = None,
-    columns: Columns = Columns(),
+    columns: DatasetRef | None = None,
 ) -> tuple[ImageDataset, str]:
     """The dataset from its files where they are there, else from the snapshot that extraction kept.
 
@@ -313,177 +357,172 @@ def find_dataset(
     ----------
     name : str
         As for `load_dataset`, or the name of a cached dataset (``mammo-1a2b3c4d``, or one set by ``--name``).
-    root, home, allow_missing, dataset_name, columns
-        As for `load_dataset`. Without ``root`` the folder that the snapshot was made from comes before the
-        default one: the features are of its images. Columns that are not named are those of the snapshot, where the
-        root is what it was made from.
+    ref : DatasetRef, optional
+        How the table is read. Without a root, the folder that the snapshot was made from comes before the default
+        one: the features are of its images. Columns that are not named are those of the snapshot, where the root is
+        what it was made from.
+    root, home
+        As for `load_dataset`.
+    allow_missing, dataset_name, columns
+        Fields of ``ref``, for callers that do not pass one.
 
     Returns
     -------
     (ImageDataset, {"live", "snapshot"})
     """
-    if ref is not None:
-        root, allow_missing, dataset_name = ref.data_root, ref.allow_missing, ref.name
-        columns = Columns.of_ref(ref)
+    ref = ref or columns or DatasetRef()
+    options = {"data_root": root, "name": dataset_name, "allow_missing": allow_missing or None}
+    return _find(name, DatasetRef.make(ref, {k: v for k, v in options.items() if v is not None}), home)
+
+
+def _find(name: str, ref: DatasetRef, home: PathLike | None, *, survey: bool = False) -> tuple[ImageDataset, str]:
+    """The dataset from wherever its files are, and "live"; else its snapshot, and "snapshot"."""
+    root, load = ref.data_root, functools.partial(_load, survey=survey)
     try:
-        cached = read_snapshot(_cached_name(name, root, dataset_name), home)
+        own = ref.name is None and name in DATASETS and root is not None
+        cached = read_snapshot(
+            choose_name(name, root.expanduser().resolve(), None) if own and root else ref.name or name, home
+        )
     except DatasetError:
         if name not in DATASETS:  # known by nothing but its snapshot
             raise
         cached = None  # the files themselves will do, and extraction writes the snapshot anew
-    if cached is None:
-        find_source(name, home)
-    if cached is None or (name in DATASETS and name != cached.kind):
-        load = functools.partial(load_dataset, allow_missing=allow_missing, home=home, columns=columns)
-        return load(name, root, dataset_name=dataset_name), "live"
-    # Who extracted without the missing images has agreed to go on without them.
-    allow_missing = allow_missing or bool(cached.missing)
-    columns, told = columns_of(cached, root, columns)
-    load = functools.partial(load_dataset, cached.kind, allow_missing=allow_missing, home=home, columns=columns)
-    if root is not None:
-        if Path(root).expanduser().exists() or Path(root).expanduser().resolve() != cached.origin:
-            ds = load(root, dataset_name=dataset_name or cached.name)
-            return replace(ds, notes=(*ds.notes, *told)), "live"
-        return _as_kept(cached, columns), "snapshot"
-    for folder in (cached.origin, None if cached.kind == "folder" else default_root(cached.kind, home)):
-        if folder is not None and folder.exists():
-            try:
-                return load(folder, dataset_name=cached.name), "live"
-            except DatasetNotFoundError:  # the folder has been emptied, or is another thing of that name
-                continue
-    return _as_kept(cached, columns), "snapshot"
-
-
-def columns_of(cached: ImageDataset, root: PathLike | None, columns: Columns) -> tuple[Columns, list[str]]:
-    """``columns`` over those of a snapshot, where it is of this root; and a note where another root leaves them out."""
-    if root is None or cached.origin == Path(root).expanduser().resolve():
-        return columns.over(cached.columns), []
-    words = " ".join(cached.columns.words())
-    return columns, [f"{words}, as {cached.name} was read from {cached.origin}, does not count here"] if words else []
-
-
-def _as_kept(cached: ImageDataset, columns: Columns) -> ImageDataset:
-    """The snapshot, if it was read with the columns that are named."""
-    if columns.named() != cached.columns.named():
+    named = name in DATASETS or ":" in name
+    if cached is None or (named and name != cached.layout):
+        return load(find_layout(name, home), root, home, ref), "live"
+    note = ""
+    if root is None or cached.origin == root.expanduser().resolve():
+        ref = _over(ref, cached.ref)
+    elif words := cached.read_options():
+        note = f"{' '.join(words)}, as {cached.name} was read from {cached.origin}, does not count here"
+    # Extraction without the missing images was a decision to go on without them.
+    ref = DatasetRef.make(
+        ref, {"allow_missing": ref.allow_missing or bool(cached.missing), "name": ref.name or cached.name}
+    )
+    if named or cached.layout in DATASETS:  # a file alone never says what is imported
+        layout = find_layout(cached.layout)
+        if root is not None and (root.expanduser().exists() or root.expanduser().resolve() != cached.origin):
+            return load(layout, root, home, ref).with_notes(*filter(None, [note])), "live"
+        own_root = None if layout.own_columns else default_root(cached.layout, home)
+        for folder in (cached.origin, own_root) if root is None else ():
+            if folder is not None and folder.exists():
+                try:
+                    return load(layout, folder, home, DatasetRef.make(ref, {"name": cached.name})), "live"
+                except DatasetNotFoundError:  # the folder has been emptied, or is another thing of that name
+                    continue
+    elif root is not None:
         raise DatasetNotFoundError(
-            "the images' folder is not there, and the snapshot was read with other columns",
-            expected=", ".join(f"{role}: {name}" for role, name in columns.named().items()),
-            found=", ".join(f"{role}: {name}" for role, name in cached.columns.named().items())
+            f"{cached.name} is read by a function that is not registered", code="layout-not-named",
+            where=root, fix=f"--dataset {cached.layout} --name {cached.name}",
+        )  # fmt: skip
+    if named_columns(ref) != named_columns(cached.ref):
+        raise DatasetNotFoundError(
+            "the images' folder is not there, and the snapshot was read with other columns", code="columns-differ",
+            expected=", ".join(f"{role}: {name}" for role, name in named_columns(ref).items()),
+            found=", ".join(f"{role}: {name}" for role, name in named_columns(cached.ref).items())
             or "columns by their names",
-            where=cached.origin,
-            fix=("--data-root FOLDER", "leave --group-column and the like out"),
-        )
-    return cached
+            where=cached.origin, fix=("--data-root FOLDER", "leave --group-column and the like out"),
+        )  # fmt: skip
+    return cached, "snapshot"
+
+
+def _over(ref: DatasetRef, before: DatasetRef) -> DatasetRef:
+    """The columns that ``ref`` names, and where it names none those of ``before``; classes of both are merged."""
+    columns = {f"{role}_column": name for role, name in {**named_columns(before), **named_columns(ref)}.items()}
+    return DatasetRef.make(ref, {**columns, "merge_class": tuple(dict.fromkeys(before.merge_class + ref.merge_class))})
 
 
 def read_snapshot(name: str, home: PathLike | None = None) -> ImageDataset | None:
     """The table that extraction kept beside the stores of dataset ``name``, if any."""
-    path = home_dir(home) / slug(name) / "dataset.parquet"
+    path = snapshot_path(name, home)
     try:
         return ImageDataset.from_parquet_bytes(read_regular(path))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DatasetError(
-            "the snapshot of a dataset cannot be read", found=error.strerror or str(error), where=path
-        ) from error
+            "the snapshot of a dataset cannot be read", code="snapshot-unreadable",
+            found=error.strerror or str(error), where=path,
+        ) from error  # fmt: skip
     except DatasetError as error:
-        raise DatasetError(
-            "the snapshot of a dataset is damaged",
-            found=error.found,
-            where=path,
-            fix="extract again, naming the images: embcache extract --data-root FOLDER …",
-        ) from error
+        problem = error.problem if error.code == "snapshot-form" else "the snapshot of a dataset is damaged"
+        code = error.code if error.code == "snapshot-form" else "snapshot-damaged"
+        raise damaged(problem, path, error.found or error.problem, code) from error
 
 
-def _cached_name(name: str, root: PathLike | None, dataset_name: str | None) -> str:
-    if dataset_name is not None or name not in DATASETS or root is None:
-        return dataset_name or name
-    return choose_name(DATASETS[name], Path(root).expanduser().resolve(), None)
+def _load(
+    layout: DatasetLayout, root: PathLike | None, home: PathLike | None, ref: DatasetRef, *, survey: bool = False
+) -> ImageDataset:
+    """Read a table, drop or refuse rows whose image is missing (a survey keeps all), and group identical images."""
+    with unreadable_as_error():
+        folder = resolve_root(layout, root, home, draw=not survey)
+        ds = layout.load(folder, choose_name(layout.name, folder, ref.name), ref)
+        if ds.root is None:
+            return ds
+        # A look at every file is spared where identical ones are not looked for.
+        looked = layout.merge_identical and (survey or len(ds) <= LOOKED_AT_LOADING)
+        sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=looked)
+        missing = tuple(path for path, size in sizes.items() if size is None)
+        if missing and not survey and (not ref.allow_missing or len(missing) == len(sizes)):
+            near, advice = near_misses(ds.root, missing)
+            get = f"get the images: kagglehub.{layout.download}" if layout.download else "put the images there"
+            get = advice or get
+            raise DatasetError(
+                f"{len(missing):,} of {len(sizes):,} images that the labels name are not there", code="images-missing",
+                expected="a file for every row", found=f"no {first_few(missing)}" + (f"\n{near}" if near else ""),
+                where=ds.root,
+                fix=get if len(missing) == len(sizes) else (get, "--allow-missing (in Python allow_missing=True)"),
+            )  # fmt: skip
+        ds = replace(ds, missing=missing)
+        if missing and not survey:
+            note = (
+                f"{len(missing):,} of {len(sizes):,} images are missing and left out (first: {first_few(missing, 3)})"
+            )
+            ds = replace(ds, table=ds.table[~ds.table["path"].isin(missing)]).with_notes(note)
+        return join_groups(ds, sizes, merge_identical=layout.merge_identical)
 
 
-def settle(ds: ImageDataset, source: DatasetSource, *, allow_missing: bool) -> ImageDataset:
-    """Compare a table with the files: drop or refuse missing images, group identical ones, note what matters."""
-    if ds.root is None:
-        return ds
-    # A look at every file is spared where identical ones are not looked for.
-    looked = source.merge_identical and len(ds) <= LOOKED_AT_LOADING
-    sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=looked)
-    missing = tuple(path for path, size in sizes.items() if size is None)
-    if missing and (not allow_missing or len(missing) == len(sizes)):
-        get = f"get the images: kagglehub.{source.download}" if source.download else "put the images there"
-        near, advice = near_misses(ds.root, missing)
-        get = advice or get
-        raise DatasetError(
-            f"{len(missing):,} of {len(sizes):,} images that the labels name are not there",
-            expected="a file for every row",
-            found=f"no {first_few(missing)}" + (f"\n{near}" if near else ""),
-            where=ds.root,
-            fix=get if len(missing) == len(sizes) else (get, "--allow-missing (in Python allow_missing=True)"),
-        )
-    if missing:
-        note = f"{len(missing):,} of {len(sizes):,} images are missing and left out (first: {first_few(missing, 3)})"
-        ds = replace(ds, table=ds.table[~ds.table["path"].isin(missing)], missing=missing, notes=(*ds.notes, note))
-    return join_groups(ds, source, sizes)
+def survey_dataset(name: str, ref: DatasetRef = DatasetRef(), home: PathLike | None = None) -> ImageDataset:
+    """The dataset with every row that its labels name; ``missing`` lists the images that are not there."""
+    found, state = _find(name, ref, home, survey=True)
+    if state == "live":
+        return found
+    missing = tuple(dict.fromkeys(found.table["path"].tolist()))
+    return replace(found, missing=missing).with_notes("the folder is gone: this is the snapshot that extraction kept")
 
 
-def join_groups(ds: ImageDataset, source: DatasetSource, sizes: Mapping[str, int | None]) -> ImageDataset:
-    """Join what belongs together by the files themselves: images of one DICOM patient, and identical ones."""
-    ds = group_patients(ds, sizes) if UNGROUPED in ds.notes else ds
-    if source.merge_identical:
-        return group_identical(ds, sizes)
-    return replace(ds, notes=(*ds.notes, *overlap_notes(ds.table)))
+class Listed(NamedTuple):
+    """One row of the list of datasets: what is found, or why nothing is."""
+
+    name: str
+    description: str
+    found: ImageDataset | None
+    root: Path | None  # where it is, or is looked for; None for a folder dataset that no one has named
+    problem: str = ""  # why nothing is found
 
 
-def group_patients(ds: ImageDataset, sizes: Mapping[str, int | None]) -> ImageDataset:
-    """Groups by the PatientID of DICOM files, where no column tells.
+def list_datasets(home: PathLike | None = None) -> list[Listed]:
+    """Every dataset that loads by name, and every other one that is cached; errors are listed, not raised."""
+    rows = [_list_one(name, find_layout(name).description, default_root(name, home), home) for name in DATASETS]
+    for folder in home_folders(home_dir(home)):
+        try:
+            cached = read_snapshot(folder.name, home)
+        except DatasetError as error:
+            skip(folder, error)
+            continue
+        if cached is not None and cached.name not in DATASETS:
+            own = cached.layout == "folder"
+            what = f"from a folder: {first_few(cached.class_names, 4)}" if own else f"as {cached.layout}"
+            rows.append(_list_one(cached.name, f"cached, {what}", cached.origin, home))
+    return rows
 
-    Each group is called after the first of its images: a PatientID is kept nowhere.
-    """
-    paths = ds.table["path"].tolist()
-    if ds.root is None or not may_be_dicom(paths):
-        return ds
-    if len(ds) > LOOKED_AT_LOADING:
-        return replace(
-            ds, notes=(*ds.notes, f"the PatientID of DICOM files is not looked at: there are {len(ds):,} images")
-        )
+
+def _list_one(name: str, description: str, root: Path | None, home: PathLike | None) -> Listed:
+    if name == "folder":
+        return Listed(name, description, None, None)
     try:
-        patients = patient_keys(ds.root, [path if sizes[path] is not None else "" for path in paths])
-    except DatasetError as error:  # pydicom is not installed: the features may be there without it
-        return replace(ds, notes=(*ds.notes, f"PatientID is not read: {error.problem}; {error.fix}"))
-    if patients is None:
-        return ds
-    why = unfit_groups(patients, ds.labels.tolist())
-    if why:
-        return replace(ds, notes=(*ds.notes, f"the PatientID of the DICOM files is not taken for groups: {why}"))
-    table = ds.table.assign(group=merge_groups(ds.table["id"].tolist(), patients))
-    lacking = patients.count("")
-    known = len(set(patients) - {""})
-    note = f"groups are those of the PatientID in the DICOM files ({known:,} patients), named after an image of each"
-    notes = [note if each == UNGROUPED else each for each in ds.notes]
-    notes += [f"{lacking:,} of {len(ds):,} images have no PatientID: each is a group of its own"] if lacking else []
-    return replace(ds, table=table, notes=tuple(notes))
-
-
-def group_identical(ds: ImageDataset, sizes: Mapping[str, int | None]) -> ImageDataset:
-    """Join the groups of byte-identical files, and note them and the groups shared with the test set.
-
-    Parameters
-    ----------
-    ds : ImageDataset
-        With a root.
-    sizes : mapping of str to int or None
-        Size of each path as `locate_files` gives it; rows whose file is not there join nothing.
-
-    Notes
-    -----
-    Beyond `LOOKED_AT_LOADING` images no file is read, and a note says so: probing and finetuning join the groups of
-    identical images by the digests that were taken while decoding, in datasets of any size.
-    """
-    if len(ds) > LOOKED_AT_LOADING:
-        return replace(ds, notes=(*ds.notes, DEFERRED, *overlap_notes(ds.table)))
-    digests = identical_files(ds.root, {path: size for path, size in sizes.items() if size}) if ds.root else {}
-    keys = [digests.get(path, "") for path in ds.table["path"].tolist()]
-    table = ds.table.assign(group=merge_groups(ds.table["group"].tolist(), keys))
-    notes = duplicate_notes(table, keys, ds.class_names) + overlap_notes(table)
-    return replace(ds, table=table, notes=(*ds.notes, *notes))
+        found = survey_dataset(name, home=home)
+    except EmbcacheError as error:
+        absent = isinstance(error, DatasetNotFoundError) and (root is None or not root.exists())
+        return Listed(name, description, None, root, "" if absent else error.problem)
+    return Listed(name, description, found, found.origin)

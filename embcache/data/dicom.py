@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import TiffImagePlugin
 
-from embcache.data.budget import Decoding
+from embcache.data.budget import Decoding, broken, quiet, too_large, unsupported
 from embcache.data.files import has_dicom_suffix
-from embcache.data.gray import widen_to_bytes
-from embcache.data.headers import codestream_size, jpeg_frame
-from embcache.data.quiet import quiet
-from embcache.errors import DatasetError, ImageError
+from embcache.data.formats import codestream_size, jpeg_frame, widen_to_bytes
+from embcache.data.tiff import one_strip
+from embcache.errors import DatasetError
 
 _DEFLATED, _PLAIN = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"  # transfer syntaxes
 _MOST_INFLATED = 1 << 29
@@ -58,7 +56,7 @@ def is_dicom(data: bytes, name: str = "") -> bool:
     return data[128:132] == b"DICM" or has_dicom_suffix(name)
 
 
-def decode_dicom(data: bytes, name: str = "", decoding: Decoding | None = None) -> npt.NDArray[np.uint8]:
+def decode_dicom(data: bytes, name: str, decoding: Decoding) -> npt.NDArray[np.uint8]:
     """The first frame as a viewer shows it.
 
     Gray: stored values (of `BitsStored` below `HighBit`, or floating point), rescaled by slope and intercept or the
@@ -71,7 +69,6 @@ def decode_dicom(data: bytes, name: str = "", decoding: Decoding | None = None) 
 
     Shapes: returns (H, W, 3).
     """
-    decoding = decoding or Decoding()
     with _pydicom(name) as pydicom:
         file = pydicom.dcmread(io.BytesIO(_inflated(data)), force=True)
         _check(pydicom, file, name, decoding)
@@ -90,18 +87,19 @@ def _render(pydicom: Any, file: Any) -> npt.NDArray[np.uint8]:
     rows = max(1, _BLOCK // max(1, frame.shape[1]))
     parts = [slice(top, top + rows) for top in range(0, len(frame), rows)]
     if photometric == "PALETTE COLOR":
-        paint = _colors(pydicom, file)
-    else:
-        order = ">" if file.file_meta.TransferSyntaxUID == pydicom.uid.ExplicitVRBigEndian else "<"
-        paint = _grays(_of_frame(pydicom, file), order, frame, parts)
+        for part in parts:
+            color = pydicom.pixels.apply_color_lut(frame[part], file)[..., :3]
+            pixels[part] = _eight_bits(color, color.dtype.itemsize * 8)
+        return pixels
+    order = ">" if file.file_meta.TransferSyntaxUID == pydicom.uid.ExplicitVRBigEndian else "<"
+    paint = _grays(_of_frame(pydicom, file), order, frame, parts)
     for part in parts:
         pixels[part] = paint(frame[part])
     return pixels
 
 
-def dicom_size(file: IO[bytes], name: str = "", decoding: Decoding | None = None) -> tuple[int, int]:
+def dicom_size(file: IO[bytes], name: str, decoding: Decoding) -> tuple[int, int]:
     """(width, height) from the header of an open file. Raises as `decode_dicom`."""
-    decoding = decoding or Decoding()
     with _pydicom(name) as pydicom:
         head = file.read(_HEAD)
         try:
@@ -143,11 +141,11 @@ def _inflated(data: bytes) -> bytes:
         return data
     start = 144 + int.from_bytes(data[140:144], "little")  # after the preamble and the group that says how to read on
     if data[132:140] != b"\x02\0\0\0UL\x04\0" or _DEFLATED not in data[:start]:
-        raise ImageError("a deflated DICOM file whose header does not say where it ends")
+        raise unsupported("a deflated DICOM file whose header does not say where it ends")
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     body = unpacker.decompress(data[start:], _MOST_INFLATED)
     if unpacker.unconsumed_tail:
-        raise ImageError(f"too large: it unpacks to more than {_MOST_INFLATED:,} bytes")
+        raise too_large(f"too large: it unpacks to more than {_MOST_INFLATED:,} bytes")
     # Nowhere: pydicom must not find another layer to unpack.
     return (data[:start] + body).replace(_DEFLATED, _PLAIN)
 
@@ -160,7 +158,7 @@ def _frame(pydicom: Any, file: Any) -> tuple[npt.NDArray[Any], str]:
     encoded = _encoded(pydicom, file) if whole and syntax.is_encapsulated else b""
     own = whole and (not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless)  # bits as they were stored
     if encoded and not own and int(file.HighBit) != int(file.BitsStored) - 1:
-        raise ImageError(f"a compressed DICOM frame of {file.BitsStored} bits, the highest {file.HighBit}"[:120])
+        raise unsupported(f"a compressed DICOM frame of {file.BitsStored} bits, the highest {file.HighBit}"[:120])
     if syntax == pydicom.uid.JPEGExtended12Bit and int(file.BitsStored) > 8:
         frame = _twelve_bits(encoded, file)
     else:
@@ -171,9 +169,9 @@ def _frame(pydicom: Any, file: Any) -> tuple[npt.NDArray[Any], str]:
         )
         values = str(properties["photometric_interpretation"])
     if frame.shape[:2] != (int(file.Rows), int(file.Columns)) or frame.shape[2:] != ((3,) if values == "RGB" else ()):
-        raise ImageError(f"a DICOM file of {values} whose frame has the shape {frame.shape}"[:120])
+        raise broken(f"a DICOM file of {values} whose frame has the shape {frame.shape}"[:120])
     if values not in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB"):
-        raise ImageError(f"a DICOM file whose photometric interpretation {values!r} is not decoded"[:120])
+        raise unsupported(f"a DICOM file whose photometric interpretation {values!r} is not decoded"[:120])
     return (_stored(file, frame) if own and int(file.BitsAllocated) > 1 else frame), values
 
 
@@ -185,10 +183,10 @@ def _encoded(pydicom: Any, file: Any) -> bytes:
     if file.file_meta.TransferSyntaxUID == pydicom.uid.RLELossless:
         samples = rows * columns * int(file.SamplesPerPixel)  # pydicom unpacks all runs before it counts
         if len(frame) > 2 * samples * max(1, int(file.BitsAllocated) // 8) + 4096:
-            raise ImageError("a DICOM frame of more run-length codes than it has pixels")
+            raise broken("a DICOM frame of more run-length codes than it has pixels")
     elif (size := codestream_size(frame)) != (columns, rows):
         stated = f"{size[0]}×{size[1]}" if size else "no sure size"
-        raise ImageError(f"a DICOM frame of {columns}×{rows} pixels whose compressed data state {stated}")
+        raise broken(f"a DICOM frame of {columns}×{rows} pixels whose compressed data state {stated}")
     if _PLUGINS.get(str(file.file_meta.TransferSyntaxUID), ("",))[0] == "gdcm":
         # Samples of another depth or number than the file says are written past the end of gdcm's buffer.
         _, _, bits, components, marker = jpeg_frame(frame) or (0,) * 5
@@ -196,7 +194,7 @@ def _encoded(pydicom: Any, file: Any) -> bytes:
         narrow = allocated == 8 and stored <= bits <= 8
         wide = allocated == 16 and max(stored, 9) <= bits <= 16
         if marker != _LOSSLESS or components != int(file.SamplesPerPixel) or not (narrow or wide):
-            raise ImageError(f"a DICOM frame whose lossless JPEG states {components} components of {bits} bits")
+            raise unsupported(f"a DICOM frame whose lossless JPEG states {components} components of {bits} bits")
     return frame
 
 
@@ -204,12 +202,8 @@ def _twelve_bits(encoded: bytes, file: Any) -> npt.NDArray[Any]:
     """JPEG of 12 bits, which no plugin of pydicom decodes: by the libtiff in Pillow, as the strip of a TIFF."""
     rows, columns = int(file.Rows), int(file.Columns)
     if int(file.SamplesPerPixel) != 1 or int(file.PixelRepresentation):
-        raise ImageError("a DICOM file of 12-bit JPEG that is signed or in color is not decoded")
-    tags = [(256, columns), (257, rows), (258, 12), (259, 7), (262, 1), (273, 8), (277, 1), (278, rows)]
-    tags.append((279, len(encoded)))
-    body = encoded + b"\0" * (len(encoded) % 2)
-    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    wrapped = b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory + bytes(4)
+        raise unsupported("a DICOM file of 12-bit JPEG that is signed or in color is not decoded")
+    wrapped = one_strip(encoded, {256: columns, 257: rows, 258: 12, 259: 7, 262: 1, 278: rows})
     image = TiffImagePlugin.TiffImageFile(io.BytesIO(wrapped), "")
     image.load()
     return np.asarray(image)
@@ -221,7 +215,7 @@ def _stored(file: Any, frame: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return frame
     allocated, bits, high = frame.dtype.itemsize * 8, int(file.BitsStored), int(file.HighBit)
     if not (1 <= bits <= allocated and bits - 1 <= high < allocated):
-        raise ImageError(f"a DICOM file with {bits} bits stored of {allocated}, the highest {high}")
+        raise unsupported(f"a DICOM file with {bits} bits stored of {allocated}, the highest {high}")
     if bits == allocated:
         return frame
     frame = frame.astype(frame.dtype.newbyteorder("="), copy=False)
@@ -231,22 +225,9 @@ def _stored(file: Any, frame: npt.NDArray[Any]) -> npt.NDArray[Any]:
     values = (kept.view(frame.dtype) >> (allocated - bits)).astype(frame.dtype, copy=False)
     overlays = [element for element in file.group_dataset(0x6000) if element.tag.element == 0x0102 and element.value]
     if shift == 0 and not overlays and (values != frame).any() and not _padding(file, frame)[values != frame].all():
-        raise ImageError(f"a DICOM file whose values need more than the {bits} bits that it says are stored")
+        raise broken(f"a DICOM file whose values need more than the {bits} bits that it says are stored")
     # Padding may be a value that the stored bits cannot hold.
     return np.where(_padding(file, frame), frame, values) if shift == 0 else values
-
-
-_Painter = Callable[[npt.NDArray[Any]], npt.NDArray[np.uint8]]
-
-
-def _colors(pydicom: Any, file: Any) -> _Painter:
-    """What makes RGB of rows of a palette image."""
-
-    def paint(frame: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-        color = pydicom.pixels.apply_color_lut(frame, file)[..., :3]
-        return _eight_bits(color, color.dtype.itemsize * 8)
-
-    return paint
 
 
 def _of_frame(pydicom: Any, file: Any) -> Any:
@@ -267,8 +248,8 @@ def _of_frame(pydicom: Any, file: Any) -> Any:
     return header
 
 
-def _grays(header: Any, order: str, frame: npt.NDArray[Any], parts: Sequence[slice]) -> _Painter:
-    """What makes RGB of rows of a gray image, some at a time: as float64 a whole one may take a gigabyte."""
+def _grays(header: Any, order: str, frame: npt.NDArray[Any], parts: Sequence[slice]) -> Any:
+    """Returns the function from rows of a gray image to RGB: as float64, all rows at once may take a gigabyte."""
     modality = _table(header, order, "ModalityLUTSequence", bool(header.get("PixelRepresentation")))
     slope, intercept = _number(header, "RescaleSlope", 1.0), _number(header, "RescaleIntercept", 0.0)
 
@@ -344,9 +325,9 @@ def _table(header: Any, order: str, sequence: str, signed: bool) -> _Table | Non
         ]
     entries = np.atleast_1d(np.asarray(data, np.float64))
     if not 1 <= bits <= 16 or len(entries) < number:
-        raise ImageError(f"a DICOM lookup table of {bits} bits with {len(entries)} of {number} entries")
+        raise broken(f"a DICOM lookup table of {bits} bits with {len(entries)} of {number} entries")
     if entries.max() >= 1 << bits:
-        raise ImageError(f"a DICOM lookup table of {bits} bits with the entry {entries.max():.0f}")
+        raise broken(f"a DICOM lookup table of {bits} bits with the entry {entries.max():.0f}")
     return _Table(entries[:number], first, float((1 << bits) - 1))
 
 
@@ -354,7 +335,7 @@ def _window(header: Any) -> Callable[[npt.NDArray[np.float64]], npt.NDArray[np.f
     """The first window that has a width, as brightness from 0 to 1 (DICOM part 3, C.11.2.1.2 and C.11.2.1.3)."""
     function = str(header.get("VOILUTFunction") or "LINEAR").upper()
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-        raise ImageError(f"a DICOM window with the function {function!r}"[:120])
+        raise unsupported(f"a DICOM window with the function {function!r}"[:120])
     for center, width in zip(_numbers(header, "WindowCenter"), _numbers(header, "WindowWidth"), strict=False):
         if not math.isfinite(center + width) or width <= 0 or (function == "LINEAR" and width < 1):
             continue  # what programs that remove names leave behind
@@ -405,9 +386,9 @@ def _number(header: Any, name: str, default: float) -> float:
 
 def _check(pydicom: Any, file: Any, name: str, decoding: Decoding) -> None:
     if any(tag not in file for tag in ("Rows", "Columns", "PhotometricInterpretation")):
-        raise ImageError("a DICOM file without an image")
+        raise unsupported("a DICOM file without an image")
     if min(int(file.Rows), int(file.Columns)) < 1:
-        raise ImageError("a DICOM file whose image has no pixels")
+        raise broken("a DICOM file whose image has no pixels")
     decoding.check_size(int(file.Columns), int(file.Rows))
     if "TransferSyntaxUID" not in file.file_meta:  # a file without the preamble; this is the standard's default
         file.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
@@ -416,12 +397,9 @@ def _check(pydicom: Any, file: Any, name: str, decoding: Decoding) -> None:
     available = pydicom.pixels.get_decoder(syntax).available_plugins
     if plugin and plugin not in available:
         raise DatasetError(
-            f"DICOM images compressed as {syntax.name} need a package that is not installed",
-            expected=package,
-            found="it is not installed",
-            where=name or None,
-            fix='pip install "embcache[dicom]"',
-        )
+            f"DICOM images compressed as {syntax.name} need a package that is not installed", code="package-missing",
+            expected=package, found="it is not installed", where=name or None, fix='pip install "embcache[dicom]"',
+        )  # fmt: skip
 
 
 @contextmanager
@@ -431,9 +409,8 @@ def _pydicom(name: str) -> Iterator[Any]:
         import pydicom.pixels
     except ImportError as error:
         raise DatasetError(
-            "DICOM images need pydicom, which is not installed",
-            where=name or None,
+            "DICOM images need pydicom, which is not installed", code="package-missing", where=name or None,
             fix='pip install "embcache[dicom]"',
-        ) from error
+        ) from error  # fmt: skip
     with quiet(r"pydicom|PIL\."):
         yield pydicom

@@ -8,17 +8,21 @@ import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pandas as pd
 
 from embcache.data.files import has_dicom_suffix, is_image_name
-from embcache.data.labels import unify
-from embcache.errors import first_few
+from embcache.data.tables import unify
+from embcache.errors import DatasetError, first_few
+
+if TYPE_CHECKING:
+    from embcache.data.dataset import ImageDataset
 
 _PROBE = 4096  # bytes read from the start, middle and end of files of equal size before they are hashed whole
-_READERS, _TOGETHER = 4, 256  # threads that read files, and files that one of them reads before it is asked again
+_READERS, _TOGETHER = 4, 256  # threads that read files, and files per task of a thread
 
 _T = TypeVar("_T")
 
@@ -27,8 +31,15 @@ UNGROUPED = "no group column: every image counts as a patient of its own"
 _NO_VALUE = {"", "nan", "none", "null", "na", "n/a", "<na>", "nat"}
 
 LOOKED_AT_LOADING = 200_000
-"""Images of a dataset up to which identical files are looked for at loading; beyond, the digests that are taken while
-decoding tell: they group the same images when features are probed."""
+"""Size of the largest dataset whose identical files are looked for at loading. In larger ones, the digests that are
+taken while decoding group the same images when features are probed."""
+
+DEFERRED = (
+    "byte-identical images are not looked for at loading: there are too many; those decoded are grouped by digest"
+)
+
+FEWEST_GROUPS = 10
+"""A column with fewer distinct values (a site, a scanner, left and right) is only taken for groups if it is named."""
 
 
 def merge_groups(groups: Sequence[str], keys: Sequence[str]) -> list[str]:
@@ -58,6 +69,60 @@ def known_groups(values: Sequence[str]) -> list[str]:
     return [spelling[value] for value in values]
 
 
+def unfit_groups(values: Sequence[str], labels: Sequence[int]) -> str:
+    """Why values are not taken for groups unless they are named; empty where they may be."""
+    distinct = set(values) - {""}
+    if len(distinct) < 2:
+        return f"it has {len(distinct)} value{'s' if not distinct else ''}"
+    pairs = {(label, value) for label, value in zip(labels, values, strict=True) if label >= 0 and value}
+    if pairs and len(pairs) == len({label for label, _ in pairs}):
+        return "it follows from the label"
+    return f"it has {len(distinct)} values, fewer than {FEWEST_GROUPS}" if len(distinct) < FEWEST_GROUPS else ""
+
+
+def join_groups(ds: ImageDataset, sizes: Mapping[str, int | None], *, merge_identical: bool) -> ImageDataset:
+    """Join the groups of one DICOM patient's images and of byte-identical files, with notes; ``sizes`` by path.
+
+    Rows whose file is not there join nothing.
+    """
+    ds = _group_patients(ds, sizes) if UNGROUPED in ds.notes else ds
+    if not merge_identical:
+        return ds.with_notes(*overlap_notes(ds.table))
+    if len(ds) > LOOKED_AT_LOADING:
+        return ds.with_notes(DEFERRED, *overlap_notes(ds.table))
+    digests = identical_files(ds.root, {path: size for path, size in sizes.items() if size}) if ds.root else {}
+    keys = [digests.get(path, "") for path in ds.table["path"].tolist()]
+    table = ds.table.assign(group=merge_groups(ds.table["group"].tolist(), keys))
+    notes = duplicate_notes(table, keys, ds.class_names) + overlap_notes(table)
+    return replace(ds, table=table).with_notes(*notes)
+
+
+def _group_patients(ds: ImageDataset, sizes: Mapping[str, int | None]) -> ImageDataset:
+    """Groups by the PatientID of DICOM files, where there is no column.
+
+    Each group is named after the first of its images: a PatientID is kept nowhere.
+    """
+    paths = ds.table["path"].tolist()
+    if ds.root is None or not may_be_dicom(paths):
+        return ds
+    if len(ds) > LOOKED_AT_LOADING:
+        return ds.with_notes(f"the PatientID of DICOM files is not looked at: there are {len(ds):,} images")
+    try:
+        patients = patient_keys(ds.root, [path if sizes[path] is not None else "" for path in paths])
+    except DatasetError as error:  # pydicom is not installed: the features may be there without it
+        return ds.with_notes(f"PatientID is not read: {error.problem}; {error.fix}")
+    if patients is None:
+        return ds
+    if why := unfit_groups(patients, ds.labels.tolist()):
+        return ds.with_notes(f"the PatientID of the DICOM files is not taken for groups: {why}")
+    lacking, known = patients.count(""), len(set(patients) - {""})
+    note = f"groups are those of the PatientID in the DICOM files ({known:,} patients), named after an image of each"
+    notes = [note if each == UNGROUPED else each for each in ds.notes]
+    notes += [f"{lacking:,} of {len(ds):,} images have no PatientID: each is a group of its own"] if lacking else []
+    table = ds.table.assign(group=merge_groups(ds.table["id"].tolist(), patients))
+    return replace(ds, table=table, notes=tuple(notes))
+
+
 def identical_files(root: Path, sizes: Mapping[str, int]) -> dict[str, str]:
     """sha256 (hex) of each file that another file equals byte for byte; all others are absent.
 
@@ -79,7 +144,7 @@ def identical_files(root: Path, sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def duplicate_notes(table: pd.DataFrame, keys: Sequence[str], class_names: Sequence[str]) -> list[str]:
-    """What to say of byte-identical images: how many there are, and which carry different labels."""
+    """Notes on byte-identical images: how many there are, and which carry different labels."""
     twins = table.assign(key=list(keys))
     twins = twins[twins["key"] != ""]
     if twins.empty:
@@ -97,7 +162,7 @@ def duplicate_notes(table: pd.DataFrame, keys: Sequence[str], class_names: Seque
 
 
 def overlap_notes(table: pd.DataFrame) -> list[str]:
-    """What to say of groups that occur in the test split and outside it."""
+    """A note on groups that occur in the test split and outside it."""
     test = table["split"] == "test"
     shared = set(table.loc[test, "group"].tolist()) & set(table.loc[~test, "group"].tolist())
     if not shared:
@@ -119,10 +184,10 @@ def patient_keys(root: Path, paths: Sequence[str]) -> list[str] | None:
     """PatientID of each path that is a DICOM file's, else empty; None where no path is one."""
     if not may_be_dicom(paths):
         return None
-    asked = [k for k, path in enumerate(paths) if path and (has_dicom_suffix(path) or not is_image_name(path))]
-    if not asked:
+    readable = [k for k, path in enumerate(paths) if path and (has_dicom_suffix(path) or not is_image_name(path))]
+    if not readable:
         return None
-    from embcache.data.dicom import dicom_patient, is_dicom  # only they need a decoder
+    from embcache.data.dicom import dicom_patient, is_dicom  # imports a decoder
 
     def look(path: str) -> str | None:
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  # a pipe would never answer
@@ -133,14 +198,14 @@ def patient_keys(root: Path, paths: Sequence[str]) -> list[str] | None:
             return dicom_patient(file, path) if known else None
 
     keys = [""] * len(paths)
-    found = list(_in_threads(look, root, [paths[k] for k in asked]))
-    for k, patient in zip(asked, found, strict=True):
+    found = list(_in_threads(look, root, [paths[k] for k in readable]))
+    for k, patient in zip(readable, found, strict=True):
         keys[k] = patient or ""
     return known_groups(keys) if any(patient is not None for patient in found) else None
 
 
 def _in_threads(look: Callable[[str], _T], root: Path, paths: Sequence[str]) -> Iterator[_T]:
-    """What ``look`` says of each file, in order; several are read at once, for a disk has its latency."""
+    """The result of ``look`` for each file, in order; several are read at once, for a disk has its latency."""
     base = os.path.join(root, "")  # noqa: PTH118  # paths are joined as texts: there are hundreds of thousands
 
     def some(start: int) -> list[_T]:

@@ -24,16 +24,21 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from embcache.data.budget import MAX_PIXELS, MOST_PIXELS, Decoding
-from embcache.data.checks import refuse_outside
-from embcache.data.containers.array_rows import member_pixels, member_size
+from embcache.data.budget import MAX_PIXELS, MOST_PIXELS, Decoding, broken, quiet, too_large, unsupported
+from embcache.data.containers.array_rows import place_pixels, place_size
 from embcache.data.dicom import decode_dicom, dicom_size, is_dicom
-from embcache.data.files import is_inside
-from embcache.data.gray import scale_to_bytes
-from embcache.data.guards import readable_formats, refuse_at_sight
-from embcache.data.jpeg import decode_jpeg, without_applications
-from embcache.data.png import SIGNATURE, decode_deep, deep_channels, without_ancillary
-from embcache.data.quiet import quiet
+from embcache.data.files import is_inside, refuse_outside
+from embcache.data.formats import (
+    SIGNATURE,
+    decode_deep,
+    decode_jpeg,
+    deep_channels,
+    readable_formats,
+    refuse_at_sight,
+    scale_to_bytes,
+    without_ancillary,
+    without_applications,
+)  # fmt: skip
 from embcache.data.tiff import Page, decode_page, is_tiff, read_page
 from embcache.errors import EmbcacheError, ImageError
 
@@ -60,25 +65,25 @@ _FIRST = "the first of several frames or pages is used"
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """One image to read: its id, its path relative to the dataset's root, its row in an array file (else −1)."""
+class ImageRef:
+    """One image to read: its id, its path relative to the dataset's root, its place in a container (else empty)."""
 
     id: str
     path: str
-    member: int
+    place: str
 
 
-def image_sources(table: pd.DataFrame) -> list[Source]:
+def image_refs(table: pd.DataFrame) -> list[ImageRef]:
     """Where the images of a dataset's table, or of some of its rows, are; in their order."""
-    columns = [table[name].tolist() for name in ("id", "path", "member")]
+    columns = [table[name].tolist() for name in ("id", "path", "place")]
     # Where the path is the id, one string serves as both: there may be millions.
-    return [Source(id_, id_ if path == id_ else path, member) for id_, path, member in zip(*columns, strict=True)]
+    return [ImageRef(id_, id_ if path == id_ else path, place) for id_, path, place in zip(*columns, strict=True)]
 
 
-def sources_of(table: pd.DataFrame, ids: Sequence[str]) -> list[Source]:
+def image_refs_of(table: pd.DataFrame, ids: Sequence[str]) -> list[ImageRef]:
     """Where the images with these ids are; the path of one that is not in the table is empty."""
-    known = {source.id: source for source in image_sources(table)}
-    return [known.get(id_, Source(id_, "", -1)) for id_ in ids]
+    known = {source.id: source for source in image_refs(table)}
+    return [known.get(id_, ImageRef(id_, "", "")) for id_ in ids]
 
 
 def decode_image(data: bytes, *, name: str = "", decoding: Decoding | None = None) -> npt.NDArray[np.uint8]:
@@ -99,7 +104,7 @@ def decode_image(data: bytes, *, name: str = "", decoding: Decoding | None = Non
     """
     decoding = decoding or Decoding()
     if not data:
-        raise ImageError("the file is empty")
+        raise broken("the file is empty")
     if is_dicom(data, name):
         with _reasons():
             return decode_dicom(data, name, decoding)
@@ -128,7 +133,7 @@ def decode_image(data: bytes, *, name: str = "", decoding: Decoding | None = Non
 
 
 def read_image(
-    dataset_root: Path | str, path: str, member: int = -1, decoding: Decoding | None = None
+    dataset_root: Path | str, path: str, place: str = "", decoding: Decoding | None = None
 ) -> tuple[npt.NDArray[np.uint8], str]:
     """Read and decode one image of a dataset.
 
@@ -136,16 +141,16 @@ def read_image(
     """
     decoding = decoding or Decoding()
     real = _resolve(dataset_root, path)
-    if member >= 0:
-        pixels = member_pixels(real, member, decoding)
+    if place:
+        pixels = place_pixels(real, place, decoding)
         return pixels, hashlib.sha256(pixels.tobytes()).hexdigest()
     with _open_file(real) as file:
         size = os.fstat(file.fileno()).st_size
         if size <= _LARGE_FILE:
             return _decode_and_hash(file.read(), path, decoding)
         if size > _LARGEST_FILE:
-            raise ImageError(f"too large: a file of {size:,} bytes, more than {_LARGEST_FILE:,}: cut it into tiles")
-        with decoding.budget.hold_all():
+            raise too_large(f"too large: a file of {size:,} bytes, more than {_LARGEST_FILE:,}: cut it into tiles")
+        with decoding.budget.hold():
             return _decode_and_hash(file.read(), path, decoding)
 
 
@@ -158,7 +163,7 @@ def _decode_and_hash(data: bytes, path: str, decoding: Decoding) -> tuple[npt.ND
         raise
 
 
-def read_size(dataset_root: Path | str, path: str, member: int = -1) -> tuple[int, int]:
+def read_size(dataset_root: Path | str, path: str, place: str = "") -> tuple[int, int]:
     """(width, height) that `read_image` will give, from the header alone.
 
     Whatever the limit on pixels: a transform that is chosen by sizes must not depend on it. Above `MOST_PIXELS`, which
@@ -166,12 +171,12 @@ def read_size(dataset_root: Path | str, path: str, member: int = -1) -> tuple[in
     """
     decoding = Decoding(MOST_PIXELS)
     real = _resolve(dataset_root, path)
-    if member >= 0:
-        return member_size(real, member, decoding)
+    if place:
+        return place_size(real, place, decoding)
     with _open_file(real) as file:
         head = file.read(132)
         if not head:
-            raise ImageError("the file is empty")
+            raise broken("the file is empty")
         refuse_at_sight(head)
         file.seek(0)
         with _reasons(), quiet(r"PIL\."):
@@ -205,10 +210,10 @@ def _resolve(dataset_root: Path | str, path: str) -> str:
 def _open_file(real: str) -> IO[bytes]:
     try:
         if not stat.S_ISREG(os.stat(real).st_mode):  # noqa: PTH116
-            raise ImageError("not a regular file")
+            raise ImageError("not a regular file", code="image-missing")
         return open(real, "rb")  # noqa: PTH123
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ImageError("the file is not there") from error
+        raise ImageError("the file is not there", code="image-missing") from error
 
 
 def _open(file: IO[bytes]) -> Image.Image:
@@ -242,10 +247,6 @@ def _open_with_less(file: IO[bytes]) -> Image.Image:
         return _open(io.BytesIO(less))
 
 
-def _open_page(data: bytes) -> Image.Image:
-    return _open(io.BytesIO(data))
-
-
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8, still to be applied."""
     if image.format == "PNG":
@@ -268,7 +269,9 @@ def _decode_tiff(data: bytes, name: str, decoding: Decoding) -> npt.NDArray[np.u
         own = page.deep or (page.own_segments and (page.planar or page.samples == 2))
         image = None if own and page.photometric in (0, 1, 2, 3) else _pillow_page(data, page)
         if image is None or (page.nodata is not None and page.own_segments):
-            return _to_rgb(Image.fromarray(decode_page(data, page, _open_page)), page.orientation)
+            return _to_rgb(
+                Image.fromarray(decode_page(data, page, lambda part: _open(io.BytesIO(part)))), page.orientation
+            )
         if page.nodata is not None:
             decoding.note("a NODATA value that a lossy compression or color space leaves without meaning", name)
         image.load()  # turned by Pillow
@@ -278,7 +281,7 @@ def _decode_tiff(data: bytes, name: str, decoding: Decoding) -> npt.NDArray[np.u
 def _pillow_page(data: bytes, page: Page) -> Image.Image | None:
     """The page as Pillow has it, its pixels not loaded; None where Pillow has no mode for it."""
     try:
-        image = _open_page(data)
+        image = _open(io.BytesIO(data))
         if page.number:
             image.seek(page.number)
     except (UnidentifiedImageError, SyntaxError):
@@ -323,14 +326,10 @@ def _reasons() -> Iterator[None]:
     except (EmbcacheError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise ImageError("not an image that Pillow reads") from error
+        raise unsupported("not an image that Pillow reads") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        raise ImageError(_one_line(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    text = re.sub(r"<[^<>]* object at 0x[0-9a-fA-F]+>", "", str(error))  # addresses differ from run to run
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())[:160]
-    return f"cannot be decoded: {text or type(error).__name__}"
+        text = re.sub(r"<[^<>]* object at 0x[0-9a-fA-F]+>", "", str(error))  # addresses differ from run to run
+        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())[:160]
+        raise broken(f"cannot be decoded: {text or type(error).__name__}") from error

@@ -1,72 +1,81 @@
-"""Where datasets come from: one row a dataset, and what a user is told when its files are not there."""
+"""The registry of dataset layouts, and where a dataset lies and what it is called unless the user says otherwise."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib
-import importlib.abc
-import importlib.util
-import pkgutil
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from embcache.data.chosen import Columns
+from embcache.config import DatasetRef
 from embcache.data.files import TABLE_SUFFIXES
 from embcache.data.snapshot import cached_names, near_names
+from embcache.data.tables import named_columns
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError, first_few
 from embcache.paths import PathLike, data_dir, home_dir
+from embcache.registry import Registry
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
 
+DATASETS: Registry[Any] = Registry(
+    "dataset",
+    {
+        name: f"embcache.data.datasets.{name}:LAYOUT"
+        for name in ("aptos", "folder", "nih", "patchcam", "pneumonia", "sample")
+    },
+)
+"""Layouts by name: a `DatasetLayout`, or a function ``read(root, name) -> ImageDataset``."""
+
 
 @dataclass(frozen=True)
-class DatasetSource:
-    """One dataset that can be loaded by name: the row that its module contributes to `DATASETS`.
+class DatasetLayout:
+    """A layout of files that can be loaded by name: one row of `DATASETS`.
 
     Attributes
     ----------
-    name, description : str
-    expected : str
-        The layout, one path a line, shown when it is not there.
-    download : str or None
-        The kagglehub call that gets it.
+    name : str
+        Under which it is registered.
     read : callable (root, name) -> ImageDataset
-        Every row that the labels name, whether or not its image is there; raises `DatasetNotFoundError` (see
-        `layout_error`) where the layout is not recognised.
+        Lists every row that the labels name, whether or not its image is there; raises `DatasetNotFoundError` (see
+        `layout_error`) where the layout is not recognized.
+    description : str
+    expected : str
+        The layout, one path per line, shown when it is not there.
+    download : str, optional
+        The kagglehub call that gets it.
     merge_identical : bool
         Whether byte-identical files are grouped together at loading.
     draw : callable (root) -> None, optional
         Makes the data where there is none.
     own_columns : bool
-        Whether the table is the user's own: ``read`` then takes `Columns` as a third argument.
+        Whether the table is the user's own: ``read`` then takes the `DatasetRef` as a third argument.
     """
 
     name: str
-    description: str
-    expected: str
-    download: str | None
     read: Callable[..., ImageDataset]
+    description: str = ""
+    expected: str = ""
+    download: str | None = None
     merge_identical: bool = True
     draw: Callable[[Path], None] | None = None
     own_columns: bool = False
 
-    def load(self, root: Path, name: str, columns: Columns) -> ImageDataset:
+    def load(self, root: Path, name: str, ref: DatasetRef) -> ImageDataset:
         """Every row that the labels name, and where they are from; `UsageError` for columns of a published layout."""
         if self.own_columns:
-            return replace(self.read(root, name, columns), origin=root)
-        if columns.named():
+            dataset = self.read(root, name, ref)
+        elif columns := named_columns(ref):
             raise UsageError(
-                f"{self.name} is published with columns of its own",
-                found=" ".join(f"--{role}-column" for role in columns.named()),
+                f"{self.name} is published with columns of its own", code="columns-published",
+                found=" ".join(f"--{role}-column" for role in columns),
                 fix="leave these options out, or load its table as a dataset of your own: --dataset folder",
-            )
-        return replace(self.read(root, name), origin=root)
+            )  # fmt: skip
+        else:
+            dataset = self.read(root, name)
+        return replace(dataset, layout=self.name, origin=root)
 
     def layout_error(self, root: Path, problem: str | None = None) -> DatasetNotFoundError:
         """The error for a root that is missing or laid out otherwise."""
@@ -74,115 +83,87 @@ class DatasetSource:
         found = first_few(entries) or "an empty folder" if root.is_dir() else "a file" if root.exists() else "nothing"
         if self.draw is not None:
             fix = "leave --data-root out, or name a folder that is not there yet: the images are drawn at first use"
+        elif self.own_columns:
+            fix = "name the folder, or a table, with --data-root"
         else:
             fix = f"put it in {data_dir() / self.name}, or name its folder with --data-root"
-            fix = "name the folder, or a table, with --data-root" if self.own_columns else fix
         if self.download:
             fix = f'python -c "import kagglehub; print(kagglehub.{self.download})"\n{fix}'
         return DatasetNotFoundError(
-            problem or f"the images of {self.name!r} are not there, or laid out otherwise",
-            expected=self.expected,
-            found=found,
-            where=root,
-            fix=fix,
-        )
+            problem or f"the images of {self.name!r} are not there, or laid out otherwise", code="dataset-layout",
+            expected=self.expected or f"the layout that {self.name} reads", found=found, where=root, fix=fix,
+        )  # fmt: skip
 
 
-@contextmanager
-def refusals_told() -> Iterator[None]:
-    """Turn the system's refusal to let a file or folder be read into a message."""
-    try:
-        yield
-    except PermissionError as error:
-        raise DatasetError(
-            "a dataset may not be read",
-            found=str(error.strerror),
-            where=error.filename,
-            fix=f"chmod -R u+rX '{error.filename}'",
-        ) from error
-
-
-class _Sources(Mapping[str, DatasetSource]):
-    """Every module of this package that defines ``SOURCE``, found at first use.
-
-    The others are not even imported: whoever probes from a cache needs no decoder of images.
-    """
-
-    @functools.cached_property
-    def _rows(self) -> dict[str, DatasetSource]:
-        package = importlib.import_module("embcache.data.datasets")
-        names = (f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__))
-        modules = (importlib.import_module(name) for name in names if _may_define_source(name))
-        sources = (getattr(module, "SOURCE", None) for module in modules)
-        return {s.name: s for s in sources if isinstance(s, DatasetSource)}
-
-    def __getitem__(self, name: str) -> DatasetSource:
-        return self._rows[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-
-def _may_define_source(module: str) -> bool:
-    """Whether a module's text assigns ``SOURCE``; True where there is no text to look at."""
-    spec = importlib.util.find_spec(module)
-    loader = spec.loader if spec else None
-    text = loader.get_source(module) if isinstance(loader, importlib.abc.InspectLoader) else None
-    return text is None or re.search(r"^SOURCE\b[^=\n]*=", text, flags=re.MULTILINE) is not None
-
-
-DATASETS: Mapping[str, DatasetSource] = _Sources()
-
-
-def find_source(name: str, home: PathLike | None = None) -> DatasetSource:
-    """The row of `DATASETS` called ``name``; `DatasetNotFoundError` lists them all, and those cached that come near."""
-    if name not in DATASETS:
+def find_layout(name: str, home: PathLike | None = None) -> DatasetLayout:
+    """The layout called ``name``, or imported from ``module:name``; the error lists all, and near cached datasets."""
+    if name not in DATASETS and ":" not in name:
         cached = cached_names(home)
         near = near_names(name, [*DATASETS, *cached])
         known = f", or one of {len(cached):,} that are cached" if cached else ""
         raise DatasetNotFoundError(
-            f"there is no dataset {name!r}",
+            f"there is no dataset {name!r}", code="unknown-dataset",
             expected="one of " + ", ".join(DATASETS) + known,
-            found=f"near to it: {', '.join(near)}" if near else None,
-            fix="embcache datasets",
-        )
-    return DATASETS[name]
+            found=f"near to it: {', '.join(near)}" if near else None, fix="embcache datasets",
+        )  # fmt: skip
+    found = DATASETS.get(name)
+    if isinstance(found, DatasetLayout):
+        return replace(found, name=name)
+    if not callable(found):
+        raise UsageError(
+            f"{name} is not a dataset", code="not-a-dataset", expected="a function read(root, name) -> ImageDataset",
+            found=type(found).__name__,
+        )  # fmt: skip
+    return DatasetLayout(name, found, (found.__doc__ or "").split("\n")[0].rstrip("."))
+
+
+@contextmanager
+def unreadable_as_error() -> Iterator[None]:
+    """Turn the system's refusal to read a file or folder into a message."""
+    try:
+        yield
+    except PermissionError as error:
+        raise DatasetError(
+            "a dataset may not be read", code="dataset-unreadable", found=str(error.strerror), where=error.filename,
+            fix=f"chmod -R u+rX '{error.filename}'",
+        ) from error  # fmt: skip
 
 
 def default_root(name: str, home: PathLike | None = None) -> Path:
-    """Where a dataset lies when nobody says otherwise."""
+    """Folder of a dataset for which none is named."""
     return home_dir(home) / "sample-images" if name == "sample" else data_dir() / name
 
 
-def resolve_root(source: DatasetSource, root: PathLike | None, home: PathLike | None, *, draw: bool = True) -> Path:
+def resolve_root(layout: DatasetLayout, root: PathLike | None, home: PathLike | None, *, draw: bool = True) -> Path:
     """The absolute folder to load from; where there is none and ``draw`` allows it, drawn first."""
-    if root is None and source.name == "folder":
-        raise UsageError("a folder dataset needs its folder", fix="add --data-root FOLDER (or a CSV or Parquet file)")
-    folder = (Path(root).expanduser() if root is not None else default_root(source.name, home)).resolve()
-    if draw and source.draw is not None and not folder.exists():
-        source.draw(folder)
+    if root is None and layout.own_columns:
+        raise UsageError(
+            "a folder dataset needs its folder", code="root-missing",
+            fix="add --data-root FOLDER (or a CSV or Parquet file)",
+        )  # fmt: skip
+    folder = (Path(root).expanduser() if root is not None else default_root(layout.name, home)).resolve()
+    if draw and layout.draw is not None and not folder.exists():
+        layout.draw(folder)
     if not folder.exists():
-        raise source.layout_error(folder)
+        raise layout.layout_error(folder)
     return folder
 
 
-def choose_name(source: DatasetSource, root: Path, wanted: str | None) -> str:
-    """The dataset's name: ``wanted``; else the source's; for a folder its own name and a hash of its path."""
+def choose_name(layout: str, root: Path, wanted: str | None) -> str:
+    """The dataset's name: ``wanted``; else the layout's; for a folder its own name and a hash of its path."""
     if wanted is None:
-        if source.name != "folder":
-            return source.name
+        if layout != "folder":
+            return layout
         own = root.stem if root.suffix.lower() in TABLE_SUFFIXES else root.name
         return f"{own or 'root'}-{hashlib.sha256(bytes(root)).hexdigest()[:8]}"
-    if wanted != source.name and wanted in DATASETS:
-        raise UsageError("the name belongs to another dataset", found=wanted, where="--name", fix="choose another name")
+    if wanted != layout and wanted in DATASETS:
+        raise UsageError(
+            "the name belongs to another dataset", code="name-taken", found=wanted, where="--name",
+            fix="choose another name",
+        )  # fmt: skip
     if not wanted.strip() or not wanted.isprintable() or "," in wanted or len(wanted) > 200:
         raise UsageError(
-            "not a dataset's name",
-            expected="1 to 200 printable characters, no comma",
-            found=ascii(wanted),
-            where="--name",
-        )
+            "not a dataset's name", code="dataset-name", expected="1 to 200 printable characters, no comma",
+            found=ascii(wanted), where="--name",
+        )  # fmt: skip
     return wanted

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -14,12 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from embcache.data.chosen import ROLES, Columns
-from embcache.data.groups import known_groups, merge_groups
+from embcache.config import DatasetRef
+from embcache.data.groups import known_groups, merge_groups, unfit_groups
+from embcache.data.tables import ROLES, named_columns
 from embcache.errors import DatasetError, UsageError
-
-FEWEST_GROUPS = 10
-"""A column with fewer distinct values (a site, a scanner, left and right) is never taken for groups unasked."""
 
 SPLIT_NAMES = {  # of folders and in a split column, compared in lower case
     "train": "train", "training": "train",
@@ -58,21 +57,9 @@ _GROUPS = tuple(  # coarse to fine: of columns that nest in each other both ways
 )
 
 
-_PLACEHOLDERS = {
-    "unknown",
-    "unk",
-    "not known",
-    "anonymous",
-    "anonymized",
-    "missing",
-    "-",
-    "--",
-    "?",
-    "0",
-    "-1",
-    "x",
-    "xxx",
-}
+_PLACEHOLDERS = frozenset(
+    ("unknown", "unk", "not known", "anonymous", "anonymized", "missing", "-", "--", "?", "0", "-1", "x", "xxx")
+)
 _PEOPLE = re.compile(
     r"birth|dob$|mrn|accession|address|phone|email|ssn$|insurance|physician|doctor|operator|surname|^name$|"
     r"(?:patients?|subject|person|participant|first|last|middle|family|given|full|maiden)names?$"
@@ -84,18 +71,15 @@ def plain_name(name: str) -> str:
     return re.sub(r"[\s_\-.]+", "", unicodedata.normalize("NFC", name).casefold())
 
 
-def may_hold_labels(header: Sequence[str], wanted: Columns) -> bool:
+def may_hold_labels(header: Sequence[str], ref: DatasetRef) -> bool:
     """Whether a table with these columns could be one of paths and labels."""
-    plain = {plain_name(name) for name in header}
-    return all(
-        plain_name(getattr(wanted, role)) in plain if getattr(wanted, role) else plain & {role, *_USUAL[role]}
-        for role in ("path", "label")
-    )
+    plain, named = {plain_name(name) for name in header}, named_columns(ref)
+    return all(plain & ({plain_name(named[r])} if r in named else {r, *_USUAL[r]}) for r in ("path", "label"))
 
 
 def find_columns(
     table: pd.DataFrame,
-    wanted: Columns,
+    ref: DatasetRef,
     *,
     where: Path,
     required: Sequence[str] = ("path", "label"),
@@ -103,7 +87,7 @@ def find_columns(
 ) -> tuple[dict[str, str], list[str]]:
     """The column of each role but the group's, and a note that names those that are not called after it."""
     header = [str(name) for name in table.columns]
-    found = {role: name for role in roles if (name := named_column(header, wanted, role, where))}
+    found = {role: name for role in roles if (name := named_column(header, ref, role))}
     notes = []
     for role, usual in _USUAL.items():
         if role in found or role not in roles:
@@ -122,33 +106,30 @@ def find_columns(
             choice = choice[:1]
         if len(choice) > 1:
             raise DatasetError(
-                f"{len(choice)} columns could be the {role}",
-                expected=f"one column {role!r}, or the name of the one that is meant",
-                found=", ".join(choice),
-                where=where,
-                fix=f"--{role}-column {_quoted(choice[0])}",
-            )
+                f"{len(choice)} columns could be the {role}", code="columns-ambiguous",
+                expected=f"one column {role!r}, or the name of the one that is meant", found=", ".join(choice),
+                where=where, fix=f"--{role}-column {shlex.quote(choice[0])}",
+            )  # fmt: skip
         if choice:
             found[role] = choice[0]
     absent = [role for role in required if role not in found]
     if absent:
         flags = " ".join(f"--{role}-column NAME" for role in absent)
         raise DatasetError(
-            f"a label file lacks the column {absent[0]!r}",
+            f"a label file lacks the column {absent[0]!r}", code="column-missing",
             expected=", ".join(required) + ", or columns with usual names such as filename and diagnosis",
-            found=", ".join(header),
-            where=where,
+            found=", ".join(header), where=where,
             fix=f"{flags}, with NAME one of its columns" if len(header) > 1 else "name the columns in the first line",
-        )
-    guessed = {role: name for role, name in found.items() if name != role and not getattr(wanted, role)}
-    told = [f"{role} is {name!r}" for role, name in guessed.items()]
-    note = f"columns of {where.name} by their names: {', '.join(told)}; --path-column and the like name others"
-    return found, ([note] if told else []) + notes
+        )  # fmt: skip
+    named = named_columns(ref)
+    guessed = [f"{role} is {name!r}" for role, name in found.items() if name != role and role not in named]
+    note = f"columns of {where.name} by their names: {', '.join(guessed)}; --path-column and the like name others"
+    return found, ([note] if guessed else []) + notes
 
 
-def named_column(header: Sequence[str], wanted: Columns, role: str, where: Path) -> str:
+def named_column(header: Sequence[str], ref: DatasetRef, role: str) -> str:
     """The column that the user named for a role, in the table's own spelling; empty where none was named."""
-    name: str = getattr(wanted, role)
+    name = named_columns(ref).get(role, "")
     if not name or name in header:
         return name
     alike = [column for column in header if plain_name(column) == plain_name(name)]
@@ -157,9 +138,8 @@ def named_column(header: Sequence[str], wanted: Columns, role: str, where: Path)
     near = difflib.get_close_matches(name, header, n=3)
     raise UsageError(
         f"the table has no column {name!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ""),
-        expected=", ".join(header),
-        where=f"--{role}-column",
-    )
+        code="unknown-column", expected=", ".join(header), where=f"--{role}-column",
+    )  # fmt: skip
 
 
 def _fits(role: str, values: pd.Series[str]) -> bool:
@@ -171,73 +151,51 @@ def _fits(role: str, values: pd.Series[str]) -> bool:
 
 
 def find_groups(
-    table: pd.DataFrame, wanted: Columns, labels: Sequence[int], ids: Sequence[str], *, where: Path, refuse: bool = True
+    table: pd.DataFrame, ref: DatasetRef, labels: Sequence[int], ids: Sequence[str], *, where: Path, refuse: bool = True
 ) -> tuple[list[str] | None, str, list[str]]:
-    """Groups by a column of a table: the one that is named, ``group``, or one with a usual name.
+    """Groups by a column of a table (the one named, ``group``, or one with a usual name), the column, and notes.
 
     Of several the coarsest counts, if the others nest in it. One that is constant, follows from the label or has
-    fewer than `FEWEST_GROUPS` values is not taken unasked.
+    few values is only taken if it is named.
     """
     header = [str(name) for name in table.columns]
-    column = named_column(header, wanted, "group", where)
     own = [name for name in header if plain_name(name) == "group"]
-    column = column or ("group" if "group" in own else own[0] if len(own) == 1 else "")
+    column = named_column(header, ref, "group") or ("group" if "group" in own else own[0] if len(own) == 1 else "")
     if column:
-        groups, notes = _as_groups(table[column].tolist(), ids)
-        told = [f"groups are those of the column {column!r} ({len(set(groups)):,} groups)"] if column != "group" else []
-        return groups, column, [*told, *notes, *_lacking(table[column].tolist(), groups)]
-    ranks = {name: rank for name in reversed(header) if (rank := _rank(name)) is not None}
-    values = {
-        name: known_groups(table[name].tolist()) for name in sorted(ranks, key=lambda n: (ranks[n], header.index(n)))
-    }
+        values = table[column].tolist()
+        groups, notes = _as_groups(values, ids)
+        named = (
+            [f"groups are those of the column {column!r} ({len(set(groups)):,} groups)"] if column != "group" else []
+        )
+        return groups, column, [*named, *notes, *_lacking(values, groups)]
+    ranks = {name: rank for name in header if (rank := _rank(name)) is not None}
+    candidates = {name: known_groups(table[name].tolist()) for name in sorted(ranks, key=lambda name: ranks[name])}
     notes = []
-    for name in list(values):
-        why = unfit_groups(values[name], labels)
-        if why:
-            notes.append(f"column {name!r} is not taken for groups: {why}; --group-column {_quoted(name)} takes it")
-            del values[name]
-    if not values:
+    for name in list(candidates):
+        if why := unfit_groups(candidates[name], labels):
+            notes.append(f"column {name!r} is not taken for groups: {why}; --group-column {shlex.quote(name)} takes it")
+            del candidates[name]
+    if not candidates:
         return None, "", notes
-    coarsest = [name for name in values if all(_nests(values[other], values[name]) for other in values)]
+    coarsest = [c for c in candidates if all(_nests(candidates[other], candidates[c]) for other in candidates)]
     if not coarsest:
-        problem = f"{len(values)} columns could be the groups, and they do not nest in one of them"
-        seen = ", ".join(f"{name} ({len(set(v) - {''}):,} values)" for name, v in values.items())
+        problem = f"{len(candidates)} columns could be the groups, and they do not nest in one of them"
+        seen = ", ".join(f"{name} ({len(set(v) - {''}):,} values)" for name, v in candidates.items())
         if not refuse:
             return None, "", [*notes, f"no groups: {problem}: {seen}; --group-column NAME takes one"]
         raise DatasetError(
-            problem,
+            problem, code="columns-ambiguous", found=seen, where=where,
             expected="a column 'group', or the name of the one whose images must stay together",
-            found=seen,
-            where=where,
-            fix=f"--group-column {_quoted(next(iter(values)))}",
-        )
+            fix=f"--group-column {shlex.quote(next(iter(candidates)))}",
+        )  # fmt: skip
     column = coarsest[0]
     groups, more = _as_groups(table[column].tolist(), ids)
-    for other in values:  # an image that lacks its patient may still have its study
-        groups = merge_groups(groups, values[other]) if "" in values[column] and other != column else groups
-    over = ", ".join(repr(name) for name in values if name != column)
+    for other in candidates:  # an image that lacks its patient may still have its study
+        groups = merge_groups(groups, candidates[other]) if "" in candidates[column] and other != column else groups
+    over = ", ".join(repr(name) for name in candidates if name != column)
     note = f"groups are those of the column {column!r} ({len(set(groups)):,} groups)"
-    return (
-        groups,
-        column,
-        [
-            note + (f", in which {over} nest" if over else "") + "; --group-column names another",
-            *more,
-            *_lacking(values[column], groups, over),
-            *notes,
-        ],
-    )
-
-
-def unfit_groups(values: Sequence[str], labels: Sequence[int]) -> str:
-    """Why values are not taken for groups unasked; empty where nothing speaks against it."""
-    distinct = set(values) - {""}
-    if len(distinct) < 2:
-        return f"it has {len(distinct)} value{'s' if not distinct else ''}"
-    pairs = {(label, value) for label, value in zip(labels, values, strict=True) if label >= 0 and value}
-    if pairs and len(pairs) == len({label for label, _ in pairs}):
-        return "it follows from the label"
-    return f"it has {len(distinct)} values, fewer than {FEWEST_GROUPS}" if len(distinct) < FEWEST_GROUPS else ""
+    note += (f", in which {over} nest" if over else "") + "; --group-column names another"
+    return groups, column, [note, *more, *_lacking(candidates[column], groups, over), *notes]
 
 
 def _as_groups(values: Sequence[str], ids: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -246,28 +204,22 @@ def _as_groups(values: Sequence[str], ids: Sequence[str]) -> tuple[list[str], li
     taken = set(known)
     groups = [g or (i if i not in taken else f"{i} (no group)") for g, i in zip(known, ids, strict=True)]
     several = len({value for value, group in zip(values, known, strict=True) if group}) - len(taken - {""})
-    # Counted and not listed: they may name patients, and notes are printed in reports.
-    told = f"{several:,} names of groups differ from others only in Unicode form, spaces or invisible characters"
-    notes = [f"{told}: they are one group"] if several else []
-    return groups, [*notes, *_doubtful(groups)]
-
-
-def _doubtful(groups: Sequence[str]) -> list[str]:
-    """Notes on groups that may not be what they seem; they are counted and not named."""
+    # Notes count such groups without names: these may name patients, and notes are printed in reports.
+    differ = f"{several:,} names of groups differ from others only in Unicode form, spaces or invisible characters"
+    notes = [f"{differ}: they are one group"] if several else []
     size = Counter(groups)
     spellings = Counter(name.casefold() for name in size)
     alike = sum(n for n in spellings.values() if n > 1)
-    notes = [f"{alike:,} groups differ from another only in letter case: each is a group of its own"] if alike else []
-    standing = sorted(name for name in size if name.casefold() in _PLACEHOLDERS and size[name] > 1)
-    notes += [
+    notes += [f"{alike:,} groups differ from another only in letter case: each is a group of its own"] if alike else []
+    return groups, notes + [
         f"{size[name]:,} images are one group called {name!r}: if that stands for not known, leave such cells empty"
-        for name in standing
+        for name in sorted(size)
+        if name.casefold() in _PLACEHOLDERS and size[name] > 1
     ]
-    return notes
 
 
 def may_name_people(column: str) -> bool:
-    """Whether a column is called as if its values named patients or others, or told when they were born."""
+    """Whether a column's name suggests that its values identify patients or other people, or are dates of birth."""
     return _rank(column) is not None or _PEOPLE.search(plain_name(column)) is not None
 
 
@@ -277,7 +229,7 @@ def _lacking(values: Sequence[str], groups: Sequence[str], over: str = "") -> li
     lacking = [size[group] for value, group in zip(known_groups(values), groups, strict=True) if not value]
     alone, total = lacking.count(1), len(groups)
     notes = [f"{alone:,} of {total:,} images have no group: each is a group of its own"] if alone else []
-    joined = f"{len(lacking) - alone:,} of {total:,} images lack it: they are in the group that {over} tells"
+    joined = f"{len(lacking) - alone:,} of {total:,} images lack it: they are in the group that {over} gives"
     return notes + ([joined] if over and len(lacking) > alone else [])
 
 
@@ -290,7 +242,3 @@ def _nests(fine: Sequence[str], coarse: Sequence[str]) -> bool:
     """Whether every value of ``fine`` lies in one value of ``coarse``, where both are known."""
     pairs = {(f, c) for f, c in zip(fine, coarse, strict=True) if f and c}
     return len(pairs) == len({f for f, _ in pairs})
-
-
-def _quoted(name: str) -> str:
-    return name if re.fullmatch(r"[\w.\-]+", name) else f"'{name}'"

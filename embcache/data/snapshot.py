@@ -16,10 +16,25 @@ from embcache.sealed import open_parquet
 from embcache.typed import parse, typed
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pyarrow as pa
 
-FILE = "dataset.parquet"
+FORM = 2
+"""Of the file: columns of the table, keys of its JSON."""
+
 _META, _CHECK = b"embcache", b"embcache-check"
+
+
+def snapshot_path(name: str, home: PathLike | None = None) -> Path:
+    """The snapshot that extraction keeps beside the stores of dataset ``name``."""
+    return home_dir(home) / slug(name) / "dataset.parquet"
+
+
+def damaged(problem: str, path: Path | None, found: str, code: str = "snapshot-damaged") -> DatasetError:
+    """The error for a snapshot that cannot be used."""
+    fix = "extract again and name the images: embcache extract --data-root FOLDER …"
+    return DatasetError(problem, code=code, found=found, where=path, fix=fix)
 
 
 def encode_snapshot(table: pa.Table, meta: dict[str, Any]) -> bytes:
@@ -29,8 +44,8 @@ def encode_snapshot(table: pa.Table, meta: dict[str, Any]) -> bytes:
     """
     import pyarrow.parquet as pq
 
-    text = json.dumps(meta, sort_keys=True)
-    described = table.replace_schema_metadata({_META: text, _CHECK: _check(text, table)})
+    text = json.dumps({**meta, "form": FORM}, sort_keys=True)
+    described = table.replace_schema_metadata({_META: text, _CHECK: _check(text, table.schema, table.num_rows)})
     sink = io.BytesIO()
     pq.write_table(described, sink, write_page_checksum=True)
     return sink.getvalue()
@@ -41,18 +56,32 @@ def decode_snapshot(data: bytes, columns: list[str] | None = None) -> tuple[pa.T
     file, table = open_parquet(data, columns)
     described = file.schema_arrow.metadata or {}
     text = described[_META].decode("utf-8")
-    # Snapshots of earlier versions have no check.
-    if _CHECK in described and described[_CHECK].decode("ascii") != _check(text, file.schema_arrow, file.metadata):
+    meta = typed(dict[str, Any], parse(text.encode()), "snapshot")
+    if (form := meta.pop("form", 1)) != FORM:
+        raise damaged("the snapshot of a dataset is of another version", None, f"form {form!r:.20}", "snapshot-form")
+    if described[_CHECK].decode("ascii") != _check(text, file.schema_arrow, file.metadata.num_rows):
         raise ValueError("its checksum is another")
-    return table.replace_schema_metadata(None), parse(text.encode())
+    return table.replace_schema_metadata(None), meta
 
 
-def _check(text: str, described: Any, footer: Any = None) -> str:
-    """Sha256 of all that a snapshot says besides its values: number of rows, columns, and its own JSON."""
-    schema = getattr(described, "schema", described)
+def _check(text: str, schema: pa.Schema, rows: int) -> str:
+    """Sha256 of everything in a snapshot except its values: number of rows, columns, and its own JSON."""
     columns = [[field.name, str(field.type)] for field in schema]
-    rows = (footer or described).num_rows
     return hashlib.sha256(json.dumps([rows, columns, text]).encode()).hexdigest()
+
+
+def snapshot_ids(name: str, home: PathLike | None = None) -> tuple[str, list[str]] | None:
+    """The dataset's own name and the ids of its images, as extraction kept them; None where there is no snapshot."""
+    import pyarrow as pa
+
+    path = snapshot_path(name, home)
+    try:
+        table, meta = decode_snapshot(read_regular(path), ["id"])
+        return typed(str, meta["name"], "name"), typed(list[str], table["id"].to_pylist(), "id")
+    except FileNotFoundError:
+        return None
+    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
+        raise damaged("the snapshot of a dataset is damaged", path, str(error).split("\n")[0]) from error
 
 
 def cached_names(home: PathLike | None = None) -> list[str]:
@@ -72,19 +101,3 @@ def near_names(name: str, names: Iterable[str]) -> list[str]:
     known = list(names)
     near = difflib.get_close_matches(name, known, n=5)
     return near + [other for other in known if other.startswith(f"{name}-") and other not in near]
-
-
-def snapshot_ids(name: str, home: PathLike | None = None) -> tuple[str, list[str]] | None:
-    """The dataset's own name and the ids of its images, as extraction kept them; None where there is no snapshot."""
-    import pyarrow as pa
-
-    path = home_dir(home) / slug(name) / FILE
-    try:
-        table, meta = decode_snapshot(read_regular(path), ["id"])
-        return typed(str, meta["name"], "name"), typed(list[str], table["id"].to_pylist(), "id")
-    except FileNotFoundError:
-        return None
-    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
-        raise DatasetError(
-            "the snapshot of a dataset is damaged", found=str(error).split("\n")[0], where=path
-        ) from error

@@ -20,9 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import UnidentifiedImageError
 
-from embcache.data.budget import Decoding
-from embcache.data.gray import scale_to_bytes, widen_to_bytes
-from embcache.errors import ImageError
+from embcache.data.budget import Decoding, broken, unsupported
+from embcache.data.formats import scale_to_bytes, widen_to_bytes
 
 _TYPES = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8"}
 _MOST_VALUES = 1 << 22  # of one tag: strips of an image at the limit, one row each, are far fewer
@@ -96,10 +95,10 @@ def read_page(file: IO[bytes], decoding: Decoding) -> Page:
             chosen, number = tags, index
         pages += full
     if chosen is None:
-        raise ImageError("a TIFF without a page")
+        raise broken("a TIFF without a page")
     page = _page(chosen, number, pages, reader.order == ">")
     if min(page.width, page.height) < 1:
-        raise ImageError("a TIFF whose image has no pixels")
+        raise broken("a TIFF whose image has no pixels")
     decoding.check_size(page.width, page.height)
     decoding.check_size(*page.segment)
     return page
@@ -127,7 +126,7 @@ def decode_page(data: bytes, page: Page, open_page: Callable[[bytes], Any]) -> n
     if page.photometric == _PALETTE:
         table = page.colors.reshape(3, -1).T >> 8
         if len(table) != 1 << page.bits:
-            raise ImageError(f"a TIFF whose palette has {len(table)} colors for samples of {page.bits} bits")
+            raise broken(f"a TIFF whose palette has {len(table)} colors for samples of {page.bits} bits")
         return np.asarray(table[values].astype(np.uint8))
     inverted = page.photometric == _WHITE_IS_ZERO
     if page.deep:
@@ -142,18 +141,18 @@ def decode_page(data: bytes, page: Page, open_page: Callable[[bytes], Any]) -> n
 def _refuse(page: Page) -> None:
     """Raise `ImageError` for samples whose picture cannot be known."""
     if page.kind == "?":
-        raise ImageError("a TIFF whose samples are complex numbers, or differ in depth or format")
+        raise unsupported("a TIFF whose samples are complex numbers, or differ in depth or format")
     if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE):
-        raise ImageError(
+        raise unsupported(
             "a TIFF that does not say whether 0 is black or white"
             if page.photometric < 0
             else f"a TIFF of {page.bits} bits per sample in color space {page.photometric} is not decoded"
         )
     colors = 3 if page.photometric == _RGB else 1
     if page.samples < colors or (colors == 1 and page.samples > 1 and page.extra[:1] not in ((1,), (2,))):
-        raise ImageError(f"a TIFF of {page.samples} gray channels: it does not say which of them is the image")
+        raise unsupported(f"a TIFF of {page.samples} gray channels: it does not say which of them is the image")
     if page.photometric == _PALETTE and (page.kind != "u" or page.bits > 16):
-        raise ImageError("a TIFF with a palette for samples that cannot index one")
+        raise unsupported("a TIFF with a palette for samples that cannot index one")
 
 
 def _absent(values: npt.NDArray[Any], nodata: float | None) -> npt.NDArray[np.bool_] | None:
@@ -177,18 +176,18 @@ def _whole(data: bytes, page: Page, open_page: Callable[[bytes], Any]) -> npt.ND
                 image.load()
                 return np.asarray(image)[..., None]
     name = _NAMES.get(page.compression, f"number {page.compression}")
-    raise ImageError(f"a TIFF of {page.bits}-bit samples compressed as {name} is not decoded")
+    raise unsupported(f"a TIFF of {page.bits}-bit samples compressed as {name} is not decoded")
 
 
 def _assemble(data: bytes, page: Page, open_page: Callable[[bytes], Any]) -> npt.NDArray[Any]:
     """Samples (H, W, channels) from strips or tiles; no more channels than are needed."""
     if page.kind not in _PREDICTORS.get(page.predictor, "") or (page.predictor > 1 and page.bits % 8):
-        raise ImageError(f"a TIFF with the predictor {page.predictor} for such samples is not decoded")
+        raise unsupported(f"a TIFF with the predictor {page.predictor} for such samples is not decoded")
     wide, high = page.segment
     across, down = -(-page.width // wide), -(-page.height // high)
     planes = page.samples if page.planar else 1
     if min(len(page.offsets), len(page.counts)) < across * down * planes:
-        raise ImageError("a TIFF that does not say where its strips or tiles are")
+        raise broken("a TIFF that does not say where its strips or tiles are")
     wanted = min(page.samples, 4 if page.photometric == _RGB else 2)
     out = None
     for plane in range(min(planes, wanted)):
@@ -198,7 +197,7 @@ def _assemble(data: bytes, page: Page, open_page: Callable[[bytes], Any]) -> npt
             at = plane * across * down + index
             start, count = int(page.offsets[at]), int(page.counts[at])
             if start < 0 or count < 1 or start + count > len(data):
-                raise ImageError("a TIFF whose strips or tiles are missing, or beyond the end of the file")
+                raise broken("a TIFF whose strips or tiles are missing, or beyond the end of the file")
             channels = 1 if page.planar else page.samples
             part = _samples(data[start : start + count], page, rows, wide, channels, open_page)
             if out is None:
@@ -219,7 +218,7 @@ def _samples(
     per_row = -(-columns * channels * page.bits // 8)
     raw = _unpacked(packed, page, rows * per_row, open_page)
     if len(raw) < rows * per_row:
-        raise ImageError("a TIFF whose strip or tile is cut short")
+        raise broken("a TIFF whose strip or tile is cut short")
     table = np.frombuffer(raw, np.uint8, rows * per_row).reshape(rows, per_row)
     shape, order = (rows, columns, channels), ">" if page.big_endian else "<"
     if page.predictor == 3:
@@ -260,13 +259,18 @@ def _unpacked(packed: bytes, page: Page, size: int, open_page: Callable[[bytes],
     if page.compression in _DEFLATE and not page.reversed_bits:
         return zlib.decompressobj().decompress(packed, size)
     # libtiff unpacks bytes whatever they mean: one row of 8-bit gray in a file of its own.
-    tags = [(256, size), (257, 1), (258, 8), (259, page.compression), (262, 1), (266, 2 if page.reversed_bits else 1)]
-    tags += [(273, 8), (277, 1), (278, 1), (279, len(packed))]
-    body = packed + b"\0" * (len(packed) % 2)
-    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    image = open_page(b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory + bytes(4))
+    order = 2 if page.reversed_bits else 1
+    image = open_page(one_strip(packed, {256: size, 257: 1, 258: 8, 259: page.compression, 262: 1, 266: order, 278: 1}))
     image.load()
     return bytes(image.tobytes())
+
+
+def one_strip(packed: bytes, tags: dict[int, int]) -> bytes:
+    """A TIFF of one gray strip, whose bytes and tags are given: libtiff then unpacks what no library unpacks alone."""
+    entries = sorted({**tags, 273: 8, 277: 1, 279: len(packed)}.items())
+    body = packed + b"\0" * (len(packed) % 2)
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 4, 1, n) for tag, n in entries)
+    return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory + bytes(4)
 
 
 class _Reader:
@@ -279,7 +283,7 @@ class _Reader:
         self.order = "<" if head[:2] == b"II" else ">"
         self._big = head[2:4] in (b"+\0", b"\0+")
         if len(head) < 8 or (self._big and len(head) < 16):
-            raise ImageError("a TIFF cut short in its header")
+            raise broken("a TIFF cut short in its header")
         self._first = self._int(head[8:16] if self._big else head[4:8])
 
     def directories(self) -> Iterator[dict[int, npt.NDArray[Any]]]:
@@ -291,7 +295,7 @@ class _Reader:
             seen.add(at)
             number = self._int(self._read(at, count))
             if number > 4096 or at + count > self._size:
-                raise ImageError("a TIFF whose list of tags is broken")
+                raise broken("a TIFF whose list of tags is broken")
             table = self._read(at + count, number * entry + width)
             tags = {}
             for k in range(len(table) // entry if len(table) < number * entry else number):
@@ -327,7 +331,7 @@ def _page(tags: dict[int, npt.NDArray[Any]], number: int, pages: int, big_endian
     width, height, samples = one(256, 0), one(257, 0), one(277, 1)
     bits, formats = set(many(258, (1,))), set(many(339, (1,)))
     if not 1 <= samples <= _MOST_SAMPLES:
-        raise ImageError(f"a TIFF of {samples} samples per pixel: 1 to {_MOST_SAMPLES} are decoded")
+        raise unsupported(f"a TIFF of {samples} samples per pixel: 1 to {_MOST_SAMPLES} are decoded")
     depth = max(bits)
     kind = {1: "u", 2: "i", 3: "f", 4: "u"}.get(next(iter(formats)), "?") if len(formats) == len(bits) == 1 else "?"
     if not 1 <= depth <= 64 or (kind == "f" and depth not in (16, 32, 64)) or (kind != "?" and 32 < depth < 64):
@@ -336,7 +340,7 @@ def _page(tags: dict[int, npt.NDArray[Any]], number: int, pages: int, big_endian
     rows = min(one(278, height) or height, height)
     segment = (one(322, 0), one(323, 0)) if tiled else (width, rows)
     if width and height and min(segment) < 1:
-        raise ImageError("a TIFF whose strips or tiles have no size")
+        raise broken("a TIFF whose strips or tiles have no size")
     places, sizes = (324, 325) if tiled else (273, 279)
     places, sizes = (places if places in tags else 273), (sizes if sizes in tags else 279)
     empty = np.zeros(0, np.int64)
@@ -344,7 +348,7 @@ def _page(tags: dict[int, npt.NDArray[Any]], number: int, pages: int, big_endian
     try:
         nodata = float(text) if text else None
     except ValueError:
-        raise ImageError(f"a TIFF whose NODATA value is no number: {text[:20]!r}") from None
+        raise broken(f"a TIFF whose NODATA value is no number: {text[:20]!r}") from None
     return Page(
         number, pages, big_endian, width, height, depth, kind, one(262, -1), samples, many(338),
         one(284, 1) == 2 and samples > 1, one(259, 1), one(317, 1), one(266, 1) == 2, one(274, 1), segment, tiled,

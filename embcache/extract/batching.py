@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.data.budget import Decoding
-from embcache.data.images import Source, read_image
+from embcache.data.images import ImageRef, read_image
 from embcache.errors import DatasetError, ImageError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Prepared:
 
 def prepare(
     root: Path,
-    source: Source,
+    source: ImageRef,
     geometries: Sequence[Geometry],
     decoding: Decoding | None = None,
 ) -> Prepared:
@@ -57,7 +57,7 @@ def prepare(
     if not source.path:
         return Prepared((), "", LEFT)
     try:
-        image, digest = read_image(root, source.path, source.member, decoding)
+        image, digest = read_image(root, source.path, source.place, decoding)
     except ImageError as error:
         return Prepared((), error.digest, error.problem)
     except OSError as error:
@@ -81,7 +81,7 @@ def medium_failed(path: Path, error: OSError) -> DatasetError:
 
 def prepare_batches(
     root: Path,
-    sources: Sequence[Source],
+    sources: Sequence[ImageRef],
     geometries: Sequence[Geometry],
     batch_size: int,
     pool: Executor,
@@ -89,16 +89,16 @@ def prepare_batches(
 ) -> Iterator[list[Prepared]]:
     """Yield the prepared images of one shard batch by batch, decoding the next batches while this one is used."""
 
-    def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
+    def submit(chunk: Sequence[ImageRef]) -> list[Future[Prepared]]:
         return [pool.submit(prepare, root, source, geometries, decoding) for source in chunk]
 
     return batches_ahead(sources, batch_size, submit)
 
 
 def batches_ahead(
-    sources: Sequence[Source],
+    sources: Sequence[ImageRef],
     batch_size: int,
-    submit: Callable[[Sequence[Source]], list[Future[Prepared]]],
+    submit: Callable[[Sequence[ImageRef]], list[Future[Prepared]]],
     ahead: int = AHEAD,
 ) -> Iterator[list[Prepared]]:
     """Yield what ``submit`` makes of each batch, with the ``ahead`` next batches begun while this one is used."""

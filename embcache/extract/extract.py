@@ -17,7 +17,7 @@ from embcache.backbones.catalog import find_backbone, load_backbone
 from embcache.backbones.transforms import Transform, choose_transform
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import DECODER_VERSION, Source
+from embcache.data.images import DECODER_VERSION, ImageRef
 from embcache.errors import RecipeError
 from embcache.extract.engines.devices import Crew, split_devices
 from embcache.extract.engines.local import Terms, compute_owed, is_asked
@@ -208,8 +208,8 @@ def run_extraction(
         )  # fmt: skip
         jobs = []
         for name, network in zip(names, networks, strict=True):
-            if dataset.kind in network.backbone.spec.contaminated:
-                tell(f"{name} was pretrained on images of {dataset.kind}: its scores there are contaminated")
+            if dataset.layout in network.backbone.spec.contaminated:
+                tell(f"{name} was pretrained on images of {dataset.layout}: its scores there are contaminated")
             if network.backbone.inferred:
                 tell(f"{name}: {network.backbone.inferred}")
             rows = rows_per_shard or default_rows(network.device.type, len(dataset))
@@ -226,7 +226,7 @@ def run_extraction(
         cached = _cached_pixels(jobs, dataset, files, tell)
 
         def compute(
-            jobs: Sequence[_Job], sources: Sequence[Source], batch_size: int, on_rows: Callable[[int], object]
+            jobs: Sequence[_Job], sources: Sequence[ImageRef], batch_size: int, on_rows: Callable[[int], object]
         ) -> list[ShardRows]:
             networks = [job.network for job in jobs]
             rows = compute_shard(

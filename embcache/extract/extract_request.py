@@ -10,7 +10,7 @@ from pathlib import Path
 from embcache.cores import usable_cores
 from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import image_sources
+from embcache.data.images import image_refs
 from embcache.errors import DatasetNotFoundError, UsageError, check_number
 from embcache.extract.batching import prepare
 from embcache.paths import PathLike, slug
@@ -20,13 +20,13 @@ from embcache.store.schema import MOST_SHARD_ROWS
 
 def none_readable(dataset: ImageDataset, root: Path, decoding: Decoding | None = None) -> DatasetNotFoundError:
     """The error for a dataset of which no image can be read, with the first reasons."""
-    prepared = [prepare(root, source, (), decoding=decoding) for source in image_sources(dataset.table.head(3))]
+    prepared = [prepare(root, source, (), decoding=decoding) for source in image_refs(dataset.table.head(3))]
     reasons = dict.fromkeys(image.reason for image in prepared if image.reason)
     return DatasetNotFoundError(
         "none of the dataset's images can be read",
         where=root,
         found=f"{len(dataset)} names; the first: {'; '.join(reasons) or 'headers that say no size'}",
-        fix=f"embcache datasets {dataset.kind} --data-root {root}",
+        fix=f"embcache datasets {dataset.layout} --data-root {root}",
     )
 
 

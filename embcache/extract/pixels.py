@@ -22,7 +22,7 @@ import embcache
 from embcache.backbones.transforms import Transform, frame
 from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import DECODER_VERSION, Source
+from embcache.data.images import DECODER_VERSION, ImageRef
 from embcache.extract.batching import prepare_batches
 from embcache.extract.engines.local import Terms, compute_owed
 from embcache.extract.extract_request import check_numbers, default_workers
@@ -118,7 +118,7 @@ def cache_pixels(
             say(f"{owed:,} images are decoded once and kept as {size} pixels: {room:.2f} GB in {store.path}")
 
         def compute(
-            jobs: Sequence[_Job], sources: Sequence[Source], batch_size: int, on_rows: Callable[[int], object]
+            jobs: Sequence[_Job], sources: Sequence[ImageRef], batch_size: int, on_rows: Callable[[int], object]
         ) -> list[ShardRows]:
             rows = [pixel_rows(files.root, sources, framing, pool, batch_size, on_rows) for _ in jobs]
             files.scan.learn(sources, rows[0].digests)
@@ -139,7 +139,7 @@ def open_pixels(ds: ImageDataset, transform: Transform, home: PathLike | None = 
 def decode_into(
     pixels: NDArray[np.uint8],
     root: Path,
-    sources: Sequence[Source],
+    sources: Sequence[ImageRef],
     framing: Transform,
     pool: Executor,
     *,
@@ -230,7 +230,7 @@ def _store(folder: Path, framing: Transform, format: str | None) -> FeatureStore
 
 def pixel_rows(
     root: Path,
-    sources: Sequence[Source],
+    sources: Sequence[ImageRef],
     framing: Transform,
     pool: Executor,
     batch_size: int,

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import Source
+from embcache.data.images import ImageRef
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.extract.batching import LEFT
 from embcache.paths import PathLike
@@ -71,7 +71,7 @@ class Guard:
     def _ids(self) -> frozenset[str]:  # asked for only where an image is bad
         return frozenset(self._dataset.table["id"].tolist())
 
-    def look(self, source: Source, reason: str) -> None:
+    def look(self, source: ImageRef, reason: str) -> None:
         """Judge an image that cannot be used, as soon as that is known."""
         if reason == LEFT:
             return
@@ -85,7 +85,7 @@ class Guard:
                 fix="mend or remove it and run the same command; --on-error quarantine goes on without it",
             )
 
-    def admit(self, commits: Sequence[tuple[FeatureStore, ShardRows]], sources: Sequence[Source]) -> None:
+    def admit(self, commits: Sequence[tuple[FeatureStore, ShardRows]], sources: Sequence[ImageRef]) -> None:
         """Refuse the rows of one shard, in every store, if too many images are quarantined by then."""
         for store, rows in commits:
             bad = {image: why for image, why in zip(rows.ids, rows.reasons, strict=True) if why and why != LEFT}
@@ -116,7 +116,7 @@ class Guard:
             f"{command} --max-bad {len(bad)}",
         )
 
-    def _check_root(self, source: Source) -> None:
+    def _check_root(self, source: ImageRef) -> None:
         """`DatasetNotFoundError` where a file that is not there says something of its root, not of the image."""
         found = None
         if _identity(self._root) != self._folder or self._folder is None:
@@ -161,7 +161,7 @@ def _empty(folder: Path) -> bool:
         return next(entries, None) is None
 
 
-def _path(root: Path, source: Source) -> Path:
+def _path(root: Path, source: ImageRef) -> Path:
     return root / source.path
 
 

@@ -27,14 +27,14 @@ from embcache.backbones.transforms import Transform, choose_transform
 from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import FileState, is_inside, stat_files
-from embcache.data.headers import is_square_of
-from embcache.data.images import DECODER_VERSION, Source, read_image, read_size
-from embcache.data.snapshot import open_parquet
+from embcache.data.formats import is_square_of
+from embcache.data.images import DECODER_VERSION, ImageRef, read_image, read_size
 from embcache.errors import ImageError
 from embcache.extract.batching import medium_failed
 from embcache.extract.extract_request import default_workers, image_root, none_readable
 from embcache.io import read_regular
 from embcache.paths import PathLike, home_dir, slug
+from embcache.sealed import open_parquet
 from embcache.store.commit import write_scan
 
 # Size of a file that is not there: such images are planned too, and quarantined with the reason when computed.
@@ -51,7 +51,7 @@ _GONE = FileState(ABSENT, 0, 0, 0)
 # A file that was written so shortly before it was looked at may be written again without another time.
 _TICK_NS = 2_000_000_000
 _STATE = list(FileState._fields)
-_SCAN_COLUMNS = ["path", "member", *_STATE, "width", "height", "digest"]
+_SCAN_COLUMNS = ["path", "place", *_STATE, "width", "height", "digest"]
 _DECODER = "decoder"  # column of a kept scan: the version that read its headers
 
 
@@ -62,14 +62,14 @@ class Scan:
     root: Path  # folder of the images
     states: Mapping[str, FileState]  # of each path; size `ABSENT` where there is no file
     seen: dict[str, tuple[int, int]]  # width and height of the images whose header was read, now or earlier
-    members: Mapping[str, int]  # row inside the array file of each path, -1 for an image
-    digests: dict[tuple[str, int], str] = field(default_factory=dict)
+    members: Mapping[str, str]  # place of each path inside its container, empty for a file
+    digests: dict[tuple[str, str], str] = field(default_factory=dict)
     moved: frozenset[str] = frozenset()
-    images: Sequence[tuple[str, int]] = ()  # path and member of every distinct image
+    images: Sequence[tuple[str, str]] = ()  # path and place of every distinct image
     began_ns: int = 0  # when the files were looked at
     decoding: Decoding = field(default_factory=Decoding)  # the limit on pixels
 
-    def confirm(self, images: Iterable[tuple[str, int]]) -> None:
+    def confirm(self, images: Iterable[tuple[str, str]]) -> None:
         """Read those images whose digest is not known, several at once, for :attr:`digests`.
 
         None is found for an image that is not there or cannot be had from its array file: computing it says why.
@@ -80,24 +80,24 @@ class Scan:
             for chunk, digests in zip(chunks, pool.map(self._hash, chunks), strict=True):
                 self.digests.update((image, digest) for image, digest in zip(chunk, digests, strict=True) if digest)
 
-    def readable(self, path: str, member: int) -> bool:
+    def readable(self, path: str, place: str) -> bool:
         """Whether an image can be decoded now; `DatasetError` where its file cannot be read for now."""
         try:
-            read_image(self.root, path, member, self.decoding)
+            read_image(self.root, path, place, self.decoding)
         except ImageError:
             return False
         except OSError as error:
             raise medium_failed(self.root / path, error) from error
         return True
 
-    def _hash(self, images: Sequence[tuple[str, int]]) -> list[str]:
-        return [_digest(self.root, path, member, self.decoding) for path, member in images]
+    def _hash(self, images: Sequence[tuple[str, str]]) -> list[str]:
+        return [_digest(self.root, path, place, self.decoding) for path, place in images]
 
-    def learn(self, sources: Sequence[Source], digests: Sequence[str]) -> None:
+    def learn(self, sources: Sequence[ImageRef], digests: Sequence[str]) -> None:
         """Take over the digests of images that were just read; ``""`` is none."""
         for source, digest in zip(sources, digests, strict=True):
             if digest:
-                self.digests[source.path, source.member] = digest
+                self.digests[source.path, source.place] = digest
 
     def read(self, paths: Sequence[str], pool: Executor, guess: tuple[int, int] | None = None) -> set[tuple[int, int]]:
         """Read the headers of some files, several at once; return the distinct sizes of those that can be read."""
@@ -114,14 +114,14 @@ class Scan:
         inside: dict[str, bool] = {}  # whether a folder, links followed, lies in the root
         sizes = []
         for path in paths:
-            member, folder = self.members[path], path.rpartition("/")[0]
+            place, folder = self.members[path], path.rpartition("/")[0]
             if folder not in inside:
                 inside[folder] = is_inside(self.root, os.path.realpath(f"{self.root}/{folder}"))
             try:
-                if side > 0 and member < 0 and inside[folder] and _says(f"{self.root}/{path}", side):
+                if side > 0 and not place and inside[folder] and _says(f"{self.root}/{path}", side):
                     sizes.append(guess)
                 else:
-                    sizes.append(read_size(self.root, path, member))
+                    sizes.append(read_size(self.root, path, place))
             except ImageError:
                 sizes.append(UNREADABLE)
             except OSError as error:
@@ -129,12 +129,12 @@ class Scan:
         return sizes
 
 
-def _digest(root: Path, path: str, member: int, decoding: Decoding) -> str:
+def _digest(root: Path, path: str, place: str, decoding: Decoding) -> str:
     try:
-        if member < 0:
+        if not place:
             with (root / path).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        return read_image(root, path, member, decoding)[1]
+        return read_image(root, path, place, decoding)[1]
     except (ImageError, FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:
@@ -250,10 +250,10 @@ def scan_images(
     The header of the first file of each suffix is read, so that a decoder that is not installed is missed now.
     """
     began = time.time_ns()
-    images = list(dict.fromkeys(zip(dataset.table["path"].tolist(), dataset.table["member"].tolist(), strict=True)))
-    members: dict[str, int] = {}
-    for path, member in images:
-        members.setdefault(path, member)
+    images = list(dict.fromkeys(zip(dataset.table["path"].tolist(), dataset.table["place"].tolist(), strict=True)))
+    members: dict[str, str] = {}
+    for path, place in images:
+        members.setdefault(path, place)
     try:
         states = {path: state or _GONE for path, state in stat_files(root, list(members))}
     except OSError as error:
@@ -270,18 +270,18 @@ def scan_images(
 
 def _still_true(
     known: pd.DataFrame | None, states: Mapping[str, FileState]
-) -> tuple[dict[str, tuple[int, int]], dict[tuple[str, int], str], frozenset[str]]:
+) -> tuple[dict[str, tuple[int, int]], dict[tuple[str, str], str], frozenset[str]]:
     """What an earlier scan says of files that are in the state that they had then, and which others look like it."""
     seen: dict[str, tuple[int, int]] = {}
-    digests: dict[tuple[str, int], str] = {}
+    digests: dict[tuple[str, str], str] = {}
     moved = set()
-    for path, member, *then, width, height, digest in () if known is None else known.itertuples(index=False, name=None):
+    for path, place, *then, width, height, digest in () if known is None else known.itertuples(index=False, name=None):
         now = states.get(path)
         if now is not None and now == tuple(then):
             if width > 0:
                 seen[path] = width, height
             if digest:
-                digests[path, member] = digest
+                digests[path, place] = digest
         elif now is not None and now[:2] == tuple(then[:2]):
             moved.add(path)
     return seen, digests, frozenset(moved)
@@ -298,7 +298,7 @@ def encode_scan(scan: Scan) -> bytes:
     sizes = np.array([scan.seen.get(path, UNKNOWN) for path, _ in scan.images], dtype=np.int64).reshape(-1, 2)
     settled = states[:, 1:3].max(axis=1) < late
     digests = [scan.digests.get(image, "") if old else "" for image, old in zip(scan.images, settled, strict=True)]
-    columns = [[path for path, _ in scan.images], [member for _, member in scan.images], *states.T, *sizes.T, digests]
+    columns = [[path for path, _ in scan.images], [place for _, place in scan.images], *states.T, *sizes.T, digests]
     buffer = io.BytesIO()
     table = pd.DataFrame(dict(zip(_SCAN_COLUMNS, columns, strict=True)))
     table.assign(**{_DECODER: DECODER_VERSION}).to_parquet(buffer, index=False)
@@ -316,8 +316,8 @@ def decode_scan(path: Path) -> pd.DataFrame | None:
         return None
     if not {*_SCAN_COLUMNS, _DECODER} <= set(scan.columns) or not (scan[_DECODER] == DECODER_VERSION).all():
         return None
-    if any(scan[name].dtype != "int64" for name in _SCAN_COLUMNS[1:-1]):
+    if any(scan[name].dtype != "int64" for name in _SCAN_COLUMNS[2:-1]):
         return None
-    if not all(isinstance(value, str) for name in ("path", "digest") for value in scan[name]):
+    if not all(isinstance(value, str) for name in ("path", "place", "digest") for value in scan[name]):
         return None
     return scan[_SCAN_COLUMNS]

@@ -57,7 +57,7 @@ def plan_store(
     scan's limit on pixels.
     """
     states = scan.states
-    ids, paths, rows = (dataset.table[name].tolist() for name in ("id", "path", "member"))
+    ids, paths, rows = (dataset.table[name].tolist() for name in ("id", "path", "place"))
     members = dict(zip(ids, zip(paths, rows, strict=True), strict=True))
     while True:
         # In this order: `embcache gc` removes plans before shards, and what it removed is not owed.
@@ -78,14 +78,14 @@ def plan_store(
         held.update(copied | due)
         again.difference_update(due)
         scan.confirm(
-            (path, member)
-            for image, (path, member) in members.items()
-            if image in held and image not in due and _comparable(held[image], states[path], member)
+            (path, place)
+            for image, (path, place) in members.items()
+            if image in held and image not in due and _comparable(held[image], states[path], place)
         )
         fresh = [
             image
-            for image, (path, member) in members.items()
-            if image not in held or image in again or not _same_bytes(held[image], image in due, scan, path, member)
+            for image, (path, place) in members.items()
+            if image not in held or image in again or not _same_bytes(held[image], image in due, scan, path, place)
         ]
         retried = sum(image in again for image in fresh)
         changed = sum(image in held for image in fresh) - retried
@@ -108,13 +108,13 @@ def plan_store(
             )
 
 
-def _entry(image: str, source: tuple[str, int], scan: Scan) -> PlanEntry:
-    path, member = source
+def _entry(image: str, source: tuple[str, str], scan: Scan) -> PlanEntry:
+    path, place = source
     size, mtime_ns = scan.states[path][:2]
-    return PlanEntry(image, size, mtime_ns, None, str(member) if member >= 0 else "")
+    return PlanEntry(image, size, mtime_ns, None, place)
 
 
-def _same_bytes(held: PlanEntry, owed: bool, scan: Scan, path: str, member: int) -> bool:
+def _same_bytes(held: PlanEntry, owed: bool, scan: Scan, path: str, place: str) -> bool:
     """Whether the image's bytes are those that its row was made from, or is owed of."""
     state = scan.states[path]
     alike = (held.size, held.mtime_ns) == state[:2]
@@ -122,10 +122,10 @@ def _same_bytes(held: PlanEntry, owed: bool, scan: Scan, path: str, member: int)
         return alike
     if not held.digest:
         # There were no bytes, or not of the image alone (array files). Another store's scan may have seen the change.
-        return alike and path not in scan.moved and (state.size == ABSENT or not scan.readable(path, member))
-    return held.digest == scan.digests.get((path, member))
+        return alike and path not in scan.moved and (state.size == ABSENT or not scan.readable(path, place))
+    return held.digest == scan.digests.get((path, place))
 
 
-def _comparable(held: PlanEntry, state: FileState, member: int) -> bool:
+def _comparable(held: PlanEntry, state: FileState, place: str) -> bool:
     """Whether only its digest tells if an image has changed."""
-    return bool(held.digest) and state.size != ABSENT and (member >= 0 or held.size == state.size)
+    return bool(held.digest) and state.size != ABSENT and (place != "" or held.size == state.size)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from embcache.backbones.transforms import Transform, centre, frame
 from embcache.data.budget import Decoding
-from embcache.data.images import Source
+from embcache.data.images import ImageRef
 from embcache.extract.augment import Augmentation
 from embcache.extract.batching import AHEAD, Prepared, batches_ahead, prepare
 from embcache.sealed import canonical_json
@@ -56,7 +56,7 @@ def make_views(transform: Transform, number: int = 1, augmentation: Augmentation
 
 def prepare_views(
     root: Path,
-    source: Source,
+    source: ImageRef,
     wanted: Sequence[Views],
     framed: Mapping[str, Frames] | None = None,
     decoding: Decoding | None = None,
@@ -81,7 +81,7 @@ def prepare_views(
 
 def view_batches(
     root: Path,
-    sources: Sequence[Source],
+    sources: Sequence[ImageRef],
     wanted: Sequence[Views],
     batch_size: int,
     pool: Executor,
@@ -96,11 +96,11 @@ def view_batches(
     def read_frames(ids: Sequence[str]) -> dict[str, Frames]:
         return {key: store.read(ids) for key, store in stores.items()}
 
-    def read_one(source: Source, frames: Future[dict[str, Frames]] | None) -> Prepared:
+    def read_one(source: ImageRef, frames: Future[dict[str, Frames]] | None) -> Prepared:
         # Submitted after the frames of its batch, so that even a single thread has read them by now.
         return prepare_views(root, source, wanted, frames.result() if frames else None, decoding)
 
-    def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
+    def submit(chunk: Sequence[ImageRef]) -> list[Future[Prepared]]:
         frames = pool.submit(read_frames, [source.id for source in chunk]) if stores else None
         return [pool.submit(read_one, source, frames) for source in chunk]
 

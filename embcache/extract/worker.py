@@ -24,7 +24,7 @@ from embcache.backbones.catalog import LoadedBackbone
 from embcache.backbones.reduced import to_bfloat16
 from embcache.backbones.transforms import Transform, frame, normalise
 from embcache.data.budget import Decoding
-from embcache.data.images import Source
+from embcache.data.images import ImageRef
 from embcache.errors import UsageError
 from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.batching import AHEAD, stack_batch
@@ -229,14 +229,14 @@ def as_tensor(pixels: NDArray[np.uint8]) -> Tensor:
 
 def compute_shard(
     root: Path,
-    sources: Sequence[Source],
+    sources: Sequence[ImageRef],
     networks: Sequence[FrozenNetwork],
     *,
     batch_size: int,
     pool: Executor,
     cached: Mapping[str, CachedFrames] | None = None,
     on_rows: Callable[[int], object] = lambda rows: None,
-    on_bad: Callable[[Source, str], object] = lambda source, reason: None,
+    on_bad: Callable[[ImageRef, str], object] = lambda source, reason: None,
     decoding: Decoding | None = None,
 ) -> list[ShardRows]:
     """Features of one shard under each network; every image is read and decoded once for all of them."""
@@ -279,7 +279,7 @@ def compute_shard(
 
 
 def _rows(
-    sources: Sequence[Source], features: NDArray[Any], digests: Sequence[str], reasons: Sequence[str]
+    sources: Sequence[ImageRef], features: NDArray[Any], digests: Sequence[str], reasons: Sequence[str]
 ) -> ShardRows:
     finite = [bool(np.isfinite(row).all()) for row in features]
     why = tuple(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from embcache.data.chosen import Columns
+from embcache.config import DatasetRef
 from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.draws import IntArray, hash_order
@@ -44,7 +44,7 @@ def open_datasets(
     allow_missing: bool = False,
     dataset_name: str | None = None,
     classes: ClassOptions = ClassOptions(),
-    columns: Columns = Columns(),
+    columns: DatasetRef = DatasetRef(),
     *,
     several: bool = False,
     say: Callable[[str], object] = lambda line: None,

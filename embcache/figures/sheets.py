@@ -27,7 +27,7 @@ def thumbnail(ds: ImageDataset, id_: str, side: int = SIDE) -> NDArray[np.uint8]
         return None
     row = found.iloc[0]
     try:
-        pixels, _ = read_image(ds.root, str(row["path"]), int(row["member"]))
+        pixels, _ = read_image(ds.root, str(row["path"]), str(row["place"]))
     except (ImageError, OSError):
         return None
     picture = Image.fromarray(pixels)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from embcache.backbones.catalog import Backbone
 from embcache.backbones.transforms import Transform, choose_transform, frame
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import image_sources
+from embcache.data.images import image_refs
 from embcache.errors import StoreError, UsageError
 from embcache.extract.augment import Augmentation, centre
 from embcache.extract.batching import prepare_batches
@@ -82,9 +82,7 @@ def known_images(
     for store in list_stores(home, ds.name):
         if _complete(store, ds, files):
             return store_images(store.restrict(ds.table["id"]))
-    found = [
-        image for batch in prepare_batches(files.root, image_sources(ds.table), [], _CHUNK, pool) for image in batch
-    ]
+    found = [image for batch in prepare_batches(files.root, image_refs(ds.table), [], _CHUNK, pool) for image in batch]
     names = ds.table["id"].tolist()
     return _images(names, [image.digest for image in found], [image.reason for image in found])
 
@@ -125,7 +123,7 @@ def decode_frames(
     """
     framing = frame(transform)
     wanted = None if ids is None else set(ids)
-    sources = [source for source in image_sources(ds.table) if wanted is None or source.id in wanted]
+    sources = [source for source in image_refs(ds.table) if wanted is None or source.id in wanted]
     pixels = allocate((len(sources), *framing.size, 3), scratch)
     digests, reasons = decode_into(pixels, root, sources, framing, pool, batch_size=_CHUNK)
     names = [source.id for source in sources]

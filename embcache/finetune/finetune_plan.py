@@ -158,9 +158,9 @@ class Asked:
     def notes(self, ds: ImageDataset) -> list[str]:
         """What a reader must know of this training besides what is true of probing."""
         told = [
-            f"{spec.name} was pretrained on images of {ds.kind}: its scores there are contaminated"
+            f"{spec.name} was pretrained on images of {ds.layout}: its scores there are contaminated"
             for spec in self.specs
-            if ds.kind in spec.contaminated
+            if ds.layout in spec.contaminated
         ]
         if self.settings.precision != "fp32":
             told.append(f"{' + '.join(self.names)}: finetuned in {self.settings.precision}")
@@ -213,11 +213,11 @@ def ask(
 
 def resume_command(ds: ImageDataset, backbones: Sequence[str], settings: Settings, home: PathLike | None = None) -> str:
     """The command that goes on with an interrupted run."""
-    words = ["embcache", "finetune", "--backbone", ",".join(backbones), "--dataset", ds.kind]
+    words = ["embcache", "finetune", "--backbone", ",".join(backbones), "--dataset", ds.layout]
     words += ["--data-root", str(ds.origin)] if ds.origin is not None else []
-    words += ["--name", ds.name] if ds.name != ds.kind else []
+    words += ["--name", ds.name] if ds.name != ds.layout else []
     words += ["--allow-missing"] if ds.missing else []
-    words += [*ds.columns.words(), *class_flags(ds.renamed)]
+    words += [*ds.read_options(), *class_flags(ds.renamed)]
     for option in fields(Settings):
         value, flag = getattr(settings, option.name), "--" + option.name.replace("_", "-")
         if option.name not in ("head", "subset") and value == option.default:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from embcache.data.chosen import Columns
+from embcache.config import DatasetRef
 from embcache.data.classes import ClassOptions
 from embcache.data.dataset import find_dataset
 from embcache.errors import UsageError
@@ -30,7 +30,7 @@ def finetune_named(
     dataset_name: str | None = None,
     splits: str | None = None,
     classes: ClassOptions = ClassOptions(),
-    columns: Columns = Columns(),
+    columns: DatasetRef = DatasetRef(),
     weights: PathLike | Mapping[str, PathLike] | None = None,
     say: Callable[[str], object] = lambda line: None,
     progress: Tell | None = None,
@@ -59,7 +59,7 @@ def finetune_named(
         A splits file, or the name of an imported one.
     classes : ClassOptions
         Classes to drop or merge.
-    columns : Columns
+    columns : DatasetRef
         As for `embcache.data.dataset.find_dataset`.
 
     Returns

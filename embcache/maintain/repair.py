@@ -19,7 +19,7 @@ import torch
 
 from embcache.data.budget import Decoding, check_max_pixels, default_max_pixels, pixels_of
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import Source, read_image, sources_of
+from embcache.data.images import ImageRef, image_refs_of, read_image
 from embcache.errors import CorruptStoreError, DatasetError, ImageError, RecipeError, StoreError
 from embcache.extract.extract import make_recipe, recipe_network, recipe_transform
 from embcache.extract.extract_request import default_workers
@@ -53,7 +53,7 @@ TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 2e-2}
 FLOAT16_TOLERANCE = 1e-3  # added where features are kept as float16: half a unit in the last place is 2**-11
 
 # Makes rows of images, in their order: sources, pool, batch size, progress, limits of decoding.
-Maker = Callable[[Sequence[Source], Executor, int, Callable[[int], object], Decoding], ShardRows]
+Maker = Callable[[Sequence[ImageRef], Executor, int, Callable[[int], object], Decoding], ShardRows]
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def check_sample(path: Path, dataset: ImageDataset, number: int, how: Rebuild = 
     chosen = np.sort(np.random.default_rng(0).choice(len(store), min(number, len(store)), replace=False))
     ids = store.ids[chosen].tolist()
     with ThreadPoolExecutor(default_workers()) as pool, torch_threads(header.threads):
-        rows = maker(sources_of(dataset.table, ids), pool, header.batch_size, lambda rows: None, decoding)
+        rows = maker(image_refs_of(dataset.table, ids), pool, header.batch_size, lambda rows: None, decoding)
     unreadable = [id_ for id_, valid in zip(ids, rows.valid, strict=True) if not valid]
     digests = zip(ids, rows.digests, strict=True)
     changed = [id_ for id_, digest in digests if id_ not in unreadable and digest != (store.digests.get(id_) or digest)]
@@ -218,10 +218,10 @@ class _Repair:
             self.did("the view for plain readers: written anew")
         return verify_store(path)
 
-    def sources(self, ids: Sequence[str]) -> list[Source]:
-        return sources_of(self.dataset.table, ids)
+    def sources(self, ids: Sequence[str]) -> list[ImageRef]:
+        return image_refs_of(self.dataset.table, ids)
 
-    def is_here(self, source: Source) -> bool:
+    def is_here(self, source: ImageRef) -> bool:
         return bool(source.path) and (self.root / source.path).is_file()
 
     def index(self, number: int) -> RowIndex | None:
@@ -281,10 +281,9 @@ class _Repair:
                 take_out(self.path, shard_path(self.path, number), "shard-unplanned")
                 self.did(f"plan and shard {number}: removed, no image of the dataset is theirs")
 
-    def entry(self, source: Source) -> PlanEntry:
+    def entry(self, source: ImageRef) -> PlanEntry:
         state = (self.root / source.path).stat()
-        place = str(source.member) if source.member >= 0 else ""
-        return PlanEntry(source.id, state.st_size, state.st_mtime_ns, None, place)
+        return PlanEntry(source.id, state.st_size, state.st_mtime_ns, None, source.place)
 
     def entries_of_shard(self, number: int) -> list[PlanEntry]:
         """The plan that an intact shard was made by; files that are others by now count as changed."""
@@ -393,9 +392,9 @@ class _Repair:
         return lease
 
 
-def _is_readable(root: Path, source: Source) -> bool:
+def _is_readable(root: Path, source: ImageRef) -> bool:
     try:
-        read_image(root, source.path, source.member)
+        read_image(root, source.path, source.place)
     except ImageError:
         return False
     return True

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import Source, image_sources, read_image
+from embcache.data.images import ImageRef, image_refs, read_image
 from embcache.errors import CorruptStoreError, DatasetNotFoundError, ImageError, StoreError
 from embcache.io import STALE_SECONDS, is_stale, list_folder, skip
 from embcache.paths import PathLike, slug
@@ -345,7 +345,7 @@ def check_source(
     """Hash the images of every live row again, whatever their modification times say."""
     root, rows = image_folder(dataset), store.sources()
     held = {id_: rows[id_].digest or "" for id_ in (*store.quarantined, *store.digests)}
-    sources = [source for source in image_sources(dataset.table) if source.id in held]
+    sources = [source for source in image_refs(dataset.table) if source.id in held]
     changed, missing, done = [], [], 0
     # File by file: the images of one array file lie beside each other, and are decoded from it in order.
     with ThreadPoolExecutor(usable_cores()) as pool:
@@ -363,16 +363,16 @@ def check_source(
     return SourceCheck(len(sources), tuple(changed), gone, len(held) - len(sources))
 
 
-def digest_now(root: Path, source: Source) -> str | None:
-    """Sha256 (hex) of an image's bytes as they are now: of its file, or of its member of an array file.
+def digest_now(root: Path, source: ImageRef) -> str | None:
+    """Sha256 (hex) of an image's bytes as they are now: of its file, or of its place in an array file.
 
     ``""`` where it can still not be read as an image; None where there is no file.
     """
     try:
-        if source.member < 0:
+        if not source.place:
             with (root / source.path).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        return read_image(root, source.path, source.member)[1]
+        return read_image(root, source.path, source.place)[1]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ImageError:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embcache.data.chosen import Columns
-from embcache.data.classes import ClassOptions
-from embcache.data.columns import retarget
+from embcache.config import DatasetRef
+from embcache.data.classes import ClassOptions, retarget
 from embcache.data.dataset import ImageDataset, find_dataset, read_snapshot
 from embcache.errors import DatasetError, StoreNotFoundError, UsageError
 from embcache.io import skip
@@ -38,7 +37,7 @@ def probe_cached(
     splits: str | None = None,
     target: str | None = None,
     classes: ClassOptions = ClassOptions(),
-    columns: Columns = Columns(),
+    columns: DatasetRef = DatasetRef(),
     say: Callable[[str], Any] = lambda line: None,
     progress: Progress | None = None,
     **options: Any,
@@ -68,7 +67,7 @@ def probe_cached(
         A column of each dataset's table to tell apart instead of the labels.
     classes : ClassOptions
         Classes to drop or merge, of the labels or the target.
-    columns : Columns
+    columns : DatasetRef
         The columns of a table to read; default: those that extraction read.
     say : callable
         Told what was left out or chosen, a line at a time.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embcache.data.columns import retarget
+from embcache.data.classes import retarget
 from embcache.data.dataset import ImageDataset
 from embcache.data.draws import IntArray
 from embcache.errors import UsageError

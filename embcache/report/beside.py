@@ -43,7 +43,7 @@ def paper_value(dataset: str, kind: str, name: str, subset: str) -> PaperValue |
 
 def has_paper(task: Task, part: Part) -> bool:
     """Whether the paper is of this dataset and its labels, and not of one's own images under the same name."""
-    kind = part.ds.kind if part.ds is not None else task.dataset
+    kind = part.ds.layout if part.ds is not None else task.dataset
     return not task.target and kind == task.dataset and task.dataset in PAPER_TEST and task.metric == _METRIC[kind]
 
 

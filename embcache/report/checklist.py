@@ -52,7 +52,7 @@ def _study(part: Part, task: Task, found: Cohort | None) -> Rows:
     steps = found.steps if found is not None else ()
     out = "; ".join(f"{s.images:,} {s.words}" for s in steps if s.kind == "out")
     left_out = f"every image that the source lists; left out: {out or 'none'}" if steps else UNKNOWN
-    kind = part.ds.kind if part.ds is not None else part.name
+    kind = part.ds.layout if part.ds is not None else part.name
     what = "images of one's own" if kind == "folder" else "drawn images" if task.synthetic else "a published layout"
     return [
         ("C1–C4", "T1–T4", "title, abstract, background, objectives", UNKNOWN),

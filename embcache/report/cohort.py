@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from embcache.data.columns import as_in_run
+from embcache.data.classes import as_in_run
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError
 from embcache.probe.inputs import open_stores, plan_for

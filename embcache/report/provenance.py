@@ -81,7 +81,7 @@ def version_rows(parts: Sequence[Part]) -> list[tuple[str, str]]:
 
 def commands(part: Part) -> list[str]:
     """The commands that make a dataset's features and results again; ``FOLDER`` stands for where its images are."""
-    kind = part.ds.kind if part.ds is not None else part.name
+    kind = part.ds.layout if part.ds is not None else part.name
     dataset = f"--dataset {shlex.quote(kind)}" + (
         f" --data-root FOLDER --name {shlex.quote(part.name)}" if kind != part.name else ""
     )

@@ -12,7 +12,7 @@ from PIL import Image
 
 from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import Source, read_image, sources_of
+from embcache.data.images import ImageRef, image_refs_of, read_image
 from embcache.errors import ImageError
 
 BUDGET = 4_800_000
@@ -37,12 +37,12 @@ def make_sheets(ds: ImageDataset, ids: Sequence[str], budget: int = BUDGET) -> S
     root = ds.root
     if root is None or not root.is_dir() or not ids:
         return None
-    sources = sources_of(ds.table, ids)
+    sources = image_refs_of(ds.table, ids)
     largest = _TRIES[0][0]
 
-    def small(source: Source) -> Image.Image | None:
+    def small(source: ImageRef) -> Image.Image | None:
         try:
-            pixels, _ = read_image(root, source.path, source.member)
+            pixels, _ = read_image(root, source.path, source.place)
         except (ImageError, OSError):
             return None
         picture = Image.fromarray(pixels)

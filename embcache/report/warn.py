@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from embcache.data.columns import Column, column_values, columns
+from embcache.data.classes import Column, column_values, columns
 from embcache.data.dataset import ImageDataset
 from embcache.data.groups import overlap_notes
 from embcache.data.roles import may_name_people

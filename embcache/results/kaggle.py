@@ -18,7 +18,7 @@ import pandas as pd
 
 from embcache.data.classes import class_words
 from embcache.data.dataset import ImageDataset, find_dataset
-from embcache.data.labels import read_table
+from embcache.data.tables import read_table
 from embcache.errors import ProtocolError, UsageError
 from embcache.io import write_output
 from embcache.paths import PathLike
@@ -162,8 +162,8 @@ def read_score(text: str) -> tuple[float, float]:
 
 
 def _competition(result: ProbeResult, ds: ImageDataset) -> Competition:
-    if ds.kind not in COMPETITIONS or ds.leaderboard_alpha is None:
-        what = "the original PatchCamelyon release" if ds.kind == "patchcam" else ds.name
+    if ds.layout not in COMPETITIONS or ds.leaderboard_alpha is None:
+        what = "the original PatchCamelyon release" if ds.layout == "patchcam" else ds.name
         raise UsageError(
             f"{what} has no competition to hand results in to",
             expected="a run on " + " or ".join(f"{name} ({c.slug})" for name, c in COMPETITIONS.items()),
@@ -184,7 +184,7 @@ def _competition(result: ProbeResult, ds: ImageDataset) -> Competition:
             found=f"{result.id}, test set {result.test_set}",
             fix=official_command(result),
         )
-    return COMPETITIONS[ds.kind]
+    return COMPETITIONS[ds.layout]
 
 
 def official_command(result: ProbeResult) -> str:
@@ -208,7 +208,7 @@ def official_command(result: ProbeResult) -> str:
 
 def _ids_in_order(ds: ImageDataset) -> tuple[list[str], list[str]]:
     """Ids of the sample submission in its order; the dataset's own order, and a note, where the file is not there."""
-    competition = COMPETITIONS[ds.kind]
+    competition = COMPETITIONS[ds.layout]
     path = ds.root / SAMPLE if ds.root is not None else None
     if path is not None and path.is_file():
         ids: list[str] = read_table(path, [competition.id_column])[competition.id_column].tolist()

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from embcache.data.chosen import Columns
+from embcache.config import DatasetRef
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, passed_note, walk_images
+from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, passed_note, settle_paths, walk_images
 from embcache.data.groups import UNGROUPED, known_groups, merge_groups, patient_keys
-from embcache.data.images import Source, image_sources
-from embcache.data.labels import open_table
-from embcache.data.nearby import settle_paths
+from embcache.data.images import ImageRef, image_refs
 from embcache.data.roles import find_columns, find_groups
+from embcache.data.tables import named_columns, open_table
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.extract.extract_request import image_root
 from embcache.paths import PathLike
@@ -27,7 +26,7 @@ class Asked:
 
     root: Path  # what the paths of the sources are relative to
     names: tuple[str, ...]  # what the user calls them
-    sources: tuple[Source, ...]  # where they are
+    sources: tuple[ImageRef, ...]  # where they are
     reasons: tuple[str, ...]  # why an image need not be tried; ``""`` where it may be
     groups: tuple[str, ...]  # patient, slide … of each image; ``""`` where it is not known
     notes: tuple[str, ...] = ()  # what was inferred of tables
@@ -35,18 +34,18 @@ class Asked:
 
 def images_of_dataset(ds: ImageDataset) -> Asked:
     """All images of a dataset, by their ids; `DatasetNotFoundError` where its folder is not here."""
-    sources = tuple(image_sources(ds.table))
+    sources = tuple(image_refs(ds.table))
     known = ds.grouped and UNGROUPED not in ds.notes
     groups = tuple(ds.table["group"].tolist()) if known else ("",) * len(sources)
     return Asked(image_root(ds), tuple(ds.table["id"]), sources, ("",) * len(sources), groups)
 
 
-def images_of_paths(paths: Sequence[PathLike], columns: Columns = Columns()) -> Asked:
+def images_of_paths(paths: Sequence[PathLike], columns: DatasetRef = DatasetRef()) -> Asked:
     """Images anywhere in the file system, by their paths as named; links are followed to where they lead."""
     notes: list[str] = []
     found = list_images(paths, notes, columns)
     real = [os.path.realpath(path) for path in found]
-    sources = tuple(Source(str(k), path.removeprefix(Path(path).anchor), -1) for k, path in enumerate(real))
+    sources = tuple(ImageRef(str(k), path.removeprefix(Path(path).anchor), "") for k, path in enumerate(real))
     reasons = tuple(map(_not_readable, real))
     # Groups by PatientID are called after their first image: a PatientID is in no answer.
     anchor, asked = Path(Path.cwd().anchor), [k for k, why in enumerate(reasons) if not why]
@@ -58,7 +57,7 @@ def images_of_paths(paths: Sequence[PathLike], columns: Columns = Columns()) -> 
     return Asked(anchor, tuple(names), sources, reasons, groups, tuple(notes))
 
 
-def list_images(paths: Sequence[PathLike], notes: list[str], columns: Columns = Columns()) -> dict[Path, str]:
+def list_images(paths: Sequence[PathLike], notes: list[str], columns: DatasetRef = DatasetRef()) -> dict[Path, str]:
     """The named files, those that tables name, and the images in and below the named folders (sorted), each once.
 
     A file that was named is kept whatever its name, but for a CSV, TSV, Parquet or Excel file: it is a table with a
@@ -69,7 +68,7 @@ def list_images(paths: Sequence[PathLike], notes: list[str], columns: Columns = 
     found: dict[Path, str] = {}
     passed = Counter[str]()
     tables = any(Path(path).suffix.lower() in TABLE_SUFFIXES for path in paths)
-    if unused := [role for role in columns.named() if not tables or role not in ("path", "group")]:
+    if unused := [role for role in named_columns(columns) if not tables or role not in ("path", "group")]:
         raise UsageError(
             "predicting images needs no such column" if tables else "there is no table that could have columns",
             found=" ".join(f"--{role}-column" for role in unused),
@@ -96,7 +95,7 @@ def list_images(paths: Sequence[PathLike], notes: list[str], columns: Columns = 
     return found
 
 
-def _listed(file: Path, notes: list[str], wanted: Columns) -> dict[Path, str]:
+def _listed(file: Path, notes: list[str], wanted: DatasetRef) -> dict[Path, str]:
     """Images that a table names, with their groups."""
     table, read = open_table(file)
     columns, named = find_columns(table, wanted, where=file, required=["path"], roles=["path"])
@@ -104,7 +103,7 @@ def _listed(file: Path, notes: list[str], wanted: Columns) -> dict[Path, str]:
     if table.empty or not all(table[column]):
         raise DatasetError("a row of a table names no image", expected="a path in every row", where=file)
     paths, settled = settle_paths(file.parent.resolve(), table[column].tolist())
-    free = table if column == wanted.group else table.drop(columns=column)
+    free = table if column == wanted.group_column else table.drop(columns=column)
     _, group, told = find_groups(free, wanted, [-1] * len(paths), paths, where=file, refuse=False)
     notes += [*read, *named, *settled, *told]
     groups = known_groups(table[group].tolist()) if group else [""] * len(paths)

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embcache.config import DatasetRef
 from embcache.data.budget import Decoding, check_max_pixels
-from embcache.data.chosen import Columns
-from embcache.data.classes import change_notes
-from embcache.data.columns import as_in_run
+from embcache.data.classes import as_in_run, change_notes
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import DatasetError, UsageError
 from embcache.extract.extract_request import default_workers
@@ -120,7 +119,7 @@ def predict_images(
     workers: int | None = None,
     max_pixels: int | None = None,
     progress: Callable[[int, int], Any] | None = None,
-    columns: Columns = Columns(),
+    columns: DatasetRef = DatasetRef(),
 ) -> Predictions:
     """Class probabilities of images, or of all images of a dataset, by a saved run.
 
@@ -153,7 +152,7 @@ def predict_images(
         Larger images are not decoded; default: ``$EMBCACHE_MAX_PIXELS``, else 89,478,485.
     progress : callable, optional
         Told (images done, images in all).
-    columns : Columns
+    columns : DatasetRef
         Of tables among the paths, the columns of path and group; of a dataset as for `load_dataset`.
 
     Returns
@@ -262,7 +261,7 @@ def _chosen_folds(result: ProbeResult, folds: Sequence[int] | None) -> list[int]
 
 
 def _dataset_of_classes(
-    result: ProbeResult, name: str, data_root: PathLike | None, home: PathLike | None, columns: Columns
+    result: ProbeResult, name: str, data_root: PathLike | None, home: PathLike | None, columns: DatasetRef
 ) -> ImageDataset:
     ds, _ = find_dataset(name, root=data_root, home=home, columns=columns)
     ds = as_in_run(ds, result.request)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from embcache.data.budget import Decoding
-from embcache.data.images import DECODER_VERSION, Source
+from embcache.data.images import DECODER_VERSION, ImageRef
 from embcache.errors import RecipeError, StoreNotFoundError, UsageError
 from embcache.extract.batching import prepare_batches, stack_batch
 from embcache.extract.extract import BATCH_SIZES, make_recipe, recipe_network
@@ -36,7 +36,7 @@ class Model(Protocol):
     """What predicts: decoded, transformed and classified by a run's own recipe."""
 
     def __call__(
-        self, root: Path, sources: Sequence[Source], pool: Executor, decoding: Decoding
+        self, root: Path, sources: Sequence[ImageRef], pool: Executor, decoding: Decoding
     ) -> tuple[FloatArray, list[str]]:
         """Probabilities (n, C) of images, and why a row has none."""
         ...
@@ -52,7 +52,7 @@ class _ProbeModel:
     to_p: Sequence[ToProbabilities]
 
     def __call__(
-        self, root: Path, sources: Sequence[Source], pool: Executor, decoding: Decoding
+        self, root: Path, sources: Sequence[ImageRef], pool: Executor, decoding: Decoding
     ) -> tuple[FloatArray, list[str]]:
         networks = list(self.networks.values())
         size = BATCH_SIZES.get(networks[0].device.type, 64)
@@ -75,7 +75,7 @@ class _FinetunedModel:
     batch_size: int
 
     def __call__(
-        self, root: Path, sources: Sequence[Source], pool: Executor, decoding: Decoding
+        self, root: Path, sources: Sequence[ImageRef], pool: Executor, decoding: Decoding
     ) -> tuple[FloatArray, list[str]]:
         transform = self.models[0].transform
         parts: list[FloatArray] = []

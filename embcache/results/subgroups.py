@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embcache.data.columns import column_values
+from embcache.data.classes import column_values
 from embcache.data.dataset import find_dataset
 from embcache.errors import StoreError, UsageError
 from embcache.paths import PathLike

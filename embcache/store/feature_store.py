@@ -65,11 +65,13 @@ class NamedTable(Protocol):
 class LoadedDataset(NamedTable, Protocol):
     """A dataset that knows how it was loaded, as an ImageDataset does."""
 
-    kind: str
+    layout: str
     root: Path | None
     origin: Path | None
     missing: Sequence[str]
-    columns: Any
+
+    def read_options(self) -> list[str]:
+        """Options of the command line that say how its table was read."""
 
 
 class Features:
@@ -550,7 +552,7 @@ def extract_command(backbone: str, dataset: str | NamedTable, home: PathLike | N
     if not isinstance(dataset, LoadedDataset):
         words += ["--dataset", dataset if isinstance(dataset, str) else dataset.name]
     else:
-        kind = dataset.kind or dataset.name
+        kind = dataset.layout or dataset.name
         # What it was loaded from may be a table, where the root is the folder of its images.
         origin = dataset.origin or dataset.root
         words += ["--dataset", kind]
@@ -558,5 +560,5 @@ def extract_command(backbone: str, dataset: str | NamedTable, home: PathLike | N
             words += ["--data-root", str(origin or "FOLDER")]
         words += ["--name", dataset.name] if dataset.name != kind else []
         words += ["--allow-missing"] if dataset.missing else []
-        words += dataset.columns.words()
+        words += dataset.read_options()
     return shlex.join([*words, "--home", str(home)] if home is not None else words)

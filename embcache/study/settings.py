@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from embcache.data.chosen import Columns
+from embcache.config import DatasetRef
 from embcache.data.classes import ClassOptions
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
@@ -31,7 +31,7 @@ class Settings:
     home: PathLike | None = None
     data_root: PathLike | None = None
     dataset_name: str | None = None
-    columns: Columns = field(default_factory=Columns)
+    columns: DatasetRef = field(default_factory=DatasetRef)
     allow_missing: bool = False
     weights: Mapping[str, PathLike] = field(default_factory=dict)
     transform: str | None = None

@@ -218,12 +218,12 @@ def test_commands_to_go_on_with_bear_home_and_root(tmp_path: Path, monkeypatch: 
 
     draw(tmp_path / "my images" / "a" / "0.png", 0)
     draw(tmp_path / "my images" / "b" / "1.png", 1)
-    ds = load_dataset("folder", tmp_path / "my images", dataset_name="mine")
+    ds = load_dataset("folder", tmp_path / "my images", name="mine")
     expected = f"--dataset folder --data-root '{tmp_path / 'my images'}' --name mine --home '/h o'"
     assert extract_command("net", ds, Path("/h o")) == f"embcache extract --backbone net {expected}"
     table = tmp_path / "my images" / "t.csv"
     table.write_text("path,label,who is it\na/0.png,a,x\nb/1.png,b,y\n")
-    ds = load_dataset("folder", table, dataset_name="mine", columns={"group": "who is it"})
+    ds = load_dataset("folder", table, name="mine", group_column="who is it")
     assert extract_command("net", ds).endswith(f"--data-root '{table}' --name mine --group-column 'who is it'")
 
 

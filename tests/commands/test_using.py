@@ -131,7 +131,7 @@ def predicting(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t
     root = tmp_path / "mine"
     for k in range(20):
         draw(root / ("a" if k % 2 else "b") / f"{k:02}.png", k, size=32)
-    ds = load_dataset("folder", root, dataset_name="mine")
+    ds = load_dataset("folder", root, name="mine")
     extract_features("random", ds, home=home)
     return probe_features(ds, "random", folds=2, subset=8, home=home).id, root
 

@@ -20,7 +20,7 @@ from PIL import Image
 from embcache.backbones.catalog import BACKBONES, LoadedBackbone, find_backbone, load_backbone, weights_status
 from embcache.backbones.checkpoints import hash_state
 from embcache.backbones.transforms import choose_transform
-from embcache.data.images import Source
+from embcache.data.images import ImageRef
 from embcache.extract.worker import compute_shard, freeze
 from tests.extract import published
 
@@ -142,7 +142,7 @@ def test_the_first_of_several_views_is_the_plain_row(
     loaded = load(name)
     for index, image in enumerate(pixels(3, (96, 96))):
         Image.fromarray(image).save(tmp_path / f"{index}.png")
-    sources = [Source(str(index), f"{index}.png", -1) for index in range(3)]
+    sources = [ImageRef(str(index), f"{index}.png", "") for index in range(3)]
     transform = choose_transform(loaded.spec, "paper", {(96, 96)})
     with ThreadPoolExecutor(1) as pool:
         plain, viewed = (

@@ -9,14 +9,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from embcache.config import DatasetRef
 from embcache.data.dataset import DATASETS, ImageDataset, find_dataset, load_dataset
-from embcache.data.images import read_image, read_size
-from embcache.errors import DatasetError, DatasetNotFoundError
+from embcache.data.published import find_layout
+from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.paths import slug
-from tests.extract.test_augment import MODALITIES
+from embcache.testing import check_dataset
+from tests.data.pictures import write_image
+from tests.refusal import refused
 
 Load = Callable[..., ImageDataset]
 
@@ -44,22 +46,8 @@ def own(written: tuple[str, Path, Path], tmp_path: Path) -> tuple[str, Path]:
     return name, tmp_path / "copy" / target
 
 
-def test_the_table_holds_what_the_contract_says(load: Load) -> None:
-    ds = load()
-    assert list(ds.table.columns[:6]) == ["id", "path", "member", "label", "group", "split"]
-    assert ds.table.index.tolist() == list(range(len(ds)))
-    assert ds.table["id"].is_unique
-    assert ds.table["member"].dtype == ds.table["label"].dtype == "int64"
-    assert set(ds.labels.tolist()) >= set(range(len(ds.class_names)))
-    assert all(isinstance(value, str) for column in ("id", "path", "group", "split") for value in ds.table[column])
-    assert ds.metric in {"auc", "macro_auc", "kappa"}
-    assert ds.augment == MODALITIES[ds.kind]
-    assert "F" not in ds.subset_sizes
-    assert 0 < ds.subset_sizes["S"] < ds.subset_sizes["M"]
-    assert ds.kind in DATASETS
-    assert ds.root is not None
-    assert ds.root.is_absolute()
-    assert str(len(ds.select("train"))) in repr(ds)
+def test_the_dataset_keeps_the_contract(load: Load) -> None:
+    check_dataset(load())
 
 
 def test_loading_twice_gives_the_same(load: Load) -> None:
@@ -68,31 +56,15 @@ def test_loading_twice_gives_the_same(load: Load) -> None:
     assert {**vars(one), "table": None} == {**vars(two), "table": None}
 
 
-def test_every_image_is_there_and_decodes_to_the_size_its_header_says(load: Load) -> None:
-    ds = load()
-    for path, member in ds.table[["path", "member"]].head(20).itertuples(index=False):
-        pixels, digest = read_image(ds.root, path, member)
-        assert pixels.dtype == np.uint8
-        assert pixels.shape == (*read_size(ds.root, path, member)[::-1], 3)
-        assert len(digest) == 64
-
-
-def test_a_snapshot_returns_the_same_dataset(load: Load) -> None:
-    ds = load()
-    again = ImageDataset.from_parquet_bytes(ds.to_parquet_bytes())
-    assert again.table.equals(ds.table)
-    assert {**vars(again), "table": None} == {**vars(ds), "table": None}
-
-
 def test_the_name_can_be_set_and_the_kind_stays(load: Load) -> None:
-    ds = load(dataset_name="my own")
-    assert (ds.name, ds.kind) == ("my own", load().kind)
+    ds = load(name="my own")
+    assert (ds.name, ds.layout) == ("my own", load().layout)
 
 
 def test_a_missing_or_empty_root_tells_what_is_expected(written: tuple[str, Path, Path], tmp_path: Path) -> None:
     name = written[0]
     (tmp_path / "empty").mkdir()
-    for root in [tmp_path / "empty"] + ([tmp_path / "absent"] if DATASETS[name].draw is None else []):
+    for root in [tmp_path / "empty"] + ([tmp_path / "absent"] if find_layout(name).draw is None else []):
         with pytest.raises(DatasetNotFoundError) as caught:
             load_dataset(name, root)
         assert caught.value.expected
@@ -103,12 +75,14 @@ def test_a_missing_or_empty_root_tells_what_is_expected(written: tuple[str, Path
 def test_an_image_that_disappears_is_an_error_or_leaves_the_table(own: tuple[str, Path]) -> None:
     name, root = own
     ds = load_dataset(name, root)
-    if ds.table["member"].iloc[0] >= 0:
+    if ds.table["place"].iloc[0]:
         pytest.skip("its images are rows of array files")
     gone = ds.ids[0]
     ds.file_path(0).unlink()
-    if DATASETS[name].read(root.resolve(), name).ids[0] == gone:  # the labels are kept apart from the images
-        with pytest.raises(DatasetError, match="--allow-missing"):
+    if (
+        find_layout(name).load(root.resolve(), name, DatasetRef()).ids[0] == gone
+    ):  # the labels are kept apart from the images
+        with refused(DatasetError, "images-missing"):
             load_dataset(name, root)
     after = load_dataset(name, root, allow_missing=True)
     assert gone not in after.ids
@@ -117,7 +91,7 @@ def test_an_image_that_disappears_is_an_error_or_leaves_the_table(own: tuple[str
 
 def test_copies_share_a_group(own: tuple[str, Path]) -> None:
     name, root = own
-    if not DATASETS[name].merge_identical:
+    if not find_layout(name).merge_identical:
         pytest.skip("its copies are found by the digests of their features")
     before = load_dataset(name, root)
     last = len(before) - 1
@@ -151,3 +125,35 @@ def test_the_dataset_is_found_live_and_then_from_its_snapshot(
     found, origin = find_dataset(ds.name)
     assert origin == "snapshot"
     assert found.table.equals(ds.table)
+
+
+def test_a_function_of_another_package_is_a_dataset(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lesions_plugin.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    for number, name in enumerate(("a/1.png", "a/2.png", "b/3.png", "b/4.png")):
+        write_image(tmp_path / "lesions" / name, number)
+    ds = load_dataset("lesions_plugin:read_lesions", tmp_path / "lesions", name="mine")
+    check_dataset(ds)
+    assert (ds.name, ds.layout, ds.origin) == ("mine", "lesions_plugin:read_lesions", tmp_path / "lesions")
+    (home / "mine").mkdir(parents=True)
+    (home / "mine" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
+    assert find_dataset(ds.layout, DatasetRef(name="mine"))[1] == "live"
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail("a file names what is imported"))
+    assert find_dataset("mine")[1] == "snapshot"
+    with refused(UsageError, "unknown-option"):
+        load_dataset("lesions", tmp_path, group_colum="patient")
+
+
+PLUGIN = """
+from pathlib import Path
+import pandas as pd
+from embcache import ImageDataset
+
+def read_lesions(root, name):
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
+    labels = [int(path.startswith("b")) for path in paths]
+    table = pd.DataFrame({"id": paths, "path": paths, "place": "", "label": labels, "group": paths, "split": "train"})
+    return ImageDataset(name, root, ("benign", "malignant"), metric="auc", augment="generic", table=table)
+"""

@@ -211,7 +211,7 @@ def hostile_tables() -> dict[str, pa.Table | bytes]:
     ids = ["a", "b"]
     right: dict[str, Any] = {
         "id": ids, "label": [0, 1], "group": ids, "fold": [0, 1], "p_0": [0.5, 0.5], "p_1": [0.5, 0.5],
-        "logit_0": [0.0, 1.0], "logit_1": [0.0, 1.0], "path": ids, "member": [-1, -1], "split": ["train", "test"],
+        "logit_0": [0.0, 1.0], "logit_1": [0.0, 1.0], "path": ids, "place": ["", ""], "split": ["train", "test"],
         "size": [1, 1], "mtime_ns": [1, 1], "width": [1, 1], "height": [1, 1], "decoder": ["x", "x"],
     }  # fmt: skip
     tables: dict[str, pa.Table | bytes] = {"right types": pa.table(right), "no rows": pa.table(right).slice(0, 0)}

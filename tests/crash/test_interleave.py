@@ -58,7 +58,7 @@ def test_a_careless_gc_is_found(worlds: dict[str, World], monkeypatch: pytest.Mo
             gc.publish_plan(path, number, entries)
             yield number, (seen.live, entries, places)
 
-    def by_time(held: PlanEntry, owed: bool, scan: Scan, path: str, member: int) -> bool:
+    def by_time(held: PlanEntry, owed: bool, scan: Scan, path: str, place: str) -> bool:
         return (held.size, held.mtime_ns) == scan.states[path][:2]
 
     monkeypatch.setattr(gc, "_new_shards", careless)

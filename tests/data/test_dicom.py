@@ -9,10 +9,11 @@ import pytest
 from embcache.data.budget import Decoding
 from embcache.data.images import decode_image, read_image, read_size
 from embcache.errors import DatasetError, ImageError
+from tests.refusal import refused
 
 pydicom = pytest.importorskip("pydicom", reason='DICOM needs pydicom: pip install "embcache[dicom]"')
 
-GREY = np.array([[0, 1000, 2000], [3000, 4000, 4095]], dtype=np.uint16)
+GRAY = np.array([[0, 1000, 2000], [3000, 4000, 4095]], dtype=np.uint16)
 
 
 def dicom(pixels: np.ndarray, *, preamble: bool = True, **tags: Any) -> bytes:
@@ -23,11 +24,11 @@ def dicom(pixels: np.ndarray, *, preamble: bool = True, **tags: Any) -> bytes:
     file.file_meta.MediaStorageSOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
     file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = "1.2.3"
     file.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
-    colour = pixels.ndim == 3
+    color = pixels.ndim == 3
     file.Rows, file.Columns = pixels.shape[:2]
-    file.SamplesPerPixel = 3 if colour else 1
-    file.PhotometricInterpretation = "RGB" if colour else "MONOCHROME2"
-    if colour:
+    file.SamplesPerPixel = 3 if color else 1
+    file.PhotometricInterpretation = "RGB" if color else "MONOCHROME2"
+    if color:
         file.PlanarConfiguration = 0
     file.BitsAllocated = pixels.dtype.itemsize * 8
     file.BitsStored = 12 if pixels.dtype == np.uint16 else file.BitsAllocated
@@ -45,37 +46,37 @@ def dicom(pixels: np.ndarray, *, preamble: bool = True, **tags: Any) -> bytes:
     return sink.getvalue()
 
 
-def grey_levels(shades: np.ndarray) -> np.ndarray:
+def gray_levels(shades: np.ndarray) -> np.ndarray:
     return np.repeat(np.rint(np.clip(shades, 0, 1) * 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def test_grey_without_a_window_is_scaled_by_its_own_range() -> None:
-    assert np.array_equal(decode_image(dicom(GREY)), grey_levels(GREY / 4095))
+def test_gray_without_a_window_is_scaled_by_its_own_range() -> None:
+    assert np.array_equal(decode_image(dicom(GRAY)), gray_levels(GRAY / 4095))
 
 
 def test_the_window_applies_to_rescaled_values() -> None:
     # PS3.3 C.11.2.1.2.1: y = (x - (c - 0.5)) / (w - 1) + 0.5
-    data = dicom(GREY, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=3000, WindowWidth=2001)
-    x = GREY.astype(float) * 2 - 1000
-    assert np.array_equal(decode_image(data), grey_levels((x - 2999.5) / 2000 + 0.5))
+    data = dicom(GRAY, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=3000, WindowWidth=2001)
+    x = GRAY.astype(float) * 2 - 1000
+    assert np.array_equal(decode_image(data), gray_levels((x - 2999.5) / 2000 + 0.5))
 
 
 def test_the_first_of_several_windows_counts() -> None:
-    one = dicom(GREY, WindowCenter=2000, WindowWidth=1000)
-    two = dicom(GREY, WindowCenter=[2000, 10], WindowWidth=[1000, 20])
+    one = dicom(GRAY, WindowCenter=2000, WindowWidth=1000)
+    two = dicom(GRAY, WindowCenter=[2000, 10], WindowWidth=[1000, 20])
     assert np.array_equal(decode_image(one), decode_image(two))
 
 
 @pytest.mark.parametrize("function", ["LINEAR_EXACT", "SIGMOID"])
 def test_the_other_window_functions_are_followed(function: str) -> None:
-    data = dicom(GREY, WindowCenter=2000, WindowWidth=1000, VOILUTFunction=function)
-    x = GREY.astype(float)
+    data = dicom(GRAY, WindowCenter=2000, WindowWidth=1000, VOILUTFunction=function)
+    x = GRAY.astype(float)
     shades = (x - 2000) / 1000 + 0.5 if function == "LINEAR_EXACT" else 1 / (1 + np.exp(-4 * (x - 2000) / 1000))
-    assert np.array_equal(decode_image(data), grey_levels(shades))
+    assert np.array_equal(decode_image(data), gray_levels(shades))
 
 
 def test_monochrome1_is_inverted() -> None:
-    plain, inverted = dicom(GREY), dicom(GREY, PhotometricInterpretation="MONOCHROME1")
+    plain, inverted = dicom(GRAY), dicom(GRAY, PhotometricInterpretation="MONOCHROME1")
     assert np.abs(decode_image(plain).astype(int) + decode_image(inverted) - 255).max() <= 1
     assert decode_image(inverted)[0, 0, 0] == 255
 
@@ -87,37 +88,37 @@ def test_padding_is_black_and_out_of_the_range_either_way() -> None:
         assert decode_image(data)[..., 0].ravel().tolist() == expected
 
 
-def test_colour_stays_as_it_is() -> None:
+def test_color_stays_as_it_is() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     assert np.array_equal(decode_image(dicom(pixels)), pixels)
 
 
 def test_the_first_frame_of_several_counts() -> None:
-    frames = np.stack([GREY, GREY[::-1]])
-    data = dicom(GREY, NumberOfFrames=2)
+    frames = np.stack([GRAY, GRAY[::-1]])
+    data = dicom(GRAY, NumberOfFrames=2)
     file = pydicom.dcmread(io.BytesIO(data))
     file.PixelData = frames.tobytes()
     sink = io.BytesIO()
     file.save_as(sink)
-    assert np.array_equal(decode_image(sink.getvalue()), decode_image(dicom(GREY)))
+    assert np.array_equal(decode_image(sink.getvalue()), decode_image(dicom(GRAY)))
 
 
 def test_a_file_without_the_preamble_is_known_by_its_suffix(tmp_path: Any) -> None:
-    data = dicom(GREY, preamble=False)
-    assert np.array_equal(decode_image(data, name="x.dcm"), decode_image(dicom(GREY)))
+    data = dicom(GRAY, preamble=False)
+    assert np.array_equal(decode_image(data, name="x.dcm"), decode_image(dicom(GRAY)))
     (tmp_path / "x.dcm").write_bytes(data)
     assert read_size(tmp_path, "x.dcm") == (3, 2)
 
 
 def test_the_size_is_read_from_the_header(tmp_path: Any) -> None:
-    (tmp_path / "x").write_bytes(dicom(GREY))
+    (tmp_path / "x").write_bytes(dicom(GRAY))
     assert read_size(tmp_path, "x") == (3, 2)
 
 
 @pytest.mark.parametrize("keep", [140, 300, -4])
 def test_broken_files_are_refused_with_one_line(keep: int) -> None:
     with pytest.raises(ImageError) as caught:
-        decode_image(dicom(GREY)[:keep])
+        decode_image(dicom(GRAY)[:keep])
     assert "\n" not in caught.value.problem
 
 
@@ -128,13 +129,13 @@ def test_a_file_that_only_bears_the_suffix_is_refused() -> None:
 
 def test_an_image_beyond_the_limit_is_refused() -> None:
     with pytest.raises(ImageError, match="6 pixels, more than 5"):
-        decode_image(dicom(GREY), decoding=Decoding(5))
+        decode_image(dicom(GRAY), decoding=Decoding(5))
 
 
 def test_without_pydicom_the_run_ends_and_the_message_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "x.dcm").write_bytes(dicom(GREY))
+    (tmp_path / "x.dcm").write_bytes(dicom(GRAY))
     monkeypatch.setitem(sys.modules, "pydicom", None)
     for read in (read_image, read_size):
         with pytest.raises(DatasetError) as caught:
@@ -146,20 +147,20 @@ def test_without_pydicom_the_run_ends_and_the_message_names_the_extra(
 def test_without_the_package_for_a_compression_the_run_ends_and_the_message_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = pydicom.dcmread(io.BytesIO(dicom(GREY)))
+    file = pydicom.dcmread(io.BytesIO(dicom(GRAY)))
     file.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLosslessSV1
     file.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xd9"])
     file.save_as(tmp_path / "x.dcm")
     decoder = pydicom.pixels.get_decoder(pydicom.uid.JPEGLosslessSV1)
     monkeypatch.setattr(decoder, "_available", {})
     for read in (read_image, read_size):
-        with pytest.raises(DatasetError, match="JPEG Lossless") as caught:
+        with refused(DatasetError, "package-missing") as caught:
             read(tmp_path, "x.dcm")
         assert caught.value.fix == 'pip install "embcache[dicom]"'
 
 
 def test_a_compression_that_nobody_decodes_is_the_images_fault(tmp_path: Path) -> None:
-    file = pydicom.dcmread(io.BytesIO(dicom(GREY)))
+    file = pydicom.dcmread(io.BytesIO(dicom(GRAY)))
     file.file_meta.TransferSyntaxUID = pydicom.uid.MPEG2MPML
     file.PixelData = pydicom.encaps.encapsulate([b"\0\0\1\xb3"])
     file.save_as(tmp_path / "x.dcm")

@@ -15,7 +15,7 @@ from PIL import Image
 from embcache.data.images import decode_image, read_image, read_size
 from embcache.errors import DatasetError, ImageError
 from tests.data.pictures import encode
-from tests.data.test_dicom import dicom, grey_levels
+from tests.data.test_dicom import dicom, gray_levels
 
 pydicom = pytest.importorskip("pydicom", reason='DICOM needs pydicom: pip install "embcache[dicom]"')
 
@@ -112,7 +112,7 @@ def test_lossless_syntaxes_give_the_very_pixels(syntax: str, tmp_path: Path) -> 
         assert pydicom.dcmread(io.BytesIO(data)).file_meta.TransferSyntaxUID == syntax
     shades = (values - values.min()) / np.ptp(values)
     (tmp_path / "a.dcm").write_bytes(data)
-    assert np.array_equal(read_image(tmp_path, "a.dcm")[0], grey_levels(shades))
+    assert np.array_equal(read_image(tmp_path, "a.dcm")[0], gray_levels(shades))
     assert read_size(tmp_path, "a.dcm") == values.shape[::-1]
 
 
@@ -176,7 +176,7 @@ def test_twelve_bit_jpeg_of_a_published_file_is_as_gdcm_decodes_it() -> None:
             delattr(file, name)
     sink = io.BytesIO()
     file.save_as(sink)
-    assert np.array_equal(decode_image(sink.getvalue()), grey_levels((values - values.min()) / np.ptp(values)))
+    assert np.array_equal(decode_image(sink.getvalue()), gray_levels((values - values.min()) / np.ptp(values)))
 
 
 @pytest.mark.parametrize("interpretation", ["RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"])

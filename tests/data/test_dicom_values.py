@@ -12,7 +12,7 @@ import pytest
 from embcache.data.budget import Decoding
 from embcache.data.images import decode_image
 from embcache.errors import ImageError
-from tests.data.test_dicom import dicom, grey_levels
+from tests.data.test_dicom import dicom, gray_levels
 
 pydicom = pytest.importorskip("pydicom", reason='DICOM needs pydicom: pip install "embcache[dicom]"')
 
@@ -80,10 +80,7 @@ def test_gray_is_what_pydicoms_functions_make_of_it(modality: str, voi: str) -> 
             attributes = {"SharedFunctionalGroupsSequence": [groups], "WindowCenter": 7, "WindowWidth": 9}
         elif place == "frame":
             other = item(FrameVOILUTSequence=[item(WindowCenter=7, WindowWidth=9)])
-            attributes = {
-                "SharedFunctionalGroupsSequence": [other],
-                "PerFrameFunctionalGroupsSequence": [groups],
-            }
+            attributes = {"SharedFunctionalGroupsSequence": [other], "PerFrameFunctionalGroupsSequence": [groups]}
         found = decode_image(dicom(stored, **whole, **attributes))
 
         values = pydicom.pixels.apply_modality_lut(stored, flat)
@@ -102,7 +99,7 @@ def test_gray_is_what_pydicoms_functions_make_of_it(modality: str, voi: str) -> 
                 low, high = low * 2 - 1024, high * 2 - 1024
             shades = (windowed - low) / (high - low)
         shades = 1 - shades if interpretation == "MONOCHROME1" else shades
-        difference = np.abs(found.astype(int) - grey_levels(shades))
+        difference = np.abs(found.astype(int) - gray_levels(shades))
         assert difference.max() <= 1, (interpretation, signed, place)  # half a level, rounded either way
         assert (difference > 0).mean() < 0.02
 
@@ -145,7 +142,7 @@ def test_values_lie_in_the_stored_bits_and_overlays_outside_them(high: int, sign
         file.add_new(0x60000102, "US", 15 if high < 15 else 3)
         sink = io.BytesIO()
         file.save_as(sink)
-        assert np.array_equal(decode_image(sink.getvalue()), grey_levels(unit(values)))
+        assert np.array_equal(decode_image(sink.getvalue()), gray_levels(unit(values)))
 
 
 def test_values_beyond_the_stored_bits_are_refused_where_no_overlay_explains_them() -> None:
@@ -165,7 +162,7 @@ def test_padding_is_out_of_the_range_and_black(interpretation: str, value: int, 
     shades = (pixels - pixels[~gone].min()) / np.ptp(pixels[~gone])
     shades = 1 - shades if interpretation == "MONOCHROME1" else shades
     data = dicom(pixels, PixelPaddingValue=value, PhotometricInterpretation=interpretation, **extra)
-    assert np.array_equal(decode_image(data), grey_levels(np.where(gone, 0, shades)))
+    assert np.array_equal(decode_image(data), gray_levels(np.where(gone, 0, shades)))
 
 
 def test_signed_padding_is_known_whatever_its_representation() -> None:
@@ -179,7 +176,7 @@ def test_signed_padding_is_known_whatever_its_representation() -> None:
         file.save_as(sink)
         found = decode_image(sink.getvalue())[..., 0]
         assert not found[:3].any()
-        assert np.array_equal(found[3:], grey_levels(unit(pixels[3:]))[..., 0])
+        assert np.array_equal(found[3:], gray_levels(unit(pixels[3:]))[..., 0])
 
 
 @pytest.mark.parametrize("kind", ["Float", "DoubleFloat"])
@@ -195,7 +192,7 @@ def test_floating_point_pixels_are_scaled_by_their_range(kind: str) -> None:
     file.save_as(sink)
     used = np.isfinite(values) & (values != -999)
     shades = (values.astype(float) - values[used].min()) / np.ptp(values[used].astype(float))
-    assert np.array_equal(decode_image(sink.getvalue()), grey_levels(np.where(used, shades, 0)))
+    assert np.array_equal(decode_image(sink.getvalue()), gray_levels(np.where(used, shades, 0)))
 
 
 @pytest.mark.parametrize("bits", [8, 16])

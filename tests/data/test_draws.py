@@ -24,7 +24,7 @@ def test_hash_order_is_the_published_recipe() -> None:
 
 
 def test_hash_order_never_changes() -> None:
-    # A frozen value: whoever changes it changes every split ever published.
+    # A frozen value: each process that changes it changes every split ever published.
     order = hash_order(0, "train/0/1", [f"image{i}" for i in range(10)])
     assert order.tolist() == FROZEN_ORDER
 

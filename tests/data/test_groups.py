@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import embcache.data.dataset as loading
+import embcache.data.groups as loading
 from embcache.data.dataset import load_dataset
 from embcache.data.groups import duplicate_notes, identical_files, merge_groups, overlap_notes
 from embcache.probe.protocol import merged_groups

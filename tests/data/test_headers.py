@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from embcache.data.headers import is_square_of, jpeg_size
+from embcache.data.formats import is_square_of, jpeg_frame
 from embcache.data.images import read_size
 
 FORMATS = [
@@ -40,8 +40,8 @@ def test_a_jpeg_with_two_frames_is_not_sure(tmp_path: Path) -> None:
     Image.new("RGB", (96, 96)).save(tmp_path / "a.jpg")
     data = (tmp_path / "a.jpg").read_bytes()
     place = data.index(b"\xff\xc0")
-    assert jpeg_size(data) == (96, 96)
-    assert jpeg_size(data[:place] + data[place : place + 19] + data[place:]) is None
+    assert jpeg_frame(data)[:2] == (96, 96)
+    assert jpeg_frame(data[:place] + data[place : place + 19] + data[place:]) is None
 
 
 @settings(max_examples=30)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from embcache.data import images, jpeg
+from embcache.data import formats, images
 from embcache.data.images import decode_image
 from embcache.errors import ImageError
 
@@ -41,7 +41,7 @@ def outcome(data: bytes) -> np.ndarray | str:
 
 
 def fast(data: bytes) -> bool:
-    return jpeg.decode_jpeg(data, Image.open(io.BytesIO(data))) is not None
+    return formats.decode_jpeg(data, Image.open(io.BytesIO(data))) is not None
 
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
@@ -58,7 +58,14 @@ def test_pixels_are_those_of_pillow(
     np.testing.assert_array_equal(pixels, by_pillow(data, monkeypatch))
 
 
-def test_grey_becomes_rgb(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{"quality": 1}, {"quality": 100}, {"optimize": True}, {"restart_marker_rows": 1}])
+def test_ways_of_encoding(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(picture(), **options)
+    assert fast(data)
+    np.testing.assert_array_equal(decode_image(data), by_pillow(data, monkeypatch))
+
+
+def test_gray_becomes_rgb(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(picture(mode="L"))
     assert fast(data)
     np.testing.assert_array_equal(decode_image(data), by_pillow(data, monkeypatch))
@@ -106,8 +113,8 @@ def test_damaged_files_end_as_with_pillow(data: st.DataObject) -> None:
 
 
 def test_decoders_that_differ_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = jpeg._decode
-    monkeypatch.setattr(jpeg, "_decode", lambda data: right(data) ^ 1)  # type: ignore[operator]
-    assert not jpeg._same_pixels.__wrapped__()
+    right = formats._decode
+    monkeypatch.setattr(formats, "_decode", lambda data: right(data) ^ 1)  # type: ignore[operator]
+    assert not formats._same_pixels.__wrapped__()
     monkeypatch.undo()
-    assert jpeg._same_pixels.__wrapped__()
+    assert formats._same_pixels.__wrapped__()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.data.nearby import near_misses
+from embcache.data.files import near_misses
 from embcache.errors import DatasetError
 from tests.data.pictures import write_image
 

@@ -101,6 +101,6 @@ def test_without_pydicom_or_beyond_so_many_images_patients_are_not_looked_for_an
         ds = collection(tmp_path, patients)
     assert ds.table["group"].nunique() == N
     assert any("PatientID is not read" in note and "pip install" in note for note in ds.notes)
-    monkeypatch.setattr("embcache.data.dataset.LOOKED_AT_LOADING", N - 1)
+    monkeypatch.setattr("embcache.data.groups.LOOKED_AT_LOADING", N - 1)
     ds = load_dataset("folder", tmp_path)
     assert f"the PatientID of DICOM files is not looked at: there are {N} images" in ds.notes

@@ -5,26 +5,27 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from embcache.data.dataset import ImageDataset, find_dataset, load_dataset
+from embcache.config import DatasetRef
+from embcache.data.dataset import ImageDataset, find_dataset, load_dataset, survey_dataset
 from embcache.data.groups import UNGROUPED
 from embcache.data.roles import may_name_people
-from embcache.data.survey import survey_dataset
 from embcache.errors import DatasetError, UsageError
 from embcache.paths import slug
 from tests.data.pictures import write_image
+from tests.refusal import refused
 
 N = 24
 
 
-def table(root: Path, given: dict[str, list[str]], *, name: str = "labels.csv", **options: object) -> ImageDataset:
+def table(root: Path, given: dict[str, list[str]], **options: object) -> ImageDataset:
     """A table of N images with labels no, yes, no … and these columns, loaded."""
     root.mkdir(exist_ok=True)
     for i in range(N):
         if not (root / f"{i}.png").is_file():
             write_image(root / f"{i}.png", i, (4, 4))
     frame = {"path": [f"{i}.png" for i in range(N)], "label": ["no", "yes"] * (N // 2)} | given
-    pd.DataFrame(frame).to_csv(root / name, index=False)
-    return load_dataset("folder", root / name, **options)
+    pd.DataFrame(frame).to_csv(root / "labels.csv", index=False)
+    return load_dataset("folder", root / "labels.csv", **options)
 
 
 def patients(each: int, letter: str = "p") -> list[str]:
@@ -72,7 +73,7 @@ def test_what_cannot_be_patients_is_not_taken_and_said_so(tmp_path: Path, values
     ds = table(tmp_path, {"patient id": values})
     assert ds.groups.tolist() == ds.ids.tolist()
     assert f"column 'patient id' is not taken for groups: {why}; --group-column 'patient id' takes it" in ds.notes
-    named = load_dataset("folder", tmp_path / "labels.csv", columns={"group": "Patient_ID"})
+    named = load_dataset("folder", tmp_path / "labels.csv", group_column="Patient_ID")
     known = {v for v in values if v.lower() not in ("", "nan", "na")}
     assert set(named.groups) - set(named.ids) == known
     assert UNGROUPED not in named.notes
@@ -91,11 +92,11 @@ def test_coarser_is_what_nests_not_what_is_called_so(tmp_path: Path) -> None:
 
 def test_columns_that_do_not_nest_are_an_error_that_lists_them(tmp_path: Path) -> None:
     crossed = [f"s{i % 12}" for i in range(N)]
-    with pytest.raises(DatasetError, match="do not nest") as caught:
+    with refused(DatasetError, "columns-ambiguous") as caught:
         table(tmp_path, {"patient": patients(2), "slide id": crossed})
     assert "patient (12 values), slide id (12 values)" in str(caught.value)
     assert caught.value.fix == "--group-column patient"
-    ds = load_dataset("folder", tmp_path / "labels.csv", columns={"group": "slide id"})
+    ds = load_dataset("folder", tmp_path / "labels.csv", group_column="slide id")
     assert ds.groups.tolist() == crossed
 
 
@@ -164,38 +165,39 @@ def test_two_columns_that_could_be_meant_are_listed(tmp_path: Path) -> None:
     table(tmp_path, {})
     frame = pd.read_csv(tmp_path / "labels.csv")
     frame.rename(columns={"label": "diagnosis"}).assign(target=["x", "y"] * 12).to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(DatasetError, match="2 columns could be the label") as caught:
+    with refused(DatasetError, "columns-ambiguous") as caught:
         load_dataset("folder", tmp_path / "t.csv")
     assert "diagnosis, target" in str(caught.value)
     assert "--label-column diagnosis" in str(caught.value)
-    assert load_dataset("folder", tmp_path / "t.csv", columns={"label": "target"}).class_names == ("x", "y")
+    assert load_dataset("folder", tmp_path / "t.csv", label_column="target").class_names == ("x", "y")
 
 
 def test_a_named_column_that_is_not_there_and_a_key_that_is_no_role_are_refused(tmp_path: Path) -> None:
     table(tmp_path, {"patient": patients(2)})
-    with pytest.raises(UsageError, match="did you mean 'patient'"):
-        load_dataset("folder", tmp_path / "labels.csv", columns={"group": "patiant"})
-    with pytest.raises(UsageError, match="no column for 'patient'"):
-        load_dataset("folder", tmp_path / "labels.csv", columns={"patient": "x"})
+    with refused(UsageError, "unknown-column"):
+        load_dataset("folder", tmp_path / "labels.csv", group_column="patiant")
+    with refused(UsageError, "unknown-option"):
+        load_dataset("folder", tmp_path / "labels.csv", patient_column="x")
     write_image(tmp_path / "f" / "a" / "1.png", 1)
     write_image(tmp_path / "f" / "b" / "2.png", 2)
-    with pytest.raises(UsageError, match="class folders have no columns"):
-        load_dataset("folder", tmp_path / "f", columns={"group": "patient"})
+    with refused(UsageError, "columns-of-folders"):
+        load_dataset("folder", tmp_path / "f", group_column="patient")
 
 
 def test_a_published_layout_has_its_own_columns(tmp_path: Path) -> None:
     from tests.data import test_pneumonia
 
     root = test_pneumonia.write_layout(tmp_path)
-    with pytest.raises(UsageError, match="columns of its own"):
-        load_dataset("pneumonia", root, columns={"group": "x"})
+    with refused(UsageError, "columns-published"):
+        load_dataset("pneumonia", root, group_column="x")
 
 
 def test_columns_that_were_named_are_remembered_with_the_snapshot(tmp_path: Path, home: Path) -> None:
     ds = table(
         tmp_path,
         {"patient": patients(2), "arm": patients(8, "a"), "label": ["No", "no", "yes"] * 8},
-        columns={"group": "arm", "merge_class": ["No+no=none"]},
+        group_column="arm",
+        merge_class=["No+no=none"],
     )
     assert (ds.groups.tolist(), ds.class_names) == (patients(8, "a"), ("none", "yes"))
     folder = home / slug(ds.name)
@@ -203,7 +205,7 @@ def test_columns_that_were_named_are_remembered_with_the_snapshot(tmp_path: Path
     (folder / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
     live, source = find_dataset(ds.name)
     assert (source, live.groups.tolist(), live.class_names) == ("live", ds.groups.tolist(), ds.class_names)
-    other, _ = find_dataset(ds.name, columns=type(ds.columns)(group="patient"))
+    other, _ = find_dataset(ds.name, DatasetRef(group_column="patient"))
     assert other.groups.tolist() == patients(2)
     assert other.class_names == ds.class_names
 
@@ -223,7 +225,7 @@ def test_columns_that_may_name_people(column: str, people: bool) -> None:
 
 def test_a_split_that_is_not_known_is_refused_or_told(tmp_path: Path) -> None:
     values = ["Train", "TEST", "holdout"] * (N // 3)
-    with pytest.raises(DatasetError, match="unknown split"):
+    with refused(DatasetError, "unknown-split"):
         table(tmp_path, {"Split": values})
     ds = table(tmp_path, {"set": values})
     assert set(ds.table["split"]) == {"train"}
@@ -239,23 +241,21 @@ def test_only_images_that_are_alone_are_said_to_be(tmp_path: Path) -> None:
     size = ds.table["group"].value_counts()
     assert size[ds.groups[[0, 2, 3]]].tolist() == [2, 1, 1]
     assert f"2 of {N} images have no group: each is a group of its own" in ds.notes
-    assert f"1 of {N} images lack it: they are in the group that 'study' tells" in ds.notes
+    assert f"1 of {N} images lack it: they are in the group that 'study' gives" in ds.notes
 
 
 def test_columns_named_for_a_cached_name_count_where_its_root_is_loaded(tmp_path: Path, home: Path) -> None:
-    ds = table(
-        tmp_path / "a", {"pid0": patients(2), "site": patients(12)}, dataset_name="foo", columns={"group": "pid0"}
-    )
+    ds = table(tmp_path / "a", {"pid0": patients(2), "site": patients(12)}, name="foo", group_column="pid0")
     (home / "foo").mkdir(parents=True)
     (home / "foo" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
     for root in (None, tmp_path / "a" / "labels.csv"):
         assert find_dataset("foo", root=root, home=home)[0].table["group"].nunique() == N // 2
-    assert load_dataset("foo", home=home, columns={"group": "site"}).table["group"].nunique() == 2
+    assert load_dataset("foo", home=home, group_column="site").table["group"].nunique() == 2
     table(tmp_path / "b", {"patient": patients(1)})
     for loaded in (
         find_dataset("foo", root=tmp_path / "b" / "labels.csv", home=home)[0],
         find_dataset("folder", root=tmp_path / "b" / "labels.csv", dataset_name="foo", home=home)[0],
-        survey_dataset("foo", tmp_path / "b" / "labels.csv", home).dataset,
+        survey_dataset("foo", DatasetRef(data_root=tmp_path / "b" / "labels.csv"), home),
     ):
         assert loaded.name == "foo"
         assert loaded.table["group"].nunique() == N

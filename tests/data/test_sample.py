@@ -1,35 +1,32 @@
 import functools
 import hashlib
-import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import embcache.data.datasets.sample as sample_module
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.data.datasets.sample import draw_sample
-from embcache.data.datasets.tiles import draw_tile
+from embcache.data.datasets.sample import draw_sample, draw_tile
 from embcache.data.images import read_image
 from embcache.errors import DatasetError, DatasetNotFoundError
+from embcache.io import write_tree
+from tests.refusal import refused
 
-
-@functools.cache
-def drawn() -> Path:
-    """The sample, drawn once in a process."""
-    folder = Path(tempfile.mkdtemp(prefix="embcache-test-")) / "sample"
-    draw_sample(folder)
-    return folder
+drawn = functools.cache(sample_module._draw_all)  # drawing the files takes seconds
 
 
 def write_layout(root: Path) -> Path:
-    return shutil.copytree(drawn(), root / "sample")
+    write_tree(root / "sample", drawn())
+    return root / "sample"
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
-    return load_dataset("sample", write_layout(tmp_path_factory.mktemp("home")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_module, "_draw_all", drawn)
+        return load_dataset("sample", tmp_path_factory.mktemp("home") / "sample-images")
 
 
 def test_sixty_patients_with_four_kinds_each_a_quarter_of_them_held_out(sample: ImageDataset) -> None:
@@ -45,7 +42,7 @@ def test_sixty_patients_with_four_kinds_each_a_quarter_of_them_held_out(sample: 
 def test_it_says_that_it_is_synthetic(sample: ImageDataset) -> None:
     assert sample.synthetic
     assert any("synthetic" in note for note in sample.notes)
-    assert (sample.kind, sample.metric, dict(sample.subset_sizes)) == ("sample", "macro_auc", {"S": 40, "M": 200})
+    assert (sample.layout, sample.metric, dict(sample.subset_sizes)) == ("sample", "macro_auc", {"S": 40, "M": 200})
 
 
 def test_the_files_hold_the_drawn_pixels(sample: ImageDataset) -> None:
@@ -63,8 +60,8 @@ def test_the_pixels_are_the_same_on_every_machine() -> None:
 
 def test_no_two_tiles_are_alike_and_patients_differ_in_stain(sample: ImageDataset) -> None:
     assert not any("identical" in note for note in sample.notes)
-    colours = {draw_tile(group, 0, 0).mean(axis=(0, 1)).round().astype(int).tobytes() for group in range(12)}
-    assert len(colours) == 12
+    colors = {draw_tile(group, 0, 0).mean(axis=(0, 1)).round().astype(int).tobytes() for group in range(12)}
+    assert len(colors) == 12
 
 
 def test_it_can_be_read_as_anyones_table(sample: ImageDataset) -> None:
@@ -87,7 +84,7 @@ def test_a_drawing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("embcache.data.datasets.sample._draw_all", lambda: {"a/half.png": b"x"})
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(DatasetError, match="cannot be drawn"):
+    with refused(DatasetError, "folder-not-writable"):
         draw_sample(tmp_path / "sample")
     assert list(tmp_path.iterdir()) == []
 
@@ -95,19 +92,20 @@ def test_a_drawing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 def test_a_folder_that_is_something_else_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(DatasetNotFoundError, match="drawn at first use"):
+    with refused(DatasetNotFoundError, "dataset-layout"):
         load_dataset("sample", tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
 def test_a_label_table_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("path,label\na.png,0\nb.png,1\n")
-    with pytest.raises(DatasetNotFoundError, match="another sample"):
+    with refused(DatasetNotFoundError, "dataset-layout"):
         load_dataset("sample", tmp_path)
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_module, "_draw_all", lambda: {"labels.csv": b""})
     (tmp_path / "file").touch()
-    with pytest.raises(DatasetError, match="cannot be drawn") as caught:
+    with refused(DatasetError, "folder-not-writable") as caught:
         load_dataset("sample", tmp_path / "file" / "sample-images")
     assert caught.value.fix == "name a writable folder with --home"

@@ -6,12 +6,13 @@ import typer
 from typer.testing import CliRunner
 
 from embcache.commands.datasets_command import datasets
-from embcache.data.dataset import load_dataset
-from embcache.data.survey import list_datasets, survey_dataset
+from embcache.config import DatasetRef
+from embcache.data.dataset import list_datasets, load_dataset, survey_dataset
 from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.paths import slug
 from tests.data import test_nih, test_patchcam
 from tests.data.pictures import write_image
+from tests.refusal import refused
 
 app = typer.Typer()
 app.command()(datasets)
@@ -39,29 +40,24 @@ def keep_folder(home: Path, tmp_path: Path) -> str:
     return ds.name
 
 
-def test_a_survey_counts_labels_whose_images_are_missing(nih: Path) -> None:
-    survey = survey_dataset("nih")
-    assert survey.splits() == ["train", "test"]
-    assert survey.count("train") == (3, 2)
-    assert survey.count("train", survey.dataset.class_names.index("fracture")) == (1, 0)
-    assert survey.group_count("train") == 2
-    assert survey.dataset.missing == ("images/01_001.png",)
+def test_a_survey_keeps_rows_whose_images_are_missing(nih: Path) -> None:
+    found = survey_dataset("nih")
+    assert (len(found), found.missing) == (5, ("images/01_001.png",))
 
 
 def test_a_survey_of_labels_alone_is_no_error(tmp_path: Path) -> None:
     test_nih.write_labels(tmp_path)
-    survey = survey_dataset("nih", tmp_path)
-    assert survey.count("test") == (2, 0)
-    assert not survey.present.any()
+    found = survey_dataset("nih", DatasetRef(data_root=tmp_path))
+    assert len(found.missing) == len(found) == 5
 
 
 def test_a_survey_of_nothing_is_an_error(home: Path) -> None:
-    with pytest.raises(DatasetNotFoundError):
+    with refused(DatasetNotFoundError, "dataset-layout"):
         survey_dataset("nih")
 
 
 def test_surveying_draws_nothing(home: Path) -> None:
-    with pytest.raises(DatasetNotFoundError):
+    with refused(DatasetNotFoundError, "dataset-layout"):
         survey_dataset("sample")
     list_datasets()
     assert not (home / "sample-images").exists()
@@ -71,13 +67,13 @@ def test_a_cached_dataset_is_listed_and_its_snapshot_serves_when_it_is_gone(home
     name = keep_folder(home, tmp_path)
     found = {row.name: row.found for row in list_datasets()}[name]
     assert found is not None
-    assert found.count("train") == (2, 2)
+    assert (len(found), found.missing) == (2, ())
     assert "cat, dog" in run()
     (tmp_path / "pets").rename(tmp_path / "moved")
     (tmp_path / "pets").mkdir()  # emptied is as good as gone
     gone = survey_dataset(name)
-    assert gone.count("train") == (2, 0)
-    assert any("snapshot" in note for note in gone.dataset.notes)
+    assert set(gone.missing) == {"cat/a.png", "dog/b.png"}
+    assert any("snapshot" in note for note in gone.notes)
 
 
 def test_the_list_tells_what_is_broken_and_goes_on(nih: Path, home: Path) -> None:
@@ -122,7 +118,7 @@ def test_json_holds_the_same_counts(nih: Path) -> None:
 
 
 def test_a_root_without_a_name_is_bad_usage(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="one dataset"):
+    with refused(UsageError, "dataset-not-named"):
         run("--data-root", str(tmp_path))
 
 

@@ -60,8 +60,8 @@ def test_a_dataset_counts_its_classes_split_by_split() -> None:
 def test_a_dataset_without_labels_says_so() -> None:
     ds = make_dataset([0, 1])
     ds = dataclasses.replace(ds, table=ds.table.assign(label=-1))
-    assert "train: 2 (2 unlabelled)" in repr(ds)
-    assert "2 (2 unlabelled)" in html_text(ds)
+    assert "train: 2 (2 unlabeled)" in repr(ds)
+    assert "2 (2 unlabeled)" in html_text(ds)
     none = dataclasses.replace(ds, table=ds.table.iloc[:0])
     assert "0 images" in repr(none)
     assert "0 images" in html_text(none)

@@ -61,9 +61,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     original = batching.read_image
 
-    def count(root: Path, path: str, member: int, decoding: object = None) -> object:
+    def count(root: Path, path: str, place: str, decoding: object = None) -> object:
         paths.append(path)
-        return original(root, path, member)
+        return original(root, path, place)
 
     monkeypatch.setattr(batching, "read_image", count)
     return paths

@@ -53,9 +53,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     decoder, bare = scanning.read_size, scanning.is_square_of
 
-    def by_decoder(root: Path, path: str, member: int) -> tuple[int, int]:
+    def by_decoder(root: Path, path: str, place: str) -> tuple[int, int]:
         paths.append(path)
-        return decoder(root, path, member)
+        return decoder(root, path, place)
 
     def without(path: str, side: int) -> bool:
         found = bare(path, side)
@@ -289,9 +289,9 @@ def test_what_two_processes_learn_is_kept_of_both(alike: Path, home: Path, pool:
     mine, theirs = (scan_dataset(dataset, home, pool) for _ in range(2))
     for files, image in ((mine, dataset.table["path"][0]), (theirs, dataset.table["path"][1])):
         with files.learning():
-            files.scan.confirm([(image, -1)])
+            files.scan.confirm([(image, "")])
     kept = scan_dataset(dataset, home, pool).scan.digests
-    assert kept == {(path, -1): first_bytes(alike / path) for path in dataset.table["path"][:2]}
+    assert kept == {(path, ""): first_bytes(alike / path) for path in dataset.table["path"][:2]}
 
 
 @pytest.mark.usefixtures("settled")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from embcache.commands import finetune_command as command
 from embcache.commands import probe_command as probe
 from embcache.commands import store_command as store
-from embcache.data.chosen import Columns
+from embcache.config import DatasetRef
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError
 from embcache.finetune.checkpoint import CheckpointFolder
@@ -98,7 +98,7 @@ def test_the_command_that_goes_on_asks_the_same(ds: ImageDataset, tmp_path: Path
         "dvme", 16, 3, 7, "matched", "official", "kept", True, {"a": "x y.pth", "b": "b.pth"}, "paper", "cpu", "bf16",
         0.01, 8, 2, 9,
     )  # fmt: skip
-    read = replace(ds, columns=Columns(group="who", merge_class=("A+a=A",)))
+    read = replace(ds, columns=DatasetRef(group_column="who", merge_class=("A+a=A",)))
     assert "--group-column who --merge-class A+a=A " in resume_command(read, ["a", "b"], settings, tmp_path)
     words = shlex.split(resume_command(ds, ["a", "b"], settings, tmp_path))
     assert words == [

@@ -69,10 +69,10 @@ def _array(seed: Seed, changes: Sequence[Change], folder: Path) -> str:
     path = folder / "array.h5"
     path.write_bytes(mutate(seed, changes, array_seeds()))
     outcomes = []
-    for member in (1, 3):
+    for place in ("1", "3"):
         try:
-            read_size(folder, path.name, member)
-            pixels, _ = read_image(folder, path.name, member)
+            read_size(folder, path.name, place)
+            pixels, _ = read_image(folder, path.name, place)
             assert pixels.dtype == np.uint8
             outcomes.append("decoded")
         except (ImageError, DatasetError) as error:

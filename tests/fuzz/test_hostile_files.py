@@ -115,9 +115,9 @@ def _with_chunk_size(tmp_path: Path, size: int) -> Path:
 @pytest.mark.parametrize("size", [0, 1, 3, 93, 95, 2**31, 2**32 - 1])
 def test_a_chunk_of_a_false_size_ends_no_process(tmp_path: Path, size: int) -> None:
     path = _with_chunk_size(tmp_path, size)
-    assert read_image(tmp_path, path.name, 0)[0].shape == (6, 5, 3)
+    assert read_image(tmp_path, path.name, "0")[0].shape == (6, 5, 3)
     with pytest.raises(ImageError):
-        read_image(tmp_path, path.name, 1)
+        read_image(tmp_path, path.name, "1")
 
 
 def test_a_flipped_pixel_under_a_checksum_is_noticed(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_flipped_pixel_under_a_checksum_is_noticed(tmp_path: Path) -> None:
     data[-20] ^= 1
     path.write_bytes(data)
     with pytest.raises(ImageError, match="checksum of a chunk"):
-        read_image(tmp_path, path.name, 3)
+        read_image(tmp_path, path.name, "3")
 
 
 @pytest.mark.parametrize("link", ["external", "soft"])
@@ -137,7 +137,7 @@ def test_links_in_an_array_file_are_not_followed_not_even_to_look(tmp_path: Path
         if link == "soft":
             file["x"] = h5py.SoftLink("/y")
     with pytest.raises(EmbcacheError, match="lies elsewhere"):
-        read_image(tmp_path, "x.h5", 0)
+        read_image(tmp_path, "x.h5", "0")
 
 
 # Pickles whose opcodes are written out: protocol 2, as torch reads them.
@@ -256,7 +256,7 @@ def test_no_pickle_runs_wherever_it_is_put(tmp_path: Path, home: Path, kind: str
         with pytest.raises(EmbcacheError):
             read_size(folder, path)
     with pytest.raises(EmbcacheError):
-        read_image(folder, "a/x.png", 0)  # as an array file
+        read_image(folder, "a/x.png", "0")  # as an array file
     for name in ("weights.pth", "weights.safetensors", "weights.bin"):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(WeightsError):

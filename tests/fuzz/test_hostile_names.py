@@ -48,7 +48,7 @@ def test_hostile_ids_and_classes_go_all_the_way_and_come_back_as_they_were(
         rows.writerow(["id", "path", "label", "split"])
         rows.writerows([i, f"{k}.png", CLASSES[k % 2], "train" if k < 16 else "test"] for k, i in enumerate(IDS))
     before = {path for path in tmp_path.rglob("*") if home not in path.parents}
-    ds = load_dataset("folder", table, dataset_name="-rf ../x =1")
+    ds = load_dataset("folder", table, name="-rf ../x =1")
     extract_features(["random"], ds, home=home)
     store = open_store("random", ds, home=home)
     kept = set(ds.table["id"])
@@ -101,7 +101,7 @@ def test_names_of_datasets_and_backbones_stay_inside_home(tmp_path: Path, home: 
     for ask in (
         lambda: extract_features([name], load_dataset("folder", tmp_path / "in"), home=home),
         lambda: load_dataset(name, home=home),
-        lambda: open_store("random", load_dataset("folder", tmp_path / "in", dataset_name=name or None), home=home),
+        lambda: open_store("random", load_dataset("folder", tmp_path / "in", name=name or None), home=home),
     ):
         with pytest.raises(EmbcacheError) as told:
             ask()

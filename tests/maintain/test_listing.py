@@ -33,7 +33,7 @@ def dataset(ids: list[str], name: str = "ds") -> ImageDataset:
         {
             "id": ids,
             "path": [f"{i}.png" for i in range(len(ids))],
-            "member": np.full(len(ids), -1),
+            "place": "",
             "label": [i % 3 - 1 for i in range(len(ids))],
             "group": [f"p{i // 2}" for i in range(len(ids))],
             "split": ["test" if i % 2 else "train" for i in range(len(ids))],

@@ -16,7 +16,7 @@ import torch
 import embcache.extract.extract as run
 import embcache.maintain.repair as repair
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.data.images import Source
+from embcache.data.images import ImageRef
 from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, RecipeError, StoreError
 from embcache.extract.extract import run_extraction
 from embcache.extract.worker import FrozenNetwork
@@ -61,7 +61,7 @@ def test_only_the_damaged_shard_is_computed_again_and_equals_what_it_was(
     path = make(kind)
     before, others = tree(path), {n: stamps(path / "shards" / n) for n in ("000000", "000002")}
     damage(max(files_of(path / "shards" / "000001"), key=lambda file: file.stat().st_size), how)
-    images: list[Source] = []
+    images: list[ImageRef] = []
     watch(monkeypatch, lambda sources, *_: images.extend(sources))
     (found,) = verify_store(path).damage
     assert (found.kind, found.shard) == ("shard", 1)

@@ -32,7 +32,7 @@ def make_dataset(
         {
             "id": ids,
             "path": [f"{i}.png" for i in ids],
-            "member": np.full(n, -1, dtype=np.int64),
+            "place": "",
             "label": y,
             "group": list(groups) if groups is not None else ids,
             "split": [split] * n if isinstance(split, str) else list(split),

@@ -54,7 +54,7 @@ def make_study(folder: Path, *, n: int = 150, images: bool = True, heads: tuple[
         )  # fmt: skip
     table = root / "labels.csv"
     pd.DataFrame(rows).to_csv(table, index=False)
-    ds = load_dataset("folder", table, dataset_name=NAME)
+    ds = load_dataset("folder", table, name=NAME)
     for backbone, shift in (("weak", 0.8), ("strong", 3.0)):
         put_store(home, ds, backbone, make_features(ds, shift=shift))
     for head in heads:

@@ -27,7 +27,7 @@ def ds(tmp_path: Path) -> ImageDataset:
     (tmp_path / "3.jpg").write_bytes(b"no image")
     names = [f"i{k}" for k in range(300)]
     table = pd.DataFrame(
-        {"id": names, "path": [f"{k}.jpg" for k in range(300)], "member": -1, "label": 0, "group": names,
+        {"id": names, "path": [f"{k}.jpg" for k in range(300)], "place": "", "label": 0, "group": names,
          "split": "test"}
     )  # fmt: skip
     return ImageDataset("noise", tmp_path, ("a", "b"), "auc", "generic", table)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from embcache.backbones.catalog import LoadedBackbone, load_backbone
 from embcache.cli import app
-from embcache.data.chosen import Columns
+from embcache.config import DatasetRef
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetError, DatasetNotFoundError, RecipeError, StoreError, StoreNotFoundError, UsageError
 from embcache.extract.extract import extract_features
@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, _tiny_networks: None) -> tupl
     home, root = base / "home", base / "mine"
     for k in range(28):
         draw(root / ("train" if k < 20 else "test") / ("a" if k % 2 else "b") / f"{k:02}.png", k, size=32)
-    ds = load_dataset("folder", root, dataset_name="mine")
+    ds = load_dataset("folder", root, name="mine")
     extract_features(["random", "random:1"], ds, home=home)
     runs = {
         head: probe_features(ds, names, head=head, folds=2, subset=8, home=home, head_options=options).id
@@ -101,7 +101,7 @@ def test_a_real_network_is_rebuilt(
 ) -> None:
     monkeypatch.setattr("embcache.extract.extract.load_backbone", load_backbone)
     home, root = tmp_path / "home", made[1]
-    ds = load_dataset("folder", root, dataset_name="mine")
+    ds = load_dataset("folder", root, name="mine")
     extract_features("random", ds, home=home)
     run = probe_features(ds, "random", folds=2, subset=8, home=home).id
     found = predict_images(run, [root / "test" / "a"], home=home)
@@ -312,7 +312,7 @@ def test_a_run_over_views_or_float16_predicts(
     made: tuple[Path, Path, dict[str, str]], tmp_path: Path, how: dict[str, Any]
 ) -> None:
     _, root, _ = made
-    ds: ImageDataset = load_dataset("folder", root, dataset_name="mine")
+    ds: ImageDataset = load_dataset("folder", root, name="mine")
     home = tmp_path / "home"
     extract_features("random", ds, home=home, **how)
     run = probe_features(ds, "random", folds=2, subset=8, home=home).id
@@ -419,7 +419,7 @@ def test_dicom_files_are_grouped_by_patient(made: tuple[Path, Path, dict[str, st
 def test_a_run_of_other_classes_predicts_those_of_a_dataset(tmp_path: Path) -> None:
     for k in range(36):
         draw(tmp_path / "graded" / ("train" if k < 27 else "test") / "abc"[k % 3] / f"{k:02}.png", k, size=32)
-    ds, home = load_dataset("folder", tmp_path / "graded", dataset_name="graded"), tmp_path / "home"
+    ds, home = load_dataset("folder", tmp_path / "graded", name="graded"), tmp_path / "home"
     extract_features(["random", "random:1"], ds, home=home)
     asked: dict[str, Any] = {"folds": 2, "subset": 8, "home": home}
     two = probe_features(ds.with_classes(["b"]), "random", head="knn", **asked)
@@ -454,15 +454,15 @@ def test_tables_and_folders_need_no_labels_and_say_what_is_left_out(tmp_path: Pa
     notes: list[str] = []
     assert set(list_images([table], notes).values()) == {""}
     assert any("do not nest" in note and "--group-column" in note for note in notes)
-    groups = list_images([table], notes, Columns(group="study"))
+    groups = list_images([table], notes, DatasetRef(group_column="study"))
     assert [groups[tmp_path / f"{i}.png"] for i in range(3)] == ["s0", "s5", "s10"]
     with pytest.raises(UsageError, match="no such column"):
-        list_images([table], notes, Columns(label="class"))
+        list_images([table], notes, DatasetRef(label_column="class"))
     write_image(tmp_path / "in" / "1.png", 1)
     (tmp_path / "in" / "2.heic").write_bytes(b"x")
     (tmp_path / "in" / "3.svs").write_bytes(b"x")
     with pytest.raises(UsageError, match="no table"):
-        list_images([tmp_path / "in"], notes, Columns(group="study"))
+        list_images([tmp_path / "in"], notes, DatasetRef(group_column="study"))
     notes.clear()
     assert list(list_images([tmp_path / "in"], notes)) == [tmp_path / "in" / "1.png"]
     assert notes[0].endswith("1 .heic, 1 .svs")

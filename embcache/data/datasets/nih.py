@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from embcache.data.checks import check_file_id, check_unique, refuse_outside
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import find_level, is_inside, list_folder
-from embcache.data.labels import read_table
-from embcache.data.published import DatasetSource
+from embcache.data.files import check_file_ids, find_level, is_inside, list_folder, refuse_outside
+from embcache.data.published import DatasetLayout
+from embcache.data.tables import check_unique, read_table
 from embcache.errors import DatasetError, first_few
 
 FINDINGS = {  # column -> class
@@ -45,12 +44,12 @@ def read_nih(root: Path, name: str) -> ImageDataset:
     """Read both expert label files; the images lie anywhere below the root and are found by their names."""
     level = find_level(root, lambda folder: _label_file(folder, "train") is not None)
     if level is None:
-        raise SOURCE.layout_error(root, "the expert label files of NIH are not there")
+        raise LAYOUT.layout_error(root, "the expert label files of NIH are not there")
     parts, notes = [], []
     for split in _FILES:
         file = _label_file(level, split)
         if file is None:
-            raise SOURCE.layout_error(level, f"the expert label file for {split} is not there")
+            raise LAYOUT.layout_error(level, f"the expert label file for {split} is not there")
         part, several = _read_labels(file, split)
         notes += [f"{several:,} {split} images with more than one of the four findings are left out"] if several else []
         parts.append(part)
@@ -59,16 +58,9 @@ def read_nih(root: Path, name: str) -> ImageDataset:
     places = _find_images(root, set(table["id"].tolist()))
     table.insert(1, "path", [places.get(i, f"images/{i}") for i in table["id"].tolist()])
     return ImageDataset(
-        name=name,
-        root=root,
-        class_names=CLASSES,
-        metric="macro_auc",
-        augment="chest",
-        table=table.astype({"member": "int64", "label": "int64"}),
-        kind="nih",
-        subset_sizes={"S": 20, "M": 200},
-        notes=tuple(notes),
-    )
+        name, root, CLASSES, metric="macro_auc", augment="chest", table=table.astype({"label": "int64"}),
+        subset_sizes={"S": 20, "M": 200}, notes=tuple(notes),
+    )  # fmt: skip
 
 
 def _label_file(folder: Path, split: str) -> Path | None:
@@ -81,37 +73,37 @@ def _read_labels(file: Path, split: str) -> tuple[pd.DataFrame, int]:
     `read_table` splits the header at every comma: two of its names hold one (``OriginalImage[Width,Height]``), and
     the rows have a field for each part.
     """
-    source = read_table(file, ["Image Index", *FINDINGS, *_SOURCE_COLUMNS])
-    findings = source[list(FINDINGS)]
+    given = read_table(file, ["Image Index", *FINDINGS, *_SOURCE_COLUMNS])
+    findings = given[list(FINDINGS)]
     wrong = [
         f"{i}: {v!r}"
         for column in FINDINGS
-        for i, v in zip(source["Image Index"], findings[column], strict=True)
+        for i, v in zip(given["Image Index"], findings[column], strict=True)
         if v not in ("YES", "NO")
     ]
     if wrong:
         raise DatasetError(
-            f"unknown label in {len(wrong):,} rows", expected="YES or NO", found=first_few(wrong), where=file
-        )
-    for image_id in source["Image Index"]:
-        check_file_id(image_id, where=file)
-    check_unique(source["Image Index"].tolist(), where=file)
+            f"unknown label in {len(wrong):,} rows", code="unknown-label", expected="YES or NO",
+            found=first_few(wrong), where=file,
+        )  # fmt: skip
+    check_file_ids(given["Image Index"], where=file)
+    check_unique(given["Image Index"].tolist(), where=file)
     present = (findings == "YES").to_numpy()  # (n, 4)
     count = present.sum(axis=1)
     table = pd.DataFrame(
         {
-            "id": source["Image Index"],
-            "member": -1,
+            "id": given["Image Index"],
+            "place": "",
             "label": (present.argmax(axis=1) + 1) * (count == 1),
-            "group": source["Patient ID"],
+            "group": given["Patient ID"],
             "split": split,
-            **{column: source[original] for original, column in _SOURCE_COLUMNS.items()},
+            **{column: given[original] for original, column in _SOURCE_COLUMNS.items()},
         }
     )
     try:
         table = table.assign(**{column: pd.to_numeric(table[column]) for column in _NUMBERS})
     except ValueError as error:
-        raise DatasetError("a number cannot be read", found=str(error), where=file) from error
+        raise DatasetError("a number cannot be read", code="not-a-number", found=str(error), where=file) from error
     return table[count <= 1].reset_index(drop=True), int((count > 1).sum())
 
 
@@ -131,12 +123,12 @@ def _find_images(root: Path, names: set[str], folder: str = "", depth: int = 3) 
     return places
 
 
-SOURCE = DatasetSource(
+LAYOUT = DatasetLayout(
     name="nih",
+    read=read_nih,
     description="chest X-rays, four findings adjudicated by experts (NIH)",
     expected="four_findings_expert_labels_{validation,test}_labels.csv\n"
     "(from the Google Cloud bucket gcs-public-data--healthcare-nih-chest-xray-labels)\n"
     "and images_001/images/*.png to images_012, or images/*.png",
     download="dataset_download('nih-chest-xrays/data')",
-    read=read_nih,
 )

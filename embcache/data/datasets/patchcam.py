@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from embcache.data.checks import check_file_id
-from embcache.data.containers.array_rows import own_array
-from embcache.data.containers.chunks import StrictFile
+from embcache.data.classes import label_numbers
+from embcache.data.containers.array_rows import StrictFile, own_array
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import find_level, image_index, locate_files
-from embcache.data.labels import label_numbers, read_table
-from embcache.data.published import DatasetSource
+from embcache.data.datasets import competition_table
+from embcache.data.files import find_level, locate_files
+from embcache.data.published import DatasetLayout
+from embcache.data.tables import read_table
 from embcache.errors import DatasetError, first_few
 
 CLASSES = ("normal", "tumour")
@@ -36,45 +35,22 @@ def read_patchcam(root: Path, name: str) -> ImageDataset:
     level = find_level(root, lambda folder: (folder / (_H5.format(part="train", what="x") + ".h5")).is_file())
     if level is not None:
         return _read_hdf5(level, name)
-    raise SOURCE.layout_error(root)
+    raise LAYOUT.layout_error(root)
 
 
 def _read_kaggle(root: Path, name: str) -> ImageDataset:
     """``train_labels.csv`` and ``train/``; ``test/`` in the order of ``sample_submission.csv`` where it is there."""
-    labelled = read_table(root / "train_labels.csv", ["id", "label"])
-    labelled, notes = _drop_repeats(labelled, root / "train_labels.csv")
-    ids = labelled["id"].tolist()
-    labels = label_numbers(labelled["label"].tolist(), ("0", "1"), ids=ids, where=root / "train_labels.csv")
-    train = image_index(root / "train")
-    unnamed = len(train.keys() - set(ids))
-    if unnamed:
-        notes.append(f"{unnamed:,} images in train/ have no row in train_labels.csv and are left out")
-    test = image_index(root / "test")
-    test_ids = list(test)
-    if test and (root / "sample_submission.csv").is_file():  # its order is the one to hand in
-        test_ids = read_table(root / "sample_submission.csv", ["id"])["id"].tolist()
-    if not test:
-        notes.append("the official test images are not there: only --test local is possible")
-    for image_id in (*ids, *test_ids):
-        check_file_id(image_id, where=root)
-    paths = [f"train/{train.get(i, i + '.tif')}" for i in ids] + [f"test/{test.get(i, i + '.tif')}" for i in test_ids]
+    file = root / "train_labels.csv"
+    labeled, notes = _drop_repeats(read_table(file, ["id", "label"]), file)
+    ids, labels = labeled["id"], labeled["label"].tolist()
     slides = _slide_map(root)
-    ids = ids + test_ids
-    table = pd.DataFrame(
-        {
-            "id": ids,
-            "path": paths,
-            "member": -1,
-            "label": labels + [-1] * len(test_ids),
-            "group": [slides.get(i, i) for i in ids],
-            "split": ["train"] * len(labels) + ["test"] * len(test_ids),
-        }
-    )
-    grouped = bool(slides)
-    if grouped:
-        alone = sum(1 for i in ids[: len(labels)] if i not in slides)
-        notes += [f"{alone:,} training images are not in {SLIDE_MAP}: each is a group of its own"] if alone else []
-    return _dataset(root, name, table, grouped, notes, leaderboard_alpha=0.51)
+    table, more = competition_table(
+        root, ids, label_numbers(labels, ("0", "1"), ids=ids.tolist(), where=file), lambda i: slides.get(i, i),
+        files=(file.name, "sample_submission.csv"), folders=("train", "test"), suffix=".tif",
+    )  # fmt: skip
+    alone = sum(i not in slides for i in ids) if slides else 0
+    more += [f"{alone:,} training images are not in {SLIDE_MAP}: each is a group of its own"] if alone else []
+    return _dataset(root, name, table, bool(slides), [*notes, *more], leaderboard_alpha=0.51)
 
 
 def _read_hdf5(root: Path, name: str) -> ImageDataset:
@@ -88,72 +64,44 @@ def _read_hdf5(root: Path, name: str) -> ImageDataset:
             packed = [f"{file}.gz" for file in absent if (root / f"{file}.gz").is_file()]
             fix = f"gunzip --keep {' '.join(packed)}" if packed else f"put {' and '.join(absent)} there"
             raise DatasetError(
-                "a file of the original PatchCamelyon release is not there",
-                found=f"no {first_few(absent)}",
-                where=root,
-                fix=fix,
-            )
-        n = _count_images(root / images)
+                "a file of the original PatchCamelyon release is not there", code="images-missing",
+                found=f"no {first_few(absent)}", where=root, fix=fix,
+            )  # fmt: skip
+        with _open_array(root / images, "x") as array:
+            n = len(array)
         labels = _read_labels(root / targets, n)
         ids = [f"{part}-{row:06d}" for row in range(n)]
         slides = _hdf5_slides(root, part, n)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "id": ids,
-                    "path": images,
-                    "member": np.arange(n, dtype=np.int64),
-                    "label": labels,
-                    "group": slides or ids,
-                    "split": split,
-                    "part": part,
-                    "has_slide": slides is not None,
-                }
-            )
-        )
+        cells = {
+            "id": ids, "path": images, "place": [str(row) for row in range(n)], "label": labels,
+            "group": slides or ids, "split": split, "part": part, "has_slide": slides is not None,
+        }  # fmt: skip
+        parts.append(pd.DataFrame(cells))
     table = pd.concat(parts, ignore_index=True)
     grouped = bool(table.pop("has_slide").all())
     return _dataset(root, name, table, grouped, [])
 
 
 def _dataset(
-    root: Path,
-    name: str,
-    table: pd.DataFrame,
-    grouped: bool,
-    notes: list[str],
-    leaderboard_alpha: float | None = None,
+    root: Path, name: str, table: pd.DataFrame, grouped: bool, notes: list[str], leaderboard_alpha: float | None = None
 ) -> ImageDataset:
+    # The pool's limit, in either layout: the paper's F is 50,000 drawn at random.
     return ImageDataset(
-        name=name,
-        root=root,
-        class_names=CLASSES,
-        metric="auc",
-        augment="patch",
-        table=table.astype({"member": "int64", "label": "int64"}),
-        kind="patchcam",
-        subset_sizes={"S": 500, "M": 5000},
-        pool_limit=50_000,  # in either layout: the paper's F is 50,000 drawn at random
-        leaderboard_alpha=leaderboard_alpha,
-        grouped=grouped,
+        name, root, CLASSES, metric="auc", augment="patch", table=table.astype({"label": "int64"}),
+        subset_sizes={"S": 500, "M": 5000}, pool_limit=50_000, leaderboard_alpha=leaderboard_alpha, grouped=grouped,
         notes=tuple(notes if grouped else [UNGROUPED, *notes]),
-    )
+    )  # fmt: skip
 
 
 def _drop_repeats(table: pd.DataFrame, where: Path) -> tuple[pd.DataFrame, list[str]]:
-    """One row an id: ids are hashes of the tile, so that a tile cut twice is listed twice. Labels must agree."""
-    labels: dict[str, set[str]] = {}
-    for image_id, label in zip(table["id"], table["label"], strict=True):
-        labels.setdefault(image_id, set()).add(label)
-    disputed = [image_id for image_id, values in labels.items() if len(values) > 1]
+    """One row per id: ids are hashes of the tile, so that a tile cut twice is listed twice. Labels must agree."""
+    labels = table.groupby("id", sort=False)["label"].nunique()
+    disputed = labels[labels > 1].index.tolist()
     if disputed:
         raise DatasetError(
-            f"duplicate ids: {len(disputed):,} ids occur with different labels",
-            expected="one label an id",
-            found=first_few(disputed),
-            where=where,
-            fix="remove the wrong rows",
-        )
+            f"duplicate ids: {len(disputed):,} ids occur with different labels", code="duplicate-ids",
+            expected="one label per id", found=first_few(disputed), where=where, fix="remove the wrong rows",
+        )  # fmt: skip
     repeats = len(table) - len(labels)
     notes = [f"{repeats:,} rows of {where.name} repeat an id with the same label and count once"] if repeats else []
     return table.drop_duplicates("id"), notes
@@ -175,8 +123,9 @@ def _hdf5_slides(root: Path, part: str, n: int) -> list[str] | None:
     slides: list[str] = read_table(path, ["wsi"])["wsi"].tolist()
     if len(slides) != n or not all(slides):
         raise DatasetError(
-            "a slide list does not fit its images", expected=f"{n:,} slides", found=f"{len(slides):,}", where=path
-        )
+            "a slide list does not fit its images", code="counts-differ", expected=f"{n:,} slides",
+            found=f"{len(slides):,}", where=path,
+        )  # fmt: skip
     return slides
 
 
@@ -184,19 +133,18 @@ def _read_labels(path: Path, n: int) -> list[int]:
     """The labels of ``n`` images, (N, 1, 1, 1) in the file, as a list of 0 and 1."""
     with _open_array(path, "y") as array:
         if array.size != n:  # before reading: a file may claim any number of them
-            raise DatasetError("images and labels differ in number", found=f"{n:,} and {array.size or 0:,}", where=path)
+            found = f"{n:,} and {array.size or 0:,}"
+            raise DatasetError("images and labels differ in number", code="counts-differ", found=found, where=path)
         if array.dtype.kind not in "biu":
-            raise DatasetError("labels are not whole numbers", expected="0 or 1", found=str(array.dtype), where=path)
+            raise DatasetError(
+                "labels are not whole numbers", code="unknown-label", expected="0 or 1", found=str(array.dtype),
+                where=path,
+            )  # fmt: skip
         labels = array[()].reshape(-1).astype(np.int64)
     if not np.isin(labels, (0, 1)).all():
-        wrong = Counter(labels[~np.isin(labels, (0, 1))].tolist())
-        raise DatasetError("unknown label", expected="0 or 1", found=first_few(sorted(wrong)), where=path)
+        wrong = first_few(np.unique(labels[~np.isin(labels, (0, 1))]).tolist())
+        raise DatasetError("unknown label", code="unknown-label", expected="0 or 1", found=wrong, where=path)
     return [int(label) for label in labels]
-
-
-def _count_images(path: Path) -> int:
-    with _open_array(path, "x") as array:
-        return len(array)
 
 
 @contextmanager
@@ -211,21 +159,18 @@ def _open_array(path: Path, key: str) -> Iterator[Any]:
         raise
     except Exception as error:
         raise DatasetError(
-            "an HDF5 file cannot be read",
-            expected=f"an array {key!r}",
-            found=str(error),
-            where=path,
-            fix="download it again",
-        ) from error
+            "an HDF5 file cannot be read", code="array-unreadable", expected=f"an array {key!r}",
+            found=str(error), where=path, fix="download it again",
+        ) from error  # fmt: skip
 
 
-SOURCE = DatasetSource(
+LAYOUT = DatasetLayout(
     name="patchcam",
+    read=read_patchcam,
     description="lymph node tiles with or without metastasis (PatchCamelyon)",
     expected="train_labels.csv, train/*.tif, test/*.tif (Kaggle)\n"
     "or camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5 (original);\n"
     f"groups by slide where {SLIDE_MAP} (id,wsi) or the original's *_meta.csv is there",
     download="competition_download('histopathologic-cancer-detection')",
-    read=read_patchcam,
     merge_identical=False,  # 220,025 files of one size: those that matter are compared by the digests of their features
 )

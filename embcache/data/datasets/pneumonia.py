@@ -10,7 +10,7 @@ import pandas as pd
 
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import find_level, passed_note, walk_images
-from embcache.data.published import DatasetSource
+from embcache.data.published import DatasetLayout
 
 CLASSES = ("NORMAL", "PNEUMONIA")
 
@@ -24,7 +24,7 @@ def read_pneumonia(root: Path, name: str) -> ImageDataset:
     """Read the official ``train`` and ``test``; the 16 official ``val`` images are left out."""
     level = find_level(root, lambda folder: all((folder / "train" / c).is_dir() for c in CLASSES))
     if level is None:
-        raise SOURCE.layout_error(root)
+        raise LAYOUT.layout_error(root)
     rows, passed, unknown = [], Counter[str](), 0
     for split in ("train", "test"):
         for label, class_name in enumerate(CLASSES):
@@ -35,37 +35,37 @@ def read_pneumonia(root: Path, name: str) -> ImageDataset:
                 group = patient.group(1) or patient.group(2) if patient else path
                 unknown += patient is None
                 cause = (pathogen.group(1) or pathogen.group(2).lower()) if pathogen else ""
-                rows.append((path, path, -1, label, group, split, cause))
+                rows.append((path, path, "", label, group, split, cause))
     if not rows:
-        raise SOURCE.layout_error(root, "the class folders hold no images")
+        raise LAYOUT.layout_error(root, "the class folders hold no images")
     notes = passed_note(passed)
     if unknown == len(rows):
         notes.append("ungrouped: the images' names follow neither Kaggle's nor Mendeley's scheme of patients")
     elif unknown:
-        notes.append(f"{unknown:,} of {len(rows):,} images have names that tell no patient: each is a group of its own")
+        notes.append(f"{unknown:,} of {len(rows):,} images have names without a patient: each is a group of its own")
     left_out = sum(1 for _ in walk_images(level, "val")) if (level / "val").is_dir() else 0
     if left_out:
         notes.append(f"the {left_out} images of the official val split are left out: too few to choose by")
     if not any(row[5] == "test" for row in rows):
         notes.append("the official test images are not there: a local test set is held out of the training images")
-    columns = ["id", "path", "member", "label", "group", "split", "pathogen"]
+    columns = ["id", "path", "place", "label", "group", "split", "pathogen"]
+    table = pd.DataFrame(rows, columns=columns).astype({"label": "int64"})
     return ImageDataset(
-        name=name,
-        root=level,
-        class_names=CLASSES,
+        name,
+        level,
+        CLASSES,
         metric="auc",
         augment="chest",
-        table=pd.DataFrame(rows, columns=columns).astype({"member": "int64", "label": "int64"}),
-        kind="pneumonia",
+        table=table,
         grouped=unknown < len(rows),
         notes=tuple(notes),
     )
 
 
-SOURCE = DatasetSource(
+LAYOUT = DatasetLayout(
     name="pneumonia",
+    read=read_pneumonia,
     description="chest X-rays of children, normal or pneumonia (Kermany 2018)",
     expected="chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg (Kaggle's or Mendeley's)",
     download="dataset_download('paultimothymooney/chest-xray-pneumonia')",
-    read=read_pneumonia,
 )

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import Source, image_sources
+from embcache.data.images import ImageRef, image_refs
 from embcache.errors import EmbcacheError
 from embcache.extract.quarantine import Guard
 from embcache.extract.shard_plan import Plan, Shard
@@ -47,7 +47,7 @@ class Job(Protocol):
 J = TypeVar("J", bound=Job)
 _R = TypeVar("_R")
 # (jobs that owe the shard, its images in order, images of one batch, told the images done) → rows of each job
-Compute = Callable[[Sequence[J], Sequence[Source], int, Callable[[int], object]], Sequence[ShardRows]]
+Compute = Callable[[Sequence[J], Sequence[ImageRef], int, Callable[[int], object]], Sequence[ShardRows]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def compute_owed(
     process is computing is waited for: should that process die, it is computed here.
     """
     terms = terms or Terms()
-    sources = {source.id: source for source in image_sources(dataset.table)}
+    sources = {source.id: source for source in image_refs(dataset.table)}
     passes = _passes(jobs, part, only)
     decodings = sum(len(shard.ids) for shard, _ in passes)
     once = len({image for shard, _ in passes for image in shard.ids})
@@ -101,7 +101,7 @@ def compute_owed(
                     owed = [index for index in leased if not is_committed(jobs[index].store.path, shard.number)]
                     if owed:
                         # An image that left the dataset after its shard was planned keeps its row, marked unreadable.
-                        wanted = [sources.get(image, Source(image, "", -1)) for image in shard.ids]
+                        wanted = [sources.get(image, ImageRef(image, "", "")) for image in shard.ids]
                         worker.commit([jobs[index] for index in owed], shard, wanted, batch_size)
                 bar.update(len(shard.ids) * (len(leased) - len(owed)))
                 for index in owed:
@@ -148,7 +148,7 @@ class _Worker(Generic[J]):
         self._compute, self._terms, self._on_rows = compute, terms, on_rows
         self._halving = Halving(terms.say)
 
-    def commit(self, jobs: Sequence[J], shard: Shard, sources: Sequence[Source], batch_size: int) -> None:
+    def commit(self, jobs: Sequence[J], shard: Shard, sources: Sequence[ImageRef], batch_size: int) -> None:
         """Compute a shard for some jobs and commit it to the store of each."""
         # Nothing is kept of its rows: they are let go of before the next shard's are made.
         with self._terms.stop.at_hand(len(sources)):
@@ -158,7 +158,7 @@ class _Worker(Generic[J]):
             for job, rows in zip(jobs, every, strict=True):
                 commit_shard(job.store.path, shard.number, rows, batch_size=used, threads=self._terms.threads)
 
-    def _rows(self, jobs: Sequence[J], sources: Sequence[Source], batch_size: int) -> Sequence[ShardRows]:
+    def _rows(self, jobs: Sequence[J], sources: Sequence[ImageRef], batch_size: int) -> Sequence[ShardRows]:
         shown = 0
 
         def through(images: int) -> None:

@@ -1,4 +1,4 @@
-"""Reading label tables: CSV, Parquet and Excel files as text, and what their labels mean."""
+"""Tables as text (CSV, Parquet, Excel), checks of their cells, and spellings of one text that mean the same."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embcache.config import DatasetRef
 from embcache.errors import DatasetError, first_few
+
+COLUMNS = ("id", "path", "place", "label", "group", "split")
+SPLITS = ("train", "val", "test")
+ROLES = ("path", "label", "group", "split", "id")
+"""Of a table's columns; `DatasetRef` names the column of each."""
 
 _MARKS = (  # the longer first: one begins like another
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
@@ -26,10 +33,13 @@ _MARKS = (  # the longer first: one begins like another
 )  # fmt: skip
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _JOINERS = "\u200c\u200d"  # invisible, and yet part of the spelling in some scripts
-_MISSING_WORDS = {"nan", "na", "n/a", "null", "<na>"}
-_SEPARATORS = "|;,/+"
 MOST_COLUMNS = 10_000
 """A table of more is a matrix of values, not a list of images."""
+
+
+def named_columns(ref: DatasetRef) -> dict[str, str]:
+    """The column of each role for which the user names one."""
+    return {role: name for role in ROLES if (name := vars(ref)[f"{role}_column"])}
 
 
 def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[str]]:
@@ -44,7 +54,8 @@ def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[
         try:
             table = pq.read_table(path) if rows is None else pq.ParquetFile(path).schema_arrow.empty_table()
         except (pa.ArrowException, OSError) as error:
-            raise DatasetError("not a Parquet file", found=str(error).split("\n")[0], where=path) from error
+            found = str(error).split("\n")[0]
+            raise DatasetError("not a Parquet file", code="table-unreadable", found=found, where=path) from error
         header = [str(c) for c in table.column_names]
         columns = [[as_text(v) for v in column.to_pylist()] for column in table.columns]
     else:
@@ -53,12 +64,14 @@ def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[
         columns = [[row[i].strip() for row in body] for i in range(len(header))]
     if len(header) > MOST_COLUMNS:
         raise DatasetError(
-            f"a label file has {len(header):,} columns", expected=f"at most {MOST_COLUMNS:,}", where=path,
-            fix="keep the columns of paths, labels and groups, and those that are predicted or compared",
+            f"a label file has {len(header):,} columns", code="table-too-wide", expected=f"at most {MOST_COLUMNS:,}",
+            where=path, fix="keep the columns of paths, labels and groups, and those that are predicted or compared",
         )  # fmt: skip
     if len(set(header)) < len(header):
         repeated = [c for i, c in enumerate(header) if c in header[:i]]
-        raise DatasetError("a label file repeats a column", found=first_few(repeated), where=path)
+        raise DatasetError(
+            "a label file repeats a column", code="column-repeated", found=first_few(repeated), where=path
+        )
     return pd.DataFrame(dict(zip(header, columns, strict=True)), columns=header, dtype=str), notes
 
 
@@ -71,12 +84,10 @@ def read_table(path: Path, required: Sequence[str]) -> pd.DataFrame:
         lower = {name.lower(): name for name in header}
         renamed = [f"{lower[name.lower()]} to {name}" for name in absent if name.lower() in lower]
         raise DatasetError(
-            f"a label file lacks the column {absent[0]!r}",
-            expected=",".join(required),
-            found=",".join(header),
-            where=path,
+            f"a label file lacks the column {absent[0]!r}", code="column-missing", expected=",".join(required),
+            found=",".join(header), where=path,
             fix="rename the column " + ", ".join(renamed) if renamed else "name the columns in the first line",
-        )
+        )  # fmt: skip
     return table
 
 
@@ -90,11 +101,9 @@ def _lines(path: Path, rows: int | None) -> tuple[list[list[str]], list[str]]:
         lines = list(reader) if rows is None else list(itertools.islice(reader, rows))
     except csv.Error as error:
         raise DatasetError(
-            "a label file cannot be read",
+            "a label file cannot be read", code="table-unreadable", found=str(error), where=path,
             expected=f"columns separated by {_DELIMITERS[delimiter]}",
-            found=str(error),
-            where=path,
-        ) from error
+        ) from error  # fmt: skip
     told = [f"columns separated by {_DELIMITERS[delimiter]}"] if delimiter != preferred else []
     told += [encoding.upper()] if not encoding.startswith("utf-8") else []
     return lines, [f"{path.name} is read as {' in '.join(told)}"] if told else []
@@ -115,13 +124,11 @@ def _decoded(path: Path, rows: int | None) -> tuple[str, str]:
         found, guess = "NUL characters, as UTF-16 without a byte order mark has them", "UTF-16LE"
     # Which of the many one-byte encodings it is, the bytes do not say: a guess would alter names.
     raise DatasetError(
-        "a label file cannot be read",
+        "a label file cannot be read", code="table-encoding", found=found, where=path,
         expected="text in UTF-8, or in UTF-16 with a byte order mark",
-        found=found,
-        where=path,
         fix=f"iconv -f {guess} -t UTF-8 '{path.name}' > '{path.stem}-utf8{path.suffix}'   (with the encoding it was "
         "saved in), or save it as “CSV UTF-8”",
-    )
+    )  # fmt: skip
 
 
 def _delimiter(text: str, preferred: str) -> str:
@@ -149,18 +156,20 @@ def _sheet(path: Path) -> tuple[list[list[str]], list[str]]:
             sheet = pd.read_excel(workbook, sheet_name=names[0], header=None, dtype=object, keep_default_na=False)
     except ImportError as error:
         raise DatasetError(
-            "Excel files need openpyxl, which is not installed",
-            where=path,
+            "Excel files need openpyxl, which is not installed", code="package-missing", where=path,
             fix='pip install "embcache[excel]", or save the table as CSV UTF-8',
-        ) from error
+        ) from error  # fmt: skip
     except PermissionError:
         raise
     except Exception as error:  # whatever openpyxl raises on broken files
-        raise DatasetError("not an Excel workbook", found=str(error).split("\n")[0], where=path) from error
+        found = str(error).split("\n")[0]
+        raise DatasetError("not an Excel workbook", code="table-unreadable", found=found, where=path) from error
     lines = [[as_text(cell) for cell in row] for row in sheet.itertuples(index=False, name=None)]
     width = max((k + 1 for line in lines[:1] for k, cell in enumerate(line) if cell), default=0)
     if any(cell for line in lines for cell in line[width:]):
-        raise DatasetError("a sheet has values beyond its header", expected="a name over each column", where=path)
+        raise DatasetError(
+            "a sheet has values beyond its header", code="table-ragged", expected="a name over each column", where=path
+        )
     lines = [(line + [""] * width)[:width] for line in lines]
     note = f"of {len(names)} sheets of {path.name} the first is read, {names[0]!r}"
     return lines, [note] if len(names) > 1 else []
@@ -169,7 +178,9 @@ def _sheet(path: Path) -> tuple[list[list[str]], list[str]]:
 def _header_and_rows(lines: list[list[str]], path: Path) -> tuple[list[str], list[list[str]]]:
     lines = [line for line in lines if any(field.strip() for field in line)]
     if not lines:
-        raise DatasetError("a label file is empty", expected="a header and one row per image", where=path)
+        raise DatasetError(
+            "a label file is empty", code="table-empty", expected="a header and one row per image", where=path
+        )
     header = [name.strip() for name in lines[0]]
     if len(lines) > 1 and len(lines[1]) > len(header):
         # quoted names with commas in them: `OriginalImage[Width,Height]`
@@ -177,11 +188,10 @@ def _header_and_rows(lines: list[list[str]], path: Path) -> tuple[list[str], lis
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != len(header):
             raise DatasetError(
-                f"row {number} of a label file has {len(line)} fields",
-                expected=f"{len(header)}, as the header has",
+                f"row {number} of a label file has {len(line)} fields", code="table-ragged",
+                expected=f"{len(header)}, as the header has", where=path,
                 found=first_few([ascii(field)[:40] for field in line]),
-                where=path,
-            )
+            )  # fmt: skip
     return header, lines[1:]
 
 
@@ -244,60 +254,41 @@ def _clean(text: str) -> str:
     return text.partition(".")[0] if re.fullmatch(r"[+-]?[0-9]+\.0+", text) else text
 
 
-def label_notes(labels: Sequence[str], class_names: Sequence[str]) -> list[str]:
-    """What to say of labels that may not be what was meant: several in one, decimals, texts of their own each."""
-    counts = Counter(label for label in labels if label)
-    notes = [
-        f"class {name!r} ({counts[name]:,} images) reads like a missing value: leave such cells empty, or "
-        f"embcache probe --drop-class {name}"
-        for name in class_names
-        if name.casefold() in _MISSING_WORDS
-    ]
-    parts = Counter(part.strip() for name in class_names for s in _SEPARATORS if s in name for part in name.split(s))
-    several = [
-        name
-        for name in class_names
-        for s in _SEPARATORS
-        if s in name and (s == "|" or any(p.strip() in counts or parts[p.strip()] > 1 for p in name.split(s)))
-    ]
-    if several:
-        n = sum(counts[name] for name in set(several))
-        notes.append(
-            f"{n:,} labels seem to hold several findings ({first_few(list(dict.fromkeys(several)), 2)}): each "
-            "combination is one class; a column per finding (yes, no) and --target COLUMN tell one finding apart"
-        )
-    decimals = [name for name in class_names if re.fullmatch(r"[+-]?[0-9]*[.,][0-9]+", name)]
-    if len(decimals) > max(2, len(class_names) // 2):
-        notes.append(
-            f"labels are decimals ({first_few(decimals, 2)}), and each value is a class; in a column of its own, "
-            "--target COLUMN cuts such numbers at their quarters"
-        )
-    single = sum(n == 1 for n in counts.values())
-    if single > max(10, len(counts) // 2) and not decimals:
-        notes.append(
-            f"{single:,} of {len(counts):,} classes have one image: is this the column of the labels? "
-            "--label-column names another, --target a column to tell apart instead"
-        )
-    return notes
+def check_strings(values: Sequence[object], column: str, *, where: object) -> list[str]:
+    """``values`` as non-empty UTF-8 strings without NUL, else `DatasetError` naming the first that is not."""
+    try:  # one look at all of them, for there may be a million
+        whole = "".join(cast("Sequence[str]", values))
+        if "" not in values and "\0" not in whole and _is_utf8(whole):
+            return list(cast("Sequence[str]", values))
+    except TypeError:  # one of them is no text
+        pass
+    bad = next(v for v in values if not isinstance(v, str) or not v or "\0" in v or not _is_utf8(v))
+    if not isinstance(bad, str):
+        problem = "is not text"
+    elif not bad:
+        problem = "is empty"
+    else:
+        problem = "holds a NUL character" if "\0" in bad else "is not UTF-8"
+    raise DatasetError(
+        f"the {column} of a row {problem}", code="cell-not-text", found=ascii(bad), where=where,
+        fix=f"correct that {column}",
+    )  # fmt: skip
 
 
-def class_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """Distinct labels as class names: by value when all are whole numbers, else alphabetically. Empty is no label."""
-    names = {label for label in labels if label}
-    if all(name.removeprefix("-").isdecimal() and len(name) < 100 for name in names):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    return tuple(sorted(names))
-
-
-def label_numbers(labels: Sequence[str], class_names: Sequence[str], *, ids: Sequence[str], where: Path) -> list[int]:
-    """Index of each label among ``class_names``; -1 where it is empty."""
-    number = {name: c for c, name in enumerate(class_names)} | {"": -1}
-    unknown = [f"{i}: {label!r}" for i, label in zip(ids, labels, strict=True) if label not in number]
-    if unknown:
+def check_unique(ids: Sequence[str], *, where: object) -> None:
+    """Raise `DatasetError` when an id occurs twice, with the count and the first five."""
+    if len(set(ids)) < len(ids):
+        repeated = [f"{i} ({n} times)" for i, n in Counter(ids).items() if n > 1]
         raise DatasetError(
-            f"unknown label in {len(unknown):,} rows",
-            expected=" or ".join(class_names) + ", or empty for unlabelled",
-            found=first_few(unknown),
-            where=where,
-        )
-    return [number[label] for label in labels]
+            f"duplicate ids: {len(repeated):,} ids occur more than once", code="duplicate-ids",
+            expected="one row per id", found=first_few(repeated), where=where,
+            fix="remove the repeated rows, or give each row an id of its own",
+        )  # fmt: skip
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
