@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import Source, sources_of
 from embcache.errors import RecipeError, StoreError
 from embcache.extract.extract import make_recipe, recipe_network, recipe_transform
-from embcache.extract.extract_request import default_workers, image_root
 from embcache.extract.pixels import pixel_recipe, pixel_rows
+from embcache.extract.scan import image_root
 from embcache.extract.worker import compute_shard
 from embcache.paths import PathLike
 from embcache.store.commit import ShardRows

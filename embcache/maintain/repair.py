@@ -13,11 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels, default_max_pixels, pixels_of
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import sources_of
 from embcache.errors import CorruptStoreError, DatasetError, StoreError
-from embcache.extract.extract_request import default_workers, image_root
+from embcache.extract.scan import image_root
 from embcache.io import make_folder
 from embcache.maintain.rebuild import Maker, make_again, torch_threads, usable_threads
 from embcache.maintain.verify import StoreCheck, digest_now, readable_now, verify_store

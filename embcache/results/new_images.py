@@ -17,7 +17,7 @@ from embcache.data.labels import open_table
 from embcache.data.nearby import settle_paths
 from embcache.data.roles import find_columns, find_groups
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
-from embcache.extract.extract_request import image_root
+from embcache.extract.scan import image_root
 from embcache.paths import PathLike
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.chosen import Columns
 from embcache.data.classes import change_notes
 from embcache.data.columns import as_in_run
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import DatasetError, UsageError
-from embcache.extract.extract_request import default_workers
 from embcache.paths import PathLike
 from embcache.probe.metrics import softmax
 from embcache.probe.prevalence import Adjust, Adjustment

@@ -17,17 +17,17 @@ from typer.testing import CliRunner
 import embcache.extract.batching as batching
 import embcache.extract.extract as run
 from embcache.backbones.catalog import find_backbone
-from embcache.backbones.transforms import choose_transform, normalise
+from embcache.backbones.transforms import choose_transform, normalize
 from embcache.commands.extract_command import extract as extract_command
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.images import Source, read_image
 from embcache.errors import StoreNotFoundError, UsageError
-from embcache.extract.augment import augmentation
-from embcache.extract.extract import extract_features, run_extraction
-from embcache.extract.views import Frames, make_views, view_batches
+from embcache.extract.augment import Frames, augmentation, make_views, view_batches
+from embcache.extract.extract import extract_features
 from embcache.store.feature_store import FeatureStore, open_store
 from tests.extract.conftest import draw
-from tests.extract.tiny import DIM, load_tiny
+from tests.extract.tiny import DIM, load_tiny, run_extraction
+from tests.refusal import refused
 from tests.store.build import quick_disk
 
 __all__ = ["quick_disk"]
@@ -78,7 +78,7 @@ def test_a_view_is_what_the_augmentation_makes_of_the_frame(framed: ImageDataset
         for view in (1, 2):
             pixels = torch.from_numpy(augment(frame, f"view {view} of {id_}"))[None]
             with torch.inference_mode():
-                expected = network(normalise(pixels, transform, "cpu"))[0].numpy()
+                expected = network(normalize(pixels, transform, "cpu"))[0].numpy()
             assert np.abs(rows[id_][view] - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
@@ -156,7 +156,8 @@ def test_one_pass_serves_networks_of_different_frames(images: Path, monkeypatch:
     def run_through(cached: Mapping[str, Cached]) -> list[bytes]:
         read.clear()
         with ThreadPoolExecutor(1) as pool:
-            batches = list(view_batches(images, sources, wanted, 6, pool, cached))
+            read_cached = {key: frames.read for key, frames in cached.items()}
+            batches = list(view_batches(images, sources, wanted, 6, pool, read_cached))
         return [pixels.tobytes() + p.digest.encode() for batch in batches for p in batch for pixels in p.pixels]
 
     monkeypatch.setattr(batching, "read_image", count)
@@ -193,6 +194,6 @@ def test_the_command_says_what_it_did(images: Path, home: Path) -> None:
 
 
 def test_bad_requests_get_one_clear_message(images: Path, home: Path) -> None:
-    with pytest.raises(UsageError, match="--views is out of bounds"):
+    with refused(UsageError, "option-bounds"):
         extract(load_dataset("folder", images), views=0)
     assert not home.exists()

@@ -19,7 +19,6 @@ import embcache.maintain.repair as repair
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.images import Source
 from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, RecipeError, StoreError
-from embcache.extract.extract import run_extraction
 from embcache.extract.worker import FrozenNetwork
 from embcache.maintain.rebuild import Maker
 from embcache.maintain.repair import repair_store
@@ -28,7 +27,7 @@ from embcache.store.commit import ShardRows
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 from tests.extract.conftest import draw
-from tests.extract.tiny import load_tiny
+from tests.extract.tiny import load_tiny, run_extraction
 from tests.maintain.conftest import KINDS, Make, damage, ds, files_of, flip, images, make, quick_disk, stamps, tiny
 from tests.store.build import tree
 

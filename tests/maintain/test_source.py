@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from embcache.cli import app
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetNotFoundError
-from embcache.extract.extract import run_extraction
 from embcache.maintain.rebuild import check_sample
 from embcache.maintain.verify import check_source
 from embcache.store.commit import ShardRows, commit_shard, discard
 from embcache.store.feature_store import FeatureStore
 from tests.extract.conftest import draw
+from tests.extract.tiny import run_extraction
 from tests.maintain.conftest import KINDS, Make, ds, images, make, quick_disk, tiny
 
 __all__ = ["ds", "images", "make", "quick_disk", "tiny"]

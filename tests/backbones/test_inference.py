@@ -9,8 +9,7 @@ import torchvision
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
-from embcache.backbones.reduced import to_bfloat16
-from embcache.extract.fold import fold_norms
+from embcache.backbones.inference import fold_norms, to_bfloat16
 
 SIZE = (64, 64)
 
