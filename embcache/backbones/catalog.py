@@ -67,7 +67,7 @@ class Backbone:
     module : torch.nn.Module, optional
         The network itself, for a backbone made by :meth:`from_module`.
     transform : Transform, optional
-        Transform to use unless another is asked for.
+        Transform to use by default.
     """
 
     name: str

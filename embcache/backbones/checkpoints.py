@@ -41,7 +41,7 @@ PREFERRED = (
     ("backbone", "backbone_momentum"),
 )
 _NEUTRAL = ("module", "_orig_mod")  # say nothing of which network it is
-# What networks carry besides the trunk; left out of a frozen network.
+# What networks have in addition to the trunk; left out of a frozen network.
 HEADS = (
     "_fc.", "classifier.", "dino_head.", "fc.", "head.", "heads.", "ibot_head.", "predictor.", "projection_head.",
     "projector.", "prototypes.",
@@ -175,8 +175,8 @@ def _read_pickle(path: Path, source: Path | IO[bytes], *, mmap: bool) -> object:
             if unsafe:
                 raise _unsafe(path, unsafe[1]) from error
             # torch wraps the reason in advice to load the file unsafely, which is not ours to give.
-            said = re.search(r"WeightsUnpickler error: (.+)", str(error)) or re.search(r"(.+)", str(error))
-            reason = said[1].strip() if said else f"it ends too early ({type(error).__name__})"
+            found = re.search(r"WeightsUnpickler error: (.+)", str(error)) or re.search(r"(.+)", str(error))
+            reason = found[1].strip() if found else f"it ends too early ({type(error).__name__})"
             raise _BrokenError(f"a damaged or foreign PyTorch file: {reason}") from error
 
 

@@ -107,9 +107,11 @@ def _extract(
     if owed and state.live is not None:
         say(f"extract   {state.asked}: {', '.join(owed)}")
         try:
-            options = {"transform": settings.transform, "device": settings.device, "workers": settings.workers}
-            options |= {"weights": {name: path for name, path in settings.weights.items() if name in owed}}
-            extract(state.live, owed, ExtractConfig.make(options=options), home=settings.home)
+            config = ExtractConfig(
+                weights=tuple(f"{name}={path}" for name, path in settings.weights.items() if name in owed),
+                transform=settings.transform, device=settings.device, workers=settings.workers,
+            )  # fmt: skip
+            extract(state.live, owed, config, home=settings.home)
         except UsageError:
             raise
         except EmbcacheError as error:

@@ -15,7 +15,7 @@ SIZE = (64, 64)
 
 
 def random_norms(module: nn.Module) -> nn.Module:
-    """Statistics and parameters as no initialisation has them."""
+    """Statistics and parameters as no initialization has them."""
     generator = torch.Generator().manual_seed(1)
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):

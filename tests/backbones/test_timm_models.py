@@ -154,7 +154,7 @@ def test_a_pickle_behind_a_name_of_timms_own_is_refused_too(hub: Path, tmp_path:
 
 def test_a_repository_without_weights_is_one_error(hub: Path) -> None:
     files = publish(hub)
-    with refused(WeightsError, "download-failed"):  # whether the hub has them nobody knows offline
+    with refused(WeightsError, "download-failed"):  # whether the hub has them is unknown offline
         load_backbone(NAME)
 
     def absent(*args: object, **more: object) -> str:

@@ -107,7 +107,7 @@ def test_a_large_image_or_a_second_size_spares_the_other_headers(
     again = scan_images(dataset, images, kept(scan, tmp_path), pool)
     assert choose_transform(find_backbone("random"), None, read_sizes(again, pool)).resize == (256, 256)
     assert len(read) == before
-    # What decided has gone: the headers that nobody looked at are unknown, not unreadable.
+    # What decided has gone: the headers that were not read are unknown, not unreadable.
     (images / "benign" / "0.png").unlink()
     left = scan_images(load_dataset("folder", images), images, kept(scan, tmp_path), pool)
     assert choose_transform(find_backbone("random"), None, read_sizes(left, pool)).resize is None

@@ -1,4 +1,4 @@
-"""Batches out and features back, and the order in which images are asked for."""
+"""Batches to the device and features back."""
 
 from __future__ import annotations
 
@@ -58,27 +58,7 @@ def test_a_stacked_batch_leaves_nothing_of_the_last_one() -> None:
     assert not out[1:].any()
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 2, 9])
-def test_no_more_batches_are_begun_than_asked_for(ahead: int) -> None:
-    begun: list[str] = []
-
-    def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:
-        begun.append(chunk[0].id)
-        futures: list[Future[Prepared]] = [Future() for _ in chunk]
-        for future, source in zip(futures, chunk, strict=True):
-            future.set_result(Prepared((), source.id, ""))
-        return futures
-
-    order, before = [], []
-    for batch in batches_ahead(SOURCES, 2, submit, ahead):
-        before.append(len(begun))
-        order += [prepared.digest for prepared in batch]
-    assert order == [source.id for source in SOURCES]
-    assert begun == ["0", "2", "4", "6"]
-    assert before == [min(4, 1 + index + ahead) for index in range(4)]
-
-
-def test_batches_that_nobody_waits_for_are_cancelled() -> None:
+def test_pending_batches_are_cancelled_at_the_end() -> None:
     futures: list[Future[Prepared]] = []
 
     def submit(chunk: Sequence[Source]) -> list[Future[Prepared]]:

@@ -1,4 +1,4 @@
-"""Augmented views: the first is the plain image, the others are the same whoever computes them, when and how."""
+"""Augmented views: the first is the plain image, the others do not depend on how or when they are computed."""
 
 from __future__ import annotations
 

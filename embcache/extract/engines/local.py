@@ -66,7 +66,7 @@ class LocalEngine:
         self._largest: int | None = None  # batch that the memory holds
 
     def shards(self) -> Generator[LeasedShard, None, None]:
-        """Yield every owed shard that no process has committed, each leased until the next one is asked for.
+        """Yield every owed shard that no process has committed, each leased until the next one is taken.
 
         A shard that another process is computing is waited for: if that process dies, the shard is computed here. Close
         the generator if the work on a shard fails, so that its leases are free at once.
