@@ -12,7 +12,7 @@ import torch
 
 from embcache.backbones.normal import PortableNormal, fill_normal
 
-DIGEST = "from embcache.extract import checkpoints, networks; print(checkpoints.hash_state(networks.resnet50(3)))"
+DIGEST = "from embcache.backbones import checkpoints, networks; print(checkpoints.hash_state(networks.resnet50(3)))"
 
 
 def test_weights_are_the_same_whatever_instructions_the_processor_has() -> None:

@@ -42,7 +42,7 @@ def test_every_field_that_differs_is_named(make: Make, ds: ImageDataset) -> None
     make("views")
     (done,) = run_extraction(["random"], ds, precision="bf16", feature_dtype="float16")
     damage(done.store.path / "shards" / "000000" / "commit.json", "flip")
-    (answer,) = dry_run(["random"], ds, transform="imagenet", precision="bf16")
+    (answer,) = dry_run(["random"], ds, ExtractConfig(transform="imagenet", precision="bf16"))
     assert answer.match is None
     plain, views, broken = answer.cached
     assert dict(plain.differs)["precision"] == ("bf16", "fp32")
