@@ -111,7 +111,7 @@ def alone(net: FrozenNetwork, images: int) -> None:
 
 
 def decoded(net: FrozenNetwork, folder: Path, sources: list[ImageRef], pool: ThreadPoolExecutor) -> None:
-    list(pool.map(lambda source: prepare(folder, source, [net.looks.frame.geometry]), sources))
+    list(pool.map(lambda source: prepare(folder, source, [net.image_views.frame.geometry]), sources))
 
 
 def extracted(nets: list[FrozenNetwork], folder: Path, sources: list[ImageRef], pool: ThreadPoolExecutor) -> None:

@@ -36,7 +36,9 @@ from embcache.commands import store_command as store
 from embcache.commands import verify_command as verify
 from embcache.commands.options import advise_by
 from embcache.commands.output import echo, guard_streams, lost_output
+from embcache.commands.table import print_note
 from embcache.errors import EmbcacheError, UsageError
+from embcache.log import shown
 from embcache.memory import is_shortage
 
 app = typer.Typer(
@@ -65,6 +67,7 @@ def _root(
     ] = False,
 ) -> None:
     del version
+    context.with_resource(shown(print_note))
     advise_by(context)
 
 

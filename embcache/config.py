@@ -151,6 +151,8 @@ def _normal(value: Any, hint: Any) -> Any:
         return None
     kinds = [get_origin(kind) or kind for kind in _arguments(hint)]
     if tuple in kinds:
+        if isinstance(value, Mapping):  # weights by name
+            value = [f"{key}={each}" for key, each in value.items()]
         many = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
         inner = next(get_args(kind)[0] for kind in _arguments(hint) if get_origin(kind) is tuple)
         return tuple(_normal(each, inner) for each in many)

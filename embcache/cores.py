@@ -14,6 +14,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def default_workers() -> int:
+    """Threads that decode images by default: one per core, at most 8."""
+    return min(usable_cores(), 8)
+
+
 @contextmanager
 def threads_for(size: int) -> Iterator[None]:
     """One BLAS thread inside, where the matrices that are worked on hold ``size`` numbers and that is not many.

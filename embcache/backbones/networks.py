@@ -1,4 +1,4 @@
-"""The networks that make features: normalised images in, one vector an image out."""
+"""The networks that make features: normalized images in, one vector per image out."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class LastClassTokens(nn.Module):
         self.patch_embed, self.blocks, self.norm = vit.patch_embed, vit.blocks, vit.norm
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features, (B, 1536), of normalised images (B, 3, H, W)."""
+        """Features, (B, 1536), of normalized images (B, 3, H, W)."""
         patches = self.patch_embed.proj(images)  # (B, 384, H/8, W/8)
         positions = interpolate_positions(self.pos_embed, patches.shape[-2:])
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)

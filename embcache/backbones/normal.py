@@ -1,4 +1,4 @@
-"""Normal random numbers that are the same on every machine, for networks that are nothing but their initialisation.
+"""Normal random numbers that are the same on every machine, for networks that are nothing but their initialization.
 
 torch's ``normal_`` takes logarithms and cosines from whatever vector instructions the processor has. A third of its
 values then differ in their last bits, those near zero by several percent, so that no rounding would make them equal;

@@ -1,32 +1,50 @@
 """Any of timm's models as a backbone: ``timm:NAME`` and ``timm:hf-hub:ORG/NAME``.
 
-Features are those that timm pools for the model's own classifier, after the model's own preprocessing. timm builds the
-networks; their weights are fetched and read by embcache.
+Features are those that timm pools for the model's own classifier, after the model's own preprocessing. timm only builds
+the networks: its older versions run whatever a pickled checkpoint contains. The file is fetched here, from the Hugging
+Face hub or a URL, and read like every other checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
-from collections.abc import Mapping
+import logging
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import timm
 import torch
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from timm.data.config import resolve_model_data_config
 from timm.layers.mlp import SwiGLUPacked
+from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
-from embcache.backbones.catalog import Backbone, timm_filename
 from embcache.backbones.checkpoints import HEADS, find_network, load_strictly, read_checkpoint
-from embcache.backbones.timm_weights import fetch_weights, hub_errors, reach_hub
-from embcache.backbones.weights import Published, check_digest, find_weights, locate_weights
+from embcache.backbones.weights import (
+    Published,
+    check_digest,
+    download,
+    find_weights,
+    locate_weights,
+    timm_filename,
+)
 from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike, weights_dir
 
-# What authors tell timm.create_model on their model cards and their configuration on the hub does not say. Names are in
-# lower case. A wrong argument cannot pass unseen: weights are loaded strictly.
+if TYPE_CHECKING:
+    from embcache.backbones.catalog import Backbone
+
+# Arguments of timm.create_model that authors state on their model cards and not in their configuration on the hub.
+# Names are in lower case. A wrong argument cannot go unnoticed: weights are loaded strictly.
 ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "hf-hub:mahmoodlab/uni": {"init_values": 1e-5, "dynamic_img_size": True},
     "hf-hub:bioptimus/h-optimus-0": {"init_values": 1e-5, "dynamic_img_size": False},
@@ -36,63 +54,68 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
 }
 # Part of a name, in lower case → datasets whose images it was pretrained on.
 CONTAMINATED: Mapping[str, tuple[str, ...]] = {"rad-dino": ("nih",), "rad_dino": ("nih",)}
+# What timm raises for a configuration of the hub that is not in its layout, and for networks that it cannot build.
+_UNUSABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @functools.cache
-def find_timm(name: str) -> Backbone:
-    """Describe a timm model by its own configuration."""
+def describe_timm(name: str) -> Mapping[str, Any]:
+    """The fields of the `Backbone` of a timm model, by its own configuration."""
     model_name = name.removeprefix("timm:")
     lower = model_name.lower()
     if not model_name.startswith("hf-hub:") and not timm.is_model(model_name):
         near = difflib.get_close_matches(model_name, timm.list_models(pretrained=True), n=3, cutoff=0.4)
         raise UsageError(
-            f"timm has no model {model_name!r}", found=name + (f" (did you mean {' or '.join(near)}?)" if near else ""),
+            f"timm has no model {model_name!r}", code="unknown-backbone",
+            found=name + (f" (did you mean {' or '.join(near)}?)" if near else ""),
             expected="timm:NAME with a name that timm lists, or timm:hf-hub:ORG/NAME",
             fix="python -c 'import timm; print(*timm.list_models(pretrained=True), sep=\"\\n\")'",
         )  # fmt: skip
     arguments = dict(ARGUMENTS.get(lower, {}))
     if "vit" in lower and "dinov3" in lower:
-        # timm averages the patches of DINOv3 unless told otherwise; the published feature is the class token.
+        # timm averages the patches of DINOv3 by default; the published feature is the class token.
         arguments["global_pool"] = "token"
     try:
-        return _described(name, model_name, arguments)
-    except (
-        ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
-    ) as error:  # fmt: skip
-        raise UsageError(
-            f"timm cannot build {model_name}",
-            found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300],
-            expected="on the hub, a config.json in timm's layout that names one of its architectures",
-            fix="choose another model; see `embcache backbones`",
-        ) from error  # fmt: skip
+        model = _skeleton(model_name, arguments)
+        config, data = model.pretrained_cfg, resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+        height, width = (int(side) for side in data["input_size"][-2:])
+        patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+        return {
+            "name": name,
+            "network": f"timm {model_name}",
+            "dim": _feature_length(model, (height, width), name),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "source": str(config.get("hf_hub_id") or config.get("url") or "its own weights, given with --weights"),
+            "license": str(config.get("license") or "see its model card"),
+            "patch": int(max(patch) if isinstance(patch, tuple) else patch),
+            "pooling": "timm",
+            "mean": _rgb(data["mean"]),
+            "std": _rgb(data["std"]),
+            "interpolation": str(data["interpolation"]),
+            "weights": Published(filename=timm_filename(name)),
+            "timm": model_name,
+            "timm_arguments": tuple(arguments.items()),
+            "input_size": (height, width),
+            "crop_pct": float(data["crop_pct"]),
+            "crop_mode": str(data["crop_mode"]),
+            "contaminated": next((names for part, names in CONTAMINATED.items() if part in lower), ()),
+        }
+    except _UNUSABLE as error:
+        raise _unusable(model_name, error) from error
 
 
-def _described(name: str, model_name: str, arguments: dict[str, Any]) -> Backbone:
-    """What timm, or a configuration that anybody can have written, says of a model; raises whatever comes of that."""
-    model = _skeleton(model_name, arguments)
-    config = model.pretrained_cfg
-    data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    height, width = data["input_size"][-2:]
-    return Backbone(
-        name=name,
-        network=f"timm {model_name}",
-        dim=_feature_length(model, (height, width), name),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        source=str(config.get("hf_hub_id") or config.get("url") or "its own weights, given with --weights"),
-        licence=str(config.get("license") or "see its model card"),
-        patch=_patch(model),
-        pooling="timm",
-        mean=_rgb(data["mean"]),
-        std=_rgb(data["std"]),
-        interpolation=str(data["interpolation"]),
-        weights=Published(filename=timm_filename(name)),
-        timm=model_name,
-        timm_arguments=tuple(arguments.items()),
-        input_size=(int(height), int(width)),
-        crop_pct=float(data["crop_pct"]),
-        crop_mode=str(data["crop_mode"]),
-        contaminated=next((names for part, names in CONTAMINATED.items() if part in model_name.lower()), ()),
-    )
+def _unusable(model_name: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"timm cannot build {model_name}", code="timm-config",
+        found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300],
+        expected="on the hub, a config.json in timm's layout that names one of its architectures",
+        fix="choose another model; see `embcache backbones`",
+    )  # fmt: skip
+
+
+def _rgb(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
 
 
 def load_timm(
@@ -104,13 +127,12 @@ def load_timm(
 ) -> tuple[nn.Module, str, str, str]:
     """Build a timm model with its weights: from ``weights``, else the weights folder, else the hub or their URL."""
     folder, origin = weights_dir(home), ""
-    path: Path | None
     if weights is not None:
-        path = locate_weights(spec.name, spec.weights, override=weights, home=home)
+        path: Path | None = locate_weights(spec.name, spec.weights, override=weights, home=home)
     else:
         path = find_weights(spec.weights, folder)
     if path is None:
-        path = fetch_weights(spec, folder, allow_download)
+        path = _fetch(spec, folder, allow_download)
         origin = f" of {spec.source}"
     checkpoint = read_checkpoint(path, given=weights is not None)
     if weights is None:
@@ -123,18 +145,15 @@ def load_timm(
 
 def build_timm(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
     """Build a timm model for images of this height and width, its weights still to be filled."""
-    module: nn.Module = _create(spec.timm, dict(spec.timm_arguments), num_classes=0)
+    module: nn.Module = _create(spec.timm, dict(spec.timm_arguments))
     if image_size != spec.input_size:
         _resize(module, spec, image_size)
     return module
 
 
 def _fill(spec: Backbone, state: Mapping[str, Tensor], path: Path) -> tuple[Any, str]:
-    """Build the network and fill it strictly from tensors under timm's names, or names that timm itself converts.
-
-    Returns it, and in words what was chosen of the file.
-    """
-    module = _create(spec.timm, dict(spec.timm_arguments), num_classes=0)
+    """The network, filled strictly from tensors under timm's names or names that timm converts; and what was chosen."""
+    module = _create(spec.timm, dict(spec.timm_arguments))
     classifiers = module.pretrained_cfg.get("classifier") or ()
     heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     found = find_network(state, module.state_dict(), heads=(*HEADS, *(f"{head}." for head in heads)), where=path)
@@ -143,58 +162,48 @@ def _fill(spec: Backbone, state: Mapping[str, Tensor], path: Path) -> tuple[Any,
         load_strictly(module, trunk, where=path)
     except WeightsError as mismatch:
         if not trunk:
-            raise  # an empty overlay would send timm to fetch weights of its own
-        # Overlaid on the configuration, the tensors pass through the model's own converter of published names.
+            raise  # an empty overlay would make timm fetch weights of its own
+        # As part of the configuration, the tensors pass through the model's own converter of published names.
         overlay = {"state_dict": trunk, "source": "", "num_classes": 0, "label_offset": 0}
         arguments = {**dict(spec.timm_arguments), "pretrained": True, "pretrained_cfg_overlay": overlay}
         try:
-            module = _create(spec.timm, arguments, num_classes=0)
+            module = _create(spec.timm, arguments)
         except (RuntimeError, KeyError, ValueError, AttributeError, TypeError):
             raise mismatch from None
         del module.pretrained_cfg["state_dict"]
-        load_strictly(module, module.state_dict(), where=path)  # timm takes values that are not finite
+        load_strictly(module, module.state_dict(), where=path)  # timm accepts values that are not finite
     return module, found.describe(path)
 
 
-def _create(model_name: str, arguments: Mapping[str, Any], **more: Any) -> Any:
-    # Any: what a timm model has besides nn.Module is not in its type.
-    if model_name.startswith("hf-hub:"):
-        reach_hub(model_name, model_name.removeprefix("hf-hub:"), "config.json")
-    with torch.random.fork_rng(devices=[]), hub_errors(model_name):
-        return timm.create_model(model_name, **{"pretrained": False, **arguments, **more})
+def _create(model_name: str, arguments: Mapping[str, Any]) -> Any:
+    # Any: what a timm model has in addition to nn.Module is not in its type.
+    reached = _hub(model_name, "config.json") if model_name.startswith("hf-hub:") else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), reached:
+        return timm.create_model(model_name, **{"pretrained": False, "num_classes": 0, **arguments})
 
 
 def _skeleton(model_name: str, arguments: Mapping[str, Any]) -> Any:
-    """Build the network without its memory, on the meta device, where that works."""
+    """Build the network without its memory, on the meta device, if that works."""
     try:
         with torch.device("meta"):
-            return _create(model_name, arguments, num_classes=0)
+            return _create(model_name, arguments)
     except (RuntimeError, NotImplementedError):
         # Some networks look at their own numbers while they are built, which meta tensors do not have.
-        return _create(model_name, arguments, num_classes=0)
+        return _create(model_name, arguments)
 
 
 def _feature_length(model: nn.Module, size: tuple[int, int], name: str) -> int:
-    """Length of the vector that one image of the model's own size becomes."""
+    """Length of the vector that the model makes of one image of its own size."""
     device = next(model.parameters()).device
     with torch.inference_mode():
         shape = tuple(model.eval()(torch.zeros(1, 3, *size, device=device)).shape)
     if len(shape) != 2:
         raise UsageError(
-            f"{name} does not pool its features into one vector", expected="an output of shape (1, D)",
-            found=str(shape), fix="choose another model; see `embcache backbones`",
+            f"{name} does not pool its features into one vector", code="timm-pooling",
+            expected="an output of shape (1, D)", found=str(shape),
+            fix="choose another model; see `embcache backbones`",
         )  # fmt: skip
     return int(shape[1])
-
-
-def _patch(model: nn.Module) -> int:
-    size = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
-    return int(max(size) if isinstance(size, tuple) else size)
-
-
-def _rgb(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
 
 
 def _resize(module: Any, spec: Backbone, image_size: tuple[int, int]) -> None:
@@ -202,12 +211,145 @@ def _resize(module: Any, spec: Backbone, image_size: tuple[int, int]) -> None:
     try:
         if any(side % spec.patch for side in image_size):
             raise ValueError(f"a patch of {spec.patch} pixels, which does not divide the sides")
-        if hasattr(module, "set_input_size"):
+        if hasattr(module, "set_input_size"):  # some of timm's models have it
             module.set_input_size(img_size=image_size)
         with torch.inference_mode():
             module.eval()(torch.zeros(1, 3, *image_size))
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise UsageError(
-            f"{spec.name} cannot take images of {image_size[1]}×{image_size[0]}", found=str(error).partition("\n")[0],
-            expected=f"{spec.input_size[1]}×{spec.input_size[0]}", fix="embcache extract --transform model …",
+            f"{spec.name} cannot take images of {image_size[1]}×{image_size[0]}", code="image-size",
+            found=str(error).partition("\n")[0], expected=f"{spec.input_size[1]}×{spec.input_size[0]}",
+            fix="embcache extract --transform model …",
         ) from error  # fmt: skip
+
+
+def _fetch(spec: Backbone, folder: Path, allow_download: bool) -> Path:
+    """The weights that a model's configuration points to: from the hub and its cache, else from a URL."""
+    filename = spec.weights.filename
+    if not allow_download:
+        raise _unavailable(spec.timm, "downloads are not allowed here", filename, folder)
+    config: Mapping[str, Any]
+    if spec.timm.startswith("hf-hub:"):
+        try:
+            with _hub(spec.timm, "config.json"):
+                config = dict(load_model_config_from_hf(_repository(spec.timm))[0])
+        except _UNUSABLE as error:
+            raise _unusable(spec.timm, error) from error
+    else:
+        known = timm.get_pretrained_cfg(spec.timm)
+        config = {} if known is None else {"url": known.url, "hf_hub_filename": known.hf_hub_filename}
+    if repository := _repository(spec.timm):
+        return _fetch_from_hub(spec, repository, _candidates(config.get("hf_hub_filename")), folder)
+    url = config.get("url")
+    if isinstance(url, str) and url:
+        # As in torch.hub, a name may end in the first digits of the file's digest.
+        stated = re.search(r"-([0-9a-f]{8,})\.\w+$", url)
+        return download(Published(url=url, filename=filename, sha256=stated[1] if stated else ""), folder)
+    raise WeightsError(
+        f"timm knows no weights for {spec.timm}", code="weights-not-found",
+        found="neither a repository on the hub nor a URL", expected="a model that timm.list_models(pretrained=True) "
+        "lists", fix=f"embcache extract --weights {spec.name}=FILE …",
+    )  # fmt: skip
+
+
+def _fetch_from_hub(spec: Backbone, repository: str, candidates: Sequence[str], folder: Path) -> Path:
+    hub_id, _, revision = repository.partition("@")
+    unreachable: LocalEntryNotFoundError | None = None
+    for candidate in candidates:
+        with _hub(spec.timm, candidate, spec.weights.filename, folder):
+            try:
+                return Path(huggingface_hub.hf_hub_download(hub_id, candidate, revision=revision or None))
+            except LocalEntryNotFoundError as error:
+                unreachable = error  # but the next one may be in the hub's cache
+            except EntryNotFoundError:
+                continue
+    if unreachable is not None:
+        raise _unavailable(spec.timm, str(unreachable).partition("\n")[0], spec.weights.filename, folder)
+    raise WeightsError(
+        f"{repository} holds no weights that embcache knows", code="weights-not-found",
+        expected=" or ".join(candidates), found="no such file", where=f"https://huggingface.co/{hub_id}",
+        fix=f"embcache extract --weights {spec.name}=FILE …",
+    )  # fmt: skip
+
+
+def _candidates(filename: str | None) -> Sequence[str]:
+    """Names of the weights in a repository, best first: the safetensors beside the named file, then that file.
+
+    As timm looks for them (``_get_safe_alternatives``), whose names are these.
+    """
+    named = filename or "pytorch_model.bin"
+    if not named.endswith(".bin"):
+        return (named,)
+    known = {"pytorch_model.bin": "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
+    return (known.get(named, named.removesuffix(".bin") + ".safetensors"), named)
+
+
+@contextlib.contextmanager
+def _hub(model_name: str, file: str, filename: str = "", folder: Path | None = None) -> Iterator[None]:
+    """Turn the hub's failures to give a file into one message, and keep its log of retries off the terminal."""
+    _reach_hub(model_name, file, filename, folder)
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    page = f"https://huggingface.co/{_repository(model_name)}"
+    try:
+        yield
+    except GatedRepoError as error:
+        raise WeightsError(
+            f"{model_name} is gated: its authors ask you to accept their terms", code="weights-gated", where=page,
+            found="a refusal from the hub", fix=f"accept the terms at {page}, then type: hf auth login",
+        ) from error  # fmt: skip
+    except RepositoryNotFoundError as error:
+        raise UsageError(
+            f"the hub has no model {_repository(model_name)!r}, or it is private", code="unknown-backbone",
+            found="not found", where=page, fix="check the name; for a private model type: hf auth login",
+        ) from error  # fmt: skip
+    except (OSError, EntryNotFoundError) as error:
+        raise _unavailable(model_name, str(error).partition("\n")[0], filename, folder) from error
+    finally:
+        logger.setLevel(before)
+
+
+def _reach_hub(model_name: str, file: str, filename: str, folder: Path | None) -> None:
+    """Raise at once, not after a minute of retries, if there is no network and the hub's cache lacks the file."""
+    repository, _, revision = _repository(model_name).partition("@")
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
+    except ValueError as error:
+        raise UsageError(
+            f"{repository!r} is not the name of a model on the hub", code="unknown-backbone", expected="ORG/NAME",
+            found=repository, fix="embcache extract --backbone timm:hf-hub:ORG/NAME …",
+        ) from error  # fmt: skip
+    if cached is not None or hub_constants.HF_HUB_OFFLINE:  # a path, or the mark of a file known to be absent
+        return
+    request = urllib.request.Request(hub_constants.ENDPOINT, method="HEAD", headers={"User-Agent": "embcache"})
+    try:
+        urllib.request.urlopen(request, timeout=10).close()
+    except urllib.error.HTTPError as error:
+        error.close()  # an answer of any kind means a network
+    except OSError as error:
+        raise _unavailable(model_name, str(getattr(error, "reason", error)), filename, folder) from error
+
+
+def _repository(model_name: str) -> str:
+    """ORG/NAME on the hub of timm's weights of a model; empty if they are elsewhere."""
+    if model_name.startswith("hf-hub:"):
+        return model_name.removeprefix("hf-hub:")
+    known = timm.get_pretrained_cfg(model_name)
+    return str((known and known.hf_hub_id) or "")
+
+
+def _unavailable(model_name: str, reason: str, filename: str, folder: Path | None) -> WeightsError:
+    repository = _repository(model_name)
+    page = f"https://huggingface.co/{repository}"
+    if model_name.startswith("hf-hub:") or folder is None:
+        url, where = page, str(hub_constants.HF_HUB_CACHE)
+        fix = f"on a machine with a network: hf download {repository}\nthen copy its folder to {where}"
+    else:
+        known = timm.get_pretrained_cfg(model_name)
+        url = f"{page}/resolve/main/model.safetensors" if repository else str((known and known.url) or "")
+        where = str(folder)
+        fix = f"on a machine with a network: curl -L -o {filename} {url}\nthen put it at {folder / filename}"
+    return WeightsError(
+        f"{model_name} cannot be fetched", code="download-failed", expected=url, found=reason, where=where, fix=fix
+    )

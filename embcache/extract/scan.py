@@ -1,9 +1,7 @@
-"""The state of a dataset's image files: what is where, how large, since when; and the transform that follows.
+"""The state of a dataset's image files, and the image sizes that decide the transform.
 
-Files are listed and looked up, a folder at a time; a header is read only where a transform hangs on it, and once.
-
-What was found out about a file is kept in ``scan.parquet``, beside the state that it had then (`FileState`), and holds
-as long as the file has that state: width and height, and the digest of its bytes.
+Files are listed folder by folder; a header is read once, and only if a transform may depend on it. Width, height and
+digest of a file are kept in ``scan.parquet`` with the state that the file had (`FileState`), and hold while it has it.
 """
 
 from __future__ import annotations
@@ -14,8 +12,8 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,31 +22,32 @@ import pyarrow as pa
 
 from embcache.backbones.catalog import Backbone
 from embcache.backbones.transforms import Transform, choose_transform
+from embcache.cores import default_workers
 from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import FileState, is_inside, stat_files
 from embcache.data.formats import is_square_of
-from embcache.data.images import DECODER_VERSION, ImageRef, read_image, read_size
-from embcache.errors import ImageError
-from embcache.extract.batching import medium_failed
-from embcache.extract.extract_request import default_workers, image_root, none_readable
+from embcache.data.images import DECODER_VERSION, ImageRef, image_refs, read_image, read_size
+from embcache.errors import DatasetNotFoundError, ImageError
+from embcache.extract.batching import medium_failed, prepare
 from embcache.io import read_regular
 from embcache.paths import PathLike, home_dir, slug
 from embcache.sealed import open_parquet
 from embcache.store.commit import write_scan
+from embcache.store.feature_store import extract_command
 
 # Size of a file that is not there: such images are planned too, and quarantined with the reason when computed.
 ABSENT = -1
 UNREADABLE = (0, 0)
-"""Width and height of an image whose header cannot be read; it is looked at again, for another decoder may."""
+"""Width and height of an image whose header cannot be read; the next scan tries again, for another decoder may."""
 UNKNOWN = (-1, -1)
-"""Width and height of an image whose header nobody has looked at."""
+"""Width and height of an image whose header was not read."""
 
 # Images with a longer side are resized by every transform, whatever the sizes of the others.
 _LARGEST_KEPT = 224
-_TOGETHER = 256  # headers that a thread reads before it is asked again
+_TOGETHER = 256  # headers that a thread reads at a time
 _GONE = FileState(ABSENT, 0, 0, 0)
-# A file that was written so shortly before it was looked at may be written again without another time.
+# A file that was written so shortly before the scan may be written again without another time.
 _TICK_NS = 2_000_000_000
 _STATE = list(FileState._fields)
 _SCAN_COLUMNS = ["path", "place", *_STATE, "width", "height", "digest"]
@@ -72,16 +71,16 @@ class Scan:
     def confirm(self, images: Iterable[tuple[str, str]]) -> None:
         """Read those images whose digest is not known, several at once, for :attr:`digests`.
 
-        None is found for an image that is not there or cannot be had from its array file: computing it says why.
+        An image that is missing, or unreadable in its array file, gets none: computing it tells why.
         """
         unknown = [image for image in images if image not in self.digests]
         with ThreadPoolExecutor(default_workers()) as pool:
             chunks = [unknown[start : start + _TOGETHER] for start in range(0, len(unknown), _TOGETHER)]
             for chunk, digests in zip(chunks, pool.map(self._hash, chunks), strict=True):
-                self.digests.update((image, digest) for image, digest in zip(chunk, digests, strict=True) if digest)
+                self.digests.update({image: digest for image, digest in zip(chunk, digests, strict=True) if digest})
 
     def readable(self, path: str, place: str) -> bool:
-        """Whether an image can be decoded now; `DatasetError` where its file cannot be read for now."""
+        """Whether an image can be decoded now; `DatasetError` if its file cannot be read for now."""
         try:
             read_image(self.root, path, place, self.decoding)
         except ImageError:
@@ -144,42 +143,24 @@ def _digest(root: Path, path: str, place: str, decoding: Decoding) -> str:
 def _says(path: str, side: int) -> bool:
     try:
         return is_square_of(path, side)
-    except OSError:  # a link, or whatever the decoder is to tell
+    except OSError:  # a link, or something that the decoder reports
         return False
 
 
-class ImageSizes(Collection[tuple[int, int]]):
-    """The distinct (width, height) of a dataset's images, as far as any transform depends on them; at least one.
+def read_sizes(scan: Scan, pool: Executor) -> set[tuple[int, int]]:
+    """The distinct (width, height) of the readable images, as far as any transform depends on them.
 
-    Nothing is read until somebody asks. Reading stops at a second size, or at a side that is above `_LARGEST_KEPT`:
-    :func:`embcache.backbones.transforms.choose_transform` chooses then what it would choose knowing all sizes.
+    Reading stops at a second size, or at a side above `_LARGEST_KEPT`: `choose_transform` then chooses what it would
+    choose knowing all sizes.
     """
-
-    def __init__(self, scan: Scan) -> None:
-        self._scan = scan
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self._settled())
-
-    def __len__(self) -> int:
-        return len(self._settled())
-
-    def __contains__(self, size: object) -> bool:
-        return size in self._settled()
-
-    def _settled(self) -> set[tuple[int, int]]:
-        scan = self._scan
-        sizes = set(scan.seen.values()) - {UNREADABLE}
-        if _decided(sizes):
-            return sizes
-        unread = [path for path, state in scan.states.items() if path not in scan.seen and state.size != ABSENT]
-        with ThreadPoolExecutor(default_workers()) as pool:
-            start, count = 0, 16
-            while start < len(unread) and not _decided(sizes):
-                guess = next(iter(sizes)) if len(sizes) == 1 else None
-                sizes |= scan.read(unread[start : start + count], pool, guess)
-                start, count = start + count, min(2 * count, 1 << 14)
-        return sizes
+    sizes = set(scan.seen.values()) - {UNREADABLE}
+    unread = [path for path, state in scan.states.items() if path not in scan.seen and state.size != ABSENT]
+    start, count = 0, 16
+    while start < len(unread) and not _decided(sizes):
+        guess = next(iter(sizes)) if len(sizes) == 1 else None
+        sizes |= scan.read(unread[start : start + count], pool, guess)
+        start, count = start + count, min(2 * count, 1 << 14)
+    return sizes
 
 
 def _decided(sizes: Collection[tuple[int, int]]) -> bool:
@@ -194,7 +175,7 @@ class DatasetFiles:
     root: Path  # folder of the images
     folder: Path  # folder of the dataset's stores
     scan: Scan  # see :func:`scan_images`
-    sizes: ImageSizes  # the distinct (width, height) of its images, as far as a transform depends on them
+    sizes: Collection[tuple[int, int]]  # see `read_sizes`; at least one
 
     def keep(self) -> None:
         """Write the scan beside the stores, so that the next one reads no header and no unchanged file again."""
@@ -202,9 +183,9 @@ class DatasetFiles:
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Keep the scan once more, however this ends, where digests were learnt meanwhile.
+        """Keep the scan once more, however the block ends, if digests were learned in it.
 
-        What other processes kept meanwhile stays, as far as it holds of the files as they were here.
+        What other processes kept meanwhile stays, as far as it holds for the files as they were here.
         """
         known = len(self.scan.digests)
         try:
@@ -222,21 +203,40 @@ def scan_dataset(
     """Look at every file of a dataset; what an earlier scan knows of unchanged ones is not read again."""
     root, folder = image_root(dataset), home_dir(home) / slug(dataset.name)
     scan = scan_images(dataset, root, decode_scan(folder / "scan.parquet"), pool, decoding)
-    if all(size == UNREADABLE for size in scan.seen.values()) and not list(ImageSizes(scan)):
+    sizes = read_sizes(scan, pool)
+    if not sizes:
         raise none_readable(dataset, root, decoding)
-    return DatasetFiles(root, folder, scan, ImageSizes(scan))
+    return DatasetFiles(root, folder, scan, sizes)
+
+
+def image_root(dataset: ImageDataset) -> Path:
+    """Folder of the images; `DatasetNotFoundError` if it is not here."""
+    if dataset.root is None or not dataset.root.is_dir():
+        raise DatasetNotFoundError(
+            f"the images of {dataset.name} are not here; extraction needs them", code="images-not-found",
+            expected=str(dataset.root) if dataset.root else None,
+            fix=extract_command("NAME", replace(dataset, root=None, origin=None)),
+        )  # fmt: skip
+    return dataset.root
+
+
+def none_readable(dataset: ImageDataset, root: Path, decoding: Decoding | None = None) -> DatasetNotFoundError:
+    """The error for a dataset without any readable image, with the first reasons."""
+    prepared = [prepare(root, source, (), decoding=decoding) for source in image_refs(dataset.table.head(3))]
+    reasons = dict.fromkeys(image.reason for image in prepared if image.reason)
+    return DatasetNotFoundError(
+        "none of the dataset's images can be read", code="no-readable-image", where=root,
+        found=f"{len(dataset)} names; the first: {'; '.join(reasons) or 'headers without a size'}",
+        fix=f"embcache datasets {dataset.layout} --data-root {root}",
+    )  # fmt: skip
 
 
 def dataset_transform(
-    backbone: Backbone,
-    kind: str | None,
-    dataset: ImageDataset,
-    home: PathLike | None = None,
-    pool: Executor | None = None,
+    backbone: Backbone, kind: str | None, dataset: ImageDataset, home: PathLike | None = None
 ) -> Transform:
     """The transform that an extraction of ``backbone`` over ``dataset`` would use."""
-    with ExitStack() as stack:
-        files = scan_dataset(dataset, home, pool or stack.enter_context(ThreadPoolExecutor(default_workers())))
+    with ThreadPoolExecutor(default_workers()) as pool:
+        files = scan_dataset(dataset, home, pool)
     chosen = choose_transform(backbone, kind, files.sizes)
     files.keep()
     return chosen
@@ -245,7 +245,7 @@ def dataset_transform(
 def scan_images(
     dataset: ImageDataset, root: Path, known: pd.DataFrame | None, pool: Executor, decoding: Decoding | None = None
 ) -> Scan:
-    """State of each distinct file of a dataset, and what ``known``, an earlier scan, tells of the unchanged ones.
+    """State of each distinct file of a dataset, with what ``known``, an earlier scan, has of the unchanged ones.
 
     The header of the first file of each suffix is read, so that a decoder that is not installed is missed now.
     """
@@ -271,7 +271,7 @@ def scan_images(
 def _still_true(
     known: pd.DataFrame | None, states: Mapping[str, FileState]
 ) -> tuple[dict[str, tuple[int, int]], dict[tuple[str, str], str], frozenset[str]]:
-    """What an earlier scan says of files that are in the state that they had then, and which others look like it."""
+    """Sizes and digests of an earlier scan that still hold, and files changed except for size and time."""
     seen: dict[str, tuple[int, int]] = {}
     digests: dict[tuple[str, str], str] = {}
     moved = set()
@@ -290,8 +290,8 @@ def _still_true(
 def encode_scan(scan: Scan) -> bytes:
     """A scan as Parquet bytes, one row per image, with the decoder's version.
 
-    Width and height are -1 of headers that were not read; a digest is empty where it is not known, or where the file
-    was written so shortly before it was looked at that it could change without another time.
+    Width and height are -1 for headers that were not read; a digest is empty if it is not known, or if the file was
+    written so shortly before the scan that it could change without another time.
     """
     late = scan.began_ns - _TICK_NS
     states = np.array([scan.states[path] for path, _ in scan.images], dtype=np.int64).reshape(-1, len(_STATE))

@@ -1,10 +1,10 @@
 """Which images a feature store owes, and in which shards they are computed.
 
-An image is owed when its id is not in the store or its bytes changed. A file that is in the very state in which it was
-last hashed (size, mtime, ctime, inode: see `embcache.extract.scan`) has the same bytes; any other is hashed, so
-touching or copying a dataset costs a read and no extraction. Size and modification time alone prove nothing: bitmaps,
-tiles, DICOM and array files have one size, and archives restore times. Owed images go into new shards; a published
-plan is never edited.
+An image is owed if its ID is not in the store or its bytes changed. A file in the state in which it was last hashed
+(size, mtime, ctime, inode: see `embcache.extract.scan`) has the same bytes; any other is hashed, so that touching or
+copying a dataset costs a read and no extraction. Size and modification time alone prove nothing: bitmaps, tiles, DICOM
+and array files have one size, and archives restore times. Owed images go into new shards; a published plan is never
+edited.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Plan:
     cached: int  # images of the dataset that are committed already
     added: int  # images that no shard held before this plan
     changed: int  # images whose bytes changed since they were extracted
-    retried: int = 0  # images that were quarantined, and are owed once more
+    retried: int = 0  # quarantined images that are owed once more
 
 
 def plan_store(
@@ -52,9 +52,8 @@ def plan_store(
     """Publish what ``store`` owes for ``dataset`` as new shards, and return all shards still to compute.
 
     Shards that an earlier, interrupted run planned come first, unchanged. With ``publish=False`` nothing is written
-    and the shards are those that would be. With ``retry_quarantined`` quarantined images are owed once more: what could
-    not be read then may be now, though the files have not changed. So are those that were too large, and are not by the
-    scan's limit on pixels.
+    and the shards are those that would be. With ``retry_quarantined`` quarantined images are owed once more, though
+    their files have not changed. So are images that were too large, if the scan's limit on pixels now allows them.
     """
     states = scan.states
     ids, paths, rows = (dataset.table[name].tolist() for name in ("id", "path", "place"))
@@ -64,7 +63,7 @@ def plan_store(
         committed, plans = set(store.committed()), store.plans()
         owed = {number: entries for number, entries in plans.items() if number not in committed}
         held, reasons = store.sources_and_reasons()
-        # A row of an image that had left the dataset says nothing of one that is back.
+        # The row of an image that had left the dataset says nothing about one that is back.
         again = {
             image
             for image, reason in reasons.items()
@@ -92,7 +91,7 @@ def plan_store(
         size = store.rows_per_shard
         first = max([*plans, *committed], default=-1) + 1
         chunks = {first + i: fresh[start : start + size] for i, start in enumerate(range(0, len(fresh), size))}
-        # Another process may plan at the same moment: the one whose number is taken looks again.
+        # Another process may plan at the same moment: the one that finds its number taken starts again.
         if not publish or all(
             publish_plan(store.path, number, [_entry(image, members[image], scan) for image in chunk])
             for number, chunk in chunks.items()

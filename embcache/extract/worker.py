@@ -1,14 +1,13 @@
 """One shard of images in, its rows of features out: the unit of work of every engine.
 
-Nothing here knows of stores, leases or datasets, so a local loop, a process pool or a distributed engine can call
-:func:`compute_shard` alike.
+Nothing here knows stores, leases or datasets, so any engine can call :func:`compute_shard`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -21,15 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embcache.backbones.catalog import LoadedBackbone
-from embcache.backbones.reduced import to_bfloat16
-from embcache.backbones.transforms import Transform, frame, normalise
+from embcache.backbones.inference import fold_norms, to_bfloat16
+from embcache.backbones.transforms import Transform, frame, normalize
 from embcache.data.budget import Decoding
 from embcache.data.images import ImageRef
-from embcache.errors import UsageError
-from embcache.extract.augment import Augmentation, augmentation
+from embcache.errors import UsageError, check_choice
+from embcache.extract.augment import Augmentation, CachedFrames, Views, augmentation, make_views, view_batches
 from embcache.extract.batching import AHEAD, stack_batch
-from embcache.extract.fold import fold_norms
-from embcache.extract.views import CachedFrames, Views, make_views, view_batches
 from embcache.memory import keep_freed_memory
 from embcache.store.commit import ShardRows
 
@@ -37,7 +34,7 @@ DTYPES = ("float32", "float16")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 # Raised whenever the arithmetic between decoded pixels and stored features changes: it is part of every recipe.
-# 2: batch norms folded into convolutions; bfloat16 from end to end.
+# 2: batch norms folded into convolutions; bfloat16 throughout.
 NUMERICS = 2
 
 # Batches that a GPU may be given before the features of the first are waited for.
@@ -48,8 +45,8 @@ DEPTH = 2
 class FrozenNetwork:
     """A loaded backbone with its transform, device and precision: uint8 batches in, float32 features out.
 
-    With more than one view, each image is seen so many times: as it is, and augmented. ``dtype`` is that in which the
-    features are kept.
+    With several views, each image is seen once as it is, and augmented in the others. ``dtype`` is that of the stored
+    features.
     """
 
     backbone: LoadedBackbone
@@ -61,8 +58,8 @@ class FrozenNetwork:
     dtype: str = "float32"
 
     @property
-    def looks(self) -> Views:
-        """What becomes of an image before it is normalised."""
+    def image_views(self) -> Views:
+        """What becomes of an image before it is normalized."""
         return make_views(self.transform, self.views, self.augmentation)
 
     @property
@@ -73,15 +70,15 @@ class FrozenNetwork:
 
     def features(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Features, float32 (B, D), of a uint8 batch (B, H, W, 3)."""
-        result: NDArray[np.float32] = self.forward(as_tensor(pixels)).cpu().numpy()
+        result: NDArray[np.float32] = self.forward(torch.from_numpy(pixels.copy())).cpu().numpy()
         return result
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """As :meth:`features` of a tensor, best on the device already: the result is, and may not be done yet."""
-        # A network for bfloat16 has its weights in it, and says itself where: autocast would cast them in every batch.
+        """As :meth:`features`, of a tensor, best on the device already; the result may still be on its way."""
+        # A network for bfloat16 has its weights in it and casts by itself: autocast would cast them in every batch.
         precision = "fp32" if self.precision == "bf16" else self.precision
         with torch.inference_mode(), arithmetic(self.device, precision):
-            batch = normalise(pixels, self.transform, self.device)
+            batch = normalize(pixels, self.transform, self.device)
             output: Tensor = self.backbone.module(batch.contiguous(memory_format=torch.channels_last))
             return output.float()
 
@@ -97,27 +94,15 @@ def freeze(
 ) -> FrozenNetwork:
     """Put a backbone on its device; ``augment`` is the modality that views beyond the first follow."""
     target = pick_device(device)
-    if dtype not in DTYPES:
-        raise UsageError(
-            "unknown dtype of features",
-            expected=", ".join(DTYPES),
-            found=dtype,
-            fix="embcache extract --feature-dtype float32 …",
-        )
-    if precision not in PRECISIONS:
-        raise UsageError(
-            "unknown precision",
-            expected=", ".join(PRECISIONS),
-            found=precision,
-            fix="embcache extract --precision fp32 …",
-        )
+    check_choice("--feature-dtype", dtype, DTYPES)
+    check_choice("--precision", precision, PRECISIONS)
     if precision == "tf32" and target.type != "cuda":
         raise UsageError(
-            "TF32 exists on CUDA devices only", found=str(target), fix="embcache extract --precision fp32 …"
-        )
+            "TF32 exists on CUDA devices only", code="precision-device", found=str(target),
+            fix="embcache extract --precision fp32 …",
+        )  # fmt: skip
     if target.type == "cpu":
         keep_freed_memory()
-    # Networks that are trained go another way: a folded norm learns nothing.
     module = fold_norms(backbone.module.to(device="cpu"), transform.size)
     if precision == "bf16":
         module = to_bfloat16(module)
@@ -142,23 +127,18 @@ def pick_device(device: str) -> torch.device:
         target = torch.device(device)
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError, ValueError) as error:
-        # torch lists all types of devices that it knows of: that is no help
+        # torch lists all types of devices that it knows, which is no help
         reason = str(error).splitlines()[0] if "device type" not in str(error) else "no such type of device"
         raise UsageError(
-            f"the device {device!r} cannot be used",
-            found=reason,
-            expected="auto, cpu, cuda:0, …",
+            f"the device {device!r} cannot be used", code="device", found=reason, expected="auto, cpu, cuda:0, …",
             fix="--device auto",
-        ) from error
+        ) from error  # fmt: skip
     return target
 
 
 @contextlib.contextmanager
 def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
-    """The arithmetic of a precision, for the time of a ``with``.
-
-    fp32 means fp32: cuDNN would otherwise use TF32 for convolutions unasked.
-    """
+    """The arithmetic of a precision, in a ``with`` block; fp32 means fp32: cuDNN's default for convolutions is TF32."""
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
             tf32 = precision == "tf32"
@@ -198,13 +178,13 @@ class Sender:
 
 
 class Receiver:
-    """Brings features from a device into arrays; from a GPU when they are done, in the order they were asked for."""
+    """Copies features from a device into arrays; from a GPU when they are done, in order."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[torch.cuda.Event, Tensor, NDArray[Any]]] = deque()
 
     def bring(self, features: Tensor, target: NDArray[Any]) -> None:
-        """Have the first rows of ``features``, float32 (B, D), written to ``target``, (n, D), now or when settled."""
+        """Write the first rows of ``features``, float32 (B, D), to ``target``, (n, D), now or when settled."""
         if features.device.type != "cuda":
             target[:] = features.numpy()[: len(target)]
             return
@@ -215,16 +195,11 @@ class Receiver:
         self._pending.append((event, host, target))
 
     def settle(self, keep: int = 0) -> None:
-        """Wait until at most ``keep`` of what was asked for is still on its way."""
+        """Wait until at most ``keep`` copies are pending."""
         while len(self._pending) > keep:
             event, host, target = self._pending.popleft()
             event.synchronize()
             target[:] = host.numpy()[: len(target)]
-
-
-def as_tensor(pixels: NDArray[np.uint8]) -> Tensor:
-    """A uint8 array as a tensor that shares its memory; a copy of one that may not be written to."""
-    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
 
 
 def compute_shard(
@@ -234,31 +209,27 @@ def compute_shard(
     *,
     batch_size: int,
     pool: Executor,
-    cached: Mapping[str, CachedFrames] | None = None,
+    cached: CachedFrames | None = None,
     on_rows: Callable[[int], object] = lambda rows: None,
-    on_bad: Callable[[ImageRef, str], object] = lambda source, reason: None,
     decoding: Decoding | None = None,
 ) -> list[ShardRows]:
     """Features of one shard under each network; every image is read and decoded once for all of them."""
-    looks = [network.looks for network in networks]
-    distinct = list(dict.fromkeys(looks))
+    wanted = [network.image_views for network in networks]
+    distinct = list(dict.fromkeys(wanted))
     firsts = dict(zip(distinct, accumulate((views.number for views in distinct), initial=0), strict=False))
     features = [np.zeros((len(sources), net.views, net.backbone.spec.dim), np.float32) for net in networks]
     digests: list[str] = []
     reasons: list[str] = []
     sender, receiver = Sender(networks[0].device), Receiver()
     # On a CPU the cores that would decode the next batch are those that compute this one: neither gets faster, and
-    # torch's threads wait for whichever of them was interrupted (docs/log.md).
+    # torch's threads wait for the one that was interrupted (docs/log.md).
     ahead = 0 if networks[0].device.type == "cpu" else AHEAD
-    for batch in view_batches(root, sources, distinct, batch_size, pool, cached, ahead=ahead, decoding=decoding):
+    for batch in view_batches(root, sources, distinct, batch_size, pool, cached or {}, ahead=ahead, decoding=decoding):
         start = len(digests)
         digests += [prepared.digest for prepared in batch]
         reasons += [prepared.reason for prepared in batch]
-        for source, prepared in zip(sources[start:], batch, strict=False):
-            if prepared.reason:
-                on_bad(source, prepared.reason)
         sent: dict[int, Tensor] = {}
-        for network, views, target in zip(networks, looks, features, strict=True):
+        for network, views, target in zip(networks, wanted, features, strict=True):
             for view in range(views.number):
                 # A batch holds one view of its images, so that view 0 is computed just as without others.
                 which = firsts[views] + view
@@ -267,9 +238,9 @@ def compute_shard(
                     sent[which] = sender.send(stack_batch(batch, which, pixels))
                 receiver.bring(network.forward(sent[which]), target[start : start + len(batch), view])
             on_rows(len(batch))
-        receiver.settle(keep=(DEPTH - 1) * sum(views.number for views in looks))
+        receiver.settle(keep=(DEPTH - 1) * sum(views.number for views in wanted))
     receiver.settle()
-    # What a narrow dtype cannot hold becomes infinite, and is quarantined like whatever else is not finite.
+    # What a narrow dtype cannot hold becomes infinite, and is quarantined like everything that is not finite.
     with np.errstate(over="ignore"):
         shaped = [
             rows.reshape(len(sources), *net.row_shape).astype(net.dtype, copy=False)
@@ -281,10 +252,10 @@ def compute_shard(
 def _rows(
     sources: Sequence[ImageRef], features: NDArray[Any], digests: Sequence[str], reasons: Sequence[str]
 ) -> ShardRows:
-    finite = [bool(np.isfinite(row).all()) for row in features]
+    finite = np.isfinite(features).all(axis=tuple(range(1, features.ndim)))
     why = tuple(
-        reason or ("" if is_finite else "the features are not finite")
-        for reason, is_finite in zip(reasons, finite, strict=True)
+        reason or ("" if ok else "the features are not finite")
+        for reason, ok in zip(reasons, finite.tolist(), strict=True)
     )
     valid = np.array([not reason for reason in why], dtype=bool)
     features[~valid] = 0.0

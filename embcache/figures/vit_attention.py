@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from embcache.backbones.catalog import LoadedBackbone, find_backbone, load_backbone
-from embcache.backbones.transforms import Transform, choose_transform, normalise
+from embcache.backbones.transforms import Transform, choose_transform, normalize
 from embcache.data.images import read_image
 from embcache.errors import UsageError
 from embcache.paths import PathLike
@@ -59,7 +59,7 @@ def class_attention(loaded: LoadedBackbone, transform: Transform, pixels: NDArra
     attention.fused_attn = False
     hook = attention.attn_drop.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        module(normalise(torch.from_numpy(pixels[None]), transform, "cpu"))
+        module(normalize(torch.from_numpy(pixels[None]), transform, "cpu"))
     finally:
         hook.remove()
         attention.fused_attn = was_fused

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from embcache.backbones.catalog import Backbone
-from embcache.backbones.transforms import Transform, choose_transform, frame
+from embcache.backbones.transforms import Transform, center, choose_transform, frame
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import image_refs
 from embcache.errors import StoreError, UsageError
-from embcache.extract.augment import Augmentation, centre
+from embcache.extract.augment import Augmentation
 from embcache.extract.batching import prepare_batches
 from embcache.extract.pixels import cache_pixels, decode_into, open_pixels
 from embcache.extract.scan import DatasetFiles
@@ -106,7 +106,7 @@ def cached_frames(
     say: Callable[[str], object],
 ) -> FeatureStore:
     """The dataset's pixel store, completed where images are missing from it."""
-    return cache_pixels(ds, transform, home=home, workers=workers, say=say).restrict(ds.table["id"])
+    return cache_pixels(ds, transform, home=home, workers=workers).restrict(ds.table["id"])
 
 
 def decode_frames(
@@ -173,7 +173,7 @@ def batches(
 
     def make(draw: Draw) -> Pixels:
         pixels = frames.pixels[draw.row]
-        return centre(pixels, augment.size) if draw.key is None else augment(pixels, draw.key)
+        return center(pixels, augment.size) if draw.key is None else augment(pixels, draw.key)
 
     if pool is None:
         for batch in plan:

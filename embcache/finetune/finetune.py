@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from embcache.cores import default_workers
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, check_number
-from embcache.extract.extract_request import default_workers
 from embcache.finetune.batches import (
     cached_frames,
     cached_images,

@@ -15,12 +15,12 @@ from torch import nn
 
 from embcache.backbones.catalog import Backbone, find_backbone, load_backbone
 from embcache.backbones.transforms import Transform, frame
+from embcache.backbones.weights import weights_by_name
 from embcache.data.classes import class_flags
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError, check_choice, check_number
 from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.extract import make_recipe
-from embcache.extract.extract_request import weights_by_name
 from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.worker import PRECISIONS, FrozenNetwork, pick_device
 from embcache.finetune.batches import Images, choose_transforms

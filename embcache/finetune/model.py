@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from embcache.backbones.catalog import Backbone, find_backbone
 from embcache.backbones.networks import build_network
 from embcache.backbones.timm_models import build_timm
-from embcache.backbones.transforms import Transform, normalise
+from embcache.backbones.transforms import Transform, normalize
 from embcache.errors import StoreError, UsageError, WeightsError
 from embcache.extract.worker import arithmetic, pick_device
 from embcache.probe.heads import Head, heads, make_head
@@ -50,7 +50,7 @@ class ImageModel:
                 transform = self.transforms[name]
                 key = (transform.mean, transform.std)
                 if key not in seen:
-                    batch = normalise(pixels, transform, self.device)
+                    batch = normalize(pixels, transform, self.device)
                     seen[key] = batch.contiguous(memory_format=torch.channels_last)
                 features[name] = module(seen[key])
         # The heads are written for a stack of K of them; here K is 1.

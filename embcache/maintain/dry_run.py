@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from embcache.data.budget import Decoding, check_max_pixels
+from embcache.config import ExtractConfig
+from embcache.cores import default_workers
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError
-from embcache.extract.engines.devices import split_devices
-from embcache.extract.extract import make_recipe, open_networks
-from embcache.extract.extract_request import check_numbers, default_workers
+from embcache.extract.extract import decoding_of, make_recipe, open_networks
 from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.shard_plan import plan_store
 from embcache.extract.worker import FrozenNetwork
@@ -86,30 +85,15 @@ class DryRun:
 
 
 def dry_run(
-    names: Sequence[str],
-    dataset: ImageDataset,
-    *,
-    home: PathLike | None = None,
-    weights: PathLike | Mapping[str, PathLike] | None = None,
-    transform: str | None = None,
-    device: str = "auto",
-    precision: str = "fp32",
-    views: int = 1,
-    feature_dtype: str = "float32",
-    retry_quarantined: bool = False,
-    max_pixels: int | None = None,
+    names: Sequence[str], dataset: ImageDataset, config: ExtractConfig | None = None, *, home: PathLike | None = None
 ) -> list[DryRun]:
-    """Compare what `extract_features` with these arguments wants with what is cached; nothing is written."""
-    check_numbers(views=views)
-    decoding = Decoding() if max_pixels is None else Decoding(check_max_pixels(max_pixels))
+    """Compare what an extraction with this config wants with what is cached; nothing is written."""
+    config = config or ExtractConfig()
     with ThreadPoolExecutor(default_workers()) as pool:
-        files = scan_dataset(dataset, home, pool, decoding)
-        networks = open_networks(
-            names, dataset, files, home=home, weights=weights, transform=transform, device=split_devices(device)[0],
-            precision=precision, views=views, feature_dtype=feature_dtype,
-        )  # fmt: skip
+        files = scan_dataset(dataset, home, pool, decoding_of(config))
+        networks = open_networks(names, dataset, files, config, home=home)
         return [
-            _one(name, network, dataset, files, home, retry_quarantined)
+            _one(name, network, dataset, files, home, config.retry_quarantined)
             for name, network in zip(names, networks, strict=True)
         ]
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels, default_max_pixels, pixels_of
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef, image_refs_of, read_image
 from embcache.errors import CorruptStoreError, DatasetError, ImageError, RecipeError, StoreError
 from embcache.extract.extract import make_recipe, recipe_network, recipe_transform
-from embcache.extract.extract_request import default_workers
 from embcache.extract.pixels import pixel_recipe, pixel_rows
 from embcache.extract.worker import compute_shard
 from embcache.io import discard, make_folder

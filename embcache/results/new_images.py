@@ -16,7 +16,7 @@ from embcache.data.images import ImageRef, image_refs
 from embcache.data.roles import find_columns, find_groups
 from embcache.data.tables import named_columns, open_table
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
-from embcache.extract.extract_request import image_root
+from embcache.extract.scan import image_root
 from embcache.paths import PathLike
 
 

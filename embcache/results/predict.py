@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.config import DatasetRef
+from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.classes import as_in_run, change_notes
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import DatasetError, UsageError
-from embcache.extract.extract_request import default_workers
 from embcache.paths import PathLike
 from embcache.probe.metrics import softmax
 from embcache.probe.prevalence import Adjust, Adjustment

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embcache.backbones.weights import weights_by_name
 from embcache.data.budget import Decoding
 from embcache.data.images import DECODER_VERSION, ImageRef
 from embcache.errors import RecipeError, StoreNotFoundError, UsageError
 from embcache.extract.batching import prepare_batches, stack_batch
 from embcache.extract.extract import BATCH_SIZES, make_recipe, recipe_network
-from embcache.extract.extract_request import weights_by_name
 from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device
 from embcache.finetune.model import FinetunedModel, load_finetuned
 from embcache.paths import PathLike

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.extract.extract import run_extraction
+from embcache.extract.extract import extract
 from embcache.figures.maps import embed_map
 from embcache.figures.plots import Map, plot_maps
 from embcache.paths import PathLike, home_dir, slug
@@ -34,7 +34,7 @@ def run_demo(*, home: PathLike | None = None, say: Callable[[str], object] = lam
     say("1/4  images: the built-in sample (synthetic, drawn by embcache)")
     dataset = load_dataset("sample", home=home)
     say(f"2/4  extract: {len(dataset)} images through {', '.join(DEMO_BACKBONES)}")
-    extractions = run_extraction(DEMO_BACKBONES, dataset, home=home, say=say)
+    extractions = extract(dataset, DEMO_BACKBONES, home=home)
     say("3/4  probe: linear at S, M and F for each backbone, DVME over the three pretrained ones at S")
     results = probe_grid(
         dataset, [[name] for name in DEMO_BACKBONES], head="linear", subsets=["S", "M", "F"], home=home

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from embcache.backbones.catalog import load_backbone
+from embcache.config import ExtractConfig
 from embcache.errors import EmbcacheError, UsageError
-from embcache.extract.extract import run_extraction
+from embcache.extract.extract import extract
 from embcache.finetune.finetune import finetune_images
 from embcache.probe.probe import probe_grid
 from embcache.results.grid import Cell, Grid, Model, choose_best, compare_with_paper
@@ -106,16 +107,11 @@ def _extract(
     if owed and state.live is not None:
         say(f"extract   {state.asked}: {', '.join(owed)}")
         try:
-            run_extraction(
-                owed,
-                state.live,
-                home=settings.home,
-                weights={name: path for name, path in settings.weights.items() if name in owed} or None,
-                transform=settings.transform,
-                device=settings.device,
-                workers=settings.workers,
-                say=say,
-            )
+            config = ExtractConfig(
+                weights=tuple(f"{name}={path}" for name, path in settings.weights.items() if name in owed),
+                transform=settings.transform, device=settings.device, workers=settings.workers,
+            )  # fmt: skip
+            extract(state.live, owed, config, home=settings.home)
         except UsageError:
             raise
         except EmbcacheError as error:

@@ -13,7 +13,7 @@ from embcache.backbones.checkpoints import hash_state
 from embcache.backbones.networks import resnet50
 from embcache.backbones.normal import fill_normal
 
-DIGEST = "from embcache.extract import checkpoints, networks; print(checkpoints.hash_state(networks.resnet50(3)))"
+DIGEST = "from embcache.backbones import checkpoints, networks; print(checkpoints.hash_state(networks.resnet50(3)))"
 
 
 def test_weights_are_the_same_whatever_instructions_the_processor_has() -> None:

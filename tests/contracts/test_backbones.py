@@ -6,7 +6,6 @@ Weights that would be downloaded are made on the spot in their published layout;
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -15,19 +14,32 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from PIL import Image
+from torch import Tensor, nn
 
-from embcache.backbones.catalog import BACKBONES, LoadedBackbone, find_backbone, load_backbone, weights_status
-from embcache.backbones.checkpoints import hash_state
-from embcache.backbones.transforms import choose_transform
-from embcache.data.images import ImageRef
-from embcache.extract.worker import compute_shard, freeze
+from embcache.backbones.catalog import (
+    BACKBONES,
+    Backbone,
+    LoadedBackbone,
+    backbones,
+    find_backbone,
+    load_backbone,
+    weights_status,
+)
+from embcache.backbones.transforms import Transform, choose_transform
+from embcache.data.dataset import load_dataset
+from embcache.errors import UsageError
+from embcache.extract.extract import extract_features, recipe_network
+from embcache.extract.worker import freeze
+from embcache.store.feature_store import FeatureStore, open_store
+from embcache.testing import check_backbone
 from tests.extract import published
+from tests.extract.conftest import images
+from tests.refusal import refused
+
+__all__ = ["images"]
 
 TIMM = "timm:resnet10t"
 NAMES = (*BACKBONES, "random:1", TIMM)
-KINDS = ("random", "dino", "effnet_lite0", TIMM)  # one of each architecture
-SIZES = {"native": (224, 224), "patchcam": (96, 96)}
 
 
 def _save_timm(path: Path) -> Path:
@@ -65,94 +77,101 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LoadedBack
     return load_once
 
 
-def pixels(count: int, size: tuple[int, int], seed: int = 0) -> np.ndarray:
-    coarse = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
-    factor = (size[0] // 4, size[1] // 4)
-    return coarse.repeat(factor[0], axis=1).repeat(factor[1], axis=2)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_backbone_keeps_every_promise(load: Callable[[str], LoadedBackbone], name: str) -> None:
+    loaded = load(name)
+    assert loaded.spec == find_backbone(name)
+    check_backbone(loaded)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_row_tells_the_truth_about_the_network(load: Callable[[str], LoadedBackbone], name: str) -> None:
+def test_features_of_images_of_224_pixels_are_finite(load: Callable[[str], LoadedBackbone], name: str) -> None:
     loaded = load(name)
-    spec = loaded.spec
-    assert spec == find_backbone(name)
-    assert spec.name == name
-    assert sum(parameter.numel() for parameter in loaded.module.parameters()) == spec.parameters
-    assert spec.network
-    assert spec.licence
-    assert spec.source
-    assert len(loaded.weights_sha256) == 64
-    assert loaded.weights_source
-
-
-@pytest.mark.parametrize(("name", "size"), [(name, size) for name in KINDS for size in SIZES])
-def test_features_are_finite_vectors_that_tell_images_apart(
-    load: Callable[[str], LoadedBackbone], name: str, size: str
-) -> None:
-    loaded = load(name)
-    network = freeze(loaded, choose_transform(loaded.spec, "paper", {SIZES[size]}), "cpu", "fp32")
-    features = network.features(pixels(2, SIZES[size]))
+    network = freeze(loaded, choose_transform(loaded.spec, "paper", {(224, 224)}), "cpu", "fp32")
+    features = network.features(np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8))
     assert features.shape == (2, loaded.spec.dim)
-    assert features.dtype == np.float32
     assert np.isfinite(features).all()
-    assert np.abs(features[0] - features[1]).max() > 1e-3 * np.abs(features).max()
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_frozen_means_frozen(load: Callable[[str], LoadedBackbone], name: str) -> None:
-    loaded = load(name)
-    assert not any(module.training for module in loaded.module.modules())
-    assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
-    before = hash_state(loaded.module)
-    network = freeze(loaded, choose_transform(loaded.spec, "paper", {(96, 96)}), "cpu", "fp32")
-    first = network.features(pixels(3, (96, 96)))
-    second = network.features(pixels(3, (96, 96)))
-    assert hash_state(loaded.module) == before
-    np.testing.assert_array_equal(first, second)
+class Small(nn.Module):
+    """A network of a user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 7, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.net(images).flatten(1)
+        return features
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_features_do_not_depend_on_the_rest_of_the_batch(load: Callable[[str], LoadedBackbone], name: str) -> None:
-    loaded = load(name)
-    network = freeze(loaded, choose_transform(loaded.spec, "paper", {(96, 96)}), "cpu", "fp32")
-    batch = pixels(4, (96, 96))
-    together = network.features(batch)
-    for order in ([0], [3, 1, 2]):
-        alone = network.features(np.ascontiguousarray(batch[order]))
-        assert np.abs(alone - together[order]).max() <= 1e-5 * np.abs(together).max()
+def small() -> Backbone:
+    """Named ``tests.contracts.test_backbones:small`` on the command line."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Backbone.from_module(Small(), name="small", dim=8)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_reduced_precision_is_near_full_precision(load: Callable[[str], LoadedBackbone], name: str) -> None:
-    loaded = load(name)
-    transform = choose_transform(loaded.spec, "paper", {(96, 96)})
-    batch = pixels(2, (96, 96))
-    full = freeze(loaded, transform, "cpu", "fp32").features(batch)
-    reduced = freeze(loaded, transform, "cpu", "bf16").features(batch)
-    assert reduced.dtype == np.float32
-    assert not np.array_equal(full, reduced)
-    cosines = (full * reduced).sum(1) / np.linalg.norm(full, axis=1) / np.linalg.norm(reduced, axis=1)
-    assert cosines.min() >= 0.999
+PLACE = f"{__name__}:small"
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_the_first_of_several_views_is_the_plain_row(
-    load: Callable[[str], LoadedBackbone], name: str, tmp_path: Path
-) -> None:
-    loaded = load(name)
-    for index, image in enumerate(pixels(3, (96, 96))):
-        Image.fromarray(image).save(tmp_path / f"{index}.png")
-    sources = [ImageRef(str(index), f"{index}.png", "") for index in range(3)]
-    transform = choose_transform(loaded.spec, "paper", {(96, 96)})
-    with ThreadPoolExecutor(1) as pool:
-        plain, viewed = (
-            compute_shard(tmp_path, sources, [network], batch_size=2, pool=pool)[0]
-            for network in (
-                freeze(loaded, transform, "cpu", "fp32"),
-                freeze(loaded, transform, "cpu", "fp32", views=2, augment="patch"),
-            )
-        )
-    assert plain.features.shape == (3, loaded.spec.dim)
-    assert viewed.features.shape == (3, 2, loaded.spec.dim)
-    np.testing.assert_array_equal(viewed.features[:, 0], plain.features)
-    assert plain.digests == viewed.digests
+def test_a_module_of_ones_own_is_a_backbone_by_name_and_as_an_object(images: Path, home: Path) -> None:
+    check_backbone(PLACE)
+    check_backbone(small())
+    dataset = load_dataset("folder", images)
+    stores = extract_features([small(), PLACE], dataset)
+    assert isinstance(stores, dict)
+    assert stores.keys() == {"small", PLACE}
+    assert np.array_equal(stores["small"].features[:], stores[PLACE].features[:])
+    assert open_store(PLACE, dataset).row_shape == (8,)
+    module = small().module
+    assert module is not None
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    with refused(UsageError, "backbone-not-imported"):  # a saved recipe imports no code
+        recipe_network(stores[PLACE].recipe)
+    with refused(UsageError, "backbone-in-process"):
+        extract_features(small(), dataset, device="cpu,cpu")
+    with refused(UsageError, "backbone-takes-no-weights"):
+        extract_features(PLACE, dataset, weights="some.pth")
+
+
+def test_another_version_or_other_tensors_are_another_recipe(images: Path, home: Path) -> None:
+    dataset = load_dataset("folder", images)
+    own = Transform("own", (32, 32), None, (32, 32), "bilinear", (0.5,) * 3, (0.5,) * 3)
+    module = small().module
+    assert module is not None
+    torch.manual_seed(7)
+    more = [Backbone.from_module(module, name="small", dim=8, version="2"),
+            Backbone.from_module(module, name="small", dim=8, transform=own),
+            Backbone.from_module(Small(), name="small", dim=8)]  # fmt: skip
+    paths = {
+        store.path for each in (small(), *more) if isinstance(store := extract_features(each, dataset), FeatureStore)
+    }
+    assert len(paths) == 4
+
+
+def test_a_registered_backbone_is_known_by_its_name() -> None:
+    backbones.register("tiny_one")(small)
+    try:
+        assert find_backbone("tiny_one").name == "tiny_one"
+        with refused(UsageError, "registry-taken"):
+            backbones.register("tiny_one")
+    finally:
+        del backbones._objects["tiny_one"]
+    with refused(UsageError, "unknown-backbone"):
+        find_backbone("tiny_one")
+    with refused(UsageError, "import-failed"):
+        find_backbone("no_such_module:small")
+    with refused(UsageError, "backbone-type"):
+        find_backbone(f"{__name__}:Small")
+
+
+def test_a_broken_promise_is_named() -> None:
+    class Drifting(Small):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) + torch.rand(1)
+
+    with pytest.raises(AssertionError, match="second time"):
+        check_backbone(Backbone.from_module(Drifting(), name="drifting", dim=8))
+    with pytest.raises(AssertionError, match="shape"):
+        check_backbone(Backbone.from_module(Small(), name="wide", dim=9))

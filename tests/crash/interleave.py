@@ -33,7 +33,7 @@ from embcache.probe.probe import probe_features
 from embcache.store.feature_store import FeatureStore, list_stores
 from tests.crash.faults import CHANGING
 from tests.extract.conftest import draw
-from tests.extract.tiny import load_tiny
+from tests.extract.tiny import load_tiny, run_extraction
 
 COMMANDS = ("extract", "gc", "repair", "verify", "probe", "export")
 IMAGES, ROWS = 12, 4
@@ -136,7 +136,7 @@ class World:
 
     def _extract(self, home: Path) -> None:
         dataset = load_dataset("folder", self.images)
-        run.run_extraction(
+        run_extraction(
             ["random"], dataset, home=home, format=self.format, workers=1, batch_size=ROWS, device="cpu"
         )  # fmt: skip
 

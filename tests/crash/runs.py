@@ -32,7 +32,7 @@ from embcache.store.reading import shard_name
 from tests.crash.faults import Hook, between
 from tests.crash.powerloss import Journal
 from tests.extract.conftest import draw
-from tests.extract.tiny import load_tiny
+from tests.extract.tiny import load_tiny, run_extraction
 
 ROWS = 4  # of a shard
 BEFORE, AFTER = 6, 11  # images of the first and of the second extraction
@@ -170,7 +170,7 @@ class Child:
         with ExitStack() as stack:
             if hook:
                 stack.enter_context(between(hook))
-            done = run.run_extraction(
+            done = run_extraction(
                 list(case.backbones),
                 dataset,
                 home=home,

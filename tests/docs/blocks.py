@@ -11,7 +11,7 @@ FILES = {"toml"}
 SHOWN = {"text"}  # diagrams and output: never commands
 
 # The line before a block that is not run. It is in the text, so that readers see it.
-NEEDS = re.compile(r"^\*Needs (a GPU|a cluster|an account|a download)\b.*:\*$")
+NEEDS = re.compile(r"^\*Needs (a GPU|a cluster|a module|an account|a download)\b.*:\*$")
 
 _FENCE = re.compile(r"^( *)```(.*?)\n(.*?)^\1```[ ]*$", flags=re.MULTILINE | re.DOTALL)
 _NAMED = re.compile(r"^# ([\w.-]+\.(?:toml|py))\b")

@@ -26,8 +26,12 @@ def load_small(name: str, **_: object) -> Any:
     from torch import nn
 
     from embcache.backbones.catalog import LoadedBackbone, find_backbone
+    from embcache.backbones.checkpoints import hash_state
 
     spec = find_backbone(name)
+    if spec.module is not None:
+        own = spec.module.eval().requires_grad_(False)
+        return LoadedBackbone(spec, own, hash_state(own), "a module of your own")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(name.encode()))
         convolutions = nn.Sequential(nn.Conv2d(3, 16, 7, stride=3), nn.ReLU(), nn.Conv2d(16, 16, 3))

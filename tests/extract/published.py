@@ -49,7 +49,7 @@ def vit_state(seed: int = 7) -> dict[str, Tensor]:
 
 
 def heads() -> dict[str, Tensor]:
-    """What SwAV's file holds besides the trunk."""
+    """What SwAV's file holds in addition to the trunk."""
     return {
         "projection_head.0.weight": torch.randn(4, 8),
         "projection_head.0.bias": torch.randn(4),

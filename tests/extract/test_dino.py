@@ -34,10 +34,10 @@ def resampling_matrix(source: int, target: int) -> Tensor:
     scale = (target + 0.1) / source
     matrix = torch.zeros(target, source, dtype=torch.float64)
     for row in range(target):
-        centre = (row + 0.5) / scale - 0.5
-        first = math.floor(centre) - 1
+        center = (row + 0.5) / scale - 0.5
+        first = math.floor(center) - 1
         for column in range(first, first + 4):
-            matrix[row, min(max(column, 0), source - 1)] += cubic(centre - column)
+            matrix[row, min(max(column, 0), source - 1)] += cubic(center - column)
     return matrix
 
 
@@ -52,8 +52,8 @@ def positions(embedding: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    centred = x - x.mean(1, keepdim=True)
-    return centred / (centred.square().mean(1, keepdim=True) + EPSILON).sqrt() * weight + bias
+    centerd = x - x.mean(1, keepdim=True)
+    return centerd / (centerd.square().mean(1, keepdim=True) + EPSILON).sqrt() * weight + bias
 
 
 def attention(x: Tensor, p: Mapping[str, Tensor], block: str) -> Tensor:

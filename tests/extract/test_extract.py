@@ -14,28 +14,20 @@ from PIL import Image
 
 import embcache.extract.batching as batching
 import embcache.extract.extract as run
-from embcache.backbones.catalog import LoadedBackbone
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, UsageError
-from embcache.extract.extract import extract_features, run_extraction
+from embcache.extract.extract import extract_features
 from embcache.store.feature_store import FeatureStore
 from tests.extract.conftest import draw
-from tests.extract.tiny import DIM, load_tiny
+from tests.extract.tiny import load_tiny, run_extraction
+from tests.refusal import refused
 
 
-def load_two(name: str, **_: object) -> LoadedBackbone:
-    """The tiny network; for ``random:1`` another one."""
-    loaded = load_tiny(name)
-    if name != "random":
-        with torch.no_grad():
-            for parameter in loaded.module.parameters():
-                parameter *= 1.5
-    return loaded
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "load_backbone", load_two)
+@pytest.fixture(autouse=True)
+def tiny(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small network, but for tests that compare features with torchvision's."""
+    if "direct_features" not in request.function.__code__.co_names:
+        monkeypatch.setattr(run, "load_backbone", load_tiny)
 
 
 def load(root: Path) -> ImageDataset:
@@ -126,7 +118,7 @@ def test_an_unreadable_image_is_quarantined_and_never_reaches_a_probe(images: Pa
     assert all(done.quarantined.values())
     assert len(done.store.ids) == 18
     features, labels, _ = done.store.arrays(dataset)
-    assert features.shape == (18, DIM)
+    assert features.shape == (18, 6)
     assert labels.tolist().count(dataset.class_names.index("benign")) == 8
     assert np.abs(features).sum(axis=1).min() > 0
 
@@ -140,7 +132,7 @@ def test_a_failing_disk_stops_the_run_and_blames_no_image(
 
     with monkeypatch.context() as patch:
         patch.setattr(batching, "read_image", fail)
-        with pytest.raises(DatasetError, match="EIO"):
+        with refused(DatasetError, "image-not-readable"):
             extract(images)
     assert run_extraction(["random"], load(images))[0].computed == 20
 
@@ -206,8 +198,8 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 def test_a_shard_cut_short_is_told_before_anything_is_called_complete(images: Path, home: Path, format: str) -> None:
     store = extract(images, format=format)
     largest = max((store.path / "shards").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else -1)
-    largest.write_bytes(largest.read_bytes()[:200])
-    with pytest.raises(CorruptStoreError, match="200 bytes"):
+    largest.write_bytes(largest.read_bytes()[:-7])
+    with pytest.raises(CorruptStoreError, match="bytes"):
         extract(images)
 
 
@@ -257,24 +249,23 @@ def test_images_of_unequal_size_are_resized(images: Path, home: Path) -> None:
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
-    ("keywords", "message"),
+    ("keywords", "code"),
     [
-        ({"device": "cuda:7"}, "cannot be used"),
-        ({"device": "warp"}, "cannot be used"),
-        ({"precision": "fp8"}, "unknown precision"),
-        ({"precision": "tf32", "device": "cpu"}, "CUDA"),
-        ({"batch_size": 0}, "out of bounds"),
-        ({"workers": 0}, "out of bounds"),
-        ({"part": (3, 2)}, "no such part"),
-        ({"weights": {"dino": "x"}}, "not asked for"),
-        ({"format": "npz"}, "npz"),
-        ({"transform": "none"}, "transform"),
+        ({"device": "cuda:7"}, "device"),
+        ({"device": "warp"}, "device"),
+        ({"precision": "fp8"}, "option-choice"),
+        ({"precision": "tf32", "device": "cpu"}, "precision-device"),
+        ({"batch_size": 0}, "option-bounds"),
+        ({"workers": 0}, "option-bounds"),
+        ({"part": (3, 2)}, "option-part"),
+        ({"weights": {"dino": "x"}}, "weights-name"),
+        ({"format": "npz"}, "option-choice"),
+        ({"transform": "none"}, "option-choice"),
+        ({"batchsize": 4}, "unknown-option"),
     ],
 )
-def test_bad_requests_get_one_clear_message(
-    images: Path, home: Path, keywords: dict[str, object], message: str
-) -> None:
-    with pytest.raises(UsageError, match=message):
+def test_bad_requests_get_one_clear_message(images: Path, home: Path, keywords: dict[str, object], code: str) -> None:
+    with refused(UsageError, code):
         extract(images, **keywords)
 
 
@@ -283,5 +274,5 @@ def test_a_dataset_without_images_is_refused(images: Path, home: Path) -> None:
     dataset = load(images)
     for path in images.rglob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(DatasetNotFoundError, match="the first: not an image"):
+    with refused(DatasetNotFoundError, "no-readable-image"):
         extract_features("random", dataset)

@@ -25,15 +25,16 @@ from embcache.extract.extract import Extraction
 from embcache.extract.scan import (
     ABSENT,
     UNREADABLE,
-    ImageSizes,
     Scan,
     decode_scan,
     encode_scan,
+    read_sizes,
     scan_dataset,
     scan_images,
 )
 from tests.extract.conftest import draw
-from tests.extract.tiny import load_tiny
+from tests.extract.tiny import load_tiny, run_extraction
+from tests.refusal import refused
 
 
 @pytest.fixture
@@ -76,31 +77,34 @@ def test_headers_are_read_once(
     dataset: ImageDataset, images: Path, tmp_path: Path, pool: Executor, read: list[str]
 ) -> None:
     first = scan_images(dataset, images, None, pool)
-    assert set(ImageSizes(first)) == {(40, 40)}
+    assert set(read_sizes(first, pool)) == {(40, 40)}
     assert sorted(read) == sorted(dataset.table["path"])
     again = scan_images(dataset, images, kept(first, tmp_path), pool)
-    assert set(ImageSizes(again)) == {(40, 40)}
+    assert set(read_sizes(again, pool)) == {(40, 40)}
     assert (again.states, again.seen) == (first.states, first.seen)
     assert len(read) == 20
 
 
-def test_a_second_size_spares_the_other_headers(images: Path, pool: Executor, read: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", [225, 56])
+def test_a_large_image_or_a_second_size_spares_the_other_headers(
+    side: int, images: Path, pool: Executor, read: list[str], tmp_path: Path
+) -> None:
     for index in range(100):
         draw(images / "benign" / f"more{index:03}.png", 100 + index)
     draw(images / "benign" / "0.png", 1, size=56)  # the first to be listed
     dataset = load_dataset("folder", images)
     scan = scan_images(dataset, images, None, pool)
-    sizes = ImageSizes(scan)
+    sizes = read_sizes(scan, pool)
     assert choose_transform(find_backbone("random"), None, sizes).resize == (256, 256)
     assert len(read) < 40
     before = len(read)
     again = scan_images(dataset, images, kept(scan, tmp_path), pool)
-    assert choose_transform(find_backbone("random"), None, ImageSizes(again)).resize == (256, 256)
+    assert choose_transform(find_backbone("random"), None, read_sizes(again, pool)).resize == (256, 256)
     assert len(read) == before
-    # What decided has gone: the headers that nobody looked at are unknown, not unreadable.
+    # What decided has gone: the headers that were not read are unknown, not unreadable.
     (images / "benign" / "0.png").unlink()
     left = scan_images(load_dataset("folder", images), images, kept(scan, tmp_path), pool)
-    assert choose_transform(find_backbone("random"), None, ImageSizes(left)).resize is None
+    assert choose_transform(find_backbone("random"), None, read_sizes(left, pool)).resize is None
     assert set(left.seen.values()) == {(40, 40)}
     assert len(left.seen) == 120
 
@@ -110,7 +114,7 @@ def test_every_header_of_small_images_of_one_size_counts(
 ) -> None:
     Image.new("RGB", (40, 30)).save(images / dataset.table["path"].tolist()[-1])
     scan = scan_images(load_dataset("folder", images), images, None, pool)
-    assert set(ImageSizes(scan)) == {(40, 40), (40, 30)}
+    assert set(read_sizes(scan, pool)) == {(40, 40), (40, 30)}
 
 
 def test_an_image_that_could_not_be_read_is_looked_at_again(
@@ -121,12 +125,12 @@ def test_an_image_that_could_not_be_read_is_looked_at_again(
     path.write_bytes(b"\0" * len(good))
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     first = scan_images(dataset, images, None, pool)
-    assert set(ImageSizes(first)) == {(40, 40)}
+    assert set(read_sizes(first, pool)) == {(40, 40)}
     assert [first.seen[name] for name in dataset.table["path"]] == [UNREADABLE] + [(40, 40)] * 19
     path.write_bytes(good)  # as when a decoder was installed: neither size nor time of the file tell
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     again = scan_images(dataset, images, kept(first, tmp_path), pool)
-    assert set(ImageSizes(again)) == {(40, 40)}
+    assert set(read_sizes(again, pool)) == {(40, 40)}
     assert [again.seen[name] for name in dataset.table["path"]] == [(40, 40)] * 20
 
 
@@ -137,7 +141,7 @@ def test_none_readable_is_told_and_one_is_enough(images: Path, home: Path, pool:
     dataset = load_dataset("folder", images)
     assert set(scan_dataset(dataset, home, pool).sizes) == {(40, 40)}
     files[-1].write_bytes(b"broken")
-    with pytest.raises(DatasetNotFoundError, match="none of the dataset's images"):
+    with refused(DatasetNotFoundError, "no-readable-image"):
         scan_dataset(load_dataset("folder", images), home, pool)
 
 
@@ -146,7 +150,7 @@ def test_a_file_that_has_gone_is_absent(dataset: ImageDataset, images: Path, poo
     (images / first).unlink()
     scan = scan_images(dataset, images, None, pool)
     assert scan.states[first][:2] == (ABSENT, 0)
-    assert set(ImageSizes(scan)) == {(40, 40)}
+    assert set(read_sizes(scan, pool)) == {(40, 40)}
     assert first not in scan.seen
 
 
@@ -232,7 +236,7 @@ def first_bytes(path: Path) -> str:
 
 def extracted(root: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Extraction:
     monkeypatch.setattr(run, "load_backbone", load_tiny)
-    (done,) = run.run_extraction(["random"], load_dataset("folder", root), home=home)
+    (done,) = run_extraction(["random"], load_dataset("folder", root), home=home)
     held = done.store.digests
     assert held == {name: first_bytes(root / name) for name in held}  # each row is of the bytes that are there
     assert len(held) == 12
@@ -303,9 +307,9 @@ def test_an_unreadable_image_is_tried_again_where_its_file_is_another(
     os.utime(alike / "a" / "00.bmp", (1.6e9, 1.6e9))
     monkeypatch.setattr(run, "load_backbone", load_tiny)
     dataset = load_dataset("folder", alike)
-    (first,) = run.run_extraction(["random"], dataset, home=home)
+    (first,) = run_extraction(["random"], dataset, home=home)
     assert list(first.quarantined) == ["a/00.bmp"]
-    assert run.run_extraction(["random"], dataset, home=home)[0].computed == 0
+    assert run_extraction(["random"], dataset, home=home)[0].computed == 0
     (alike / "a" / "00.bmp").write_bytes(good)
     os.utime(alike / "a" / "00.bmp", (1.6e9, 1.6e9))
     assert extracted(alike, home, monkeypatch).computed == 1
@@ -323,11 +327,11 @@ def test_each_store_finds_out_that_an_unreadable_image_was_exchanged(
     dataset = load_dataset("folder", alike)
     views = (1, 2)  # a store each
     for number in views:
-        (done,) = run.run_extraction(["random"], dataset, home=home, views=number)
+        (done,) = run_extraction(["random"], dataset, home=home, views=number)
         assert done.store.sources()["a/00.bmp"].digest == first_bytes(path)
         assert "a/00.bmp" not in done.store.digests  # groups are merged by these
     path.write_bytes(good)
     os.utime(path, (1.6e9, 1.6e9))
     for number in views:
-        (done,) = run.run_extraction(["random"], dataset, home=home, views=number)
+        (done,) = run_extraction(["random"], dataset, home=home, views=number)
         assert (done.computed, done.quarantined) == (1, {})

@@ -21,8 +21,9 @@ from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 from embcache.store.reading import read_commit
 from tests.extract.conftest import draw
-from tests.extract.tiny import load_tiny
+from tests.extract.tiny import load_tiny, run_extraction
 from tests.forked import Forked, ran
+from tests.refusal import refused
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are sent as POSIX has them")
 
@@ -83,7 +84,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130)])
-def test_the_first_signal_commits_the_shard_at_hand_and_says_how_to_go_on(
+def test_the_first_signal_commits_the_current_shard_and_prints_how_to_continue(
     images: Path, home: Path, whole: dict[str, bytes], number: int, status: int
 ) -> None:
     process = start(images, "--batch-size", "2", TINY_SECONDS="0.5")  # 2 s a shard
@@ -261,7 +262,7 @@ def test_a_signal_where_all_is_computed_stops_nothing(capfd: pytest.CaptureFixtu
         stop.complete = True
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
-        assert not stop.asked
+        assert not stop.requested
         with pytest.raises(SystemExit):
             os.kill(os.getpid(), signal.SIGINT)
     assert capfd.readouterr().err == ""
@@ -272,10 +273,10 @@ def test_who_listens_no_more_gets_no_traceback(monkeypatch: pytest.MonkeyPatch) 
         raise BrokenPipeError
 
     stop = Stop()
-    with stop_on_signals(stop), stop.at_hand(3):
+    with stop_on_signals(stop), stop.working_on(3):
         monkeypatch.setattr(os, "write", gone)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked
+        assert stop.requested
 
 
 @pytest.mark.parametrize(
@@ -292,13 +293,13 @@ def test_rows_per_shard_are_settled_when_a_store_is_made(
 ) -> None:
     monkeypatch.setattr(run, "load_backbone", load_tiny)
     dataset, said = load_dataset("folder", images), list[str]()
-    (done,) = run.run_extraction(["random"], dataset, rows_per_shard=7)
+    (done,) = run_extraction(["random"], dataset, rows_per_shard=7)
     assert [len(entries) for entries in done.store.plans().values()] == [7, 7, 6]
-    run.run_extraction(["random"], dataset, rows_per_shard=9, say=said.append)
+    run_extraction(["random"], dataset, rows_per_shard=9, say=said.append)
     assert said == ["random: the store was created with 7 rows per shard, and keeps them"]
     for wrong in (0, -1, 1 << 21):
-        with pytest.raises(UsageError, match="rows-per-shard is out of bounds"):
-            run.run_extraction(["random"], dataset, rows_per_shard=wrong)
+        with refused(UsageError, "option-bounds"):
+            run_extraction(["random"], dataset, rows_per_shard=wrong)
 
 
 def test_a_signal_in_the_last_shard_interrupts_nothing(images: Path, home: Path) -> None:
@@ -308,4 +309,4 @@ def test_a_signal_in_the_last_shard_interrupts_nothing(images: Path, home: Path)
     answer, err = finish(process)
     assert (answer["computed"], answer["left"]) == (20, 0)
     assert "stopping after the current shard (" in err
-    assert "goes on from there" not in err
+    assert "continues from there" not in err

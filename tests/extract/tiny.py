@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from embcache.backbones.catalog import LoadedBackbone, find_backbone
+from embcache.config import ExtractConfig
+from embcache.data.dataset import ImageDataset
+from embcache.extract.extract import Extraction, extract
+from embcache.log import shown
 
 DIM = 6
 
@@ -21,3 +28,16 @@ def load_tiny(name: str, **_: object) -> LoadedBackbone:
         )
     spec = dataclasses.replace(find_backbone(name), dim=DIM)
     return LoadedBackbone(spec, module.eval().requires_grad_(False), "ab" * 32, "made up")
+
+
+def run_extraction(
+    backbones: Sequence[str],
+    dataset: ImageDataset,
+    *,
+    home: Path | None = None,
+    say: Callable[[str], object] | None = None,
+    **options: object,
+) -> list[Extraction]:
+    """Extract with some options; ``say`` is called with every message."""
+    with shown(say) if say else nullcontext():
+        return extract(dataset, backbones, ExtractConfig.make(options=options), home=home)

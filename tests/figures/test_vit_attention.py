@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from embcache.backbones.catalog import find_backbone, load_backbone
-from embcache.backbones.transforms import choose_transform, normalise
+from embcache.backbones.transforms import choose_transform, normalize
 from embcache.data.images import read_image
 from embcache.errors import UsageError
 from embcache.figures.plots import plot_heads
@@ -44,7 +44,7 @@ def test_is_the_softmax_of_the_last_blocks_queries_and_keys(weights: Path) -> No
     seen: list[torch.Tensor] = []
     hook = block.norm1.register_forward_hook(lambda m, given, out: seen.append(out))
     with torch.no_grad():
-        module(normalise(torch.from_numpy(pixels[None]), transform, "cpu").double())
+        module(normalize(torch.from_numpy(pixels[None]), transform, "cpu").double())
         hook.remove()
         tokens = seen[-1][0]  # (T, D)
         heads, width = block.attn.num_heads, tokens.shape[1] // block.attn.num_heads

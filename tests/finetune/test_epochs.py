@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from embcache.backbones.catalog import load_backbone
-from embcache.backbones.transforms import choose_transform, normalise
+from embcache.backbones.transforms import choose_transform, normalize
 from embcache.data.dataset import ImageDataset
 from embcache.extract.augment import augmentation
 from embcache.finetune.batches import Frames
@@ -91,7 +91,7 @@ def test_training_is_plain_adam_on_cross_entropy(ds: ImageDataset) -> None:
     for epoch in (1, 2):
         losses = []
         for rows in epoch_batches(job, epoch, 8):
-            x = normalise(torch.from_numpy(setting.frames.pixels[rows]), transform, CPU)
+            x = normalize(torch.from_numpy(setting.frames.pixels[rows]), transform, CPU)
             logits = linear(network(x.contiguous(memory_format=torch.channels_last)))
             loss = F.cross_entropy(logits, torch.from_numpy(setting.y[rows]))
             optimizer.zero_grad()

@@ -162,7 +162,7 @@ PICKLES = {
 def test_pickles_that_keep_one_busy_are_refused_at_sight(
     tmp_path: Path, what: str, zipped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embcache.backbones.pickles.MOST_OPERATIONS", 5_000)
+    monkeypatch.setattr("embcache.backbones.checkpoints.MOST_OPERATIONS", 5_000)
     data, reason = PICKLES[what]
     path = tmp_path / "weights.pth"
     if zipped:

@@ -12,10 +12,9 @@ import embcache.extract.pixels as pixels
 from embcache.backbones.catalog import find_backbone
 from embcache.backbones.transforms import choose_transform
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.extract.extract import run_extraction
 from embcache.extract.pixels import cache_pixels
 from tests.extract.conftest import images
-from tests.extract.tiny import load_tiny
+from tests.extract.tiny import load_tiny, run_extraction
 from tests.store.build import quick_disk
 
 __all__ = ["images", "quick_disk"]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.extract.extract import run_extraction
 from embcache.maintain.dry_run import dry_run
 from tests.extract.conftest import draw
+from tests.extract.tiny import run_extraction
 from tests.maintain.conftest import Make, damage, ds, images, make, quick_disk, tiny
 from tests.store.build import tree
 
@@ -41,7 +42,7 @@ def test_every_field_that_differs_is_named(make: Make, ds: ImageDataset) -> None
     make("views")
     (done,) = run_extraction(["random"], ds, precision="bf16", feature_dtype="float16")
     damage(done.store.path / "shards" / "000000" / "commit.json", "flip")
-    (answer,) = dry_run(["random"], ds, transform="imagenet", precision="bf16")
+    (answer,) = dry_run(["random"], ds, ExtractConfig(transform="imagenet", precision="bf16"))
     assert answer.match is None
     plain, views, broken = answer.cached
     assert dict(plain.differs)["precision"] == ("bf16", "fp32")
@@ -70,7 +71,7 @@ def test_added_changed_and_removed_images_are_told_apart(make: Make, ds: ImageDa
 
 def test_quarantined_images_are_counted_where_they_are_looked_at_again(make: Make, ds: ImageDataset) -> None:
     make("zarr")
-    (answer,) = dry_run(["random"], ds, retry_quarantined=True)
+    (answer,) = dry_run(["random"], ds, ExtractConfig(retry_quarantined=True))
     assert answer.changed == ("benign/01.png",)
 
 

@@ -29,7 +29,7 @@ from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 from embcache.store.schema import FORMATS
 from tests.extract.conftest import draw
-from tests.extract.tiny import load_tiny
+from tests.extract.tiny import load_tiny, run_extraction
 from tests.store.build import add, make_rows, make_store, plan, quick_disk, tree
 
 __all__ = ["quick_disk"]
@@ -235,13 +235,13 @@ def test_files_exchanged_while_rows_are_copied_are_found_by_an_extraction(
         draw(root / "ab"[index % 2] / f"{index}.bmp", index)
     monkeypatch.setattr(run, "load_backbone", load_tiny)
     ds = load_dataset("folder", root)
-    (done,) = run.run_extraction(["random"], ds)
+    (done,) = run_extraction(["random"], ds)
     draw(root / "b" / "3.bmp", 9)  # so that a row is superseded
-    run.run_extraction(["random"], ds)
+    run_extraction(["random"], ds)
     one, other, original = root / "a" / "0.bmp", root / "b" / "1.bmp", gc.commit_shard
     for path in (one, other):
         os.utime(path, (1.6e9, 1.6e9))
-    run.run_extraction(["random"], ds)
+    run_extraction(["random"], ds)
     owed: list[Any] = []
 
     def exchanged(*arguments: Any, **keywords: Any) -> None:
@@ -260,7 +260,7 @@ def test_files_exchanged_while_rows_are_copied_are_found_by_an_extraction(
     monkeypatch.undo()
     monkeypatch.setattr(run, "load_backbone", load_tiny)
     assert owed[0].changed == 2
-    run.run_extraction(["random"], ds, home=home)
+    run_extraction(["random"], ds, home=home)
     assert FeatureStore(done.store.path).digests == {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in root.rglob("*.bmp")
     }

@@ -18,7 +18,6 @@ import embcache.maintain.repair as repair
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.images import ImageRef
 from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, RecipeError, StoreError
-from embcache.extract.extract import run_extraction
 from embcache.extract.worker import FrozenNetwork
 from embcache.maintain.repair import Maker, Rebuild, repair_store
 from embcache.maintain.verify import StoreCheck, verify_store
@@ -26,7 +25,7 @@ from embcache.store.commit import ShardRows
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 from tests.extract.conftest import draw
-from tests.extract.tiny import load_tiny
+from tests.extract.tiny import load_tiny, run_extraction
 from tests.maintain.conftest import KINDS, Make, damage, ds, files_of, flip, images, make, quick_disk, stamps, tiny
 from tests.refusal import refused
 from tests.store.build import tree

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
+from embcache.config import ExtractConfig
 from embcache.errors import UsageError
-from embcache.extract.extract_request import check_numbers
 from embcache.figures.maps import embed_map
 from embcache.probe.heads import heads, make_head
 from embcache.probe.schedule import Schedule
@@ -46,9 +46,9 @@ def test_what_no_dataset_defines_is_refused(subset: str | int) -> None:
         lambda: make_head("knn", k=10**9),
         lambda: make_head("mlp", hidden=10**9),
         lambda: make_head("logreg", max_iter=10**9),
-        lambda: check_numbers(batch_size=10**9),
-        lambda: check_numbers(workers=10**9),
-        lambda: check_numbers(views=10**9),
+        lambda: ExtractConfig(batch_size=10**9),
+        lambda: ExtractConfig(workers=10**9),
+        lambda: ExtractConfig(views=10**9),
         lambda: embed_map([[0.0]] * 5, seed=-1),
     ],
 )

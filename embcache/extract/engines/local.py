@@ -1,14 +1,12 @@
-"""The owed shards of one or more stores, computed and committed; shared with other processes by leases.
-
-What a shard's rows are made of is the caller's: features of networks, or pixels.
-"""
+"""The local engine: owed shards of one or more stores, computed here and shared with other processes by leases."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -16,9 +14,9 @@ from tqdm import tqdm
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef, image_refs
 from embcache.errors import EmbcacheError
-from embcache.extract.quarantine import Guard
 from embcache.extract.shard_plan import Plan, Shard
 from embcache.extract.signals import Stop
+from embcache.log import log
 from embcache.memory import is_shortage
 from embcache.store.commit import ShardRows, commit_shard, is_committed, refresh_view
 from embcache.store.feature_store import FeatureStore
@@ -27,192 +25,139 @@ from embcache.store.lease import Lease
 # How long to wait before looking again at shards that another process is computing.
 _POLL_SECONDS = 1.0
 
-
-class Job(Protocol):
-    """A store with what it owes."""
-
-    @property
-    def store(self) -> FeatureStore:
-        """Where the rows go."""
-
-    @property
-    def plan(self) -> Plan:
-        """What is owed."""
-
-    @property
-    def batch_size(self) -> int:
-        """Images of one batch."""
-
-
-J = TypeVar("J", bound=Job)
-_R = TypeVar("_R")
-# (jobs that owe the shard, its images in order, images of one batch, told the images done) → rows of each job
-Compute = Callable[[Sequence[J], Sequence[ImageRef], int, Callable[[int], object]], Sequence[ShardRows]]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Terms:
-    """The terms on which shards are computed, whatever their rows are."""
+class OwedStore:
+    """A store with what it owes, and the images per batch."""
 
-    guard: Guard | None = None  # judges rows before they are committed; default: every row is
-    stop: Stop = field(default_factory=Stop)  # asked before each shard
-    threads: int | None = None
-    say: Callable[[str], object] = lambda line: None
-    quiet: bool = False  # no progress bar
+    store: FeatureStore
+    plan: Plan
+    batch_size: int
 
 
-def compute_owed(
-    jobs: Sequence[J],
-    dataset: ImageDataset,
-    compute: Compute[J],
-    *,
-    part: tuple[int, int] | None = None,
-    only: Mapping[str, Collection[int]] | None = None,
-    label: str = "extract",
-    terms: Terms | None = None,
-) -> list[int]:
-    """Compute and commit every owed shard of every job; return the images computed per job.
+@dataclass(frozen=True)
+class LeasedShard:
+    """A shard that this process holds, for all stores that owe it: they share one decoding."""
 
-    Jobs that owe the same shard are computed together, so that its images are decoded once. A shard that another
-    process is computing is waited for: should that process die, it is computed here.
-    """
-    terms = terms or Terms()
-    sources = {source.id: source for source in image_refs(dataset.table)}
-    passes = _passes(jobs, part, only)
-    decodings = sum(len(shard.ids) for shard, _ in passes)
-    once = len({image for shard, _ in passes for image in shard.ids})
-    if decodings > once:
-        terms.say(f"the backbones do not owe the same shards: {decodings - once} images are decoded in a second pass")
-    computed = [0] * len(jobs)
-    total = sum(len(shard.ids) * len(sharing) for (shard, _), sharing in passes.items())
-    bar = tqdm(total=total, unit="img", desc=f"{label} {dataset.name}", disable=terms.quiet or None, smoothing=0.05)
-    with bar:
-        worker = _Worker(compute, terms, bar.update)
-        terms.stop.complete = not passes
-        while passes and not terms.stop.asked:
-            progress = False
-            for (shard, batch_size), sharing in list(passes.items()):
-                if terms.stop.asked:
-                    break
-                # At hand from its lease on: a signal meanwhile waits for its commit.
-                with terms.stop.at_hand(len(shard.ids)), ExitStack() as leases:
-                    leased = [index for index in sharing if _lease(leases, jobs[index].store, shard.number)]
-                    # A shard that another process committed since the plan was read costs nothing.
-                    owed = [index for index in leased if not is_committed(jobs[index].store.path, shard.number)]
-                    if owed:
-                        # An image that left the dataset after its shard was planned keeps its row, marked unreadable.
-                        wanted = [sources.get(image, ImageRef(image, "", "")) for image in shard.ids]
-                        worker.commit([jobs[index] for index in owed], shard, wanted, batch_size)
-                bar.update(len(shard.ids) * (len(leased) - len(owed)))
-                for index in owed:
-                    computed[index] += len(shard.ids)
-                left = [index for index in sharing if index not in leased]
-                if left:
-                    passes[shard, batch_size] = left
-                else:
-                    del passes[shard, batch_size]
-                    terms.stop.complete = not passes
-                progress |= bool(leased)
-            if passes and not progress:
-                terms.stop.wait(_POLL_SECONDS)
-    for job in jobs:
-        refresh_view(job.store.path)
-    return computed
+    number: int
+    sources: Sequence[ImageRef]
+    stores: Sequence[int]  # places in the engine's list of stores
+    batch_size: int
 
 
-def _passes(
-    jobs: Sequence[J], part: tuple[int, int] | None, only: Mapping[str, Collection[int]] | None
-) -> dict[tuple[Shard, int], list[int]]:
-    """Owed shards, with the batch size of each, and which of the jobs owe them: those share one decoding."""
-    passes: dict[tuple[Shard, int], list[int]] = {}
-    for index, job in enumerate(jobs):
-        for shard in job.plan.shards:
-            if is_asked(shard.number, job.store.recipe.fingerprint, part, only):
-                passes.setdefault((shard, job.batch_size), []).append(index)
-    return passes
+class LocalEngine:
+    """Goes through the owed shards of some stores; what their rows are made of is the caller's choice."""
 
+    def __init__(
+        self,
+        owed: Sequence[OwedStore],
+        dataset: ImageDataset,
+        *,
+        part: tuple[int, int] | None = None,
+        stop: Stop | None = None,
+        threads: int | None = None,
+        label: str = "extract",
+    ) -> None:
+        self.computed = [0] * len(owed)  # images per store
+        self._owed, self._dataset, self._part = owed, dataset, part
+        self._stop, self._threads, self._label = stop or Stop(), threads, label
+        self._largest: int | None = None  # batch that the memory holds
 
-def is_asked(
-    number: int, fingerprint: str, part: tuple[int, int] | None, only: Mapping[str, Collection[int]] | None
-) -> bool:
-    """Whether a shard of the store of this recipe is one that `compute_owed` is asked for."""
-    if part is not None and number % part[1] != part[0] - 1:
-        return False
-    return only is None or number in only.get(fingerprint, ())
+    def shards(self) -> Generator[LeasedShard, None, None]:
+        """Yield every owed shard that no process has committed, each leased until the next one is taken.
 
-
-class _Worker(Generic[J]):
-    """Computes one shard after the other: decode, features, judgement, commit."""
-
-    def __init__(self, compute: Compute[J], terms: Terms, on_rows: Callable[[int], object]) -> None:
-        self._compute, self._terms, self._on_rows = compute, terms, on_rows
-        self._halving = Halving(terms.say)
-
-    def commit(self, jobs: Sequence[J], shard: Shard, sources: Sequence[ImageRef], batch_size: int) -> None:
-        """Compute a shard for some jobs and commit it to the store of each."""
-        # Nothing is kept of its rows: they are let go of before the next shard's are made.
-        with self._terms.stop.at_hand(len(sources)):
-            every, used = self._halving.run(lambda size: self._rows(jobs, sources, size), batch_size)
-            if self._terms.guard is not None:
-                self._terms.guard.admit([(job.store, rows) for job, rows in zip(jobs, every, strict=True)], sources)
-            for job, rows in zip(jobs, every, strict=True):
-                commit_shard(job.store.path, shard.number, rows, batch_size=used, threads=self._terms.threads)
-
-    def _rows(self, jobs: Sequence[J], sources: Sequence[ImageRef], batch_size: int) -> Sequence[ShardRows]:
-        shown = 0
-
-        def through(images: int) -> None:
-            nonlocal shown
-            shown += images
-            self._on_rows(images)
-            self._terms.stop.through(images / len(jobs))
-
-        try:
-            return self._compute(jobs, sources, batch_size, through)
-        except BaseException:
-            self._on_rows(-shown)  # they are computed again, or not at all
-            raise
-
-
-class Halving:
-    """The batch size of a run: smaller from the moment at which the memory did not hold it."""
-
-    def __init__(self, say: Callable[[str], object] = lambda line: None) -> None:
-        self._say = say
-        self._most: int | None = None
-
-    def run(self, compute: Callable[[int], _R], batch_size: int) -> tuple[_R, int]:
-        """What ``compute`` makes of a shard at ``batch_size`` or less, and the batch size that it was.
-
-        Never two sizes in one shard, so that a shard's rows follow from the one that is recorded.
+        A shard that another process is computing is waited for: if that process dies, the shard is computed here. Close
+        the generator if the work on a shard fails, so that its leases are free at once.
         """
-        size = min(batch_size, self._most or batch_size)
+        waiting: dict[tuple[Shard, int], list[int]] = {}
+        for index, each in enumerate(self._owed):
+            for shard in each.plan.shards:
+                if in_part(shard.number, self._part):
+                    waiting.setdefault((shard, each.batch_size), []).append(index)
+        twice = sum(len(s.ids) for s, _ in waiting) - len({image for s, _ in waiting for image in s.ids})
+        if twice:
+            log.info(f"the backbones do not owe the same shards: {twice} images are decoded in a second pass")
+        sources = {source.id: source for source in image_refs(self._dataset.table)}
+        total = sum(len(shard.ids) * len(sharing) for (shard, _), sharing in waiting.items())
+        name, stop = f"{self._label} {self._dataset.name}", self._stop
+        with tqdm(total=total, unit="img", desc=name, disable=None, smoothing=0.05) as self._bar:
+            stop.complete = not waiting
+            while waiting and not stop.requested:
+                progress = False
+                for (shard, batch_size), sharing in list(waiting.items()):
+                    if stop.requested:
+                        break
+                    # Current from its lease on: a signal meanwhile waits for its commit.
+                    with stop.working_on(len(shard.ids)), ExitStack() as leases:
+                        leased = [index for index in sharing if self._lease(leases, index, shard.number)]
+                        # A shard that another process committed since the plan was read costs nothing.
+                        owed = [i for i in leased if not is_committed(self._owed[i].store.path, shard.number)]
+                        if owed:
+                            # An image that left the dataset after its shard was planned keeps its row, as unreadable.
+                            wanted = [sources.get(image, ImageRef(image, "", "")) for image in shard.ids]
+                            yield LeasedShard(shard.number, wanted, owed, batch_size)
+                    self._bar.update(len(shard.ids) * (len(leased) - len(owed)))
+                    left = [index for index in sharing if index not in leased]
+                    if left:
+                        waiting[shard, batch_size] = left
+                    else:
+                        del waiting[shard, batch_size]
+                        stop.complete = not waiting
+                    progress |= bool(leased)
+                if waiting and not progress:
+                    stop.wait(_POLL_SECONDS)
+        for each in self._owed:
+            refresh_view(each.store.path)
+
+    def _lease(self, leases: ExitStack, index: int, number: int) -> bool:
+        lease = Lease.acquire(self._owed[index].store.path, number)
+        if lease is not None:
+            leases.callback(lease.release)
+        return lease is not None
+
+    def compute(self, shard: LeasedShard, compute: Callable[..., R]) -> tuple[R, int]:
+        """What ``compute(batch_size=…, on_rows=…)`` makes of a shard, and the batch size, halved if memory is short.
+
+        There are never two sizes in one shard, so that the recorded one decides its rows.
+        """
+        size = min(shard.batch_size, self._largest or shard.batch_size)
         while True:
+            shown = self._bar.n
             try:
-                return compute(size), size
-            except (RuntimeError, MemoryError) as error:
+                return compute(batch_size=size, on_rows=partial(self._show, len(shard.stores))), size
+            except BaseException as error:
+                self._bar.update(shown - self._bar.n)  # these rows are computed again, or not at all
                 if not is_shortage(error):
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 if size == 1:
                     raise EmbcacheError(
-                        "the memory does not hold the network and one image",
-                        found=reason,
+                        "the memory does not hold the network and one image", code="out-of-memory", found=reason,
                         fix=(
                             "--device cpu or another device",
-                            "end what else uses the memory; the same command goes on from what is committed",
+                            "end other processes that use the memory; the same command then continues",
                         ),
-                    ) from error
+                    ) from error  # fmt: skip
             # Outside the clause: the error keeps the tensors of its frames alive.
-            size = self._most = size // 2
-            self._say(f"out of memory ({reason}): the batch is {size} from here on, recorded with each shard")
+            size = self._largest = size // 2
+            log.warning(f"out of memory ({reason}): the batch is {size} from here on, recorded with each shard")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
+    def _show(self, stores: int, images: int) -> None:
+        self._bar.update(images)
+        self._stop.computed(images / stores)
 
-def _lease(stack: ExitStack, store: FeatureStore, number: int) -> bool:
-    lease = Lease.acquire(store.path, number)
-    if lease is None:
-        return False
-    stack.callback(lease.release)
-    return True
+    def commit(self, shard: LeasedShard, rows: Sequence[ShardRows], batch_size: int) -> None:
+        """Write the rows of a shard to each store that owes it."""
+        for index, each in zip(shard.stores, rows, strict=True):
+            path = self._owed[index].store.path
+            commit_shard(path, shard.number, each, batch_size=batch_size, threads=self._threads)
+            self.computed[index] += len(each.ids)
+
+
+def in_part(number: int, part: tuple[int, int] | None) -> bool:
+    """Whether a shard belongs to the I-th of N parts."""
+    return part is None or number % part[1] == part[0] - 1

@@ -9,14 +9,13 @@ import torchvision
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
-from embcache.backbones.reduced import to_bfloat16
-from embcache.extract.fold import fold_norms
+from embcache.backbones.inference import fold_norms, to_bfloat16
 
 SIZE = (64, 64)
 
 
 def random_norms(module: nn.Module) -> nn.Module:
-    """Statistics and parameters as no initialisation has them."""
+    """Statistics and parameters as no initialization has them."""
     generator = torch.Generator().manual_seed(1)
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):

@@ -1,4 +1,9 @@
-"""Batch normalisation folded into the convolution before it: the same features, an operation and a copy less."""
+"""Rewrites of a network that only computes features: folded batch norms, and bfloat16 layer by layer.
+
+Both are worth their code: folding makes the EfficientNet-Lites and ResNet-50 1.15 to 1.29 times faster in fp32, and
+autocast would cast all weights again in every batch (docs/log.md). Networks that are trained are never rewritten: a
+folded norm learns nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +18,19 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-# Rounding leaves some 1e-6 of the largest feature. Beyond this the pair was none: its convolution is read elsewhere.
+# Rounding changes features by 1e-6 of the largest; a larger change means that a convolution is also read elsewhere.
 STRUCTURAL = 1e-3
 
 
 def fold_norms(module: nn.Module, size: tuple[int, int]) -> nn.Module:
-    """Fold each batch normalisation in eval mode into the convolution whose output it takes.
+    """Fold each batch norm in eval mode into the convolution whose output it takes.
 
     The pairs are those seen in a forward pass, so the network may be built in any way. The result is compared with the
-    original on noise; where it is not the same function, the original is returned. What timm's ``BatchNormAct2d`` does
-    besides (dropout, activation) stays.
+    original on noise; if it is not the same function, the original is returned. The dropout and activation of timm's
+    ``BatchNormAct2d`` stay.
     """
     if not any(isinstance(each, nn.BatchNorm2d) for each in module.modules()):
-        return module  # nothing to fold: no pass to find that out
+        return module  # nothing to fold: saves a forward pass
     batch = torch.randn((2, 3, *size), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         pairs, expected = _find_pairs(module, batch)
@@ -78,7 +83,7 @@ def _find_pairs(module: nn.Module, batch: Tensor) -> tuple[list[tuple[str, str]]
 
 
 def _is_conv(layer: nn.Module) -> bool:
-    """Whether scaling a layer's weights scales its output: not so where it standardises them itself."""
+    """Whether scaling a layer's weights scales its output: not if it standardizes them itself."""
     return type(layer) in (nn.Conv2d, Conv2dSame) and not parametrize.is_parametrized(layer) and not _hooked(layer)
 
 
@@ -112,3 +117,35 @@ def _replace(module: nn.Module, norm: Any) -> None:
         for name, child in parent.named_children():
             if child is norm:
                 parent._modules[name] = rest.eval()
+
+
+def to_bfloat16(module: nn.Module) -> nn.Module:
+    """A copy of a network that computes in bfloat16; its input and output stay float32.
+
+    Most networks run in bfloat16 throughout. Those with depthwise convolutions do not: their narrow layers cancel, and
+    the error of eight bits does not average out (docs/log.md: EfficientNet-Lite1 has a cosine of 0.985 to its features
+    in float32, against 0.9998). In these only linear layers and the convolutions that widen run in bfloat16.
+    """
+    module = copy.deepcopy(module)
+    convs = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    if not any(conv.groups == conv.in_channels > 1 for conv in convs):
+        _within(module.to(torch.bfloat16))
+        return module
+    for layer in module.modules():
+        widens = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.out_channels > layer.in_channels > 3
+        if widens or type(layer) is nn.Linear:
+            _within(layer.to(torch.bfloat16))
+    return module
+
+
+def _within(layer: nn.Module) -> None:
+    layer.register_forward_pre_hook(_narrow)
+    layer.register_forward_hook(_widen)
+
+
+def _narrow(layer: nn.Module, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(each.to(torch.bfloat16) if isinstance(each, Tensor) else each for each in inputs)
+
+
+def _widen(layer: nn.Module, inputs: Sequence[Any], output: Tensor) -> Tensor:
+    return output.float()
