@@ -28,6 +28,7 @@ from embcache.commands.options import (
 from embcache.commands.output import echo
 from embcache.commands.store_command import size_words
 from embcache.commands.table import format_table, print_note, print_table
+from embcache.config import parse_weights
 from embcache.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def extract(
                 names,
                 found,
                 home=home,
-                weights=parse_weights(weights, names),
+                weights=parse_weights(weights or (), names),
                 transform=transform,
                 device=device,
                 precision=precision,
@@ -195,7 +196,7 @@ def extract(
                     names,
                     found,
                     home=home,
-                    weights=parse_weights(weights, names),
+                    weights=parse_weights(weights or (), names),
                     transform=transform,
                     device=device,
                     precision=precision,
@@ -236,36 +237,6 @@ def extract(
 def _say_how_to_go_on(what: str) -> None:
     command = shlex.join(["embcache", *sys.argv[1:]])
     echo(f"\n{what}; the same command goes on from there:\n  {command}", err=True)
-
-
-def parse_weights(values: list[str] | None, names: list[str] | None = None) -> dict[str, Path] | None:
-    """Checkpoints by backbone, from ``[NAME=]FILE`` values; `UsageError` where it is not said for which.
-
-    Where the backbones are not known yet (``names`` is None) every value must begin with a name.
-    """
-    if not values:
-        return None
-    weights: dict[str, Path] = {}
-    for value in values:
-        # A backbone's own name may hold no "=", a path may: only a known name before the first "=" is one.
-        name, separator, file = value.partition("=")
-        if names is None:
-            if not (name and file):
-                raise UsageError(
-                    "--weights does not say for which backbone", expected="NAME=FILE", found=value,
-                    fix=f"--weights NAME={file or name}",
-                )  # fmt: skip
-        elif not separator or name not in names:
-            if len(names) > 1 or (separator and not Path(value).exists()):
-                raise UsageError(
-                    "--weights does not say for which backbone",
-                    expected="NAME=FILE with NAME one of " + ", ".join(names),
-                    found=value,
-                    fix=f"--weights {names[0]}={file or value}",
-                )
-            name, file = names[0], value
-        weights[name] = Path(file)
-    return weights
 
 
 def _parse_part(value: str | None) -> tuple[int, int] | None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embcache.commands.extract_command import parse_weights
 from embcache.commands.options import (
     AllowMissingOption,
     BackboneOption,
@@ -26,6 +25,7 @@ from embcache.commands.output import echo
 from embcache.commands.progress import ProgressBar
 from embcache.commands.store_command import size_words
 from embcache.commands.table import one_line, print_table
+from embcache.config import parse_weights
 from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError, printable
 from embcache.io import skip
 from embcache.paths import PathLike, home_dir, slug
@@ -106,7 +106,7 @@ def verify(
         raise StoreNotFoundError(
             "nothing is cached" + (f" for {' '.join(asked)}" if asked else ""), where=home_dir(home), fix="embcache ls"
         )
-    given = parse_weights(weights, backbones or None)
+    given = parse_weights(weights or (), backbones or None)
     by_folder = {slug(loader.folder()): loader for loader in loaders.values()}
     answers: list[dict[str, Any]] = []
     failed = False

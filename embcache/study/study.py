@@ -9,7 +9,7 @@ from typing import Any
 from embcache.backbones.catalog import load_backbone
 from embcache.errors import EmbcacheError, UsageError
 from embcache.extract.extract import run_extraction
-from embcache.finetune.finetune import finetune_images
+from embcache.finetune.finetune import finetune
 from embcache.probe.probe import probe_grid
 from embcache.results.grid import Cell, Grid, Model, choose_best, compare_with_paper
 from embcache.results.layout import Table, lay_out
@@ -154,17 +154,10 @@ def _finetune(
     assert state.ds is not None
     for subset in subsets:
         try:
-            result = finetune_images(
-                state.ds,
-                model.backbones,
-                subset=subset,
-                resume=None,
-                keep_models=False,
-                source=state.source,
-                say=say,
-                progress=progress,
-                **settings.for_finetune(model),
-            )
+            result = finetune(
+                state.ds, model.backbones, subset, settings.for_finetune(model),
+                home=settings.home, source=state.source, progress=progress,
+            )  # fmt: skip
         except EmbcacheError as error:
             _refuse(state, model, subset, error, say)
             continue
