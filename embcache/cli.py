@@ -80,7 +80,7 @@ class _Root(Group):
         super().__init__(**settings)
         places = {name: place for commands in COMMANDS.values() for name, (place, _) in commands.items()}
         places = {name: f"embcache.commands.{place}" for name, place in places.items()}
-        self.commands = LazyCommands(places, TABLES)  # type: ignore[assignment]  # typer expects a dict
+        self.commands = LazyCommands(places, TABLES)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the commands; no module of theirs is imported for that."""

@@ -310,7 +310,8 @@ def _options(config: type[Config], skipped: set[str]) -> list[inspect.Parameter]
     """Typer's options of a config; what is parsed, or made from several texts, is taken as text."""
     hints, options = get_type_hints(config), []
     for f in fields(config):
-        known, annotation, default = option_of(f), hints[f.name], f.default
+        known, default = option_of(f), f.default
+        annotation: Any = hints[f.name]
         if f.name in skipped or known.flag == "-":
             continue
         if get_origin(annotation) in (tuple, Mapping):
@@ -322,8 +323,11 @@ def _options(config: type[Config], skipped: set[str]) -> list[inspect.Parameter]
         )
         flag = known.flag or flag_of(f)
         shown = typer.Option(flag, metavar=known.metavar or None, help=known.help, rich_help_panel=heading)
-        hint = Annotated[annotation, shown]
-        options.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint))
+        options.append(
+            inspect.Parameter(
+                f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, shown]
+            )
+        )
     return options
 
 

@@ -18,7 +18,8 @@ class Command(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options."""
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
-        for parameter in self.get_params(ctx):
+        parameters: list[Any] = self.get_params(ctx)  # arguments and options of typer
+        for parameter in parameters:
             if record := parameter.get_help_record(ctx):
                 usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
                 sections.setdefault(parameter.rich_help_panel or usual, []).append(record)

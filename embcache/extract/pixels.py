@@ -68,6 +68,7 @@ def cache_pixels(
     workers: int | None = None,
     format: str | None = None,
     only: Collection[int] | None = None,
+    decoding: Decoding | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> FeatureStore:
     """Decode and resize every image once, and keep the pixels; what is there already is not decoded again.
@@ -88,6 +89,8 @@ def cache_pixels(
         Default: the one the store has, Zarr for a new one.
     only : collection of int, optional
         Decode these shards and no other that is owed.
+    decoding : Decoding, optional
+        Limits on the images that are decoded.
     say : callable
         Told what is decoded, and how much room it takes.
 
@@ -106,7 +109,7 @@ def cache_pixels(
     framing = frame(transform)
     wanted = ds if ids is None else replace(ds, table=ds.table[ds.table["id"].isin(set(ids))])
     with ThreadPoolExecutor(workers or default_workers()) as pool:
-        files = scan_dataset(ds, home, pool)
+        files = scan_dataset(ds, home, pool, decoding)
         store = _store(files.folder, framing, format)
         write_snapshot(files.folder, (ds.whole or ds).to_parquet_bytes())
         job = _Job(store, plan_store(store, wanted, files.root, files.scan))
@@ -120,7 +123,7 @@ def cache_pixels(
         def compute(
             jobs: Sequence[_Job], sources: Sequence[Source], batch_size: int, on_rows: Callable[[int], object]
         ) -> list[ShardRows]:
-            rows = [pixel_rows(files.root, sources, framing, pool, batch_size, on_rows) for _ in jobs]
+            rows = [pixel_rows(files.root, sources, framing, pool, batch_size, on_rows, decoding) for _ in jobs]
             files.scan.learn(sources, rows[0].digests)
             return rows
 

@@ -64,9 +64,9 @@ def known_images(
     for store in list_stores(home, dataset.name):
         if _complete(store, dataset, files):
             return store.restrict(dataset.table["id"])
-    prepared = prepare_batches(files.root, image_sources(dataset.table), [], _CHUNK, pool)
+    prepared = prepare_batches(files.root, image_sources(dataset.table), [], _CHUNK, pool, files.scan.decoding)
     found = [image for batch in prepared for image in batch]
-    return _images(dataset.table["id"], [image.digest for image in found], [image.reason for image in found])
+    return _images(dataset.table["id"].tolist(), [image.digest for image in found], [image.reason for image in found])
 
 
 def cached_images(
@@ -80,7 +80,7 @@ def cached_images(
 def decode_frames(
     dataset: ImageDataset,
     transform: Transform,
-    root: Path,
+    files: DatasetFiles,
     scratch: Path,
     pool: Executor,
     ids: Sequence[str] | None = None,
@@ -91,7 +91,9 @@ def decode_frames(
     sources = [source for source in image_sources(dataset.table) if wanted is None or source.id in wanted]
     names = [source.id for source in sources]
     pixels = allocate((len(sources), *framing.size, 3), scratch)
-    digests, reasons = decode_into(pixels, root, sources, framing, pool, batch_size=_CHUNK)
+    digests, reasons = decode_into(
+        pixels, files.root, sources, framing, pool, batch_size=_CHUNK, decoding=files.scan.decoding
+    )
     return Frames(pixels, tuple(names)), _images(names, digests, reasons)
 
 
@@ -141,8 +143,7 @@ def batches(
     try:
         while pending:
             made = [future.result() for future in pending.popleft()]
-            if (batch := next(waiting, None)) is not None:
-                pending.append([pool.submit(make, draw) for draw in batch])
+            pending.extend([pool.submit(make, draw) for draw in batch] for batch in islice(waiting, 1))
             yield torch.from_numpy(np.stack(made))
     finally:
         for future in (future for futures in pending for future in futures):

@@ -28,6 +28,7 @@ from embcache.finetune.model import State, assemble, model_file
 from embcache.log import log
 from embcache.memory import keep_freed_memory
 from embcache.paths import PathLike
+from embcache.probe.inputs import KnownImages
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.stack import Job, stream_generator
 from embcache.probe.summary import (
@@ -112,20 +113,23 @@ def finetune(
         threads = config.workers or (1 if config.workers == 0 else default_workers())
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="embcache-")))
-        (name,) = subset_sizes(dataset, [subset])
+        subset_sizes(dataset, [subset])  # a slip is reported before networks are loaded
         networks = load_networks(dataset, backbones, config, home, pool)
         for note in networks.notes():
             log.info(note)
-        frames = store = images = None
+        geometry, files = networks.transform, networks.files
+        images: KnownImages | None
+        frames, store = None, None
         if config.pixel_cache:
-            images = store = cache_pixels(
-                dataset, networks.transform, home=home, workers=config.workers or None
-            ).restrict(dataset.table["id"])  # fmt: skip
+            store = cache_pixels(
+                dataset, geometry, home=home, workers=config.workers or None, decoding=files.scan.decoding
+            )
+            images = store = store.restrict(dataset.table["id"])
         else:
-            images = cached_images(dataset, networks.transform, networks.files, home)
+            images = cached_images(dataset, geometry, files, home)
         if images is None:
-            frames, images = decode_frames(dataset, networks.transform, networks.files.root, scratch / "all", pool)
-        plan = plan_finetuning(networks, images, name, home)
+            frames, images = decode_frames(dataset, geometry, files, scratch / "all", pool)
+        plan = plan_finetuning(networks, images, subset, home)
         result = None if config.again else find_run(plan.id, dataset.name, home)
         if result is not None:
             return _answered(plan, result, source, home)
@@ -137,9 +141,7 @@ def finetune(
         if store is not None:
             frames = stored_frames(store, used, scratch / "used")
         elif frames is None:
-            frames, _ = decode_frames(
-                dataset, networks.transform, networks.files.root, scratch / "used", pool, ids=used
-            )  # fmt: skip
+            frames, _ = decode_frames(dataset, geometry, files, scratch / "used", pool, ids=used)
         run = FinetuneRun(plan, frames, folder, None if config.workers == 0 else pool, progress)
         done, outputs = run.train(begun)
         try:
@@ -161,11 +163,11 @@ def find_finetuned(
     home: PathLike | None = None,
 ) -> ProbeResult | str:
     """The saved result of a finetuning, or the ID that its run would have; trains and downloads nothing."""
-    (name,) = subset_sizes(dataset, [subset])
+    subset_sizes(dataset, [subset])
     with ThreadPoolExecutor(config.workers or default_workers()) as pool:
         networks = load_networks(dataset, backbones, config, home, pool, allow_download=False)
         images = known_images(dataset, networks.transform, networks.files, home, pool)
-        plan = plan_finetuning(networks, images, name, home)
+        plan = plan_finetuning(networks, images, subset, home)
     result = find_run(plan.id, dataset.name, home)
     return plan.id if result is None else _with_notes(plan, result, "live", home)
 

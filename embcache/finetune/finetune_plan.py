@@ -17,6 +17,7 @@ from torch import nn
 from embcache.backbones.catalog import Backbone, find_backbone, load_backbone
 from embcache.backbones.transforms import Transform, choose_transform, frame
 from embcache.config import FinetuneConfig, parse_weights
+from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.classes import class_flags
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError, check_number
@@ -30,6 +31,7 @@ from embcache.probe.cached import find_splits
 from embcache.probe.heads import hyperparameters, make_head
 from embcache.probe.inputs import KnownImages, digest_images, plan_for
 from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_class
+from embcache.probe.protocol import subset_sizes
 from embcache.probe.schedule import Schedule
 from embcache.probe.splits import Splits, name_everything
 from embcache.probe.stack import TrainableHead
@@ -131,7 +133,8 @@ def load_networks(
     trainable = check_head(head, [spec.name for spec in specs])
     device = _pick_device(config)
     schedule = choose_schedule(specs, config)
-    files = scan_dataset(dataset, home, pool)
+    decoding = Decoding() if config.max_pixels is None else Decoding(check_max_pixels(config.max_pixels))
+    files = scan_dataset(dataset, home, pool, decoding)
     transforms = choose_transforms(specs, config.transform, files.sizes)
     geometry = transforms[specs[0].name]  # the same for all
     weights = parse_weights(config.weights, backbones)
@@ -167,7 +170,7 @@ def load_networks(
     )
 
 
-def plan_finetuning(networks: Networks, images: KnownImages, subset: str, home: PathLike | None) -> FinetunePlan:
+def plan_finetuning(networks: Networks, images: KnownImages, subset: str | int, home: PathLike | None) -> FinetunePlan:
     """Splits as probing draws them, and the request: how pixels are kept or threads share work is not in it."""
     dataset, config, metric = networks.dataset, networks.config, networks.metric
     (drawn,) = name_everything([
@@ -183,7 +186,8 @@ def plan_finetuning(networks: Networks, images: KnownImages, subset: str, home: 
             exclude_test_overlap=config.exclude_test_overlap,
         )
     ])  # fmt: skip
-    name = drawn.name_of(subset)
+    (canonical,) = subset_sizes(dataset, [subset])  # a number above the pool is an error, S or M above it is F
+    name = drawn.name_of(canonical)
     request = {
         "kind": "finetune",
         "protocol": PROTOCOL_VERSION,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -186,8 +186,10 @@ def load_finetuned(run: Path, result: ProbeResult, fold: int, device: str = "cpu
     chosen = {}
     for spec in specs:
         saved = result.recipes[spec.name]["transform"]
-        given = {f.name: saved[f.name] for f in fields(Transform)}
-        chosen[spec.name] = Transform(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+        given: dict[str, Any] = {
+            f.name: tuple(v) if isinstance(v := saved[f.name], list) else v for f in fields(Transform)
+        }
+        chosen[spec.name] = Transform(**given)
     transform = next(iter(chosen.values()))
     networks = {spec.name: empty_backbone(spec, transform.size) for spec in specs}
     options = dict(result.request["head"])

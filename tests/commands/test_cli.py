@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from embcache.cli import COMMANDS, app
+from tests.commands.test_output import command
 from tests.extract.conftest import draw
 
 
@@ -32,24 +34,37 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_help_names_every_command(home: Path) -> None:
-    done = embcache("--help")
-    assert done.returncode == 0
-    for command in (
-        "demo",
-        "datasets",
-        "backbones",
-        "heads",
-        "extract",
-        "probe",
-        "results",
-        "splits",
-        "ls",
-        "info",
-        "export",
-    ):
-        assert f"\n  {command} " in done.stdout
-        assert embcache(command, "--help").returncode == 0
+def test_help_has_every_command_under_a_heading_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        app(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for heading, commands in COMMANDS.items():
+        assert f"{heading}:" in lines
+        for name, (_, sentence) in commands.items():
+            assert sentence[0].isupper()
+            assert sentence.endswith(".")
+            assert any(line.startswith(f"  {name} ") for line in lines)
+
+
+def test_options_stand_under_the_headings_of_their_configs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        app(["finetune", "--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"{heading}:") for heading in ("Protocol options", "Finetuning options", "Dataset options")]
+    assert places == sorted(places)
+    assert text.index("--folds") < places[1] < text.index("--max-pixels") < places[2] < text.index("--data-root")
+    assert "[default: 1e-3; with dino 1e-4]" in " ".join(text.split())
+
+
+def test_help_imports_no_command_and_nothing_heavy(home: Path) -> None:
+    script = (
+        "import sys\nfrom embcache.cli import app\ntry:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'numpy', 'pandas', 'rich', 'tqdm', 'pydantic', 'embcache.config'} & set(sys.modules)\n"
+        "heavy |= {name for name in sys.modules if name.startswith('embcache.') and name.endswith('_command')}\n"
+        "sys.exit(str(heavy) if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_version(home: Path) -> None:
@@ -68,16 +83,18 @@ def test_version(home: Path) -> None:
         (["extract", "--backbone", "random", "--dataset", "nonsense"], 1, ["nonsense", "embcache datasets"]),
         (["extract", "--backbone", "random", "--dataset", "folder"], 2, ["--data-root"]),
         (["extract", "--backbone", "random", "--dataset", "sample", "--part", "x"], 2, ["--part"]),
+        (["finetune", "--dataset", "sample", "--backbone", "random", "--folds", "1"], 2, ["--folds is out of bounds"]),
         (["probe", "--dataset", "sample"], 1, ["embcache extract"]),
         (["probe", "--head", "liner"], 2, ["liner", "linear"]),
     ],
 )
-def test_each_mistake_gets_one_message(home: Path, arguments: list[str], status: int, words: list[str]) -> None:
-    done = embcache(*arguments)
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
+def test_each_mistake_gets_one_message(
+    home: Path, arguments: list[str], status: int, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, out, err = command(arguments, "utf-8", monkeypatch)
+    assert (found, out) == (status, ""), err
     for word in words:
-        assert word in done.stderr
+        assert word in err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a shell and /dev/full")
@@ -87,8 +104,8 @@ def test_each_mistake_gets_one_message(home: Path, arguments: list[str], status:
     ids=["closed", "full", "reader gone"],
 )
 def test_output_that_cannot_be_written_leaves_no_traceback(home: Path, target: str, statuses: tuple[int, ...]) -> None:
-    command = f"{sys.executable} -m embcache datasets {target}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    line = f"{sys.executable} -m embcache datasets {target}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert done.returncode in statuses, done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
@@ -132,23 +149,14 @@ def test_a_signal_ends_a_run_that_can_go_on(folder: Path, home: Path, number: in
         draw(folder / "a" / f"{index}.png", index, size=96)
     for path in folder.rglob("*.png"):
         draw(path, int(path.stem), size=96)
-    command = [
-        sys.executable,
-        "-m",
-        "embcache",
-        "extract",
-        "--backbone",
-        "random",
-        "--dataset",
-        "folder",
-        "--data-root",
-        str(folder),
-        "--rows-per-shard",
-        "8",
-    ]
+    words = f"{sys.executable} -m embcache extract --backbone random --dataset folder --rows-per-shard 8 --data-root"
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts
-    )
+        [*words.split(), str(folder)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=_heed_interrupts,
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(home.glob("*/random-*/plan/*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 
 from embcache import cli
 from embcache.commands import output
-from embcache.commands.output import Screen, echo, echo_data, json_text
+from embcache.commands.output import Screen, echo, echo_data, fit_table, json_text, print_note
 from embcache.data.dataset import load_dataset
 from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.probe.probe import probe_features
@@ -43,6 +44,39 @@ def test_a_screen_shows_what_its_encoding_lacks_and_what_a_terminal_would_obey(e
     assert ("網" in shown) == (encoding == "utf-8")
     assert ("é" in shown) == (encoding != "ascii")
     assert screen.lost is None
+
+
+def test_notes_show_control_characters_escaped_and_keep_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    print_note("left out: a\x1b[2Jb\r\nsecond\u202e line")
+    assert capsys.readouterr() == ("", "note: left out: a\\x1b[2Jb\\r\nsecond\\u202e line\n")
+
+
+HEADERS = ["dataset", "head", "mean", "options", "run"]
+ROWS = [
+    ["toy", "linear", 0.5, "a long text of several words", "linear-S-0123"],
+    ["", "  ensemble", 0.75, "", ""],
+    ["toy", "knn", 0.25, "", "knn-S-4567"],
+]
+
+
+def test_tables_fit_the_terminal() -> None:
+    wide = fit_table(HEADERS, ROWS, 120).splitlines()
+    assert wide[:3] == ["dataset: toy", "", "head        mean  options                       run"]
+    narrow = fit_table(HEADERS, ROWS, 48)
+    assert max(map(len, narrow.splitlines())) <= 48
+    assert "several words" in narrow
+    tiny = fit_table(HEADERS, ROWS, 32)
+    assert max(map(len, tiny.splitlines()[:-1])) <= 32
+    assert "knn-S-4567" in tiny
+    assert tiny.splitlines()[-1] == "· not shown: options (--wide shows all columns)"
+    assert "not shown" not in fit_table(HEADERS, ROWS, 32, drop=False)
+
+
+def test_a_single_row_that_does_not_fit_is_one_line_per_column() -> None:
+    assert fit_table(HEADERS, ROWS[:1], 30).splitlines() == [
+        "dataset  toy", "head     linear", "mean     0.5", "options  a long text of several words",
+        "run      linear-S-0123",
+    ]  # fmt: skip
 
 
 class Full(io.StringIO):
@@ -216,6 +250,24 @@ def test_commands_to_go_on_with_bear_home_and_root(tmp_path: Path, monkeypatch: 
     table.write_text("path,label,who is it\na/0.png,a,x\nb/1.png,b,y\n")
     ds = load_dataset("folder", table, dataset_name="mine", columns={"group": "who is it"})
     assert extract_command("net", ds).endswith(f"--data-root '{table}' --name mine --group-column 'who is it'")
+
+
+def test_csv_is_the_table_alone(run: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, out, err = command(["results", "--csv"], "utf-8", monkeypatch)
+    header, *rows = csv.reader(io.StringIO(out))
+    assert status == 0
+    assert rows[0][header.index("run")] == run
+    assert all(len(row) == len(header) for row in rows)
+    assert "·" in err
+    assert "·" not in out.replace("95 %", "")
+
+
+@pytest.mark.parametrize(("flag", "shown"), [("--quiet", False), ("--verbose", True)])
+def test_notes_follow_quiet_and_verbose(
+    run: str, home: Path, monkeypatch: pytest.MonkeyPatch, flag: str, shown: bool
+) -> None:
+    words = [flag, "splits", "export", "--dataset", "toy", "--subset", "20", "--folds", "2"]
+    assert ("note: labels and groups" in command(words, "utf-8", monkeypatch)[2]) == shown
 
 
 @pytest.mark.parametrize("words", [["ls", "--dataset", "toi"], ["results", "--dataset", "toi"]])

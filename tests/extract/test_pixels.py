@@ -25,7 +25,7 @@ from embcache.errors import CorruptStoreError, DatasetNotFoundError, UsageError
 from embcache.extract.augment import centre
 from embcache.extract.extract import extract_features, run_extraction
 from embcache.extract.pixels import cache_pixels, open_pixels
-from embcache.extract.scan import dataset_transform
+from embcache.extract.scan import dataset_transform, scan_dataset
 from embcache.finetune.batches import decode_frames
 from embcache.probe.cached import cached_backbones, cached_datasets
 from embcache.store.feature_store import FeatureStore, list_stores
@@ -169,7 +169,7 @@ def test_direct_reading_gives_the_same_pixels(images: Path, home: Path, tmp_path
     ds = load(images)
     ids = ds.table["id"].tolist()[::-1]
     assert ds.root is not None
-    frames, found = decode_frames(ds, AS_IS, ds.root, tmp_path / "frames", pool, ids=ids)
+    frames, found = decode_frames(ds, AS_IS, scan_dataset(ds, None, pool), tmp_path / "frames", pool, ids=ids)
     direct, reasons, ids = frames.pixels, dict(found.quarantined), list(frames.ids)
     store = cache_pixels(ds, AS_IS)
     assert reasons == store.quarantined

@@ -22,11 +22,11 @@ from sklearn.metrics import roc_auc_score
 
 import embcache.finetune.batches as data
 import embcache.finetune.checkpoint as checkpoint
-import embcache.finetune.epochs as train
 from embcache.config import FinetuneConfig
 from embcache.data.dataset import ImageDataset, load_dataset, read_snapshot
 from embcache.errors import CorruptStoreError, EmbcacheError, ProtocolError, StoreError, UsageError, WeightsError
 from embcache.extract.extract import extract_features
+from embcache.finetune.epochs import Trainer
 from embcache.finetune.finetune import find_finetuned, finetune, finetune_images
 from embcache.finetune.model import ImageModel
 from embcache.maintain.listing import list_interrupted
@@ -165,7 +165,7 @@ def test_a_saved_result_is_returned_and_found(ds: ImageDataset, monkeypatch: pyt
     before = find(ds, workers=1)
     result = run(ds)
     assert before == result.id
-    monkeypatch.setattr(train.Trainer, "epochs", None)
+    monkeypatch.setattr(Trainer, "epochs", None)
     assert reached(run(ds)) == reached(result)
     found = find(ds)
     assert isinstance(found, ProbeResult)
@@ -207,6 +207,18 @@ def test_an_image_that_cannot_be_read_is_left_out_either_way(pictures: Path, ds:
     assert any("1 unreadable" in note for note in cached.notes)
 
 
+@pytest.mark.parametrize("pixel_cache", [True, False])
+def test_images_above_the_limit_are_left_out(
+    pictures: Path, ds: ImageDataset, tmp_path: Path, pixel_cache: bool
+) -> None:
+    shutil.copytree(pictures, tmp_path / "lesions")
+    draw(tmp_path / "lesions" / "train" / "benign" / "03.png", 3, 0, size=33)
+    mixed = load_dataset("folder", tmp_path / "lesions")
+    result = run(mixed, max_pixels=32 * 32, pixel_cache=pixel_cache, max_epochs=1)
+    assert any("1 unreadable" in note for note in result.notes)
+    assert find(mixed, max_pixels=33 * 33, max_epochs=1) != result.id
+
+
 def test_pixels_that_do_not_fit_in_memory_are_mapped_from_a_file(
     ds: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,33 +248,6 @@ def test_an_interrupted_run_is_resumed_only_on_request(
         assert_same(ds, resumed, None, reference, tmp_path / "whole")
         assert not partials(ds)
         shutil.rmtree(runs_dir(ds.name))
-
-
-@pytest.mark.parametrize("lost", ["adam.step.", "adam.exp_avg.", "adam.exp_avg_sq.", "model."])
-def test_training_that_goes_on_without_a_part_of_its_state_would_be_seen(
-    ds: ImageDataset, interrupt: Any, written: Written, monkeypatch: pytest.MonkeyPatch, lost: str
-) -> None:
-    run(ds, max_epochs=4)
-    epochs = take(written)
-    shutil.rmtree(runs_dir(ds.name))
-    interrupt(2)
-    with pytest.raises(KeyboardInterrupt):
-        run(ds, max_epochs=4)
-    interrupt(10**6)
-    assert take(written) == {key: epochs[key] for key in ((0, 1), (0, 2))}
-    original = train._restore
-
-    def forget(*args: Any) -> None:
-        *others, tensors = args
-        hit = {name: torch.zeros_like(value) for name, value in tensors.items() if name.startswith(lost)}
-        assert hit
-        original(*others, {**tensors, **hit})
-
-    monkeypatch.setattr(train, "_restore", forget)
-    run(ds, resume=True, max_epochs=4)
-    resumed = take(written)
-    assert [key for key in epochs if key in resumed and resumed[key] != epochs[key]] == [(0, 3), (0, 4)]
-    assert set(resumed) == set(epochs) - {(0, 1), (0, 2)}  # the second fold begins anew, and so is the same
 
 
 def test_again_starts_over(ds: ImageDataset, interrupt: Any) -> None:
