@@ -146,7 +146,9 @@ def fit_table(headers: Sequence[str], rows: Sequence[Sequence[object]], width: i
     right are left out where ``drop`` allows it, but never IDs. A single row becomes one line per column.
     """
     cells = [[_text(value) for value in row] for row in rows]
-    if len(cells) == 1 and _total(headers, cells) > width:
+    if not cells:
+        return _lay_out(headers, cells)
+    if len(cells) == 1 and sum(_widths(headers, cells)) + 2 * (len(headers) - 1) > width:
         margin = max(map(printed_width, headers)) + 2
         return "\n".join(
             name + " " * (margin - printed_width(name)) + value
@@ -162,9 +164,9 @@ def fit_table(headers: Sequence[str], rows: Sequence[Sequence[object]], width: i
     while shown:
         names, part = [headers[k] for k in shown], [[row[k] for k in shown] for row in cells]
         limits = _limits(names, part, width)
-        if limits is not None or not drop or len(shown) == 1:
+        droppable = [k for k in shown[1:] if drop and headers[k] not in ("run", "id")]
+        if limits is not None or not droppable:
             break
-        droppable = [k for k in shown[1:] if headers[k] not in ("run", "id")] or shown[1:]
         left_out.insert(0, headers[droppable[-1]])
         shown.remove(droppable[-1])
     if shown:
@@ -185,10 +187,6 @@ def _constant(cells: Sequence[Sequence[str]]) -> list[int]:
     return columns if len(columns) < len(first) else columns[:-1]
 
 
-def _total(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
-    return sum(_widths(headers, cells)) + 2 * (len(headers) - 1)
-
-
 def _widths(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> list[int]:
     return [max(map(printed_width, column)) for column in zip(headers, *cells, strict=True)]
 
@@ -196,29 +194,28 @@ def _widths(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> list[int]
 def _limits(headers: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> list[int] | None:
     """Widths of columns that fit when text is wrapped between words; None where they cannot."""
     widths = _widths(headers, cells)
-    least = [
-        max(max(map(printed_width, re.split(r"[ -]", cell))) for cell in column)
-        for column in zip(headers, *cells, strict=True)
-    ]
-    least = [min(w, max(m + 1, 12)) for w, m in zip(widths, least, strict=True)]
-    while (excess := sum(widths) + 2 * (len(widths) - 1) - width) > 0:
+    least = []
+    for name, column, longest in zip(headers, zip(*cells, strict=True), widths, strict=True):
+        words = [name, *(word for cell in column for word in re.findall(r"^ *\S*|\S+", cell))]
+        least.append(longest if _is_numeric(column) else min(longest, max(12, *map(printed_width, words))))
+    excess = sum(widths) + 2 * (len(widths) - 1) - width
+    if excess > sum(widths) - sum(least):
+        return None
+    for _ in range(excess):  # the widest column that can be narrower
         column = max(range(len(widths)), key=lambda k: widths[k] if widths[k] > least[k] else -1)
-        if widths[column] <= least[column]:
-            return None
-        widths[column] = max(least[column], widths[column] - excess)
+        widths[column] -= 1
     return widths
 
 
 def _lay_out(headers: Sequence[str], cells: Sequence[Sequence[str]], limits: Sequence[int] | None = None) -> str:
-    right = [
-        bool(any(column)) and all(_is_number(value) or not value for value in column)
-        for column in (zip(*cells, strict=True) if cells else [()] * len(headers))
-    ]
+    right = [_is_numeric(column) for column in (zip(*cells, strict=True) if cells else [()] * len(headers))]
     widths = limits or _widths(headers, cells)
 
     def lines(row: Sequence[str]) -> list[str]:
         wrapped = [
-            [value] if printed_width(value) <= w else textwrap.wrap(value, w, break_long_words=False) or [""]
+            [value]
+            if printed_width(value) <= w
+            else textwrap.wrap(value, w, break_long_words=False, break_on_hyphens=False) or [""]
             for value, w in zip(row, widths, strict=True)
         ]
         printed = []
@@ -235,8 +232,8 @@ def _lay_out(headers: Sequence[str], cells: Sequence[Sequence[str]], limits: Seq
     return "\n".join([*lines(headers), "  ".join("─" * w for w in widths), *body])
 
 
-def _is_number(text: str) -> bool:
-    return bool(text) and text.strip("+-−").replace(",", "")[:1].isdigit()
+def _is_numeric(column: Sequence[str]) -> bool:
+    return any(column) and all(not text or text.strip("+-−").replace(",", "")[:1].isdigit() for text in column)
 
 
 def spread(mean: float | None, std: float | None) -> str:
