@@ -509,7 +509,9 @@ class FinetuneConfig(ProtocolConfig):
 
     heading: ClassVar[str] = "Finetuning options"
 
-    head: str = option("linear", "Head to train: linear, mlp, or one that fuses backbones: dvme, …", metavar="NAME")
+    head: str = option(
+        "linear", "Head to train: linear, mlp, or one that fuses backbones: dvme, …", metavar="NAME[,NAME…]"
+    )
     weights: tuple[str, ...] = option(
         (), "Checkpoint of a backbone; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
     )

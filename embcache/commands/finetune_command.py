@@ -8,7 +8,6 @@ from typing import Annotated
 from embcache.commands.options import (
     BackboneOption,
     DatasetOption,
-    HeadOption,
     HomeOption,
     JsonOption,
     MetricOption,
@@ -30,13 +29,12 @@ from embcache.errors import UsageError
 def finetune(
     backbone: BackboneOption = None,
     dataset: DatasetOption = None,
-    head: HeadOption = None,
     subset: SubsetOption = None,
     metric: MetricOption = None,
     home: HomeOption = None,
     json: JsonOption = None,
     *,
-    config: Annotated[FinetuneConfig, Skip("head", "metric")],
+    config: Annotated[FinetuneConfig, Skip("metric")],
     ref: Annotated[DatasetRef, Skip("target")],
 ) -> None:
     """Train backbones and a head together on augmented images, by the protocol of probing, and test them.
@@ -51,7 +49,7 @@ def finetune(
     from embcache.probe.heads import make_head
 
     names, backbones, metrics = split_list(dataset), split_list(backbone), split_list(metric)
-    heads = split_list(head) or [config.head]
+    heads = split_list(config.head)
     fuses = {name: make_head(name).fuses for name in heads}
     if not names:
         raise UsageError(

@@ -194,7 +194,7 @@ def _widths(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> list[int]
 def _limits(headers: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> list[int] | None:
     """Widths of columns that fit when text is wrapped between words; None where they cannot."""
     widths = _widths(headers, cells)
-    least = []
+    least: list[int] = []
     for name, column, longest in zip(headers, zip(*cells, strict=True), widths, strict=True):
         words = [name, *(word for cell in column for word in re.findall(r"^ *\S*|\S+", cell))]
         least.append(longest if _is_numeric(column) else min(longest, max(12, *map(printed_width, words))))
@@ -202,8 +202,8 @@ def _limits(headers: Sequence[str], cells: Sequence[Sequence[str]], width: int) 
     if excess > sum(widths) - sum(least):
         return None
     for _ in range(excess):  # the widest column that can be narrower
-        column = max(range(len(widths)), key=lambda k: widths[k] if widths[k] > least[k] else -1)
-        widths[column] -= 1
+        _, widest = max((w if w > low else -1, k) for k, (w, low) in enumerate(zip(widths, least, strict=True)))
+        widths[widest] -= 1
     return widths
 
 

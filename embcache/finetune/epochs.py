@@ -106,7 +106,9 @@ class Trainer:
         with self._arithmetic():
             made = batches(self.frames, plan, self.augment, self.pool)
             for step, (rows, pixels) in enumerate(zip(steps, made, strict=True)):
-                _seed(f"{job.stream}\0network\0{epoch}\0{step}")
+                # Torch's own random state, which only dropout inside a backbone reads.
+                seed = hashlib.sha256(f"{job.stream}\0network\0{epoch}\0{step}".encode()).digest()[:8]
+                torch.manual_seed(int.from_bytes(seed, "little") >> 1)
                 y = torch.from_numpy(self.y[rows]).to(model.device)
                 masks = _masks(model, len(rows), stream_generator(job.stream, f"dropout\0{epoch}\0{step}"))
                 optimizer.zero_grad(set_to_none=True)
@@ -185,11 +187,6 @@ def _masks(model: ImageModel, rows: int, generator: torch.Generator) -> State:
         name: ((torch.rand(rows, units, generator=generator) >= rate) / (1 - rate)).to(model.device)
         for name, (units, rate) in model.head.dropouts().items()
     }
-
-
-def _seed(stream: str) -> None:
-    """Set torch's own random state, which only dropout inside a backbone reads."""
-    torch.manual_seed(int.from_bytes(hashlib.sha256(stream.encode("utf-8")).digest()[:8], "little") >> 1)
 
 
 def _tensors(model: ImageModel, optimizer: torch.optim.Adam) -> State:

@@ -142,9 +142,7 @@ class FinetunedModel:
 
 
 def load_finetuned(run: Path, result: ProbeResult, fold: int, device: str = "cpu") -> FinetunedModel:
-    """The saved model of one fold of a finetuned run.
-
-    Nothing but the run itself is needed: neither the weights that training began with nor the images.
+    """The saved model of one fold of a finetuned run; neither images nor the weights that training began with are read.
 
     Parameters
     ----------
@@ -161,10 +159,8 @@ def load_finetuned(run: Path, result: ProbeResult, fold: int, device: str = "cpu
     ------
     UsageError
         The result is not of a finetuning, has no such fold, or the device does not exist.
-    StoreError
-        The fold has no model: none were kept, or its training diverged at once; or its file is damaged.
-    WeightsError
-        The file does not fit the network.
+    StoreError, WeightsError
+        The fold has no model, or its file is damaged; it does not fit the network.
     """
     if result.kind != "finetune" or not 0 <= fold < len(result.folds):
         raise UsageError(

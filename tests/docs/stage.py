@@ -55,7 +55,7 @@ def install() -> None:
             module.load_backbone = load_small  # type: ignore[attr-defined]
         if getattr(module, "empty_backbone", None) is empty:
             module.empty_backbone = lambda spec, _: load_small(spec.name).module  # type: ignore[attr-defined]
-    embcache.finetune_images = functools.partial(embcache.finetune_images, max_epochs=2)  # type: ignore[assignment]
+    embcache.finetune_images = functools.partial(embcache.finetune_images, max_epochs=2)
     sample.GROUPS, sample.TEST_GROUPS, sample.TILES_PER_CLASS = 12, 3, 2  # type: ignore[misc]
 
 
