@@ -2,9 +2,10 @@
 
 Stage 1, :func:`extract_features`, runs frozen vision backbones once over all images into feature stores.
 Stage 2, :func:`probe_features`, trains heads on the cached features in seconds.
-:func:`finetune_images` is the separate path: it trains backbones and head together, on images.
+:func:`finetune_images` is the separate path: it trains backbones and a head together, on images.
 
-Importing this package imports neither torch nor timm: each name is loaded when it is first used.
+Each function is the twin of a command. Importing this package imports neither torch nor timm: each name is loaded when
+it is first used.
 """
 
 from __future__ import annotations
@@ -14,38 +15,61 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "EmbcacheError": "embcache.errors",
-    "ImageDataset": "embcache.data.dataset",
-    "load_dataset": "embcache.data.dataset",
-    "Recipe": "embcache.store.recipe",
-    "FeatureStore": "embcache.store.feature_store",
-    "open_store": "embcache.store.feature_store",
-    "extract_features": "embcache.extract.extract",
-    "probe_features": "embcache.probe.probe",
-    "finetune_images": "embcache.finetune.finetune",
-    "ProbeResult": "embcache.runs.folders",
+_NAMES = {
+    "embcache.backbones.catalog": "Backbone",
+    "embcache.config": "DatasetRef ExtractConfig FinetuneConfig ProbeConfig",
+    "embcache.data.dataset": "ImageDataset load_dataset",
+    "embcache.errors": "EmbcacheError UsageError",
+    "embcache.extract.extract": "extract_features",
+    "embcache.figures.audit": "audit_dataset",
+    "embcache.figures.rank": "rank_backbones",
+    "embcache.finetune.finetune": "finetune_images",
+    "embcache.finetune.model": "load_finetuned",
+    "embcache.probe.probe": "probe_features",
+    "embcache.report.page": "write_report",
+    "embcache.results.compare": "compare_runs",
+    "embcache.results.predict": "predict_images",
+    "embcache.results.subgroups": "score_subgroups",
+    "embcache.runs.folders": "ProbeResult list_results",
+    "embcache.store.feature_store": "FeatureStore list_stores open_store",
+    "embcache.store.recipe": "Recipe",
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_MODULES]
 
 if TYPE_CHECKING:
+    from embcache.backbones.catalog import Backbone as Backbone
+    from embcache.config import DatasetRef as DatasetRef
+    from embcache.config import ExtractConfig as ExtractConfig
+    from embcache.config import FinetuneConfig as FinetuneConfig
+    from embcache.config import ProbeConfig as ProbeConfig
     from embcache.data.dataset import ImageDataset as ImageDataset
     from embcache.data.dataset import load_dataset as load_dataset
     from embcache.errors import EmbcacheError as EmbcacheError
+    from embcache.errors import UsageError as UsageError
     from embcache.extract.extract import extract_features as extract_features
+    from embcache.figures.audit import audit_dataset as audit_dataset
+    from embcache.figures.rank import rank_backbones as rank_backbones
     from embcache.finetune.finetune import finetune_images as finetune_images
+    from embcache.finetune.model import load_finetuned as load_finetuned
     from embcache.probe.probe import probe_features as probe_features
+    from embcache.report.page import write_report as write_report
+    from embcache.results.compare import compare_runs as compare_runs
+    from embcache.results.predict import predict_images as predict_images
+    from embcache.results.subgroups import score_subgroups as score_subgroups
     from embcache.runs.folders import ProbeResult as ProbeResult
+    from embcache.runs.folders import list_results as list_results
     from embcache.store.feature_store import FeatureStore as FeatureStore
+    from embcache.store.feature_store import list_stores as list_stores
     from embcache.store.feature_store import open_store as open_store
     from embcache.store.recipe import Recipe as Recipe
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'embcache' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

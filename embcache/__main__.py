@@ -6,12 +6,12 @@ from typing import NoReturn
 
 def main() -> NoReturn:
     """Run the command line; an interrupt while its modules are imported ends the process without a traceback."""
-    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if heeded:  # a shell's background jobs ignore it
+    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if default:  # background jobs of a shell ignore it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from embcache.cli import main as run
 
-    if heeded:
+    if default:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     run()
 

@@ -1,6 +1,6 @@
-"""The ``embcache`` command: mounts the families of commands and turns errors into one message.
+"""The ``embcache`` command: mounts the commands and turns errors into one message.
 
-Exit status: 0 on success, 1 on an error a user can mend, 2 on bad usage, 130 and 143 on signals.
+Exit status: 0 on success, 1 on an error that a user can fix, 2 on bad usage, 130 and 143 on signals.
 """
 
 from __future__ import annotations
@@ -15,41 +15,89 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import embcache
-from embcache.commands import audit_command as audit
-from embcache.commands import backbones_command as backbones
-from embcache.commands import compare_command as compare
-from embcache.commands import datasets_command as datasets
-from embcache.commands import demo_command as demo
-from embcache.commands import doctor_command as doctor
-from embcache.commands import extract_command as extract
-from embcache.commands import figures_command as figures
-from embcache.commands import finetune_command as finetune
-from embcache.commands import gc_command as gc
-from embcache.commands import predict_command as predict
-from embcache.commands import predicted_command as predicted
-from embcache.commands import probe_command as probe
-from embcache.commands import rank_command as rank
-from embcache.commands import report_command as report
-from embcache.commands import run_command as run
-from embcache.commands import splits_command as splits
-from embcache.commands import store_command as store
-from embcache.commands import verify_command as verify
-from embcache.commands.options import advise_by
-from embcache.commands.output import echo, guard_streams, lost_output
-from embcache.commands.table import print_note
+from embcache.commands.output import echo, guard_streams, lost_output, print_note
+from embcache.commands.shell import Group, LazyCommands, write_commands
 from embcache.errors import EmbcacheError, UsageError
-from embcache.log import shown
 from embcache.memory import is_shortage
+
+COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
+    "Start": {
+        "demo": ("demo_command:demo", "Run the whole pipeline on a built-in synthetic dataset."),
+        "datasets": ("datasets_command:datasets", "List the datasets, or show one of them in full."),
+        "backbones": ("backbones_command:backbones", "List the backbones and the state of their weights."),
+        "heads": ("probe_command:heads", "List the heads and their options."),
+    },
+    "Features": {
+        "extract": ("extract_command:extract", "Run frozen backbones once over all images and store the features."),
+        "rank": ("rank_command:rank", "Rank the cached backbones in seconds, without training."),
+        "similarity": ("rank_command:similarity", "Compare the embeddings of cached backbones."),
+    },
+    "Heads": {
+        "probe": ("probe_command:probe", "Train heads on cached features and test them."),
+        "finetune": ("finetune_command:finetune", "Train backbones and a head together on augmented images."),
+        "splits": ("splits_command:app", "Export or import the images of every fold and subset."),
+    },
+    "Results": {
+        "results": ("probe_command:results", "List the saved results, or show one run in full."),
+        "compare": ("compare_command:compare", "Test the differences between results on the same test images."),
+        "subgroups": ("compare_command:subgroups", "Score results within subgroups of the test images."),
+        "errors": ("predicted_command:errors", "List and show the test images that a run gets wrong."),
+        "run": ("run_command:run", "Make a table or a figure of the paper, or one of your own."),
+        "predict": ("predict_command:predict", "Predict images with the models of a saved run."),
+        "submit": ("predict_command:submit", "Write the predictions of a run as Kaggle expects them."),
+        "kaggle-score": ("predict_command:kaggle_score", "Save the leaderboard scores of a run as a result."),
+        "export-head": ("predict_command:export_head", "Write a trained head for programs without embcache."),
+    },
+    "Figures": {
+        "curves": ("run_command:curves", "Draw learning curves of the saved results."),
+        "plot": ("predicted_command:plot", "Draw ROC, precision-recall, confusion or calibration plots of a run."),
+        "tsne": ("figures_command:tsne", "Draw maps of cached embeddings side by side."),
+        "attention": ("figures_command:attention", "Draw what a DVME run or a vision transformer attends to."),
+        "neighbors": ("figures_command:neighbors", "Show the images that are nearest to one in feature space."),
+        "audit": ("audit_command:audit", "Find near-duplicates, likely label errors and outliers."),
+        "report": ("report_command:report", "Write an HTML page of all saved results."),
+    },
+    "Cache": {
+        "ls": ("store_command:ls", "List the cached features and the number of runs."),
+        "info": ("store_command:info", "Show the recipe, shards, quarantine and files of stores."),
+        "export": ("store_command:export", "Write one store to a single file for other tools."),
+        "verify": ("verify_command:verify", "Check every byte in the cache, and repair what can be repaired."),
+        "gc": ("gc_command:gc", "Free the space of replaced rows and of interrupted processes."),
+        "doctor": ("doctor_command:doctor", "Report on this installation, for a bug report."),
+    },
+}
+"""Module and function of each command and its sentence in ``embcache --help``, by heading."""
+
+TABLES = (
+    "datasets", "backbones", "heads", "rank", "similarity", "probe", "finetune", "results", "compare", "subgroups",
+    "errors", "ls",
+)  # fmt: skip
+"""Commands whose answer is a table: they take ``--wide`` and ``--csv``."""
+
+
+class _Root(Group):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        places = {name: place for commands in COMMANDS.values() for name, (place, _) in commands.items()}
+        places = {name: f"embcache.commands.{place}" for name, place in places.items()}
+        self.commands = LazyCommands(places, TABLES)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands; no module of theirs is imported for that."""
+        sentences = {h: {name: text for name, (_, text) in each.items()} for h, each in COMMANDS.items()}
+        write_commands(sentences, formatter)
+
 
 app = typer.Typer(
     name="embcache",
+    cls=_Root,
     help="Which frozen embedding serves my medical imaging task, and how far does it get with 50 labels?",
     epilog="Start with `embcache demo`. Own images: embcache extract --backbone … --dataset folder --data-root FOLDER",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 1000},
 )
 
 
@@ -63,46 +111,18 @@ def _print_version(value: bool) -> None:
 def _root(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show details of what happens.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")] = False,
 ) -> None:
     del version
-    context.with_resource(shown(print_note))
-    advise_by(context)
+    import logging
 
+    from embcache.log import shown
 
-app.command()(demo.demo)
-app.command()(datasets.datasets)
-app.command()(backbones.backbones)
-app.command()(probe.heads)
-app.command()(extract.extract)
-app.command()(probe.probe)
-app.command()(finetune.finetune)
-app.command()(probe.results)
-app.command()(run.run)
-app.command()(run.curves)
-app.command()(compare.compare)
-app.command()(compare.subgroups)
-app.command()(predicted.errors)
-app.command()(predicted.plot)
-app.command()(rank.rank)
-app.command()(rank.similarity)
-app.command()(figures.tsne)
-app.command()(figures.attention)
-app.command()(figures.neighbors)
-app.command()(audit.audit)
-app.command()(report.report)
-app.command()(predict.predict)
-app.command()(predict.submit)
-app.command()(predict.kaggle_score)
-app.command()(predict.export_head)
-app.add_typer(splits.app, name="splits")
-app.command()(store.ls)
-app.command()(store.info)
-app.command()(store.export)
-app.command()(verify.verify)
-app.command()(gc.gc)
-app.command()(doctor.doctor)
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    context.with_resource(shown(print_note, level))
 
 
 def _terminate(_signum: int, _frame: object) -> NoReturn:
@@ -116,13 +136,13 @@ _SIGNALLED = (130, 143)
 def _leave(status: int) -> NoReturn:
     """End the process with a status, at once; every finally block has run by now.
 
-    Taking torch down piece by piece lasts half a second and frees nothing that the kernel would not. And after Ctrl-C,
-    one run in three was once seen to end by the signal itself after it had said all it had to say; leaving here makes
-    the status the same every time.
+    Shutting torch down takes half a second and frees nothing that the kernel would not. And after Ctrl-C, one run in
+    three was once seen to end by the signal itself after it had printed everything; leaving here makes the status the
+    same every time.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # a traceback would say nothing by now
         signal.signal(number, lambda number, _: os._exit(128 + number))
-    if status not in _SIGNALLED:  # then nobody waits for threads at work
+    if status not in _SIGNALLED:  # otherwise threads that work are not waited for
         threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter does first: executors end
     atexit._run_exitfuncs()  # temporary folders, loggers, worker processes
     if lost_output():
@@ -168,6 +188,6 @@ def _run() -> int:
         if not is_shortage(error):
             raise
         found = str(error).splitlines()[0] if str(error) else type(error).__name__
-        echo(f"embcache: the memory does not hold what was asked for\n  found: {found}", err=True)
+        echo(f"embcache: not enough memory\n  found: {found}", err=True)
         return 1
     return 0

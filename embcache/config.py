@@ -23,7 +23,7 @@ from embcache.typed import typed
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of a field besides its name, type and default.
+    """What is known of a field in addition to its name, type and default.
 
     Attributes
     ----------
@@ -113,6 +113,22 @@ class Config:
         usual = type(self)().to_json()
         names = [f.name for f in fields(self) if option_of(f).result]
         return {name: plain[name] for name in names if plain[name] != usual[name]}
+
+    def words(self) -> list[str]:
+        """The options that differ from their defaults, as they are typed on the command line."""
+        usual, words = type(self)(), list[str]()
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value == getattr(usual, f.name) or value is None or option_of(f).flag == "-":
+                continue
+            if isinstance(value, bool):
+                words.append(flag_of(f) if value else option_of(f).flag.split("/")[1])
+            elif isinstance(value, Mapping):
+                words += [word for name, each in value.items() for word in (flag_of(f), f"{name}={each}")]
+            else:
+                many = value if isinstance(value, tuple) else (value,)
+                words += [word for each in many for word in (flag_of(f), str(each))]
+        return words
 
     def to_json(self) -> dict[str, Any]:
         """All options as JSON data."""
@@ -272,6 +288,37 @@ def parse_pairs(values: Sequence[str]) -> dict[str, Any]:
             value = text
         found[name] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def parse_weights(values: Sequence[str], names: Sequence[str] | None = None) -> dict[str, Path]:
+    """Checkpoints by backbone, from ``[NAME=]FILE`` values.
+
+    Where the backbones are not known yet (``names`` is None) every value must begin with a name.
+
+    Raises
+    ------
+    UsageError
+        A value does not name its backbone, or it is none of ``names``.
+    """
+    weights: dict[str, Path] = {}
+    for value in values:
+        # The name of a backbone has no "=", a path may: only a known name before the first "=" is one.
+        name, separator, file = value.partition("=")
+        if names is None and not (name and file):
+            raise UsageError(
+                "--weights does not name its backbone", code="weights-unnamed", expected="NAME=FILE", found=value,
+                where="--weights", fix=f"--weights NAME={file or name}",
+            )  # fmt: skip
+        if names is not None and (not separator or name not in names):
+            if len(names) > 1 or (separator and not Path(value).exists()):
+                raise UsageError(
+                    "--weights does not name its backbone", code="weights-unnamed",
+                    expected="NAME=FILE with NAME one of " + ", ".join(names), found=value, where="--weights",
+                    fix=f"--weights {names[0]}={file or value}",
+                )  # fmt: skip
+            name, file = names[0], value
+        weights[name] = Path(file)
+    return weights
 
 
 def parse_count_or_share(text: str) -> int | str:
@@ -478,19 +525,22 @@ class FinetuneConfig(ProtocolConfig):
 
     heading: ClassVar[str] = "Finetuning options"
 
-    head: str = option("linear", "linear, mlp, or a head that fuses backbones: dvme, …", metavar="NAME")
+    head: str = option(
+        "linear", "Head to train: linear, mlp, or one that fuses backbones: dvme, …", metavar="NAME[,NAME…]"
+    )
     weights: tuple[str, ...] = option(
         (), "Checkpoint of a backbone; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
     )
     transform: str | None = option(
-        None, "As for extract; the crop is random in training. [default: paper; model for timm: backbones]",
+        None,
+        "Preprocessing as in extract; the crop is random in training. [default: paper; model for timm: backbones]",
         metavar="paper|imagenet|model", choices=("paper", "imagenet", "model"),
     )  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda:0, …", metavar="NAME")
     precision: str = option(
         "fp32", "fp32 or bf16; with CUDA also tf32 and fp16.", metavar="KIND", choices=("fp32", "tf32", "bf16", "fp16")
     )
-    lr: float | None = option(None, "Learning rate. [default: 1e-3; with dino 1e-4]", metavar="RATE")
+    lr: float | None = option(None, "Learning rate. [default: 1e-3; with dino 1e-4]", metavar="RATE", least=1e-12)
     batch_size: int | None = option(
         None, "Images per step. [default: 64; with dino 16]", metavar="N", least=1, most=1 << 16
     )
@@ -510,5 +560,5 @@ class FinetuneConfig(ProtocolConfig):
         True, "Keep decoded, resized images for later epochs and runs.", flag="--pixel-cache/--no-pixel-cache"
     )
     models: bool = option(True, "Keep the model of each fold, for `embcache predict`.", flag="--models/--no-models")
-    resume: bool = option(False, "Continue an interrupted run of the same request.")
+    resume: bool | None = option(False, "Continue an interrupted run of the same request.")  # None: if there is one
     again: bool = option(False, "Train from the beginning even if a saved result answers the same question.")

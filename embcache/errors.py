@@ -12,7 +12,7 @@
     │   ├── StoreNotFoundError    nothing is cached for it
     │   ├── RecipeError           several cached recipes match, or the wanted one differs from what is there
     │   └── CorruptStoreError     bytes on disk are not those that were committed
-    └── ProtocolError             the data cannot carry the asked folds, subsets or heads
+    └── ProtocolError             the data do not support the folds, subsets or heads of the request
 """
 
 from __future__ import annotations
@@ -24,31 +24,36 @@ from difflib import get_close_matches
 from numbers import Integral, Real
 
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-_known: frozenset[str] | None = None
+_known: frozenset[str] | None = None  # flags of the command that was typed
 
 
 def advise_only(flags: Iterable[str] | None) -> None:
-    """Leave out of errors, from now on, advice that names a flag besides these; None: leave nothing out.
+    """Leave advice out of errors, from now on, that names other flags than these; None: leave nothing out.
 
-    The command line says so which flags the command has that was typed: what raises an error cannot know.
+    Code that raises an error cannot know which command was typed.
     """
     global _known
     _known = None if flags is None else frozenset(flags)
 
 
 def _may_advise(advice: str) -> bool:
-    own, _, _ = advice.partition("embcache ")  # what follows is typed to another command
+    own, _, _ = advice.partition("embcache ")  # the rest is typed to another command
     return _known is None or _known.issuperset(_FLAG.findall(own))
 
 
 def printable(text: str) -> str:
-    """``text`` for a terminal: what is not printable but a line's end is shown escaped.
+    """``text`` for a terminal: what is not printable is escaped, except line ends.
 
-    Ids, paths and class names come from files: none of them may move a cursor, colour a line or retitle a window.
+    IDs, paths and class names come from files: none of them may move a cursor, color a line or retitle a window.
     """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def one_line(text: str) -> str:
+    """Text with its control characters escaped, line ends included."""
+    return printable(text).replace("\n", "\\n")
 
 
 def printed_width(text: str) -> int:
@@ -76,7 +81,7 @@ class EmbcacheError(Exception):
     where : object, optional
         The file, folder, column or flag at fault.
     fix : str or sequence of str, optional
-        The command to type, or the step to take; of several those that `advise_only` allows.
+        The command to type, or the step to take; of several, those that `advise_only` allows.
     """
 
     def __init__(
@@ -171,4 +176,4 @@ class CorruptStoreError(StoreError):
 
 
 class ProtocolError(EmbcacheError):
-    """The data cannot carry the asked folds, subsets or heads."""
+    """The data do not support the folds, subsets or heads of the request."""

@@ -11,8 +11,9 @@ import typer
 from typer.testing import CliRunner
 
 from embcache.commands.options import Skip, takes_configs
-from embcache.config import Config, DatasetRef, ExtractConfig, FinetuneConfig, ProbeConfig, option
+from embcache.config import Config, DatasetRef, ExtractConfig, FinetuneConfig, ProbeConfig, option, parse_weights
 from embcache.errors import UsageError
+from tests.refusal import refused
 
 CONFIGS = (DatasetRef, ExtractConfig, ProbeConfig, FinetuneConfig)
 
@@ -47,9 +48,26 @@ def test_values_are_normalized() -> None:
     ],
 )
 def test_bad_values_are_refused(kind: type[Config], options: dict[str, Any], code: str) -> None:
-    with pytest.raises(UsageError) as caught:
+    with refused(UsageError, code):
         kind.make(None, options)
-    assert caught.value.code == code
+
+
+def test_options_are_typed_as_they_are_read() -> None:
+    config = FinetuneConfig(lr=0.01, models=False, weights={"dino": Path("x y.pth")}, again=True, resume=None)
+    assert config.words() == ["--weights", "dino=x y.pth", "--lr", "0.01", "--no-models", "--again"]
+    assert FinetuneConfig().words() == []
+    assert ProbeConfig(lr=[1e-3, 1e-4], head_options={"k": 5}).words()[:2] == ["--head-option", "k=5"]
+
+
+def test_checkpoints_name_their_backbones() -> None:
+    assert parse_weights(["dino=a=b.pth", "swav=c"]) == {"dino": Path("a=b.pth"), "swav": Path("c")}
+    assert parse_weights(["a.pth"], ["dino"]) == {"dino": Path("a.pth")}
+    for value in ("dino.pth", "=dino.pth", "dino="):
+        with refused(UsageError, "weights-unnamed"):
+            parse_weights([value])
+    for value in ("a.pth", "rino=a.pth"):
+        with refused(UsageError, "weights-unnamed"):
+            parse_weights([value], ["dino", "swav"])
 
 
 @dataclass(frozen=True)

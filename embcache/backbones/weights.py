@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from embcache.config import parse_weights
 from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike, weights_dir
 
@@ -47,20 +48,7 @@ def weights_by_name(
         weights = [f"{name}={file}" for name, file in weights.items()]
     elif isinstance(weights, str | os.PathLike):
         weights = [os.fspath(weights)]
-    found: dict[str, Path] = {}
-    for text in weights or ():
-        # A path may contain "=", a name may not: only a known name before the first "=" is one.
-        name, _, file = text.partition("=")
-        if not (name and file) or (names is not None and name not in names):
-            if names is None or len(names) > 1 or (file and not Path(text).exists()):
-                known = f" with NAME one of {', '.join(names)}" if names else ""
-                raise UsageError(
-                    "--weights does not name the backbone", code="weights-name", expected=f"NAME=FILE{known}",
-                    found=text, fix=f"--weights {names[0] if names else 'NAME'}={file or text}",
-                )  # fmt: skip
-            name, file = names[0], text
-        found[name] = Path(file)
-    return found
+    return parse_weights(weights or (), names)
 
 
 def timm_filename(name: str) -> str:

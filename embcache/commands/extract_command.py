@@ -114,11 +114,6 @@ def _echo_how_to_continue(what: str) -> None:
     echo(f"\n{what}; the same command continues from there:\n  {shlex.join(['embcache', *sys.argv[1:]])}", err=True)
 
 
-def parse_weights(values: list[str] | None, names: list[str] | None = None) -> dict[str, Path] | None:
-    """Checkpoints by backbone, from ``[NAME=]FILE`` texts; None without any."""
-    return weights_by_name(names, values) if values else None
-
-
 def _print(dataset: str, images: int, done: list[Extraction], home: Path | None) -> None:
     rows = [
         [e.backbone, images, e.cached, e.computed, len(e.quarantined), f"{e.seconds:.1f}", e.store.path.name]

@@ -1,170 +1,94 @@
-"""``embcache finetune``: backbones and head trained together, on the images themselves."""
+"""``embcache finetune``: backbones and a head are trained together, on images."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import replace
+from typing import Annotated
 
-import typer
-
-from embcache.commands.extract_command import parse_weights
 from embcache.commands.options import (
-    AllowMissingOption,
     BackboneOption,
-    DataRootOption,
     DatasetOption,
-    DropClassOption,
-    FoldsOption,
     HomeOption,
     JsonOption,
-    MergeClassOption,
     MetricOption,
-    NameOption,
-    OverlapOption,
-    PositiveOption,
-    SeedOption,
+    Skip,
     SubsetOption,
-    TestOption,
-    ValOption,
-    class_options,
+    load_named,
+    next_command,
     split_list,
-    takes_columns,
+    takes_configs,
     write_json,
 )
-from embcache.commands.output import echo
+from embcache.commands.output import ProgressBar, echo
 from embcache.commands.probe_command import in_metrics, print_results
-from embcache.commands.progress import ProgressBar
-from embcache.commands.table import print_note
-
-if TYPE_CHECKING:
-    from embcache.config import DatasetRef
+from embcache.config import DatasetRef, FinetuneConfig, parse_weights
+from embcache.errors import UsageError
 
 
-@takes_columns
+@takes_configs
 def finetune(
     backbone: BackboneOption = None,
     dataset: DatasetOption = None,
-    head: Annotated[
-        str, typer.Option("--head", metavar="NAME", help="linear, mlp, or one that fuses backbones: dvme, …")
-    ] = "linear",
     subset: SubsetOption = None,
-    data_root: DataRootOption = None,
-    home: HomeOption = None,
-    folds: FoldsOption = 5,
-    seed: SeedOption = 0,
-    val: ValOption = "full",
-    test: TestOption = "local",
-    exclude_test_overlap: OverlapOption = False,
-    splits: Annotated[
-        str | None,
-        typer.Option("--splits", metavar="FILE|NAME", help="Use these splits instead of drawing: `embcache splits`."),
-    ] = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option("--weights", metavar="[NAME=]FILE", help="Checkpoint; NAME= may be left out for one backbone."),
-    ] = None,
-    transform: Annotated[
-        str | None,
-        typer.Option(
-            "--transform",
-            metavar="paper|imagenet|model",
-            help="As for extract; the crop is random in training. [default: paper; model for timm: backbones]",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda:0, …")] = "auto",
-    precision: Annotated[
-        str, typer.Option("--precision", metavar="KIND", help="fp32, bf16; with CUDA also tf32 and fp16.")
-    ] = "fp32",
-    lr: Annotated[
-        float | None, typer.Option("--lr", metavar="RATE", help="Learning rate. [default: 1e-3; with dino 1e-4]")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", metavar="N", help="Images of a step. [default: 64; with dino 16]")
-    ] = None,
-    accumulate: Annotated[
-        int, typer.Option("--accumulate", metavar="N", help="Parts in which a batch goes through, to save memory.")
-    ] = 1,
-    max_epochs: Annotated[int, typer.Option("--max-epochs", metavar="N", help="At most so many epochs.")] = 50,
     metric: MetricOption = None,
-    positive: PositiveOption = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers", metavar="N", min=0, help="Threads that prepare images. [default: one a core, 8 at most]"
-        ),
-    ] = None,
-    pixel_cache: Annotated[
-        bool,
-        typer.Option("--pixel-cache/--no-pixel-cache", help="Keep decoded, resized images for later epochs and runs."),
-    ] = True,
-    models: Annotated[
-        bool, typer.Option("--models/--no-models", help="Keep each fold's model, for `embcache predict`.")
-    ] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an interrupted run of the same request stopped.")
-    ] = False,
-    again: Annotated[
-        bool, typer.Option("--again", help="Train even where a saved result answers the same, from the beginning.")
-    ] = False,
-    drop_class: DropClassOption = None,
-    merge_class: MergeClassOption = None,
-    allow_missing: AllowMissingOption = False,
-    name: NameOption = None,
+    home: HomeOption = None,
     json: JsonOption = None,
     *,
-    columns: DatasetRef,
+    config: Annotated[FinetuneConfig, Skip("metric")],
+    ref: Annotated[DatasetRef, Skip("target")],
 ) -> None:
-    """Train backbones and head together on augmented images, by the protocol of probing, and test them.
+    """Train backbones and a head together on augmented images, by the protocol of probing, and test them.
 
-    Heads that take one backbone give one result for each; dvme trains its backbones together (default:
-    simclr,swav,dino). A checkpoint is kept after every epoch: an interrupted run goes on with --resume.
+    Heads that take one backbone give one result per backbone; dvme trains its backbones together (default:
+    simclr,swav,dino). A checkpoint is kept after every epoch: --resume continues an interrupted run.
 
     Example: embcache finetune --backbone random --dataset pneumonia --subset S --val matched
     """
-    from embcache.finetune.named import finetune_named
+    from embcache.finetune.finetune import finetune as finetune_dataset
+    from embcache.probe.cached import PAPER_SET
+    from embcache.probe.heads import make_head
 
-    names, metrics = split_list(backbone), split_list(metric)
+    names, backbones, metrics = split_list(dataset), split_list(backbone), split_list(metric)
+    heads = split_list(config.head)
+    fuses = {name: make_head(name).fuses for name in heads}
+    if not names:
+        raise UsageError(
+            "no dataset was named", code="no-dataset",
+            fix="embcache finetune --dataset NAME …   (embcache datasets lists them)",
+        )  # fmt: skip
+    if not backbones and not all(fuses.values()):
+        raise UsageError(
+            "no backbone was named", code="no-backbone",
+            fix="embcache finetune --backbone NAME …   (embcache backbones lists them)",
+        )  # fmt: skip
+    if len(names) > 1 and (ref.data_root or ref.name or config.splits):
+        raise UsageError(
+            "--data-root, --name and --splits are for one dataset", code="one-dataset", found=", ".join(names),
+            fix="--dataset NAME",
+        )  # fmt: skip
+    config = replace(config, metric=metrics[0] if metrics else None)
+    weights = parse_weights(config.weights, backbones or PAPER_SET)
+    loaded = [load_named(name, ref, home) for name in names]
+    results = []
     with ProgressBar("img") as bar:
         try:
-            results = finetune_named(
-                split_list(dataset),
-                names,
-                head=head,
-                subsets=split_list(subset) or ["S"],
-                data_root=data_root,
-                home=home,
-                folds=folds,
-                seed=seed,
-                val=val,
-                test=test,
-                exclude_test_overlap=exclude_test_overlap,
-                splits=splits,
-                classes=class_options(drop_class, merge_class),
-                weights=parse_weights(weights, names),
-                transform=transform,
-                device=device,
-                precision=precision,
-                lr=lr,
-                batch_size=batch_size,
-                accumulate=accumulate,
-                max_epochs=max_epochs,
-                metric=metrics[0] if metrics else None,
-                positive=positive,
-                workers=workers,
-                pixel_cache=pixel_cache,
-                keep_models=models,
-                resume=resume,
-                reuse=not again,
-                allow_missing=allow_missing,
-                dataset_name=name,
-                columns=columns,
-                say=print_note,
-                progress=bar.update,
-            )
+            for found, source in loaded:
+                for name in heads:
+                    for used in [backbones or PAPER_SET] if fuses[name] else [[each] for each in backbones]:
+                        own = tuple(f"{each}={file}" for each, file in weights.items() if each in used)
+                        options = replace(config, head=name, weights=own)
+                        for size in split_list(subset) or ["S"]:
+                            results.append(
+                                finetune_dataset(
+                                    found, used, size, options, home=home, source=source, progress=bar.update
+                                )
+                            )
         except (KeyboardInterrupt, SystemExit):
-            echo("\nstopped: the last whole epoch is kept; the same command with --resume goes on", err=True)
+            echo("\nstopped: the last whole epoch is kept; the same command with --resume continues", err=True)
             raise
     results = in_metrics(results, metrics, home)
-    if json != "-":
-        print_results(results)
     if json:
         write_json([result.to_json() for result in results], json)
+    if json != "-":
+        print_results(results)
+        next_command("results", results[0].id, home=home)

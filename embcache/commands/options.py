@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from embcache.commands.output import echo, json_text
-from embcache.config import Config, DatasetRef, option_of
+from embcache.commands.output import TableStyle, echo, table_style
+from embcache.commands.output import plain as plain
+from embcache.commands.output import write_json as write_json
+from embcache.config import Config, DatasetRef, flag_of, option_of
 from embcache.config import split_list as split_list
-from embcache.errors import UsageError, advise_only
-from embcache.io import write_output
+from embcache.errors import UsageError
 
 if TYPE_CHECKING:
     from embcache.data.classes import ClassOptions
@@ -29,20 +29,12 @@ HomeOption = Annotated[
         "--home", metavar="FOLDER", help="Folder of stores and runs. [default: $EMBCACHE_HOME or ~/.cache/embcache]"
     ),
 ]
-DataRootOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-root",
-        metavar="FOLDER",
-        help="The dataset's own folder, or its table. [default: $EMBCACHE_DATA/NAME or ./data/NAME]",
-    ),
-]
 DatasetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--dataset",
         metavar="NAME[,NAME…]",
-        help="Dataset name; repeatable, or comma-separated. See `embcache datasets`.",
+        help="Name of a dataset; repeatable or comma-separated. See `embcache datasets`.",
     ),
 ]
 BackboneOption = Annotated[
@@ -50,28 +42,34 @@ BackboneOption = Annotated[
     typer.Option(
         "--backbone",
         metavar="NAME[,NAME…]",
-        help="Backbone name; repeatable, or comma-separated. See `embcache backbones`.",
+        help="Name of a backbone; repeatable or comma-separated. See `embcache backbones`.",
     ),
 ]
-AllowMissingOption = Annotated[
-    bool, typer.Option("--allow-missing", help="Go on without images that are named but not there.")
+HeadOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--head",
+        metavar="NAME[,NAME…]",
+        help="Head to train; repeatable or comma-separated. See `embcache heads`. [default: linear]",
+    ),
 ]
-NameOption = Annotated[
-    str | None,
-    typer.Option("--name", metavar="NAME", help="Name of a `folder` dataset. [default: its folder's and a hash]"),
+SubsetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--subset",
+        metavar="S,M,F,N",
+        help="S, M, F or a number of training images; repeatable or comma-separated. [default: S]",
+    ),
 ]
-
-
-def check_suffix(path: Path, flag: str, *suffixes: str) -> Path:
-    """Refuse a file whose suffix says that something else is in it than is written; none, and devices, are well."""
-    suffix = path.suffix.lower()
-    if suffix and suffix not in suffixes and not (path.exists() and not path.is_file()):
-        raise UsageError(
-            f"the suffix {path.suffix} says something else than would be written",
-            expected=" or ".join(suffixes) or "the name of a folder", found=str(path), where=flag,
-            fix=f"{flag} {path.with_suffix(suffixes[0] if suffixes else '')}",
-        )  # fmt: skip
-    return path
+MetricOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME[,NAME…]",
+        help="auc, accuracy, balanced_accuracy, f1, mcc, kappa, auprc, brier, log_loss, sensitivity, specificity, ppv, "
+        "npv, sensitivity_at_95_specificity, …; the first one chooses epochs. [default: that of the dataset]",
+    ),
+]
 
 
 def _check_json(target: str | None) -> str | None:
@@ -80,10 +78,6 @@ def _check_json(target: str | None) -> str | None:
     return target
 
 
-RecipeOption = Annotated[
-    str | None,
-    typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
-]
 JsonOption = Annotated[
     str | None,
     typer.Option(
@@ -93,12 +87,35 @@ JsonOption = Annotated[
         help="Write the answer as JSON to FILE, or to stdout with -.",
     ),
 ]
+
+# Fields of configs, for commands that do not take configs yet.
+DataRootOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-root",
+        metavar="FOLDER",
+        help="Folder of the dataset, or its table. [default: $EMBCACHE_DATA/NAME or ./data/NAME]",
+    ),
+]
+AllowMissingOption = Annotated[bool, typer.Option("--allow-missing", help="Skip images that are listed but missing.")]
+NameOption = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="Name of a `folder` dataset. [default: its folder's name and a hash]"),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="PREFIX",
+        help="First digits of the store's fingerprint, where several recipes are cached.",
+    ),
+]
 MaxPixelsOption = Annotated[
     int | None,
     typer.Option(
         "--max-pixels",
         metavar="N",
-        help="Largest image that is decoded. [default: $EMBCACHE_MAX_PIXELS or 89478485]",
+        help="Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]",
     ),
 ]
 DropClassOption = Annotated[
@@ -106,34 +123,30 @@ DropClassOption = Annotated[
     typer.Option(
         "--drop-class",
         metavar="NAME[,NAME…]",
-        help="Leave out the images of a class; repeatable, or comma-separated.",
+        help="Leave out the images of a class; repeatable or comma-separated.",
     ),
 ]
 MergeClassOption = Annotated[
     list[str] | None,
-    typer.Option("--merge-class", metavar="A+B=NEW", help="Make one class of several, with a new name; repeatable."),
+    typer.Option("--merge-class", metavar="A+B=NEW", help="Merge classes under a new name; repeatable."),
 ]
 _COLUMN_HELP = {  # of `embcache.data.tables.ROLES`
-    "path": "Column of a table that names the files.",
-    "label": "Column of a table that holds the labels.",
-    "group": "Column of a table that holds patients, slides …: no split divides one. [default: group, or a usual name]",
-    "split": "Column of a table that holds train, val or test.",
-    "id": "Column of a table that names the images.",
+    "path": "Column of a table with the paths of the images.",
+    "label": "Column of a table with the labels.",
+    "group": "Column of a table with patients, slides …; no split divides a group. [default: group, or a usual name]",
+    "split": "Column of a table with train, val or test.",
+    "id": "Column of a table with the IDs of the images.",
 }
-SubsetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--subset",
-        metavar="S,M,F,N",
-        help="S, M, F or a number of training images; repeatable, or comma-separated. [default: S]",
-    ),
+FoldsOption = Annotated[int, typer.Option("--folds", metavar="K", help="Number of folds of the cross-validation.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Seed of folds, subsets, initial weights, order and dropout.")
 ]
-FoldsOption = Annotated[int, typer.Option("--folds", metavar="K", help="Folds of the cross-validation.")]
-SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Of folds, subsets, weights, order and dropout.")]
 ValOption = Annotated[
     str,
     typer.Option(
-        "--val", metavar="full|matched", help="Validate on the whole fold, or on as many images as train, balanced."
+        "--val",
+        metavar="full|matched",
+        help="Validate on the whole fold, or on as many images as are trained on, balanced.",
     ),
 ]
 TestOption = Annotated[
@@ -141,16 +154,8 @@ TestOption = Annotated[
     typer.Option(
         "--test",
         metavar="local|official",
-        help="Where the official test labels are not public: hold out 20 % of the labelled images, or nothing.",
-    ),
-]
-MetricOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--metric",
-        metavar="NAME[,NAME…]",
-        help="auc, accuracy, balanced_accuracy, f1, mcc, kappa, auprc, brier, log_loss, sensitivity, specificity, ppv, "
-        "npv, sensitivity_at_95_specificity, … [default: the dataset's own]",
+        help="Where the labels of the official test set are not public: hold out 20 % of the labeled images, or "
+        "nothing.",
     ),
 ]
 PositiveOption = Annotated[
@@ -158,8 +163,8 @@ PositiveOption = Annotated[
     typer.Option(
         "--positive",
         metavar="CLASS",
-        help="The positive class of two, which AUPRC, sensitivity and the like are of. [default: the one that is not "
-        "named normal, benign, negative, no …, 0 and the like; else the second]",
+        help="Positive class of two. [default: the one not named normal, benign, negative, no …, 0 and the like; else "
+        "the second]",
     ),
 ]
 PrevalenceOption = Annotated[
@@ -167,15 +172,15 @@ PrevalenceOption = Annotated[
     typer.Option(
         "--prevalence",
         metavar="P|CLASS=P,…",
-        help="How frequent the positive class of two, or each class, is where the model is to be used: probabilities "
-        "are corrected from what training saw to it.",
+        help="Prevalence of the positive class, or of each class, where the model is to be used: probabilities are "
+        "corrected for it.",
     ),
 ]
 CalibrateOption = Annotated[
     bool,
     typer.Option(
         "--calibrate",
-        help="Fit a temperature for each model on its own validation images. Without --prevalence, classes are as "
+        help="Fit a temperature for each model on its own validation images; without --prevalence, classes are as "
         "frequent as among these.",
     ),
 ]
@@ -187,8 +192,20 @@ OverlapOption = Annotated[
 ]
 
 
+def check_suffix(path: Path, flag: str, *suffixes: str) -> Path:
+    """Refuse a file whose suffix stands for another format; no suffix, and devices, are allowed."""
+    suffix = path.suffix.lower()
+    if suffix and suffix not in suffixes and not (path.exists() and not path.is_file()):
+        raise UsageError(
+            f"the suffix {path.suffix} says something else than would be written", code="output-suffix",
+            expected=" or ".join(suffixes) or "the name of a folder", found=str(path), where=flag,
+            fix=f"{flag} {path.with_suffix(suffixes[0] if suffixes else '')}",
+        )  # fmt: skip
+    return path
+
+
 def echo_near(names: Sequence[str], home: Path | None) -> None:
-    """Print which datasets that are cached may be meant by names of which nothing is."""
+    """Print which cached datasets may be meant by names that are not cached."""
     from embcache.data.snapshot import cached_names, near_names
 
     cached = cached_names(home) if names else []
@@ -197,21 +214,26 @@ def echo_near(names: Sequence[str], home: Path | None) -> None:
             echo(f"near to {name}: {', '.join(near)}")
 
 
+def load_named(name: str, ref: DatasetRef, home: Path | None) -> tuple[ImageDataset, str]:
+    """A dataset with the classes of ``ref``, and where it came from: live or snapshot."""
+    from embcache.data.dataset import find_dataset
+
+    dataset, source = find_dataset(name, ref, home=home)
+    return class_options(ref.drop_class, ref.merge_class).of(dataset), source
+
+
 def command(*words: str, home: Path | None = None) -> str:
-    """``embcache`` with these words, to be typed in the same shell; the home that was given goes along."""
+    """``embcache`` with these words, to be typed in the same shell, with the home that was given."""
     return shlex.join(["embcache", *words, *(["--home", str(home)] if home is not None else [])])
 
 
-def advise_by(context: typer.Context) -> None:
-    """Let errors advise only the flags of the command that is about to run; for the callback of a group."""
-    command = getattr(context.command, "commands", {}).get(context.invoked_subcommand)
-    if command is not None:
-        advise_only(flag for option in command.params for flag in (*option.opts, *option.secondary_opts))
-        context.call_on_close(lambda: advise_only(None))
+def next_command(*words: str, home: Path | None = None) -> None:
+    """Print what to type next, as the last line of a command."""
+    echo("next: " + command(*words, home=home))
 
 
 class Skip:
-    """In ``Annotated[SomeConfig, Skip("field")]``: fields that a command does not offer as options."""
+    """In ``Annotated[SomeConfig, Skip("field")]``: fields that are no options of a command."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -219,53 +241,87 @@ class Skip:
 
 def takes_configs(command: Callable[..., None]) -> Callable[..., None]:
     """Turn each keyword-only parameter that is annotated with a config into one option per field of that config."""
-    hints = get_type_hints(command, include_extras=True)
-    own, made = [], []
-    configs: dict[str, dict[str, Any]] = {}
-    for parameter in inspect.signature(command).parameters.values():
-        hint = hints[parameter.name]
-        kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        if not (isinstance(kind, type) and issubclass(kind, Config)):
-            own.append(parameter.replace(annotation=hint))
+    own, made = [], list[inspect.Parameter]()
+    configs: dict[str, tuple[type[Config], list[str]]] = {}
+    for parameter in _parameters(command):
+        hint = parameter.annotation
+        config, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if not (isinstance(config, type) and issubclass(config, Config)):
+            own.append(parameter)
             continue
         skipped = {name for extra in extras if isinstance(extra, Skip) for name in extra.names}
-        options = _options(kind, skipped)
-        configs[parameter.name] = {option.name: kind for option in options}
+        options = _options(config, skipped)
+        configs[parameter.name] = config, [option.name for option in options]
         made += options
 
     @functools.wraps(command)
     def run(*args: Any, **given: Any) -> None:
-        for parameter, names in configs.items():
-            kind = next(iter(names.values()))
+        for parameter, (config, names) in configs.items():
             values = {name: given.pop(name) for name in names}
-            parsers = {f.name: option_of(f).parse for f in fields(kind)}
-            typed = {name: value for name, value in values.items() if value not in (None, [])}
-            given[parameter] = kind(
-                **{name: parse(value) if (parse := parsers[name]) else value for name, value in typed.items()}
-            )
+            parsers = {f.name: option_of(f).parse for f in fields(config)}
+            given[parameter] = config(**{
+                name: parse(value) if (parse := parsers[name]) else value
+                for name, value in values.items()
+                if value not in (None, [])
+            })  # fmt: skip
         command(*args, **given)
 
-    order = sorted([*own, *made], key=lambda p: p.kind)
-    run.__signature__ = inspect.Signature(order)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in order}
+    return _with_parameters(run, [*own, *made])
+
+
+def prints_table(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command whose answer is a table ``--wide`` and ``--csv``."""
+
+    @functools.wraps(command)
+    def run(*args: Any, wide: bool, csv: bool, **given: Any) -> None:
+        with table_style(TableStyle(wide, csv)):
+            command(*args, **given)
+
+    style = {
+        "wide": "Print all columns of the table, even if the terminal is too narrow.",
+        "csv": "Print the table as CSV to stdout, and everything else to stderr.",
+    }
+    made = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=False,
+            annotation=Annotated[bool, typer.Option(f"--{name}", help=text, rich_help_panel="Output options")],
+        )
+        for name, text in style.items()
+    ]  # fmt: skip
+    return _with_parameters(run, [*_parameters(command), *made])
+
+
+def _parameters(command: Callable[..., None]) -> list[inspect.Parameter]:
+    """Parameters of a command, their annotations evaluated."""
+    parameters = inspect.signature(command).parameters.values()
+    hints = get_type_hints(command, include_extras=True)
+    return [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+
+
+def _with_parameters(run: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
+    """A command with other parameters, as typer reads them."""
+    ordered = sorted(parameters, key=lambda parameter: parameter.kind)
+    run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
     return run
 
 
-def _options(kind: type[Config], skipped: set[str]) -> list[inspect.Parameter]:
-    """Typer's options of a config; what several texts make, or what is parsed, is taken as text."""
-    hints, options = get_type_hints(kind), []
-    for f in fields(kind):
-        known, hint, default = option_of(f), hints[f.name], f.default
+def _options(config: type[Config], skipped: set[str]) -> list[inspect.Parameter]:
+    """Typer's options of a config; what is parsed, or made from several texts, is taken as text."""
+    hints, options = get_type_hints(config), []
+    for f in fields(config):
+        known, default = option_of(f), f.default
+        annotation: Any = hints[f.name]
         if f.name in skipped or known.flag == "-":
             continue
-        annotation: Any = hint
-        if get_origin(hint) in (tuple, Mapping):
+        if get_origin(annotation) in (tuple, Mapping):
             annotation, default = list[str] | None, None
         elif known.parse is not None:
             annotation = str | None
-        bases = [base for base in kind.__mro__ if f.name in vars(base).get("__annotations__", {})]
-        heading: str = vars(bases[0])["heading"]
-        flag = known.flag or f"--{f.name.replace('_', '-')}"
+        heading = next(
+            vars(base)["heading"] for base in config.__mro__ if f.name in vars(base).get("__annotations__", {})
+        )
+        flag = known.flag or flag_of(f)
         shown = typer.Option(flag, metavar=known.metavar or None, help=known.help, rich_help_panel=heading)
         options.append(
             inspect.Parameter(
@@ -280,27 +336,27 @@ def takes_columns(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **given: Any) -> None:
+        from embcache.config import DatasetRef
+
         named: dict[str, Any] = {f"{role}_column": given.pop(f"{role}_column") or "" for role in _COLUMN_HELP}
         named["merge_class"] = given.get("merge_class") or ()
         command(*args, columns=DatasetRef.make(options=named), **given)
 
     run.__annotations__ = {name: hint for name, hint in command.__annotations__.items() if name != "columns"}
-    run.__annotations__ |= {
-        f"{role}_column": Annotated[str | None, typer.Option(f"--{role}-column", metavar="NAME", help=text)]
-        for role, text in _COLUMN_HELP.items()
-    }
-    hints = get_type_hints(run, include_extras=True)  # typer looks at the signature and evaluates no text there
+    hints = get_type_hints(run, include_extras=True)
     own = [p.replace(annotation=hints[n]) for n, p in inspect.signature(command).parameters.items() if n != "columns"]
     added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hints[name])
-        for name in (f"{role}_column" for role in _COLUMN_HELP)
-    ]
-    run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-    return run
+        inspect.Parameter(
+            f"{role}_column", inspect.Parameter.KEYWORD_ONLY, default=None,
+            annotation=Annotated[str | None, typer.Option(f"--{role}-column", metavar="NAME", help=text)],
+        )
+        for role, text in _COLUMN_HELP.items()
+    ]  # fmt: skip
+    return _with_parameters(run, [*own, *added])
 
 
 def class_options(drop: Sequence[str] | None, merge: Sequence[str] | None) -> ClassOptions:
-    """What ``--drop-class`` and ``--merge-class`` were given."""
+    """Classes to drop or merge, as given on the command line."""
     from embcache.data.classes import ClassOptions
 
     return ClassOptions(tuple(drop or ()), tuple(merge or ()))
@@ -312,26 +368,8 @@ def refuse_other_merges(merge: Sequence[str] | None, dataset: ImageDataset) -> N
     if others:
         raise UsageError(
             "here --merge-class is for classes that differ only in letter case",
+            code="merge-class",
             found=", ".join(others),
             expected=" or ".join(dataset.class_names),
-            fix="merge other classes when they are told apart: embcache probe --merge-class A+B=NEW",
+            fix="merge other classes when heads are trained: embcache probe --merge-class A+B=NEW",
         )
-
-
-def plain(value: Any) -> Any:
-    """JSON data from dataclasses, mappings and sequences; None for numbers that are not finite."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(data: Any, target: str) -> None:
-    """Write ``data``, made `plain`, as indented JSON to the file ``target``, or to stdout when it is ``-``."""
-    if target == "-":
-        echo(json_text(plain(data), shown=True), nl=False)
-        return
-    write_output(Path(target), json_text(plain(data)))

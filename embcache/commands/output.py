@@ -1,7 +1,8 @@
-"""What a command prints. All of it passes here, so that no name from a file reaches the terminal as a control sequence.
+"""What a command prints: text, notes, tables, JSON, progress bars.
 
-Work never ends because nobody reads what is printed: where a stream is closed, full or has lost its reader, the rest of
-the output is dropped, and of the standard output that is said in the end (`lost_output`).
+All of it passes here, so that no name from a file reaches the terminal as a control sequence. Work never ends because
+output is not read: where a stream is closed, full or has lost its reader, the rest of the output is dropped, which is
+reported in the end for the standard output (`lost_output`).
 """
 
 from __future__ import annotations
@@ -9,21 +10,65 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
-from embcache.errors import printable
+from embcache.errors import one_line, printable, printed_width
+
+__all__ = ["one_line"]
+
+
+@dataclass(frozen=True)
+class TableStyle:
+    """How the tables of a command are printed."""
+
+    wide: bool = False  # all columns, whatever the width of the terminal
+    csv: bool = False  # as CSV, everything else to stderr
+
+
+_style: TableStyle | None = None  # None: the command offers no choice
+_bar: Any = None  # the progress bar on the terminal
+
+
+@contextmanager
+def table_style(style: TableStyle) -> Iterator[None]:
+    """Print tables in this style while the block runs."""
+    global _style
+    before, _style = _style, style
+    try:
+        yield
+    finally:
+        _style = before
 
 
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     """Print text to stdout, or stderr, with control characters shown escaped."""
+    _write(text + "\n" * nl, err=err or (_style is not None and _style.csv))
+
+
+def _write(text: str, *, err: bool = False) -> None:
     stream = sys.stderr if err else sys.stdout
     if stream is not None:
-        stream.write(printable(text) + "\n" * nl)
+        stream.write(printable(text))
         stream.flush()
+
+
+def print_note(text: str) -> None:
+    """Print ``note: text`` to stderr, above a progress bar."""
+    if _bar is not None:
+        _bar.clear()
+    echo(f"note: {text}", err=True)
+    if _bar is not None:
+        _bar.refresh()
 
 
 def echo_data(text: str, keep: str) -> None:
@@ -32,6 +77,27 @@ def echo_data(text: str, keep: str) -> None:
     if shown != text or _fitting(text) != text:
         echo(f"note: characters that cannot be shown are escaped; {keep} keeps them as they are", err=True)
     echo(shown, nl=False)
+
+
+def plain(value: Any) -> Any:
+    """JSON data from dataclasses, mappings and sequences; None for numbers that are not finite."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(data: Any, target: str) -> None:
+    """Write ``data``, made `plain`, as indented JSON to the file ``target``, or to stdout when it is ``-``."""
+    if target == "-":
+        _write(json_text(plain(data), shown=True))
+        return
+    from embcache.io import write_output
+
+    write_output(Path(target), json_text(plain(data)))
 
 
 def json_text(data: Any, *, indent: int = 2, shown: bool = False) -> str:
@@ -53,8 +119,169 @@ def _fitting(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, notes: Sequence[str] = ()) -> None:
+    """Print a table to stdout, its notes beneath; on a terminal as wide as that."""
+    if _style is not None and _style.csv:
+        from embcache.results.csvfile import csv_text
+
+        _write(csv_text(headers, [[_text(value) for value in row] for row in rows]))
+    elif sys.stdout.isatty() and not (_style is not None and _style.wide):
+        width = shutil.get_terminal_size().columns
+        echo(fit_table(headers, rows, width, drop=_style is not None))
+    else:
+        echo(format_table(headers, rows))
+    for note in notes:
+        echo(f"· {note}")
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns two spaces apart, headers underlined; columns of numbers are right-aligned."""
+    return _lay_out(headers, [[_text(value) for value in row] for row in rows])
+
+
+def fit_table(headers: Sequence[str], rows: Sequence[Sequence[object]], width: int, *, drop: bool = True) -> str:
+    """A table that fits a terminal.
+
+    Columns in which all rows agree stand once above the table. Text is wrapped; if that is not enough, columns at the
+    right are left out where ``drop`` allows it, but never IDs. A single row becomes one line per column.
+    """
+    cells = [[_text(value) for value in row] for row in rows]
+    if not cells:
+        return _lay_out(headers, cells)
+    if len(cells) == 1 and sum(_widths(headers, cells)) + 2 * (len(headers) - 1) > width:
+        margin = max(map(printed_width, headers)) + 2
+        return "\n".join(
+            name + " " * (margin - printed_width(name)) + value
+            for name, value in zip(headers, cells[0], strict=True)
+            if value
+        )
+    above = _constant(cells) if len(cells) > 1 else []
+    lines = []
+    if shared := " · ".join(f"{headers[k]}: {cells[0][k]}" for k in above if cells[0][k]):
+        lines += [*textwrap.wrap(shared, max(width, 20)), ""]
+    shown = [k for k in range(len(headers)) if k not in above]
+    left_out: list[str] = []
+    while shown:
+        names, part = [headers[k] for k in shown], [[row[k] for k in shown] for row in cells]
+        limits = _limits(names, part, width)
+        droppable = [k for k in shown[1:] if drop and headers[k] not in ("run", "id")]
+        if limits is not None or not droppable:
+            break
+        left_out.insert(0, headers[droppable[-1]])
+        shown.remove(droppable[-1])
+    if shown:
+        lines.append(_lay_out(names, part, limits))
+    if left_out:
+        lines.append(f"· not shown: {', '.join(left_out)} (--wide shows all columns)")
+    return "\n".join(lines)
+
+
+def _text(value: object) -> str:
+    return "" if value is None else one_line(str(value))
+
+
+def _constant(cells: Sequence[Sequence[str]]) -> list[int]:
+    """Columns in which all rows agree; a row without a first cell continues the one above, whose cells it shares."""
+    first = cells[0]
+    columns = [k for k, cell in enumerate(first) if all(row[k] == cell or not (row[0] or row[k]) for row in cells)]
+    return columns if len(columns) < len(first) else columns[:-1]
+
+
+def _widths(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(printed_width, column)) for column in zip(headers, *cells, strict=True)]
+
+
+def _limits(headers: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> list[int] | None:
+    """Widths of columns that fit when text is wrapped between words; None where they cannot."""
+    widths = _widths(headers, cells)
+    least: list[int] = []
+    for name, column, longest in zip(headers, zip(*cells, strict=True), widths, strict=True):
+        words = [name, *(word for cell in column for word in re.findall(r"^ *\S*|\S+", cell))]
+        least.append(longest if _is_numeric(column) else min(longest, max(12, *map(printed_width, words))))
+    excess = sum(widths) + 2 * (len(widths) - 1) - width
+    if excess > sum(widths) - sum(least):
+        return None
+    for _ in range(excess):  # the widest column that can be narrower
+        _, widest = max((w if w > low else -1, k) for k, (w, low) in enumerate(zip(widths, least, strict=True)))
+        widths[widest] -= 1
+    return widths
+
+
+def _lay_out(headers: Sequence[str], cells: Sequence[Sequence[str]], limits: Sequence[int] | None = None) -> str:
+    right = [_is_numeric(column) for column in (zip(*cells, strict=True) if cells else [()] * len(headers))]
+    widths = limits or _widths(headers, cells)
+
+    def lines(row: Sequence[str]) -> list[str]:
+        wrapped = [
+            [value]
+            if printed_width(value) <= w
+            else textwrap.wrap(value, w, break_long_words=False, break_on_hyphens=False) or [""]
+            for value, w in zip(row, widths, strict=True)
+        ]
+        printed = []
+        for k in range(max(map(len, wrapped), default=0)):
+            parts = [part[k] if k < len(part) else "" for part in wrapped]
+            padded = (
+                " " * (w - printed_width(v)) + v if r else v + " " * (w - printed_width(v))
+                for v, w, r in zip(parts, widths, right, strict=True)
+            )
+            printed.append("  ".join(padded).rstrip())
+        return printed
+
+    body = [line for row in cells for line in lines(row)]
+    return "\n".join([*lines(headers), "  ".join("─" * w for w in widths), *body])
+
+
+def _is_numeric(column: Sequence[str]) -> bool:
+    return any(column) and all(not text or text.strip("+-−").replace(",", "")[:1].isdigit() for text in column)
+
+
+def spread(mean: float | None, std: float | None) -> str:
+    """``mean ± sd``, as tables show it; empty where there is none, or it is not defined."""
+    if mean is None or not math.isfinite(mean):
+        return ""
+    return f"{mean:.4f}" + ("" if std is None else f" ± {std:.4f}")
+
+
+def bounds(interval: tuple[float, float] | None, sign: str = "") -> str:
+    """``low – high``, as tables show it."""
+    return "" if interval is None else f"{interval[0]:{sign}.4f} – {interval[1]:{sign}.4f}"
+
+
+class ProgressBar:
+    """A bar with rate and time left, on stderr and only on a terminal; it restarts where what is counted changes."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._counts: tuple[int, str] | None = None
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _bar
+        if _bar is not None:
+            _bar.close()
+            _bar = None
+
+    def update(self, done: int, total: int, label: str = "") -> None:
+        """Show that ``done`` of ``total`` units of ``label`` are finished."""
+        global _bar
+        if not sys.stderr.isatty():
+            return
+        if self._counts is None or self._counts[0] != total or (done < _bar.n and self._counts[1] != label):
+            from tqdm import tqdm
+
+            if _bar is not None:
+                _bar.close()
+            _bar = tqdm(total=total, unit=self._unit, leave=False, file=sys.stderr, smoothing=0.05)
+        self._counts = (total, label)
+        _bar.set_description(label, refresh=False)
+        _bar.update(done - _bar.n)
+
+
 class Screen(io.TextIOBase):
-    """Stands for stdout or stderr: characters that its encoding lacks, and control characters, are shown escaped.
+    """Replaces stdout or stderr: characters that its encoding lacks, and control characters, are shown escaped.
 
     What libraries write (warnings, logs, progress bars) passes here, too. A line's end, and a return to its beginning
     at the start of what is written, as progress bars make, are kept.
@@ -66,23 +293,23 @@ class Screen(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """That of the stream."""
+        """Encoding of the stream."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     @property
     def errors(self) -> str:  # type: ignore[override]
-        """How characters are written that the encoding lacks."""
+        """How characters that the encoding lacks are written."""
         return "backslashreplace"
 
     def write(self, text: str) -> int:
-        """Write text, as far as anybody takes it."""
+        """Write text, as far as the stream takes it."""
         start = "\r" if text.startswith("\r") else ""
         shown = (start + printable(text[len(start) :])).encode(self.encoding, "backslashreplace").decode(self.encoding)
         self._try(lambda stream: stream.write(shown))
         return len(text)
 
     def flush(self) -> None:
-        """Flush what was written, as far as anybody takes it."""
+        """Flush what was written, as far as the stream takes it."""
         self._try(lambda stream: stream.flush())
 
     def _try(self, call: Callable[[TextIO], object]) -> None:
@@ -93,7 +320,7 @@ class Screen(io.TextIOBase):
                 self.lost = error
 
     def isatty(self) -> bool:
-        """Whether somebody looks at it."""
+        """Whether it is a terminal."""
         return self._stream is not None and not self._stream.closed and self._stream.isatty()
 
     def fileno(self) -> int:
@@ -103,7 +330,7 @@ class Screen(io.TextIOBase):
         return self._stream.fileno()
 
     def writable(self) -> bool:
-        """It is."""
+        """Whether it can be written to: always."""
         return True
 
 

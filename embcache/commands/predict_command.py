@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embcache.commands.extract_command import parse_weights
 from embcache.commands.options import (
     CalibrateOption,
     DataRootOption,
@@ -23,6 +22,7 @@ from embcache.commands.options import (
 from embcache.commands.output import echo, echo_data
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import print_note, print_table
+from embcache.config import parse_weights
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def predict(
             dataset=dataset,
             data_root=data_root,
             home=home,
-            weights=parse_weights(weights, list(find_run_anywhere(run, home)[0].backbones)),
+            weights=parse_weights(weights or (), list(find_run_anywhere(run, home)[0].backbones)),
             device=device,
             folds=_numbers(folds, "--folds"),
             adjust=adjust,

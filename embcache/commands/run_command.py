@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embcache.commands.extract_command import parse_weights
 from embcache.commands.options import (
     AllowMissingOption,
     BackboneOption,
@@ -30,6 +29,7 @@ from embcache.commands.options import (
 )
 from embcache.commands.output import echo, echo_data
 from embcache.commands.progress import ProgressBar
+from embcache.config import parse_weights
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def run(
     given = {
         "folds": folds, "val": val, "test": test, "repeats": repeats, "seed": seed, "recipe": recipe,
         "exclude_test_overlap": exclude_test_overlap, "max_epochs": max_epochs, "data_root": data_root, "home": home,
-        "weights": parse_weights(weights) or {}, "transform": transform, "device": device, "workers": workers,
+        "weights": parse_weights(weights or ()) or {}, "transform": transform, "device": device, "workers": workers,
         "allow_missing": allow_missing, "dataset_name": name, "columns": columns, "lr": parse_rates(split_list(lr)),
         "classes": class_options(drop_class, merge_class) if drop_class or merge_class else None,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""``embcache splits``: the exact images of every fold and subset, to share or to take from someone else."""
+"""``embcache splits``: the exact images of every fold and subset, to share or to take from others."""
 
 from __future__ import annotations
 
@@ -8,69 +8,54 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embcache.commands.options import (
-    AllowMissingOption,
     BackboneOption,
-    DataRootOption,
-    DropClassOption,
-    FoldsOption,
     HomeOption,
-    MergeClassOption,
-    NameOption,
-    OverlapOption,
-    SeedOption,
-    TestOption,
-    ValOption,
-    advise_by,
+    Skip,
     check_suffix,
-    class_options,
-    command,
+    load_named,
+    next_command,
     split_list,
-    takes_columns,
+    takes_configs,
 )
-from embcache.commands.output import echo, json_text
-from embcache.commands.table import print_note, print_table
+from embcache.commands.output import echo, json_text, print_table
+from embcache.commands.shell import Command, Group
+from embcache.config import DatasetRef, ProtocolConfig
 from embcache.errors import UsageError
+from embcache.log import log
 
 if TYPE_CHECKING:
-    from embcache.config import DatasetRef
     from embcache.probe.splits import Splits
 
-app = typer.Typer(help="The exact images of every fold and subset.", no_args_is_help=True, callback=advise_by)
+app = typer.Typer(
+    help="Export or import the images of every fold and subset.",
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 
-OneDatasetOption = Annotated[str, typer.Option("--dataset", metavar="NAME", help="See `embcache datasets`.")]
+OneDatasetOption = Annotated[str, typer.Option("--dataset", metavar="NAME", help="Name; see `embcache datasets`.")]
 
 
-@app.command("export")
-@takes_columns
+@app.command("export", cls=Command)
+@takes_configs
 def export(
     dataset: OneDatasetOption,
-    output: Annotated[
-        str, typer.Option("--output", "-o", metavar="FILE|-", help="Where to write; - for stdout.")
-    ] = "-",
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE|-", help="File to write, or -.")] = "-",
     subset: Annotated[
         list[str] | None,
-        typer.Option("--subset", metavar="S,M,F,N", help="As for `embcache probe`. [default: S,M,F]"),
+        typer.Option("--subset", metavar="S,M,F,N", help="Subsets, as in `embcache probe`. [default: S,M,F]"),
     ] = None,
     backbone: BackboneOption = None,
-    data_root: DataRootOption = None,
     home: HomeOption = None,
-    folds: FoldsOption = 5,
-    seed: SeedOption = 0,
-    val: ValOption = "full",
-    test: TestOption = "local",
-    exclude_test_overlap: OverlapOption = False,
-    drop_class: DropClassOption = None,
-    merge_class: MergeClassOption = None,
-    allow_missing: AllowMissingOption = False,
-    name: NameOption = None,
     *,
-    columns: DatasetRef,
+    config: Annotated[ProtocolConfig, Skip("splits", "metric", "positive")],
+    ref: Annotated[DatasetRef, Skip("target")],
 ) -> None:
-    """Write the splits that `embcache probe` draws, as JSON: ids of the test set and of every fold and subset.
+    """Write the splits that `embcache probe` draws, as JSON: IDs of the test set and of every fold and subset.
 
     Example: embcache splits export --dataset pneumonia --subset S,M,F --output pneumonia-splits.json
     """
-    from embcache.data.dataset import find_dataset
     from embcache.probe.cached import plan_cached
     from embcache.probe.splits import write_splits
 
@@ -78,65 +63,57 @@ def export(
         check_suffix(Path(output), "--output", ".json")
     names = split_list(backbone)
     if len(names) > 1:
-        raise UsageError("--backbone names the one store that tells which images are identical", found=", ".join(names))
-    ds, source = find_dataset(
-        dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
-    )
-    ds = class_options(drop_class, merge_class).of(ds)
+        raise UsageError(
+            "--backbone names the one store that tells which images are identical", code="one-backbone",
+            found=", ".join(names), fix=f"--backbone {names[0]}",
+        )  # fmt: skip
+    found, source = load_named(dataset, ref, home)
     splits, store = plan_cached(
-        ds,
+        found,
         home=home,
         backbone=names[0] if names else None,
         subsets=split_list(subset) or ["S", "M", "F"],
-        folds=folds,
-        seed=seed,
-        val=val,
-        test=test,
-        exclude_test_overlap=exclude_test_overlap,
+        folds=config.folds,
+        seed=config.seed,
+        val=config.val,
+        test=config.test,
+        exclude_test_overlap=config.exclude_test_overlap,
     )
-    knows = f"identical and unreadable images as {store.path.name} knows them" if store else "no features cached yet"
-    print_note(f"labels and groups from the {source} dataset; {knows}")
+    knows = f"identical and unreadable images as in {store.path.name}" if store else "no features cached yet"
+    log.info(f"labels and groups from the {source} dataset; {knows}")
     if output == "-":
         echo(json_text(splits.to_json(), indent=1, shown=True), nl=False)
         return
     write_splits(splits, Path(output))
     _print(splits)
     echo(f"written to {output}")
-    echo("next: " + command("probe", "--dataset", ds.name, "--splits", output, home=home))
+    next_command("probe", "--dataset", found.name, "--splits", output, home=home)
 
 
-@app.command("import")
-@takes_columns
+@app.command("import", cls=Command)
+@takes_configs
 def import_(
-    file: Annotated[Path, typer.Argument(help="A file written by `embcache splits export`.")],
+    file: Annotated[Path, typer.Argument(help="File written by `embcache splits export`.")],
     dataset: OneDatasetOption,
-    data_root: DataRootOption = None,
     home: HomeOption = None,
-    drop_class: DropClassOption = None,
-    merge_class: MergeClassOption = None,
-    allow_missing: AllowMissingOption = False,
-    name: NameOption = None,
     *,
-    columns: DatasetRef,
+    ref: Annotated[DatasetRef, Skip("target")],
 ) -> None:
-    """Check someone else's splits against a dataset and keep them for `embcache probe --splits NAME`.
+    """Check the splits of others against a dataset and keep them for `embcache probe --splits NAME`.
 
-    Refused: ids that the dataset has not, a group on both sides of a fold, images both trained and tested on.
+    Refused are IDs that the dataset does not have, a group on both sides of a fold, and images that are both trained
+    and tested on.
 
     Example: embcache splits import pneumonia-splits.json --dataset pneumonia
     """
-    from embcache.data.dataset import find_dataset
     from embcache.probe.cached import import_splits
 
-    ds, _ = find_dataset(
-        dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
-    )
-    ds = class_options(drop_class, merge_class).of(ds)
-    imported = import_splits(file, ds, home)
+    found, _ = load_named(dataset, ref, home)
+    imported = import_splits(file, found, home)
     _print(imported.splits)
     echo(f"kept as {imported.path}")
-    words = ["--dataset", ds.name, "--splits", imported.name, "--subset", str(imported.splits.subsets[0])]
-    echo("next: " + command("probe", *words, home=home))
+    words = ["--dataset", found.name, "--splits", imported.name, "--subset", str(imported.splits.subsets[0])]
+    next_command("probe", *words, home=home)
 
 
 def _print(splits: Splits) -> None:

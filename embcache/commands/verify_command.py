@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embcache.commands.extract_command import parse_weights
 from embcache.commands.options import (
     BackboneOption,
     DatasetOption,
@@ -25,7 +24,7 @@ from embcache.commands.output import echo
 from embcache.commands.progress import ProgressBar
 from embcache.commands.store_command import nothing_cached, size_words
 from embcache.commands.table import one_line, print_table
-from embcache.config import DatasetRef, RepairConfig
+from embcache.config import DatasetRef, RepairConfig, parse_weights
 from embcache.errors import EmbcacheError, StoreError, UsageError, printable
 from embcache.io import skip
 from embcache.paths import home_dir, slug

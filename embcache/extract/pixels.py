@@ -53,6 +53,7 @@ def cache_pixels(
     home: PathLike | None = None,
     workers: int | None = None,
     format: str | None = None,
+    decoding: Decoding | None = None,
 ) -> FeatureStore:
     """Decode and resize every image once, and keep the pixels; cached images are not decoded again.
 
@@ -70,6 +71,8 @@ def cache_pixels(
         Threads that decode images; default: one per core, at most 8.
     format : {"zarr", "hdf5"}, optional
         Default: that of the store, Zarr for a new one.
+    decoding : Decoding, optional
+        Limits on the images that are decoded.
 
     Returns
     -------
@@ -87,7 +90,7 @@ def cache_pixels(
     framing = frame(transform)
     wanted = dataset if ids is None else replace(dataset, table=dataset.table[dataset.table["id"].isin(set(ids))])
     with ThreadPoolExecutor(workers or default_workers()) as pool:
-        files = scan_dataset(dataset, home, pool)
+        files = scan_dataset(dataset, home, pool, decoding)
         store = _store(files.folder, framing, format)
         write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
         plan = plan_store(store, wanted, files.root, files.scan)
@@ -99,7 +102,7 @@ def cache_pixels(
         engine = LocalEngine([OwedStore(store, plan, _BATCH)], dataset, label="decode")
         with files.learning(), closing(engine.shards()) as shards:
             for shard in shards:
-                decode = partial(pixel_rows, files.root, shard.sources, framing, pool)
+                decode = partial(pixel_rows, files.root, shard.sources, framing, pool, decoding=decoding)
                 rows, batch_size = engine.compute(shard, decode)
                 files.scan.learn(shard.sources, rows.digests)
                 engine.commit(shard, [rows], batch_size)

@@ -1,4 +1,4 @@
-"""Checkpoints of a finetuning in progress: one folder, whose ``state.json`` says what counts.
+"""Checkpoints of a finetuning in progress: one folder, whose ``state.json`` says what is valid.
 
 ::
 
@@ -17,11 +17,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,8 +35,9 @@ FORMAT = 1
 AGAIN = "repeat the command with --again instead of --resume: it starts over"
 
 
-class _Record(TypedDict):
-    """Of a file that state.json names."""
+@dataclass(frozen=True)
+class SavedFile:
+    """A file that ``state.json`` names."""
 
     name: str
     size: int
@@ -46,33 +46,37 @@ class _Record(TypedDict):
 
 @dataclass(frozen=True)
 class FoldState:
-    """How far the training of one fold is."""
+    """The training of one fold so far."""
 
     losses: tuple[float, ...] = ()
     val_scores: tuple[float, ...] = ()
     lrs: tuple[float, ...] = ()
-    scaler: Mapping[str, Any] = field(default_factory=dict)  # of the loss scaling of fp16; empty without
-    diverged: bool = False  # A loss or an output was not finite
+    scaler: Mapping[str, float] = field(default_factory=dict)  # of the loss scaling of fp16; empty without
+    diverged: bool = False  # a loss or an output was not finite
     finished: bool = False  # tested; ``files`` then holds ``test``, and ``best`` where the model is kept
-    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    files: Mapping[str, SavedFile] = field(default_factory=dict)
 
     @property
     def epoch(self) -> int:
-        """Epochs that were trained and scored."""
+        """Number of epochs that were trained and scored."""
         return len(self.losses)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: one state a fold that was begun, and the seconds it took."""
+    """A run so far: one state per fold that was begun, and the seconds it took."""
 
     folds: tuple[FoldState, ...] = ()
     seconds: float = 0.0
     machine: Mapping[str, Any] = field(default_factory=dict)
 
+    def fold(self, number: int) -> FoldState:
+        """State of a fold, which may not have begun."""
+        return self.folds[number] if number < len(self.folds) else FoldState()
+
 
 class CheckpointFolder:
-    """The folder of one run's checkpoints."""
+    """The folder with the checkpoints of one run."""
 
     def __init__(self, path: Path, request: Mapping[str, Any], command: str = "") -> None:
         self.path, self._request, self._command = path, dict(request), command
@@ -87,8 +91,9 @@ class CheckpointFolder:
         lease = Lease.acquire(self.path, 0)
         if lease is None:
             raise StoreError(
-                "another process is finetuning this run", where=self.path, fix=("wait for it", "end it and --resume")
-            )
+                "another process is finetuning this run", code="run-in-use", where=self.path,
+                fix=("wait for it", "end it and --resume"),
+            )  # fmt: skip
         try:
             yield
         finally:
@@ -105,9 +110,6 @@ class CheckpointFolder:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}")
             progress: Progress = typed(Progress, {key: content[key] for key in ("folds", "seconds", "machine")})
-            for fold in progress.folds:
-                typed(Mapping[str, _Record], fold.files, "files")
-                typed(Mapping[str, float], fold.scaler, "scaler")
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -120,70 +122,51 @@ class CheckpointFolder:
         return progress
 
     def write(self, progress: Progress) -> None:
-        """Make ``progress`` what counts, and remove the files that it does not name."""
-        folds = [
-            {
-                "losses": list(fold.losses),
-                "val_scores": list(fold.val_scores),
-                "lrs": list(fold.lrs),
-                "scaler": dict(fold.scaler),
-                "diverged": fold.diverged,
-                "finished": fold.finished,
-                "files": {role: dict(record) for role, record in fold.files.items()},
-            }
-            for fold in progress.folds
-        ]
-        content = {
-            "format": FORMAT,
-            "request": self._request,
-            "command": self._command,
-            "folds": folds,
-            "seconds": progress.seconds,
-            "machine": dict(progress.machine),
-        }
+        """Make ``progress`` the valid one, and remove the files that it does not name."""
+        content = {"format": FORMAT, "request": self._request, "command": self._command, **asdict(progress)}
         replace_file(self.path / "state.json", seal(content, indent=None))
-        named = {"state.json", *(record["name"] for fold in progress.folds for record in fold.files.values())}
+        named = {"state.json", *(file.name for fold in progress.folds for file in fold.files.values())}
         for path in self.path.iterdir():
             if path.is_file() and path.name not in named:
                 discard(path)
 
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Write tensors to a file of this name and flush it; what `FoldState.files` keeps of it."""
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> SavedFile:
+        """Write tensors to a file of this name and flush it."""
         path = self.path / name
         try:
             path.touch()
             mode = path.stat().st_mode
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
-            path.chmod(mode)  # what the umask says: safetensors lets nobody else read
+            path.chmod(mode)  # as the umask has it: safetensors lets no other user read
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            return {"name": name, **file_checksum(path)}
+            return SavedFile(name, **file_checksum(path))
         except (OSError, SafetensorError) as error:
             path.unlink(missing_ok=True)
             raise StoreError(
-                "the checkpoint cannot be written", found=str(error), where=path,
+                "the checkpoint cannot be written", code="checkpoint-not-written", found=str(error), where=path,
                 fix="free space there, then run the same command again (embcache finetune with --resume): "
                 "the last epoch is kept",
             ) from error  # fmt: skip
 
-    def load(self, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    def load(self, saved: SavedFile) -> dict[str, Tensor]:
         """Read the tensors of a file that `save` wrote."""
-        path = self.file(record)
+        path = self.file(saved)
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise _damaged(path, "named tensors", str(error)) from error
 
-    def file(self, record: Mapping[str, Any]) -> Path:
-        """Path of a file that `save` wrote, its bytes verified. Raises as `load`."""
-        path = self.path / Path(str(record["name"])).name  # never out of the folder
+    def file(self, saved: SavedFile) -> Path:
+        """Path of a file that `save` wrote, its bytes verified."""
+        path = self.path / Path(saved.name).name  # never out of the folder
         try:
-            found = file_checksum(path)
+            found = SavedFile(saved.name, **file_checksum(path))
         except OSError as error:
             raise _damaged(path, "the file that state.json names", error.strerror or str(error)) from error
-        wanted = {key: record[key] for key in ("size", "crc32c")}
-        if found != wanted:
-            raise _damaged(path, _words(wanted), _words(found))
+        if found != saved:
+            expected, read = (f"{file.size:,} bytes, crc32c {file.crc32c}" for file in (saved, found))
+            raise _damaged(path, expected, read)
         return path
 
     def clear(self) -> None:
@@ -193,18 +176,8 @@ class CheckpointFolder:
                 discard(path)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What decides whether a resumed run repeats an uninterrupted one bit for bit."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
-
-
-def _words(record: Mapping[str, Any]) -> str:
-    return f"{record['size']:,} bytes, crc32c {record['crc32c']}"
-
-
 def _damaged(path: Path, expected: str, found: str) -> CorruptStoreError:
     return CorruptStoreError(
-        "the checkpoint of an interrupted finetuning cannot be used",
+        "the checkpoint of an interrupted finetuning cannot be used", code="checkpoint-corrupt",
         expected=expected, found=found, where=path, fix=AGAIN,
     )  # fmt: skip

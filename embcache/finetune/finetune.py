@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from embcache.config import FinetuneConfig
 from embcache.cores import default_workers
 from embcache.data.dataset import ImageDataset
-from embcache.errors import ProtocolError, check_number
-from embcache.finetune.batches import (
-    cached_frames,
-    cached_images,
-    decode_frames,
-    known_images,
-    store_images,
-    stored_frames,
-)
-from embcache.finetune.checkpoint import CheckpointFolder, Progress
-from embcache.finetune.finetune_plan import Settings, ask, resume_command
-from embcache.finetune.folds import FoldRun, Tell, begin, head_of, kept_models, outcome
-from embcache.finetune.model import model_file
+from embcache.errors import ProtocolError, StoreError
+from embcache.extract.pixels import cache_pixels
+from embcache.finetune.batches import Frames, cached_images, decode_frames, known_images, stored_frames
+from embcache.finetune.checkpoint import CheckpointFolder, FoldState, Progress
+from embcache.finetune.epochs import Trainer, best_epoch, repeatable
+from embcache.finetune.finetune_plan import FinetunePlan, Networks, load_networks, plan_finetuning
+from embcache.finetune.model import State, assemble, model_file
+from embcache.log import log
+from embcache.memory import keep_freed_memory
 from embcache.paths import PathLike
+from embcache.probe.inputs import KnownImages
+from embcache.probe.protocol import subset_sizes
+from embcache.probe.stack import Job, stream_generator
 from embcache.probe.summary import (
+    Outcome,
     Outputs,
     prediction_table,
     request_notes,
@@ -36,43 +41,23 @@ from embcache.probe.summary import (
     validation_table,
     with_positive,
 )
-from embcache.runs.folders import ProbeResult, as_asked, find_run, run_id, runs_dir, save_run
+from embcache.probe.train import make_job
+from embcache.runs.folders import ProbeResult, as_asked, find_run, runs_dir, save_run
+
+OnImages = Callable[[int, int, str], object]
+"""Called with (images done, images planned, what is being trained)."""
 
 
 def finetune_images(
-    ds: ImageDataset,
+    dataset: ImageDataset,
     backbones: str | Sequence[str],
     *,
-    head: str = "linear",
     subset: str | int = "S",
-    folds: int = 5,
-    seed: int = 0,
     home: PathLike | None = None,
-    val: str = "full",
-    test: str = "local",
-    splits: PathLike | None = None,
-    exclude_test_overlap: bool = False,
-    weights: PathLike | Mapping[str, PathLike] | None = None,
-    transform: str | None = None,
-    device: str = "auto",
-    precision: str = "fp32",
-    lr: float | None = None,
-    batch_size: int | None = None,
-    accumulate: int = 1,
-    max_epochs: int = 50,
-    metric: str | None = None,
-    positive: str | None = None,
-    workers: int | None = None,
-    pixel_cache: bool = True,
-    resume: bool | None = False,
-    keep_models: bool = True,
-    save: bool = True,
-    reuse: bool = True,
-    source: str | None = None,
-    say: Callable[[str], object] = lambda line: None,
-    progress: Tell | None = None,
+    config: FinetuneConfig | None = None,
+    **options: Any,
 ) -> ProbeResult:
-    """Train backbones and head together on augmented images, by the protocol of probing, and test them.
+    """Train backbones and a head together on augmented images, by the protocol of probing, and test them.
 
     Splits, subsets, schedule, model selection, metrics and the record of the run are those of
     `embcache.probe.probe.probe_features`, so that frozen and finetuned rows stand in one table. A checkpoint is kept
@@ -80,192 +65,324 @@ def finetune_images(
 
     Parameters
     ----------
-    ds : ImageDataset
-        Its images must be here.
+    dataset : ImageDataset
+        Its images must be present.
     backbones : str or sequence of str
         Exactly one for a head that does not fuse; ``random`` trains from scratch.
-    head : str
-        A head that is trained by gradient on features as they are: linear, mlp, dvme and its ablations.
-    subset, folds, seed, val, test, splits, exclude_test_overlap
-        As for `embcache.probe.probe.probe_features`.
+    subset : str or int
+        ``S``, ``M``, ``F`` or a number of training images.
     home : path, optional
         Folder of stores and runs; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
-    weights : path or mapping of name to path, optional
-        Checkpoints to use instead of those found or downloaded.
-    transform : {"paper", "imagenet", "model"}, optional
-        Resizing and normalisation, as for extraction; the centre crop is a random one in training.
-    device : str
-        ``auto``, ``cpu``, ``cuda:0``, …
-    precision : {"fp32", "tf32", "bf16", "fp16"}
-        Arithmetic of the backbones; tf32 and fp16 need CUDA.
-    lr : float, optional
-        First learning rate; default 1e-3, and 1e-4 where DINO's ViT-S/8 is among the backbones.
-    batch_size : int, optional
-        Images of one step; default 64, and 16 with DINO.
-    accumulate : int
-        Parts in which a batch goes through the network, to take less memory.
-    max_epochs : int
-        At most so many epochs.
-    metric, positive
-        As for `embcache.probe.probe.probe_features`.
-    workers : int, optional
-        Threads that decode and augment images; 0 for none besides the main one. No result depends on it.
-    pixel_cache : bool
-        Keep decoded, resized images in a pixel store, and read them from there.
-    resume : bool or None
-        Go on from the last checkpoint of the same request, if there is one.
-    keep_models : bool
-        Keep the model of each fold's best epoch with the run.
-    save : bool
-        Write the run folder.
-    reuse : bool
-        Take a saved result of the same request, with a word where it has no models though ``keep_models`` was asked
-        for: training anew takes too long to begin unasked. False without ``resume`` also discards a checkpoint.
-    source : {"live", "snapshot"}, optional
-        Where ``ds`` came from, to be told with the result; default live.
-    say : callable
-        Told each thing worth knowing as it happens.
-    progress : callable, optional
-        See `Tell`.
+    config : FinetuneConfig, optional
+        All options at once; default: those of the protocol.
+    **options
+        Fields of `embcache.config.FinetuneConfig`, which replace those of ``config``: ``head``, ``folds``, ``seed``,
+        ``lr``, ``weights`` …
 
     Returns
     -------
     ProbeResult
-        Of kind ``"finetune"``.
+        Its ``kind`` is ``"finetune"``.
 
     Raises
     ------
     UsageError, DatasetError, WeightsError
-        The request is malformed; images or weights are not here.
+        The request is malformed; images or weights are missing.
     ProtocolError
-        The data cannot carry the folds, the subset or the metric; or training diverged in every fold.
+        The data do not support the folds, the subset or the metric; or training diverged in every fold.
     StoreError
-        There is a checkpoint of this request and neither ``resume`` nor ``reuse=False`` was said; it is damaged; or
-        another process is training the same.
+        There is a checkpoint of this request and neither ``resume`` nor ``again`` is set; it is damaged; or another
+        process is training the same run.
     """
-    settings = Settings(
-        head, subset, folds, seed, val, test, splits, exclude_test_overlap, weights, transform, device, precision, lr,
-        batch_size, accumulate, max_epochs, metric, positive,
-    )  # fmt: skip
-    if workers is not None:
-        check_number("--workers", workers, 0, 1 << 10)
+    names = [backbones] if isinstance(backbones, str) else list(backbones)
+    return finetune(dataset, names, subset, FinetuneConfig.make(config, options), home=home)
+
+
+def finetune(
+    dataset: ImageDataset,
+    backbones: Sequence[str],
+    subset: str | int,
+    config: FinetuneConfig,
+    *,
+    home: PathLike | None = None,
+    source: str = "live",
+    progress: OnImages | None = None,
+) -> ProbeResult:
+    """Finetune as `finetune_images`; ``source`` is where the dataset came from, as `find_dataset` reports it."""
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(workers or (1 if workers == 0 else default_workers())))
-        asked = ask(ds, backbones, settings, home, pool)
-        for note in asked.notes(ds):
-            say(note)
-        store, frames = None, None
+        threads = config.workers or (1 if config.workers == 0 else default_workers())
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="embcache-")))
-        if pixel_cache:
-            store = cached_frames(ds, asked.transform, home, workers or None, say)
-            images = store_images(store)
+        subset_sizes(dataset, [subset])  # a slip is reported before networks are loaded
+        networks = load_networks(dataset, backbones, config, home, pool)
+        for note in networks.notes():
+            log.info(note)
+        geometry, files = networks.transform, networks.files
+        images: KnownImages | None
+        frames, store = None, None
+        if config.pixel_cache:
+            store = cache_pixels(
+                dataset, geometry, home=home, workers=config.workers or None, decoding=files.scan.decoding
+            )
+            images = store = store.restrict(dataset.table["id"])
         else:
-            known = cached_images(ds, asked.transform, asked.files, home)
-            if known is not None:
-                images = known
-            else:
-                frames, images = decode_frames(ds, asked.transform, asked.files.root, scratch / "all.u8", pool)
-        plan = asked.plan(ds, images)
-        asked = replace(asked, subset=plan.name_of(asked.subset))
-        request = asked.request(ds, plan, images)
-        id = run_id(request)
-        folder = CheckpointFolder(
-            runs_dir(ds.name, home) / f".{id}.partial" if save else scratch / "checkpoint",
-            request,
-            resume_command(ds, asked.names, settings, home) + ("" if keep_models else " --no-models"),
-        )
-        result = find_run(id, ds.name, home) if save and reuse else None
-        if result is None:
-            stack.enter_context(folder.lock())
-            begun = begin(folder, asked, resume=resume, again=not reuse, say=say)
-            used = plan.used(asked.subset)
-            ids = plan.ids[used].tolist()
-            if store is not None:
-                frames = stored_frames(store, ids, scratch / "used.u8")
-            elif frames is None:
-                frames, _ = decode_frames(ds, asked.transform, asked.files.root, scratch / "used.u8", pool, ids=ids)
-            run = FoldRun(ds, asked, plan, frames, folder, None if workers == 0 else pool, keep_models, progress)
-            done, outputs = run.train(begun)
-            try:
-                result = _result(run, request, done, outputs, source or "live")
-            except ProtocolError:  # every fold diverged: there is nothing to go on from
-                folder.clear()
-                raise
-            if save:
-                _save(run, result, done, outputs, home)
+            images = cached_images(dataset, geometry, files, home)
+        if images is None:
+            frames, images = decode_frames(dataset, geometry, files, scratch / "all", pool)
+        plan = plan_finetuning(networks, images, subset, home)
+        result = None if config.again else find_run(plan.id, dataset.name, home)
+        if result is not None:
+            return _answered(plan, result, source, home)
+        partial = runs_dir(dataset.name, home) / f".{plan.id}.partial"
+        folder = CheckpointFolder(partial, plan.request, plan.resume_command(home))
+        stack.enter_context(folder.lock())
+        begun = _begin(folder, plan)
+        used = plan.splits.ids[plan.splits.used(plan.subset)].tolist()
+        if store is not None:
+            frames = stored_frames(store, used, scratch / "used")
+        elif frames is None:
+            frames, _ = decode_frames(dataset, geometry, files, scratch / "used", pool, ids=used)
+        run = FinetuneRun(plan, frames, folder, None if config.workers == 0 else pool, progress)
+        done, outputs = run.train(begun)
+        try:
+            result = _result(plan, done, outputs, source)
+        except ProtocolError:  # every fold diverged: there is nothing to resume
             folder.clear()
-        else:
-            result = with_positive(result, positive, home)
-        if save and keep_models:
-            _tell_lost_models(runs_dir(ds.name, home) / id, result, say)
-        notes = [
-            *request_notes(ds, plan, asked.subset, asked.head_name),
-            *asked.notes(ds),
-            *training_notes(result),
-        ]
-        return as_asked(result, source or "live", notes)
+            raise
+        _save(run, result, done, outputs, home)
+        folder.clear()
+        return _answered(plan, result, source, home)
 
 
 def find_finetuned(
-    ds: ImageDataset,
-    backbones: str | Sequence[str],
+    dataset: ImageDataset,
+    backbones: Sequence[str],
+    subset: str | int,
+    config: FinetuneConfig,
     *,
     home: PathLike | None = None,
-    workers: int | None = None,
-    **request: Any,
 ) -> ProbeResult | str:
-    """The saved result of a finetuning, or the id that its run would have; trains and downloads nothing."""
-    settings = Settings(**request)
-    with ThreadPoolExecutor(workers or default_workers()) as pool:
-        asked = ask(ds, backbones, settings, home, pool, allow_download=False)
-        images = known_images(ds, asked.transform, asked.files, home, pool)
-        plan = asked.plan(ds, images)
-        asked = replace(asked, subset=plan.name_of(asked.subset))
-    id = run_id(asked.request(ds, plan, images))
-    result = find_run(id, ds.name, home)
-    if result is None:
-        return id
-    result = with_positive(result, settings.positive, home)
-    notes = [*request_notes(ds, plan, asked.subset, asked.head_name), *asked.notes(ds), *training_notes(result)]
-    return as_asked(result, "live", notes)
+    """The saved result of a finetuning, or the ID that its run would have; trains and downloads nothing."""
+    subset_sizes(dataset, [subset])
+    with ThreadPoolExecutor(config.workers or default_workers()) as pool:
+        networks = load_networks(dataset, backbones, config, home, pool, allow_download=False)
+        images = known_images(dataset, networks.transform, networks.files, home, pool)
+        plan = plan_finetuning(networks, images, subset, home)
+    result = find_run(plan.id, dataset.name, home)
+    return plan.id if result is None else _with_notes(plan, result, "live", home)
 
 
-def _result(run: FoldRun, request: Mapping[str, Any], done: Progress, outputs: Outputs, source: str) -> ProbeResult:
-    asked = run.asked
+def _answered(plan: FinetunePlan, result: ProbeResult, source: str, home: PathLike | None) -> ProbeResult:
+    """A saved result as an answer; a note where it lacks models that were asked for."""
+    networks = plan.networks
+    run = runs_dir(networks.dataset.name, home) / plan.id
+    trained = [fold for fold, found in enumerate(result.folds) if not found.failed]
+    lost = [fold for fold in trained if not (run / model_file(fold)).is_file()] if networks.config.models else []
+    if lost:
+        which = "models" if lost == trained else f"models of fold {', '.join(map(str, lost))}"
+        log.info(f"{result.id}: {which} were not kept; --again trains and keeps them")
+    return _with_notes(plan, result, source, home)
+
+
+def _with_notes(plan: FinetunePlan, result: ProbeResult, source: str, home: PathLike | None) -> ProbeResult:
+    networks = plan.networks
+    result = with_positive(result, networks.config.positive, home)
+    before = request_notes(networks.dataset, plan.splits, plan.subset, result.head)
+    return as_asked(result, source, [*before, *networks.notes(), *training_notes(result)])
+
+
+def _begin(folder: CheckpointFolder, plan: FinetunePlan) -> Progress:
+    """The progress to resume from; an empty one to start with."""
+    config = plan.networks.config
+    here = machine(plan.networks.device)
+    if config.again and config.resume is False:
+        folder.clear()
+        return Progress(machine=here)
+    found = folder.read()
+    if found is None:
+        if config.resume:
+            log.info("there is no checkpoint to resume: training starts from the beginning")
+        return Progress(machine=here)
+    done = sum(fold.finished for fold in found.folds)
+    where = f"{done} of {plan.splits.n_folds} folds finished"
+    if current := next((fold for fold in found.folds if not fold.finished), None):
+        where += f", fold {done} trained for {current.epoch} epoch{'s' * (current.epoch != 1)}"
+    if config.resume is False:
+        raise StoreError(
+            "there is an interrupted run of this request", code="run-interrupted", found=where, where=folder.path,
+            fix="repeat the command with --resume to continue it, or with --again to start over",
+        )  # fmt: skip
+    log.info(f"resumed: {where}")
+    if dict(found.machine) != here:
+        then, now = (", ".join(f"{key} {value}" for key, value in each.items()) for each in (found.machine, here))
+        log.warning(f"the run began on {then} and continues on {now}: the last bits may differ")
+    return replace(found, machine=here)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What decides whether a resumed run repeats an uninterrupted one bit for bit."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+
+
+@dataclass(eq=False)
+class FinetuneRun:
+    """The folds of one run, trained one after another with a checkpoint after every epoch."""
+
+    plan: FinetunePlan
+    frames: Frames  # of every image that trains, validates or tests
+    folder: CheckpointFolder
+    pool: ThreadPoolExecutor | None  # augments images
+    on_images: OnImages | None
+
+    def __post_init__(self) -> None:
+        splits = self.plan.splits
+        row_of = {name: row for row, name in enumerate(self.frames.ids)}
+        self._place = np.array([row_of.get(name, -1) for name in splits.ids], dtype=np.int64)
+        self._y = np.full(len(self.frames.ids), -1, dtype=np.int64)
+        known = self._place >= 0
+        self._y[self._place[known]] = splits.labels[known]
+        self._settled = self._done = 0
+
+    def train(self, progress: Progress) -> tuple[Progress, Outputs]:
+        """Train and test every fold that is not finished."""
+        networks, n_folds = self.plan.networks, self.plan.splits.n_folds
+        began = time.perf_counter() - progress.seconds
+        if networks.device.type == "cpu":
+            keep_freed_memory()
+        trainer, initial = None, {}
+        for fold in range(n_folds):
+            if not progress.fold(fold).finished:
+                job = self._job(fold)
+                params = self._head(job)
+                if trainer is None:
+                    trainer = self._trainer(networks, params)
+                    initial = {name: value.cpu().clone() for name, value in trainer.model.state().items()}
+                trainer.model.load(initial | {f"head.{name}": value for name, value in params.items()})
+                for state in self._fold(trainer, job, fold, progress.fold(fold)):
+                    folds = (*progress.folds[:fold], state)
+                    progress = replace(progress, folds=folds, seconds=time.perf_counter() - began)
+                    self.folder.write(progress)
+            # What was planned of the fold and not needed counts as done.
+            self._settled, self._done = sum(map(self._planned, range(fold + 1))), 0
+            self._count(0)
+        found = [self.folder.load(f.files["test"]) if "test" in f.files else {} for f in progress.folds]
+        blank = np.full((len(self.plan.splits.test), len(networks.dataset.class_names)), np.nan)
+        test = [tensors["test"].double().numpy() if tensors else blank for tensors in found]
+        val = [tensors["val"].double().numpy() if tensors else blank[:0] for tensors in found]
+        return replace(progress, seconds=time.perf_counter() - began), Outputs(np.stack(test), val)
+
+    def _trainer(self, networks: Networks, params: State) -> Trainer:
+        model = assemble(
+            networks.modules, networks.transforms, networks.head, params, networks.device, networks.config.precision
+        )
+        return Trainer(
+            model, self.frames, self._y, networks.augment, networks.schedule, networks.metric,
+            networks.config.accumulate, self.pool, self._count,
+        )  # fmt: skip
+
+    def _job(self, fold: int) -> Job:
+        """The job of a fold: the same stream, and so the same initial head, as in probing."""
+        networks, splits, key = self.plan.networks, self.plan.splits, (fold, self.plan.subset)
+        return make_job(
+            self._y, self._place[splits.train[key]], self._place[splits.val[key]], len(splits.class_names),
+            f"{networks.config.seed}\0{fold}", networks.schedule.lr,
+        )  # fmt: skip
+
+    def _head(self, job: Job) -> State:
+        networks = self.plan.networks
+        dims = {spec.name: spec.dim for spec in networks.specs}
+        return networks.head.init(stream_generator(job.stream, "init"), dims, len(self.plan.splits.class_names))
+
+    def _fold(self, trainer: Trainer, job: Job, fold: int, state: FoldState) -> Iterator[FoldState]:
+        """The state after each epoch, and last that of the tested fold; its tensors are saved."""
+        self._settled += state.epoch * (len(job.train) + len(job.val))
+        resume = self.folder.load(state.files["train"]) if "train" in state.files else None
+        with repeatable(trainer.model.device):
+            for reached, tensors, best in trainer.epochs(job, state, resume):
+                state = replace(reached, files=state.files)
+                if reached.diverged:
+                    break
+                name = f"{state.epoch:06d}.safetensors"
+                files = {**state.files, "train": self.folder.save(f"fold{fold}-train-{name}", tensors)}
+                if best:
+                    files["best"] = self.folder.save(f"fold{fold}-best-{name}", best)
+                state = replace(state, files=files)
+                yield state
+        yield self._tested(trainer, fold, state)
+
+    def _tested(self, trainer: Trainer, fold: int, state: FoldState) -> FoldState:
+        """Test the model of the best epoch; a fold without one is finished without predictions."""
+        splits, files = self.plan.splits, {}
+        if "best" in state.files:
+            trainer.model.load(self.folder.load(state.files["best"]))
+            test = trainer.predict(self._place[splits.test].tolist())
+            if np.isfinite(test).all():
+                val = trainer.predict(self._place[np.sort(splits.val[fold, self.plan.subset])].tolist())
+                logits = {"test": torch.from_numpy(test), "val": torch.from_numpy(val)}
+                files["test"] = self.folder.save(f"fold{fold}-test.safetensors", logits)
+                if self.plan.networks.config.models:
+                    files["best"] = state.files["best"]
+            else:
+                state = replace(state, diverged=True)
+        return replace(state, finished=True, files=files)
+
+    def _planned(self, fold: int) -> int:
+        """Number of images that a fold is planned to see at most."""
+        splits, key = self.plan.splits, (fold, self.plan.subset)
+        epoch = len(splits.train[key]) + len(splits.val[key])
+        return self.plan.networks.schedule.max_epochs * epoch + len(splits.test) + len(splits.val[key])
+
+    def _count(self, images: int) -> None:
+        self._done += images
+        if self.on_images is not None:
+            planned = sum(map(self._planned, range(self.plan.splits.n_folds)))
+            names, head = "+".join(self.plan.networks.names), self.plan.request["head"]["name"]
+            label = f"{self.plan.splits.dataset} {names} {head} {self.plan.subset}"
+            self.on_images(min(self._settled + self._done, planned), planned, label)
+
+
+def _outcomes(plan: FinetunePlan, done: Progress) -> list[Outcome]:
+    """How the training of each finished fold went."""
+    found = []
+    for state in done.folds:
+        best = best_epoch(state) if "test" in state.files else 0
+        score = max(state.val_scores) if best else None
+        lr = plan.networks.schedule.lr
+        found.append(Outcome(best, state.epoch + state.diverged, score, lr, state.diverged))
+    return found
+
+
+def _result(plan: FinetunePlan, done: Progress, outputs: Outputs, source: str) -> ProbeResult:
+    networks = plan.networks
     result = summarise(
-        run.ds,
-        [run.plan],
-        asked.subset,
+        networks.dataset,
+        [plan.splits],
+        plan.subset,
         kind="finetune",
-        backbones=asked.names,
-        head=asked.head_name,
-        request=request,
-        recipes=asked.recipes,
-        outcomes=[outcome(state, asked.schedule.lr) for state in done.folds],
+        backbones=networks.names,
+        head=plan.request["head"]["name"],
+        request=plan.request,
+        recipes={name: recipe.to_json() for name, recipe in networks.recipes.items()},
+        outcomes=_outcomes(plan, done),
         outputs=outputs,
         source=source,
         seconds=done.seconds,
-        positive=asked.settings.positive,
+        positive=networks.config.positive,
     )
     return replace(result, versions={**result.versions, **{name: version(name) for name in ("timm", "torchvision")}})
 
 
-def _tell_lost_models(run: Path, result: ProbeResult, say: Callable[[str], object]) -> None:
-    """Say that a run which answers has no models, or not all of them: it was asked for without them before."""
-    trained = [fold for fold, found in enumerate(result.folds) if not found.failed]
-    lost = [fold for fold in trained if not (run / model_file(fold)).is_file()]
-    if lost:
-        which = "models" if lost == trained else f"models of fold {', '.join(map(str, lost))}"
-        say(f"{result.id}: {which} were not kept; --again trains and keeps them")
-
-
-def _save(run: FoldRun, result: ProbeResult, done: Progress, outputs: Outputs, home: PathLike | None) -> None:
-    """Write the run; the models move there from the checkpoints, and the heads are kept besides as in probing."""
-    outcomes = [outcome(state, run.asked.schedule.lr) for state in done.folds]
-    models = kept_models(run.folder, done)
+def _save(run: FinetuneRun, result: ProbeResult, done: Progress, outputs: Outputs, home: PathLike | None) -> None:
+    """Write the run: models move there from the checkpoints, and heads are kept separately too, as in probing."""
+    plan, folder, outcomes = run.plan, run.folder, _outcomes(run.plan, done)
+    best = {fold: state.files["best"] for fold, state in enumerate(done.folds) if "best" in state.files}
+    models = {model_file(fold): folder.file(saved) for fold, saved in best.items()}
+    states = [folder.load(best[fold]) if fold in best else {} for fold in range(len(done.folds))] if best else []
     heads = [
-        head_of(run.folder.load(state.files["best"])) if "best" in state.files else {} for state in done.folds
-    ] if models else []  # fmt: skip
-    table = prediction_table(run.plan, outputs, outcomes)
-    validation = validation_table([run.plan], run.asked.subset, outputs, outcomes)
+        {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
+        for state in states
+    ]
+    validation = validation_table([plan.splits], plan.subset, outputs, outcomes)
+    table = prediction_table(plan.splits, outputs, outcomes)
     save_run(result, table, heads, home, validation=validation, files=models)

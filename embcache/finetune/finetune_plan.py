@@ -1,40 +1,42 @@
-"""What may be asked of a finetuning, and the request that names its run."""
+"""What a finetuning will do: networks, head, schedule and splits, and the request that the run's ID hashes."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
+from math import lcm
 from typing import Any
 
 import torch
 from torch import nn
 
 from embcache.backbones.catalog import Backbone, find_backbone, load_backbone
-from embcache.backbones.transforms import Transform, frame
-from embcache.backbones.weights import weights_by_name
+from embcache.backbones.transforms import Transform, choose_transform, frame
+from embcache.config import FinetuneConfig, parse_weights
+from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.classes import class_flags
 from embcache.data.dataset import ImageDataset
-from embcache.errors import UsageError, check_choice, check_number
+from embcache.errors import UsageError, check_number
 from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.extract import make_recipe
 from embcache.extract.scan import DatasetFiles, scan_dataset
-from embcache.extract.worker import PRECISIONS, FrozenNetwork, pick_device
-from embcache.finetune.batches import Images, choose_transforms
+from embcache.extract.worker import FrozenNetwork, pick_device
 from embcache.finetune.model import check_head, has_batch_norm
 from embcache.paths import PathLike
+from embcache.probe.cached import find_splits
 from embcache.probe.heads import hyperparameters, make_head
-from embcache.probe.inputs import digest_images, plan_for
+from embcache.probe.inputs import KnownImages, digest_images, plan_for
 from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_class
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.schedule import Schedule
 from embcache.probe.splits import Splits, name_everything
 from embcache.probe.stack import TrainableHead
-from embcache.probe.usage import MOST_SEED
-from embcache.runs.folders import PROTOCOL_VERSION
+from embcache.runs.folders import PROTOCOL_VERSION, run_id
+from embcache.store.recipe import Recipe
 
 ARITHMETIC = 1
 """Raised when the arithmetic of finetuning changes, so that older runs are not taken for new ones."""
@@ -46,227 +48,216 @@ _VIT_S8_DINO = re.compile(r"vit_small_patch8_224[._](.+_)?dino(_.+)?")
 """timm's names of DINO-trained ViT-S/8: ``vit_small_patch8_224.dino``, ``vit_small_patch8_224.lunit_dino`` …"""
 
 _DINO = ("dino", "timm:vit_small_patch8_224")
-"""The paper's, and timm's under no tag, which means the weights of its default: DINO's."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What was asked, as given; see `embcache.finetune.finetune.finetune_images`."""
-
-    head: str = "linear"
-    subset: str | int = "S"
-    folds: int = 5
-    seed: int = 0
-    val: str = "full"
-    test: str = "local"
-    splits: PathLike | None = None
-    exclude_test_overlap: bool = False
-    weights: PathLike | Mapping[str, PathLike] | None = None
-    transform: str | None = None
-    device: str = "auto"
-    precision: str = "fp32"
-    lr: float | None = None
-    batch_size: int | None = None
-    accumulate: int = 1
-    max_epochs: int = 50
-    metric: str | None = None
-    positive: str | None = None
+"""The paper's, and timm's without a tag, which means the weights of its default: DINO's."""
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """A question with its networks loaded."""
+class Networks:
+    """Backbones with their weights and a head that can be trained on them, for one dataset."""
 
-    settings: Settings
-    subset: str  # its canonical name
+    dataset: ImageDataset
+    config: FinetuneConfig
     specs: tuple[Backbone, ...]
     head: TrainableHead
-    head_name: str
     head_request: Mapping[str, Any]  # name and hyperparameters of the head
+    metric: Metric  # scores, and chooses epochs on validation
     schedule: Schedule
     files: DatasetFiles
     transforms: Mapping[str, Transform]  # by backbone; one geometry
     augment: Augmentation
-    networks: Mapping[str, nn.Module]  # by backbone, with their weights
-    recipes: Mapping[str, Any]  # whole recipes of the features that training starts from
-    fingerprints: Mapping[str, str]
+    modules: Mapping[str, nn.Module]  # by backbone, with their weights
+    recipes: Mapping[str, Recipe]  # of the features that training starts from
     device: torch.device
-
-    def metric(self, ds: ImageDataset) -> Metric:
-        """What scores, and chooses epochs on validation."""
-        metric = find_metric(self.settings.metric or ds.metric, len(ds.class_names))
-        return metric.of(positive_class(ds.class_names, self.settings.positive))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The backbones."""
+        """Names of the backbones."""
         return tuple(spec.name for spec in self.specs)
 
     @property
-    def dims(self) -> dict[str, int]:
-        """Length of each backbone's features."""
-        return {spec.name: spec.dim for spec in self.specs}
+    def transform(self) -> Transform:
+        """A transform with the geometry of all backbones."""
+        return self.transforms[self.specs[0].name]
+
+    def notes(self) -> list[str]:
+        """What a reader must know of this training in addition to what is true of probing."""
+        domain = self.dataset.layout
+        notes = [
+            f"{spec.name} was pretrained on images of {domain}: its scores there are contaminated"
+            for spec in self.specs
+            if domain in spec.contaminated
+        ]
+        if self.config.precision != "fp32":
+            notes.append(f"{' + '.join(self.names)}: finetuned in {self.config.precision}")
+        return notes
+
+
+@dataclass(frozen=True, eq=False)
+class FinetunePlan:
+    """One run, nothing of it trained yet."""
+
+    networks: Networks
+    splits: Splits
+    subset: str  # canonical name
+    request: Mapping[str, Any]  # all that the result depends on, as JSON data
 
     @property
-    def transform(self) -> Transform:
-        """The geometry of all backbones."""
-        return next(iter(self.transforms.values()))
+    def id(self) -> str:
+        """ID of the run."""
+        return run_id(self.request)
 
-    def plan(self, ds: ImageDataset, images: Images) -> Splits:
-        """Splits of the dataset, as `embcache.probe.inputs.plan_for` draws them for probing; of one subset."""
-        s = self.settings
-        drawn = plan_for(
-            ds,
-            [images],
-            subsets=[s.subset],
-            folds=s.folds,
-            seed=s.seed,
-            val=s.val,
-            test=s.test,
-            splits=s.splits,
-            exclude_test_overlap=s.exclude_test_overlap,
-        )
-        (plan,) = name_everything([drawn])
-        return plan
-
-    def request(self, ds: ImageDataset, plan: Splits, images: Images) -> dict[str, Any]:
-        """Everything that the result depends on, as JSON data; how pixels are kept or workers share is not in it."""
-        return {
-            "kind": "finetune",
-            "protocol": PROTOCOL_VERSION,
-            "finetune": ARITHMETIC,
-            "dataset": ds.name,
-            "metric": self.metric(ds).key,
-            "splits": plan.digest(self.subset),
-            "images": digest_images({"pixels": images}, plan.ids[plan.used(self.subset)]),
-            "recipes": [[name, self.fingerprints[name]] for name in self.names],
-            "augment": self.augment.describe(),
-            "head": dict(self.head_request),
-            "schedule": asdict(self.schedule),
-            "subset": self.subset,
-            "folds": plan.n_folds,
-            "val": plan.val_mode,
-            "test": plan.test_set,
-            "seed": self.settings.seed,
-            # Batch normalisation takes its statistics over what goes through the network at once.
-            **({"accumulate": self.settings.accumulate} if self.settings.accumulate > 1 else {}),
-            **({"exclude_test_overlap": True} if self.settings.exclude_test_overlap else {}),
-            **asymmetry(self.metric(ds), ds.class_names, self.settings.positive),
-            **({"classes": dict(ds.renamed)} if ds.renamed else {}),
-        }
-
-    def notes(self, ds: ImageDataset) -> list[str]:
-        """What a reader must know of this training besides what is true of probing."""
-        told = [
-            f"{spec.name} was pretrained on images of {ds.layout}: its scores there are contaminated"
-            for spec in self.specs
-            if ds.layout in spec.contaminated
-        ]
-        if self.settings.precision != "fp32":
-            told.append(f"{' + '.join(self.names)}: finetuned in {self.settings.precision}")
-        return told
+    def resume_command(self, home: PathLike | None) -> str:
+        """The command that continues this run where it is interrupted."""
+        dataset, config = self.networks.dataset, self.networks.config
+        words = ["embcache", "finetune", "--backbone", ",".join(self.networks.names), "--dataset", dataset.layout]
+        words += ["--data-root", str(dataset.origin)] if dataset.origin is not None else []
+        words += ["--name", dataset.name] if dataset.name != dataset.layout else []
+        words += ["--allow-missing"] if dataset.missing else []
+        words += [*dataset.read_options(), *class_flags(dataset.renamed)]
+        words += ["--subset", self.subset, *replace(config, resume=True, again=False).words()]
+        return shlex.join([*words, *(["--home", str(home)] if home is not None else [])])
 
 
-def ask(
-    ds: ImageDataset,
-    backbones: str | Sequence[str],
-    settings: Settings,
+def load_networks(
+    dataset: ImageDataset,
+    backbones: Sequence[str],
+    config: FinetuneConfig,
     home: PathLike | None,
     pool: Executor,
     *,
     allow_download: bool = True,
-) -> Asked:
-    """Check a question and load its networks."""
-    given = [backbones] if isinstance(backbones, str) else list(backbones)
-    head = make_head(settings.head)
-    specs = tuple(find_backbone(name) for name in given)
+) -> Networks:
+    """Check a request before anything is decoded, and load its networks."""
+    head = make_head(config.head)
+    specs = tuple(find_backbone(name) for name in backbones)
     trainable = check_head(head, [spec.name for spec in specs])
-    (subset,) = subset_sizes(ds, [settings.subset])
-    device = _check_arithmetic(settings)
-    schedule = choose_schedule(specs, settings)
-    overrides = weights_by_name(given, settings.weights)
-    files = scan_dataset(ds, home, pool)
-    transforms = choose_transforms(specs, settings.transform, files.sizes)
-    geometry = next(iter(transforms.values()))  # the same for all
-    networks, recipes, fingerprints = {}, {}, {}
-    for name, spec in zip(given, specs, strict=True):
+    device = _pick_device(config)
+    schedule = choose_schedule(specs, config)
+    decoding = Decoding() if config.max_pixels is None else Decoding(check_max_pixels(config.max_pixels))
+    files = scan_dataset(dataset, home, pool, decoding)
+    transforms = choose_transforms(specs, config.transform, files.sizes)
+    geometry = transforms[specs[0].name]  # the same for all
+    weights = parse_weights(config.weights, backbones)
+    modules, recipes = {}, {}
+    for name, spec in zip(backbones, specs, strict=True):
         loaded = load_backbone(
-            name, weights=overrides.get(name), home=home, image_size=geometry.size, allow_download=allow_download
+            name, weights=weights.get(name), home=home, image_size=geometry.size, allow_download=allow_download
         )
-        recipe = make_recipe(FrozenNetwork(loaded, transforms[spec.name], device, settings.precision))
-        networks[spec.name], recipes[spec.name] = loaded.module, recipe.to_json()
-        fingerprints[spec.name] = recipe.fingerprint
-    if -(-schedule.batch_size // settings.accumulate) < 2 and any(has_batch_norm(m) for m in networks.values()):
+        modules[spec.name] = loaded.module
+        recipes[spec.name] = make_recipe(FrozenNetwork(loaded, transforms[spec.name], device, config.precision))
+    if -(-schedule.batch_size // config.accumulate) < 2 and any(map(has_batch_norm, modules.values())):
         raise UsageError(
-            "batch normalisation cannot train on one image at a time",
-            expected="two images at least in each part of a batch",
-            found=f"a batch of {schedule.batch_size} in {settings.accumulate} parts",
-            fix=f"--batch-size {2 * settings.accumulate}, or a smaller --accumulate",
+            "batch normalization cannot train on one image at a time", code="batch-of-one",
+            expected="at least two images in each part of a batch",
+            found=f"a batch of {schedule.batch_size} in {config.accumulate} parts",
+            fix=f"--batch-size {2 * config.accumulate}, or a smaller --accumulate",
+        )  # fmt: skip
+    metric = find_metric(config.metric or dataset.metric, len(dataset.class_names))
+    return Networks(
+        dataset=dataset,
+        config=config,
+        specs=specs,
+        head=trainable,
+        head_request={"name": head.name, **hyperparameters(head)},
+        metric=metric.of(positive_class(dataset.class_names, config.positive)),
+        schedule=schedule,
+        files=files,
+        transforms=transforms,
+        augment=augmentation(dataset.augment, frame(geometry).size, geometry.size),
+        modules=modules,
+        recipes=recipes,
+        device=device,
+    )
+
+
+def plan_finetuning(networks: Networks, images: KnownImages, subset: str | int, home: PathLike | None) -> FinetunePlan:
+    """Splits as probing draws them, and the request: how pixels are kept or threads share work is not in it."""
+    dataset, config, metric = networks.dataset, networks.config, networks.metric
+    (drawn,) = name_everything([
+        plan_for(
+            dataset,
+            [images],
+            subsets=[subset],
+            folds=config.folds,
+            seed=config.seed,
+            val=config.val,
+            test=config.test,
+            splits=None if config.splits is None else find_splits(config.splits, dataset, home),
+            exclude_test_overlap=config.exclude_test_overlap,
         )
-    augment = augmentation(ds.augment, frame(geometry).size, geometry.size)
-    request = {"name": head.name, **hyperparameters(head)}
-    return Asked(
-        settings, subset, specs, trainable, head.name, request, schedule, files, transforms, augment, networks,
-        recipes, fingerprints, device,
-    )  # fmt: skip
+    ])  # fmt: skip
+    (canonical,) = subset_sizes(dataset, [subset])  # a number above the pool is an error, S or M above it is F
+    name = drawn.name_of(canonical)
+    request = {
+        "kind": "finetune",
+        "protocol": PROTOCOL_VERSION,
+        "finetune": ARITHMETIC,
+        "dataset": dataset.name,
+        "metric": metric.key,
+        "splits": drawn.digest(name),
+        "images": digest_images({"pixels": images}, drawn.ids[drawn.used(name)]),
+        "recipes": [[backbone, recipe.fingerprint] for backbone, recipe in networks.recipes.items()],
+        "augment": networks.augment.describe(),
+        "head": dict(networks.head_request),
+        "schedule": asdict(networks.schedule),
+        "subset": name,
+        "folds": drawn.n_folds,
+        "val": drawn.val_mode,
+        "test": drawn.test_set,
+        "seed": config.seed,
+        **asymmetry(metric, dataset.class_names, config.positive),
+        **({"classes": dict(dataset.renamed)} if dataset.renamed else {}),
+    }
+    # Options that are settled above (splits of a file have their own number of folds) are not repeated.
+    more = {key: value for key, value in config.result_options().items() if key not in {*request, "max_epochs"}}
+    return FinetunePlan(networks, drawn, name, request | more)
 
 
-def resume_command(ds: ImageDataset, backbones: Sequence[str], settings: Settings, home: PathLike | None = None) -> str:
-    """The command that goes on with an interrupted run."""
-    words = ["embcache", "finetune", "--backbone", ",".join(backbones), "--dataset", ds.layout]
-    words += ["--data-root", str(ds.origin)] if ds.origin is not None else []
-    words += ["--name", ds.name] if ds.name != ds.layout else []
-    words += ["--allow-missing"] if ds.missing else []
-    words += [*ds.read_options(), *class_flags(ds.renamed)]
-    for option in fields(Settings):
-        value, flag = getattr(settings, option.name), "--" + option.name.replace("_", "-")
-        if option.name not in ("head", "subset") and value == option.default:
-            continue
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, Mapping):
-            for name, file in value.items():
-                words += [flag, f"{name}={file}"]
-        else:
-            words += [flag, str(value)]
-    words += ["--home", str(home)] if home is not None else []
-    return shlex.join([*words, "--resume"])
+def choose_transforms(
+    specs: Sequence[Backbone], name: str | None, sizes: Collection[tuple[int, int]]
+) -> dict[str, Transform]:
+    """One transform per backbone, all of the same geometry: every backbone sees the same augmented pixels."""
+    # Images stay as they are only where the patches of all backbones divide them.
+    patch = lcm(*(spec.patch for spec in specs))
+    chosen = {spec.name: choose_transform(replace(spec, patch=patch), name, sizes) for spec in specs}
+    if len({(t.resize, t.crop, t.size, t.interpolation) for t in chosen.values()}) > 1:
+        raise UsageError(
+            "backbones that are trained together must see the same pixels", code="different-transforms",
+            expected="one size and one way of resizing",
+            found="; ".join(f"{n}: {t.kind}, {t.interpolation}, {t.size[1]}×{t.size[0]}" for n, t in chosen.items()),
+            fix="--transform paper",
+        )  # fmt: skip
+    return chosen
 
 
 def gentle(backbones: Sequence[str]) -> bool:
-    """Whether backbones are finetuned with `GENTLE` unless told otherwise.
+    """Whether backbones are finetuned with `GENTLE` by default, decided by their names alone."""
 
-    Names alone decide: nothing is looked up or fetched.
-    """
-    return any(name in _DINO or _VIT_S8_DINO.fullmatch(_timm_name(name)) is not None for name in backbones)
+    def tagged(name: str) -> str:
+        # Architecture and tag of a timm: backbone, without the organization that published it.
+        return name.rpartition("/")[2].removeprefix("timm:") if name.startswith("timm:") else ""
 
-
-def _timm_name(name: str) -> str:
-    """Architecture and tag of a ``timm:`` backbone, without the organisation that published it; else empty."""
-    return name.rpartition("/")[2].removeprefix("timm:") if name.startswith("timm:") else ""
+    return any(name in _DINO or _VIT_S8_DINO.fullmatch(tagged(name)) for name in backbones)
 
 
-def choose_schedule(specs: Sequence[Backbone], settings: Settings) -> Schedule:
-    """The protocol's optimisation, gentler where DINO is among the backbones, with what was asked instead."""
-    check_number("--seed", settings.seed, 0, MOST_SEED)
-    default = GENTLE if gentle([spec.name for spec in specs]) else {}
-    given = {
-        key: value for key, value in (("lr", settings.lr), ("batch_size", settings.batch_size)) if value is not None
-    }
-    schedule = Schedule(**{**default, **given, "max_epochs": settings.max_epochs})  # type: ignore[arg-type]
-    check_number("--accumulate", settings.accumulate, 1, schedule.batch_size)
+def choose_schedule(specs: Sequence[Backbone], config: FinetuneConfig) -> Schedule:
+    """The protocol's optimization, gentler where DINO is among the backbones, with the options given."""
+    given: dict[str, Any] = dict(GENTLE) if gentle([spec.name for spec in specs]) else {}
+    own = {"lr": config.lr, "batch_size": config.batch_size}
+    given |= {key: value for key, value in own.items() if value is not None}
+    schedule = Schedule(**given, max_epochs=config.max_epochs)
+    check_number("--accumulate", config.accumulate, 1, schedule.batch_size)
     return schedule
 
 
-def _check_arithmetic(settings: Settings) -> torch.device:
-    device = pick_device(settings.device)
+def _pick_device(config: FinetuneConfig) -> torch.device:
+    device = pick_device(config.device)
     if device.type == "cuda":
-        # cuBLAS repeats its sums only with a workspace of its own, asked for before it is first used.
+        # cuBLAS repeats its sums only with a workspace of its own, which must be set before it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    check_choice("--precision", settings.precision, PRECISIONS)
-    if settings.precision in ("tf32", "fp16") and device.type != "cuda":
+    elif config.precision in ("tf32", "fp16"):
         raise UsageError(
-            f"training in {settings.precision} needs a CUDA device", found=str(device),
+            f"training in {config.precision} needs a CUDA device", code="precision-needs-cuda", found=str(device),
             fix="--precision bf16, or --precision fp32",
         )  # fmt: skip
     return device

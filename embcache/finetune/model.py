@@ -33,10 +33,10 @@ State = dict[str, Tensor]
 class ImageModel:
     """Backbones and the head on their features, trained together."""
 
-    backbones: Mapping[str, nn.Module]  # networks: normalised images, float32 (B, 3, H, W), to features (B, D)
-    transforms: Mapping[str, Transform]  # one a backbone
-    head: TrainableHead  # A head of `embcache.probe.heads`, as probing trains it
-    params: State  # the head's parameters, named and initialised as in probing
+    backbones: Mapping[str, nn.Module]  # networks: normalized images, float32 (B, 3, H, W), to features (B, D)
+    transforms: Mapping[str, Transform]  # one per backbone
+    head: TrainableHead  # a head of `embcache.probe.heads`, as probing trains it
+    params: State  # the head's parameters, named and initialized as in probing
     device: torch.device  # where all of them lie
     precision: str  # arithmetic of the backbones; the head and the loss are always computed in fp32
 
@@ -62,7 +62,7 @@ class ImageModel:
         return output[0]
 
     def train(self, mode: bool = True) -> None:
-        """Let batch normalisation and dropout behave as in training, or not."""
+        """Let batch normalization and dropout behave as in training, or not."""
         for module in self.backbones.values():
             module.train(mode)
 
@@ -90,7 +90,8 @@ class ImageModel:
         wrong = sorted(set(mine) ^ set(state)) or [n for n, value in mine.items() if state[n].shape != value.shape]
         if wrong:
             raise WeightsError(
-                "the saved model does not fit the network", expected=f"{len(mine)} tensors, named and shaped alike",
+                "the saved model does not fit the network", code="weights-do-not-fit",
+                expected=f"{len(mine)} tensors, named and shaped alike",
                 found=f"{len(state)} tensors; {len(wrong)} differ: {', '.join(wrong[:5])}", where=where, fix=fix,
             )  # fmt: skip
         with torch.no_grad():
@@ -126,7 +127,7 @@ class FinetunedModel:
     """The model of one fold of a finetuned run, ready to predict."""
 
     model: ImageModel
-    transform: Transform  # what images must have gone through; ``predict`` normalises them itself
+    transform: Transform  # what images must have passed through; ``predict`` normalizes them itself
     class_names: tuple[str, ...]
 
     def predict(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -141,45 +142,50 @@ class FinetunedModel:
 
 
 def load_finetuned(run: Path, result: ProbeResult, fold: int, device: str = "cpu") -> FinetunedModel:
-    """The saved model of one fold of a finetuned run.
-
-    Nothing but the run itself is needed: neither the weights that training began with nor the images.
+    """The saved model of one fold of a finetuned run; neither images nor the weights that training began with are read.
 
     Parameters
     ----------
     run : Path
-        The run's folder.
+        Folder of the run.
     result : ProbeResult
         Its result.
     fold : int
-        Which of ``result.folds``.
+        Number of one of ``result.folds``.
     device : str
         ``auto``, ``cpu``, ``cuda:0``, …
 
     Raises
     ------
     UsageError
-        The result is not of a finetuning, has no such fold, or the device is not there.
-    StoreError
-        The fold has no model: none were kept, or its training diverged at once; or its file is damaged.
-    WeightsError
-        The file does not fit the network.
+        The result is not of a finetuning, has no such fold, or the device does not exist.
+    StoreError, WeightsError
+        The fold has no model, or its file is damaged; it does not fit the network.
     """
     if result.kind != "finetune" or not 0 <= fold < len(result.folds):
         raise UsageError(
-            "there is no such finetuned model", expected=f"a finetuned run, a fold of 0 … {len(result.folds) - 1}",
+            "there is no such finetuned model", code="unknown-model",
+            expected=f"a finetuned run, a fold of 0 … {len(result.folds) - 1}",
             found=f"kind {result.kind!r}, fold {fold}", where=run, fix="embcache results",
         )  # fmt: skip
     if result.folds[fold].failed:
-        raise StoreError(f"training of fold {fold} diverged in its first epoch: it has no model", where=run)
+        raise StoreError(
+            f"training of fold {fold} diverged in its first epoch: it has no model", code="model-diverged", where=run
+        )
     if not (run / model_file(fold)).is_file():
         raise StoreError(
-            "the models of this run were not kept", where=run,
+            "the models of this run were not kept", code="models-not-kept", where=run,
             fix="repeat its `embcache finetune …` with --again and without --no-models",
         )  # fmt: skip
     tensors = load_file(run_file(run, model_file(fold)))
     specs = [find_backbone(name) for name in result.backbones]
-    chosen = {spec.name: _saved_transform(result.recipes[spec.name]["transform"]) for spec in specs}
+    chosen = {}
+    for spec in specs:
+        saved = result.recipes[spec.name]["transform"]
+        given: dict[str, Any] = {
+            f.name: tuple(v) if isinstance(v := saved[f.name], list) else v for f in fields(Transform)
+        }
+        chosen[spec.name] = Transform(**given)
     transform = next(iter(chosen.values()))
     networks = {spec.name: empty_backbone(spec, transform.size) for spec in specs}
     options = dict(result.request["head"])
@@ -195,43 +201,32 @@ def load_finetuned(run: Path, result: ProbeResult, fold: int, device: str = "cpu
 
 
 def model_file(fold: int) -> str:
-    """Name of a fold's model in the folder of its run."""
+    """Name of the model of a fold in the folder of its run."""
     return f"model-fold{fold}.safetensors"
-
-
-def _saved_transform(saved: Mapping[str, Any]) -> Transform:
-    """The transform that a recipe describes."""
-    pairs: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()}
-    return Transform(**{f.name: pairs[f.name] for f in fields(Transform)})
-
-
-def count_parameters(model: ImageModel) -> int:
-    """Number of trained numbers."""
-    return sum(value.numel() for value in model.trainable().values())
 
 
 def has_batch_norm(network: nn.Module) -> bool:
     """Whether any layer takes statistics over the images of a batch."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    return any(isinstance(layer, kinds) for layer in network.modules())
+    layers = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return any(isinstance(layer, layers) for layer in network.modules())
 
 
 def check_head(head: Head, backbones: Sequence[str]) -> TrainableHead:
     """The head, where it can be trained together with its backbones."""
     if not _trainable(head):
-        kind = "is solved on fixed features" if is_solved(head) else "standardises features that must stay fixed"
+        why = "is solved on fixed features" if is_solved(head) else "standardizes features that must stay fixed"
         raise UsageError(
-            f"head {head.name!r} {kind}: it cannot be trained together with its backbones",
+            f"head {head.name!r} {why}: it cannot be trained together with its backbones", code="head-needs-features",
             expected=", ".join(name for name in heads() if _trainable(make_head(name))), found=head.name,
             fix="embcache finetune --head linear …",
         )  # fmt: skip
     if not backbones:
-        raise UsageError("no backbone was named", fix="--backbone NAME")
+        raise UsageError("no backbone was named", code="no-backbone", fix="--backbone NAME")
     if len(set(backbones)) < len(backbones):
-        raise UsageError("a backbone is named twice", found=", ".join(backbones))
+        raise UsageError("a backbone is named twice", code="backbone-twice", found=", ".join(backbones))
     if not head.fuses and len(backbones) != 1:
         raise UsageError(
-            f"head {head.name!r} takes one backbone at a time", found=", ".join(backbones),
+            f"head {head.name!r} takes one backbone at a time", code="one-backbone", found=", ".join(backbones),
             fix=f"--backbone {backbones[0]}, or a head that fuses: --head dvme",
         )  # fmt: skip
     return cast("TrainableHead", head)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from embcache.config import DatasetRef
+from embcache.config import DatasetRef, FinetuneConfig
 from embcache.data.classes import ClassOptions
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
@@ -55,23 +55,24 @@ class Settings:
             options["repeats"] = self.repeats
         return options
 
-    def for_finetune(self, model: Model) -> dict[str, Any]:
-        """Keywords of `finetune_images` and `find_finetuned` for a model; models themselves are not kept."""
-        options: dict[str, Any] = {} if self.max_epochs is None else {"max_epochs": self.max_epochs}
-        return options | {
-            "head": model.head,
-            "folds": self.folds,
-            "seed": self.seed if model.seed is None else model.seed,
-            "home": self.home,
-            "val": self.val,
-            "test": self.test,
-            "lr": self.lr,
-            "exclude_test_overlap": self.exclude_test_overlap,
-            "device": self.device,
-            "weights": {name: path for name, path in self.weights.items() if name in model.backbones} or None,
-            "transform": self.transform,
-            "workers": self.workers,
-        }
+    def for_finetune(self, model: Model) -> FinetuneConfig:
+        """Options of a model that is finetuned; the models themselves are not kept."""
+        return FinetuneConfig(
+            head=model.head,
+            folds=self.folds,
+            seed=self.seed if model.seed is None else model.seed,
+            val=self.val,
+            test=self.test,
+            lr=self.lr,  # type: ignore[arg-type]  # only probes sweep several, which is checked before
+            exclude_test_overlap=self.exclude_test_overlap,
+            device=self.device,
+            weights=tuple(f"{name}={path}" for name, path in self.weights.items() if name in model.backbones),
+            transform=self.transform,
+            workers=self.workers,
+            max_epochs=FinetuneConfig.max_epochs if self.max_epochs is None else self.max_epochs,
+            models=False,
+            resume=None,
+        )
 
 
 def in_a_line(error: EmbcacheError) -> str:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from embcache.backbones.catalog import load_backbone
-from embcache.config import ExtractConfig
 from embcache.errors import EmbcacheError, UsageError
-from embcache.extract.extract import extract
-from embcache.finetune.finetune import finetune_images
+from embcache.extract.extract import run_extraction
+from embcache.finetune.finetune import finetune
 from embcache.probe.probe import probe_grid
 from embcache.results.grid import Cell, Grid, Model, choose_best, compare_with_paper
 from embcache.results.layout import Table, lay_out
@@ -107,11 +106,16 @@ def _extract(
     if owed and state.live is not None:
         say(f"extract   {state.asked}: {', '.join(owed)}")
         try:
-            config = ExtractConfig(
-                weights=tuple(f"{name}={path}" for name, path in settings.weights.items() if name in owed),
-                transform=settings.transform, device=settings.device, workers=settings.workers,
-            )  # fmt: skip
-            extract(state.live, owed, config, home=settings.home)
+            run_extraction(
+                owed,
+                state.live,
+                home=settings.home,
+                weights={name: path for name, path in settings.weights.items() if name in owed} or None,
+                transform=settings.transform,
+                device=settings.device,
+                workers=settings.workers,
+                say=say,
+            )
         except UsageError:
             raise
         except EmbcacheError as error:
@@ -150,17 +154,10 @@ def _finetune(
     assert state.ds is not None
     for subset in subsets:
         try:
-            result = finetune_images(
-                state.ds,
-                model.backbones,
-                subset=subset,
-                resume=None,
-                keep_models=False,
-                source=state.source,
-                say=say,
-                progress=progress,
-                **settings.for_finetune(model),
-            )
+            result = finetune(
+                state.ds, model.backbones, subset, settings.for_finetune(model),
+                home=settings.home, source=state.source, progress=progress,
+            )  # fmt: skip
         except EmbcacheError as error:
             _refuse(state, model, subset, error, say)
             continue

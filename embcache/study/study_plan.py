@@ -225,7 +225,7 @@ def _answers(
 def _find(state: DatasetState, model: Model, subsets: Sequence[str], settings: Settings) -> list[ProbeResult | str]:
     assert state.ds is not None
     if model.kind == "finetune":
-        options = settings.for_finetune(model)
-        return [find_finetuned(state.ds, model.backbones, subset=subset, **options) for subset in subsets]
+        config, home = settings.for_finetune(model), settings.home
+        return [find_finetuned(state.ds, model.backbones, subset, config, home=home) for subset in subsets]
     options = settings.for_probe(model)
     return list(find_saved(state.ds, [model.backbones], subsets=subsets, source=state.source, **options))

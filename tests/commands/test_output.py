@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +18,7 @@ import pytest
 
 from embcache import cli
 from embcache.commands import output
-from embcache.commands.output import Screen, echo, echo_data, json_text
-from embcache.commands.table import print_note
+from embcache.commands.output import Screen, echo, echo_data, fit_table, json_text, print_note
 from embcache.data.dataset import load_dataset
 from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.probe.probe import probe_features
@@ -45,6 +44,39 @@ def test_a_screen_shows_what_its_encoding_lacks_and_what_a_terminal_would_obey(e
     assert ("網" in shown) == (encoding == "utf-8")
     assert ("é" in shown) == (encoding != "ascii")
     assert screen.lost is None
+
+
+def test_notes_show_control_characters_escaped_and_keep_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    print_note("left out: a\x1b[2Jb\r\nsecond\u202e line")
+    assert capsys.readouterr() == ("", "note: left out: a\\x1b[2Jb\\r\nsecond\\u202e line\n")
+
+
+HEADERS = ["dataset", "head", "mean", "options", "run"]
+ROWS = [
+    ["toy", "linear", 0.5, "a long text of several words", "linear-S-0123"],
+    ["", "  ensemble", 0.75, "", ""],
+    ["toy", "knn", 0.25, "", "knn-S-4567"],
+]
+
+
+def test_tables_fit_the_terminal() -> None:
+    wide = fit_table(HEADERS, ROWS, 120).splitlines()
+    assert wide[:3] == ["dataset: toy", "", "head        mean  options                       run"]
+    narrow = fit_table(HEADERS, ROWS, 48)
+    assert max(map(len, narrow.splitlines())) <= 48
+    assert "several words" in narrow
+    tiny = fit_table(HEADERS, ROWS, 32)
+    assert max(map(len, tiny.splitlines()[:-1])) <= 32
+    assert "knn-S-4567" in tiny
+    assert tiny.splitlines()[-1] == "· not shown: options (--wide shows all columns)"
+    assert "not shown" not in fit_table(HEADERS, ROWS, 32, drop=False)
+
+
+def test_a_single_row_that_does_not_fit_is_one_line_per_column() -> None:
+    assert fit_table(HEADERS, ROWS[:1], 30).splitlines() == [
+        "dataset  toy", "head     linear", "mean     0.5", "options  a long text of several words",
+        "run      linear-S-0123",
+    ]  # fmt: skip
 
 
 class Full(io.StringIO):
@@ -91,22 +123,15 @@ def test_data_on_stdout_that_had_to_be_escaped_is_told(capsys: pytest.CaptureFix
     assert "--output FILE keeps them" in shown.err
 
 
-@pytest.fixture(scope="module")
-def made_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    home = tmp_path_factory.mktemp("made") / "home"
+@pytest.fixture
+def run(home: Path) -> str:
+    """A run over a dataset whose classes, ids and groups bear hostile names."""
     ds = make_dataset(np.tile([0, 1], 60), split=["train"] * 80 + ["test"] * 40)
     ds = replace(ds, class_names=("plain", HOSTILE), notes=(f"a note of {HOSTILE}",))
     ds.table["id"] = [f"{HOSTILE}{k}" for k in range(120)]
     ds.table["site"] = [f"{HOSTILE}{k % 2}" for k in range(120)]
     put_store(home, ds, "net", make_features(ds, shift=0.5), bad={f"{HOSTILE}3": f"broken {HOSTILE}"})
-    return home, probe_features(ds, "net", folds=2, subset=20, home=home).id
-
-
-@pytest.fixture
-def run(made_run: tuple[Path, str], home: Path) -> str:
-    """A run over a dataset whose classes, ids and groups bear hostile names."""
-    shutil.copytree(made_run[0], home)
-    return made_run[1]
+    return probe_features(ds, "net", folds=2, subset=20, home=home).id
 
 
 def command(words: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
@@ -152,9 +177,9 @@ def test_closed_and_full_streams_end_no_work(home: Path, tmp_path: Path) -> None
     for index in range(4):
         draw(tmp_path / "images" / "ab"[index % 2] / f"{index}.png", index)
     extract = f"extract --backbone random --dataset folder --data-root {tmp_path / 'images'}"
-    cases = [(f"tests.extract.tiny_run {extract} 2>&- <&-", 0), ("embcache verify --repair >/dev/full", 1)]
+    cases = [(f"{extract} 2>&- <&-", 0), ("verify --repair >/dev/full", 1)]
     for words, status in cases:
-        line = f"{sys.executable} -m {words}"
+        line = f"{sys.executable} -m tests.extract.tiny_run {words}"
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env={**os.environ})
         assert done.returncode == status, (words, done.stderr)
         assert "Traceback" not in done.stderr
@@ -196,7 +221,7 @@ def test_a_suffix_that_says_something_else_is_refused(
 
 
 def test_an_export_under_another_suffix_is_refused(run: str, home: Path, tmp_path: Path) -> None:
-    from embcache.maintain.export import export_features
+    from embcache.maintain import export_features
     from embcache.store.feature_store import open_store
 
     ds = load_dataset("toy", home=home)
@@ -214,7 +239,7 @@ def test_a_cached_dataset_loads_by_its_name_and_a_slip_names_it(run: str, home: 
 
 
 def test_commands_to_go_on_with_bear_home_and_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from embcache.store.feature_store import extract_command
+    from embcache.store.messages import extract_command
 
     draw(tmp_path / "my images" / "a" / "0.png", 0)
     draw(tmp_path / "my images" / "b" / "1.png", 1)
@@ -223,8 +248,26 @@ def test_commands_to_go_on_with_bear_home_and_root(tmp_path: Path, monkeypatch: 
     assert extract_command("net", ds, Path("/h o")) == f"embcache extract --backbone net {expected}"
     table = tmp_path / "my images" / "t.csv"
     table.write_text("path,label,who is it\na/0.png,a,x\nb/1.png,b,y\n")
-    ds = load_dataset("folder", table, name="mine", group_column="who is it")
+    ds = load_dataset("folder", table, name="mine", columns={"group": "who is it"})
     assert extract_command("net", ds).endswith(f"--data-root '{table}' --name mine --group-column 'who is it'")
+
+
+def test_csv_is_the_table_alone(run: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, out, err = command(["results", "--csv"], "utf-8", monkeypatch)
+    header, *rows = csv.reader(io.StringIO(out))
+    assert status == 0
+    assert rows[0][header.index("run")] == run
+    assert all(len(row) == len(header) for row in rows)
+    assert "·" in err
+    assert "·" not in out.replace("95 %", "")
+
+
+@pytest.mark.parametrize(("flag", "shown"), [("--quiet", False), ("--verbose", True)])
+def test_notes_follow_quiet_and_verbose(
+    run: str, home: Path, monkeypatch: pytest.MonkeyPatch, flag: str, shown: bool
+) -> None:
+    words = [flag, "splits", "export", "--dataset", "toy", "--subset", "20", "--folds", "2"]
+    assert ("note: labels and groups" in command(words, "utf-8", monkeypatch)[2]) == shown
 
 
 @pytest.mark.parametrize("words", [["ls", "--dataset", "toi"], ["results", "--dataset", "toi"]])
@@ -244,10 +287,3 @@ def test_an_interrupt_while_modules_are_imported_leaves_no_traceback() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
-
-
-def test_control_characters_are_escaped_and_lines_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    print_note("left out: a\x1b[2Jb\r\nsecond\u202e line")
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err == "note: left out: a\\x1b[2Jb\\r\nsecond\\u202e line\n"

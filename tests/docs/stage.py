@@ -41,6 +41,7 @@ def load_small(name: str, **_: object) -> Any:
 
 def install() -> None:
     """Import what commands import, and put the small networks and the small sample in place."""
+    import functools
     import importlib
     import pkgutil
 
@@ -48,7 +49,6 @@ def install() -> None:
     import embcache.data.datasets.sample as sample
     from embcache.backbones import catalog as backbones
     from embcache.finetune import model
-    from embcache.probe.schedule import Schedule
 
     for module in pkgutil.walk_packages(embcache.__path__, "embcache."):
         if not module.name.endswith("__main__"):
@@ -59,8 +59,7 @@ def install() -> None:
             module.load_backbone = load_small  # type: ignore[attr-defined]
         if getattr(module, "empty_backbone", None) is empty:
             module.empty_backbone = lambda spec, _: load_small(spec.name).module  # type: ignore[attr-defined]
-    embcache.finetune_images.__kwdefaults__["max_epochs"] = 2
-    Schedule.__init__.__defaults__ = (1e-3, 64, 2, 2, 10, 5, 0.1)  # type: ignore[misc]
+    embcache.finetune_images = functools.partial(embcache.finetune_images, max_epochs=2)
     sample.GROUPS, sample.TEST_GROUPS, sample.TILES_PER_CLASS = 12, 3, 2  # type: ignore[misc]
 
 

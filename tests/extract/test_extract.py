@@ -258,7 +258,7 @@ def test_images_of_unequal_size_are_resized(images: Path, home: Path) -> None:
         ({"batch_size": 0}, "option-bounds"),
         ({"workers": 0}, "option-bounds"),
         ({"part": (3, 2)}, "option-part"),
-        ({"weights": {"dino": "x"}}, "weights-name"),
+        ({"weights": {"dino": "x"}}, "weights-unnamed"),
         ({"format": "npz"}, "option-choice"),
         ({"transform": "none"}, "option-choice"),
         ({"batchsize": 4}, "unknown-option"),

@@ -59,6 +59,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ds(pictures: Path, networks: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> ImageDataset:
-    """The dataset, with an empty home and the networks' weights at hand."""
+    """The dataset, with an empty home and the weights of the networks."""
     monkeypatch.setenv("EMBCACHE_WEIGHTS", os.fspath(networks))
     return load_dataset("folder", pictures)

@@ -9,6 +9,7 @@ import torch
 
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.finetune.checkpoint import CheckpointFolder, FoldState, Progress
+from tests.refusal import refused
 
 REQUEST = {"kind": "finetune", "seed": 0}
 
@@ -51,30 +52,31 @@ def test_a_flipped_bit_is_one_clear_error(folder: CheckpointFolder) -> None:
         path = folder.path / name
         before = path.read_bytes()
         path.write_bytes(before[:-3] + bytes([before[-3] ^ 1]) + before[-2:])
-        with pytest.raises(CorruptStoreError, match="--again"):
+        with refused(CorruptStoreError, "checkpoint-corrupt"):
             (folder.read() if name == "state.json" else folder.load(progress.folds[0].files["train"]))
         path.write_bytes(before)
     (folder.path / "fold0-train-000001.safetensors").unlink()
-    with pytest.raises(CorruptStoreError, match="No such file"):
+    with refused(CorruptStoreError, "checkpoint-corrupt"):
         folder.load(progress.folds[0].files["train"])
 
 
 def test_a_checkpoint_of_another_request_is_refused(folder: CheckpointFolder) -> None:
     put(folder)
-    with pytest.raises(CorruptStoreError, match="another request"):
+    with refused(CorruptStoreError, "checkpoint-corrupt"):
         CheckpointFolder(folder.path, {**REQUEST, "seed": 1}).read()
 
 
 def test_two_processes_do_not_train_the_same_run(folder: CheckpointFolder) -> None:
-    with folder.lock(), pytest.raises(StoreError, match="another process"), folder.lock():
+    with folder.lock(), refused(StoreError, "run-in-use"), folder.lock():
         pass
     assert not folder.path.exists()  # nothing was saved, so nothing stays
 
 
-def test_a_full_disk_is_told(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("embcache.finetune.checkpoint.save_file", fail)
-    with pytest.raises(StoreError, match="No space left"):
+    with refused(StoreError, "checkpoint-not-written") as caught:
         put(folder)
+    assert "No space left" in str(caught.value.found)

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from embcache.backbones.catalog import load_backbone
-from embcache.backbones.transforms import choose_transform, normalize
+from embcache.backbones.catalog import find_backbone, load_backbone
+from embcache.backbones.transforms import Transform, choose_transform, normalise
 from embcache.data.dataset import ImageDataset
-from embcache.extract.augment import augmentation
-from embcache.finetune.batches import Frames
+from embcache.extract.augment import Augmentation, augmentation
+from embcache.finetune.batches import Frames, batches
 from embcache.finetune.checkpoint import FoldState
-from embcache.finetune.epochs import Setting, best_epoch, epoch_batches, train_fold
+from embcache.finetune.epochs import Trainer, best_epoch, epoch_batches, repeatable
 from embcache.finetune.model import ImageModel, assemble, check_head
 from embcache.probe.heads import make_head
 from embcache.probe.schedule import Schedule
@@ -45,23 +45,21 @@ def model_of(name: str, precision: str = "fp32", head: str = "linear") -> ImageM
     return assemble({name: loaded.module}, {name: transform}, trainable, params, CPU, precision)
 
 
-def setting_of(**changes: Any) -> Setting:
+def trainer_of(model: ImageModel, **changes: Any) -> Trainer:
     cut, y = frames()
     schedule = Schedule(batch_size=8, max_epochs=2)
-    return replace(Setting(cut, y, augmentation("chest", SIZE, SIZE), schedule, "auc"), **changes)
+    return replace(Trainer(model, cut, y, augmentation("chest", SIZE, SIZE), schedule, "auc"), **changes)
 
 
-def job_of(setting: Setting, n: int = 16) -> Job:
-    rows = np.arange(len(setting.y))
-    return make_job(setting.y, rows[:n], rows[n:], 2, "0\x000", setting.schedule.lr)
+def job_of(trainer: Trainer, n: int = 16) -> Job:
+    rows = np.arange(len(trainer.y))
+    return make_job(trainer.y, rows[:n], rows[n:], 2, "0\x000", trainer.schedule.lr)
 
 
-def keep(state: FoldState, tensors: object, best: object) -> FoldState:
-    return state
-
-
-def trained(model: ImageModel, setting: Setting, job: Job | None = None) -> tuple[FoldState, dict[str, torch.Tensor]]:
-    state = train_fold(model, job or job_of(setting), setting, keep, state=FoldState(), resume=None)
+def trained(model: ImageModel, **changes: Any) -> tuple[FoldState, dict[str, torch.Tensor]]:
+    trainer = trainer_of(model, **changes)
+    with repeatable(CPU):
+        *_, (state, _, _) = trainer.epochs(job_of(trainer), FoldState(), None)
     return state, {name: value.detach().clone() for name, value in model.state().items()}
 
 
@@ -75,8 +73,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_training_is_plain_adam_on_cross_entropy(ds: ImageDataset) -> None:
     """The same two epochs, written out with torch alone."""
-    setting = setting_of(augment=replace(augmentation("generic", SIZE, SIZE), left_right=False))
-    job = job_of(setting)
+    augment = replace(augmentation("generic", SIZE, SIZE), left_right=False)
+    trainer = trainer_of(model_of(RESNET), augment=augment)
+    job = job_of(trainer)
     loaded = load_backbone(RESNET, image_size=SIZE)
     transform = choose_transform(loaded.spec, "paper", {SIZE})
     network = copy.deepcopy(loaded.module).requires_grad_(True).train()
@@ -91,15 +90,15 @@ def test_training_is_plain_adam_on_cross_entropy(ds: ImageDataset) -> None:
     for epoch in (1, 2):
         losses = []
         for rows in epoch_batches(job, epoch, 8):
-            x = normalize(torch.from_numpy(setting.frames.pixels[rows]), transform, CPU)
+            x = normalise(torch.from_numpy(trainer.frames.pixels[rows]), transform, CPU)
             logits = linear(network(x.contiguous(memory_format=torch.channels_last)))
-            loss = F.cross_entropy(logits, torch.from_numpy(setting.y[rows]))
+            loss = F.cross_entropy(logits, torch.from_numpy(trainer.y[rows]))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
         expected.append(np.mean(losses))
-    state, tensors = trained(model_of(RESNET), setting, job)
+    state, tensors = trained(model_of(RESNET), augment=augment)
     assert np.allclose(state.losses, expected, rtol=1e-4)
     assert torch.allclose(tensors["head.classifier.weight"], linear.weight, atol=2e-4)
 
@@ -107,30 +106,37 @@ def test_training_is_plain_adam_on_cross_entropy(ds: ImageDataset) -> None:
 def test_accumulated_parts_are_one_batch_where_nothing_is_normalised_over_it(ds: ImageDataset) -> None:
     # Of the parameters themselves Adam would only show how it divides rounding by rounding (a key's bias has no
     # gradient but rounding), so outputs are compared.
-    whole, _ = trained(model_of(VIT, head="mlp"), setting_of())
+    whole, _ = trained(model_of(VIT, head="mlp"))
     for parts in (2, 3, 8):
-        split, _ = trained(model_of(VIT, head="mlp"), setting_of(accumulate=parts))
+        split, _ = trained(model_of(VIT, head="mlp"), accumulate=parts)
         assert np.allclose(split.losses, whole.losses, rtol=1e-4)
         assert split.val_scores == whole.val_scores
-    other, _ = trained(model_of(VIT, head="mlp"), setting_of(schedule=Schedule(batch_size=4, max_epochs=2)))
+    other, _ = trained(model_of(VIT, head="mlp"), schedule=Schedule(batch_size=4, max_epochs=2))
     assert not np.allclose(other.losses, whole.losses, rtol=1e-4)
 
 
 def test_threads_change_nothing(ds: ImageDataset) -> None:
-    _, alone = trained(model_of(RESNET), setting_of())
+    _, alone = trained(model_of(RESNET))
     for workers in (1, 2):
         with ThreadPoolExecutor(workers) as pool:
-            _, shared = trained(model_of(RESNET), setting_of(pool=pool))
+            _, shared = trained(model_of(RESNET), pool=pool)
         assert same(alone, shared)
 
 
 def test_bfloat16_runs_and_stays_near(ds: ImageDataset) -> None:
-    fp32, _ = trained(model_of(RESNET), setting_of())
-    bf16, tensors = trained(model_of(RESNET, "bf16"), setting_of())
+    fp32, _ = trained(model_of(RESNET))
+    bf16, tensors = trained(model_of(RESNET, "bf16"))
     assert not bf16.diverged
     assert all(value.dtype != torch.bfloat16 for value in tensors.values())
     assert bf16.losses != fp32.losses
     assert np.allclose(bf16.losses, fp32.losses, rtol=0.2)
+
+
+def test_the_global_random_state_is_left_alone(ds: ImageDataset) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    trained(model_of(RESNET, head="mlp"))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_loss_that_is_not_finite_ends_training_with_the_best_epoch_so_far(
@@ -145,7 +151,7 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_best_epoch_so_far(
         return original(self, pixels, masks) * (float("nan") if len(calls) == 5 else 1.0)
 
     monkeypatch.setattr(ImageModel, "logits", spoil)
-    state, tensors = trained(model, setting_of(schedule=Schedule(batch_size=8, max_epochs=9)))
+    state, tensors = trained(model, schedule=Schedule(batch_size=8, max_epochs=9))
     assert state.diverged
     assert (state.epoch, best_epoch(state)) == (1, 1)  # the fifth batch: two train and one validates in an epoch
     assert all(torch.isfinite(value.float()).all() for value in tensors.values())  # no step was made with it
@@ -169,3 +175,34 @@ def test_unbalanced_classes_are_drawn_equally_often() -> None:
     drawn = Counter(y[row] for epoch in range(40) for batch in epoch_batches(job, epoch, 16) for row in batch)
     assert sum(drawn.values()) == 4000
     assert 0.45 < drawn[1] / 4000 < 0.55
+
+
+def test_a_last_batch_of_one_image_is_joined_to_the_one_before() -> None:
+    y = np.array([0, 1] * 20)
+    job = make_job(y, np.arange(33), np.arange(0), 2, "0\x000", 1e-3)
+    assert [len(batch) for batch in epoch_batches(job, 1, 16)] == [16, 17]
+    assert [len(batch) for batch in epoch_batches(job, 1, 64)] == [33]
+
+
+def test_an_image_that_is_drawn_twice_looks_different_each_time() -> None:
+    cut, _ = frames()
+    seen: list[str] = []
+
+    def look(self: Augmentation, pixels: np.ndarray, key: str) -> np.ndarray:
+        seen.append(key)
+        return pixels
+
+    augment = augmentation("chest", SIZE, SIZE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Augmentation, "__call__", look)
+        list(batches(cut, [[(3, "a"), (3, "b"), (3, None)]], augment, None))
+    assert seen == ["a", "b"]
+
+
+def test_the_plain_view_is_the_centre_and_the_augmented_one_is_not() -> None:
+    cut, _ = frames()
+    augment = augmentation("chest", SIZE, (24, 24))
+    (batch,) = batches(cut, [[(2, None), (2, "key")]], augment, None)
+    assert torch.equal(batch[0], torch.from_numpy(cut.pixels[2, 4:28, 4:28]))
+    assert not torch.equal(batch[0], batch[1])
+    assert isinstance(choose_transform(find_backbone("random"), "paper", {(24, 24)}), Transform)

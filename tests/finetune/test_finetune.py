@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -20,22 +21,35 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 import embcache.finetune.batches as data
-import embcache.finetune.folds as folds
+import embcache.finetune.checkpoint as checkpoint
+from embcache.config import FinetuneConfig
 from embcache.data.dataset import ImageDataset, load_dataset, read_snapshot
 from embcache.errors import CorruptStoreError, EmbcacheError, ProtocolError, StoreError, UsageError, WeightsError
 from embcache.extract.extract import extract_features
-from embcache.finetune import find_finetuned, finetune_images
+from embcache.finetune.epochs import Trainer
+from embcache.finetune.finetune import find_finetuned, finetune, finetune_images
 from embcache.finetune.model import ImageModel
 from embcache.maintain.listing import list_interrupted
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import ProbeResult, list_results, load_heads, load_predictions, runs_dir
 from tests.finetune.conftest import QUICK, RESNET, VIT, draw
+from tests.refusal import refused
 
 OPTIONS: dict[str, Any] = QUICK
 
 
 def run(ds: ImageDataset, **changes: Any) -> ProbeResult:
     return finetune_images(ds, RESNET, **{**OPTIONS, **changes})
+
+
+def find(ds: ImageDataset, **changes: Any) -> ProbeResult | str:
+    options = {**OPTIONS, **changes}
+    return find_finetuned(ds, [RESNET], options.pop("subset"), FinetuneConfig.make(None, options))
+
+
+@pytest.fixture(autouse=True)
+def _notes(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "embcache")
 
 
 def predictions(ds: ImageDataset, result: ProbeResult, home: Path | None = None) -> pd.DataFrame:
@@ -55,15 +69,15 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Ctrl-C after so many checkpoints."""
 
     def after(epochs: int) -> None:
-        original, seen = folds.CheckpointFolder.write, []
+        original, seen = checkpoint.CheckpointFolder.write, []
 
-        def write(self: folds.CheckpointFolder, progress: folds.Progress) -> None:
+        def write(self: checkpoint.CheckpointFolder, progress: checkpoint.Progress) -> None:
             original(self, progress)
             seen.append(1)
             if len(seen) == epochs:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(folds.CheckpointFolder, "write", write)
+        monkeypatch.setattr(checkpoint.CheckpointFolder, "write", write)
 
     yield after
     monkeypatch.undo()
@@ -90,17 +104,17 @@ Written = dict[tuple[int, int], tuple[object, ...]]
 def written(monkeypatch: pytest.MonkeyPatch) -> Written:
     """By fold and epoch what was kept after it: losses, scores, rates, and the checksums of model and moments."""
     found: Written = {}
-    original = folds.CheckpointFolder.write
+    original = checkpoint.CheckpointFolder.write
 
-    def write(self: folds.CheckpointFolder, progress: folds.Progress) -> None:
+    def write(self: checkpoint.CheckpointFolder, progress: checkpoint.Progress) -> None:
         original(self, progress)
         state = progress.folds[-1]
         if not state.finished:
-            checksums = {role: record["crc32c"] for role, record in state.files.items()}
+            checksums = {role: file.crc32c for role, file in state.files.items()}
             key = (len(progress.folds) - 1, state.epoch)
             found[key] = (state.losses, state.val_scores, state.lrs, checksums)
 
-    monkeypatch.setattr(folds.CheckpointFolder, "write", write)
+    monkeypatch.setattr(checkpoint.CheckpointFolder, "write", write)
     return found
 
 
@@ -126,11 +140,6 @@ def assert_same(
         assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 
-def test_a_negative_number_of_workers_is_refused(ds: ImageDataset) -> None:
-    with pytest.raises(UsageError, match="number of workers"):
-        finetune_images(ds, [RESNET], **{**QUICK, "workers": -3})
-
-
 def test_the_result_is_a_run_like_one_of_probing(ds: ImageDataset) -> None:
     extract_features(RESNET, ds, transform="paper")
     probed = probe_features(ds, RESNET, subset=16, folds=2, val="matched")
@@ -153,21 +162,21 @@ def test_the_result_is_a_run_like_one_of_probing(ds: ImageDataset) -> None:
 
 
 def test_a_saved_result_is_returned_and_found(ds: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = find_finetuned(ds, RESNET, **{**OPTIONS, "workers": 1})
+    before = find(ds, workers=1)
     result = run(ds)
     assert before == result.id
-    monkeypatch.setattr(folds, "train_fold", None)
+    monkeypatch.setattr(Trainer, "epochs", None)
     assert reached(run(ds)) == reached(result)
-    found = find_finetuned(ds, RESNET, **OPTIONS)
+    found = find(ds)
     assert isinstance(found, ProbeResult)
     assert reached(found) == reached(result)
-    assert find_finetuned(ds, RESNET, **{**OPTIONS, "seed": 1}) != result.id
+    assert find(ds, seed=1) != result.id
 
 
 def test_nothing_that_should_not_matter_changes_the_result(ds: ImageDataset, tmp_path: Path) -> None:
     reference = run(ds, home=tmp_path / "a")
     p = predictions(ds, reference, tmp_path / "a")
-    for number, changes in enumerate(({"pixel_cache": False}, {"workers": 0}, {"workers": 1}, {"keep_models": False})):
+    for number, changes in enumerate(({"pixel_cache": False}, {"workers": 0}, {"workers": 1}, {"models": False})):
         home = tmp_path / str(number)
         other = run(ds, home=home, **changes)
         assert reached(other) == reached(reference)
@@ -177,7 +186,7 @@ def test_nothing_that_should_not_matter_changes_the_result(ds: ImageDataset, tmp
 
 def test_what_matters_makes_another_run(ds: ImageDataset) -> None:
     ids = {
-        find_finetuned(ds, RESNET, **{**OPTIONS, **changes})
+        find(ds, **changes)
         for changes in (
             {}, {"seed": 1}, {"lr": 1e-4}, {"max_epochs": 4}, {"precision": "bf16"}, {"transform": "imagenet"},
             {"accumulate": 2}, {"head": "mlp"}, {"subset": 12}, {"folds": 3}, {"batch_size": 4},
@@ -198,17 +207,29 @@ def test_an_image_that_cannot_be_read_is_left_out_either_way(pictures: Path, ds:
     assert any("1 unreadable" in note for note in cached.notes)
 
 
+@pytest.mark.parametrize("pixel_cache", [True, False])
+def test_images_above_the_limit_are_left_out(
+    pictures: Path, ds: ImageDataset, tmp_path: Path, pixel_cache: bool
+) -> None:
+    shutil.copytree(pictures, tmp_path / "lesions")
+    draw(tmp_path / "lesions" / "train" / "benign" / "03.png", 3, 0, size=33)
+    mixed = load_dataset("folder", tmp_path / "lesions")
+    result = run(mixed, max_pixels=32 * 32, pixel_cache=pixel_cache, max_epochs=1)
+    assert any("1 unreadable" in note for note in result.notes)
+    assert find(mixed, max_pixels=33 * 33, max_epochs=1) != result.id
+
+
 def test_pixels_that_do_not_fit_in_memory_are_mapped_from_a_file(
     ds: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = run(ds)
     monkeypatch.setattr(data.os, "sysconf", lambda name: 1)
     assert isinstance(data.allocate((4, 4, 4, 3), tmp_path / "a"), np.memmap)
-    assert reached(run(ds, reuse=False)) == reached(reference)
+    assert reached(run(ds, again=True)) == reached(reference)
 
 
-def test_an_interrupted_run_is_resumed_only_when_told(
-    ds: ImageDataset, tmp_path: Path, interrupt: Any, written: Written
+def test_an_interrupted_run_is_resumed_only_on_request(
+    ds: ImageDataset, tmp_path: Path, interrupt: Any, written: Written, caplog: pytest.LogCaptureFixture
 ) -> None:
     reference = run(ds, home=tmp_path / "whole", max_epochs=4)
     epochs = take(written)
@@ -219,11 +240,10 @@ def test_an_interrupted_run_is_resumed_only_when_told(
         with pytest.raises(KeyboardInterrupt):
             run(ds, max_epochs=4)
         interrupt(10**6)
-        with pytest.raises(StoreError, match=r"of 2 folds finished(.|\n)*--resume(.|\n)*--again"):
+        with refused(StoreError, "run-interrupted") as where:
             run(ds, max_epochs=4)
-        said: list[str] = []
-        resumed = run(ds, resume=True, max_epochs=4, say=said.append)
-        assert any(line.startswith("resumed:") for line in said)
+        resumed = run(ds, resume=True, max_epochs=4)
+        assert f"resumed: {where.value.found}" in caplog.messages
         assert take(written) == epochs
         assert_same(ds, resumed, None, reference, tmp_path / "whole")
         assert not partials(ds)
@@ -234,17 +254,11 @@ def test_again_starts_over(ds: ImageDataset, interrupt: Any) -> None:
     reference = run(ds)
     interrupt(2)
     with pytest.raises(KeyboardInterrupt):
-        run(ds, reuse=False)
+        run(ds, again=True)
     interrupt(10**6)
     assert reached(run(ds)) == reached(reference)  # the saved result is still there
-    assert reached(run(ds, reuse=False)) == reached(reference)
+    assert reached(run(ds, again=True)) == reached(reference)
     assert not partials(ds)
-
-
-def test_nothing_to_resume_is_said(ds: ImageDataset) -> None:
-    said: list[str] = []
-    run(ds, resume=True, max_epochs=1, say=said.append)
-    assert any("no checkpoint to resume" in line for line in said)
 
 
 def test_a_killed_process_is_resumed_to_the_same_bits(
@@ -254,15 +268,16 @@ def test_a_killed_process_is_resumed_to_the_same_bits(
     epochs = take(written)
     options = {**{name: value for name, value in OPTIONS.items() if name != "workers"}, "max_epochs": 4}
     script = (
-        "import os, signal\nfrom embcache.data.dataset import load_dataset\nimport embcache.finetune.folds as folds\n"
-        "from embcache.finetune import finetune_images\n"
-        "original, seen = folds.CheckpointFolder.save, []\n"
+        "import os, signal\nfrom embcache.data.dataset import load_dataset\n"
+        "import embcache.finetune.checkpoint as checkpoint\n"
+        "from embcache.finetune.finetune import finetune_images\n"
+        "original, seen = checkpoint.CheckpointFolder.save, []\n"
         "def save(self, name, tensors):\n"
         "    seen.append(name)\n"
         "    if name.startswith('fold1-train-000003'):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return original(self, name, tensors)\n"
-        "folds.CheckpointFolder.save = save\n"
+        "checkpoint.CheckpointFolder.save = save\n"
         f"ds, home = load_dataset('folder', {str(ds.root)!r}), {str(tmp_path / 'killed')!r}\n"
         f"finetune_images(ds, {RESNET!r}, home=home, **{options!r})\n"
     )
@@ -274,15 +289,16 @@ def test_a_killed_process_is_resumed_to_the_same_bits(
     assert_same(ds, resumed, tmp_path / "killed", reference, tmp_path / "whole")
 
 
-def test_a_run_of_another_request_is_not_resumed_from_this_checkpoint(ds: ImageDataset, interrupt: Any) -> None:
+def test_a_run_of_another_request_is_not_resumed_from_this_checkpoint(
+    ds: ImageDataset, interrupt: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     interrupt(2)
     with pytest.raises(KeyboardInterrupt):
         run(ds)
     interrupt(10**6)
-    said: list[str] = []
-    other = run(ds, seed=1, resume=True, say=said.append)
-    assert any("no checkpoint to resume" in line for line in said)
-    assert reached(other) == reached(run(ds, seed=1, reuse=False))
+    other = run(ds, seed=1, resume=True)
+    assert any("no checkpoint to resume" in line for line in caplog.messages)
+    assert reached(other) == reached(run(ds, seed=1, again=True))
     assert len(partials(ds)) == 1  # the first one's, untouched
 
 
@@ -311,9 +327,9 @@ def test_a_damaged_checkpoint_is_one_clear_error(ds: ImageDataset, interrupt: An
     interrupt(10**6)
     (file,) = partials(ds)[0].glob("fold0-train-*")
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(CorruptStoreError, match=r"1,000 bytes(.|\n)*--again"):
+    with refused(CorruptStoreError, "checkpoint-corrupt"):
         run(ds, resume=True)
-    assert run(ds, reuse=False).kind == "finetune"
+    assert run(ds, again=True).kind == "finetune"
 
 
 def test_a_fold_that_diverges_stops_alone(ds: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +341,7 @@ def test_a_fold_that_diverges_stops_alone(ds: ImageDataset, monkeypatch: pytest.
         return original(self, pixels, masks) * (float("nan") if len(calls) == 1 else 1.0)
 
     monkeypatch.setattr(ImageModel, "logits", spoil)
-    result = run(ds, reuse=False)
+    result = run(ds, again=True)
     assert [fold.failed for fold in result.folds] == [True, False]
     assert result.folds[1] == whole.folds[1]
     assert result.mean == whole.folds[1].score
@@ -343,34 +359,31 @@ def test_every_fold_diverging_is_one_error_and_no_run(ds: ImageDataset) -> None:
         run(ds, lr=1e30)
 
 
-def test_a_run_without_models_says_so_where_they_are_asked_for(ds: ImageDataset) -> None:
+def test_a_run_without_models_is_reported_where_they_are_asked_for(
+    ds: ImageDataset, caplog: pytest.LogCaptureFixture
+) -> None:
     def lost(**changes: Any) -> list[str]:
-        said: list[str] = []
-        run(ds, max_epochs=1, say=said.append, **changes)
-        return [line for line in said if "not kept" in line]
+        caplog.clear()
+        run(ds, max_epochs=1, **changes)
+        return [line for line in caplog.messages if "not kept" in line]
 
-    assert lost(keep_models=False) == []
+    assert lost(models=False) == []
     (note,) = lost()
     assert "models were not kept; --again trains and keeps them" in note
-    assert lost(keep_models=False) == []
-    assert lost(reuse=False) == []
+    assert lost(models=False) == []
+    assert lost(again=True) == []
     assert lost() == []
 
 
-def test_folds_that_were_trained_without_their_models_are_named(ds: ImageDataset, interrupt: Any) -> None:
+def test_folds_that_were_trained_without_their_models_are_named(
+    ds: ImageDataset, interrupt: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     interrupt(3)  # the first fold is finished
     with pytest.raises(KeyboardInterrupt):
-        run(ds, keep_models=False)
+        run(ds, models=False)
     interrupt(10**6)
-    said: list[str] = []
-    run(ds, resume=True, say=said.append)
-    assert any("models of fold 0 were not kept" in line for line in said)
-
-
-def test_without_saving_nothing_is_written(ds: ImageDataset) -> None:
-    result = run(ds, save=False, pixel_cache=False, max_epochs=1)
-    assert result.mean is not None
-    assert not runs_dir(ds.name).exists() or not list(runs_dir(ds.name).iterdir())
+    run(ds, resume=True)
+    assert any("models of fold 0 were not kept" in line for line in caplog.messages)
 
 
 def test_several_backbones_are_trained_together(ds: ImageDataset) -> None:
@@ -396,26 +409,32 @@ def test_weights_that_do_not_fit_are_extraction_s_error(ds: ImageDataset, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("changes", "error", "code"),
     [
-        ({"head": "knn"}, UsageError, r"solved on fixed features(.|\n)*trained together"),
-        ({"head": "logreg"}, UsageError, r"solved on fixed features(.|\n)*trained together"),
-        ({"head": "concat"}, UsageError, r"standardises features(.|\n)*trained together"),
-        ({"subset": 500}, ProtocolError, "larger than the pool"),
-        ({"precision": "fp16", "device": "cpu"}, UsageError, "CUDA"),
-        ({"precision": "fp64"}, UsageError, "unknown --precision"),
-        ({"accumulate": 9}, UsageError, "divided"),
-        ({"accumulate": 8}, UsageError, "one image at a time"),
-        ({"lr": 0.0}, UsageError, "learning rate"),
-        ({"max_epochs": 0}, UsageError, "max-epochs"),
-        ({"folds": 1}, UsageError, "--folds is out of bounds"),
+        ({"head": "knn"}, UsageError, "head-needs-features"),
+        ({"head": "concat"}, UsageError, "head-needs-features"),
+        ({"precision": "fp16", "device": "cpu"}, UsageError, "precision-needs-cuda"),
+        ({"precision": "fp64"}, UsageError, "option-choice"),
+        ({"accumulate": 9}, UsageError, "option-bounds"),
+        ({"accumulate": 8}, UsageError, "batch-of-one"),
+        ({"lr": 0.0}, UsageError, "option-bounds"),
+        ({"max_epochs": 0}, UsageError, "option-bounds"),
+        ({"folds": 1}, UsageError, "option-bounds"),
+        ({"workers": -3}, UsageError, "option-bounds"),
+        ({"epochs": 3}, UsageError, "unknown-option"),
     ],
 )
 def test_bad_requests_are_one_error_and_write_no_run(
-    ds: ImageDataset, changes: dict[str, Any], error: type[EmbcacheError], message: str
+    ds: ImageDataset, changes: dict[str, Any], error: type[EmbcacheError], code: str
 ) -> None:
-    with pytest.raises(error, match=message):
+    with refused(error, code):
         run(ds, **changes)
+    assert not runs_dir(ds.name).exists() or not list(runs_dir(ds.name).iterdir())
+
+
+def test_a_subset_larger_than_the_pool_is_refused(ds: ImageDataset) -> None:
+    with pytest.raises(ProtocolError, match="larger than the pool"):
+        run(ds, subset=500)
     assert not runs_dir(ds.name).exists() or not list(runs_dir(ds.name).iterdir())
 
 
@@ -436,6 +455,16 @@ def test_images_of_another_size_are_resized_and_cropped_at_random(
     result = run(large, subset=6, max_epochs=1)
     assert set(seen) == {(224, 224, 3)}
     assert result.request["augment"]["frame"] == [256, 256]
+
+
+def test_progress_reaches_its_end(ds: ImageDataset) -> None:
+    seen: list[tuple[int, int]] = []
+    options = {**OPTIONS}
+    subset = options.pop("subset")
+    config = FinetuneConfig.make(None, options)
+    finetune(ds, [RESNET], subset, config, progress=lambda done, total, label: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (2 * (2 * 32 + 12 + 16), 2 * (2 * 32 + 12 + 16))  # epochs, test, validation of the epoch kept
 
 
 def test_predictions_of_validation_are_those_that_chose_the_epoch(ds: ImageDataset) -> None:

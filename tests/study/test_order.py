@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +15,8 @@ from typer.testing import CliRunner
 
 import embcache.study.study as study_run
 from embcache.commands import run_command as commands
-from embcache.commands.extract_command import parse_weights
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
-from embcache.finetune.finetune import finetune_images
 from embcache.probe.options import ProbeOptions
 from embcache.probe.probe import probe_features, probe_grid
 from embcache.probe.protocol import plan_splits
@@ -267,8 +264,7 @@ def test_settings_pass_on_what_probes_and_finetunings_take() -> None:
     assert (probe["seed"], probe["repeats"], probe["device"]) == (7, 2, "cpu")
     assert set(probe) <= set(ProbeOptions.__dataclass_fields__)
     finetune = settings.for_finetune(model)
-    assert finetune["weights"] == {"random": "file"}
-    assert set(finetune) <= set(inspect.signature(finetune_images).parameters)
+    assert (finetune.weights, finetune.seed, finetune.models) == (("random=file",), 7, False)
 
 
 def test_the_command_prints_writes_and_leaves_with_a_status(
@@ -306,11 +302,3 @@ def test_the_command_prints_writes_and_leaves_with_a_status(
     done = runner.invoke(app, ["curves", "--dataset", "toy"])
     assert done.exit_code == 0, done.output
     assert "random, linear" in done.stdout
-
-
-def test_checkpoints_are_named_by_backbone_where_a_table_says_which_there_are() -> None:
-    assert parse_weights(["dino=a=b.pth", "swav=c"]) == {"dino": Path("a=b.pth"), "swav": Path("c")}
-    for value in ("dino.pth", "=dino.pth", "dino="):
-        with pytest.raises(UsageError, match="for which backbone"):
-            parse_weights([value])
-    assert not hasattr(commands, "_parse_weights")
