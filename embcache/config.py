@@ -277,6 +277,22 @@ def parse_count_or_share(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 13 else text
 
 
+def unknown_subset(found: object, known: Sequence[str] = ("S", "M", "F")) -> UsageError:
+    """The error for a subset that is neither a name nor a number of images."""
+    return UsageError(
+        f"no such subset: {str(found)!r}", code="unknown-subset",
+        expected=f"{', '.join(known)} or a number of training images", fix="--subset S,M,F or --subset 20,50,100",
+    )  # fmt: skip
+
+
+def check_subsets(subsets: Sequence[str | int]) -> None:
+    """Refuse texts that no dataset can have as a subset; whether it has one of the others is not known here."""
+    for subset in subsets:
+        name = str(subset).strip()
+        if not name.isidentifier() and not (name.isascii() and name.isdigit() and len(name) <= 12 and int(name)):
+            raise unknown_subset(subset)
+
+
 MOST_FOLDS = MOST_REPEATS = MOST_VIEWS = 1_000
 MOST_SEED = 2**62  # one is added for each repeat, and torch takes 63 bits
 
@@ -448,10 +464,20 @@ class ProbeConfig(ProtocolConfig):
     )
     buffer: int | None = option(
         None, "Stream features from their shards through a shuffle buffer of N rows. [default: all in memory]",
-        metavar="N", result=True, least=1, most=1 << 40,
+        metavar="N", result=True, least=64, most=10**9,
     )  # fmt: skip
     device: str = option("cpu", "Device on which heads are trained: cpu, cuda, cuda:0, …", metavar="NAME")
     again: bool = option(False, "Train even if a saved result answers the same question.")
+    save: bool = option(True, "Write the run folder, and reuse those that are there.", flag="-")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for rate in self.lr:
+            if rate <= 0:
+                raise UsageError(
+                    "the learning rate must be a positive number", code="option-bounds", found=f"{rate:g}",
+                    where="--lr", fix="--lr 1e-3",
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)

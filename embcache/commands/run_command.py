@@ -30,6 +30,7 @@ from embcache.commands.options import (
 )
 from embcache.commands.output import echo, echo_data
 from embcache.commands.progress import ProgressBar
+from embcache.config import parse_numbers
 from embcache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -112,17 +113,18 @@ def run(
 
     Example: embcache run B3 --backbone random,effnet_lite0 --subset 50,100,F
     """
-    from embcache.probe.usage import parse_rates
     from embcache.results.render import check_format, render
     from embcache.study.order import Order, deliver
 
     check_format(format)
     output = _checked_output(output, format)
+    rates = list(parse_numbers(lr or []))
     given = {
         "folds": folds, "val": val, "test": test, "repeats": repeats, "seed": seed, "recipe": recipe,
         "exclude_test_overlap": exclude_test_overlap, "max_epochs": max_epochs, "data_root": data_root, "home": home,
         "weights": parse_weights(weights) or {}, "transform": transform, "device": device, "workers": workers,
-        "allow_missing": allow_missing, "dataset_name": name, "columns": columns, "lr": parse_rates(split_list(lr)),
+        "allow_missing": allow_missing, "dataset_name": name, "columns": columns,
+        "lr": (rates[0] if len(rates) == 1 else rates) if rates else None,
         "classes": class_options(drop_class, merge_class) if drop_class or merge_class else None,
     }  # fmt: skip
     order = Order(

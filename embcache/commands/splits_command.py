@@ -71,7 +71,7 @@ def export(
     Example: embcache splits export --dataset pneumonia --subset S,M,F --output pneumonia-splits.json
     """
     from embcache.data.dataset import find_dataset
-    from embcache.probe.cached import plan_cached
+    from embcache.probe.inputs import plan_cached
     from embcache.probe.splits import write_splits
 
     if output != "-":
@@ -126,7 +126,7 @@ def import_(
     Example: embcache splits import pneumonia-splits.json --dataset pneumonia
     """
     from embcache.data.dataset import find_dataset
-    from embcache.probe.cached import import_splits
+    from embcache.probe.inputs import import_splits
 
     ds, _ = find_dataset(
         dataset, root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns

@@ -29,9 +29,10 @@ from embcache.finetune.model import model_file
 from embcache.paths import PathLike
 from embcache.probe.summary import (
     Outputs,
+    RunCell,
+    build_result,
     prediction_table,
     request_notes,
-    summarise,
     training_notes,
     validation_table,
     with_positive,
@@ -199,7 +200,7 @@ def finetune_images(
         if save and keep_models:
             _tell_lost_models(runs_dir(ds.name, home) / id, result, say)
         notes = [
-            *request_notes(ds, plan, asked.subset, asked.head_name),
+            *request_notes(ds, [plan], asked.subset, asked.head),
             *asked.notes(ds),
             *training_notes(result),
         ]
@@ -226,27 +227,19 @@ def find_finetuned(
     if result is None:
         return id
     result = with_positive(result, settings.positive, home)
-    notes = [*request_notes(ds, plan, asked.subset, asked.head_name), *asked.notes(ds), *training_notes(result)]
+    notes = [*request_notes(ds, [plan], asked.subset, asked.head), *asked.notes(ds), *training_notes(result)]
     return as_asked(result, "live", notes)
 
 
 def _result(run: FoldRun, request: Mapping[str, Any], done: Progress, outputs: Outputs, source: str) -> ProbeResult:
     asked = run.asked
-    result = summarise(
-        run.ds,
-        [run.plan],
-        asked.subset,
-        kind="finetune",
-        backbones=asked.names,
-        head=asked.head_name,
-        request=request,
-        recipes=asked.recipes,
-        outcomes=[outcome(state, asked.schedule.lr) for state in done.folds],
-        outputs=outputs,
-        source=source,
-        seconds=done.seconds,
-        positive=asked.settings.positive,
-    )
+    cell = RunCell(
+        dataset=run.ds, splits=(run.plan,), subset=asked.subset, backbones=asked.names, head=asked.head,
+        request=request, recipes=asked.recipes, positive=asked.settings.positive, source=source,
+        notes=tuple(request_notes(run.ds, [run.plan], asked.subset, asked.head)),
+    )  # fmt: skip
+    outcomes = [outcome(state, asked.schedule.lr) for state in done.folds]
+    result = build_result(cell, outcomes, outputs, done.seconds)
     return replace(result, versions={**result.versions, **{name: version(name) for name in ("timm", "torchvision")}})
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from embcache.backbones.catalog import Backbone, find_backbone, load_backbone
 from embcache.backbones.transforms import Transform, frame
+from embcache.config import MOST_SEED
 from embcache.data.classes import class_flags
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError, check_choice, check_number
@@ -26,14 +27,13 @@ from embcache.extract.worker import PRECISIONS, FrozenNetwork, pick_device
 from embcache.finetune.batches import Images, choose_transforms
 from embcache.finetune.model import check_head, has_batch_norm
 from embcache.paths import PathLike
-from embcache.probe.heads import hyperparameters, make_head
+from embcache.probe.heads import identify, make_head
 from embcache.probe.inputs import digest_images, plan_for
 from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_class
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.schedule import Schedule
 from embcache.probe.splits import Splits, name_everything
-from embcache.probe.stack import TrainableHead
-from embcache.probe.usage import MOST_SEED
+from embcache.probe.stack import TrainedHead
 from embcache.runs.folders import PROTOCOL_VERSION
 
 ARITHMETIC = 1
@@ -80,7 +80,7 @@ class Asked:
     settings: Settings
     subset: str  # its canonical name
     specs: tuple[Backbone, ...]
-    head: TrainableHead
+    head: TrainedHead
     head_name: str
     head_request: Mapping[str, Any]  # name and hyperparameters of the head
     schedule: Schedule
@@ -204,7 +204,7 @@ def ask(
             fix=f"--batch-size {2 * settings.accumulate}, or a smaller --accumulate",
         )
     augment = augmentation(ds.augment, frame(geometry).size, geometry.size)
-    request = {"name": head.name, **hyperparameters(head)}
+    request = identify(head) or {"name": head.name}
     return Asked(
         settings, subset, specs, trainable, head.name, request, schedule, files, transforms, augment, networks,
         recipes, fingerprints, device,

@@ -22,9 +22,8 @@ from embcache.finetune.finetune_plan import Asked
 from embcache.finetune.model import ImageModel, State, assemble, model_file
 from embcache.memory import keep_freed_memory
 from embcache.probe.splits import Splits
-from embcache.probe.stack import Job, stream_generator
+from embcache.probe.stack import Job, make_job, stream_generator
 from embcache.probe.summary import Outcome, Outputs
-from embcache.probe.train import make_job
 
 Tell = Callable[[int, int, str], Any]
 """Told (images settled, images planned, what is being trained)."""

@@ -19,11 +19,9 @@ from embcache.backbones.timm_models import build_timm
 from embcache.backbones.transforms import Transform, normalise
 from embcache.errors import StoreError, UsageError, WeightsError
 from embcache.extract.worker import arithmetic, pick_device
-from embcache.probe.heads import Head, heads, make_head
+from embcache.probe.heads import heads, make_head
 from embcache.probe.metrics import softmax
-from embcache.probe.solve import is_solved
-from embcache.probe.stack import TrainableHead
-from embcache.probe.standard import StandardizedHead
+from embcache.probe.stack import ClosedFormHead, Head, TrainedHead
 from embcache.runs.folders import ProbeResult, run_file
 
 State = dict[str, Tensor]
@@ -35,7 +33,7 @@ class ImageModel:
 
     backbones: Mapping[str, nn.Module]  # networks: normalised images, float32 (B, 3, H, W), to features (B, D)
     transforms: Mapping[str, Transform]  # one a backbone
-    head: TrainableHead  # A head of `embcache.probe.heads`, as probing trains it
+    head: TrainedHead  # A head of `embcache.probe.heads`, as probing trains it
     params: State  # the head's parameters, named and initialised as in probing
     device: torch.device  # where all of them lie
     precision: str  # arithmetic of the backbones; the head and the loss are always computed in fp32
@@ -101,7 +99,7 @@ class ImageModel:
 def assemble(
     backbones: Mapping[str, nn.Module],
     transforms: Mapping[str, Transform],
-    head: TrainableHead,
+    head: TrainedHead,
     params: Mapping[str, Tensor],
     device: torch.device,
     precision: str,
@@ -216,13 +214,17 @@ def has_batch_norm(network: nn.Module) -> bool:
     return any(isinstance(layer, kinds) for layer in network.modules())
 
 
-def check_head(head: Head, backbones: Sequence[str]) -> TrainableHead:
+def check_head(head: Head, backbones: Sequence[str]) -> TrainedHead:
     """The head, where it can be trained together with its backbones."""
     if not _trainable(head):
-        kind = "is solved on fixed features" if is_solved(head) else "standardises features that must stay fixed"
+        kind = (
+            "is solved on fixed features"
+            if isinstance(head, ClosedFormHead)
+            else "standardises features that must stay fixed"
+        )
         raise UsageError(
             f"head {head.name!r} {kind}: it cannot be trained together with its backbones",
-            expected=", ".join(name for name in heads() if _trainable(make_head(name))), found=head.name,
+            expected=", ".join(name for name in heads if _trainable(make_head(name))), found=head.name,
             fix="embcache finetune --head linear …",
         )  # fmt: skip
     if not backbones:
@@ -234,8 +236,8 @@ def check_head(head: Head, backbones: Sequence[str]) -> TrainableHead:
             f"head {head.name!r} takes one backbone at a time", found=", ".join(backbones),
             fix=f"--backbone {backbones[0]}, or a head that fuses: --head dvme",
         )  # fmt: skip
-    return cast("TrainableHead", head)
+    return cast("TrainedHead", head)
 
 
 def _trainable(head: object) -> bool:
-    return not is_solved(head) and not isinstance(head, StandardizedHead)
+    return isinstance(head, TrainedHead) and not head.standardized

@@ -13,8 +13,8 @@ from embcache.errors import UsageError
 from embcache.finetune.finetune import finetune_images
 from embcache.finetune.folds import Tell
 from embcache.paths import PathLike
-from embcache.probe.cached import PAPER_SET, find_splits
 from embcache.probe.heads import make_head
+from embcache.probe.inputs import PAPER_SET, find_splits
 from embcache.runs.folders import ProbeResult
 
 

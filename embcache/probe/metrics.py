@@ -19,15 +19,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embcache.errors import ProtocolError, UsageError
+from embcache.registry import Registry
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 Weighted = Callable[[FloatArray], FloatArray]
-"""From row weights of shape (B, n) to B values; nan where the weights leave nothing to score."""
+"""From row weights of shape (B, n) to B values; nan where they are not defined."""
 
 NEGATIVE_NAMES = ("normal", "benign", "healthy", "negative", "control", "0", "false")
-"""Class names that mean "without disease", besides those that begin with ``no`` and a separator."""
+"""Class names that mean "without disease", in addition to those that begin with ``no`` and a separator."""
 
 
 @dataclass(frozen=True)
@@ -112,24 +113,25 @@ def mean_logits(logits: ArrayLike, axis: int = 0) -> FloatArray:
     return np.asarray(mean.squeeze(axis))
 
 
-def positive_class(class_names: Sequence[str], asked: str | None = None) -> int:
-    """Which class is positive: the one asked for, else the one that is not named like a negative, else the second.
+def positive_class(class_names: Sequence[str], name: str | None = None) -> int:
+    """Number of the positive class: the named one, else the one not named like a negative, else the second.
 
     Frequencies are never looked at.
     """
-    if asked is not None:
-        if asked not in class_names:
-            plain = {name.casefold(): name for name in class_names}
-            near = difflib.get_close_matches(asked.casefold(), plain, n=1)
+    if name is not None:
+        if name not in class_names:
+            plain = {known.casefold(): known for known in class_names}
+            near = difflib.get_close_matches(name.casefold(), plain, n=1)
             raise UsageError(
                 "there is no such class to be the positive one",
+                code="unknown-class",
                 expected=", ".join(class_names),
-                found=asked,
+                found=name,
                 where="--positive",
                 fix=f"--positive {shlex.quote(plain[near[0]]) if near else 'CLASS'}",
             )
-        return list(class_names).index(asked)
-    negative = [_is_negative(name) for name in class_names]
+        return list(class_names).index(name)
+    negative = [_is_negative(each) for each in class_names]
     return negative.index(False) if len(class_names) == 2 and sum(negative) == 1 else min(1, len(class_names) - 1)
 
 
@@ -148,10 +150,8 @@ def _is_negative(name: str) -> bool:
 def find_metric(name: str | Metric, n_classes: int) -> Metric:
     """The metric of a name, for so many classes: ``auc`` of more than two is ``macro_auc``, and the reverse.
 
-    A `Metric` is given back as it is.
-
-    Besides the keys of `METRICS`, ``sensitivity_at_95_specificity`` and ``specificity_at_90_sensitivity`` take any
-    number of percent.
+    A `Metric` is returned as it is. In addition to the names that are registered,
+    ``sensitivity_at_95_specificity`` and ``specificity_at_90_sensitivity`` take any number of percent.
     """
     if isinstance(name, Metric):
         return name
@@ -165,22 +165,30 @@ def find_metric(name: str | Metric, n_classes: int) -> Metric:
             metric = replace(metric, high=1.0)
     elif at and at[1] != at[3]:
         metric = _at(at[1], float(at[2]))
+    elif name in metrics:
+        metric = metrics.get(name)
     else:
-        near = difflib.get_close_matches(key, METRICS, n=1)
+        near = difflib.get_close_matches(key, metrics, n=1)
         raise UsageError(
-            "there is no such metric",
-            expected=", ".join(METRICS),
-            found=name,
-            where="--metric",
+            "there is no such metric", code="unknown-metric", expected=", ".join(metrics), found=name, where="--metric",
             fix=f"--metric {near[0]}" if near else None,
-        )
+        )  # fmt: skip
     if metric.binary and n_classes != 2:
         raise ProtocolError(
-            f"the metric {metric.key} is for two classes",
-            found=f"{n_classes} classes",
+            f"the metric {metric.key} is for two classes", code="metric-for-two-classes", found=f"{n_classes} classes",
             fix="--metric " + ("balanced_accuracy" if metric.key != "auc" else "macro_auc"),
-        )
+        )  # fmt: skip
     return metric
+
+
+def choose_metric(name: str, n_classes: int) -> Metric:
+    """The metric that the user names: as `find_metric`, or ``module:name``, which is registered under its key."""
+    if ":" in name and name not in metrics:
+        metric = metrics.get(name)
+        if metric.key not in metrics:
+            metrics.register(metric.key)(metric)
+        name = metric.key
+    return find_metric(name, n_classes)
 
 
 def score(metric: str | Metric, y: ArrayLike, logits: ArrayLike, positive: int = 1) -> float:
@@ -192,6 +200,7 @@ def score(metric: str | Metric, y: ArrayLike, logits: ArrayLike, positive: int =
     if not np.isfinite(z).all():
         raise ProtocolError(
             "a score needs predictions that are numbers",
+            code="predictions-not-finite",
             found=f"{int((~np.isfinite(z)).any(-1).sum()):,} rows without",
         )
     labels = _two_classes(y)
@@ -224,7 +233,9 @@ def _two_classes(y: ArrayLike) -> IntArray:
     labels = np.asarray(y, dtype=np.int64)
     if len(np.unique(labels)) < 2:
         raise ProtocolError(
-            "a score needs images of two classes", found=f"{len(labels)} images of {len(np.unique(labels))} class"
+            "a score needs images of two classes",
+            code="one-class",
+            found=f"{len(labels)} images of {len(np.unique(labels))} class",
         )
     return labels
 
@@ -493,12 +504,15 @@ METRICS: Mapping[str, Metric] = {
         _at("specificity", 95),
     )
 }  # fmt: skip
-"""Every metric by its key. A new metric is one row."""
+"""Every metric of this package by its key. A new metric is one row."""
+
+metrics: Registry[Metric] = Registry("metric", METRICS)
+"""These and those that other packages register; a metric of one's own is one `Metric`."""
 
 
 def metric_title(name: str, positive: str = "") -> str:
     """A metric as tables print it: with the class that an asymmetric one is of, and where a threshold comes from."""
-    title = METRICS[name].title if name in METRICS else re.sub(r"_(\d[\d.]*)_", r" \1 % ", name).replace("_", " ")
+    title = metrics.get(name).title if name in metrics else re.sub(r"_(\d[\d.]*)_", r" \1 % ", name).replace("_", " ")
     read_off = ", threshold read off the test set" if "_at_" in name else ""
     return title + (f" of {positive}" if positive else "") + read_off
 
@@ -507,4 +521,4 @@ def merit(name: str, value: float | None) -> float:
     """A score as a choice between models ranks it: higher is better, a loss negated; −inf for none."""
     if value is None:
         return -np.inf
-    return -value if name in METRICS and METRICS[name].loss else value
+    return -value if name in metrics and metrics.get(name).loss else value

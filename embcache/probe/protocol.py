@@ -14,18 +14,18 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from embcache.config import ProtocolConfig, unknown_subset
 from embcache.data.classes import class_flags
 from embcache.data.draws import IntArray, hash_order, stratified_group_folds, water_fill
 from embcache.data.groups import merge_groups, overlap_notes
 from embcache.errors import ProtocolError, UsageError
 from embcache.probe.splits import Key, Splits, StrArray, absent_note
-from embcache.probe.usage import check_options, unknown_subset
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
@@ -55,22 +55,21 @@ def plan_splits(
     ds: ImageDataset,
     *,
     subsets: Sequence[str | int] = ("S", "M", "F"),
-    folds: int = 5,
-    seed: int = 0,
-    val: str = "full",
-    test: str = "local",
+    config: ProtocolConfig | None = None,
     digests: Mapping[str, str] | None = None,
     unreadable: Collection[str] = (),
-    exclude_test_overlap: bool = False,
+    **options: Any,
 ) -> Splits:
-    """Draw test set, folds and subsets of a dataset."""
-    check_options(val=val, test=test, folds=folds)
+    """Draw test set, folds and subsets of a dataset; ``options`` are fields of `ProtocolConfig`."""
+    config = ProtocolConfig.make(config, options)
+    folds, seed, matched = config.folds, config.seed, config.val == "matched"
     sizes = subset_sizes(ds, subsets)
-    numbers = {str(asked).strip() for asked in subsets}  # what was asked for as a number must be there
+    numbers = {str(subset).strip() for subset in subsets}  # a subset given as a number must be there
     everything = set(sizes)
     sides = divide(
-        ds, seed=seed, test=test, digests=digests, unreadable=unreadable, exclude_test_overlap=exclude_test_overlap
-    )
+        ds, seed=seed, test=config.test, digests=digests, unreadable=unreadable,
+        exclude_test_overlap=config.exclude_test_overlap,
+    )  # fmt: skip
     ids, labels, groups, notes = sides.ids, sides.labels, sides.groups, list(sides.notes)
     pool, own_val, test_rows = sides.pool, sides.own_val, sides.test
     n_classes = len(ds.class_names)
@@ -95,9 +94,9 @@ def plan_splits(
             if len(rows) < sum(map(len, drawn)):
                 everything.discard(subset)
             validate[fold, subset] = np.sort(holdout)
-            if val == "matched":
+            if matched:
                 validate[fold, subset] = np.sort(_matched(held, len(rows), f"fold {fold}, subset {subset}", ds))
-            if val == "matched" and len(holdout) < len(rows):
+            if matched and len(holdout) < len(rows):
                 notes.append(f"subset {subset}, fold {fold}: only {len(holdout)} images to validate, {len(rows)} train")
     for fold in range(folds):
         where = "the val split" if len(own_val) else f"validation of fold {fold}"
@@ -117,7 +116,7 @@ def plan_splits(
         subsets=tuple(sizes),
         n_folds=folds,
         seed=seed,
-        val_mode=val,
+        val_mode=config.val,
         notes=tuple(dict.fromkeys(notes)),
         everything=frozenset(everything),
     ).check()
@@ -132,10 +131,7 @@ def divide(
     unreadable: Collection[str] = (),
     exclude_test_overlap: bool = False,
 ) -> Sides:
-    """Divide a dataset into pool and test set. Needs no folds, so any number of images of a class will do.
-
-    Parameters as of `plan_splits`.
-    """
+    """Divide a dataset into pool and test set. Needs no folds, so any number of images of a class will do."""
     table = ds.table
     ids = table["id"].to_numpy(dtype=object)
     labels = table["label"].to_numpy(dtype=np.int64)
@@ -186,7 +182,7 @@ def subset_sizes(ds: ImageDataset, subsets: Sequence[str | int]) -> dict[str, in
         else:
             raise unknown_subset(asked, known)
     if not sizes:
-        raise UsageError("no subset asked for", fix="--subset S")
+        raise UsageError("no subset asked for", code="no-subset", fix="--subset S")
     return sizes
 
 
@@ -205,6 +201,7 @@ def _official_overlap(
     if not len(test):
         raise ProtocolError(
             f"{ds.name} has no test set of its own",
+            code="no-test-set",
             expected="images whose split is 'test'",
             found="none that can be read",
             fix="--test local",
@@ -259,6 +256,7 @@ def _check_classes(
     if (counts > 0).sum() < 2:
         raise ProtocolError(
             f"{ds.name} has fewer than two classes to tell apart in its pool",
+            code="one-class",
             expected="labelled, readable training images of two classes or more",
             found=listing,
             where=ds.root,
@@ -267,6 +265,7 @@ def _check_classes(
     if len(own_val) and len(np.unique(labels[own_val])) < 2:
         raise ProtocolError(
             f"the val split of {ds.name} holds fewer than two classes",
+            code="one-class",
             expected="validation images of two classes or more",
             found=f"{len(own_val)} of {ds.class_names[labels[own_val[0]]]!r}",
             where=ds.root,
@@ -290,6 +289,7 @@ def _check_classes(
         f"class {ds.class_names[first]!r} of {ds.name} has fewer "
         + ("images" if counts[first] < needed else "groups")
         + (" than two to train on: a fold would train without it" if len(own_val) else " than there are folds"),
+        code="class-too-small",
         expected=f"at least {needed} groups (patients, slides …) of every class in the pool",
         found=f"{counts[first]} images in {n_pool[first]} groups"
         + (f" (the local test set holds {n_held[first]} more)" if n_held[first] else "")
@@ -326,6 +326,7 @@ def _draw(orders: Sequence[IntArray], n: int | None, where: str, ds: ImageDatase
     if n is not None and n > there:
         raise ProtocolError(
             f"the subset is larger than the pool of {ds.name}",
+            code="subset-too-large",
             expected=f"at most {there} training images",
             found=str(n),
             where=where,
@@ -334,6 +335,7 @@ def _draw(orders: Sequence[IntArray], n: int | None, where: str, ds: ImageDatase
     if n is not None and n < len(ds.class_names):
         raise ProtocolError(
             f"{n} training images cannot hold the {len(ds.class_names)} classes of {ds.name}",
+            code="subset-too-small",
             where=where,
             fix=f"--subset {len(ds.class_names)} or more",
         )
@@ -346,6 +348,7 @@ def _matched(orders: Sequence[IntArray], n: int, where: str, ds: ImageDataset) -
         name = ds.class_names[int(share.argmin())]
         raise ProtocolError(
             "matched validation would have fewer than two images of a class",
+            code="matched-too-small",
             expected="two images of every class",
             found=f"{share.min()} of {name!r} among {share.sum()}",
             where=where,

@@ -124,11 +124,14 @@ class Splits:
             fold; a part holds fewer than two classes.
         """
         if not len(self.test):
-            raise ProtocolError("the test set is empty", expected="one readable test image at least", found="none")
+            raise ProtocolError(
+                "the test set is empty", code="no-test-set", expected="one readable test image at least", found="none"
+            )
         known = self.labels[self.test][self.labels[self.test] >= 0]
         if len(known) and len(np.unique(known)) < 2:
             raise ProtocolError(
                 "the labelled test images are all of one class",
+                code="one-class",
                 expected="two classes at least",
                 found=f"{len(known)} of {self.class_names[known[0]]!r}",
                 fix="label images of the other classes: the local test set is a fifth of all"
@@ -144,12 +147,16 @@ class Splits:
                 raise _divided_group("training and validation", fold, subset, shared)
             for side, rows in sides.items():
                 if not test_rows.isdisjoint(rows.tolist()):
-                    raise ProtocolError(f"fold {fold}, subset {subset}: an image is in {side} and in the test set")
+                    raise ProtocolError(
+                        f"fold {fold}, subset {subset}: an image is in {side} and in the test set",
+                        code="test-image-in-fold",
+                    )
                 if self.test_set != "official" and not test_groups.isdisjoint(self.groups[rows]):
                     raise _divided_group(f"{side} and test", fold, subset, test_groups & set(self.groups[rows]))
                 if len(np.unique(self.labels[rows])) < 2:
                     raise ProtocolError(
                         f"fold {fold}, subset {subset}: {side} holds fewer than two classes",
+                        code="one-class",
                         found=f"{len(rows)} images of {len(np.unique(self.labels[rows]))} class",
                         fix=("fewer --folds", "a larger --subset", "label more images"),
                     )
@@ -232,6 +239,7 @@ def read_splits(
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise ProtocolError(
             "this is not a splits file",
+            code="not-a-splits-file",
             expected=f"JSON written by embcache splits export (format {FORMAT!r})",
             found=str(reason),
             where=path,
@@ -240,6 +248,7 @@ def read_splits(
     if class_names != tuple(ds.class_names):
         raise ProtocolError(
             "the splits file is for other classes",
+            code="splits-of-other-classes",
             expected=", ".join(ds.class_names),
             found=", ".join(map(str, class_names)),
             where=path,
@@ -258,6 +267,7 @@ def read_splits(
                 f"the splits file names {len(unknown)} images that {ds.name} has not"
                 if unknown
                 else "the splits file names an image twice in one part",
+                code="unknown-image" if unknown else "repeated-image",
                 found=", ".join(map(repr, unknown[:5])) or None,
                 where=path,
                 fix=f"use the file with the dataset it was made for ({data['dataset']})",
@@ -266,6 +276,7 @@ def read_splits(
         if labelled and (labels[found] < 0).any():
             raise ProtocolError(
                 "the splits file trains or validates on images without a label",
+                code="unlabeled-image",
                 found=", ".join(map(repr, ids[found[labels[found] < 0]][:5])),
                 where=path,
             )
@@ -324,6 +335,7 @@ def _divided_group(sides: str, fold: int, subset: str, shared: Collection[str]) 
     names = sorted(shared)
     return ProtocolError(
         f"a group is on both sides of fold {fold}, subset {subset}: {sides}",
+        code="group-spans-split",
         expected="every group (patient, slide, identical images) on one side",
         found=f"{len(names)} divided: {', '.join(map(repr, names[:5]))}{' …' if len(names) > 5 else ''}",
         fix="draw the splits again: embcache splits export",

@@ -13,7 +13,7 @@ from embcache.errors import first_few, printable
 from embcache.notebook import html_table
 from embcache.typed import typed
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised when the protocol changes, so that older runs are not taken for new ones. Arithmetic that gives the same but
 for rounding (another order of sums, attention by nodes) is the same protocol: a saved run answers for it."""
 
@@ -58,7 +58,7 @@ class _Request(TypedDict, total=False):
     recipes: list[tuple[str, str]]
     schedule: Mapping[str, float | str | None]
     classes: Mapping[str, Any]
-    lrs: list[float]
+    lr: list[float] | float
     target: str
     run: str
     of: Mapping[str, Any]
@@ -367,4 +367,5 @@ def run_id(request: Mapping[str, Any]) -> str:
     text = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     kind = "" if request["kind"] == "probe" else f"{request['kind']}-"
     digits = hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
-    return f"{kind}{request['head']['name']}-{request['subset']}-{digits}"
+    head = request["head"]["name"].rpartition(":")[2]  # of ``module:name`` the name
+    return f"{kind}{head}-{request['subset']}-{digits}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from embcache.config import ProbeConfig
 from embcache.data.chosen import Columns
 from embcache.data.classes import ClassOptions
 from embcache.errors import EmbcacheError
@@ -37,23 +38,20 @@ class Settings:
     transform: str | None = None
     workers: int | None = None
 
-    def for_probe(self, model: Model) -> dict[str, Any]:
-        """Keywords of `probe_grid` and `find_saved` for a model."""
+    def for_probe(self, model: Model) -> ProbeConfig:
+        """How a model is probed."""
         options: dict[str, Any] = {
             "head": model.head,
             "folds": self.folds,
             "seed": self.seed if model.seed is None else model.seed,
-            "home": self.home,
             "val": self.val,
             "test": self.test,
             "recipe": self.recipe,
-            "lr": self.lr,
+            "lr": () if self.lr is None else self.lr,
             "exclude_test_overlap": self.exclude_test_overlap,
             "device": "cpu" if self.device == "auto" else self.device,
         }
-        if self.repeats != 1:
-            options["repeats"] = self.repeats
-        return options
+        return ProbeConfig.make(options=options | {"repeats": self.repeats})
 
     def for_finetune(self, model: Model) -> dict[str, Any]:
         """Keywords of `finetune_images` and `find_finetuned` for a model; models themselves are not kept."""

@@ -10,7 +10,7 @@ from embcache.backbones.catalog import load_backbone
 from embcache.errors import EmbcacheError, UsageError
 from embcache.extract.extract import run_extraction
 from embcache.finetune.finetune import finetune_images
-from embcache.probe.probe import probe_grid
+from embcache.probe.probe import probe
 from embcache.results.grid import Cell, Grid, Model, choose_best, compare_with_paper
 from embcache.results.layout import Table, lay_out
 from embcache.results.paper import find_value, named_subset
@@ -132,11 +132,9 @@ def _probe(
 ) -> None:
     """Probe a model at its missing subsets at once; where that fails, one by one, so that each has its own reason."""
     assert state.ds is not None
-    options = settings.for_probe(model)
+    config = settings.for_probe(model)
     try:
-        results = probe_grid(
-            state.ds, [model.backbones], subsets=subsets, source=state.source, progress=progress, **options
-        )
+        results = probe(state.ds, [model.backbones], subsets, config, home=settings.home, progress=progress)
     except EmbcacheError as error:
         if len(subsets) > 1:
             for subset in subsets:

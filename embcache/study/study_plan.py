@@ -10,7 +10,7 @@ from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import EmbcacheError, RecipeError, StoreNotFoundError, UsageError, WeightsError
 from embcache.finetune.finetune import find_finetuned
 from embcache.probe.inputs import open_stores
-from embcache.probe.probe import find_saved
+from embcache.probe.probe_plan import plan_probe
 from embcache.probe.protocol import subset_sizes
 from embcache.results.grid import Grid, Model, trained_by
 from embcache.runs.folders import ProbeResult, list_results, run_id
@@ -227,5 +227,5 @@ def _find(state: DatasetState, model: Model, subsets: Sequence[str], settings: S
     if model.kind == "finetune":
         options = settings.for_finetune(model)
         return [find_finetuned(state.ds, model.backbones, subset=subset, **options) for subset in subsets]
-    options = settings.for_probe(model)
-    return list(find_saved(state.ds, [model.backbones], subsets=subsets, source=state.source, **options))
+    plan = plan_probe(state.ds, [model.backbones], subsets, settings.for_probe(model), home=settings.home)
+    return [plan.saved(cell) or cell.id for cell in plan.cells]

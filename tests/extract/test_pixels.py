@@ -27,7 +27,7 @@ from embcache.extract.extract import extract_features, run_extraction
 from embcache.extract.pixels import cache_pixels, open_pixels
 from embcache.extract.scan import dataset_transform
 from embcache.finetune.batches import decode_frames
-from embcache.probe.cached import cached_backbones, cached_datasets
+from embcache.probe.inputs import cached_backbones, cached_datasets
 from embcache.store.feature_store import FeatureStore, list_stores
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny

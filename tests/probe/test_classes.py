@@ -15,8 +15,7 @@ from embcache.data.dataset import ImageDataset, read_snapshot
 from embcache.errors import ProtocolError, UsageError
 from embcache.figures.draw_maps import draw_maps
 from embcache.figures.rank import rank_dataset
-from embcache.probe.cached import probe_cached
-from embcache.probe.probe import probe_features
+from embcache.probe.probe import probe_cached, probe_features
 from embcache.report.collect import make_tasks
 from embcache.results.compare import compare_runs
 from embcache.results.curves import curve_panels

@@ -22,7 +22,7 @@ from embcache.probe.prevalence import (
     row_weights,
 )
 from embcache.probe.probe import probe_features
-from embcache.probe.train import seen_shares
+from embcache.probe.stack import seen_shares
 from embcache.results.decisions import calibration_error
 from tests.probe.build import make_dataset, make_features, put_store
 

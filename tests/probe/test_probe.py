@@ -16,14 +16,14 @@ from sklearn.metrics import average_precision_score, cohen_kappa_score, log_loss
 import embcache.probe.probe as run_module
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, RecipeError, StoreError, StoreNotFoundError, UsageError
-from embcache.probe.cached import probe_cached
+from embcache.probe import probe_plan
 from embcache.probe.metrics import softmax
-from embcache.probe.probe import find_saved, probe_features, probe_grid
+from embcache.probe.probe import probe_features
 from embcache.probe.protocol import plan_splits
 from embcache.probe.splits import write_splits
 from embcache.probe.summary import in_metric
 from embcache.runs.folders import ProbeResult, list_results, load_heads, load_predictions, load_result, runs_dir
-from tests.probe.build import make_dataset, make_features, make_recipe, put_store
+from tests.probe.build import find_saved, make_dataset, make_features, make_recipe, probe_grid, put_store, run_cached
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_another_positive_class_is_scored_and_recorded_without_training(
 ) -> None:
     result = probe_features(cached, "a", home=home)
     assert result.positive == "b"
-    monkeypatch.setattr(run_module, "train_jobs", never_train)
+    monkeypatch.setattr(run_module, "train_heads", never_train)
     other = probe_features(cached, "a", home=home, positive="a")
     frame = load_predictions(run_of(result, home))
     part = frame[frame["fold"] == 0]
@@ -212,11 +212,11 @@ def test_the_same_request_is_answered_from_the_run(
     cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = probe_features(cached, "a", home=home)
-    monkeypatch.setattr(run_module, "train_jobs", never_train)
-    monkeypatch.setattr(run_module, "load_features", never_train)
+    monkeypatch.setattr(run_module, "train_heads", never_train)
+    monkeypatch.setattr(probe_plan, "load_features", never_train)
     assert probe_features(cached, "a", home=home) == first
     with pytest.raises(AssertionError, match="trained again"):
-        probe_features(cached, "a", home=home, reuse=False)
+        probe_features(cached, "a", home=home, again=True)
 
 
 @pytest.mark.parametrize(
@@ -271,12 +271,12 @@ def test_a_run_that_is_not_as_written_is_never_served(cached: ImageDataset, home
 def test_the_order_of_a_splits_file_changes_nothing(cached: ImageDataset, home: Path, tmp_path: Path) -> None:
     path = tmp_path / "splits.json"
     write_splits(plan_splits(cached, subsets=["S"]), path)
-    one = probe_features(cached, "a", home=home, splits=path, reuse=False)
+    one = probe_features(cached, "a", home=home, splits=path, again=True)
     content = json.loads(path.read_text())
     for fold in content["folds"]:
         fold["train"] = {subset: ids[::-1] for subset, ids in fold["train"].items()}
     path.write_text(json.dumps(content))
-    other = probe_features(cached, "a", home=home, splits=path, reuse=False)
+    other = probe_features(cached, "a", home=home, splits=path, again=True)
     assert (other.id, other.mean) == (one.id, one.mean)
 
 
@@ -335,7 +335,7 @@ def test_test_labels_influence_nothing_but_the_score(cached: ImageDataset, home:
 def test_a_result_does_not_depend_on_its_grid(cached: ImageDataset, home: Path, tmp_path: Path) -> None:
     grid = probe_grid(cached, [["a"], ["b"]], subsets=["S", 30, "F"], home=home)
     assert [(r.backbones[0], r.subset) for r in grid] == [(b, s) for b in "ab" for s in ("S", "30", "F")]
-    alone = probe_features(cached, "b", subset=30, home=home, reuse=False)
+    alone = probe_features(cached, "b", subset=30, home=home, again=True)
     assert alone.id == grid[4].id
     assert [f.score for f in alone.folds] == [f.score for f in grid[4].folds]
 
@@ -344,13 +344,13 @@ def test_features_are_read_once_for_all_subsets(
     cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads = []
-    original = run_module.load_features
+    original = probe_plan.load_features
 
     def spy(store: Any, *rest: Any, **options: Any) -> torch.Tensor:
         loads.append(store.recipe.backbone)
         return original(store, *rest, **options)
 
-    monkeypatch.setattr(run_module, "load_features", spy)
+    monkeypatch.setattr(probe_plan, "load_features", spy)
     probe_grid(cached, [["a"], ["b"]], subsets=["S", 30, "F"], home=home)
     assert loads == ["a", "b"]
 
@@ -459,7 +459,7 @@ def test_one_computation_is_one_run(home: Path) -> None:
     assert len({r.id for r in results}) == len(list_results(home)) == 2
     assert find_saved(ds, [["a"]], subsets=["M", 20], head="knn", home=home) == [results[3], results[0]]
     assert any("subset M is 500 training images" in note for note in results[2].notes)
-    assert [r.subset for r in probe_cached(subsets=["20", "S", "M", "F"], head="knn", home=home)] == ["S", "F"]
+    assert [r.subset for r in run_cached(subsets=["20", "S", "M", "F"], head="knn", home=home)] == ["S", "F"]
 
 
 def test_synthetic_images_are_called_so(home: Path) -> None:

@@ -12,11 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embcache.probe.heads import make_head
-from embcache.probe.heads.attention_nodes import place_nodes
-from embcache.probe.heads.scalar_attention import ATTENTIONS, attend, most_nodes, sum_attention
+from embcache.probe.heads import ATTENTIONS, make_head
+from embcache.probe.heads.scalar_attention import attend, most_nodes, place_nodes, sum_attention
 from embcache.probe.schedule import Schedule
-from embcache.probe.stack import Job, train_stack
+from embcache.probe.stack import Job, train_heads
 
 
 def weights_by_definition(q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -276,8 +275,8 @@ def test_what_is_not_kept_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> 
         return (out, *torch.autograd.grad((out * upstream).sum(), inputs))
 
     kept = both()
-    monkeypatch.setattr("embcache.probe.heads.attention_nodes._KEEP", 0)
-    monkeypatch.setattr("embcache.probe.heads.attention_nodes._CELLS", 2000)  # a row or two at a time
+    monkeypatch.setattr("embcache.probe.heads.scalar_attention._KEEP", 0)
+    monkeypatch.setattr("embcache.probe.heads.scalar_attention._CELLS", 2000)  # a row or two at a time
     for a, b in zip(kept, both(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -306,7 +305,7 @@ def test_training_is_the_same_by_nodes_and_by_all_scores() -> None:
     }
     job = Job(torch.arange(150), torch.arange(150, 200), "3\0fold", 1e-3)
     runs = {
-        kind: train_stack(
+        kind: train_heads(
             make_head("dvme", proj_dim=64, attention=kind), x, y, [job], 3, "macro_auc", Schedule(max_epochs=6)
         )[0]
         for kind in ATTENTIONS

@@ -17,20 +17,21 @@ from sklearn.metrics import roc_auc_score
 from embcache.probe.heads import heads, make_head
 from embcache.probe.metrics import softmax
 from embcache.probe.schedule import Schedule
-from embcache.probe.solve import is_solved
 from embcache.probe.stack import (
     Job,
     TrainedHead,
+    TrainedModel,
     adam_step,
+    is_balanced,
     logits_of_sets,
+    make_job,
     predict_logits,
     stream_generator,
-    train_stack,
+    train_heads,
 )
-from embcache.probe.train import is_balanced, make_job
 
 N, DIM = 400, 12
-TRAINED = [name for name, kind in heads().items() if not is_solved(kind)]
+TRAINED = [name for name in heads if isinstance(make_head(name), TrainedHead)]
 SMALL = {name: {"proj_dim": 8} for name in TRAINED if name.startswith("dvme")} | {"mlp": {"hidden": 8}}
 BY_NODES: list[tuple[str, dict[str, Any]]] = [  # with 16 tokens auto never takes nodes
     ("dvme", {"proj_dim": 64, "attention": attention}) for attention in ("fast", "auto")
@@ -50,10 +51,10 @@ def rows(start: int, stop: int) -> torch.Tensor:
 
 def train(
     head: Any, x: Mapping[str, torch.Tensor], y: torch.Tensor, jobs: Sequence[Job], **options: Any
-) -> list[TrainedHead]:
+) -> list[TrainedModel]:
     n_classes = int(y.max()) + 1
     metric = "auc" if n_classes == 2 else "macro_auc"
-    return train_stack(head, x, y, jobs, n_classes, metric, options.get("schedule", Schedule()))
+    return train_heads(head, x, y, jobs, n_classes, metric, options.get("schedule", Schedule()))
 
 
 def test_adam_is_torchs_with_a_rate_and_a_step_count_for_each_head() -> None:
@@ -171,7 +172,7 @@ def test_validation_rounds_a_head_alike_with_any_number_of_others() -> None:
 
 
 @dataclass
-class Spy:
+class Spy(TrainedHead):
     """A head that remembers which rows it was shown in training."""
 
     seen: list[torch.Tensor] = field(default_factory=list)
@@ -183,9 +184,6 @@ class Spy:
         if masks is not None:
             self.seen.append(x["a"][0, :, 0].long())
         return x["a"][:, :, :1] * 0 + params["w"][:, None]
-
-    def dropouts(self) -> Mapping[str, tuple[int, float]]:
-        return {}
 
 
 class CostSpy(Spy):
@@ -225,7 +223,7 @@ def shown(y: np.ndarray, chosen: np.ndarray, epochs: int) -> list[torch.Tensor]:
     spy = Spy()
     numbers = torch.arange(len(y), dtype=torch.float32)[:, None]
     job = make_job(y, chosen, np.arange(0), int(y.max()) + 1, "s", 1e-3)
-    train_stack(spy, {"a": numbers}, torch.from_numpy(y), [job], int(y.max()) + 1, "auc", Schedule(max_epochs=epochs))
+    train_heads(spy, {"a": numbers}, torch.from_numpy(y), [job], int(y.max()) + 1, "auc", Schedule(max_epochs=epochs))
     return spy.seen
 
 

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 import embcache.study.study as study_run
 from embcache.commands import run_command as commands
 from embcache.commands.extract_command import parse_weights
+from embcache.config import ProbeConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from embcache.finetune.finetune import finetune_images
-from embcache.probe.options import ProbeOptions
-from embcache.probe.probe import probe_features, probe_grid
+from embcache.probe.probe import probe, probe_features
 from embcache.probe.protocol import plan_splits
 from embcache.probe.splits import write_splits
 from embcache.results.grid import Grid, Model
@@ -70,13 +70,13 @@ def test_what_is_missing_is_done_and_then_reused(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(study_run, "probe_grid", never)
+    monkeypatch.setattr(study_run, "probe", never)
     again = deliver(order(subsets=["S", "20", "M"]))
     assert again.table == first.table
 
 
 def test_a_study_that_was_stopped_goes_on(toy: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = study_run.probe_grid, []
+    real, calls = study_run.probe, []
 
     def stop_at_the_second(*args: Any, **kwargs: Any) -> Any:
         calls.append(args[1])
@@ -84,7 +84,7 @@ def test_a_study_that_was_stopped_goes_on(toy: ImageDataset, home: Path, monkeyp
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(study_run, "probe_grid", stop_at_the_second)
+    monkeypatch.setattr(study_run, "probe", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         deliver(order())
     assert [result.backbones for result in list_results(home)] == [("random",)]
@@ -234,7 +234,8 @@ def test_figures_take_no_leaderboard_result(home: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("random", "effnet_lite0"):
         put_store(home, ds, name, rng.normal(size=(N, 4)).astype(np.float32))
-    scored = probe_grid(ds, [["random", "effnet_lite0"]], head="dvme", subsets=["S"], folds=2, test="official")
+    config = ProbeConfig(head="dvme", folds=2, test="official")
+    scored = probe(ds, [["random", "effnet_lite0"]], ["S"], config)
     save_scored(scored[0])
     chosen = order(what="table2", heads=["dvme"], backbones=["random", "effnet_lite0"])
     assert [record["kind"] for record in deliver(chosen).table.records] == ["kaggle"]
@@ -263,9 +264,8 @@ def test_table1_counts_the_images_of_a_dataset(toy: ImageDataset) -> None:
 def test_settings_pass_on_what_probes_and_finetunings_take() -> None:
     settings = Settings(seed=3, repeats=2, weights={"random": "file", "other": "file"})
     model = Model("m", "probe", "linear", ("random",), seed=7)
-    probe = settings.for_probe(model)
-    assert (probe["seed"], probe["repeats"], probe["device"]) == (7, 2, "cpu")
-    assert set(probe) <= set(ProbeOptions.__dataclass_fields__)
+    config = settings.for_probe(model)
+    assert (config.seed, config.repeats, config.device) == (7, 2, "cpu")
     finetune = settings.for_finetune(model)
     assert finetune["weights"] == {"random": "file"}
     assert set(finetune) <= set(inspect.signature(finetune_images).parameters)
