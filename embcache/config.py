@@ -12,7 +12,7 @@ import json
 import math
 import os
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
@@ -277,7 +277,7 @@ def parse_count_or_share(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 13 else text
 
 
-def unknown_subset(found: object, known: Sequence[str] = ("S", "M", "F")) -> UsageError:
+def unknown_subset(found: object, known: Iterable[str] = ("S", "M", "F")) -> UsageError:
     """The error for a subset that is neither a name nor a number of images."""
     return UsageError(
         f"no such subset: {str(found)!r}", code="unknown-subset",

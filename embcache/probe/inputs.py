@@ -95,11 +95,9 @@ def open_stores(
     for backbone, store in stores.items():
         if len(store.row_shape) not in (1, 2):
             raise UsageError(
-                f"the store of {backbone} does not hold vectors",
-                code="not-vectors",
-                found=f"rows of shape {store.row_shape}",
-                where=store.path,
-            )
+                f"the store of {backbone} does not hold vectors", code="not-vectors",
+                found=f"rows of shape {store.row_shape}", where=store.path,
+            )  # fmt: skip
     return stores
 
 
@@ -120,22 +118,16 @@ def plan_for(
     if config.splits is None:
         return plan_splits(ds, subsets=subsets, config=config, digests=digests, unreadable=unreadable)
     plan = read_splits(
-        Path(config.splits),
-        ds,
-        merged_groups(ds, digests),
-        unreadable=unreadable,
+        Path(config.splits), ds, merged_groups(ds, digests), unreadable=unreadable,
         exclude_test_overlap=config.exclude_test_overlap,
-    )
+    )  # fmt: skip
     plan = plan.rename({str(size): name for name, size in ds.subset_sizes.items() if name not in plan.subsets})
     lacking = [name for name in (subset_sizes(ds, subsets) if subsets else ()) if name not in plan.subsets]
     if lacking:
         raise UsageError(
-            f"the splits file does not list subset {', '.join(lacking)}",
-            code="unknown-subset",
-            expected=", ".join(plan.subsets),
-            where=config.splits,
-            fix=f"--subset {','.join(plan.subsets)}",
-        )
+            f"the splits file does not list subset {', '.join(lacking)}", code="unknown-subset",
+            expected=", ".join(plan.subsets), where=config.splits, fix=f"--subset {','.join(plan.subsets)}",
+        )  # fmt: skip
     return plan
 
 
@@ -172,12 +164,10 @@ def plan_cached(
     stores = [s for s in list_stores(home, ds.name) if backbone in (None, s.recipe.backbone)]
     if backbone is not None and not stores:
         raise StoreNotFoundError(
-            f"no features of {backbone} are cached for {ds.name}",
-            code="store-not-found",
+            f"no features of {backbone} are cached for {ds.name}", code="store-not-found",
             found=", ".join(cached_backbones(ds.name, home)) or "nothing cached for this dataset",
-            where=home_dir(home) / slug(ds.name),
-            fix="leave --backbone out",
-        )
+            where=home_dir(home) / slug(ds.name), fix="leave --backbone out",
+        )  # fmt: skip
     store = stores[0].restrict(ds.table["id"]) if stores else None
     return plan_for(ds, [] if store is None else [store], subsets=subsets, **options), store
 
@@ -209,13 +199,10 @@ def find_splits(name: str, ds: ImageDataset, home: PathLike | None = None) -> Pa
         return imported
     known = sorted(path.stem for path in _splits_dir(ds, home).glob("*.json"))
     raise UsageError(
-        "there is no such splits file",
-        code="splits-not-found",
-        expected="a file" + (f", or one of {', '.join(known)}" if known else ""),
-        found=name,
-        where="--splits",
+        "there is no such splits file", code="splits-not-found",
+        expected="a file" + (f", or one of {', '.join(known)}" if known else ""), found=name, where="--splits",
         fix=f"embcache splits export --dataset {ds.name} --output FILE",
-    )
+    )  # fmt: skip
 
 
 def _splits_dir(ds: ImageDataset, home: PathLike | None) -> Path:
@@ -258,19 +245,14 @@ def rows_of(
     if missing:
         raise StoreError(
             f"{len(missing):,} of {len(rows):,} images have no features of {store.recipe.backbone} yet",
-            code="features-missing",
-            found=f"no row for {first_few(missing)}",
-            where=store.path,
+            code="features-missing", found=f"no row for {first_few(missing)}", where=store.path,
             fix=extract_command(store.recipe.backbone, ds) + (f" --views {views}" if views > 1 else ""),
-        )
+        )  # fmt: skip
     return rows
 
 
 def stream_features(
-    stores: Mapping[str, FeatureStore],
-    ds: ImageDataset,
-    ids: Sequence[str] | NDArray[np.object_],
-    config: ProbeConfig,
+    stores: Mapping[str, FeatureStore], ds: ImageDataset, ids: Sequence[str] | NDArray[np.object_], config: ProbeConfig
 ) -> Streamed:
     """Features of some images of a dataset, read shard by shard whenever they are needed."""
     assert config.buffer is not None
@@ -279,15 +261,10 @@ def stream_features(
     shards = stores[first].features.shards
     numbers, counts = np.unique(shards, return_counts=True)
     return Streamed(
-        stored={backbone: store.features for backbone, store in stores.items()},
-        places=places,
-        shards=shards[places[first]],
-        shard_rows=dict(zip(numbers.tolist(), counts.tolist(), strict=True)),
-        buffer_rows=config.buffer,
-        n_views=config.views,
-        stream=str(config.seed),
-        device=config.device,
-    )
+        stored={backbone: store.features for backbone, store in stores.items()}, places=places,
+        shards=shards[places[first]], shard_rows=dict(zip(numbers.tolist(), counts.tolist(), strict=True)),
+        buffer_rows=config.buffer, n_views=config.views, stream=str(config.seed), device=config.device,
+    )  # fmt: skip
 
 
 def digest_shards(stores: Mapping[str, FeatureStore], ds: ImageDataset, ids: NDArray[np.object_], views: int) -> str:

@@ -27,47 +27,31 @@ BoolArray = NDArray[np.bool_]
 Weighted = Callable[[FloatArray], FloatArray]
 """From row weights of shape (B, n) to B values; nan where they are not defined."""
 
+Form = Callable[[IntArray, FloatArray, int], Weighted]
+"""From labels (n,), logits (n, C) and the positive class to the weighted form."""
+
+Ratio = Callable[[IntArray, FloatArray, int], tuple[BoolArray, BoolArray]]
+"""From the same to numerator and denominator of each row, boolean (n,)."""
+
 NEGATIVE_NAMES = ("normal", "benign", "healthy", "negative", "control", "0", "false")
 """Class names that mean "without disease", in addition to those that begin with ``no`` and a separator."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric.
+    """One metric; `embcache.testing.check_metric` checks it."""
 
-    Attributes
-    ----------
-    key, title : str
-        As options name it and as tables print it.
-    form : callable
-        From labels (n,), logits (n, C) and the positive class to the weighted form.
-    interval : {"auc", "proportion", "bootstrap"}
-        How its interval is made: `embcache.probe.statistics`.
-    low, high : float
-        Its range.
-    loss : bool
-        Lower is better.
-    per_class : bool
-        It scores every class by itself, so that an interval needs enough groups of each.
-    asymmetric : bool
-        With two classes its value depends on which of them is positive.
-    binary : bool
-        It is for two classes only.
-    ratio : callable, optional
-        Of a proportion: numerator and denominator of each row, boolean (n,).
-    """
-
-    key: str
-    title: str
-    form: Callable[[IntArray, FloatArray, int], Weighted]
-    interval: Literal["auc", "proportion", "bootstrap"] = "bootstrap"
-    low: float = 0.0
+    key: str  # as options name it
+    title: str  # as tables print it
+    form: Form
+    interval: Literal["auc", "proportion", "bootstrap"] = "bootstrap"  # how it is made: `embcache.probe.statistics`
+    low: float = 0.0  # its range
     high: float = 1.0
-    loss: bool = False
-    per_class: bool = False
-    asymmetric: bool = False
-    binary: bool = False
-    ratio: Callable[[IntArray, FloatArray, int], tuple[BoolArray, BoolArray]] | None = None
+    loss: bool = False  # lower is better
+    per_class: bool = False  # scores every class by itself, so that an interval needs enough groups of each
+    asymmetric: bool = False  # with two classes its value depends on which of them is positive
+    binary: bool = False  # for two classes only
+    ratio: Ratio | None = None  # of a proportion
 
     def of(self, positive: int) -> Metric:
         """The same metric, always of one positive class: what a training that chooses by it is given."""
@@ -123,13 +107,9 @@ def positive_class(class_names: Sequence[str], name: str | None = None) -> int:
             plain = {known.casefold(): known for known in class_names}
             near = difflib.get_close_matches(name.casefold(), plain, n=1)
             raise UsageError(
-                "there is no such class to be the positive one",
-                code="unknown-class",
-                expected=", ".join(class_names),
-                found=name,
-                where="--positive",
-                fix=f"--positive {shlex.quote(plain[near[0]]) if near else 'CLASS'}",
-            )
+                "there is no such class to be the positive one", code="unknown-class", expected=", ".join(class_names),
+                found=name, where="--positive", fix=f"--positive {shlex.quote(plain[near[0]]) if near else 'CLASS'}",
+            )  # fmt: skip
         return list(class_names).index(name)
     negative = [_is_negative(each) for each in class_names]
     return negative.index(False) if len(class_names) == 2 and sum(negative) == 1 else min(1, len(class_names) - 1)
@@ -293,28 +273,22 @@ def _ratio(above: FloatArray, below: FloatArray) -> FloatArray:
     return np.asarray(np.divide(above, below, out=empty, where=below > 0))
 
 
-def _one_vs_rest(
-    of_side: Callable[[BoolArray, FloatArray], Weighted],
-) -> Callable[[IntArray, FloatArray, int], Weighted]:
+def _mean_of_known(values: FloatArray, axis: int) -> FloatArray:
+    """Mean over an axis of those values that are defined."""
+    there = np.isfinite(values)
+    return _ratio(np.where(there, values, 0.0).sum(axis), there.sum(axis).astype(np.float64))
+
+
+def _one_vs_rest(of_side: Callable[[BoolArray, FloatArray], Weighted]) -> Form:
     """Of the positive class of two; of more the mean over the classes that occur, in each resample."""
 
     def form(y: IntArray, z: FloatArray, positive: int) -> Weighted:
         odds = log_odds(z)
         classes = [positive] if z.shape[1] == 2 else np.unique(y)
-        return _mean_over([of_side(y == c, odds[:, c]) for c in classes])
+        parts = [of_side(y == c, odds[:, c]) for c in classes]
+        return lambda weights: _mean_of_known(np.stack([part(weights) for part in parts]), 0)
 
     return form
-
-
-def _mean_over(parts: Sequence[Weighted]) -> Weighted:
-    """The mean of those parts that have a value."""
-
-    def mean(weights: FloatArray) -> FloatArray:
-        values = np.stack([part(weights) for part in parts])
-        there = np.isfinite(values)
-        return _ratio(np.where(there, values, 0.0).sum(0), there.sum(0).astype(np.float64))
-
-    return mean
 
 
 def above_thresholds(positive: BoolArray, scores: FloatArray) -> Callable[[FloatArray], tuple[FloatArray, FloatArray]]:
@@ -386,12 +360,9 @@ def _at(what: str, percent: float) -> Metric:
 
     other = "specificity" if what == "sensitivity" else "sensitivity"
     return Metric(
-        f"{what}_at_{percent:g}_{other}",
-        f"{what} at {percent:g} % {other}",
-        _one_vs_rest(lambda positive, scores: _curve(positive, scores, read)),
-        per_class=True,
-        asymmetric=True,
-    )
+        f"{what}_at_{percent:g}_{other}", f"{what} at {percent:g} % {other}",
+        _one_vs_rest(lambda positive, scores: _curve(positive, scores, read)), per_class=True, asymmetric=True,
+    )  # fmt: skip
 
 
 def _confusion(y: IntArray, z: FloatArray) -> Weighted:
@@ -406,7 +377,7 @@ def confusion(labels: IntArray, logits: FloatArray) -> IntArray:
     return np.asarray(_confusion(labels, logits)(np.ones((1, len(labels))))[0].astype(np.int64))
 
 
-def _of_confusion(read: Callable[[FloatArray, int], FloatArray]) -> Callable[[IntArray, FloatArray, int], Weighted]:
+def _of_confusion(read: Callable[[FloatArray, int], FloatArray]) -> Form:
     def form(y: IntArray, z: FloatArray, positive: int) -> Weighted:
         tables = _confusion(y, z)
         return lambda w: read(tables(w), positive)
@@ -427,14 +398,11 @@ def _f1(table: FloatArray, positive: int) -> FloatArray:
     hits = np.diagonal(table, axis1=1, axis2=2)
     true, called = table.sum(2), table.sum(1)
     each = np.where(true > 0, _ratio(2 * hits, true + called), np.nan)  # (B, C), of the classes that occur
-    if table.shape[1] == 2:
-        return np.asarray(each[:, positive])
-    return _ratio(np.nan_to_num(each).sum(1), np.isfinite(each).sum(1).astype(np.float64))
+    return np.asarray(each[:, positive]) if table.shape[1] == 2 else _mean_of_known(each, 1)
 
 
 def _recalls(table: FloatArray, positive: int) -> FloatArray:
-    each = _ratio(np.diagonal(table, axis1=1, axis2=2), table.sum(2))
-    return _ratio(np.nan_to_num(each).sum(1), np.isfinite(each).sum(1).astype(np.float64))
+    return _mean_of_known(_ratio(np.diagonal(table, axis1=1, axis2=2), table.sum(2)), 1)
 
 
 def _mcc(table: FloatArray, positive: int) -> FloatArray:
@@ -445,9 +413,7 @@ def _mcc(table: FloatArray, positive: int) -> FloatArray:
     return np.asarray(np.divide(covariance, spread, out=np.zeros_like(covariance), where=spread > 1e-9 * n**2))
 
 
-def _mean_of(
-    each: Callable[[IntArray, FloatArray, int], FloatArray],
-) -> Callable[[IntArray, FloatArray, int], Weighted]:
+def _mean_of(each: Callable[[IntArray, FloatArray, int], FloatArray]) -> Form:
     def form(y: IntArray, z: FloatArray, positive: int) -> Weighted:
         values = each(y, z, positive)
         return lambda w: _ratio(w @ values, w.sum(1))
@@ -467,9 +433,7 @@ def _log_loss(y: IntArray, z: FloatArray, positive: int) -> FloatArray:
     return np.asarray(-log_probabilities(z)[np.arange(len(y)), y])
 
 
-def _proportion(
-    key: str, title: str, ratio: Callable[[IntArray, FloatArray, int], tuple[BoolArray, BoolArray]], **traits: bool
-) -> Metric:
+def _proportion(key: str, title: str, ratio: Ratio, **traits: bool) -> Metric:
     def form(y: IntArray, z: FloatArray, positive: int) -> Weighted:
         numerator, denominator = ratio(y, z, positive)
         return lambda w: _ratio(w @ (numerator & denominator).astype(np.float64), w @ denominator.astype(np.float64))
@@ -507,7 +471,7 @@ METRICS: Mapping[str, Metric] = {
 """Every metric of this package by its key. A new metric is one row."""
 
 metrics: Registry[Metric] = Registry("metric", METRICS)
-"""These and those that other packages register; a metric of one's own is one `Metric`."""
+"""These and those that other packages register; another metric is one `Metric`."""
 
 
 def metric_title(name: str, positive: str = "") -> str:

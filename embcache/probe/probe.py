@@ -21,16 +21,7 @@ from embcache.probe.heads import find_head
 from embcache.probe.inputs import PAPER_SET, cached_backbones, cached_datasets
 from embcache.probe.metrics import FloatArray
 from embcache.probe.probe_plan import Batch, FeatureReader, ProbePlan, plan_probe
-from embcache.probe.stack import (
-    ClosedFormHead,
-    Head,
-    Job,
-    TrainedModel,
-    best_of,
-    logits_of_sets,
-    make_job,
-    train_heads,
-)
+from embcache.probe.stack import ClosedFormHead, Head, Job, TrainedModel, best_of, logits_of_sets, make_job, train_heads
 from embcache.probe.summary import Outcome, Outputs, RunCell, build_result, prediction_table, validation_table
 from embcache.runs.folders import ProbeResult, save_run
 from embcache.store.feature_store import extract_command
@@ -108,6 +99,8 @@ def probe(
 ) -> list[ProbeResult]:
     """A result for each set of backbones and each subset; `probe_features` of several, which share what they read."""
     plan = plan_probe(dataset, sets, subsets, config, home=home, head=head)
+    if not plan.cells:
+        return []
     reuse = config.save and not config.again
     saved = {cell.id: plan.saved(cell) if reuse else None for cell in plan.cells}
     results = {id: result for id, result in saved.items() if result is not None}
@@ -206,14 +199,10 @@ def _predict(
 def _outcome(head: Head, every: Sequence[TrainedModel], jobs: Sequence[Job], k: int, sweep: range) -> Outcome:
     trained = every[k]
     return Outcome(
-        best_epoch=trained.best_epoch,
-        epochs=len(trained.losses),
-        val_score=trained.val_score,
-        lr=None if isinstance(head, ClosedFormHead) else jobs[k].lr,
-        diverged=trained.diverged,
-        chosen=trained.chosen,
+        best_epoch=trained.best_epoch, epochs=len(trained.losses), val_score=trained.val_score,
+        lr=None if isinstance(head, ClosedFormHead) else jobs[k].lr, diverged=trained.diverged, chosen=trained.chosen,
         lost_lrs=[jobs[j].lr for j in sweep if every[j].diverged and j != k],
-    )
+    )  # fmt: skip
 
 
 def _check_finite(plan: ProbePlan, logits: FloatArray) -> None:
@@ -221,12 +210,10 @@ def _check_finite(plan: ProbePlan, logits: FloatArray) -> None:
     bad = [ids[int(i)] for i in np.flatnonzero(~np.isfinite(logits).all(axis=(0, 2)))]
     if bad:
         raise StoreError(
-            f"{len(bad):,} of {len(ids):,} test images have features that are not finite",
-            code="features-not-finite",
-            found=first_few(list(map(repr, bad))),
-            where=", ".join(str(store.path) for store in plan.stores.values()),
+            f"{len(bad):,} of {len(ids):,} test images have features that are not finite", code="features-not-finite",
+            found=first_few(list(map(repr, bad))), where=", ".join(str(store.path) for store in plan.stores.values()),
             fix="remove the store and extract again, in fp32: embcache ls",
-        )
+        )  # fmt: skip
 
 
 def probe_cached(
@@ -298,20 +285,17 @@ def _sets(head: Head, backbones: Sequence[str], ds: ImageDataset, home: PathLike
     if head.fuses:
         if len(cached) > 1 and not set(PAPER_SET) <= set(cached):
             raise StoreNotFoundError(
-                f"the set that {head.name} fuses by default is not cached for {ds.name}",
-                code="store-not-found",
-                expected=", ".join(PAPER_SET),
-                found=", ".join(cached),
+                f"the set that {head.name} fuses by default is not cached for {ds.name}", code="store-not-found",
+                expected=", ".join(PAPER_SET), found=", ".join(cached),
                 fix=f"--backbone {','.join(cached)}, or {extract_command(','.join(PAPER_SET), ds, home)}",
-            )
+            )  # fmt: skip
         return [list(backbones or PAPER_SET)]
     if not (backbones or cached):
         raise StoreNotFoundError(
             f"no features are cached for {ds.name}" + (f" with {views} views of each image" if views > 1 else ""),
-            code="store-not-found",
-            where=home_dir(home) / slug(ds.name),
+            code="store-not-found", where=home_dir(home) / slug(ds.name),
             fix=extract_command("NAME", ds, home) + (f" --views {views}" if views > 1 else ""),
-        )
+        )  # fmt: skip
     return [[name] for name in backbones or cached]
 
 
@@ -320,11 +304,9 @@ def _datasets_with(head: Head, backbones: Sequence[str], home: PathLike | None, 
     names = cached_datasets(home)
     if not names:
         raise StoreNotFoundError(
-            "nothing is cached",
-            code="store-not-found",
-            where=home_dir(home),
+            "nothing is cached", code="store-not-found", where=home_dir(home),
             fix="embcache extract --backbone NAME --dataset NAME, or embcache demo",
-        )
+        )  # fmt: skip
     wanted = set(backbones or (PAPER_SET if head.fuses else ()))
     cached = {name: cached_backbones(name, home, views) for name in names}
     lacking = {name: sorted(wanted - set(cached[name])) for name in names}

@@ -136,12 +136,10 @@ class FeatureReader:
                     raise
                 closed = isinstance(self.plan.head, ClosedFormHead)
                 raise StoreError(
-                    f"the features of {len(rows):,} images do not fit into memory",
-                    code="out-of-memory",
-                    found=str(error).splitlines()[0] if str(error) else None,
-                    where=store.path,
+                    f"the features of {len(rows):,} images do not fit into memory", code="out-of-memory",
+                    found=str(error).splitlines()[0] if str(error) else None, where=store.path,
                     fix="a smaller --subset" + ("" if closed else ", or stream them: --buffer 10000"),
-                ) from error
+                ) from error  # fmt: skip
         return Resident({backbone: self.x[backbone] for backbone in backbones})
 
 
@@ -234,26 +232,21 @@ def _settled(config: ProbeConfig, head: Head, dataset: ImageDataset, home: PathL
 def _refuse_training_options(config: ProbeConfig) -> None:
     if config.buffer is not None:
         raise UsageError(
-            f"head {config.head!r} is solved on all features at once: they cannot be streamed",
-            code="head-not-trained",
-            found=f"--buffer {config.buffer}",
-            fix="leave --buffer out, or a head that is trained: --head linear",
-        )
+            f"head {config.head!r} is solved on all features at once: they cannot be streamed", code="head-not-trained",
+            found=f"--buffer {config.buffer}", fix="leave --buffer out, or a head that is trained: --head linear",
+        )  # fmt: skip
     if config.lr:
         raise UsageError(
-            f"head {config.head!r} is solved, not trained: it has no learning rate",
-            code="head-not-trained",
-            found=f"--lr {config.lr[0]:g}",
-            fix="leave --lr out",
-        )
+            f"head {config.head!r} is solved, not trained: it has no learning rate", code="head-not-trained",
+            found=f"--lr {config.lr[0]:g}", fix="leave --lr out",
+        )  # fmt: skip
     if config.repeats > 1 and config.splits:
         raise UsageError(
             "repeats of a closed-form head on the folds of a splits file are copies of each other",
-            code="repeats-are-copies",
-            expected="folds drawn anew for each repeat, or a head that is trained",
+            code="repeats-are-copies", expected="folds drawn anew for each repeat, or a head that is trained",
             found=f"--head {config.head} --repeats {config.repeats} --splits {config.splits}",
             fix="leave --repeats or --splits out",
-        )
+        )  # fmt: skip
 
 
 def _notes(config: ProbeConfig, head: Head) -> list[str]:
@@ -283,11 +276,9 @@ def _checked_set(head: Head, names: Sequence[str]) -> Sequence[str]:
         raise UsageError("a backbone is named twice", code="repeated-backbone", found=", ".join(names))
     if not head.fuses and len(names) != 1:
         raise UsageError(
-            f"head {head.name!r} takes one backbone at a time",
-            code="head-takes-one-backbone",
-            found=", ".join(names),
+            f"head {head.name!r} takes one backbone at a time", code="head-takes-one-backbone", found=", ".join(names),
             fix=f"backbones=[{names[0]!r}], or a head that fuses: dvme",
-        )
+        )  # fmt: skip
     return names
 
 

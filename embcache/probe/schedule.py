@@ -17,32 +17,15 @@ _MIN_CHANGE = 1e-8  # ReduceLROnPlateau's eps: a learning rate that would change
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a head is trained. The defaults are the protocol's.
+    """How a head is trained. The defaults are the protocol's."""
 
-    Attributes
-    ----------
-    lr : float
-        First learning rate of Adam (torch's betas and eps, no weight decay).
-    batch_size : int
-        The last, partial batch is kept.
-    max_epochs, min_epochs : int
-        Training ends after ``max_epochs`` at the latest and never before ``min_epochs``.
-    patience : int
-        Early stop: so many epochs without a better validation score, counted from the first epoch, obeyed from
-        ``min_epochs``.
-    plateau_patience : int
-        The learning rate falls after more than this many epochs without a better validation score.
-    plateau_factor : float
-        By what it is multiplied then.
-    """
-
-    lr: float = 1e-3
-    batch_size: int = 64
-    max_epochs: int = 50
-    min_epochs: int = 30
-    patience: int = 10
-    plateau_patience: int = 5
-    plateau_factor: float = 0.1
+    lr: float = 1e-3  # first learning rate of Adam (torch's betas and eps, no weight decay)
+    batch_size: int = 64  # the last, partial batch is kept
+    max_epochs: int = 50  # training ends after so many epochs at the latest
+    min_epochs: int = 30  # and never before so many
+    patience: int = 10  # epochs without a better validation score, counted from the first, obeyed from ``min_epochs``
+    plateau_patience: int = 5  # the rate falls after more than so many epochs without a better validation score
+    plateau_factor: float = 0.1  # by which it is multiplied then
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -104,4 +87,5 @@ def schedule_of(result: ProbeResult) -> dict[str, Any]:
         return dict(result.request["schedule"])
     if all(fold.lr is None for fold in result.folds):
         return {}
-    return asdict(Schedule(**({"lr": rates[0]} if (rates := rates_of(result.request)) else {})))
+    rates = rates_of(result.request)
+    return asdict(Schedule(lr=rates[0]) if rates else Schedule())

@@ -46,26 +46,13 @@ class Head(ABC):
 
     A head is a frozen dataclass: its fields are its hyperparameters, whose values are JSON data. Sizes come from the
     features. `embcache.testing.check_head` checks a head against this contract.
-
-    Attributes
-    ----------
-    name : str
-        The name under which it is registered; empty for a head that is not.
-    summary : str
-        One line for ``embcache heads``.
-    fuses : bool
-        Whether it takes several backbones at once.
-    weighs : bool
-        Whether the classes of an unbalanced training set weigh alike.
-    keeps_models : bool
-        Whether its parameters are all that a prediction needs, so that a run can keep them.
     """
 
-    name: ClassVar[str] = ""
-    summary: ClassVar[str] = ""
-    fuses: ClassVar[bool] = False
-    weighs: ClassVar[bool] = True
-    keeps_models: ClassVar[bool] = True
+    name: ClassVar[str] = ""  # under which it is registered; empty for a head that is not
+    summary: ClassVar[str] = ""  # one line for ``embcache heads``
+    fuses: ClassVar[bool] = False  # whether it takes several backbones at once
+    weighs: ClassVar[bool] = True  # whether the classes of an unbalanced training set weigh alike
+    keeps_models: ClassVar[bool] = True  # whether its parameters are all that a prediction needs
 
     @abstractmethod
     def apply(
@@ -109,11 +96,8 @@ class Head(ABC):
 class TrainedHead(Head):
     """A head that is trained by gradient steps.
 
-    Attributes
-    ----------
-    standardized : bool
-        Whether ``params`` also hold the mean and scale of every training feature (`embcache.probe.standard`), which
-        `apply` uses through ``standardize``. They are computed from the training rows and not trained.
+    With ``standardized``, ``params`` also hold the mean and scale of every training feature, which are not trained and
+    which `apply` uses through `embcache.probe.standard.standardize`.
     """
 
     standardized: ClassVar[bool] = False
@@ -455,14 +439,10 @@ def adam_step(tensors: Sequence[tuple[torch.Tensor, ...]], steps: Sequence[int],
 def _trained(run: _Run) -> TrainedModel:
     validated = len(run.job.val) > 0
     return TrainedModel(
-        params=run.best,
-        best_epoch=run.tracker.best_epoch if validated else len(run.losses) - run.diverged,
-        val_score=run.tracker.best_score if validated and run.best else None,
-        losses=tuple(run.losses),
-        val_scores=tuple(run.val_scores),
-        lrs=tuple(run.lrs),
-        diverged=run.diverged,
-    )
+        params=run.best, best_epoch=run.tracker.best_epoch if validated else len(run.losses) - run.diverged,
+        val_score=run.tracker.best_score if validated and run.best else None, losses=tuple(run.losses),
+        val_scores=tuple(run.val_scores), lrs=tuple(run.lrs), diverged=run.diverged,
+    )  # fmt: skip
 
 
 def _solve(

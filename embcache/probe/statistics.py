@@ -111,12 +111,7 @@ class Scores:
 
 
 def sample(
-    metric: Metric,
-    test: TestSet,
-    logits: ArrayLike,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = BOOTSTRAP_SEED,
+    metric: Metric, test: TestSet, logits: ArrayLike, *, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED
 ) -> Scores:
     """Score K models on one test set and find how the scores move with its groups.
 
@@ -243,18 +238,11 @@ def estimate(scores: Scores, overlap: float | None = None, folds: int | None = N
             second = _widened(scores, first, (share * sigma2, share * before), (folds or k) - 1, level)
     return Estimate(
         metric=metric.key,
-        positive=test.class_names[test.positive] if metric.asymmetric and len(test.class_names) == 2 else "",
-        mean=mean,
-        std=float(values.std(ddof=1)) if k > 1 else None,
-        these_models=first,
-        new_model=second,
-        why=why,
-        groups=len(np.unique(test.groups)),
-        test_variance=v_test,
-        training_variance=sigma2,
-        overlap=overlap,
+        positive=test.class_names[test.positive] if metric.asymmetric and len(test.class_names) == 2 else "", mean=mean,
+        std=float(values.std(ddof=1)) if k > 1 else None, these_models=first, new_model=second, why=why,
+        groups=len(np.unique(test.groups)), test_variance=v_test, training_variance=sigma2, overlap=overlap,
         lost=scores.lost,
-    )
+    )  # fmt: skip
 
 
 def training_variance_of(values: FloatArray, covariance: FloatArray, overlap: float) -> tuple[float, float]:

@@ -25,14 +25,7 @@ from embcache.probe.prevalence import Adjust, Adjustment, adjustments, prevalenc
 from embcache.probe.splits import Splits
 from embcache.probe.stack import Head, diverged_error, is_balanced, seen_shares
 from embcache.probe.statistics import training_overlap
-from embcache.runs.folders import (
-    FoldResult,
-    ProbeResult,
-    load_predictions,
-    replace_result,
-    run_id,
-    runs_dir,
-)
+from embcache.runs.folders import FoldResult, ProbeResult, load_predictions, replace_result, run_id, runs_dir
 
 COLLAPSED = 0.8
 """A model that predicts one class for this share of the test images, and half as often again as it occurs, is named."""
@@ -108,54 +101,26 @@ def build_result(cell: RunCell, outcomes: Sequence[Outcome], outputs: Outputs, s
     folds = []
     for f, outcome in enumerate(outcomes):
         splits, key = cell.splits_of(f)
-        folds.append(
-            FoldResult(
-                fold=f,
-                score=None,
-                val_score=None if outcome.failed or outcome.val_score is None else sign * outcome.val_score,
-                best_epoch=outcome.best_epoch,
-                epochs=outcome.epochs,
-                n_train=len(splits.train[key]),
-                n_val=len(splits.val[key]),
-                lr=outcome.lr,
-                metrics={},
-                diverged=outcome.diverged,
-                repeat=f // plan.n_folds,
-                chosen=dict(outcome.chosen),
-                lost_lrs=list(outcome.lost_lrs),
-                seen=seen_shares(plan.labels[splits.train[key]], len(names), cell.head.weighs),
-            )
-        )
+        fold = FoldResult(
+            fold=f, score=None,
+            val_score=None if outcome.failed or outcome.val_score is None else sign * outcome.val_score,
+            best_epoch=outcome.best_epoch, epochs=outcome.epochs, n_train=len(splits.train[key]),
+            n_val=len(splits.val[key]), lr=outcome.lr, metrics={}, diverged=outcome.diverged, repeat=f // plan.n_folds,
+            chosen=dict(outcome.chosen), lost_lrs=list(outcome.lost_lrs),
+            seen=seen_shares(plan.labels[splits.train[key]], len(names), cell.head.weighs),
+        )  # fmt: skip
+        folds.append(fold)
     sizes = np.array([[fold.n_train, fold.n_val] for fold in folds], dtype=np.float64).mean(0)
     result = ProbeResult(
-        id=cell.id,
-        kind=str(request["kind"]),
-        dataset=ds.name,
-        backbones=cell.backbones,
-        head=str(request["head"]["name"]),
-        subset=cell.subset,
-        n_train=round(sizes[0]),
-        n_val=round(sizes[1]),
-        n_test=int(known.sum()) or len(plan.test),
-        labels_used=round(sizes.sum()),
-        metric=str(request["metric"]),
-        mean=None,
-        std=None,
-        interval=None,
-        val_mean=_mean([fold.val_score for fold in folds]),
-        folds=tuple(folds),
-        test_set=plan.test_set,
-        synthetic=ds.synthetic,
-        notes=cell.notes,
-        class_names=names,
-        request=request,
-        seconds=round(seconds, 3),
-        versions=_versions(),
-        source=cell.source,
-        target=ds.target,
+        id=cell.id, kind=str(request["kind"]), dataset=ds.name, backbones=cell.backbones,
+        head=str(request["head"]["name"]), subset=cell.subset, n_train=round(sizes[0]), n_val=round(sizes[1]),
+        n_test=int(known.sum()) or len(plan.test), labels_used=round(sizes.sum()), metric=str(request["metric"]),
+        mean=None, std=None, interval=None, val_mean=_mean([fold.val_score for fold in folds]), folds=tuple(folds),
+        test_set=plan.test_set, synthetic=ds.synthetic, notes=cell.notes, class_names=names, request=request,
+        seconds=round(seconds, 3), versions=_versions(), source=cell.source, target=ds.target,
         recipes=dict(cell.recipes),
         overlap=training_overlap([splits.train[key] for splits, key in map(cell.splits_of, made)]),
-    )
+    )  # fmt: skip
     test = Predictions(
         plan.ids[plan.test][known], plan.groups[plan.test][known], labels[known], outputs.test[made][:, known], names
     )
@@ -180,26 +145,18 @@ def scored(result: ProbeResult, predictions: Predictions, positive: str | None =
     if not len(predictions.labels):
         return replace(result, positive=shown)
     found = replace(
-        predictions,
-        positive=number,
-        overlap=result.overlap,
+        predictions, positive=number, overlap=result.overlap,
         folds=1 + max(f.fold for f in result.folds if not f.repeat),
-    )
+    )  # fmt: skip
     each = iter([evaluate(metric, found.labels, z, number) for z in found.logits])
     metrics: list[dict[str, Any]] = [{} if fold.failed else next(each) for fold in result.folds]
     estimate = found.estimate(metric)
     return replace(
-        result,
-        mean=known(estimate.mean),
-        std=known(estimate.std),
-        interval=estimate.interval,
+        result, mean=known(estimate.mean), std=known(estimate.std), interval=estimate.interval,
         folds=tuple(replace(f, score=m.get("score"), metrics=m) for f, m in zip(result.folds, metrics, strict=True)),
-        estimate=estimate,
-        positive=shown,
-        test_counts=tuple(np.bincount(found.labels, minlength=len(names)).tolist()),
-        ensemble=ensemble_scores(found, metric),
-        by_group=grouped_scores(found, metric),
-    )
+        estimate=estimate, positive=shown, test_counts=tuple(np.bincount(found.labels, minlength=len(names)).tolist()),
+        ensemble=ensemble_scores(found, metric), by_group=grouped_scores(found, metric),
+    )  # fmt: skip
 
 
 def with_positive(result: ProbeResult, positive: str | None, home: PathLike | None) -> ProbeResult:
@@ -245,13 +202,11 @@ def load_run_predictions(result: ProbeResult, run: Path) -> Predictions:
     )
     if not rows or not all(np.array_equal(part, rows[0]) for part in rows) or counts != (result.test_counts or counts):
         raise StoreError(
-            "a run's predictions are not those that its result was made of",
-            code="run-damaged",
+            "a run's predictions are not those that its result was made of", code="run-damaged",
             expected=f"test images of each class {result.test_counts}, the same of every fold",
-            found=f"{counts}, {len(rows)} folds",
-            where=run / "predictions.parquet",
+            found=f"{counts}, {len(rows)} folds", where=run / "predictions.parquet",
             fix="make the run again: embcache probe --again …",
-        )
+        )  # fmt: skip
     first = 1 + max(fold.fold for fold in result.folds if not fold.repeat)
     return replace(_predictions(result, table), overlap=result.overlap, folds=first)
 
@@ -262,13 +217,10 @@ def _predictions(result: ProbeResult, table: pd.DataFrame) -> Predictions:
     names = result.class_names
     logits = table[[f"logit_{c}" for c in range(len(names))]].to_numpy(dtype=np.float64)
     return Predictions(
-        ids=one["id"].to_numpy(dtype=object),
-        groups=one["group"].to_numpy(dtype=object),
-        labels=one["label"].to_numpy(dtype=np.int64),
-        logits=logits.reshape(-1, len(one), len(names)),
-        class_names=names,
-        positive=positive_class(names, result.positive or None),
-    )
+        ids=one["id"].to_numpy(dtype=object), groups=one["group"].to_numpy(dtype=object),
+        labels=one["label"].to_numpy(dtype=np.int64), logits=logits.reshape(-1, len(one), len(names)),
+        class_names=names, positive=positive_class(names, result.positive or None),
+    )  # fmt: skip
 
 
 def load_validation(result: ProbeResult, run: Path) -> list[Predictions]:
@@ -278,11 +230,9 @@ def load_validation(result: ProbeResult, run: Path) -> list[Predictions]:
     except StoreError as error:
         raise StoreError(
             "operating points and --calibrate need the run's predictions of validation images",
-            code="no-validation-predictions",
-            found=error.found,
-            where=run / "validation.parquet",
+            code="no-validation-predictions", found=error.found, where=run / "validation.parquet",
             fix="embcache probe --again …, as the run was made",
-        ) from error
+        ) from error  # fmt: skip
     made = [fold.fold for fold in result.folds if not fold.failed]
     return [_predictions(result, table[table["fold"] == fold]) for fold in made]
 
@@ -293,10 +243,8 @@ def adjust_models(result: ProbeResult, run: Path, adjust: Adjust) -> list[Adjust
     if not all(seen):
         raise StoreError(
             "the run was made by a version that did not record how often training saw each class",
-            code="run-of-another-version",
-            where=run,
-            fix="embcache probe --again …, as the run was made",
-        )
+            code="run-of-another-version", where=run, fix="embcache probe --again …, as the run was made",
+        )  # fmt: skip
     names, prevalence = result.class_names, None
     if adjust.prevalence is not None:
         prevalence = prevalence_vector(adjust.prevalence, names, positive_class(names, result.positive or None))
@@ -375,7 +323,7 @@ def _notes_of(ds: ImageDataset, plan: Splits, subset: str, head: Head) -> list[s
     notes = list(plan.notes)
     if ds.synthetic and not any(note.startswith("synthetic") for note in notes):
         notes.insert(0, "synthetic: the images are drawn by embcache")
-    if not plan.test_labelled:
+    if not plan.test_labeled:
         notes.append(f"the labels of the {len(plan.test)} test images are not known: predictions are kept, not scored")
     n_classes = len(ds.class_names)
     if not all(is_balanced(plan.labels[plan.train[f, subset]], n_classes) for f in range(plan.n_folds)):

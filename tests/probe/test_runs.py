@@ -222,7 +222,7 @@ def test_unknown_and_missing_keys_are_refused() -> None:
 
 
 class _KilledError(BaseException):
-    """Nothing catches it, as nothing catches SIGKILL; what would be removed on an error is told apart below."""
+    """Nothing catches it, as nothing catches SIGKILL; what would be removed on an error is named apart below."""
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -38,12 +38,12 @@ def test_knn_is_scikit_learns_with_dinos_weights(n_classes: int, k: int, tempera
     theirs.fit(scaler.transform(x), y)
     queries = scaler.transform(held.astype(np.float64))
     distances, _ = theirs.kneighbors(queries, k + 1)
-    clear = distances[:, -1] - distances[:, -2] > 2e-4  # half precision may swap a neighbour for one as near
+    clear = distances[:, -1] - distances[:, -2] > 2e-4  # half precision may swap a neighbor for one as near
     assert clear.sum() >= 48
     np.testing.assert_allclose(p[clear], theirs.predict_proba(queries)[clear], atol=1e-3)
 
 
-def test_knn_takes_all_neighbours_where_there_are_fewer() -> None:
+def test_knn_takes_all_neighbors_where_there_are_fewer() -> None:
     x, y = draw(9, 12, 3, 0)
     few, all_nine = (make_head("knn", k=k).fit({"a": x}, y).predict_proba({"a": x}) for k in (50, 9))
     np.testing.assert_array_equal(few, all_nine)

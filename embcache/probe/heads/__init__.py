@@ -1,6 +1,6 @@
 """Heads by their names. One file of this folder is one head, or a few that share code; importing this one is cheap.
 
-The contract of heads is `embcache.probe.stack.Head`. A head of one's own is registered by a decorator or by an entry
+The contract of heads is `embcache.probe.stack.Head`. Another head is registered by a decorator or by an entry
 point in the group ``embcache.heads``, named ``module:name`` on the command line, or passed to `probe_features`
 as an object.
 """
@@ -75,7 +75,7 @@ def find_head(head: object, hyperparameters: dict[str, Any] | None = None) -> He
 
 
 def _make(kind: type[Head], name: str, hyperparameters: dict[str, Any]) -> Head:
-    known = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
+    known: set[str] = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
     if unknown := sorted(set(hyperparameters) - known):
         raise UsageError(
             f"head {name!r} has no such hyperparameter", code="unknown-hyperparameter",

@@ -419,13 +419,9 @@ def _centered(x: torch.Tensor) -> torch.Tensor:
 
 def _take(group: NodeGroup, good: torch.Tensor) -> NodeGroup:
     return NodeGroup(
-        group.rows[good],
-        group.x[good],
-        group.t[good],
-        group.inverse[good],
-        group.values[good],
+        group.rows[good], group.x[good], group.t[good], group.inverse[good], group.values[good],
         None if group.weights is None else group.weights[good],
-    )
+    )  # fmt: skip
 
 
 def _blocks(rows: int, cells: int) -> Iterator[slice]:
