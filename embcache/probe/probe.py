@@ -64,7 +64,7 @@ def probe_features(
     progress : callable, optional
         See `Progress`.
     **options
-        Fields of `embcache.config.ProbeConfig`, which take the place of the config's.
+        Fields of `embcache.config.ProbeConfig`, which take the place of the config's; None leaves one as it is.
 
     Returns
     -------
@@ -82,7 +82,7 @@ def probe_features(
     if isinstance(head, str):
         options["head"], head = head, None
     names = [backbones] if isinstance(backbones, str) else list(backbones)
-    made = ProbeConfig.make(config, options)
+    made = ProbeConfig.make(config, {key: value for key, value in options.items() if value is not None})
     (result,) = probe(dataset, [names], [subset], made, home=home, head=head, progress=progress)
     return result
 

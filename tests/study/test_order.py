@@ -18,6 +18,7 @@ import embcache.study.study as study_run
 from embcache.commands import run_command as commands
 from embcache.commands.extract_command import parse_weights
 from embcache.config import ProbeConfig
+from embcache.data.columns import retarget
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from embcache.finetune.finetune import finetune_images
@@ -209,14 +210,16 @@ def test_a_leaderboard_result_stands_in_place_of_the_local_one(home: Path) -> No
 def test_a_leaderboard_result_of_another_protocol_stands_nowhere(
     home: Path, tmp_path: Path, other: dict[str, Any]
 ) -> None:
-    ds = to_hand_in()
+    other, ds = dict(other), to_hand_in()
     ds.table["site"] = np.where(np.arange(N) % 3 < 1, "a", "b").astype(object)
     features = np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32)
     put_store(home, ds, "random", np.stack([features] * 2, 1) if "views" in other else features)
     if "splits" in other:
         other = {"splits": tmp_path / "splits.json"}
         write_splits(plan_splits(ds, subsets=["S"], folds=2, seed=5, test="official"), other["splits"])
-    save_scored(probe_features(ds, "random", **{"subset": "S", "folds": 2, "test": "official", **other}))
+    target = other.pop("target", None)
+    probed = ds if target is None else retarget(ds, target)
+    save_scored(probe_features(probed, "random", **{"subset": "S", "folds": 2, "test": "official", **other}))
     (record,) = deliver(order(backbones=["random"])).table.records
     assert record["kind"] == "probe"
 
