@@ -448,6 +448,12 @@ class ProbeConfig(ProtocolConfig):
     head_options: Mapping[str, Any] = option(
         {}, "Hyperparameter of the head; repeatable.", metavar="NAME=VALUE", flag="--head-option", parse=parse_pairs
     )
+    attention: str | None = option(
+        None,
+        "Attention of dvme by all scores (exact), by a few nodes with the same result to 1e-5 (fast), or by the faster "
+        "of the two. [default: auto]",
+        metavar="auto|exact|fast", choices=("auto", "exact", "fast"),
+    )  # fmt: skip
     lr: tuple[float, ...] = option(
         (), "Learning rate; of several, each fold keeps the best on validation. [default: 1e-3]",
         metavar="RATE[,RATE…]", result=True, parse=parse_numbers,
@@ -472,12 +478,28 @@ class ProbeConfig(ProtocolConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.attention is not None and self.head != "dvme":
+            raise UsageError(
+                "--attention is for the head dvme", code="option-of-another-head", found=f"--head {self.head}",
+                fix="--head dvme, or leave --attention out",
+            )  # fmt: skip
+        if self.attention is not None and "attention" in self.head_options:
+            raise UsageError(
+                "attention is given twice", code="repeated-option", expected="each name once",
+                found="--attention and --head-option attention=…", fix="leave --head-option attention=… out",
+            )  # fmt: skip
         for rate in self.lr:
             if rate <= 0:
                 raise UsageError(
                     "the learning rate must be a positive number", code="option-bounds", found=f"{rate:g}",
                     where="--lr", fix="--lr 1e-3",
                 )  # fmt: skip
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Those of the head that are set."""
+        own = {} if self.attention is None else {"attention": self.attention}
+        return {**self.head_options, **own}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from embcache.commands.output import echo
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import bounds, print_note, print_table, spread
 from embcache.config import DatasetRef, ProbeConfig, check_subsets
-from embcache.errors import UsageError, check_choice
+from embcache.errors import UsageError
 from embcache.log import shown
 
 if TYPE_CHECKING:
@@ -44,16 +44,6 @@ def probe(
     backbone: BackboneOption = None,
     home: HomeOption = None,
     metric: MetricOption = None,
-    attention: Annotated[
-        str | None,
-        typer.Option(
-            "--attention",
-            metavar="auto|exact|fast",
-            help="Attention of dvme by all scores (exact), by a few nodes with the same result to 1e-5 (fast), or by "
-            "the faster of the two. [default: auto]",
-            rich_help_panel="Probe options",
-        ),
-    ] = None,
     json: JsonOption = None,
     *,
     config: Annotated[ProbeConfig, Skip("metric")],
@@ -66,25 +56,12 @@ def probe(
 
     Example: embcache probe --head linear --subset S,M,F --dataset pneumonia
     """
-    from embcache.probe.heads import ATTENTIONS, heads
+    from embcache.probe.heads import heads
 
     metrics, subsets = split_list(metric), split_list(subset) or ["S"]
     check_subsets(subsets)
     if config.head not in heads and ":" not in config.head:
         raise heads.unknown(config.head)
-    if attention is not None:
-        if config.head != "dvme":
-            raise UsageError(
-                "--attention is for the head dvme", code="option-of-another-head", found=f"--head {config.head}",
-                fix="--head dvme, or leave --attention out",
-            )  # fmt: skip
-        check_choice("--attention", attention, ATTENTIONS)
-        if "attention" in config.head_options:
-            raise UsageError(
-                "attention is given twice", code="repeated-option", expected="each name once",
-                found="--attention and --head-option attention=…", fix="leave --head-option attention=… out",
-            )  # fmt: skip
-        config = replace(config, head_options={**config.head_options, "attention": attention})
     config = replace(config, metric=metrics[0] if metrics else None)
 
     from embcache.probe.probe import probe_cached  # imports torch, which a slip in a flag need not wait for
@@ -130,7 +107,9 @@ def results(
         return
     if positive is not None or prevalence is not None or calibrate:
         raise UsageError(
-            "--positive, --prevalence and --calibrate are for one run", fix="embcache results RUN, with its ID"
+            "--positive, --prevalence and --calibrate are for one run",
+            code="one-run",
+            fix="embcache results RUN, with its ID",
         )
     from embcache.paths import home_dir
     from embcache.results.advice import advise, sentences

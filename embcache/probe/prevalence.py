@@ -45,7 +45,8 @@ def parse_prevalence(text: str | None) -> float | dict[str, float] | None:
         return {name.strip(): float(value) for name, _, value in pairs}
     except ValueError as error:
         raise UsageError(
-            "not a prevalence", expected="a number between 0 and 1, or CLASS=NUMBER for each class", found=repr(text),
+            "not a prevalence",
+            code="prevalence", expected="a number between 0 and 1, or CLASS=NUMBER for each class", found=repr(text),
             where="--prevalence", fix="--prevalence 0.1",
         ) from error  # fmt: skip
 
@@ -60,13 +61,14 @@ def prevalence_vector(prevalence: float | Mapping[str, float], class_names: Sequ
     else:
         raise UsageError(
             f"one number is the prevalence of the positive class of two, and there are {len(names)} classes",
+            code="prevalence",
             expected="CLASS=NUMBER for each class", found=f"{prevalence:g}", where="--prevalence",
             fix=f"--prevalence {shlex.quote(example)}",
         )  # fmt: skip
     values = [given.get(name, math.nan) for name in names]
     if set(given) != set(names) or not all(0 < value < 1 for value in values) or abs(sum(values) - 1) > 1e-3:
         raise UsageError(
-            "not a prevalence of these classes",
+            "not a prevalence of these classes", code="prevalence",
             expected="a number above 0 and below 1 for each of " + ", ".join(names) + ", together 1", found=found,
             where="--prevalence", fix="--prevalence 0.1" if len(names) == 2 else f"--prevalence {shlex.quote(example)}",
         )  # fmt: skip
@@ -108,7 +110,8 @@ def adjustments(
         counts = np.bincount(np.concatenate([v.labels for v in validation]), minlength=len(names))
         if not counts.all():
             raise ProtocolError(
-                "validation images do not tell how frequent each class is", expected="images of each class",
+                "validation images do not show how frequent each class is",
+                code="class-missing", expected="images of each class",
                 found="none of " + ", ".join(name for name, n in zip(names, counts, strict=True) if not n),
                 fix="--prevalence with a number for each class",
             )  # fmt: skip

@@ -258,7 +258,7 @@ def probe_cached(
     UsageError
         ``ref.data_root``, ``ref.name`` or ``config.splits`` with several datasets; or as `probe`.
     """
-    head = find_head(config.head, dict(config.head_options))
+    head = find_head(config.head, config.hyperparameters)
     names = list(datasets) or _datasets_with(head, backbones, home, config.views)
     if len(names) > 1 and any(given is not None for given in (ref.data_root, config.splits, ref.name)):
         raise UsageError(

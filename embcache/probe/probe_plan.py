@@ -157,7 +157,7 @@ def plan_probe(
     ``head``, a `Head` or a scikit-learn classifier, takes the place of ``config.head``.
     """
     given = config.head if head is None else head
-    model = find_head(given, dict(config.head_options))
+    model = find_head(given, config.hyperparameters)
     names = [name for subset in subsets for name in subset_sizes(dataset, [subset])]
     subset_sizes(dataset, names)  # one at least
     config = _settled(config, model, dataset, home)

@@ -274,7 +274,7 @@ def _first_interval(scores: Scores, v: float, level: float) -> tuple[float, floa
     if 0 < share < 1 and v > NOTHING:
         center, half = math.log(share / (1 - share)), t * math.sqrt(v) / (high - low) / (share * (1 - share))
         ends = tuple(1 / (1 + math.exp(-center - side * half)) for side in (-1, 1))
-    else:  # no resample differs: as wide as for a proportion of the fewest groups' images that are all alike
+    else:  # no resample differs: as wide as that of a proportion of the fewest groups' images that are all alike
         n = min(scores.test.alike(scores.test.scored(scores.metric)))
         ends = _score_interval(share, lambda true: true * (1 - true) / n, t)
     return low + (high - low) * ends[0], low + (high - low) * ends[1]
