@@ -59,6 +59,7 @@ def probe(
     from embcache.probe.heads import heads
 
     metrics, subsets = split_list(metric), split_list(subset) or ["S"]
+    datasets, backbones = split_list(dataset), split_list(backbone)
     check_subsets(subsets)
     if config.head not in heads and ":" not in config.head:
         raise heads.unknown(config.head)
@@ -67,9 +68,7 @@ def probe(
     from embcache.probe.probe import probe_cached  # imports torch, which a slip in a flag need not wait for
 
     with ProgressBar("epoch") as bar, shown(print_note):
-        found = probe_cached(
-            split_list(dataset), split_list(backbone), subsets, config, ref, home=home, progress=bar.update
-        )
+        found = probe_cached(datasets, backbones, subsets, config, ref, home=home, progress=bar.update)
     results = in_metrics(found, metrics, home)
     if json != "-":
         print_results(results)
