@@ -12,7 +12,7 @@ import json
 import math
 import os
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
@@ -326,6 +326,22 @@ def parse_count_or_share(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 13 else text
 
 
+def unknown_subset(found: object, known: Iterable[str] = ("S", "M", "F")) -> UsageError:
+    """The error for a subset that is neither a name nor a number of images."""
+    return UsageError(
+        f"no such subset: {str(found)!r}", code="unknown-subset",
+        expected=f"{', '.join(known)} or a number of training images", fix="--subset S,M,F or --subset 20,50,100",
+    )  # fmt: skip
+
+
+def check_subsets(subsets: Sequence[str | int]) -> None:
+    """Refuse texts that no dataset can have as a subset; whether it has one of the others is not known here."""
+    for subset in subsets:
+        name = str(subset).strip()
+        if not name.isidentifier() and not (name.isascii() and name.isdigit() and len(name) <= 12 and int(name)):
+            raise unknown_subset(subset)
+
+
 MOST_FOLDS = MOST_REPEATS = MOST_VIEWS = 1_000
 MOST_SEED = 2**62  # one is added for each repeat, and torch takes 63 bits
 
@@ -497,6 +513,12 @@ class ProbeConfig(ProtocolConfig):
     head_options: Mapping[str, Any] = option(
         {}, "Hyperparameter of the head; repeatable.", metavar="NAME=VALUE", flag="--head-option", parse=parse_pairs
     )
+    attention: str | None = option(
+        None,
+        "Attention of dvme by all scores (exact), by a few nodes with the same result to 1e-5 (fast), or by the faster "
+        "of the two. [default: auto]",
+        metavar="auto|exact|fast", choices=("auto", "exact", "fast"),
+    )  # fmt: skip
     lr: tuple[float, ...] = option(
         (), "Learning rate; of several, each fold keeps the best on validation. [default: 1e-3]",
         metavar="RATE[,RATE…]", result=True, parse=parse_numbers,
@@ -513,10 +535,36 @@ class ProbeConfig(ProtocolConfig):
     )
     buffer: int | None = option(
         None, "Stream features from their shards through a shuffle buffer of N rows. [default: all in memory]",
-        metavar="N", result=True, least=1, most=1 << 40,
+        metavar="N", result=True, least=64, most=10**9,
     )  # fmt: skip
     device: str = option("cpu", "Device on which heads are trained: cpu, cuda, cuda:0, …", metavar="NAME")
     again: bool = option(False, "Train even if a saved result answers the same question.")
+    save: bool = option(True, "Write the run folder, and reuse those that are there.", flag="-")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attention is not None and self.head != "dvme":
+            raise UsageError(
+                "--attention is for the head dvme", code="option-of-another-head", found=f"--head {self.head}",
+                fix="--head dvme, or leave --attention out",
+            )  # fmt: skip
+        if self.attention is not None and "attention" in self.head_options:
+            raise UsageError(
+                "attention is given twice", code="repeated-option", expected="each name once",
+                found="--attention and --head-option attention=…", fix="leave --head-option attention=… out",
+            )  # fmt: skip
+        for rate in self.lr:
+            if rate <= 0:
+                raise UsageError(
+                    "the learning rate must be a positive number", code="option-bounds", found=f"{rate:g}",
+                    where="--lr", fix="--lr 1e-3",
+                )  # fmt: skip
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Those of the head that are set."""
+        own = {} if self.attention is None else {"attention": self.attention}
+        return {**self.head_options, **own}
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,11 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Objects of one sort by their names."""
 
-    def __init__(self, sort: str, builtin: Mapping[str, str], objects: Mapping[str, T] | None = None) -> None:
+    def __init__(self, sort: str, builtin: Mapping[str, str | T], objects: Mapping[str, T] | None = None) -> None:
         self.sort = sort
-        self._places = dict(builtin)  # not imported yet
-        self._objects = dict(objects or {})
+        self._places = {name: place for name, place in builtin.items() if isinstance(place, str)}  # not imported yet
+        self._objects: dict[str, T] = {name: found for name, found in builtin.items() if not isinstance(found, str)}
+        self._objects |= objects or {}
         self._installed = False
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -90,7 +91,7 @@ class Registry(Generic[T]):
             return
         self._installed = True
         for entry in entry_points(group=f"embcache.{self.sort}s"):
-            if entry.name not in self._places:
+            if entry.name not in {*self._places, *self._objects}:
                 self._places[entry.name] = entry.value
 
 

@@ -24,6 +24,7 @@ LAYERS = (
     ("backbones", "data", "store", "runs"),
     ("extract",),
     ("probe", "finetune"),
+    ("testing",),
     ("results",),
     ("figures",),
     ("study", "report", "maintain"),

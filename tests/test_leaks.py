@@ -15,8 +15,7 @@ from embcache.figures.audit import audit_dataset
 from embcache.figures.rank import rank_dataset
 from embcache.figures.shown import shown_images
 from embcache.figures.similarity import similarity
-from embcache.probe.cached import plan_cached
-from embcache.probe.inputs import open_stores
+from embcache.probe.inputs import open_stores, plan_cached
 from embcache.probe.probe import probe_features
 from embcache.report.attention_section import attending_run
 from embcache.report.choice import choose

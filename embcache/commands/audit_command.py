@@ -85,7 +85,7 @@ def audit(
     from embcache.data.dataset import find_dataset
     from embcache.figures.audit import audit_dataset
     from embcache.io import check_target, write_output
-    from embcache.probe.cached import cached_backbones
+    from embcache.probe.inputs import cached_backbones
     from embcache.results.csvfile import csv_text
     from embcache.store.feature_store import extract_command
 

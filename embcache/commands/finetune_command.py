@@ -45,8 +45,8 @@ def finetune(
     Example: embcache finetune --backbone random --dataset pneumonia --subset S --val matched
     """
     from embcache.finetune.finetune import finetune as finetune_dataset
-    from embcache.probe.cached import PAPER_SET
     from embcache.probe.heads import make_head
+    from embcache.probe.inputs import PAPER_SET
 
     names, backbones, metrics = split_list(dataset), split_list(backbone), split_list(metric)
     heads = split_list(config.head)

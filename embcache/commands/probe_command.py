@@ -4,190 +4,76 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from embcache.commands.options import (
-    AllowMissingOption,
     BackboneOption,
     CalibrateOption,
-    DataRootOption,
     DatasetOption,
-    DropClassOption,
-    FoldsOption,
     HomeOption,
     JsonOption,
-    MergeClassOption,
     MetricOption,
-    NameOption,
-    OverlapOption,
     PositiveOption,
     PrevalenceOption,
-    SeedOption,
+    Skip,
     SubsetOption,
-    TestOption,
-    ValOption,
-    class_options,
     echo_near,
     split_list,
-    takes_columns,
+    takes_configs,
     write_json,
 )
 from embcache.commands.output import echo
 from embcache.commands.progress import ProgressBar
 from embcache.commands.table import bounds, print_note, print_table, spread
+from embcache.config import DatasetRef, ProbeConfig, check_subsets
 from embcache.errors import UsageError
+from embcache.log import shown
 
 if TYPE_CHECKING:
-    from embcache.config import DatasetRef
     from embcache.runs.folders import ProbeResult
 
 
-@takes_columns
+@takes_configs
 def probe(
-    head: Annotated[str, typer.Option("--head", metavar="NAME", help="See `embcache heads`.")] = "linear",
     subset: SubsetOption = None,
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
-    data_root: DataRootOption = None,
     home: HomeOption = None,
-    folds: FoldsOption = 5,
-    seed: SeedOption = 0,
-    val: ValOption = "full",
-    test: TestOption = "local",
-    exclude_test_overlap: OverlapOption = False,
-    splits: Annotated[
-        str | None,
-        typer.Option("--splits", metavar="FILE|NAME", help="Use these splits instead of drawing: `embcache splits`."),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", metavar="PREFIX", help="First digits of the fingerprint, where several are cached."),
-    ] = None,
-    lr: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--lr",
-            metavar="RATE[,RATE…]",
-            help="Learning rate; of several, each fold keeps the best on validation. [default: 1e-3]",
-        ),
-    ] = None,
-    repeats: Annotated[
-        int, typer.Option("--repeats", metavar="R", help="Do all of it R times, with seeds seed, seed + 1, …")
-    ] = 1,
-    views: Annotated[
-        int | None,
-        typer.Option(
-            "--views", metavar="V", help="Train on V cached views of each image, another one drawn each epoch."
-        ),
-    ] = None,
     metric: MetricOption = None,
-    positive: PositiveOption = None,
-    target: Annotated[
-        str | None,
-        typer.Option("--target", metavar="COLUMN", help="Tell apart a column of the dataset's table, not the labels."),
-    ] = None,
-    drop_class: DropClassOption = None,
-    merge_class: MergeClassOption = None,
-    head_option: Annotated[
-        list[str] | None,
-        typer.Option("--head-option", metavar="NAME=VALUE", help="A hyperparameter of the head; repeatable."),
-    ] = None,
-    attention: Annotated[
-        str | None,
-        typer.Option(
-            "--attention",
-            metavar="auto|exact|fast",
-            help="How dvme attends: all scores (exact), a few nodes, the same to 1e-5 (fast), or what costs less. "
-            "[default: auto]",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:0, …")] = "cpu",
-    buffer: Annotated[
-        int | None,
-        typer.Option(
-            "--buffer", metavar="N", help="Stream features larger than memory from their shards, N rows at a time."
-        ),
-    ] = None,
-    allow_missing: AllowMissingOption = False,
-    name: NameOption = None,
-    again: Annotated[bool, typer.Option("--again", help="Train even where a saved result answers the same.")] = False,
     json: JsonOption = None,
     *,
-    columns: DatasetRef,
+    config: Annotated[ProbeConfig, Skip("metric")],
+    ref: DatasetRef,
 ) -> None:
     """Train heads on cached features and test them: five folds, early stopping, means and intervals.
 
-    Without --dataset every dataset whose features are cached is probed. Heads that take one backbone give one result
-    for each (default: all that are cached); dvme fuses the set (default: simclr,swav,dino). Images are not needed.
+    Without --dataset every dataset with cached features is probed. Heads that take one backbone give one result for
+    each (default: all that are cached); dvme fuses the set (default: simclr,swav,dino). Images are not needed.
 
     Example: embcache probe --head linear --subset S,M,F --dataset pneumonia
     """
-    from embcache.probe.usage import check_usage, join_head_options, parse_head_options, parse_rates
+    from embcache.probe.heads import heads
 
-    datasets, backbones = split_list(dataset) or None, split_list(backbone) or None
-    metrics = split_list(metric)
-    subsets, rates, options = (
-        split_list(subset) or ["S"],
-        parse_rates(split_list(lr)),
-        parse_head_options(head_option or []),
-    )
-    check_usage(
-        head=head,
-        subsets=subsets,
-        folds=folds,
-        repeats=repeats,
-        views=views,
-        val=val,
-        test=test,
-        lr=rates,
-        buffer=buffer,
-        attention=attention,
-    )
-    if attention is not None:
-        options = join_head_options(options, attention=attention)
+    metrics, subsets = split_list(metric), split_list(subset) or ["S"]
+    datasets, backbones = split_list(dataset), split_list(backbone)
+    check_subsets(subsets)
+    if config.head not in heads and ":" not in config.head:
+        raise heads.unknown(config.head)
+    config = replace(config, metric=metrics[0] if metrics else None)
 
-    from embcache.probe.cached import probe_cached  # imports torch, which a slip in a flag need not wait for
+    from embcache.probe.probe import probe_cached  # imports torch, which a slip in a flag need not wait for
 
-    with ProgressBar("epoch") as bar:
-        results = probe_cached(
-            datasets,
-            backbones,
-            head=head,
-            subsets=subsets,
-            data_root=data_root,
-            home=home,
-            folds=folds,
-            seed=seed,
-            val=val,
-            test=test,
-            exclude_test_overlap=exclude_test_overlap,
-            splits=splits,
-            recipe=recipe,
-            lr=rates,
-            repeats=repeats,
-            views=views,
-            metric=metrics[0] if metrics else None,
-            positive=positive,
-            target=target,
-            classes=class_options(drop_class, merge_class),
-            head_options=options,
-            device=device,
-            buffer=buffer,
-            allow_missing=allow_missing,
-            dataset_name=name,
-            columns=columns,
-            reuse=not again,
-            say=print_note,
-            progress=bar.update,
-        )
-    shown = in_metrics(results, metrics, home)
+    with ProgressBar("epoch") as bar, shown(print_note):
+        found = probe_cached(datasets, backbones, subsets, config, ref, home=home, progress=bar.update)
+    results = in_metrics(found, metrics, home)
     if json != "-":
-        print_results(shown)
+        print_results(results)
     if json:
-        write_json([result.to_json() for result in shown], json)
+        write_json([result.to_json() for result in results], json)
 
 
 def results(
@@ -220,7 +106,9 @@ def results(
         return
     if positive is not None or prevalence is not None or calibrate:
         raise UsageError(
-            "--positive, --prevalence and --calibrate are for one run", fix="embcache results RUN, with its ID"
+            "--positive, --prevalence and --calibrate are for one run",
+            code="one-run",
+            fix="embcache results RUN, with its ID",
         )
     from embcache.paths import home_dir
     from embcache.results.advice import advise, sentences
@@ -254,19 +142,16 @@ def heads() -> None:
 
     Example: embcache heads
     """
-    from dataclasses import asdict
-
-    from embcache.probe.heads import count_parameters, heads, make_head
-    from embcache.probe.solve import is_solved
+    from embcache.probe.heads import find_head, heads
 
     rows = []
-    for name, kind in heads().items():
+    for name in heads:
+        head = find_head(name)
         # Table G1's sizes: five classes on a ResNet-50's features, or on those of SimCLR, SwAV and DINO.
-        dims = {"simclr": 2048, "swav": 2048, "dino": 1536} if kind.fuses else {"resnet50": 2048}
-        head = make_head(name)
-        count = "" if is_solved(head) else f"{count_parameters(head, dims, 5):,}"
+        dims = {"simclr": 2048, "swav": 2048, "dino": 1536} if head.fuses else {"resnet50": 2048}
+        count = head.count_parameters(dims, 5)
         options = ", ".join(f"{key}={_shown(value)}" for key, value in asdict(head).items())  # type: ignore[call-overload]
-        rows.append([name, "several" if kind.fuses else "one", count, options, kind.summary])
+        rows.append([name, "several" if head.fuses else "one", f"{count:,}" if count else "", options, head.summary])
     print_table(
         ["head", "backbones", "parameters", "options", "what it is"],
         rows,
@@ -341,15 +226,12 @@ def _row(result: ProbeResult) -> list[str]:
 
 
 def _head(result: ProbeResult) -> str:
-    """A head's name with the hyperparameters that are not its defaults, and the kind where it is no probe."""
-    from embcache.probe.heads import heads, hyperparameters, make_head
-
-    asked = {name: value for name, value in result.request["head"].items() if name != "name"}
-    usual = hyperparameters(make_head(result.head)) if result.head in heads() else asked
-    other = {name: value for name, value in asked.items() if _shown(value) != _shown(usual.get(name))}
-    told = [*(f"{name}={_shown(value)}" for name, value in other.items())]
-    told += [] if result.kind == "probe" else [result.kind]
-    return result.head + (f" ({', '.join(told)})" if told else "")
+    """A head's name with the hyperparameters that are not its defaults, and the kind of a run that is no probe."""
+    options = [
+        f"{name}={_shown(value)}" for name, value in result.request["head"].items() if name not in ("name", "once")
+    ]
+    options += [] if result.kind == "probe" else [result.kind]
+    return result.head + (f" ({', '.join(options)})" if options else "")
 
 
 def _shown(value: object) -> str:
@@ -362,11 +244,12 @@ def _repeats(result: ProbeResult) -> int:
 
 
 def _rates(result: ProbeResult) -> str:
-    """How many folds kept which learning rate, where several were tried."""
-    if "lrs" not in result.request:
-        return ""
+    """Number of folds that kept each learning rate, if several were tried."""
+    from embcache.probe.schedule import rates_of
+
     counts = Counter(fold.lr for fold in result.folds if not fold.failed)
-    return ", ".join(f"{lr:g} ×{counts[lr]}" for lr in result.request["lrs"] if counts[lr])
+    rates = rates_of(result.request)
+    return ", ".join(f"{lr:g} ×{counts[lr]}" for lr in rates if counts[lr]) if len(rates) > 1 else ""
 
 
 def _chosen(result: ProbeResult) -> str:

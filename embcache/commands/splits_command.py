@@ -56,7 +56,7 @@ def export(
 
     Example: embcache splits export --dataset pneumonia --subset S,M,F --output pneumonia-splits.json
     """
-    from embcache.probe.cached import plan_cached
+    from embcache.probe.inputs import plan_cached
     from embcache.probe.splits import write_splits
 
     if output != "-":
@@ -106,7 +106,7 @@ def import_(
 
     Example: embcache splits import pneumonia-splits.json --dataset pneumonia
     """
-    from embcache.probe.cached import import_splits
+    from embcache.probe.inputs import import_splits
 
     found, _ = load_named(dataset, ref, home)
     imported = import_splits(file, found, home)

@@ -19,8 +19,7 @@ from embcache.figures.coordinates import cached_map
 from embcache.figures.maps import METHODS, PERPLEXITY, MapScores, decimals, score_map
 from embcache.figures.shown import Shown, fused_features, shown_images
 from embcache.paths import PathLike, home_dir, slug
-from embcache.probe.cached import cached_backbones
-from embcache.probe.inputs import load_features, open_stores
+from embcache.probe.inputs import cached_backbones, load_features, open_stores
 from embcache.runs.folders import ProbeResult, find_run_anywhere
 from embcache.store.feature_store import extract_command
 

@@ -10,8 +10,7 @@ import numpy as np
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError, check_number
 from embcache.paths import PathLike
-from embcache.probe.cached import cached_backbones
-from embcache.probe.inputs import open_stores
+from embcache.probe.inputs import cached_backbones, open_stores
 from embcache.probe.standard import standard_directions
 from embcache.store.feature_store import FeatureStore
 

@@ -14,8 +14,7 @@ from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.draws import IntArray, hash_order
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir, slug
-from embcache.probe.cached import cached_backbones, cached_datasets
-from embcache.probe.inputs import divide_for, load_features, open_stores
+from embcache.probe.inputs import cached_backbones, cached_datasets, divide_for, load_features, open_stores
 from embcache.probe.protocol import Sides
 from embcache.store.feature_store import FeatureStore, extract_command
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,9 @@ from embcache.data.dataset import ImageDataset
 from embcache.figures.pool import MOST, Pool, drawn, open_pool
 from embcache.figures.transferability import centroid_logits, h_score, logme
 from embcache.paths import PathLike
-from embcache.probe.heads import hyperparameters, make_head
 from embcache.probe.heads.knn import KNN
 from embcache.probe.inputs import plan_for
 from embcache.probe.metrics import score
-from embcache.probe.schedule import Schedule
 from embcache.probe.splits import Splits
 from embcache.probe.stack import predict_logits
 from embcache.runs.folders import ProbeResult, list_results
@@ -217,8 +215,6 @@ def _saved_probes(
     All are of one protocol: that of the plan, where there is a probe of it, else the one that most are of; at each
     subset also of the same splits.
     """
-    usual = asdict(Schedule())
-    head = {"name": "linear", **hyperparameters(make_head("linear"))}
     fitting: dict[_Protocol, list[ProbeResult]] = {}
     others = 0
     for result in list_results(home, pool.ds.name):
@@ -231,9 +227,9 @@ def _saved_probes(
         backbone = result.backbones[0]
         if dict(request["recipes"]).get(backbone) != pool.stores[backbone].recipe.fingerprint:
             continue
-        plain = not any(name in request for name in ("lrs", "views", "repeats", "target"))
+        plain = not any(name in request for name in ("lr", "views", "repeats", "target"))
         complete = all(fold.score is not None for fold in result.folds)
-        if plain and complete and request.get("schedule") == usual and request.get("head") == head:
+        if plain and complete and request.get("head") == {"name": "linear"}:
             fitting.setdefault(_protocol(request), []).append(result)
         else:
             others += 1

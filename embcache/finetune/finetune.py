@@ -30,18 +30,18 @@ from embcache.memory import keep_freed_memory
 from embcache.paths import PathLike
 from embcache.probe.inputs import KnownImages
 from embcache.probe.protocol import subset_sizes
-from embcache.probe.stack import Job, stream_generator
+from embcache.probe.stack import Job, make_job, stream_generator
 from embcache.probe.summary import (
     Outcome,
     Outputs,
+    RunCell,
+    build_result,
     prediction_table,
     request_notes,
-    summarise,
     training_notes,
     validation_table,
     with_positive,
 )
-from embcache.probe.train import make_job
 from embcache.runs.folders import ProbeResult, as_asked, find_run, runs_dir, save_run
 
 OnImages = Callable[[int, int, str], object]
@@ -187,7 +187,7 @@ def _answered(plan: FinetunePlan, result: ProbeResult, source: str, home: PathLi
 def _with_notes(plan: FinetunePlan, result: ProbeResult, source: str, home: PathLike | None) -> ProbeResult:
     networks = plan.networks
     result = with_positive(result, networks.config.positive, home)
-    before = request_notes(networks.dataset, plan.splits, plan.subset, result.head)
+    before = request_notes(networks.dataset, [plan.splits], plan.subset, networks.head)
     return as_asked(result, source, [*before, *networks.notes(), *training_notes(result)])
 
 
@@ -355,21 +355,14 @@ def _outcomes(plan: FinetunePlan, done: Progress) -> list[Outcome]:
 
 def _result(plan: FinetunePlan, done: Progress, outputs: Outputs, source: str) -> ProbeResult:
     networks = plan.networks
-    result = summarise(
-        networks.dataset,
-        [plan.splits],
-        plan.subset,
-        kind="finetune",
-        backbones=networks.names,
-        head=plan.request["head"]["name"],
-        request=plan.request,
+    cell = RunCell(
+        dataset=networks.dataset, splits=(plan.splits,), subset=plan.subset, backbones=networks.names,
+        head=networks.head, request=plan.request,
         recipes={name: recipe.to_json() for name, recipe in networks.recipes.items()},
-        outcomes=_outcomes(plan, done),
-        outputs=outputs,
-        source=source,
-        seconds=done.seconds,
-        positive=networks.config.positive,
-    )
+        positive=networks.config.positive, source=source,
+        notes=tuple(request_notes(networks.dataset, [plan.splits], plan.subset, networks.head)),
+    )  # fmt: skip
+    result = build_result(cell, _outcomes(plan, done), outputs, done.seconds)
     return replace(result, versions={**result.versions, **{name: version(name) for name in ("timm", "torchvision")}})
 
 

@@ -27,14 +27,13 @@ from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.worker import FrozenNetwork, pick_device
 from embcache.finetune.model import check_head, has_batch_norm
 from embcache.paths import PathLike
-from embcache.probe.cached import find_splits
-from embcache.probe.heads import hyperparameters, make_head
-from embcache.probe.inputs import KnownImages, digest_images, plan_for
+from embcache.probe.heads import identify, make_head
+from embcache.probe.inputs import KnownImages, digest_images, find_splits, plan_for
 from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_class
 from embcache.probe.protocol import subset_sizes
 from embcache.probe.schedule import Schedule
 from embcache.probe.splits import Splits, name_everything
-from embcache.probe.stack import TrainableHead
+from embcache.probe.stack import TrainedHead
 from embcache.runs.folders import PROTOCOL_VERSION, run_id
 from embcache.store.recipe import Recipe
 
@@ -58,7 +57,7 @@ class Networks:
     dataset: ImageDataset
     config: FinetuneConfig
     specs: tuple[Backbone, ...]
-    head: TrainableHead
+    head: TrainedHead
     head_request: Mapping[str, Any]  # name and hyperparameters of the head
     metric: Metric  # scores, and chooses epochs on validation
     schedule: Schedule
@@ -158,7 +157,7 @@ def load_networks(
         config=config,
         specs=specs,
         head=trainable,
-        head_request={"name": head.name, **hyperparameters(head)},
+        head_request=identify(head) or {"name": head.name},
         metric=metric.of(positive_class(dataset.class_names, config.positive)),
         schedule=schedule,
         files=files,

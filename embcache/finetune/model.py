@@ -19,11 +19,9 @@ from embcache.backbones.timm_models import build_timm
 from embcache.backbones.transforms import Transform, normalize
 from embcache.errors import StoreError, UsageError, WeightsError
 from embcache.extract.worker import arithmetic, pick_device
-from embcache.probe.heads import Head, heads, make_head
+from embcache.probe.heads import heads, make_head
 from embcache.probe.metrics import softmax
-from embcache.probe.solve import is_solved
-from embcache.probe.stack import TrainableHead
-from embcache.probe.standard import StandardizedHead
+from embcache.probe.stack import ClosedFormHead, Head, TrainedHead
 from embcache.runs.folders import ProbeResult, run_file
 
 State = dict[str, Tensor]
@@ -35,7 +33,7 @@ class ImageModel:
 
     backbones: Mapping[str, nn.Module]  # networks: normalized images, float32 (B, 3, H, W), to features (B, D)
     transforms: Mapping[str, Transform]  # one per backbone
-    head: TrainableHead  # a head of `embcache.probe.heads`, as probing trains it
+    head: TrainedHead  # a head of `embcache.probe.heads`, as probing trains it
     params: State  # the head's parameters, named and initialized as in probing
     device: torch.device  # where all of them lie
     precision: str  # arithmetic of the backbones; the head and the loss are always computed in fp32
@@ -102,7 +100,7 @@ class ImageModel:
 def assemble(
     backbones: Mapping[str, nn.Module],
     transforms: Mapping[str, Transform],
-    head: TrainableHead,
+    head: TrainedHead,
     params: Mapping[str, Tensor],
     device: torch.device,
     precision: str,
@@ -211,13 +209,17 @@ def has_batch_norm(network: nn.Module) -> bool:
     return any(isinstance(layer, layers) for layer in network.modules())
 
 
-def check_head(head: Head, backbones: Sequence[str]) -> TrainableHead:
+def check_head(head: Head, backbones: Sequence[str]) -> TrainedHead:
     """The head, where it can be trained together with its backbones."""
     if not _trainable(head):
-        why = "is solved on fixed features" if is_solved(head) else "standardizes features that must stay fixed"
+        why = (
+            "is solved on fixed features"
+            if isinstance(head, ClosedFormHead)
+            else "standardizes features that must stay fixed"
+        )
         raise UsageError(
             f"head {head.name!r} {why}: it cannot be trained together with its backbones", code="head-needs-features",
-            expected=", ".join(name for name in heads() if _trainable(make_head(name))), found=head.name,
+            expected=", ".join(name for name in heads if _trainable(make_head(name))), found=head.name,
             fix="embcache finetune --head linear …",
         )  # fmt: skip
     if not backbones:
@@ -229,8 +231,8 @@ def check_head(head: Head, backbones: Sequence[str]) -> TrainableHead:
             f"head {head.name!r} takes one backbone at a time", code="one-backbone", found=", ".join(backbones),
             fix=f"--backbone {backbones[0]}, or a head that fuses: --head dvme",
         )  # fmt: skip
-    return cast("TrainableHead", head)
+    return cast("TrainedHead", head)
 
 
 def _trainable(head: object) -> bool:
-    return not is_solved(head) and not isinstance(head, StandardizedHead)
+    return isinstance(head, TrainedHead) and not head.standardized

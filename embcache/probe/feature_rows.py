@@ -1,24 +1,46 @@
-"""Where training takes its features from: an interface, and features that lie in memory as they were stored.
+"""Where training takes its features from: memory, or shards on disk that are streamed.
 
-What trains or scores heads asks for rows by number and never for the whole, so that features in memory and features
-that are streamed from shards (`embcache.probe.stream`) are the same to it.
+Training and scoring ask for rows by number and never for the whole, so that both are the same to them.
+
+Streaming serves features larger than memory: all heads share one stream of shards, shuffled on two levels. An epoch
+takes the shards in a random order, as many at a time as a buffer holds; of the rows in the buffer every head takes its
+own draws in its own random order. What a head draws in an epoch is what it would draw from memory, row for row; only
+the order is bound to that of the shards. Draws that do not fill a batch wait in front of the buffer for the next
+shards: a batch for each head, in addition to the rows of the buffer. The order of the shards follows from the epoch and
+the seed; heads of all folds, rates and repeats see the same one, as they share what is read.
+
+A unit of reading is a shard of the first backbone's store. If the other stores list images in another order, or have
+other shards, the rows of a unit lie in several of theirs, and each of those is read and checked as a whole. Stores that
+one extraction after another filled from the same dataset do not differ so; nor does it change a result.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
 
 CHUNK = 1024  # rows scored at a time
 
 
+def stream_generator(stream: str, purpose: str) -> torch.Generator:
+    """A random stream of its own for each (stream, purpose), on the CPU whatever the device."""
+    digest = hashlib.sha256(f"{stream}\0{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One batch of some neighbouring heads, equally long for all of them."""
+    """One batch of some neighboring heads, equally long for all of them."""
 
     heads: slice  # which of the heads
     rows: torch.Tensor  # (k, B); the rows that each of them takes, on the device of the features
@@ -34,49 +56,39 @@ class Chunk:
     x: dict[str, torch.Tensor]  # (B, D); their features; of several views the first, the image as it is
 
 
-class FeatureRows(Protocol):
+class FeatureRows(ABC):
     """Features of N rows, of which training and scoring take what they need."""
 
     @property
+    @abstractmethod
     def dims(self) -> Mapping[str, int]:
         """Features of each backbone, D."""
-        ...
 
     @property
+    @abstractmethod
     def n_views(self) -> int:
         """V: views of each image that training draws from."""
-        ...
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether any row is at hand; where it is not, what needs many of them takes one pass of `chunks`."""
-        ...
-
+    @abstractmethod
     def steps(
         self, orders: Sequence[torch.Tensor], views: Sequence[torch.Tensor], size: int, epoch: int
     ) -> Iterator[Step]:
-        """One epoch of several heads, batch by batch.
+        """One epoch of several heads, batch by batch; ``orders`` and ``views`` of each head are of shape (n_k,)."""
 
-        Shapes: orders (n_k,); views (n_k,).
-        """
-        ...
-
+    @abstractmethod
     def chunks(self, sets: Sequence[torch.Tensor]) -> Iterator[Chunk]:
         """Features of several sets of rows, in parts, every row of every set once."""
-        ...
 
+    @abstractmethod
     def gather(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Features of rows, float32 (n, D) of each backbone, all at once; of several views the first."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
-class Resident:
+class Resident(FeatureRows):
     """Features in memory (or on a device), of any floating dtype: rows are gathered, then widened to float32."""
 
     x: Mapping[str, torch.Tensor]  # (N, D); never copied whole
-
-    in_memory = True
 
     @property
     def dims(self) -> Mapping[str, int]:
@@ -91,9 +103,9 @@ class Resident:
     def steps(
         self, orders: Sequence[torch.Tensor], views: Sequence[torch.Tensor], size: int, epoch: int
     ) -> Iterator[Step]:
-        """One epoch of several heads; see `FeatureRows`."""
+        """One epoch of several heads."""
         device = next(iter(self.x.values())).device
-        # Whole epochs go to the device once; neighbours of one length are one matrix, of which a batch is a slice.
+        # Whole epochs go to the device once; neighbors of one length are one matrix, of which a batch is a slice.
         runs = [
             (heads, torch.stack([orders[k] for k in _numbers(heads)]).to(device), self._epoch_views(views, heads))
             for heads in equal_runs([len(order) for order in orders])
@@ -108,7 +120,7 @@ class Resident:
                 yield Step(heads, rows, {b: take(f, rows, view) for b, f in self.x.items()})
 
     def chunks(self, sets: Sequence[torch.Tensor]) -> Iterator[Chunk]:
-        """Features of several sets of rows; see `FeatureRows`."""
+        """Features of several sets of rows."""
         for number, rows in enumerate(sets):
             for start in range(0, len(rows), CHUNK):
                 part = rows[start : start + CHUNK]
@@ -116,13 +128,192 @@ class Resident:
                 yield Chunk(number, torch.arange(start, start + len(part)), x)
 
     def gather(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features of rows; see `FeatureRows`."""
+        """Features of rows."""
         return {b: take(f, rows.to(f.device)) for b, f in self.x.items()}
 
     def _epoch_views(self, views: Sequence[torch.Tensor], heads: slice) -> torch.Tensor | None:
         if self.n_views == 1:
             return None
         return torch.stack([views[k] for k in _numbers(heads)]).to(next(iter(self.x.values())).device)
+
+
+class StoredRows(Protocol):
+    """What is streamed: an array that is read when indexed, as `embcache.store.features.Features` is."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, D) or (n, V, D)."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As stored."""
+        ...
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """The rows asked for, in their order."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed(FeatureRows):
+    """Features on disk, read whenever they are needed."""
+
+    stored: Mapping[str, StoredRows]  # the features
+    places: Mapping[str, IntArray]  # (N,); where each row lies in them
+    shards: IntArray  # (N,); the shard that each row is read with
+    shard_rows: Mapping[int, int]  # how many rows each shard has, wanted or not
+    buffer_rows: int  # rows that the buffer holds; a single larger shard is taken whole
+    n_views: int = 1  # more than one: views (n, V, D) that training draws from, else the plain images
+    stream: str = "0"  # names the random stream of the order of shards
+    device: str = "cpu"  # where batches go
+    _sorted: dict[int, tuple[torch.Tensor, IntArray, IntArray]] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        """Features of each backbone."""
+        return {backbone: stored.shape[-1] for backbone, stored in self.stored.items()}
+
+    def steps(
+        self, orders: Sequence[torch.Tensor], views: Sequence[torch.Tensor], size: int, epoch: int
+    ) -> Iterator[Step]:
+        """One epoch of several heads."""
+        block_of, n_blocks = self._blocks(epoch)
+        queues = [
+            _Queue(order, view if self.n_views > 1 else None, block_of[self.shards[order.numpy()]], n_blocks)
+            for order, view in zip(orders, views, strict=True)
+        ]
+        # Rows that any head draws, block by block: each is read once, and only those are.
+        drawn = np.zeros(len(self.shards), dtype=bool)
+        for queue in queues:
+            drawn[queue.rows] = True
+        wanted = np.flatnonzero(drawn)
+        wanted = wanted[np.lexsort((self.shards[wanted], block_of[self.shards[wanted]]))]
+        bounds = np.searchsorted(block_of[self.shards[wanted]], np.arange(n_blocks + 1))
+        front = len(queues) * size  # where draws wait
+        held = self._empty(front + int(np.diff(bounds).max(initial=0)))
+        at = np.zeros(len(self.shards), dtype=np.int64)  # row → place in the buffer
+        for block in range(n_blocks):
+            rows = wanted[bounds[block] : bounds[block + 1]]
+            at[rows] = np.arange(front, front + len(rows))
+            self._read_into(held, front, rows)
+            lies = [queue.places(block, at, k * size) for k, queue in enumerate(queues)]
+            last = block == n_blocks - 1
+            ready = [places[: len(places) if last else len(places) // size * size] for places in lies]
+            for start in range(0, max(map(len, ready)), size):
+                for heads in equal_runs([min(size, max(0, len(r) - start)) for r in ready]):
+                    yield self._step(held, queues, ready, heads, slice(start, start + size))
+            for k, queue in enumerate(queues):
+                queue.done += len(ready[k])
+                left = torch.from_numpy(lies[k][len(ready[k]) :])
+                for features in held.values():
+                    features[k * size : k * size + len(left)] = features[left]
+
+    def chunks(self, sets: Sequence[torch.Tensor]) -> Iterator[Chunk]:
+        """Features of several sets of rows, shard by shard."""
+        numbers = np.array(sorted(self.shard_rows))
+        orders, bounds = zip(*self._by_shard(sets, numbers), strict=True) if sets else ((), ())
+        for rank in range(len(numbers)):
+            parts = [order[b[rank] : b[rank + 1]] for order, b in zip(orders, bounds, strict=True)]
+            wanted = [rows.numpy()[part] for rows, part in zip(sets, parts, strict=True)]
+            read = np.unique(np.concatenate(wanted)) if wanted else np.zeros(0, np.int64)
+            if not len(read):
+                continue
+            held = self._empty(len(read))
+            self._read_into(held, 0, read)
+            for number, (part, rows) in enumerate(zip(parts, wanted, strict=True)):
+                for start in range(0, len(part), CHUNK):
+                    places = torch.from_numpy(np.searchsorted(read, rows[start : start + CHUNK]))
+                    x = {b: take(f, places).to(self.device) for b, f in held.items()}
+                    yield Chunk(number, torch.from_numpy(part[start : start + CHUNK]), x)
+
+    def gather(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features of rows, all at once."""
+        x = {b: torch.empty((len(rows), dim), device=self.device) for b, dim in self.dims.items()}
+        for chunk in self.chunks([rows]):
+            for backbone, features in chunk.x.items():
+                x[backbone][chunk.places.to(self.device)] = features
+        return x
+
+    def _by_shard(self, sets: Sequence[torch.Tensor], numbers: IntArray) -> list[tuple[IntArray, IntArray]]:
+        """For each set its places, shard by shard, and where in them each shard begins; kept until the next call.
+
+        Heads validate on the same sets after each epoch.
+        """
+        known, found = dict(self._sorted), []
+        self._sorted.clear()
+        for rows in sets:
+            # By identity, and with the set itself, so that no other takes its number while it is kept.
+            kept, order, bounds = known.get(id(rows), (None, None, None))
+            if kept is not rows or order is None or bounds is None:
+                of_rank = np.searchsorted(numbers, self.shards[rows.numpy()])
+                order = np.argsort(of_rank, kind="stable")
+                bounds = np.searchsorted(of_rank[order], np.arange(len(numbers) + 1))
+            self._sorted[id(rows)] = rows, order, bounds
+            found.append((order, bounds))
+        return found
+
+    def _blocks(self, epoch: int) -> tuple[IntArray, int]:
+        """Which fill of the buffer each shard belongs to in an epoch, by shard number, and how many there are."""
+        numbers = np.array(sorted(self.shard_rows))
+        order = torch.randperm(len(numbers), generator=stream_generator(self.stream, f"shards {epoch}")).numpy()
+        block_of = np.zeros(int(numbers.max()) + 1, dtype=np.int64)
+        block, filled = 0, 0
+        for number in numbers[order].tolist():
+            if filled and filled + self.shard_rows[number] > self.buffer_rows:
+                block, filled = block + 1, 0
+            block_of[number] = block
+            filled += self.shard_rows[number]
+        return block_of, block + 1
+
+    def _empty(self, n: int) -> dict[str, torch.Tensor]:
+        """Room for n rows of each backbone, in the dtype in which they are kept."""
+        shapes = {b: s.shape[1:] if self.n_views > 1 else s.shape[-1:] for b, s in self.stored.items()}
+        return {b: torch.empty((n, *shape), dtype=kept_dtype(self.stored[b].dtype)) for b, shape in shapes.items()}
+
+    def _read_into(self, held: Mapping[str, torch.Tensor], start: int, rows: IntArray) -> None:
+        """Read rows, shard by shard where they are listed so: never more than one shard beside the buffer."""
+        edges = np.flatnonzero(np.diff(self.shards[rows], prepend=-1, append=-1))
+        for a, b in itertools.pairwise(edges.tolist()):
+            for backbone, features in held.items():
+                read = self.stored[backbone][self.places[backbone][rows[a:b]]]
+                if read.ndim == 3 and self.n_views == 1:
+                    read = read[:, 0]  # the first view is the image as it is
+                features[start + a : start + b] = torch.from_numpy(np.ascontiguousarray(read))
+
+    def _step(
+        self,
+        held: Mapping[str, torch.Tensor],
+        queues: Sequence[_Queue],
+        ready: Sequence[IntArray],
+        heads: slice,
+        part: slice,
+    ) -> Step:
+        numbers = range(heads.start, heads.stop)
+        places = torch.from_numpy(np.stack([ready[k][part] for k in numbers]))
+        rows = torch.from_numpy(np.stack([queues[k].rows[queues[k].done :][part] for k in numbers]))
+        view = None
+        if self.n_views > 1:
+            view = torch.from_numpy(np.stack([queues[k].views[queues[k].done :][part] for k in numbers]))
+        return Step(heads, rows.to(self.device), {b: take(f, places, view).to(self.device) for b, f in held.items()})
+
+
+class _Queue:
+    """The draws of one head in an epoch, in the order of the blocks: ``done`` of them have been trained on."""
+
+    def __init__(self, order: torch.Tensor, views: torch.Tensor | None, blocks: IntArray, n_blocks: int) -> None:
+        narrow = blocks.astype(np.int16) if n_blocks < 2**15 else blocks  # what numpy sorts in linear time
+        by_block = np.argsort(narrow, kind="stable")
+        self.rows: IntArray = order.numpy()[by_block]
+        self.views: IntArray = np.zeros(0, np.int64) if views is None else views.numpy()[by_block]
+        self.ends: IntArray = np.searchsorted(blocks[by_block], np.arange(n_blocks), side="right")
+        self.done = 0
+
+    def places(self, block: int, at: IntArray, front: int) -> IntArray:
+        """Where in the buffer the draws lie: those that waited, then those of the block."""
+        before = int(self.ends[block - 1]) if block else 0
+        waited = np.arange(front, front + before - self.done)
+        return np.concatenate([waited, at[self.rows[before : self.ends[block]]]])
 
 
 def as_rows(x: Mapping[str, torch.Tensor] | FeatureRows) -> FeatureRows:
@@ -144,13 +335,13 @@ def kept_dtype(stored: np.dtype[Any]) -> torch.dtype:
 
 
 def equal_runs(lengths: Sequence[int]) -> list[slice]:
-    """Neighbours that are equally long; those of length 0 are left out."""
+    """Neighbors that are equally long; those of length 0 are left out."""
     starts = [k for k in range(len(lengths)) if k == 0 or lengths[k] != lengths[k - 1]]
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True) if lengths[a] > 0]
 
 
 def _joined(runs: Sequence[tuple[slice, int]]) -> list[slice]:
-    """Neighbouring runs of heads whose batches are equally long, as one run; those that have no batch left out.
+    """Neighboring runs of heads whose batches are equally long, as one run; those that have no batch left out.
 
     No batch is padded: a padded one would be rounded otherwise than the one a head has alone, and attention's
     vanishing gradients make much of that.

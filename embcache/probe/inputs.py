@@ -1,26 +1,32 @@
-"""What a probe reads: the stores of the asked backbones, the splits over what they hold, and features by row."""
+"""What a probe reads: what is cached under which names, the splits over it, and features by row."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embcache.data.dataset import ImageDataset
+from embcache.config import ProbeConfig, ProtocolConfig
+from embcache.data.dataset import ImageDataset, read_snapshot
 from embcache.data.draws import IntArray
-from embcache.errors import StoreError, UsageError
-from embcache.paths import PathLike
+from embcache.errors import DatasetError, StoreError, StoreNotFoundError, UsageError, first_few
+from embcache.io import skip
+from embcache.paths import PathLike, home_dir, slug
+from embcache.probe.feature_rows import Streamed
 from embcache.probe.protocol import Sides, divide, merged_groups, plan_splits, subset_sizes
-from embcache.probe.splits import Splits, read_splits
-from embcache.probe.stream import Streamed
+from embcache.probe.splits import Splits, read_splits, write_splits
 from embcache.store.feature_store import FeatureStore, extract_command, list_stores, open_store
 
 _SHARDS = 4  # read at a time where what is read is not what is kept
+
+PAPER_SET = ("simclr", "swav", "dino")
+"""What a head fuses by default (Section 5.6)."""
 
 
 class KnownImages(Protocol):
@@ -35,6 +41,29 @@ class KnownImages(Protocol):
         """Why an image could not be read, by id."""
 
 
+def cached_datasets(home: PathLike | None = None) -> list[str]:
+    """Names of the datasets that have a feature store, sorted."""
+    names = set()
+    for folder in {store.path.parent for store in list_stores(home)}:
+        try:
+            snapshot = read_snapshot(folder.name, home)
+        except DatasetError as error:
+            skip(folder, error)
+            continue
+        names.add(folder.name if snapshot is None else snapshot.name)
+    return sorted(names)
+
+
+def cached_backbones(dataset: str, home: PathLike | None = None, views: int | None = None) -> list[str]:
+    """Backbones whose vectors are cached for a dataset, sorted; of several ``views`` only those with so many."""
+    fits = {
+        store.recipe.backbone: None
+        for store in list_stores(home, dataset)
+        if (store.row_shape[:-1] == (views,) if views and views > 1 else len(store.row_shape) in (1, 2))
+    }
+    return sorted(fits)
+
+
 def open_stores(
     ds: ImageDataset,
     sets: Sequence[Sequence[str]],
@@ -43,32 +72,32 @@ def open_stores(
     views: int = 1,
 ) -> dict[str, FeatureStore]:
     """The store of every backbone named in ``sets``."""
-    asked = list(dict.fromkeys(backbone for names in sets for backbone in names))
+    wanted = list(dict.fromkeys(backbone for names in sets for backbone in names))
     prefixes = [prefix.strip() for prefix in recipe.split(",")] if recipe else []
-    fingerprints: dict[str, list[str]] = {backbone: [] for backbone in asked}
+    fingerprints: dict[str, list[str]] = {backbone: [] for backbone in wanted}
     for store in list_stores(home, ds.name) if prefixes else ():
         fingerprints.setdefault(store.recipe.backbone, []).append(store.recipe.fingerprint)
     prefix_of: dict[str, str] = {}
     for prefix in prefixes:
-        fits = [b for b in asked if any(fingerprint.startswith(prefix) for fingerprint in fingerprints[b])]
+        fits = [b for b in wanted if any(fingerprint.startswith(prefix) for fingerprint in fingerprints[b])]
         if not fits or not prefix:
             raise UsageError(
                 "--recipe fits none of the backbones",
+                code="unknown-recipe",
                 expected="first digits of one of "
-                + ", ".join(f"{fingerprint[:12]} ({b})" for b in asked for fingerprint in fingerprints[b]),
+                + ", ".join(f"{fingerprint[:12]} ({b})" for b in wanted for fingerprint in fingerprints[b]),
                 found=repr(prefix),
                 fix="embcache ls",
             )
         prefix_of |= dict.fromkeys(fits, prefix)
-    wanted = views if views > 1 else None
-    stores = {backbone: open_store(backbone, ds, home, prefix_of.get(backbone), wanted) for backbone in asked}
+    several = views if views > 1 else None
+    stores = {backbone: open_store(backbone, ds, home, prefix_of.get(backbone), several) for backbone in wanted}
     for backbone, store in stores.items():
         if len(store.row_shape) not in (1, 2):
             raise UsageError(
-                f"the store of {backbone} does not hold vectors",
-                found=f"rows of shape {store.row_shape}",
-                where=store.path,
-            )
+                f"the store of {backbone} does not hold vectors", code="not-vectors",
+                found=f"rows of shape {store.row_shape}", where=store.path,
+            )  # fmt: skip
     return stores
 
 
@@ -77,44 +106,28 @@ def plan_for(
     stores: Sequence[KnownImages],
     *,
     subsets: Sequence[str | int],
-    folds: int = 5,
-    seed: int = 0,
-    val: str = "full",
-    test: str = "local",
-    splits: PathLike | None = None,
-    exclude_test_overlap: bool = False,
+    config: ProtocolConfig | None = None,
+    **options: Any,
 ) -> Splits:
-    """The splits of a dataset as its stores know it: identical bytes grouped, unreadable images left out."""
+    """The splits of a dataset as its stores know it: identical bytes grouped, unreadable images left out.
+
+    ``options`` are fields of `ProtocolConfig`.
+    """
+    config = ProtocolConfig.make(config, options)
     digests, unreadable = _known(stores)
-    if splits is None:
-        return plan_splits(
-            ds,
-            subsets=subsets,
-            folds=folds,
-            seed=seed,
-            val=val,
-            test=test,
-            digests=digests,
-            unreadable=unreadable,
-            exclude_test_overlap=exclude_test_overlap,
-        )
+    if config.splits is None:
+        return plan_splits(ds, subsets=subsets, config=config, digests=digests, unreadable=unreadable)
     plan = read_splits(
-        Path(splits),
-        ds,
-        merged_groups(ds, digests),
-        unreadable=unreadable,
-        exclude_test_overlap=exclude_test_overlap,
-    )
-    names = {str(size): name for name, size in ds.subset_sizes.items() if name not in plan.subsets}
-    plan = plan.rename(names)
+        Path(config.splits), ds, merged_groups(ds, digests), unreadable=unreadable,
+        exclude_test_overlap=config.exclude_test_overlap,
+    )  # fmt: skip
+    plan = plan.rename({str(size): name for name, size in ds.subset_sizes.items() if name not in plan.subsets})
     lacking = [name for name in (subset_sizes(ds, subsets) if subsets else ()) if name not in plan.subsets]
     if lacking:
         raise UsageError(
-            f"the splits file does not list subset {', '.join(lacking)}",
-            expected=", ".join(plan.subsets),
-            where=splits,
-            fix=f"--subset {','.join(plan.subsets)}",
-        )
+            f"the splits file does not list subset {', '.join(lacking)}", code="unknown-subset",
+            expected=", ".join(plan.subsets), where=config.splits, fix=f"--subset {','.join(plan.subsets)}",
+        )  # fmt: skip
     return plan
 
 
@@ -126,7 +139,7 @@ def divide_for(
     test: str = "local",
     exclude_test_overlap: bool = False,
 ) -> Sides:
-    """Pool and test set of a dataset as its stores know it, without folds; parameters as of `plan_for`."""
+    """Pool and test set of a dataset as its stores know it, without folds."""
     digests, unreadable = _known(stores)
     return divide(
         ds, seed=seed, test=test, digests=digests, unreadable=unreadable, exclude_test_overlap=exclude_test_overlap
@@ -137,6 +150,63 @@ def _known(stores: Sequence[KnownImages]) -> tuple[dict[str, str], set[str]]:
     """Digests of images, and the images that could not be read."""
     digests = {name: digest for store in stores for name, digest in store.digests.items()}
     return digests, {name for store in stores for name in store.quarantined}
+
+
+def plan_cached(
+    ds: ImageDataset,
+    *,
+    home: PathLike | None = None,
+    backbone: str | None = None,
+    subsets: Sequence[str | int],
+    **options: Any,
+) -> tuple[Splits, FeatureStore | None]:
+    """The splits that a probe of ``ds`` would draw; ``options`` as for `plan_for`."""
+    stores = [s for s in list_stores(home, ds.name) if backbone in (None, s.recipe.backbone)]
+    if backbone is not None and not stores:
+        raise StoreNotFoundError(
+            f"no features of {backbone} are cached for {ds.name}", code="store-not-found",
+            found=", ".join(cached_backbones(ds.name, home)) or "nothing cached for this dataset",
+            where=home_dir(home) / slug(ds.name), fix="leave --backbone out",
+        )  # fmt: skip
+    store = stores[0].restrict(ds.table["id"]) if stores else None
+    return plan_for(ds, [] if store is None else [store], subsets=subsets, **options), store
+
+
+@dataclass(frozen=True)
+class ImportedSplits:
+    """A splits file that was checked and kept."""
+
+    name: str  # what ``--splits`` takes
+    path: Path
+    splits: Splits
+
+
+def import_splits(file: Path, ds: ImageDataset, home: PathLike | None = None) -> ImportedSplits:
+    """Check a splits file against a dataset and keep it under ``<home>/<dataset>/splits``."""
+    splits, _ = plan_cached(ds, home=home, splits=file, subsets=())
+    name = f"{file.stem}-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
+    path = _splits_dir(ds, home) / f"{slug(name)}.json"
+    write_splits(splits, path)
+    return ImportedSplits(path.stem, path, splits)
+
+
+def find_splits(name: str, ds: ImageDataset, home: PathLike | None = None) -> Path:
+    """The splits file at path ``name``, or the imported one of that name."""
+    imported = _splits_dir(ds, home) / f"{name}.json"
+    if Path(name).expanduser().is_file():
+        return Path(name).expanduser()
+    if "/" not in name and imported.is_file():
+        return imported
+    known = sorted(path.stem for path in _splits_dir(ds, home).glob("*.json"))
+    raise UsageError(
+        "there is no such splits file", code="splits-not-found",
+        expected="a file" + (f", or one of {', '.join(known)}" if known else ""), found=name, where="--splits",
+        fix=f"embcache splits export --dataset {ds.name} --output FILE",
+    )  # fmt: skip
+
+
+def _splits_dir(ds: ImageDataset, home: PathLike | None) -> Path:
+    return home_dir(home) / slug(ds.name) / "splits"
 
 
 def load_features(
@@ -175,42 +245,30 @@ def rows_of(
     if missing:
         raise StoreError(
             f"{len(missing):,} of {len(rows):,} images have no features of {store.recipe.backbone} yet",
-            found=f"no row for {', '.join(map(repr, missing[:5]))}{' …' if len(missing) > 5 else ''}",
-            where=store.path,
+            code="features-missing", found=f"no row for {first_few(missing)}", where=store.path,
             fix=extract_command(store.recipe.backbone, ds) + (f" --views {views}" if views > 1 else ""),
-        )
+        )  # fmt: skip
     return rows
 
 
 def stream_features(
-    stores: Mapping[str, FeatureStore],
-    ds: ImageDataset,
-    ids: Sequence[str] | NDArray[np.object_],
-    *,
-    buffer_rows: int,
-    views: int = 1,
-    stream: str = "0",
-    device: str = "cpu",
+    stores: Mapping[str, FeatureStore], ds: ImageDataset, ids: Sequence[str] | NDArray[np.object_], config: ProbeConfig
 ) -> Streamed:
-    """Features of some images of a dataset, to be read shard by shard whenever they are needed."""
-    places = {backbone: rows_of(store, ds, ids, views) for backbone, store in stores.items()}
+    """Features of some images of a dataset, read shard by shard whenever they are needed."""
+    assert config.buffer is not None
+    places = {backbone: rows_of(store, ds, ids, config.views) for backbone, store in stores.items()}
     first = next(iter(stores))
     shards = stores[first].features.shards
     numbers, counts = np.unique(shards, return_counts=True)
     return Streamed(
-        stored={backbone: store.features for backbone, store in stores.items()},
-        places=places,
-        shards=shards[places[first]],
-        shard_rows=dict(zip(numbers.tolist(), counts.tolist(), strict=True)),
-        buffer_rows=buffer_rows,
-        n_views=views,
-        stream=stream,
-        device=device,
-    )
+        stored={backbone: store.features for backbone, store in stores.items()}, places=places,
+        shards=shards[places[first]], shard_rows=dict(zip(numbers.tolist(), counts.tolist(), strict=True)),
+        buffer_rows=config.buffer, n_views=config.views, stream=str(config.seed), device=config.device,
+    )  # fmt: skip
 
 
 def digest_shards(stores: Mapping[str, FeatureStore], ds: ImageDataset, ids: NDArray[np.object_], views: int) -> str:
-    """SHA-256 (hex) of which shard each image is streamed with, and of how many rows each shard has.
+    """SHA-256 (hex) of the shard that each image is streamed with, and of the number of rows of each shard.
 
     The order of an epoch follows from both: the same images in other shards, or beside others, make another result.
     """

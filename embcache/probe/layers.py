@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from embcache.probe.heads.attention_nodes import plain_arithmetic
-
 _NARROW = 64  # outputs up to which the weights go first in the product
 
 
+def plain_arithmetic(like: torch.Tensor) -> AbstractContextManager[Any]:
+    """No autocast, which would compute the products in half precision."""
+    if not torch.is_autocast_enabled(like.device.type):
+        return nullcontext()  # to enter torch's takes as long as a small product
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def init_linear(generator: torch.Generator, name: str, fan_in: int, fan_out: int) -> dict[str, torch.Tensor]:
-    """Initialise as torch's ``nn.Linear``: weight (fan_out, fan_in) and bias uniform within ±1/√fan_in."""
+    """Initialize as torch's ``nn.Linear``: weight (fan_out, fan_in) and bias uniform within ±1/√fan_in."""
     bound = 1 / math.sqrt(fan_in)
     weight = torch.empty(fan_out, fan_in).uniform_(-bound, bound, generator=generator)
     bias = torch.empty(fan_out).uniform_(-bound, bound, generator=generator)

@@ -19,54 +19,39 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embcache.errors import ProtocolError, UsageError
+from embcache.registry import Registry
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 Weighted = Callable[[FloatArray], FloatArray]
-"""From row weights of shape (B, n) to B values; nan where the weights leave nothing to score."""
+"""From row weights of shape (B, n) to B values; nan where they are not defined."""
+
+Form = Callable[[IntArray, FloatArray, int], Weighted]
+"""From labels (n,), logits (n, C) and the positive class to the weighted form."""
+
+Ratio = Callable[[IntArray, FloatArray, int], tuple[BoolArray, BoolArray]]
+"""From the same to numerator and denominator of each row, boolean (n,)."""
 
 NEGATIVE_NAMES = ("normal", "benign", "healthy", "negative", "control", "0", "false")
-"""Class names that mean "without disease", besides those that begin with ``no`` and a separator."""
+"""Class names that mean "without disease", in addition to those that begin with ``no`` and a separator."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric.
+    """One metric; `embcache.testing.check_metric` checks it."""
 
-    Attributes
-    ----------
-    key, title : str
-        As options name it and as tables print it.
-    form : callable
-        From labels (n,), logits (n, C) and the positive class to the weighted form.
-    interval : {"auc", "proportion", "bootstrap"}
-        How its interval is made: `embcache.probe.statistics`.
-    low, high : float
-        Its range.
-    loss : bool
-        Lower is better.
-    per_class : bool
-        It scores every class by itself, so that an interval needs enough groups of each.
-    asymmetric : bool
-        With two classes its value depends on which of them is positive.
-    binary : bool
-        It is for two classes only.
-    ratio : callable, optional
-        Of a proportion: numerator and denominator of each row, boolean (n,).
-    """
-
-    key: str
-    title: str
-    form: Callable[[IntArray, FloatArray, int], Weighted]
-    interval: Literal["auc", "proportion", "bootstrap"] = "bootstrap"
-    low: float = 0.0
+    key: str  # as options name it
+    title: str  # as tables print it
+    form: Form
+    interval: Literal["auc", "proportion", "bootstrap"] = "bootstrap"  # how it is made: `embcache.probe.statistics`
+    low: float = 0.0  # its range
     high: float = 1.0
-    loss: bool = False
-    per_class: bool = False
-    asymmetric: bool = False
-    binary: bool = False
-    ratio: Callable[[IntArray, FloatArray, int], tuple[BoolArray, BoolArray]] | None = None
+    loss: bool = False  # lower is better
+    per_class: bool = False  # scores every class by itself, so that an interval needs enough groups of each
+    asymmetric: bool = False  # with two classes its value depends on which of them is positive
+    binary: bool = False  # for two classes only
+    ratio: Ratio | None = None  # of a proportion
 
     def of(self, positive: int) -> Metric:
         """The same metric, always of one positive class: what a training that chooses by it is given."""
@@ -112,24 +97,21 @@ def mean_logits(logits: ArrayLike, axis: int = 0) -> FloatArray:
     return np.asarray(mean.squeeze(axis))
 
 
-def positive_class(class_names: Sequence[str], asked: str | None = None) -> int:
-    """Which class is positive: the one asked for, else the one that is not named like a negative, else the second.
+def positive_class(class_names: Sequence[str], name: str | None = None) -> int:
+    """Number of the positive class: the named one, else the one not named like a negative, else the second.
 
     Frequencies are never looked at.
     """
-    if asked is not None:
-        if asked not in class_names:
-            plain = {name.casefold(): name for name in class_names}
-            near = difflib.get_close_matches(asked.casefold(), plain, n=1)
+    if name is not None:
+        if name not in class_names:
+            plain = {known.casefold(): known for known in class_names}
+            near = difflib.get_close_matches(name.casefold(), plain, n=1)
             raise UsageError(
-                "there is no such class to be the positive one",
-                expected=", ".join(class_names),
-                found=asked,
-                where="--positive",
-                fix=f"--positive {shlex.quote(plain[near[0]]) if near else 'CLASS'}",
-            )
-        return list(class_names).index(asked)
-    negative = [_is_negative(name) for name in class_names]
+                "there is no such class to be the positive one", code="unknown-class", expected=", ".join(class_names),
+                found=name, where="--positive", fix=f"--positive {shlex.quote(plain[near[0]]) if near else 'CLASS'}",
+            )  # fmt: skip
+        return list(class_names).index(name)
+    negative = [_is_negative(each) for each in class_names]
     return negative.index(False) if len(class_names) == 2 and sum(negative) == 1 else min(1, len(class_names) - 1)
 
 
@@ -148,10 +130,8 @@ def _is_negative(name: str) -> bool:
 def find_metric(name: str | Metric, n_classes: int) -> Metric:
     """The metric of a name, for so many classes: ``auc`` of more than two is ``macro_auc``, and the reverse.
 
-    A `Metric` is given back as it is.
-
-    Besides the keys of `METRICS`, ``sensitivity_at_95_specificity`` and ``specificity_at_90_sensitivity`` take any
-    number of percent.
+    A `Metric` is returned as it is. In addition to the names that are registered,
+    ``sensitivity_at_95_specificity`` and ``specificity_at_90_sensitivity`` take any number of percent.
     """
     if isinstance(name, Metric):
         return name
@@ -165,22 +145,30 @@ def find_metric(name: str | Metric, n_classes: int) -> Metric:
             metric = replace(metric, high=1.0)
     elif at and at[1] != at[3]:
         metric = _at(at[1], float(at[2]))
+    elif name in metrics:
+        metric = metrics.get(name)
     else:
-        near = difflib.get_close_matches(key, METRICS, n=1)
+        near = difflib.get_close_matches(key, metrics, n=1)
         raise UsageError(
-            "there is no such metric",
-            expected=", ".join(METRICS),
-            found=name,
-            where="--metric",
+            "there is no such metric", code="unknown-metric", expected=", ".join(metrics), found=name, where="--metric",
             fix=f"--metric {near[0]}" if near else None,
-        )
+        )  # fmt: skip
     if metric.binary and n_classes != 2:
         raise ProtocolError(
-            f"the metric {metric.key} is for two classes",
-            found=f"{n_classes} classes",
+            f"the metric {metric.key} is for two classes", code="metric-for-two-classes", found=f"{n_classes} classes",
             fix="--metric " + ("balanced_accuracy" if metric.key != "auc" else "macro_auc"),
-        )
+        )  # fmt: skip
     return metric
+
+
+def choose_metric(name: str, n_classes: int) -> Metric:
+    """The metric that the user names: as `find_metric`, or ``module:name``, which is registered under its key."""
+    if ":" in name and name not in metrics:
+        metric = metrics.get(name)
+        if metric.key not in metrics:
+            metrics.register(metric.key)(metric)
+        name = metric.key
+    return find_metric(name, n_classes)
 
 
 def score(metric: str | Metric, y: ArrayLike, logits: ArrayLike, positive: int = 1) -> float:
@@ -192,6 +180,7 @@ def score(metric: str | Metric, y: ArrayLike, logits: ArrayLike, positive: int =
     if not np.isfinite(z).all():
         raise ProtocolError(
             "a score needs predictions that are numbers",
+            code="predictions-not-finite",
             found=f"{int((~np.isfinite(z)).any(-1).sum()):,} rows without",
         )
     labels = _two_classes(y)
@@ -224,7 +213,9 @@ def _two_classes(y: ArrayLike) -> IntArray:
     labels = np.asarray(y, dtype=np.int64)
     if len(np.unique(labels)) < 2:
         raise ProtocolError(
-            "a score needs images of two classes", found=f"{len(labels)} images of {len(np.unique(labels))} class"
+            "a score needs images of two classes",
+            code="one-class",
+            found=f"{len(labels)} images of {len(np.unique(labels))} class",
         )
     return labels
 
@@ -282,28 +273,22 @@ def _ratio(above: FloatArray, below: FloatArray) -> FloatArray:
     return np.asarray(np.divide(above, below, out=empty, where=below > 0))
 
 
-def _one_vs_rest(
-    of_side: Callable[[BoolArray, FloatArray], Weighted],
-) -> Callable[[IntArray, FloatArray, int], Weighted]:
+def _mean_of_known(values: FloatArray, axis: int) -> FloatArray:
+    """Mean over an axis of those values that are defined."""
+    there = np.isfinite(values)
+    return _ratio(np.where(there, values, 0.0).sum(axis), there.sum(axis).astype(np.float64))
+
+
+def _one_vs_rest(of_side: Callable[[BoolArray, FloatArray], Weighted]) -> Form:
     """Of the positive class of two; of more the mean over the classes that occur, in each resample."""
 
     def form(y: IntArray, z: FloatArray, positive: int) -> Weighted:
         odds = log_odds(z)
         classes = [positive] if z.shape[1] == 2 else np.unique(y)
-        return _mean_over([of_side(y == c, odds[:, c]) for c in classes])
+        parts = [of_side(y == c, odds[:, c]) for c in classes]
+        return lambda weights: _mean_of_known(np.stack([part(weights) for part in parts]), 0)
 
     return form
-
-
-def _mean_over(parts: Sequence[Weighted]) -> Weighted:
-    """The mean of those parts that have a value."""
-
-    def mean(weights: FloatArray) -> FloatArray:
-        values = np.stack([part(weights) for part in parts])
-        there = np.isfinite(values)
-        return _ratio(np.where(there, values, 0.0).sum(0), there.sum(0).astype(np.float64))
-
-    return mean
 
 
 def above_thresholds(positive: BoolArray, scores: FloatArray) -> Callable[[FloatArray], tuple[FloatArray, FloatArray]]:
@@ -375,12 +360,9 @@ def _at(what: str, percent: float) -> Metric:
 
     other = "specificity" if what == "sensitivity" else "sensitivity"
     return Metric(
-        f"{what}_at_{percent:g}_{other}",
-        f"{what} at {percent:g} % {other}",
-        _one_vs_rest(lambda positive, scores: _curve(positive, scores, read)),
-        per_class=True,
-        asymmetric=True,
-    )
+        f"{what}_at_{percent:g}_{other}", f"{what} at {percent:g} % {other}",
+        _one_vs_rest(lambda positive, scores: _curve(positive, scores, read)), per_class=True, asymmetric=True,
+    )  # fmt: skip
 
 
 def _confusion(y: IntArray, z: FloatArray) -> Weighted:
@@ -395,7 +377,7 @@ def confusion(labels: IntArray, logits: FloatArray) -> IntArray:
     return np.asarray(_confusion(labels, logits)(np.ones((1, len(labels))))[0].astype(np.int64))
 
 
-def _of_confusion(read: Callable[[FloatArray, int], FloatArray]) -> Callable[[IntArray, FloatArray, int], Weighted]:
+def _of_confusion(read: Callable[[FloatArray, int], FloatArray]) -> Form:
     def form(y: IntArray, z: FloatArray, positive: int) -> Weighted:
         tables = _confusion(y, z)
         return lambda w: read(tables(w), positive)
@@ -416,14 +398,11 @@ def _f1(table: FloatArray, positive: int) -> FloatArray:
     hits = np.diagonal(table, axis1=1, axis2=2)
     true, called = table.sum(2), table.sum(1)
     each = np.where(true > 0, _ratio(2 * hits, true + called), np.nan)  # (B, C), of the classes that occur
-    if table.shape[1] == 2:
-        return np.asarray(each[:, positive])
-    return _ratio(np.nan_to_num(each).sum(1), np.isfinite(each).sum(1).astype(np.float64))
+    return np.asarray(each[:, positive]) if table.shape[1] == 2 else _mean_of_known(each, 1)
 
 
 def _recalls(table: FloatArray, positive: int) -> FloatArray:
-    each = _ratio(np.diagonal(table, axis1=1, axis2=2), table.sum(2))
-    return _ratio(np.nan_to_num(each).sum(1), np.isfinite(each).sum(1).astype(np.float64))
+    return _mean_of_known(_ratio(np.diagonal(table, axis1=1, axis2=2), table.sum(2)), 1)
 
 
 def _mcc(table: FloatArray, positive: int) -> FloatArray:
@@ -434,9 +413,7 @@ def _mcc(table: FloatArray, positive: int) -> FloatArray:
     return np.asarray(np.divide(covariance, spread, out=np.zeros_like(covariance), where=spread > 1e-9 * n**2))
 
 
-def _mean_of(
-    each: Callable[[IntArray, FloatArray, int], FloatArray],
-) -> Callable[[IntArray, FloatArray, int], Weighted]:
+def _mean_of(each: Callable[[IntArray, FloatArray, int], FloatArray]) -> Form:
     def form(y: IntArray, z: FloatArray, positive: int) -> Weighted:
         values = each(y, z, positive)
         return lambda w: _ratio(w @ values, w.sum(1))
@@ -456,9 +433,7 @@ def _log_loss(y: IntArray, z: FloatArray, positive: int) -> FloatArray:
     return np.asarray(-log_probabilities(z)[np.arange(len(y)), y])
 
 
-def _proportion(
-    key: str, title: str, ratio: Callable[[IntArray, FloatArray, int], tuple[BoolArray, BoolArray]], **traits: bool
-) -> Metric:
+def _proportion(key: str, title: str, ratio: Ratio, **traits: bool) -> Metric:
     def form(y: IntArray, z: FloatArray, positive: int) -> Weighted:
         numerator, denominator = ratio(y, z, positive)
         return lambda w: _ratio(w @ (numerator & denominator).astype(np.float64), w @ denominator.astype(np.float64))
@@ -493,12 +468,15 @@ METRICS: Mapping[str, Metric] = {
         _at("specificity", 95),
     )
 }  # fmt: skip
-"""Every metric by its key. A new metric is one row."""
+"""Every metric of this package by its key. A new metric is one row."""
+
+metrics: Registry[Metric] = Registry("metric", METRICS)
+"""These and those that other packages register; another metric is one `Metric`."""
 
 
 def metric_title(name: str, positive: str = "") -> str:
     """A metric as tables print it: with the class that an asymmetric one is of, and where a threshold comes from."""
-    title = METRICS[name].title if name in METRICS else re.sub(r"_(\d[\d.]*)_", r" \1 % ", name).replace("_", " ")
+    title = metrics.get(name).title if name in metrics else re.sub(r"_(\d[\d.]*)_", r" \1 % ", name).replace("_", " ")
     read_off = ", threshold read off the test set" if "_at_" in name else ""
     return title + (f" of {positive}" if positive else "") + read_off
 
@@ -507,4 +485,4 @@ def merit(name: str, value: float | None) -> float:
     """A score as a choice between models ranks it: higher is better, a loss negated; −inf for none."""
     if value is None:
         return -np.inf
-    return -value if name in METRICS and METRICS[name].loss else value
+    return -value if name in metrics and metrics.get(name).loss else value

@@ -46,11 +46,9 @@ def parse_prevalence(text: str | None) -> float | dict[str, float] | None:
     except ValueError as error:
         raise UsageError(
             "not a prevalence",
-            expected="a number between 0 and 1, or CLASS=NUMBER for each class",
-            found=repr(text),
-            where="--prevalence",
-            fix="--prevalence 0.1",
-        ) from error
+            code="prevalence", expected="a number between 0 and 1, or CLASS=NUMBER for each class", found=repr(text),
+            where="--prevalence", fix="--prevalence 0.1",
+        ) from error  # fmt: skip
 
 
 def prevalence_vector(prevalence: float | Mapping[str, float], class_names: Sequence[str], positive: int) -> FloatArray:
@@ -63,20 +61,17 @@ def prevalence_vector(prevalence: float | Mapping[str, float], class_names: Sequ
     else:
         raise UsageError(
             f"one number is the prevalence of the positive class of two, and there are {len(names)} classes",
-            expected="CLASS=NUMBER for each class",
-            found=f"{prevalence:g}",
-            where="--prevalence",
+            code="prevalence",
+            expected="CLASS=NUMBER for each class", found=f"{prevalence:g}", where="--prevalence",
             fix=f"--prevalence {shlex.quote(example)}",
-        )
+        )  # fmt: skip
     values = [given.get(name, math.nan) for name in names]
     if set(given) != set(names) or not all(0 < value < 1 for value in values) or abs(sum(values) - 1) > 1e-3:
         raise UsageError(
-            "not a prevalence of these classes",
-            expected="a number above 0 and below 1 for each of " + ", ".join(names) + ", together 1",
-            found=found,
-            where="--prevalence",
-            fix="--prevalence 0.1" if len(names) == 2 else f"--prevalence {shlex.quote(example)}",
-        )
+            "not a prevalence of these classes", code="prevalence",
+            expected="a number above 0 and below 1 for each of " + ", ".join(names) + ", together 1", found=found,
+            where="--prevalence", fix="--prevalence 0.1" if len(names) == 2 else f"--prevalence {shlex.quote(example)}",
+        )  # fmt: skip
     return np.array(values) / sum(values)
 
 
@@ -104,10 +99,7 @@ def evidence(logits: NDArray[Any], seen: Sequence[float]) -> FloatArray:
 
 
 def adjustments(
-    seen: Sequence[Sequence[float]],
-    validation: Sequence[Predictions],
-    prevalence: FloatArray | None,
-    calibrate: bool,
+    seen: Sequence[Sequence[float]], validation: Sequence[Predictions], prevalence: FloatArray | None, calibrate: bool
 ) -> list[Adjustment]:
     """For each model the prior correction, and a temperature where one is asked for.
 
@@ -118,11 +110,11 @@ def adjustments(
         counts = np.bincount(np.concatenate([v.labels for v in validation]), minlength=len(names))
         if not counts.all():
             raise ProtocolError(
-                "validation images do not tell how frequent each class is",
-                expected="images of each class",
+                "validation images do not show how frequent each class is",
+                code="class-missing", expected="images of each class",
                 found="none of " + ", ".join(name for name, n in zip(names, counts, strict=True) if not n),
                 fix="--prevalence with a number for each class",
-            )
+            )  # fmt: skip
         prevalence = counts / counts.sum()
     prior = tuple(prevalence.tolist())
     if not calibrate:
@@ -138,7 +130,7 @@ def fit_temperature(labels: IntArray, logits: FloatArray, prevalence: FloatArray
 
     Rows are weighted so that classes are as frequent as ``prevalence`` says. Half the squared log of the temperature is
     added to the summed loss (a normal prior with sd 1), which is nothing beside hundreds of rows: a few rows that are
-    told apart without an error do not make a model infinitely sure.
+    separated without an error do not make a model infinitely sure.
 
     Shapes: labels (m,); logits (m, C); prevalence (C,).
     """

@@ -1,172 +1,293 @@
-"""A probe that is asked for, nothing computed yet: its stores, its splits, and the request that a result hashes."""
+"""What a probe will do, written down before it does it: stores, splits and one cell for each result."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from embcache.data.classes import retarget
+from embcache.config import ProbeConfig
 from embcache.data.dataset import ImageDataset
 from embcache.data.draws import IntArray
-from embcache.errors import UsageError
-from embcache.probe.heads import Head, hyperparameters
-from embcache.probe.inputs import digest_images, digest_shards, open_stores, plan_for
-from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_class
-from embcache.probe.options import ProbeOptions
+from embcache.errors import StoreError, UsageError
+from embcache.memory import is_shortage
+from embcache.paths import PathLike
+from embcache.probe.feature_rows import FeatureRows, Resident
+from embcache.probe.heads import find_head, identify, name_of
+from embcache.probe.inputs import (
+    digest_images,
+    digest_shards,
+    find_splits,
+    load_features,
+    open_stores,
+    plan_for,
+    stream_features,
+)
+from embcache.probe.metrics import Metric, asymmetry, choose_metric, positive_class
 from embcache.probe.protocol import subset_sizes
-from embcache.probe.solve import is_solved
-from embcache.probe.splits import Splits, name_everything
-from embcache.probe.summary import request_notes, training_notes, with_positive
-from embcache.runs.folders import PROTOCOL_VERSION, ProbeResult, as_asked, find_run, run_id
+from embcache.probe.schedule import Schedule
+from embcache.probe.splits import name_everything
+from embcache.probe.stack import ClosedFormHead, Head
+from embcache.probe.summary import RunCell, request_notes, training_notes, with_positive
+from embcache.runs.folders import PROTOCOL_VERSION, ProbeResult, as_asked, find_run
 from embcache.store.feature_store import FeatureStore
+
+_SMALL = 5_000_000
+"""Parameters of one subset's heads up to which several subsets train as one stack."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Cells that train as one stack; their features are read together with those of ``shared``."""
+
+    cells: tuple[RunCell, ...]
+    shared: tuple[RunCell, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """Sets of backbones × subsets on one dataset."""
+class ProbePlan:
+    """Sets of backbones × subsets on one dataset; nothing is computed yet."""
 
-    ds: ImageDataset  # with the target column as its labels where one is asked for
-    sets: Sequence[Sequence[str]]  # each gives one result per subset
-    subsets: tuple[str, ...]  # canonical names, each once
-    order: tuple[str, ...]  # the canonical name of each subset that was asked for
+    dataset: ImageDataset
+    head: Head
+    config: ProbeConfig
     stores: Mapping[str, FeatureStore]
-    plans: tuple[Splits, ...]  # one a repeat; all have the same test set
-    options: ProbeOptions
-    source: str  # where labels came from
+    metric: Metric  # scores, and chooses epochs on validation
+    cells: tuple[RunCell, ...]  # one per result, in the order asked for; equal ones are the same object
+    home: PathLike | None
+
+    @cached_property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The optimization at every learning rate."""
+        return tuple(Schedule(lr=rate) for rate in self.config.lr) or (Schedule(),)
 
     @property
-    def metric(self) -> Metric:
-        """What scores, and chooses epochs on validation: the one asked for, else the dataset's own."""
-        return find_metric(self.options.metric or self.ds.metric, len(self.ds.class_names))
+    def scored_by(self) -> Metric:
+        """The metric with the positive class fixed, by which training chooses."""
+        return self.metric.of(positive_class(self.dataset.class_names, self.config.positive))
 
     @property
-    def positive(self) -> int:
-        """The positive class."""
-        return positive_class(self.ds.class_names, self.options.positive)
-
-    @property
-    def n_models(self) -> int:
+    def models_per_cell(self) -> int:
         """Heads that one result trains: repeats × folds × learning rates."""
-        return len(self.plans) * self.plans[0].n_folds * len(self.options.schedules)
+        splits = self.cells[0].splits
+        return len(splits) * splits[0].n_folds * len(self.schedules)
 
-    def used(self, *subsets: str) -> IntArray:
-        """Rows of the dataset that train, validate or test in any repeat, ascending."""
-        return np.unique(np.concatenate([plan.used(subset) for plan in self.plans for subset in subsets]))
-
-    def request(self, backbones: Sequence[str], subset: str) -> dict[str, Any]:
-        """Everything that one result depends on, as JSON data; what is not asked for is not in it."""
-        o, plan = self.options, self.plans[0]
-        stores = {backbone: self.stores[backbone] for backbone in backbones}
-        used = plan.ids[self.used(subset)]
-        digests = [p.digest(subset) for p in self.plans]
-        request = {
-            "kind": "probe",
-            "protocol": PROTOCOL_VERSION,
-            "dataset": self.ds.name,
-            "metric": self.metric.key,
-            "splits": digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest(),
-            "images": digest_images(stores, used),
-            "recipes": [[backbone, store.recipe.fingerprint] for backbone, store in stores.items()],
-            "head": {"name": o.model.name, **hyperparameters(o.model)},
-            "schedule": {} if is_solved(o.model) else asdict(o.schedules[0]),
-            "subset": subset,
-            "folds": plan.n_folds,
-            "val": plan.val_mode,
-            "test": plan.test_set,
-            "seed": o.seed,
-            **({"repeats": o.repeats} if o.repeats > 1 else {}),
-            **({"lrs": [schedule.lr for schedule in o.schedules]} if len(o.schedules) > 1 else {}),
-            **({"views": o.n_views} if o.n_views > 1 else {}),
-            **({"target": self.ds.target} if self.ds.target else {}),
-            **({"classes": dict(self.ds.renamed)} if self.ds.renamed else {}),
-            **asymmetry(self.metric, self.ds.class_names, o.positive),
-            **({"exclude_test_overlap": True} if o.exclude_test_overlap else {}),
-            **self._streamed(stores, used),
-        }
-        return json.loads(json.dumps(request))  # type: ignore[no-any-return]  # as it reads back: lists, no tuples
-
-    def _streamed(self, stores: Mapping[str, FeatureStore], used: NDArray[np.object_]) -> dict[str, Any]:
-        """What a request holds of how features are streamed: nothing where they are not."""
-        rows = self.options.buffer
-        if rows is None:
-            return {}
-        return {"buffer_rows": rows, "shards": digest_shards(stores, self.ds, used, self.options.n_views)}
-
-    def saved(self, request: Mapping[str, Any]) -> ProbeResult | None:
-        """The saved result of a request, with the source and the notes of this one; None where there is none."""
-        found = find_run(run_id(request), self.ds.name, self.options.home)
+    def saved(self, cell: RunCell) -> ProbeResult | None:
+        """The saved result of a cell with the source and the notes of this plan; None where there is none."""
+        found = find_run(cell.id, self.dataset.name, self.home)
         if found is None:
             return None
-        found = with_positive(found, self.options.positive, self.options.home)
-        notes = [
-            *request_notes(self.ds, self.plans, found.subset, found.head),
-            *self.options.notes(),
-            *training_notes(found),
-        ]
-        return as_asked(found, self.source, notes)
+        found = with_positive(found, self.config.positive, self.home)
+        return as_asked(found, cell.source, [*cell.notes, *training_notes(found)])
+
+    def batches(self, done: Mapping[str, object]) -> Iterator[Batch]:
+        """Cells whose id is not among ``done``, in groups that train as one stack.
+
+        Large heads have nothing to gain from one another, and much to lose if hours of training are interrupted.
+        """
+        missing: dict[tuple[str, ...], dict[str, RunCell]] = {}
+        for cell in self.cells:
+            if cell.id not in done:
+                missing.setdefault(cell.backbones, {})[cell.id] = cell
+        for backbones, cells in missing.items():
+            dims = {backbone: self.stores[backbone].row_shape[-1] for backbone in backbones}
+            size = self.head.count_parameters(dims, len(self.dataset.class_names)) * self.models_per_cell
+            together = tuple(cells.values())
+            if isinstance(self.head, ClosedFormHead) or size > _SMALL:
+                yield from (Batch((cell,), together) for cell in together)
+            else:
+                yield Batch(together, together)
 
 
-def ask(
-    ds: ImageDataset,
+@dataclass(eq=False)
+class FeatureReader:
+    """Reads the features of batches and keeps those in memory that the next batch needs too."""
+
+    plan: ProbePlan
+    rows: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))  # of the dataset, ascending
+    x: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def read(self, batch: Batch) -> FeatureRows:
+        """Features of all ``rows`` that the batch needs."""
+        config, ds, backbones = self.plan.config, self.plan.dataset, batch.cells[0].backbones
+        streams = config.buffer is not None
+        rows = np.unique(np.concatenate([cell.rows for cell in (batch.cells if streams else batch.shared)]))
+        same = np.array_equal(rows, self.rows)
+        # First let go of what is not needed: it would lie beside what is read.
+        self.x = {b: x for b, x in self.x.items() if b in backbones and same and not streams}
+        self.rows = rows
+        ids = batch.cells[0].splits[0].ids[rows]
+        if streams:
+            return stream_features({b: self.plan.stores[b] for b in backbones}, ds, ids, config)
+        for backbone in backbones:
+            store = self.plan.stores[backbone]
+            if backbone in self.x:
+                continue
+            try:
+                self.x[backbone] = load_features(store, ds, ids, config.views, keep_half=True).to(config.device)
+            except (MemoryError, RuntimeError) as error:
+                if not is_shortage(error):
+                    raise
+                closed = isinstance(self.plan.head, ClosedFormHead)
+                raise StoreError(
+                    f"the features of {len(rows):,} images do not fit into memory", code="out-of-memory",
+                    found=str(error).splitlines()[0] if str(error) else None, where=store.path,
+                    fix="a smaller --subset" + ("" if closed else ", or stream them: --buffer 10000"),
+                ) from error  # fmt: skip
+        return Resident({backbone: self.x[backbone] for backbone in backbones})
+
+
+def plan_probe(
+    dataset: ImageDataset,
     sets: Sequence[Sequence[str]],
     subsets: Sequence[str | int],
-    options: ProbeOptions,
-    source: str | None = None,
-) -> Asked:
-    """Open the stores and draw the splits of a request."""
-    if options.target is not None:
-        ds = retarget(ds, options.target)
-    names = [name for asked in subsets for name in subset_sizes(ds, [asked])]
-    subset_sizes(ds, names)  # one at least
-    check_device(options.device)
-    sets = [_checked_set(options.model, asked) for asked in sets]
-    stores = open_stores(ds, sets, options.home, options.recipe, options.n_views)
+    config: ProbeConfig,
+    *,
+    home: PathLike | None = None,
+    head: object = None,
+) -> ProbePlan:
+    """Open the stores, draw the splits and write down one cell per set of backbones and subset.
+
+    ``head``, a `Head` or a scikit-learn classifier, takes the place of ``config.head``.
+    """
+    given = config.head if head is None else head
+    model = find_head(given, config.hyperparameters)
+    names = [name for subset in subsets for name in subset_sizes(dataset, [subset])]
+    subset_sizes(dataset, names)  # one at least
+    config = _settled(config, model, dataset, home)
+    metric = choose_metric(config.metric or dataset.metric, len(dataset.class_names))
+    sets = [_checked_set(model, backbones) for backbones in sets]
+    stores = open_stores(dataset, sets, home, config.recipe, config.views)
     drawn = [
-        plan_for(
-            ds,
-            list(stores.values()),
-            subsets=subsets,
-            folds=options.folds,
-            seed=options.seed + repeat,
-            val=options.val,
-            test=options.test,
-            splits=options.splits,
-            exclude_test_overlap=options.exclude_test_overlap,
-        )
-        for repeat in range(options.repeats)
+        plan_for(dataset, list(stores.values()), subsets=subsets, config=replace(config, seed=config.seed + repeat))
+        for repeat in range(config.repeats)
     ]
-    plans = name_everything(drawn)
-    order = tuple(map(plans[0].name_of, names))
-    source = source or ("live" if ds.root is not None and ds.root.exists() else "snapshot")
-    return Asked(ds, sets, tuple(dict.fromkeys(order)), order, stores, plans, options, source)
+    splits = name_everything(drawn)
+    described = identify(model)
+    if isinstance(given, str) and ":" not in given and described is not None:
+        described["name"] = given
+    notes = _notes(config, model)
+    if described is None:
+        described = {"name": name_of(model), "once": uuid.uuid4().hex}
+        notes.append("the head has no importable name with JSON parameters: this run cannot be reused or rebuilt")
+    if not model.keeps_models:
+        notes.append("the heads are scikit-learn estimators: the run keeps their predictions, but no models")
+    common = {
+        "kind": "probe",
+        "protocol": PROTOCOL_VERSION,
+        "dataset": dataset.name,
+        "head": described,
+        "metric": metric.key,
+        **asymmetry(metric, dataset.class_names, config.positive),
+        **({"target": dataset.target} if dataset.target else {}),
+        **({"classes": dict(dataset.renamed)} if dataset.renamed else {}),
+        **config.result_options(),
+        "test": splits[0].test_set,
+        "val": splits[0].val_mode,
+        "folds": splits[0].n_folds,
+    }
+    source = "live" if dataset.root is not None and dataset.root.exists() else "snapshot"
+    cells: dict[tuple[tuple[str, ...], str], RunCell] = {}
+    order = [(tuple(backbones), splits[0].name_of(name)) for backbones in sets for name in names]
+    for backbones, subset in order:
+        if (backbones, subset) in cells:
+            continue
+        own = {backbone: stores[backbone] for backbone in backbones}
+        cell = RunCell(
+            dataset=dataset, splits=splits, subset=subset, backbones=backbones, head=model, request={}, source=source,
+            recipes={backbone: store.recipe.to_json() for backbone, store in own.items()}, positive=config.positive,
+            notes=(*request_notes(dataset, splits, subset, model), *notes),
+        )  # fmt: skip
+        used, digests = splits[0].ids[cell.rows], [p.digest(subset) for p in splits]
+        request = {
+            **common,
+            "subset": subset,
+            "splits": digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+            "images": digest_images(own, used),
+            "recipes": [[backbone, store.recipe.fingerprint] for backbone, store in own.items()],
+            **({} if config.buffer is None else {"shards": digest_shards(own, dataset, used, config.views)}),
+        }
+        # As it reads back: lists, no tuples.
+        cells[backbones, subset] = replace(cell, request=json.loads(json.dumps(request)))
+    return ProbePlan(dataset, model, config, stores, metric, tuple(cells[key] for key in order), home)
+
+
+def _settled(config: ProbeConfig, head: Head, dataset: ImageDataset, home: PathLike | None) -> ProbeConfig:
+    """The config with each computation written in one way; refuses what the head does not take."""
+    _check_device(config.device)
+    if config.splits is not None:
+        config = replace(config, splits=str(find_splits(config.splits, dataset, home)))
+    rates = tuple(dict.fromkeys(config.lr))
+    if isinstance(head, ClosedFormHead):
+        _refuse_training_options(config)
+    return replace(config, lr=() if rates == (Schedule.lr,) else rates)
+
+
+def _refuse_training_options(config: ProbeConfig) -> None:
+    if config.buffer is not None:
+        raise UsageError(
+            f"head {config.head!r} is solved on all features at once: they cannot be streamed", code="head-not-trained",
+            found=f"--buffer {config.buffer}", fix="leave --buffer out, or a head that is trained: --head linear",
+        )  # fmt: skip
+    if config.lr:
+        raise UsageError(
+            f"head {config.head!r} is solved, not trained: it has no learning rate", code="head-not-trained",
+            found=f"--lr {config.lr[0]:g}", fix="leave --lr out",
+        )  # fmt: skip
+    if config.repeats > 1 and config.splits:
+        raise UsageError(
+            "repeats of a closed-form head on the folds of a splits file are copies of each other",
+            code="repeats-are-copies", expected="folds drawn anew for each repeat, or a head that is trained",
+            found=f"--head {config.head} --repeats {config.repeats} --splits {config.splits}",
+            fix="leave --repeats or --splits out",
+        )  # fmt: skip
+
+
+def _notes(config: ProbeConfig, head: Head) -> list[str]:
+    """What a reader must know of how the options differ from the protocol."""
+    notes = []
+    if len(config.lr) > 1:
+        rates = ", ".join(f"{rate:g}" for rate in config.lr)
+        notes.append(f"learning rate chosen on validation, fold by fold, among {rates}")
+    if config.repeats > 1:
+        drawn = "other folds, subsets and random streams"
+        drawn = "other random streams on the folds of the splits file" if config.splits else drawn
+        notes.append(f"{config.repeats} repeats with {drawn}, on one test set")
+    if config.views > 1 and isinstance(head, ClosedFormHead):
+        notes.append(f"{head.name} is solved on the plain images: it takes no views")
+    elif config.views > 1:
+        notes.append(f"training draws one of {config.views} views of each image each epoch; others see it plain")
+    if config.buffer is not None:
+        shuffled = f"shuffled by shards, then within some {config.buffer:,} rows"
+        notes.append(f"features were streamed: an epoch's order is {shuffled}")
+    return notes
 
 
 def _checked_set(head: Head, names: Sequence[str]) -> Sequence[str]:
     if not names:
-        raise UsageError("no backbone was named", fix="--backbone NAME")
+        raise UsageError("no backbone was named", code="no-backbone", fix="--backbone NAME")
     if len(set(names)) < len(names):
-        raise UsageError("a backbone is named twice", found=", ".join(names))
+        raise UsageError("a backbone is named twice", code="repeated-backbone", found=", ".join(names))
     if not head.fuses and len(names) != 1:
         raise UsageError(
-            f"head {head.name!r} takes one backbone at a time",
-            found=", ".join(names),
+            f"head {head.name!r} takes one backbone at a time", code="head-takes-one-backbone", found=", ".join(names),
             fix=f"backbones=[{names[0]!r}], or a head that fuses: dvme",
-        )
+        )  # fmt: skip
     return names
 
 
-def check_device(device: str) -> None:
+def _check_device(device: str) -> None:
     """Raise a `UsageError` unless torch can compute there."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            "the device cannot be used", found=f"{device}: {str(error).splitlines()[0]}", fix="--device cpu"
-        ) from error
+            "the device cannot be used", code="device-not-usable", found=f"{device}: {str(error).splitlines()[0]}",
+            fix="--device cpu",
+        ) from error  # fmt: skip

@@ -2,7 +2,7 @@
 
 The order of decisions::
 
-    labelled, readable rows ─► test set (official, or a local fifth) ─► pool (patchcam: 50,000 drawn) ─► folds of groups
+    labeled, readable rows ─► test set (official, or a local fifth) ─► pool (patchcam: 50,000 drawn) ─► folds of groups
     fold f: training rows drawn from the other folds, balanced and nested; validation is fold f
 
 Every random choice is an order by hash (`embcache.data.draws`), so that a seed means the same images on any machine
@@ -14,18 +14,18 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from embcache.config import ProtocolConfig, unknown_subset
 from embcache.data.classes import class_flags
 from embcache.data.draws import IntArray, hash_order, stratified_group_folds, water_fill
 from embcache.data.groups import merge_groups, overlap_notes
 from embcache.errors import ProtocolError, UsageError
 from embcache.probe.splits import Key, Splits, StrArray, absent_note
-from embcache.probe.usage import check_options, unknown_subset
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
@@ -42,7 +42,7 @@ class Sides:
     """The rows of a dataset that may train, those that validate in every fold, and those that test."""
 
     ids: StrArray
-    labels: IntArray  # (N,); -1 where unlabelled
+    labels: IntArray  # (N,); -1 where unlabeled
     groups: StrArray
     pool: IntArray
     own_val: IntArray
@@ -55,28 +55,27 @@ def plan_splits(
     ds: ImageDataset,
     *,
     subsets: Sequence[str | int] = ("S", "M", "F"),
-    folds: int = 5,
-    seed: int = 0,
-    val: str = "full",
-    test: str = "local",
+    config: ProtocolConfig | None = None,
     digests: Mapping[str, str] | None = None,
     unreadable: Collection[str] = (),
-    exclude_test_overlap: bool = False,
+    **options: Any,
 ) -> Splits:
-    """Draw test set, folds and subsets of a dataset."""
-    check_options(val=val, test=test, folds=folds)
+    """Draw test set, folds and subsets of a dataset; ``options`` are fields of `ProtocolConfig`."""
+    config = ProtocolConfig.make(config, options)
+    folds, seed, matched = config.folds, config.seed, config.val == "matched"
     sizes = subset_sizes(ds, subsets)
-    numbers = {str(asked).strip() for asked in subsets}  # what was asked for as a number must be there
+    numbers = {str(subset).strip() for subset in subsets}  # a subset given as a number must be there
     everything = set(sizes)
     sides = divide(
-        ds, seed=seed, test=test, digests=digests, unreadable=unreadable, exclude_test_overlap=exclude_test_overlap
-    )
+        ds, seed=seed, test=config.test, digests=digests, unreadable=unreadable,
+        exclude_test_overlap=config.exclude_test_overlap,
+    )  # fmt: skip
     ids, labels, groups, notes = sides.ids, sides.labels, sides.groups, list(sides.notes)
     pool, own_val, test_rows = sides.pool, sides.own_val, sides.test
     n_classes = len(ds.class_names)
     if len(own_val):
         notes.append(f"validation is the dataset's own val split ({len(own_val)} images) in every fold")
-    _check_classes(ds, labels, groups, pool, own_val, test_rows if sides.test_set == "local" else own_val[:0], folds)
+    _check_classes(ds, sides, folds)
     fold_of = stratified_group_folds(labels[pool], groups[pool].tolist(), folds, seed, "folds")
     train: dict[Key, IntArray] = {}
     validate: dict[Key, IntArray] = {}
@@ -95,9 +94,9 @@ def plan_splits(
             if len(rows) < sum(map(len, drawn)):
                 everything.discard(subset)
             validate[fold, subset] = np.sort(holdout)
-            if val == "matched":
+            if matched:
                 validate[fold, subset] = np.sort(_matched(held, len(rows), f"fold {fold}, subset {subset}", ds))
-            if val == "matched" and len(holdout) < len(rows):
+            if matched and len(holdout) < len(rows):
                 notes.append(f"subset {subset}, fold {fold}: only {len(holdout)} images to validate, {len(rows)} train")
     for fold in range(folds):
         where = "the val split" if len(own_val) else f"validation of fold {fold}"
@@ -105,22 +104,10 @@ def plan_splits(
     if (labels[test_rows] >= 0).any():
         notes += absent_note(ds.class_names, labels[test_rows], "the test set")
     return Splits(
-        dataset=ds.name,
-        class_names=tuple(ds.class_names),
-        ids=ids,
-        labels=labels,
-        groups=groups,
-        test=test_rows,
-        test_set=sides.test_set,
-        train=train,
-        val=validate,
-        subsets=tuple(sizes),
-        n_folds=folds,
-        seed=seed,
-        val_mode=val,
-        notes=tuple(dict.fromkeys(notes)),
-        everything=frozenset(everything),
-    ).check()
+        dataset=ds.name, class_names=tuple(ds.class_names), ids=ids, labels=labels, groups=groups, test=test_rows,
+        test_set=sides.test_set, train=train, val=validate, subsets=tuple(sizes), n_folds=folds, seed=seed,
+        val_mode=config.val, notes=tuple(dict.fromkeys(notes)), everything=frozenset(everything),
+    ).check()  # fmt: skip
 
 
 def divide(
@@ -132,16 +119,13 @@ def divide(
     unreadable: Collection[str] = (),
     exclude_test_overlap: bool = False,
 ) -> Sides:
-    """Divide a dataset into pool and test set. Needs no folds, so any number of images of a class will do.
-
-    Parameters as of `plan_splits`.
-    """
+    """Divide a dataset into pool and test set. Needs no folds, so any number of images of a class will do."""
     table = ds.table
     ids = table["id"].to_numpy(dtype=object)
     labels = table["label"].to_numpy(dtype=np.int64)
     given = table["split"].to_numpy(dtype=object)
     groups = merged_groups(ds, digests)
-    # the overlap is told below, for the test set that is really used
+    # the overlap is noted below, for the test set that is really used
     notes = [note for note in ds.notes if note not in overlap_notes(table)]
 
     readable = ~np.isin(ids, np.asarray(sorted(unreadable), dtype=object)) if unreadable else np.ones(len(ids), bool)
@@ -154,8 +138,8 @@ def divide(
         notes.append("ungrouped: images of one patient or slide may be on both sides")
     if (labels[official] >= 0).any() or test == "official":
         test_rows, test_set = official, "official"
-        pool, own_val, told = _official_overlap(ds, groups, official, pool, own_val, exclude_test_overlap)
-        notes += told
+        pool, own_val, overlap = _official_overlap(ds, groups, official, pool, own_val, exclude_test_overlap)
+        notes += overlap
     else:
         test_rows, test_set = _local_test(labels, groups, pool, own_val), "local"
         pool = np.setdiff1d(pool, test_rows)
@@ -170,23 +154,23 @@ def divide(
 
 
 def subset_sizes(ds: ImageDataset, subsets: Sequence[str | int]) -> dict[str, int | None]:
-    """Canonical names of the asked subsets with their numbers of training images; None for F, all there are.
+    """Canonical names of subsets with their numbers of training images; None for F, all there are.
 
     A number that S or M is in this dataset is called so: one computation has one name.
     """
     known = {**{str(k).upper(): int(v) for k, v in ds.subset_sizes.items()}, "F": None}
     named = {size: name for name, size in reversed(known.items()) if size is not None}
     sizes: dict[str, int | None] = {}
-    for asked in subsets:
-        name = str(asked).strip().upper()
+    for subset in subsets:
+        name = str(subset).strip().upper()
         if name.isascii() and name.isdigit() and int(name) > 0:
             sizes[named.get(int(name), str(int(name)))] = int(name)
         elif name in known:
             sizes[name] = known[name]
         else:
-            raise unknown_subset(asked, known)
+            raise unknown_subset(subset, known)
     if not sizes:
-        raise UsageError("no subset asked for", fix="--subset S")
+        raise UsageError("no subset was named", code="no-subset", fix="--subset S")
     return sizes
 
 
@@ -204,11 +188,9 @@ def _official_overlap(
     """Pool and own validation rows, without or with the groups of the official test set, and what to say of them."""
     if not len(test):
         raise ProtocolError(
-            f"{ds.name} has no test set of its own",
-            expected="images whose split is 'test'",
-            found="none that can be read",
-            fix="--test local",
-        )
+            f"{ds.name} has no test set of its own", code="no-test-set", expected="images whose split is 'test'",
+            found="none that can be read", fix="--test local",
+        )  # fmt: skip
     rows = np.concatenate([pool, own_val])
     shared = rows[_sharing(groups, rows, test)]
     if not len(shared):
@@ -244,40 +226,28 @@ def _nearest_fifth(labels: IntArray, part: IntArray) -> int:
     return int(distance.argmin())
 
 
-def _check_classes(
-    ds: ImageDataset,
-    labels: IntArray,
-    groups: StrArray,
-    pool: IntArray,
-    own_val: IntArray,
-    held_out: IntArray,
-    folds: int,
-) -> None:
-    """Refuse a pool that some fold could not train or validate every class on; ``held_out`` is a local test set."""
+def _check_classes(ds: ImageDataset, sides: Sides, folds: int) -> None:
+    """Refuse a pool that some fold could not train or validate every class on."""
+    labels, groups, pool, own_val = sides.labels, sides.groups, sides.pool, sides.own_val
+    held_out = sides.test if sides.test_set == "local" else sides.test[:0]
     counts = np.bincount(labels[pool], minlength=len(ds.class_names))
     listing = ", ".join(f"{name}: {count}" for name, count in zip(ds.class_names, counts, strict=True)) or "no classes"
     if (counts > 0).sum() < 2:
         raise ProtocolError(
-            f"{ds.name} has fewer than two classes to tell apart in its pool",
-            expected="labelled, readable training images of two classes or more",
-            found=listing,
-            where=ds.root,
+            f"{ds.name} has fewer than two classes in its pool", code="one-class",
+            expected="labeled, readable training images of two classes or more", found=listing, where=ds.root,
             fix="label more images, or embcache datasets to see what was read",
-        )
+        )  # fmt: skip
     if len(own_val) and len(np.unique(labels[own_val])) < 2:
         raise ProtocolError(
-            f"the val split of {ds.name} holds fewer than two classes",
+            f"the val split of {ds.name} holds fewer than two classes", code="one-class",
             expected="validation images of two classes or more",
-            found=f"{len(own_val)} of {ds.class_names[labels[own_val[0]]]!r}",
-            where=ds.root,
+            found=f"{len(own_val)} of {ds.class_names[labels[own_val[0]]]!r}", where=ds.root,
             fix="put images of the other classes into the val split, or its images into train: folds validate then",
-        )
+        )  # fmt: skip
     # A fold leaves a part of the pool out: the others must have each class, and the part too where it validates.
     needed = 2 if len(own_val) else folds
-    n_pool, n_held = (
-        _groups_of_classes(labels, groups, pool, counts),
-        _groups_of_classes(labels, groups, held_out, counts),
-    )
+    n_pool, n_held = ([len(set(groups[r[labels[r] == c]])) for c in range(len(counts))] for r in (pool, held_out))
     few = [c for c, n in enumerate(n_pool) if n < needed]
     if not few:
         return
@@ -290,6 +260,7 @@ def _check_classes(
         f"class {ds.class_names[first]!r} of {ds.name} has fewer "
         + ("images" if counts[first] < needed else "groups")
         + (" than two to train on: a fold would train without it" if len(own_val) else " than there are folds"),
+        code="class-too-small",
         expected=f"at least {needed} groups (patients, slides …) of every class in the pool",
         found=f"{counts[first]} images in {n_pool[first]} groups"
         + (f" (the local test set holds {n_held[first]} more)" if n_held[first] else "")
@@ -302,11 +273,6 @@ def _check_classes(
             f"more images: {in_all} groups of every class" + (", one for the test set" if len(held_out) else ""),
         ),
     )
-
-
-def _groups_of_classes(labels: IntArray, groups: StrArray, rows: IntArray, counts: IntArray) -> list[int]:
-    """How many groups each class has among some rows."""
-    return [len(set(groups[rows[labels[rows] == c]])) for c in range(len(counts))]
 
 
 def _class_orders(rows: IntArray, labels: IntArray, ids: StrArray, n: int, seed: int, purpose: str) -> list[IntArray]:
@@ -325,18 +291,15 @@ def _draw(orders: Sequence[IntArray], n: int | None, where: str, ds: ImageDatase
     there = sum(map(len, orders))
     if n is not None and n > there:
         raise ProtocolError(
-            f"the subset is larger than the pool of {ds.name}",
-            expected=f"at most {there} training images",
-            found=str(n),
-            where=where,
+            f"the subset is larger than the pool of {ds.name}", code="subset-too-large",
+            expected=f"at most {there} training images", found=str(n), where=where,
             fix="--subset F takes all there are",
-        )
+        )  # fmt: skip
     if n is not None and n < len(ds.class_names):
         raise ProtocolError(
-            f"{n} training images cannot hold the {len(ds.class_names)} classes of {ds.name}",
-            where=where,
-            fix=f"--subset {len(ds.class_names)} or more",
-        )
+            f"{n} training images cannot hold the {len(ds.class_names)} classes of {ds.name}", code="subset-too-small",
+            where=where, fix=f"--subset {len(ds.class_names)} or more",
+        )  # fmt: skip
     return _take(orders, there if n is None else n)
 
 
@@ -345,10 +308,8 @@ def _matched(orders: Sequence[IntArray], n: int, where: str, ds: ImageDataset) -
     if share.min() < 2:
         name = ds.class_names[int(share.argmin())]
         raise ProtocolError(
-            "matched validation would have fewer than two images of a class",
-            expected="two images of every class",
-            found=f"{share.min()} of {name!r} among {share.sum()}",
-            where=where,
+            "matched validation would have fewer than two images of a class", code="matched-too-small",
+            expected="two images of every class", found=f"{share.min()} of {name!r} among {share.sum()}", where=where,
             fix=("--val full", *(["a larger --subset"] if len(orders[int(share.argmin())]) > 1 else [])),
-        )
+        )  # fmt: skip
     return _take(orders, int(share.sum()))

@@ -1,47 +1,38 @@
-"""The optimisation of the paper (Sections 5.2 and B.1) and the choices where it is silent, as plain Python numbers."""
+"""The optimization of the paper (Sections 5.2 and B.1) and the choices where it is silent, as plain Python numbers."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from embcache.errors import UsageError, check_number
+
+if TYPE_CHECKING:
+    from embcache.runs.result import ProbeResult
 
 _MIN_CHANGE = 1e-8  # ReduceLROnPlateau's eps: a learning rate that would change by less stays
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a head is trained. The defaults are the protocol's.
+    """How a head is trained. The defaults are the protocol's."""
 
-    Attributes
-    ----------
-    lr : float
-        First learning rate of Adam (torch's betas and eps, no weight decay).
-    batch_size : int
-        The last, partial batch is kept.
-    max_epochs, min_epochs : int
-        Training ends after ``max_epochs`` at the latest and never before ``min_epochs``.
-    patience : int
-        Early stop: so many epochs without a better validation score, counted from the first epoch, obeyed from
-        ``min_epochs``.
-    plateau_patience : int
-        The learning rate falls after more than this many epochs without a better validation score.
-    plateau_factor : float
-        By what it is multiplied then.
-    """
-
-    lr: float = 1e-3
-    batch_size: int = 64
-    max_epochs: int = 50
-    min_epochs: int = 30
-    patience: int = 10
-    plateau_patience: int = 5
-    plateau_factor: float = 0.1
+    lr: float = 1e-3  # first learning rate of Adam (torch's betas and eps, no weight decay)
+    batch_size: int = 64  # the last, partial batch is kept
+    max_epochs: int = 50  # training ends after so many epochs at the latest
+    min_epochs: int = 30  # and never before so many
+    patience: int = 10  # epochs without a better validation score, counted from the first, obeyed from ``min_epochs``
+    plateau_patience: int = 5  # the rate falls after more than so many epochs without a better validation score
+    plateau_factor: float = 0.1  # by which it is multiplied then
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UsageError("the learning rate must be a positive number", found=str(self.lr), fix="--lr 1e-3")
+            raise UsageError(
+                "the learning rate must be a positive number", code="option-bounds", found=str(self.lr), where="--lr",
+                fix="--lr 1e-3",
+            )  # fmt: skip
         check_number("--batch-size", self.batch_size, 1, 1 << 20)
         for name in ("max_epochs", "min_epochs", "patience"):
             check_number(f"--{name.replace('_', '-')}", getattr(self, name), 1, 100_000)
@@ -82,3 +73,19 @@ class Tracker:
         """Whether training ends after the epoch last seen."""
         stale = self.epoch - self.best_epoch >= self.schedule.patience
         return self.epoch >= self.schedule.max_epochs or (stale and self.epoch >= self.schedule.min_epochs)
+
+
+def rates_of(request: Mapping[str, Any]) -> list[float]:
+    """Learning rates that a run's request names; empty for the default one."""
+    rates = request.get("lr") or (request.get("schedule") or {}).get("lr") or []
+    return list(rates) if isinstance(rates, list | tuple) else [float(rates)]
+
+
+def schedule_of(result: ProbeResult) -> dict[str, Any]:
+    """The optimization of a saved run by the names of `Schedule`; empty for a closed-form head."""
+    if result.request.get("schedule"):
+        return dict(result.request["schedule"])
+    if all(fold.lr is None for fold in result.folds):
+        return {}
+    rates = rates_of(result.request)
+    return asdict(Schedule(lr=rates[0]) if rates else Schedule())

@@ -32,47 +32,23 @@ class Splits:
     """The rows that test, and for every fold and subset those that train and validate.
 
     All row numbers index ``ids``, ``labels`` and ``groups``, which hold every row of the dataset's table in its order.
-
-    Attributes
-    ----------
-    dataset : str
-    class_names : tuple of str
-    ids, groups : object arrays of str, shape (N,)
-        ``groups`` are the dataset's, merged where stored digests showed identical bytes.
-    labels : int64 array of shape (N,)
-        −1 where unlabelled.
-    test : int64 array
-        Rows of the test set, in the dataset's order.
-    test_set : str
-        ``"official"`` or ``"local"``.
-    train, val : mapping of (fold, subset) to int64 array
-        Training rows in drawing order (a smaller subset is a class-wise prefix); validation rows.
-    subsets : tuple of str
-        ``"S"``, ``"M"``, ``"F"`` or a number of training images.
-    seed : int
-    val_mode : str
-        ``"full"`` or ``"matched"``.
-    notes : tuple of str
-        What a reader of the results must know.
-    everything : frozenset of str
-        Subsets that are F under another name: in every fold all that may train do.
     """
 
     dataset: str
     class_names: tuple[str, ...]
-    ids: StrArray = field(repr=False)
-    labels: IntArray = field(repr=False)
-    groups: StrArray = field(repr=False)
-    test: IntArray = field(repr=False)
-    test_set: str
-    train: Mapping[Key, IntArray] = field(repr=False)
+    ids: StrArray = field(repr=False)  # (N,)
+    labels: IntArray = field(repr=False)  # (N,); −1 where unlabeled
+    groups: StrArray = field(repr=False)  # (N,); the dataset's, merged where stored digests showed identical bytes
+    test: IntArray = field(repr=False)  # rows of the test set, in the dataset's order
+    test_set: str  # "official" or "local"
+    train: Mapping[Key, IntArray] = field(repr=False)  # in drawing order: a smaller subset is a class-wise prefix
     val: Mapping[Key, IntArray] = field(repr=False)
-    subsets: tuple[str, ...]
+    subsets: tuple[str, ...]  # "S", "M", "F" or a number of training images
     n_folds: int
     seed: int
-    val_mode: str
-    notes: tuple[str, ...] = ()
-    everything: frozenset[str] = frozenset()
+    val_mode: str  # "full" or "matched"
+    notes: tuple[str, ...] = ()  # what a reader of the results must know
+    everything: frozenset[str] = frozenset()  # subsets that are F under another name: all that may train do
 
     @property
     def test_ids(self) -> tuple[str, ...]:
@@ -80,8 +56,8 @@ class Splits:
         return tuple(self.ids[self.test])
 
     @property
-    def test_labelled(self) -> bool:
-        """Whether test scores can be computed; False for predictions to hand in."""
+    def test_labeled(self) -> bool:
+        """Whether test scores can be computed; False for predictions to submit."""
         return bool((self.labels[self.test] >= 0).any())
 
     def train_ids(self, fold: int, subset: str) -> tuple[str, ...]:
@@ -124,17 +100,17 @@ class Splits:
             fold; a part holds fewer than two classes.
         """
         if not len(self.test):
-            raise ProtocolError("the test set is empty", expected="one readable test image at least", found="none")
+            raise ProtocolError(
+                "the test set is empty", code="no-test-set", expected="one readable test image at least", found="none"
+            )
         known = self.labels[self.test][self.labels[self.test] >= 0]
         if len(known) and len(np.unique(known)) < 2:
+            local = "label images of the other classes: the local test set is a fifth of all"
             raise ProtocolError(
-                "the labelled test images are all of one class",
-                expected="two classes at least",
+                "the labeled test images are all of one class", code="one-class", expected="two classes at least",
                 found=f"{len(known)} of {self.class_names[known[0]]!r}",
-                fix="label images of the other classes: the local test set is a fifth of all"
-                if self.test_set == "local"
-                else "add test images of the other classes",
-            )
+                fix=local if self.test_set == "local" else "add test images of the other classes",
+            )  # fmt: skip
         test_rows, test_groups = set(self.test.tolist()), set(self.groups[self.test])
         for (fold, subset), train in self.train.items():
             val = self.val[fold, subset]
@@ -144,15 +120,18 @@ class Splits:
                 raise _divided_group("training and validation", fold, subset, shared)
             for side, rows in sides.items():
                 if not test_rows.isdisjoint(rows.tolist()):
-                    raise ProtocolError(f"fold {fold}, subset {subset}: an image is in {side} and in the test set")
+                    raise ProtocolError(
+                        f"fold {fold}, subset {subset}: an image is in {side} and in the test set",
+                        code="test-image-in-fold",
+                    )
                 if self.test_set != "official" and not test_groups.isdisjoint(self.groups[rows]):
                     raise _divided_group(f"{side} and test", fold, subset, test_groups & set(self.groups[rows]))
                 if len(np.unique(self.labels[rows])) < 2:
                     raise ProtocolError(
-                        f"fold {fold}, subset {subset}: {side} holds fewer than two classes",
+                        f"fold {fold}, subset {subset}: {side} holds fewer than two classes", code="one-class",
                         found=f"{len(rows)} images of {len(np.unique(self.labels[rows]))} class",
                         fix=("fewer --folds", "a larger --subset", "label more images"),
-                    )
+                    )  # fmt: skip
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -165,17 +144,10 @@ class Splits:
             same = all(ids == shared for ids in val.values())
             folds.append({"train": train, "val": {"*": shared} if same else val})
         return {
-            "format": FORMAT,
-            "dataset": self.dataset,
-            "class_names": list(self.class_names),
-            "test_set": self.test_set,
-            "seed": self.seed,
-            "val_mode": self.val_mode,
-            "subsets": list(self.subsets),
-            "notes": list(self.notes),
-            "test": list(self.test_ids),
-            "folds": folds,
-        }
+            "format": FORMAT, "dataset": self.dataset, "class_names": list(self.class_names),
+            "test_set": self.test_set, "seed": self.seed, "val_mode": self.val_mode, "subsets": list(self.subsets),
+            "notes": list(self.notes), "test": list(self.test_ids), "folds": folds,
+        }  # fmt: skip
 
 
 def name_everything(plans: Sequence[Splits]) -> tuple[Splits, ...]:
@@ -231,103 +203,80 @@ def read_splits(
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise ProtocolError(
-            "this is not a splits file",
-            expected=f"JSON written by embcache splits export (format {FORMAT!r})",
-            found=str(reason),
-            where=path,
+            "this is not a splits file", code="not-a-splits-file",
+            expected=f"JSON written by embcache splits export (format {FORMAT!r})", found=str(reason), where=path,
             fix="embcache splits export --dataset NAME --output FILE",
-        ) from error
+        ) from error  # fmt: skip
     if class_names != tuple(ds.class_names):
         raise ProtocolError(
-            "the splits file is for other classes",
-            expected=", ".join(ds.class_names),
-            found=", ".join(map(str, class_names)),
-            where=path,
-        )
+            "the splits file is for other classes", code="splits-of-other-classes", expected=", ".join(ds.class_names),
+            found=", ".join(map(str, class_names)), where=path,
+        )  # fmt: skip
     ids = np.array(ds.table["id"].tolist(), dtype=object)
     row_of = {name: row for row, name in enumerate(ids)}
     labels = ds.table["label"].to_numpy(dtype=np.int64)
     gone = set(unreadable)
-    # the overlap is told below, for what the file really uses
+    # the overlap is noted below, for what the file really uses
     notes = [f"splits read from {path.name}", *(note for note in ds.notes if note not in overlap_notes(ds.table))]
 
-    def rows(names: Sequence[str], *, labelled: bool) -> IntArray:
+    def rows(names: Sequence[str], *, labeled: bool) -> IntArray:
         unknown = [name for name in names if name not in row_of]
         if unknown or len(set(names)) != len(names):
+            what = f"{len(unknown)} images that {ds.name} has not" if unknown else "an image twice in one part"
             raise ProtocolError(
-                f"the splits file names {len(unknown)} images that {ds.name} has not"
-                if unknown
-                else "the splits file names an image twice in one part",
-                found=", ".join(map(repr, unknown[:5])) or None,
-                where=path,
+                f"the splits file names {what}", code="unknown-image" if unknown else "repeated-image",
+                found=", ".join(map(repr, unknown[:5])) or None, where=path,
                 fix=f"use the file with the dataset it was made for ({data['dataset']})",
-            )
+            )  # fmt: skip
         found = np.array([row_of[name] for name in names if name not in gone], dtype=np.int64)
-        if labelled and (labels[found] < 0).any():
+        if labeled and (labels[found] < 0).any():
             raise ProtocolError(
-                "the splits file trains or validates on images without a label",
-                found=", ".join(map(repr, ids[found[labels[found] < 0]][:5])),
-                where=path,
-            )
+                "the splits file trains or validates on images without a label", code="unlabeled-image",
+                found=", ".join(map(repr, ids[found[labels[found] < 0]][:5])), where=path,
+            )  # fmt: skip
         return found
 
-    test_rows = rows(test, labelled=False)
+    test_rows = rows(test, labeled=False)
     given = ds.table["split"].to_numpy(dtype=object)
     official = bool(len(test_rows)) and bool((given[test_rows] == "test").all())
-    shared = (
-        np.isin(groups, np.unique(groups[test_rows])) if official and exclude_test_overlap else np.zeros(len(ids), bool)
-    )
+    excluded = np.zeros(len(ids), bool)
+    if official and exclude_test_overlap:
+        excluded = np.isin(groups, np.unique(groups[test_rows]))
     train: dict[Key, IntArray] = {}
     val: dict[Key, IntArray] = {}
-    dropped: set[int] = set()
     for number, fold in enumerate(folds):
         for subset in subsets:
-            train_rows = rows(fold["train"][subset], labelled=True)
-            val_rows = rows(fold["val"].get("*", fold["val"].get(subset, [])), labelled=True)
-            train[number, subset] = train_rows[~shared[train_rows]]
-            val[number, subset] = val_rows[~shared[val_rows]]
-            dropped.update(np.concatenate([train_rows, val_rows])[shared[np.concatenate([train_rows, val_rows])]])
-    if dropped:
+            train[number, subset] = rows(fold["train"][subset], labeled=True)
+            val[number, subset] = rows(fold["val"].get("*", fold["val"].get(subset, [])), labeled=True)
+    if dropped := {int(row) for part in (*train.values(), *val.values()) for row in part[excluded[part]]}:
         notes.append(f"{len(dropped)} images of groups that the official test set shares left out of the folds")
+        train, val = ({key: part[~excluded[part]] for key, part in parts.items()} for parts in (train, val))
     for number in range(len(folds)):
         notes += absent_note(ds.class_names, labels[val[number, subsets[0]]], f"validation of fold {number}")
     notes += absent_note(ds.class_names, labels[test_rows], "the test set") if (labels[test_rows] >= 0).any() else []
     named = {i for fold in folds for part in fold.values() for names in part.values() for i in names} | set(test)
     if gone & named:
         notes.append(f"{len(gone & named)} unreadable images of the splits file left out")
+    everything = {
+        subset
+        for subset in (subsets if "F" in subsets else ())
+        if all(set(p[f, subset].tolist()) == set(p[f, "F"].tolist()) for f in range(len(folds)) for p in (train, val))
+    }
     return Splits(
-        dataset=ds.name,
-        class_names=class_names,
-        ids=ids,
-        labels=labels,
-        groups=groups,
-        test=test_rows,
-        test_set="official" if official else "local",
-        train=train,
-        val=val,
-        subsets=subsets,
-        n_folds=len(folds),
-        seed=seed,
-        val_mode=val_mode,
-        notes=tuple(dict.fromkeys(notes)),
-        everything=frozenset(
-            s
-            for s in (subsets if "F" in subsets else ())
-            if all(
-                np.array_equal(np.sort(p[f, s]), np.sort(p[f, "F"])) for f in range(len(folds)) for p in (train, val)
-            )
-        ),
-    ).check()
+        dataset=ds.name, class_names=class_names, ids=ids, labels=labels, groups=groups, test=test_rows,
+        test_set="official" if official else "local", train=train, val=val, subsets=subsets, n_folds=len(folds),
+        seed=seed, val_mode=val_mode, notes=tuple(dict.fromkeys(notes)), everything=frozenset(everything),
+    ).check()  # fmt: skip
 
 
 def _divided_group(sides: str, fold: int, subset: str, shared: Collection[str]) -> ProtocolError:
     names = sorted(shared)
     return ProtocolError(
-        f"a group is on both sides of fold {fold}, subset {subset}: {sides}",
+        f"a group is on both sides of fold {fold}, subset {subset}: {sides}", code="group-spans-split",
         expected="every group (patient, slide, identical images) on one side",
         found=f"{len(names)} divided: {', '.join(map(repr, names[:5]))}{' …' if len(names) > 5 else ''}",
         fix="draw the splits again: embcache splits export",
-    )
+    )  # fmt: skip
 
 
 def absent_note(class_names: Sequence[str], labels: IntArray, where: str) -> list[str]:

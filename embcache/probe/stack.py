@@ -1,34 +1,39 @@
-"""Trains many heads of one kind as one model: parameters carry a leading axis of K heads.
+"""Heads and their training: the contract, many heads of one sort trained as one stack, and `fit` for arrays.
 
-Folds, seeds and learning rates differ only in their rows, random streams and learning rate, so a step of all of them
-is one batched step. Each head keeps its own sample order, dropout stream, learning rate, plateau, early stop and best
-epoch; its losses are those it would have alone. A finished head leaves the stack.
+Parameters of a stack carry a leading axis of K heads. Folds, seeds and learning rates differ only in their rows, random
+streams and learning rate, so a step of all of them is one batched step. Each head keeps its own sample order, dropout
+stream, learning rate, plateau, early stop and best epoch; its losses are those it would have alone. A finished head
+leaves the stack.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch.optim.adam import adam
 
+from embcache.errors import ProtocolError
 from embcache.memory import keep_freed_memory
 from embcache.probe.feature_rows import FeatureRows, as_rows
-from embcache.probe.metrics import Metric, scorer
+from embcache.probe.feature_rows import stream_generator as stream_generator
+from embcache.probe.metrics import Metric, scorer, softmax
 from embcache.probe.schedule import Schedule, Tracker
-from embcache.probe.standard import constants_of
+from embcache.probe.standard import Params, Standard
 
+_LARGEST_STACK = 100_000_000  # parameters; with gradients, moments and best epochs some 2 GB
 _SMALL = 500_000  # parameters, of all heads together
-Params = dict[str, torch.Tensor]
 
 # Rows are cut alike however many heads are scored, as the products of a part are rounded by its length: a head's
 # logits, and so its best epoch, are those it has alone.
@@ -36,37 +41,125 @@ _ROWS = 512
 _HEADS = 4
 
 
-class Applicable(Protocol):
-    """What prediction needs of a head, trained or solved."""
+class Head(ABC):
+    """What is trained or solved on cached features; a subclass of `TrainedHead` or `ClosedFormHead`.
 
-    def apply(
-        self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None
-    ) -> torch.Tensor:
-        """Logits of shape (K, B, C) from parameters (K, …), features (K, B, D) each and dropout masks (K, B, width)."""
-        ...
-
-
-class TrainableHead(Applicable, Protocol):
-    """What the stack needs of a head; see `embcache.probe.heads` for the whole contract.
-
-    A head may also have ``constants(x)``: untrained values, named like parameters, that it computes from a fold's
-    training rows (n, D) of each backbone. ``apply`` finds them among ``params``, and they are kept with the head. To be
-    trained on streamed features it then also has ``constants_in_parts()``, which makes something that takes in rows by
-    ``add(x)`` and gives the values by ``params()``: `embcache.probe.standard.Standard`.
+    A head is a frozen dataclass: its fields are its hyperparameters, whose values are JSON data. Sizes come from the
+    features. `embcache.testing.check_head` checks a head against this contract.
     """
 
+    name: ClassVar[str] = ""  # under which it is registered; empty for a head that is not
+    summary: ClassVar[str] = ""  # one line for ``embcache heads``
+    fuses: ClassVar[bool] = False  # whether it takes several backbones at once
+    weighs: ClassVar[bool] = True  # whether the classes of an unbalanced training set weigh alike
+    keeps_models: ClassVar[bool] = True  # whether its parameters are all that a prediction needs
+
+    @abstractmethod
+    def apply(
+        self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Logits of K heads.
+
+        Parameters
+        ----------
+        params : dict of str to Tensor of shape (K, …)
+            Stacked parameters.
+        x : mapping of backbone to float32 Tensor of shape (K, B, D)
+            Features.
+        masks : mapping of str to Tensor of shape (K, B, width), optional
+            Dropout masks in training, each value 0 or 1 / (1 − rate).
+
+        Returns
+        -------
+        Tensor of shape (K, B, C)
+        """
+
+    @abstractmethod
+    def count_parameters(self, dims: Mapping[str, int], n_classes: int) -> int:
+        """Number of trained parameters for features of ``dims[backbone]`` dimensions; 0 for a closed-form head."""
+
+    @property
+    def place(self) -> str:
+        """``module:name`` of its class."""
+        return f"{type(self).__module__}:{type(self).__qualname__}"
+
+    def parameters(self) -> dict[str, Any]:
+        """Hyperparameters that differ from their defaults."""
+        values = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        return {f.name: value for f, value in values if value != f.default}
+
+    def fit(self, x: Mapping[str, ArrayLike], y: ArrayLike, **options: Any) -> FittedHead:
+        """Train or solve the head on features (n, D) and labels (n,); options as for `fit`."""
+        return fit(self, x, y, **options)
+
+
+class TrainedHead(Head):
+    """A head that is trained by gradient steps.
+
+    With ``standardized``, ``params`` also hold the mean and scale of every training feature, which are not trained and
+    which `apply` uses through `embcache.probe.standard.standardize`.
+    """
+
+    standardized: ClassVar[bool] = False
+
+    @abstractmethod
     def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
-        """Fresh parameters of one head for features of ``dims[backbone]`` dimensions."""
-        ...
+        """Fresh parameters of one head, without the stacking axis; the generator alone decides their values."""
 
     def dropouts(self) -> Mapping[str, tuple[int, float]]:
-        """Width and rate of each dropout mask that ``apply`` wants in training."""
-        ...
+        """Width and rate of each dropout mask that `apply` takes in training."""
+        return {}
+
+    def count_parameters(self, dims: Mapping[str, int], n_classes: int) -> int:
+        """Number of trained parameters."""
+        return sum(p.numel() for p in self.init(stream_generator("", "count"), dims, n_classes).values())
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A solved head."""
+
+    params: Params  # what ``apply`` needs, without the stacking axis, on the device of the features
+    chosen: dict[str, Any] = field(default_factory=dict)  # what validation chose, as JSON data
+
+
+class ClosedFormHead(Head):
+    """A head that is solved: no epochs, no learning rate, no random stream."""
+
+    weighs = False
+
+    @abstractmethod
+    def solve(
+        self,
+        x: Mapping[str, torch.Tensor],
+        y: torch.Tensor,
+        x_val: Mapping[str, torch.Tensor] | None,
+        y_val: torch.Tensor | None,
+        n_classes: int,
+        metric: str | Metric,
+    ) -> Solution:
+        """Solve one head.
+
+        Parameters
+        ----------
+        x, x_val : mapping of backbone to float32 Tensor of shape (n, D), (m, D)
+            Training and validation features; the latter None where there are none.
+        y, y_val : int64 Tensor of shape (n,), (m,)
+            Labels, 0 … ``n_classes`` − 1.
+        n_classes : int
+            C, the width of the logits.
+        metric : str or Metric
+            By which validation chooses; see `embcache.probe.metrics.score`.
+        """
+
+    def count_parameters(self, dims: Mapping[str, int], n_classes: int) -> int:
+        """Nothing is trained."""
+        return 0
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One head to train."""
+    """The rows, the random stream and the learning rate of one head to train."""
 
     train: torch.Tensor
     val: torch.Tensor
@@ -76,21 +169,92 @@ class Job:
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedHead:
-    """A trained (or solved) head: parameters of its best epoch and how it got there."""
+class TrainedModel:
+    """A trained or solved head: parameters of its best epoch and how it got there."""
 
-    params: Params  # all that ``apply`` needs, constants too, without the stacking axis
-    best_epoch: int  # counted from 1; 0 where there is none
-    val_score: float | None
-    losses: tuple[float, ...]  # mean training loss of each epoch
-    val_scores: tuple[float, ...]
-    lrs: tuple[float, ...]
+    params: Params  # what ``apply`` needs, without the stacking axis; empty if training failed
+    best_epoch: int = 0  # counted from 1; 0 where there is none
+    val_score: float | None = None
+    losses: tuple[float, ...] = ()  # mean training loss of each epoch
+    val_scores: tuple[float, ...] = ()
+    lrs: tuple[float, ...] = ()
     diverged: bool = False  # training ended because the loss or an output was not finite
-    chosen: Mapping[str, Any] = field(default_factory=dict)  # what a solved head chose on validation
+    chosen: Mapping[str, Any] = field(default_factory=dict)  # what a closed-form head chose on validation
+
+
+def is_balanced(labels: NDArray[np.int64], n_classes: int) -> bool:
+    """Whether class counts are equal, but for a remainder of one."""
+    counts = np.bincount(labels, minlength=n_classes)
+    return int(counts.max() - counts.min()) <= 1
+
+
+def seen_shares(labels: NDArray[np.int64], n_classes: int, weighs: bool) -> list[float]:
+    """Share of each class in training; classes of unbalanced labels count alike where the head ``weighs`` them."""
+    counts = np.bincount(labels, minlength=n_classes).astype(np.float64)
+    if weighs and not is_balanced(labels, n_classes):
+        counts = (counts > 0).astype(np.float64)
+    return (counts / counts.sum()).tolist()  # type: ignore[no-any-return]
+
+
+def make_job(
+    labels: NDArray[np.int64], train: NDArray[np.int64], val: NDArray[np.int64], n_classes: int, stream: str, lr: float
+) -> Job:
+    """A job that oversamples where its training rows are not balanced (Section A, and the choice for all datasets).
+
+    An unbalanced epoch is as many weighted draws with replacement as there are rows, every class equally likely.
+
+    Shapes: labels (N,).
+    """
+    # The result depends on which rows train, not on how they were listed.
+    train, val = np.sort(train), np.sort(val)
+    y = labels[train]
+    weights = None if is_balanced(y, n_classes) else torch.from_numpy(1.0 / np.bincount(y)[y])
+    return Job(torch.from_numpy(train), torch.from_numpy(val), stream, lr, weights)
+
+
+def train_heads(
+    head: Head,
+    x: Mapping[str, torch.Tensor] | FeatureRows,
+    y: torch.Tensor,
+    jobs: Sequence[Job],
+    n_classes: int,
+    metric: str | Metric,
+    schedule: Schedule,
+    on_epoch: Callable[[int], Any] = lambda done: None,
+) -> list[TrainedModel]:
+    """Train (in one stack, or as few as memory allows) or solve a head for each job.
+
+    ``on_epoch`` is called with the number of head-epochs that are settled. How jobs are divided among stacks changes no
+    result.
+
+    Shapes: x (N, D); y (N,).
+    """
+    rows, most = as_rows(x), schedule.max_epochs
+    trained: list[TrainedModel] = []
+    if isinstance(head, ClosedFormHead):
+        for job in jobs:
+            trained.append(_solve(head, rows, y, job, n_classes, metric))
+            on_epoch(len(trained) * most)
+        return trained
+    assert isinstance(head, TrainedHead)
+    width = max(1, _LARGEST_STACK // head.count_parameters(rows.dims, n_classes))
+    for start in range(0, len(jobs), width):
+        runs = [_start(job, y, n_classes, metric, schedule) for job in jobs[start : start + width]]
+        stack = _Stack(head, rows, y, runs, n_classes)
+        with _threads_for(stack.params):
+            while stack.live:
+                stack.train_epoch()
+                stack.validate()
+                on_epoch(start * most + sum(most if run.finished else len(run.losses) for run in runs))
+                stack.drop_finished()
+        trained += [_trained(run) for run in runs]
+    return trained
 
 
 @dataclass(eq=False)
 class _Run:
+    """One head of a stack while it trains."""
+
     job: Job
     tracker: Tracker
     order: torch.Generator
@@ -106,7 +270,7 @@ class _Run:
 
     @cached_property
     def held(self) -> bytes:
-        """Which rows validate: heads of which these are equal validate on the same ones."""
+        """Hash of the validation rows: heads with equal ones validate together."""
         return hashlib.sha256(self.job.val.numpy().tobytes()).digest()
 
     @property
@@ -115,54 +279,19 @@ class _Run:
             return self.diverged or self.tracker.done
         return self.diverged or len(self.losses) >= self.tracker.schedule.max_epochs
 
+    def draw_rows(self) -> torch.Tensor:
+        """Row numbers of one epoch, in order."""
+        n, job = len(self.job.train), self.job
+        if job.weights is None:
+            return job.train[torch.randperm(n, generator=self.order)]
+        return job.train[torch.multinomial(job.weights, n, replacement=True, generator=self.order)]
 
-def stream_generator(stream: str, purpose: str) -> torch.Generator:
-    """A random stream of its own for each (stream, purpose), on the CPU whatever the device."""
-    digest = hashlib.sha256(f"{stream}\0{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def train_stack(
-    head: TrainableHead,
-    x: Mapping[str, torch.Tensor] | FeatureRows,
-    y: torch.Tensor,
-    jobs: Sequence[Job],
-    n_classes: int,
-    metric: str | Metric,
-    schedule: Schedule,
-    *,
-    on_epoch: Callable[[int], Any] | None = None,
-) -> list[TrainedHead]:
-    """Train one head for each job, all at once.
-
-    Shapes: x (N, D); y (N,).
-    """
-    rows, device = as_rows(x), y.device
-    runs = [_start(job, y, n_classes, metric, schedule) for job in jobs]
-    for run, constants in zip(runs, constants_of(head, rows, [job.train for job in jobs]), strict=True):
-        run.constants = constants
-    # Heads with more steps an epoch come first: those that are still active in a step are neighbours in the stack.
-    live = sorted(runs, key=lambda run: -len(run.job.train))
-    fresh = [head.init(stream_generator(run.job.stream, "init"), rows.dims, n_classes) for run in live]
-    params: Params = {name: torch.stack([p[name] for p in fresh]).to(device) for name in fresh[0]} if fresh else {}
-    first = {name: torch.zeros_like(p) for name, p in params.items()}
-    second = {name: torch.zeros_like(p) for name, p in params.items()}
-    fixed = _stacked_constants(live)
-    steps = [0] * len(live)
-
-    with _threads_for(params):
-        while live:
-            _train_epoch(head, rows, y, live, params, fixed, first, second, steps, schedule)
-            _validate(head, rows, live, {**params, **fixed}, params)
-            if on_epoch is not None:
-                on_epoch(sum(schedule.max_epochs if run.finished else len(run.losses) for run in runs))
-            keep = [k for k, run in enumerate(live) if not run.finished]
-            if len(keep) < len(live):
-                chosen = torch.tensor(keep, dtype=torch.int64, device=device)
-                params, first, second = ({n: t[chosen] for n, t in s.items()} for s in (params, first, second))
-                live, steps = [live[k] for k in keep], [steps[k] for k in keep]
-                fixed = _stacked_constants(live)
-    return [_trained(run) for run in runs]
+    def draw_views(self, n_views: int) -> torch.Tensor:
+        """The view of each draw of one epoch. A stream of its own: views change neither order nor dropout."""
+        n = len(self.job.train)
+        if n_views == 1:
+            return torch.zeros((), dtype=torch.int64).expand(n)
+        return torch.randint(n_views, (n,), generator=self.views)
 
 
 def _start(job: Job, y: torch.Tensor, n_classes: int, metric: str | Metric, schedule: Schedule) -> _Run:
@@ -171,8 +300,107 @@ def _start(job: Job, y: torch.Tensor, n_classes: int, metric: str | Metric, sche
     return _Run(job, Tracker(schedule, job.lr), order, dropout, views, own)
 
 
-def _stacked_constants(live: Sequence[_Run]) -> Params:
-    return {name: torch.stack([run.constants[name] for run in live]) for name in live[0].constants} if live else {}
+class _Stack:
+    """Heads that train as one: parameters, Adam's moments and step counts of those that are not finished."""
+
+    def __init__(self, head: TrainedHead, x: FeatureRows, y: torch.Tensor, runs: Sequence[_Run], n_classes: int):
+        self.head, self.x, self.y = head, x, y
+        if head.standardized:
+            parts = [Standard() for _ in runs]
+            # One pass for all heads, in parts: a fold's training rows, widened, may take four times what they do.
+            for chunk in x.chunks([run.job.train for run in runs]):
+                parts[chunk.number].add(chunk.x)
+            for run, part in zip(runs, parts, strict=True):
+                run.constants = part.params()
+        # Heads with more steps per epoch come first: those still active in a step are neighbors in the stack.
+        self.live = sorted(runs, key=lambda run: -len(run.job.train))
+        fresh = [head.init(stream_generator(run.job.stream, "init"), x.dims, n_classes) for run in self.live]
+        names = fresh[0] if fresh else ()
+        self.params: Params = {name: torch.stack([p[name] for p in fresh]).to(y.device) for name in names}
+        self.first = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self.second = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self.steps = [0] * len(self.live)
+        self.fixed = self._constants()
+
+    def _constants(self) -> Params:
+        names = self.live[0].constants if self.live else ()
+        return {name: torch.stack([run.constants[name] for run in self.live]) for name in names}
+
+    def train_epoch(self) -> None:
+        """One epoch of every live head."""
+        schedule = self.live[0].tracker.schedule
+        orders = [run.draw_rows() for run in self.live]
+        views = [run.draw_views(self.x.n_views) for run in self.live]
+        sums = torch.zeros(len(self.live), dtype=torch.float64, device=self.y.device)
+        lrs = [run.tracker.lr for run in self.live]
+        for step in self.x.steps(orders, views, schedule.batch_size, len(self.live[0].losses)):
+            part, shape = step.heads, step.rows.shape
+            leaves = {name: p[part].detach().requires_grad_() for name, p in self.params.items()}
+            fixed = {name: c[part] for name, c in self.fixed.items()}
+            logits = self.head.apply({**leaves, **fixed}, step.x, self._masks(self.live[part], shape[1]))
+            each = F.cross_entropy(logits.flatten(0, 1), self.y[step.rows].flatten(), reduction="none").view(shape)
+            losses = each.mean(1)
+            # Heads share no parameter, so the gradient of the sum is the gradient of each.
+            gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
+            self.steps[part] = [done + 1 for done in self.steps[part]]
+            parts = [
+                (self.params[name][part], gradient, self.first[name][part], self.second[name][part])
+                for name, gradient in zip(leaves, gradients, strict=True)
+            ]
+            adam_step(parts, self.steps[part], lrs[part])
+            sums[part].add_(losses.detach(), alpha=shape[1])
+        for run, total in zip(self.live, sums.tolist(), strict=True):
+            run.losses.append(total / len(run.job.train))
+            run.lrs.append(run.tracker.lr)
+
+    def _masks(self, live: Sequence[_Run], rows: int) -> dict[str, torch.Tensor]:
+        """Masks of shape (K, rows, units), each value 0 or 1/(1 - rate), from each head's own stream."""
+        masks = {}
+        for name, (units, rate) in self.head.dropouts().items():
+            kept = [(torch.rand(rows, units, generator=run.dropout) >= rate) / (1 - rate) for run in live]
+            masks[name] = torch.stack(kept).to(self.y.device)
+        return masks
+
+    def validate(self) -> None:
+        """Score every live head after an epoch and keep its parameters where it is the best so far.
+
+        Heads that validate on the same rows are applied to them together.
+        """
+        groups: dict[bytes, list[int]] = {}
+        for k, run in enumerate(self.live):
+            groups.setdefault(run.held, []).append(k)
+        given = {**self.params, **self.fixed}
+        of_group = [
+            {n: p[k[0] : k[0] + 1] if len(k) == 1 else p[torch.tensor(k, device=p.device)] for n, p in given.items()}
+            for k in groups.values()
+        ]
+        sets = [self.live[k[0]].job.val for k in groups.values()]
+        for numbers, found in zip(groups.values(), logits_of_sets(self.head, of_group, self.x, sets), strict=True):
+            for k, logits in zip(numbers, found, strict=True):
+                self._take_scores(k, self.live[k], logits)
+
+    def _take_scores(self, k: int, run: _Run, logits: NDArray[np.float32]) -> None:
+        run.diverged = not (math.isfinite(run.losses[-1]) and bool(np.isfinite(logits).all()))
+        better = not run.diverged
+        if run.diverged:
+            run.val_scores.append(-math.inf)
+        elif run.scorer is not None:
+            run.val_scores.append(run.scorer(logits))  # type: ignore[arg-type]
+            better = run.tracker.update(run.val_scores[-1])
+        if better:
+            run.best = {name: p[k].clone() for name, p in self.params.items()} | run.constants
+
+    def drop_finished(self) -> None:
+        """Take finished heads out of the stack."""
+        keep = [k for k, run in enumerate(self.live) if not run.finished]
+        if len(keep) == len(self.live):
+            return
+        chosen = torch.tensor(keep, dtype=torch.int64, device=self.y.device)
+        self.params, self.first, self.second = (
+            {name: t[chosen] for name, t in tensors.items()} for tensors in (self.params, self.first, self.second)
+        )
+        self.live, self.steps = [self.live[k] for k in keep], [self.steps[k] for k in keep]
+        self.fixed = self._constants()
 
 
 @contextmanager
@@ -192,44 +420,6 @@ def _threads_for(params: Params) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train_epoch(
-    head: TrainableHead,
-    x: FeatureRows,
-    y: torch.Tensor,
-    live: Sequence[_Run],
-    params: Params,
-    fixed: Params,
-    first: Params,
-    second: Params,
-    steps: list[int],
-    schedule: Schedule,
-) -> None:
-    """One epoch of every live head; parameters and moments are updated in place."""
-    orders = [_draw_epoch(run) for run in live]
-    views = [_draw_views(run, x.n_views) for run in live]
-    sums = torch.zeros(len(live), dtype=torch.float64, device=y.device)
-    lrs = [run.tracker.lr for run in live]
-    for step in x.steps(orders, views, schedule.batch_size, len(live[0].losses)):
-        part, shape = step.heads, step.rows.shape
-        masks = _dropout_masks(head, live[part], shape[1], y.device)
-        leaves = {name: p[part].detach().requires_grad_() for name, p in params.items()}
-        logits = head.apply({**leaves, **{name: c[part] for name, c in fixed.items()}}, step.x, masks)
-        each = F.cross_entropy(logits.flatten(0, 1), y[step.rows].flatten(), reduction="none").view(shape)
-        losses = each.mean(1)
-        # Heads share no parameter, so the gradient of the sum is the gradient of each.
-        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
-        steps[part] = [done + 1 for done in steps[part]]
-        parts = [
-            (params[name][part], gradient, first[name][part], second[name][part])
-            for name, gradient in zip(leaves, gradients, strict=True)
-        ]
-        adam_step(parts, steps[part], lrs[part])
-        sums[part].add_(losses.detach(), alpha=shape[1])
-    for run, total in zip(live, sums.tolist(), strict=True):
-        run.losses.append(total / len(run.job.train))
-        run.lrs.append(run.tracker.lr)
-
-
 def adam_step(tensors: Sequence[tuple[torch.Tensor, ...]], steps: Sequence[int], lrs: Sequence[float]) -> None:
     """One step of torch's Adam in place, each head with its own step count (this one included) and rate.
 
@@ -246,82 +436,42 @@ def adam_step(tensors: Sequence[tuple[torch.Tensor, ...]], steps: Sequence[int],
         )  # fmt: skip
 
 
-def _draw_epoch(run: _Run) -> torch.Tensor:
-    """Row numbers of one epoch, in order."""
-    job = run.job
-    if job.weights is None:
-        return job.train[torch.randperm(len(job.train), generator=run.order)]
-    return job.train[torch.multinomial(job.weights, len(job.train), replacement=True, generator=run.order)]
-
-
-def _draw_views(run: _Run, n_views: int) -> torch.Tensor:
-    """The view of each draw of one epoch. A stream of its own: views change neither order nor dropout."""
-    n = len(run.job.train)
-    if n_views == 1:
-        return torch.zeros((), dtype=torch.int64).expand(n)
-    return torch.randint(n_views, (n,), generator=run.views)
-
-
-def _dropout_masks(
-    head: TrainableHead, live: Sequence[_Run], rows: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Masks of shape (K, rows, units), each value 0 or 1/(1 - rate), from each head's own stream."""
-    return {
-        name: torch.stack([(torch.rand(rows, units, generator=run.dropout) >= rate) / (1 - rate) for run in live]).to(
-            device
-        )
-        for name, (units, rate) in head.dropouts().items()
-    }
-
-
-def _validate(head: TrainableHead, x: FeatureRows, live: Sequence[_Run], given: Params, params: Params) -> None:
-    """Score every live head after an epoch and keep its parameters where it is the best so far.
-
-    ``given`` is what heads are applied with: ``params``, and their constants. Heads that validate on the same rows are
-    applied to them together.
-    """
-    groups: dict[bytes, list[int]] = {}
-    for k, run in enumerate(live):
-        groups.setdefault(run.held, []).append(k)
-    of_group = [
-        {name: p[k[0] : k[0] + 1] if len(k) == 1 else p[torch.tensor(k, device=p.device)] for name, p in given.items()}
-        for k in groups.values()
-    ]
-    scored = logits_of_sets(head, of_group, x, [live[k[0]].job.val for k in groups.values()])
-    logits = {
-        k: part
-        for numbers, found in zip(groups.values(), scored, strict=True)
-        for k, part in zip(numbers, found, strict=True)
-    }
-    for k, run in enumerate(live):
-        run.diverged = not (math.isfinite(run.losses[-1]) and bool(np.isfinite(logits[k]).all()))
-        if run.diverged:
-            run.val_scores.append(-math.inf)
-            continue
-        better = True
-        if run.scorer is not None:
-            value = run.scorer(logits[k])
-            run.val_scores.append(value)
-            better = run.tracker.update(value)
-        if better:
-            run.best = {name: p[k].clone() for name, p in params.items()} | run.constants
-
-
-def _trained(run: _Run) -> TrainedHead:
+def _trained(run: _Run) -> TrainedModel:
     validated = len(run.job.val) > 0
-    return TrainedHead(
-        params=run.best,
-        best_epoch=run.tracker.best_epoch if validated else len(run.losses) - run.diverged,
-        val_score=run.tracker.best_score if validated and run.best else None,
-        losses=tuple(run.losses),
-        val_scores=tuple(run.val_scores),
-        lrs=tuple(run.lrs),
-        diverged=run.diverged,
-    )
+    return TrainedModel(
+        params=run.best, best_epoch=run.tracker.best_epoch if validated else len(run.losses) - run.diverged,
+        val_score=run.tracker.best_score if validated and run.best else None, losses=tuple(run.losses),
+        val_scores=tuple(run.val_scores), lrs=tuple(run.lrs), diverged=run.diverged,
+    )  # fmt: skip
+
+
+def _solve(
+    head: ClosedFormHead, x: FeatureRows, y: torch.Tensor, job: Job, n_classes: int, metric: str | Metric
+) -> TrainedModel:
+    """Solve one head; without a model where features or outputs are not finite."""
+    train, held = x.gather(job.train), x.gather(job.val) if len(job.val) else None
+    labels, held_labels = (y[rows.to(y.device)] for rows in (job.train, job.val))
+    failed = TrainedModel({}, diverged=True)
+    if not all(torch.isfinite(features).all() for features in [*train.values(), *(held or {}).values()]):
+        return failed
+    solved = head.solve(train, labels, held, held_labels if held else None, n_classes, metric)
+    if held is None:
+        return TrainedModel(solved.params, chosen=solved.chosen)
+    logits = predict_logits(head, solved.params, x, job.val)
+    if not np.isfinite(logits).all():
+        return failed
+    value = scorer(metric, held_labels.cpu().numpy(), n_classes)(logits)
+    return TrainedModel(solved.params, val_score=value, chosen=solved.chosen)
+
+
+def best_of(trained: Sequence[TrainedModel]) -> int:
+    """The best of several heads on validation: the first of equals, one without a model only where none has one."""
+    scores = [(bool(t.params), -np.inf if t.val_score is None else t.val_score) for t in trained]
+    return scores.index(max(scores))
 
 
 def predict_logits(
-    head: Applicable, params: Params, x: Mapping[str, torch.Tensor] | FeatureRows, rows: torch.Tensor
+    head: Head, params: Params, x: Mapping[str, torch.Tensor] | FeatureRows, rows: torch.Tensor
 ) -> NDArray[np.float32]:
     """Logits of one head, shape (len(rows), C); ``params`` without the stacking axis; of views the first."""
     (logits,) = logits_of_sets(head, [{name: p[None] for name, p in params.items()}], x, [rows])
@@ -330,12 +480,9 @@ def predict_logits(
 
 @torch.no_grad()
 def logits_of_sets(
-    head: Applicable,
-    params: Sequence[Params],
-    x: Mapping[str, torch.Tensor] | FeatureRows,
-    sets: Sequence[torch.Tensor],
+    head: Head, params: Sequence[Params], x: Mapping[str, torch.Tensor] | FeatureRows, sets: Sequence[torch.Tensor]
 ) -> list[NDArray[np.float32]]:
-    """Logits of several stacks of heads, each over a set of rows of its own; every row is read once a set.
+    """Logits of several stacks of heads, each for its own set of rows; every row is read once per set.
 
     Shapes: sets (m,); returns (K, m, C).
     """
@@ -345,12 +492,109 @@ def logits_of_sets(
         k, width = chunk.number, widths[chunk.number]
         for first in range(0, width, _HEADS):
             heads = slice(first, min(first + _HEADS, width))
-            asked = {name: p[heads] for name, p in params[k].items()}
+            some = {name: p[heads] for name, p in params[k].items()}
             for start in range(0, len(chunk.places), _ROWS):
                 part = slice(start, start + _ROWS)
                 shared = {b: f[None, part].expand(heads.stop - first, -1, -1) for b, f in chunk.x.items()}
-                logits = head.apply(asked, shared, None).float().cpu().numpy()
+                logits = head.apply(some, shared, None).float().cpu().numpy()
                 if not found[k].size:
                     found[k] = np.empty((width, len(sets[k]), logits.shape[-1]), np.float32)
                 found[k][heads, chunk.places[part].numpy()] = logits
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class FittedHead:
+    """A trained or solved head that predicts."""
+
+    head: Head
+    trained: TrainedModel
+    dims: dict[str, int]  # features it was trained on, in their order
+    n_classes: int
+
+    def predict_proba(self, x: Mapping[str, ArrayLike]) -> NDArray[np.float64]:
+        """Class probabilities, float64 of shape (n, C), from features of shape (n, D) of each backbone."""
+        features = _tensors(x)
+        found = {backbone: features[backbone].shape[1] for backbone in self.dims if backbone in features}
+        if found != self.dims:
+            raise ValueError(f"features of {self.dims} are needed, not of {found}")
+        n = len(next(iter(features.values())))
+        if n == 0:
+            return np.zeros((0, self.n_classes))
+        chosen = {backbone: features[backbone] for backbone in self.dims}
+        return softmax(predict_logits(self.head, self.trained.params, chosen, torch.arange(n)))
+
+
+def fit(
+    head: Head,
+    x: Mapping[str, ArrayLike],
+    y: ArrayLike,
+    *,
+    x_val: Mapping[str, ArrayLike] | None = None,
+    y_val: ArrayLike | None = None,
+    metric: str | None = None,
+    seed: int = 0,
+    schedule: Schedule | None = None,
+) -> FittedHead:
+    """Train or solve one head on arrays.
+
+    Parameters
+    ----------
+    head : Head
+        The head; see `embcache.probe.heads`.
+    x : mapping of backbone to array-like of shape (n, D)
+        Training features, raw.
+    y : array-like of int, shape (n,)
+        Labels 0 … C − 1.
+    x_val, y_val : optional
+        Validation rows, which choose the epoch (or what a closed-form head chooses); without them the head trains for
+        all epochs.
+    metric : str, optional
+        Scores the validation rows. Default: AUC for two classes, macro AUC for more.
+    seed : int
+        Of initial weights, order and dropout; a closed-form head has none of them.
+    schedule : Schedule, optional
+        Learning rate, batch size and epochs; default: the protocol's.
+
+    Raises
+    ------
+    ProtocolError
+        Training diverged before a first usable epoch.
+    ValueError
+        No backbone, no rows, or lengths that differ.
+    """
+    labels, val_labels = np.asarray(y, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    features = _tensors(x)
+    n, n_classes = len(labels), int(labels.max(initial=0)) + 1
+    if x_val is not None:
+        val_labels, held = np.asarray(y_val, dtype=np.int64), _tensors(x_val)
+        features = {backbone: torch.cat([f, held[backbone]]) for backbone, f in features.items()}
+    if not features or n == 0 or any(len(f) != n + len(val_labels) for f in features.values()):
+        raise ValueError(f"{n} labels and {len(val_labels)} validation labels do not fit the features")
+    both = np.concatenate([labels, val_labels])
+    plan = schedule or Schedule()
+    job = make_job(both, np.arange(n), np.arange(n, len(both)), n_classes, f"{seed}\0fit", plan.lr)
+    chosen = metric or ("auc" if n_classes == 2 else "macro_auc")
+    (trained,) = train_heads(head, features, torch.from_numpy(both), [job], n_classes, chosen, plan)
+    if not trained.params:
+        raise diverged_error("the head", None if isinstance(head, ClosedFormHead) else plan.lr)
+    return FittedHead(head, trained, {backbone: f.shape[1] for backbone, f in features.items()}, n_classes)
+
+
+def diverged_error(what: str, lr: float | None) -> ProtocolError:
+    """The error for a head without a model: no finite loss in its first epoch, or (no rate) features not finite."""
+    look = "look for features that are not finite: embcache info"
+    if lr is None:
+        return ProtocolError(
+            f"{what} cannot be solved", code="features-not-finite", expected="finite features",
+            found="features or outputs that are not numbers", fix=look,
+        )  # fmt: skip
+    return ProtocolError(
+        f"training of {what} diverged in its first epoch", code="training-diverged", expected="finite losses",
+        found=f"a loss or an output that is not a number, at learning rate {lr:g}",
+        fix=f"--lr {lr / 10:g}, or {look}",
+    )  # fmt: skip
+
+
+def _tensors(x: Mapping[str, ArrayLike]) -> dict[str, torch.Tensor]:
+    return {backbone: torch.from_numpy(np.ascontiguousarray(f, dtype=np.float32)) for backbone, f in x.items()}

@@ -1,15 +1,13 @@
-"""Standardization, everywhere by the same means and scales; inside a head they are parameters that nobody trains."""
+"""Standardization, everywhere by the same means and scales; inside a head they are parameters that are not trained."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
-
-from embcache.probe.feature_rows import FeatureRows
 
 Params = dict[str, torch.Tensor]
 
@@ -25,7 +23,7 @@ class Standard:
         self._squares: Params = {}  # sum of squared deviations from the mean
 
     def add(self, x: Mapping[str, torch.Tensor]) -> None:
-        """Take in more rows: float32 Tensors of shape (n, D)."""
+        """Add rows: float32 Tensors of shape (n, D)."""
         n = len(next(iter(x.values())))
         if not n:
             return
@@ -65,7 +63,7 @@ def standard_params(x: Mapping[str, torch.Tensor]) -> Params:
     return standard.params()
 
 
-def standardise(params: Mapping[str, torch.Tensor], backbone: str, x: torch.Tensor) -> torch.Tensor:
+def standardize(params: Mapping[str, torch.Tensor], backbone: str, x: torch.Tensor) -> torch.Tensor:
     """Features (K, B, D) of a backbone by the means and scales (K, D) of each head."""
     return (x - params[f"standard.{backbone}.mean"][:, None]) / params[f"standard.{backbone}.scale"][:, None]
 
@@ -77,26 +75,9 @@ def standardized(x: ArrayLike, by: ArrayLike | None = None) -> NDArray[np.float3
     for part in torch.split(known, _WIDENED):
         standard.add({"": part})
     params = {name: p[None] for name, p in standard.params().items()}
-    return np.asarray(standardise(params, "", rows[None])[0].numpy())
+    return np.asarray(standardize(params, "", rows[None])[0].numpy())
 
 
 def standard_directions(x: ArrayLike, by: ArrayLike | None = None) -> NDArray[np.float32]:
     """Features as `standardized`, each row then scaled to length 1: their products are cosines."""
     return np.asarray(F.normalize(torch.from_numpy(standardized(x, by)), dim=-1).numpy())
-
-
-class StandardizedHead:
-    """A trained head on features that its training rows standardize, with `Standard.params` among its ``params``."""
-
-    def constants(self, x: Mapping[str, torch.Tensor]) -> Params:
-        """The untrained part of ``params``, from training rows (n, D)."""
-        return standard_params(x)
-
-
-def constants_of(head: object, x: FeatureRows, sets: Sequence[torch.Tensor]) -> list[Params]:
-    """Untrained values of several heads, each from its own training rows; empty for a head that has none."""
-    parts = [Standard() for _ in sets]
-    # In parts also where features are in memory: a fold's training rows, widened, may take four times what they do.
-    for chunk in x.chunks(sets) if isinstance(head, StandardizedHead) else ():  # one pass for all heads
-        parts[chunk.number].add(chunk.x)
-    return [part.params() for part in parts]

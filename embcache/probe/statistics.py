@@ -111,12 +111,7 @@ class Scores:
 
 
 def sample(
-    metric: Metric,
-    test: TestSet,
-    logits: ArrayLike,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = BOOTSTRAP_SEED,
+    metric: Metric, test: TestSet, logits: ArrayLike, *, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED
 ) -> Scores:
     """Score K models on one test set and find how the scores move with its groups.
 
@@ -243,18 +238,11 @@ def estimate(scores: Scores, overlap: float | None = None, folds: int | None = N
             second = _widened(scores, first, (share * sigma2, share * before), (folds or k) - 1, level)
     return Estimate(
         metric=metric.key,
-        positive=test.class_names[test.positive] if metric.asymmetric and len(test.class_names) == 2 else "",
-        mean=mean,
-        std=float(values.std(ddof=1)) if k > 1 else None,
-        these_models=first,
-        new_model=second,
-        why=why,
-        groups=len(np.unique(test.groups)),
-        test_variance=v_test,
-        training_variance=sigma2,
-        overlap=overlap,
+        positive=test.class_names[test.positive] if metric.asymmetric and len(test.class_names) == 2 else "", mean=mean,
+        std=float(values.std(ddof=1)) if k > 1 else None, these_models=first, new_model=second, why=why,
+        groups=len(np.unique(test.groups)), test_variance=v_test, training_variance=sigma2, overlap=overlap,
         lost=scores.lost,
-    )
+    )  # fmt: skip
 
 
 def training_variance_of(values: FloatArray, covariance: FloatArray, overlap: float) -> tuple[float, float]:
@@ -286,7 +274,7 @@ def _first_interval(scores: Scores, v: float, level: float) -> tuple[float, floa
     if 0 < share < 1 and v > NOTHING:
         center, half = math.log(share / (1 - share)), t * math.sqrt(v) / (high - low) / (share * (1 - share))
         ends = tuple(1 / (1 + math.exp(-center - side * half)) for side in (-1, 1))
-    else:  # no resample differs: as wide as for a proportion of the fewest groups' images that are all alike
+    else:  # no resample differs: as wide as that of a proportion of the fewest groups' images that are all alike
         n = min(scores.test.alike(scores.test.scored(scores.metric)))
         ends = _score_interval(share, lambda true: true * (1 - true) / n, t)
     return low + (high - low) * ends[0], low + (high - low) * ends[1]

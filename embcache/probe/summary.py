@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,48 @@ import embcache
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError
 from embcache.paths import PathLike
-from embcache.probe.heads import imbalance, weighs
+from embcache.probe.heads import imbalance
 from embcache.probe.metrics import FloatArray, evaluate, find_metric, known, positive_class, score, softmax
 from embcache.probe.predictions import Predictions, ensemble_scores, grouped_scores
 from embcache.probe.prevalence import Adjust, Adjustment, adjustments, prevalence_vector
 from embcache.probe.splits import Splits
+from embcache.probe.stack import Head, diverged_error, is_balanced, seen_shares
 from embcache.probe.statistics import training_overlap
-from embcache.probe.train import diverged_error, is_balanced, seen_shares
-from embcache.runs.folders import (
-    FoldResult,
-    ProbeResult,
-    load_predictions,
-    replace_result,
-    run_id,
-    runs_dir,
-)
+from embcache.runs.folders import FoldResult, ProbeResult, load_predictions, replace_result, run_id, runs_dir
 
 COLLAPSED = 0.8
 """A model that predicts one class for this share of the test images, and half as often again as it occurs, is named."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunCell:
+    """One result to be made: what it is trained on and everything that it depends on."""
+
+    dataset: ImageDataset
+    splits: tuple[Splits, ...]  # one per repeat; all have the same test set
+    subset: str
+    backbones: tuple[str, ...]
+    head: Head
+    request: Mapping[str, Any]  # JSON data that the run's id hashes
+    recipes: Mapping[str, Any]  # by backbone
+    positive: str | None = None
+    source: str = "live"  # or "snapshot": where labels came from
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def id(self) -> str:
+        """Id of the run."""
+        return run_id(self.request)
+
+    @cached_property
+    def rows(self) -> NDArray[np.int64]:
+        """Rows of the dataset that train, validate or test in any repeat, ascending."""
+        return np.unique(np.concatenate([splits.used(self.subset) for splits in self.splits]))
+
+    def splits_of(self, fold: int) -> tuple[Splits, tuple[int, str]]:
+        """Splits of a fold, counted over all repeats, and its key in them."""
+        repeat, part = divmod(fold, self.splits[0].n_folds)
+        return self.splits[repeat], (part, self.subset)
 
 
 @dataclass(frozen=True)
@@ -44,9 +69,9 @@ class Outcome:
     best_epoch: int
     epochs: int
     val_score: float | None  # validation score at ``best_epoch``
-    lr: float | None  # first learning rate; None for a head that is solved
+    lr: float | None  # first learning rate; None for a closed-form head
     diverged: bool = False  # training ended because a loss or an output was not finite
-    chosen: Mapping[str, Any] = field(default_factory=dict)  # what a solved head chose on validation
+    chosen: Mapping[str, Any] = field(default_factory=dict)  # what a closed-form head chose on validation
     lost_lrs: Sequence[float] = ()  # other learning rates of a sweep, at which training diverged
 
     @property
@@ -57,101 +82,60 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """What the models of one run give."""
+    """Logits of the models of one run."""
 
     test: FloatArray  # (R × K, n_test, C)
-    val: Sequence[FloatArray]  # (m, C); logits of each model's validation images, at the epoch that was kept
+    val: Sequence[FloatArray]  # (m, C); of each model's validation images, at the epoch that was kept
 
 
-def summarise(
-    ds: ImageDataset,
-    plans: Sequence[Splits],
-    subset: str,
-    *,
-    kind: str,
-    backbones: Sequence[str],
-    head: str,
-    request: Mapping[str, Any],
-    recipes: Mapping[str, Any],
-    outcomes: Sequence[Outcome],
-    outputs: Outputs,
-    source: str,
-    seconds: float,
-    positive: str | None = None,
-    target: str = "",
-    notes: Sequence[str] = (),
-) -> ProbeResult:
+def build_result(cell: RunCell, outcomes: Sequence[Outcome], outputs: Outputs, seconds: float) -> ProbeResult:
     """Score every fold's test predictions and put the result together."""
-    plan = plans[0]
-    labels, groups = plan.labels[plan.test], plan.groups[plan.test]
+    ds, plan, request = cell.dataset, cell.splits[0], cell.request
+    labels, names = plan.labels[plan.test], tuple(ds.class_names)
     known = labels >= 0
     made = [f for f, outcome in enumerate(outcomes) if not outcome.failed]
     if not made:
-        where = f"every fold ({head}, subset {subset})"
+        where = f"every fold ({request['head']['name']}, subset {cell.subset})"
         raise diverged_error(where, max((o.lr for o in outcomes if o.lr is not None), default=None))
+    sign = -1.0 if find_metric(str(request["metric"]), len(names)).loss else 1.0  # training negates a loss
     folds = []
-    sign = -1.0 if find_metric(str(request["metric"]), len(ds.class_names)).loss else 1.0  # training negates a loss
     for f, outcome in enumerate(outcomes):
-        repeat, part = divmod(f, plan.n_folds)
-        folds.append(
-            FoldResult(
-                fold=f,
-                score=None,
-                val_score=None if outcome.failed or outcome.val_score is None else sign * outcome.val_score,
-                best_epoch=outcome.best_epoch,
-                epochs=outcome.epochs,
-                n_train=len(plans[repeat].train[part, subset]),
-                n_val=len(plans[repeat].val[part, subset]),
-                lr=outcome.lr,
-                metrics={},
-                diverged=outcome.diverged,
-                repeat=repeat,
-                chosen=dict(outcome.chosen),
-                lost_lrs=list(outcome.lost_lrs),
-                seen=seen_shares(plan.labels[plans[repeat].train[part, subset]], len(ds.class_names), weighs(head)),
-            )
-        )
-    validated = [fold.val_score for fold in folds if fold.val_score is not None]
+        splits, key = cell.splits_of(f)
+        fold = FoldResult(
+            fold=f, score=None,
+            val_score=None if outcome.failed or outcome.val_score is None else sign * outcome.val_score,
+            best_epoch=outcome.best_epoch, epochs=outcome.epochs, n_train=len(splits.train[key]),
+            n_val=len(splits.val[key]), lr=outcome.lr, metrics={}, diverged=outcome.diverged, repeat=f // plan.n_folds,
+            chosen=dict(outcome.chosen), lost_lrs=list(outcome.lost_lrs),
+            seen=seen_shares(plan.labels[splits.train[key]], len(names), cell.head.weighs),
+        )  # fmt: skip
+        folds.append(fold)
     sizes = np.array([[fold.n_train, fold.n_val] for fold in folds], dtype=np.float64).mean(0)
-    names = tuple(ds.class_names)
     result = ProbeResult(
-        id=run_id(request),
-        kind=kind,
-        dataset=ds.name,
-        backbones=tuple(backbones),
-        head=head,
-        subset=subset,
-        n_train=round(sizes[0]),
-        n_val=round(sizes[1]),
-        n_test=int(known.sum()) or len(plan.test),
-        labels_used=round(sizes.sum()),
-        metric=str(request["metric"]),
-        mean=None,
-        std=None,
-        interval=None,
-        val_mean=float(np.mean(validated)) if validated else None,
-        folds=tuple(folds),
-        test_set=plan.test_set,
-        synthetic=ds.synthetic,
-        notes=(*request_notes(ds, plans, subset, head), *notes),
-        class_names=names,
-        request=request,
-        seconds=round(seconds, 3),
-        versions=_versions(),
-        source=source,
-        target=target,
-        recipes=dict(recipes),
-        overlap=training_overlap([plans[f // plan.n_folds].train[f % plan.n_folds, subset] for f in made]),
-    )
-    predictions = Predictions(
-        plan.ids[plan.test][known], groups[known], labels[known], outputs.test[made][:, known], names,
+        id=cell.id, kind=str(request["kind"]), dataset=ds.name, backbones=cell.backbones,
+        head=str(request["head"]["name"]), subset=cell.subset, n_train=round(sizes[0]), n_val=round(sizes[1]),
+        n_test=int(known.sum()) or len(plan.test), labels_used=round(sizes.sum()), metric=str(request["metric"]),
+        mean=None, std=None, interval=None, val_mean=_mean([fold.val_score for fold in folds]), folds=tuple(folds),
+        test_set=plan.test_set, synthetic=ds.synthetic, notes=cell.notes, class_names=names, request=request,
+        seconds=round(seconds, 3), versions=_versions(), source=cell.source, target=ds.target,
+        recipes=dict(cell.recipes),
+        overlap=training_overlap([splits.train[key] for splits, key in map(cell.splits_of, made)]),
     )  # fmt: skip
-    result = scored(result, predictions, positive)
+    test = Predictions(
+        plan.ids[plan.test][known], plan.groups[plan.test][known], labels[known], outputs.test[made][:, known], names
+    )
+    result = scored(result, test, cell.positive)
     return replace(result, notes=(*result.notes, *training_notes(result)))
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are there."""
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else None
+
+
 def scored(result: ProbeResult, predictions: Predictions, positive: str | None = None) -> ProbeResult:
-    """A result with every score of its predictions of labeled test images; ``positive`` as for `summarise`.
+    """A result with every score of its predictions of labeled test images; ``positive`` names the positive class.
 
     Nothing is trained: the same result with another positive class has other asymmetric scores and nothing else.
     """
@@ -161,26 +145,18 @@ def scored(result: ProbeResult, predictions: Predictions, positive: str | None =
     if not len(predictions.labels):
         return replace(result, positive=shown)
     found = replace(
-        predictions,
-        positive=number,
-        overlap=result.overlap,
+        predictions, positive=number, overlap=result.overlap,
         folds=1 + max(f.fold for f in result.folds if not f.repeat),
-    )
+    )  # fmt: skip
     each = iter([evaluate(metric, found.labels, z, number) for z in found.logits])
     metrics: list[dict[str, Any]] = [{} if fold.failed else next(each) for fold in result.folds]
     estimate = found.estimate(metric)
     return replace(
-        result,
-        mean=known(estimate.mean),
-        std=known(estimate.std),
-        interval=estimate.interval,
+        result, mean=known(estimate.mean), std=known(estimate.std), interval=estimate.interval,
         folds=tuple(replace(f, score=m.get("score"), metrics=m) for f, m in zip(result.folds, metrics, strict=True)),
-        estimate=estimate,
-        positive=shown,
-        test_counts=tuple(np.bincount(found.labels, minlength=len(names)).tolist()),
-        ensemble=ensemble_scores(found, metric),
-        by_group=grouped_scores(found, metric),
-    )
+        estimate=estimate, positive=shown, test_counts=tuple(np.bincount(found.labels, minlength=len(names)).tolist()),
+        ensemble=ensemble_scores(found, metric), by_group=grouped_scores(found, metric),
+    )  # fmt: skip
 
 
 def with_positive(result: ProbeResult, positive: str | None, home: PathLike | None) -> ProbeResult:
@@ -213,8 +189,7 @@ def in_metric(result: ProbeResult, metric: str, home: PathLike | None) -> ProbeR
     values = [known(score(key, v.labels, v.logits[0], v.positive)) for v in held]
     each = iter(values)
     folds = tuple(replace(fold, val_score=None if fold.failed else next(each, None)) for fold in found.folds)
-    there = [value for value in values if value is not None]
-    return replace(found, folds=folds, val_mean=float(np.mean(there)) if there else None)
+    return replace(found, folds=folds, val_mean=_mean(values))
 
 
 def load_run_predictions(result: ProbeResult, run: Path) -> Predictions:
@@ -227,12 +202,11 @@ def load_run_predictions(result: ProbeResult, run: Path) -> Predictions:
     )
     if not rows or not all(np.array_equal(part, rows[0]) for part in rows) or counts != (result.test_counts or counts):
         raise StoreError(
-            "a run's predictions are not those that its result was made of",
+            "a run's predictions are not those that its result was made of", code="run-damaged",
             expected=f"test images of each class {result.test_counts}, the same of every fold",
-            found=f"{counts}, {len(rows)} folds",
-            where=run / "predictions.parquet",
+            found=f"{counts}, {len(rows)} folds", where=run / "predictions.parquet",
             fix="make the run again: embcache probe --again …",
-        )
+        )  # fmt: skip
     first = 1 + max(fold.fold for fold in result.folds if not fold.repeat)
     return replace(_predictions(result, table), overlap=result.overlap, folds=first)
 
@@ -243,13 +217,10 @@ def _predictions(result: ProbeResult, table: pd.DataFrame) -> Predictions:
     names = result.class_names
     logits = table[[f"logit_{c}" for c in range(len(names))]].to_numpy(dtype=np.float64)
     return Predictions(
-        ids=one["id"].to_numpy(dtype=object),
-        groups=one["group"].to_numpy(dtype=object),
-        labels=one["label"].to_numpy(dtype=np.int64),
-        logits=logits.reshape(-1, len(one), len(names)),
-        class_names=names,
-        positive=positive_class(names, result.positive or None),
-    )
+        ids=one["id"].to_numpy(dtype=object), groups=one["group"].to_numpy(dtype=object),
+        labels=one["label"].to_numpy(dtype=np.int64), logits=logits.reshape(-1, len(one), len(names)),
+        class_names=names, positive=positive_class(names, result.positive or None),
+    )  # fmt: skip
 
 
 def load_validation(result: ProbeResult, run: Path) -> list[Predictions]:
@@ -259,37 +230,34 @@ def load_validation(result: ProbeResult, run: Path) -> list[Predictions]:
     except StoreError as error:
         raise StoreError(
             "operating points and --calibrate need the run's predictions of validation images",
-            found=error.found,
-            where=run / "validation.parquet",
+            code="no-validation-predictions", found=error.found, where=run / "validation.parquet",
             fix="embcache probe --again …, as the run was made",
-        ) from error
+        ) from error  # fmt: skip
     made = [fold.fold for fold in result.folds if not fold.failed]
     return [_predictions(result, table[table["fold"] == fold]) for fold in made]
 
 
-def adjust_models(result: ProbeResult, run: Path, asked: Adjust) -> list[Adjustment]:
+def adjust_models(result: ProbeResult, run: Path, adjust: Adjust) -> list[Adjustment]:
     """What `Adjust` means for each model of a run, in the order of its folds that have one."""
     seen = [fold.seen for fold in result.folds if not fold.failed]
     if not all(seen):
         raise StoreError(
             "the run was made by a version that did not record how often training saw each class",
-            where=run,
-            fix="embcache probe --again …, as the run was made",
-        )
+            code="run-of-another-version", where=run, fix="embcache probe --again …, as the run was made",
+        )  # fmt: skip
     names, prevalence = result.class_names, None
-    if asked.prevalence is not None:
-        prevalence = prevalence_vector(asked.prevalence, names, positive_class(names, result.positive or None))
-    return adjustments(seen, load_validation(result, run) if asked.calibrate else [], prevalence, asked.calibrate)
+    if adjust.prevalence is not None:
+        prevalence = prevalence_vector(adjust.prevalence, names, positive_class(names, result.positive or None))
+    return adjustments(seen, load_validation(result, run) if adjust.calibrate else [], prevalence, adjust.calibrate)
 
 
-def request_notes(ds: ImageDataset, plans: Splits | Sequence[Splits], subset: str, head: str) -> list[str]:
+def request_notes(ds: ImageDataset, plans: Sequence[Splits], subset: str, head: Head) -> list[str]:
     """What a reader must know before anything is trained: of the dataset, its splits, the subset and the head.
 
-    What is true of a later repeat only says which.
+    A note of a later repeat names the repeat.
     """
-    plan, *repeats = [plans] if isinstance(plans, Splits) else plans
-    notes = _notes_of(ds, plan, subset, head)
-    for number, repeat in enumerate(repeats, start=1):
+    notes = _notes_of(ds, plans[0], subset, head)
+    for number, repeat in enumerate(plans[1:], start=1):
         notes += [f"repeat {number}: {note}" for note in _notes_of(ds, repeat, subset, head) if note not in notes]
     return list(dict.fromkeys(notes))
 
@@ -299,8 +267,8 @@ def training_notes(result: ProbeResult) -> list[str]:
     folds, notes = result.folds, []
     for rate in dict.fromkeys(rate for fold in folds for rate in fold.lost_lrs):
         where = [str(fold.fold) for fold in folds if rate in fold.lost_lrs]
-        told = "every fold" if len(where) == len(folds) else f"fold{'s' * (len(where) > 1)} {', '.join(where)}"
-        notes.append(f"learning rate {rate:g} diverged in {told}: the others were kept")
+        shown = "every fold" if len(where) == len(folds) else f"fold{'s' * (len(where) > 1)} {', '.join(where)}"
+        notes.append(f"learning rate {rate:g} diverged in {shown}: the others were kept")
     for fold in folds:
         if fold.failed:
             notes.append(f"fold {fold.fold} diverged in its first epoch: left out of mean, deviation and interval")
@@ -351,11 +319,11 @@ def _rows(plan: Splits, rows: NDArray[np.int64], fold: int, logits: FloatArray) 
     return pd.DataFrame({**about, "fold": np.full(len(rows), fold, dtype=np.int64), **columns})
 
 
-def _notes_of(ds: ImageDataset, plan: Splits, subset: str, head: str) -> list[str]:
+def _notes_of(ds: ImageDataset, plan: Splits, subset: str, head: Head) -> list[str]:
     notes = list(plan.notes)
     if ds.synthetic and not any(note.startswith("synthetic") for note in notes):
         notes.insert(0, "synthetic: the images are drawn by embcache")
-    if not plan.test_labelled:
+    if not plan.test_labeled:
         notes.append(f"the labels of the {len(plan.test)} test images are not known: predictions are kept, not scored")
     n_classes = len(ds.class_names)
     if not all(is_balanced(plan.labels[plan.train[f, subset]], n_classes) for f in range(plan.n_folds)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from embcache.probe.cached import PAPER_SET
+from embcache.probe.inputs import PAPER_SET
 from embcache.probe.metrics import METRICS, metric_title
 from embcache.report.charts import Chart, Series, line_chart
 from embcache.report.collect import Part, Task

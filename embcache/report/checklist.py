@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from embcache.probe.metrics import metric_title
+from embcache.probe.schedule import schedule_of
 from embcache.report.attention_section import Attended
 from embcache.report.choice import Choice
 from embcache.report.cohort import Cohort
@@ -97,7 +98,7 @@ def _partitions(last: Choice, found: Cohort | None) -> Rows:
 
 def _model(part: Part, last: Choice) -> Rows:
     result = last.chosen.result
-    schedule = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in (result.request.get("schedule") or {}).items())
+    schedule = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in schedule_of(result).items())
     transforms = {str(r.get("transform", {}).get("kind", "paper")) for r in result.recipes.values()}
     weights = "pretrained weights as the recipe names them, by their SHA-256" if result.recipes else UNKNOWN
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())

@@ -16,8 +16,7 @@ from embcache.figures.coordinates import cached_map
 from embcache.figures.maps import PERPLEXITY, MapScores, decimals, score_map
 from embcache.figures.shown import Shown, fused_features, shown_images
 from embcache.paths import slug
-from embcache.probe.cached import cached_backbones
-from embcache.probe.inputs import load_features, open_stores
+from embcache.probe.inputs import cached_backbones, load_features, open_stores
 from embcache.probe.metrics import merit
 from embcache.report.choice import Choice
 from embcache.report.collect import Part

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embcache.data.classes import class_flags
-from embcache.errors import EmbcacheError
-from embcache.probe.heads import heads, hyperparameters, make_head
-from embcache.probe.schedule import Schedule
+from embcache.probe.schedule import Schedule, rates_of
 from embcache.report.collect import Part
 from embcache.results.layout import signed
 from embcache.runs.folders import ProbeResult
@@ -132,7 +130,8 @@ def _command(result: ProbeResult, dataset: str, part: Part) -> str:
     if _ambiguous(result, part):
         fingerprint = next(iter(_recipes(result).values()), "")
         words.append(f"--recipe {fingerprint[:12]}")
-    words += [f"--head-option {shlex.quote(f'{k}={_option(v)}')}" for k, v in _head_options(request.get("head", {}))]
+    options = {key: value for key, value in request.get("head", {}).items() if key != "name"}
+    words += [f"--head-option {shlex.quote(f'{key}={_option(value)}')}" for key, value in options.items()]
     for name, default in (("folds", 5), ("seed", 0), ("val", "full"), ("repeats", 1), ("views", 1), ("target", "")):
         if request.get(name, default) != default:
             words.append(f"--{name} {shlex.quote(str(request[name]))}")
@@ -142,10 +141,8 @@ def _command(result: ProbeResult, dataset: str, part: Part) -> str:
     if request.get("exclude_test_overlap"):
         words.append("--exclude-test-overlap")
     schedule, usual = request.get("schedule") or {}, Schedule()
-    if "lrs" in request:
-        words.append("--lr " + ",".join(f"{lr:g}" for lr in request["lrs"]))
-    elif schedule.get("lr", usual.lr) != usual.lr:
-        words.append(f"--lr {schedule['lr']:g}")
+    if (rates := rates_of(request)) not in ([], [usual.lr]):
+        words.append("--lr " + ",".join(f"{rate:g}" for rate in rates))
     if result.kind == "finetune":
         for name in ("max_epochs", "batch_size"):
             if schedule.get(name, getattr(usual, name)) != getattr(usual, name):
@@ -162,23 +159,6 @@ def _ambiguous(result: ProbeResult, part: Part) -> bool:
         for name, fingerprint in own.items()
         if other.kind == result.kind
     )
-
-
-def _head_options(head: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Hyperparameters of a head that are not its own defaults."""
-    name = str(head.get("name", ""))
-    if name not in heads():
-        return []
-    try:
-        usual = hyperparameters(make_head(name))
-    except EmbcacheError:
-        return []
-    given = {key: value for key, value in head.items() if key != "name"}
-    return [(key, value) for key, value in given.items() if _listed(usual.get(key)) != _listed(value)]
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _option(value: Any) -> str:

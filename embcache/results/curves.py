@@ -13,6 +13,7 @@ from embcache.errors import StoreNotFoundError
 from embcache.figures.plots import Curve, CurvePanel, plot_curves
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.metrics import metric_title
+from embcache.probe.schedule import rates_of
 from embcache.probe.summary import in_metric
 from embcache.results.grid import Cell, Grid, Model
 from embcache.results.layout import Table, bounds, record, score
@@ -119,9 +120,7 @@ def _differences(result: ProbeResult, alike: Sequence[ProbeResult]) -> list[str]
     """The request's entries in which results of one model are not all the same, in words."""
     entries = [_flat(other.request) for other in alike]
     mine = _flat(result.request)
-    return [
-        f"{name} {value}" for name, value in mine.items() if any(other.get(name, value) != value for other in entries)
-    ]
+    return [f"{name} {value}" for name, value in mine.items() if any(other.get(name) != value for other in entries)]
 
 
 def _flat(request: Mapping[str, Any]) -> dict[str, str]:
@@ -133,6 +132,8 @@ def _flat(request: Mapping[str, Any]) -> dict[str, str]:
             flat |= {key: str(inner) for key, inner in value.items()}
         elif name == "recipes":
             flat["recipe"] = " ".join(str(fingerprint)[:6] for _, fingerprint in value)
+        elif name == "lr":
+            flat[name] = ", ".join(f"{rate:g}" for rate in rates_of(request))
         else:
             flat["epochs by" if name == "metric" else name] = str(value)
     return flat

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def _describe(result: ProbeResult, fold: int, tensors: Mapping[str, torch.Tensor
         "val_score": record.val_score,
         "test_score": record.score,
         "class_names": list(result.class_names),
-        "head": {"name": name, **asked},
+        "head": {"name": name, **asdict(head)},  # type: ignore[call-overload]
         "formula": FORMULAS.get(name) or cleandoc(type(head).__doc__ or ""),
         "layers": "NAME(x) = x @ NAME.weight.T + NAME.bias; layernorm: over the last axis, eps 1e-5; x is float32",
         "probabilities": "softmax(logits) over the last axis",

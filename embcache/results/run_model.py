@@ -21,8 +21,8 @@ from embcache.extract.extract import BATCH_SIZES, make_recipe, recipe_network
 from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device
 from embcache.finetune.model import FinetunedModel, load_finetuned
 from embcache.paths import PathLike
-from embcache.probe.heads import Head, make_head
-from embcache.probe.stack import predict_logits
+from embcache.probe.heads import make_head
+from embcache.probe.stack import Head, predict_logits
 from embcache.runs.folders import ProbeResult, load_heads
 from embcache.store.feature_store import list_stores
 from embcache.store.recipe import Recipe
@@ -125,8 +125,8 @@ def load_model(
         for backbone, recipe in recipes.items()
     }
     asked = dict(result.request["head"])
-    heads = load_heads(folder)
     head = make_head(asked.pop("name"), **asked)
+    heads = load_heads(folder)
     return _ProbeModel(networks, head, [heads[fold] for fold in folds], list(folds.values()))
 
 

@@ -11,12 +11,11 @@ from typing import Any, Required, TypedDict
 
 from embcache.errors import first_few, printable
 from embcache.notebook import html_table
-from embcache.sealed import canonical_json
 from embcache.typed import plain, typed
 
 _METRIC = re.compile(r"\w[\w.:-]{0,99}", re.ASCII)
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised when the protocol changes, so that older runs are not taken for new ones. Arithmetic that gives the same but
 for rounding (another order of sums, attention by nodes) is the same protocol: a saved run answers for it."""
 
@@ -58,7 +57,7 @@ class _Request(TypedDict, total=False):
     recipes: list[tuple[str, str]]
     schedule: Mapping[str, float | str | None]
     classes: Mapping[str, Any]
-    lrs: list[float]
+    lr: list[float] | float
     target: str
     run: str
     of: Mapping[str, Any]
@@ -360,4 +359,5 @@ def run_id(request: Mapping[str, Any]) -> str:
     """
     kind = "" if request["kind"] == "probe" else f"{request['kind']}-"
     digits = hashlib.sha256(canonical_json(request).encode("utf-8")).hexdigest()[:12]
-    return f"{kind}{request['head']['name']}-{request['subset']}-{digits}"
+    head = request["head"]["name"].rpartition(":")[2]  # of ``module:name`` the name
+    return f"{kind}{head}-{request['subset']}-{digits}"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from embcache.backbones.catalog import find_backbone
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import EmbcacheError, UsageError
-from embcache.probe.cached import PAPER_SET
-from embcache.probe.heads import count_parameters, make_head
+from embcache.probe.heads import make_head
+from embcache.probe.inputs import PAPER_SET
 from embcache.probe.protocol import plan_splits
 from embcache.results.layout import Marks, Table
 from embcache.results.paper import find_value
@@ -103,7 +103,7 @@ def table_g1(backbones: Sequence[str]) -> Table:
     rows, records = [], []
     for label, names, head in cases:
         specs = {name: find_backbone(name) for name in names}
-        own = count_parameters(make_head(head), {name: spec.dim for name, spec in specs.items()}, CLASSES)
+        own = make_head(head).count_parameters({name: spec.dim for name, spec in specs.items()}, CLASSES)
         whole = own + sum(spec.parameters for spec in specs.values())
         for setting, count in (("probe", own), ("finetune", whole)):
             value = find_value("G1", "", label, setting)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from embcache.errors import UsageError
-from embcache.probe.cached import PAPER_SET
-from embcache.probe.heads import heads
+from embcache.probe.heads import find_head
+from embcache.probe.inputs import PAPER_SET
 from embcache.results.grid import Grid, Model
 from embcache.results.paper import PAPER_NAMES
 
@@ -179,16 +179,9 @@ def _key(model: Model) -> tuple[str, str, tuple[str, ...], int | None]:
 
 def make_models(kind: str, head: str, backbones: Sequence[str], seed: int | None = None) -> list[Model]:
     """One model over all backbones for a head that fuses, else one for each; labelled by what they are made of."""
-    known = heads()
-    if head not in known:
-        near = difflib.get_close_matches(head, known, n=2)
-        raise UsageError(
-            f"there is no head {head!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
-            expected=", ".join(known),
-            fix="embcache heads",
-        )
-    sets = [tuple(backbones)] if known[head].fuses else [(name,) for name in backbones]
-    if known[head].fuses and len(backbones) < 2:
+    fuses = find_head(head).fuses
+    sets = [tuple(backbones)] if fuses else [(name,) for name in backbones]
+    if fuses and len(backbones) < 2:
         raise UsageError(
             f"head {head!r} fuses backbones", expected="two or more", found=", ".join(backbones) or "none",
             fix="--backbone " + ",".join([*backbones, "…"]),

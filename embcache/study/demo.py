@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from embcache.config import ProbeConfig
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.extract.extract import extract
 from embcache.figures.maps import embed_map
 from embcache.figures.plots import Map, plot_maps
 from embcache.paths import PathLike, home_dir, slug
-from embcache.probe.probe import probe_grid
+from embcache.probe.probe import probe
 from embcache.runs.folders import ProbeResult
 
 # All that a machine with nothing but PyPI can run: no download is ever needed.
@@ -36,10 +37,8 @@ def run_demo(*, home: PathLike | None = None, say: Callable[[str], object] = lam
     say(f"2/4  extract: {len(dataset)} images through {', '.join(DEMO_BACKBONES)}")
     extractions = extract(dataset, DEMO_BACKBONES, home=home)
     say("3/4  probe: linear at S, M and F for each backbone, DVME over the three pretrained ones at S")
-    results = probe_grid(
-        dataset, [[name] for name in DEMO_BACKBONES], head="linear", subsets=["S", "M", "F"], home=home
-    )
-    results += probe_grid(dataset, [list(DEMO_BACKBONES[1:])], head="dvme", subsets=["S"], home=home)
+    results = probe(dataset, [[name] for name in DEMO_BACKBONES], ["S", "M", "F"], ProbeConfig(), home=home)
+    results += probe(dataset, [list(DEMO_BACKBONES[1:])], ["S"], ProbeConfig(head="dvme"), home=home)
     say("4/4  t-SNE of the test images")
     maps = []
     for extraction in extractions:

@@ -28,6 +28,7 @@ from embcache.data.classes import ClassOptions
 from embcache.errors import UsageError
 from embcache.io import read_regular
 from embcache.probe.heads import heads as known_heads
+from embcache.probe.heads import make_head
 from embcache.results.grid import Grid, Model
 from embcache.study.definitions import LINEAR, known_model, make_models
 from embcache.typed import check_depth
@@ -119,7 +120,7 @@ class _Reader:
         names = [entry for entry in given if not isinstance(entry, list)] if isinstance(given, list) else [given]
         if any(not isinstance(name, str) or not name for entry in (names, *inner) for name in entry):
             raise self._error("'backbones' is not a list of names", '["effnet_lite0", …]', repr(given))
-        if head in known_heads() and known_heads()[head].fuses:
+        if head in known_heads and make_head(head).fuses:
             return inner or [names]
         singles = [*names, *(name for entry in inner for name in entry)]
         return [list(dict.fromkeys(singles))]

@@ -28,7 +28,7 @@ from embcache.cli import app
 from embcache.data.snapshot import decode_snapshot, encode_snapshot
 from embcache.errors import EmbcacheError
 from embcache.io import is_folder
-from embcache.probe.cached import plan_cached
+from embcache.probe.inputs import plan_cached
 from embcache.probe.probe import probe_features
 from embcache.probe.splits import write_splits
 from embcache.runs.result import run_id

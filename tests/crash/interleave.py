@@ -180,7 +180,7 @@ class World:
 
     def _probe(self) -> None:
         probe_features(
-            self.dataset, ["random"], head="logreg", subset="F", folds=2, home=self.home, reuse=False
+            self.dataset, ["random"], head="logreg", subset="F", folds=2, home=self.home, again=True
         )  # fmt: skip
 
     def _export(self) -> None:

@@ -26,7 +26,7 @@ from embcache.extract.extract import extract_features
 from embcache.extract.pixels import cache_pixels, open_pixels
 from embcache.extract.scan import dataset_transform
 from embcache.log import shown
-from embcache.probe.cached import cached_backbones, cached_datasets
+from embcache.probe.inputs import cached_backbones, cached_datasets
 from embcache.store.feature_store import FeatureStore, list_stores
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny, run_extraction

@@ -23,8 +23,7 @@ from embcache.finetune.epochs import Trainer, best_epoch, epoch_batches, repeata
 from embcache.finetune.model import ImageModel, assemble, check_head
 from embcache.probe.heads import make_head
 from embcache.probe.schedule import Schedule
-from embcache.probe.stack import Job, stream_generator
-from embcache.probe.train import make_job
+from embcache.probe.stack import Job, make_job, stream_generator
 from tests.finetune.conftest import RESNET, VIT
 
 CPU = torch.device("cpu")

@@ -88,7 +88,7 @@ def test_sets_of_backbones_are_checked() -> None:
         check_head(make_head("linear"), [])
 
 
-@pytest.mark.parametrize("name", heads())
+@pytest.mark.parametrize("name", heads.names())
 def test_heads_that_need_fixed_features_are_refused(name: str) -> None:
     head = make_head(name)
     backbones = ["random", "dino"] if head.fuses else ["random"]

@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from embcache.config import DatasetRef, ProbeConfig
 from embcache.data.dataset import ImageDataset
+from embcache.probe.probe import probe, probe_cached
+from embcache.probe.probe_plan import plan_probe
+from embcache.runs.folders import ProbeResult
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, create_store, publish_plan, write_snapshot
 from embcache.store.recipe import Recipe
 
@@ -24,7 +28,7 @@ def make_dataset(
     n_classes: int | None = None,
     **options: Any,
 ) -> ImageDataset:
-    """A dataset without files; ids are ``i0, i1, …``, groups default to one an image."""
+    """A dataset without files; ids are ``i0, i1, …``, groups default to one per image."""
     y = np.asarray(labels, dtype=np.int64)
     n, n_classes = len(y), n_classes or int(y.max()) + 1
     ids = [f"i{k}" for k in range(n)]
@@ -105,6 +109,32 @@ def put_store(
 def make_features(ds: ImageDataset, dim: int = 16, *, shift: float = 1.5, seed: int = 0) -> np.ndarray:
     """Class-dependent Gaussians, float32 (n, dim)."""
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(len(ds.class_names) + 1, dim))
-    centres *= shift / np.linalg.norm(centres, axis=1, keepdims=True)
-    return (rng.normal(size=(len(ds), dim)) + centres[ds.labels]).astype(np.float32)
+    centers = rng.normal(size=(len(ds.class_names) + 1, dim))
+    centers *= shift / np.linalg.norm(centers, axis=1, keepdims=True)
+    return (rng.normal(size=(len(ds), dim)) + centers[ds.labels]).astype(np.float32)
+
+
+def probe_grid(
+    ds: ImageDataset, sets: Sequence[Sequence[str]], *, subsets: Sequence[str | int] = ("S",), **options: Any
+) -> list[ProbeResult]:
+    """`probe` with the config's fields as keywords."""
+    own = {name: options.pop(name) for name in ("home", "progress", "head") if name in options}
+    if isinstance(own.get("head"), str):
+        options["head"] = own.pop("head")
+    return probe(ds, sets, subsets, ProbeConfig.make(options=options), **own)
+
+
+def find_saved(
+    ds: ImageDataset, sets: Sequence[Sequence[str]], *, subsets: Sequence[str | int] = ("S",), **options: Any
+) -> list[ProbeResult | str]:
+    """What `probe_grid` would not train: each saved result, or the id of the run to be."""
+    home = options.pop("home", None)
+    plan = plan_probe(ds, sets, subsets, ProbeConfig.make(options=options), home=home)
+    return [plan.saved(cell) or cell.id for cell in plan.cells]
+
+
+def run_cached(datasets: Sequence[str] = (), backbones: Sequence[str] = (), **options: Any) -> list[ProbeResult]:
+    """`probe_cached` with the fields of both configs as keywords."""
+    subsets, home = options.pop("subsets", ["S"]), options.pop("home", None)
+    ref = {name: options.pop(name) for name in list(options) if name in DatasetRef.__dataclass_fields__}
+    return probe_cached(datasets, backbones, subsets, ProbeConfig.make(options=options), DatasetRef(**ref), home=home)

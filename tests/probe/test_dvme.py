@@ -11,9 +11,9 @@ import torch
 from timm.models.vision_transformer import Attention as TimmAttention
 from torch import nn
 
-from embcache.probe.heads import count_parameters, make_head
+from embcache.probe.heads import make_head
 from embcache.probe.schedule import Schedule
-from embcache.probe.stack import Job, stream_generator, train_stack
+from embcache.probe.stack import Job, stream_generator, train_heads
 
 DIMS = {"simclr": 2048, "swav": 2048, "dino": 1536}
 
@@ -100,7 +100,7 @@ def test_training_has_the_losses_of_the_listing(proj_dim: int, n: int, epochs: i
     }
     head = make_head("dvme", proj_dim=proj_dim)
     job = Job(torch.arange(n), torch.arange(0), "7\0fold", 1e-3)
-    (mine,) = train_stack(head, x, y, [job], 3, "macro_auc", Schedule(max_epochs=epochs))
+    (mine,) = train_heads(head, x, y, [job], 3, "macro_auc", Schedule(max_epochs=epochs))
 
     model = Listing1(dims, proj_dim, 3, Attention(dim=1, num_heads=1, qkv_bias=True))
     load(model, head.init(stream_generator(job.stream, "init"), dims, 3))
@@ -138,13 +138,13 @@ def test_outputs_are_those_of_the_listing_with_timms_attention(attention: str, a
 
 
 def test_parameter_counts_are_the_papers() -> None:
-    assert count_parameters(make_head("dvme"), DIMS, 5) == 3_677_709
-    assert count_parameters(make_head("linear"), {"simclr": 2048}, 5) == 10_245
-    assert count_parameters(make_head("linear"), {"dino": 1536}, 5) == 7_685
+    assert make_head("dvme").count_parameters(DIMS, 5) == 3_677_709
+    assert make_head("linear").count_parameters({"simclr": 2048}, 5) == 10_245
+    assert make_head("linear").count_parameters({"dino": 1536}, 5) == 7_685
 
 
 def test_ablations_remove_what_they_say() -> None:
-    counts = {name: count_parameters(make_head(name), DIMS, 5) for name in ("dvme", "dvme-identity", "dvme-noattn")}
+    counts = {name: make_head(name).count_parameters(DIMS, 5) for name in ("dvme", "dvme-identity", "dvme-noattn")}
     assert counts["dvme"] - counts["dvme-identity"] == 8  # query, key, value and output projection of one scalar
     projections = sum(512 * d + 512 for d in DIMS.values())
     assert counts["dvme-noattn"] == projections + 1536 * 5 + 5  # and the classifier

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from embcache.errors import ProtocolError
+from embcache.probe import stack
 from embcache.probe.heads import make_head
 from embcache.probe.metrics import score, softmax
 from embcache.probe.schedule import Schedule
-from embcache.probe.stack import Job, predict_logits, train_stack
-from embcache.probe.train import fit, make_job, train_jobs
+from embcache.probe.stack import Job, TrainedModel, best_of, fit, make_job, predict_logits, train_heads
 from tests.probe.test_stack import Spy, problem, rows, train
 
 
@@ -26,7 +26,20 @@ def test_fit_without_validation_trains_all_epochs() -> None:
     assert set(fitted.trained.lrs) == {1e-3}
 
 
+def test_fit_says_what_diverged() -> None:
+    with pytest.raises(ProtocolError, match="diverged in its first epoch"):
+        fit(make_head("linear"), {"a": np.full((4, 3), np.nan, np.float32)}, [0, 1, 0, 1])
+
+
 # --- constants, views, stacks that are divided, heads that are solved
+
+
+def test_constants_are_of_the_training_rows_and_stay_as_they_were() -> None:
+    x, y = problem()
+    jobs = [Job(rows(0, 80), rows(300, 400), "0", 1e-2), Job(rows(80, 200), rows(300, 400), "1", 1e-2)]
+    for job, head in zip(jobs, train(make_head("concat"), {"a": x, "b": x[:, :3]}, y, jobs), strict=True):
+        torch.testing.assert_close(head.params["standard.a.mean"], x[job.train].mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(head.params["standard.b.scale"], x[job.train, :3].std(0, correction=0))
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp", "concat"])
@@ -54,7 +67,7 @@ def test_each_draw_takes_any_view_and_validation_the_first() -> None:
 
     job = make_job(y, np.arange(100), np.arange(100, n), 2, "s", 1e-3)
     features = {"a": numbers[:, :, None].float()}
-    train_stack(ViewSpy(), features, torch.from_numpy(y), [job], 2, "auc", Schedule(max_epochs=20, min_epochs=20))
+    train_heads(ViewSpy(), features, torch.from_numpy(y), [job], 2, "auc", Schedule(max_epochs=20, min_epochs=20))
     seen = torch.cat(trained)
     assert sorted((seen[:100] // 10).tolist()) == list(range(100))
     np.testing.assert_allclose(np.bincount(seen % 10) / len(seen), 1 / n_views, atol=0.05)
@@ -62,12 +75,36 @@ def test_each_draw_takes_any_view_and_validation_the_first() -> None:
     assert set((torch.cat(validated) % 10).tolist()) == {0}
 
 
+def test_how_jobs_are_divided_among_stacks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = problem(spread=0.3)
+    jobs = [Job(rows(30 * k, 30 * k + 60), rows(300, 400), f"0\0{k}", 1e-3) for k in range(3)]
+    head, schedule = make_head("mlp", hidden=6), Schedule(max_epochs=8, min_epochs=8)
+    whole = train_heads(head, {"a": x}, y, jobs, 2, "auc", schedule)
+    monkeypatch.setattr(stack, "_LARGEST_STACK", 200)  # two heads of 92 parameters
+    told: list[int] = []
+    parts = train_heads(head, {"a": x}, y, jobs, 2, "auc", schedule, on_epoch=told.append)
+    assert told == sorted(told)
+    assert told[-1] == 3 * 8
+    for a, b in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(a.losses, b.losses, rtol=1e-5)
+        assert a.best_epoch == b.best_epoch
+
+
+def test_the_best_of_several_is_by_validation_the_first_of_equals_and_never_one_without_a_model() -> None:
+    def outcome(val_score: float | None, *, made: bool = True) -> TrainedModel:
+        return TrainedModel({"w": torch.zeros(1)} if made else {}, 1, val_score, (0.1,), (), ())
+
+    assert best_of([outcome(0.7), outcome(0.9), outcome(0.9)]) == 1
+    assert best_of([outcome(None, made=False), outcome(-0.4)]) == 1  # kappa can be negative
+    assert best_of([outcome(None, made=False), outcome(None, made=False)]) == 0
+
+
 @pytest.mark.parametrize("name", ["knn", "logreg"])
 def test_a_solved_head_in_the_engine_is_the_head_on_its_rows(name: str) -> None:
     x, y = problem(3, spread=0.5)
     job = Job(rows(0, 90), rows(300, 400), "0", 1e-3)
     viewed = torch.stack([x, torch.full_like(x, 1e6)], 1)  # a solved head takes the plain view
-    (head,) = train_jobs(make_head(name), {"a": viewed}, y, [job], 3, "macro_auc", Schedule())
+    (head,) = train_heads(make_head(name), {"a": viewed}, y, [job], 3, "macro_auc", Schedule())
     alone = make_head(name).solve({"a": x[:90]}, y[:90], {"a": x[300:]}, y[300:], 3, "macro_auc")
     assert head.chosen == alone.chosen
     assert all(torch.equal(head.params[n], alone.params[n]) for n in alone.params)
@@ -85,7 +122,7 @@ def test_a_solved_head_on_features_that_are_not_finite_leaves_the_others(name: s
         Job(torch.cat([rows(0, 40), rows(0, 1)]), rows(300, 400), "0", 1e-3),
         Job(rows(40, 90), rows(300, 399), "1", 1e-3),
     ]
-    bad, good = train_jobs(make_head(name), {"a": x}, y, jobs, 2, "auc", Schedule())
+    bad, good = train_heads(make_head(name), {"a": x}, y, jobs, 2, "auc", Schedule())
     assert (bad.params, bad.diverged, bad.val_score) == ({}, True, None)
     assert not good.diverged
     with pytest.raises(ProtocolError, match="the head cannot be solved"):

@@ -16,13 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from embcache.data.dataset import ImageDataset
-from embcache.probe.feature_rows import Resident
-from embcache.probe.heads import make_head
 from embcache.probe.inputs import load_features
-from embcache.probe.probe import probe_features, probe_grid
-from embcache.probe.standard import constants_of, standard_params
+from embcache.probe.probe import probe_features
 from embcache.store.feature_store import open_store
-from tests.probe.build import make_dataset, make_features
+from tests.probe.build import make_dataset, make_features, probe_grid
 from tests.probe.test_stream import put_shards
 
 
@@ -112,21 +109,13 @@ def test_constants_need_no_copy_of_the_features(ds: ImageDataset, home: Path, mo
     assert peak_of(monkeypatch, ds, home, ["a", "b"], head="concat") < 4 * N * DIM * 4
 
 
-def test_constants_in_parts_are_those_of_the_whole() -> None:
-    x = {"a": torch.randn(3000, 5, dtype=torch.float64).float() * 7 + 40}
-    rows = torch.arange(0, 3000, 2)
-    (found,) = constants_of(make_head("concat"), Resident(x), [rows])
-    for name, expected in standard_params({"a": x["a"][rows]}).items():
-        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=0)
-
-
 def test_one_backbone_is_let_go_of_before_the_next_is_read(
     ds: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(home, ds, "a", "b", "c")
     one = peak_of(monkeypatch, ds, home, ["a"])
     with counted(monkeypatch) as mode:
-        probe_grid(ds, [["a"], ["b"], ["c"]], subsets=["F"], home=home, folds=2, reuse=False)
+        probe_grid(ds, [["a"], ["b"], ["c"]], subsets=["F"], home=home, folds=2, again=True)
     assert mode.peak < one + N * DIM * 4 / 2
 
 

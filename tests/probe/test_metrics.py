@@ -164,8 +164,8 @@ def test_a_resample_without_the_positive_class_has_no_score(key: str) -> None:
     assert math.isnan(got)
 
 
-def test_a_value_that_nobody_can_tell_is_none() -> None:
-    y, z = np.array([0, 1, 0, 1]), np.array([[1.0, 0.0], [2.0, 0.0], [1.0, 0.5], [3.0, 0.0]])  # nobody is called 1
+def test_a_value_that_none_can_tell_is_none() -> None:
+    y, z = np.array([0, 1, 0, 1]), np.array([[1.0, 0.0], [2.0, 0.0], [1.0, 0.5], [3.0, 0.0]])  # none is called 1
     got = evaluate("auc", y, z)
     assert got["ppv"] is None
     assert got["npv"] == 0.5

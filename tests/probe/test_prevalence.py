@@ -22,6 +22,7 @@ from embcache.probe.prevalence import (
     row_weights,
 )
 from embcache.probe.probe import probe_features
+from embcache.probe.stack import seen_shares
 from embcache.results.decisions import calibration_error
 from tests.probe.build import make_dataset, make_features, put_store
 
@@ -51,9 +52,9 @@ def test_prevalence_mends_a_perfect_balanced_model_where_one_in_ten_is_sick() ->
     assert np.average(np.abs(p - right), weights=weights) == pytest.approx(0.247, abs=0.01)
     assert calibration_error(y, p, weights, groups) > 0.24
     (model,) = adjustments([(0.5, 0.5)], [], np.array([0.9, 0.1]), calibrate=False)
-    mended = model.probabilities(logits)[:, 1]
-    np.testing.assert_allclose(mended, right, atol=1e-12)
-    assert calibration_error(y, mended, weights, groups) < 0.01
+    fixed = model.probabilities(logits)[:, 1]
+    np.testing.assert_allclose(fixed, right, atol=1e-12)
+    assert calibration_error(y, fixed, weights, groups) < 0.01
 
 
 def test_several_classes_follow_bayes_rule_from_what_training_saw() -> None:
@@ -81,7 +82,7 @@ def test_the_temperature_has_the_smallest_weighted_log_loss(scale: float) -> Non
     assert best == pytest.approx(scale, rel=0.25)
 
 
-def test_a_model_that_is_too_sure_is_mended_without_moving_the_prevalence() -> None:
+def test_a_model_that_is_too_sure_is_fixed_without_moving_the_prevalence() -> None:
     rng = np.random.default_rng(3)
     (held, held_logits), (_, logits) = world(rng, 1000, 0.4), world(rng, 20_000, 0.1)
     (model,) = adjustments([(0.5, 0.5)], [predicted(held, 3 * held_logits)], np.array([0.9, 0.1]), calibrate=True)
@@ -139,3 +140,9 @@ def test_a_run_records_what_its_training_saw(home: Path) -> None:
         assert [fold.seen for fold in result.folds] == [[0.5, 0.5] if balanced else [0.75, 0.25]] * 2
     odd = probe_features(ds, "net", head="linear", subset=7, folds=2, home=home)  # balanced but for one: no draws
     assert sorted(odd.folds[0].seen) == pytest.approx([3 / 7, 4 / 7])
+
+
+def test_classes_that_do_not_occur_are_not_seen() -> None:
+    labels = np.array([0, 0, 0, 2])
+    assert seen_shares(labels, 3, weighs=True) == [0.5, 0, 0.5]
+    assert seen_shares(labels, 3, weighs=False) == [0.75, 0, 0.25]

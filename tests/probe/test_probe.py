@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,35 +15,28 @@ from sklearn.metrics import average_precision_score, cohen_kappa_score, log_loss
 
 import embcache.probe.probe as run_module
 from embcache.data.dataset import ImageDataset
-from embcache.errors import RecipeError, StoreError, StoreNotFoundError, UsageError
-from embcache.probe.cached import probe_cached
+from embcache.errors import ProtocolError, RecipeError, StoreError, StoreNotFoundError, UsageError
+from embcache.probe import probe_plan
 from embcache.probe.metrics import softmax
-from embcache.probe.probe import find_saved, probe_features, probe_grid
+from embcache.probe.probe import probe_features
 from embcache.probe.protocol import plan_splits
 from embcache.probe.splits import write_splits
 from embcache.probe.summary import in_metric
 from embcache.runs.folders import ProbeResult, list_results, load_heads, load_predictions, load_result, runs_dir
-from tests.probe.build import make_dataset, make_features, make_recipe, put_store
+from tests.probe.build import find_saved, make_dataset, make_features, make_recipe, probe_grid, put_store, run_cached
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def ds() -> ImageDataset:
     rng = np.random.default_rng(0)
     groups = [f"g{k // 2}" for k in range(260)]
     return make_dataset(rng.integers(0, 2, size=260).tolist(), groups, ["train"] * 200 + ["test"] * 60)
 
 
-@pytest.fixture(scope="module")
-def made(ds: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("made") / "home"
+@pytest.fixture
+def cached(home: Path, ds: ImageDataset) -> ImageDataset:
     put_store(home, ds, "a", make_features(ds, 16))
     put_store(home, ds, "b", make_features(ds, 10, seed=1))
-    return home
-
-
-@pytest.fixture
-def cached(home: Path, ds: ImageDataset, made: Path) -> ImageDataset:
-    shutil.copytree(made, home)
     return ds
 
 
@@ -131,7 +123,7 @@ def test_another_positive_class_is_scored_and_recorded_without_training(
 ) -> None:
     result = probe_features(cached, "a", home=home)
     assert result.positive == "b"
-    monkeypatch.setattr(run_module, "train_jobs", never_train)
+    monkeypatch.setattr(run_module, "train_heads", never_train)
     other = probe_features(cached, "a", home=home, positive="a")
     frame = load_predictions(run_of(result, home))
     part = frame[frame["fold"] == 0]
@@ -205,6 +197,14 @@ def test_the_run_reads_back(cached: ImageDataset, home: Path) -> None:
     ]
 
 
+def test_the_json_has_what_scripts_rely_on(cached: ImageDataset, home: Path) -> None:
+    data = probe_features(cached, "a", subset=24, home=home).to_json()
+    assert {"dataset", "backbones", "head", "subset", "n_train", "metric", "mean", "std", "folds"} <= set(data)
+    assert data["backbones"] == ["a"]
+    assert (data["subset"], data["n_train"]) == ("24", 24)
+    assert all({"score", "val_score", "best_epoch", "n_train", "n_val", "lr"} <= set(fold) for fold in data["folds"])
+
+
 # --- taken again, or not
 
 
@@ -212,19 +212,18 @@ def test_the_same_request_is_answered_from_the_run(
     cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = probe_features(cached, "a", home=home)
-    monkeypatch.setattr(run_module, "train_jobs", never_train)
-    monkeypatch.setattr(run_module, "load_features", never_train)
+    monkeypatch.setattr(run_module, "train_heads", never_train)
+    monkeypatch.setattr(probe_plan, "load_features", never_train)
     assert probe_features(cached, "a", home=home) == first
     with pytest.raises(AssertionError, match="trained again"):
-        probe_features(cached, "a", home=home, reuse=False)
+        probe_features(cached, "a", home=home, again=True)
 
 
-def test_another_request_is_another_run(cached: ImageDataset, home: Path) -> None:
-    changes: list[dict[str, Any]] = [
-        {}, {"seed": 1}, {"subsets": [30]}, {"folds": 4}, {"val": "matched"}, {"lr": 1e-2}, {"head": "dvme-noattn"},
-    ]  # fmt: skip
-    ids = {find_saved(cached, [["a"]], **{"subsets": ["S"], "home": home, **change})[0] for change in changes}
-    assert len(ids) == len(changes)
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"subset": 30}, {"folds": 4}, {"val": "matched"}, {"lr": 1e-2}, {"head": "dvme-noattn"}]
+)
+def test_another_request_is_another_run(cached: ImageDataset, home: Path, change: dict[str, Any]) -> None:
+    assert probe_features(cached, "a", home=home, **change).id != probe_features(cached, "a", home=home).id
 
 
 def test_an_edited_label_is_another_run_on_the_same_features(cached: ImageDataset, home: Path) -> None:
@@ -272,12 +271,12 @@ def test_a_run_that_is_not_as_written_is_never_served(cached: ImageDataset, home
 def test_the_order_of_a_splits_file_changes_nothing(cached: ImageDataset, home: Path, tmp_path: Path) -> None:
     path = tmp_path / "splits.json"
     write_splits(plan_splits(cached, subsets=["S"]), path)
-    one = probe_features(cached, "a", home=home, splits=path, reuse=False)
+    one = probe_features(cached, "a", home=home, splits=path, again=True)
     content = json.loads(path.read_text())
     for fold in content["folds"]:
         fold["train"] = {subset: ids[::-1] for subset, ids in fold["train"].items()}
     path.write_text(json.dumps(content))
-    other = probe_features(cached, "a", home=home, splits=path, reuse=False)
+    other = probe_features(cached, "a", home=home, splits=path, again=True)
     assert (other.id, other.mean) == (one.id, one.mean)
 
 
@@ -336,9 +335,32 @@ def test_test_labels_influence_nothing_but_the_score(cached: ImageDataset, home:
 def test_a_result_does_not_depend_on_its_grid(cached: ImageDataset, home: Path, tmp_path: Path) -> None:
     grid = probe_grid(cached, [["a"], ["b"]], subsets=["S", 30, "F"], home=home)
     assert [(r.backbones[0], r.subset) for r in grid] == [(b, s) for b in "ab" for s in ("S", "30", "F")]
-    alone = probe_features(cached, "b", subset=30, home=home, reuse=False)
+    alone = probe_features(cached, "b", subset=30, home=home, again=True)
     assert alone.id == grid[4].id
     assert [f.score for f in alone.folds] == [f.score for f in grid[4].folds]
+
+
+def test_features_are_read_once_for_all_subsets(
+    cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    original = probe_plan.load_features
+
+    def spy(store: Any, *rest: Any, **options: Any) -> torch.Tensor:
+        loads.append(store.recipe.backbone)
+        return original(store, *rest, **options)
+
+    monkeypatch.setattr(probe_plan, "load_features", spy)
+    probe_grid(cached, [["a"], ["b"]], subsets=["S", 30, "F"], home=home)
+    assert loads == ["a", "b"]
+
+
+def test_all_backbones_and_heads_see_the_same_images(cached: ImageDataset, home: Path) -> None:
+    requests = [
+        probe_features(cached, names, head=head, home=home).request
+        for head, names in (("linear", ["a"]), ("linear", ["b"]), ("dvme-noattn", ["a", "b"]))
+    ]
+    assert len({request["splits"] for request in requests}) == 1
 
 
 def test_half_precision_features_train_in_float32(home: Path, ds: ImageDataset) -> None:
@@ -380,7 +402,7 @@ def test_identical_images_are_kept_together(home: Path) -> None:
     assert len(tested) * 2 == result.n_test
 
 
-def test_unlabelled_official_test_set_is_predicted_not_scored(home: Path) -> None:
+def test_unlabeled_official_test_set_is_predicted_not_scored(home: Path) -> None:
     ds = make_dataset([0, 1] * 60 + [-1] * 30, split=["train"] * 120 + ["test"] * 30, n_classes=2)
     put_store(home, ds, "a", make_features(ds))
     result = probe_features(ds, "a", subset="F", test="official", home=home)
@@ -396,7 +418,7 @@ def test_unlabelled_official_test_set_is_predicted_not_scored(home: Path) -> Non
     assert result.labels_used == 120
 
 
-def test_partly_labelled_test_set_is_scored_where_it_is_labelled(home: Path) -> None:
+def test_partly_labeled_test_set_is_scored_where_it_is_labeled(home: Path) -> None:
     labels = [0, 1] * 60 + [0, 1] * 10 + [-1] * 10
     ds = make_dataset(labels, split=["train"] * 120 + ["test"] * 30, n_classes=2)
     put_store(home, ds, "a", make_features(ds))
@@ -437,7 +459,7 @@ def test_one_computation_is_one_run(home: Path) -> None:
     assert len({r.id for r in results}) == len(list_results(home)) == 2
     assert find_saved(ds, [["a"]], subsets=["M", 20], head="knn", home=home) == [results[3], results[0]]
     assert any("subset M is 500 training images" in note for note in results[2].notes)
-    assert [r.subset for r in probe_cached(subsets=["20", "S", "M", "F"], head="knn", home=home)] == ["S", "F"]
+    assert [r.subset for r in run_cached(subsets=["20", "S", "M", "F"], head="knn", home=home)] == ["S", "F"]
 
 
 def test_synthetic_images_are_called_so(home: Path) -> None:
@@ -460,6 +482,11 @@ def test_single_backbone_heads_take_one(cached: ImageDataset, home: Path) -> Non
         probe_features(cached, [], home=home)
 
 
+def test_features_that_are_not_cached(cached: ImageDataset, home: Path) -> None:
+    with pytest.raises(StoreNotFoundError):
+        probe_features(cached, "dino", home=home)
+
+
 def test_stores_of_pixels_are_not_probed(home: Path, ds: ImageDataset) -> None:
     put_store(home, ds, "pixels", np.zeros((260, 2, 2, 3), np.uint8))
     with pytest.raises(StoreNotFoundError, match="no features of pixels"):
@@ -480,6 +507,12 @@ def test_several_recipes_need_a_choice(cached: ImageDataset, home: Path) -> None
     assert both.request["recipes"][0] == ["a", other.fingerprint]
     with pytest.raises(UsageError, match="fits none"):
         probe_features(cached, "a", home=home, recipe="zzz")
+
+
+def test_a_head_that_diverges_is_named(home: Path, ds: ImageDataset) -> None:
+    put_store(home, ds, "a", np.full((260, 4), np.inf, np.float32))
+    with pytest.raises(ProtocolError, match=r"every fold \(linear, subset S\) diverged in its first epoch"):
+        probe_features(ds, "a", home=home)
 
 
 def test_a_device_that_is_not_there(cached: ImageDataset, home: Path) -> None:

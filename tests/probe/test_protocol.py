@@ -50,7 +50,7 @@ def pool_of(plan: Splits) -> set[int]:
 # --- test set
 
 
-def test_labelled_official_test_set_is_the_test_set() -> None:
+def test_labeled_official_test_set_is_the_test_set() -> None:
     ds = make_dataset([0, 1] * 60, split=["train"] * 80 + ["test"] * 40)
     for test in ("local", "official"):
         plan = plan_splits(ds, subsets=["F"], test=test)
@@ -77,7 +77,7 @@ def test_local_test_set_has_a_seed_of_its_own(options: dict[str, object]) -> Non
     assert other.test.tolist() == base.test.tolist()
 
 
-def test_unlabelled_official_test_set_is_not_touched_by_default() -> None:
+def test_unlabeled_official_test_set_is_not_touched_by_default() -> None:
     ds = make_dataset([0, 1] * 60 + [-1] * 30, split=["train"] * 120 + ["test"] * 30, n_classes=2)
     plan = plan_splits(ds, subsets=["F"])
     assert plan.test_set == "local"
@@ -89,7 +89,7 @@ def test_official_without_labels_holds_nothing_out() -> None:
     ds = make_dataset([0, 1] * 60 + [-1] * 30, split=["train"] * 120 + ["test"] * 30, n_classes=2)
     plan = plan_splits(ds, subsets=["F"], test="official")
     assert plan.test.tolist() == list(range(120, 150))
-    assert not plan.test_labelled
+    assert not plan.test_labeled
     assert pool_of(plan) == set(range(120))
 
 
@@ -98,7 +98,7 @@ def test_official_needs_a_test_set() -> None:
         plan_splits(make_dataset([0, 1] * 50), subsets=["F"], test="official")
 
 
-def test_unlabelled_images_are_never_in_the_pool() -> None:
+def test_unlabeled_images_are_never_in_the_pool() -> None:
     ds = make_dataset([0, 1] * 50 + [-1] * 20, n_classes=2)
     plan = plan_splits(ds, subsets=["F"])
     assert max(pool_of(plan) | set(plan.test.tolist())) < 100
@@ -125,12 +125,12 @@ def test_groups_shared_with_the_own_val_split_leave_training() -> None:
 @settings(max_examples=60)
 @given(st.integers(0, 10_000), st.booleans(), st.booleans(), st.sampled_from(["local", "official"]))
 def test_given_splits_and_shared_groups_never_end_on_both_sides(
-    seed: int, labelled_test: bool, exclude: bool, test: str
+    seed: int, labeled_test: bool, exclude: bool, test: str
 ) -> None:
     rng = np.random.default_rng(seed)
     n = int(rng.integers(60, 200))
     split = rng.choice(["train", "val", "test"], size=n, p=[0.7, 0.1, 0.2])
-    labels = np.where((split == "test") & (not labelled_test), -1, rng.integers(0, 2, size=n))
+    labels = np.where((split == "test") & (not labeled_test), -1, rng.integers(0, 2, size=n))
     ds = make_dataset(labels.tolist(), [f"g{g}" for g in rng.integers(0, n, size=n)], split.tolist(), n_classes=2)
     plan = attempt(ds, subsets=[8, "F"], test=test, exclude_test_overlap=exclude)
     if isinstance(plan, str):
@@ -241,9 +241,9 @@ def test_published_splits_stay() -> None:
 def test_digest_follows_labels_and_test_groups() -> None:
     ds = make_dataset([0, 1] * 60, split=["train"] * 80 + ["test"] * 40)
     digest = plan_splits(ds, subsets=["F"]).digest("F")
-    relabelled = replace(ds, table=ds.table.assign(label=[1, *ds.table["label"][1:]]))
+    relabeled = replace(ds, table=ds.table.assign(label=[1, *ds.table["label"][1:]]))
     regrouped = replace(ds, table=ds.table.assign(group=[*ds.table["group"][:-1], "another"]))
-    assert plan_splits(relabelled, subsets=["F"]).digest("F") != digest
+    assert plan_splits(relabeled, subsets=["F"]).digest("F") != digest
     assert plan_splits(regrouped, subsets=["F"]).digest("F") != digest
 
 
@@ -325,9 +325,25 @@ def test_exclude_test_overlap_drops_such_images_from_training() -> None:
 
 def test_overlap_with_an_unused_official_test_set_is_not_told() -> None:
     ds = overlapping()
-    unlabelled = replace(ds, table=ds.table.assign(label=[*ds.table["label"][:100], *[-1] * 40]))
-    assert not any("official test set" in n for n in plan_splits(unlabelled, subsets=["F"]).notes)
-    assert any("official test set" in n for n in plan_splits(unlabelled, subsets=["F"], test="official").notes)
+    unlabeled = replace(ds, table=ds.table.assign(label=[*ds.table["label"][:100], *[-1] * 40]))
+    assert not any("official test set" in n for n in plan_splits(unlabeled, subsets=["F"]).notes)
+    assert any("official test set" in n for n in plan_splits(unlabeled, subsets=["F"], test="official").notes)
+
+
+def test_a_group_across_folds_raises() -> None:
+    plan = plan_splits(make_dataset([0, 1] * 50), subsets=["F"])
+    groups = plan.groups.copy()
+    groups[plan.train[1, "F"][0]] = groups[plan.val[1, "F"][0]]
+    with pytest.raises(ProtocolError, match="on both sides of fold") as caught:
+        replace(plan, groups=groups).check()
+    assert repr(groups[plan.val[1, "F"][0]]) in str(caught.value)
+
+
+def test_a_test_image_in_training_raises() -> None:
+    plan = plan_splits(make_dataset([0, 1] * 50), subsets=["F"])
+    leaky = {**plan.train, (0, "F"): np.append(plan.train[0, "F"], plan.test[0])}
+    with pytest.raises(ProtocolError, match="in the test set"):
+        replace(plan, train=leaky).check()
 
 
 # --- unreadable images
@@ -350,6 +366,11 @@ def test_fewer_than_two_classes() -> None:
     with pytest.raises(ProtocolError, match="fewer than two classes") as caught:
         plan_splits(make_dataset([0] * 50, n_classes=2), subsets=["F"])
     assert "a: 40, b: 0" in str(caught.value)
+
+
+def test_nothing_labeled() -> None:
+    with pytest.raises(ProtocolError, match="fewer than two classes"):
+        plan_splits(make_dataset([-1] * 50, n_classes=2), subsets=["F"])
 
 
 def test_class_with_fewer_images_than_folds() -> None:

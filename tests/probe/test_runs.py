@@ -17,8 +17,9 @@ import torch
 from embcache import io
 from embcache.errors import StoreError, StoreNotFoundError
 from embcache.maintain.gc import collect_home
+from embcache.probe.heads import make_head
 from embcache.probe.protocol import plan_splits
-from embcache.probe.summary import Outcome, Outputs, prediction_table, summarise
+from embcache.probe.summary import Outcome, Outputs, RunCell, build_result, prediction_table
 from embcache.runs.folders import (
     PROTOCOL_VERSION,
     ProbeResult,
@@ -52,21 +53,11 @@ def make_run(
     outcomes = [Outcome(k + 1, 9, 0.5 + k / 100, 1e-4) for k in range(6)]
     request = {"kind": kind, "protocol": PROTOCOL_VERSION, "head": {"name": head}, "subset": "S", "metric": "auc"}
     request |= {"dataset": dataset, "seed": seed}
-    result = summarise(
-        ds,
-        plans,
-        "S",
-        kind=kind,
-        backbones=["random"],
-        head=head,
-        request=request,
-        recipes={"random": {"backbone": "random"}},
-        outcomes=outcomes,
-        outputs=outputs,
-        source="live",
-        seconds=1.0,
-        notes=["a note of its own"],
-    )
+    cell = RunCell(
+        ds, tuple(plans), "S", ("random",), make_head(head), request, {"random": {"backbone": "random"}},
+        notes=("a note of its own",),
+    )  # fmt: skip
+    result = build_result(cell, outcomes, outputs, 1.0)
     return result, prediction_table(plans[0], outputs, outcomes)
 
 
@@ -89,12 +80,10 @@ def test_a_single_scored_fold_has_no_deviation() -> None:
     ds = make_dataset([0, 1] * 40, split=["train"] * 60 + ["test"] * 20)
     plan = plan_splits(ds, subsets=["S"], folds=2)
     logits = np.random.default_rng(0).normal(size=(2, 20, 2))
-    result = summarise(
-        ds, [plan], "S", kind="probe", backbones=["a"], head="linear",
-        request={"kind": "probe", "head": {"name": "linear"}, "subset": "S", "metric": "auc"}, recipes={},
-        outcomes=[Outcome(0, 1, None, 1e-3, diverged=True), Outcome(5, 30, 0.7, 1e-3)],
-        outputs=Outputs(logits, logits), source="live", seconds=1.0,
-    )  # fmt: skip
+    request = {"kind": "probe", "head": {"name": "linear"}, "subset": "S", "metric": "auc"}
+    cell = RunCell(ds, (plan,), "S", ("a",), make_head("linear"), request, {})
+    outcomes = [Outcome(0, 1, None, 1e-3, diverged=True), Outcome(5, 30, 0.7, 1e-3)]
+    result = build_result(cell, outcomes, Outputs(logits, logits), 1.0)
     assert result.mean == result.folds[1].score
     assert result.std is None
     assert "±" not in repr(result)
@@ -224,7 +213,7 @@ def test_a_run_of_another_version_is_called_so_and_never_offered(home: Path, har
 
 
 class _KilledError(BaseException):
-    """Nothing catches it, as nothing catches SIGKILL; what would be removed on an error is told apart below."""
+    """Nothing catches it, as nothing catches SIGKILL; what would be removed on an error is named apart below."""
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embcache.probe.heads import make_head
-from embcache.probe.heads.attention_nodes import place_nodes
-from embcache.probe.heads.scalar_attention import ATTENTIONS, attend, most_nodes, sum_attention
+from embcache.probe.heads import ATTENTIONS, make_head
+from embcache.probe.heads.scalar_attention import attend, most_nodes, place_nodes, sum_attention
 from embcache.probe.schedule import Schedule
-from embcache.probe.stack import Job, train_stack
+from embcache.probe.stack import Job, train_heads
 
 
 def weights_by_definition(q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -89,7 +89,7 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, upstream: torch.Ten
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
-@settings(max_examples=15)
+@settings(max_examples=40)
 @given(
     keys=st.sampled_from(sorted(KEYS)),
     shape=st.sampled_from([(1, 2), (2, 7), (3, 64), (2, 3, 33), (4, 400)]),
@@ -103,10 +103,23 @@ def test_output_and_gradients_are_those_of_the_definition(
     check(*example(keys, shape, scores, shift, seed), kind=kind)
 
 
-@pytest.mark.parametrize("scores", [3.0, 500.0])
+@pytest.mark.parametrize("scores", [0.05, 3.0, 30.0, 500.0, 1e4])
 @pytest.mark.parametrize("keys", ["normal", "two heaps", "one outlier"])
 def test_1536_tokens_as_the_listing_has_them(keys: str, scores: float) -> None:
     check(*example(keys, (3, 1536), scores, 0.3, 0), kind="fast")
+
+
+@pytest.mark.parametrize("scores", [30.0, 1e3])
+def test_keys_gradients_where_far_queries_have_none(scores: float) -> None:
+    """Values that tell the heap of a key: beyond a few queries, v_j - F is 0 or has no weight."""
+    q, k, _, upstream = example("two heaps", (3, 1536), scores, 0.3, 0)
+    check(q, k, k.clone(), upstream, "fast")
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_a_single_token_attends_to_itself(kind: str) -> None:
+    v = torch.randn(4, 1)
+    torch.testing.assert_close(attend(torch.randn(4, 1), torch.randn(4, 1), v, kind), v)
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
@@ -117,6 +130,43 @@ def test_equal_queries_and_equal_keys(kind: str) -> None:
         check(q, keys, v, torch.randn(2, 40), kind)
     empty = torch.zeros(0, 40)
     assert attend(empty, empty, empty, kind).shape == (0, 40)
+
+
+def test_how_many_nodes_follows_from_the_ranges() -> None:
+    counts = []
+    for scores in (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5):
+        q, k, v, _ = example("normal", (8, 1536), scores, 0.0, 0)
+        groups, left = place_nodes(q, k, v)
+        assert not len(left)
+        counts.append(max(group.t.shape[1] for group in groups))
+    assert counts == sorted(counts)
+    assert counts[0] <= 8
+    assert counts[-1] <= 256  # a million times the range, some thirty times the nodes
+
+
+def test_rows_that_need_too_many_nodes_are_exact_and_the_others_are_not() -> None:
+    q, k, v, upstream = example("normal", (4, 400), 1.0, 0.0, 0)
+    k[1, 0] = 1e4  # an outlier that needs more nodes than are worth while
+    groups, left = place_nodes(q, k, v, most_nodes(400, "auto"))
+    assert left.tolist() == [1]
+    assert sorted(int(row) for group in groups for row in group.rows) == [0, 2, 3]
+    out = attend(q, k, v)
+    assert torch.equal(out[1], attend(q, k, v, "exact")[1])
+    check(q[[0, 2, 3]], k[[0, 2, 3]], v[[0, 2, 3]], upstream[[0, 2, 3]], "auto")
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize("scores", [0.3, 3.0, 30.0, 500.0])
+def test_a_row_is_computed_alike_in_any_batch(scores: float, kind: str) -> None:
+    *inputs, upstream = example("normal", (64, 300), scores, 0.0, 1)
+
+    def rows(part: slice) -> list[torch.Tensor]:
+        return with_gradients(tuple(t[part] for t in inputs), upstream[part], lambda *t: attend(*t, kind=kind))
+
+    whole = rows(slice(None))
+    for part in (slice(0, 1), slice(63, 64), slice(10, 20), slice(30, 56)):
+        for all_rows, some in zip(whole, rows(part), strict=True):
+            assert torch.equal(all_rows[part], some)
 
 
 LAWS: dict[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]] = {
@@ -139,7 +189,7 @@ def batch(law: str, rows: int, tokens: int, unlike: float, seed: int) -> tuple[t
 
 
 @pytest.mark.parametrize("law", ["mixed", *LAWS])
-@settings(max_examples=8)
+@settings(max_examples=30)
 @given(
     kind=st.sampled_from(["auto", "fast"]),
     rows=st.integers(1, 6) | st.integers(1, 70),
@@ -159,6 +209,21 @@ def test_every_row_of_a_batch_is_its_own_in_any_order(
         assert torch.equal(one[order], other)
 
 
+@pytest.mark.parametrize(
+    ("law", "rows", "seed"), [("heaped", 2, 2), ("heaped", 3, 8), ("skewed", 2, 10), ("skewed", 3, 35)]
+)
+def test_rows_that_were_once_exchanged(law: str, rows: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    k = (LAWS[law](rng, (rows, 1536)) * np.exp(1.2 * rng.normal(size=(rows, 1)))).astype(np.float32)
+    q = (rng.normal(size=(rows, 1536)) * np.exp(0.7 * rng.normal(size=(rows, 1)))).astype(np.float32)
+    queries, keys = torch.from_numpy(q), torch.from_numpy(k)
+    right = by_definition(queries.double(), keys.double(), keys.double() / 2)
+    for order in itertools.permutations(range(rows)):
+        turned = list(order)
+        error = (attend(queries[turned], keys[turned], keys[turned] / 2) - right[turned]).abs().amax(1)
+        assert (error / right[turned].std(1) < 2e-5).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_half_precision_is_computed_in_float32(kind: str, dtype: torch.dtype) -> None:
@@ -170,6 +235,13 @@ def test_half_precision_is_computed_in_float32(kind: str, dtype: torch.dtype) ->
     assert all(g.dtype == dtype for g in torch.autograd.grad(out.float().sum(), inputs))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(attend(q, k, v, kind), out)
+
+
+def test_float64_is_computed_in_float64() -> None:
+    q, k, v = (t.double() for t in example("normal", (3, 300), 5.0, 0.0, 0)[:3])
+    out = attend(q, k, v, "fast")
+    assert out.dtype == torch.float64
+    assert (out - by_definition(q, k, v)).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
@@ -185,6 +257,30 @@ def test_what_is_not_finite_stays_so(kind: str, bad: float) -> None:
     assert not torch.isfinite(attend(q, k, v, kind)).any()
 
 
+def test_the_way_back_can_be_gone_twice() -> None:
+    q, k, v, _ = example("normal", (3, 100), 5.0, 0.0, 0)
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    out = attend(*inputs, kind="fast").sum()
+    first = torch.autograd.grad(out, inputs, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(out, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_is_not_kept_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    *given_, upstream = example("normal", (7, 100), 5.0, 0.0, 0)
+    inputs = [t.requires_grad_() for t in given_]
+
+    def both() -> tuple[torch.Tensor, ...]:
+        out = attend(*inputs, kind="fast")
+        return (out, *torch.autograd.grad((out * upstream).sum(), inputs))
+
+    kept = both()
+    monkeypatch.setattr("embcache.probe.heads.scalar_attention._KEEP", 0)
+    monkeypatch.setattr("embcache.probe.heads.scalar_attention._CELLS", 2000)  # a row or two at a time
+    for a, b in zip(kept, both(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ATTENTIONS)
 @pytest.mark.parametrize("parts", [1, 3, 60])
 def test_sums_of_maps(kind: str, parts: int) -> None:
@@ -193,6 +289,11 @@ def test_sums_of_maps(kind: str, parts: int) -> None:
     maps = weights_by_definition(q, k).sum(0)
     expected = maps.view(parts, 60 // parts, parts, 60 // parts).sum((1, 3))
     torch.testing.assert_close(sum_attention(q, k, parts, kind), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_kinds_are_refused() -> None:
+    with pytest.raises(ValueError, match="attention is one of"):
+        attend(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2), kind="magic")
 
 
 def test_training_is_the_same_by_nodes_and_by_all_scores() -> None:
@@ -204,7 +305,7 @@ def test_training_is_the_same_by_nodes_and_by_all_scores() -> None:
     }
     job = Job(torch.arange(150), torch.arange(150, 200), "3\0fold", 1e-3)
     runs = {
-        kind: train_stack(
+        kind: train_heads(
             make_head("dvme", proj_dim=64, attention=kind), x, y, [job], 3, "macro_auc", Schedule(max_epochs=6)
         )[0]
         for kind in ATTENTIONS
@@ -213,6 +314,15 @@ def test_training_is_the_same_by_nodes_and_by_all_scores() -> None:
         np.testing.assert_allclose(runs[kind].losses, runs["exact"].losses, rtol=1e-3)
         np.testing.assert_allclose(runs[kind].val_scores, runs["exact"].val_scores, atol=5e-3)
         assert runs[kind].losses != runs["exact"].losses or kind == "auto"  # it was another way
+
+
+def test_zeros_added_to_every_token_change_nothing() -> None:
+    """What CUDA's fused kernels are given: tokens of dimension 8, seven of them zero."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 1, 50, 1, generator=generator) for _ in range(3))
+    padded = (torch.nn.functional.pad(t, (0, 7)) for t in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(*padded, scale=1.0)[..., 0]
+    assert torch.allclose(out[:, 0], attend(q[:, 0, :, 0], k[:, 0, :, 0], v[:, 0, :, 0]), atol=1e-6)
 
 
 @pytest.mark.gpu

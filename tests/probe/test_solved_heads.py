@@ -38,9 +38,15 @@ def test_knn_is_scikit_learns_with_dinos_weights(n_classes: int, k: int, tempera
     theirs.fit(scaler.transform(x), y)
     queries = scaler.transform(held.astype(np.float64))
     distances, _ = theirs.kneighbors(queries, k + 1)
-    clear = distances[:, -1] - distances[:, -2] > 2e-4  # half precision may swap a neighbour for one as near
+    clear = distances[:, -1] - distances[:, -2] > 2e-4  # half precision may swap a neighbor for one as near
     assert clear.sum() >= 48
     np.testing.assert_allclose(p[clear], theirs.predict_proba(queries)[clear], atol=1e-3)
+
+
+def test_knn_takes_all_neighbors_where_there_are_fewer() -> None:
+    x, y = draw(9, 12, 3, 0)
+    few, all_nine = (make_head("knn", k=k).fit({"a": x}, y).predict_proba({"a": x}) for k in (50, 9))
+    np.testing.assert_array_equal(few, all_nine)
 
 
 def test_knn_does_not_weigh_classes() -> None:
@@ -48,6 +54,16 @@ def test_knn_does_not_weigh_classes() -> None:
     y = (np.arange(200) % 10 == 0).astype(np.int64)
     p = make_head("knn", k=200, temperature=1.0).fit({"a": x}, y).predict_proba({"a": x[:5] * 0 + 1})
     np.testing.assert_allclose(p[:, 1], 0.1, atol=0.02)
+
+
+def test_half_precision_of_the_bank_moves_no_cosine_that_matters() -> None:
+    x, y = draw(300, 500, 2, 3)
+    solved = make_head("knn").solve({"a": torch.from_numpy(x)}, torch.from_numpy(y), None, None, 2, "auc")  # type: ignore[attr-defined]
+    bank = solved.params["bank.features"]
+    assert bank.dtype == torch.float16
+    exact = StandardScaler().fit_transform(x.astype(np.float64))
+    exact /= np.linalg.norm(exact, axis=1, keepdims=True)
+    assert np.abs(bank.double().numpy() @ exact.T - exact @ exact.T).max() < 2e-4
 
 
 @pytest.mark.parametrize("rare", [False, True])

@@ -88,7 +88,7 @@ def test_a_test_set_of_ones_own_is_local(ds: ImageDataset, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda d: d["test"].append("nobody"), "names 1 images that toy has not"),
+        (lambda d: d["test"].append("no_such"), "names 1 images that toy has not"),
         (lambda d: d["test"].append(d["test"][0]), "names an image twice"),
         (lambda d: d.update(class_names=["x", "y"]), "for other classes"),
         (lambda d: d.update(format="other"), "not a splits file"),
@@ -117,9 +117,9 @@ def test_anything_else_is_refused(ds: ImageDataset, tmp_path: Path, content: str
 
 def test_images_without_a_label_do_not_train(ds: ImageDataset, tmp_path: Path) -> None:
     write_splits(plan_splits(ds, subsets=["F"]), tmp_path / "s.json")
-    unlabelled = replace(ds, table=ds.table.assign(label=[-1, *ds.labels[1:]]))
+    unlabeled = replace(ds, table=ds.table.assign(label=[-1, *ds.labels[1:]]))
     with pytest.raises(ProtocolError, match="without a label"):
-        read(tmp_path / "s.json", unlabelled)
+        read(tmp_path / "s.json", unlabeled)
 
 
 def test_unreadable_images_are_left_out_with_a_note(ds: ImageDataset, tmp_path: Path) -> None:

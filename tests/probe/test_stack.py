@@ -17,19 +17,21 @@ from sklearn.metrics import roc_auc_score
 from embcache.probe.heads import heads, make_head
 from embcache.probe.metrics import softmax
 from embcache.probe.schedule import Schedule
-from embcache.probe.solve import is_solved
 from embcache.probe.stack import (
     Job,
     TrainedHead,
+    TrainedModel,
     adam_step,
+    is_balanced,
+    logits_of_sets,
+    make_job,
     predict_logits,
     stream_generator,
-    train_stack,
+    train_heads,
 )
-from embcache.probe.train import make_job
 
 N, DIM = 400, 12
-TRAINED = [name for name, kind in heads().items() if not is_solved(kind)]
+TRAINED = [name for name in heads if isinstance(make_head(name), TrainedHead)]
 SMALL = {name: {"proj_dim": 8} for name in TRAINED if name.startswith("dvme")} | {"mlp": {"hidden": 8}}
 BY_NODES: list[tuple[str, dict[str, Any]]] = [  # with 16 tokens auto never takes nodes
     ("dvme", {"proj_dim": 64, "attention": attention}) for attention in ("fast", "auto")
@@ -49,10 +51,10 @@ def rows(start: int, stop: int) -> torch.Tensor:
 
 def train(
     head: Any, x: Mapping[str, torch.Tensor], y: torch.Tensor, jobs: Sequence[Job], **options: Any
-) -> list[TrainedHead]:
+) -> list[TrainedModel]:
     n_classes = int(y.max()) + 1
     metric = "auc" if n_classes == 2 else "macro_auc"
-    return train_stack(head, x, y, jobs, n_classes, metric, options.get("schedule", Schedule()))
+    return train_heads(head, x, y, jobs, n_classes, metric, options.get("schedule", Schedule()))
 
 
 def test_adam_is_torchs_with_a_rate_and_a_step_count_for_each_head() -> None:
@@ -128,7 +130,7 @@ def test_a_stack_is_the_plain_pytorch_loop_for_every_fold(n_train: int, oversamp
         torch.testing.assert_close(head.params["classifier.weight"], plain["state"]["weight"], rtol=1e-4, atol=1e-6)
 
 
-@settings(max_examples=6)
+@settings(max_examples=12)
 @given(
     kind=st.sampled_from([(name, SMALL.get(name, {})) for name in TRAINED] + BY_NODES),
     sizes=st.lists(st.integers(8, 140), min_size=2, max_size=5),
@@ -159,8 +161,18 @@ def test_a_head_is_the_same_alone_and_in_a_stack(
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
+def test_validation_rounds_a_head_alike_with_any_number_of_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = {"a": torch.rand(1300, 1536, generator=generator)}
+    each = [make_head("linear").init(generator, {"a": 1536}, 2) for _ in range(20)]
+    stacked = {name: torch.stack([p[name] for p in each]) for name in each[0]}
+    (together,) = logits_of_sets(make_head("linear"), [stacked], x, [rows(0, 1300)])
+    for params, logits in zip(each, together, strict=True):
+        assert np.array_equal(predict_logits(make_head("linear"), params, x, rows(0, 1300)), logits)
+
+
 @dataclass
-class Spy:
+class Spy(TrainedHead):
     """A head that remembers which rows it was shown in training."""
 
     seen: list[torch.Tensor] = field(default_factory=list)
@@ -173,16 +185,51 @@ class Spy:
             self.seen.append(x["a"][0, :, 0].long())
         return x["a"][:, :, :1] * 0 + params["w"][:, None]
 
-    def dropouts(self) -> Mapping[str, tuple[int, float]]:
-        return {}
+
+class CostSpy(Spy):
+    """Remembers how many heads it was applied for, in training and in validation."""
+
+    def __init__(self) -> None:
+        self.applied: list[tuple[bool, int]] = []
+
+    def apply(self, params: Any, x: Mapping[str, torch.Tensor], masks: Any) -> torch.Tensor:
+        self.applied.append((masks is not None, len(params["w"])))
+        return super().apply(params, x, None)
+
+
+def test_a_finished_head_costs_nothing_more() -> None:
+    x, y = problem()
+    good, bad = Job(rows(0, 64), rows(300, 400), "0", 1e-3), Job(rows(100, 164), rows(300, 400), "1", float("nan"))
+    spy = CostSpy()
+    first, second = train(spy, {"a": x}, y, [good, bad], schedule=Schedule(max_epochs=5, min_epochs=5))
+    assert (len(first.losses), second.diverged) == (5, True)
+    ended = len(second.losses)
+    assert ended < 5
+    for training in (True, False):
+        assert [k for t, k in spy.applied if t is training] == [2] * ended + [1] * (5 - ended)
+
+
+def test_a_head_that_stops_early_costs_nothing_more() -> None:
+    x, y = problem()
+    stops, goes_on = Job(rows(0, 64), rows(300, 400), "0", 1e-3), Job(rows(100, 164), rows(0, 0), "1", 1e-3)
+    spy = CostSpy()
+    first, second = train(spy, {"a": x}, y, [stops, goes_on], schedule=Schedule(max_epochs=6, min_epochs=2, patience=1))
+    assert (len(first.losses), len(second.losses)) == (2, 6)  # all its scores are equal
+    assert [k for t, k in spy.applied if t] == [2] * 2 + [1] * 4
+    assert [k for t, k in spy.applied if not t] == [1] * 2  # the other one validates on nothing
 
 
 def shown(y: np.ndarray, chosen: np.ndarray, epochs: int) -> list[torch.Tensor]:
     spy = Spy()
     numbers = torch.arange(len(y), dtype=torch.float32)[:, None]
     job = make_job(y, chosen, np.arange(0), int(y.max()) + 1, "s", 1e-3)
-    train_stack(spy, {"a": numbers}, torch.from_numpy(y), [job], int(y.max()) + 1, "auc", Schedule(max_epochs=epochs))
+    train_heads(spy, {"a": numbers}, torch.from_numpy(y), [job], int(y.max()) + 1, "auc", Schedule(max_epochs=epochs))
     return spy.seen
+
+
+def test_the_last_partial_batch_is_kept() -> None:
+    y = np.array([0, 1] * 100)
+    assert [len(batch) for batch in shown(y, np.arange(150), 2)] == [64, 64, 22] * 2
 
 
 def test_a_balanced_subset_shows_every_image_once_an_epoch_in_another_order() -> None:
@@ -202,6 +249,12 @@ def test_an_unbalanced_subset_is_oversampled_with_an_epoch_of_n_draws() -> None:
     assert len(set(drawn[:200].tolist())) < 200  # with replacement
 
 
+def test_balanced_means_equal_but_for_a_remainder() -> None:
+    assert is_balanced(np.array([0, 0, 1, 1, 1]), 2)
+    assert not is_balanced(np.array([0, 1, 1, 1]), 2)
+    assert not is_balanced(np.array([0, 0, 1, 1]), 3)
+
+
 def test_a_head_that_diverges_leaves_the_others_as_they_are() -> None:
     x, y = problem()
     broken = x.clone()
@@ -216,6 +269,17 @@ def test_a_head_that_diverges_leaves_the_others_as_they_are() -> None:
     np.testing.assert_allclose(good.losses, alone.losses, rtol=1e-6)
 
 
+def test_a_head_that_diverges_later_keeps_its_best_epoch() -> None:
+    x, y = problem()
+    job = Job(rows(0, 100), rows(300, 400), "0", 1e-3)
+    ((good,), (late,)) = (
+        train(make_head("linear"), {"a": x}, y, [j]) for j in (job, Job(job.train, job.val, "0", 1e37))
+    )
+    assert not good.diverged
+    assert late.diverged
+    assert len(late.losses) < 50
+
+
 def test_validation_alone_chooses_the_epoch() -> None:
     x, y = problem(spread=0.3)
     flipped = y.clone()
@@ -224,3 +288,31 @@ def test_validation_alone_chooses_the_epoch() -> None:
     (a,), (b,) = (train(make_head("linear"), {"a": x}, labels, [job]) for labels in (y, flipped))
     assert a.val_scores == b.val_scores
     assert torch.equal(a.params["classifier.weight"], b.params["classifier.weight"])
+
+
+def test_ties_keep_the_earliest_epoch() -> None:
+    x, y = problem(spread=20.0)  # separable from the first epochs on
+    (head,) = train(make_head("linear"), {"a": x}, y, [Job(rows(0, 100), rows(300, 400), "0", 1e-2)])
+    assert head.best_epoch == head.val_scores.index(max(head.val_scores)) + 1
+    assert len(head.losses) == max(30, head.best_epoch + 10)
+
+
+class ThreadSpy(Spy):
+    """Remembers how many threads it was run with."""
+
+    def apply(self, params: Any, x: Mapping[str, torch.Tensor], masks: Any) -> torch.Tensor:
+        self.seen.append(torch.tensor(torch.get_num_threads()))
+        return super().apply(params, x, None)
+
+
+def test_small_stacks_take_one_thread_and_give_the_others_back() -> None:
+    x, y = problem()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        spy = ThreadSpy()
+        train(spy, {"a": x}, y, [Job(rows(0, 50), rows(300, 400), "0", 1e-3)])
+        assert {int(n) for n in spy.seen} == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

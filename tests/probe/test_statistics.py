@@ -344,7 +344,7 @@ def test_a_constant_score_has_an_interval_with_a_width(key: str) -> None:
     labels = np.repeat([0, 1], [40, 20])
     test, z = TestSet(labels, np.arange(60), ("a", "b")), np.zeros((2, 60, 2))
     found = estimate(scored(key, test, z))
-    if key == "ppv":  # nobody is called positive
+    if key == "ppv":  # none is called positive
         assert (found.these_models, found.why) == (None, "no value")
     else:
         assert width(found.these_models) > 0.05

@@ -12,18 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embcache.probe.probe as run_module
+from embcache.config import ProbeConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError
-from embcache.probe.feature_rows import Resident
+from embcache.probe import probe_plan
+from embcache.probe.feature_rows import Resident, Streamed
 from embcache.probe.heads import make_head
 from embcache.probe.metrics import softmax
-from embcache.probe.options import ProbeOptions
-from embcache.probe.probe import find_saved, probe_features, probe_grid
+from embcache.probe.probe import probe_features
 from embcache.probe.schedule import Schedule
-from embcache.probe.stack import Job, predict_logits, train_stack
-from embcache.probe.stream import Streamed
+from embcache.probe.stack import Job, predict_logits, train_heads
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, create_store, publish_plan, write_snapshot
-from tests.probe.build import make_dataset, make_features, make_recipe
+from tests.probe.build import find_saved, make_dataset, make_features, make_recipe, probe_grid
+from tests.refusal import refused
 
 
 def put_shards(home: Path, ds: ImageDataset, backbone: str, features: np.ndarray, per_shard: int = 64) -> None:
@@ -171,9 +172,9 @@ def test_a_streamed_head_is_the_same_alone_and_in_a_stack(
     ]
     head = make_head(name, **({} if name == "linear" else {"proj_dim": 8}))
     schedule = Schedule(max_epochs=3, min_epochs=3, batch_size=16)
-    together = train_stack(head, rows, y, jobs, 2, "auc", schedule)
+    together = train_heads(head, rows, y, jobs, 2, "auc", schedule)
     for job, stacked in zip(jobs, together, strict=True):
-        (alone,) = train_stack(head, rows, y, [job], 2, "auc", schedule)
+        (alone,) = train_heads(head, rows, y, [job], 2, "auc", schedule)
         np.testing.assert_allclose(stacked.losses, alone.losses, rtol=1e-4)
         assert stacked.params.keys() == alone.params.keys()
         a, b = (softmax(predict_logits(head, t.params, rows, job.val)) for t in (stacked, alone))
@@ -190,10 +191,10 @@ def test_a_streamed_head_is_the_same_alone_and_in_a_stack_and_as_good_as_one_fro
     head, schedule = make_head(name, **({"hidden": 8} if name == "mlp" else {})), Schedule(max_epochs=8, min_epochs=8)
     rows = streamed(x, shards_of(600, 64, rng), buffer_rows=150)
     labels = torch.from_numpy(y)
-    together = train_stack(head, rows, labels, jobs, 2, "auc", schedule)
-    memory = train_stack(head, {"a": x}, labels, jobs, 2, "auc", schedule)
+    together = train_heads(head, rows, labels, jobs, 2, "auc", schedule)
+    memory = train_heads(head, {"a": x}, labels, jobs, 2, "auc", schedule)
     for job, stacked, resident in zip(jobs, together, memory, strict=True):
-        (alone,) = train_stack(head, rows, labels, [job], 2, "auc", schedule)
+        (alone,) = train_heads(head, rows, labels, [job], 2, "auc", schedule)
         np.testing.assert_allclose(stacked.losses, alone.losses, rtol=1e-5)
         a, b = (softmax(predict_logits(head, t.params, rows, torch.arange(600))) for t in (stacked, alone))
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
@@ -222,16 +223,16 @@ def test_streaming_reaches_the_same_within_fold_noise_as_another_run(cached: Ima
     streamed = probe_features(cached, "a", subset="F", home=home, buffer=150)
     assert plain.mean == pytest.approx(streamed.mean, abs=2 * (plain.std or 0) + 0.005)
     assert streamed.id != plain.id
-    assert streamed.request["buffer_rows"] == 150
+    assert streamed.request["buffer"] == 150
     assert any("streamed" in note for note in streamed.notes)
     assert not any("streamed" in note for note in plain.notes)
     assert probe_features(cached, "a", subset="F", home=home, buffer=150) == streamed
-    again = probe_features(cached, "a", subset="F", home=home, buffer=150, reuse=False)
+    again = probe_features(cached, "a", subset="F", home=home, buffer=150, again=True)
     assert [f.score for f in again.folds] == [f.score for f in streamed.folds]
 
 
 def test_a_streamed_subset_is_the_same_whatever_else_is_asked(cached: ImageDataset, home: Path) -> None:
-    asked: dict[str, Any] = {"val": "matched", "home": home, "buffer": 150, "reuse": False}
+    asked: dict[str, Any] = {"val": "matched", "home": home, "buffer": 150, "again": True}
     alone = [probe_features(cached, "a", subset=s, **asked) for s in ("S", "F")]
     grid = probe_grid(cached, [["a"]], subsets=["F", "S"], **asked)
     for a, b in zip(alone, reversed(grid), strict=True):
@@ -262,8 +263,8 @@ def test_features_in_half_precision_stay_so_in_memory(
         kept.append(x.x["a"].dtype)
         return original(head, x, *rest, **options)
 
-    original = run_module.train_jobs
-    monkeypatch.setattr(run_module, "train_jobs", spy)
+    original = run_module.train_heads
+    monkeypatch.setattr(run_module, "train_heads", spy)
     probe_features(cached, "a", home=home)
     assert kept == [torch.float16]
 
@@ -276,8 +277,8 @@ def test_a_solved_head_cannot_be_streamed(cached: ImageDataset, home: Path, head
 
 @pytest.mark.parametrize("rows", [-1, 0, 63, 10**10])
 def test_a_buffer_holds_one_batch_at_least(rows: int) -> None:
-    with pytest.raises(UsageError, match="--buffer is out of bounds"):
-        ProbeOptions(buffer=rows)
+    with refused(UsageError, "option-bounds"):
+        ProbeConfig(buffer=rows)
 
 
 def test_features_that_memory_does_not_hold_are_advised_to_be_streamed(
@@ -286,6 +287,6 @@ def test_features_that_memory_does_not_hold_are_advised_to_be_streamed(
     def full(*args: object, **options: object) -> None:
         raise MemoryError("Unable to allocate 9 TiB")
 
-    monkeypatch.setattr(run_module, "load_features", full)
+    monkeypatch.setattr(probe_plan, "load_features", full)
     with pytest.raises(StoreError, match=r"do not fit into memory(.|\n)*--buffer"):
         probe_features(cached, "a", home=home)

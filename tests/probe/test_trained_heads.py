@@ -11,7 +11,8 @@ from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import Attention
 from torch import nn
 
-from embcache.probe.heads import count_parameters, make_head
+from embcache.probe.heads import make_head
+from embcache.probe.standard import standard_params
 
 DIMS = {"a": 12, "b": 7, "c": 9}
 
@@ -35,20 +36,20 @@ def test_mlp_is_torchs() -> None:
     assert head.dropouts() == {"hidden": (16, 0.2)}
     dropped = head.apply(stack(params), stack(x), {"hidden": torch.zeros(1, 5, 16)})
     torch.testing.assert_close(dropped[0], params["classifier.bias"].expand(5, 3))
-    assert count_parameters(make_head("mlp"), {"a": 2048}, 5) == 2048 * 512 + 512 + 512 * 5 + 5
+    assert make_head("mlp").count_parameters({"a": 2048}, 5) == 2048 * 512 + 512 + 512 * 5 + 5
 
 
-def test_concat_is_a_linear_layer_on_scikit_learns_standardised_features() -> None:
+def test_concat_is_a_linear_layer_on_scikit_learns_standardized_features() -> None:
     head: Any = make_head("concat")
     rng = np.random.default_rng(0)
     train = {b: (rng.normal(size=(40, d)) * 10 + 4).astype(np.float32) for b, d in DIMS.items()}
     params, x = one(head, DIMS, 3)
-    constants = head.constants({b: torch.from_numpy(f) for b, f in train.items()})
+    constants = standard_params({b: torch.from_numpy(f) for b, f in train.items()})
     logits = head.apply(stack(params | constants), stack(x))[0]
     wide = np.hstack([StandardScaler().fit(train[b]).transform(x[b].numpy()) for b in DIMS])
     expected = wide @ params["classifier.weight"].numpy().T + params["classifier.bias"].numpy()
     np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-4, atol=1e-5)
-    assert count_parameters(head, DIMS, 3) == sum(DIMS.values()) * 3 + 3
+    assert head.count_parameters(DIMS, 3) == sum(DIMS.values()) * 3 + 3
 
 
 class TokenListing(nn.Module):

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from embcache.data.classes import retarget
 from embcache.errors import ProtocolError, StoreNotFoundError, UsageError
 from embcache.probe.probe import probe_features
 from embcache.report.choice import choose
@@ -230,7 +231,7 @@ def test_runs_alone_make_a_page_that_says_what_is_missing(tmp_path: Path) -> Non
 
 def test_a_column_as_target_is_a_task_of_its_own_and_unscored_runs_are_listed(tmp_path: Path) -> None:
     study = make_study(tmp_path)
-    probe_features(study.ds, ["strong"], folds=2, subset=20, home=study.home, target="sex")
+    probe_features(retarget(study.ds, "sex"), ["strong"], folds=2, subset=20, home=study.home)
     parts = collect_parts(home=study.home)
     assert [task.title for task in parts[0].tasks] == [NAME, f"{NAME}, sex"]
     done = write_report(tmp_path / "r.html", home=study.home)

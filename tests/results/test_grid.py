@@ -34,7 +34,7 @@ def test_difference_is_in_units_of_both_deviations() -> None:
         ({"request": {"target": "sex"}}, "the column sex"),
         ({"request": {"exclude_test_overlap": True}}, "share a group with the test set"),
         ({"recipes": {"supervised": {"precision": "bf16"}}}, "computed in bf16"),
-        ({"request": {"kind": "probe", "schedule": {"lr": 1e-4}}}, "trained with lr 0.0001, the paper with 0.001"),
+        ({"request": {"kind": "probe", "lr": [1e-4]}}, "trained with lr 0.0001, the paper with 0.001"),
     ],
 )
 def test_difference_is_withheld(changes: dict[str, Any], reason: str) -> None:
@@ -87,7 +87,7 @@ def test_a_leaderboard_result_may_be_compared_by_the_run_handed_in() -> None:
 
     assert compared(of={"kind": "probe", "schedule": {"lr": 1e-3}}).difference is not None
     assert "is not known" in compared().withheld
-    for of, reason in (({"val": "matched"}, "whole folds"), ({"lrs": [1, 2]}, "chosen on validation"),
+    for of, reason in (({"val": "matched"}, "whole folds"), ({"lr": [1, 2]}, "chosen on validation"),
                        ({"schedule": {"max_epochs": 5}}, "max epochs 5"), ({"views": 2}, "views")):  # fmt: skip
         cell = compared(of={"kind": "probe", **of})
         assert cell.difference is None

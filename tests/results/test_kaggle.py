@@ -81,8 +81,8 @@ def test_only_runs_on_a_leaderboards_test_set_are_handed_in(home: Path, tmp_path
         make_submission(local.id, tmp_path / "out", home=home)
     asked = "--dataset aptos --head linear --subset 10 --backbone toy --test official --folds 2"
     assert caught.value.fix == f"embcache probe {asked} --lr 0.01"
-    schedule = {**local.request["schedule"], "lr": 1e-3, "batch_size": 16, "max_epochs": 3}
-    tuned = replace(local, kind="finetune", request={**local.request, "schedule": schedule})
+    schedule = {"lr": 1e-3, "batch_size": 16, "max_epochs": 3}
+    tuned = replace(local, kind="finetune", request={**local.request, "lr": [1e-3], "schedule": schedule})
     assert official_command(tuned) == f"embcache finetune {asked} --batch-size 16 --max-epochs 3"
     toy = make_dataset(np.tile([0, 1], 40))
     put_store(home, toy, "toy", make_features(toy))

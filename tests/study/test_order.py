@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 import embcache.study.study as study_run
 from embcache.commands import run_command as commands
+from embcache.config import ProbeConfig
+from embcache.data.classes import retarget
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
-from embcache.probe.options import ProbeOptions
-from embcache.probe.probe import probe_features, probe_grid
+from embcache.probe.probe import probe, probe_features
 from embcache.probe.protocol import plan_splits
 from embcache.probe.splits import write_splits
 from embcache.results.grid import Grid, Model
@@ -67,13 +68,13 @@ def test_what_is_missing_is_done_and_then_reused(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(study_run, "probe_grid", never)
+    monkeypatch.setattr(study_run, "probe", never)
     again = deliver(order(subsets=["S", "20", "M"]))
     assert again.table == first.table
 
 
 def test_a_study_that_was_stopped_goes_on(toy: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = study_run.probe_grid, []
+    real, calls = study_run.probe, []
 
     def stop_at_the_second(*args: Any, **kwargs: Any) -> Any:
         calls.append(args[1])
@@ -81,7 +82,7 @@ def test_a_study_that_was_stopped_goes_on(toy: ImageDataset, home: Path, monkeyp
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(study_run, "probe_grid", stop_at_the_second)
+    monkeypatch.setattr(study_run, "probe", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         deliver(order())
     assert [result.backbones for result in list_results(home)] == [("random",)]
@@ -206,14 +207,16 @@ def test_a_leaderboard_result_stands_in_place_of_the_local_one(home: Path) -> No
 def test_a_leaderboard_result_of_another_protocol_stands_nowhere(
     home: Path, tmp_path: Path, other: dict[str, Any]
 ) -> None:
-    ds = to_hand_in()
+    other, ds = dict(other), to_hand_in()
     ds.table["site"] = np.where(np.arange(N) % 3 < 1, "a", "b").astype(object)
     features = np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32)
     put_store(home, ds, "random", np.stack([features] * 2, 1) if "views" in other else features)
     if "splits" in other:
         other = {"splits": tmp_path / "splits.json"}
         write_splits(plan_splits(ds, subsets=["S"], folds=2, seed=5, test="official"), other["splits"])
-    save_scored(probe_features(ds, "random", **{"subset": "S", "folds": 2, "test": "official", **other}))
+    target = other.pop("target", None)
+    probed = ds if target is None else retarget(ds, target)
+    save_scored(probe_features(probed, "random", **{"subset": "S", "folds": 2, "test": "official", **other}))
     (record,) = deliver(order(backbones=["random"])).table.records
     assert record["kind"] == "probe"
 
@@ -231,7 +234,8 @@ def test_figures_take_no_leaderboard_result(home: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("random", "effnet_lite0"):
         put_store(home, ds, name, rng.normal(size=(N, 4)).astype(np.float32))
-    scored = probe_grid(ds, [["random", "effnet_lite0"]], head="dvme", subsets=["S"], folds=2, test="official")
+    config = ProbeConfig(head="dvme", folds=2, test="official")
+    scored = probe(ds, [["random", "effnet_lite0"]], ["S"], config)
     save_scored(scored[0])
     chosen = order(what="table2", heads=["dvme"], backbones=["random", "effnet_lite0"])
     assert [record["kind"] for record in deliver(chosen).table.records] == ["kaggle"]
@@ -260,9 +264,8 @@ def test_table1_counts_the_images_of_a_dataset(toy: ImageDataset) -> None:
 def test_settings_pass_on_what_probes_and_finetunings_take() -> None:
     settings = Settings(seed=3, repeats=2, weights={"random": "file", "other": "file"})
     model = Model("m", "probe", "linear", ("random",), seed=7)
-    probe = settings.for_probe(model)
-    assert (probe["seed"], probe["repeats"], probe["device"]) == (7, 2, "cpu")
-    assert set(probe) <= set(ProbeOptions.__dataclass_fields__)
+    config = settings.for_probe(model)
+    assert (config.seed, config.repeats, config.device) == (7, 2, "cpu")
     finetune = settings.for_finetune(model)
     assert (finetune.weights, finetune.seed, finetune.models) == (("random=file",), 7, False)
 

@@ -12,13 +12,12 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
-from embcache.probe.probe import probe_grid
 from embcache.runs.folders import load_heads
 from embcache.study.definitions import FIGURES
 from embcache.study.paper_figures import draw_figure, figure_grid, narrow_figure, neighbour_accuracy
 from embcache.study.settings import Settings
 from embcache.study.study_plan import DatasetState, look_at_stores
-from tests.probe.build import make_dataset, make_features, put_store
+from tests.probe.build import make_dataset, make_features, probe_grid, put_store
 
 BACKBONES = ("random", "effnet_lite0")
 SETTINGS = Settings(folds=2)

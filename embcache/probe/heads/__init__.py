@@ -1,121 +1,112 @@
-"""Heads: what is trained or solved on cached features. One file of this folder is one head, or a few that share code.
+"""Heads by their names. One file of this folder is one head, or a few that share code; importing this one is cheap.
 
-A head is a frozen dataclass whose fields are its hyperparameters; sizes come from the data. The contract is `Head`:
-``fit`` on ``{backbone: (n, D)}`` gives an object with ``predict_proba``, and pure ``apply`` gives logits from stacked
-parameters. A head that is trained by gradient also has pure ``init`` and ``dropouts``
-(`embcache.probe.stack.TrainableHead`): folds train as one stacked model. A
-`embcache.probe.standard.StandardizedHead` has means and scales of the training rows among its parameters. A head that
-is solved is a `embcache.probe.solve.SolvedHead`. A module makes its heads known by a tuple ``HEADS`` of their classes.
+The contract of heads is `embcache.probe.stack.Head`. Another head is registered by a decorator or by an entry
+point in the group ``embcache.heads``, named ``module:name`` on the command line, or passed to `probe_features`
+as an object.
 """
 
 from __future__ import annotations
 
-import functools
-import pkgutil
-from collections.abc import Mapping
-from dataclasses import fields
-from importlib import import_module
-from typing import Any, ClassVar, Protocol, cast
-
-import torch
-from numpy.typing import ArrayLike
+import json
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 from embcache.errors import UsageError
-from embcache.probe.solve import is_solved
-from embcache.probe.stack import TrainableHead, stream_generator
-from embcache.probe.train import FittedHead
-from embcache.probe.usage import unknown_head
+from embcache.registry import Registry
 
+if TYPE_CHECKING:
+    from embcache.probe.stack import Head
 
-class Head(Protocol):
-    """The contract that every head signs; ``tests/contracts/test_heads.py`` holds them to it."""
+ATTENTIONS = ("auto", "exact", "fast")
+"""How the attention of ``dvme`` can be computed; see `embcache.probe.heads.scalar_attention.attend`."""
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    fuses: ClassVar[bool]
-    """Whether it takes several backbones at once."""
-
-    def apply(
-        self,
-        params: dict[str, torch.Tensor],
-        x: Mapping[str, torch.Tensor],
-        masks: Mapping[str, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Logits of shape (K, B, C) from parameters (K, …) and features (K, B, D) each."""
-        ...
-
-    def fit(self, x: Mapping[str, ArrayLike], y: ArrayLike, **kwargs: Any) -> FittedHead:
-        """Train or solve on features (n, D) and labels (n,); keywords as `embcache.probe.train.fit`."""
-        ...
-
-
-@functools.cache
-def heads() -> dict[str, type[Head]]:
-    """Every head of this folder by its name, in alphabetical order."""
-    modules = [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    found = {head.name: head for module in modules for head in vars(module).get("HEADS", ())}
-    return dict(sorted(found.items()))
+heads: Registry[type[Head]] = Registry(
+    "head",
+    {
+        "concat": "embcache.probe.heads.linear:ConcatHead",
+        "dvme": "embcache.probe.heads.dvme:DVME",
+        "dvme-identity": "embcache.probe.heads.dvme:DVMEIdentity",
+        "dvme-noattn": "embcache.probe.heads.dvme:DVMENoAttention",
+        "dvme-token": "embcache.probe.heads.dvme:DVMEToken",
+        "knn": "embcache.probe.heads.knn:KNN",
+        "linear": "embcache.probe.heads.linear:LinearHead",
+        "logreg": "embcache.probe.heads.logreg:LogReg",
+        "mlp": "embcache.probe.heads.linear:MLPHead",
+    },
+)
 
 
 def make_head(name: str, **hyperparameters: Any) -> Head:
-    """The head called ``name``.
+    """The head that is registered under a name. Nothing is imported that only a file names.
 
     Raises
     ------
     UsageError
         There is no such head, or it has no such hyperparameter.
     """
-    known = heads()
-    if name not in known:
-        raise unknown_head(name, known)
-    allowed = {field.name for field in fields(known[name])}  # type: ignore[arg-type]
-    if not allowed.issuperset(hyperparameters):
+    if ":" in name:
         raise UsageError(
-            f"head {name!r} has no such hyperparameter",
-            expected=", ".join(sorted(allowed)) or "none",
-            found=", ".join(sorted(set(hyperparameters) - allowed)),
-        )
-    return known[name](**hyperparameters)
+            f"the head {name} is not registered", code="head-not-registered", expected=", ".join(heads),
+            fix="announce it by an entry point in the group embcache.heads, and probe again under that name",
+        )  # fmt: skip
+    return _make(heads.get(name), name, hyperparameters)
 
 
-def imbalance(name: str) -> str:
-    """What the head called ``name`` does where classes are not balanced, in words."""
-    if not is_solved(heads()[name]):
+def find_head(head: object, hyperparameters: dict[str, Any] | None = None) -> Head:
+    """The head that the user names or passes: a name, ``module:name``, a `Head` or a scikit-learn classifier."""
+    from embcache.probe.stack import Head
+
+    name = head if isinstance(head, str) else ""
+    found = heads.get(head) if isinstance(head, str) else head
+    if isinstance(found, type) and issubclass(found, Head):
+        return _make(found, name or found.__qualname__, hyperparameters or {})
+    if not isinstance(found, Head):
+        from embcache.probe.heads.sklearn_head import SklearnHead, is_classifier
+
+        if is_classifier(found):
+            return SklearnHead.of(found, hyperparameters or {})
+        raise UsageError(
+            "this is not a head", code="not-a-head", found=repr(found)[:80],
+            expected="a subclass or an instance of embcache.probe.stack.Head, or a scikit-learn classifier",
+        )  # fmt: skip
+    if hyperparameters:
+        return _make(type(found), name, {**found.parameters(), **hyperparameters})
+    return found
+
+
+def _make(kind: type[Head], name: str, hyperparameters: dict[str, Any]) -> Head:
+    known: set[str] = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
+    if unknown := sorted(set(hyperparameters) - known):
+        raise UsageError(
+            f"head {name!r} has no such hyperparameter", code="unknown-hyperparameter",
+            expected=", ".join(sorted(known)) or "none", found=", ".join(unknown),
+        )  # fmt: skip
+    return kind(**hyperparameters)
+
+
+def name_of(head: Head) -> str:
+    """The name under which a head is registered, else ``module:name`` of its class."""
+    registered = head.name in heads and heads.get(head.name) is type(head)
+    return head.name if registered else head.place
+
+
+def identify(head: Head) -> dict[str, Any] | None:
+    """Name and changed hyperparameters of a head as JSON data; None where they cannot say what it computes."""
+    name = name_of(head)
+    if "<locals>" in name or name.startswith("__main__:"):  # another script may give the same name to another head
+        return None
+    try:
+        return {"name": name, **json.loads(json.dumps(head.parameters(), allow_nan=False))}
+    except (TypeError, ValueError):
+        return None
+
+
+def imbalance(head: Head) -> str:
+    """How a head treats classes that are not balanced, in words."""
+    from embcache.probe.stack import TrainedHead
+
+    if isinstance(head, TrainedHead):
         return "training draws them equally often"
-    return (
-        "they weigh alike in training"
-        if weighs(name)
-        else "nothing is done about it, so frequent classes count for more (knn: more neighbors)"
-    )
-
-
-def weighs(name: str) -> bool:
-    """Whether the head called ``name`` takes classes alike where they are not balanced; trained heads draw them so."""
-    kind = heads()[name]
-    return kind.weighs if is_solved(kind) else True
-
-
-def hyperparameters(head: Head) -> dict[str, Any]:
-    """The constructor's arguments that make this head again: all that say what it is, implicit ones where not usual."""
-    pairs = ((f, getattr(head, f.name)) for f in fields(head))  # type: ignore[arg-type]
-    return {f.name: value for f, value in pairs if not ("implicit" in f.metadata and value == f.default)}
-
-
-def trainable(head: Head) -> TrainableHead:
-    """The head, where it is trained by gradient."""
-    name = head.name
-    if not is_solved(head):
-        return cast(TrainableHead, head)
-    raise UsageError(
-        f"head {name!r} is solved, not trained",
-        expected="one of " + ", ".join(other for other, kind in heads().items() if not is_solved(kind)),
-        fix="embcache heads",
-    )
-
-
-def count_parameters(head: Head, dims: Mapping[str, int], n_classes: int) -> int:
-    """Trainable parameters for features of these dimensions; 0 for a head that is solved."""
-    if is_solved(head):
-        return 0
-    params = trainable(head).init(stream_generator("", "count"), dims, n_classes)
-    return sum(p.numel() for p in params.values())
+    if head.weighs:
+        return "they weigh alike in training"
+    return "nothing is done about it, so frequent classes count for more (knn: more neighbors)"

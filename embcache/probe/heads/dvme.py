@@ -7,36 +7,31 @@ and the output projection of timm's ``Attention`` (a Linear(1, 1)).
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
 
 import torch
-from numpy.typing import ArrayLike
 
 from embcache.errors import check_choice, check_number
+from embcache.probe.heads import ATTENTIONS
 from embcache.probe.heads.scalar_attention import attend
 from embcache.probe.layers import affine, init_linear, layer_norm
-from embcache.probe.train import FittedHead, fit
-from embcache.probe.usage import ATTENTIONS
-
-Params = dict[str, torch.Tensor]
+from embcache.probe.stack import TrainedHead
+from embcache.probe.standard import Params as Params
 
 
 @dataclass(frozen=True)
-class Fusion(ABC):
+class Fusion(TrainedHead):
     """A Linear per backbone, concatenation, mixing, LayerNorm, Linear, ReLU, dropout, classifier.
 
-    A head says how it mixes by `init_mixing` and `mix`; all else is here.
+    A subclass mixes by `init_mixing` and `mix`; all else is here.
     """
 
     proj_dim: int = 512  # width of each projection and of the last hidden layer
     dropout: float = 0.2  # rate before the classifier
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    fuses: ClassVar[bool] = True
+    fuses = True
 
     def __post_init__(self) -> None:
         check_number("--head-option proj_dim", self.proj_dim, 1, 100_000)
@@ -80,10 +75,6 @@ class Fusion(ABC):
         """One mask before the classifier."""
         return {"hidden": (self.proj_dim, self.dropout)}
 
-    def fit(self, x: Mapping[str, ArrayLike], y: ArrayLike, **kwargs: Any) -> FittedHead:
-        """Train on arrays; keywords as `embcache.probe.train.fit`."""
-        return fit(self, x, y, **kwargs)
-
 
 def init_projections(generator: torch.Generator, dims: Mapping[str, int], width: int) -> Params:
     """``project.<backbone>``: a Linear from each backbone's features to ``width``."""
@@ -105,10 +96,10 @@ class DVME(Fusion):
     ``proj_dim`` × backbones tokens of dimension 1.
     """
 
-    attention: str = field(default="auto", metadata={"implicit": True})  # how it is computed, not what
+    attention: str = "auto"  # how it is computed, not what
 
-    name: ClassVar[str] = "dvme"
-    summary: ClassVar[str] = "fuses backbones: projections, attention over their components, hidden layer (Listing 1)"
+    name = "dvme"
+    summary = "fuses backbones: projections, attention over their components, hidden layer (Listing 1)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,8 +121,8 @@ class DVME(Fusion):
 class DVMEIdentity(Fusion):
     """`DVME` with the attention replaced by the identity and all else kept. Attributes as there."""
 
-    name: ClassVar[str] = "dvme-identity"
-    summary: ClassVar[str] = "dvme without its attention and with all the rest"
+    name = "dvme-identity"
+    summary = "dvme without its attention and with all the rest"
 
     def init_mixing(self, generator: torch.Generator) -> Params:
         """None."""
@@ -143,14 +134,14 @@ class DVMEIdentity(Fusion):
 
 
 @dataclass(frozen=True)
-class DVMENoAttention:
+class DVMENoAttention(TrainedHead):
     """The ablation of Section 6.2: "the meta-embedding is directly connected to the linear classifier"."""
 
     proj_dim: int = 512  # width of each projection
 
-    name: ClassVar[str] = "dvme-noattn"
-    summary: ClassVar[str] = "fuses backbones: projections, concatenation, classifier (the ablation of Section 6.2)"
-    fuses: ClassVar[bool] = True
+    name = "dvme-noattn"
+    summary = "fuses backbones: projections, concatenation, classifier (the ablation of Section 6.2)"
+    fuses = True
 
     def __post_init__(self) -> None:
         check_number("--head-option proj_dim", self.proj_dim, 1, 100_000)
@@ -168,14 +159,6 @@ class DVMENoAttention:
         """Logits (K, B, C) from features (K, B, D) of each backbone."""
         return affine(params, "classifier", project(params, x))
 
-    def dropouts(self) -> Mapping[str, tuple[int, float]]:
-        """None."""
-        return {}
-
-    def fit(self, x: Mapping[str, ArrayLike], y: ArrayLike, **kwargs: Any) -> FittedHead:
-        """Train on arrays; keywords as `embcache.probe.train.fit`."""
-        return fit(self, x, y, **kwargs)
-
 
 @dataclass(frozen=True)
 class DVMEToken(Fusion):
@@ -184,8 +167,8 @@ class DVMEToken(Fusion):
     The layer is timm's ``Attention(dim=proj_dim, num_heads=1, qkv_bias=True)``. Attributes as `Fusion`.
     """
 
-    name: ClassVar[str] = "dvme-token"
-    summary: ClassVar[str] = "dvme with attention over one token per backbone (Section 5.6 as its text reads)"
+    name = "dvme-token"
+    summary = "dvme with attention over one token per backbone (Section 5.6 as its text reads)"
 
     def init_mixing(self, generator: torch.Generator) -> Params:
         """``attn.qkv``, a Linear(D, 3D), and ``attn.proj``, a Linear(D, D), for tokens of D = ``proj_dim`` numbers."""
@@ -205,6 +188,3 @@ class DVMEToken(Fusion):
         weights = (q @ k.transpose(-2, -1) / math.sqrt(width)).softmax(-1)  # (K, B, backbones, backbones)
         attended = (weights @ v).reshape(heads, -1, width)
         return affine(params, "attn.proj", attended).view(heads, batch, total)
-
-
-HEADS = (DVME, DVMENoAttention, DVMEIdentity, DVMEToken)

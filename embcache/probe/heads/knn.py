@@ -1,40 +1,35 @@
-"""Weighted nearest neighbours as in DINO's evaluation: no training at all."""
+"""Weighted nearest neighbors as in DINO's evaluation: no training at all."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
 
 from embcache.errors import check_number
 from embcache.probe.metrics import Metric
-from embcache.probe.solve import Params, Solved, SolvedHead
-from embcache.probe.standard import standard_params, standardise
-from embcache.probe.train import FittedHead, fit
+from embcache.probe.stack import ClosedFormHead, Solution
+from embcache.probe.standard import Params, standard_params, standardize
 
-_FLOOR = 1e-12  # of a class without a neighbour, so that its logit is finite
+_FLOOR = 1e-12  # of a class without a neighbor, so that its logit is finite
 
 
 @dataclass(frozen=True)
-class KNN(SolvedHead):
-    """Weighted k-nearest neighbours (DINO's ``eval_knn.py``; Wu et al. 2018) by cosine on standardised features.
+class KNN(ClosedFormHead):
+    """Weighted k-nearest neighbors (DINO's ``eval_knn.py``; Wu et al. 2018) by cosine on standardized features.
 
-    A neighbour at cosine *s* votes for its class with weight exp(*s* / T); a class's probability is its share of the
+    A neighbor at cosine *s* votes for its class with weight exp(*s* / T); a class's probability is its share of the
     votes of the *k* nearest training images (of all, where there are fewer). Votes are not weighed by class: where the
-    training set is not balanced, frequent classes have more neighbours. Validation images choose nothing.
+    training set is not balanced, frequent classes have more neighbors. Validation images choose nothing.
     """
 
-    k: int = 20  # neighbours that vote
+    k: int = 20  # neighbors that vote
     temperature: float = 0.07  # T: smaller, and the nearest count for more
 
-    name: ClassVar[str] = "knn"
-    summary: ClassVar[str] = "weighted nearest neighbours by cosine, on standardised features (DINO's evaluation)"
-    fuses: ClassVar[bool] = False
-    weighs: ClassVar[bool] = False
+    name = "knn"
+    summary = "weighted nearest neighbors by cosine, on standardized features (DINO's evaluation)"
 
     def __post_init__(self) -> None:
         check_number("--head-option k", self.k, 1, 100_000)
@@ -48,17 +43,12 @@ class KNN(SolvedHead):
         y_val: torch.Tensor | None,
         n_classes: int,
         metric: str | Metric,
-    ) -> Solved:
-        """Keep the training rows.
-
-        Parameters as `embcache.probe.solve.SolvedHead.solve`; validation rows and metric are not read.
-        """
+    ) -> Solution:
+        """Keep the training rows; validation rows and metric are not read."""
         params = standard_params(x)
         ((backbone, features),) = x.items()
         rows = _unit(params, backbone, features)
-        return Solved(
-            {**params, "bank.features": rows.half(), "bank.labels": F.one_hot(y, n_classes).to(rows)},
-        )
+        return Solution({**params, "bank.features": rows.half(), "bank.labels": F.one_hot(y, n_classes).to(rows)})
 
     def apply(
         self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None
@@ -66,23 +56,16 @@ class KNN(SolvedHead):
         """Logits (K, B, C) from features (K, B, D): the logarithm of each class's share of the votes."""
         ((backbone, features),) = x.items()
         stacked = {name: p for name, p in params.items() if name.startswith("standard.")}
-        centred = F.normalize(standardise(stacked, backbone, features), dim=-1)
-        cosines = centred @ params["bank.features"].to(centred).transpose(1, 2)  # (K, B, n)
+        centered = F.normalize(standardize(stacked, backbone, features), dim=-1)
+        cosines = centered @ params["bank.features"].to(centered).transpose(1, 2)  # (K, B, n)
         nearest, which = cosines.topk(min(self.k, cosines.shape[-1]), dim=-1)  # (K, B, k)
         votes = (nearest / self.temperature).softmax(-1)  # shares: the sum of exp cancels in a class's probability
         heads = torch.arange(len(which), device=which.device)[:, None, None]
         shares = (votes[..., None] * params["bank.labels"][heads, which]).sum(-2)  # (K, B, C)
         return shares.clamp_min(_FLOOR).log()
 
-    def fit(self, x: Mapping[str, ArrayLike], y: ArrayLike, **kwargs: Any) -> FittedHead:
-        """Solve on arrays; keywords as `embcache.probe.train.fit`."""
-        return fit(self, x, y, **kwargs)
-
 
 def _unit(params: Params, backbone: str, features: torch.Tensor) -> torch.Tensor:
-    """Standardised rows (n, D) of unit length."""
+    """Standardized rows (n, D) of unit length."""
     stacked = {name: p[None] for name, p in params.items()}
-    return F.normalize(standardise(stacked, backbone, features[None])[0], dim=-1)
-
-
-HEADS = (KNN,)
+    return F.normalize(standardize(stacked, backbone, features[None])[0], dim=-1)

@@ -5,39 +5,37 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from embcache.cores import threads_for
 from embcache.errors import ProtocolError, check_number
 from embcache.probe.layers import affine
 from embcache.probe.metrics import Metric, scorer
-from embcache.probe.solve import Params, Solved, SolvedHead
-from embcache.probe.standard import standard_params, standardise
-from embcache.probe.train import FittedHead, fit, is_balanced
+from embcache.probe.stack import ClosedFormHead, Solution, is_balanced
+from embcache.probe.standard import Params, standard_params, standardize
 
 _ABSENT = -1e4  # logit of a class that no training image has: probability 0
 
 
 @dataclass(frozen=True)
-class LogReg(SolvedHead):
-    """L2-regularised multinomial logistic regression by L-BFGS, its strength chosen on validation.
+class LogReg(ClosedFormHead):
+    """L2-regularized multinomial logistic regression by L-BFGS, its strength chosen on validation.
 
-    On features standardised by the fold's training rows. Classes weigh alike where the training set is not balanced,
+    On features standardized by the fold's training rows. Classes weigh alike where the training set is not balanced,
     as oversampling does for trained heads. The C with the best validation score is kept, the smaller (the stronger
-    regularisation) on a tie; without validation rows the one nearest to scikit-learn's 1.
+    regularization) on a tie; without validation rows the one nearest to scikit-learn's 1.
     """
 
     Cs: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse strengths to choose from
     max_iter: int = 1000  # iterations of L-BFGS at most, for each C
 
-    name: ClassVar[str] = "logreg"
-    summary: ClassVar[str] = "logistic regression by L-BFGS on standardised features, C chosen on validation"
-    fuses: ClassVar[bool] = False
-    weighs: ClassVar[bool] = True
+    name = "logreg"
+    summary = "logistic regression by L-BFGS on standardized features, C chosen on validation"
+    weighs = True
 
     def __post_init__(self) -> None:
         values = self.Cs if isinstance(self.Cs, tuple | list) else (self.Cs,)
@@ -54,23 +52,21 @@ class LogReg(SolvedHead):
         y_val: torch.Tensor | None,
         n_classes: int,
         metric: str | Metric,
-    ) -> Solved:
-        """Fit for every C and keep the best.
-
-        Parameters as `embcache.probe.solve.SolvedHead.solve`.
-        """
+    ) -> Solution:
+        """Fit for every C and keep the best."""
         ((backbone, features),) = x.items()
         params = standard_params(x)
         stacked = {name: p[None] for name, p in params.items()}
 
         def rows(part: torch.Tensor) -> NDArray[np.float64]:
-            return np.asarray(standardise(stacked, backbone, part[None])[0].cpu().double().numpy())
+            return np.asarray(standardize(stacked, backbone, part[None])[0].cpu().double().numpy())
 
         labels = y.cpu().numpy()
         train = rows(features)
         if len(np.unique(labels)) < 2 or not np.isfinite(train).all():
             raise ProtocolError(
                 "logistic regression cannot be solved",
+                code="features-not-finite" if len(np.unique(labels)) > 1 else "one-class",
                 expected="finite features of two classes at least",
                 found=f"{len(np.unique(labels))} class" if len(np.unique(labels)) < 2 else "features not finite",
                 fix=("a larger --subset", "look for features that are not finite: embcache info"),
@@ -86,18 +82,14 @@ class LogReg(SolvedHead):
             best = max(solutions, key=lambda s: value(held @ s.weight.T + s.bias))
         chosen = {"C": best.C} if best.converged else {"C": best.C, "converged": False}
         weight, bias = (torch.from_numpy(a).to(features) for a in (best.weight, best.bias))
-        return Solved({**params, "classifier.weight": weight, "classifier.bias": bias}, chosen)
+        return Solution({**params, "classifier.weight": weight, "classifier.bias": bias}, chosen)
 
     def apply(
         self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
         """Logits (K, B, C) from features (K, B, D)."""
         ((backbone, features),) = x.items()
-        return affine(params, "classifier", standardise(params, backbone, features))
-
-    def fit(self, x: Mapping[str, ArrayLike], y: ArrayLike, **kwargs: Any) -> FittedHead:
-        """Solve on arrays; keywords as `embcache.probe.train.fit`."""
-        return fit(self, x, y, **kwargs)
+        return affine(params, "classifier", standardize(params, backbone, features))
 
     def _path(self, x: NDArray[np.float64], y: NDArray[np.int64], n_classes: int) -> Iterator[_Solution]:
         """A solution for every C, ascending; each starts from the one before."""
@@ -115,7 +107,7 @@ class LogReg(SolvedHead):
         for C in sorted(set(self.Cs)):
             model.set_params(C=C)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # told in `chosen` instead
+                warnings.simplefilter("ignore", ConvergenceWarning)  # recorded in `chosen` instead
                 model.fit(reduced, y)
             coefficients = model.coef_ if basis is None else model.coef_ @ basis.T
             yield _solution(C, coefficients, model, n_classes, int(np.max(model.n_iter_)) < self.max_iter)
@@ -137,6 +129,3 @@ def _solution(C: float, coefficients: NDArray[np.float64], model: Any, n_classes
     else:
         weight[model.classes_], bias[model.classes_] = coefficients, model.intercept_
     return _Solution(float(C), weight, bias, converged)
-
-
-HEADS = (LogReg,)

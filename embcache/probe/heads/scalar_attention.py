@@ -3,16 +3,64 @@
 The paper's listing feeds the 1536 components of the meta-embedding as 1536 tokens of one number each (Listing 1), so
 query, key and value of a token are scalars and the usual scale 1/√dim is 1. Then the output of token i is F(q_i) with
 one function of one variable per image, F(t) = Σ_j e^(t k_j) v_j / Σ_j e^(t k_j). The fast way evaluates F at a few
-nodes and interpolates it to the N queries (`attention_nodes`); the exact way evaluates all N² scores.
+nodes and interpolates it to the N queries; the exact way evaluates all N² scores. Both are here because at 1536 tokens
+the exact way takes most of the time of a fused probe (`benchmarks/attention.py`).
+
+The nodes
+---------
+For one row, F(t) = Σ_j w_j(t) v_j with w_j(t) = e^(t k_j) / Z(t) and Z(t) = Σ_j e^(t k_j). F is analytic wherever Z has
+no zero: in a strip of half-width π / range(k) about the real axis, and, since far from t = 0 only the keys next to the
+largest still weigh, also in a cone that opens as |t| grows: a zero t + iy needs keys that are π / 2y below the largest
+to weigh as much as it, hence N e^(-|t| π / 2y) ≥ 1. So the nodes are Chebyshev's in the variable u of t = b sinh(u),
+b = 8 / range(k): evenly dense where the strip is narrow, ever sparser where the cone is wide. Their number then follows
+from the width of the queries in u: it is proportional to range(q) · range(k) where that is small, and grows with its
+logarithm where it is large.
+
+Keys that lie in two heaps need up to three times the nodes of keys spread like a normal sample. So a row starts with
+the count of the latter, and the Chebyshev coefficients of F, of its slope, of the mean key and of the weights of the
+outermost keys tell whether that was enough: where their tail is above the tolerance, the row is done again with twice
+the nodes. The decision needs the row alone, and so does the rounding: no product is of several rows.
+
+Gradients (upstream g_i): that of q_i is g_i F'(q_i), F' = E[kv] - E[k] E[v] under the same weights, interpolated from
+its own values at the nodes: the derivative of the interpolant of F would lose digits. Those of k and v are sums over
+queries of functions of q_i, g_i q_i w_j(q_i) (v_j - F(q_i)) and g_i w_j(q_i); interpolating these makes them sums over
+nodes.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from embcache.probe.heads.attention_nodes import MOST_NODES, interpolate, node_maps, place_nodes, plain_arithmetic
-from embcache.probe.usage import ATTENTIONS
+from embcache.probe.heads import ATTENTIONS
+from embcache.probe.layers import plain_arithmetic
+
+TOLERANCE = 1e-5
+"""Error of fast attention, relative to how much outputs, or a gradient, vary within a row.
+
+It comes on top of float32's own: where a row's outputs are nearly the same, or a gradient is a small sum of large
+terms, digits are lost in any case. The tail is an estimate, no bound: with a key far from all others 5e-5 was seen.
+"""
+
+MOST_NODES = 256
+"""Beyond it float32 loses more in the recurrence than further nodes would win."""
+
+_BEND = 8.0  # range(k) times the t where nodes begin to be sparser; found best, or nearly so, for seven kinds of keys
+_MARGIN = 0.1  # coefficients behind the tail that is looked at add up to several times it
+_NOISE = 1e-6  # of float32 sums over keys, relative to the largest term: no tail falls below it
+_FLOOR = -60.0  # e^-60 of the largest weight is none; results below float32's normal range take ten times as long
+_CELLS = 1 << 22  # numbers of a block that is worked on at a time: 16 MiB
+_KEEP = 1 << 24  # numbers of a group that are kept for the way back rather than computed again: 64 MiB, twice
+_COUNTS = (6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, MOST_NODES)
+_WIDTHS = (0.05, 0.18, 0.9, 1.6, 2.6, 3.4, 4.8, 6.4, 9.0, 12.0, 16.0)
+"""Width in u up to which each count but the last is tried first: nine in ten normal samples need no more."""
 
 _PAD = 7
 
@@ -46,7 +94,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kind: str = "auto"
 
     Notes
     -----
-    Outputs and gradients of the three agree to `attention_nodes.TOLERANCE`, relative to how much they
+    Outputs and gradients of the three agree to `TOLERANCE`, relative to how much they
     vary within a row, and to a few times what float32 rounds in either. With one key far from all others gradients of
     q and v were seen up to 5e-5 off. How a row is computed depends on that row alone, so it has the same result in any
     batch, to the bit on a CPU.
@@ -127,3 +175,256 @@ def _exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         # add nothing to a score, and the values they make are dropped.
         q, k, v = (F.pad(t, (0, _PAD)) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[:, 0, :, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class NodeGroup:
+    """Rows that have equally many nodes, M."""
+
+    rows: torch.Tensor  # (R,); their places, ascending
+    x: torch.Tensor  # (R, N); queries in the variable of interpolation, within [-1, 1]
+    t: torch.Tensor  # (R, M); nodes, as queries
+    inverse: torch.Tensor  # (R, M); 1 / Σ_j e^(t k_j - max_j t k_j)
+    values: torch.Tensor  # (R, 2, M); F less the mean of the row's ``v``, and F', at the nodes
+    weights: torch.Tensor | None  # (R, M, N)
+
+
+@torch.no_grad()
+def place_nodes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, most: int = MOST_NODES, keep: bool = False
+) -> tuple[list[NodeGroup], torch.Tensor]:
+    """Choose nodes for every row and evaluate F there.
+
+    Shapes: q, k, v (R, N).
+    """
+    counts = [n for n in _COUNTS if n <= most]
+    every = torch.arange(len(q), device=q.device)
+    if not counts or not q.numel():
+        return [], every
+    k, v = _centered(k), _centered(v)
+    smallest, largest = k.amin(1, keepdim=True), k.amax(1, keepdim=True)
+    bend = _BEND / (largest - smallest).clamp_min(1e-30)
+    u = _asinh(q / bend)
+    low, high = u.amin(1, keepdim=True), u.amax(1, keepdim=True)
+    half, middle = (high - low) / 2, (high + low) / 2
+    x = u.sub_(middle).div_(torch.where(half > 0, half, 1)).clamp_(-1, 1)
+    # The last place is for rows beyond every width and for those that are not finite.
+    limits = torch.tensor(_WIDTHS, dtype=q.dtype, device=q.device)
+    first = torch.bucketize((2 * half)[:, 0], limits).tolist()
+    waiting: list[list[int]] = [[] for _ in range(len(_COUNTS) + 1)]
+    for row, place in enumerate(first):
+        waiting[place].append(row)
+    groups = []
+    for place, count in enumerate(counts):
+        if not waiting[place]:
+            continue
+        waiting[place].sort()  # rows that were tried with fewer nodes came behind the others
+        rows = torch.tensor(waiting[place], device=q.device)
+        some = slice(None) if len(rows) == len(q) else rows  # where it is all of them, nothing is moved
+        t = bend[some] * torch.sinh(middle[some] + half[some] * _chebyshev(count, q)[0])
+        group, good = _evaluate(rows, x[some], t, k[some], v[some], keep)
+        passed = good.tolist()
+        if not all(passed):
+            waiting[_next(place, len(counts))] += [
+                row for row, fine in zip(waiting[place], passed, strict=True) if not fine
+            ]
+            group = _take(group, good)
+        if len(group.rows):
+            groups.append(group)
+    left = sorted(row for rows in waiting[len(counts) :] for row in rows)
+    return groups, torch.tensor(left, dtype=torch.int64, device=q.device)
+
+
+def _next(place: int, tried: int) -> int:
+    """Where a row that needs more nodes is done again: twice the count, the last one, or nowhere."""
+    return min(place + 2, tried - 1) if place < tried - 1 else tried
+
+
+def _evaluate(
+    rows: torch.Tensor, x: torch.Tensor, t: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: bool
+) -> tuple[NodeGroup, torch.Tensor]:
+    """F and F' at given nodes, and whether these are enough, bool (R,); ``k`` and ``v`` are centered."""
+    keys, low, high = _from_extremes(k)
+    terms = k.new_empty(len(k), 4, k.shape[1])
+    terms[:, 0], terms[:, 1], terms[:, 2] = 1, v, k
+    torch.mul(k, v, out=terms[:, 3])
+    sums = t.new_empty(len(t), 4, t.shape[1])
+    weights = _exponentials(t, keys) if keep and t.numel() * k.shape[1] <= _KEEP else None
+    for block in _blocks(len(t), t.shape[1] * k.shape[1]):
+        some = _exponentials(t[block], keys[block]) if weights is None else weights[block]
+        torch.bmm(terms[block], some.mT, out=sums[block])
+    inverse = 1 / sums[:, :1]
+    mean_v, mean_k, mean_kv = (sums[:, 1:] * inverse).unbind(1)  # (R, M) each
+    slope = mean_kv - mean_k * mean_v
+    inverse = inverse[:, 0]
+    span = high - low
+    # Weights of the largest and of the smallest key.
+    outermost = [inverse * torch.exp(t.clamp(max=0) * span), inverse * torch.exp(-t.clamp(min=0) * span)]
+    watched = torch.stack([mean_v, slope, mean_k, *outermost], 1)  # (R, 5, M)
+    largest_k, largest_v = torch.maximum(high, -low), v.abs().amax(1, keepdim=True)
+    size = torch.cat([largest_v, largest_k * largest_v, largest_k, *(torch.zeros_like(high) for _ in outermost)], 1)
+    return NodeGroup(rows, x, t, inverse, torch.stack([mean_v, slope], 1), weights), _resolved(watched, size)
+
+
+def _resolved(values: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Whether functions (R, functions, M) known at the nodes end in negligible Chebyshev coefficients, bool (R,).
+
+    ``size`` (R, functions) is the largest term of the sums that the values come from, whose rounding ends no sooner.
+    """
+    count = values.shape[-1]
+    tail = _coefficients(values)[..., -(2 + count // 8) :].abs().amax(-1)
+    spread = values.amax(-1) - values.amin(-1)
+    noise = _NOISE if values.dtype == torch.float32 else _NOISE * 1e-6
+    return (tail <= _MARGIN * TOLERANCE * spread + noise * (size + values.abs().amax(-1))).all(1)
+
+
+def interpolate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: NodeGroup) -> torch.Tensor:
+    """Attention (R, N) of the rows of a group, differentiable once."""
+    out: torch.Tensor = _Interpolate.apply(q, k, v, group)
+    return out
+
+
+class _Interpolate(torch.autograd.Function):
+    """From values at nodes to queries; the way back needs nothing that is larger than the queries."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: NodeGroup) -> torch.Tensor:
+        count = group.t.shape[1]
+        coefficients = _coefficients(group.values)  # (R, 2, M)
+        both = q.new_empty(len(q), 2, q.shape[1])  # F and F' at the queries
+        kept = _polynomials(group.x, count) if group.weights is not None else None
+        for block in _blocks(len(q), count * q.shape[1]):
+            some = _polynomials(group.x[block], count) if kept is None else kept[block]
+            torch.bmm(coefficients[block], some, out=both[block])
+        ctx.save_for_backward(k, v, both[:, 1])
+        ctx.group, ctx.polynomials = group, kept
+        return both[:, 0] + v.mean(1, keepdim=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        k, v, slope = ctx.saved_tensors
+        with plain_arithmetic(k):
+            grad_k, grad_v = _gradients(upstream, k, v, ctx.group, ctx.polynomials)
+        return upstream * slope, grad_k, grad_v, None
+
+
+def _gradients(
+    upstream: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: NodeGroup, polynomials: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of keys, Σ_i g_i q_i w_j(q_i) (v_j - F(q_i)), and of values, Σ_i g_i w_j(q_i); (R, N) each."""
+    k, v, count = _centered(k), _centered(v), group.t.shape[1]
+    keys = None if group.weights is not None else _from_extremes(k)[0]
+    cosines = _chebyshev(count, k)[1]
+    grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
+    for block in _blocks(len(k), count * k.shape[1]):
+        t, values = group.t[block], group.values[block]
+        basis = _polynomials(group.x[block], count) if polynomials is None else polynomials[block]
+        # (R, M, N), times Z
+        weights = _exponentials(t, keys[block]) if keys is not None else cast("torch.Tensor", group.weights)[block]
+        # What the queries say together at each node, Σ_i g_i share_m(q_i), over the node's Z: (R, M).
+        pull = torch.bmm(torch.bmm(upstream[block, None], basis.mT), _of_each(cosines, t))[:, 0] * group.inverse[block]
+        # Term by term: where one key has all the weight, v_j - F is exactly 0, and t may be large.
+        pulled = (v[block, None] - values[:, 0, :, None]).mul_(weights)
+        # Σ_j w_j (v_j - F) is 0: what it is instead is the rounding of F, which t multiplies.
+        missing = pulled.sum(-1) * group.inverse[block]
+        both = torch.bmm(torch.stack([pull, pull * t * missing], 1), weights)
+        grad_v[block] = both[:, 0]
+        torch.baddbmm(both[:, 1:], (pull * t)[:, None], pulled, beta=-1, out=grad_k[block, None])
+    return grad_k, grad_v
+
+
+def node_maps(k: torch.Tensor, group: NodeGroup, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of some rows of a group as two factors; ``k`` (R, N) holds the keys of all of its rows.
+
+    Shapes: returns (rows, M, N).
+    """
+    count = group.t.shape[1]
+    basis = _polynomials(group.x[block], count)
+    shares = torch.bmm(_of_each(_chebyshev(count, k)[1].T, basis), basis)
+    weights = _exponentials(group.t[block], _from_extremes(_centered(k[block]))[0])
+    return shares, weights * group.inverse[block, :, None]
+
+
+def _exponentials(t: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """e^(t k - max t k), (R, M, N), of nodes (R, M) and keys (R, 2, N) from `_from_extremes`.
+
+    One of the two products is 0, so that the other is rounded once, relative to the distance from the largest score.
+    """
+    return torch.bmm(torch.stack([t.clamp(min=0), t.clamp(max=0)], 2), keys).clamp_(min=_FLOOR).exp_()
+
+
+def _from_extremes(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys (R, N) less the largest and less the smallest, (R, 2, N), and the smallest and the largest, (R, 1)."""
+    low, high = k.amin(1, keepdim=True), k.amax(1, keepdim=True)
+    keys = k.new_empty(len(k), 2, k.shape[1])
+    torch.sub(k, high, out=keys[:, 0])
+    torch.sub(k, low, out=keys[:, 1])
+    return keys, low, high
+
+
+def _polynomials(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Chebyshev polynomials T_0 … T_(count-1) at x (R, N), (R, count, N), with the signs + + - - + + - - ….
+
+    With these signs the recurrence is a sum, T_(n-2) ± 2 x T_(n-1), done in one pass over the numbers; the matrix of
+    `_chebyshev` has the same signs.
+    """
+    out = x.new_empty(len(x), count, x.shape[1])
+    out[:, 0], out[:, 1] = 1, x
+    twice = 2 * x
+    for n in range(2, count):
+        torch.addcmul(out[:, n - 2], out[:, n - 1], twice, value=1 if n % 2 else -1, out=out[:, n])
+    return out
+
+
+def _chebyshev(count: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chebyshev's points (M,) and the matrix (M, M) from values there to coefficients of `_polynomials`."""
+    return _chebyshev_on(count, like.dtype, like.device)
+
+
+@functools.cache
+def _chebyshev_on(count: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    n = torch.arange(count, dtype=torch.float64)
+    angles = (n + 0.5) * (math.pi / count)
+    matrix = torch.cos(n[:, None] * angles) * (2 / count)
+    matrix[0] /= 2
+    matrix[(n % 4) >= 2] *= -1
+    return angles.cos().to(device, dtype), matrix.to(device, dtype)
+
+
+def _coefficients(values: torch.Tensor) -> torch.Tensor:
+    """Chebyshev coefficients, in `_polynomials`, of functions (R, functions, M) known at the nodes; same shape."""
+    return torch.bmm(values, _of_each(_chebyshev(values.shape[-1], values)[1].T, values))
+
+
+def _of_each(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """One matrix for a product with each of the rows.
+
+    ``rows @ matrix`` would be one product of all rows together, whose rounding depends on how many they are: then a row
+    might be given other nodes, and a head would train otherwise in a stack than alone.
+    """
+    return matrix.expand(len(rows), -1, -1)
+
+
+def _asinh(x: torch.Tensor) -> torch.Tensor:
+    """The inverse of sinh; torch's own takes five times as long on a CPU."""
+    squared = x * x
+    root = torch.add(squared, 1).sqrt_().add_(1)
+    return squared.div_(root).add_(x.abs()).log1p_().copysign_(x)
+
+
+def _centered(x: torch.Tensor) -> torch.Tensor:
+    return x - x.mean(1, keepdim=True)
+
+
+def _take(group: NodeGroup, good: torch.Tensor) -> NodeGroup:
+    return NodeGroup(
+        group.rows[good], group.x[good], group.t[good], group.inverse[good], group.values[good],
+        None if group.weights is None else group.weights[good],
+    )  # fmt: skip
+
+
+def _blocks(rows: int, cells: int) -> Iterator[slice]:
+    """Slices of so many rows that their ``cells`` each stay in a core's cache."""
+    step = max(1, _CELLS // cells)
+    return (slice(start, start + step) for start in range(0, rows, step))
