@@ -25,6 +25,12 @@ _HOMES = {
     "probe_features": "embcache.probe.probe",
     "finetune_images": "embcache.finetune.finetune",
     "ProbeResult": "embcache.runs.folders",
+    "find_results": "embcache.results.curves",
+    "compare": "embcache.results.compare",
+    "subgroups": "embcache.results.compare",
+    "predict": "embcache.results.predict",
+    "rank": "embcache.figures.rank",
+    "similarity": "embcache.figures.similarity",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -34,8 +40,14 @@ if TYPE_CHECKING:
     from embcache.data.dataset import load_dataset as load_dataset
     from embcache.errors import EmbcacheError as EmbcacheError
     from embcache.extract.extract import extract_features as extract_features
+    from embcache.figures.rank import rank as rank
+    from embcache.figures.similarity import similarity as similarity
     from embcache.finetune.finetune import finetune_images as finetune_images
     from embcache.probe.probe import probe_features as probe_features
+    from embcache.results.compare import compare as compare
+    from embcache.results.compare import subgroups as subgroups
+    from embcache.results.curves import find_results as find_results
+    from embcache.results.predict import predict as predict
     from embcache.runs.folders import ProbeResult as ProbeResult
     from embcache.store.feature_store import FeatureStore as FeatureStore
     from embcache.store.feature_store import open_store as open_store

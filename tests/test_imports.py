@@ -34,9 +34,6 @@ LAYERS = (
 BESIDE = {("finetune", "probe"), ("backbones", "data")}
 # Still to be taken apart.
 _KNOWN = {
-    ("results", "embcache.figures.plots"), ("results", "embcache.figures.plots.Curve"),
-    ("results", "embcache.figures.plots.CurvePanel"), ("results", "embcache.figures.plots.plot_curves"),
-    ("results", "embcache.figures.sheets"), ("results", "embcache.figures.sheets.draw_pictures"),
     ("runs", "embcache.data.snapshot"), ("runs", "embcache.data.snapshot.open_parquet"),
     ("runs", "embcache.probe.metrics"), ("runs", "embcache.probe.metrics.find_metric"),
 }  # fmt: skip

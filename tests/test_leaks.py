@@ -12,7 +12,7 @@ import torch
 
 from embcache.data.dataset import ImageDataset
 from embcache.figures.audit import audit_dataset
-from embcache.figures.rank import rank_dataset
+from embcache.figures.rank import rank
 from embcache.figures.shown import shown_images
 from embcache.figures.similarity import similarity
 from embcache.probe.cached import plan_cached
@@ -106,7 +106,7 @@ def test_splits_are_the_same(worlds: tuple[World, World]) -> None:
 
 
 def test_ranks_similarities_and_maps_are_the_same(worlds: tuple[World, World]) -> None:
-    ranks = [rank_dataset(w.ds, home=w.home) for w in worlds]
+    ranks = [rank(w.ds, home=w.home) for w in worlds]
     assert ranks[0] == ranks[1]
     alike = [similarity(w.ds, home=w.home) for w in worlds]
     assert np.array_equal(alike[0].cka, alike[1].cka)

@@ -166,8 +166,9 @@ def curves(
 
     Example: embcache curves --dataset pneumonia --head linear --figure curves.png
     """
+    from embcache.figures.draw_curves import draw_curves
     from embcache.results.advice import advise, sentences
-    from embcache.results.curves import draw_curves, find_results
+    from embcache.results.curves import find_results
     from embcache.results.render import check_format, render
 
     check_format(format)

@@ -17,7 +17,7 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.text import Text
 
 from embcache.figures import lettering, plots
-from embcache.figures.plots import AttentionPanel, Cell, Curve, CurvePanel, Map, class_mark
+from embcache.figures.plots import AttentionPanel, Curve, CurvePanel, Map, Picture, class_mark
 
 LONG = "carcinoma in situ of type {:02d}, grade unknown"
 SENTENCE = "a class whose name is a whole sentence about what may be seen in an image of it, number {} of many"
@@ -146,7 +146,9 @@ def test_other_figures_are_not_cut(drawn: Callable[[], Figure], tmp_path: Path) 
         plots.plot_rates(rates, title, tmp_path / "r.png", axes=("1 − specificity", "sensitivity"), note=title)
         check_nothing_is_cut(drawn())
         check_apart(drawn())
-    cells = [Cell(np.zeros((40, 60, 3), np.uint8), f"…st/NORMAL/IM-0001.jpeg\n{LONG} · train\n0.83 · same group")] * 3
+    cells = [
+        Picture(np.zeros((40, 60, 3), np.uint8), f"…st/NORMAL/IM-0001.jpeg\n{LONG} · train\n0.83 · same group")
+    ] * 3
     plots.plot_sheet([(name, cells), (name, cells[:1])], f"nearest in cached features: {name}", tmp_path / "s.png")
     check_nothing_is_cut(drawn())
     panel = AttentionPanel(f"a-dataset-of-{name}, 5 folds", (name, "b"), np.ones((8, 8), np.float32), np.eye(2))

@@ -10,9 +10,10 @@ import torch
 from timm.models.vision_transformer import Attention
 
 from embcache.errors import UsageError
-from embcache.figures import mean_attention as attention
-from embcache.figures.mean_attention import mass_table, mean_attention, mean_mass
+from embcache.figures import attention as attention
+from embcache.figures.attention import mass_table, mean_attention, mean_mass
 from embcache.probe.heads import make_head
+from tests.refusal import refused
 
 DIMS = {"a": 6, "b": 9}
 
@@ -79,9 +80,9 @@ def test_mass_is_what_a_backbones_tokens_give_to_each_backbone() -> None:
 def test_a_head_without_attention_or_without_images_is_refused() -> None:
     params, x = setting("dvme")
     identity: Any = make_head("dvme-identity", proj_dim=8)
-    with pytest.raises(UsageError, match="no attention"):
+    with refused(UsageError, "no-attention"):
         mean_attention(identity.init(torch.Generator().manual_seed(0), DIMS, 3), x)
-    with pytest.raises(UsageError, match="averaged over images"):
+    with refused(UsageError, "no-images"):
         mean_attention(params, {b: f[:0] for b, f in x.items()})
-    with pytest.raises(ValueError, match="not one of 3 backbones"):
+    with pytest.raises(ValueError):
         mass_table(mean_attention(params, x), 3)

@@ -10,7 +10,7 @@ from embcache.probe.metrics import confusion
 from embcache.probe.predictions import Predictions
 from embcache.report.numbers import class_scores
 from embcache.results import compare
-from embcache.results.rates import GRID, mean_curve, roc_points
+from embcache.results.decisions import GRID, mean_curve, roc_points
 from tests.results.build import make_result
 
 

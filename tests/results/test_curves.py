@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from embcache.errors import StoreNotFoundError
+from embcache.figures.draw_curves import curve_panels, table_curves
 from embcache.figures.plots import Curve, CurvePanel, curve_styles, plot_curves
-from embcache.results.curves import band_words, curve_panels, curve_table, find_results, named_curves, table_curves
+from embcache.results.curves import band_words, curve_table, find_results, named_curves
 from embcache.results.grid import Grid
 from embcache.results.paper import find_value
 from embcache.runs.folders import ProbeResult
 from embcache.runs.result import Estimate
+from tests.refusal import refused
 from tests.results.build import SUPERVISED, make_cell, make_result
 
 
@@ -77,9 +79,9 @@ def test_every_curve_of_a_figure_looks_different(tmp_path: Path) -> None:
     panels = [CurvePanel("one", "AUC", tuple(curves[:60])), CurvePanel("two", "AUC", tuple(curves[40:]))]
     styles = curve_styles(panels)
     assert len(set(styles.values())) == len(styles) == 101
-    colours = {curve.family: styles[curve.label][0] for curve in curves[:80]}
-    assert len(set(colours.values())) == 8
-    assert all(styles[curve.label][0] == colours[curve.family] for curve in curves[:80])
+    colors = {curve.family: styles[curve.label][0] for curve in curves[:80]}
+    assert len(set(colors.values())) == 8
+    assert all(styles[curve.label][0] == colors[curve.family] for curve in curves[:80])
     (alone,) = [CurvePanel("heads", "AUC", tuple(curves[:8]))]
     assert len({style[0] for style in curve_styles([alone]).values()}) == 8
     assert plot_curves([alone], "t", tmp_path / "c.png").stat().st_size > 0
@@ -94,7 +96,7 @@ def test_the_papers_curve_looks_like_ours_dashed() -> None:
 
 
 def test_nothing_saved_is_an_error_with_the_next_command(home: Path) -> None:
-    with pytest.raises(StoreNotFoundError, match="embcache probe"):
+    with refused(StoreNotFoundError, "no-result"):
         find_results(home=home)
 
 
