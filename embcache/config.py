@@ -505,6 +505,10 @@ class FinetuneConfig(ProtocolConfig):
     again: bool = option(False, "Train from the beginning even if a saved result answers the same question.")
 
 
+def _recipe() -> Any:
+    return option(None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX")
+
+
 @dataclass(frozen=True)
 class PredictConfig(Config):
     """How a saved run predicts images."""
@@ -561,9 +565,7 @@ class MapConfig(Config):
     limit: int | None = option(None, "Draw at most N of the images. [default: all]", metavar="N", least=4)
     perplexity: float = option(30.0, "Perplexity of t-SNE.", metavar="P", least=1, most=1000)
     seed: int = option(0, "Seed of the maps.", metavar="N", least=0, most=2**32 - 1)
-    recipe: str | None = option(
-        None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX"
-    )
+    recipe: str | None = _recipe()
 
 
 @dataclass(frozen=True)
@@ -576,9 +578,17 @@ class AttentionConfig(Config):
     transform: str | None = option(
         None, "With --image: as for extract.", metavar="paper|imagenet|model", choices=("paper", "imagenet", "model")
     )
-    recipe: str | None = option(
-        None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX"
-    )
+    recipe: str | None = _recipe()
+
+
+@dataclass(frozen=True)
+class NeighborsConfig(Config):
+    """Which neighbors of an image are shown."""
+
+    heading: ClassVar[str] = "Neighbor options"
+
+    k: int = option(8, "Number of neighbors.", metavar="K", flag="-k", least=1, most=1_000)
+    recipe: str | None = _recipe()
 
 
 @dataclass(frozen=True)
@@ -596,6 +606,4 @@ class AuditConfig(Config):
     )  # fmt: skip
     folds: int = option(5, "Number of folds.", metavar="K", flag="-", least=3, most=MOST_FOLDS)
     seed: int = option(0, "Seed of the folds.", metavar="N", least=0, most=MOST_SEED)
-    recipe: str | None = option(
-        None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX"
-    )
+    recipe: str | None = _recipe()

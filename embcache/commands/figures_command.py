@@ -12,7 +12,6 @@ from embcache.commands.options import (
     DatasetOption,
     HomeOption,
     JsonOption,
-    RecipeOption,
     Skip,
     split_list,
     takes_configs,
@@ -20,7 +19,7 @@ from embcache.commands.options import (
 )
 from embcache.commands.output import echo
 from embcache.commands.table import print_note, print_table
-from embcache.config import AttentionConfig, DatasetRef, MapConfig
+from embcache.config import AttentionConfig, DatasetRef, MapConfig, NeighborsConfig
 from embcache.errors import UsageError
 from embcache.io import check_target, write_output
 
@@ -195,14 +194,13 @@ def _print_attention(found: RunAttention) -> None:
 @takes_configs
 def neighbors(
     image: Annotated[str, typer.Option("--image", metavar="ID", help="ID of a cached image, or a unique end of it.")],
-    k: Annotated[int, typer.Option("-k", metavar="K", help="Number of neighbors.")] = 8,
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
-    recipe: RecipeOption = None,
     output: OutputOption = None,
     home: HomeOption = None,
     json: JsonOption = None,
     *,
+    config: NeighborsConfig,
     ref: Annotated[DatasetRef, Skip("target")],
 ) -> None:
     """Show the images nearest to one in cached features, as a table and a contact sheet.
@@ -217,7 +215,7 @@ def neighbors(
     from embcache.figures.neighbors import draw_neighbors, find_neighbors
     from embcache.paths import home_dir, slug
 
-    found = find_neighbors(ds, image, split_list(backbone), k=k, home=home, recipe=recipe)
+    found = find_neighbors(ds, image, split_list(backbone), config, home=home)
     default = home_dir(home) / slug(ds.name) / "figures" / f"neighbors-{slug(found[0].image.id)}.png"
     paths = [draw_neighbors(ds, found, target) for target in targets or [default]]
     if json != "-":

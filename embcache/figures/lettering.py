@@ -42,6 +42,7 @@ def use_fonts(figure: Figure) -> None:
     texts = figure.findobj(Text)
     for text in texts:
         text.set_fontfamily(_families(text.get_text()))
+        text.set_parse_math(False)  # a dollar sign in a name is one
     missing = {c for text in texts for c in text.get_text() if _foreign(c) and _family_with(c) is None}
     if missing:
         _warn_of_missing("".join(sorted(missing)))
@@ -87,7 +88,7 @@ def shorten(text: str, size: float, inches: float) -> str:
 
 def add_title(figure: Figure, title: str, size: float) -> None:
     """A title above all, with as many lines as it needs."""
-    figure.suptitle(wrap(title, size, figure.get_figwidth() - 2 * _MARGIN).replace("$", r"\$"), fontsize=size)
+    figure.suptitle(wrap(title, size, figure.get_figwidth() - 2 * _MARGIN), fontsize=size)
 
 
 def add_legend(
@@ -116,9 +117,9 @@ def add_legend(
     columns = -(-len(texts) // rows)
     figure.set_figheight(figure.get_figheight() + (rows * 1.55 + (heading.count("\n") + 1.5 if lines else 0) + 1) * em)
     figure.legend(
-        [handles[label] for label in texts], [text.replace("$", r"\$") for text in texts.values()],
+        [handles[label] for label in texts], [text for text in texts.values()],
         loc="outside lower center", ncols=columns, frameon=False, fontsize=size,
-        title=heading.replace("$", r"\$") or None, title_fontsize=size,
+        title=heading or None, title_fontsize=size,
         handlelength=handle, handletextpad=0.5, columnspacing=1.5, labelspacing=0.35, borderpad=0.2,
     )  # fmt: skip
 

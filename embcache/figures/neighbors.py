@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from embcache.config import NeighborsConfig
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import read_image
-from embcache.errors import ImageError, UsageError, check_number, first_few
+from embcache.errors import ImageError, UsageError, first_few
 from embcache.figures.plots import Picture, plot_sheet
 from embcache.figures.shown import backbones_or_cached
 from embcache.paths import PathLike
@@ -53,13 +54,13 @@ def find_neighbors(
     ds: ImageDataset,
     image: str,
     backbones: Sequence[str] = (),
+    config: NeighborsConfig | None = None,
     *,
-    k: int = 8,
     home: PathLike | None = None,
-    recipe: str | None = None,
+    **options: Any,
 ) -> list[Neighbors]:
     """The k images nearest to one (its ID, or a unique end of it) under each backbone, by default all cached ones."""
-    check_number("-k", k, 1, 1_000)
+    config = NeighborsConfig.make(config, options)
     ids = ds.table["id"].tolist()
     fits = [image] if image in set(ids) else [id_ for id_ in ids if image and id_.endswith(image)]
     if len(fits) != 1:
@@ -67,8 +68,8 @@ def find_neighbors(
             "several images match" if fits else f"{ds.name} has no such image", code="unknown-image",
             expected=first_few(fits or ids), found=repr(image), fix="--image ID",
         )  # fmt: skip
-    stores = open_stores(ds, [backbones_or_cached(ds, backbones, home)], home, recipe)
-    return [_nearest(ds, store, str(fits[0]), k) for store in stores.values()]
+    stores = open_stores(ds, [backbones_or_cached(ds, backbones, home)], home, config.recipe)
+    return [_nearest(ds, store, str(fits[0]), config.k) for store in stores.values()]
 
 
 def _nearest(ds: ImageDataset, store: FeatureStore, id_: str, k: int) -> Neighbors:

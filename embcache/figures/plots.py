@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,8 +99,8 @@ def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, targe
         for label in shown:
             points = panel.coordinates[panel.labels == label]
             handles[class_names[label]] = axis.scatter(points[:, 0], points[:, 1], s=14, alpha=0.8, **class_mark(label))
-        axis.set_title(_plain(wrap(panel.title, 10, side - 0.2)), fontsize=10)
-        axis.set_xlabel(_plain(panel.caption), fontsize=7)
+        axis.set_title(wrap(panel.title, 10, side - 0.2), fontsize=10)
+        axis.set_xlabel(panel.caption, fontsize=7)
         axis.set(xticks=[], yticks=[])
     weights = {class_names[label]: int(counts[label]) for label in shown}
     note = f"Marks come again after {_MARKS} classes." if max(shown) >= _MARKS else ""
@@ -133,7 +134,7 @@ def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path, *, bands
             color, marker, line = styles[curve.label]
             size = {"linewidth": 1.2, "markersize": 3} if curve.dashed else {"linewidth": 1.5, "markersize": 5}
             (handles[curve.label],) = axis.plot(
-                curve.x, curve.y, color=color, marker=marker, linestyle=line, label=_plain(curve.label), **size
+                curve.x, curve.y, color=color, marker=marker, linestyle=line, label=curve.label, **size
             )
             if curve.dashed:
                 continue
@@ -146,7 +147,7 @@ def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path, *, bands
         axis.minorticks_off()
         axis.set_xlabel("training labels per fold", fontsize=9)
         axis.set_ylabel(panel.metric, fontsize=9)
-        axis.set_title(_plain(wrap(panel.title, 10, width - 0.6)), fontsize=10)
+        axis.set_title(wrap(panel.title, 10, width - 0.6), fontsize=10)
         axis.grid(alpha=0.25)
     if any(_many(panel) for panel in panels):
         bands += f"; bands only in panels of up to {_BANDS} curves"
@@ -181,16 +182,11 @@ def curve_styles(panels: Sequence[CurvePanel]) -> dict[str, Style]:
         if len(families) == 1 or len(methods) == 1:
             family = method = k
         lines = ("--",) if curve.dashed else _LINES
-        places = [(line, marker) for line in range(len(lines)) for marker in range(len(_MARKERS))]
-        first = (method // len(_MARKERS)) % len(lines) * len(_MARKERS) + method % len(_MARKERS)
+        line = lines[method // len(_MARKERS) % len(lines)]
+        wanted = (_COLORS[family % len(_COLORS)], _MARKERS[method % len(_MARKERS)], line)
         # Of one family and method (two recipes, or a ninth color): the same marker on another line, then any.
-        preferred = sorted(places, key=lambda place: place[1] != places[first][1])
-        wanted = (_COLORS[family % len(_COLORS)], _MARKERS[places[first][1]], lines[places[first][0]])
-        others = (
-            (color, _MARKERS[marker], lines[line])
-            for color in (wanted[0], *_COLORS)
-            for line, marker in preferred
-        )  # fmt: skip
+        places = sorted(product(lines, _MARKERS), key=lambda place: place[1] != wanted[1])
+        others = ((color, marker, line) for color in (wanted[0], *_COLORS) for line, marker in places)
         taken = set(styles.values())
         styles[curve.label] = next((style for style in (wanted, *others) if style not in taken), wanted)
     for curve in curves.values():
@@ -234,11 +230,11 @@ def plot_attention(panels: Sequence[AttentionPanel], title: str, target: Path) -
         for (row, column), value in np.ndenumerate(panel.mass):
             color = "white" if value < 0.6 else "black"
             below.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=9)
-        names = [_plain(shorten(name, 8, 1.3)) for name in panel.backbones]
+        names = [shorten(name, 8, 1.3) for name in panel.backbones]
         for axis, places in ((above, centers), (below, np.arange(len(names)))):
             axis.set_xticks(places, names, fontsize=8, rotation=30, ha="right")
             axis.set_yticks(places, names, fontsize=8)
-        above.set_title(_plain(wrap(panel.title, 9, 2.6)), fontsize=9)
+        above.set_title(wrap(panel.title, 9, 2.6), fontsize=9)
         below.set_title(wrap("attention of a row's tokens to a column's, summed", 8, 2.4), fontsize=8)
     add_title(figure, title, 11)
     return _save(figure, target)
@@ -267,11 +263,11 @@ def plot_sheet(rows: Sequence[tuple[str, Sequence[Picture]]], title: str, target
             else:
                 axis.imshow(cell.pixels)
             caption = "\n".join(shorten(line, 6, 1.4) for line in cell.caption.split("\n"))
-            axis.set_xlabel(_plain(caption), fontsize=6)
+            axis.set_xlabel(caption, fontsize=6)
             for spine in axis.spines.values():
                 spine.set_color(_COLORS[5] if cell.marked else "0.7")
                 spine.set_linewidth(2.5 if cell.marked else 0.8)
-        line[0].set_ylabel(_plain(wrap(name, 8, 1.4)), fontsize=8)
+        line[0].set_ylabel(wrap(name, 8, 1.4), fontsize=8)
         for axis in line[len(cells) :]:
             axis.set_axis_off()
     add_title(figure, title, 10)
@@ -290,8 +286,8 @@ def plot_rates(
     note: str = "",
 ) -> Path:
     """Draw curves over the unit square, a legend of their labels beneath."""
-    labels = [_plain(wrap(curve.label, 8, 5.7)) for curve in curves if curve.label]
-    note = _plain(wrap(note, 8, 6.1))
+    labels = [wrap(curve.label, 8, 5.7) for curve in curves if curve.label]
+    note = wrap(note, 8, 6.1)
     lines = sum(label.count("\n") + 1 for label in labels) + 1 + note.count("\n")
     figure = Figure(figsize=(6.4, 5.9 + 0.17 * lines + (1.0 if counts else 0.0)), layout="constrained")
     ratios = (5.2, 1.0) if counts else (1.0,)
@@ -316,7 +312,7 @@ def plot_rates(
         else:
             above.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
     above.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal" if not counts else "auto")
-    above.set_ylabel(_plain(axes[1]), fontsize=9)
+    above.set_ylabel(axes[1], fontsize=9)
     above.grid(alpha=0.25)
     for strip in below:
         edges = np.linspace(0, 1, len(counts) + 1)
@@ -325,8 +321,8 @@ def plot_rates(
         strip.set_ylabel("images", fontsize=8)
         strip.set_ylim(0, max(counts) * 1.35)
         strip.tick_params(axis="y", labelsize=7)
-    (below or [above])[-1].set_xlabel(_plain(axes[0]), fontsize=9)
-    above.set_title(_plain(wrap(title, 10, 5.6)), fontsize=10)
+    (below or [above])[-1].set_xlabel(axes[0], fontsize=9)
+    above.set_title(wrap(title, 10, 5.6), fontsize=10)
     figure.legend(
         handles, labels, loc="outside lower center", ncols=1, frameon=False, fontsize=8, title=note or None,
         title_fontsize=8, alignment="left",
@@ -357,8 +353,8 @@ def plot_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str, 
             color = "white" if shares[row, column] > 0.55 else "black"
             axis.text(column, row, f"{count:,}{share}", ha="center", va="center", color=color, fontsize=size)
     turned: dict[str, Any] = {"rotation": 40, "ha": "right"} if n <= _NUMBERED else {"rotation": 90, "ha": "center"}
-    axis.set_xticks(range(n), [_plain(name) for name in shown], fontsize=small, **turned)
-    labels = [f"{_plain(name)} ({int(n_of):,})" for name, n_of in zip(shown, rows[:, 0], strict=True)]
+    axis.set_xticks(range(n), shown, fontsize=small, **turned)
+    labels = [f"{name} ({int(n_of):,})" for name, n_of in zip(shown, rows[:, 0], strict=True)]
     axis.set_yticks(range(n), labels, fontsize=small)
     axis.set_xlabel("predicted class", fontsize=9)
     axis.set_ylabel("true class (test images)", fontsize=9)
@@ -383,10 +379,6 @@ def plot_heads(pixels: NDArray[np.uint8], heads: NDArray[np.float32], title: str
         axis.set_title(name, fontsize=8)
     add_title(figure, title, 9)
     return _save(figure, target)
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")
 
 
 def _save(figure: Figure, target: Path) -> Path:

@@ -161,7 +161,7 @@ def correlate(rows: Sequence[RankRow]) -> list[Correlation]:
             continue
         reached = [row.probes[subset] for row in both]
         for key in (*SCORES, "place"):
-            values = [-row.place if key == "place" else getattr(row, key) for row in both]
+            values = [-row.place if key == "place" else vars(row)[key] for row in both]
             if len(set(values)) < 2 or len(set(reached)) < 2:
                 tau = rho = float("nan")
             else:

@@ -261,11 +261,12 @@ def load_tested(result: ProbeResult, path: Path) -> Tested:
 
 
 def _check_same_test(a: Tested, b: Tested, other_metric: bool) -> None:
-    words = {"dataset": "datasets", "target": "targets", "metric": "metrics", "class_names": "classes"}
-    if other_metric:
-        del words["metric"]
-    for what, several in words.items():
-        mine, theirs = getattr(a.result, what), getattr(b.result, what)
+    one, other = a.result, b.result
+    metrics = () if other_metric else (("metrics", one.metric, other.metric),)
+    for several, mine, theirs in (
+        ("datasets", one.dataset, other.dataset), ("targets", one.target, other.target), *metrics,
+        ("classes", one.class_names, other.class_names),
+    ):  # fmt: skip
         if mine != theirs:
             raise ProtocolError(
                 f"runs of different {several} cannot be compared", code="different-tasks",

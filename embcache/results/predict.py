@@ -400,6 +400,8 @@ def _not_readable(path: str) -> str:
         os.stat(path)  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
         return "the file does not exist"
-    except (OSError, ValueError) as error:
-        return str(getattr(error, "strerror", None) or error)
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError as error:  # a NUL in the path
+        return str(error)
     return "" if os.access(path, os.R_OK) else "the file may not be read"

@@ -45,7 +45,7 @@ def test_is_the_mean_of_timms_weights(name: str, width: int, monkeypatch: pytest
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
-    monkeypatch.setattr(attention, "_IMAGES", 1)  # an image at a time
+    monkeypatch.setattr(attention, "_TOGETHER", 1)  # an image at a time
     np.testing.assert_allclose(mean_attention(params, x), found, rtol=1e-5)
 
 

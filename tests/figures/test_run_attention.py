@@ -114,7 +114,7 @@ def test_a_figure_is_drawn(ds: ImageDataset, home: Path, tmp_path: Path, head: s
 
 def test_heads_without_attention_and_other_datasets_are_refused(ds: ImageDataset, home: Path) -> None:
     result, folder = probed(ds, home, "dvme-noattn", folds=2)
-    with refused(UsageError, "other-head"):
+    with refused(UsageError, "no-attention"):
         run_attention(ds, result, folder, home=home)
     with refused(UsageError, "other-dataset"):
         run_attention(make_dataset([0, 1] * 20, name="other"), result, folder, home=home)

@@ -357,20 +357,6 @@ def test_the_recipe_of_every_backbone_is_rebuilt(made: tuple[Path, Path, dict[st
     assert [recipe.fingerprint for recipe in recipes.values()] == [digest for _, digest in result.request["recipes"]]
 
 
-def test_recipes_are_looked_up_once(made: tuple[Path, Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    home, root, runs = made
-    calls: list[str] = []
-    original = model.run_recipes
-
-    def count(*args: Any) -> object:
-        calls.append("once")
-        return original(*args)
-
-    monkeypatch.setattr(model, "run_recipes", count)
-    predict(runs["linear"], [root / "test"], home=home)
-    assert calls == ["once"]
-
-
 @pytest.mark.parametrize("head", ["linear", "logreg", "dvme"])
 def test_adjusted_probabilities_are_averaged_over_folds_and_said_to_be(
     made: tuple[Path, Path, dict[str, str]], head: str
