@@ -20,11 +20,14 @@ from embcache.io import write_output
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _MARKS = 2 * len(_COLORS) * len(_MARKERS)  # filled and outlined
-_LINES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # "--" is the paper's
-_BANDS = 6  # curves of a panel up to which bands can be distinguished
+Line = str | tuple[int, tuple[int, ...]]
+"""A line style of matplotlib."""
 
-Style = tuple[str, str, str | tuple[int, tuple[int, ...]]]
+Style = tuple[str, str, Line]
 """Color, marker and line style of a curve."""
+
+_LINES: tuple[Line, ...] = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # "--": the paper
+_BANDS = 6  # curves of a panel up to which bands can be distinguished
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def curve_styles(panels: Sequence[CurvePanel]) -> dict[str, Style]:
         family, method = families.index(curve.family or curve.label), methods.index(curve.method)
         if len(families) == 1 or len(methods) == 1:
             family = method = k
-        lines = ("--",) if curve.dashed else _LINES
+        lines: tuple[Line, ...] = ("--",) if curve.dashed else _LINES
         line = lines[method // len(_MARKERS) % len(lines)]
         wanted = (_COLORS[family % len(_COLORS)], _MARKERS[method % len(_MARKERS)], line)
         # Of one family and method (two recipes, or a ninth color): the same marker on another line, then any.

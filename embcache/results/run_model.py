@@ -75,10 +75,9 @@ class _WholeModel(RunModel):
         for batch in prepare_batches(root, sources, [transform.geometry], self.batch_size, pool, decoding):
             pixels = stack_batch(batch, 0, torch.empty((len(batch), *transform.size, 3), dtype=torch.uint8)).numpy()
             parts.append(np.stack([model.logits(pixels) for model in self.models]))
-            finite = np.isfinite(parts[-1]).all((0, 2)).tolist()
             reasons += [
-                prepared.reason or "the outputs are not finite" * (not usable)
-                for prepared, usable in zip(batch, finite, strict=True)
+                prepared.reason or ("" if np.isfinite(row).all() else "the outputs are not finite")
+                for prepared, row in zip(batch, parts[-1].swapaxes(0, 1), strict=True)
             ]
         return np.concatenate(parts, axis=1), reasons
 
