@@ -23,6 +23,7 @@ from embcache.probe.heads import make_head
 from embcache.probe.heads.dvme import Fusion
 from embcache.probe.inputs import divide_for, load_features, open_stores
 from embcache.probe.protocol import Sides
+from embcache.results.curves import refuse_untrusted
 from embcache.runs.folders import ProbeResult, load_heads
 from embcache.store.feature_store import FeatureStore, extract_command
 
@@ -148,6 +149,7 @@ def fused_features(
     result: ProbeResult, run: Path, features: Mapping[str, NDArray[np.float32]]
 ) -> tuple[int, NDArray[np.float32]]:
     """What a run of ``dvme`` makes of cached features (n, D) by its first fold with a model: the fold, and (n, P)."""
+    refuse_untrusted(result)
     head = make_head(**result.request["head"])
     if not isinstance(head, Fusion):
         raise UsageError(f"a run of {result.head} has no fused embedding", code="other-head", expected="a run of dvme",

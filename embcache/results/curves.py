@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embcache.data.classes import target_words
-from embcache.errors import StoreNotFoundError
+from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir
 from embcache.probe.metrics import metric_title
 from embcache.probe.summary import in_metric
@@ -15,6 +15,7 @@ from embcache.results.grid import Cell, Model
 from embcache.results.layout import Table, bounds, record, score
 from embcache.runs.folders import ProbeResult, list_results
 
+_PREFIXES = ("timm", "hf", "open_clip", "random")  # before the colon of a backbone that is not `module:name`
 # What differs from size to size along one curve, or is not part of the protocol.
 _NOT_PROTOCOL = ("subset", "splits", "images", "dataset", "run")
 
@@ -66,6 +67,18 @@ def find_results(
             fix="embcache probe --head linear --subset 20,50,100,F, or embcache results to see what there is",
         )  # fmt: skip
     return [in_metric(result, metric, home) for metric in metrics for result in fitting] or fitting
+
+
+def refuse_untrusted(result: ProbeResult, trusted: Sequence[str] = ()) -> None:
+    """Refuse a `module:name` that only a run's file names: importing it would run whatever code it means here."""
+    foreign = [name for name in result.backbones if ":" in name and name.partition(":")[0] not in _PREFIXES]
+    head = str(result.request["head"]["name"])
+    if unknown := [name for name in (*foreign, *[head] * (":" in head)) if name not in trusted]:
+        raise UsageError(
+            f"run {result.id} needs code that is not part of embcache", code="untrusted-name",
+            expected="a registered name, or the same name after --trust", found=", ".join(unknown),
+            fix=f"--trust {unknown[0]}, if you trust that module",
+        )  # fmt: skip
 
 
 def by_task(results: Sequence[ProbeResult]) -> dict[tuple[str, str, str], list[ProbeResult]]:

@@ -20,6 +20,7 @@ from embcache.io import write_outputs
 from embcache.paths import PathLike
 from embcache.probe.heads import make_head
 from embcache.probe.metrics import merit
+from embcache.results.curves import refuse_untrusted
 from embcache.runs.folders import find_run_anywhere, load_heads
 from embcache.runs.result import ProbeResult
 
@@ -66,6 +67,7 @@ def export_head(run: str, output: PathLike, *, fold: int | None = None, home: Pa
     if result.kind != "probe":
         raise UsageError(f"a result of kind {result.kind!r} has no head", code="no-head", found=result.id, where=path,
                          fix=f"--run {result.request.get('run', 'RUN')}")  # fmt: skip
+    refuse_untrusted(result)
     usable = {f.fold: f for f in result.folds if not f.failed}
     if fold is None:
         fold = max(usable.values(), key=lambda f: merit(result.metric, f.val_score)).fold

@@ -23,11 +23,10 @@ from embcache.finetune.model import FinetunedModel, load_finetuned
 from embcache.paths import PathLike
 from embcache.probe.heads import Head, make_head
 from embcache.probe.stack import predict_logits
+from embcache.results.curves import refuse_untrusted
 from embcache.runs.folders import ProbeResult, load_heads
 from embcache.store.feature_store import list_stores
 from embcache.store.recipe import Recipe
-
-_PREFIXES = ("timm", "hf", "open_clip", "random")  # before the colon of a backbone that is not `module:name`
 
 
 class RunModel(ABC):
@@ -93,7 +92,7 @@ def load_model(
         )  # fmt: skip
     options = dict(result.request["head"])
     head = str(options.pop("name"))
-    _check_names(result, head, config.trust)
+    refuse_untrusted(result, config.trust)
     recipes = run_recipes(result, home)
     if result.kind == "finetune":
         if config.weights:
@@ -111,18 +110,6 @@ def load_model(
     }
     heads = load_heads(folder)
     return _ProbeModel(networks, make_head(head, **options), [heads[fold] for fold in folds])
-
-
-def _check_names(result: ProbeResult, head: str, trusted: Sequence[str]) -> None:
-    """Refuse a `module:name` that only the run's file names: importing it would run whatever code it means here."""
-    foreign = [name for name in result.backbones if ":" in name and name.partition(":")[0] not in _PREFIXES]
-    foreign += [head] if ":" in head else []
-    if unknown := [name for name in foreign if name not in trusted]:
-        raise UsageError(
-            f"run {result.id} needs code that is not part of embcache", code="untrusted-name",
-            expected="a registered name, or the same name after --trust", found=", ".join(unknown),
-            fix=f"--trust {unknown[0]}, if you trust that module",
-        )  # fmt: skip
 
 
 def _weights_by_name(names: Sequence[str], values: Sequence[str]) -> dict[str, Path]:
