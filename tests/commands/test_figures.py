@@ -87,7 +87,7 @@ def test_attention_of_a_run_in_words_and_data(run: str, tmp_path: Path) -> None:
 
 def test_neighbors_say_that_the_images_are_not_here(run: str, tmp_path: Path) -> None:
     shown = embcache("neighbors", "--image", "i7", "-k", 3, "--dataset", "toy", "--output", tmp_path / "n.png").stdout
-    assert "the images are not here" in shown
+    assert "the images are missing" in shown
     answer = json.loads(
         embcache("neighbors", "--image", "i7", "-k", 3, "--dataset", "toy", "--output", tmp_path / "n.png",
                  "--json", "-").stdout
