@@ -130,9 +130,7 @@ def kaggle_score(
     run: RunOption,
     score: Annotated[
         list[str] | None,
-        typer.Option(
-            "--score", metavar="PRIVATE/PUBLIC", help="Scores of a fold's file; once per fold, in order."
-        ),
+        typer.Option("--score", metavar="PRIVATE/PUBLIC", help="Scores of a fold's file; once per fold, in order."),
     ] = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,

@@ -33,8 +33,8 @@ SCORES: Mapping[str, str] = {
 """The scores of a backbone, higher is better, as tables name them."""
 
 ORDER = ("logme", "centroid", "knn")
-"""The scores that rows are ordered by. The H-score is measured on the rows that it is fitted to: it is nearly as
-high for permuted as for true labels (docs/heads.md)."""
+"""The scores that rows are ordered by. The H-score is measured on the rows that it is fitted to: it is almost as
+high with permuted labels (docs/heads.md)."""
 
 _FOLDS = 5
 

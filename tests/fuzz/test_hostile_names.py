@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embcache.commands.table import format_table
+from embcache.config import DatasetRef
 from embcache.data.dataset import load_dataset
 from embcache.errors import DatasetError, EmbcacheError
 from embcache.extract.extract import extract_features
@@ -70,7 +71,7 @@ def test_hostile_ids_and_classes_go_all_the_way_and_come_back_as_they_were(
     images = [tmp_path / "images" / f"{k}.png" for k in range(3)]
     said = predict(result.id, images, home=home)
     assert said.class_names == result.class_names
-    of_ids = predict(result.id, dataset=ds.name, data_root=table, home=home)
+    of_ids = predict(result.id, dataset=ds.name, ref=DatasetRef(data_root=table), home=home)
     assert set(of_ids.images) == kept
     cells = [row[0] for row in csv.reader(io.StringIO(of_ids.to_csv(), newline=""))][1:]
     assert {cell.removeprefix("'") for cell in cells} == kept
