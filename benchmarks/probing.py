@@ -23,7 +23,7 @@ from synthetic import make_dataset, pneumonia_like, put_store
 DIM = 1536
 GRID = {"simclr-like": 2048, "swav-like": 2048, "supervised-like": 2048, "random-like": 2048, "dino-like": 1536}
 SIZES = "50,100,200,M,F"
-IMPORTS = "import torch, zarr, sklearn.metrics, pandas, embcache.probe.probe, embcache.probe.cached"
+IMPORTS = "import torch, zarr, sklearn.metrics, pandas, embcache.probe.probe, embcache.probe.inputs"
 
 
 def probe(home: Path, dataset: str, answer: Path, *options: str) -> Cost:

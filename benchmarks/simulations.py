@@ -16,7 +16,7 @@ from worlds import Array, Drawn, World
 
 from embcache.probe.metrics import find_metric, metric_title
 from embcache.probe.statistics import Scores, TestSet, estimate, sample
-from embcache.results.comparisons import compare
+from embcache.results.compare import compare_scores as compare
 
 RESAMPLES = 500
 OLD = 300  # repetitions and resamples of the old method at most: it takes ten times as long

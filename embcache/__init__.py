@@ -22,14 +22,15 @@ _NAMES = {
     "embcache.errors": "EmbcacheError UsageError",
     "embcache.extract.extract": "extract_features",
     "embcache.figures.audit": "audit_dataset",
-    "embcache.figures.rank": "rank_backbones",
+    "embcache.figures.rank": "rank",
+    "embcache.figures.similarity": "similarity",
     "embcache.finetune.finetune": "finetune_images",
     "embcache.finetune.model": "load_finetuned",
     "embcache.probe.probe": "probe_features",
     "embcache.report.page": "write_report",
-    "embcache.results.compare": "compare_runs",
-    "embcache.results.predict": "predict_images",
-    "embcache.results.subgroups": "score_subgroups",
+    "embcache.results.compare": "compare subgroups",
+    "embcache.results.curves": "find_results",
+    "embcache.results.predict": "predict",
     "embcache.runs.folders": "ProbeResult list_results",
     "embcache.store.feature_store": "FeatureStore list_stores open_store",
     "embcache.store.recipe": "Recipe",
@@ -50,14 +51,16 @@ if TYPE_CHECKING:
     from embcache.errors import UsageError as UsageError
     from embcache.extract.extract import extract_features as extract_features
     from embcache.figures.audit import audit_dataset as audit_dataset
-    from embcache.figures.rank import rank_backbones as rank_backbones
+    from embcache.figures.rank import rank as rank
+    from embcache.figures.similarity import similarity as similarity
     from embcache.finetune.finetune import finetune_images as finetune_images
     from embcache.finetune.model import load_finetuned as load_finetuned
     from embcache.probe.probe import probe_features as probe_features
     from embcache.report.page import write_report as write_report
-    from embcache.results.compare import compare_runs as compare_runs
-    from embcache.results.predict import predict_images as predict_images
-    from embcache.results.subgroups import score_subgroups as score_subgroups
+    from embcache.results.compare import compare as compare
+    from embcache.results.compare import subgroups as subgroups
+    from embcache.results.curves import find_results as find_results
+    from embcache.results.predict import predict as predict
     from embcache.runs.folders import ProbeResult as ProbeResult
     from embcache.runs.folders import list_results as list_results
     from embcache.store.feature_store import FeatureStore as FeatureStore

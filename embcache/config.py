@@ -261,6 +261,15 @@ def parse_numbers(values: Sequence[str]) -> tuple[float, ...]:
     return tuple(found)
 
 
+def parse_whole(values: Sequence[str]) -> tuple[int, ...]:
+    """Whole numbers from repeated or comma-separated texts."""
+    texts = split_list(values)
+    for text in texts:
+        if not (text.isascii() and text.removeprefix("-").isdecimal() and len(text) < 13):
+            raise UsageError("a whole number was expected", code="not-a-number", found=repr(text), fix="0,1")
+    return tuple(map(int, texts))
+
+
 def parse_part(text: str) -> tuple[int, int]:
     """``I/N`` as two numbers."""
     index, _, count = text.partition("/")
@@ -610,3 +619,107 @@ class FinetuneConfig(ProtocolConfig):
     models: bool = option(True, "Keep the model of each fold, for `embcache predict`.", flag="--models/--no-models")
     resume: bool | None = option(False, "Continue an interrupted run of the same request.")  # None: if there is one
     again: bool = option(False, "Train from the beginning even if a saved result answers the same question.")
+
+
+def _recipe() -> Any:
+    return option(None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX")
+
+
+@dataclass(frozen=True)
+class PredictConfig(Config):
+    """How a saved run predicts images."""
+
+    heading: ClassVar[str] = "Prediction options"
+
+    weights: tuple[str, ...] = option(
+        (), "Checkpoint that the run was made with; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
+    )
+    device: str = option("auto", "auto, cpu, cuda:0, …", metavar="NAME")
+    folds: tuple[int, ...] = option(
+        (), "Average the models of these folds. [default: all]", metavar="K[,K…]", parse=parse_whole
+    )
+    prevalence: str | None = option(
+        None,
+        "Prevalence of the positive class of two, or of each class, where the model is to be used: probabilities are "
+        "corrected to it.",
+        metavar="P|CLASS=P,…",
+    )
+    calibrate: bool = option(
+        False,
+        "Fit a temperature for each model on its own validation images. Without --prevalence, classes are as frequent "
+        "as among these.",
+    )
+    by_group: Path | None = option(
+        None, "Also write a CSV with one row per group (patient): the mean probabilities of its images.", metavar="FILE"
+    )
+    trust: tuple[str, ...] = option(
+        (), "Import a backbone or head of the run that is not part of embcache; repeatable.", metavar="MODULE:NAME"
+    )
+    workers: int | None = option(
+        None, "Threads that decode images. [default: one per core, at most 8]", metavar="N", least=1, most=1 << 10
+    )
+    max_pixels: int | None = option(
+        None, "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]", metavar="N",
+        least=1,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MapConfig(Config):
+    """How embeddings are mapped to the plane."""
+
+    heading: ClassVar[str] = "Map options"
+
+    run: tuple[str, ...] = option(
+        (), "Run of a head that fuses, such as dvme: ID or a unique prefix. See `embcache results`.",
+        metavar="ID[,ID…]", parse=split_list,
+    )  # fmt: skip
+    method: str = option(
+        "tsne", "Method; umap needs the extra `umap`.", metavar="tsne|umap|pca", choices=("tsne", "umap", "pca")
+    )
+    rows: str = option("test", "Which labeled images.", metavar="test|train|all", choices=("test", "train", "all"))
+    limit: int | None = option(None, "Draw at most N of the images. [default: all]", metavar="N", least=4)
+    perplexity: float = option(30.0, "Perplexity of t-SNE.", metavar="P", least=1, most=1000)
+    seed: int = option(0, "Seed of the maps.", metavar="N", least=0, most=2**32 - 1)
+    recipe: str | None = _recipe()
+
+
+@dataclass(frozen=True)
+class AttentionConfig(Config):
+    """Which attention is shown."""
+
+    heading: ClassVar[str] = "Attention options"
+
+    weights: Path | None = option(None, "With --image: checkpoint of the backbone.", metavar="FILE")
+    transform: str | None = option(
+        None, "With --image: as for extract.", metavar="paper|imagenet|model", choices=("paper", "imagenet", "model")
+    )
+    recipe: str | None = _recipe()
+
+
+@dataclass(frozen=True)
+class NeighborsConfig(Config):
+    """Which neighbors of an image are shown."""
+
+    heading: ClassVar[str] = "Neighbor options"
+
+    k: int = option(8, "Number of neighbors.", metavar="K", flag="-k", least=1, most=1_000)
+    recipe: str | None = _recipe()
+
+
+@dataclass(frozen=True)
+class AuditConfig(Config):
+    """What an audit of a dataset looks for."""
+
+    heading: ClassVar[str] = "Audit options"
+
+    similarity: float = option(
+        0.95, "Cosine from which two images count as near-duplicates.", metavar="S", least=1e-9, most=1
+    )
+    most: int = option(
+        100, "Maximum number of likely label errors to list, per side (training, test).", metavar="N", least=0,
+        most=1_000_000,
+    )  # fmt: skip
+    folds: int = option(5, "Number of folds.", metavar="K", flag="-", least=3, most=MOST_FOLDS)
+    seed: int = option(0, "Seed of the folds.", metavar="N", least=0, most=MOST_SEED)
+    recipe: str | None = _recipe()

@@ -16,7 +16,7 @@ if not hasattr(os, "fork"):
     pytest.skip("needs fork", allow_module_level=True)
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.extract.tiny_run", "embcache.cli", "embcache.probe.cached", "pytest"])
+_context.set_forkserver_preload(["tests.extract.tiny_run", "embcache.cli", "embcache.probe.inputs", "pytest"])
 
 
 def _run(module: str, words: tuple[str, ...], environment: dict[str, str], folder: Path) -> None:

@@ -37,7 +37,9 @@ BESIDE = {("finetune", "probe"), ("backbones", "data")}
 _KNOWN = {
     ("results", "embcache.figures.plots"), ("results", "embcache.figures.plots.Curve"),
     ("results", "embcache.figures.plots.CurvePanel"), ("results", "embcache.figures.plots.plot_curves"),
-    ("results", "embcache.figures.sheets"), ("results", "embcache.figures.sheets.draw_pictures"),
+    ("results", "embcache.figures.neighbors"), ("results", "embcache.figures.neighbors.draw_pictures"),
+    ("runs", "embcache.data.snapshot"), ("runs", "embcache.data.snapshot.open_parquet"),
+    ("runs", "embcache.probe.metrics"), ("runs", "embcache.probe.metrics.find_metric"),
 }  # fmt: skip
 _CIRCLES: set[str] = set()
 FORBIDDEN_MODULES = {

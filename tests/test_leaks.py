@@ -12,7 +12,7 @@ import torch
 
 from embcache.data.dataset import ImageDataset
 from embcache.figures.audit import audit_dataset
-from embcache.figures.rank import rank_dataset
+from embcache.figures.rank import rank
 from embcache.figures.shown import shown_images
 from embcache.figures.similarity import similarity
 from embcache.probe.inputs import open_stores, plan_cached
@@ -105,11 +105,11 @@ def test_splits_are_the_same(worlds: tuple[World, World]) -> None:
 
 
 def test_ranks_similarities_and_maps_are_the_same(worlds: tuple[World, World]) -> None:
-    ranks = [rank_dataset(w.ds, home=w.home) for w in worlds]
+    ranks = [rank(w.ds, home=w.home) for w in worlds]
     assert ranks[0] == ranks[1]
     alike = [similarity(w.ds, home=w.home) for w in worlds]
     assert np.array_equal(alike[0].cka, alike[1].cka)
-    assert np.array_equal(alike[0].neighbours, alike[1].neighbours)
+    assert np.array_equal(alike[0].neighbors, alike[1].neighbors)
     stores = [list(open_stores(w.ds, [BACKBONES], w.home).values()) for w in worlds]
     shown = [shown_images(w.ds, s, most=50) for w, s in zip(worlds, stores, strict=True)]
     assert shown[0].ids == shown[1].ids

@@ -10,7 +10,7 @@ import typer
 from embcache.backbones.catalog import BACKBONES, Backbone, find_backbone, weights_status
 from embcache.backbones.catalog import backbones as registry
 from embcache.commands.options import HomeOption, JsonOption, split_list, write_json
-from embcache.commands.table import print_table
+from embcache.commands.output import print_table
 from embcache.paths import weights_dir
 
 

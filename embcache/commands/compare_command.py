@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from embcache.commands.options import DataRootOption, HomeOption, JsonOption, MetricOption, split_list, write_json
-from embcache.commands.table import bounds, print_table, spread
+from embcache.commands.output import bounds, print_table, spread
+from embcache.config import DatasetRef
 
 if TYPE_CHECKING:
-    from embcache.results.compare import Comparison
+    from embcache.results.compare import Comparison, Difference
 
 RunsArgument = Annotated[
     list[str], typer.Argument(metavar="RUN…", help="Run IDs; each can be abbreviated to a unique prefix.")
@@ -38,49 +40,38 @@ def compare(
     Example: embcache compare linear-S-0123 dvme-S-4567
     """
     from embcache.probe.metrics import metric_title
-    from embcache.results.compare import compare_runs
+    from embcache.results.compare import compare
 
-    rows = compare_runs(split_list(runs), reference=reference, metrics=split_list(metric), margin=margin, home=home)
+    rows = compare(split_list(runs), reference=reference, metrics=split_list(metric), margin=margin, home=home)
     if json:
         write_json([row.to_json() for row in rows], json)
     if json == "-":
         return
-    first = rows[0]
     headers = ["run", "backbone", "head", "subset", "labels used", "metric", "mean ± sd", "95 % interval"]
     headers += ["difference", "95 % interval", "p", "p (Holm)", *(["p (margin)"] if margin is not None else [])]
+    lines = []
+    for row in rows:
+        name, d = metric_title(row.metric, row.estimate.positive), row.difference
+        score = [spread(row.mean, row.std), bounds(row.interval) or row.estimate.why]
+        tests = ["", ""] if d is None else [_p(d.p), _p(row.p_holm)]
+        tests += [] if margin is None else ["" if d is None else _p(d.p_margin)]
+        words = [row.run, " + ".join(row.backbones), row.head, row.subset, f"{row.labels_used:,}", name]
+        lines.append([*words, *score, *(_difference(d) or ["reference", ""]), *tests])
     print_table(
-        headers,
-        [
-            [
-                row.run,
-                " + ".join(row.backbones),
-                row.head,
-                row.subset,
-                f"{row.labels_used:,}",
-                metric_title(row.metric, row.estimate.positive),
-                spread(row.mean, row.std),
-                bounds(row.interval) or row.estimate.why,
-                *_difference(row, margin is not None),
-            ]
-            for row in rows
-        ],
-        notes=[*dict.fromkeys(note for row in rows for note in row.notes), *_notes(rows, first, margin)],
+        headers, lines, notes=[*dict.fromkeys(note for row in rows for note in row.notes), *_notes(rows, margin)]
     )
 
 
-def _difference(row: Comparison, margin: bool) -> list[str]:
-    found = row.difference
-    if found is None:
-        return ["reference", "", "", "", *([""] if margin else [])]
-    told = [f"{found.difference:+.4f}", bounds(found.interval, "+") or found.why, _p(found.p), _p(row.p_holm)]
-    return [*told, *([_p(found.p_margin)] if margin else [])]
+def _difference(found: Difference | None) -> list[str]:
+    return [] if found is None else [f"{found.difference:+.4f}", bounds(found.interval, "+") or found.why]
 
 
-def _notes(rows: list[Comparison], first: Comparison, margin: float | None) -> list[str]:
+def _notes(rows: Sequence[Comparison], margin: float | None) -> list[str]:
     from embcache.probe.metrics import metric_title
     from embcache.results.compare import INTERVALS, SPEAKS_OF
 
-    notes = [f"{first.dataset}: difference from {first.run}", "labels used: training + validation of a fold", INTERVALS]
+    first = rows[0]
+    notes = [f"{first.dataset}: difference from {first.run}", "labels used: training + validation per fold", INTERVALS]
     for trained in (True, False):
         about = [row for row in rows if row.difference is not None and row.difference.trained is trained]
         if about:
@@ -114,58 +105,33 @@ def subgroups(
     """Score results within subgroups of the test images: by sex, age band, view position, any column.
 
     Ages come in bands, other numbers in quarters. With two runs or more, each is also compared with the first within
-    every subgroup; p is corrected by Holm over all subgroups. How well features tell a column itself:
+    every subgroup; p is corrected by Holm over all subgroups. To see how well features predict a column itself, use
     embcache probe --target.
 
     Example: embcache subgroups linear-S-0123 --by sex,age
     """
     from embcache.probe.metrics import metric_title
-    from embcache.results.compare import INTERVALS
-    from embcache.results.subgroups import score_subgroups
+    from embcache.results.compare import INTERVALS, subgroups
 
-    rows, notes = score_subgroups(
-        split_list(runs), split_list(by), metrics=split_list(metric), home=home, data_root=data_root
-    )
+    ref = DatasetRef(data_root=data_root)
+    rows, notes = subgroups(split_list(runs), split_list(by), metrics=split_list(metric), ref=ref, home=home)
     if json:
         write_json([row.to_json() for row in rows], json)
     if json == "-":
         return
     compared = any(row.difference is not None for row in rows)
     headers = ["run", "labels used", "column", "value", "images", "groups", "metric", "mean ± sd", "95 % interval"]
-    print_table(
-        [*headers, *(["difference", "95 % interval", "p (Holm)"] if compared else [])],
-        [
-            [
-                row.run,
-                f"{row.labels_used:,}",
-                row.column,
-                row.value,
-                f"{row.n_images:,}",
-                f"{row.n_groups:,}",
-                metric_title(row.metric, row.positive),
-                f"too few: no {', '.join(row.lacks)}" if row.mean is None else spread(row.mean, row.std),
-                bounds(row.interval) or row.why,
-                *(
-                    []
-                    if not compared
-                    else ["", "", ""]
-                    if row.difference is None
-                    else [
-                        f"{row.difference.difference:+.4f}",
-                        bounds(row.difference.interval, "+") or row.difference.why,
-                        _p(row.p_holm),
-                    ]
-                ),
-            ]
-            for row in rows
-        ],
-        notes=[
-            *notes,
-            "labels used: training + validation of a fold",
-            INTERVALS,
-            *([f"difference: from {rows[0].run}; Holm: over all runs and subgroups"] if compared else []),
-        ],
-    )
+    headers += ["difference", "95 % interval", "p (Holm)"] if compared else []
+    lines = []
+    for row in rows:
+        score = f"too few: no {', '.join(row.lacks)}" if row.mean is None else spread(row.mean, row.std)
+        counts = [f"{row.n_images:,}", f"{row.n_groups:,}"]
+        line = [row.run, f"{row.labels_used:,}", row.column, row.value, *counts, metric_title(row.metric, row.positive)]
+        line += [score, bounds(row.interval) or row.why]
+        lines.append(line + [*(_difference(row.difference) or ["", ""]), _p(row.p_holm)] * compared)
+    notes += ["labels used: training + validation per fold", INTERVALS]
+    notes += [f"difference: from {rows[0].run}; Holm: over all runs and subgroups"] if compared else []
+    print_table(headers, lines, notes=notes)
 
 
 def _p(p: float | None) -> str:

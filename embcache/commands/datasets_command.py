@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from embcache.commands.options import HomeOption, JsonOption, Skip, refuse_other_merges, takes_configs, write_json
-from embcache.commands.output import echo
-from embcache.commands.table import print_table
+from embcache.commands.output import echo, print_table
 from embcache.config import DatasetRef
 
 if TYPE_CHECKING:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from embcache.commands.options import HomeOption
-from embcache.commands.output import echo
-from embcache.commands.table import print_table
+from embcache.commands.output import echo, print_table
 
 
 def demo(home: HomeOption = None) -> None:

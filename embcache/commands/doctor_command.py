@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from embcache.commands.options import HomeOption, JsonOption, write_json
-from embcache.commands.output import echo
+from embcache.commands.output import echo, one_line
 from embcache.commands.store_command import size_words
-from embcache.commands.table import one_line
 
 if TYPE_CHECKING:
     from embcache.maintain.doctor import Diagnosis

@@ -22,9 +22,8 @@ from embcache.commands.options import (
     takes_configs,
     write_json,
 )
-from embcache.commands.output import echo
+from embcache.commands.output import echo, format_table, print_table
 from embcache.commands.store_command import size_words
-from embcache.commands.table import format_table, print_table
 from embcache.config import DatasetRef, ExtractConfig
 from embcache.errors import UsageError, first_few, printable
 from embcache.log import log

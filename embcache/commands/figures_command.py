@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from embcache.commands.options import (
-    AllowMissingOption,
     BackboneOption,
-    DataRootOption,
     DatasetOption,
-    DropClassOption,
     HomeOption,
     JsonOption,
-    MergeClassOption,
-    NameOption,
-    RecipeOption,
-    class_options,
+    Skip,
     split_list,
-    takes_columns,
+    takes_configs,
     write_json,
 )
-from embcache.commands.output import echo
-from embcache.commands.table import print_note, print_table
+from embcache.commands.output import echo, print_note, print_table
+from embcache.config import AttentionConfig, DatasetRef, MapConfig, NeighborsConfig
 from embcache.errors import UsageError
 from embcache.io import check_target, write_output
 
 if TYPE_CHECKING:
-    from embcache.config import DatasetRef
-    from embcache.data.classes import ClassOptions
-    from embcache.data.dataset import ImageDataset
-    from embcache.figures.draw_maps import Maps
-    from embcache.figures.run_attention import RunAttention
+    from collections.abc import Sequence
 
-RunsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--run",
-        metavar="ID[,ID…]",
-        help="Run of a fused head, such as dvme; any unique beginning. See `embcache results`.",
-    ),
-]
+    from embcache.data.dataset import ImageDataset
+    from embcache.figures.attention import RunAttention
+    from embcache.figures.draw_maps import Maps
+
 OutputOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -55,35 +40,20 @@ OutputOption = Annotated[
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
-@takes_columns
+@takes_configs
 def tsne(
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
-    run: RunsOption = None,
-    method: Annotated[
-        str, typer.Option("--method", metavar="tsne|umap|pca", help="umap needs the extra `umap`.")
-    ] = "tsne",
-    rows: Annotated[str, typer.Option("--rows", metavar="test|train|all", help="Which labelled images.")] = "test",
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="Draw N of the images at most. [default: all]")
-    ] = None,
-    perplexity: Annotated[float, typer.Option("--perplexity", metavar="P", help="Of t-SNE.")] = 30.0,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of maps.")] = 0,
     output: OutputOption = None,
     coordinates: Annotated[
         Path | None,
         typer.Option("--coordinates", metavar="FILE", help="Write the points: CSV, or Parquet by its suffix."),
     ] = None,
-    drop_class: DropClassOption = None,
-    merge_class: MergeClassOption = None,
-    recipe: RecipeOption = None,
-    data_root: DataRootOption = None,
     home: HomeOption = None,
-    allow_missing: AllowMissingOption = False,
-    name: NameOption = None,
     json: JsonOption = None,
     *,
-    columns: DatasetRef,
+    config: MapConfig,
+    ref: Annotated[DatasetRef, Skip("target")],
 ) -> None:
     """Map cached embeddings side by side: each backbone, and what a run of dvme fuses.
 
@@ -95,56 +65,50 @@ def tsne(
     """
     targets = figure_targets(output)
     if coordinates is not None and coordinates.suffix.lower() not in (".csv", ".parquet"):
-        raise UsageError("points are written as CSV or Parquet", found=str(coordinates), fix="--coordinates points.csv")
-    if limit is not None and limit < 4:
-        raise UsageError("too few images for a map", expected="at least 4", found=str(limit), fix="--limit 2000")
-    ds = _one_dataset(dataset, data_root, home, allow_missing, name, class_options(drop_class, merge_class), columns)
+        raise UsageError("points are written as CSV or Parquet", code="other-suffix", found=str(coordinates),
+                         fix="--coordinates points.csv")  # fmt: skip
+    ds = _one_dataset(dataset, ref, home)
     from embcache.figures.draw_maps import draw_maps
 
-    maps = draw_maps(
-        ds, split_list(backbone), split_list(run), method=method, rows=rows, most=limit, seed=seed,
-        perplexity=perplexity, home=home, recipe=recipe, targets=targets,
-    )  # fmt: skip
+    maps = draw_maps(ds, split_list(backbone), config, home=home, targets=targets)
     if coordinates is not None:
-        _write_points(maps, ds, coordinates)
+        _write_points(maps, coordinates)
     if json != "-":
         _print_maps(maps)
         if coordinates is not None:
             echo(f"points: {coordinates}")
     if json:
-        panels = [
-            {
-                "embedding": p.label, "remark": p.remark, "dimensions": p.dim, **asdict(p.scores), "source": p.source,
-                "coordinates": p.coordinates.tolist(),
-            }
-            for p in maps.panels
-        ]  # fmt: skip
-        answer = {"dataset": maps.dataset, "method": maps.method, "rows": maps.shown.remark, "ids": maps.shown.ids,
-                  "labels": maps.shown.labels.tolist(), "class_names": list(ds.class_names), "panels": panels,
-                  "figures": [str(path) for path in maps.paths]}  # fmt: skip
-        write_json(answer, json)
+        write_json(maps.to_json(), json)
 
 
+@takes_configs
 def attention(
     run: Annotated[
-        str | None, typer.Option("--run", metavar="ID", help="Run of dvme or dvme-token; any unique beginning.")
+        str | None, typer.Option("--run", metavar="ID", help="Run of dvme or dvme-token: ID or a unique prefix.")
     ] = None,
     image: Annotated[
         Path | None, typer.Option("--image", metavar="FILE", help="Instead of a run: one image file.")
     ] = None,
     backbone: BackboneOption = None,
-    weights: Annotated[
-        Path | None, typer.Option("--weights", metavar="FILE", help="With --image: the backbone's checkpoint.")
-    ] = None,
-    transform: Annotated[
-        str | None, typer.Option("--transform", metavar="paper|imagenet|model", help="With --image: as for extract.")
-    ] = None,
     output: OutputOption = None,
-    recipe: RecipeOption = None,
-    data_root: DataRootOption = None,
     home: HomeOption = None,
-    allow_missing: AllowMissingOption = False,
     json: JsonOption = None,
+    *,
+    config: AttentionConfig,
+    ref: Annotated[
+        DatasetRef,
+        Skip(
+            "target",
+            "name",
+            "drop_class",
+            "merge_class",
+            "path_column",
+            "label_column",
+            "group_column",
+            "split_column",
+            "id_column",
+        ),
+    ],
 ) -> None:
     """Show what is attended to: by a DVME run, or by a vision transformer in one image.
 
@@ -155,197 +119,152 @@ def attention(
     Example: embcache attention --run dvme-F-1a2b   ·   embcache attention --image xray.png --backbone dino
     """
     if (run is None) == (image is None):
-        raise UsageError(
-            "attention of a run, or in an image", expected="--run ID or --image FILE", fix="embcache results"
-        )
-    if image is None and (weights is not None or transform is not None or backbone):
-        raise UsageError("--backbone, --weights and --transform go with --image", fix="leave them out")
+        raise UsageError("attention of a run, or in an image", code="nothing-named",
+                         expected="--run ID or --image FILE", fix="embcache results")  # fmt: skip
+    if image is None and (config.weights is not None or config.transform is not None or backbone):
+        raise UsageError("--backbone, --weights and --transform go with --image", code="unused-option",
+                         fix="leave them out")  # fmt: skip
     targets = figure_targets(output)
+    found: Any = None
     if image is not None:
-        _image_attention(image, split_list(backbone), weights, transform, home, targets, json)
-        return
-    from embcache.data.classes import as_in_run
-    from embcache.data.dataset import find_dataset
-    from embcache.figures.run_attention import draw_attention, run_attention
-    from embcache.paths import home_dir, slug
-    from embcache.runs.folders import find_run_anywhere
+        answer, paths = _image_attention(image, split_list(backbone), config, home, targets)
+    else:
+        from embcache.data.classes import as_in_run
+        from embcache.data.dataset import find_dataset
+        from embcache.figures.attention import draw_attention, run_attention
+        from embcache.paths import home_dir, slug
+        from embcache.runs.folders import find_run_anywhere
 
-    result, folder = find_run_anywhere(str(run), home)
-    ds, _ = find_dataset(result.dataset, root=data_root, home=home, allow_missing=allow_missing)
-    found = run_attention(as_in_run(ds, result.request), result, folder, home=home, recipe=recipe)
-    default = home_dir(home) / slug(ds.name) / "figures" / f"attention-{result.id}.png"
-    paths = [draw_attention(found, ds.synthetic, target) for target in targets or [default]]
+        result, folder = find_run_anywhere(str(run), home)
+        ds = as_in_run(find_dataset(result.dataset, ref, home=home)[0], result.request)
+        found = run_attention(ds, result, folder, home=home, recipe=config.recipe)
+        default = home_dir(home) / slug(ds.name) / "figures" / f"attention-{result.id}.png"
+        paths, answer = [draw_attention(found, ds.synthetic, t) for t in targets or [default]], found.to_json()
     if json != "-":
-        _print_attention(found)
+        if found is not None:
+            _print_attention(found)
         for path in paths:
             echo(f"figure: {path}")
     if json:
-        write_json(_attention_json(found) | {"figures": [str(path) for path in paths]}, json)
+        write_json(answer | {"figures": [str(path) for path in paths]}, json)
 
 
 def _image_attention(
-    image: Path,
-    backbones: list[str],
-    weights: Path | None,
-    transform: str | None,
-    home: Path | None,
-    targets: list[Path],
-    json: str | None,
-) -> None:
+    image: Path, backbones: list[str], config: AttentionConfig, home: Path | None, targets: list[Path]
+) -> tuple[dict[str, Any], list[Path]]:
     if len(backbones) > 1:
-        raise UsageError("attention in an image is of one backbone", found=", ".join(backbones), fix="--backbone dino")
+        raise UsageError("attention in an image is of one backbone", code="several-backbones",
+                         found=", ".join(backbones), fix="--backbone dino")  # fmt: skip
+    from embcache.figures.attention import image_attention
     from embcache.figures.plots import plot_heads
-    from embcache.figures.vit_attention import image_attention
 
     name = (backbones or ["dino"])[0]
-    found = image_attention(image, name, weights=weights, transform=transform, home=home)
+    found = image_attention(image, name, weights=config.weights, transform=config.transform, home=home)
     paths = targets or [Path(f"{image.stem}-attention.png")]
     for path in paths:
         plot_heads(found.pixels, found.heads, f"{name}: class token of the last block", path)
-        if json != "-":
-            echo(f"figure: {path}")
-    if json:
-        answer = {"backbone": name, "image": str(image), "patch": found.patch, "heads": found.heads.tolist(),
-                  "figures": [str(path) for path in paths]}  # fmt: skip
-        write_json(answer, json)
+    return {"backbone": name, "image": str(image), "patch": found.patch, "heads": found.heads.tolist()}, paths
 
 
 def _print_attention(found: RunAttention) -> None:
-    r = found.result
-    names = list(r.backbones)
+    r, names = found.result, list(found.result.backbones)
     echo(f"{r.dataset}: {r.id}, {found.folds} folds, {found.shown.remark}, {len(found.shown.ids):,} images")
 
-    def cells(mass: Any, std: Any = None) -> list[list[str]]:
-        return [
-            [a, *(f"{mass[i][j]:.3f}" + (f" ± {std[i][j]:.3f}" if std is not None and found.folds > 1 else "")
-                  for j in range(len(names)))]
-            for i, a in enumerate(names)
-        ]  # fmt: skip
+    def print_mass(mass: Any, std: Any = None) -> None:
+        cells = [[f"{value:.3f}" for value in row] for row in mass.tolist()]
+        if std is not None and found.folds > 1:
+            lines = zip(cells, std.tolist(), strict=True)
+            cells = [[f"{c} ± {s:.3f}" for c, s in zip(*line, strict=True)] for line in lines]
+        rows = [[name, *row] for name, row in zip(names, cells, strict=True)]
+        print_table(["from", *(f"to {b}" for b in names)], rows)
 
     echo("\nshare of attention, from a row's tokens to a column's: mean ± sd over folds")
-    print_table(["from", *(f"to {b}" for b in names)], cells(found.mass, found.mass_std))
+    print_mass(found.mass, found.mass_std)
     for label, mass in found.by_class.items():
         echo(f"\n{label} alone")
-        print_table(["from", *(f"to {b}" for b in names)], cells(mass))
+        print_mass(mass)
     spread = f" ± {found.entropy_std:.4f}" if found.folds > 1 else ""
     echo(f"\nentropy: {found.entropy:.4f}{spread} of log N; 1 is attention that makes no difference")
-    echo("components that receive most, with their share of all attention (even: "
-               f"{1 / len(found.weights):.5f}):")  # fmt: skip
+    even = 1 / len(found.weights)
+    echo(f"components that receive most, with their share of all attention (even: {even:.5f}):")
     print_table(["backbone", "component", "share"], [[b, c, f"{share:.5f}"] for b, c, share in found.received])
 
 
-def _attention_json(found: RunAttention) -> dict[str, Any]:
-    def finite(values: Any) -> Any:
-        return [[float(v) if v == v else None for v in row] for row in values]
-
-    return {
-        "run": found.result.id, "dataset": found.result.dataset, "backbones": list(found.result.backbones),
-        "n_test": len(found.shown.ids), "folds": found.folds, "mass": finite(found.mass),
-        "mass_std": finite(found.mass_std), "by_class": {k: finite(v) for k, v in found.by_class.items()},
-        "entropy": found.entropy, "entropy_std": None if found.folds < 2 else found.entropy_std,
-        "received": [{"backbone": b, "component": c, "share": s} for b, c, s in found.received],
-    }  # fmt: skip
-
-
-@takes_columns
+@takes_configs
 def neighbors(
-    image: Annotated[str, typer.Option("--image", metavar="ID", help="Id of a cached image, or its unique end.")],
-    k: Annotated[int, typer.Option("-k", metavar="K", help="Neighbours to show.")] = 8,
+    image: Annotated[str, typer.Option("--image", metavar="ID", help="ID of a cached image, or a unique end of it.")],
     dataset: DatasetOption = None,
     backbone: BackboneOption = None,
     output: OutputOption = None,
-    drop_class: DropClassOption = None,
-    merge_class: MergeClassOption = None,
-    recipe: RecipeOption = None,
-    data_root: DataRootOption = None,
     home: HomeOption = None,
-    allow_missing: AllowMissingOption = False,
-    name: NameOption = None,
     json: JsonOption = None,
     *,
-    columns: DatasetRef,
+    config: NeighborsConfig,
+    ref: Annotated[DatasetRef, Skip("target")],
 ) -> None:
     """Show the images nearest to one in cached features, as a table and a contact sheet.
 
-    Nearest by the cosine of standardised features, under each backbone (default: all that are cached). The sheet needs
-    the images at hand; where they are not, the table says which they are.
+    Nearest by the cosine of standardized features, under each backbone (default: all that are cached). The sheet needs
+    the images; where they are missing, the table names them.
 
     Example: embcache neighbors --image test/NORMAL/IM-0001-0001.jpeg -k 8 --dataset pneumonia
     """
     targets = figure_targets(output)
-    ds = _one_dataset(dataset, data_root, home, allow_missing, name, class_options(drop_class, merge_class), columns)
-    from embcache.figures.neighbors import find_neighbours
-    from embcache.figures.sheets import draw_neighbours
+    ds = _one_dataset(dataset, ref, home)
+    from embcache.figures.neighbors import draw_neighbors, find_neighbors
     from embcache.paths import home_dir, slug
 
-    found = find_neighbours(ds, image, split_list(backbone), k=k, home=home, recipe=recipe)
+    found = find_neighbors(ds, image, split_list(backbone), config, home=home)
     default = home_dir(home) / slug(ds.name) / "figures" / f"neighbors-{slug(found[0].image.id)}.png"
-    paths = [draw_neighbours(ds, found, target) for target in targets or [default]]
+    paths = [draw_neighbors(ds, found, target) for target in targets or [default]]
     if json != "-":
+        names = [*ds.class_names, "no label"]  # label −1 is the last
         for each in found:
-            own = _class_name(ds, each.image.label)
-            echo(f"{each.backbone}: nearest to {each.image.id} ({own}, {each.image.split})")
+            query = each.image
+            echo(f"{each.backbone}: nearest to {query.id} ({names[query.label]}, {query.split})")
             rows = [
-                [place, n.id, _class_name(ds, n.label), n.split, f"{n.similarity:.4f}",
-                 "same group" if n.group == each.image.group else ""]
-                for place, n in enumerate(each.nearest, start=1)
-            ]  # fmt: skip
+                [k, n.id, names[n.label], n.split, f"{n.similarity:.4f}", "same group" * (n.group == query.group)]
+                for k, n in enumerate(each.nearest, start=1)
+            ]
             print_table(["", "id", "class", "split", "similarity", ""], rows)
             echo()
         for path in paths:
-            echo(f"figure: {path}" + ("" if ds.root else "   (the images are not here: no pictures in it)"))
+            echo(f"figure: {path}" + ("" if ds.root else "   (without pictures: the images are missing)"))
     if json:
-        write_json([asdict(each) for each in found], json)
+        write_json([each.to_json() for each in found], json)
 
 
-def _class_name(ds: ImageDataset, label: int) -> str:
-    return ds.class_names[label] if label >= 0 else "no label"
-
-
-def figure_targets(output: list[str] | None) -> list[Path]:
-    """The files that figures are written to, checked before anything is computed."""
-    targets = [Path(target) for target in split_list(output)]
+def figure_targets(output: Sequence[str] | None, *suffixes: str) -> list[Path]:
+    """The files that figures are written to, checked before anything is computed; ``suffixes`` are allowed, too."""
+    targets = [Path(target).expanduser() for target in split_list(output)]
     for target in targets:
-        if target.suffix.lower() not in SUFFIXES:
+        if target.suffix.lower() not in (*suffixes, *SUFFIXES):
             raise UsageError(
-                "a figure's suffix says its format", expected=", ".join(SUFFIXES), found=str(target),
-                fix=f"--output {target.with_suffix('.png')}",
+                "the suffix of a file sets its format", code="other-suffix", expected=", ".join((*suffixes, *SUFFIXES)),
+                found=str(target), fix=f"--output {target.with_suffix((*suffixes, *SUFFIXES)[0])}",
             )  # fmt: skip
     return targets
 
 
-def _one_dataset(
-    dataset: list[str] | None,
-    data_root: Path | None,
-    home: Path | None,
-    allow_missing: bool,
-    name: str | None,
-    classes: ClassOptions,
-    columns: DatasetRef,
-) -> ImageDataset:
+def _one_dataset(dataset: list[str] | None, ref: DatasetRef, home: Path | None) -> ImageDataset:
     names = split_list(dataset)
     if len(names) != 1:
-        raise UsageError(
-            "a figure is of one dataset", found=", ".join(names) or "none", fix="--dataset NAME   (embcache ls)"
-        )
+        raise UsageError("a figure is of one dataset", code="one-dataset", found=", ".join(names) or "none",
+                         fix="--dataset NAME   (embcache ls)")  # fmt: skip
     from embcache.data.classes import change_notes
-    from embcache.data.dataset import find_dataset
+    from embcache.figures.shown import open_dataset
 
-    ds, _ = find_dataset(
-        names[0], root=data_root, home=home, allow_missing=allow_missing, dataset_name=name, columns=columns
-    )
-    ds = classes.of(ds)
+    ds = open_dataset(names[0], ref, home)
     for note in change_notes(ds):
         print_note(note)
     return ds
 
 
-def _write_points(maps: Maps, ds: ImageDataset, target: Path) -> None:
-    from embcache.results.csvfile import csv_text
+def _write_points(maps: Maps, target: Path) -> None:
+    from embcache.results.render import csv_text
 
     check_target(target)
     table = maps.table()
-    table.insert(3, "class_name", [ds.class_names[label] for label in table["label"]])
     if target.suffix.lower() == ".csv":
         write_output(target, csv_text(list(table.columns), table.astype(object).itertuples(index=False, name=None)))
     else:

@@ -15,9 +15,8 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
-from embcache.commands.output import echo
+from embcache.commands.output import echo, print_table
 from embcache.commands.store_command import size_words
-from embcache.commands.table import print_table
 from embcache.errors import StoreError
 from embcache.paths import home_dir
 from embcache.typed import plain

@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from embcache.commands.options import (
-    CalibrateOption,
     DataRootOption,
     HomeOption,
     JsonOption,
-    MaxPixelsOption,
-    PrevalenceOption,
+    Skip,
     check_suffix,
-    split_list,
-    takes_columns,
+    takes_configs,
     write_json,
 )
-from embcache.commands.output import echo, echo_data
-from embcache.commands.progress import ProgressBar
-from embcache.commands.table import print_note, print_table
-from embcache.config import parse_weights
-from embcache.errors import UsageError
-
-if TYPE_CHECKING:
-    from embcache.config import DatasetRef
+from embcache.commands.output import ProgressBar, echo, echo_data, print_note, print_table
+from embcache.config import DatasetRef, PredictConfig
 
 RunOption = Annotated[
-    str, typer.Option("--run", metavar="RUN", help="Id of a run, or its beginning: `embcache results` lists them.")
+    str, typer.Option("--run", metavar="RUN", help="Run ID, or a unique prefix. See `embcache results`.")
 ]
 
 
-@takes_columns
+@takes_configs
 def predict(
     run: RunOption,
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[IMAGE|FOLDER|TABLE…]", help="Images, folders to look through, or tables of paths."),
+        typer.Argument(metavar="[IMAGE|FOLDER|TABLE…]", help="Images, folders that are searched, or tables of paths."),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option("--dataset", metavar="NAME", help="Predict all images of a dataset instead.")
@@ -46,36 +37,11 @@ def predict(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="CSV to write. [default: to stdout]")
     ] = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--weights", metavar="[NAME=]FILE", help="The checkpoint that the run was made with; repeatable with NAME=."
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda:0, …")] = "auto",
-    folds: Annotated[
-        list[str] | None,
-        typer.Option("--folds", metavar="K[,K…]", help="Average the models of these folds. [default: all]"),
-    ] = None,
-    prevalence: PrevalenceOption = None,
-    calibrate: CalibrateOption = False,
-    by_group: Annotated[
-        Path | None,
-        typer.Option(
-            "--by-group",
-            metavar="FILE",
-            help="Also write a CSV with one row per group (patient): the mean of its images' probabilities.",
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", metavar="N", min=1, help="Threads that decode images.")
-    ] = None,
-    max_pixels: MaxPixelsOption = None,
-    data_root: DataRootOption = None,
     home: HomeOption = None,
     json: JsonOption = None,
     *,
-    columns: DatasetRef,
+    config: PredictConfig,
+    ref: Annotated[DatasetRef, Skip("target", "name", "allow_missing", "drop_class", "merge_class")],
 ) -> None:
     """Predict images by a saved run: a CSV with the probability of each class, the mean over the run's folds.
 
@@ -89,31 +55,15 @@ def predict(
     Example: embcache predict --run linear-S-0123 scans/ --output predictions.csv
     """
     from embcache.io import check_target, write_output
-    from embcache.probe.prevalence import Adjust, parse_prevalence
-    from embcache.results.predict import predict_images
-    from embcache.runs.folders import find_run_anywhere
+    from embcache.results.predict import predict
 
-    adjust = Adjust(parse_prevalence(prevalence), calibrate)
-    for file, flag in ((output, "--output"), (by_group, "--by-group")):
-        if file is not None:
-            check_target(check_suffix(file.expanduser(), flag, ".csv"))
+    if config.by_group is not None:
+        check_suffix(config.by_group, "--by-group", ".csv")
+    if output is not None:
+        output = check_suffix(output.expanduser(), "--output", ".csv")
+        check_target(output)
     with ProgressBar("img") as bar:
-        found = predict_images(
-            run,
-            paths or (),
-            dataset=dataset,
-            data_root=data_root,
-            home=home,
-            weights=parse_weights(weights or (), list(find_run_anywhere(run, home)[0].backbones)),
-            device=device,
-            folds=_numbers(folds, "--folds"),
-            adjust=adjust,
-            by_group=by_group is not None,
-            workers=workers,
-            max_pixels=max_pixels,
-            progress=bar.update,
-            columns=columns,
-        )
+        found = predict(run, paths or (), dataset=dataset, ref=ref, config=config, home=home, progress=bar.update)
     for note in (*found.notes, *([f"probabilities are adjusted: {found.adjusted}"] if found.adjusted else [])):
         print_note(note)
     for image, reason in found.failed.items():
@@ -122,13 +72,11 @@ def predict(
     read, total = len(found.images) - len(found.failed), len(found.images)
     echo(f"{read:,} of {total:,} images predicted by {found.run}, {len(found.folds)} folds", err=True)
     if output is not None:
-        write_output(output.expanduser(), found.to_csv())
-        echo(f"written: {output}", err=True)
-    if by_group is not None:
-        write_output(by_group.expanduser(), found.groups_to_csv())
-        echo(f"written: {by_group}", err=True)
+        write_output(output, found.to_csv())
+    for file in filter(None, (output, config.by_group)):
+        echo(f"written: {file}", err=True)
     if json:
-        write_json(list(found.rows()), json)
+        write_json(found.to_json(), json)
     elif output is None:
         echo_data(found.to_csv(), "--output FILE")
 
@@ -137,16 +85,16 @@ def submit(
     run: RunOption,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Where the files go. [default: submission-RUN]"),
+        typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the files. [default: submission-RUN]"),
     ] = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Write the files that Kaggle takes for aptos and patchcam: one a fold, ids as in the sample submission.
+    """Write the files that Kaggle takes for aptos and patchcam: one per fold, IDs as in the sample submission.
 
-    The run must have been made with --test official. Test images that could not be read get the commonest class, or
-    the share of class 1, of the labelled images, and are listed.
+    The run must have been made with --test official. Test images that could not be read get the most frequent class,
+    or the share of class 1, of the labeled images, and are listed.
 
     Example: embcache submit --run linear-F-0123
     """
@@ -154,38 +102,24 @@ def submit(
 
     if output is not None:
         _check_folder(output)
-    made = make_submission(run, output, home=home, data_root=data_root)
+    made = make_submission(run, output, ref=DatasetRef(data_root=data_root), home=home)
     if json:
-        write_json(
-            {
-                "run": made.run,
-                "competition": made.competition,
-                "files": [str(file) for file in made.files],
-                "folds": list(made.folds),
-                "rows": made.rows,
-                "filled": dict(made.filled),
-                "notes": list(made.notes),
-            },
-            json,
-        )
+        write_json(made.to_json(), json)
     for image, reason in made.filled.items():
         echo(f"filled in: {image}: {reason}", err=True)
     if json == "-":
         for note in made.notes:
             print_note(note)
         return
+    files = zip(made.folds, made.files, strict=True)
     print_table(
         ["fold", "file", "rows", "filled in"],
-        [
-            [str(fold), str(file), f"{made.rows:,}", f"{len(made.filled):,}"]
-            for fold, file in zip(made.folds, made.files, strict=True)
-        ],
+        [[str(fold), str(file), f"{made.rows:,}", f"{len(made.filled):,}"] for fold, file in files],
         notes=[
             *made.notes,
-            f"hand in: kaggle competitions submit -c {made.competition} -f FILE -m '{made.run}'",
-            "then: embcache kaggle-score --run "
-            + made.run
-            + " --score PRIVATE/PUBLIC for each file, in the order of the folds",
+            f"submit: kaggle competitions submit -c {made.competition} -f FILE -m '{made.run}'",
+            f"then: embcache kaggle-score --run {made.run} --score PRIVATE/PUBLIC for each file, in the order of the "
+            "folds",
         ],
     )
 
@@ -194,9 +128,7 @@ def kaggle_score(
     run: RunOption,
     score: Annotated[
         list[str] | None,
-        typer.Option(
-            "--score", metavar="PRIVATE/PUBLIC", help="Scores of one fold's file; once a fold, in their order."
-        ),
+        typer.Option("--score", metavar="PRIVATE/PUBLIC", help="Scores of a fold's file; once per fold, in order."),
     ] = None,
     data_root: DataRootOption = None,
     home: HomeOption = None,
@@ -211,7 +143,7 @@ def kaggle_score(
 
     # equal scores of two folds are two scores: not split_list, which drops repeats
     pairs = [read_score(text) for texts in score or () for text in texts.split(",")]
-    result = save_kaggle_scores(run, pairs, home=home, data_root=data_root)
+    result = save_kaggle_scores(run, pairs, ref=DatasetRef(data_root=data_root), home=home)
     if json != "-":
         print_results([result], ids=True)
     if json:
@@ -222,11 +154,11 @@ def export_head(
     run: RunOption,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Where head.safetensors and head.json go."),
+        typer.Option("--output", "-o", metavar="FOLDER", help="Folder of head.safetensors and head.json."),
     ],
     fold: Annotated[
         int | None,
-        typer.Option("--fold", metavar="K", help="Whose head. [default: the best on validation]"),
+        typer.Option("--fold", metavar="K", help="Fold of the head. [default: the best on validation]"),
     ] = None,
     home: HomeOption = None,
     json: JsonOption = None,
@@ -235,30 +167,20 @@ def export_head(
 
     Example: embcache export-head --run linear-S-0123 --output my-head
     """
-    from embcache.results.export_head import export_head as export
+    from embcache.results.export_head import export_head
 
     _check_folder(output)
-    done = export(run, output, fold=fold, home=home)
+    done = export_head(run, output, fold=fold, home=home)
+    about = done.about
     if json:
-        write_json(done.about, json)
+        write_json(done.to_json(), json)
     if json == "-":
         return
-    print_table(
-        ["tensor", "shape"], [[name, "×".join(map(str, t["shape"]))] for name, t in done.about["tensors"].items()]
-    )
-    echo(f"· {done.about['head']['name']} of fold {done.about['fold']}: {done.about['formula']}")
+    print_table(["tensor", "shape"], [[name, "×".join(map(str, t["shape"]))] for name, t in about["tensors"].items()])
+    echo(f"· {about['head']['name']} of fold {about['fold']}: {about['formula']}")
     echo(f"· written: {done.folder}/head.safetensors and head.json")
 
 
 def _check_folder(output: Path) -> None:
     if output.suffix.lower() in (".csv", ".json", ".pt", ".pth", ".safetensors", ".tar", ".zip"):
         check_suffix(output, "--output")
-
-
-def _numbers(values: list[str] | None, flag: str) -> list[int] | None:
-    if not values:
-        return None
-    try:
-        return [int(value) for value in split_list(values)]
-    except ValueError as error:
-        raise UsageError("not a list of numbers", expected="0,1,2", found=", ".join(values), where=flag) from error

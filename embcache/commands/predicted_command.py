@@ -1,19 +1,20 @@
-"""``embcache errors`` and ``plot``: what one run predicted for its test images, as lists and figures."""
+"""``embcache errors`` and ``plot``: one run's predictions of its test images, as lists and figures."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from embcache.commands.figures_command import SUFFIXES, OutputOption, figure_targets
-from embcache.commands.options import DataRootOption, HomeOption, JsonOption, split_list, write_json
-from embcache.commands.output import echo
-from embcache.commands.table import print_table
-from embcache.errors import EmbcacheError, UsageError
+from embcache.commands.figures_command import OutputOption, figure_targets
+from embcache.commands.options import DataRootOption, HomeOption, JsonOption, write_json
+from embcache.commands.output import echo, print_table
+from embcache.config import DatasetRef
+from embcache.errors import EmbcacheError, check_choice
+
+_SHOWN = 24  # images of a contact sheet by default
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run ID; it can be abbreviated to a unique prefix.")]
 
@@ -23,7 +24,7 @@ def errors(
     most: Annotated[
         int | None,
         typer.Option(
-            "--most", metavar="N", min=1, help="Only the N most confident mistakes. [default: all; sheet: 24]"
+            "--most", metavar="N", min=1, help="List only the N most confident mistakes. [default: all; sheet: 24]"
         ),
     ] = None,
     output: Annotated[
@@ -45,24 +46,20 @@ def errors(
     """List the test images that a run gets wrong, the most confident mistakes first, and show them.
 
     Predictions are those of the ensemble, the mean of the probabilities of the run's models. The contact sheet needs
-    the images; where they are not there, only the list is written.
+    the images; where they are missing, only the list is written.
 
     Example: embcache errors linear-S-0123 --most 50
     """
     from embcache.data.dataset import find_dataset
+    from embcache.figures.neighbors import draw_mistakes
     from embcache.io import check_target, write_output
     from embcache.paths import home_dir, slug
     from embcache.results.compare import load_tested
-    from embcache.results.mistakes import SHOWN, draw_mistakes, find_mistakes, mistakes_csv
+    from embcache.results.describe import find_mistakes, mistakes_csv
     from embcache.runs.folders import find_run_anywhere
 
-    targets = [Path(target).expanduser() for target in split_list(output)]
+    targets = figure_targets(output, ".csv")
     for target in targets:
-        if target.suffix.lower() not in (".csv", *SUFFIXES):
-            raise UsageError(
-                "the suffix of a file says what is written", expected=", ".join((".csv", *SUFFIXES)),
-                found=str(target), fix=f"--output {target.with_suffix('.csv')}",
-            )  # fmt: skip
         check_target(target)
     result, folder = find_run_anywhere(run, home)
     tested = load_tested(result, folder)
@@ -76,14 +73,14 @@ def errors(
         if target.suffix.lower() == ".csv":
             files.append(write_output(target, mistakes_csv(listed, groups=groups), parents=True))
             continue
-        shown = listed[: most or SHOWN]
+        shown = listed[: most or _SHOWN]
         title = f"{result.id}: {len(shown):,} of {len(mistakes):,} mistakes, the most confident first"
-        found, reason = 0, "the images are not there" if shown else "there is no mistake to show"
+        found, reason = 0, "the images are missing" if shown else "there is no mistake to show"
         try:
-            dataset, _ = find_dataset(result.dataset, root=data_root, home=home, allow_missing=True)
+            dataset, _ = find_dataset(result.dataset, DatasetRef(data_root=data_root, allow_missing=True), home=home)
             found = draw_mistakes(dataset, shown, title, target) if shown else 0
         except EmbcacheError as error:
-            if data_root is not None:  # it was asked for
+            if data_root is not None:  # this folder was named
                 raise
             reason = error.problem
         if found:
@@ -157,8 +154,7 @@ def plot(
     from embcache.results.compare import load_tested
     from embcache.runs.folders import find_run_anywhere
 
-    if kind not in KINDS:
-        raise UsageError("there is no such plot", expected=", ".join(KINDS), found=repr(kind), fix="--kind roc")
+    check_choice("--kind", kind, KINDS)
     targets = figure_targets(output)
     for target in targets:
         check_target(target)

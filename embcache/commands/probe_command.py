@@ -26,9 +26,7 @@ from embcache.commands.options import (
     takes_configs,
     write_json,
 )
-from embcache.commands.output import echo
-from embcache.commands.progress import ProgressBar
-from embcache.commands.table import bounds, print_note, print_table, spread
+from embcache.commands.output import ProgressBar, bounds, echo, print_note, print_table, spread
 from embcache.config import DatasetRef, ProbeConfig, check_subsets
 from embcache.errors import UsageError
 from embcache.log import shown

@@ -27,8 +27,7 @@ from embcache.commands.options import (
     takes_columns,
     write_json,
 )
-from embcache.commands.output import echo, echo_data
-from embcache.commands.progress import ProgressBar
+from embcache.commands.output import ProgressBar, echo, echo_data
 from embcache.config import parse_weights
 from embcache.errors import UsageError
 
@@ -166,8 +165,9 @@ def curves(
 
     Example: embcache curves --dataset pneumonia --head linear --figure curves.png
     """
+    from embcache.figures.draw_curves import draw_curves
     from embcache.results.advice import advise, sentences
-    from embcache.results.curves import draw_curves, find_results
+    from embcache.results.curves import find_results
     from embcache.results.render import check_format, render
 
     check_format(format)

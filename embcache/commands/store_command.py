@@ -20,8 +20,7 @@ from embcache.commands.options import (
     takes_configs,
     write_json,
 )
-from embcache.commands.output import echo
-from embcache.commands.table import one_line, print_note, print_table
+from embcache.commands.output import echo, one_line, print_note, print_table
 from embcache.config import DatasetRef
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import home_dir

@@ -20,10 +20,8 @@ from embcache.commands.options import (
     takes_configs,
     write_json,
 )
-from embcache.commands.output import echo
-from embcache.commands.progress import ProgressBar
+from embcache.commands.output import ProgressBar, echo, one_line, print_table
 from embcache.commands.store_command import nothing_cached, size_words
-from embcache.commands.table import one_line, print_table
 from embcache.config import DatasetRef, RepairConfig, parse_weights
 from embcache.errors import EmbcacheError, StoreError, UsageError, printable
 from embcache.io import skip

@@ -1,4 +1,4 @@
-"""What cached features say of a dataset: near-duplicates, likely label errors, outliers; the effect without them.
+"""Audit of a dataset by cached features: near-duplicates, likely label errors, outliers, and the effect without them.
 
 Nothing here that decides about a training image looks at the label of a test image: features are standardized, models
 fitted and thresholds set on training images alone. Test images are judged by what was learned from training images.
@@ -7,15 +7,17 @@ fitted and thresholds set on training images alone. Test images are judged by wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embcache.config import AuditConfig
+from embcache.data.dataset import ImageDataset
 from embcache.data.draws import IntArray, stratified_group_folds
-from embcache.errors import ProtocolError, UsageError, check_number
+from embcache.errors import ProtocolError, first_few
 from embcache.paths import PathLike
 from embcache.probe.heads.logreg import LogReg
 from embcache.probe.inputs import load_features, open_stores
@@ -24,17 +26,8 @@ from embcache.probe.prevalence import fit_temperature
 from embcache.probe.protocol import divide
 from embcache.probe.standard import standard_directions
 
-if TYPE_CHECKING:
-    from embcache.data.dataset import ImageDataset
-
-SIMILARITY = 0.95
-"""Cosine of standardized features from which two images count as near-duplicates."""
-
-MOST = 100
-"""Likely label errors that are listed, of training and of test labels each."""
-
 CREDIBLE = 0.10
-"""Share of doubted labels (mean over classes) above which the model is called too weak, not the labels wrong.
+"""Share of doubted labels (mean over classes) above which the model counts as too weak, not the labels as wrong.
 
 The worst of the ten benchmarks whose labels Northcutt, Athalye and Mueller (2021) had checked has 10 % errors.
 """
@@ -74,7 +67,7 @@ class LabelError:
 
 @dataclass(frozen=True)
 class Judge:
-    """What the models that judge labels are worth."""
+    """How good the models that judge labels are."""
 
     labels: int
     test_labels: int
@@ -105,7 +98,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Audit:
-    """What one backbone's features say."""
+    """What one backbone's features show."""
 
     dataset: str
     backbone: str
@@ -116,9 +109,13 @@ class Audit:
     label_errors: tuple[LabelError, ...]  # most confident first
     outliers: tuple[Outlier, ...]  # furthest first
     exclude: tuple[tuple[str, str], ...]  # training images to leave out, each with the reason
-    effect: Effect | None  # none where nothing is excluded, or where it cannot be told
-    no_effect: str  # why it cannot be told
+    effect: Effect | None  # none where nothing is excluded, or where it cannot be measured
+    no_effect: str  # why it cannot be measured
     notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data, every field by its name."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,15 +146,7 @@ class _Images:
 
 
 def audit_dataset(
-    ds: ImageDataset,
-    backbone: str,
-    *,
-    similarity: float = SIMILARITY,
-    most: int = MOST,
-    home: PathLike | None = None,
-    recipe: str | None = None,
-    folds: int = 5,
-    seed: int = 0,
+    ds: ImageDataset, backbone: str, config: AuditConfig | None = None, *, home: PathLike | None = None, **options: Any
 ) -> Audit:
     """Look for near-duplicates, likely label errors and outliers in the cached features of one backbone.
 
@@ -166,17 +155,12 @@ def audit_dataset(
     group). A class is confident of an image where its probability reaches the mean that training images of this label
     have; a label is doubted where such a class is another one (of several, the most probable class counts) and the
     label is not itself the most probable class, as ``cleanlab.filter.find_label_issues`` has it with
-    ``filter_by="confident_learning"``. Test labels are judged by the mean of the same models.
+    ``filter_by="confident_learning"``. Test labels are judged by the mean of the same models. ``options`` are fields
+    of ``config``.
     """
-    if not 0 < similarity <= 1:
-        raise UsageError(
-            "not a similarity", expected="above 0, at most 1", found=str(similarity), fix="--similarity 0.95"
-        )
-    check_number("--most", most, 0, 1_000_000)
-    if folds < 3:
-        raise UsageError("too few folds to judge labels", expected="at least 3", found=str(folds))
-    store = open_stores(ds, [[backbone]], home, recipe)[backbone]
-    sides = divide(ds, seed=seed, digests=store.digests, unreadable=store.quarantined)
+    config = AuditConfig.make(config, options)
+    store = open_stores(ds, [[backbone]], home, config.recipe)[backbone]
+    sides = divide(ds, seed=config.seed, digests=store.digests, unreadable=store.quarantined)
     train, test = np.union1d(sides.pool, sides.own_val), sides.test[sides.labels[sides.test] >= 0]
     rows = np.concatenate([train, test])
     split = ds.table["split"].to_numpy(dtype=object)[rows]
@@ -186,32 +170,33 @@ def audit_dataset(
         load_features(store, ds, sides.ids[rows]), len(train), tuple(ds.class_names),
     )  # fmt: skip
     _check(images, ds)
-    pairs, closeness = _compare(images, similarity)
-    judge, errors, notes = _judge(images, most, folds, seed)
+    pairs, closeness = _compare(images, config.similarity)
+    judge, errors, notes = _judge(images, config.most, config.folds, config.seed)
     outliers = _outliers(images, closeness)
     trusted = () if judge is None or judge.too_weak else errors
     exclude = _exclude(images, pairs, trusted, outliers)
-    effect, reason = _effect(images, {id_ for id_, _ in exclude}, ds.metric, folds, seed) if exclude else (None, "")
-    said = [note.removesuffix("; --exclude-test-overlap leaves them out") for note in sides.notes]  # a flag of others
+    effect, reason = None, ""
+    if exclude:
+        effect, reason = _effect(images, {id_ for id_, _ in exclude}, ds.metric, config.folds, config.seed)
+    own = [note.removesuffix("; --exclude-test-overlap leaves them out") for note in sides.notes]  # a flag of others
     return Audit(
         ds.name, backbone, len(train), len(test), pairs, judge, errors, outliers, exclude, effect, reason,
-        (*said, *notes),
+        (*own, *notes),
     )  # fmt: skip
 
 
 def _check(images: _Images, ds: ImageDataset) -> None:
     if images.n < 2:
         raise ProtocolError(
-            f"{ds.name} has too few training images to audit", expected="at least 2, labeled and readable",
-            found=str(images.n), where=ds.root,
+            f"{ds.name} has too few training images to audit", code="too-few-images",
+            expected="at least 2, labeled and readable", found=str(images.n), where=ds.root,
         )  # fmt: skip
     bad = images.ids[~torch.isfinite(images.x).all(dim=1).numpy()].tolist()
     if bad:
         raise ProtocolError(
-            f"{len(bad):,} of {len(images.ids):,} images have features that are not finite",
-            found=", ".join(map(repr, bad[:5])) + (" …" if len(bad) > 5 else ""),
-            fix="remove the store and extract again, in fp32: embcache ls",
-        )
+            f"{len(bad):,} of {len(images.ids):,} images have features that are not finite", code="not-finite",
+            found=first_few([repr(id_) for id_ in bad]), fix="remove the store and extract again, in fp32: embcache ls",
+        )  # fmt: skip
 
 
 def _compare(images: _Images, threshold: float) -> tuple[tuple[Pair, ...], Float]:
@@ -225,24 +210,21 @@ def _compare(images: _Images, threshold: float) -> tuple[tuple[Pair, ...], Float
         own = np.arange(len(similar))
         similar[own, start + own] = -np.inf
         closeness[start : start + len(similar)] = np.partition(similar[:, :n], n - k, axis=1)[:, n - k :].mean(axis=1)
-        for a, b in np.argwhere(similar >= threshold).tolist():
-            if start + a < b:
-                pairs.append(_pair(images, start + a, b, float(similar[a, b])))
+        for row, other in np.argwhere(similar >= threshold).tolist():
+            one = start + row
+            if one >= other:
+                continue
+            across, same_group = one < n <= other, images.groups[one] == images.groups[other]
+            kind = "across splits" if across else "within a group" if same_group else "across groups"
+            same, cosine = bool(images.labels[one] == images.labels[other]), float(similar[row, other])
+            pairs.append(Pair(str(images.ids[one]), str(images.ids[other]), min(cosine, 1.0), kind, same))
     return tuple(sorted(pairs, key=lambda pair: (-pair.similarity, pair.one, pair.other))), closeness
-
-
-def _pair(images: _Images, one: int, other: int, similarity: float) -> Pair:
-    across = one < images.n <= other
-    same_group = images.groups[one] == images.groups[other]
-    kind = "across splits" if across else "within a group" if same_group else "across groups"
-    same = bool(images.labels[one] == images.labels[other])
-    return Pair(str(images.ids[one]), str(images.ids[other]), min(similarity, 1.0), kind, same)
 
 
 def _judge(
     images: _Images, most: int, folds: int, seed: int
 ) -> tuple[Judge | None, tuple[LabelError, ...], tuple[str, ...]]:
-    """Likely label errors of the classes that have enough groups, what the models are worth, and notes."""
+    """Likely label errors of the classes that have enough groups, how good the models are, and notes."""
     names, here = images.class_names, images.labels[: images.n]
     groups = [len(set(images.groups[: images.n][here == c].tolist())) for c in range(len(names))]
     judged = [c for c, count in enumerate(groups) if count >= folds]
@@ -264,24 +246,19 @@ def _judge(
         balanced_accuracy=float(np.mean([right[y == c].mean() for c in range(len(judged))])),
         too_weak=bool(shares.mean() > CREDIBLE or shares.max() > 0.5),
     )
+    rows, best, labels = np.arange(len(p)), p.argmax(1), some.labels
+    excess = p[rows, labels] - p[rows, best]
+    order = np.argsort(excess, kind="stable")  # most confident first
     # Capped on each side of its own: no test label decides which training labels are listed.
-    errors = [error for side in (slice(0, n), slice(n, None)) for error in _errors(some, p, doubted, side)[:most]]
-    errors = [replace(e, label=judged[e.label], proposed=judged[e.proposed]) for e in errors]
-    return judge, tuple(sorted(errors, key=lambda e: e.p_label - e.p_proposed)), notes
-
-
-def _errors(images: _Images, p: Float, doubted: NDArray[np.bool_], side: slice) -> list[LabelError]:
-    """Likely label errors among the training images or the test images, most confident first."""
-    rows = np.arange(len(p))[side][doubted[side]]
-    proposed, labels = p.argmax(1), images.labels
+    listed = {i for side in (rows < n, rows >= n) for i in order[(doubted & side)[order]][:most].tolist()}
     errors = [
         LabelError(
-            str(images.ids[i]), int(labels[i]), int(proposed[i]), float(p[i, labels[i]]), float(p[i, proposed[i]]),
-            str(images.split[i]),
+            str(some.ids[i]), judged[labels[i]], judged[best[i]], float(p[i, labels[i]]), float(p[i, best[i]]),
+            str(some.split[i]),
         )
-        for i in rows
+        for i in order.tolist() if i in listed
     ]  # fmt: skip
-    return sorted(errors, key=lambda e: e.p_label - e.p_proposed)
+    return judge, tuple(errors), notes
 
 
 def doubted_labels(labels: IntArray, p: Float, n: int) -> NDArray[np.bool_]:
@@ -307,12 +284,12 @@ def _calibrated(images: _Images, folds: int, seed: int) -> Float:
     for k in range(folds):
         held, val = np.flatnonzero(fold_of == k), np.flatnonzero(fold_of == (k + 1) % folds)
         train = np.setdiff1d(np.arange(n), np.concatenate([held, val]))
-        asked = np.concatenate([val, held, np.arange(n, len(y))])
+        others = np.concatenate([val, held, np.arange(n, len(y))])
         # The head weighs classes alike; their shares in training turn its odds into those of the data.
         shares = np.maximum(np.bincount(y[train], minlength=classes), 1) / len(train)
         best = np.inf
         for strength in _STRENGTHS:
-            logits = _logits(images, train, asked, LogReg(Cs=(strength,)))
+            logits = _logits(images, train, others, LogReg(Cs=(strength,)))
             logits = logits / fit_temperature(y[val], logits[: len(val)], shares) + np.log(shares)
             loss = -float(log_probabilities(logits[: len(val)])[np.arange(len(val)), y[val]].mean())
             if loss < best:
@@ -323,13 +300,13 @@ def _calibrated(images: _Images, folds: int, seed: int) -> Float:
 
 
 def _logits(
-    images: _Images, train: IntArray, asked: IntArray, head: LogReg, val: IntArray | None = None, metric: str = ""
+    images: _Images, train: IntArray, others: IntArray, head: LogReg, val: IntArray | None = None, metric: str = ""
 ) -> Float:
-    """Logits (len(asked), C) of a head trained on some rows, its strength chosen on others."""
+    """Logits (len(others), C) of a head trained on some rows, its strength chosen on ``val``."""
     x, y = images.x, torch.from_numpy(images.labels)
     x_val, y_val = (None, None) if val is None else ({"features": x[val]}, y[val])
     solved = head.solve({"features": x[train]}, y[train], x_val, y_val, len(images.class_names), metric)
-    logits = head.apply({name: p[None] for name, p in solved.params.items()}, {"features": x[asked][None]})
+    logits = head.apply({name: p[None] for name, p in solved.params.items()}, {"features": x[others][None]})
     return np.asarray(logits[0].double().numpy())
 
 
@@ -348,7 +325,7 @@ def _exclude(
 ) -> tuple[tuple[str, str], ...]:
     """Training images to leave out, each with its first reason."""
     reasons: dict[str, str] = {}
-    # An image of a rare class is far from others only because there are few of its kind.
+    # An image of a rare class is far from others only because there are few like it.
     common = np.bincount(images.labels[: images.n], minlength=len(images.class_names)) > NEIGHBORS
     usual = set(images.ids[: images.n][common[images.labels[: images.n]]].tolist())
     for pair in pairs:
@@ -365,7 +342,7 @@ def _exclude(
 
 
 def _effect(images: _Images, excluded: set[str], metric: str, folds: int, seed: int) -> tuple[Effect | None, str]:
-    """What leaving training images out does to the test metric, or why it cannot be told."""
+    """What leaving training images out does to the test metric, or why it cannot be measured."""
     y, test = images.labels, np.arange(images.n, len(images.labels))
     out = np.array([id_ in excluded for id_ in images.ids])
     fold_of = images.folds(folds, seed)

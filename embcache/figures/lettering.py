@@ -16,6 +16,8 @@ from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, f
 from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 
+from embcache.log import log
+
 _MARGIN = 0.15  # inches at either side of a figure that text keeps free
 _ROWS = 24  # of a legend of classes
 _CJK = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO")
@@ -23,7 +25,7 @@ _CJK = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO")
 
 @contextmanager
 def no_warnings() -> Iterator[None]:
-    """Nothing of matplotlib's own on stderr: `use_fonts` says what is missing."""
+    """Silence matplotlib: `use_fonts` says what is missing."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -40,9 +42,10 @@ def use_fonts(figure: Figure) -> None:
     texts = figure.findobj(Text)
     for text in texts:
         text.set_fontfamily(_families(text.get_text()))
+        text.set_parse_math(False)  # a dollar sign in a name is one
     missing = {c for text in texts for c in text.get_text() if _foreign(c) and _family_with(c) is None}
     if missing:
-        _tell_missing("".join(sorted(missing)))
+        _warn_of_missing("".join(sorted(missing)))
 
 
 def text_width(text: str, size: float) -> float:
@@ -85,7 +88,7 @@ def shorten(text: str, size: float, inches: float) -> str:
 
 def add_title(figure: Figure, title: str, size: float) -> None:
     """A title above all, with as many lines as it needs."""
-    figure.suptitle(wrap(title, size, figure.get_figwidth() - 2 * _MARGIN).replace("$", r"\$"), fontsize=size)
+    figure.suptitle(wrap(title, size, figure.get_figwidth() - 2 * _MARGIN), fontsize=size)
 
 
 def add_legend(
@@ -102,21 +105,21 @@ def add_legend(
     texts = {label: shorten(label, size, room - (handle + 0.5) * em) for label in handles}
     entry = max(text_width(text, size) for text in texts.values()) + (handle + 0.5 + 1.5) * em
     columns = min(max(1, int((room + 1.5 * em) / entry)), len(texts))
-    said = [title] if title else []
+    lines = [title] if title else []
     if weights is not None and len(texts) > columns * _ROWS:
         kept = set(sorted(texts, key=lambda label: -weights[label])[: columns * _ROWS])
-        said.append(f"Legend: the {len(kept)} classes with most images, of {len(texts)} that are shown.")
+        lines.append(f"Legend: the {len(kept)} classes with most images, of {len(texts)} that are shown.")
         texts = {label: text for label, text in texts.items() if label in kept}
     if any(text != label for label, text in texts.items()):
-        said.append("Long names are shortened.")
-    heading = wrap("\n".join(said), size, room) if said else ""
+        lines.append("Long names are shortened.")
+    heading = wrap("\n".join(lines), size, room) if lines else ""
     rows = -(-len(texts) // columns)
     columns = -(-len(texts) // rows)
-    figure.set_figheight(figure.get_figheight() + (rows * 1.55 + (heading.count("\n") + 1.5 if said else 0) + 1) * em)
+    figure.set_figheight(figure.get_figheight() + (rows * 1.55 + (heading.count("\n") + 1.5 if lines else 0) + 1) * em)
     figure.legend(
-        [handles[label] for label in texts], [text.replace("$", r"\$") for text in texts.values()],
+        [handles[label] for label in texts], [text for text in texts.values()],
         loc="outside lower center", ncols=columns, frameon=False, fontsize=size,
-        title=heading.replace("$", r"\$") or None, title_fontsize=size,
+        title=heading or None, title_fontsize=size,
         handlelength=handle, handletextpad=0.5, columnspacing=1.5, labelspacing=0.35, borderpad=0.2,
     )  # fmt: skip
 
@@ -159,13 +162,11 @@ def _installed() -> tuple[str, ...]:
 
 
 @functools.cache
-def _tell_missing(characters: str) -> None:
+def _warn_of_missing(characters: str) -> None:
     scripts = {unicodedata.name(c, "UNKNOWN").split()[0].split("-")[0] for c in characters}
     if scripts & set(_CJK):
         font = "Noto Sans CJK (Debian and Ubuntu: apt install fonts-noto-cjk)"
     else:
         font = f"a font that has them, such as Noto Sans ({', '.join(sorted(scripts)).lower()})"
     examples = " ".join(characters[:5]) + (" …" if len(characters) > 5 else "")
-    logging.getLogger("embcache").warning(
-        "figure: no installed font has the characters %s, so they are boxes; install %s", examples, font
-    )
+    log.warning("figure: no installed font has the characters %s, so they are boxes; install %s", examples, font)

@@ -1,79 +1,83 @@
-"""Nearest neighbours of an image in cached features: what does a backbone take for alike?"""
+"""Nearest neighbors in cached features, and contact sheets: the images behind rows of a cache, where they are there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
+from embcache.config import NeighborsConfig
 from embcache.data.dataset import ImageDataset
-from embcache.errors import UsageError, check_number
+from embcache.data.images import read_image
+from embcache.errors import ImageError, UsageError, first_few
+from embcache.figures.plots import Picture, plot_sheet
+from embcache.figures.shown import backbones_or_cached
 from embcache.paths import PathLike
-from embcache.probe.inputs import cached_backbones, open_stores
+from embcache.probe.inputs import open_stores
 from embcache.probe.standard import standard_directions
+from embcache.results.describe import Mistake
 from embcache.store.feature_store import FeatureStore
+
+SIDE = 192  # pixels of a thumbnail
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class Neighbor:
     """One image near another."""
 
     id: str
-    similarity: float  # cosine of the standardised features of the two, −1 … 1
+    similarity: float  # cosine of the standardized features of the two, −1 … 1
     label: int  # −1 where there is none
     split: str
     group: str
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
     """The nearest images of one image under one backbone, nearest first."""
 
     backbone: str
-    image: Neighbour
-    nearest: tuple[Neighbour, ...]
+    image: Neighbor
+    nearest: tuple[Neighbor, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data, every field by its name."""
+        return asdict(self)
 
 
-def find_neighbours(
+def find_neighbors(
     ds: ImageDataset,
     image: str,
     backbones: Sequence[str] = (),
+    config: NeighborsConfig | None = None,
     *,
-    k: int = 8,
     home: PathLike | None = None,
-    recipe: str | None = None,
-) -> list[Neighbours]:
-    """The k images nearest to one, under each backbone."""
-    check_number("-k", k, 1, 1_000)
-    id_ = _find(ds, image)
-    names = list(dict.fromkeys(backbones)) or cached_backbones(ds.name, home)
-    stores = open_stores(ds, [names], home, recipe)
-    return [_nearest(ds, store, id_, k) for store in stores.values()]
-
-
-def _find(ds: ImageDataset, image: str) -> str:
+    **options: Any,
+) -> list[Neighbors]:
+    """The k images nearest to one (its ID, or a unique end of it) under each backbone, by default all cached ones."""
+    config = NeighborsConfig.make(config, options)
     ids = ds.table["id"].tolist()
-    if image in set(ids):
-        return image
-    fits = [id_ for id_ in ids if image and id_.endswith(image)]
+    fits = [image] if image in set(ids) else [id_ for id_ in ids if image and id_.endswith(image)]
     if len(fits) != 1:
         raise UsageError(
-            "several images are called so" if fits else f"{ds.name} has no such image",
-            expected=", ".join((fits or ids)[:5]) + (" …" if len(fits or ids) > 5 else ""),
-            found=repr(image),
-            fix="--image ID",
-        )
-    return str(fits[0])
+            "several images match" if fits else f"{ds.name} has no such image", code="unknown-image",
+            expected=first_few(fits or ids), found=repr(image), fix="--image ID",
+        )  # fmt: skip
+    stores = open_stores(ds, [backbones_or_cached(ds, backbones, home)], home, config.recipe)
+    return [_nearest(ds, store, str(fits[0]), config.k) for store in stores.values()]
 
 
-def _nearest(ds: ImageDataset, store: FeatureStore, id_: str, k: int) -> Neighbours:
+def _nearest(ds: ImageDataset, store: FeatureStore, id_: str, k: int) -> Neighbors:
     ids = store.ids.tolist()
     if id_ not in ids:
         reason = store.quarantined.get(id_, "it has no features yet")
-        raise UsageError(
-            f"{store.recipe.backbone} has no features of this image", found=f"{id_!r}: {reason}", where=store.path
-        )
+        raise UsageError(f"{store.recipe.backbone} has no features of this image", code="image-without-features",
+                         found=f"{id_!r}: {reason}", where=store.path)  # fmt: skip
     x = store.features[:]
     directions = standard_directions(x if x.ndim == 2 else x[:, 0])
     place = ids.index(id_)
@@ -83,9 +87,63 @@ def _nearest(ds: ImageDataset, store: FeatureStore, id_: str, k: int) -> Neighbo
     order = np.argsort(-similarity, kind="stable")[: min(k, len(ids) - 1)]
     rows = ds.table.set_index("id")
 
-    def describe(i: int, value: float) -> Neighbour:
+    def describe(i: int, value: float) -> Neighbor:
         row = rows.loc[ids[i]]
-        return Neighbour(ids[i], value, int(row["label"]), str(row["split"]), str(row["group"]))
+        return Neighbor(ids[i], value, int(row["label"]), str(row["split"]), str(row["group"]))
 
     nearest = tuple(describe(int(i), float(similarity[i])) for i in order)
-    return Neighbours(store.recipe.backbone, describe(place, 1.0), nearest)
+    return Neighbors(store.recipe.backbone, describe(place, 1.0), nearest)
+
+
+def draw_neighbors(ds: ImageDataset, found: Sequence[Neighbors], target: Path) -> Path:
+    """One row per backbone: the image, then its neighbors; a frame marks those of another class."""
+    rows = []
+    for each in found:
+        pictures = [_picture(ds, each.image, each.image, "the image")]
+        for near in each.nearest:
+            remark = f"{near.similarity:.2f}" + (" · same group" if near.group == each.image.group else "")
+            pictures.append(_picture(ds, near, each.image, remark))
+        rows.append((each.backbone, pictures))
+    return plot_sheet(rows, f"nearest in cached features: {_short(found[0].image.id)}", target)
+
+
+def _picture(ds: ImageDataset, image: Neighbor, query: Neighbor, remark: str) -> Picture:
+    name = ds.class_names[image.label] if image.label >= 0 else "no label"
+    differs = image.label != query.label and min(image.label, query.label) >= 0
+    return Picture(thumbnail(ds, image.id), f"{_short(image.id)}\n{name} · {image.split}\n{remark}", differs)
+
+
+def draw_mistakes(ds: ImageDataset, mistakes: Sequence[Mistake], title: str, target: Path, *, columns: int = 6) -> int:
+    """Draw the images of mistakes, with classes and probability beneath each; returns how many could be read."""
+    pictures = [
+        Picture(
+            thumbnail(ds, m.id),
+            f"{_short(m.id)}\n{m.label} → {m.predicted}\np {m.p_predicted:.3f} · {m.models_agree} of {m.models} models",
+        )
+        for m in mistakes
+    ]
+    found = sum(picture.pixels is not None for picture in pictures)
+    if found:
+        rows = [("", pictures[start : start + columns]) for start in range(0, len(pictures), columns)]
+        plot_sheet(rows, title, target)
+    return found
+
+
+def thumbnail(ds: ImageDataset, id_: str, side: int = SIDE) -> NDArray[np.uint8] | None:
+    """An image of a dataset scaled to fit a square, uint8 (h, w, 3); None where it is missing or cannot be read."""
+    found = ds.table[ds.table["id"] == id_]
+    if ds.root is None or found.empty:
+        return None
+    row = found.iloc[0]
+    try:
+        pixels, _ = read_image(ds.root, str(row["path"]), str(row["place"]))
+    except (ImageError, OSError):
+        return None
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((side, side))
+    return np.asarray(picture)
+
+
+def _short(text: str, most: int = 22) -> str:
+    printable = "".join(c if c.isprintable() else "?" for c in text)
+    return printable if len(printable) <= most else "…" + printable[-most + 1 :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +16,18 @@ from numpy.typing import NDArray
 from embcache.figures.lettering import add_legend, add_title, no_warnings, shorten, text_width, use_fonts, wrap
 from embcache.io import write_output
 
-# Okabe and Ito's colours (2008), told apart with every common kind of colour vision; markers serve print in grey.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
+# Okabe and Ito's colors (2008) differ under every common kind of color vision; markers serve print in gray.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_MARKS = 2 * len(_COLOURS) * len(_MARKERS)  # filled and outlined
-_LINES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # "--" is the paper's
-_BANDS = 6  # curves of a panel up to which bands are told apart
+_MARKS = 2 * len(_COLORS) * len(_MARKERS)  # filled and outlined
+Line = str | tuple[int, tuple[int, ...]]
+"""A line style of matplotlib."""
 
-Style = tuple[str, str, str | tuple[int, tuple[int, ...]]]
-"""Colour, marker and line style of a curve."""
+Style = tuple[str, str, Line]
+"""Color, marker and line style of a curve."""
+
+_LINES: tuple[Line, ...] = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # "--": the paper
+_BANDS = 6  # curves of a panel up to which bands can be distinguished
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Map:
 class Curve:
     """One line: x values, y values and a band of the same length (nan: none); dashed and without one for reference.
 
-    Curves of one ``family`` (backbones) share their colour, those of one ``method`` (head and kind) their marker.
+    Curves of one ``family`` (backbones) share their color, those of one ``method`` (head and kind) their marker.
     """
 
     label: str
@@ -72,6 +76,17 @@ class AttentionPanel:
     mass: NDArray[np.float64]
 
 
+def _grid(n: int, most: int, size: tuple[float, float], more: tuple[float, float] = (0.0, 0.4)) -> tuple[Figure, Any]:
+    """A figure with n panels of a size in inches, at most so many per row, and ``more`` inches around; and its axes."""
+    columns = min(n, most)
+    rows = -(-n // columns)
+    figure = Figure(figsize=(size[0] * columns + more[0], size[1] * rows + more[1]), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[n:]:
+        axis.set_axis_off()
+    return figure, axes[:n]
+
+
 def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, target: Path) -> Path:
     """Draw maps side by side with one legend; the format follows the target's suffix (PNG, SVG, PDF).
 
@@ -80,36 +95,30 @@ def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, targe
     counts = np.bincount(np.concatenate([panel.labels for panel in maps]), minlength=len(class_names))
     shown = np.flatnonzero(counts).tolist()
     size, least = (9.0, 4.6) if len(shown) <= 8 else (8.0, 6.0) if len(shown) <= 24 else (6.5, 7.5)
-    columns = min(len(maps), 4)
-    rows = -(-len(maps) // columns)
-    side = max(3.0, least / columns)  # inches of a panel
-    figure = Figure(figsize=(side * columns, (side + 0.1) * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    side = max(3.0, least / min(len(maps), 4))  # inches of a panel
+    figure, axes = _grid(len(maps), 4, (side, side + 0.1))
     handles = {}
-    for axis, panel in zip(axes, maps, strict=False):
+    for axis, panel in zip(axes, maps, strict=True):
         for label in shown:
             points = panel.coordinates[panel.labels == label]
             handles[class_names[label]] = axis.scatter(points[:, 0], points[:, 1], s=14, alpha=0.8, **class_mark(label))
-        axis.set_title(_plain(wrap(panel.title, 10, side - 0.2)), fontsize=10)
-        axis.set_xlabel(_plain(panel.caption), fontsize=7)
-        axis.set_xticks([])
-        axis.set_yticks([])
-    for axis in axes[len(maps) :]:
-        axis.set_axis_off()
+        axis.set_title(wrap(panel.title, 10, side - 0.2), fontsize=10)
+        axis.set_xlabel(panel.caption, fontsize=7)
+        axis.set(xticks=[], yticks=[])
     weights = {class_names[label]: int(counts[label]) for label in shown}
-    said = f"Marks come again after {_MARKS} classes." if max(shown) >= _MARKS else ""
-    add_legend(figure, handles, size, title=said, weights=weights, handle=1.0)
+    note = f"Marks come again after {_MARKS} classes." if max(shown) >= _MARKS else ""
+    add_legend(figure, handles, size, title=note, weights=weights, handle=1.0)
     add_title(figure, title, 11)
     return _save(figure, target)
 
 
 def class_mark(label: int) -> dict[str, Any]:
-    """Colour and marker of a class: eight pairs that differ in both, then 56 other pairs, then 64 of outlines."""
-    turn, place = divmod(label, len(_COLOURS))
-    colour, marker = _COLOURS[place], _MARKERS[(place + turn) % len(_MARKERS)]
+    """Color and marker of a class: eight pairs that differ in both, then 56 other pairs, then 64 of outlines."""
+    turn, place = divmod(label, len(_COLORS))
+    color, marker = _COLORS[place], _MARKERS[(place + turn) % len(_MARKERS)]
     if turn // len(_MARKERS) % 2:
-        return {"facecolors": "none", "edgecolors": colour, "linewidths": 0.8, "marker": marker}
-    return {"color": colour, "linewidths": 0, "marker": marker}
+        return {"facecolors": "none", "edgecolors": color, "linewidths": 0.8, "marker": marker}
+    return {"color": color, "linewidths": 0, "marker": marker}
 
 
 def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path, *, bands: str = "95 % interval") -> Path:
@@ -117,38 +126,32 @@ def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path, *, bands
 
     ``bands`` says what they show. A panel of more than six curves has thin bars in place of bands.
     """
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
     styles = curve_styles(panels)
-    width = max(5.2 * columns, 7.2 if len(styles) > _BANDS else 0.0)
-    figure = Figure(figsize=(width, 3.6 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    columns = min(len(panels), 3)
+    width = max(5.2, 7.2 / columns if len(styles) > _BANDS else 0.0)  # inches of a panel
+    figure, axes = _grid(len(panels), 3, (width, 3.6))
     handles = {}
-    for axis, panel in zip(axes, panels, strict=False):
+    for axis, panel in zip(axes, panels, strict=True):
         many = _many(panel)
         for curve in panel.curves:
-            colour, marker, line = styles[curve.label]
+            color, marker, line = styles[curve.label]
             size = {"linewidth": 1.2, "markersize": 3} if curve.dashed else {"linewidth": 1.5, "markersize": 5}
             (handles[curve.label],) = axis.plot(
-                curve.x, curve.y, color=colour, marker=marker, linestyle=line, label=_plain(curve.label), **size
+                curve.x, curve.y, color=color, marker=marker, linestyle=line, label=curve.label, **size
             )
             if curve.dashed:
                 continue
             if len(curve.x) > 1 and not many:
-                axis.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
-            errors = np.clip([np.subtract(curve.y, curve.low), np.subtract(curve.high, curve.y)], 0, None)
-            bars = {"lw": 0.5, "alpha": 0.5, "capsize": 0} if many else {"lw": 0.8, "capsize": 2}
-            axis.errorbar(curve.x, curve.y, yerr=errors, fmt="none", ecolor=colour, **bars)
+                axis.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
+            _bars(axis, curve, color, **({"lw": 0.5, "alpha": 0.5, "capsize": 0} if many else {}))
         ticks = sorted({x for curve in panel.curves for x in curve.x})
         axis.set_xscale("log")
         axis.set_xticks(_apart(ticks), [f"{x:,.0f}" for x in _apart(ticks)], fontsize=8)
         axis.minorticks_off()
-        axis.set_xlabel("training labels of a fold", fontsize=9)
+        axis.set_xlabel("training labels per fold", fontsize=9)
         axis.set_ylabel(panel.metric, fontsize=9)
-        axis.set_title(_plain(wrap(panel.title, 10, width / columns - 0.6)), fontsize=10)
+        axis.set_title(wrap(panel.title, 10, width - 0.6), fontsize=10)
         axis.grid(alpha=0.25)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
     if any(_many(panel) for panel in panels):
         bands += f"; bands only in panels of up to {_BANDS} curves"
     add_legend(figure, {label: handles[label] for label in styles}, 8, title=f"bars: {bands}")
@@ -156,15 +159,21 @@ def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path, *, bands
     return _save(figure, target)
 
 
+def _bars(axis: Any, curve: Curve, color: str, **style: Any) -> None:
+    """The intervals of a curve's points as thin bars."""
+    errors = np.clip([np.subtract(curve.y, curve.low), np.subtract(curve.high, curve.y)], 0, None)
+    axis.errorbar(curve.x, curve.y, yerr=errors, fmt="none", ecolor=color, **{"lw": 0.8, "capsize": 2, **style})
+
+
 def _many(panel: CurvePanel) -> bool:
     return sum(not curve.dashed for curve in panel.curves) > _BANDS
 
 
 def curve_styles(panels: Sequence[CurvePanel]) -> dict[str, Style]:
-    """Colour, marker and line style by label, each once in a figure and the same in all of its panels.
+    """Color, marker and line style by label, each once in a figure and the same in all of its panels.
 
-    The colour tells the backbones, the marker (with more than eight the line style, too) head and kind; in a figure of
-    one family or one method the colour tells curves apart. The paper's curve has our one's colour and marker, dashed.
+    The color shows the backbones, the marker (with more than eight the line style, too) head and kind; in a figure of
+    one family or one method the color distinguishes curves. The paper's curve has our one's color and marker, dashed.
     """
     curves = {curve.label: curve for panel in panels for curve in panel.curves}
     own = [curve for curve in curves.values() if not curve.dashed or _ours(curve) not in curves]
@@ -175,23 +184,18 @@ def curve_styles(panels: Sequence[CurvePanel]) -> dict[str, Style]:
         family, method = families.index(curve.family or curve.label), methods.index(curve.method)
         if len(families) == 1 or len(methods) == 1:
             family = method = k
-        lines = ("--",) if curve.dashed else _LINES
-        places = [(line, marker) for line in range(len(lines)) for marker in range(len(_MARKERS))]
-        first = (method // len(_MARKERS)) % len(lines) * len(_MARKERS) + method % len(_MARKERS)
-        # Of one family and method (two recipes, or a ninth colour): the same marker on another line, then any.
-        preferred = sorted(places, key=lambda place: place[1] != places[first][1])
-        wanted = (_COLOURS[family % len(_COLOURS)], _MARKERS[places[first][1]], lines[places[first][0]])
-        others = (
-            (colour, _MARKERS[marker], lines[line])
-            for colour in (wanted[0], *_COLOURS)
-            for line, marker in preferred
-        )  # fmt: skip
+        lines: tuple[Line, ...] = ("--",) if curve.dashed else _LINES
+        line = lines[method // len(_MARKERS) % len(lines)]
+        wanted = (_COLORS[family % len(_COLORS)], _MARKERS[method % len(_MARKERS)], line)
+        # Of one family and method (two recipes, or a ninth color): the same marker on another line, then any.
+        places = sorted(product(lines, _MARKERS), key=lambda place: place[1] != wanted[1])
+        others = ((color, marker, line) for color in (wanted[0], *_COLORS) for line, marker in places)
         taken = set(styles.values())
         styles[curve.label] = next((style for style in (wanted, *others) if style not in taken), wanted)
     for curve in curves.values():
         if curve.label not in styles:
-            colour, marker, _ = styles[_ours(curve)]
-            styles[curve.label] = (colour, marker, "--")
+            color, marker, _ = styles[_ours(curve)]
+            styles[curve.label] = (color, marker, "--")
     return {label: styles[label] for label in curves}
 
 
@@ -200,7 +204,7 @@ def _ours(curve: Curve) -> str:
 
 
 def _apart(ticks: Sequence[float]) -> list[float]:
-    """Those of some ascending positions that are far enough apart on a logarithmic axis to be labelled."""
+    """Those of some ascending positions that are far enough apart on a logarithmic axis to be labeled."""
     kept: list[float] = []
     for tick in ticks:
         if not kept or tick / kept[-1] > 1.35:
@@ -220,54 +224,53 @@ def plot_attention(panels: Sequence[AttentionPanel], title: str, target: Path) -
         low, high = np.quantile(panel.weights, (0.005, 0.995))
         image = above.imshow(panel.weights, cmap="viridis", vmin=float(low), vmax=float(high))
         figure.colorbar(image, ax=above, shrink=0.7, extend="both")
-        centres = np.arange(len(panel.backbones)) * each + each / 2 - 0.5
+        centers = np.arange(len(panel.backbones)) * each + each / 2 - 0.5
         for edge in range(each, n, each):
             above.axhline(edge - 0.5, color="white", lw=0.6)
             above.axvline(edge - 0.5, color="white", lw=0.6)
         table = below.imshow(panel.mass, cmap="viridis", vmin=0.0, vmax=1.0)
         figure.colorbar(table, ax=below, shrink=0.7)
         for (row, column), value in np.ndenumerate(panel.mass):
-            colour = "white" if value < 0.6 else "black"
-            below.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
-        names = [_plain(shorten(name, 8, 1.3)) for name in panel.backbones]
-        for axis, places in ((above, centres), (below, np.arange(len(names)))):
+            color = "white" if value < 0.6 else "black"
+            below.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=9)
+        names = [shorten(name, 8, 1.3) for name in panel.backbones]
+        for axis, places in ((above, centers), (below, np.arange(len(names)))):
             axis.set_xticks(places, names, fontsize=8, rotation=30, ha="right")
             axis.set_yticks(places, names, fontsize=8)
-        above.set_title(_plain(wrap(panel.title, 9, 2.6)), fontsize=9)
+        above.set_title(wrap(panel.title, 9, 2.6), fontsize=9)
         below.set_title(wrap("attention of a row's tokens to a column's, summed", 8, 2.4), fontsize=8)
     add_title(figure, title, 11)
     return _save(figure, target)
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One image of a contact sheet: uint8 (H, W, 3) or None where it is not here, what is written under it, a mark."""
+class Picture:
+    """One image of a contact sheet: uint8 (H, W, 3) or None where it is missing, the text under it, a mark."""
 
     pixels: NDArray[np.uint8] | None
     caption: str
     marked: bool = False
 
 
-def plot_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], title: str, target: Path) -> Path:
-    """Draw rows of images, each row with its name; marked images have a coloured frame."""
+def plot_sheet(rows: Sequence[tuple[str, Sequence[Picture]]], title: str, target: Path) -> Path:
+    """Draw rows of images, each row with its name; marked images have a colored frame."""
     columns = max(len(cells) for _, cells in rows)
     figure = Figure(figsize=(1.5 * columns + 0.4, 1.95 * len(rows) + 0.5), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, cells) in zip(axes, rows, strict=True):
         for axis in line:
-            axis.set_xticks([])
-            axis.set_yticks([])
+            axis.set(xticks=[], yticks=[])
         for axis, cell in zip(line, cells, strict=False):
             if cell.pixels is None:
-                axis.text(0.5, 0.5, "not here", ha="center", va="center", fontsize=8, transform=axis.transAxes)
+                axis.text(0.5, 0.5, "missing", ha="center", va="center", fontsize=8, transform=axis.transAxes)
             else:
                 axis.imshow(cell.pixels)
             caption = "\n".join(shorten(line, 6, 1.4) for line in cell.caption.split("\n"))
-            axis.set_xlabel(_plain(caption), fontsize=6)
+            axis.set_xlabel(caption, fontsize=6)
             for spine in axis.spines.values():
-                spine.set_color(_COLOURS[5] if cell.marked else "0.7")
+                spine.set_color(_COLORS[5] if cell.marked else "0.7")
                 spine.set_linewidth(2.5 if cell.marked else 0.8)
-        line[0].set_ylabel(_plain(wrap(name, 8, 1.4)), fontsize=8)
+        line[0].set_ylabel(wrap(name, 8, 1.4), fontsize=8)
         for axis in line[len(cells) :]:
             axis.set_axis_off()
     add_title(figure, title, 10)
@@ -286,36 +289,33 @@ def plot_rates(
     note: str = "",
 ) -> Path:
     """Draw curves over the unit square, a legend of their labels beneath."""
-    told = [curve for curve in curves if curve.label]
-    labels, note = [_plain(wrap(curve.label, 8, 5.7)) for curve in told], _plain(wrap(note, 8, 6.1))
+    labels = [wrap(curve.label, 8, 5.7) for curve in curves if curve.label]
+    note = wrap(note, 8, 6.1)
     lines = sum(label.count("\n") + 1 for label in labels) + 1 + note.count("\n")
     figure = Figure(figsize=(6.4, 5.9 + 0.17 * lines + (1.0 if counts else 0.0)), layout="constrained")
     ratios = (5.2, 1.0) if counts else (1.0,)
     above, *below = figure.subplots(len(ratios), 1, squeeze=False, height_ratios=ratios, sharex=True)[:, 0]
     families = list(dict.fromkeys(curve.family for curve in curves))
-    grey = {"color": "0.6", "linewidth": 0.8, "zorder": 1}
-    if reference == "diagonal":
-        above.plot((0, 1), (0, 1), **grey)
-    elif reference is not None:
-        above.axhline(reference, **grey)
+    if reference is not None:
+        ends = (0, 1) if reference == "diagonal" else (reference, reference)
+        above.plot((0, 1), ends, color="0.6", linewidth=0.8, zorder=1)
     handles = []
     for curve in curves:
         place = families.index(curve.family)
-        colour = _COLOURS[place % len(_COLOURS)]
-        line = "--" if curve.dashed else _LINES[place // len(_COLOURS) % len(_LINES)]
+        color = _COLORS[place % len(_COLORS)]
+        line = "--" if curve.dashed else _LINES[place // len(_COLORS) % len(_LINES)]
         width = 1.8 if curve.label else 0.9
         marker = {"marker": _MARKERS[place % len(_MARKERS)], "markersize": 4.5} if points and curve.label else {}
-        (handle,) = above.plot(curve.x, curve.y, color=colour, linestyle=line, linewidth=width, **marker)
+        (handle,) = above.plot(curve.x, curve.y, color=color, linestyle=line, linewidth=width, **marker)
         handles += [handle] if curve.label else []
         if not np.isfinite(curve.low).any():
             continue
         if points:
-            errors = np.clip([np.subtract(curve.y, curve.low), np.subtract(curve.high, curve.y)], 0, None)
-            above.errorbar(curve.x, curve.y, yerr=errors, fmt="none", ecolor=colour, lw=0.8, capsize=2)
+            _bars(above, curve, color)
         else:
-            above.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+            above.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
     above.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal" if not counts else "auto")
-    above.set_ylabel(_plain(axes[1]), fontsize=9)
+    above.set_ylabel(axes[1], fontsize=9)
     above.grid(alpha=0.25)
     for strip in below:
         edges = np.linspace(0, 1, len(counts) + 1)
@@ -324,8 +324,8 @@ def plot_rates(
         strip.set_ylabel("images", fontsize=8)
         strip.set_ylim(0, max(counts) * 1.35)
         strip.tick_params(axis="y", labelsize=7)
-    (below or [above])[-1].set_xlabel(_plain(axes[0]), fontsize=9)
-    above.set_title(_plain(wrap(title, 10, 5.6)), fontsize=10)
+    (below or [above])[-1].set_xlabel(axes[0], fontsize=9)
+    above.set_title(wrap(title, 10, 5.6), fontsize=10)
     figure.legend(
         handles, labels, loc="outside lower center", ncols=1, frameon=False, fontsize=8, title=note or None,
         title_fontsize=8, alignment="left",
@@ -353,20 +353,12 @@ def plot_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str, 
     if n <= _NUMBERED:
         for (row, column), count in np.ndenumerate(counts):
             share = f"\n{shares[row, column]:.0%}".replace("%", " %") if rows[row, 0] else ""
-            colour = "white" if shares[row, column] > 0.55 else "black"
-            axis.text(column, row, f"{count:,}{share}", ha="center", va="center", color=colour, fontsize=size)
-    axis.set_xticks(
-        range(n),
-        [_plain(name) for name in shown],
-        fontsize=small,
-        rotation=40 if n <= _NUMBERED else 90,
-        ha="right" if n <= _NUMBERED else "center",
-    )
-    axis.set_yticks(
-        range(n),
-        [f"{_plain(name)} ({int(n_of):,})" for name, n_of in zip(shown, rows[:, 0], strict=True)],
-        fontsize=small,
-    )
+            color = "white" if shares[row, column] > 0.55 else "black"
+            axis.text(column, row, f"{count:,}{share}", ha="center", va="center", color=color, fontsize=size)
+    turned: dict[str, Any] = {"rotation": 40, "ha": "right"} if n <= _NUMBERED else {"rotation": 90, "ha": "center"}
+    axis.set_xticks(range(n), shown, fontsize=small, **turned)
+    labels = [f"{name} ({int(n_of):,})" for name, n_of in zip(shown, rows[:, 0], strict=True)]
+    axis.set_yticks(range(n), labels, fontsize=small)
     axis.set_xlabel("predicted class", fontsize=9)
     axis.set_ylabel("true class (test images)", fontsize=9)
     add_title(figure, title, 10)
@@ -376,12 +368,10 @@ def plot_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str, 
 def plot_heads(pixels: NDArray[np.uint8], heads: NDArray[np.float32], title: str, target: Path) -> Path:
     """Draw an image, the mean of attention maps (heads, rows, columns), and each of them over the image."""
     maps = [("the image", None), ("mean", heads.mean(0)), *((f"head {h}", one) for h, one in enumerate(heads))]
-    columns = min(len(maps), 4)
-    rows = -(-len(maps) // columns)
-    figure = Figure(figsize=(1.9 * columns, 2.1 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, axes = _grid(len(maps), 4, (1.9, 2.1))
     height, width = pixels.shape[:2]
-    for axis, (name, values) in zip(axes, maps, strict=False):
+    for axis, (name, values) in zip(axes, maps, strict=True):
+        axis.set_axis_off()
         axis.imshow(pixels)
         if values is not None:
             # Each on a scale of its own up to its 99.5th percentile: heads differ in how sharp they look.
@@ -390,14 +380,8 @@ def plot_heads(pixels: NDArray[np.uint8], heads: NDArray[np.float32], title: str
                 vmin=0.0, vmax=float(max(np.quantile(values, 0.995), 1e-12)), interpolation="nearest",
             )  # fmt: skip
         axis.set_title(name, fontsize=8)
-    for axis in axes:
-        axis.set_axis_off()
     add_title(figure, title, 9)
     return _save(figure, target)
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")
 
 
 def _save(figure: Figure, target: Path) -> Path:

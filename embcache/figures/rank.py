@@ -1,10 +1,10 @@
-"""Which backbone to bother with: scores of cached features that need no training, on training images only."""
+"""Scores of cached features that need no training, on training images only: which backbones are worth probing."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from scipy.stats import kendalltau, rankdata, spearmanr
 
 from embcache.data.dataset import ImageDataset
-from embcache.figures.pool import MOST, Pool, drawn, open_pool
+from embcache.figures.shown import MOST, Pool, open_pool
 from embcache.figures.transferability import centroid_logits, h_score, logme
 from embcache.paths import PathLike
 from embcache.probe.heads.knn import KNN
@@ -31,18 +31,15 @@ SCORES: Mapping[str, str] = {
 """The scores of a backbone, higher is better, as tables name them."""
 
 ORDER = ("logme", "centroid", "knn")
-"""The scores that rows are ordered by. The H-score is measured on the rows that it is fitted to: it is nearly as
-high for permuted labels as for the true ones (docs/heads.md)."""
+"""The scores that rows are ordered by. The H-score is measured on the rows that it is fitted to: it is almost as
+high with permuted labels (docs/heads.md)."""
 
 _FOLDS = 5
-
-_Protocol = tuple[str, str, int, int, bool]
-"""Validation, test set, seed, folds, and whether the overlap with the test set was left out."""
 
 
 @dataclass(frozen=True)
 class RankRow:
-    """Scores of one backbone on a dataset's training images, and what probes of it reached."""
+    """Scores of one backbone on a dataset's training images, and the test scores of its probes."""
 
     backbone: str
     logme: float
@@ -71,63 +68,85 @@ class Ranking:
 
     dataset: str
     metric: str
-    subset: str  # the subset whose rows were looked at
-    n_train: int  # training rows of a fold
-    labels_used: int  # labels of a fold, training and validation
+    subset: str  # the subset whose rows were scored
+    n_train: int  # training rows per fold
+    labels_used: int  # labels per fold, training and validation
     probe_labels: Mapping[str, int]  # the same of the linear probes
     rows: tuple[RankRow, ...]  # by ``place``
     correlations: tuple[Correlation, ...]  # empty where fewer than three backbones have a linear probe at one subset
-    notes: tuple[str, ...]  # what a reader of the scores must know
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data, every field by its name."""
+        return asdict(self)
 
 
-def rank_backbones(
-    ds: ImageDataset, backbones: Sequence[str] | None = None, *, home: PathLike | None = None, **options: Any
-) -> list[RankRow]:
-    """The rows of `rank_dataset`; parameters as there."""
-    return list(rank_dataset(ds, backbones, home=home, **options).rows)
-
-
-def rank_dataset(
+def rank(
     ds: ImageDataset,
-    backbones: Sequence[str] | None = None,
+    backbones: Sequence[str] = (),
     *,
     home: PathLike | None = None,
     recipe: str | None = None,
     seed: int = 0,
     subset: str | int = "F",
 ) -> Ranking:
-    """Score cached backbones, all by default, without training; no test row is looked at.
+    """Score cached backbones without training; no test row is looked at.
 
     Folds are five; fewer, with a note, where a class has fewer groups; where it has one, all training images are scored
-    by LogME alone. ``subset`` F with more than `MOST` training images per fold takes that many.
+    by LogME alone. Subset F with more than 5,000 training images per fold takes that many.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        The dataset.
+    backbones : sequence of str, optional
+        Backbones with cached features; default all.
+    home : path, optional
+        Folder of stores and runs.
+    recipe : str, optional
+        First digits of the fingerprint, where several recipes are cached.
+    seed : int
+        Of folds and subsets.
+    subset : str or int
+        Training images to score on: a subset of `probe_features`.
+
+    Returns
+    -------
+    Ranking
+        One row per backbone, the best first.
+
+    Raises
+    ------
+    StoreNotFoundError
+        No features are cached.
+    ProtocolError
+        The dataset has too few images for the subset.
     """
     pool = open_pool(ds, backbones, home=home, recipe=recipe, seed=seed)
-    plan, said = _plan(pool, subset, seed)
+    plan, more = _plan(pool, subset, seed)
     (name,) = plan.subsets
     scores = {backbone: _scores(pool, plan, backbone, name) for backbone in pool.stores}
     known = [key for key in ORDER if not any(np.isnan(row[key]) for row in scores.values())]
-    ranks = [rankdata([-row[key] for row in scores.values()]) for key in known]
+    places = np.mean([rankdata([-row[key] for row in scores.values()]) for key in known], axis=0)
     saved, found = _saved_probes(pool, plan, home)
-    notes = [*plan.notes, *said, *found]
     rows = [
         RankRow(
-            backbone=backbone,
+            backbone,
             **row,
             place=float(place),
             probes={subset: float(result.mean or 0.0) for subset, result in saved[backbone].items()},
             runs={subset: result.id for subset, result in saved[backbone].items()},
         )
-        for (backbone, row), place in zip(scores.items(), np.mean(ranks, axis=0), strict=True)
+        for (backbone, row), place in zip(scores.items(), places, strict=True)
     ]
     rows.sort(key=lambda row: row.place)
-    n_train, n_val = (
-        float(np.mean([len(part[fold, name]) for fold in range(plan.n_folds)])) for part in (plan.train, plan.val)
-    )
+    folds = range(plan.n_folds)
+    n_train, n_val = (float(np.mean([len(part[fold, name]) for fold in folds])) for part in (plan.train, plan.val))
     ordered = sorted((result for own in saved.values() for result in own.values()), key=lambda r: r.n_train)
-    labels = {result.subset: result.labels_used for result in ordered}
     return Ranking(
-        ds.name, ds.metric, name, round(n_train), round(n_train + n_val), labels, tuple(rows), tuple(correlate(rows)),
-        tuple(notes),
+        ds.name, ds.metric, name, round(n_train), round(n_train + n_val),
+        {result.subset: result.labels_used for result in ordered}, tuple(rows), tuple(correlate(rows)),
+        (*plan.notes, *more, *found),
     )  # fmt: skip
 
 
@@ -140,7 +159,7 @@ def correlate(rows: Sequence[RankRow]) -> list[Correlation]:
             continue
         reached = [row.probes[subset] for row in both]
         for key in (*SCORES, "place"):
-            values = [-row.place if key == "place" else getattr(row, key) for row in both]
+            values = [-row.place if key == "place" else vars(row)[key] for row in both]
             if len(set(values)) < 2 or len(set(reached)) < 2:
                 tau = rho = float("nan")
             else:
@@ -150,17 +169,15 @@ def correlate(rows: Sequence[RankRow]) -> list[Correlation]:
 
 
 def _plan(pool: Pool, subset: str | int, seed: int) -> tuple[Splits, list[str]]:
-    """Five folds, fewer where a class has fewer groups, none to validate where it has one; and what to say of it."""
+    """Five folds, fewer where a class has fewer groups, none to validate where it has one; and notes."""
     sides, names = pool.sides, pool.ds.class_names
     labels, groups = sides.labels[sides.pool], sides.groups[sides.pool]
     counts = [len(set(groups[labels == c])) for c in range(len(names))]
     folds = min(_FOLDS, *counts)
     if folds < 2 <= sum(count > 0 for count in counts) and str(subset).upper() == "F":
-        rows = drawn(pool, seed)
+        rows = pool.drawn(seed)
         few = ", ".join(name for name, count in zip(names, counts, strict=True) if count < 2)
-        note = (
-            f"LogME alone: nearest centroid and k-NN need two groups outside the test set, and there are fewer of {few}"
-        )
+        note = f"LogME alone: nearest centroid and k-NN need two groups outside the test set; there are fewer of {few}"
         return Splits(
             dataset=pool.ds.name, class_names=names, ids=sides.ids, labels=sides.labels, groups=sides.groups,
             test=sides.test, test_set=sides.test_set, train={(0, "F"): rows}, val={(0, "F"): rows[:0]}, subsets=("F",),
@@ -173,7 +190,7 @@ def _plan(pool: Pool, subset: str | int, seed: int) -> tuple[Splits, list[str]]:
         few = ", ".join(name for name, count in zip(names, counts, strict=True) if count < _FOLDS)
         notes.append(f"{folds} folds in place of {_FOLDS}: too few groups outside the test set of {few}")
     if plan.subsets == ("F",) and min(len(rows) for rows in plan.train.values()) > MOST:
-        notes.append(f"scored on {MOST:,} training images a fold, drawn balanced from all there are")
+        notes.append(f"scored on {MOST:,} training images per fold, drawn balanced from all")
         plan = plan_for(pool.ds, stores, subsets=[MOST], folds=folds, seed=seed)
     return plan, notes
 
@@ -191,9 +208,8 @@ def _scores(pool: Pool, plan: Splits, backbone: str, subset: str) -> dict[str, f
             break
         nearest = centroid_logits(x[place[train]], labels[train], x[place[val]], n_classes)
         centroid.append(score(metric, labels[val], nearest))
-        solved = KNN().solve(
-            {backbone: features[place[train]]}, torch.from_numpy(labels[train]), None, None, n_classes, metric
-        )
+        own = {backbone: features[place[train]]}
+        solved = KNN().solve(own, torch.from_numpy(labels[train]), None, None, n_classes, metric)
         votes = predict_logits(KNN(), solved.params, {backbone: features}, torch.from_numpy(place[val]))
         near.append(score(metric, labels[val], votes))
     # At F the folds' training rows together are the pool; smaller subsets differ from fold to fold.
@@ -210,27 +226,28 @@ def _scores(pool: Pool, plan: Splits, backbone: str, subset: str) -> dict[str, f
 def _saved_probes(
     pool: Pool, plan: Splits, home: PathLike | None
 ) -> tuple[dict[str, dict[str, ProbeResult]], list[str]]:
-    """Saved linear probes of each backbone by subset, on the very features ranked, and what to say of them.
+    """Saved linear probes of each backbone by subset, on the very features ranked, and notes.
 
-    All are of one protocol: that of the plan, where there is a probe of it, else the one that most are of; at each
-    subset also of the same splits.
+    All are of one protocol: that of the plan, where there is a probe of it, else the most frequent one; at each subset
+    also of the same splits.
     """
-    fitting: dict[_Protocol, list[ProbeResult]] = {}
+    fitting: dict[tuple[Any, ...], list[ProbeResult]] = {}  # by validation, test set, seed, folds, overlap left out
     others = 0
     for result in list_results(home, pool.ds.name):
-        request = result.request
-        single = result.kind == "probe" and result.head == "linear" and len(result.backbones) == 1
-        if not single or result.mean is None or result.backbones[0] not in pool.stores:
+        request, backbone = result.request, result.backbones[0]
+        if result.kind != "probe" or result.head != "linear" or len(result.backbones) > 1 or result.mean is None:
             continue
         if result.target != pool.ds.target or request.get("classes", {}) != pool.ds.renamed:
             continue
-        backbone = result.backbones[0]
+        if backbone not in pool.stores:
+            continue
         if dict(request["recipes"]).get(backbone) != pool.stores[backbone].recipe.fingerprint:
             continue
         plain = not any(name in request for name in ("lr", "views", "repeats", "target"))
         complete = all(fold.score is not None for fold in result.folds)
         if plain and complete and request.get("head") == {"name": "linear"}:
-            fitting.setdefault(_protocol(request), []).append(result)
+            defaults = {"val": "full", "test": "local", "seed": 0, "folds": 5, "exclude_test_overlap": False}
+            fitting.setdefault(tuple(request.get(k, value) for k, value in defaults.items()), []).append(result)
         else:
             others += 1
     found: dict[str, dict[str, ProbeResult]] = {backbone: {} for backbone in pool.stores}
@@ -245,13 +262,8 @@ def _saved_probes(
         for result in ordered:
             if result.subset == subset and result.request.get("splits") == splits:
                 found[result.backbones[0]].setdefault(subset, result)
-    val, test, own_seed, folds, excluded = chosen
-    note = f"linear probes are all of one protocol: {folds} folds, seed {own_seed}, --val {val}, {test} test set"
+    val, test, seed, folds, excluded = chosen
+    note = f"linear probes are all of one protocol: {folds} folds, seed {seed}, --val {val}, {test} test set"
     note += ", without the overlap with the test set" if excluded else ""
     others += sum(map(len, fitting.values())) - sum(map(len, found.values()))
     return found, [note + (f"; {others} of other protocols or splits left out" if others else "")]
-
-
-def _protocol(request: Mapping[str, Any]) -> _Protocol:
-    own = request.get("val", "full"), request.get("test", "local"), request.get("seed", 0), request.get("folds", 5)
-    return (*own, bool(request.get("exclude_test_overlap")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from embcache.probe.metrics import FloatArray, confusion, metric_title, positive
 from embcache.probe.predictions import Predictions
 from embcache.probe.statistics import wilson
 from embcache.results.compare import INTERVALS, Tested
-from embcache.results.decisions import Bin, Value, against_rest, calibration
-from embcache.results.layout import bounds, signed
-from embcache.results.rates import GRID, class_rates
+from embcache.results.decisions import GRID, Value, against_rest, calibration, class_rates
+from embcache.results.layout import bounds, score, signed
 from embcache.runs.result import Estimate
 
 KINDS = ("roc", "pr", "confusion", "calibration")
@@ -26,11 +25,11 @@ MOST_CLASSES = 10
 """Classes of a figure of curves: of more, those with the most test images."""
 
 _THESE = "in brackets: 95 % interval, new patients and these models"
-_BANDS = 4  # classes up to which bands are told apart
+_BANDS = 4  # classes up to which bands can be distinguished
 
 
 @dataclass(frozen=True)
-class Drawn:
+class RunFigure:
     """A figure and its numbers."""
 
     kind: str
@@ -40,10 +39,10 @@ class Drawn:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str]
     records: Sequence[dict[str, Any]]  # the numbers as plain data
-    files: Sequence[Path] = field(default_factory=list)
+    files: Sequence[Path] = ()
 
 
-def draw_run(tested: Tested, kind: str, targets: Sequence[Path], *, positive: str | None = None) -> Drawn:
+def draw_run(tested: Tested, kind: str, targets: Sequence[Path], *, positive: str | None = None) -> RunFigure:
     """Draw one run's test predictions."""
     result, predictions = tested.result, tested.predictions
     check_choice("--kind", kind, KINDS)
@@ -51,136 +50,122 @@ def draw_run(tested: Tested, kind: str, targets: Sequence[Path], *, positive: st
     title = f"{result.dataset}{' (synthetic)' * result.synthetic}: {' + '.join(result.backbones)}, {result.id}"
     if kind == "confusion":
         if positive is not None:
-            raise UsageError("a confusion matrix has no positive class", found=f"--positive {positive}",
-                             fix="leave it out")  # fmt: skip
+            raise UsageError("a confusion matrix has no positive class", code="unused-option",
+                             found=f"--positive {positive}", fix="leave it out")  # fmt: skip
         return _confusion(predictions, title, targets)
     counts = np.bincount(predictions.labels, minlength=len(names))
     if (counts > 0).sum() < 2:
-        raise ProtocolError(
-            "curves need test images of two classes", found=", ".join(names[c] for c in counts.nonzero()[0])
-        )
+        raise ProtocolError("curves need test images of two classes", code="one-class",
+                            found=", ".join(names[c] for c in counts.nonzero()[0]))  # fmt: skip
     if positive is not None or len(names) == 2:
         classes = [positive_class(names, positive) if positive is not None else predictions.positive]
         if not 0 < counts[classes[0]] < counts.sum():
-            raise ProtocolError(f"no test image is of class {names[classes[0]]!r}", fix="leave --positive out")
+            raise ProtocolError(f"no test image is of class {names[classes[0]]!r}", code="absent-class",
+                                fix="leave --positive out")  # fmt: skip
     else:
-        classes = sorted(np.argsort(-counts, kind="stable")[:MOST_CLASSES].tolist())
-        classes = [c for c in classes if counts[c]]
+        classes = [c for c in sorted(np.argsort(-counts, kind="stable")[:MOST_CLASSES].tolist()) if counts[c]]
     notes = [INTERVALS]
-    if len(classes) > 1 and len(classes) < (counts > 0).sum():
+    if 1 < len(classes) < (counts > 0).sum():
         notes.append(
             f"shortened: the {len(classes)} classes with the most test images of {int((counts > 0).sum())}; "
             "--positive CLASS draws another one"
         )
-    absent = [names[c] for c in np.flatnonzero(counts == 0)]
-    if absent:
-        notes.append(f"no test image of {', '.join(absent)}")
+    if not counts.all():
+        notes.append(f"no test image of {', '.join(names[c] for c in np.flatnonzero(counts == 0))}")
     draw = _calibration if kind == "calibration" else _rates
-    return draw(predictions, kind, classes, title, targets, notes)
+    return replace(draw(predictions, kind, classes, title, targets, notes), files=list(targets))
 
 
 def _rates(
     predictions: Predictions, kind: str, classes: Sequence[int], title: str, targets: Sequence[Path], notes: list[str]
-) -> Drawn:
+) -> RunFigure:
     metric = "auc" if kind == "roc" else "auprc"
-    word, k = metric_title(metric), len(predictions.logits)
+    word, k, alone = metric_title(metric), len(predictions.logits), len(classes) == 1
+    band = k > 1 and len(classes) <= _BANDS
     found = [class_rates(predictions, c, metric) for c in classes]
     curves = []
     for rates in found:
-        alone = len(found) == 1
-        band = k > 1 and len(found) <= _BANDS
-        low, high = (
-            np.clip(rates.mean + side * rates.sd, 0, 1) if band else np.full(len(GRID), np.nan) for side in (-1, 1)
-        )
-        own, one = f"{word} {_told(rates.estimate)}", f"{word} {_told(rates.ensemble)}"
+        own, name = f"{word} {_score(rates.estimate)}", f"{rates.name} ({rates.images:,})"
         if k == 1:
-            label = own if alone else f"{rates.name} ({rates.images:,}): {own}"
-            curves.append(_curve(label, rates.name, rates.x, rates.y))
+            curves.append(_curve(own if alone else f"{name}: {own}", rates.name, rates.x, rates.y))
             continue
-        label = (
-            f"mean of {k} models, {own}"
-            if alone
-            else f"{rates.name} ({rates.images:,}): {own}, ensemble {signed(rates.ensemble.mean, 3)}"
-        )
+        low, high = (np.clip(rates.mean + side * rates.sd, 0, 1) if band else None for side in (-1, 1))
+        label, other = f"mean of {k} models, {own}", f"ensemble, {word} {_score(rates.ensemble)}"
+        if not alone:
+            label, other = f"{name}: {own}, ensemble {signed(rates.ensemble.mean, 3)}", ""
         curves.append(_curve(label, rates.name, GRID, rates.mean, low, high))
-        label = f"ensemble, {one}" if alone else ""
-        curves.append(_curve(label, "ensemble" if alone else rates.name, rates.x, rates.y, dashed=not alone))
+        curves.append(_curve(other, "ensemble" if alone else rates.name, rates.x, rates.y, dashed=not alone))
     first = found[0]
-    if len(found) == 1:
+    if alone:
         title += f"\npositive: {first.name}, {first.images:,} of {len(predictions.labels):,} test images"
     else:
         title += "\neach class against the rest (test images)"
-    about = [f"band: ± sd over the {k} models"] if k > 1 and len(found) <= _BANDS else []
-    about += [f"solid: mean of {k} models; dashed: ensemble"] if k > 1 and len(found) > 1 else []
-    about += [which] if (which := _which([r.estimate for r in found])) else []
+    about = [f"band: ± sd over the {k} models"] * band
+    about += [f"solid: mean of {k} models; dashed: ensemble"] * (k > 1 and not alone)
+    if any(r.estimate.new_model for r in found):
+        about.append("in brackets: 95 % interval, new patients and a newly trained model (ensemble: these models)")
+    elif any(r.estimate.these_models for r in found):
+        about.append(_THESE)
     about += [note for note in notes if note.startswith("shortened")]
     axes = ("1 − specificity", "sensitivity") if kind == "roc" else ("recall", "precision")
-    reference: Any = "diagonal" if kind == "roc" else first.share if len(found) == 1 else None
+    reference: Any = "diagonal" if kind == "roc" else first.share if alone else None
     for target in targets:
         plot_rates(curves, title, target, axes=axes, reference=reference, note="\n".join(about))
     headers = ["class", "images", "groups", f"{word} ± sd", "95 % interval", f"{word} of the ensemble", "95 % interval"]
-    rows = [
-        [
-            r.name, f"{r.images:,}", f"{r.groups:,}", _mean(r.estimate), _interval(r.estimate), _mean(r.ensemble),
-            _interval(r.ensemble),
-        ]
-        for r in found
-    ]  # fmt: skip
+    rows = [[r.name, f"{r.images:,}", f"{r.groups:,}", *_cells(r.estimate), *_cells(r.ensemble)] for r in found]
     records = [
         {
-            "class": r.name,
-            "images": r.images,
-            "groups": r.groups,
-            "mean": asdict(r.estimate),
+            "class": r.name, "images": r.images, "groups": r.groups, "mean": asdict(r.estimate),
             "ensemble": asdict(r.ensemble),
         }
         for r in found
-    ]
-    return Drawn(kind, title, first.name if len(found) == 1 else "", headers, rows, notes, records, list(targets))
+    ]  # fmt: skip
+    return RunFigure(kind, title, first.name if alone else "", headers, rows, notes, records)
 
 
-def _confusion(predictions: Predictions, title: str, targets: Sequence[Path]) -> Drawn:
+def _confusion(predictions: Predictions, title: str, targets: Sequence[Path]) -> RunFigure:
     names, one = predictions.class_names, predictions.ensemble()
     counts = confusion(one.labels, one.logits[0])
-    k, accuracy = len(predictions.logits), one.estimate("accuracy")
+    k = len(predictions.logits)
     models = f"ensemble of {k} models" if k > 1 else "one model"
-    title += f"\n{models}, accuracy {_told(accuracy)}"
+    title += f"\n{models}, accuracy {_score(one.estimate('accuracy'))}"
     for target in targets:
         plot_confusion(counts, names, title, target)
-    rows = [[name, *(f"{count:,}" for count in line)] for name, line in zip(names, counts.tolist(), strict=True)]
-    records = [
-        {"class": name, "predicted": dict(zip(names, line, strict=True))}
-        for name, line in zip(names, counts.tolist(), strict=True)
-    ]
+    lines = list(zip(names, counts.tolist(), strict=True))
+    rows = [[name, *(f"{count:,}" for count in line)] for name, line in lines]
+    records = [{"class": name, "predicted": dict(zip(names, line, strict=True))} for name, line in lines]
     notes = [f"rows: true classes; columns: predicted by the {models}"]
-    return Drawn("confusion", title, "", ["class", *names], rows, notes, records, list(targets))
+    return RunFigure("confusion", title, "", ["class", *names], rows, notes, records, list(targets))
 
 
 def _calibration(
     predictions: Predictions, kind: str, classes: Sequence[int], title: str, targets: Sequence[Path], notes: list[str]
-) -> Drawn:
-    k, curves, rows, records = len(predictions.logits), [], [], []
+) -> RunFigure:
+    k, alone = len(predictions.logits), len(classes) == 1
+    curves: list[Curve] = []
+    rows, records = [], []
     for c in classes:
         name, two = predictions.class_names[c], against_rest(predictions, c)
         found = calibration(two)
         last = found[-1]  # the ensemble, or the single model
-        if len(classes) == 1:
+        x, y = np.array([(b.predicted, b.observed) for b in last.bins]).T
+        label = f"slope {_value(last.slope, 2)}, Brier {_value(last.brier)}"
+        if alone:
             for z in two.logits if k > 1 else ():
-                single = calibration(replace(two, logits=z[None]), resamples=1)[-1].bins
-                curves.append(_curve("", "model", *_points(single), dashed=True))
+                bins = calibration(replace(two, logits=z[None]), resamples=1)[-1].bins
+                curves.append(_curve("", "model", *np.array([(b.predicted, b.observed) for b in bins]).T, dashed=True))
             low, high = np.array([wilson(b.positives / b.images, b.images) for b in last.bins]).T
-            label = f"intercept {_value(last.intercept, 2)}, slope {_value(last.slope, 2)}, Brier {_value(last.brier)}"
-            curves.append(_curve("ensemble: " * (k > 1) + label, "ensemble", *_points(last.bins), low, high))
+            label = "ensemble: " * (k > 1) + f"intercept {_value(last.intercept, 2)}, {label}"
+            curves.append(_curve(label, "ensemble", x, y, low, high))
         else:
-            label = f"{name}: slope {_value(last.slope, 2)}, Brier {_value(last.brier)}"
-            curves.append(_curve(label, name, *_points(last.bins)))
+            curves.append(_curve(f"{name}: {label}", name, x, y))
         for each in found:
             numbers = [_value(each.intercept), _value(each.slope), _value(each.brier), f"{each.ece:.4f}"]
             rows.append([name, each.models, *numbers, f"{len(each.bins)}" if each.bins else ""])
             records.append({"class": name, **asdict(each)})
     first = predictions.class_names[classes[0]]
     counts: list[int] = []
-    if len(classes) == 1:
+    if alone:
         one = against_rest(predictions.ensemble(), classes[0])
         counts = np.histogram(one.p[0, :, 1], bins=np.linspace(0, 1, 21))[0].tolist()
         title += f"\npositive: {first}, {int((one.labels == 1).sum()):,} of {len(one.labels):,} test images"
@@ -188,22 +173,16 @@ def _calibration(
         title += f"\neach class against the rest{', ensemble' if k > 1 else ''}"
     sizes = [b["images"] for record in records for b in record["bins"]]
     about = [
-        f"{len(records[-1]['bins'])} bins of {min(sizes):,}{f' to {max(sizes):,}' * (max(sizes) > min(sizes))} images"
+        f"{len(records[-1]['bins'])} bins of {min(sizes):,}{f' to {max(sizes):,}' * (max(sizes) > min(sizes))} images",
+        *["bars: 95 % interval of the share"] * alone,
+        *[f"dashed: each of the {k} models"] * (alone and k > 1),
     ]
-    about += ["bars: 95 % interval of the share"] if len(classes) == 1 else []
-    about += [f"dashed: each of the {k} models"] if len(classes) == 1 and k > 1 else []
-    about = ["; ".join(about), _THESE, *(note for note in notes if note.startswith("shortened"))]
-    axes = (f"probability of {first if len(classes) == 1 else 'the class'}", "share observed")
+    note = "\n".join(["; ".join(about), _THESE, *(note for note in notes if note.startswith("shortened"))])
+    axes = (f"probability of {first if alone else 'the class'}", "share observed")
     for target in targets:
-        plot_rates(
-            curves, title, target, axes=axes, reference="diagonal", points=True, counts=counts, note="\n".join(about)
-        )
+        plot_rates(curves, title, target, axes=axes, reference="diagonal", points=True, counts=counts, note=note)
     headers = ["class", "models", "intercept", "slope", "Brier score", "calibration error", "bins"]
-    return Drawn(kind, title, first if len(classes) == 1 else "", headers, rows, notes, records, list(targets))
-
-
-def _points(bins: Sequence[Bin]) -> tuple[FloatArray, FloatArray]:
-    return np.array([b.predicted for b in bins]), np.array([b.observed for b in bins])
+    return RunFigure(kind, title, first if alone else "", headers, rows, notes, records)
 
 
 def _curve(
@@ -221,24 +200,11 @@ def _value(value: Value, digits: int = 3) -> str:
     return signed(value.value, digits) + (f" ({bounds(value.interval, digits=digits)})" if value.interval else "")
 
 
-def _told(estimate: Estimate) -> str:
+def _score(estimate: Estimate) -> str:
     """``0.912 (0.880 to 0.941)``."""
     return f"{signed(estimate.mean, 3)} ({bounds(estimate.interval) or estimate.why})"
 
 
-def _which(estimates: Sequence[Estimate]) -> str:
-    """Which interval a legend has, in words."""
-    if any(e.new_model for e in estimates):
-        return "in brackets: 95 % interval, new patients and a newly trained model (ensemble: these models)"
-    there = any(e.these_models for e in estimates)
-    return _THESE if there else ""
-
-
-def _mean(estimate: Estimate) -> str:
-    if not math.isfinite(estimate.mean):
-        return ""
-    return f"{estimate.mean:.4f}" + ("" if estimate.std is None else f" ± {estimate.std:.4f}")
-
-
-def _interval(estimate: Estimate) -> str:
-    return estimate.why if estimate.interval is None else f"{estimate.interval[0]:.4f} – {estimate.interval[1]:.4f}"
+def _cells(estimate: Estimate) -> tuple[str, str]:
+    mean = score(estimate.mean, estimate.std, 4) if math.isfinite(estimate.mean) else ""
+    return mean, bounds(estimate.interval, digits=4, between=" – ") or estimate.why

@@ -1,4 +1,4 @@
-"""The images that a figure shows, and their embeddings: cached features, or what a fused head makes of them."""
+"""The images that figures and scores look at, with cached features or what a fused head makes of them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embcache.data.dataset import ImageDataset
-from embcache.data.draws import hash_order
-from embcache.errors import ProtocolError, UsageError, check_choice
+from embcache.config import DatasetRef
+from embcache.data.classes import ClassOptions
+from embcache.data.dataset import ImageDataset, find_dataset
+from embcache.data.draws import IntArray, hash_order
+from embcache.errors import ProtocolError, StoreNotFoundError, UsageError, check_choice
+from embcache.log import log
+from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.heads import make_head
 from embcache.probe.heads.dvme import Fusion
-from embcache.probe.inputs import divide_for
+from embcache.probe.inputs import cached_backbones, cached_datasets, divide_for, load_features, open_stores
+from embcache.probe.protocol import Sides
+from embcache.results.curves import refuse_untrusted
 from embcache.runs.folders import ProbeResult, load_heads
-from embcache.store.feature_store import FeatureStore
+from embcache.store.feature_store import FeatureStore, extract_command
 
 LIMIT = 2000
 """Images of a map in a figure of the paper: beyond it points hide each other."""
+
+MOST = 5_000
+"""Most training images that `rank` and `similarity` look at: beyond it values hardly change and time grows."""
 
 ROWS = ("test", "train", "all")
 
@@ -30,7 +39,7 @@ _CHUNK = 128  # images embedded at a time
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """Labelled images of a figure."""
+    """Labeled images of a figure."""
 
     ids: list[str]
     labels: NDArray[np.int64]  # (n,)
@@ -38,29 +47,94 @@ class Shown:
     remark: str  # which rows these are, in words
 
 
-def shown_images(
-    ds: ImageDataset,
-    stores: Sequence[FeatureStore],
-    *,
-    rows: str = "test",
-    most: int | None = None,
-    **protocol: Any,
-) -> Shown:
-    """The labelled images that the protocol tests on, or trains and validates on, or both; readable in every store.
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """The images of a dataset outside its test set, and the stores of several backbones over it."""
 
-    No folds are drawn, so any number of images of a class can be shown.
+    ds: ImageDataset
+    stores: dict[str, FeatureStore]
+    sides: Sides
+    rows: IntArray  # rows of the dataset that may train or validate, ascending; no test row is among them
+
+    def features(self, backbone: str, rows: IntArray) -> torch.Tensor:
+        """Raw features of some rows, float32 (n, D)."""
+        return load_features(self.stores[backbone], self.ds, self.sides.ids[rows])
+
+    def drawn(self, seed: int) -> IntArray:
+        """At most `MOST` rows, ascending, drawn by hash with the seed."""
+        if len(self.rows) <= MOST:
+            return self.rows
+        order = hash_order(seed, "analysis", self.sides.ids[self.rows].tolist())
+        return np.sort(self.rows[order[:MOST]])
+
+
+def open_dataset(name: str, ref: DatasetRef, home: PathLike | None) -> ImageDataset:
+    """A dataset with the classes that a reference drops and merges."""
+    ds, _ = find_dataset(name, ref, home=home)
+    return ClassOptions(ref.drop_class, ref.merge_class).of(ds)
+
+
+def open_datasets(
+    names: Sequence[str], ref: DatasetRef, home: PathLike | None, *, several: bool = False
+) -> list[ImageDataset]:
+    """Datasets by name; default: every one with cached features, with ``several`` those of at least two backbones."""
+    wanted = list(names or cached_datasets(home))
+    if not names and several and len(wanted) > 1:
+        lacking = [name for name in wanted if len(cached_backbones(name, home)) < 2]
+        for name in lacking:
+            log.info(f"{name} left out: fewer than two backbones cached")
+        wanted = [name for name in wanted if name not in lacking] or wanted
+    if not wanted:
+        raise StoreNotFoundError("nothing is cached", code="store-not-found", where=home_dir(home),
+                                 fix="embcache extract --backbone NAME --dataset NAME, or embcache demo")  # fmt: skip
+    if len(wanted) > 1 and (ref.data_root is not None or ref.name is not None):
+        raise UsageError("--data-root and --name are for one dataset", code="several-datasets",
+                         found=", ".join(wanted), fix="--dataset NAME")  # fmt: skip
+    return [open_dataset(name, ref, home) for name in wanted]
+
+
+def backbones_or_cached(ds: ImageDataset, backbones: Sequence[str], home: PathLike | None) -> list[str]:
+    """The named backbones, each once, or all whose features are cached; an error where there are none."""
+    names = list(dict.fromkeys(backbones)) or cached_backbones(ds.name, home)
+    if not names:
+        raise StoreNotFoundError(
+            f"no features are cached for {ds.name}", code="store-not-found", where=home_dir(home) / slug(ds.name),
+            fix=extract_command("NAME", ds, home),
+        )  # fmt: skip
+    return names
+
+
+def open_pool(
+    ds: ImageDataset,
+    backbones: Sequence[str] = (),
+    *,
+    home: PathLike | None = None,
+    recipe: str | None = None,
+    seed: int = 0,
+) -> Pool:
+    """Cached features of a dataset, of all backbones by default, without the test set that a probe would hold out."""
+    stores = open_stores(ds, [backbones_or_cached(ds, backbones, home)], home, recipe)
+    sides = divide_for(ds, list(stores.values()), seed=seed)
+    return Pool(ds, stores, sides, np.union1d(sides.pool, sides.own_val))
+
+
+def shown_images(
+    ds: ImageDataset, stores: Sequence[FeatureStore], *, rows: str = "test", most: int | None = None, **protocol: Any
+) -> Shown:
+    """The labeled images that the protocol tests on, or trains and validates on, or both; readable in every store.
+
+    No folds are drawn, so any number of images of a class can be shown. ``protocol`` is passed to `divide_for`.
     """
     check_choice("--rows", rows, ROWS)
     sides = divide_for(ds, stores, **protocol)
     pool = np.union1d(sides.pool, sides.own_val)
-    parts = {"test": sides.test, "train": pool, "all": np.union1d(sides.test, pool)}
-    chosen = parts[rows]
+    chosen = {"test": sides.test, "train": pool, "all": np.union1d(sides.test, pool)}[rows]
     chosen = chosen[sides.labels[chosen] >= 0]
     if not len(chosen):
         raise ProtocolError(
-            f"the labels of the {rows} images of {ds.name} are not known: there is nothing to colour by",
-            fix=("--test local", "--rows all"),
-        )
+            f"the labels of the {rows} images of {ds.name} are not known: there is nothing to color by",
+            code="no-test-labels", fix=("--test local", "--rows all"),
+        )  # fmt: skip
     words = {"test": f"{sides.test_set} test set", "train": "training and validation images", "all": "all images"}
     remark = words[rows]
     if most is not None and len(chosen) > most:
@@ -73,25 +147,21 @@ def shown_images(
 def fused_features(
     result: ProbeResult, run: Path, features: Mapping[str, NDArray[np.float32]]
 ) -> tuple[int, NDArray[np.float32]]:
-    """The embedding that a run of ``dvme`` makes of cached features, by its first fold that has a model.
-
-    Shapes: features (n, D).
-    """
+    """What a run of ``dvme`` makes of cached features (n, D) by its first fold with a model: the fold, and (n, P)."""
+    refuse_untrusted(result)
     head = make_head(**result.request["head"])
     if not isinstance(head, Fusion):
-        raise UsageError(
-            f"a run of {result.head} has no fused embedding", expected="a run of dvme", found=result.id,
-            fix="embcache results",
-        )  # fmt: skip
+        raise UsageError(f"a run of {result.head} has no fused embedding", code="other-head", expected="a run of dvme",
+                         found=result.id, fix="embcache results")  # fmt: skip
     heads = load_heads(run)
     place = next((place for place, params in enumerate(heads) if params), None)
     if place is None:
-        raise ProtocolError("no fold of this run has a model", found=result.id, where=run, fix="embcache probe --again")
+        raise ProtocolError("no fold of this run has a model", code="no-model", found=result.id, where=run,
+                            fix="embcache probe --again")  # fmt: skip
     params = {name: p[None] for name, p in heads[place].items()}
     x = {name: torch.from_numpy(features[name]) for name in result.backbones}
-    n = len(next(iter(x.values())))
     parts = [
         head.embed(params, {name: f[start : start + _CHUNK][None] for name, f in x.items()})[0]
-        for start in range(0, n, _CHUNK)
+        for start in range(0, len(next(iter(x.values()))), _CHUNK)
     ]
     return result.folds[place].fold, np.asarray(torch.cat(parts).float().numpy())

@@ -6,6 +6,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
+from sklearn.covariance import ledoit_wolf
 
 from embcache.cores import threads_for
 from embcache.data.draws import IntArray
@@ -18,7 +19,7 @@ def logme(x: NDArray[np.floating], y: IntArray) -> float:
     """Logarithm of maximum evidence (You et al. 2021): how well features explain labels by Bayesian linear regression.
 
     For each class, 0/1 targets are regressed on the features with a Gaussian prior of precision α and noise of
-    precision β; the log evidence per image, at the α and β that maximise it, is averaged over classes. The authors
+    precision β; the log evidence per image, at the α and β that maximize it, is averaged over classes. The authors
     iterate a fixed point; here β is solved for and λ = α/β searched, which finds the same maximum also where there are
     fewer images than features and the iteration breaks down.
 
@@ -37,7 +38,7 @@ def logme(x: NDArray[np.floating], y: IntArray) -> float:
 
 
 def h_score(x: NDArray[np.floating], y: IntArray) -> float:
-    """Regularised H-score (Ibrahim et al. 2021): between-class variance in units of the features' covariance.
+    """Regularized H-score (Ibrahim et al. 2021): between-class variance in units of the features' covariance.
 
     ``tr(Σ_α⁻¹ (1 − α) Σ_z)``, with Σ_α the Ledoit-Wolf estimate of the covariance, α its shrinkage, and Σ_z the
     covariance of the features replaced by their class means (both divided by n). Between 0 and the number of classes
@@ -45,12 +46,23 @@ def h_score(x: NDArray[np.floating], y: IntArray) -> float:
 
     Shapes: x (n, D); y (n,).
     """
-    with threads_for(x.size):
-        return _h_score(np.asarray(x, dtype=np.float64), np.asarray(y))
+    X, y = np.asarray(x, dtype=np.float64), np.asarray(y)
+    X = X - X.mean(axis=0)
+    if not X.any():
+        return 0.0
+    with threads_for(X.size):
+        covariance, shrinkage = ledoit_wolf(X, assume_centered=True)
+        classes, counts = np.unique(y, return_counts=True)
+        means = np.stack([X[y == c].mean(axis=0) for c in classes])  # (classes, D)
+        if shrinkage > 0:
+            solved = scipy.linalg.cho_solve(scipy.linalg.cho_factor(covariance), means.T)  # (D, classes)
+        else:  # nothing was shrunk, so that there may be no inverse
+            solved = np.linalg.pinv(covariance, hermitian=True) @ means.T
+    return float((1 - shrinkage) * (counts / len(X) * np.einsum("cd,dc->c", means, solved)).sum())
 
 
 def centroid_logits(x: NDArray[np.floating], y: IntArray, held: NDArray[np.floating], n_classes: int) -> Array:
-    """Nearest class centroid on features standardised by the training rows, as logits.
+    """Nearest class centroid on features standardized by the training rows, as logits.
 
     Shapes: x, held (n, D); y (n,); returns (m, C).
     """
@@ -58,29 +70,6 @@ def centroid_logits(x: NDArray[np.floating], y: IntArray, held: NDArray[np.float
     centroids = np.stack([z[y == c].mean(axis=0) for c in range(n_classes)])  # (C, D)
     squared = (h**2).sum(1)[:, None] - 2 * h @ centroids.T + (centroids**2).sum(1)
     return np.asarray(-0.5 * squared / x.shape[1])
-
-
-def _h_score(X: Array, y: IntArray) -> float:
-    X = X - X.mean(axis=0)
-    n, dim = X.shape
-    covariance = X.T @ X / n
-    scale = float(np.trace(covariance)) / dim
-    if scale == 0:
-        return 0.0
-    # Ledoit and Wolf (2004): how far the sample covariance is from a multiple of the identity, and how much of that
-    # distance is noise.
-    apart = float((covariance**2).sum()) / dim - scale**2
-    noise = (float(((X**2).sum(axis=1) ** 2).sum()) / n - float((covariance**2).sum())) / (n * dim)
-    shrinkage = min(max(noise, 0.0) / apart, 1.0) if apart > 0 else 1.0
-    covariance *= 1 - shrinkage
-    covariance[np.diag_indices(dim)] += shrinkage * scale
-    classes, counts = np.unique(y, return_counts=True)
-    means = np.stack([X[y == c].mean(axis=0) for c in classes])  # (classes, D)
-    if shrinkage > 0:
-        solved = scipy.linalg.cho_solve(scipy.linalg.cho_factor(covariance), means.T)  # (D, classes)
-    else:  # nothing was shrunk, so that there may be no inverse
-        solved = np.linalg.pinv(covariance, hermitian=True) @ means.T
-    return float((1 - shrinkage) * (counts / n * np.einsum("cd,dc->c", means, solved)).sum())
 
 
 def _spectrum(x: Array, targets: Array) -> tuple[Array, Array]:
@@ -107,7 +96,7 @@ def _max_evidence(s2: Array, t2: Array, rest: float, n: int) -> float:
         q = max(rest + float((t2 / (1 + shrunk)).sum()), np.finfo(np.float64).tiny)
         return float(np.log(q / n) + np.log1p(shrunk).sum() / n)
 
-    # The loss can have more than one minimum: a grid finds the neighbourhood of the lowest, then it is refined.
+    # The loss can have more than one minimum: a grid finds the neighborhood of the lowest, then it is refined.
     grid = np.log(s2.max()) + np.linspace(-30.0, 30.0, 121)
     best = int(np.argmin([loss(point) for point in grid]))
     low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]

@@ -138,7 +138,7 @@ class Resident(FeatureRows):
 
 
 class StoredRows(Protocol):
-    """What is streamed: an array that is read when indexed, as `embcache.store.features.Features` is."""
+    """What is streamed: an array that is read when indexed, as `embcache.store.feature_store.Features` is."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 The scores of K fold models on one test set have one covariance matrix, which says how they move together with the
 choice of test groups (patients). It comes from influence values summed by group (AUC, proportions) or from a bootstrap
-of groups (everything else); everything here and in `embcache.results.comparisons` is read off it::
+of groups (everything else); everything here and in `embcache.results.compare` is read off it::
 
     test variance of the mean over models      the mean of all entries
     test noise between models                  mean diagonal − mean off the diagonal

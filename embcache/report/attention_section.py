@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from embcache.data.classes import target_words
 from embcache.errors import StoreError
-from embcache.figures.run_attention import RunAttention, run_attention
+from embcache.figures.attention import RunAttention, run_attention
 from embcache.io import keep_file
 from embcache.paths import slug
 from embcache.probe.metrics import merit

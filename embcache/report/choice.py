@@ -9,8 +9,7 @@ from embcache.errors import EmbcacheError
 from embcache.probe.statistics import RESAMPLES
 from embcache.report.collect import Part, Task
 from embcache.results.advice import BackboneAdvice, advise_backbone, comparable
-from embcache.results.compare import Comparison, Tested, compare_tested, difference, load_tested, same_test
-from embcache.results.comparisons import Difference
+from embcache.results.compare import Comparison, Difference, Tested, compare_tested, difference, load_tested, same_test
 from embcache.runs.folders import ProbeResult
 
 

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from embcache.data.classes import target_words
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError, StoreNotFoundError
-from embcache.figures.coordinates import cached_map
-from embcache.figures.maps import PERPLEXITY, MapScores, decimals, score_map
+from embcache.figures.maps import PERPLEXITY, MapScores, cached_map, decimals, score_map
 from embcache.figures.shown import Shown, fused_features, shown_images
 from embcache.paths import slug
 from embcache.probe.inputs import cached_backbones, load_features, open_stores

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from embcache.config import DatasetRef
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
 from embcache.probe.metrics import METRICS, confusion, find_metric, metric_title
@@ -29,12 +31,10 @@ from embcache.report.words import (
     size_words,
 )
 from embcache.results.advice import Advice, advise
-from embcache.results.compare import INTERVALS, SPEAKS_OF
-from embcache.results.comparisons import Difference
+from embcache.results.compare import INTERVALS, SPEAKS_OF, Difference, subgroups
 from embcache.results.curves import curve_table
+from embcache.results.decisions import GRID, mean_curve
 from embcache.results.layout import Table, bounds, score, signed
-from embcache.results.rates import GRID, mean_curve
-from embcache.results.subgroups import score_subgroups
 from embcache.runs.result import Estimate
 
 MOST_LINES = 6
@@ -331,9 +331,10 @@ def _subgroups(
     if not names:
         return None
     try:
-        scored, told = score_subgroups(
-            [best.result.id], names[:MOST_COLUMNS], metrics=[task.metric], home=part.home, data_root=data_root
-        )
+        scored, told = subgroups(
+            [best.result.id], names[:MOST_COLUMNS], metrics=[task.metric], home=part.home,
+            ref=DatasetRef(data_root=None if data_root is None else Path(data_root)),
+        )  # fmt: skip
     except EmbcacheError as error:
         return Table("subgroups", "Subgroups", ("",), (), (f"not made: {error.problem}",))
     told = [note for note in told if note not in best.result.left_out]

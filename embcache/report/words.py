@@ -9,8 +9,8 @@ from embcache.probe.summary import training_notes
 from embcache.report.choice import Choice
 from embcache.report.collect import Task
 from embcache.results.advice import Advice
-from embcache.results.advice import Rival as Beside
-from embcache.results.comparisons import Difference
+from embcache.results.advice import Contender as Beside
+from embcache.results.compare import Difference
 from embcache.results.layout import bounds, score, signed
 from embcache.runs.result import Estimate
 

@@ -1,7 +1,8 @@
-"""Two questions answered in a sentence each from saved results: which backbone to take, and whether more labels help.
+"""Two sentences from saved results: which backbone to take, and whether more labels help.
 
-A backbone is chosen on validation alone; the test set only says how good it is and which others it cannot be told apart
-from. More labels help where the slope of the score over log2 of training labels is above 0 beyond chance (`doubling`).
+A backbone is chosen on validation alone; the test set only shows how good it is and which others cannot be
+distinguished from it. More labels help where the slope of the score over log2 of training labels is above 0 beyond
+chance (`doubling`).
 """
 
 from __future__ import annotations
@@ -17,16 +18,13 @@ from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
 from embcache.probe.metrics import METRICS, find_metric, merit, metric_title
 from embcache.probe.statistics import NOTHING, RESAMPLES, Scores, deviations, estimate, satterthwaite, t_quantile
-from embcache.results.compare import Comparison, Tested, compare_tested, load_tested, same_test
-from embcache.results.comparisons import Difference
-from embcache.results.curves import named_curves
+from embcache.results.compare import Comparison, Difference, Tested, compare_tested, load_tested, same_test
+from embcache.results.curves import metric_words, named_curves
 from embcache.results.layout import bounds, signed
 from embcache.runs.folders import ProbeResult, runs_dir
 
 LEVEL = 0.05
-"""A corrected p below it tells two models apart."""
-
-_MOST = 6  # names in a sentence
+"""A corrected p below it distinguishes two models."""
 
 Verdict = Literal["worse", "undecided", "better", "unknown"]
 Trend = Literal["rising", "unclear", "plateau", "flat", "falling", "one size", "unknown"]
@@ -35,14 +33,14 @@ Namer = Callable[[str], str]
 
 
 @dataclass(frozen=True)
-class Rival:
+class Contender:
     """A model beside the chosen one."""
 
     name: str
     run: str
-    difference: Difference  # its test score less that of the chosen model
+    difference: Difference  # its test score minus that of the chosen model
     p_holm: float | None  # corrected for all models compared at this size
-    verdict: Verdict  # of this model
+    verdict: Verdict  # on this model
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,11 @@ class BackboneAdvice:
     text: str  # one sentence
     name: str
     run: str
-    n_train: int  # training labels of a fold
+    n_train: int  # training labels per fold
     metric: str
     mean: float  # its test score, over folds
     interval: tuple[float, float] | None  # 95 %, as tables show it
-    rivals: tuple[Rival, ...]  # by falling validation score
+    rivals: tuple[Contender, ...]  # by falling validation score
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class LabelsAdvice:
     name: str  # the model
     metric: str
     trend: Trend  # of a loss, rising is getting better
-    sizes: tuple[int, ...]  # training labels of a fold, ascending
+    sizes: tuple[int, ...]  # training labels per fold, ascending
     means: tuple[float, ...]  # test scores
     doubling: Difference | None = None  # change of the score with twice the labels, over all sizes; None for one size
     plateau_from: int | None = None  # the size that begins a plateau
@@ -76,13 +74,13 @@ class LabelsAdvice:
 
 @dataclass(frozen=True)
 class Advice:
-    """What saved results of one dataset, target and metric answer."""
+    """Both sentences for saved results of one dataset, target and metric."""
 
     dataset: str
     target: str
     metric: str
     backbone: BackboneAdvice | None  # none where no size has two backbones that can be compared
-    labels: LabelsAdvice | None  # of the chosen model, or the one of the most sizes; None where nothing was validated
+    labels: LabelsAdvice | None  # of the chosen model, or the one of the most sizes; None without validation scores
     problems: tuple[str, ...] = ()  # runs whose predictions cannot be read
 
     @property
@@ -92,9 +90,9 @@ class Advice:
 
     @property
     def sentences(self) -> list[str]:
-        """What a table of these results says beneath: nothing of one backbone, nothing of one size."""
-        told = [] if self.backbone is None else [self.backbone.text]
-        return told if self.labels is None or len(self.labels.sizes) < 2 else [*told, self.labels.text]
+        """What stands beneath a table of these results: nothing for one backbone, nothing for one size."""
+        found = [] if self.backbone is None else [self.backbone.text]
+        return found if self.labels is None or len(self.labels.sizes) < 2 else [*found, self.labels.text]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
@@ -102,7 +100,7 @@ class Advice:
 
 
 def advise(results: Sequence[ProbeResult], *, home: PathLike | None = None, resamples: int = RESAMPLES) -> list[Advice]:
-    """Answer both questions for every dataset, target and metric among saved results."""
+    """Both sentences for every dataset, target and metric among saved results."""
     tasks: dict[tuple[Any, ...], list[ProbeResult]] = {}
     for result in results:
         if result.mean is not None and result.val_mean is not None and result.kind != "kaggle":
@@ -112,12 +110,13 @@ def advise(results: Sequence[ProbeResult], *, home: PathLike | None = None, resa
 
 
 def sentences(advice: Sequence[Advice]) -> list[str]:
-    """What a table of results says beneath, each named by its dataset and target where there are several."""
+    """What stands beneath a table of results, each with its dataset and target where there are several."""
     several = len({each.title for each in advice}) > 1
-    told = [
-        (each.title, line) for each in advice for line in (*each.sentences, *(f"not read: {p}" for p in each.problems))
+    return [
+        f"{each.title}: {line}" if several else line
+        for each in advice
+        for line in (*each.sentences, *(f"not read: {p}" for p in each.problems))
     ]
-    return [f"{title}: {line}" if several else line for title, line in told]
 
 
 def _advise(models: Mapping[str, Sequence[ProbeResult]], home: PathLike | None, resamples: int) -> Advice:
@@ -141,21 +140,16 @@ def _advise(models: Mapping[str, Sequence[ProbeResult]], home: PathLike | None, 
             continue
         tested = load({name: at[name] for name in family})
         alike = [name for name in tested if same_test(next(iter(tested.values())), tested[name])]
-        if len({at[name].backbones for name in alike}) < 2:
-            continue
-        rows = compare_tested([tested[name] for name in alike], resamples=resamples)
-        chosen = advise_backbone(alike, rows, n)
-        break
+        if len({at[name].backbones for name in alike}) >= 2:
+            chosen = advise_backbone(alike, compare_tested([tested[name] for name in alike], resamples=resamples), n)
+            break
     # The curve of the chosen model; where it has one size only, or none was chosen, of the one with the most sizes.
-    order = sorted(models, key=lambda name: (-len(models[name]), -_validated(max(models[name], key=_size))))
+    largest = {name: max(members, key=lambda r: r.n_train) for name, members in models.items()}
+    order = sorted(models, key=lambda name: (-len(models[name]), -_validated(largest[name])))
     name = chosen.name if chosen is not None and len(models[chosen.name]) > 1 else order[0]
     curve = list(load({r.id: r for r in models[name]}).values())
     labels = advise_labels(name, curve, shortened=_namer(models), resamples=resamples) if curve else None
     return Advice(first.dataset, first.target, first.metric, chosen, labels, tuple(problems))
-
-
-def _size(result: ProbeResult) -> int:
-    return result.n_train
 
 
 def _validated(result: ProbeResult) -> float:
@@ -166,17 +160,13 @@ def _validated(result: ProbeResult) -> float:
 def comparable(at: Mapping[str, ProbeResult]) -> list[str]:
     """Names of the models at one size whose validation scores can be compared, the best first.
 
-    Those share the digest of their splits; where there are several such families, the one of the most backbones, then
-    of the most models, then with the most labels. The test set plays no part in the order.
+    These share the digest of their splits; of several such families, the one with the most backbones, then the most
+    models, then the most labels is taken. The test set plays no part in the order.
     """
     families: dict[str, list[str]] = {}
     for name, result in at.items():
         families.setdefault(str(result.request.get("splits", "")), []).append(name)
-
-    def rank(names: list[str]) -> tuple[int, int, int]:
-        return len({at[name].backbones for name in names}), len(names), at[names[0]].labels_used
-
-    family = max(list(families.values()), key=rank)
+    family = max(families.values(), key=lambda f: (len({at[n].backbones for n in f}), len(f), at[f[0]].labels_used))
     return sorted(family, key=lambda name: (-_validated(at[name]), name))
 
 
@@ -192,21 +182,21 @@ def advise_backbone(names: Sequence[str], rows: Sequence[Comparison], n_train: i
             verdict = "unknown"
         elif row.p_holm is not None and row.p_holm < LEVEL:
             verdict = "better" if (row.difference.difference > 0) is not loss else "worse"
-        rivals.append(Rival(name, row.run, row.difference, row.p_holm, verdict))
+        rivals.append(Contender(name, row.run, row.difference, row.p_holm, verdict))
     short = _namer(names)
-    told = {v: _listed([short(r.name) for r in rivals if r.verdict == v]) for v in get_args(Verdict)}
+    listed = {v: _listed([short(r.name) for r in rivals if r.verdict == v]) for v in get_args(Verdict)}
     these = "" if all(r.difference.trained for r in rivals) else " (as trained here)"
     parts = {
-        "worse": f"it is better than {told['worse']}{these}, Holm-corrected p < {LEVEL:g}",
-        "undecided": f"it cannot be told apart from {told['undecided']}{these}",
-        "better": f"{told['better']} scored better on the test images{these}, which play no part in the choice",
-        "unknown": f"there are too few patients to compare it with {told['unknown']}",
+        "worse": f"it is better than {listed['worse']}{these}, Holm-corrected p < {LEVEL:g}",
+        "undecided": f"it cannot be distinguished from {listed['undecided']}{these}",
+        "better": f"{listed['better']} scored better on the test images{these}, which play no part in the choice",
+        "unknown": f"there are too few patients to compare it with {listed['unknown']}",
     }
-    metric = metric_title(first.metric, first.estimate.positive)
     text = (
         f"Take {short(names[0])}: it scored best on validation with {n_train:,} training labels and reaches a test "
-        f"{metric} of {signed(first.mean, 3)}{_bounds(first.interval) or f' ({first.estimate.why})'}; "
-        f"{'; '.join(words for verdict, words in parts.items() if told[verdict])}."
+        f"{metric_title(first.metric, first.estimate.positive)} of {signed(first.mean, 3)}"
+        f"{_bounds(first.interval) or f' ({first.estimate.why})'}; "
+        f"{'; '.join(words for verdict, words in parts.items() if listed[verdict])}."
     )
     return BackboneAdvice(text, names[0], first.run, n_train, first.metric, first.mean, first.interval, tuple(rivals))
 
@@ -219,63 +209,54 @@ def advise_labels(
     last = ordered[-1]
     ordered = [t for t in ordered if same_test(last, t)]
     result = last.result
-    loss = find_metric(result.metric, len(result.class_names)).loss
-    title = metric_title(result.metric, "" if result.estimate is None else result.estimate.positive)
     sizes, means = tuple(t.result.n_train for t in ordered), tuple(float(t.result.mean or 0.0) for t in ordered)
     if len(sizes) == 1:
         text = (
-            f"Whether more labels help cannot be told from one size, {sizes[0]:,} training labels; --subset "
-            "20,50,100,F gives several."
+            f"One size, {sizes[0]:,} training labels, does not show whether more labels help; --subset 20,50,100,F "
+            "gives several."
         )
         return LabelsAdvice(text, name, result.metric, "one size", sizes, means)
     positive = last.predictions.positive
     scores = [replace(t.predictions, positive=positive).scores(result.metric, resamples) for t in ordered]
+    slopes = {k: doubling(scores[k:], ordered[k:]) for k in range(len(sizes) - 1)}
+    better = -1 if find_metric(result.metric, len(result.class_names)).loss else 1
 
-    def slope(start: int) -> Difference:
-        return doubling(scores[start:], ordered[start:])
+    def ends(d: Difference) -> tuple[float, float]:
+        """Bounds of a change for the better: the least and the most; without an interval nothing is excluded."""
+        low, high = sorted(better * end for end in d.interval or (-math.inf, math.inf))
+        return low, high
 
-    def rises(d: Difference) -> bool:
-        return d.interval is not None and (d.interval[1] < 0 if loss else d.interval[0] > 0)
-
-    def flattens(d: Difference, whole: Difference) -> bool:
-        low, high = d.interval or (-math.inf, math.inf)
-        return low > whole.difference if loss else high < whole.difference
-
-    overall, plateau = slope(0), None
-    # The end of the curve spans a doubling at least, so that two sizes close together do not pass for a plateau.
+    overall, plateau = slopes[0], None
+    # The end of the curve spans at least a doubling, so that two sizes close together do not pass for a plateau.
     start = max([k for k, n in enumerate(sizes) if 2 * n <= sizes[-1]], default=0)
     trend: Trend = "rising"
     if overall.interval is None:
         trend = "unknown"
-    elif not rises(overall):
-        trend = "falling" if (overall.interval[0] > 0 if loss else overall.interval[1] < 0) else "flat"
-    elif not rises(slope(start)):
-        ends = {k: slope(k) for k in range(1, start + 1)}
-        flatter = [k for k, d in ends.items() if not rises(d) and flattens(d, overall)]
-        trend, start = "unclear", next(k for k, d in ends.items() if not rises(d))
+    elif ends(overall)[0] <= 0:
+        trend = "falling" if ends(overall)[1] < 0 else "flat"
+    elif ends(slopes[start])[0] <= 0:
+        level = [k for k in range(1, start + 1) if ends(slopes[k])[0] <= 0]
+        flatter = [k for k in level if ends(slopes[k])[1] < better * overall.difference]
+        trend, start = "unclear", level[0]
         if flatter:
             trend, start, plateau = "plateau", flatter[0], sizes[flatter[0]]
-    end = slope(start)
     begin = {
         "rising": "More labels still help",
         "unclear": f"More labels help, though from {sizes[start]:,} on alone no gain was shown",
         "plateau": f"More labels help up to {sizes[start]:,}, beyond which no further gain was shown",
         "flat": "No gain from more labels was shown",
         "falling": "More labels make it worse",
-        "unknown": f"Whether more labels help cannot be told ({overall.why})",
+        "unknown": f"Whether more labels help cannot be determined ({overall.why})",
     }[trend]
     text = (
-        f"{begin}: {(shortened or _spoken)(name)} reaches a test {title} of "
+        f"{begin}: {(shortened or _in_brackets)(name)} reaches a test {metric_words(result)} of "
         f"{_listed([signed(m, 3) for m in means], 12)} with {_listed([f'{n:,}' for n in sizes], 12)} training labels"
     )
     if overall.interval is not None:
         text += f"; a doubling changes it by {_change(overall)}"
-        text += (
-            f", from {sizes[start]:,} on by {_change(end)}"
-            if trend in ("rising", "unclear", "plateau") and start
-            else ""
-        )
-    return LabelsAdvice(text + ".", name, result.metric, trend, sizes, means, overall, plateau, end)
+        if trend in ("rising", "unclear", "plateau") and start:
+            text += f", from {sizes[start]:,} on by {_change(slopes[start])}"
+    return LabelsAdvice(text + ".", name, result.metric, trend, sizes, means, overall, plateau, slopes[start])
 
 
 def doubling(scores: Sequence[Scores], tested: Sequence[Tested]) -> Difference:
@@ -309,22 +290,20 @@ def doubling(scores: Sequence[Scores], tested: Sequence[Tested]) -> Difference:
         return Difference(slope, None, None, None, None, trained, why)
     df, error = satterthwaite(*parts), math.sqrt(variance)
     t95 = t_quantile(0.95, df)
-    p = float(2 * stdtr(df, -abs(slope) / error))
-    smallest = (t95 + t_quantile(0.6, df)) * error  # the 0.8 quantile
+    p, smallest = float(2 * stdtr(df, -abs(slope) / error)), (t95 + t_quantile(0.6, df)) * error  # 0.8 quantile
     return Difference(slope, (slope - t95 * error, slope + t95 * error), p, smallest, None, trained)
 
 
 def _change(d: Difference) -> str:
-    these = "" if d.trained else ", these models"
-    assert d.interval is not None
-    return f"{signed(d.difference, 3, plus=True)}{_bounds(d.interval, plus=True, words=these)}"
+    words = _bounds(d.interval, plus=True, words="" if d.trained else ", these models")
+    return f"{signed(d.difference, 3, plus=True)}{words}"
 
 
 def _bounds(interval: tuple[float, float] | None, *, plus: bool = False, words: str = "") -> str:
     return "" if interval is None else f" (95 % interval {bounds(interval, plus=plus)}{words})"
 
 
-def _spoken(name: str) -> str:
+def _in_brackets(name: str) -> str:
     """``dino (linear)`` for ``dino, linear``."""
     first, _, rest = name.partition(", ")
     return f"{first} ({rest})" if rest else first
@@ -333,10 +312,10 @@ def _spoken(name: str) -> str:
 def _namer(names: Iterable[str]) -> Namer:
     """Models are called by their backbones alone where nothing else sets them apart."""
     alone = len({name.partition(", ")[2] for name in names}) == 1
-    return (lambda name: name.partition(", ")[0]) if alone else _spoken
+    return (lambda name: name.partition(", ")[0]) if alone else _in_brackets
 
 
-def _listed(names: Sequence[str], most: int = _MOST) -> str:
+def _listed(names: Sequence[str], most: int = 6) -> str:
     """``a, b and c``; of many the first and how many others; nothing of none."""
     if len(names) > most:
         return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} others"

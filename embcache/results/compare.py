@@ -1,48 +1,71 @@
-"""Two or more results on the same test images: differences with intervals, Holm over one family.
+"""Results on the same test images: differences with intervals, Holm's correction, scores within subgroups.
 
-Folds are no paired samples (their training sets overlap), so nothing is tested over folds alone: a difference has the
-variance of the test groups, which both results share, and that of training, which their folds show
-(`embcache.results.comparisons.compare`).
+Folds are not paired samples (their training sets overlap), so nothing is tested over folds alone. A difference has the
+variance of the test groups, which both results share, and that of training, which the folds show (`compare_scores`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from embcache.errors import ProtocolError, UsageError
+from embcache.config import DatasetRef
+from embcache.data.classes import column_values
+from embcache.data.dataset import find_dataset
+from embcache.errors import ProtocolError, StoreError, UsageError, first_few
 from embcache.paths import PathLike
 from embcache.probe.metrics import FloatArray, IntArray
 from embcache.probe.predictions import Predictions
-from embcache.probe.statistics import RESAMPLES, Scores
-from embcache.probe.statistics import estimate as estimate_scores
+from embcache.probe.statistics import (
+    LARGEST_OVERLAP,
+    NOTHING,
+    RESAMPLES,
+    Scores,
+    deviations,
+    estimate,
+    satterthwaite,
+    t_quantile,
+    training_variance_of,
+    wilson,
+)
 from embcache.probe.summary import load_run_predictions
-from embcache.results.comparisons import Difference, compare, holm
 from embcache.runs.folders import ProbeResult, find_run_anywhere
 from embcache.runs.result import Estimate
-
-if TYPE_CHECKING:
-    from embcache.results.subgroups import Subgroup
 
 INTERVALS = (
     "95 % interval: for new patients and a newly trained model, where folds show how much training varies; else for "
     "new patients and these models"
 )
 SPEAKS_OF = {
-    True: "the difference is one of procedures, trained anew on other images of this kind",
-    False: "the difference is one of these trained models: how much training varies is not in it",
+    True: "the difference is one of procedures, trained anew on other images like these",
+    False: "the difference is one of these trained models and does not include how much training varies",
 }
+NO_VALUE = "(no value)"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two procedures' expected scores, or of these models' scores, on the same test groups."""
+
+    difference: float
+    interval: tuple[float, float] | None  # 95 %
+    p: float | None  # two-sided, of no difference
+    smallest: float | None  # smallest difference that this test set could have shown: 80 % power at 5 %
+    p_margin: float | None  # of two one-sided tests that the difference is at least the margin
+    trained: bool  # the variance of training is included: of the procedures, else of these models
+    why: str = ""  # why there is no interval
 
 
 @dataclass(frozen=True, eq=False)
 class Tested:
-    """A result and its predictions of labeled test images, sorted by id."""
+    """A result and its predictions of labeled test images, sorted by ID."""
 
     __test__ = False  # not a test case of pytest
 
@@ -64,11 +87,6 @@ class Tested:
         """Of the images, (n,)."""
         return self.predictions.labels
 
-    @property
-    def p(self) -> FloatArray:
-        """Class probabilities (K, n, C) by every fold that has a model."""
-        return self.predictions.p
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -81,10 +99,10 @@ class Comparison:
     subset: str
     metric: str
     estimate: Estimate  # mean over the folds, sd and both intervals
-    difference: Difference | None = None  # mean less that of the reference; None for the reference
+    difference: Difference | None = None  # mean minus that of the reference; None for the reference
     p_holm: float | None = None  # its p after Holm's correction for all results compared with the reference
-    notes: tuple[str, ...] = ()  # what the result says of its test groups, on which all the rest depends
-    labels_used: int = 0  # of a fold, training and validation
+    notes: tuple[str, ...] = ()  # what the result says about its test groups, on which everything else depends
+    labels_used: int = 0  # per fold, training and validation
 
     @property
     def mean(self) -> float:
@@ -106,7 +124,32 @@ class Comparison:
         return asdict(self)
 
 
-def compare_runs(
+@dataclass(frozen=True)
+class Subgroup:
+    """One run within one subgroup of its test images."""
+
+    run: str
+    metric: str
+    column: str
+    value: str
+    n_images: int
+    n_groups: int
+    mean: float | None
+    std: float | None
+    interval: tuple[float, float] | None  # 95 %, as tables show it; None with the reason in ``why``
+    lacks: tuple[str, ...] = ()  # classes of the test set without an image here: too small to be scored
+    labels_used: int = 0  # per fold of the run, training and validation
+    why: str = ""  # why there is no interval
+    positive: str = ""  # the class that an asymmetric metric is of
+    difference: Difference | None = None
+    p_holm: float | None = None  # its p, corrected for all runs, metrics and subgroups
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data, every field by its name."""
+        return asdict(self)
+
+
+def compare(
     runs: Sequence[str],
     *,
     reference: str | None = None,
@@ -115,18 +158,47 @@ def compare_runs(
     home: PathLike | None = None,
     resamples: int = RESAMPLES,
 ) -> list[Comparison]:
-    """Compare results with one reference on the same test images."""
+    """Compare saved results with one reference on the same test images.
+
+    Parameters
+    ----------
+    runs : sequence of str
+        IDs of runs, or unique prefixes.
+    reference : str, optional
+        The run to compare with; default the first.
+    metrics : sequence of str, optional
+        Metrics other than the runs' own.
+    margin : float, optional
+        Also test equivalence: that a difference is smaller than this on either side.
+    home : path, optional
+        Folder of stores and runs.
+    resamples : int
+        Of the bootstrap, for metrics that need it.
+
+    Returns
+    -------
+    list of Comparison
+        One row per run and metric, the reference first; p-values are corrected by Holm as one family.
+
+    Raises
+    ------
+    UsageError
+        Fewer than two runs, or a margin that is not above 0.
+    ProtocolError
+        The runs are of different tasks or were not tested on the same images.
+    """
     if margin is not None and not margin > 0:
-        raise UsageError("a margin is a difference above 0", found=f"{margin:g}", where="--margin", fix="--margin 0.02")
-    first = None if reference is None else find_run_anywhere(reference, home)
+        raise UsageError("a margin is a difference above 0", code="option-bounds", found=f"{margin:g}",
+                         where="--margin", fix="--margin 0.02")  # fmt: skip
+    first = [] if reference is None else [find_run_anywhere(reference, home)]
     found = [find_run_anywhere(run, home) for run in runs]
-    ordered = {path: result for result, path in ([first] if first else []) + found}  # a run named twice counts once
+    ordered = {path: result for result, path in first + found}  # a run that is named twice counts once
     if len(ordered) < 2:
         raise UsageError(
-            "a comparison needs two runs" + (", and these names are all of one" if len(found) > 1 else ""),
-            found=", ".join(result.id for result in ordered.values()) or "none",
+            "a comparison needs two runs" + (", and all of these names mean one run" if len(found) > 1 else ""),
+            code="too-few-runs", found=", ".join(result.id for result in ordered.values()) or "none",
             fix="embcache compare RUN RUN …   (embcache results lists them)",
-        )
+        )  # fmt: skip
     tested = [load_tested(result, path) for path, result in ordered.items()]
     return compare_tested(tested, metrics=metrics, margin=margin, resamples=resamples)
 
@@ -141,28 +213,24 @@ def compare_tested(
     """Compare results whose predictions are read already with the first of them; p of all metrics are one family."""
     for other in tested[1:]:
         _check_same_test(tested[0], other, bool(metrics))
-    # One positive class for all: that of the reference.
-    positive = tested[0].predictions.positive
+    positive = tested[0].predictions.positive  # one positive class for all: that of the reference
     rows = []
     for metric in metrics or (tested[0].result.metric,):
         scores = [replace(t.predictions, positive=positive).scores(metric, resamples) for t in tested]
         rows.append(_row(tested[0], scores[0]))
         for t, s in zip(tested[1:], scores[1:], strict=True):
             rows.append(replace(_row(t, s), difference=difference(tested[0], scores[0], t, s, margin)))
-    return corrected(rows)
+    return _corrected(rows)
 
 
-Row = TypeVar("Row", "Comparison", "Subgroup")
+Row = TypeVar("Row", Comparison, Subgroup)
 
 
-def corrected(rows: Sequence[Row]) -> list[Row]:
+def _corrected(rows: Sequence[Row]) -> list[Row]:
     """The rows with Holm's correction of all their differences as one family."""
-    known = [row.difference.p for row in rows if row.difference is not None and row.difference.p is not None]
-    adjusted = iter(holm(known))
-    return [
-        row if row.difference is None or row.difference.p is None else replace(row, p_holm=next(adjusted))
-        for row in rows
-    ]
+    p = [None if row.difference is None else row.difference.p for row in rows]
+    adjusted = iter(holm([value for value in p if value is not None]))
+    return [row if value is None else replace(row, p_holm=next(adjusted)) for row, value in zip(rows, p, strict=True)]
 
 
 def difference(
@@ -171,7 +239,7 @@ def difference(
     """Of a result from a reference, by scores on the same test rows."""
     overlaps = [x.predictions.overlap for x in (t, reference)]
     shared = None if overlaps[0] is None or overlaps[1] is None else (overlaps[0], overlaps[1])
-    return compare(scores, against, overlap=shared, folds=t.predictions.folds, margin=margin)
+    return compare_scores(scores, against, overlap=shared, folds=t.predictions.folds, margin=margin)
 
 
 def same_test(a: Tested, b: Tested) -> bool:
@@ -184,6 +252,7 @@ def load_tested(result: ProbeResult, path: Path) -> Tested:
     if result.kind == "kaggle" or result.mean is None:
         raise ProtocolError(
             f"the test labels of run {result.id} are not known, so its predictions cannot be scored",
+            code="no-test-labels",
             expected="a run with --test local, or on a dataset whose test labels are public",
             found=f"{result.kind} on {result.dataset}, test set {result.test_set}",
             fix=f"embcache probe --test local --dataset {result.dataset} --head {result.head} --subset {result.subset}",
@@ -192,55 +261,227 @@ def load_tested(result: ProbeResult, path: Path) -> Tested:
 
 
 def _check_same_test(a: Tested, b: Tested, other_metric: bool) -> None:
-    words = {"dataset": "datasets", "target": "targets", "metric": "metrics", "class_names": "classes"}
-    if other_metric:
-        del words["metric"]
-    for what, several in words.items():
-        mine, theirs = getattr(a.result, what), getattr(b.result, what)
+    one, other = a.result, b.result
+    metrics = () if other_metric else (("metrics", one.metric, other.metric),)
+    for several, mine, theirs in (
+        ("datasets", one.dataset, other.dataset), ("targets", one.target, other.target), *metrics,
+        ("classes", one.class_names, other.class_names),
+    ):  # fmt: skip
         if mine != theirs:
             raise ProtocolError(
-                f"runs of different {several} cannot be compared",
-                found=f"{a.result.id}: {_told(mine)}\n{b.result.id}: {_told(theirs)}",
-                fix="embcache results",
-            )
+                f"runs of different {several} cannot be compared", code="different-tasks",
+                found=f"{a.result.id}: {_printed(mine)}\n{b.result.id}: {_printed(theirs)}", fix="embcache results",
+            )  # fmt: skip
     apart = set(a.ids) ^ set(b.ids)
     frames = [pd.DataFrame({"id": t.ids, "label": t.labels, "group": t.groups}) for t in (a, b)]
     if not apart and not frames[0].equals(frames[1]):
         apart = set(frames[0]["id"][(frames[0] != frames[1]).any(axis=1)])
     if apart:
         raise ProtocolError(
-            "the runs were not tested on the same images, labels and groups",
+            "the runs were not tested on the same images, labels and groups", code="different-test-sets",
             expected=f"{len(a.ids):,} test images of {a.result.id} ({a.result.test_set})",
             found=f"{len(b.ids):,} of {b.result.id} ({b.result.test_set}); {len(apart):,} differ: {min(apart)!r} …",
             fix="probe both again: embcache probe --again …, with the same --test and --splits",
-        )
+        )  # fmt: skip
 
 
-def _told(value: object) -> str:
+def _printed(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value) or "the labels"
 
 
 def _row(t: Tested, scores: Scores) -> Comparison:
-    result = t.result
+    r = t.result
+    notes = [*(note for note in r.notes if note.startswith("ungrouped")), *r.left_out]
+    if scores.metric.key == "accuracy" and r.majority is not None:
+        notes.append(f"always predicting {r.majority[0]!r} has an accuracy of {r.majority[1]:.4f} on these test images")
+    found = estimate(scores, t.predictions.overlap, t.predictions.folds)
     return Comparison(
-        run=result.id,
-        dataset=result.dataset,
-        backbones=result.backbones,
-        head=result.head,
-        subset=result.subset,
-        metric=scores.metric.key,
-        estimate=estimate_scores(scores, t.predictions.overlap, t.predictions.folds),
-        notes=(
-            *(note for note in result.notes if note.startswith("ungrouped")),
-            *result.left_out,
-            *_baseline(t, scores),
-        ),
-        labels_used=result.labels_used,
-    )
+        r.id, r.dataset, r.backbones, r.head, r.subset, scores.metric.key, found, notes=tuple(notes),
+        labels_used=r.labels_used,
+    )  # fmt: skip
 
 
-def _baseline(t: Tested, scores: Scores) -> list[str]:
-    if scores.metric.key != "accuracy" or t.result.majority is None:
-        return []
-    name, share = t.result.majority
-    return [f"always predicting {name!r} has an accuracy of {share:.4f} on these test images"]
+# Within subgroups.
+
+
+def subgroups(
+    runs: Sequence[str],
+    by: Sequence[str],
+    *,
+    metrics: Sequence[str] = (),
+    ref: DatasetRef = DatasetRef(),
+    home: PathLike | None = None,
+    resamples: int = RESAMPLES,
+) -> tuple[list[Subgroup], list[str]]:
+    """Score runs within the subgroups that columns of the dataset's table make of the test images.
+
+    Parameters
+    ----------
+    runs : sequence of str
+        IDs of runs, or unique prefixes; each is also compared with the first, where both have the same test images.
+    by : sequence of str
+        Columns: ages come in bands, other numbers in quarters.
+    metrics : sequence of str, optional
+        Metrics other than the runs' own.
+    ref : DatasetRef
+        Where the dataset is.
+    home, resamples
+        As for `compare`.
+
+    Returns
+    -------
+    (list of Subgroup, list of str)
+        One row per run, metric and subgroup, and notes.
+
+    Raises
+    ------
+    UsageError
+        No run or no column, or a column that does not exist.
+    StoreError
+        Test images of a run are no longer in the dataset.
+    """
+    if not runs or not by:
+        raise UsageError("subgroups need runs and columns", code="nothing-named",
+                         fix="embcache subgroups RUN --by sex,age")  # fmt: skip
+    rows: list[Subgroup] = []
+    first: Tested | None = None
+    notes: dict[str, None] = {}
+    for run in runs:
+        tested = load_tested(*find_run_anywhere(run, home))
+        dataset, _ = find_dataset(tested.result.dataset, ref, home=home)
+        place = pd.Index(dataset.ids).get_indexer(pd.Index(tested.ids))
+        if gone := tested.ids[place < 0].tolist():
+            raise StoreError(
+                f"{len(gone):,} test images of run {tested.result.id} are no longer in {dataset.name}",
+                code="images-gone", found=first_few(gone), where=dataset.root,
+                fix="name the folder that the run was made from with --data-root",
+            )  # fmt: skip
+        first = first or tested
+        against = first if tested is not first and same_test(first, tested) else None
+        notes |= dict.fromkeys(tested.result.left_out)
+        parts: list[tuple[str, str, NDArray[np.bool_]]] = [("", "all", np.ones(len(place), dtype=bool))]
+        for name in by:
+            column = column_values(dataset, name)
+            notes |= dict.fromkeys(column.notes)
+            values = {value: np.asarray(column.of[place] == value, dtype=bool) for value in (*column.values, "")}
+            parts += [(column.name, value or NO_VALUE, members) for value, members in values.items() if members.any()]
+        for metric in metrics or (tested.result.metric,):
+            for column_name, value, members in parts:
+                row = _score_part(tested, metric, members, against, resamples)
+                rows.append(replace(row, column=column_name, value=value))
+    return _corrected(rows), list(notes)
+
+
+def _score_part(t: Tested, metric: str, members: NDArray[np.bool_], against: Tested | None, resamples: int) -> Subgroup:
+    """One row; without scores where a class of the test set is missing, since that is another task."""
+    found = t.predictions.take(members)
+    lacks = tuple(t.result.class_names[c] for c in sorted(set(t.labels.tolist()) - set(found.labels.tolist())))
+    row = Subgroup(t.result.id, metric, "", "", len(found.ids), len(set(found.groups)), None, None, None, lacks,
+                   t.result.labels_used)  # fmt: skip
+    if lacks:
+        return row
+    scores = found.scores(metric, resamples)
+    e = estimate(scores, found.overlap, found.folds)
+    apart = None
+    if against is not None:
+        other = replace(against.predictions, positive=found.positive).take(members).scores(metric, resamples)
+        apart = difference(against, other, t, scores)
+    return replace(row, metric=e.metric, mean=e.mean, std=e.std, interval=e.interval, why=e.why, positive=e.positive,
+                   difference=apart)  # fmt: skip
+
+
+# The statistics of one difference.
+
+
+def compare_scores(
+    one: Scores,
+    other: Scores,
+    *,
+    overlap: float | tuple[float, float] | None = None,
+    folds: int | None = None,
+    margin: float | None = None,
+    level: float = 0.95,
+) -> Difference:
+    """Difference ``one`` − ``other`` of scores by the same metric on the same test set, with the same resamples.
+
+    ``overlap`` is the mean share of training rows that two models have in common. With it, and with the same number of
+    models on both sides, the difference is one of the procedures (a model trained anew on other rows), else of these
+    models. Of two different numbers (say, training sets of two sizes) each side has its own variance of training.
+    ``folds`` are those of one repeat, default the number of models. ``margin`` tests equivalence.
+    """
+    from scipy.special import stdtr
+
+    difference, why = one.mean - other.mean, one.test.too_few(one.metric)
+    if not why and not math.isfinite(difference):
+        why = "no value"
+    if why:
+        return Difference(difference, None, None, None, None, False, why)
+    moves = _joined(one, other)
+    k, k_other = len(one.values), len(other.values)
+    contrast = np.r_[np.full(k, 1 / k), np.full(k_other, -1 / k_other)]
+    v, df = float(((contrast @ moves) ** 2).sum()), _difference_df(one, other, contrast, moves)
+    if v <= NOTHING:  # all groups agree: no less than what a share of disagreeing images of that many groups could be
+        v, df = _unseen(one), math.inf
+    shares = overlap if isinstance(overlap, tuple) else None if overlap is None else (overlap, overlap)
+    trained = k == k_other > 1 and shares is not None and max(shares) <= LARGEST_OVERLAP
+    if trained:
+        assert shares is not None
+        a, b = moves[:k], moves[k:]
+        if abs(shares[0] - shares[1]) > 0.01:
+            sides = [(one.values, a, shares[0]), (other.values, b, shares[1])]
+        else:  # of paired folds
+            sides = [(one.values - other.values, a - b, sum(shares) / 2)]
+        parts = []
+        for values, own, share in sides:
+            sigma2, _ = training_variance_of(values, own @ own.T, share)
+            parts.append((sigma2 * (1 / k + (1 - 1 / k) * share), (folds or k) - 1.0))
+        df = satterthwaite((v, df), *parts)
+        v += sum(extra for extra, _ in parts)
+    if v == 0:
+        return Difference(difference, None, None, None, None, trained, "no variation among the test groups")
+    error, t = math.sqrt(v), t_quantile(level, df)
+    p, smallest = float(2 * stdtr(df, -abs(difference) / error)), (t + t_quantile(0.6, df)) * error  # 0.8 quantile
+    p_margin = None if margin is None else float(stdtr(df, (abs(difference) - margin) / error))
+    return Difference(difference, (difference - t * error, difference + t * error), p, smallest, p_margin, trained)
+
+
+def _joined(one: Scores, other: Scores) -> FloatArray:
+    """Moves of both sides' models over the same groups or resamples."""
+    if one.draws is None or other.draws is None:
+        return np.concatenate([one.moves, other.moves])
+    return deviations(np.concatenate([one.draws, other.draws]), min(one.df, other.df))
+
+
+def _unseen(scores: Scores) -> float:
+    """Squared standard error of a share of 0 among the images that would remain if those of a group were alike."""
+    metric, test = scores.metric, scores.test
+    if not math.isfinite(metric.high):
+        return 0.0
+    share = wilson(0.0, min(test.alike(test.scored(metric))))[1] / t_quantile(0.95, math.inf)
+    return ((metric.high - metric.low) * share) ** 2
+
+
+def _difference_df(one: Scores, other: Scores, contrast: FloatArray, moves: FloatArray) -> float:
+    """Degrees of freedom of a difference's test variance."""
+    if one.draws is not None or one.metric.interval == "proportion":
+        return min(one.df, other.df)
+    test = one.test
+    apart, names = contrast @ moves, np.unique(np.asarray(test.groups))
+    parts = []
+    for c in np.unique(test.labels):
+        own = np.isin(names, test.groups[test.labels == c])
+        parts.append((float((apart[own] ** 2).sum()), max(1.0, own.sum() - 1.0)))
+    return satterthwaite(*parts)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: the m p-values of one family, adjusted, in the order given.
+
+    The k-th smallest is multiplied by m − k + 1; none becomes smaller than one before it, or more than 1.
+    """
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty(len(values))
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted.tolist()

@@ -1,7 +1,7 @@
-"""Decisions by P(disease): operating points that validation chose, measured on the test set, and calibration.
+"""One class against the rest: ROC and precision–recall curves, operating points, calibration.
 
-One class is set against the rest (`against_rest`). The ensemble is the mean of the models' probabilities, which is what
-``predict`` uses.
+Operating points are chosen on validation images and measured on the test set. The ensemble is the mean of the models'
+probabilities, which is what ``predict`` uses.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit
 
 from embcache.errors import ProtocolError
 from embcache.probe.metrics import METRICS, FloatArray, IntArray, Weighted, log_odds, roc_counts, softmax
 from embcache.probe.predictions import Predictions
 from embcache.probe.statistics import RESAMPLES, estimate, sample, t_quantile
 from embcache.runs.result import Estimate
+
+GRID = np.linspace(0, 1, 201)
+"""False positive rates, or recalls, at which the curves of models are averaged."""
 
 BINS = 10
 """Most bins of a reliability curve: equal numbers of images in each, at least `_FEWEST_IN_BIN`."""
@@ -64,6 +68,85 @@ def against_rest(predictions: Predictions, positive: int) -> Predictions:
         class_names=(rest, names[positive]),
         positive=1,
     )
+
+
+# Curves.
+
+
+def roc_points(positive: ArrayLike, scores: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """False and true positive rates at every distinct threshold, from (0, 0) to (1, 1)."""
+    true, false = roc_counts(positive, scores)
+    return np.append(0.0, false / false[-1]), np.append(0.0, true / true[-1])
+
+
+def precision_recall_points(positive: ArrayLike, scores: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Each recall above 0, ascending, and the precision at the highest threshold that reaches it.
+
+    Precision is constant from one recall to the next, as scikit-learn's average precision takes it to be: lines that
+    join the points would promise precisions that no threshold has.
+    """
+    true, false = roc_counts(positive, scores)
+    reached = np.flatnonzero(np.diff(true, prepend=0))
+    return true[reached] / true[-1], true[reached] / (true + false)[reached]
+
+
+def roc_at(positive: ArrayLike, scores: ArrayLike) -> FloatArray:
+    """The highest true positive rate at each false positive rate of `GRID`; a step up ends where the next begins."""
+    false, true = roc_points(positive, scores)
+    curve = np.interp(GRID, false, true)
+    curve[0] = true[false == 0].max()
+    return curve
+
+
+def precision_at(positive: ArrayLike, scores: ArrayLike) -> FloatArray:
+    """Precision at the highest threshold that reaches each recall of `GRID`; its mean is close to the AUPRC."""
+    recall, precision = precision_recall_points(positive, scores)
+    return precision[np.searchsorted(recall, GRID - 1e-12)]  # the first is above 0, and the last is 1
+
+
+def mean_curve(
+    labels: IntArray,
+    logits: FloatArray,
+    of_class: int,
+    at: Callable[[ArrayLike, ArrayLike], FloatArray] = roc_at,
+) -> tuple[FloatArray, FloatArray]:
+    """Mean and standard deviation over models of a class's curve at each value of `GRID`.
+
+    Shapes: labels (n,); logits (K, n, C); returns (201,).
+    """
+    curves = np.stack([at(labels == of_class, odds) for odds in log_odds(logits)[..., of_class]])
+    return curves.mean(0), curves.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(GRID))
+
+
+@dataclass(frozen=True, eq=False)
+class Rates:
+    """One class against the rest: the curve of the models and of their ensemble."""
+
+    name: str  # of the class
+    images: int
+    groups: int
+    share: float  # of the class among the test images
+    mean: FloatArray
+    sd: FloatArray
+    x: FloatArray
+    y: FloatArray
+    estimate: Estimate
+    ensemble: Estimate
+
+
+def class_rates(predictions: Predictions, of_class: int, metric: str) -> Rates:
+    """ROC (``metric="auc"``) or precision–recall curves (``"auprc"``) of a class that occurs, as do others."""
+    at, points = (roc_at, roc_points) if metric == "auc" else (precision_at, precision_recall_points)
+    mean, sd = mean_curve(predictions.labels, predictions.logits, of_class, at)
+    two = against_rest(predictions, of_class)
+    own, one = two.labels == 1, two.ensemble()
+    x, y = points(own, one.logits[0, :, 1] - one.logits[0, :, 0])
+    if metric == "auprc":
+        x, y = np.append(0.0, np.repeat(x, 2)[:-1]), np.repeat(y, 2)  # as steps
+    return Rates(
+        predictions.class_names[of_class], int(own.sum()), len(np.unique(two.groups[own])), float(own.mean()), mean, sd,
+        x, y, two.estimate(metric), one.estimate(metric),
+    )  # fmt: skip
 
 
 # Operating points.
@@ -112,9 +195,8 @@ def choose_threshold(positive: NDArray[np.bool_], odds: FloatArray, rule: Rule) 
     if rule.reach is None:
         return 0.0
     if positive.all() or not positive.any():
-        raise ProtocolError(
-            "an operating point needs validation images of both classes", found=f"{len(positive)} images of one class"
-        )
+        raise ProtocolError("an operating point needs validation images of both classes", code="one-class",
+                            found=f"{len(positive)} images of one class")  # fmt: skip
     values = np.unique(odds)
     middle = np.minimum(values[:-1] + np.diff(values) / 2, np.nextafter(values[1:], -np.inf))
     thresholds = np.concatenate([[np.nextafter(values[0], -np.inf)], middle, [values[-1]]])
@@ -233,25 +315,13 @@ class Calibration:
 def calibration(test: Predictions, weights: FloatArray | None = None, resamples: int = RESAMPLES) -> list[Calibration]:
     """Calibration of P(positive), as a mean over the models and of the ensemble (of one model: only that).
 
-    Parameters
-    ----------
-    test : Predictions
-        Of K models and two classes, see `against_rest`.
-    weights : float64 array of shape (n,), optional
-        Of the rows, so that classes count as at some prevalence: see `embcache.probe.prevalence.row_weights`.
-    resamples : int
-        Of the bootstrap behind the intervals of the Brier score.
-
-    Notes
-    -----
-    Intervals of intercept and slope are for new patients and these models: sandwich variance, residuals summed by
-    group (patient), t quantiles.
+    ``test`` has two classes (`against_rest`). ``weights`` (n,) let classes count as at some prevalence
+    (`embcache.probe.prevalence.row_weights`). Intervals of intercept and slope are for new patients and these models:
+    sandwich variance, residuals summed by group (patient), t quantiles; those of the Brier score are bootstrapped.
     """
     w = np.ones(len(test.labels)) if weights is None else weights
-    every = [("mean of the models", test)] if len(test.logits) == 1 else [
-        ("mean of the models", test), ("ensemble", test.ensemble())
-    ]  # fmt: skip
-    return [_calibration(name, models, w, resamples) for name, models in every]
+    found = [_calibration("mean of the models", test, w, resamples)]
+    return found if len(test.logits) == 1 else [*found, _calibration("ensemble", test.ensemble(), w, resamples)]
 
 
 def _calibration(name: str, test: Predictions, w: FloatArray, resamples: int) -> Calibration:
@@ -298,13 +368,12 @@ def recalibration_intercept(y: FloatArray, odds: FloatArray, w: FloatArray) -> t
 
     Labels must be of both classes.
     """
-    reach = float(np.abs(odds).max()) + math.log(1e9)
-    low, high = -reach, reach  # a root lies between: the sum below falls with the intercept
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if (w * (y - _sigmoid(odds + middle))).sum() > 0 else (low, middle)
-    p = _sigmoid(odds + (low + high) / 2)
-    return (low + high) / 2, w * (y - p) / max(float((w * p * (1 - p)).sum()), 1e-300)
+    from scipy.optimize import brentq
+
+    reach = float(np.abs(odds).max()) + math.log(1e9)  # a root lies within: the sum falls as the intercept rises
+    intercept = float(brentq(lambda b: (w * (y - expit(odds + b))).sum(), -reach, reach, xtol=1e-14, rtol=1e-14))
+    p = expit(odds + intercept)
+    return intercept, w * (y - p) / max(float((w * p * (1 - p)).sum()), 1e-300)
 
 
 def recalibration_slope(y: FloatArray, odds: FloatArray, w: FloatArray) -> tuple[float | None, FloatArray]:
@@ -323,16 +392,15 @@ def recalibration_slope(y: FloatArray, odds: FloatArray, w: FloatArray) -> tuple
         eta = x @ b
         return float((w * (np.logaddexp(0.0, eta) - y * eta)).sum())
 
-    for _ in range(100):
-        p = _sigmoid(x @ beta)
-        step = np.linalg.solve((x * (w * p * (1 - p))[:, None]).T @ x, x.T @ (w * (y - p)))
-        size = 1.0
+    for _ in range(100):  # Newton's steps, halved where they would go too far
+        p = expit(x @ beta)
+        step, size = np.linalg.solve((x * (w * p * (1 - p))[:, None]).T @ x, x.T @ (w * (y - p))), 1.0
         while size > 1e-6 and loss(beta + size * step) > loss(beta):
             size /= 2
         beta = beta + size * step
         if np.abs(step).max() < 1e-10:
             break
-    p = _sigmoid(x @ beta)
+    p = expit(x @ beta)
     hessian = (x * (w * p * (1 - p))[:, None]).T @ x
     influence = (x * (w * (y - p))[:, None]) @ np.linalg.inv(hessian)[:, 1]
     return float(beta[1]) / scale, influence / scale
@@ -368,17 +436,7 @@ def _equal_bins(p: FloatArray) -> list[NDArray[np.int64]]:
 
 def _bins(y: FloatArray, p: FloatArray, w: FloatArray) -> list[Bin]:
     return [
-        Bin(
-            float(p[rows].min()),
-            float(p[rows].max()),
-            float(np.average(p[rows], weights=w[rows])),
-            float(np.average(y[rows], weights=w[rows])),
-            len(rows),
-            int(y[rows].sum()),
-        )
+        Bin(float(p[rows].min()), float(p[rows].max()), float(np.average(p[rows], weights=w[rows])),
+            float(np.average(y[rows], weights=w[rows])), len(rows), int(y[rows].sum()))
         for rows in _equal_bins(p)
-    ]
-
-
-def _sigmoid(x: FloatArray) -> FloatArray:
-    return np.asarray(np.exp(-np.logaddexp(0.0, -x)))
+    ]  # fmt: skip

@@ -1,13 +1,13 @@
 """One fold's head as two plain files: tensors (safetensors) and what to do with them (JSON).
 
-Whoever has features of the recipe can predict with plain torch; ``docs/results.md`` holds the twenty lines.
+With features of the recipe, plain torch can predict; ``docs/results.md`` has the twenty lines.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from embcache.io import write_outputs
 from embcache.paths import PathLike
 from embcache.probe.heads import make_head
 from embcache.probe.metrics import merit
+from embcache.results.curves import refuse_untrusted
 from embcache.runs.folders import find_run_anywhere, load_heads
 from embcache.runs.result import ProbeResult
 
@@ -42,7 +43,7 @@ FORMULAS: Mapping[str, str] = {
     "dvme-token": f"{_PROJECT}, a token each; q, k, v = attn.qkv(token); "
     "a = attn.proj(softmax(q kᵀ / sqrt(proj_dim)) v), side by side; " + _LISTING.format("a"),
 }
-"""How logits come from features, layers written as functions; of other heads the docstring is given."""
+"""How logits come from features, layers written as functions; for other heads their docstring."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,47 +53,40 @@ class ExportedHead:
     folder: Path
     about: Mapping[str, Any]
 
+    def to_json(self) -> dict[str, Any]:
+        """What ``head.json`` says."""
+        return dict(self.about)
+
 
 def export_head(run: str, output: PathLike, *, fold: int | None = None, home: PathLike | None = None) -> ExportedHead:
-    """Write ``head.safetensors`` and ``head.json`` of one fold's head into a folder."""
+    """Write ``head.safetensors`` and ``head.json`` of one head, by default of the fold that is best on validation."""
     result, path = find_run_anywhere(run, home)
+    if result.kind == "finetune":
+        raise UsageError("the head of a finetuned model is of no use without its network", code="no-head",
+                         found=result.id, where=path, fix=f"embcache predict --run {result.id}")  # fmt: skip
     if result.kind != "probe":
-        finetuned = result.kind == "finetune"
-        raise UsageError(
-            "a finetuned model is whole: its head is of no use without its network"
-            if finetuned
-            else f"a result of kind {result.kind!r} has no head",
-            found=result.id,
-            where=path,
-            fix="embcache predict --run " + result.id if finetuned else f"--run {result.request.get('run', 'RUN')}",
-        )
-    chosen = _choose_fold(result, fold)
-    tensors = load_heads(path)[chosen]
-    about = _describe(result, chosen, tensors)
-    data = save_tensors({name: t.contiguous() for name, t in tensors.items()}, {"run": result.id, "fold": str(chosen)})
+        raise UsageError(f"a result of kind {result.kind!r} has no head", code="no-head", found=result.id, where=path,
+                         fix=f"--run {result.request.get('run', 'RUN')}")  # fmt: skip
+    refuse_untrusted(result)
+    usable = {f.fold: f for f in result.folds if not f.failed}
+    if fold is None:
+        fold = max(usable.values(), key=lambda f: merit(result.metric, f.val_score)).fold
+    if fold not in usable:
+        raise UsageError(f"run {result.id} has no model of fold {fold}", code="unknown-fold",
+                         expected=", ".join(map(str, usable)), where="--fold")  # fmt: skip
+    tensors = load_heads(path)[fold]
+    about = _describe(result, fold, tensors)
+    data = save_tensors({name: t.contiguous() for name, t in tensors.items()}, {"run": result.id, "fold": str(fold)})
     folder = Path(output).expanduser()
     text = json.dumps(about, indent=2, ensure_ascii=False)
     write_outputs({folder / "head.safetensors": data, folder / "head.json": text.encode()})
     return ExportedHead(folder, about)
 
 
-def _choose_fold(result: ProbeResult, fold: int | None) -> int:
-    usable = {f.fold: f for f in result.folds if not f.failed}
-    if fold is None:
-        return max(usable.values(), key=lambda f: merit(result.metric, f.val_score)).fold
-    if fold not in usable:
-        raise UsageError(
-            f"run {result.id} has no model of fold {fold}", expected=", ".join(map(str, usable)), where="--fold"
-        )
-    return fold
-
-
 def _describe(result: ProbeResult, fold: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    asked = dict(result.request["head"])
-    name = str(asked.pop("name"))
-    head = make_head(name, **asked)
+    options = dict(result.request["head"])
+    name = str(options.pop("name"))
     fingerprints = {str(backbone): str(digest) for backbone, digest in result.request["recipes"]}
-    record = result.folds[fold]
     return {
         "format": "embcache head, version 1",
         "run": result.id,
@@ -101,11 +95,11 @@ def _describe(result: ProbeResult, fold: int, tensors: Mapping[str, torch.Tensor
         "fold": fold,
         "subset": result.subset,
         "metric": result.metric,
-        "val_score": record.val_score,
-        "test_score": record.score,
+        "val_score": result.folds[fold].val_score,
+        "test_score": result.folds[fold].score,
         "class_names": list(result.class_names),
-        "head": {"name": name, **asdict(head)},  # type: ignore[call-overload]
-        "formula": FORMULAS.get(name) or cleandoc(type(head).__doc__ or ""),
+        "head": {"name": name, **options},
+        "formula": FORMULAS.get(name) or cleandoc(type(make_head(name, **options)).__doc__ or ""),
         "layers": "NAME(x) = x @ NAME.weight.T + NAME.bias; layernorm: over the last axis, eps 1e-5; x is float32",
         "probabilities": "softmax(logits) over the last axis",
         # the order matters to heads that fuse

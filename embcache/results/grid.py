@@ -1,7 +1,4 @@
-"""A table of scores as data: datasets × models × subsets, and the cells that fill it.
-
-`embcache.study.definitions` holds the paper's tables as `Grid` rows; a TOML file makes others.
-"""
+"""A table of scores as data: datasets × models × subsets, and the cells that fill it."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 
 from embcache.data.classes import class_words
 from embcache.finetune.finetune_plan import GENTLE, gentle
-from embcache.probe.schedule import Schedule, rates_of
+from embcache.probe.schedule import Schedule
 from embcache.results.paper import PaperValue
 from embcache.runs.folders import ProbeResult
 
@@ -21,7 +18,7 @@ PAPER_FOLDS = 5
 PAPER_TEST = {"pneumonia": 624, "nih": 1613, "patchcam": 57_458, "aptos": 1928}
 """Test images of the paper's datasets (nih: without those of more than one finding)."""
 
-_COMPLETE = 0.95  # of the test images: a few unreadable ones are no other test set
+_COMPLETE = 0.95  # of the test images: a few unreadable ones do not make another test set
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Model:
     """What is trained, as one row or column of a table."""
 
     label: str  # as printed
-    kind: str  # ``features`` trains nothing: cached features are all that is asked for
+    kind: str  # ``features`` trains nothing: cached features suffice
     head: str  # A name that ``embcache heads`` lists
     backbones: tuple[str, ...]  # exactly one for a head that does not fuse
     paper: str = ""  # the paper's name for it; empty where the paper has no such model
@@ -40,7 +37,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of scores before anything is known of them."""
+    """A table of scores, still empty."""
 
     name: str  # ``table2``, ``B3`` …, or the name of the TOML file
     title: str
@@ -69,13 +66,10 @@ def compare_with_paper(cell: Cell) -> Cell:
     """The cell with its difference from the paper, or with the reason why that is withheld."""
     if cell.result is None or cell.result.mean is None or cell.paper is None or cell.paper.mean is None:
         return cell
-    return replace(cell, withheld=_why_withheld(cell.result), difference=_difference(cell.result, cell.paper))
-
-
-def _difference(result: ProbeResult, value: PaperValue) -> float | None:
-    if _why_withheld(result) or result.mean is None or result.std is None or value.mean is None or value.std is None:
-        return None
-    return (result.mean - value.mean) / math.hypot(result.std, value.std)
+    withheld, ours, paper = _why_withheld(cell.result), cell.result, cell.paper
+    if withheld or ours.mean is None or ours.std is None or paper.mean is None or paper.std is None:
+        return replace(cell, withheld=withheld)
+    return replace(cell, difference=(ours.mean - paper.mean) / math.hypot(ours.std, paper.std))
 
 
 def _why_withheld(result: ProbeResult) -> str:
@@ -92,7 +86,7 @@ def _why_withheld(result: ProbeResult) -> str:
         return f"{scored} folds, the paper has {PAPER_FOLDS}"
     request = trained_by(result)
     if request is None:
-        return "how the run that was handed in was trained is not known"
+        return "how the submitted run was trained is not known"
     if request.get("val", "full") != "full":
         return "validated on as many images as train, the paper on whole folds"
     if not result.std:
@@ -101,9 +95,9 @@ def _why_withheld(result: ProbeResult) -> str:
 
 
 def trained_by(result: ProbeResult) -> Mapping[str, Any] | None:
-    """The request that trained a result's models: its own, or of a leaderboard's result that of the run handed in.
+    """The request that trained a result's models: its own, or of a leaderboard's result that of the submitted run.
 
-    None for a leaderboard's result that does not tell.
+    None for a leaderboard's result that does not contain it.
     """
     if result.kind != "kaggle":
         return result.request
@@ -112,28 +106,26 @@ def trained_by(result: ProbeResult) -> Mapping[str, Any] | None:
 
 
 def _other_task(request: Mapping[str, Any]) -> str:
-    """How the images or the labels differ from the paper's; empty where they do not."""
+    """How the images or the labels differ from the paper's."""
     if request.get("target"):
         return f"it predicts the column {request['target']}, not the labels"
     if request.get("classes"):
-        return f"it tells other classes apart: {class_words(request['classes'])}"
+        return f"it distinguishes other classes: {class_words(request['classes'])}"
     if request.get("exclude_test_overlap"):
         return "trained without the images that share a group with the test set, the paper with them"
     return ""
 
 
 def _other_training(result: ProbeResult, request: Mapping[str, Any]) -> str:
-    """How a result was trained or extracted otherwise than the paper says; empty where it was not."""
-    rates = rates_of(request)
-    if len(rates) > 1:
+    """How training or extraction differ from the paper."""
+    if "lrs" in request:
         return "the learning rate was chosen on validation, the paper fixes it"
     if "views" in request:
         return f"trained on {request['views']} cached views of each image, which the paper does not have"
     expected = asdict(Schedule())
     if request.get("kind") == "finetune" and gentle(result.backbones):
         expected |= GENTLE
-    schedule = {**(request.get("schedule") or {}), **({"lr": rates[0]} if rates else {})}
-    for name, value in schedule.items():
+    for name, value in (request.get("schedule") or {}).items():
         if value != expected.get(name):
             return f"trained with {name.replace('_', ' ')} {value:g}, the paper with {expected.get(name):g}"
     kinds = {recipe.get("transform", {}).get("kind", "paper") for recipe in result.recipes.values()} - {"paper"}

@@ -1,4 +1,4 @@
-"""Competitions: files to hand in, one a fold, and the leaderboard's scores as a result (Section A).
+"""Competitions: files to submit, one per fold, and the leaderboard's scores as a result (Section A).
 
 The official test labels of aptos and Kaggle's patchcam are not public. A run made with ``--test official`` keeps
 predictions of those images; `make_submission` writes them as the competition wants them, and `save_kaggle_scores`
@@ -9,28 +9,30 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from embcache.config import DatasetRef
 from embcache.data.classes import class_words
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.tables import read_table
 from embcache.errors import ProtocolError, UsageError
 from embcache.io import write_output
 from embcache.paths import PathLike
-from embcache.probe.schedule import Schedule, rates_of
-from embcache.results.csvfile import csv_text
-from embcache.runs.folders import FoldResult, ProbeResult, find_run_anywhere, load_predictions, run_id, save_run
+from embcache.probe.schedule import Schedule
+from embcache.results.render import csv_text
+from embcache.runs.folders import ProbeResult, find_run_anywhere, load_predictions, run_id, save_run
 from embcache.store.feature_store import list_stores
 
 
 @dataclass(frozen=True)
 class Competition:
-    """What one competition asks for."""
+    """The format of one competition's submissions."""
 
     slug: str  # its name at Kaggle
     id_column: str
@@ -47,25 +49,29 @@ SAMPLE = "sample_submission.csv"
 
 @dataclass(frozen=True)
 class Submission:
-    """Files to hand in."""
+    """Files to submit."""
 
     run: str
     competition: str
-    files: tuple[Path, ...]  # one a fold
-    folds: tuple[int, ...]  # of which fold each file is
+    files: tuple[Path, ...]  # one per fold
+    folds: tuple[int, ...]  # the fold of each file
     rows: int  # of each file, without its header
-    filled: Mapping[str, str]  # ids without a prediction, with the reason
+    filled: Mapping[str, str]  # IDs without a prediction, with the reason
     notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data, every field by its name."""
+        return {**asdict(self), "files": [str(file) for file in self.files]}
 
 
 def make_submission(
-    run: str, output: PathLike | None = None, *, home: PathLike | None = None, data_root: PathLike | None = None
+    run: str, output: PathLike | None = None, *, ref: DatasetRef = DatasetRef(), home: PathLike | None = None
 ) -> Submission:
-    """Write the files that a competition takes, one a fold, with every id of its sample submission in its order."""
+    """Write the files that a competition takes, one per fold, with all IDs of its sample submission in their order."""
     result, folder = find_run_anywhere(run, home)
-    ds, _ = find_dataset(result.dataset, root=data_root, home=home)
+    ds, _ = find_dataset(result.dataset, ref, home=home)
     competition = _competition(result, ds)
-    ids, notes = _ids_in_order(ds)
+    ids, notes = _ids_in_order(ds, competition)
     table = load_predictions(folder)
     tested = set(table["id"].tolist())
     filled = _reasons([i for i in ids if i not in tested], ds, home)
@@ -88,64 +94,49 @@ def save_kaggle_scores(
     run: str,
     scores: Sequence[tuple[float, float]],
     *,
+    ref: DatasetRef = DatasetRef(),
     home: PathLike | None = None,
-    data_root: PathLike | None = None,
 ) -> ProbeResult:
     """A result of kind ``kaggle`` from the scores that a leaderboard gave each fold's file.
 
-    Its request holds that of the run whole, so that a table can tell which cell it fits.
+    Its request contains that of the run, so that a table can tell which cell it fits.
 
     The score of a fold is α · private + (1 − α) · public, α being the share of the test images behind the private
-    score (0.85 for aptos, 0.51 for patchcam). Scores given again replace those given before.
+    score (0.85 for aptos, 0.51 for patchcam). Scores replace those given before.
     """
     result, folder = find_run_anywhere(run, home)
-    ds, _ = find_dataset(result.dataset, root=data_root, home=home)
+    ds, _ = find_dataset(result.dataset, ref, home=home)
     competition = _competition(result, ds)
     alpha = float(ds.leaderboard_alpha or math.nan)
-    handed_in = [fold for fold in result.folds if not fold.failed]
-    if len(scores) != len(handed_in):
+    submitted = [fold for fold in result.folds if not fold.failed]
+    if len(scores) != len(submitted):
         raise UsageError(
-            f"run {result.id} has {len(handed_in)} folds, so as many files were handed in",
-            expected=f"{len(handed_in)} × --score PRIVATE/PUBLIC, in the order of the folds",
+            f"run {result.id} has {len(submitted)} folds, so as many files were submitted", code="score-count",
+            expected=f"{len(submitted)} × --score PRIVATE/PUBLIC, in the order of the folds",
             found=str(len(scores)),
-            fix=f"embcache kaggle-score --run {result.id} " + " ".join(["--score 0.90/0.89"] * len(handed_in)),
-        )
+            fix=f"embcache kaggle-score --run {result.id} " + " ".join(["--score 0.90/0.89"] * len(submitted)),
+        )  # fmt: skip
     lowest = -1.0 if competition.hard else 0.0  # kappa may be negative
     wrong = [pair for pair in scores if not all(math.isfinite(s) and lowest <= s <= 1 for s in pair)]
     if wrong:
-        raise UsageError(
-            "not a score",
-            expected=f"numbers from {lowest:g} to 1",
-            found=f"{wrong[0][0]}/{wrong[0][1]}",
-            where="--score",
-        )
+        raise UsageError("not a score", code="option-bounds", expected=f"numbers from {lowest:g} to 1",
+                         found=f"{wrong[0][0]}/{wrong[0][1]}", where="--score")  # fmt: skip
     averages = [alpha * private + (1 - alpha) * public for private, public in scores]
-    folds: list[FoldResult] = []
-    for fold, (private, public), average in zip(handed_in, scores, averages, strict=True):
-        told = {"score": average, "private": float(private), "public": float(public)}
-        folds.append(replace(fold, score=average, metrics=told))
+    folds = tuple(
+        replace(fold, score=average, metrics={"score": average, "private": float(private), "public": float(public)})
+        for fold, (private, public), average in zip(submitted, scores, averages, strict=True)
+    )
     request = {
-        "kind": "kaggle",
-        "run": result.id,
-        "of": dict(result.request),
-        "competition": competition.slug,
-        "alpha": alpha,
-        "head": dict(result.request["head"]),
-        "subset": result.subset,
-    }
+        "kind": "kaggle", "run": result.id, "of": dict(result.request), "competition": competition.slug, "alpha": alpha,
+        "head": dict(result.request["head"]), "subset": result.subset,
+    }  # fmt: skip
     note = f"leaderboard of {competition.slug}: {alpha:g} · private + {1 - alpha:g} · public of each fold"
     kept = [n for n in result.notes if "predictions are kept, not scored" not in n]
+    std = float(np.std(averages, ddof=1)) if len(averages) > 1 else None
     scored = replace(
-        result,
-        id=run_id(request),
-        kind="kaggle",
-        mean=float(np.mean(averages)),
-        std=float(np.std(averages, ddof=1)) if len(averages) > 1 else None,
-        interval=None,
-        folds=tuple(folds),
-        notes=(*kept, note),
-        request=request,
-    )
+        result, id=run_id(request), kind="kaggle", mean=float(np.mean(averages)), std=std, interval=None, folds=folds,
+        notes=(*kept, note), request=request,
+    )  # fmt: skip
     save_run(scored, load_predictions(folder), [], home)
     return scored
 
@@ -156,34 +147,31 @@ def read_score(text: str) -> tuple[float, float]:
         private, public = text.split("/")
         return float(private), float(public)
     except ValueError as error:
-        raise UsageError(
-            "not a pair of scores", expected="PRIVATE/PUBLIC, such as 0.913/0.902", found=repr(text), where="--score"
-        ) from error
+        raise UsageError("not a pair of scores", code="not-a-number", expected="PRIVATE/PUBLIC, such as 0.913/0.902",
+                         found=repr(text), where="--score") from error  # fmt: skip
 
 
 def _competition(result: ProbeResult, ds: ImageDataset) -> Competition:
     if ds.layout not in COMPETITIONS or ds.leaderboard_alpha is None:
         what = "the original PatchCamelyon release" if ds.layout == "patchcam" else ds.name
         raise UsageError(
-            f"{what} has no competition to hand results in to",
+            f"there is no competition for {what}", code="no-competition",
             expected="a run on " + " or ".join(f"{name} ({c.slug})" for name, c in COMPETITIONS.items()),
             found=f"{result.id} on {ds.name}",
-        )
+        )  # fmt: skip
     classes = class_words(result.request.get("classes", {}))
     if result.target or classes or result.kind == "kaggle":
         other = f"probe of the column {result.target!r}" if result.target else classes or result.kind
         raise UsageError(
-            "only a run that predicts the competition's own labels can be handed in",
-            found=f"{result.id}: {other}",
-            fix=f"--run {result.request.get('run', 'RUN')}",
-        )
+            "only a run that predicts the competition's own labels can be submitted", code="other-classes",
+            found=f"{result.id}: {other}", fix=f"--run {result.request.get('run', 'RUN')}",
+        )  # fmt: skip
     if result.test_set != "official":
         raise UsageError(
-            "the run was not made for the leaderboard: its test images are a fifth of the labelled ones",
-            expected="a run with --test official",
-            found=f"{result.id}, test set {result.test_set}",
+            "the run was not made for the leaderboard: its test images are a fifth of the labeled ones",
+            code="local-test", expected="a run with --test official", found=f"{result.id}, test set {result.test_set}",
             fix=official_command(result),
-        )
+        )  # fmt: skip
     return COMPETITIONS[ds.layout]
 
 
@@ -196,25 +184,27 @@ def official_command(result: ProbeResult) -> str:
         if request.get(name, default) != default:
             words += [f"--{name}", str(request[name])]
     schedule = dict(request.get("schedule") or {})
-    if (rates := rates_of(request)) not in ([], [usual["lr"]]):
-        words += ["--lr", ",".join(f"{rate:g}" for rate in rates)]
+    if "lrs" in request:
+        words += ["--lr", ",".join(f"{rate:g}" for rate in request["lrs"])]
+    elif schedule.get("lr", usual["lr"]) != usual["lr"]:
+        words += ["--lr", f"{schedule['lr']:g}"]
     for name in ("batch_size", "max_epochs") if result.kind == "finetune" else ():
         if schedule.get(name, usual[name]) != usual[name]:
             words += ["--" + name.replace("_", "-"), str(schedule[name])]
     return shlex.join(words)
 
 
-def _ids_in_order(ds: ImageDataset) -> tuple[list[str], list[str]]:
-    """Ids of the sample submission in its order; the dataset's own order, and a note, where the file is not there."""
-    competition = COMPETITIONS[ds.layout]
+def _ids_in_order(ds: ImageDataset, competition: Competition) -> tuple[list[str], list[str]]:
+    """IDs of the sample submission in its order; the dataset's own order, and a note, where the file is missing."""
     path = ds.root / SAMPLE if ds.root is not None else None
     if path is not None and path.is_file():
         ids: list[str] = read_table(path, [competition.id_column])[competition.id_column].tolist()
         if len(set(ids)) < len(ids):
-            raise ProtocolError("the sample submission repeats an id", where=path, fix="download it again")
+            raise ProtocolError("the sample submission repeats an ID", code="repeated-id", where=path,
+                                fix="download it again")  # fmt: skip
         return ids, []
     ids = ds.table.loc[ds.table["split"] == "test", "id"].tolist()
-    return ids, [f"{SAMPLE} is not there ({path}): the order is that of the dataset's test images"]
+    return ids, [f"{SAMPLE} is missing ({path}): the order is that of the dataset's test images"]
 
 
 def _reasons(absent: Sequence[str], ds: ImageDataset, home: PathLike | None) -> dict[str, str]:
@@ -225,11 +215,11 @@ def _reasons(absent: Sequence[str], ds: ImageDataset, home: PathLike | None) -> 
     why: dict[str, str] = {}
     for store in list_stores(home, ds.name):
         why |= store.quarantined
-    return {i: why.get(i, "no prediction of it was kept" if i in known else "the image is not there") for i in absent}
+    return {i: why.get(i, "no prediction of it was kept" if i in known else "the image is missing") for i in absent}
 
 
 def _prior(ds: ImageDataset, competition: Competition) -> str:
-    """What is said of an image that nobody saw: by the labelled images, whatever the subset was balanced to."""
+    """The value for an image without a prediction: from all labeled images, however the subset was balanced."""
     labels = ds.labels[ds.labels >= 0]
     if competition.hard:
         return str(int(np.bincount(labels).argmax()))
@@ -239,7 +229,5 @@ def _prior(ds: ImageDataset, competition: Competition) -> str:
 def _values(rows: pd.DataFrame, competition: Competition) -> dict[str, str]:
     """Value of each id by one fold: the most probable class, or the probability of class 1 to all its digits."""
     chances = rows[[c for c in rows.columns if c.startswith("p_")]].to_numpy(dtype=np.float64)
-    say: Callable[[np.ndarray], str] = (
-        (lambda p: str(int(p.argmax()))) if competition.hard else (lambda p: repr(float(p[1])))
-    )
-    return {image: say(p) for image, p in zip(rows["id"].tolist(), chances, strict=True)}
+    values = [str(int(p.argmax())) if competition.hard else repr(float(p[1])) for p in chances]
+    return dict(zip(rows["id"].tolist(), values, strict=True))

@@ -1,4 +1,4 @@
-"""From cells to a table of words: rows, columns, marks and the notes they point to; and to plain records."""
+"""Numbers as text, and cells laid out as a table with marks, notes and plain records."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Table:
     title: str
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]  # each as long as ``headers``
-    notes: tuple[str, ...] = ()  # printed beneath; those that a mark in the table points to begin with it: ``[a] …``
-    records: tuple[Mapping[str, Any], ...] = ()  # the same in plain data, one a cell: what CSV and JSON hold
+    notes: tuple[str, ...] = ()  # printed beneath, those with a mark in the table as ``[a] …``
+    records: tuple[Mapping[str, Any], ...] = ()  # the same in plain data, one per cell, for CSV and JSON
 
 
 @dataclass
@@ -36,17 +36,13 @@ class Marks:
         """`` [a]`` for a remark, `` [b]`` for the next one; nothing for an empty one."""
         if not remark:
             return ""
-        letter = self.letters.setdefault(remark, _letter(len(self.letters)))
-        return f" [{letter}]"
+        first, second = divmod(len(self.letters), 26)
+        letter = ("" if not first else string.ascii_lowercase[first - 1]) + string.ascii_lowercase[second]
+        return f" [{self.letters.setdefault(remark, letter)}]"
 
     def notes(self) -> list[str]:
         """The remarks in the order in which they were first marked."""
         return [f"[{letter}] {remark}" for remark, letter in self.letters.items()]
-
-
-def _letter(index: int) -> str:
-    first, second = divmod(index, 26)
-    return (string.ascii_lowercase[first - 1] if first else "") + string.ascii_lowercase[second]
 
 
 def lay_out(grid: Grid, cells: Sequence[Cell]) -> Table:
@@ -75,14 +71,8 @@ def lay_out(grid: Grid, cells: Sequence[Cell]) -> Table:
         headers += ["samples", "labels used", "", *(model.label for model in grid.models)]
     else:
         headers += ["method", "", *grid.subsets]
-    return Table(
-        grid.name,
-        grid.title,
-        tuple(headers),
-        tuple(rows),
-        tuple(_notes(grid, cells, marks)),
-        tuple(record(cell) for cell in cells),
-    )
+    records = tuple(map(record, cells))
+    return Table(grid.name, grid.title, tuple(headers), tuple(rows), tuple(_notes(grid, cells, marks)), records)
 
 
 def _block(begin: Sequence[str], line: Sequence[Cell], marks: Marks) -> list[tuple[str, ...]]:
@@ -121,7 +111,7 @@ def _difference(cell: Cell, marks: Marks) -> str:
 
 
 def signed(value: float, digits: int, *, plus: bool = False) -> str:
-    """A number with a true minus sign, and with a plus where asked."""
+    """A number with a true minus sign, and optionally a plus."""
     text = f"{value:+.{digits}f}" if plus else f"{value:.{digits}f}"
     return text.replace("-", "−")
 
@@ -153,7 +143,7 @@ def printed_subset(cell: Cell) -> str:
 
 
 def _labels_used(cells: Sequence[Cell]) -> str:
-    """Training + validation labels of a fold; every distinct pair where models differ."""
+    """Training + validation labels per fold; every distinct pair where models differ."""
     pairs = dict.fromkeys((c.result.n_train, c.result.labels_used - c.result.n_train) for c in cells if c.result)
     return ", ".join(f"{train:,} + {validation:,}" for train, validation in pairs)
 
@@ -173,13 +163,12 @@ def _notes(grid: Grid, cells: Sequence[Cell], marks: Marks) -> list[str]:
         tests = dict.fromkeys(f"{r.dataset}: {r.test_set} test set of {r.n_test:,} images" for r in results)
         folds = dict.fromkeys(len(r.folds) for r in results)
         notes.append(f"mean ± sd over {' or '.join(map(str, folds))} folds; " + "; ".join([*metrics, *tests]))
-        notes.append("labels used: training + validation images of a fold")
+        notes.append("labels used: training + validation images per fold")
     paper = paper_tables().get(grid.name)
     if paper is not None and any(cell.paper for cell in cells):
         notes += [f"slip in the paper: {flag}" for flag in paper.flags]
     several = len(grid.datasets) > 1
-    told = dict.fromkeys((f"{r.dataset}: " if several else "") + note for r in results for note in r.notes)
-    return [*notes, *told]
+    return [*notes, *dict.fromkeys((f"{r.dataset}: " if several else "") + n for r in results for n in r.notes)]
 
 
 def record(cell: Cell) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
 
 PAPER_NAMES = {
     "random": "Random", "supervised": "Supervised ImageNet", "swav": "SwAV", "simclr": "SimCLR", "dino": "DINO",
@@ -46,17 +45,12 @@ class PaperTable:
 def paper_tables() -> Mapping[str, PaperTable]:
     """Every table of the paper by its name."""
     content = json.loads(files("embcache.results").joinpath("paper.json").read_text(encoding="utf-8"))
-    return {name: _table(name, table) for name, table in content["tables"].items()}
-
-
-def _table(name: str, table: Mapping[str, Any]) -> PaperTable:
-    values = []
-    for value in table["values"]:
-        named = dict(value)
-        if "setting" in named:
-            named["subset"] = named.pop("setting")
-        values.append(PaperValue(table=name, **named))
-    return PaperTable(name, table["caption"], table["kind"], tuple(table["flags"]), tuple(values))
+    tables = {}
+    for name, table in content["tables"].items():
+        values = ({"subset" if key == "setting" else key: v for key, v in row.items()} for row in table["values"])
+        found = tuple(PaperValue(table=name, **row) for row in values)
+        tables[name] = PaperTable(name, table["caption"], table["kind"], tuple(table["flags"]), found)
+    return tables
 
 
 def find_value(table: str, dataset: str, model: str, subset: str) -> PaperValue | None:

@@ -1,11 +1,13 @@
 """New images through a saved run: decoded, transformed and embedded by the run's own recipe, then its heads.
 
-What a run predicts with is rebuilt from what it kept, and refused where the rebuilt recipe is not the recorded one:
-other weights, another decoder or another arithmetic would give numbers that only look like the run's.
+The model is rebuilt from what the run kept, and refused where the rebuilt recipe is not the recorded one: other
+weights, another decoder or other arithmetic would give numbers that only look like the run's.
 """
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,63 +17,84 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embcache.config import DatasetRef
+from embcache.config import DatasetRef, PredictConfig
 from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.classes import as_in_run, change_notes
 from embcache.data.dataset import ImageDataset, find_dataset
-from embcache.errors import DatasetError, UsageError
+from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, passed_note, settle_paths, walk_images
+from embcache.data.groups import UNGROUPED, known_groups, merge_groups, patient_keys
+from embcache.data.images import ImageRef, image_refs
+from embcache.data.roles import find_columns, find_groups
+from embcache.data.tables import named_columns, open_table
+from embcache.errors import DatasetError, DatasetNotFoundError, UsageError, first_few
+from embcache.extract.scan import image_root
+from embcache.io import check_target, write_output
 from embcache.paths import PathLike
 from embcache.probe.metrics import softmax
-from embcache.probe.prevalence import Adjust, Adjustment
+from embcache.probe.prevalence import Adjust, Adjustment, parse_prevalence
 from embcache.probe.summary import adjust_models
-from embcache.results.csvfile import csv_text, is_formula
-from embcache.results.new_images import images_of_dataset, images_of_paths
+from embcache.results.render import csv_text, is_formula
 from embcache.results.run_model import load_model
 from embcache.runs.folders import ProbeResult, find_run_anywhere
 
-FloatArray = NDArray[np.float64]
 _CHUNK = 256  # images at a time: what a progress bar counts, and what is in memory as features
 
 
 @dataclass(frozen=True, eq=False)
-class Predictions:
-    """What a run says of images."""
+class ImagePredictions:
+    """Class probabilities of images by a saved run.
 
-    run: str  # its id
+    Attributes
+    ----------
+    run : str
+        ID of the run.
+    class_names : tuple of str
+        Its C classes.
+    images : tuple of str
+        The n images as they were named: paths, or IDs of a dataset.
+    p : float64 array of shape (n, C)
+        Probabilities, the mean over ``folds``; NaN where an image could not be read.
+    reasons : tuple of str
+        Why an image could not be read; empty where it could.
+    folds : tuple of int
+        The folds that were averaged.
+    labels : tuple of str, optional
+        Class of each image of a dataset; empty where it is not known.
+    notes : tuple of str
+        Remarks about the run and the images.
+    groups : tuple of str, optional
+        Patient, slide … of each image; empty where it is not known.
+    adjusted : str
+        Prevalence and temperatures that ``p`` was adjusted to; empty where it was not.
+    """
+
+    run: str
     class_names: tuple[str, ...]
-    images: tuple[str, ...]  # as they were named: paths, or ids of a dataset
-    p: FloatArray  # (n, C); class probabilities, the mean over ``folds``; NaN where the image could not be read
-    reasons: tuple[str, ...]  # why an image could not be read; ``""`` where it could
-    folds: tuple[int, ...]  # whose models were averaged
-    labels: tuple[str, ...] | None = None  # class of each image of a dataset, ``""`` where it is not known
-    notes: tuple[str, ...] = ()  # what a reader must know
-    groups: tuple[str, ...] | None = None  # patient, slide … of each image, ``""`` where it is not known
-    adjusted: str = ""  # prevalence and temperatures that ``p`` was adjusted to; empty where it was not
+    images: tuple[str, ...]
+    p: NDArray[np.float64]
+    reasons: tuple[str, ...]
+    folds: tuple[int, ...]
+    labels: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    groups: tuple[str, ...] | None = None
+    adjusted: str = ""
 
     @property
     def failed(self) -> dict[str, str]:
         """Reason of each image that could not be read."""
         return {image: reason for image, reason in zip(self.images, self.reasons, strict=True) if reason}
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """One plain mapping per image: ``image, [label,] prediction, p_CLASS …, [adjusted,] error``."""
-        for k, (image, reason) in enumerate(zip(self.images, self.reasons, strict=True)):
-            known = {} if self.labels is None else {"label": self.labels[k]}
-            chances = [None if reason else float(p) for p in self.p[k]]
-            yield {
-                "image": image.encode("utf-8", "backslashreplace").decode(),  # a file name need not be text
-                **known,
-                "prediction": "" if reason else self.class_names[int(self.p[k].argmax())],
-                **{f"p_{name}": chance for name, chance in zip(self.class_names, chances, strict=True)},
-                **({"adjusted": self.adjusted} if self.adjusted else {}),
-                "error": reason,
-            }
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain JSON data, one mapping per image: ``image, [label,] prediction, p_CLASS …, [adjusted,] error``."""
+        return list(self.rows())
 
-    def to_csv(self) -> str:
-        """The rows as CSV text; cells that a spreadsheet would run are guarded, paths by ``./`` so that they hold."""
-        rows, path = list(self.rows()), self.labels is None
-        return csv_text(list(rows[0]), ([_cell(k, v, path) for k, v in row.items()] for row in rows))
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The mappings of `to_json`."""
+        for k, (image, reason) in enumerate(zip(self.images, self.reasons, strict=True)):
+            label = {} if self.labels is None else {"label": self.labels[k]}
+            p = None if reason else self.p[k]
+            yield {"image": _as_text(image), **label, **self._called(p), "error": reason}
 
     def group_rows(self) -> Iterator[dict[str, Any]]:
         """One plain mapping per group: ``group, images, not_read, [label,] prediction, p_CLASS …, [adjusted]``.
@@ -86,204 +109,182 @@ class Predictions:
             members.setdefault(group or image, []).append(k)
         for group, rows in members.items():
             read = [k for k in rows if not self.reasons[k]]
-            p = self.p[read].mean(axis=0) if read else None
             labels = set() if self.labels is None else {self.labels[k] for k in rows}
-            yield {
-                "group": group.encode("utf-8", "backslashreplace").decode(),
-                "images": len(read),
-                "not_read": len(rows) - len(read),
-                **({} if self.labels is None else {"label": labels.pop() if len(labels) == 1 else ""}),
-                "prediction": "" if p is None else self.class_names[int(p.argmax())],
-                **{f"p_{name}": None if p is None else float(p[c]) for c, name in enumerate(self.class_names)},
-                **({"adjusted": self.adjusted} if self.adjusted else {}),
-            }
+            label = {} if self.labels is None else {"label": labels.pop() if len(labels) == 1 else ""}
+            counts = {"images": len(read), "not_read": len(rows) - len(read)}
+            yield {"group": _as_text(group), **counts, **label, **self._called(self.p[read].mean(0) if read else None)}
+
+    def _called(self, p: NDArray[np.float64] | None) -> dict[str, Any]:
+        chances = {f"p_{name}": None if p is None else float(p[c]) for c, name in enumerate(self.class_names)}
+        adjusted = {"adjusted": self.adjusted} if self.adjusted else {}
+        return {"prediction": "" if p is None else self.class_names[int(p.argmax())], **chances, **adjusted}
+
+    def to_csv(self) -> str:
+        """The rows as CSV text; cells that a spreadsheet would run are guarded, paths by ``./`` so that they work."""
+        rows = list(self.rows())
+        for row in rows:
+            if self.labels is None and is_formula(row["image"]):
+                row["image"] = f"./{row['image']}"
+        return csv_text(list(rows[0]), (list(row.values()) for row in rows))
 
     def groups_to_csv(self) -> str:
         """The rows of groups as CSV text."""
         rows = list(self.group_rows())
-        return csv_text(list(rows[0]), ([*row.values()] for row in rows))
+        return csv_text(list(rows[0]), (list(row.values()) for row in rows))
 
 
-def predict_images(
+def _as_text(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()  # a file name need not be text
+
+
+def predict(
     run: str,
-    paths: Sequence[PathLike] = (),
+    images: Sequence[PathLike] = (),
     *,
     dataset: str | None = None,
-    data_root: PathLike | None = None,
+    ref: DatasetRef = DatasetRef(),
+    config: PredictConfig | None = None,
     home: PathLike | None = None,
-    weights: PathLike | Mapping[str, PathLike] | None = None,
-    device: str = "auto",
-    folds: Sequence[int] | None = None,
-    adjust: Adjust = Adjust(),
-    by_group: bool = False,
-    workers: int | None = None,
-    max_pixels: int | None = None,
     progress: Callable[[int, int], Any] | None = None,
-    columns: DatasetRef = DatasetRef(),
-) -> Predictions:
+    **options: Any,
+) -> ImagePredictions:
     """Class probabilities of images, or of all images of a dataset, by a saved run.
 
     Parameters
     ----------
     run : str
-        A run's id, or the beginning of it.
-    paths : sequence of path
-        Images, and folders that are looked through for images.
+        ID of the run, or a unique prefix.
+    images : sequence of path
+        Images, folders that are searched for images, and tables of paths.
     dataset : str, optional
         Predict the images of this dataset instead.
-    data_root : path, optional
-        The dataset's own folder.
+    ref : DatasetRef
+        Where the dataset is, and how its table, or a table of paths, is read.
+    config : PredictConfig, optional
+        Device, folds, prevalence and the like.
     home : path, optional
         Folder of stores and runs.
-    weights : path or mapping of name to path, optional
-        Checkpoints to use instead of those found; they must be those that the run was made with.
-    device : str
-        ``auto``, ``cpu``, ``cuda:0``, …
-    folds : sequence of int, optional
-        Whose models to average; default all.
-    adjust : Adjust
-        Another prevalence, and temperatures fitted on validation images, for the probabilities of each model before
-        they are averaged. Default: as the models give them.
-    by_group : bool
-        Refuse images without groups: `Predictions.group_rows` will be asked for.
-    workers : int, optional
-        Threads that decode images; default: one per core, 8 at most.
-    max_pixels : int, optional
-        Larger images are not decoded; default: ``$EMBCACHE_MAX_PIXELS``, else 89,478,485.
     progress : callable, optional
-        Told (images done, images in all).
-    columns : DatasetRef
-        Of tables among the paths, the columns of path and group; of a dataset as for `load_dataset`.
+        Called with the number of images done, and of all.
+    **options
+        Single fields of ``config``.
 
     Returns
     -------
-    Predictions
-        In the order of ``paths``, those of a folder sorted; an image that cannot be read has its reason.
+    ImagePredictions
+        In the order of ``images``, those of a folder sorted; an image that cannot be read has its reason.
 
     Raises
     ------
     UsageError
-        Neither or both of paths and dataset; a fold that the run has not; a prevalence that is not of its classes.
+        Neither or both of images and dataset; a fold that the run does not have; a prevalence of other classes.
     StoreError
-        The run kept no predictions of validation images, which temperatures are fitted on.
+        The run kept no predictions of validation images, on which temperatures are fitted.
     StoreNotFoundError
         There is no such run, or it kept no recipe and its store is gone.
     RecipeError
         The rebuilt recipe is not the run's; the message lists the differences.
     DatasetError
-        The dataset's classes are not the run's, not one image could be read, or ``by_group`` and none has a group.
+        The dataset has other classes than the run, no image could be read, or ``by_group`` and there are no groups.
     """
-    if bool(paths) == (dataset is not None):
+    config = PredictConfig.make(config, options)
+    if bool(images) == (dataset is not None):
         raise UsageError(
-            "predictions are for images, folders of images, or a dataset",
-            found="both" if paths else "neither",
-            fix="embcache predict --run RUN FOLDER, or --dataset NAME",
-        )
-    decoding = Decoding() if max_pixels is None else Decoding(check_max_pixels(max_pixels))
+            "predictions are for images, folders of images, or a dataset", code="nothing-named",
+            found="both" if images else "neither", fix="embcache predict --run RUN FOLDER, or --dataset NAME",
+        )  # fmt: skip
+    if config.by_group is not None:
+        check_target(config.by_group.expanduser())
+    decoding = Decoding() if config.max_pixels is None else Decoding(check_max_pixels(config.max_pixels))
     result, folder = find_run_anywhere(run, home)
-    chosen = _chosen_folds(result, folds)
-    models = _adjusted(result, folder, adjust, chosen)
-    ds = None if dataset is None else _dataset_of_classes(result, dataset, data_root, home, columns)
-    asked = images_of_paths(paths, columns) if ds is None else images_of_dataset(ds)
-    if by_group and not any(asked.groups):
+    folds = _chosen_folds(result, config.folds)
+    adjust = Adjust(parse_prevalence(config.prevalence), config.calibrate)
+    models = _adjustments(result, folder, adjust)
+    ds = None if dataset is None else _dataset_of_classes(result, dataset, ref, home)
+    given = images_of_paths(images, ref) if ds is None else images_of_dataset(ds)
+    if config.by_group is not None and not any(given.groups):
         raise _no_groups()
-    names, reasons = asked.names, list(asked.reasons)
+    names, reasons = given.names, list(given.reasons)
     todo = [k for k, reason in enumerate(reasons) if not reason]
     if not todo:
         raise _none_read(names, reasons)
-    to_p = {fold: models[fold].probabilities if models else softmax for fold in chosen}
-    model = load_model(result, folder, to_p, home=home, weights=weights, device=device)
+    model = load_model(result, folder, folds, config, home)
     p = np.full((len(names), len(result.class_names)), np.nan)
-    with ThreadPoolExecutor(workers or default_workers()) as pool:
+    with ThreadPoolExecutor(config.workers or default_workers()) as pool:
         for start in range(0, len(todo), _CHUNK):
             rows = todo[start : start + _CHUNK]
-            found, why = model(asked.root, [asked.sources[k] for k in rows], pool, decoding)
-            for k, chances, reason in zip(rows, found, why, strict=True):
+            logits, why = model.logits(given.root, [given.sources[k] for k in rows], pool, decoding)
+            found = [models[f].probabilities(z) if models else softmax(z) for f, z in zip(folds, logits, strict=True)]
+            for k, chances, reason in zip(rows, np.mean(found, axis=0), why, strict=True):
                 p[k], reasons[k] = (np.nan, reason) if reason else (chances, "")
             if progress is not None:
                 progress(start + len(rows), len(todo))
     if all(reasons):
         raise _none_read(names, reasons)
-    labels = None if ds is None else tuple(ds.class_names[y] if y >= 0 else "" for y in ds.labels)
-    return Predictions(
-        result.id,
-        result.class_names,
-        names,
-        p,
-        tuple(reasons),
-        tuple(chosen),
-        labels,
-        (*_notes(result, ds), *asked.notes, *decoding.notes()),
-        asked.groups if any(asked.groups) else None,
-        _in_words(result, adjust, models),
-    )
+    predicted = ImagePredictions(
+        result.id, result.class_names, names, p, tuple(reasons), tuple(folds),
+        None if ds is None else tuple(ds.class_names[y] if y >= 0 else "" for y in ds.labels),
+        (*_notes(result, ds), *given.notes, *decoding.notes()), given.groups if any(given.groups) else None,
+        _in_words(result, adjust, [models[fold] for fold in folds if models]),
+    )  # fmt: skip
+    if config.by_group is not None:
+        write_output(config.by_group.expanduser(), predicted.groups_to_csv())
+    return predicted
 
 
-def _adjusted(result: ProbeResult, folder: Path, adjust: Adjust, folds: Sequence[int]) -> dict[int, Adjustment]:
-    """How each fold's probabilities are adjusted; nothing where that was not asked for."""
+def _adjustments(result: ProbeResult, folder: Path, adjust: Adjust) -> dict[int, Adjustment]:
+    """How each fold's probabilities are adjusted; nothing where they are not."""
     if not adjust:
         return {}
-    made = [fold.fold for fold in result.folds if not fold.failed]
-    each = dict(zip(made, adjust_models(result, folder, adjust), strict=True))
-    return {fold: each[fold] for fold in folds}
+    return dict(zip([f.fold for f in result.folds if not f.failed], adjust_models(result, folder, adjust), strict=True))
 
 
-def _in_words(result: ProbeResult, adjust: Adjust, models: Mapping[int, Adjustment]) -> str:
+def _in_words(result: ProbeResult, adjust: Adjust, models: Sequence[Adjustment]) -> str:
     if not models:
         return ""
-    shares = next(iter(models.values())).prevalence
-    words = "prevalence " + " ".join(f"{n}={p:.4g}" for n, p in zip(result.class_names, shares, strict=True))
-    temperatures = " ".join(f"{model.temperature:.3g}" for model in models.values())
+    shares = zip(result.class_names, models[0].prevalence, strict=True)
+    words = "prevalence " + " ".join(f"{name}={share:.4g}" for name, share in shares)
+    temperatures = " ".join(f"{model.temperature:.3g}" for model in models)
     return words + (f"; temperatures {temperatures}" if adjust.calibrate else "")
 
 
 def _no_groups() -> DatasetError:
     return DatasetError(
-        "the images have no groups, so nothing can be averaged by group",
+        "the images have no groups, so nothing can be averaged by group", code="no-groups",
         expected="a table with the columns path,group, DICOM files with a PatientID, or a dataset with groups",
-        where="--by-group",
-        fix="embcache predict --run RUN TABLE.csv --by-group FILE",
-    )
+        where="--by-group", fix="embcache predict --run RUN TABLE.csv --by-group FILE",
+    )  # fmt: skip
 
 
-def _chosen_folds(result: ProbeResult, folds: Sequence[int] | None) -> list[int]:
+def _chosen_folds(result: ProbeResult, folds: Sequence[int]) -> list[int]:
     usable = [fold.fold for fold in result.folds if not fold.failed]
-    if folds is None:
-        return usable
     unknown = [fold for fold in folds if fold not in usable]
-    if unknown or not folds:
+    if unknown:
         raise UsageError(
-            f"run {result.id} has no model of fold {', '.join(map(str, unknown))}" if unknown else "no fold was named",
-            expected=", ".join(map(str, usable)),
-            where="--folds",
-        )
-    return list(dict.fromkeys(folds))
+            f"run {result.id} has no model of fold {', '.join(map(str, unknown))}", code="unknown-fold",
+            expected=", ".join(map(str, usable)), where="--folds",
+        )  # fmt: skip
+    return list(dict.fromkeys(folds)) or usable
 
 
-def _dataset_of_classes(
-    result: ProbeResult, name: str, data_root: PathLike | None, home: PathLike | None, columns: DatasetRef
-) -> ImageDataset:
-    ds, _ = find_dataset(name, root=data_root, home=home, columns=columns)
-    ds = as_in_run(ds, result.request)
+def _dataset_of_classes(result: ProbeResult, name: str, ref: DatasetRef, home: PathLike | None) -> ImageDataset:
+    ds = as_in_run(find_dataset(name, ref, home=home)[0], result.request)
     if tuple(ds.class_names) != result.class_names:
         raise DatasetError(
-            f"{ds.name} has other classes than run {result.id} tells apart",
-            expected=", ".join(result.class_names),
-            found=", ".join(ds.class_names),
-            where=ds.root,
+            f"{ds.name} has other classes than run {result.id}", code="other-classes",
+            expected=", ".join(result.class_names), found=", ".join(ds.class_names), where=ds.root,
             fix="name the images themselves: embcache predict --run RUN FOLDER",
-        )
+        )  # fmt: skip
     return ds
 
 
 def _none_read(names: Sequence[str], reasons: Sequence[str]) -> DatasetError:
     first = [f"{name}: {reason}" for name, reason in zip(names[:5], reasons[:5], strict=True)]
     return DatasetError(
-        "not one image could be read" if len(names) > 1 else "the image could not be read",
-        expected="images",
+        "none of the images could be read" if len(names) > 1 else "the image could not be read", code="none-readable",
+        expected="images", fix="check the paths",
         found="\n".join(first) + (f"\n… and {len(names) - 5:,} more" if len(names) > 5 else "") or "no images",
-        fix="check the paths",
-    )
+    )  # fmt: skip
 
 
 def _notes(result: ProbeResult, ds: ImageDataset | None) -> Iterator[str]:
@@ -291,14 +292,113 @@ def _notes(result: ProbeResult, ds: ImageDataset | None) -> Iterator[str]:
     if failed:
         yield f"training of fold {', '.join(map(str, failed))} diverged: the other folds predict"
     if result.target:
-        yield f"the run tells the column {result.target!r} apart, not the classes of {result.dataset}"
+        yield f"the run predicts the column {result.target!r}, not the classes of {result.dataset}"
     if ds is not None:
         yield from change_notes(ds)
-    if ds is not None and ds.name == result.dataset:
-        yield f"images that the run was trained on are among those of {ds.name}"
+        if ds.name == result.dataset:
+            yield f"images that the run was trained on are among those of {ds.name}"
 
 
-def _cell(column: str, value: object, path: bool) -> object:
-    if column == "image" and path and isinstance(value, str) and is_formula(value):
-        return f"./{value}"
-    return value
+# What to predict: images and folders as a user names them, or the images of a dataset.
+
+
+@dataclass(frozen=True)
+class NewImages:
+    """Images to predict."""
+
+    root: Path  # what the paths of the sources are relative to
+    names: tuple[str, ...]  # what the user calls them
+    sources: tuple[ImageRef, ...]  # where they are
+    reasons: tuple[str, ...]  # why an image need not be tried; ``""`` where it may be
+    groups: tuple[str, ...]  # patient, slide … of each image; ``""`` where it is not known
+    notes: tuple[str, ...] = ()  # what was inferred from tables
+
+
+def images_of_dataset(ds: ImageDataset) -> NewImages:
+    """All images of a dataset, by their IDs; `DatasetNotFoundError` where its folder is missing."""
+    sources = tuple(image_refs(ds.table))
+    known = ds.grouped and UNGROUPED not in ds.notes
+    groups = tuple(ds.table["group"].tolist()) if known else ("",) * len(sources)
+    return NewImages(image_root(ds), tuple(ds.table["id"]), sources, ("",) * len(sources), groups)
+
+
+def images_of_paths(paths: Sequence[PathLike], columns: DatasetRef = DatasetRef()) -> NewImages:
+    """Images anywhere in the file system, by their paths as named; links are followed to where they lead."""
+    notes: list[str] = []
+    found = list_images(paths, notes, columns)
+    names, real = [str(path) for path in found], [os.path.realpath(path) for path in found]
+    sources = tuple(ImageRef(str(k), path.removeprefix(Path(path).anchor), "") for k, path in enumerate(real))
+    reasons = tuple(map(_not_readable, real))
+    # A group by PatientID is named after its first image, so that no PatientID is in an answer.
+    anchor, tried = Path(Path.cwd().anchor), [k for k, why in enumerate(reasons) if not why]
+    patients = patient_keys(anchor, [sources[k].path for k in tried]) or []
+    known = [(names[k], patient) for k, patient in zip(tried, patients, strict=False) if patient]
+    of = dict(zip((n for n, _ in known), merge_groups([n for n, _ in known], [p for _, p in known]), strict=True))
+    groups = tuple(group or of.get(name, "") for name, group in zip(names, found.values(), strict=True))
+    return NewImages(anchor, tuple(names), sources, reasons, groups, tuple(notes))
+
+
+def list_images(paths: Sequence[PathLike], notes: list[str], columns: DatasetRef = DatasetRef()) -> dict[Path, str]:
+    """The named files, those in tables, and the images in and below the named folders (sorted), each once, by group.
+
+    A named file is kept whatever its suffix, but a CSV, TSV, Parquet or Excel file is a table with a column ``path``,
+    relative to its folder, and perhaps ``group``, or columns with usual names or those in ``columns``; labels are not
+    read. Linked folders inside folders are not followed. What was inferred, and how many other files the folders hold,
+    is added to ``notes``.
+    """
+    found: dict[Path, str] = {}
+    passed = Counter[str]()
+    tables = any(Path(path).suffix.lower() in TABLE_SUFFIXES for path in paths)
+    if unused := [role for role in named_columns(columns) if not tables or role not in ("path", "group")]:
+        raise UsageError(
+            "predicting images needs no such column" if tables else "there is no table that could have columns",
+            code="unused-column", found=" ".join(f"--{role}-column" for role in unused),
+            expected="--path-column and --group-column, with a table",
+        )  # fmt: skip
+    for path in map(Path, paths):
+        if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
+            found |= _listed(path, notes, columns)
+            continue
+        if not path.is_dir():
+            found.setdefault(path, "")
+            continue
+        inside = [path / image for image in walk_images(path, "", passed, refuse=False)]
+        if not inside:
+            raise DatasetNotFoundError(
+                "a folder holds no images", code="no-images", where=path,
+                expected="files that end in " + ", ".join(sorted(IMAGE_SUFFIXES)),
+                found=first_few(sorted(entry.name for entry in path.iterdir())) or "an empty folder",
+                fix="name the images themselves, or the folder they are in",
+            )  # fmt: skip
+        found |= {image: found.get(image, "") for image in inside}
+    notes += passed_note(passed)
+    return found
+
+
+def _listed(file: Path, notes: list[str], wanted: DatasetRef) -> Mapping[Path, str]:
+    """Images that a table names, with their groups."""
+    table, read = open_table(file)
+    columns, named = find_columns(table, wanted, where=file, required=["path"], roles=["path"])
+    column = columns["path"]
+    if table.empty or not all(table[column]):
+        raise DatasetError("a row of a table names no image", code="empty-path", expected="a path in every row",
+                           where=file)  # fmt: skip
+    paths, settled = settle_paths(file.parent.resolve(), table[column].tolist())
+    free = table if column == wanted.group_column else table.drop(columns=column)
+    _, group, inferred = find_groups(free, wanted, [-1] * len(paths), paths, where=file, refuse=False)
+    notes += [*read, *named, *settled, *inferred]
+    groups = known_groups(table[group].tolist()) if group else [""] * len(paths)
+    return {file.parent / path: name for path, name in zip(paths, groups, strict=True)}
+
+
+def _not_readable(path: str) -> str:
+    """Why a file need not even be opened; ``""`` where it may be tried."""
+    try:
+        os.stat(path)  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        return "the file does not exist"
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError as error:  # a NUL in the path
+        return str(error)
+    return "" if os.access(path, os.R_OK) else "the file may not be read"

@@ -9,8 +9,9 @@ from typing import Any
 
 from embcache.backbones.catalog import weights_status
 from embcache.errors import UsageError
+from embcache.figures.draw_curves import table_curves
 from embcache.figures.plots import plot_curves
-from embcache.results.curves import band_words, table_curves
+from embcache.results.curves import band_words
 from embcache.results.grid import Grid
 from embcache.results.layout import Marks, Table
 from embcache.study.counts import table1, table_g1

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.errors import EmbcacheError, UsageError
-from embcache.figures.maps import NEIGHBOURS, decimals, embed_map, neighbour_accuracy
-from embcache.figures.mean_attention import mass_table, mean_attention
+from embcache.figures.attention import mass_table, mean_attention
+from embcache.figures.maps import NEIGHBORS, decimals, embed_map, neighbor_accuracy
 from embcache.figures.plots import AttentionPanel, Map, plot_attention, plot_maps
 from embcache.figures.shown import LIMIT, Shown, fused_features, shown_images
 from embcache.paths import home_dir, slug
@@ -120,7 +120,7 @@ _HEADERS = {
 }
 _NOTES = {
     "maps": (
-        f"k-NN accuracy: balanced accuracy of the majority of the {NEIGHBOURS} nearest test images of other groups "
+        f"k-NN accuracy: balanced accuracy of the majority of the {NEIGHBORS} nearest test images of other groups "
         "(standardized features); of the embedding, not of its map",
     ),
     "attention": ("attention that the tokens of one backbone give to all tokens of another, mean over its tokens, the "
@@ -161,7 +161,7 @@ def _draw_maps(
     plot_maps(maps, state.ds.class_names, f"{figure.title}, {state.ds.name}{synthetic}, n = {len(test.ids):,}", path)
     drawn: list[tuple[tuple[str, ...], dict[str, Any]]] = []
     for panel in panels:
-        score = neighbour_accuracy(panel.features, test.labels, test.groups)
+        score = neighbor_accuracy(panel.features, test.labels, test.groups)
         words = (state.asked, panel.label + marks.mark(panel.remark), str(panel.features.shape[1]))
         row: tuple[str, ...] = (*words, f"{len(test.ids):,}{marks.mark(test.remark)}", decimals(score, 3))
         record = {"dataset": state.asked, "embedding": panel.label, "dimensions": panel.features.shape[1],

@@ -239,7 +239,7 @@ def test_a_cached_dataset_loads_by_its_name_and_a_slip_names_it(run: str, home: 
 
 
 def test_commands_to_go_on_with_bear_home_and_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from embcache.store.messages import extract_command
+    from embcache.store.feature_store import extract_command
 
     draw(tmp_path / "my images" / "a" / "0.png", 0)
     draw(tmp_path / "my images" / "b" / "1.png", 1)

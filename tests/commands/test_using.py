@@ -22,6 +22,7 @@ from tests.data.pictures import write_image
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
 from tests.probe.build import make_dataset, make_features, put_store
+from tests.refusal import refused
 
 app = typer.Typer()
 for name, command in (
@@ -115,7 +116,7 @@ def test_a_leaderboard_there_and_back(home: Path, tmp_path: Path, monkeypatch: p
     done = embcache("submit", "--run", run, "--json", "-")
     data = json.loads(done.stdout)
     assert data["filled"] == {"x2": "broken"}
-    assert "sample_submission.csv is not there" in data["notes"][0]
+    assert "sample_submission.csv is missing" in data["notes"][0]
     assert f"note: {data['notes'][0]}" in done.stderr
     (scored,) = json.loads(
         embcache("kaggle-score", "--run", run, "--score", "0.9/0.8", "--score", "0.9/0.8", "--json", "-").stdout
@@ -158,10 +159,10 @@ def test_a_bad_request_is_refused_before_anything_is_computed(
     predicting: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, root = predicting
-    monkeypatch.setattr("embcache.results.predict.predict_images", None)
+    monkeypatch.setattr("embcache.results.run_model.recipe_network", None)
     with pytest.raises(UsageError, match="cannot be written"):
         embcache("predict", "--run", run, root, "--output", tmp_path / "absent" / "p.csv")
-    with pytest.raises(UsageError, match="not a list of numbers"):
+    with refused(UsageError, "not-a-number"):
         embcache("predict", "--run", run, root, "--folds", "a")
-    with pytest.raises(UsageError, match="does not say for which backbone"):
+    with refused(UsageError, "weights-backbone"):
         embcache("predict", "--run", run, root, "--weights", "dino=x.pth")

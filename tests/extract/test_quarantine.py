@@ -22,7 +22,7 @@ from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.extract.extract import Extraction
 from embcache.extract.quarantine import parse_max_bad
-from embcache.results.compare import compare_runs
+from embcache.results.compare import compare
 from embcache.results.curves import curve_table
 from embcache.store.feature_store import open_store
 from tests.extract.conftest import draw
@@ -269,7 +269,7 @@ def test_no_grey_or_zero_row_reaches_a_probe_and_the_result_says_how_many_are_mi
     result = embcache.probe_features(dataset, ["random"], head="knn", subset="F")
     assert "4 unreadable images left out" in result.notes
     other = embcache.probe_features(dataset, ["random"], head="logreg", subset="F")
-    compared = compare_runs([result.id, other.id], resamples=20)
+    compared = compare([result.id, other.id], resamples=20)
     assert [row.notes[-1] for row in compared] == ["4 unreadable images left out"] * 2
     assert f"{dataset.name}: 4 unreadable images left out" in curve_table([result, other]).notes
     fold = result.folds[0]

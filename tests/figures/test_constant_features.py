@@ -9,7 +9,10 @@ import pytest
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.preprocessing import StandardScaler
 
-from embcache.figures.neighbors import find_neighbours
+from embcache.figures.maps import embed_map, score_map
+from embcache.figures.neighbors import find_neighbors
+from embcache.figures.similarity import nearest_neighbors
+from embcache.figures.transferability import centroid_logits
 from embcache.probe.standard import standard_directions, standardized
 from tests.probe.build import make_dataset, put_store
 
@@ -42,6 +45,18 @@ def test_standardized_rows_are_scikit_learns() -> None:
 def test_neighbors_as_a_user_sees_them(home: Path) -> None:
     ds = make_dataset([0, 1] * 100)
     put_store(home, ds, "dead", features())
-    (found,) = find_neighbours(ds, "i0", k=199, home=home)
+    (found,) = find_neighbors(ds, "i0", k=199, home=home)
     cosines = {n.id: n.similarity for n in found.nearest}
     assert [cosines[f"i{k}"] for k in (1, 2, 3)] == pytest.approx([-0.069, -0.015, 0.186], abs=5e-4)
+
+
+def test_constants_change_no_score() -> None:
+    x, labels = features(), np.arange(200) % 2
+    live = x[:, :50]
+    assert set(map(frozenset, nearest_neighbors(x, 5))) == set(map(frozenset, nearest_neighbors(live, 5)))
+    # Their mean is over all features, so twice as many halve it.
+    alone = centroid_logits(live[:100], labels[:100], live[100:], 2)
+    np.testing.assert_allclose(2 * centroid_logits(x[:100], labels[:100], x[100:], 2), alone, rtol=1e-6)
+    points = embed_map(live, "pca")
+    np.testing.assert_allclose(np.abs(embed_map(x, "pca")), np.abs(points), atol=1e-4)
+    assert score_map(x, points, labels, range(200)) == score_map(live, points, labels, range(200))

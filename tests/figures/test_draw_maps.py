@@ -17,12 +17,13 @@ from sklearn.preprocessing import StandardScaler
 
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreNotFoundError, UsageError
-from embcache.figures import coordinates
+from embcache.figures import maps as module
 from embcache.figures.draw_maps import draw_maps
-from embcache.figures.maps import embed_map, neighbour_accuracy, score_map
+from embcache.figures.maps import embed_map, neighbor_accuracy, score_map
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import ProbeResult, load_heads, runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
+from tests.refusal import refused
 
 DIMS = {"a": 12, "b": 7}
 
@@ -42,13 +43,13 @@ def run(ds: ImageDataset, home: Path) -> ProbeResult:
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
-    real: Callable[..., np.ndarray] = coordinates.embed_map
+    real: Callable[..., np.ndarray] = module.embed_map
 
     def embed(features: np.ndarray, method: str, **options: float) -> np.ndarray:
         made.append(method)
         return real(features, method, **options)
 
-    monkeypatch.setattr(coordinates, "embed_map", embed)
+    monkeypatch.setattr(module, "embed_map", embed)
     return made
 
 
@@ -65,7 +66,7 @@ def test_test_rows_that_every_store_could_read_are_shown_in_one_order(ds: ImageD
     train = draw_maps(ds, ["a"], method="pca", rows="train", home=home)
     assert set(train.shown.ids) == {f"i{k}" for k in range(120)}
     assert len(draw_maps(ds, ["a"], method="pca", rows="all", home=home).shown.ids) == 180
-    few = draw_maps(ds, ["a"], method="pca", most=20, home=home)
+    few = draw_maps(ds, ["a"], method="pca", limit=20, home=home)
     assert len(few.shown.ids) == 20
     assert "20 drawn of 60 images" in few.shown.remark
 
@@ -81,7 +82,7 @@ def test_scores_are_scikit_learns(ds: ImageDataset, home: Path) -> None:
         KNeighborsClassifier(9, algorithm="brute").fit(np.delete(x, i, 0), np.delete(y, i)).predict(x[i : i + 1])[0]
         for i in range(len(x))
     ]
-    assert neighbour_accuracy(make_features(ds, 12)[120:], y, range(60), 9) == pytest.approx(
+    assert neighbor_accuracy(make_features(ds, 12)[120:], y, range(60), 9) == pytest.approx(
         balanced_accuracy_score(y, voted)
     )
 
@@ -118,8 +119,8 @@ def test_a_patients_own_images_are_no_neighbors(classes: int) -> None:
     assert scores.silhouette == pytest.approx(np.mean(silhouettes), abs=1e-5)
     if classes == 2:  # nine votes of two classes are no tie
         expected = np.mean([np.array(right)[y == c].mean() for c in range(2)])
-        assert neighbour_accuracy(x, y, groups, 9) == pytest.approx(expected)
-        alone = neighbour_accuracy(x, y, range(len(x)), 9)
+        assert neighbor_accuracy(x, y, groups, 9) == pytest.approx(expected)
+        alone = neighbor_accuracy(x, y, range(len(x)), 9)
         assert alone is not None
         assert alone > expected + 0.2
         assert silhouette_score(z, y) > np.mean(silhouettes)
@@ -129,13 +130,13 @@ def test_groups_that_hold_a_class_alone_or_everything() -> None:
     x, y, _ = grouped(40)
     assert score_map(x, x[:, :2], y, ["one"] * 40).knn_accuracy is None
     assert score_map(x, x[:, :2], y, ["one"] * 40).silhouette is None
-    assert neighbour_accuracy(x, np.arange(40) // 20, ["ab"[i // 20] for i in range(40)]) == 0.0
+    assert neighbor_accuracy(x, np.arange(40) // 20, ["ab"[i // 20] for i in range(40)]) == 0.0
 
 
 def test_a_fused_embedding_is_the_heads_hidden_layer_and_says_that_it_saw_labels(
     ds: ImageDataset, run: ProbeResult, home: Path
 ) -> None:
-    maps = draw_maps(ds, runs=[run.id[:12]], method="pca", home=home)
+    maps = draw_maps(ds, run=[run.id[:12]], method="pca", home=home)
     (panel,) = maps.panels
     assert "trained with labels" in panel.remark
     assert panel.source["run"] == run.id
@@ -168,7 +169,7 @@ def test_coordinates_are_kept_and_made_anew_when_something_differs(
     assert made == ["tsne"]
     draw_maps(ds, ["a"], home=home, seed=1)
     draw_maps(ds, ["a"], home=home, perplexity=5)
-    draw_maps(ds, ["a"], home=home, most=20)
+    draw_maps(ds, ["a"], home=home, limit=20)
     assert len(made) == 4
     for kept in (home / "toy" / "figures" / "coordinates").iterdir():
         kept.write_bytes(kept.read_bytes().replace(b"coordinates", b"coordinatez"))
@@ -185,36 +186,36 @@ def test_figures_are_written_in_every_format_asked_for(ds: ImageDataset, home: P
     with Image.open(targets[0]) as figure:
         assert figure.info["dpi"][0] == pytest.approx(300, abs=1)
     table = maps.table()
-    assert list(table.columns) == ["embedding", "id", "label", "x", "y"]
+    assert list(table.columns) == ["embedding", "id", "label", "class_name", "x", "y"]
     assert len(table) == 2 * len(maps.shown.ids)
 
 
 def test_what_cannot_be_shown_is_said(ds: ImageDataset, run: ProbeResult, home: Path) -> None:
-    with pytest.raises(UsageError, match="unknown --method"):
+    with refused(UsageError, "option-choice"):
         draw_maps(ds, ["a"], method="isomap", home=home)
-    with pytest.raises(UsageError, match="unknown --rows"):
+    with refused(UsageError, "option-choice"):
         draw_maps(ds, ["a"], rows="val", home=home)
     with pytest.raises(StoreNotFoundError):
         draw_maps(ds, ["c"], home=home)
     other = probe_features(ds, ["a"], subset="S", folds=2, home=home)
-    with pytest.raises(UsageError, match="no fused embedding"):
-        draw_maps(ds, runs=[other.id], home=home)
+    with refused(UsageError, "other-head"):
+        draw_maps(ds, run=[other.id], home=home)
     seeded = probe_features(
         ds, list(DIMS), head="dvme", subset="S", folds=2, seed=1, home=home, head_options={"proj_dim": 8}
     )
-    with pytest.raises(UsageError, match="different protocols"):
-        draw_maps(ds, runs=[run.id, seeded.id], home=home)
+    with refused(UsageError, "different-test-sets"):
+        draw_maps(ds, run=[run.id, seeded.id], home=home)
     empty = make_dataset([0, 1] * 10, name="empty")
-    with pytest.raises(StoreNotFoundError, match="no features are cached"):
+    with refused(StoreNotFoundError, "store-not-found"):
         draw_maps(empty, home=home)
     moved = make_dataset([0, 1] * 10, name="moved")
-    with pytest.raises(UsageError, match="another dataset"):
-        draw_maps(moved, runs=[run.id], home=home)
+    with refused(UsageError, "other-dataset"):
+        draw_maps(moved, run=[run.id], home=home)
 
 
 def test_umap_is_asked_for_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "umap", None)
-    with pytest.raises(UsageError, match="UMAP is not installed"):
+    with refused(UsageError, "missing-package"):
         embed_map(np.random.default_rng(0).normal(size=(20, 5)), "umap")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 from matplotlib.axis import Tick, XTick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.markers import MarkerStyle
 from matplotlib.text import Text
 
 from embcache.figures import lettering, plots
-from embcache.figures.plots import AttentionPanel, Cell, Curve, CurvePanel, Map
+from embcache.figures.plots import AttentionPanel, Curve, CurvePanel, Map, Picture, class_mark
 
 LONG = "carcinoma in situ of type {:02d}, grade unknown"
 SENTENCE = "a class whose name is a whole sentence about what may be seen in an image of it, number {} of many"
@@ -78,9 +81,10 @@ def maps(panels: int, classes: int) -> list[Map]:
     return [Map(title, rng.normal(size=(4 * classes, 2)).astype(np.float32), labels, caption) for _ in range(panels)]
 
 
+@pytest.mark.parametrize("panels", [1, 5])
 @pytest.mark.parametrize(
-    ("panels", "classes", "name"),
-    [(5, 16, LONG), (1, 120, "class_{:03d}"), (1, 3, SENTENCE), (5, 9, "肺炎 {}")],
+    ("classes", "name"),
+    [(1, "only"), (5, "Proliferative DR"), (16, LONG), (120, "class_{:03d}"), (3, SENTENCE), (9, "肺炎 {}")],
 )
 def test_a_map_shows_its_whole_legend(
     drawn: Callable[[], Figure], tmp_path: Path, panels: int, classes: int, name: str
@@ -114,15 +118,25 @@ def test_a_legend_without_room_for_all_has_the_largest_classes_and_says_so(
     assert LONG.format(150) in [text.get_text() for text in legend.get_texts()]
 
 
+def test_classes_have_marks_of_their_own() -> None:
+    marks = [class_mark(label) for label in range(128)]
+    assert all(a != b for a, b in itertools.combinations(marks, 2))
+    assert len({mark["color"] for mark in marks[:8]}) == len({mark["marker"] for mark in marks[:8]}) == 8
+    assert all(MarkerStyle(mark["marker"]).is_filled() for mark in marks)
+
+
 def test_other_figures_are_not_cut(drawn: Callable[[], Figure], tmp_path: Path) -> None:
     name = "timm:vit_small_patch14_dinov2.lvd142m"
     curves = tuple(
         Curve(f"{name}_{k} logistic regression", (20.0, 50.0), (0.7, 0.8), (0.6, 0.7), (0.8, 0.9), family=str(k))
         for k in range(9)
     )
-    plots.plot_curves([CurvePanel(f"aptos, {name}", "kappa", curves)] * 2, "Learning curves", tmp_path / "c.png")
-    check_nothing_is_cut(drawn())
-    check_apart(drawn())
+    for panels in (1, 2):
+        plots.plot_curves(
+            [CurvePanel(f"aptos, {name}", "kappa", curves)] * panels, "Learning curves", tmp_path / "c.png"
+        )
+        check_nothing_is_cut(drawn())
+        check_apart(drawn())
     for classes in (2, 12):
         names = [f"{LONG.format(k)}, and more" for k in range(classes)]
         title = f"run of {name} with a long title, which needs more than one line\nensemble of 5 models, accuracy 0.93"
@@ -132,7 +146,9 @@ def test_other_figures_are_not_cut(drawn: Callable[[], Figure], tmp_path: Path) 
         plots.plot_rates(rates, title, tmp_path / "r.png", axes=("1 − specificity", "sensitivity"), note=title)
         check_nothing_is_cut(drawn())
         check_apart(drawn())
-    cells = [Cell(np.zeros((40, 60, 3), np.uint8), f"…st/NORMAL/IM-0001.jpeg\n{LONG} · train\n0.83 · same group")] * 3
+    cells = [
+        Picture(np.zeros((40, 60, 3), np.uint8), f"…st/NORMAL/IM-0001.jpeg\n{LONG} · train\n0.83 · same group")
+    ] * 3
     plots.plot_sheet([(name, cells), (name, cells[:1])], f"nearest in cached features: {name}", tmp_path / "s.png")
     check_nothing_is_cut(drawn())
     panel = AttentionPanel(f"a-dataset-of-{name}, 5 folds", (name, "b"), np.ones((8, 8), np.float32), np.eye(2))
@@ -153,3 +169,37 @@ def test_a_font_is_named_where_none_has_the_characters(
     caplog.clear()
     plots.plot_maps(maps(1, 1), ["\u0e01"], "t", tmp_path / "map.png")
     assert "Noto Sans (thai)" in caplog.text
+
+
+def test_characters_come_from_an_installed_font(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    character = "肺"
+    families = lettering._families(f"a {character}")
+    found = [
+        family
+        for family in families[1:]
+        if get_font(findfont(FontProperties(family=[family]))).get_char_index(ord(character))
+    ]
+    plots.plot_maps(maps(1, 1), [character], "t", tmp_path / "map.png")
+    assert bool(found) != bool(caplog.records)
+    if not found:
+        pytest.skip("no installed font has Chinese characters")
+
+
+def test_fonts_installed_after_matplotlib_made_its_list_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    serif = findfont(FontProperties(family=["DejaVu Serif"]))
+    old = [entry for entry in fontManager.ttflist if entry.name != "DejaVu Serif"]
+    monkeypatch.setattr(fontManager, "ttflist", old)
+    monkeypatch.setattr(lettering, "findSystemFonts", lambda: [str(serif), __file__])
+    assert "DejaVu Serif" in lettering._installed.__wrapped__()
+
+
+def test_texts_are_wrapped_and_shortened_to_a_width() -> None:
+    text = "one two three four " + "x" * 60 + " 肺炎"
+    lines = lettering.wrap(text, 10, 1.5).split("\n")
+    assert all(lettering.text_width(line, 10) <= 1.5 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    short = lettering.shorten("lesion number 17 of the left hand", 10, 1.0)
+    assert lettering.text_width(short, 10) <= 1.0
+    assert short.startswith("les")
+    assert short.endswith("hand")
+    assert lettering.shorten("short", 10, 1.0) == "short"

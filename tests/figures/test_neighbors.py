@@ -1,4 +1,4 @@
-"""Nearest neighbours in cached features."""
+"""Nearest neighbors in cached features."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sklearn.preprocessing import StandardScaler
 
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import UsageError
-from embcache.figures.neighbors import find_neighbours
-from embcache.figures.sheets import draw_neighbours, thumbnail
+from embcache.figures.neighbors import draw_neighbors, find_neighbors, thumbnail
 from tests.extract.conftest import draw
 from tests.probe.build import make_dataset, make_features, put_store
+from tests.refusal import refused
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def ds(home: Path) -> ImageDataset:
     return ds
 
 
-def test_neighbours_are_those_of_scikit_learns_cosine(ds: ImageDataset, home: Path) -> None:
-    (found,) = find_neighbours(ds, "i7", ["a"], k=5, home=home)
-    kept = [i for i in range(40) if i != 3]  # the quarantined image is nobody's neighbour
+def test_neighbors_are_those_of_scikit_learns_cosine(ds: ImageDataset, home: Path) -> None:
+    (found,) = find_neighbors(ds, "i7", ["a"], k=5, home=home)
+    kept = [i for i in range(40) if i != 3]  # the quarantined image is not a neighbor
     x = StandardScaler().fit_transform(make_features(ds, 6)[kept].astype(np.float64))
     similar = cosine_similarity(x)[kept.index(7)]
     order = [kept[i] for i in np.argsort(-similar) if kept[i] != 7][:5]
@@ -37,20 +37,20 @@ def test_neighbours_are_those_of_scikit_learns_cosine(ds: ImageDataset, home: Pa
     assert found.image.id == "i7"
 
 
-def test_every_cached_backbone_and_no_more_neighbours_than_images(ds: ImageDataset, home: Path) -> None:
-    found = find_neighbours(ds, "i0", k=1000, home=home)
+def test_every_cached_backbone_and_no_more_neighbors_than_images(ds: ImageDataset, home: Path) -> None:
+    found = find_neighbors(ds, "i0", k=1000, home=home)
     assert [(f.backbone, len(f.nearest)) for f in found] == [("a", 38), ("b", 39)]
 
 
 def test_the_unique_end_of_an_id_will_do(ds: ImageDataset, home: Path) -> None:
-    assert find_neighbours(ds, "12", ["b"], home=home)[0].image.id == "i12"
-    for name, problem in (("2", "several"), ("nothing", "no such image"), ("", "no such image")):
-        with pytest.raises(UsageError, match=problem):
-            find_neighbours(ds, name, ["b"], home=home)
-    with pytest.raises(UsageError, match="empty file"):
-        find_neighbours(ds, "i3", ["a"], home=home)
-    with pytest.raises(UsageError, match="-k is out of bounds"):
-        find_neighbours(ds, "i0", ["a"], k=0, home=home)
+    assert find_neighbors(ds, "12", ["b"], home=home)[0].image.id == "i12"
+    for name in ("2", "nothing", ""):
+        with refused(UsageError, "unknown-image"):
+            find_neighbors(ds, name, ["b"], home=home)
+    with refused(UsageError, "image-without-features"):
+        find_neighbors(ds, "i3", ["a"], home=home)
+    with refused(UsageError, "option-bounds"):
+        find_neighbors(ds, "i0", ["a"], k=0, home=home)
 
 
 def test_a_sheet_shows_what_is_there(home: Path, tmp_path: Path) -> None:
@@ -59,8 +59,8 @@ def test_a_sheet_shows_what_is_there(home: Path, tmp_path: Path) -> None:
     ds = load_dataset("folder", tmp_path / "images")
     put_store(home, ds, "a", make_features(ds, 5))
     (tmp_path / "images" / "b" / "5.png").write_bytes(b"no longer an image")
-    found = find_neighbours(ds, "0.png", home=home)
-    assert draw_neighbours(ds, found, tmp_path / "sheet.png").stat().st_size > 3000
+    found = find_neighbors(ds, "0.png", home=home)
+    assert draw_neighbors(ds, found, tmp_path / "sheet.png").stat().st_size > 3000
     seen = thumbnail(ds, found[0].image.id, side=16)
     assert seen is not None
     assert max(seen.shape[:2]) == 16

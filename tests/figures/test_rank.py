@@ -16,16 +16,18 @@ from sklearn.preprocessing import StandardScaler
 from typer.testing import CliRunner
 
 from embcache.commands import rank_command as commands
+from embcache.config import DatasetRef
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreNotFoundError, UsageError
-from embcache.figures import pool
 from embcache.figures import rank as module
-from embcache.figures.rank import RankRow, correlate, rank_backbones, rank_dataset
+from embcache.figures import shown
+from embcache.figures.rank import RankRow, correlate, rank
 from embcache.figures.transferability import h_score, logme
 from embcache.probe.heads import make_head
 from embcache.probe.probe import probe_features
 from embcache.probe.protocol import plan_splits
 from tests.probe.build import make_dataset, make_features, make_recipe, put_store
+from tests.refusal import refused
 
 SHIFTS = {"strong": 3.0, "middling": 1.5, "weak": 0.3}
 
@@ -48,12 +50,12 @@ def probed(ds: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch) -> Ima
 
 def test_orders_backbones_from_best_to_worst(ds: ImageDataset, home: Path) -> None:
     for subset in ("S", "F", 40):
-        assert [row.backbone for row in rank_backbones(ds, home=home, subset=subset)] == list(SHIFTS)
+        assert [row.backbone for row in rank(ds, home=home, subset=subset).rows] == list(SHIFTS)
 
 
 def test_the_h_score_takes_no_part_in_the_order(ds: ImageDataset, home: Path) -> None:
     put_store(home, ds, "wide noise", make_features(ds, 400, shift=0.0, seed=9))
-    rows = {row.backbone: row for row in rank_backbones(ds, home=home)}
+    rows = {row.backbone: row for row in rank(ds, home=home).rows}
     assert rows["wide noise"].h_score > rows["weak"].h_score
     for name, row in rows.items():
         ranks = [
@@ -64,7 +66,7 @@ def test_the_h_score_takes_no_part_in_the_order(ds: ImageDataset, home: Path) ->
 
 
 def test_scores_are_of_each_folds_own_rows(ds: ImageDataset, home: Path) -> None:
-    (row,) = rank_backbones(ds, ["middling"], home=home, subset="S", seed=3)
+    (row,) = rank(ds, ["middling"], home=home, subset="S", seed=3).rows
     plan = plan_splits(ds, subsets=["S"], seed=3)
     x, y = make_features(ds, 16, shift=1.5, seed=1), plan.labels
     evidence, separation, near, voted = [], [], [], []
@@ -85,7 +87,7 @@ def test_scores_are_of_each_folds_own_rows(ds: ImageDataset, home: Path) -> None
 
 
 def test_at_f_evidence_is_of_the_whole_pool(ds: ImageDataset, home: Path) -> None:
-    (row,) = rank_backbones(ds, ["weak"], home=home)
+    (row,) = rank(ds, ["weak"], home=home).rows
     x, y = make_features(ds, 16, shift=0.3, seed=2)[:150], ds.labels[:150]
     assert row.logme == pytest.approx(logme(x, y))
     assert row.h_score == pytest.approx(h_score(x, y))
@@ -97,11 +99,11 @@ def test_test_rows_are_never_looked_at(ds: ImageDataset, home: Path, tmp_path: P
         x = make_features(ds, 16, shift=shift, seed=seed)
         x[150:] = np.nan
         put_store(other, ds, name, x)
-    assert rank_backbones(ds, home=other) == rank_backbones(ds, home=home)
+    assert rank(ds, home=other).rows == rank(ds, home=home).rows
 
 
 def test_probes_of_the_same_features_stand_beside(probed: ImageDataset, home: Path) -> None:
-    ranking = rank_dataset(probed, home=home)
+    ranking = rank(probed, home=home)
     results = {name: probe_features(probed, [name], subset="S", home=home) for name in SHIFTS}
     for row in ranking.rows:
         assert row.probes == {"S": results[row.backbone].mean}
@@ -120,7 +122,7 @@ def test_probes_of_other_features_do_not_count(probed: ImageDataset, home: Path,
         recipe = make_recipe(name, dtype="float32", decoder="another")
         put_store(elsewhere, probed, name, make_features(probed, 16), recipe=recipe)
     (home / probed.name / "runs").rename(elsewhere / probed.name / "runs")
-    ranking = rank_dataset(probed, home=elsewhere)
+    ranking = rank(probed, home=elsewhere)
     assert all(not row.probes for row in ranking.rows)
     assert ranking.correlations == ()
 
@@ -128,20 +130,22 @@ def test_probes_of_other_features_do_not_count(probed: ImageDataset, home: Path,
 def test_only_probes_of_one_protocol_stand_beside(probed: ImageDataset, home: Path) -> None:
     usual = {name: probe_features(probed, [name], subset="S", home=home) for name in SHIFTS}
     for other in ({"val": "matched"}, {"seed": 1}, {"folds": 3}, {"lr": 1e-4}, {"lr": [1e-2, 1e-3]}, {"repeats": 2}):
-        probe_features(probed, ["weak"], home=home, **{"subset": "S", **other})
-    ranking = rank_dataset(probed, home=home)
+        for name in ("strong", "weak"):
+            probe_features(probed, [name], home=home, **{"subset": "S", **other})
+            probe_features(probed, [name], home=home, **{"subset": 40, **other})
+    ranking = rank(probed, home=home)
     assert {row.backbone: row.runs for row in ranking.rows} == {name: {"S": r.id} for name, r in usual.items()}
     assert ranking.probe_labels == {"S": usual["weak"].labels_used}
     assert ranking.labels_used == 150
     (note,) = [note for note in ranking.notes if "one protocol" in note]
-    assert "5 folds, seed 0, --val full, official test set; 6 of other protocols" in note
+    assert "5 folds, seed 0, --val full, official test set; 24 of other protocols" in note
 
 
 def test_without_probes_of_the_default_protocol_the_commonest_serves_all_rows(ds: ImageDataset, home: Path) -> None:
     matched = {name: probe_features(ds, [name], subset="S", home=home, val="matched") for name in SHIFTS}
     probe_features(ds, ["strong"], subset="S", home=home, folds=3)
     probe_features(ds, ["weak"], subset="S", home=home, lr=1e-2)
-    ranking = rank_dataset(ds, home=home)
+    ranking = rank(ds, home=home)
     assert {row.backbone: row.runs for row in ranking.rows} == {name: {"S": r.id} for name, r in matched.items()}
     assert any("--val matched" in note and "2 of other protocols" in note for note in ranking.notes)
 
@@ -163,31 +167,31 @@ def test_correlations_are_scipys() -> None:
 
 def test_many_images_are_drawn_down(ds: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST", 50)
-    ranking = rank_dataset(ds, home=home)
+    ranking = rank(ds, home=home)
     assert (ranking.subset, ranking.n_train) == ("50", 50)
-    assert any("50 training images a fold" in note for note in ranking.notes)
+    assert any("50 training images per fold" in note for note in ranking.notes)
 
 
 def test_views_are_ranked_by_the_plain_image(ds: ImageDataset, home: Path, tmp_path: Path) -> None:
     other = tmp_path / "views"
     x = make_features(ds, 16, shift=1.5, seed=1)
     put_store(other, ds, "middling", np.stack([x, x * 0, x + 9], axis=1))
-    assert rank_backbones(ds, home=other) == rank_backbones(ds, ["middling"], home=home)
+    assert rank(ds, home=other).rows == rank(ds, ["middling"], home=home).rows
 
 
 def test_the_callers_threads_stay(ds: ImageDataset, home: Path) -> None:
     before = torch.get_num_threads()
-    rank_backbones(ds, ["weak"], home=home)
+    rank(ds, ["weak"], home=home)
     assert torch.get_num_threads() == before
 
 
 def test_nothing_cached_is_told(home: Path) -> None:
-    with pytest.raises(StoreNotFoundError, match="nothing is cached"):
-        pool.open_datasets(home=home)
-    with pytest.raises(StoreNotFoundError, match="no features are cached"):
-        rank_backbones(make_dataset([0, 1] * 30), home=home)
-    with pytest.raises(UsageError, match="one dataset"):
-        pool.open_datasets(["a", "b"], data_root="x", home=home)
+    with refused(StoreNotFoundError, "store-not-found"):
+        shown.open_datasets([], DatasetRef(), home)
+    with refused(StoreNotFoundError, "store-not-found"):
+        rank(make_dataset([0, 1] * 30), home=home)
+    with refused(UsageError, "several-datasets"):
+        shown.open_datasets(["a", "b"], DatasetRef(data_root="x"), home)
 
 
 def app() -> typer.Typer:
@@ -222,4 +226,4 @@ def test_similarity_prints_both_matrices_or_json_alone(ds: ImageDataset, home: P
     done = CliRunner().invoke(app(), ["similarity", "--json", "-"], catch_exceptions=False)
     (found,) = json.loads(done.stdout)
     assert found["backbones"] == ["middling", "strong", "weak"]
-    assert np.array(found["cka"]).shape == np.array(found["neighbours"]).shape == (3, 3)
+    assert np.array(found["cka"]).shape == np.array(found["neighbors"]).shape == (3, 3)

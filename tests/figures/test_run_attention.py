@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
-from embcache.figures.run_attention import draw_attention, run_attention
+from embcache.figures import attention as module
+from embcache.figures.attention import draw_attention, mean_entropy, run_attention
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import ProbeResult, load_heads, runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
+from tests.refusal import refused
 
 DIMS = {"a": 9, "b": 5}
 WIDTH = 8
@@ -74,6 +76,33 @@ def test_averages_over_images_and_folds(ds: ImageDataset, home: Path) -> None:
     assert sum(s for _, _, s in found.received) <= 1 + 1e-5
 
 
+@pytest.mark.parametrize("spread", [0.01, 0.3, 2.0, 5.0, 100.0])
+def test_the_entropy_of_few_queries_is_that_of_all(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = torch.Generator().manual_seed(0)
+    tokens = 1000
+    params = {
+        "project.a.weight": torch.randn(tokens, 6, generator=rng), "project.a.bias": torch.zeros(tokens),
+        "attn.qkv.weight": torch.tensor([[1.0], [spread], [1.0]]), "attn.qkv.bias": torch.zeros(3),
+    }  # fmt: skip
+    x = {"a": torch.randn(5, 6, generator=rng)}
+    found = mean_entropy(params, x)
+    monkeypatch.setattr(module, "_GRID", tokens)  # never fewer than tokens / 2: every query is computed
+    assert found == pytest.approx(mean_entropy(params, x), abs=1e-4)
+
+
+def test_one_fold_has_no_spread(ds: ImageDataset, home: Path) -> None:
+    result, folder = probed(ds, home)
+    heads = load_heads(folder)
+    import embcache.figures.attention as ra
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ra, "load_heads", lambda run: heads[:1])
+        found = run_attention(ds, result, folder, home=home)
+    assert found.folds == 1
+    assert np.isnan(found.mass_std).all()
+    assert math.isnan(found.entropy_std)
+
+
 @pytest.mark.parametrize("head", ["dvme", "dvme-token"])
 def test_a_figure_is_drawn(ds: ImageDataset, home: Path, tmp_path: Path, head: str) -> None:
     result, folder = probed(ds, home, head, folds=2)
@@ -85,7 +114,7 @@ def test_a_figure_is_drawn(ds: ImageDataset, home: Path, tmp_path: Path, head: s
 
 def test_heads_without_attention_and_other_datasets_are_refused(ds: ImageDataset, home: Path) -> None:
     result, folder = probed(ds, home, "dvme-noattn", folds=2)
-    with pytest.raises(UsageError, match="attention"):
+    with refused(UsageError, "no-attention"):
         run_attention(ds, result, folder, home=home)
-    with pytest.raises(UsageError, match="another dataset"):
+    with refused(UsageError, "other-dataset"):
         run_attention(make_dataset([0, 1] * 20, name="other"), result, folder, home=home)

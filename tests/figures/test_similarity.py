@@ -1,4 +1,4 @@
-"""CKA against its definition on kernel matrices, mutual neighbours against scikit-learn."""
+"""CKA against its definition on kernel matrices, mutual neighbors against scikit-learn."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
+from embcache.config import DatasetRef
 from embcache.errors import UsageError
-from embcache.figures import pool
+from embcache.figures import shown as module
 from embcache.figures.similarity import (
     linear_cka,
-    nearest_neighbours,
-    shared_neighbours,
+    nearest_neighbors,
+    shared_neighbors,
     similarity,
 )
 from tests.probe.build import make_dataset, make_features, put_store
+from tests.refusal import refused
 
 
 def embeddings(n: int, d: int, e: int, *, related: float) -> tuple[np.ndarray, np.ndarray]:
@@ -70,17 +72,17 @@ def test_cka_of_what_does_not_vary_is_not_a_number() -> None:
     assert np.isnan(linear_cka(np.ones((10, 3)), np.arange(30.0).reshape(10, 3) ** 2))
 
 
-def test_neighbours_are_scikit_learns() -> None:
+def test_neighbors_are_scikit_learns() -> None:
     x, y = embeddings(80, 12, 9, related=1)
     found = []
     for f in (x, y):
         theirs = NearestNeighbors(n_neighbors=6, metric="cosine").fit(StandardScaler().fit_transform(f))
         expected = theirs.kneighbors(return_distance=False)
-        mine = nearest_neighbours(f, 6)
+        mine = nearest_neighbors(f, 6)
         assert [set(row) for row in mine.tolist()] == [set(row) for row in expected.tolist()]
         found.append(expected)
     overlap = np.mean([len(set(a) & set(b)) / 6 for a, b in zip(*found, strict=True)])
-    assert shared_neighbours(nearest_neighbours(x, 6), nearest_neighbours(y, 6)) == pytest.approx(overlap)
+    assert shared_neighbors(nearest_neighbors(x, 6), nearest_neighbors(y, 6)) == pytest.approx(overlap)
 
 
 def test_compares_all_cached_backbones_on_training_images(home: Path) -> None:
@@ -95,16 +97,16 @@ def test_compares_all_cached_backbones_on_training_images(home: Path) -> None:
     assert found.backbones == ("one", "other", "twin")
     assert found.n == 100
     assert found.cka[0, 2] == pytest.approx(1)
-    assert found.neighbours[0, 2] == 1
+    assert found.neighbors[0, 2] == 1
     assert abs(found.cka[0, 1]) < 0.2
-    for matrix in (found.cka, found.cka_biased, found.neighbours):
+    for matrix in (found.cka, found.cka_biased, found.neighbors):
         np.testing.assert_allclose(np.diag(matrix), 1)
         np.testing.assert_array_equal(matrix, matrix.T)
     assert similarity(ds, ["twin", "one"], home=home).backbones == ("twin", "one")
 
 
 def test_draws_images_where_there_are_many(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "MOST", 50)
+    monkeypatch.setattr(module, "MOST", 50)
     ds = make_dataset([0, 1] * 60, split=["train"] * 100 + ["test"] * 20)
     for name in ("one", "two"):
         put_store(home, ds, name, make_features(ds, 8))
@@ -113,14 +115,16 @@ def test_draws_images_where_there_are_many(home: Path, monkeypatch: pytest.Monke
     assert any("50 of 100 training images" in note for note in found.notes)
 
 
-def test_one_backbone_is_refused_and_datasets_with_one_are_left_out(home: Path) -> None:
+def test_one_backbone_is_refused_and_datasets_with_one_are_left_out(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     several, single = (make_dataset([0, 1] * 60, name=name) for name in ("several", "single"))
     for name in ("one", "two"):
         put_store(home, several, name, make_features(several, 8))
     put_store(home, single, "one", make_features(single, 8))
-    with pytest.raises(UsageError, match="compares backbones"):
+    with refused(UsageError, "too-few-backbones"):
         similarity(single, home=home)
-    told: list[str] = []
-    (found,) = pool.open_datasets(home=home, several=True, say=told.append)
+    caplog.set_level("INFO", "embcache")
+    (found,) = module.open_datasets([], DatasetRef(), home, several=True)
     assert found.name == "several"
-    assert told == ["single left out: fewer than two backbones cached"]
+    assert caplog.messages == ["single left out: fewer than two backbones cached"]

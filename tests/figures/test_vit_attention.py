@@ -14,8 +14,9 @@ from embcache.backbones.catalog import find_backbone, load_backbone
 from embcache.backbones.transforms import choose_transform, normalize
 from embcache.data.images import read_image
 from embcache.errors import UsageError
+from embcache.figures.attention import class_attention, image_attention
 from embcache.figures.plots import plot_heads
-from embcache.figures.vit_attention import class_attention, image_attention
+from tests.refusal import refused
 
 NAME = "timm:test_vit"
 
@@ -78,5 +79,5 @@ def test_networks_without_a_class_token_are_refused(name: str, image: Path, tmp_
     if name.startswith("timm:"):
         weights = tmp_path / "weights.pth"
         torch.save(timm.create_model(name.partition(":")[2], num_classes=0).state_dict(), weights)
-    with pytest.raises(UsageError, match="no class token"):
+    with refused(UsageError, "no-class-token"):
         image_attention(image, name, weights=weights)

@@ -11,14 +11,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from embcache.commands.table import format_table
+from embcache.commands.output import format_table
+from embcache.config import DatasetRef
 from embcache.data.dataset import load_dataset
 from embcache.errors import DatasetError, EmbcacheError
 from embcache.extract.extract import extract_features
 from embcache.maintain.export import export_features
 from embcache.probe.probe import probe_features
-from embcache.results.csvfile import is_formula
-from embcache.results.predict import predict_images
+from embcache.results.predict import predict
+from embcache.results.render import is_formula
 from embcache.store.feature_store import open_store
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
@@ -68,9 +69,9 @@ def test_hostile_ids_and_classes_go_all_the_way_and_come_back_as_they_were(
             found = pq.read_table(target)["id"].to_pylist()
         assert set(found) == kept
     images = [tmp_path / "images" / f"{k}.png" for k in range(3)]
-    said = predict_images(result.id, images, home=home)
+    said = predict(result.id, images, home=home)
     assert said.class_names == result.class_names
-    of_ids = predict_images(result.id, dataset=ds.name, data_root=table, home=home)
+    of_ids = predict(result.id, dataset=ds.name, ref=DatasetRef(data_root=table), home=home)
     assert set(of_ids.images) == kept
     cells = [row[0] for row in csv.reader(io.StringIO(of_ids.to_csv(), newline=""))][1:]
     assert {cell.removeprefix("'") for cell in cells} == kept

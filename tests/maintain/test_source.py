@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from embcache.maintain.rebuild import check_sample
 from typer.testing import CliRunner
 
 from embcache.cli import app
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetNotFoundError
+from embcache.maintain.repair import check_sample
 from embcache.maintain.verify import check_source
 from embcache.store.commit import ShardRows, commit_shard, discard
 from embcache.store.feature_store import FeatureStore

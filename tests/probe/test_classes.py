@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset, read_snapshot
 from embcache.errors import ProtocolError, UsageError
+from embcache.figures.draw_curves import curve_panels
 from embcache.figures.draw_maps import draw_maps
-from embcache.figures.rank import rank_dataset
+from embcache.figures.rank import rank
+from embcache.probe.inputs import probe_cached
 from embcache.probe.probe import probe_features
 from embcache.report.collect import make_tasks
-from embcache.results.compare import compare_runs
-from embcache.results.curves import curve_panels
-from embcache.results.subgroups import score_subgroups
+from embcache.results.compare import compare, subgroups
 from embcache.runs.folders import ProbeResult, list_results, load_predictions, runs_dir
-from tests.probe.build import make_dataset, make_features, put_store, run_cached
+from tests.probe.build import make_dataset, make_features, put_store
 from tests.probe.test_cached import cli
 
 
@@ -63,10 +64,10 @@ def test_another_question_is_another_run_from_the_same_store(ds: ImageDataset, h
 
 def test_a_run_is_used_as_any_other(ds: ImageDataset, home: Path) -> None:
     two, three = merged(ds, home), probe_features(ds.with_classes(["d"]), "a", head="knn", subset="F", home=home)
-    rows, _ = score_subgroups([two.id], ["sex"], home=home, resamples=20)
+    rows, _ = subgroups([two.id], ["sex"], home=home, resamples=20)
     assert [row.value for row in rows] == ["all", "F", "M"]
     with pytest.raises(ProtocolError, match="different metrics"):
-        compare_runs([two.id, three.id], home=home)
+        compare([two.id, three.id], home=home)
     tasks = make_tasks(list_results(home, "toy"))
     assert {(task.title, task.class_names) for task in tasks} == {
         ("toy, b + c = sick, without d", ("a", "sick")), ("toy, without d", ("a", "b", "c")),
@@ -80,7 +81,7 @@ def test_saved_probes_of_other_classes_do_not_stand_beside_a_ranking(ds: ImageDa
     three = ds.with_classes(["d"])
     saved = probe_features(three, "a", subset="S", home=home)
     probe_features(three.with_classes(["c"]), "a", subset="S", home=home)
-    (row,) = rank_dataset(three, home=home).rows
+    (row,) = rank(three, home=home).rows
     assert row.runs == {"S": saved.id}
 
 
@@ -89,7 +90,7 @@ def test_maps_refuse_a_run_of_other_classes_and_tell_which(ds: ImageDataset, hom
     three = ds.with_classes(["d"])
     run = probe_features(three, ["a", "b"], head="dvme-noattn", subset=20, home=home)
     with pytest.raises(UsageError, match="other classes") as caught:
-        draw_maps(three.with_classes(["c"]), runs=[run.id], home=home)
+        draw_maps(three.with_classes(["c"]), run=[run.id], home=home)
     assert caught.value.fix == "--drop-class d"
 
 
@@ -108,7 +109,7 @@ def test_every_dataset_is_looked_at_before_any_is_probed(ds: ImageDataset, home:
     other = replace(ds.with_classes(["d"]), name="zoo", whole=None, renamed={})
     put_store(home, other, "a", make_features(ds)[:180])
     with pytest.raises(UsageError, match="zoo has no class 'd'"):
-        run_cached(home=home, drop_class="d")
+        probe_cached(home=home, classes=ClassOptions(("d",)))
     assert not list_results(home)
 
 

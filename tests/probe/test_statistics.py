@@ -16,7 +16,7 @@ from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from embcache.probe.metrics import METRICS, find_metric
 from embcache.probe.statistics import BOOTSTRAP_SEED, TestSet, estimate, newcombe_auc, training_overlap, wilson
-from embcache.results.comparisons import compare
+from embcache.results.compare import compare_scores as compare
 from embcache.runs.result import Estimate
 from tests.probe.patients import FEW, components, lesions, odds_of, patients, scored, width
 

@@ -15,7 +15,7 @@ from embcache.probe.probe import probe_features
 from embcache.report.choice import Choice, Rival
 from embcache.results import compare
 from embcache.results.advice import advise_backbone
-from embcache.results.comparisons import Difference
+from embcache.results.compare import Difference
 from embcache.runs.result import Estimate
 from tests.probe.build import make_features, put_store
 from tests.results.build import make_result

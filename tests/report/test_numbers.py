@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import auc, precision_score, recall_score, roc_curve
+from sklearn.metrics import auc, confusion_matrix, precision_score, recall_score, roc_curve
 
+from embcache.probe.metrics import confusion
 from embcache.probe.predictions import Predictions
 from embcache.report.numbers import class_scores
 from embcache.results import compare
-from embcache.results.rates import GRID, mean_curve
+from embcache.results.decisions import GRID, mean_curve, roc_points
 from tests.results.build import make_result
 
 
@@ -22,6 +23,15 @@ def _predictions(n_classes: int, ties: bool = False, n: int = 400, k: int = 3) -
         p = np.round(p, 1)
         p /= p.sum(-1, keepdims=True)
     return labels, p
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_roc_points_are_those_of_scikit_learn(ties: bool) -> None:
+    labels, p = _predictions(2, ties)
+    false, true = roc_points(labels == 1, p[0, :, 1])
+    theirs = roc_curve(labels, p[0, :, 1], drop_intermediate=False)
+    np.testing.assert_allclose(false, theirs[0])
+    np.testing.assert_allclose(true, theirs[1])
 
 
 def test_mean_roc_keeps_the_area() -> None:
@@ -47,6 +57,11 @@ def test_roc_is_counted_from_logits_where_probabilities_saturate() -> None:
     mean, _ = mean_curve(labels, logits, 1)
     theirs = auc(*roc_curve(labels, logits[0, :, 1])[:2])
     assert np.trapezoid(mean, GRID) == pytest.approx(theirs, abs=0.01)
+
+
+def test_confusion_is_scikit_learns() -> None:
+    labels, p = _predictions(4)
+    np.testing.assert_array_equal(confusion(labels, np.log(p[0])), confusion_matrix(labels, p[0].argmax(1)))
 
 
 def test_class_scores_are_scikit_learns() -> None:

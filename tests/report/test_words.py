@@ -7,7 +7,7 @@ from dataclasses import replace
 from embcache.report.collect import Task
 from embcache.report.words import NEW_MODEL, THESE_MODELS, change_words, headline, p_words, sentences
 from embcache.results.advice import Advice
-from embcache.results.comparisons import Difference
+from embcache.results.compare import Difference
 from tests.report.build import make_choice, make_rival
 
 TASK = Task("pneumonia", "", "auc", ("no", "yes"), {})

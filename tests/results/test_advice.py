@@ -170,7 +170,7 @@ def test_the_backbone_is_the_best_on_validation_whatever_the_test_set_says(
     assert advice.backbone.text == (
         f"Take {best.backbones[0]}: it scored best on validation with 60 training labels and reaches a test AUC of "
         f"{best.mean:.3f} (95 % interval {low:.3f} to {high:.3f}); it is better than bad, Holm-corrected p < 0.05; it "
-        f"cannot be told apart from {other}."
+        f"cannot be distinguished from {other}."
     )
     assert advice.labels is not None
     assert advice.labels.name == advice.backbone.name

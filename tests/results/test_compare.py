@@ -1,26 +1,34 @@
-"""Comparisons: the same test groups, Holm in one family, refused where the test images are not the same."""
+"""Comparisons against transcriptions, loops and SciPy: one family for Holm, the same test groups, subgroups."""
 
 from __future__ import annotations
 
-import shutil
+import math
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.metrics import roc_auc_score
+from scipy.stats import t as student
+from sklearn.metrics import accuracy_score, roc_auc_score
 
-from embcache.errors import ProtocolError, StoreNotFoundError, UsageError
+from embcache.data.dataset import ImageDataset
+from embcache.errors import ProtocolError, StoreError, StoreNotFoundError, UsageError
+from embcache.probe.metrics import METRICS
 from embcache.probe.probe import probe_features
-from embcache.results.compare import compare_runs
+from embcache.probe.statistics import TestSet, estimate
+from embcache.results.compare import compare, compare_scores, holm, subgroups
 from embcache.runs.folders import find_run_anywhere, load_predictions
 from tests.probe.build import make_dataset, make_features, put_store
+from tests.probe.patients import components, patients, scored, width
+from tests.refusal import refused
 
 
-@pytest.fixture(scope="module")
-def made_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    home = tmp_path_factory.mktemp("made") / "home"
+@pytest.fixture
+def runs(home: Path) -> list[str]:
+    """A bad, a good and a middling result on one dataset with groups of two."""
     labels = np.tile([0, 1], 60)
     groups = [f"g{k // 4}-{k % 2}" for k in range(120)]
     ds = make_dataset(labels, groups, ["train"] * 60 + ["test"] * 60)
@@ -28,14 +36,7 @@ def made_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]
     for name, shift in (("bad", 0.3), ("good", 3.0), ("fair", 1.0)):
         put_store(home, ds, name, make_features(ds, shift=shift, seed=len(name)))
         ids.append(probe_features(ds, name, folds=2, subset=20, home=home).id)
-    return home, ids
-
-
-@pytest.fixture
-def runs(made_runs: tuple[Path, list[str]], home: Path) -> list[str]:
-    """A bad, a good and a middling result on one dataset with groups of two."""
-    shutil.copytree(made_runs[0], home)
-    return made_runs[1]
+    return ids
 
 
 def holm_by_definition(p: list[float]) -> list[float]:
@@ -45,6 +46,15 @@ def holm_by_definition(p: list[float]) -> list[float]:
     for rank, k in enumerate(order):
         adjusted[k] = min(1.0, max((len(p) - j) * p[order[j]] for j in range(rank + 1)))
     return adjusted
+
+
+@pytest.mark.parametrize("p", [[], [0.5], [0.01, 0.04, 0.03, 0.005], [0.02, 0.02, 0.9], [0.6, 0.7, 0.8], [1.0, 0.0]])
+def test_holm_is_the_step_down_procedure(p: list[float]) -> None:
+    assert holm(p) == pytest.approx(holm_by_definition(p), abs=1e-15)
+
+
+def test_holm_of_the_textbook_example() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 def placements(labels: Any, score: Any) -> Any:
@@ -57,7 +67,7 @@ def placements(labels: Any, score: Any) -> Any:
 
 
 def test_a_difference_has_the_variance_of_test_groups_and_of_training(home: Path, runs: list[str]) -> None:
-    rows = compare_runs(runs, home=home)
+    rows = compare(runs, home=home)
     found = [find_run_anywhere(run, home) for run in runs]
     tables = [load_predictions(path).sort_values(["fold", "id"]) for _, path in found]
     first = tables[0][tables[0]["fold"] == 0]
@@ -101,34 +111,34 @@ def test_a_difference_has_the_variance_of_test_groups_and_of_training(home: Path
 
 
 def test_metrics_are_one_family_and_margins_test_equivalence(home: Path, runs: list[str]) -> None:
-    rows = compare_runs(runs, metrics=["auc", "accuracy"], margin=0.9, home=home)
+    rows = compare(runs, metrics=["auc", "accuracy"], margin=0.9, home=home)
     assert [row.metric for row in rows] == ["auc"] * 3 + ["accuracy"] * 3
     apart = [row for row in rows if row.difference is not None]
     assert [row.p_holm for row in apart] == pytest.approx(holm_by_definition([r.difference.p for r in apart]))
     assert all(0 <= row.difference.p_margin < 0.5 for row in apart)
-    with pytest.raises(UsageError, match="margin"):
-        compare_runs(runs, margin=0.0, home=home)
+    with refused(UsageError, "option-bounds"):
+        compare(runs, margin=0.0, home=home)
 
 
 def test_the_own_interval_is_that_of_the_result(home: Path, runs: list[str]) -> None:
-    for row, run in zip(compare_runs(runs, home=home), runs, strict=True):
+    for row, run in zip(compare(runs, home=home), runs, strict=True):
         assert row.interval == find_run_anywhere(run, home)[0].interval
 
 
 def test_the_reference_comes_first_and_a_run_named_twice_counts_once(home: Path, runs: list[str]) -> None:
-    rows = compare_runs([*runs, runs[0]], reference=runs[1], home=home, resamples=50)
+    rows = compare([*runs, runs[0]], reference=runs[1], home=home, resamples=50)
     assert [row.run for row in rows] == [runs[1], runs[0], runs[2]]
     assert rows[1].difference is not None
     assert rows[1].difference.difference < 0
 
 
 def test_fewer_than_two_runs_and_unknown_ones_are_refused(home: Path, runs: list[str]) -> None:
-    with pytest.raises(UsageError, match="two runs"):
-        compare_runs(runs[:1], home=home)
-    with pytest.raises(StoreNotFoundError, match="no such run"):
-        compare_runs([runs[0], "nonsense"], home=home)
-    with pytest.raises(StoreNotFoundError, match="3 runs are called so"):
-        compare_runs([runs[0], "linear-"], home=home)
+    with refused(UsageError, "too-few-runs"):
+        compare(runs[:1], home=home)
+    with pytest.raises(StoreNotFoundError):
+        compare([runs[0], "nonsense"], home=home)
+    with pytest.raises(StoreNotFoundError):
+        compare([runs[0], "linear-"], home=home)
 
 
 def test_other_test_images_metrics_and_unknown_labels_are_refused(home: Path, runs: list[str]) -> None:
@@ -136,16 +146,206 @@ def test_other_test_images_metrics_and_unknown_labels_are_refused(home: Path, ru
     ds = make_dataset(labels)  # the same dataset by name, with a local test set
     put_store(home, ds, "other", make_features(ds))
     local = probe_features(ds, "other", folds=2, subset=20, home=home).id
-    with pytest.raises(ProtocolError, match="not tested on the same images") as caught:
-        compare_runs([runs[0], local], home=home)
+    with refused(ProtocolError, "different-test-sets") as caught:
+        compare([runs[0], local], home=home)
     assert "differ" in str(caught.value.found)
     blind = make_dataset([*labels, *[-1] * 10], split=["train"] * 120 + ["test"] * 10, name="blind")
     put_store(home, blind, "other", make_features(blind))
     unknown = probe_features(blind, "other", folds=2, subset=20, home=home, test="official").id
-    with pytest.raises(ProtocolError, match="not known"):
-        compare_runs([runs[0], unknown], home=home)
+    with refused(ProtocolError, "no-test-labels"):
+        compare([runs[0], unknown], home=home)
     elsewhere = make_dataset(np.tile([0, 1, 2], 40), name="elsewhere")
     put_store(home, elsewhere, "other", make_features(elsewhere))
     third = probe_features(elsewhere, "other", folds=2, subset=20, home=home).id
-    with pytest.raises(ProtocolError, match="different datasets"):
-        compare_runs([runs[0], third], home=home)
+    with refused(ProtocolError, "different-tasks"):
+        compare([runs[0], third], home=home)
+
+
+@pytest.mark.parametrize("key", ["auc", "macro_auc", "accuracy", "kappa"])
+@pytest.mark.parametrize("overlap", [None, 0.75])
+def test_a_comparison_turns_round(key: str, overlap: float | None) -> None:
+    test, z = patients(6, n_groups=40, n_classes=3 if key == "macro_auc" else 2, models=6)
+    one, other = (scored(key, test, q) for q in (z[:3], z[3:]))
+    there, back = (compare_scores(a, b, overlap=overlap, margin=0.05) for a, b in ((one, other), (other, one)))
+    assert there.interval is not None
+    assert there.difference == pytest.approx(one.mean - other.mean)
+    assert back.difference == pytest.approx(-there.difference)
+    assert back.interval == pytest.approx((-there.interval[1], -there.interval[0]))
+    for name in ("p", "smallest", "p_margin", "trained"):
+        assert getattr(back, name) == pytest.approx(getattr(there, name)), name
+    assert there.trained == (overlap is not None)
+
+
+def test_a_comparison_is_delongs_with_students_t() -> None:
+    rng = np.random.default_rng(2)
+    labels = np.repeat([0, 1], 30)
+    z = rng.normal(size=(2, 60, 2)) + np.array([1.6, 1.0])[:, None, None] * np.eye(2)[labels]
+    parts = [components(labels == 1, q[:, 1] - q[:, 0]) for q in z]
+    v = [np.var(parts[0][k] - parts[1][k], ddof=1) / 30 for k in (1, 2)]
+    error, df = math.sqrt(sum(v)), sum(v) ** 2 / (v[0] ** 2 / 29 + v[1] ** 2 / 29)
+    d = parts[0][0] - parts[1][0]
+    test = TestSet(labels, np.arange(60), ("a", "b"))
+    found = compare_scores(*(scored("auc", test, q[None]) for q in z), margin=0.3)
+    assert found.difference == pytest.approx(d)
+    assert found.p == pytest.approx(2 * student.sf(abs(d) / error, df))
+    reach = student.ppf(0.975, df) * error
+    assert found.interval == pytest.approx((d - reach, d + reach))
+    assert found.smallest == pytest.approx(reach + student.ppf(0.8, df) * error)
+    sides = student.sf((d + 0.3) / error, df), student.cdf((d - 0.3) / error, df)
+    assert found.p_margin == pytest.approx(max(sides))
+    assert not found.trained
+
+
+def test_a_comparison_of_procedures_adds_the_variance_of_training() -> None:
+    test, z = patients(6, n_groups=40, models=10)
+    unlike = 0.8 * np.linspace(-1, 1, 5)[:, None, None] * (test.labels[:, None] == np.arange(2))
+    one, other = (scored("auc", test, q) for q in (z[:5] + unlike, z[5:] - unlike))
+    found, fixed = (compare_scores(one, other, overlap=o, folds=5) for o in (0.75, None))
+    moves = one.moves - other.moves
+    noise = np.mean([((moves[i] - moves[j]) ** 2).sum() for i, j in combinations(range(5), 2)]) / 2
+    s2 = (one.values - other.values).var(ddof=1) - noise
+    assert s2 > 0
+    extra = s2 / 0.25 * (1 / 5 + 4 / 5 * 0.75)
+    v_test = float((moves.mean(0) ** 2).sum())
+    assert fixed.interval is not None
+    df_test = next(df for df in np.linspace(20, 40, 200_001)
+                   if student.ppf(0.975, df) * math.sqrt(v_test) <= width(fixed.interval) / 2)  # fmt: skip
+    v = v_test + extra
+    df = v**2 / (v_test**2 / df_test + extra**2 / 4)
+    assert found.p == pytest.approx(2 * student.sf(abs(found.difference) / math.sqrt(v), df), rel=1e-3)
+    assert found.trained
+    assert compare_scores(one, other, overlap=(0.75, 0.75), folds=5) == found
+    assert not compare_scores(one, other, overlap=0.95).trained
+    assert not compare_scores(one, other, overlap=(0.5, 0.95)).trained
+    assert not compare_scores(one, scored("auc", test, z[5:7]), overlap=0.75).trained
+
+
+def test_training_sets_of_two_sizes_have_their_own_variances() -> None:
+    test, z = patients(6, n_groups=40, models=10)
+    unlike = 0.8 * np.linspace(-1, 1, 5)[:, None, None] * (test.labels[:, None] == np.arange(2))
+    one, other = (scored("auc", test, q) for q in (z[:5] + unlike, z[5:] - 2 * unlike))
+    found, back = compare_scores(one, other, overlap=(0.4, 0.8)), compare_scores(other, one, overlap=(0.8, 0.4))
+    moves, parts = (one.moves - other.moves).mean(0), []
+    for side, o in ((one, 0.4), (other, 0.8)):
+        pairs = [((side.moves[i] - side.moves[j]) ** 2).sum() for i, j in combinations(range(5), 2)]
+        sigma2 = max(0, side.values.var(ddof=1) - np.mean(pairs) / 2) / (1 - o)
+        parts.append(sigma2 * (1 / 5 + 4 / 5 * o))
+    assert all(parts)
+    v = (moves**2).sum() + sum(parts)
+    assert found.interval is not None
+    t = width(found.interval) / 2 / math.sqrt(v)
+    assert student.ppf(0.975, 39) < t < student.ppf(0.975, 4)
+    assert found.p == pytest.approx(back.p)
+
+
+def test_a_value_that_cannot_be_told_is_said() -> None:
+    test, z = patients(6)
+    none = scored("ppv", test, z + np.array([1e3, 0.0]))
+    assert (estimate(none).why, estimate(none).interval) == ("no value", None)
+    assert compare_scores(none, scored("ppv", test, z)).why == "no value"
+
+
+@pytest.mark.parametrize("key", sorted(METRICS))
+@pytest.mark.parametrize("gain", [1.5, 40.0])
+def test_equal_models_do_not_differ_and_are_not_proven_equal_by_few_patients(key: str, gain: float) -> None:
+    test, z = patients(6, models=2, gain=gain)  # ordinary, and perfect
+    one = scored(key, test, z)
+    found = compare_scores(one, one, margin=0.005)
+    if found.why:
+        assert (key, found.why) == ("log_loss", "no variation among the test groups")
+    else:
+        assert (found.difference, found.p) == (0, 1)
+        assert width(found.interval) > 0.01
+        assert found.p_margin is not None
+        assert found.p_margin > 0.05
+
+
+def test_a_perfect_model_beside_a_useless_one() -> None:
+    labels = np.repeat([0, 1], 30)
+    test = TestSet(labels, np.arange(60), ("a", "b"))
+    perfect, useless = scored("auc", test, 9 * np.eye(2)[labels][None]), scored("auc", test, np.zeros((1, 60, 2)))
+    found = compare_scores(perfect, useless)
+    assert found.difference == 0.5
+    assert found.p is not None
+    assert found.p < 1e-6
+
+
+def columns_dataset() -> ImageDataset:
+    labels = np.tile([0, 1], 80)
+    ds = make_dataset(labels, [f"g{k // 4}-{k % 2}" for k in range(160)], ["train"] * 60 + ["test"] * 100)
+    sex = np.where(np.arange(160) % 5 < 2, "F", "M").astype(object)
+    sex[60:64] = ""
+    rare = np.where(np.arange(160) == 101, "odd", "even")  # one image of class 1
+    return replace(ds, table=ds.table.assign(sex=sex, age=np.arange(160) % 95, rare=rare))
+
+
+@pytest.fixture
+def run(home: Path) -> str:
+    ds = columns_dataset()
+    put_store(home, ds, "toy", make_features(ds, shift=1.0))
+    return probe_features(ds, "toy", folds=2, subset=20, home=home).id
+
+
+def test_rows_are_the_scores_of_their_images(home: Path, run: str) -> None:
+    rows, notes = subgroups([run], ["sex"], home=home, resamples=100)
+    result, path = find_run_anywhere(run, home)
+    assert [(r.column, r.value) for r in rows] == [("", "all"), ("sex", "F"), ("sex", "M"), ("sex", "(no value)")]
+    assert rows[0].mean == pytest.approx(result.mean)
+    table = load_predictions(path).merge(columns_dataset().table[["id", "sex"]], on="id")
+    for row in rows[1:]:
+        part = table[table["sex"] == row.value.replace("(no value)", "")].sort_values(["fold", "id"])
+        one = part[part["fold"] == 0]
+        scores = [roc_auc_score(f["label"], f["p_1"]) for _, f in part.groupby("fold")]
+        assert (row.n_images, row.n_groups) == (len(one), one["group"].nunique())
+        assert (row.mean, row.std) == pytest.approx((np.mean(scores), np.std(scores, ddof=1)))
+        few = min(one["group"][one["label"] == c].nunique() for c in (0, 1)) < 5
+        assert (row.interval is None) == few == row.why.startswith("too few patients")
+    assert sum(row.n_images for row in rows[1:]) == rows[0].n_images
+    assert notes == []
+
+
+def test_a_subgroup_without_a_class_is_too_few(home: Path, run: str) -> None:
+    rows, _ = subgroups([run], ["rare"], home=home, resamples=50)
+    odd = next(row for row in rows if row.value == "odd")
+    assert (odd.n_images, odd.lacks, odd.mean, odd.interval) == (1, ("a",), None, None)
+    assert odd.to_json()["lacks"] == ("a",)
+
+
+def test_any_metric_can_be_asked_for(home: Path, run: str) -> None:
+    rows, _ = subgroups([run], ["age"], metrics=["accuracy"], home=home, resamples=50)
+    assert [row.value for row in rows] == ["all", "<18", "18-39", "40-59", "60-79", "80+"]
+    table = load_predictions(find_run_anywhere(run, home)[1])
+    expected = [accuracy_score(f["label"], f["p_1"] > f["p_0"]) for _, f in table.groupby("fold")]
+    assert rows[0].mean == pytest.approx(np.mean(expected))
+    assert rows[0].interval is not None
+    assert rows[0].interval[0] < np.mean(expected) < rows[0].interval[1]
+
+
+def test_unknown_columns_metrics_and_images_are_refused(home: Path, run: str) -> None:
+    with pytest.raises(UsageError):
+        subgroups([run], ["gender"], home=home)
+    with pytest.raises(UsageError):
+        subgroups([run], ["sex"], metrics=["f3"], home=home)
+    with refused(UsageError, "nothing-named"):
+        subgroups([run], [], home=home)
+    ds = columns_dataset()
+    part = replace(ds, table=ds.table[:-1])
+    (home / "toy" / "dataset.parquet").write_bytes(part.to_parquet_bytes())
+    with refused(StoreError, "images-gone"):
+        subgroups([run], ["sex"], home=home)
+
+
+def test_runs_are_compared_within_every_subgroup(home: Path, run: str) -> None:
+    ds = columns_dataset()
+    put_store(home, ds, "better", make_features(ds, shift=3.0))
+    better = probe_features(ds, "better", folds=2, subset=20, home=home).id
+    rows, _ = subgroups([run, better], ["sex"], home=home)
+    apart = [row for row in rows if row.difference is not None]
+    assert {row.run for row in apart} == {better}
+    for row in apart:
+        (own,) = [r for r in rows if r.run == run and r.value == row.value]
+        assert row.difference.difference == pytest.approx(row.mean - own.mean)
+    known = [row for row in apart if row.difference.p is not None]
+    assert len(known) >= 3
+    smallest = min(known, key=lambda row: row.difference.p)
+    assert smallest.p_holm == pytest.approx(min(1.0, smallest.difference.p * len(known)))

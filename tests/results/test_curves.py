@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from embcache.errors import StoreNotFoundError
-from embcache.results.curves import band_words, curve_panels, curve_table, find_results, named_curves, table_curves
+from embcache.figures.draw_curves import curve_panels, table_curves
+from embcache.figures.plots import Curve, CurvePanel, curve_styles, plot_curves
+from embcache.results.curves import band_words, curve_table, find_results, named_curves
 from embcache.results.grid import Grid
 from embcache.results.paper import find_value
 from embcache.runs.folders import ProbeResult
 from embcache.runs.result import Estimate
+from tests.refusal import refused
 from tests.results.build import SUPERVISED, make_cell, make_result
 
 
@@ -67,8 +70,33 @@ def test_the_papers_points_are_dashed_beside_ours() -> None:
     assert panel.curves[1].y == (0.8789,)
 
 
+def test_every_curve_of_a_figure_looks_different(tmp_path: Path) -> None:
+    names = [(f"b{b}", f"h{h}") for b in range(10) for h in range(10)] + [("b0", "h0")]
+    curves = [
+        Curve(f"{k}", (50.0, 500.0), (0.7, 0.8), (0.6, 0.7), (0.8, 0.9), family=family, method=method)
+        for k, (family, method) in enumerate(names)
+    ]  # fmt: skip
+    panels = [CurvePanel("one", "AUC", tuple(curves[:60])), CurvePanel("two", "AUC", tuple(curves[40:]))]
+    styles = curve_styles(panels)
+    assert len(set(styles.values())) == len(styles) == 101
+    colors = {curve.family: styles[curve.label][0] for curve in curves[:80]}
+    assert len(set(colors.values())) == 8
+    assert all(styles[curve.label][0] == colors[curve.family] for curve in curves[:80])
+    (alone,) = [CurvePanel("heads", "AUC", tuple(curves[:8]))]
+    assert len({style[0] for style in curve_styles([alone]).values()}) == 8
+    assert plot_curves([alone], "t", tmp_path / "c.png").stat().st_size > 0
+
+
+def test_the_papers_curve_looks_like_ours_dashed() -> None:
+    point = ((50.0,), (0.7,), (0.6,), (0.8,))
+    ours, theirs = Curve("a", *point), Curve("a, paper", *point, dashed=True)
+    styles = curve_styles([CurvePanel("t", "AUC", (ours, theirs, Curve("b, paper", *point, dashed=True)))])
+    assert styles["a"][:2] == styles["a, paper"][:2]
+    assert [style[2] for style in styles.values()] == ["-", "--", "--"]
+
+
 def test_nothing_saved_is_an_error_with_the_next_command(home: Path) -> None:
-    with pytest.raises(StoreNotFoundError, match="embcache probe"):
+    with refused(StoreNotFoundError, "no-result"):
         find_results(home=home)
 
 

@@ -1,4 +1,4 @@
-"""Predictions by a saved run: its stored ones again, from the images alone; and what cannot be predicted is told."""
+"""Predictions by a saved run: its stored ones again, from the images alone; what cannot be predicted is reported."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import embcache.results.run_model as model
 from embcache.backbones.catalog import LoadedBackbone, load_backbone
 from embcache.cli import app
 from embcache.config import DatasetRef
@@ -25,13 +27,13 @@ from embcache.extract.extract import extract_features
 from embcache.probe.prevalence import Adjust
 from embcache.probe.probe import probe_features
 from embcache.probe.summary import adjust_models
-from embcache.results.new_images import list_images
-from embcache.results.predict import Predictions, predict_images
+from embcache.results.predict import ImagePredictions, list_images, predict
 from embcache.runs.folders import find_run_anywhere, load_heads, load_predictions, save_run
 from embcache.runs.result import run_id
 from tests.data.pictures import write_image
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
+from tests.refusal import refused
 
 
 def load(name: str, **_: object) -> LoadedBackbone:
@@ -88,7 +90,7 @@ def stored(home: Path, run: str, folds: list[int] | None = None) -> dict[str, np
 @pytest.mark.parametrize("head", ["linear", "logreg", "dvme"])
 def test_test_images_get_their_stored_predictions(made: tuple[Path, Path, dict[str, str]], head: str) -> None:
     home, root, runs = made
-    found = predict_images(runs[head], [root / "test"], home=home)
+    found = predict(runs[head], [root / "test"], home=home)
     expected = stored(home, runs[head])
     assert len(found.images) == len(expected) == 8
     assert found.failed == {}
@@ -104,7 +106,7 @@ def test_a_real_network_is_rebuilt(
     ds = load_dataset("folder", root, name="mine")
     extract_features("random", ds, home=home)
     run = probe_features(ds, "random", folds=2, subset=8, home=home).id
-    found = predict_images(run, [root / "test" / "a"], home=home)
+    found = predict(run, [root / "test" / "a"], home=home)
     expected = stored(home, run)
     for image, p in zip(found.images, found.p, strict=True):
         np.testing.assert_allclose(p, expected[Path(image).relative_to(root).as_posix()], rtol=0, atol=1e-5)
@@ -114,21 +116,21 @@ def test_some_folds_alone_and_a_prefix_of_the_id(made: tuple[Path, Path, dict[st
     home, root, runs = made
     run = runs["linear"]
     image = next((root / "test").rglob("*.png"))
-    found = predict_images(run[:-4], [image], home=home, folds=[1])
+    found = predict(run[:-4], [image], home=home, folds=[1])
     expected = stored(home, run, [1])[image.relative_to(root).as_posix()]
     np.testing.assert_allclose(found.p[0], expected, rtol=0, atol=1e-5)
     assert (found.run, found.folds) == (run, (1,))
-    with pytest.raises(UsageError, match="no model of fold 2"):
-        predict_images(run, [image], home=home, folds=[2])
-    with pytest.raises(StoreNotFoundError, match="2 runs are called so"):
-        predict_images("l", [image], home=home)
+    with refused(UsageError, "unknown-fold"):
+        predict(run, [image], home=home, folds=[2])
+    with pytest.raises(StoreNotFoundError):
+        predict("l", [image], home=home)
 
 
 def test_a_datasets_images_are_predicted_by_their_ids_with_their_labels(
     made: tuple[Path, Path, dict[str, str]],
 ) -> None:
     home, _, runs = made
-    found = predict_images(runs["linear"], dataset="mine", home=home)
+    found = predict(runs["linear"], dataset="mine", home=home)
     expected = stored(home, runs["linear"])
     assert len(found.images) == 28
     assert found.labels is not None
@@ -144,8 +146,8 @@ def test_a_dataset_of_other_classes_is_refused(made: tuple[Path, Path, dict[str,
     home, _, runs = made
     for name in ("cat", "dog"):
         draw(tmp_path / "pets" / name / "1.png", 1, size=32)
-    with pytest.raises(DatasetError, match="other classes") as caught:
-        predict_images(runs["linear"], dataset="folder", data_root=tmp_path / "pets", home=home)
+    with refused(DatasetError, "other-classes") as caught:
+        predict(runs["linear"], dataset="folder", ref=DatasetRef(data_root=tmp_path / "pets"), home=home)
     assert (caught.value.expected, caught.value.found) == ("a, b", "cat, dog")
 
 
@@ -171,13 +173,13 @@ def test_images_that_cannot_be_read_keep_their_row_with_the_reason(
     home, _, runs = made
     odd_images(tmp_path / "odd")
     monkeypatch.chdir(tmp_path / "odd")
-    found = predict_images(runs["linear"], ["."], home=home)
+    found = predict(runs["linear"], ["."], home=home)
     rows = {row["image"]: row for row in found.rows()}
     assert list(rows) == sorted(rows)
     good = {"=cmd|'calc'!A0.png", 'ünï ,"x".png'}
     assert set(rows) - set(found.failed) == good
     assert found.failed["empty.jpg"] == "the file is empty"
-    assert found.failed["gone.png"] == "the file is not there"
+    assert found.failed["gone.png"] == "the file does not exist"
     assert found.failed["text.png"] == "not an image that Pillow reads"
     assert "40×40 pixels does not become 32×32" in found.failed["wide.png"]
     assert found.failed["cut.png"].startswith("cannot be decoded")
@@ -201,7 +203,7 @@ def test_names_that_are_not_text_are_predicted_and_escaped(
         (tmp_path / "x.png").rename(tmp_path / os.fsdecode(b"b\xe9\nd.png"))
     except OSError:
         pytest.skip("this file system takes only text as names")
-    found = predict_images(runs["linear"], [tmp_path], home=home)
+    found = predict(runs["linear"], [tmp_path], home=home)
     assert found.failed == {}
     assert next(found.rows())["image"].endswith("b\\udce9\nd.png")
     found.to_csv().encode("utf-8")
@@ -209,7 +211,7 @@ def test_names_that_are_not_text_are_predicted_and_escaped(
 
 def test_class_names_and_ids_that_are_formulas_are_guarded() -> None:
     p = np.array([[0.75, 0.25]])
-    found = Predictions("r", ("=A1", "b"), ("-x",), p, ("",), (0,), labels=("=A1",))
+    found = ImagePredictions("r", ("=A1", "b"), ("-x",), p, ("",), (0,), labels=("=A1",))
     assert found.to_csv() == "image,label,prediction,p_=A1,p_b,error\n'-x,'=A1,'=A1,0.75,0.25,\n"
 
 
@@ -225,18 +227,18 @@ def test_files_are_taken_as_named_and_folders_looked_through_once(tmp_path: Path
 def test_nothing_to_predict_is_told(made: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:
     home, root, runs = made
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetNotFoundError, match="holds no images") as caught:
-        predict_images(runs["linear"], [tmp_path / "empty"], home=home)
+    with refused(DatasetNotFoundError, "no-images") as caught:
+        predict(runs["linear"], [tmp_path / "empty"], home=home)
     assert caught.value.found == "an empty folder"
     (tmp_path / "text.txt").write_text("x")
-    with pytest.raises(DatasetError, match="the image could not be read"):
-        predict_images(runs["linear"], [tmp_path / "text.txt"], home=home)
-    with pytest.raises(DatasetError, match="not one image could be read"):
-        predict_images(runs["linear"], [tmp_path / "text.txt", tmp_path / "gone.png"], home=home)
-    with pytest.raises(UsageError, match="images, folders of images, or a dataset"):
-        predict_images(runs["linear"], home=home)
-    with pytest.raises(UsageError, match="images, folders of images, or a dataset"):
-        predict_images(runs["linear"], [root], dataset="mine", home=home)
+    with refused(DatasetError, "none-readable"):
+        predict(runs["linear"], [tmp_path / "text.txt"], home=home)
+    with refused(DatasetError, "none-readable"):
+        predict(runs["linear"], [tmp_path / "text.txt", tmp_path / "gone.png"], home=home)
+    with refused(UsageError, "nothing-named"):
+        predict(runs["linear"], home=home)
+    with refused(UsageError, "nothing-named"):
+        predict(runs["linear"], [root], dataset="mine", home=home)
 
 
 def test_the_store_is_not_needed_but_a_run_without_recipes_needs_it(mine: tuple[Path, Path, dict[str, str]]) -> None:
@@ -245,14 +247,14 @@ def test_the_store_is_not_needed_but_a_run_without_recipes_needs_it(mine: tuple[
     heads, table = load_heads(path), load_predictions(path)
     save_run(replace(result, recipes={}), table, heads, home)  # as an older version would have
     image = next((root / "test").rglob("*.png"))
-    before = predict_images(runs["linear"], [image], home=home)
+    before = predict(runs["linear"], [image], home=home)
     for store in (home / "mine").glob("random-*"):
         shutil.rmtree(store)
-    with pytest.raises(StoreNotFoundError, match="its feature store is gone") as caught:
-        predict_images(runs["linear"], [image], home=home)
+    with refused(StoreNotFoundError, "store-not-found") as caught:
+        predict(runs["linear"], [image], home=home)
     assert "embcache probe --dataset mine" in str(caught.value.fix)
     save_run(result, table, heads, home)
-    np.testing.assert_array_equal(predict_images(runs["linear"], [image], home=home).p, before.p)
+    np.testing.assert_array_equal(predict(runs["linear"], [image], home=home).p, before.p)
 
 
 def test_what_the_run_was_not_made_with_is_refused_with_the_difference(
@@ -264,14 +266,14 @@ def test_what_the_run_was_not_made_with_is_refused_with_the_difference(
     changed = {"random": {**result.recipes["random"], "weights_sha256": "0" * 64}}
     heads, table = load_heads(path), load_predictions(path)
     save_run(replace(result, recipes=changed), table, heads, home)
-    with pytest.raises(RecipeError, match="is not what run") as caught:
-        predict_images(runs["linear"], [image], home=home)
+    with refused(RecipeError, "recipe-differs") as caught:
+        predict(runs["linear"], [image], home=home)
     assert caught.value.expected == "weights_sha256: " + "0" * 64
     assert "--weights random=FILE" in str(caught.value.fix)
     save_run(result, table, heads, home)
     monkeypatch.setattr("embcache.extract.extract.DECODER_VERSION", "another")
     with pytest.raises(RecipeError) as caught:
-        predict_images(runs["linear"], [image], home=home)
+        predict(runs["linear"], [image], home=home)
     assert caught.value.found == "decoder: another"
 
 
@@ -282,14 +284,14 @@ def test_a_damaged_run_and_a_leaderboards_result_are_refused(mine: tuple[Path, P
     request = {**result.request, "kind": "kaggle", "run": result.id}
     scored = replace(result, kind="kaggle", request=request, id=run_id(request))
     save_run(scored, load_predictions(path), [], home)
-    with pytest.raises(UsageError, match="no model to predict with") as caught:
-        predict_images(scored.id, [image], home=home)
+    with refused(UsageError, "no-model") as caught:
+        predict(scored.id, [image], home=home)
     assert caught.value.fix == f"--run {result.id}"
     data = bytearray((path / "heads.safetensors").read_bytes())
     data[-1] ^= 1
     (path / "heads.safetensors").write_bytes(bytes(data))
-    with pytest.raises(StoreError, match="cannot be read"):
-        predict_images(result.id, [image], home=home)
+    with pytest.raises(StoreError):
+        predict(result.id, [image], home=home)
 
 
 def test_folds_that_diverged_are_left_out(mine: tuple[Path, Path, dict[str, str]]) -> None:
@@ -301,14 +303,22 @@ def test_folds_that_diverged_are_left_out(mine: tuple[Path, Path, dict[str, str]
     save_run(
         replace(result, folds=(failed, result.folds[1])), table[table["fold"] == 1], [{}, load_heads(path)[1]], home
     )
-    found = predict_images(result.id, [image], home=home)
+    found = predict(result.id, [image], home=home)
     assert found.folds == (1,)
     assert found.notes == ("training of fold 0 diverged: the other folds predict",)
     np.testing.assert_allclose(found.p[0], stored(home, result.id)[image.relative_to(root).as_posix()], atol=1e-5)
 
 
+def test_progress_is_told(made: tuple[Path, Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    home, root, runs = made
+    monkeypatch.setattr("embcache.results.predict._CHUNK", 3)
+    told: list[tuple[int, int]] = []
+    predict(runs["linear"], [root / "test"], home=home, progress=lambda done, total: told.append((done, total)))
+    assert told == [(3, 8), (6, 8), (8, 8)]
+
+
 @pytest.mark.parametrize("how", [{"views": 2}, {"feature_dtype": "float16"}])
-def test_a_run_over_views_or_float16_predicts(
+def test_a_run_over_views_or_halves_predicts_by_the_plain_view(
     made: tuple[Path, Path, dict[str, str]], tmp_path: Path, how: dict[str, Any]
 ) -> None:
     _, root, _ = made
@@ -317,9 +327,33 @@ def test_a_run_over_views_or_float16_predicts(
     extract_features("random", ds, home=home, **how)
     run = probe_features(ds, "random", folds=2, subset=8, home=home).id
     expected = stored(home, run)
-    found = predict_images(run, [root / "test"], home=home)
+    found = predict(run, [root / "test"], home=home)
     for image, p in zip(found.images, found.p, strict=True):
         np.testing.assert_allclose(p, expected[Path(image).relative_to(root).as_posix()], rtol=0, atol=1e-5)
+
+
+def test_code_that_only_a_run_names_is_not_imported(mine: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:
+    home, root, runs = mine
+    result, path = find_run_anywhere(runs["linear"], home)
+    for name in ("antigravity:Head", "os:system"):
+        request = {**result.request, "head": {"name": name}}
+        foreign = replace(result, request=request, id=run_id(request))
+        save_run(foreign, load_predictions(path), load_heads(path), home)
+        with refused(UsageError, "untrusted-name"):
+            predict(foreign.id, [root / "test"], home=home)
+    assert "antigravity" not in sys.modules
+    request = {**result.request, "kind": "probe", "seed": 7}
+    foreign = replace(result, backbones=("antigravity:net",), request=request, id=run_id(request))
+    save_run(foreign, load_predictions(path), load_heads(path), home)
+    with refused(UsageError, "untrusted-name"):
+        predict(foreign.id, [root / "test"], home=home)
+
+
+def test_the_recipe_of_every_backbone_is_rebuilt(made: tuple[Path, Path, dict[str, str]]) -> None:
+    home, _, runs = made
+    result, _ = find_run_anywhere(runs["dvme"], home)
+    recipes = model.run_recipes(result, home)
+    assert [recipe.fingerprint for recipe in recipes.values()] == [digest for _, digest in result.request["recipes"]]
 
 
 @pytest.mark.parametrize("head", ["linear", "logreg", "dvme"])
@@ -328,7 +362,7 @@ def test_adjusted_probabilities_are_averaged_over_folds_and_said_to_be(
 ) -> None:
     home, root, runs = made
     images = [root / "test"]
-    found = predict_images(runs[head], images, home=home, adjust=Adjust(0.1))
+    found = predict(runs[head], images, home=home, prevalence="0.1")
     table = load_predictions(find_run_anywhere(runs[head], home)[1])
     odds = table["logit_1"] - table["logit_0"] - np.log(9)  # training drew both classes alike; Bayes' rule
     p = (1 / (1 + np.exp(-odds))).groupby(table["id"]).mean()
@@ -338,7 +372,7 @@ def test_adjusted_probabilities_are_averaged_over_folds_and_said_to_be(
     header, first, *_ = csv.reader(io.StringIO(found.to_csv()))
     assert header == ["image", "prediction", "p_a", "p_b", "adjusted", "error"]
     assert first[4] == found.adjusted
-    both = predict_images(runs[head], images, home=home, adjust=Adjust({"a": 0.9, "b": 0.1}, True), folds=[1])
+    both = predict(runs[head], images, home=home, prevalence="a=0.9,b=0.1", calibrate=True, folds=[1])
     result, folder = find_run_anywhere(runs[head], home)
     model = adjust_models(result, folder, Adjust(0.1, True))[1]
     assert both.adjusted == f"prevalence a=0.9 b=0.1; temperatures {model.temperature:.3g}"
@@ -352,11 +386,11 @@ def test_without_validation_predictions_no_temperature_can_be_fitted(mine: tuple
     home, root, runs = mine
     result, folder = find_run_anywhere(runs["linear"], home)
     save_run(result, load_predictions(folder), load_heads(folder), home)
-    with pytest.raises(StoreError, match="need the run's predictions of validation images"):
-        predict_images(result.id, [root / "test"], home=home, adjust=Adjust(calibrate=True))
-    assert predict_images(result.id, [root / "test"], home=home, adjust=Adjust(0.1)).adjusted
-    with pytest.raises(UsageError, match="not a prevalence of these classes"):
-        predict_images(result.id, [root / "test"], home=home, adjust=Adjust({"a": 0.1, "c": 0.9}))
+    with pytest.raises(StoreError):
+        predict(result.id, [root / "test"], home=home, calibrate=True)
+    assert predict(result.id, [root / "test"], home=home, prevalence="0.1").adjusted
+    with pytest.raises(UsageError):
+        predict(result.id, [root / "test"], home=home, prevalence="a=0.1,c=0.9")
 
 
 def test_a_table_names_images_and_their_groups(made: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:
@@ -365,8 +399,8 @@ def test_a_table_names_images_and_their_groups(made: tuple[Path, Path, dict[str,
     table = tmp_path / "new.csv"
     lines = [f"{os.path.relpath(image, tmp_path)},p{k // 3}" for k, image in enumerate(images)]
     table.write_text("\n".join(["path,group", *lines, "gone.png,p0", f"{images[0].parent},", "lost.png,p9"]))
-    found = predict_images(runs["linear"], [table], home=home, by_group=True)
-    plain = predict_images(runs["linear"], images, home=home)
+    found = predict(runs["linear"], [table], home=home, by_group=tmp_path / "g.csv")
+    plain = predict(runs["linear"], images, home=home)
     np.testing.assert_array_equal(found.p[:8], plain.p)
     rows = {row["group"]: row for row in found.group_rows()}
     assert [(row["images"], row["not_read"]) for row in rows.values()] == [(3, 1), (3, 0), (2, 0), (0, 1), (0, 1)]
@@ -377,8 +411,8 @@ def test_a_table_names_images_and_their_groups(made: tuple[Path, Path, dict[str,
     assert list(rows)[3] == str(images[0].parent)  # an image without a group is one of its own
     assert found.groups_to_csv().splitlines()[0] == "group,images,not_read,prediction,p_a,p_b"
     table.write_text("picture,group\na.png,1\n")
-    with pytest.raises(DatasetError, match="lacks the column 'path'"):
-        predict_images(runs["linear"], [table], home=home)
+    with pytest.raises(DatasetError):
+        predict(runs["linear"], [table], home=home)
 
 
 def test_groups_are_those_of_the_dataset_or_there_are_none(
@@ -387,12 +421,18 @@ def test_groups_are_those_of_the_dataset_or_there_are_none(
     home, root, runs = made
     for images in ([root / "test"], []):
         dataset = None if images else "mine"  # class folders have no groups
-        with pytest.raises(DatasetError, match="the images have no groups") as caught:
-            predict_images(runs["linear"], images, dataset=dataset, home=home, by_group=True)
+        with refused(DatasetError, "no-groups") as caught:
+            predict(runs["linear"], images, dataset=dataset, home=home, by_group=tmp_path / "g.csv")
         assert "PatientID" in str(caught.value.expected)
     lines = [f"{i.relative_to(root)},{i.parent.name},p{k // 2}" for k, i in enumerate(sorted(root.rglob("*.png")))]
     (root / "labels.csv").write_text("\n".join(["path,label,group", *lines]))
-    found = predict_images(runs["linear"], dataset="folder", data_root=root / "labels.csv", home=home, by_group=True)
+    found = predict(
+        runs["linear"],
+        dataset="folder",
+        ref=DatasetRef(data_root=root / "labels.csv"),
+        home=home,
+        by_group=tmp_path / "g.csv",
+    )
     (root / "labels.csv").unlink()
     rows = list(found.group_rows())
     assert len(rows) == 14
@@ -408,7 +448,7 @@ def test_dicom_files_are_grouped_by_patient(made: tuple[Path, Path, dict[str, st
         pixels = np.random.default_rng(k).integers(0, 255, (32, 32), dtype=np.uint8)
         (tmp_path / f"{k}.dcm").write_bytes(dicom(pixels, preamble=k < 3, PatientID=patient))
     (tmp_path / "broken.dcm").write_bytes(b"no DICOM file")
-    found = predict_images(runs["linear"], [tmp_path], home=home, by_group=True)
+    found = predict(runs["linear"], [tmp_path], home=home, by_group=tmp_path / "g.csv")
     first, second = (str(tmp_path / f"{k}.dcm") for k in range(2))  # a PatientID is in no answer
     assert found.groups == (first, second, first, "", "")
     rows = {row["group"]: row for row in found.group_rows()}
@@ -423,7 +463,7 @@ def test_a_run_of_other_classes_predicts_those_of_a_dataset(tmp_path: Path) -> N
     extract_features(["random", "random:1"], ds, home=home)
     asked: dict[str, Any] = {"folds": 2, "subset": 8, "home": home}
     two = probe_features(ds.with_classes(["b"]), "random", head="knn", **asked)
-    found = predict_images(two.id, dataset="graded", home=home)
+    found = predict(two.id, dataset="graded", home=home)
     assert found.class_names == ("a", "c")
     # Images of a class that the run does not know are left out, and counted.
     assert found.images == tuple(i for i in ds.ids if "/b/" not in i)
@@ -439,9 +479,7 @@ def test_a_run_of_other_classes_predicts_those_of_a_dataset(tmp_path: Path) -> N
         head_options={"proj_dim": 8},
         **asked,
     )
-    assert predict_images(merged.id, dataset="graded", home=home).labels == tuple(
-        "c" if "/c/" in i else "ab" for i in ds.ids
-    )
+    assert predict(merged.id, dataset="graded", home=home).labels == tuple("c" if "/c/" in i else "ab" for i in ds.ids)
     done = CliRunner().invoke(app, ["attention", "--run", merged.id, "--home", str(home), "--json", "-"])
     assert done.exception is None
     assert set(json.loads(done.stdout)["by_class"]) == {"ab", "c"}
@@ -456,12 +494,12 @@ def test_tables_and_folders_need_no_labels_and_say_what_is_left_out(tmp_path: Pa
     assert any("do not nest" in note and "--group-column" in note for note in notes)
     groups = list_images([table], notes, DatasetRef(group_column="study"))
     assert [groups[tmp_path / f"{i}.png"] for i in range(3)] == ["s0", "s5", "s10"]
-    with pytest.raises(UsageError, match="no such column"):
+    with refused(UsageError, "unused-column"):
         list_images([table], notes, DatasetRef(label_column="class"))
     write_image(tmp_path / "in" / "1.png", 1)
     (tmp_path / "in" / "2.heic").write_bytes(b"x")
     (tmp_path / "in" / "3.svs").write_bytes(b"x")
-    with pytest.raises(UsageError, match="no table"):
+    with refused(UsageError, "unused-column"):
         list_images([tmp_path / "in"], notes, DatasetRef(group_column="study"))
     notes.clear()
     assert list(list_images([tmp_path / "in"], notes)) == [tmp_path / "in" / "1.png"]
@@ -473,5 +511,5 @@ def test_folders_to_predict_that_are_nested_without_end_are_refused(tmp_path: Pa
     for _ in range(700):
         deep = deep / "d"
     deep.mkdir(parents=True)
-    with pytest.raises(DatasetError, match="nested too deep"):
+    with pytest.raises(DatasetError):
         list_images([tmp_path], [])

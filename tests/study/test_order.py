@@ -296,7 +296,7 @@ def test_the_command_prints_writes_and_leaves_with_a_status(
     absent = ["--output", str(tmp_path / "absent" / "t.md")]
     with monkeypatch.context() as patch:  # told before the work
         patch.setattr("embcache.study.order.deliver", None)
-        patch.setattr("embcache.results.curves.draw_curves", None)
+        patch.setattr("embcache.figures.draw_curves.draw_curves", None)
         for command in (asked, ["curves", "--dataset", "toy"]):
             error = runner.invoke(app, [*command, *absent]).exception
             assert isinstance(error, UsageError)

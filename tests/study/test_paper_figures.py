@@ -14,7 +14,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from embcache.runs.folders import load_heads
 from embcache.study.definitions import FIGURES
-from embcache.study.paper_figures import draw_figure, figure_grid, narrow_figure, neighbour_accuracy
+from embcache.study.paper_figures import draw_figure, figure_grid, narrow_figure, neighbor_accuracy
 from embcache.study.settings import Settings
 from embcache.study.study_plan import DatasetState, look_at_stores
 from tests.probe.build import make_dataset, make_features, probe_grid, put_store
@@ -101,7 +101,7 @@ def test_attention_needs_several_backbones_and_one_subset() -> None:
         narrow_figure(FIGURES["D1"], subsets=["S", "M"])
 
 
-def test_neighbour_accuracy_leaves_each_image_out() -> None:
+def test_neighbor_accuracy_leaves_each_image_out() -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
     features = (rng.normal(size=(60, 5)) + labels[:, None]).astype(np.float32)
@@ -110,5 +110,5 @@ def test_neighbour_accuracy_leaves_each_image_out() -> None:
     for i in range(60):
         others = np.arange(60) != i
         guesses.append(KNeighborsClassifier(1).fit(standard[others], labels[others]).predict(standard[i : i + 1])[0])
-    assert neighbour_accuracy(features, labels, range(60), k=1) == balanced_accuracy_score(labels, guesses)
-    assert neighbour_accuracy(labels[:, None].astype(np.float32), labels, range(60)) == 1.0
+    assert neighbor_accuracy(features, labels, range(60), k=1) == balanced_accuracy_score(labels, guesses)
+    assert neighbor_accuracy(labels[:, None].astype(np.float32), labels, range(60)) == 1.0

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from scipy.special import softmax
 
+from embcache.figures.neighbors import draw_mistakes
 from embcache.probe.predictions import Predictions
 from embcache.results.compare import Tested
-from embcache.results.mistakes import draw_mistakes, find_mistakes, mistakes_csv
+from embcache.results.describe import find_mistakes, mistakes_csv
 from tests.probe.build import make_dataset
 from tests.results.build import make_result
 
