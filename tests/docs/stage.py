@@ -8,6 +8,7 @@ sixty; finetuning ends after two epochs.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -43,6 +44,7 @@ def install() -> None:
     import embcache
     import embcache.data.datasets.sample as sample
     from embcache.backbones import catalog as backbones
+    from embcache.config import FinetuneConfig
     from embcache.finetune import model
 
     for module in pkgutil.walk_packages(embcache.__path__, "embcache."):
@@ -54,7 +56,13 @@ def install() -> None:
             module.load_backbone = load_small  # type: ignore[attr-defined]
         if getattr(module, "empty_backbone", None) is empty:
             module.empty_backbone = lambda spec, _: load_small(spec.name).module  # type: ignore[attr-defined]
-    embcache.finetune_images.__kwdefaults__["max_epochs"] = 2
+    usual = FinetuneConfig.__init__.__defaults__ or ()
+    names = [f.name for f in dataclasses.fields(FinetuneConfig)]
+    FinetuneConfig.__init__.__defaults__ = tuple(
+        2 if name == "max_epochs" else value for name, value in zip(names, usual, strict=True)
+    )
+    if "max_epochs" in (keywords := embcache.finetune_images.__kwdefaults__ or {}):
+        keywords["max_epochs"] = 2
     sample.GROUPS, sample.TEST_GROUPS, sample.TILES_PER_CLASS = 12, 3, 2  # type: ignore[misc]
 
 
@@ -91,7 +99,7 @@ def serve(path: str) -> None:
     server.bind(path)
     server.listen(64)
     print("ready", flush=True)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever waits for commands is reaped
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # processes that wait for commands are reaped
     while True:
         client, _ = server.accept()
         if os.fork():
