@@ -501,17 +501,24 @@ class FinetuneConfig(ProtocolConfig):
 class StudyConfig(ProtocolConfig):
     """What a study holds and how its results are made: options of ``embcache run``, and keys of a study's TOML file.
 
-    Lists that are empty are those of the table itself.
+    Lists that are empty are those of the table itself. A list among the backbones is one set, for heads that fuse.
     """
 
     heading: ClassVar[str] = "Study options"
 
     title: str = option("", "Title of the table.", flag="-")
-    datasets: tuple[str, ...] = option((), "Datasets of the table.", flag="-")
+    datasets: tuple[str, ...] = option(
+        (), "Datasets instead of those of the table; repeatable or comma-separated. See `embcache datasets`.",
+        metavar="NAME[,NAME…]", flag="--dataset", parse=split_list,
+    )  # fmt: skip
     backbones: tuple[tuple[str, ...], ...] = option(
-        (), "Backbones of the table; a list in the list is one set for heads that fuse.", flag="-"
-    )
-    subsets: tuple[str | int, ...] = option((), "Subsets of the table.", flag="-")
+        (), "Backbones instead of those of the table; repeatable or comma-separated. See `embcache backbones`.",
+        metavar="NAME[,NAME…]", flag="--backbone", parse=split_list,
+    )  # fmt: skip
+    subsets: tuple[str | int, ...] = option(
+        (), "Subsets instead of those of the table; repeatable or comma-separated.", metavar="S,M,F,N",
+        flag="--subset", parse=split_list,
+    )  # fmt: skip
     heads: tuple[str, ...] = option(
         (), "Heads instead of those of the table; repeatable or comma-separated.", metavar="NAME[,NAME…]",
         flag="--head", parse=split_list,
@@ -535,7 +542,7 @@ class StudyConfig(ProtocolConfig):
         choices=("paper", "imagenet", "model"),
     )  # fmt: skip
     device: str = option(
-        "auto", "auto, cpu, cuda:0, …; with auto, heads are trained on the CPU.", metavar="NAME[,NAME…]"
+        "auto", "auto, cpu, cuda:0, …; with auto, heads are trained on the CPU.", metavar="NAME"
     )
     workers: int | None = option(
         None, "Threads that decode images. [default: one per core, at most 8]", metavar="N", least=1, most=1 << 10

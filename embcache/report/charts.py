@@ -108,7 +108,7 @@ def line_chart(
 
 
 def map_chart(id: str, class_names: Sequence[str], count: int, *, alt: str) -> Chart:
-    """A map of ``count`` images: a renderer per class, and a ring for the selected one. The page's script adds points."""
+    """A map of ``count`` images: a renderer per class, a ring for the selected one; the page's script adds points."""
     size = 7 if count < 1500 else 5 if count < 4000 else 4
     plot: Any = figure(height=520, x_range=Range1d(start=0, end=1), y_range=Range1d(start=0, end=1), **_TOOLS)
     plot.toolbar.logo = None

@@ -252,7 +252,9 @@ def without_names(notes: Sequence[str], part: Part, *, ids: bool) -> list[str]:
     kept = [
         note
         for note in notes
-        if (ids or (part.dataset is not None and not _FILE.search(note)))  # without a table it is not known what an ID is
+        if (
+            ids or (part.dataset is not None and not _FILE.search(note))
+        )  # without a table it is not known what an ID is
         and not names & _words(note)
         and not any(name in note for name in long)
     ]

@@ -88,20 +88,20 @@ def write_report(
     check_choice("--rows", rows, ("test", "all"))
     parts = collect_parts(datasets, metrics=metrics, home=home, ref=ref)
     ref, budget = ref or DatasetRef(), BUDGET // len(parts) if images else 0
-    views = [_view(part, f"d{number}", ref, rows, budget) for number, part in enumerate(parts)]
+    shown = [_dataset(part, f"d{number}", ref, rows, budget) for number, part in enumerate(parts)]
     log.info("putting the page together")
-    data = _render(views, parts, metrics, images=images).encode("utf-8", "replace")
+    data = _render(shown, parts, metrics, images=images).encode("utf-8", "replace")
     path = Path(target)
     write_output(path, data)
     return Written(
         path, len(data), tuple(part.name for part in parts), sum(len(part.results) for part in parts),
-        sum(sum(place >= 0 for place in view["sheets"]["place"]) for view in views if view["sheets"]),
-        tuple(task["headline"] for view in views for task in view["tasks"]),
-        tuple(f"{view['name']}: {note}" for view in views for note in view["problems"]),
+        sum(sum(place >= 0 for place in one["sheets"]["place"]) for one in shown if one["sheets"]),
+        tuple(task["headline"] for one in shown for task in one["tasks"]),
+        tuple(f"{one['name']}: {note}" for one in shown for note in one["problems"]),
     )  # fmt: skip
 
 
-def _view(part: Part, id: str, ref: DatasetRef, rows: str, budget: int) -> dict[str, Any]:
+def _dataset(part: Part, id: str, ref: DatasetRef, rows: str, budget: int) -> dict[str, Any]:
     """All that the template shows of one dataset; without images where the ``budget`` for thumbnails is 0."""
     ids = budget > 0
     problems = [f"the table of images is not available: {part.problem}"] if part.problem else []
@@ -177,7 +177,7 @@ def _view(part: Part, id: str, ref: DatasetRef, rows: str, budget: int) -> dict[
     }
 
 
-def _render(views: Sequence[dict[str, Any]], parts: Sequence[Part], metrics: Sequence[str], *, images: bool) -> str:
+def _render(shown: Sequence[dict[str, Any]], parts: Sequence[Part], metrics: Sequence[str], *, images: bool) -> str:
     """The page as text.
 
     Nothing in it is fetched from anywhere: a content security policy forbids it, and lets no script run but the two of
@@ -192,18 +192,18 @@ def _render(views: Sequence[dict[str, Any]], parts: Sequence[Part], metrics: Seq
     )  # fmt: skip
     environment.globals["numeric"] = _numeric
     charts, maps = [], {}
-    for view in views:
-        charts += [chart.data() for section in view["tasks"] for chart in section["charts"]]
-        if view["chart"] is not None:
-            charts.append(view["chart"].data())
-            found = view["map"]
-            own = {"ids": found.shown.ids if images else None, "thumbs": view["sheets"]}
-            maps[view["chart"].id] = found.data | own
-    sections = [section for view in views for section in view["tasks"] if section["choices"]]
+    for one in shown:
+        charts += [chart.data() for section in one["tasks"] for chart in section["charts"]]
+        if one["chart"] is not None:
+            charts.append(one["chart"].data())
+            found = one["map"]
+            own = {"ids": found.shown.ids if images else None, "thumbs": one["sheets"]}
+            maps[one["chart"].id] = found.data | own
+    sections = [section for one in shown for section in one["tasks"] if section["choices"]]
     names = ",".join(part.name for part in parts)
     by = f" --metric {shlex.quote(','.join(metrics))}" if metrics else ""
     return environment.get_template("page.html.j2").render(
-        views=views,
+        datasets=shown,
         summary=summary_table(sections) if sections else None,
         rule=RULE,
         images=images,

@@ -6,7 +6,7 @@ The best model is chosen on validation; the test set only says how good it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -413,7 +413,7 @@ def _thresholds(p: OperatingPoint) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _calibration(found: dict[str, Sequence[Calibration]]) -> Table:
+def _calibration(found: Mapping[str, Sequence[Calibration]]) -> Table:
     why = dict[str, None]()
     rows = [
         (f"P({name})", c.models, *(_value(v, why) for v in (c.intercept, c.slope, c.brier)), f"{c.ece:.3f}")

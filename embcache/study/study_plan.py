@@ -271,8 +271,8 @@ def plan_table(grid: Grid, states: Sequence[DatasetState]) -> Table:
             rows.append((state.name, "there", "saved results of the same request", f"{found:,}"))
         reasons = Counter(state.refused.values())
         for reason in dict.fromkeys([*filter(None, [state.problem]), *reasons]):
-            count = f"{reasons[reason]:,}" if reasons[reason] else "all"
-            rows.append((state.name, "cannot", f"see{marks.mark(reason)}", count))
+            number = f"{reasons[reason]:,}" if reasons[reason] else "all"
+            rows.append((state.name, "cannot", f"see{marks.mark(reason)}", number))
     return Table(
         grid.name, f"Plan: {grid.title}", ("dataset", "step", "what", "count"), tuple(rows), (*notes, *marks.notes()),
         tuple(records),
