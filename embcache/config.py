@@ -541,9 +541,7 @@ class StudyConfig(ProtocolConfig):
         None, "As for extract. [default: paper; model for timm: backbones]", metavar="paper|imagenet|model",
         choices=("paper", "imagenet", "model"),
     )  # fmt: skip
-    device: str = option(
-        "auto", "auto, cpu, cuda:0, …; with auto, heads are trained on the CPU.", metavar="NAME"
-    )
+    device: str = option("auto", "auto, cpu, cuda:0, …; with auto, heads are trained on the CPU.", metavar="NAME")
     workers: int | None = option(
         None, "Threads that decode images. [default: one per core, at most 8]", metavar="N", least=1, most=1 << 10
     )

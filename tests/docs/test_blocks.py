@@ -34,6 +34,7 @@ BEFORE: dict[str, list[tuple[str, str]]] = {
         ("linear-20-1a2b", "probe --subset 20 --dataset nih --backbone random"),
         ("linear-F-3c4d", "probe --subset F --dataset nih --backbone random"),
         ("linear-F-5e6f", "probe --subset F --dataset aptos --backbone random --test official"),
+        ("", f"probe --head dvme --subset S --dataset pneumonia --backbone {LITES}"),
     ],
     "docs/results.md": [
         ("", "extract --backbone dino --dataset nih"),
