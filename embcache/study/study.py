@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +130,8 @@ def run_study(
 
 def _set(config: Config, given: Collection[str]) -> dict[str, Any]:
     """Options that are given or differ from their defaults."""
-    usual = type(config)()
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {name: value for name, value in values.items() if name in given or value != getattr(usual, name)}
+    usual = vars(type(config)())
+    return {name: value for name, value in vars(config).items() if name in given or value != usual[name]}
 
 
 def _count(name: str, config: StudyConfig, ref: DatasetRef, home: PathLike | None, figure: Path | None) -> Study:

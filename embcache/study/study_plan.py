@@ -232,14 +232,15 @@ def weight_files(config: StudyConfig) -> dict[str, Path]:
 def _shared(config: StudyConfig, model: Model, kind: type[ProbeConfig] | type[FinetuneConfig]) -> dict[str, Any]:
     """The options of a study that probing or finetuning has, too, with the head and seed of a model."""
     names = {f.name for f in fields(kind)} & {f.name for f in fields(config)} - {"weights"}
-    own = {name: getattr(config, name) for name in names}
+    own = {name: value for name, value in vars(config).items() if name in names}
     return own | {"head": model.head, "seed": config.seed if model.seed is None else model.seed}
 
 
 def probe_options(config: StudyConfig, model: Model, home: PathLike | None) -> dict[str, Any]:
     """Keywords of `probe_grid` and `find_saved` for a model."""
     device = "cpu" if config.device == "auto" else config.device
-    return _shared(config, model, ProbeConfig) | {"home": home, "device": device, "lr": config.lr or None}
+    lr = config.lr[0] if len(config.lr) == 1 else config.lr or None
+    return _shared(config, model, ProbeConfig) | {"home": home, "device": device, "lr": lr}
 
 
 def finetune_options(config: StudyConfig, model: Model, home: PathLike | None) -> dict[str, Any]:
