@@ -59,14 +59,14 @@ def _prose(text: str) -> list[str]:
 def _row(parameter: Any) -> str:
     """One line of a command's table: spelling, default, help."""
     text = " ".join((getattr(parameter, "help", None) or "").split())
-    text, _, told = text.partition("[default: ")
+    text, _, default = text.partition("[default: ")
     if parameter.param_type_name == "argument":
         spelling = parameter.metavar or parameter.name.upper()
     else:
         names = [*parameter.opts, *parameter.secondary_opts]
         value = "" if parameter.is_flag else f" {parameter.metavar or parameter.type.name.upper()}"
         spelling = ", ".join(names) + value
-    default = told.rstrip().removesuffix("]") or _default(parameter)
+    default = default.rstrip().removesuffix("]") or _default(parameter)
     # A bar within backticks divides no cells, and a backslash before it would be shown.
     cells = (f"`{spelling}`", f"`{default}`" if default else "", _plain(text.strip()).replace("|", "\\|"))
     return "| " + " | ".join(cells) + " |"

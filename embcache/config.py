@@ -69,8 +69,9 @@ def option_of(f: dataclasses.Field[Any]) -> Option:
 
 
 def flag_of(f: dataclasses.Field[Any]) -> str:
-    """The command-line flag of a config's field, ``--no-`` form left out."""
-    return (option_of(f).flag or f"--{f.name.replace('_', '-')}").split("/")[0]
+    """The command-line flag of a config's field, ``--no-`` form left out; its name where it has no flag."""
+    flag = option_of(f).flag
+    return f.name if flag == "-" else (flag or f"--{f.name.replace('_', '-')}").split("/")[0]
 
 
 @dataclass(frozen=True)
@@ -723,3 +724,53 @@ class AuditConfig(Config):
     folds: int = option(5, "Number of folds.", metavar="K", flag="-", least=3, most=MOST_FOLDS)
     seed: int = option(0, "Seed of the folds.", metavar="N", least=0, most=MOST_SEED)
     recipe: str | None = _recipe()
+
+
+@dataclass(frozen=True)
+class StudyConfig(ProtocolConfig):
+    """What a study holds and how its results are made: options of ``embcache run``, and keys of a study's TOML file.
+
+    Lists that are empty are those of the table itself. A list among the backbones is one set, for heads that fuse.
+    """
+
+    heading: ClassVar[str] = "Study options"
+
+    title: str = option("", "Title of the table.", flag="-")
+    datasets: tuple[str, ...] = option(
+        (), "Datasets instead of those of the table; repeatable or comma-separated. See `embcache datasets`.",
+        metavar="NAME[,NAME…]", flag="--dataset", parse=split_list,
+    )  # fmt: skip
+    backbones: tuple[tuple[str, ...], ...] = option(
+        (), "Backbones instead of those of the table; repeatable or comma-separated. See `embcache backbones`.",
+        metavar="NAME[,NAME…]", flag="--backbone", parse=split_list,
+    )  # fmt: skip
+    subsets: tuple[str | int, ...] = option(
+        (), "Subsets instead of those of the table; repeatable or comma-separated.", metavar="S,M,F,N",
+        flag="--subset", parse=split_list,
+    )  # fmt: skip
+    heads: tuple[str, ...] = option(
+        (), "Heads instead of those of the table; repeatable or comma-separated.", metavar="NAME[,NAME…]",
+        flag="--head", parse=split_list,
+    )  # fmt: skip
+    seeds: tuple[int, ...] = option((), "Seeds of the table; one model for each.", flag="-", least=0, most=MOST_SEED)
+    kind: tuple[str, ...] = option((), "probe, finetune, or both.", flag="-", choices=("probe", "finetune"))
+    repeats: int = option(
+        1, "Repeat everything R times with seeds N, N + 1, …; probes only.", metavar="R", least=1, most=MOST_REPEATS
+    )
+    lr: tuple[float, ...] = option(
+        (), "Learning rate; of several, each fold of a probe keeps the best on validation. [default: 1e-3]",
+        metavar="RATE[,RATE…]", parse=parse_numbers,
+    )  # fmt: skip
+    max_epochs: int = option(50, "Maximum number of epochs of finetuning.", metavar="N", least=1, most=100_000)
+    recipe: str | None = option(
+        None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX"
+    )
+    weights: tuple[str, ...] = option((), "Checkpoint of a backbone; repeatable.", metavar="NAME=FILE")
+    transform: str | None = option(
+        None, "As for extract. [default: paper; model for timm: backbones]", metavar="paper|imagenet|model",
+        choices=("paper", "imagenet", "model"),
+    )  # fmt: skip
+    device: str = option("auto", "auto, cpu, cuda:0, …; with auto, heads are trained on the CPU.", metavar="NAME")
+    workers: int | None = option(
+        None, "Threads that decode images. [default: one per core, at most 8]", metavar="N", least=1, most=1 << 10
+    )

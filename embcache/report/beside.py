@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from embcache.probe.inputs import PAPER_SET
-from embcache.probe.metrics import METRICS, metric_title
+from embcache.probe.metrics import metric_title, metrics
 from embcache.report.charts import Chart, Series, line_chart
 from embcache.report.collect import Part, Task
 from embcache.results.grid import PAPER_TEST, Cell, Grid, Model, compare_with_paper, trained_by
@@ -29,43 +29,46 @@ def paper_name(kind: str, head: str, backbones: tuple[str, ...]) -> str:
 
 
 def paper_value(dataset: str, kind: str, name: str, subset: str) -> PaperValue | None:
-    """What the paper prints for a model of its own at a subset: from Tables B and C, which have every size."""
-    if not name:
-        return None
+    """The paper's value of one of its own models at a subset: from Tables B and C, which have every size."""
     wanted = "finetune" if kind == "finetune" else "probe"
     for table in paper_tables().values():
-        if table.kind == wanted and table.name[0] in "BC":
+        if name and table.kind == wanted and table.name[0] in "BC":
             value = find_value(table.name, dataset, name, named_subset(dataset, subset))
             if value is not None:
                 return value
     return None
 
 
-def has_paper(task: Task, part: Part) -> bool:
-    """Whether the paper is of this dataset and its labels, and not of one's own images under the same name."""
-    kind = part.ds.layout if part.ds is not None else task.dataset
-    return not task.target and kind == task.dataset and task.dataset in PAPER_TEST and task.metric == _METRIC[kind]
+def _has_paper(task: Task, part: Part) -> bool:
+    """Whether the paper has this dataset and its labels, and these are not other images under the same name."""
+    layout = part.dataset.layout if part.dataset is not None else task.dataset
+    return (
+        not task.target
+        and layout == task.dataset
+        and task.dataset in PAPER_TEST
+        and task.metric == _METRIC[task.dataset]
+    )
 
 
 def paper_table(task: Task, part: Part) -> Table | None:
-    """A row a model, a column a size, the paper's value and the difference beneath where the paper has one.
+    """One row per model and one column per size, with the paper's value and the difference below where there is one.
 
-    The paper's own linear models stand below without results of ours, for comparison. None where the paper says nothing
-    of the task (`has_paper`).
+    The paper's own models without results of ours are listed last. None where the paper has nothing on the task.
     """
-    subsets = _sizes(task)
-    if not has_paper(task, part) or not subsets:
+    sizes = _sizes(task)
+    subsets = sorted(sizes, key=lambda name: sizes[name])
+    if not _has_paper(task, part) or not subsets:
         return None
     models, cells = [], []
     for name, members in task.models.items():
         first = members[0]
-        own = paper_name(_kind(first), first.head, first.backbones)
+        kind = _kind(first)
+        own = paper_name(kind, first.head, first.backbones)
         model = Model(name, first.kind, first.head, first.backbones, paper=own)
         models.append(model)
-        at = {subsets_name(r): r for r in members}
+        at = {named_subset(r.dataset, r.subset): r for r in members}
         for subset in subsets:
-            value = paper_value(task.dataset, _kind(first), own, subset)
-            reason = "" if subset in at else "no saved result"
+            value, reason = paper_value(task.dataset, kind, own, subset), "" if subset in at else "no saved result"
             cells.append(compare_with_paper(Cell(task.dataset, model, subset, at.get(subset), reason, value)))
     there = {model.paper for model in models if model.kind == "probe"}
     for name, label in PAPER_NAMES.items():
@@ -75,86 +78,62 @@ def paper_table(task: Task, part: Part) -> Table | None:
             model = Model(f"{label}{_THEIRS}", "probe", head, backbones, paper=name)
             models.append(model)
             cells += [Cell(task.dataset, model, s, None, _NOT_HERE, value) for s, value in values.items()]
-    metric = metric_title(task.metric)
-    grid = Grid(f"{task.title}", f"test {metric}", (task.dataset,), tuple(models), tuple(subsets), "subsets")
-    told = {note for result in task.results for note in result.notes}
-    return _trimmed(lay_out(grid, cells), {model.label for model in models if model.label.endswith(_THEIRS)}, told)
+    grid = Grid(
+        task.title, f"test {metric_title(task.metric)}", (task.dataset,), tuple(models), tuple(subsets), "subsets"
+    )
+    return _trimmed(lay_out(grid, cells), {note for result in task.results for note in result.notes})
 
 
-def _trimmed(table: Table, theirs: set[str], told: set[str]) -> Table:
-    """The table without its first column, the dataset, our empty row of models that are the paper's, and notes told."""
+def _trimmed(table: Table, elsewhere: set[str]) -> Table:
+    """Without the column of the dataset, our empty row of models that are the paper's, and notes that are elsewhere."""
     rows: list[tuple[str, ...]] = []
     label = ""
     for row in (row[1:] for row in table.rows):
-        if row[0] in theirs and row[1] == "ours":
+        if row[0].endswith(_THEIRS) and row[1] == "ours":
             label = row[0]
         else:
             rows.append((label, *row[1:]) if label else row)
             label = ""
-    notes = tuple(note for note in table.notes if not note.endswith(f"] {_NOT_HERE}") and note not in told)
+    notes = tuple(note for note in table.notes if not note.endswith(f"] {_NOT_HERE}") and note not in elsewhere)
     return Table(table.name, table.title, table.headers[1:], tuple(rows), notes, table.records)
 
 
 def _kind(result: ProbeResult) -> str:
-    """What was trained: of a leaderboard's result, the kind of the run handed in."""
+    """Probe or finetune; of a leaderboard's result, that of the run that was submitted."""
     return str((trained_by(result) or {}).get("kind", result.kind))
 
 
-def subsets_name(result: ProbeResult) -> str:
-    """The subset, ``S`` or ``M`` where a number is what the paper calls so."""
-    return named_subset(result.dataset, result.subset)
-
-
-def _sizes(task: Task) -> list[str]:
-    """Names of subsets by their number of training labels."""
-    sizes = {subsets_name(r): r.n_train for r in task.results}
-    return sorted(sizes, key=lambda name: sizes[name])
+def _sizes(task: Task) -> dict[str, int]:
+    """Training labels by subset, named ``S`` or ``M`` where a number is what the paper calls so."""
+    return {named_subset(r.dataset, r.subset): r.n_train for r in task.results}
 
 
 def learning_curves(task: Task, part: Part, id: str) -> Chart:
-    """One curve a model with its interval; the paper's linear models dashed, and shown when asked for."""
+    """One curve per model with its interval; the paper's linear models dashed, and hidden at first."""
     metric = metric_title(task.metric)
-    loss = METRICS[task.metric].loss if task.metric in METRICS else False
-    ordered = sorted(task.models.items(), key=lambda pair: -max((-1) ** loss * (r.val_mean or 0.0) for r in pair[1]))
+    sign = -1 if task.metric in metrics and metrics.get(task.metric).loss else 1
+    ordered = sorted(task.models.items(), key=lambda pair: -max(sign * (r.val_mean or 0.0) for r in pair[1]))
     series = [_curve(name, members, place < _SHOWN) for place, (name, members) in enumerate(ordered)]
-    series += _paper_curves(task) if has_paper(task, part) else []
-    ticks = [float(r.n_train) for r in task.results]
+    for name, label in PAPER_NAMES.items() if _has_paper(task, part) else ():
+        found = [(float(n), paper_value(task.dataset, "probe", name, s)) for s, n in _sizes(task).items()]
+        points = sorted((n, value.mean) for n, value in found if value is not None and value.mean is not None)
+        if points and name != "dvme-noattn":
+            x, y = zip(*points, strict=True)
+            series.append(Series(f"{label}{_THEIRS}", x, y, dashed=True, shown=False))
+    ticks: list[float] = []  # with room for their labels: none within a third of the next one
+    for tick in sorted({float(r.n_train) for r in task.results}, reverse=True):
+        if not ticks or tick < ticks[-1] / 1.35:
+            ticks.append(tick)
     return line_chart(
-        id, series, axes=("training labels of a fold", f"test {metric}"), log_x=True, ticks=_apart(ticks),
+        id, series, axes=("training labels of a fold", f"test {metric}"), log_ticks=ticks,
         alt=f"Learning curves: test {metric} over numbers of training labels, {len(ordered)} models; the table "
-        "beneath has the numbers.",
+        "below has the numbers.",
     )  # fmt: skip
 
 
 def _curve(name: str, members: Sequence[ProbeResult], shown: bool) -> Series:
     points = sorted(members, key=lambda r: r.n_train)
-    bounds = [r.interval or (r.mean or 0.0, r.mean or 0.0) for r in points]
-    return Series(
-        name,
-        tuple(float(r.n_train) for r in points),
-        tuple(float(r.mean or 0.0) for r in points),
-        tuple(low for low, _ in bounds),
-        tuple(high for _, high in bounds),
-        shown=shown,
-    )
-
-
-def _paper_curves(task: Task) -> list[Series]:
-    sizes = {subsets_name(r): float(r.n_train) for r in task.results}
-    series = []
-    for name, label in PAPER_NAMES.items():
-        found = [(n, paper_value(task.dataset, "probe", name, subset)) for subset, n in sizes.items()]
-        points = sorted((n, value.mean) for n, value in found if value is not None and value.mean is not None)
-        if points and name != "dvme-noattn":
-            x, y = zip(*points, strict=True)
-            series.append(Series(f"{label}{_THEIRS}", x, y, dashed=True, shown=False))
-    return series
-
-
-def _apart(ticks: Sequence[float]) -> list[float]:
-    """Ticks that leave room for their labels on a logarithmic axis: none within a third of one before it."""
-    kept: list[float] = []
-    for tick in sorted(set(ticks), reverse=True):
-        if not kept or tick < kept[-1] / 1.35:
-            kept.append(tick)
-    return kept
+    means = [float(r.mean or 0.0) for r in points]
+    bounds = [r.interval or (mean, mean) for r, mean in zip(points, means, strict=True)]
+    low, high = zip(*bounds, strict=True)
+    return Series(name, [float(r.n_train) for r in points], means, low, high, shown=shown)

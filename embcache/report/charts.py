@@ -1,4 +1,4 @@
-"""Charts by Bokeh, as data that its script draws in the page.
+"""Charts by Bokeh, as JSON data that its script draws in the page.
 
 No text of a user goes into a chart: Bokeh reads titles, labels and tooltips as HTML or TeX where they look like it.
 Legends and tooltips are the page's own HTML, filled as text; a chart holds numbers, and names of its own making.
@@ -7,7 +7,7 @@ Legends and tooltips are the page's own HTML, filled as text; a chart holds numb
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from bokeh.core.types import ID
@@ -16,11 +16,16 @@ from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, NumeralTickFo
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
-# Told apart with every common kind of color vision (after Okabe and Ito, 2008), and visible on white and on black.
+# Distinct with every common kind of color vision (after Okabe and Ito, 2008), and visible on white and on black.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8A8A8A", "#A6761D")
 MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "plus", "star", "hex")
 GLYPHS = ("●", "■", "▲", "◆", "▼", "✚", "★", "⬢")
 _DASHES = ("solid", "dotted", "dotdash")
+_TOOLS: dict[str, Any] = {
+    "sizing_mode": "stretch_width", "tools": "pan,box_zoom,wheel_zoom,reset,save", "toolbar_location": "above",
+    "active_scroll": None, "active_drag": None, "background_fill_color": None, "border_fill_color": None,
+    "min_border_left": 8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,24 +33,14 @@ class Series:
     """One line with a band."""
 
     name: str  # in the legend
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
     dashed: bool = False  # for reference
     shown: bool = True  # at first; the legend toggles it
     points: bool = True  # whether its points are marked
-    counts: tuple[int, ...] = ()  # images behind each point, for the tooltip; empty for none
-
-
-@dataclass(frozen=True)
-class Key:
-    """One entry of a legend: its text, color, a glyph in that color, whether it is shown at first."""
-
-    name: str
-    color: str
-    glyph: str
-    shown: bool = True
+    counts: Sequence[int] = ()  # images behind each point, for the tooltip; empty for none
 
 
 @dataclass(frozen=True)
@@ -53,122 +48,92 @@ class Chart:
     """A chart for the page."""
 
     id: str  # of the element that it is drawn in
-    alt: str  # what it shows, for who cannot see it
-    item: dict[str, Any]  # bokeh's document and roots, as JSON data
-    legend: tuple[Key, ...]
-    axes: tuple[str, str]  # names of x and y, for the page's own tooltip
+    alt: str  # what it shows, for readers who cannot see it
+    item: dict[str, Any]  # Bokeh's document and roots, as JSON data
+    legend: tuple[tuple[str, str, str, bool], ...]  # name, color, glyph, whether it is shown at first
+    axes: tuple[str, str] = ("", "")  # names of x and y, for the page's own tooltip
     kind: str = "line"
-    digits: tuple[int, int] = field(default=(0, 3))
+    digits: tuple[int, int] = (0, 3)
 
     def data(self) -> dict[str, Any]:
         """What the page's script needs."""
         return {
             "id": self.id, "item": self.item, "kind": self.kind, "axes": list(self.axes), "digits": list(self.digits),
-            "series": [{"name": key.name, "shown": key.shown} for key in self.legend],
+            "series": [{"name": name, "shown": shown} for name, _, _, shown in self.legend],
         }  # fmt: skip
 
 
+def _style(place: int) -> tuple[str, int]:
+    """Color and number of the marker of the n-th series: another shape when colors repeat."""
+    return COLORS[place % len(COLORS)], (place + place // len(COLORS)) % len(MARKERS)
+
+
 def line_chart(
-    id: str,
-    series: Sequence[Series],
-    *,
-    alt: str,
-    axes: tuple[str, str],
-    log_x: bool = False,
-    ticks: Sequence[float] = (),
-    square: bool = False,
-    digits: tuple[int, int] = (0, 3),
-) -> Chart:
-    """Lines with bands over one x axis."""
+    id: str, series: Sequence[Series], *, alt: str, axes: tuple[str, str], log_ticks: Sequence[float] = (),
+    square: bool = False, digits: tuple[int, int] = (0, 3),
+) -> Chart:  # fmt: skip
+    """Lines with bands over one x axis; ``log_ticks`` make it logarithmic, ``square`` is for shares from 0 to 1."""
     ranges: dict[str, Any] = {"x_range": (-0.01, 1.01), "y_range": (-0.01, 1.01)} if square else {}
     plot: Any = figure(
-        height=360 if square else 340, sizing_mode="stretch_width", x_axis_type="log" if log_x else "auto",
-        x_axis_label=axes[0], y_axis_label=axes[1], **ranges,
-        tools="pan,box_zoom,wheel_zoom,reset,save", toolbar_location="above", active_scroll=None, active_drag=None,
+        height=360 if square else 340, x_axis_type="log" if log_ticks else "auto", x_axis_label=axes[0],
+        y_axis_label=axes[1], **ranges, **_TOOLS,
     )  # fmt: skip
     plot.toolbar.logo = None
-    if ticks:
-        plot.xaxis.ticker = FixedTicker(ticks=sorted(set(ticks)))
+    if log_ticks:
+        plot.xaxis.ticker = FixedTicker(ticks=sorted(set(log_ticks)))
         plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
     if square:
         plot.line([0, 1], [0, 1], line_color="#8A8A8A", line_dash="dashed", line_width=1, name="diagonal")
-    keys: list[Key] = []
-    hoverable: list[Any] = []
+    legend, hoverable = [], []
     for place, one in enumerate(series):
-        color = COLORS[place % len(COLORS)]
-        marker = (place + place // len(COLORS)) % len(MARKERS)  # another shape when colors come again
+        color, marker = _style(place)
         dash = "dashed" if one.dashed else _DASHES[place // len(COLORS) % len(_DASHES)]
-        name, x, y = f"s{place}", list(one.x), list(one.y)
+        x, y = list(one.x), list(one.y)
+        common: dict[str, Any] = {"name": f"s{place}", "visible": one.shown}
         if one.low:
-            plot.varea(
-                x, list(one.low), list(one.high), fill_color=color, fill_alpha=0.13, name=name, visible=one.shown
-            )
+            plot.varea(x, list(one.low), list(one.high), fill_color=color, fill_alpha=0.13, **common)
         line: Any = plot.line(
-            x, y, line_color=color, line_dash=dash, line_width=2, name=name, visible=one.shown,
-            line_alpha=0.7 if one.dashed else 1,
-        )  # fmt: skip
+            x, y, line_color=color, line_dash=dash, line_width=2, line_alpha=0.7 if one.dashed else 1, **common
+        )
         if one.points:
-            own = _source({"x": x, "y": y, **({"n": list(one.counts)} if one.counts else {})})
+            counts = {"n": list(one.counts)} if one.counts else {}
             line = plot.scatter(
-                "x", "y", source=own, marker=MARKERS[marker], size=8, color=color, name=name, visible=one.shown,
-                fill_alpha=0.3 if one.dashed else 1,
+                "x", "y", source=ColumnDataSource({"x": x, "y": y, **counts}), marker=MARKERS[marker], size=8,
+                color=color, fill_alpha=0.3 if one.dashed else 1, **common,
             )  # fmt: skip
         hoverable.append(line)
-        keys.append(Key(one.name, color, GLYPHS[marker] if one.points else "━", one.shown))
+        legend.append((one.name, color, GLYPHS[marker] if one.points else "━", one.shown))
     plot.add_tools(HoverTool(tooltips=None, renderers=hoverable, mode="mouse", line_policy="nearest"))
-    return Chart(id, alt, _item(plot, id), tuple(keys), axes, digits=digits)
+    return Chart(id, alt, dict(json_item(plot, ID(id))), tuple(legend), axes, digits=digits)
 
 
 def map_chart(id: str, class_names: Sequence[str], count: int, *, alt: str) -> Chart:
-    """A map of ``count`` images, a renderer a class and a ring for what is picked; the page's script puts points in."""
+    """A map of ``count`` images: a renderer per class, a ring for the selected one; the page's script adds points."""
     size = 7 if count < 1500 else 5 if count < 4000 else 4
-    plot: Any = figure(
-        height=520, sizing_mode="stretch_width", tools="pan,box_zoom,wheel_zoom,reset,save", toolbar_location="above",
-        active_scroll=None, active_drag=None, x_range=Range1d(start=0, end=1), y_range=Range1d(start=0, end=1),
-    )  # fmt: skip
+    plot: Any = figure(height=520, x_range=Range1d(start=0, end=1), y_range=Range1d(start=0, end=1), **_TOOLS)
     plot.toolbar.logo = None
-    plot.axis.visible = False
-    plot.grid.visible = False
-    keys: list[Key] = []
-    renderers: list[Any] = []
+    plot.axis.visible = plot.grid.visible = False
+    legend, renderers = [], []
     for c, name in enumerate(class_names):
-        shape = (c + c // len(COLORS)) % len(MARKERS)  # another one when colors come again
-        color, marker = COLORS[c % len(COLORS)], MARKERS[shape]
-        points = plot.scatter(
-            "x", "y", source=_source({"x": [], "y": [], "k": []}), marker=marker, size=size, name=f"s{c}",
-            fill_color=color, fill_alpha=0.65, line_color=None if marker != "plus" else color,
+        color, marker = _style(c)
+        points: Any = plot.scatter(
+            "x", "y", source=ColumnDataSource({"x": [], "y": [], "k": []}), marker=MARKERS[marker], size=size,
+            name=f"s{c}", fill_color=color, fill_alpha=0.65,
+            line_color=None if MARKERS[marker] != "plus" else color,
         )  # fmt: skip
-        points.nonselection_glyph = None
-        points.selection_glyph = None
+        points.nonselection_glyph = points.selection_glyph = None
         renderers.append(points)
-        keys.append(Key(name, color, GLYPHS[shape]))
+        legend.append((name, color, GLYPHS[marker], True))
     plot.scatter(
-        "x",
-        "y",
-        source=_source({"x": [], "y": [], "k": []}),
-        size=16,
-        fill_color=None,
-        line_color="#D55E00",
-        line_width=3,
-        name="ring",
-    )
+        "x", "y", source=ColumnDataSource({"x": [], "y": [], "k": []}), size=16, fill_color=None, line_color="#D55E00",
+        line_width=3, name="ring",
+    )  # fmt: skip
     tap = TapTool(renderers=renderers)
     plot.add_tools(HoverTool(tooltips=None, renderers=renderers), tap)
     plot.toolbar.active_tap = tap
-    return Chart(id, alt, _item(plot, id), tuple(keys), ("", ""), kind="map")
-
-
-def _source(columns: dict[str, Any]) -> Any:
-    return ColumnDataSource(columns)
-
-
-def _item(plot: Any, id: str) -> dict[str, Any]:
-    plot.background_fill_color = None
-    plot.border_fill_color = None
-    plot.min_border_left = 8
-    return dict(json_item(plot, ID(id)))
+    return Chart(id, alt, dict(json_item(plot, ID(id))), tuple(legend), kind="map")
 
 
 def bokeh_script() -> str:
-    """Bokeh's own script, some 1.3 MB: what draws the charts."""
+    """Bokeh's own script, some 1.3 MB, which draws the charts."""
     return "\n".join(Resources(mode="inline", components=["bokeh"], minified=True, log_level="error").js_raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,15 +14,15 @@ from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError
 from embcache.probe.inputs import open_stores, plan_for
 from embcache.probe.splits import Splits
-from embcache.report.choice import Choice
-from embcache.report.collect import Part
-from embcache.report.warn import hidden_columns, secret_words, told_columns
+from embcache.report.collect import Choice, Part, hidden_columns, secret_words, shown_columns
 from embcache.results.layout import Table
+from embcache.store.feature_store import list_stores
 
 BoolArray = NDArray[np.bool_]
 
-MOST_VALUES = 30
-"""Classes that the case mix lists."""
+IMBALANCE = 3.0  # a class with so many times fewer images than the largest is named
+_MOST_CLASSES = 30  # in the case mix
+_MOST_BAD = 50  # quarantined images that are listed
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Step:
     words: str
     images: int
     groups: int | None  # patients or other groups; None where they are not known
-    kind: str  # what there is, what leaves, what it is used for
+    role: str  # "there", "out" or "used"
     detail: str = ""
 
 
@@ -39,8 +40,8 @@ class Step:
 class Cohort:
     """The flow of images, and the case mix of its parts."""
 
-    steps: tuple[Step, ...]
-    mix: Table | None
+    steps: tuple[Step, ...] = ()
+    mix: Table | None = None
     grouped: bool = False  # whether patients (or other groups) are known
     shared: int = 0  # training images of patients who are in the test set too
     notes: tuple[str, ...] = ()
@@ -49,71 +50,67 @@ class Cohort:
 def cohort(part: Part, choices: Sequence[Choice], *, ids: bool) -> Cohort | None:
     """The flow and case mix of the task of these choices; None where there is no table of images, or no choice.
 
-    The splits are drawn again by the request of the chosen run of most labels. Where they are not the same as it had
-    (they were imported, or the images are others now) there is nothing but a note.
+    The splits are drawn again by the request of the chosen run of most labels. Where they differ from those of the run
+    (they were imported, or the images have changed) there is only a note.
     """
-    if part.ds is None or not choices:
+    if part.dataset is None or not choices:
         return None
     result = choices[-1].chosen.result
     request = result.request
     recipes = ",".join(str(fingerprint) for _, fingerprint in request.get("recipes", [])) or None
+    protocol = {key: request[key] for key in ("folds", "seed", "val", "test", "exclude_test_overlap") if key in request}
     try:
-        ds = as_in_run(part.ds, request)
-        stores = open_stores(ds, [result.backbones], part.home, recipes)
-        asked = {
-            key: request[key] for key in ("folds", "seed", "val", "test", "exclude_test_overlap") if key in request
-        }
-        plan = plan_for(ds, list(stores.values()), subsets=("F", result.subset), **asked)
+        dataset = as_in_run(part.dataset, request)
+        stores = open_stores(dataset, [result.backbones], part.home, recipes)
+        plan = plan_for(dataset, list(stores.values()), subsets=("F", result.subset), **protocol)
     except (EmbcacheError, ValueError) as error:
         problem = error.problem if isinstance(error, EmbcacheError) else str(error)
-        return Cohort((), None, notes=(f"the flow of images cannot be told: {problem}",))
+        return Cohort(notes=(f"the flow of images is not shown: {problem}",))
     if request.get("repeats", 1) == 1 and plan.digest(result.subset) != request.get("splits"):
-        told = "the splits of these results were imported, or the images are others now: the flow of images is not told"
-        return Cohort((), None, notes=(told,))
+        why = "the flow of images is not shown: the splits of these results were imported, or the images have changed"
+        return Cohort(notes=(why,))
     bad = {name for store in stores.values() for name in store.quarantined}
     sizes = ", ".join(f"{c.n_train:,} + {c.labels_used - c.n_train:,}" for c in choices)
-    return _cohort(part.ds, ds, plan, bad, sizes, secret_words(part, ids=ids))
+    return _flow(part, dataset, plan, bad, sizes, secret_words(part, ids=ids))
 
 
-def _cohort(whole: ImageDataset, ds: ImageDataset, plan: Splits, bad: set[str], sizes: str, secret: set[str]) -> Cohort:
-    n = len(plan.ids)
+def _flow(part: Part, dataset: ImageDataset, plan: Splits, bad: set[str], sizes: str, secret: set[str]) -> Cohort:
+    assert part.dataset is not None
+    whole, n = part.dataset, len(plan.ids)
+    grouped = len(set(whole.groups.tolist())) < len(whole)
 
     def mask(rows: Sequence[NDArray[np.int64]]) -> BoolArray:
-        found = np.zeros(n, dtype=bool)
-        found[np.concatenate(rows)] = True
-        return found
+        return np.isin(np.arange(n), np.concatenate(rows))
 
-    grouped = len(set(whole.groups.tolist())) < len(whole)
+    def step(words: str, which: BoolArray, role: str, detail: str = "") -> Step:
+        groups = len(set(plan.groups[which].tolist())) if grouped else None
+        return Step(words, int(which.sum()), groups, role, detail)
+
     test, pool = mask([plan.test]), mask([rows for (_, subset), rows in plan.train.items() if subset == "F"])
     val = mask([*plan.val.values()]) & ~pool  # a split of the dataset's own: else what validates also trains
     rest = ~(test | pool | val)
-    of_test, of_val = (np.isin(plan.groups, np.unique(plan.groups[part])) for part in (test, val))
-    reasons = {
+    of_test, of_val = (np.isin(plan.groups, np.unique(plan.groups[which])) for which in (test, val))
+    missing, left_out = len(whole.missing), len(whole) - n
+    groups = len(set(whole.groups.tolist())) if grouped and not missing else None
+    steps = [Step("listed in the source", len(whole) + missing, groups, "there")]
+    steps += [Step("whose file is missing", missing, None, "out")] * bool(missing)
+    steps += [Step("of classes that are left out", left_out, None, "out")] * bool(left_out)
+    for words, why in {
         "could not be read": np.array([name in bad for name in plan.ids], dtype=bool),
         "without a label": plan.labels < 0,
         "of patients who are in the test set": of_test,
         "of patients who are in the validation split": of_val,
         "not drawn: the pool is limited": rest,
-    }
-
-    def step(words: str, part: BoolArray, kind: str, detail: str = "") -> Step:
-        return Step(words, int(part.sum()), len(set(plan.groups[part].tolist())) if grouped else None, kind, detail)
-
-    gone = [("whose file is missing", len(ds.missing)), ("of classes that are left out", len(whole) - n)]
-    steps = [Step("listed in the source", len(whole) + len(ds.missing),
-                  len(set(whole.groups.tolist())) if grouped and not ds.missing else None, "there")]  # fmt: skip
-    steps += [Step(words, number, None, "out") for words, number in gone if number]
-    for words, why in reasons.items():
+    }.items():
         if (rest & why).any():
             steps.append(step(words, rest & why, "out"))
             rest = rest & ~why
-    steps.append(step("used", test | pool | val, "there"))
     shared = int((pool & of_test).sum())
     detail = f"in a fold, training + validation: {sizes}"
     detail += f"; {shared:,} images are of patients who are in the test set too" if shared else ""
-    name = "training" if val.any() else "training and validation"
-    steps.append(step(f"{name}, {plan.n_folds} folds", pool, "used", detail))
-    parts = {name: pool}
+    training = "training" if val.any() else "training and validation"
+    steps += [step("used", test | pool | val, "there"), step(f"{training}, {plan.n_folds} folds", pool, "used", detail)]
+    parts = {training: pool}
     if val.any():
         parts["validation"] = val
         steps.append(step("validation, a split of the dataset's own", val, "used", "the same in every fold"))
@@ -122,11 +119,11 @@ def _cohort(whole: ImageDataset, ds: ImageDataset, plan: Splits, bad: set[str], 
     official = "the official one" if plan.test_set == "official" else "held out by embcache"
     detail = f"{unlabeled:,} without a label, not scored" if unlabeled else ""
     steps.append(step(f"test set, {official}", test, "used", detail))
-    return Cohort(tuple(steps), _mix(ds, plan, parts, grouped, secret), grouped, shared)
+    return Cohort(tuple(steps), _mix(dataset, plan, parts, grouped, secret), grouped, shared)
 
 
-def _mix(ds: ImageDataset, plan: Splits, parts: Mapping[str, BoolArray], grouped: bool, secret: set[str]) -> Table:
-    totals = [int(part.sum()) for part in parts.values()]
+def _mix(dataset: ImageDataset, plan: Splits, parts: Mapping[str, BoolArray], grouped: bool, secret: set[str]) -> Table:
+    totals = [int(which.sum()) for which in parts.values()]
 
     def row(name: str, value: str, which: BoolArray) -> tuple[str, ...]:
         counts = [int((part & which).sum()) for part in parts.values()]
@@ -134,25 +131,68 @@ def _mix(ds: ImageDataset, plan: Splits, parts: Mapping[str, BoolArray], grouped
 
     rows: list[tuple[str, ...]] = [("images", "", *(f"{t:,}" for t in totals))]
     if grouped:
-        per = [np.unique(plan.groups[part].astype(str), return_counts=True)[1] for part in parts.values()]
+        per = [np.unique(plan.groups[which].astype(str), return_counts=True)[1] for which in parts.values()]
         rows.append(("patients", "", *(f"{len(c):,}" for c in per)))
-        rows.append(
-            (
-                "images of a patient, median (most)",
-                "",
-                *(f"{np.median(c):g} ({c.max():,})" if len(c) else "0" for c in per),
-            )
-        )
-    notes = ["share of the images of the part", *hidden_columns(ds)]
-    names = list(ds.class_names)[:MOST_VALUES]
+        sizes = (f"{np.median(c):g} ({c.max():,})" if len(c) else "0" for c in per)
+        rows.append(("images per patient, median (maximum)", "", *sizes))
+    notes = ["percentages are of the images of the part", *hidden_columns(dataset)]
+    names = dataset.class_names[:_MOST_CLASSES]
     rows += [row("class" if c == 0 else "", name, plan.labels == c) for c, name in enumerate(names)]
-    if len(names) < len(ds.class_names):
-        notes.append(f"{len(ds.class_names) - len(names):,} more classes are not listed")
+    if len(names) < len(dataset.class_names):
+        notes.append(f"{len(dataset.class_names) - len(names):,} more classes are not listed")
     if (plan.labels[np.any([*parts.values()], axis=0)] < 0).any():
         rows.append(row("", "no label", plan.labels < 0))
-    for column in told_columns(ds, secret):
+    for column in shown_columns(dataset, secret):
         values = [(value, column.of == value) for value in column.values]
         values += [("(no value)", column.of == "")] if (column.of == "").any() else []
         rows += [row(column.name if k == 0 else "", value, of) for k, (value, of) in enumerate(values)]
-    headers = ("", "", *parts)
-    return Table("mix", "Case mix of the parts", headers, tuple(rows), tuple(notes))
+    return Table("mix", "Case mix of the parts", ("", "", *parts), tuple(rows), tuple(notes))
+
+
+def quarantines(part: Part, *, ids: bool) -> tuple[list[tuple[str, Table | None, Table | None]], list[str]]:
+    """What the stores of a dataset could not read, and what is wrong with stores that cannot be read themselves.
+
+    Of stores that could not read the same images: one line, a table of reasons, a table of images; without ``ids`` no
+    tables.
+    """
+    found: dict[tuple[int, tuple[tuple[str, str], ...]], list[str]] = {}
+    problems = []
+    try:
+        stores = list_stores(part.home, part.name)
+    except EmbcacheError as error:
+        return [], [error.problem]
+    for store in stores:
+        shown = store if part.dataset is None else store.restrict(part.dataset.table["id"])
+        try:
+            bad, rows = shown.quarantined, len(shown)
+        except EmbcacheError as error:
+            problems.append(f"{store.recipe.backbone}: {error.problem}")
+            continue
+        if bad:
+            names = found.setdefault((rows, tuple(sorted(bad.items()))), [])
+            names += [store.recipe.backbone] * (store.recipe.backbone not in names)
+    listed: list[tuple[str, Table | None, Table | None]] = []
+    for (rows, images), backbones in found.items():
+        line = f"{len(images):,} of {rows + len(images):,} images could not be read ({', '.join(backbones)})"
+        counts = [(reason, f"{n:,}") for reason, n in Counter(reason for _, reason in images).most_common()]
+        reasons = Table("reasons", "Reasons", ("reason", "images"), tuple(counts))
+        first = Table("unread", "Images that could not be read", ("image", "reason"), images[:_MOST_BAD])
+        listed.append((line, reasons, first) if ids else (line, None, None))
+    return listed, problems
+
+
+def unequal_classes(part: Part) -> list[str]:
+    """A line per split whose classes are of very unequal size."""
+    if part.dataset is None:
+        return []
+    lines = []
+    split_of = part.dataset.table["split"].to_numpy(dtype=object)
+    for split in ("train", "val", "test"):
+        labels = part.dataset.labels[split_of == split]
+        counts = {name: int((labels == c).sum()) for c, name in enumerate(part.dataset.class_names)}
+        most = max(counts.values(), default=0)
+        few = [f"{name} ({n:,})" for name, n in counts.items() if IMBALANCE * n <= most]
+        if most and few:
+            largest = max(counts, key=lambda name: counts[name])
+            lines.append(f"the {split} images are of unequal classes: {', '.join(few)} against {largest} ({most:,})")
+    return lines

@@ -1,31 +1,52 @@
-"""What a report is of: the saved results of datasets, task by task, and the tables that their labels come from."""
+"""What a report shows: saved results task by task, the best model of each size, and what may be written about them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
-from embcache.data.classes import target_words
+from embcache.config import DatasetRef
+from embcache.data.classes import Column, column_values, columns, target_words
 from embcache.data.dataset import ImageDataset, find_dataset
+from embcache.data.groups import overlap_notes
+from embcache.data.roles import may_name_people
 from embcache.errors import EmbcacheError, StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir
 from embcache.probe.metrics import find_metric
-from embcache.probe.summary import in_metric
+from embcache.probe.statistics import RESAMPLES
+from embcache.probe.summary import in_metric, training_notes
+from embcache.results.advice import BackboneAdvice, advise_backbone, comparable
+from embcache.results.compare import (
+    Comparison,
+    Difference,
+    Tested,
+    compare_tested,
+    difference,
+    load_tested,
+    same_test,
+)
 from embcache.results.curves import named_curves
 from embcache.runs.folders import ProbeResult, list_results, list_unreadable, runs_dir
+
+HIDDEN = "a note that names patients or images is left out of this page; `embcache results` prints it"
+
+_FILE = re.compile(r"\.(png|jpe?g|tiff?|webp|bmp|gif|jp2|dcm|dicom|h5|hdf5|csv|parquet)\b", re.IGNORECASE)
+_ELSEWHERE = re.compile(r"unreadable images |\d training images? (of .* left out|share .* with the official test set)")
+_FOLD = re.compile(r"\bfold (\d+)\b")
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Results that may stand in one table: of one dataset, target and metric."""
+    """Results that can be compared in one table: of one dataset, target and metric."""
 
     dataset: str
     target: str
     metric: str
     class_names: tuple[str, ...]
-    models: dict[str, list[ProbeResult]]  # by the model's name, which tells what sets it apart from the others
-    others: tuple[str, ...] = ()  # metrics that are shown besides; empty for the usual ones
+    models: dict[str, list[ProbeResult]]  # by the model's name, which says what distinguishes it from the others
+    others: tuple[str, ...] = ()  # metrics that are shown in addition; empty for the usual ones
 
     @property
     def title(self) -> str:
@@ -37,19 +58,14 @@ class Task:
         """All results, model by model."""
         return [result for members in self.models.values() for result in members]
 
-    @property
-    def synthetic(self) -> bool:
-        """Whether the images are drawn, not taken."""
-        return any(result.synthetic for result in self.results)
-
 
 @dataclass(frozen=True, eq=False)
 class Part:
     """One dataset of a report."""
 
     name: str
-    ds: ImageDataset | None  # none where neither its files nor a snapshot are there; ``problem`` says why
-    source: str
+    dataset: ImageDataset | None  # None where neither its files nor a snapshot are there; ``problem`` says why
+    read_from: str  # "live", "snapshot" or empty
     problem: str
     results: tuple[ProbeResult, ...]  # all that can be read, those without a score too
     tasks: tuple[Task, ...]  # of the scored ones
@@ -57,8 +73,46 @@ class Part:
     home: Path  # folder of stores and runs
 
     def run_folder(self, result: ProbeResult) -> Path:
-        """Where a result's files lie."""
+        """Where a result's files are."""
         return runs_dir(result.dataset, self.home) / result.id
+
+
+@dataclass(frozen=True, eq=False)
+class Rival:
+    """One model at one size."""
+
+    name: str  # of the model
+    tested: Tested  # its result and predictions
+    row: Comparison  # beside the chosen model, which is its own reference
+
+    @property
+    def result(self) -> ProbeResult:
+        """Its result."""
+        return self.tested.result
+
+    @property
+    def validated(self) -> float:
+        """Mean validation score over folds."""
+        return float(self.result.val_mean or 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Models at one number of training labels, all trained, validated and tested on the same images."""
+
+    subset: str
+    n_train: int
+    labels_used: int
+    rivals: tuple[Rival, ...]  # the best on validation, which is the chosen one, first
+    advice: BackboneAdvice  # how the chosen one differs from the others on the test set
+    change: Difference | None = None  # from the size before, of the same model
+    apart: tuple[str, ...] = ()  # models of other splits
+    problems: tuple[str, ...] = ()  # runs whose predictions cannot be read
+
+    @property
+    def chosen(self) -> Rival:
+        """The best on validation."""
+        return self.rivals[0]
 
 
 def collect_parts(
@@ -66,33 +120,35 @@ def collect_parts(
     *,
     metrics: Sequence[str] = (),
     home: PathLike | None = None,
-    data_root: PathLike | None = None,
+    ref: DatasetRef | None = None,
 ) -> list[Part]:
     """Gather the saved results of datasets, by default of all that have any."""
-    folder = home_dir(home)
+    folder, ref = home_dir(home), ref or DatasetRef()
     names = list(dict.fromkeys(datasets)) or list(dict.fromkeys(r.dataset for r in list_results(folder)))
-    if data_root is not None and len(names) != 1:
-        raise UsageError("--data-root is for one dataset", found=", ".join(names) or "none", fix="--dataset NAME")
+    if ref.data_root is not None and len(names) != 1:
+        raise UsageError(
+            "--data-root is for one dataset", code="several-datasets", found=", ".join(names) or "none",
+            fix="--dataset NAME",
+        )  # fmt: skip
     if not names:
         raise StoreNotFoundError(
-            "there are no saved results to report", where=folder,
+            "there are no saved results to report", code="no-results", where=folder,
             fix="embcache probe --head linear --subset S,M,F, or embcache demo",
         )  # fmt: skip
-    return [_part(name, metrics, folder, data_root) for name in names]
+    return [_part(name, metrics, folder, ref) for name in names]
 
 
-def _part(name: str, metrics: Sequence[str], home: Path, data_root: PathLike | None) -> Part:
+def _part(name: str, metrics: Sequence[str], home: Path, ref: DatasetRef) -> Part:
     results = list_results(home, name)
     if not results:
         raise StoreNotFoundError(
-            f"there are no saved results of {name}",
+            f"there are no saved results of {name}", code="no-results",
             expected=", ".join(dict.fromkeys(r.dataset for r in list_results(home))) or "none of any dataset",
-            where=runs_dir(name, home),
-            fix=f"embcache probe --head linear --subset S,M,F --dataset {name}",
-        )
-    ds, source, problem = None, "", ""
+            where=runs_dir(name, home), fix=f"embcache probe --head linear --subset S,M,F --dataset {name}",
+        )  # fmt: skip
+    dataset, read_from, problem = None, "", ""
     try:
-        ds, source = find_dataset(name, root=data_root, home=home, allow_missing=True)
+        dataset, read_from = find_dataset(name, replace(ref, allow_missing=True), home=home)
     except UsageError:
         raise
     except EmbcacheError as error:
@@ -101,8 +157,8 @@ def _part(name: str, metrics: Sequence[str], home: Path, data_root: PathLike | N
     if metrics:  # a leaderboard gave its own metric alone
         found = [in_metric(result, metrics[0], home) for result in results]
         scored = [r for r in found if r.metric == find_metric(metrics[0], len(r.class_names)).key]
-    return Part(name, ds, source, problem, tuple(results), tuple(make_tasks(scored, metrics[1:])),
-                len(list_unreadable(home, name)), home)  # fmt: skip
+    tasks, unreadable = make_tasks(scored, metrics[1:]), len(list_unreadable(home, name))
+    return Part(name, dataset, read_from, problem, tuple(results), tuple(tasks), unreadable, home)
 
 
 def make_tasks(results: Sequence[ProbeResult], others: Sequence[str] = ()) -> list[Task]:
@@ -117,3 +173,141 @@ def make_tasks(results: Sequence[ProbeResult], others: Sequence[str] = ()) -> li
         Task(*key, models=named_curves(members), others=tuple(find_metric(name, len(key[3])).key for name in others))
         for key, members in ordered
     ]
+
+
+def choose(task: Task, part: Part, *, resamples: int = RESAMPLES) -> list[Choice]:
+    """The best model on validation at every number of training labels of a task, ascending.
+
+    Sizes at which nothing can be ranked are left out. Models are ranked that share their splits, so that their
+    validation scores are comparable (`embcache.results.advice.comparable`).
+    """
+    sizes: dict[int, dict[str, ProbeResult]] = {}
+    for name, members in task.models.items():
+        for result in members:
+            if result.kind != "kaggle" and result.val_mean is not None:
+                sizes.setdefault(result.n_train, {})[name] = result
+    choices: list[Choice] = []
+    for _, at in sorted(sizes.items()):
+        family, problems = comparable(at), []
+        tested: dict[str, Tested] = {}
+        for name in family:
+            try:
+                tested[name] = load_tested(at[name], part.run_folder(at[name]))
+            except EmbcacheError as error:
+                problems.append(f"{name}: {error.problem}")
+        alike = [name for name in tested if same_test(next(iter(tested.values())), tested[name])]
+        if not alike:
+            continue
+        rows = compare_tested([tested[name] for name in alike], resamples=resamples)
+        rivals = tuple(Rival(name, tested[name], row) for name, row in zip(alike, rows, strict=True))
+        first = rivals[0].result
+        apart = tuple(name for name in at if name not in family or (name in tested and name not in alike))
+        advice = advise_backbone(alike, rows, first.n_train)
+        choice = Choice(
+            first.subset, first.n_train, first.labels_used, rivals, advice, None, apart, tuple(problems)
+        )  # fmt: skip
+        choices.append(replace(choice, change=_change(choices[-1], choice, resamples)) if choices else choice)
+    return choices
+
+
+def _change(before: Choice, after: Choice, resamples: int) -> Difference | None:
+    b, own = after.chosen.tested, [rival.tested for rival in before.rivals if rival.name == after.chosen.name]
+    if not own or not same_test(own[0], b):
+        return None
+    a = own[0]
+    against, scores = (t.predictions.scores(t.result.metric, resamples) for t in (a, b))
+    return difference(a, against, b, scores)
+
+
+def notes_of(part: Part, ranked: Collection[str], *, ids: bool) -> list[str]:
+    """The notes of a dataset and of its results, each once, folds of one fact together; none names a patient.
+
+    Left out is what other places of the page say: notes of one training (beside its run, or where it is ``ranked``,
+    by ID), and how many images are unreadable or of patients of the test set.
+    """
+    notes = dict[str, None]()
+    if part.dataset is not None:
+        notes = dict.fromkeys(note for note in part.dataset.notes if note not in overlap_notes(part.dataset.table))
+    heads: dict[str, dict[str, None]] = {}
+    for result in part.results:
+        own = training_notes(result)
+        for note in result.notes:
+            if note.startswith("subset "):
+                heads.setdefault(note, {})[result.head] = None
+            elif note not in own and not _ELSEWHERE.search(note):
+                notes[note] = None
+        if result.id not in ranked:
+            notes |= dict.fromkeys(f"{result.id}: {note}" for note in own)
+    notes |= dict.fromkeys(f"{note} ({', '.join(of)})" for note, of in heads.items())
+    folds: dict[str, list[str]] = {}
+    for note in without_names(list(notes), part, ids=ids):
+        fold = _FOLD.search(note)
+        folds.setdefault(_FOLD.sub("fold \0", note, count=1), []).append(fold[1] if fold else "")
+    lines = []
+    for fact, numbers in folds.items():
+        if len(numbers) > 1:
+            fact = fact.replace("fold \0 predicts", "fold \0 predict").replace("fold \0", "folds \0")
+        lines.append(fact.replace("\0", ", ".join(numbers), 1))
+    return lines
+
+
+def without_names(notes: Sequence[str], part: Part, *, ids: bool) -> list[str]:
+    """Notes that name no patient, and without ``ids`` no image or file; one line replaces the others."""
+    names = secret_words(part, ids=ids)
+    long = [name for name in names if len(_words(name)) > 3]  # a name of several words is looked for as it is
+    kept = [
+        note
+        for note in notes
+        if (
+            ids or (part.dataset is not None and not _FILE.search(note))
+        )  # without a table it is not known what an ID is
+        and not names & _words(note)
+        and not any(name in note for name in long)
+    ]
+    return kept + [HIDDEN] * (len(kept) < len(notes))
+
+
+def _words(note: str) -> set[str]:
+    """Every run of characters of a note that could be an ID: split at spaces, quotes, commas and brackets."""
+    parts = re.split(r"[\s'\"“”,;:()\[\]…]+", note)
+    return {*parts, *(part.strip(".") for part in parts), *(piece for part in parts for piece in part.split("/")), note}
+
+
+def secret_words(part: Part, *, ids: bool) -> set[str]:
+    """What may not be on a page: groups, and without ``ids`` also IDs, paths, and file names with and without suffix.
+
+    Where every image is a group of its own, with its ID as the group's name, that is the name of the image.
+    """
+    if part.dataset is None:
+        return set()
+    table = part.dataset.table
+    images = {str(value) for name in ("id", "path") for value in table[name].tolist()}
+    images |= {str(path) for path in part.dataset.missing}
+    groups = {str(value) for value in table["group"].tolist()}
+    if ids:
+        return groups - images - {""}
+    images |= {name for path in list(images) for name in (PurePosixPath(path).name, PurePosixPath(path).stem)}
+    return (images | groups) - {""}
+
+
+def shown_columns(dataset: ImageDataset, secret: set[str]) -> list[Column]:
+    """The columns of a dataset's own table that make groups of images and name no patient; see `hidden_columns`."""
+    found = []
+    for name in columns(dataset):
+        if may_name_people(name):
+            continue
+        try:
+            column = column_values(dataset, name)
+        except EmbcacheError:
+            continue  # text with too many values, or without any
+        members = [set(dataset.groups[column.of == value].tolist()) for value in column.values]
+        names_patients = len(members) > 2 and all(len(of) == 1 for of in members)
+        if not names_patients and not secret & set(column.values):
+            found.append(column)
+    return found
+
+
+def hidden_columns(dataset: ImageDataset) -> list[str]:
+    """A note on the columns that a page leaves out because of their names, or none."""
+    names = [name for name in columns(dataset) if may_name_people(name)]
+    return [f"columns left out, which may name patients: {', '.join(names)}"] if names else []

@@ -1,175 +1,297 @@
-"""The embedding map of a dataset: points of cached and fused features, what was predicted of them, thumbnails."""
+"""What the page draws from cached features: the embedding map with its thumbnails, and the attention of a fused run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
+from embcache.cores import usable_cores
 from embcache.data.classes import target_words
 from embcache.data.dataset import ImageDataset
-from embcache.errors import EmbcacheError, StoreNotFoundError
-from embcache.figures.maps import PERPLEXITY, MapScores, cached_map, decimals, score_map
+from embcache.data.images import ImageRef, image_refs_of, read_image
+from embcache.errors import EmbcacheError, ImageError, StoreError, StoreNotFoundError
+from embcache.figures.attention import run_attention
+from embcache.figures.maps import PERPLEXITY, cached_map, decimals, score_map
 from embcache.figures.shown import Shown, fused_features, shown_images
+from embcache.io import keep_file
+from embcache.log import log
 from embcache.paths import slug
 from embcache.probe.inputs import cached_backbones, load_features, open_stores
 from embcache.probe.metrics import merit
-from embcache.report.choice import Choice
-from embcache.report.collect import Part
-from embcache.report.thumbs import ACROSS, Sheets
-from embcache.results.layout import signed
-from embcache.runs.folders import ProbeResult
+from embcache.report.collect import Choice, Part
+from embcache.results.layout import Table, signed
+from embcache.runs.folders import ProbeResult, run_file
+from embcache.sealed import file_checksum, read_sealed, seal
 from embcache.store.feature_store import FeatureStore
+from embcache.typed import typed
 
 LIMIT = 6000
 """Images of a map: more make the page heavy and hide each other."""
 
-FUSED = ("dvme", "dvme-token", "dvme-noattn", "dvme-identity")
+BUDGET = 4_800_000
+"""Bytes of all thumbnails of a page, as base64."""
 
+ACROSS = 16  # thumbnails in a row of a sheet; a sheet is as high as wide
+_FUSED, _ATTENDING = ("dvme", "dvme-token", "dvme-noattn", "dvme-identity"), ("dvme", "dvme-token")
 _SEED = 0
+_GRAY = (128, 128, 128)
+_TRIES = ((72, 60), (64, 55), (56, 50), (48, 45), (40, 40), (32, 35), (24, 30))  # side in pixels, WebP quality
+_VERSION = 1  # of the kept attention: raised when the picture or the numbers change
+_SIDE = 384  # pixels of the picture at most
+_DARK, _LIGHT = np.array([8.0, 48.0, 107.0]), np.array([247.0, 251.0, 255.0])
 
-
-@dataclass(frozen=True, eq=False)
-class Panel:
-    """One embedding: its name, what must be said of it, dimensions, coordinates (n, 2), scores."""
-
-    label: str
-    remark: str
-    dim: int
-    coordinates: NDArray[np.float32]
-    scores: MapScores
+Rows = list[list[float]]
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingMap:
     """The map of one dataset."""
 
-    ds: ImageDataset
+    dataset: ImageDataset
     shown: Shown  # the images, in an order of their own that says nothing
-    panels: tuple[Panel, ...]
-    predicted: tuple[tuple[str, NDArray[np.int64], NDArray[np.float64]], ...]  # (n,)
-    notes: tuple[str, ...]  # what could not be shown, and why
-
-    def scores(self) -> list[list[str]]:
-        """A row an embedding: name, dimensions, silhouette, k-NN accuracy, trustworthiness, remark."""
-        return [
-            [
-                panel.label, f"{panel.dim:,}",
-                "–" if panel.scores.silhouette is None else signed(panel.scores.silhouette, 3),
-                decimals(panel.scores.knn_accuracy, 3), decimals(panel.scores.trustworthiness, 3), panel.remark,
-            ]
-            for panel in self.panels
-        ]  # fmt: skip
+    panels: list[tuple[str, str]]  # label and remark of each embedding
+    scores: Table
+    by: list[str]  # names of the models whose predictions can be shown
+    data: dict[str, Any]  # for the page's script: labels, coordinates, predictions
+    notes: list[str]  # what could not be shown, and why
 
 
-def make_map(
-    part: Part,
-    choices: Sequence[Choice],
-    *,
-    rows: str = "test",
-    most: int = LIMIT,
-    say: Callable[[str], object] = lambda line: None,
-) -> EmbeddingMap:
-    """Map every cached backbone of a dataset, and what its best fused run makes of them."""
-    ds = part.ds
-    if ds is None:
-        raise StoreNotFoundError(f"neither images nor a table of {part.name} are here", fix="embcache extract …")
-    stores, notes = _stores(ds, part)
+def fused_run(
+    results: Sequence[ProbeResult], choices: Sequence[Choice], heads: Sequence[str] = _ATTENDING
+) -> ProbeResult | None:
+    """The fused run that is shown: dvme before others, of most training labels, best on validation."""
+    runs = [r for r in results if r.kind == "probe" and r.head in heads and not target_words(r.request)]
+    ranked = {rival.result.id for choice in choices for rival in choice.rivals}
+    runs = [r for r in runs if r.id in ranked] or runs
+    return max(runs, key=lambda r: (r.head == "dvme", r.n_train, merit(r.metric, r.val_mean)), default=None)
+
+
+def make_map(part: Part, choices: Sequence[Choice], *, rows: str = "test", most: int = LIMIT) -> EmbeddingMap:
+    """Map every cached backbone of a dataset, and the embedding of its best fused run."""
+    dataset = part.dataset
+    if dataset is None:
+        raise StoreNotFoundError(
+            f"neither images nor a table of {part.name} are here", code="dataset-not-here", fix="embcache extract …"
+        )
+    stores, notes = _stores(dataset, part)
     request = choices[-1].chosen.result.request if choices else {}
     protocol: dict[str, Any] = {key: request[key] for key in ("seed", "test") if key in request}
     protocol["exclude_test_overlap"] = bool(request.get("exclude_test_overlap", False))
-    shown = _mixed(shown_images(ds, list(stores.values()), rows=rows, most=most, **protocol))
-    features = {name: load_features(store, ds, shown.ids).numpy() for name, store in stores.items()}
-    folder = part.home / slug(ds.name) / "figures" / "coordinates"
-
-    def panel(label: str, remark: str, x: NDArray[np.float32], source: dict[str, Any]) -> Panel:
-        say(f"{ds.name}: t-SNE of {label}, {len(x):,} images")
-        points = cached_map(folder, source, shown.ids, x, "tsne", seed=_SEED, perplexity=PERPLEXITY)
-        return Panel(label, remark, x.shape[1], points, score_map(x, points, shown.labels, shown.groups))
-
-    panels = [panel(name, "", x, {"recipe": stores[name].recipe.fingerprint}) for name, x in sorted(features.items())]
-    fused = _fused_run(part, choices, features)
+    shown = shown_images(dataset, list(stores.values()), rows=rows, most=most, **protocol)
+    # In a seeded order, so that a point's number does not give away its place in the dataset.
+    order = np.random.Generator(np.random.PCG64(_SEED)).permutation(len(shown.ids))
+    shown = Shown([shown.ids[i] for i in order], shown.labels[order], [shown.groups[i] for i in order], shown.remark)
+    features = {name: load_features(store, dataset, shown.ids).numpy() for name, store in stores.items()}
+    inputs: list[tuple[str, str, NDArray[np.float32], dict[str, Any]]] = [
+        (name, "", x, {"recipe": stores[name].recipe.fingerprint}) for name, x in sorted(features.items())
+    ]
+    fused = fused_run([r for r in part.results if set(r.backbones) <= set(features)], choices, _FUSED)
     if fused is not None:
         try:
             fold, x = fused_features(fused, part.run_folder(fused), {b: features[b] for b in fused.backbones})
-            source = {"run": fused.id, "fold": str(fold)}
             remark = f"trained with labels ({fused.subset}, {fused.n_train:,} of them; fold {fold})"
-            panels.append(panel(f"{fused.head}: {' + '.join(fused.backbones)}", remark, x, source))
+            label = f"{fused.head}: {' + '.join(fused.backbones)}"
+            inputs.append((label, remark, x, {"run": fused.id, "fold": str(fold)}))
         except EmbcacheError as error:
             notes.append(f"the embedding of run {fused.id} is not shown: {error.problem}")
-    return EmbeddingMap(ds, shown, tuple(panels), tuple(_predictions(choices, shown.ids)), tuple(notes))
+    folder = part.home / slug(dataset.name) / "figures" / "coordinates"
+    maps, scores = [], []
+    for label, remark, x, origin in inputs:
+        log.info(f"{dataset.name}: t-SNE of {label}, {len(x):,} images")
+        points = cached_map(folder, origin, shown.ids, x, "tsne", seed=_SEED, perplexity=PERPLEXITY)
+        found = score_map(x, points, shown.labels, shown.groups)
+        maps.append({"xy": [[round(float(v), 2) for v in axis] for axis in points.T], "remark": remark})
+        silhouette = "–" if found.silhouette is None else signed(found.silhouette, 3)
+        numbers = (silhouette, decimals(found.knn_accuracy, 3), decimals(found.trustworthiness, 3))
+        scores.append((label, f"{x.shape[1]:,}", *numbers, remark))
+    predicted = [_predictions(choice, shown.ids) for choice in reversed(choices)]
+    headers = ("embedding", "dimensions", "silhouette", "k-NN accuracy", "trustworthiness of the map", "")
+    return EmbeddingMap(
+        dataset, shown, [(label, remark) for label, remark, _, _ in inputs],
+        Table("embeddings", "Scores of the embeddings", headers, tuple(scores)), [entry["by"] for entry in predicted],
+        {"labels": shown.labels.tolist(), "classes": list(dataset.class_names), "maps": maps, "predicted": predicted},
+        notes,
+    )  # fmt: skip
 
 
-def _stores(ds: ImageDataset, part: Part) -> tuple[dict[str, FeatureStore], list[str]]:
-    """A store of every backbone that is cached; of several recipes that of the results."""
+def _stores(dataset: ImageDataset, part: Part) -> tuple[dict[str, FeatureStore], list[str]]:
+    """A store of every cached backbone, where several recipes are cached that of the results; and what is not shown."""
     stores: dict[str, FeatureStore] = {}
     notes = []
-    for name in cached_backbones(ds.name, part.home):
+    for name in cached_backbones(dataset.name, part.home):
         used = [dict(map(tuple, r.request.get("recipes", []))).get(name) for r in part.results]
         for recipe in (None, *dict.fromkeys(fingerprint for fingerprint in used if fingerprint)):
             try:
-                stores |= open_stores(ds, [[name]], part.home, recipe)
+                stores |= open_stores(dataset, [[name]], part.home, recipe)
                 break
             except EmbcacheError as error:
                 problem = error.problem
         else:
             notes.append(f"{name} is not shown: {problem}")
     if not stores:
-        raise StoreNotFoundError(f"no features are cached for {ds.name}", fix="embcache extract --backbone NAME …")
+        raise StoreNotFoundError(
+            f"no features are cached for {dataset.name}", code="store-not-found", fix="embcache extract --backbone NAME"
+        )
     return stores, notes
 
 
-def _fused_run(part: Part, choices: Sequence[Choice], features: dict[str, NDArray[np.float32]]) -> ProbeResult | None:
-    """The fused run of most training labels, of several the best on validation, whose backbones are all here."""
-    runs = [
-        r
-        for r in part.results
-        if r.kind == "probe" and r.head in FUSED and not target_words(r.request) and set(r.backbones) <= set(features)
-    ]
-    ranked = {rival.result.id for choice in choices for rival in choice.rivals}
-    runs = [r for r in runs if r.id in ranked] or runs
-    return max(runs, key=lambda r: (r.head == "dvme", r.n_train, merit(r.metric, r.val_mean)), default=None)
-
-
-def _mixed(shown: Shown) -> Shown:
-    """The same images in a seeded order, so that a point's number does not tell its place in the dataset."""
-    order = np.random.Generator(np.random.PCG64(_SEED)).permutation(len(shown.ids))
-    return Shown([shown.ids[i] for i in order], shown.labels[order], [shown.groups[i] for i in order], shown.remark)
-
-
-def _predictions(
-    choices: Sequence[Choice], ids: Sequence[str]
-) -> list[tuple[str, NDArray[np.int64], NDArray[np.float64]]]:
-    found = []
-    for choice in reversed(choices):
-        t = choice.chosen.tested
-        mean = t.predictions.ensemble().p[0]  # (n, C)
-        place = {name: row for row, name in enumerate(t.ids.tolist())}
-        rows = np.array([place.get(name, -1) for name in ids], dtype=np.int64)
-        classes = np.where(rows >= 0, mean.argmax(1)[rows], -1)
-        chances = np.where(rows >= 0, mean.max(1)[rows], 0.0)
-        found.append((f"{choice.subset}: {choice.chosen.name}", classes, chances))
-    return found
-
-
-def map_data(found: EmbeddingMap, sheets: Sheets | None, *, ids: bool) -> dict[str, Any]:
-    """The map as JSON data for the page's script; without ids where these must not be told."""
+def _predictions(choice: Choice, ids: Sequence[str]) -> dict[str, Any]:
+    """The class and its probability that the ensemble of the best model gives to each image; −1 where none."""
+    tested = choice.chosen.tested
+    mean = tested.predictions.ensemble().p[0]  # (n, C)
+    place = {name: row for row, name in enumerate(tested.ids.tolist())}
+    rows = np.array([place.get(name, -1) for name in ids], dtype=np.int64)
     return {
-        "ids": found.shown.ids if ids else None,
-        "labels": found.shown.labels.tolist(),
-        "classes": list(found.ds.class_names),
-        "maps": [
-            {"xy": [[round(float(v), 2) for v in axis] for axis in panel.coordinates.T], "remark": panel.remark}
-            for panel in found.panels
-        ],
-        "predicted": [
-            {"by": words, "label": classes.tolist(), "p": [round(float(v), 3) for v in chances]}
-            for words, classes, chances in found.predicted
-        ],
-        "thumbs": None
-        if sheets is None
-        else {"side": sheets.side, "across": ACROSS, "sheets": list(sheets.sheets), "place": list(sheets.place)},
+        "by": f"{choice.subset}: {choice.chosen.name}",
+        "label": np.where(rows >= 0, mean.argmax(1)[rows], -1).tolist(),
+        "p": [round(float(v), 3) for v in np.where(rows >= 0, mean.max(1)[rows], 0.0)],
     }
+
+
+def make_sheets(dataset: ImageDataset, ids: Sequence[str], budget: int = BUDGET) -> dict[str, Any] | None:
+    """Thumbnails of some images as sprite sheets, as large and as good as the budget allows; None without images.
+
+    ``sheets`` are WebP pictures in base64 of 16 × 16 thumbnails, ``side`` their pixels, ``place`` each image's running
+    number over all sheets, −1 where it cannot be read.
+    """
+    root = dataset.root
+    if root is None or not root.is_dir() or not ids:
+        return None
+    largest = _TRIES[0][0]
+
+    def small(ref: ImageRef) -> Image.Image | None:
+        try:
+            pixels, _ = read_image(root, ref.path, ref.place)
+        except (ImageError, OSError):
+            return None
+        picture = Image.fromarray(pixels)
+        picture.thumbnail((largest, largest))
+        return picture
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        pictures = list(pool.map(small, image_refs_of(dataset.table, ids)))
+    kept = [picture for picture in pictures if picture is not None]
+    if not kept:
+        return None
+    numbers = iter(range(len(kept)))
+    place = [-1 if picture is None else next(numbers) for picture in pictures]
+    sheets: list[str] = []
+    side = largest
+    for side, quality in _TRIES:
+        # One sheet tells roughly what all will take; the last try is taken whatever it weighs.
+        first = _sheet(kept[: ACROSS**2], side, quality)
+        if len(first) * len(kept) / min(len(kept), ACROSS**2) > 1.1 * budget and (side, quality) != _TRIES[-1]:
+            continue
+        rest = [_sheet(kept[at : at + ACROSS**2], side, quality) for at in range(ACROSS**2, len(kept), ACROSS**2)]
+        sheets = [first, *rest]
+        if sum(map(len, sheets)) <= budget:
+            break
+    return {"side": side, "across": ACROSS, "sheets": sheets, "place": place}
+
+
+def _sheet(pictures: Sequence[Image.Image], side: int, quality: int) -> str:
+    sheet = Image.new("RGB", (ACROSS * side, -(-len(pictures) // ACROSS) * side), _GRAY)
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, ACROSS)
+        fitted = picture.copy()
+        fitted.thumbnail((side, side))
+        sheet.paste(fitted, (column * side + (side - fitted.width) // 2, row * side + (side - fitted.height) // 2))
+    return _base64(sheet, "WEBP", quality=quality, method=4)  # no metadata is written
+
+
+def _base64(picture: Image.Image, format: str, **options: Any) -> str:
+    data = BytesIO()
+    picture.save(data, format, **options)
+    return base64.b64encode(data.getvalue()).decode("ascii")
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What the page shows of one run's attention; small enough to be kept beside the maps' coordinates."""
+
+    run: str
+    head: str
+    subset: str
+    backbones: list[str]
+    images: int
+    folds: int
+    tokens: int
+    mass: Rows  # share of attention from the tokens of a row's backbone to those of a column's; rows sum to 1
+    mass_std: Rows | None  # deviation over folds
+    classes: list[tuple[str, Rows]]  # of the test images of each class alone
+    entropy: float  # of a token's weights as a share of log N
+    entropy_std: float | None
+    most: list[tuple[str, int, float]]  # backbone, component and share of all attention of those that receive most
+    picture: str  # the mean map as PNG, base64; empty where a token is a backbone, for the table is the map then
+
+    @property
+    def by_class(self) -> list[tuple[str, list[list[str]]]]:
+        """The rows of each class's own table, the backbone first."""
+        return [
+            (label, [[name, *(f"{v:.3f}" for v in mass[i])] for i, name in enumerate(self.backbones)])
+            for label, mass in self.classes
+        ]
+
+    @property
+    def received(self) -> list[list[str]]:
+        """The components that receive most: backbone, component, share."""
+        return [[b, str(k), f"{share:.5f} ({share * self.tokens:.1f} × uniform)"] for b, k, share in self.most]
+
+
+def attend(part: Part, result: ProbeResult) -> Attended:
+    """The attention of a run over the test images, read where it was computed before."""
+    assert part.dataset is not None
+    folder = part.run_folder(result)
+    key = {"run": result.id, "heads": file_checksum(run_file(folder, "heads.safetensors")), "version": _VERSION}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8")).hexdigest()[:16]
+    path = part.home / slug(part.name) / "figures" / "attention" / f"{name}.json"
+    try:
+        kept = read_sealed(path, "")
+        if kept["asked"] == key:
+            attended: Attended = typed(Attended, kept["attended"])
+            return attended
+    except (OSError, StoreError, KeyError, ValueError):
+        pass  # none there, or not as it was written: it only saves work
+    recipes = ",".join(str(fingerprint) for _, fingerprint in result.request.get("recipes", [])) or None
+    found = run_attention(part.dataset, result, folder, home=part.home, recipe=recipes)
+    r, tokens, several = found.result, len(found.weights), found.folds > 1
+    attended = Attended(
+        run=r.id, head=r.head, subset=r.subset, backbones=list(r.backbones), images=len(found.shown.ids),
+        folds=found.folds, tokens=tokens, mass=found.mass.tolist(),
+        mass_std=found.mass_std.tolist() if several else None,
+        classes=[(label, np.asarray(mass).tolist()) for label, mass in found.by_class.items()],
+        entropy=found.entropy, entropy_std=found.entropy_std if several else None, most=list(found.received),
+        picture=map_picture(found.weights, len(r.backbones)) if tokens > len(r.backbones) else "",
+    )  # fmt: skip
+    keep_file(path, seal({"asked": key, "attended": asdict(attended)}))
+    return attended
+
+
+def map_picture(weights: NDArray[np.floating], backbones: int) -> str:
+    """A mean map (N, N) as PNG in base64: dark is more, lines are the borders of the backbones.
+
+    Shares span orders of magnitude between columns, so colors follow ranks (as quantiles), not values.
+    """
+    n = len(weights)
+    step = -(-n // _SIDE)
+    trimmed = np.asarray(weights, dtype=np.float64)[: n // step * step, : n // step * step]
+    small = trimmed.reshape(len(trimmed) // step, step, len(trimmed) // step, step).mean((1, 3))
+    edges = np.quantile(small, np.linspace(0, 1, 65)[1:-1])
+    rank = np.searchsorted(edges, small, side="right") / 63.0
+    picture = Image.fromarray((_LIGHT + rank[..., None] * (_DARK - _LIGHT)).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for border in range(1, backbones):
+        at = round(border * n / backbones / step)
+        draw.line([(at, 0), (at, picture.height)], fill=(213, 94, 0))
+        draw.line([(0, at), (picture.width, at)], fill=(213, 94, 0))
+    return _base64(picture.quantize(64), "PNG", optimize=True)

@@ -7,8 +7,8 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,34 +17,30 @@ import jinja2
 from markupsafe import Markup
 
 import embcache
+from embcache.config import DatasetRef
 from embcache.errors import EmbcacheError, check_choice, printable
 from embcache.io import write_output
+from embcache.log import log
 from embcache.paths import PathLike
-from embcache.report.attention_section import Attended, attend, attending_run
-from embcache.report.charts import Chart, bokeh_script, map_chart
+from embcache.report.charts import bokeh_script, map_chart
 from embcache.report.checklist import checklist
-from embcache.report.choice import Choice, choose
-from embcache.report.cohort import Cohort, cohort
-from embcache.report.collect import Part, collect_parts
-from embcache.report.embedding import LIMIT, EmbeddingMap, make_map, map_data
-from embcache.report.provenance import RUN_HEADERS, commands, recipe_rows, run_rows, version_rows
-from embcache.report.sections import TaskSection, summary_table, task_section
-from embcache.report.thumbs import BUDGET, Sheets, make_sheets
-from embcache.report.warn import (
+from embcache.report.cohort import cohort, quarantines, unequal_classes
+from embcache.report.collect import (
     HIDDEN,
+    Choice,
+    Part,
+    choose,
+    collect_parts,
     notes_of,
-    quarantines,
     secret_words,
-    unequal_classes,
     without_names,
 )
-from embcache.report.words import RULE
+from embcache.report.embedding import BUDGET, LIMIT, attend, fused_run, make_map, make_sheets
+from embcache.report.provenance import commands, recipe_rows, run_table, version_table
+from embcache.report.sections import RULE, summary_table, task_section
 from embcache.results.layout import Table
 
-Say = Callable[[str], object]
-
-NO_THUMBNAILS = "The images are not at hand, so the map has no thumbnails."
-PRIVATE = "Made without images: neither thumbnails nor ids of images are in this file."
+PRIVATE = "Made without images: neither thumbnails nor IDs of images are in this file."
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +52,7 @@ class Written:
     datasets: tuple[str, ...]
     results: int
     thumbnails: int  # in the file
-    headlines: tuple[str, ...]  # one a task
+    headlines: tuple[str, ...]  # one per task
     notes: tuple[str, ...]  # what could not be put on the page, and why
 
 
@@ -66,97 +62,122 @@ def write_report(
     *,
     metrics: Sequence[str] = (),
     home: PathLike | None = None,
-    data_root: PathLike | None = None,
+    ref: DatasetRef | None = None,
     images: bool = True,
     rows: str = "test",
-    say: Say = lambda line: None,
 ) -> Written:
-    """Write one self-contained HTML page of the saved results of datasets."""
+    """Write one self-contained HTML page of the saved results of datasets.
+
+    Parameters
+    ----------
+    target : path-like
+        The file.
+    datasets : sequence of str
+        By default all that have results.
+    metrics : sequence of str
+        The first scores all results again and chooses between models; the others are shown beside it.
+    home : path-like, optional
+        Folder of stores and runs.
+    ref : DatasetRef, optional
+        Where the images are.
+    images : bool
+        Whether thumbnails, IDs and file names of images may be in the file.
+    rows : {"test", "all"}
+        Labeled images on the embedding map.
+    """
     check_choice("--rows", rows, ("test", "all"))
-    parts = collect_parts(datasets, metrics=metrics, home=home, data_root=data_root)
-    views = [
-        _view(part, f"d{number}", images=images, rows=rows, data_root=data_root, say=say,
-              budget=BUDGET // len(parts))
-        for number, part in enumerate(parts)
-    ]  # fmt: skip
-    say("putting the page together")
-    data = render_page(views, parts, metrics, images=images).encode("utf-8", "replace")
+    parts = collect_parts(datasets, metrics=metrics, home=home, ref=ref)
+    ref, budget = ref or DatasetRef(), BUDGET // len(parts) if images else 0
+    shown = [_dataset(part, f"d{number}", ref, rows, budget) for number, part in enumerate(parts)]
+    log.info("putting the page together")
+    data = _render(shown, parts, metrics, images=images).encode("utf-8", "replace")
     path = Path(target)
     write_output(path, data)
     return Written(
         path, len(data), tuple(part.name for part in parts), sum(len(part.results) for part in parts),
-        sum(sum(place >= 0 for place in v.sheets.place) for v in views if v.sheets),
-        tuple(section.headline for v in views for section in v.tasks),
-        tuple(f"{v.part.name}: {note}" for v in views for note in v.problems),
+        sum(sum(place >= 0 for place in one["sheets"]["place"]) for one in shown if one["sheets"]),
+        tuple(task["headline"] for one in shown for task in one["tasks"]),
+        tuple(f"{one['name']}: {note}" for one in shown for note in one["problems"]),
     )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class View:
-    """All that the template shows of one dataset."""
-
-    part: Part
-    id: str
-    tasks: list[TaskSection]
-    cohort: Cohort | None
-    map: EmbeddingMap | None
-    chart: Chart | None
-    sheets: Sheets | None
-    attended: Attended | None
-    problems: list[str]
-    images: bool
-
-    @property
-    def charts(self) -> list[Chart]:
-        """All charts of the dataset, in the order of the page."""
-        return [
-            *(chart for section in self.tasks for chart in section.charts),
-            *([self.chart] if self.chart is not None else []),
-        ]
-
-
-def _view(part: Part, id: str, *, images: bool, rows: str, data_root: PathLike | None, say: Say, budget: int) -> View:
-    problems = [f"the table of images cannot be had: {part.problem}"] if part.problem else []
+def _dataset(part: Part, id: str, ref: DatasetRef, rows: str, budget: int) -> dict[str, Any]:
+    """All that the template shows of one dataset; without images where the ``budget`` for thumbnails is 0."""
+    ids = budget > 0
+    problems = [f"the table of images is not available: {part.problem}"] if part.problem else []
     if part.unreadable:
-        problems.append(
-            f"{part.unreadable} run{'s' * (part.unreadable > 1)} could not be read: made by another version, or damaged"
-        )
-    sections, of_labels = [], list[Choice]()
-    for number, task in enumerate(part.tasks):
-        say(f"{task.title}: {len(task.results)} results of {len(task.models)} models are compared")
-        choices = choose(task, part)
-        of_labels = of_labels or ([] if task.target else choices)
-        sections.append(task_section(task, part, choices, f"{id}-t{number}", ids=images, data_root=data_root, say=say))
+        runs = f"{part.unreadable} run{'s' * (part.unreadable > 1)}"
+        problems.append(f"{runs} could not be read: made by another version, or damaged")
     if not part.tasks:
         problems.append("no result has a score: the test labels are not known")
-    people = cohort(part, sections[0].choices, ids=images) if sections else None
+    tasks, of_labels = [], list[Choice]()
+    for number, task in enumerate(part.tasks):
+        log.info(f"{task.title}: comparing {len(task.results)} results of {len(task.models)} models")
+        choices = choose(task, part)
+        of_labels = of_labels or ([] if task.target else choices)
+        tasks.append(task_section(task, part, choices, f"{id}-t{number}", ids=ids, ref=ref))
+    people = cohort(part, tasks[0]["choices"], ids=ids) if tasks else None
     problems += people.notes if people is not None else ()
-    found, chart, sheets = None, None, None
+    found, chart, sheets, attended = None, None, None, None
     try:
-        found = make_map(part, of_labels, rows=rows, most=LIMIT, say=say)
+        found = make_map(part, of_labels, rows=rows, most=LIMIT)
         problems += found.notes
         chart = map_chart(
-            f"{id}-map", found.ds.class_names, len(found.shown.ids),
-            alt="Map of embeddings: a point an image, colored by its class. The search beneath reaches every point.",
+            f"{id}-map", found.dataset.class_names, len(found.shown.ids),
+            alt="Map of embeddings: one point per image, colored by its class. The search below reaches every point.",
         )  # fmt: skip
-        if images:
-            say(f"{part.name}: thumbnails")
-            sheets = make_sheets(found.ds, found.shown.ids, budget)
+        if ids:
+            log.info(f"{part.name}: thumbnails")
+            sheets = make_sheets(found.dataset, found.shown.ids, budget)
     except EmbcacheError as error:
         problems.append(f"no map: {error.problem}")
-    attended = None
-    run = attending_run(part, of_labels)
-    if run is not None and part.ds is not None:
-        say(f"{part.name}: attention of {run.id}")
+    run = fused_run(part.results, of_labels)
+    if run is not None and part.dataset is not None:
+        log.info(f"{part.name}: attention of {run.id}")
         try:
             attended = attend(part, run)
         except EmbcacheError as error:
             problems.append(f"no attention of {run.id}: {error.problem}")
-    problems = without_names(problems, part, ids=images)
-    return View(part, id, sections, people, found, chart, sheets, attended, problems, images)
+    if not ids:
+        for section in tasks:
+            section.update({key: _scrubbed(section[key], part) for key in ("numbers", "paper", "subgroups")})
+    require = None
+    if tasks:
+        first = tasks[0]
+        require = checklist(
+            part, first["task"], first["choices"], people, first["subgroups"], attended=attended is not None
+        )
+    bad, broken = quarantines(part, ids=ids)
+    warnings = [line for line, _, _ in bad]
+    if people is not None and people.shared:
+        warnings.append(
+            f"{people.shared:,} training images are of patients who are in the test set too; "
+            "embcache probe --exclude-test-overlap leaves them out"
+        )
+    ranked = {rival.result.id for section in tasks for choice in section["choices"] for rival in choice.rivals}
+    return {
+        "id": id,
+        "name": part.name,
+        "synthetic": any(result.synthetic for result in part.results),
+        "read_from": part.read_from,
+        "tasks": tasks,
+        "map": found,
+        "chart": chart,
+        "sheets": sheets,
+        "attended": attended,
+        "cohort": people,
+        "checklist": require if ids else _scrubbed(require, part),
+        "warnings": warnings + unequal_classes(part),
+        "quarantines": bad,
+        "problems": without_names([*problems, *broken], part, ids=ids),
+        "notes": notes_of(part, ranked, ids=ids),
+        "recipes": recipe_rows(part),
+        "runs": run_table(part),
+        "commands": commands(part),
+    }
 
 
-def render_page(views: Sequence[View], parts: Sequence[Part], metrics: Sequence[str], *, images: bool) -> str:
+def _render(shown: Sequence[dict[str, Any]], parts: Sequence[Part], metrics: Sequence[str], *, images: bool) -> str:
     """The page as text.
 
     Nothing in it is fetched from anywhere: a content security policy forbids it, and lets no script run but the two of
@@ -169,25 +190,27 @@ def render_page(views: Sequence[View], parts: Sequence[Part], metrics: Sequence[
         loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
         autoescape=True, undefined=jinja2.StrictUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    charts = [chart.data() for view in views for chart in view.charts]
-    maps = {
-        view.chart.id: map_data(view.map, view.sheets, ids=images)
-        for view in views
-        if view.map is not None and view.chart is not None
-    }
     environment.globals["numeric"] = _numeric
-    sections = [section for view in views for section in view.tasks if section.choices]
+    charts, maps = [], {}
+    for one in shown:
+        charts += [chart.data() for section in one["tasks"] for chart in section["charts"]]
+        if one["chart"] is not None:
+            charts.append(one["chart"].data())
+            found = one["map"]
+            own = {"ids": found.shown.ids if images else None, "thumbs": one["sheets"]}
+            maps[one["chart"].id] = found.data | own
+    sections = [section for one in shown for section in one["tasks"] if section["choices"]]
+    names = ",".join(part.name for part in parts)
+    by = f" --metric {shlex.quote(','.join(metrics))}" if metrics else ""
     return environment.get_template("page.html.j2").render(
-        views=[_plain(view) for view in views],
+        datasets=shown,
         summary=summary_table(sections) if sections else None,
         rule=RULE,
         images=images,
         private=PRIVATE,
-        no_thumbnails=NO_THUMBNAILS,
         version=embcache.__version__,
-        versions=version_rows(parts),
-        run_headers=RUN_HEADERS,
-        command=_own_command(parts, metrics, images),
+        versions=version_table(parts),
+        command=f"embcache report --dataset {shlex.quote(names)}{by}" + ("" if images else " --no-images"),
         css=Markup(css),
         script=Markup(script),
         library=Markup(library),
@@ -196,74 +219,17 @@ def render_page(views: Sequence[View], parts: Sequence[Part], metrics: Sequence[
     )
 
 
-def _plain(view: View) -> dict[str, Any]:
-    part, ids, first = view.part, view.images, view.tasks[0] if view.tasks else None
-    quarantined, broken = quarantines(part, ids=ids)
-
-    def table(t: Table | None) -> Table | None:
-        return t if t is None or ids else _scrubbed(t, part)
-
-    subgroups = first.subgroups if first is not None else None
-    asked = None
-    if first is not None:
-        asked = checklist(part, first.task, first.choices, view.cohort, table(subgroups), view.attended)
-    ranked = {rival.result.id for section in view.tasks for c in section.choices for rival in c.rivals}
-    return {
-        "id": view.id,
-        "name": part.name,
-        "synthetic": any(result.synthetic for result in part.results),
-        "source": part.source,
-        "tasks": [
-            {
-                "section": section, "id": f"{view.id}-t{number}", "numbers": table(section.numbers),
-                "paper": table(section.paper), "subgroups": table(section.subgroups),
-            }
-            for number, section in enumerate(view.tasks)
-        ],
-        "map": view.map,
-        "chart": view.chart,
-        "sheets": view.sheets,
-        "attended": view.attended,
-        "cohort": view.cohort,
-        "checklist": table(asked),
-        "warnings": [*(q.words for q in quarantined), *_overlap(view.cohort), *unequal_classes(part)],
-        "quarantines": quarantined,
-        "problems": [*view.problems, *without_names(broken, part, ids=ids)],
-        "notes": notes_of(part, ranked, ids=ids),
-        "recipes": recipe_rows(part),
-        "runs": run_rows(part),
-        "commands": commands(part),
-    }  # fmt: skip
-
-
-def _overlap(found: Cohort | None) -> list[str]:
-    if found is None or not found.shared:
-        return []
-    left_out = "; embcache probe --exclude-test-overlap leaves them out"
-    return [f"{found.shared:,} training images are of patients who are in the test set too{left_out}"]
-
-
-def _scrubbed(table: Table, part: Part) -> Table:
-    """The table without notes that name an image."""
-    secret = secret_words(part, ids=False)
+def _scrubbed(table: Table | None, part: Part) -> Table | None:
+    """The table without notes that name an image, and with such cells replaced; numbers, classes and datasets stay."""
+    if table is None:
+        return None
+    secret = secret_words(part, ids=False) - {part.name} - {name for r in part.results for name in r.class_names}
     notes = tuple(note for note in without_names(table.notes, part, ids=False) if note != HIDDEN)
-    rows = tuple(tuple("…" if cell in secret and not _known(cell, part) else cell for cell in r) for r in table.rows)
-    return Table(table.name, table.title, table.headers, rows, notes)
-
-
-def _known(cell: str, part: Part) -> bool:
-    """Whether a cell is what the page says anyway: a number, a class, a dataset."""
-    return cell == part.name or cell in {name for r in part.results for name in r.class_names} or _is_number(cell)
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(",", "").replace(".", "").isdigit()
-
-
-def _own_command(parts: Sequence[Part], metrics: Sequence[str], images: bool) -> str:
-    names = ",".join(part.name for part in parts)
-    by = f" --metric {shlex.quote(','.join(metrics))}" if metrics else ""
-    return f"embcache report --dataset {shlex.quote(names)}{by}" + ("" if images else " --no-images")
+    rows = tuple(
+        tuple("…" if cell in secret and not re.fullmatch(r"[\d.,]+", cell) else cell for cell in row)
+        for row in table.rows
+    )
+    return replace(table, rows=rows, notes=notes)
 
 
 _NUMBER = re.compile(r"[−+<]?\s?\d[\d,.]*\s?%?(?![A-Za-z\d])")
@@ -271,11 +237,8 @@ _NUMBER = re.compile(r"[−+<]?\s?\d[\d,.]*\s?%?(?![A-Za-z\d])")
 
 def _numeric(rows: Sequence[Sequence[str]]) -> list[bool]:
     """Which columns hold numbers, and so are aligned to the right: those with more numbers than words."""
-    told = []
-    for column in zip(*rows, strict=True):
-        cells = [str(cell) for cell in column if str(cell) not in ("", "–")]
-        told.append(2 * sum(_NUMBER.match(cell) is not None for cell in cells) > len(cells))
-    return told
+    columns = [[str(cell) for cell in column if str(cell) not in ("", "–")] for column in zip(*rows, strict=True)]
+    return [2 * sum(_NUMBER.match(cell) is not None for cell in cells) > len(cells) for cells in columns]
 
 
 def _shown(value: Any) -> Any:
@@ -290,11 +253,9 @@ def json_text(data: Any) -> str:
 
 
 def _policy(*scripts: str) -> str:
-    hashes = " ".join(
-        "'sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii") + "'"
-        for text in scripts
-    )
+    hashes = [hashlib.sha256(text.encode("utf-8")).digest() for text in scripts]
+    digests = [f"'sha256-{base64.b64encode(digest).decode('ascii')}'" for digest in hashes]
     return (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {' '.join(digests)}; "
+        "style-src 'unsafe-inline'; img-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'"
     )

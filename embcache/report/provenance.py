@@ -1,20 +1,21 @@
-"""How everything on the page came about: recipes, runs, versions, and the commands that make it again."""
+"""How everything on the page was made: recipes, runs, versions, and the commands that make it again."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from embcache.data.classes import class_flags
 from embcache.probe.schedule import Schedule, rates_of
 from embcache.report.collect import Part
-from embcache.results.layout import signed
+from embcache.results.layout import Table, signed
 from embcache.runs.folders import ProbeResult
 
 
 def recipe_rows(part: Part) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Every recipe that results were computed by: backbone, fingerprint, and its fields in words."""
+    """Every recipe of the results' features: backbone, fingerprint, and its fields in words."""
     found: dict[tuple[str, str], Mapping[str, Any]] = {}
     for result in part.results:
         for name, fingerprint in _recipes(result).items():
@@ -30,10 +31,8 @@ def _recipes(result: ProbeResult) -> dict[str, str]:
 def _fields(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for name, value in recipe.items():
-        if isinstance(value, Mapping):
-            rows += [(f"{name}: {key}", _plain(inner)) for key, inner in value.items() if inner is not None]
-        else:
-            rows.append((name, _plain(value)))
+        several = value.items() if isinstance(value, Mapping) else [("", value)]
+        rows += [(f"{name}: {key}" if key else name, _plain(inner)) for key, inner in several if inner is not None]
     return rows
 
 
@@ -45,16 +44,14 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-RUN_HEADERS = (
-    "run", "kind", "backbones", "head", "subset", "seed", "folds", "validation labels", "labels used", "test images",
-    "validation", "test", "learning rate", "epochs kept", "seconds",
-)  # fmt: skip
-
-
-def run_rows(part: Part) -> list[list[str]]:
-    """A row a run, scored or not, under `RUN_HEADERS`."""
-    return [
-        [
+def run_table(part: Part) -> Table:
+    """One row per run, scored or not."""
+    headers = (
+        "run", "trained", "backbones", "head", "subset", "seed", "folds", "validation labels", "labels used",
+        "test images", "validation", "test", "learning rate", "epochs kept", "seconds",
+    )  # fmt: skip
+    rows = tuple(
+        (
             r.id, r.kind, " + ".join(r.backbones), r.head, f"{r.subset} ({r.n_train:,})",
             str(r.request.get("seed", "")), str(len(r.folds)),
             f"{r.n_val:,} ({r.request.get('val', '–')})", f"{r.labels_used:,}", f"{r.n_test:,} ({r.test_set})",
@@ -62,51 +59,49 @@ def run_rows(part: Part) -> list[list[str]]:
             "not scored" if r.mean is None else signed(r.mean, 4) + ("" if r.std is None else f" ± {r.std:.4f}"),
             ", ".join(dict.fromkeys("–" if f.lr is None else f"{f.lr:g}" for f in r.folds)),
             ", ".join(str(f.best_epoch) for f in r.folds), f"{r.seconds:,.0f}",
-        ]
+        )
         for r in part.results
-    ]  # fmt: skip
+    )  # fmt: skip
+    return Table("runs", "Runs", headers, rows)
 
 
-def version_rows(parts: Sequence[Part]) -> list[tuple[str, str]]:
-    """Every library that computed a result, with the versions that did."""
+def version_table(parts: Sequence[Part]) -> Table:
+    """Every library that computed a result, with its versions."""
     found: dict[str, dict[str, None]] = {}
     for part in parts:
         for result in part.results:
             for name, version in result.versions.items():
                 found.setdefault(name, {})[version] = None
-    return [(name, ", ".join(versions)) for name, versions in found.items()]
+    rows = tuple((name, ", ".join(versions)) for name, versions in found.items())
+    return Table("versions", "Versions", ("library", "version that computed the results"), rows)
 
 
 def commands(part: Part) -> list[str]:
     """The commands that make a dataset's features and results again; ``FOLDER`` stands for where its images are."""
-    kind = part.ds.layout if part.ds is not None else part.name
-    dataset = f"--dataset {shlex.quote(kind)}" + (
-        f" --data-root FOLDER --name {shlex.quote(part.name)}" if kind != part.name else ""
-    )
-    lines: dict[str, list[str]] = {}
+    layout = part.dataset.layout if part.dataset is not None else part.name
+    words = f"--dataset {shlex.quote(layout)}"
+    if layout != part.name:
+        words += f" --data-root FOLDER --name {shlex.quote(part.name)}"
+    extracted: dict[str, list[str]] = {}
     for result in part.results:
         for name, recipe in result.recipes.items():
             if result.kind == "probe" and isinstance(recipe, Mapping):
-                names = lines.setdefault(_extract_flags(recipe), [])
+                names = extracted.setdefault(_extract_flags(recipe), [])
                 names += [name] * (name not in names)
-    told = [f"embcache extract {dataset} --backbone {_joined(names)}{flags}" for flags, names in lines.items()]
-    trained: dict[tuple[str, str], dict[str, None]] = {}
+    lines = [f"embcache extract {words} --backbone {_joined(names)}{flags}" for flags, names in extracted.items()]
+    trained: dict[tuple[str, tuple[str, ...]], dict[str, None]] = {}
     for result in part.results:
         if result.kind in ("probe", "finetune"):
-            at = trained.setdefault((_command(result, dataset, part), ",".join(result.backbones)), {})
-            at[result.subset] = None
-    merged: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (command, names_), subsets in trained.items():
-        key = (command, tuple(subsets))
-        if "," in names_ or "finetune" in command:
-            key = (f"{command} --backbone {_joined(names_.split(','))}", tuple(subsets))
-            merged[key] = []
-        else:
-            merged.setdefault(key, []).append(names_)
-    for (command, of), single in merged.items():
-        backbone = f" --backbone {_joined(single)}" if single else ""
-        told.append(f"{command}{backbone} --subset {_joined(of)}")
-    return list(dict.fromkeys(told))
+            trained.setdefault((_command(result, words, part), result.backbones), {})[result.subset] = None
+    merged: dict[tuple[str, str], list[str]] = {}  # backbones that are probed alone by the same command are one command
+    for (command, backbones), subsets in trained.items():
+        alone = len(backbones) == 1 and command.startswith("embcache probe")
+        key = command if alone else f"{command} --backbone {_joined(backbones)}"
+        merged.setdefault((key, _joined(list(subsets))), []).extend(backbones if alone else ())
+    for (command, subset), alone_ in merged.items():
+        backbone = f" --backbone {_joined(alone_)}" if alone_ else ""
+        lines.append(f"{command}{backbone} --subset {subset}")
+    return list(dict.fromkeys(lines))
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -115,51 +110,41 @@ def _joined(names: Sequence[str]) -> str:
 
 def _extract_flags(recipe: Mapping[str, Any]) -> str:
     transform = recipe.get("transform", {})
-    flags = "" if transform.get("kind", "paper") == "paper" else f" --transform {shlex.quote(str(transform['kind']))}"
-    if recipe.get("precision", "fp32") != "fp32":
-        flags += f" --precision {shlex.quote(str(recipe['precision']))}"
-    if recipe.get("dtype", "float32") != "float32":
-        flags += f" --feature-dtype {shlex.quote(str(recipe['dtype']))}"
-    return flags + (f" --views {transform['views']}" if "views" in transform else "")
+    values = {
+        "--transform": (transform.get("kind", "paper"), "paper"),
+        "--precision": (recipe.get("precision", "fp32"), "fp32"),
+        "--feature-dtype": (recipe.get("dtype", "float32"), "float32"),
+        "--views": (transform.get("views", 1), 1),
+    }
+    return "".join(f" {flag} {shlex.quote(str(value))}" for flag, (value, usual) in values.items() if value != usual)
 
 
 def _command(result: ProbeResult, dataset: str, part: Part) -> str:
-    """The command of a run but for its backbones and its subset."""
+    """The command of a run, without its backbones and its subset."""
     request = result.request
     words = [f"embcache {result.kind} {dataset} --head {shlex.quote(result.head)}"]
-    if _ambiguous(result, part):
-        fingerprint = next(iter(_recipes(result).values()), "")
-        words.append(f"--recipe {fingerprint[:12]}")
-    options = {key: value for key, value in request.get("head", {}).items() if key != "name"}
-    words += [f"--head-option {shlex.quote(f'{key}={_option(value)}')}" for key, value in options.items()]
+    own = _recipes(result)
+    others = [_recipes(other) for other in part.results if other.kind == result.kind]
+    if len(own) == 1 and any(recipes.get(name, own[name]) != own[name] for recipes in others for name in own):
+        words.append(f"--recipe {next(iter(own.values()))[:12]}")
+    for name, value in request.get("head", {}).items():
+        if name == "name":
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+        words.append(f"--head-option {shlex.quote(f'{name}={text}')}")
     for name, default in (("folds", 5), ("seed", 0), ("val", "full"), ("repeats", 1), ("views", 1), ("target", "")):
         if request.get(name, default) != default:
             words.append(f"--{name} {shlex.quote(str(request[name]))}")
     words += map(shlex.quote, class_flags(request.get("classes", {})))
-    if request.get("test") == "official" and part.ds is not None and part.ds.leaderboard_alpha is not None:
+    if request.get("test") == "official" and part.dataset is not None and part.dataset.leaderboard_alpha is not None:
         words.append("--test official")
     if request.get("exclude_test_overlap"):
         words.append("--exclude-test-overlap")
-    schedule, usual = request.get("schedule") or {}, Schedule()
-    if (rates := rates_of(request)) not in ([], [usual.lr]):
-        words.append("--lr " + ",".join(f"{rate:g}" for rate in rates))
-    if result.kind == "finetune":
-        for name in ("max_epochs", "batch_size"):
-            if schedule.get(name, getattr(usual, name)) != getattr(usual, name):
-                words.append(f"--{name.replace('_', '-')} {schedule[name]}")
+    schedule, usual = request.get("schedule") or {}, asdict(Schedule())
+    rates = rates_of(request)
+    if rates not in ([], [usual["lr"]]):
+        words.append("--lr " + ",".join(f"{lr:g}" for lr in rates))
+    for name in ("max_epochs", "batch_size") if result.kind == "finetune" else ():
+        if schedule.get(name, usual[name]) != usual[name]:
+            words.append(f"--{name.replace('_', '-')} {schedule[name]}")
     return " ".join(words)
-
-
-def _ambiguous(result: ProbeResult, part: Part) -> bool:
-    """Whether a backbone of the result has results by another recipe too."""
-    own = _recipes(result)
-    return len(own) == 1 and any(
-        _recipes(other).get(name, fingerprint) != fingerprint
-        for other in part.results
-        for name, fingerprint in own.items()
-        if other.kind == result.kind
-    )
-
-
-def _option(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

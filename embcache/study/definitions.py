@@ -1,16 +1,36 @@
-"""The paper's tables and figures, one row of data each."""
+"""What a study holds: the paper's tables and figures as rows of data, and your own grids as TOML files.
+
+::
+
+    title = "Lites on chest X-rays"
+    datasets = ["pneumonia"]
+    backbones = ["effnet_lite0", "effnet_lite1"]   # a list in the list is one set for heads that fuse
+    heads = ["linear", "knn", "dvme"]              # default: linear
+    subsets = ["S", 100, "F"]                      # default: S, M, F
+    seeds = [0, 1]                                 # default: 0
+    kind = "probe"                                 # or "finetune", or both as a list
+    drop_class = ["other"]                         # as all fields of `DatasetRef`
+    val = "full"; folds = 5; lr = [1e-4, 1e-3]     # as all fields of `StudyConfig`; one per line in a real file
+"""
 
 from __future__ import annotations
 
 import difflib
+import json
+import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
+from embcache.config import DatasetRef, StudyConfig, check_keys
 from embcache.errors import UsageError
-from embcache.probe.heads import find_head
+from embcache.io import read_regular
+from embcache.probe.heads import heads as known_heads
 from embcache.probe.inputs import PAPER_SET
 from embcache.results.grid import Grid, Model
 from embcache.results.paper import PAPER_NAMES
+from embcache.typed import check_depth
 
 DATASETS = ("patchcam", "aptos", "pneumonia", "nih")
 
@@ -53,8 +73,8 @@ def _detail(letter: str, first: int, what: str, models: Sequence[Model]) -> list
 GRIDS: Mapping[str, Grid] = {
     grid.name: grid
     for grid in (
-        _summary("table2", "Linear evaluation: random, supervised and self-supervised initialisations", LINEAR),
-        _summary("table3", "Finetuning: random, supervised and self-supervised initialisations", FINETUNED),
+        _summary("table2", "Linear evaluation: random, supervised and self-supervised initializations", LINEAR),
+        _summary("table3", "Finetuning: random, supervised and self-supervised initializations", FINETUNED),
         _summary("table4", "Dynamic Visual Meta-Embedding and the best single backbone", (DVME, *BEST)),
         *_detail("B", 1, "Linear evaluation", LINEAR),
         *_detail("B", 5, "Finetuning", FINETUNED),
@@ -63,29 +83,30 @@ GRIDS: Mapping[str, Grid] = {
 }
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One of the paper's figures."""
-
-    name: str
-    title: str
-    kind: str
-    datasets: tuple[str, ...]
-    backbones: tuple[str, ...] = ("supervised", "dino")  # shown alone
-    fused: tuple[str, ...] = PAPER_SET  # shown as DVME fuses them
-    subset: str = "F"  # DVME is trained on; choice where the paper does not say: F
-
-
 _TSNE = "t-SNE of the test images"
-FIGURES: Mapping[str, Figure] = {
+_ALONE = ("supervised", "dino")  # backbones that maps show alone
+
+
+def _figure(
+    name: str, title: str, datasets: Sequence[str], alone: Sequence[str], fused: Sequence[str], subset: str = "F"
+) -> Grid:
+    """What a figure needs, as a grid: features of single backbones, and DVME, by choice trained on F."""
+    models = [Model(PAPER_NAMES.get(backbone, backbone), "features", "", (backbone,)) for backbone in alone]
+    if fused:
+        models.append(Model(PAPER_NAMES["dvme"], "probe", "dvme", tuple(fused)))
+    return Grid(name, title, tuple(datasets), tuple(models), (subset,), "models", leaderboard=False)
+
+
+FIGURES: Mapping[str, Grid] = {
     figure.name: figure
     for figure in (
-        Figure("fig2", _TSNE, "maps", ("patchcam", "aptos")),
-        Figure("D1", _TSNE, "maps", ("pneumonia",)),
-        Figure("D2", _TSNE, "maps", ("nih",)),
-        Figure("F1", "DVME's self-attention, mean over the test images", "attention", DATASETS, ()),
+        _figure("fig2", _TSNE, ("patchcam", "aptos"), _ALONE, PAPER_SET),
+        _figure("D1", _TSNE, ("pneumonia",), _ALONE, PAPER_SET),
+        _figure("D2", _TSNE, ("nih",), _ALONE, PAPER_SET),
+        _figure("F1", "DVME's self-attention, mean over the test images", DATASETS, (), PAPER_SET),
     )
 }
+"""Figures of maps show backbones alone and fused; F1 shows attention: it has no backbone alone."""
 
 COUNTS = {
     "table1": "Number of images of the subsets and the test set",
@@ -104,52 +125,73 @@ def find_name(name: str) -> str:
         return known[name.lower()]
     near = [known[match] for match in difflib.get_close_matches(name.lower(), known, n=3)]
     raise UsageError(
-        f"there is no table or figure {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
-        expected=", ".join(NAMES) + ", or a TOML file",
+        f"unknown table or figure {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
+        code="unknown-table", expected=", ".join(NAMES) + ", or a TOML file",
         fix="embcache run table2, or embcache run FILE.toml",
-    )
+    )  # fmt: skip
 
 
-def narrow(
-    grid: Grid,
-    *,
-    datasets: Sequence[str] = (),
-    backbones: Sequence[str] = (),
-    subsets: Sequence[str] = (),
-    heads: Sequence[str] = (),
-) -> Grid:
-    """A table with other datasets, backbones, subsets or heads than its own; what is empty stays.
+def narrow(grid: Grid, config: StudyConfig) -> Grid:
+    """A table with the datasets, backbones, subsets and heads of a config; what the config leaves empty stays.
 
     Models that are the paper's keep its label and its numbers; the others are named after what they are made of.
     """
-    if datasets and len(grid.datasets) == 1 and grid.name in GRIDS:
-        other = next((name for name in datasets if name in DATASETS and name not in grid.datasets), None)
+    if config.datasets and len(grid.datasets) == 1 and grid.name in GRIDS:
+        other = next((name for name in config.datasets if name in DATASETS and name not in grid.datasets), None)
         if other is not None:
             sister = next(
                 g.name for g in GRIDS.values() if g.datasets == (other,) and g.models == GRIDS[grid.name].models
             )
             raise UsageError(
-                f"{grid.name} is of {grid.datasets[0]}", found=f"--dataset {other}", fix=f"embcache run {sister}"
-            )
-    models = grid.models
-    if backbones or heads:
-        models = tuple(_narrow_models(grid.models, tuple(backbones), tuple(heads)))
+                f"{grid.name} is the table of {grid.datasets[0]}", code="table-of-another-dataset",
+                found=f"--dataset {other}", fix=f"embcache run {sister}",
+            )  # fmt: skip
+    backbones = tuple(dict.fromkeys(name for names in config.backbones for name in names))
     return replace(
         grid,
-        datasets=tuple(datasets) or grid.datasets,
-        models=models,
-        subsets=tuple(dict.fromkeys(subset.upper() for subset in subsets)) or grid.subsets,
+        datasets=config.datasets or grid.datasets,
+        models=tuple(_narrow_models(grid.models, backbones, config.heads))
+        if backbones or config.heads
+        else grid.models,
+        subsets=_subsets(config) or grid.subsets,
     )
 
 
-def _narrow_models(models: Sequence[Model], backbones: tuple[str, ...], asked: tuple[str, ...]) -> list[Model]:
-    """The models of a table over other backbones or heads, in the table's order of kinds and heads."""
+def narrow_figure(figure: Grid, config: StudyConfig) -> Grid:
+    """A figure of other datasets, backbones (each alone, and all fused) or of DVME trained on another subset."""
+    if len(config.subsets) > 1:
+        raise UsageError(
+            "a figure shows one subset", code="several-subsets", found=", ".join(map(str, config.subsets)),
+            fix=f"--subset {config.subsets[0]}",
+        )  # fmt: skip
+    alone = [model.backbones[0] for model in figure.models if model.kind == "features"]
+    fused = [name for model in figure.models if model.kind == "probe" for name in model.backbones]
+    if config.backbones:
+        names = [name for entry in config.backbones for name in entry]
+        if len(names) == 1 and not alone:
+            raise UsageError(
+                f"{figure.name} shows how DVME fuses backbones", code="too-few-backbones", expected="two or more",
+                found=names[0], fix=f"--backbone {names[0]},…",
+            )  # fmt: skip
+        alone, fused = (names if alone else []), (names if len(names) > 1 else [])
+    subset = (*_subsets(config), *figure.subsets)[0]
+    return _figure(figure.name, figure.title, config.datasets or figure.datasets, alone, fused, subset)
+
+
+def _subsets(config: StudyConfig) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(str(subset).upper() for subset in config.subsets))
+
+
+def _narrow_models(models: Sequence[Model], backbones: tuple[str, ...], heads: tuple[str, ...]) -> list[Model]:
+    """The models of a table over other backbones or heads, in the table's order."""
     chosen: dict[Model, None] = {}
-    if asked:
-        own = tuple(dict.fromkeys(name for model in models for name in (*model.backbones, *_names_among(model))))
+    if heads:
+        own = dict.fromkeys(
+            name for model in models for one in (model, *model.among) for name in one.backbones
+        )  # fmt: skip
         for kind in dict.fromkeys(model.kind for model in models):
-            for head in asked:
-                chosen |= dict.fromkeys(make_models(kind, head, backbones or own))
+            for head in heads:
+                chosen |= dict.fromkeys(make_models(kind, head, backbones or tuple(own)))
     else:
         for model in models:
             if model.among:
@@ -161,37 +203,89 @@ def _narrow_models(models: Sequence[Model], backbones: tuple[str, ...], asked: t
     return [known_model(model, models) for model in chosen]
 
 
-def _names_among(model: Model) -> tuple[str, ...]:
-    return tuple(name for other in model.among for name in other.backbones)
-
-
 def known_model(model: Model, models: Sequence[Model]) -> Model:
     """The one of ``models`` that is the same but for its label and the paper's name for it, else ``model`` itself."""
-    if model.among:
-        return model
-    same = (m for m in models if (m.kind, m.head, m.backbones, m.seed) == (*_key(model),))
-    return next(same, model)
-
-
-def _key(model: Model) -> tuple[str, str, tuple[str, ...], int | None]:
-    return model.kind, model.head, model.backbones, model.seed
+    same = (m for m in models if replace(m, label="", paper="") == replace(model, label="", paper=""))
+    return model if model.among else next(same, model)
 
 
 def make_models(kind: str, head: str, backbones: Sequence[str], seed: int | None = None) -> list[Model]:
-    """One model over all backbones for a head that fuses, else one for each; labelled by what they are made of."""
-    fuses = find_head(head).fuses
-    sets = [tuple(backbones)] if fuses else [(name,) for name in backbones]
+    """One model over all backbones for a head that fuses, else one for each; labeled by what they are made of."""
+    fuses = known_heads.get(head).fuses
     if fuses and len(backbones) < 2:
         raise UsageError(
-            f"head {head!r} fuses backbones", expected="two or more", found=", ".join(backbones) or "none",
-            fix="--backbone " + ",".join([*backbones, "…"]),
+            f"head {head!r} fuses backbones", code="too-few-backbones", expected="two or more",
+            found=", ".join(backbones) or "none", fix="--backbone " + ",".join([*backbones, "…"]),
         )  # fmt: skip
-    return [Model(_label(kind, head, names, seed), kind, head, names, seed=seed) for names in sets]
+    sets = [tuple(backbones)] if fuses else [(name,) for name in backbones]
+    extra = [head] * (head != "linear") + ["finetuned"] * (kind == "finetune")
+    extra += [] if seed is None else [f"seed {seed}"]
+    return [Model(", ".join([" + ".join(names), *extra]), kind, head, names, seed=seed) for names in sets]
 
 
-def _label(kind: str, head: str, names: Sequence[str], seed: int | None) -> str:
-    words = [" + ".join(names)]
-    words += [head] if head != "linear" else []
-    words += ["finetuned"] if kind == "finetune" else []
-    words += [f"seed {seed}"] if seed is not None else []
-    return ", ".join(words)
+_MOST_COLUMNS = 5  # models beside each other, as in the paper
+_MOST_BYTES = 1 << 20
+_REF_KEYS = [f.name for f in fields(DatasetRef) if f.name != "target"]
+_KEYS = [*(f.name for f in fields(StudyConfig)), *_REF_KEYS]
+
+
+def read_study(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a `StudyConfig` and of a `DatasetRef` that a TOML file sets.
+
+    Raises
+    ------
+    UsageError
+        The file cannot be read, a key is unknown, or its value cannot be used.
+    """
+    try:
+        content = tomllib.loads(read_regular(path, most=_MOST_BYTES, follow=True).decode("utf-8"))
+        check_depth(content)
+    except OSError as error:
+        raise UsageError(
+            f"the study's file cannot be read: {error.strerror}", code="study-not-readable", where=path
+        ) from error
+    except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of a number with thousands of digits
+        raise UsageError(
+            "the study's file is not TOML", code="study-not-toml", found=str(error)[:300], where=path
+        ) from error
+    check_keys(content, _KEYS, str(path))
+    for key, value in content.items():
+        if value == [] or "\\u0000" in json.dumps(value, default=str):
+            raise UsageError(
+                f"{key!r} is empty, or holds a null character", code="study-value", found=repr(value), where=path
+            )
+    absent = [key for key in ("datasets", "backbones") if not content.get(key)]
+    if absent:
+        raise UsageError(
+            f"the study names no {absent[0]}",
+            code="study-incomplete",
+            expected=f'{absent[0]} = ["NAME", …]',
+            where=path,
+        )
+    ref = {key: content.pop(key) for key in _REF_KEYS if key in content}
+    try:
+        StudyConfig.make(None, content)
+        DatasetRef.make(None, ref)
+    except UsageError as error:
+        raise UsageError(
+            error.problem, code=error.code, expected=error.expected, found=error.found, where=path
+        ) from error
+    return content, ref
+
+
+def own_grid(path: Path, config: StudyConfig) -> Grid:
+    """The grid that a TOML file's config makes: datasets × backbones × heads × subsets × seeds."""
+    fused = [names for names in config.backbones if len(names) > 1]
+    singles = list(dict.fromkeys(name for names in config.backbones for name in names))
+    models: dict[Model, None] = {}
+    for kind in config.kind or ("probe",):
+        for head in config.heads or ("linear",):
+            for names in fused if known_heads.get(head).fuses and fused else [singles]:
+                for seed in config.seeds or (None,):
+                    made = make_models(kind, head, names, seed)
+                    models |= dict.fromkeys(known_model(model, LINEAR) for model in made)
+    return Grid(
+        path.stem, config.title or f"Study of {path.name}", config.datasets, tuple(models),
+        _subsets(config) or ("S", "M", "F"),
+        "models" if len(config.datasets) == 1 and len(models) <= _MOST_COLUMNS else "subsets",
+    )  # fmt: skip

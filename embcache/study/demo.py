@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.extract.extract import extract
 from embcache.figures.maps import embed_map
 from embcache.figures.plots import Map, plot_maps
+from embcache.log import log
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.probe import probe
 from embcache.runs.folders import ProbeResult
@@ -29,17 +30,17 @@ class DemoOutcome:
     home: Path
 
 
-def run_demo(*, home: PathLike | None = None, say: Callable[[str], object] = lambda line: None) -> DemoOutcome:
-    """Run the main job on the built-in synthetic sample: extract, probe, fuse, draw. Offline."""
+def run_demo(*, home: PathLike | None = None) -> DemoOutcome:
+    """Extract, probe, fuse and draw the built-in synthetic sample. Offline."""
     folder = home_dir(home)
-    say("1/4  images: the built-in sample (synthetic, drawn by embcache)")
+    log.info("1/4  images: the built-in sample (synthetic, drawn by embcache)")
     dataset = load_dataset("sample", home=home)
-    say(f"2/4  extract: {len(dataset)} images through {', '.join(DEMO_BACKBONES)}")
+    log.info(f"2/4  extract: {len(dataset)} images through {', '.join(DEMO_BACKBONES)}")
     extractions = extract(dataset, DEMO_BACKBONES, home=home)
-    say("3/4  probe: linear at S, M and F for each backbone, DVME over the three pretrained ones at S")
+    log.info("3/4  probe: linear at S, M and F for each backbone, DVME over the three pretrained ones at S")
     results = probe(dataset, [[name] for name in DEMO_BACKBONES], ["S", "M", "F"], ProbeConfig(), home=home)
-    results += probe(dataset, [list(DEMO_BACKBONES[1:])], ["S"], ProbeConfig(head="dvme"), home=home)
-    say("4/4  t-SNE of the test images")
+    results += probe(dataset, [DEMO_BACKBONES[1:]], ["S"], ProbeConfig(head="dvme"), home=home)
+    log.info("4/4  t-SNE of the test images")
     maps = []
     for extraction in extractions:
         features, labels, _ = extraction.store.arrays(dataset, split="test")
@@ -50,12 +51,7 @@ def run_demo(*, home: PathLike | None = None, say: Callable[[str], object] = lam
 
 
 def pivot_results(results: Sequence[ProbeResult]) -> tuple[list[str], list[list[str]]]:
-    """Backbones and heads down, subsets across; cells are mean ± sd over folds.
-
-    Results of one dataset only: metrics of different datasets do not belong in one column.
-    """
-    if len({(result.dataset, result.metric) for result in results}) > 1:
-        raise ValueError("pivot_results takes the results of one dataset and metric")
+    """Results of one dataset: backbones and heads down, subsets across; cells are mean ± sd over folds."""
     columns: dict[str, tuple[int, int]] = {}
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for result in results:

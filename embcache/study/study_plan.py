@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from embcache.backbones.catalog import find_backbone, weights_status
+from embcache.config import DatasetRef, FinetuneConfig, ProbeConfig, StudyConfig, parse_weights
+from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import EmbcacheError, RecipeError, StoreNotFoundError, UsageError, WeightsError
 from embcache.finetune.finetune import find_finetuned
+from embcache.paths import PathLike
 from embcache.probe.inputs import open_stores
-from embcache.probe.probe import find_saved
+from embcache.probe.probe_plan import plan_probe
 from embcache.probe.protocol import subset_sizes
 from embcache.results.grid import Grid, Model, trained_by
+from embcache.results.layout import Marks, Table
 from embcache.runs.folders import ProbeResult, list_results, run_id
-from embcache.study.settings import Settings, in_a_line
 
 Key = tuple[Model, str]
 """A model and the canonical name of a subset."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DatasetState:
     """One dataset of a table, and how far each of its cells is."""
 
-    asked: str  # the name in the table
-    leaderboard: bool = field(default=True, kw_only=True)
-    ds: ImageDataset | None = None  # none where it cannot be had: ``problem`` says why
-    source: str = ""
+    name: str  # in the table
+    models: tuple[Model, ...]
+    config: StudyConfig
+    home: PathLike | None = None
+    leaderboard: bool = True  # whether a leaderboard's result may stand in a cell
+    ds: ImageDataset | None = None  # None where it cannot be had: ``problem`` says why
+    read_from: str = ""  # "live" or "snapshot"
     problem: str = ""
-    subset_of: dict[str, str] = field(default_factory=dict)  # canonical name of each asked subset
+    subset_of: dict[str, str] = field(default_factory=dict)  # canonical name of each subset of the table
     owed: dict[str, int] = field(default_factory=dict)  # images of each backbone that have no features yet
     broken: dict[str, str] = field(default_factory=dict)  # backbones whose features cannot be had, and why
     results: dict[Key, ProbeResult] = field(default_factory=dict)  # what is there
@@ -41,191 +49,257 @@ class DatasetState:
         """The dataset where its images are here."""
         return self.ds if self.ds is not None and self.ds.root is not None and self.ds.root.is_dir() else None
 
+    def look_at_stores(self) -> None:
+        """Fill in ``owed`` and ``broken`` for the backbones of the models."""
+        if self.ds is None:
+            return
+        probed = {name for model in self.models if model.kind != "finetune" for name in model.backbones}
+        for backbone in dict.fromkeys(name for model in self.models for name in model.backbones):
+            find_backbone(backbone)  # an unknown name is an error before anything is done
+            if backbone in self.broken:
+                continue
+            owed = len(self.ds)
+            if backbone in probed:
+                try:
+                    store = open_stores(self.ds, [[backbone]], self.home, self.config.recipe)[backbone]
+                    owed = len(set(self.ds.table["id"]).difference(store.ids.tolist(), store.quarantined))
+                except StoreNotFoundError:
+                    pass
+                except RecipeError as error:
+                    self.broken[backbone] = in_a_line(error)
+                    continue
+                if owed:
+                    self.owed[backbone] = owed
+            if owed and (reason := self._why_not_computed(backbone)):
+                self.broken[backbone] = reason
+                self.owed.pop(backbone, None)
 
-def trained_models(grid: Grid) -> tuple[Model, ...]:
-    """Every model of a grid that is trained, those that others are chosen among included, each once."""
-    return tuple(dict.fromkeys(m for model in grid.models for m in (model.among or (model,))))
+    def _why_not_computed(self, backbone: str) -> str:
+        """Why a backbone's features cannot be computed here, as far as can be known without trying; else empty."""
+        if self.live is None:
+            return f"{backbone}: the images of {self.name} are not here, only their table and what is cached"
+        if backbone in parse_weights(self.config.weights):
+            return ""
+        status = weights_status(backbone, self.home)
+        unusable = status.startswith("not usable") or (status.startswith("not here") and "downloaded" not in status)
+        return f"{backbone}: weights {status}" if unusable else ""
+
+    def look_at_runs(self) -> None:
+        """Sort every model and subset into ``results``, ``missing`` and ``refused``."""
+        if self.ds is None:
+            return
+        for entries in (self.results, self.missing, self.refused):
+            entries.clear()
+        saved = list_results(self.home, self.ds.name)
+        trained = {(result.kind, result.head, result.backbones) for result in saved}
+        for model in self.models:
+            broken = next((self.broken[name] for name in model.backbones if name in self.broken), "")
+            scored = self._leaderboard_results(model, saved)
+            open_: list[str] = []
+            for subset in dict.fromkeys(self.subset_of.values()):
+                if subset in scored:
+                    self.results[model, subset] = scored[subset]
+                elif broken and model.kind != "finetune":
+                    self.refused[model, subset] = broken
+                elif model.kind != "finetune" and any(name in self.owed for name in model.backbones):
+                    self.missing[model, subset] = ""
+                elif model.kind == "finetune" and ("finetune", model.head, model.backbones) not in trained:
+                    # Its id would need every image decoded once; what has never been made cannot be there.
+                    self._place(model, subset, "", broken)
+                elif model.kind != "features":
+                    open_.append(subset)
+            for subset, answer in self._answers(model, open_, self.config):
+                self._place(model, subset, answer, broken)
+
+    def _place(self, model: Model, subset: str, answer: ProbeResult | str | EmbcacheError, broken: str) -> None:
+        if isinstance(answer, ProbeResult):
+            self.results[model, subset] = answer
+        elif broken:
+            self.refused[model, subset] = broken
+        elif isinstance(answer, WeightsError) and model.kind == "finetune":
+            self.missing[model, subset] = ""  # they are fetched when they are used, or the reason is given then
+        elif isinstance(answer, EmbcacheError):
+            self.refused[model, subset] = in_a_line(answer)
+        else:
+            self.missing[model, subset] = answer
+
+    def _leaderboard_results(self, model: Model, saved: Sequence[ProbeResult]) -> dict[str, ProbeResult]:
+        """Results of a model by subset that a competition scored, which stand in place of those on a local test set.
+
+        Only where the run that was handed in is the very run that the cell would be with ``--test official``: the ids
+        of runs hash all that decides.
+        """
+        if self.ds is None or self.ds.leaderboard_alpha is None or self.config.test != "local" or not self.leaderboard:
+            return {}
+        scored = {}
+        for result in saved:
+            request = trained_by(result) if result.kind == "kaggle" else None
+            same = (model.head, model.backbones) == (result.head, result.backbones)
+            if request is not None and same and request.get("kind") == model.kind:
+                scored[run_id(request)] = result
+        there = not any(name in self.owed or name in self.broken for name in model.backbones)
+        if not scored or not (there or model.kind == "finetune"):
+            return {}
+        subsets = tuple(dict.fromkeys(self.subset_of.values()))
+        answers = self._answers(model, subsets, replace(self.config, test="official"))
+        runs = {subset: answer.id if isinstance(answer, ProbeResult) else answer for subset, answer in answers}
+        return {subset: scored[run] for subset, run in runs.items() if isinstance(run, str) and run in scored}
+
+    def _answers(
+        self, model: Model, subsets: Sequence[str], config: StudyConfig
+    ) -> Iterator[tuple[str, ProbeResult | str | EmbcacheError]]:
+        """For each subset the saved result, the id of the run to be, or the error that stands in its way."""
+        if not subsets or self.ds is None:
+            return
+        try:
+            found: list[ProbeResult | str]
+            if model.kind == "finetune":
+                own = finetune_config(config, model)
+                found = [find_finetuned(self.ds, model.backbones, subset, own, home=self.home) for subset in subsets]
+            else:
+                plan = plan_probe(self.ds, [model.backbones], subsets, probe_config(config, model), home=self.home)
+                found = [plan.saved(cell) or cell.id for cell in plan.cells]
+            yield from zip(subsets, found, strict=True)
+        except EmbcacheError as error:
+            if len(subsets) == 1:
+                yield subsets[0], error
+                return
+            for subset in subsets:  # one that cannot be drawn is no reason to give up the others
+                yield from self._answers(model, [subset], config)
 
 
-def look(grid: Grid, settings: Settings, say: Callable[[str], object] = lambda line: None) -> list[DatasetState]:
+def look(grid: Grid, config: StudyConfig, ref: DatasetRef, home: PathLike | None) -> list[DatasetState]:
     """What is there of each dataset of a grid; nothing is computed or written."""
-    if len(grid.datasets) > 1 and (settings.data_root is not None or settings.dataset_name is not None):
-        raise UsageError(
-            "--data-root and --name are for one dataset", found=", ".join(grid.datasets), fix="--dataset NAME"
-        )
-    models = trained_models(grid)
+    one_root(grid.datasets, ref)
+    models = tuple(dict.fromkeys(m for model in grid.models for m in (model.among or (model,))))
     if any(model.kind == "finetune" for model in models):
-        _check_finetuning(settings)
+        if config.repeats != 1:
+            raise UsageError(
+                "--repeats is for probes: finetuned models are trained once", code="repeats-of-finetuning",
+                fix="leave --repeats out",
+            )  # fmt: skip
+        if len(config.lr) > 1:
+            raise UsageError(
+                "learning rates are swept by probes only", code="sweep-of-finetuning", fix="one --lr for finetuning"
+            )
     states = []
     for name in grid.datasets:
-        state = DatasetState(name, leaderboard=grid.leaderboard)
+        state = DatasetState(name=name, models=models, config=config, home=home, leaderboard=grid.leaderboard)
         states.append(state)
         try:
-            state.ds, state.source = find_dataset(
-                name,
-                root=settings.data_root,
-                home=settings.home,
-                allow_missing=settings.allow_missing,
-                dataset_name=settings.dataset_name,
-                columns=settings.columns,
-            )
-            state.ds = settings.classes.of(state.ds)
+            state.ds, state.read_from = read_dataset(name, ref, home)
+        except UsageError:
+            raise
         except EmbcacheError as error:
-            if isinstance(error, UsageError):
-                raise
             state.problem = in_a_line(error)
             continue
         state.subset_of = {subset: next(iter(subset_sizes(state.ds, [subset]))) for subset in grid.subsets}
-        look_at_stores(state, models, settings)
-        look_at_runs(state, models, settings)
+        state.look_at_stores()
+        state.look_at_runs()
     return states
 
 
-def _check_finetuning(settings: Settings) -> None:
-    """Refuse what only probes can do, before anything is done."""
-    if settings.repeats != 1:
-        raise UsageError("--repeats is for probes: finetuned models are trained once", fix="leave --repeats out")
-    if not (settings.lr is None or isinstance(settings.lr, float | int)):
-        raise UsageError("learning rates are swept by probes only", fix="one --lr for finetuning")
+def one_root(datasets: Sequence[str], ref: DatasetRef) -> None:
+    """Refuse one root or name for several datasets."""
+    if len(datasets) > 1 and (ref.data_root is not None or ref.name is not None):
+        raise UsageError(
+            "--data-root and --name are for one dataset", code="several-datasets", found=", ".join(datasets),
+            fix="--dataset NAME",
+        )  # fmt: skip
 
 
-def look_at_stores(state: DatasetState, models: Sequence[Model], settings: Settings) -> None:
-    """Fill in ``owed`` and ``broken`` for the backbones of the models."""
+def read_dataset(name: str, ref: DatasetRef, home: PathLike | None) -> tuple[ImageDataset, str]:
+    """The dataset with its classes dropped and merged, and whether it was read live or from the snapshot."""
+    ds, read_from = find_dataset(name, ref, home=home)
+    return ClassOptions(ref.drop_class, ref.merge_class).of(ds), read_from
+
+
+def _shared(config: StudyConfig, model: Model, kind: type[ProbeConfig] | type[FinetuneConfig]) -> dict[str, Any]:
+    """The options of a study that probing or finetuning has, too, with the head and seed of a model."""
+    names = {f.name for f in fields(kind)} & {f.name for f in fields(config)} - {"weights"}
+    own = {name: value for name, value in vars(config).items() if name in names}
+    return own | {"head": model.head, "seed": config.seed if model.seed is None else model.seed}
+
+
+def probe_config(config: StudyConfig, model: Model) -> ProbeConfig:
+    """How a model is probed."""
+    return ProbeConfig(**_shared(config, model, ProbeConfig) | {"device": config.device.replace("auto", "cpu")})
+
+
+def finetune_config(config: StudyConfig, model: Model) -> FinetuneConfig:
+    """How a model is finetuned; the models themselves are not kept, and an interrupted run continues."""
+    files = parse_weights(config.weights)
+    own = {
+        "weights": tuple(f"{name}={path}" for name, path in files.items() if name in model.backbones),
+        "lr": config.lr[0] if config.lr else None, "models": False, "resume": None,
+    }  # fmt: skip
+    return FinetuneConfig(**_shared(config, model, FinetuneConfig) | own)
+
+
+def in_a_line(error: EmbcacheError) -> str:
+    """An error's problem and its remedy, for a note beneath a table."""
+    fix = (error.fix or "").split("\n")[0]
+    found = f" ({error.found.splitlines()[0]})" if error.found else ""
+    return f"{error.problem}{found}" + (f"; try: {fix}" if fix else "")
+
+
+def plan_table(grid: Grid, states: Sequence[DatasetState]) -> Table:
+    """The steps that a grid needs, and in its notes what cannot be had."""
+    marks = Marks()
+    rows: list[tuple[str, ...]] = []
+    records: list[Mapping[str, Any]] = []
+    for state in states:
+        for step, what, count in _steps(state):
+            rows.append((state.name, step, what, f"{count:,}"))
+            records.append({"dataset": state.name, "step": step, "what": what, "count": count})
+    notes = () if rows else ("nothing is left to do",)
+    for state in states:
+        if found := _there(state):
+            rows.append((state.name, "there", "saved results of the same request", f"{found:,}"))
+        reasons = Counter(state.refused.values())
+        for reason in dict.fromkeys([*filter(None, [state.problem]), *reasons]):
+            number = f"{reasons[reason]:,}" if reasons[reason] else "all"
+            rows.append((state.name, "cannot", f"see{marks.mark(reason)}", number))
+    return Table(
+        grid.name, f"Plan: {grid.title}", ("dataset", "step", "what", "count"), tuple(rows), (*notes, *marks.notes()),
+        tuple(records),
+    )  # fmt: skip
+
+
+def plan_lines(states: Sequence[DatasetState]) -> list[str]:
+    """The counts of a plan, then one line per step."""
+    steps = [(state.name, *step) for state in states for step in _steps(state)]
+    missing = sum(count for _, step, _, count in steps if step != "extract")
+    there, refused = sum(map(_there, states)), sum(len(state.refused) for state in states)
+    lines = [f"plan: results that are there {there}, to make {missing}, that cannot be had {refused}"]
+    for name, step, what, count in steps:
+        unit = ("image" if step == "extract" else "result") + ("" if count == 1 else "s")
+        lines.append(f"{step:<8}  {name}: {what}: {count:,} {unit}")
+    return lines
+
+
+def _there(state: DatasetState) -> int:
+    return sum(model.kind != "features" for model, _ in state.results)
+
+
+def _steps(state: DatasetState) -> list[tuple[str, str, int]]:
+    """What is missing of a dataset: extractions (in images), then finetunings and probes (in results)."""
     if state.ds is None:
-        return
-    probed = dict.fromkeys(name for model in models if model.kind != "finetune" for name in model.backbones)
-    for backbone in dict.fromkeys(name for model in models for name in model.backbones):
-        find_backbone(backbone)  # a name that is none is told before anything is done
-        if backbone in state.broken:
-            continue
-        owed = len(state.ds)
-        if backbone in probed:
-            try:
-                store = open_stores(state.ds, [[backbone]], settings.home, settings.recipe)[backbone]
-                owed = len(set(state.ds.table["id"]).difference(store.ids.tolist(), store.quarantined))
-            except StoreNotFoundError:
-                pass
-            except RecipeError as error:
-                state.broken[backbone] = in_a_line(error)
-                continue
-            if owed:
-                state.owed[backbone] = owed
-        if owed:
-            reason = _why_not_computed(state, backbone, settings)
-            if reason:
-                state.broken[backbone] = reason
-                state.owed.pop(backbone, None)
-
-
-def _why_not_computed(state: DatasetState, backbone: str, settings: Settings) -> str:
-    """Why a backbone's features cannot be computed here, as far as can be told without trying; empty where they can."""
-    if state.live is None:
-        return f"{backbone}: the images of {state.asked} are not here, only their table and what is cached"
-    if backbone in settings.weights:
-        return ""
-    status = weights_status(backbone, settings.home)
-    if status.startswith("not usable") or (status.startswith("not here") and "downloaded" not in status):
-        return f"{backbone}: weights {status}"
-    return ""
-
-
-def look_at_runs(state: DatasetState, models: Sequence[Model], settings: Settings) -> None:
-    """Sort every model and subset into ``results``, ``missing`` and ``refused``."""
-    if state.ds is None:
-        return
-    for entries in (state.results, state.missing, state.refused):
-        entries.clear()
-    saved = list_results(settings.home, state.ds.name)
-    for model in models:
-        broken = next((state.broken[name] for name in model.backbones if name in state.broken), "")
-        scored = _leaderboard_results(state, model, saved, settings)
-        asked: list[str] = []
-        for subset in dict.fromkeys(state.subset_of.values()):
-            if subset in scored:
-                state.results[model, subset] = scored[subset]
-            elif broken and model.kind != "finetune":
-                state.refused[model, subset] = broken
-            elif model.kind != "finetune" and any(name in state.owed for name in model.backbones):
-                state.missing[model, subset] = ""
-            elif model.kind == "finetune" and not any(_same_model(result, model) for result in saved):
-                # Its id would need every image decoded once; what has never been made cannot be there.
-                _place(state, model, subset, "", broken)
-            elif model.kind != "features":
-                asked.append(subset)
-        for subset, answer in _answers(state, model, asked, settings):
-            _place(state, model, subset, answer, broken)
-
-
-def _place(
-    state: DatasetState, model: Model, subset: str, answer: ProbeResult | str | EmbcacheError, broken: str
-) -> None:
-    if isinstance(answer, ProbeResult):
-        state.results[model, subset] = answer
-    elif broken:
-        state.refused[model, subset] = broken
-    elif isinstance(answer, WeightsError) and model.kind == "finetune":
-        state.missing[model, subset] = ""  # they are fetched when they are used, or the reason is told then
-    elif isinstance(answer, EmbcacheError):
-        state.refused[model, subset] = in_a_line(answer)
-    else:
-        state.missing[model, subset] = answer
-
-
-def _same_model(result: ProbeResult, model: Model) -> bool:
-    return (result.kind, result.head, result.backbones) == (model.kind, model.head, model.backbones)
-
-
-def _leaderboard_results(
-    state: DatasetState, model: Model, saved: Sequence[ProbeResult], settings: Settings
-) -> dict[str, ProbeResult]:
-    """Results of a model by subset that a competition scored, which stand in place of those on a local test set.
-
-    Only where the run that was handed in is the very run that the cell would be with ``--test official``: the ids of
-    runs hash all that decides.
-    """
-    if state.ds is None or state.ds.leaderboard_alpha is None or settings.test != "local" or not state.leaderboard:
-        return {}
-    scored = {}
-    for result in saved:
-        request = trained_by(result) if result.kind == "kaggle" else None
-        if request is not None and (request.get("kind"), result.head, result.backbones) == (
-            model.kind,
-            model.head,
-            model.backbones,
-        ):
-            scored[run_id(request)] = result
-    there = not any(name in state.owed or name in state.broken for name in model.backbones)
-    if not scored or not (there or model.kind == "finetune"):
-        return {}
-    found: dict[str, ProbeResult] = {}
-    subsets = tuple(dict.fromkeys(state.subset_of.values()))
-    for subset, answer in _answers(state, model, subsets, replace(settings, test="official")):
-        run = answer.id if isinstance(answer, ProbeResult) else answer
-        if isinstance(run, str) and run in scored:
-            found[subset] = scored[run]
-    return found
-
-
-def _answers(
-    state: DatasetState, model: Model, subsets: Sequence[str], settings: Settings
-) -> Iterator[tuple[str, ProbeResult | str | EmbcacheError]]:
-    """For each subset the saved result, the id of the run to be, or the error that stands in its way."""
-    if not subsets or state.ds is None:
-        return
-    try:
-        yield from zip(subsets, _find(state, model, subsets, settings), strict=True)
-    except EmbcacheError as error:
-        if len(subsets) == 1:
-            yield subsets[0], error
-            return
-        for subset in subsets:  # one that cannot be drawn is no reason to give up the others
-            yield from _answers(state, model, [subset], settings)
-
-
-def _find(state: DatasetState, model: Model, subsets: Sequence[str], settings: Settings) -> list[ProbeResult | str]:
-    assert state.ds is not None
-    if model.kind == "finetune":
-        config, home = settings.for_finetune(model), settings.home
-        return [find_finetuned(state.ds, model.backbones, subset, config, home=home) for subset in subsets]
-    options = settings.for_probe(model)
-    return list(find_saved(state.ds, [model.backbones], subsets=subsets, source=state.source, **options))
+        return []
+    steps = []
+    cached = [model for model, _ in state.missing if model.kind != "finetune"]
+    for backbone in dict.fromkeys(name for model in cached for name in model.backbones):
+        if backbone in state.owed:
+            named = backbone in parse_weights(state.config.weights)
+            absent = not named and "downloaded" in weights_status(backbone, state.home)
+            words = f"{backbone} (its weights are downloaded first)" if absent else backbone
+            steps.append(("extract", words, state.owed[backbone]))
+    for kind in ("finetune", "probe"):
+        groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for model, subset in state.missing:
+            if model.kind == kind:
+                groups.setdefault((model.head, model.backbones), []).append(subset)
+        for (head, backbones), subsets in groups.items():
+            what = f"{' + '.join(backbones)}, {head}: {', '.join(dict.fromkeys(subsets))}"
+            steps.append((kind, what, len(subsets)))
+    return steps

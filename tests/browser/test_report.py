@@ -160,7 +160,7 @@ def test_a_click_keeps_an_image_and_filters_by_it(page: Any) -> None:
     _hover(page, x, y)
     ActionChains(page).click().perform()
     card = _one(page, ".card")
-    _until(lambda: "id" in card.text and card.find_elements(By.CSS_SELECTOR, ".acts button"))
+    _until(lambda: "ID" in card.text and card.find_elements(By.CSS_SELECTOR, ".acts button"))
     label = card.find_elements(By.CSS_SELECTOR, "dd")[1].text
     assert label in CLASSES
     everything = _shown(page)

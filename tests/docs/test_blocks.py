@@ -26,14 +26,15 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 WITH_CODE = [n for n in NAMES if any(b.language in RUN and not b.needs for b in read_blocks(ROOT / n))]
 
 LITES = "effnet_lite0,effnet_lite1,effnet_lite2"
-# What a page's reader has done before: commands, and the ids that the page shows for the runs that they make.
+# Commands that the reader of a page has run before, and the IDs that the page shows for their runs.
 BEFORE: dict[str, list[tuple[str, str]]] = {
-    "README.md": [
+    "docs/index.md": [
         ("", f"extract --backbone random,{LITES} --dataset pneumonia"),
-        ("", "extract --backbone random --dataset nih"),
+        ("", "extract --backbone random --dataset nih,aptos"),
         ("linear-20-1a2b", "probe --subset 20 --dataset nih --backbone random"),
         ("linear-F-3c4d", "probe --subset F --dataset nih --backbone random"),
         ("linear-F-5e6f", "probe --subset F --dataset aptos --backbone random --test official"),
+        ("", f"probe --head dvme --subset S --dataset pneumonia --backbone {LITES}"),
     ],
     "docs/results.md": [
         ("", "extract --backbone dino --dataset nih"),
@@ -59,7 +60,6 @@ BEFORE: dict[str, list[tuple[str, str]]] = {
         ("", "probe --subset S,F --dataset pneumonia"),
     ],
 }
-BEFORE["README.md"].insert(2, ("", "extract --backbone random --dataset aptos"))
 
 SHIM = """#!{python} -SE
 import json, os, socket, sys
@@ -155,7 +155,7 @@ def test_the_blocks_of_a_page_run(name: str, perform: Perform, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("block", ["```python\nprint(1 / 0)\n```", "```bash\nembcache info --dataset none\ntrue\n```"])
-def test_a_block_that_fails_is_told(block: str, perform: Perform, tmp_path: Path) -> None:
+def test_a_block_that_fails_is_named(block: str, perform: Perform, tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(f"# A page\n\n{block}\n", "utf-8")
     page = tmp_path / "blocks.json"
     page.write_text(json.dumps([_as_data("page.md", b, {}) for b in read_blocks(tmp_path / "page.md")]), "utf-8")

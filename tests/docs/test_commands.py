@@ -48,7 +48,7 @@ def test_the_reference_has_each_flag_with_help_and_default(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", COMMANDS)
-def test_people_are_told_of_each_command(path: str) -> None:
+def test_each_command_is_mentioned_in_readme_or_docs(path: str) -> None:
     assert re.search(rf"{path}\b(?!-)", WRITTEN), f"neither README nor docs mention `{path}`"
 
 

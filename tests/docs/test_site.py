@@ -43,3 +43,10 @@ def test_nothing_is_fetched_from_the_network(site: Path) -> None:
             r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]+)|<link[^>]*stylesheet[^>]*href="(https?:[^"]+)', text
         )
         assert not loaded, page
+
+
+def test_search_needs_no_network(site: Path) -> None:
+    assert (site / "search" / "search_index.js").is_file()
+    for page in site.rglob("*.html"):
+        assert "unpkg.com" not in page.read_text("utf-8"), page
+    assert "IFrameWorker" in (site / "assets" / "iframe-worker.js").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""What pages talk of, small: datasets in their published layouts, a folder of one's own, single images."""
+"""What pages talk of, small: datasets in their published layouts, a folder of your own, single images."""
 
 from __future__ import annotations
 

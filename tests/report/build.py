@@ -12,7 +12,7 @@ from PIL import Image
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.probe.predictions import Predictions
 from embcache.probe.probe import probe_features
-from embcache.report.choice import Choice, Rival
+from embcache.report.collect import Choice, Rival
 from embcache.results import compare
 from embcache.results.advice import advise_backbone
 from embcache.results.compare import Difference

@@ -11,16 +11,16 @@ import pytest
 from embcache.data.dataset import ImageDataset
 from embcache.probe.probe import probe_features
 from embcache.report.checklist import UNKNOWN, checklist
-from embcache.report.choice import choose
-from embcache.report.cohort import Cohort, cohort
-from embcache.report.collect import Part, make_tasks
-from embcache.report.warn import (
+from embcache.report.cohort import Cohort, cohort, unequal_classes
+from embcache.report.collect import (
     HIDDEN,
+    Part,
+    choose,
     hidden_columns,
+    make_tasks,
     notes_of,
     secret_words,
-    told_columns,
-    unequal_classes,
+    shown_columns,
     without_names,
 )
 from tests.probe.build import make_dataset, make_features, put_store
@@ -60,7 +60,7 @@ def found(part: Part) -> Cohort:
 
 
 def test_every_image_is_in_one_box_of_the_flow(found: Cohort) -> None:
-    assert [(s.words.split(",")[0], s.images, s.groups, s.kind) for s in found.steps] == [
+    assert [(s.words.split(",")[0], s.images, s.groups, s.role) for s in found.steps] == [
         ("listed in the source", 120, 58, "there"),
         ("could not be read", 2, 1, "out"),
         ("without a label", 4, 2, "out"),
@@ -82,29 +82,31 @@ def test_case_mix_counts_each_part(part: Part, found: Cohort) -> None:
     rows = {row[:2]: row[2:] for row in found.mix.rows}
     assert rows["images", ""] == ("70", "20", "20")
     assert rows["patients", ""] == ("35", "10", "10")
-    assert part.ds is not None
-    test = part.ds.table["split"] == "test"
-    female = int((part.ds.table["sex"][test] == "F").sum())
+    assert part.dataset is not None
+    test = part.dataset.table["split"] == "test"
+    female = int((part.dataset.table["sex"][test] == "F").sum())
     assert rows["sex", "F"][2] == f"{female} ({female / 20:.1%})"
     assert ("", "(no value)") in rows
     assert not {"chart", "who"} & {name for name, _ in rows}  # columns that name patients
 
 
-def test_splits_that_cannot_be_drawn_again_are_told(part: Part) -> None:
-    assert part.ds is not None
-    other = replace(part.ds, table=part.ds.table.iloc[:-2])
-    told = cohort(replace(part, ds=other), choose(part.tasks[0], part, resamples=50), ids=True)
-    assert told is not None
-    assert not told.steps
-    assert "the flow of images is not told" in told.notes[0]
+def test_splits_that_cannot_be_drawn_again_are_a_note(part: Part) -> None:
+    assert part.dataset is not None
+    other = replace(part.dataset, table=part.dataset.table.iloc[:-2])
+    other_flow = cohort(replace(part, dataset=other), choose(part.tasks[0], part, resamples=50), ids=True)
+    assert other_flow is not None
+    assert not other_flow.steps
+    assert "the flow of images is not shown" in other_flow.notes[0]
 
 
 def test_columns_that_name_patients_make_no_subgroups(part: Part) -> None:
-    assert part.ds is not None
-    assert [c.name for c in told_columns(part.ds, secret_words(part, ids=True))] == ["sex", "ward"]
-    named = part.ds.table.assign(PatientName=["Meier", "Huber"] * (len(part.ds) // 2), birth_date="1954-02-03")
-    ds = replace(part.ds, table=named)
-    assert [c.name for c in told_columns(ds, set())] == ["sex", "ward"]
+    assert part.dataset is not None
+    assert [c.name for c in shown_columns(part.dataset, secret_words(part, ids=True))] == ["sex", "ward"]
+    named = part.dataset.table.assign(
+        PatientName=["Meier", "Huber"] * (len(part.dataset) // 2), birth_date="1954-02-03"
+    )
+    ds = replace(part.dataset, table=named)
+    assert [c.name for c in shown_columns(ds, set())] == ["sex", "ward"]
     assert "PatientName, birth_date" in hidden_columns(ds)[0]
 
 
@@ -136,12 +138,14 @@ def test_a_fact_of_several_folds_and_runs_is_one_line(part: Part) -> None:
 def test_unequal_classes_are_one_line_per_split(part: Part) -> None:
     assert unequal_classes(part) == []
     ds = make_dataset([0] * 30 + [1] * 9 + [2] * 30, n_classes=3)
-    assert unequal_classes(replace(part, ds=ds)) == ["the train images are of unequal classes: b (9) against a (30)"]
+    assert unequal_classes(replace(part, dataset=ds)) == [
+        "the train images are of unequal classes: b (9) against a (30)"
+    ]
 
 
 def test_the_checklist_says_what_is_known_and_what_is_not(part: Part, found: Cohort) -> None:
     choices = choose(part.tasks[0], part, resamples=50)
-    table = checklist(part, part.tasks[0], choices, found, None, None)
+    table = checklist(part, part.tasks[0], choices, found, None, attended=False)
     assert table is not None
     answers = {row[2]: row[3] for row in table.rows}
     assert "2 could not be read; 4 without a label" in answers["who was included and excluded"]
@@ -150,7 +154,7 @@ def test_the_checklist_says_what_is_known_and_what_is_not(part: Part, found: Coh
     assert "patients (or other groups)" in answers["level at which parts are disjoint"]
     numbers = {n for row in table.rows for n in row[0].replace("–", ", ").split(", ") if n}
     assert {"C1", "C20", "C35", "C36", "C44"} <= numbers
-    assert checklist(part, part.tasks[0], [], found, None, None) is None
+    assert checklist(part, part.tasks[0], [], found, None, attended=False) is None
 
 
 def test_without_known_patients_images_are_counted_alone(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from sklearn.metrics import auc, confusion_matrix, precision_score, recall_score
 
 from embcache.probe.metrics import confusion
 from embcache.probe.predictions import Predictions
-from embcache.report.numbers import class_scores
+from embcache.report.sections import class_table
 from embcache.results import compare
 from embcache.results.decisions import GRID, mean_curve, roc_points
 from tests.results.build import make_result
@@ -70,13 +70,13 @@ def test_class_scores_are_scikit_learns() -> None:
     wide = np.concatenate([np.log(p), np.full((*p.shape[:2], 1), -50.0)], axis=2)
     groups = np.array([f"g{k // 2}" for k in range(len(labels))], dtype=object)
     t = compare.Tested(make_result(class_names=names), Predictions(groups, groups, labels, wide, names))
-    rows = class_scores(t)
+    rows = class_table(t, "m").rows
     for c in range(3):
-        assert rows[c].n_images == (labels == c).sum()
-        assert rows[c].n_groups == len(set(groups[labels == c]))
         recalls = [recall_score(labels == c, q.argmax(1) == c) for q in p]
         purity = [precision_score(labels == c, q.argmax(1) == c) for q in p]
-        assert rows[c].sensitivity == pytest.approx(np.mean(recalls))
-        assert rows[c].ppv == pytest.approx(np.mean(purity))
-        assert rows[c].auc == pytest.approx(np.mean([auc(*roc_curve(labels == c, q[:, c])[:2]) for q in p]))
-    assert (rows[3].auc, rows[3].sensitivity, rows[3].ppv) == (None, None, None)
+        aucs = [auc(*roc_curve(labels == c, q[:, c])[:2]) for q in p]
+        assert rows[c] == (
+            names[c], str((labels == c).sum()), str(len(set(groups[labels == c]))),
+            f"{np.mean(aucs):.3f} ± {np.std(aucs, ddof=1):.3f}", f"{np.mean(recalls):.3f}", f"{np.mean(purity):.3f}",
+        )  # fmt: skip
+    assert rows[3] == ("never", "0", "0", "–", "–", "–")

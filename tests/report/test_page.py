@@ -14,18 +14,15 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from embcache.data.classes import retarget
 from embcache.errors import ProtocolError, StoreNotFoundError, UsageError
 from embcache.probe.probe import probe_features
-from embcache.report.choice import choose
-from embcache.report.collect import Part, collect_parts, make_tasks
-from embcache.report.decide import decide
+from embcache.report.collect import HIDDEN, Part, choose, collect_parts, make_tasks, without_names
 from embcache.report.page import PRIVATE, Written, _numeric, json_text, write_report
-from embcache.report.warn import HIDDEN, without_names
-from embcache.report.words import NEW_MODEL, THESE_MODELS
+from embcache.report.sections import NEW_MODEL, THESE_MODELS, decide
 from embcache.results.compare import load_tested
 from embcache.runs.folders import save_run
 from tests.probe.build import make_dataset, make_features, put_store
+from tests.refusal import refused
 from tests.report.build import CLASSES, HOSTILE, NAME, Study, make_study
 from tests.results.build import make_result
 
@@ -78,7 +75,7 @@ def test_it_holds_a_whole_study(written: Written, page: str) -> None:
     assert not written.notes
     words = " ".join(_Tags(page).words)
     for part in ("learning curves", "Calibration", "Confusion", "Subgroups", "Embedding map", "Attention of", "Entropy",
-                 "Patients and images", "Case mix", "What CLAIM and TRIPOD+AI ask", "Provenance", "fingerprint",
+                 "Patients and images", "Case mix", "What CLAIM and TRIPOD+AI require", "Provenance", "fingerprint",
                  "trained with labels", NEW_MODEL, THESE_MODELS, "ensemble: what predict uses", "detectable",
                  "intercept", "share observed"):  # fmt: skip
         assert part in words, part
@@ -149,7 +146,7 @@ def test_operating_points_are_chosen_without_test_labels(tmp_path: Path) -> None
     folder = tmp_path / ds.name / "runs" / result.id
     t = load_tested(result, folder)
     shuffled = replace(t.predictions, labels=np.random.default_rng(0).permutation(t.labels))
-    tables = [decide(tested, folder, "c").points for tested in (t, replace(t, predictions=shuffled))]
+    tables = [decide(tested, folder, "c")["points"] for tested in (t, replace(t, predictions=shuffled))]
     thresholds, sensitivities = ([[row[k] for row in table.rows] for table in tables if table] for k in (2, 3))
     assert thresholds[0] == thresholds[1]
     assert sensitivities[0] != sensitivities[1]
@@ -197,7 +194,7 @@ def test_paths_of_the_machine_are_in_no_page(page: str, study: Study) -> None:
     assert str(study.home.parent) not in page
 
 
-def test_it_works_without_the_images_and_says_so(tmp_path: Path) -> None:
+def test_it_works_without_the_images(tmp_path: Path) -> None:
     study = make_study(tmp_path, images=False)
     done = write_report(tmp_path / "r.html", home=study.home)
     assert done.thumbnails == 0
@@ -212,7 +209,7 @@ def test_the_same_results_make_the_same_page_but_for_bokehs_own_names(page: str,
     assert bare[0] == bare[1]
 
 
-def test_runs_alone_make_a_page_that_says_what_is_missing(tmp_path: Path) -> None:
+def test_runs_alone_make_a_page_that_lists_what_is_missing(tmp_path: Path) -> None:
     study = make_study(tmp_path, images=False)
     for path in (study.home / NAME).iterdir():
         if path.name != "runs":
@@ -223,7 +220,7 @@ def test_runs_alone_make_a_page_that_says_what_is_missing(tmp_path: Path) -> Non
         assert "Take strong" in text
         if images:
             assert any("no map" in note for note in done.notes)
-            assert any("cannot be had" in note for note in done.notes)
+            assert any("is not available" in note for note in done.notes)
         else:
             assert HIDDEN in text
             assert "scan&lt;b" not in text
@@ -231,7 +228,7 @@ def test_runs_alone_make_a_page_that_says_what_is_missing(tmp_path: Path) -> Non
 
 def test_a_column_as_target_is_a_task_of_its_own_and_unscored_runs_are_listed(tmp_path: Path) -> None:
     study = make_study(tmp_path)
-    probe_features(retarget(study.ds, "sex"), ["strong"], folds=2, subset=20, home=study.home)
+    probe_features(study.ds, ["strong"], folds=2, subset=20, home=study.home, target="sex")
     parts = collect_parts(home=study.home)
     assert [task.title for task in parts[0].tasks] == [NAME, f"{NAME}, sex"]
     done = write_report(tmp_path / "r.html", home=study.home)
@@ -269,12 +266,12 @@ def test_the_best_is_never_chosen_by_test_score(tmp_path: Path) -> None:
     assert len(alone.apart) == 1
 
 
-def test_no_results_and_slips_are_told(study: Study, tmp_path: Path) -> None:
-    with pytest.raises(StoreNotFoundError, match="embcache probe"):
+def test_no_results_and_wrong_options_are_refused(study: Study, tmp_path: Path) -> None:
+    with refused(StoreNotFoundError, "no-results"):
         write_report(tmp_path / "r.html", home=tmp_path / "nowhere")
-    with pytest.raises(StoreNotFoundError, match="hostile"):
+    with refused(StoreNotFoundError, "no-results"):
         write_report(tmp_path / "r.html", ["other"], home=study.home)
-    with pytest.raises(UsageError, match="test, all"):
+    with refused(UsageError, "option-choice"):
         write_report(tmp_path / "r.html", home=study.home, rows="some")
     with pytest.raises(UsageError, match="cannot be written"):
         write_report(tmp_path / "no" / "folder" / "r.html", home=study.home)

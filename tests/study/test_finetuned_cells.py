@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from embcache.config import DatasetRef, StudyConfig
 from embcache.data.dataset import ImageDataset
+from embcache.log import shown
 from embcache.runs.folders import list_results
-from embcache.study.order import Order, deliver
+from embcache.study.study import run_study
 from tests.finetune.conftest import RESNET, ds, networks, pictures
 
 __all__ = ["ds", "networks", "pictures"]  # fixtures
@@ -28,9 +30,10 @@ def grid(tmp_path: Path) -> Path:
 def test_probes_and_finetunings_stand_in_one_table_and_are_reused(
     grid: Path, ds: ImageDataset, pictures: Path, home: Path
 ) -> None:
-    order = Order(str(grid), options={"data_root": pictures, "transform": "paper", "workers": 1})
+    options = (StudyConfig(transform="paper", workers=1), DatasetRef(data_root=pictures))
     said: list[str] = []
-    done = deliver(order, say=said.append)
+    with shown(said.append):
+        done = run_study(grid, *options)
     kinds = {record["kind"]: record for record in done.table.records}
     assert set(kinds) == {"probe", "finetune"}
     saved = {result.kind: result for result in list_results(home)}
@@ -40,6 +43,7 @@ def test_probes_and_finetunings_stand_in_one_table_and_are_reused(
     assert not any("no checkpoint" in line for line in said)
     assert not list((home / ds.name / "runs" / saved["finetune"].id).glob("model-*")), "tables keep no models"
     again: list[str] = []
-    repeated = deliver(order, say=again.append)
+    with shown(again.append):
+        repeated = run_study(grid, *options)
     assert [record["run"] for record in repeated.table.records] == [record["run"] for record in done.table.records]
     assert any("there 2, to make 0" in line for line in again)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +9,18 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from embcache.config import DatasetRef, ProbeConfig, StudyConfig
 from embcache.data.dataset import ImageDataset
-from embcache.errors import UsageError
-from embcache.runs.folders import load_heads
-from embcache.study.definitions import FIGURES
-from embcache.study.paper_figures import draw_figure, figure_grid, narrow_figure, neighbor_accuracy
-from embcache.study.settings import Settings
-from embcache.study.study_plan import DatasetState, look_at_stores
-from tests.probe.build import make_dataset, make_features, probe_grid, put_store
+from embcache.figures.maps import neighbor_accuracy
+from embcache.probe.probe import probe
+from embcache.results.layout import Table
+from embcache.study.definitions import FIGURES, narrow_figure
+from embcache.study.paper_figures import draw_figure
+from embcache.study.study import run_study
+from embcache.study.study_plan import look
+from tests.probe.build import make_dataset, make_features, put_store
 
 BACKBONES = ("random", "effnet_lite0")
-SETTINGS = Settings(folds=2)
 
 
 @pytest.fixture
@@ -33,35 +33,33 @@ def toy(home: Path) -> ImageDataset:
     return ds
 
 
-def with_dvme(name: str, ds: ImageDataset) -> DatasetState:
-    """A figure's state whose DVME is there, and is a small one."""
-    figure = narrow_figure(FIGURES[name], ["toy"], BACKBONES, ["S"])
-    models = figure_grid(figure).models
-    (result,) = probe_grid(ds, [BACKBONES], head="dvme", head_options={"proj_dim": 4}, subsets=["S"], folds=2)
-    state = DatasetState("toy", ds, "snapshot", subset_of={"S": "S"}, results={(models[-1], "S"): result})
-    look_at_stores(state, models, SETTINGS)
-    return state
+def drawn(name: str, ds: ImageDataset, target: Path | None = None) -> tuple[Table, list[Path]]:
+    """A figure of the two backbones, with a small DVME in place of the paper's."""
+    figure = narrow_figure(FIGURES[name], StudyConfig(datasets=("toy",), backbones=(BACKBONES,), subsets=("S",)))
+    config = ProbeConfig(head="dvme", head_options={"proj_dim": 4}, folds=2)
+    (result,) = probe(ds, [BACKBONES], ["S"], config)
+    (state,) = look(figure, StudyConfig(folds=2), DatasetRef(), None)
+    state.results[figure.models[-1], "S"] = result
+    return draw_figure(figure, [state], target)
 
 
 def test_maps_show_each_backbone_and_their_fusion(toy: ImageDataset, home: Path) -> None:
-    figure = narrow_figure(FIGURES["D1"], ["toy"], BACKBONES, ["S"])
-    drawn = draw_figure(figure, SETTINGS, states=[with_dvme("D1", toy)])
-    assert drawn.paths == (home / "toy" / "figures" / "D1.png",)
-    assert drawn.paths[0].stat().st_size > 10_000
-    assert [(r["embedding"], r["dimensions"]) for r in drawn.table.records] == [
+    table, paths = drawn("D1", toy)
+    assert paths == [home / "toy" / "figures" / "D1.png"]
+    assert paths[0].stat().st_size > 10_000
+    assert [(r["embedding"], r["dimensions"]) for r in table.records] == [
         ("Random", 16), ("effnet_lite0", 16), ("DVME", 4),
     ]  # fmt: skip
-    assert all(record["n_test"] == 30 for record in drawn.table.records)
-    assert any("trained with labels" in note for note in drawn.table.notes)
+    assert all(record["n_test"] == 30 for record in table.records)
+    assert any("trained with labels (fold 0, subset S)" in note for note in table.notes)
 
 
 def test_attention_is_shared_out_among_the_backbones(toy: ImageDataset, tmp_path: Path) -> None:
-    figure = narrow_figure(FIGURES["F1"], ["toy"], BACKBONES, ["S"])
     target = tmp_path / "f1.svg"
-    drawn = draw_figure(figure, SETTINGS, states=[with_dvme("F1", toy)], target=target)
-    assert drawn.paths == (target,)
-    assert [record["from"] for record in drawn.table.records] == list(BACKBONES)
-    for record in drawn.table.records:
+    table, paths = drawn("F1", toy, target)
+    assert paths == [target]
+    assert [record["from"] for record in table.records] == list(BACKBONES)
+    for record in table.records:
         assert record["folds"] == 2
         assert sum(record[f"to {name}"] for name in BACKBONES) == pytest.approx(1, abs=1e-4)
 
@@ -71,34 +69,18 @@ def test_attention_is_of_all_test_images_and_maps_of_so_many(
 ) -> None:
     monkeypatch.setattr("embcache.study.paper_figures.LIMIT", 10)
     for name, n in (("F1", 30), ("D1", 10)):
-        figure = narrow_figure(FIGURES[name], ["toy"], BACKBONES, ["S"])
-        drawn = draw_figure(figure, SETTINGS, states=[with_dvme(name, toy)], target=tmp_path / f"{name}.png")
-        assert {record["n_test"] for record in drawn.table.records} == {n}
-        assert any("10 drawn of 30 images" in note for note in drawn.table.notes) == (name == "D1")
-
-
-def test_the_fold_that_a_map_is_of_is_named(toy: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = with_dvme("D1", toy)
-    monkeypatch.setattr("embcache.figures.shown.load_heads", lambda run: [{}, load_heads(run)[1]])
-    figure = narrow_figure(FIGURES["D1"], ["toy"], BACKBONES, ["S"])
-    drawn = draw_figure(figure, SETTINGS, states=[state], target=tmp_path / "d1.png")
-    assert any("trained with labels (fold 1, subset S)" in note for note in drawn.table.notes)
+        table, _ = drawn(name, toy, tmp_path / f"{name}.png")
+        assert {record["n_test"] for record in table.records} == {n}
+        assert any("10 drawn of 30 images" in note for note in table.notes) == (name == "D1")
 
 
 def test_a_figure_says_what_it_could_not_show(toy: ImageDataset) -> None:
-    figure = narrow_figure(FIGURES["D1"], ["toy"], ["random"])
-    drawn = draw_figure(replace(figure, backbones=("random", "dino")), SETTINGS)
-    assert [record.get("embedding") for record in drawn.table.records] == [None, "Random"]
-    assert "dino: the images of toy are not here" in str(drawn.table.records[0]["reason"])
-    assert len(drawn.paths) == 1
-    assert not draw_figure(replace(figure, backbones=("dino",)), SETTINGS).paths
-
-
-def test_attention_needs_several_backbones_and_one_subset() -> None:
-    with pytest.raises(UsageError, match="fuses"):
-        narrow_figure(FIGURES["F1"], backbones=["random"])
-    with pytest.raises(UsageError, match="one subset"):
-        narrow_figure(FIGURES["D1"], subsets=["S", "M"])
+    config = StudyConfig(folds=2, datasets=("toy",), backbones=(("random",), ("dino",)), subsets=("S",))
+    done = run_study("D1", config)
+    assert [record.get("embedding") for record in done.table.records] == [None, "Random"]
+    assert "dino: the images of toy are not here" in str(done.table.records[0]["reason"])
+    assert len(done.figures) == 1
+    assert run_study("D1", StudyConfig(datasets=("toy",), backbones=(("dino",),))).empty
 
 
 def test_neighbor_accuracy_leaves_each_image_out() -> None:

@@ -202,7 +202,7 @@
       const f = this.filter, words = [];
       if (f.label !== undefined) words.push(`class ${this.className(f.label)}`);
       if (f.predicted !== undefined) words.push(`predicted as ${this.className(f.predicted)}`);
-      if (this.right && this.right.value !== "all") words.push(`${this.right.value}ly predicted`);
+      if (this.right && this.right.value !== "all") words.push(`${this.right.value === "right" ? "correctly" : "wrongly"} predicted`);
       this.status.textContent = `${kept.toLocaleString("en")} of ${this.count.toLocaleString("en")} images shown${words.length ? ": " + words.join(", ") : ""}.`;
       this.section.dataset.shown = String(kept);
       for (const cell of all(`.cell[data-map="${this.chart.id}"]`)) {
@@ -229,7 +229,7 @@
       return box;
     }
     facts(k) {
-      const rows = [[this.data.ids ? "id" : "number", this.data.ids ? this.name(k) : String(k + 1)], ["class", this.className(this.data.labels[k])]];
+      const rows = [[this.data.ids ? "ID" : "number", this.data.ids ? this.name(k) : String(k + 1)], ["class", this.className(this.data.labels[k])]];
       if (this.by) {
         const guess = this.predicted(k);
         rows.push(["predicted", guess < 0 ? "not in the test set" : `${this.className(guess)} (${number(this.probability(k), 2)})`]);

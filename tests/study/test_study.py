@@ -1,4 +1,4 @@
-"""Orders from plan to table, on a small dataset whose features are cached."""
+"""Studies from plan to table, on a small dataset whose features are cached."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typer.testing import CliRunner
 
 import embcache.study.study as study_run
 from embcache.commands import run_command as commands
-from embcache.config import ProbeConfig
-from embcache.data.classes import retarget
+from embcache.config import DatasetRef, ProbeConfig, StudyConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
+from embcache.log import shown
 from embcache.probe.probe import probe, probe_features
 from embcache.probe.protocol import plan_splits
 from embcache.probe.splits import write_splits
-from embcache.results.grid import Grid, Model
+from embcache.results.grid import Grid
 from embcache.runs.folders import ProbeResult, list_results, run_id, save_run
 from embcache.study.definitions import BEST, GRIDS
-from embcache.study.order import Order, deliver
-from embcache.study.settings import Settings
+from embcache.study.study import Study, run_study
 from tests.data.pictures import write_image
 from tests.probe.build import make_dataset, make_features, put_store
+from tests.refusal import refused
 
 N = 120
 
@@ -43,17 +43,17 @@ def toy(home: Path) -> ImageDataset:
     return ds
 
 
-def order(**changes: Any) -> Order:
-    options = {"folds": 2, **changes.pop("options", {})}
-    chosen = {"what": "table2", "datasets": ["toy"], "backbones": ["random", "effnet_lite0"], "subsets": ["S"]}
-    return Order(**{**chosen, **changes}, options=options)
+def made(what: str = "table2", ref: DatasetRef | None = None, *, dry_run: bool = False, **options: Any) -> Study:
+    usual = {"folds": 2, "datasets": ["toy"], "backbones": ["random", "effnet_lite0"], "subsets": ["S"]}
+    return run_study(what, StudyConfig.make(None, usual | options), ref, dry_run=dry_run)
 
 
 def test_what_is_missing_is_done_and_then_reused(
     toy: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    first = deliver(order(subsets=["S", "20", "M"]), say=said.append)
+    with shown(said.append):
+        first = made(subsets=["S", "20", "M"])
     assert not first.empty
     # S is 20 images: one run serves both columns
     assert len(list_results(home)) == 4
@@ -69,7 +69,7 @@ def test_what_is_missing_is_done_and_then_reused(
         raise AssertionError("trained again")
 
     monkeypatch.setattr(study_run, "probe", never)
-    again = deliver(order(subsets=["S", "20", "M"]))
+    again = made(subsets=["S", "20", "M"])
     assert again.table == first.table
 
 
@@ -84,20 +84,20 @@ def test_a_study_that_was_stopped_goes_on(toy: ImageDataset, home: Path, monkeyp
 
     monkeypatch.setattr(study_run, "probe", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        deliver(order())
+        made()
     assert [result.backbones for result in list_results(home)] == [("random",)]
     calls.clear()
-    done = deliver(order())
+    done = made()
     assert calls == [[("effnet_lite0",)]]
     assert all(record["mean"] is not None for record in done.table.records)
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(toy: ImageDataset, home: Path) -> None:
-    plan = deliver(order(dry_run=True))
+    plan = made(dry_run=True)
     assert list_results(home) == []
     assert [(record["step"], record["count"]) for record in plan.table.records] == [("probe", 1), ("probe", 1)]
-    deliver(order(backbones=["random"]))
-    plan = deliver(order(dry_run=True))
+    made(backbones=["random"])
+    plan = made(dry_run=True)
     assert [row[1:] for row in plan.table.rows] == [
         ("probe", "effnet_lite0, linear: S", "1"),
         ("there", "saved results of the same request", "1"),
@@ -107,13 +107,13 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(toy: ImageDataset, h
 def test_a_dry_run_counts_the_images_to_extract(tmp_path: Path, home: Path) -> None:
     for k in range(6):
         write_image(tmp_path / "images" / ("a" if k % 2 else "b") / f"{k}.png", seed=k, size=(64, 64))
-    options = {"data_root": tmp_path / "images"}
-    plan = deliver(order(datasets=["folder"], backbones=["effnet_lite0"], options=options, dry_run=True))
+    ref = DatasetRef(data_root=tmp_path / "images")
+    plan = made(ref=ref, datasets=["folder"], backbones=["effnet_lite0"], dry_run=True)
     assert [(r["step"], r["count"]) for r in plan.table.records] == [("extract", 6), ("probe", 1)]
 
 
 def test_what_cannot_be_had_is_told_and_the_rest_goes_on(toy: ImageDataset) -> None:
-    done = deliver(order(backbones=["random", "dino"], subsets=["S", "1000"]))
+    done = made(backbones=["random", "dino"], subsets=["S", "1000"])
     assert not done.empty
     reasons = {(record["model"], record["subset"]): record["reason"] for record in done.table.records}
     assert reasons["Random", "S"] is None
@@ -122,21 +122,34 @@ def test_what_cannot_be_had_is_told_and_the_rest_goes_on(toy: ImageDataset) -> N
 
 
 def test_nothing_that_can_be_had_is_empty(toy: ImageDataset) -> None:
-    assert deliver(order(backbones=["dino"])).empty
-    assert deliver(order(datasets=["pneumonia"])).empty
+    assert made(backbones=["dino"]).empty
+    assert made(datasets=["pneumonia"]).empty
 
 
-def test_names_that_are_none_are_refused_before_anything_is_done(toy: ImageDataset, home: Path) -> None:
-    for wrong in ({"backbones": ["random", "dnio"]}, {"subsets": ["X"]}, {"heads": ["linaer"]}, {"what": "B9"}):
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"heads": ["linaer"]}, "unknown-head"),
+        ({"what": "B9"}, "unknown-table"),
+        ({"what": "G1", "heads": ["linear"]}, "no-heads"),
+        ({"metric": "auc"}, "option-of-own-studies"),
+        ({"what": "table3", "repeats": 2}, "repeats-of-finetuning"),
+        ({"what": "table3", "lr": [1e-3, 1e-4]}, "sweep-of-finetuning"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_done(
+    toy: ImageDataset, home: Path, wrong: dict[str, Any], code: str
+) -> None:
+    with refused(UsageError, code):
+        made(**wrong)
+    for other in ({"backbones": ["random", "dnio"]}, {"subsets": ["X"]}):
         with pytest.raises(UsageError):
-            deliver(order(**wrong))
-    with pytest.raises(UsageError, match="no heads"):
-        deliver(Order("G1", heads=["linear"]))
+            made(**other)
     assert list_results(home) == []
 
 
 def test_local_results_have_no_difference(toy: ImageDataset) -> None:
-    done = deliver(order(what="table4", heads=["concat", "linear"]))
+    done = made("table4", heads=["concat", "linear"])
     assert {record["head"] for record in done.table.records} == {"concat", "linear"}
     assert all(record["difference"] is None for record in done.table.records)
 
@@ -146,26 +159,20 @@ def test_the_best_baseline_is_chosen_by_test_or_validation(
 ) -> None:
     grid = Grid("table4", "t", ("toy",), BEST, ("S",), "subsets")
     monkeypatch.setitem(GRIDS, "table4", grid)  # type: ignore[arg-type]
-    by_test, by_validation = deliver(order(what="table4")).table.records
+    by_test, by_validation = made("table4").table.records
     saved = list_results(home)
     assert by_test["mean"] == max(result.mean or 0 for result in saved)
     assert by_validation["val_mean"] == max(result.val_mean or 0 for result in saved)
 
 
-def test_a_toml_grid_runs_and_flags_win_over_it(toy: ImageDataset, tmp_path: Path) -> None:
+def test_a_toml_grid_runs_and_options_win_over_it(toy: ImageDataset, tmp_path: Path) -> None:
     path = tmp_path / "own.toml"
     path.write_text('datasets = ["toy"]\nbackbones = ["random"]\nseeds = [0, 1]\nsubsets = ["S"]\nfolds = 3\n')
-    done = deliver(Order(str(path)))
+    done = run_study(path)
     assert [record["folds"] for record in done.table.records] == [3, 3]
     assert len({record["run"] for record in done.table.records}) == 2
-    done = deliver(Order(str(path), options={"folds": 2}))
+    done = run_study(path, StudyConfig(folds=2))
     assert [record["folds"] for record in done.table.records] == [2, 2]
-
-
-def test_sweeps_and_repeats_are_refused_for_finetuning(toy: ImageDataset) -> None:
-    for options in ({"repeats": 2}, {"lr": [1e-3, 1e-4]}):
-        with pytest.raises(UsageError):
-            deliver(order(what="table3", options=options))
 
 
 def to_hand_in() -> ImageDataset:
@@ -189,10 +196,10 @@ def test_a_leaderboard_result_stands_in_place_of_the_local_one(home: Path) -> No
     features = np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32)
     put_store(home, ds, "random", features)
     handed_in = save_scored(probe_features(ds, "random", subset="S", folds=2, test="official"))
-    (record,) = deliver(order(backbones=["random"])).table.records
+    (record,) = made(backbones=["random"]).table.records
     assert (record["kind"], record["mean"], record["run"]) == ("kaggle", 0.77, handed_in.id)
     for other in ({"folds": 3}, {"seed": 1}, {"lr": 1e-4}, {"lr": [1e-3, 1e-4]}, {"repeats": 2}, {"val": "matched"}):
-        (record,) = deliver(order(backbones=["random"], options=other)).table.records
+        (record,) = made(backbones=["random"], **other).table.records
         assert record["kind"] == "probe", other
 
 
@@ -207,17 +214,15 @@ def test_a_leaderboard_result_stands_in_place_of_the_local_one(home: Path) -> No
 def test_a_leaderboard_result_of_another_protocol_stands_nowhere(
     home: Path, tmp_path: Path, other: dict[str, Any]
 ) -> None:
-    other, ds = dict(other), to_hand_in()
+    ds = to_hand_in()
     ds.table["site"] = np.where(np.arange(N) % 3 < 1, "a", "b").astype(object)
     features = np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32)
     put_store(home, ds, "random", np.stack([features] * 2, 1) if "views" in other else features)
     if "splits" in other:
         other = {"splits": tmp_path / "splits.json"}
         write_splits(plan_splits(ds, subsets=["S"], folds=2, seed=5, test="official"), other["splits"])
-    target = other.pop("target", None)
-    probed = ds if target is None else retarget(ds, target)
-    save_scored(probe_features(probed, "random", **{"subset": "S", "folds": 2, "test": "official", **other}))
-    (record,) = deliver(order(backbones=["random"])).table.records
+    save_scored(probe_features(ds, "random", **{"subset": "S", "folds": 2, "test": "official", **other}))
+    (record,) = made(backbones=["random"]).table.records
     assert record["kind"] == "probe"
 
 
@@ -225,7 +230,7 @@ def test_a_leaderboard_result_that_does_not_tell_its_run_stands_nowhere(home: Pa
     ds = to_hand_in()
     put_store(home, ds, "random", np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32))
     save_scored(probe_features(ds, "random", subset="S", folds=2, test="official"), of=False)
-    (record,) = deliver(order(backbones=["random"])).table.records
+    (record,) = made(backbones=["random"]).table.records
     assert record["kind"] == "probe"
 
 
@@ -234,19 +239,17 @@ def test_figures_take_no_leaderboard_result(home: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("random", "effnet_lite0"):
         put_store(home, ds, name, rng.normal(size=(N, 4)).astype(np.float32))
-    config = ProbeConfig(head="dvme", folds=2, test="official")
-    scored = probe(ds, [["random", "effnet_lite0"]], ["S"], config)
+    scored = probe(ds, [["random", "effnet_lite0"]], ["S"], ProbeConfig(head="dvme", folds=2, test="official"))
     save_scored(scored[0])
-    chosen = order(what="table2", heads=["dvme"], backbones=["random", "effnet_lite0"])
-    assert [record["kind"] for record in deliver(chosen).table.records] == ["kaggle"]
+    assert [record["kind"] for record in made("table2", heads=["dvme"]).table.records] == ["kaggle"]
     for what in ("F1", "D1"):
-        done = deliver(order(what=what))
+        done = made(what)
         assert done.figures
         assert not any(record.get("reason") for record in done.table.records)
 
 
 def test_g1_has_the_exact_totals() -> None:
-    table = deliver(Order("G1")).table
+    table = run_study("G1").table
     assert [record["parameters"] for record in table.records] == [
         10_245, 23_518_277, 7_685, 21_677_957, 3_677_709, 72_364_045,
     ]  # fmt: skip
@@ -254,20 +257,11 @@ def test_g1_has_the_exact_totals() -> None:
 
 
 def test_table1_counts_the_images_of_a_dataset(toy: ImageDataset) -> None:
-    done = deliver(Order("table1", datasets=["toy", "pneumonia"], options={"folds": 2}))
+    done = run_study("table1", StudyConfig(folds=2, datasets=("toy", "pneumonia")))
     counts = {(r["dataset"], r["column"]): r["images"] for r in done.table.records}
     assert [counts["toy", c] for c in ("S", "M", "F", "test")] == [20, 40, 80, 40]
     assert counts["pneumonia", "F"] is None
     assert [r["paper"] for r in done.table.records if r["dataset"] == "pneumonia"] == [50, 500, 5216, 624]
-
-
-def test_settings_pass_on_what_probes_and_finetunings_take() -> None:
-    settings = Settings(seed=3, repeats=2, weights={"random": "file", "other": "file"})
-    model = Model("m", "probe", "linear", ("random",), seed=7)
-    config = settings.for_probe(model)
-    assert (config.seed, config.repeats, config.device) == (7, 2, "cpu")
-    finetune = settings.for_finetune(model)
-    assert (finetune.weights, finetune.seed, finetune.models) == (("random=file",), 7, False)
 
 
 def test_the_command_prints_writes_and_leaves_with_a_status(
@@ -294,8 +288,13 @@ def test_the_command_prints_writes_and_leaves_with_a_status(
     assert isinstance(runner.invoke(app, [*asked, "--format", "html"]).exception, UsageError)
     assert isinstance(runner.invoke(app, [*asked, "--figure", "x.gif"]).exception, UsageError)
     absent = ["--output", str(tmp_path / "absent" / "t.md")]
-    with monkeypatch.context() as patch:  # told before the work
-        patch.setattr("embcache.study.order.deliver", None)
+    toml = tmp_path / "own.toml"
+    toml.write_text('datasets = ["toy"]\nbackbones = ["random"]\nsubsets = ["S"]\nfolds = 3\n')
+    for flags, folds in (([], 3), (["--folds", "5"], 5), (["--folds", "2"], 2)):
+        done = runner.invoke(app, ["run", str(toml), *flags, "--json", "-"])
+        assert [record["folds"] for record in json.loads(done.stdout)["records"]] == [folds], done.output
+    with monkeypatch.context() as patch:  # before the work
+        patch.setattr("embcache.study.study.run_study", None)
         patch.setattr("embcache.figures.draw_curves.draw_curves", None)
         for command in (asked, ["curves", "--dataset", "toy"]):
             error = runner.invoke(app, [*command, *absent]).exception

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from embcache.report.collect import Task
-from embcache.report.words import NEW_MODEL, THESE_MODELS, change_words, headline, p_words, sentences
+from embcache.report.sections import NEW_MODEL, THESE_MODELS, change_words, headline, p_words, sentences
 from embcache.results.advice import Advice
 from embcache.results.compare import Difference
 from tests.report.build import make_choice, make_rival
@@ -42,7 +42,7 @@ def test_an_interval_that_correction_takes_away_shows_no_difference() -> None:
     assert "No difference from second was shown: −0.020 (−0.040 to −0.001)" in text
 
 
-def test_differences_of_trained_models_are_told_as_such() -> None:
+def test_differences_of_trained_models_are_named_as_such() -> None:
     rival = make_rival("second", 0.94, 0.89, (-0.01, -0.03, 0.01), 0.4)
     assert rival.row.difference is not None
     row = replace(rival.row, difference=replace(rival.row.difference, trained=False))
@@ -84,7 +84,7 @@ def test_the_headline_is_the_advice_or_what_the_only_model_reaches() -> None:
     assert headline(TASK, [], None) == "pneumonia: no results that can be ranked."
 
 
-def test_changes_between_sizes_are_told_by_their_interval() -> None:
+def test_changes_between_sizes_are_judged_by_their_interval() -> None:
     def change(low: float, high: float) -> Difference:
         return Difference((low + high) / 2, (low, high), 0.5, 0.1, None, True)
 
