@@ -31,7 +31,7 @@ _NAMES = {
     "embcache.results.compare": "compare subgroups",
     "embcache.results.curves": "find_results",
     "embcache.results.predict": "predict",
-    "embcache.runs.folders": "ProbeResult list_results",
+    "embcache.runs.folders": "Result list_results",
     "embcache.store.feature_store": "FeatureStore list_stores open_store",
     "embcache.store.recipe": "Recipe",
 }
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from embcache.results.compare import subgroups as subgroups
     from embcache.results.curves import find_results as find_results
     from embcache.results.predict import predict as predict
-    from embcache.runs.folders import ProbeResult as ProbeResult
+    from embcache.runs.folders import Result as Result
     from embcache.runs.folders import list_results as list_results
     from embcache.store.feature_store import FeatureStore as FeatureStore
     from embcache.store.feature_store import list_stores as list_stores

@@ -20,7 +20,7 @@ from embcache.probe.probe import probe_features
 from embcache.report.collect import choose, collect_parts
 from embcache.report.embedding import fused_run
 from embcache.results.grid import Cell, Model, choose_best
-from embcache.runs.folders import ProbeResult, load_heads, load_predictions, runs_dir
+from embcache.runs.folders import Result, load_heads, load_predictions, runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
 
 N, TEST = 180, 60
@@ -34,13 +34,13 @@ class World:
     ds: ImageDataset
     home: Path
 
-    def results(self, head: str, **options: Any) -> list[ProbeResult]:
+    def results(self, head: str, **options: Any) -> list[Result]:
         """Results of a head on each backbone, or on both."""
         sets = [list(BACKBONES)] if head.startswith("dvme") else [[name] for name in BACKBONES]
         options = {"subset": 30, "folds": 2, **options}
         return [probe_features(self.ds, names, head=head, home=self.home, **options) for names in sets]
 
-    def run(self, result: ProbeResult) -> Path:
+    def run(self, result: Result) -> Path:
         return runs_dir(result.dataset, self.home) / result.id
 
 
@@ -70,7 +70,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, World]:
     return found[0], found[1]
 
 
-def told(result: ProbeResult) -> list[Any]:
+def told(result: Result) -> list[Any]:
     """What a result chose, and how it validated."""
     return [(f.fold, f.best_epoch, f.epochs, f.lr, f.val_score, f.chosen, f.n_train, f.n_val) for f in result.folds]
 

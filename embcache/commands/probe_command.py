@@ -32,7 +32,7 @@ from embcache.errors import UsageError
 from embcache.log import shown
 
 if TYPE_CHECKING:
-    from embcache.runs.folders import ProbeResult
+    from embcache.runs.folders import Result
 
 
 @takes_configs
@@ -160,7 +160,7 @@ def heads() -> None:
     )
 
 
-def print_results(results: Sequence[ProbeResult], *, ids: bool = False) -> None:
+def print_results(results: Sequence[Result], *, ids: bool = False) -> None:
     """Print results as one table with their notes beneath; ``ids`` adds the run ids.
 
     What few results have (a target column, repeats, swept learning rates, a solved head's choice) has a column only
@@ -196,14 +196,14 @@ def print_results(results: Sequence[ProbeResult], *, ids: bool = False) -> None:
     print_table(headers, rows, notes=_notes(results))
 
 
-def in_metrics(results: Sequence[ProbeResult], metrics: Sequence[str], home: Path | None) -> list[ProbeResult]:
+def in_metrics(results: Sequence[Result], metrics: Sequence[str], home: Path | None) -> list[Result]:
     """Every result by every metric that was asked for, or by its own."""
     from embcache.probe.summary import in_metric
 
     return [in_metric(result, metric, home) for result in results for metric in metrics or [result.metric]]
 
 
-def _row(result: ProbeResult) -> list[str]:
+def _row(result: Result) -> list[str]:
     from embcache.probe.metrics import metric_title
 
     epochs = [fold.best_epoch for fold in result.folds if fold.best_epoch]
@@ -223,7 +223,7 @@ def _row(result: ProbeResult) -> list[str]:
     ]
 
 
-def _head(result: ProbeResult) -> str:
+def _head(result: Result) -> str:
     """A head's name with the hyperparameters that are not its defaults, and the kind of a run that is no probe."""
     options = [
         f"{name}={_shown(value)}" for name, value in result.request["head"].items() if name not in ("name", "once")
@@ -237,11 +237,11 @@ def _shown(value: object) -> str:
     return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list | tuple) else str(value)
 
 
-def _repeats(result: ProbeResult) -> int:
+def _repeats(result: Result) -> int:
     return 1 + max((fold.repeat for fold in result.folds), default=0)
 
 
-def _rates(result: ProbeResult) -> str:
+def _rates(result: Result) -> str:
     """Number of folds that kept each learning rate, if several were tried."""
     from embcache.probe.schedule import rates_of
 
@@ -250,7 +250,7 @@ def _rates(result: ProbeResult) -> str:
     return ", ".join(f"{lr:g} ×{counts[lr]}" for lr in rates if counts[lr]) if len(rates) > 1 else ""
 
 
-def _chosen(result: ProbeResult) -> str:
+def _chosen(result: Result) -> str:
     """What solved heads chose, over folds."""
     names = dict.fromkeys(name for fold in result.folds for name in fold.chosen)
     values = {name: [fold.chosen[name] for fold in result.folds if name in fold.chosen] for name in names}
@@ -262,7 +262,7 @@ def _range(values: Sequence[float]) -> str:
     return f"{low:g}" if low == high else f"{low:g}–{high:g}"
 
 
-def _notes(results: Sequence[ProbeResult]) -> list[str]:
+def _notes(results: Sequence[Result]) -> list[str]:
     """Notes of all results, each once; named by dataset where there are several."""
     from embcache.results.compare import INTERVALS
 

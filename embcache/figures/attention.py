@@ -23,7 +23,7 @@ from embcache.paths import PathLike
 from embcache.probe.heads.dvme import project
 from embcache.probe.heads.scalar_attention import sum_attention
 from embcache.probe.inputs import load_features, open_stores
-from embcache.runs.folders import ProbeResult, load_heads
+from embcache.runs.folders import Result, load_heads
 
 _TOGETHER = 256  # images whose attention is summed together
 _ENTROPIES = 16  # images whose entropies are computed together
@@ -140,7 +140,7 @@ def _entropies(q: Tensor, k: Tensor) -> Tensor:
 class RunAttention:
     """Attention of a run, averaged over its test images and folds."""
 
-    result: ProbeResult
+    result: Result
     shown: Shown  # the test images
     weights: NDArray[np.float32]  # (N, N); row *i*: how much token *i* takes from each token; rows sum to 1
     mass: NDArray[np.float64]
@@ -167,7 +167,7 @@ def _finite(values: NDArray[np.float64]) -> list[list[float | None]]:
 
 
 def run_attention(
-    ds: ImageDataset, result: ProbeResult, run: Path, *, home: PathLike | None = None, recipe: str | None = None
+    ds: ImageDataset, result: Result, run: Path, *, home: PathLike | None = None, recipe: str | None = None
 ) -> RunAttention:
     """Attention of a run of ``dvme`` or ``dvme-token`` over the labeled test images of its protocol."""
     if result.dataset != ds.name:

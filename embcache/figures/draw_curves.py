@@ -11,11 +11,11 @@ from embcache.paths import PathLike, home_dir, slug
 from embcache.results.curves import band_words, by_task, curve_table, metric_words, named_curves
 from embcache.results.grid import Cell, Grid, Model
 from embcache.results.layout import Table
-from embcache.runs.folders import ProbeResult
+from embcache.runs.folders import Result
 
 
 def draw_curves(
-    results: Sequence[ProbeResult], *, home: PathLike | None = None, target: Path | None = None
+    results: Sequence[Result], *, home: PathLike | None = None, target: Path | None = None
 ) -> tuple[Table, Path]:
     """Draw scored results, one panel per dataset and metric, and lay them out as a table."""
     names = list(dict.fromkeys(result.dataset for result in results))
@@ -24,7 +24,7 @@ def draw_curves(
     return curve_table(results), plot_curves(panels, "Learning curves", path, bands=band_words(results))
 
 
-def curve_panels(results: Sequence[ProbeResult]) -> list[CurvePanel]:
+def curve_panels(results: Sequence[Result]) -> list[CurvePanel]:
     """One panel per dataset and metric, one curve per model and protocol.
 
     A point is the mean over folds at the number of training labels per fold, its band the saved 95 % interval
@@ -57,7 +57,7 @@ def table_curves(grid: Grid, cells: Sequence[Cell]) -> list[CurvePanel]:
     return panels
 
 
-def _curve(label: str, results: Sequence[ProbeResult]) -> Curve:
+def _curve(label: str, results: Sequence[Result]) -> Curve:
     points = sorted({r.n_train: r for r in results}.values(), key=lambda r: r.n_train)
     bounds = [r.interval or _spread(r) for r in points]
     return Curve(
@@ -67,7 +67,7 @@ def _curve(label: str, results: Sequence[ProbeResult]) -> Curve:
     )  # fmt: skip
 
 
-def _spread(result: ProbeResult) -> tuple[float, float]:
+def _spread(result: Result) -> tuple[float, float]:
     """Where there is no interval: nothing, but of a leaderboard's scores ± one sd."""
     if result.estimate is not None:
         return math.nan, math.nan

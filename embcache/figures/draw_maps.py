@@ -21,7 +21,7 @@ from embcache.figures.plots import Map, plot_maps
 from embcache.figures.shown import Shown, backbones_or_cached, fused_features, shown_images
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.inputs import load_features, open_stores
-from embcache.runs.folders import ProbeResult, find_run_anywhere
+from embcache.runs.folders import Result, find_run_anywhere
 
 NAMES = {"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA"}
 
@@ -130,7 +130,7 @@ def _map(panel: MapPanel, shown: Shown) -> Map:
     return Map(panel.label + (f"\n{panel.remark}" if panel.remark else ""), panel.coordinates, shown.labels, caption)
 
 
-def _check_run(result: ProbeResult, ds: ImageDataset, first: ProbeResult) -> None:
+def _check_run(result: Result, ds: ImageDataset, first: Result) -> None:
     if result.dataset != ds.name:
         raise UsageError("a run of another dataset", code="other-dataset", expected=ds.name,
                          found=f"{result.id} of {result.dataset}")  # fmt: skip

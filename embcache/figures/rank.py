@@ -20,7 +20,7 @@ from embcache.probe.inputs import plan_for
 from embcache.probe.metrics import score
 from embcache.probe.splits import Splits
 from embcache.probe.stack import predict_logits
-from embcache.runs.folders import ProbeResult, list_results
+from embcache.runs.folders import Result, list_results
 
 SCORES: Mapping[str, str] = {
     "logme": "LogME",
@@ -223,15 +223,13 @@ def _scores(pool: Pool, plan: Splits, backbone: str, subset: str) -> dict[str, f
     }
 
 
-def _saved_probes(
-    pool: Pool, plan: Splits, home: PathLike | None
-) -> tuple[dict[str, dict[str, ProbeResult]], list[str]]:
+def _saved_probes(pool: Pool, plan: Splits, home: PathLike | None) -> tuple[dict[str, dict[str, Result]], list[str]]:
     """Saved linear probes of each backbone by subset, on the very features ranked, and notes.
 
     All are of one protocol: that of the plan, where there is a probe of it, else the most frequent one; at each subset
     also of the same splits.
     """
-    fitting: dict[tuple[Any, ...], list[ProbeResult]] = {}  # by validation, test set, seed, folds, overlap left out
+    fitting: dict[tuple[Any, ...], list[Result]] = {}  # by validation, test set, seed, folds, overlap left out
     others = 0
     for result in list_results(home, pool.ds.name):
         request, backbone = result.request, result.backbones[0]
@@ -250,7 +248,7 @@ def _saved_probes(
             fitting.setdefault(tuple(request.get(k, value) for k, value in defaults.items()), []).append(result)
         else:
             others += 1
-    found: dict[str, dict[str, ProbeResult]] = {backbone: {} for backbone in pool.stores}
+    found: dict[str, dict[str, Result]] = {backbone: {} for backbone in pool.stores}
     if not fitting:
         return found, [f"{others} linear probes of other protocols left out"] if others else []
     default = (plan.val_mode, plan.test_set, plan.seed, plan.n_folds, False)

@@ -23,7 +23,7 @@ from embcache.probe.heads.dvme import Fusion
 from embcache.probe.inputs import cached_backbones, cached_datasets, divide_for, load_features, open_stores
 from embcache.probe.protocol import Sides
 from embcache.results.curves import refuse_untrusted
-from embcache.runs.folders import ProbeResult, load_heads
+from embcache.runs.folders import Result, load_heads
 from embcache.store.feature_store import FeatureStore, extract_command
 
 LIMIT = 2000
@@ -145,7 +145,7 @@ def shown_images(
 
 @torch.no_grad()
 def fused_features(
-    result: ProbeResult, run: Path, features: Mapping[str, NDArray[np.float32]]
+    result: Result, run: Path, features: Mapping[str, NDArray[np.float32]]
 ) -> tuple[int, NDArray[np.float32]]:
     """What a run of ``dvme`` makes of cached features (n, D) by its first fold with a model: the fold, and (n, P)."""
     refuse_untrusted(result)

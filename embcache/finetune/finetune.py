@@ -42,7 +42,7 @@ from embcache.probe.summary import (
     validation_table,
     with_positive,
 )
-from embcache.runs.folders import ProbeResult, as_asked, find_run, runs_dir, save_run
+from embcache.runs.folders import Result, as_asked, find_run, runs_dir, save_run
 
 OnImages = Callable[[int, int, str], object]
 """Called with (images done, images planned, what is being trained)."""
@@ -56,7 +56,7 @@ def finetune_images(
     home: PathLike | None = None,
     config: FinetuneConfig | None = None,
     **options: Any,
-) -> ProbeResult:
+) -> Result:
     """Train backbones and a head together on augmented images, by the protocol of probing, and test them.
 
     Splits, subsets, schedule, model selection, metrics and the record of the run are those of
@@ -81,7 +81,7 @@ def finetune_images(
 
     Returns
     -------
-    ProbeResult
+    Result
         Its ``kind`` is ``"finetune"``.
 
     Raises
@@ -107,7 +107,7 @@ def finetune(
     home: PathLike | None = None,
     source: str = "live",
     progress: OnImages | None = None,
-) -> ProbeResult:
+) -> Result:
     """Finetune as `finetune_images`; ``source`` is where the dataset came from, as `find_dataset` reports it."""
     with ExitStack() as stack:
         threads = config.workers or (1 if config.workers == 0 else default_workers())
@@ -161,7 +161,7 @@ def find_finetuned(
     config: FinetuneConfig,
     *,
     home: PathLike | None = None,
-) -> ProbeResult | str:
+) -> Result | str:
     """The saved result of a finetuning, or the ID that its run would have; trains and downloads nothing."""
     subset_sizes(dataset, [subset])
     with ThreadPoolExecutor(config.workers or default_workers()) as pool:
@@ -172,7 +172,7 @@ def find_finetuned(
     return plan.id if result is None else _with_notes(plan, result, "live", home)
 
 
-def _answered(plan: FinetunePlan, result: ProbeResult, source: str, home: PathLike | None) -> ProbeResult:
+def _answered(plan: FinetunePlan, result: Result, source: str, home: PathLike | None) -> Result:
     """A saved result as an answer; a note where it lacks models that were asked for."""
     networks = plan.networks
     run = runs_dir(networks.dataset.name, home) / plan.id
@@ -184,7 +184,7 @@ def _answered(plan: FinetunePlan, result: ProbeResult, source: str, home: PathLi
     return _with_notes(plan, result, source, home)
 
 
-def _with_notes(plan: FinetunePlan, result: ProbeResult, source: str, home: PathLike | None) -> ProbeResult:
+def _with_notes(plan: FinetunePlan, result: Result, source: str, home: PathLike | None) -> Result:
     networks = plan.networks
     result = with_positive(result, networks.config.positive, home)
     before = request_notes(networks.dataset, [plan.splits], plan.subset, networks.head)
@@ -353,7 +353,7 @@ def _outcomes(plan: FinetunePlan, done: Progress) -> list[Outcome]:
     return found
 
 
-def _result(plan: FinetunePlan, done: Progress, outputs: Outputs, source: str) -> ProbeResult:
+def _result(plan: FinetunePlan, done: Progress, outputs: Outputs, source: str) -> Result:
     networks = plan.networks
     cell = RunCell(
         dataset=networks.dataset, splits=(plan.splits,), subset=plan.subset, backbones=networks.names,
@@ -366,7 +366,7 @@ def _result(plan: FinetunePlan, done: Progress, outputs: Outputs, source: str) -
     return replace(result, versions={**result.versions, **{name: version(name) for name in ("timm", "torchvision")}})
 
 
-def _save(run: FinetuneRun, result: ProbeResult, done: Progress, outputs: Outputs, home: PathLike | None) -> None:
+def _save(run: FinetuneRun, result: Result, done: Progress, outputs: Outputs, home: PathLike | None) -> None:
     """Write the run: models move there from the checkpoints, and heads are kept separately too, as in probing."""
     plan, folder, outcomes = run.plan, run.folder, _outcomes(run.plan, done)
     best = {fold: state.files["best"] for fold, state in enumerate(done.folds) if "best" in state.files}

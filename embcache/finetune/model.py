@@ -22,7 +22,7 @@ from embcache.extract.worker import arithmetic, pick_device
 from embcache.probe.heads import heads, make_head
 from embcache.probe.metrics import softmax
 from embcache.probe.stack import ClosedFormHead, Head, TrainedHead
-from embcache.runs.folders import ProbeResult, run_file
+from embcache.runs.folders import Result, run_file
 
 State = dict[str, Tensor]
 
@@ -139,14 +139,14 @@ class FinetunedModel:
             return np.asarray(self.model.logits(torch.from_numpy(pixels)).float().cpu().numpy())
 
 
-def load_finetuned(run: Path, result: ProbeResult, fold: int, device: str = "cpu") -> FinetunedModel:
+def load_finetuned(run: Path, result: Result, fold: int, device: str = "cpu") -> FinetunedModel:
     """The saved model of one fold of a finetuned run; neither images nor the weights that training began with are read.
 
     Parameters
     ----------
     run : Path
         Folder of the run.
-    result : ProbeResult
+    result : Result
         Its result.
     fold : int
         Number of one of ``result.folds``.

@@ -90,7 +90,7 @@ def all_estimates(predictions: Predictions, metric: str) -> dict[str, Estimate]:
 
 
 def grouped_scores(predictions: Predictions, metric: str) -> dict[str, Any]:
-    """What `embcache.runs.result.ProbeResult.by_group` holds."""
+    """What `embcache.runs.result.Result.by_group` holds."""
     if len(set(predictions.groups.tolist())) == len(predictions.groups):
         return {}
     mixed = predictions.mixed_groups()
@@ -105,7 +105,7 @@ def grouped_scores(predictions: Predictions, metric: str) -> dict[str, Any]:
 
 
 def ensemble_scores(predictions: Predictions, metric: str) -> dict[str, Any]:
-    """What `embcache.runs.result.ProbeResult.ensemble` holds."""
+    """What `embcache.runs.result.Result.ensemble` holds."""
     one = predictions.ensemble()
     return {
         "estimate": one.estimate(metric).to_json(),

@@ -22,7 +22,7 @@ from embcache.probe.metrics import FloatArray
 from embcache.probe.probe_plan import Batch, FeatureReader, ProbePlan, plan_probe
 from embcache.probe.stack import ClosedFormHead, Head, Job, TrainedModel, best_of, logits_of_sets, make_job, train_heads
 from embcache.probe.summary import Outcome, Outputs, RunCell, build_result, prediction_table, validation_table
-from embcache.runs.folders import ProbeResult, save_run
+from embcache.runs.folders import Result, save_run
 from embcache.store.feature_store import extract_command
 
 Progress = Callable[[int, int, str], Any]
@@ -39,7 +39,7 @@ def probe_features(
     config: ProbeConfig | None = None,
     progress: Progress | None = None,
     **options: Any,
-) -> ProbeResult:
+) -> Result:
     """Train a head on cached features by the paper's protocol and test it.
 
     Only the feature stores and the labels are read, no images. A result that was saved under the same request is
@@ -67,7 +67,7 @@ def probe_features(
 
     Returns
     -------
-    ProbeResult
+    Result
 
     Raises
     ------
@@ -95,7 +95,7 @@ def probe(
     home: PathLike | None = None,
     head: object = None,
     progress: Progress | None = None,
-) -> list[ProbeResult]:
+) -> list[Result]:
     """A result for each set of backbones and each subset; `probe_features` of several, which share what they read."""
     plan = plan_probe(dataset, sets, subsets, config, home=home, head=head)
     if not plan.cells:
@@ -122,7 +122,7 @@ def probe(
 
 def _train_batch(
     plan: ProbePlan, batch: Batch, reader: FeatureReader, on_epoch: Callable[[int], Any]
-) -> Iterator[tuple[RunCell, ProbeResult]]:
+) -> Iterator[tuple[RunCell, Result]]:
     """Train all heads of a batch, then test and save cell by cell."""
     features = reader.read(batch)
     began = time.perf_counter()
@@ -224,7 +224,7 @@ def probe_cached(
     *,
     home: PathLike | None = None,
     progress: Progress | None = None,
-) -> list[ProbeResult]:
+) -> list[Result]:
     """Probe datasets by name: what ``embcache probe`` does.
 
     Parameters
@@ -247,7 +247,7 @@ def probe_cached(
 
     Returns
     -------
-    list of ProbeResult
+    list of Result
         For each dataset, set of backbones and subset; those of the same images once.
 
     Raises

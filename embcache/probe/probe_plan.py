@@ -35,7 +35,7 @@ from embcache.probe.schedule import Schedule
 from embcache.probe.splits import name_everything
 from embcache.probe.stack import ClosedFormHead, Head
 from embcache.probe.summary import RunCell, request_notes, training_notes, with_positive
-from embcache.runs.folders import PROTOCOL_VERSION, ProbeResult, as_asked, find_run
+from embcache.runs.folders import PROTOCOL_VERSION, Result, as_asked, find_run
 from embcache.store.feature_store import FeatureStore
 
 _SMALL = 5_000_000
@@ -78,7 +78,7 @@ class ProbePlan:
         splits = self.cells[0].splits
         return len(splits) * splits[0].n_folds * len(self.schedules)
 
-    def saved(self, cell: RunCell) -> ProbeResult | None:
+    def saved(self, cell: RunCell) -> Result | None:
         """The saved result of a cell with the source and the notes of this plan; None where there is none."""
         found = find_run(cell.id, self.dataset.name, self.home)
         if found is None:

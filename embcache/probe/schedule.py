@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from embcache.errors import UsageError, check_number
 
 if TYPE_CHECKING:
-    from embcache.runs.result import ProbeResult
+    from embcache.runs.result import Result
 
 _MIN_CHANGE = 1e-8  # ReduceLROnPlateau's eps: a learning rate that would change by less stays
 
@@ -81,7 +81,7 @@ def rates_of(request: Mapping[str, Any]) -> list[float]:
     return list(rates) if isinstance(rates, list | tuple) else [float(rates)]
 
 
-def schedule_of(result: ProbeResult) -> dict[str, Any]:
+def schedule_of(result: Result) -> dict[str, Any]:
     """The optimization of a saved run by the names of `Schedule`; empty for a closed-form head."""
     if result.request.get("schedule"):
         return dict(result.request["schedule"])

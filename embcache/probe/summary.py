@@ -25,7 +25,7 @@ from embcache.probe.prevalence import Adjust, Adjustment, adjustments, prevalenc
 from embcache.probe.splits import Splits
 from embcache.probe.stack import Head, diverged_error, is_balanced, seen_shares
 from embcache.probe.statistics import training_overlap
-from embcache.runs.folders import FoldResult, ProbeResult, load_predictions, replace_result, run_id, runs_dir
+from embcache.runs.folders import FoldResult, Result, load_predictions, replace_result, run_id, runs_dir
 
 COLLAPSED = 0.8
 """A model that predicts one class for this share of the test images, and half as often again as it occurs, is named."""
@@ -88,7 +88,7 @@ class Outputs:
     val: Sequence[FloatArray]  # (m, C); of each model's validation images, at the epoch that was kept
 
 
-def build_result(cell: RunCell, outcomes: Sequence[Outcome], outputs: Outputs, seconds: float) -> ProbeResult:
+def build_result(cell: RunCell, outcomes: Sequence[Outcome], outputs: Outputs, seconds: float) -> Result:
     """Score every fold's test predictions and put the result together."""
     ds, plan, request = cell.dataset, cell.splits[0], cell.request
     labels, names = plan.labels[plan.test], tuple(ds.class_names)
@@ -111,7 +111,7 @@ def build_result(cell: RunCell, outcomes: Sequence[Outcome], outputs: Outputs, s
         )  # fmt: skip
         folds.append(fold)
     sizes = np.array([[fold.n_train, fold.n_val] for fold in folds], dtype=np.float64).mean(0)
-    result = ProbeResult(
+    result = Result(
         id=cell.id, kind=str(request["kind"]), dataset=ds.name, backbones=cell.backbones,
         head=str(request["head"]["name"]), subset=cell.subset, n_train=round(sizes[0]), n_val=round(sizes[1]),
         n_test=int(known.sum()) or len(plan.test), labels_used=round(sizes.sum()), metric=str(request["metric"]),
@@ -134,7 +134,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(there)) if there else None
 
 
-def scored(result: ProbeResult, predictions: Predictions, positive: str | None = None) -> ProbeResult:
+def scored(result: Result, predictions: Predictions, positive: str | None = None) -> Result:
     """A result with every score of its predictions of labeled test images; ``positive`` names the positive class.
 
     Nothing is trained: the same result with another positive class has other asymmetric scores and nothing else.
@@ -159,7 +159,7 @@ def scored(result: ProbeResult, predictions: Predictions, positive: str | None =
     )  # fmt: skip
 
 
-def with_positive(result: ProbeResult, positive: str | None, home: PathLike | None) -> ProbeResult:
+def with_positive(result: Result, positive: str | None, home: PathLike | None) -> Result:
     """A saved result with the positive class asked for, scored anew and recorded in its run; never trained anew.
 
     None asks for nothing: the class that the run has stays.
@@ -172,7 +172,7 @@ def with_positive(result: ProbeResult, positive: str | None, home: PathLike | No
     return found
 
 
-def in_metric(result: ProbeResult, metric: str, home: PathLike | None) -> ProbeResult:
+def in_metric(result: Result, metric: str, home: PathLike | None) -> Result:
     """A saved result scored by another metric, on test and on validation; its epochs were chosen by its own.
 
     A result without test scores, or of a leaderboard, is given back as it is.
@@ -192,7 +192,7 @@ def in_metric(result: ProbeResult, metric: str, home: PathLike | None) -> ProbeR
     return replace(found, folds=folds, val_mean=_mean(values))
 
 
-def load_run_predictions(result: ProbeResult, run: Path) -> Predictions:
+def load_run_predictions(result: Result, run: Path) -> Predictions:
     """Predictions of a run for its labeled test images, ascending by id."""
     table = load_predictions(run)
     table = table[table["label"] >= 0].sort_values(["fold", "id"], kind="stable")
@@ -211,7 +211,7 @@ def load_run_predictions(result: ProbeResult, run: Path) -> Predictions:
     return replace(_predictions(result, table), overlap=result.overlap, folds=first)
 
 
-def _predictions(result: ProbeResult, table: pd.DataFrame) -> Predictions:
+def _predictions(result: Result, table: pd.DataFrame) -> Predictions:
     """A run's table of predictions, whose folds have the same rows in the same order."""
     one = table[table["fold"] == table["fold"].min()]
     names = result.class_names
@@ -223,7 +223,7 @@ def _predictions(result: ProbeResult, table: pd.DataFrame) -> Predictions:
     )  # fmt: skip
 
 
-def load_validation(result: ProbeResult, run: Path) -> list[Predictions]:
+def load_validation(result: Result, run: Path) -> list[Predictions]:
     """Predictions of a run's models for their own validation images, one `Predictions` per model."""
     try:
         table = load_predictions(run, "validation")
@@ -237,7 +237,7 @@ def load_validation(result: ProbeResult, run: Path) -> list[Predictions]:
     return [_predictions(result, table[table["fold"] == fold]) for fold in made]
 
 
-def adjust_models(result: ProbeResult, run: Path, adjust: Adjust) -> list[Adjustment]:
+def adjust_models(result: Result, run: Path, adjust: Adjust) -> list[Adjustment]:
     """What `Adjust` means for each model of a run, in the order of its folds that have one."""
     seen = [fold.seen for fold in result.folds if not fold.failed]
     if not all(seen):
@@ -262,7 +262,7 @@ def request_notes(ds: ImageDataset, plans: Sequence[Splits], subset: str, head: 
     return list(dict.fromkeys(notes))
 
 
-def training_notes(result: ProbeResult) -> list[str]:
+def training_notes(result: Result) -> list[str]:
     """What a reader must know of the training: what diverged, and models that predict little but one class."""
     folds, notes = result.folds, []
     for rate in dict.fromkeys(rate for fold in folds for rate in fold.lost_lrs):

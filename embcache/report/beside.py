@@ -11,7 +11,7 @@ from embcache.report.collect import Part, Task
 from embcache.results.grid import PAPER_TEST, Cell, Grid, Model, compare_with_paper, trained_by
 from embcache.results.layout import Table, lay_out
 from embcache.results.paper import PAPER_NAMES, PaperValue, find_value, named_subset, paper_tables
-from embcache.runs.folders import ProbeResult
+from embcache.runs.folders import Result
 
 _METRIC = {"pneumonia": "auc", "nih": "macro_auc", "patchcam": "auc", "aptos": "kappa"}
 _THEIRS = ", the paper's"
@@ -98,7 +98,7 @@ def _trimmed(table: Table, elsewhere: set[str]) -> Table:
     return Table(table.name, table.title, table.headers[1:], tuple(rows), notes, table.records)
 
 
-def _kind(result: ProbeResult) -> str:
+def _kind(result: Result) -> str:
     """Probe or finetune; of a leaderboard's result, that of the run that was submitted."""
     return str((trained_by(result) or {}).get("kind", result.kind))
 
@@ -131,7 +131,7 @@ def learning_curves(task: Task, part: Part, id: str) -> Chart:
     )  # fmt: skip
 
 
-def _curve(name: str, members: Sequence[ProbeResult], shown: bool) -> Series:
+def _curve(name: str, members: Sequence[Result], shown: bool) -> Series:
     points = sorted(members, key=lambda r: r.n_train)
     means = [float(r.mean or 0.0) for r in points]
     bounds = [r.interval or (mean, mean) for r, mean in zip(points, means, strict=True)]

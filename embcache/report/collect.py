@@ -28,7 +28,7 @@ from embcache.results.compare import (
     same_test,
 )
 from embcache.results.curves import named_curves
-from embcache.runs.folders import ProbeResult, list_results, list_unreadable, runs_dir
+from embcache.runs.folders import Result, list_results, list_unreadable, runs_dir
 
 HIDDEN = "a note that names patients or images is left out of this page; `embcache results` prints it"
 
@@ -45,7 +45,7 @@ class Task:
     target: str
     metric: str
     class_names: tuple[str, ...]
-    models: dict[str, list[ProbeResult]]  # by the model's name, which says what distinguishes it from the others
+    models: dict[str, list[Result]]  # by the model's name, which says what distinguishes it from the others
     others: tuple[str, ...] = ()  # metrics that are shown in addition; empty for the usual ones
 
     @property
@@ -54,7 +54,7 @@ class Task:
         return self.dataset + (f", {self.target}" if self.target else "")
 
     @property
-    def results(self) -> list[ProbeResult]:
+    def results(self) -> list[Result]:
         """All results, model by model."""
         return [result for members in self.models.values() for result in members]
 
@@ -67,12 +67,12 @@ class Part:
     dataset: ImageDataset | None  # None where neither its files nor a snapshot are there; ``problem`` says why
     read_from: str  # "live", "snapshot" or empty
     problem: str
-    results: tuple[ProbeResult, ...]  # all that can be read, those without a score too
+    results: tuple[Result, ...]  # all that can be read, those without a score too
     tasks: tuple[Task, ...]  # of the scored ones
     unreadable: int  # runs that were made by another version, or are damaged
     home: Path  # folder of stores and runs
 
-    def run_folder(self, result: ProbeResult) -> Path:
+    def run_folder(self, result: Result) -> Path:
         """Where a result's files are."""
         return runs_dir(result.dataset, self.home) / result.id
 
@@ -86,7 +86,7 @@ class Rival:
     row: Comparison  # beside the chosen model, which is its own reference
 
     @property
-    def result(self) -> ProbeResult:
+    def result(self) -> Result:
         """Its result."""
         return self.tested.result
 
@@ -161,9 +161,9 @@ def _part(name: str, metrics: Sequence[str], home: Path, ref: DatasetRef) -> Par
     return Part(name, dataset, read_from, problem, tuple(results), tuple(tasks), unreadable, home)
 
 
-def make_tasks(results: Sequence[ProbeResult], others: Sequence[str] = ()) -> list[Task]:
+def make_tasks(results: Sequence[Result], others: Sequence[str] = ()) -> list[Task]:
     """Scored results by dataset, target and metric, the labels first."""
-    groups: dict[tuple[str, str, str, tuple[str, ...]], list[ProbeResult]] = {}
+    groups: dict[tuple[str, str, str, tuple[str, ...]], list[Result]] = {}
     for result in results:
         if result.mean is not None:
             key = (result.dataset, target_words(result.request), result.metric, result.class_names)
@@ -181,7 +181,7 @@ def choose(task: Task, part: Part, *, resamples: int = RESAMPLES) -> list[Choice
     Sizes at which nothing can be ranked are left out. Models are ranked that share their splits, so that their
     validation scores are comparable (`embcache.results.advice.comparable`).
     """
-    sizes: dict[int, dict[str, ProbeResult]] = {}
+    sizes: dict[int, dict[str, Result]] = {}
     for name, members in task.models.items():
         for result in members:
             if result.kind != "kaggle" and result.val_mean is not None:

@@ -30,7 +30,7 @@ from embcache.probe.inputs import cached_backbones, load_features, open_stores
 from embcache.probe.metrics import merit
 from embcache.report.collect import Choice, Part
 from embcache.results.layout import Table, signed
-from embcache.runs.folders import ProbeResult, run_file
+from embcache.runs.folders import Result, run_file
 from embcache.sealed import file_checksum, read_sealed, seal
 from embcache.store.feature_store import FeatureStore
 from embcache.typed import typed
@@ -66,9 +66,7 @@ class EmbeddingMap:
     notes: list[str]  # what could not be shown, and why
 
 
-def fused_run(
-    results: Sequence[ProbeResult], choices: Sequence[Choice], heads: Sequence[str] = _ATTENDING
-) -> ProbeResult | None:
+def fused_run(results: Sequence[Result], choices: Sequence[Choice], heads: Sequence[str] = _ATTENDING) -> Result | None:
     """The fused run that is shown: dvme before others, of most training labels, best on validation."""
     runs = [r for r in results if r.kind == "probe" and r.head in heads and not target_words(r.request)]
     ranked = {rival.result.id for choice in choices for rival in choice.rivals}
@@ -248,7 +246,7 @@ class Attended:
         return [[b, str(k), f"{share:.5f} ({share * self.tokens:.1f} × uniform)"] for b, k, share in self.most]
 
 
-def attend(part: Part, result: ProbeResult) -> Attended:
+def attend(part: Part, result: Result) -> Attended:
     """The attention of a run over the test images, read where it was computed before."""
     assert part.dataset is not None
     folder = part.run_folder(result)

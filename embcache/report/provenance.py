@@ -11,7 +11,7 @@ from embcache.data.classes import class_flags
 from embcache.probe.schedule import Schedule, rates_of
 from embcache.report.collect import Part
 from embcache.results.layout import Table, signed
-from embcache.runs.folders import ProbeResult
+from embcache.runs.folders import Result
 
 
 def recipe_rows(part: Part) -> list[tuple[str, str, list[tuple[str, str]]]]:
@@ -23,7 +23,7 @@ def recipe_rows(part: Part) -> list[tuple[str, str, list[tuple[str, str]]]]:
     return [(name, fingerprint, _fields(recipe)) for (name, fingerprint), recipe in sorted(found.items())]
 
 
-def _recipes(result: ProbeResult) -> dict[str, str]:
+def _recipes(result: Result) -> dict[str, str]:
     pairs = result.request.get("recipes", [])
     return {str(name): str(fingerprint) for name, fingerprint in pairs} if isinstance(pairs, list) else {}
 
@@ -119,7 +119,7 @@ def _extract_flags(recipe: Mapping[str, Any]) -> str:
     return "".join(f" {flag} {shlex.quote(str(value))}" for flag, (value, usual) in values.items() if value != usual)
 
 
-def _command(result: ProbeResult, dataset: str, part: Part) -> str:
+def _command(result: Result, dataset: str, part: Part) -> str:
     """The command of a run, without its backbones and its subset."""
     request = result.request
     words = [f"embcache {result.kind} {dataset} --head {shlex.quote(result.head)}"]

@@ -21,7 +21,7 @@ from embcache.probe.statistics import NOTHING, RESAMPLES, Scores, deviations, es
 from embcache.results.compare import Comparison, Difference, Tested, compare_tested, load_tested, same_test
 from embcache.results.curves import metric_words, named_curves
 from embcache.results.layout import bounds, signed
-from embcache.runs.folders import ProbeResult, runs_dir
+from embcache.runs.folders import Result, runs_dir
 
 LEVEL = 0.05
 """A corrected p below it distinguishes two models."""
@@ -99,9 +99,9 @@ class Advice:
         return asdict(self)
 
 
-def advise(results: Sequence[ProbeResult], *, home: PathLike | None = None, resamples: int = RESAMPLES) -> list[Advice]:
+def advise(results: Sequence[Result], *, home: PathLike | None = None, resamples: int = RESAMPLES) -> list[Advice]:
     """Both sentences for every dataset, target and metric among saved results."""
-    tasks: dict[tuple[Any, ...], list[ProbeResult]] = {}
+    tasks: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
         if result.mean is not None and result.val_mean is not None and result.kind != "kaggle":
             key = (result.dataset, result.target, result.metric, result.class_names)
@@ -119,11 +119,11 @@ def sentences(advice: Sequence[Advice]) -> list[str]:
     ]
 
 
-def _advise(models: Mapping[str, Sequence[ProbeResult]], home: PathLike | None, resamples: int) -> Advice:
+def _advise(models: Mapping[str, Sequence[Result]], home: PathLike | None, resamples: int) -> Advice:
     first = next(iter(models.values()))[0]
     problems: dict[str, None] = {}
 
-    def load(found: Mapping[str, ProbeResult]) -> dict[str, Tested]:
+    def load(found: Mapping[str, Result]) -> dict[str, Tested]:
         loaded = {}
         for name, result in found.items():
             try:
@@ -152,12 +152,12 @@ def _advise(models: Mapping[str, Sequence[ProbeResult]], home: PathLike | None, 
     return Advice(first.dataset, first.target, first.metric, chosen, labels, tuple(problems))
 
 
-def _validated(result: ProbeResult) -> float:
+def _validated(result: Result) -> float:
     """Mean validation score, higher is better."""
     return merit(result.metric, result.val_mean)
 
 
-def comparable(at: Mapping[str, ProbeResult]) -> list[str]:
+def comparable(at: Mapping[str, Result]) -> list[str]:
     """Names of the models at one size whose validation scores can be compared, the best first.
 
     These share the digest of their splits; of several such families, the one with the most backbones, then the most

@@ -36,7 +36,7 @@ from embcache.probe.statistics import (
     wilson,
 )
 from embcache.probe.summary import load_run_predictions
-from embcache.runs.folders import ProbeResult, find_run_anywhere
+from embcache.runs.folders import Result, find_run_anywhere
 from embcache.runs.result import Estimate
 
 INTERVALS = (
@@ -69,7 +69,7 @@ class Tested:
 
     __test__ = False  # not a test case of pytest
 
-    result: ProbeResult
+    result: Result
     predictions: Predictions
 
     @property
@@ -247,7 +247,7 @@ def same_test(a: Tested, b: Tested) -> bool:
     return all(np.array_equal(x, y) for x, y in ((a.ids, b.ids), (a.labels, b.labels), (a.groups, b.groups)))
 
 
-def load_tested(result: ProbeResult, path: Path) -> Tested:
+def load_tested(result: Result, path: Path) -> Tested:
     """Predictions of a run on its labeled test images."""
     if result.kind == "kaggle" or result.mean is None:
         raise ProtocolError(

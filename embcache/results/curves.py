@@ -14,7 +14,7 @@ from embcache.probe.schedule import rates_of
 from embcache.probe.summary import in_metric
 from embcache.results.grid import Cell, Model
 from embcache.results.layout import Table, bounds, record, score
-from embcache.runs.folders import ProbeResult, list_results
+from embcache.runs.folders import Result, list_results
 
 _PREFIXES = ("timm", "hf", "open_clip", "random")  # before the colon of a backbone that is not `module:name`
 # What differs from size to size along one curve, or is not part of the protocol.
@@ -29,7 +29,7 @@ def find_results(
     heads: Sequence[str] = (),
     kinds: Sequence[str] = (),
     metrics: Sequence[str] = (),
-) -> list[ProbeResult]:
+) -> list[Result]:
     """Saved results that have a test score.
 
     Parameters
@@ -43,7 +43,7 @@ def find_results(
 
     Returns
     -------
-    list of ProbeResult
+    list of Result
         For each metric all results.
 
     Raises
@@ -70,7 +70,7 @@ def find_results(
     return [in_metric(result, metric, home) for metric in metrics for result in fitting] or fitting
 
 
-def refuse_untrusted(result: ProbeResult, trusted: Sequence[str] = ()) -> None:
+def refuse_untrusted(result: Result, trusted: Sequence[str] = ()) -> None:
     """Refuse a `module:name` that only a run's file names: importing it would run whatever code it means here."""
     foreign = [name for name in result.backbones if ":" in name and name.partition(":")[0] not in _PREFIXES]
     head = str(result.request["head"]["name"])
@@ -82,21 +82,21 @@ def refuse_untrusted(result: ProbeResult, trusted: Sequence[str] = ()) -> None:
         )  # fmt: skip
 
 
-def by_task(results: Sequence[ProbeResult]) -> dict[tuple[str, str, str], list[ProbeResult]]:
+def by_task(results: Sequence[Result]) -> dict[tuple[str, str, str], list[Result]]:
     """Scored results by dataset, target and metric."""
-    tasks: dict[tuple[str, str, str], list[ProbeResult]] = {}
+    tasks: dict[tuple[str, str, str], list[Result]] = {}
     for result in results:
         if result.mean is not None:
             tasks.setdefault((result.dataset, target_words(result.request), result.metric), []).append(result)
     return tasks
 
 
-def metric_words(result: ProbeResult) -> str:
+def metric_words(result: Result) -> str:
     """The metric as an axis names it, with the class that an asymmetric one is of."""
     return metric_title(result.metric, "" if result.estimate is None else result.estimate.positive)
 
 
-def band_words(results: Sequence[ProbeResult]) -> str:
+def band_words(results: Sequence[Result]) -> str:
     """Which interval the bands of scored results are, in words."""
     estimates = [result.estimate for result in results if result.estimate is not None]
     anew = any(e.new_model is not None for e in estimates)
@@ -110,12 +110,12 @@ def band_words(results: Sequence[ProbeResult]) -> str:
     return "; ".join(word for word, there in words.items() if there)
 
 
-def named_curves(results: Sequence[ProbeResult]) -> dict[str, list[ProbeResult]]:
+def named_curves(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Results of one dataset by model and protocol; a curve's name says what sets it apart from those like it.
 
     Of several results of one curve at one number of labels (``S`` and ``50``) the first is kept.
     """
-    curves: dict[tuple[str, str, str, tuple[str, ...], str], list[ProbeResult]] = {}
+    curves: dict[tuple[str, str, str, tuple[str, ...], str], list[Result]] = {}
     for result in results:
         variant = json.dumps({k: v for k, v in result.request.items() if k not in _NOT_PROTOCOL}, sort_keys=True)
         variant = "" if result.kind == "kaggle" else variant
@@ -123,7 +123,7 @@ def named_curves(results: Sequence[ProbeResult]) -> dict[str, list[ProbeResult]]
         members = curves.setdefault(key, [])
         if all(other.n_train != result.n_train for other in members):
             members.append(result)
-    named: dict[str, list[ProbeResult]] = {}
+    named: dict[str, list[Result]] = {}
     for members in curves.values():
         alike = [others for others in curves.values() if _model_words(others[0]) == _model_words(members[0])]
         name = ", ".join([_model_words(members[0]), *_differences(members[0], [others[0] for others in alike])])
@@ -133,12 +133,12 @@ def named_curves(results: Sequence[ProbeResult]) -> dict[str, list[ProbeResult]]
     return named
 
 
-def _model_words(result: ProbeResult) -> str:
+def _model_words(result: Result) -> str:
     kind = {"probe": "", "finetune": ", finetuned", "kaggle": ", leaderboard"}.get(result.kind, f", {result.kind}")
     return f"{' + '.join(result.backbones)}, {result.head}{kind}"
 
 
-def _differences(result: ProbeResult, alike: Sequence[ProbeResult]) -> list[str]:
+def _differences(result: Result, alike: Sequence[Result]) -> list[str]:
     """The request's entries in which results of one model are not all the same, in words."""
     entries = [_flat(other.request) for other in alike]
     mine = _flat(result.request)
@@ -161,7 +161,7 @@ def _flat(request: Mapping[str, Any]) -> dict[str, str]:
     return flat
 
 
-def curve_table(results: Sequence[ProbeResult]) -> Table:
+def curve_table(results: Sequence[Result]) -> Table:
     """Saved results over sizes: one row per model, one column per number of training labels, intervals beneath."""
     scored = [result for result in results if result.mean is not None]
     sizes = sorted({result.n_train for result in scored})

@@ -17,7 +17,7 @@ from embcache.probe.summary import adjust_models, load_run_predictions, load_val
 from embcache.results.compare import Tested
 from embcache.results.decisions import Calibration, OperatingPoint, against_rest, calibration, operating_points
 from embcache.results.render import csv_text
-from embcache.runs.result import Estimate, ProbeResult
+from embcache.runs.result import Estimate, Result
 
 USUAL = ("auc", "kappa", "auprc", "accuracy", "balanced_accuracy", "f1", "mcc", "brier", "log_loss")
 """Scores that are shown in addition to the run's own; `auc` is the macro one for more than two classes."""
@@ -27,7 +27,7 @@ USUAL = ("auc", "kappa", "auprc", "accuracy", "balanced_accuracy", "f1", "mcc", 
 class Described:
     """Everything that is measured on a run's saved predictions."""
 
-    result: ProbeResult  # with the chosen positive class
+    result: Result  # with the chosen positive class
     scores: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     confusion: Sequence[Sequence[int]] = ()
     prevalence: float | None = None  # of the positive class, for PPV, NPV and calibration
@@ -56,7 +56,7 @@ class Mistake:
 
 
 def describe(
-    result: ProbeResult,
+    result: Result,
     folder: Path,
     *,
     metrics: Sequence[str] = (),

@@ -22,7 +22,7 @@ from embcache.probe.heads import make_head
 from embcache.probe.metrics import merit
 from embcache.results.curves import refuse_untrusted
 from embcache.runs.folders import find_run_anywhere, load_heads
-from embcache.runs.result import ProbeResult
+from embcache.runs.result import Result
 
 _STANDARD = "z = (x - standard.B.mean) / standard.B.scale"
 _LISTING = "logits = classifier(relu(proj_head(layernorm(normlayer, {}))))"
@@ -83,7 +83,7 @@ def export_head(run: str, output: PathLike, *, fold: int | None = None, home: Pa
     return ExportedHead(folder, about)
 
 
-def _describe(result: ProbeResult, fold: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _describe(result: Result, fold: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     options = dict(result.request["head"])
     name = str(options.pop("name"))
     fingerprints = {str(backbone): str(digest) for backbone, digest in result.request["recipes"]}

@@ -11,7 +11,7 @@ from embcache.data.classes import class_words
 from embcache.finetune.finetune_plan import GENTLE, gentle
 from embcache.probe.schedule import Schedule
 from embcache.results.paper import PaperValue
-from embcache.runs.folders import ProbeResult
+from embcache.runs.folders import Result
 
 PAPER_FOLDS = 5
 
@@ -55,7 +55,7 @@ class Cell:
     dataset: str
     model: Model
     subset: str
-    result: ProbeResult | None = None
+    result: Result | None = None
     reason: str = ""  # why there is no result, and what to do
     paper: PaperValue | None = None  # what the paper has there
     difference: float | None = None  # (ours − paper) / √(s₁² + s₂²), both deviations over folds
@@ -72,7 +72,7 @@ def compare_with_paper(cell: Cell) -> Cell:
     return replace(cell, difference=(ours.mean - paper.mean) / math.hypot(ours.std, paper.std))
 
 
-def _why_withheld(result: ProbeResult) -> str:
+def _why_withheld(result: Result) -> str:
     """Why a result may not be printed as a difference from the paper's value; empty where it may."""
     scored = sum(fold.score is not None for fold in result.folds)
     expected = PAPER_TEST.get(result.dataset)
@@ -94,7 +94,7 @@ def _why_withheld(result: ProbeResult) -> str:
     return _other_task(request) or _other_training(result, request)
 
 
-def trained_by(result: ProbeResult) -> Mapping[str, Any] | None:
+def trained_by(result: Result) -> Mapping[str, Any] | None:
     """The request that trained a result's models: its own, or of a leaderboard's result that of the submitted run.
 
     None for a leaderboard's result that does not contain it.
@@ -116,7 +116,7 @@ def _other_task(request: Mapping[str, Any]) -> str:
     return ""
 
 
-def _other_training(result: ProbeResult, request: Mapping[str, Any]) -> str:
+def _other_training(result: Result, request: Mapping[str, Any]) -> str:
     """How training or extraction differ from the paper."""
     if "lrs" in request:
         return "the learning rate was chosen on validation, the paper fixes it"

@@ -26,7 +26,7 @@ from embcache.io import write_output
 from embcache.paths import PathLike
 from embcache.probe.schedule import Schedule
 from embcache.results.render import csv_text
-from embcache.runs.folders import ProbeResult, find_run_anywhere, load_predictions, run_id, save_run
+from embcache.runs.folders import Result, find_run_anywhere, load_predictions, run_id, save_run
 from embcache.store.feature_store import list_stores
 
 
@@ -96,7 +96,7 @@ def save_kaggle_scores(
     *,
     ref: DatasetRef = DatasetRef(),
     home: PathLike | None = None,
-) -> ProbeResult:
+) -> Result:
     """A result of kind ``kaggle`` from the scores that a leaderboard gave each fold's file.
 
     Its request contains that of the run, so that a table can tell which cell it fits.
@@ -151,7 +151,7 @@ def read_score(text: str) -> tuple[float, float]:
                          found=repr(text), where="--score") from error  # fmt: skip
 
 
-def _competition(result: ProbeResult, ds: ImageDataset) -> Competition:
+def _competition(result: Result, ds: ImageDataset) -> Competition:
     if ds.layout not in COMPETITIONS or ds.leaderboard_alpha is None:
         what = "the original PatchCamelyon release" if ds.layout == "patchcam" else ds.name
         raise UsageError(
@@ -175,7 +175,7 @@ def _competition(result: ProbeResult, ds: ImageDataset) -> Competition:
     return COMPETITIONS[ds.layout]
 
 
-def official_command(result: ProbeResult) -> str:
+def official_command(result: Result) -> str:
     """The command that makes the same run for the leaderboard, as far as its request tells."""
     request, usual = result.request, asdict(Schedule())
     words = ["embcache", result.kind, "--dataset", result.dataset, "--head", result.head, "--subset", result.subset]

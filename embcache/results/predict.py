@@ -36,7 +36,7 @@ from embcache.probe.prevalence import Adjust, Adjustment, parse_prevalence
 from embcache.probe.summary import adjust_models
 from embcache.results.render import csv_text, is_formula
 from embcache.results.run_model import load_model
-from embcache.runs.folders import ProbeResult, find_run_anywhere
+from embcache.runs.folders import Result, find_run_anywhere
 
 _CHUNK = 256  # images at a time: what a progress bar counts, and what is in memory as features
 
@@ -232,14 +232,14 @@ def predict(
     return predicted
 
 
-def _adjustments(result: ProbeResult, folder: Path, adjust: Adjust) -> dict[int, Adjustment]:
+def _adjustments(result: Result, folder: Path, adjust: Adjust) -> dict[int, Adjustment]:
     """How each fold's probabilities are adjusted; nothing where they are not."""
     if not adjust:
         return {}
     return dict(zip([f.fold for f in result.folds if not f.failed], adjust_models(result, folder, adjust), strict=True))
 
 
-def _in_words(result: ProbeResult, adjust: Adjust, models: Sequence[Adjustment]) -> str:
+def _in_words(result: Result, adjust: Adjust, models: Sequence[Adjustment]) -> str:
     if not models:
         return ""
     shares = zip(result.class_names, models[0].prevalence, strict=True)
@@ -256,7 +256,7 @@ def _no_groups() -> DatasetError:
     )  # fmt: skip
 
 
-def _chosen_folds(result: ProbeResult, folds: Sequence[int]) -> list[int]:
+def _chosen_folds(result: Result, folds: Sequence[int]) -> list[int]:
     usable = [fold.fold for fold in result.folds if not fold.failed]
     unknown = [fold for fold in folds if fold not in usable]
     if unknown:
@@ -267,7 +267,7 @@ def _chosen_folds(result: ProbeResult, folds: Sequence[int]) -> list[int]:
     return list(dict.fromkeys(folds)) or usable
 
 
-def _dataset_of_classes(result: ProbeResult, name: str, ref: DatasetRef, home: PathLike | None) -> ImageDataset:
+def _dataset_of_classes(result: Result, name: str, ref: DatasetRef, home: PathLike | None) -> ImageDataset:
     ds = as_in_run(find_dataset(name, ref, home=home)[0], result.request)
     if tuple(ds.class_names) != result.class_names:
         raise DatasetError(
@@ -287,7 +287,7 @@ def _none_read(names: Sequence[str], reasons: Sequence[str]) -> DatasetError:
     )  # fmt: skip
 
 
-def _notes(result: ProbeResult, ds: ImageDataset | None) -> Iterator[str]:
+def _notes(result: Result, ds: ImageDataset | None) -> Iterator[str]:
     failed = [fold.fold for fold in result.folds if fold.failed]
     if failed:
         yield f"training of fold {', '.join(map(str, failed))} diverged: the other folds predict"

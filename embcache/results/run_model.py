@@ -24,7 +24,7 @@ from embcache.paths import PathLike
 from embcache.probe.heads import make_head
 from embcache.probe.stack import Head, predict_logits
 from embcache.results.curves import refuse_untrusted
-from embcache.runs.folders import ProbeResult, load_heads
+from embcache.runs.folders import Result, load_heads
 from embcache.store.feature_store import list_stores
 from embcache.store.recipe import Recipe
 
@@ -82,7 +82,7 @@ class _WholeModel(RunModel):
 
 
 def load_model(
-    result: ProbeResult, folder: Path, folds: Sequence[int], config: PredictConfig, home: PathLike | None
+    result: Result, folder: Path, folds: Sequence[int], config: PredictConfig, home: PathLike | None
 ) -> RunModel:
     """The model of some folds of a run, ready to predict."""
     if result.kind not in ("probe", "finetune"):
@@ -129,7 +129,7 @@ def _weights_by_name(names: Sequence[str], values: Sequence[str]) -> dict[str, P
     return weights
 
 
-def run_recipes(result: ProbeResult, home: PathLike | None = None) -> dict[str, Recipe]:
+def run_recipes(result: Result, home: PathLike | None = None) -> dict[str, Recipe]:
     """The recipe of each backbone of a run: as the run kept it, else (older runs) from the store it was probed on."""
     if result.recipes:
         return {backbone: Recipe.from_json(result.recipes[backbone]) for backbone in result.backbones}
@@ -147,9 +147,7 @@ def run_recipes(result: ProbeResult, home: PathLike | None = None) -> dict[str, 
     return {backbone: cached[wanted[backbone]] for backbone in result.backbones}
 
 
-def _rebuild(
-    result: ProbeResult, recipe: Recipe, weights: Path | None, home: PathLike | None, device: str
-) -> FrozenNetwork:
+def _rebuild(result: Result, recipe: Recipe, weights: Path | None, home: PathLike | None, device: str) -> FrozenNetwork:
     """The network of a recipe, ready to embed; `RecipeError` where it would not embed as the recipe says."""
     network = recipe_network(recipe, home=home, weights=weights, device=device)
     made = make_recipe(network)
@@ -159,7 +157,7 @@ def _rebuild(
     return network
 
 
-def _refuse_differences(result: ProbeResult, recipe: Recipe, made: Recipe, where: object) -> None:
+def _refuse_differences(result: Result, recipe: Recipe, made: Recipe, where: object) -> None:
     differences = recipe.differences(made)
     if differences:
         raise RecipeError(

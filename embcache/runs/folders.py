@@ -35,7 +35,7 @@ from embcache.io import (
 from embcache.paths import PathLike, home_dir, slug
 from embcache.runs.result import PROTOCOL_VERSION as PROTOCOL_VERSION
 from embcache.runs.result import FoldResult as FoldResult
-from embcache.runs.result import ProbeResult as ProbeResult
+from embcache.runs.result import Result as Result
 from embcache.runs.result import run_id as run_id
 from embcache.sealed import crc32c, file_checksum, open_parquet, read_sealed, seal
 from embcache.typed import typed
@@ -80,7 +80,7 @@ def run_folders(home: PathLike | None = None, dataset: str | None = None, *, par
 
 
 def save_run(
-    result: ProbeResult,
+    result: Result,
     predictions: pd.DataFrame,
     heads: Sequence[Mapping[str, Any]],
     home: PathLike | None = None,
@@ -114,12 +114,12 @@ def save_run(
     return runs / result.id
 
 
-def replace_result(run: Path, result: ProbeResult) -> None:
+def replace_result(run: Path, result: Result) -> None:
     """Write ``result.json`` of a run anew; its other files stay as they are."""
     replace_file(run / "result.json", seal({**result.to_json(), "files": _content(run)["files"]}))
 
 
-def find_run(id: str, dataset: str, home: PathLike | None = None) -> ProbeResult | None:
+def find_run(id: str, dataset: str, home: PathLike | None = None) -> Result | None:
     """The saved result of this id; None where there is none, or where a file of it is not as it was written."""
     run = runs_dir(dataset, home) / id
     try:
@@ -130,7 +130,7 @@ def find_run(id: str, dataset: str, home: PathLike | None = None) -> ProbeResult
     return result if intact else None
 
 
-def find_run_anywhere(id: str, home: PathLike | None = None) -> tuple[ProbeResult, Path]:
+def find_run_anywhere(id: str, home: PathLike | None = None) -> tuple[Result, Path]:
     """A saved result of any dataset and its folder, by its id, its digits, or a prefix of either."""
     runs = {run.name: run for run in run_folders(home)}
     fits = [id] if id in runs else [n for n in runs if id and (n.startswith(id) or n.rpartition("-")[2].startswith(id))]
@@ -148,14 +148,14 @@ def find_run_anywhere(id: str, home: PathLike | None = None) -> tuple[ProbeResul
     return load_result(runs[fits[0]]), runs[fits[0]]
 
 
-def load_result(run: Path) -> ProbeResult:
+def load_result(run: Path) -> Result:
     """Read the result of a run folder."""
     try:
         content = _content(run)
         content.pop("files")
         if "estimate" not in content:
             raise KeyError("estimate")
-        result = ProbeResult.from_json(content)
+        result = Result.from_json(content)
         if result.kind != "kaggle" and result.request.get("protocol") != PROTOCOL_VERSION:
             raise ValueError(f"protocol {result.request.get('protocol')}, not {PROTOCOL_VERSION}")
         if result.id != run.name or run_id(result.request) != run.name:
@@ -165,7 +165,7 @@ def load_result(run: Path) -> ProbeResult:
     return result
 
 
-def list_results(home: PathLike | None = None, dataset: str | None = None) -> list[ProbeResult]:
+def list_results(home: PathLike | None = None, dataset: str | None = None) -> list[Result]:
     """All saved results that can be read, by dataset, head, backbones and number of training images."""
     found = [_readable(run) for run in run_folders(home, dataset)]
     results = [result for result in found if result is not None]
@@ -177,14 +177,14 @@ def list_unreadable(home: PathLike | None = None, dataset: str | None = None) ->
     return [run for run in run_folders(home, dataset) if _readable(run) is None]
 
 
-def _readable(run: Path) -> ProbeResult | None:
+def _readable(run: Path) -> Result | None:
     try:
         return load_result(run)
     except (OSError, StoreError):
         return None
 
 
-def as_asked(result: ProbeResult, source: str, notes: Sequence[str]) -> ProbeResult:
+def as_asked(result: Result, source: str, notes: Sequence[str]) -> Result:
     """A reused result with the place that its labels were read from this time, and the notes of this request."""
     return replace(result, source=source, notes=tuple(notes))
 

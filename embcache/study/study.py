@@ -21,7 +21,7 @@ from embcache.results.curves import band_words
 from embcache.results.grid import Cell, Grid, Model, choose_best, compare_with_paper
 from embcache.results.layout import Table, lay_out
 from embcache.results.paper import find_value, named_subset
-from embcache.runs.folders import ProbeResult
+from embcache.runs.folders import Result
 from embcache.study.counts import table1, table_g1
 from embcache.study.definitions import FIGURES, GRIDS, find_name, narrow, narrow_figure, own_grid, read_study
 from embcache.study.paper_figures import draw_figure
@@ -241,7 +241,7 @@ def fill(grid: Grid, states: Sequence[DatasetState]) -> list[Cell]:
     return cells
 
 
-def _cell(grid: Grid, state: DatasetState, model: Model, subset: str, chosen: ProbeResult | None = None) -> Cell:
+def _cell(grid: Grid, state: DatasetState, model: Model, subset: str, chosen: Result | None = None) -> Cell:
     key = model, state.subset_of.get(subset, subset)
     result = chosen or state.results.get(key)
     reason = ""

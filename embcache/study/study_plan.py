@@ -19,7 +19,7 @@ from embcache.probe.probe_plan import plan_probe
 from embcache.probe.protocol import subset_sizes
 from embcache.results.grid import Grid, Model, trained_by
 from embcache.results.layout import Marks, Table
-from embcache.runs.folders import ProbeResult, list_results, run_id
+from embcache.runs.folders import Result, list_results, run_id
 
 Key = tuple[Model, str]
 """A model and the canonical name of a subset."""
@@ -40,7 +40,7 @@ class DatasetState:
     subset_of: dict[str, str] = field(default_factory=dict)  # canonical name of each subset of the table
     owed: dict[str, int] = field(default_factory=dict)  # images of each backbone that have no features yet
     broken: dict[str, str] = field(default_factory=dict)  # backbones whose features cannot be had, and why
-    results: dict[Key, ProbeResult] = field(default_factory=dict)  # what is there
+    results: dict[Key, Result] = field(default_factory=dict)  # what is there
     missing: dict[Key, str] = field(default_factory=dict)  # what is not, with the id of the run to be
     refused: dict[Key, str] = field(default_factory=dict)  # what cannot be had, and why
 
@@ -111,8 +111,8 @@ class DatasetState:
             for subset, answer in self._answers(model, open_, self.config):
                 self._place(model, subset, answer, broken)
 
-    def _place(self, model: Model, subset: str, answer: ProbeResult | str | EmbcacheError, broken: str) -> None:
-        if isinstance(answer, ProbeResult):
+    def _place(self, model: Model, subset: str, answer: Result | str | EmbcacheError, broken: str) -> None:
+        if isinstance(answer, Result):
             self.results[model, subset] = answer
         elif broken:
             self.refused[model, subset] = broken
@@ -123,7 +123,7 @@ class DatasetState:
         else:
             self.missing[model, subset] = answer
 
-    def _leaderboard_results(self, model: Model, saved: Sequence[ProbeResult]) -> dict[str, ProbeResult]:
+    def _leaderboard_results(self, model: Model, saved: Sequence[Result]) -> dict[str, Result]:
         """Results of a model by subset that a competition scored, which stand in place of those on a local test set.
 
         Only where the run that was handed in is the very run that the cell would be with ``--test official``: the ids
@@ -142,17 +142,17 @@ class DatasetState:
             return {}
         subsets = tuple(dict.fromkeys(self.subset_of.values()))
         answers = self._answers(model, subsets, replace(self.config, test="official"))
-        runs = {subset: answer.id if isinstance(answer, ProbeResult) else answer for subset, answer in answers}
+        runs = {subset: answer.id if isinstance(answer, Result) else answer for subset, answer in answers}
         return {subset: scored[run] for subset, run in runs.items() if isinstance(run, str) and run in scored}
 
     def _answers(
         self, model: Model, subsets: Sequence[str], config: StudyConfig
-    ) -> Iterator[tuple[str, ProbeResult | str | EmbcacheError]]:
+    ) -> Iterator[tuple[str, Result | str | EmbcacheError]]:
         """For each subset the saved result, the id of the run to be, or the error that stands in its way."""
         if not subsets or self.ds is None:
             return
         try:
-            found: list[ProbeResult | str]
+            found: list[Result | str]
             if model.kind == "finetune":
                 own = finetune_config(config, model)
                 found = [find_finetuned(self.ds, model.backbones, subset, own, home=self.home) for subset in subsets]

@@ -21,7 +21,7 @@ from embcache.figures import maps as module
 from embcache.figures.draw_maps import draw_maps
 from embcache.figures.maps import embed_map, neighbor_accuracy, score_map
 from embcache.probe.probe import probe_features
-from embcache.runs.folders import ProbeResult, load_heads, runs_dir
+from embcache.runs.folders import Result, load_heads, runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
 from tests.refusal import refused
 
@@ -37,7 +37,7 @@ def ds(home: Path) -> ImageDataset:
 
 
 @pytest.fixture
-def run(ds: ImageDataset, home: Path) -> ProbeResult:
+def run(ds: ImageDataset, home: Path) -> Result:
     return probe_features(ds, list(DIMS), head="dvme", subset="S", folds=2, home=home, head_options={"proj_dim": 8})
 
 
@@ -134,7 +134,7 @@ def test_groups_that_hold_a_class_alone_or_everything() -> None:
 
 
 def test_a_fused_embedding_is_the_heads_hidden_layer_and_says_that_it_saw_labels(
-    ds: ImageDataset, run: ProbeResult, home: Path
+    ds: ImageDataset, run: Result, home: Path
 ) -> None:
     maps = draw_maps(ds, run=[run.id[:12]], method="pca", home=home)
     (panel,) = maps.panels
@@ -190,7 +190,7 @@ def test_figures_are_written_in_every_format_asked_for(ds: ImageDataset, home: P
     assert len(table) == 2 * len(maps.shown.ids)
 
 
-def test_what_cannot_be_shown_is_said(ds: ImageDataset, run: ProbeResult, home: Path) -> None:
+def test_what_cannot_be_shown_is_said(ds: ImageDataset, run: Result, home: Path) -> None:
     with refused(UsageError, "option-choice"):
         draw_maps(ds, ["a"], method="isomap", home=home)
     with refused(UsageError, "option-choice"):

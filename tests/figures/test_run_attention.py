@@ -15,7 +15,7 @@ from embcache.errors import UsageError
 from embcache.figures import attention as module
 from embcache.figures.attention import draw_attention, mean_entropy, run_attention
 from embcache.probe.probe import probe_features
-from embcache.runs.folders import ProbeResult, load_heads, runs_dir
+from embcache.runs.folders import Result, load_heads, runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
 from tests.refusal import refused
 
@@ -31,7 +31,7 @@ def ds(home: Path) -> ImageDataset:
     return ds
 
 
-def probed(ds: ImageDataset, home: Path, head: str = "dvme", folds: int = 3) -> tuple[ProbeResult, Path]:
+def probed(ds: ImageDataset, home: Path, head: str = "dvme", folds: int = 3) -> tuple[Result, Path]:
     result = probe_features(ds, list(DIMS), head=head, subset="S", folds=folds, home=home, head_options={"proj_dim": 8})
     return result, runs_dir("toy", home) / result.id
 

@@ -31,18 +31,18 @@ from embcache.finetune.finetune import find_finetuned, finetune, finetune_images
 from embcache.finetune.model import ImageModel
 from embcache.maintain.listing import list_interrupted
 from embcache.probe.probe import probe_features
-from embcache.runs.folders import ProbeResult, list_results, load_heads, load_predictions, runs_dir
+from embcache.runs.folders import Result, list_results, load_heads, load_predictions, runs_dir
 from tests.finetune.conftest import QUICK, RESNET, VIT, draw
 from tests.refusal import refused
 
 OPTIONS: dict[str, Any] = QUICK
 
 
-def run(ds: ImageDataset, **changes: Any) -> ProbeResult:
+def run(ds: ImageDataset, **changes: Any) -> Result:
     return finetune_images(ds, RESNET, **{**OPTIONS, **changes})
 
 
-def find(ds: ImageDataset, **changes: Any) -> ProbeResult | str:
+def find(ds: ImageDataset, **changes: Any) -> Result | str:
     options = {**OPTIONS, **changes}
     return find_finetuned(ds, [RESNET], options.pop("subset"), FinetuneConfig.make(None, options))
 
@@ -52,11 +52,11 @@ def _notes(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "embcache")
 
 
-def predictions(ds: ImageDataset, result: ProbeResult, home: Path | None = None) -> pd.DataFrame:
+def predictions(ds: ImageDataset, result: Result, home: Path | None = None) -> pd.DataFrame:
     return load_predictions(runs_dir(ds.name, home) / result.id)
 
 
-def reached(result: ProbeResult) -> tuple[object, ...]:
+def reached(result: Result) -> tuple[object, ...]:
     return result.id, result.mean, result.std, result.interval, result.val_mean, result.folds
 
 
@@ -125,9 +125,7 @@ def take(written: Written) -> Written:
     return found
 
 
-def assert_same(
-    ds: ImageDataset, one: ProbeResult, home: Path | None, other: ProbeResult, other_home: Path | None
-) -> None:
+def assert_same(ds: ImageDataset, one: Result, home: Path | None, other: Result, other_home: Path | None) -> None:
     """Results, predictions and models are equal bit for bit."""
     assert reached(one) == reached(other)
     pd.testing.assert_frame_equal(predictions(ds, one, home), predictions(ds, other, other_home), check_exact=True)
@@ -168,7 +166,7 @@ def test_a_saved_result_is_returned_and_found(ds: ImageDataset, monkeypatch: pyt
     monkeypatch.setattr(Trainer, "epochs", None)
     assert reached(run(ds)) == reached(result)
     found = find(ds)
-    assert isinstance(found, ProbeResult)
+    assert isinstance(found, Result)
     assert reached(found) == reached(result)
     assert find(ds, seed=1) != result.id
 

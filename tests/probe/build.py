@@ -14,7 +14,7 @@ from embcache.config import DatasetRef, ProbeConfig
 from embcache.data.dataset import ImageDataset
 from embcache.probe.probe import probe, probe_cached
 from embcache.probe.probe_plan import plan_probe
-from embcache.runs.folders import ProbeResult
+from embcache.runs.folders import Result
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, create_store, publish_plan, write_snapshot
 from embcache.store.recipe import Recipe
 
@@ -116,7 +116,7 @@ def make_features(ds: ImageDataset, dim: int = 16, *, shift: float = 1.5, seed: 
 
 def probe_grid(
     ds: ImageDataset, sets: Sequence[Sequence[str]], *, subsets: Sequence[str | int] = ("S",), **options: Any
-) -> list[ProbeResult]:
+) -> list[Result]:
     """`probe` with the config's fields as keywords."""
     own = {name: options.pop(name) for name in ("home", "progress", "head") if name in options}
     if isinstance(own.get("head"), str):
@@ -126,14 +126,14 @@ def probe_grid(
 
 def find_saved(
     ds: ImageDataset, sets: Sequence[Sequence[str]], *, subsets: Sequence[str | int] = ("S",), **options: Any
-) -> list[ProbeResult | str]:
+) -> list[Result | str]:
     """What `probe_grid` would not train: each saved result, or the id of the run to be."""
     home = options.pop("home", None)
     plan = plan_probe(ds, sets, subsets, ProbeConfig.make(options=options), home=home)
     return [plan.saved(cell) or cell.id for cell in plan.cells]
 
 
-def run_cached(datasets: Sequence[str] = (), backbones: Sequence[str] = (), **options: Any) -> list[ProbeResult]:
+def run_cached(datasets: Sequence[str] = (), backbones: Sequence[str] = (), **options: Any) -> list[Result]:
     """`probe_cached` with the fields of both configs as keywords."""
     subsets, home = options.pop("subsets", ["S"]), options.pop("home", None)
     ref = {name: options.pop(name) for name in list(options) if name in DatasetRef.__dataclass_fields__}

@@ -21,7 +21,7 @@ from embcache.probe.heads.linear import MLPHead
 from embcache.probe.probe import probe_features
 from embcache.probe.protocol import plan_splits
 from embcache.probe.splits import write_splits
-from embcache.runs.folders import ProbeResult, load_heads, load_predictions, load_result, runs_dir
+from embcache.runs.folders import Result, load_heads, load_predictions, load_result, runs_dir
 from embcache.sealed import seal, unseal
 from tests.contracts.test_heads import Bottleneck
 from tests.probe.build import find_saved, make_dataset, make_features, probe_grid, put_store
@@ -45,12 +45,12 @@ def cached(home: Path, ds: ImageDataset) -> ImageDataset:
     return ds
 
 
-def probe(ds: ImageDataset, target: str | None = None, **options: Any) -> ProbeResult:
+def probe(ds: ImageDataset, target: str | None = None, **options: Any) -> Result:
     ds = ds if target is None else retarget(ds, target)
     return probe_features(ds, options.pop("backbones", "a"), **{"folds": FOLDS, **options})
 
 
-def predictions(result: ProbeResult, fold: int | None = None) -> pd.DataFrame:
+def predictions(result: Result, fold: int | None = None) -> pd.DataFrame:
     frame = load_predictions(runs_dir(result.dataset) / result.id)
     return frame if fold is None else frame[frame["fold"] == fold].drop(columns="fold").reset_index(drop=True)
 
@@ -251,7 +251,7 @@ def test_attention_is_part_of_the_request_where_it_is_asked_for(home: Path) -> N
     put_store(home, ds, "a", make_features(ds, 6))
     put_store(home, ds, "b", make_features(ds, 4, seed=1))
 
-    def planned(**options: Any) -> str | ProbeResult:
+    def planned(**options: Any) -> str | Result:
         (found,) = find_saved(ds, [["a", "b"]], subsets=["S"], head="dvme", folds=3, home=home, head_options=options)
         return found
 

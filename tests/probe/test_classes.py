@@ -20,7 +20,7 @@ from embcache.probe.inputs import probe_cached
 from embcache.probe.probe import probe_features
 from embcache.report.collect import make_tasks
 from embcache.results.compare import compare, subgroups
-from embcache.runs.folders import ProbeResult, list_results, load_predictions, runs_dir
+from embcache.runs.folders import Result, list_results, load_predictions, runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
 from tests.probe.test_cached import cli
 
@@ -34,7 +34,7 @@ def ds(home: Path) -> ImageDataset:
     return ds
 
 
-def merged(ds: ImageDataset, home: Path) -> ProbeResult:
+def merged(ds: ImageDataset, home: Path) -> Result:
     return probe_features(ds.with_classes(["d"], {"sick": ["b", "c"]}), "a", head="knn", subset="F", home=home)
 
 

@@ -22,7 +22,7 @@ from embcache.probe.probe import probe_features
 from embcache.probe.protocol import plan_splits
 from embcache.probe.splits import write_splits
 from embcache.probe.summary import in_metric
-from embcache.runs.folders import ProbeResult, list_results, load_heads, load_predictions, load_result, runs_dir
+from embcache.runs.folders import Result, list_results, load_heads, load_predictions, load_result, runs_dir
 from tests.probe.build import find_saved, make_dataset, make_features, make_recipe, probe_grid, put_store, run_cached
 
 
@@ -40,7 +40,7 @@ def cached(home: Path, ds: ImageDataset) -> ImageDataset:
     return ds
 
 
-def run_of(result: ProbeResult, home: Path) -> Path:
+def run_of(result: Result, home: Path) -> Path:
     return runs_dir(result.dataset, home) / result.id
 
 
@@ -187,7 +187,7 @@ def test_kept_heads_give_the_predictions_from_raw_features(cached: ImageDataset,
 def test_the_run_reads_back(cached: ImageDataset, home: Path) -> None:
     result = probe_features(cached, "a", home=home)
     assert load_result(run_of(result, home)) == result
-    assert ProbeResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+    assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
     assert list_results(home) == list_results(home, "toy") == [result]
     assert sorted(p.name for p in run_of(result, home).iterdir()) == [
         "heads.safetensors",

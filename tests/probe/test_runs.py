@@ -22,7 +22,7 @@ from embcache.probe.protocol import plan_splits
 from embcache.probe.summary import Outcome, Outputs, RunCell, build_result, prediction_table
 from embcache.runs.folders import (
     PROTOCOL_VERSION,
-    ProbeResult,
+    Result,
     find_run,
     find_run_anywhere,
     list_results,
@@ -44,7 +44,7 @@ MODEL = np.random.default_rng(0).bytes(3_000_000)
 
 def make_run(
     kind: str = "finetune", head: str = "linear", seed: int = 0, dataset: str = "toy"
-) -> tuple[ProbeResult, pd.DataFrame]:
+) -> tuple[Result, pd.DataFrame]:
     """A result that some other path than probing made."""
     ds = make_dataset([0, 1] * 40, split=["train"] * 60 + ["test"] * 20, name=dataset)
     plans = [plan_splits(ds, subsets=["S"], folds=3, seed=s) for s in (seed, seed + 1)]
@@ -87,7 +87,7 @@ def test_a_single_scored_fold_has_no_deviation() -> None:
     assert result.mean == result.folds[1].score
     assert result.std is None
     assert "±" not in repr(result)
-    assert ProbeResult.from_json(result.to_json()) == result
+    assert Result.from_json(result.to_json()) == result
 
 
 def test_files_of_a_run_are_moved_in_and_recorded(home: Path, tmp_path: Path) -> None:

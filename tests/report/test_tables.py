@@ -14,16 +14,16 @@ from embcache import cli
 from embcache.report.beside import learning_curves, paper_table, paper_value
 from embcache.report.collect import Part, make_tasks
 from embcache.report.provenance import commands
-from embcache.runs.folders import ProbeResult
+from embcache.runs.folders import Result
 from tests.probe.build import make_dataset
 from tests.results.build import make_result
 
 
-def _part(*results: ProbeResult, name: str = "pneumonia") -> Part:
+def _part(*results: Result, name: str = "pneumonia") -> Part:
     return Part(name, None, "", "", results, tuple(make_tasks(results)), 0, Path())
 
 
-def _rows(*results: ProbeResult) -> list[tuple[str, ...]]:
+def _rows(*results: Result) -> list[tuple[str, ...]]:
     table = paper_table(make_tasks(results)[0], _part(*results))
     assert table is not None
     return list(table.rows)
@@ -69,7 +69,7 @@ def test_every_curve_has_its_band_and_the_first_six_are_shown() -> None:
     assert json.dumps(chart.item).count('"VArea"') == 3 * 9  # drawn, muted, not selected
 
 
-def _probe(**changes: Any) -> ProbeResult:
+def _probe(**changes: Any) -> Result:
     request = {
         "kind": "probe", "head": {"name": "linear"}, "subset": "S", "folds": 5, "val": "full", "test": "official",
         "seed": 0, "recipes": [["random", "a" * 64]], "schedule": {"lr": 1e-3},

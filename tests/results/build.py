@@ -6,15 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from embcache.results.grid import Cell, Model
-from embcache.runs.folders import FoldResult, ProbeResult
+from embcache.runs.folders import FoldResult, Result
 
 
-def make_result(scores: tuple[float, ...] = (0.8, 0.82, 0.84, 0.86, 0.88), **changes: Any) -> ProbeResult:
+def make_result(scores: tuple[float, ...] = (0.8, 0.82, 0.84, 0.86, 0.88), **changes: Any) -> Result:
     """A result on the whole official test set of pneumonia, with these fold scores."""
     mean = sum(scores) / len(scores)
     std = (sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)) ** 0.5
     folds = tuple(FoldResult(f, s, s, 30, 40, 50, 100, 1e-3, {"score": s}) for f, s in enumerate(scores))
-    result = ProbeResult(
+    result = Result(
         id="linear-S-000000000000",
         kind="probe",
         dataset="pneumonia",
@@ -46,6 +46,6 @@ def make_result(scores: tuple[float, ...] = (0.8, 0.82, 0.84, 0.86, 0.88), **cha
 SUPERVISED = Model("Supervised ImageNet", "probe", "linear", ("supervised",), paper="supervised")
 
 
-def make_cell(result: ProbeResult | None = None, **changes: Any) -> Cell:
+def make_cell(result: Result | None = None, **changes: Any) -> Cell:
     """A cell of pneumonia at S."""
     return replace(Cell("pneumonia", SUPERVISED, "S", result), **changes)

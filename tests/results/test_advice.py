@@ -20,7 +20,7 @@ from embcache.probe.summary import in_metric
 from embcache.results.advice import Advice, LabelsAdvice, advise, advise_backbone, advise_labels, doubling, sentences
 from embcache.results.compare import Tested, compare_tested
 from embcache.results.export_head import export_head
-from embcache.runs.folders import ProbeResult, load_predictions, runs_dir
+from embcache.runs.folders import Result, load_predictions, runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
 from tests.results.build import make_result
 
@@ -135,7 +135,7 @@ def test_a_curve_of_models_that_share_nearly_all_training_images_speaks_of_these
 
 
 @pytest.fixture(scope="module")
-def made_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[ProbeResult]]:
+def made_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Result]]:
     home = tmp_path_factory.mktemp("made") / "home"
     labels = np.tile([0, 1], 160)
     groups = [f"g{k // 4}-{k % 2}" for k in range(320)]
@@ -148,15 +148,13 @@ def made_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Pro
 
 
 @pytest.fixture
-def saved(made_saved: tuple[Path, list[ProbeResult]], home: Path) -> list[ProbeResult]:
+def saved(made_saved: tuple[Path, list[Result]], home: Path) -> list[Result]:
     """Results of three backbones, at two sizes, on patients with two images each."""
     shutil.copytree(made_saved[0], home)
     return made_saved[1]
 
 
-def test_the_backbone_is_the_best_on_validation_whatever_the_test_set_says(
-    home: Path, saved: list[ProbeResult]
-) -> None:
+def test_the_backbone_is_the_best_on_validation_whatever_the_test_set_says(home: Path, saved: list[Result]) -> None:
     (advice,) = advise(saved, home=home)
     assert advice.backbone is not None
     at = [result for result in saved if result.n_train == 60]
@@ -177,7 +175,7 @@ def test_the_backbone_is_the_best_on_validation_whatever_the_test_set_says(
     assert sentences([advice]) == [advice.backbone.text, advice.labels.text]
 
 
-def test_losses_are_better_when_lower(home: Path, saved: list[ProbeResult]) -> None:
+def test_losses_are_better_when_lower(home: Path, saved: list[Result]) -> None:
     by_loss = [in_metric(result, "log_loss", home) for result in saved]
     (advice,) = advise(by_loss, home=home)
     assert advice.backbone is not None
@@ -192,7 +190,7 @@ def test_losses_are_better_when_lower(home: Path, saved: list[ProbeResult]) -> N
     assert advise_labels("dino, linear", losses).trend == "rising"
 
 
-def test_one_backbone_is_no_choice_and_a_run_that_cannot_be_read_is_named(home: Path, saved: list[ProbeResult]) -> None:
+def test_one_backbone_is_no_choice_and_a_run_that_cannot_be_read_is_named(home: Path, saved: list[Result]) -> None:
     good = [result for result in saved if result.backbones == ("good",)]
     (advice,) = advise(good, home=home)
     assert advice.backbone is None
@@ -206,13 +204,13 @@ def test_one_backbone_is_no_choice_and_a_run_that_cannot_be_read_is_named(home: 
     assert line.startswith(f"not read: {good[0].id}: ")
 
 
-def test_several_tasks_are_named(home: Path, saved: list[ProbeResult]) -> None:
+def test_several_tasks_are_named(home: Path, saved: list[Result]) -> None:
     (advice,) = advise(saved, home=home)
     other = Advice("elsewhere", "age", "auc", advice.backbone, None)
     assert sentences([advice, other])[-1].startswith("elsewhere, age: Take ")
 
 
-def test_the_validation_score_of_a_run_that_a_loss_chose_is_that_loss(home: Path, saved: list[ProbeResult]) -> None:
+def test_the_validation_score_of_a_run_that_a_loss_chose_is_that_loss(home: Path, saved: list[Result]) -> None:
     labels = np.tile([0, 1], 160)
     ds = make_dataset(labels, split=["train"] * 160 + ["test"] * 160, name="losses")
     put_store(home, ds, "good", make_features(ds, shift=2.0))

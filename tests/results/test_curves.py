@@ -14,13 +14,13 @@ from embcache.figures.plots import Curve, CurvePanel, curve_styles, plot_curves
 from embcache.results.curves import band_words, curve_table, find_results, named_curves
 from embcache.results.grid import Grid
 from embcache.results.paper import find_value
-from embcache.runs.folders import ProbeResult
+from embcache.runs.folders import Result
 from embcache.runs.result import Estimate
 from tests.refusal import refused
 from tests.results.build import SUPERVISED, make_cell, make_result
 
 
-def at(n: int, mean: float | None = 0.8, seed: int = 0, **changes: Any) -> ProbeResult:
+def at(n: int, mean: float | None = 0.8, seed: int = 0, **changes: Any) -> Result:
     request = {"kind": "probe", "head": {"name": "linear"}, "subset": str(n), "seed": seed, "splits": str(n)}
     return make_result(n_train=n, subset=str(n), mean=mean, request=request, **changes)
 

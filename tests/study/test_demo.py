@@ -10,7 +10,7 @@ import pytest
 import embcache.study.demo as study
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.log import shown
-from embcache.runs.folders import ProbeResult
+from embcache.runs.folders import Result
 from embcache.study.demo import pivot_results
 
 
@@ -45,8 +45,8 @@ def test_the_demo_goes_from_images_to_a_table(home: Path, monkeypatch: pytest.Mo
     assert [result.id for result in again.results] == [result.id for result in outcome.results]
 
 
-def result(head: str, backbone: str, subset: str, n_train: int, mean: float | None) -> ProbeResult:
-    return ProbeResult(
+def result(head: str, backbone: str, subset: str, n_train: int, mean: float | None) -> Result:
+    return Result(
         id="x",
         kind="probe",
         dataset="toy",

@@ -23,7 +23,7 @@ from embcache.probe.probe import probe, probe_features
 from embcache.probe.protocol import plan_splits
 from embcache.probe.splits import write_splits
 from embcache.results.grid import Grid
-from embcache.runs.folders import ProbeResult, list_results, run_id, save_run
+from embcache.runs.folders import Result, list_results, run_id, save_run
 from embcache.study.definitions import BEST, GRIDS
 from embcache.study.study import Study, run_study
 from tests.data.pictures import write_image
@@ -182,7 +182,7 @@ def to_hand_in() -> ImageDataset:
     return make_dataset(labels, split=split, subset_sizes={"S": 20}, n_classes=2, leaderboard_alpha=0.85)
 
 
-def save_scored(run: ProbeResult, *, of: bool = True) -> ProbeResult:
+def save_scored(run: Result, *, of: bool = True) -> Result:
     """A leaderboard's result of a run, as kept; without the run's request as earlier states kept it."""
     request = {"kind": "kaggle", "run": run.id, "head": {"name": run.head}, "subset": run.subset}
     request |= {"of": dict(run.request)} if of else {}
