@@ -14,6 +14,7 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tools/words.py
 
 # Lines, files, wide functions, import cycles …; LIST=--list names what counts.
 stats: .venv/installed

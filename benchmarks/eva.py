@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--env", type=Path, help="a folder for kaiko-eva's environment; made where it is not there")
-    parser.add_argument("--workers", type=int, default=0, help="of kaiko-eva's loaders; its default is one a core")
+    parser.add_argument("--workers", type=int, default=0, help="of kaiko-eva's loaders; its default is one per core")
     parser.add_argument("--epochs", type=int, help="of kaiko-eva; default: as many as the probe trains on average")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

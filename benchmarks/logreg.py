@@ -36,7 +36,7 @@ def features(n: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def objective(x: np.ndarray, y: np.ndarray, weight: np.ndarray, bias: float, C: float) -> float:
-    """What scikit-learn minimises with ``class_weight="balanced"``, for weights of the second class's log odds."""
+    """What scikit-learn minimizes with ``class_weight="balanced"``, for weights of the second class's log odds."""
     signs = 2.0 * y - 1
     balance = len(y) / (2 * np.bincount(y))[y]
     return float(0.5 * weight @ weight + C * (balance * np.logaddexp(0, -signs * (x @ weight + bias))).sum())

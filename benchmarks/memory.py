@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where images and stores are made; default: the usual one")
     parser.add_argument("--format", choices=["zarr", "hdf5"], default="zarr")
     asked = parser.parse_args()
-    print("| images | first run, s | ms an image | of a processor, ms | peak, MB | second run, s | peak, MB |")
+    print("| images | first run, s | ms per image | of a processor, ms | peak, MB | second run, s | peak, MB |")
     print("|---" * 7 + "|")
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
         folder = Path(name)

@@ -44,8 +44,8 @@ from torchvision import transforms
 root, weights, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 batch, workers = int(sys.argv[4]), int(sys.argv[5])
 files = sorted(root.rglob("*.jpg"))
-normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-transform = transforms.Compose([transforms.ToTensor(), normalise])
+normalize = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+transform = transforms.Compose([transforms.ToTensor(), normalize])
 """
 SCRIPTS = {
     "timm": """

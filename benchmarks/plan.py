@@ -32,7 +32,7 @@ STAGES = ("load", "scan", "plan", "snapshot", "scan kept")
 
 
 def picture(number: int, side: int) -> bytes:
-    """A grey PNG that no other number gives: its rows are stored, not compressed."""
+    """A gray PNG that no other number gives: its rows are stored, not compressed."""
     pixels = b"".join(
         b"\0" + ((number * 0x9E3779B97F4A7C15 + row) % 2**64).to_bytes(8, "big") * (side // 8) for row in range(side)
     )

@@ -33,7 +33,7 @@ def probe(home: Path, dataset: str, answer: Path, *options: str) -> Cost:
 
 
 def plain_loop(folder: Path, threads: int = 0) -> None:
-    """Train and test five folds as a script of one's own would."""
+    """Train and test five folds as a plain script would."""
     import torch
     from sklearn.metrics import roc_auc_score
     from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler

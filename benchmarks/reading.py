@@ -81,7 +81,8 @@ def run(folder: Path, rows: int, dim: int, repeats: int, with_zarr: bool) -> Non
     base = statistics.median(taken["`np.load`, nothing verified"])
     size = rows * dim * 4
     print(
-        f"{rows:,} × {dim} float32 ({size / 1e6:,.0f} MB), {ROWS_PER_SHARD} rows a shard, median of {repeats}; ", end=""
+        f"{rows:,} × {dim} float32 ({size / 1e6:,.0f} MB), {ROWS_PER_SHARD} rows/shard, median of {repeats}; ",
+        end="",
     )
     print(f"{machine(('numpy', 'zarr', 'h5py', 'google-crc32c'))}\n")
     print("| read by | speed, share of `np.load` | seconds | GB/s |\n|---|---|---|---|")

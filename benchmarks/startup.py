@@ -28,7 +28,7 @@ from embcache.store.feature_store import FeatureStore
 COMMAND = "import sys; sys.argv[0] = 'embcache'; from embcache.cli import main; main()"
 PACKAGES = ("torch", "zarr", "scikit-learn", "pandas", "typer")
 IMPORTS = "import torch, zarr, sklearn.metrics"
-# The progress of a probe is told after every epoch: the first word of it ends the process.
+# Progress is reported after every epoch: the first word of it ends the process.
 FIRST_EPOCH = """
 import os, sys
 import embcache.commands.probe_command as command

@@ -1,6 +1,6 @@
 """t-SNE of `embcache tsne` (openTSNE) beside scikit-learn's on the same features: time, and trust in the map.
 
-5,000 × 1536, standardised, both from a PCA initialisation at perplexity 30 with all cores; in turns, medians. Features
+5,000 × 1536, standardized, both from a PCA initialization at perplexity 30 with all cores; in turns, medians. Features
 are synthetic (classes on a curved sheet, with noise) unless a store's are given.
 
     python benchmarks/tsne.py [--images 5000] [--dim 1536] [--repeats 3] [--features FILE.npy]
@@ -57,7 +57,7 @@ def main() -> None:
             found = work(seed)
             times[name].append(time.perf_counter() - began)
             trust[name].append(float(trustworthiness(x, found, n_neighbors=10)))
-    print(f"| {len(x):,} × {x.shape[1]} | s | trustworthiness, 10 neighbours |\n|---|---|---|")
+    print(f"| {len(x):,} × {x.shape[1]} | s | trustworthiness, 10 neighbors |\n|---|---|---|")
     for name in works:
         print(f"| {name} | {statistics.median(times[name]):.1f} | {statistics.median(trust[name]):.4f} |")
     ratios = [b / a for a, b in zip(times["embcache"], times["scikit-learn"], strict=True)]

@@ -459,11 +459,14 @@ class ExtractConfig(Config):
 
 
 @dataclass(frozen=True)
-class RepairConfig(Config):
-    """With what damaged shards and samples are computed again."""
+class VerifyConfig(Config):
+    """What is verified in addition to the bytes of stores, and how rows are computed again."""
 
-    heading: ClassVar[str] = "Options of --repair and --sample"
+    heading: ClassVar[str] = "Verification options"
 
+    repair: bool = option(False, "Compute damaged shards again from the images; the others stay.")
+    source: bool = option(False, "Hash the images again, and list those that changed since extraction.")
+    sample: int = option(0, "Compute N random rows again and compare them.", metavar="N", least=0, most=10**9)
     weights: tuple[str, ...] = option(
         (), "Checkpoint of a backbone; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
     )
@@ -472,6 +475,25 @@ class RepairConfig(Config):
         None, "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]", metavar="N",
         least=1,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExportConfig(Config):
+    """How a store is exported."""
+
+    heading: ClassVar[str] = "Export options"
+
+    recipe: str | None = option(
+        None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX"
+    )
+    format: str | None = option(
+        None, "Format of the file. [default: by the suffix of TARGET]", metavar="npz|parquet|csv|zarr|hdf5",
+        choices=("npz", "parquet", "csv", "zarr", "hdf5"),
+    )  # fmt: skip
+    views: int | None = option(
+        None, "Export the store with V views per image. [default: the plain one]", metavar="V", least=1, most=MOST_VIEWS
+    )
+    force: bool = option(False, "Replace TARGET if it exists.")
 
 
 @dataclass(frozen=True)
@@ -519,7 +541,7 @@ class ProbeConfig(ProtocolConfig):
 
     heading: ClassVar[str] = "Probe options"
 
-    head: str = option("linear", "Head to train; see `embcache heads`.", metavar="NAME")
+    head: str = option("linear", "Heads to train, comma-separated; see `embcache heads`.", metavar="NAME[,NAME…]")
     head_options: Mapping[str, Any] = option(
         {}, "Hyperparameter of the head; repeatable.", metavar="NAME=VALUE", flag="--head-option", parse=parse_pairs
     )
@@ -693,8 +715,11 @@ class AttentionConfig(Config):
 
     weights: Path | None = option(None, "With --image: checkpoint of the backbone.", metavar="FILE")
     transform: str | None = option(
-        None, "With --image: as for extract.", metavar="paper|imagenet|model", choices=("paper", "imagenet", "model")
-    )
+        None,
+        "With --image: the same as in extract.",
+        metavar="paper|imagenet|model",
+        choices=("paper", "imagenet", "model"),
+    )  # fmt: skip
     recipe: str | None = _recipe()
 
 
@@ -767,7 +792,7 @@ class StudyConfig(ProtocolConfig):
     )
     weights: tuple[str, ...] = option((), "Checkpoint of a backbone; repeatable.", metavar="NAME=FILE")
     transform: str | None = option(
-        None, "As for extract. [default: paper; model for timm: backbones]", metavar="paper|imagenet|model",
+        None, "The same as in extract. [default: paper; model for timm: backbones]", metavar="paper|imagenet|model",
         choices=("paper", "imagenet", "model"),
     )  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda:0, …; with auto, heads are trained on the CPU.", metavar="NAME")

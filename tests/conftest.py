@@ -27,8 +27,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the folders of whoever runs it."""
-    monkeypatch.setenv("EMBCACHE_HOME", str(tmp_path_factory.getbasetemp() / "nobodys-home"))
+    """No test reads or writes the folders of the user who runs it."""
+    monkeypatch.setenv("EMBCACHE_HOME", str(tmp_path_factory.getbasetemp() / "no-home"))
     for name in ("EMBCACHE_DATA", "EMBCACHE_WEIGHTS"):
         monkeypatch.delenv(name, raising=False)
 

@@ -1,4 +1,4 @@
-"""Processes that meet at every call to the filesystem: whoever is slower finds what the other left, and no rubbish."""
+"""Processes that meet at every call to the filesystem: the slower one finds what the other left, and no debris."""
 
 from __future__ import annotations
 

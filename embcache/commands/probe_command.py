@@ -26,10 +26,9 @@ from embcache.commands.options import (
     takes_configs,
     write_json,
 )
-from embcache.commands.output import ProgressBar, bounds, echo, print_note, print_table, spread
+from embcache.commands.output import ProgressBar, bounds, echo, print_table, spread
 from embcache.config import DatasetRef, ProbeConfig, check_subsets
 from embcache.errors import UsageError
-from embcache.log import shown
 
 if TYPE_CHECKING:
     from embcache.runs.folders import Result
@@ -59,14 +58,18 @@ def probe(
     metrics, subsets = split_list(metric), split_list(subset) or ["S"]
     datasets, backbones = split_list(dataset), split_list(backbone)
     check_subsets(subsets)
-    if config.head not in heads and ":" not in config.head:
-        raise heads.unknown(config.head)
-    config = replace(config, metric=metrics[0] if metrics else None)
+    names = split_list(config.head)
+    for name in names:
+        if name not in heads and ":" not in name:
+            raise heads.unknown(name)
+    configs = [replace(config, head=name, metric=metrics[0] if metrics else None) for name in names]
 
     from embcache.probe.probe import probe_cached  # imports torch, which a slip in a flag need not wait for
 
-    with ProgressBar("epoch") as bar, shown(print_note):
-        found = probe_cached(datasets, backbones, subsets, config, ref, home=home, progress=bar.update)
+    found = []
+    with ProgressBar("epoch") as bar:
+        for each in configs:
+            found += probe_cached(datasets, backbones, subsets, each, ref, home=home, progress=bar.update)
     results = in_metrics(found, metrics, home)
     if json != "-":
         print_results(results)

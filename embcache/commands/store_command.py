@@ -21,7 +21,7 @@ from embcache.commands.options import (
     write_json,
 )
 from embcache.commands.output import echo, one_line, print_note, print_table
-from embcache.config import DatasetRef
+from embcache.config import DatasetRef, ExportConfig
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import home_dir
 from embcache.typed import plain
@@ -119,20 +119,9 @@ def export(
     target: Annotated[Path, typer.Argument(help="File to write: .npz, .parquet, .csv, .zarr or .h5.")],
     backbone: BackboneOption = None,
     dataset: DatasetOption = None,
-    recipe: RecipeOption = None,
-    format: Annotated[
-        str | None,
-        typer.Option(
-            "--format", metavar="npz|parquet|csv|zarr|hdf5", help="Format of the file. [default: by TARGET's suffix]"
-        ),
-    ] = None,
-    views: Annotated[
-        int | None,
-        typer.Option("--views", metavar="V", help="Export the store with V views per image. [default: the plain one]"),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace TARGET if it exists.")] = False,
     home: HomeOption = None,
     *,
+    config: ExportConfig,
     ref: Annotated[DatasetRef, Skip("drop_class", "merge_class", "target")],
 ) -> None:
     """Write features, labels, groups and splits of one store as one file for other tools.
@@ -155,8 +144,8 @@ def export(
             fix="embcache export TARGET --backbone NAME --dataset NAME   (embcache ls lists what is cached)",
         )  # fmt: skip
     found, origin = find_dataset(datasets[0], ref, home=home)
-    store = open_store(backbones[0], found, home=home, recipe=recipe, views=views)
-    written = export_features(store, found, target, format=format, overwrite=force)
+    store = open_store(backbones[0], found, home=home, recipe=config.recipe, views=config.views)
+    written = export_features(store, found, target, format=config.format, overwrite=config.force)
     echo(f"{target}: {written:,} rows of {store.row_shape} {store.dtype}")
     print_note(f"labels and splits are from the {origin} dataset")
     if store.quarantined:

@@ -22,7 +22,7 @@ from embcache.commands.options import (
 )
 from embcache.commands.output import ProgressBar, echo, one_line, print_table
 from embcache.commands.store_command import nothing_cached, size_words
-from embcache.config import DatasetRef, RepairConfig, parse_weights
+from embcache.config import DatasetRef, VerifyConfig, parse_weights
 from embcache.errors import EmbcacheError, StoreError, UsageError, printable
 from embcache.io import skip
 from embcache.paths import home_dir, slug
@@ -42,20 +42,11 @@ def verify(
     backbone: BackboneOption = None,
     dataset: DatasetOption = None,
     recipe: RecipeOption = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Compute damaged shards again, from the images; the others stay.")
-    ] = False,
-    source: Annotated[
-        bool, typer.Option("--source", help="Hash the images again, and list those that changed since extraction.")
-    ] = False,
-    sample: Annotated[
-        int, typer.Option("--sample", metavar="N", min=0, help="Compute N random rows again and compare them.")
-    ] = 0,
     home: HomeOption = None,
     json: JsonOption = None,
     *,
     ref: Annotated[DatasetRef, Skip("drop_class", "merge_class", "target")],
-    config: RepairConfig,
+    config: VerifyConfig,
 ) -> None:
     """Read every byte of what is cached and compare it with what was committed.
 
@@ -82,7 +73,7 @@ def verify(
     quiet = json == "-"
     show: Show = (lambda line: echo(line, err=True)) if quiet else echo
     weights = parse_weights(list(config.weights), backbones or None) or {}
-    report = _StoreReport(repair, source, sample, config, weights, home, show)
+    report = _StoreReport(config.repair, config.source, config.sample, config, weights, home, show)
     by_folder = {slug(loader.folder()): loader for loader in loaders.values()}
     answers = list[dict[str, Any]]()
     with ProgressBar("shard") as bar:
@@ -101,7 +92,7 @@ def verify(
             answers.append(report.one_store(check, loader))
     reported = "\n".join(a["repaired"]["error"] or "" for a in answers if a["repaired"])
     folders = sorted({path.parent for path in stores})
-    snapshots = [_check_snapshot(folder, by_folder, home, repair, reported) for folder in folders]
+    snapshots = [_check_snapshot(folder, by_folder, home, config.repair, reported) for folder in folders]
     for row in () if quiet else snapshots:
         if row["problem"] or row["repaired"]:
             fix = (
@@ -154,7 +145,7 @@ class _StoreReport:
     repair: bool
     source: bool
     sample: int
-    config: RepairConfig
+    config: VerifyConfig
     weights: dict[str, Path]
     home: Path | None
     show: Show

@@ -192,7 +192,7 @@ def test_features_of_rows_that_cannot_be_read_are_zeros_on_disk(format: str, tmp
     for seed in (1, 2):
         path = make_store(tmp_path / str(seed), format)
         rows = make_rows(["a", "b"], seed=0, bad=["b"])
-        rows.features[1] = np.random.default_rng(seed).normal(size=3)  # whatever a network made of the neighbours
+        rows.features[1] = np.random.default_rng(seed).normal(size=3)  # whatever a network made of the neighbors
         plan(path, 0, rows.ids)
         commit_shard(path, 0, rows)
         stores.append(tree(path))

@@ -90,7 +90,7 @@ def kill_within(call: Call, do: Callable[[], Any]) -> Any:
 
 
 def short_write(call: Call, do: Callable[[], Any]) -> Any:
-    """Half of the bytes are written, and the call says so."""
+    """Half of the bytes are written, and the call reports it."""
     descriptor, data = call.arguments
     return os.write(descriptor, data[: (len(data) + 1) // 2])
 
@@ -123,7 +123,7 @@ def refused(call: Call, do: Callable[[], Any]) -> Any:
 
 
 def stop_before(call: Call, do: Callable[[], Any]) -> Any:
-    """Paused before the call, until somebody sends SIGCONT."""
+    """Paused before the call, until it receives SIGCONT."""
     os.kill(os.getpid(), signal.SIGSTOP)
     return do()
 

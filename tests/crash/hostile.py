@@ -1,7 +1,7 @@
 """A home that others can write to: its files replaced by links, pipes and devices, and every value in them by others.
 
 `places` × `KINDS` × `COMMANDS` are special files, `values` × `COMMANDS` are values. After each no command has hung,
-shown a traceback, or touched what lies outside the home; and a listing still has what is well.
+shown a traceback, or touched what lies outside the home; and a listing still has what is intact.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "report": ("report", "--dataset", "toy", "--output", "{home}/../page.html", "--force"),
     "repair": ("verify", "--repair", "--dataset", "toy"),
 }
-LISTING = ("results", "ls", "verify", "gc")  # go on with what is well, whatever the rest
+LISTING = ("results", "ls", "verify", "gc")  # go on with what is intact, whatever the rest
 
 
 class WrongError(AssertionError):
@@ -84,7 +84,7 @@ class Home:
         self.start()
 
     def start(self) -> None:
-        """The home as it was, and a folder outside that nobody may touch."""
+        """The home as it was, and a folder outside that must not be touched."""
         for folder in (self.home, self.outside):
             shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self._base, self.home, symlinks=True)
@@ -105,7 +105,7 @@ class Home:
         if not isinstance(told.exception, SystemExit | EmbcacheError | None):
             raise WrongError(f"{name}: {type(told.exception).__name__}: {told.exception}") from told.exception
         if name in LISTING and "well" not in told.stdout:
-            raise WrongError(f"{name} does not list what is well: {told.output[-300:]} {told.exception}")
+            raise WrongError(f"{name} does not list what is intact: {told.output[-300:]} {told.exception}")
         self.totals["commands run"] += 1
         self.totals["told as an error"] += told.exit_code != 0
         return told.output
@@ -178,7 +178,7 @@ class Home:
 
     def _write_run(self, data: Any, path: tuple[Any, ...], value: Any) -> None:
         content = changed(data, path, value)
-        if path[0] == "request":  # its hash agrees, as it does where somebody means harm
+        if path[0] == "request":  # its hash agrees, as it does in an attack
             with suppress(Exception):
                 content["id"] = run_id(content["request"])
         name = str(content.get("id"))

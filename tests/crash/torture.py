@@ -91,7 +91,7 @@ def _of_case(trials: Trials, case: Case, every: int, chance: random.Random) -> I
 
 
 def other_trials(suite: str, folder: Path, every: int) -> tuple[Iterator[Trial], list[Counter[str]]]:
-    """The trials of a suite besides ``kills``, each with what to call it, and the totals that they add to."""
+    """The trials of a suite other than ``kills``, each with what to call it, and the totals that they add to."""
     if suite == "pairs":
         worlds = [World(folder / name, name) for name in ("zarr", "hdf5")]
         return (trial for world in worlds for trial in _pairs(world, every)), [world.totals for world in worlds]
@@ -134,7 +134,7 @@ def _values(home: Home) -> Iterator[Trial]:
 
 
 def run_suite(arguments: argparse.Namespace) -> int:
-    """A suite besides ``kills``, in this process; prints its totals."""
+    """A suite other than ``kills``, in this process; prints its totals."""
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="embcache-torture-", dir=memory if memory.is_dir() else None))
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from embcache.backbones.catalog import find_backbone, load_backbone
-from embcache.backbones.transforms import Transform, choose_transform, normalise
+from embcache.backbones.transforms import Transform, choose_transform, normalize
 from embcache.data.dataset import ImageDataset
 from embcache.extract.augment import Augmentation, augmentation
 from embcache.finetune.batches import Frames, batches
@@ -89,7 +89,7 @@ def test_training_is_plain_adam_on_cross_entropy(ds: ImageDataset) -> None:
     for epoch in (1, 2):
         losses = []
         for rows in epoch_batches(job, epoch, 8):
-            x = normalise(torch.from_numpy(trainer.frames.pixels[rows]), transform, CPU)
+            x = normalize(torch.from_numpy(trainer.frames.pixels[rows]), transform, CPU)
             logits = linear(network(x.contiguous(memory_format=torch.channels_last)))
             loss = F.cross_entropy(logits, torch.from_numpy(trainer.y[rows]))
             optimizer.zero_grad()
@@ -102,7 +102,7 @@ def test_training_is_plain_adam_on_cross_entropy(ds: ImageDataset) -> None:
     assert torch.allclose(tensors["head.classifier.weight"], linear.weight, atol=2e-4)
 
 
-def test_accumulated_parts_are_one_batch_where_nothing_is_normalised_over_it(ds: ImageDataset) -> None:
+def test_accumulated_parts_are_one_batch_where_nothing_is_normalized_over_it(ds: ImageDataset) -> None:
     # Of the parameters themselves Adam would only show how it divides rounding by rounding (a key's bias has no
     # gradient but rounding), so outputs are compared.
     whole, _ = trained(model_of(VIT, head="mlp"))

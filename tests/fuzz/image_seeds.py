@@ -21,14 +21,14 @@ def pixels(mode: str = "RGB", size: tuple[int, int] = (24, 17)) -> Image.Image:
     """A gradient with noise: what codecs cannot fold away."""
     dice = np.random.default_rng(len(mode))
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
-    grey = (x * 7 + y * 5 + dice.integers(0, 9, x.shape)) % 256
-    rgb = Image.fromarray(np.stack([grey, grey[::-1], 255 - grey], axis=2).astype(np.uint8))
+    gray = (x * 7 + y * 5 + dice.integers(0, 9, x.shape)) % 256
+    rgb = Image.fromarray(np.stack([gray, gray[::-1], 255 - gray], axis=2).astype(np.uint8))
     if mode == "I;16":
-        return Image.fromarray((grey * 257).astype(np.uint16))
+        return Image.fromarray((gray * 257).astype(np.uint16))
     if mode == "F":
-        return Image.fromarray((grey / 3).astype(np.float32))
+        return Image.fromarray((gray / 3).astype(np.float32))
     if mode == "I":
-        return Image.fromarray((grey * 70000).astype(np.int32))
+        return Image.fromarray((gray * 70000).astype(np.int32))
     return rgb.convert(mode)
 
 
@@ -38,7 +38,7 @@ def image_seeds() -> list[Seed]:
     made: list[tuple[str, bytes]] = [
         ("rgb.jpg", encode(pixels(), "JPEG", quality=80, exif=_exif())),
         ("progressive.jpg", encode(pixels(), "JPEG", progressive=True)),
-        ("grey.jpg", encode(pixels("L"), "JPEG")),
+        ("gray.jpg", encode(pixels("L"), "JPEG")),
         ("cmyk.jpg", encode(pixels("CMYK"), "JPEG")),
         ("rgb.png", encode(pixels(), "PNG", exif=_exif())),
         ("palette.png", encode(pixels("P"), "PNG", transparency=3)),
@@ -195,20 +195,20 @@ def dicom_seeds() -> list[Seed]:
     """What pydicom reads."""
     from tests.data.test_dicom import dicom  # skips where there is no pydicom
 
-    grey = np.arange(30, dtype=np.uint16).reshape(5, 6) * 99
+    gray = np.arange(30, dtype=np.uint16).reshape(5, 6) * 99
     window = {"WindowCenter": 1500, "WindowWidth": 900, "RescaleSlope": 1.5, "RescaleIntercept": -10}
-    colour = np.arange(90, dtype=np.uint8).reshape(5, 6, 3)
+    color = np.arange(90, dtype=np.uint8).reshape(5, 6, 3)
     made = [
-        ("wide.dcm", dicom(grey)),
-        ("window.dcm", dicom(grey, PixelPaddingValue=0, **window)),
-        ("bytes.dcm", dicom((grey % 256).astype(np.uint8), PhotometricInterpretation="MONOCHROME1")),
-        ("colour.dcm", dicom(colour)),
-        ("bare.dcm", dicom(grey, preamble=False)),
-        ("rle.dcm", _compressed(dicom(grey), "RLELossless")),
-        ("jpeg.dcm", _encapsulated(dicom(colour), "JPEGBaseline8Bit", encode(pixels(), "JPEG"))),
-        ("jpeg2000.dcm", _encapsulated(dicom(colour), "JPEG2000Lossless", encode(pixels(), "JPEG2000", no_jp2=True))),
-        ("deflated.dcm", deflated(dicom(grey))),
-        ("groups.dcm", _with_groups(dicom(grey))),
+        ("wide.dcm", dicom(gray)),
+        ("window.dcm", dicom(gray, PixelPaddingValue=0, **window)),
+        ("bytes.dcm", dicom((gray % 256).astype(np.uint8), PhotometricInterpretation="MONOCHROME1")),
+        ("color.dcm", dicom(color)),
+        ("bare.dcm", dicom(gray, preamble=False)),
+        ("rle.dcm", _compressed(dicom(gray), "RLELossless")),
+        ("jpeg.dcm", _encapsulated(dicom(color), "JPEGBaseline8Bit", encode(pixels(), "JPEG"))),
+        ("jpeg2000.dcm", _encapsulated(dicom(color), "JPEG2000Lossless", encode(pixels(), "JPEG2000", no_jp2=True))),
+        ("deflated.dcm", deflated(dicom(gray))),
+        ("groups.dcm", _with_groups(dicom(gray))),
     ]
     if importlib.util.find_spec("gdcm") and importlib.util.find_spec("jpeg_ls"):
         from tests.data.test_dicom_syntaxes import NOISE, by_gdcm, by_pydicom

@@ -124,7 +124,7 @@ def _serve(call: Callable[[Any, Path], Any], source: IO[bytes], sink: IO[bytes],
     faulthandler.disable()  # the parent tells of crashes
     faults = os.open(os.devnull, os.O_WRONLY)
     os.dup2(faults, 2)  # codecs talk
-    os.fsync = lambda descriptor: None  # type: ignore[assignment]  # nobody pulls the plug here
+    os.fsync = lambda descriptor: None  # type: ignore[assignment]  # no power loss here
     while True:
         try:
             item = pickle.load(source)

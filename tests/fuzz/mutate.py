@@ -32,7 +32,7 @@ class Seed:
     name: str
     data: bytes
     fields: tuple[Field, ...] = ()
-    mend: Callable[[bytes], bytes] = field(default=lambda data: data, compare=False)
+    repair: Callable[[bytes], bytes] = field(default=lambda data: data, compare=False)
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Change:
 
 
 def mutate(seed: Seed, changes: Sequence[Change], others: Sequence[Seed]) -> bytes:
-    """The seed's bytes after the changes, its checksums mended where the last change's value is odd."""
+    """The seed's bytes after the changes, its checksums repaired where the last change's value is odd."""
     data = bytearray(seed.data)
     for change in changes:
         _apply(data, change, seed.fields, others)
-    return seed.mend(bytes(data)) if changes and changes[-1].value % 2 else bytes(data)
+    return seed.repair(bytes(data)) if changes and changes[-1].value % 2 else bytes(data)
 
 
 def _apply(data: bytearray, change: Change, fields: Sequence[Field], others: Sequence[Seed]) -> None:

@@ -39,13 +39,13 @@ from tests.store.build import add, make_store, quick_disk
 __all__ = ["quick_disk"]
 
 
-def bomb_png(side: int, depth: int, colour: int) -> bytes:
+def bomb_png(side: int, depth: int, color: int) -> bytes:
     """An image of noughts, as small as deflate makes it."""
-    row = bytes(1 + side * depth * (3 if colour == 2 else 1) // 8)
+    row = bytes(1 + side * depth * (3 if color == 2 else 1) // 8)
     packer = zlib.compressobj(9)
     # Above the limit a few rows do: nothing may look at them.
     data = b"".join(packer.compress(row) for _ in range(min(side, 9459))) + packer.flush()
-    header = struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, side, depth, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
 
 
@@ -131,7 +131,7 @@ def test_a_flipped_pixel_under_a_checksum_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("link", ["external", "soft"])
 def test_links_in_an_array_file_are_not_followed_not_even_to_look(tmp_path: Path, link: str) -> None:
-    os.mkfifo(tmp_path / "pipe")  # whoever opened it would wait for ever
+    os.mkfifo(tmp_path / "pipe")  # any process that opens it waits forever
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["y" if link == "soft" else "x"] = h5py.ExternalLink(str(tmp_path / "pipe"), "x")
         if link == "soft":
