@@ -120,9 +120,7 @@ def main() -> None:
         f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
     )
     print()
-    print(
-        "| scores | nodes | attention | ms/step | × the step without | × faster than timm | ms of processors, × |"
-    )
+    print("| scores | nodes | attention | ms/step | × the step without | × faster than timm | ms of processors, × |")
     print("|---|---|---|---|---|---|---|")
     for scores in (0.5, 5.0, 30.0, 300.0, 3000.0):
         steps, nodes = {}, ""

@@ -11,8 +11,9 @@ import typer
 from typer.testing import CliRunner
 
 from embcache.commands.options import Skip, takes_configs
-from embcache.config import Config, DatasetRef, ExtractConfig, FinetuneConfig, ProbeConfig, option, parse_weights
+from embcache.config import DatasetRef, ExtractConfig, FinetuneConfig, ProbeConfig
 from embcache.errors import UsageError
+from embcache.fields import Config, option, parse_weights
 from tests.refusal import refused
 
 CONFIGS = (DatasetRef, ExtractConfig, ProbeConfig, FinetuneConfig)

@@ -18,7 +18,20 @@ from tools.stats import cycles, imports, modules
 PACKAGE = Path(embcache.__file__).parent
 
 # From the bottom to the top: each part may import itself and those of lower rows.
-_BASE = ("config", "cores", "errors", "io", "log", "memory", "notebook", "paths", "registry", "sealed", "typed")
+_BASE = (
+    "config",
+    "cores",
+    "errors",
+    "fields",
+    "io",
+    "log",
+    "memory",
+    "notebook",
+    "paths",
+    "registry",
+    "sealed",
+    "typed",
+)
 LAYERS = (
     _BASE,
     ("backbones", "data", "store", "runs"),
@@ -164,7 +177,7 @@ def _put_store(home: Path, root: Path | None) -> None:
 
 
 def test_quick_commands_import_no_torch(home: Path) -> None:
-    helped = ("extract", "probe", "verify", "why", "gc", "doctor", "report")
+    helped = ("extract", "probe", "verify", "gc", "doctor", "report")
     commands = [["--help"], ["ls"], ["datasets"], ["gc"], *([command, "--help"] for command in helped)]
     assert not _imported_by(commands) & (HEAVY | {"bokeh", "jinja2"})
 

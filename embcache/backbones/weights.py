@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from embcache.config import parse_weights
 from embcache.errors import UsageError, WeightsError
+from embcache.fields import parse_weights
 from embcache.paths import PathLike, weights_dir
 
 _CHUNK = 1 << 20

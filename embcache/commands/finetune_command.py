@@ -21,8 +21,9 @@ from embcache.commands.options import (
 )
 from embcache.commands.output import ProgressBar, echo
 from embcache.commands.probe_command import in_metrics, print_results
-from embcache.config import DatasetRef, FinetuneConfig, parse_weights
+from embcache.config import DatasetRef, FinetuneConfig
 from embcache.errors import UsageError
+from embcache.fields import parse_weights
 
 
 @takes_configs

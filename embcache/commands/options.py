@@ -15,9 +15,10 @@ import typer
 from embcache.commands.output import TableStyle, echo, table_style
 from embcache.commands.output import plain as plain
 from embcache.commands.output import write_json as write_json
-from embcache.config import Config, DatasetRef, flag_of, option_of
-from embcache.config import split_list as split_list
+from embcache.config import DatasetRef
 from embcache.errors import UsageError
+from embcache.fields import Config, flag_of, option_of
+from embcache.fields import split_list as split_list
 
 if TYPE_CHECKING:
     from embcache.data.classes import ClassOptions

@@ -27,8 +27,9 @@ from embcache.commands.options import (
     write_json,
 )
 from embcache.commands.output import ProgressBar, bounds, echo, print_table, spread
-from embcache.config import DatasetRef, ProbeConfig, check_subsets
+from embcache.config import DatasetRef, ProbeConfig
 from embcache.errors import UsageError
+from embcache.fields import check_subsets
 
 if TYPE_CHECKING:
     from embcache.runs.folders import Result

@@ -22,8 +22,9 @@ from embcache.commands.options import (
     write_json,
 )
 from embcache.commands.output import ProgressBar, echo, echo_data
-from embcache.config import Config, DatasetRef, StudyConfig, option
+from embcache.config import DatasetRef, StudyConfig
 from embcache.errors import UsageError
+from embcache.fields import Config, option
 
 if TYPE_CHECKING:
     from embcache.results.layout import Table

@@ -22,8 +22,9 @@ from embcache.commands.options import (
 )
 from embcache.commands.output import ProgressBar, echo, one_line, print_table
 from embcache.commands.store_command import nothing_cached, size_words
-from embcache.config import DatasetRef, VerifyConfig, parse_weights
+from embcache.config import DatasetRef, VerifyConfig
 from embcache.errors import EmbcacheError, StoreError, UsageError, printable
+from embcache.fields import parse_weights
 from embcache.io import skip
 from embcache.paths import home_dir, slug
 from embcache.typed import plain

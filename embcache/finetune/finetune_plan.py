@@ -16,7 +16,7 @@ from torch import nn
 
 from embcache.backbones.catalog import Backbone, find_backbone, load_backbone
 from embcache.backbones.transforms import Transform, choose_transform, frame
-from embcache.config import FinetuneConfig, parse_weights
+from embcache.config import FinetuneConfig
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.classes import class_flags
 from embcache.data.dataset import ImageDataset
@@ -25,6 +25,7 @@ from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.extract import make_recipe
 from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.worker import FrozenNetwork, pick_device
+from embcache.fields import parse_weights
 from embcache.finetune.model import check_head, has_batch_norm
 from embcache.paths import PathLike
 from embcache.probe.heads import identify, make_head

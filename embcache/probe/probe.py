@@ -35,6 +35,7 @@ def probe_features(
     *,
     head: object = None,
     subset: str | int = "S",
+    target: str | None = None,
     home: PathLike | None = None,
     config: ProbeConfig | None = None,
     progress: Progress | None = None,
@@ -56,6 +57,8 @@ def probe_features(
         A registered name, ``module:name``, or an object. Default: the config's, ``"linear"``.
     subset : str or int
         ``"S"``, ``"M"``, ``"F"``, or a number of training images.
+    target : str, optional
+        Column of the dataset's table to predict instead of its labels.
     home : path, optional
         Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
     config : ProbeConfig, optional
@@ -82,6 +85,7 @@ def probe_features(
         options["head"], head = head, None
     names = [backbones] if isinstance(backbones, str) else list(backbones)
     made = ProbeConfig.make(config, {key: value for key, value in options.items() if value is not None})
+    dataset = dataset if target is None else retarget(dataset, target)
     (result,) = probe(dataset, [names], [subset], made, home=home, head=head, progress=progress)
     return result
 

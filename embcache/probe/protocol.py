@@ -20,11 +20,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from embcache.config import ProtocolConfig, unknown_subset
+from embcache.config import ProtocolConfig
 from embcache.data.classes import class_flags
 from embcache.data.draws import IntArray, hash_order, stratified_group_folds, water_fill
 from embcache.data.groups import merge_groups, overlap_notes
 from embcache.errors import ProtocolError, UsageError
+from embcache.fields import unknown_subset
 from embcache.probe.splits import Key, Splits, StrArray, absent_note
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def export_head(run: str, output: PathLike, *, fold: int | None = None, home: Pa
 def _describe(result: Result, fold: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     options = dict(result.request["head"])
     name = str(options.pop("name"))
+    head = make_head(name, **options)
     fingerprints = {str(backbone): str(digest) for backbone, digest in result.request["recipes"]}
     return {
         "format": "embcache head, version 1",
@@ -98,8 +99,8 @@ def _describe(result: Result, fold: int, tensors: Mapping[str, torch.Tensor]) ->
         "val_score": result.folds[fold].val_score,
         "test_score": result.folds[fold].score,
         "class_names": list(result.class_names),
-        "head": {"name": name, **options},
-        "formula": FORMULAS.get(name) or cleandoc(type(make_head(name, **options)).__doc__ or ""),
+        "head": {"name": name, **asdict(head)},  # type: ignore[call-overload]
+        "formula": FORMULAS.get(name) or cleandoc(type(head).__doc__ or ""),
         "layers": "NAME(x) = x @ NAME.weight.T + NAME.bias; layernorm: over the last axis, eps 1e-5; x is float32",
         "probabilities": "softmax(logits) over the last axis",
         # the order matters to heads that fuse

@@ -9,7 +9,7 @@ from typing import Any
 
 from embcache.data.classes import class_words
 from embcache.finetune.finetune_plan import GENTLE, gentle
-from embcache.probe.schedule import Schedule
+from embcache.probe.schedule import Schedule, rates_of
 from embcache.results.paper import PaperValue
 from embcache.runs.folders import Result
 
@@ -118,14 +118,16 @@ def _other_task(request: Mapping[str, Any]) -> str:
 
 def _other_training(result: Result, request: Mapping[str, Any]) -> str:
     """How training or extraction differ from the paper."""
-    if "lrs" in request:
+    rates = rates_of(request)
+    if len(rates) > 1:
         return "the learning rate was chosen on validation, the paper fixes it"
     if "views" in request:
         return f"trained on {request['views']} cached views of each image, which the paper does not have"
     expected = asdict(Schedule())
     if request.get("kind") == "finetune" and gentle(result.backbones):
         expected |= GENTLE
-    for name, value in (request.get("schedule") or {}).items():
+    schedule = {**(request.get("schedule") or {}), **({"lr": rates[0]} if rates else {})}
+    for name, value in schedule.items():
         if value != expected.get(name):
             return f"trained with {name.replace('_', ' ')} {value:g}, the paper with {expected.get(name):g}"
     kinds = {recipe.get("transform", {}).get("kind", "paper") for recipe in result.recipes.values()} - {"paper"}

@@ -24,7 +24,7 @@ from embcache.data.tables import read_table
 from embcache.errors import ProtocolError, UsageError
 from embcache.io import write_output
 from embcache.paths import PathLike
-from embcache.probe.schedule import Schedule
+from embcache.probe.schedule import Schedule, rates_of
 from embcache.results.render import csv_text
 from embcache.runs.folders import Result, find_run_anywhere, load_predictions, run_id, save_run
 from embcache.store.feature_store import list_stores
@@ -184,10 +184,8 @@ def official_command(result: Result) -> str:
         if request.get(name, default) != default:
             words += [f"--{name}", str(request[name])]
     schedule = dict(request.get("schedule") or {})
-    if "lrs" in request:
-        words += ["--lr", ",".join(f"{rate:g}" for rate in request["lrs"])]
-    elif schedule.get("lr", usual["lr"]) != usual["lr"]:
-        words += ["--lr", f"{schedule['lr']:g}"]
+    if (rates := rates_of(request)) not in ([], [usual["lr"]]):
+        words += ["--lr", ",".join(f"{rate:g}" for rate in rates)]
     for name in ("batch_size", "max_epochs") if result.kind == "finetune" else ():
         if schedule.get(name, usual[name]) != usual[name]:
             words += ["--" + name.replace("_", "-"), str(schedule[name])]

@@ -23,8 +23,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from embcache.config import DatasetRef, StudyConfig, check_keys
+from embcache.config import DatasetRef, StudyConfig
 from embcache.errors import UsageError
+from embcache.fields import check_keys
 from embcache.io import read_regular
 from embcache.probe.heads import heads as known_heads
 from embcache.probe.inputs import PAPER_SET

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from embcache.backbones.catalog import load_backbone
-from embcache.config import Config, DatasetRef, ExtractConfig, StudyConfig, parse_weights
+from embcache.config import DatasetRef, ExtractConfig, StudyConfig
 from embcache.errors import EmbcacheError, UsageError
 from embcache.extract.extract import extract
+from embcache.fields import Config, parse_weights
 from embcache.figures.draw_curves import table_curves
 from embcache.figures.plots import plot_curves
 from embcache.finetune.finetune import finetune

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from embcache.backbones.catalog import find_backbone, weights_status
-from embcache.config import DatasetRef, FinetuneConfig, ProbeConfig, StudyConfig, parse_weights
+from embcache.config import DatasetRef, FinetuneConfig, ProbeConfig, StudyConfig
 from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import EmbcacheError, RecipeError, StoreNotFoundError, UsageError, WeightsError
+from embcache.fields import parse_weights
 from embcache.finetune.finetune import find_finetuned
 from embcache.paths import PathLike
 from embcache.probe.inputs import open_stores

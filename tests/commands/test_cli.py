@@ -164,6 +164,6 @@ def test_a_signal_ends_a_run_that_can_go_on(folder: Path, home: Path, number: in
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == status, stderr
     assert "Traceback" not in stderr
-    assert "goes on from there" in stderr
+    assert "continues from there" in stderr
     done = embcache("extract", "--backbone", "random", "--dataset", "folder", "--data-root", str(folder), "--json", "-")
     assert done.returncode == 0, done.stderr

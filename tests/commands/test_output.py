@@ -221,7 +221,7 @@ def test_a_suffix_that_says_something_else_is_refused(
 
 
 def test_an_export_under_another_suffix_is_refused(run: str, home: Path, tmp_path: Path) -> None:
-    from embcache.maintain import export_features
+    from embcache.maintain.export import export_features
     from embcache.store.feature_store import open_store
 
     ds = load_dataset("toy", home=home)
@@ -248,7 +248,7 @@ def test_commands_to_go_on_with_bear_home_and_root(tmp_path: Path, monkeypatch: 
     assert extract_command("net", ds, Path("/h o")) == f"embcache extract --backbone net {expected}"
     table = tmp_path / "my images" / "t.csv"
     table.write_text("path,label,who is it\na/0.png,a,x\nb/1.png,b,y\n")
-    ds = load_dataset("folder", table, name="mine", columns={"group": "who is it"})
+    ds = load_dataset("folder", table, name="mine", group_column="who is it")
     assert extract_command("net", ds).endswith(f"--data-root '{table}' --name mine --group-column 'who is it'")
 
 

@@ -61,7 +61,7 @@ def test_broken_tables_are_refused(tmp_path: Path, text: str, code: str) -> None
 
 
 def test_other_encodings_and_files_that_are_no_parquet_are_refused(tmp_path: Path) -> None:
-    with refused(DatasetError, "table-unreadable"):
+    with refused(DatasetError, "table-encoding"):
         read_table(write(tmp_path / "a.csv", "id\ncafé\n", "latin-1"), ["id"])
     with refused(DatasetError, "table-unreadable"):
         read_table(write(tmp_path / "a.parquet", "id\n"), ["id"])

@@ -21,19 +21,27 @@ from pathlib import Path
 from typing import Any
 
 
-def load_small(name: str, **_: object) -> Any:
-    """Stands for ``load_backbone``: as many features, of images of any size, by other weights for each name."""
+def load_small(what: Any, **options: Any) -> Any:
+    """Stands for ``load_backbone``: as many features, of images of any size, by other weights for each name.
+
+    Backbones that a page makes itself are loaded as they are.
+    """
     import torch
     from torch import nn
 
     from embcache.backbones.catalog import LoadedBackbone, find_backbone
 
-    spec = find_backbone(name)
+    if not isinstance(what, str):
+        return _load_backbone(what, **options)
+    spec, name = find_backbone(what), what
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(name.encode()))
         convolutions = nn.Sequential(nn.Conv2d(3, 16, 7, stride=3), nn.ReLU(), nn.Conv2d(16, 16, 3))
         module = nn.Sequential(convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, spec.dim))
     return LoadedBackbone(spec, module.eval().requires_grad_(False), f"{zlib.crc32(name.encode()):064x}", "made up")
+
+
+_load_backbone: Any = None
 
 
 def install() -> None:
@@ -50,7 +58,9 @@ def install() -> None:
     for module in pkgutil.walk_packages(embcache.__path__, "embcache."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    global _load_backbone
     plain, empty = backbones.load_backbone, model.empty_backbone
+    _load_backbone = plain
     for module in [m for name, m in sys.modules.items() if name.startswith("embcache")]:
         if getattr(module, "load_backbone", None) is plain:
             module.load_backbone = load_small  # type: ignore[attr-defined]

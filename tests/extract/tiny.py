@@ -21,12 +21,12 @@ DIM = 6
 
 def load_tiny(name: str, **_: object) -> LoadedBackbone:
     """Stands for ``embcache.extract.extract.load_backbone``: six features of an image, at any size."""
+    spec = dataclasses.replace(find_backbone(name), dim=DIM)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
+        torch.manual_seed(3 + (spec.seed or 0))  # random:1 has other weights
         module = nn.Sequential(
             nn.Conv2d(3, 12, 5, stride=2), nn.ReLU(), nn.Conv2d(12, DIM, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         )
-    spec = dataclasses.replace(find_backbone(name), dim=DIM)
     return LoadedBackbone(spec, module.eval().requires_grad_(False), "ab" * 32, "made up")
 
 

@@ -19,7 +19,7 @@ from embcache.errors import StoreError, UsageError
 from embcache.finetune.batches import known_images
 from embcache.finetune.checkpoint import CheckpointFolder
 from embcache.finetune.finetune_plan import load_networks, plan_finetuning
-from embcache.maintain import list_interrupted
+from embcache.maintain.listing import list_interrupted
 from tests.finetune.conftest import RESNET, VIT
 
 
@@ -94,7 +94,7 @@ def test_an_unfinished_run_that_cannot_be_read_is_listed_all_the_same(home: Path
 
 def test_the_command_that_continues_a_run_repeats_its_options(ds: ImageDataset, tmp_path: Path) -> None:
     config = FinetuneConfig(folds=3, seed=7, val="matched", lr=0.01, batch_size=8, max_epochs=9, models=False)
-    read = replace(ds, columns=DatasetRef(group_column="who", merge_class=("A+a=A",)))
+    read = replace(ds, ref=DatasetRef(group_column="who", merge_class=("A+a=A",)))
     with ThreadPoolExecutor(1) as pool:
         networks = load_networks(read, [VIT], config, None, pool)
         images = known_images(read, networks.transform, networks.files, None, pool)

@@ -10,18 +10,16 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset, read_snapshot
 from embcache.errors import ProtocolError, UsageError
 from embcache.figures.draw_curves import curve_panels
 from embcache.figures.draw_maps import draw_maps
 from embcache.figures.rank import rank
-from embcache.probe.inputs import probe_cached
 from embcache.probe.probe import probe_features
 from embcache.report.collect import make_tasks
 from embcache.results.compare import compare, subgroups
 from embcache.runs.folders import Result, list_results, load_predictions, runs_dir
-from tests.probe.build import make_dataset, make_features, put_store
+from tests.probe.build import make_dataset, make_features, put_store, run_cached
 from tests.probe.test_cached import cli
 
 
@@ -109,7 +107,7 @@ def test_every_dataset_is_looked_at_before_any_is_probed(ds: ImageDataset, home:
     other = replace(ds.with_classes(["d"]), name="zoo", whole=None, renamed={})
     put_store(home, other, "a", make_features(ds)[:180])
     with pytest.raises(UsageError, match="zoo has no class 'd'"):
-        probe_cached(home=home, classes=ClassOptions(("d",)))
+        run_cached(home=home, drop_class="d")
     assert not list_results(home)
 
 

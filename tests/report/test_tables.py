@@ -101,7 +101,7 @@ def test_sizes_and_backbones_of_one_request_are_one_command() -> None:
         ({"views": 4}, "--views 4"),
         ({"target": "sex"}, "--target sex"),
         ({"exclude_test_overlap": True}, "--exclude-test-overlap"),
-        ({"lrs": [1e-4, 1e-2]}, "--lr 0.0001,0.01"),
+        ({"lr": [1e-4, 1e-2]}, "--lr 0.0001,0.01"),
         ({"schedule": {"lr": 0.1}}, "--lr 0.1"),
         ({"head": {"name": "knn", "k": 5, "temperature": 0.07}}, "--head-option k=5"),
     ],

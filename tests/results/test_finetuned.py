@@ -10,7 +10,7 @@ import pytest
 
 from embcache.data.dataset import ImageDataset
 from embcache.errors import RecipeError, StoreError, UsageError
-from embcache.finetune import finetune_images
+from embcache.finetune.finetune import finetune_images
 from embcache.probe.prevalence import Adjust
 from embcache.probe.summary import adjust_models
 from embcache.results.predict import predict
@@ -61,6 +61,6 @@ def test_test_images_get_their_stored_predictions(
 
 def test_a_run_that_kept_no_models_says_so(ds: ImageDataset, home: Path) -> None:
     assert ds.root is not None
-    result = finetune_images(ds, [RESNET], home=home, keep_models=False, **QUICK)
+    result = finetune_images(ds, [RESNET], home=home, models=False, **QUICK)
     with pytest.raises(StoreError):
         predict(result.id, [ds.root / "test"], home=home)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -42,11 +40,13 @@ def test_nothing_cached_says_what_to_type(tmp_path: Path) -> None:
 def test_a_folder_dataset_is_extracted_again_under_its_own_name(tmp_path: Path) -> None:
     @dataclasses.dataclass(frozen=True)
     class Folder(Table):
-        kind: str = "folder"
+        layout: str = "folder"
         root: str = "/my images"
         origin: None = None
         missing: tuple[str, ...] = ()
-        columns: Any = dataclasses.field(default_factory=lambda: SimpleNamespace(words=list))
+
+        def read_options(self) -> list[str]:
+            return []
 
     ds = Folder(make_table(["a"]).table, "mine-1a2b3c4d")
     with pytest.raises(StoreNotFoundError) as caught:
