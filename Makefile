@@ -15,6 +15,7 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python tools/words.py
+	$(BIN)/python tools/stats.py --check
 
 # Lines, files, wide functions, import cycles …; LIST=--list names what counts.
 stats: .venv/installed

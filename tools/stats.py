@@ -12,7 +12,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "embcache"
 MOST_PARAMETERS = 8
 # Bounds that hold already; a measure without one is only printed.
-BOUNDS: dict[str, int] = {}
+BOUNDS = {
+    "files of more than 600 lines": 0,
+    f"functions of more than {MOST_PARAMETERS} parameters": 0,
+    "import cycles": 0,
+    "duplicate file names": 0,
+    "duplicate class names": 0,
+    "errors without a code": 0,
+}
 
 
 def modules() -> dict[str, ast.Module]:
@@ -109,7 +116,7 @@ def measure() -> dict[str, list[str] | int]:
         "import cycles": [" ".join(group) for group in cycles(graph)],
         "duplicate file names": _doubles([path.name for path in files if not path.name.startswith("__")]),
         "duplicate class names": _doubles([name for name in classes if not name.startswith("_")]),
-        "hasattr and getattr": probes,
+        "hasattr and getattr (of os, torch, timm, streams and dataclass fields)": probes,
         "errors without a code": bare,
         "lines of tests": sum(path.read_text("utf-8").count("\n") for path in (ROOT / "tests").rglob("*.py")),
     }

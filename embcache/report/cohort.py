@@ -26,7 +26,7 @@ _MOST_BAD = 50  # quarantined images that are listed
 
 
 @dataclass(frozen=True)
-class Step:
+class FlowStep:
     """One box of the flow."""
 
     words: str
@@ -40,7 +40,7 @@ class Step:
 class Cohort:
     """The flow of images, and the case mix of its parts."""
 
-    steps: tuple[Step, ...] = ()
+    steps: tuple[FlowStep, ...] = ()
     mix: Table | None = None
     grouped: bool = False  # whether patients (or other groups) are known
     shared: int = 0  # training images of patients who are in the test set too
@@ -82,9 +82,9 @@ def _flow(part: Part, dataset: ImageDataset, plan: Splits, bad: set[str], sizes:
     def mask(rows: Sequence[NDArray[np.int64]]) -> BoolArray:
         return np.isin(np.arange(n), np.concatenate(rows))
 
-    def step(words: str, which: BoolArray, role: str, detail: str = "") -> Step:
+    def step(words: str, which: BoolArray, role: str, detail: str = "") -> FlowStep:
         groups = len(set(plan.groups[which].tolist())) if grouped else None
-        return Step(words, int(which.sum()), groups, role, detail)
+        return FlowStep(words, int(which.sum()), groups, role, detail)
 
     test, pool = mask([plan.test]), mask([rows for (_, subset), rows in plan.train.items() if subset == "F"])
     val = mask([*plan.val.values()]) & ~pool  # a split of the dataset's own: else what validates also trains
@@ -92,9 +92,9 @@ def _flow(part: Part, dataset: ImageDataset, plan: Splits, bad: set[str], sizes:
     of_test, of_val = (np.isin(plan.groups, np.unique(plan.groups[which])) for which in (test, val))
     missing, left_out = len(whole.missing), len(whole) - n
     groups = len(set(whole.groups.tolist())) if grouped and not missing else None
-    steps = [Step("listed in the source", len(whole) + missing, groups, "there")]
-    steps += [Step("whose file is missing", missing, None, "out")] * bool(missing)
-    steps += [Step("of classes that are left out", left_out, None, "out")] * bool(left_out)
+    steps = [FlowStep("listed in the source", len(whole) + missing, groups, "there")]
+    steps += [FlowStep("whose file is missing", missing, None, "out")] * bool(missing)
+    steps += [FlowStep("of classes that are left out", left_out, None, "out")] * bool(left_out)
     for words, why in {
         "could not be read": np.array([name in bad for name in plan.ids], dtype=bool),
         "without a label": plan.labels < 0,
