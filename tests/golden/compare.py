@@ -64,9 +64,13 @@ def load(path: Path) -> Any:
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Every number and text of a JSON value by its path, but what names this run: ids, paths and times."""
+    """Every number and text of a JSON value by its path, but what names this run: IDs, requests, paths and times."""
     if isinstance(value, dict):
-        pairs = [(str(key), item) for key, item in value.items() if key not in ("id", "path", "seconds", "created")]
+        pairs = [
+            (str(key), item)
+            for key, item in value.items()
+            if key not in ("id", "path", "seconds", "created", "request")
+        ]
     elif isinstance(value, list):
         pairs = [(str(k), item) for k, item in enumerate(value)]
     else:
