@@ -46,14 +46,6 @@ BackboneOption = Annotated[
         help="Name of a backbone; repeatable or comma-separated. See `embcache backbones`.",
     ),
 ]
-HeadOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--head",
-        metavar="NAME[,NAME…]",
-        help="Head to train; repeatable or comma-separated. See `embcache heads`. [default: linear]",
-    ),
-]
 SubsetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -89,7 +81,7 @@ JsonOption = Annotated[
     ),
 ]
 
-# Fields of configs, for commands that do not take configs yet.
+# Options that are not fields of a config.
 DataRootOption = Annotated[
     Path | None,
     typer.Option(
@@ -98,65 +90,12 @@ DataRootOption = Annotated[
         help="Folder of the dataset, or its table. [default: $EMBCACHE_DATA/NAME or ./data/NAME]",
     ),
 ]
-AllowMissingOption = Annotated[bool, typer.Option("--allow-missing", help="Skip images that are listed but missing.")]
-NameOption = Annotated[
-    str | None,
-    typer.Option("--name", metavar="NAME", help="Name of a `folder` dataset. [default: its folder's name and a hash]"),
-]
 RecipeOption = Annotated[
     str | None,
     typer.Option(
         "--recipe",
         metavar="PREFIX",
         help="First digits of the store's fingerprint, where several recipes are cached.",
-    ),
-]
-MaxPixelsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--max-pixels",
-        metavar="N",
-        help="Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]",
-    ),
-]
-DropClassOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--drop-class",
-        metavar="NAME[,NAME…]",
-        help="Leave out the images of a class; repeatable or comma-separated.",
-    ),
-]
-MergeClassOption = Annotated[
-    list[str] | None,
-    typer.Option("--merge-class", metavar="A+B=NEW", help="Merge classes under a new name; repeatable."),
-]
-_COLUMN_HELP = {  # of `embcache.data.tables.ROLES`
-    "path": "Column of a table with the paths of the images.",
-    "label": "Column of a table with the labels.",
-    "group": "Column of a table with patients, slides …; no split divides a group. [default: group, or a usual name]",
-    "split": "Column of a table with train, val or test.",
-    "id": "Column of a table with the IDs of the images.",
-}
-FoldsOption = Annotated[int, typer.Option("--folds", metavar="K", help="Number of folds of the cross-validation.")]
-SeedOption = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Seed of folds, subsets, initial weights, order and dropout.")
-]
-ValOption = Annotated[
-    str,
-    typer.Option(
-        "--val",
-        metavar="full|matched",
-        help="Validate on the whole fold, or on as many images as are trained on, balanced.",
-    ),
-]
-TestOption = Annotated[
-    str,
-    typer.Option(
-        "--test",
-        metavar="local|official",
-        help="Where the labels of the official test set are not public: hold out 20 % of the labeled images, or "
-        "nothing.",
     ),
 ]
 PositiveOption = Annotated[
@@ -183,12 +122,6 @@ CalibrateOption = Annotated[
         "--calibrate",
         help="Fit a temperature for each model on its own validation images; without --prevalence, classes are as "
         "frequent as among these.",
-    ),
-]
-OverlapOption = Annotated[
-    bool,
-    typer.Option(
-        "--exclude-test-overlap", help="Leave out training images that share a group with the official test set."
     ),
 ]
 
@@ -330,30 +263,6 @@ def _options(config: type[Config], skipped: set[str]) -> list[inspect.Parameter]
             )
         )
     return options
-
-
-def takes_columns(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command ``--path-column``, ``--group-column`` and the like, as its one parameter ``columns``."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **given: Any) -> None:
-        from embcache.config import DatasetRef
-
-        named: dict[str, Any] = {f"{role}_column": given.pop(f"{role}_column") or "" for role in _COLUMN_HELP}
-        named["merge_class"] = given.get("merge_class") or ()
-        command(*args, columns=DatasetRef.make(options=named), **given)
-
-    run.__annotations__ = {name: hint for name, hint in command.__annotations__.items() if name != "columns"}
-    hints = get_type_hints(run, include_extras=True)
-    own = [p.replace(annotation=hints[n]) for n, p in inspect.signature(command).parameters.items() if n != "columns"]
-    added = [
-        inspect.Parameter(
-            f"{role}_column", inspect.Parameter.KEYWORD_ONLY, default=None,
-            annotation=Annotated[str | None, typer.Option(f"--{role}-column", metavar="NAME", help=text)],
-        )
-        for role, text in _COLUMN_HELP.items()
-    ]  # fmt: skip
-    return _with_parameters(run, [*own, *added])
 
 
 def class_options(drop: Sequence[str] | None, merge: Sequence[str] | None) -> ClassOptions:
