@@ -283,3 +283,8 @@ def refuse_other_merges(merge: Sequence[str] | None, dataset: ImageDataset) -> N
             expected=" or ".join(dataset.class_names),
             fix="merge other classes when heads are trained: embcache probe --merge-class A+B=NEW",
         )
+
+
+def option_text(value: object) -> str:
+    """A hyperparameter as ``--head-option`` takes it."""
+    return f"[{', '.join(map(option_text, value))}]" if isinstance(value, list | tuple) else str(value)

@@ -22,7 +22,7 @@ from embcache.backbones.catalog import BACKBONES, find_backbone, load_backbone
 from embcache.backbones.checkpoints import hash_state
 from embcache.backbones.networks import rename_efficientnet
 from embcache.backbones.timm_models import describe_timm
-from embcache.commands.backbones_command import backbones as backbones_command
+from embcache.commands.start import backbones as backbones_command
 from embcache.errors import UsageError, WeightsError
 from tests.extract import published
 from tests.refusal import refused
@@ -353,7 +353,7 @@ def test_what_model_cards_say_reaches_timm(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_listing_backbones_imports_no_torch(home: Path) -> None:
     script = (
-        "import sys; from embcache.commands.backbones_command import backbones; backbones(None, None, '-');"
+        "import sys; from embcache.commands.start import backbones; backbones(None, None, '-');"
         "assert not {'torch', 'timm', 'torchvision'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -5,7 +5,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from embcache.commands.datasets_command import datasets
+from embcache.commands.start import datasets
 from embcache.config import DatasetRef
 from embcache.data.dataset import list_datasets, load_dataset, survey_dataset
 from embcache.errors import DatasetNotFoundError, UsageError

@@ -18,7 +18,7 @@ import embcache.extract.batching as batching
 import embcache.extract.extract as run
 from embcache.backbones.catalog import find_backbone
 from embcache.backbones.transforms import choose_transform, normalize
-from embcache.commands.extract_command import extract as extract_command
+from embcache.commands.features import extract as extract_command
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.images import ImageRef, read_image
 from embcache.errors import StoreNotFoundError, UsageError

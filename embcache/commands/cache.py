@@ -1,4 +1,4 @@
-"""``embcache ls``, ``info`` and ``export``: what is cached, what it is made of, and taking it to other tools."""
+"""``embcache ls``, ``info``, ``export`` and ``gc``: the stores of a home."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from embcache.commands.options import (
 )
 from embcache.commands.output import echo, one_line, print_note, print_table
 from embcache.config import DatasetRef, ExportConfig
-from embcache.errors import StoreNotFoundError, UsageError
+from embcache.errors import StoreError, StoreNotFoundError, UsageError
 from embcache.paths import home_dir
 from embcache.typed import plain
 
@@ -220,3 +220,49 @@ def size_words(number: int) -> str:
     while size >= 999.5 and len(units) > 1:
         size, units = size / 1000, units[1:]
     return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 100 else f"{size:.1f} {units[0]}"
+
+
+def gc(
+    backbone: BackboneOption = None,
+    dataset: DatasetOption = None,
+    recipe: RecipeOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be freed, and change nothing.")] = False,
+    home: HomeOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Free what nothing needs: rows that newer ones of the same image have replaced, and what killed processes left.
+
+    Rows in use are copied, not computed, into new shards before the old ones are removed; rows of images that left the
+    dataset are kept. Nothing is lost if the command is killed, and other commands may run at the same time: rows that
+    one of them is to compute stay where they are. A damaged store is refused.
+
+    Example: embcache gc --dry-run --dataset nih
+    """
+    from embcache.maintain.gc import collect, collect_home
+    from embcache.maintain.verify import walk_stores
+
+    backbones, datasets = split_list(backbone), split_list(dataset)
+    done = list[Any]()
+    stores, refused = walk_stores(home, datasets, backbones, recipe)
+    for path in stores:
+        try:
+            done.append(collect(path, dry_run=dry_run))
+        except (StoreError, OSError) as error:
+            echo(f"embcache: {path.parent.name}/{path.name}: {error}", err=True)
+            refused.append({"path": str(path), "error": str(error)})
+    beside = collect_home(home, datasets, dry_run=dry_run)
+    freed = sum(each.freed for each in done) + beside["freed"]
+    if json:
+        write_json({"dry_run": dry_run, "freed": freed, "stores": plain(done), "refused": refused}, json)
+    if json != "-" and stores:
+        rows = [
+            [c.dataset, c.path.name, c.superseded, c.moved, c.shards, c.leftovers, size_words(c.freed)] for c in done
+        ]
+        headers = ["dataset", "store", "superseded", "copied", "shards removed", "leftovers", "freed"]
+        notes = [f"{beside['leftovers']} leftovers beside the stores"] if beside["leftovers"] else []
+        verb = "would be freed" if dry_run else "freed"
+        print_table(headers, rows, notes=[*notes, f"{size_words(freed)} {verb} in {home_dir(home)}"])
+    elif json != "-" and not refused:
+        echo(f"nothing is cached in {home_dir(home)}")
+    if refused:
+        raise typer.Exit(1)

@@ -1,0 +1,354 @@
+"""``embcache predict``, ``submit``, ``kaggle-score``, ``export-head``, ``errors`` and ``plot``: the models of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from embcache.commands.options import (
+    DataRootOption,
+    HomeOption,
+    JsonOption,
+    Skip,
+    check_suffix,
+    takes_configs,
+    write_json,
+)
+from embcache.commands.output import ProgressBar, echo, echo_data, print_note, print_table
+from embcache.commands.pictures import OutputOption, figure_targets
+from embcache.config import DatasetRef, PredictConfig
+from embcache.errors import EmbcacheError, check_choice
+
+if TYPE_CHECKING:
+    pass
+
+
+RunOption = Annotated[
+    str, typer.Option("--run", metavar="RUN", help="Run ID, or a unique prefix. See `embcache results`.")
+]
+
+
+@takes_configs
+def predict(
+    run: RunOption,
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[IMAGE|FOLDER|TABLE…]", help="Images, folders that are searched, or tables of paths."),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", metavar="NAME", help="Predict all images of a dataset instead.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="CSV to write. [default: to stdout]")
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = None,
+    *,
+    config: PredictConfig,
+    ref: Annotated[DatasetRef, Skip("target", "name", "allow_missing", "drop_class", "merge_class")],
+) -> None:
+    """Predict images by a saved run: a CSV with the probability of each class, the mean over the run's folds.
+
+    A CSV or Parquet file among the images is a table with a column path, and perhaps group (--path-column and
+    --group-column name others). Probabilities are for the class shares that training saw; --prevalence corrects
+    them, --calibrate fits a temperature for each fold.
+
+    Images are decoded, transformed and embedded by the run's own recipe; where that cannot be rebuilt exactly nothing
+    is predicted. Images that cannot be read are listed with the reason, on stderr and in the column error.
+
+    Example: embcache predict --run linear-S-0123 scans/ --output predictions.csv
+    """
+    from embcache.io import check_target, write_output
+    from embcache.results.predict import predict
+
+    if config.by_group is not None:
+        check_suffix(config.by_group, "--by-group", ".csv")
+    if output is not None:
+        output = check_suffix(output.expanduser(), "--output", ".csv")
+        check_target(output)
+    with ProgressBar("img") as bar:
+        found = predict(run, paths or (), dataset=dataset, ref=ref, config=config, home=home, progress=bar.update)
+    for note in (*found.notes, *([f"probabilities are adjusted: {found.adjusted}"] if found.adjusted else [])):
+        print_note(note)
+    for image, reason in found.failed.items():
+        shown = image.replace("\n", "\\n")  # a name cannot forge a line of its own
+        echo(f"not read: {shown}: {reason}", err=True)
+    read, total = len(found.images) - len(found.failed), len(found.images)
+    echo(f"{read:,} of {total:,} images predicted by {found.run}, {len(found.folds)} folds", err=True)
+    if output is not None:
+        write_output(output, found.to_csv())
+    for file in filter(None, (output, config.by_group)):
+        echo(f"written: {file}", err=True)
+    if json:
+        write_json(found.to_json(), json)
+    elif output is None:
+        echo_data(found.to_csv(), "--output FILE")
+
+
+def submit(
+    run: RunOption,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the files. [default: submission-RUN]"),
+    ] = None,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Write the files that Kaggle takes for aptos and patchcam: one per fold, IDs as in the sample submission.
+
+    The run must have been made with --test official. Test images that could not be read get the most frequent class,
+    or the share of class 1, of the labeled images, and are listed.
+
+    Example: embcache submit --run linear-F-0123
+    """
+    from embcache.results.kaggle import make_submission
+
+    if output is not None:
+        _check_folder(output)
+    made = make_submission(run, output, ref=DatasetRef(data_root=data_root), home=home)
+    if json:
+        write_json(made.to_json(), json)
+    for image, reason in made.filled.items():
+        echo(f"filled in: {image}: {reason}", err=True)
+    if json == "-":
+        for note in made.notes:
+            print_note(note)
+        return
+    files = zip(made.folds, made.files, strict=True)
+    print_table(
+        ["fold", "file", "rows", "filled in"],
+        [[str(fold), str(file), f"{made.rows:,}", f"{len(made.filled):,}"] for fold, file in files],
+        notes=[
+            *made.notes,
+            f"submit: kaggle competitions submit -c {made.competition} -f FILE -m '{made.run}'",
+            f"then: embcache kaggle-score --run {made.run} --score PRIVATE/PUBLIC for each file, in the order of the "
+            "folds",
+        ],
+    )
+
+
+def kaggle_score(
+    run: RunOption,
+    score: Annotated[
+        list[str] | None,
+        typer.Option("--score", metavar="PRIVATE/PUBLIC", help="Scores of a fold's file; once per fold, in order."),
+    ] = None,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Keep the leaderboard's scores of a run as a result: α · private + (1 − α) · public of each fold.
+
+    Example: embcache kaggle-score --run linear-F-0123 --score 0.80/0.70 --score 0.81/0.71 …
+    """
+    from embcache.commands.scores import print_results
+    from embcache.results.kaggle import read_score, save_kaggle_scores
+
+    # equal scores of two folds are two scores: not split_list, which drops repeats
+    pairs = [read_score(text) for texts in score or () for text in texts.split(",")]
+    result = save_kaggle_scores(run, pairs, ref=DatasetRef(data_root=data_root), home=home)
+    if json != "-":
+        print_results([result], ids=True)
+    if json:
+        write_json([result.to_json()], json)
+
+
+def export_head(
+    run: RunOption,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Folder of head.safetensors and head.json."),
+    ],
+    fold: Annotated[
+        int | None,
+        typer.Option("--fold", metavar="K", help="Fold of the head. [default: the best on validation]"),
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Write the head of one fold as safetensors and JSON, for programs without embcache (docs/results.md).
+
+    Example: embcache export-head --run linear-S-0123 --output my-head
+    """
+    from embcache.results.export_head import export_head
+
+    _check_folder(output)
+    done = export_head(run, output, fold=fold, home=home)
+    about = done.about
+    if json:
+        write_json(done.to_json(), json)
+    if json == "-":
+        return
+    print_table(["tensor", "shape"], [[name, "×".join(map(str, t["shape"]))] for name, t in about["tensors"].items()])
+    echo(f"· {about['head']['name']} of fold {about['fold']}: {about['formula']}")
+    echo(f"· written: {done.folder}/head.safetensors and head.json")
+
+
+def _check_folder(output: Path) -> None:
+    if output.suffix.lower() in (".csv", ".json", ".pt", ".pth", ".safetensors", ".tar", ".zip"):
+        check_suffix(output, "--output")
+
+
+_SHOWN = 24  # images of a contact sheet by default
+
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run ID; it can be abbreviated to a unique prefix.")]
+
+
+def errors(
+    run: RunArgument,
+    most: Annotated[
+        int | None,
+        typer.Option(
+            "--most", metavar="N", min=1, help="List only the N most confident mistakes. [default: all; sheet: 24]"
+        ),
+    ] = None,
+    output: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--output",
+            metavar="FILE[,FILE…]",
+            help="The list as .csv, the contact sheet as .png, .svg or .pdf. "
+            "[default: <home>/<dataset>/figures/errors-RUN.csv and .png]",
+        ),
+    ] = None,
+    groups: Annotated[
+        bool, typer.Option("--groups", help="Add each image's group to the list; it may name a patient.")
+    ] = False,
+    data_root: DataRootOption = None,
+    home: HomeOption = None,
+    json: JsonOption = None,
+) -> None:
+    """List the test images that a run gets wrong, the most confident mistakes first, and show them.
+
+    Predictions are those of the ensemble, the mean of the probabilities of the run's models. The contact sheet needs
+    the images; where they are missing, only the list is written.
+
+    Example: embcache errors linear-S-0123 --most 50
+    """
+    from embcache.data.dataset import find_dataset
+    from embcache.figures.neighbors import draw_mistakes
+    from embcache.io import check_target, write_output
+    from embcache.paths import home_dir, slug
+    from embcache.results.compare import load_tested
+    from embcache.results.describe import find_mistakes, mistakes_csv
+    from embcache.runs.folders import find_run_anywhere
+
+    targets = figure_targets(output, ".csv")
+    for target in targets:
+        check_target(target)
+    result, folder = find_run_anywhere(run, home)
+    tested = load_tested(result, folder)
+    if not targets:
+        default = home_dir(home) / slug(result.dataset) / "figures" / f"errors-{result.id}"
+        targets = [default.with_name(f"{default.name}{suffix}") for suffix in (".csv", ".png")]
+    mistakes = find_mistakes(tested)
+    listed = mistakes[:most]
+    files, notes = [], []
+    for target in targets:
+        if target.suffix.lower() == ".csv":
+            files.append(write_output(target, mistakes_csv(listed, groups=groups), parents=True))
+            continue
+        shown = listed[: most or _SHOWN]
+        title = f"{result.id}: {len(shown):,} of {len(mistakes):,} mistakes, the most confident first"
+        found, reason = 0, "the images are missing" if shown else "there is no mistake to show"
+        try:
+            dataset, _ = find_dataset(result.dataset, DatasetRef(data_root=data_root, allow_missing=True), home=home)
+            found = draw_mistakes(dataset, shown, title, target) if shown else 0
+        except EmbcacheError as error:
+            if data_root is not None:  # this folder was named
+                raise
+            reason = error.problem
+        if found:
+            files.append(target)
+        else:
+            notes.append(f"no contact sheet: {reason}")
+    if json:
+        rows = [{name: value for name, value in asdict(m).items() if groups or name != "group"} for m in listed]
+        answer = {"run": result.id, "dataset": result.dataset, "images": len(tested.ids), "mistakes": len(mistakes)}
+        write_json(answer | {"errors": rows, "files": [str(path) for path in files], "notes": notes}, json)
+    if json == "-":
+        return
+    models = "" if not listed or listed[0].models == 1 else f" (mean of {listed[0].models} models' probabilities)"
+    echo(f"{result.dataset}: {result.id} gets {len(mistakes):,} of {len(tested.ids):,} test images wrong{models}")
+    if mistakes:
+        pairs = Counter((m.label, m.predicted) for m in mistakes)
+        print_table(
+            ["class", "predicted as", "images"],
+            [[label, predicted, f"{count:,}"] for (label, predicted), count in pairs.most_common(10)],
+            notes=[f"{len(pairs) - 10:,} rarer pairs are not shown"] if len(pairs) > 10 else [],
+        )
+        echo("\nmost confident mistakes")
+        print_table(
+            ["id", "class", "predicted", "p (class)", "p (predicted)", "models that agree"],
+            [
+                [
+                    m.id,
+                    m.label,
+                    m.predicted,
+                    f"{m.p_label:.4f}",
+                    f"{m.p_predicted:.4f}",
+                    f"{m.models_agree} of {m.models}",
+                ]
+                for m in listed[:10]
+            ],
+        )
+    for note in notes:
+        echo(f"· {note}")
+    for path in files:
+        echo(f"{'list' if path.suffix.lower() == '.csv' else 'figure'}: {path}")
+
+
+def plot(
+    run: RunArgument,
+    kind: Annotated[
+        str,
+        typer.Option("--kind", metavar="roc|pr|confusion|calibration", help="Which figure."),
+    ] = "roc",
+    positive: Annotated[
+        str | None,
+        typer.Option(
+            "--positive",
+            metavar="CLASS",
+            help="Set this class against the rest. [default: the run's positive class of two; of more classes each]",
+        ),
+    ] = None,
+    output: OutputOption = None,
+    home: HomeOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Draw one run's test predictions: ROC or precision–recall curves, the confusion matrix, or calibration.
+
+    Curves are the mean over the run's models with a band of ± sd, and those of the ensemble, the mean of the models'
+    probabilities, which is what `embcache predict` uses.
+
+    Example: embcache plot linear-S-0123 --kind pr --output curve.pdf
+    """
+    from embcache.figures.run_plots import KINDS, draw_run
+    from embcache.io import check_target
+    from embcache.paths import home_dir, slug
+    from embcache.results.compare import load_tested
+    from embcache.runs.folders import find_run_anywhere
+
+    check_choice("--kind", kind, KINDS)
+    targets = figure_targets(output)
+    for target in targets:
+        check_target(target)
+    result, folder = find_run_anywhere(run, home)
+    tested = load_tested(result, folder)
+    default = home_dir(home) / slug(result.dataset) / "figures" / f"{kind}-{result.id}.png"
+    drawn = draw_run(tested, kind, targets or [default], positive=positive)
+    if json != "-":
+        echo(drawn.title.replace("\n", "; "))
+        print_table(drawn.headers, drawn.rows, notes=drawn.notes)
+        for path in drawn.files:
+            echo(f"figure: {path}")
+    if json:
+        answer = {"run": result.id, "dataset": result.dataset, "kind": kind, "positive": drawn.positive}
+        more = {"values": list(drawn.records), "notes": list(drawn.notes), "figures": [str(p) for p in drawn.files]}
+        write_json(answer | more, json)
