@@ -24,7 +24,6 @@ from embcache.commands.options import (
     write_json,
 )
 from embcache.commands.output import ProgressBar, echo, json_text, print_table
-from embcache.commands.scores import in_metrics, print_results
 from embcache.commands.shell import Command, Group
 from embcache.config import DatasetRef, FinetuneConfig, ProbeConfig, ProtocolConfig
 from embcache.errors import UsageError
@@ -54,6 +53,7 @@ def probe(
 
     Example: embcache probe --head linear --subset S,M,F --dataset pneumonia
     """
+    from embcache.commands.scores import in_metrics, print_results
     from embcache.probe.heads import heads
 
     metrics, subsets = split_list(metric), split_list(subset) or ["S"]
@@ -97,6 +97,7 @@ def finetune(
 
     Example: embcache finetune --backbone random --dataset pneumonia --subset S --val matched
     """
+    from embcache.commands.scores import in_metrics, print_results
     from embcache.finetune.finetune import finetune as finetune_dataset
     from embcache.probe.heads import make_head
     from embcache.probe.inputs import PAPER_SET
