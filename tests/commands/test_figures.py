@@ -14,8 +14,8 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from embcache.commands import audit_command as audit
-from embcache.commands import figures_command as figures
+from embcache.commands import pictures as audit
+from embcache.commands import pictures as figures
 from embcache.errors import EmbcacheError, UsageError
 from embcache.probe.probe import probe_features
 from tests.probe.build import make_dataset, make_features, put_store

@@ -14,9 +14,9 @@ from click.testing import Result
 from sklearn.metrics import confusion_matrix
 from typer.testing import CliRunner
 
-from embcache.commands import predicted_command as predicted
-from embcache.commands import probe_command as probe
-from embcache.commands import run_command as tables
+from embcache.commands import predicting as predicted
+from embcache.commands import reporting as tables
+from embcache.commands import scores as probe
 from embcache.errors import EmbcacheError, UsageError
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import find_run_anywhere, load_predictions

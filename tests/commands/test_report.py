@@ -10,7 +10,7 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from embcache.commands import report_command as report
+from embcache.commands import reporting as report
 from embcache.errors import UsageError
 from tests.report.build import NAME, Study, make_study
 

@@ -15,7 +15,7 @@ from click.testing import Result
 from sklearn.metrics import accuracy_score, brier_score_loss, confusion_matrix, roc_auc_score
 from typer.testing import CliRunner
 
-from embcache.commands import probe_command as probe
+from embcache.commands import scores, start
 from embcache.errors import StoreError, UsageError
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import find_run_anywhere, load_heads, load_predictions, save_run
@@ -23,8 +23,8 @@ from embcache.runs.result import run_id
 from tests.probe.build import make_dataset, make_features, put_store
 
 app = typer.Typer()
-app.command("results")(probe.results)
-app.command("heads")(probe.heads)
+app.command("results")(scores.results)
+app.command("heads")(start.heads)
 
 
 def results(*arguments: object) -> Result:

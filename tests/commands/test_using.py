@@ -12,8 +12,8 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from embcache.commands import compare_command as compare
-from embcache.commands import predict_command as predict
+from embcache.commands import predicting as predict
+from embcache.commands import scores as compare
 from embcache.data.dataset import load_dataset
 from embcache.errors import UsageError
 from embcache.extract.extract import extract_features
