@@ -2,8 +2,8 @@
 
 Importing torch takes seconds and pages hold dozens of commands, so one process imports everything once and forks for
 each. It computes nothing itself: a fork after threads were started may hang. In the place of published networks stand
-small ones with weights of their own, so that every backbone is here; the built-in sample has a few patients instead of
-sixty; finetuning ends after two epochs.
+small ones with few features and weights of their own, so that every backbone is here; the built-in sample has a few
+patients instead of sixty; training ends after two epochs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 
 def load_small(what: Any, **options: Any) -> Any:
-    """Stands for ``load_backbone``: as many features, of images of any size, by other weights for each name.
+    """Stands for ``load_backbone``: other weights for each name, for images of any size.
 
     Backbones that a page makes itself are loaded as they are.
     """
@@ -54,6 +54,7 @@ def install() -> None:
     from embcache.backbones import catalog as backbones
     from embcache.config import FinetuneConfig
     from embcache.finetune import model
+    from embcache.probe.schedule import Schedule
 
     for module in pkgutil.walk_packages(embcache.__path__, "embcache."):
         if not module.name.endswith("__main__"):
@@ -66,13 +67,14 @@ def install() -> None:
             module.load_backbone = load_small  # type: ignore[attr-defined]
         if getattr(module, "empty_backbone", None) is empty:
             module.empty_backbone = lambda spec, _: load_small(spec.name).module  # type: ignore[attr-defined]
-    usual = FinetuneConfig.__init__.__defaults__ or ()
-    names = [f.name for f in dataclasses.fields(FinetuneConfig)]
-    FinetuneConfig.__init__.__defaults__ = tuple(
-        2 if name == "max_epochs" else value for name, value in zip(names, usual, strict=True)
-    )
+    for config in (FinetuneConfig, Schedule):
+        names = [f.name for f in dataclasses.fields(config)]
+        few = zip(names, config.__init__.__defaults__ or (), strict=True)
+        config.__init__.__defaults__ = tuple(2 if name.endswith("_epochs") else value for name, value in few)
     if "max_epochs" in (keywords := embcache.finetune_images.__kwdefaults__ or {}):
         keywords["max_epochs"] = 2
+    for name, row in list(backbones.BACKBONES.items()):
+        backbones.BACKBONES[name] = dataclasses.replace(row, dim=32)  # type: ignore[index]
     sample.GROUPS, sample.TEST_GROUPS, sample.TILES_PER_CLASS = 12, 3, 2  # type: ignore[misc]
 
 
