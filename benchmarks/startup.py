@@ -31,7 +31,7 @@ IMPORTS = "import torch, zarr, sklearn.metrics"
 # Progress is reported after every epoch: the first word of it ends the process.
 FIRST_EPOCH = """
 import os, sys
-import embcache.commands.probe_command as command
+import embcache.commands.training as command
 
 class Ends(command.ProgressBar):
     def update(self, done, total, label=""):

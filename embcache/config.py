@@ -24,6 +24,35 @@ from embcache.fields import (
 
 MOST_FOLDS = MOST_REPEATS = MOST_VIEWS = 1_000
 MOST_SEED = 2**62  # one is added for each repeat, and torch takes 63 bits
+RECIPE = "First digits of the store's fingerprint, where several recipes are cached."
+
+
+def _recipe() -> Any:
+    return option(None, RECIPE, metavar="PREFIX")
+
+
+def _weights(which: str = "of a backbone") -> Any:
+    return option((), f"Checkpoint {which}; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE")
+
+
+def _transform(help: str) -> Any:
+    names = ("paper", "imagenet", "model")
+    return option(None, help, metavar="|".join(names), choices=names)
+
+
+def _device() -> Any:
+    return option("auto", "auto, cpu, cuda:0, …", metavar="NAME")
+
+
+def _workers() -> Any:
+    return option(
+        None, "Threads that decode images. [default: one per core, at most 8]", metavar="N", least=1, most=1 << 10
+    )
+
+
+def _max_pixels() -> Any:
+    text = "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]"
+    return option(None, text, metavar="N", least=1)
 
 
 @dataclass(frozen=True)
@@ -66,15 +95,11 @@ class ExtractConfig(Config):
 
     heading: ClassVar[str] = "Extraction options"
 
-    weights: tuple[str, ...] = option(
-        (), "Checkpoint of a backbone; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
-    )
-    transform: str | None = option(
-        None,
+    weights: tuple[str, ...] = _weights()
+    transform: str | None = _transform(
         "paper: 256×256, center crop 224, images up to 224 as they are. imagenet: shorter side 256, center crop 224. "
-        "model: the preprocessing of a timm: backbone. [default: paper; model for timm: backbones]",
-        metavar="paper|imagenet|model", choices=("paper", "imagenet", "model"),
-    )  # fmt: skip
+        "model: the preprocessing of a timm: backbone. [default: paper; model for timm: backbones]"
+    )
     device: str = option(
         "auto", "auto, cpu, cuda:0, …; several share the work in one process each.", metavar="NAME[,NAME…]"
     )
@@ -86,9 +111,7 @@ class ExtractConfig(Config):
         None, "Images per batch. [default: that of the store; for a new store 16 on a CPU, 64 on a GPU]", metavar="N",
         least=1, most=1 << 16,
     )  # fmt: skip
-    workers: int | None = option(
-        None, "Threads that decode images. [default: one per core, at most 8]", metavar="N", least=1, most=1 << 10
-    )
+    workers: int | None = _workers()
     rows_per_shard: int | None = option(
         None,
         "Images that are computed and committed together in a new store; Ctrl-C waits for them. [default: 64 on a CPU, "
@@ -117,10 +140,7 @@ class ExtractConfig(Config):
         "1%", "Maximum number or percentage of unreadable images.", metavar="N|P%", parse=parse_count_or_share
     )
     retry_quarantined: bool = option(False, "Try quarantined images again, even if they have not changed.")
-    max_pixels: int | None = option(
-        None, "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]", metavar="N",
-        least=1,
-    )  # fmt: skip
+    max_pixels: int | None = _max_pixels()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,14 +157,9 @@ class VerifyConfig(Config):
     repair: bool = option(False, "Compute damaged shards again from the images; the others stay.")
     source: bool = option(False, "Hash the images again, and list those that changed since extraction.")
     sample: int = option(0, "Compute N random rows again and compare them.", metavar="N", least=0, most=10**9)
-    weights: tuple[str, ...] = option(
-        (), "Checkpoint of a backbone; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
-    )
-    device: str = option("auto", "auto, cpu, cuda:0, …", metavar="NAME")
-    max_pixels: int | None = option(
-        None, "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]", metavar="N",
-        least=1,
-    )  # fmt: skip
+    weights: tuple[str, ...] = _weights()
+    device: str = _device()
+    max_pixels: int | None = _max_pixels()
 
 
 @dataclass(frozen=True)
@@ -153,9 +168,7 @@ class ExportConfig(Config):
 
     heading: ClassVar[str] = "Export options"
 
-    recipe: str | None = option(
-        None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX"
-    )
+    recipe: str | None = _recipe()
     format: str | None = option(
         None, "Format of the file. [default: by the suffix of TARGET]", metavar="npz|parquet|csv|zarr|hdf5",
         choices=("npz", "parquet", "csv", "zarr", "hdf5"),
@@ -198,11 +211,9 @@ class ProtocolConfig(Config):
         None, "Metric that scores models and chooses epochs. [default: that of the dataset]", metavar="NAME"
     )
     positive: str | None = option(
-        None,
-        "Positive class of two. [default: the one not named normal, benign, negative, no …, 0 and the like; else the "
-        "second]",
-        metavar="CLASS",
-    )
+        None, "Positive class of two. [default: the one not named normal, benign, negative, no …, 0 and the like; "
+        "else the second]", metavar="CLASS",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -232,9 +243,7 @@ class ProbeConfig(ProtocolConfig):
         1, "Train on V cached views per image, drawn anew in each epoch.", metavar="V", result=True,
         least=1, most=MOST_VIEWS,
     )  # fmt: skip
-    recipe: str | None = option(
-        None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX"
-    )
+    recipe: str | None = _recipe()
     buffer: int | None = option(
         None, "Stream features from their shards through a shuffle buffer of N rows. [default: all in memory]",
         metavar="N", result=True, least=64, most=10**9,
@@ -278,15 +287,11 @@ class FinetuneConfig(ProtocolConfig):
     head: str = option(
         "linear", "Head to train: linear, mlp, or one that fuses backbones: dvme, …", metavar="NAME[,NAME…]"
     )
-    weights: tuple[str, ...] = option(
-        (), "Checkpoint of a backbone; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
+    weights: tuple[str, ...] = _weights()
+    transform: str | None = _transform(
+        "Preprocessing as in extract; the crop is random in training. [default: paper; model for timm: backbones]"
     )
-    transform: str | None = option(
-        None,
-        "Preprocessing as in extract; the crop is random in training. [default: paper; model for timm: backbones]",
-        metavar="paper|imagenet|model", choices=("paper", "imagenet", "model"),
-    )  # fmt: skip
-    device: str = option("auto", "auto, cpu, cuda:0, …", metavar="NAME")
+    device: str = _device()
     precision: str = option(
         "fp32", "fp32 or bf16; with CUDA also tf32 and fp16.", metavar="KIND", choices=("fp32", "tf32", "bf16", "fp16")
     )
@@ -302,10 +307,7 @@ class FinetuneConfig(ProtocolConfig):
     workers: int | None = option(
         None, "Threads that prepare images. [default: one per core, at most 8]", metavar="N", least=0, most=1 << 10
     )
-    max_pixels: int | None = option(
-        None, "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]", metavar="N",
-        least=1,
-    )  # fmt: skip
+    max_pixels: int | None = _max_pixels()
     pixel_cache: bool = option(
         True, "Keep decoded, resized images for later epochs and runs.", flag="--pixel-cache/--no-pixel-cache"
     )
@@ -314,29 +316,21 @@ class FinetuneConfig(ProtocolConfig):
     again: bool = option(False, "Train from the beginning even if a saved result answers the same question.")
 
 
-def _recipe() -> Any:
-    return option(None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX")
-
-
 @dataclass(frozen=True)
 class PredictConfig(Config):
     """How a saved run predicts images."""
 
     heading: ClassVar[str] = "Prediction options"
 
-    weights: tuple[str, ...] = option(
-        (), "Checkpoint that the run was made with; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
-    )
-    device: str = option("auto", "auto, cpu, cuda:0, …", metavar="NAME")
+    weights: tuple[str, ...] = _weights("that the run was made with")
+    device: str = _device()
     folds: tuple[int, ...] = option(
         (), "Average the models of these folds. [default: all]", metavar="K[,K…]", parse=parse_whole
     )
     prevalence: str | None = option(
-        None,
-        "Prevalence of the positive class of two, or of each class, where the model is to be used: probabilities are "
-        "corrected to it.",
-        metavar="P|CLASS=P,…",
-    )
+        None, "Prevalence of the positive class of two, or of each class, where the model is to be used: probabilities "
+        "are corrected to it.", metavar="P|CLASS=P,…",
+    )  # fmt: skip
     calibrate: bool = option(
         False,
         "Fit a temperature for each model on its own validation images. Without --prevalence, classes are as frequent "
@@ -348,13 +342,8 @@ class PredictConfig(Config):
     trust: tuple[str, ...] = option(
         (), "Import a backbone or head of the run that is not part of embcache; repeatable.", metavar="MODULE:NAME"
     )
-    workers: int | None = option(
-        None, "Threads that decode images. [default: one per core, at most 8]", metavar="N", least=1, most=1 << 10
-    )
-    max_pixels: int | None = option(
-        None, "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]", metavar="N",
-        least=1,
-    )  # fmt: skip
+    workers: int | None = _workers()
+    max_pixels: int | None = _max_pixels()
 
 
 @dataclass(frozen=True)
@@ -384,12 +373,7 @@ class AttentionConfig(Config):
     heading: ClassVar[str] = "Attention options"
 
     weights: Path | None = option(None, "With --image: checkpoint of the backbone.", metavar="FILE")
-    transform: str | None = option(
-        None,
-        "With --image: the same as in extract.",
-        metavar="paper|imagenet|model",
-        choices=("paper", "imagenet", "model"),
-    )  # fmt: skip
+    transform: str | None = _transform("With --image: the same as in extract.")
     recipe: str | None = _recipe()
 
 
@@ -457,15 +441,8 @@ class StudyConfig(ProtocolConfig):
         metavar="RATE[,RATE…]", parse=parse_numbers,
     )  # fmt: skip
     max_epochs: int = option(50, "Maximum number of epochs of finetuning.", metavar="N", least=1, most=100_000)
-    recipe: str | None = option(
-        None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX"
-    )
+    recipe: str | None = _recipe()
     weights: tuple[str, ...] = option((), "Checkpoint of a backbone; repeatable.", metavar="NAME=FILE")
-    transform: str | None = option(
-        None, "The same as in extract. [default: paper; model for timm: backbones]", metavar="paper|imagenet|model",
-        choices=("paper", "imagenet", "model"),
-    )  # fmt: skip
+    transform: str | None = _transform("The same as in extract. [default: paper; model for timm: backbones]")
     device: str = option("auto", "auto, cpu, cuda:0, …; with auto, heads are trained on the CPU.", metavar="NAME")
-    workers: int | None = option(
-        None, "Threads that decode images. [default: one per core, at most 8]", metavar="N", least=1, most=1 << 10
-    )
+    workers: int | None = _workers()

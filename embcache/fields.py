@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from embcache.errors import UsageError
-from embcache.typed import typed
+from embcache.sealed import typed
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import pytest
 
-from embcache.typed import DEEPEST, parse, typed
+from embcache.sealed import DEEPEST, parse, typed
 
 
 class Named(TypedDict):

@@ -10,30 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import typer
-from click.testing import Result
-from typer.testing import CliRunner
 
-from embcache.commands import audit_command as audit
-from embcache.commands import figures_command as figures
 from embcache.errors import EmbcacheError, UsageError
 from embcache.probe.probe import probe_features
+from tests.commands.shell import embcache
 from tests.probe.build import make_dataset, make_features, put_store
 from tests.refusal import refused
-
-app = typer.Typer()
-for name, command in (
-    ("tsne", figures.tsne), ("attention", figures.attention), ("neighbors", figures.neighbors), ("audit", audit.audit),
-):  # fmt: skip
-    app.command(name)(command)
-
-
-def embcache(*arguments: object) -> Result:
-    """Run a command; an error is raised as it is."""
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -9,32 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
-from click.testing import Result
 from sklearn.metrics import confusion_matrix
-from typer.testing import CliRunner
 
-from embcache.commands import predicted_command as predicted
-from embcache.commands import probe_command as probe
-from embcache.commands import run_command as tables
 from embcache.errors import EmbcacheError, UsageError
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import find_run_anywhere, load_predictions
+from tests.commands.shell import embcache
 from tests.probe.build import make_dataset, make_features, put_store
-
-app = typer.Typer()
-for name, command in (
-    ("errors", predicted.errors), ("plot", predicted.plot), ("results", probe.results), ("curves", tables.curves),
-):  # fmt: skip
-    app.command(name)(command)
-
-
-def embcache(*arguments: object) -> Result:
-    """Run a command; an error is raised as it is."""
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
 
 
 @pytest.fixture(scope="module")

@@ -6,24 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
-from click.testing import Result
-from typer.testing import CliRunner
 
-from embcache.commands import report_command as report
 from embcache.errors import UsageError
+from tests.commands.shell import embcache
 from tests.report.build import NAME, Study, make_study
-
-app = typer.Typer()
-app.command("report")(report.report)
-
-
-def embcache(*arguments: object) -> Result:
-    """Run the command; an error is raised as it is."""
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +19,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 def test_it_writes_one_file_and_warns_of_patient_data(study: Study, tmp_path: Path) -> None:
     target = tmp_path / "study.html"
-    done = embcache("--home", study.home, "--dataset", NAME, "--output", target)
+    done = embcache("report", "--home", study.home, "--dataset", NAME, "--output", target)
     assert target.stat().st_size > 1_000_000  # Bokeh is inside
     assert [path.name for path in tmp_path.iterdir()] == ["study.html"]
     assert f"report: {target}" in done.stdout
@@ -43,7 +29,7 @@ def test_it_writes_one_file_and_warns_of_patient_data(study: Study, tmp_path: Pa
 
 
 def test_without_images_there_is_nothing_to_warn_of(study: Study, tmp_path: Path) -> None:
-    done = embcache("--home", study.home, "--no-images", "--output", tmp_path / "r.html")
+    done = embcache("report", "--home", study.home, "--no-images", "--output", tmp_path / "r.html")
     assert "patient data" not in done.stderr
     text = (tmp_path / "r.html").read_text("utf-8")
     assert "&lt;b&gt;0" not in text
@@ -52,7 +38,7 @@ def test_without_images_there_is_nothing_to_warn_of(study: Study, tmp_path: Path
 
 
 def test_all_labelled_images_on_request_as_json(study: Study, tmp_path: Path) -> None:
-    done = embcache("--home", study.home, "--rows", "all", "--output", tmp_path / "r.html", "--json", "-")
+    done = embcache("report", "--home", study.home, "--rows", "all", "--output", tmp_path / "r.html", "--json", "-")
     answer = json.loads(done.stdout)
     assert answer["thumbnails"] == 120
     assert answer["datasets"] == [NAME]
@@ -60,10 +46,12 @@ def test_all_labelled_images_on_request_as_json(study: Study, tmp_path: Path) ->
 
 
 def test_another_metric(study: Study, tmp_path: Path) -> None:
-    done = embcache("--home", study.home, "--metric", "kappa,accuracy", "--no-images", "--output", tmp_path / "r.html")
+    done = embcache(
+        "report", "--home", study.home, "--metric", "kappa,accuracy", "--no-images", "--output", tmp_path / "r.html"
+    )
     assert "test kappa of" in done.stdout
 
 
 def test_a_name_that_is_no_page_is_refused_before_anything_is_done(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--output r\.html"):
-        embcache("--output", "r.pdf", "--home", tmp_path)
+        embcache("report", "--output", "r.pdf", "--home", tmp_path)

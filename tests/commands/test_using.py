@@ -8,40 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
-from click.testing import Result
-from typer.testing import CliRunner
 
-from embcache.commands import compare_command as compare
-from embcache.commands import predict_command as predict
 from embcache.data.dataset import load_dataset
 from embcache.errors import UsageError
 from embcache.extract.extract import extract_features
 from embcache.probe.probe import probe_features
+from tests.commands.shell import embcache
 from tests.data.pictures import write_image
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
 from tests.probe.build import make_dataset, make_features, put_store
 from tests.refusal import refused
-
-app = typer.Typer()
-for name, command in (
-    ("predict", predict.predict),
-    ("submit", predict.submit),
-    ("kaggle-score", predict.kaggle_score),
-    ("export-head", predict.export_head),
-    ("compare", compare.compare),
-    ("subgroups", compare.subgroups),
-):
-    app.command(name)(command)
-
-
-def embcache(*arguments: object) -> Result:
-    """Run a command; an error is raised as it is."""
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 from typer.testing import CliRunner
 
-from embcache.commands import rank_command as commands
+from embcache.commands import features as commands
 from embcache.config import DatasetRef
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreNotFoundError, UsageError
