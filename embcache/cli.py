@@ -131,9 +131,8 @@ class _LazyCommands(MutableMapping[str, Any]):
 
 def _make_command(name: str, place: Any, sentence: str) -> Any:
     if isinstance(place, dict):
-        return Group(
-            name=name, help=sentence, commands=_LazyCommands(place), no_args_is_help=True, rich_markup_mode=None
-        )
+        commands: Any = _LazyCommands(place)
+        return Group(name=name, help=sentence, commands=commands, no_args_is_help=True, rich_markup_mode=None)
     module, _, function = place.partition(":")
     made = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     made.command(name, cls=Command)(getattr(import_module(f"embcache.commands.{module}"), function))

@@ -1,19 +1,4 @@
-"""The errors that a user can fix, as one tree.
-
-::
-
-    EmbcacheError                 one message: what was expected, what was found, where, what to type
-    ├── UsageError                the request itself is malformed (exit status 2)
-    ├── DatasetError              a dataset's files or tables are not as they should be
-    │   └── DatasetNotFoundError  there is no such dataset, or its root is missing or laid out otherwise
-    ├── ImageError                one image cannot be decoded; extraction quarantines it with the reason
-    ├── WeightsError              a checkpoint is missing, refused, or does not fit its network
-    ├── StoreError                a feature store cannot serve the request
-    │   ├── StoreNotFoundError    nothing is cached for it
-    │   ├── RecipeError           several cached recipes match, or the wanted one differs from what is there
-    │   └── CorruptStoreError     bytes on disk are not those that were committed
-    └── ProtocolError             the data do not support the folds, subsets or heads of the request
-"""
+"""The errors that a user can fix, and text that is safe to print."""
 
 from __future__ import annotations
 
@@ -106,7 +91,7 @@ class EmbcacheError(Exception):
 
 
 class UsageError(EmbcacheError):
-    """The request itself is malformed: an unknown name, a bad value, flags that exclude each other."""
+    """The request itself is malformed: an unknown name, a bad value, flags that exclude each other (exit status 2)."""
 
 
 def check_number(flag: str, value: object, least: float, most: float) -> None:

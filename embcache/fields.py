@@ -54,8 +54,9 @@ class Option:
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A field of a config with its default; ``more`` are the fields of `Option`."""
-    metadata = {"option": Option(help, **more)}
+    """A field of a config with its default; ``more`` are the fields of `Option`, the metavar by choices or bounds."""
+    usual = "|".join(more.get("choices", ())) or "N" * (type(more.get("least")) is int)
+    metadata = {"option": Option(help, **{"metavar": usual, **more})}
     if isinstance(default, dict):
         return field(default_factory=lambda: types.MappingProxyType(dict(default)), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -15,14 +15,13 @@ from embcache.commands.output import (
     ProgressBar,
     echo,
     echo_pairs,
-    one_line,
     print_note,
     print_objects,
     print_table,
     size_words,
 )
 from embcache.config import DatasetRef, ExportConfig, VerifyConfig
-from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError, first_few
+from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError, first_few, one_line
 from embcache.fields import parse_weights
 from embcache.io import skip
 from embcache.paths import home_dir, slug
@@ -217,7 +216,7 @@ def gc(
     backbone: list[str],
     dataset: list[str],
     recipe: str | None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be freed, and change nothing.")] = False,
+    dry_run: Annotated[bool, "", "Print what would be freed, and change nothing."] = False,
     home: Path | None,
 ) -> Answer:
     """Free what nothing needs: rows that newer ones of the same image have replaced, and what killed processes left.

@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from embcache.backbones.weights import weights_by_name
 from embcache.commands.options import Answer, Skip, check_named, command, command_line, refuse_other_merges
 from embcache.commands.output import echo, echo_notes, format_table, print_objects, print_table, size_words
@@ -31,10 +29,7 @@ def extract(
     dataset: list[str],
     home: Path | None,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print what would be computed (of all parts) and why, field by field; write nothing."
-        ),
+        bool, "", "Print what would be computed (of all parts) and why, field by field; write nothing."
     ] = False,
     json: str | None,
     ref: Annotated[DatasetRef, Skip("target", "drop_class")],
@@ -182,10 +177,8 @@ def rank(
     *,
     dataset: list[str],
     backbone: list[str],
-    subset: Annotated[
-        str, typer.Option("--subset", metavar="S|M|F|N", help="Subset to score on, as named by `embcache probe`.")
-    ] = "F",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of folds and subsets.")] = 0,
+    subset: Annotated[str, "S|M|F|N", "Subset to score on, as named by `embcache probe`."] = "F",
+    seed: Annotated[int, "N", "Seed of folds and subsets."] = 0,
     recipe: str | None,
     home: Path | None,
     ref: Annotated[DatasetRef, Skip("target")],
@@ -258,9 +251,7 @@ def similarity(
     *,
     dataset: list[str],
     backbone: list[str],
-    seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Seed of the images drawn, where there are many.")
-    ] = 0,
+    seed: Annotated[int, "N", "Seed of the images drawn, where there are many."] = 0,
     recipe: str | None,
     home: Path | None,
     ref: Annotated[DatasetRef, Skip("target")],

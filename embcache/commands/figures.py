@@ -36,12 +36,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".pdf")
 
 Figures = Annotated[
-    list[str],
-    typer.Option(
-        "--output",
-        metavar="FILE[,FILE…]",
-        help="PNG, SVG or PDF by its suffix; repeatable. [default: <home>/<dataset>/figures/…png]",
-    ),
+    list[str], "FILE[,FILE…]", "PNG, SVG or PDF by its suffix; repeatable. [default: <home>/<dataset>/figures/…png]"
 ]
 
 
@@ -123,7 +118,7 @@ def run(
         str, typer.Argument(metavar="NAME|FILE.toml", help="table1–table4, B1–B8, C1–C4, G1, fig2, D1, D2, F1.")
     ],
     home: Path | None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and do nothing.")] = False,
+    dry_run: Annotated[bool, "", "Show the plan and do nothing."] = False,
     json: str | None,
     ref: Annotated[DatasetRef, Skip("target")],
     config: Annotated[StudyConfig, Skip("splits", "metric", "positive")],
@@ -160,10 +155,8 @@ def curves(
     *,
     dataset: list[str],
     backbone: list[str],
-    head: Annotated[list[str], typer.Option("--head", metavar="NAME", help="Only results of these heads.")],
-    kind: Annotated[
-        list[str], typer.Option("--kind", metavar="probe|finetune|kaggle", help="Only results of this kind.")
-    ],
+    head: Annotated[list[str], "NAME", "Only results of these heads."],
+    kind: Annotated[list[str], "probe|finetune|kaggle", "Only results of this kind."],
     metric: list[str],
     home: Path | None,
     json: str | None,
@@ -193,13 +186,9 @@ def curves(
 def report(
     *,
     dataset: list[str],
-    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="File of the page.")] = Path("report.html"),
-    no_images: Annotated[
-        bool, typer.Option("--no-images", help="Leave thumbnails, IDs and file names of images out of the file.")
-    ] = False,
-    rows: Annotated[
-        str, typer.Option("--rows", metavar="test|all", help="Labeled images on the embedding map, 6,000 at most.")
-    ] = "test",
+    output: Annotated[Path, "FILE", "File of the page."] = Path("report.html"),
+    no_images: Annotated[bool, "", "Leave thumbnails, IDs and file names of images out of the file."] = False,
+    rows: Annotated[str, "test|all", "Labeled images on the embedding map, 6,000 at most."] = "test",
     metric: list[str],
     ref: Annotated[DatasetRef, Only("data_root")],
     home: Path | None,
@@ -242,10 +231,7 @@ def tsne(
     dataset: list[str],
     backbone: list[str],
     output: Figures,
-    coordinates: Annotated[
-        Path | None,
-        typer.Option("--coordinates", metavar="FILE", help="Write the points: CSV, or Parquet by its suffix."),
-    ] = None,
+    coordinates: Annotated[Path | None, "FILE", "Write the points: CSV, or Parquet by its suffix."] = None,
     home: Path | None,
     config: MapConfig,
     ref: Annotated[DatasetRef, Skip("target")],
@@ -320,12 +306,8 @@ def _print_maps(maps: Maps) -> None:
 @command()
 def attention(
     *,
-    run: Annotated[
-        str | None, typer.Option("--run", metavar="ID", help="Run of dvme or dvme-token: ID or a unique prefix.")
-    ] = None,
-    image: Annotated[
-        Path | None, typer.Option("--image", metavar="FILE", help="Instead of a run: one image file.")
-    ] = None,
+    run: Annotated[str | None, "ID", "Run of dvme or dvme-token: ID or a unique prefix."] = None,
+    image: Annotated[Path | None, "FILE", "Instead of a run: one image file."] = None,
     backbone: list[str],
     output: Figures,
     home: Path | None,
@@ -409,7 +391,7 @@ def _print_attention(found: RunAttention) -> None:
 @command()
 def neighbors(
     *,
-    image: Annotated[str, typer.Option("--image", metavar="ID", help="ID of a cached image, or a unique end of it.")],
+    image: Annotated[str, "ID", "ID of a cached image, or a unique end of it."],
     dataset: list[str],
     backbone: list[str],
     output: Figures,
@@ -453,11 +435,8 @@ def audit(
     *,
     dataset: list[str],
     backbone: list[str],
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="FILE.csv", help="Write the IDs of training images to leave out, and why."),
-    ] = None,
-    show: Annotated[int, typer.Option("--show", metavar="N", help="Number of lines to print of each list.")] = 10,
+    output: Annotated[Path | None, "FILE.csv", "Write the IDs of training images to leave out, and why."] = None,
+    show: Annotated[int, "N", "Number of lines to print of each list."] = 10,
     home: Path | None,
     config: AuditConfig,
     ref: Annotated[DatasetRef, Skip("target")],

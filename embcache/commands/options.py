@@ -102,8 +102,9 @@ def command(*, table: bool = False) -> Callable[[Callable[..., Answer | None]], 
     """Make a function a command, as typer reads it.
 
     Each parameter that is annotated with a config becomes one option per field; one that is named in `_SHARED` becomes
-    that option; one of type ``list[str]`` gets its values split at commas. A command that returns an `Answer` takes
-    ``--json``; with ``table`` it takes ``--wide`` and ``--csv``.
+    that option; ``Annotated[int, "-n N", "Help."]`` is an option with a short flag, metavar and help. Values of type
+    ``list[str]`` are split at commas. A command that returns an `Answer` takes ``--json``; with ``table`` it takes
+    ``--wide`` and ``--csv``.
     """
 
     def decorate(function: Callable[..., Answer | None]) -> Callable[..., None]:
@@ -121,6 +122,8 @@ def command(*, table: bool = False) -> Callable[[Callable[..., Answer | None]], 
             default = parameter.default
             if parameter.name in _SHARED and not extras:
                 extras, default = [_shared(parameter.name)], None
+            elif extras and isinstance(extras[0], str):
+                extras = [_typed(parameter.name, *extras)]
             if kind == list[str]:
                 lists.append(parameter.name)
                 if not isinstance(extras[0], ArgumentInfo):
@@ -160,6 +163,11 @@ def command(*, table: bool = False) -> Callable[[Callable[..., Answer | None]], 
 
 def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _typed(name: str, spelling: str, text: str) -> Any:
+    *short, metavar = spelling.split(" ")
+    return typer.Option(*short, "--" + name.replace("_", "-"), metavar=metavar or None, help=text)
 
 
 def _shared(name: str) -> Any:

@@ -24,9 +24,7 @@ from embcache.config import DatasetRef, PredictConfig
 from embcache.errors import EmbcacheError, check_choice
 from embcache.io import check_target, write_output
 
-RunOption = Annotated[
-    str, typer.Option("--run", metavar="RUN", help="Run ID, or a unique prefix. See `embcache results`.")
-]
+RunOption = Annotated[str, "RUN", "Run ID, or a unique prefix. See `embcache results`."]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run ID; it can be abbreviated to a unique prefix.")]
 _SHEET = 24  # images of a contact sheet by default
 
@@ -39,12 +37,8 @@ def predict(
         list[Path] | None,
         typer.Argument(metavar="[IMAGE|FOLDER|TABLE…]", help="Images, folders that are searched, or tables of paths."),
     ] = None,
-    dataset: Annotated[
-        str | None, typer.Option("--dataset", metavar="NAME", help="Predict all images of a dataset instead.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="CSV to write. [default: to stdout]")
-    ] = None,
+    dataset: Annotated[str | None, "NAME", "Predict all images of a dataset instead."] = None,
+    output: Annotated[Path | None, "-o FILE", "CSV to write. [default: to stdout]"] = None,
     home: Path | None,
     json: str | None,
     config: PredictConfig,
@@ -90,10 +84,7 @@ def predict(
 def submit(
     *,
     run: RunOption,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the files. [default: submission-RUN]"),
-    ] = None,
+    output: Annotated[Path | None, "-o FOLDER", "Folder of the files. [default: submission-RUN]"] = None,
     ref: Annotated[DatasetRef, Only("data_root")],
     home: Path | None,
     json: str | None,
@@ -130,10 +121,7 @@ def submit(
 def kaggle_score(
     *,
     run: RunOption,
-    score: Annotated[
-        list[str] | None,
-        typer.Option("--score", metavar="PRIVATE/PUBLIC", help="Scores of a fold's file; once per fold, in order."),
-    ] = None,
+    score: Annotated[list[str] | None, "PRIVATE/PUBLIC", "Scores of a fold's file; once per fold, in order."] = None,
     ref: Annotated[DatasetRef, Only("data_root")],
     home: Path | None,
 ) -> Answer:
@@ -154,12 +142,8 @@ def kaggle_score(
 def export_head(
     *,
     run: RunOption,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder of head.safetensors and head.json.")
-    ],
-    fold: Annotated[
-        int | None, typer.Option("--fold", metavar="K", help="Fold of the head. [default: the best on validation]")
-    ] = None,
+    output: Annotated[Path, "-o FOLDER", "Folder of head.safetensors and head.json."],
+    fold: Annotated[int | None, "K", "Fold of the head. [default: the best on validation]"] = None,
     home: Path | None,
 ) -> Answer:
     """Write the head of one fold as safetensors and JSON, for programs without embcache (docs/results.md).
@@ -196,16 +180,11 @@ def errors(
     ] = None,
     output: Annotated[
         list[str],
-        typer.Option(
-            "--output",
-            metavar="FILE[,FILE…]",
-            help="The list as .csv, the contact sheet as .png, .svg or .pdf. "
-            "[default: <home>/<dataset>/figures/errors-RUN.csv and .png]",
-        ),
+        "FILE[,FILE…]",
+        "The list as .csv, the contact sheet as .png, .svg or .pdf. "
+        "[default: <home>/<dataset>/figures/errors-RUN.csv and .png]",
     ],
-    groups: Annotated[
-        bool, typer.Option("--groups", help="Add each image's group to the list; it may name a patient.")
-    ] = False,
+    groups: Annotated[bool, "", "Add each image's group to the list; it may name a patient."] = False,
     ref: Annotated[DatasetRef, Only("data_root")],
     home: Path | None,
 ) -> Answer:
@@ -284,14 +263,11 @@ _MISTAKE = {
 def plot(
     *,
     run: RunArgument,
-    kind: Annotated[str, typer.Option("--kind", metavar="roc|pr|confusion|calibration", help="Which figure.")] = "roc",
+    kind: Annotated[str, "roc|pr|confusion|calibration", "Which figure."] = "roc",
     positive: Annotated[
         str | None,
-        typer.Option(
-            "--positive",
-            metavar="CLASS",
-            help="Set this class against the rest. [default: the run's positive class of two; of more classes each]",
-        ),
+        "CLASS",
+        "Set this class against the rest. [default: the run's positive class of two; of more classes each]",
     ] = None,
     output: Figures,
     home: Path | None,

@@ -14,13 +14,12 @@ from embcache.commands.output import bounds, echo, echo_notes, print_objects, pr
 from embcache.config import DatasetRef, PredictConfig, ProtocolConfig
 from embcache.errors import UsageError
 from embcache.probe.metrics import metric_title
-from embcache.results.compare import INTERVALS
-from embcache.results.decisions import Value
-from embcache.results.describe import Described, describe
 from embcache.runs.folders import find_run_anywhere
 
 if TYPE_CHECKING:
     from embcache.results.compare import Comparison, Difference
+    from embcache.results.decisions import Value
+    from embcache.results.describe import Described
     from embcache.runs.folders import Result
 
 
@@ -47,6 +46,7 @@ def results(
     """
     if run is not None:
         from embcache.probe.prevalence import Adjust, parse_prevalence
+        from embcache.results.describe import describe
 
         adjust = Adjust(parse_prevalence(adjusted.prevalence), adjusted.calibrate)
         described = describe(*find_run_anywhere(run, home), metrics=metric, positive=of.positive, adjust=adjust)
@@ -167,6 +167,8 @@ def _range(values: Sequence[float]) -> str:
 
 def _result_notes(results: Sequence[Result]) -> list[str]:
     """Notes of all results, each once; named by dataset where there are several."""
+    from embcache.results.compare import INTERVALS
+
     several = len({result.dataset for result in results}) > 1
     notes: dict[str, None] = {}
     for result in results:
@@ -192,6 +194,8 @@ def _result_notes(results: Sequence[Result]) -> list[str]:
 
 
 def _print_run(found: Described) -> None:
+    from embcache.results.compare import INTERVALS
+
     result = found.result
     models = sum(not fold.failed for fold in result.folds)
     counts = ", ".join(f"{n:,} {name}" for n, name in zip(result.test_counts, result.class_names, strict=False))
@@ -287,14 +291,9 @@ Runs = Annotated[list[str], typer.Argument(metavar="RUN…", help="Run IDs; each
 def compare(
     *,
     runs: Runs,
-    reference: Annotated[
-        str | None, typer.Option("--reference", metavar="RUN", help="Compare with this run. [default: the first]")
-    ] = None,
+    reference: Annotated[str | None, "RUN", "Compare with this run. [default: the first]"] = None,
     metric: list[str],
-    margin: Annotated[
-        float | None,
-        typer.Option("--margin", metavar="D", help="Also test that the difference is smaller than this (equivalence)."),
-    ] = None,
+    margin: Annotated[float | None, "D", "Also test that the difference is smaller than this (equivalence)."] = None,
     home: Path | None,
 ) -> Answer:
     """Compare results on the same test images with one reference: difference, 95 % interval, p.
@@ -330,7 +329,7 @@ def _difference(found: Difference | None) -> list[str]:
 
 
 def _comparison_notes(rows: Sequence[Comparison], margin: float | None) -> list[str]:
-    from embcache.results.compare import SPEAKS_OF
+    from embcache.results.compare import INTERVALS, SPEAKS_OF
 
     first = rows[0]
     notes = [f"{first.dataset}: difference from {first.run}", "labels used: training + validation per fold", INTERVALS]
@@ -357,9 +356,7 @@ def _comparison_notes(rows: Sequence[Comparison], margin: float | None) -> list[
 def subgroups(
     *,
     runs: Runs,
-    by: Annotated[
-        list[str], typer.Option("--by", metavar="COLUMN[,COLUMN…]", help="Columns of the dataset's table: sex, age, …")
-    ],
+    by: Annotated[list[str], "COLUMN[,COLUMN…]", "Columns of the dataset's table: sex, age, …"],
     metric: list[str],
     ref: Annotated[DatasetRef, Only("data_root")],
     home: Path | None,
@@ -372,7 +369,7 @@ def subgroups(
 
     Example: embcache subgroups linear-S-0123 --by sex,age
     """
-    from embcache.results.compare import subgroups
+    from embcache.results.compare import INTERVALS, subgroups
 
     rows, notes = subgroups(runs, by, metrics=metric, ref=ref, home=home)
 

@@ -119,17 +119,15 @@ def finetune(
     return _answer(in_metrics(results, metric, home))
 
 
-OneDataset = Annotated[str, typer.Option("--dataset", metavar="NAME", help="Name; see `embcache datasets`.")]
+OneDataset = Annotated[str, "NAME", "Name; see `embcache datasets`."]
 
 
 @command()
 def export(
     *,
     dataset: OneDataset,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE|-", help="File to write, or -.")] = "-",
-    subset: Annotated[
-        list[str], typer.Option("--subset", metavar="S,M,F,N", help="Subsets, as in `embcache probe`. [default: S,M,F]")
-    ],
+    output: Annotated[str, "-o FILE|-", "File to write, or -."] = "-",
+    subset: Annotated[list[str], "S,M,F,N", "Subsets, as in `embcache probe`. [default: S,M,F]"],
     backbone: list[str],
     home: Path | None,
     config: Annotated[ProtocolConfig, Skip("splits", "metric", "positive")],

@@ -16,31 +16,39 @@ from embcache.errors import StoreError, UsageError
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import find_run_anywhere, load_heads, load_predictions, save_run
 from embcache.runs.result import run_id
-from tests.commands.shell import embcache
+from tests.commands.shell import answer, embcache
 from tests.probe.build import make_dataset, make_features, put_store
 
 
 def data(*arguments: object, metric: str = "brier") -> dict[str, Any]:
-    """Its JSON, with the scores of one metric, or of all."""
-    chosen = ["--metric", metric] if metric else []
-    return json.loads(embcache("results", *arguments, *chosen, "--json", "-").stdout)
+    """JSON of ``embcache results``, with the scores of one metric, or of all."""
+    return answer("results", *arguments, *(["--metric", metric] if metric else []))  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
-def made_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     home = tmp_path_factory.mktemp("made") / "home"
     labels = np.repeat(np.tile([0, 1, 0, 0], 40), 2)
     groups = [f"p{k // 2}" for k in range(320)]
     ds = make_dataset(labels, groups, split=["train"] * 200 + ["test"] * 120)
-    put_store(home, ds, "net", make_features(ds, shift=2.5))
-    return home, probe_features(ds, "net", folds=3, subset=40, home=home).id
+    ds.table["sex"] = np.where(np.arange(320) // 2 % 5 < 2, "F", "M").astype(object)
+    ids = []
+    for name, shift in (("net", 2.5), ("weak", 0.3)):
+        put_store(home, ds, name, make_features(ds, shift=shift))
+        ids.append(probe_features(ds, name, folds=3, subset=40, home=home).id)
+    return home, ids
 
 
 @pytest.fixture
-def run(made_run: tuple[Path, str], home: Path) -> str:
-    """A run on images of 2 classes, one sick in four; two images of each patient."""
-    shutil.copytree(made_run[0], home)
-    return made_run[1]
+def runs(made: tuple[Path, list[str]], home: Path) -> list[str]:
+    """Two runs on images of 2 classes, one sick in four; two images of each patient. The first one is better."""
+    shutil.copytree(made[0], home)
+    return made[1]
+
+
+@pytest.fixture
+def run(runs: list[str]) -> str:
+    return runs[0]
 
 
 def saved(run: str, home: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -186,3 +194,31 @@ def test_flags_of_one_run_need_a_run(home: Path) -> None:
         with pytest.raises(UsageError, match="are for one run"):
             embcache("results", *flags)
     assert "no results" in embcache("results").stdout
+
+
+def test_compare_prints_a_table_or_data(runs: list[str]) -> None:
+    shown = embcache("compare", *reversed(runs)).stdout
+    for words in ("reference", "labels used", "Holm", *runs):
+        assert words in shown
+    rows = answer("compare", ",".join(reversed(runs)))
+    assert [(row["run"], row["labels_used"]) for row in rows] == [(run, 40 + 40) for run in reversed(runs)]
+    assert rows[0]["difference"] is None
+    assert rows[1]["difference"]["difference"] > 0
+
+
+def test_subgroups_prints_a_table_or_data(runs: list[str], tmp_path: Path) -> None:
+    shown = embcache("subgroups", runs[0], "--by", "sex", "--json", tmp_path / "rows.json").stdout
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    women = int((np.arange(200, 320) // 2 % 5 < 2).sum())
+    assert [(row["column"], row["value"], row["n_images"]) for row in rows] == [
+        ("", "all", 120), ("sex", "F", women), ("sex", "M", 120 - women),
+    ]  # fmt: skip
+    assert f"{rows[1]['mean']:.4f}" in shown
+    assert "labels used" in shown
+
+
+def test_a_head_is_exported_as_two_files(run: str, tmp_path: Path) -> None:
+    shown = embcache("export-head", "--run", run, "--output", tmp_path / "out", "--fold", 1).stdout
+    assert "classifier.weight" in shown
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["head.json", "head.safetensors"]
+    assert answer("export-head", "--run", run, "-o", tmp_path / "out")["run"] == run
