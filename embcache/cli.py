@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
@@ -102,31 +102,30 @@ class Group(TyperGroup):
             ctx.call_on_close(lambda: advise_only(None))
         return name, command, rest
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands; no module of theirs is imported for that."""
+        places: Any = self.commands
+        _write_sections({"Commands": [(name, text) for name, (_, text) in places.places.items()]}, formatter)
 
-class _LazyCommands(MutableMapping[str, Any]):
+
+class _LazyCommands(Mapping[str, Any]):
     """Commands by name, each imported when it is first used."""
 
     def __init__(self, places: Mapping[str, tuple[Any, str]]) -> None:
-        self._places = dict(places)
+        self.places = dict(places)
         self._made: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._made:
-            place, sentence = self._places[name]
+            place, sentence = self.places[name]
             self._made[name] = _make_command(name, place, sentence)
         return self._made[name]
 
-    def __setitem__(self, name: str, command: Any) -> None:
-        self._made[name] = command
-
-    def __delitem__(self, name: str) -> None:
-        del self._places[name]
-
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self.places)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.places)
 
 
 def _make_command(name: str, place: Any, sentence: str) -> Any:
@@ -142,10 +141,10 @@ def _make_command(name: str, place: Any, sentence: str) -> Any:
 class _Root(Group):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = _LazyCommands({name: place for each in COMMANDS.values() for name, place in each.items()})
+        self.commands: Any = _LazyCommands({name: place for each in COMMANDS.values() for name, place in each.items()})
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write the commands; no module of theirs is imported for that."""
+        """Write the commands under their headings."""
         _write_sections({h: [(n, s) for n, (_, s) in each.items()] for h, each in COMMANDS.items()}, formatter)
 
 

@@ -55,18 +55,9 @@ def first_few(items: Sequence[object], n: int = 5) -> str:
 class EmbcacheError(Exception):
     """An error that a user can fix.
 
-    Parameters
-    ----------
-    problem : str
-        One sentence: what is wrong.
-    code : str
-        Stable name of the error for scripts and tests, such as ``"unknown-option"``.
-    expected, found : str, optional
-        What should have been there, and what is.
-    where : object, optional
-        The file, folder, column or flag at fault.
-    fix : str or sequence of str, optional
-        The command to type, or the step to take; of several, those that `advise_only` allows.
+    ``problem`` is one sentence; ``code`` a stable name for scripts and tests, such as ``"unknown-option"``;
+    ``expected`` and ``found`` what should have been there and what is; ``where`` the file, folder, column or flag at
+    fault; ``fix`` the command to type or the step to take: of several, those that `advise_only` allows.
     """
 
     def __init__(
@@ -99,13 +90,11 @@ def check_number(flag: str, value: object, least: float, most: float) -> None:
     whole = isinstance(least, int)
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if not (number and least <= value <= most):  # type: ignore[operator]
+        nearest = most if number and value > most else least  # type: ignore[operator]
         raise UsageError(
-            f"{flag} is out of bounds",
-            code="option-bounds",
+            f"{flag} is out of bounds", code="option-bounds", found=repr(value)[:40], fix=_typed(flag, nearest),
             expected=f"a {'whole ' * whole}number from {least:,} to {most:,}",
-            found=repr(value)[:40],
-            fix=_typed(flag, most if number and value > most else least),  # type: ignore[operator]
-        )
+        )  # fmt: skip
 
 
 def check_choice(flag: str, value: object, choices: Iterable[str]) -> None:

@@ -54,11 +54,9 @@ def canonical_json(value: Any) -> str:
         text.encode("utf-8")
     except (TypeError, ValueError) as error:
         raise RecipeError(
-            "a value of a recipe cannot be written as JSON",
-            code="recipe-json",
+            "a value of a recipe cannot be written as JSON", code="recipe-json", found=str(error),
             expected="finite numbers, strings, booleans, null, lists, and objects with string keys",
-            found=str(error),
-        ) from error
+        ) from error  # fmt: skip
     return text
 
 
@@ -113,23 +111,19 @@ def seal(content: dict[str, Any], *, indent: int | None = 1) -> bytes:
 
 def unseal(data: bytes, where: Path, fix: str, *, indent: int | None = 1) -> dict[str, Any]:
     """Content of sealed bytes, without its checksum."""
+    found, cause = f"{len(data)} bytes with another checksum", None
     try:
         content = parse(data)
         del content["crc32c"]
         # Comparing the whole text also catches a flip in the whitespace, which parsing would forgive.
-        intact = seal(content, indent=indent) == data
+        if seal(content, indent=indent) == data:
+            return dict(content)
     except Exception as error:  # whatever a flipped bit makes of the parser
-        raise CorruptStoreError(
-            "a file of the feature store is damaged", code="file-damaged", found=f"{type(error).__name__}: {error}",
-            where=where, fix=fix,
-        ) from error  # fmt: skip
-    if not intact:
-        raise CorruptStoreError(
-            "a file of the feature store is damaged", code="file-damaged",
-            expected="the bytes that its checksum was taken from",
-            found=f"{len(data)} bytes with another checksum", where=where, fix=fix,
-        )  # fmt: skip
-    return dict(content)
+        found, cause = f"{type(error).__name__}: {error}", error
+    raise CorruptStoreError(
+        "a file of the feature store is damaged", code="file-damaged", found=found, where=where, fix=fix,
+        expected="the bytes that its checksum was taken from",
+    ) from cause  # fmt: skip
 
 
 def parse(data: bytes) -> Any:

@@ -138,13 +138,21 @@ def print_objects(items: Iterable[Any], columns: Mapping[str, Any], *, notes: Se
 
 def echo_pairs(pairs: Iterable[tuple[str, object]]) -> None:
     """Print names and values, the values below each other and wrapped; nothing where a value is empty."""
+    for line in _pair_lines(pairs, 100):
+        echo(line)
+
+
+def _pair_lines(pairs: Iterable[tuple[str, object]], width: float) -> Iterator[str]:
     shown = [(one_line(name), one_line(str(value))) for name, value in pairs if value not in ("", None)]
     margin = 2 + max((printed_width(name) for name, _ in shown if len(name) <= 40), default=0)
     for name, value in shown:
-        lines = textwrap.wrap(value, 100, break_long_words=False, break_on_hyphens=False) or [""]
-        for k, line in enumerate(lines):
-            label = "" if k else name
-            echo((label + " " * (margin - printed_width(label)) + line).rstrip())
+        lines = [value] if len(value) <= width else _wrap(value, int(width))
+        for label, line in zip([name, *[""] * len(lines)], lines, strict=False):
+            yield (label + " " * (margin - printed_width(label)) + line).rstrip()
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def echo_notes(notes: Iterable[str]) -> None:
@@ -176,12 +184,7 @@ def fit_table(headers: Sequence[str], rows: Sequence[Sequence[object]], width: i
     if not cells:
         return _lay_out(headers, cells)
     if len(cells) == 1 and sum(_widths(headers, cells)) + 2 * (len(headers) - 1) > width:
-        margin = max(map(printed_width, headers)) + 2
-        return "\n".join(
-            name + " " * (margin - printed_width(name)) + value
-            for name, value in zip(headers, cells[0], strict=True)
-            if value
-        )
+        return "\n".join(_pair_lines(zip(headers, cells[0], strict=True), math.inf))
     above = _constant(cells) if len(cells) > 1 else []
     lines = []
     if shared := " · ".join(f"{headers[k]}: {cells[0][k]}" for k in above if cells[0][k]):
@@ -239,12 +242,7 @@ def _lay_out(headers: Sequence[str], cells: Sequence[Sequence[str]], limits: Seq
     widths = limits or _widths(headers, cells)
 
     def lines(row: Sequence[str]) -> list[str]:
-        wrapped = [
-            [value]
-            if printed_width(value) <= w
-            else textwrap.wrap(value, w, break_long_words=False, break_on_hyphens=False) or [""]
-            for value, w in zip(row, widths, strict=True)
-        ]
+        wrapped = [[v] if printed_width(v) <= w else _wrap(v, w) for v, w in zip(row, widths, strict=True)]
         printed = []
         for k in range(max(map(len, wrapped), default=0)):
             parts = [part[k] if k < len(part) else "" for part in wrapped]

@@ -88,14 +88,6 @@ def _present(dataset: ImageDataset) -> npt.NDArray[np.bool_]:
     return ~dataset.table["path"].isin(dataset.missing).to_numpy()
 
 
-def _count(dataset: ImageDataset, split: str, label: int | None = None) -> tuple[int, int]:
-    """(rows, rows whose image is there) of a split, of one label or of all."""
-    rows = (dataset.table["split"] == split).to_numpy()
-    if label is not None:
-        rows = rows & (dataset.labels == label)
-    return int(rows.sum()), int((rows & _present(dataset)).sum())
-
-
 def _splits(dataset: ImageDataset) -> dict[str, int]:
     """Number of groups in each split that has rows, in the order train, val, test."""
     groups = dataset.table.groupby("split")["group"].nunique()
@@ -113,9 +105,13 @@ def _description(dataset: ImageDataset) -> tuple[str, str]:
 
 
 def _survey(dataset: ImageDataset) -> dict[str, Any]:
+    splits, here = _splits(dataset), _present(dataset)
     names = [*enumerate(dataset.class_names), *([(-1, "unlabeled")] if (dataset.labels < 0).any() else [])]
-    splits = _splits(dataset)
-    counts = {name: {split: _count(dataset, split, c) for split in splits} for c, name in names}
+    of = {split: (dataset.table["split"] == split).to_numpy() for split in splits}
+
+    def count(rows: npt.NDArray[np.bool_]) -> dict[str, dict[str, int]]:
+        return {name: {s: int((rows & of[s] & (dataset.labels == c)).sum()) for s in splits} for c, name in names}
+
     return {
         "name": dataset.name,
         "kind": dataset.layout,
@@ -124,9 +120,9 @@ def _survey(dataset: ImageDataset) -> dict[str, Any]:
         "metric": dataset.metric,
         "subset_sizes": dict(dataset.subset_sizes),
         "images": len(dataset),
-        "images_found": int(_present(dataset).sum()),
-        "classes": {name: {split: n for split, (n, _) in found.items()} for name, found in counts.items()},
-        "classes_found": {name: {split: n for split, (_, n) in found.items()} for name, found in counts.items()},
+        "images_found": int(here.sum()),
+        "classes": count(here | True),
+        "classes_found": count(here),
         "groups": splits,
         "missing": list(dataset.missing),
         "notes": list(dataset.notes),
@@ -172,22 +168,23 @@ def _print_survey(dataset: ImageDataset) -> None:
     sizes = ", ".join(f"{k} = {n:,}" for k, n in dataset.subset_sizes.items())
     echo(f"{dataset.name}: {description}{' — synthetic' if dataset.synthetic else ''}")
     echo(f"in {dataset.root}; metric {dataset.metric}; training images {sizes}, F = all\n")
-    splits, missing, notes = _splits(dataset), dataset.missing, list(dataset.notes)
-    labels: list[tuple[str, int | None]] = [(name, c) for c, name in enumerate(dataset.class_names)]
-    labels += [("(unlabeled)", -1)] if (dataset.labels < 0).any() else []
-    shown = 2 if missing else 1  # beside the number of rows, that of the images that are there
+    survey, missing, notes = _survey(dataset), dataset.missing, list(dataset.notes)
+    splits = survey["groups"]
+    # Beside the number of rows, that of the images that are there.
+    tables = [survey["classes"], *([survey["classes_found"]] if missing else [])]
     rows: list[list[object]] = [
-        [title, *(f"{n:,}" for split in splits for n in _count(dataset, split, label)[:shown])]
-        for title, label in [*labels, ("images", None)]
+        [name if name != "unlabeled" else "(unlabeled)", *(f"{t[name][s]:,}" for s in splits for t in tables)]
+        for name in survey["classes"]
     ]
-    rows.append(["groups", *(cell for n in splits.values() for cell in (f"{n:,}", "")[:shown])])
+    rows.append(["images", *(f"{sum(counts[s] for counts in t.values()):,}" for s in splits for t in tables)])
+    rows.append(["groups", *(cell for n in splits.values() for cell in (f"{n:,}", "")[: len(tables)])])
     if missing:
         near, advice = near_misses(dataset.root, missing) if dataset.root else ("", "")
         get = f"; get them: kagglehub.{download}" if download else ""
         notes.append(f"{len(missing):,} images are not there: {first_few(missing)}{get}")
         notes += [f"{line}; {advice}" for line in near.splitlines()]
         notes.append("--allow-missing (in extract) skips them")
-    print_table(["class", *(cell for s in splits for cell in (s, "with image")[:shown])], rows, notes=notes)
+    print_table(["class", *(cell for s in splits for cell in (s, "with image")[: len(tables)])], rows, notes=notes)
 
 
 @command(table=True)

@@ -220,7 +220,7 @@ def test_results_and_curves_say_which_backbone_and_whether_more_labels_help(
     assert lines[-2].startswith(
         "Take good: it scored best on validation with 40 training labels and reaches a test AUC"
     )
-    assert "good reaches a test AUC of" in lines[-1]
+    assert "good (linear) reaches a test AUC of" in lines[-1]
     figure = tmp_path / "c.png"
     done = embcache("curves", "--metric", "brier,auc", "--figure", figure, "--json", tmp_path / "c.json")
     assert figure.is_file()

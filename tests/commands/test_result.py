@@ -201,7 +201,8 @@ def test_compare_prints_a_table_or_data(runs: list[str]) -> None:
     for words in ("reference", "labels used", "Holm", *runs):
         assert words in shown
     rows = answer("compare", ",".join(reversed(runs)))
-    assert [(row["run"], row["labels_used"]) for row in rows] == [(run, 40 + 40) for run in reversed(runs)]
+    saved_runs = {found["id"]: found["n_train"] + found["n_val"] for found in answer("results")}
+    assert [(row["run"], row["labels_used"]) for row in rows] == [(run, saved_runs[run]) for run in reversed(runs)]
     assert rows[0]["difference"] is None
     assert rows[1]["difference"]["difference"] > 0
 
