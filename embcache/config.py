@@ -340,7 +340,7 @@ class MapConfig(Config):
         metavar="ID[,ID…]", parse=split_list,
     )  # fmt: skip
     method: str = option("tsne", "Method; umap needs the extra `umap`.", choices=("tsne", "umap", "pca"))
-    rows: str = option("test", "Which labeled images.", choices=("test", "train", "all"))
+    rows: str = option("test", "Labeled images to map.", choices=("test", "train", "all"))
     limit: int | None = option(None, "Draw at most N of the images. [default: all]", least=4)
     perplexity: float = option(30.0, "Perplexity of t-SNE.", metavar="P", least=1, most=1000)
     seed: int = option(0, "Seed of the maps.", least=0, most=2**32 - 1)

@@ -94,9 +94,9 @@ def _go_on(run: InterruptedRun) -> str:
 
 @command()
 def info(*, backbone: list[str], dataset: list[str], recipe: str | None, home: Path | None) -> Answer:
-    """Describe stores in full: recipe, shards, quarantine, where the files lie.
+    """Describe stores in full: recipe, shards, quarantine, location of the files.
 
-    Without options, every store.
+    Without options, every store is described.
 
     Example: embcache info --backbone dino --dataset nih
     """
@@ -219,7 +219,7 @@ def gc(
     dry_run: Annotated[bool, "", "Print what would be freed, and change nothing."] = False,
     home: Path | None,
 ) -> Answer:
-    """Free what nothing needs: rows that newer ones of the same image have replaced, and what killed processes left.
+    """Free disk space: rows that newer ones of the same image have replaced, and files that killed processes left.
 
     Rows in use are copied, not computed, into new shards before the old ones are removed; rows of images that left the
     dataset are kept. Nothing is lost if the command is killed, and other commands may run at the same time: rows that
@@ -280,8 +280,8 @@ def verify(
 ) -> Answer:
     """Read every byte of what is cached and compare it with what was committed.
 
-    Names each damaged file with its shard and rows; without options, of every store. The recipe, the plans, the shards
-    and the dataset's snapshot are checked. Exit status 1 if something is damaged, or still is after --repair.
+    Each damaged file is named with its shard and rows. The recipe, the plans, the shards and the dataset's snapshot are
+    checked; without options, those of every store. Exit status 1 if something is damaged, or still is after --repair.
 
     --repair first checks that the images and weights are on this machine and that the recipe made now is the store's,
     then computes just the damaged shards. --source and --sample need the images too, --sample the weights. A backbone

@@ -38,7 +38,7 @@ def extract(
     """Run frozen backbones once over all images into feature stores.
 
     Only what is not cached is computed: a second run returns at once, an interrupted one continues where it stopped,
-    an added or changed image extracts only itself.
+    and after images were added or changed only those are extracted.
 
     Example: embcache extract --backbone random,effnet_lite0 --dataset pneumonia
     """

@@ -193,7 +193,7 @@ def report(
     ref: Annotated[DatasetRef, Only("data_root")],
     home: Path | None,
 ) -> Answer:
-    """Write one self-contained HTML page of all saved results; it opens from disk and fetches nothing.
+    """Write one self-contained HTML page of all saved results; it needs no network.
 
     The page has the best model at each number of labels, learning curves, all models, the ensemble that predict uses,
     scores by patient, ROC, operating points, calibration, subgroups, the flow of patients and images, an embedding map,
@@ -238,9 +238,9 @@ def tsne(
 ) -> Answer:
     """Map cached embeddings side by side: each backbone, and what a run of dvme fuses.
 
-    From the cache alone. Under each map: silhouette of the classes and balanced accuracy of the ten nearest
-    neighbors, both in the embedding itself and among images of other groups (patients), and how far the map's
-    neighbors are the embedding's (trustworthiness).
+    Images are not needed. Below each map: silhouette of the classes and balanced accuracy of the ten nearest neighbors,
+    both in the embedding itself and among images of other groups (patients), and how well the map preserves neighbors
+    (trustworthiness).
 
     Example: embcache tsne --dataset pneumonia --backbone random,effnet_lite0 --run dvme-S --output maps.pdf
     """

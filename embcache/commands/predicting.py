@@ -263,7 +263,7 @@ _MISTAKE = {
 def plot(
     *,
     run: RunArgument,
-    kind: Annotated[str, "roc|pr|confusion|calibration", "Which figure."] = "roc",
+    kind: Annotated[str, "roc|pr|confusion|calibration", "Kind of figure."] = "roc",
     positive: Annotated[
         str | None,
         "CLASS",

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 def results(
     *,
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="ID of a run, or its beginning: show this one in full.")
+        str | None,
+        typer.Argument(metavar="RUN", help="Show this run in full; its ID can be abbreviated to a unique prefix."),
     ] = None,
     dataset: list[str],
     metric: list[str],
@@ -37,8 +38,8 @@ def results(
 ) -> Answer:
     """List the results that were saved, with their run IDs; or show one run in full.
 
-    --metric scores them by other metrics, from their saved predictions; nothing is trained. Beneath stand which
-    backbone to take, chosen on validation, and whether more labels still help. A run in full has scores with both
+    --metric scores them by other metrics, from their saved predictions; nothing is trained. Below the table: which
+    backbone to choose, by its validation scores, and whether more labels still help. A run in full has scores with both
     intervals, of the ensemble and by patient, operating points chosen on validation images, calibration and the
     confusion matrix; --positive, --prevalence and --calibrate are for a run in full.
 

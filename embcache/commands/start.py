@@ -57,7 +57,9 @@ The backbones of the paper: embcache backbones        The datasets of the paper:
 @command(table=True)
 def datasets(
     *,
-    name: Annotated[str | None, typer.Argument(help="Show this one in full: classes, groups, what is missing.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show this dataset in full: classes, groups, missing images.")
+    ] = None,
     home: Path | None,
     ref: Annotated[DatasetRef, Skip("name", "allow_missing", "drop_class", "target")],
 ) -> Answer:

@@ -144,7 +144,7 @@ def export(
         check_suffix(Path(output), "--output", ".json")
     if len(backbone) > 1:
         raise UsageError(
-            "--backbone names the one store that tells which images are identical", code="one-backbone",
+            "--backbone selects the one store by which identical images are found", code="one-backbone",
             found=", ".join(backbone), fix=f"--backbone {backbone[0]}",
         )  # fmt: skip
     found, source = load_named(dataset, ref, home)
@@ -174,8 +174,8 @@ def import_(
 ) -> None:
     """Check the splits of others against a dataset and keep them for `embcache probe --splits NAME`.
 
-    Refused are IDs that the dataset does not have, a group on both sides of a fold, and images that are both trained
-    and tested on.
+    IDs that the dataset does not have, a group on both sides of a fold, and images that are both trained and tested on
+    are refused.
 
     Example: embcache splits import pneumonia-splits.json --dataset pneumonia
     """

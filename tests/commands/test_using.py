@@ -49,7 +49,7 @@ def test_a_leaderboard_there_and_back(home: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.fixture
 def predicting(home: Path, tmp_path: Path) -> tuple[str, Path]:
-    """A run on twenty small images by a backbone that is code of one's own, and their folder."""
+    """A run on twenty small images by a backbone of their own code, and their folder."""
     root = tmp_path / "mine"
     for k in range(20):
         draw(root / ("a" if k % 2 else "b") / f"{k:02}.png", k, size=32)
