@@ -245,7 +245,7 @@ def test_imported_splits_are_found_by_name(two: list[ImageDataset], home: Path, 
     cli("splits", "export", "--dataset", "first", "--subset", "S", "--seed", "9", "--output", str(file))
     done = cli("splits", "import", str(file), "--dataset", "first")
     name = import_splits(file, two[0], home).name
-    assert f"--splits {name}" in done.stdout
+    assert f"--splits {name}" in done.stderr
     file.unlink()
     (result,) = run_cached(["first"], ["a"], home=home, splits=name)
     (drawn,) = run_cached(["first"], ["a"], home=home, seed=9)
