@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 
-from embcache.memory import keep_freed_memory
+from embcache.cores import keep_freed_memory
 from embcache.probe.heads import make_head
 from embcache.probe.heads.dvme import Fusion, Params, project
 from embcache.probe.heads.scalar_attention import place_nodes

@@ -10,17 +10,19 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 import embcache
 from embcache.commands.output import echo, guard_streams, lost_output, print_note
-from embcache.commands.shell import Group, LazyCommands, write_commands
-from embcache.errors import EmbcacheError, UsageError
-from embcache.memory import is_shortage
+from embcache.cores import is_shortage
+from embcache.errors import EmbcacheError, UsageError, advise_only
 
-COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
+COMMANDS: dict[str, dict[str, tuple[Any, str]]] = {
     "Start": {
         "demo": ("start:demo", "Run the whole pipeline on a built-in synthetic dataset."),
         "datasets": ("start:datasets", "List the datasets, or show one of them in full."),
@@ -35,57 +37,122 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Heads": {
         "probe": ("training:probe", "Train heads on cached features and test them."),
         "finetune": ("training:finetune", "Train backbones and a head together on augmented images."),
-        "splits": ("training:splits", "Export or import the images of every fold and subset."),
+        "splits": (
+            {
+                "export": ("training:export", "Write the splits that `embcache probe` draws."),
+                "import": ("training:import_", "Check the splits of others and keep them."),
+            },
+            "Export or import the images of every fold and subset.",
+        ),
     },
     "Results": {
         "results": ("scores:results", "List the saved results, or show one run in full."),
         "compare": ("scores:compare", "Test the differences between results on the same test images."),
         "subgroups": ("scores:subgroups", "Score results within subgroups of the test images."),
         "errors": ("predicting:errors", "List and show the test images that a run gets wrong."),
-        "run": ("reporting:run", "Make a table or a figure of the paper, or one of your own."),
+        "run": ("figures:run", "Make a table or a figure of the paper, or one of your own."),
         "predict": ("predicting:predict", "Predict images with the models of a saved run."),
         "submit": ("predicting:submit", "Write the predictions of a run as Kaggle expects them."),
         "kaggle-score": ("predicting:kaggle_score", "Save the leaderboard scores of a run as a result."),
         "export-head": ("predicting:export_head", "Write a trained head for programs without embcache."),
     },
     "Figures": {
-        "curves": ("reporting:curves", "Draw learning curves of the saved results."),
+        "curves": ("figures:curves", "Draw learning curves of the saved results."),
         "plot": ("predicting:plot", "Draw ROC, precision-recall, confusion or calibration plots of a run."),
-        "tsne": ("pictures:tsne", "Draw maps of cached embeddings side by side."),
-        "attention": ("pictures:attention", "Draw what a DVME run or a vision transformer attends to."),
-        "neighbors": ("pictures:neighbors", "Show the images that are nearest to one in feature space."),
-        "audit": ("pictures:audit", "Find near-duplicates, likely label errors and outliers."),
-        "report": ("reporting:report", "Write an HTML page of all saved results."),
+        "tsne": ("figures:tsne", "Draw maps of cached embeddings side by side."),
+        "attention": ("figures:attention", "Draw what a DVME run or a vision transformer attends to."),
+        "neighbors": ("figures:neighbors", "Show the images that are nearest to one in feature space."),
+        "audit": ("figures:audit", "Find near-duplicates, likely label errors and outliers."),
+        "report": ("figures:report", "Write an HTML page of all saved results."),
     },
     "Cache": {
         "ls": ("cache:ls", "List the cached features and the number of runs."),
         "info": ("cache:info", "Show the recipe, shards, quarantine and files of stores."),
         "export": ("cache:export", "Write one store to a single file for other tools."),
-        "verify": ("checking:verify", "Check every byte in the cache, and repair what can be repaired."),
+        "verify": ("cache:verify", "Check every byte in the cache, and repair what can be repaired."),
         "gc": ("cache:gc", "Free the space of replaced rows and of interrupted processes."),
-        "doctor": ("checking:doctor", "Report on this installation, for a bug report."),
+        "doctor": ("cache:doctor", "Report on this installation, for a bug report."),
     },
 }
-"""Module and function of each command and its sentence in ``embcache --help``, by heading."""
+"""Module and function of each command, or the commands of a group, and its sentence in ``--help``, by heading."""
 
-TABLES = (
-    "datasets", "backbones", "heads", "rank", "similarity", "probe", "finetune", "results", "compare", "subgroups",
-    "errors", "ls",
-)  # fmt: skip
-"""Commands whose answer is a table: they take ``--wide`` and ``--csv``."""
+
+class Command(TyperCommand):
+    """A command whose help lists options under their headings."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        parameters: list[Any] = self.get_params(ctx)  # arguments and options of typer
+        for parameter in parameters:
+            if record := parameter.get_help_record(ctx):
+                usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                sections.setdefault(parameter.rich_help_panel or usual, []).append(record)
+        _write_sections(sections, formatter)
+
+
+class Group(TyperGroup):
+    """A group of commands whose errors advise only flags of the command that was typed."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that was typed."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            advise_only(flag for option in command.params for flag in (*option.opts, *option.secondary_opts))
+            ctx.call_on_close(lambda: advise_only(None))
+        return name, command, rest
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands; no module of theirs is imported for that."""
+        places: Any = self.commands
+        _write_sections({"Commands": [(name, text) for name, (_, text) in places.places.items()]}, formatter)
+
+
+class _LazyCommands(Mapping[str, Any]):
+    """Commands by name, each imported when it is first used."""
+
+    def __init__(self, places: Mapping[str, tuple[Any, str]]) -> None:
+        self.places = dict(places)
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            place, sentence = self.places[name]
+            self._made[name] = _make_command(name, place, sentence)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def _make_command(name: str, place: Any, sentence: str) -> Any:
+    if isinstance(place, dict):
+        commands: Any = _LazyCommands(place)
+        return Group(name=name, help=sentence, commands=commands, no_args_is_help=True, rich_markup_mode=None)
+    module, _, function = place.partition(":")
+    made = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    made.command(name, cls=Command)(getattr(import_module(f"embcache.commands.{module}"), function))
+    return typer.main.get_command(made)
 
 
 class _Root(Group):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        places = {name: place for commands in COMMANDS.values() for name, (place, _) in commands.items()}
-        places = {name: f"embcache.commands.{place}" for name, place in places.items()}
-        self.commands = LazyCommands(places, TABLES)
+        self.commands: Any = _LazyCommands({name: place for each in COMMANDS.values() for name, place in each.items()})
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write the commands; no module of theirs is imported for that."""
-        sentences = {h: {name: text for name, (_, text) in each.items()} for h, each in COMMANDS.items()}
-        write_commands(sentences, formatter)
+        """Write the commands under their headings."""
+        _write_sections({h: [(n, s) for n, (_, s) in each.items()] for h, each in COMMANDS.items()}, formatter)
+
+
+def _write_sections(sections: Mapping[str, list[tuple[str, str]]], formatter: Any) -> None:
+    for heading, rows in sections.items():
+        if rows:
+            with formatter.section(heading):
+                formatter.write_dl(rows)
 
 
 app = typer.Typer(

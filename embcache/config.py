@@ -24,6 +24,33 @@ from embcache.fields import (
 
 MOST_FOLDS = MOST_REPEATS = MOST_VIEWS = 1_000
 MOST_SEED = 2**62  # one is added for each repeat, and torch takes 63 bits
+RECIPE = "First digits of the store's fingerprint, where several recipes are cached."
+
+
+def _recipe() -> Any:
+    return option(None, RECIPE, metavar="PREFIX")
+
+
+def _weights(which: str = "of a backbone") -> Any:
+    return option((), f"Checkpoint {which}; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE")
+
+
+def _transform(help: str) -> Any:
+    names = ("paper", "imagenet", "model")
+    return option(None, help, metavar="|".join(names), choices=names)
+
+
+def _device() -> Any:
+    return option("auto", "auto, cpu, cuda:0, …", metavar="NAME")
+
+
+def _workers() -> Any:
+    return option(None, "Threads that decode images. [default: one per core, at most 8]", least=1, most=1 << 10)
+
+
+def _max_pixels() -> Any:
+    text = "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]"
+    return option(None, text, least=1)
 
 
 @dataclass(frozen=True)
@@ -44,10 +71,9 @@ class DatasetRef(Config):
     path_column: str = option("", "Column of a table with the paths of the images.", metavar="NAME")
     label_column: str = option("", "Column of a table with the labels.", metavar="NAME")
     group_column: str = option(
-        "",
-        "Column of a table with patients, slides …; no split divides a group. [default: group, or a usual name]",
+        "", "Column of a table with patients, slides …; no split divides a group. [default: group, or a usual name]",
         metavar="NAME",
-    )
+    )  # fmt: skip
     split_column: str = option("", "Column of a table with train, val or test.", metavar="NAME")
     id_column: str = option("", "Column of a table with the IDs of the images.", metavar="NAME")
     allow_missing: bool = option(False, "Skip images that are listed but missing.")
@@ -66,61 +92,46 @@ class ExtractConfig(Config):
 
     heading: ClassVar[str] = "Extraction options"
 
-    weights: tuple[str, ...] = option(
-        (), "Checkpoint of a backbone; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
-    )
-    transform: str | None = option(
-        None,
+    weights: tuple[str, ...] = _weights()
+    transform: str | None = _transform(
         "paper: 256×256, center crop 224, images up to 224 as they are. imagenet: shorter side 256, center crop 224. "
-        "model: the preprocessing of a timm: backbone. [default: paper; model for timm: backbones]",
-        metavar="paper|imagenet|model", choices=("paper", "imagenet", "model"),
-    )  # fmt: skip
+        "model: the preprocessing of a timm: backbone. [default: paper; model for timm: backbones]"
+    )
     device: str = option(
         "auto", "auto, cpu, cuda:0, …; several share the work in one process each.", metavar="NAME[,NAME…]"
     )
     precision: str = option(
-        "fp32", "Precision of the network; part of the recipe.", metavar="fp32|tf32|bf16|fp16",
-        choices=("fp32", "tf32", "bf16", "fp16"),
-    )  # fmt: skip
+        "fp32", "Precision of the network; part of the recipe.", choices=("fp32", "tf32", "bf16", "fp16")
+    )
     batch_size: int | None = option(
-        None, "Images per batch. [default: that of the store; for a new store 16 on a CPU, 64 on a GPU]", metavar="N",
-        least=1, most=1 << 16,
+        None, "Images per batch. [default: that of the store; for a new store 16 on a CPU, 64 on a GPU]", least=1,
+        most=1 << 16,
     )  # fmt: skip
-    workers: int | None = option(
-        None, "Threads that decode images. [default: one per core, at most 8]", metavar="N", least=1, most=1 << 10
-    )
+    workers: int | None = _workers()
     rows_per_shard: int | None = option(
-        None,
-        "Images that are computed and committed together in a new store; Ctrl-C waits for them. [default: 64 on a CPU, "
-        "4096 on a GPU; more above 131,072 and 8,388,608 images]",
-        metavar="N", least=1, most=1 << 20,
+        None, "Images that are computed and committed together in a new store; Ctrl-C waits for them. [default: 64 "
+        "on a CPU, 4096 on a GPU; more above 131,072 and 8,388,608 images]", least=1, most=1 << 20,
     )  # fmt: skip
-    format: str | None = option(
-        None, "File format of a new store. [default: zarr]", metavar="zarr|hdf5", choices=("zarr", "hdf5")
-    )
+    format: str | None = option(None, "File format of a new store. [default: zarr]", choices=("zarr", "hdf5"))
     part: tuple[int, int] | None = option(
         None, "Compute only the I-th of N parts, for array jobs.", metavar="I/N", parse=parse_part
     )
     views: int = option(
-        1, "Views per image: the plain one and V - 1 augmented ones, in a store of its own.", metavar="V",
-        least=1, most=MOST_VIEWS,
+        1, "Views per image: the plain one and V - 1 augmented ones, in a store of its own.", metavar="V", least=1,
+        most=MOST_VIEWS,
     )  # fmt: skip
     feature_dtype: str = option(
-        "float32", "Data type of the stored features; part of the recipe.", metavar="float32|float16",
-        choices=("float32", "float16"),
-    )  # fmt: skip
+        "float32", "Data type of the stored features; part of the recipe.", choices=("float32", "float16")
+    )
     on_error: str = option(
         "quarantine", "Skip an image that cannot be used and record the reason, or stop at the first one.",
-        metavar="quarantine|fail", choices=("quarantine", "fail"),
+        choices=("quarantine", "fail"),
     )  # fmt: skip
     max_bad: int | str = option(
         "1%", "Maximum number or percentage of unreadable images.", metavar="N|P%", parse=parse_count_or_share
     )
     retry_quarantined: bool = option(False, "Try quarantined images again, even if they have not changed.")
-    max_pixels: int | None = option(
-        None, "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]", metavar="N",
-        least=1,
-    )  # fmt: skip
+    max_pixels: int | None = _max_pixels()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,15 +147,10 @@ class VerifyConfig(Config):
 
     repair: bool = option(False, "Compute damaged shards again from the images; the others stay.")
     source: bool = option(False, "Hash the images again, and list those that changed since extraction.")
-    sample: int = option(0, "Compute N random rows again and compare them.", metavar="N", least=0, most=10**9)
-    weights: tuple[str, ...] = option(
-        (), "Checkpoint of a backbone; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
-    )
-    device: str = option("auto", "auto, cpu, cuda:0, …", metavar="NAME")
-    max_pixels: int | None = option(
-        None, "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]", metavar="N",
-        least=1,
-    )  # fmt: skip
+    sample: int = option(0, "Compute N random rows again and compare them.", least=0, most=10**9)
+    weights: tuple[str, ...] = _weights()
+    device: str = _device()
+    max_pixels: int | None = _max_pixels()
 
 
 @dataclass(frozen=True)
@@ -153,11 +159,9 @@ class ExportConfig(Config):
 
     heading: ClassVar[str] = "Export options"
 
-    recipe: str | None = option(
-        None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX"
-    )
+    recipe: str | None = _recipe()
     format: str | None = option(
-        None, "Format of the file. [default: by the suffix of TARGET]", metavar="npz|parquet|csv|zarr|hdf5",
+        None, "Format of the file. [default: by the suffix of TARGET]",
         choices=("npz", "parquet", "csv", "zarr", "hdf5"),
     )  # fmt: skip
     views: int | None = option(
@@ -176,17 +180,15 @@ class ProtocolConfig(Config):
         5, "Number of folds of the cross-validation.", metavar="K", result=True, least=2, most=MOST_FOLDS
     )
     seed: int = option(
-        0, "Seed of folds, subsets, initial weights, order and dropout.", metavar="N", result=True,
-        least=0, most=MOST_SEED,
-    )  # fmt: skip
+        0, "Seed of folds, subsets, initial weights, order and dropout.", result=True, least=0, most=MOST_SEED
+    )
     val: str = option(
-        "full", "Validate on the whole fold, or on as many images as are trained on, balanced.",
-        metavar="full|matched", result=True, choices=("full", "matched"),
+        "full", "Validate on the whole fold, or on as many images as are trained on, balanced.", result=True,
+        choices=("full", "matched"),
     )  # fmt: skip
     test: str = option(
-        "local",
-        "Where the labels of the official test set are not public: hold out 20 % of the labeled images, or nothing.",
-        metavar="local|official", result=True, choices=("local", "official"),
+        "local", "Where the labels of the official test set are not public: hold out 20 % of the labeled images, or "
+        "nothing.", result=True, choices=("local", "official"),
     )  # fmt: skip
     exclude_test_overlap: bool = option(
         False, "Leave out training images that share a group with the official test set.", result=True
@@ -198,11 +200,9 @@ class ProtocolConfig(Config):
         None, "Metric that scores models and chooses epochs. [default: that of the dataset]", metavar="NAME"
     )
     positive: str | None = option(
-        None,
-        "Positive class of two. [default: the one not named normal, benign, negative, no …, 0 and the like; else the "
-        "second]",
-        metavar="CLASS",
-    )
+        None, "Positive class of two. [default: the one not named normal, benign, negative, no …, 0 and the like; "
+        "else the second]", metavar="CLASS",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -216,10 +216,8 @@ class ProbeConfig(ProtocolConfig):
         {}, "Hyperparameter of the head; repeatable.", metavar="NAME=VALUE", flag="--head-option", parse=parse_pairs
     )
     attention: str | None = option(
-        None,
-        "Attention of dvme by all scores (exact), by a few nodes with the same result to 1e-5 (fast), or by the faster "
-        "of the two. [default: auto]",
-        metavar="auto|exact|fast", choices=("auto", "exact", "fast"),
+        None, "Attention of dvme by all scores (exact), by a few nodes with the same result to 1e-5 (fast), or by "
+        "the faster of the two. [default: auto]", choices=("auto", "exact", "fast"),
     )  # fmt: skip
     lr: tuple[float, ...] = option(
         (), "Learning rate; of several, each fold keeps the best on validation. [default: 1e-3]",
@@ -229,15 +227,13 @@ class ProbeConfig(ProtocolConfig):
         1, "Repeat everything R times with seeds N, N + 1, …", metavar="R", result=True, least=1, most=MOST_REPEATS
     )
     views: int = option(
-        1, "Train on V cached views per image, drawn anew in each epoch.", metavar="V", result=True,
-        least=1, most=MOST_VIEWS,
+        1, "Train on V cached views per image, drawn anew in each epoch.", metavar="V", result=True, least=1,
+        most=MOST_VIEWS,
     )  # fmt: skip
-    recipe: str | None = option(
-        None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX"
-    )
+    recipe: str | None = _recipe()
     buffer: int | None = option(
         None, "Stream features from their shards through a shuffle buffer of N rows. [default: all in memory]",
-        metavar="N", result=True, least=64, most=10**9,
+        result=True, least=64, most=10**9,
     )  # fmt: skip
     device: str = option("cpu", "Device on which heads are trained: cpu, cuda, cuda:0, …", metavar="NAME")
     again: bool = option(False, "Train even if a saved result answers the same question.")
@@ -278,34 +274,24 @@ class FinetuneConfig(ProtocolConfig):
     head: str = option(
         "linear", "Head to train: linear, mlp, or one that fuses backbones: dvme, …", metavar="NAME[,NAME…]"
     )
-    weights: tuple[str, ...] = option(
-        (), "Checkpoint of a backbone; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
+    weights: tuple[str, ...] = _weights()
+    transform: str | None = _transform(
+        "Preprocessing as in extract; the crop is random in training. [default: paper; model for timm: backbones]"
     )
-    transform: str | None = option(
-        None,
-        "Preprocessing as in extract; the crop is random in training. [default: paper; model for timm: backbones]",
-        metavar="paper|imagenet|model", choices=("paper", "imagenet", "model"),
-    )  # fmt: skip
-    device: str = option("auto", "auto, cpu, cuda:0, …", metavar="NAME")
+    device: str = _device()
     precision: str = option(
         "fp32", "fp32 or bf16; with CUDA also tf32 and fp16.", metavar="KIND", choices=("fp32", "tf32", "bf16", "fp16")
     )
     lr: float | None = option(None, "Learning rate. [default: 1e-3; with dino 1e-4]", metavar="RATE", least=1e-12)
-    batch_size: int | None = option(
-        None, "Images per step. [default: 64; with dino 16]", metavar="N", least=1, most=1 << 16
-    )
+    batch_size: int | None = option(None, "Images per step. [default: 64; with dino 16]", least=1, most=1 << 16)
     accumulate: int = option(
-        1, "Number of parts in which a batch is computed, to save memory.", metavar="N", result=True,
-        least=1, most=1 << 16,
-    )  # fmt: skip
-    max_epochs: int = option(50, "Maximum number of epochs.", metavar="N", result=True, least=1, most=100_000)
-    workers: int | None = option(
-        None, "Threads that prepare images. [default: one per core, at most 8]", metavar="N", least=0, most=1 << 10
+        1, "Number of parts in which a batch is computed, to save memory.", result=True, least=1, most=1 << 16
     )
-    max_pixels: int | None = option(
-        None, "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]", metavar="N",
-        least=1,
-    )  # fmt: skip
+    max_epochs: int = option(50, "Maximum number of epochs.", result=True, least=1, most=100_000)
+    workers: int | None = option(
+        None, "Threads that prepare images. [default: one per core, at most 8]", least=0, most=1 << 10
+    )
+    max_pixels: int | None = _max_pixels()
     pixel_cache: bool = option(
         True, "Keep decoded, resized images for later epochs and runs.", flag="--pixel-cache/--no-pixel-cache"
     )
@@ -314,47 +300,33 @@ class FinetuneConfig(ProtocolConfig):
     again: bool = option(False, "Train from the beginning even if a saved result answers the same question.")
 
 
-def _recipe() -> Any:
-    return option(None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX")
-
-
 @dataclass(frozen=True)
 class PredictConfig(Config):
     """How a saved run predicts images."""
 
     heading: ClassVar[str] = "Prediction options"
 
-    weights: tuple[str, ...] = option(
-        (), "Checkpoint that the run was made with; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE"
-    )
-    device: str = option("auto", "auto, cpu, cuda:0, …", metavar="NAME")
+    weights: tuple[str, ...] = _weights("that the run was made with")
+    device: str = _device()
     folds: tuple[int, ...] = option(
         (), "Average the models of these folds. [default: all]", metavar="K[,K…]", parse=parse_whole
     )
     prevalence: str | None = option(
-        None,
-        "Prevalence of the positive class of two, or of each class, where the model is to be used: probabilities are "
-        "corrected to it.",
-        metavar="P|CLASS=P,…",
-    )
+        None, "Prevalence of the positive class of two, or of each class, where the model is to be used: "
+        "probabilities are corrected to it.", metavar="P|CLASS=P,…",
+    )  # fmt: skip
     calibrate: bool = option(
-        False,
-        "Fit a temperature for each model on its own validation images. Without --prevalence, classes are as frequent "
-        "as among these.",
-    )
+        False, "Fit a temperature for each model on its own validation images. Without --prevalence, classes are as "
+        "frequent as among these.",
+    )  # fmt: skip
     by_group: Path | None = option(
         None, "Also write a CSV with one row per group (patient): the mean probabilities of its images.", metavar="FILE"
     )
     trust: tuple[str, ...] = option(
         (), "Import a backbone or head of the run that is not part of embcache; repeatable.", metavar="MODULE:NAME"
     )
-    workers: int | None = option(
-        None, "Threads that decode images. [default: one per core, at most 8]", metavar="N", least=1, most=1 << 10
-    )
-    max_pixels: int | None = option(
-        None, "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]", metavar="N",
-        least=1,
-    )  # fmt: skip
+    workers: int | None = _workers()
+    max_pixels: int | None = _max_pixels()
 
 
 @dataclass(frozen=True)
@@ -367,13 +339,11 @@ class MapConfig(Config):
         (), "Run of a head that fuses, such as dvme: ID or a unique prefix. See `embcache results`.",
         metavar="ID[,ID…]", parse=split_list,
     )  # fmt: skip
-    method: str = option(
-        "tsne", "Method; umap needs the extra `umap`.", metavar="tsne|umap|pca", choices=("tsne", "umap", "pca")
-    )
-    rows: str = option("test", "Which labeled images.", metavar="test|train|all", choices=("test", "train", "all"))
-    limit: int | None = option(None, "Draw at most N of the images. [default: all]", metavar="N", least=4)
+    method: str = option("tsne", "Method; umap needs the extra `umap`.", choices=("tsne", "umap", "pca"))
+    rows: str = option("test", "Labeled images to map.", choices=("test", "train", "all"))
+    limit: int | None = option(None, "Draw at most N of the images. [default: all]", least=4)
     perplexity: float = option(30.0, "Perplexity of t-SNE.", metavar="P", least=1, most=1000)
-    seed: int = option(0, "Seed of the maps.", metavar="N", least=0, most=2**32 - 1)
+    seed: int = option(0, "Seed of the maps.", least=0, most=2**32 - 1)
     recipe: str | None = _recipe()
 
 
@@ -384,12 +354,7 @@ class AttentionConfig(Config):
     heading: ClassVar[str] = "Attention options"
 
     weights: Path | None = option(None, "With --image: checkpoint of the backbone.", metavar="FILE")
-    transform: str | None = option(
-        None,
-        "With --image: the same as in extract.",
-        metavar="paper|imagenet|model",
-        choices=("paper", "imagenet", "model"),
-    )  # fmt: skip
+    transform: str | None = _transform("With --image: the same as in extract.")
     recipe: str | None = _recipe()
 
 
@@ -413,11 +378,10 @@ class AuditConfig(Config):
         0.95, "Cosine from which two images count as near-duplicates.", metavar="S", least=1e-9, most=1
     )
     most: int = option(
-        100, "Maximum number of likely label errors to list, per side (training, test).", metavar="N", least=0,
-        most=1_000_000,
-    )  # fmt: skip
+        100, "Maximum number of likely label errors to list, per side (training, test).", least=0, most=1_000_000
+    )
     folds: int = option(5, "Number of folds.", metavar="K", flag="-", least=3, most=MOST_FOLDS)
-    seed: int = option(0, "Seed of the folds.", metavar="N", least=0, most=MOST_SEED)
+    seed: int = option(0, "Seed of the folds.", least=0, most=MOST_SEED)
     recipe: str | None = _recipe()
 
 
@@ -456,16 +420,9 @@ class StudyConfig(ProtocolConfig):
         (), "Learning rate; of several, each fold of a probe keeps the best on validation. [default: 1e-3]",
         metavar="RATE[,RATE…]", parse=parse_numbers,
     )  # fmt: skip
-    max_epochs: int = option(50, "Maximum number of epochs of finetuning.", metavar="N", least=1, most=100_000)
-    recipe: str | None = option(
-        None, "First digits of the store's fingerprint, where several recipes are cached.", metavar="PREFIX"
-    )
+    max_epochs: int = option(50, "Maximum number of epochs of finetuning.", least=1, most=100_000)
+    recipe: str | None = _recipe()
     weights: tuple[str, ...] = option((), "Checkpoint of a backbone; repeatable.", metavar="NAME=FILE")
-    transform: str | None = option(
-        None, "The same as in extract. [default: paper; model for timm: backbones]", metavar="paper|imagenet|model",
-        choices=("paper", "imagenet", "model"),
-    )  # fmt: skip
+    transform: str | None = _transform("The same as in extract. [default: paper; model for timm: backbones]")
     device: str = option("auto", "auto, cpu, cuda:0, …; with auto, heads are trained on the CPU.", metavar="NAME")
-    workers: int | None = option(
-        None, "Threads that decode images. [default: one per core, at most 8]", metavar="N", least=1, most=1 << 10
-    )
+    workers: int | None = _workers()

@@ -1,19 +1,4 @@
-"""The errors that a user can fix, as one tree.
-
-::
-
-    EmbcacheError                 one message: what was expected, what was found, where, what to type
-    ├── UsageError                the request itself is malformed (exit status 2)
-    ├── DatasetError              a dataset's files or tables are not as they should be
-    │   └── DatasetNotFoundError  there is no such dataset, or its root is missing or laid out otherwise
-    ├── ImageError                one image cannot be decoded; extraction quarantines it with the reason
-    ├── WeightsError              a checkpoint is missing, refused, or does not fit its network
-    ├── StoreError                a feature store cannot serve the request
-    │   ├── StoreNotFoundError    nothing is cached for it
-    │   ├── RecipeError           several cached recipes match, or the wanted one differs from what is there
-    │   └── CorruptStoreError     bytes on disk are not those that were committed
-    └── ProtocolError             the data do not support the folds, subsets or heads of the request
-"""
+"""The errors that a user can fix, and text that is safe to print."""
 
 from __future__ import annotations
 
@@ -70,18 +55,9 @@ def first_few(items: Sequence[object], n: int = 5) -> str:
 class EmbcacheError(Exception):
     """An error that a user can fix.
 
-    Parameters
-    ----------
-    problem : str
-        One sentence: what is wrong.
-    code : str
-        Stable name of the error for scripts and tests, such as ``"unknown-option"``.
-    expected, found : str, optional
-        What should have been there, and what is.
-    where : object, optional
-        The file, folder, column or flag at fault.
-    fix : str or sequence of str, optional
-        The command to type, or the step to take; of several, those that `advise_only` allows.
+    ``problem`` is one sentence; ``code`` a stable name for scripts and tests, such as ``"unknown-option"``;
+    ``expected`` and ``found`` what should have been there and what is; ``where`` the file, folder, column or flag at
+    fault; ``fix`` the command to type or the step to take: of several, those that `advise_only` allows.
     """
 
     def __init__(
@@ -106,7 +82,7 @@ class EmbcacheError(Exception):
 
 
 class UsageError(EmbcacheError):
-    """The request itself is malformed: an unknown name, a bad value, flags that exclude each other."""
+    """The request itself is malformed: an unknown name, a bad value, flags that exclude each other (exit status 2)."""
 
 
 def check_number(flag: str, value: object, least: float, most: float) -> None:
@@ -114,13 +90,11 @@ def check_number(flag: str, value: object, least: float, most: float) -> None:
     whole = isinstance(least, int)
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if not (number and least <= value <= most):  # type: ignore[operator]
+        nearest = most if number and value > most else least  # type: ignore[operator]
         raise UsageError(
-            f"{flag} is out of bounds",
-            code="option-bounds",
+            f"{flag} is out of bounds", code="option-bounds", found=repr(value)[:40], fix=_typed(flag, nearest),
             expected=f"a {'whole ' * whole}number from {least:,} to {most:,}",
-            found=repr(value)[:40],
-            fix=_typed(flag, most if number and value > most else least),  # type: ignore[operator]
-        )
+        )  # fmt: skip
 
 
 def check_choice(flag: str, value: object, choices: Iterable[str]) -> None:

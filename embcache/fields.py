@@ -17,45 +17,27 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from embcache.errors import UsageError
-from embcache.typed import typed
+from embcache.sealed import typed
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of a field in addition to its name, type and default.
+    """What is known of a field in addition to its name, type and default."""
 
-    Attributes
-    ----------
-    help : str
-        One sentence for ``--help``.
-    metavar : str
-        What the value looks like.
-    flag : str
-        The command-line flag, where it is not the field's name; ``--a/--no-a`` for booleans that are on by default.
-        ``"-"``: not on the command line.
-    result : bool
-        Whether a result depends on the value: then a value other than the default is part of the run's ID.
-    choices : tuple of str
-        All values there are.
-    least, most : float, optional
-        Bounds of a number.
-    parse : callable, optional
-        The value from the text typed on the command line (from a list of texts for tuples and mappings).
-    """
-
-    help: str
-    metavar: str = ""
-    flag: str = ""
-    result: bool = False
-    choices: tuple[str, ...] = ()
-    least: float | None = None
+    help: str  # one sentence for ``--help``
+    metavar: str = ""  # what the value looks like
+    flag: str = ""  # where it is not the field's name; ``--a/--no-a`` for what is on by default; ``-`` for no flag
+    result: bool = False  # whether a result depends on it: then a value that is not the default is part of a run's ID
+    choices: tuple[str, ...] = ()  # all values there are
+    least: float | None = None  # bounds of a number
     most: float | None = None
-    parse: Callable[[Any], Any] | None = None
+    parse: Callable[[Any], Any] | None = None  # the value from the text typed (from a list of texts for tuples)
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A field of a config with its default; ``more`` are the fields of `Option`."""
-    metadata = {"option": Option(help, **more)}
+    """A field of a config with its default; ``more`` are the fields of `Option`, the metavar by choices or bounds."""
+    usual = "|".join(more.get("choices", ())) or "N" * (type(more.get("least")) is int)
+    metadata = {"option": Option(help, **{"metavar": usual, **more})}
     if isinstance(default, dict):
         return field(default_factory=lambda: types.MappingProxyType(dict(default)), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -75,14 +57,9 @@ def flag_of(f: dataclasses.Field[Any]) -> str:
 
 @dataclass(frozen=True)
 class Config:
-    """Base of all configs: values are checked and normalized when one is made.
+    """Base of all configs: values are checked (else a `UsageError`) and normalized when one is made.
 
     A single value stands for a tuple of one, a list for a tuple, and any path-like object for a path.
-
-    Raises
-    ------
-    UsageError
-        A value is out of bounds or of another type.
     """
 
     heading: ClassVar[str] = "Options"
@@ -97,13 +74,7 @@ class Config:
 
     @classmethod
     def make(cls, base: Self | None = None, options: Mapping[str, Any] | None = None) -> Self:
-        """``base``, or the defaults, with some options set.
-
-        Raises
-        ------
-        UsageError
-            There is no such option, or its value cannot be used.
-        """
+        """``base``, or the defaults, with some options set; a `UsageError` for one that is unknown or of no use."""
         check_keys(options or {}, [f.name for f in fields(cls)], cls.__name__)
         return dataclasses.replace(base or cls(), **(options or {}))
 
@@ -136,13 +107,7 @@ class Config:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`.
-
-        Raises
-        ------
-        ValueError
-            A key is unknown, or a value is not of its type.
-        """
+        """The inverse of `to_json`; a ValueError for an unknown key or a value that is not of its type."""
         return typed(cls, data)  # type: ignore[no-any-return]
 
 
@@ -300,32 +265,23 @@ def parse_pairs(values: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_weights(values: Sequence[str], names: Sequence[str] | None = None) -> dict[str, Path]:
-    """Checkpoints by backbone, from ``[NAME=]FILE`` values.
+    """Checkpoints by backbone, from ``[NAME=]FILE`` values; a `UsageError` where one does not name its backbone.
 
     Where the backbones are not known yet (``names`` is None) every value must begin with a name.
-
-    Raises
-    ------
-    UsageError
-        A value does not name its backbone, or it is none of ``names``.
     """
     weights: dict[str, Path] = {}
     for value in values:
         # The name of a backbone has no "=", a path may: only a known name before the first "=" is one.
         name, separator, file = value.partition("=")
-        if names is None and not (name and file):
+        known = bool(name and file) if names is None else bool(separator) and name in names
+        if not known and names is not None and len(names) == 1 and (not separator or Path(value).exists()):
+            name, file, known = names[0], value, True
+        if not known:
             raise UsageError(
-                "--weights does not name its backbone", code="weights-unnamed", expected="NAME=FILE", found=value,
-                where="--weights", fix=f"--weights NAME={file or name}",
+                "--weights does not name its backbone", code="weights-unnamed", found=value, where="--weights",
+                expected="NAME=FILE" + (f" with NAME one of {', '.join(names)}" if names else ""),
+                fix=f"--weights {names[0] if names else 'NAME'}={file or name}",
             )  # fmt: skip
-        if names is not None and (not separator or name not in names):
-            if len(names) > 1 or (separator and not Path(value).exists()):
-                raise UsageError(
-                    "--weights does not name its backbone", code="weights-unnamed",
-                    expected="NAME=FILE with NAME one of " + ", ".join(names), found=value, where="--weights",
-                    fix=f"--weights {names[0]}={file or value}",
-                )  # fmt: skip
-            name, file = names[0], value
         weights[name] = Path(file)
     return weights
 

@@ -117,12 +117,9 @@ def home_folders(home: Path, skipped: Callable[[PathLike, OSError], object] | No
 def not_readable(path: PathLike, error: OSError) -> StoreError:
     """The error for a folder or file of a home that this user may not read."""
     return StoreError(
-        "a part of the home cannot be read",
-        code="home-not-readable",
-        found=error.strerror or str(error),
-        where=path,
+        "a part of the home cannot be read", code="home-not-readable", found=error.strerror or str(error), where=path,
         fix=("ask its owner for permission (chmod -R g+rX)", "--home FOLDER"),
-    )
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -173,12 +170,10 @@ def writing(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(
-            "the feature store cannot be written",
-            code="store-not-written",
-            found=error.strerror or str(error),
+            "the feature store cannot be written", code="store-not-written", found=error.strerror or str(error),
             where=error.filename or where,
             fix=_FIXES.get(error.errno or 0, "check the disk, then run the same command: what is committed stays"),
-        ) from error
+        ) from error  # fmt: skip
 
 
 def staged_name(prefix: str) -> str:

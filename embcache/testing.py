@@ -45,13 +45,6 @@ def check_backbone(
         Checkpoint to use instead of the published one.
     size : (int, int)
         Height and width of the images, multiples of the patch and at most 224.
-
-    Raises
-    ------
-    AssertionError
-        A promise does not hold.
-    EmbcacheError
-        There is no such backbone, or it cannot be loaded.
     """
     loaded = backbone if isinstance(backbone, LoadedBackbone) else load_backbone(backbone, weights=weights)
     spec, module = loaded.spec, loaded.module
@@ -129,11 +122,6 @@ def check_dataset(dataset: ImageDataset, *, images: int = 20) -> None:
         As `embcache.load_dataset` returns it.
     images : int
         Number of images that are decoded; the first ones.
-
-    Raises
-    ------
-    AssertionError
-        It breaks the contract.
     """
     table = dataset.table
     assert list(table.columns[:6]) == list(COLUMNS), f"the first columns are {list(table.columns[:6])}, not {COLUMNS}"
@@ -168,11 +156,6 @@ def check_head(head: Any) -> None:
     ----------
     head : Head or scikit-learn classifier
         Hyperparameters should be small: it is fitted a few times on 90 rows of 24 features.
-
-    Raises
-    ------
-    AssertionError
-        It breaks the contract.
     """
     import torch
 
@@ -240,11 +223,6 @@ def check_metric(metric: Any) -> None:
     ----------
     metric : Metric or str
         The metric, or the name under which it is registered.
-
-    Raises
-    ------
-    AssertionError
-        It breaks the contract.
     """
     from embcache.probe.metrics import Metric, find_metric, log_probabilities, scorer
 

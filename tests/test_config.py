@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from embcache.commands.options import Skip, takes_configs
+from embcache.commands.options import Answer, Skip, command
 from embcache.config import DatasetRef, ExtractConfig, FinetuneConfig, ProbeConfig
 from embcache.errors import UsageError
 from embcache.fields import Config, option, parse_weights
@@ -85,12 +86,17 @@ def test_each_field_is_an_option_of_the_command() -> None:
     seen = []
 
     @app.command()
-    @takes_configs
-    def command(word: str = "x", *, toy: Annotated[Toy, Skip("hidden")], source: DatasetRef) -> None:
-        seen.append((word, toy, source))
+    @command()
+    def toys(
+        *, word: str = "x", backbone: list[str], home: Path | None, toy: Annotated[Toy, Skip("hidden")], ref: DatasetRef
+    ) -> Answer:
+        seen.append((word, backbone, home, toy, ref))
+        return Answer({"size": toy.size}, lambda: print("shown"), ("ls",), failed=True)
 
     arguments = ["--size", "4", "--names", "a", "--names", "b", "--no-quiet", "--data-root", "d", "--word", "y"]
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, done.output
-    assert seen == [("y", Toy(4, ("a", "b"), False), DatasetRef(data_root="d"))]
+    done = CliRunner().invoke(app, [*arguments, "--backbone", "a,b", "--backbone", "c", "--home", "h"])
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "shown\n", "next: embcache ls --home h\n")
+    assert seen == [("y", ["a", "b", "c"], Path("h"), Toy(4, ("a", "b"), False), DatasetRef(data_root="d"))]
+    done = CliRunner().invoke(app, ["--json", "-"])
+    assert (json.loads(done.stdout), done.stderr) == ({"size": 3}, "")
     assert CliRunner().invoke(app, ["--hidden", "x"]).exit_code == 2

@@ -79,9 +79,7 @@ def told(result: Result) -> list[Any]:
     ("head", "options"),
     [
         ("linear", {"lr": [1e-2, 1e-3]}),
-        ("mlp", {"repeats": 2}),
         ("logreg", {"subset": "F"}),
-        ("knn", {"val": "matched"}),
         ("dvme", {"head_options": {"proj_dim": 6}}),
         ("linear", {"target": "size"}),
     ],

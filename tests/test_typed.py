@@ -10,7 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import pytest
 
-from embcache.typed import DEEPEST, parse, typed
+from embcache.sealed import DEEPEST, parse, typed
 
 
 class Named(TypedDict):
@@ -51,36 +51,36 @@ def test_what_is_right_comes_back() -> None:
     assert typed(Named, {"name": "x", "other": 7}) == {"name": "x", "other": 7}
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "named"),
-    [
-        ("name", 5, "name"),
-        ("name", None, "name"),
-        ("name", "\0", "name"),
-        ("name", "\ud800", "surrogates"),
-        ("count", True, "count"),
-        ("count", 1.0, "count"),
-        ("count", "1", "count"),
-        ("count", 2**63, "count"),
-        ("inner", {}, "inner"),
-        ("inner", [{"score": float("nan")}], r"inner\[0\]"),
-        ("inner", [{"score": 10**400}], r"inner\[0\]"),
-        ("inner", [{}], "no 'score'"),
-        ("inner", [{"score": 1, "else": 1}], "unknown keys"),
-        ("inner", [{"score": 1, "kind": "c"}], "'a' or 'b'"),
-        ("inner", [{"score": 1, "kind": []}], "'a' or 'b'"),
-        ("pair", [1], "pair"),
-        ("pair", "ab", "pair"),
-        ("rates", [None], r"rates\[0\]"),
-        ("more", [], "more"),
-        ("where", 7, "where"),
-        ("flag", 1, "flag"),
-        ("unknown", 1, "unknown"),
-    ],
-)
-def test_what_is_not_is_named(key: str, value: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        typed(Outer, {**RIGHT, key: value})
+WRONG: list[tuple[str, Any, str]] = [
+    ("name", 5, "name"),
+    ("name", None, "name"),
+    ("name", "\0", "name"),
+    ("name", "\ud800", "surrogates"),
+    ("count", True, "count"),
+    ("count", 1.0, "count"),
+    ("count", "1", "count"),
+    ("count", 2**63, "count"),
+    ("inner", {}, "inner"),
+    ("inner", [{"score": float("nan")}], r"inner\[0\]"),
+    ("inner", [{"score": 10**400}], r"inner\[0\]"),
+    ("inner", [{}], "no 'score'"),
+    ("inner", [{"score": 1, "else": 1}], "unknown keys"),
+    ("inner", [{"score": 1, "kind": "c"}], "'a' or 'b'"),
+    ("inner", [{"score": 1, "kind": []}], "'a' or 'b'"),
+    ("pair", [1], "pair"),
+    ("pair", "ab", "pair"),
+    ("rates", [None], r"rates\[0\]"),
+    ("more", [], "more"),
+    ("where", 7, "where"),
+    ("flag", 1, "flag"),
+    ("unknown", 1, "unknown"),
+]
+
+
+def test_what_is_not_is_named() -> None:
+    for key, value, named in WRONG:
+        with pytest.raises(ValueError, match=named):
+            typed(Outer, {**RIGHT, key: value})
 
 
 @pytest.mark.parametrize("value", [{"size": 1}, {"name": "x", "size": "1"}, [], None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ BOUNDS = {
 }
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     """Every module of the package by its dotted name."""
     found = {}

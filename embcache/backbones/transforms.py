@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embcache.errors import UsageError, check_choice, check_number
-from embcache.typed import typed
+from embcache.sealed import typed
 
 if TYPE_CHECKING:
     from embcache.backbones.catalog import Backbone

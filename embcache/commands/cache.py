@@ -1,36 +1,41 @@
-"""``embcache ls``, ``info``, ``export`` and ``gc``: the stores of a home."""
+"""``embcache ls``, ``info``, ``export``, ``gc``, ``verify`` and ``doctor``: the stores of a home."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embcache.commands.options import (
-    BackboneOption,
-    DatasetOption,
-    HomeOption,
-    JsonOption,
-    RecipeOption,
-    Skip,
-    echo_near,
-    split_list,
-    takes_configs,
-    write_json,
+from embcache.commands.options import Answer, Skip, check_one, command, echo_nothing
+from embcache.commands.output import (
+    ProgressBar,
+    echo,
+    echo_pairs,
+    print_note,
+    print_objects,
+    print_table,
+    size_words,
 )
-from embcache.commands.output import echo, one_line, print_note, print_table
-from embcache.config import DatasetRef, ExportConfig
-from embcache.errors import StoreError, StoreNotFoundError, UsageError
-from embcache.paths import home_dir
-from embcache.typed import plain
+from embcache.config import DatasetRef, ExportConfig, VerifyConfig
+from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError, first_few, one_line
+from embcache.fields import parse_weights
+from embcache.io import skip
+from embcache.paths import home_dir, slug
+from embcache.sealed import plain
 
 if TYPE_CHECKING:
-    from embcache.maintain.listing import InterruptedRun, StoreInfo
+    from embcache.data.dataset import ImageDataset
+    from embcache.maintain.doctor import Diagnosis
+    from embcache.maintain.listing import CachedStore, InterruptedRun, StoreInfo
+    from embcache.maintain.verify import Damage, StoreCheck
 
 
-def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption = None) -> None:
+@command(table=True)
+def ls(*, dataset: list[str], home: Path | None) -> Answer:
     """List the cached stores, one per line, and count the runs.
 
     `to go` counts images of the dataset that have no features yet: `embcache extract` computes just those.
@@ -39,73 +44,85 @@ def ls(dataset: DatasetOption = None, home: HomeOption = None, json: JsonOption 
     """
     from embcache.maintain.listing import count_runs, list_cached, list_interrupted
 
-    names = split_list(dataset)
-    stores = [row for name in (names or (None,)) for row in list_cached(home, name)]
+    names = dataset or (None,)
+    stores = [row for name in names for row in list_cached(home, name)]
+    begun = [run for name in names for run in list_interrupted(home, name)]
     runs = count_runs(home)
-    begun = [run for name in (names or (None,)) for run in list_interrupted(home, name)]
-    if json:
-        write_json({"stores": plain(stores), "runs": runs, "interrupted": plain(begun)}, json)
-    if json == "-":
-        return
-    where = home_dir(home)
-    if not stores:
-        echo(f"nothing is cached in {where}" + (f" for {', '.join(names)}" if names else ""))
-        echo_near(names, home)
-        for note in map(_go_on, begun):
-            echo(note)
-        echo("next: embcache demo, or embcache extract --backbone NAME --dataset NAME")
-        return
-    rows = []
-    for s in stores:
-        state = "damaged" if s.problem else f"{s.owed:,} to go" if s.owed else "complete"
-        facts = [f"{s.rows:,}", s.quarantined, s.precision, s.transform, s.format, size_words(s.bytes)]
-        rows.append([s.dataset, s.backbone, s.fingerprint, *([""] * len(facts) if s.problem else facts), state])
-    headers = [
-        "dataset", "backbone", "recipe", "rows", "quarantined", "precision", "transform", "format", "size", "state",
-    ]  # fmt: skip
-    notes = [f"in {where}: {size_words(sum(s.bytes for s in stores))} in {len(stores)} stores"]
-    if runs:
-        notes.append("runs: " + ", ".join(f"{name} {number}" for name, number in runs.items()) + " (embcache results)")
-    notes += [f"{s.dataset}/{s.path.name} is damaged: {s.problem}; try: embcache info" for s in stores if s.problem]
-    print_table(headers, rows, notes=[*notes, *map(_go_on, begun)])
+
+    def show() -> None:
+        unfinished = list(map(_go_on, begun))
+        if not stores:
+            echo_nothing("nothing is cached", dataset, home)
+            echo("\n".join([*unfinished, "try: embcache demo"]))
+            return
+        notes = [f"in {home_dir(home)}: {size_words(sum(s.bytes for s in stores))} in {len(stores)} stores"]
+        if runs:
+            counts = ", ".join(f"{name} {number}" for name, number in runs.items())
+            notes.append(f"runs: {counts} (embcache results)")
+        notes += [f"{s.dataset}/{s.path.name} is damaged: {s.problem}; try: embcache info" for s in stores if s.problem]
+        print_objects(stores, _LISTED, notes=[*notes, *unfinished])
+
+    answer = {"stores": plain(stores), "runs": runs, "interrupted": plain(begun)}
+    return Answer(answer, show, () if stores else ("extract", "--backbone", "NAME", "--dataset", "NAME"))
 
 
-def info(
-    backbone: BackboneOption = None,
-    dataset: DatasetOption = None,
-    recipe: RecipeOption = None,
-    home: HomeOption = None,
-    json: JsonOption = None,
-) -> None:
-    """Describe stores in full: recipe, shards, quarantine, where the files lie.
+def _unless_damaged(how: str) -> Callable[[CachedStore], str]:
+    return lambda store: "" if store.problem else how.format(store)
 
-    Without options, every store.
+
+_LISTED = {
+    "dataset": "{0.dataset}",
+    "backbone": "{0.backbone}",
+    "recipe": "{0.fingerprint}",
+    "rows": _unless_damaged("{0.rows:,}"),
+    "quarantined": _unless_damaged("{0.quarantined}"),
+    "precision": _unless_damaged("{0.precision}"),
+    "transform": _unless_damaged("{0.transform}"),
+    "format": _unless_damaged("{0.format}"),
+    "size": lambda s: "" if s.problem else size_words(s.bytes),
+    "state": lambda s: "damaged" if s.problem else f"{s.owed:,} to go" if s.owed else "complete",
+}
+
+
+def _go_on(run: InterruptedRun) -> str:
+    how = run.command or "repeat its command with --resume"
+    return (
+        f"unfinished: {run.dataset} {run.id}, {size_words(run.bytes)} of checkpoints; unless it is running, continue: "
+        f"{how}; or rm -r '{run.path}'"
+    )
+
+
+@command()
+def info(*, backbone: list[str], dataset: list[str], recipe: str | None, home: Path | None) -> Answer:
+    """Describe stores in full: recipe, shards, quarantine, location of the files.
+
+    Without options, every store is described.
 
     Example: embcache info --backbone dino --dataset nih
     """
     from embcache.maintain.listing import store_info
     from embcache.store.feature_store import list_stores
 
-    backbones, datasets = split_list(backbone), split_list(dataset)
     found = [
-        store
-        for name in (datasets or (None,))
+        store_info(store, home)
+        for name in (dataset or (None,))
         for store in list_stores(home, name, pixels=True)
-        if (not backbones or store.recipe.backbone in backbones) and store.recipe.fingerprint.startswith(recipe or "")
+        if (not backbone or store.recipe.backbone in backbone) and store.recipe.fingerprint.startswith(recipe or "")
     ]
     if not found:
-        raise nothing_cached(backbones, datasets, recipe, home)
-    answers = [store_info(store, home) for store in found]
-    if json:
-        write_json([answer.to_json() for answer in answers], json)
-    if json != "-":
-        echo("\n\n".join(map(_in_words, answers)))
+        raise _nothing_cached(backbone, dataset, recipe, home)
+
+    def show() -> None:
+        for k, each in enumerate(found):
+            echo("", nl=k > 0)
+            echo_pairs(_described(each))
+
+    return Answer([each.to_json() for each in found], show)
 
 
-def nothing_cached(
+def _nothing_cached(
     backbones: list[str], datasets: list[str], recipe: str | None, home: Path | None
 ) -> StoreNotFoundError:
-    """The error where the options of a command match no store."""
     flags = {"--backbone": ",".join(backbones), "--dataset": ",".join(datasets), "--recipe": recipe}
     given = " ".join(f"{flag} {value}" for flag, value in flags.items() if value)
     return StoreNotFoundError(
@@ -114,13 +131,60 @@ def nothing_cached(
     )  # fmt: skip
 
 
-@takes_configs
+def _described(answer: StoreInfo) -> list[tuple[str, object]]:
+    store, summary, recipe = answer.store, answer.summary, answer.store.recipe
+    bad, pixels = list(store.quarantined.items()), store.holds_pixels
+    state = f"{summary.owed:,} images to go" if summary.owed else "complete"
+    alike = dict[str, list[int]]()  # shards that were not computed with the store's settings
+    for number, made in answer.otherwise.items():
+        words = f"batch {made.batch_size or store.batch_size}, {made.threads or store.threads} threads"
+        alike.setdefault(words, []).append(number)
+    shards = f"{answer.shards} of up to {store.rows_per_shard} rows"
+    superseded = f"{answer.superseded:,}" if answer.superseded else "none"
+    return [
+        ("dataset", summary.dataset),
+        ("backbone", recipe.backbone),
+        ("network", "" if pixels else recipe.architecture),
+        ("weights", "" if pixels else f"sha256 {recipe.weights_sha256}"),
+        ("transform", summary.transform),
+        *((f"  {name}", value) for name, value in _flat(recipe.transform)),
+        ("decoder", recipe.decoder),
+        ("pooling", "" if pixels else recipe.pooling),
+        ("precision", "" if pixels else recipe.precision),
+        ("numerics", recipe.numerics),
+        ("fingerprint", recipe.fingerprint),
+        ("pixels" if pixels else "features", f"{summary.rows:,} × {store.row_shape} {store.dtype}, {state}"),
+        ("rows", f"{superseded} superseded, {summary.quarantined:,} quarantined"),
+        *((f"  {id_}", reason) for id_, reason in bad[:20]),
+        ("  …", f"and {len(bad) - 20:,} more (--json - lists all)" if len(bad) > 20 else ""),
+        ("shards", f"{shards}, {len(answer.uncommitted)} planned and not there"),
+        ("created with", f"batch size {store.batch_size}, {store.threads} threads, runtime {store.runtime}"),
+        *((f"  {name}", value) for name, value in store.provenance.items()),
+        *(
+            ("computed with", f"{words}: {len(numbers)} of {answer.shards} shards, the first {numbers[0]:06d}")
+            for words, numbers in alike.items()
+        ),
+        ("format", f"{store.format}, {size_words(summary.bytes)}"),
+        ("path", store.path),
+        ("plain readers", answer.view or "no view yet: embcache extract writes it"),
+    ]  # fmt: skip
+
+
+def _flat(transform: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Parameters of a transform; those of its augmentation as ``augment.NAME``."""
+    lines: list[tuple[str, Any]] = []
+    for name, value in transform.items():
+        lines += [(f"{name}.{inner}", v) for inner, v in value.items()] if isinstance(value, dict) else [(name, value)]
+    return lines
+
+
+@command()
 def export(
-    target: Annotated[Path, typer.Argument(help="File to write: .npz, .parquet, .csv, .zarr or .h5.")],
-    backbone: BackboneOption = None,
-    dataset: DatasetOption = None,
-    home: HomeOption = None,
     *,
+    target: Annotated[Path, typer.Argument(help="File to write: .npz, .parquet, .csv, .zarr or .h5.")],
+    backbone: list[str],
+    dataset: list[str],
+    home: Path | None,
     config: ExportConfig,
     ref: Annotated[DatasetRef, Skip("drop_class", "merge_class", "target")],
 ) -> None:
@@ -136,15 +200,9 @@ def export(
     from embcache.maintain.export import export_features
     from embcache.store.feature_store import open_store
 
-    backbones, datasets = split_list(backbone), split_list(dataset)
-    if len(backbones) != 1 or len(datasets) != 1:
-        raise UsageError(
-            "an export is of one backbone over one dataset", code="export-one-store",
-            found=f"backbones: {', '.join(backbones) or 'none'}; datasets: {', '.join(datasets) or 'none'}",
-            fix="embcache export TARGET --backbone NAME --dataset NAME   (embcache ls lists what is cached)",
-        )  # fmt: skip
-    found, origin = find_dataset(datasets[0], ref, home=home)
-    store = open_store(backbones[0], found, home=home, recipe=config.recipe, views=config.views)
+    check_one(dataset, backbone, "embcache export TARGET --backbone NAME --dataset NAME", cached=True)
+    found, origin = find_dataset(dataset[0], ref, home=home)
+    store = open_store(backbone[0], found, home=home, recipe=config.recipe, views=config.views)
     written = export_features(store, found, target, format=config.format, overwrite=config.force)
     echo(f"{target}: {written:,} rows of {store.row_shape} {store.dtype}")
     print_note(f"labels and splits are from the {origin} dataset")
@@ -152,85 +210,16 @@ def export(
         print_note(f"{len(store.quarantined):,} images that could not be read are left out")
 
 
-def _go_on(run: InterruptedRun) -> str:
-    how = run.command or "repeat its command with --resume"
-    return (
-        f"unfinished: {run.dataset} {run.id}, {size_words(run.bytes)} of checkpoints; unless it is running, continue: "
-        f"{how}; or rm -r '{run.path}'"
-    )
-
-
-def _in_words(answer: StoreInfo) -> str:
-    store, summary, recipe = answer.store, answer.summary, answer.store.recipe
-    bad, pixels = list(store.quarantined.items()), store.holds_pixels
-    left = f"{answer.superseded:,} superseded" if answer.superseded else "none superseded"
-    state = f"{summary.owed:,} images to go" if summary.owed else "complete"
-    lines = [
-        ("dataset", summary.dataset),
-        ("backbone", recipe.backbone),
-        *([] if pixels else [("network", recipe.architecture), ("weights", f"sha256 {recipe.weights_sha256}")]),
-        ("transform", summary.transform),
-        *((f"  {name}", value) for name, value in _flat(recipe.transform)),
-        ("decoder", recipe.decoder),
-        *([] if pixels else [("pooling", recipe.pooling), ("precision", recipe.precision)]),
-        ("numerics", recipe.numerics),
-        ("fingerprint", recipe.fingerprint),
-        ("pixels" if pixels else "features", f"{summary.rows:,} × {store.row_shape} {store.dtype}, {state}"),
-        ("rows", f"{left}, {summary.quarantined:,} quarantined"),
-        *((f"  {id_}", reason) for id_, reason in bad[:20]),
-        *([("  …", f"and {len(bad) - 20:,} more (--json - lists all)")] if len(bad) > 20 else []),
-        (
-            "shards",
-            f"{answer.shards} of up to {store.rows_per_shard} rows, {len(answer.uncommitted)} planned and not there",
-        ),
-        ("created with", f"batch size {store.batch_size}, {store.threads} threads, runtime {store.runtime}"),
-        *((f"  {name}", value) for name, value in store.provenance.items()),
-        *_otherwise(answer),
-        ("format", f"{store.format}, {size_words(summary.bytes)}"),
-        ("path", store.path),
-        ("plain readers", answer.view or "no view yet: embcache extract writes it"),
-    ]
-    width = max(len(one_line(name)) for name, _ in lines if len(name) <= 40)
-    return "\n".join(f"{one_line(name):<{width}}  {one_line(str(value))}" for name, value in lines)
-
-
-def _otherwise(answer: StoreInfo) -> list[tuple[str, str]]:
-    """How the other shards were computed that differ from the store's settings: those alike on one line."""
-    store, alike = answer.store, dict[str, list[int]]()
-    for number, made in answer.otherwise.items():
-        words = f"batch {made.batch_size or store.batch_size}, {made.threads or store.threads} threads"
-        alike.setdefault(words, []).append(number)
-    return [
-        ("computed with", f"{words}: {len(numbers)} of {answer.shards} shards, the first {numbers[0]:06d}")
-        for words, numbers in alike.items()
-    ]
-
-
-def _flat(transform: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Parameters of a transform; those of its augmentation as ``augment.NAME``."""
-    lines: list[tuple[str, Any]] = []
-    for name, value in transform.items():
-        lines += [(f"{name}.{inner}", v) for inner, v in value.items()] if isinstance(value, dict) else [(name, value)]
-    return lines
-
-
-def size_words(number: int) -> str:
-    """A number of bytes as people say it: ``12.3 MB``."""
-    size, units = float(number), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 999.5 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 100 else f"{size:.1f} {units[0]}"
-
-
+@command()
 def gc(
-    backbone: BackboneOption = None,
-    dataset: DatasetOption = None,
-    recipe: RecipeOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be freed, and change nothing.")] = False,
-    home: HomeOption = None,
-    json: JsonOption = None,
-) -> None:
-    """Free what nothing needs: rows that newer ones of the same image have replaced, and what killed processes left.
+    *,
+    backbone: list[str],
+    dataset: list[str],
+    recipe: str | None,
+    dry_run: Annotated[bool, "", "Print what would be freed, and change nothing."] = False,
+    home: Path | None,
+) -> Answer:
+    """Free disk space: rows that newer ones of the same image have replaced, and files that killed processes left.
 
     Rows in use are copied, not computed, into new shards before the old ones are removed; rows of images that left the
     dataset are kept. Nothing is lost if the command is killed, and other commands may run at the same time: rows that
@@ -241,28 +230,353 @@ def gc(
     from embcache.maintain.gc import collect, collect_home
     from embcache.maintain.verify import walk_stores
 
-    backbones, datasets = split_list(backbone), split_list(dataset)
     done = list[Any]()
-    stores, refused = walk_stores(home, datasets, backbones, recipe)
+    stores, refused = walk_stores(home, dataset, backbone, recipe)
     for path in stores:
         try:
             done.append(collect(path, dry_run=dry_run))
         except (StoreError, OSError) as error:
             echo(f"embcache: {path.parent.name}/{path.name}: {error}", err=True)
             refused.append({"path": str(path), "error": str(error)})
-    beside = collect_home(home, datasets, dry_run=dry_run)
+    beside = collect_home(home, dataset, dry_run=dry_run)
     freed = sum(each.freed for each in done) + beside["freed"]
-    if json:
-        write_json({"dry_run": dry_run, "freed": freed, "stores": plain(done), "refused": refused}, json)
-    if json != "-" and stores:
-        rows = [
-            [c.dataset, c.path.name, c.superseded, c.moved, c.shards, c.leftovers, size_words(c.freed)] for c in done
-        ]
-        headers = ["dataset", "store", "superseded", "copied", "shards removed", "leftovers", "freed"]
-        notes = [f"{beside['leftovers']} leftovers beside the stores"] if beside["leftovers"] else []
-        verb = "would be freed" if dry_run else "freed"
-        print_table(headers, rows, notes=[*notes, f"{size_words(freed)} {verb} in {home_dir(home)}"])
-    elif json != "-" and not refused:
-        echo(f"nothing is cached in {home_dir(home)}")
-    if refused:
-        raise typer.Exit(1)
+
+    def show() -> None:
+        if not stores and not refused:
+            echo_nothing("nothing is cached", dataset, home)
+        if stores:
+            notes = [f"{beside['leftovers']} leftovers beside the stores"] if beside["leftovers"] else []
+            verb = "would be freed" if dry_run else "freed"
+            print_objects(done, _COLLECTED, notes=[*notes, f"{size_words(freed)} {verb} in {home_dir(home)}"])
+
+    answer = {"dry_run": dry_run, "freed": freed, "stores": plain(done), "refused": refused}
+    return Answer(answer, show, failed=bool(refused))
+
+
+_COLLECTED = {
+    "dataset": "{0.dataset}",
+    "store": "{0.path.name}",
+    "superseded": "{0.superseded}",
+    "copied": "{0.moved}",
+    "shards removed": "{0.shards}",
+    "leftovers": "{0.leftovers}",
+    "freed": lambda c: size_words(c.freed),
+}
+
+_DAMAGE = {"recipe": "damaged recipe", "plan": "damaged plan", "shard": "damaged", "extra": "too much"}
+_SHOWN = 20  # lines of damage of one store
+
+
+@command()
+def verify(
+    *,
+    backbone: list[str],
+    dataset: list[str],
+    recipe: str | None,
+    home: Path | None,
+    json: str | None,
+    ref: Annotated[DatasetRef, Skip("drop_class", "merge_class", "target")],
+    config: VerifyConfig,
+) -> Answer:
+    """Read every byte of what is cached and compare it with what was committed.
+
+    Each damaged file is named with its shard and rows. The recipe, the plans, the shards and the dataset's snapshot are
+    checked; without options, those of every store. Exit status 1 if something is damaged, or still is after --repair.
+
+    --repair first checks that the images and weights are on this machine and that the recipe made now is the store's,
+    then computes just the damaged shards. --source and --sample need the images too, --sample the weights. A backbone
+    of the form module:function is imported only if --backbone names it.
+
+    Example: embcache verify --repair --dataset nih --backbone dino
+    """
+    if len(dataset) != 1 and (ref.data_root or ref.name):
+        raise UsageError(
+            "--data-root and --name belong to one dataset", code="one-dataset",
+            found=", ".join(dataset) or "no --dataset", fix="embcache verify --dataset NAME --data-root …",
+        )  # fmt: skip
+    from embcache.maintain.verify import verify_store, walk_stores
+
+    loaders = {name: _Loader(name, ref, home) for name in dataset}
+    stores, unread = walk_stores(home, [loader.folder() for loader in loaders.values()], backbone, recipe)
+    if not stores and not unread:
+        raise _nothing_cached(backbone, dataset, recipe, home)
+    weights = parse_weights(list(config.weights), backbone or None)
+    check = _Verification(config, weights, home, tuple(backbone), partial(echo, err=json == "-"))
+    by_folder = {slug(loader.folder()): loader for loader in loaders.values()}
+    answers, failed = list[dict[str, Any]](), False
+    with ProgressBar("shard") as bar:
+        # Pixels first: repairing features may read them.
+        for path in sorted(stores, key=lambda path: (path.parent.name, not path.name.startswith("pixels-"), path.name)):
+            folder = path.parent.name
+            try:
+                found = verify_store(path, partial(bar.update, label=f"{folder}/{path.name}"))
+            except StoreError as error:
+                skip(path, error)
+                unread.append({"path": str(path), "error": str(error)})
+                continue
+            own = _Loader(folder, DatasetRef(allow_missing=ref.allow_missing), home)
+            ok, answer = check.one_store(found, by_folder.setdefault(folder, own))
+            failed |= not ok
+            answers.append(answer)
+    reported = "\n".join(a["repaired"]["error"] or "" for a in answers if a["repaired"])
+    folders = sorted({path.parent for path in stores})
+    snapshots = [_check_snapshot(folder, by_folder, home, config.repair, reported) for folder in folders]
+    failed |= bool(unread) or any(row["problem"] for row in snapshots)
+
+    def show() -> None:
+        for row in snapshots:
+            if row["repaired"]:
+                echo(f"snapshot: {row['path']}: it was damaged; written again")
+            elif row["problem"]:
+                fix = "try: embcache verify --repair --dataset NAME --data-root FOLDER"
+                echo(f"snapshot: {row['path']}: {row['problem']}; {fix}")
+        left = [(a["repaired"] or {"left": a["damage"]})["left"] for a in answers]
+        keys = ("dataset", "backbone", "fingerprint", "shards", "rows")
+        rows = [[*(a[key] for key in keys), len(each) or "none"] for a, each in zip(answers, left, strict=True)]
+        print_table(["dataset", "backbone", "recipe", "shards", "rows", "damage"], rows)
+
+    return Answer({"ok": not failed, "stores": answers, "snapshots": snapshots, "unread": unread}, show, failed=failed)
+
+
+class _Loader:
+    """A dataset, loaded when it is first needed."""
+
+    def __init__(self, dataset: str, ref: DatasetRef, home: Path | None) -> None:
+        self.dataset, self.ref, self.home = dataset, ref, home
+        self._loaded: ImageDataset | None = None
+
+    def folder(self) -> str:
+        """Name of the folder of its stores, before it is made a slug."""
+        if self.ref.name is not None:
+            return self.ref.name
+        if self.ref.data_root is None or (home_dir(self.home) / slug(self.dataset)).is_dir():
+            return self.dataset
+        return self.load().name
+
+    def load(self) -> ImageDataset:
+        """The dataset, with its images where they are here."""
+        from embcache.data.dataset import find_dataset
+
+        if self._loaded is None:
+            self._loaded, _ = find_dataset(self.dataset, self.ref, home=self.home)
+        return self._loaded
+
+
+@dataclass(frozen=True)
+class _Verification:
+    """What is done with each store."""
+
+    config: VerifyConfig
+    weights: dict[str, Path]
+    home: Path | None
+    backbones: tuple[str, ...]
+    show: Callable[[str], object]
+
+    def one_store(self, check: StoreCheck, loader: _Loader) -> tuple[bool, dict[str, Any]]:
+        """Report on a store, and repair it where that was asked for: whether it is as it should be, and its JSON."""
+        from embcache.store.reading import recipe_fix, repair_command
+
+        state = f"{len(check.damage)} damaged" if check.damage else "no damage"
+        left = f", {check.planned:,} rows planned and not computed yet" if check.planned else ""
+        self.show(
+            f"{check.dataset}/{check.path.name}: {state}; {check.shards:,} shards, {check.rows:,} rows, "
+            f"{check.files:,} files, {size_words(check.bytes)} read{left}"
+        )
+        self._show_damage(check)
+        ok, answer = not check.damage, {**plain(check), "repaired": None}
+        if check.damage and self.config.repair:
+            ok, answer = self._repair(check, loader, answer)
+        else:
+            if check.damage:
+                recipe = any(each.kind == "recipe" for each in check.damage)
+                self.show(f"  try: {recipe_fix(check.path) if recipe else repair_command(check.path)}")
+            self._show_notes(check)
+        if not ok:
+            if (self.config.source or self.config.sample) and not (answer["repaired"] or {}).get("error"):
+                self.show("  --source and --sample are skipped: the store is damaged")
+            return ok, answer
+        if self.config.source:
+            ok &= self._check_source(check, loader.load(), answer)
+        if self.config.sample:
+            ok &= self._check_sample(check, loader, answer)
+        return ok, answer
+
+    def _repair(self, check: StoreCheck, loader: _Loader, answer: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+        from embcache.maintain.repair import repair_store
+
+        done = list[str]()
+        try:
+            with ProgressBar("img") as bar:
+                progress = partial(bar.update, label=f"repair {check.path.name}")
+                after = repair_store(check, loader.load, self._how(loader), done=done, on_rows=progress)
+        except EmbcacheError as error:
+            echo(f"embcache: {check.dataset}/{check.path.name}: {error}", err=True)
+            return False, answer | {"repaired": {"done": done, "left": answer["damage"], "error": str(error)}}
+        for line in done:
+            self.show(f"  {one_line(line)}")
+        self.show("  damage is left:" if after.damage else "  repaired: every file is as it should be")
+        self._show_notes(after)
+        self._show_damage(after)
+        repaired = {"done": done, "left": plain(after.damage), "error": None}
+        return not after.damage, {**plain(after), "damage": answer["damage"], "repaired": repaired}
+
+    def _how(self, loader: _Loader) -> Any:
+        from embcache.maintain.repair import Rebuild
+
+        device, pixels, missing = self.config.device, self.config.max_pixels, loader.ref.allow_missing
+        return Rebuild(self.home, self.weights, device, pixels, missing, self.backbones)
+
+    def _show_notes(self, check: StoreCheck) -> None:
+        for note in check.notes:
+            self.show(f"  note: {one_line(note)}")
+
+    def _show_damage(self, check: StoreCheck) -> None:
+        for each in check.damage[:_SHOWN]:
+            place = each.path.relative_to(check.path) if each.path.is_relative_to(check.path) else each.path
+            self.show(f"  {_DAMAGE[each.kind]}: {one_line(str(place))}: {one_line(each.problem)}")
+            if each.shard is not None:
+                self.show(f"    shard {each.shard}{_rows_of(each)}")
+        if len(check.damage) > _SHOWN:
+            self.show(f"  … and {len(check.damage) - _SHOWN} more (--json - lists all)")
+
+    def _check_source(self, check: StoreCheck, dataset: ImageDataset, answer: dict[str, Any]) -> bool:
+        from embcache.maintain.verify import check_source
+        from embcache.store.feature_store import FeatureStore, extract_command
+
+        store = FeatureStore(check.path)
+        with ProgressBar("img") as bar:
+            found = check_source(store, dataset, partial(bar.update, label="source"))
+        answer["source"] = plain(found)
+        self.show(
+            f"  source: {found.checked:,} images hashed, {len(found.changed)} changed, {len(found.missing)} missing"
+        )
+        for label, ids in (("changed", found.changed), ("missing", found.missing)):
+            if ids:
+                self.show(f"    {label}: {one_line(first_few(ids))}")
+        if found.removed:
+            self.show(f"    {found.removed:,} rows of images that left the dataset: hidden")
+        if found.changed and not store.holds_pixels:
+            self.show(f"    their features are outdated; try: {extract_command(store.recipe.backbone, dataset)}")
+        return bool(found.ok)
+
+    def _check_sample(self, check: StoreCheck, loader: _Loader, answer: dict[str, Any]) -> bool:
+        from embcache.maintain.repair import check_sample
+
+        found = check_sample(check.path, loader.load(), self.config.sample, self._how(loader))
+        answer["sample"] = {**plain(found), "ok": found.ok}
+        verdict = "within" if found.difference <= found.tolerance else "BEYOND"
+        worst = f" ({one_line(found.worst)})" if found.worst else ""
+        self.show(
+            f"  sample: {found.compared:,} images computed again; largest difference {found.difference:.1e}{worst}, "
+            f"{verdict} the tolerance of {found.tolerance:.1e}"
+        )
+        for label, ids in (("changed since, left out", found.changed), ("no longer readable", found.unreadable)):
+            if ids:
+                self.show(f"    {label}: {len(ids):,} (first: {one_line(ids[0])})")
+        return bool(found.ok)
+
+
+def _rows_of(damage: Damage) -> str:
+    rows = damage.rows
+    if rows is None:
+        return ""
+    return f", rows {rows.first}-{rows.last}: {rows.count:,} images, {rows.first_id!r} … {rows.last_id!r}"
+
+
+def _check_snapshot(
+    folder: Path, loaders: dict[str, _Loader], home: Path | None, repair: bool, reported: str
+) -> dict[str, Any]:
+    """The snapshot of a dataset, which is read where the images are not here; written again with ``repair``."""
+    from embcache.data.dataset import read_snapshot
+    from embcache.errors import DatasetError
+    from embcache.store.commit import write_snapshot
+
+    problem, repaired = "", False
+    try:
+        if read_snapshot(folder.name, home) is None:
+            problem = "it is missing"
+    except DatasetError as error:
+        problem = f"{error.problem}: {error.found}"
+    if problem and repair and folder.name in loaders:
+        try:
+            dataset = loaders[folder.name].load()
+            if slug(dataset.name) == folder.name and dataset.root is not None:
+                write_snapshot(folder, dataset.to_parquet_bytes())
+                problem, repaired = "", True
+        except EmbcacheError as error:
+            if str(error) not in reported:
+                echo(f"embcache: {error}", err=True)
+    return {"path": str(folder / "dataset.parquet"), "problem": problem, "repaired": repaired}
+
+
+@command()
+def doctor(*, home: Path | None) -> Answer:
+    """Describe this installation for a bug report, and list what is wrong with it.
+
+    Versions, processor features, devices and the speed they reach, room on the disk against what the stores still
+    owe, weights and datasets found, stale leases, interrupted runs, and stores that fail a quick check (headers, plans
+    and sizes; `embcache verify` reads every byte). Nothing needs to be cached. Exit status 1 if there is a problem.
+
+    Example: embcache doctor --json report.json
+    """
+    from embcache.maintain.doctor import diagnose
+
+    found = diagnose(home)
+    return Answer(asdict(found), lambda: echo_pairs(_diagnosis(found)), failed=bool(found.problems))
+
+
+def _diagnosis(found: Diagnosis) -> list[tuple[str, object]]:
+    box, speed, owed = found.machine, found.decoding, found.owed
+    memory = "" if box["memory_bytes"] is None else f", {size_words(box['memory_bytes'])} of memory"
+    free = "" if box["memory_free_bytes"] is None else f" ({size_words(box['memory_free_bytes'])} free)"
+    stale = [lease for lease in found.leases if lease["stale"]]
+    absent = {row["backbone"]: row["status"] for row in found.weights if row["status"].startswith("not ")}
+    here = [row["backbone"] for row in found.weights if row["backbone"] not in absent]
+    room = "" if owed["enough"] else ", MORE THAN IS FREE"
+    return [
+        ("versions", ", ".join(f"{name} {number}" for name, number in found.versions.items())),
+        ("machine", f"{box['system']}, {box['processor']}"),
+        ("  cores", f"{box['cores']} of {box['cores_of_machine']}{memory}{free}"),
+        ("  features", ", ".join(box["features"]) or "not known"),
+        ("  torch", f"{box['kernels']} kernels on {box['torch_threads']} threads"),
+        *(("device", _device(device)) for device in found.devices),
+        ("decoding", f"{speed['one_thread']:.0f} images/s of {speed['image']} by one thread, "
+         f"{speed['all_threads']:.0f} by {speed['threads']} ({box['decoder']})"),
+        *((place["name"], _place(place)) for place in found.places),
+        ("to extract", f"{owed['images']:,} images of cached stores: {size_words(owed['bytes'])}{room}"),
+        ("weights", f"here: {', '.join(here) or 'none'}"),
+        *((f"  {name}", status) for name, status in absent.items()),
+        ("datasets", ", ".join(row["dataset"] for row in found.datasets if row["there"]) or "none found"),
+        *((f"  {row['dataset']}", row["path"] + " (not there)" * (not row["there"])) for row in found.datasets),
+        ("stores", f"{len(found.stores)}, quick check"),
+        *((f"  {row['dataset']}/{row['store']}", _store_state(row)) for row in found.stores),
+        ("leases", f"{len(found.leases) - len(stale)} at work, {len(stale)} of processes that are gone"),
+        *((f"  {lease['store']}", f"shard {lease['shard']} (embcache gc removes it)") for lease in stale),
+        ("interrupted runs", len(found.interrupted) or "none"),
+        *((f"  {run['dataset']} {run['run']}", run["command"]) for run in found.interrupted),
+        ("problems", len(found.problems) or "none"),
+        *(("  -", problem) for problem in found.problems),
+    ]  # fmt: skip
+
+
+def _device(device: Mapping[str, Any]) -> str:
+    if device["problem"]:
+        return f"{device['device']} {device['name']}: cannot be used: {device['problem']}"
+    room = "" if device["memory_bytes"] is None else f", {size_words(device['memory_bytes'])}"
+    return (
+        f"{device['device']} ({device['name']}{room}): matrices {device['fp32_tflops']:.2f} TFLOPS fp32, "
+        f"{device['bf16_tflops']:.2f} bf16; memory {device['memory_gb_s']:.0f} GB/s"
+    )
+
+
+def _place(place: Mapping[str, Any]) -> str:
+    there = "there" if place["there"] else "not there yet"
+    writable = "" if place["writable"] else ", CANNOT BE WRITTEN"
+    return f"{place['path']} ({there}{writable}, {size_words(place['free_bytes'])} free)"
+
+
+def _store_state(row: Mapping[str, Any]) -> str:
+    counts = {"to go": row["owed"], "quarantined": row["quarantined"], "leftovers": row["leftovers"]}
+    more = "".join(f", {number:,} {name}" for name, number in counts.items() if number)
+    state = f"FAILS: {row['problem']}" if row["problem"] else "ok"
+    return f"{state}; {row['rows']:,} rows{more}, {size_words(row['bytes'])}"

@@ -8,24 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from embcache.backbones.weights import weights_by_name
-from embcache.commands.cache import size_words
-from embcache.commands.options import (
-    BackboneOption,
-    DatasetOption,
-    HomeOption,
-    JsonOption,
-    RecipeOption,
-    Skip,
-    command,
-    refuse_other_merges,
-    split_list,
-    takes_configs,
-    write_json,
-)
-from embcache.commands.output import echo, format_table, print_table
+from embcache.commands.options import Answer, Skip, check_named, command, command_line, refuse_other_merges
+from embcache.commands.output import echo, echo_notes, format_table, print_objects, print_table, size_words
 from embcache.config import DatasetRef, ExtractConfig
 from embcache.errors import UsageError, first_few, printable
 from embcache.log import log
@@ -37,113 +22,106 @@ if TYPE_CHECKING:
     from embcache.maintain.dry_run import DryRun
 
 
-@takes_configs
+@command()
 def extract(
-    backbone: BackboneOption = None,
-    dataset: DatasetOption = None,
-    home: HomeOption = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print what would be computed (of all parts) and why, field by field; write nothing."
-        ),
-    ] = False,
-    json: JsonOption = None,
     *,
+    backbone: list[str],
+    dataset: list[str],
+    home: Path | None,
+    dry_run: Annotated[
+        bool, "", "Print what would be computed (of all parts) and why, field by field; write nothing."
+    ] = False,
+    json: str | None,
     ref: Annotated[DatasetRef, Skip("target", "drop_class")],
     config: ExtractConfig,
-) -> None:
+) -> Answer:
     """Run frozen backbones once over all images into feature stores.
 
     Only what is not cached is computed: a second run returns at once, an interrupted one continues where it stopped,
-    an added or changed image extracts only itself.
+    and after images were added or changed only those are extracted.
 
     Example: embcache extract --backbone random,effnet_lite0 --dataset pneumonia
     """
-    names, datasets = split_list(backbone), split_list(dataset)
-    for what, given in (("backbone", names), ("dataset", datasets)):
-        if not given:
-            raise UsageError(
-                f"no {what} was named", code=f"no-{what}",
-                fix=f"embcache extract --{what} NAME …   (embcache {what}s lists them)",
-            )  # fmt: skip
-    if len(datasets) > 1 and (ref.data_root or ref.name):
+    check_named("extract", backbone=backbone, dataset=dataset)
+    if len(dataset) > 1 and (ref.data_root or ref.name):
         raise UsageError(
-            "--data-root and --name belong to one dataset", code="one-dataset", found=", ".join(datasets),
+            "--data-root and --name belong to one dataset", code="one-dataset", found=", ".join(dataset),
             fix="one command per dataset",
         )  # fmt: skip
-    weights_by_name(names, config.weights)  # before anything is loaded
+    weights_by_name(backbone, config.weights)  # before anything is loaded
     from embcache.data.dataset import find_dataset
     from embcache.extract.extract import extract as run
     from embcache.extract.signals import Stop, exit_status, stop_on_signals
     from embcache.maintain.dry_run import dry_run as explain
 
     answers, stop = list[dict[str, Any]](), Stop()
-    for name in datasets:
+    done = list["Extraction"]()
+    for name in dataset:
         found, _ = find_dataset(name, ref, home=home)
-        refuse_other_merges(ref.merge_class, found)
+        refuse_other_merges(ref, found)
         for note in found.notes:
             log.info(note)
         if dry_run:
-            for answer in explain(names, found, config, home=home):
+            for answer in explain(backbone, found, config, home=home):
                 answers.append({"dataset": found.name, **answer.to_json()})
                 if json != "-":
                     echo("\n".join(_dry_run_words(found.name, answer)))
             continue
         try:
             with stop_on_signals(stop):
-                done = run(found, names, config, home=home, stop=stop)
+                done = run(found, backbone, config, home=home, stop=stop)
         except (KeyboardInterrupt, SystemExit):
             _echo_how_to_continue("stopped at once: what is committed stays")
             raise
         if json != "-":
-            _print(found.name, len(found), done, home)
+            _print(len(found), done)
         answers += [_as_json(found.name, extraction) for extraction in done]
         if stop.signal is not None:
             break
-    if json:
-        write_json(answers, json)
-    if dry_run:
-        return
-    left, others = max(extraction.undone for extraction in done), datasets[datasets.index(name) + 1 :]
+    left = max((extraction.undone for extraction in done), default=0)
+    others = dataset[dataset.index(name) + 1 :]
     if stop.signal is not None and (left or others):
+        Answer(answers, lambda: None).give(json, home)
         rest = [f"{left:,} images of {found.name}"] if left else []
         rest += [f"the images of {', '.join(others)}"] if others else []
         _echo_how_to_continue(f"stopped after the current shard, which is committed; {' and '.join(rest)} are left")
         raise SystemExit(exit_status(stop.signal))
+    following = list[str]()
+    if done and not any(extraction.left for extraction in done):
+        following = ["probe", "--head", "linear", "--subset", "S,M,F", "--dataset", found.name]
+        following += ["--views", str(done[0].store.views)] if done[0].store.views > 1 else []
+    return Answer(answers, lambda: None, following)
 
 
 def _echo_how_to_continue(what: str) -> None:
     echo(f"\n{what}; the same command continues from there:\n  {shlex.join(['embcache', *sys.argv[1:]])}", err=True)
 
 
-def _print(dataset: str, images: int, done: list[Extraction], home: Path | None) -> None:
-    rows = [
-        [e.backbone, images, e.cached, e.computed, len(e.quarantined), f"{e.seconds:.1f}", e.store.path.name]
-        for e in done
-    ]
-    headers = ["backbone", "images", "cached", "computed", "quarantined", "seconds", "store"]
+def _print(images: int, done: list[Extraction]) -> None:
     bad = {image: reason for extraction in done for image, reason in extraction.quarantined.items()}
-    notes = [f"quarantined: {image}: {reason}" for image, reason in list(bad.items())[:5]]
+    left, changed, retried = (
+        max(counts) for counts in zip(*((e.left, e.changed, e.retried) for e in done), strict=True)
+    )
+    notes = [f"not complete: {left:,} images are still owed"] if left else []
+    if not left and not any(extraction.computed for extraction in done):
+        notes.append("complete: every image was cached already, nothing was computed")
+    notes += [f"quarantined: {image}: {reason}" for image, reason in list(bad.items())[:5]]
     if len(bad) > 5:
         notes.append(f"… and {len(bad) - 5} more quarantined images (embcache info)")
-    left = max(extraction.left for extraction in done)
-    if left:
-        notes.insert(0, f"not complete: {left:,} images are still owed")
-    elif not any(extraction.computed for extraction in done):
-        notes.insert(0, "complete: every image was cached already, nothing was computed")
-    changed = max((e.changed for e in done), default=0)
     if changed:
         notes.append(f"{changed} images changed since they were extracted and were extracted again")
-    retried = max(extraction.retried for extraction in done)
     if retried:
         notes.append(f"{retried} quarantined images were tried again")
-    print_table(headers, rows, notes=notes)
-    if left:
-        return
-    views = done[0].store.views
-    words = ["--head", "linear", "--subset", "S,M,F", "--dataset", dataset]
-    echo("next: " + command("probe", *words, *(["--views", str(views)] if views > 1 else []), home=home))
+    columns = {
+        "backbone": "{0.backbone}",
+        "images": str(images),
+        "cached": "{0.cached}",
+        "computed": "{0.computed}",
+        "quarantined": lambda e: len(e.quarantined),
+        "seconds": "{0.seconds:.1f}",
+        "store": "{0.store.path.name}",
+    }
+    print_objects(done, columns, notes=notes)
 
 
 def _as_json(dataset: str, extraction: Extraction) -> dict[str, object]:
@@ -194,20 +172,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 44 else f"{text[:20]}…{text[-12:]}"
 
 
-@takes_configs
+@command(table=True)
 def rank(
-    dataset: DatasetOption = None,
-    backbone: BackboneOption = None,
-    subset: Annotated[
-        str, typer.Option("--subset", metavar="S|M|F|N", help="Subset to score on, as named by `embcache probe`.")
-    ] = "F",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of folds and subsets.")] = 0,
-    recipe: RecipeOption = None,
-    home: HomeOption = None,
-    json: JsonOption = None,
     *,
+    dataset: list[str],
+    backbone: list[str],
+    subset: Annotated[str, "S|M|F|N", "Subset to score on, as named by `embcache probe`."] = "F",
+    seed: Annotated[int, "N", "Seed of folds and subsets."] = 0,
+    recipe: str | None,
+    home: Path | None,
     ref: Annotated[DatasetRef, Skip("target")],
-) -> None:
+) -> Answer:
     """Score every cached backbone in seconds, without training, to see which ones are worth probing.
 
     LogME, nearest centroid and k-NN, by whose mean rank rows are ordered, and the H-score, on training images only,
@@ -219,46 +194,18 @@ def rank(
     from embcache.figures.rank import rank
     from embcache.figures.shown import open_datasets
 
-    backbones = split_list(backbone)
-    opened = open_datasets(split_list(dataset), ref, home)
-    rankings = [rank(ds, backbones, home=home, recipe=recipe, seed=seed, subset=subset) for ds in opened]
-    for k, ranking in enumerate(rankings if json != "-" else ()):
-        echo("", nl=k > 0)
-        _print_ranking(ranking, home)
-    if json:
-        write_json([ranking.to_json() for ranking in rankings], json)
+    opened = open_datasets(dataset, ref, home)
+    rankings = [rank(ds, backbone, home=home, recipe=recipe, seed=seed, subset=subset) for ds in opened]
 
+    def show() -> None:
+        for k, ranking in enumerate(rankings):
+            echo("", nl=k > 0)
+            _print_ranking(ranking, home)
 
-@takes_configs
-def similarity(
-    dataset: DatasetOption = None,
-    backbone: BackboneOption = None,
-    seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Seed of the images drawn, where there are many.")
-    ] = 0,
-    recipe: RecipeOption = None,
-    home: HomeOption = None,
-    json: JsonOption = None,
-    *,
-    ref: Annotated[DatasetRef, Skip("target")],
-) -> None:
-    """Compare the embeddings of cached backbones on the same training images: linear CKA and mutual k-NN.
-
-    Low values mean embeddings that complement each other. Without --dataset every dataset with two backbones cached.
-
-    Example: embcache similarity --dataset pneumonia
-    """
-    from embcache.figures.shown import open_datasets
-    from embcache.figures.similarity import similarity
-
-    backbones = split_list(backbone)
-    opened = open_datasets(split_list(dataset), ref, home, several=True)
-    found = [similarity(ds, backbones, home=home, recipe=recipe, seed=seed) for ds in opened]
-    for k, each in enumerate(found if json != "-" else ()):
-        echo("", nl=k > 0)
-        _print_similarity(each)
-    if json:
-        write_json([each.to_json() for each in found], json)
+    first = rankings[0]
+    best = ["--backbone", first.rows[0].backbone, "--dataset", first.dataset]
+    following = ["probe", "--head", "linear", "--subset", "S,M,F", *best]
+    return Answer([ranking.to_json() for ranking in rankings], show, following)
 
 
 def _print_ranking(ranking: Ranking, home: Path | None) -> None:
@@ -272,9 +219,8 @@ def _print_ranking(ranking: Ranking, home: Path | None) -> None:
     for row in ranking.rows:
         scores = (row.logme, row.h_score, row.centroid, row.knn)
         probes = [f"{row.probes[subset]:.4f}" if subset in row.probes else "" for subset in subsets]
-        rows.append(
-            [row.backbone, *("–" if math.isnan(s) else f"{s:.4f}" for s in scores), f"{row.place:.2f}", *probes]
-        )
+        shown = ("–" if math.isnan(score) else f"{score:.4f}" for score in scores)
+        rows.append([row.backbone, *shown, f"{row.place:.2f}", *probes])
     echo(
         f"{ranking.dataset}: subset {ranking.subset}, {ranking.n_train:,} training images per fold, "
         f"{ranking.labels_used:,} labels used in all"
@@ -291,20 +237,43 @@ def _print_ranking(ranking: Ranking, home: Path | None) -> None:
         echo("\nrank correlation with the linear probe: Kendall's τ / Spearman's ρ (backbones)")
         cells = {(c.score, c.subset): f"{c.kendall:.2f} / {c.spearman:.2f} ({c.n})" for c in ranking.correlations}
         chosen = [subset for subset in subsets if ("place", subset) in cells]
-        print_table(
-            ["score", *(f"linear {subset}" for subset in chosen)],
-            [
-                [label, *(cells[key, subset] for subset in chosen)]
-                for key, label in {**SCORES, "place": "mean rank"}.items()
-            ],
-        )
+        labels = {**SCORES, "place": "mean rank"}
+        table = [[label, *(cells[key, subset] for subset in chosen)] for key, label in labels.items()]
+        print_table(["score", *(f"linear {subset}" for subset in chosen)], table)
     else:
-        notes.append(
-            "no correlation: it takes linear probes of three backbones at one subset: "
-            + command("probe", "--head", "linear", "--subset", "S,M,F", "--dataset", ranking.dataset, home=home)
-        )
-    for note in notes:
-        echo(f"· {note}")
+        words = command_line("probe", "--head", "linear", "--subset", "S,M,F", "--dataset", ranking.dataset, home=home)
+        notes.append(f"no correlation: it takes linear probes of three backbones at one subset: {words}")
+    echo_notes(notes)
+
+
+@command(table=True)
+def similarity(
+    *,
+    dataset: list[str],
+    backbone: list[str],
+    seed: Annotated[int, "N", "Seed of the images drawn, where there are many."] = 0,
+    recipe: str | None,
+    home: Path | None,
+    ref: Annotated[DatasetRef, Skip("target")],
+) -> Answer:
+    """Compare the embeddings of cached backbones on the same training images: linear CKA and mutual k-NN.
+
+    Low values mean embeddings that complement each other. Without --dataset every dataset with two backbones cached.
+
+    Example: embcache similarity --dataset pneumonia
+    """
+    from embcache.figures.shown import open_datasets
+    from embcache.figures.similarity import similarity
+
+    opened = open_datasets(dataset, ref, home, several=True)
+    found = [similarity(ds, backbone, home=home, recipe=recipe, seed=seed) for ds in opened]
+
+    def show() -> None:
+        for k, each in enumerate(found):
+            echo("", nl=k > 0)
+            _print_similarity(each)
+
+    return Answer([each.to_json() for each in found], show)
 
 
 def _print_similarity(found: Similarity) -> None:
@@ -314,9 +283,5 @@ def _print_similarity(found: Similarity) -> None:
         echo(f"\n{title}")
         lines = zip(found.backbones, matrix.tolist(), strict=True)
         print_table(["", *found.backbones], [[name, *(f"{value:.3f}" for value in row)] for name, row in lines])
-    for note in (
-        *found.notes,
-        "1: the same but for rotation, scale and shift; CKA of unrelated embeddings is 0, mutual k-NN "
-        f"{found.k / (found.n - 1):.4f} by chance",
-    ):
-        echo(f"· {note}")
+    chance = f"CKA of unrelated embeddings is 0, mutual k-NN {found.k / (found.n - 1):.4f} by chance"
+    echo_notes([*found.notes, f"1: the same but for rotation, scale and shift; {chance}"])

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how their values are read."""
+"""How commands are made: options from configs and from one table, JSON or text as the answer, what to type next."""
 
 from __future__ import annotations
 
@@ -6,63 +6,20 @@ import functools
 import inspect
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from typer.models import ArgumentInfo
 
-from embcache.commands.output import TableStyle, echo, table_style
-from embcache.commands.output import plain as plain
-from embcache.commands.output import write_json as write_json
-from embcache.config import DatasetRef
+from embcache.commands.output import echo, may_guide, table_style, write_json
+from embcache.config import RECIPE, DatasetRef
 from embcache.errors import UsageError
-from embcache.fields import Config, flag_of, option_of
-from embcache.fields import split_list as split_list
+from embcache.fields import Config, flag_of, option_of, split_list
 
 if TYPE_CHECKING:
-    from embcache.data.classes import ClassOptions
     from embcache.data.dataset import ImageDataset
-
-HomeOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--home", metavar="FOLDER", help="Folder of stores and runs. [default: $EMBCACHE_HOME or ~/.cache/embcache]"
-    ),
-]
-DatasetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--dataset",
-        metavar="NAME[,NAME…]",
-        help="Name of a dataset; repeatable or comma-separated. See `embcache datasets`.",
-    ),
-]
-BackboneOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--backbone",
-        metavar="NAME[,NAME…]",
-        help="Name of a backbone; repeatable or comma-separated. See `embcache backbones`.",
-    ),
-]
-SubsetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--subset",
-        metavar="S,M,F,N",
-        help="S, M, F or a number of training images; repeatable or comma-separated. [default: S]",
-    ),
-]
-MetricOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--metric",
-        metavar="NAME[,NAME…]",
-        help="auc, accuracy, balanced_accuracy, f1, mcc, kappa, auprc, brier, log_loss, sensitivity, specificity, ppv, "
-        "npv, sensitivity_at_95_specificity, …; the first one chooses epochs. [default: that of the dataset]",
-    ),
-]
 
 
 def _check_json(target: str | None) -> str | None:
@@ -71,59 +28,183 @@ def _check_json(target: str | None) -> str | None:
     return target
 
 
-JsonOption = Annotated[
-    str | None,
-    typer.Option(
-        "--json",
-        metavar="FILE|-",
-        callback=_check_json,
-        help="Write the answer as JSON to FILE, or to stdout with -.",
+_SHARED: dict[str, tuple[str, str, Callable[..., Any] | None]] = {
+    "home": ("FOLDER", "Folder of stores and runs. [default: $EMBCACHE_HOME or ~/.cache/embcache]", None),
+    "dataset": (
+        "NAME[,NAME…]", "Name of a dataset; repeatable or comma-separated. See `embcache datasets`.", None
     ),
+    "backbone": (
+        "NAME[,NAME…]", "Name of a backbone; repeatable or comma-separated. See `embcache backbones`.", None
+    ),
+    "subset": (
+        "S,M,F,N", "S, M, F or a number of training images; repeatable or comma-separated. [default: S]", None
+    ),
+    "metric": (
+        "NAME[,NAME…]",
+        "auc, accuracy, balanced_accuracy, f1, mcc, kappa, auprc, brier, log_loss, sensitivity, specificity, ppv, "
+        "npv, sensitivity_at_95_specificity, …; the first one chooses epochs. [default: that of the dataset]",
+        None,
+    ),
+    "recipe": ("PREFIX", RECIPE, None),
+    "json": ("FILE|-", "Write the answer as JSON to FILE, or to stdout with -.", _check_json),
+}  # fmt: skip
+"""Metavar, help and check of options that are not fields of a config: a command's parameter of that name is one."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found.
+
+    ``data`` (or what makes it) is written with ``--json``; ``show`` prints it for people; ``next`` is what to type
+    next, without ``embcache``; ``failed`` sets the exit status to 1.
+    """
+
+    data: Any
+    show: Callable[[], object]
+    next: Sequence[str] = ()
+    failed: bool = False
+
+    def give(self, json: str | None, home: Path | None) -> None:
+        """Write and print the answer."""
+        if json:
+            write_json(self.data() if callable(self.data) else self.data, json)
+        if json != "-":
+            self.show()
+            if self.next:
+                print_next(*self.next, home=home)
+        if self.failed:
+            raise typer.Exit(1)
+
+
+def command_line(*words: str, home: Path | None = None) -> str:
+    """``embcache`` with these words, to be typed in the same shell, with the home that was given."""
+    return shlex.join(["embcache", *words, *(["--home", str(home)] if home is not None else [])])
+
+
+def print_next(*words: str, home: Path | None = None) -> None:
+    """Print what to type next to stderr, as the last line of a command; not with ``--quiet``."""
+    if may_guide():
+        echo("next: " + command_line(*words, home=home), err=True)
+
+
+class Skip:
+    """In ``Annotated[SomeConfig, Skip("field")]``: fields that are no options of a command."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
+class Only(Skip):
+    """The fields that are; all others are not."""
+
+
+def command(*, table: bool = False) -> Callable[[Callable[..., Answer | None]], Callable[..., None]]:
+    """Make a function a command, as typer reads it.
+
+    Each parameter that is annotated with a config becomes one option per field; one that is named in `_SHARED` becomes
+    that option; ``Annotated[int, "-n N", "Help."]`` is an option with a short flag, metavar and help. Values of type
+    ``list[str]`` are split at commas. A command that returns an `Answer` takes ``--json``; with ``table`` it takes
+    ``--wide`` and ``--csv``.
+    """
+
+    def decorate(function: Callable[..., Answer | None]) -> Callable[..., None]:
+        own, made, lists = [], list[inspect.Parameter](), list[str]()
+        configs: dict[str, tuple[type[Config], list[str]]] = {}
+        hints = get_type_hints(function, include_extras=True)
+        for parameter in inspect.signature(function).parameters.values():
+            hint = hints[parameter.name]
+            kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+            if isinstance(kind, type) and issubclass(kind, Config):
+                options = _options(kind, next((extra for extra in extras if isinstance(extra, Skip)), Skip()))
+                configs[parameter.name] = kind, [option.name for option in options]
+                made += options
+                continue
+            default = parameter.default
+            if parameter.name in _SHARED and not extras:
+                extras, default = [_shared(parameter.name)], None
+            elif extras and isinstance(extras[0], str):
+                extras = [_typed(parameter.name, *extras)]
+            if kind == list[str]:
+                lists.append(parameter.name)
+                if not isinstance(extras[0], ArgumentInfo):
+                    kind, default = list[str] | None, None
+            own.append(_parameter(parameter.name, Annotated[kind, extras[0]] if extras else kind, default))
+        answers = hints.get("return") is Answer
+        takes_json = "json" in hints
+        if answers and not takes_json:
+            own.append(_parameter("json", Annotated[str | None, _shared("json")]))
+        own += _TABLE if table else []
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            style = {name: given.pop(name, False) for name in ("wide", "csv") if table}
+            json = given.get("json") if takes_json else given.pop("json", None)
+            for name in lists:
+                given[name] = split_list(given[name])
+            for parameter, (config, names) in configs.items():
+                values = {name: given.pop(name) for name in names}
+                parsers = {f.name: option_of(f).parse for f in fields(config)}
+                given[parameter] = config(**{
+                    name: parse(value) if (parse := parsers[name]) else value
+                    for name, value in values.items()
+                    if value not in (None, [])
+                })  # fmt: skip
+            with table_style(**style):
+                answer = function(**given)
+                if answer is not None:
+                    answer.give(json, given.get("home"))
+
+        run.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *made]}
+        return run
+
+    return decorate
+
+
+def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _typed(name: str, spelling: str, text: str) -> Any:
+    *short, metavar = spelling.split(" ")
+    return typer.Option(*short, "--" + name.replace("_", "-"), metavar=metavar or None, help=text)
+
+
+def _shared(name: str) -> Any:
+    metavar, text, callback = _SHARED[name]
+    return typer.Option(f"--{name}", metavar=metavar, help=text, callback=callback)
+
+
+_TABLE = [
+    _parameter(
+        name, Annotated[bool, typer.Option(f"--{name}", help=text, rich_help_panel="Output options")], default=False
+    )
+    for name, text in (
+        ("wide", "Print all columns of the table, even if the terminal is too narrow."),
+        ("csv", "Print the table as CSV to stdout, and everything else to stderr."),
+    )
 ]
 
-# Options that are not fields of a config.
-DataRootOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-root",
-        metavar="FOLDER",
-        help="Folder of the dataset, or its table. [default: $EMBCACHE_DATA/NAME or ./data/NAME]",
-    ),
-]
-RecipeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe",
-        metavar="PREFIX",
-        help="First digits of the store's fingerprint, where several recipes are cached.",
-    ),
-]
-PositiveOption = Annotated[
-    str | None,
-    typer.Option(
-        "--positive",
-        metavar="CLASS",
-        help="Positive class of two. [default: the one not named normal, benign, negative, no …, 0 and the like; else "
-        "the second]",
-    ),
-]
-PrevalenceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--prevalence",
-        metavar="P|CLASS=P,…",
-        help="Prevalence of the positive class, or of each class, where the model is to be used: probabilities are "
-        "corrected for it.",
-    ),
-]
-CalibrateOption = Annotated[
-    bool,
-    typer.Option(
-        "--calibrate",
-        help="Fit a temperature for each model on its own validation images; without --prevalence, classes are as "
-        "frequent as among these.",
-    ),
-]
+
+def _options(config: type[Config], choice: Skip) -> list[inspect.Parameter]:
+    """Typer's options of a config; what is parsed, or made from several texts, is taken as text."""
+    hints, options = get_type_hints(config), []
+    for f in fields(config):
+        known, default = option_of(f), f.default
+        annotation: Any = hints[f.name]
+        if known.flag == "-" or (f.name in choice.names) != isinstance(choice, Only):
+            continue
+        if get_origin(annotation) in (tuple, Mapping):
+            annotation, default = list[str] | None, None
+        elif known.parse is not None:
+            annotation = str | None
+        heading = next(
+            vars(base)["heading"] for base in config.__mro__ if f.name in vars(base).get("__annotations__", {})
+        )
+        flag = known.flag or flag_of(f)
+        shown = typer.Option(flag, metavar=known.metavar or None, help=known.help, rich_help_panel=heading)
+        options.append(_parameter(f.name, Annotated[annotation, shown], default))
+    return options
 
 
 def check_suffix(path: Path, flag: str, *suffixes: str) -> Path:
@@ -138,10 +219,32 @@ def check_suffix(path: Path, flag: str, *suffixes: str) -> Path:
     return path
 
 
-def echo_near(names: Sequence[str], home: Path | None) -> None:
-    """Print which cached datasets may be meant by names that are not cached."""
-    from embcache.data.snapshot import cached_names, near_names
+def check_one(dataset: Sequence[str], backbone: Sequence[str], fix: str, *, cached: bool = False) -> None:
+    """`UsageError` unless one dataset is named, and one backbone at most, or exactly with ``cached``."""
+    if len(dataset) != 1 or len(backbone) > 1 or (cached and not backbone):
+        raise UsageError(
+            "this command is for one backbone over one dataset", code="export-one-store" if cached else "one-dataset",
+            found=f"datasets: {', '.join(dataset) or 'none'}; backbones: {', '.join(backbone) or 'none'}",
+            fix=f"{fix}   (embcache ls lists what is cached)",
+        )  # fmt: skip
 
+
+def check_named(command: str, **names: Sequence[str]) -> None:
+    """`UsageError` where nothing was named of what a command needs."""
+    for what, given in names.items():
+        if not given:
+            raise UsageError(
+                f"no {what} was named", code=f"no-{what}",
+                fix=f"embcache {command} --{what} NAME …   (embcache {what}s lists them)",
+            )  # fmt: skip
+
+
+def echo_nothing(what: str, names: Sequence[str], home: Path | None) -> None:
+    """Print that there is nothing of these datasets, and which cached ones may be meant."""
+    from embcache.data.snapshot import cached_names, near_names
+    from embcache.paths import home_dir
+
+    echo(f"{what} in {home_dir(home)}" + (f" for {', '.join(names)}" if names else ""))
     cached = cached_names(home) if names else []
     for name in names:
         if name not in cached and (near := near_names(name, cached)):
@@ -150,139 +253,21 @@ def echo_near(names: Sequence[str], home: Path | None) -> None:
 
 def load_named(name: str, ref: DatasetRef, home: Path | None) -> tuple[ImageDataset, str]:
     """A dataset with the classes of ``ref``, and where it came from: live or snapshot."""
+    from embcache.data.classes import ClassOptions
     from embcache.data.dataset import find_dataset
 
     dataset, source = find_dataset(name, ref, home=home)
-    return class_options(ref.drop_class, ref.merge_class).of(dataset), source
+    return ClassOptions(ref.drop_class, ref.merge_class).of(dataset), source
 
 
-def command(*words: str, home: Path | None = None) -> str:
-    """``embcache`` with these words, to be typed in the same shell, with the home that was given."""
-    return shlex.join(["embcache", *words, *(["--home", str(home)] if home is not None else [])])
-
-
-def next_command(*words: str, home: Path | None = None) -> None:
-    """Print what to type next, as the last line of a command."""
-    echo("next: " + command(*words, home=home))
-
-
-class Skip:
-    """In ``Annotated[SomeConfig, Skip("field")]``: fields that are no options of a command."""
-
-    def __init__(self, *names: str) -> None:
-        self.names = names
-
-
-def takes_configs(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn each keyword-only parameter that is annotated with a config into one option per field of that config."""
-    own, made = [], list[inspect.Parameter]()
-    configs: dict[str, tuple[type[Config], list[str]]] = {}
-    for parameter in _parameters(command):
-        hint = parameter.annotation
-        config, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        if not (isinstance(config, type) and issubclass(config, Config)):
-            own.append(parameter)
-            continue
-        skipped = {name for extra in extras if isinstance(extra, Skip) for name in extra.names}
-        options = _options(config, skipped)
-        configs[parameter.name] = config, [option.name for option in options]
-        made += options
-
-    @functools.wraps(command)
-    def run(*args: Any, **given: Any) -> None:
-        for parameter, (config, names) in configs.items():
-            values = {name: given.pop(name) for name in names}
-            parsers = {f.name: option_of(f).parse for f in fields(config)}
-            given[parameter] = config(**{
-                name: parse(value) if (parse := parsers[name]) else value
-                for name, value in values.items()
-                if value not in (None, [])
-            })  # fmt: skip
-        command(*args, **given)
-
-    return _with_parameters(run, [*own, *made])
-
-
-def prints_table(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command whose answer is a table ``--wide`` and ``--csv``."""
-
-    @functools.wraps(command)
-    def run(*args: Any, wide: bool, csv: bool, **given: Any) -> None:
-        with table_style(TableStyle(wide, csv)):
-            command(*args, **given)
-
-    style = {
-        "wide": "Print all columns of the table, even if the terminal is too narrow.",
-        "csv": "Print the table as CSV to stdout, and everything else to stderr.",
-    }
-    made = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=False,
-            annotation=Annotated[bool, typer.Option(f"--{name}", help=text, rich_help_panel="Output options")],
-        )
-        for name, text in style.items()
-    ]  # fmt: skip
-    return _with_parameters(run, [*_parameters(command), *made])
-
-
-def _parameters(command: Callable[..., None]) -> list[inspect.Parameter]:
-    """Parameters of a command, their annotations evaluated."""
-    parameters = inspect.signature(command).parameters.values()
-    hints = get_type_hints(command, include_extras=True)
-    return [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
-
-
-def _with_parameters(run: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
-    """A command with other parameters, as typer reads them."""
-    ordered = sorted(parameters, key=lambda parameter: parameter.kind)
-    run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
-    return run
-
-
-def _options(config: type[Config], skipped: set[str]) -> list[inspect.Parameter]:
-    """Typer's options of a config; what is parsed, or made from several texts, is taken as text."""
-    hints, options = get_type_hints(config), []
-    for f in fields(config):
-        known, default = option_of(f), f.default
-        annotation: Any = hints[f.name]
-        if f.name in skipped or known.flag == "-":
-            continue
-        if get_origin(annotation) in (tuple, Mapping):
-            annotation, default = list[str] | None, None
-        elif known.parse is not None:
-            annotation = str | None
-        heading = next(
-            vars(base)["heading"] for base in config.__mro__ if f.name in vars(base).get("__annotations__", {})
-        )
-        flag = known.flag or flag_of(f)
-        shown = typer.Option(flag, metavar=known.metavar or None, help=known.help, rich_help_panel=heading)
-        options.append(
-            inspect.Parameter(
-                f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, shown]
-            )
-        )
-    return options
-
-
-def class_options(drop: Sequence[str] | None, merge: Sequence[str] | None) -> ClassOptions:
-    """Classes to drop or merge, as given on the command line."""
-    from embcache.data.classes import ClassOptions
-
-    return ClassOptions(tuple(drop or ()), tuple(merge or ()))
-
-
-def refuse_other_merges(merge: Sequence[str] | None, dataset: ImageDataset) -> None:
+def refuse_other_merges(ref: DatasetRef, dataset: ImageDataset) -> None:
     """`UsageError` for merges that loading did not make: of classes that differ in more than letter case."""
-    others = [text for text in merge or () if text not in dataset.ref.merge_class]
-    if others:
+    if others := [text for text in ref.merge_class if text not in dataset.ref.merge_class]:
         raise UsageError(
-            "here --merge-class is for classes that differ only in letter case",
-            code="merge-class",
-            found=", ".join(others),
-            expected=" or ".join(dataset.class_names),
+            "here --merge-class is for classes that differ only in letter case", code="merge-class",
+            found=", ".join(others), expected=" or ".join(dataset.class_names),
             fix="merge other classes when heads are trained: embcache probe --merge-class A+B=NEW",
-        )
+        )  # fmt: skip
 
 
 def option_text(value: object) -> str:

@@ -10,49 +10,46 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from embcache.errors import one_line, printable, printed_width
+from embcache.log import log
 
-__all__ = ["one_line"]
-
-
-@dataclass(frozen=True)
-class TableStyle:
-    """How the tables of a command are printed."""
-
-    wide: bool = False  # all columns, whatever the width of the terminal
-    csv: bool = False  # as CSV, everything else to stderr
-
-
-_style: TableStyle | None = None  # None: the command offers no choice
+# How a command's tables are printed: (all columns whatever the width, as CSV); None where it offers no choice.
+_style: tuple[bool, bool] | None = None
 _bar: Any = None  # the progress bar on the terminal
 
 
 @contextmanager
-def table_style(style: TableStyle) -> Iterator[None]:
-    """Print tables in this style while the block runs."""
+def table_style(wide: bool | None = None, csv: bool = False) -> Iterator[None]:
+    """Print tables in this style while the block runs: with all columns, or as CSV with all else on stderr."""
     global _style
-    before, _style = _style, style
+    before, _style = _style, None if wide is None else (wide, csv)
     try:
         yield
     finally:
         _style = before
 
 
+def may_guide() -> bool:
+    """Whether what to type next may be printed: not with ``--quiet``."""
+    return log.level < logging.WARNING
+
+
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     """Print text to stdout, or stderr, with control characters shown escaped."""
-    _write(text + "\n" * nl, err=err or (_style is not None and _style.csv))
+    _write(text + "\n" * nl, err=err or (_style is not None and _style[1]))
 
 
 def _write(text: str, *, err: bool = False) -> None:
@@ -121,17 +118,55 @@ def _fitting(text: str) -> str:
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, notes: Sequence[str] = ()) -> None:
     """Print a table to stdout, its notes beneath; on a terminal as wide as that."""
-    if _style is not None and _style.csv:
+    if _style is not None and _style[1]:
         from embcache.results.render import csv_text
 
         _write(csv_text(headers, [[_text(value) for value in row] for row in rows]))
-    elif sys.stdout.isatty() and not (_style is not None and _style.wide):
+    elif sys.stdout.isatty() and not (_style is not None and _style[0]):
         width = shutil.get_terminal_size().columns
         echo(fit_table(headers, rows, width, drop=_style is not None))
     else:
         echo(format_table(headers, rows))
+    echo_notes(notes)
+
+
+def print_objects(items: Iterable[Any], columns: Mapping[str, Any], *, notes: Sequence[str] = ()) -> None:
+    """Print a table of objects: a column is a format string, in which ``{0}`` is the object, or a function of it."""
+    rows = [[how.format(item) if isinstance(how, str) else how(item) for how in columns.values()] for item in items]
+    print_table(list(columns), rows, notes=notes)
+
+
+def echo_pairs(pairs: Iterable[tuple[str, object]]) -> None:
+    """Print names and values, the values below each other and wrapped; nothing where a value is empty."""
+    for line in _pair_lines(pairs, 100):
+        echo(line)
+
+
+def _pair_lines(pairs: Iterable[tuple[str, object]], width: float) -> Iterator[str]:
+    shown = [(one_line(name), one_line(str(value))) for name, value in pairs if value not in ("", None)]
+    margin = 2 + max((printed_width(name) for name, _ in shown if len(name) <= 40), default=0)
+    for name, value in shown:
+        lines = [value] if len(value) <= width else _wrap(value, int(width))
+        for label, line in zip([name, *[""] * len(lines)], lines, strict=False):
+            yield (label + " " * (margin - printed_width(label)) + line).rstrip()
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def echo_notes(notes: Iterable[str]) -> None:
+    """Print notes, one per line."""
     for note in notes:
         echo(f"· {note}")
+
+
+def size_words(number: int) -> str:
+    """A number of bytes as people say it: ``12.3 MB``."""
+    size, units = float(number), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 100 else f"{size:.1f} {units[0]}"
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -149,12 +184,7 @@ def fit_table(headers: Sequence[str], rows: Sequence[Sequence[object]], width: i
     if not cells:
         return _lay_out(headers, cells)
     if len(cells) == 1 and sum(_widths(headers, cells)) + 2 * (len(headers) - 1) > width:
-        margin = max(map(printed_width, headers)) + 2
-        return "\n".join(
-            name + " " * (margin - printed_width(name)) + value
-            for name, value in zip(headers, cells[0], strict=True)
-            if value
-        )
+        return "\n".join(_pair_lines(zip(headers, cells[0], strict=True), math.inf))
     above = _constant(cells) if len(cells) > 1 else []
     lines = []
     if shared := " · ".join(f"{headers[k]}: {cells[0][k]}" for k in above if cells[0][k]):
@@ -212,12 +242,7 @@ def _lay_out(headers: Sequence[str], cells: Sequence[Sequence[str]], limits: Seq
     widths = limits or _widths(headers, cells)
 
     def lines(row: Sequence[str]) -> list[str]:
-        wrapped = [
-            [value]
-            if printed_width(value) <= w
-            else textwrap.wrap(value, w, break_long_words=False, break_on_hyphens=False) or [""]
-            for value, w in zip(row, widths, strict=True)
-        ]
+        wrapped = [[v] if printed_width(v) <= w else _wrap(v, w) for v, w in zip(row, widths, strict=True)]
         printed = []
         for k in range(max(map(len, wrapped), default=0)):
             parts = [part[k] if k < len(part) else "" for part in wrapped]

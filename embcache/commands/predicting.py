@@ -5,52 +5,45 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from embcache.commands.options import (
-    DataRootOption,
-    HomeOption,
-    JsonOption,
-    Skip,
-    check_suffix,
-    takes_configs,
-    write_json,
+from embcache.commands.figures import Figures, default_figure, echo_figures, figure_targets
+from embcache.commands.options import Answer, Only, Skip, check_suffix, command
+from embcache.commands.output import (
+    ProgressBar,
+    echo,
+    echo_data,
+    echo_notes,
+    print_note,
+    print_objects,
+    print_table,
 )
-from embcache.commands.output import ProgressBar, echo, echo_data, print_note, print_table
-from embcache.commands.pictures import OutputOption, figure_targets
 from embcache.config import DatasetRef, PredictConfig
 from embcache.errors import EmbcacheError, check_choice
+from embcache.io import check_target, write_output
 
-if TYPE_CHECKING:
-    pass
-
-
-RunOption = Annotated[
-    str, typer.Option("--run", metavar="RUN", help="Run ID, or a unique prefix. See `embcache results`.")
-]
+RunOption = Annotated[str, "RUN", "Run ID, or a unique prefix. See `embcache results`."]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run ID; it can be abbreviated to a unique prefix.")]
+_SHEET = 24  # images of a contact sheet by default
 
 
-@takes_configs
+@command()
 def predict(
+    *,
     run: RunOption,
     paths: Annotated[
         list[Path] | None,
         typer.Argument(metavar="[IMAGE|FOLDER|TABLE…]", help="Images, folders that are searched, or tables of paths."),
     ] = None,
-    dataset: Annotated[
-        str | None, typer.Option("--dataset", metavar="NAME", help="Predict all images of a dataset instead.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="CSV to write. [default: to stdout]")
-    ] = None,
-    home: HomeOption = None,
-    json: JsonOption = None,
-    *,
+    dataset: Annotated[str | None, "NAME", "Predict all images of a dataset instead."] = None,
+    output: Annotated[Path | None, "-o FILE", "CSV to write. [default: to stdout]"] = None,
+    home: Path | None,
+    json: str | None,
     config: PredictConfig,
     ref: Annotated[DatasetRef, Skip("target", "name", "allow_missing", "drop_class", "merge_class")],
-) -> None:
+) -> Answer:
     """Predict images by a saved run: a CSV with the probability of each class, the mean over the run's folds.
 
     A CSV or Parquet file among the images is a table with a column path, and perhaps group (--path-column and
@@ -62,7 +55,6 @@ def predict(
 
     Example: embcache predict --run linear-S-0123 scans/ --output predictions.csv
     """
-    from embcache.io import check_target, write_output
     from embcache.results.predict import predict
 
     if config.by_group is not None:
@@ -83,22 +75,20 @@ def predict(
         write_output(output, found.to_csv())
     for file in filter(None, (output, config.by_group)):
         echo(f"written: {file}", err=True)
-    if json:
-        write_json(found.to_json(), json)
-    elif output is None:
+    if output is None and not json:
         echo_data(found.to_csv(), "--output FILE")
+    return Answer(found.to_json, lambda: None, ("results", found.run))
 
 
+@command()
 def submit(
+    *,
     run: RunOption,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the files. [default: submission-RUN]"),
-    ] = None,
-    data_root: DataRootOption = None,
-    home: HomeOption = None,
-    json: JsonOption = None,
-) -> None:
+    output: Annotated[Path | None, "-o FOLDER", "Folder of the files. [default: submission-RUN]"] = None,
+    ref: Annotated[DatasetRef, Only("data_root")],
+    home: Path | None,
+    json: str | None,
+) -> Answer:
     """Write the files that Kaggle takes for aptos and patchcam: one per fold, IDs as in the sample submission.
 
     The run must have been made with --test official. Test images that could not be read get the most frequent class,
@@ -110,38 +100,31 @@ def submit(
 
     if output is not None:
         _check_folder(output)
-    made = make_submission(run, output, ref=DatasetRef(data_root=data_root), home=home)
-    if json:
-        write_json(made.to_json(), json)
+    made = make_submission(run, output, ref=ref, home=home)
     for image, reason in made.filled.items():
         echo(f"filled in: {image}: {reason}", err=True)
-    if json == "-":
-        for note in made.notes:
-            print_note(note)
-        return
-    files = zip(made.folds, made.files, strict=True)
-    print_table(
-        ["fold", "file", "rows", "filled in"],
-        [[str(fold), str(file), f"{made.rows:,}", f"{len(made.filled):,}"] for fold, file in files],
-        notes=[
-            *made.notes,
-            f"submit: kaggle competitions submit -c {made.competition} -f FILE -m '{made.run}'",
-            f"then: embcache kaggle-score --run {made.run} --score PRIVATE/PUBLIC for each file, in the order of the "
-            "folds",
-        ],
-    )
+    for note in made.notes if json == "-" else ():
+        print_note(note)
+    columns = {
+        "fold": "{0[0]}", "file": "{0[1]}", "rows": f"{made.rows:,}", "filled in": f"{len(made.filled):,}",
+    }  # fmt: skip
+    notes = [
+        *made.notes,
+        f"submit: kaggle competitions submit -c {made.competition} -f FILE -m '{made.run}'",
+        f"then: embcache kaggle-score --run {made.run} --score PRIVATE/PUBLIC for each file, in the order of the folds",
+    ]
+    files = list(zip(made.folds, made.files, strict=True))
+    return Answer(made.to_json, lambda: print_objects(files, columns, notes=notes))
 
 
+@command()
 def kaggle_score(
+    *,
     run: RunOption,
-    score: Annotated[
-        list[str] | None,
-        typer.Option("--score", metavar="PRIVATE/PUBLIC", help="Scores of a fold's file; once per fold, in order."),
-    ] = None,
-    data_root: DataRootOption = None,
-    home: HomeOption = None,
-    json: JsonOption = None,
-) -> None:
+    score: Annotated[list[str] | None, "PRIVATE/PUBLIC", "Scores of a fold's file; once per fold, in order."] = None,
+    ref: Annotated[DatasetRef, Only("data_root")],
+    home: Path | None,
+) -> Answer:
     """Keep the leaderboard's scores of a run as a result: α · private + (1 − α) · public of each fold.
 
     Example: embcache kaggle-score --run linear-F-0123 --score 0.80/0.70 --score 0.81/0.71 …
@@ -149,28 +132,20 @@ def kaggle_score(
     from embcache.commands.scores import print_results
     from embcache.results.kaggle import read_score, save_kaggle_scores
 
-    # equal scores of two folds are two scores: not split_list, which drops repeats
+    # equal scores of two folds are two scores: not split as lists of names are, which drops repeats
     pairs = [read_score(text) for texts in score or () for text in texts.split(",")]
-    result = save_kaggle_scores(run, pairs, ref=DatasetRef(data_root=data_root), home=home)
-    if json != "-":
-        print_results([result], ids=True)
-    if json:
-        write_json([result.to_json()], json)
+    result = save_kaggle_scores(run, pairs, ref=ref, home=home)
+    return Answer([result.to_json()], lambda: print_results([result], ids=True))
 
 
+@command()
 def export_head(
+    *,
     run: RunOption,
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Folder of head.safetensors and head.json."),
-    ],
-    fold: Annotated[
-        int | None,
-        typer.Option("--fold", metavar="K", help="Fold of the head. [default: the best on validation]"),
-    ] = None,
-    home: HomeOption = None,
-    json: JsonOption = None,
-) -> None:
+    output: Annotated[Path, "-o FOLDER", "Folder of head.safetensors and head.json."],
+    fold: Annotated[int | None, "K", "Fold of the head. [default: the best on validation]"] = None,
+    home: Path | None,
+) -> Answer:
     """Write the head of one fold as safetensors and JSON, for programs without embcache (docs/results.md).
 
     Example: embcache export-head --run linear-S-0123 --output my-head
@@ -180,13 +155,12 @@ def export_head(
     _check_folder(output)
     done = export_head(run, output, fold=fold, home=home)
     about = done.about
-    if json:
-        write_json(done.to_json(), json)
-    if json == "-":
-        return
-    print_table(["tensor", "shape"], [[name, "×".join(map(str, t["shape"]))] for name, t in about["tensors"].items()])
-    echo(f"· {about['head']['name']} of fold {about['fold']}: {about['formula']}")
-    echo(f"· written: {done.folder}/head.safetensors and head.json")
+    columns = {"tensor": "{0[0]}", "shape": lambda pair: "×".join(map(str, pair[1]["shape"]))}
+    notes = [
+        f"{about['head']['name']} of fold {about['fold']}: {about['formula']}",
+        f"written: {done.folder}/head.safetensors and head.json",
+    ]
+    return Answer(done.to_json, lambda: print_objects(about["tensors"].items(), columns, notes=notes))
 
 
 def _check_folder(output: Path) -> None:
@@ -194,13 +168,9 @@ def _check_folder(output: Path) -> None:
         check_suffix(output, "--output")
 
 
-_SHOWN = 24  # images of a contact sheet by default
-
-
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run ID; it can be abbreviated to a unique prefix.")]
-
-
+@command(table=True)
 def errors(
+    *,
     run: RunArgument,
     most: Annotated[
         int | None,
@@ -209,21 +179,15 @@ def errors(
         ),
     ] = None,
     output: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--output",
-            metavar="FILE[,FILE…]",
-            help="The list as .csv, the contact sheet as .png, .svg or .pdf. "
-            "[default: <home>/<dataset>/figures/errors-RUN.csv and .png]",
-        ),
-    ] = None,
-    groups: Annotated[
-        bool, typer.Option("--groups", help="Add each image's group to the list; it may name a patient.")
-    ] = False,
-    data_root: DataRootOption = None,
-    home: HomeOption = None,
-    json: JsonOption = None,
-) -> None:
+        list[str],
+        "FILE[,FILE…]",
+        "The list as .csv, the contact sheet as .png, .svg or .pdf. "
+        "[default: <home>/<dataset>/figures/errors-RUN.csv and .png]",
+    ],
+    groups: Annotated[bool, "", "Add each image's group to the list; it may name a patient."] = False,
+    ref: Annotated[DatasetRef, Only("data_root")],
+    home: Path | None,
+) -> Answer:
     """List the test images that a run gets wrong, the most confident mistakes first, and show them.
 
     Predictions are those of the ensemble, the mean of the probabilities of the run's models. The contact sheet needs
@@ -233,8 +197,6 @@ def errors(
     """
     from embcache.data.dataset import find_dataset
     from embcache.figures.neighbors import draw_mistakes
-    from embcache.io import check_target, write_output
-    from embcache.paths import home_dir, slug
     from embcache.results.compare import load_tested
     from embcache.results.describe import find_mistakes, mistakes_csv
     from embcache.runs.folders import find_run_anywhere
@@ -244,9 +206,8 @@ def errors(
         check_target(target)
     result, folder = find_run_anywhere(run, home)
     tested = load_tested(result, folder)
-    if not targets:
-        default = home_dir(home) / slug(result.dataset) / "figures" / f"errors-{result.id}"
-        targets = [default.with_name(f"{default.name}{suffix}") for suffix in (".csv", ".png")]
+    default = default_figure(result.dataset, home, f"errors-{result.id}")
+    targets = targets or [default.with_name(f"{default.name}{suffix}") for suffix in (".csv", ".png")]
     mistakes = find_mistakes(tested)
     listed = mistakes[:most]
     files, notes = [], []
@@ -254,74 +215,63 @@ def errors(
         if target.suffix.lower() == ".csv":
             files.append(write_output(target, mistakes_csv(listed, groups=groups), parents=True))
             continue
-        shown = listed[: most or _SHOWN]
+        shown = listed[: most or _SHEET]
         title = f"{result.id}: {len(shown):,} of {len(mistakes):,} mistakes, the most confident first"
         found, reason = 0, "the images are missing" if shown else "there is no mistake to show"
         try:
-            dataset, _ = find_dataset(result.dataset, DatasetRef(data_root=data_root, allow_missing=True), home=home)
+            dataset, _ = find_dataset(
+                result.dataset, DatasetRef(data_root=ref.data_root, allow_missing=True), home=home
+            )
             found = draw_mistakes(dataset, shown, title, target) if shown else 0
         except EmbcacheError as error:
-            if data_root is not None:  # this folder was named
+            if ref.data_root is not None:  # this folder was named
                 raise
             reason = error.problem
-        if found:
-            files.append(target)
-        else:
-            notes.append(f"no contact sheet: {reason}")
-    if json:
-        rows = [{name: value for name, value in asdict(m).items() if groups or name != "group"} for m in listed]
-        answer = {"run": result.id, "dataset": result.dataset, "images": len(tested.ids), "mistakes": len(mistakes)}
-        write_json(answer | {"errors": rows, "files": [str(path) for path in files], "notes": notes}, json)
-    if json == "-":
-        return
-    models = "" if not listed or listed[0].models == 1 else f" (mean of {listed[0].models} models' probabilities)"
-    echo(f"{result.dataset}: {result.id} gets {len(mistakes):,} of {len(tested.ids):,} test images wrong{models}")
-    if mistakes:
-        pairs = Counter((m.label, m.predicted) for m in mistakes)
-        print_table(
-            ["class", "predicted as", "images"],
-            [[label, predicted, f"{count:,}"] for (label, predicted), count in pairs.most_common(10)],
-            notes=[f"{len(pairs) - 10:,} rarer pairs are not shown"] if len(pairs) > 10 else [],
-        )
-        echo("\nmost confident mistakes")
-        print_table(
-            ["id", "class", "predicted", "p (class)", "p (predicted)", "models that agree"],
-            [
-                [
-                    m.id,
-                    m.label,
-                    m.predicted,
-                    f"{m.p_label:.4f}",
-                    f"{m.p_predicted:.4f}",
-                    f"{m.models_agree} of {m.models}",
-                ]
-                for m in listed[:10]
-            ],
-        )
-    for note in notes:
-        echo(f"· {note}")
-    for path in files:
-        echo(f"{'list' if path.suffix.lower() == '.csv' else 'figure'}: {path}")
+        files += [target] * bool(found)
+        notes += [] if found else [f"no contact sheet: {reason}"]
+
+    def show() -> None:
+        models = "" if not listed or listed[0].models == 1 else f" (mean of {listed[0].models} models' probabilities)"
+        echo(f"{result.dataset}: {result.id} gets {len(mistakes):,} of {len(tested.ids):,} test images wrong{models}")
+        if mistakes:
+            pairs = Counter((m.label, m.predicted) for m in mistakes)
+            rarer = [f"{len(pairs) - 10:,} rarer pairs are not shown"] if len(pairs) > 10 else []
+            columns = {"class": "{0[0][0]}", "predicted as": "{0[0][1]}", "images": "{0[1]:,}"}
+            print_objects(pairs.most_common(10), columns, notes=rarer)
+            echo("\nmost confident mistakes")
+            print_objects(listed[:10], _MISTAKE)
+        echo_notes(notes)
+        for path in files:
+            echo(f"{'list' if path.suffix.lower() == '.csv' else 'figure'}: {path}")
+
+    rows = [{name: value for name, value in asdict(m).items() if groups or name != "group"} for m in listed]
+    answer = {"run": result.id, "dataset": result.dataset, "images": len(tested.ids), "mistakes": len(mistakes)}
+    return Answer(answer | {"errors": rows, "files": [str(path) for path in files], "notes": notes}, show)
 
 
+_MISTAKE = {
+    "id": "{0.id}",
+    "class": "{0.label}",
+    "predicted": "{0.predicted}",
+    "p (class)": "{0.p_label:.4f}",
+    "p (predicted)": "{0.p_predicted:.4f}",
+    "models that agree": "{0.models_agree} of {0.models}",
+}
+
+
+@command()
 def plot(
+    *,
     run: RunArgument,
-    kind: Annotated[
-        str,
-        typer.Option("--kind", metavar="roc|pr|confusion|calibration", help="Which figure."),
-    ] = "roc",
+    kind: Annotated[str, "roc|pr|confusion|calibration", "Kind of figure."] = "roc",
     positive: Annotated[
         str | None,
-        typer.Option(
-            "--positive",
-            metavar="CLASS",
-            help="Set this class against the rest. [default: the run's positive class of two; of more classes each]",
-        ),
+        "CLASS",
+        "Set this class against the rest. [default: the run's positive class of two; of more classes each]",
     ] = None,
-    output: OutputOption = None,
-    home: HomeOption = None,
-    json: JsonOption = None,
-) -> None:
+    output: Figures,
+    home: Path | None,
+) -> Answer:
     """Draw one run's test predictions: ROC or precision–recall curves, the confusion matrix, or calibration.
 
     Curves are the mean over the run's models with a band of ± sd, and those of the ensemble, the mean of the models'
@@ -330,8 +280,6 @@ def plot(
     Example: embcache plot linear-S-0123 --kind pr --output curve.pdf
     """
     from embcache.figures.run_plots import KINDS, draw_run
-    from embcache.io import check_target
-    from embcache.paths import home_dir, slug
     from embcache.results.compare import load_tested
     from embcache.runs.folders import find_run_anywhere
 
@@ -340,15 +288,14 @@ def plot(
     for target in targets:
         check_target(target)
     result, folder = find_run_anywhere(run, home)
-    tested = load_tested(result, folder)
-    default = home_dir(home) / slug(result.dataset) / "figures" / f"{kind}-{result.id}.png"
-    drawn = draw_run(tested, kind, targets or [default], positive=positive)
-    if json != "-":
+    default = default_figure(result.dataset, home, f"{kind}-{result.id}.png")
+    drawn = draw_run(load_tested(result, folder), kind, targets or [default], positive=positive)
+
+    def show() -> None:
         echo(drawn.title.replace("\n", "; "))
         print_table(drawn.headers, drawn.rows, notes=drawn.notes)
-        for path in drawn.files:
-            echo(f"figure: {path}")
-    if json:
-        answer = {"run": result.id, "dataset": result.dataset, "kind": kind, "positive": drawn.positive}
-        more = {"values": list(drawn.records), "notes": list(drawn.notes), "figures": [str(p) for p in drawn.files]}
-        write_json(answer | more, json)
+        echo_figures(drawn.files)
+
+    answer = {"run": result.id, "dataset": result.dataset, "kind": kind, "positive": drawn.positive}
+    more = {"values": list(drawn.records), "notes": list(drawn.notes), "figures": [str(p) for p in drawn.files]}
+    return Answer(answer | more, show)

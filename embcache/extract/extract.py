@@ -317,11 +317,12 @@ def recipe_network(
     device: str = "auto",
     views: int = 1,
     augment: str = "generic",
+    imports: bool = False,
 ) -> FrozenNetwork:
     """The network that a recipe names, with the weights on this machine; the caller compares its recipe."""
     transform = recipe_transform(recipe)
     loaded = load_backbone(
-        recipe.backbone, weights=weights, home=home, image_size=transform.size, imports=False
+        recipe.backbone, weights=weights, home=home, image_size=transform.size, imports=imports
     )  # fmt: skip
     return freeze(loaded, transform, device, recipe.precision, views, augment, recipe.dtype)
 

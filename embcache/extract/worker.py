@@ -22,12 +22,12 @@ from torch import Tensor
 from embcache.backbones.catalog import LoadedBackbone
 from embcache.backbones.inference import fold_norms, to_bfloat16
 from embcache.backbones.transforms import Transform, frame, normalize
+from embcache.cores import keep_freed_memory
 from embcache.data.budget import Decoding
 from embcache.data.images import ImageRef
 from embcache.errors import UsageError, check_choice
 from embcache.extract.augment import Augmentation, CachedFrames, Views, augmentation, make_views, view_batches
 from embcache.extract.batching import AHEAD, stack_batch
-from embcache.memory import keep_freed_memory
 from embcache.store.commit import ShardRows
 
 DTYPES = ("float32", "float16")

@@ -27,9 +27,8 @@ from torch import Tensor
 
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.io import discard, is_folder, make_folder, replace_file
-from embcache.sealed import file_checksum, read_sealed, seal
+from embcache.sealed import file_checksum, read_sealed, seal, typed
 from embcache.store.lease import Lease
-from embcache.typed import typed
 
 FORMAT = 1
 AGAIN = "repeat the command with --again instead of --resume: it starts over"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from embcache.config import FinetuneConfig
-from embcache.cores import default_workers
+from embcache.cores import default_workers, keep_freed_memory
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, StoreError
 from embcache.extract.pixels import cache_pixels
@@ -26,7 +26,6 @@ from embcache.finetune.epochs import Trainer, best_epoch, repeatable
 from embcache.finetune.finetune_plan import FinetunePlan, Networks, load_networks, plan_finetuning
 from embcache.finetune.model import State, assemble, model_file
 from embcache.log import log
-from embcache.memory import keep_freed_memory
 from embcache.paths import PathLike
 from embcache.probe.inputs import KnownImages
 from embcache.probe.protocol import subset_sizes

@@ -21,8 +21,8 @@ from embcache.extract.shard_plan import plan_store
 from embcache.extract.worker import FrozenNetwork
 from embcache.maintain.verify import find_stores
 from embcache.paths import PathLike
+from embcache.sealed import plain
 from embcache.store.feature_store import FeatureStore
-from embcache.typed import plain
 
 _FIRST = 20  # ids of added, changed and removed images in the JSON
 

@@ -13,10 +13,9 @@ from embcache.errors import DatasetError, StoreError
 from embcache.io import bytes_under
 from embcache.paths import PathLike
 from embcache.runs.folders import PARTIAL, run_folders
-from embcache.sealed import read_sealed
+from embcache.sealed import plain, read_sealed
 from embcache.store.feature_store import FeatureStore, store_folders
 from embcache.store.reading import CommitRecord, read_commit
-from embcache.typed import plain
 
 
 @dataclass(frozen=True)

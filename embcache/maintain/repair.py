@@ -65,6 +65,7 @@ class Rebuild:
     device: str = "auto"
     max_pixels: int | None = None  # as it was given
     allow_missing: bool = False  # images that are not here become unreadable rows
+    trust: Sequence[str] = ()  # `module:function` backbones that may be imported: those that were typed
 
 
 def make_again(header: StoreHeader, dataset: ImageDataset, how: Rebuild) -> Maker:
@@ -76,7 +77,7 @@ def make_again(header: StoreHeader, dataset: ImageDataset, how: Rebuild) -> Make
         return lambda sources, *more: pixel_rows(root, sources, framing, *more)
     network = recipe_network(
         recipe, home=how.home, weights=how.weights.get(recipe.backbone), device=how.device,
-        views=int(recipe.transform.get("views", 1)), augment=dataset.augment,
+        views=int(recipe.transform.get("views", 1)), augment=dataset.augment, imports=recipe.backbone in how.trust,
     )  # fmt: skip
     _refuse_another(recipe, make_recipe(network), dataset)
     return lambda sources, pool, batch_size, on_rows, decoding: compute_shard(
@@ -124,7 +125,7 @@ class SampleCheck:
     worst: str  # the image with that difference
 
     @property
-    def well(self) -> bool:
+    def ok(self) -> bool:
         """Whether every row is what its image gives, within the tolerance."""
         return self.compared > 0 and not self.unreadable and self.difference <= self.tolerance
 

@@ -324,7 +324,7 @@ class SourceCheck:
     removed: int  # live rows of images that left the dataset; they are hidden
 
     @property
-    def well(self) -> bool:
+    def ok(self) -> bool:
         """Whether every row is of the image that is there."""
         return not self.changed and not self.missing
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from embcache.config import ProbeConfig
+from embcache.cores import is_shortage
 from embcache.data.dataset import ImageDataset
 from embcache.data.draws import IntArray
 from embcache.errors import StoreError, UsageError
-from embcache.memory import is_shortage
 from embcache.paths import PathLike
 from embcache.probe.feature_rows import FeatureRows, Resident
 from embcache.probe.heads import find_head, identify, name_of

@@ -16,7 +16,7 @@ from embcache.data.draws import IntArray
 from embcache.data.groups import overlap_notes
 from embcache.errors import ProtocolError
 from embcache.io import read_regular, write_output
-from embcache.typed import parse, typed
+from embcache.sealed import parse, typed
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch.optim.adam import adam
 
+from embcache.cores import keep_freed_memory
 from embcache.errors import ProtocolError
-from embcache.memory import keep_freed_memory
 from embcache.probe.feature_rows import FeatureRows, as_rows
 from embcache.probe.feature_rows import stream_generator as stream_generator
 from embcache.probe.metrics import Metric, scorer, softmax

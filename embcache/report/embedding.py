@@ -31,9 +31,8 @@ from embcache.probe.metrics import merit
 from embcache.report.collect import Choice, Part
 from embcache.results.layout import Table, signed
 from embcache.runs.folders import Result, run_file
-from embcache.sealed import file_checksum, read_sealed, seal
+from embcache.sealed import file_checksum, read_sealed, seal, typed
 from embcache.store.feature_store import FeatureStore
-from embcache.typed import typed
 
 LIMIT = 6000
 """Images of a map: more make the page heavy and hide each other."""

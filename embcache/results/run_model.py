@@ -105,8 +105,7 @@ def load_model(
         return _WholeModel(models, BATCH_SIZES.get(device.type, 64))
     weights = _weights_by_name(list(recipes), config.weights)
     networks = {
-        backbone: _rebuild(result, recipe, weights.get(backbone), home, config.device)
-        for backbone, recipe in recipes.items()
+        backbone: _rebuild(result, recipe, weights.get(backbone), home, config) for backbone, recipe in recipes.items()
     }
     heads = load_heads(folder)
     return _ProbeModel(networks, make_head(head, **options), [heads[fold] for fold in folds])
@@ -147,9 +146,12 @@ def run_recipes(result: Result, home: PathLike | None = None) -> dict[str, Recip
     return {backbone: cached[wanted[backbone]] for backbone in result.backbones}
 
 
-def _rebuild(result: Result, recipe: Recipe, weights: Path | None, home: PathLike | None, device: str) -> FrozenNetwork:
+def _rebuild(
+    result: Result, recipe: Recipe, weights: Path | None, home: PathLike | None, config: PredictConfig
+) -> FrozenNetwork:
     """The network of a recipe, ready to embed; `RecipeError` where it would not embed as the recipe says."""
-    network = recipe_network(recipe, home=home, weights=weights, device=device)
+    trusted = recipe.backbone in config.trust
+    network = recipe_network(recipe, home=home, weights=weights, device=config.device, imports=trusted)
     made = make_recipe(network)
     # Parameters that only cached views have (how many, how augmented) do not concern the plain view predicted from.
     made = replace(made, transform={**recipe.transform, **made.transform})

@@ -37,8 +37,7 @@ from embcache.runs.result import PROTOCOL_VERSION as PROTOCOL_VERSION
 from embcache.runs.result import FoldResult as FoldResult
 from embcache.runs.result import Result as Result
 from embcache.runs.result import run_id as run_id
-from embcache.sealed import crc32c, file_checksum, open_parquet, read_sealed, seal
-from embcache.typed import typed
+from embcache.sealed import crc32c, file_checksum, open_parquet, read_sealed, seal, typed
 
 if TYPE_CHECKING:
     import pandas as pd

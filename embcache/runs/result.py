@@ -11,8 +11,7 @@ from typing import Any, Required, TypedDict
 
 from embcache.errors import first_few, printable
 from embcache.notebook import html_table
-from embcache.sealed import canonical_json
-from embcache.typed import plain, typed
+from embcache.sealed import canonical_json, plain, typed
 
 _METRIC = re.compile(r"\w[\w.:-]{0,99}", re.ASCII)
 

@@ -31,7 +31,7 @@ from embcache.probe.heads import heads as known_heads
 from embcache.probe.inputs import PAPER_SET
 from embcache.results.grid import Grid, Model
 from embcache.results.paper import PAPER_NAMES
-from embcache.typed import check_depth
+from embcache.sealed import check_depth
 
 DATASETS = ("patchcam", "aptos", "pneumonia", "nih")
 

@@ -353,7 +353,7 @@ def test_what_model_cards_say_reaches_timm(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_listing_backbones_imports_no_torch(home: Path) -> None:
     script = (
-        "import sys; from embcache.commands.start import backbones; backbones(None, None, '-');"
+        "import sys; from embcache.commands.start import backbones; backbones(names=None, home=None, json='-');"
         "assert not {'torch', 'timm', 'torchvision'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -364,7 +364,7 @@ def test_listing_backbones_imports_no_torch(home: Path) -> None:
 
 
 def test_the_table_says_what_is_here(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    backbones_command(None, None, None)
+    backbones_command(names=None, home=None)
     table = capsys.readouterr().out
     lines = {line.split()[0]: line for line in table.splitlines() if line}
     assert set(BACKBONES) <= set(lines)
@@ -375,7 +375,7 @@ def test_the_table_says_what_is_here(home: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_details_of_one_backbone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    backbones_command(["dino,random:2"], None, None)
+    backbones_command(names=["dino,random:2"], home=None)
     text = capsys.readouterr().out
     assert "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth" in text
     assert "random:2" in text

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
+import ast
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from typer.main import get_command
 
+import embcache as package
 from embcache.cli import COMMANDS, app
+from embcache.errors import DatasetError, ProtocolError, UsageError, advise_only
+from tests.commands.shell import answer, embcache
 from tests.commands.test_output import command
-from tests.extract.conftest import draw
-
-
-def embcache(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "embcache", *arguments],
-        capture_output=True, text=True, check=False, env={**os.environ, **environment},
-    )  # fmt: skip
+from tests.data.pictures import write_image
+from tests.docs.test_commands import COMMANDS as LEAVES
+from tests.extract.tiny import load_tiny
+from tests.probe.build import make_dataset, make_features, put_store
+from tests.refusal import refused
+from tools.stats import modules
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Class folders of 2 × 15 small images."""
-    root = tmp_path / "mine"
-    for index in range(30):
-        draw(root / ("a" if index % 2 else "b") / f"{index:02}.png", index, size=32)
-    return root
+def labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A table of small images with columns, beside folders of classes; every network is tiny."""
+    monkeypatch.setattr("embcache.extract.extract.load_backbone", load_tiny)
+    rows = []
+    for i in range(40):
+        write_image(tmp_path / "mine" / f"{i}.png", i, (24, 24))
+        write_image(tmp_path / "classes" / "ab"[i % 2] / f"{i}.png", i, (8, 8))
+        rows.append((f"{i}.png", ("Sick", "sick", "well")[i % 3], f"p{i // 2}", f"s{i % 20}", ("x", "y")[i % 2]))
+    frame = pd.DataFrame(rows, columns=["file", "finding", "patient", "slide", "marker"])
+    frame.to_csv(tmp_path / "mine" / "labels.csv", index=False)
+    return tmp_path / "mine" / "labels.csv"
 
 
 def test_help_has_every_command_under_a_heading_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,114 +61,148 @@ def test_options_stand_under_the_headings_of_their_configs(capsys: pytest.Captur
     assert "[default: 1e-3; with dino 1e-4]" in " ".join(text.split())
 
 
-def test_help_imports_no_command_and_nothing_heavy(home: Path) -> None:
+def test_commands_that_load_a_dataset_take_columns() -> None:
+    loading = [
+        "datasets", "extract", "probe", "finetune", "rank", "similarity", "tsne", "neighbors", "audit", "run", "export",
+        "predict", "splits export", "splits import",
+    ]  # fmt: skip
+    for name in loading:
+        flags = {flag for option in LEAVES[f"embcache {name}"].params for flag in option.opts}
+        assert {f"--{role}-column" for role in ("path", "label", "group", "split", "id")} <= flags, name
+
+
+def test_help_imports_no_command_and_nothing_heavy() -> None:
     script = (
         "import sys\nfrom embcache.cli import app\ntry:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'numpy', 'pandas', 'rich', 'tqdm', 'pydantic', 'embcache.config'} & set(sys.modules)\n"
-        "heavy |= {name for name in sys.modules if name.startswith('embcache.') and name.endswith('_command')}\n"
-        "sys.exit(str(heavy) if heavy else 0)\n"
+        "heavy = {'torch', 'numpy', 'pandas', 'rich', 'tqdm', 'embcache.config', 'embcache.commands.options'}\n"
+        "sys.exit(str(heavy & set(sys.modules) or 0))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_version(home: Path) -> None:
-    assert embcache("--version").stdout.startswith("embcache 0.")
+    assert done.stderr == "0\n"
+    script = "import embcache.__main__ as main, sys; sys.argv[1:] = ['--version']; main.main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == f"embcache {package.__version__}\n"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "words"),
+    ("line", "status", "words"),
     [
-        (["nonsense"], 2, ["nonsense"]),
-        (["extract"], 2, ["backbone", "embcache backbones"]),
-        (["extract", "--backbone", "random"], 2, ["dataset", "embcache datasets"]),
-        (["extract", "--backbone", "dinno", "--dataset", "sample"], 2, ["dinno", "dino"]),
-        (["extract", "--backbone", "random,,dino", "--dataset", "sample"], 2, ["empty name"]),
-        (["extract", "--backbone", "random", "--dataset", "pneumonia"], 1, ["pneumonia", "kagglehub"]),
-        (["extract", "--backbone", "random", "--dataset", "nonsense"], 1, ["nonsense", "embcache datasets"]),
-        (["extract", "--backbone", "random", "--dataset", "folder"], 2, ["--data-root"]),
-        (["extract", "--backbone", "random", "--dataset", "sample", "--part", "x"], 2, ["--part"]),
-        (["finetune", "--dataset", "sample", "--backbone", "random", "--folds", "1"], 2, ["--folds is out of bounds"]),
-        (["probe", "--dataset", "sample"], 1, ["embcache extract"]),
-        (["probe", "--head", "liner"], 2, ["liner", "linear"]),
+        ("nonsense", 2, ["nonsense"]),
+        ("extract", 2, ["backbone", "embcache backbones"]),
+        ("extract --backbone random", 2, ["dataset", "embcache datasets"]),
+        ("extract --backbone dinno --dataset folder --data-root ../classes", 2, ["dinno", "dino"]),
+        ("extract --backbone random,,dino --dataset folder", 2, ["empty name"]),
+        ("extract --backbone random --dataset pneumonia", 1, ["pneumonia", "kagglehub"]),
+        ("extract --backbone random --dataset nonsense", 1, ["nonsense", "embcache datasets"]),
+        ("extract --backbone random --dataset folder", 2, ["--data-root"]),
+        ("extract --backbone random --dataset folder --part x", 2, ["--part"]),
+        ("finetune --dataset folder --backbone random --folds 1", 2, ["--folds is out of bounds"]),
+        ("probe", 1, ["embcache extract"]),
+        ("probe --head liner", 2, ["liner", "linear"]),
+        ("datasets --group-column x", 2, ["belong to one dataset"]),
     ],
 )
 def test_each_mistake_gets_one_message(
-    home: Path, arguments: list[str], status: int, words: list[str], monkeypatch: pytest.MonkeyPatch
+    home: Path, labels: Path, line: str, status: int, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, out, err = command(arguments, "utf-8", monkeypatch)
+    monkeypatch.chdir(labels.parent)
+    found, out, err = command(line.split(), "utf-8", monkeypatch)
     assert (found, out) == (status, ""), err
     for word in words:
         assert word in err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a shell and /dev/full")
-@pytest.mark.parametrize(
-    ("target", "statuses"),
-    [(">&-", (0,)), ("> /dev/full", (1,)), ("| true; exit ${PIPESTATUS[0]}", (0, 1))],
-    ids=["closed", "full", "reader gone"],
-)
-def test_output_that_cannot_be_written_leaves_no_traceback(home: Path, target: str, statuses: tuple[int, ...]) -> None:
-    line = f"{sys.executable} -m embcache datasets {target}"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
-    assert done.returncode in statuses, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "Exception ignored" not in done.stderr
+def test_output_that_cannot_be_written_leaves_no_traceback(home: Path) -> None:
+    lines = {
+        ">&-": {0}, "> /dev/full": {1}, "| true; exit ${PIPESTATUS[0]}": {0, 1},
+    }  # fmt: skip
+    for target, statuses in lines.items():
+        line = f"{sys.executable} -m embcache ls {target}"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+        assert done.returncode in statuses, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
 
 
-def test_extract_then_probe_a_folder(folder: Path, home: Path, tmp_path: Path) -> None:
-    arguments = ["--dataset", "folder", "--data-root", str(folder)]
-    first = embcache("extract", "--backbone", "random", *arguments, "--json", "-")
-    assert first.returncode == 0, first.stderr
-    (extraction,) = json.loads(first.stdout)
-    assert (extraction["computed"], extraction["cached"], extraction["quarantined"]) == (30, 0, {})
-    assert embcache("ls").stdout.count("random") == 1
-    target = tmp_path / "results.json"
-    done = embcache("probe", "--head", "linear", "--subset", "10,F", *arguments, "--json", str(target))
-    assert done.returncode == 0, done.stderr
-    results = json.loads(target.read_text())
-    assert results[0]["n_train"] == 10
-    assert all(0 <= result["mean"] <= 1 and len(result["folds"]) == 5 for result in results)
-    assert "linear" in done.stdout
+def test_columns_are_remembered_and_probing_works_with_the_images_gone(labels: Path, home: Path) -> None:
+    root = ("--data-root", labels)
+    with refused(DatasetError, "columns-ambiguous"):
+        embcache("datasets", "folder", *root)
+    with refused(DatasetError, "classes-differ-in-case"):
+        embcache("datasets", "folder", *root, "--group-column", "slide")
+    columns = ("--group-column", "Slide", "--merge-class", "Sick+sick=sick")
+    shown = answer("datasets", "folder", *root, *columns)
+    assert list(shown["classes"]) == ["sick", "well"]
+    assert shown["groups"] == {"train": 20}
+    words = embcache("datasets", "folder", *root, *columns).stderr.splitlines()[-1]
+    assert words.startswith("next: embcache extract --backbone effnet_lite0 --dataset folder --data-root")
+    done = embcache("extract", "--backbone", "random", "--dataset", "folder", *root, *columns, "--name", "mine")
+    assert "40" in done.stdout
+    assert done.stderr.splitlines()[-1] == "next: embcache probe --head linear --subset S,M,F --dataset mine"
+    assert "next" not in embcache("--quiet", "ls").stderr
+    assert answer("datasets", "mine")["groups"] == {"train": 20}
+    with refused(UsageError, "merge-class"):
+        embcache("extract", "--backbone", "random", "--dataset", "mine", "--merge-class", "sick+well=x")
+    probe = ("probe", "--dataset", "mine", "--subset", "F", "--folds", "2")
+    (other,) = answer(*probe, "--group-column", "patient")
+    (result,) = answer(*probe)
+    for each, column in ((result, "slide"), (other, "patient")):
+        assert any(f"column '{column}' (20 groups)" in note for note in each["notes"])
+    assert other["id"] != result["id"]
+    labels.parent.rename(labels.parent.with_name("elsewhere"))
+    (gone,) = answer(*probe, "--again")
+    assert (gone["mean"], gone["source"], len(gone["folds"])) == (result["mean"], "snapshot", 2)
+    assert embcache(*probe).stderr.splitlines()[-1] == f"next: embcache results {gone['id']}"
 
 
-def test_probing_works_with_the_images_gone(folder: Path, home: Path) -> None:
-    arguments = ["--dataset", "folder", "--data-root", str(folder)]
-    name = json.loads(embcache("extract", "--backbone", "random", *arguments, "--json", "-").stdout)[0]["dataset"]
-    live = json.loads(embcache("probe", "--subset", "10", "--dataset", name, "--json", "-").stdout)
-    folder.rename(folder.with_name("elsewhere"))
-    gone = embcache("probe", "--subset", "10", "--dataset", name, "--json", "-")
-    assert gone.returncode == 0, gone.stderr
-    assert json.loads(gone.stdout)[0]["mean"] == live[0]["mean"]
-    assert json.loads(gone.stdout)[0]["source"] == "snapshot"
+def literal_commands() -> list[tuple[str, str]]:
+    """Every ``embcache COMMAND …`` in the package's messages, with where it stands."""
+    found = []
+    for module, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "fix":
+                text = ast.unparse(node.value)
+                found += [(f"{module}:{node.value.lineno}", part) for part in text.split("embcache ")[1:]]
+    return found
 
 
-def _heed_interrupts() -> None:
-    """A shell's background jobs, and their children, are started with interrupts ignored; a person's command is not."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def test_commands_that_are_advised_exist_with_their_flags() -> None:
+    known, todo = dict[str, set[str]](), list(vars(get_command(app))["commands"].items())
+    for name, found in todo:
+        todo += [(f"{name} {inner}", each) for inner, each in getattr(found, "commands", {}).items()]
+        known[name] = {flag for option in found.params for flag in (*option.opts, *option.secondary_opts)}
+    checked = 0
+    for where, text in literal_commands():
+        words = re.findall(r"[a-z-]+", text)
+        name = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0] if words else ""
+        if name not in known:  # a command that is put in by a variable
+            continue
+        own = re.split(r", or |; |\(|without |, with |by hand", text)[0]
+        flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", own))
+        assert flags <= known[name], f"{where}: embcache {text}"
+        checked += 1
+    assert checked > 50
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_that_can_go_on(folder: Path, home: Path, number: int, status: int) -> None:
-    for index in range(30, 60):
-        draw(folder / "a" / f"{index}.png", index, size=96)
-    for path in folder.rglob("*.png"):
-        draw(path, int(path.stem), size=96)
-    words = f"{sys.executable} -m embcache extract --backbone random --dataset folder --rows-per-shard 8 --data-root"
-    process = subprocess.Popen(
-        [*words.split(), str(folder)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=_heed_interrupts,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list(home.glob("*/random-*/plan/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == status, stderr
-    assert "Traceback" not in stderr
-    assert "continues from there" in stderr
-    done = embcache("extract", "--backbone", "random", "--dataset", "folder", "--data-root", str(folder), "--json", "-")
-    assert done.returncode == 0, done.stderr
+def test_advice_to_other_flags_is_left_out() -> None:
+    assert UsageError("no", fix=("--this", "that")).fix == "--this, or that"
+    advise_only({"--this"})
+    try:
+        error = UsageError("no", fix=("--that 3", "--this", "embcache other --that", "look"))
+        assert error.fix == "--this, or embcache other --that, or look"
+        assert "try" not in str(UsageError("no", fix="--that"))
+    finally:
+        advise_only(None)
+
+
+@pytest.mark.parametrize("words", ["probe", "splits export"])
+def test_a_rare_class_is_refused_with_what_the_command_can_do(home: Path, words: str) -> None:
+    ds = make_dataset([0, 1] * 40 + [2] * 3)
+    put_store(home, ds, "a", make_features(ds))
+    with pytest.raises(ProtocolError) as caught:
+        embcache(*words.split(), "--dataset", "toy")
+    for advice in ("--folds", "--drop-class c", "--merge-class c+OTHER=NEW"):
+        assert advice in str(caught.value.fix)
+    embcache(*words.split(), "--dataset", "toy", "--drop-class", "c")
+    assert UsageError("no", fix="--that").fix == "--that"  # the command is over

@@ -6,24 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
-from click.testing import Result
-from typer.testing import CliRunner
 
-from embcache.commands import reporting as report
 from embcache.errors import UsageError
+from tests.commands.shell import embcache
+from tests.refusal import refused
 from tests.report.build import NAME, Study, make_study
-
-app = typer.Typer()
-app.command("report")(report.report)
-
-
-def embcache(*arguments: object) -> Result:
-    """Run the command; an error is raised as it is."""
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -32,38 +19,26 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def test_it_writes_one_file_and_warns_of_patient_data(study: Study, tmp_path: Path) -> None:
-    target = tmp_path / "study.html"
-    done = embcache("--home", study.home, "--dataset", NAME, "--output", target)
+    target, data = tmp_path / "study.html", tmp_path / "answer.json"
+    words = ["--dataset", NAME, "--rows", "all", "--output", target, "--json", data]
+    done = embcache("report", "--home", study.home, *words)
     assert target.stat().st_size > 1_000_000  # Bokeh is inside
-    assert [path.name for path in tmp_path.iterdir()] == ["study.html"]
+    assert {path.name for path in tmp_path.iterdir()} == {"study.html", "answer.json"}
     assert f"report: {target}" in done.stdout
     assert "Take strong: it scored best on validation" in done.stdout
     assert "may be patient data" in done.stderr
     assert "--no-images" in done.stderr
+    answer = json.loads(data.read_text("utf-8"))
+    assert (answer["thumbnails"], answer["datasets"], answer["bytes"]) == (120, [NAME], target.stat().st_size)
 
 
 def test_without_images_there_is_nothing_to_warn_of(study: Study, tmp_path: Path) -> None:
-    done = embcache("--home", study.home, "--no-images", "--output", tmp_path / "r.html")
+    words = ["--no-images", "--metric", "kappa,accuracy", "--output", tmp_path / "r.html"]
+    done = embcache("report", "--home", study.home, *words)
+    assert "test kappa of" in done.stdout
     assert "patient data" not in done.stderr
     text = (tmp_path / "r.html").read_text("utf-8")
-    assert "&lt;b&gt;0" not in text
-    assert "\\u003cb\\u003e0" not in text
-    assert "mrs-jones" not in text
-
-
-def test_all_labelled_images_on_request_as_json(study: Study, tmp_path: Path) -> None:
-    done = embcache("--home", study.home, "--rows", "all", "--output", tmp_path / "r.html", "--json", "-")
-    answer = json.loads(done.stdout)
-    assert answer["thumbnails"] == 120
-    assert answer["datasets"] == [NAME]
-    assert answer["bytes"] == (tmp_path / "r.html").stat().st_size
-
-
-def test_another_metric(study: Study, tmp_path: Path) -> None:
-    done = embcache("--home", study.home, "--metric", "kappa,accuracy", "--no-images", "--output", tmp_path / "r.html")
-    assert "test kappa of" in done.stdout
-
-
-def test_a_name_that_is_no_page_is_refused_before_anything_is_done(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--output r\.html"):
-        embcache("--output", "r.pdf", "--home", tmp_path)
+    for name in ("&lt;b&gt;0", "\\u003cb\\u003e0", "mrs-jones"):
+        assert name not in text
+    with refused(UsageError, "output-suffix"):
+        embcache("report", "--output", "r.pdf", "--home", tmp_path)

@@ -10,52 +10,45 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
-from click.testing import Result
 from sklearn.metrics import accuracy_score, brier_score_loss, confusion_matrix, roc_auc_score
-from typer.testing import CliRunner
 
-from embcache.commands import scores, start
 from embcache.errors import StoreError, UsageError
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import find_run_anywhere, load_heads, load_predictions, save_run
 from embcache.runs.result import run_id
+from tests.commands.shell import answer, embcache
 from tests.probe.build import make_dataset, make_features, put_store
-
-app = typer.Typer()
-app.command("results")(scores.results)
-app.command("heads")(start.heads)
-
-
-def results(*arguments: object) -> Result:
-    """Run ``embcache results``; an error is raised as it is."""
-    done = CliRunner().invoke(app, ["results", *(str(a) for a in arguments)])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
 
 
 def data(*arguments: object, metric: str = "brier") -> dict[str, Any]:
-    """Its JSON, with the scores of one metric, or of all."""
-    chosen = ["--metric", metric] if metric else []
-    return json.loads(results(*arguments, *chosen, "--json", "-").stdout)
+    """JSON of ``embcache results``, with the scores of one metric, or of all."""
+    return answer("results", *arguments, *(["--metric", metric] if metric else []))  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
-def made_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     home = tmp_path_factory.mktemp("made") / "home"
     labels = np.repeat(np.tile([0, 1, 0, 0], 40), 2)
     groups = [f"p{k // 2}" for k in range(320)]
     ds = make_dataset(labels, groups, split=["train"] * 200 + ["test"] * 120)
-    put_store(home, ds, "net", make_features(ds, shift=2.5))
-    return home, probe_features(ds, "net", folds=3, subset=40, home=home).id
+    ds.table["sex"] = np.where(np.arange(320) // 2 % 5 < 2, "F", "M").astype(object)
+    ids = []
+    for name, shift in (("net", 2.5), ("weak", 0.3)):
+        put_store(home, ds, name, make_features(ds, shift=shift))
+        ids.append(probe_features(ds, name, folds=3, subset=40, home=home).id)
+    return home, ids
 
 
 @pytest.fixture
-def run(made_run: tuple[Path, str], home: Path) -> str:
-    """A run on images of 2 classes, one sick in four; two images of each patient."""
-    shutil.copytree(made_run[0], home)
-    return made_run[1]
+def runs(made: tuple[Path, list[str]], home: Path) -> list[str]:
+    """Two runs on images of 2 classes, one sick in four; two images of each patient. The first one is better."""
+    shutil.copytree(made[0], home)
+    return made[1]
+
+
+@pytest.fixture
+def run(runs: list[str]) -> str:
+    return runs[0]
 
 
 def saved(run: str, home: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +58,7 @@ def saved(run: str, home: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_a_run_is_shown_in_full(run: str, home: Path) -> None:
-    shown = results(run).stdout
+    shown = embcache("results", run).stdout
     for words in (
         "120 images (90 a, 30 b)", "positive class: b", "new patients, these models", "a newly trained model",
         "by patient, ensemble", "always a", "sensitivity ≥ 0.95", "Calibration of P(b)", "Confusion matrix",
@@ -92,7 +85,7 @@ def test_a_run_is_shown_in_full(run: str, home: Path) -> None:
 def test_metrics_that_are_asked_for_are_the_ones_shown(run: str) -> None:
     assert list(data(run, metric="mcc,auprc")["scores"]) == ["mcc", "auprc"]
     with pytest.raises(UsageError, match="no such metric"):
-        results(run, "--metric", "luck")
+        embcache("results", run, "--metric", "luck")
 
 
 def test_another_prevalence_corrects_what_training_saw(run: str, home: Path) -> None:
@@ -118,7 +111,7 @@ def test_another_prevalence_corrects_what_training_saw(run: str, home: Path) -> 
     calibrated = data(run, "--prevalence", "0.1", "--calibrate")
     assert len({model["temperature"] for model in calibrated["adjustments"]}) == 3
     with pytest.raises(UsageError, match="not a prevalence of these classes"):
-        results(run, "--prevalence", "10")
+        embcache("results", run, "--prevalence", "10")
 
 
 def test_the_other_class_may_be_positive_and_the_run_stays_as_it_is(run: str, home: Path) -> None:
@@ -135,7 +128,7 @@ def test_of_several_classes_one_is_named(home: Path) -> None:
     ds = make_dataset(np.tile([0, 1, 2], 60), split=["train"] * 90 + ["test"] * 90)
     put_store(home, ds, "net", make_features(ds, shift=2.0))
     run = probe_features(ds, "net", folds=2, subset=30, home=home).id
-    assert "--positive CLASS" in results(run).stdout
+    assert "--positive CLASS" in embcache("results", run).stdout
     assert data(run)["operating_points"] == []
     found = data(run, "--positive", "c", "--prevalence", "a=0.7,b=0.2,c=0.1")
     table = load_predictions(find_run_anywhere(run, home)[1])
@@ -145,7 +138,7 @@ def test_of_several_classes_one_is_named(home: Path) -> None:
     assert found["operating_points"][1]["specificity"]["value"] == pytest.approx(np.mean(p_c[y != 2] <= 0.5))
     assert "the other classes as they are in the test set" in " ".join(found["notes"])
     with pytest.raises(UsageError, match="there are 3 classes"):
-        results(run, "--positive", "c", "--prevalence", "0.1")
+        embcache("results", run, "--positive", "c", "--prevalence", "0.1")
 
 
 def resave(run: str, home: Path, **changes: Any) -> str:
@@ -162,7 +155,7 @@ def test_a_run_without_validation_predictions_says_so_once(run: str, home: Path)
     assert {point["rule"] for point in found["operating_points"]} == {"P > 0.5"}
     assert sum("kept no predictions of validation images" in note for note in found["notes"]) == 1
     with pytest.raises(StoreError, match="need the run's predictions of validation images") as caught:
-        results(run, "--calibrate")
+        embcache("results", run, "--calibrate")
     assert str(caught.value.fix).startswith("embcache probe --again")
 
 
@@ -170,7 +163,7 @@ def test_a_run_that_did_not_record_what_training_saw_is_refused(run: str, home: 
     result, _ = find_run_anywhere(run, home)
     resave(run, home, folds=tuple(replace(fold, seen=[]) for fold in result.folds))
     with pytest.raises(StoreError, match="did not record how often training saw each class"):
-        results(run, "--prevalence", "0.1")
+        embcache("results", run, "--prevalence", "0.1")
 
 
 def test_one_model_is_its_own_ensemble(run: str, home: Path) -> None:
@@ -184,7 +177,7 @@ def test_one_model_is_its_own_ensemble(run: str, home: Path) -> None:
     assert len(found["operating_points"]) == 6
     assert any("one model" in note for note in found["notes"])
     assert "ensemble" not in found["scores"]["brier"]
-    assert results(run).exit_code == 0
+    assert embcache("results", run).exit_code == 0
 
 
 def test_where_test_labels_are_not_known_nothing_is_measured(run: str, home: Path) -> None:
@@ -193,11 +186,40 @@ def test_where_test_labels_are_not_known_nothing_is_measured(run: str, home: Pat
     scored = replace(result, kind="kaggle", request=request, id=run_id(request))
     save_run(scored, load_predictions(folder), [], home)
     assert data(scored.id)["scores"] == {}
-    assert "nothing can be measured" in results(scored.id).stdout
+    assert "nothing can be measured" in embcache("results", scored.id).stdout
 
 
 def test_flags_of_one_run_need_a_run(home: Path) -> None:
     for flags in (["--calibrate"], ["--prevalence", "0.1"], ["--positive", "b"]):
         with pytest.raises(UsageError, match="are for one run"):
-            results(*flags)
-    assert "no results" in results().stdout
+            embcache("results", *flags)
+    assert "no results" in embcache("results").stdout
+
+
+def test_compare_prints_a_table_or_data(runs: list[str]) -> None:
+    shown = embcache("compare", *reversed(runs)).stdout
+    for words in ("reference", "labels used", "Holm", *runs):
+        assert words in shown
+    rows = answer("compare", ",".join(reversed(runs)))
+    saved_runs = {found["id"]: found["n_train"] + found["n_val"] for found in answer("results")}
+    assert [(row["run"], row["labels_used"]) for row in rows] == [(run, saved_runs[run]) for run in reversed(runs)]
+    assert rows[0]["difference"] is None
+    assert rows[1]["difference"]["difference"] > 0
+
+
+def test_subgroups_prints_a_table_or_data(runs: list[str], tmp_path: Path) -> None:
+    shown = embcache("subgroups", runs[0], "--by", "sex", "--json", tmp_path / "rows.json").stdout
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    women = int((np.arange(200, 320) // 2 % 5 < 2).sum())
+    assert [(row["column"], row["value"], row["n_images"]) for row in rows] == [
+        ("", "all", 120), ("sex", "F", women), ("sex", "M", 120 - women),
+    ]  # fmt: skip
+    assert f"{rows[1]['mean']:.4f}" in shown
+    assert "labels used" in shown
+
+
+def test_a_head_is_exported_as_two_files(run: str, tmp_path: Path) -> None:
+    shown = embcache("export-head", "--run", run, "--output", tmp_path / "out", "--fold", 1).stdout
+    assert "classifier.weight" in shown
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["head.json", "head.safetensors"]
+    assert answer("export-head", "--run", run, "-o", tmp_path / "out")["run"] == run

@@ -188,7 +188,7 @@ def test_the_command_says_what_it_did(images: Path, home: Path) -> None:
     arguments = ["--backbone", "random", "--dataset", "folder", "--data-root", str(images), "--views", "2"]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
-    assert "--views 2" in done.stdout.splitlines()[-1]
+    assert "--views 2" in done.stderr.splitlines()[-1]
     (told,) = json.loads(CliRunner().invoke(app, [*arguments, "--json", "-"], catch_exceptions=False).stdout)
     assert (told["views"], told["computed"], told["cached"]) == (2, 0, 20)
 

@@ -42,7 +42,7 @@ def test_the_command_prints_and_saves_a_result(ds: ImageDataset, tmp_path: Path)
     assert (result["kind"], result["head"], len(result["folds"])) == ("finetune", "linear", 2)
     listed = invoke(["results"])
     assert result["id"] in listed.stdout
-    assert done.stdout.endswith(f"next: embcache results {result['id']}\n")
+    assert done.stderr.endswith(f"next: embcache results {result['id']}\n")
 
 
 def test_json_to_stdout_is_json_alone(ds: ImageDataset) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,10 @@ from embcache.cli import app
 from embcache.probe.probe import probe_features
 from embcache.probe.protocol import plan_splits
 from tests.probe.build import make_dataset, make_features, put_store
+from tools.stats import modules
 
 FILE = Path(__file__).with_name("golden.json")
+CODES = Path(__file__).with_name("codes.txt")
 DATASETS = {  # images, classes, images of one group, rows of an official test set
     "own test set": (600, 2, 1, 200),
     "drawn test set": (500, 3, 1, 0),
@@ -82,6 +85,34 @@ def json_keys(home: Path) -> dict[str, list[str]]:
     return found
 
 
+def error_codes() -> list[str]:
+    """Every code of an error in the package, ``*`` for what a variable fills in."""
+    nodes = [node for tree in modules().values() for node in ast.walk(tree)]
+    values = [node.value for node in nodes if isinstance(node, ast.keyword) and node.arg == "code"]
+    place = {}  # functions that make errors take the code as an argument
+    for node in nodes:
+        names = [each.arg for each in node.args.args] if isinstance(node, ast.FunctionDef) else []
+        if isinstance(node, ast.FunctionDef) and "code" in names:
+            place[node.name] = names.index("code")
+            values += node.args.defaults
+    for node in nodes:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in place:
+            values += node.args[place[node.func.id] :][:1]
+    return sorted({code for value in values for code in _texts(value)} - {""})
+
+
+def _texts(node: ast.expr) -> list[str]:
+    if isinstance(node, ast.IfExp):
+        return [*_texts(node.body), *_texts(node.orelse)]
+    if isinstance(node, ast.JoinedStr):
+        return ["".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in node.values)]
+    return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+
+
+def test_the_codes_of_errors_are_those_of_earlier_versions() -> None:
+    assert error_codes() == CODES.read_text().split()
+
+
 def test_splits_are_those_of_earlier_versions() -> None:
     assert split_digests() == json.loads(FILE.read_text())["splits"]
 
@@ -97,4 +128,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.environ["EMBCACHE_HOME"] = folder
         golden = {"splits": split_digests(), "json": json_keys(Path(folder))}
+    CODES.write_text("\n".join(error_codes()) + "\n")
     FILE.write_text(json.dumps(golden, indent=1, ensure_ascii=False, sort_keys=True) + "\n")

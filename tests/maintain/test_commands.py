@@ -31,7 +31,7 @@ def test_damage_is_named_and_the_printed_command_mends_it(make: Make, ds: ImageD
     damage(home / ds.name / "dataset.parquet", "cut")
     told = run("verify", "--json", "-")
     answer = json.loads(told.stdout)
-    assert (told.exit_code, answer["well"]) == (1, False)
+    assert (told.exit_code, answer["ok"]) == (1, False)
     (found,) = next(store for store in answer["stores"] if store["backbone"] == "random")["damage"]
     assert found["shard"] == 1
     assert (found["rows"]["first"], found["rows"]["last"], found["rows"]["count"]) == (8, 15, 8)
@@ -58,7 +58,7 @@ def test_source_and_sample_add_to_the_answer(make: Make, ds: ImageDataset, image
     (answer,) = json.loads(told.stdout)["stores"]
     assert told.exit_code == 0
     assert answer["source"]["checked"] == 20
-    assert (answer["sample"]["compared"], answer["sample"]["well"]) == (5, True)
+    assert (answer["sample"]["compared"], answer["sample"]["ok"]) == (5, True)
     (images / "benign" / "07.png").write_bytes((images / "benign" / "09.png").read_bytes())
     told = run("verify", "--source")
     assert told.exit_code == 1

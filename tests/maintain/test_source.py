@@ -38,7 +38,7 @@ def put_features(path: Path, number: int, features: np.ndarray) -> None:
 def test_cached_rows_are_those_that_the_images_give(kind: str, make: Make, ds: ImageDataset) -> None:
     path = make(kind)
     found = check_sample(path, ds, 6)
-    assert (found.compared, found.well) == (6, True)
+    assert (found.compared, found.ok) == (6, True)
     assert found.difference <= (0 if kind == "pixels" else 1e-4)
     everything = check_sample(path, ds, 1000)
     assert everything.compared == len(FeatureStore(path)) == 19
@@ -51,7 +51,7 @@ def test_one_wrong_row_is_found_and_named(make: Make, ds: ImageDataset) -> None:
     features[3] *= 1.001
     put_features(path, 1, features)
     found = check_sample(path, ds, 100)
-    assert not found.well
+    assert not found.ok
     assert found.worst == store.plans()[1][3].id
     assert 5e-4 < found.difference < 2e-3
     told = CliRunner().invoke(app, ["verify", "--sample", "100"])
@@ -70,7 +70,7 @@ def test_changed_images_are_left_out_and_told(make: Make, ds: ImageDataset, imag
     assert found.changed == ("malignant/04.png",)
     assert found.unreadable == ("benign/07.png",)
     assert found.compared == 17
-    assert not found.well
+    assert not found.ok
     assert found.difference <= 1e-4
 
 
@@ -80,14 +80,14 @@ def test_the_tolerance_is_that_of_the_precision(
 ) -> None:
     (done,) = run_extraction(["random"], ds, precision=precision, feature_dtype=dtype)
     found = check_sample(done.store.path, ds, 12)
-    assert found.well
+    assert found.ok
     assert found.tolerance == pytest.approx(2e-2 if precision == "bf16" else 1.1e-3)
 
 
 def test_hashing_finds_what_times_and_sizes_hide(make: Make, ds: ImageDataset, images: Path) -> None:
     path = make("zarr")
     intact = check_source(FeatureStore(path), ds)
-    assert (intact.checked, intact.well, intact.removed) == (20, True, 0)
+    assert (intact.checked, intact.ok, intact.removed) == (20, True, 0)
     file = images / "malignant" / "04.png"
     state, data = file.stat(), bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -96,7 +96,7 @@ def test_hashing_finds_what_times_and_sizes_hide(make: Make, ds: ImageDataset, i
     (images / "benign" / "07.png").unlink()
     found = check_source(FeatureStore(path), ds)
     assert (found.changed, found.missing) == (("malignant/04.png",), ("benign/07.png",))
-    assert not found.well
+    assert not found.ok
     fewer = check_source(FeatureStore(path), load_dataset("folder", images))
     assert (fewer.changed, fewer.missing, fewer.removed) == (("malignant/04.png",), (), 1)
 

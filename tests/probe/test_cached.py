@@ -213,7 +213,7 @@ def test_heads_lists_every_head() -> None:
 def test_exported_splits_are_those_of_the_probe(two: list[ImageDataset], home: Path, tmp_path: Path) -> None:
     file = tmp_path / "splits.json"
     done = cli("splits", "export", "--dataset", "first", "--subset", "S,F", "--output", str(file))
-    assert "next: embcache probe" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("next: embcache probe")
     (drawn,) = run_cached(["first"], ["a"], subsets=["S"], home=home)
     (read,) = run_cached(["first"], ["a"], subsets=["S"], home=home, splits=str(file))
     assert read.request["splits"] == drawn.request["splits"]
@@ -245,7 +245,7 @@ def test_imported_splits_are_found_by_name(two: list[ImageDataset], home: Path, 
     cli("splits", "export", "--dataset", "first", "--subset", "S", "--seed", "9", "--output", str(file))
     done = cli("splits", "import", str(file), "--dataset", "first")
     name = import_splits(file, two[0], home).name
-    assert f"--splits {name}" in done.stdout
+    assert f"--splits {name}" in done.stderr
     file.unlink()
     (result,) = run_cached(["first"], ["a"], home=home, splits=name)
     (drawn,) = run_cached(["first"], ["a"], home=home, seed=9)

@@ -11,13 +11,13 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
+from embcache.cores import is_shortage
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef, image_refs
 from embcache.errors import EmbcacheError
 from embcache.extract.shard_plan import Plan, Shard
 from embcache.extract.signals import Stop
 from embcache.log import log
-from embcache.memory import is_shortage
 from embcache.store.commit import ShardRows, commit_shard, is_committed, refresh_view
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
