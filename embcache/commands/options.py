@@ -21,7 +21,6 @@ from embcache.fields import Config, flag_of, option_of
 from embcache.fields import split_list as split_list
 
 if TYPE_CHECKING:
-    from embcache.data.classes import ClassOptions
     from embcache.data.dataset import ImageDataset
 
 HomeOption = Annotated[
@@ -140,7 +139,7 @@ def check_suffix(path: Path, flag: str, *suffixes: str) -> Path:
 
 def echo_near(names: Sequence[str], home: Path | None) -> None:
     """Print which cached datasets may be meant by names that are not cached."""
-    from embcache.data.snapshot import cached_names, near_names
+    from embcache.data.published import cached_names, near_names
 
     cached = cached_names(home) if names else []
     for name in names:
@@ -152,8 +151,7 @@ def load_named(name: str, ref: DatasetRef, home: Path | None) -> tuple[ImageData
     """A dataset with the classes of ``ref``, and where it came from: live or snapshot."""
     from embcache.data.dataset import find_dataset
 
-    dataset, source = find_dataset(name, ref, home=home)
-    return class_options(ref.drop_class, ref.merge_class).of(dataset), source
+    return find_dataset(name, ref, home)
 
 
 def command(*words: str, home: Path | None = None) -> str:
@@ -263,13 +261,6 @@ def _options(config: type[Config], skipped: set[str]) -> list[inspect.Parameter]
             )
         )
     return options
-
-
-def class_options(drop: Sequence[str] | None, merge: Sequence[str] | None) -> ClassOptions:
-    """Classes to drop or merge, as given on the command line."""
-    from embcache.data.classes import ClassOptions
-
-    return ClassOptions(tuple(drop or ()), tuple(merge or ()))
 
 
 def refuse_other_merges(merge: Sequence[str] | None, dataset: ImageDataset) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from embcache.config import ProbeConfig
 from embcache.data.dataset import ImageDataset
-from embcache.data.draws import IntArray
+from embcache.data.groups import IntArray
 from embcache.errors import StoreError, UsageError
 from embcache.memory import is_shortage
 from embcache.paths import PathLike

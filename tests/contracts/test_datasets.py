@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from embcache.config import DatasetRef
-from embcache.data.dataset import DATASETS, ImageDataset, find_dataset, load_dataset
-from embcache.data.published import find_layout
+from embcache.data.dataset import ImageDataset, find_dataset, load_dataset
+from embcache.data.published import DATASETS, find_layout
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.paths import slug
 from embcache.testing import check_dataset

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embcache.config import DatasetRef
 from embcache.data.dataset import ImageDataset, find_dataset, load_dataset
 from embcache.data.published import find_layout
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
@@ -141,7 +142,8 @@ def test_what_probing_loads_decodes_no_image(tmp_path: Path) -> None:
     (tmp_path / "home" / "toy" / "dataset.parquet").write_bytes(dataset().to_parquet_bytes())
     script = (
         "import sys\n"
-        "from embcache.data.dataset import DATASETS, find_dataset, load_dataset\n"
+        "from embcache.data.dataset import find_dataset, load_dataset\n"
+        "from embcache.data.published import DATASETS\n"
         "root, home = sys.argv[1:]\n"
         "assert set(DATASETS) >= {'aptos', 'folder', 'nih', 'patchcam', 'pneumonia', 'sample'}, set(DATASETS)\n"
         "assert len(load_dataset('pneumonia', root)) == 4\n"
@@ -227,8 +229,8 @@ def test_the_snapshot_serves_when_the_folder_is_gone(home: Path, pets: Path) -> 
     ds = load_dataset("folder", pets)
     keep(ds, home)
     pets.rename(pets.parent / "moved")
-    for options in ({"name": ds.name}, {"name": "folder", "root": pets}):
-        found, origin = find_dataset(**options)
+    for name, ref in ((ds.name, DatasetRef()), ("folder", DatasetRef(data_root=pets))):
+        found, origin = find_dataset(name, ref)
         assert origin == "snapshot"
         assert found.table.equals(ds.table)
 
@@ -238,7 +240,7 @@ def test_the_snapshot_of_a_table_dataset_is_found_when_the_table_is_gone(home: P
     ds = load_dataset("folder", pets / "labels.csv")
     keep(ds, home)
     (pets / "labels.csv").unlink()
-    assert find_dataset("folder", root=pets / "labels.csv")[1] == "snapshot"
+    assert find_dataset("folder", DatasetRef(data_root=pets / "labels.csv"))[1] == "snapshot"
 
 
 def test_a_cached_table_dataset_is_read_from_its_table_again(home: Path, pets: Path) -> None:
@@ -255,8 +257,8 @@ def test_a_root_given_a_level_up_is_recognised_when_it_is_gone(home: Path, tmp_p
         write_image(tmp_path / "given" / "chest_xray" / "train" / name, i)
     keep(load_dataset("pneumonia", tmp_path / "given"), home)
     (tmp_path / "given").rename(tmp_path / "moved")
-    for options in ({}, {"root": tmp_path / "given"}):
-        assert find_dataset("pneumonia", **options)[1] == "snapshot"
+    for ref in (DatasetRef(), DatasetRef(data_root=tmp_path / "given")):
+        assert find_dataset("pneumonia", ref)[1] == "snapshot"
 
 
 def test_who_extracted_without_missing_images_goes_on_without_them(home: Path, pets: Path) -> None:
@@ -278,14 +280,14 @@ def test_a_wrong_root_is_an_error_even_with_a_snapshot(home: Path, pets: Path) -
     ds = load_dataset("folder", pets, name="pets")
     keep(ds, home)
     with pytest.raises(DatasetNotFoundError):
-        find_dataset("pets", root=pets.parent / "nowhere")
+        find_dataset("pets", DatasetRef(data_root=pets.parent / "nowhere"))
 
 
 def test_a_named_dataset_keeps_its_name_when_it_is_moved(home: Path, pets: Path) -> None:
     ds = load_dataset("folder", pets, name="pets")
     keep(ds, home)
     moved = pets.rename(pets.parent / "moved")
-    found, origin = find_dataset("pets", root=moved)
+    found, origin = find_dataset("pets", DatasetRef(data_root=moved))
     assert (found.name, found.root, origin) == ("pets", moved, "live")
 
 
@@ -305,7 +307,7 @@ def test_a_kind_that_is_named_is_loaded_whatever_is_cached_by_that_name(home: Pa
     keep(load_dataset("folder", pets, name="mine"), home)
     for i, name in enumerate(["NORMAL/IM-0001-0001.jpeg", "PNEUMONIA/person1_virus_1.jpeg"]):
         write_image(tmp_path / "xray" / "train" / name, i)
-    found, _ = find_dataset("pneumonia", root=tmp_path / "xray", dataset_name="mine")
+    found, _ = find_dataset("pneumonia", DatasetRef(data_root=tmp_path / "xray", name="mine"))
     assert (found.layout, found.name) == ("pneumonia", "mine")
 
 
@@ -322,7 +324,7 @@ def test_a_damaged_snapshot_stands_in_nobodys_way_where_the_images_are(tmp_path:
     snapshot = home / slug(ds.name) / "dataset.parquet"
     snapshot.parent.mkdir(parents=True)
     snapshot.write_bytes(b"torn")
-    found, source = find_dataset("folder", root=root)
+    found, source = find_dataset("folder", DatasetRef(data_root=root))
     assert (found.name, source) == (ds.name, "live")
     with refused(DatasetError, "snapshot-damaged"):
         find_dataset(ds.name)

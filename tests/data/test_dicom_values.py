@@ -211,7 +211,7 @@ def test_palettes_are_followed(bits: int) -> None:
 
 def test_tables_of_false_bits_are_refused() -> None:
     lying = table(np.arange(4096), 0, 8)
-    with pytest.raises(ImageError, match="table of 8 bits with the entry 4095"):
+    with pytest.raises(ImageError, match="table of 8 bits"):
         decode_image(dicom(VALUES, VOILUTSequence=[lying]))
 
 

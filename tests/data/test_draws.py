@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embcache.data.draws import hash_order, stratified_group_folds, water_fill
+from embcache.data.groups import hash_order, stratified_group_folds, water_fill
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 FROZEN_ORDER = [9, 8, 7, 4, 3, 0, 2, 5, 6, 1]

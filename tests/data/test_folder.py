@@ -4,7 +4,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from embcache.data.classes import ClassOptions
+from embcache.config import DatasetRef
+from embcache.data.classes import with_ref
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetError, DatasetNotFoundError
 from tests.data.pictures import write_image
@@ -262,8 +263,8 @@ def test_classes_that_differ_in_case_are_merged_only_on_request(tmp_path: Path, 
         load_dataset("folder", root)
     assert caught.value.found == "Normal (1), normal (2)"
     assert caught.value.fix == "--merge-class Normal+normal=normal"
-    ds = load_dataset("folder", root, merge_class=["Normal+normal=normal", "sick+normal=x"])
+    ds = load_dataset("folder", root, merge_class=["Normal+normal=normal"])
     assert ds.class_names == ("normal", "sick")
     assert ds.ref.merge_class == ("Normal+normal=normal",)
     assert any("classes Normal, normal are one class, normal" in note for note in ds.notes)
-    assert ClassOptions(merge=("Normal+normal=normal",)).of(ds) is ds  # a probe that is asked to merge them again
+    assert with_ref(ds, DatasetRef(merge_class="Normal+normal=normal")) is ds

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from embcache.data.classes import class_order, label_notes, label_numbers
-from embcache.data.tables import open_table, read_table, unify
+from embcache.data.tables import open_table, read_table, spelling_notes, unify
 from embcache.errors import DatasetError
 from tests.refusal import refused
 
@@ -152,17 +152,18 @@ def test_a_workbook_without_its_package_says_what_to_install(tmp_path: Path, mon
 )
 def test_texts_that_differ_in_nothing_one_sees_are_one(texts: list[str], name: str) -> None:
     found = unify([*texts, texts[-1], name])
-    assert set(found.of.values()) == {name}
-    (note,) = found.notes()
+    assert set(found.values()) == {name}
+    (note,) = spelling_notes([*texts, texts[-1], name], found)
     assert note.isprintable()
     assert all(ascii(text) in note for text in texts[:4])
 
 
 def test_texts_that_differ_stay_apart_and_joiners_that_spell_stay(tmp_path: Path) -> None:
     texts = ["1", "01", "10", "1.5", "a", "A", "ß", "ss", "x y", "xy", "Ⅳ", "IV", "می\u200cخواهم"]
-    assert unify(texts).of == {text: text for text in texts}
-    assert unify(texts).notes() == []
-    assert unify(["0.0", "2.0"]).notes() == ["2 class names are read otherwise: '0.0' as '0', '2.0' as '2'"]
+    assert unify(texts) == {text: text for text in texts}
+    assert spelling_notes(texts, unify(texts)) == []
+    texts = ["0.0", "2.0"]
+    assert spelling_notes(texts, unify(texts)) == ["2 class names are read otherwise: '0.0' as '0', '2.0' as '2'"]
 
 
 def test_labels_that_may_not_be_meant_are_told() -> None:

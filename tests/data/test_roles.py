@@ -7,8 +7,7 @@ import pytest
 
 from embcache.config import DatasetRef
 from embcache.data.dataset import ImageDataset, find_dataset, load_dataset, survey_dataset
-from embcache.data.groups import UNGROUPED
-from embcache.data.roles import may_name_people
+from embcache.data.groups import UNGROUPED, may_name_people
 from embcache.errors import DatasetError, UsageError
 from embcache.paths import slug
 from tests.data.pictures import write_image
@@ -249,12 +248,12 @@ def test_columns_named_for_a_cached_name_count_where_its_root_is_loaded(tmp_path
     (home / "foo").mkdir(parents=True)
     (home / "foo" / "dataset.parquet").write_bytes(ds.to_parquet_bytes())
     for root in (None, tmp_path / "a" / "labels.csv"):
-        assert find_dataset("foo", root=root, home=home)[0].table["group"].nunique() == N // 2
+        assert find_dataset("foo", DatasetRef(data_root=root), home)[0].table["group"].nunique() == N // 2
     assert load_dataset("foo", home=home, group_column="site").table["group"].nunique() == 2
     table(tmp_path / "b", {"patient": patients(1)})
     for loaded in (
-        find_dataset("foo", root=tmp_path / "b" / "labels.csv", home=home)[0],
-        find_dataset("folder", root=tmp_path / "b" / "labels.csv", dataset_name="foo", home=home)[0],
+        find_dataset("foo", DatasetRef(data_root=tmp_path / "b" / "labels.csv"), home)[0],
+        find_dataset("folder", DatasetRef(data_root=tmp_path / "b" / "labels.csv", name="foo"), home)[0],
         survey_dataset("foo", DatasetRef(data_root=tmp_path / "b" / "labels.csv"), home),
     ):
         assert loaded.name == "foo"
@@ -269,7 +268,7 @@ def test_images_beside_a_table_that_it_does_not_name_are_counted(tmp_path: Path)
     rows = [f"images/{i}.png,{'ab'[i % 2]}" for i in range(4)]
     (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]))
     notes = load_dataset("folder", tmp_path).notes
-    told = "2 of 6 images beside the table are not named in it and are left out (images/4.png, images/5.png)"
+    told = "2 images beside the table are not named in it and are left out (images/4.png, images/5.png)"
     assert told in notes
     assert any(note.endswith("left out: 1 .svs") for note in notes)
 

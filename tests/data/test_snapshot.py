@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from embcache.data.dataset import ImageDataset, read_snapshot
-from embcache.data.snapshot import snapshot_ids
+from embcache.data.published import snapshot_ids
 from embcache.errors import DatasetError
 from embcache.paths import slug
 from tests.refusal import refused

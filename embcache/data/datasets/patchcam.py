@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from embcache.data.classes import label_numbers
-from embcache.data.containers.array_rows import StrictFile, own_array
+from embcache.data.containers import StrictFile, own_array
 from embcache.data.dataset import ImageDataset
 from embcache.data.datasets import competition_table
 from embcache.data.files import find_level, locate_files
