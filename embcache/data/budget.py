@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from embcache.errors import EmbcacheError, ImageError, UsageError
+from embcache.errors import EmbcacheError, ImageError, UsageError, first_few
 
 MAX_PIXELS = 89_478_485
 """Default limit on the pixels of an image that is decoded: Pillow's own, 256 MiB of RGB."""
@@ -20,22 +21,11 @@ MOST_PIXELS = 1 << 32
 """The highest limit that may be given: larger images are never decoded."""
 
 _MOST = 3 << 30  # bytes for one image at the default limit; 36 bytes per pixel; a 16-bit PNG takes 29
-_SHOWN = 3
 
 
-def broken(reason: str) -> ImageError:
-    """The error for an image whose bytes contradict themselves or end too early."""
-    return ImageError(reason, code="image-broken")
-
-
-def unsupported(reason: str) -> ImageError:
-    """The error for an image that is whole, but of a format or variant that is not decoded."""
-    return ImageError(reason, code="image-unsupported")
-
-
-def too_large(reason: str) -> ImageError:
-    """The error for an image that would take too many pixels or bytes."""
-    return ImageError(reason, code="image-too-large")
+broken = functools.partial(ImageError, code="image-broken")  # bytes that contradict themselves or end too early
+unsupported = functools.partial(ImageError, code="image-unsupported")  # whole, but of a variant that is not decoded
+too_large = functools.partial(ImageError, code="image-too-large")
 
 
 @contextmanager
@@ -123,10 +113,7 @@ class Decoding:
 
     def notes(self) -> list[str]:
         """One line for each thing that was noted."""
-        return [
-            f"{len(names):,} images: {what} ({', '.join(sorted(names)[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
-            for what, names in self._noted.items()
-        ]
+        return [f"{len(names):,} images: {what} ({first_few(sorted(names), 3)})" for what, names in self._noted.items()]
 
 
 def check_max_pixels(value: int | str) -> int:

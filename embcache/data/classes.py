@@ -231,7 +231,6 @@ def rename_classes(ds: ImageDataset, names: Mapping[str, str]) -> ImageDataset:
 
 
 def _rename_notes(ds: ImageDataset, of: Sequence[str]) -> list[str]:
-    """Notes on classes that are now called ``of``: the number of their images, by split."""
     notes = []
     for new in dict.fromkeys(of):
         old = [c for c, name in enumerate(of) if name == new]

@@ -76,16 +76,12 @@ class ImageDataset:
         Number of training images drawn at random before all else; None: all are used.
     leaderboard_alpha : float or None
         Weight of the private score in the competition's average.
-    grouped : bool
-        False where groups are unknown, which results then state.
-    synthetic : bool
-        Whether the images are drawn by a program.
-    notes : tuple of str
-        What a user must see beside any result.
-    missing : tuple of str
-        Paths that the labels name and that are not there.
+    grouped, synthetic : bool
+        Whether groups are known, and whether the images are drawn by a program; results state both.
+    notes, missing : tuple of str
+        What a user must see beside any result; paths that the labels name and that are not there.
     origin : Path or None
-        What it was loaded from: the folder that was named, or the label table.
+        The folder, or the label table, that it was loaded from.
     ref : DatasetRef
         How its table was read: the columns that the user named, and classes that differ only in letter case.
     target : str
@@ -160,12 +156,8 @@ class ImageDataset:
         of its members. Notes count the images; if two classes are left, the macro AUC becomes the AUC, and there is no
         leaderboard.
 
-        Parameters
-        ----------
-        drop : iterable of str
-            Classes to leave out.
-        merge : mapping of str to iterable of str
-            The new name, and the two or more classes that it takes the place of: ``{"ill": ["mild", "severe"]}``.
+        ``merge`` has the new name, and the two or more classes that it takes the place of:
+        ``{"ill": ["mild", "severe"]}``.
 
         Raises
         ------
@@ -187,7 +179,6 @@ class ImageDataset:
         return len(self.table)
 
     def _facts(self) -> list[tuple[str, str]]:
-        """What ``repr`` shows, as (name, value); one pass over the labels, no file is looked at."""
         facts = []
         for split in SPLITS:
             labels = self.table.loc[self.table["split"] == split, "label"].to_numpy(dtype=np.int64)
@@ -234,13 +225,7 @@ class ImageDataset:
 
     @classmethod
     def from_parquet_bytes(cls, data: bytes) -> ImageDataset:
-        """The inverse of `to_parquet_bytes`.
-
-        Raises
-        ------
-        DatasetError
-            The bytes are not such a file.
-        """
+        """The inverse of `to_parquet_bytes`; `DatasetError` for any other bytes."""
         try:
             table, meta = decode_snapshot(data)
             (target,) = typed(list[Classes], meta.pop("targets"), "targets")
@@ -252,7 +237,6 @@ class ImageDataset:
 
 
 def _check_table(table: pd.DataFrame, class_names: Sequence[str], *, where: object) -> None:
-    """Raise `DatasetError` unless ``table`` keeps the contract of `ImageDataset.table`."""
     absent = [c for c in COLUMNS if c not in table.columns]
     if absent:
         raise DatasetError(
@@ -335,22 +319,11 @@ def load_dataset(
 
 
 def find_dataset(name: str, ref: DatasetRef = DatasetRef(), home: PathLike | None = None) -> tuple[ImageDataset, str]:
-    """The dataset from its files where they are there, else from the snapshot that extraction kept.
+    """The dataset from its files where they are there, and "live"; else extraction's snapshot, and "snapshot".
 
-    Parameters
-    ----------
-    name : str
-        As for `load_dataset`, or the name of a cached dataset (``mammo-1a2b3c4d``, or one set by ``--name``).
-    ref : DatasetRef, optional
-        How the table is read, and what is predicted. Without a root, the folder that the snapshot was made from comes
-        before the default one: the features are of its images. Columns that are not named are those of the snapshot,
-        where the root is what it was made from.
-    home
-        As for `load_dataset`.
-
-    Returns
-    -------
-    (ImageDataset, {"live", "snapshot"})
+    Names are those of `load_dataset`, and those of cached datasets (``mammo-1a2b3c4d``, or one set by ``--name``).
+    Without a root, the folder that the snapshot was made from comes before the default one: the features are of its
+    images. Columns that are not named are those of the snapshot, where the root is what it was made from.
     """
     found, state = _find(name, ref, home)
     return with_ref(found, ref), state
@@ -414,10 +387,8 @@ def read_snapshot(name: str, home: PathLike | None = None) -> ImageDataset | Non
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DatasetError(
-            "the snapshot of a dataset cannot be read", code="snapshot-unreadable",
-            found=error.strerror or str(error), where=path,
-        ) from error  # fmt: skip
+        found = error.strerror or str(error)
+        raise damaged("the snapshot of a dataset cannot be read", path, found, "snapshot-unreadable") from error
     except DatasetError as error:
         if error.code == "snapshot-form":
             raise damaged(error.problem, path, str(error.found), error.code) from error
@@ -468,8 +439,8 @@ class Listed(NamedTuple):
 
     name: str
     description: str
-    found: ImageDataset | None
-    root: Path | None  # where it is, or is looked for; None for a folder dataset that no one has named
+    found: ImageDataset | None = None
+    root: Path | None = None  # where it is, or is looked for; None for a folder dataset that no one has named
     problem: str = ""  # why nothing is found
 
 
@@ -491,7 +462,7 @@ def list_datasets(home: PathLike | None = None) -> list[Listed]:
 
 def _list_one(name: str, description: str, root: Path | None, home: PathLike | None) -> Listed:
     if name == "folder":
-        return Listed(name, description, None, None)
+        return Listed(name, description)
     try:
         found = survey_dataset(name, home=home)
     except EmbcacheError as error:

@@ -284,7 +284,6 @@ def _grays(pydicom: Any, file: Any, frame: npt.NDArray[Any], parts: Sequence[sli
 
 
 def _own_range(header: Any, frame: npt.NDArray[Any], parts: Sequence[slice], rescale: _Values) -> _Values:
-    """The image's own range, padding left out, as brightness from 0 to 1."""
     low, high = np.inf, -np.inf
     with np.errstate(all="ignore"):
         for part in parts:
@@ -349,7 +348,6 @@ def _windowed(center: float, width: float, sigmoid: bool, gray: npt.NDArray[np.f
 
 
 def _padding(header: Any, frame: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Which pixels are padding around the image, by the file's own account."""
     kind = {4: "Float", 8: "DoubleFloat"}[frame.dtype.itemsize] if frame.dtype.kind == "f" else ""
     value = header.get(f"{kind}PixelPaddingValue")
     if value is None:

@@ -208,13 +208,7 @@ def locate_files(root: Path, paths: Sequence[str], *, sizes: bool = True) -> dic
 
     Each folder is listed once, so that 220,025 images cost two listings instead of as many look-ups.
     """
-    look = _state if sizes else lambda place: FileState(0, 0, 0, 0)
-    return {path: state and state.size for path, state in _look(root, paths, look)}
-
-
-def stat_files(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, FileState | None]]:
-    """Every distinct path under ``root`` with the state of its file, or None where there is none."""
-    return _look(root, paths, _state)
+    return {path: state and state.size for path, state in stat_files(root, paths, sizes)}
 
 
 def _state(place: str | os.DirEntry[str]) -> FileState:
@@ -223,9 +217,9 @@ def _state(place: str | os.DirEntry[str]) -> FileState:
     return FileState(state.st_size, state.st_mtime_ns, state.st_ctime_ns, inode)
 
 
-def _look(
-    root: Path, paths: Sequence[str], look: Callable[[str | os.DirEntry[str]], FileState]
-) -> Iterator[tuple[str, FileState | None]]:
+def stat_files(root: Path, paths: Sequence[str], states: bool = True) -> Iterator[tuple[str, FileState | None]]:
+    """Every distinct path under ``root`` with the state of its file (zeros without ``states``), None if it is gone."""
+    look = _state if states else lambda place: FileState(0, 0, 0, 0)
     by_folder: dict[str, list[str]] = {}
     for path in dict.fromkeys(paths):
         by_folder.setdefault(path.rpartition("/")[0], []).append(path)

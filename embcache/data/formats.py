@@ -14,7 +14,6 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
@@ -39,7 +38,6 @@ _REFUSED = (
 
 @functools.cache
 def _readable_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow has, in the order in which Pillow tries them."""
     Image.init()
     return tuple(format for format in Image.ID if format in FORMATS)
 
@@ -85,10 +83,9 @@ _SCAN = 0xDA
 
 
 def is_square_of(path: str, side: int) -> bool:
-    """Whether the header of the file says ``side`` × ``side`` pixels; False where that is not sure.
+    """Whether the header says ``side`` × ``side`` pixels, for sure: in microseconds, as there may be a million files.
 
-    Takes microseconds, to compare a million images with one whose size is known. Only squares: their size does not
-    depend on an orientation.
+    Only squares: their size does not depend on an orientation.
     """
     descriptor = os.open(path, _FLAGS)
     try:
@@ -143,7 +140,6 @@ def codestream_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _tiff_size(descriptor: int, head: bytes) -> tuple[int, int] | None:
-    """(width, height) of a TIFF's first page; None where not sure."""
     order = "<" if head[:2] == b"II" else ">"
     if len(head) < 8:
         return None
@@ -179,31 +175,48 @@ _REVERSED = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], a
 _PREDICTORS = {1: "uifb", 2: "ui", 3: "f"}
 
 
-@dataclass(frozen=True)
 class Page:
-    """What the tags say of the page that is decoded."""
+    """What the tags say of the page that is decoded.
 
-    number: int
-    pages: int  # there are so many that are as much an image as it is; counted to a limit
-    big_endian: bool
-    width: int
-    height: int
-    bits: int
-    kind: str  # "u", "i", "f" of the samples, "?" of none that is decoded
-    photometric: int
-    samples: int
-    extra: tuple[int, ...]
-    planar: bool
-    compression: int
-    predictor: int
-    reversed_bits: bool
-    orientation: int
-    segment: tuple[int, int]  # width and height of a tile or strip
-    tiled: bool
-    offsets: npt.NDArray[np.int64]
-    counts: npt.NDArray[np.int64]
-    colors: npt.NDArray[np.int64]
-    nodata: float | None
+    Of its samples ``kind`` is "u", "i" or "f", or "?" for such as are not decoded; ``pages`` is how many are as much an
+    image as it is; ``segment`` the width and height of its tiles or strips.
+    """
+
+    def __init__(self, tags: dict[int, npt.NDArray[Any]], number: int, pages: int, big_endian: bool) -> None:
+        def many(tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+            found = tags.get(tag)
+            return default if found is None or not len(found) else tuple(found[:_MOST_SAMPLES].tolist())
+
+        def one(tag: int, default: int) -> int:
+            return many(tag, (default,))[0]
+
+        self.number, self.pages, self.big_endian = number, pages, big_endian
+        self.width, self.height, self.samples = one(256, 0), one(257, 0), one(277, 1)
+        self.photometric, self.compression, self.predictor = one(262, -1), one(259, 1), one(317, 1)
+        self.reversed_bits, self.orientation = one(266, 1) == 2, one(274, 1)
+        self.planar, self.extra = one(284, 1) == 2 and self.samples > 1, many(338)
+        if not 1 <= self.samples <= _MOST_SAMPLES:
+            raise unsupported(f"a TIFF of {self.samples} samples per pixel: 1 to {_MOST_SAMPLES} are decoded")
+        bits, formats = set(many(258, (1,))), set(many(339, (1,)))
+        self.bits, alike = max(bits), len(formats) == len(bits) == 1
+        kind = {1: "u", 2: "i", 3: "f", 4: "u"}.get(next(iter(formats)), "?") if alike else "?"
+        known = self.bits in (16, 32, 64) if kind == "f" else 1 <= self.bits <= 32 or self.bits == 64
+        self.kind = kind if known else "?"
+        self.tiled = 322 in tags
+        rows = min(one(278, self.height) or self.height, self.height)
+        self.segment = (one(322, 0), one(323, 0)) if self.tiled else (self.width, rows)
+        if self.width and self.height and min(self.segment) < 1:
+            raise broken("a TIFF whose strips or tiles have no size")
+        empty = np.zeros(0, np.int64)
+        places, sizes = (tags.get(tag) for tag in ((324, 325) if self.tiled else (273, 279)))
+        self.offsets = (tags.get(273, empty) if places is None else places).astype(np.int64)
+        self.counts = (tags.get(279, empty) if sizes is None else sizes).astype(np.int64)
+        self.colors = tags.get(320, empty).astype(np.int64)
+        text = tags.get(42113, empty).astype(np.uint8).tobytes()[:64].split(b"\0")[0].decode("ascii", "replace").strip()
+        try:
+            self.nodata = float(text) if text else None
+        except ValueError:
+            raise broken(f"a TIFF whose NODATA value is no number: {text[:20]!r}") from None
 
     @property
     def deep(self) -> bool:
@@ -240,7 +253,7 @@ def read_page(file: IO[bytes], decoding: Decoding) -> Page:
     if chosen is None:
         raise broken("a TIFF without a page")
     file.seek(0)
-    page = _page(chosen, number, pages, file.read(2) != b"II")
+    page = Page(chosen, number, pages, file.read(2) != b"II")
     if min(page.width, page.height) < 1:
         raise broken("a TIFF whose image has no pixels")
     decoding.check_size(page.width, page.height)
@@ -292,7 +305,6 @@ def pillow_page(data: bytes, page: Page) -> Image.Image | None:
 
 
 def _refuse(page: Page) -> None:
-    """Raise `ImageError` for samples whose picture cannot be known."""
     if page.kind == "?":
         raise unsupported("a TIFF whose samples are complex numbers, or differ in depth or format")
     if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE):
@@ -306,7 +318,6 @@ def _refuse(page: Page) -> None:
 
 
 def _absent(values: npt.NDArray[Any], nodata: float | None) -> npt.NDArray[np.bool_] | None:
-    """Pixels of which every color is the file's NODATA value."""
     if nodata is None or math.isnan(nodata):
         return None
     kind = values.dtype
@@ -361,7 +372,6 @@ def _assemble(data: bytes, page: Page) -> npt.NDArray[Any]:
 
 
 def _samples(packed: bytes, page: Page, rows: int, columns: int, channels: int) -> npt.NDArray[Any]:
-    """Samples (rows, columns, channels) of one segment."""
     per_row = -(-columns * channels * page.bits // 8)
     raw = _unpacked(packed, page, rows * per_row)
     if len(raw) < rows * per_row:
@@ -390,7 +400,6 @@ def _samples(packed: bytes, page: Page, rows: int, columns: int, channels: int) 
 
 
 def _unpacked(packed: bytes, page: Page, size: int) -> bytes:
-    """Bytes of a segment, no more than ``size``."""
     if page.compression == _NONE:
         return _REVERSED[np.frombuffer(packed, np.uint8)].tobytes() if page.reversed_bits else packed
     if page.compression in _DEFLATE and not page.reversed_bits:
@@ -446,43 +455,6 @@ def _directories(file: IO[bytes]) -> Iterator[dict[int, npt.NDArray[Any]]]:
                 tags[tag] = np.frombuffer(raw, dtype, min(count, len(raw) // dtype.itemsize))
         yield tags
         at = number(table[entries * entry :])
-
-
-def _page(tags: dict[int, npt.NDArray[Any]], number: int, pages: int, big_endian: bool) -> Page:
-    def many(tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        found = tags.get(tag)
-        return default if found is None or not len(found) else tuple(found[:_MOST_SAMPLES].tolist())
-
-    def one(tag: int, default: int) -> int:
-        return many(tag, (default,))[0]
-
-    width, height, samples = one(256, 0), one(257, 0), one(277, 1)
-    bits, formats = set(many(258, (1,))), set(many(339, (1,)))
-    if not 1 <= samples <= _MOST_SAMPLES:
-        raise unsupported(f"a TIFF of {samples} samples per pixel: 1 to {_MOST_SAMPLES} are decoded")
-    depth = max(bits)
-    kind = {1: "u", 2: "i", 3: "f", 4: "u"}.get(next(iter(formats)), "?") if len(formats) == len(bits) == 1 else "?"
-    if not 1 <= depth <= 64 or (kind == "f" and depth not in (16, 32, 64)) or (kind != "?" and 32 < depth < 64):
-        kind = "?"
-    tiled = 322 in tags
-    rows = min(one(278, height) or height, height)
-    segment = (one(322, 0), one(323, 0)) if tiled else (width, rows)
-    if width and height and min(segment) < 1:
-        raise broken("a TIFF whose strips or tiles have no size")
-    places, sizes = (324, 325) if tiled else (273, 279)
-    places, sizes = (places if places in tags else 273), (sizes if sizes in tags else 279)
-    empty = np.zeros(0, np.int64)
-    text = tags.get(42113, empty).astype(np.uint8).tobytes()[:64].split(b"\0")[0].decode("ascii", "replace").strip()
-    try:
-        nodata = float(text) if text else None
-    except ValueError:
-        raise broken(f"a TIFF whose NODATA value is no number: {text[:20]!r}") from None
-    return Page(
-        number, pages, big_endian, width, height, depth, kind, one(262, -1), samples, many(338),
-        one(284, 1) == 2 and samples > 1, one(259, 1), one(317, 1), one(266, 1) == 2, one(274, 1), segment, tiled,
-        tags.get(places, empty).astype(np.int64), tags.get(sizes, empty).astype(np.int64),
-        tags.get(320, empty).astype(np.int64), nodata,
-    )  # fmt: skip
 
 
 # Values of any depth to 8 bits, by rules that depend on the image alone

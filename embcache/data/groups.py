@@ -279,7 +279,6 @@ def identical_files(root: Path, sizes: Mapping[str, int | None]) -> dict[str, st
 
 
 def _not_alone(keys: Mapping[str, object]) -> list[str]:
-    """Paths whose key another has, too."""
     together = defaultdict[object, list[str]](list)
     for path, key in keys.items():
         together[key].append(path)
@@ -287,7 +286,6 @@ def _not_alone(keys: Mapping[str, object]) -> list[str]:
 
 
 def _duplicate_notes(table: pd.DataFrame, keys: Sequence[str], class_names: Sequence[str]) -> list[str]:
-    """Notes on byte-identical images: how many there are, and which carry different labels."""
     twins = table.assign(key=list(keys))
     twins = twins[twins["key"] != ""]
     if twins.empty:
@@ -305,7 +303,6 @@ def _duplicate_notes(table: pd.DataFrame, keys: Sequence[str], class_names: Sequ
 
 
 def _may_be_dicom(paths: Sequence[str]) -> bool:
-    """Whether a path has a DICOM file's suffix, or none of an image."""
     suffixes = {path[path.rfind(".") :] for path in paths if path}  # one look at them, for there may be many paths
     return not all(is_image_name(f"a{suffix}") and not has_dicom_suffix(suffix) for suffix in suffixes)
 

@@ -227,7 +227,6 @@ def _open_with_less(file: IO[bytes]) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8, still to be applied."""
     if image.format == "PNG":
         # Its EXIF block may follow the pixels, so that getexif() decodes them, and what is broken in them must not be
         # taken for a broken block: loaded a second time, Pillow returns what it has got so far.

@@ -119,7 +119,6 @@ def _unreadable(path: Path, problem: str, error: Exception, expected: str | None
 
 
 def _lines(path: Path, rows: int | None) -> tuple[list[list[str]], list[str]]:
-    """Fields of every line of a CSV file that is not blank, and what had to be inferred."""
     text, encoding = _decoded(path, rows)
     preferred = "\t" if path.suffix.lower() == ".tsv" else ","
     delimiter = _delimiter(text, preferred)
@@ -173,7 +172,6 @@ def _delimiter(text: str, preferred: str) -> str:
 
 
 def _sheet(path: Path) -> tuple[list[list[str]], list[str]]:
-    """Cells of the first sheet of an Excel workbook as text, and a note where there are others."""
     try:
         with pd.ExcelFile(path, engine="openpyxl") as workbook:
             names = workbook.sheet_names

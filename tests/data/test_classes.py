@@ -15,7 +15,6 @@ from embcache.data.classes import (
     change_notes,
     class_flags,
     class_words,
-    rename_classes,
     retarget,
     with_ref,
 )
@@ -61,11 +60,6 @@ def test_every_image_has_its_new_class_or_is_gone(
     again = as_in_run(ds, {"classes": dict(changed.renamed)})
     pd.testing.assert_frame_equal(again.table, changed.table)
     assert again.class_names == changed.class_names
-
-
-def test_kappa_of_merged_grades_stays_kappa() -> None:
-    ds = replace(graded(), metric="kappa")
-    assert ds.with_classes(["other, unclear", "a+b"], {"ill": ["mild", "severe"]}).metric == "kappa"
 
 
 def test_changes_after_changes_are_those_of_the_loaded_dataset() -> None:
@@ -136,8 +130,3 @@ def test_a_note_of_the_overlap_with_the_test_set_counts_what_is_left() -> None:
     noted = replace(shared, notes=tuple(overlap_notes(shared.table)))
     changed = noted.with_classes(["a+b"])
     assert [note for note in changed.notes if "groups occur in both" in note] == overlap_notes(changed.table)
-
-
-def test_names_that_are_no_longer_there_change_nothing() -> None:
-    ds = graded()
-    assert rename_classes(ds, {"gone": ""}).class_names == ds.class_names

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embcache.config import DatasetRef
@@ -52,16 +52,12 @@ def test_columns_are_given_as_arrays_and_one_split_can_be_selected() -> None:
         ({"id": ["a", "a", "c"]}, "duplicate-ids"),
         ({"id": ["a", "", "c"]}, "cell-not-text"),
         ({"id": ["a", "b\0", "c"]}, "cell-not-text"),
-        ({"group": ["p", "p\0", "q"]}, "cell-not-text"),
+        ({"id": pd.Series(["a", "caf\udce9", "c"], dtype=object)}, "cell-not-text"),
         ({"path": ["a.png", "../b.png", "c.png"]}, "outside-root"),
-        ({"path": ["a.png", "x/../../b.png", "c.png"]}, "outside-root"),
-        ({"path": ["a.png", "/etc/passwd", "c.png"]}, "outside-root"),
         ({"path": ["a.png", "C:\\b.png", "c.png"]}, "outside-root"),
         ({"path": ["a.png", "..\\b.png", "c.png"]}, "outside-root"),
         ({"id": ["a", "../b", "c"]}, "outside-root"),
-        ({"id": ["a", "/b", "c"]}, "outside-root"),
         ({"label": [0, 2, -1]}, "unknown-label"),
-        ({"label": [0, -2, -1]}, "unknown-label"),
         ({"label": [0.0, 1.0, -1.0]}, "column-types"),
         ({"split": ["train", "held-out", "test"]}, "unknown-split"),
     ],
@@ -71,23 +67,12 @@ def test_a_table_that_breaks_the_contract_is_refused(changes: dict[str, object],
         dataset(**changes)
 
 
-def test_an_id_that_is_not_utf8_is_refused() -> None:
-    columns = table().astype({"id": object})
-    columns.loc[1, "id"] = "caf\udce9"
-    with refused(DatasetError, "cell-not-text"):
-        ImageDataset("toy", None, ("cat", "dog"), "auc", "generic", columns)
-
-
-def test_a_table_without_a_column_is_refused() -> None:
-    with refused(DatasetError, "column-missing"):
-        ImageDataset("toy", None, ("cat", "dog"), "auc", "generic", table().drop(columns="group"))
-
-
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
 
 IDS = NAMES.filter(lambda name: name[0] not in "/\\" and ":" not in name and ".." not in name)
 
 
+@settings(max_examples=25)
 @given(st.lists(IDS, unique=True, min_size=1, max_size=8), st.data())
 def test_a_snapshot_returns_the_same_dataset(ids: list[str], data: st.DataObject) -> None:
     n = len(ids)
@@ -124,13 +109,6 @@ def test_a_snapshot_returns_the_same_dataset(ids: list[str], data: st.DataObject
     assert again.table.to_dict("list") == ds.table.to_dict("list")
     assert {**vars(again), "table": None} == {**vars(ds), "table": None}
     assert again.to_parquet_bytes() == ds.to_parquet_bytes()
-
-
-def test_bytes_that_are_no_snapshot_are_refused() -> None:
-    good = dataset().to_parquet_bytes()
-    for data in (b"", b"PAR1", good[:-20]):
-        with refused(DatasetError, "snapshot-damaged"):
-            ImageDataset.from_parquet_bytes(data)
 
 
 def test_what_probing_loads_decodes_no_image(tmp_path: Path) -> None:
@@ -173,12 +151,6 @@ def test_a_root_that_is_not_there_tells_the_layout_and_the_download(name: str, h
     assert str(home.parent / "data" / name) in message
 
 
-def test_the_default_root_is_below_the_data_folder(home: Path) -> None:
-    write_image(home.parent / "data" / "pneumonia" / "chest_xray" / "train" / "NORMAL" / "IM-0001-0001.jpeg", 1)
-    write_image(home.parent / "data" / "pneumonia" / "chest_xray" / "train" / "PNEUMONIA" / "person1_virus_1.jpeg", 2)
-    assert len(load_dataset("pneumonia")) == 2
-
-
 def test_a_folder_dataset_needs_a_folder(home: Path) -> None:
     with refused(UsageError, "root-missing"):
         load_dataset("folder")
@@ -216,15 +188,6 @@ def pets(tmp_path: Path) -> Path:
     return tmp_path / "pets"
 
 
-def test_a_cached_folder_dataset_is_found_by_its_name(home: Path, pets: Path) -> None:
-    ds = load_dataset("folder", pets)
-    keep(ds, home)
-    write_image(pets / "dog" / "d.png", 9)
-    found, origin = find_dataset(ds.name)
-    assert origin == "live"
-    assert (found.name, found.root, len(found)) == (ds.name, ds.root, 4)
-
-
 def test_the_snapshot_serves_when_the_folder_is_gone(home: Path, pets: Path) -> None:
     ds = load_dataset("folder", pets)
     keep(ds, home)
@@ -233,23 +196,6 @@ def test_the_snapshot_serves_when_the_folder_is_gone(home: Path, pets: Path) -> 
         found, origin = find_dataset(name, ref)
         assert origin == "snapshot"
         assert found.table.equals(ds.table)
-
-
-def test_the_snapshot_of_a_table_dataset_is_found_when_the_table_is_gone(home: Path, pets: Path) -> None:
-    (pets / "labels.csv").write_text("path,label\ncat/a.png,0\ndog/c.png,1\n")
-    ds = load_dataset("folder", pets / "labels.csv")
-    keep(ds, home)
-    (pets / "labels.csv").unlink()
-    assert find_dataset("folder", DatasetRef(data_root=pets / "labels.csv"))[1] == "snapshot"
-
-
-def test_a_cached_table_dataset_is_read_from_its_table_again(home: Path, pets: Path) -> None:
-    (pets / "labels.csv").write_text("path,label\ncat/a.png,0\ndog/c.png,1\n")
-    ds = load_dataset("folder", pets / "labels.csv")
-    keep(ds, home)
-    found, origin = find_dataset(ds.name)
-    assert origin == "live"
-    assert found.ids.tolist() == ["cat/a.png", "dog/c.png"]
 
 
 def test_a_root_given_a_level_up_is_recognised_when_it_is_gone(home: Path, tmp_path: Path) -> None:
@@ -289,13 +235,6 @@ def test_a_named_dataset_keeps_its_name_when_it_is_moved(home: Path, pets: Path)
     moved = pets.rename(pets.parent / "moved")
     found, origin = find_dataset("pets", DatasetRef(data_root=moved))
     assert (found.name, found.root, origin) == ("pets", moved, "live")
-
-
-def test_a_damaged_snapshot_says_so(home: Path) -> None:
-    (home / "pets").mkdir(parents=True)
-    (home / "pets" / "dataset.parquet").write_bytes(b"PAR1 no more")
-    with refused(DatasetError, "snapshot-damaged"):
-        find_dataset("pets")
 
 
 def test_without_files_or_snapshot_the_error_is_that_of_loading(home: Path) -> None:

@@ -262,7 +262,6 @@ def _left_out(where: str, paths: Sequence[str]) -> list[str]:
 
 
 def _unread(tree: _Tree, others: Sequence[str]) -> list[str]:
-    """A note on the outermost folders whose files are all of no format that is read."""
     unread = defaultdict[str, list[str]](list)
     for path in others:
         folders = [*accumulate(path.split("/")[:-1], "{}/{}".format)]
@@ -273,7 +272,6 @@ def _unread(tree: _Tree, others: Sequence[str]) -> list[str]:
 
 
 def _inner_folders(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    """A note where class folders have folders of several images, which may be patients."""
     images = Counter(path.rpartition("/")[0] for path, _, _ in rows)
     classes = {(label, split) for _, label, split in rows}
     several = sum(n > 1 for n in images.values())
