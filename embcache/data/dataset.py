@@ -344,9 +344,10 @@ def _find(name: str, ref: DatasetRef, home: PathLike | None, *, survey: bool = F
         return _load(find_layout(name, home), given, home, ref, survey=survey), "live"
     notes = list[str]()
     if root is None or cached.origin == root:
-        columns = named_columns(cached.ref) | named_columns(ref)
+        names = named_columns(cached.ref) | named_columns(ref)
+        columns = {f"{role}_column": column for role, column in names.items()}
         merge = tuple(dict.fromkeys(cached.ref.merge_class + ref.merge_class))
-        ref = replace(ref, **{f"{role}_column": column for role, column in columns.items()}, merge_class=merge)
+        ref = DatasetRef.make(ref, {**columns, "merge_class": merge})
     elif words := cached.ref.words():
         notes = [f"{' '.join(words)}, as {cached.name} was read from {cached.origin}, does not count here"]
     # Extraction without the missing images was a decision to go on without them.

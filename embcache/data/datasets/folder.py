@@ -112,7 +112,7 @@ class _Tree:
         elif near := near + [base / name for name in children if self.inner[name]] + [base] * bool(flat):
             fix = f"--data-root '{near[0]}', or {fix}"
         raise DatasetNotFoundError(
-            problem, code="classes-unclear" if children else "dataset-layout", expected=EXPECTED,
+            problem, code="classes-unclear" if children or flat else "dataset-layout", expected=EXPECTED,
             found=first_few(found, 8) or "no images", where=self.root, fix=fix,
         )  # fmt: skip
 
@@ -139,9 +139,9 @@ def read_folder(root: Path, name: str, ref: DatasetRef = DatasetRef()) -> ImageD
             if len(tables) > 1:
                 tree.refuse("several tables could be that of the labels")
             ds = read_label_table(tree.root / tables[0], name, ref)
-            named, passed = set(ds.table["path"]), [path for path in others if not path.endswith(TABLE_SUFFIXES)]
+            listed, passed = set(ds.table["path"]), [path for path in others if not path.endswith(TABLE_SUFFIXES)]
             notes = [f"{tables[0]}, beside the images, is the table of labels", *ds.notes]
-            notes += _left_out("beside the table are not named in it and", [p for p in tree.images if p not in named])
+            notes += _left_out("beside the table are not named in it and", [p for p in tree.images if p not in listed])
             return replace(ds, notes=(*notes, *passed_note(passed)))
         notes += _left_out("outside the class folders", tree.flat[""])
         if len(children) != 1 or divided or tree.flat[children[0]]:
@@ -173,12 +173,11 @@ def read_folder(root: Path, name: str, ref: DatasetRef = DatasetRef()) -> ImageD
 
 def _rows(tree: _Tree, divided: bool, notes: list[str]) -> _Rows:
     """Path, class and split of each image by the folders that it lies in; notes are added."""
-    children, rows = tree.inner[""], _Rows()
+    children, rows, within = tree.inner[""], _Rows(), dict[str, set[str]]()
     splits_within = any(part.lower() in SPLIT_NAMES for name in children for part in tree.inner[name])
     if not children:
         tree.refuse("there are no class folders with images")
     if divided:  # train/<class>
-        within = defaultdict[str, set[str]](set)
         for name in children:
             if (split := SPLIT_NAMES.get(name.lower())) is None:
                 notes.append(f"a folder beside the splits is left out: {name}")
@@ -186,7 +185,7 @@ def _rows(tree: _Tree, divided: bool, notes: list[str]) -> _Rows:
             folder = tree.gone_into(name)
             for each in tree.inner[folder]:
                 rows += [(path, each, split) for path in tree.under(f"{folder}/{each}")]
-                within[each] |= tree.within(f"{folder}/{each}")
+                within.setdefault(each, set()).update(tree.within(f"{folder}/{each}"))
             if split == "test":  # a test set whose labels are kept elsewhere
                 rows += [(path, "", split) for path in tree.flat[folder]]
             else:

@@ -81,9 +81,10 @@ def _read_labels(file: Path, split: str) -> tuple[pd.DataFrame, int]:
     findings = given[list(FINDINGS)]
     wrong = findings.where(~findings.isin(("YES", "NO"))).set_axis(given["Image Index"]).stack().dropna()
     if len(wrong):
+        found = [f"{i}: {v!r}" for i, v in zip(wrong.index.get_level_values(0), wrong, strict=True)]
         raise DatasetError(
             f"unknown label in {len(wrong):,} rows", code="unknown-label", expected="YES or NO",
-            found=first_few([f"{i}: {value!r}" for (i, _), value in wrong.items()]), where=file,
+            found=first_few(found), where=file,
         )  # fmt: skip
     check_file_ids(given["Image Index"], where=file)
     check_unique(given["Image Index"].tolist(), where=file)
