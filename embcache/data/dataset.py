@@ -175,6 +175,10 @@ class ImageDataset:
             )
         return self.root / str(self.table["path"].iloc[row])
 
+    def read_options(self) -> list[str]:
+        """The options that say on the command line how its table was read, as words of a shell."""
+        return self.ref.words()
+
     def __len__(self) -> int:
         return len(self.table)
 

@@ -113,7 +113,7 @@ class FinetunePlan:
         words += ["--data-root", str(dataset.origin)] if dataset.origin is not None else []
         words += ["--name", dataset.name] if dataset.name != dataset.layout else []
         words += ["--allow-missing"] if dataset.missing else []
-        words += [*dataset.ref.words(), *class_flags(dataset.renamed)]
+        words += [*dataset.read_options(), *class_flags(dataset.renamed)]
         words += ["--subset", self.subset, *replace(config, resume=True, again=False).words()]
         return shlex.join([*words, *(["--home", str(home)] if home is not None else [])])
 

@@ -560,5 +560,5 @@ def extract_command(backbone: str, dataset: str | NamedTable, home: PathLike | N
             words += ["--data-root", str(origin or "FOLDER")]
         words += ["--name", dataset.name] if dataset.name != kind else []
         words += ["--allow-missing"] if dataset.missing else []
-        words += dataset.ref.words()
+        words += dataset.read_options()
     return shlex.join([*words, "--home", str(home)] if home is not None else words)
