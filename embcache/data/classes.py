@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from embcache.config import DatasetRef
 from embcache.data.groups import may_name_people, overlap_notes
-from embcache.data.tables import COLUMNS, SPLITS, as_text
+from embcache.data.tables import COLUMNS, SPLITS, as_text, match_column
 from embcache.errors import DatasetError, UsageError, first_few
 
 if TYPE_CHECKING:
@@ -297,7 +297,9 @@ def columns(ds: ImageDataset) -> tuple[str, ...]:
 
 def column_values(ds: ImageDataset, column: str) -> Column:
     """The values of a column: text as it is, ages in bands, other numbers in quartiles."""
-    name = _find_column(ds, column)
+    own = columns(ds)
+    add = None if own else "add columns to the table of your images (docs/results.md), or use another dataset"
+    name = match_column(column, own, ds.name, fix=add)
     texts = [as_text(value) for value in ds.table[name].tolist()]
     texts = ["" if text.lower() in _NO_VALUE else text for text in texts]
     known = set(texts) - {""}
@@ -317,7 +319,7 @@ def column_values(ds: ImageDataset, column: str) -> Column:
             f"column {name!r} of {ds.name} has too many values to make groups of images", code="column-values",
             expected=f"numbers, or at most {MAX_VALUES} distinct values",
             found=f"{len(values):,}" + ("" if may_name_people(name) else f" ({first_few(values, 3)})"),
-            fix="another column: " + ", ".join(c for c in columns(ds) if c != name),
+            fix="another column: " + ", ".join(c for c in own if c != name),
         )  # fmt: skip
     return Column(name, values, np.array(texts, dtype=object))
 
@@ -365,22 +367,6 @@ def as_in_run(ds: ImageDataset, request: Mapping[str, Any]) -> ImageDataset:
     request = request.get("of", request)
     ds = retarget(ds, request["target"]) if request.get("target") else ds
     return rename_classes(ds, request.get("classes", {}))
-
-
-def _find_column(ds: ImageDataset, column: str) -> str:
-    known = columns(ds)
-    if column in known:
-        return column
-    plain = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in known}
-    wanted = re.sub(r"[^a-z0-9]", "", column.lower())
-    if wanted in plain:
-        return plain[wanted]
-    near = [plain[match] for match in difflib.get_close_matches(wanted, plain, n=3)]
-    raise UsageError(
-        f"{ds.name} has no column {column!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
-        code="unknown-column", expected=", ".join(known) or "a dataset whose table has columns such as sex or age",
-        fix=None if known else "add columns to the table of your images (docs/results.md), or use another dataset",
-    )  # fmt: skip
 
 
 def _numbers(texts: Sequence[str]) -> NDArray[np.float64] | None:

@@ -358,15 +358,19 @@ def find_columns(
 def named_column(header: Sequence[str], ref: DatasetRef, role: str) -> str:
     """The column that the user named for a role, in the table's own spelling; empty where none was named."""
     name = named_columns(ref).get(role, "")
-    if not name or name in header:
-        return name
-    alike = [column for column in header if plain_name(column) == plain_name(name)]
+    return name and match_column(name, header, "the table", where=f"--{role}-column")
+
+
+def match_column(name: str, header: Sequence[str], table: str, where: str | None = None, fix: str | None = None) -> str:
+    """The column of that name, or the only one that is spelled alike; `UsageError` where there is none."""
+    alike = [name] if name in header else [column for column in header if plain_name(column) == plain_name(name)]
     if len(alike) == 1:
         return alike[0]
     near = difflib.get_close_matches(name, header, n=3)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise UsageError(
-        f"the table has no column {name!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ""),
-        code="unknown-column", expected=", ".join(header), where=f"--{role}-column",
+        f"{table} has no column {name!r}{hint}", code="unknown-column", where=where, fix=fix,
+        expected=", ".join(header) or "a table with such columns",
     )  # fmt: skip
 
 

@@ -72,20 +72,20 @@ class _Tree:
         self.root, self.images, self.ref = root, images, ref
         self.flat = defaultdict[str, list[str]](list)  # images directly in each folder
         self.inner = defaultdict[str, list[str]](list)  # names of the folders in each folder that hold images
-        self._span: dict[str, tuple[int, int]] = {}  # those below a folder follow each other
+        self.span: dict[str, tuple[int, int]] = {}  # those below a folder follow each other
         for number, path in enumerate(images):
             *folders, _ = path.split("/")
             self.flat["/".join(folders)].append(path)
             for folder in accumulate(folders, "{}/{}".format):
-                if folder not in self._span:
+                if folder not in self.span:
                     above, _, own = folder.rpartition("/")
                     self.inner[above].append(own)
-                start, _ = self._span.get(folder, (number, 0))
-                self._span[folder] = start, number + 1
+                start, _ = self.span.get(folder, (number, 0))
+                self.span[folder] = start, number + 1
 
     def under(self, folder: str) -> list[str]:
         """Images at or below a folder."""
-        return self.images[slice(*self._span[folder])]
+        return self.images[slice(*self.span[folder])]
 
     def gone_into(self, folder: str) -> str:
         """``folder``, or the only one with images in it where that has a name that tells nothing, however deep."""
@@ -263,9 +263,9 @@ def _left_out(where: str, paths: Sequence[str]) -> list[str]:
 def _unread(tree: _Tree, others: Sequence[str]) -> list[str]:
     unread = defaultdict[str, list[str]](list)
     for path in others:
-        folders = [*accumulate(path.split("/")[:-1], "{}/{}".format)]
-        if without := [f for f in folders if f.rpartition("/")[2] not in tree.inner[f.rpartition("/")[0]]]:
-            unread[without[0]].append(path)
+        folders = accumulate(path.split("/")[:-1], "{}/{}".format)
+        if without := next((folder for folder in folders if folder not in tree.span), ""):
+            unread[without].append(path)
     listed = [f"{folder} ({suffix_counts(paths)})" for folder, paths in sorted(unread.items())]
     return [f"folders without an image that can be read are left out: {first_few(listed)}"] if listed else []
 
@@ -283,7 +283,7 @@ def _inner_folders(rows: Sequence[tuple[str, str, str]]) -> list[str]:
 def read_label_table(file: Path, name: str, ref: DatasetRef = DatasetRef()) -> ImageDataset:
     """Read a table of ``path,label[,group][,split][,id][,anything]``; paths are relative to its folder.
 
-    Labels are names or whole numbers, empty where unlabelled; rows without a split are for training; rows without
+    Labels are names or whole numbers, empty where unlabeled; rows without a split are for training; rows without
     a group are a group of their own; without an ``id`` column the path is the id. Further columns are kept. Columns
     may have other names that are usual, which notes name.
     """
