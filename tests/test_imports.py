@@ -39,7 +39,6 @@ _KNOWN = {
     ("results", "embcache.figures.plots"), ("results", "embcache.figures.plots.Curve"),
     ("results", "embcache.figures.plots.CurvePanel"), ("results", "embcache.figures.plots.plot_curves"),
     ("results", "embcache.figures.neighbors"), ("results", "embcache.figures.neighbors.draw_pictures"),
-    ("runs", "embcache.data.snapshot"), ("runs", "embcache.data.snapshot.open_parquet"),
     ("runs", "embcache.probe.metrics"), ("runs", "embcache.probe.metrics.find_metric"),
 }  # fmt: skip
 FORBIDDEN_MODULES = {

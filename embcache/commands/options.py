@@ -241,7 +241,7 @@ def check_named(command: str, **names: Sequence[str]) -> None:
 
 def echo_nothing(what: str, names: Sequence[str], home: Path | None) -> None:
     """Print that there is nothing of these datasets, and which cached ones may be meant."""
-    from embcache.data.snapshot import cached_names, near_names
+    from embcache.data.published import cached_names, near_names
     from embcache.paths import home_dir
 
     echo(f"{what} in {home_dir(home)}" + (f" for {', '.join(names)}" if names else ""))
@@ -253,11 +253,9 @@ def echo_nothing(what: str, names: Sequence[str], home: Path | None) -> None:
 
 def load_named(name: str, ref: DatasetRef, home: Path | None) -> tuple[ImageDataset, str]:
     """A dataset with the classes of ``ref``, and where it came from: live or snapshot."""
-    from embcache.data.classes import ClassOptions
     from embcache.data.dataset import find_dataset
 
-    dataset, source = find_dataset(name, ref, home=home)
-    return ClassOptions(ref.drop_class, ref.merge_class).of(dataset), source
+    return find_dataset(name, ref, home)
 
 
 def refuse_other_merges(ref: DatasetRef, dataset: ImageDataset) -> None:

@@ -1,7 +1,9 @@
-"""What decoding may take: pixels of one image, memory of all threads together; its notes; and no stray warnings."""
+"""What decoding may take: pixels of one image, memory of all threads; its errors and notes; and no stray warnings."""
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 import re
 import sys
@@ -11,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from embcache.errors import ImageError, UsageError
+from embcache.errors import EmbcacheError, ImageError, UsageError, first_few
 
 MAX_PIXELS = 89_478_485
 """Default limit on the pixels of an image that is decoded: Pillow's own, 256 MiB of RGB."""
@@ -19,23 +21,31 @@ MOST_PIXELS = 1 << 32
 """The highest limit that may be given: larger images are never decoded."""
 
 _MOST = 3 << 30  # bytes for one image at the default limit; 36 bytes per pixel; a 16-bit PNG takes 29
-_SHOWN = 3
-_TOO_LARGE = re.compile(r"too large: ([\d,]+) pixels")
 
 
-def broken(reason: str) -> ImageError:
-    """The error for an image whose bytes contradict themselves or end too early."""
-    return ImageError(reason, code="image-broken")
+broken = functools.partial(ImageError, code="image-broken")  # bytes that contradict themselves or end too early
+unsupported = functools.partial(ImageError, code="image-unsupported")  # whole, but of a variant that is not decoded
+too_large = functools.partial(ImageError, code="image-too-large")
 
 
-def unsupported(reason: str) -> ImageError:
-    """The error for an image that is whole, but of a format or variant that is not decoded."""
-    return ImageError(reason, code="image-unsupported")
-
-
-def too_large(reason: str) -> ImageError:
-    """The error for an image that would take too many pixels or bytes."""
-    return ImageError(reason, code="image-too-large")
+@contextmanager
+def reasons(failed: str) -> Iterator[None]:
+    """Turn whatever a decoder raises on broken bytes into an `ImageError`; trouble of the machine passes."""
+    try:
+        yield
+    except (EmbcacheError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise ImageError("the file is not there", code="image-missing") from error
+    except Exception as error:
+        # The system's own errors stand in the text of h5py's, whatever their type.
+        number = re.search(r"errno = (\d+)", str(error))
+        code = int(number.group(1)) if number else getattr(error, "errno", None)
+        if code not in (None, 0, errno.EINVAL):
+            raise OSError(code, os.strerror(code)) from error
+        text = re.sub(r"<[^<>]* object at 0x[0-9a-fA-F]+>", "", str(error))  # addresses differ from run to run
+        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())[:160]
+        raise broken(f"{failed}: {text or type(error).__name__}") from error
 
 
 class Budget:
@@ -103,10 +113,7 @@ class Decoding:
 
     def notes(self) -> list[str]:
         """One line for each thing that was noted."""
-        return [
-            f"{len(names):,} images: {what} ({', '.join(sorted(names)[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
-            for what, names in self._noted.items()
-        ]
+        return [f"{len(names):,} images: {what} ({first_few(sorted(names), 3)})" for what, names in self._noted.items()]
 
 
 def check_max_pixels(value: int | str) -> int:
@@ -122,7 +129,7 @@ def check_max_pixels(value: int | str) -> int:
 
 def pixels_of(reason: str) -> int:
     """Pixels of an image that was refused for its size, from the quarantined ``reason``; 0 for another reason."""
-    match = _TOO_LARGE.match(reason)
+    match = re.match(r"too large: ([\d,]+) pixels", reason)
     return int(match[1].replace(",", "")) if match else 0
 
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embcache.data.groups import overlap_notes
-from embcache.data.roles import may_name_people
-from embcache.data.tables import COLUMNS, SPLITS, as_text
+from embcache.config import DatasetRef
+from embcache.data.groups import may_name_people, overlap_notes
+from embcache.data.tables import COLUMNS, SPLITS, as_text, match_column
 from embcache.errors import DatasetError, UsageError, first_few
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def label_numbers(labels: Sequence[str], class_names: Sequence[str], *, ids: Seq
 
 def label_notes(labels: Sequence[str], class_names: Sequence[str]) -> list[str]:
     """Notes on labels that may not be what was meant: several in one, decimals, texts that occur once."""
-    counts = Counter(label for label in labels if label)
+    counts = Counter(filter(None, labels))
     notes = [
         f"class {name!r} ({counts[name]:,} images) reads like a missing value: leave such cells empty, or "
         f"embcache probe --drop-class {name}"
@@ -75,16 +75,15 @@ def label_notes(labels: Sequence[str], class_names: Sequence[str]) -> list[str]:
         if name.casefold() in _MISSING_WORDS
     ]
     parts = Counter(part.strip() for name in class_names for s in _SEPARATORS if s in name for part in name.split(s))
-    several = [
-        name
+    several = {
+        name: counts[name]
         for name in class_names
         for s in _SEPARATORS
         if s in name and (s == "|" or any(p.strip() in counts or parts[p.strip()] > 1 for p in name.split(s)))
-    ]
+    }
     if several:
-        n = sum(counts[name] for name in set(several))
         notes.append(
-            f"{n:,} labels seem to hold several findings ({first_few(list(dict.fromkeys(several)), 2)}): each "
+            f"{sum(several.values()):,} labels seem to hold several findings ({first_few(list(several), 2)}): each "
             "combination is one class; with one column per finding (yes, no), --target COLUMN predicts one finding"
         )
     decimals = [name for name in class_names if re.fullmatch(r"[+-]?[0-9]*[.,][0-9]+", name)]
@@ -106,16 +105,16 @@ def same_but_for_case(
     labels: Sequence[str], merge: Sequence[str], *, where: object
 ) -> tuple[dict[str, str], tuple[str, ...], list[str]]:
     """Classes that differ only in letter case: merged where the user said so, else refused."""
-    counts = Counter(label for label in labels if label)
+    counts = Counter(filter(None, labels))
     merged, done, notes = dict[str, str](), list[str](), list[str]()
     for text in merge:
-        for name, members in _merges([text], list(counts)).items():
-            if set(members) <= counts.keys() and len({member.casefold() for member in members}) == 1 < len(members):
-                merged |= dict.fromkeys(members, name)
-                done.append(text)
-                notes.append(f"classes {', '.join(members)} are one class, {name}, as --merge-class says")
+        ((name, members),) = _merges([text], list(counts)).items()
+        if set(members) <= counts.keys() and len({member.casefold() for member in members}) == 1 < len(members):
+            merged |= dict.fromkeys(members, name)
+            done.append(text)
+            notes.append(f"classes {', '.join(members)} are one class, {name}, as --merge-class says")
     alike: dict[str, list[str]] = {}
-    for name in sorted(dict.fromkeys(merged.get(name, name) for name in counts)):
+    for name in sorted({merged.get(name, name) for name in counts}):
         alike.setdefault(name.casefold(), []).append(name)
     several = [names for names in alike.values() if len(names) > 1]
     if several:
@@ -131,20 +130,14 @@ def same_but_for_case(
 # Classes left out or merged
 
 
-@dataclass(frozen=True)
-class ClassOptions:
-    """``--drop-class`` and ``--merge-class`` as they were typed, before the dataset's classes are known."""
-
-    drop: tuple[str, ...] = ()  # class names, or several with commas between
-    merge: tuple[str, ...] = ()  # ``a+b=c``
-
-    def of(self, ds: ImageDataset) -> ImageDataset:
-        """The dataset with these classes; see `ImageDataset.with_classes`."""
-        merge = [text for text in self.merge if text not in ds.ref.merge_class]  # the others were merged at loading
-        if not (self.drop or merge):
-            return ds
-        dropped = [name for text in self.drop for name in _names(text, ",", ds.class_names)]
-        return ds.with_classes(dropped, _merges(merge, ds.class_names))
+def with_ref(ds: ImageDataset, ref: DatasetRef) -> ImageDataset:
+    """The dataset with the target and the classes of a reference; see `retarget` and `ImageDataset.with_classes`."""
+    ds = retarget(ds, ref.target) if ref.target is not None else ds
+    merge = [text for text in ref.merge_class if text not in ds.ref.merge_class]  # the others were merged at loading
+    if not (ref.drop_class or merge):
+        return ds
+    dropped = [name for text in ref.drop_class for name in _names(text, ",", ds.class_names)]
+    return ds.with_classes(dropped, _merges(merge, ds.class_names))
 
 
 def _merges(texts: Iterable[str], known: Sequence[str]) -> dict[str, list[str]]:
@@ -181,13 +174,12 @@ def new_names(ds: ImageDataset, drop: Iterable[str], merge: Mapping[str, Iterabl
     dropped = list(dict.fromkeys(drop))
     merged = {name: list(dict.fromkeys(members)) for name, members in merge.items()}
     named = [*dropped, *(member for members in merged.values() for member in members)]
-    for name in named:
-        if name not in ds.class_names:
-            near = difflib.get_close_matches(name, ds.class_names, n=3, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise UsageError(
-                f"{ds.name} has no class {name!r}{hint}", code="unknown-class", expected=", ".join(ds.class_names)
-            )
+    for name in (name for name in named if name not in ds.class_names):
+        near = difflib.get_close_matches(name, ds.class_names, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise UsageError(
+            f"{ds.name} has no class {name!r}{hint}", code="unknown-class", expected=", ".join(ds.class_names)
+        )
     twice = [name for name, count in Counter(named).items() if count > 1]
     if twice:
         raise UsageError(
@@ -196,9 +188,9 @@ def new_names(ds: ImageDataset, drop: Iterable[str], merge: Mapping[str, Iterabl
         )  # fmt: skip
     for name, members in merged.items():
         found = f"{' + '.join(members)} = {name}"
-        if len(members) < 2:
+        if len(members) < 2 or not name.strip():
             raise UsageError(
-                "a merge needs two classes or more", code="merge-class", found=found,
+                "a merge needs two classes or more, and a name for them", code="merge-class", found=found,
                 fix=_example(dict.fromkeys((*members, *ds.class_names))),
             )  # fmt: skip
         if name in ds.class_names and name not in members:
@@ -207,8 +199,6 @@ def new_names(ds: ImageDataset, drop: Iterable[str], merge: Mapping[str, Iterabl
                 expected="a new name, or that of one of " + ", ".join(members), found=found,
                 fix=f"another name, or merge {name!r} too",
             )  # fmt: skip
-        if not name.strip():
-            raise UsageError("a class needs a name", code="merge-class", found=repr(name), fix=_example(members))
     new = {name: "" for name in dropped} | {m: name for name, members in merged.items() for m in members}
     left = {new.get(name, name) for name in ds.class_names} - {""}
     if len(left) < 2:
@@ -232,20 +222,15 @@ def rename_classes(ds: ImageDataset, names: Mapping[str, str]) -> ImageDataset:
     notes = [note for note in ds.notes if note not in overlap_notes(ds.table)]
     notes += _rename_notes(ds, of) + (overlap_notes(table) if len(notes) < len(ds.notes) else [])
     before = {**ds.renamed, **{name: name for name in ds.class_names if name not in ds.renamed.values()}}
+    renamed = {old: names.get(name, name) for old, name in before.items() if old in ds.renamed or name in names}
+    metric = "auc" if ds.metric == "macro_auc" and len(class_names) == 2 else ds.metric
     return replace(
-        ds,
-        class_names=class_names,
-        metric="auc" if ds.metric == "macro_auc" and len(class_names) == 2 else ds.metric,
-        table=table,
-        leaderboard_alpha=None,
-        notes=tuple(notes),
-        renamed={old: names.get(name, name) for old, name in before.items() if old in ds.renamed or name in names},
-        whole=ds.whole or ds,
-    )
+        ds, class_names=class_names, metric=metric, table=table, leaderboard_alpha=None, notes=tuple(notes),
+        renamed=renamed, whole=ds.whole or ds,
+    )  # fmt: skip
 
 
 def _rename_notes(ds: ImageDataset, of: Sequence[str]) -> list[str]:
-    """Notes on classes that are now called ``of``: the number of their images, by split."""
     notes = []
     for new in dict.fromkeys(of):
         old = [c for c, name in enumerate(of) if name == new]
@@ -312,10 +297,12 @@ def columns(ds: ImageDataset) -> tuple[str, ...]:
 
 def column_values(ds: ImageDataset, column: str) -> Column:
     """The values of a column: text as it is, ages in bands, other numbers in quartiles."""
-    name = _find_column(ds, column)
+    own = columns(ds)
+    add = None if own else "add columns to the table of your images (docs/results.md), or use another dataset"
+    name = match_column(column, own, ds.name, fix=add)
     texts = [as_text(value) for value in ds.table[name].tolist()]
     texts = ["" if text.lower() in _NO_VALUE else text for text in texts]
-    known = [text for text in texts if text]
+    known = set(texts) - {""}
     if not known:
         raise DatasetError(
             f"no image of {ds.name} has a value in column {name!r}", code="column-empty", where=ds.origin or ds.root
@@ -324,7 +311,7 @@ def column_values(ds: ImageDataset, column: str) -> Column:
     numbers = None if re.search(r"(^|[^a-z])id$", name.lower()) else _numbers(texts)
     if numbers is not None and re.search(r"(^|[^a-z])age([^a-z]|$)", name.lower()):
         return _ages(name, numbers)
-    if numbers is not None and len(set(known)) > FEW_NUMBERS:
+    if numbers is not None and len(known) > FEW_NUMBERS:
         return _quartiles(name, numbers, ds.table["split"].to_numpy(dtype=object) == "train")
     values = class_order(known)
     if len(values) > MAX_VALUES:
@@ -332,13 +319,9 @@ def column_values(ds: ImageDataset, column: str) -> Column:
             f"column {name!r} of {ds.name} has too many values to make groups of images", code="column-values",
             expected=f"numbers, or at most {MAX_VALUES} distinct values",
             found=f"{len(values):,}" + ("" if may_name_people(name) else f" ({first_few(values, 3)})"),
-            fix=_another(ds, name),
+            fix="another column: " + ", ".join(c for c in own if c != name),
         )  # fmt: skip
     return Column(name, values, np.array(texts, dtype=object))
-
-
-def _another(ds: ImageDataset, name: str) -> str:
-    return "another column: " + ", ".join(c for c in columns(ds) if c != name)
 
 
 def retarget(ds: ImageDataset, column: str) -> ImageDataset:
@@ -364,7 +347,8 @@ def retarget(ds: ImageDataset, column: str) -> ImageDataset:
         raise DatasetError(
             f"column {found.name!r} of {ds.name} has one value only, so there is nothing to predict",
             code="too-few-classes", expected="two values or more among the images for training",
-            found=", ".join(names) or "none", fix=_another(ds, found.name),
+            found=", ".join(names) or "none",
+            fix="another column: " + ", ".join(c for c in columns(ds) if c != found.name),
         )  # fmt: skip
     number = {value: c for c, value in enumerate(names)}
     labels = np.array([number.get(value, -1) for value in found.of], dtype=np.int64)
@@ -373,15 +357,9 @@ def retarget(ds: ImageDataset, column: str) -> ImageDataset:
     if unknown:
         notes.append(f"{unknown:,} of {len(ds):,} images have no value of {found.name!r} that training has")
     return replace(
-        ds,
-        class_names=names,
-        metric="auc" if len(names) == 2 else "macro_auc",
-        table=ds.table.assign(label=labels),
-        leaderboard_alpha=None,
-        notes=(*ds.notes, *notes),
-        target=found.name,
-        whole=ds.whole or ds,
-    )
+        ds, class_names=names, metric="auc" if len(names) == 2 else "macro_auc", table=ds.table.assign(label=labels),
+        leaderboard_alpha=None, notes=(*ds.notes, *notes), target=found.name, whole=ds.whole or ds,
+    )  # fmt: skip
 
 
 def as_in_run(ds: ImageDataset, request: Mapping[str, Any]) -> ImageDataset:
@@ -389,22 +367,6 @@ def as_in_run(ds: ImageDataset, request: Mapping[str, Any]) -> ImageDataset:
     request = request.get("of", request)
     ds = retarget(ds, request["target"]) if request.get("target") else ds
     return rename_classes(ds, request.get("classes", {}))
-
-
-def _find_column(ds: ImageDataset, column: str) -> str:
-    known = columns(ds)
-    if column in known:
-        return column
-    plain = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in known}
-    wanted = re.sub(r"[^a-z0-9]", "", column.lower())
-    if wanted in plain:
-        return plain[wanted]
-    near = [plain[match] for match in difflib.get_close_matches(wanted, plain, n=3)]
-    raise UsageError(
-        f"{ds.name} has no column {column!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
-        code="unknown-column", expected=", ".join(known) or "a dataset whose table has columns such as sex or age",
-        fix=None if known else "add columns to the table of your images (docs/results.md), or use another dataset",
-    )  # fmt: skip
 
 
 def _numbers(texts: Sequence[str]) -> NDArray[np.float64] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,27 +13,29 @@ import pandas as pd
 import pyarrow as pa
 
 from embcache.config import DatasetRef
-from embcache.data.classes import new_names, rename_classes
+from embcache.data.classes import new_names, rename_classes, with_ref
 from embcache.data.files import check_paths, locate_files, near_misses
 from embcache.data.groups import LOOKED_AT_LOADING, join_groups
 from embcache.data.published import (
     DATASETS,
     DatasetLayout,
     choose_name,
+    damaged,
+    decode_snapshot,
     default_root,
+    encode_snapshot,
     find_layout,
+    named_columns,
     resolve_root,
+    snapshot_path,
     unreadable_as_error,
 )  # fmt: skip
-from embcache.data.snapshot import damaged, decode_snapshot, encode_snapshot, snapshot_path
-from embcache.data.tables import COLUMNS, SPLITS, check_strings, check_unique, named_columns
+from embcache.data.tables import COLUMNS, SPLITS, check_strings, check_unique
 from embcache.errors import DatasetError, DatasetNotFoundError, EmbcacheError, first_few, printable
 from embcache.io import home_folders, read_regular, skip
 from embcache.notebook import html_table
 from embcache.paths import PathLike, home_dir
 from embcache.sealed import typed, typed_fields
-
-__all__ = ["DATASETS", "ImageDataset", "find_dataset", "load_dataset"]
 
 DEFAULT_SIZES: Mapping[str, int] = {"S": 50, "M": 500}
 
@@ -75,16 +76,12 @@ class ImageDataset:
         Number of training images drawn at random before all else; None: all are used.
     leaderboard_alpha : float or None
         Weight of the private score in the competition's average.
-    grouped : bool
-        False where groups are unknown, which results then state.
-    synthetic : bool
-        Whether the images are drawn by a program.
-    notes : tuple of str
-        What a user must see beside any result.
-    missing : tuple of str
-        Paths that the labels name and that are not there.
+    grouped, synthetic : bool
+        Whether groups are known, and whether the images are drawn by a program; results state both.
+    notes, missing : tuple of str
+        What a user must see beside any result; paths that the labels name and that are not there.
     origin : Path or None
-        What it was loaded from: the folder that was named, or the label table.
+        The folder, or the label table, that it was loaded from.
     ref : DatasetRef
         How its table was read: the columns that the user named, and classes that differ only in letter case.
     target : str
@@ -159,12 +156,8 @@ class ImageDataset:
         of its members. Notes count the images; if two classes are left, the macro AUC becomes the AUC, and there is no
         leaderboard.
 
-        Parameters
-        ----------
-        drop : iterable of str
-            Classes to leave out.
-        merge : mapping of str to iterable of str
-            The new name, and the two or more classes that it takes the place of: ``{"ill": ["mild", "severe"]}``.
+        ``merge`` has the new name, and the two or more classes that it takes the place of:
+        ``{"ill": ["mild", "severe"]}``.
 
         Raises
         ------
@@ -184,23 +177,20 @@ class ImageDataset:
 
     def read_options(self) -> list[str]:
         """The options that say on the command line how its table was read, as words of a shell."""
-        words = [word for role, name in named_columns(self.ref).items() for word in (f"--{role}-column", name)]
-        return words + [word for text in self.ref.merge_class for word in ("--merge-class", text)]
+        return self.ref.words()
 
     def __len__(self) -> int:
         return len(self.table)
 
     def _facts(self) -> list[tuple[str, str]]:
-        """What ``repr`` shows, as (name, value); one pass over the labels, no file is looked at."""
         facts = []
-        for split in ("train", "val", "test"):
+        for split in SPLITS:
             labels = self.table.loc[self.table["split"] == split, "label"].to_numpy(dtype=np.int64)
-            if len(labels):
-                known = np.bincount(labels[labels >= 0], minlength=len(self.class_names))
-                counts = [f"{n:,} {name}" for n, name in zip(known.tolist(), self.class_names, strict=True)]
-                lacking = f"{(labels < 0).sum():,} unlabeled" if (labels < 0).any() else ""
-                parts = [part for part in (first_few(counts, 12) if known.any() else "", lacking) if part]
-                facts.append((split, f"{len(labels):,} ({', '.join(parts)})"))
+            known = np.bincount(labels[labels >= 0], minlength=len(self.class_names))
+            counts = [f"{n:,} {name}" for n, name in zip(known.tolist(), self.class_names, strict=True)]
+            parts = [first_few(counts, 12)] if known.any() else []
+            parts += [f"{(labels < 0).sum():,} unlabeled"] if (labels < 0).any() else []
+            facts += [(split, f"{len(labels):,} ({', '.join(parts)})")] if len(labels) else []
         groups = f"{self.table['group'].nunique():,}" + ("" if self.grouped else ", as far as they are known")
         facts += [("groups", groups), ("metric", self.metric)]
         facts += [("synthetic", "drawn by a program")] if self.synthetic else []
@@ -239,13 +229,7 @@ class ImageDataset:
 
     @classmethod
     def from_parquet_bytes(cls, data: bytes) -> ImageDataset:
-        """The inverse of `to_parquet_bytes`.
-
-        Raises
-        ------
-        DatasetError
-            The bytes are not such a file.
-        """
+        """The inverse of `to_parquet_bytes`; `DatasetError` for any other bytes."""
         try:
             table, meta = decode_snapshot(data)
             (target,) = typed(list[Classes], meta.pop("targets"), "targets")
@@ -257,7 +241,6 @@ class ImageDataset:
 
 
 def _check_table(table: pd.DataFrame, class_names: Sequence[str], *, where: object) -> None:
-    """Raise `DatasetError` unless ``table`` keeps the contract of `ImageDataset.table`."""
     absent = [c for c in COLUMNS if c not in table.columns]
     if absent:
         raise DatasetError(
@@ -271,21 +254,20 @@ def _check_table(table: pd.DataFrame, class_names: Sequence[str], *, where: obje
     if any(table["place"] != ""):  # text, too, but empty for files
         check_strings([place or "-" for place in table["place"].tolist()], "place", where=where)
     if table["label"].dtype != "int64":
+        found = str(table["label"].dtype)
         raise DatasetError(
-            "column 'label' must be int64", code="column-types", expected="int64", found=str(table["label"].dtype),
-            where=where,
-        )  # fmt: skip
+            "column 'label' must be int64", code="column-types", expected="int64", found=found, where=where
+        )
     if len(set(class_names)) < len(class_names) or not all(class_names):
         raise DatasetError(
             "class names must be distinct and not empty", code="class-names", found=", ".join(class_names), where=where
         )
-    labels = table["label"].tolist()
-    if labels and not -1 <= min(labels) <= max(labels) < len(class_names):
-        wrong = [f"{i}: {y}" for i, y in zip(ids, labels, strict=True) if not -1 <= y < len(class_names)]
+    wrong = table[~table["label"].between(-1, len(class_names) - 1)]
+    if len(wrong):
         raise DatasetError(
             f"unknown label in {len(wrong):,} rows", code="unknown-label",
             expected=f"0 to {len(class_names) - 1} ({', '.join(class_names)}), or -1 for unlabeled",
-            found=first_few(wrong), where=where,
+            found=first_few([f"{i}: {y}" for i, y in zip(wrong["id"], wrong["label"], strict=True)]), where=where,
         )  # fmt: skip
     unknown = sorted(set(table["split"].tolist()) - set(SPLITS))
     if unknown:
@@ -321,8 +303,8 @@ def load_dataset(
     **options
         Fields of `DatasetRef`: ``allow_missing=True`` skips images that are named and not there, and lists them in
         ``missing``; ``name="lesions"`` names the dataset (and so its stores); ``group_column="Patient ID"`` and the
-        like name the columns of a table; ``merge_class=["Normal+normal=normal"]`` merges classes that differ only in
-        letter case. By default columns are found by their names, as the notes list them.
+        like name the columns of a table; ``drop_class``, ``merge_class`` (``["mild+severe=ill"]``) and ``target``
+        change what is predicted. By default columns are found by their names, as the notes list them.
 
     Raises
     ------
@@ -334,87 +316,63 @@ def load_dataset(
     UsageError
         A column is not there, the layout is published and has its own, or there is no such option.
     """
-    ref = DatasetRef.make(ref, options)
-    root = ref.data_root if root is None else root
+    ref = DatasetRef.make(ref, {**options, **({} if root is None else {"data_root": root})})
     if name not in DATASETS and ":" not in name:
-        return find_dataset(name, ref, root=root, home=home)[0]
-    return _load(find_layout(name), root, home, ref)
+        return find_dataset(name, ref, home)[0]
+    return with_ref(_load(find_layout(name), ref.data_root, home, ref), ref)
 
 
-def find_dataset(
-    name: str,
-    ref: DatasetRef | None = None,
-    *,
-    root: PathLike | None = None,
-    home: PathLike | None = None,
-    allow_missing: bool = False,
-    dataset_name: str | None = None,
-    columns: DatasetRef | None = None,
-) -> tuple[ImageDataset, str]:
-    """The dataset from its files where they are there, else from the snapshot that extraction kept.
+def find_dataset(name: str, ref: DatasetRef = DatasetRef(), home: PathLike | None = None) -> tuple[ImageDataset, str]:
+    """The dataset from its files where they are there, and "live"; else extraction's snapshot, and "snapshot".
 
-    Parameters
-    ----------
-    name : str
-        As for `load_dataset`, or the name of a cached dataset (``mammo-1a2b3c4d``, or one set by ``--name``).
-    ref : DatasetRef, optional
-        How the table is read. Without a root, the folder that the snapshot was made from comes before the default
-        one: the features are of its images. Columns that are not named are those of the snapshot, where the root is
-        what it was made from.
-    root, home
-        As for `load_dataset`.
-    allow_missing, dataset_name, columns
-        Fields of ``ref``, for callers that do not pass one.
-
-    Returns
-    -------
-    (ImageDataset, {"live", "snapshot"})
+    Names are those of `load_dataset`, and those of cached datasets (``mammo-1a2b3c4d``, or one set by ``--name``).
+    Without a root, the folder that the snapshot was made from comes before the default one: the features are of its
+    images. Columns that are not named are those of the snapshot, where the root is what it was made from.
     """
-    ref = ref or columns or DatasetRef()
-    options = {"data_root": root, "name": dataset_name, "allow_missing": allow_missing or None}
-    return _find(name, DatasetRef.make(ref, {k: v for k, v in options.items() if v is not None}), home)
+    found, state = _find(name, ref, home)
+    return with_ref(found, ref), state
 
 
 def _find(name: str, ref: DatasetRef, home: PathLike | None, *, survey: bool = False) -> tuple[ImageDataset, str]:
-    """The dataset from wherever its files are, and "live"; else its snapshot, and "snapshot"."""
-    root, load = ref.data_root, functools.partial(_load, survey=survey)
+    """The dataset as it is published, from wherever its files are, and "live"; else its snapshot, and "snapshot"."""
+    given, root = ref.data_root, None if ref.data_root is None else ref.data_root.expanduser().resolve()
+    own = ref.name is None and root is not None and name in DATASETS
     try:
-        own = ref.name is None and name in DATASETS and root is not None
-        cached = read_snapshot(
-            choose_name(name, root.expanduser().resolve(), None) if own and root else ref.name or name, home
-        )
+        cached = read_snapshot(choose_name(name, root, None) if own and root else ref.name or name, home)
     except DatasetError:
         if name not in DATASETS:  # known by nothing but its snapshot
             raise
         cached = None  # the files themselves will do, and extraction writes the snapshot anew
     named = name in DATASETS or ":" in name
     if cached is None or (named and name != cached.layout):
-        return load(find_layout(name, home), root, home, ref), "live"
-    note = ""
-    if root is None or cached.origin == root.expanduser().resolve():
-        ref = _over(ref, cached.ref)
-    elif words := cached.read_options():
-        note = f"{' '.join(words)}, as {cached.name} was read from {cached.origin}, does not count here"
+        return _load(find_layout(name, home), given, home, ref, survey=survey), "live"
+    notes = list[str]()
+    if root is None or cached.origin == root:
+        names = named_columns(cached.ref) | named_columns(ref)
+        columns = {f"{role}_column": column for role, column in names.items()}
+        merge = tuple(dict.fromkeys(cached.ref.merge_class + ref.merge_class))
+        ref = DatasetRef.make(ref, {**columns, "merge_class": merge})
+    elif words := cached.ref.words():
+        notes = [f"{' '.join(words)}, as {cached.name} was read from {cached.origin}, does not count here"]
     # Extraction without the missing images was a decision to go on without them.
-    ref = DatasetRef.make(
-        ref, {"allow_missing": ref.allow_missing or bool(cached.missing), "name": ref.name or cached.name}
-    )
-    if named or cached.layout in DATASETS:  # a file alone never says what is imported
+    ref = replace(ref, allow_missing=ref.allow_missing or bool(cached.missing), name=ref.name or cached.name)
+    if not named and cached.layout not in DATASETS:  # a file alone never says what is imported
+        if root is not None:
+            raise DatasetNotFoundError(
+                f"{cached.name} is read by a function that is not registered", code="layout-not-named",
+                where=given, fix=f"--dataset {cached.layout} --name {cached.name}",
+            )  # fmt: skip
+    else:
         layout = find_layout(cached.layout)
-        if root is not None and (root.expanduser().exists() or root.expanduser().resolve() != cached.origin):
-            return load(layout, root, home, ref).with_notes(*filter(None, [note])), "live"
-        own_root = None if layout.own_columns else default_root(cached.layout, home)
-        for folder in (cached.origin, own_root) if root is None else ():
+        if root is not None and (root.exists() or root != cached.origin):
+            return _load(layout, given, home, ref, survey=survey).with_notes(*notes), "live"
+        usual = None if layout.own_columns else default_root(cached.layout, home)
+        for folder in (cached.origin, usual) if root is None else ():
             if folder is not None and folder.exists():
                 try:
-                    return load(layout, folder, home, DatasetRef.make(ref, {"name": cached.name})), "live"
+                    return _load(layout, folder, home, replace(ref, name=cached.name), survey=survey), "live"
                 except DatasetNotFoundError:  # the folder has been emptied, or is another thing of that name
                     continue
-    elif root is not None:
-        raise DatasetNotFoundError(
-            f"{cached.name} is read by a function that is not registered", code="layout-not-named",
-            where=root, fix=f"--dataset {cached.layout} --name {cached.name}",
-        )  # fmt: skip
     if named_columns(ref) != named_columns(cached.ref):
         raise DatasetNotFoundError(
             "the images' folder is not there, and the snapshot was read with other columns", code="columns-differ",
@@ -426,12 +384,6 @@ def _find(name: str, ref: DatasetRef, home: PathLike | None, *, survey: bool = F
     return cached, "snapshot"
 
 
-def _over(ref: DatasetRef, before: DatasetRef) -> DatasetRef:
-    """The columns that ``ref`` names, and where it names none those of ``before``; classes of both are merged."""
-    columns = {f"{role}_column": name for role, name in {**named_columns(before), **named_columns(ref)}.items()}
-    return DatasetRef.make(ref, {**columns, "merge_class": tuple(dict.fromkeys(before.merge_class + ref.merge_class))})
-
-
 def read_snapshot(name: str, home: PathLike | None = None) -> ImageDataset | None:
     """The table that extraction kept beside the stores of dataset ``name``, if any."""
     path = snapshot_path(name, home)
@@ -440,14 +392,12 @@ def read_snapshot(name: str, home: PathLike | None = None) -> ImageDataset | Non
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DatasetError(
-            "the snapshot of a dataset cannot be read", code="snapshot-unreadable",
-            found=error.strerror or str(error), where=path,
-        ) from error  # fmt: skip
+        found = error.strerror or str(error)
+        raise damaged("the snapshot of a dataset cannot be read", path, found, "snapshot-unreadable") from error
     except DatasetError as error:
-        problem = error.problem if error.code == "snapshot-form" else "the snapshot of a dataset is damaged"
-        code = error.code if error.code == "snapshot-form" else "snapshot-damaged"
-        raise damaged(problem, path, error.found or error.problem, code) from error
+        if error.code == "snapshot-form":
+            raise damaged(error.problem, path, str(error.found), error.code) from error
+        raise damaged("the snapshot of a dataset is damaged", path, error.found or error.problem) from error
 
 
 def _load(
@@ -466,19 +416,17 @@ def _load(
         if missing and not survey and (not ref.allow_missing or len(missing) == len(sizes)):
             near, advice = near_misses(ds.root, missing)
             get = f"get the images: kagglehub.{layout.download}" if layout.download else "put the images there"
-            get = advice or get
+            skipped = ["--allow-missing (in Python allow_missing=True)"] if len(missing) < len(sizes) else []
             raise DatasetError(
                 f"{len(missing):,} of {len(sizes):,} images that the labels name are not there", code="images-missing",
                 expected="a file for every row", found=f"no {first_few(missing)}" + (f"\n{near}" if near else ""),
-                where=ds.root,
-                fix=get if len(missing) == len(sizes) else (get, "--allow-missing (in Python allow_missing=True)"),
+                where=ds.root, fix=[advice or get, *skipped],
             )  # fmt: skip
         ds = replace(ds, missing=missing)
         if missing and not survey:
-            note = (
-                f"{len(missing):,} of {len(sizes):,} images are missing and left out (first: {first_few(missing, 3)})"
-            )
-            ds = replace(ds, table=ds.table[~ds.table["path"].isin(missing)]).with_notes(note)
+            left_out = f"{len(missing):,} of {len(sizes):,} images are missing and left out"
+            ds = replace(ds, table=ds.table[~ds.table["path"].isin(missing)])
+            ds = ds.with_notes(f"{left_out} (first: {first_few(missing, 3)})")
         return join_groups(ds, sizes, merge_identical=layout.merge_identical)
 
 
@@ -496,8 +444,8 @@ class Listed(NamedTuple):
 
     name: str
     description: str
-    found: ImageDataset | None
-    root: Path | None  # where it is, or is looked for; None for a folder dataset that no one has named
+    found: ImageDataset | None = None
+    root: Path | None = None  # where it is, or is looked for; None for a folder dataset that no one has named
     problem: str = ""  # why nothing is found
 
 
@@ -519,7 +467,7 @@ def list_datasets(home: PathLike | None = None) -> list[Listed]:
 
 def _list_one(name: str, description: str, root: Path | None, home: PathLike | None) -> Listed:
     if name == "folder":
-        return Listed(name, description, None, None)
+        return Listed(name, description)
     try:
         found = survey_dataset(name, home=home)
     except EmbcacheError as error:

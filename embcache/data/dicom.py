@@ -7,7 +7,6 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any
 
@@ -17,8 +16,7 @@ from PIL import TiffImagePlugin
 
 from embcache.data.budget import Decoding, broken, quiet, too_large, unsupported
 from embcache.data.files import has_dicom_suffix
-from embcache.data.formats import codestream_size, jpeg_frame, widen_to_bytes
-from embcache.data.tiff import one_strip
+from embcache.data.formats import codestream_size, jpeg_frame, one_strip, widen_to_bytes
 from embcache.errors import DatasetError
 
 _DEFLATED, _PLAIN = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"  # transfer syntaxes
@@ -91,8 +89,7 @@ def _render(pydicom: Any, file: Any) -> npt.NDArray[np.uint8]:
             color = pydicom.pixels.apply_color_lut(frame[part], file)[..., :3]
             pixels[part] = _eight_bits(color, color.dtype.itemsize * 8)
         return pixels
-    order = ">" if file.file_meta.TransferSyntaxUID == pydicom.uid.ExplicitVRBigEndian else "<"
-    paint = _grays(_of_frame(pydicom, file), order, frame, parts)
+    paint = _grays(pydicom, file, frame, parts)
     for part in parts:
         pixels[part] = paint(frame[part])
     return pixels
@@ -101,18 +98,19 @@ def _render(pydicom: Any, file: Any) -> npt.NDArray[np.uint8]:
 def dicom_size(file: IO[bytes], name: str, decoding: Decoding) -> tuple[int, int]:
     """(width, height) from the header of an open file. Raises as `decode_dicom`."""
     with _pydicom(name) as pydicom:
-        head = file.read(_HEAD)
-        try:
-            if len(head) == _HEAD and _DEFLATED in head:
-                raise EOFError("what is deflated is read whole")
-            header = pydicom.dcmread(io.BytesIO(_inflated(head)), force=True, stop_before_pixels=True)
-            _check(pydicom, header, name, decoding)
-        except Exception:  # cut short in the middle of what comes before the pixels, or broken
-            if len(head) < _HEAD:
-                raise
-            header = pydicom.dcmread(io.BytesIO(_inflated(head + file.read())), force=True, stop_before_pixels=True)
-            _check(pydicom, header, name, decoding)
-        return int(header.Columns), int(header.Rows)
+        data = file.read(_HEAD)
+        whole = len(data) < _HEAD
+        while True:
+            try:
+                if not whole and _DEFLATED in data:
+                    raise EOFError("what is deflated is read whole")
+                header = pydicom.dcmread(io.BytesIO(_inflated(data)), force=True, stop_before_pixels=True)
+                _check(pydicom, header, name, decoding)
+                return int(header.Columns), int(header.Rows)
+            except Exception:  # cut short in the middle of what comes before the pixels, or broken
+                if whole:
+                    raise
+                data, whole = data + file.read(), True
 
 
 def dicom_patient(file: IO[bytes], name: str = "") -> str:
@@ -248,37 +246,30 @@ def _of_frame(pydicom: Any, file: Any) -> Any:
     return header
 
 
-def _grays(header: Any, order: str, frame: npt.NDArray[Any], parts: Sequence[slice]) -> Any:
+_Values = Callable[[npt.NDArray[Any]], npt.NDArray[np.float64]]
+
+
+def _grays(pydicom: Any, file: Any, frame: npt.NDArray[Any], parts: Sequence[slice]) -> Any:
     """Returns the function from rows of a gray image to RGB: as float64, all rows at once may take a gigabyte."""
-    modality = _table(header, order, "ModalityLUTSequence", bool(header.get("PixelRepresentation")))
+    header = _of_frame(pydicom, file)
+    order = ">" if file.file_meta.TransferSyntaxUID == pydicom.uid.ExplicitVRBigEndian else "<"
     slope, intercept = _number(header, "RescaleSlope", 1.0), _number(header, "RescaleIntercept", 0.0)
+    signed = bool(header.get("PixelRepresentation"))
+    modality = None
+    if header.get("ModalityLUTSequence"):
+        entries, first, _ = _table(header["ModalityLUTSequence"].value[0], order, signed)
+        modality = partial(_look_up, entries, first)
 
     def rescale(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        if modality is not None:
-            return modality.of(rows)
-        return rows.astype(np.float64) * slope + intercept
+        return modality(rows) if modality is not None else rows.astype(np.float64) * slope + intercept
 
-    table = window = None
     if header.get("VOILUTSequence"):
-        stored = -(2 ** (int(header.BitsStored) - 1)) if header.get("PixelRepresentation") else 0
-        table = _table(header, order, "VOILUTSequence", modality is None and stored * slope + intercept < 0)
+        stored = -(2 ** (int(header.BitsStored) - 1)) if signed else 0
+        below = modality is None and stored * slope + intercept < 0
+        entries, first, most = _table(header["VOILUTSequence"].value[0], order, below)
+        shades: _Values = partial(_look_up, entries / most, first)
     else:
-        window = _window(header)
-    low, high = np.inf, -np.inf
-    if table is None and window is None:
-        with np.errstate(all="ignore"):
-            for part in parts:
-                gray = rescale(frame[part])
-                gray = gray[~_padding(header, frame[part]) & np.isfinite(gray)]
-                if gray.size:
-                    low, high = min(low, float(gray.min())), max(high, float(gray.max()))
-
-    def shades(gray: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        if table is not None:
-            return table.of(gray) / table.most
-        if window is not None:
-            return window(gray)
-        return np.clip((gray - low) / (high - low), 0.0, 1.0) if high > low else np.zeros_like(gray)
+        shades = _window(header) or _own_range(header, frame, parts, rescale)
 
     def paint(rows: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         with np.errstate(all="ignore"):  # numbers that a broken header blows up
@@ -292,25 +283,32 @@ def _grays(header: Any, order: str, frame: npt.NDArray[Any], parts: Sequence[sli
     return paint
 
 
-@dataclass(frozen=True)
-class _Table:
-    """A lookup table: its entries, the value that the first is for, and the largest value of its bits."""
+def _own_range(header: Any, frame: npt.NDArray[Any], parts: Sequence[slice], rescale: _Values) -> _Values:
+    low, high = np.inf, -np.inf
+    with np.errstate(all="ignore"):
+        for part in parts:
+            gray = rescale(frame[part])
+            gray = gray[~_padding(header, frame[part]) & np.isfinite(gray)]
+            if gray.size:
+                low, high = min(low, float(gray.min())), max(high, float(gray.max()))
 
-    entries: npt.NDArray[np.float64]
-    first: int
-    most: float
+    def shades(gray: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return np.clip((gray - low) / (high - low), 0.0, 1.0) if high > low else np.zeros_like(gray)
 
-    def of(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        """The entry of each value, rounded down to a whole one; those outside have the first or the last."""
-        at = np.nan_to_num(np.floor(values.astype(np.float64)), nan=0.0, posinf=2e9, neginf=-2e9) - self.first
-        return np.asarray(self.entries[np.clip(at, 0, len(self.entries) - 1).astype(np.int64)])
+    return shades
 
 
-def _table(header: Any, order: str, sequence: str, signed: bool) -> _Table | None:
-    """The first table of a sequence (DICOM part 3, C.11.1.1 and C.11.2.1.1); None where there is none."""
-    if not header.get(sequence):
-        return None
-    item = header[sequence].value[0]
+def _look_up(entries: npt.NDArray[np.float64], first: int, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """The entry of each value, rounded down to a whole one; those outside have the first or the last."""
+    at = np.nan_to_num(np.floor(values.astype(np.float64)), nan=0.0, posinf=2e9, neginf=-2e9) - first
+    return np.asarray(entries[np.clip(at, 0, len(entries) - 1).astype(np.int64)])
+
+
+def _table(item: Any, order: str, signed: bool) -> tuple[npt.NDArray[np.float64], int, float]:
+    """A lookup table's entries, the value that the first is for, and the largest value of its bits.
+
+    DICOM part 3, C.11.1.1 and C.11.2.1.1.
+    """
     number, first, bits = (int(value) for value in item.LUTDescriptor)
     number = number or 1 << 16
     if first < 0 and not signed:
@@ -320,18 +318,14 @@ def _table(header: Any, order: str, sequence: str, signed: bool) -> _Table | Non
     data = item.LUTData
     if isinstance(data, bytes):
         narrow = len(data) in (number, number + number % 2) and bits <= 8
-        data = np.frombuffer(data, np.uint8 if narrow else f"{order}u2", len(data) if narrow else len(data) // 2)[
-            :number
-        ]
-    entries = np.atleast_1d(np.asarray(data, np.float64))
-    if not 1 <= bits <= 16 or len(entries) < number:
-        raise broken(f"a DICOM lookup table of {bits} bits with {len(entries)} of {number} entries")
-    if entries.max() >= 1 << bits:
-        raise broken(f"a DICOM lookup table of {bits} bits with the entry {entries.max():.0f}")
-    return _Table(entries[:number], first, float((1 << bits) - 1))
+        data = np.frombuffer(data if narrow else data[: len(data) // 2 * 2], np.uint8 if narrow else f"{order}u2")
+    entries = np.atleast_1d(np.asarray(data, np.float64))[:number]
+    if not 1 <= bits <= 16 or len(entries) < number or entries.max() >= 1 << bits:
+        raise broken(f"a DICOM lookup table of {bits} bits with {len(entries)} of {number} entries, or one too large")
+    return entries, first, float((1 << bits) - 1)
 
 
-def _window(header: Any) -> Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]] | None:
+def _window(header: Any) -> _Values | None:
     """The first window that has a width, as brightness from 0 to 1 (DICOM part 3, C.11.2.1.2 and C.11.2.1.3)."""
     function = str(header.get("VOILUTFunction") or "LINEAR").upper()
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
@@ -354,7 +348,6 @@ def _windowed(center: float, width: float, sigmoid: bool, gray: npt.NDArray[np.f
 
 
 def _padding(header: Any, frame: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Which pixels are padding around the image, by the file's own account."""
     kind = {4: "Float", 8: "DoubleFloat"}[frame.dtype.itemsize] if frame.dtype.kind == "f" else ""
     value = header.get(f"{kind}PixelPaddingValue")
     if value is None:

@@ -9,25 +9,22 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from embcache.errors import DatasetError, first_few
 
 # What Pillow and pydicom read of what lies in image collections; other files in class folders are counted, not read.
+_DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".webp", ".avif", ".tga"}
-    | {".jp2", ".j2k", ".jpx", ".pgm", ".ppm", ".pbm", ".pnm", ".pcx", ".dcm", ".dicom", ".dic"}
+    | {".jp2", ".j2k", ".jpx", ".pgm", ".ppm", ".pbm", ".pnm", ".pcx", *_DICOM_SUFFIXES}
 )
-
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq", ".xlsx")  # a dataset may be a table of paths and labels
 MOST_LEVELS = 64
 """Of folders in a class folder: more are a loop of mounts, or an attack on programs that walk them."""
 
-# A dataset may be a table of paths and labels instead of a folder.
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq", ".xlsx")
-
 # `IM000001`, `1.2.840.113619`, `I0000001.IMA`: scanners and archives name DICOM files so. Their content decides.
 _UNNAMED = re.compile(r"[^.]+|.*\.(?:\d+|ima|acr|dc3)", re.IGNORECASE)
-
 _MOST_FILES = 500_000  # of a root that are looked through for a near miss
 
 
@@ -67,15 +64,10 @@ def is_inside(root: Path | str, real: str) -> bool:
 
 def refuse_outside(path: str, column: str = "path", *, where: object) -> DatasetError:
     """The error for a path, or an id read as one, that leads out of the dataset's root."""
-    if column == "id":
-        return DatasetError(
-            "an id leaves the dataset's root and is refused", code="outside-root", found=repr(path), where=where,
-            expected="an id that, read as a path, is relative and stays inside the root", fix="correct the id",
-        )  # fmt: skip
     return DatasetError(
-        "a path leaves the dataset's root, or could, and is refused", code="outside-root", found=repr(path),
-        expected="a path relative to the root, not absolute and without .., to a file inside it (links followed)",
-        where=where, fix="write the path as seen from the root, or copy the file into it",
+        f"the {column} of an image leaves the dataset's root, or could, and is refused", code="outside-root",
+        expected="relative to the root, not absolute and without .., to a file inside it (links followed)",
+        found=repr(path), where=where, fix="write it as seen from the root, or copy the file into it",
     )  # fmt: skip
 
 
@@ -95,7 +87,7 @@ def is_image_name(name: str) -> bool:
 
 def has_dicom_suffix(name: str) -> bool:
     """Whether a file name ends as DICOM files' names do."""
-    return name.lower().endswith((".dcm", ".dicom", ".dic"))
+    return name.lower().endswith(_DICOM_SUFFIXES)
 
 
 def is_image_file(folder: Path | str, name: str) -> bool:
@@ -115,16 +107,16 @@ def suffix_of(name: str) -> str:
     return match.group(1).lower() if match else "no suffix"
 
 
-def passed_note(passed: Counter[str]) -> list[str]:
+def suffix_counts(paths: Iterable[str]) -> str:
+    """Counts of files by suffix as text, the most first."""
+    counts = Counter(suffix_of(path.rpartition("/")[2]) for path in paths)
+    return ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def passed_note(passed: Sequence[str]) -> list[str]:
     """A note on files that a scan passed over, by suffix."""
-    n = sum(passed.values())
-    what = f"{n:,} files that are not images, or of no format that is read, are left out: {suffix_counts(passed)}"
-    return [what] if passed else []
-
-
-def suffix_counts(passed: Counter[str]) -> str:
-    """Counts by suffix as text, the most first."""
-    return ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(passed.items(), key=lambda item: (-item[1], item[0])))
+    what = f"{len(passed):,} files that are not images, or of no format that is read, are left out"
+    return [f"{what}: {suffix_counts(passed)}"] if passed else []
 
 
 def list_folder(folder: Path | str) -> list[os.DirEntry[str]]:
@@ -136,29 +128,6 @@ def list_folder(folder: Path | str) -> list[os.DirEntry[str]]:
 def subfolders(folder: Path) -> list[Path]:
     """Folders directly inside ``folder``, sorted by name."""
     return [folder / e.name for e in list_folder(folder) if e.is_dir()]
-
-
-def holds_images(folder: Path | str) -> bool:
-    """Whether there is an image at or below a folder; linked folders are not looked into."""
-    start = os.fspath(folder).count(os.sep)
-    for top, folders, files in os.walk(folder, onerror=_reraise):
-        if top.count(os.sep) - start > MOST_LEVELS:
-            raise _too_deep(folder, os.path.relpath(top, folder))
-        folders[:] = [name for name in folders if not is_litter(name)]
-        if any(map(is_image_name, files)) or any(is_image_file(top, name) for name in files):
-            return True
-    return False
-
-
-def _reraise(error: OSError) -> NoReturn:
-    raise error
-
-
-def _too_deep(where: Path | str, folder: str) -> DatasetError:
-    return DatasetError(
-        "folders are nested too deep", code="folders-too-deep", expected=f"at most {MOST_LEVELS} levels",
-        found=f"{folder[:60]}…", where=where, fix="name the folder of the class folders with --data-root",
-    )  # fmt: skip
 
 
 def find_level(root: Path, matches: Callable[[Path], bool], depth: int = 2) -> Path | None:
@@ -177,41 +146,43 @@ def find_level(root: Path, matches: Callable[[Path], bool], depth: int = 2) -> P
 
 
 def walk_images(
-    root: Path, folder: str = "", passed: Counter[str] | None = None, *, refuse: bool = True
+    root: Path, folder: str = "", passed: list[str] | None = None, outside: list[str] | None = None
 ) -> Iterator[str]:
     """Paths (relative to ``root``, posix) of the images at or below ``root/folder``, in sorted order.
 
-    Linked folders that lie inside the root are passed over (their images are found where they are). Other files are
-    counted in ``passed`` by their suffix. Without ``refuse``, linked folders that lead out of the root are passed over.
+    ``passed`` gets the paths of other files. Linked folders are passed over, for images inside the root are found where
+    they are; those that lead out of it are refused, or added to ``outside``.
     """
     if folder.count("/") > MOST_LEVELS:
-        raise _too_deep(root, folder)
+        raise DatasetError(
+            "folders are nested too deep", code="folders-too-deep", expected=f"at most {MOST_LEVELS} levels",
+            found=f"{folder[:60]}…", where=root, fix="name the folder of the class folders with --data-root",
+        )  # fmt: skip
     for entry in list_folder(root / folder):
         path = f"{folder}/{entry.name}" if folder else entry.name
         if entry.is_dir():
             if not entry.is_symlink():
-                yield from walk_images(root, path, passed, refuse=refuse)
-            elif refuse and not is_inside(root, os.path.realpath(entry.path)):
-                raise refuse_outside(path, where=root)
+                yield from walk_images(root, path, passed, outside)
+            elif not is_inside(root, os.path.realpath(entry.path)):
+                if outside is None:
+                    raise refuse_outside(path, where=root)
+                outside.append(path)
         elif is_image_file(root / folder, entry.name):
             yield path
         elif passed is not None:
-            passed[suffix_of(entry.name)] += 1
+            passed.append(path)
 
 
 def image_index(folder: Path) -> dict[str, str]:
     """File name of each image directly in ``folder`` by its stem, sorted; empty where there is no such folder."""
     index: dict[str, str] = {}
-    for entry in list_folder(folder) if folder.is_dir() else ():
-        if is_image_name(entry.name):
-            stem = _stem(entry.name)
-            if stem in index:
-                raise DatasetError(
-                    f"two images have the id {stem!r}", code="duplicate-ids", expected="one file per id",
-                    found=f"{folder / index[stem]} and {folder / entry.name}", where=folder,
-                    fix="remove the one that is not the dataset's",
-                )  # fmt: skip
-            index[stem] = entry.name
+    for name in (entry.name for entry in list_folder(folder) if is_image_name(entry.name)) if folder.is_dir() else ():
+        if (stem := _stem(name)) in index:
+            raise DatasetError(
+                f"two images have the id {stem!r}", code="duplicate-ids", expected="one file per id",
+                found=f"{index[stem]} and {name}", where=folder, fix="remove the one that is not the dataset's",
+            )  # fmt: skip
+        index[stem] = name
     return index
 
 
@@ -237,13 +208,7 @@ def locate_files(root: Path, paths: Sequence[str], *, sizes: bool = True) -> dic
 
     Each folder is listed once, so that 220,025 images cost two listings instead of as many look-ups.
     """
-    look = _state if sizes else lambda place: FileState(0, 0, 0, 0)
-    return {path: state and state.size for path, state in _look(root, paths, look)}
-
-
-def stat_files(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, FileState | None]]:
-    """Every distinct path under ``root`` with the state of its file, or None where there is none."""
-    return _look(root, paths, _state)
+    return {path: state and state.size for path, state in stat_files(root, paths, sizes)}
 
 
 def _state(place: str | os.DirEntry[str]) -> FileState:
@@ -252,9 +217,9 @@ def _state(place: str | os.DirEntry[str]) -> FileState:
     return FileState(state.st_size, state.st_mtime_ns, state.st_ctime_ns, inode)
 
 
-def _look(
-    root: Path, paths: Sequence[str], look: Callable[[str | os.DirEntry[str]], FileState]
-) -> Iterator[tuple[str, FileState | None]]:
+def stat_files(root: Path, paths: Sequence[str], states: bool = True) -> Iterator[tuple[str, FileState | None]]:
+    """Every distinct path under ``root`` with the state of its file (zeros without ``states``), None if it is gone."""
+    look = _state if states else lambda place: FileState(0, 0, 0, 0)
     by_folder: dict[str, list[str]] = {}
     for path in dict.fromkeys(paths):
         by_folder.setdefault(path.rpartition("/")[0], []).append(path)
@@ -271,11 +236,8 @@ def _look(
                 raise refuse_outside(path, where=root)
             entry = entries.get(path[start:])
             try:
-                if entry is not None and entry.is_file(follow_symlinks=False):
-                    yield path, look(entry)
-                    continue
                 if entry is not None and not entry.is_symlink():
-                    yield path, None
+                    yield path, look(entry) if entry.is_file() else None
                     continue
                 # A link; or a name the file system spells otherwise (letter case, composed accents); or absent.
                 real = os.path.realpath(root / path)
@@ -311,11 +273,10 @@ def settle_paths(root: Path, paths: Sequence[str]) -> tuple[list[str], list[str]
         slashed = [p if PureWindowsPath(p).drive else p.replace("\\", "/").removeprefix("./") for p in found]
         settle(_there_instead(root, found, slashed), "have backslashes, read as slashes")
     found = [path.removeprefix("./") for path in found]
-    if not whole.isascii():
-        for form in ("NFC", "NFD"):
-            other = [unicodedata.normalize(form, path) for path in found]
-            why = f"are written in another Unicode form than their files, which have {form}"
-            settle(_there_instead(root, found, other), why)
+    for form in () if whole.isascii() else ("NFC", "NFD"):
+        other = [unicodedata.normalize(form, path) for path in found]
+        why = f"are written in another Unicode form than their files, which have {form}"
+        settle(_there_instead(root, found, other), why)
     return found, notes
 
 
@@ -345,80 +306,43 @@ def _there_instead(root: Path, paths: list[str], others: list[str]) -> list[str]
     return [better.get(path, path) for path in paths]
 
 
-def _folded(path: str) -> str:
-    return path.casefold() if path.isascii() else unicodedata.normalize("NFC", path).casefold()
-
-
-def _name(path: str) -> str:
-    return _folded(path.rpartition("/")[2])
-
-
 def _stem(path: str) -> str:
     return os.path.splitext(path)[0]  # noqa: PTH122
 
 
-_CAUSES: dict[str, tuple[Callable[[str], str], ...]] = {  # by what files are compared with a path, and it with them
-    "letter case or Unicode form": (_folded, _folded),
-    "suffix": (lambda p: _folded(_stem(p)), _folded, lambda p: _folded(_stem(p))),
-    "folder": (_name, _name),
-    "folder and suffix": (lambda p: _name(_stem(p)), _name, lambda p: _name(_stem(p))),
-}
+def _spellings(path: str) -> tuple[str, ...]:
+    """What paths are compared by, the strictest first: without letter case, then suffix, then folder."""
+    whole = unicodedata.normalize("NFC", path).casefold()
+    stem = _stem(whole)
+    return whole, stem, whole.rpartition("/")[2], stem.rpartition("/")[2]
 
 
 def near_misses(root: Path, missing: Sequence[str]) -> tuple[str, str]:
-    """What comes near paths that are not there, by cause with counts, and advice; else two empty texts."""
-    files = _files_below(root)
-    indexes: dict[str, dict[str, list[str]]] = {cause: defaultdict(list) for cause in _CAUSES if files}
-    for cause, index in indexes.items():
-        for path in files:
-            index[_CAUSES[cause][0](path)].append(path)
-    found: dict[str, list[tuple[str, list[str]]]] = defaultdict(list)
-    for path in missing if files else ():
-        plain = path.replace("\\", "/").removeprefix("./")
-        keys = ((cause, key(plain)) for cause, (_, *keys) in _CAUSES.items() for key in keys)
-        for cause, key in keys:
-            if hits := indexes[cause].get(key):
-                found[cause].append((path, hits))
-                break
-        else:
-            if not plain.startswith("/") and (root.parent / plain).is_file():
-                found["table's folder"].append((path, [f"../{plain}"]))
-    if not found:
-        return "", ""
-    lines = [
-        f"{len(pairs):,} with another {cause}: {first_few([f'{a} is there as {_either(b)}' for a, b in pairs], 2)}"
-        for cause, pairs in sorted(found.items(), key=lambda item: -len(item[1]))
-    ]
-    return "\n".join(lines), _advice(found)
-
-
-def _either(paths: Sequence[str]) -> str:
-    return " or ".join(paths) if len(paths) < 4 else f"{' or '.join(paths[:3])} or {len(paths) - 3:,} others"
-
-
-def _advice(found: dict[str, list[tuple[str, list[str]]]]) -> str:
-    several = [pair for pairs in found.values() for pair in pairs if len(pair[1]) > 1]
-    causes = {cause: one for cause, pairs in found.items() if (one := [(a, b[0]) for a, b in pairs if len(b) == 1])}
-    if not causes or len(several) > max(map(len, causes.values())):
-        path, hits = several[0]
-        return f"write which file is meant: {_either(hits)} for {path}"
-    cause = max(causes, key=lambda name: len(causes[name]))
-    path, there = causes[cause][0]
-    if cause == "folder" and there.endswith(path) and all(b == there[: -len(path)] + a for a, b in causes[cause]):
-        return f"write {there[: -len(path)]} before every path, or move the table into that folder"
-    if cause == "suffix" and there.startswith(path) and all(b == a + there[len(path) :] for a, b in causes[cause]):
-        return f"append {there[len(path) :]} to every path"
-    if cause == "table's folder":
-        return "move the table into the folder above it, which the paths are relative to"
-    return f"write the paths as the files are called: {there} for {path}"
-
-
-def _files_below(root: Path) -> list[str]:
-    found: list[str] = []
-    for top, folders, files in os.walk(root):
+    """Files that come near paths that are not there, in words, and advice; else two empty texts."""
+    index: tuple[defaultdict[str, list[str]], ...] = tuple(defaultdict(list) for _ in range(4))
+    files = 0
+    for top, folders, names in os.walk(root):
         folders.sort()
         start = "" if Path(top) == root else os.path.relpath(top, root).replace(os.sep, "/") + "/"
-        found += [start + name for name in sorted(files)]
-        if len(found) > _MOST_FILES:
+        for path in (start + name for name in sorted(names)):
+            for by, spelling in zip(index, _spellings(path), strict=True):
+                by[spelling].append(path)
+        files += len(names)
+        if files > _MOST_FILES:
             break
-    return found
+    pairs = []
+    for path in missing:
+        plain = path.replace("\\", "/").removeprefix("./")
+        spelled = zip(index, _spellings(plain), strict=True)
+        hits = next((by[spelling] for by, spelling in spelled if spelling in by), [])
+        if not hits and not plain.startswith("/") and (root.parent / plain).is_file():
+            hits = [f"../{plain}"]
+        pairs += [(path, hits)] if hits else []
+    if not pairs:
+        return "", ""
+    near = first_few([f"{path} is there as {' or '.join(hits[:3])}" for path, hits in pairs], 2)
+    certain = [(path, hits[0]) for path, hits in pairs if len(hits) == 1]
+    if not certain:
+        return near, f"write which file is meant: {' or '.join(pairs[0][1][:3])} for {pairs[0][0]}"
+    around = {there.replace(path, "PATH", 1) for path, there in certain}  # one where all lack the same folder or suffix
+    return near, f"write the paths as the files are called: {around.pop() if len(around) == 1 else certain[0][1]}"

@@ -1,25 +1,27 @@
-"""What file formats need beside Pillow: refusals at first sight, sizes from headers, clean PNG, fast JPEG, depth."""
+"""What file formats need beside Pillow: refusals at first sight, sizes from headers, TIFF, and depth.
+
+Of TIFF, Pillow decodes what has a mode in Pillow: up to 8 bits, unsigned. All else is put together here, from segments
+that Pillow's libtiff or zlib unpack: deeper, signed and floating-point samples, for which Pillow has no mode, or one
+that forgets the interpretation or cuts 16 bits to 8.
+"""
 
 from __future__ import annotations
 
 import functools
 import io
+import math
 import os
-import re
 import struct
 import zlib
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-from embcache.data.budget import unsupported
-
-try:
-    import simplejpeg
-except ImportError:  # a platform without a wheel: Pillow decodes everything
-    simplejpeg = None
+from embcache.data.budget import Decoding, broken, unsupported
+from embcache.errors import ImageError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "DIB", "GIF", "WEBP", "AVIF", "TGA", "JPEG2000", "PPM", "PCX")
 """What Pillow may try. Others of its readers are for games, icons and office files: some decode in Python at minutes an
@@ -35,10 +37,28 @@ _REFUSED = (
 
 
 @functools.cache
-def readable_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow has, in the order in which Pillow tries them."""
+def _readable_formats() -> tuple[str, ...]:
     Image.init()
     return tuple(format for format in Image.ID if format in FORMATS)
+
+
+def open_image(file: IO[bytes]) -> Image.Image:
+    """Pillow's image of a file, its header read; `ImageError` for a format that is not read.
+
+    As `PIL.Image.open`, which raises or warns of the size by filters and a limit that belong to the whole process.
+    """
+    prefix = file.read(16)
+    for format in _readable_formats():
+        factory, accept = Image.OPEN[format]
+        try:
+            if accept is not None and accept(prefix) is not True:
+                continue
+            file.seek(0)
+            image: Image.Image = factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # these mean: another format
+            continue
+        return image
+    raise unsupported("not an image that Pillow reads")
 
 
 def refuse_at_sight(data: bytes) -> None:
@@ -53,6 +73,7 @@ def refuse_at_sight(data: bytes) -> None:
 
 # Sizes from headers
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEAD = 1 << 10  # bytes read at first
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _MOST_HEAD = 1 << 18  # and at most: a JPEG may begin with profiles and previews
@@ -62,10 +83,9 @@ _SCAN = 0xDA
 
 
 def is_square_of(path: str, side: int) -> bool:
-    """Whether the header of the file says ``side`` × ``side`` pixels; False where that is not sure.
+    """Whether the header says ``side`` × ``side`` pixels, for sure: in microseconds, as there may be a million files.
 
-    Takes microseconds, to compare a million images with one whose size is known. Only squares: their size does not
-    depend on an orientation.
+    Only squares: their size does not depend on an orientation.
     """
     descriptor = os.open(path, _FLAGS)
     try:
@@ -120,7 +140,6 @@ def codestream_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _tiff_size(descriptor: int, head: bytes) -> tuple[int, int] | None:
-    """(width, height) of a TIFF's first page; None where not sure."""
     order = "<" if head[:2] == b"II" else ">"
     if len(head) < 8:
         return None
@@ -139,139 +158,303 @@ def _tiff_size(descriptor: int, head: bytes) -> tuple[int, int] | None:
     return (found[256], found[257]) if len(found) == 2 else None
 
 
-# PNG
+# TIFF
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_KEPT = frozenset((b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT"))
-_TEXTS = frozenset((b"tEXt", b"zTXt", b"iTXt"))
-_TURNING = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of texts that can hold an orientation
-_ORIENTATION = re.compile(rb"tiff:Orientation(=\"|>)([0-9])")
-_MOST_TEXT = 1 << 26  # bytes of a text that are looked through for an orientation
-_SMALL = 1 << 12  # a chunk that Pillow may have: of no size, packed or unpacked, that it refuses
-
-
-def without_ancillary(data: bytes) -> tuple[bytes, bool]:
-    """The file without profiles, texts and private chunks, whose damage or size says nothing about the pixels."""
-    parts, at, start, turned = [], 8, 0, False
-    while at + 12 <= len(data):
-        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        end = at + 12 + size
-        if end > len(data):
-            break
-        turned |= kind == b"eXIf"
-        if kind[0] & 0x20 and kind not in _KEPT:  # lower case: ancillary
-            parts.append(data[start:at])
-            start = end
-            if kind in _TEXTS and data.startswith(_TURNING, at + 8):
-                text = _turning_text(data[at:end], kind, data[at + 8 : at + 8 + size])
-                turned |= bool(text)
-                parts.append(text)
-        at = end
-        if kind == b"IEND":
-            break
-    return (b"".join([*parts, data[start:]]) if parts else data), turned
+_TYPES = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8"}
+# Size, depth, compression, interpretation, segments, planes, predictor, colors, extra channels, NODATA.
+_TAGS = {254, *range(256, 260), 262, 266, 273, 274, 277, 278, 279, 284, 317, 320, *range(322, 326), 338, 339, 42113}
+_MOST_VALUES = 1 << 22  # of one tag: strips of an image at the limit, one row each, are far fewer
+_MOST_PAGES = 64  # looked through for one that is no thumbnail
+_MOST_SAMPLES = 64
+_REDUCED_OR_MASK = 1 | 4
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE = range(4)
+_NONE, _PACKED = 1, frozenset((5, 8, 32773, 32946, 34925, 50000))  # LZW, deflate, PackBits, LZMA, Zstandard: any bytes
+_DEFLATE = frozenset((8, 32946))
+_NAMES = {6: "old JPEG", 7: "JPEG", 34712: "JPEG 2000", 34887: "LERC", 50001: "WebP", 50002: "JPEG XL"}
+_REVERSED = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)[:, ::-1], axis=1)[:, 0]
+_PREDICTORS = {1: "uifb", 2: "ui", 3: "f"}
 
 
-def _turning_text(chunk: bytes, kind: bytes, body: bytes) -> bytes:
-    """A text that can hold an orientation: as it is where it is small, else a text of the orientation alone."""
-    if kind == b"tEXt" and len(body) <= _SMALL:
-        return chunk
-    keyword, _, rest = body.partition(b"\0")
-    packed = kind == b"zTXt" or (kind == b"iTXt" and rest[:1] == b"\1")
-    if packed:
-        skipped = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]
+class Page:
+    """What the tags say of the page that is decoded.
+
+    Of its samples ``kind`` is "u", "i" or "f", or "?" for such as are not decoded; ``pages`` is how many are as much an
+    image as it is; ``segment`` the width and height of its tiles or strips.
+    """
+
+    def __init__(self, tags: dict[int, npt.NDArray[Any]], number: int, pages: int, big_endian: bool) -> None:
+        def many(tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+            found = tags.get(tag)
+            return default if found is None or not len(found) else tuple(found[:_MOST_SAMPLES].tolist())
+
+        def one(tag: int, default: int) -> int:
+            return many(tag, (default,))[0]
+
+        self.number, self.pages, self.big_endian = number, pages, big_endian
+        self.width, self.height, self.samples = one(256, 0), one(257, 0), one(277, 1)
+        self.photometric, self.compression, self.predictor = one(262, -1), one(259, 1), one(317, 1)
+        self.reversed_bits, self.orientation = one(266, 1) == 2, one(274, 1)
+        self.planar, self.extra = one(284, 1) == 2 and self.samples > 1, many(338)
+        if not 1 <= self.samples <= _MOST_SAMPLES:
+            raise unsupported(f"a TIFF of {self.samples} samples per pixel: 1 to {_MOST_SAMPLES} are decoded")
+        bits, formats = set(many(258, (1,))), set(many(339, (1,)))
+        self.bits, alike = max(bits), len(formats) == len(bits) == 1
+        kind = {1: "u", 2: "i", 3: "f", 4: "u"}.get(next(iter(formats)), "?") if alike else "?"
+        known = self.bits in (16, 32, 64) if kind == "f" else 1 <= self.bits <= 32 or self.bits == 64
+        self.kind = kind if known else "?"
+        self.tiled = 322 in tags
+        rows = min(one(278, self.height) or self.height, self.height)
+        self.segment = (one(322, 0), one(323, 0)) if self.tiled else (self.width, rows)
+        if self.width and self.height and min(self.segment) < 1:
+            raise broken("a TIFF whose strips or tiles have no size")
+        empty = np.zeros(0, np.int64)
+        places, sizes = (tags.get(tag) for tag in ((324, 325) if self.tiled else (273, 279)))
+        self.offsets = (tags.get(273, empty) if places is None else places).astype(np.int64)
+        self.counts = (tags.get(279, empty) if sizes is None else sizes).astype(np.int64)
+        self.colors = tags.get(320, empty).astype(np.int64)
+        text = tags.get(42113, empty).astype(np.uint8).tobytes()[:64].split(b"\0")[0].decode("ascii", "replace").strip()
         try:
-            rest = zlib.decompressobj().decompress(skipped, _MOST_TEXT)
-        except zlib.error:
-            return b""
-    if keyword == b"Raw profile type exif":
-        return chunk if packed and len(rest) <= PngImagePlugin.MAX_TEXT_CHUNK // 2 else b""
-    found = _ORIENTATION.search(rest[:_MOST_TEXT])
-    if not found:
-        return b""
-    body = keyword + b"\0" + found[0]
-    return struct.pack(">I", len(body)) + b"tEXt" + body + struct.pack(">I", zlib.crc32(b"tEXt" + body))
+            self.nodata = float(text) if text else None
+        except ValueError:
+            raise broken(f"a TIFF whose NODATA value is no number: {text[:20]!r}") from None
+
+    @property
+    def deep(self) -> bool:
+        """Whether samples are scaled by the image's own range: all but unsigned ones of up to 8 bits."""
+        return self.bits > 8 or self.kind != "u"
+
+    @property
+    def own_segments(self) -> bool:
+        """Whether its strips or tiles are unpacked here, and hold colors rather than what a codec makes of them."""
+        return self.photometric in (0, 1, 2) and (self.compression == _NONE or self.compression in _PACKED)
+
+    @property
+    def need(self) -> int:
+        """Bytes that decoding takes, at most."""
+        item = max(1, 1 << math.ceil(math.log2(max(1, self.bits / 8))))
+        unpacked = 0 if self.bits in (8, 16, 32, 64) else 8 * item
+        segment = self.segment[0] * self.segment[1] * self.samples * (2 * item + unpacked)
+        return self.width * self.height * (min(4, self.samples) * (item + 1) + 8) + segment
 
 
-def deep_channels(data: bytes) -> int:
-    """How many channels a PNG of 16 bits per channel has, where they are 2 (gray, alpha), 3 or 4; else 0."""
-    return {4: 2, 2: 3, 6: 4}.get(data[25], 0) if data[24:25] == b"\x10" and len(data) > 25 else 0
+def is_tiff(data: bytes) -> bool:
+    """Whether a file's first bytes are a TIFF's, classic or big."""
+    return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def decode_deep(data: bytes, channels: int, open_png: Any) -> npt.NDArray[np.uint16]:
-    """Color of a PNG of 16 bits per channel, which Pillow cuts to 8: gray (H, W) or RGB (H, W, 3), without alpha.
+def read_page(file: IO[bytes], decoding: Decoding) -> Page:
+    """Tags of the first page that is neither a reduced image nor a mask, else of the first."""
+    chosen, number, pages = None, 0, 0
+    for index, tags in enumerate(_directories(file)):
+        full = not int(tags.get(254, [0])[0]) & _REDUCED_OR_MASK
+        if chosen is None or (full and not pages):
+            chosen, number = tags, index
+        pages += full
+    if chosen is None:
+        raise broken("a TIFF without a page")
+    file.seek(0)
+    page = Page(chosen, number, pages, file.read(2) != b"II")
+    if min(page.width, page.height) < 1:
+        raise broken("a TIFF whose image has no pixels")
+    decoding.check_size(page.width, page.height)
+    decoding.check_size(*page.segment)
+    return page
 
-    Pillow's unpackers take the upper or the lower byte of each value, so that two readings have both.
+
+def decode_page(data: bytes, page: Page) -> npt.NDArray[np.uint8]:
+    """Gray or RGB of a page, not turned yet.
+
+    Shapes: returns (H, W).
     """
-    mode = "RGB" if channels == 3 else "RGBA"
-    # Two channels of 16 bits are laid out as four of 8 are.
-    raws = ("RGBA",) if channels == 2 else (f"{mode};16B", f"{mode};16L")
-    halves = []
-    for raw in raws:
-        image = open_png(io.BytesIO(data))
-        image._mode = mode
-        image.tile = [tile._replace(args=raw) for tile in image.tile]
-        image.load()
-        halves.append(np.asarray(image))
-    if channels == 2:
-        return np.asarray(halves[0][..., 0].astype(np.uint16) << 8 | halves[0][..., 1])
-    return np.asarray(halves[0][..., :3].astype(np.uint16) << 8 | halves[1][..., :3])
+    _refuse(page)
+    own = page.compression == _NONE or page.compression in _PACKED
+    values = _assemble(data, page) if own else _whole(data, page)
+    colors = 3 if page.photometric == _RGB else 1
+    alpha = values[..., colors] if values.shape[2] > colors and page.extra[:1] == (1,) else None
+    values = values[..., :colors] if colors > 1 else values[..., 0]
+    absent = _absent(values, page.nodata)
+    if alpha is not None and page.kind == "u":  # colors were multiplied by alpha
+        most = np.float64((1 << page.bits) - 1)
+        share = np.maximum(alpha, 1).astype(np.float64)
+        share = share[..., None] if colors > 1 else share
+        values = np.minimum(np.rint(values * most / share), most).astype(values.dtype)
+    if page.photometric == _PALETTE:
+        table = page.colors.reshape(3, -1).T >> 8
+        if len(table) != 1 << page.bits:
+            raise broken(f"a TIFF whose palette has {len(table)} colors for samples of {page.bits} bits")
+        return np.asarray(table[values].astype(np.uint8))
+    inverted = page.photometric == _WHITE_IS_ZERO
+    if page.deep:
+        return scale_to_bytes(values, absent=absent, inverted=inverted)
+    shades = widen_to_bytes(values, page.bits)
+    shades = 255 - shades if inverted else shades
+    if absent is not None:
+        shades[absent] = 0
+    return shades
 
 
-# JPEG: simplejpeg is twice as fast as Pillow. Both are libjpeg-turbo, each with a copy of its own; whatever is not a
-# plain, whole file in RGB or gray is Pillow's.
-
-_PIXELS = (0xDA, 0xFF)
-_MEANING = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"Adobe\0d")
-
-
-def decode_jpeg(data: bytes, image: Image.Image) -> npt.NDArray[np.uint8] | None:
-    """Decode a JPEG file as Pillow would, or None where Pillow must.
-
-    Shapes: returns (H, W, 3).
-    """
-    if image.format != "JPEG" or image.mode not in ("RGB", "L") or not _same_pixels():
-        return None
-    pixels = _decode(data)
-    return pixels if pixels is not None and pixels.shape == (image.height, image.width, 3) else None
-
-
-def without_applications(data: bytes) -> bytes | None:
-    """A JPEG without its application segments but EXIF and Adobe's, which say what the pixels are; None for others."""
-    if not data.startswith(b"\xff\xd8\xff"):
-        return None
-    parts, at = [data[:2]], 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] not in _PIXELS:
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        kept = data.startswith(_MEANING, at + 4) or not 0xE0 <= data[at + 1] <= 0xEF
-        parts += [data[at:end]] * kept
-        at = end
-    return b"".join([*parts, data[at:]])
-
-
-def _decode(data: bytes) -> npt.NDArray[np.uint8] | None:
+def pillow_page(data: bytes, page: Page) -> Image.Image | None:
+    """The page as Pillow has it, its pixels not loaded; None where Pillow has no mode for it."""
     try:
-        # Strict: at the first thing that libjpeg warns of, Pillow shall say whether the file is broken.
-        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=True)
-    except ValueError:
+        image = open_image(io.BytesIO(data))
+        if page.number:
+            image.seek(page.number)
+    except (ImageError, SyntaxError):
         return None
-    return pixels
+    return image if image.format == "TIFF" else None
 
 
-@functools.cache
-def _same_pixels() -> bool:
-    """Whether both decoders give the same pixels here; a Pillow built with another libjpeg may not."""
-    if simplejpeg is None:
-        return False
-    values = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
-    picture = Image.fromarray(values).resize((93, 77), Image.Resampling.BICUBIC)
-    for mode, subsampling, progressive in (("RGB", 0, False), ("RGB", 1, False), ("RGB", 2, True), ("L", 0, False)):
-        file = io.BytesIO()
-        picture.convert(mode).save(file, "JPEG", quality=75, subsampling=subsampling, progressive=progressive)
-        found = _decode(file.getvalue())
-        if found is None or not np.array_equal(found, np.array(Image.open(file).convert("RGB"))):
-            return False
-    return True
+def _refuse(page: Page) -> None:
+    if page.kind == "?":
+        raise unsupported("a TIFF whose samples are complex numbers, or differ in depth or format")
+    if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE):
+        space = f"in color space {page.photometric}" if page.photometric >= 0 else "does not say what 0 means: it"
+        raise unsupported(f"a TIFF of {page.bits} bits per sample {space} is not decoded")
+    colors = 3 if page.photometric == _RGB else 1
+    if page.samples < colors or (colors == 1 and page.samples > 1 and page.extra[:1] not in ((1,), (2,))):
+        raise unsupported(f"a TIFF of {page.samples} gray channels: it does not say which of them is the image")
+    if page.photometric == _PALETTE and (page.kind != "u" or page.bits > 16):
+        raise unsupported("a TIFF with a palette for samples that cannot index one")
+
+
+def _absent(values: npt.NDArray[Any], nodata: float | None) -> npt.NDArray[np.bool_] | None:
+    if nodata is None or math.isnan(nodata):
+        return None
+    kind = values.dtype
+    if kind.kind != "f" and not (nodata.is_integer() and np.iinfo(kind).min <= nodata <= np.iinfo(kind).max):
+        return None
+    with np.errstate(over="ignore"):
+        same = values == (kind.type(nodata) if kind.kind == "f" else kind.type(int(nodata)))
+    return np.asarray(same if same.ndim == 2 else same.all(axis=2))
+
+
+def _whole(data: bytes, page: Page) -> npt.NDArray[Any]:
+    """Samples as Pillow's libtiff has them, where it unpacks what cannot be unpacked apart (12-bit JPEG)."""
+    if page.samples == 1 and (page.bits, page.kind) in ((12, "u"), (16, "u")):
+        image = pillow_page(data, page)
+        if image is not None and image.mode.startswith("I;16"):
+            image.load()
+            return np.asarray(image)[..., None]
+    name = _NAMES.get(page.compression, f"number {page.compression}")
+    raise unsupported(f"a TIFF of {page.bits}-bit samples compressed as {name} is not decoded")
+
+
+def _assemble(data: bytes, page: Page) -> npt.NDArray[Any]:
+    """Samples (H, W, channels) from strips or tiles; no more channels than are needed."""
+    if page.kind not in _PREDICTORS.get(page.predictor, "") or (page.predictor > 1 and page.bits % 8):
+        raise unsupported(f"a TIFF with the predictor {page.predictor} for such samples is not decoded")
+    wide, high = page.segment
+    across, down = -(-page.width // wide), -(-page.height // high)
+    planes = page.samples if page.planar else 1
+    if min(len(page.offsets), len(page.counts)) < across * down * planes:
+        raise broken("a TIFF that does not say where its strips or tiles are")
+    wanted = min(page.samples, 4 if page.photometric == _RGB else 2)
+    out = None
+    for plane in range(min(planes, wanted)):
+        for index in range(across * down):
+            top, left = index // across * high, index % across * wide
+            rows = high if page.tiled else min(high, page.height - top)
+            at = plane * across * down + index
+            start, count = int(page.offsets[at]), int(page.counts[at])
+            if start < 0 or count < 1 or start + count > len(data):
+                raise broken("a TIFF whose strips or tiles are missing, or beyond the end of the file")
+            channels = 1 if page.planar else page.samples
+            part = _samples(data[start : start + count], page, rows, wide, channels)
+            if out is None:
+                out = np.zeros((page.height, page.width, wanted), part.dtype.newbyteorder("="))
+            part = part[: page.height - top, : page.width - left]
+            if page.planar:
+                out[top : top + rows, left : left + wide, plane] = part[..., 0]
+            else:
+                out[top : top + rows, left : left + wide] = part[..., :wanted]
+    assert out is not None
+    return out
+
+
+def _samples(packed: bytes, page: Page, rows: int, columns: int, channels: int) -> npt.NDArray[Any]:
+    per_row = -(-columns * channels * page.bits // 8)
+    raw = _unpacked(packed, page, rows * per_row)
+    if len(raw) < rows * per_row:
+        raise broken("a TIFF whose strip or tile is cut short")
+    table = np.frombuffer(raw, np.uint8, rows * per_row).reshape(rows, per_row)
+    shape, order = (rows, columns, channels), ">" if page.big_endian else "<"
+    if page.predictor == 3:
+        item = page.bits // 8
+        steps = np.cumsum(table.reshape(rows, -1, channels), axis=1, dtype=np.uint8).reshape(rows, item, -1)
+        return np.ascontiguousarray(steps.transpose(0, 2, 1)).view(f">f{item}").reshape(shape)
+    if page.bits in (8, 16, 32, 64):
+        values = table.view(f"{order}{page.kind}{page.bits // 8}").reshape(shape)
+        same = values.dtype.newbyteorder("=")
+        return np.cumsum(values, axis=1, dtype=same) if page.predictor == 2 else values
+    if page.bits == 24 and not page.big_endian:
+        table = table.reshape(rows, -1, 3)[..., ::-1].reshape(rows, -1)
+    bits = np.unpackbits(table, axis=1)[:, : columns * channels * page.bits].reshape(rows, -1, page.bits)
+    whole = np.zeros(bits.shape[:2], np.uint8 if page.bits < 8 else np.uint16 if page.bits < 16 else np.uint32)
+    for place in range(page.bits):
+        whole = whole << 1 | bits[..., place]
+    values = whole.reshape(shape)
+    if page.predictor == 2:  # of whole bytes: 24 bits
+        values = np.cumsum(values, axis=1, dtype=np.uint32) & 0xFFFFFF
+    half = 1 << (page.bits - 1)
+    return (values.astype(np.int64) ^ half) - half if page.kind == "i" else values
+
+
+def _unpacked(packed: bytes, page: Page, size: int) -> bytes:
+    if page.compression == _NONE:
+        return _REVERSED[np.frombuffer(packed, np.uint8)].tobytes() if page.reversed_bits else packed
+    if page.compression in _DEFLATE and not page.reversed_bits:
+        return zlib.decompressobj().decompress(packed, size)
+    # libtiff unpacks bytes whatever they mean: one row of 8-bit gray in a file of its own.
+    order = 2 if page.reversed_bits else 1
+    tags = {256: size, 257: 1, 258: 8, 259: page.compression, 262: 1, 266: order, 278: 1}
+    image = open_image(io.BytesIO(one_strip(packed, tags)))
+    image.load()
+    return bytes(image.tobytes())
+
+
+def one_strip(packed: bytes, tags: dict[int, int]) -> bytes:
+    """A TIFF of one gray strip, whose bytes and tags are given: libtiff then unpacks what no library unpacks alone."""
+    entries = sorted({**tags, 273: 8, 277: 1, 279: len(packed)}.items())
+    body = packed + b"\0" * (len(packed) % 2)
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 4, 1, n) for tag, n in entries)
+    return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory + bytes(4)
+
+
+def _directories(file: IO[bytes]) -> Iterator[dict[int, npt.NDArray[Any]]]:
+    """Known tags of each page, as arrays of values; what a count claims is never more than the file holds."""
+    size = file.seek(0, os.SEEK_END)
+
+    def read(at: int, count: int) -> bytes:
+        file.seek(min(at, size))
+        return file.read(count)
+
+    head = read(0, 16)
+    order, endian = ("<", "little") if head[:2] == b"II" else (">", "big")
+    big = head[2:4] in (b"+\0", b"\0+")
+    entry, field, width = (20, 8, 8) if big else (12, 2, 4)
+    if len(head) < (16 if big else 8):
+        raise broken("a TIFF cut short in its header")
+
+    def number(raw: bytes) -> int:
+        return int.from_bytes(raw, endian)  # type: ignore[arg-type]
+
+    at, seen = number(head[8:16] if big else head[4:8]), set[int]()
+    while at and at not in seen and len(seen) < _MOST_PAGES:
+        seen.add(at)
+        entries = number(read(at, field))
+        if entries > 4096 or at + field > size:
+            raise broken("a TIFF whose list of tags is broken")
+        table, tags = read(at + field, entries * entry + width), {}
+        for k in range(min(entries, len(table) // entry)):
+            tag, kind = struct.unpack_from(order + "HH", table, k * entry)
+            if tag in _TAGS and kind in _TYPES:
+                dtype, body = np.dtype(order + _TYPES[kind]), table[k * entry + 4 : (k + 1) * entry]
+                count = min(number(body[:width]), _MOST_VALUES)
+                inline, there = body[width:], count * dtype.itemsize
+                raw = inline if there <= width else read(number(inline), there)
+                tags[tag] = np.frombuffer(raw, dtype, min(count, len(raw) // dtype.itemsize))
+        yield tags
+        at = number(table[entries * entry :])
 
 
 # Values of any depth to 8 bits, by rules that depend on the image alone
@@ -287,12 +470,12 @@ def scale_to_bytes(
     Shapes: values (H, W); absent (H, W).
     """
     flat = np.ascontiguousarray(values).reshape(-1)
-    gone = None if absent is None else np.repeat(absent.reshape(-1), values.size // max(1, absent.size))
+    absent = np.zeros(1, bool) if absent is None else absent
+    gone = np.broadcast_to(absent.reshape(-1, 1), (absent.size, flat.size // max(1, absent.size))).reshape(-1)
     parts = [slice(start, start + _BLOCK) for start in range(0, flat.size, _BLOCK)]
     low, high = np.inf, -np.inf
     for part in parts:
-        used = np.isfinite(flat[part]) if gone is None else np.isfinite(flat[part]) & ~gone[part]
-        finite = flat[part][used]
+        finite = flat[part][np.isfinite(flat[part]) & ~gone[part]]
         if finite.size:
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))
     scaled = np.zeros(flat.shape, dtype=np.uint8)
@@ -304,8 +487,7 @@ def scale_to_bytes(
             x = np.nan_to_num(flat[part].astype(np.float64) * unit, nan=low, posinf=high, neginf=low)
             levels = np.rint((np.clip(x, low, high) - low) * (255.0 / (high - low)))
             scaled[part] = 255.0 - levels if inverted else levels
-            if gone is not None:
-                scaled[part][gone[part]] = 0
+            scaled[part][gone[part]] = 0
             if inverted and flat.dtype.kind == "f":
                 scaled[part][np.isnan(flat[part])] = 0
     return scaled.reshape(values.shape)

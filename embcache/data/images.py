@@ -7,43 +7,47 @@ that can be kept in a store.
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import functools
 import hashlib
 import io
 import os
 import re
 import stat
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
-from embcache.data.budget import MAX_PIXELS, MOST_PIXELS, Decoding, broken, quiet, too_large, unsupported
-from embcache.data.containers.array_rows import place_pixels, place_size
+from embcache.data.budget import MAX_PIXELS, MOST_PIXELS, Decoding, broken, quiet, reasons, too_large
+from embcache.data.containers import place_pixels, place_size
 from embcache.data.dicom import decode_dicom, dicom_size, is_dicom
 from embcache.data.files import is_inside, refuse_outside
 from embcache.data.formats import (
     SIGNATURE,
-    decode_deep,
-    decode_jpeg,
-    deep_channels,
-    readable_formats,
+    decode_page,
+    is_tiff,
+    open_image,
+    pillow_page,
+    read_page,
     refuse_at_sight,
     scale_to_bytes,
-    without_ancillary,
-    without_applications,
 )  # fmt: skip
-from embcache.data.tiff import Page, decode_page, is_tiff, read_page
-from embcache.errors import EmbcacheError, ImageError
+from embcache.errors import ImageError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+try:
+    import simplejpeg
+except ImportError:  # a platform without a wheel: Pillow decodes everything
+    simplejpeg = None
 
 DECODER_VERSION = "pillow-2"
 
@@ -57,11 +61,11 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_WIDE_GRAY = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _BLOCK = 1 << 22  # pixels converted at a time: what is made of an image at the limit must not take gigabytes
 _PER_PIXEL = 30  # bytes, at most: 16-bit PNG; of a progressive JPEG coefficients, Pillow's pixels, turned ones and ours
 _LARGE_FILE, _LARGEST_FILE = 1 << 26, 1 << 32
 _FIRST = "the first of several frames or pages is used"
+_FAILED = "cannot be decoded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,25 +110,24 @@ def decode_image(data: bytes, *, name: str = "", decoding: Decoding | None = Non
     if not data:
         raise broken("the file is empty")
     if is_dicom(data, name):
-        with _reasons():
+        with reasons(_FAILED):
             return decode_dicom(data, name, decoding)
     refuse_at_sight(data)
-    with _reasons(), quiet(r"PIL\."):
+    with reasons(_FAILED), quiet(r"PIL\."):
         if is_tiff(data):
             return _decode_tiff(data, name, decoding)
         turned = True
         if data.startswith(SIGNATURE):
-            data, turned = without_ancillary(data)
+            data, turned = _without_ancillary(data)
         image = _open_with_less(io.BytesIO(data))
         decoding.check_size(*image.size)
         with decoding.hold(_PER_PIXEL * image.width * image.height):
             orientation = _orientation(image) if turned else 1
-            pixels = decode_jpeg(data, image) if orientation == 1 else None
+            pixels = _decode_jpeg(data, image) if orientation == 1 else None
             if pixels is not None:
                 return pixels
-            if image.format == "PNG" and (channels := deep_channels(data)):
-                values = decode_deep(data, channels, _open)
-                return _to_rgb(Image.fromarray(scale_to_bytes(values)), orientation)
+            if image.format == "PNG" and (channels := _deep_channels(data)):
+                return _to_rgb(Image.fromarray(scale_to_bytes(_decode_deep(data, channels))), orientation)
             image.load()
             pixels = _to_rgb(image, orientation)
             if image.format in ("GIF", "PNG", "WEBP", "AVIF") and _animated(image):
@@ -135,7 +138,7 @@ def decode_image(data: bytes, *, name: str = "", decoding: Decoding | None = Non
 def read_image(
     dataset_root: Path | str, path: str, place: str = "", decoding: Decoding | None = None
 ) -> tuple[npt.NDArray[np.uint8], str]:
-    """Read and decode one image of a dataset.
+    """Read and decode one image of a dataset; the sha256 of the file, or of the pixels at a place in a container.
 
     Shapes: returns (H, W, 3).
     """
@@ -146,21 +149,16 @@ def read_image(
         return pixels, hashlib.sha256(pixels.tobytes()).hexdigest()
     with _open_file(real) as file:
         size = os.fstat(file.fileno()).st_size
-        if size <= _LARGE_FILE:
-            return _decode_and_hash(file.read(), path, decoding)
         if size > _LARGEST_FILE:
             raise too_large(f"too large: a file of {size:,} bytes, more than {_LARGEST_FILE:,}: cut it into tiles")
-        with decoding.budget.hold():
-            return _decode_and_hash(file.read(), path, decoding)
-
-
-def _decode_and_hash(data: bytes, path: str, decoding: Decoding) -> tuple[npt.NDArray[np.uint8], str]:
-    digest = hashlib.sha256(data).hexdigest()
-    try:
-        return decode_image(data, name=path, decoding=decoding), digest
-    except ImageError as error:  # so that it is known whether the file is another one later
-        error.digest = digest
-        raise
+        with decoding.budget.hold() if size > _LARGE_FILE else contextlib.nullcontext():
+            data = file.read()
+            digest = hashlib.sha256(data).hexdigest()
+            try:
+                return decode_image(data, name=path, decoding=decoding), digest
+            except ImageError as error:  # so that it is known whether the file is another one later
+                error.digest = digest
+                raise
 
 
 def read_size(dataset_root: Path | str, path: str, place: str = "") -> tuple[int, int]:
@@ -179,16 +177,16 @@ def read_size(dataset_root: Path | str, path: str, place: str = "") -> tuple[int
             raise broken("the file is empty")
         refuse_at_sight(head)
         file.seek(0)
-        with _reasons(), quiet(r"PIL\."):
+        with reasons(_FAILED), quiet(r"PIL\."):
             if is_dicom(head, path):
                 return dicom_size(file, path, decoding)
             if is_tiff(head):
                 page = read_page(file, decoding)
                 width, height, orientation = page.width, page.height, page.orientation
             elif head.startswith(SIGNATURE):  # an orientation may follow the pixels
-                data, turned = without_ancillary(file.read())
-                image = _open(io.BytesIO(data))
-                (width, height), orientation = image.size, 1
+                data, turned = _without_ancillary(file.read())
+                image = open_image(io.BytesIO(data))
+                width, height = image.size
                 decoding.check_size(width, height)
                 # Finding it decodes the pixels: of larger images none is looked for, as no choice hangs on it.
                 turned &= width != height and width * height <= MAX_PIXELS
@@ -216,39 +214,19 @@ def _open_file(real: str) -> IO[bytes]:
         raise ImageError("the file is not there", code="image-missing") from error
 
 
-def _open(file: IO[bytes]) -> Image.Image:
-    """Pillow's image of a file, its header read.
-
-    As `PIL.Image.open`, which raises or warns of the size by filters and a limit that belong to the whole process.
-    """
-    prefix = file.read(16)
-    for format in readable_formats():
-        factory, accept = Image.OPEN[format]
-        try:
-            if accept is not None and accept(prefix) is not True:
-                continue
-            file.seek(0)
-            image: Image.Image = factory(file, "")
-        except (SyntaxError, IndexError, TypeError, struct.error):  # these mean: another format
-            continue
-        return image
-    raise UnidentifiedImageError
-
-
 def _open_with_less(file: IO[bytes]) -> Image.Image:
-    """As `_open`; a JPEG whose application segments Pillow stumbles over is opened without them."""
+    """As `open_image`; a JPEG whose application segments Pillow stumbles over is opened without them."""
     try:
-        return _open(file)
-    except UnidentifiedImageError:
+        return open_image(file)
+    except ImageError:
         file.seek(0)
-        less = without_applications(file.read())
+        less = _without_applications(file.read())
         if less is None:
             raise
-        return _open(io.BytesIO(less))
+        return open_image(io.BytesIO(less))
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8, still to be applied."""
     if image.format == "PNG":
         # Its EXIF block may follow the pixels, so that getexif() decodes them, and what is broken in them must not be
         # taken for a broken block: loaded a second time, Pillow returns what it has got so far.
@@ -267,26 +245,13 @@ def _decode_tiff(data: bytes, name: str, decoding: Decoding) -> npt.NDArray[np.u
             decoding.note(_FIRST, name)
         # Of planes, and of gray with alpha, Pillow forgets some.
         own = page.deep or (page.own_segments and (page.planar or page.samples == 2))
-        image = None if own and page.photometric in (0, 1, 2, 3) else _pillow_page(data, page)
+        image = None if own and page.photometric in (0, 1, 2, 3) else pillow_page(data, page)
         if image is None or (page.nodata is not None and page.own_segments):
-            return _to_rgb(
-                Image.fromarray(decode_page(data, page, lambda part: _open(io.BytesIO(part)))), page.orientation
-            )
+            return _to_rgb(Image.fromarray(decode_page(data, page)), page.orientation)
         if page.nodata is not None:
             decoding.note("a NODATA value that a lossy compression or color space leaves without meaning", name)
         image.load()  # turned by Pillow
         return _to_rgb(image, 1)
-
-
-def _pillow_page(data: bytes, page: Page) -> Image.Image | None:
-    """The page as Pillow has it, its pixels not loaded; None where Pillow has no mode for it."""
-    try:
-        image = _open(io.BytesIO(data))
-        if page.number:
-            image.seek(page.number)
-    except (UnidentifiedImageError, SyntaxError):
-        return None
-    return image if image.format == "TIFF" else None
 
 
 def _animated(image: Image.Image) -> bool:
@@ -297,39 +262,150 @@ def _animated(image: Image.Image) -> bool:
 
 
 def _to_rgb(image: Image.Image, orientation: int) -> npt.NDArray[np.uint8]:
-    if image.mode in _WIDE_GRAY:
+    if image.mode in ("I", "F", "I;16", "I;16L", "I;16B", "I;16N"):
         image = Image.fromarray(scale_to_bytes(np.asarray(image)))
     if orientation in _TRANSPOSE:
         image = image.transpose(_TRANSPOSE[orientation])
     width, height = image.size
     rows = max(1, _BLOCK // max(1, width))
-    if rows >= height:
-        return np.array(_opaque(image))
     pixels = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        pixels[top:bottom] = np.asarray(_opaque(image.crop((0, top, width, bottom))))
+        part = image.crop((0, top, width, min(top + rows, height))) if rows < height else image
+        # Palettes straight to RGB would warn of transparency.
+        part = part.convert("RGBA") if part.mode in ("P", "PA") else part
+        pixels[top : top + rows] = np.asarray(part if part.mode == "RGB" else part.convert("RGB"))
     return pixels
 
 
-def _opaque(image: Image.Image) -> Image.Image:
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # straight to RGB would warn of transparent palettes
-    return image if image.mode == "RGB" else image.convert("RGB")
+# PNG
+
+_KEPT = frozenset((b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT"))
+_TEXTS = frozenset((b"tEXt", b"zTXt", b"iTXt"))
+_TURNING = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of texts that can hold an orientation
+_XMP_ORIENTATION = re.compile(rb"tiff:Orientation(=\"|>)([0-9])")
+_MOST_TEXT = 1 << 26  # bytes of a text that are looked through for an orientation
+_SMALL = 1 << 12  # a chunk that Pillow may have: of no size, packed or unpacked, that it refuses
 
 
-@contextmanager
-def _reasons() -> Iterator[None]:
-    """Turn whatever a decoder raises on broken bytes into an `ImageError`; trouble of the machine passes."""
+def _without_ancillary(data: bytes) -> tuple[bytes, bool]:
+    """The file without profiles, texts and private chunks, whose damage or size says nothing about the pixels."""
+    parts, at, start, turned = [], 8, 0, False
+    while at + 12 <= len(data):
+        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 12 + size
+        if end > len(data):
+            break
+        turned |= kind == b"eXIf"
+        if kind[0] & 0x20 and kind not in _KEPT:  # lower case: ancillary
+            parts.append(data[start:at])
+            start = end
+            if kind in _TEXTS and data.startswith(_TURNING, at + 8):
+                text = _turning_text(data[at:end], kind, data[at + 8 : at + 8 + size])
+                turned |= bool(text)
+                parts.append(text)
+        at = end
+        if kind == b"IEND":
+            break
+    return (b"".join([*parts, data[start:]]) if parts else data), turned
+
+
+def _turning_text(chunk: bytes, kind: bytes, body: bytes) -> bytes:
+    """A text that can hold an orientation: as it is where it is small, else a text of the orientation alone."""
+    if kind == b"tEXt" and len(body) <= _SMALL:
+        return chunk
+    keyword, _, rest = body.partition(b"\0")
+    packed = kind == b"zTXt" or (kind == b"iTXt" and rest[:1] == b"\1")
+    if packed:
+        skipped = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]
+        try:
+            rest = zlib.decompressobj().decompress(skipped, _MOST_TEXT)
+        except zlib.error:
+            return b""
+    if keyword == b"Raw profile type exif":
+        return chunk if packed and len(rest) <= PngImagePlugin.MAX_TEXT_CHUNK // 2 else b""
+    found = _XMP_ORIENTATION.search(rest[:_MOST_TEXT])
+    if not found:
+        return b""
+    body = keyword + b"\0" + found[0]
+    return struct.pack(">I", len(body)) + b"tEXt" + body + struct.pack(">I", zlib.crc32(b"tEXt" + body))
+
+
+def _deep_channels(data: bytes) -> int:
+    """How many channels a PNG of 16 bits per channel has, where they are 2 (gray, alpha), 3 or 4; else 0."""
+    return {4: 2, 2: 3, 6: 4}.get(data[25], 0) if data[24:25] == b"\x10" and len(data) > 25 else 0
+
+
+def _decode_deep(data: bytes, channels: int) -> npt.NDArray[np.uint16]:
+    """Color of a PNG of 16 bits per channel, which Pillow cuts to 8: gray (H, W) or RGB (H, W, 3), without alpha.
+
+    Pillow's unpackers take the upper or the lower byte of each value, so that two readings have both.
+    """
+    mode = "RGB" if channels == 3 else "RGBA"
+    # Two channels of 16 bits are laid out as four of 8 are.
+    raws = ("RGBA",) if channels == 2 else (f"{mode};16B", f"{mode};16L")
+    halves = []
+    for raw in raws:
+        image: Any = open_image(io.BytesIO(data))
+        image._mode = mode
+        image.tile = [tile._replace(args=raw) for tile in image.tile]
+        image.load()
+        halves.append(np.asarray(image))
+    if channels == 2:
+        return np.asarray(halves[0][..., 0].astype(np.uint16) << 8 | halves[0][..., 1])
+    return np.asarray(halves[0][..., :3].astype(np.uint16) << 8 | halves[1][..., :3])
+
+
+# JPEG: simplejpeg is twice as fast as Pillow. Both are libjpeg-turbo, each with a copy of its own; whatever is not a
+# plain, whole file in RGB or gray is Pillow's.
+
+_PIXELS = (0xDA, 0xFF)
+_MEANING = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"Adobe\0d")
+
+
+def _decode_jpeg(data: bytes, image: Image.Image) -> npt.NDArray[np.uint8] | None:
+    """Decode a JPEG file as Pillow would, or None where Pillow must.
+
+    Shapes: returns (H, W, 3).
+    """
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or not _same_pixels():
+        return None
+    pixels = _strict_jpeg(data)
+    return pixels if pixels is not None and pixels.shape == (image.height, image.width, 3) else None
+
+
+def _without_applications(data: bytes) -> bytes | None:
+    """A JPEG without its application segments but EXIF and Adobe's, which say what the pixels are; None for others."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    parts, at = [data[:2]], 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] not in _PIXELS:
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        kept = data.startswith(_MEANING, at + 4) or not 0xE0 <= data[at + 1] <= 0xEF
+        parts += [data[at:end]] * kept
+        at = end
+    return b"".join([*parts, data[at:]])
+
+
+def _strict_jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
     try:
-        yield
-    except (EmbcacheError, MemoryError):
-        raise
-    except UnidentifiedImageError as error:
-        raise unsupported("not an image that Pillow reads") from error
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise
-        text = re.sub(r"<[^<>]* object at 0x[0-9a-fA-F]+>", "", str(error))  # addresses differ from run to run
-        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())[:160]
-        raise broken(f"cannot be decoded: {text or type(error).__name__}") from error
+        # Strict: at the first thing that libjpeg warns of, Pillow shall say whether the file is broken.
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError:
+        return None
+    return pixels
+
+
+@functools.cache
+def _same_pixels() -> bool:
+    """Whether both decoders give the same pixels here; a Pillow built with another libjpeg may not."""
+    if simplejpeg is None:
+        return False
+    values = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    picture = Image.fromarray(values).resize((93, 77), Image.Resampling.BICUBIC)
+    for mode, subsampling, progressive in (("RGB", 0, False), ("RGB", 1, False), ("RGB", 2, True), ("L", 0, False)):
+        file = io.BytesIO()
+        picture.convert(mode).save(file, "JPEG", quality=75, subsampling=subsampling, progressive=progressive)
+        found = _strict_jpeg(file.getvalue())
+        if found is None or not np.array_equal(found, np.array(Image.open(file).convert("RGB"))):
+            return False
+    return True

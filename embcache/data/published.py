@@ -1,9 +1,15 @@
-"""The registry of dataset layouts, and where a dataset lies and what it is called unless the user says otherwise."""
+"""Datasets by name: registered layouts, where a dataset lies and what it is called, and the snapshots of cached ones.
+
+Listing names needs no more than this module, which imports no pandas.
+"""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-from collections.abc import Callable, Iterator
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from embcache.config import DatasetRef
 from embcache.data.files import TABLE_SUFFIXES
-from embcache.data.snapshot import cached_names, near_names
-from embcache.data.tables import named_columns
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError, first_few
-from embcache.paths import PathLike, data_dir, home_dir
+from embcache.io import home_folders, read_regular
+from embcache.paths import PathLike, data_dir, home_dir, slug
 from embcache.registry import Registry
+from embcache.sealed import open_parquet, parse, typed
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from embcache.data.dataset import ImageDataset
 
 DATASETS: Registry[Any] = Registry(
@@ -28,6 +36,19 @@ DATASETS: Registry[Any] = Registry(
     },
 )
 """Layouts by name: a `DatasetLayout`, or a function ``read(root, name) -> ImageDataset``."""
+
+FORM = 2
+"""Of the file of a snapshot: columns of the table, keys of its JSON."""
+
+ROLES = ("path", "label", "group", "split", "id")
+"""Of a table's columns; `DatasetRef` names the column of each."""
+
+_META, _CHECK = b"embcache", b"embcache-check"
+
+
+def named_columns(ref: DatasetRef) -> dict[str, str]:
+    """The column of each role for which the user names one."""
+    return {role: name for role in ROLES if (name := vars(ref)[f"{role}_column"])}
 
 
 @dataclass(frozen=True)
@@ -65,28 +86,25 @@ class DatasetLayout:
 
     def load(self, root: Path, name: str, ref: DatasetRef) -> ImageDataset:
         """Every row that the labels name, and where they are from; `UsageError` for columns of a published layout."""
-        if self.own_columns:
-            dataset = self.read(root, name, ref)
-        elif columns := named_columns(ref):
+        columns = named_columns(ref)
+        if columns and not self.own_columns:
             raise UsageError(
                 f"{self.name} is published with columns of its own", code="columns-published",
                 found=" ".join(f"--{role}-column" for role in columns),
                 fix="leave these options out, or load its table as a dataset of your own: --dataset folder",
             )  # fmt: skip
-        else:
-            dataset = self.read(root, name)
+        dataset = self.read(root, name, ref) if self.own_columns else self.read(root, name)
         return replace(dataset, layout=self.name, origin=root)
 
     def layout_error(self, root: Path, problem: str | None = None) -> DatasetNotFoundError:
         """The error for a root that is missing or laid out otherwise."""
         entries = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
         found = first_few(entries) or "an empty folder" if root.is_dir() else "a file" if root.exists() else "nothing"
+        fix = f"put it in {data_dir() / self.name}, or name its folder with --data-root"
         if self.draw is not None:
             fix = "leave --data-root out, or name a folder that is not there yet: the images are drawn at first use"
         elif self.own_columns:
             fix = "name the folder, or a table, with --data-root"
-        else:
-            fix = f"put it in {data_dir() / self.name}, or name its folder with --data-root"
         if self.download:
             fix = f'python -c "import kagglehub; print(kagglehub.{self.download})"\n{fix}'
         return DatasetNotFoundError(
@@ -100,10 +118,9 @@ def find_layout(name: str, home: PathLike | None = None) -> DatasetLayout:
     if name not in DATASETS and ":" not in name:
         cached = cached_names(home)
         near = near_names(name, [*DATASETS, *cached])
-        known = f", or one of {len(cached):,} that are cached" if cached else ""
         raise DatasetNotFoundError(
             f"there is no dataset {name!r}", code="unknown-dataset",
-            expected="one of " + ", ".join(DATASETS) + known,
+            expected=f"one of {', '.join(DATASETS)}" + (f", or one of {len(cached):,} that are cached" * bool(cached)),
             found=f"near to it: {', '.join(near)}" if near else None, fix="embcache datasets",
         )  # fmt: skip
     found = DATASETS.get(name)
@@ -167,3 +184,83 @@ def choose_name(layout: str, root: Path, wanted: str | None) -> str:
             found=ascii(wanted), where="--name",
         )  # fmt: skip
     return wanted
+
+
+# Snapshots: the tables that extraction keeps beside the stores
+
+
+def snapshot_path(name: str, home: PathLike | None = None) -> Path:
+    """The snapshot that extraction keeps beside the stores of dataset ``name``."""
+    return home_dir(home) / slug(name) / "dataset.parquet"
+
+
+def damaged(problem: str, path: Path | None, found: str, code: str = "snapshot-damaged") -> DatasetError:
+    """The error for a snapshot that cannot be used."""
+    fix = "extract again and name the images: embcache extract --data-root FOLDER …"
+    return DatasetError(problem, code=code, found=found, where=path, fix=fix)
+
+
+def encode_snapshot(table: pa.Table, meta: dict[str, Any]) -> bytes:
+    """A table and what belongs to it as a Parquet file in which a flipped byte does not go unnoticed.
+
+    Parquet's own checksums cover the values; the footer holds one over everything else that is read.
+    """
+    import pyarrow.parquet as pq
+
+    text = json.dumps({**meta, "form": FORM}, sort_keys=True)
+    described = table.replace_schema_metadata({_META: text, _CHECK: _check(text, table.schema, table.num_rows)})
+    sink = io.BytesIO()
+    pq.write_table(described, sink, write_page_checksum=True)
+    return sink.getvalue()
+
+
+def decode_snapshot(data: bytes, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
+    """The inverse of `encode_snapshot`, with only some of the columns where they are named."""
+    file, table = open_parquet(data, columns)
+    described = file.schema_arrow.metadata or {}
+    text = described[_META].decode("utf-8")
+    meta = typed(dict[str, Any], parse(text.encode()), "snapshot")
+    if (form := meta.pop("form", 1)) != FORM:
+        raise damaged("the snapshot of a dataset is of another version", None, f"form {form!r:.20}", "snapshot-form")
+    if described[_CHECK].decode("ascii") != _check(text, file.schema_arrow, file.metadata.num_rows):
+        raise ValueError("its checksum is another")
+    return table.replace_schema_metadata(None), meta
+
+
+def _check(text: str, schema: pa.Schema, rows: int) -> str:
+    """Sha256 of everything in a snapshot except its values: number of rows, columns, and its own JSON."""
+    columns = [[field.name, str(field.type)] for field in schema]
+    return hashlib.sha256(json.dumps([rows, columns, text]).encode()).hexdigest()
+
+
+def snapshot_ids(name: str, home: PathLike | None = None) -> tuple[str, list[str]] | None:
+    """The dataset's own name and the ids of its images, as extraction kept them; None where there is no snapshot."""
+    import pyarrow as pa
+
+    path = snapshot_path(name, home)
+    try:
+        table, meta = decode_snapshot(read_regular(path), ["id"])
+        return typed(str, meta["name"], "name"), typed(list[str], table["id"].to_pylist(), "id")
+    except FileNotFoundError:
+        return None
+    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
+        raise damaged("the snapshot of a dataset is damaged", path, str(error).split("\n")[0]) from error
+
+
+def cached_names(home: PathLike | None = None) -> list[str]:
+    """Names of the datasets that have a snapshot under ``home``, sorted; damaged ones are passed over."""
+    names = []
+    for folder in home_folders(home_dir(home)):
+        try:
+            found = snapshot_ids(folder.name, home)
+        except DatasetError:
+            continue
+        names += [found[0]] if found is not None else []
+    return sorted(names)
+
+
+def near_names(name: str, names: Iterable[str]) -> list[str]:
+    """Those of the names for which ``name`` may be a slip, or the beginning; the nearest first."""
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=5)
+    return near + [other for other in known if other.startswith(f"{name}-") and other not in near]

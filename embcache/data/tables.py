@@ -1,17 +1,22 @@
-"""Tables as text (CSV, Parquet, Excel), checks of their cells, and spellings of one text that mean the same."""
+"""Tables as text (CSV, Parquet, Excel): their cells, spellings that mean the same, and which column is what.
+
+Columns are found by the names that are usual in the field, or as the user says. What was inferred is named in a note;
+two columns that could be meant are an error that lists them.
+"""
 
 from __future__ import annotations
 
 import codecs
 import csv
+import difflib
 import io
 import itertools
 import math
 import re
+import shlex
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -20,12 +25,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embcache.config import DatasetRef
-from embcache.errors import DatasetError, first_few
+from embcache.data.published import ROLES, named_columns
+from embcache.errors import DatasetError, UsageError, first_few
 
 COLUMNS = ("id", "path", "place", "label", "group", "split")
 SPLITS = ("train", "val", "test")
-ROLES = ("path", "label", "group", "split", "id")
-"""Of a table's columns; `DatasetRef` names the column of each."""
+SPLIT_NAMES = {  # of folders and in a split column, compared in lower case
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+MOST_COLUMNS = 10_000
+"""A table of more is a matrix of values, not a list of images."""
 
 _MARKS = (  # the longer first: one begins like another
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
@@ -33,13 +44,24 @@ _MARKS = (  # the longer first: one begins like another
 )  # fmt: skip
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _JOINERS = "\u200c\u200d"  # invisible, and yet part of the spelling in some scripts
-MOST_COLUMNS = 10_000
-"""A table of more is a matrix of values, not a list of images."""
+_USUAL = {  # plain names, see `plain_name`; the role's own name comes before all others
+    "path": {
+        "imagepath", "imgpath", "filepath", "filename", "file", "image", "img", "imagename", "imgname", "imagefile",
+        "imgfile", "imagefilename", "imagefilepath", "imageindex", "relativepath", "relpath", "fullpath", "pathtoimage",
+        "dicompath", "dicomfile", "dicomfilename", "dcmpath", "dcmfile", "pngpath", "pngfile", "jpgpath", "jpegpath",
+        "tiffpath", "tilepath", "patchpath", "imagefilepathrelative", "fname", "filelocation", "imagelocation",
+    },
+    "label": {
+        "labels", "class", "classname", "classlabel", "target", "diagnosis", "dx", "category", "finding", "findings",
+        "findinglabel", "findinglabels", "groundtruth", "gt", "outcome", "disease", "condition", "pathology", "grade",
+        "y", "labelname", "imagelabel", "diagnosticlabel", "diagnosislabel", "targetlabel", "annotation",
+    },
+    "split": {"splits", "set", "partition", "subset", "phase", "usage", "datasplit", "dataset", "traintest", "fold"},
+    "id": {"imageid", "imgid", "imageuid", "sopinstanceuid", "instanceuid"},
+}  # fmt: skip
 
 
-def named_columns(ref: DatasetRef) -> dict[str, str]:
-    """The column of each role for which the user names one."""
-    return {role: name for role in ROLES if (name := vars(ref)[f"{role}_column"])}
+# Reading
 
 
 def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[str]]:
@@ -54,8 +76,7 @@ def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[
         try:
             table = pq.read_table(path) if rows is None else pq.ParquetFile(path).schema_arrow.empty_table()
         except (pa.ArrowException, OSError) as error:
-            found = str(error).split("\n")[0]
-            raise DatasetError("not a Parquet file", code="table-unreadable", found=found, where=path) from error
+            raise _unreadable(path, "not a Parquet file", error) from error
         header = [str(c) for c in table.column_names]
         columns = [[as_text(v) for v in column.to_pylist()] for column in table.columns]
     else:
@@ -68,45 +89,47 @@ def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[
             where=path, fix="keep the columns of paths, labels and groups, and those that are predicted or compared",
         )  # fmt: skip
     if len(set(header)) < len(header):
-        repeated = [c for i, c in enumerate(header) if c in header[:i]]
-        raise DatasetError(
-            "a label file repeats a column", code="column-repeated", found=first_few(repeated), where=path
-        )
+        repeated = first_few([c for i, c in enumerate(header) if c in header[:i]])
+        raise DatasetError("a label file repeats a column", code="column-repeated", found=repeated, where=path)
     return pd.DataFrame(dict(zip(header, columns, strict=True)), columns=header, dtype=str), notes
 
 
 def read_table(path: Path, required: Sequence[str]) -> pd.DataFrame:
     """The table of a published layout, whose columns are called as they are published; see `open_table`."""
     table, _ = open_table(path)
-    header = [str(name) for name in table.columns]
-    absent = [name for name in required if name not in header]
+    absent = [name for name in required if name not in table.columns]
     if absent:
-        lower = {name.lower(): name for name in header}
+        lower = {str(name).lower(): name for name in table.columns}
         renamed = [f"{lower[name.lower()]} to {name}" for name in absent if name.lower() in lower]
-        raise DatasetError(
-            f"a label file lacks the column {absent[0]!r}", code="column-missing", expected=",".join(required),
-            found=",".join(header), where=path,
-            fix="rename the column " + ", ".join(renamed) if renamed else "name the columns in the first line",
-        )  # fmt: skip
+        fix = "rename the column " + ", ".join(renamed) if renamed else "name the columns in the first line"
+        raise _lacking(path, absent, required, table, fix)
     return table
 
 
+def _lacking(path: Path, absent: Sequence[str], required: Sequence[str], table: pd.DataFrame, fix: str) -> DatasetError:
+    return DatasetError(
+        f"a label file lacks the column {absent[0]!r}", code="column-missing", expected=", ".join(required),
+        found=", ".join(map(str, table.columns)), where=path, fix=fix,
+    )  # fmt: skip
+
+
+def _unreadable(path: Path, problem: str, error: Exception, expected: str | None = None) -> DatasetError:
+    found = str(error).split("\n")[0]
+    return DatasetError(problem, code="table-unreadable", expected=expected, found=found, where=path)
+
+
 def _lines(path: Path, rows: int | None) -> tuple[list[list[str]], list[str]]:
-    """Fields of every line of a CSV file that is not blank, and what had to be inferred."""
     text, encoding = _decoded(path, rows)
     preferred = "\t" if path.suffix.lower() == ".tsv" else ","
     delimiter = _delimiter(text, preferred)
+    separated = f"columns separated by {_DELIMITERS[delimiter]}"
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=rows is None)
-        lines = list(reader) if rows is None else list(itertools.islice(reader, rows))
+        lines = list(itertools.islice(reader, rows))
     except csv.Error as error:
-        raise DatasetError(
-            "a label file cannot be read", code="table-unreadable", found=str(error), where=path,
-            expected=f"columns separated by {_DELIMITERS[delimiter]}",
-        ) from error  # fmt: skip
-    told = [f"columns separated by {_DELIMITERS[delimiter]}"] if delimiter != preferred else []
-    told += [encoding.upper()] if not encoding.startswith("utf-8") else []
-    return lines, [f"{path.name} is read as {' in '.join(told)}"] if told else []
+        raise _unreadable(path, "a label file cannot be read", error, separated) from error
+    inferred = [separated] * (delimiter != preferred) + [encoding.upper()] * (not encoding.startswith("utf-8"))
+    return lines, [f"{path.name} is read as {' in '.join(inferred)}"] if inferred else []
 
 
 def _decoded(path: Path, rows: int | None) -> tuple[str, str]:
@@ -149,7 +172,6 @@ def _delimiter(text: str, preferred: str) -> str:
 
 
 def _sheet(path: Path) -> tuple[list[list[str]], list[str]]:
-    """Cells of the first sheet of an Excel workbook as text, and a note where there are others."""
     try:
         with pd.ExcelFile(path, engine="openpyxl") as workbook:
             names = workbook.sheet_names
@@ -162,8 +184,7 @@ def _sheet(path: Path) -> tuple[list[list[str]], list[str]]:
     except PermissionError:
         raise
     except Exception as error:  # whatever openpyxl raises on broken files
-        found = str(error).split("\n")[0]
-        raise DatasetError("not an Excel workbook", code="table-unreadable", found=found, where=path) from error
+        raise _unreadable(path, "not an Excel workbook", error) from error
     lines = [[as_text(cell) for cell in row] for row in sheet.itertuples(index=False, name=None)]
     width = max((k + 1 for line in lines[:1] for k, cell in enumerate(line) if cell), default=0)
     if any(cell for line in lines for cell in line[width:]):
@@ -195,6 +216,9 @@ def _header_and_rows(lines: list[list[str]], path: Path) -> tuple[list[str], lis
     return header, lines[1:]
 
 
+# Cells
+
+
 def as_text(value: object) -> str:
     """A cell as text: empty for none and NaN, whole numbers without a decimal point."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -204,46 +228,22 @@ def as_text(value: object) -> str:
     return str(value).strip()
 
 
-@dataclass(frozen=True)
-class Spellings:
-    """Texts that mean the same, and the one that stands for them."""
+def unify(texts: Iterable[str]) -> dict[str, str]:
+    """One spelling of the texts that differ only in Unicode form, spaces, invisible characters, or as numbers.
 
-    of: dict[str, str]  # what stands for each text that occurs
-    counts: Counter[str]  # how often each text occurs
-
-    def notes(self) -> list[str]:
-        """What to say of texts of which several are one class, and of those that were read otherwise."""
-        spelled: dict[str, list[str]] = {}
-        for text, name in self.of.items():
-            spelled.setdefault(name, []).append(text)
-        notes = []
-        for name, texts in spelled.items():
-            if len(texts) > 1:
-                ways = first_few([f"{t!a} ({self.counts[t]:,})" for t in sorted(texts)])
-                notes.append(f"class {name!r} is written in {len(texts)} ways that are one: {ways}")
-        alone = [t for texts in spelled.values() if len(texts) == 1 for t in texts]
-        odd = [f"{t!a} as {self.of[t]!r}" for t in alone if unicodedata.normalize("NFC", t) != self.of[t]]
-        return notes + ([f"{len(odd):,} class names are read otherwise: {first_few(odd, 3)}"] if odd else [])
-
-
-def unify(texts: Iterable[str]) -> Spellings:
-    """Find texts that differ only in Unicode form, spaces, invisible characters, or as numbers (``1`` and ``1.0``).
-
-    What stands for them is in NFC, with single spaces and without invisible characters, and a whole number without a
-    decimal point; ``01`` and letter case are kept apart.
+    It is in NFC, with single spaces and without invisible characters; of ``1`` and ``1.0`` it is ``1``, while ``01``
+    and letter case are kept apart.
     """
     counts = Counter(texts)
     whole = "\n".join(counts)  # one look at all of them, for there may be a million
     if whole.isascii() and whole.count("\n") < len(counts) and not any(mark in whole for mark in ("  ", "\t", ".0")):
-        return Spellings({text: text for text in counts}, counts)
-    clean = {text: _clean(text) for text in counts}
+        return {text: text for text in counts}
+    key = {text: _clean(text).translate(dict.fromkeys(map(ord, _JOINERS))) for text in counts}
     together: dict[str, Counter[str]] = {}
-    for text, name in clean.items():
-        key = name if name.isascii() else name.translate(dict.fromkeys(map(ord, _JOINERS)))
-        together.setdefault(key, Counter())[name] += counts[text]
-        clean[text] = key
-    shown = {key: min(names, key=lambda n: (-names[n], n)) for key, names in together.items()}
-    return Spellings({text: shown[key] for text, key in clean.items()}, counts)
+    for text in counts:
+        together.setdefault(key[text], Counter())[_clean(text)] += counts[text]
+    shown = {each: min(names, key=lambda n: (-names[n], n)) for each, names in together.items()}
+    return {text: shown[each] for text, each in key.items()}
 
 
 def _clean(text: str) -> str:
@@ -254,25 +254,41 @@ def _clean(text: str) -> str:
     return text.partition(".")[0] if re.fullmatch(r"[+-]?[0-9]+\.0+", text) else text
 
 
+def spelling_notes(texts: Iterable[str], shown: Mapping[str, str]) -> list[str]:
+    """Notes on class names of which several are one by `unify`, and on those that were read otherwise."""
+    counts, spelled = Counter(texts), dict[str, list[str]]()
+    for text in counts:
+        spelled.setdefault(shown[text], []).append(text)
+    notes = []
+    for name, ways in spelled.items():
+        if len(ways) > 1:
+            listed = first_few([f"{t!a} ({counts[t]:,})" for t in sorted(ways)])
+            notes.append(f"class {name!r} is written in {len(ways)} ways that are one: {listed}")
+    alone = [(ways[0], name) for name, ways in spelled.items() if len(ways) == 1]
+    odd = [f"{text!a} as {name!r}" for text, name in alone if unicodedata.normalize("NFC", text) != name]
+    return notes + ([f"{len(odd):,} class names are read otherwise: {first_few(odd, 3)}"] if odd else [])
+
+
 def check_strings(values: Sequence[object], column: str, *, where: object) -> list[str]:
     """``values`` as non-empty UTF-8 strings without NUL, else `DatasetError` naming the first that is not."""
     try:  # one look at all of them, for there may be a million
-        whole = "".join(cast("Sequence[str]", values))
-        if "" not in values and "\0" not in whole and _is_utf8(whole):
+        if "" not in values and _is_plain("".join(cast("Sequence[str]", values))):
             return list(cast("Sequence[str]", values))
     except TypeError:  # one of them is no text
         pass
-    bad = next(v for v in values if not isinstance(v, str) or not v or "\0" in v or not _is_utf8(v))
-    if not isinstance(bad, str):
-        problem = "is not text"
-    elif not bad:
-        problem = "is empty"
-    else:
-        problem = "holds a NUL character" if "\0" in bad else "is not UTF-8"
+    bad = next(v for v in values if not isinstance(v, str) or not v or not _is_plain(v))
+    problem = "is empty" if bad == "" else "is not UTF-8 text without NUL"
     raise DatasetError(
         f"the {column} of a row {problem}", code="cell-not-text", found=ascii(bad), where=where,
         fix=f"correct that {column}",
     )  # fmt: skip
+
+
+def _is_plain(text: str) -> bool:
+    try:
+        return b"\0" not in text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
 
 
 def check_unique(ids: Sequence[str], *, where: object) -> None:
@@ -286,9 +302,83 @@ def check_unique(ids: Sequence[str], *, where: object) -> None:
         )  # fmt: skip
 
 
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+# Which column is what
+
+
+def plain_name(name: str) -> str:
+    """A column's name without letter case, spaces, underscores, hyphens and dots: what names are compared by."""
+    return re.sub(r"[\s_\-.]+", "", unicodedata.normalize("NFC", name).casefold())
+
+
+def may_hold_labels(header: Sequence[str], ref: DatasetRef) -> bool:
+    """Whether a table with these columns could be one of paths and labels."""
+    plain, named = {plain_name(name) for name in header}, named_columns(ref)
+    return all(plain & ({plain_name(named[r])} if r in named else {r, *_USUAL[r]}) for r in ("path", "label"))
+
+
+def find_columns(
+    table: pd.DataFrame,
+    ref: DatasetRef,
+    *,
+    where: Path,
+    required: Sequence[str] = ("path", "label"),
+    roles: Sequence[str] = ROLES,
+) -> tuple[dict[str, str], list[str]]:
+    """The column of each role but the group's, and a note that names those that are not called after it."""
+    header = [str(name) for name in table.columns]
+    found = {role: name for role in roles if (name := named_column(header, ref, role))}
+    named, notes = set(found), list[str]()
+    for role in (role for role in _USUAL if role in roles and role not in found):
+        free = [name for name in header if name not in found.values()]
+        same = [role] if role in free else [name for name in free if plain_name(name) == role]
+        choice = same or [name for name in free if plain_name(name) in _USUAL[role]]
+        fit = [name for name in choice if _fits(role, table[name], own=name in same)]
+        if role == "split" and choice and not fit:
+            notes.append(f"not taken for the split, as not all values are train, val or test: {', '.join(choice)}")
+        fit = fit[:1] if role == "id" else fit
+        if len(fit) > 1:
+            raise DatasetError(
+                f"{len(fit)} columns could be the {role}", code="columns-ambiguous",
+                expected=f"one column {role!r}, or the name of the one that is meant", found=", ".join(fit),
+                where=where, fix=f"--{role}-column {shlex.quote(fit[0])}",
+            )  # fmt: skip
+        if fit:
+            found[role] = fit[0]
+    absent = [role for role in required if role not in found]
+    if absent:
+        flags = " ".join(f"--{role}-column NAME" for role in absent) + ", with NAME one of its columns"
+        expected = [*required, "or columns with usual names such as filename and diagnosis"]
+        fix = flags if len(header) > 1 else "name the columns in the first line"
+        raise _lacking(where, absent, expected, table, fix)
+    guessed = [f"{role} is {name!r}" for role, name in found.items() if name != role and role not in named]
+    note = f"columns of {where.name} by their names: {', '.join(guessed)}; --path-column and the like name others"
+    return found, ([note] if guessed else []) + notes
+
+
+def named_column(header: Sequence[str], ref: DatasetRef, role: str) -> str:
+    """The column that the user named for a role, in the table's own spelling; empty where none was named."""
+    name = named_columns(ref).get(role, "")
+    return name and match_column(name, header, "the table", where=f"--{role}-column")
+
+
+def match_column(name: str, header: Sequence[str], table: str, where: str | None = None, fix: str | None = None) -> str:
+    """The column of that name, or the only one that is spelled alike; `UsageError` where there is none."""
+    alike = [name] if name in header else [column for column in header if plain_name(column) == plain_name(name)]
+    if len(alike) == 1:
+        return alike[0]
+    near = difflib.get_close_matches(name, header, n=3)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise UsageError(
+        f"{table} has no column {name!r}{hint}", code="unknown-column", where=where, fix=fix,
+        expected=", ".join(header) or "a table with such columns",
+    )  # fmt: skip
+
+
+def _fits(role: str, values: pd.Series[str], own: bool) -> bool:
+    """Whether a column whose name is usual for a role, but not the role's own, has values for it."""
+    if role == "split":
+        return own or set(values.str.lower().unique()) <= {*SPLIT_NAMES, ""}
+    if role != "id" or values.name == "id":
+        return True
+    # An id names each image; what could leave a folder is no name.
+    return values.is_unique and not values.str.contains(r"^$|^[/\\]|\.\.|^.:").any()

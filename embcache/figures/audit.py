@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from embcache.config import AuditConfig
 from embcache.data.dataset import ImageDataset
-from embcache.data.draws import IntArray, stratified_group_folds
+from embcache.data.groups import IntArray, stratified_group_folds
 from embcache.errors import ProtocolError, first_few
 from embcache.paths import PathLike
 from embcache.probe.heads.logreg import LogReg

@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from embcache.config import DatasetRef
-from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset, find_dataset
-from embcache.data.draws import IntArray, hash_order
+from embcache.data.groups import IntArray, hash_order
 from embcache.errors import ProtocolError, StoreNotFoundError, UsageError, check_choice
 from embcache.log import log
 from embcache.paths import PathLike, home_dir, slug
@@ -70,8 +69,7 @@ class Pool:
 
 def open_dataset(name: str, ref: DatasetRef, home: PathLike | None) -> ImageDataset:
     """A dataset with the classes that a reference drops and merges."""
-    ds, _ = find_dataset(name, ref, home=home)
-    return ClassOptions(ref.drop_class, ref.merge_class).of(ds)
+    return find_dataset(name, ref, home)[0]
 
 
 def open_datasets(

@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 from sklearn.covariance import ledoit_wolf
 
 from embcache.cores import threads_for
-from embcache.data.draws import IntArray
+from embcache.data.groups import IntArray
 from embcache.probe.standard import standardized
 
 Array = NDArray[np.float64]

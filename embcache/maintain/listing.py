@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embcache.data.snapshot import snapshot_ids
+from embcache.data.published import snapshot_ids
 from embcache.errors import DatasetError, StoreError
 from embcache.io import bytes_under
 from embcache.paths import PathLike

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from embcache.config import ProbeConfig, ProtocolConfig
 from embcache.data.dataset import ImageDataset, read_snapshot
-from embcache.data.draws import IntArray
+from embcache.data.groups import IntArray
 from embcache.errors import DatasetError, StoreError, StoreNotFoundError, UsageError, first_few
 from embcache.io import skip
 from embcache.paths import PathLike, home_dir, slug

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from embcache.config import DatasetRef, ProbeConfig
-from embcache.data.classes import ClassOptions, retarget
+from embcache.data.classes import retarget
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import StoreError, StoreNotFoundError, UsageError, first_few
 from embcache.log import log
@@ -268,18 +268,12 @@ def probe_cached(
             "--data-root, --name and --splits are for one dataset", code="one-dataset", found=", ".join(names),
             fix="--dataset NAME",
         )  # fmt: skip
-    found = [_with_classes(find_dataset(name, ref, home=home)[0], ref) for name in names]
+    found = [find_dataset(name, ref, home)[0] for name in names]
     results = []
     for ds in found:
         sets = _sets(head, backbones, ds, home, config.views)
         results += probe(ds, sets, subsets, config, home=home, progress=progress)
     return list({result.id: result for result in results}.values())
-
-
-def _with_classes(ds: ImageDataset, ref: DatasetRef) -> ImageDataset:
-    """The dataset with the target and the classes of a reference, which are applied once."""
-    ds = ds if ref.target is None else retarget(ds, ref.target)
-    return ds if ds.renamed else ClassOptions(ref.drop_class, ref.merge_class).of(ds)
 
 
 def _sets(head: Head, backbones: Sequence[str], ds: ImageDataset, home: PathLike | None, views: int) -> list[list[str]]:

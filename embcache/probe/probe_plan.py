@@ -15,7 +15,7 @@ import torch
 from embcache.config import ProbeConfig
 from embcache.cores import is_shortage
 from embcache.data.dataset import ImageDataset
-from embcache.data.draws import IntArray
+from embcache.data.groups import IntArray
 from embcache.errors import StoreError, UsageError
 from embcache.paths import PathLike
 from embcache.probe.feature_rows import FeatureRows, Resident

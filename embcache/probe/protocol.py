@@ -5,7 +5,7 @@ The order of decisions::
     labeled, readable rows ─► test set (official, or a local fifth) ─► pool (patchcam: 50,000 drawn) ─► folds of groups
     fold f: training rows drawn from the other folds, balanced and nested; validation is fold f
 
-Every random choice is an order by hash (`embcache.data.draws`), so that a seed means the same images on any machine
+Every random choice is an order by hash (`embcache.data.groups`), so that a seed means the same images on any machine
 and for every backbone and head.
 """
 
@@ -22,8 +22,14 @@ from numpy.typing import NDArray
 
 from embcache.config import ProtocolConfig
 from embcache.data.classes import class_flags
-from embcache.data.draws import IntArray, hash_order, stratified_group_folds, water_fill
-from embcache.data.groups import merge_groups, overlap_notes
+from embcache.data.groups import (
+    IntArray,
+    hash_order,
+    merge_groups,
+    overlap_notes,
+    stratified_group_folds,
+    water_fill,
+)  # fmt: skip
 from embcache.errors import ProtocolError, UsageError
 from embcache.fields import unknown_subset
 from embcache.probe.splits import Key, Splits, StrArray, absent_note

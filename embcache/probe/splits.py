@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from embcache.data.draws import IntArray
-from embcache.data.groups import overlap_notes
+from embcache.data.groups import IntArray, overlap_notes
 from embcache.errors import ProtocolError
 from embcache.io import read_regular, write_output
 from embcache.sealed import parse, typed

@@ -10,8 +10,7 @@ from pathlib import Path, PurePosixPath
 from embcache.config import DatasetRef
 from embcache.data.classes import Column, column_values, columns, target_words
 from embcache.data.dataset import ImageDataset, find_dataset
-from embcache.data.groups import overlap_notes
-from embcache.data.roles import may_name_people
+from embcache.data.groups import may_name_people, overlap_notes
 from embcache.errors import EmbcacheError, StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir
 from embcache.probe.metrics import find_metric

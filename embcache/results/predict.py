@@ -7,7 +7,6 @@ weights, another decoder or other arithmetic would give numbers that only look l
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.classes import as_in_run, change_notes
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, passed_note, settle_paths, walk_images
-from embcache.data.groups import UNGROUPED, known_groups, merge_groups, patient_keys
+from embcache.data.groups import UNGROUPED, find_groups, known_groups, merge_groups, patient_keys
 from embcache.data.images import ImageRef, image_refs
-from embcache.data.roles import find_columns, find_groups
-from embcache.data.tables import named_columns, open_table
+from embcache.data.published import named_columns
+from embcache.data.tables import find_columns, open_table
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError, first_few
 from embcache.extract.scan import image_root
 from embcache.io import check_target, write_output
@@ -347,7 +346,7 @@ def list_images(paths: Sequence[PathLike], notes: list[str], columns: DatasetRef
     is added to ``notes``.
     """
     found: dict[Path, str] = {}
-    passed = Counter[str]()
+    passed = list[str]()
     tables = any(Path(path).suffix.lower() in TABLE_SUFFIXES for path in paths)
     if unused := [role for role in named_columns(columns) if not tables or role not in ("path", "group")]:
         raise UsageError(
@@ -362,7 +361,7 @@ def list_images(paths: Sequence[PathLike], notes: list[str], columns: DatasetRef
         if not path.is_dir():
             found.setdefault(path, "")
             continue
-        inside = [path / image for image in walk_images(path, "", passed, refuse=False)]
+        inside = [path / image for image in walk_images(path, "", passed, outside=[])]
         if not inside:
             raise DatasetNotFoundError(
                 "a folder holds no images", code="no-images", where=path,

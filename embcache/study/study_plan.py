@@ -9,7 +9,6 @@ from typing import Any
 
 from embcache.backbones.catalog import find_backbone, weights_status
 from embcache.config import DatasetRef, FinetuneConfig, ProbeConfig, StudyConfig
-from embcache.data.classes import ClassOptions
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import EmbcacheError, RecipeError, StoreNotFoundError, UsageError, WeightsError
 from embcache.fields import parse_weights
@@ -211,8 +210,7 @@ def one_root(datasets: Sequence[str], ref: DatasetRef) -> None:
 
 def read_dataset(name: str, ref: DatasetRef, home: PathLike | None) -> tuple[ImageDataset, str]:
     """The dataset with its classes dropped and merged, and whether it was read live or from the snapshot."""
-    ds, read_from = find_dataset(name, ref, home=home)
-    return ClassOptions(ref.drop_class, ref.merge_class).of(ds), read_from
+    return find_dataset(name, ref, home)
 
 
 def _shared(config: StudyConfig, model: Model, kind: type[ProbeConfig] | type[FinetuneConfig]) -> dict[str, Any]:

@@ -6,14 +6,14 @@ layout of its kind and returns what to load.
 
 import importlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from embcache.config import DatasetRef
-from embcache.data.dataset import DATASETS, ImageDataset, find_dataset, load_dataset
-from embcache.data.published import find_layout
+from embcache.data.dataset import ImageDataset, find_dataset, load_dataset
+from embcache.data.published import DATASETS, find_layout
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.paths import slug
 from embcache.testing import check_dataset
@@ -24,11 +24,16 @@ Load = Callable[..., ImageDataset]
 
 
 @pytest.fixture(scope="module", params=list(DATASETS))
-def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
+def written(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path, Path]]:
     """(name, folder, what to load below it): written once for all tests of a dataset."""
     folder = tmp_path_factory.mktemp(request.param)
-    target = importlib.import_module(f"tests.data.test_{request.param}").write_layout(folder)
-    return request.param, folder, target.relative_to(folder)
+    with pytest.MonkeyPatch.context() as patch:  # drawing the whole sample takes seconds
+        patch.setattr("embcache.data.datasets.sample.GROUPS", 12)
+        patch.setattr("embcache.data.datasets.sample.TEST_GROUPS", 3)
+        target = importlib.import_module(f"tests.data.test_{request.param}").write_layout(folder)
+        yield request.param, folder, target.relative_to(folder)
 
 
 @pytest.fixture

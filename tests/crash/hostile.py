@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import embcache.maintain.doctor as doctor
 from embcache.cli import app
-from embcache.data.snapshot import decode_snapshot, encode_snapshot
+from embcache.data.published import decode_snapshot, encode_snapshot
 from embcache.errors import EmbcacheError
 from embcache.io import is_folder
 from embcache.probe.inputs import plan_cached

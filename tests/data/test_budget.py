@@ -84,21 +84,6 @@ def test_warnings_of_the_module_are_ignored_and_others_are_not() -> None:
         warn("noisy")
 
 
-def test_threads_are_inside_together_and_the_last_puts_the_filters_back() -> None:
-    before = list(warnings.filters)
-    together = threading.Barrier(4, timeout=30)
-
-    def decode(number: int) -> None:
-        with quiet(f"noisy{number % 2}"):
-            together.wait()  # breaks where only one thread is let in
-            warn(f"noisy{number % 2}")
-            together.wait()
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(decode, range(4)))
-    assert warnings.filters == before
-
-
 def test_one_that_leaves_early_takes_nothing_from_the_others() -> None:
     inside, left = threading.Event(), threading.Event()
 

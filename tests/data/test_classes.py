@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from embcache.config import DatasetRef
 from embcache.data.classes import (
-    ClassOptions,
     as_in_run,
     change_notes,
     class_flags,
     class_words,
-    rename_classes,
     retarget,
+    with_ref,
 )
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
@@ -62,11 +62,6 @@ def test_every_image_has_its_new_class_or_is_gone(
     assert again.class_names == changed.class_names
 
 
-def test_kappa_of_merged_grades_stays_kappa() -> None:
-    ds = replace(graded(), metric="kappa")
-    assert ds.with_classes(["other, unclear", "a+b"], {"ill": ["mild", "severe"]}).metric == "kappa"
-
-
 def test_changes_after_changes_are_those_of_the_loaded_dataset() -> None:
     ds = graded()
     step = ds.with_classes(["a+b"], {"ill": ["mild", "severe"]}).with_classes(merge={"bad": ["ill", "other, unclear"]})
@@ -86,34 +81,32 @@ def test_notes_count_the_images_by_split() -> None:
 
 
 def test_names_may_hold_the_marks_that_separate_names() -> None:
-    options = ClassOptions(("other, unclear,a+b",), ("mild + severe=ill",))
-    changed = options.of(graded())
+    changed = with_ref(graded(), DatasetRef(drop_class="other, unclear,a+b", merge_class="mild + severe=ill"))
     assert changed.class_names == ("none", "ill")
     assert class_words(changed.renamed) == "mild + severe = ill, without a+b, other, unclear"
     assert class_flags(changed.renamed) == [
         "--drop-class", "a+b", "--drop-class", "other, unclear", "--merge-class", "mild+severe=ill",
     ]  # fmt: skip
-    assert ClassOptions((), ("a+b+none=x",)).of(graded()).class_names == ("x", "mild", "severe", "other, unclear")
+    changed = with_ref(graded(), DatasetRef(merge_class="a+b+none=x"))
+    assert changed.class_names == ("x", "mild", "severe", "other, unclear")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("drop", "merge", "code"),
     [
-        (ClassOptions(("sever",)), "has no class 'sever'; did you mean 'severe'"),
-        (ClassOptions((), ("mild+nome=x",)), "has no class 'nome'; did you mean 'none'"),
-        (ClassOptions((), ("mild+severe=none",)), "already has a class 'none'"),
-        (ClassOptions((), ("mild=x",)), "two classes or more"),
-        (ClassOptions((), ("mild+severe",)), "malformed"),
-        (ClassOptions((), ("mild+severe=x", "none+a+b=x")), "malformed"),
-        (ClassOptions(("mild",), ("mild+severe=x",)), "'mild' is named in two changes"),
-        (ClassOptions(("none,mild", "severe", "a+b")), "fewer than two classes of toy would be left"),
-        (ClassOptions(("none",), ("mild+severe+other, unclear+a+b=x",)), "fewer than two classes"),
+        (["sever"], [], "unknown-class"),
+        ([], ["mild+nome=x"], "unknown-class"),
+        ([], ["mild+severe=none"], "class-name-taken"),
+        ([], ["mild=x"], "merge-class"),
+        ([], ["mild+severe"], "merge-class"),
+        ([], ["mild+severe=x", "none+a+b=x"], "merge-class"),
+        (["mild"], ["mild+severe=x"], "class-named-twice"),
+        (["none,mild", "severe", "a+b"], [], "too-few-classes"),
     ],
 )
-def test_what_cannot_be_done_is_one_error(options: ClassOptions, message: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        options.of(graded())
-    assert message in str(caught.value)
+def test_what_cannot_be_done_is_one_error(drop: list[str], merge: list[str], code: str) -> None:
+    with refused(UsageError, code):
+        with_ref(graded(), DatasetRef(drop_class=tuple(drop), merge_class=tuple(merge)))
 
 
 def test_values_of_a_target_can_be_left_out_and_merged() -> None:
@@ -137,8 +130,3 @@ def test_a_note_of_the_overlap_with_the_test_set_counts_what_is_left() -> None:
     noted = replace(shared, notes=tuple(overlap_notes(shared.table)))
     changed = noted.with_classes(["a+b"])
     assert [note for note in changed.notes if "groups occur in both" in note] == overlap_notes(changed.table)
-
-
-def test_names_that_are_no_longer_there_change_nothing() -> None:
-    ds = graded()
-    assert rename_classes(ds, {"gone": ""}).class_names == ds.class_names

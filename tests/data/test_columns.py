@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
-import pytest
 
 from embcache.data.classes import column_values, columns, retarget
-from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.data.dataset import ImageDataset
 from embcache.errors import DatasetError, UsageError
 from tests.refusal import refused
 
@@ -46,10 +43,6 @@ def test_ages_come_in_bands_and_impossible_ones_are_none() -> None:
     assert column.notes == ("2 images whose age is below 0 or above 120 have none",)
 
 
-def test_ages_written_as_text_are_numbers_too() -> None:
-    assert column_values(dataset(patient_age=["7", "70", ""]), "Patient Age").of.tolist() == ["<18", "60-79", ""]
-
-
 def test_other_numbers_are_cut_at_quarters_of_the_training_images() -> None:
     values: list[object] = [*range(1, 101), 1000, 1001]
     ds = dataset(split=["train"] * 100 + ["test"] * 2, width=values)
@@ -72,11 +65,6 @@ def test_few_distinct_numbers_are_taken_as_they_are_in_their_order() -> None:
     column = column_values(dataset(grade=[10.0, 2.0, 2.0, float("nan")]), "grade")
     assert column.values == ("2", "10")
     assert column.of.tolist() == ["10", "2", "2", ""]
-
-
-def test_a_number_that_many_images_share_is_no_band_of_its_own_twice() -> None:
-    column = column_values(dataset(width=[5] * 90 + [6, 7, 8, 9, 10, 11]), "width")
-    assert column.values == ("up to 5", "over 5")
 
 
 def test_an_unknown_column_is_told_with_those_there_are() -> None:
@@ -119,11 +107,3 @@ def test_more_values_are_scored_by_macro_auc_and_a_value_of_test_images_only_is_
 def test_one_value_alone_cannot_be_told_apart() -> None:
     with refused(DatasetError, "too-few-classes"):
         retarget(dataset(sex=["M", "M", ""]), "sex")
-
-
-@pytest.mark.shared
-def test_nih_tells_view_position_sex_and_age(shared_data: Path) -> None:
-    ds = load_dataset("nih", shared_data / "nih", allow_missing=True)
-    assert retarget(ds, "view position").class_names == ("AP", "PA")
-    assert column_values(ds, "sex").values == ("F", "M")
-    assert set(column_values(ds, "age").values) <= {"<18", "18-39", "40-59", "60-79", "80+"}

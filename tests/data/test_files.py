@@ -44,12 +44,11 @@ def test_a_root_that_is_itself_a_link_is_no_way_out(tmp_path: Path) -> None:
     assert locate_files(tmp_path / "link", ["x.png"])["x.png"] is not None
 
 
-def test_two_images_of_one_stem_are_refused_with_both_paths(tmp_path: Path) -> None:
+def test_two_images_of_one_stem_are_refused_with_both_names(tmp_path: Path) -> None:
     for name in ["a.jpg", "a.png", "b.png"]:
         write_image(tmp_path / name)
     with refused(DatasetError, "duplicate-ids") as caught:
         image_index(tmp_path)
-    assert str(tmp_path / "a.jpg") in str(caught.value)
-    assert str(tmp_path / "a.png") in str(caught.value)
+    assert caught.value.found == "a.jpg and a.png"
     (tmp_path / "a.png").rename(tmp_path / "a.csv")
     assert image_index(tmp_path) == {"a": "a.jpg", "b": "b.png"}

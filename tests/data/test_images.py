@@ -1,15 +1,13 @@
-import contextlib
 import hashlib
 import io
 import os
-import threading
 import warnings
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
@@ -24,16 +22,10 @@ RGB = np.random.default_rng(7).integers(0, 256, (5, 9, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(RGB)
 
 
-@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM", "TGA"])
-def test_lossless_formats_give_the_very_pixels(format: str) -> None:
-    decoded = decode_image(encode(PICTURE, format))
-    assert decoded.dtype == np.uint8
-    assert np.array_equal(decoded, RGB)
-
-
 @pytest.mark.parametrize(
     ("mode", "format"),
-    [("L", "PNG"), ("1", "PNG"), ("P", "GIF"), ("P", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("RGBA", "WEBP"),
+    [("RGB", "PNG"), ("RGB", "BMP"), ("RGB", "TIFF"), ("RGB", "PPM"), ("RGB", "TGA"), ("L", "PNG"), ("1", "PNG"),
+     ("P", "GIF"), ("P", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("RGBA", "WEBP"),
      ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "JPEG"), ("RGB", "JPEG"), ("RGB", "WEBP"), ("LAB", "TIFF")],
 )  # fmt: skip
 def test_every_mode_becomes_rgb_as_pillow_converts_it(mode: str, format: str) -> None:
@@ -47,30 +39,10 @@ def test_every_mode_becomes_rgb_as_pillow_converts_it(mode: str, format: str) ->
     assert np.array_equal(decoded, expected)
 
 
-def test_alpha_is_dropped_and_the_colors_beneath_stay() -> None:
-    alpha = Image.fromarray(np.arange(45, dtype=np.uint8).reshape(5, 9))
-    with_alpha = PICTURE.copy()
-    with_alpha.putalpha(alpha)
-    assert np.array_equal(decode_image(encode(with_alpha, "PNG")), RGB)
-
-
 def test_a_palette_with_transparency_decodes_without_a_warning() -> None:
     palette = PICTURE.convert("P")
     decoded = decode_image(encode(palette, "PNG", transparency=bytes([0, 128, 255] * 20)))
     assert np.array_equal(decoded, np.asarray(palette.convert("RGB")))
-
-
-@pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_sixteen_bit_gray_is_scaled_by_its_own_range(format: str) -> None:
-    gray = np.array([[1000, 2000], [3000, 5000]], dtype=np.uint16)
-    decoded = decode_image(encode(Image.fromarray(gray), format))
-    expected = np.rint((gray - 1000) / 4000 * 255).astype(np.uint8)
-    assert np.array_equal(decoded, np.repeat(expected[..., None], 3, axis=2))
-
-
-def test_a_constant_sixteen_bit_image_is_black() -> None:
-    decoded = decode_image(encode(Image.fromarray(np.full((3, 3), 40000, dtype=np.uint16)), "PNG"))
-    assert not decoded.any()
 
 
 def test_floating_point_gray_passes_over_what_is_not_finite() -> None:
@@ -91,7 +63,7 @@ def test_scaling_keeps_the_order_of_values(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [1, 2, 5, 6])
 def test_exif_orientation_is_applied_as_pillow_applies_it(tmp_path: Path, format: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -105,22 +77,9 @@ def test_exif_orientation_is_applied_as_pillow_applies_it(tmp_path: Path, format
     assert read_size(tmp_path, "turned") == (decoded.shape[1], decoded.shape[0])
 
 
-def test_exif_orientation_turns_sixteen_bit_gray_too() -> None:
-    gray = np.arange(6, dtype=np.uint16).reshape(2, 3) * 51
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    decoded = decode_image(encode(Image.fromarray(gray), "PNG", exif=exif))[..., 0]
-    assert np.array_equal(decoded, np.rot90(gray, -1))
-
-
 def test_a_broken_exif_block_leaves_the_pixels_readable() -> None:
     data = encode(PICTURE, "JPEG", exif=b"Exif\x00\x00garbage that is no TIFF header")
     assert decode_image(data).shape == (5, 9, 3)
-
-
-def test_the_first_frame_of_several_counts() -> None:
-    second = Image.fromarray(255 - RGB)
-    assert np.array_equal(decode_image(encode(PICTURE, "TIFF", save_all=True, append_images=[second])), RGB)
 
 
 def test_truncated_files_of_any_length_are_refused_with_one_line() -> None:
@@ -131,30 +90,6 @@ def test_truncated_files_of_any_length_are_refused_with_one_line() -> None:
                 decode_image(whole[:length])
             assert "\n" not in caught.value.problem
             assert "0x" not in caught.value.problem
-
-
-@settings(max_examples=50)
-@given(st.data())
-def test_damaged_files_either_decode_or_are_refused(data: st.DataObject) -> None:
-    whole = bytearray(encode(PICTURE, data.draw(st.sampled_from(["PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP"]))))
-    for _ in range(data.draw(st.integers(1, 4))):
-        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    with contextlib.suppress(ImageError):
-        decoded = decode_image(bytes(whole))
-        assert decoded.dtype == np.uint8
-        assert decoded.shape[2:] == (3,)
-
-
-@settings(max_examples=30)
-@given(st.binary(max_size=300))
-def test_random_bytes_are_refused(data: bytes) -> None:
-    with pytest.raises(ImageError):
-        decode_image(b"\x00no image " + data)
-
-
-def test_an_empty_file_says_so() -> None:
-    with pytest.raises(ImageError, match="empty"):
-        decode_image(b"")
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "GIF", "WEBP"])
@@ -175,8 +110,8 @@ def test_the_limit_on_pixels_is_the_headers_and_no_filter_of_the_process(
 
 
 def test_an_image_above_pillows_own_limit_is_decoded_where_it_is_allowed(tmp_path: Path) -> None:
-    whole = encode(Image.new("1", (20_000, 9_000)), "PNG")  # twice the limit, at which Pillow refuses to open
-    assert read_size(tmp_path, _write(tmp_path, whole)) == (20_000, 9_000)
+    whole = encode(Image.new("1", (18_000, 10_000)), "PNG")  # twice the limit, at which Pillow refuses to open
+    assert read_size(tmp_path, _write(tmp_path, whole)) == (18_000, 10_000)
     with pytest.raises(ImageError, match="180,000,000 pixels"):
         read_image(tmp_path, _write(tmp_path, whole))
 
@@ -189,17 +124,6 @@ def _write(folder: Path, data: bytes) -> str:
 def test_postscript_is_refused_before_any_program_runs() -> None:
     with pytest.raises(ImageError, match="PostScript"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
-
-
-def test_decoding_in_threads_leaves_the_warning_filters_alone() -> None:
-    palette = encode(PICTURE.convert("P"), "PNG", transparency=bytes([0, 128, 255] * 20))
-    before = list(warnings.filters)
-    threads = [threading.Thread(target=lambda: [decode_image(palette) for _ in range(20)]) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert warnings.filters == before
 
 
 def test_read_image_returns_the_digest_of_the_files_bytes(tmp_path: Path) -> None:
@@ -235,12 +159,6 @@ def test_a_path_that_leaves_the_root_is_refused(tmp_path: Path, read: object, pa
         read(root, path)
     with refused(DatasetError, "outside-root"):
         read(root, str(outside / "secret.png"))
-
-
-def test_a_link_that_stays_inside_the_root_is_read(tmp_path: Path) -> None:
-    pixels = write_image(tmp_path / "a.png")
-    (tmp_path / "b.png").symlink_to("a.png")
-    assert np.array_equal(read_image(tmp_path, "b.png")[0], pixels)
 
 
 @pytest.fixture
@@ -288,33 +206,6 @@ def test_array_files_that_do_not_fit_are_image_errors(array_file: tuple[Path, np
         read_image(root, "absent.h5", "0")
 
 
-def test_a_damaged_row_of_an_array_file_is_an_image_error(array_file: tuple[Path, np.ndarray]) -> None:
-    root, _ = array_file
-    with h5py.File(root / "x.h5") as file:
-        place = file["x"].id.get_chunk_info(1)
-    data = bytearray((root / "x.h5").read_bytes())
-    data[place.byte_offset : place.byte_offset + place.size] = b"\xff" * place.size
-    (root / "damaged.h5").write_bytes(data)
-    with pytest.raises(ImageError):
-        read_image(root, "damaged.h5", "1")
-    assert read_image(root, "damaged.h5", "0")[0].shape == (6, 7, 3)
-
-
-def test_no_damage_to_an_array_file_is_anything_but_an_error_of_ours(array_file: tuple[Path, np.ndarray]) -> None:
-    root, _ = array_file
-    whole = (root / "x.h5").read_bytes()
-    problems = []
-    for place in range(0, 1000, 9):  # h5py answers with KeyError, OverflowError, IndexError, … as the place may be
-        (root / f"{place}.h5").write_bytes(whole[:place] + b"\0" + whole[place + 1 :])
-        for read in (read_image, read_size):
-            try:
-                read(root, f"{place}.h5", 3)
-            except (ImageError, DatasetError) as error:
-                problems.append(error.problem)
-    assert problems
-    assert not any("\n" in problem for problem in problems)
-
-
 @pytest.mark.shared
 def test_real_images_decode_to_the_size_their_header_says(shared_data: Path) -> None:
     folders = ["pneumonia/chest_xray/test/NORMAL", "aptos/train_images", "patchcam/train", "nih/images"]
@@ -335,10 +226,3 @@ def test_a_png_broken_in_its_middle_is_refused_not_half_decoded() -> None:
     data[middle] ^= 0x10
     with pytest.raises(ImageError):
         decode_image(bytes(data))
-
-
-@pytest.mark.parametrize("size", [*range(1, 17), 40])
-def test_a_file_of_a_few_bytes_is_not_an_image(size: int) -> None:
-    for byte in (b"x", b"\0", b"\xff", b"P", b"B", b"I"):
-        with pytest.raises(ImageError, match=r"not an image|cannot be decoded: (?!unpack)|no DICOM"):
-            decode_image(byte * size)

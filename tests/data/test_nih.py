@@ -55,8 +55,7 @@ def test_findings_become_classes_and_images_with_several_are_left_out(tmp_path: 
     assert (first["width"], first["height"], first["pixel_spacing_x"]) == (3056, 2544, 0.139)
 
 
-@pytest.mark.parametrize("prefix", [PREFIX, ""])
-@pytest.mark.parametrize("quoted", [False, True])
+@pytest.mark.parametrize(("prefix", "quoted"), [(PREFIX, True), ("", False)])
 def test_both_spellings_of_names_and_header_are_read(tmp_path: Path, prefix: str, quoted: bool) -> None:
     header = HEADER
     if quoted:
@@ -136,12 +135,3 @@ def test_the_published_label_files_give_the_published_counts(shared_data: Path) 
     assert not set(train.groups) & set(test.groups)
     assert ds.notes[0].startswith("247 train images")  # of 2,414 rows
     assert ds.notes[1].startswith("349 test images")  # of 1,962 rows
-
-
-@pytest.mark.shared
-def test_the_images_at_hand_load_when_the_rest_may_be_missing(shared_data: Path) -> None:
-    with refused(DatasetError, "images-missing"):
-        load_dataset("nih", shared_data / "nih")
-    ds = load_dataset("nih", shared_data / "nih", allow_missing=True)
-    assert len(ds) == 36
-    assert len(ds.missing) == 3744

@@ -3,9 +3,7 @@ from pathlib import Path
 import pytest
 
 from embcache.data.dataset import load_dataset
-from embcache.errors import DatasetNotFoundError
 from tests.data.pictures import write_image
-from tests.refusal import refused
 
 FILES = (
     "train/NORMAL/IM-0115-0001.jpeg",
@@ -67,15 +65,6 @@ def test_a_training_set_alone_loads_and_says_so(tmp_path: Path) -> None:
     assert any("local test set" in note for note in ds.notes)
 
 
-def test_empty_class_folders_are_told_apart_from_missing_ones(tmp_path: Path) -> None:
-    (tmp_path / "train" / "NORMAL").mkdir(parents=True)
-    with refused(DatasetNotFoundError, "dataset-layout"):
-        load_dataset("pneumonia", tmp_path)
-    (tmp_path / "train" / "PNEUMONIA").mkdir()
-    with refused(DatasetNotFoundError, "dataset-layout"):
-        load_dataset("pneumonia", tmp_path)
-
-
 @pytest.mark.shared
 def test_the_published_images_give_the_published_counts(shared_data: Path) -> None:
     ds = load_dataset("pneumonia", shared_data / "pneumonia")
@@ -123,10 +112,3 @@ def test_names_of_no_known_scheme_are_counted_or_the_dataset_is_ungrouped(tmp_pa
     ds = load_dataset("pneumonia", write_names(tmp_path / "2", *names, "train/NORMAL/IM-0115-0001.jpeg"))
     assert ds.grouped
     assert "3 of 4 images have names without a patient: each is a group of its own" in ds.notes
-
-
-def test_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
-    root = write_layout(tmp_path)
-    (root / "chest_xray" / "train" / "NORMAL" / "Thumb.heic").touch()
-    ds = load_dataset("pneumonia", root)
-    assert any("are left out: 1 .heic" in note for note in ds.notes)

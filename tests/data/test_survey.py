@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from embcache.commands.start import datasets
 from embcache.config import DatasetRef
 from embcache.data.dataset import list_datasets, load_dataset, survey_dataset
-from embcache.errors import DatasetNotFoundError, UsageError
+from embcache.errors import DatasetNotFoundError
 from embcache.paths import slug
 from tests.data import test_nih, test_patchcam
 from tests.data.pictures import write_image
@@ -49,11 +49,6 @@ def test_a_survey_of_labels_alone_is_no_error(tmp_path: Path) -> None:
     test_nih.write_labels(tmp_path)
     found = survey_dataset("nih", DatasetRef(data_root=tmp_path))
     assert len(found.missing) == len(found) == 5
-
-
-def test_a_survey_of_nothing_is_an_error(home: Path) -> None:
-    with refused(DatasetNotFoundError, "dataset-layout"):
-        survey_dataset("nih")
 
 
 def test_surveying_draws_nothing(home: Path) -> None:
@@ -115,19 +110,3 @@ def test_json_holds_the_same_counts(nih: Path) -> None:
     rows = {row["name"]: row for row in json.loads(run("--json", "-"))}
     assert rows["nih"]["images_found"] == 4
     assert rows["aptos"]["found"] is False
-
-
-def test_a_root_without_a_name_is_bad_usage(home: Path, tmp_path: Path) -> None:
-    with refused(UsageError, "dataset-not-named"):
-        run("--data-root", str(tmp_path))
-
-
-@pytest.mark.shared
-def test_the_published_labels_of_nih_are_counted_without_their_images(shared_data: Path) -> None:
-    data = json.loads(run("nih", "--data-root", str(shared_data / "nih"), "--json", "-"))
-    assert {name: (n["train"], n["test"]) for name, n in data["classes"].items()} == {
-        "other": (1217, 660), "airspace opacity": (787, 795), "nodule or mass": (114, 82), "fracture": (38, 30),
-        "pneumothorax": (11, 46),
-    }  # fmt: skip
-    assert (data["images"], data["images_found"], len(data["missing"])) == (3780, 36, 3744)
-    assert data["groups"] == {"train": 791, "test": 782}

@@ -125,7 +125,7 @@ def test_a_flipped_pixel_under_a_checksum_is_noticed(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ImageError, match="checksum of a chunk"):
+    with pytest.raises(ImageError, match="checksum"):
         read_image(tmp_path, path.name, "3")
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.data.draws import water_fill
+from embcache.data.groups import water_fill
 from embcache.errors import ProtocolError, UsageError
 from embcache.probe.protocol import merged_groups, plan_splits, subset_sizes
 from embcache.probe.splits import Splits, name_everything

@@ -6,11 +6,12 @@ Class folders are found at whatever level of an archive is named, and folders th
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -21,22 +22,30 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.files import (
     TABLE_SUFFIXES,
     check_paths,
-    holds_images,
     is_absolute,
-    is_image_file,
     list_folder,
     near_misses,
     passed_note,
+    refuse_outside,
     settle_paths,
     subfolders,
     suffix_counts,
-    suffix_of,
     walk_images,
 )  # fmt: skip
-from embcache.data.groups import UNGROUPED
-from embcache.data.published import DatasetLayout
-from embcache.data.roles import SPLIT_NAMES, find_columns, find_groups, may_hold_labels, plain_name
-from embcache.data.tables import COLUMNS, check_strings, check_unique, named_columns, open_table, unify
+from embcache.data.groups import UNGROUPED, find_groups
+from embcache.data.published import DatasetLayout, named_columns
+from embcache.data.tables import (
+    COLUMNS,
+    SPLIT_NAMES,
+    check_strings,
+    check_unique,
+    find_columns,
+    may_hold_labels,
+    open_table,
+    plain_name,
+    spelling_notes,
+    unify,
+)  # fmt: skip
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError, first_few
 
 EXPECTED = """ROOT/<class>/*.png, or ROOT/{train,test}/<class>/*.png,
@@ -53,212 +62,184 @@ _NEVER = re.compile(r"(?:images?|imgs?)(?:[\s_.-]*\d+)?", re.IGNORECASE)
 # What class folders may share below them: sides, years and running numbers; single digits are rather classes.
 _SIDES = re.compile(r"\d{2,4}|left|right|od|os", re.IGNORECASE)
 
-
-@dataclass
-class _Found:
-    """Where the images of a folder are, as far as it is known."""
-
-    root: Path  # the folder, at the level that counts
-    table: Path | None = None  # the table that names the images
-    rows: list[tuple[str, str, str]] = field(default_factory=list)  # path, class ("" for none) and split
-    notes: list[str] = field(default_factory=list)
-    passed: Counter[str] = field(default_factory=Counter)  # other files by suffix
-
-    def add(self, folder: str, label: str, split: str) -> None:
-        """Add the images at or below a folder."""
-        self.rows += [(path, label, split) for path in walk_images(self.root, folder, self.passed)]
+_Rows = list[tuple[str, str, str]]  # path, class ("" for none) and split
 
 
-def _find(top: Path, ref: DatasetRef) -> _Found:
-    """Find the table, the splits or the class folders at or below ``top``.
+class _Tree:
+    """Images below a folder, by the folders that hold them."""
+
+    def __init__(self, root: Path, images: list[str], ref: DatasetRef) -> None:
+        self.root, self.images, self.ref = root, images, ref
+        self.flat = defaultdict[str, list[str]](list)  # images directly in each folder
+        self.inner = defaultdict[str, list[str]](list)  # names of the folders in each folder that hold images
+        self.span: dict[str, tuple[int, int]] = {}  # those below a folder follow each other
+        for number, path in enumerate(images):
+            *folders, _ = path.split("/")
+            self.flat["/".join(folders)].append(path)
+            for folder in accumulate(folders, "{}/{}".format):
+                if folder not in self.span:
+                    above, _, own = folder.rpartition("/")
+                    self.inner[above].append(own)
+                start, _ = self.span.get(folder, (number, 0))
+                self.span[folder] = start, number + 1
+
+    def under(self, folder: str) -> list[str]:
+        """Images at or below a folder."""
+        return self.images[slice(*self.span[folder])]
+
+    def gone_into(self, folder: str) -> str:
+        """``folder``, or the only one with images in it where that has a name that tells nothing, however deep."""
+        while len(inner := self.inner[folder]) == 1 and _NO_CLASSES.fullmatch(inner[0]):
+            folder = f"{folder}/{inner[0]}"
+        return folder
+
+    def within(self, folder: str) -> set[str]:
+        """Names of the folders in a folder, or in the one that is gone into."""
+        return set(self.inner[self.gone_into(folder)])
+
+    def refuse(self, problem: str, more: str = "") -> NoReturn:
+        """Raise the error for folders whose classes are unclear: what lies in them, and the root to try instead."""
+        children, flat, tables = self.inner[""], self.flat[""], _label_tables(self.root, self.ref)
+        found = [f"{n}/ with {first_few([*self.inner[n], *_names(self.flat[n])], 3)}" for n in children]
+        found += [*tables, *([f"{len(flat):,} images"] if flat else []), *filter(None, [more])]
+        fix = "a table of path,label (and group, split) as --data-root; or rename folders that do name classes"
+        base = self.root if children else self.root.parent
+        near = [base / table for table in _label_tables(base, self.ref)] if children or flat else []
+        elsewhere = ((folder, table) for folder in subfolders(base) for table in _label_tables(folder, self.ref))
+        if (children or flat) and not near and (one := next(elsewhere, None)):
+            found.append(f"a table in another folder: {one[0] / one[1]}")
+            fix = f"move {one[1]} into {base}, with paths as seen from there, and --data-root '{base / one[1]}'"
+        elif near := near + [base / name for name in children if self.inner[name]] + [base] * bool(flat):
+            fix = f"--data-root '{near[0]}', or {fix}"
+        raise DatasetNotFoundError(
+            problem, code="classes-unclear" if children or flat else "dataset-layout", expected=EXPECTED,
+            found=first_few(found, 8) or "no images", where=self.root, fix=fix,
+        )  # fmt: skip
+
+
+def read_folder(root: Path, name: str, ref: DatasetRef = DatasetRef()) -> ImageDataset:
+    """Read class folders, the table that lies beside images, or the table that ``root`` is.
 
     The only folder with images is gone into; a table is used where there are no class folders beside it.
     """
-    found = _Found(top)
+    if root.is_file():
+        if root.suffix.lower() not in TABLE_SUFFIXES:
+            raise DatasetNotFoundError(
+                "the root is a file, but not a table", code="dataset-layout", expected=EXPECTED, where=root,
+                found=f"a file {root.suffix}", fix="name a folder, or a table, with --data-root",
+            )  # fmt: skip
+        return read_label_table(root, name, ref)
+    others, outside = list[str](), list[str]()
+    tree = _Tree(root, list(walk_images(root, "", others, outside)), ref)
+    notes = _unread(tree, others)
     while True:
-        root = found.root
-        children, tables = _image_folders(root), _label_tables(root, ref)
-        divided = any(SPLIT_NAMES.get(n.lower()) == "train" and _image_folders(root / n) for n in children)
-        classes = divided or (len(children) > 1 and not all(map(_names_no_class, children)))
-        if tables and not classes:
+        children, tables = tree.inner[""], _label_tables(tree.root, ref)
+        divided = any(SPLIT_NAMES.get(n.lower()) == "train" and tree.inner[n] for n in children)
+        if tables and not (divided or (len(children) > 1 and not all(map(_names_no_class, children)))):
             if len(tables) > 1:
-                raise _unclear(root, "several tables could be that of the labels", tables, root / tables[0])
-            found.notes.append(f"{tables[0]}, beside the images, is the table of labels")
-            found.table = root / tables[0]
-            return found
-        if len(children) != 1 or divided or _images_in(root / children[0]):
+                tree.refuse("several tables could be that of the labels")
+            ds = read_label_table(tree.root / tables[0], name, ref)
+            listed, passed = set(ds.table["path"]), [path for path in others if not path.endswith(TABLE_SUFFIXES)]
+            notes = [f"{tables[0]}, beside the images, is the table of labels", *ds.notes]
+            notes += _left_out("beside the table are not named in it and", [p for p in tree.images if p not in listed])
+            return replace(ds, notes=(*notes, *passed_note(passed)))
+        notes += _left_out("outside the class folders", tree.flat[""])
+        if len(children) != 1 or divided or tree.flat[children[0]]:
             break
-        found.notes += _strays(root) + _unread(found, children)
-        found.root = root / children[0]
-    if root != top:
-        level = root.relative_to(top).as_posix()
-        found.notes.append(f"the classes are the folders in {level}/, the only folder with images")
+        below = [path.partition("/")[2] for path in tree.under(children[0])]
+        tree = _Tree(tree.root / children[0], below, ref)
+    if outside:
+        raise refuse_outside(outside[0], where=root)
+    if named := named_columns(ref):
+        raise UsageError(
+            "class folders have no columns", code="columns-of-folders",
+            found=" ".join(f"--{role}-column" for role in named), fix="--data-root TABLE, or leave these options out",
+        )  # fmt: skip
+    rows = _rows(tree, divided, notes)
+    if tree.root != root:
+        level = tree.root.relative_to(root).as_posix()
+        notes.append(f"the classes are the folders in {level}/, the only folder with images")
     if tables:
-        takes = f"--data-root '{root / tables[0]}' takes it"
-        found.notes.append(f"{first_few(tables)} beside the class folders is not used: {takes}")
-        found.passed.subtract(Counter(map(suffix_of, tables)))
+        takes = f"--data-root '{tree.root / tables[0]}' takes it"
+        notes.append(f"{first_few(tables)} beside the class folders is not used: {takes}")
+    at = tree.root.relative_to(root).as_posix() + "/"
+    unused = {("" if at == "./" else at) + table for table in tables}
+    notes += passed_note([path for path in others if path not in unused])
+    paths = check_strings([path for path, _, _ in rows], "path", where=tree.root)
+    cells = {"id": paths, "path": paths, "group": paths, "split": [split for _, _, split in rows]}
+    notes = [UNGROUPED, *_inner_folders(rows), *notes]
+    return _dataset(tree.root, name, cells, [label for _, label, _ in rows], ref, notes)
+
+
+def _rows(tree: _Tree, divided: bool, notes: list[str]) -> _Rows:
+    """Path, class and split of each image by the folders that it lies in; notes are added."""
+    children, rows, within = tree.inner[""], _Rows(), dict[str, set[str]]()
+    splits_within = any(part.lower() in SPLIT_NAMES for name in children for part in tree.inner[name])
     if not children:
-        raise _no_classes(top, root, ref)
-    found.notes += _unread(found, children)
-    parts = {name: _image_folders(root / name) for name in children}
-    if divided:
-        _add_splits(found, children)
-    elif not any(name.lower() in SPLIT_NAMES for name in children) and any(
-        part.lower() in SPLIT_NAMES for inner in parts.values() for part in inner
-    ):
-        _add_splits_of_classes(found, parts)
-    else:
-        copies = _refuse_no_classes(root, children, tables, ref)
-        found.notes += [f"{name}/ holds the class folders once more and is left out as a copy" for name in copies]
+        tree.refuse("there are no class folders with images")
+    if divided:  # train/<class>
         for name in children:
-            if name not in copies:
-                found.add(name, name, "train")
-        beside = [f.name for f in subfolders(root.parent) if SPLIT_NAMES.get(f.name.lower(), "train") != "train"]
-        if SPLIT_NAMES.get(root.name.lower()) == "train" and beside:
-            takes = f"--data-root '{root.parent}' takes all"
-            found.notes.append(f"{first_few(beside)} beside {root.name}/ is not used: {takes}")
-    found.notes += [*_strays(root), *passed_note(+found.passed)]
-    return found
+            if (split := SPLIT_NAMES.get(name.lower())) is None:
+                notes.append(f"a folder beside the splits is left out: {name}")
+                continue
+            folder = tree.gone_into(name)
+            for each in tree.inner[folder]:
+                rows += [(path, each, split) for path in tree.under(f"{folder}/{each}")]
+                within.setdefault(each, set()).update(tree.within(f"{folder}/{each}"))
+            if split == "test":  # a test set whose labels are kept elsewhere
+                rows += [(path, "", split) for path in tree.flat[folder]]
+            else:
+                notes += _left_out(f"in {folder}/ outside its class folders", tree.flat[folder])
+        if len(within) > 1 and all(map(_names_no_class, within)):
+            tree.refuse("the folders in train/ do not name classes", first_few(sorted(within)))
+    elif splits_within and not any(name.lower() in SPLIT_NAMES for name in children):  # <class>/train
+        within = {name: {i for part in tree.inner[name] for i in tree.within(f"{name}/{part}")} for name in children}
+        for name in children:
+            if tree.flat[name] or any(part.lower() not in SPLIT_NAMES for part in tree.inner[name]):
+                tree.refuse("some class folders hold splits, and one holds other images", f"{name}/")
+            for part in tree.inner[name]:
+                rows += [(path, name, SPLIT_NAMES[part.lower()]) for path in tree.under(f"{name}/{part}")]
+        if all(split != "train" for _, _, split in rows):
+            tree.refuse("the folders in the class folders are splits, and none is for training")
+        notes.append("the splits are the folders in each class folder")
+    else:
+        copies = [name for name in children if len(tree.within(name) & set(children)) > 1]
+        names = [name for name in children if name not in copies]
+        others = {path for name in names for path in tree.under(name)}
+        for copy in copies:
+            if not {path.partition("/")[2] for path in tree.under(copy)} <= others:
+                tree.refuse(f"the folder {copy!r} has folders of the same names as those beside it")
+            notes.append(f"{copy}/ holds the class folders once more and is left out as a copy")
+        within = {name: tree.within(name) for name in names}
+        if odd := [name for name in names if name.lower() in SPLIT_NAMES]:
+            tree.refuse(f"the folder {odd[0]!r} names a split, not a class")
+        _refuse_shared(tree, within)
+        if all(map(_names_no_class, names)) or any(map(_NEVER.fullmatch, names)):
+            tree.refuse("the folders do not name classes")
+        rows = [(path, name, "train") for name in names for path in tree.under(name)]
+        beside = [f.name for f in subfolders(tree.root.parent) if SPLIT_NAMES.get(f.name.lower()) in ("val", "test")]
+        if SPLIT_NAMES.get(tree.root.name.lower()) == "train" and beside:
+            takes = f"--data-root '{tree.root.parent}' takes all"
+            notes.append(f"{first_few(beside)} beside {tree.root.name}/ is not used: {takes}")
+    _refuse_shared(tree, within)
+    return rows
 
 
-def _add_splits(found: _Found, children: Sequence[str]) -> None:
-    """Rows of ``train/<class>`` and the like."""
-    root, others, within = found.root, list[str](), dict[str, set[str]]()
-    for name in children:
-        split = SPLIT_NAMES.get(name.lower())  # the paths keep the folder's own spelling
-        if split is None:
-            others.append(name)
-            continue
-        folder = _gone_into(root, name)  # train/images/<class>
-        classes = _image_folders(root / folder)
-        found.notes += _unread(found, classes, folder)
-        for each in classes:
-            found.add(f"{folder}/{each}", each, split)
-            within[each] = within.get(each, set()) | _inner(root, f"{folder}/{each}")
-        flat = [f"{folder}/{image}" for image in _images_in(root / folder)]
-        if split == "test":  # a test set whose labels are kept elsewhere
-            found.rows += [(path, "", split) for path in flat]
-        elif flat:
-            found.notes.append(f"{len(flat):,} images in {folder}/ outside its class folders are left out")
-    if others:
-        found.notes.append(f"folders beside the splits are left out: {first_few(others)}")
-    names = sorted({label for _, label, _ in found.rows if label})
-    if len(names) > 1 and all(map(_names_no_class, names)):
-        raise _unclear(root, "the folders in train/ do not name classes", names, None)
-    _refuse_shared(root, within)
-
-
-def _add_splits_of_classes(found: _Found, parts: Mapping[str, Sequence[str]]) -> None:
-    """Rows of ``<class>/train`` …; refused where a class has other images, or none is for training."""
-    root = found.root
-    whole = next((root / n for n, inner in parts.items() for p in inner if _image_folders(root / n / p)), None)
-    for name, inner in parts.items():
-        if odd := [part for part in inner if part.lower() not in SPLIT_NAMES] + _images_in(root / name):
-            problem = "some class folders hold splits, and one holds other images"
-            raise _unclear(root, problem, sorted(parts), whole, f"{name}/ holds {first_few(odd, 3)}")
-        found.notes += _unread(found, inner, name)
-        for part in inner:
-            found.add(f"{name}/{part}", name, SPLIT_NAMES[part.lower()])
-    if all(split != "train" for _, _, split in found.rows):
-        problem = "the folders in the class folders are splits, and none is for training"
-        raise _unclear(root, problem, sorted(parts), None)
-    _refuse_shared(root, {name: set().union(*(_inner(root, f"{name}/{p}") for p in parts[name])) for name in parts})
-    found.notes.append("the splits are the folders in each class folder")
-
-
-def _refuse_no_classes(root: Path, children: Sequence[str], tables: Sequence[str], ref: DatasetRef) -> list[str]:
-    """Refuse folders that name no class; of those that are copies of the others, the names."""
-    within = {name: _inner(root, name) for name in children}
-    copies = [name for name in children if len(within[name] & set(children)) > 1]
-    for copy in copies:
-        images = {path.partition("/")[2] for path in walk_images(root, copy)}
-        if not images <= {path for name in children if name != copy for path in walk_images(root, name)}:
-            problem = f"the folder {copy!r} has folders of the same names as those beside it"
-            raise _unclear(root, problem, children, root / copy)
-    names = [name for name in children if name not in copies]
-    odd = [name for name in names if name.lower() in SPLIT_NAMES]
-    table = root / tables[0] if tables else None
-    if odd:
-        problem = f"the folder {odd[0]!r} names a split, not a class"
-        holds = "images, not class folders" if _images_in(root / odd[0]) else first_few(sorted(within[odd[0]]))
-        raise _unclear(root, problem, names, table, f"{odd[0]}/ holds {holds}")
-    _refuse_shared(root, {name: within[name] for name in names})
-    if all(map(_names_no_class, names)) or any(_NEVER.fullmatch(name) for name in names):
-        beside = f"{first_few(tables)} lies beside them" if tables else ""
-        elsewhere = None if tables else _table_elsewhere(root, ref)
-        raise elsewhere or _unclear(root, "the folders do not name classes", names, table, beside)
-    return copies
-
-
-def _refuse_shared(root: Path, within: Mapping[str, set[str]]) -> None:
+def _refuse_shared(tree: _Tree, within: Mapping[str, set[str]]) -> None:
     """Refuse folders (sites, patients, copies) that hold the same two or more folders, which may be the classes."""
     shared = Counter(inner for names in within.values() for inner in names)
-    both = [n for n in shared if shared[n] > 1 and not _SIDES.fullmatch(n) and not _names_no_class(n)]
+    both = sorted(n for n in shared if shared[n] > 1 and not _SIDES.fullmatch(n) and not _names_no_class(n))
     if len(both) > 1:
-        names, holds = sorted(within), f"each with {first_few(sorted(both))}"
-        inside = root / names[0] if (root / names[0]).is_dir() else None
-        raise _unclear(root, "several folders have folders of the same names", names, inside, holds)
+        found = f"{first_few(sorted(within))}, each with {first_few(both)}"
+        tree.refuse("several folders have folders of the same names, which may be the classes", found)
 
 
-def _gone_into(root: Path, folder: str) -> str:
-    """``folder``, or the only one with images in it where that has a name that tells nothing, as deep as that goes."""
-    while len(inner := _image_folders(root / folder)) == 1 and _NO_CLASSES.fullmatch(inner[0]):
-        folder = f"{folder}/{inner[0]}"
-    return folder
+def _names_no_class(name: str) -> bool:
+    return name.lower() in SPLIT_NAMES or _NO_CLASSES.fullmatch(name) is not None
 
 
-def _inner(root: Path, folder: str) -> set[str]:
-    return set(_image_folders(root / _gone_into(root, folder)))
-
-
-def _no_classes(top: Path, root: Path, ref: DatasetRef) -> DatasetError:
-    """The error for a root without folders of images: what lies in it, or above it."""
-    if _images_in(root):
-        above = _label_tables(root.parent, ref)
-        if not above and (elsewhere := _table_elsewhere(root.parent, ref)):
-            raise elsewhere
-        beside = _image_folders(root.parent)
-        if above:
-            beside_it = "a table beside the folder"
-            return _unclear(root, "the images have no labels here", above, root.parent / above[0], beside_it)
-        if len(beside) > 1:
-            return _unclear(root, "this is one folder of images, without class folders", beside, root.parent)
-    passed: Counter[str] = Counter()
-    for _ in walk_images(root, "", passed):
-        pass
-    return layout_error(top, "no class folders with images", "; ".join(passed_note(passed)) or None)
-
-
-def _table_elsewhere(root: Path, ref: DatasetRef) -> DatasetError | None:
-    """The error for images whose table lies in a folder beside theirs (``metadata/labels.csv``), if one does."""
-    for folder in subfolders(root):
-        for table in _label_tables(folder, ref):
-            return layout_error(
-                root,
-                "the images have no labels here",
-                f"a table in another folder: {folder / table}",
-                f"move {table} into {root}, with paths as seen from there, and --data-root '{root / table}'",
-            )
-    return None
-
-
-def _unclear(
-    root: Path, problem: str, seen: Sequence[str], instead: Path | None, more: str = ""
-) -> DatasetNotFoundError:
-    table = "a table of path,label (and group, split) as --data-root; or rename folders that do name classes"
-    fix = f"--data-root '{instead}', or {table}" if instead else table
-    found = first_few(seen) + (f" ({more})" if more else "")
-    return DatasetNotFoundError(problem, code="classes-unclear", expected=EXPECTED, found=found, where=root, fix=fix)
-
-
-def layout_error(root: Path, problem: str, found: str | None = None, fix: str | None = None) -> DatasetNotFoundError:
-    """The error for a folder whose classes are unclear."""
-    entries = [entry.name for entry in list_folder(root)] if root.is_dir() else []
-    return DatasetNotFoundError(
-        problem, code="dataset-layout", expected=EXPECTED, where=root,
-        found=found or (first_few(entries) or "an empty folder" if root.is_dir() else "a file"),
-        fix=fix or "make one sub-folder per class, or a table, and name it with --data-root",
-    )  # fmt: skip
+def _names(paths: Sequence[str]) -> list[str]:
+    return [path.rpartition("/")[2] for path in paths[:3]]
 
 
 def _label_tables(folder: Path, ref: DatasetRef) -> list[str]:
@@ -275,65 +256,21 @@ def _label_tables(folder: Path, ref: DatasetRef) -> list[str]:
     return found
 
 
-def _names_no_class(name: str) -> bool:
-    return name.lower() in SPLIT_NAMES or _NO_CLASSES.fullmatch(name) is not None
+def _left_out(where: str, paths: Sequence[str]) -> list[str]:
+    return [f"{len(paths):,} images {where} are left out ({first_few(paths, 3)})"] if paths else []
 
 
-def _image_folders(folder: Path) -> list[str]:
-    """Folders in a folder with images at any depth."""
-    return [inner.name for inner in subfolders(folder) if holds_images(inner)]
-
-
-def _images_in(folder: Path) -> list[str]:
-    return [e.name for e in list_folder(folder) if e.is_file() and is_image_file(folder, e.name)]
-
-
-def _strays(root: Path) -> list[str]:
-    strays = _images_in(root)
-    note = f"{len(strays):,} images outside the class folders are left out ({first_few(strays, 3)})"
-    return [note] if strays else []
-
-
-def _unread(found: _Found, children: Sequence[str], folder: str = "") -> list[str]:
-    """Count the other files in a folder; a note on folders there whose files are all of no format that is read."""
-    unread = []
-    for entry in list_folder(found.root / folder):
-        own = Counter[str]()
-        path = f"{folder}/{entry.name}" if folder else entry.name
-        if entry.is_dir() and entry.name not in children:
-            list(walk_images(found.root, path, own))
-            unread += [f"{path} ({suffix_counts(own)})"] if own else []
-        elif entry.is_file() and not is_image_file(found.root / folder, entry.name):
-            own[suffix_of(entry.name)] += 1
-        found.passed.update(own)
-    return [f"folders without an image that can be read are left out: {first_few(unread)}"] if unread else []
-
-
-def read_folder(root: Path, name: str, ref: DatasetRef = DatasetRef()) -> ImageDataset:
-    """Read class folders, the table that lies beside images, or the table that ``root`` is."""
-    if root.is_file():
-        if root.suffix.lower() not in TABLE_SUFFIXES:
-            raise layout_error(root, "the root is a file, but not a table")
-        return read_label_table(root, name, ref)
-    found = _find(root, ref)
-    if found.table is not None:
-        ds = read_label_table(found.table, name, ref)
-        return replace(ds, notes=(*found.notes, *ds.notes, *_not_named(found.root, ds)))
-    if named := named_columns(ref):
-        raise UsageError(
-            "class folders have no columns", code="columns-of-folders",
-            found=" ".join(f"--{role}-column" for role in named), fix="--data-root TABLE, or leave these options out",
-        )  # fmt: skip
-    paths = check_strings([path for path, _, _ in found.rows], "path", where=root)
-    splits = [split for _, _, split in found.rows]
-    labels = [label for _, label, _ in found.rows]
-    cells = {"id": paths, "path": paths, "group": paths, "split": splits}
-    notes = [UNGROUPED, *_inner_folders(found.rows), *found.notes]
-    return _dataset(found.root, name, cells, labels, ref, notes)
+def _unread(tree: _Tree, others: Sequence[str]) -> list[str]:
+    unread = defaultdict[str, list[str]](list)
+    for path in others:
+        folders = accumulate(path.split("/")[:-1], "{}/{}".format)
+        if without := next((folder for folder in folders if folder not in tree.span), ""):
+            unread[without].append(path)
+    listed = [f"{folder} ({suffix_counts(paths)})" for folder, paths in sorted(unread.items())]
+    return [f"folders without an image that can be read are left out: {first_few(listed)}"] if listed else []
 
 
 def _inner_folders(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    """A note where class folders have folders of several images, which may be patients."""
     images = Counter(path.rpartition("/")[0] for path, _, _ in rows)
     classes = {(label, split) for _, label, split in rows}
     several = sum(n > 1 for n in images.values())
@@ -346,7 +283,7 @@ def _inner_folders(rows: Sequence[tuple[str, str, str]]) -> list[str]:
 def read_label_table(file: Path, name: str, ref: DatasetRef = DatasetRef()) -> ImageDataset:
     """Read a table of ``path,label[,group][,split][,id][,anything]``; paths are relative to its folder.
 
-    Labels are names or whole numbers, empty where unlabelled; rows without a split are for training; rows without
+    Labels are names or whole numbers, empty where unlabeled; rows without a split are for training; rows without
     a group are a group of their own; without an ``id`` column the path is the id. Further columns are kept. Columns
     may have other names that are usual, which notes name.
     """
@@ -389,17 +326,6 @@ def read_label_table(file: Path, name: str, ref: DatasetRef = DatasetRef()) -> I
     return _dataset(file.parent, name, cells, labels, ref, notes, file)
 
 
-def _not_named(root: Path, ds: ImageDataset) -> list[str]:
-    """Notes on the files beside a table that it does not name."""
-    passed = Counter[str]()
-    images = list(walk_images(root, "", passed, refuse=False))
-    named = set(ds.table["path"].tolist())
-    others = [path for path in images if path not in named]
-    note = f"{len(others):,} of {len(images):,} images beside the table are not named in it and are left out"
-    tables = Counter(suffix for suffix in passed.elements() if suffix in TABLE_SUFFIXES)
-    return ([f"{note} ({first_few(others, 3)})"] if others else []) + passed_note(passed - tables)
-
-
 def _dataset(
     root: Path,
     name: str,
@@ -410,29 +336,27 @@ def _dataset(
     table: Path | None = None,
 ) -> ImageDataset:
     where = table or root
-    spellings = unify(label for label in given if label)
-    labels = [spellings.of.get(label, "") for label in given]
+    shown = unify(filter(None, given))
+    labels = [shown.get(label, "") for label in given]
     merged, done, more = same_but_for_case(labels, ref.merge_class, where=where)
     labels = [merged.get(label, label) for label in labels] if merged else labels
     class_names = class_order(label for label, split in zip(labels, cells["split"], strict=True) if split == "train")
     numbers = label_numbers(labels, class_names, ids=cells["id"], where=where)
-    if len(class_names) == 1:
+    if len(class_names) < 2 and (class_names or table is None):
         above = f"--data-root '{root.parent}'"
         raise DatasetError(
             "there is one class only, so there is nothing to predict", code="too-few-classes",
             expected="two classes or more among the training images, or a table whose column label is empty",
-            found=class_names[0], where=where,
+            found=first_few(class_names) or "none", where=where,
             fix="--label-column NAME, another column of the table" if table else above,
         )  # fmt: skip
-    if not class_names and table is None:
-        raise layout_error(root, "no class folders with images")
     own: dict[str, Any] = {**cells, "place": "", "label": np.array(numbers, dtype=np.int64)}
     order = [*COLUMNS, *(name for name in cells if name not in COLUMNS)]
     options = {f"{role}_column": column for role, column in named_columns(ref).items()}
     return ImageDataset(
         name, root, class_names, metric="auc" if len(class_names) == 2 else "macro_auc", augment="generic",
         table=pd.DataFrame({column: own[column] for column in order}),
-        notes=(*notes, *spellings.notes(), *more, *label_notes(labels, class_names)),
+        notes=(*notes, *spelling_notes(filter(None, given), shown), *more, *label_notes(labels, class_names)),
         ref=DatasetRef.make(options={**options, "merge_class": done}),
     )  # fmt: skip
 

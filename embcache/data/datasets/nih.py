@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pandas as pd
 
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import check_file_ids, find_level, is_inside, list_folder, refuse_outside
+from embcache.data.files import check_file_ids, find_level, refuse_outside, walk_images
 from embcache.data.published import DatasetLayout
 from embcache.data.tables import check_unique, read_table
 from embcache.errors import DatasetError, first_few
@@ -55,7 +54,12 @@ def read_nih(root: Path, name: str) -> ImageDataset:
         parts.append(part)
     table = pd.concat(parts, ignore_index=True)
     check_unique(table["id"].tolist(), where=level)
-    places = _find_images(root, set(table["id"].tolist()))
+    names, outside, places = set(table["id"].tolist()), list[str](), dict[str, str]()
+    for path in walk_images(root, outside=outside):
+        if (image := path.rpartition("/")[2]) in names:
+            places.setdefault(image, path)
+    if linked := [path for path in outside if path.rpartition("/")[2].startswith("images")]:
+        raise refuse_outside(linked[0], where=root)
     table.insert(1, "path", [places.get(i, f"images/{i}") for i in table["id"].tolist()])
     return ImageDataset(
         name, root, CLASSES, metric="macro_auc", augment="chest", table=table.astype({"label": "int64"}),
@@ -75,52 +79,27 @@ def _read_labels(file: Path, split: str) -> tuple[pd.DataFrame, int]:
     """
     given = read_table(file, ["Image Index", *FINDINGS, *_SOURCE_COLUMNS])
     findings = given[list(FINDINGS)]
-    wrong = [
-        f"{i}: {v!r}"
-        for column in FINDINGS
-        for i, v in zip(given["Image Index"], findings[column], strict=True)
-        if v not in ("YES", "NO")
-    ]
-    if wrong:
+    wrong = findings.where(~findings.isin(("YES", "NO"))).set_axis(given["Image Index"]).stack().dropna()
+    if len(wrong):
+        found = [f"{i}: {v!r}" for i, v in zip(wrong.index.get_level_values(0), wrong, strict=True)]
         raise DatasetError(
             f"unknown label in {len(wrong):,} rows", code="unknown-label", expected="YES or NO",
-            found=first_few(wrong), where=file,
+            found=first_few(found), where=file,
         )  # fmt: skip
     check_file_ids(given["Image Index"], where=file)
     check_unique(given["Image Index"].tolist(), where=file)
     present = (findings == "YES").to_numpy()  # (n, 4)
     count = present.sum(axis=1)
-    table = pd.DataFrame(
-        {
-            "id": given["Image Index"],
-            "place": "",
-            "label": (present.argmax(axis=1) + 1) * (count == 1),
-            "group": given["Patient ID"],
-            "split": split,
-            **{column: given[original] for original, column in _SOURCE_COLUMNS.items()},
-        }
-    )
+    cells = {
+        "id": given["Image Index"], "place": "", "label": (present.argmax(axis=1) + 1) * (count == 1),
+        "group": given["Patient ID"], "split": split,
+    }  # fmt: skip
+    table = pd.DataFrame({**cells, **{column: given[original] for original, column in _SOURCE_COLUMNS.items()}})
     try:
         table = table.assign(**{column: pd.to_numeric(table[column]) for column in _NUMBERS})
     except ValueError as error:
         raise DatasetError("a number cannot be read", code="not-a-number", found=str(error), where=file) from error
     return table[count <= 1].reset_index(drop=True), int((count > 1).sum())
-
-
-def _find_images(root: Path, names: set[str], folder: str = "", depth: int = 3) -> dict[str, str]:
-    """Path of each of ``names`` below ``root``; where one occurs twice, the first in the order of paths counts."""
-    places: dict[str, str] = {}
-    for entry in list_folder(root / folder):
-        path = f"{folder}/{entry.name}" if folder else entry.name
-        if entry.name in names:
-            places.setdefault(entry.name, path)
-        elif depth and entry.is_dir():
-            if entry.is_symlink():
-                if entry.name.startswith("images") and not is_inside(root, os.path.realpath(entry.path)):
-                    raise refuse_outside(path, where=root)
-                continue
-            places = _find_images(root, names, path, depth - 1) | places
-    return places
 
 
 LAYOUT = DatasetLayout(

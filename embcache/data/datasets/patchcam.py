@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from embcache.data.classes import label_numbers
-from embcache.data.containers.array_rows import StrictFile, own_array
+from embcache.data.containers import StrictFile, own_array
 from embcache.data.dataset import ImageDataset
 from embcache.data.datasets import competition_table
 from embcache.data.files import find_level, locate_files
@@ -55,31 +55,27 @@ def _read_kaggle(root: Path, name: str) -> ImageDataset:
 
 def _read_hdf5(root: Path, name: str) -> ImageDataset:
     """The original release: labels of all parts are public; train and valid are the pool."""
-    parts = []
+    parts, grouped = [], True
     for part, split in _PARTS.items():
         images, targets = (f"{_H5.format(part=part, what=what)}.h5" for what in "xy")
-        places = locate_files(root, [images, targets], sizes=False)
-        absent = [file for file, size in places.items() if size is None]
+        absent = [file for file, size in locate_files(root, [images, targets], sizes=False).items() if size is None]
         if absent:
             packed = [f"{file}.gz" for file in absent if (root / f"{file}.gz").is_file()]
-            fix = f"gunzip --keep {' '.join(packed)}" if packed else f"put {' and '.join(absent)} there"
             raise DatasetError(
                 "a file of the original PatchCamelyon release is not there", code="images-missing",
-                found=f"no {first_few(absent)}", where=root, fix=fix,
+                found=f"no {first_few(absent)}", where=root,
+                fix=f"gunzip --keep {' '.join(packed)}" if packed else f"put {' and '.join(absent)} there",
             )  # fmt: skip
         with _open_array(root / images, "x") as array:
             n = len(array)
-        labels = _read_labels(root / targets, n)
-        ids = [f"{part}-{row:06d}" for row in range(n)]
-        slides = _hdf5_slides(root, part, n)
+        labels, slides = _read_labels(root / targets, n), _hdf5_slides(root, part, n)
+        ids, grouped = [f"{part}-{row:06d}" for row in range(n)], grouped and slides is not None
         cells = {
             "id": ids, "path": images, "place": [str(row) for row in range(n)], "label": labels,
-            "group": slides or ids, "split": split, "part": part, "has_slide": slides is not None,
+            "group": slides or ids, "split": split, "part": part,
         }  # fmt: skip
         parts.append(pd.DataFrame(cells))
-    table = pd.concat(parts, ignore_index=True)
-    grouped = bool(table.pop("has_slide").all())
-    return _dataset(root, name, table, grouped, [])
+    return _dataset(root, name, pd.concat(parts, ignore_index=True), grouped, [])
 
 
 def _dataset(
@@ -108,7 +104,6 @@ def _drop_repeats(table: pd.DataFrame, where: Path) -> tuple[pd.DataFrame, list[
 
 
 def _slide_map(root: Path) -> dict[str, str]:
-    """Slide of each image by the community's map, where it is there."""
     if not (root / SLIDE_MAP).is_file():
         return {}
     table = read_table(root / SLIDE_MAP, ["id", "wsi"])
@@ -116,7 +111,6 @@ def _slide_map(root: Path) -> dict[str, str]:
 
 
 def _hdf5_slides(root: Path, part: str, n: int) -> list[str] | None:
-    """Slides by the release's own ``…_meta.csv`` (column ``wsi``), where it is there."""
     path = root / f"{_H5.format(part=part, what='meta')}.csv"
     if not path.is_file():
         return None
@@ -130,20 +124,16 @@ def _hdf5_slides(root: Path, part: str, n: int) -> list[str] | None:
 
 
 def _read_labels(path: Path, n: int) -> list[int]:
-    """The labels of ``n`` images, (N, 1, 1, 1) in the file, as a list of 0 and 1."""
     with _open_array(path, "y") as array:
         if array.size != n:  # before reading: a file may claim any number of them
             found = f"{n:,} and {array.size or 0:,}"
             raise DatasetError("images and labels differ in number", code="counts-differ", found=found, where=path)
-        if array.dtype.kind not in "biu":
-            raise DatasetError(
-                "labels are not whole numbers", code="unknown-label", expected="0 or 1", found=str(array.dtype),
-                where=path,
-            )  # fmt: skip
-        labels = array[()].reshape(-1).astype(np.int64)
-    if not np.isin(labels, (0, 1)).all():
-        wrong = first_few(np.unique(labels[~np.isin(labels, (0, 1))]).tolist())
-        raise DatasetError("unknown label", code="unknown-label", expected="0 or 1", found=wrong, where=path)
+        kind = array.dtype
+        labels = array[()].reshape(-1) if kind.kind in "biu" else np.zeros(0, np.int64)
+    wrong = labels[~np.isin(labels, (0, 1))]
+    if kind.kind not in "biu" or len(wrong):
+        found = first_few(np.unique(wrong).tolist()) or str(kind)
+        raise DatasetError("unknown label", code="unknown-label", expected="0 or 1", found=found, where=path)
     return [int(label) for label in labels]
 
 

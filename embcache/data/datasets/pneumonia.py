@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +24,7 @@ def read_pneumonia(root: Path, name: str) -> ImageDataset:
     level = find_level(root, lambda folder: all((folder / "train" / c).is_dir() for c in CLASSES))
     if level is None:
         raise LAYOUT.layout_error(root)
-    rows, passed, unknown = [], Counter[str](), 0
+    rows, passed, unknown = [], list[str](), 0
     for split in ("train", "test"):
         for label, class_name in enumerate(CLASSES):
             folder = f"{split}/{class_name}"

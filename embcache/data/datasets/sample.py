@@ -199,7 +199,6 @@ def _stain(group: int, dice: _Dice, stroma: Floats, nuclei: Floats) -> npt.NDArr
 
 
 def _blur(levels: Floats) -> Floats:
-    """Mean over 3 by 3 pixels, edges repeated."""
     padded = np.pad(levels, ((1, 1), (1, 1), (0, 0)), mode="edge")
     rows = padded[:-2] + padded[1:-1] + padded[2:]
     return np.asarray((rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9.0)
@@ -217,7 +216,6 @@ def _smooth_noise(dice: _Dice, cells: int) -> Floats:
 
 
 def _direction(dice: _Dice) -> tuple[float, float]:
-    """A random unit vector."""
     while True:
         x, y = dice.between(-1.0, 1.0), dice.between(-1.0, 1.0)
         square = x * x + y * y
