@@ -27,7 +27,7 @@ from embcache.commands.output import bounds, echo, print_table, spread
 from embcache.config import DatasetRef
 from embcache.errors import UsageError
 from embcache.probe.metrics import metric_title
-from embcache.probe.prevalence import Adjust
+from embcache.probe.predictions import Adjust
 from embcache.results.compare import INTERVALS
 from embcache.results.decisions import Value
 from embcache.results.describe import Described, describe
@@ -61,7 +61,7 @@ def results(
     """
     if run is not None:
         pass
-        from embcache.probe.prevalence import Adjust, parse_prevalence
+        from embcache.probe.predictions import Adjust, parse_prevalence
 
         adjust = Adjust(parse_prevalence(prevalence), calibrate)
         show_run(run, metrics=split_list(metric), positive=positive, adjust=adjust, home=home, json=json)

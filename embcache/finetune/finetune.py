@@ -20,10 +20,20 @@ from embcache.cores import default_workers
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, StoreError
 from embcache.extract.pixels import cache_pixels
-from embcache.finetune.batches import Frames, cached_images, decode_frames, known_images, stored_frames
-from embcache.finetune.checkpoint import CheckpointFolder, FoldState, Progress
-from embcache.finetune.epochs import Trainer, best_epoch, repeatable
-from embcache.finetune.finetune_plan import FinetunePlan, Networks, load_networks, plan_finetuning
+from embcache.finetune.epochs import (
+    CheckpointFolder,
+    FoldState,
+    Frames,
+    Progress,
+    Trainer,
+    best_epoch,
+    cached_images,
+    decode_frames,
+    known_images,
+    repeatable,
+    stored_frames,
+)
+from embcache.finetune.finetune_plan import FinetunePlan, load_networks, plan_finetuning
 from embcache.finetune.model import State, assemble, model_file
 from embcache.log import log
 from embcache.memory import keep_freed_memory
@@ -33,7 +43,6 @@ from embcache.probe.protocol import subset_sizes
 from embcache.probe.stack import Job, make_job, stream_generator
 from embcache.probe.summary import (
     Outcome,
-    Outputs,
     RunCell,
     build_result,
     prediction_table,
@@ -44,8 +53,8 @@ from embcache.probe.summary import (
 )
 from embcache.runs.folders import Result, as_asked, find_run, runs_dir, save_run
 
+# Called with (images done, images planned, what is being trained).
 OnImages = Callable[[int, int, str], object]
-"""Called with (images done, images planned, what is being trained)."""
 
 
 def finetune_images(
@@ -76,8 +85,7 @@ def finetune_images(
     config : FinetuneConfig, optional
         All options at once; default: those of the protocol.
     **options
-        Fields of `embcache.config.FinetuneConfig`, which replace those of ``config``: ``head``, ``folds``, ``seed``,
-        ``lr``, ``weights`` …
+        Fields of `embcache.config.FinetuneConfig`, which replace those of ``config``.
 
     Returns
     -------
@@ -91,8 +99,7 @@ def finetune_images(
     ProtocolError
         The data do not support the folds, the subset or the metric; or training diverged in every fold.
     StoreError
-        There is a checkpoint of this request and neither ``resume`` nor ``again`` is set; it is damaged; or another
-        process is training the same run.
+        There is a damaged checkpoint of this request, one with neither ``resume`` nor ``again`` set, or one in use.
     """
     names = [backbones] if isinstance(backbones, str) else list(backbones)
     return finetune(dataset, names, subset, FinetuneConfig.make(config, options), home=home)
@@ -121,9 +128,8 @@ def finetune(
         images: KnownImages | None
         frames, store = None, None
         if config.pixel_cache:
-            store = cache_pixels(
-                dataset, geometry, home=home, workers=config.workers or None, decoding=files.scan.decoding
-            )
+            decoding, workers = files.scan.decoding, config.workers or None
+            store = cache_pixels(dataset, geometry, home=home, workers=workers, decoding=decoding)
             images = store = store.restrict(dataset.table["id"])
         else:
             images = cached_images(dataset, geometry, files, home)
@@ -143,13 +149,11 @@ def finetune(
         elif frames is None:
             frames, _ = decode_frames(dataset, geometry, files, scratch / "used", pool, ids=used)
         run = FinetuneRun(plan, frames, folder, None if config.workers == 0 else pool, progress)
-        done, outputs = run.train(begun)
         try:
-            result = _result(plan, done, outputs, source)
+            result = _save(run, run.train(begun), source, home)
         except ProtocolError:  # every fold diverged: there is nothing to resume
             folder.clear()
             raise
-        _save(run, result, done, outputs, home)
         folder.clear()
         return _answered(plan, result, source, home)
 
@@ -185,10 +189,12 @@ def _answered(plan: FinetunePlan, result: Result, source: str, home: PathLike | 
 
 
 def _with_notes(plan: FinetunePlan, result: Result, source: str, home: PathLike | None) -> Result:
-    networks = plan.networks
-    result = with_positive(result, networks.config.positive, home)
-    before = request_notes(networks.dataset, [plan.splits], plan.subset, networks.head)
-    return as_asked(result, source, [*before, *networks.notes(), *training_notes(result)])
+    result = with_positive(result, plan.networks.config.positive, home)
+    return as_asked(result, source, [*_request_notes(plan), *plan.networks.notes(), *training_notes(result)])
+
+
+def _request_notes(plan: FinetunePlan) -> list[str]:
+    return request_notes(plan.networks.dataset, [plan.splits], plan.subset, plan.networks.head)
 
 
 def _begin(folder: CheckpointFolder, plan: FinetunePlan) -> Progress:
@@ -244,7 +250,7 @@ class FinetuneRun:
         self._y[self._place[known]] = splits.labels[known]
         self._settled = self._done = 0
 
-    def train(self, progress: Progress) -> tuple[Progress, Outputs]:
+    def train(self, progress: Progress) -> Progress:
         """Train and test every fold that is not finished."""
         networks, n_folds = self.plan.networks, self.plan.splits.n_folds
         began = time.perf_counter() - progress.seconds
@@ -254,9 +260,11 @@ class FinetuneRun:
         for fold in range(n_folds):
             if not progress.fold(fold).finished:
                 job = self._job(fold)
-                params = self._head(job)
+                dims = {spec.name: spec.dim for spec in networks.specs}
+                classes = len(self.plan.splits.class_names)
+                params = networks.head.init(stream_generator(job.stream, "init"), dims, classes)
                 if trainer is None:
-                    trainer = self._trainer(networks, params)
+                    trainer = self._trainer(params)
                     initial = {name: value.cpu().clone() for name, value in trainer.model.state().items()}
                 trainer.model.load(initial | {f"head.{name}": value for name, value in params.items()})
                 for state in self._fold(trainer, job, fold, progress.fold(fold)):
@@ -266,19 +274,14 @@ class FinetuneRun:
             # What was planned of the fold and not needed counts as done.
             self._settled, self._done = sum(map(self._planned, range(fold + 1))), 0
             self._count(0)
-        found = [self.folder.load(f.files["test"]) if "test" in f.files else {} for f in progress.folds]
-        blank = np.full((len(self.plan.splits.test), len(networks.dataset.class_names)), np.nan)
-        test = [tensors["test"].double().numpy() if tensors else blank for tensors in found]
-        val = [tensors["val"].double().numpy() if tensors else blank[:0] for tensors in found]
-        return replace(progress, seconds=time.perf_counter() - began), Outputs(np.stack(test), val)
+        return replace(progress, seconds=time.perf_counter() - began)
 
-    def _trainer(self, networks: Networks, params: State) -> Trainer:
-        model = assemble(
-            networks.modules, networks.transforms, networks.head, params, networks.device, networks.config.precision
-        )
+    def _trainer(self, params: State) -> Trainer:
+        of = self.plan.networks
+        model = assemble(of.modules, of.transforms, of.head, params, of.device, of.config.precision)
         return Trainer(
-            model, self.frames, self._y, networks.augment, networks.schedule, networks.metric,
-            networks.config.accumulate, self.pool, self._count,
+            model, self.frames, self._y, of.augment, of.schedule, of.metric, of.config.accumulate, self.pool,
+            self._count,
         )  # fmt: skip
 
     def _job(self, fold: int) -> Job:
@@ -288,11 +291,6 @@ class FinetuneRun:
             self._y, self._place[splits.train[key]], self._place[splits.val[key]], len(splits.class_names),
             f"{networks.config.seed}\0{fold}", networks.schedule.lr,
         )  # fmt: skip
-
-    def _head(self, job: Job) -> State:
-        networks = self.plan.networks
-        dims = {spec.name: spec.dim for spec in networks.specs}
-        return networks.head.init(stream_generator(job.stream, "init"), dims, len(self.plan.splits.class_names))
 
     def _fold(self, trainer: Trainer, job: Job, fold: int, state: FoldState) -> Iterator[FoldState]:
         """The state after each epoch, and last that of the tested fold; its tensors are saved."""
@@ -342,40 +340,33 @@ class FinetuneRun:
             self.on_images(min(self._settled + self._done, planned), planned, label)
 
 
-def _outcomes(plan: FinetunePlan, done: Progress) -> list[Outcome]:
-    """How the training of each finished fold went."""
-    found = []
-    for state in done.folds:
-        best = best_epoch(state) if "test" in state.files else 0
-        score = max(state.val_scores) if best else None
-        lr = plan.networks.schedule.lr
-        found.append(Outcome(best, state.epoch + state.diverged, score, lr, state.diverged))
-    return found
-
-
-def _result(plan: FinetunePlan, done: Progress, outputs: Outputs, source: str) -> Result:
-    networks = plan.networks
+def _save(run: FinetuneRun, done: Progress, source: str, home: PathLike | None) -> Result:
+    """Make and write the result: models move there from the checkpoints, heads are kept separately too."""
+    plan, networks, folder = run.plan, run.plan.networks, run.folder
     cell = RunCell(
         dataset=networks.dataset, splits=(plan.splits,), subset=plan.subset, backbones=networks.names,
         head=networks.head, request=plan.request,
         recipes={name: recipe.to_json() for name, recipe in networks.recipes.items()},
-        positive=networks.config.positive, source=source,
-        notes=tuple(request_notes(networks.dataset, [plan.splits], plan.subset, networks.head)),
+        positive=networks.config.positive, source=source, notes=tuple(_request_notes(plan)),
     )  # fmt: skip
-    result = build_result(cell, _outcomes(plan, done), outputs, done.seconds)
-    return replace(result, versions={**result.versions, **{name: version(name) for name in ("timm", "torchvision")}})
-
-
-def _save(run: FinetuneRun, result: Result, done: Progress, outputs: Outputs, home: PathLike | None) -> None:
-    """Write the run: models move there from the checkpoints, and heads are kept separately too, as in probing."""
-    plan, folder, outcomes = run.plan, run.folder, _outcomes(run.plan, done)
-    best = {fold: state.files["best"] for fold, state in enumerate(done.folds) if "best" in state.files}
-    models = {model_file(fold): folder.file(saved) for fold, saved in best.items()}
-    states = [folder.load(best[fold]) if fold in best else {} for fold in range(len(done.folds))] if best else []
-    heads = [
-        {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
-        for state in states
-    ]
-    validation = validation_table([plan.splits], plan.subset, outputs, outcomes)
-    table = prediction_table(plan.splits, outputs, outcomes)
+    blank = np.full((len(plan.splits.test), len(networks.dataset.class_names)), np.nan)
+    outcomes: list[Outcome] = []
+    for fold, state in enumerate(done.folds):
+        tensors = folder.load(state.files["test"]) if "test" in state.files else {}
+        test, val = (tensors[key].double().numpy() if tensors else blank for key in ("test", "val"))
+        best = best_epoch(state) if tensors else 0
+        outcomes.append(cell.outcome(
+            fold, test, val, max(state.val_scores) if best else None, best_epoch=best,
+            epochs=state.epoch + state.diverged, lr=networks.schedule.lr, diverged=state.diverged,
+        ))  # fmt: skip
+    result = build_result(cell, outcomes, done.seconds)
+    result = replace(result, versions={**result.versions, **{name: version(name) for name in ("timm", "torchvision")}})
+    best_files = {fold: state.files["best"] for fold, state in enumerate(done.folds) if "best" in state.files}
+    models = {model_file(fold): folder.file(saved) for fold, saved in best_files.items()}
+    heads: list[State] = [{} for _ in done.folds] if best_files else []
+    for fold, saved in best_files.items():
+        state_dict = folder.load(saved)
+        heads[fold] = {name[5:]: value for name, value in state_dict.items() if name.startswith("head.")}
+    table, validation = prediction_table(cell, outcomes), validation_table(cell, outcomes)
     save_run(result, table, heads, home, validation=validation, files=models)
+    return result

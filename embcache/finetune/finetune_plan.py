@@ -31,24 +31,17 @@ from embcache.paths import PathLike
 from embcache.probe.heads import identify, make_head
 from embcache.probe.inputs import KnownImages, digest_images, find_splits, plan_for
 from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_class
-from embcache.probe.protocol import subset_sizes
+from embcache.probe.protocol import Splits, name_everything, subset_sizes
 from embcache.probe.schedule import Schedule
-from embcache.probe.splits import Splits, name_everything
 from embcache.probe.stack import TrainedHead
 from embcache.runs.folders import PROTOCOL_VERSION, run_id
 from embcache.store.recipe import Recipe
 
-ARITHMETIC = 1
-"""Raised when the arithmetic of finetuning changes, so that older runs are not taken for new ones."""
-
-GENTLE = {"lr": 1e-4, "batch_size": 16}
-"""How DINO's ViT-S/8 is finetuned (Section B.2), also where it is fused (choice)."""
-
+ARITHMETIC = 1  # raised when the arithmetic of finetuning changes, so that older runs are not taken for new ones
+GENTLE = {"lr": 1e-4, "batch_size": 16}  # for DINO's ViT-S/8 (Section B.2), also where it is fused (choice)
+# timm's names of DINO-trained ViT-S/8: ``vit_small_patch8_224.dino``, ``vit_small_patch8_224.lunit_dino`` …
 _VIT_S8_DINO = re.compile(r"vit_small_patch8_224[._](.+_)?dino(_.+)?")
-"""timm's names of DINO-trained ViT-S/8: ``vit_small_patch8_224.dino``, ``vit_small_patch8_224.lunit_dino`` …"""
-
-_DINO = ("dino", "timm:vit_small_patch8_224")
-"""The paper's, and timm's without a tag, which means the weights of its default: DINO's."""
+_DINO = ("dino", "timm:vit_small_patch8_224")  # the paper's, and timm's without a tag, whose default weights are DINO's
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,20 +147,12 @@ def load_networks(
         )  # fmt: skip
     metric = find_metric(config.metric or dataset.metric, len(dataset.class_names))
     return Networks(
-        dataset=dataset,
-        config=config,
-        specs=specs,
-        head=trainable,
+        dataset=dataset, config=config, specs=specs, head=trainable,
         head_request=identify(head) or {"name": head.name},
-        metric=metric.of(positive_class(dataset.class_names, config.positive)),
-        schedule=schedule,
-        files=files,
-        transforms=transforms,
-        augment=augmentation(dataset.augment, frame(geometry).size, geometry.size),
-        modules=modules,
-        recipes=recipes,
-        device=device,
-    )
+        metric=metric.of(positive_class(dataset.class_names, config.positive)), schedule=schedule, files=files,
+        transforms=transforms, augment=augmentation(dataset.augment, frame(geometry).size, geometry.size),
+        modules=modules, recipes=recipes, device=device,
+    )  # fmt: skip
 
 
 def plan_finetuning(networks: Networks, images: KnownImages, subset: str | int, home: PathLike | None) -> FinetunePlan:
@@ -189,25 +174,16 @@ def plan_finetuning(networks: Networks, images: KnownImages, subset: str | int, 
     (canonical,) = subset_sizes(dataset, [subset])  # a number above the pool is an error, S or M above it is F
     name = drawn.name_of(canonical)
     request = {
-        "kind": "finetune",
-        "protocol": PROTOCOL_VERSION,
-        "finetune": ARITHMETIC,
-        "dataset": dataset.name,
-        "metric": metric.key,
-        "splits": drawn.digest(name),
+        "kind": "finetune", "protocol": PROTOCOL_VERSION, "finetune": ARITHMETIC, "dataset": dataset.name,
+        "metric": metric.key, "splits": drawn.digest(name),
         "images": digest_images({"pixels": images}, drawn.ids[drawn.used(name)]),
         "recipes": [[backbone, recipe.fingerprint] for backbone, recipe in networks.recipes.items()],
-        "augment": networks.augment.describe(),
-        "head": dict(networks.head_request),
-        "schedule": asdict(networks.schedule),
-        "subset": name,
-        "folds": drawn.n_folds,
-        "val": drawn.val_mode,
-        "test": drawn.test_set,
-        "seed": config.seed,
+        "augment": networks.augment.describe(), "head": dict(networks.head_request),
+        "schedule": asdict(networks.schedule), "subset": name, "folds": drawn.n_folds, "val": drawn.val_mode,
+        "test": drawn.test_set, "seed": config.seed,
         **asymmetry(metric, dataset.class_names, config.positive),
         **({"classes": dict(dataset.renamed)} if dataset.renamed else {}),
-    }
+    }  # fmt: skip
     # Options that are settled above (splits of a file have their own number of folds) are not repeated.
     more = {key: value for key, value in config.result_options().items() if key not in {*request, "max_epochs"}}
     return FinetunePlan(networks, drawn, name, request | more)
@@ -232,12 +208,9 @@ def choose_transforms(
 
 def gentle(backbones: Sequence[str]) -> bool:
     """Whether backbones are finetuned with `GENTLE` by default, decided by their names alone."""
-
-    def tagged(name: str) -> str:
-        # Architecture and tag of a timm: backbone, without the organization that published it.
-        return name.rpartition("/")[2].removeprefix("timm:") if name.startswith("timm:") else ""
-
-    return any(name in _DINO or _VIT_S8_DINO.fullmatch(tagged(name)) for name in backbones)
+    # Architecture and tag of a timm: backbone, without the organization that published it.
+    tagged = [name.rpartition("/")[2].removeprefix("timm:") for name in backbones if name.startswith("timm:")]
+    return any(name in _DINO for name in backbones) or any(map(_VIT_S8_DINO.fullmatch, tagged))
 
 
 def choose_schedule(specs: Sequence[Backbone], config: FinetuneConfig) -> Schedule:

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from embcache.config import ProbeConfig
 from embcache.data.dataset import ImageDataset
@@ -19,7 +20,7 @@ from embcache.errors import StoreError, UsageError
 from embcache.memory import is_shortage
 from embcache.paths import PathLike
 from embcache.probe.feature_rows import FeatureRows, Resident
-from embcache.probe.heads import find_head, identify, name_of
+from embcache.probe.heads import check_backbones, find_head, identify, name_of
 from embcache.probe.inputs import (
     digest_images,
     digest_shards,
@@ -30,16 +31,14 @@ from embcache.probe.inputs import (
     stream_features,
 )
 from embcache.probe.metrics import Metric, asymmetry, choose_metric, positive_class
-from embcache.probe.protocol import subset_sizes
+from embcache.probe.protocol import name_everything, subset_sizes
 from embcache.probe.schedule import Schedule
-from embcache.probe.splits import name_everything
 from embcache.probe.stack import ClosedFormHead, Head
 from embcache.probe.summary import RunCell, request_notes, training_notes, with_positive
 from embcache.runs.folders import PROTOCOL_VERSION, Result, as_asked, find_run
 from embcache.store.feature_store import FeatureStore
 
-_SMALL = 5_000_000
-"""Parameters of one subset's heads up to which several subsets train as one stack."""
+_SMALL = 5_000_000  # parameters of one subset's heads up to which several subsets train as one stack
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class FeatureReader:
 
     plan: ProbePlan
     rows: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))  # of the dataset, ascending
-    x: dict[str, torch.Tensor] = field(default_factory=dict)
+    x: dict[str, Tensor] = field(default_factory=dict)
 
     def read(self, batch: Batch) -> FeatureRows:
         """Features of all ``rows`` that the batch needs."""
@@ -162,7 +161,8 @@ def plan_probe(
     subset_sizes(dataset, names)  # one at least
     config = _settled(config, model, dataset, home)
     metric = choose_metric(config.metric or dataset.metric, len(dataset.class_names))
-    sets = [_checked_set(model, backbones) for backbones in sets]
+    for backbones in sets:
+        check_backbones(model, backbones)
     stores = open_stores(dataset, sets, home, config.recipe, config.views)
     drawn = [
         plan_for(dataset, list(stores.values()), subsets=subsets, config=replace(config, seed=config.seed + repeat))
@@ -179,25 +179,17 @@ def plan_probe(
     if not model.keeps_models:
         notes.append("the heads are scikit-learn estimators: the run keeps their predictions, but no models")
     common = {
-        "kind": "probe",
-        "protocol": PROTOCOL_VERSION,
-        "dataset": dataset.name,
-        "head": described,
-        "metric": metric.key,
+        "kind": "probe", "protocol": PROTOCOL_VERSION, "dataset": dataset.name, "head": described, "metric": metric.key,
         **asymmetry(metric, dataset.class_names, config.positive),
         **({"target": dataset.target} if dataset.target else {}),
         **({"classes": dict(dataset.renamed)} if dataset.renamed else {}),
         **config.result_options(),
-        "test": splits[0].test_set,
-        "val": splits[0].val_mode,
-        "folds": splits[0].n_folds,
-    }
+        "test": splits[0].test_set, "val": splits[0].val_mode, "folds": splits[0].n_folds,
+    }  # fmt: skip
     source = "live" if dataset.root is not None and dataset.root.exists() else "snapshot"
     cells: dict[tuple[tuple[str, ...], str], RunCell] = {}
-    order = [(tuple(backbones), splits[0].name_of(name)) for backbones in sets for name in names]
-    for backbones, subset in order:
-        if (backbones, subset) in cells:
-            continue
+    order = [(tuple(named), splits[0].name_of(name)) for named in sets for name in names]
+    for backbones, subset in dict.fromkeys(order):
         own = {backbone: stores[backbone] for backbone in backbones}
         cell = RunCell(
             dataset=dataset, splits=splits, subset=subset, backbones=backbones, head=model, request={}, source=source,
@@ -220,7 +212,13 @@ def plan_probe(
 
 def _settled(config: ProbeConfig, head: Head, dataset: ImageDataset, home: PathLike | None) -> ProbeConfig:
     """The config with each computation written in one way; refuses what the head does not take."""
-    _check_device(config.device)
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            "the device cannot be used", code="device-not-usable", fix="--device cpu",
+            found=f"{config.device}: {str(error).splitlines()[0]}",
+        ) from error  # fmt: skip
     if config.splits is not None:
         config = replace(config, splits=str(find_splits(config.splits, dataset, home)))
     rates = tuple(dict.fromkeys(config.lr))
@@ -230,15 +228,13 @@ def _settled(config: ProbeConfig, head: Head, dataset: ImageDataset, home: PathL
 
 
 def _refuse_training_options(config: ProbeConfig) -> None:
-    if config.buffer is not None:
+    given = [f"--buffer {config.buffer}"] if config.buffer is not None else []
+    given += [f"--lr {config.lr[0]:g}"] if config.lr else []
+    if given:
         raise UsageError(
-            f"head {config.head!r} is solved on all features at once: they cannot be streamed", code="head-not-trained",
-            found=f"--buffer {config.buffer}", fix="leave --buffer out, or a head that is trained: --head linear",
-        )  # fmt: skip
-    if config.lr:
-        raise UsageError(
-            f"head {config.head!r} is solved, not trained: it has no learning rate", code="head-not-trained",
-            found=f"--lr {config.lr[0]:g}", fix="leave --lr out",
+            f"head {config.head!r} is solved on all features at once: it has no learning rate, and nothing is streamed",
+            code="head-not-trained", found=" ".join(given),
+            fix=f"leave {given[0].split()[0]} out, or a head that is trained: --head linear",
         )  # fmt: skip
     if config.repeats > 1 and config.splits:
         raise UsageError(
@@ -250,44 +246,18 @@ def _refuse_training_options(config: ProbeConfig) -> None:
 
 
 def _notes(config: ProbeConfig, head: Head) -> list[str]:
-    """What a reader must know of how the options differ from the protocol."""
     notes = []
     if len(config.lr) > 1:
         rates = ", ".join(f"{rate:g}" for rate in config.lr)
         notes.append(f"learning rate chosen on validation, fold by fold, among {rates}")
     if config.repeats > 1:
-        drawn = "other folds, subsets and random streams"
-        drawn = "other random streams on the folds of the splits file" if config.splits else drawn
-        notes.append(f"{config.repeats} repeats with {drawn}, on one test set")
+        drawn = "random streams on the folds of the splits file"
+        drawn = drawn if config.splits else "folds, subsets and random streams"
+        notes.append(f"{config.repeats} repeats with other {drawn}, on one test set")
     if config.views > 1 and isinstance(head, ClosedFormHead):
         notes.append(f"{head.name} is solved on the plain images: it takes no views")
     elif config.views > 1:
         notes.append(f"training draws one of {config.views} views of each image each epoch; others see it plain")
     if config.buffer is not None:
-        shuffled = f"shuffled by shards, then within some {config.buffer:,} rows"
-        notes.append(f"features were streamed: an epoch's order is {shuffled}")
+        notes.append(f"features were streamed: an epoch is shuffled by shards, then in some {config.buffer:,} rows")
     return notes
-
-
-def _checked_set(head: Head, names: Sequence[str]) -> Sequence[str]:
-    if not names:
-        raise UsageError("no backbone was named", code="no-backbone", fix="--backbone NAME")
-    if len(set(names)) < len(names):
-        raise UsageError("a backbone is named twice", code="repeated-backbone", found=", ".join(names))
-    if not head.fuses and len(names) != 1:
-        raise UsageError(
-            f"head {head.name!r} takes one backbone at a time", code="head-takes-one-backbone", found=", ".join(names),
-            fix=f"backbones=[{names[0]!r}], or a head that fuses: dvme",
-        )  # fmt: skip
-    return names
-
-
-def _check_device(device: str) -> None:
-    """Raise a `UsageError` unless torch can compute there."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            "the device cannot be used", code="device-not-usable", found=f"{device}: {str(error).splitlines()[0]}",
-            fix="--device cpu",
-        ) from error  # fmt: skip

@@ -43,8 +43,7 @@ from embcache.typed import typed
 if TYPE_CHECKING:
     import pandas as pd
 
-PARTIAL = ".partial"
-"""Suffix of the folders of checkpoints of finetunings."""
+PARTIAL = ".partial"  # suffix of the folders of checkpoints of finetunings
 
 _FIX = "delete the run's folder and make the run again"
 

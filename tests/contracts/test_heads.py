@@ -18,11 +18,10 @@ from sklearn.svm import LinearSVC
 
 from embcache.errors import UsageError
 from embcache.probe.heads import find_head, heads, identify, make_head
-from embcache.probe.layers import affine, init_linear
+from embcache.probe.layers import Params, affine, init_linear
 from embcache.probe.metrics import METRICS, Metric
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import ClosedFormHead, Head, TrainedHead
-from embcache.probe.standard import Params
 from embcache.testing import check_head, check_metric
 from tests.refusal import refused
 

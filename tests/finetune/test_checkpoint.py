@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from embcache.errors import CorruptStoreError, StoreError
-from embcache.finetune.checkpoint import CheckpointFolder, FoldState, Progress
+from embcache.finetune.epochs import CheckpointFolder, FoldState, Progress
 from tests.refusal import refused
 
 REQUEST = {"kind": "finetune", "seed": 0}
@@ -76,7 +76,7 @@ def test_a_full_disk_is_reported(folder: CheckpointFolder, monkeypatch: pytest.M
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("embcache.finetune.checkpoint.save_file", fail)
+    monkeypatch.setattr("embcache.finetune.epochs.save_file", fail)
     with refused(StoreError, "checkpoint-not-written") as caught:
         put(folder)
     assert "No space left" in str(caught.value.found)

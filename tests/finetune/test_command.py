@@ -16,8 +16,7 @@ from embcache.cli import app
 from embcache.config import DatasetRef, FinetuneConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError
-from embcache.finetune.batches import known_images
-from embcache.finetune.checkpoint import CheckpointFolder
+from embcache.finetune.epochs import CheckpointFolder, known_images
 from embcache.finetune.finetune_plan import load_networks, plan_finetuning
 from embcache.maintain.listing import list_interrupted
 from tests.finetune.conftest import RESNET, VIT

@@ -17,9 +17,7 @@ from embcache.backbones.catalog import find_backbone, load_backbone
 from embcache.backbones.transforms import Transform, choose_transform, normalize
 from embcache.data.dataset import ImageDataset
 from embcache.extract.augment import Augmentation, augmentation
-from embcache.finetune.batches import Frames, batches
-from embcache.finetune.checkpoint import FoldState
-from embcache.finetune.epochs import Trainer, best_epoch, epoch_batches, repeatable
+from embcache.finetune.epochs import FoldState, Frames, Trainer, batches, best_epoch, epoch_batches, repeatable
 from embcache.finetune.model import ImageModel, assemble, check_head
 from embcache.probe.heads import make_head
 from embcache.probe.schedule import Schedule

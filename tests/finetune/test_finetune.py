@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
-import embcache.finetune.batches as data
-import embcache.finetune.checkpoint as checkpoint
+import embcache.finetune.epochs as checkpoint
+import embcache.finetune.epochs as data
 from embcache.config import FinetuneConfig
 from embcache.data.dataset import ImageDataset, load_dataset, read_snapshot
 from embcache.errors import CorruptStoreError, EmbcacheError, ProtocolError, StoreError, UsageError, WeightsError
@@ -267,7 +267,7 @@ def test_a_killed_process_is_resumed_to_the_same_bits(
     options = {**{name: value for name, value in OPTIONS.items() if name != "workers"}, "max_epochs": 4}
     script = (
         "import os, signal\nfrom embcache.data.dataset import load_dataset\n"
-        "import embcache.finetune.checkpoint as checkpoint\n"
+        "import embcache.finetune.epochs as checkpoint\n"
         "from embcache.finetune.finetune import finetune_images\n"
         "original, seen = checkpoint.CheckpointFolder.save, []\n"
         "def save(self, name, tensors):\n"

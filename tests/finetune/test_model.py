@@ -80,9 +80,9 @@ def test_features_are_those_of_extraction(ds: ImageDataset) -> None:
 
 
 def test_sets_of_backbones_are_checked() -> None:
-    with refused(UsageError, "one-backbone"):
+    with refused(UsageError, "head-takes-one-backbone"):
         check_head(make_head("linear"), ["random", "dino"])
-    with refused(UsageError, "backbone-twice"):
+    with refused(UsageError, "repeated-backbone"):
         check_head(make_head("dvme"), ["dino", "dino"])
     with refused(UsageError, "no-backbone"):
         check_head(make_head("linear"), [])

@@ -17,10 +17,9 @@ from embcache.data.classes import retarget
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError, ProtocolError, StoreError, StoreNotFoundError, UsageError
 from embcache.probe.heads import make_head
-from embcache.probe.heads.linear import MLPHead
+from embcache.probe.heads.trained import MLPHead
 from embcache.probe.probe import probe_features
-from embcache.probe.protocol import plan_splits
-from embcache.probe.splits import write_splits
+from embcache.probe.protocol import plan_splits, write_splits
 from embcache.runs.folders import Result, load_heads, load_predictions, load_result, runs_dir
 from embcache.sealed import seal, unseal
 from tests.contracts.test_heads import Bottleneck

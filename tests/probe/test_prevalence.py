@@ -10,10 +10,10 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from embcache.errors import ProtocolError, UsageError
-from embcache.probe.predictions import Predictions
-from embcache.probe.prevalence import (
+from embcache.probe.predictions import (
     Adjust,
     Adjustment,
+    Predictions,
     adjustments,
     evidence,
     fit_temperature,

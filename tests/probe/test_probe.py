@@ -19,8 +19,7 @@ from embcache.errors import ProtocolError, RecipeError, StoreError, StoreNotFoun
 from embcache.probe import probe_plan
 from embcache.probe.metrics import softmax
 from embcache.probe.probe import probe_features
-from embcache.probe.protocol import plan_splits
-from embcache.probe.splits import write_splits
+from embcache.probe.protocol import plan_splits, write_splits
 from embcache.probe.summary import in_metric
 from embcache.runs.folders import Result, list_results, load_heads, load_predictions, load_result, runs_dir
 from tests.probe.build import find_saved, make_dataset, make_features, make_recipe, probe_grid, put_store, run_cached

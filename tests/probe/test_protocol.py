@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.draws import water_fill
 from embcache.errors import ProtocolError, UsageError
-from embcache.probe.protocol import merged_groups, plan_splits, subset_sizes
-from embcache.probe.splits import Splits, name_everything
+from embcache.probe.protocol import Splits, merged_groups, name_everything, plan_splits, subset_sizes
 from tests.probe.build import make_dataset
 
 FROZEN_TRAIN = [("i40", "i139", "i170", "i151", "i219", "i11"), ("i49", "i98", "i176", "i84", "i177", "i154")]

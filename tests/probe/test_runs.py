@@ -19,7 +19,7 @@ from embcache.errors import StoreError, StoreNotFoundError
 from embcache.maintain.gc import collect_home
 from embcache.probe.heads import make_head
 from embcache.probe.protocol import plan_splits
-from embcache.probe.summary import Outcome, Outputs, RunCell, build_result, prediction_table
+from embcache.probe.summary import RunCell, build_result, prediction_table
 from embcache.runs.folders import (
     PROTOCOL_VERSION,
     Result,
@@ -49,16 +49,15 @@ def make_run(
     ds = make_dataset([0, 1] * 40, split=["train"] * 60 + ["test"] * 20, name=dataset)
     plans = [plan_splits(ds, subsets=["S"], folds=3, seed=s) for s in (seed, seed + 1)]
     rng = np.random.default_rng(seed)
-    outputs = Outputs(rng.normal(size=(6, 20, 2)), [rng.normal(size=(20, 2))] * 6)
-    outcomes = [Outcome(k + 1, 9, 0.5 + k / 100, 1e-4) for k in range(6)]
+    logits, val = rng.normal(size=(6, 20, 2)), rng.normal(size=(20, 2))
     request = {"kind": kind, "protocol": PROTOCOL_VERSION, "head": {"name": head}, "subset": "S", "metric": "auc"}
     request |= {"dataset": dataset, "seed": seed}
     cell = RunCell(
         ds, tuple(plans), "S", ("random",), make_head(head), request, {"random": {"backbone": "random"}},
         notes=("a note of its own",),
     )  # fmt: skip
-    result = build_result(cell, outcomes, outputs, 1.0)
-    return result, prediction_table(plans[0], outputs, outcomes)
+    outcomes = [cell.outcome(k, logits[k], val, 0.5 + k / 100, best_epoch=k + 1, epochs=9, lr=1e-4) for k in range(6)]
+    return build_result(cell, outcomes, 1.0), prediction_table(cell, outcomes)
 
 
 def test_results_of_other_paths_are_put_together_the_same_way(home: Path) -> None:
@@ -82,8 +81,11 @@ def test_a_single_scored_fold_has_no_deviation() -> None:
     logits = np.random.default_rng(0).normal(size=(2, 20, 2))
     request = {"kind": "probe", "head": {"name": "linear"}, "subset": "S", "metric": "auc"}
     cell = RunCell(ds, (plan,), "S", ("a",), make_head("linear"), request, {})
-    outcomes = [Outcome(0, 1, None, 1e-3, diverged=True), Outcome(5, 30, 0.7, 1e-3)]
-    result = build_result(cell, outcomes, Outputs(logits, logits), 1.0)
+    outcomes = [
+        cell.outcome(0, logits[0], logits[0], None, best_epoch=0, epochs=1, lr=1e-3, diverged=True),
+        cell.outcome(1, logits[1], logits[1], 0.7, best_epoch=5, epochs=30, lr=1e-3),
+    ]
+    result = build_result(cell, outcomes, 1.0)
     assert result.mean == result.folds[1].score
     assert result.std is None
     assert "±" not in repr(result)

@@ -12,9 +12,9 @@ from sklearn.preprocessing import StandardScaler
 
 from embcache.errors import ProtocolError
 from embcache.probe.heads import make_head
-from embcache.probe.heads.logreg import LogReg
+from embcache.probe.heads.solved import LogReg
+from embcache.probe.layers import standard_params
 from embcache.probe.metrics import softmax
-from embcache.probe.standard import standard_params
 
 
 def draw(n: int, dim: int, n_classes: int, seed: int, *, rare: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,7 @@ import pytest
 
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, UsageError
-from embcache.probe.protocol import merged_groups, plan_splits
-from embcache.probe.splits import Splits, read_splits, write_splits
+from embcache.probe.protocol import Splits, plan_splits, read_splits, write_splits
 from tests.probe.build import make_dataset
 
 
@@ -24,7 +23,7 @@ def ds() -> ImageDataset:
 
 
 def read(path: Path, ds: ImageDataset, **options: Any) -> Splits:
-    return read_splits(path, ds, merged_groups(ds, None), **options)
+    return read_splits(path, ds, **options)
 
 
 @pytest.mark.parametrize("val", ["full", "matched"])

@@ -15,7 +15,15 @@ from scipy.stats import t as student
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from embcache.probe.metrics import METRICS, find_metric
-from embcache.probe.statistics import BOOTSTRAP_SEED, TestSet, estimate, newcombe_auc, training_overlap, wilson
+from embcache.probe.statistics import (
+    BOOTSTRAP_SEED,
+    TestSet,
+    _score_interval,
+    estimate,
+    hanley_mcneil,
+    training_overlap,
+    wilson,
+)
 from embcache.results.compare import compare_scores as compare
 from embcache.runs.result import Estimate
 from tests.probe.patients import FEW, components, lesions, odds_of, patients, scored, width
@@ -73,6 +81,10 @@ def test_the_variance_of_a_macro_auc_is_that_of_its_influence_values() -> None:
 
 
 # --- intervals of a score
+
+
+def newcombe_auc(auc: float, m: float, n: float) -> tuple[float, float]:
+    return _score_interval(auc, lambda true: hanley_mcneil(true, m, n), norm.ppf(0.975))
 
 
 def hanley_mcneil_by_q(auc: float, m: float, n: float) -> float:

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 
 from embcache.probe.heads import make_head
-from embcache.probe.standard import standard_params
+from embcache.probe.layers import standard_params
 
 DIMS = {"a": 12, "b": 7, "c": 9}
 
