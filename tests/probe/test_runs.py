@@ -140,8 +140,10 @@ def test_a_file_on_another_file_system_is_copied(home: Path, tmp_path: Path, mon
     assert not (tmp_path / "m").exists()
 
 
-@pytest.mark.parametrize("name", ["predictions.parquet", "heads.safetensors"])
-@pytest.mark.parametrize("harm", ["flipped bit", "gone"])
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [("predictions.parquet", "flipped bit"), ("heads.safetensors", "flipped bit"), ("heads.safetensors", "gone")],
+)
 def test_damaged_files_are_never_read(home: Path, name: str, harm: str) -> None:
     result, frame = make_run("probe")
     run = save_run(result, frame, [{"w": torch.ones(50)} for _ in range(6)], home)
@@ -186,7 +188,7 @@ def test_runs_that_are_not_there_or_several_are_listed(home: Path) -> None:
         find_run_anywhere("", home)
 
 
-@pytest.mark.parametrize("harm", ["another version", "no checksum", "no files", "cut short", "gone"])
+@pytest.mark.parametrize("harm", ["another version", "no checksum", "no files", "gone"])
 def test_a_run_of_another_version_is_called_so_and_never_offered(home: Path, harm: str) -> None:
     (other, frame), (mine, _) = (make_run("probe", seed=seed) for seed in range(2))
     run = save_run(other, frame, [], home)
@@ -197,7 +199,6 @@ def test_a_run_of_another_version_is_called_so_and_never_offered(home: Path, har
         "another version": seal({**content, "extra": 1}),
         "no checksum": json.dumps(content).encode(),
         "no files": seal({name: value for name, value in content.items() if name != "files"}),
-        "cut short": path.read_bytes()[:50],
     }
     path.write_bytes(texts[harm]) if harm != "gone" else path.unlink()
     for read in (lambda: find_run_anywhere(other.id, home), lambda: load_result(run)):
@@ -258,7 +259,7 @@ def test_two_writers_of_one_run_both_succeed(home: Path, monkeypatch: pytest.Mon
     for exchange in (True, False):
         monkeypatch.setattr(io, "_rename_at", io._rename_at if exchange else lambda *_: False)
         save_run(result, frame, [], home)
-        for at in range(30):  # more than there are calls
+        for at in range(0, 30, 4):  # up to more than there are calls
 
             def meet(call: Call, do: Callable[[], Any], at: int = at) -> Any:
                 if call.index == at:
