@@ -43,10 +43,8 @@ from embcache.probe.protocol import subset_sizes
 from embcache.probe.stack import Job, make_job, stream_generator
 from embcache.probe.summary import (
     Outcome,
-    RunCell,
     build_result,
     prediction_table,
-    request_notes,
     training_notes,
     validation_table,
     with_positive,
@@ -136,14 +134,14 @@ def finetune(
         if images is None:
             frames, images = decode_frames(dataset, geometry, files, scratch / "all", pool)
         plan = plan_finetuning(networks, images, subset, home)
-        result = None if config.again else find_run(plan.id, dataset.name, home)
+        result = None if config.again else find_run(plan.cell.id, dataset.name, home)
         if result is not None:
             return _answered(plan, result, source, home)
-        partial = runs_dir(dataset.name, home) / f".{plan.id}.partial"
-        folder = CheckpointFolder(partial, plan.request, plan.resume_command(home))
+        partial = runs_dir(dataset.name, home) / f".{plan.cell.id}.partial"
+        folder = CheckpointFolder(partial, plan.cell.request, plan.resume_command(home))
         stack.enter_context(folder.lock())
         begun = _begin(folder, plan)
-        used = plan.splits.ids[plan.splits.used(plan.subset)].tolist()
+        used = plan.splits.ids[plan.splits.used(plan.cell.subset)].tolist()
         if store is not None:
             frames = stored_frames(store, used, scratch / "used")
         elif frames is None:
@@ -172,14 +170,14 @@ def find_finetuned(
         networks = load_networks(dataset, backbones, config, home, pool, allow_download=False)
         images = known_images(dataset, networks.transform, networks.files, home, pool)
         plan = plan_finetuning(networks, images, subset, home)
-    result = find_run(plan.id, dataset.name, home)
-    return plan.id if result is None else _with_notes(plan, result, "live", home)
+    result = find_run(plan.cell.id, dataset.name, home)
+    return plan.cell.id if result is None else _with_notes(plan, result, "live", home)
 
 
 def _answered(plan: FinetunePlan, result: Result, source: str, home: PathLike | None) -> Result:
     """A saved result as an answer; a note where it lacks models that were asked for."""
     networks = plan.networks
-    run = runs_dir(networks.dataset.name, home) / plan.id
+    run = runs_dir(networks.dataset.name, home) / result.id
     trained = [fold for fold, found in enumerate(result.folds) if not found.failed]
     lost = [fold for fold in trained if not (run / model_file(fold)).is_file()] if networks.config.models else []
     if lost:
@@ -190,11 +188,7 @@ def _answered(plan: FinetunePlan, result: Result, source: str, home: PathLike | 
 
 def _with_notes(plan: FinetunePlan, result: Result, source: str, home: PathLike | None) -> Result:
     result = with_positive(result, plan.networks.config.positive, home)
-    return as_asked(result, source, [*_request_notes(plan), *plan.networks.notes(), *training_notes(result)])
-
-
-def _request_notes(plan: FinetunePlan) -> list[str]:
-    return request_notes(plan.networks.dataset, [plan.splits], plan.subset, plan.networks.head)
+    return as_asked(result, source, [*plan.cell.notes, *plan.networks.notes(), *training_notes(result)])
 
 
 def _begin(folder: CheckpointFolder, plan: FinetunePlan) -> Progress:
@@ -286,11 +280,9 @@ class FinetuneRun:
 
     def _job(self, fold: int) -> Job:
         """The job of a fold: the same stream, and so the same initial head, as in probing."""
-        networks, splits, key = self.plan.networks, self.plan.splits, (fold, self.plan.subset)
-        return make_job(
-            self._y, self._place[splits.train[key]], self._place[splits.val[key]], len(splits.class_names),
-            f"{networks.config.seed}\0{fold}", networks.schedule.lr,
-        )  # fmt: skip
+        networks, (train, val) = self.plan.networks, (self._place[rows] for rows in self.plan.cell.parts(fold))
+        stream, classes = f"{networks.config.seed}\0{fold}", len(self.plan.splits.class_names)
+        return make_job(self._y, train, val, classes, stream, networks.schedule.lr)
 
     def _fold(self, trainer: Trainer, job: Job, fold: int, state: FoldState) -> Iterator[FoldState]:
         """The state after each epoch, and last that of the tested fold; its tensors are saved."""
@@ -311,12 +303,12 @@ class FinetuneRun:
 
     def _tested(self, trainer: Trainer, fold: int, state: FoldState) -> FoldState:
         """Test the model of the best epoch; a fold without one is finished without predictions."""
-        splits, files = self.plan.splits, {}
+        files = {}
         if "best" in state.files:
             trainer.model.load(self.folder.load(state.files["best"]))
-            test = trainer.predict(self._place[splits.test].tolist())
+            test = trainer.predict(self._place[self.plan.splits.test].tolist())
             if np.isfinite(test).all():
-                val = trainer.predict(self._place[np.sort(splits.val[fold, self.plan.subset])].tolist())
+                val = trainer.predict(self._place[np.sort(self.plan.cell.parts(fold)[1])].tolist())
                 logits = {"test": torch.from_numpy(test), "val": torch.from_numpy(val)}
                 files["test"] = self.folder.save(f"fold{fold}-test.safetensors", logits)
                 if self.plan.networks.config.models:
@@ -327,28 +319,23 @@ class FinetuneRun:
 
     def _planned(self, fold: int) -> int:
         """Number of images that a fold is planned to see at most."""
-        splits, key = self.plan.splits, (fold, self.plan.subset)
-        epoch = len(splits.train[key]) + len(splits.val[key])
-        return self.plan.networks.schedule.max_epochs * epoch + len(splits.test) + len(splits.val[key])
+        train, val = self.plan.cell.parts(fold)
+        epochs = self.plan.networks.schedule.max_epochs * (len(train) + len(val))
+        return epochs + len(self.plan.splits.test) + len(val)
 
     def _count(self, images: int) -> None:
         self._done += images
         if self.on_images is not None:
             planned = sum(map(self._planned, range(self.plan.splits.n_folds)))
-            names, head = "+".join(self.plan.networks.names), self.plan.request["head"]["name"]
-            label = f"{self.plan.splits.dataset} {names} {head} {self.plan.subset}"
+            cell = self.plan.cell
+            label = f"{cell.dataset.name} {'+'.join(cell.backbones)} {cell.request['head']['name']} {cell.subset}"
             self.on_images(min(self._settled + self._done, planned), planned, label)
 
 
 def _save(run: FinetuneRun, done: Progress, source: str, home: PathLike | None) -> Result:
     """Make and write the result: models move there from the checkpoints, heads are kept separately too."""
     plan, networks, folder = run.plan, run.plan.networks, run.folder
-    cell = RunCell(
-        dataset=networks.dataset, splits=(plan.splits,), subset=plan.subset, backbones=networks.names,
-        head=networks.head, request=plan.request,
-        recipes={name: recipe.to_json() for name, recipe in networks.recipes.items()},
-        positive=networks.config.positive, source=source, notes=tuple(_request_notes(plan)),
-    )  # fmt: skip
+    cell = replace(plan.cell, source=source)
     blank = np.full((len(plan.splits.test), len(networks.dataset.class_names)), np.nan)
     outcomes: list[Outcome] = []
     for fold, state in enumerate(done.folds):
@@ -365,8 +352,7 @@ def _save(run: FinetuneRun, done: Progress, source: str, home: PathLike | None) 
     models = {model_file(fold): folder.file(saved) for fold, saved in best_files.items()}
     heads: list[State] = [{} for _ in done.folds] if best_files else []
     for fold, saved in best_files.items():
-        state_dict = folder.load(saved)
-        heads[fold] = {name[5:]: value for name, value in state_dict.items() if name.startswith("head.")}
+        heads[fold] = {name[5:]: p for name, p in folder.load(saved).items() if name.startswith("head.")}
     table, validation = prediction_table(cell, outcomes), validation_table(cell, outcomes)
     save_run(result, table, heads, home, validation=validation, files=models)
     return result

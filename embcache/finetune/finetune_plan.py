@@ -34,7 +34,8 @@ from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_clas
 from embcache.probe.protocol import Splits, name_everything, subset_sizes
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import TrainedHead
-from embcache.runs.folders import PROTOCOL_VERSION, run_id
+from embcache.probe.summary import RunCell, request_notes
+from embcache.runs.folders import PROTOCOL_VERSION
 from embcache.store.recipe import Recipe
 
 ARITHMETIC = 1  # raised when the arithmetic of finetuning changes, so that older runs are not taken for new ones
@@ -90,14 +91,12 @@ class FinetunePlan:
     """One run, nothing of it trained yet."""
 
     networks: Networks
-    splits: Splits
-    subset: str  # canonical name
-    request: Mapping[str, Any]  # all that the result depends on, as JSON data
+    cell: RunCell
 
     @property
-    def id(self) -> str:
-        """ID of the run."""
-        return run_id(self.request)
+    def splits(self) -> Splits:
+        """The splits of the run."""
+        return self.cell.splits[0]
 
     def resume_command(self, home: PathLike | None) -> str:
         """The command that continues this run where it is interrupted."""
@@ -107,7 +106,7 @@ class FinetunePlan:
         words += ["--name", dataset.name] if dataset.name != dataset.layout else []
         words += ["--allow-missing"] if dataset.missing else []
         words += [*dataset.read_options(), *class_flags(dataset.renamed)]
-        words += ["--subset", self.subset, *replace(config, resume=True, again=False).words()]
+        words += ["--subset", self.cell.subset, *replace(config, resume=True, again=False).words()]
         return shlex.join([*words, *(["--home", str(home)] if home is not None else [])])
 
 
@@ -186,7 +185,12 @@ def plan_finetuning(networks: Networks, images: KnownImages, subset: str | int, 
     }  # fmt: skip
     # Options that are settled above (splits of a file have their own number of folds) are not repeated.
     more = {key: value for key, value in config.result_options().items() if key not in {*request, "max_epochs"}}
-    return FinetunePlan(networks, drawn, name, request | more)
+    cell = RunCell(
+        dataset=dataset, splits=(drawn,), subset=name, backbones=networks.names, head=networks.head,
+        request=request | more, recipes={name: recipe.to_json() for name, recipe in networks.recipes.items()},
+        positive=config.positive, notes=tuple(request_notes(dataset, [drawn], name, networks.head)),
+    )  # fmt: skip
+    return FinetunePlan(networks, cell)
 
 
 def choose_transforms(

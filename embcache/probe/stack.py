@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -151,16 +150,16 @@ class Job:
         return self.train[torch.multinomial(self.weights, n, replacement=True, generator=generator)]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TrainedModel:
     """A trained or solved head: parameters of its best epoch and how it got there."""
 
     params: Params  # what ``apply`` needs, without the stacking axis; empty if training failed
     best_epoch: int = 0  # counted from 1; 0 where there is none
     val_score: float | None = None
-    losses: tuple[float, ...] = ()  # mean training loss of each epoch
-    val_scores: tuple[float, ...] = ()
-    lrs: tuple[float, ...] = ()
+    losses: list[float] = field(default_factory=list)  # mean training loss of each epoch
+    val_scores: list[float] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
     diverged: bool = False  # training ended because the loss or an output was not finite
     chosen: Mapping[str, Any] = field(default_factory=dict)  # what a closed-form head chose on validation
 
@@ -214,59 +213,34 @@ def train_heads(
     assert isinstance(head, TrainedHead)
     width = max(1, _LARGEST_STACK // head.count_parameters(rows.dims, n_classes))
     for start in range(0, len(jobs), width):
-        runs = [_start(job, y, n_classes, metric, schedule) for job in jobs[start : start + width]]
+        runs = [_Run(job, y, n_classes, metric, schedule) for job in jobs[start : start + width]]
         stack = _Stack(head, rows, y, runs, n_classes)
         with _threads_for(stack.params):
             while stack.live:
                 stack.train_epoch()
                 stack.validate()
-                on_epoch(start * most + sum(most if run.finished else len(run.losses) for run in runs))
+                on_epoch(start * most + sum(most if run.finished else len(run.model.losses) for run in runs))
                 stack.drop_finished()
-        trained += [run.trained() for run in runs]
+        trained += [run.model for run in runs]
     return trained
 
 
-@dataclass(eq=False)
 class _Run:
     """One head of a stack while it trains."""
 
-    job: Job
-    tracker: Tracker
-    order: torch.Generator
-    dropout: torch.Generator
-    views: torch.Generator
-    scorer: Callable[[ArrayLike], float] | None
-    constants: Params = field(default_factory=dict)
-    best: Params = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    val_scores: list[float] = field(default_factory=list)
-    lrs: list[float] = field(default_factory=list)
-    diverged: bool = False
-
-    @cached_property
-    def held(self) -> bytes:
-        """Hash of the validation rows: heads with equal ones validate together."""
-        return hashlib.sha256(self.job.val.numpy().tobytes()).digest()
+    def __init__(self, job: Job, y: Tensor, n_classes: int, metric: str | Metric, schedule: Schedule) -> None:
+        self.job, self.tracker, self.model = job, Tracker(schedule, job.lr), TrainedModel({})
+        self.order, self.dropout, self.views = (
+            stream_generator(job.stream, purpose) for purpose in ("order", "dropout", "views")
+        )
+        self.scorer = scorer(metric, y[job.val.to(y.device)].cpu().numpy(), n_classes) if len(job.val) else None
+        self.held = hashlib.sha256(job.val.numpy().tobytes()).digest()  # heads with equal ones validate together
+        self.constants: Params = {}
 
     @property
     def finished(self) -> bool:
-        if len(self.job.val):
-            return self.diverged or self.tracker.done
-        return self.diverged or len(self.losses) >= self.tracker.schedule.max_epochs
-
-    def trained(self) -> TrainedModel:
-        validated = len(self.job.val) > 0
-        return TrainedModel(
-            params=self.best, best_epoch=self.tracker.best_epoch if validated else len(self.losses) - self.diverged,
-            val_score=self.tracker.best_score if validated and self.best else None, losses=tuple(self.losses),
-            val_scores=tuple(self.val_scores), lrs=tuple(self.lrs), diverged=self.diverged,
-        )  # fmt: skip
-
-
-def _start(job: Job, y: Tensor, n_classes: int, metric: str | Metric, schedule: Schedule) -> _Run:
-    own = scorer(metric, y[job.val.to(y.device)].cpu().numpy(), n_classes) if len(job.val) else None
-    order, dropout, views = (stream_generator(job.stream, purpose) for purpose in ("order", "dropout", "views"))
-    return _Run(job, Tracker(schedule, job.lr), order, dropout, views, own)
+        ended = self.tracker.done if self.scorer else len(self.model.losses) >= self.tracker.schedule.max_epochs
+        return self.model.diverged or ended
 
 
 class _Stack:
@@ -308,7 +282,7 @@ class _Stack:
         ]
         sums = torch.zeros(len(self.live), dtype=torch.float64, device=self.y.device)
         lrs = [run.tracker.lr for run in self.live]
-        for step in self.x.steps(orders, views, schedule.batch_size, len(self.live[0].losses)):
+        for step in self.x.steps(orders, views, schedule.batch_size, len(self.live[0].model.losses)):
             part, shape = step.heads, step.rows.shape
             leaves = {name: p[part].detach().requires_grad_() for name, p in self.params.items()}
             fixed = {name: c[part] for name, c in self.fixed.items()}
@@ -327,8 +301,8 @@ class _Stack:
             adam_step(parts, self.steps[part], lrs[part])
             sums[part].add_(losses.detach(), alpha=shape[1])
         for run, total in zip(self.live, sums.tolist(), strict=True):
-            run.losses.append(total / len(run.job.train))
-            run.lrs.append(run.tracker.lr)
+            run.model.losses.append(total / len(run.job.train))
+            run.model.lrs.append(run.tracker.lr)
 
     def validate(self) -> None:
         """Score every live head after an epoch and keep its parameters where it is the best so far.
@@ -346,16 +320,13 @@ class _Stack:
         sets = [self.live[k[0]].job.val for k in groups.values()]
         for numbers, found in zip(groups.values(), logits_of_sets(self.head, of_group, self.x, sets), strict=True):
             for k, logits in zip(numbers, found, strict=True):
-                run = self.live[k]
-                run.diverged = not (math.isfinite(run.losses[-1]) and bool(np.isfinite(logits).all()))
-                better = not run.diverged
-                if run.diverged:
-                    run.val_scores.append(-math.inf)
-                elif run.scorer is not None:
-                    run.val_scores.append(run.scorer(logits))
-                    better = run.tracker.update(run.val_scores[-1])
-                if better:
-                    run.best = {name: p[k].clone() for name, p in self.params.items()} | run.constants
+                run, model = self.live[k], self.live[k].model
+                model.diverged = not (math.isfinite(model.losses[-1]) and bool(np.isfinite(logits).all()))
+                value = -math.inf if model.diverged else run.scorer(logits) if run.scorer else None
+                model.val_scores += [] if value is None else [value]
+                if not model.diverged and (value is None or run.tracker.update(value)):
+                    model.params = {name: p[k].clone() for name, p in self.params.items()} | run.constants
+                    model.best_epoch, model.val_score = len(model.losses), value
 
     def drop_finished(self) -> None:
         """Take finished heads out of the stack."""

@@ -49,8 +49,6 @@ _FIX = "delete the run's folder and make the run again"
 
 
 class _File(TypedDict):
-    """Of a run: size and crc32c."""
-
     size: int
     crc32c: str
 
@@ -166,8 +164,7 @@ def load_result(run: Path) -> Result:
 
 def list_results(home: PathLike | None = None, dataset: str | None = None) -> list[Result]:
     """All saved results that can be read, by dataset, head, backbones and number of training images."""
-    found = [_readable(run) for run in run_folders(home, dataset)]
-    results = [result for result in found if result is not None]
+    results = [result for run in run_folders(home, dataset) if (result := _readable(run)) is not None]
     return sorted(results, key=lambda r: (r.dataset, r.kind, r.head, r.backbones, r.n_train, r.id))
 
 
@@ -197,7 +194,7 @@ def load_predictions(run: Path, name: str = "predictions") -> pd.DataFrame:
 
     path = run / f"{name}.parquet"
     try:
-        table: pd.DataFrame = open_parquet(read_regular(_verified(path)))[1].to_pandas()
+        table: pd.DataFrame = open_parquet(read_regular(run_file(run, path.name)))[1].to_pandas()
         content = _content(run)
         _check_predictions(table, len(content["class_names"]), len(content["folds"]))
         return table
@@ -231,7 +228,7 @@ def load_heads(run: Path) -> list[dict[str, Any]]:
 
     path = run / "heads.safetensors"
     try:
-        tensors = load(read_regular(_verified(path)))
+        tensors = load(read_regular(run_file(run, path.name)))
     except (SafetensorError, OSError, ValueError) as error:
         raise _bad_file(path, error) from error
     heads: list[dict[str, Any]] = [{} for _ in _content(run)["folds"]]
@@ -246,9 +243,12 @@ def load_heads(run: Path) -> list[dict[str, Any]]:
 def run_file(run: Path, name: str) -> Path:
     """The path of a file of a run, its bytes verified."""
     try:
-        return _verified(run / name)
+        record = _content(run)["files"].get(name)
+        if record is None or file_checksum(run / name) != record:
+            raise ValueError("no such file was kept" if record is None else "bytes with another checksum")
     except (ValueError, OSError) as error:
         raise _bad_file(run / name, error) from error
+    return run / name
 
 
 def _content(run: Path) -> dict[str, Any]:
@@ -267,23 +267,12 @@ def _content(run: Path) -> dict[str, Any]:
     return content
 
 
-def _verified(path: Path) -> Path:
-    """The path of a file of a run whose bytes are those recorded."""
-    record = _content(path.parent)["files"].get(path.name)
-    if record is None:
-        raise ValueError("the run kept no such file")
-    if file_checksum(path) != record:
-        raise ValueError("bytes with another checksum than that recorded")
-    return path
-
-
 def _other_run(run: Path, error: Exception) -> StoreError:
     """A run whose ``result.json`` is not one of this version."""
     cause = error.__cause__ if isinstance(error, StoreError) else error
+    found = (error.found if isinstance(error, StoreError) else None) or str(error).split("\n")[0]
     if isinstance(cause, KeyError | FileNotFoundError):
         found = f"no entry {cause}" if isinstance(cause, KeyError) else "no such file"
-    else:
-        found = (error.found if isinstance(error, StoreError) else None) or str(error).split("\n")[0]
     return StoreError(
         "a run was made by another version of embcache, or is damaged", code="run-not-readable",
         expected="a result.json that this version wrote", found=found, where=run / "result.json",

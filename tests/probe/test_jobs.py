@@ -110,7 +110,7 @@ def test_a_solved_head_in_the_engine_is_the_head_on_its_rows(name: str) -> None:
     assert all(torch.equal(head.params[n], alone.params[n]) for n in alone.params)
     p = softmax(predict_logits(make_head(name), head.params, {"a": x}, rows(300, 400)))
     assert head.val_score == pytest.approx(score("macro_auc", y[300:].numpy(), np.log(p)))
-    assert (head.best_epoch, head.losses, head.diverged) == (0, (), False)
+    assert (head.best_epoch, head.losses, head.diverged) == (0, [], False)
 
 
 @pytest.mark.parametrize("broken", [slice(0, 1), slice(399, 400)], ids=["training", "validation"])
