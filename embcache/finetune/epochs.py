@@ -439,7 +439,6 @@ class Trainer:
 
     @property
     def _part(self) -> int:
-        """Number of images that pass through the network at once."""
         return -(-self.schedule.batch_size // self.accumulate)
 
     def _arithmetic(self) -> AbstractContextManager[None]:

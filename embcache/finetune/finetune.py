@@ -80,15 +80,8 @@ def finetune_images(
         ``S``, ``M``, ``F`` or a number of training images.
     home : path, optional
         Folder of stores and runs; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
-    config : FinetuneConfig, optional
-        All options at once; default: those of the protocol.
-    **options
-        Fields of `embcache.config.FinetuneConfig`, which replace those of ``config``.
-
-    Returns
-    -------
-    Result
-        Its ``kind`` is ``"finetune"``.
+    config, **options
+        A `embcache.config.FinetuneConfig`, and fields that take the place of its own.
 
     Raises
     ------
@@ -192,7 +185,6 @@ def _with_notes(plan: FinetunePlan, result: Result, source: str, home: PathLike 
 
 
 def _begin(folder: CheckpointFolder, plan: FinetunePlan) -> Progress:
-    """The progress to resume from; an empty one to start with."""
     config = plan.networks.config
     here = machine(plan.networks.device)
     if config.again and config.resume is False:
@@ -318,7 +310,6 @@ class FinetuneRun:
         return replace(state, finished=True, files=files)
 
     def _planned(self, fold: int) -> int:
-        """Number of images that a fold is planned to see at most."""
         train, val = self.plan.cell.parts(fold)
         epochs = self.plan.networks.schedule.max_epochs * (len(train) + len(val))
         return epochs + len(self.plan.splits.test) + len(val)

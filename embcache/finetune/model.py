@@ -137,21 +137,10 @@ class FinetunedModel:
 def load_finetuned(run: Path, result: Result, fold: int, device: str = "cpu") -> FinetunedModel:
     """The saved model of a fold of a finetuned run; neither images nor the weights that training began with are read.
 
-    Parameters
-    ----------
-    run : Path
-        Folder of the run.
-    result : Result
-        Its result.
-    fold : int
-        Number of one of ``result.folds``.
-    device : str
-        ``auto``, ``cpu``, ``cuda:0``, …
-
     Raises
     ------
     UsageError
-        The result is not of a finetuning, has no such fold, or the device does not exist.
+        The result is not of a finetuning, has no such fold, or the device (``auto``, ``cpu``, ``cuda:0``) is not there.
     StoreError, WeightsError
         The fold has no model, or its file is damaged; it does not fit the network.
     """

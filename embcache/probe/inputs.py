@@ -133,7 +133,6 @@ def divide_for(
 
 
 def _known(stores: Sequence[KnownImages]) -> tuple[dict[str, str], set[str]]:
-    """Digests of images, and the images that could not be read."""
     digests = {name: digest for store in stores for name, digest in store.digests.items()}
     return digests, {name for store in stores for name in store.quarantined}
 

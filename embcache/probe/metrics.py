@@ -244,7 +244,6 @@ def auc_placements(positive: BoolArray, scores: FloatArray) -> FloatArray:
 
 
 def _run_sums(values: FloatArray, starts: IntArray) -> FloatArray:
-    """Sums over runs of columns: (B, n) to (B, runs)."""
     return values if len(starts) == values.shape[1] else np.add.reduceat(values, starts, axis=1)
 
 
@@ -254,7 +253,6 @@ def _ratio(above: FloatArray, below: FloatArray) -> FloatArray:
 
 
 def _mean_of_known(values: FloatArray, axis: int) -> FloatArray:
-    """Mean over an axis of those values that are defined."""
     there = np.isfinite(values)
     return _ratio(np.where(there, values, 0.0).sum(axis), there.sum(axis).astype(np.float64))
 
@@ -362,7 +360,6 @@ def _of_confusion(read: Callable[[FloatArray, int], FloatArray]) -> Form:
 
 
 def _kappa(table: FloatArray, positive: int) -> FloatArray:
-    """Quadratic weighted kappa."""
     n = table.shape[1]
     distance = np.subtract.outer(np.arange(n), np.arange(n)) ** 2.0
     table = table / table.sum((1, 2), keepdims=True)

@@ -61,25 +61,17 @@ def probe_features(
         Column of the dataset's table to predict instead of its labels.
     home : path, optional
         Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
-    config : ProbeConfig, optional
-        All other options.
+    config, **options
+        A `embcache.config.ProbeConfig`, and fields that take the place of its own; None leaves one as it is.
     progress : callable, optional
         See `Progress`.
-    **options
-        Fields of `embcache.config.ProbeConfig`, which take the place of the config's; None leaves one as it is.
-
-    Returns
-    -------
-    Result
 
     Raises
     ------
-    UsageError
-        The request is malformed.
+    UsageError, StoreError
+        The request is malformed; features are missing.
     ProtocolError
         The data cannot carry the folds, the subset or the metric; or training diverged in every fold.
-    StoreError
-        Features are missing.
     """
     if isinstance(head, str):
         options["head"], head = head, None
@@ -110,7 +102,7 @@ def probe(
     each, name = plan.models_per_cell * plan.schedules[0].max_epochs, plan.cells[0].request["head"]["name"]
     reader = FeatureReader(plan)
     for batch in list(plan.batches(results)):
-        label = f"{dataset.name} {name} {'+'.join(batch.cells[0].backbones)} {','.join(c.subset for c in batch.cells)}"
+        label = f"{dataset.name} {name} {'+'.join(batch[0][0].backbones)} {','.join(c.subset for c in batch[0])}"
         settled = len(results) * each
 
         def report(done: int, settled: int = settled, label: str = label) -> None:
@@ -127,25 +119,22 @@ def probe(
 def _train_batch(
     plan: ProbePlan, batch: Batch, reader: FeatureReader, on_epoch: Callable[[int], Any]
 ) -> Iterator[tuple[RunCell, Result]]:
-    """Train all heads of a batch, then test and save cell by cell."""
-    features = reader.read(batch)
+    features, (cells, _) = reader.read(batch), batch
     began = time.perf_counter()
-    ds, splits, rates = plan.dataset, batch.cells[0].splits, len(plan.schedules)
+    splits, rates = cells[0].splits, len(plan.schedules)
     place = np.full(len(splits[0].ids), -1, dtype=np.int64)  # dataset row → row of the features
     place[reader.rows] = np.arange(len(reader.rows))
-    labels, n_classes = splits[0].labels[reader.rows], len(ds.class_names)
+    labels, n_classes = splits[0].labels[reader.rows], len(plan.dataset.class_names)
+    streams = [f"{plan.config.seed + repeat}\0{fold}" for repeat, s in enumerate(splits) for fold in range(s.n_folds)]
     jobs = [
-        make_job(
-            labels, place[split.train[fold, cell.subset]], place[split.val[fold, cell.subset]], n_classes,
-            f"{plan.config.seed + repeat}\0{fold}", schedule.lr,
-        )
-        for cell in batch.cells
-        for repeat, split in enumerate(splits)
-        for fold in range(split.n_folds)
+        make_job(labels, place[train], place[val], n_classes, stream, schedule.lr)
+        for cell in cells
+        for fold, stream in enumerate(streams)
+        for train, val in [cell.parts(fold)]
         for schedule in plan.schedules
-    ]  # fmt: skip
+    ]
     y = torch.from_numpy(labels).to(plan.config.device)
-    every = train_heads(plan.head, features, y, jobs, n_classes, plan.scored_by, plan.schedules[0], on_epoch)
+    every = train_heads(plan.head, features, y, jobs, n_classes, plan.metric, plan.schedules[0], on_epoch)
     sweeps = [range(k, k + rates) for k in range(0, len(every), rates)]
     chosen = [sweep[best_of([every[k] for k in sweep])] for sweep in sweeps]
     models = [every[k] for k in chosen]
@@ -154,8 +143,8 @@ def _train_batch(
     trained = time.perf_counter() - began
     # The share of a cell in the time of all: as much as its heads saw of the rows.
     seen = [max(1, len(t.losses)) * (len(job.train) + len(job.val)) for t, job in zip(every, jobs, strict=True)]
-    size, closed = len(models) // len(batch.cells), isinstance(plan.head, ClosedFormHead)
-    for number, cell in enumerate(batch.cells):
+    size, closed = len(streams), isinstance(plan.head, ClosedFormHead)
+    for number, cell in enumerate(cells):
         began, first = time.perf_counter(), number * size
         own = range(first, first + size)
         _check_finite(plan, logits[[k for k in own if models[k].params]])
@@ -246,7 +235,6 @@ def probe_cached(
 
 
 def _sets(head: Head, backbones: Sequence[str], ds: ImageDataset, home: PathLike | None, views: int) -> list[list[str]]:
-    """The sets of backbones that give one result each."""
     cached = [] if backbones else cached_backbones(ds.name, home, views)
     if head.fuses:
         if len(cached) > 1 and not set(PAPER_SET) <= set(cached):
@@ -266,7 +254,6 @@ def _sets(head: Head, backbones: Sequence[str], ds: ImageDataset, home: PathLike
 
 
 def _datasets_with(head: Head, backbones: Sequence[str], home: PathLike | None, views: int) -> list[str]:
-    """Cached datasets that have every backbone that is needed; the others are named in the log."""
     names = cached_datasets(home)
     if not names:
         raise StoreNotFoundError(

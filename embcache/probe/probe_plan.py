@@ -41,12 +41,7 @@ from embcache.store.feature_store import FeatureStore
 _SMALL = 5_000_000  # parameters of one subset's heads up to which several subsets train as one stack
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Cells that train as one stack; their features are read together with those of ``shared``."""
-
-    cells: tuple[RunCell, ...]
-    shared: tuple[RunCell, ...]
+Batch = tuple[Sequence[RunCell], Sequence[RunCell]]  # that train as one stack, and whose features are read together
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +52,7 @@ class ProbePlan:
     head: Head
     config: ProbeConfig
     stores: Mapping[str, FeatureStore]
-    metric: Metric  # scores, and chooses epochs on validation
+    metric: Metric  # that chooses epochs on validation, its positive class fixed
     cells: tuple[RunCell, ...]  # one per result, in the order asked for; equal ones are the same object
     home: PathLike | None
 
@@ -65,11 +60,6 @@ class ProbePlan:
     def schedules(self) -> tuple[Schedule, ...]:
         """The optimization at every learning rate."""
         return tuple(Schedule(lr=rate) for rate in self.config.lr) or (Schedule(),)
-
-    @property
-    def scored_by(self) -> Metric:
-        """The metric with the positive class fixed, by which training chooses."""
-        return self.metric.of(positive_class(self.dataset.class_names, self.config.positive))
 
     @property
     def models_per_cell(self) -> int:
@@ -97,11 +87,9 @@ class ProbePlan:
         for backbones, cells in missing.items():
             dims = {backbone: self.stores[backbone].row_shape[-1] for backbone in backbones}
             size = self.head.count_parameters(dims, len(self.dataset.class_names)) * self.models_per_cell
-            together = tuple(cells.values())
-            if isinstance(self.head, ClosedFormHead) or size > _SMALL:
-                yield from (Batch((cell,), together) for cell in together)
-            else:
-                yield Batch(together, together)
+            together = list(cells.values())
+            apart = isinstance(self.head, ClosedFormHead) or size > _SMALL
+            yield from [([cell], together) for cell in together] if apart else [(together, together)]
 
 
 @dataclass(eq=False)
@@ -114,14 +102,14 @@ class FeatureReader:
 
     def read(self, batch: Batch) -> FeatureRows:
         """Features of all ``rows`` that the batch needs."""
-        config, ds, backbones = self.plan.config, self.plan.dataset, batch.cells[0].backbones
-        streams = config.buffer is not None
-        rows = np.unique(np.concatenate([cell.rows for cell in (batch.cells if streams else batch.shared)]))
+        config, ds, (cells, shared) = self.plan.config, self.plan.dataset, batch
+        streams, backbones = config.buffer is not None, cells[0].backbones
+        rows = np.unique(np.concatenate([cell.rows for cell in (cells if streams else shared)]))
         same = np.array_equal(rows, self.rows)
         # First let go of what is not needed: it would lie beside what is read.
         self.x = {b: x for b, x in self.x.items() if b in backbones and same and not streams}
         self.rows = rows
-        ids = batch.cells[0].splits[0].ids[rows]
+        ids = cells[0].splits[0].ids[rows]
         if streams:
             return stream_features({b: self.plan.stores[b] for b in backbones}, ds, ids, config)
         for backbone in backbones:
@@ -207,6 +195,7 @@ def plan_probe(
         }
         # As it reads back: lists, no tuples.
         cells[backbones, subset] = replace(cell, request=json.loads(json.dumps(request)))
+    metric = metric.of(positive_class(dataset.class_names, config.positive))
     return ProbePlan(dataset, model, config, stores, metric, tuple(cells[key] for key in order), home)
 
 

@@ -460,7 +460,6 @@ def _local_test(labels: IntArray, groups: StrArray, pool: IntArray, own_val: Int
 
 
 def _sharing(groups: StrArray, rows: IntArray, others: IntArray) -> NDArray[np.bool_]:
-    """Which of ``rows`` share a group with any of ``others``."""
     # hashed: numpy sorts texts, which for a million rows takes minutes
     return np.asarray(pd.Index(groups[rows]).isin(groups[others]))
 
@@ -515,13 +514,11 @@ def _check_classes(ds: ImageDataset, sides: Sides, folds: int) -> None:
 
 
 def _class_orders(rows: IntArray, labels: IntArray, ids: StrArray, n: int, seed: int, purpose: str) -> list[IntArray]:
-    """For each class its rows in the one order in which every subset draws them."""
     members = [rows[labels[rows] == c] for c in range(n)]
     return [m[hash_order(seed, f"{purpose}/{c}", ids[m].tolist())] for c, m in enumerate(members)]
 
 
 def _take(orders: Sequence[IntArray], n: int) -> IntArray:
-    """Class-balanced draw of ``n`` rows: the first ones of each class's order."""
     share = water_fill([len(order) for order in orders], n)
     return np.concatenate([order[:k] for order, k in zip(orders, share, strict=True)])
 

@@ -455,24 +455,10 @@ def fit(
     seed: int = 0,
     schedule: Schedule | None = None,
 ) -> FittedHead:
-    """Train or solve one head on arrays.
+    """Train or solve one head on arrays: raw features (n, D) of each backbone and labels (n,) of 0 … C − 1.
 
-    Parameters
-    ----------
-    head : Head
-        The head; see `embcache.probe.heads`.
-    x : mapping of backbone to array-like of shape (n, D)
-        Training features, raw.
-    y : array-like of int, shape (n,)
-        Labels 0 … C − 1.
-    x_val, y_val : optional
-        Validation rows, which choose the epoch, or the solution; without them the head trains for all epochs.
-    metric : str, optional
-        Scores the validation rows. Default: AUC for two classes, macro AUC for more.
-    seed : int
-        Of initial weights, order and dropout.
-    schedule : Schedule, optional
-        Learning rate, batch size and epochs. Default: the protocol's.
+    Validation rows choose the epoch, or the solution; without them the head trains for all epochs. The default metric
+    is AUC (of more than two classes macro AUC), the default schedule that of the protocol.
 
     Raises
     ------

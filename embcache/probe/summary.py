@@ -121,7 +121,6 @@ def build_result(cell: RunCell, outcomes: Sequence[Outcome], seconds: float) -> 
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that are there."""
     there = [value for value in values if value is not None]
     return float(np.mean(there)) if there else None
 
@@ -146,7 +145,6 @@ def scored(result: Result, predictions: Predictions, positive: str | None = None
 
 
 def _folds(result: Result) -> int:
-    """Folds of one repeat."""
     return sum(not fold.repeat for fold in result.folds)
 
 

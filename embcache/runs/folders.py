@@ -268,7 +268,6 @@ def _content(run: Path) -> dict[str, Any]:
 
 
 def _other_run(run: Path, error: Exception) -> StoreError:
-    """A run whose ``result.json`` is not one of this version."""
     cause = error.__cause__ if isinstance(error, StoreError) else error
     found = (error.found if isinstance(error, StoreError) else None) or str(error).split("\n")[0]
     if isinstance(cause, KeyError | FileNotFoundError):

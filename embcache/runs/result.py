@@ -230,7 +230,6 @@ class Result:
         return found
 
     def _facts(self) -> list[tuple[str, str]]:
-        """Names and values for people."""
         reached = "test labels not known" if self.mean is None else f"{self.mean:.4f}"
         reached += "" if self.std is None else f" ± {self.std:.4f}"
         reached += "" if self.interval is None else f", 95 % {self.interval[0]:.4f} to {self.interval[1]:.4f}"

@@ -135,7 +135,6 @@ def _fast(q: Tensor, k: Tensor, v: Tensor, most: int) -> Tensor:
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of rows (R, N) by all scores."""
     # (rows, 1 head, N tokens, dimension 1)
     q, k, v = (t[:, None, :, None] for t in (q, k, v))
     if q.device.type != "cpu":

@@ -64,7 +64,6 @@ class KNN(ClosedFormHead):
         return shares.clamp_min(_FLOOR).log()
 
     def _unit(self, params: Params, x: Tensors) -> Tensor:
-        """Standardized rows (K, n, D) of unit length."""
         ((backbone, features),) = x.items()
         return F.normalize(standardize(params, backbone, features), dim=-1)
 
