@@ -140,8 +140,9 @@ def finetune(
         elif frames is None:
             frames, _ = decode_frames(dataset, geometry, files, scratch / "used", pool, ids=used)
         run = FinetuneRun(plan, frames, folder, None if config.workers == 0 else pool, progress)
+        done = run.train(begun)
         try:
-            result = _save(run, run.train(begun), source, home)
+            result = _save(run, done, source, home)
         except ProtocolError:  # every fold diverged: there is nothing to resume
             folder.clear()
             raise

@@ -117,19 +117,10 @@ def plan_for(
     return plan
 
 
-def divide_for(
-    ds: ImageDataset,
-    stores: Sequence[KnownImages],
-    *,
-    seed: int = 0,
-    test: str = "local",
-    exclude_test_overlap: bool = False,
-) -> Sides:
+def divide_for(ds: ImageDataset, stores: Sequence[KnownImages], **options: Any) -> Sides:
     """Pool and test set of a dataset as its stores know it, without folds."""
     digests, unreadable = _known(stores)
-    return divide(
-        ds, seed=seed, test=test, digests=digests, unreadable=unreadable, exclude_test_overlap=exclude_test_overlap
-    )
+    return divide(ds, digests=digests, unreadable=unreadable, **options)
 
 
 def _known(stores: Sequence[KnownImages]) -> tuple[dict[str, str], set[str]]:

@@ -317,13 +317,9 @@ def plan_splits(
     sizes = subset_sizes(ds, subsets)
     numbers = {str(subset).strip() for subset in subsets}  # a subset given as a number must be there
     everything = set(sizes)
-    sides = divide(
-        ds, seed=seed, test=config.test, digests=digests, unreadable=unreadable,
-        exclude_test_overlap=config.exclude_test_overlap,
-    )  # fmt: skip
+    sides = divide(ds, config=config, digests=digests, unreadable=unreadable)
     ids, labels, groups, notes = sides.ids, sides.labels, sides.groups, list(sides.notes)
-    pool, own_val, test_rows = sides.pool, sides.own_val, sides.test
-    n_classes = len(ds.class_names)
+    pool, own_val, test_rows, n_classes = sides.pool, sides.own_val, sides.test, len(ds.class_names)
     if len(own_val):
         notes.append(f"validation is the dataset's own val split ({len(own_val)} images) in every fold")
     _check_classes(ds, sides, folds)
@@ -362,14 +358,13 @@ def plan_splits(
 def divide(
     ds: ImageDataset,
     *,
-    seed: int = 0,
-    test: str = "local",
+    config: ProtocolConfig | None = None,
     digests: Mapping[str, str] | None = None,
     unreadable: Collection[str] = (),
-    exclude_test_overlap: bool = False,
+    **options: Any,
 ) -> Sides:
     """Divide a dataset into pool and test set. Needs no folds, so any number of images of a class will do."""
-    table = ds.table
+    config, table = ProtocolConfig.make(config, options), ds.table
     ids = table["id"].to_numpy(dtype=object)
     labels = table["label"].to_numpy(dtype=np.int64)
     given = table["split"].to_numpy(dtype=object)
@@ -385,9 +380,9 @@ def divide(
     official = np.flatnonzero((given == "test") & readable)
     if not ds.grouped:
         notes.append("ungrouped: images of one patient or slide may be on both sides")
-    if (labels[official] >= 0).any() or test == "official":
+    if (labels[official] >= 0).any() or config.test == "official":
         test_rows, test_set = official, "official"
-        pool, own_val, overlap = _official_overlap(ds, groups, official, pool, own_val, exclude_test_overlap)
+        pool, own_val, overlap = _official_overlap(ds, groups, official, pool, own_val, config.exclude_test_overlap)
         notes += overlap
     else:
         test_rows, test_set = _local_test(labels, groups, pool, own_val), "local"
@@ -398,7 +393,7 @@ def divide(
             notes.append(f"{len(pool) - len(kept)} training images that share a group with the val split left out")
         pool = kept
     if ds.pool_limit is not None and len(pool) > ds.pool_limit:
-        pool = np.sort(pool[hash_order(seed, "pool", ids[pool].tolist())[: ds.pool_limit]])
+        pool = np.sort(pool[hash_order(config.seed, "pool", ids[pool].tolist())[: ds.pool_limit]])
     return Sides(ids, labels, groups, pool, own_val, test_rows, test_set, tuple(notes))
 
 

@@ -41,11 +41,6 @@ def test_only_files_that_count_are_kept(folder: CheckpointFolder) -> None:
     assert [path.name for path in folder.path.glob("*.safetensors")] == ["fold0-train-000002.safetensors"]
 
 
-def test_channels_last_tensors_come_back_equal(folder: CheckpointFolder) -> None:
-    w = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
-    assert torch.equal(folder.load(folder.save("x.safetensors", {"w": w}))["w"], w)
-
-
 def test_a_flipped_bit_is_one_clear_error(folder: CheckpointFolder) -> None:
     progress = put(folder)
     for name in ("state.json", "fold0-train-000001.safetensors"):

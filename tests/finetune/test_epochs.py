@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -163,14 +162,6 @@ def test_every_image_is_drawn_once_an_epoch_in_an_order_of_its_own() -> None:
     assert orders[0] == rows_of(job, 1)
     other = replace(job, stream="0\x001")
     assert orders[0] != rows_of(other, 1)
-
-
-def test_unbalanced_classes_are_drawn_equally_often() -> None:
-    y = np.array([0] * 90 + [1] * 10)
-    job = make_job(y, np.arange(100), np.arange(0), 2, "0\x000", 1e-3)
-    drawn = Counter(y[row] for epoch in range(40) for batch in epoch_batches(job, epoch, 16) for row in batch)
-    assert sum(drawn.values()) == 4000
-    assert 0.45 < drawn[1] / 4000 < 0.55
 
 
 def test_a_last_batch_of_one_image_is_joined_to_the_one_before() -> None:

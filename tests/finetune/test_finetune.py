@@ -239,17 +239,6 @@ def test_an_interrupted_run_is_resumed_only_on_request(
         shutil.rmtree(runs_dir(ds.name))
 
 
-def test_again_starts_over(ds: ImageDataset, interrupt: Any) -> None:
-    reference = run(ds)
-    interrupt(2)
-    with pytest.raises(KeyboardInterrupt):
-        run(ds, again=True)
-    interrupt(10**6)
-    assert reached(run(ds)) == reached(reference)  # the saved result is still there
-    assert reached(run(ds, again=True)) == reached(reference)
-    assert not partials(ds)
-
-
 def test_a_killed_process_is_resumed_to_the_same_bits(
     ds: ImageDataset, tmp_path: Path, networks: Path, written: Written
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +120,6 @@ def test_what_is_asked_beyond_the_default_has_columns_of_its_own(two: list[Image
     listed = cli("results").stdout
     assert "C 0.01" in listed
     assert "logreg (Cs=[0.01, 0.1])" in listed
-
-
-def test_a_column_of_the_snapshot_is_probed(home: Path) -> None:
-    ds = make_dataset([0, 1] * 60)
-    ds = replace(ds, table=ds.table.assign(view=["AP", "PA", "PA"] * 40))
-    put_store(home, ds, "a", make_features(ds))
-    done = cli("probe", "--dataset", "toy", "--target", "view", "--head", "knn")
-    assert "target" in done.stdout
-    assert "the labels are the column 'view'" in done.stdout
 
 
 def test_results_lists_run_ids(two: list[ImageDataset], home: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, cohen_kappa_score, log_loss, roc_auc_score
+from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
 import embcache.probe.probe as run_module
 from embcache.config import ProbeConfig
@@ -382,15 +382,6 @@ def test_images_not_yet_extracted_are_an_error(home: Path, ds: ImageDataset) -> 
     assert "embcache extract --backbone a" in str(caught.value)
 
 
-def test_identical_images_are_kept_together(home: Path) -> None:
-    ds = make_dataset([0, 1] * 60)
-    twins = {f"i{k}": f"{k // 2:064x}" for k in range(120)}
-    put_store(home, ds, "a", make_features(ds), digests=twins)
-    result = probe_features(ds, "a", subset="F", home=home)
-    tested = {int(i[1:]) // 2 for i in load_predictions(run_of(result, home))["id"]}
-    assert len(tested) * 2 == result.n_test
-
-
 def test_unlabeled_official_test_set_is_predicted_not_scored(home: Path) -> None:
     ds = make_dataset([0, 1] * 60 + [-1] * 30, split=["train"] * 120 + ["test"] * 30, n_classes=2)
     put_store(home, ds, "a", make_features(ds))
@@ -416,15 +407,6 @@ def test_partly_labeled_test_set_is_scored_where_it_is_labeled(home: Path) -> No
     part = frame[(frame["fold"] == 0) & (frame["label"] >= 0)]
     assert len(frame) == 150
     assert result.folds[0].score == pytest.approx(roc_auc_score(part["label"], part["p_1"]), abs=1e-9)
-
-
-def test_kappa_is_quadratic_on_the_arg_max(home: Path) -> None:
-    ds = make_dataset([0, 1, 2, 3, 4] * 60, split=["train"] * 200 + ["test"] * 100, metric="kappa")
-    put_store(home, ds, "a", make_features(ds, shift=3))
-    result = probe_features(ds, "a", subset="F", home=home)
-    part = load_predictions(run_of(result, home)).query("fold == 2")
-    predicted = part[[f"p_{c}" for c in range(5)]].to_numpy().argmax(1)
-    assert result.folds[2].score == pytest.approx(cohen_kappa_score(part["label"], predicted, weights="quadratic"))
 
 
 @pytest.mark.parametrize(
@@ -501,12 +483,3 @@ def test_progress_ends_at_its_total(cached: ImageDataset, home: Path) -> None:
     probe_grid(cached, [["a"], ["b"]], **options, progress=lambda done, total, _: told.append((done, total)))
     assert told[-1] == (2 * 2 * 2 * 50, 2 * 2 * 2 * 50)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
-
-
-def test_too_few_test_groups_have_words_instead_of_an_interval(home: Path) -> None:
-    ds = make_dataset([0, 1] * 40 + [0, 1] * 4, split=["train"] * 80 + ["test"] * 8)
-    put_store(home, ds, "a", make_features(ds))
-    result = probe_features(ds, "a", home=home)
-    assert result.interval is None
-    assert result.estimate is not None
-    assert result.estimate.why == "too few patients: 4 of a, 4 of b, 5 needed"

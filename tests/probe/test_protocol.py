@@ -235,13 +235,6 @@ def test_digest_follows_labels_and_test_groups() -> None:
     assert plan_splits(regrouped, subsets=["F"]).digest("F") != digest
 
 
-def test_named_and_numbered_subsets() -> None:
-    ds = make_dataset([0, 1] * 100, subset_sizes={"S": 10, "M": 40})
-    plan = plan_splits(ds, subsets=["s", 12, "M", "F"])
-    assert plan.subsets == ("S", "12", "M", "F")
-    assert [len(plan.train[0, s]) for s in plan.subsets] == [10, 12, 40, 128]
-
-
 @pytest.mark.parametrize("subset", ["L", "-3", "0", "1.5", "", "٣"])
 def test_unknown_subsets_are_refused(subset: str) -> None:
     with refused(UsageError, "unknown-subset"):
@@ -303,29 +296,6 @@ def test_exclude_test_overlap_drops_such_images_from_training() -> None:
     assert pool_of(plan) == set(range(10, 100))
     assert plan.test.tolist() == list(range(100, 140))
     assert any("10 training images of 10 groups" in n for n in plan.notes)
-
-
-def test_overlap_with_an_unused_official_test_set_is_not_told() -> None:
-    ds = overlapping()
-    unlabeled = replace(ds, table=ds.table.assign(label=[*ds.table["label"][:100], *[-1] * 40]))
-    assert not any("official test set" in n for n in plan_splits(unlabeled, subsets=["F"]).notes)
-    assert any("official test set" in n for n in plan_splits(unlabeled, subsets=["F"], test="official").notes)
-
-
-def test_a_group_across_folds_raises() -> None:
-    plan = plan_splits(make_dataset([0, 1] * 50), subsets=["F"])
-    groups = plan.groups.copy()
-    groups[plan.train[1, "F"][0]] = groups[plan.val[1, "F"][0]]
-    with refused(ProtocolError, "group-spans-split") as caught:
-        replace(plan, groups=groups).check()
-    assert repr(groups[plan.val[1, "F"][0]]) in str(caught.value)
-
-
-def test_a_test_image_in_training_raises() -> None:
-    plan = plan_splits(make_dataset([0, 1] * 50), subsets=["F"])
-    leaky = {**plan.train, (0, "F"): np.append(plan.train[0, "F"], plan.test[0])}
-    with refused(ProtocolError, "test-image-in-fold"):
-        replace(plan, train=leaky).check()
 
 
 # --- unreadable images

@@ -127,19 +127,6 @@ def test_where_a_run_cannot_be_written_its_files_stay_where_they_were(
     assert list(runs_dir("toy", home).iterdir()) == []
 
 
-def test_a_file_on_another_file_system_is_copied(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result, frame = make_run()
-    (tmp_path / "m").write_bytes(MODEL)
-
-    def refuse(*_: Any) -> None:
-        raise OSError(18, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "link", refuse)
-    run = save_run(result, frame, [], home, files={"m": tmp_path / "m"})
-    assert (run / "m").read_bytes() == MODEL
-    assert not (tmp_path / "m").exists()
-
-
 @pytest.mark.parametrize(
     ("name", "harm"),
     [("predictions.parquet", "flipped bit"), ("heads.safetensors", "flipped bit"), ("heads.safetensors", "gone")],

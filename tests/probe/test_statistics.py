@@ -119,11 +119,6 @@ def wilson_by_hand(p: float, n: float, z: float) -> tuple[float, float]:
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-@given(st.floats(0, 1), st.floats(2, 500), st.sampled_from([0.8, 0.95, 0.99]))
-def test_wilsons_interval_is_its_closed_form(p: float, n: float, level: float) -> None:
-    assert wilson(p, n, level) == pytest.approx(wilson_by_hand(p, n, norm.ppf((1 + level) / 2)), abs=1e-9)
-
-
 @settings(max_examples=15)
 @given(st.integers(0, 1000), st.sampled_from(["accuracy", "sensitivity", "specificity", "ppv", "npv"]))
 def test_proportions_have_wilsons_interval_with_the_variance_over_patients(seed: int, key: str) -> None:

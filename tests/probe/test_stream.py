@@ -11,8 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import embcache.probe.probe as run_module
-from embcache.config import ProbeConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError
 from embcache.probe import probe_plan
@@ -246,30 +244,9 @@ def test_a_streamed_result_depends_on_how_its_rows_lie_in_shards(
     assert ids[2] == ids[3], "but none in memory"
 
 
-def test_features_in_half_precision_stay_so_in_memory(
-    cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = []
-
-    def spy(head: Any, x: Any, *rest: Any, **options: Any) -> Any:
-        kept.append(x.x["a"].dtype)
-        return original(head, x, *rest, **options)
-
-    original = run_module.train_heads
-    monkeypatch.setattr(run_module, "train_heads", spy)
-    probe_features(cached, "a", home=home)
-    assert kept == [torch.float16]
-
-
 def test_a_solved_head_cannot_be_streamed(cached: ImageDataset, home: Path) -> None:
     with refused(UsageError, "head-not-trained"):
         probe_features(cached, "a", head="knn", home=home, buffer=150)
-
-
-@pytest.mark.parametrize("rows", [0, 63, 10**10])
-def test_a_buffer_holds_one_batch_at_least(rows: int) -> None:
-    with refused(UsageError, "option-bounds"):
-        ProbeConfig(buffer=rows)
 
 
 def test_features_that_memory_does_not_hold_are_advised_to_be_streamed(
