@@ -179,7 +179,7 @@ def known(value: float | None) -> float | None:
     return float(value) if value is not None and np.isfinite(value) else None
 
 
-def scorer(metric: str | Metric, y: ArrayLike, n_classes: int, positive: int = 1) -> Callable[[ArrayLike], float]:
+def scorer(metric: str | Metric, y: ArrayLike, n_classes: int) -> Callable[[ArrayLike], float]:
     """`score` on one set of labels, as a function of finite logits (n, C), higher is better: what training calls.
 
     Losses are negated, and a score that is not defined counts as the worst there is.
@@ -189,7 +189,7 @@ def scorer(metric: str | Metric, y: ArrayLike, n_classes: int, positive: int = 1
     sign, worst = (-1.0, found.high) if found.loss else (1.0, found.low)
 
     def value(z: ArrayLike) -> float:
-        defined = known(found.form(labels, np.asarray(z, dtype=np.float64), positive)(once)[0])
+        defined = known(found.form(labels, np.asarray(z, dtype=np.float64), 1)(once)[0])
         return sign * (worst if defined is None else defined)
 
     return value

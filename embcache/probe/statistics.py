@@ -107,9 +107,7 @@ class Scores:
         return float(self.values.mean())
 
 
-def sample(
-    metric: Metric, test: TestSet, logits: ArrayLike, *, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED
-) -> Scores:
+def sample(metric: Metric, test: TestSet, logits: ArrayLike, *, resamples: int = RESAMPLES) -> Scores:
     """Score K models on one test set and find how the scores move with its groups; logits (K, n, C)."""
     z = np.asarray(logits, dtype=np.float64)
     forms = [metric.form(test.labels, q, test.positive) for q in z]
@@ -122,7 +120,7 @@ def sample(
         return _proportion_scores(metric, test, values, z, group)
     draws, lost = [], 0
     present = np.stack([test.labels == c for c in np.unique(test.labels)], axis=1).astype(np.float64)
-    rng = np.random.Generator(np.random.PCG64(seed))
+    rng = np.random.Generator(np.random.PCG64(BOOTSTRAP_SEED))
     check_number("resamples", resamples, 1, 1_000_000)
     for start in range(0, resamples, _BLOCK):
         drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=_BLOCK)
@@ -211,15 +209,15 @@ def _by_group(influence: FloatArray, group: IntArray, part: IntArray) -> tuple[F
     return moves, satterthwaite(*parts) if parts else 1.0
 
 
-def estimate(scores: Scores, overlap: float | None = None, folds: int | None = None, level: float = 0.95) -> Estimate:
-    """The mean over models with its intervals."""
+def estimate(scores: Scores, overlap: float | None = None, folds: int | None = None) -> Estimate:
+    """The mean over models with its 95 % intervals."""
     metric, test, values, mean = scores.metric, scores.test, scores.values, scores.mean
     k, covariance = len(values), scores.moves @ scores.moves.T
     v_test = float(covariance.mean())
     why, first, second, sigma2 = test.too_few(metric), None, None, None
     if not why and not np.isfinite(mean):
         why = "no value"
-    if not why and (first := _first_interval(scores, v_test, level)) is None:
+    if not why and (first := _first_interval(scores, v_test)) is None:
         why = "no variation among the test groups"
     if first:
         if k == 1 or overlap is None:
@@ -229,7 +227,7 @@ def estimate(scores: Scores, overlap: float | None = None, folds: int | None = N
         else:
             sigma2, before = training_variance_of(values, covariance, overlap)
             share = 1 / k + (1 - 1 / k) * overlap + 1
-            second = _widened(scores, first, (share * sigma2, share * before), (folds or k) - 1, level)
+            second = _widened(scores, first, (share * sigma2, share * before), (folds or k) - 1)
     return Estimate(
         metric=metric.key,
         positive=test.class_names[test.positive] if metric.asymmetric and len(test.class_names) == 2 else "", mean=mean,
@@ -247,9 +245,9 @@ def training_variance_of(values: FloatArray, covariance: FloatArray, overlap: fl
     return max(0.0, s2 - noise) / (1 - overlap), s2 / (1 - overlap)
 
 
-def _first_interval(scores: Scores, v: float, level: float) -> tuple[float, float] | None:
+def _first_interval(scores: Scores, v: float) -> tuple[float, float] | None:
     """Of AUC and proportions a score interval; else on the logit scale of the range, or the log scale if it is open."""
-    mean, low, high, t = scores.mean, scores.metric.low, scores.metric.high, t_quantile(level, scores.df)
+    mean, low, high, t = scores.mean, scores.metric.low, scores.metric.high, t_quantile(0.95, scores.df)
     if scores.null is not None:
         null, effect = scores.null, scores.effect
         return _score_interval(mean, lambda true: effect * null(true), t)
@@ -290,25 +288,25 @@ def hanley_mcneil(auc: float, n_positive: float, n_negative: float) -> float:
     return auc * (1 - auc) * (1 + (n - 1) * ((1 - auc) / (2 - auc) + auc / (1 + auc))) / (n_positive * n_negative)
 
 
-def wilson(p: float, n: float, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion with an effective number of trials."""
-    return _score_interval(p, lambda true: true * (1 - true) / n, t_quantile(level, math.inf))
+def wilson(p: float, n: float) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion with an effective number of trials."""
+    return _score_interval(p, lambda true: true * (1 - true) / n, t_quantile(0.95, math.inf))
 
 
 def _widened(
-    scores: Scores, first: tuple[float, float], training: tuple[float, float], df_training: int, level: float
+    scores: Scores, first: tuple[float, float], training: tuple[float, float], df_training: int
 ) -> tuple[float, float]:
     """The first interval with the variance of training added to each of its sides (square and add).
 
     Satterthwaite's degrees of freedom, those of training at least, count its variance before test noise was taken off.
     """
-    t, mean, sides = t_quantile(level, scores.df), scores.mean, []
+    t, mean, sides = t_quantile(0.95, scores.df), scores.mean, []
     extra, before = training
     for end in first:
         side = ((mean - end) / t) ** 2
         v, uncertain = side + extra, side**2 / scores.df + before**2 / df_training
         df = max(df_training, v**2 / uncertain) if uncertain > 0 else scores.df
-        sides.append(t_quantile(level, df) * math.sqrt(v))
+        sides.append(t_quantile(0.95, df) * math.sqrt(v))
     return max(scores.metric.low, mean - sides[0]), min(scores.metric.high, mean + sides[1])
 
 
