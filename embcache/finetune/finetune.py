@@ -49,7 +49,7 @@ from embcache.probe.summary import (
     validation_table,
     with_positive,
 )
-from embcache.runs.folders import Result, as_asked, find_run, runs_dir, save_run
+from embcache.runs.folders import Result, find_run, runs_dir, save_run
 
 # Called with (images done, images planned, what is being trained).
 OnImages = Callable[[int, int, str], object]
@@ -182,7 +182,8 @@ def _answered(plan: FinetunePlan, result: Result, source: str, home: PathLike | 
 
 def _with_notes(plan: FinetunePlan, result: Result, source: str, home: PathLike | None) -> Result:
     result = with_positive(result, plan.networks.config.positive, home)
-    return as_asked(result, source, [*plan.cell.notes, *plan.networks.notes(), *training_notes(result)])
+    notes = (*plan.cell.notes, *plan.networks.notes(), *training_notes(result))
+    return replace(result, source=source, notes=notes)
 
 
 def _begin(folder: CheckpointFolder, plan: FinetunePlan) -> Progress:

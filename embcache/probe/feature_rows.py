@@ -111,7 +111,8 @@ class Resident(FeatureRows):
             for heads in equal_runs([len(order) for order in orders])
         ]
         for start in range(0, max(map(len, orders), default=0), size):
-            for heads in _joined([(heads, min(size, rows.shape[1] - start)) for heads, rows, _ in runs]):
+            # No batch is padded: it would be rounded otherwise than the one a head has alone.
+            for heads in equal_runs([min(size, max(0, len(order) - start)) for order in orders]):
                 parts = [(r[:, start : start + size], v) for h, r, v in runs if heads.start <= h.start < heads.stop]
                 rows = parts[0][0] if len(parts) == 1 else torch.cat([r for r, _ in parts])
                 view = None
@@ -283,19 +284,3 @@ def equal_runs(lengths: list[int]) -> list[slice]:
     """Neighbors that are equally long; those of length 0 are left out."""
     starts = [k for k in range(len(lengths)) if k == 0 or lengths[k] != lengths[k - 1]]
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True) if lengths[a] > 0]
-
-
-def _joined(runs: Sequence[tuple[slice, int]]) -> list[slice]:
-    """Neighboring runs of heads whose batches are equally long, as one run; those that have no batch left out.
-
-    No batch is padded: it would be rounded otherwise than the one a head has alone.
-    """
-    joined: list[tuple[slice, int]] = []
-    for heads, length in runs:
-        if length <= 0:
-            continue
-        if joined and joined[-1][1] == length and joined[-1][0].stop == heads.start:
-            joined[-1] = (slice(joined[-1][0].start, heads.stop), length)
-        else:
-            joined.append((heads, length))
-    return [heads for heads, _ in joined]

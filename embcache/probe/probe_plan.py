@@ -35,7 +35,7 @@ from embcache.probe.protocol import name_everything, subset_sizes
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import ClosedFormHead, Head
 from embcache.probe.summary import RunCell, request_notes, training_notes, with_positive
-from embcache.runs.folders import PROTOCOL_VERSION, Result, as_asked, find_run
+from embcache.runs.folders import PROTOCOL_VERSION, Result, find_run
 from embcache.store.feature_store import FeatureStore
 
 _SMALL = 5_000_000  # parameters of one subset's heads up to which several subsets train as one stack
@@ -73,7 +73,7 @@ class ProbePlan:
         if found is None:
             return None
         found = with_positive(found, self.config.positive, self.home)
-        return as_asked(found, cell.source, [*cell.notes, *training_notes(found)])
+        return replace(found, source=cell.source, notes=(*cell.notes, *training_notes(found)))
 
     def batches(self, done: Mapping[str, object]) -> Iterator[Batch]:
         """Cells whose id is not among ``done``, in groups that train as one stack.

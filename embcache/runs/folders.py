@@ -14,7 +14,6 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -178,11 +177,6 @@ def _readable(run: Path) -> Result | None:
         return load_result(run)
     except (OSError, StoreError):
         return None
-
-
-def as_asked(result: Result, source: str, notes: Sequence[str]) -> Result:
-    """A reused result with the place that its labels were read from this time, and the notes of this request."""
-    return replace(result, source=source, notes=tuple(notes))
 
 
 def load_predictions(run: Path, name: str = "predictions") -> pd.DataFrame:

@@ -192,7 +192,7 @@ def place_nodes(
             # Again with twice the count, with the last one, or not by nodes.
             again = min(place + 2, len(counts) - 1) if place < len(counts) - 1 else len(counts)
             waiting[again] += [row for row, fine in zip(waiting[place], passed, strict=True) if not fine]
-            group = _take(group, good)
+            group = NodeGroup(*(None if t is None else t[good] for t in vars(group).values()))  # type: ignore[arg-type]
         if len(group.rows):
             groups.append(group)
     left = sorted(row for rows in waiting[len(counts) :] for row in rows)
@@ -348,13 +348,6 @@ def _asinh(x: Tensor) -> Tensor:
 
 def _centered(x: Tensor) -> Tensor:
     return x - x.mean(1, keepdim=True)
-
-
-def _take(group: NodeGroup, good: Tensor) -> NodeGroup:
-    return NodeGroup(
-        group.rows[good], group.x[good], group.t[good], group.inverse[good], group.values[good],
-        None if group.weights is None else group.weights[good],
-    )  # fmt: skip
 
 
 def _blocks(rows: int, cells: int) -> Iterator[slice]:
