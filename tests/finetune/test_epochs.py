@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from embcache.backbones.catalog import find_backbone, load_backbone
 from embcache.backbones.transforms import Transform, choose_transform, normalize
 from embcache.data.dataset import ImageDataset
-from embcache.extract.augment import Augmentation, augmentation
+from embcache.extract.augment import augmentation
 from embcache.finetune.epochs import FoldState, Frames, Trainer, batches, best_epoch, epoch_batches, repeatable
 from embcache.finetune.model import ImageModel, assemble, check_head
 from embcache.probe.heads import make_head
@@ -169,21 +169,6 @@ def test_a_last_batch_of_one_image_is_joined_to_the_one_before() -> None:
     job = make_job(y, np.arange(33), np.arange(0), 2, "0\x000", 1e-3)
     assert [len(batch) for batch in epoch_batches(job, 1, 16)] == [16, 17]
     assert [len(batch) for batch in epoch_batches(job, 1, 64)] == [33]
-
-
-def test_an_image_that_is_drawn_twice_looks_different_each_time() -> None:
-    cut, _ = frames()
-    seen: list[str] = []
-
-    def look(self: Augmentation, pixels: np.ndarray, key: str) -> np.ndarray:
-        seen.append(key)
-        return pixels
-
-    augment = augmentation("chest", SIZE, SIZE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Augmentation, "__call__", look)
-        list(batches(cut, [[(3, "a"), (3, "b"), (3, None)]], augment, None))
-    assert seen == ["a", "b"]
 
 
 def test_the_plain_view_is_the_centre_and_the_augmented_one_is_not() -> None:

@@ -149,16 +149,6 @@ def test_a_class_that_does_not_occur_is_flagged_and_not_averaged_over(seed: int,
     assert got["predicted"] == np.bincount(z.argmax(1), minlength=n_classes).tolist()
 
 
-def test_a_resample_without_a_class_scores_the_classes_present() -> None:
-    y, z = predictions(60, 4, 1)
-    lost = np.where(y == 3, 0.0, 1.0)
-    kept = y != 3
-    for key in ("macro_auc", "auprc", "balanced_accuracy", "f1"):
-        (got,) = find_metric(key, 4).form(y, z, 1)(lost[None])
-        expected = by_scikit_learn(key, y[kept], z[kept], 1, np.ones(kept.sum()))
-        assert got == pytest.approx(expected, abs=1e-12), key
-
-
 @pytest.mark.parametrize("key", ["auc", "auprc", "f1", "sensitivity", "sensitivity_at_95_specificity"])
 def test_a_resample_without_the_positive_class_has_no_score(key: str) -> None:
     y, z = predictions(60, 2, 1)

@@ -77,14 +77,6 @@ def test_local_test_set_has_a_seed_of_its_own(options: dict[str, object]) -> Non
     assert other.test.tolist() == base.test.tolist()
 
 
-def test_unlabeled_official_test_set_is_not_touched_by_default() -> None:
-    ds = make_dataset([0, 1] * 60 + [-1] * 30, split=["train"] * 120 + ["test"] * 30, n_classes=2)
-    plan = plan_splits(ds, subsets=["F"])
-    assert plan.test_set == "local"
-    assert len(plan.test) == 24
-    assert max(plan.test) < 120
-
-
 def test_official_without_labels_holds_nothing_out() -> None:
     ds = make_dataset([0, 1] * 60 + [-1] * 30, split=["train"] * 120 + ["test"] * 30, n_classes=2)
     plan = plan_splits(ds, subsets=["F"], test="official")
@@ -328,12 +320,6 @@ def test_class_with_fewer_groups_than_folds() -> None:
         plan_splits(ds, subsets=["F"])
     assert "40 images in 4 groups" in str(caught.value)
     assert plan_splits(ds, subsets=["F"], folds=4).n_folds == 4
-
-
-def test_subset_larger_than_the_pool() -> None:
-    with refused(ProtocolError, "subset-too-large") as caught:
-        plan_splits(make_dataset([0, 1] * 50), subsets=[500])
-    assert caught.value.expected == "2 to 64 training images"
 
 
 def test_a_named_subset_larger_than_the_pool_takes_all_and_says_so() -> None:
