@@ -53,7 +53,6 @@ class Networks:
     config: FinetuneConfig
     specs: tuple[Backbone, ...]
     head: TrainedHead
-    head_request: Mapping[str, Any]  # name and hyperparameters of the head
     metric: Metric  # scores, and chooses epochs on validation
     schedule: Schedule
     files: DatasetFiles
@@ -120,9 +119,8 @@ def load_networks(
     allow_download: bool = True,
 ) -> Networks:
     """Check a request before anything is decoded, and load its networks."""
-    head = make_head(config.head)
     specs = tuple(find_backbone(name) for name in backbones)
-    trainable = check_head(head, [spec.name for spec in specs])
+    head = check_head(make_head(config.head), [spec.name for spec in specs])
     device = _pick_device(config)
     schedule = choose_schedule(specs, config)
     decoding = Decoding() if config.max_pixels is None else Decoding(check_max_pixels(config.max_pixels))
@@ -146,8 +144,7 @@ def load_networks(
         )  # fmt: skip
     metric = find_metric(config.metric or dataset.metric, len(dataset.class_names))
     return Networks(
-        dataset=dataset, config=config, specs=specs, head=trainable,
-        head_request=identify(head) or {"name": head.name},
+        dataset=dataset, config=config, specs=specs, head=head,
         metric=metric.of(positive_class(dataset.class_names, config.positive)), schedule=schedule, files=files,
         transforms=transforms, augment=augmentation(dataset.augment, frame(geometry).size, geometry.size),
         modules=modules, recipes=recipes, device=device,
@@ -157,19 +154,8 @@ def load_networks(
 def plan_finetuning(networks: Networks, images: KnownImages, subset: str | int, home: PathLike | None) -> FinetunePlan:
     """Splits as probing draws them, and the request: how pixels are kept or threads share work is not in it."""
     dataset, config, metric = networks.dataset, networks.config, networks.metric
-    (drawn,) = name_everything([
-        plan_for(
-            dataset,
-            [images],
-            subsets=[subset],
-            folds=config.folds,
-            seed=config.seed,
-            val=config.val,
-            test=config.test,
-            splits=None if config.splits is None else find_splits(config.splits, dataset, home),
-            exclude_test_overlap=config.exclude_test_overlap,
-        )
-    ])  # fmt: skip
+    splits = None if config.splits is None else str(find_splits(config.splits, dataset, home))
+    (drawn,) = name_everything([plan_for(dataset, [images], subsets=[subset], config=replace(config, splits=splits))])
     (canonical,) = subset_sizes(dataset, [subset])  # a number above the pool is an error, S or M above it is F
     name = drawn.name_of(canonical)
     request = {
@@ -177,7 +163,7 @@ def plan_finetuning(networks: Networks, images: KnownImages, subset: str | int, 
         "metric": metric.key, "splits": drawn.digest(name),
         "images": digest_images({"pixels": images}, drawn.ids[drawn.used(name)]),
         "recipes": [[backbone, recipe.fingerprint] for backbone, recipe in networks.recipes.items()],
-        "augment": networks.augment.describe(), "head": dict(networks.head_request),
+        "augment": networks.augment.describe(), "head": identify(networks.head) or {"name": networks.head.name},
         "schedule": asdict(networks.schedule), "subset": name, "folds": drawn.n_folds, "val": drawn.val_mode,
         "test": drawn.test_set, "seed": config.seed,
         **asymmetry(metric, dataset.class_names, config.positive),
