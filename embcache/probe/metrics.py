@@ -1,9 +1,8 @@
 """Metrics of predicted classes: one row of `METRICS` each, in a weighted form that resampling and training share.
 
 Every metric reads logits, never saturated probabilities: classes are ranked by their log odds, which softmax would
-round to ties. Pairs and cells are counted in whole numbers, so that two models that rank all images alike have exactly
-equal scores. Tests hold every metric against scikit-learn, with ``sample_weight`` too. scikit-learn itself is not
-called: its import takes longer than most probes train, and its input checks longer than an epoch.
+round to ties. Pairs and cells are counted in whole numbers, so that models that rank alike have equal scores.
+scikit-learn is not called: its import takes longer than most probes train, and its input checks longer than an epoch.
 """
 
 from __future__ import annotations
@@ -64,10 +63,7 @@ def softmax(logits: ArrayLike) -> FloatArray:
 
 
 def log_odds(logits: ArrayLike) -> FloatArray:
-    """log(p / (1 − p)) of each class, of logits of shape (..., C): a class's logit less the logsumexp of the others.
-
-    Ranks as the probabilities do, without the ties that they have near 0 and 1.
-    """
+    """log(p / (1 − p)) of each class, of logits of shape (..., C): ranks as p does, without its ties near 0 and 1."""
     z = np.asarray(logits, dtype=np.float64)
     if z.shape[-1] == 2:
         difference = z[..., 1] - z[..., 0]
@@ -232,10 +228,7 @@ def evaluate(metric: str, y: ArrayLike, logits: ArrayLike, positive: int = 1) ->
 
 
 def auc_placements(positive: BoolArray, scores: FloatArray) -> FloatArray:
-    """Of each positive row the share of negatives below it, of each negative that of positives above; ties count half.
-
-    (n,); the mean over either class is the AUC (DeLong's placement values).
-    """
+    """DeLong's placement values (n,): the share of the other class that a row is ranked right with; ties count half."""
     below = np.empty(len(scores))
     for of, others in ((positive, np.sort(scores[~positive])), (~positive, np.sort(scores[positive]))):
         left, right = (np.searchsorted(others, scores[of], side) for side in ("left", "right"))

@@ -81,10 +81,7 @@ class Predictions:
 
 
 def all_estimates(predictions: Predictions, metric: str) -> dict[str, Estimate]:
-    """Scores of the mean over models (``""``), of the ensemble, by patient, and of the ensemble by patient.
-
-    By patient only where groups have several images of one class; of an ensemble only where there are several models.
-    """
+    """Scores of the mean over models (``""``), and where there are such of the ensemble, by patient, and of both."""
     found = {"": predictions.estimate(metric)}
     if len(predictions.logits) > 1:
         found["ensemble"] = predictions.ensemble().estimate(metric)
@@ -225,10 +222,7 @@ def fit_temperature(labels: IntArray, logits: FloatArray, prevalence: FloatArray
 
 
 def row_weights(labels: IntArray, prevalence: FloatArray) -> FloatArray:
-    """Weights (n,) by which the classes of rows are as frequent as ``prevalence`` (C,) says; their mean is 1.
-
-    Classes without a row have none of the weight.
-    """
+    """Weights (n,), with mean 1, by which the classes of rows are as frequent as ``prevalence`` (C,) says."""
     each = prevalence / np.maximum(np.bincount(labels, minlength=len(prevalence)), 1)
     weights = each[labels]
     return np.asarray(weights / weights.mean())

@@ -76,10 +76,7 @@ class ProbePlan:
         return replace(found, source=cell.source, notes=(*cell.notes, *training_notes(found)))
 
     def batches(self, done: Mapping[str, object]) -> Iterator[Batch]:
-        """Cells whose id is not among ``done``, in groups that train as one stack.
-
-        Large heads have nothing to gain from one another, and much to lose if hours of training are interrupted.
-        """
+        """Cells whose id is not among ``done``, in stacks; large heads alone: hours of training may be interrupted."""
         missing: dict[tuple[str, ...], dict[str, RunCell]] = {}
         for cell in self.cells:
             if cell.id not in done:
@@ -139,10 +136,7 @@ def plan_probe(
     home: PathLike | None = None,
     head: object = None,
 ) -> ProbePlan:
-    """Open the stores, draw the splits and write down one cell per set of backbones and subset.
-
-    ``head``, a `Head` or a scikit-learn classifier, takes the place of ``config.head``.
-    """
+    """Open the stores, draw the splits and write down one cell per set of backbones and subset."""
     given = config.head if head is None else head
     model = find_head(given, config.hyperparameters)
     names = [name for subset in subsets for name in subset_sizes(dataset, [subset])]

@@ -43,10 +43,7 @@ FORMAT = "embcache-splits-1"
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """The rows that test, and for every fold and subset those that train and validate.
-
-    All row numbers index ``ids``, ``labels`` and ``groups``, which hold every row of the dataset's table in its order.
-    """
+    """The rows that test, and for every fold and subset those that train and validate; they index ``ids``."""
 
     dataset: str
     class_names: tuple[str, ...]
@@ -398,10 +395,7 @@ def divide(
 
 
 def subset_sizes(ds: ImageDataset, subsets: Sequence[str | int]) -> dict[str, int | None]:
-    """Canonical names of subsets with their numbers of training images; None for F, all there are.
-
-    A number that S or M is in this dataset is called so: one computation has one name.
-    """
+    """Canonical names of subsets (a number that S or M is, is called so) with their images to train on; None for F."""
     known = {**{str(k).upper(): int(v) for k, v in ds.subset_sizes.items()}, "F": None}
     named = {size: name for name, size in reversed(known.items()) if size is not None}
     sizes: dict[str, int | None] = {}

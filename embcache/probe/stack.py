@@ -199,10 +199,7 @@ def train_heads(
     schedule: Schedule,
     on_epoch: Callable[[int], Any] = lambda done: None,
 ) -> list[TrainedModel]:
-    """Train (in one stack, or as few as memory allows) or solve a head for each job; x (N, D) and y (N,).
-
-    ``on_epoch`` is called with the number of head-epochs that are settled.
-    """
+    """Train (in as few stacks as memory allows) or solve a head per job; ``on_epoch`` gets the head-epochs settled."""
     rows, most = as_rows(x), schedule.max_epochs
     trained: list[TrainedModel] = []
     if isinstance(head, ClosedFormHead):
@@ -305,10 +302,7 @@ class _Stack:
             run.model.lrs.append(run.tracker.lr)
 
     def validate(self) -> None:
-        """Score every live head after an epoch and keep its parameters where it is the best so far.
-
-        Heads that validate on the same rows are applied to them together.
-        """
+        """Score every live head, those with the same rows together, and keep its parameters where it is the best."""
         groups: dict[bytes, list[int]] = {}
         for k, run in enumerate(self.live):
             groups.setdefault(run.held, []).append(k)

@@ -159,10 +159,7 @@ def with_positive(result: Result, positive: str | None, home: PathLike | None) -
 
 
 def in_metric(result: Result, metric: str, home: PathLike | None) -> Result:
-    """A saved result scored by another metric, on test and on validation; its epochs were chosen by its own.
-
-    A result without test scores, or of a leaderboard, is given back as it is.
-    """
+    """A saved result, if it has test scores, by another metric on test and validation; its own chose its epochs."""
     key = find_metric(metric, len(result.class_names)).key
     if key == result.metric or result.mean is None or result.kind == "kaggle":
         return result
@@ -265,10 +262,7 @@ def training_notes(result: Result) -> list[str]:
 
 
 def prediction_table(cell: RunCell, outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """Test predictions as a table: ``id, label, group, fold, p_0 … p_C-1, logit_0 … logit_C-1``.
-
-    Folds are counted over all repeats, which have one test set; those without a model get no rows.
-    """
+    """Test predictions, ``id, label, group, fold, p_0 …, logit_0 …``; a fold without a model has none."""
     plan, made = cell.splits[0], [outcome for outcome in outcomes if not outcome.fold.failed]
     table = pd.concat([_rows(plan, plan.test, one.fold.fold, one.test) for one in made], ignore_index=True)
     n_classes = len(cell.dataset.class_names)

@@ -1,11 +1,8 @@
 """The run folders that keep the results of probing and finetuning.
 
-``<home>/<dataset>/runs/<id>/`` holds ``result.json``, ``predictions.parquet`` (one row per test image and fold),
-``heads.safetensors`` and whatever else belongs to the run. A run is written aside and renamed into place, so an
-existing one is whole; ``result.json`` records size and checksum of every file. Its id hashes the whole request; tables
-and figures are made from these files, never from logs.
-
-pandas, pyarrow and torch are imported by the functions that need them: listings do without.
+``<home>/<dataset>/runs/<id>/`` holds ``result.json`` with size and checksum of every file, ``predictions.parquet`` (one
+row per test image and fold), ``heads.safetensors`` and what else belongs to the run. A run is written aside and renamed
+into place. pandas, pyarrow and torch are imported by the functions that need them: listings do without.
 """
 
 from __future__ import annotations

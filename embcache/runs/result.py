@@ -266,10 +266,7 @@ class Result:
 
 
 def run_id(request: Mapping[str, Any]) -> str:
-    """Readable name of a run: head, subset and twelve digits of the SHA-256 of the canonical request.
-
-    Kinds other than ``probe`` stand before the head's name.
-    """
+    """Readable name of a run: kind (but ``probe``), head, subset and twelve digits of the SHA-256 of the request."""
     kind = "" if request["kind"] == "probe" else f"{request['kind']}-"
     digits = hashlib.sha256(canonical_json(request).encode("utf-8")).hexdigest()[:12]
     head = request["head"]["name"].rpartition(":")[2]  # of ``module:name`` the name

@@ -92,10 +92,7 @@ class MLPHead(TrainedHead):
 
 @dataclass(frozen=True)
 class Fusion(TrainedHead):
-    """A Linear per backbone, concatenation, mixing, LayerNorm, Linear, ReLU, dropout, classifier.
-
-    A subclass mixes by `init_mixing` and `mix`; all else is here.
-    """
+    """A Linear per backbone, concatenation, mixing (by subclasses), LayerNorm, Linear, ReLU, dropout, classifier."""
 
     proj_dim: int = 512  # width of each projection and of the last hidden layer
     dropout: float = 0.2  # rate before the classifier
@@ -219,10 +216,7 @@ class DVMENoAttention(TrainedHead):
 
 @dataclass(frozen=True)
 class DVMEToken(Fusion):
-    """Self-attention over one token of ``proj_dim`` numbers per backbone, then as `DVME`.
-
-    The layer is timm's ``Attention(dim=proj_dim, num_heads=1, qkv_bias=True)``.
-    """
+    """timm's ``Attention(dim=proj_dim, num_heads=1, qkv_bias=True)`` over one token per backbone, then as `DVME`."""
 
     name = "dvme-token"
     summary = "dvme with attention over one token per backbone (Section 5.6 as its text reads)"
