@@ -24,8 +24,9 @@ from timm.models.vision_transformer import Attention
 
 from embcache.cores import keep_freed_memory
 from embcache.probe.heads import make_head
-from embcache.probe.heads.dvme import Fusion, Params, project
 from embcache.probe.heads.scalar_attention import place_nodes
+from embcache.probe.heads.trained import Fusion, project
+from embcache.probe.layers import Params
 from embcache.probe.stack import adam_step, stream_generator
 
 DIMS = {"a": 1280, "b": 1280, "c": 1280}

@@ -46,7 +46,7 @@ def results(
     Example: embcache results linear-S-0123 --prevalence 0.1
     """
     if run is not None:
-        from embcache.probe.prevalence import Adjust, parse_prevalence
+        from embcache.probe.predictions import Adjust, parse_prevalence
         from embcache.results.describe import describe
 
         adjust = Adjust(parse_prevalence(adjusted.prevalence), adjusted.calibrate)

@@ -18,7 +18,7 @@ from embcache.fields import check_subsets, parse_weights, split_list
 from embcache.log import log
 
 if TYPE_CHECKING:
-    from embcache.probe.splits import Splits
+    from embcache.probe.protocol import Splits
     from embcache.runs.folders import Result
 
 
@@ -138,7 +138,7 @@ def export(
     Example: embcache splits export --dataset pneumonia --subset S,M,F --output pneumonia-splits.json
     """
     from embcache.probe.inputs import plan_cached
-    from embcache.probe.splits import write_splits
+    from embcache.probe.protocol import write_splits
 
     if output != "-":
         check_suffix(Path(output), "--output", ".json")

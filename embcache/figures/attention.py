@@ -20,8 +20,8 @@ from embcache.data.images import read_image
 from embcache.errors import ProtocolError, UsageError
 from embcache.figures.shown import Shown, shown_images
 from embcache.paths import PathLike
-from embcache.probe.heads.dvme import project
 from embcache.probe.heads.scalar_attention import sum_attention
+from embcache.probe.heads.trained import project
 from embcache.probe.inputs import load_features, open_stores
 from embcache.runs.folders import Result, load_heads
 

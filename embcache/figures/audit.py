@@ -19,12 +19,12 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.groups import IntArray, stratified_group_folds
 from embcache.errors import ProtocolError, first_few
 from embcache.paths import PathLike
-from embcache.probe.heads.logreg import LogReg
+from embcache.probe.heads.solved import LogReg
 from embcache.probe.inputs import load_features, open_stores
+from embcache.probe.layers import standard_directions
 from embcache.probe.metrics import log_probabilities, score, softmax
-from embcache.probe.prevalence import fit_temperature
+from embcache.probe.predictions import fit_temperature
 from embcache.probe.protocol import divide
-from embcache.probe.standard import standard_directions
 
 CREDIBLE = 0.10
 """Share of doubted labels (mean over classes) above which the model counts as too weak, not the labels as wrong.

@@ -19,7 +19,7 @@ from sklearn.metrics import pairwise_distances_chunked
 from embcache.cores import usable_cores
 from embcache.errors import ProtocolError, StoreError, UsageError, check_choice, check_number
 from embcache.io import keep_file
-from embcache.probe.standard import standardized
+from embcache.probe.layers import standardized
 from embcache.sealed import read_sealed, seal
 
 METHODS = {"tsne": "openTSNE", "umap": "umap-learn", "pca": "scikit-learn"}

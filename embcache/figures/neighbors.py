@@ -19,7 +19,7 @@ from embcache.figures.plots import Picture, plot_sheet
 from embcache.figures.shown import backbones_or_cached
 from embcache.paths import PathLike
 from embcache.probe.inputs import open_stores
-from embcache.probe.standard import standard_directions
+from embcache.probe.layers import standard_directions
 from embcache.results.describe import Mistake
 from embcache.store.feature_store import FeatureStore
 

@@ -15,10 +15,10 @@ from embcache.data.dataset import ImageDataset
 from embcache.figures.shown import MOST, Pool, open_pool
 from embcache.figures.transferability import centroid_logits, h_score, logme
 from embcache.paths import PathLike
-from embcache.probe.heads.knn import KNN
+from embcache.probe.heads.solved import KNN
 from embcache.probe.inputs import plan_for
 from embcache.probe.metrics import score
-from embcache.probe.splits import Splits
+from embcache.probe.protocol import Splits
 from embcache.probe.stack import predict_logits
 from embcache.runs.folders import Result, list_results
 

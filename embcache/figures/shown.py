@@ -18,7 +18,7 @@ from embcache.errors import ProtocolError, StoreNotFoundError, UsageError, check
 from embcache.log import log
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.heads import make_head
-from embcache.probe.heads.dvme import Fusion
+from embcache.probe.heads.trained import Fusion
 from embcache.probe.inputs import cached_backbones, cached_datasets, divide_for, load_features, open_stores
 from embcache.probe.protocol import Sides
 from embcache.results.curves import refuse_untrusted

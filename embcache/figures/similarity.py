@@ -14,7 +14,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, UsageError
 from embcache.figures.shown import open_pool
 from embcache.paths import PathLike
-from embcache.probe.standard import standard_directions
+from embcache.probe.layers import standard_directions
 from embcache.store.feature_store import extract_command
 
 Array = NDArray[np.float64]

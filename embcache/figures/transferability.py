@@ -10,7 +10,7 @@ from sklearn.covariance import ledoit_wolf
 
 from embcache.cores import threads_for
 from embcache.data.groups import IntArray
-from embcache.probe.standard import standardized
+from embcache.probe.layers import standardized
 
 Array = NDArray[np.float64]
 

@@ -20,10 +20,20 @@ from embcache.cores import default_workers, keep_freed_memory
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, StoreError
 from embcache.extract.pixels import cache_pixels
-from embcache.finetune.batches import Frames, cached_images, decode_frames, known_images, stored_frames
-from embcache.finetune.checkpoint import CheckpointFolder, FoldState, Progress
-from embcache.finetune.epochs import Trainer, best_epoch, repeatable
-from embcache.finetune.finetune_plan import FinetunePlan, Networks, load_networks, plan_finetuning
+from embcache.finetune.epochs import (
+    CheckpointFolder,
+    FoldState,
+    Frames,
+    Progress,
+    Trainer,
+    best_epoch,
+    cached_images,
+    decode_frames,
+    known_images,
+    repeatable,
+    stored_frames,
+)
+from embcache.finetune.finetune_plan import FinetunePlan, load_networks, plan_finetuning
 from embcache.finetune.model import State, assemble, model_file
 from embcache.log import log
 from embcache.paths import PathLike
@@ -32,19 +42,16 @@ from embcache.probe.protocol import subset_sizes
 from embcache.probe.stack import Job, make_job, stream_generator
 from embcache.probe.summary import (
     Outcome,
-    Outputs,
-    RunCell,
     build_result,
     prediction_table,
-    request_notes,
     training_notes,
     validation_table,
     with_positive,
 )
-from embcache.runs.folders import Result, as_asked, find_run, runs_dir, save_run
+from embcache.runs.folders import Result, find_run, runs_dir, save_run
 
+# Called with (images done, images planned, what is being trained).
 OnImages = Callable[[int, int, str], object]
-"""Called with (images done, images planned, what is being trained)."""
 
 
 def finetune_images(
@@ -72,16 +79,8 @@ def finetune_images(
         ``S``, ``M``, ``F`` or a number of training images.
     home : path, optional
         Folder of stores and runs; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
-    config : FinetuneConfig, optional
-        All options at once; default: those of the protocol.
-    **options
-        Fields of `embcache.config.FinetuneConfig`, which replace those of ``config``: ``head``, ``folds``, ``seed``,
-        ``lr``, ``weights`` …
-
-    Returns
-    -------
-    Result
-        Its ``kind`` is ``"finetune"``.
+    config, **options
+        A `embcache.config.FinetuneConfig`, and fields that take the place of its own.
 
     Raises
     ------
@@ -90,8 +89,7 @@ def finetune_images(
     ProtocolError
         The data do not support the folds, the subset or the metric; or training diverged in every fold.
     StoreError
-        There is a checkpoint of this request and neither ``resume`` nor ``again`` is set; it is damaged; or another
-        process is training the same run.
+        There is a damaged checkpoint of this request, one with neither ``resume`` nor ``again`` set, or one in use.
     """
     names = [backbones] if isinstance(backbones, str) else list(backbones)
     return finetune(dataset, names, subset, FinetuneConfig.make(config, options), home=home)
@@ -120,35 +118,33 @@ def finetune(
         images: KnownImages | None
         frames, store = None, None
         if config.pixel_cache:
-            store = cache_pixels(
-                dataset, geometry, home=home, workers=config.workers or None, decoding=files.scan.decoding
-            )
+            decoding, workers = files.scan.decoding, config.workers or None
+            store = cache_pixels(dataset, geometry, home=home, workers=workers, decoding=decoding)
             images = store = store.restrict(dataset.table["id"])
         else:
             images = cached_images(dataset, geometry, files, home)
         if images is None:
             frames, images = decode_frames(dataset, geometry, files, scratch / "all", pool)
         plan = plan_finetuning(networks, images, subset, home)
-        result = None if config.again else find_run(plan.id, dataset.name, home)
+        result = None if config.again else find_run(plan.cell.id, dataset.name, home)
         if result is not None:
             return _answered(plan, result, source, home)
-        partial = runs_dir(dataset.name, home) / f".{plan.id}.partial"
-        folder = CheckpointFolder(partial, plan.request, plan.resume_command(home))
+        partial = runs_dir(dataset.name, home) / f".{plan.cell.id}.partial"
+        folder = CheckpointFolder(partial, plan.cell.request, plan.resume_command(home))
         stack.enter_context(folder.lock())
         begun = _begin(folder, plan)
-        used = plan.splits.ids[plan.splits.used(plan.subset)].tolist()
+        used = plan.splits.ids[plan.splits.used(plan.cell.subset)].tolist()
         if store is not None:
             frames = stored_frames(store, used, scratch / "used")
         elif frames is None:
             frames, _ = decode_frames(dataset, geometry, files, scratch / "used", pool, ids=used)
         run = FinetuneRun(plan, frames, folder, None if config.workers == 0 else pool, progress)
-        done, outputs = run.train(begun)
+        done = run.train(begun)
         try:
-            result = _result(plan, done, outputs, source)
+            result = _save(run, done, source, home)
         except ProtocolError:  # every fold diverged: there is nothing to resume
             folder.clear()
             raise
-        _save(run, result, done, outputs, home)
         folder.clear()
         return _answered(plan, result, source, home)
 
@@ -167,14 +163,14 @@ def find_finetuned(
         networks = load_networks(dataset, backbones, config, home, pool, allow_download=False)
         images = known_images(dataset, networks.transform, networks.files, home, pool)
         plan = plan_finetuning(networks, images, subset, home)
-    result = find_run(plan.id, dataset.name, home)
-    return plan.id if result is None else _with_notes(plan, result, "live", home)
+    result = find_run(plan.cell.id, dataset.name, home)
+    return plan.cell.id if result is None else _with_notes(plan, result, "live", home)
 
 
 def _answered(plan: FinetunePlan, result: Result, source: str, home: PathLike | None) -> Result:
     """A saved result as an answer; a note where it lacks models that were asked for."""
     networks = plan.networks
-    run = runs_dir(networks.dataset.name, home) / plan.id
+    run = runs_dir(networks.dataset.name, home) / result.id
     trained = [fold for fold, found in enumerate(result.folds) if not found.failed]
     lost = [fold for fold in trained if not (run / model_file(fold)).is_file()] if networks.config.models else []
     if lost:
@@ -184,14 +180,12 @@ def _answered(plan: FinetunePlan, result: Result, source: str, home: PathLike | 
 
 
 def _with_notes(plan: FinetunePlan, result: Result, source: str, home: PathLike | None) -> Result:
-    networks = plan.networks
-    result = with_positive(result, networks.config.positive, home)
-    before = request_notes(networks.dataset, [plan.splits], plan.subset, networks.head)
-    return as_asked(result, source, [*before, *networks.notes(), *training_notes(result)])
+    result = with_positive(result, plan.networks.config.positive, home)
+    notes = (*plan.cell.notes, *plan.networks.notes(), *training_notes(result))
+    return replace(result, source=source, notes=notes)
 
 
 def _begin(folder: CheckpointFolder, plan: FinetunePlan) -> Progress:
-    """The progress to resume from; an empty one to start with."""
     config = plan.networks.config
     here = machine(plan.networks.device)
     if config.again and config.resume is False:
@@ -243,7 +237,7 @@ class FinetuneRun:
         self._y[self._place[known]] = splits.labels[known]
         self._settled = self._done = 0
 
-    def train(self, progress: Progress) -> tuple[Progress, Outputs]:
+    def train(self, progress: Progress) -> Progress:
         """Train and test every fold that is not finished."""
         networks, n_folds = self.plan.networks, self.plan.splits.n_folds
         began = time.perf_counter() - progress.seconds
@@ -253,9 +247,11 @@ class FinetuneRun:
         for fold in range(n_folds):
             if not progress.fold(fold).finished:
                 job = self._job(fold)
-                params = self._head(job)
+                dims = {spec.name: spec.dim for spec in networks.specs}
+                classes = len(self.plan.splits.class_names)
+                params = networks.head.init(stream_generator(job.stream, "init"), dims, classes)
                 if trainer is None:
-                    trainer = self._trainer(networks, params)
+                    trainer = self._trainer(params)
                     initial = {name: value.cpu().clone() for name, value in trainer.model.state().items()}
                 trainer.model.load(initial | {f"head.{name}": value for name, value in params.items()})
                 for state in self._fold(trainer, job, fold, progress.fold(fold)):
@@ -265,33 +261,21 @@ class FinetuneRun:
             # What was planned of the fold and not needed counts as done.
             self._settled, self._done = sum(map(self._planned, range(fold + 1))), 0
             self._count(0)
-        found = [self.folder.load(f.files["test"]) if "test" in f.files else {} for f in progress.folds]
-        blank = np.full((len(self.plan.splits.test), len(networks.dataset.class_names)), np.nan)
-        test = [tensors["test"].double().numpy() if tensors else blank for tensors in found]
-        val = [tensors["val"].double().numpy() if tensors else blank[:0] for tensors in found]
-        return replace(progress, seconds=time.perf_counter() - began), Outputs(np.stack(test), val)
+        return replace(progress, seconds=time.perf_counter() - began)
 
-    def _trainer(self, networks: Networks, params: State) -> Trainer:
-        model = assemble(
-            networks.modules, networks.transforms, networks.head, params, networks.device, networks.config.precision
-        )
+    def _trainer(self, params: State) -> Trainer:
+        of = self.plan.networks
+        model = assemble(of.modules, of.transforms, of.head, params, of.device, of.config.precision)
         return Trainer(
-            model, self.frames, self._y, networks.augment, networks.schedule, networks.metric,
-            networks.config.accumulate, self.pool, self._count,
+            model, self.frames, self._y, of.augment, of.schedule, of.metric, of.config.accumulate, self.pool,
+            self._count,
         )  # fmt: skip
 
     def _job(self, fold: int) -> Job:
         """The job of a fold: the same stream, and so the same initial head, as in probing."""
-        networks, splits, key = self.plan.networks, self.plan.splits, (fold, self.plan.subset)
-        return make_job(
-            self._y, self._place[splits.train[key]], self._place[splits.val[key]], len(splits.class_names),
-            f"{networks.config.seed}\0{fold}", networks.schedule.lr,
-        )  # fmt: skip
-
-    def _head(self, job: Job) -> State:
-        networks = self.plan.networks
-        dims = {spec.name: spec.dim for spec in networks.specs}
-        return networks.head.init(stream_generator(job.stream, "init"), dims, len(self.plan.splits.class_names))
+        networks, (train, val) = self.plan.networks, (self._place[rows] for rows in self.plan.cell.parts(fold))
+        stream, classes = f"{networks.config.seed}\0{fold}", len(self.plan.splits.class_names)
+        return make_job(self._y, train, val, classes, stream, networks.schedule.lr)
 
     def _fold(self, trainer: Trainer, job: Job, fold: int, state: FoldState) -> Iterator[FoldState]:
         """The state after each epoch, and last that of the tested fold; its tensors are saved."""
@@ -312,12 +296,12 @@ class FinetuneRun:
 
     def _tested(self, trainer: Trainer, fold: int, state: FoldState) -> FoldState:
         """Test the model of the best epoch; a fold without one is finished without predictions."""
-        splits, files = self.plan.splits, {}
+        files = {}
         if "best" in state.files:
             trainer.model.load(self.folder.load(state.files["best"]))
-            test = trainer.predict(self._place[splits.test].tolist())
+            test = trainer.predict(self._place[self.plan.splits.test].tolist())
             if np.isfinite(test).all():
-                val = trainer.predict(self._place[np.sort(splits.val[fold, self.plan.subset])].tolist())
+                val = trainer.predict(self._place[np.sort(self.plan.cell.parts(fold)[1])].tolist())
                 logits = {"test": torch.from_numpy(test), "val": torch.from_numpy(val)}
                 files["test"] = self.folder.save(f"fold{fold}-test.safetensors", logits)
                 if self.plan.networks.config.models:
@@ -327,54 +311,40 @@ class FinetuneRun:
         return replace(state, finished=True, files=files)
 
     def _planned(self, fold: int) -> int:
-        """Number of images that a fold is planned to see at most."""
-        splits, key = self.plan.splits, (fold, self.plan.subset)
-        epoch = len(splits.train[key]) + len(splits.val[key])
-        return self.plan.networks.schedule.max_epochs * epoch + len(splits.test) + len(splits.val[key])
+        train, val = self.plan.cell.parts(fold)
+        epochs = self.plan.networks.schedule.max_epochs * (len(train) + len(val))
+        return epochs + len(self.plan.splits.test) + len(val)
 
     def _count(self, images: int) -> None:
         self._done += images
         if self.on_images is not None:
             planned = sum(map(self._planned, range(self.plan.splits.n_folds)))
-            names, head = "+".join(self.plan.networks.names), self.plan.request["head"]["name"]
-            label = f"{self.plan.splits.dataset} {names} {head} {self.plan.subset}"
+            cell = self.plan.cell
+            label = f"{cell.dataset.name} {'+'.join(cell.backbones)} {cell.request['head']['name']} {cell.subset}"
             self.on_images(min(self._settled + self._done, planned), planned, label)
 
 
-def _outcomes(plan: FinetunePlan, done: Progress) -> list[Outcome]:
-    """How the training of each finished fold went."""
-    found = []
-    for state in done.folds:
-        best = best_epoch(state) if "test" in state.files else 0
-        score = max(state.val_scores) if best else None
-        lr = plan.networks.schedule.lr
-        found.append(Outcome(best, state.epoch + state.diverged, score, lr, state.diverged))
-    return found
-
-
-def _result(plan: FinetunePlan, done: Progress, outputs: Outputs, source: str) -> Result:
-    networks = plan.networks
-    cell = RunCell(
-        dataset=networks.dataset, splits=(plan.splits,), subset=plan.subset, backbones=networks.names,
-        head=networks.head, request=plan.request,
-        recipes={name: recipe.to_json() for name, recipe in networks.recipes.items()},
-        positive=networks.config.positive, source=source,
-        notes=tuple(request_notes(networks.dataset, [plan.splits], plan.subset, networks.head)),
-    )  # fmt: skip
-    result = build_result(cell, _outcomes(plan, done), outputs, done.seconds)
-    return replace(result, versions={**result.versions, **{name: version(name) for name in ("timm", "torchvision")}})
-
-
-def _save(run: FinetuneRun, result: Result, done: Progress, outputs: Outputs, home: PathLike | None) -> None:
-    """Write the run: models move there from the checkpoints, and heads are kept separately too, as in probing."""
-    plan, folder, outcomes = run.plan, run.folder, _outcomes(run.plan, done)
-    best = {fold: state.files["best"] for fold, state in enumerate(done.folds) if "best" in state.files}
-    models = {model_file(fold): folder.file(saved) for fold, saved in best.items()}
-    states = [folder.load(best[fold]) if fold in best else {} for fold in range(len(done.folds))] if best else []
-    heads = [
-        {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
-        for state in states
-    ]
-    validation = validation_table([plan.splits], plan.subset, outputs, outcomes)
-    table = prediction_table(plan.splits, outputs, outcomes)
+def _save(run: FinetuneRun, done: Progress, source: str, home: PathLike | None) -> Result:
+    """Make and write the result: models move there from the checkpoints, heads are kept separately too."""
+    plan, networks, folder = run.plan, run.plan.networks, run.folder
+    cell = replace(plan.cell, source=source)
+    blank = np.full((len(plan.splits.test), len(networks.dataset.class_names)), np.nan)
+    outcomes: list[Outcome] = []
+    for fold, state in enumerate(done.folds):
+        tensors = folder.load(state.files["test"]) if "test" in state.files else {}
+        test, val = (tensors[key].double().numpy() if tensors else blank for key in ("test", "val"))
+        best = best_epoch(state) if tensors else 0
+        outcomes.append(cell.outcome(
+            fold, test, val, max(state.val_scores) if best else None, best_epoch=best,
+            epochs=state.epoch + state.diverged, lr=networks.schedule.lr, diverged=state.diverged,
+        ))  # fmt: skip
+    result = build_result(cell, outcomes, done.seconds)
+    result = replace(result, versions={**result.versions, **{name: version(name) for name in ("timm", "torchvision")}})
+    best_files = {fold: state.files["best"] for fold, state in enumerate(done.folds) if "best" in state.files}
+    models = {model_file(fold): folder.file(saved) for fold, saved in best_files.items()}
+    heads: list[State] = [{} for _ in done.folds] if best_files else []
+    for fold, saved in best_files.items():
+        heads[fold] = {name[5:]: p for name, p in folder.load(saved).items() if name.startswith("head.")}
+    table, validation = prediction_table(cell, outcomes), validation_table(cell, outcomes)
     save_run(result, table, heads, home, validation=validation, files=models)
+    return result

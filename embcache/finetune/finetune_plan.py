@@ -31,24 +31,18 @@ from embcache.paths import PathLike
 from embcache.probe.heads import identify, make_head
 from embcache.probe.inputs import KnownImages, digest_images, find_splits, plan_for
 from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_class
-from embcache.probe.protocol import subset_sizes
+from embcache.probe.protocol import Splits, name_everything, subset_sizes
 from embcache.probe.schedule import Schedule
-from embcache.probe.splits import Splits, name_everything
 from embcache.probe.stack import TrainedHead
-from embcache.runs.folders import PROTOCOL_VERSION, run_id
+from embcache.probe.summary import RunCell, request_notes
+from embcache.runs.folders import PROTOCOL_VERSION
 from embcache.store.recipe import Recipe
 
-ARITHMETIC = 1
-"""Raised when the arithmetic of finetuning changes, so that older runs are not taken for new ones."""
-
-GENTLE = {"lr": 1e-4, "batch_size": 16}
-"""How DINO's ViT-S/8 is finetuned (Section B.2), also where it is fused (choice)."""
-
+ARITHMETIC = 1  # raised when the arithmetic of finetuning changes, so that older runs are not taken for new ones
+GENTLE = {"lr": 1e-4, "batch_size": 16}  # for DINO's ViT-S/8 (Section B.2), also where it is fused (choice)
+# timm's names of DINO-trained ViT-S/8: ``vit_small_patch8_224.dino``, ``vit_small_patch8_224.lunit_dino`` …
 _VIT_S8_DINO = re.compile(r"vit_small_patch8_224[._](.+_)?dino(_.+)?")
-"""timm's names of DINO-trained ViT-S/8: ``vit_small_patch8_224.dino``, ``vit_small_patch8_224.lunit_dino`` …"""
-
-_DINO = ("dino", "timm:vit_small_patch8_224")
-"""The paper's, and timm's without a tag, which means the weights of its default: DINO's."""
+_DINO = ("dino", "timm:vit_small_patch8_224")  # the paper's, and timm's without a tag, whose default weights are DINO's
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +53,6 @@ class Networks:
     config: FinetuneConfig
     specs: tuple[Backbone, ...]
     head: TrainedHead
-    head_request: Mapping[str, Any]  # name and hyperparameters of the head
     metric: Metric  # scores, and chooses epochs on validation
     schedule: Schedule
     files: DatasetFiles
@@ -97,14 +90,12 @@ class FinetunePlan:
     """One run, nothing of it trained yet."""
 
     networks: Networks
-    splits: Splits
-    subset: str  # canonical name
-    request: Mapping[str, Any]  # all that the result depends on, as JSON data
+    cell: RunCell
 
     @property
-    def id(self) -> str:
-        """ID of the run."""
-        return run_id(self.request)
+    def splits(self) -> Splits:
+        """The splits of the run."""
+        return self.cell.splits[0]
 
     def resume_command(self, home: PathLike | None) -> str:
         """The command that continues this run where it is interrupted."""
@@ -114,7 +105,7 @@ class FinetunePlan:
         words += ["--name", dataset.name] if dataset.name != dataset.layout else []
         words += ["--allow-missing"] if dataset.missing else []
         words += [*dataset.read_options(), *class_flags(dataset.renamed)]
-        words += ["--subset", self.subset, *replace(config, resume=True, again=False).words()]
+        words += ["--subset", self.cell.subset, *replace(config, resume=True, again=False).words()]
         return shlex.join([*words, *(["--home", str(home)] if home is not None else [])])
 
 
@@ -128,9 +119,8 @@ def load_networks(
     allow_download: bool = True,
 ) -> Networks:
     """Check a request before anything is decoded, and load its networks."""
-    head = make_head(config.head)
     specs = tuple(find_backbone(name) for name in backbones)
-    trainable = check_head(head, [spec.name for spec in specs])
+    head = check_head(make_head(config.head), [spec.name for spec in specs])
     device = _pick_device(config)
     schedule = choose_schedule(specs, config)
     decoding = Decoding() if config.max_pixels is None else Decoding(check_max_pixels(config.max_pixels))
@@ -154,63 +144,39 @@ def load_networks(
         )  # fmt: skip
     metric = find_metric(config.metric or dataset.metric, len(dataset.class_names))
     return Networks(
-        dataset=dataset,
-        config=config,
-        specs=specs,
-        head=trainable,
-        head_request=identify(head) or {"name": head.name},
-        metric=metric.of(positive_class(dataset.class_names, config.positive)),
-        schedule=schedule,
-        files=files,
-        transforms=transforms,
-        augment=augmentation(dataset.augment, frame(geometry).size, geometry.size),
-        modules=modules,
-        recipes=recipes,
-        device=device,
-    )
+        dataset=dataset, config=config, specs=specs, head=head,
+        metric=metric.of(positive_class(dataset.class_names, config.positive)), schedule=schedule, files=files,
+        transforms=transforms, augment=augmentation(dataset.augment, frame(geometry).size, geometry.size),
+        modules=modules, recipes=recipes, device=device,
+    )  # fmt: skip
 
 
 def plan_finetuning(networks: Networks, images: KnownImages, subset: str | int, home: PathLike | None) -> FinetunePlan:
     """Splits as probing draws them, and the request: how pixels are kept or threads share work is not in it."""
     dataset, config, metric = networks.dataset, networks.config, networks.metric
-    (drawn,) = name_everything([
-        plan_for(
-            dataset,
-            [images],
-            subsets=[subset],
-            folds=config.folds,
-            seed=config.seed,
-            val=config.val,
-            test=config.test,
-            splits=None if config.splits is None else find_splits(config.splits, dataset, home),
-            exclude_test_overlap=config.exclude_test_overlap,
-        )
-    ])  # fmt: skip
+    splits = None if config.splits is None else str(find_splits(config.splits, dataset, home))
+    (drawn,) = name_everything([plan_for(dataset, [images], subsets=[subset], config=replace(config, splits=splits))])
     (canonical,) = subset_sizes(dataset, [subset])  # a number above the pool is an error, S or M above it is F
     name = drawn.name_of(canonical)
     request = {
-        "kind": "finetune",
-        "protocol": PROTOCOL_VERSION,
-        "finetune": ARITHMETIC,
-        "dataset": dataset.name,
-        "metric": metric.key,
-        "splits": drawn.digest(name),
+        "kind": "finetune", "protocol": PROTOCOL_VERSION, "finetune": ARITHMETIC, "dataset": dataset.name,
+        "metric": metric.key, "splits": drawn.digest(name),
         "images": digest_images({"pixels": images}, drawn.ids[drawn.used(name)]),
         "recipes": [[backbone, recipe.fingerprint] for backbone, recipe in networks.recipes.items()],
-        "augment": networks.augment.describe(),
-        "head": dict(networks.head_request),
-        "schedule": asdict(networks.schedule),
-        "subset": name,
-        "folds": drawn.n_folds,
-        "val": drawn.val_mode,
-        "test": drawn.test_set,
-        "seed": config.seed,
+        "augment": networks.augment.describe(), "head": identify(networks.head) or {"name": networks.head.name},
+        "schedule": asdict(networks.schedule), "subset": name, "folds": drawn.n_folds, "val": drawn.val_mode,
+        "test": drawn.test_set, "seed": config.seed,
         **asymmetry(metric, dataset.class_names, config.positive),
         **({"classes": dict(dataset.renamed)} if dataset.renamed else {}),
-    }
+    }  # fmt: skip
     # Options that are settled above (splits of a file have their own number of folds) are not repeated.
     more = {key: value for key, value in config.result_options().items() if key not in {*request, "max_epochs"}}
-    return FinetunePlan(networks, drawn, name, request | more)
+    cell = RunCell(
+        dataset=dataset, splits=(drawn,), subset=name, backbones=networks.names, head=networks.head,
+        request=request | more, recipes={name: recipe.to_json() for name, recipe in networks.recipes.items()},
+        positive=config.positive, notes=tuple(request_notes(dataset, [drawn], name, networks.head)),
+    )  # fmt: skip
+    return FinetunePlan(networks, cell)
 
 
 def choose_transforms(
@@ -232,12 +198,9 @@ def choose_transforms(
 
 def gentle(backbones: Sequence[str]) -> bool:
     """Whether backbones are finetuned with `GENTLE` by default, decided by their names alone."""
-
-    def tagged(name: str) -> str:
-        # Architecture and tag of a timm: backbone, without the organization that published it.
-        return name.rpartition("/")[2].removeprefix("timm:") if name.startswith("timm:") else ""
-
-    return any(name in _DINO or _VIT_S8_DINO.fullmatch(tagged(name)) for name in backbones)
+    # Architecture and tag of a timm: backbone, without the organization that published it.
+    tagged = [name.rpartition("/")[2].removeprefix("timm:") for name in backbones if name.startswith("timm:")]
+    return any(name in _DINO for name in backbones) or any(map(_VIT_S8_DINO.fullmatch, tagged))
 
 
 def choose_schedule(specs: Sequence[Backbone], config: FinetuneConfig) -> Schedule:

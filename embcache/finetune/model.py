@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from embcache.backbones.timm_models import build_timm
 from embcache.backbones.transforms import Transform, normalize
 from embcache.errors import StoreError, UsageError, WeightsError
 from embcache.extract.worker import arithmetic, pick_device
-from embcache.probe.heads import heads, make_head
+from embcache.probe.heads import check_backbones, heads, make_head
+from embcache.probe.layers import Tensors
 from embcache.probe.metrics import softmax
-from embcache.probe.stack import ClosedFormHead, Head, TrainedHead
+from embcache.probe.stack import Head, TrainedHead
 from embcache.runs.folders import Result, run_file
 
 State = dict[str, Tensor]
@@ -38,7 +39,7 @@ class ImageModel:
     device: torch.device  # where all of them lie
     precision: str  # arithmetic of the backbones; the head and the loss are always computed in fp32
 
-    def logits(self, pixels: Tensor, masks: Mapping[str, Tensor] | None = None) -> Tensor:
+    def logits(self, pixels: Tensor, masks: Tensors | None = None) -> Tensor:
         """Logits, float32 (B, C), of a uint8 batch (B, H, W, 3); ``masks`` (B, width) are the head's dropout."""
         seen: dict[tuple[object, ...], Tensor] = {}
         features: State = {}
@@ -66,23 +67,17 @@ class ImageModel:
 
     def trainable(self) -> State:
         """Every trained tensor by its name, in a fixed order; all parameters of backbones and head."""
-        named = {
-            f"backbone.{name}.{key}": value
-            for name, module in self.backbones.items()
-            for key, value in module.named_parameters()
-        }
+        modules = self.backbones.items()
+        named = {f"backbone.{name}.{k}": value for name, module in modules for k, value in module.named_parameters()}
         return named | {f"head.{key}": value for key, value in self.params.items()}
 
     def state(self) -> State:
         """All that a prediction depends on, by name: `trainable` and the buffers (running means …). Not copies."""
-        named = {
-            f"backbone.{name}.{key}": value.detach()
-            for name, module in self.backbones.items()
-            for key, value in module.state_dict().items()
-        }
+        modules = self.backbones.items()
+        named = {f"backbone.{n}.{k}": v.detach() for n, module in modules for k, v in module.state_dict().items()}
         return named | {f"head.{key}": value.detach() for key, value in self.params.items()}
 
-    def load(self, state: Mapping[str, Tensor], *, where: object = None, fix: str | None = None) -> None:
+    def load(self, state: Tensors, *, where: object = None, fix: str | None = None) -> None:
         """Copy a state into the model, in place."""
         mine = self.state()
         wrong = sorted(set(mine) ^ set(state)) or [n for n, value in mine.items() if state[n].shape != value.shape]
@@ -101,7 +96,7 @@ def assemble(
     backbones: Mapping[str, nn.Module],
     transforms: Mapping[str, Transform],
     head: TrainedHead,
-    params: Mapping[str, Tensor],
+    params: Tensors,
     device: torch.device,
     precision: str,
 ) -> ImageModel:
@@ -140,23 +135,12 @@ class FinetunedModel:
 
 
 def load_finetuned(run: Path, result: Result, fold: int, device: str = "cpu") -> FinetunedModel:
-    """The saved model of one fold of a finetuned run; neither images nor the weights that training began with are read.
-
-    Parameters
-    ----------
-    run : Path
-        Folder of the run.
-    result : Result
-        Its result.
-    fold : int
-        Number of one of ``result.folds``.
-    device : str
-        ``auto``, ``cpu``, ``cuda:0``, …
+    """The saved model of a fold of a finetuned run; neither images nor the weights that training began with are read.
 
     Raises
     ------
     UsageError
-        The result is not of a finetuning, has no such fold, or the device does not exist.
+        The result is not of a finetuning, has no such fold, or the device (``auto``, ``cpu``, ``cuda:0``) is not there.
     StoreError, WeightsError
         The fold has no model, or its file is damaged; it does not fit the network.
     """
@@ -180,9 +164,10 @@ def load_finetuned(run: Path, result: Result, fold: int, device: str = "cpu") ->
     chosen = {}
     for spec in specs:
         saved = result.recipes[spec.name]["transform"]
-        given: dict[str, Any] = {
-            f.name: tuple(v) if isinstance(v := saved[f.name], list) else v for f in fields(Transform)
-        }
+        given: dict[str, Any] = {}
+        for field in fields(Transform):
+            value = saved[field.name]
+            given[field.name] = tuple(value) if isinstance(value, list) else value
         chosen[spec.name] = Transform(**given)
     transform = next(iter(chosen.values()))
     networks = {spec.name: empty_backbone(spec, transform.size) for spec in specs}
@@ -191,9 +176,8 @@ def load_finetuned(run: Path, result: Result, fold: int, device: str = "cpu") ->
     params = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
     precision = result.recipes[result.backbones[0]]["precision"]
     model = assemble(networks, chosen, head, params, pick_device(device), precision)
-    model.load(
-        tensors, where=run / model_file(fold), fix="pip install the versions that `embcache results --json` says"
-    )
+    fix = "pip install the versions that `embcache results --json` says"
+    model.load(tensors, where=run / model_file(fold), fix=fix)
     model.train(False)
     return FinetunedModel(model, transform, tuple(result.class_names))
 
@@ -211,28 +195,11 @@ def has_batch_norm(network: nn.Module) -> bool:
 
 def check_head(head: Head, backbones: Sequence[str]) -> TrainedHead:
     """The head, where it can be trained together with its backbones."""
-    if not _trainable(head):
-        why = (
-            "is solved on fixed features"
-            if isinstance(head, ClosedFormHead)
-            else "standardizes features that must stay fixed"
-        )
+    if not isinstance(head, TrainedHead) or head.standardized:
         raise UsageError(
-            f"head {head.name!r} {why}: it cannot be trained together with its backbones", code="head-needs-features",
-            expected=", ".join(name for name in heads if _trainable(make_head(name))), found=head.name,
-            fix="embcache finetune --head linear …",
+            f"head {head.name!r} needs features that stay fixed: it cannot be trained together with its backbones",
+            code="head-needs-features", found=head.name, fix="embcache finetune --head linear …",
+            expected=", ".join(n for n in heads if isinstance(h := make_head(n), TrainedHead) and not h.standardized),
         )  # fmt: skip
-    if not backbones:
-        raise UsageError("no backbone was named", code="no-backbone", fix="--backbone NAME")
-    if len(set(backbones)) < len(backbones):
-        raise UsageError("a backbone is named twice", code="backbone-twice", found=", ".join(backbones))
-    if not head.fuses and len(backbones) != 1:
-        raise UsageError(
-            f"head {head.name!r} takes one backbone at a time", code="one-backbone", found=", ".join(backbones),
-            fix=f"--backbone {backbones[0]}, or a head that fuses: --head dvme",
-        )  # fmt: skip
-    return cast("TrainedHead", head)
-
-
-def _trainable(head: object) -> bool:
-    return isinstance(head, TrainedHead) and not head.standardized
+    check_backbones(head, backbones)
+    return head

@@ -3,15 +3,13 @@
 Training and scoring ask for rows by number and never for the whole, so that both are the same to them.
 
 Streaming serves features larger than memory: all heads share one stream of shards, shuffled on two levels. An epoch
-takes the shards in a random order, as many at a time as a buffer holds; of the rows in the buffer every head takes its
-own draws in its own random order. What a head draws in an epoch is what it would draw from memory, row for row; only
-the order is bound to that of the shards. Draws that do not fill a batch wait in front of the buffer for the next
-shards: a batch for each head, in addition to the rows of the buffer. The order of the shards follows from the epoch and
-the seed; heads of all folds, rates and repeats see the same one, as they share what is read.
+takes the shards in a random order, which follows from the epoch and the seed, as many at a time as a buffer holds; of
+the rows in the buffer every head takes its own draws in its own random order. What a head draws in an epoch is what it
+would draw from memory, row for row; only the order is bound to that of the shards. Draws that do not fill a batch wait
+in front of the buffer for the next shards: a batch for each head, in addition to the rows of the buffer.
 
-A unit of reading is a shard of the first backbone's store. If the other stores list images in another order, or have
-other shards, the rows of a unit lie in several of theirs, and each of those is read and checked as a whole. Stores that
-one extraction after another filled from the same dataset do not differ so; nor does it change a result.
+A unit of reading is a shard of the first backbone's store. If other stores list images in another order, the rows of a
+unit lie in several of their shards, and each of those is read as a whole: slower, with the same result.
 """
 
 from __future__ import annotations
@@ -21,11 +19,14 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from embcache.probe.layers import Tensors
 
 IntArray = NDArray[np.int64]
 
@@ -43,8 +44,8 @@ class Step:
     """One batch of some neighboring heads, equally long for all of them."""
 
     heads: slice  # which of the heads
-    rows: torch.Tensor  # (k, B); the rows that each of them takes, on the device of the features
-    x: dict[str, torch.Tensor]  # (k, B, D); their features
+    rows: Tensor  # (k, B); the rows that each of them takes, on the device of the features
+    x: dict[str, Tensor]  # (k, B, D); their features
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,17 +53,19 @@ class Chunk:
     """Features of some rows of a set of rows."""
 
     number: int  # which of the sets
-    places: torch.Tensor  # (B,); where in the set the rows stand
-    x: dict[str, torch.Tensor]  # (B, D); their features; of several views the first, the image as it is
+    places: Tensor  # (B,); where in the set the rows stand
+    x: dict[str, Tensor]  # (B, D); their features; of several views the first, the image as it is
 
 
 class FeatureRows(ABC):
     """Features of N rows, of which training and scoring take what they need."""
 
+    x: Mapping[str, Any]  # (N, D) or (N, V, D) of each backbone
+
     @property
-    @abstractmethod
-    def dims(self) -> Mapping[str, int]:
+    def dims(self) -> dict[str, int]:
         """Features of each backbone, D."""
+        return {backbone: features.shape[-1] for backbone, features in self.x.items()}
 
     @property
     @abstractmethod
@@ -70,48 +73,46 @@ class FeatureRows(ABC):
         """V: views of each image that training draws from."""
 
     @abstractmethod
-    def steps(
-        self, orders: Sequence[torch.Tensor], views: Sequence[torch.Tensor], size: int, epoch: int
-    ) -> Iterator[Step]:
+    def steps(self, orders: list[Tensor], views: list[Tensor], size: int, epoch: int) -> Iterator[Step]:
         """One epoch of several heads, batch by batch; ``orders`` and ``views`` of each head are of shape (n_k,)."""
 
     @abstractmethod
-    def chunks(self, sets: Sequence[torch.Tensor]) -> Iterator[Chunk]:
+    def chunks(self, sets: Sequence[Tensor]) -> Iterator[Chunk]:
         """Features of several sets of rows, in parts, every row of every set once."""
 
-    @abstractmethod
-    def gather(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gather(self, rows: Tensor) -> dict[str, Tensor]:
         """Features of rows, float32 (n, D) of each backbone, all at once; of several views the first."""
+        x = {backbone: torch.empty(0, dim) for backbone, dim in self.dims.items()}
+        for chunk in self.chunks([rows]):
+            for backbone, features in chunk.x.items():
+                if not len(x[backbone]):
+                    x[backbone] = features.new_empty(len(rows), features.shape[1])
+                x[backbone][chunk.places.to(features.device)] = features
+        return x
 
 
 @dataclass(frozen=True, eq=False)
 class Resident(FeatureRows):
     """Features in memory (or on a device), of any floating dtype: rows are gathered, then widened to float32."""
 
-    x: Mapping[str, torch.Tensor]  # (N, D); never copied whole
-
-    @property
-    def dims(self) -> Mapping[str, int]:
-        """Features of each backbone."""
-        return {backbone: features.shape[-1] for backbone, features in self.x.items()}
+    x: Tensors  # never copied whole
 
     @property
     def n_views(self) -> int:
         """Views of each image."""
         return max((f.shape[1] if f.dim() == 3 else 1 for f in self.x.values()), default=1)
 
-    def steps(
-        self, orders: Sequence[torch.Tensor], views: Sequence[torch.Tensor], size: int, epoch: int
-    ) -> Iterator[Step]:
+    def steps(self, orders: list[Tensor], views: list[Tensor], size: int, epoch: int) -> Iterator[Step]:
         """One epoch of several heads."""
-        device = next(iter(self.x.values())).device
+        device, several = next(iter(self.x.values())).device, self.n_views > 1
         # Whole epochs go to the device once; neighbors of one length are one matrix, of which a batch is a slice.
         runs = [
-            (heads, torch.stack([orders[k] for k in _numbers(heads)]).to(device), self._epoch_views(views, heads))
+            (heads, torch.stack(orders[heads]).to(device), torch.stack(views[heads]).to(device) if several else None)
             for heads in equal_runs([len(order) for order in orders])
         ]
         for start in range(0, max(map(len, orders), default=0), size):
-            for heads in _joined([(heads, min(size, rows.shape[1] - start)) for heads, rows, _ in runs]):
+            # No batch is padded: it would be rounded otherwise than the one a head has alone.
+            for heads in equal_runs([min(size, max(0, len(order) - start)) for order in orders]):
                 parts = [(r[:, start : start + size], v) for h, r, v in runs if heads.start <= h.start < heads.stop]
                 rows = parts[0][0] if len(parts) == 1 else torch.cat([r for r, _ in parts])
                 view = None
@@ -119,7 +120,7 @@ class Resident(FeatureRows):
                     view = torch.cat([v[:, start : start + size] for _, v in parts if v is not None])
                 yield Step(heads, rows, {b: take(f, rows, view) for b, f in self.x.items()})
 
-    def chunks(self, sets: Sequence[torch.Tensor]) -> Iterator[Chunk]:
+    def chunks(self, sets: Sequence[Tensor]) -> Iterator[Chunk]:
         """Features of several sets of rows."""
         for number, rows in enumerate(sets):
             for start in range(0, len(rows), CHUNK):
@@ -127,39 +128,12 @@ class Resident(FeatureRows):
                 x = {b: take(f, part.to(f.device)) for b, f in self.x.items()}
                 yield Chunk(number, torch.arange(start, start + len(part)), x)
 
-    def gather(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features of rows."""
-        return {b: take(f, rows.to(f.device)) for b, f in self.x.items()}
-
-    def _epoch_views(self, views: Sequence[torch.Tensor], heads: slice) -> torch.Tensor | None:
-        if self.n_views == 1:
-            return None
-        return torch.stack([views[k] for k in _numbers(heads)]).to(next(iter(self.x.values())).device)
-
-
-class StoredRows(Protocol):
-    """What is streamed: an array that is read when indexed, as `embcache.store.feature_store.Features` is."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(n, D) or (n, V, D)."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """As stored."""
-        ...
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """The rows asked for, in their order."""
-        ...
-
 
 @dataclass(frozen=True, eq=False)
 class Streamed(FeatureRows):
     """Features on disk, read whenever they are needed."""
 
-    stored: Mapping[str, StoredRows]  # the features
+    x: Mapping[str, Any]  # arrays that are read when indexed, as `embcache.store.feature_store.Features`
     places: Mapping[str, IntArray]  # (N,); where each row lies in them
     shards: IntArray  # (N,); the shard that each row is read with
     shard_rows: Mapping[int, int]  # how many rows each shard has, wanted or not
@@ -167,16 +141,9 @@ class Streamed(FeatureRows):
     n_views: int = 1  # more than one: views (n, V, D) that training draws from, else the plain images
     stream: str = "0"  # names the random stream of the order of shards
     device: str = "cpu"  # where batches go
-    _sorted: dict[int, tuple[torch.Tensor, IntArray, IntArray]] = field(default_factory=dict, init=False, repr=False)
+    _sorted: dict[int, tuple[Tensor, IntArray, IntArray]] = field(default_factory=dict, init=False, repr=False)
 
-    @property
-    def dims(self) -> Mapping[str, int]:
-        """Features of each backbone."""
-        return {backbone: stored.shape[-1] for backbone, stored in self.stored.items()}
-
-    def steps(
-        self, orders: Sequence[torch.Tensor], views: Sequence[torch.Tensor], size: int, epoch: int
-    ) -> Iterator[Step]:
+    def steps(self, orders: list[Tensor], views: list[Tensor], size: int, epoch: int) -> Iterator[Step]:
         """One epoch of several heads."""
         block_of, n_blocks = self._blocks(epoch)
         queues = [
@@ -209,7 +176,7 @@ class Streamed(FeatureRows):
                 for features in held.values():
                     features[k * size : k * size + len(left)] = features[left]
 
-    def chunks(self, sets: Sequence[torch.Tensor]) -> Iterator[Chunk]:
+    def chunks(self, sets: Sequence[Tensor]) -> Iterator[Chunk]:
         """Features of several sets of rows, shard by shard."""
         numbers = np.array(sorted(self.shard_rows))
         orders, bounds = zip(*self._by_shard(sets, numbers), strict=True) if sets else ((), ())
@@ -227,19 +194,8 @@ class Streamed(FeatureRows):
                     x = {b: take(f, places).to(self.device) for b, f in held.items()}
                     yield Chunk(number, torch.from_numpy(part[start : start + CHUNK]), x)
 
-    def gather(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features of rows, all at once."""
-        x = {b: torch.empty((len(rows), dim), device=self.device) for b, dim in self.dims.items()}
-        for chunk in self.chunks([rows]):
-            for backbone, features in chunk.x.items():
-                x[backbone][chunk.places.to(self.device)] = features
-        return x
-
-    def _by_shard(self, sets: Sequence[torch.Tensor], numbers: IntArray) -> list[tuple[IntArray, IntArray]]:
-        """For each set its places, shard by shard, and where in them each shard begins; kept until the next call.
-
-        Heads validate on the same sets after each epoch.
-        """
+    def _by_shard(self, sets: Sequence[Tensor], numbers: IntArray) -> list[tuple[IntArray, IntArray]]:
+        """For each set its places, shard by shard, and where in them each shard begins; kept for the next epoch."""
         known, found = dict(self._sorted), []
         self._sorted.clear()
         for rows in sets:
@@ -266,42 +222,37 @@ class Streamed(FeatureRows):
             filled += self.shard_rows[number]
         return block_of, block + 1
 
-    def _empty(self, n: int) -> dict[str, torch.Tensor]:
-        """Room for n rows of each backbone, in the dtype in which they are kept."""
-        shapes = {b: s.shape[1:] if self.n_views > 1 else s.shape[-1:] for b, s in self.stored.items()}
-        return {b: torch.empty((n, *shape), dtype=kept_dtype(self.stored[b].dtype)) for b, shape in shapes.items()}
+    def _empty(self, n: int) -> dict[str, Tensor]:
+        """Room for n rows of each backbone: half precision is kept as it is, all else as float32."""
+        shapes = {b: s.shape[1:] if self.n_views > 1 else s.shape[-1:] for b, s in self.x.items()}
+        return {
+            b: torch.empty((n, *shape), dtype=torch.float16 if self.x[b].dtype == np.float16 else torch.float32)
+            for b, shape in shapes.items()
+        }
 
-    def _read_into(self, held: Mapping[str, torch.Tensor], start: int, rows: IntArray) -> None:
+    def _read_into(self, held: Tensors, start: int, rows: IntArray) -> None:
         """Read rows, shard by shard where they are listed so: never more than one shard beside the buffer."""
         edges = np.flatnonzero(np.diff(self.shards[rows], prepend=-1, append=-1))
         for a, b in itertools.pairwise(edges.tolist()):
             for backbone, features in held.items():
-                read = self.stored[backbone][self.places[backbone][rows[a:b]]]
+                read = self.x[backbone][self.places[backbone][rows[a:b]]]
                 if read.ndim == 3 and self.n_views == 1:
                     read = read[:, 0]  # the first view is the image as it is
                 features[start + a : start + b] = torch.from_numpy(np.ascontiguousarray(read))
 
-    def _step(
-        self,
-        held: Mapping[str, torch.Tensor],
-        queues: Sequence[_Queue],
-        ready: Sequence[IntArray],
-        heads: slice,
-        part: slice,
-    ) -> Step:
-        numbers = range(heads.start, heads.stop)
-        places = torch.from_numpy(np.stack([ready[k][part] for k in numbers]))
-        rows = torch.from_numpy(np.stack([queues[k].rows[queues[k].done :][part] for k in numbers]))
+    def _step(self, held: Tensors, queues: list[_Queue], ready: list[IntArray], heads: slice, part: slice) -> Step:
+        places = torch.from_numpy(np.stack([lies[part] for lies in ready[heads]]))
+        rows = torch.from_numpy(np.stack([queue.rows[queue.done :][part] for queue in queues[heads]]))
         view = None
         if self.n_views > 1:
-            view = torch.from_numpy(np.stack([queues[k].views[queues[k].done :][part] for k in numbers]))
+            view = torch.from_numpy(np.stack([queue.views[queue.done :][part] for queue in queues[heads]]))
         return Step(heads, rows.to(self.device), {b: take(f, places, view).to(self.device) for b, f in held.items()})
 
 
 class _Queue:
     """The draws of one head in an epoch, in the order of the blocks: ``done`` of them have been trained on."""
 
-    def __init__(self, order: torch.Tensor, views: torch.Tensor | None, blocks: IntArray, n_blocks: int) -> None:
+    def __init__(self, order: Tensor, views: Tensor | None, blocks: IntArray, n_blocks: int) -> None:
         narrow = blocks.astype(np.int16) if n_blocks < 2**15 else blocks  # what numpy sorts in linear time
         by_block = np.argsort(narrow, kind="stable")
         self.rows: IntArray = order.numpy()[by_block]
@@ -316,12 +267,12 @@ class _Queue:
         return np.concatenate([waited, at[self.rows[before : self.ends[block]]]])
 
 
-def as_rows(x: Mapping[str, torch.Tensor] | FeatureRows) -> FeatureRows:
+def as_rows(x: Tensors | FeatureRows) -> FeatureRows:
     """Tensors of features as rows; rows as they are."""
     return Resident(x) if isinstance(x, Mapping) else x
 
 
-def take(features: torch.Tensor, rows: torch.Tensor, view: torch.Tensor | None = None) -> torch.Tensor:
+def take(features: Tensor, rows: Tensor, view: Tensor | None = None) -> Tensor:
     """Rows of features (N, D) or (N, V, D), as float32 of shape (*rows.shape, D); of views ``view``, or the first."""
     if features.dim() == 2:
         # A lookup copies whole rows; indexing by a matrix takes four times as long.
@@ -329,33 +280,7 @@ def take(features: torch.Tensor, rows: torch.Tensor, view: torch.Tensor | None =
     return (features[rows, view] if view is not None else features[rows, 0]).float()
 
 
-def kept_dtype(stored: np.dtype[Any]) -> torch.dtype:
-    """The dtype in which features are kept in memory: half precision as it is, all else float32."""
-    return torch.float16 if stored == np.float16 else torch.float32
-
-
-def equal_runs(lengths: Sequence[int]) -> list[slice]:
+def equal_runs(lengths: list[int]) -> list[slice]:
     """Neighbors that are equally long; those of length 0 are left out."""
     starts = [k for k in range(len(lengths)) if k == 0 or lengths[k] != lengths[k - 1]]
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True) if lengths[a] > 0]
-
-
-def _joined(runs: Sequence[tuple[slice, int]]) -> list[slice]:
-    """Neighboring runs of heads whose batches are equally long, as one run; those that have no batch left out.
-
-    No batch is padded: a padded one would be rounded otherwise than the one a head has alone, and attention's
-    vanishing gradients make much of that.
-    """
-    joined: list[tuple[slice, int]] = []
-    for heads, length in runs:
-        if length <= 0:
-            continue
-        if joined and joined[-1][1] == length and joined[-1][0].stop == heads.start:
-            joined[-1] = (slice(joined[-1][0].start, heads.stop), length)
-        else:
-            joined.append((heads, length))
-    return [heads for heads, _ in joined]
-
-
-def _numbers(heads: slice) -> range:
-    return range(heads.start, heads.stop)

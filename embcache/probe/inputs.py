@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from embcache.config import ProbeConfig, ProtocolConfig
 from embcache.data.dataset import ImageDataset, read_snapshot
@@ -19,14 +20,10 @@ from embcache.errors import DatasetError, StoreError, StoreNotFoundError, UsageE
 from embcache.io import skip
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.feature_rows import Streamed
-from embcache.probe.protocol import Sides, divide, merged_groups, plan_splits, subset_sizes
-from embcache.probe.splits import Splits, read_splits, write_splits
+from embcache.probe.protocol import Sides, Splits, divide, plan_splits, read_splits, subset_sizes, write_splits
 from embcache.store.feature_store import FeatureStore, extract_command, list_stores, open_store
 
-_SHARDS = 4  # read at a time where what is read is not what is kept
-
-PAPER_SET = ("simclr", "swav", "dino")
-"""What a head fuses by default (Section 5.6)."""
+PAPER_SET = ("simclr", "swav", "dino")  # what a head fuses by default (Section 5.6)
 
 
 class KnownImages(Protocol):
@@ -47,21 +44,19 @@ def cached_datasets(home: PathLike | None = None) -> list[str]:
     for folder in {store.path.parent for store in list_stores(home)}:
         try:
             snapshot = read_snapshot(folder.name, home)
+            names.add(folder.name if snapshot is None else snapshot.name)
         except DatasetError as error:
             skip(folder, error)
-            continue
-        names.add(folder.name if snapshot is None else snapshot.name)
     return sorted(names)
 
 
 def cached_backbones(dataset: str, home: PathLike | None = None, views: int | None = None) -> list[str]:
     """Backbones whose vectors are cached for a dataset, sorted; of several ``views`` only those with so many."""
-    fits = {
-        store.recipe.backbone: None
+    return sorted({
+        store.recipe.backbone
         for store in list_stores(home, dataset)
         if (store.row_shape[:-1] == (views,) if views and views > 1 else len(store.row_shape) in (1, 2))
-    }
-    return sorted(fits)
+    })  # fmt: skip
 
 
 def open_stores(
@@ -81,14 +76,11 @@ def open_stores(
     for prefix in prefixes:
         fits = [b for b in wanted if any(fingerprint.startswith(prefix) for fingerprint in fingerprints[b])]
         if not fits or not prefix:
+            known = ", ".join(f"{fingerprint[:12]} ({b})" for b in wanted for fingerprint in fingerprints[b])
             raise UsageError(
-                "--recipe fits none of the backbones",
-                code="unknown-recipe",
-                expected="first digits of one of "
-                + ", ".join(f"{fingerprint[:12]} ({b})" for b in wanted for fingerprint in fingerprints[b]),
-                found=repr(prefix),
-                fix="embcache ls",
-            )
+                "--recipe fits none of the backbones", code="unknown-recipe",
+                expected=f"first digits of one of {known}", found=repr(prefix), fix="embcache ls",
+            )  # fmt: skip
         prefix_of |= dict.fromkeys(fits, prefix)
     several = views if views > 1 else None
     stores = {backbone: open_store(backbone, ds, home, prefix_of.get(backbone), several) for backbone in wanted}
@@ -109,18 +101,12 @@ def plan_for(
     config: ProtocolConfig | None = None,
     **options: Any,
 ) -> Splits:
-    """The splits of a dataset as its stores know it: identical bytes grouped, unreadable images left out.
-
-    ``options`` are fields of `ProtocolConfig`.
-    """
+    """The splits of a dataset as its stores know it: identical bytes grouped, unreadable images left out."""
     config = ProtocolConfig.make(config, options)
     digests, unreadable = _known(stores)
     if config.splits is None:
         return plan_splits(ds, subsets=subsets, config=config, digests=digests, unreadable=unreadable)
-    plan = read_splits(
-        Path(config.splits), ds, merged_groups(ds, digests), unreadable=unreadable,
-        exclude_test_overlap=config.exclude_test_overlap,
-    )  # fmt: skip
+    plan = read_splits(Path(config.splits), ds, digests, unreadable, config.exclude_test_overlap)
     plan = plan.rename({str(size): name for name, size in ds.subset_sizes.items() if name not in plan.subsets})
     lacking = [name for name in (subset_sizes(ds, subsets) if subsets else ()) if name not in plan.subsets]
     if lacking:
@@ -131,23 +117,13 @@ def plan_for(
     return plan
 
 
-def divide_for(
-    ds: ImageDataset,
-    stores: Sequence[KnownImages],
-    *,
-    seed: int = 0,
-    test: str = "local",
-    exclude_test_overlap: bool = False,
-) -> Sides:
+def divide_for(ds: ImageDataset, stores: Sequence[KnownImages], **options: Any) -> Sides:
     """Pool and test set of a dataset as its stores know it, without folds."""
     digests, unreadable = _known(stores)
-    return divide(
-        ds, seed=seed, test=test, digests=digests, unreadable=unreadable, exclude_test_overlap=exclude_test_overlap
-    )
+    return divide(ds, digests=digests, unreadable=unreadable, **options)
 
 
 def _known(stores: Sequence[KnownImages]) -> tuple[dict[str, str], set[str]]:
-    """Digests of images, and the images that could not be read."""
     digests = {name: digest for store in stores for name, digest in store.digests.items()}
     return digests, {name for store in stores for name in store.quarantined}
 
@@ -216,11 +192,8 @@ def load_features(
     views: int = 1,
     *,
     keep_half: bool = False,
-) -> torch.Tensor:
-    """Features of some images of a dataset, raw.
-
-    Shapes: returns (n, D).
-    """
+) -> Tensor:
+    """Features (n, D) of some images of a dataset, raw."""
     rows, stored = rows_of(store, ds, ids, views), store.features
     kept = np.dtype(np.float16) if stored.dtype == np.float16 and keep_half else np.dtype(np.float32)
     plain = stored.ndim == 3 and views == 1  # the first view is the image as it is
@@ -230,7 +203,7 @@ def load_features(
     x = np.empty((len(rows), *(stored.shape[2:] if plain else stored.shape[1:])), kept)
     order = np.argsort(stored.shards[rows], kind="stable")
     first = np.flatnonzero(np.diff(stored.shards[rows[order]], prepend=-1))  # where each shard begins
-    for part in np.split(order, first[_SHARDS::_SHARDS]) if len(order) else ():
+    for part in np.split(order, first[4::4]) if len(order) else ():
         read = stored[rows[part]]
         x[part] = read[:, 0] if plain else read
     return torch.from_numpy(x)
@@ -261,17 +234,14 @@ def stream_features(
     shards = stores[first].features.shards
     numbers, counts = np.unique(shards, return_counts=True)
     return Streamed(
-        stored={backbone: store.features for backbone, store in stores.items()}, places=places,
+        x={backbone: store.features for backbone, store in stores.items()}, places=places,
         shards=shards[places[first]], shard_rows=dict(zip(numbers.tolist(), counts.tolist(), strict=True)),
         buffer_rows=config.buffer, n_views=config.views, stream=str(config.seed), device=config.device,
     )  # fmt: skip
 
 
 def digest_shards(stores: Mapping[str, FeatureStore], ds: ImageDataset, ids: NDArray[np.object_], views: int) -> str:
-    """SHA-256 (hex) of the shard that each image is streamed with, and of the number of rows of each shard.
-
-    The order of an epoch follows from both: the same images in other shards, or beside others, make another result.
-    """
+    """SHA-256 (hex) of the shard of each image, and of the rows of each shard: an epoch's order follows from both."""
     first = next(iter(stores.values()))
     lies = hashlib.sha256()
     numbers, counts = np.unique(first.features.shards, return_counts=True)
@@ -285,7 +255,5 @@ def digest_images(stores: Mapping[str, KnownImages], ids: Sequence[str] | NDArra
     images = hashlib.sha256()
     for backbone, store in stores.items():
         digests = store.digests
-        images.update(f"{backbone}\n".encode())
-        for name in ids:
-            images.update(f"{name}\0{digests.get(name, '')}\n".encode())
+        images.update("".join([f"{backbone}\n", *(f"{name}\0{digests.get(name, '')}\n" for name in ids)]).encode())
     return images.hexdigest()

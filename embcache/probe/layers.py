@@ -1,4 +1,4 @@
-"""Layers as functions of stacked parameters: a leading axis of K heads on parameters and activations alike."""
+"""Layers and standardization as functions of stacked parameters: a leading axis of K heads everywhere."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+Params = dict[str, Tensor]
+Tensors = Mapping[str, Tensor]
+Tensors = Tensors
 
 _NARROW = 64  # outputs up to which the weights go first in the product
 
 
-def plain_arithmetic(like: torch.Tensor) -> AbstractContextManager[Any]:
+def plain_arithmetic(like: Tensor) -> AbstractContextManager[Any]:
     """No autocast, which would compute the products in half precision."""
     if not torch.is_autocast_enabled(like.device.type):
         return nullcontext()  # to enter torch's takes as long as a small product
     return torch.autocast(like.device.type, enabled=False)
 
 
-def init_linear(generator: torch.Generator, name: str, fan_in: int, fan_out: int) -> dict[str, torch.Tensor]:
+def init_linear(generator: torch.Generator, name: str, fan_in: int, fan_out: int) -> Params:
     """Initialize as torch's ``nn.Linear``: weight (fan_out, fan_in) and bias uniform within ±1/√fan_in."""
     bound = 1 / math.sqrt(fan_in)
     weight = torch.empty(fan_out, fan_in).uniform_(-bound, bound, generator=generator)
@@ -27,21 +35,20 @@ def init_linear(generator: torch.Generator, name: str, fan_in: int, fan_out: int
     return {f"{name}.weight": weight, f"{name}.bias": bias}
 
 
-def affine(params: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+def affine(params: Tensors, name: str, x: Tensor) -> Tensor:
     """``x @ W.T + b`` for every head: (K, B, fan_in) to (K, B, fan_out)."""
-    out: torch.Tensor = _Affine.apply(x, params[f"{name}.weight"], params[f"{name}.bias"])
+    out: Tensor = _Affine.apply(x, params[f"{name}.weight"], params[f"{name}.bias"])
     return out
 
 
 class _Affine(torch.autograd.Function):
     """A stacked linear layer whose gradient is computed with the weights' long side along memory.
 
-    What autograd makes of ``baddbmm`` multiplies (fan_in, B) by (B, fan_out), which for the two outputs of a linear
-    probe takes fifteen times as long as (fan_out, B) by (B, fan_in).
+    Autograd's product of (fan_in, B) and (B, fan_out) takes fifteen times as long for the two outputs of a probe.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         with plain_arithmetic(x):
             if weight.shape[1] <= _NARROW:
@@ -49,7 +56,7 @@ class _Affine(torch.autograd.Function):
             return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         (out,) = gradients
         of_x, of_weight, of_bias = ctx.needs_input_grad
@@ -61,7 +68,73 @@ class _Affine(torch.autograd.Function):
             )
 
 
-def layer_norm(params: Mapping[str, torch.Tensor], name: str, x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+def layer_norm(params: Tensors, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
     """``nn.LayerNorm`` over the last axis of (K, B, width), each head with its own gain and bias."""
     normed = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
     return torch.addcmul(params[f"{name}.bias"][:, None], normed, params[f"{name}.weight"][:, None])
+
+
+class Standard:
+    """Mean and scale of every feature, as scikit-learn's ``StandardScaler``, from rows that come in parts."""
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._mean: Params = {}
+        self._squares: Params = {}  # sum of squared deviations from the mean
+
+    def add(self, x: Tensors) -> None:
+        """Add float32 rows (n, D)."""
+        n = len(next(iter(x.values())))
+        if not n:
+            return
+        before, self._n = self._n, self._n + n
+        for backbone, features in x.items():
+            wide = features.double()
+            mean = wide.mean(0)
+            squares = wide.var(0, correction=0) * n
+            if before:  # moments of two parts make those of the whole (Chan, Golub and LeVeque)
+                apart = mean - self._mean[backbone]
+                squares += self._squares[backbone] + apart * apart * (before * n / self._n)
+                mean = self._mean[backbone] + apart * (n / self._n)
+            self._mean[backbone], self._squares[backbone] = mean, squares
+
+    def params(self) -> Params:
+        """``standard.<backbone>.mean`` and ``standard.<backbone>.scale``, float32 of shape (D,).
+
+        The scale is the standard deviation (divided by n), 1 where a feature does not vary.
+        """
+        params: Params = {}
+        for backbone, mean in self._mean.items():
+            scale = (self._squares[backbone] / self._n).sqrt()
+            # What rounding leaves of a constant feature is no variation.
+            constant = scale <= 10 * torch.finfo(torch.float64).eps * mean.abs()
+            params[f"standard.{backbone}.mean"] = mean.float()
+            params[f"standard.{backbone}.scale"] = scale.masked_fill(constant, 1.0).float()
+        return params
+
+
+def standard_params(x: Tensors) -> Params:
+    """Mean and scale (D,) of every feature over rows (n, D); see `Standard.params`."""
+    standard = Standard()
+    standard.add(x)
+    return standard.params()
+
+
+def standardize(params: Tensors, backbone: str, x: Tensor) -> Tensor:
+    """Features (K, B, D) of a backbone by the means and scales (K, D) of each head."""
+    return (x - params[f"standard.{backbone}.mean"][:, None]) / params[f"standard.{backbone}.scale"][:, None]
+
+
+def standardized(x: ArrayLike, by: ArrayLike | None = None) -> NDArray[np.float32]:
+    """Features (n, D) of which each is standardized by the rows ``by`` (m, D), by default by ``x`` itself."""
+    rows, known = (torch.from_numpy(np.require(a, np.float32, ["C", "W"])) for a in (x, x if by is None else by))
+    standard = Standard()
+    for part in torch.split(known, 8192):  # rows that are float64 at a time
+        standard.add({"": part})
+    params = {name: p[None] for name, p in standard.params().items()}
+    return np.asarray(standardize(params, "", rows[None])[0].numpy())
+
+
+def standard_directions(x: ArrayLike, by: ArrayLike | None = None) -> NDArray[np.float32]:
+    """Features as `standardized`, each row then scaled to length 1: their products are cosines."""
+    return np.asarray(F.normalize(torch.from_numpy(standardized(x, by)), dim=-1).numpy())

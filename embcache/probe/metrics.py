@@ -1,9 +1,8 @@
 """Metrics of predicted classes: one row of `METRICS` each, in a weighted form that resampling and training share.
 
 Every metric reads logits, never saturated probabilities: classes are ranked by their log odds, which softmax would
-round to ties. Pairs and cells are counted in whole numbers, so that two models that rank all images alike have exactly
-equal scores. Tests hold every metric against scikit-learn, with ``sample_weight`` too. scikit-learn itself is not
-called: its import takes longer than most probes train, and its input checks longer than an epoch.
+round to ties. Pairs and cells are counted in whole numbers, so that models that rank alike have equal scores.
+scikit-learn is not called: its import takes longer than most probes train, and its input checks longer than an epoch.
 """
 
 from __future__ import annotations
@@ -24,17 +23,15 @@ from embcache.registry import Registry
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+# From row weights of shape (B, n) to B values; nan where they are not defined.
 Weighted = Callable[[FloatArray], FloatArray]
-"""From row weights of shape (B, n) to B values; nan where they are not defined."""
-
+# From labels (n,), logits (n, C) and the positive class to the weighted form.
 Form = Callable[[IntArray, FloatArray, int], Weighted]
-"""From labels (n,), logits (n, C) and the positive class to the weighted form."""
-
+# From the same to numerator and denominator of each row, boolean (n,).
 Ratio = Callable[[IntArray, FloatArray, int], tuple[BoolArray, BoolArray]]
-"""From the same to numerator and denominator of each row, boolean (n,)."""
 
+# Class names that mean "without disease", in addition to those that begin with ``no`` and a separator.
 NEGATIVE_NAMES = ("normal", "benign", "healthy", "negative", "control", "0", "false")
-"""Class names that mean "without disease", in addition to those that begin with ``no`` and a separator."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +63,7 @@ def softmax(logits: ArrayLike) -> FloatArray:
 
 
 def log_odds(logits: ArrayLike) -> FloatArray:
-    """log(p / (1 − p)) of each class, of logits of shape (..., C): a class's logit less the logsumexp of the others.
-
-    Ranks as the probabilities do, without the ties that they have near 0 and 1.
-    """
+    """log(p / (1 − p)) of each class, of logits of shape (..., C): ranks as p does, without its ties near 0 and 1."""
     z = np.asarray(logits, dtype=np.float64)
     if z.shape[-1] == 2:
         difference = z[..., 1] - z[..., 0]
@@ -111,7 +105,8 @@ def positive_class(class_names: Sequence[str], name: str | None = None) -> int:
                 found=name, where="--positive", fix=f"--positive {shlex.quote(plain[near[0]]) if near else 'CLASS'}",
             )  # fmt: skip
         return list(class_names).index(name)
-    negative = [_is_negative(each) for each in class_names]
+    plain_names = [each.strip().casefold() for each in class_names]
+    negative = [each in NEGATIVE_NAMES or bool(re.match(r"(no|non|not)[ _-]", each)) for each in plain_names]
     return negative.index(False) if len(class_names) == 2 and sum(negative) == 1 else min(1, len(class_names) - 1)
 
 
@@ -122,16 +117,10 @@ def asymmetry(metric: Metric, class_names: Sequence[str], positive: str | None) 
     return {"positive": class_names[positive_class(class_names, positive)]}
 
 
-def _is_negative(name: str) -> bool:
-    plain = name.strip().casefold()
-    return plain in NEGATIVE_NAMES or re.match(r"(no|non|not)[ _-]", plain) is not None
-
-
 def find_metric(name: str | Metric, n_classes: int) -> Metric:
     """The metric of a name, for so many classes: ``auc`` of more than two is ``macro_auc``, and the reverse.
 
-    A `Metric` is returned as it is. In addition to the names that are registered,
-    ``sensitivity_at_95_specificity`` and ``specificity_at_90_sensitivity`` take any number of percent.
+    In addition to registered names, ``sensitivity_at_95_specificity`` and its reverse take any number of percent.
     """
     if isinstance(name, Metric):
         return name
@@ -172,17 +161,11 @@ def choose_metric(name: str, n_classes: int) -> Metric:
 
 
 def score(metric: str | Metric, y: ArrayLike, logits: ArrayLike, positive: int = 1) -> float:
-    """One number for predictions.
-
-    Shapes: y (n,); logits (n, C).
-    """
+    """One number for labels (n,) and logits (n, C)."""
     z = np.asarray(logits, dtype=np.float64)
     if not np.isfinite(z).all():
-        raise ProtocolError(
-            "a score needs predictions that are numbers",
-            code="predictions-not-finite",
-            found=f"{int((~np.isfinite(z)).any(-1).sum()):,} rows without",
-        )
+        found = f"{int((~np.isfinite(z)).any(-1).sum()):,} rows without"
+        raise ProtocolError("a score needs predictions that are numbers", code="predictions-not-finite", found=found)
     labels = _two_classes(y)
     return float(find_metric(metric, z.shape[1]).form(labels, z, positive)(np.ones((1, len(labels))))[0])
 
@@ -192,18 +175,17 @@ def known(value: float | None) -> float | None:
     return float(value) if value is not None and np.isfinite(value) else None
 
 
-def scorer(metric: str | Metric, y: ArrayLike, n_classes: int, positive: int = 1) -> Callable[[ArrayLike], float]:
+def scorer(metric: str | Metric, y: ArrayLike, n_classes: int) -> Callable[[ArrayLike], float]:
     """`score` on one set of labels, as a function of finite logits (n, C), higher is better: what training calls.
 
-    Losses are negated. Ties between epochs keep the earliest: equal rankings have equal scores, to the last bit. A
-    score that is not defined counts as the worst there is.
+    Losses are negated, and a score that is not defined counts as the worst there is.
     """
     labels, found = _two_classes(y), find_metric(metric, n_classes)
     once = np.ones((1, len(labels)))
     sign, worst = (-1.0, found.high) if found.loss else (1.0, found.low)
 
     def value(z: ArrayLike) -> float:
-        defined = known(found.form(labels, np.asarray(z, dtype=np.float64), positive)(once)[0])
+        defined = known(found.form(labels, np.asarray(z, dtype=np.float64), 1)(once)[0])
         return sign * (worst if defined is None else defined)
 
     return value
@@ -211,12 +193,9 @@ def scorer(metric: str | Metric, y: ArrayLike, n_classes: int, positive: int = 1
 
 def _two_classes(y: ArrayLike) -> IntArray:
     labels = np.asarray(y, dtype=np.int64)
-    if len(np.unique(labels)) < 2:
-        raise ProtocolError(
-            "a score needs images of two classes",
-            code="one-class",
-            found=f"{len(labels)} images of {len(np.unique(labels))} class",
-        )
+    if (present := len(np.unique(labels))) < 2:
+        found = f"{len(labels)} images of {present} class"
+        raise ProtocolError("a score needs images of two classes", code="one-class", found=found)
     return labels
 
 
@@ -248,14 +227,8 @@ def evaluate(metric: str, y: ArrayLike, logits: ArrayLike, positive: int = 1) ->
     }
 
 
-# The weighted forms.
-
-
 def auc_placements(positive: BoolArray, scores: FloatArray) -> FloatArray:
-    """Of each positive row the share of negatives below it, of each negative the share of positives above; (n,).
-
-    Ties count half. The mean over either class is the AUC (DeLong's placement values).
-    """
+    """DeLong's placement values (n,): the share of the other class that a row is ranked right with; ties count half."""
     below = np.empty(len(scores))
     for of, others in ((positive, np.sort(scores[~positive])), (~positive, np.sort(scores[positive]))):
         left, right = (np.searchsorted(others, scores[of], side) for side in ("left", "right"))
@@ -264,7 +237,6 @@ def auc_placements(positive: BoolArray, scores: FloatArray) -> FloatArray:
 
 
 def _run_sums(values: FloatArray, starts: IntArray) -> FloatArray:
-    """Sums over runs of columns: (B, n) to (B, runs)."""
     return values if len(starts) == values.shape[1] else np.add.reduceat(values, starts, axis=1)
 
 
@@ -274,7 +246,6 @@ def _ratio(above: FloatArray, below: FloatArray) -> FloatArray:
 
 
 def _mean_of_known(values: FloatArray, axis: int) -> FloatArray:
-    """Mean over an axis of those values that are defined."""
     there = np.isfinite(values)
     return _ratio(np.where(there, values, 0.0).sum(axis), there.sum(axis).astype(np.float64))
 
@@ -292,11 +263,7 @@ def _one_vs_rest(of_side: Callable[[BoolArray, FloatArray], Weighted]) -> Form:
 
 
 def above_thresholds(positive: BoolArray, scores: FloatArray) -> Callable[[FloatArray], tuple[FloatArray, FloatArray]]:
-    """From row weights (B, n) to the positives and the negatives at or above each distinct score, highest first.
-
-    Both are of shape (B, distinct scores); with weights of 1 they are counts. Every curve and
-    threshold is read off them.
-    """
+    """From row weights (B, n) to positives and negatives (B, distinct scores) at or above each score, highest first."""
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))  # first row of each run of equal scores
     sign = positive[order]
@@ -386,7 +353,6 @@ def _of_confusion(read: Callable[[FloatArray, int], FloatArray]) -> Form:
 
 
 def _kappa(table: FloatArray, positive: int) -> FloatArray:
-    """Quadratic weighted kappa."""
     n = table.shape[1]
     distance = np.subtract.outer(np.arange(n), np.arange(n)) ** 2.0
     table = table / table.sum((1, 2), keepdims=True)
@@ -441,10 +407,6 @@ def _proportion(key: str, title: str, ratio: Ratio, **traits: bool) -> Metric:
     return Metric(key, title, form, "proportion", ratio=ratio, **traits)
 
 
-def _called(z: FloatArray, positive: int) -> BoolArray:
-    return np.asarray(z.argmax(1) == positive)
-
-
 _TWO = {"asymmetric": True, "binary": True}
 
 METRICS: Mapping[str, Metric] = {
@@ -460,18 +422,17 @@ METRICS: Mapping[str, Metric] = {
         Metric("mcc", "MCC", _of_confusion(_mcc), low=-1.0),
         Metric("brier", "Brier score", _mean_of(_brier), high=2.0, loss=True),
         Metric("log_loss", "log loss", _mean_of(_log_loss), high=np.inf, loss=True),
-        _proportion("sensitivity", "sensitivity", lambda y, z, c: (_called(z, c), y == c), per_class=True, **_TWO),
-        _proportion("specificity", "specificity", lambda y, z, c: (~_called(z, c), y != c), per_class=True, **_TWO),
-        _proportion("ppv", "PPV", lambda y, z, c: (y == c, _called(z, c)), **_TWO),
-        _proportion("npv", "NPV", lambda y, z, c: (y != c, ~_called(z, c)), **_TWO),
+        _proportion("sensitivity", "sensitivity", lambda y, z, c: (z.argmax(1) == c, y == c), per_class=True, **_TWO),
+        _proportion("specificity", "specificity", lambda y, z, c: (z.argmax(1) != c, y != c), per_class=True, **_TWO),
+        _proportion("ppv", "PPV", lambda y, z, c: (y == c, z.argmax(1) == c), **_TWO),
+        _proportion("npv", "NPV", lambda y, z, c: (y != c, z.argmax(1) != c), **_TWO),
         _at("sensitivity", 95),
         _at("specificity", 95),
     )
 }  # fmt: skip
 """Every metric of this package by its key. A new metric is one row."""
 
-metrics: Registry[Metric] = Registry("metric", METRICS)
-"""These and those that other packages register; another metric is one `Metric`."""
+metrics: Registry[Metric] = Registry("metric", METRICS)  # these and those that other packages register
 
 
 def metric_title(name: str, positive: str = "") -> str:

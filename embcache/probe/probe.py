@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from embcache.config import DatasetRef, ProbeConfig
 from embcache.data.classes import retarget
@@ -20,8 +21,8 @@ from embcache.probe.heads import find_head
 from embcache.probe.inputs import PAPER_SET, cached_backbones, cached_datasets
 from embcache.probe.metrics import FloatArray
 from embcache.probe.probe_plan import Batch, FeatureReader, ProbePlan, plan_probe
-from embcache.probe.stack import ClosedFormHead, Head, Job, TrainedModel, best_of, logits_of_sets, make_job, train_heads
-from embcache.probe.summary import Outcome, Outputs, RunCell, build_result, prediction_table, validation_table
+from embcache.probe.stack import ClosedFormHead, Head, TrainedModel, best_of, logits_of_sets, make_job, train_heads
+from embcache.probe.summary import RunCell, build_result, prediction_table, validation_table
 from embcache.runs.folders import Result, save_run
 from embcache.store.feature_store import extract_command
 
@@ -44,8 +45,7 @@ def probe_features(
     """Train a head on cached features by the paper's protocol and test it.
 
     Only the feature stores and the labels are read, no images. A result that was saved under the same request is
-    returned as it is. A fold whose training diverges in its first epoch has no score; the others keep theirs, and a
-    note names the fold.
+    returned as it is. A fold whose training diverges in its first epoch has no score, and a note names it.
 
     Parameters
     ----------
@@ -61,25 +61,17 @@ def probe_features(
         Column of the dataset's table to predict instead of its labels.
     home : path, optional
         Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
-    config : ProbeConfig, optional
-        All other options.
+    config, **options
+        A `embcache.config.ProbeConfig`, and fields that take the place of its own; None leaves one as it is.
     progress : callable, optional
         See `Progress`.
-    **options
-        Fields of `embcache.config.ProbeConfig`, which take the place of the config's; None leaves one as it is.
-
-    Returns
-    -------
-    Result
 
     Raises
     ------
-    UsageError
-        The request is malformed.
+    UsageError, StoreError
+        The request is malformed; features are missing.
     ProtocolError
         The data cannot carry the folds, the subset or the metric; or training diverged in every fold.
-    StoreError
-        Features are missing.
     """
     if isinstance(head, str):
         options["head"], head = head, None
@@ -110,7 +102,7 @@ def probe(
     each, name = plan.models_per_cell * plan.schedules[0].max_epochs, plan.cells[0].request["head"]["name"]
     reader = FeatureReader(plan)
     for batch in list(plan.batches(results)):
-        label = f"{dataset.name} {name} {'+'.join(batch.cells[0].backbones)} {','.join(c.subset for c in batch.cells)}"
+        label = f"{dataset.name} {name} {'+'.join(batch[0][0].backbones)} {','.join(c.subset for c in batch[0])}"
         settled = len(results) * each
 
         def report(done: int, settled: int = settled, label: str = label) -> None:
@@ -127,58 +119,56 @@ def probe(
 def _train_batch(
     plan: ProbePlan, batch: Batch, reader: FeatureReader, on_epoch: Callable[[int], Any]
 ) -> Iterator[tuple[RunCell, Result]]:
-    """Train all heads of a batch, then test and save cell by cell."""
-    features = reader.read(batch)
+    features, (cells, _) = reader.read(batch), batch
     began = time.perf_counter()
-    ds, splits, rates = plan.dataset, batch.cells[0].splits, len(plan.schedules)
+    splits, rates = cells[0].splits, len(plan.schedules)
     place = np.full(len(splits[0].ids), -1, dtype=np.int64)  # dataset row → row of the features
     place[reader.rows] = np.arange(len(reader.rows))
-    labels, n_classes = splits[0].labels[reader.rows], len(ds.class_names)
+    labels, n_classes = splits[0].labels[reader.rows], len(plan.dataset.class_names)
+    streams = [f"{plan.config.seed + repeat}\0{fold}" for repeat, s in enumerate(splits) for fold in range(s.n_folds)]
     jobs = [
-        make_job(
-            labels, place[split.train[fold, cell.subset]], place[split.val[fold, cell.subset]], n_classes,
-            f"{plan.config.seed + repeat}\0{fold}", schedule.lr,
-        )
-        for cell in batch.cells
-        for repeat, split in enumerate(splits)
-        for fold in range(split.n_folds)
+        make_job(labels, place[train], place[val], n_classes, stream, schedule.lr)
+        for cell in cells
+        for fold, stream in enumerate(streams)
+        for train, val in [cell.parts(fold)]
         for schedule in plan.schedules
-    ]  # fmt: skip
+    ]
     y = torch.from_numpy(labels).to(plan.config.device)
-    every = train_heads(plan.head, features, y, jobs, n_classes, plan.scored_by, plan.schedules[0], on_epoch)
+    every = train_heads(plan.head, features, y, jobs, n_classes, plan.metric, plan.schedules[0], on_epoch)
     sweeps = [range(k, k + rates) for k in range(0, len(every), rates)]
     chosen = [sweep[best_of([every[k] for k in sweep])] for sweep in sweeps]
     models = [every[k] for k in chosen]
     test = torch.from_numpy(place[splits[0].test])
-    outputs = _predict(plan.head, models, features, test, [jobs[k].val for k in chosen], n_classes)
+    logits, val = _predict(plan.head, models, features, test, [jobs[k].val for k in chosen], n_classes)
     trained = time.perf_counter() - began
     # The share of a cell in the time of all: as much as its heads saw of the rows.
     seen = [max(1, len(t.losses)) * (len(job.train) + len(job.val)) for t, job in zip(every, jobs, strict=True)]
-    size = len(models) // len(batch.cells)
-    for number, cell in enumerate(batch.cells):
-        began, part = time.perf_counter(), slice(number * size, (number + 1) * size)
-        own = Outputs(outputs.test[part], outputs.val[part])
-        _check_finite(plan, own.test[[bool(m.params) for m in models[part]]])
-        outcomes = [_outcome(plan.head, every, jobs, k, s) for k, s in zip(chosen[part], sweeps[part], strict=True)]
-        share = sum(seen[part.start * rates : part.stop * rates]) / sum(seen)
-        result = build_result(cell, outcomes, own, trained * share + time.perf_counter() - began)
+    size, closed = len(streams), isinstance(plan.head, ClosedFormHead)
+    for number, cell in enumerate(cells):
+        began, first = time.perf_counter(), number * size
+        own = range(first, first + size)
+        _check_finite(plan, logits[[k for k in own if models[k].params]])
+        outcomes = [
+            cell.outcome(
+                k - first, logits[k], val[k], models[k].val_score, best_epoch=models[k].best_epoch,
+                epochs=len(models[k].losses), lr=None if closed else jobs[chosen[k]].lr, diverged=models[k].diverged,
+                chosen=dict(models[k].chosen),
+                lost_lrs=[jobs[j].lr for j in sweeps[k] if every[j].diverged and j != chosen[k]],
+            )
+            for k in own
+        ]  # fmt: skip
+        share = sum(seen[first * rates : (first + size) * rates]) / sum(seen)
+        result = build_result(cell, outcomes, trained * share + time.perf_counter() - began)
         if plan.config.save:
-            save_run(
-                result, prediction_table(splits[0], own, outcomes),
-                [m.params for m in models[part]] if plan.head.keeps_models else [], plan.home,
-                validation=validation_table(splits, cell.subset, own, outcomes),
-            )  # fmt: skip
+            heads = [models[k].params for k in own] if plan.head.keeps_models else []
+            table, validation = prediction_table(cell, outcomes), validation_table(cell, outcomes)
+            save_run(result, table, heads, plan.home, validation=validation)
         yield cell, result
 
 
 def _predict(
-    head: Head,
-    models: Sequence[TrainedModel],
-    x: FeatureRows,
-    test: torch.Tensor,
-    held: Sequence[torch.Tensor],
-    n_classes: int,
-) -> Outputs:
+    head: Head, models: Sequence[TrainedModel], x: FeatureRows, test: Tensor, held: Sequence[Tensor], n_classes: int
+) -> tuple[FloatArray, list[FloatArray]]:
     """Logits of the test rows and of each model's own validation rows; nan where there is no model."""
     logits = np.full((len(models), len(test), n_classes), np.nan)
     val = [np.full((len(rows), n_classes), np.nan) for rows in held]
@@ -196,16 +186,7 @@ def _predict(
             logits[stack] = given
         else:
             val[stack[0]] = given[0].astype(np.float64)
-    return Outputs(logits, val)
-
-
-def _outcome(head: Head, every: Sequence[TrainedModel], jobs: Sequence[Job], k: int, sweep: range) -> Outcome:
-    trained = every[k]
-    return Outcome(
-        best_epoch=trained.best_epoch, epochs=len(trained.losses), val_score=trained.val_score,
-        lr=None if isinstance(head, ClosedFormHead) else jobs[k].lr, diverged=trained.diverged, chosen=trained.chosen,
-        lost_lrs=[jobs[j].lr for j in sweep if every[j].diverged and j != k],
-    )  # fmt: skip
+    return logits, val
 
 
 def _check_finite(plan: ProbePlan, logits: FloatArray) -> None:
@@ -231,35 +212,8 @@ def probe_cached(
 ) -> list[Result]:
     """Probe datasets by name: what ``embcache probe`` does.
 
-    Parameters
-    ----------
-    datasets : sequence of str
-        Default: all that have the backbones cached.
-    backbones : sequence of str
-        A head that takes one gives a result for each (default: all that are cached); one that fuses takes them together
-        (default: simclr, swav, dino).
-    subsets : sequence of str or int
-        ``"S"``, ``"M"``, ``"F"``, or numbers of training images.
-    config : ProbeConfig
-        All other options.
-    ref : DatasetRef
-        Where the datasets are, and the classes or the column to predict.
-    home : path, optional
-        Folder of stores and runs.
-    progress : callable, optional
-        See `Progress`.
-
-    Returns
-    -------
-    list of Result
-        For each dataset, set of backbones and subset; those of the same images once.
-
-    Raises
-    ------
-    StoreNotFoundError
-        Nothing is cached that fits.
-    UsageError
-        ``ref.data_root``, ``ref.name`` or ``config.splits`` with several datasets; or as `probe`.
+    ``datasets``: by default all that have the backbones cached. A head that takes one of ``backbones`` gives a result
+    for each (default: all that are cached); one that fuses takes them together (default: simclr, swav, dino).
     """
     head = find_head(config.head, config.hyperparameters)
     names = list(datasets) or _datasets_with(head, backbones, home, config.views)
@@ -277,7 +231,6 @@ def probe_cached(
 
 
 def _sets(head: Head, backbones: Sequence[str], ds: ImageDataset, home: PathLike | None, views: int) -> list[list[str]]:
-    """The sets of backbones that give one result each."""
     cached = [] if backbones else cached_backbones(ds.name, home, views)
     if head.fuses:
         if len(cached) > 1 and not set(PAPER_SET) <= set(cached):
@@ -297,7 +250,6 @@ def _sets(head: Head, backbones: Sequence[str], ds: ImageDataset, home: PathLike
 
 
 def _datasets_with(head: Head, backbones: Sequence[str], home: PathLike | None, views: int) -> list[str]:
-    """Cached datasets that have every backbone that is needed; the others are named in the log."""
     names = cached_datasets(home)
     if not names:
         raise StoreNotFoundError(
@@ -310,15 +262,13 @@ def _datasets_with(head: Head, backbones: Sequence[str], home: PathLike | None, 
     chosen = [name for name in names if not lacking[name] and cached[name]]
     if not chosen:
         several = f" --views {views}" if views > 1 else ""
+        command = f"embcache extract --backbone {','.join(sorted(wanted)) or 'NAME'} --dataset NAME{several}"
         raise StoreNotFoundError(
-            "no dataset has all of these backbones cached" + (f" with {views} views" if several else ""),
-            code="store-not-found",
-            expected=", ".join(sorted(wanted)) or "any backbone",
+            f"no dataset has all of these backbones cached{several}", code="store-not-found",
+            expected=", ".join(sorted(wanted)) or "any backbone", where=home_dir(home),
             found="; ".join(f"{name}: {', '.join(cached[name]) or 'none'}" for name in names),
-            where=home_dir(home),
-            fix=f"embcache extract --backbone {','.join(sorted(wanted)) or 'NAME'} --dataset NAME{several},"
-            " or other --backbone names",
-        )
+            fix=f"{command}, or other --backbone names",
+        )  # fmt: skip
     for name in names:
         if name not in chosen:
             log.info(f"{name} left out: {', '.join(lacking[name]) or 'no features'} not cached")

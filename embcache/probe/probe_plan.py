@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from embcache.config import ProbeConfig
 from embcache.cores import is_shortage
@@ -19,7 +20,7 @@ from embcache.data.groups import IntArray
 from embcache.errors import StoreError, UsageError
 from embcache.paths import PathLike
 from embcache.probe.feature_rows import FeatureRows, Resident
-from embcache.probe.heads import find_head, identify, name_of
+from embcache.probe.heads import check_backbones, find_head, identify, name_of
 from embcache.probe.inputs import (
     digest_images,
     digest_shards,
@@ -30,24 +31,17 @@ from embcache.probe.inputs import (
     stream_features,
 )
 from embcache.probe.metrics import Metric, asymmetry, choose_metric, positive_class
-from embcache.probe.protocol import subset_sizes
+from embcache.probe.protocol import name_everything, subset_sizes
 from embcache.probe.schedule import Schedule
-from embcache.probe.splits import name_everything
 from embcache.probe.stack import ClosedFormHead, Head
 from embcache.probe.summary import RunCell, request_notes, training_notes, with_positive
-from embcache.runs.folders import PROTOCOL_VERSION, Result, as_asked, find_run
+from embcache.runs.folders import PROTOCOL_VERSION, Result, find_run
 from embcache.store.feature_store import FeatureStore
 
-_SMALL = 5_000_000
-"""Parameters of one subset's heads up to which several subsets train as one stack."""
+_SMALL = 5_000_000  # parameters of one subset's heads up to which several subsets train as one stack
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Cells that train as one stack; their features are read together with those of ``shared``."""
-
-    cells: tuple[RunCell, ...]
-    shared: tuple[RunCell, ...]
+Batch = tuple[Sequence[RunCell], Sequence[RunCell]]  # that train as one stack, and whose features are read together
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +52,7 @@ class ProbePlan:
     head: Head
     config: ProbeConfig
     stores: Mapping[str, FeatureStore]
-    metric: Metric  # scores, and chooses epochs on validation
+    metric: Metric  # that chooses epochs on validation, its positive class fixed
     cells: tuple[RunCell, ...]  # one per result, in the order asked for; equal ones are the same object
     home: PathLike | None
 
@@ -66,11 +60,6 @@ class ProbePlan:
     def schedules(self) -> tuple[Schedule, ...]:
         """The optimization at every learning rate."""
         return tuple(Schedule(lr=rate) for rate in self.config.lr) or (Schedule(),)
-
-    @property
-    def scored_by(self) -> Metric:
-        """The metric with the positive class fixed, by which training chooses."""
-        return self.metric.of(positive_class(self.dataset.class_names, self.config.positive))
 
     @property
     def models_per_cell(self) -> int:
@@ -84,13 +73,10 @@ class ProbePlan:
         if found is None:
             return None
         found = with_positive(found, self.config.positive, self.home)
-        return as_asked(found, cell.source, [*cell.notes, *training_notes(found)])
+        return replace(found, source=cell.source, notes=(*cell.notes, *training_notes(found)))
 
     def batches(self, done: Mapping[str, object]) -> Iterator[Batch]:
-        """Cells whose id is not among ``done``, in groups that train as one stack.
-
-        Large heads have nothing to gain from one another, and much to lose if hours of training are interrupted.
-        """
+        """Cells whose id is not among ``done``, in stacks; large heads alone: hours of training may be interrupted."""
         missing: dict[tuple[str, ...], dict[str, RunCell]] = {}
         for cell in self.cells:
             if cell.id not in done:
@@ -98,11 +84,9 @@ class ProbePlan:
         for backbones, cells in missing.items():
             dims = {backbone: self.stores[backbone].row_shape[-1] for backbone in backbones}
             size = self.head.count_parameters(dims, len(self.dataset.class_names)) * self.models_per_cell
-            together = tuple(cells.values())
-            if isinstance(self.head, ClosedFormHead) or size > _SMALL:
-                yield from (Batch((cell,), together) for cell in together)
-            else:
-                yield Batch(together, together)
+            together = list(cells.values())
+            apart = isinstance(self.head, ClosedFormHead) or size > _SMALL
+            yield from [([cell], together) for cell in together] if apart else [(together, together)]
 
 
 @dataclass(eq=False)
@@ -111,18 +95,18 @@ class FeatureReader:
 
     plan: ProbePlan
     rows: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))  # of the dataset, ascending
-    x: dict[str, torch.Tensor] = field(default_factory=dict)
+    x: dict[str, Tensor] = field(default_factory=dict)
 
     def read(self, batch: Batch) -> FeatureRows:
         """Features of all ``rows`` that the batch needs."""
-        config, ds, backbones = self.plan.config, self.plan.dataset, batch.cells[0].backbones
-        streams = config.buffer is not None
-        rows = np.unique(np.concatenate([cell.rows for cell in (batch.cells if streams else batch.shared)]))
+        config, ds, (cells, shared) = self.plan.config, self.plan.dataset, batch
+        streams, backbones = config.buffer is not None, cells[0].backbones
+        rows = np.unique(np.concatenate([cell.rows for cell in (cells if streams else shared)]))
         same = np.array_equal(rows, self.rows)
         # First let go of what is not needed: it would lie beside what is read.
         self.x = {b: x for b, x in self.x.items() if b in backbones and same and not streams}
         self.rows = rows
-        ids = batch.cells[0].splits[0].ids[rows]
+        ids = cells[0].splits[0].ids[rows]
         if streams:
             return stream_features({b: self.plan.stores[b] for b in backbones}, ds, ids, config)
         for backbone in backbones:
@@ -152,17 +136,15 @@ def plan_probe(
     home: PathLike | None = None,
     head: object = None,
 ) -> ProbePlan:
-    """Open the stores, draw the splits and write down one cell per set of backbones and subset.
-
-    ``head``, a `Head` or a scikit-learn classifier, takes the place of ``config.head``.
-    """
+    """Open the stores, draw the splits and write down one cell per set of backbones and subset."""
     given = config.head if head is None else head
     model = find_head(given, config.hyperparameters)
     names = [name for subset in subsets for name in subset_sizes(dataset, [subset])]
     subset_sizes(dataset, names)  # one at least
     config = _settled(config, model, dataset, home)
     metric = choose_metric(config.metric or dataset.metric, len(dataset.class_names))
-    sets = [_checked_set(model, backbones) for backbones in sets]
+    for backbones in sets:
+        check_backbones(model, backbones)
     stores = open_stores(dataset, sets, home, config.recipe, config.views)
     drawn = [
         plan_for(dataset, list(stores.values()), subsets=subsets, config=replace(config, seed=config.seed + repeat))
@@ -179,25 +161,17 @@ def plan_probe(
     if not model.keeps_models:
         notes.append("the heads are scikit-learn estimators: the run keeps their predictions, but no models")
     common = {
-        "kind": "probe",
-        "protocol": PROTOCOL_VERSION,
-        "dataset": dataset.name,
-        "head": described,
-        "metric": metric.key,
+        "kind": "probe", "protocol": PROTOCOL_VERSION, "dataset": dataset.name, "head": described, "metric": metric.key,
         **asymmetry(metric, dataset.class_names, config.positive),
         **({"target": dataset.target} if dataset.target else {}),
         **({"classes": dict(dataset.renamed)} if dataset.renamed else {}),
         **config.result_options(),
-        "test": splits[0].test_set,
-        "val": splits[0].val_mode,
-        "folds": splits[0].n_folds,
-    }
+        "test": splits[0].test_set, "val": splits[0].val_mode, "folds": splits[0].n_folds,
+    }  # fmt: skip
     source = "live" if dataset.root is not None and dataset.root.exists() else "snapshot"
     cells: dict[tuple[tuple[str, ...], str], RunCell] = {}
-    order = [(tuple(backbones), splits[0].name_of(name)) for backbones in sets for name in names]
-    for backbones, subset in order:
-        if (backbones, subset) in cells:
-            continue
+    order = [(tuple(named), splits[0].name_of(name)) for named in sets for name in names]
+    for backbones, subset in dict.fromkeys(order):
         own = {backbone: stores[backbone] for backbone in backbones}
         cell = RunCell(
             dataset=dataset, splits=splits, subset=subset, backbones=backbones, head=model, request={}, source=source,
@@ -215,12 +189,19 @@ def plan_probe(
         }
         # As it reads back: lists, no tuples.
         cells[backbones, subset] = replace(cell, request=json.loads(json.dumps(request)))
+    metric = metric.of(positive_class(dataset.class_names, config.positive))
     return ProbePlan(dataset, model, config, stores, metric, tuple(cells[key] for key in order), home)
 
 
 def _settled(config: ProbeConfig, head: Head, dataset: ImageDataset, home: PathLike | None) -> ProbeConfig:
     """The config with each computation written in one way; refuses what the head does not take."""
-    _check_device(config.device)
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            "the device cannot be used", code="device-not-usable", fix="--device cpu",
+            found=f"{config.device}: {str(error).splitlines()[0]}",
+        ) from error  # fmt: skip
     if config.splits is not None:
         config = replace(config, splits=str(find_splits(config.splits, dataset, home)))
     rates = tuple(dict.fromkeys(config.lr))
@@ -230,15 +211,13 @@ def _settled(config: ProbeConfig, head: Head, dataset: ImageDataset, home: PathL
 
 
 def _refuse_training_options(config: ProbeConfig) -> None:
-    if config.buffer is not None:
+    given = [f"--buffer {config.buffer}"] if config.buffer is not None else []
+    given += [f"--lr {config.lr[0]:g}"] if config.lr else []
+    if given:
         raise UsageError(
-            f"head {config.head!r} is solved on all features at once: they cannot be streamed", code="head-not-trained",
-            found=f"--buffer {config.buffer}", fix="leave --buffer out, or a head that is trained: --head linear",
-        )  # fmt: skip
-    if config.lr:
-        raise UsageError(
-            f"head {config.head!r} is solved, not trained: it has no learning rate", code="head-not-trained",
-            found=f"--lr {config.lr[0]:g}", fix="leave --lr out",
+            f"head {config.head!r} is solved on all features at once: it has no learning rate, and nothing is streamed",
+            code="head-not-trained", found=" ".join(given),
+            fix=f"leave {given[0].split()[0]} out, or a head that is trained: --head linear",
         )  # fmt: skip
     if config.repeats > 1 and config.splits:
         raise UsageError(
@@ -250,44 +229,18 @@ def _refuse_training_options(config: ProbeConfig) -> None:
 
 
 def _notes(config: ProbeConfig, head: Head) -> list[str]:
-    """What a reader must know of how the options differ from the protocol."""
     notes = []
     if len(config.lr) > 1:
         rates = ", ".join(f"{rate:g}" for rate in config.lr)
         notes.append(f"learning rate chosen on validation, fold by fold, among {rates}")
     if config.repeats > 1:
-        drawn = "other folds, subsets and random streams"
-        drawn = "other random streams on the folds of the splits file" if config.splits else drawn
-        notes.append(f"{config.repeats} repeats with {drawn}, on one test set")
+        drawn = "random streams on the folds of the splits file"
+        drawn = drawn if config.splits else "folds, subsets and random streams"
+        notes.append(f"{config.repeats} repeats with other {drawn}, on one test set")
     if config.views > 1 and isinstance(head, ClosedFormHead):
         notes.append(f"{head.name} is solved on the plain images: it takes no views")
     elif config.views > 1:
         notes.append(f"training draws one of {config.views} views of each image each epoch; others see it plain")
     if config.buffer is not None:
-        shuffled = f"shuffled by shards, then within some {config.buffer:,} rows"
-        notes.append(f"features were streamed: an epoch's order is {shuffled}")
+        notes.append(f"features were streamed: an epoch is shuffled by shards, then in some {config.buffer:,} rows")
     return notes
-
-
-def _checked_set(head: Head, names: Sequence[str]) -> Sequence[str]:
-    if not names:
-        raise UsageError("no backbone was named", code="no-backbone", fix="--backbone NAME")
-    if len(set(names)) < len(names):
-        raise UsageError("a backbone is named twice", code="repeated-backbone", found=", ".join(names))
-    if not head.fuses and len(names) != 1:
-        raise UsageError(
-            f"head {head.name!r} takes one backbone at a time", code="head-takes-one-backbone", found=", ".join(names),
-            fix=f"backbones=[{names[0]!r}], or a head that fuses: dvme",
-        )  # fmt: skip
-    return names
-
-
-def _check_device(device: str) -> None:
-    """Raise a `UsageError` unless torch can compute there."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            "the device cannot be used", code="device-not-usable", found=f"{device}: {str(error).splitlines()[0]}",
-            fix="--device cpu",
-        ) from error  # fmt: skip

@@ -11,10 +11,13 @@ and for every backbone and head.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -22,26 +25,263 @@ from numpy.typing import NDArray
 
 from embcache.config import ProtocolConfig
 from embcache.data.classes import class_flags
-from embcache.data.groups import (
-    IntArray,
-    hash_order,
-    merge_groups,
-    overlap_notes,
-    stratified_group_folds,
-    water_fill,
-)  # fmt: skip
-from embcache.errors import ProtocolError, UsageError
+from embcache.data.groups import IntArray, hash_order, merge_groups, overlap_notes, stratified_group_folds, water_fill
+from embcache.errors import ProtocolError, UsageError, first_few
 from embcache.fields import unknown_subset
-from embcache.probe.splits import Key, Splits, StrArray, absent_note
+from embcache.io import read_regular, write_output
+from embcache.sealed import parse, typed
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
 
-TEST_SEED = 20_210_823
-"""Seed of the local test set: its own, so that no ``--seed`` ever moves an image between pool and test."""
+StrArray = NDArray[np.object_]
+Key = tuple[int, str]  # (fold, subset)
 
-TEST_PARTS = 5
-"""The local test set is one of five stratified, grouped parts: 20 %."""
+FORMAT = "embcache-splits-1"
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """The rows that test, and for every fold and subset those that train and validate; they index ``ids``."""
+
+    dataset: str
+    class_names: tuple[str, ...]
+    ids: StrArray = field(repr=False)  # (N,)
+    labels: IntArray = field(repr=False)  # (N,); −1 where unlabeled
+    groups: StrArray = field(repr=False)  # (N,); the dataset's, merged where stored digests showed identical bytes
+    test: IntArray = field(repr=False)  # rows of the test set, in the dataset's order
+    test_set: str  # "official" or "local"
+    train: Mapping[Key, IntArray] = field(repr=False)  # in drawing order: a smaller subset is a class-wise prefix
+    val: Mapping[Key, IntArray] = field(repr=False)
+    subsets: tuple[str, ...]  # "S", "M", "F" or a number of training images
+    n_folds: int
+    seed: int
+    val_mode: str  # "full" or "matched"
+    notes: tuple[str, ...] = ()  # what a reader of the results must know
+    everything: frozenset[str] = frozenset()  # subsets that are F under another name: all that may train do
+
+    @property
+    def test_ids(self) -> tuple[str, ...]:
+        """Ids of the test set."""
+        return tuple(self.ids[self.test])
+
+    @property
+    def test_labeled(self) -> bool:
+        """Whether test scores can be computed; False for predictions to submit."""
+        return bool((self.labels[self.test] >= 0).any())
+
+    def train_ids(self, fold: int, subset: str) -> tuple[str, ...]:
+        """Ids that train in ``fold`` at ``subset``, in drawing order."""
+        return tuple(self.ids[self.train[fold, subset]])
+
+    def val_ids(self, fold: int, subset: str) -> tuple[str, ...]:
+        """Ids that validate in ``fold`` at ``subset``."""
+        return tuple(self.ids[self.val[fold, subset]])
+
+    def used(self, subset: str) -> IntArray:
+        """All rows that train, validate or test at ``subset``, ascending."""
+        parts = [self.test, *(part[f, subset] for f in range(self.n_folds) for part in (self.train, self.val))]
+        return np.unique(np.concatenate(parts))
+
+    def digest(self, subset: str) -> str:
+        """SHA-256 (hex) of the ids and labels that train, validate and test at ``subset``, and of the test groups."""
+        rows = [self.test, *(np.sort(p[f, subset]) for f in range(self.n_folds) for p in (self.train, self.val))]
+        content = [[[self.ids[i], int(self.labels[i])] for i in part] for part in rows]
+        text = json.dumps([list(self.class_names), content, list(self.groups[self.test])], ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+    def name_of(self, subset: str) -> str:
+        """What `name_everything` calls a subset: F, where it is that."""
+        return subset if subset in self.subsets else "F"
+
+    def rename(self, names: Mapping[str, str]) -> Splits:
+        """The same splits with subsets called by other names; two that get one name must be the same images."""
+        train, val = ({(f, names.get(s, s)): rows for (f, s), rows in p.items()} for p in (self.train, self.val))
+        subsets = tuple(dict.fromkeys(names.get(s, s) for s in self.subsets))
+        return replace(self, train=train, val=val, subsets=subsets)
+
+    def check(self) -> Splits:
+        """Return these splits if no group is on two sides of any fold and every part can be used."""
+        if not len(self.test):
+            raise ProtocolError(
+                "the test set is empty", code="no-test-set", expected="one readable test image at least", found="none"
+            )
+        known = self.labels[self.test][self.labels[self.test] >= 0]
+        if len(known) and len(np.unique(known)) < 2:
+            local = "label images of the other classes: the local test set is a fifth of all"
+            raise ProtocolError(
+                "the labeled test images are all of one class", code="one-class", expected="two classes at least",
+                found=f"{len(known)} of {self.class_names[known[0]]!r}",
+                fix=local if self.test_set == "local" else "add test images of the other classes",
+            )  # fmt: skip
+        test_rows, test_groups = set(self.test.tolist()), set(self.groups[self.test])
+        for (fold, subset), train in self.train.items():
+            val, where = self.val[fold, subset], f"fold {fold}, subset {subset}"
+            shared = {"training and validation": set(self.groups[train]) & set(self.groups[val])}
+            for side, rows in (("training", train), ("validation", val)):
+                if not test_rows.isdisjoint(rows.tolist()):
+                    raise ProtocolError(
+                        f"{where}: an image is in {side} and in the test set", code="test-image-in-fold"
+                    )
+                shared[f"{side} and test"] = (
+                    set() if self.test_set == "official" else test_groups & set(self.groups[rows])
+                )
+                if (classes := len(np.unique(self.labels[rows]))) < 2:
+                    raise ProtocolError(
+                        f"{where}: {side} holds fewer than two classes", code="one-class",
+                        found=f"{len(rows)} images of {classes} class",
+                        fix=("fewer --folds", "a larger --subset", "label more images"),
+                    )  # fmt: skip
+            for sides, names in shared.items():
+                if names:
+                    raise ProtocolError(
+                        f"a group is on both sides of {where}: {sides}", code="group-spans-split",
+                        expected="every group (patient, slide, identical images) on one side",
+                        found=first_few([repr(name) for name in sorted(names)]),
+                        fix="draw the splits again: embcache splits export",
+                    )  # fmt: skip
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Ids only, as plain data: the content of a splits file."""
+        folds = []
+        for fold in range(self.n_folds):
+            train = {subset: list(self.train_ids(fold, subset)) for subset in self.subsets}
+            val = {subset: list(self.val_ids(fold, subset)) for subset in self.subsets}
+            shared = next(iter(val.values()))
+            same = all(ids == shared for ids in val.values())
+            folds.append({"train": train, "val": {"*": shared} if same else val})
+        return {
+            "format": FORMAT, "dataset": self.dataset, "class_names": list(self.class_names),
+            "test_set": self.test_set, "seed": self.seed, "val_mode": self.val_mode, "subsets": list(self.subsets),
+            "notes": list(self.notes), "test": list(self.test_ids), "folds": folds,
+        }  # fmt: skip
+
+
+def name_everything(plans: Sequence[Splits]) -> tuple[Splits, ...]:
+    """Plans in which a subset that trains on everything, in all of them, is called F: one computation has one name."""
+    names = {s: "F" for s in plans[0].subsets if all(s in plan.everything for plan in plans)}
+    return tuple(plan.rename(names) for plan in plans)
+
+
+def write_splits(splits: Splits, path: Path) -> None:
+    """Write a splits file, whole or not at all."""
+    write_output(path, json.dumps(splits.to_json(), indent=1, ensure_ascii=False) + "\n", parents=True)
+
+
+class _Fold(TypedDict):
+    train: Mapping[str, list[str]]
+    val: Mapping[str, list[str]]
+
+
+class _SplitsFile(TypedDict):
+    format: str
+    dataset: str
+    test_set: str
+    notes: list[str]
+    subsets: list[str]
+    folds: list[_Fold]
+    test: list[str]
+    class_names: list[str]
+    seed: int
+    val_mode: str
+
+
+def read_splits(
+    path: Path,
+    ds: ImageDataset,
+    digests: Mapping[str, str] | None = None,
+    unreadable: Collection[str] = (),
+    exclude_test_overlap: bool = False,
+) -> Splits:
+    """Read a splits file for a dataset and check it; ``digests`` and ``unreadable`` images as its stores know them."""
+    try:
+        data = typed(_SplitsFile, parse(read_regular(path, follow=True)))
+        if data["format"] != FORMAT or set(data) != set(_SplitsFile.__annotations__):
+            raise ValueError(f"keys {sorted(data)}"[:300])
+        subsets, folds, test = tuple(data["subsets"]), data["folds"], data["test"]
+        class_names, seed, val_mode = tuple(data["class_names"]), data["seed"], data["val_mode"]
+        if not subsets or len(folds) < 2 or any(set(fold["train"]) != set(subsets) for fold in folds):
+            raise ValueError("every fold must list every subset, and there must be two folds at least")
+        if any(set(fold["val"]) not in ({"*"}, set(subsets)) for fold in folds):
+            raise ValueError("validation must be listed once ('*') or for every subset")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise ProtocolError(
+            "this is not a splits file", code="not-a-splits-file",
+            expected=f"JSON written by embcache splits export (format {FORMAT!r})", found=str(reason), where=path,
+            fix="embcache splits export --dataset NAME --output FILE",
+        ) from error  # fmt: skip
+    if class_names != tuple(ds.class_names):
+        raise ProtocolError(
+            "the splits file is for other classes", code="splits-of-other-classes", expected=", ".join(ds.class_names),
+            found=", ".join(map(str, class_names)), where=path,
+        )  # fmt: skip
+    ids = np.array(ds.table["id"].tolist(), dtype=object)
+    row_of = {name: row for row, name in enumerate(ids)}
+    labels = ds.table["label"].to_numpy(dtype=np.int64)
+    gone, groups = set(unreadable), merged_groups(ds, digests)
+    # the overlap is noted below, for what the file really uses
+    notes = [f"splits read from {path.name}", *(note for note in ds.notes if note not in overlap_notes(ds.table))]
+
+    def rows(names: Sequence[str], *, labeled: bool) -> IntArray:
+        unknown = [name for name in names if name not in row_of]
+        if unknown or len(set(names)) != len(names):
+            what = f"{len(unknown)} images that {ds.name} has not" if unknown else "an image twice in one part"
+            raise ProtocolError(
+                f"the splits file names {what}", code="unknown-image" if unknown else "repeated-image",
+                found=first_few(unknown) or None, where=path,
+                fix=f"use the file with the dataset it was made for ({data['dataset']})",
+            )  # fmt: skip
+        found = np.array([row_of[name] for name in names if name not in gone], dtype=np.int64)
+        if labeled and (labels[found] < 0).any():
+            raise ProtocolError(
+                "the splits file trains or validates on images without a label", code="unlabeled-image",
+                found=first_few(ids[found[labels[found] < 0]].tolist()), where=path,
+            )  # fmt: skip
+        return found
+
+    test_rows = rows(test, labeled=False)
+    given = ds.table["split"].to_numpy(dtype=object)
+    official = bool(len(test_rows)) and bool((given[test_rows] == "test").all())
+    excluded = np.zeros(len(ids), bool)
+    if official and exclude_test_overlap:
+        excluded = np.isin(groups, np.unique(groups[test_rows]))
+    keys = [(number, subset) for number in range(len(folds)) for subset in subsets]
+    train = {(number, subset): rows(folds[number]["train"][subset], labeled=True) for number, subset in keys}
+    val_of = [fold["val"] for fold in folds]
+    val = {(k, subset): rows(val_of[k].get("*", val_of[k].get(subset, [])), labeled=True) for k, subset in keys}
+    if dropped := {int(row) for part in (*train.values(), *val.values()) for row in part[excluded[part]]}:
+        notes.append(f"{len(dropped)} images of groups that the official test set shares left out of the folds")
+        train, val = ({key: part[~excluded[part]] for key, part in parts.items()} for parts in (train, val))
+    for number in range(len(folds)):
+        notes += absent_note(ds.class_names, labels[val[number, subsets[0]]], f"validation of fold {number}")
+    notes += absent_note(ds.class_names, labels[test_rows], "the test set") if (labels[test_rows] >= 0).any() else []
+    named = {i for fold in folds for part in (fold["train"], fold["val"]) for names in part.values() for i in names}
+    named |= set(test)
+    if gone & named:
+        notes.append(f"{len(gone & named)} unreadable images of the splits file left out")
+    everything = {
+        subset
+        for subset in (subsets if "F" in subsets else ())
+        if all(np.array_equal(np.sort(p[k, subset]), np.sort(p[k, "F"])) for k, _ in keys for p in (train, val))
+    }
+    return Splits(
+        dataset=ds.name, class_names=class_names, ids=ids, labels=labels, groups=groups, test=test_rows,
+        test_set="official" if official else "local", train=train, val=val, subsets=subsets, n_folds=len(folds),
+        seed=seed, val_mode=val_mode, notes=tuple(dict.fromkeys(notes)), everything=frozenset(everything),
+    ).check()  # fmt: skip
+
+
+def absent_note(class_names: Sequence[str], labels: IntArray, where: str) -> list[str]:
+    """One note where a class has no image among ``labels`` (−1 counts for none), else nothing."""
+    counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
+    absent = [name for name, count in zip(class_names, counts, strict=True) if count == 0]
+    return [f"{where} has no image of {', '.join(absent)}: scores there are over the other classes"] if absent else []
+
+
+TEST_SEED = 20_210_823  # of the local test set: its own, so that no ``--seed`` moves an image between pool and test
+TEST_PARTS = 5  # the local test set is one of five stratified, grouped parts: 20 %
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,46 +313,40 @@ def plan_splits(
     sizes = subset_sizes(ds, subsets)
     numbers = {str(subset).strip() for subset in subsets}  # a subset given as a number must be there
     everything = set(sizes)
-    sides = divide(
-        ds, seed=seed, test=config.test, digests=digests, unreadable=unreadable,
-        exclude_test_overlap=config.exclude_test_overlap,
-    )  # fmt: skip
+    sides = divide(ds, config=config, digests=digests, unreadable=unreadable)
     ids, labels, groups, notes = sides.ids, sides.labels, sides.groups, list(sides.notes)
-    pool, own_val, test_rows = sides.pool, sides.own_val, sides.test
-    n_classes = len(ds.class_names)
+    pool, own_val, test_rows, n_classes = sides.pool, sides.own_val, sides.test, len(ds.class_names)
     if len(own_val):
         notes.append(f"validation is the dataset's own val split ({len(own_val)} images) in every fold")
     _check_classes(ds, sides, folds)
     fold_of = stratified_group_folds(labels[pool], groups[pool].tolist(), folds, seed, "folds")
     train: dict[Key, IntArray] = {}
-    validate: dict[Key, IntArray] = {}
+    val: dict[Key, IntArray] = {}
     for fold in range(folds):
-        candidates = pool[fold_of != fold]
         holdout = own_val if len(own_val) else pool[fold_of == fold]
-        drawn = _class_orders(candidates, labels, ids, n_classes, seed, f"train/{fold}")
+        drawn = _class_orders(pool[fold_of != fold], labels, ids, n_classes, seed, f"train/{fold}")
         held = _class_orders(holdout, labels, ids, n_classes, seed, f"val/{fold}")
+        there = sum(map(len, drawn))
         for subset, n in sizes.items():
-            if n is not None and str(n) not in numbers and n > sum(map(len, drawn)):
+            where = f"fold {fold}, subset {subset}"
+            if n is not None and str(n) not in numbers and n > there:
                 # S and M are the dataset's own sizes: part of a dataset has less, a number asked for is an error
                 notes.append(f"subset {subset} is {n} training images and the folds hold fewer: all of them train")
                 n = None
-            rows = _draw(drawn, n, f"fold {fold}, subset {subset}", ds)
-            train[fold, subset] = rows
-            if len(rows) < sum(map(len, drawn)):
+            rows = train[fold, subset] = _draw(drawn, n, where, ds)
+            if len(rows) < there:
                 everything.discard(subset)
-            validate[fold, subset] = np.sort(holdout)
-            if matched:
-                validate[fold, subset] = np.sort(_matched(held, len(rows), f"fold {fold}, subset {subset}", ds))
+            val[fold, subset] = np.sort(_matched(held, len(rows), where, ds) if matched else holdout)
             if matched and len(holdout) < len(rows):
                 notes.append(f"subset {subset}, fold {fold}: only {len(holdout)} images to validate, {len(rows)} train")
     for fold in range(folds):
         where = "the val split" if len(own_val) else f"validation of fold {fold}"
-        notes += absent_note(ds.class_names, labels[validate[fold, next(iter(sizes))]], where)
+        notes += absent_note(ds.class_names, labels[val[fold, next(iter(sizes))]], where)
     if (labels[test_rows] >= 0).any():
         notes += absent_note(ds.class_names, labels[test_rows], "the test set")
     return Splits(
         dataset=ds.name, class_names=tuple(ds.class_names), ids=ids, labels=labels, groups=groups, test=test_rows,
-        test_set=sides.test_set, train=train, val=validate, subsets=tuple(sizes), n_folds=folds, seed=seed,
+        test_set=sides.test_set, train=train, val=val, subsets=tuple(sizes), n_folds=folds, seed=seed,
         val_mode=config.val, notes=tuple(dict.fromkeys(notes)), everything=frozenset(everything),
     ).check()  # fmt: skip
 
@@ -120,14 +354,13 @@ def plan_splits(
 def divide(
     ds: ImageDataset,
     *,
-    seed: int = 0,
-    test: str = "local",
+    config: ProtocolConfig | None = None,
     digests: Mapping[str, str] | None = None,
     unreadable: Collection[str] = (),
-    exclude_test_overlap: bool = False,
+    **options: Any,
 ) -> Sides:
     """Divide a dataset into pool and test set. Needs no folds, so any number of images of a class will do."""
-    table = ds.table
+    config, table = ProtocolConfig.make(config, options), ds.table
     ids = table["id"].to_numpy(dtype=object)
     labels = table["label"].to_numpy(dtype=np.int64)
     given = table["split"].to_numpy(dtype=object)
@@ -143,9 +376,9 @@ def divide(
     official = np.flatnonzero((given == "test") & readable)
     if not ds.grouped:
         notes.append("ungrouped: images of one patient or slide may be on both sides")
-    if (labels[official] >= 0).any() or test == "official":
+    if (labels[official] >= 0).any() or config.test == "official":
         test_rows, test_set = official, "official"
-        pool, own_val, overlap = _official_overlap(ds, groups, official, pool, own_val, exclude_test_overlap)
+        pool, own_val, overlap = _official_overlap(ds, groups, official, pool, own_val, config.exclude_test_overlap)
         notes += overlap
     else:
         test_rows, test_set = _local_test(labels, groups, pool, own_val), "local"
@@ -156,15 +389,12 @@ def divide(
             notes.append(f"{len(pool) - len(kept)} training images that share a group with the val split left out")
         pool = kept
     if ds.pool_limit is not None and len(pool) > ds.pool_limit:
-        pool = np.sort(pool[hash_order(seed, "pool", ids[pool].tolist())[: ds.pool_limit]])
+        pool = np.sort(pool[hash_order(config.seed, "pool", ids[pool].tolist())[: ds.pool_limit]])
     return Sides(ids, labels, groups, pool, own_val, test_rows, test_set, tuple(notes))
 
 
 def subset_sizes(ds: ImageDataset, subsets: Sequence[str | int]) -> dict[str, int | None]:
-    """Canonical names of subsets with their numbers of training images; None for F, all there are.
-
-    A number that S or M is in this dataset is called so: one computation has one name.
-    """
+    """Canonical names of subsets (a number that S or M is, is called so) with their images to train on; None for F."""
     known = {**{str(k).upper(): int(v) for k, v in ds.subset_sizes.items()}, "F": None}
     named = {size: name for name, size in reversed(known.items()) if size is not None}
     sizes: dict[str, int | None] = {}
@@ -218,7 +448,6 @@ def _local_test(labels: IntArray, groups: StrArray, pool: IntArray, own_val: Int
 
 
 def _sharing(groups: StrArray, rows: IntArray, others: IntArray) -> NDArray[np.bool_]:
-    """Which of ``rows`` share a group with any of ``others``."""
     # hashed: numpy sorts texts, which for a million rows takes minutes
     return np.asarray(pd.Index(groups[rows]).isin(groups[others]))
 
@@ -258,54 +487,38 @@ def _check_classes(ds: ImageDataset, sides: Sides, folds: int) -> None:
     few = [c for c, n in enumerate(n_pool) if n < needed]
     if not few:
         return
-    first = few[0]
-    in_all = needed + (1 if len(held_out) else 0)  # the local test set takes a group of most classes
+    name, in_all = ds.class_names[few[0]], needed + bool(len(held_out))  # the local test set takes a group of most
     short = [c for c in range(len(counts)) if c in few or n_pool[c] + n_held[c] < in_all]
-    without = class_flags({ds.class_names[c]: "" for c in short})
-    together = ["--merge-class", f"{ds.class_names[first]}+OTHER=NEW"]
+    advice = [f"--folds {min(n_pool)}"] if min(n_pool) >= 2 else []
+    advice += [shlex.join(class_flags({ds.class_names[c]: "" for c in short}))] if len(counts) - len(short) > 1 else []
+    advice += [shlex.join(["--merge-class", f"{name}+OTHER=NEW"])] if len(counts) > 2 else []
+    held = f" (the local test set holds {n_held[few[0]]} more)" if n_held[few[0]] else ""
     raise ProtocolError(
-        f"class {ds.class_names[first]!r} of {ds.name} has fewer "
-        + ("images" if counts[first] < needed else "groups")
-        + (" than two to train on: a fold would train without it" if len(own_val) else " than there are folds"),
-        code="class-too-small",
+        f"class {name!r} of {ds.name} is too small: a fold would train or validate without it", code="class-too-small",
         expected=f"at least {needed} groups (patients, slides …) of every class in the pool",
-        found=f"{counts[first]} images in {n_pool[first]} groups"
-        + (f" (the local test set holds {n_held[first]} more)" if n_held[first] else "")
-        + f"; all classes: {listing}",
-        where=ds.root,
-        fix=(
-            *([f"--folds {min(n_pool)}"] if min(n_pool) >= 2 else []),
-            *([shlex.join(without)] if len(counts) - len(short) > 1 else []),
-            *([shlex.join(together)] if len(counts) > 2 else []),
-            f"more images: {in_all} groups of every class" + (", one for the test set" if len(held_out) else ""),
-        ),
-    )
+        found=f"{counts[few[0]]} images in {n_pool[few[0]]} groups{held}; all classes: {listing}", where=ds.root,
+        fix=(*advice, f"more images: {in_all} groups of every class" + ", one for the test set" * bool(len(held_out))),
+    )  # fmt: skip
 
 
 def _class_orders(rows: IntArray, labels: IntArray, ids: StrArray, n: int, seed: int, purpose: str) -> list[IntArray]:
-    """For each class its rows in the one order in which every subset draws them."""
     members = [rows[labels[rows] == c] for c in range(n)]
     return [m[hash_order(seed, f"{purpose}/{c}", ids[m].tolist())] for c, m in enumerate(members)]
 
 
 def _take(orders: Sequence[IntArray], n: int) -> IntArray:
-    """Class-balanced draw of ``n`` rows: the first ones of each class's order."""
     share = water_fill([len(order) for order in orders], n)
     return np.concatenate([order[:k] for order, k in zip(orders, share, strict=True)])
 
 
 def _draw(orders: Sequence[IntArray], n: int | None, where: str, ds: ImageDataset) -> IntArray:
     there = sum(map(len, orders))
-    if n is not None and n > there:
+    least = len(ds.class_names)
+    if n is not None and not least <= n <= there:
         raise ProtocolError(
-            f"the subset is larger than the pool of {ds.name}", code="subset-too-large",
-            expected=f"at most {there} training images", found=str(n), where=where,
-            fix="--subset F takes all there are",
-        )  # fmt: skip
-    if n is not None and n < len(ds.class_names):
-        raise ProtocolError(
-            f"{n} training images cannot hold the {len(ds.class_names)} classes of {ds.name}", code="subset-too-small",
-            where=where, fix=f"--subset {len(ds.class_names)} or more",
+            f"{n} training images are more than {ds.name} has, or fewer than its classes",
+            code="subset-too-large" if n > there else "subset-too-small",
+            expected=f"{least} to {there} training images", found=str(n), where=where, fix="--subset F takes all",
         )  # fmt: skip
     return _take(orders, there if n is None else n)
 

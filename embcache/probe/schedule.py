@@ -12,8 +12,6 @@ from embcache.errors import UsageError, check_number
 if TYPE_CHECKING:
     from embcache.runs.result import Result
 
-_MIN_CHANGE = 1e-8  # ReduceLROnPlateau's eps: a learning rate that would change by less stays
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -64,7 +62,7 @@ class Tracker:
         if self._bad > self.schedule.plateau_patience:
             self._bad = 0
             reduced = self.lr * self.schedule.plateau_factor
-            if self.lr - reduced > _MIN_CHANGE:
+            if self.lr - reduced > 1e-8:  # ReduceLROnPlateau's eps
                 self.lr = reduced
         return better
 

@@ -1,9 +1,8 @@
 """Heads and their training: the contract, many heads of one sort trained as one stack, and `fit` for arrays.
 
-Parameters of a stack carry a leading axis of K heads. Folds, seeds and learning rates differ only in their rows, random
-streams and learning rate, so a step of all of them is one batched step. Each head keeps its own sample order, dropout
-stream, learning rate, plateau, early stop and best epoch; its losses are those it would have alone. A finished head
-leaves the stack.
+Parameters of a stack carry a leading axis of K heads, so a step of all folds, seeds and learning rates is one batched
+step. Each head keeps its own random streams, learning rate, plateau, early stop and best epoch; its losses are those it
+would have alone. A finished head leaves the stack.
 """
 
 from __future__ import annotations
@@ -15,22 +14,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 from torch.optim.adam import adam
 
 from embcache.cores import keep_freed_memory
 from embcache.errors import ProtocolError
 from embcache.probe.feature_rows import FeatureRows, as_rows
 from embcache.probe.feature_rows import stream_generator as stream_generator
+from embcache.probe.layers import Params, Standard, Tensors
 from embcache.probe.metrics import Metric, scorer, softmax
 from embcache.probe.schedule import Schedule, Tracker
-from embcache.probe.standard import Params, Standard
 
 _LARGEST_STACK = 100_000_000  # parameters; with gradients, moments and best epochs some 2 GB
 _SMALL = 500_000  # parameters, of all heads together
@@ -55,28 +54,16 @@ class Head(ABC):
     keeps_models: ClassVar[bool] = True  # whether its parameters are all that a prediction needs
 
     @abstractmethod
-    def apply(
-        self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        """Logits of K heads.
+    def apply(self, params: Params, x: Tensors, masks: Tensors | None = None) -> Tensor:
+        """Logits (K, B, C) of K heads.
 
-        Parameters
-        ----------
-        params : dict of str to Tensor of shape (K, …)
-            Stacked parameters.
-        x : mapping of backbone to float32 Tensor of shape (K, B, D)
-            Features.
-        masks : mapping of str to Tensor of shape (K, B, width), optional
-            Dropout masks in training, each value 0 or 1 / (1 − rate).
-
-        Returns
-        -------
-        Tensor of shape (K, B, C)
+        Shapes: params (K, …); x float32 (K, B, D) of each backbone; masks, in training, (K, B, width) with values 0 or
+        1 / (1 − rate).
         """
 
-    @abstractmethod
     def count_parameters(self, dims: Mapping[str, int], n_classes: int) -> int:
         """Number of trained parameters for features of ``dims[backbone]`` dimensions; 0 for a closed-form head."""
+        return 0
 
     @property
     def place(self) -> str:
@@ -97,7 +84,7 @@ class TrainedHead(Head):
     """A head that is trained by gradient steps.
 
     With ``standardized``, ``params`` also hold the mean and scale of every training feature, which are not trained and
-    which `apply` uses through `embcache.probe.standard.standardize`.
+    which `apply` uses through `embcache.probe.layers.standardize`.
     """
 
     standardized: ClassVar[bool] = False
@@ -109,6 +96,13 @@ class TrainedHead(Head):
     def dropouts(self) -> Mapping[str, tuple[int, float]]:
         """Width and rate of each dropout mask that `apply` takes in training."""
         return {}
+
+    def draw_masks(self, rows: int, streams: Sequence[torch.Generator]) -> Params:
+        """Dropout masks (K, ``rows``, width) of a batch, each head's from its own stream."""
+        return {
+            name: torch.stack([(torch.rand(rows, width, generator=s) >= rate) / (1 - rate) for s in streams])
+            for name, (width, rate) in self.dropouts().items()
+        }
 
     def count_parameters(self, dims: Mapping[str, int], n_classes: int) -> int:
         """Number of trained parameters."""
@@ -130,54 +124,42 @@ class ClosedFormHead(Head):
 
     @abstractmethod
     def solve(
-        self,
-        x: Mapping[str, torch.Tensor],
-        y: torch.Tensor,
-        x_val: Mapping[str, torch.Tensor] | None,
-        y_val: torch.Tensor | None,
-        n_classes: int,
-        metric: str | Metric,
+        self, x: Tensors, y: Tensor, x_val: Tensors | None, y_val: Tensor | None, n_classes: int, metric: str | Metric
     ) -> Solution:
-        """Solve one head.
+        """Solve one head; validation, None where there is none, chooses by ``metric``.
 
-        Parameters
-        ----------
-        x, x_val : mapping of backbone to float32 Tensor of shape (n, D), (m, D)
-            Training and validation features; the latter None where there are none.
-        y, y_val : int64 Tensor of shape (n,), (m,)
-            Labels, 0 … ``n_classes`` − 1.
-        n_classes : int
-            C, the width of the logits.
-        metric : str or Metric
-            By which validation chooses; see `embcache.probe.metrics.score`.
+        Shapes: x, x_val float32 (n, D), (m, D) of each backbone; y, y_val int64 (n,), (m,) of 0 … ``n_classes`` − 1.
         """
-
-    def count_parameters(self, dims: Mapping[str, int], n_classes: int) -> int:
-        """Nothing is trained."""
-        return 0
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
     """The rows, the random stream and the learning rate of one head to train."""
 
-    train: torch.Tensor
-    val: torch.Tensor
+    train: Tensor
+    val: Tensor
     stream: str  # names the head's random streams: initial weights, order, dropout and views follow from it alone
     lr: float  # first learning rate
-    weights: torch.Tensor | None = None  # (n,)
+    weights: Tensor | None = None  # (n,); an unbalanced epoch is as many draws with replacement, classes equally likely
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """Rows of one epoch, in order."""
+        n = len(self.train)
+        if self.weights is None:
+            return self.train[torch.randperm(n, generator=generator)]
+        return self.train[torch.multinomial(self.weights, n, replacement=True, generator=generator)]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TrainedModel:
     """A trained or solved head: parameters of its best epoch and how it got there."""
 
     params: Params  # what ``apply`` needs, without the stacking axis; empty if training failed
     best_epoch: int = 0  # counted from 1; 0 where there is none
     val_score: float | None = None
-    losses: tuple[float, ...] = ()  # mean training loss of each epoch
-    val_scores: tuple[float, ...] = ()
-    lrs: tuple[float, ...] = ()
+    losses: list[float] = field(default_factory=list)  # mean training loss of each epoch
+    val_scores: list[float] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
     diverged: bool = False  # training ended because the loss or an output was not finite
     chosen: Mapping[str, Any] = field(default_factory=dict)  # what a closed-form head chose on validation
 
@@ -199,12 +181,7 @@ def seen_shares(labels: NDArray[np.int64], n_classes: int, weighs: bool) -> list
 def make_job(
     labels: NDArray[np.int64], train: NDArray[np.int64], val: NDArray[np.int64], n_classes: int, stream: str, lr: float
 ) -> Job:
-    """A job that oversamples where its training rows are not balanced (Section A, and the choice for all datasets).
-
-    An unbalanced epoch is as many weighted draws with replacement as there are rows, every class equally likely.
-
-    Shapes: labels (N,).
-    """
+    """A job that oversamples where its training rows are not balanced (Section A, and the choice for all datasets)."""
     # The result depends on which rows train, not on how they were listed.
     train, val = np.sort(train), np.sort(val)
     y = labels[train]
@@ -214,21 +191,15 @@ def make_job(
 
 def train_heads(
     head: Head,
-    x: Mapping[str, torch.Tensor] | FeatureRows,
-    y: torch.Tensor,
+    x: Tensors | FeatureRows,
+    y: Tensor,
     jobs: Sequence[Job],
     n_classes: int,
     metric: str | Metric,
     schedule: Schedule,
     on_epoch: Callable[[int], Any] = lambda done: None,
 ) -> list[TrainedModel]:
-    """Train (in one stack, or as few as memory allows) or solve a head for each job.
-
-    ``on_epoch`` is called with the number of head-epochs that are settled. How jobs are divided among stacks changes no
-    result.
-
-    Shapes: x (N, D); y (N,).
-    """
+    """Train (in as few stacks as memory allows) or solve a head per job; ``on_epoch`` gets the head-epochs settled."""
     rows, most = as_rows(x), schedule.max_epochs
     trained: list[TrainedModel] = []
     if isinstance(head, ClosedFormHead):
@@ -239,71 +210,40 @@ def train_heads(
     assert isinstance(head, TrainedHead)
     width = max(1, _LARGEST_STACK // head.count_parameters(rows.dims, n_classes))
     for start in range(0, len(jobs), width):
-        runs = [_start(job, y, n_classes, metric, schedule) for job in jobs[start : start + width]]
+        runs = [_Run(job, y, n_classes, metric, schedule) for job in jobs[start : start + width]]
         stack = _Stack(head, rows, y, runs, n_classes)
         with _threads_for(stack.params):
             while stack.live:
                 stack.train_epoch()
                 stack.validate()
-                on_epoch(start * most + sum(most if run.finished else len(run.losses) for run in runs))
+                on_epoch(start * most + sum(most if run.finished else len(run.model.losses) for run in runs))
                 stack.drop_finished()
-        trained += [_trained(run) for run in runs]
+        trained += [run.model for run in runs]
     return trained
 
 
-@dataclass(eq=False)
 class _Run:
     """One head of a stack while it trains."""
 
-    job: Job
-    tracker: Tracker
-    order: torch.Generator
-    dropout: torch.Generator
-    views: torch.Generator
-    scorer: Callable[[NDArray[np.float64]], float] | None
-    constants: Params = field(default_factory=dict)
-    best: Params = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    val_scores: list[float] = field(default_factory=list)
-    lrs: list[float] = field(default_factory=list)
-    diverged: bool = False
-
-    @cached_property
-    def held(self) -> bytes:
-        """Hash of the validation rows: heads with equal ones validate together."""
-        return hashlib.sha256(self.job.val.numpy().tobytes()).digest()
+    def __init__(self, job: Job, y: Tensor, n_classes: int, metric: str | Metric, schedule: Schedule) -> None:
+        self.job, self.tracker, self.model = job, Tracker(schedule, job.lr), TrainedModel({})
+        self.order, self.dropout, self.views = (
+            stream_generator(job.stream, purpose) for purpose in ("order", "dropout", "views")
+        )
+        self.scorer = scorer(metric, y[job.val.to(y.device)].cpu().numpy(), n_classes) if len(job.val) else None
+        self.held = hashlib.sha256(job.val.numpy().tobytes()).digest()  # heads with equal ones validate together
+        self.constants: Params = {}
 
     @property
     def finished(self) -> bool:
-        if len(self.job.val):
-            return self.diverged or self.tracker.done
-        return self.diverged or len(self.losses) >= self.tracker.schedule.max_epochs
-
-    def draw_rows(self) -> torch.Tensor:
-        """Row numbers of one epoch, in order."""
-        n, job = len(self.job.train), self.job
-        if job.weights is None:
-            return job.train[torch.randperm(n, generator=self.order)]
-        return job.train[torch.multinomial(job.weights, n, replacement=True, generator=self.order)]
-
-    def draw_views(self, n_views: int) -> torch.Tensor:
-        """The view of each draw of one epoch. A stream of its own: views change neither order nor dropout."""
-        n = len(self.job.train)
-        if n_views == 1:
-            return torch.zeros((), dtype=torch.int64).expand(n)
-        return torch.randint(n_views, (n,), generator=self.views)
-
-
-def _start(job: Job, y: torch.Tensor, n_classes: int, metric: str | Metric, schedule: Schedule) -> _Run:
-    own = scorer(metric, y[job.val.to(y.device)].cpu().numpy(), n_classes) if len(job.val) else None
-    order, dropout, views = (stream_generator(job.stream, purpose) for purpose in ("order", "dropout", "views"))
-    return _Run(job, Tracker(schedule, job.lr), order, dropout, views, own)
+        ended = self.tracker.done if self.scorer else len(self.model.losses) >= self.tracker.schedule.max_epochs
+        return self.model.diverged or ended
 
 
 class _Stack:
     """Heads that train as one: parameters, Adam's moments and step counts of those that are not finished."""
 
-    def __init__(self, head: TrainedHead, x: FeatureRows, y: torch.Tensor, runs: Sequence[_Run], n_classes: int):
+    def __init__(self, head: TrainedHead, x: FeatureRows, y: Tensor, runs: Sequence[_Run], n_classes: int):
         self.head, self.x, self.y = head, x, y
         if head.standardized:
             parts = [Standard() for _ in runs]
@@ -328,16 +268,24 @@ class _Stack:
 
     def train_epoch(self) -> None:
         """One epoch of every live head."""
-        schedule = self.live[0].tracker.schedule
-        orders = [run.draw_rows() for run in self.live]
-        views = [run.draw_views(self.x.n_views) for run in self.live]
+        schedule, n_views = self.live[0].tracker.schedule, self.x.n_views
+        orders = [run.job.draw(run.order) for run in self.live]
+        # The view of each draw. A stream of its own: views change neither order nor dropout.
+        views = [
+            torch.randint(n_views, (len(order),), generator=run.views)
+            if n_views > 1
+            else torch.zeros((), dtype=torch.int64).expand(len(order))
+            for run, order in zip(self.live, orders, strict=True)
+        ]
         sums = torch.zeros(len(self.live), dtype=torch.float64, device=self.y.device)
         lrs = [run.tracker.lr for run in self.live]
-        for step in self.x.steps(orders, views, schedule.batch_size, len(self.live[0].losses)):
+        for step in self.x.steps(orders, views, schedule.batch_size, len(self.live[0].model.losses)):
             part, shape = step.heads, step.rows.shape
             leaves = {name: p[part].detach().requires_grad_() for name, p in self.params.items()}
             fixed = {name: c[part] for name, c in self.fixed.items()}
-            logits = self.head.apply({**leaves, **fixed}, step.x, self._masks(self.live[part], shape[1]))
+            masks = self.head.draw_masks(shape[1], [run.dropout for run in self.live[part]])
+            masks = {name: mask.to(self.y.device) for name, mask in masks.items()}
+            logits = self.head.apply({**leaves, **fixed}, step.x, masks)
             each = F.cross_entropy(logits.flatten(0, 1), self.y[step.rows].flatten(), reduction="none").view(shape)
             losses = each.mean(1)
             # Heads share no parameter, so the gradient of the sum is the gradient of each.
@@ -350,22 +298,11 @@ class _Stack:
             adam_step(parts, self.steps[part], lrs[part])
             sums[part].add_(losses.detach(), alpha=shape[1])
         for run, total in zip(self.live, sums.tolist(), strict=True):
-            run.losses.append(total / len(run.job.train))
-            run.lrs.append(run.tracker.lr)
-
-    def _masks(self, live: Sequence[_Run], rows: int) -> dict[str, torch.Tensor]:
-        """Masks of shape (K, rows, units), each value 0 or 1/(1 - rate), from each head's own stream."""
-        masks = {}
-        for name, (units, rate) in self.head.dropouts().items():
-            kept = [(torch.rand(rows, units, generator=run.dropout) >= rate) / (1 - rate) for run in live]
-            masks[name] = torch.stack(kept).to(self.y.device)
-        return masks
+            run.model.losses.append(total / len(run.job.train))
+            run.model.lrs.append(run.tracker.lr)
 
     def validate(self) -> None:
-        """Score every live head after an epoch and keep its parameters where it is the best so far.
-
-        Heads that validate on the same rows are applied to them together.
-        """
+        """Score every live head, those with the same rows together, and keep its parameters where it is the best."""
         groups: dict[bytes, list[int]] = {}
         for k, run in enumerate(self.live):
             groups.setdefault(run.held, []).append(k)
@@ -377,18 +314,13 @@ class _Stack:
         sets = [self.live[k[0]].job.val for k in groups.values()]
         for numbers, found in zip(groups.values(), logits_of_sets(self.head, of_group, self.x, sets), strict=True):
             for k, logits in zip(numbers, found, strict=True):
-                self._take_scores(k, self.live[k], logits)
-
-    def _take_scores(self, k: int, run: _Run, logits: NDArray[np.float32]) -> None:
-        run.diverged = not (math.isfinite(run.losses[-1]) and bool(np.isfinite(logits).all()))
-        better = not run.diverged
-        if run.diverged:
-            run.val_scores.append(-math.inf)
-        elif run.scorer is not None:
-            run.val_scores.append(run.scorer(logits))  # type: ignore[arg-type]
-            better = run.tracker.update(run.val_scores[-1])
-        if better:
-            run.best = {name: p[k].clone() for name, p in self.params.items()} | run.constants
+                run, model = self.live[k], self.live[k].model
+                model.diverged = not (math.isfinite(model.losses[-1]) and bool(np.isfinite(logits).all()))
+                value = -math.inf if model.diverged else run.scorer(logits) if run.scorer else None
+                model.val_scores += [] if value is None else [value]
+                if not model.diverged and (value is None or run.tracker.update(value)):
+                    model.params = {name: p[k].clone() for name, p in self.params.items()} | run.constants
+                    model.best_epoch, model.val_score = len(model.losses), value
 
     def drop_finished(self) -> None:
         """Take finished heads out of the stack."""
@@ -405,13 +337,9 @@ class _Stack:
 
 @contextmanager
 def _threads_for(params: Params) -> Iterator[None]:
-    """One thread for a small stack.
-
-    Its steps are over before a second thread has started, and on a busy machine the wait for that thread takes ten
-    times as long as the work. Batches and gradients are megabytes, freed after each step and wanted again in the next.
-    """
+    """One thread for a small stack: on a busy machine the wait for a second takes ten times as long as the work."""
     before = torch.get_num_threads()
-    keep_freed_memory()
+    keep_freed_memory()  # batches and gradients are megabytes, freed after each step and wanted again in the next
     if sum(p.numel() for p in params.values()) < _SMALL:
         torch.set_num_threads(1)
     try:
@@ -420,11 +348,10 @@ def _threads_for(params: Params) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def adam_step(tensors: Sequence[tuple[torch.Tensor, ...]], steps: Sequence[int], lrs: Sequence[float]) -> None:
+def adam_step(tensors: Sequence[tuple[Tensor, ...]], steps: Sequence[int], lrs: Sequence[float]) -> None:
     """One step of torch's Adam in place, each head with its own step count (this one included) and rate.
 
-    ``tensors`` are each parameter, its gradient and its two moments, of shape (K, …). ``torch.optim.Adam`` itself has
-    one rate per tensor, and its first step imports torch's compiler.
+    ``tensors``: each parameter (K, …), its gradient and two moments. ``torch.optim.Adam`` has one rate per tensor.
     """
     for k, (step, lr) in enumerate(zip(steps, lrs, strict=True)):
         params, gradients, first, second = ([each[i][k] for each in tensors] for i in range(4))
@@ -436,17 +363,8 @@ def adam_step(tensors: Sequence[tuple[torch.Tensor, ...]], steps: Sequence[int],
         )  # fmt: skip
 
 
-def _trained(run: _Run) -> TrainedModel:
-    validated = len(run.job.val) > 0
-    return TrainedModel(
-        params=run.best, best_epoch=run.tracker.best_epoch if validated else len(run.losses) - run.diverged,
-        val_score=run.tracker.best_score if validated and run.best else None, losses=tuple(run.losses),
-        val_scores=tuple(run.val_scores), lrs=tuple(run.lrs), diverged=run.diverged,
-    )  # fmt: skip
-
-
 def _solve(
-    head: ClosedFormHead, x: FeatureRows, y: torch.Tensor, job: Job, n_classes: int, metric: str | Metric
+    head: ClosedFormHead, x: FeatureRows, y: Tensor, job: Job, n_classes: int, metric: str | Metric
 ) -> TrainedModel:
     """Solve one head; without a model where features or outputs are not finite."""
     train, held = x.gather(job.train), x.gather(job.val) if len(job.val) else None
@@ -470,9 +388,7 @@ def best_of(trained: Sequence[TrainedModel]) -> int:
     return scores.index(max(scores))
 
 
-def predict_logits(
-    head: Head, params: Params, x: Mapping[str, torch.Tensor] | FeatureRows, rows: torch.Tensor
-) -> NDArray[np.float32]:
+def predict_logits(head: Head, params: Params, x: Tensors | FeatureRows, rows: Tensor) -> NDArray[np.float32]:
     """Logits of one head, shape (len(rows), C); ``params`` without the stacking axis; of views the first."""
     (logits,) = logits_of_sets(head, [{name: p[None] for name, p in params.items()}], x, [rows])
     return np.asarray(logits[0])
@@ -480,12 +396,9 @@ def predict_logits(
 
 @torch.no_grad()
 def logits_of_sets(
-    head: Head, params: Sequence[Params], x: Mapping[str, torch.Tensor] | FeatureRows, sets: Sequence[torch.Tensor]
+    head: Head, params: Sequence[Params], x: Tensors | FeatureRows, sets: Sequence[Tensor]
 ) -> list[NDArray[np.float32]]:
-    """Logits of several stacks of heads, each for its own set of rows; every row is read once per set.
-
-    Shapes: sets (m,); returns (K, m, C).
-    """
+    """Logits (K, m, C) of several stacks of heads, each for its own set (m,) of rows."""
     widths = [len(next(iter(p.values()))) for p in params]
     found = [np.zeros((width, 0, 0), np.float32) for width in widths]
     for chunk in as_rows(x).chunks(sets):
@@ -536,25 +449,10 @@ def fit(
     seed: int = 0,
     schedule: Schedule | None = None,
 ) -> FittedHead:
-    """Train or solve one head on arrays.
+    """Train or solve one head on arrays: raw features (n, D) of each backbone and labels (n,) of 0 … C − 1.
 
-    Parameters
-    ----------
-    head : Head
-        The head; see `embcache.probe.heads`.
-    x : mapping of backbone to array-like of shape (n, D)
-        Training features, raw.
-    y : array-like of int, shape (n,)
-        Labels 0 … C − 1.
-    x_val, y_val : optional
-        Validation rows, which choose the epoch (or what a closed-form head chooses); without them the head trains for
-        all epochs.
-    metric : str, optional
-        Scores the validation rows. Default: AUC for two classes, macro AUC for more.
-    seed : int
-        Of initial weights, order and dropout; a closed-form head has none of them.
-    schedule : Schedule, optional
-        Learning rate, batch size and epochs; default: the protocol's.
+    Validation rows choose the epoch, or the solution; without them the head trains for all epochs. The default metric
+    is AUC (of more than two classes macro AUC), the default schedule that of the protocol.
 
     Raises
     ------
@@ -596,5 +494,5 @@ def diverged_error(what: str, lr: float | None) -> ProtocolError:
     )  # fmt: skip
 
 
-def _tensors(x: Mapping[str, ArrayLike]) -> dict[str, torch.Tensor]:
+def _tensors(x: Mapping[str, ArrayLike]) -> dict[str, Tensor]:
     return {backbone: torch.from_numpy(np.ascontiguousarray(f, dtype=np.float32)) for backbone, f in x.items()}

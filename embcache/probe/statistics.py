@@ -27,15 +27,10 @@ from embcache.probe.metrics import FloatArray, IntArray, Metric, auc_placements,
 from embcache.runs.result import Estimate
 
 RESAMPLES = 2000
-BOOTSTRAP_SEED = 20_210_823
-"""One seed for all results, so that two rows on the same test set are compared on the same resamples."""
+BOOTSTRAP_SEED = 20_210_823  # one for all results: two rows on the same test set are compared on the same resamples
 
-FEWEST_GROUPS = 5
-"""With fewer groups (of a class, for metrics that score each class) there is no interval."""
-
-LARGEST_OVERLAP = 0.9
-"""Above it, models that share training rows say too little about a newly trained one."""
-
+FEWEST_GROUPS = 5  # with fewer (of a class, for metrics that score each class) there is no interval
+LARGEST_OVERLAP = 0.9  # above it, models that share training rows say too little about a newly trained one
 NOTHING = 1e-24  # a variance that is rounding
 _BLOCK = 100  # resamples drawn and scored at a time
 
@@ -62,6 +57,14 @@ class TestSet:
         one_sided = metric.per_class and len(classes) == 1 and metric.ratio is None
         return f"only images of {self.class_names[classes[0]]}" if one_sided else ""
 
+    def _counts(self, classes: Sequence[int]) -> list[NDArray[np.int64]]:
+        """Images of each group of each class; of no classes those of all groups."""
+        sides = [self.labels == c for c in classes] or [np.ones(len(self.labels), dtype=bool)]
+        return [np.unique(self.groups[side], return_counts=True)[1] for side in sides]
+
+    def _groups(self, classes: Sequence[int]) -> list[int]:
+        return [len(counts) for counts in self._counts(classes)]
+
     def scored(self, metric: Metric) -> list[int]:
         """Classes that need enough groups each; none where the groups are counted in total."""
         if not metric.per_class:
@@ -70,11 +73,6 @@ class TestSet:
             return [self.positive if metric.key == "sensitivity" else 1 - self.positive]
         return [0, 1] if len(self.class_names) == 2 else np.unique(self.labels).tolist()
 
-    def _groups(self, classes: Sequence[int]) -> list[int]:
-        """Groups of each class; of no classes the number of all groups."""
-        sides = [self.labels == c for c in classes] or [np.ones(len(self.labels), dtype=bool)]
-        return [len(np.unique(self.groups[side])) for side in sides]
-
     def df(self, metric: Metric) -> float:
         """Degrees of freedom of a bootstrap: Satterthwaite's of a variance 1/n from each class's n groups."""
         n = np.maximum(2.0, self._groups(self.scored(metric)))
@@ -82,8 +80,7 @@ class TestSet:
 
     def alike(self, classes: Sequence[int]) -> list[float]:
         """(Σm)²/Σm² of each class, for groups of m images: how many images there are if those of a group are alike."""
-        sides = [self.labels == c for c in classes] or [np.ones(len(self.labels), dtype=bool)]
-        return [_alike(np.unique(self.groups[side], return_counts=True)[1]) for side in sides]
+        return [_alike(counts) for counts in self._counts(classes)]
 
 
 def _alike(images: NDArray[Any]) -> float:
@@ -110,13 +107,8 @@ class Scores:
         return float(self.values.mean())
 
 
-def sample(
-    metric: Metric, test: TestSet, logits: ArrayLike, *, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED
-) -> Scores:
-    """Score K models on one test set and find how the scores move with its groups.
-
-    Shapes: logits (K, n, C).
-    """
+def sample(metric: Metric, test: TestSet, logits: ArrayLike, *, resamples: int = RESAMPLES) -> Scores:
+    """Score K models on one test set and find how the scores move with its groups; logits (K, n, C)."""
     z = np.asarray(logits, dtype=np.float64)
     forms = [metric.form(test.labels, q, test.positive) for q in z]
     values = np.array([form(np.ones((1, len(test.labels))))[0] for form in forms])
@@ -128,7 +120,7 @@ def sample(
         return _proportion_scores(metric, test, values, z, group)
     draws, lost = [], 0
     present = np.stack([test.labels == c for c in np.unique(test.labels)], axis=1).astype(np.float64)
-    rng = np.random.Generator(np.random.PCG64(seed))
+    rng = np.random.Generator(np.random.PCG64(BOOTSTRAP_SEED))
     check_number("resamples", resamples, 1, 1_000_000)
     for start in range(0, resamples, _BLOCK):
         drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=_BLOCK)
@@ -217,15 +209,15 @@ def _by_group(influence: FloatArray, group: IntArray, part: IntArray) -> tuple[F
     return moves, satterthwaite(*parts) if parts else 1.0
 
 
-def estimate(scores: Scores, overlap: float | None = None, folds: int | None = None, level: float = 0.95) -> Estimate:
-    """The mean over models with its intervals."""
+def estimate(scores: Scores, overlap: float | None = None, folds: int | None = None) -> Estimate:
+    """The mean over models with its 95 % intervals."""
     metric, test, values, mean = scores.metric, scores.test, scores.values, scores.mean
     k, covariance = len(values), scores.moves @ scores.moves.T
     v_test = float(covariance.mean())
     why, first, second, sigma2 = test.too_few(metric), None, None, None
     if not why and not np.isfinite(mean):
         why = "no value"
-    if not why and (first := _first_interval(scores, v_test, level)) is None:
+    if not why and (first := _first_interval(scores, v_test)) is None:
         why = "no variation among the test groups"
     if first:
         if k == 1 or overlap is None:
@@ -235,7 +227,7 @@ def estimate(scores: Scores, overlap: float | None = None, folds: int | None = N
         else:
             sigma2, before = training_variance_of(values, covariance, overlap)
             share = 1 / k + (1 - 1 / k) * overlap + 1
-            second = _widened(scores, first, (share * sigma2, share * before), (folds or k) - 1, level)
+            second = _widened(scores, first, (share * sigma2, share * before), (folds or k) - 1)
     return Estimate(
         metric=metric.key,
         positive=test.class_names[test.positive] if metric.asymmetric and len(test.class_names) == 2 else "", mean=mean,
@@ -246,22 +238,16 @@ def estimate(scores: Scores, overlap: float | None = None, folds: int | None = N
 
 
 def training_variance_of(values: FloatArray, covariance: FloatArray, overlap: float) -> tuple[float, float]:
-    """σ²: the variance between models' scores as if they shared no rows, beyond the test noise between them; and s².
-
-    The second is s²/(1 − overlap), with that noise: σ² is as uncertain as s² is.
-    """
+    """σ²: variance between models' scores as if they shared no rows, beyond test noise; and s²/(1 − overlap)."""
     k = len(values)
     noise = float(np.trace(covariance) - covariance.sum() / k) / (k - 1)
     s2 = float(values.var(ddof=1))
     return max(0.0, s2 - noise) / (1 - overlap), s2 / (1 - overlap)
 
 
-def _first_interval(scores: Scores, v: float, level: float) -> tuple[float, float] | None:
-    """Of AUC and proportions a score interval; of the others one on the logit scale of the metric's range.
-
-    On the log scale where the range has no end.
-    """
-    mean, low, high, t = scores.mean, scores.metric.low, scores.metric.high, t_quantile(level, scores.df)
+def _first_interval(scores: Scores, v: float) -> tuple[float, float] | None:
+    """Of AUC and proportions a score interval; else on the logit scale of the range, or the log scale if it is open."""
+    mean, low, high, t = scores.mean, scores.metric.low, scores.metric.high, t_quantile(0.95, scores.df)
     if scores.null is not None:
         null, effect = scores.null, scores.effect
         return _score_interval(mean, lambda true: effect * null(true), t)
@@ -283,17 +269,15 @@ def _first_interval(scores: Scores, v: float, level: float) -> tuple[float, floa
 def _score_interval(value: float, variance: Callable[[float], float], quantile: float) -> tuple[float, float]:
     """True scores whose own standard error, times the quantile, reaches the value."""
 
-    def end(outside: float) -> float:
-        def beyond(true: float) -> bool:
-            return abs(value - true) > quantile * math.sqrt(max(0.0, variance(true)))
+    def beyond(true: float) -> bool:
+        return abs(value - true) > quantile * math.sqrt(max(0.0, variance(true)))
 
+    def end(outside: float) -> float:
         inside = value
-        if not beyond(outside):
-            return outside
-        for _ in range(60):
+        for _ in range(60 if beyond(outside) else 0):
             middle = (inside + outside) / 2
             inside, outside = (inside, middle) if beyond(middle) else (middle, outside)
-        return (inside + outside) / 2
+        return (inside + outside) / 2 if beyond(outside) else outside
 
     return end(0.0), end(1.0)
 
@@ -304,31 +288,25 @@ def hanley_mcneil(auc: float, n_positive: float, n_negative: float) -> float:
     return auc * (1 - auc) * (1 + (n - 1) * ((1 - auc) / (2 - auc) + auc / (1 + auc))) / (n_positive * n_negative)
 
 
-def newcombe_auc(auc: float, n_positive: float, n_negative: float, level: float = 0.95) -> tuple[float, float]:
-    """Score interval of an AUC with the Hanley–McNeil variance at its own ends (Newcombe 2006, method 5)."""
-    return _score_interval(auc, lambda true: hanley_mcneil(true, n_positive, n_negative), t_quantile(level, math.inf))
-
-
-def wilson(p: float, n: float, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion with an effective number of trials."""
-    return _score_interval(p, lambda true: true * (1 - true) / n, t_quantile(level, math.inf))
+def wilson(p: float, n: float) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion with an effective number of trials."""
+    return _score_interval(p, lambda true: true * (1 - true) / n, t_quantile(0.95, math.inf))
 
 
 def _widened(
-    scores: Scores, first: tuple[float, float], training: tuple[float, float], df_training: int, level: float
+    scores: Scores, first: tuple[float, float], training: tuple[float, float], df_training: int
 ) -> tuple[float, float]:
     """The first interval with the variance of training added to each of its sides (square and add).
 
-    Satterthwaite's degrees of freedom count training's variance before test noise was taken from it: where no more
-    than noise is seen between models, how much there is remains uncertain. They are those of training at least.
+    Satterthwaite's degrees of freedom, those of training at least, count its variance before test noise was taken off.
     """
-    t, mean, sides = t_quantile(level, scores.df), scores.mean, []
+    t, mean, sides = t_quantile(0.95, scores.df), scores.mean, []
     extra, before = training
     for end in first:
         side = ((mean - end) / t) ** 2
         v, uncertain = side + extra, side**2 / scores.df + before**2 / df_training
         df = max(df_training, v**2 / uncertain) if uncertain > 0 else scores.df
-        sides.append(t_quantile(level, df) * math.sqrt(v))
+        sides.append(t_quantile(0.95, df) * math.sqrt(v))
     return max(scores.metric.low, mean - sides[0]), min(scores.metric.high, mean + sides[1])
 
 

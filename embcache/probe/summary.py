@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -20,15 +20,21 @@ from embcache.errors import StoreError
 from embcache.paths import PathLike
 from embcache.probe.heads import imbalance
 from embcache.probe.metrics import FloatArray, evaluate, find_metric, known, positive_class, score, softmax
-from embcache.probe.predictions import Predictions, ensemble_scores, grouped_scores
-from embcache.probe.prevalence import Adjust, Adjustment, adjustments, prevalence_vector
-from embcache.probe.splits import Splits
+from embcache.probe.predictions import (
+    Adjust,
+    Adjustment,
+    Predictions,
+    adjustments,
+    ensemble_scores,
+    grouped_scores,
+    prevalence_vector,
+)
+from embcache.probe.protocol import Splits
 from embcache.probe.stack import Head, diverged_error, is_balanced, seen_shares
 from embcache.probe.statistics import training_overlap
 from embcache.runs.folders import FoldResult, Result, load_predictions, replace_result, run_id, runs_dir
 
-COLLAPSED = 0.8
-"""A model that predicts one class for this share of the test images, and half as often again as it occurs, is named."""
+COLLAPSED = 0.8  # a model that predicts one class for this share of the test images, far more than it has, is named
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,98 +62,77 @@ class RunCell:
         """Rows of the dataset that train, validate or test in any repeat, ascending."""
         return np.unique(np.concatenate([splits.used(self.subset) for splits in self.splits]))
 
-    def splits_of(self, fold: int) -> tuple[Splits, tuple[int, str]]:
-        """Splits of a fold, counted over all repeats, and its key in them."""
-        repeat, part = divmod(fold, self.splits[0].n_folds)
-        return self.splits[repeat], (part, self.subset)
+    def parts(self, fold: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows that train and rows that validate in a fold, counted over all repeats."""
+        repeat, number = divmod(fold, self.splits[0].n_folds)
+        key = number, self.subset
+        return self.splits[repeat].train[key], self.splits[repeat].val[key]
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the training of one fold's model went."""
-
-    best_epoch: int
-    epochs: int
-    val_score: float | None  # validation score at ``best_epoch``
-    lr: float | None  # first learning rate; None for a closed-form head
-    diverged: bool = False  # training ended because a loss or an output was not finite
-    chosen: Mapping[str, Any] = field(default_factory=dict)  # what a closed-form head chose on validation
-    lost_lrs: Sequence[float] = ()  # other learning rates of a sweep, at which training diverged
-
-    @property
-    def failed(self) -> bool:
-        """Whether there is no model: training diverged before a first usable epoch."""
-        return self.diverged and self.best_epoch == 0
+    def outcome(
+        self, number: int, test: FloatArray, val: FloatArray, val_score: float | None, **training: Any
+    ) -> Outcome:
+        """How one fold went: ``val_score`` as training has it, which negates a loss; ``training`` as `FoldResult`."""
+        train, held = self.parts(number)
+        names = self.dataset.class_names
+        fold = FoldResult(
+            fold=number, score=None, val_score=None, n_train=len(train), n_val=len(held), metrics={},
+            repeat=number // self.splits[0].n_folds,
+            seen=seen_shares(self.splits[0].labels[train], len(names), self.head.weighs), **training,
+        )  # fmt: skip
+        if val_score is not None and not fold.failed:
+            sign = -1.0 if find_metric(str(self.request["metric"]), len(names)).loss else 1.0
+            fold = replace(fold, val_score=sign * val_score)
+        return Outcome(fold, test, val)
 
 
 @dataclass(frozen=True, eq=False)
-class Outputs:
-    """Logits of the models of one run."""
+class Outcome:
+    """One fold's training, and the logits of its model; nan where there is none."""
 
-    test: FloatArray  # (R × K, n_test, C)
-    val: Sequence[FloatArray]  # (m, C); of each model's validation images, at the epoch that was kept
+    fold: FoldResult  # without scores of the test set
+    test: FloatArray  # (n_test, C)
+    val: FloatArray  # (m, C); of the model's own validation images
 
 
-def build_result(cell: RunCell, outcomes: Sequence[Outcome], outputs: Outputs, seconds: float) -> Result:
+def build_result(cell: RunCell, outcomes: Sequence[Outcome], seconds: float) -> Result:
     """Score every fold's test predictions and put the result together."""
     ds, plan, request = cell.dataset, cell.splits[0], cell.request
     labels, names = plan.labels[plan.test], tuple(ds.class_names)
     known = labels >= 0
-    made = [f for f, outcome in enumerate(outcomes) if not outcome.failed]
+    folds = tuple(outcome.fold for outcome in outcomes)
+    made = [fold.fold for fold in folds if not fold.failed]
     if not made:
         where = f"every fold ({request['head']['name']}, subset {cell.subset})"
-        raise diverged_error(where, max((o.lr for o in outcomes if o.lr is not None), default=None))
-    sign = -1.0 if find_metric(str(request["metric"]), len(names)).loss else 1.0  # training negates a loss
-    folds = []
-    for f, outcome in enumerate(outcomes):
-        splits, key = cell.splits_of(f)
-        fold = FoldResult(
-            fold=f, score=None,
-            val_score=None if outcome.failed or outcome.val_score is None else sign * outcome.val_score,
-            best_epoch=outcome.best_epoch, epochs=outcome.epochs, n_train=len(splits.train[key]),
-            n_val=len(splits.val[key]), lr=outcome.lr, metrics={}, diverged=outcome.diverged, repeat=f // plan.n_folds,
-            chosen=dict(outcome.chosen), lost_lrs=list(outcome.lost_lrs),
-            seen=seen_shares(plan.labels[splits.train[key]], len(names), cell.head.weighs),
-        )  # fmt: skip
-        folds.append(fold)
-    sizes = np.array([[fold.n_train, fold.n_val] for fold in folds], dtype=np.float64).mean(0)
+        raise diverged_error(where, max((fold.lr for fold in folds if fold.lr is not None), default=None))
+    n_train, n_val = np.array([[fold.n_train, fold.n_val] for fold in folds], dtype=np.float64).mean(0)
     result = Result(
         id=cell.id, kind=str(request["kind"]), dataset=ds.name, backbones=cell.backbones,
-        head=str(request["head"]["name"]), subset=cell.subset, n_train=round(sizes[0]), n_val=round(sizes[1]),
-        n_test=int(known.sum()) or len(plan.test), labels_used=round(sizes.sum()), metric=str(request["metric"]),
-        mean=None, std=None, interval=None, val_mean=_mean([fold.val_score for fold in folds]), folds=tuple(folds),
+        head=str(request["head"]["name"]), subset=cell.subset, n_train=round(n_train), n_val=round(n_val),
+        n_test=int(known.sum()) or len(plan.test), labels_used=round(n_train + n_val), metric=str(request["metric"]),
+        mean=None, std=None, interval=None, val_mean=_mean([fold.val_score for fold in folds]), folds=folds,
         test_set=plan.test_set, synthetic=ds.synthetic, notes=cell.notes, class_names=names, request=request,
         seconds=round(seconds, 3), versions=_versions(), source=cell.source, target=ds.target,
-        recipes=dict(cell.recipes),
-        overlap=training_overlap([splits.train[key] for splits, key in map(cell.splits_of, made)]),
+        recipes=dict(cell.recipes), overlap=training_overlap([cell.parts(f)[0] for f in made]),
     )  # fmt: skip
-    test = Predictions(
-        plan.ids[plan.test][known], plan.groups[plan.test][known], labels[known], outputs.test[made][:, known], names
-    )
+    logits = np.stack([outcomes[f].test[known] for f in made])
+    test = Predictions(plan.ids[plan.test][known], plan.groups[plan.test][known], labels[known], logits, names)
     result = scored(result, test, cell.positive)
     return replace(result, notes=(*result.notes, *training_notes(result)))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that are there."""
     there = [value for value in values if value is not None]
     return float(np.mean(there)) if there else None
 
 
 def scored(result: Result, predictions: Predictions, positive: str | None = None) -> Result:
-    """A result with every score of its predictions of labeled test images; ``positive`` names the positive class.
-
-    Nothing is trained: the same result with another positive class has other asymmetric scores and nothing else.
-    """
+    """A result with every score of its predictions of labeled test images; ``positive`` names the positive class."""
     names, metric = result.class_names, result.metric
     number = positive_class(names, positive)
     shown = names[number] if len(names) == 2 or positive is not None else ""
     if not len(predictions.labels):
         return replace(result, positive=shown)
-    found = replace(
-        predictions, positive=number, overlap=result.overlap,
-        folds=1 + max(f.fold for f in result.folds if not f.repeat),
-    )  # fmt: skip
+    found = replace(predictions, positive=number, overlap=result.overlap, folds=_folds(result))
     each = iter([evaluate(metric, found.labels, z, number) for z in found.logits])
     metrics: list[dict[str, Any]] = [{} if fold.failed else next(each) for fold in result.folds]
     estimate = found.estimate(metric)
@@ -159,11 +144,12 @@ def scored(result: Result, predictions: Predictions, positive: str | None = None
     )  # fmt: skip
 
 
-def with_positive(result: Result, positive: str | None, home: PathLike | None) -> Result:
-    """A saved result with the positive class asked for, scored anew and recorded in its run; never trained anew.
+def _folds(result: Result) -> int:
+    return sum(not fold.repeat for fold in result.folds)
 
-    None asks for nothing: the class that the run has stays.
-    """
+
+def with_positive(result: Result, positive: str | None, home: PathLike | None) -> Result:
+    """A saved result with the positive class asked for, if any, scored anew and recorded in its run."""
     if positive is None or result.class_names[positive_class(result.class_names, positive)] == result.positive:
         return result
     run = runs_dir(result.dataset, home) / result.id
@@ -173,10 +159,7 @@ def with_positive(result: Result, positive: str | None, home: PathLike | None) -
 
 
 def in_metric(result: Result, metric: str, home: PathLike | None) -> Result:
-    """A saved result scored by another metric, on test and on validation; its epochs were chosen by its own.
-
-    A result without test scores, or of a leaderboard, is given back as it is.
-    """
+    """A saved result, if it has test scores, by another metric on test and validation; its own chose its epochs."""
     key = find_metric(metric, len(result.class_names)).key
     if key == result.metric or result.mean is None or result.kind == "kaggle":
         return result
@@ -186,10 +169,9 @@ def in_metric(result: Result, metric: str, home: PathLike | None) -> Result:
         held = load_validation(result, run)
     except StoreError:  # one damaged file must not end a listing; the test scores are there
         held = []
-    values = [known(score(key, v.labels, v.logits[0], v.positive)) for v in held]
-    each = iter(values)
+    each = iter([known(score(key, v.labels, v.logits[0], v.positive)) for v in held])
     folds = tuple(replace(fold, val_score=None if fold.failed else next(each, None)) for fold in found.folds)
-    return replace(found, folds=folds, val_mean=_mean(values))
+    return replace(found, folds=folds, val_mean=_mean([fold.val_score for fold in folds]))
 
 
 def load_run_predictions(result: Result, run: Path) -> Predictions:
@@ -197,9 +179,8 @@ def load_run_predictions(result: Result, run: Path) -> Predictions:
     table = load_predictions(run)
     table = table[table["label"] >= 0].sort_values(["fold", "id"], kind="stable")
     rows = [part[["id", "label"]].to_numpy(dtype=object) for _, part in table.groupby("fold")]
-    counts = tuple(
-        np.bincount(rows[0][:, 1].astype(np.int64), minlength=len(result.class_names)).tolist() if rows else ()
-    )
+    each: Any = rows[0][:, 1].astype(np.int64) if rows else []
+    counts = tuple(np.bincount(each, minlength=len(result.class_names)).tolist())
     if not rows or not all(np.array_equal(part, rows[0]) for part in rows) or counts != (result.test_counts or counts):
         raise StoreError(
             "a run's predictions are not those that its result was made of", code="run-damaged",
@@ -207,8 +188,7 @@ def load_run_predictions(result: Result, run: Path) -> Predictions:
             found=f"{counts}, {len(rows)} folds", where=run / "predictions.parquet",
             fix="make the run again: embcache probe --again …",
         )  # fmt: skip
-    first = 1 + max(fold.fold for fold in result.folds if not fold.repeat)
-    return replace(_predictions(result, table), overlap=result.overlap, folds=first)
+    return replace(_predictions(result, table), overlap=result.overlap, folds=_folds(result))
 
 
 def _predictions(result: Result, table: pd.DataFrame) -> Predictions:
@@ -252,10 +232,7 @@ def adjust_models(result: Result, run: Path, adjust: Adjust) -> list[Adjustment]
 
 
 def request_notes(ds: ImageDataset, plans: Sequence[Splits], subset: str, head: Head) -> list[str]:
-    """What a reader must know before anything is trained: of the dataset, its splits, the subset and the head.
-
-    A note of a later repeat names the repeat.
-    """
+    """What a reader must know before anything is trained: of the dataset, its splits, the subset and the head."""
     notes = _notes_of(ds, plans[0], subset, head)
     for number, repeat in enumerate(plans[1:], start=1):
         notes += [f"repeat {number}: {note}" for note in _notes_of(ds, repeat, subset, head) if note not in notes]
@@ -276,39 +253,31 @@ def training_notes(result: Result) -> list[str]:
             notes.append(f"fold {fold.fold} diverged in epoch {fold.epochs}: epoch {fold.best_epoch} was kept")
         predicted = fold.metrics.get("predicted", [0])
         most, n = max(predicted), sum(predicted)
-        if n and most >= COLLAPSED * n:
-            c = predicted.index(most)
-            if most >= 1.5 * result.test_counts[c]:
-                count = f"all {n:,}" if most == n else f"{most:,} of {n:,}"
-                name = result.class_names[c]
-                true = f"{result.test_counts[c]:,}"
-                notes.append(f"fold {fold.fold} predicts {name!r} for {count} test images, of which {true} are")
+        c = predicted.index(most)
+        if n and most >= COLLAPSED * n and most >= 1.5 * result.test_counts[c]:
+            count, true = f"all {n:,}" if most == n else f"{most:,} of {n:,}", f"{result.test_counts[c]:,}"
+            name = result.class_names[c]
+            notes.append(f"fold {fold.fold} predicts {name!r} for {count} test images, of which {true} are")
     return notes
 
 
-def prediction_table(plan: Splits, outputs: Outputs, outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """Test predictions as a table: ``id, label, group, fold, p_0 … p_C-1, logit_0 … logit_C-1``.
-
-    Folds are counted over all repeats, which have one test set; those without a model get no rows.
-    """
-    made = [f for f, outcome in enumerate(outcomes) if not outcome.failed]
-    table = pd.concat([_rows(plan, plan.test, f, outputs.test[f]) for f in made], ignore_index=True)
-    n_classes = outputs.test.shape[2]
+def prediction_table(cell: RunCell, outcomes: Sequence[Outcome]) -> pd.DataFrame:
+    """Test predictions, ``id, label, group, fold, p_0 …, logit_0 …``; a fold without a model has none."""
+    plan, made = cell.splits[0], [outcome for outcome in outcomes if not outcome.fold.failed]
+    table = pd.concat([_rows(plan, plan.test, one.fold.fold, one.test) for one in made], ignore_index=True)
+    n_classes = len(cell.dataset.class_names)
     p = softmax(table[[f"logit_{c}" for c in range(n_classes)]].to_numpy())
     for c in range(n_classes):
         table.insert(4 + c, f"p_{c}", p[:, c])
     return table
 
 
-def validation_table(
-    plans: Sequence[Splits], subset: str, outputs: Outputs, outcomes: Sequence[Outcome]
-) -> pd.DataFrame:
+def validation_table(cell: RunCell, outcomes: Sequence[Outcome]) -> pd.DataFrame:
     """Predictions of the rows that chose each model: ``id, label, group, fold, logit_0 … logit_C-1``."""
+    made = [outcome for outcome in outcomes if not outcome.fold.failed]
     parts = [
-        _rows(plan, np.sort(plan.val[f % plan.n_folds, subset]), f, outputs.val[f])
-        for f, outcome in enumerate(outcomes)
-        if not outcome.failed
-        for plan in [plans[f // plans[0].n_folds]]
+        _rows(cell.splits[one.fold.repeat], np.sort(cell.parts(one.fold.fold)[1]), one.fold.fold, one.val)
+        for one in made
     ]
     return pd.concat(parts, ignore_index=True)
 

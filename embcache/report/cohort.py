@@ -13,7 +13,7 @@ from embcache.data.classes import as_in_run
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError
 from embcache.probe.inputs import open_stores, plan_for
-from embcache.probe.splits import Splits
+from embcache.probe.protocol import Splits
 from embcache.report.collect import Choice, Part, hidden_columns, secret_words, shown_columns
 from embcache.results.layout import Table
 from embcache.store.feature_store import list_stores

@@ -316,7 +316,7 @@ def calibration(test: Predictions, weights: FloatArray | None = None, resamples:
     """Calibration of P(positive), as a mean over the models and of the ensemble (of one model: only that).
 
     ``test`` has two classes (`against_rest`). ``weights`` (n,) let classes count as at some prevalence
-    (`embcache.probe.prevalence.row_weights`). Intervals of intercept and slope are for new patients and these models:
+    (`embcache.probe.predictions.row_weights`). Intervals of intercept and slope are for new patients and these models:
     sandwich variance, residuals summed by group (patient), t quantiles; those of the Brier score are bootstrapped.
     """
     w = np.ones(len(test.labels)) if weights is None else weights

@@ -11,8 +11,7 @@ import numpy as np
 
 from embcache.errors import StoreError
 from embcache.probe.metrics import confusion, find_metric, log_odds, positive_class, softmax
-from embcache.probe.predictions import Predictions, all_estimates
-from embcache.probe.prevalence import Adjust, Adjustment, row_weights
+from embcache.probe.predictions import Adjust, Adjustment, Predictions, all_estimates, row_weights
 from embcache.probe.summary import adjust_models, load_run_predictions, load_validation
 from embcache.results.compare import Tested
 from embcache.results.decisions import Calibration, OperatingPoint, against_rest, calibration, operating_points

@@ -31,7 +31,7 @@ from embcache.extract.scan import image_root
 from embcache.io import check_target, write_output
 from embcache.paths import PathLike
 from embcache.probe.metrics import softmax
-from embcache.probe.prevalence import Adjust, Adjustment, parse_prevalence
+from embcache.probe.predictions import Adjust, Adjustment, parse_prevalence
 from embcache.probe.summary import adjust_models
 from embcache.results.render import csv_text, is_formula
 from embcache.results.run_model import load_model

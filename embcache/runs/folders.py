@@ -1,11 +1,8 @@
 """The run folders that keep the results of probing and finetuning.
 
-``<home>/<dataset>/runs/<id>/`` holds ``result.json``, ``predictions.parquet`` (one row per test image and fold),
-``heads.safetensors`` and whatever else belongs to the run. A run is written aside and renamed into place, so an
-existing one is whole; ``result.json`` records size and checksum of every file. Its id hashes the whole request; tables
-and figures are made from these files, never from logs.
-
-pandas, pyarrow and torch are imported by the functions that need them: listings do without.
+``<home>/<dataset>/runs/<id>/`` holds ``result.json`` with size and checksum of every file, ``predictions.parquet`` (one
+row per test image and fold), ``heads.safetensors`` and what else belongs to the run. A run is written aside and renamed
+into place. pandas, pyarrow and torch are imported by the functions that need them: listings do without.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -42,15 +38,12 @@ from embcache.sealed import crc32c, file_checksum, open_parquet, read_sealed, se
 if TYPE_CHECKING:
     import pandas as pd
 
-PARTIAL = ".partial"
-"""Suffix of the folders of checkpoints of finetunings."""
+PARTIAL = ".partial"  # suffix of the folders of checkpoints of finetunings
 
 _FIX = "delete the run's folder and make the run again"
 
 
 class _File(TypedDict):
-    """Of a run: size and crc32c."""
-
     size: int
     crc32c: str
 
@@ -166,8 +159,7 @@ def load_result(run: Path) -> Result:
 
 def list_results(home: PathLike | None = None, dataset: str | None = None) -> list[Result]:
     """All saved results that can be read, by dataset, head, backbones and number of training images."""
-    found = [_readable(run) for run in run_folders(home, dataset)]
-    results = [result for result in found if result is not None]
+    results = [result for run in run_folders(home, dataset) if (result := _readable(run)) is not None]
     return sorted(results, key=lambda r: (r.dataset, r.kind, r.head, r.backbones, r.n_train, r.id))
 
 
@@ -183,11 +175,6 @@ def _readable(run: Path) -> Result | None:
         return None
 
 
-def as_asked(result: Result, source: str, notes: Sequence[str]) -> Result:
-    """A reused result with the place that its labels were read from this time, and the notes of this request."""
-    return replace(result, source=source, notes=tuple(notes))
-
-
 def load_predictions(run: Path, name: str = "predictions") -> pd.DataFrame:
     """Test predictions of a run: ``id, label, group, fold, p_0 …, logit_0 …``; label −1 where it is not known.
 
@@ -197,7 +184,7 @@ def load_predictions(run: Path, name: str = "predictions") -> pd.DataFrame:
 
     path = run / f"{name}.parquet"
     try:
-        table: pd.DataFrame = open_parquet(read_regular(_verified(path)))[1].to_pandas()
+        table: pd.DataFrame = open_parquet(read_regular(run_file(run, path.name)))[1].to_pandas()
         content = _content(run)
         _check_predictions(table, len(content["class_names"]), len(content["folds"]))
         return table
@@ -231,7 +218,7 @@ def load_heads(run: Path) -> list[dict[str, Any]]:
 
     path = run / "heads.safetensors"
     try:
-        tensors = load(read_regular(_verified(path)))
+        tensors = load(read_regular(run_file(run, path.name)))
     except (SafetensorError, OSError, ValueError) as error:
         raise _bad_file(path, error) from error
     heads: list[dict[str, Any]] = [{} for _ in _content(run)["folds"]]
@@ -246,9 +233,12 @@ def load_heads(run: Path) -> list[dict[str, Any]]:
 def run_file(run: Path, name: str) -> Path:
     """The path of a file of a run, its bytes verified."""
     try:
-        return _verified(run / name)
+        record = _content(run)["files"].get(name)
+        if record is None or file_checksum(run / name) != record:
+            raise ValueError("no such file was kept" if record is None else "bytes with another checksum")
     except (ValueError, OSError) as error:
         raise _bad_file(run / name, error) from error
+    return run / name
 
 
 def _content(run: Path) -> dict[str, Any]:
@@ -267,23 +257,11 @@ def _content(run: Path) -> dict[str, Any]:
     return content
 
 
-def _verified(path: Path) -> Path:
-    """The path of a file of a run whose bytes are those recorded."""
-    record = _content(path.parent)["files"].get(path.name)
-    if record is None:
-        raise ValueError("the run kept no such file")
-    if file_checksum(path) != record:
-        raise ValueError("bytes with another checksum than that recorded")
-    return path
-
-
 def _other_run(run: Path, error: Exception) -> StoreError:
-    """A run whose ``result.json`` is not one of this version."""
     cause = error.__cause__ if isinstance(error, StoreError) else error
+    found = (error.found if isinstance(error, StoreError) else None) or str(error).split("\n")[0]
     if isinstance(cause, KeyError | FileNotFoundError):
         found = f"no entry {cause}" if isinstance(cause, KeyError) else "no such file"
-    else:
-        found = (error.found if isinstance(error, StoreError) else None) or str(error).split("\n")[0]
     return StoreError(
         "a run was made by another version of embcache, or is damaged", code="run-not-readable",
         expected="a result.json that this version wrote", found=found, where=run / "result.json",

@@ -15,9 +15,9 @@ from embcache.sealed import canonical_json, plain, typed
 
 _METRIC = re.compile(r"\w[\w.:-]{0,99}", re.ASCII)
 
+# Raised when the protocol changes, so that older runs are not taken for new ones. Arithmetic that gives the same but
+# for rounding (another order of sums, attention by nodes) is the same protocol: a saved run answers for it.
 PROTOCOL_VERSION = 3
-"""Raised when the protocol changes, so that older runs are not taken for new ones. Arithmetic that gives the same but
-for rounding (another order of sums, attention by nodes) is the same protocol: a saved run answers for it."""
 
 
 class _Measured(TypedDict, total=False):
@@ -26,16 +26,15 @@ class _Measured(TypedDict, total=False):
     per_class_auc: list[float | None]
 
 
-class _Ensemble(TypedDict, total=False):
+class _Scores(TypedDict, total=False):
     estimate: Mapping[str, Any] | None
     metrics: _Measured
 
 
-class _ByGroup(TypedDict, total=False):
+class _ByGroup(_Scores, total=False):
     why: str
     groups: int
-    estimate: Mapping[str, Any] | None
-    ensemble: _Ensemble
+    ensemble: _Scores
 
 
 class _Recipe(TypedDict, total=False):
@@ -102,51 +101,22 @@ class Estimate:
 
 @dataclass(frozen=True)
 class FoldResult:
-    """One fold's model.
+    """One fold's model."""
 
-    Attributes
-    ----------
-    fold : int
-        Running index into the result's ``folds``, over all repeats.
-    score : float or None
-        The dataset's metric on the test set; None where the test labels are not known, or where training diverged
-        before a first usable epoch.
-    val_score : float or None
-        The same metric on the validation images, at ``best_epoch``.
-    best_epoch, epochs : int
-        The epoch that was kept, and how many were trained; both 0 for a head that is solved, not trained.
-    n_train, n_val : int
-        Images, hence labels.
-    lr : float or None
-        First learning rate, the best on validation where several were tried; None for a head that is solved.
-    metrics : dict
-        `embcache.probe.metrics.evaluate` on the test set; empty where there is no score.
-    diverged : bool
-        Training ended early because a loss or an output was not finite.
-    repeat : int
-        Which repetition, each with its own folds, subsets and random streams, the fold is of.
-    chosen : dict
-        What a solved head chose on validation, such as ``{"C": 0.1}``.
-    lost_lrs : list of float
-        Learning rates of a sweep at which training diverged, so that they could not be chosen.
-    seen : list of float
-        Share of each class among what training saw: alike where draws or weights make them so, else as they occur.
-    """
-
-    fold: int
-    score: float | None
-    val_score: float | None
-    best_epoch: int
-    epochs: int
-    n_train: int
+    fold: int  # index into the result's ``folds``, over all repeats
+    score: float | None  # by the metric on the test set; None where labels are not known, or without a model
+    val_score: float | None  # by the metric on the validation images, at ``best_epoch``
+    best_epoch: int  # the epoch that was kept; 0 for a head that is solved
+    epochs: int  # how many were trained
+    n_train: int  # images, hence labels
     n_val: int
-    lr: float | None
-    metrics: Mapping[str, Any]
-    diverged: bool = False
-    repeat: int = 0
-    chosen: Mapping[str, float] = field(default_factory=dict)
-    lost_lrs: Sequence[float] = field(default_factory=list)
-    seen: Sequence[float] = field(default_factory=list)
+    lr: float | None  # first learning rate, the best on validation where several were tried; None for a solved head
+    metrics: Mapping[str, Any]  # `embcache.probe.metrics.evaluate` on the test set; empty where there is no score
+    diverged: bool = False  # training ended early because a loss or an output was not finite
+    repeat: int = 0  # each has its own folds, subsets and random streams
+    chosen: Mapping[str, float] = field(default_factory=dict)  # what validation chose of a solved head: ``{"C": 0.1}``
+    lost_lrs: Sequence[float] = field(default_factory=list)  # learning rates of a sweep at which training diverged
+    seen: Sequence[float] = field(default_factory=list)  # share of each class among what training saw
 
     @property
     def failed(self) -> bool:
@@ -158,95 +128,44 @@ class FoldResult:
 class Result:
     """What one head on one set of backbones reached at one subset.
 
-    Attributes
-    ----------
-    id : str
-        Name of the run; hashes ``request``.
-    kind : str
-        ``"probe"``; ``"finetune"`` for models trained on images; ``"kaggle"`` for scores that a leaderboard gave.
-    dataset, head, subset : str
-    backbones : tuple of str
-    n_train, n_val : int
-        Training and validation images of a fold, averaged over folds and rounded.
-    n_test : int
-        Test images that are scored; all of them where no test label is known.
-    labels_used : int
-        Training and validation images of a fold together, averaged over folds and rounded.
-    metric : str
-        The dataset's metric.
-    mean, std : float or None
-        Over folds on the test set, ``std`` with ddof 1 (None of a single fold); None where no fold has a score.
-    interval : (float, float) or None
-        95 % interval that tables show: for new patients and a newly trained model, where there is one, else for new
-        patients and these models; ``estimate`` has both.
-    val_mean : float or None
-        Mean validation score over folds: what may be used to choose between models.
-    folds : tuple of FoldResult
-    test_set : {"official", "local"}
-    synthetic : bool
-        The images are drawn, not taken.
-    notes : tuple of str
-        What a reader must know.
-    class_names : tuple of str
-    request : dict
-        Everything that the result depends on.
-    seconds : float
-        Wall time.
-    versions : dict
-        Of the libraries that computed it.
-    source : {"live", "snapshot"}
-        Whether labels came from the dataset's own files or from the copy kept at extraction.
-    target : str
-        The column of the dataset's table that is predicted instead of the labels; empty for the labels.
-    recipes : dict
-        Each backbone's whole recipe, so that a run can predict new images by its own.
-    estimate : Estimate or None
-        ``mean`` with both its intervals and what they are made of.
-    positive : str
-        Class that asymmetric metrics of two classes refer to; with more classes empty, unless one was given.
-    overlap : float or None
-        Mean share of training images that two models have in common.
-    test_counts : tuple of int
-        Scored test images of each class.
-    ensemble : dict
-        Scores of the mean of the models' probabilities, which is what ``predict`` uses: ``estimate``, and ``metrics``
-        as `embcache.probe.metrics.evaluate` gives them.
-    by_group : dict
-        Scores by patient (mean of probabilities over a group's images): ``groups``, ``estimate``, ``ensemble``; or
-        ``why`` there are none. Empty where every group has one image.
+    Scores are of models that were trained on each fold and tested on one test set: ``mean`` and ``std`` (ddof 1; None
+    of a single fold) over ``folds``, and ``interval``, the 95 % interval for new patients and a newly trained model
+    where there is one, else for new patients and these models. None where the labels of the test set are not known.
     """
 
-    id: str
-    kind: str
+    id: str  # name of the run; hashes ``request``
+    kind: str  # "probe"; "finetune" for models trained on images; "kaggle" for scores that a leaderboard gave
     dataset: str
     backbones: tuple[str, ...]
     head: str
     subset: str
-    n_train: int
+    n_train: int  # training images of a fold; like the next, averaged over folds and rounded
     n_val: int
-    n_test: int
-    labels_used: int
-    metric: str
+    n_test: int  # test images that are scored; all of them where no test label is known
+    labels_used: int  # training and validation images of a fold together
+    metric: str  # that scores models and chose epochs
     mean: float | None
     std: float | None
     interval: tuple[float, float] | None
-    val_mean: float | None
+    val_mean: float | None  # mean validation score over folds: what may be used to choose between models
     folds: tuple[FoldResult, ...]
-    test_set: str
-    synthetic: bool
-    notes: tuple[str, ...]
+    test_set: str  # "official" or "local"
+    synthetic: bool  # the images are drawn, not taken
+    notes: tuple[str, ...]  # what a reader must know
     class_names: tuple[str, ...]
-    request: Mapping[str, Any]
-    seconds: float
-    versions: Mapping[str, str]
-    source: str
-    target: str = ""
-    recipes: Mapping[str, Any] = field(default_factory=dict)
-    estimate: Estimate | None = None
-    positive: str = ""
-    overlap: float | None = None
-    test_counts: tuple[int, ...] = ()
+    request: Mapping[str, Any]  # everything that the result depends on
+    seconds: float  # wall time
+    versions: Mapping[str, str]  # of the libraries that computed it
+    source: str  # "live" or "snapshot": labels from the dataset's own files, or from the copy kept at extraction
+    target: str = ""  # column of the dataset's table that is predicted instead of the labels
+    recipes: Mapping[str, Any] = field(default_factory=dict)  # of each backbone, so that a run can predict new images
+    estimate: Estimate | None = None  # ``mean`` with both its intervals and what they are made of
+    positive: str = ""  # class that asymmetric metrics refer to; of more than two only where one was given
+    overlap: float | None = None  # mean share of training images that two models have in common
+    test_counts: tuple[int, ...] = ()  # scored test images of each class
+    # of the mean of the models' probabilities, as in ``predict``: ``estimate``, ``metrics`` as `FoldResult` has them
     ensemble: Mapping[str, Any] = field(default_factory=dict)
+    # by patient (mean of probabilities over a group): ``groups``, ``estimate``, ``ensemble``, or ``why`` there are none
     by_group: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -283,15 +202,12 @@ class Result:
     def from_json(cls, data: Mapping[str, Any]) -> Result:
         """The inverse of `to_json`; what older versions did not write has its default.
 
-        Raises
-        ------
-        ValueError
-            A key is missing or unknown, or a value not of its type: in a shared home any user may have written it.
+        Raises a ValueError where a value is not of its type: in a shared home any user may have written it.
         """
         estimate = data.get("estimate")
         found: Result = typed(cls, {**data, "estimate": None})
         typed(_Request, found.request, "request")  # as they are: a request hashes to its id
-        typed(_Ensemble, found.ensemble, "ensemble")
+        typed(_Scores, found.ensemble, "ensemble")
         typed(_ByGroup, found.by_group, "by_group")
         typed(Mapping[str, _Recipe], found.recipes, "recipes")
         if not _METRIC.fullmatch(found.metric):
@@ -312,17 +228,13 @@ class Result:
         _ = found.estimates  # the others are read from where they lie
         return found
 
-    def _reached(self) -> str:
-        if self.mean is None:
-            return "test labels not known"
-        bounds = "" if self.interval is None else f", 95 % {self.interval[0]:.4f} to {self.interval[1]:.4f}"
-        return f"{self.mean:.4f}" + ("" if self.std is None else f" ± {self.std:.4f}") + bounds
-
     def _facts(self) -> list[tuple[str, str]]:
-        """Names and values for people."""
+        reached = "test labels not known" if self.mean is None else f"{self.mean:.4f}"
+        reached += "" if self.std is None else f" ± {self.std:.4f}"
+        reached += "" if self.interval is None else f", 95 % {self.interval[0]:.4f} to {self.interval[1]:.4f}"
         seen = f"{self.n_train:,} training + {self.n_val:,} validation = {self.labels_used:,} labels per fold"
         facts = [
-            (self.metric, f"{self._reached()}, over {len(self.folds)} folds, on {self.n_test:,} test images"),
+            (self.metric, f"{reached}, over {len(self.folds)} folds, on {self.n_test:,} test images"),
             ("images", seen),
             ("test set", self.test_set + (" (synthetic images)" if self.synthetic else "")),
             ("classes", first_few(self.class_names, 12) + (f"; positive: {self.positive}" if self.positive else "")),
@@ -353,10 +265,7 @@ class Result:
 
 
 def run_id(request: Mapping[str, Any]) -> str:
-    """Readable name of a run: head, subset and twelve digits of the SHA-256 of the canonical request.
-
-    Kinds other than ``probe`` stand before the head's name.
-    """
+    """Readable name of a run: kind (but ``probe``), head, subset and twelve digits of the SHA-256 of the request."""
     kind = "" if request["kind"] == "probe" else f"{request['kind']}-"
     digits = hashlib.sha256(canonical_json(request).encode("utf-8")).hexdigest()[:12]
     head = request["head"]["name"].rpartition(":")[2]  # of ``module:name`` the name

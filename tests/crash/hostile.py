@@ -30,7 +30,7 @@ from embcache.errors import EmbcacheError
 from embcache.io import is_folder
 from embcache.probe.inputs import plan_cached
 from embcache.probe.probe import probe_features
-from embcache.probe.splits import write_splits
+from embcache.probe.protocol import write_splits
 from embcache.runs.result import run_id
 from embcache.sealed import crc32c, seal
 from embcache.store.commit import write_view

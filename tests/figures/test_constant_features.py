@@ -13,7 +13,7 @@ from embcache.figures.maps import embed_map, score_map
 from embcache.figures.neighbors import find_neighbors
 from embcache.figures.similarity import nearest_neighbors
 from embcache.figures.transferability import centroid_logits
-from embcache.probe.standard import standard_directions, standardized
+from embcache.probe.layers import standard_directions, standardized
 from tests.probe.build import make_dataset, put_store
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from embcache.errors import CorruptStoreError, StoreError
-from embcache.finetune.checkpoint import CheckpointFolder, FoldState, Progress
+from embcache.finetune.epochs import CheckpointFolder, FoldState, Progress
 from tests.refusal import refused
 
 REQUEST = {"kind": "finetune", "seed": 0}
@@ -41,11 +41,6 @@ def test_only_files_that_count_are_kept(folder: CheckpointFolder) -> None:
     assert [path.name for path in folder.path.glob("*.safetensors")] == ["fold0-train-000002.safetensors"]
 
 
-def test_channels_last_tensors_come_back_equal(folder: CheckpointFolder) -> None:
-    w = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
-    assert torch.equal(folder.load(folder.save("x.safetensors", {"w": w}))["w"], w)
-
-
 def test_a_flipped_bit_is_one_clear_error(folder: CheckpointFolder) -> None:
     progress = put(folder)
     for name in ("state.json", "fold0-train-000001.safetensors"):
@@ -76,7 +71,7 @@ def test_a_full_disk_is_reported(folder: CheckpointFolder, monkeypatch: pytest.M
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("embcache.finetune.checkpoint.save_file", fail)
+    monkeypatch.setattr("embcache.finetune.epochs.save_file", fail)
     with refused(StoreError, "checkpoint-not-written") as caught:
         put(folder)
     assert "No space left" in str(caught.value.found)

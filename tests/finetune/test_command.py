@@ -16,8 +16,7 @@ from embcache.cli import app
 from embcache.config import DatasetRef, FinetuneConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError
-from embcache.finetune.batches import known_images
-from embcache.finetune.checkpoint import CheckpointFolder
+from embcache.finetune.epochs import CheckpointFolder, known_images
 from embcache.finetune.finetune_plan import load_networks, plan_finetuning
 from embcache.maintain.listing import list_interrupted
 from tests.finetune.conftest import RESNET, VIT
@@ -43,11 +42,6 @@ def test_the_command_prints_and_saves_a_result(ds: ImageDataset, tmp_path: Path)
     listed = invoke(["results"])
     assert result["id"] in listed.stdout
     assert done.stderr.endswith(f"next: embcache results {result['id']}\n")
-
-
-def test_json_to_stdout_is_json_alone(ds: ImageDataset) -> None:
-    done = invoke(arguments(ds, "--json", "-", "--max-epochs", "1"))
-    assert json.loads(done.stdout)[0]["subset"] == "16"
 
 
 def test_an_interrupted_command_says_how_to_continue(ds: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +105,6 @@ def test_the_command_that_continues_a_run_repeats_its_options(ds: ImageDataset, 
     ("words", "code"),
     [
         (["--backbone", RESNET], "no-dataset"),
-        (["--dataset", "nih"], "no-backbone"),
         (["--dataset", "a,b", "--backbone", RESNET, "--data-root", "x"], "one-dataset"),
         (["--dataset", "nih", "--backbone", f"{RESNET},{VIT}", "--weights", "x=y"], "weights-unnamed"),
     ],
@@ -123,11 +116,9 @@ def test_bad_usage_is_refused(home: Path, words: list[str], code: str) -> None:
 
 
 def test_lists_of_backbones_heads_and_subsets_give_a_result_each(ds: ImageDataset) -> None:
-    words = arguments(ds, "--max-epochs", "1", "--head", "linear,mlp", "--subset", "8", "--backbone", VIT, "--csv")
+    words = arguments(ds, "--max-epochs", "1", "--head", "linear,mlp", "--backbone", VIT, "--csv")
     done = invoke(words)
     assert done.exit_code == 0, done.exception
     rows = list(csv.DictReader(done.stdout.splitlines()))
-    found = [(row["backbone"], row["head"].split()[0], row["subset"]) for row in rows if row["dataset"]]
-    assert found == [
-        (backbone, head, subset) for head in ("linear", "mlp") for backbone in (RESNET, VIT) for subset in ("16", "8")
-    ]
+    found = [(row["backbone"], row["head"].split()[0]) for row in rows if row["dataset"]]
+    assert found == [(backbone, head) for head in ("linear", "mlp") for backbone in (RESNET, VIT)]

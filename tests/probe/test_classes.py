@@ -13,8 +13,6 @@ from sklearn.metrics import roc_auc_score
 from embcache.data.dataset import ImageDataset, read_snapshot
 from embcache.errors import ProtocolError, UsageError
 from embcache.figures.draw_curves import curve_panels
-from embcache.figures.draw_maps import draw_maps
-from embcache.figures.rank import rank
 from embcache.probe.probe import probe_features
 from embcache.report.collect import make_tasks
 from embcache.results.compare import compare, subgroups
@@ -73,23 +71,6 @@ def test_a_run_is_used_as_any_other(ds: ImageDataset, home: Path) -> None:
     assert {panel.title for panel in curve_panels(list_results(home, "toy"))} == {task.title for task in tasks}
     listed = cli("results", "--home", str(home)).stdout
     assert "b + c = sick, without d" in listed
-
-
-def test_saved_probes_of_other_classes_do_not_stand_beside_a_ranking(ds: ImageDataset, home: Path) -> None:
-    three = ds.with_classes(["d"])
-    saved = probe_features(three, "a", subset="S", home=home)
-    probe_features(three.with_classes(["c"]), "a", subset="S", home=home)
-    (row,) = rank(three, home=home).rows
-    assert row.runs == {"S": saved.id}
-
-
-def test_maps_refuse_a_run_of_other_classes_and_tell_which(ds: ImageDataset, home: Path) -> None:
-    put_store(home, ds, "b", make_features(ds, seed=1))
-    three = ds.with_classes(["d"])
-    run = probe_features(three, ["a", "b"], head="dvme-noattn", subset=20, home=home)
-    with pytest.raises(UsageError, match="other classes") as caught:
-        draw_maps(three.with_classes(["c"]), run=[run.id], home=home)
-    assert caught.value.fix == "--drop-class d"
 
 
 def test_the_command_takes_classes_and_a_target(ds: ImageDataset, home: Path) -> None:

@@ -143,13 +143,6 @@ def test_parameter_counts_are_the_papers() -> None:
     assert make_head("linear").count_parameters({"dino": 1536}, 5) == 7_685
 
 
-def test_ablations_remove_what_they_say() -> None:
-    counts = {name: make_head(name).count_parameters(DIMS, 5) for name in ("dvme", "dvme-identity", "dvme-noattn")}
-    assert counts["dvme"] - counts["dvme-identity"] == 8  # query, key, value and output projection of one scalar
-    projections = sum(512 * d + 512 for d in DIMS.values())
-    assert counts["dvme-noattn"] == projections + 1536 * 5 + 5  # and the classifier
-
-
 def test_identity_is_dvme_with_an_attention_that_passes_its_input() -> None:
     dims = {"a": 6, "b": 4}
     identity = make_head("dvme-identity", proj_dim=8)
@@ -173,17 +166,7 @@ def test_noattn_connects_the_meta_embedding_directly_to_the_classifier() -> None
     torch.testing.assert_close(head.apply({n: p[None] for n, p in params.items()}, x, None)[0], expected)
 
 
-def test_dropout_is_on_in_training_only() -> None:
-    head = make_head("dvme", proj_dim=8)
-    params = {n: p[None] for n, p in head.init(torch.Generator().manual_seed(0), {"a": 4}, 2).items()}
-    x = {"a": torch.randn(1, 3, 4)}
-    off = head.apply(params, x, {"hidden": torch.zeros(1, 3, 8)})
-    torch.testing.assert_close(off, params["classifier.bias"][:, None].expand(1, 3, 2))
-    assert not torch.allclose(head.apply(params, x, None), off)
-    assert head.dropouts() == {"hidden": (8, 0.2)}
-
-
-@pytest.mark.parametrize("fan", [(7, 3), (2048, 5), (1, 3)])
+@pytest.mark.parametrize("fan", [(2048, 5), (1, 3)])
 def test_linear_layers_start_as_torchs(fan: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     from embcache.probe.layers import init_linear
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, logsumexp
 from sklearn.metrics import (
@@ -113,6 +113,7 @@ KEYS = [*METRICS, "sensitivity_at_80_specificity"]
 
 
 @pytest.mark.parametrize("key", KEYS)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 500), n_classes=st.integers(2, 5), coarse=st.booleans(), weighted=st.booleans())
 def test_every_metric_is_scikit_learns(key: str, seed: int, n_classes: int, coarse: bool, weighted: bool) -> None:
     n_classes = 2 if key in METRICS and METRICS[key].binary else n_classes
@@ -132,6 +133,7 @@ def test_resamples_are_scored_at_once_as_one_by_one(key: str) -> None:
     np.testing.assert_allclose(form(weights), [form(w[None])[0] for w in weights], rtol=1e-14)
 
 
+@settings(max_examples=12)
 @given(st.integers(0, 200), st.integers(3, 6), st.booleans())
 def test_a_class_that_does_not_occur_is_flagged_and_not_averaged_over(seed: int, n_classes: int, coarse: bool) -> None:
     y, z = predictions(60, n_classes, seed, coarse=coarse)
@@ -145,16 +147,6 @@ def test_a_class_that_does_not_occur_is_flagged_and_not_averaged_over(seed: int,
     assert got["per_class_auc"][-1] is None
     assert got["absent_classes"] == [n_classes - 1]
     assert got["predicted"] == np.bincount(z.argmax(1), minlength=n_classes).tolist()
-
-
-def test_a_resample_without_a_class_scores_the_classes_present() -> None:
-    y, z = predictions(60, 4, 1)
-    lost = np.where(y == 3, 0.0, 1.0)
-    kept = y != 3
-    for key in ("macro_auc", "auprc", "balanced_accuracy", "f1"):
-        (got,) = find_metric(key, 4).form(y, z, 1)(lost[None])
-        expected = by_scikit_learn(key, y[kept], z[kept], 1, np.ones(kept.sum()))
-        assert got == pytest.approx(expected, abs=1e-12), key
 
 
 @pytest.mark.parametrize("key", ["auc", "auprc", "f1", "sensitivity", "sensitivity_at_95_specificity"])
@@ -201,16 +193,6 @@ def test_rankings_hold_at_every_scale_of_logits(n_classes: int) -> None:
         assert len(set(found)) == 1  # a scale changes no ranking of two classes
 
 
-def test_confident_predictions_are_still_ranked() -> None:
-    z = np.array([[50.0, 0.0], [60.0, 0.0]])
-    odds = log_odds(z)[:, 0]
-    assert odds[0] < odds[1]  # as log-softmax in float64 does not
-    assert log_softmax(z, axis=1)[0, 0] == pytest.approx(log_softmax(z, axis=1)[1, 0], abs=1e-20)
-    assert score("auc", [0, 1, 0, 1], [[0.0, 50.0], [0.0, 60.0], [0.0, 40.0], [0.0, 55.0]]) == 1.0
-    three = [[0.0, 50.0, 1.0], [0.0, 60.0, 1.0], [0.0, 40.0, 1.0], [0.0, 55.0, 1.0]]
-    assert per_class_auc([0, 1, 2, 1], three)[1] == 1.0
-
-
 # --- probabilities and ensembles
 
 
@@ -246,16 +228,8 @@ def test_an_ensemble_of_saturated_models_is_still_ranked() -> None:
     ("names", "expected"),
     [
         (("abnormal", "normal"), 0),
-        (("benign", "malignant"), 1),
         (("malignant", "Benign"), 0),
-        (("disease", "no_disease"), 0),
         (("No finding", "pneumonia"), 1),
-        (("covid", "healthy"), 0),
-        (("control", "case"), 1),
-        (("0", "1"), 1),
-        (("True", "False"), 0),
-        (("positive", "negative"), 0),
-        (("cat", "dog"), 1),
         (("noble", "nothing"), 1),
         (("normal", "healthy"), 1),  # both are negatives: the second, as ever
         (("a", "b", "c"), 1),
@@ -273,20 +247,13 @@ def test_a_positive_class_that_there_is_not() -> None:
     assert caught.value.where == "--positive"
 
 
-@pytest.mark.parametrize("key", [key for key, metric in METRICS.items() if metric.asymmetric])
+@pytest.mark.parametrize("key", METRICS)
 def test_asymmetric_metrics_depend_on_the_positive_class_and_the_others_do_not(key: str) -> None:
     y, z = predictions(80, 2, 5)
-    assert score(key, y, z, 0) != score(key, y, z, 1)
-    assert score(key, 1 - y, z[:, ::-1], 0) == pytest.approx(score(key, y, z, 1))
-    assert asymmetry(METRICS[key], ("disease", "normal"), None) == {"positive": "disease"}
-
-
-@pytest.mark.parametrize("key", [key for key, metric in METRICS.items() if not metric.asymmetric])
-def test_symmetric_metrics_do_not(key: str) -> None:
-    y, z = predictions(80, 2, 5)
-    assert score(key, y, z, 0) == pytest.approx(score(key, y, z, 1), abs=1e-12)
+    asymmetric = METRICS[key].asymmetric
+    assert (abs(score(key, y, z, 0) - score(key, y, z, 1)) > 1e-12) == asymmetric
     assert score(key, 1 - y, z[:, ::-1], 0) == pytest.approx(score(key, y, z, 1), abs=1e-12)
-    assert asymmetry(METRICS[key], ("disease", "normal"), None) == {}
+    assert asymmetry(METRICS[key], ("disease", "normal"), None) == ({"positive": "disease"} if asymmetric else {})
 
 
 def test_metrics_are_found_by_their_names() -> None:
@@ -313,7 +280,7 @@ def test_a_metric_of_two_classes_is_refused_for_more() -> None:
     assert find_metric(str(caught.value.fix).split()[-1], 3)
 
 
-@pytest.mark.parametrize("key", ["auc", "macro_auc", "kappa", "accuracy"])
+@pytest.mark.parametrize("key", ["auc", "kappa"])
 def test_one_class_has_no_score(key: str) -> None:
     with pytest.raises(ProtocolError, match="two classes"):
         score(key, [1, 1, 1], np.zeros((3, 2)))

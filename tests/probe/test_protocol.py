@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.groups import water_fill
 from embcache.errors import ProtocolError, UsageError
-from embcache.probe.protocol import merged_groups, plan_splits, subset_sizes
-from embcache.probe.splits import Splits, name_everything
+from embcache.probe.protocol import Splits, merged_groups, name_everything, plan_splits, subset_sizes
 from tests.probe.build import make_dataset
+from tests.refusal import refused
 
 FROZEN_TRAIN = [("i40", "i139", "i170", "i151", "i219", "i11"), ("i49", "i98", "i176", "i84", "i177", "i154")]
 
@@ -40,7 +40,7 @@ def attempt(ds: ImageDataset, **options: Any) -> Splits | str:
     try:
         return plan_splits(ds, **options)
     except ProtocolError as error:
-        return str(error)
+        return error.code
 
 
 def pool_of(plan: Splits) -> set[int]:
@@ -77,14 +77,6 @@ def test_local_test_set_has_a_seed_of_its_own(options: dict[str, object]) -> Non
     assert other.test.tolist() == base.test.tolist()
 
 
-def test_unlabeled_official_test_set_is_not_touched_by_default() -> None:
-    ds = make_dataset([0, 1] * 60 + [-1] * 30, split=["train"] * 120 + ["test"] * 30, n_classes=2)
-    plan = plan_splits(ds, subsets=["F"])
-    assert plan.test_set == "local"
-    assert len(plan.test) == 24
-    assert max(plan.test) < 120
-
-
 def test_official_without_labels_holds_nothing_out() -> None:
     ds = make_dataset([0, 1] * 60 + [-1] * 30, split=["train"] * 120 + ["test"] * 30, n_classes=2)
     plan = plan_splits(ds, subsets=["F"], test="official")
@@ -94,14 +86,8 @@ def test_official_without_labels_holds_nothing_out() -> None:
 
 
 def test_official_needs_a_test_set() -> None:
-    with pytest.raises(ProtocolError, match="no test set of its own"):
+    with refused(ProtocolError, "no-test-set"):
         plan_splits(make_dataset([0, 1] * 50), subsets=["F"], test="official")
-
-
-def test_unlabeled_images_are_never_in_the_pool() -> None:
-    ds = make_dataset([0, 1] * 50 + [-1] * 20, n_classes=2)
-    plan = plan_splits(ds, subsets=["F"])
-    assert max(pool_of(plan) | set(plan.test.tolist())) < 100
 
 
 def test_own_val_split_replaces_fold_validation() -> None:
@@ -122,7 +108,7 @@ def test_groups_shared_with_the_own_val_split_leave_training() -> None:
     assert any("share a group with the val split" in note for note in plan.notes)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.booleans(), st.booleans(), st.sampled_from(["local", "official"]))
 def test_given_splits_and_shared_groups_never_end_on_both_sides(
     seed: int, labeled_test: bool, exclude: bool, test: str
@@ -134,8 +120,7 @@ def test_given_splits_and_shared_groups_never_end_on_both_sides(
     ds = make_dataset(labels.tolist(), [f"g{g}" for g in rng.integers(0, n, size=n)], split.tolist(), n_classes=2)
     plan = attempt(ds, subsets=[8, "F"], test=test, exclude_test_overlap=exclude)
     if isinstance(plan, str):
-        assert "both sides" not in plan
-        assert "in the test set" not in plan
+        assert plan not in ("group-spans-split", "test-image-in-fold")
         return
     for f in range(5):
         train, val = set(plan.groups[plan.train[f, "F"]]), set(plan.groups[plan.val[f, "F"]])
@@ -158,15 +143,10 @@ def test_pool_is_cut_after_the_test_set_was_held_out() -> None:
     assert pool_of(plan_splits(ds, subsets=["F"], seed=1)) != pool_of(plan)
 
 
-def test_without_a_slide_map_results_are_stamped() -> None:
-    plan = plan_splits(make_dataset([0, 1] * 50, grouped=False), subsets=["F"])
-    assert "ungrouped: images of one patient or slide may be on both sides" in plan.notes
-
-
 # --- folds and subsets
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     n_groups=st.integers(40, 120),
     n_classes=st.integers(2, 4),
@@ -183,7 +163,7 @@ def test_no_group_on_both_sides_and_subsets_are_balanced_nested_and_of_their_siz
     sizes = [n_classes * 2, n_classes * 2 + 1, 25]
     plan = attempt(ds, subsets=[*sizes, "F"], folds=folds, seed=seed, val=val)
     if isinstance(plan, str):  # a small draw can hold a class in too few groups
-        assert "than there are folds" in plan or "larger than the pool" in plan or "matched" in plan
+        assert plan in ("class-too-small", "subset-too-large", "matched-too-small")
         return
     if val == "full":
         held = [set(plan.val[f, "F"].tolist()) for f in range(folds)]
@@ -247,16 +227,9 @@ def test_digest_follows_labels_and_test_groups() -> None:
     assert plan_splits(regrouped, subsets=["F"]).digest("F") != digest
 
 
-def test_named_and_numbered_subsets() -> None:
-    ds = make_dataset([0, 1] * 100, subset_sizes={"S": 10, "M": 40})
-    plan = plan_splits(ds, subsets=["s", 12, "M", "F"])
-    assert plan.subsets == ("S", "12", "M", "F")
-    assert [len(plan.train[0, s]) for s in plan.subsets] == [10, 12, 40, 128]
-
-
 @pytest.mark.parametrize("subset", ["L", "-3", "0", "1.5", "", "٣"])
 def test_unknown_subsets_are_refused(subset: str) -> None:
-    with pytest.raises(UsageError, match="no such subset"):
+    with refused(UsageError, "unknown-subset"):
         plan_splits(make_dataset([0, 1] * 50), subsets=[subset])
 
 
@@ -278,15 +251,9 @@ def test_matched_validation_has_as_many_images_balanced() -> None:
 def test_matched_validation_refuses_fewer_than_two_of_a_class() -> None:
     ds = make_dataset([0] * 100 + [1] * 100 + [2] * 100)
     assert plan_splits(ds, subsets=[6], val="matched").val[0, "6"].shape == (6,)
-    with pytest.raises(ProtocolError, match="fewer than two images of a class") as caught:
+    with refused(ProtocolError, "matched-too-small") as caught:
         plan_splits(ds, subsets=[5], val="matched")
     assert "--val full" in str(caught.value)
-
-
-def test_matched_validation_says_where_the_fold_is_too_small() -> None:
-    plan = plan_splits(make_dataset([0, 1] * 100), subsets=["F"], val="matched")
-    assert len(plan.val[0, "F"]) == 32
-    assert any("only 32 images to validate, 128 train" in note for note in plan.notes)
 
 
 # --- groups
@@ -323,29 +290,6 @@ def test_exclude_test_overlap_drops_such_images_from_training() -> None:
     assert any("10 training images of 10 groups" in n for n in plan.notes)
 
 
-def test_overlap_with_an_unused_official_test_set_is_not_told() -> None:
-    ds = overlapping()
-    unlabeled = replace(ds, table=ds.table.assign(label=[*ds.table["label"][:100], *[-1] * 40]))
-    assert not any("official test set" in n for n in plan_splits(unlabeled, subsets=["F"]).notes)
-    assert any("official test set" in n for n in plan_splits(unlabeled, subsets=["F"], test="official").notes)
-
-
-def test_a_group_across_folds_raises() -> None:
-    plan = plan_splits(make_dataset([0, 1] * 50), subsets=["F"])
-    groups = plan.groups.copy()
-    groups[plan.train[1, "F"][0]] = groups[plan.val[1, "F"][0]]
-    with pytest.raises(ProtocolError, match="on both sides of fold") as caught:
-        replace(plan, groups=groups).check()
-    assert repr(groups[plan.val[1, "F"][0]]) in str(caught.value)
-
-
-def test_a_test_image_in_training_raises() -> None:
-    plan = plan_splits(make_dataset([0, 1] * 50), subsets=["F"])
-    leaky = {**plan.train, (0, "F"): np.append(plan.train[0, "F"], plan.test[0])}
-    with pytest.raises(ProtocolError, match="in the test set"):
-        replace(plan, train=leaky).check()
-
-
 # --- unreadable images
 
 
@@ -363,37 +307,19 @@ def test_unreadable_images_are_left_out_before_anything_is_drawn() -> None:
 
 
 def test_fewer_than_two_classes() -> None:
-    with pytest.raises(ProtocolError, match="fewer than two classes") as caught:
+    with refused(ProtocolError, "one-class") as caught:
         plan_splits(make_dataset([0] * 50, n_classes=2), subsets=["F"])
     assert "a: 40, b: 0" in str(caught.value)
-
-
-def test_nothing_labeled() -> None:
-    with pytest.raises(ProtocolError, match="fewer than two classes"):
-        plan_splits(make_dataset([-1] * 50, n_classes=2), subsets=["F"])
-
-
-def test_class_with_fewer_images_than_folds() -> None:
-    ds = make_dataset([0] * 60 + [1] * 3, split=["train"] * 63)
-    with pytest.raises(ProtocolError, match="'b' of toy has fewer images than there are folds") as caught:
-        plan_splits(ds, subsets=["F"])
-    assert "--folds 2" in str(caught.value)
 
 
 def test_class_with_fewer_groups_than_folds() -> None:
     groups = [f"g{i}" for i in range(60)] + [f"h{i % 4}" for i in range(40)]
     split = ["train"] * 100
     ds = make_dataset([0] * 60 + [1] * 40 + [0, 1], [*groups, "t0", "t1"], [*split, "test", "test"])
-    with pytest.raises(ProtocolError, match="fewer groups than there are folds") as caught:
+    with refused(ProtocolError, "class-too-small") as caught:
         plan_splits(ds, subsets=["F"])
     assert "40 images in 4 groups" in str(caught.value)
     assert plan_splits(ds, subsets=["F"], folds=4).n_folds == 4
-
-
-def test_subset_larger_than_the_pool() -> None:
-    with pytest.raises(ProtocolError, match="larger than the pool") as caught:
-        plan_splits(make_dataset([0, 1] * 50), subsets=[500])
-    assert "at most 64 training images" in str(caught.value)
 
 
 def test_a_named_subset_larger_than_the_pool_takes_all_and_says_so() -> None:
@@ -404,21 +330,10 @@ def test_a_named_subset_larger_than_the_pool_takes_all_and_says_so() -> None:
     assert not [note for note in plan.notes if "subset S" in note]
 
 
-def test_subset_smaller_than_the_classes() -> None:
-    with pytest.raises(ProtocolError, match="cannot hold the 3 classes"):
-        plan_splits(patients(100, 3), subsets=[2])
-
-
 def test_test_set_of_one_class() -> None:
     ds = make_dataset([0, 1] * 50 + [0] * 10, split=["train"] * 100 + ["test"] * 10)
-    with pytest.raises(ProtocolError, match="test images are all of one class"):
+    with refused(ProtocolError, "one-class"):
         plan_splits(ds, subsets=["F"])
-
-
-@pytest.mark.parametrize("options", [{"val": "half"}, {"test": "kaggle"}, {"folds": 1}, {"subsets": []}])
-def test_bad_usage(options: dict[str, object]) -> None:
-    with pytest.raises(UsageError):
-        plan_splits(make_dataset([0, 1] * 50), **{"subsets": ["F"], **options})  # type: ignore[arg-type]
 
 
 def test_class_missing_from_a_validation_fold_is_told() -> None:
@@ -426,7 +341,7 @@ def test_class_missing_from_a_validation_fold_is_told() -> None:
     ds = make_dataset([0, 1] * 40 + [0, 1, 2] * 4, split=["train"] * 80 + ["train", "train", "val"] * 4)
     base = ds.table.assign(split=["train"] * 80 + ["train"] * 12)
     whole = replace(ds, table=base)
-    with pytest.raises(ProtocolError, match="than there are folds"):
+    with refused(ProtocolError, "class-too-small"):
         plan_splits(whole, subsets=["F"])
     no_c = ds.table.assign(split=["val" if i < 20 else "train" for i in range(92)], label=ds.labels)
     extended = replace(ds, table=no_c)
@@ -466,19 +381,19 @@ def own_val(train: list[int], val: list[int]) -> ImageDataset:
 def test_with_a_val_split_of_ones_own_folds_need_two_groups_of_a_class_only() -> None:
     plan = plan_splits(own_val([0, 1] * 20 + [2] * 2, [0, 1, 2] * 3), subsets=["F"])
     assert all(set(plan.labels[plan.train[f, "F"]]) == {0, 1, 2} for f in range(5))
-    with pytest.raises(ProtocolError, match="fewer images than two to train on") as caught:
+    with refused(ProtocolError, "class-too-small") as caught:
         plan_splits(own_val([0, 1] * 20 + [2], [0, 1, 2] * 3), subsets=["F"])
     assert "--folds" not in str(caught.value.fix)
     assert "--drop-class c" in str(caught.value.fix)
 
 
 def test_a_val_split_of_one_class_gets_advice_about_itself() -> None:
-    with pytest.raises(ProtocolError, match="the val split of toy holds fewer than two classes") as caught:
+    with refused(ProtocolError, "one-class") as caught:
         plan_splits(own_val([0, 1, 2] * 20, [1] * 5), subsets=["F"])
     assert "val split" in str(caught.value.fix)
     notes = plan_splits(own_val([0, 1, 2] * 20, [0, 1] * 5), subsets=["F"]).notes
     assert sum("has no image of c" in note for note in notes) == 1
-    with pytest.raises(ProtocolError, match="matched validation") as caught:
+    with refused(ProtocolError, "matched-too-small") as caught:
         plan_splits(own_val([0, 1, 2] * 20, [0, 1, 2, 0, 1]), subsets=["F"], val="matched")
     assert caught.value.fix == "--val full"  # no larger subset has more of class c in the val split
 
@@ -490,7 +405,7 @@ def test_a_number_that_s_is_is_called_s() -> None:
     ds = make_dataset([0, 1] * 100, subset_sizes={"S": 20, "M": 60})
     assert list(subset_sizes(ds, [20, "S", "60", 61, "F"])) == ["S", "M", "61", "F"]
     # What is asked for as a number must be there, whatever it is called.
-    with pytest.raises(ProtocolError, match="larger than the pool"):
+    with refused(ProtocolError, "subset-too-large"):
         plan_splits(make_dataset([0, 1] * 30, subset_sizes={"S": 50, "M": 500}), subsets=[50])
     assert plan_splits(make_dataset([0, 1] * 30, subset_sizes={"S": 50, "M": 500}), subsets=["S"]).subsets == ("S",)
 

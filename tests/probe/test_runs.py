@@ -19,7 +19,7 @@ from embcache.errors import StoreError, StoreNotFoundError
 from embcache.maintain.gc import collect_home
 from embcache.probe.heads import make_head
 from embcache.probe.protocol import plan_splits
-from embcache.probe.summary import Outcome, Outputs, RunCell, build_result, prediction_table
+from embcache.probe.summary import RunCell, build_result, prediction_table
 from embcache.runs.folders import (
     PROTOCOL_VERSION,
     Result,
@@ -49,16 +49,15 @@ def make_run(
     ds = make_dataset([0, 1] * 40, split=["train"] * 60 + ["test"] * 20, name=dataset)
     plans = [plan_splits(ds, subsets=["S"], folds=3, seed=s) for s in (seed, seed + 1)]
     rng = np.random.default_rng(seed)
-    outputs = Outputs(rng.normal(size=(6, 20, 2)), [rng.normal(size=(20, 2))] * 6)
-    outcomes = [Outcome(k + 1, 9, 0.5 + k / 100, 1e-4) for k in range(6)]
+    logits, val = rng.normal(size=(6, 20, 2)), rng.normal(size=(20, 2))
     request = {"kind": kind, "protocol": PROTOCOL_VERSION, "head": {"name": head}, "subset": "S", "metric": "auc"}
     request |= {"dataset": dataset, "seed": seed}
     cell = RunCell(
         ds, tuple(plans), "S", ("random",), make_head(head), request, {"random": {"backbone": "random"}},
         notes=("a note of its own",),
     )  # fmt: skip
-    result = build_result(cell, outcomes, outputs, 1.0)
-    return result, prediction_table(plans[0], outputs, outcomes)
+    outcomes = [cell.outcome(k, logits[k], val, 0.5 + k / 100, best_epoch=k + 1, epochs=9, lr=1e-4) for k in range(6)]
+    return build_result(cell, outcomes, 1.0), prediction_table(cell, outcomes)
 
 
 def test_results_of_other_paths_are_put_together_the_same_way(home: Path) -> None:
@@ -82,8 +81,11 @@ def test_a_single_scored_fold_has_no_deviation() -> None:
     logits = np.random.default_rng(0).normal(size=(2, 20, 2))
     request = {"kind": "probe", "head": {"name": "linear"}, "subset": "S", "metric": "auc"}
     cell = RunCell(ds, (plan,), "S", ("a",), make_head("linear"), request, {})
-    outcomes = [Outcome(0, 1, None, 1e-3, diverged=True), Outcome(5, 30, 0.7, 1e-3)]
-    result = build_result(cell, outcomes, Outputs(logits, logits), 1.0)
+    outcomes = [
+        cell.outcome(0, logits[0], logits[0], None, best_epoch=0, epochs=1, lr=1e-3, diverged=True),
+        cell.outcome(1, logits[1], logits[1], 0.7, best_epoch=5, epochs=30, lr=1e-3),
+    ]
+    result = build_result(cell, outcomes, 1.0)
     assert result.mean == result.folds[1].score
     assert result.std is None
     assert "±" not in repr(result)
@@ -125,21 +127,10 @@ def test_where_a_run_cannot_be_written_its_files_stay_where_they_were(
     assert list(runs_dir("toy", home).iterdir()) == []
 
 
-def test_a_file_on_another_file_system_is_copied(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result, frame = make_run()
-    (tmp_path / "m").write_bytes(MODEL)
-
-    def refuse(*_: Any) -> None:
-        raise OSError(18, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "link", refuse)
-    run = save_run(result, frame, [], home, files={"m": tmp_path / "m"})
-    assert (run / "m").read_bytes() == MODEL
-    assert not (tmp_path / "m").exists()
-
-
-@pytest.mark.parametrize("name", ["predictions.parquet", "heads.safetensors"])
-@pytest.mark.parametrize("harm", ["flipped bit", "gone"])
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [("predictions.parquet", "flipped bit"), ("heads.safetensors", "flipped bit"), ("heads.safetensors", "gone")],
+)
 def test_damaged_files_are_never_read(home: Path, name: str, harm: str) -> None:
     result, frame = make_run("probe")
     run = save_run(result, frame, [{"w": torch.ones(50)} for _ in range(6)], home)
@@ -184,7 +175,7 @@ def test_runs_that_are_not_there_or_several_are_listed(home: Path) -> None:
         find_run_anywhere("", home)
 
 
-@pytest.mark.parametrize("harm", ["another version", "no checksum", "no files", "cut short", "gone"])
+@pytest.mark.parametrize("harm", ["another version", "no checksum", "no files", "gone"])
 def test_a_run_of_another_version_is_called_so_and_never_offered(home: Path, harm: str) -> None:
     (other, frame), (mine, _) = (make_run("probe", seed=seed) for seed in range(2))
     run = save_run(other, frame, [], home)
@@ -195,7 +186,6 @@ def test_a_run_of_another_version_is_called_so_and_never_offered(home: Path, har
         "another version": seal({**content, "extra": 1}),
         "no checksum": json.dumps(content).encode(),
         "no files": seal({name: value for name, value in content.items() if name != "files"}),
-        "cut short": path.read_bytes()[:50],
     }
     path.write_bytes(texts[harm]) if harm != "gone" else path.unlink()
     for read in (lambda: find_run_anywhere(other.id, home), lambda: load_result(run)):
@@ -256,7 +246,7 @@ def test_two_writers_of_one_run_both_succeed(home: Path, monkeypatch: pytest.Mon
     for exchange in (True, False):
         monkeypatch.setattr(io, "_rename_at", io._rename_at if exchange else lambda *_: False)
         save_run(result, frame, [], home)
-        for at in range(30):  # more than there are calls
+        for at in range(0, 30, 4):  # up to more than there are calls
 
             def meet(call: Call, do: Callable[[], Any], at: int = at) -> Any:
                 if call.index == at:

@@ -37,12 +37,3 @@ def test_stops_and_keeps_as_the_sentence_says(scores: list[float]) -> None:
         assert tracker.best_score == best
         without_better = len(seen) - tracker.best_epoch
         assert tracker.done == (len(seen) == 50 or (len(seen) >= 30 and without_better >= 10))
-
-
-def test_early_stop_counts_from_the_first_epoch_and_is_obeyed_from_epoch_30() -> None:
-    tracker = Tracker(Schedule())
-    tracker.update(0.9)
-    while not tracker.done:
-        tracker.update(0.5)
-    assert tracker.epoch == 30
-    assert tracker.best_epoch == 1

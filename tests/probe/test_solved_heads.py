@@ -12,9 +12,8 @@ from sklearn.preprocessing import StandardScaler
 
 from embcache.errors import ProtocolError
 from embcache.probe.heads import make_head
-from embcache.probe.heads.logreg import LogReg
-from embcache.probe.metrics import softmax
-from embcache.probe.standard import standard_params
+from embcache.probe.heads.solved import LogReg
+from embcache.probe.layers import standard_params
 
 
 def draw(n: int, dim: int, n_classes: int, seed: int, *, rare: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -27,8 +26,7 @@ def draw(n: int, dim: int, n_classes: int, seed: int, *, rare: bool = False) -> 
     return ((rng.normal(size=(n, dim)) + centres[y]) * scales + 3 * scales).astype(np.float32), y
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(20, 0.07), (1, 0.07), (5, 1.0)])
-@pytest.mark.parametrize("n_classes", [2, 4])
+@pytest.mark.parametrize(("n_classes", "k", "temperature"), [(2, 20, 0.07), (4, 1, 0.07), (4, 5, 1.0)])
 def test_knn_is_scikit_learns_with_dinos_weights(n_classes: int, k: int, temperature: float) -> None:
     x, y = draw(120, 40, n_classes, 0)
     held, _ = draw(50, 40, n_classes, 1)
@@ -41,12 +39,6 @@ def test_knn_is_scikit_learns_with_dinos_weights(n_classes: int, k: int, tempera
     clear = distances[:, -1] - distances[:, -2] > 2e-4  # half precision may swap a neighbor for one as near
     assert clear.sum() >= 48
     np.testing.assert_allclose(p[clear], theirs.predict_proba(queries)[clear], atol=1e-3)
-
-
-def test_knn_takes_all_neighbors_where_there_are_fewer() -> None:
-    x, y = draw(9, 12, 3, 0)
-    few, all_nine = (make_head("knn", k=k).fit({"a": x}, y).predict_proba({"a": x}) for k in (50, 9))
-    np.testing.assert_array_equal(few, all_nine)
 
 
 def test_knn_does_not_weigh_classes() -> None:
@@ -66,8 +58,7 @@ def test_half_precision_of_the_bank_moves_no_cosine_that_matters() -> None:
     assert np.abs(bank.double().numpy() @ exact.T - exact @ exact.T).max() < 2e-4
 
 
-@pytest.mark.parametrize("rare", [False, True])
-@pytest.mark.parametrize(("n", "n_classes"), [(200, 2), (200, 3), (36, 2), (36, 3)])
+@pytest.mark.parametrize(("n", "n_classes", "rare"), [(200, 2, True), (200, 3, False), (36, 3, True)])
 def test_logreg_is_scikit_learns_at_the_c_that_validates_best(n: int, n_classes: int, rare: bool) -> None:
     x, y = draw(n, 60, n_classes, 0, rare=rare)
     held, y_held = draw(90, 60, n_classes, 1)
@@ -121,10 +112,3 @@ def test_standardisation_is_scikit_learns_and_constant_features_stay() -> None:
     np.testing.assert_allclose(params["standard.a.mean"].numpy(), scaler.mean_, rtol=1e-6)
     np.testing.assert_allclose(params["standard.a.scale"].numpy(), scaler.scale_, rtol=1e-6)
     assert params["standard.a.scale"][[3, 5]].tolist() == [1.0, 1.0]
-
-
-def test_one_image_of_a_kind_nobody_has_seen_gets_finite_votes() -> None:
-    x, y = draw(30, 6, 3, 0)
-    p = make_head("knn").fit({"a": x}, y).predict_proba({"a": np.full((1, 6), 1e30, np.float32)})
-    assert np.isfinite(p).all()
-    np.testing.assert_allclose(softmax(np.log(p)), p, atol=1e-6)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from embcache.data.dataset import ImageDataset
-from embcache.errors import ProtocolError, UsageError
-from embcache.probe.protocol import merged_groups, plan_splits
-from embcache.probe.splits import Splits, read_splits, write_splits
+from embcache.errors import ProtocolError
+from embcache.probe.protocol import Splits, plan_splits, read_splits, write_splits
 from tests.probe.build import make_dataset
+from tests.refusal import refused
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def ds() -> ImageDataset:
 
 
 def read(path: Path, ds: ImageDataset, **options: Any) -> Splits:
-    return read_splits(path, ds, merged_groups(ds, None), **options)
+    return read_splits(path, ds, **options)
 
 
 @pytest.mark.parametrize("val", ["full", "matched"])
@@ -67,7 +67,7 @@ def test_a_group_across_folds_raises(ds: ImageDataset, tmp_path: Path) -> None:
         moved = fold["val"]["*"].pop()
         fold["train"]["F"].append(moved)
 
-    with pytest.raises(ProtocolError, match="on both sides of fold 0, subset F"):
+    with refused(ProtocolError, "group-spans-split"):
         read(edited(ds, tmp_path / "s.json", edit), ds)
 
 
@@ -75,7 +75,7 @@ def test_a_test_image_in_training_raises(ds: ImageDataset, tmp_path: Path) -> No
     def edit(data: dict[str, Any]) -> None:
         data["folds"][1]["train"]["F"].append(data["test"][0])
 
-    with pytest.raises(ProtocolError, match="in the test set"):
+    with refused(ProtocolError, "test-image-in-fold"):
         read(edited(ds, tmp_path / "s.json", edit), ds)
 
 
@@ -86,39 +86,37 @@ def test_a_test_set_of_ones_own_is_local(ds: ImageDataset, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("edit", "message"),
+    ("edit", "code"),
     [
-        (lambda d: d["test"].append("no_such"), "names 1 images that toy has not"),
-        (lambda d: d["test"].append(d["test"][0]), "names an image twice"),
-        (lambda d: d.update(class_names=["x", "y"]), "for other classes"),
-        (lambda d: d.update(format="other"), "not a splits file"),
-        (lambda d: d.update(extra=1), "not a splits file"),
-        (lambda d: d.pop("folds"), "not a splits file"),
-        (lambda d: d["folds"][0]["train"].pop("F"), "not a splits file"),
-        (lambda d: d["folds"][0].update(val={}), "not a splits file"),
-        (lambda d: d.update(folds=d["folds"][:1]), "not a splits file"),
-        (lambda d: d.update(folds=7), "not a splits file"),
-        (lambda d: d["folds"][0]["train"].update(F=d["folds"][0]["train"]["F"][:1]), "fewer than two classes"),
+        (lambda d: d["test"].append("no_such"), "unknown-image"),
+        (lambda d: d["test"].append(d["test"][0]), "repeated-image"),
+        (lambda d: d.update(class_names=["x", "y"]), "splits-of-other-classes"),
+        (lambda d: d.update(format="other"), "not-a-splits-file"),
+        (lambda d: d.update(extra=1), "not-a-splits-file"),
+        (lambda d: d["folds"][0]["train"].pop("F"), "not-a-splits-file"),
+        (lambda d: d["folds"][0].update(val={}), "not-a-splits-file"),
+        (lambda d: d.update(folds=7), "not-a-splits-file"),
+        (lambda d: d["folds"][0]["train"].update(F=d["folds"][0]["train"]["F"][:1]), "one-class"),
     ],
 )
-def test_files_that_do_not_fit_are_refused(ds: ImageDataset, tmp_path: Path, edit: Any, message: str) -> None:
-    with pytest.raises(ProtocolError, match=message):
+def test_files_that_do_not_fit_are_refused(ds: ImageDataset, tmp_path: Path, edit: Any, code: str) -> None:
+    with refused(ProtocolError, code):
         read(edited(ds, tmp_path / "s.json", edit), ds)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "null", '"text"', "\udcff"])
+@pytest.mark.parametrize("content", ["", "[]", "\udcff"])
 def test_anything_else_is_refused(ds: ImageDataset, tmp_path: Path, content: str) -> None:
     (tmp_path / "s.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ProtocolError, match="not a splits file"):
+    with refused(ProtocolError, "not-a-splits-file"):
         read(tmp_path / "s.json", ds)
-    with pytest.raises(ProtocolError, match="not a splits file"):
+    with refused(ProtocolError, "not-a-splits-file"):
         read(tmp_path / "absent.json", ds)
 
 
 def test_images_without_a_label_do_not_train(ds: ImageDataset, tmp_path: Path) -> None:
     write_splits(plan_splits(ds, subsets=["F"]), tmp_path / "s.json")
     unlabeled = replace(ds, table=ds.table.assign(label=[-1, *ds.labels[1:]]))
-    with pytest.raises(ProtocolError, match="without a label"):
+    with refused(ProtocolError, "unlabeled-image"):
         read(tmp_path / "s.json", unlabeled)
 
 
@@ -140,29 +138,11 @@ def test_test_overlap_can_be_excluded(tmp_path: Path) -> None:
     assert len(set(kept.tolist())) == 95
 
 
-def test_where_it_cannot_be_written(ds: ImageDataset, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be written"):
-        write_splits(plan_splits(ds, subsets=["F"]), tmp_path / "file" / "s.json")
-
-
 def test_a_file_with_an_empty_test_set_is_refused(tmp_path: Path) -> None:
     ds = make_dataset([0, 1] * 50)
     path = tmp_path / "splits.json"
     write_splits(plan_splits(ds, subsets=["S"]), path)
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "test": []}))
-    with pytest.raises(ProtocolError, match="test set is empty"):
+    with refused(ProtocolError, "no-test-set"):
         read(path, ds)
-
-
-def test_a_class_absent_from_an_imported_part_is_flagged(tmp_path: Path) -> None:
-    ds = make_dataset([0, 1, 2] * 40)
-    path = tmp_path / "splits.json"
-    write_splits(plan_splits(ds, subsets=["S"]), path)
-    content = json.loads(path.read_text())
-    label = dict(zip(ds.ids, ds.labels, strict=True))
-    content["test"] = [name for name in content["test"] if label[name] != 2]
-    path.write_text(json.dumps(content))
-    notes = read(path, ds).notes
-    assert [note for note in notes if note.startswith("the test set has no image of")]

@@ -22,7 +22,6 @@ from embcache.probe.stack import (
     TrainedHead,
     TrainedModel,
     adam_step,
-    is_balanced,
     logits_of_sets,
     make_job,
     predict_logits,
@@ -112,8 +111,7 @@ def plain_loop(x: torch.Tensor, y: torch.Tensor, job: Job, schedule: Schedule) -
     return {"losses": losses, "scores": scores, "best_epoch": best_epoch, "state": best_state}
 
 
-@pytest.mark.parametrize("n_train", [50, 150])
-@pytest.mark.parametrize("oversampled", [False, True])
+@pytest.mark.parametrize(("n_train", "oversampled"), [(150, False), (100, True)])
 def test_a_stack_is_the_plain_pytorch_loop_for_every_fold(n_train: int, oversampled: bool) -> None:
     x, y = problem(spread=0.3)
     jobs = []
@@ -130,10 +128,10 @@ def test_a_stack_is_the_plain_pytorch_loop_for_every_fold(n_train: int, oversamp
         torch.testing.assert_close(head.params["classifier.weight"], plain["state"]["weight"], rtol=1e-4, atol=1e-6)
 
 
-@settings(max_examples=12)
+@settings(max_examples=5)
 @given(
     kind=st.sampled_from([(name, SMALL.get(name, {})) for name in TRAINED] + BY_NODES),
-    sizes=st.lists(st.integers(8, 140), min_size=2, max_size=5),
+    sizes=st.lists(st.integers(8, 140), min_size=2, max_size=4),
     seed=st.integers(0, 100),
     views=st.sampled_from([0, 0, 2]),
 )
@@ -151,7 +149,7 @@ def test_a_head_is_the_same_alone_and_in_a_stack(
         chosen = torch.from_numpy(np.random.default_rng(fold).permutation(300)[:n])
         weights = torch.rand(n, generator=torch.Generator().manual_seed(fold)).double() if fold % 2 else None
         jobs.append(Job(chosen, rows(300, 400), f"{seed}\0{fold}", [1e-3, 1e-2, 3e-3][fold % 3], weights))
-    schedule = Schedule(max_epochs=6, min_epochs=3, patience=2)
+    schedule = Schedule(max_epochs=4, min_epochs=2, patience=1)
     together = train(head, features, y, jobs, schedule=schedule)
     for job, stacked in zip(jobs, together, strict=True):
         (alone,) = train(head, features, y, [job], schedule=schedule)
@@ -209,16 +207,6 @@ def test_a_finished_head_costs_nothing_more() -> None:
         assert [k for t, k in spy.applied if t is training] == [2] * ended + [1] * (5 - ended)
 
 
-def test_a_head_that_stops_early_costs_nothing_more() -> None:
-    x, y = problem()
-    stops, goes_on = Job(rows(0, 64), rows(300, 400), "0", 1e-3), Job(rows(100, 164), rows(0, 0), "1", 1e-3)
-    spy = CostSpy()
-    first, second = train(spy, {"a": x}, y, [stops, goes_on], schedule=Schedule(max_epochs=6, min_epochs=2, patience=1))
-    assert (len(first.losses), len(second.losses)) == (2, 6)  # all its scores are equal
-    assert [k for t, k in spy.applied if t] == [2] * 2 + [1] * 4
-    assert [k for t, k in spy.applied if not t] == [1] * 2  # the other one validates on nothing
-
-
 def shown(y: np.ndarray, chosen: np.ndarray, epochs: int) -> list[torch.Tensor]:
     spy = Spy()
     numbers = torch.arange(len(y), dtype=torch.float32)[:, None]
@@ -249,12 +237,6 @@ def test_an_unbalanced_subset_is_oversampled_with_an_epoch_of_n_draws() -> None:
     assert len(set(drawn[:200].tolist())) < 200  # with replacement
 
 
-def test_balanced_means_equal_but_for_a_remainder() -> None:
-    assert is_balanced(np.array([0, 0, 1, 1, 1]), 2)
-    assert not is_balanced(np.array([0, 1, 1, 1]), 2)
-    assert not is_balanced(np.array([0, 0, 1, 1]), 3)
-
-
 def test_a_head_that_diverges_leaves_the_others_as_they_are() -> None:
     x, y = problem()
     broken = x.clone()
@@ -267,17 +249,6 @@ def test_a_head_that_diverges_leaves_the_others_as_they_are() -> None:
     assert len(bad.losses) == 1
     assert not good.diverged
     np.testing.assert_allclose(good.losses, alone.losses, rtol=1e-6)
-
-
-def test_a_head_that_diverges_later_keeps_its_best_epoch() -> None:
-    x, y = problem()
-    job = Job(rows(0, 100), rows(300, 400), "0", 1e-3)
-    ((good,), (late,)) = (
-        train(make_head("linear"), {"a": x}, y, [j]) for j in (job, Job(job.train, job.val, "0", 1e37))
-    )
-    assert not good.diverged
-    assert late.diverged
-    assert len(late.losses) < 50
 
 
 def test_validation_alone_chooses_the_epoch() -> None:
@@ -295,24 +266,3 @@ def test_ties_keep_the_earliest_epoch() -> None:
     (head,) = train(make_head("linear"), {"a": x}, y, [Job(rows(0, 100), rows(300, 400), "0", 1e-2)])
     assert head.best_epoch == head.val_scores.index(max(head.val_scores)) + 1
     assert len(head.losses) == max(30, head.best_epoch + 10)
-
-
-class ThreadSpy(Spy):
-    """Remembers how many threads it was run with."""
-
-    def apply(self, params: Any, x: Mapping[str, torch.Tensor], masks: Any) -> torch.Tensor:
-        self.seen.append(torch.tensor(torch.get_num_threads()))
-        return super().apply(params, x, None)
-
-
-def test_small_stacks_take_one_thread_and_give_the_others_back() -> None:
-    x, y = problem()
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        spy = ThreadSpy()
-        train(spy, {"a": x}, y, [Job(rows(0, 50), rows(300, 400), "0", 1e-3)])
-        assert {int(n) for n in spy.seen} == {1}
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)

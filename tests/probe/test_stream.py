@@ -11,8 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import embcache.probe.probe as run_module
-from embcache.config import ProbeConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError
 from embcache.probe import probe_plan
@@ -23,7 +21,7 @@ from embcache.probe.probe import probe_features
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import Job, predict_logits, train_heads
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, create_store, publish_plan, write_snapshot
-from tests.probe.build import find_saved, make_dataset, make_features, make_recipe, probe_grid
+from tests.probe.build import Brief, find_saved, make_dataset, make_features, make_recipe, probe_grid
 from tests.refusal import refused
 
 
@@ -57,7 +55,7 @@ def streamed(x: torch.Tensor, shards: np.ndarray, buffer_rows: int, **options: A
     return Streamed({"a": stored}, {"a": places}, shards, rows, buffer_rows, **options)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     n=st.integers(1, 200),
     per_shard=st.integers(1, 40),
@@ -150,7 +148,7 @@ def test_backbones_whose_stores_differ_in_order_and_in_shards_are_streamed_row_b
         torch.testing.assert_close(features, x[b][orders[1]], rtol=0, atol=0)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     name=st.sampled_from(["linear", "dvme", "dvme-identity"]),
     views=st.sampled_from([1, 3]),
@@ -171,7 +169,7 @@ def test_a_streamed_head_is_the_same_alone_and_in_a_stack(
         for k, m in enumerate(lengths)
     ]
     head = make_head(name, **({} if name == "linear" else {"proj_dim": 8}))
-    schedule = Schedule(max_epochs=3, min_epochs=3, batch_size=16)
+    schedule = Schedule(max_epochs=2, min_epochs=2, batch_size=16)
     together = train_heads(head, rows, y, jobs, 2, "auc", schedule)
     for job, stacked in zip(jobs, together, strict=True):
         (alone,) = train_heads(head, rows, y, [job], 2, "auc", schedule)
@@ -182,8 +180,8 @@ def test_a_streamed_head_is_the_same_alone_and_in_a_stack(
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "concat"])
-def test_a_streamed_head_is_the_same_alone_and_in_a_stack_and_as_good_as_one_from_memory(name: str) -> None:
+@pytest.mark.parametrize("name", ["mlp", "concat"])
+def test_a_streamed_head_is_as_good_as_one_from_memory(name: str) -> None:
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, size=600)
     x = torch.from_numpy((rng.normal(size=(600, 10)) + 0.5 * y[:, None] * rng.normal(size=10)).astype(np.float32))
@@ -193,11 +191,7 @@ def test_a_streamed_head_is_the_same_alone_and_in_a_stack_and_as_good_as_one_fro
     labels = torch.from_numpy(y)
     together = train_heads(head, rows, labels, jobs, 2, "auc", schedule)
     memory = train_heads(head, {"a": x}, labels, jobs, 2, "auc", schedule)
-    for job, stacked, resident in zip(jobs, together, memory, strict=True):
-        (alone,) = train_heads(head, rows, labels, [job], 2, "auc", schedule)
-        np.testing.assert_allclose(stacked.losses, alone.losses, rtol=1e-5)
-        a, b = (softmax(predict_logits(head, t.params, rows, torch.arange(600))) for t in (stacked, alone))
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    for stacked, resident in zip(together, memory, strict=True):
         assert stacked.val_score == pytest.approx(resident.val_score, abs=0.03)
         for constant in (n for n in resident.params if n.startswith("standard.")):
             torch.testing.assert_close(stacked.params[constant], resident.params[constant], rtol=1e-5, atol=1e-6)
@@ -208,77 +202,51 @@ def test_a_streamed_head_is_the_same_alone_and_in_a_stack_and_as_good_as_one_fro
 
 @pytest.fixture
 def ds() -> ImageDataset:
-    labels = np.random.default_rng(0).integers(0, 2, size=900).tolist()
-    return make_dataset(labels, split=["train"] * 600 + ["test"] * 300)
+    labels = np.random.default_rng(0).integers(0, 2, size=450).tolist()
+    return make_dataset(labels, split=["train"] * 300 + ["test"] * 150)
 
 
 @pytest.fixture
-def cached(home: Path, ds: ImageDataset) -> ImageDataset:
-    put_shards(home, ds, "a", make_features(ds, 300).astype(np.float16))
+def cached(home: Path, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> ImageDataset:
+    put_shards(home, ds, "a", make_features(ds, 30).astype(np.float16))
+    monkeypatch.setattr(probe_plan, "Schedule", Brief)
     return ds
 
 
 def test_streaming_reaches_the_same_within_fold_noise_as_another_run(cached: ImageDataset, home: Path) -> None:
-    plain = probe_features(cached, "a", subset="F", home=home)
-    streamed = probe_features(cached, "a", subset="F", home=home, buffer=150)
-    assert plain.mean == pytest.approx(streamed.mean, abs=2 * (plain.std or 0) + 0.005)
+    asked: dict[str, Any] = {"val": "matched", "home": home, "folds": 2}
+    plain, other = (probe_features(cached, "a", subset="F", **asked, seed=seed) for seed in (0, 1))
+    streamed = probe_features(cached, "a", subset="F", **asked, buffer=100)
+    assert plain.mean == pytest.approx(streamed.mean, abs=abs(plain.mean - other.mean) + 2 * plain.std + 0.005)
     assert streamed.id != plain.id
-    assert streamed.request["buffer"] == 150
+    assert streamed.request["buffer"] == 100
     assert any("streamed" in note for note in streamed.notes)
     assert not any("streamed" in note for note in plain.notes)
-    assert probe_features(cached, "a", subset="F", home=home, buffer=150) == streamed
-    again = probe_features(cached, "a", subset="F", home=home, buffer=150, again=True)
-    assert [f.score for f in again.folds] == [f.score for f in streamed.folds]
-
-
-def test_a_streamed_subset_is_the_same_whatever_else_is_asked(cached: ImageDataset, home: Path) -> None:
-    asked: dict[str, Any] = {"val": "matched", "home": home, "buffer": 150, "again": True}
-    alone = [probe_features(cached, "a", subset=s, **asked) for s in ("S", "F")]
-    grid = probe_grid(cached, [["a"]], subsets=["F", "S"], **asked)
-    for a, b in zip(alone, reversed(grid), strict=True):
-        assert a.id == b.id
-        assert a.mean == pytest.approx(b.mean, abs=1e-6)
+    assert probe_features(cached, "a", subset="F", **asked, buffer=100) == streamed
+    small = probe_features(cached, "a", subset="S", **asked, buffer=100)
+    grid = probe_grid(cached, [["a"]], subsets=["F", "S"], **asked, buffer=100, again=True)
+    for alone, among in zip((streamed, small), grid, strict=True):
+        assert alone.id == among.id
+        assert alone.mean == pytest.approx(among.mean, abs=1e-6)
 
 
 def test_a_streamed_result_depends_on_how_its_rows_lie_in_shards(
     cached: ImageDataset, home: Path, tmp_path: Path
 ) -> None:
-    features = make_features(cached, 300).astype(np.float16)
+    features = make_features(cached, 30).astype(np.float16)
     put_shards(tmp_path, cached, "a", features, per_shard=60)
     ids = [
         find_saved(cached, [["a"]], subsets=["F"], home=folder, buffer=size)
-        for size in (150, None)
+        for size in (100, None)
         for folder in (home, tmp_path)
     ]
     assert ids[0] != ids[1], "other shards, another order"
     assert ids[2] == ids[3], "but none in memory"
 
 
-def test_features_in_half_precision_stay_so_in_memory(
-    cached: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = []
-
-    def spy(head: Any, x: Any, *rest: Any, **options: Any) -> Any:
-        kept.append(x.x["a"].dtype)
-        return original(head, x, *rest, **options)
-
-    original = run_module.train_heads
-    monkeypatch.setattr(run_module, "train_heads", spy)
-    probe_features(cached, "a", home=home)
-    assert kept == [torch.float16]
-
-
-@pytest.mark.parametrize("head", ["knn", "logreg"])
-def test_a_solved_head_cannot_be_streamed(cached: ImageDataset, home: Path, head: str) -> None:
-    with pytest.raises(UsageError, match=f"head '{head}' is solved on all features at once"):
-        probe_features(cached, "a", head=head, home=home, buffer=150)
-
-
-@pytest.mark.parametrize("rows", [-1, 0, 63, 10**10])
-def test_a_buffer_holds_one_batch_at_least(rows: int) -> None:
-    with refused(UsageError, "option-bounds"):
-        ProbeConfig(buffer=rows)
+def test_a_solved_head_cannot_be_streamed(cached: ImageDataset, home: Path) -> None:
+    with refused(UsageError, "head-not-trained"):
+        probe_features(cached, "a", head="knn", home=home, buffer=150)
 
 
 def test_features_that_memory_does_not_hold_are_advised_to_be_streamed(

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 
 from embcache.probe.heads import make_head
-from embcache.probe.standard import standard_params
+from embcache.probe.layers import standard_params
 
 DIMS = {"a": 12, "b": 7, "c": 9}
 
@@ -82,20 +82,7 @@ def test_dvme_token_is_timms_attention_over_backbones() -> None:
         )
 
 
-def test_dvme_token_trains_as_torch_would() -> None:
-    head: Any = make_head("dvme-token", proj_dim=16)
-    params, x = one(head, DIMS, 3)
-    theirs = TokenListing(16, 3)
-    theirs.load_state_dict(params, strict=True)
-    y = torch.tensor([0, 1, 2, 0, 1])
-    leaves = {n: p[None].clone().requires_grad_() for n, p in params.items()}
-    nn.functional.cross_entropy(head.apply(leaves, stack(x))[0], y).backward()
-    nn.functional.cross_entropy(theirs.classifier(theirs.embed(x)), y).backward()
-    for name, p in theirs.named_parameters():
-        torch.testing.assert_close(leaves[name].grad[0], p.grad, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["dvme", "dvme-token", "dvme-identity"])
+@pytest.mark.parametrize("name", ["dvme", "dvme-token"])
 def test_the_fused_embedding_is_what_the_classifier_sees(name: str) -> None:
     head: Any = make_head(name, proj_dim=16)
     params, x = one(head, DIMS, 3)

@@ -11,7 +11,7 @@ import pytest
 from embcache.data.dataset import ImageDataset
 from embcache.errors import RecipeError, StoreError, UsageError
 from embcache.finetune.finetune import finetune_images
-from embcache.probe.prevalence import Adjust
+from embcache.probe.predictions import Adjust
 from embcache.probe.summary import adjust_models
 from embcache.results.predict import predict
 from embcache.runs.folders import find_run_anywhere, load_predictions

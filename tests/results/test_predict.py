@@ -24,7 +24,7 @@ from embcache.config import DatasetRef
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetError, DatasetNotFoundError, RecipeError, StoreError, StoreNotFoundError, UsageError
 from embcache.extract.extract import extract_features
-from embcache.probe.prevalence import Adjust
+from embcache.probe.predictions import Adjust
 from embcache.probe.probe import probe_features
 from embcache.probe.summary import adjust_models
 from embcache.results.predict import ImagePredictions, list_images, predict

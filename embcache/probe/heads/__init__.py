@@ -1,13 +1,13 @@
-"""Heads by their names. One file of this folder is one head, or a few that share code; importing this one is cheap.
+"""Heads by their names; importing this file is cheap. The contract of heads is `embcache.probe.stack.Head`.
 
-The contract of heads is `embcache.probe.stack.Head`. Another head is registered by a decorator or by an entry
-point in the group ``embcache.heads``, named ``module:name`` on the command line, or passed to `probe_features`
-as an object.
+Another head is registered by a decorator or by an entry point in the group ``embcache.heads``, named ``module:name`` on
+the command line, or passed to `probe_features` as an object.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,23 +17,17 @@ from embcache.registry import Registry
 if TYPE_CHECKING:
     from embcache.probe.stack import Head
 
-ATTENTIONS = ("auto", "exact", "fast")
-"""How the attention of ``dvme`` can be computed; see `embcache.probe.heads.scalar_attention.attend`."""
+ATTENTIONS = ("auto", "exact", "fast")  # of ``dvme``; see `embcache.probe.heads.scalar_attention.attend`
 
+_SOLVED, _TRAINED = "embcache.probe.heads.solved", "embcache.probe.heads.trained"
 heads: Registry[type[Head]] = Registry(
     "head",
     {
-        "concat": "embcache.probe.heads.linear:ConcatHead",
-        "dvme": "embcache.probe.heads.dvme:DVME",
-        "dvme-identity": "embcache.probe.heads.dvme:DVMEIdentity",
-        "dvme-noattn": "embcache.probe.heads.dvme:DVMENoAttention",
-        "dvme-token": "embcache.probe.heads.dvme:DVMEToken",
-        "knn": "embcache.probe.heads.knn:KNN",
-        "linear": "embcache.probe.heads.linear:LinearHead",
-        "logreg": "embcache.probe.heads.logreg:LogReg",
-        "mlp": "embcache.probe.heads.linear:MLPHead",
+        "concat": f"{_TRAINED}:ConcatHead", "dvme": f"{_TRAINED}:DVME", "dvme-identity": f"{_TRAINED}:DVMEIdentity",
+        "dvme-noattn": f"{_TRAINED}:DVMENoAttention", "dvme-token": f"{_TRAINED}:DVMEToken", "knn": f"{_SOLVED}:KNN",
+        "linear": f"{_TRAINED}:LinearHead", "logreg": f"{_SOLVED}:LogReg", "mlp": f"{_TRAINED}:MLPHead",
     },
-)
+)  # fmt: skip
 
 
 def make_head(name: str, **hyperparameters: Any) -> Head:
@@ -61,7 +55,7 @@ def find_head(head: object, hyperparameters: dict[str, Any] | None = None) -> He
     if isinstance(found, type) and issubclass(found, Head):
         return _make(found, name or found.__qualname__, hyperparameters or {})
     if not isinstance(found, Head):
-        from embcache.probe.heads.sklearn_head import SklearnHead, is_classifier
+        from embcache.probe.heads.solved import SklearnHead, is_classifier
 
         if is_classifier(found):
             return SklearnHead.of(found, hyperparameters or {})
@@ -99,6 +93,19 @@ def identify(head: Head) -> dict[str, Any] | None:
         return {"name": name, **json.loads(json.dumps(head.parameters(), allow_nan=False))}
     except (TypeError, ValueError):
         return None
+
+
+def check_backbones(head: Head, names: Sequence[str]) -> None:
+    """`UsageError` unless the head takes these backbones together."""
+    if not names:
+        raise UsageError("no backbone was named", code="no-backbone", fix="--backbone NAME")
+    if len(set(names)) < len(names):
+        raise UsageError("a backbone is named twice", code="repeated-backbone", found=", ".join(names))
+    if not head.fuses and len(names) != 1:
+        raise UsageError(
+            f"head {head.name!r} takes one backbone at a time", code="head-takes-one-backbone", found=", ".join(names),
+            fix=f"--backbone {names[0]}, or a head that fuses: --head dvme",
+        )  # fmt: skip
 
 
 def imbalance(head: Head) -> str:

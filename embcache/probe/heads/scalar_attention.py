@@ -1,30 +1,24 @@
 """Self-attention over tokens of dimension one, exactly or in time linear in the number of tokens.
 
-The paper's listing feeds the 1536 components of the meta-embedding as 1536 tokens of one number each (Listing 1), so
-query, key and value of a token are scalars and the usual scale 1/√dim is 1. Then the output of token i is F(q_i) with
-one function of one variable per image, F(t) = Σ_j e^(t k_j) v_j / Σ_j e^(t k_j). The fast way evaluates F at a few
-nodes and interpolates it to the N queries; the exact way evaluates all N² scores. Both are here because at 1536 tokens
-the exact way takes most of the time of a fused probe (`benchmarks/attention.py`).
+The paper's listing feeds the 1536 components of the meta-embedding as tokens of one number each (Listing 1), so query,
+key and value are scalars and the scale 1/√dim is 1. The output of token i is F(q_i) with one function per image,
+F(t) = Σ_j w_j(t) v_j, w_j(t) = e^(t k_j) / Z(t), Z(t) = Σ_j e^(t k_j). The fast way evaluates F at a few nodes and
+interpolates it to the N queries; the exact way evaluates all N² scores, which at 1536 tokens takes most of the time of
+a fused probe (`benchmarks/attention.py`).
 
-The nodes
----------
-For one row, F(t) = Σ_j w_j(t) v_j with w_j(t) = e^(t k_j) / Z(t) and Z(t) = Σ_j e^(t k_j). F is analytic wherever Z has
-no zero: in a strip of half-width π / range(k) about the real axis, and, since far from t = 0 only the keys next to the
-largest still weigh, also in a cone that opens as |t| grows: a zero t + iy needs keys that are π / 2y below the largest
-to weigh as much as it, hence N e^(-|t| π / 2y) ≥ 1. So the nodes are Chebyshev's in the variable u of t = b sinh(u),
-b = 8 / range(k): evenly dense where the strip is narrow, ever sparser where the cone is wide. Their number then follows
-from the width of the queries in u: it is proportional to range(q) · range(k) where that is small, and grows with its
-logarithm where it is large.
+F is analytic wherever Z has no zero: in a strip of half-width π / range(k) about the real axis, and, since far from
+t = 0 only the keys next to the largest weigh, in a cone that opens as |t| grows (a zero t + iy needs keys that are
+π / 2y below the largest to weigh as much as it: N e^(-|t| π / 2y) ≥ 1). So the nodes are Chebyshev's in the variable u
+of t = b sinh(u), b = 8 / range(k): evenly dense where the strip is narrow, ever sparser where the cone is wide.
 
-Keys that lie in two heaps need up to three times the nodes of keys spread like a normal sample. So a row starts with
-the count of the latter, and the Chebyshev coefficients of F, of its slope, of the mean key and of the weights of the
-outermost keys tell whether that was enough: where their tail is above the tolerance, the row is done again with twice
-the nodes. The decision needs the row alone, and so does the rounding: no product is of several rows.
+Keys in two heaps need up to three times the nodes of a normal sample. A row starts with the count of the latter; where
+the tail of the Chebyshev coefficients of F, its slope, the mean key or the weights of the outermost keys is above the
+tolerance, it is done again with twice the nodes. The decision needs the row alone, and so does the rounding: no product
+is of several rows.
 
-Gradients (upstream g_i): that of q_i is g_i F'(q_i), F' = E[kv] - E[k] E[v] under the same weights, interpolated from
-its own values at the nodes: the derivative of the interpolant of F would lose digits. Those of k and v are sums over
-queries of functions of q_i, g_i q_i w_j(q_i) (v_j - F(q_i)) and g_i w_j(q_i); interpolating these makes them sums over
-nodes.
+The gradient of q_i is g_i F'(q_i), F' = E[kv] - E[k] E[v], interpolated from its own values at the nodes: the
+derivative of the interpolant of F would lose digits. Those of k and v are sums over queries of g_i q_i w_j(q_i)
+(v_j - F(q_i)) and of g_i w_j(q_i); interpolating these makes them sums over nodes.
 """
 
 from __future__ import annotations
@@ -37,20 +31,19 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embcache.probe.heads import ATTENTIONS
 from embcache.probe.layers import plain_arithmetic
 
 TOLERANCE = 1e-5
-"""Error of fast attention, relative to how much outputs, or a gradient, vary within a row.
+"""Error of fast attention, relative to how much outputs, or a gradient, vary within a row; on top of float32's own.
 
-It comes on top of float32's own: where a row's outputs are nearly the same, or a gradient is a small sum of large
-terms, digits are lost in any case. The tail is an estimate, no bound: with a key far from all others 5e-5 was seen.
+The tail is an estimate, no bound: with a key far from all others 5e-5 was seen.
 """
 
-MOST_NODES = 256
-"""Beyond it float32 loses more in the recurrence than further nodes would win."""
+MOST_NODES = 256  # beyond it float32 loses more in the recurrence than further nodes would win
 
 _BEND = 8.0  # range(k) times the t where nodes begin to be sparser; found best, or nearly so, for seven kinds of keys
 _MARGIN = 0.1  # coefficients behind the tail that is looked at add up to several times it
@@ -62,42 +55,20 @@ _COUNTS = (6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, MOST_NODES)
 _WIDTHS = (0.05, 0.18, 0.9, 1.6, 2.6, 3.4, 4.8, 6.4, 9.0, 12.0, 16.0)
 """Width in u up to which each count but the last is tried first: nine in ten normal samples need no more."""
 
-_PAD = 7
-
-_BREAK_EVEN = 6
-"""Nodes on N tokens cost less than N² scores up to N / 6 of them (`benchmarks/attention.py`)."""
-
+_BREAK_EVEN = 6  # nodes on N tokens cost less than N² scores up to N / 6 of them (`benchmarks/attention.py`)
 _MAP_CELLS = 1 << 24  # of all maps, or factors of maps, held at a time: 64 MiB in float32
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kind: str = "auto") -> torch.Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "auto") -> Tensor:
     """``out_i = Σ_j softmax_j(q_i k_j) v_j`` for every row.
 
-    Parameters
-    ----------
-    q, k, v : Tensor of shape (..., N), floating
-        Scalar query, key and value of each of N tokens. Half precision is computed in float32.
-    kind : {"auto", "exact", "fast"}
-        ``exact`` evaluates all N² scores, block by block, without holding them at once (but in float64 on CUDA, for
-        which torch has no such kernel). ``fast`` interpolates from as
-        many nodes as the tolerance needs, `MOST_NODES` or N - 1 at most. ``auto`` does so where it costs less. A row
-        that would need more nodes is computed exactly in either case.
+    ``exact`` evaluates all N² scores, block by block (but in float64 on CUDA, for which torch has no such kernel).
+    ``fast`` interpolates from as many nodes as the tolerance needs, `MOST_NODES` or N - 1 at most; ``auto`` does so
+    where it costs less. A row that would need more nodes is computed exactly in either case. Outputs and gradients
+    agree to `TOLERANCE`. How a row is computed depends on that row alone, so it has the same result in any batch, to
+    the bit on a CPU.
 
-    Returns
-    -------
-    Tensor of shape (..., N), of the dtype of ``q``
-
-    Raises
-    ------
-    ValueError
-        Unknown ``kind``.
-
-    Notes
-    -----
-    Outputs and gradients of the three agree to `TOLERANCE`, relative to how much they
-    vary within a row, and to a few times what float32 rounds in either. With one key far from all others gradients of
-    q and v were seen up to 5e-5 off. How a row is computed depends on that row alone, so it has the same result in any
-    batch, to the bit on a CPU.
+    Shapes: q, k, v (..., N), of which half precision is computed in float32; returns (..., N) of the dtype of ``q``.
     """
     if kind not in ATTENTIONS:
         raise ValueError(f"attention is one of {ATTENTIONS}, not {kind!r}")
@@ -117,18 +88,15 @@ def most_nodes(tokens: int, kind: str) -> int:
 
 
 @torch.no_grad()
-def sum_attention(q: torch.Tensor, k: torch.Tensor, parts: int, kind: str = "auto") -> torch.Tensor:
-    """Attention from each part of the tokens to each other part, summed over rows; no row's map is formed from nodes.
+def sum_attention(q: Tensor, k: Tensor, parts: int, kind: str = "auto") -> Tensor:
+    """Attention from each part of the tokens to each other part, summed over rows; (R, N) each to (parts, parts).
 
     A row's map is Sᵀ W with the shares S (M, N) that nodes have in queries and the weights W (M, N) that they give to
-    tokens, so the sum over rows is one product of S and W of all rows, side by side. Both are summed over the tokens of
-    a part first: with few parts the map is never formed at all.
-
-    Shapes: q, k (R, N); returns (parts, parts).
+    tokens, so the sum over rows is one product of S and W of all rows, side by side, summed over parts first.
     """
     tokens = q.shape[1]
 
-    def in_parts(t: torch.Tensor, dim: int) -> torch.Tensor:
+    def in_parts(t: Tensor, dim: int) -> Tensor:
         each = tokens // parts
         return t if each == 1 else t.reshape(*t.shape[:dim], parts, each, *t.shape[dim + 1 :]).sum(dim + 1)
 
@@ -141,39 +109,38 @@ def sum_attention(q: torch.Tensor, k: torch.Tensor, parts: int, kind: str = "aut
             keys = k[group.rows]
             step = max(1, _MAP_CELLS // (tokens * group.t.shape[1]))
             for start in range(0, len(keys), step):
-                shares, weights = (
-                    in_parts(t, 2).flatten(0, 1) for t in node_maps(keys, group, slice(start, start + step))
-                )
+                maps = _node_maps(keys, group, slice(start, start + step))
+                shares, weights = (in_parts(t, 2).flatten(0, 1) for t in maps)
                 total += shares.T @ weights
         for some in torch.split(left, max(1, _MAP_CELLS // tokens**2)):
-            maps = (q[some, :, None] * k[some, None]).softmax(-1)
-            total += in_parts(in_parts(maps, 2), 1).sum(0, dtype=torch.float64)
+            exact = (q[some, :, None] * k[some, None]).softmax(-1)
+            total += in_parts(in_parts(exact, 2), 1).sum(0, dtype=torch.float64)
     return total
 
 
-def _fast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, most: int) -> torch.Tensor:
+def _fast(q: Tensor, k: Tensor, v: Tensor, most: int) -> Tensor:
     """Attention of rows (R, N), by nodes where ``most`` of them are enough."""
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     groups, left = place_nodes(q, k, v, most, keep)
     if len(groups) == 1 and not len(left):  # the usual case: no row is moved
-        return interpolate(q, k, v, groups[0])
+        out: Tensor = _Interpolate.apply(q, k, v, groups[0])
+        return out
     if not groups:
         return _exact(q, k, v)
-    parts = [interpolate(q[g.rows], k[g.rows], v[g.rows], g) for g in groups]
+    parts = [_Interpolate.apply(q[g.rows], k[g.rows], v[g.rows], g) for g in groups]
     if len(left):
         parts.append(_exact(q[left], k[left], v[left]))
     order = torch.cat([*(g.rows for g in groups), left])
     return torch.cat(parts)[order.argsort()]
 
 
-def _exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention of rows (R, N) by all scores."""
+def _exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # (rows, 1 head, N tokens, dimension 1)
     q, k, v = (t[:, None, :, None] for t in (q, k, v))
     if q.device.type != "cpu":
         # CUDA's fused kernels want a dimension that divides by 8, and what is not fused holds all N² scores: zeros
         # add nothing to a score, and the values they make are dropped.
-        q, k, v = (F.pad(t, (0, _PAD)) for t in (q, k, v))
+        q, k, v = (F.pad(t, (0, 7)) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[:, 0, :, 0]
 
 
@@ -181,22 +148,19 @@ def _exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 class NodeGroup:
     """Rows that have equally many nodes, M."""
 
-    rows: torch.Tensor  # (R,); their places, ascending
-    x: torch.Tensor  # (R, N); queries in the variable of interpolation, within [-1, 1]
-    t: torch.Tensor  # (R, M); nodes, as queries
-    inverse: torch.Tensor  # (R, M); 1 / Σ_j e^(t k_j - max_j t k_j)
-    values: torch.Tensor  # (R, 2, M); F less the mean of the row's ``v``, and F', at the nodes
-    weights: torch.Tensor | None  # (R, M, N)
+    rows: Tensor  # (R,); their places, ascending
+    x: Tensor  # (R, N); queries in the variable of interpolation, within [-1, 1]
+    t: Tensor  # (R, M); nodes, as queries
+    inverse: Tensor  # (R, M); 1 / Σ_j e^(t k_j - max_j t k_j)
+    values: Tensor  # (R, 2, M); F less the mean of the row's ``v``, and F', at the nodes
+    weights: Tensor | None  # (R, M, N)
 
 
 @torch.no_grad()
 def place_nodes(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, most: int = MOST_NODES, keep: bool = False
-) -> tuple[list[NodeGroup], torch.Tensor]:
-    """Choose nodes for every row and evaluate F there.
-
-    Shapes: q, k, v (R, N).
-    """
+    q: Tensor, k: Tensor, v: Tensor, most: int = MOST_NODES, keep: bool = False
+) -> tuple[list[NodeGroup], Tensor]:
+    """Choose nodes for every row of q, k and v (R, N) and evaluate F there; also rows that need more than ``most``."""
     counts = [n for n in _COUNTS if n <= most]
     every = torch.arange(len(q), device=q.device)
     if not counts or not q.numel():
@@ -221,28 +185,21 @@ def place_nodes(
         waiting[place].sort()  # rows that were tried with fewer nodes came behind the others
         rows = torch.tensor(waiting[place], device=q.device)
         some = slice(None) if len(rows) == len(q) else rows  # where it is all of them, nothing is moved
-        t = bend[some] * torch.sinh(middle[some] + half[some] * _chebyshev(count, q)[0])
+        t = bend[some] * torch.sinh(middle[some] + half[some] * _chebyshev(count, q.dtype, q.device)[0])
         group, good = _evaluate(rows, x[some], t, k[some], v[some], keep)
         passed = good.tolist()
         if not all(passed):
-            waiting[_next(place, len(counts))] += [
-                row for row, fine in zip(waiting[place], passed, strict=True) if not fine
-            ]
-            group = _take(group, good)
+            # Again with twice the count, with the last one, or not by nodes.
+            again = min(place + 2, len(counts) - 1) if place < len(counts) - 1 else len(counts)
+            waiting[again] += [row for row, fine in zip(waiting[place], passed, strict=True) if not fine]
+            group = NodeGroup(*(None if t is None else t[good] for t in vars(group).values()))  # type: ignore[arg-type]
         if len(group.rows):
             groups.append(group)
     left = sorted(row for rows in waiting[len(counts) :] for row in rows)
     return groups, torch.tensor(left, dtype=torch.int64, device=q.device)
 
 
-def _next(place: int, tried: int) -> int:
-    """Where a row that needs more nodes is done again: twice the count, the last one, or nowhere."""
-    return min(place + 2, tried - 1) if place < tried - 1 else tried
-
-
-def _evaluate(
-    rows: torch.Tensor, x: torch.Tensor, t: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: bool
-) -> tuple[NodeGroup, torch.Tensor]:
+def _evaluate(rows: Tensor, x: Tensor, t: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[NodeGroup, Tensor]:
     """F and F' at given nodes, and whether these are enough, bool (R,); ``k`` and ``v`` are centered."""
     keys, low, high = _from_extremes(k)
     terms = k.new_empty(len(k), 4, k.shape[1])
@@ -266,11 +223,8 @@ def _evaluate(
     return NodeGroup(rows, x, t, inverse, torch.stack([mean_v, slope], 1), weights), _resolved(watched, size)
 
 
-def _resolved(values: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    """Whether functions (R, functions, M) known at the nodes end in negligible Chebyshev coefficients, bool (R,).
-
-    ``size`` (R, functions) is the largest term of the sums that the values come from, whose rounding ends no sooner.
-    """
+def _resolved(values: Tensor, size: Tensor) -> Tensor:
+    """Whether functions (R, functions, M) end in negligible Chebyshev coefficients; ``size``: their largest terms."""
     count = values.shape[-1]
     tail = _coefficients(values)[..., -(2 + count // 8) :].abs().amax(-1)
     spread = values.amax(-1) - values.amin(-1)
@@ -278,17 +232,11 @@ def _resolved(values: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     return (tail <= _MARGIN * TOLERANCE * spread + noise * (size + values.abs().amax(-1))).all(1)
 
 
-def interpolate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: NodeGroup) -> torch.Tensor:
-    """Attention (R, N) of the rows of a group, differentiable once."""
-    out: torch.Tensor = _Interpolate.apply(q, k, v, group)
-    return out
-
-
 class _Interpolate(torch.autograd.Function):
-    """From values at nodes to queries; the way back needs nothing that is larger than the queries."""
+    """Attention (R, N) of the rows of a group; the way back needs nothing that is larger than the queries."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: NodeGroup) -> torch.Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: NodeGroup) -> Tensor:
         count = group.t.shape[1]
         coefficients = _coefficients(group.values)  # (R, 2, M)
         both = q.new_empty(len(q), 2, q.shape[1])  # F and F' at the queries
@@ -302,7 +250,7 @@ class _Interpolate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         k, v, slope = ctx.saved_tensors
         with plain_arithmetic(k):
             grad_k, grad_v = _gradients(upstream, k, v, ctx.group, ctx.polynomials)
@@ -310,18 +258,18 @@ class _Interpolate(torch.autograd.Function):
 
 
 def _gradients(
-    upstream: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: NodeGroup, polynomials: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    upstream: Tensor, k: Tensor, v: Tensor, group: NodeGroup, polynomials: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Of keys, Σ_i g_i q_i w_j(q_i) (v_j - F(q_i)), and of values, Σ_i g_i w_j(q_i); (R, N) each."""
     k, v, count = _centered(k), _centered(v), group.t.shape[1]
     keys = None if group.weights is not None else _from_extremes(k)[0]
-    cosines = _chebyshev(count, k)[1]
+    cosines = _chebyshev(count, k.dtype, k.device)[1]
     grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
     for block in _blocks(len(k), count * k.shape[1]):
         t, values = group.t[block], group.values[block]
         basis = _polynomials(group.x[block], count) if polynomials is None else polynomials[block]
         # (R, M, N), times Z
-        weights = _exponentials(t, keys[block]) if keys is not None else cast("torch.Tensor", group.weights)[block]
+        weights = _exponentials(t, keys[block]) if keys is not None else cast("Tensor", group.weights)[block]
         # What the queries say together at each node, Σ_i g_i share_m(q_i), over the node's Z: (R, M).
         pull = torch.bmm(torch.bmm(upstream[block, None], basis.mT), _of_each(cosines, t))[:, 0] * group.inverse[block]
         # Term by term: where one key has all the weight, v_j - F is exactly 0, and t may be large.
@@ -334,27 +282,21 @@ def _gradients(
     return grad_k, grad_v
 
 
-def node_maps(k: torch.Tensor, group: NodeGroup, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of some rows of a group as two factors; ``k`` (R, N) holds the keys of all of its rows.
-
-    Shapes: returns (rows, M, N).
-    """
+def _node_maps(k: Tensor, group: NodeGroup, block: slice) -> tuple[Tensor, Tensor]:
+    """Attention of some rows of a group as two factors (rows, M, N); ``k`` (R, N) holds the keys of all of its rows."""
     count = group.t.shape[1]
     basis = _polynomials(group.x[block], count)
-    shares = torch.bmm(_of_each(_chebyshev(count, k)[1].T, basis), basis)
+    shares = torch.bmm(_of_each(_chebyshev(count, k.dtype, k.device)[1].T, basis), basis)
     weights = _exponentials(group.t[block], _from_extremes(_centered(k[block]))[0])
     return shares, weights * group.inverse[block, :, None]
 
 
-def _exponentials(t: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """e^(t k - max t k), (R, M, N), of nodes (R, M) and keys (R, 2, N) from `_from_extremes`.
-
-    One of the two products is 0, so that the other is rounded once, relative to the distance from the largest score.
-    """
+def _exponentials(t: Tensor, keys: Tensor) -> Tensor:
+    """e^(t k - max t k), (R, M, N), of nodes (R, M) and keys (R, 2, N); one of the two products is 0: one rounding."""
     return torch.bmm(torch.stack([t.clamp(min=0), t.clamp(max=0)], 2), keys).clamp_(min=_FLOOR).exp_()
 
 
-def _from_extremes(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _from_extremes(k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys (R, N) less the largest and less the smallest, (R, 2, N), and the smallest and the largest, (R, 1)."""
     low, high = k.amin(1, keepdim=True), k.amax(1, keepdim=True)
     keys = k.new_empty(len(k), 2, k.shape[1])
@@ -363,11 +305,10 @@ def _from_extremes(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return keys, low, high
 
 
-def _polynomials(x: torch.Tensor, count: int) -> torch.Tensor:
+def _polynomials(x: Tensor, count: int) -> Tensor:
     """Chebyshev polynomials T_0 … T_(count-1) at x (R, N), (R, count, N), with the signs + + - - + + - - ….
 
-    With these signs the recurrence is a sum, T_(n-2) ± 2 x T_(n-1), done in one pass over the numbers; the matrix of
-    `_chebyshev` has the same signs.
+    With these signs, which the matrix of `_chebyshev` has too, the recurrence is a sum, done in one pass.
     """
     out = x.new_empty(len(x), count, x.shape[1])
     out[:, 0], out[:, 1] = 1, x
@@ -377,13 +318,9 @@ def _polynomials(x: torch.Tensor, count: int) -> torch.Tensor:
     return out
 
 
-def _chebyshev(count: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chebyshev's points (M,) and the matrix (M, M) from values there to coefficients of `_polynomials`."""
-    return _chebyshev_on(count, like.dtype, like.device)
-
-
 @functools.cache
-def _chebyshev_on(count: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _chebyshev(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Chebyshev's points (M,) and the matrix (M, M) from values there to coefficients of `_polynomials`."""
     n = torch.arange(count, dtype=torch.float64)
     angles = (n + 0.5) * (math.pi / count)
     matrix = torch.cos(n[:, None] * angles) * (2 / count)
@@ -392,36 +329,25 @@ def _chebyshev_on(count: int, dtype: torch.dtype, device: torch.device) -> tuple
     return angles.cos().to(device, dtype), matrix.to(device, dtype)
 
 
-def _coefficients(values: torch.Tensor) -> torch.Tensor:
+def _coefficients(values: Tensor) -> Tensor:
     """Chebyshev coefficients, in `_polynomials`, of functions (R, functions, M) known at the nodes; same shape."""
-    return torch.bmm(values, _of_each(_chebyshev(values.shape[-1], values)[1].T, values))
+    return torch.bmm(values, _of_each(_chebyshev(values.shape[-1], values.dtype, values.device)[1].T, values))
 
 
-def _of_each(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """One matrix for a product with each of the rows.
-
-    ``rows @ matrix`` would be one product of all rows together, whose rounding depends on how many they are: then a row
-    might be given other nodes, and a head would train otherwise in a stack than alone.
-    """
+def _of_each(matrix: Tensor, rows: Tensor) -> Tensor:
+    """One matrix for a product with each of the rows: one product of all would be rounded by how many they are."""
     return matrix.expand(len(rows), -1, -1)
 
 
-def _asinh(x: torch.Tensor) -> torch.Tensor:
+def _asinh(x: Tensor) -> Tensor:
     """The inverse of sinh; torch's own takes five times as long on a CPU."""
     squared = x * x
     root = torch.add(squared, 1).sqrt_().add_(1)
     return squared.div_(root).add_(x.abs()).log1p_().copysign_(x)
 
 
-def _centered(x: torch.Tensor) -> torch.Tensor:
+def _centered(x: Tensor) -> Tensor:
     return x - x.mean(1, keepdim=True)
-
-
-def _take(group: NodeGroup, good: torch.Tensor) -> NodeGroup:
-    return NodeGroup(
-        group.rows[good], group.x[good], group.t[good], group.inverse[good], group.values[good],
-        None if group.weights is None else group.weights[good],
-    )  # fmt: skip
 
 
 def _blocks(rows: int, cells: int) -> Iterator[slice]:

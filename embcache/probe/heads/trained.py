@@ -1,7 +1,8 @@
-"""Dynamic Visual Meta-Embedding: the paper's fusion of several backbones (Section 5.6, Listing 1), and two ablations.
+"""Heads that are trained: layers on the features of one backbone, and fusions of several.
 
-``dvme`` is the listing to the letter. Choices where it is silent: one attention head, biases on query, key and value,
-and the output projection of timm's ``Attention`` (a Linear(1, 1)).
+``dvme``, the paper's Dynamic Visual Meta-Embedding (Section 5.6), is Listing 1 to the letter. Choices where it is
+silent: one attention head, biases on query, key and value, and the output projection of timm's ``Attention`` (a
+Linear(1, 1)).
 """
 
 from __future__ import annotations
@@ -12,21 +13,86 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from embcache.errors import check_choice, check_number
 from embcache.probe.heads import ATTENTIONS
 from embcache.probe.heads.scalar_attention import attend
-from embcache.probe.layers import affine, init_linear, layer_norm
+from embcache.probe.layers import Params, Tensors, affine, init_linear, layer_norm, standardize
 from embcache.probe.stack import TrainedHead
-from embcache.probe.standard import Params as Params
+
+
+@dataclass(frozen=True)
+class LinearHead(TrainedHead):
+    """Logits ``W x + b`` on the raw features of one backbone."""
+
+    name = "linear"
+    summary = "one linear layer on the features of one backbone (Section 5.5)"
+
+    def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
+        """``classifier.weight`` of shape (C, D) and ``classifier.bias`` of shape (C,)."""
+        (dim,) = dims.values()
+        return init_linear(generator, "classifier", dim, n_classes)
+
+    def apply(self, params: Params, x: Tensors, masks: Tensors | None = None) -> Tensor:
+        """Logits (K, B, C) from features (K, B, D)."""
+        (features,) = x.values()
+        return affine(params, "classifier", features)
+
+
+@dataclass(frozen=True)
+class ConcatHead(TrainedHead):
+    """One linear layer on the concatenation of standardized embeddings, so that no backbone outweighs another."""
+
+    name = "concat"
+    summary = "fuses backbones: one linear layer on their standardized features side by side"
+    fuses = True
+    standardized = True
+
+    def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
+        """``classifier`` of shape (C, ΣD); columns in the order of ``dims``."""
+        return init_linear(generator, "classifier", sum(dims.values()), n_classes)
+
+    def apply(self, params: Params, x: Tensors, masks: Tensors | None = None) -> Tensor:
+        """Logits (K, B, C) from features (K, B, D) of each backbone."""
+        together = torch.cat([standardize(params, backbone, features) for backbone, features in x.items()], dim=-1)
+        return affine(params, "classifier", together)
+
+
+@dataclass(frozen=True)
+class MLPHead(TrainedHead):
+    """Linear, ReLU, dropout, Linear on the raw features of one backbone."""
+
+    hidden: int = 512  # width of the hidden layer (choice: as DVME's)
+    dropout: float = 0.2  # rate before the last layer (choice: as DVME's)
+
+    name = "mlp"
+    summary = "one hidden layer on the features of one backbone"
+
+    def __post_init__(self) -> None:
+        check_number("--head-option hidden", self.hidden, 1, 100_000)
+        check_number("--head-option dropout", self.dropout, 0.0, 0.999)
+
+    def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
+        """``hidden`` (D to ``hidden``) and ``classifier`` (``hidden`` to C), each a weight and a bias."""
+        (dim,) = dims.values()
+        hidden = init_linear(generator, "hidden", dim, self.hidden)
+        return hidden | init_linear(generator, "classifier", self.hidden, n_classes)
+
+    def apply(self, params: Params, x: Tensors, masks: Tensors | None = None) -> Tensor:
+        """Logits (K, B, C) from features (K, B, D)."""
+        (features,) = x.values()
+        out = affine(params, "hidden", features).relu()
+        return affine(params, "classifier", out if masks is None else out * masks["hidden"])
+
+    def dropouts(self) -> Mapping[str, tuple[int, float]]:
+        """One mask after the hidden layer."""
+        return {"hidden": (self.hidden, self.dropout)}
 
 
 @dataclass(frozen=True)
 class Fusion(TrainedHead):
-    """A Linear per backbone, concatenation, mixing, LayerNorm, Linear, ReLU, dropout, classifier.
-
-    A subclass mixes by `init_mixing` and `mix`; all else is here.
-    """
+    """A Linear per backbone, concatenation, mixing (by subclasses), LayerNorm, Linear, ReLU, dropout, classifier."""
 
     proj_dim: int = 512  # width of each projection and of the last hidden layer
     dropout: float = 0.2  # rate before the classifier
@@ -42,14 +108,14 @@ class Fusion(TrainedHead):
         """Parameters of the mixing of one head."""
 
     @abstractmethod
-    def mix(self, params: Params, meta: torch.Tensor) -> torch.Tensor:
+    def mix(self, params: Params, meta: Tensor) -> Tensor:
         """The meta-embedding (K, B, ``proj_dim`` × backbones), mixed; same shape."""
 
     def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
         """Parameters named as the listing's layers; ``project.<backbone>`` stands for ``simclr_head`` and its like."""
         total = self.proj_dim * len(dims)
         return {
-            **init_projections(generator, dims, self.proj_dim),
+            **_init_projections(generator, dims, self.proj_dim),
             **self.init_mixing(generator),
             "normlayer.weight": torch.ones(total),
             "normlayer.bias": torch.zeros(total),
@@ -57,44 +123,36 @@ class Fusion(TrainedHead):
             **init_linear(generator, "classifier", self.proj_dim, n_classes),
         }
 
-    def embed(self, params: Params, x: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def embed(self, params: Params, x: Tensors) -> Tensor:
         """The fused embedding (K, B, ``proj_dim``): the hidden layer after ReLU, before dropout and classifier."""
         mixed = self.mix(params, project(params, x))
         return affine(params, "proj_head", layer_norm(params, "normlayer", mixed)).relu()
 
-    def apply(
-        self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def apply(self, params: Params, x: Tensors, masks: Tensors | None = None) -> Tensor:
         """Logits (K, B, C) from features (K, B, D) of each backbone."""
         out = self.embed(params, x)
-        if masks is not None:
-            out = out * masks["hidden"]
-        return affine(params, "classifier", out)
+        return affine(params, "classifier", out if masks is None else out * masks["hidden"])
 
     def dropouts(self) -> Mapping[str, tuple[int, float]]:
         """One mask before the classifier."""
         return {"hidden": (self.proj_dim, self.dropout)}
 
 
-def init_projections(generator: torch.Generator, dims: Mapping[str, int], width: int) -> Params:
-    """``project.<backbone>``: a Linear from each backbone's features to ``width``."""
+def _init_projections(generator: torch.Generator, dims: Mapping[str, int], width: int) -> Params:
     params: Params = {}
     for backbone, dim in dims.items():
         params |= init_linear(generator, f"project.{backbone}", dim, width)
     return params
 
 
-def project(params: Params, x: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def project(params: Params, x: Tensors) -> Tensor:
     """The meta-embedding: every backbone projected to one width, concatenated; (K, B, width × backbones)."""
     return torch.cat([affine(params, f"project.{backbone}", features) for backbone, features in x.items()], dim=-1)
 
 
 @dataclass(frozen=True)
 class DVME(Fusion):
-    """Listing 1: attention over the scalar components of the concatenation.
-
-    ``proj_dim`` × backbones tokens of dimension 1.
-    """
+    """Listing 1: attention over the components of the concatenation, ``proj_dim`` × backbones tokens of dimension 1."""
 
     attention: str = "auto"  # how it is computed, not what
 
@@ -109,7 +167,7 @@ class DVME(Fusion):
         """``attn.qkv``, a Linear(1, 3), and ``attn.proj``, a Linear(1, 1)."""
         return {**init_linear(generator, "attn.qkv", 1, 3), **init_linear(generator, "attn.proj", 1, 1)}
 
-    def mix(self, params: Params, meta: torch.Tensor) -> torch.Tensor:
+    def mix(self, params: Params, meta: Tensor) -> Tensor:
         """Self-attention of the components (K, B, N)."""
         weight, bias = params["attn.qkv.weight"], params["attn.qkv.bias"]  # (K, 3, 1), (K, 3)
         q, k, v = (meta * weight[:, i, :, None] + bias[:, i, None, None] for i in range(3))
@@ -119,7 +177,7 @@ class DVME(Fusion):
 
 @dataclass(frozen=True)
 class DVMEIdentity(Fusion):
-    """`DVME` with the attention replaced by the identity and all else kept. Attributes as there."""
+    """`DVME` with the attention replaced by the identity and all else kept."""
 
     name = "dvme-identity"
     summary = "dvme without its attention and with all the rest"
@@ -128,7 +186,7 @@ class DVMEIdentity(Fusion):
         """None."""
         return {}
 
-    def mix(self, params: Params, meta: torch.Tensor) -> torch.Tensor:
+    def mix(self, params: Params, meta: Tensor) -> Tensor:
         """The identity."""
         return meta
 
@@ -148,24 +206,17 @@ class DVMENoAttention(TrainedHead):
 
     def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
         """``project.<backbone>`` and ``classifier``."""
-        return {
-            **init_projections(generator, dims, self.proj_dim),
-            **init_linear(generator, "classifier", self.proj_dim * len(dims), n_classes),
-        }
+        params = _init_projections(generator, dims, self.proj_dim)
+        return params | init_linear(generator, "classifier", self.proj_dim * len(dims), n_classes)
 
-    def apply(
-        self, params: Params, x: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def apply(self, params: Params, x: Tensors, masks: Tensors | None = None) -> Tensor:
         """Logits (K, B, C) from features (K, B, D) of each backbone."""
         return affine(params, "classifier", project(params, x))
 
 
 @dataclass(frozen=True)
 class DVMEToken(Fusion):
-    """Self-attention over one token of ``proj_dim`` numbers per backbone, one attention head, then as `DVME`.
-
-    The layer is timm's ``Attention(dim=proj_dim, num_heads=1, qkv_bias=True)``. Attributes as `Fusion`.
-    """
+    """timm's ``Attention(dim=proj_dim, num_heads=1, qkv_bias=True)`` over one token per backbone, then as `DVME`."""
 
     name = "dvme-token"
     summary = "dvme with attention over one token per backbone (Section 5.6 as its text reads)"
@@ -173,12 +224,10 @@ class DVMEToken(Fusion):
     def init_mixing(self, generator: torch.Generator) -> Params:
         """``attn.qkv``, a Linear(D, 3D), and ``attn.proj``, a Linear(D, D), for tokens of D = ``proj_dim`` numbers."""
         width = self.proj_dim
-        return {
-            **init_linear(generator, "attn.qkv", width, 3 * width),
-            **init_linear(generator, "attn.proj", width, width),
-        }
+        qkv = init_linear(generator, "attn.qkv", width, 3 * width)
+        return qkv | init_linear(generator, "attn.proj", width, width)
 
-    def mix(self, params: Params, meta: torch.Tensor) -> torch.Tensor:
+    def mix(self, params: Params, meta: Tensor) -> Tensor:
         """Self-attention of the tokens that lie one after the other in (K, B, D × backbones)."""
         heads, batch, total = meta.shape
         width = self.proj_dim
