@@ -19,7 +19,7 @@ from embcache.probe.inputs import open_stores, plan_cached
 from embcache.probe.probe import probe_features
 from embcache.report.collect import choose, collect_parts
 from embcache.report.embedding import fused_run
-from embcache.results.grid import Cell, Model, choose_best
+from embcache.results.paper import Cell, Model, choose_best
 from embcache.runs.folders import Result, load_heads, load_predictions, runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
 

@@ -122,7 +122,7 @@ def _fitting(text: str) -> str:
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, notes: Sequence[str] = ()) -> None:
     """Print a table to stdout, its notes beneath; on a terminal as wide as that."""
     if _style is not None and _style.csv:
-        from embcache.results.render import csv_text
+        from embcache.results.layout import csv_text
 
         _write(csv_text(headers, [[_text(value) for value in row] for row in rows]))
     elif sys.stdout.isatty() and not (_style is not None and _style.wide):

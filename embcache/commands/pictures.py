@@ -266,7 +266,7 @@ def _one_dataset(dataset: list[str] | None, ref: DatasetRef, home: Path | None) 
 
 
 def _write_points(maps: Maps, target: Path) -> None:
-    from embcache.results.render import csv_text
+    from embcache.results.layout import csv_text
 
     check_target(target)
     table = maps.table()
@@ -329,7 +329,7 @@ def audit(
     from embcache.figures.audit import audit_dataset
     from embcache.figures.shown import backbones_or_cached, open_dataset
     from embcache.io import check_target, write_output
-    from embcache.results.render import csv_text
+    from embcache.results.layout import csv_text
 
     if output is not None:
         check_target(check_suffix(output, "--output", ".csv"))

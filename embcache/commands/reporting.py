@@ -47,7 +47,7 @@ class TableOutput(Config):
     def checked(self) -> TableOutput:
         """With the home folder spelled out; an error before the work where a file could not be written after it."""
         from embcache.io import check_target
-        from embcache.results.render import SUFFIXES
+        from embcache.results.layout import SUFFIXES
 
         if self.figure is not None and self.figure.suffix.lower() not in (".png", ".svg", ".pdf"):
             raise UsageError(
@@ -142,7 +142,7 @@ def curves(
 def _write(table: Table, figures: Sequence[Path], out: TableOutput, json: str | None, **more: object) -> None:
     """Write the table to stdout or its file, and name the figures on stderr."""
     from embcache.io import write_output
-    from embcache.results.render import render
+    from embcache.results.layout import render
 
     text = render(table, out.format)
     if out.output is not None:

@@ -8,7 +8,7 @@ from embcache.probe.inputs import PAPER_SET
 from embcache.probe.metrics import metric_title, metrics
 from embcache.report.charts import Chart, Series, line_chart
 from embcache.report.collect import Part, Task
-from embcache.results.grid import PAPER_TEST, Cell, Grid, Model, compare_with_paper, trained_by
+from embcache.results.paper import PAPER_TEST, Cell, Grid, Model, compare_with_paper, trained_by
 from embcache.results.layout import Table, lay_out
 from embcache.results.paper import PAPER_NAMES, PaperValue, find_value, named_subset, paper_tables
 from embcache.runs.folders import Result

@@ -16,7 +16,7 @@ from embcache.probe.prevalence import Adjust, Adjustment, row_weights
 from embcache.probe.summary import adjust_models, load_run_predictions, load_validation
 from embcache.results.compare import Tested
 from embcache.results.decisions import Calibration, OperatingPoint, against_rest, calibration, operating_points
-from embcache.results.render import csv_text
+from embcache.results.layout import csv_text
 from embcache.runs.result import Estimate, Result
 
 USUAL = ("auc", "kappa", "auprc", "accuracy", "balanced_accuracy", "f1", "mcc", "brier", "log_loss")

@@ -25,7 +25,7 @@ from embcache.errors import ProtocolError, UsageError
 from embcache.io import write_output
 from embcache.paths import PathLike
 from embcache.probe.schedule import Schedule, rates_of
-from embcache.results.render import csv_text
+from embcache.results.layout import csv_text
 from embcache.runs.folders import Result, find_run_anywhere, load_predictions, run_id, save_run
 from embcache.store.feature_store import list_stores
 

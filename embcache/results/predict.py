@@ -34,7 +34,7 @@ from embcache.paths import PathLike
 from embcache.probe.metrics import softmax
 from embcache.probe.prevalence import Adjust, Adjustment, parse_prevalence
 from embcache.probe.summary import adjust_models
-from embcache.results.render import csv_text, is_formula
+from embcache.results.layout import csv_text, is_formula
 from embcache.results.run_model import load_model
 from embcache.runs.folders import Result, find_run_anywhere
 

@@ -29,7 +29,7 @@ from embcache.fields import check_keys
 from embcache.io import read_regular
 from embcache.probe.heads import heads as known_heads
 from embcache.probe.inputs import PAPER_SET
-from embcache.results.grid import Grid, Model
+from embcache.results.paper import Grid, Model
 from embcache.results.paper import PAPER_NAMES
 from embcache.typed import check_depth
 

@@ -16,7 +16,7 @@ from embcache.figures.plots import AttentionPanel, Map, plot_attention, plot_map
 from embcache.figures.shown import LIMIT, Shown, fused_features, shown_images
 from embcache.paths import home_dir, slug
 from embcache.probe.inputs import load_features, open_stores
-from embcache.results.grid import Grid
+from embcache.results.paper import Grid
 from embcache.results.layout import Marks, Table
 from embcache.runs.folders import load_heads, runs_dir
 from embcache.study.study_plan import DatasetState, in_a_line

@@ -19,7 +19,7 @@ from embcache.log import log
 from embcache.paths import PathLike
 from embcache.probe.probe import probe
 from embcache.results.curves import band_words
-from embcache.results.grid import Cell, Grid, Model, choose_best, compare_with_paper
+from embcache.results.paper import Cell, Grid, Model, choose_best, compare_with_paper
 from embcache.results.layout import Table, lay_out
 from embcache.results.paper import find_value, named_subset
 from embcache.runs.folders import Result

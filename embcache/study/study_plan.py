@@ -18,7 +18,7 @@ from embcache.paths import PathLike
 from embcache.probe.inputs import open_stores
 from embcache.probe.probe_plan import plan_probe
 from embcache.probe.protocol import subset_sizes
-from embcache.results.grid import Grid, Model, trained_by
+from embcache.results.paper import Grid, Model, trained_by
 from embcache.results.layout import Marks, Table
 from embcache.runs.folders import Result, list_results, run_id
 

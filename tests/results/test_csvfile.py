@@ -15,7 +15,7 @@ from embcache.commands.options import write_json
 from embcache.errors import UsageError
 from embcache.figures.plots import Curve, CurvePanel, plot_curves
 from embcache.io import check_target, write_output
-from embcache.results.render import csv_text, guard_cell, is_formula
+from embcache.results.layout import csv_text, guard_cell, is_formula
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1"])

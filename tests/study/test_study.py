@@ -22,7 +22,7 @@ from embcache.log import shown
 from embcache.probe.probe import probe, probe_features
 from embcache.probe.protocol import plan_splits
 from embcache.probe.splits import write_splits
-from embcache.results.grid import Grid
+from embcache.results.paper import Grid
 from embcache.runs.folders import Result, list_results, run_id, save_run
 from embcache.study.definitions import BEST, GRIDS
 from embcache.study.study import Study, run_study
