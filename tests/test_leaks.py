@@ -141,7 +141,7 @@ def test_what_a_report_and_a_table_choose_is_the_same(worlds: tuple[World, World
     for world in worlds:
         made = [*world.results("linear"), *world.results("logreg"), *world.results("knn")]
         made += world.results("dvme", head_options={"proj_dim": 6})
-        (part,) = collect_parts(home=world.home)
+        (part,) = collect_parts([], home=world.home)
         task = next(task for task in part.tasks if not task.target)
         choices = choose(task, part, resamples=20)
         attending = fused_run(part.results, choices)

@@ -236,7 +236,7 @@ def errors(
     from embcache.io import check_target, write_output
     from embcache.paths import home_dir, slug
     from embcache.results.compare import load_tested
-    from embcache.results.describe import find_mistakes, mistakes_csv
+    from embcache.results.decisions import find_mistakes, mistakes_csv
     from embcache.runs.folders import find_run_anywhere
 
     targets = figure_targets(output, ".csv")

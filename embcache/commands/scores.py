@@ -29,8 +29,7 @@ from embcache.errors import UsageError
 from embcache.probe.metrics import metric_title
 from embcache.probe.prevalence import Adjust
 from embcache.results.compare import INTERVALS
-from embcache.results.decisions import Value
-from embcache.results.describe import Described, describe
+from embcache.results.decisions import Described, Value, describe
 from embcache.runs.folders import find_run_anywhere
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 from embcache.figures.plots import Curve, CurvePanel, plot_curves
 from embcache.paths import PathLike, home_dir, slug
 from embcache.results.curves import band_words, by_task, curve_table, metric_words, named_curves
-from embcache.results.paper import Cell, Grid, Model
 from embcache.results.layout import Table
+from embcache.results.paper import Cell, Grid, Model
 from embcache.runs.folders import Result
 
 

@@ -90,9 +90,7 @@ def make_map(part: Part, choices: Sequence[Choice], *, rows: str = "test", most:
     order = np.random.Generator(np.random.PCG64(_SEED)).permutation(len(shown.ids))
     shown = Shown([shown.ids[i] for i in order], shown.labels[order], [shown.groups[i] for i in order], shown.remark)
     features = {name: load_features(store, dataset, shown.ids).numpy() for name, store in stores.items()}
-    inputs: list[tuple[str, str, NDArray[np.float32], dict[str, Any]]] = [
-        (name, "", x, {"recipe": stores[name].recipe.fingerprint}) for name, x in sorted(features.items())
-    ]
+    inputs = [(name, "", x, {"recipe": stores[name].recipe.fingerprint}) for name, x in sorted(features.items())]
     fused = fused_run([r for r in part.results if set(r.backbones) <= set(features)], choices, _FUSED)
     if fused is not None:
         try:
@@ -169,10 +167,9 @@ def make_sheets(dataset: ImageDataset, ids: Sequence[str], budget: int = BUDGET)
 
     def small(ref: ImageRef) -> Image.Image | None:
         try:
-            pixels, _ = read_image(root, ref.path, ref.place)
+            picture = Image.fromarray(read_image(root, ref.path, ref.place)[0])
         except (ImageError, OSError):
             return None
-        picture = Image.fromarray(pixels)
         picture.thumbnail((largest, largest))
         return picture
 
@@ -181,10 +178,8 @@ def make_sheets(dataset: ImageDataset, ids: Sequence[str], budget: int = BUDGET)
     kept = [picture for picture in pictures if picture is not None]
     if not kept:
         return None
-    numbers = iter(range(len(kept)))
+    numbers, sheets, side = iter(range(len(kept))), list[str](), largest
     place = [-1 if picture is None else next(numbers) for picture in pictures]
-    sheets: list[str] = []
-    side = largest
     for side, quality in _TRIES:
         # One sheet tells roughly what all will take; the last try is taken whatever it weighs.
         first = _sheet(kept[: ACROSS**2], side, quality)
@@ -231,19 +226,6 @@ class Attended:
     entropy_std: float | None
     most: list[tuple[str, int, float]]  # backbone, component and share of all attention of those that receive most
     picture: str  # the mean map as PNG, base64; empty where a token is a backbone, for the table is the map then
-
-    @property
-    def by_class(self) -> list[tuple[str, list[list[str]]]]:
-        """The rows of each class's own table, the backbone first."""
-        return [
-            (label, [[name, *(f"{v:.3f}" for v in mass[i])] for i, name in enumerate(self.backbones)])
-            for label, mass in self.classes
-        ]
-
-    @property
-    def received(self) -> list[list[str]]:
-        """The components that receive most: backbone, component, share."""
-        return [[b, str(k), f"{share:.5f} ({share * self.tokens:.1f} × uniform)"] for b, k, share in self.most]
 
 
 def attend(part: Part, result: Result) -> Attended:

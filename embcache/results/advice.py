@@ -1,8 +1,7 @@
 """Two sentences from saved results: which backbone to take, and whether more labels help.
 
-A backbone is chosen on validation alone; the test set only shows how good it is and which others cannot be
-distinguished from it. More labels help where the slope of the score over log2 of training labels is above 0 beyond
-chance (`doubling`).
+A backbone is chosen on validation alone. More labels help where the slope of the score over log2 of training labels is
+above 0 beyond chance (`doubling`).
 """
 
 from __future__ import annotations

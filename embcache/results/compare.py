@@ -48,6 +48,7 @@ SPEAKS_OF = {
     False: "the difference is one of these trained models and does not include how much training varies",
 }
 NO_VALUE = "(no value)"
+_MANY = {"dataset": "datasets", "target": "targets", "metric": "metrics", "class_names": "classes"}
 
 
 @dataclass(frozen=True)
@@ -190,11 +191,7 @@ def compare(
 
 
 def compare_tested(
-    tested: Sequence[Tested],
-    *,
-    metrics: Sequence[str] = (),
-    margin: float | None = None,
-    resamples: int = RESAMPLES,
+    tested: Sequence[Tested], *, metrics: Sequence[str] = (), margin: float | None = None, resamples: int = RESAMPLES
 ) -> list[Comparison]:
     """Compare results whose predictions are read already with the first of them; p of all metrics are one family."""
     for other in tested[1:]:
@@ -203,9 +200,9 @@ def compare_tested(
     rows = []
     for metric in metrics or (tested[0].result.metric,):
         scores = [replace(t.predictions, positive=positive).scores(metric, resamples) for t in tested]
-        rows.append(_row(tested[0], scores[0]))
-        for t, s in zip(tested[1:], scores[1:], strict=True):
-            rows.append(replace(_row(t, s), difference=difference(tested[0], scores[0], t, s, margin)))
+        for t, s in zip(tested, scores, strict=True):
+            apart = None if t is tested[0] else difference(tested[0], scores[0], t, s, margin)
+            rows.append(replace(_row(t, s), difference=apart))
     return _corrected(rows)
 
 
@@ -247,16 +244,13 @@ def load_tested(result: Result, path: Path) -> Tested:
 
 
 def _check_same_test(a: Tested, b: Tested, other_metric: bool) -> None:
-    one, other = a.result, b.result
-    metrics = () if other_metric else (("metrics", one.metric, other.metric),)
-    for several, mine, theirs in (
-        ("datasets", one.dataset, other.dataset), ("targets", one.target, other.target), *metrics,
-        ("classes", one.class_names, other.class_names),
-    ):  # fmt: skip
-        if mine != theirs:
+    one, other = vars(a.result), vars(b.result)
+    for name in [name for name in _MANY if name != "metric" or not other_metric]:
+        if one[name] != other[name]:
+            found = [f"{r['id']}: {r[name] if name != 'class_names' else ', '.join(r[name])}" for r in (one, other)]
             raise ProtocolError(
-                f"runs of different {several} cannot be compared", code="different-tasks",
-                found=f"{a.result.id}: {_printed(mine)}\n{b.result.id}: {_printed(theirs)}", fix="embcache results",
+                f"runs of different {_MANY[name]} cannot be compared", code="different-tasks", found="\n".join(found),
+                fix="embcache results",
             )  # fmt: skip
     if not same_test(a, b):
         apart = set(a.ids) ^ set(b.ids) or set(a.ids[(a.labels != b.labels) | (a.groups != b.groups)])
@@ -266,10 +260,6 @@ def _check_same_test(a: Tested, b: Tested, other_metric: bool) -> None:
             found=f"{len(b.ids):,} of {b.result.id} ({b.result.test_set}); {len(apart):,} differ: {min(apart)!r} …",
             fix="probe both again: embcache probe --again …, with the same --test and --splits",
         )  # fmt: skip
-
-
-def _printed(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value) or "the labels"
 
 
 def _row(t: Tested, scores: Scores) -> Comparison:

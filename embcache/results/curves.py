@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from embcache.data.classes import target_words
+from embcache.data.classes import class_flags, target_words
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir
 from embcache.probe.metrics import metric_title
-from embcache.probe.schedule import rates_of
+from embcache.probe.schedule import Schedule, rates_of
 from embcache.probe.summary import in_metric
 from embcache.results.layout import Table, bounds, record, score
 from embcache.results.paper import Cell, Model
@@ -64,6 +65,27 @@ def refuse_untrusted(result: Result, trusted: Sequence[str] = ()) -> None:
             expected="a registered name, or the same name after --trust", found=", ".join(unknown),
             fix=f"--trust {unknown[0]}, if you trust that module",
         )  # fmt: skip
+
+
+def request_flags(result: Result) -> list[str]:
+    """Words of the command that made a run, where they are not the defaults: all but dataset, names and sizes."""
+    request, usual, words = result.request, asdict(Schedule()), list[str]()
+    for name, value in request.get("head", {}).items():
+        if name != "name":
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+            words += ["--head-option", f"{name}={text}"]
+    for name, default in (("folds", 5), ("seed", 0), ("val", "full"), ("repeats", 1), ("views", 1), ("target", "")):
+        if request.get(name, default) != default:
+            words += [f"--{name}", str(request[name])]
+    words += class_flags(request.get("classes", {}))
+    words += ["--exclude-test-overlap"] * bool(request.get("exclude_test_overlap"))
+    rates, schedule = rates_of(request), request.get("schedule") or {}
+    if rates not in ([], [usual["lr"]]):
+        words += ["--lr", ",".join(f"{rate:g}" for rate in rates)]
+    for name in ("max_epochs", "batch_size") if result.kind == "finetune" else ():
+        if schedule.get(name, usual[name]) != usual[name]:
+            words += [f"--{name.replace('_', '-')}", str(schedule[name])]
+    return words
 
 
 def by_task(results: Sequence[Result]) -> dict[tuple[str, str, str, tuple[str, ...]], list[Result]]:

@@ -159,7 +159,7 @@ def test_a_bad_request_is_refused_before_anything_is_computed(
     predicting: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, root = predicting
-    monkeypatch.setattr("embcache.results.run_model.recipe_network", None)
+    monkeypatch.setattr("embcache.results.predict.recipe_network", None)
     with pytest.raises(UsageError, match="cannot be written"):
         embcache("predict", "--run", run, root, "--output", tmp_path / "absent" / "p.csv")
     with refused(UsageError, "not-a-number"):

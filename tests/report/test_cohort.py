@@ -10,8 +10,7 @@ import pytest
 
 from embcache.data.dataset import ImageDataset
 from embcache.probe.probe import probe_features
-from embcache.report.checklist import UNKNOWN, checklist
-from embcache.report.cohort import Cohort, cohort, unequal_classes
+from embcache.report.cohort import UNKNOWN, Cohort, checklist, cohort, unequal_classes
 from embcache.report.collect import (
     HIDDEN,
     Part,

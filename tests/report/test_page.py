@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from embcache.errors import ProtocolError, StoreNotFoundError, UsageError
 from embcache.probe.probe import probe_features
 from embcache.report.collect import HIDDEN, Part, choose, collect_parts, make_tasks, without_names
-from embcache.report.page import PRIVATE, Written, _numeric, json_text, write_report
+from embcache.report.page import Written, _numeric, json_text, write_report
 from embcache.report.sections import NEW_MODEL, THESE_MODELS, decide
 from embcache.results.compare import load_tested
 from embcache.runs.folders import save_run
@@ -176,7 +176,7 @@ def test_without_images_nothing_names_one(study: Study, tmp_path: Path) -> None:
     done = write_report(tmp_path / "private.html", home=study.home, images=False)
     text = done.path.read_text("utf-8")
     assert done.thumbnails == 0
-    assert PRIVATE in text
+    assert "neither thumbnails nor IDs of images are in this file" in text
     assert "image/webp" not in text.replace("data:image/webp;base64,${", "")
     table = study.ds.table
     for value in {*table["id"], *table["path"], *table["group"], *(Path(p).stem for p in table["path"])}:
@@ -229,7 +229,7 @@ def test_runs_alone_make_a_page_that_lists_what_is_missing(tmp_path: Path) -> No
 def test_a_column_as_target_is_a_task_of_its_own_and_unscored_runs_are_listed(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     probe_features(study.ds, ["strong"], folds=2, subset=20, home=study.home, target="sex")
-    parts = collect_parts(home=study.home)
+    parts = collect_parts([], home=study.home)
     assert [task.title for task in parts[0].tasks] == [NAME, f"{NAME}, sex"]
     done = write_report(tmp_path / "r.html", home=study.home)
     assert [line.split(":")[0] for line in done.headlines] == [NAME, f"{NAME}, sex"]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from html import unescape
+from typing import Any
 
-from embcache.report.collect import Task
-from embcache.report.sections import NEW_MODEL, THESE_MODELS, change_words, headline, p_words, sentences
+from embcache.probe.summary import training_notes
+from embcache.report.collect import Rival, Task
+from embcache.report.page import make_environment
+from embcache.report.sections import NEW_MODEL, THESE_MODELS, change_words, headline, p_words
 from embcache.results.advice import Advice
 from embcache.results.compare import Difference
 from tests.report.build import make_choice, make_rival
@@ -13,8 +17,11 @@ from tests.report.build import make_choice, make_rival
 TASK = Task("pneumonia", "", "auc", ("no", "yes"), {})
 
 
-def _text(*rivals: object, task: Task = TASK) -> str:
-    return " ".join(sentences(task, make_choice(*rivals)))  # type: ignore[arg-type]
+def _text(*rivals: Rival, task: Task = TASK) -> str:
+    choice = make_choice(*rivals)
+    macros: Any = make_environment().get_template("macros.html.j2").module
+    lines = macros.sentences(task, choice, training_notes(choice.chosen.result)).split("</p>")
+    return " ".join(unescape(line).split("<p>")[-1].replace("\xa0", " ") for line in lines).strip()
 
 
 def test_the_winner_is_that_of_validation_and_a_higher_test_score_chooses_nothing() -> None:

@@ -11,9 +11,9 @@ import pytest
 from typer.main import get_command
 
 from embcache import cli
-from embcache.report.beside import learning_curves, paper_table, paper_value
+from embcache.report.charts import learning_curves, paper_table, paper_value
 from embcache.report.collect import Part, make_tasks
-from embcache.report.provenance import commands
+from embcache.report.page import commands
 from embcache.runs.folders import Result
 from tests.probe.build import make_dataset
 from tests.results.build import make_result

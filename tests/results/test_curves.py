@@ -12,8 +12,7 @@ from embcache.errors import StoreNotFoundError
 from embcache.figures.draw_curves import curve_panels, table_curves
 from embcache.figures.plots import Curve, CurvePanel, curve_styles, plot_curves
 from embcache.results.curves import band_words, curve_table, find_results, named_curves
-from embcache.results.paper import Grid
-from embcache.results.paper import find_value
+from embcache.results.paper import Grid, find_value
 from embcache.runs.folders import Result
 from embcache.runs.result import Estimate
 from tests.refusal import refused

@@ -14,7 +14,7 @@ from scipy.special import softmax
 from embcache.figures.neighbors import draw_mistakes
 from embcache.probe.predictions import Predictions
 from embcache.results.compare import Tested
-from embcache.results.describe import find_mistakes, mistakes_csv
+from embcache.results.decisions import find_mistakes, mistakes_csv
 from tests.probe.build import make_dataset
 from tests.results.build import make_result
 

@@ -53,7 +53,7 @@ def test_test_images_get_their_stored_predictions(
         np.testing.assert_allclose(row, np.mean(p, axis=0)[at], rtol=0, atol=1e-5)
     with refused(UsageError, "unused-option"):
         predict(result.id, [ds.root / "test"], home=home, weights=tmp_path / "text.png")
-    monkeypatch.setattr("embcache.results.run_model.DECODER_VERSION", "another")
+    monkeypatch.setattr("embcache.results.predict.DECODER_VERSION", "another")
     with refused(RecipeError, "recipe-differs") as caught:
         predict(result.id, [ds.root / "test"], home=home)
     assert caught.value.found == "decoder: another"

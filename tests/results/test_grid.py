@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from embcache.results.paper import choose_best, compare_with_paper
-from embcache.results.paper import find_value
+from embcache.results.paper import choose_best, compare_with_paper, find_value
 from tests.results.build import make_cell, make_result
 
 PAPER = find_value("B3", "pneumonia", "supervised", "S")

@@ -84,7 +84,7 @@ def test_only_runs_on_a_leaderboards_test_set_are_handed_in(home: Path, tmp_path
     assert caught.value.fix == f"embcache probe {asked} --lr 0.01"
     schedule = {"lr": 1e-3, "batch_size": 16, "max_epochs": 3}
     tuned = replace(local, kind="finetune", request={**local.request, "lr": [1e-3], "schedule": schedule})
-    assert official_command(tuned) == f"embcache finetune {asked} --batch-size 16 --max-epochs 3"
+    assert official_command(tuned) == f"embcache finetune {asked} --max-epochs 3 --batch-size 16"
     toy = make_dataset(np.tile([0, 1], 40))
     put_store(home, toy, "toy", make_features(toy))
     other = probe_features(toy, "toy", folds=2, subset=10, home=home).id

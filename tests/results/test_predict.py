@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import embcache.results.run_model as model
+import embcache.results.predict as model
 from embcache.backbones.catalog import LoadedBackbone, load_backbone
 from embcache.cli import app
 from embcache.config import DatasetRef

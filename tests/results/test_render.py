@@ -8,10 +8,8 @@ import io
 import pytest
 
 from embcache.errors import UsageError
-from embcache.results.paper import Cell, Grid, Model, compare_with_paper
-from embcache.results.layout import Marks, Table, lay_out
-from embcache.results.paper import find_value
-from embcache.results.layout import escape_latex, render
+from embcache.results.layout import Marks, Table, escape_latex, lay_out, render
+from embcache.results.paper import Cell, Grid, Model, compare_with_paper, find_value
 from tests.refusal import refused
 from tests.results.build import SUPERVISED, make_cell, make_result
 

@@ -8,8 +8,7 @@ import pytest
 
 from embcache.config import StudyConfig
 from embcache.errors import UsageError
-from embcache.results.paper import Grid
-from embcache.results.paper import find_value, named_subset, paper_tables
+from embcache.results.paper import Grid, find_value, named_subset, paper_tables
 from embcache.study.definitions import (
     FIGURES,
     GRIDS,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import embcache.study.demo as study
+import embcache.study.study as study
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.log import shown
 from embcache.runs.folders import Result
-from embcache.study.demo import pivot_results
+from embcache.study.study import pivot_results
 
 
 def smaller(dataset: ImageDataset) -> ImageDataset:

@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 import embcache.study.study as study_run
-from embcache.commands import run_command as commands
+from embcache.commands import reporting as commands
 from embcache.config import DatasetRef, ProbeConfig, StudyConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
