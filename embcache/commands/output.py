@@ -50,6 +50,11 @@ def table_style(style: TableStyle) -> Iterator[None]:
         _style = before
 
 
+def prints_csv() -> bool:
+    """Whether tables are printed as CSV, where every row must be complete."""
+    return _style is not None and _style.csv
+
+
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     """Print text to stdout, or stderr, with control characters shown escaped."""
     _write(text + "\n" * nl, err=err or (_style is not None and _style.csv))

@@ -23,7 +23,7 @@ from embcache.commands.options import (
     split_list,
     write_json,
 )
-from embcache.commands.output import bounds, echo, print_table, spread
+from embcache.commands.output import bounds, echo, print_table, prints_csv, spread
 from embcache.config import DatasetRef
 from embcache.errors import UsageError
 from embcache.probe.metrics import metric_title
@@ -115,12 +115,14 @@ def print_results(results: Sequence[Result], *, ids: bool = False) -> None:
     from embcache.probe.metrics import metric_title
 
     shown = {name: cells for name, cells in rare.items() if any(cells)}
-    headers = ["dataset", "backbone", "head", "subset", "labels used", "test", "metric", "mean ± sd", "95 % interval"]
-    headers += ["validation", "best epoch", *shown, *(["run"] if ids else [])]
+    csv = prints_csv()
+    headers = ["dataset", "backbone", "head", *["scored"] * csv, "subset", "labels used", "test", "metric", "mean ± sd"]
+    headers += ["95 % interval", "validation", "best epoch", *shown, *(["run"] if ids else [])]
     rows = []
     for number, result in enumerate(results):
         last = [*(cells[number] for cells in shown.values()), *([result.id] if ids else [])]
-        rows.append([*_row(result), *last])
+        own = _row(result)
+        rows.append([*own[:3], *["mean of the models"] * csv, *own[3:], *last])
         others = [
             (name, metric_title(e.metric, e.positive), spread(e.mean, e.std), bounds(e.interval) or e.why)
             for name, e in result.estimates.items()
@@ -130,7 +132,8 @@ def print_results(results: Sequence[Result], *, ids: bool = False) -> None:
             others.append((f"always {result.majority[0]}", "accuracy", f"{result.majority[1]:.4f}", ""))
         for name, *numbers in others:
             tested = f"{result.by_group['groups']:,} groups" if name.startswith("by patient") else ""
-            rows.append(["", "", f"  {name}", "", "", tested, *numbers, "", "", *[""] * len(last)])
+            begin = [*own[:3], name, *own[3:5], tested or own[5]] if csv else ["", "", f"  {name}", "", "", tested]
+            rows.append([*begin, *numbers, "", "", *(last if csv else [""] * len(last))])
     print_table(headers, rows, notes=_result_notes(results))
 
 

@@ -76,10 +76,8 @@ class Chart:
 
     def data(self) -> dict[str, Any]:
         """What the page's script needs."""
-        return {
-            "id": self.id, "item": self.item, "kind": self.kind, "axes": list(self.axes), "digits": list(self.digits),
-            "series": [{"name": name, "shown": shown} for name, _, _, shown in self.legend],
-        }  # fmt: skip
+        series = [{"name": name, "shown": shown} for name, _, _, shown in self.legend]
+        return {name: vars(self)[name] for name in ("id", "item", "kind", "axes", "digits")} | {"series": series}
 
 
 def _style(place: int) -> tuple[str, int]:
@@ -126,7 +124,7 @@ def line_chart(
     return Chart(id, alt, dict(json_item(plot, ID(id))), tuple(legend), axes, digits=digits)
 
 
-def map_chart(id: str, class_names: Sequence[str], count: int, *, alt: str) -> Chart:
+def map_chart(id: str, class_names: Sequence[str], count: int) -> Chart:
     """A map of ``count`` images: a renderer per class, a ring for the selected one; the page's script adds points."""
     size = 7 if count < 1500 else 5 if count < 4000 else 4
     plot: Any = figure(height=520, x_range=Range1d(start=0, end=1), y_range=Range1d(start=0, end=1), **_TOOLS)
@@ -150,6 +148,7 @@ def map_chart(id: str, class_names: Sequence[str], count: int, *, alt: str) -> C
     tap = TapTool(renderers=renderers)
     plot.add_tools(HoverTool(tooltips=None, renderers=renderers), tap)
     plot.toolbar.active_tap = tap
+    alt = "Map of embeddings: one point per image, colored by its class. The search below reaches every point."
     return Chart(id, alt, dict(json_item(plot, ID(id))), tuple(legend), kind="map")
 
 
@@ -259,11 +258,9 @@ def learning_curves(task: Task, part: Part, id: str) -> Chart:
     for tick in sorted({float(r.n_train) for r in task.results}, reverse=True):
         if not ticks or tick < ticks[-1] / 1.35:
             ticks.append(tick)
-    return line_chart(
-        id, series, axes=("training labels of a fold", f"test {metric}"), log_ticks=ticks,
-        alt=f"Learning curves: test {metric} over numbers of training labels, {len(ordered)} models; the table "
-        "below has the numbers.",
-    )  # fmt: skip
+    alt = f"Learning curves: test {metric} over numbers of training labels, {len(ordered)} models; the table below has "
+    axes = ("training labels of a fold", f"test {metric}")
+    return line_chart(id, series, axes=axes, log_ticks=ticks, alt=alt + "the numbers.")
 
 
 def _curve(name: str, members: Sequence[Result], shown: bool) -> Series:

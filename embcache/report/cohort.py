@@ -67,16 +67,16 @@ def cohort(part: Part, choices: Sequence[Choice], *, ids: bool) -> Cohort | None
     request = result.request
     recipes = ",".join(str(fingerprint) for _, fingerprint in request.get("recipes", [])) or None
     protocol = {key: request[key] for key in ("folds", "seed", "val", "test", "exclude_test_overlap") if key in request}
+    problem = "the splits of these results were imported, or the images have changed"
     try:
         dataset = as_in_run(part.dataset, request)
         stores = open_stores(dataset, [result.backbones], part.home, recipes)
         plan = plan_for(dataset, list(stores.values()), subsets=("F", result.subset), **protocol)
+        drawn = request.get("repeats", 1) != 1 or plan.digest(result.subset) == request.get("splits")
     except (EmbcacheError, ValueError) as error:
-        problem = error.problem if isinstance(error, EmbcacheError) else str(error)
+        drawn, problem = False, error.problem if isinstance(error, EmbcacheError) else str(error)
+    if not drawn:
         return Cohort(notes=(f"the flow of images is not shown: {problem}",))
-    if request.get("repeats", 1) == 1 and plan.digest(result.subset) != request.get("splits"):
-        why = "the flow of images is not shown: the splits of these results were imported, or the images have changed"
-        return Cohort(notes=(why,))
     bad = {name for store in stores.values() for name in store.quarantined}
     sizes = ", ".join(f"{c.n_train:,} + {c.labels_used - c.n_train:,}" for c in choices)
     return _flow(part, dataset, plan, bad, sizes, secret_words(part, ids=ids))

@@ -53,19 +53,6 @@ _DARK, _LIGHT = np.array([8.0, 48.0, 107.0]), np.array([247.0, 251.0, 255.0])
 Rows = list[list[float]]
 
 
-@dataclass(frozen=True, eq=False)
-class EmbeddingMap:
-    """The map of one dataset."""
-
-    dataset: ImageDataset
-    shown: Shown  # the images, in an order of their own that says nothing
-    panels: list[tuple[str, str]]  # label and remark of each embedding
-    scores: Table
-    by: list[str]  # names of the models whose predictions can be shown
-    data: dict[str, Any]  # for the page's script: labels, coordinates, predictions
-    notes: list[str]  # what could not be shown, and why
-
-
 def fused_run(results: Sequence[Result], choices: Sequence[Choice], heads: Sequence[str] = _ATTENDING) -> Result | None:
     """The fused run that is shown: dvme before others, of most training labels, best on validation."""
     runs = [r for r in results if r.kind == "probe" and r.head in heads and not target_words(r.request)]
@@ -74,13 +61,16 @@ def fused_run(results: Sequence[Result], choices: Sequence[Choice], heads: Seque
     return max(runs, key=lambda r: (r.head == "dvme", r.n_train, merit(r.metric, r.val_mean)), default=None)
 
 
-def make_map(part: Part, choices: Sequence[Choice], *, rows: str = "test", most: int = LIMIT) -> EmbeddingMap:
-    """Map every cached backbone of a dataset, and the embedding of its best fused run."""
+def make_map(part: Part, choices: Sequence[Choice], *, rows: str = "test", most: int = LIMIT) -> dict[str, Any]:
+    """Map every cached backbone of a dataset, and the embedding of its best fused run.
+
+    ``shown``: the images, in an order of their own that says nothing; ``panels``: label and remark of each embedding;
+    ``by``: names of the models whose predictions can be shown; ``data`` is for the page's script.
+    """
     dataset = part.dataset
     if dataset is None:
-        raise StoreNotFoundError(
-            f"neither images nor a table of {part.name} are here", code="dataset-not-here", fix="embcache extract …"
-        )
+        missing = f"neither images nor a table of {part.name} are here"
+        raise StoreNotFoundError(missing, code="dataset-not-here", fix="embcache extract …")
     stores, notes = _stores(dataset, part)
     request = choices[-1].chosen.result.request if choices else {}
     protocol: dict[str, Any] = {key: request[key] for key in ("seed", "test") if key in request}
@@ -112,18 +102,17 @@ def make_map(part: Part, choices: Sequence[Choice], *, rows: str = "test", most:
         scores.append((label, f"{x.shape[1]:,}", *numbers, remark))
     predicted = [_predictions(choice, shown.ids) for choice in reversed(choices)]
     headers = ("embedding", "dimensions", "silhouette", "k-NN accuracy", "trustworthiness of the map", "")
-    return EmbeddingMap(
-        dataset, shown, [(label, remark) for label, remark, _, _ in inputs],
-        Table("embeddings", "Scores of the embeddings", headers, tuple(scores)), [entry["by"] for entry in predicted],
-        {"labels": shown.labels.tolist(), "classes": list(dataset.class_names), "maps": maps, "predicted": predicted},
-        notes,
-    )  # fmt: skip
+    data = {"labels": shown.labels.tolist(), "classes": [*dataset.class_names], "maps": maps, "predicted": predicted}
+    return {
+        "shown": shown, "panels": [(label, remark) for label, remark, _, _ in inputs], "data": data, "notes": notes,
+        "scores": Table("embeddings", "Scores of the embeddings", headers, tuple(scores)),
+        "by": [entry["by"] for entry in predicted],
+    }  # fmt: skip
 
 
 def _stores(dataset: ImageDataset, part: Part) -> tuple[dict[str, FeatureStore], list[str]]:
     """A store of every cached backbone, where several recipes are cached that of the results; and what is not shown."""
-    stores: dict[str, FeatureStore] = {}
-    notes = []
+    stores, notes = dict[str, FeatureStore](), list[str]()
     for name in cached_backbones(dataset.name, part.home):
         used = [dict(map(tuple, r.request.get("recipes", []))).get(name) for r in part.results]
         for recipe in (None, *dict.fromkeys(fingerprint for fingerprint in used if fingerprint)):
@@ -135,9 +124,8 @@ def _stores(dataset: ImageDataset, part: Part) -> tuple[dict[str, FeatureStore],
         else:
             notes.append(f"{name} is not shown: {problem}")
     if not stores:
-        raise StoreNotFoundError(
-            f"no features are cached for {dataset.name}", code="store-not-found", fix="embcache extract --backbone NAME"
-        )
+        missing = f"no features are cached for {dataset.name}"
+        raise StoreNotFoundError(missing, code="store-not-found", fix="embcache extract --backbone NAME")
     return stores, notes
 
 

@@ -108,14 +108,11 @@ def _dataset(part: Part, id: str, ref: DatasetRef, rows: str, budget: int) -> di
     found, chart, sheets, attended = None, None, None, None
     try:
         found = make_map(part, of_labels, rows=rows, most=LIMIT)
-        problems += found.notes
-        chart = map_chart(
-            f"{id}-map", found.dataset.class_names, len(found.shown.ids),
-            alt="Map of embeddings: one point per image, colored by its class. The search below reaches every point.",
-        )  # fmt: skip
+        problems += found["notes"]
+        chart = map_chart(f"{id}-map", found["data"]["classes"], len(found["shown"].ids))
         if ids:
             log.info(f"{part.name}: thumbnails")
-            sheets = make_sheets(found.dataset, found.shown.ids, budget)
+            sheets = make_sheets(part.dataset, found["shown"].ids, budget) if part.dataset else None
     except EmbcacheError as error:
         problems.append(f"no map: {error.problem}")
     run = fused_run(part.results, of_labels)
@@ -187,9 +184,8 @@ def _render(shown: Sequence[dict[str, Any]], parts: Sequence[Part], metrics: Seq
         charts += [chart.data() for section in one["tasks"] for chart in section["charts"]]
         if one["chart"] is not None:
             charts.append(one["chart"].data())
-            found = one["map"]
-            own = {"ids": found.shown.ids if images else None, "thumbs": one["sheets"]}
-            maps[one["chart"].id] = found.data | own
+            own = {"ids": one["map"]["shown"].ids if images else None, "thumbs": one["sheets"]}
+            maps[one["chart"].id] = one["map"]["data"] | own
     sections = [section for one in shown for section in one["tasks"] if section["choices"]]
     names = ",".join(part.name for part in parts)
     by = f" --metric {shlex.quote(','.join(metrics))}" if metrics else ""

@@ -163,7 +163,6 @@ def summary_table(sections: Sequence[dict[str, Any]]) -> Table:
 
 
 def _size(task: Task, part: Part, choice: Choice, id: str) -> dict[str, Any]:
-    """All that the template shows of one number of training labels."""
     best = choice.chosen
     notes = [f"{rival.name}: {note}" for rival in choice.rivals[1:] for note in training_notes(rival.result)]
     if choice.apart:

@@ -302,7 +302,6 @@ def _bounds(interval: tuple[float, float] | None, *, plus: bool = False, words: 
 
 
 def _in_brackets(name: str) -> str:
-    """``dino (linear)`` for ``dino, linear``."""
     first, _, rest = name.partition(", ")
     return f"{first} ({rest})" if rest else first
 

@@ -162,17 +162,8 @@ def compare(
     ``metrics`` replace the runs' own; a ``margin`` also tests equivalence: that a difference is smaller than this on
     either side; ``resamples`` are of the bootstrap, for metrics that need it.
 
-    Returns
-    -------
-    list of Comparison
-        One row per run and metric, the reference first; p-values are corrected by Holm as one family.
-
-    Raises
-    ------
-    UsageError
-        Fewer than two runs, or a margin that is not above 0.
-    ProtocolError
-        The runs are of different tasks or were not tested on the same images.
+    Returns one row per run and metric, the reference first; p-values are corrected by Holm as one family. Raises a
+    `UsageError` for fewer than two runs, a `ProtocolError` for runs of different tasks or test images.
     """
     if margin is not None and not margin > 0:
         raise UsageError("a margin is a difference above 0", code="option-bounds", found=f"{margin:g}",
@@ -291,17 +282,8 @@ def subgroups(
     Ages come in bands, other numbers in quarters. Each run is also compared with the first, where both have the same
     test images. ``ref`` says where the dataset is; the other arguments are those of `compare`.
 
-    Returns
-    -------
-    (list of Subgroup, list of str)
-        One row per run, metric and subgroup, and notes.
-
-    Raises
-    ------
-    UsageError
-        No run or no column, or a column that does not exist.
-    StoreError
-        Test images of a run are no longer in the dataset.
+    Returns one row per run, metric and subgroup, and notes. Raises a `UsageError` for no run, no column or an unknown
+    one, a `StoreError` where test images of a run are no longer in the dataset.
     """
     if not runs or not by:
         raise UsageError("subgroups need runs and columns", code="nothing-named",
@@ -366,10 +348,9 @@ def compare_scores(
 ) -> Difference:
     """Difference ``one`` − ``other`` of scores by the same metric on the same test set, with the same resamples.
 
-    ``overlap`` is the mean share of training rows that two models have in common. With it, and with the same number of
-    models on both sides, the difference is one of the procedures (a model trained anew on other rows), else of these
-    models. Of two different numbers (say, training sets of two sizes) each side has its own variance of training.
-    ``folds`` are those of one repeat, default the number of models. ``margin`` tests equivalence.
+    ``overlap`` is the mean share of training rows that two models have in common, perhaps one for each side. With it,
+    and with as many models on both sides, the difference is one of procedures (a model trained anew), else of these
+    models. ``folds`` are those of one repeat, default the number of models. ``margin`` tests equivalence.
     """
     difference = one.mean - other.mean
     why = one.test.too_few(one.metric) or ("" if math.isfinite(difference) else "no value")

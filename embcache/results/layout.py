@@ -131,7 +131,6 @@ def _printed_subset(cell: Cell) -> str:
 
 
 def _labels_used(cells: Sequence[Cell]) -> str:
-    """Training + validation labels per fold; every distinct pair where models differ."""
     pairs = dict.fromkeys((c.result.n_train, c.result.labels_used - c.result.n_train) for c in cells if c.result)
     return ", ".join(f"{train:,} + {validation:,}" for train, validation in pairs)
 

@@ -165,9 +165,7 @@ def predict(
     UsageError
         Neither or both of images and dataset; a fold that the run does not have; a prevalence of other classes.
     StoreError
-        The run kept no predictions of validation images, on which temperatures are fitted.
-    StoreNotFoundError
-        There is no such run, or it kept no recipe and its store is gone.
+        No such run, or it kept no recipe or no validation predictions, on which temperatures are fitted.
     RecipeError
         The rebuilt recipe is not the run's; the message lists the differences.
     DatasetError
@@ -482,7 +480,6 @@ def list_images(paths: Sequence[PathLike], notes: list[str], columns: DatasetRef
 
 
 def _listed(file: Path, notes: list[str], wanted: DatasetRef) -> Mapping[Path, str]:
-    """Images that a table names, with their groups."""
     table, read = open_table(file)
     columns, named = find_columns(table, wanted, where=file, required=["path"], roles=["path"])
     column = columns["path"]

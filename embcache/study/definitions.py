@@ -1,16 +1,6 @@
 """What a study holds: the paper's tables and figures as rows of data, and your own grids as TOML files.
 
-::
-
-    title = "Lites on chest X-rays"
-    datasets = ["pneumonia"]
-    backbones = ["effnet_lite0", "effnet_lite1"]   # a list in the list is one set for heads that fuse
-    heads = ["linear", "knn", "dvme"]              # default: linear
-    subsets = ["S", 100, "F"]                      # default: S, M, F
-    seeds = [0, 1]                                 # default: 0
-    kind = "probe"                                 # or "finetune", or both as a list
-    drop_class = ["other"]                         # as all fields of `DatasetRef`
-    val = "full"; folds = 5; lr = [1e-4, 1e-3]     # as all fields of `StudyConfig`; one per line in a real file
+The keys of a file are the fields of `StudyConfig` and `DatasetRef`; ``docs/tables.md`` has an example.
 """
 
 from __future__ import annotations

@@ -99,12 +99,16 @@ def run_study(
                 found=own[0], fix="write it into a TOML file: embcache run FILE.toml",
             )  # fmt: skip
         if name not in GRIDS and config.heads:
-            raise UsageError(
-                f"{name} has no heads to choose", code="no-heads", found=f"--head {', '.join(config.heads)}",
-                fix="leave --head out",
-            )  # fmt: skip
-        if name in ("table1", "G1"):
-            return _count(name, config, ref, home, figure)
+            heads = f"--head {', '.join(config.heads)}"
+            raise UsageError(f"{name} has no heads to choose", code="no-heads", found=heads, fix="leave --head out")
+        if name in ("table1", "G1") and figure is not None:
+            found = f"--figure {figure}"
+            raise UsageError(f"{name} has no figure", code="no-figure", found=found, fix="leave --figure out")
+        if name == "G1":
+            return Study(table_g1([name for names in config.backbones for name in names]))
+        if name == "table1":
+            table = table1(config, ref, home)
+            return Study(table, empty=all(record["images"] is None for record in table.records))
         grid = narrow(GRIDS[name], config) if name in GRIDS else narrow_figure(FIGURES[name], config)
     states = look(grid, config, ref, home)
     if dry_run:
@@ -129,18 +133,6 @@ def _set(config: Config, given: Collection[str]) -> dict[str, Any]:
     """Options that are given or differ from their defaults."""
     usual = vars(type(config)())
     return {name: value for name, value in vars(config).items() if name in given or value != usual[name]}
-
-
-def _count(name: str, config: StudyConfig, ref: DatasetRef, home: PathLike | None, figure: Path | None) -> Study:
-    """A table that needs no training."""
-    if figure is not None:
-        raise UsageError(
-            f"{name} has no figure", code="no-figure", found=f"--figure {figure}", fix="leave --figure out"
-        )
-    if name == "G1":
-        return Study(table_g1([name for names in config.backbones for name in names]))
-    table = table1(config, ref, home)
-    return Study(table, empty=all(record["images"] is None for record in table.records))
 
 
 def carry_out(state: DatasetState, without: dict[str, str], progress: Progress | None = None) -> None:

@@ -234,7 +234,6 @@ def plan_table(grid: Grid, states: Sequence[DatasetState]) -> Table:
     marks, headers = Marks(), ("dataset", "step", "what", "count")
     steps = [(state.name, *step) for state in states for step in _steps(state)]
     rows = [(*words, f"{count:,}") for *words, count in steps]
-    records = tuple(dict(zip(headers, step, strict=True)) for step in steps)
     notes = () if rows else ("nothing is left to do",)
     for state in states:
         if found := _there(state):
@@ -243,6 +242,7 @@ def plan_table(grid: Grid, states: Sequence[DatasetState]) -> Table:
         for reason in dict.fromkeys([*filter(None, [state.problem]), *reasons]):
             number = f"{reasons[reason]:,}" if reasons[reason] else "all"
             rows.append((state.name, "cannot", f"see{marks.mark(reason)}", number))
+    records = tuple(dict(zip(headers, step, strict=True)) for step in steps)
     return Table(grid.name, f"Plan: {grid.title}", headers, tuple(rows), (*notes, *marks.notes()), records)
 
 
@@ -253,7 +253,7 @@ def plan_lines(states: Sequence[DatasetState]) -> list[str]:
     there, refused = sum(map(_there, states)), sum(len(state.refused) for state in states)
     lines = [f"plan: results that are there {there}, to make {missing}, that cannot be had {refused}"]
     for name, step, what, count in steps:
-        unit = ("image" if step == "extract" else "result") + ("" if count == 1 else "s")
+        unit = ("image" if step == "extract" else "result") + "s" * (count != 1)
         lines.append(f"{step:<8}  {name}: {what}: {count:,} {unit}")
     return lines
 

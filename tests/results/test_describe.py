@@ -51,11 +51,6 @@ def test_mistakes_whose_probability_is_1_to_the_last_digit_are_still_ordered() -
     assert [m.id for m in find_mistakes(make_tested(logits, [0, 0, 0, 0]))] == ["i1", "i0", "i2"]
 
 
-def test_equal_mistakes_are_ordered_by_id() -> None:
-    logits = np.tile([0.0, 3.0], (1, 3, 1))
-    assert [m.id for m in find_mistakes(make_tested(logits, [0, 0, 0], ["c", "a", "b"]))] == ["a", "b", "c"]
-
-
 def test_the_list_has_no_groups_unless_asked_and_no_formulas(tmp_path: Path) -> None:
     logits = np.array([[[0.0, 3.0], [0.0, 2.0]]])
     tested = make_tested(logits, [0, 0], ['=HYPERLINK("x")', "a,b\r"])
