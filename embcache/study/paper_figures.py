@@ -206,7 +206,7 @@ def _count_images(ds: ImageDataset, config: StudyConfig) -> tuple[dict[str, int]
 
 def table_g1(backbones: Sequence[str]) -> Table:
     """Trainable parameters of a linear probe, of finetuning and of DVME, exactly, beside the paper's rounded ones."""
-    cases = [(name, (name,), "linear") for name in backbones]
+    cases: list[tuple[str, tuple[str, ...], str]] = [(name, (name,), "linear") for name in backbones]
     cases += [(f"DVME over {', '.join(backbones)}", tuple(backbones), "dvme")] * (len(backbones) > 1)
     usual = ("ResNet50", ("supervised",), "linear"), ("ViT", ("dino",), "linear"), ("DVME", PAPER_SET, "dvme")
     marks, rows, records = Marks(), [], []

@@ -26,7 +26,7 @@ Key = tuple[Model, str]
 """A model and the canonical name of a subset."""
 
 Answer = Result | str | EmbcacheError | None
-"""A saved result, the id of the run to be, what stands in its way; None where nobody looked."""
+"""A saved result, the id of the run to be, what stands in its way; None where it was not looked up."""
 
 
 @dataclass(kw_only=True)
