@@ -17,7 +17,7 @@ from embcache.paths import PathLike, home_dir
 from embcache.probe.metrics import find_metric
 from embcache.probe.statistics import RESAMPLES
 from embcache.probe.summary import in_metric, training_notes
-from embcache.results.advice import BackboneAdvice, advise_backbone, comparable, load_readable, tested_alike
+from embcache.results.advice import BackboneAdvice, advise_backbone, comparable, load_readable, rankable, tested_alike
 from embcache.results.compare import Comparison, Difference, Tested, compare_tested, difference, same_test
 from embcache.results.curves import by_task, named_curves
 from embcache.runs.folders import Result, list_results, list_unreadable, runs_dir
@@ -165,7 +165,7 @@ def choose(task: Task, part: Part, *, resamples: int = RESAMPLES) -> list[Choice
     sizes: dict[int, dict[str, Result]] = {}
     for name, members in task.models.items():
         for result in members:
-            if result.kind != "kaggle" and result.val_mean is not None:
+            if rankable(result):
                 sizes.setdefault(result.n_train, {})[name] = result
     choices: list[Choice] = []
     for n_train, at in sorted(sizes.items()):

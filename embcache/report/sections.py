@@ -16,10 +16,11 @@ from embcache.config import DatasetRef
 from embcache.errors import EmbcacheError
 from embcache.log import log
 from embcache.probe.metrics import confusion, find_metric, metric_title, metrics, per_class_auc
+from embcache.probe.statistics import RESAMPLES
 from embcache.probe.summary import load_validation, training_notes
 from embcache.report.charts import SHOWN, Chart, Series, learning_curves, line_chart, paper_table
 from embcache.report.collect import Choice, Part, Rival, Task, hidden_columns, secret_words, shown_columns
-from embcache.results.advice import Advice, advise
+from embcache.results.advice import BackboneAdvice, advise_curve
 from embcache.results.compare import INTERVALS, SPEAKS_OF, Difference, Tested, subgroups
 from embcache.results.curves import curve_table
 from embcache.results.decisions import GRID, Value, against_rest, calibration, mean_curve, operating_points
@@ -40,8 +41,9 @@ def task_section(
     task: Task, part: Part, choices: Sequence[Choice], id: str, *, ids: bool = True, ref: DatasetRef | None = None
 ) -> dict[str, Any]:
     """All that the template shows of a task: the sizes with the most labels first."""
-    advice = next(iter(advise(task.results, home=part.home)), None)
-    labels = advice.labels if advice is not None else None
+    several = (c for c in reversed(choices) if len({rival.result.backbones for rival in c.rivals}) > 1)
+    advice = next((choice.advice for choice in several), None)
+    labels, _ = advise_curve(task.models, advice, part.home, RESAMPLES)
     sizes = []
     for place, choice in reversed([*enumerate(choices)]):
         log.info(f"{task.title}: {size_words(choice)}")
@@ -63,13 +65,13 @@ def task_section(
     }
 
 
-def headline(task: Task, choices: Sequence[Choice], advice: Advice | None) -> str:
+def headline(task: Task, choices: Sequence[Choice], advice: BackboneAdvice | None) -> str:
     """One sentence: which backbone to take, or what the only one reaches, at the most labels that allow it."""
     title = task.title + (" (synthetic images)" if any(result.synthetic for result in task.results) else "")
     if not choices:
         return f"{title}: no results that can be ranked."
-    if advice is not None and advice.backbone is not None:
-        return f"{title}: {advice.backbone.text}"
+    if advice is not None:
+        return f"{title}: {advice.text}"
     last, e = choices[-1], choices[-1].chosen.row.estimate
     best = " is best on validation and" if len(last.rivals) > 1 else ""
     which = THESE_MODELS if e.new_model is None else NEW_MODEL

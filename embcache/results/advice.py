@@ -100,8 +100,8 @@ class Advice:
 
 def advise(results: Sequence[Result], *, home: PathLike | None = None, resamples: int = RESAMPLES) -> list[Advice]:
     """Both sentences for every dataset, target and metric among saved results."""
-    chosen = [result for result in results if result.val_mean is not None and result.kind != "kaggle"]
-    return [_advise(named_curves(members), home, resamples) for members in by_task(chosen).values()]
+    tasks = by_task(list(filter(rankable, results)))
+    return [_advise(named_curves(members), home, resamples) for members in tasks.values()]
 
 
 def sentences(advice: Sequence[Advice]) -> list[str]:
@@ -116,30 +116,46 @@ def sentences(advice: Sequence[Advice]) -> list[str]:
 
 def _advise(models: Mapping[str, Sequence[Result]], home: PathLike | None, resamples: int) -> Advice:
     first = next(iter(models.values()))[0]
-    problems: dict[str, None] = {}
-
-    def load(found: Mapping[str, Result]) -> dict[str, Tested]:
-        tested, unread = load_readable(found, home)
-        problems.update(dict.fromkeys(f"{found[name].id}: {problem}" for name, problem in unread.items()))
-        return tested
-
-    chosen = None
+    problems = dict[str, None]()
+    chosen: BackboneAdvice | None = None
     for n in sorted({r.n_train for members in models.values() for r in members}, reverse=True):
         at = {name: r for name, members in models.items() for r in members if r.n_train == n}
         family = comparable(at)
         if len({at[name].backbones for name in family}) < 2:
             continue
-        alike = tested_alike(load({name: at[name] for name in family}))
+        tested, unread = load_readable({name: at[name] for name in family}, home)
+        problems |= dict.fromkeys(f"{at[name].id}: {problem}" for name, problem in unread.items())
+        alike = tested_alike(tested)
         if len({at[name].backbones for name in alike}) >= 2:
             chosen = advise_backbone([*alike], compare_tested([*alike.values()], resamples=resamples), n)
             break
-    # The curve of the chosen model; where it has one size only, or none was chosen, of the one with the most sizes.
+    labels, unread = advise_curve(models, chosen, home, resamples)
+    problems |= dict.fromkeys(f"{run}: {problem}" for run, problem in unread.items())
+    return Advice(first.dataset, first.target, first.metric, chosen, labels, tuple(problems))
+
+
+def rankable(result: Result) -> bool:
+    """Whether its validation score may choose it."""
+    return result.val_mean is not None and result.kind != "kaggle"
+
+
+def advise_curve(
+    models: Mapping[str, Sequence[Result]], chosen: BackboneAdvice | None, home: PathLike | None, resamples: int
+) -> tuple[LabelsAdvice | None, dict[str, str]]:
+    """Whether more labels help the chosen model; of one size, or where none was chosen, the one with the most sizes.
+
+    Also why runs, by ID, cannot be read.
+    """
+    models = {name: kept for name, of in models.items() if (kept := [result for result in of if rankable(result)])}
+    if not models:
+        return None, {}
     largest = {name: max(members, key=lambda r: r.n_train) for name, members in models.items()}
     order = sorted(models, key=lambda name: (-len(models[name]), -_validated(largest[name])))
     name = chosen.name if chosen is not None and len(models[chosen.name]) > 1 else order[0]
-    curve = [*load({r.id: r for r in models[name]}).values()]
-    labels = advise_labels(name, curve, shortened=_namer(models), resamples=resamples) if curve else None
-    return Advice(first.dataset, first.target, first.metric, chosen, labels, tuple(problems))
+    curve, unread = load_readable({r.id: r for r in models[name]}, home)
+    if not curve:
+        return None, unread
+    return advise_labels(name, [*curve.values()], shortened=_namer(models), resamples=resamples), unread
 
 
 def _validated(result: Result) -> float:

@@ -10,7 +10,6 @@ from embcache.probe.summary import training_notes
 from embcache.report.collect import Rival, Task
 from embcache.report.page import make_environment
 from embcache.report.sections import NEW_MODEL, change_words, headline
-from embcache.results.advice import Advice
 from embcache.results.compare import Difference
 from tests.report.build import make_choice, make_rival
 
@@ -56,7 +55,7 @@ def test_folds_that_collapse_are_named_beside_the_result_and_accuracy_has_its_ba
 
 def test_the_headline_is_the_advice_or_what_the_only_model_reaches() -> None:
     choice = make_choice(make_rival("a", 0.9, 0.8), make_rival("b", 0.8, 0.7, (-0.1, -0.2, -0.05), 0.001))
-    told = headline(TASK, [choice], Advice("pneumonia", "", "auc", choice.advice, None))
+    told = headline(TASK, [choice], choice.advice)
     assert told == f"pneumonia: {choice.advice.text}"
     assert "Take a" in told
     alone = headline(TASK, [make_choice(make_rival("a", 0.9, 0.8))], None)
