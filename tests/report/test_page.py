@@ -41,6 +41,12 @@ def written(study: Study) -> Written:
 
 
 @pytest.fixture(scope="module")
+def private(study: Study) -> Written:
+    """Without images, by other metrics."""
+    return write_report(study.home / "r.html", home=study.home, metrics=["accuracy", "log_loss"], images=False)
+
+
+@pytest.fixture(scope="module")
 def page(written: Written) -> str:
     return written.path.read_text("utf-8")
 
@@ -155,10 +161,9 @@ def test_operating_points_are_chosen_without_test_labels(tmp_path: Path) -> None
     assert sensitivities[0] != sensitivities[1]
 
 
-def test_the_first_metric_chooses_and_the_others_stand_beside_it(study: Study, tmp_path: Path) -> None:
-    done = write_report(tmp_path / "r.html", home=study.home, metrics=["accuracy", "log_loss"], images=False)
-    text = _without_scripts(done.path.read_text("utf-8"))
-    assert "test accuracy of" in done.headlines[0]
+def test_the_first_metric_chooses_and_the_others_stand_beside_it(study: Study, private: Written) -> None:
+    text = _without_scripts(private.path.read_text("utf-8"))
+    assert "test accuracy of" in private.headlines[0]
     assert "test accuracy (always " in text
     assert "log loss</th>" in text
     assert "--metric accuracy,log_loss" in text
@@ -175,10 +180,9 @@ def _without_scripts(page: str) -> str:
     return re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.S)
 
 
-def test_without_images_nothing_names_one(study: Study, tmp_path: Path) -> None:
-    done = write_report(tmp_path / "private.html", home=study.home, images=False)
-    text = done.path.read_text("utf-8")
-    assert done.thumbnails == 0
+def test_without_images_nothing_names_one(study: Study, private: Written) -> None:
+    text = private.path.read_text("utf-8")
+    assert private.thumbnails == 0
     assert "neither thumbnails nor IDs of images are in this file" in text
     assert "image/webp" not in text.replace("data:image/webp;base64,${", "")
     table = study.ds.table
@@ -203,18 +207,17 @@ def test_without_images_and_with_runs_alone_a_page_lists_what_is_missing(study: 
         text = done.path.read_text("utf-8")
         assert "the map has no thumbnails" in text
         assert "the copy kept at extraction" in text
-        again = write_report(tmp_path / "again.html", home=home).path.read_text("utf-8")
-        bare = [re.sub(r'"(id|root_id)":"p\d+"', "", page) for page in (text, again)]
-        assert bare[0] == bare[1]  # but for Bokeh's own names
         for path in (home / NAME).iterdir():
             if path.name != "runs":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         done = write_report(tmp_path / "r.html", home=home)
         assert any("no map" in note for note in done.notes)
         assert any("is not available" in note for note in done.notes)
-        text = write_report(tmp_path / "r.html", home=home, images=False).path.read_text("utf-8")
+        pages = [write_report(tmp_path / "r.html", home=home, images=False).path.read_text("utf-8") for _ in range(2)]
     finally:
         pictures.with_name("away").rename(pictures)
+    text, again = (re.sub(r'"(id|root_id)":"p\d+"', "", page) for page in pages)
+    assert text == again  # but for Bokeh's own names
     assert "Take " in text
     assert HIDDEN in text
     assert "scan&lt;b" not in text
