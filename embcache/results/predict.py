@@ -136,29 +136,12 @@ def predict(
     progress: Callable[[int, int], Any] | None = None,
     **options: Any,
 ) -> ImagePredictions:
-    """Class probabilities of images, or of all images of a dataset, by a saved run.
+    """Class probabilities of images, or of all images of a dataset, by a saved run: its ID, or a unique prefix.
 
-    Parameters
-    ----------
-    run : str
-        ID of the run, or a unique prefix.
-    images : sequence of path
-        Images, folders that are searched for images, and tables of paths.
-    dataset : str, optional
-        Predict the images of this dataset instead.
-    ref : DatasetRef
-        Where the dataset is, and how its table, or a table of paths, is read.
-    config, **options
-        Device, folds, prevalence and the like: a `PredictConfig`, or single fields of one.
-    home : path, optional
-        Folder of stores and runs.
-    progress : callable, optional
-        Called with the number of images done, and of all.
-
-    Returns
-    -------
-    ImagePredictions
-        In the order of ``images``, those of a folder sorted; an image that cannot be read has its reason.
+    ``images`` are images, folders that are searched for images, and tables of paths; ``ref`` says where the dataset is,
+    and how its table, or a table of paths, is read. Fields of ``config`` may be given as options. ``progress`` is
+    called with the number of images done, and of all. Predictions are in the order of ``images``, those of a folder
+    sorted; an image that cannot be read has its reason.
 
     Raises
     ------

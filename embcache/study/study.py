@@ -65,23 +65,10 @@ def run_study(
     Every result is saved when it is made and found again by its ID, so that an interrupted study continues where it
     stopped. A cell that cannot be had shows the reason, and the others are made.
 
-    Parameters
-    ----------
-    name : str or path
-        ``table1``, ``B3``, ``fig2`` …, or a TOML file whose keys are the fields of `StudyConfig` and `DatasetRef`.
-    config, ref
-        Options; those that differ from their defaults, or are named in ``given``, take precedence over the file's.
-    figure : path, optional
-        File of the figure; for a table its learning curves are drawn there.
-    dry_run : bool
-        Only make the plan, as a table.
-    home, given, progress
-        Folder of stores and runs; options that the file does not change; called as `Progress` says.
-
-    Raises
-    ------
-    UsageError
-        An unknown table, backbone, head, subset or key.
+    ``name`` is ``table1``, ``B3``, ``fig2`` …, or a TOML file whose keys are the fields of both configs; options that
+    differ from their defaults, or are named in ``given``, take precedence over the file's. ``figure`` is its file, of a
+    table that of its learning curves. ``dry_run`` only makes the plan, as a table. What does not exist, a table,
+    backbone, head, subset or key, is a `UsageError`.
     """
     config, ref = config or StudyConfig(), ref or DatasetRef()
     if str(name).endswith(".toml"):
