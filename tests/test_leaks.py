@@ -19,7 +19,7 @@ from embcache.probe.inputs import open_stores, plan_cached
 from embcache.probe.probe import probe_features
 from embcache.report.collect import choose, collect_parts
 from embcache.report.embedding import fused_run
-from embcache.results.grid import Cell, Model, choose_best
+from embcache.results.paper import Cell, Model, choose_best
 from embcache.runs.folders import Result, load_heads, load_predictions, runs_dir
 from tests.probe.build import make_dataset, make_features, put_store
 
@@ -139,7 +139,7 @@ def test_what_a_report_and_a_table_choose_is_the_same(worlds: tuple[World, World
     for world in worlds:
         made = [*world.results("linear"), *world.results("logreg"), *world.results("knn")]
         made += world.results("dvme", head_options={"proj_dim": 6})
-        (part,) = collect_parts(home=world.home)
+        (part,) = collect_parts([], home=world.home)
         task = next(task for task in part.tasks if not task.target)
         choices = choose(task, part, resamples=20)
         attending = fused_run(part.results, choices)

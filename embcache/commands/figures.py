@@ -93,7 +93,7 @@ class TableOutput(Config):
 
     def answer(self, table: Table, figures: Sequence[Path], json: str | None, **more: Any) -> Answer:
         """Write the table to stdout or its file, and name the figures on stderr; the rest of ``more`` is JSON data."""
-        from embcache.results.render import render
+        from embcache.results.layout import render
 
         text = render(table, self.format)
         if self.output is not None:
@@ -275,7 +275,7 @@ def _one_dataset(dataset: list[str], ref: DatasetRef, home: Path | None) -> Imag
 
 
 def _write_points(maps: Maps, target: Path) -> None:
-    from embcache.results.render import csv_text
+    from embcache.results.layout import csv_text
 
     check_target(target)
     table = maps.table()
@@ -452,7 +452,7 @@ def audit(
     check_number("--show", show, 0, 1_000_000)
     from embcache.figures.audit import audit_dataset
     from embcache.figures.shown import backbones_or_cached, open_dataset
-    from embcache.results.render import csv_text
+    from embcache.results.layout import csv_text
 
     if output is not None:
         check_target(check_suffix(output, "--output", ".csv"))

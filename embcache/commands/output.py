@@ -47,6 +47,11 @@ def may_guide() -> bool:
     return log.level < logging.WARNING
 
 
+def prints_csv() -> bool:
+    """Whether tables are printed as CSV, where every row must be complete."""
+    return _style is not None and _style[1]
+
+
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     """Print text to stdout, or stderr, with control characters shown escaped."""
     _write(text + "\n" * nl, err=err or (_style is not None and _style[1]))
@@ -118,8 +123,8 @@ def _fitting(text: str) -> str:
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, notes: Sequence[str] = ()) -> None:
     """Print a table to stdout, its notes beneath; on a terminal as wide as that."""
-    if _style is not None and _style[1]:
-        from embcache.results.render import csv_text
+    if prints_csv():
+        from embcache.results.layout import csv_text
 
         _write(csv_text(headers, [[_text(value) for value in row] for row in rows]))
     elif sys.stdout.isatty() and not (_style is not None and _style[0]):

@@ -198,7 +198,7 @@ def errors(
     from embcache.data.dataset import find_dataset
     from embcache.figures.neighbors import draw_mistakes
     from embcache.results.compare import load_tested
-    from embcache.results.describe import find_mistakes, mistakes_csv
+    from embcache.results.decisions import find_mistakes, mistakes_csv
     from embcache.runs.folders import find_run_anywhere
 
     targets = figure_targets(output, ".csv")

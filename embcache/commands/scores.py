@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embcache.commands.options import Answer, Only, command, echo_nothing, option_text
-from embcache.commands.output import bounds, echo, echo_notes, print_objects, print_table, spread
+from embcache.commands.output import bounds, echo, echo_notes, print_objects, print_table, prints_csv, spread
 from embcache.config import DatasetRef, PredictConfig, ProtocolConfig
 from embcache.errors import UsageError
 from embcache.probe.metrics import metric_title
@@ -18,8 +18,7 @@ from embcache.runs.folders import find_run_anywhere
 
 if TYPE_CHECKING:
     from embcache.results.compare import Comparison, Difference
-    from embcache.results.decisions import Value
-    from embcache.results.describe import Described
+    from embcache.results.decisions import Described, Value
     from embcache.runs.folders import Result
 
 
@@ -47,7 +46,7 @@ def results(
     """
     if run is not None:
         from embcache.probe.predictions import Adjust, parse_prevalence
-        from embcache.results.describe import describe
+        from embcache.results.decisions import describe
 
         adjust = Adjust(parse_prevalence(adjusted.prevalence), adjusted.calibrate)
         described = describe(*find_run_anywhere(run, home), metrics=metric, positive=of.positive, adjust=adjust)
@@ -96,9 +95,13 @@ def print_results(results: Sequence[Result], *, ids: bool = False) -> None:
         "run": [result.id if ids else "" for result in results],
     }
     shown = {name: cells for name, cells in rare.items() if any(cells)}
+    csv = prints_csv()  # where every row must be complete
+    headers = ["dataset", "backbone", "head", *["scored"] * csv, "subset", "labels used", "test", "metric", "mean ± sd"]
+    headers += ["95 % interval", "validation", "best epoch", *shown]
     rows = []
     for number, result in enumerate(results):
-        rows.append([*_row(result), *(cells[number] for cells in shown.values())])
+        own, last = _row(result), [cells[number] for cells in shown.values()]
+        rows.append([*own[:3], *["mean of the models"] * csv, *own[3:], *last])
         others = [
             (name, metric_title(e.metric, e.positive), spread(e.mean, e.std), bounds(e.interval) or e.why)
             for name, e in result.estimates.items()
@@ -108,9 +111,9 @@ def print_results(results: Sequence[Result], *, ids: bool = False) -> None:
             others.append((f"always {result.majority[0]}", "accuracy", f"{result.majority[1]:.4f}", ""))
         for name, *numbers in others:
             tested = f"{result.by_group['groups']:,} groups" if name.startswith("by patient") else ""
-            rows.append(["", "", f"  {name}", "", "", tested, *numbers, "", "", *[""] * len(shown)])
-    headers = ["dataset", "backbone", "head", "subset", "labels used", "test", "metric", "mean ± sd", "95 % interval"]
-    print_table([*headers, "validation", "best epoch", *shown], rows, notes=_result_notes(results))
+            begin = [*own[:3], name, *own[3:5], tested or own[5]] if csv else ["", "", f"  {name}", "", "", tested]
+            rows.append([*begin, *numbers, "", "", *(last if csv else [""] * len(last))])
+    print_table(headers, rows, notes=_result_notes(results))
 
 
 def in_metrics(results: Sequence[Result], metrics: Sequence[str], home: Path | None) -> list[Result]:

@@ -32,7 +32,7 @@ def demo(*, home: Path | None) -> None:
     Runs four frozen backbones (a random ResNet-50 and three pretrained EfficientNet-Lites from PyPI), linear probes at
     40, 200 and all training images, a DVME fusion and a t-SNE figure. Results are kept, so a second run takes seconds.
     """
-    from embcache.study.demo import pivot_results, run_demo
+    from embcache.study.study import pivot_results, run_demo
 
     outcome = run_demo(home=home)
     first = outcome.results[0]

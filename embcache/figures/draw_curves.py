@@ -9,8 +9,8 @@ from pathlib import Path
 from embcache.figures.plots import Curve, CurvePanel, plot_curves
 from embcache.paths import PathLike, home_dir, slug
 from embcache.results.curves import band_words, by_task, curve_table, metric_words, named_curves
-from embcache.results.grid import Cell, Grid, Model
 from embcache.results.layout import Table
+from embcache.results.paper import Cell, Grid, Model
 from embcache.runs.folders import Result
 
 
@@ -31,7 +31,7 @@ def curve_panels(results: Sequence[Result]) -> list[CurvePanel]:
     (`band_words` names it); of a leaderboard's scores ± one sd. Results without a score are left out.
     """
     panels = []
-    for (dataset, target, _), members in by_task(results).items():
+    for (dataset, target, *_), members in by_task(results).items():
         title = dataset + (f", {target}" if target else "") + (" (synthetic)" if members[0].synthetic else "")
         curves = tuple(_curve(label, own) for label, own in named_curves(members).items())
         panels.append(CurvePanel(title, metric_words(members[0]), curves))

@@ -20,7 +20,7 @@ from embcache.figures.shown import backbones_or_cached
 from embcache.paths import PathLike
 from embcache.probe.inputs import open_stores
 from embcache.probe.layers import standard_directions
-from embcache.results.describe import Mistake
+from embcache.results.decisions import Mistake
 from embcache.store.feature_store import FeatureStore
 
 SIDE = 192  # pixels of a thumbnail

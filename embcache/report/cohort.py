@@ -1,11 +1,17 @@
-"""Who is in a study: which images were used for what, why others were not, and how the parts differ."""
+"""Who is in a study: which images were used for what, why others were not, and how the parts differ.
+
+Also what CLAIM (2024 update) and TRIPOD+AI (2024) require, and what of it the saved results can answer.
+"""
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 
+import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,9 +19,11 @@ from embcache.data.classes import as_in_run
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError
 from embcache.probe.inputs import open_stores, plan_for
+from embcache.probe.metrics import metric_title
 from embcache.probe.protocol import Splits
-from embcache.report.collect import Choice, Part, hidden_columns, secret_words, shown_columns
-from embcache.results.layout import Table
+from embcache.probe.schedule import schedule_of
+from embcache.report.collect import Choice, Part, Task, hidden_columns, secret_words, shown_columns
+from embcache.results.layout import Table, bounds, score
 from embcache.store.feature_store import list_stores
 
 BoolArray = NDArray[np.bool_]
@@ -59,16 +67,16 @@ def cohort(part: Part, choices: Sequence[Choice], *, ids: bool) -> Cohort | None
     request = result.request
     recipes = ",".join(str(fingerprint) for _, fingerprint in request.get("recipes", [])) or None
     protocol = {key: request[key] for key in ("folds", "seed", "val", "test", "exclude_test_overlap") if key in request}
+    problem = "the splits of these results were imported, or the images have changed"
     try:
         dataset = as_in_run(part.dataset, request)
         stores = open_stores(dataset, [result.backbones], part.home, recipes)
         plan = plan_for(dataset, list(stores.values()), subsets=("F", result.subset), **protocol)
+        drawn = request.get("repeats", 1) != 1 or plan.digest(result.subset) == request.get("splits")
     except (EmbcacheError, ValueError) as error:
-        problem = error.problem if isinstance(error, EmbcacheError) else str(error)
+        drawn, problem = False, error.problem if isinstance(error, EmbcacheError) else str(error)
+    if not drawn:
         return Cohort(notes=(f"the flow of images is not shown: {problem}",))
-    if request.get("repeats", 1) == 1 and plan.digest(result.subset) != request.get("splits"):
-        why = "the flow of images is not shown: the splits of these results were imported, or the images have changed"
-        return Cohort(notes=(why,))
     bad = {name for store in stores.values() for name in store.quarantined}
     sizes = ", ".join(f"{c.n_train:,} + {c.labels_used - c.n_train:,}" for c in choices)
     return _flow(part, dataset, plan, bad, sizes, secret_words(part, ids=ids))
@@ -185,14 +193,52 @@ def unequal_classes(part: Part) -> list[str]:
     """A line per split whose classes are of very unequal size."""
     if part.dataset is None:
         return []
-    lines = []
-    split_of = part.dataset.table["split"].to_numpy(dtype=object)
+    lines, ds, split_of = [], part.dataset, part.dataset.table["split"].to_numpy(dtype=object)
     for split in ("train", "val", "test"):
-        labels = part.dataset.labels[split_of == split]
-        counts = {name: int((labels == c).sum()) for c, name in enumerate(part.dataset.class_names)}
+        counts = {name: int((ds.labels[split_of == split] == c).sum()) for c, name in enumerate(ds.class_names)}
         most = max(counts.values(), default=0)
         few = [f"{name} ({n:,})" for name, n in counts.items() if IMBALANCE * n <= most]
         if most and few:
             largest = max(counts, key=lambda name: counts[name])
             lines.append(f"the {split} images are of unequal classes: {', '.join(few)} against {largest} ({most:,})")
     return lines
+
+
+# The checklists.
+
+UNKNOWN = "not known to embcache"
+
+
+def checklist(
+    part: Part, task: Task, choices: Sequence[Choice], found: Cohort | None, subgroups: Table | None, *, attended: bool
+) -> Table | None:
+    """One row per item of ``templates/checklist.csv``: its numbers, what is required, what is known; None of no choice.
+
+    What no result can answer, such as dates, scanners, ethics or funding, is said to be unknown rather than left out.
+    """
+    if not choices:
+        return None
+    last, result, estimate = choices[-1], choices[-1].chosen.result, choices[-1].chosen.row.estimate
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)  # makes plain text: the page escapes it
+    environment.filters |= {"score": score, "bounds": bounds}
+    environment.globals |= {"part": part, "task": task, "choices": choices, "last": last, "result": result}
+    environment.globals |= {"request": result.request, "estimate": estimate, "found": found, "attended": attended}
+    environment.globals |= {
+        "unknown": UNKNOWN,
+        "metric": metric_title(task.metric, estimate.positive),
+        "schedule": schedule_of(result),
+        "layout": part.dataset.layout if part.dataset is not None else part.name,
+        "synthetic": any(one.synthetic for one in task.results),
+        "steps": found.steps if found is not None else (),
+        "mix": found.mix.rows if found is not None and found.mix is not None else (),
+        "columns": [*dict.fromkeys(row[0] for row in subgroups.rows if row[0] != "all")] if subgroups else [],
+    }
+    text = files("embcache.report").joinpath("templates", "checklist.csv").read_text("utf-8")
+    headers, *items = csv.reader(text.splitlines())
+    rows = tuple((*numbers, environment.from_string(answer).render()) for *numbers, answer in items)
+    notes = (
+        "C: items of CLAIM, 2024 update (Tejani et al., Radiology: Artificial Intelligence 2024); T: items of "
+        "TRIPOD+AI (Collins et al., BMJ 2024)",
+        f"answers are for {last.chosen.name} at {last.n_train:,} training labels where one model is meant",
+    )
+    return Table("checklist", "What CLAIM and TRIPOD+AI require", tuple(headers), rows, notes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from embcache.config import DatasetRef
-from embcache.data.classes import Column, column_values, columns, target_words
+from embcache.data.classes import Column, column_values, columns
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.groups import may_name_people, overlap_notes
 from embcache.errors import EmbcacheError, StoreNotFoundError, UsageError
@@ -16,17 +16,9 @@ from embcache.paths import PathLike, home_dir
 from embcache.probe.metrics import find_metric
 from embcache.probe.statistics import RESAMPLES
 from embcache.probe.summary import in_metric, training_notes
-from embcache.results.advice import BackboneAdvice, advise_backbone, comparable
-from embcache.results.compare import (
-    Comparison,
-    Difference,
-    Tested,
-    compare_tested,
-    difference,
-    load_tested,
-    same_test,
-)
-from embcache.results.curves import named_curves
+from embcache.results.advice import BackboneAdvice, advise_backbone, comparable, load_readable, rankable, tested_alike
+from embcache.results.compare import Comparison, Difference, Tested, compare_tested, difference, same_test
+from embcache.results.curves import by_task, named_curves
 from embcache.runs.folders import Result, list_results, list_unreadable, runs_dir
 
 HIDDEN = "a note that names patients or images is left out of this page; `embcache results` prints it"
@@ -115,20 +107,14 @@ class Choice:
 
 
 def collect_parts(
-    datasets: Sequence[str] = (),
-    *,
-    metrics: Sequence[str] = (),
-    home: PathLike | None = None,
-    ref: DatasetRef | None = None,
+    datasets: Sequence[str], metrics: Sequence[str] = (), *, home: PathLike | None, ref: DatasetRef = DatasetRef()
 ) -> list[Part]:
     """Gather the saved results of datasets, by default of all that have any."""
-    folder, ref = home_dir(home), ref or DatasetRef()
+    folder = home_dir(home)
     names = list(dict.fromkeys(datasets)) or list(dict.fromkeys(r.dataset for r in list_results(folder)))
     if ref.data_root is not None and len(names) != 1:
-        raise UsageError(
-            "--data-root is for one dataset", code="several-datasets", found=", ".join(names) or "none",
-            fix="--dataset NAME",
-        )  # fmt: skip
+        several = ", ".join(names) or "none"
+        raise UsageError("--data-root is for one dataset", code="several-datasets", found=several, fix="--dataset NAME")
     if not names:
         raise StoreNotFoundError(
             "there are no saved results to report", code="no-results", where=folder,
@@ -162,12 +148,7 @@ def _part(name: str, metrics: Sequence[str], home: Path, ref: DatasetRef) -> Par
 
 def make_tasks(results: Sequence[Result], others: Sequence[str] = ()) -> list[Task]:
     """Scored results by dataset, target and metric, the labels first."""
-    groups: dict[tuple[str, str, str, tuple[str, ...]], list[Result]] = {}
-    for result in results:
-        if result.mean is not None:
-            key = (result.dataset, target_words(result.request), result.metric, result.class_names)
-            groups.setdefault(key, []).append(result)
-    ordered = sorted(groups.items(), key=lambda pair: (pair[0][1] != "", pair[0]))
+    ordered = sorted(by_task(results).items(), key=lambda pair: (pair[0][1] != "", pair[0]))
     return [
         Task(*key, models=named_curves(members), others=tuple(find_metric(name, len(key[3])).key for name in others))
         for key, members in ordered
@@ -183,27 +164,22 @@ def choose(task: Task, part: Part, *, resamples: int = RESAMPLES) -> list[Choice
     sizes: dict[int, dict[str, Result]] = {}
     for name, members in task.models.items():
         for result in members:
-            if result.kind != "kaggle" and result.val_mean is not None:
+            if rankable(result):
                 sizes.setdefault(result.n_train, {})[name] = result
     choices: list[Choice] = []
-    for _, at in sorted(sizes.items()):
-        family, problems = comparable(at), []
-        tested: dict[str, Tested] = {}
-        for name in family:
-            try:
-                tested[name] = load_tested(at[name], part.run_folder(at[name]))
-            except EmbcacheError as error:
-                problems.append(f"{name}: {error.problem}")
-        alike = [name for name in tested if same_test(next(iter(tested.values())), tested[name])]
+    for n_train, at in sorted(sizes.items()):
+        family = comparable(at)
+        tested, unread = load_readable({name: at[name] for name in family}, part.home)
+        alike = tested_alike(tested)
         if not alike:
             continue
-        rows = compare_tested([tested[name] for name in alike], resamples=resamples)
-        rivals = tuple(Rival(name, tested[name], row) for name, row in zip(alike, rows, strict=True))
-        first = rivals[0].result
-        apart = tuple(name for name in at if name not in family or (name in tested and name not in alike))
-        advice = advise_backbone(alike, rows, first.n_train)
+        rows = compare_tested([*alike.values()], resamples=resamples)
+        rivals = tuple(Rival(name, alike[name], row) for name, row in zip(alike, rows, strict=True))
         choice = Choice(
-            first.subset, first.n_train, first.labels_used, rivals, advice, None, apart, tuple(problems)
+            rivals[0].result.subset, n_train, rivals[0].result.labels_used, rivals,
+            advise_backbone([*alike], rows, n_train),
+            apart=tuple(name for name in at if name not in family or (name in tested and name not in alike)),
+            problems=tuple(f"{name}: {problem}" for name, problem in unread.items()),
         )  # fmt: skip
         choices.append(replace(choice, change=_change(choices[-1], choice, resamples)) if choices else choice)
     return choices
@@ -213,9 +189,8 @@ def _change(before: Choice, after: Choice, resamples: int) -> Difference | None:
     b, own = after.chosen.tested, [rival.tested for rival in before.rivals if rival.name == after.chosen.name]
     if not own or not same_test(own[0], b):
         return None
-    a = own[0]
-    against, scores = (t.predictions.scores(t.result.metric, resamples) for t in (a, b))
-    return difference(a, against, b, scores)
+    against, scores = (t.predictions.scores(t.result.metric, resamples) for t in (own[0], b))
+    return difference(own[0], against, b, scores)
 
 
 def notes_of(part: Part, ranked: Collection[str], *, ids: bool) -> list[str]:
@@ -254,15 +229,9 @@ def without_names(notes: Sequence[str], part: Part, *, ids: bool) -> list[str]:
     """Notes that name no patient, and without ``ids`` no image or file; one line replaces the others."""
     names = secret_words(part, ids=ids)
     long = [name for name in names if len(_words(name)) > 3]  # a name of several words is looked for as it is
-    kept = [
-        note
-        for note in notes
-        if (
-            ids or (part.dataset is not None and not _FILE.search(note))
-        )  # without a table it is not known what an ID is
-        and not names & _words(note)
-        and not any(name in note for name in long)
-    ]
+    # Without a table it is not known what an ID is.
+    kept = [note for note in notes if ids or (part.dataset is not None and not _FILE.search(note))]
+    kept = [note for note in kept if not names & _words(note) and not any(name in note for name in long)]
     return kept + [HIDDEN] * (len(kept) < len(notes))
 
 
@@ -293,12 +262,12 @@ def shown_columns(dataset: ImageDataset, secret: set[str]) -> list[Column]:
     """The columns of a dataset's own table that make groups of images and name no patient; see `hidden_columns`."""
     found = []
     for name in columns(dataset):
-        if may_name_people(name):
-            continue
         try:
-            column = column_values(dataset, name)
+            column = None if may_name_people(name) else column_values(dataset, name)
         except EmbcacheError:
-            continue  # text with too many values, or without any
+            column = None  # text with too many values, or without any
+        if column is None:
+            continue
         members = [set(dataset.groups[column.of == value].tolist()) for value in column.values]
         names_patients = len(members) > 2 and all(len(of) == 1 for of in members)
         if not names_patients and not secret & set(column.values):

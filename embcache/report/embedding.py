@@ -52,19 +52,6 @@ _DARK, _LIGHT = np.array([8.0, 48.0, 107.0]), np.array([247.0, 251.0, 255.0])
 Rows = list[list[float]]
 
 
-@dataclass(frozen=True, eq=False)
-class EmbeddingMap:
-    """The map of one dataset."""
-
-    dataset: ImageDataset
-    shown: Shown  # the images, in an order of their own that says nothing
-    panels: list[tuple[str, str]]  # label and remark of each embedding
-    scores: Table
-    by: list[str]  # names of the models whose predictions can be shown
-    data: dict[str, Any]  # for the page's script: labels, coordinates, predictions
-    notes: list[str]  # what could not be shown, and why
-
-
 def fused_run(results: Sequence[Result], choices: Sequence[Choice], heads: Sequence[str] = _ATTENDING) -> Result | None:
     """The fused run that is shown: dvme before others, of most training labels, best on validation."""
     runs = [r for r in results if r.kind == "probe" and r.head in heads and not target_words(r.request)]
@@ -73,13 +60,16 @@ def fused_run(results: Sequence[Result], choices: Sequence[Choice], heads: Seque
     return max(runs, key=lambda r: (r.head == "dvme", r.n_train, merit(r.metric, r.val_mean)), default=None)
 
 
-def make_map(part: Part, choices: Sequence[Choice], *, rows: str = "test", most: int = LIMIT) -> EmbeddingMap:
-    """Map every cached backbone of a dataset, and the embedding of its best fused run."""
+def make_map(part: Part, choices: Sequence[Choice], *, rows: str = "test", most: int = LIMIT) -> dict[str, Any]:
+    """Map every cached backbone of a dataset, and the embedding of its best fused run.
+
+    ``shown``: the images, in an order of their own that says nothing; ``panels``: label and remark of each embedding;
+    ``by``: names of the models whose predictions can be shown; ``data`` is for the page's script.
+    """
     dataset = part.dataset
     if dataset is None:
-        raise StoreNotFoundError(
-            f"neither images nor a table of {part.name} are here", code="dataset-not-here", fix="embcache extract …"
-        )
+        missing = f"neither images nor a table of {part.name} are here"
+        raise StoreNotFoundError(missing, code="dataset-not-here", fix="embcache extract …")
     stores, notes = _stores(dataset, part)
     request = choices[-1].chosen.result.request if choices else {}
     protocol: dict[str, Any] = {key: request[key] for key in ("seed", "test") if key in request}
@@ -89,9 +79,7 @@ def make_map(part: Part, choices: Sequence[Choice], *, rows: str = "test", most:
     order = np.random.Generator(np.random.PCG64(_SEED)).permutation(len(shown.ids))
     shown = Shown([shown.ids[i] for i in order], shown.labels[order], [shown.groups[i] for i in order], shown.remark)
     features = {name: load_features(store, dataset, shown.ids).numpy() for name, store in stores.items()}
-    inputs: list[tuple[str, str, NDArray[np.float32], dict[str, Any]]] = [
-        (name, "", x, {"recipe": stores[name].recipe.fingerprint}) for name, x in sorted(features.items())
-    ]
+    inputs = [(name, "", x, {"recipe": stores[name].recipe.fingerprint}) for name, x in sorted(features.items())]
     fused = fused_run([r for r in part.results if set(r.backbones) <= set(features)], choices, _FUSED)
     if fused is not None:
         try:
@@ -113,18 +101,17 @@ def make_map(part: Part, choices: Sequence[Choice], *, rows: str = "test", most:
         scores.append((label, f"{x.shape[1]:,}", *numbers, remark))
     predicted = [_predictions(choice, shown.ids) for choice in reversed(choices)]
     headers = ("embedding", "dimensions", "silhouette", "k-NN accuracy", "trustworthiness of the map", "")
-    return EmbeddingMap(
-        dataset, shown, [(label, remark) for label, remark, _, _ in inputs],
-        Table("embeddings", "Scores of the embeddings", headers, tuple(scores)), [entry["by"] for entry in predicted],
-        {"labels": shown.labels.tolist(), "classes": list(dataset.class_names), "maps": maps, "predicted": predicted},
-        notes,
-    )  # fmt: skip
+    data = {"labels": shown.labels.tolist(), "classes": [*dataset.class_names], "maps": maps, "predicted": predicted}
+    return {
+        "shown": shown, "panels": [(label, remark) for label, remark, _, _ in inputs], "data": data, "notes": notes,
+        "scores": Table("embeddings", "Scores of the embeddings", headers, tuple(scores)),
+        "by": [entry["by"] for entry in predicted],
+    }  # fmt: skip
 
 
 def _stores(dataset: ImageDataset, part: Part) -> tuple[dict[str, FeatureStore], list[str]]:
     """A store of every cached backbone, where several recipes are cached that of the results; and what is not shown."""
-    stores: dict[str, FeatureStore] = {}
-    notes = []
+    stores, notes = dict[str, FeatureStore](), list[str]()
     for name in cached_backbones(dataset.name, part.home):
         used = [dict(map(tuple, r.request.get("recipes", []))).get(name) for r in part.results]
         for recipe in (None, *dict.fromkeys(fingerprint for fingerprint in used if fingerprint)):
@@ -136,9 +123,8 @@ def _stores(dataset: ImageDataset, part: Part) -> tuple[dict[str, FeatureStore],
         else:
             notes.append(f"{name} is not shown: {problem}")
     if not stores:
-        raise StoreNotFoundError(
-            f"no features are cached for {dataset.name}", code="store-not-found", fix="embcache extract --backbone NAME"
-        )
+        missing = f"no features are cached for {dataset.name}"
+        raise StoreNotFoundError(missing, code="store-not-found", fix="embcache extract --backbone NAME")
     return stores, notes
 
 
@@ -168,10 +154,9 @@ def make_sheets(dataset: ImageDataset, ids: Sequence[str], budget: int = BUDGET)
 
     def small(ref: ImageRef) -> Image.Image | None:
         try:
-            pixels, _ = read_image(root, ref.path, ref.place)
+            picture = Image.fromarray(read_image(root, ref.path, ref.place)[0])
         except (ImageError, OSError):
             return None
-        picture = Image.fromarray(pixels)
         picture.thumbnail((largest, largest))
         return picture
 
@@ -180,10 +165,8 @@ def make_sheets(dataset: ImageDataset, ids: Sequence[str], budget: int = BUDGET)
     kept = [picture for picture in pictures if picture is not None]
     if not kept:
         return None
-    numbers = iter(range(len(kept)))
+    numbers, sheets, side = iter(range(len(kept))), list[str](), largest
     place = [-1 if picture is None else next(numbers) for picture in pictures]
-    sheets: list[str] = []
-    side = largest
     for side, quality in _TRIES:
         # One sheet tells roughly what all will take; the last try is taken whatever it weighs.
         first = _sheet(kept[: ACROSS**2], side, quality)
@@ -230,19 +213,6 @@ class Attended:
     entropy_std: float | None
     most: list[tuple[str, int, float]]  # backbone, component and share of all attention of those that receive most
     picture: str  # the mean map as PNG, base64; empty where a token is a backbone, for the table is the map then
-
-    @property
-    def by_class(self) -> list[tuple[str, list[list[str]]]]:
-        """The rows of each class's own table, the backbone first."""
-        return [
-            (label, [[name, *(f"{v:.3f}" for v in mass[i])] for i, name in enumerate(self.backbones)])
-            for label, mass in self.classes
-        ]
-
-    @property
-    def received(self) -> list[list[str]]:
-        """The components that receive most: backbone, component, share."""
-        return [[b, str(k), f"{share:.5f} ({share * self.tokens:.1f} × uniform)"] for b, k, share in self.most]
 
 
 def attend(part: Part, result: Result) -> Attended:

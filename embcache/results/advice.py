@@ -1,8 +1,7 @@
 """Two sentences from saved results: which backbone to take, and whether more labels help.
 
-A backbone is chosen on validation alone; the test set only shows how good it is and which others cannot be
-distinguished from it. More labels help where the slope of the score over log2 of training labels is above 0 beyond
-chance (`doubling`).
+A backbone is chosen on validation alone. More labels help where the slope of the score over log2 of training labels is
+above 0 beyond chance (`doubling`).
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import numpy as np
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
 from embcache.probe.metrics import METRICS, find_metric, merit, metric_title
-from embcache.probe.statistics import NOTHING, RESAMPLES, Scores, deviations, estimate, satterthwaite, t_quantile
-from embcache.results.compare import Comparison, Difference, Tested, compare_tested, load_tested, same_test
-from embcache.results.curves import metric_words, named_curves
+from embcache.probe.statistics import NOTHING, RESAMPLES, Scores, deviations, estimate, satterthwaite
+from embcache.results.compare import Comparison, Difference, Tested, compare_tested, judge, load_tested, same_test
+from embcache.results.curves import by_task, metric_words, named_curves
 from embcache.results.layout import bounds, signed
 from embcache.runs.folders import Result, runs_dir
 
@@ -101,11 +100,7 @@ class Advice:
 
 def advise(results: Sequence[Result], *, home: PathLike | None = None, resamples: int = RESAMPLES) -> list[Advice]:
     """Both sentences for every dataset, target and metric among saved results."""
-    tasks: dict[tuple[Any, ...], list[Result]] = {}
-    for result in results:
-        if result.mean is not None and result.val_mean is not None and result.kind != "kaggle":
-            key = (result.dataset, result.target, result.metric, result.class_names)
-            tasks.setdefault(key, []).append(result)
+    tasks = by_task(list(filter(rankable, results)))
     return [_advise(named_curves(members), home, resamples) for members in tasks.values()]
 
 
@@ -121,39 +116,49 @@ def sentences(advice: Sequence[Advice]) -> list[str]:
 
 def _advise(models: Mapping[str, Sequence[Result]], home: PathLike | None, resamples: int) -> Advice:
     first = next(iter(models.values()))[0]
-    problems: dict[str, None] = {}
-
-    def load(found: Mapping[str, Result]) -> dict[str, Tested]:
-        loaded = {}
-        for name, result in found.items():
-            try:
-                loaded[name] = load_tested(result, runs_dir(result.dataset, home) / result.id)
-            except EmbcacheError as error:
-                problems[f"{result.id}: {error.problem}"] = None
-        return loaded
-
-    chosen = None
+    problems = dict[str, None]()
+    chosen: BackboneAdvice | None = None
     for n in sorted({r.n_train for members in models.values() for r in members}, reverse=True):
         at = {name: r for name, members in models.items() for r in members if r.n_train == n}
         family = comparable(at)
         if len({at[name].backbones for name in family}) < 2:
             continue
-        tested = load({name: at[name] for name in family})
-        alike = [name for name in tested if same_test(next(iter(tested.values())), tested[name])]
+        tested, unread = load_readable({name: at[name] for name in family}, home)
+        problems |= dict.fromkeys(f"{at[name].id}: {problem}" for name, problem in unread.items())
+        alike = tested_alike(tested)
         if len({at[name].backbones for name in alike}) >= 2:
-            chosen = advise_backbone(alike, compare_tested([tested[name] for name in alike], resamples=resamples), n)
+            chosen = advise_backbone([*alike], compare_tested([*alike.values()], resamples=resamples), n)
             break
-    # The curve of the chosen model; where it has one size only, or none was chosen, of the one with the most sizes.
-    largest = {name: max(members, key=lambda r: r.n_train) for name, members in models.items()}
-    order = sorted(models, key=lambda name: (-len(models[name]), -_validated(largest[name])))
-    name = chosen.name if chosen is not None and len(models[chosen.name]) > 1 else order[0]
-    curve = list(load({r.id: r for r in models[name]}).values())
-    labels = advise_labels(name, curve, shortened=_namer(models), resamples=resamples) if curve else None
+    labels, unread = advise_curve(models, chosen, home, resamples)
+    problems |= dict.fromkeys(f"{run}: {problem}" for run, problem in unread.items())
     return Advice(first.dataset, first.target, first.metric, chosen, labels, tuple(problems))
 
 
+def rankable(result: Result) -> bool:
+    """Whether its validation score may choose it."""
+    return result.val_mean is not None and result.kind != "kaggle"
+
+
+def advise_curve(
+    models: Mapping[str, Sequence[Result]], chosen: BackboneAdvice | None, home: PathLike | None, resamples: int
+) -> tuple[LabelsAdvice | None, dict[str, str]]:
+    """Whether more labels help the chosen model; of one size, or where none was chosen, the one with the most sizes.
+
+    Also why runs, by ID, cannot be read.
+    """
+    models = {name: kept for name, of in models.items() if (kept := [result for result in of if rankable(result)])}
+    if not models:
+        return None, {}
+    largest = {name: max(members, key=lambda r: r.n_train) for name, members in models.items()}
+    order = sorted(models, key=lambda name: (-len(models[name]), -_validated(largest[name])))
+    name = chosen.name if chosen is not None and len(models[chosen.name]) > 1 else order[0]
+    curve, unread = load_readable({r.id: r for r in models[name]}, home)
+    if not curve:
+        return None, unread
+    return advise_labels(name, [*curve.values()], shortened=_namer(models), resamples=resamples), unread
+
+
 def _validated(result: Result) -> float:
-    """Mean validation score, higher is better."""
     return merit(result.metric, result.val_mean)
 
 
@@ -168,6 +173,22 @@ def comparable(at: Mapping[str, Result]) -> list[str]:
         families.setdefault(str(result.request.get("splits", "")), []).append(name)
     family = max(families.values(), key=lambda f: (len({at[n].backbones for n in f}), len(f), at[f[0]].labels_used))
     return sorted(family, key=lambda name: (-_validated(at[name]), name))
+
+
+def load_readable(found: Mapping[str, Result], home: PathLike | None) -> tuple[dict[str, Tested], dict[str, str]]:
+    """Results by name with their predictions, and the reason for each that cannot be read."""
+    tested, unread = {}, {}
+    for name, result in found.items():
+        try:
+            tested[name] = load_tested(result, runs_dir(result.dataset, home) / result.id)
+        except EmbcacheError as error:
+            unread[name] = error.problem
+    return tested, unread
+
+
+def tested_alike(tested: Mapping[str, Tested]) -> dict[str, Tested]:
+    """Those that were tested on the same images as the first."""
+    return {name: t for name, t in tested.items() if same_test(next(iter(tested.values())), t)}
 
 
 def advise_backbone(names: Sequence[str], rows: Sequence[Comparison], n_train: int) -> BackboneAdvice:
@@ -211,11 +232,10 @@ def advise_labels(
     result = last.result
     sizes, means = tuple(t.result.n_train for t in ordered), tuple(float(t.result.mean or 0.0) for t in ordered)
     if len(sizes) == 1:
-        text = (
-            f"One size, {sizes[0]:,} training labels, does not show whether more labels help; --subset 20,50,100,F "
-            "gives several."
+        text = f"One size, {sizes[0]:,} training labels, does not show whether more labels help"
+        return LabelsAdvice(
+            f"{text}; --subset 20,50,100,F gives several.", name, result.metric, "one size", sizes, means
         )
-        return LabelsAdvice(text, name, result.metric, "one size", sizes, means)
     positive = last.predictions.positive
     scores = [replace(t.predictions, positive=positive).scores(result.metric, resamples) for t in ordered]
     slopes = {k: doubling(scores[k:], ordered[k:]) for k in range(len(sizes) - 1)}
@@ -266,8 +286,6 @@ def doubling(scores: Sequence[Scores], tested: Sequence[Tested]) -> Difference:
     which all sizes share, and of each size's training, with the share of training images that its own models have in
     common. Sizes count as trained independently; where one's images are among the next one's, that is conservative.
     """
-    from scipy.special import stdtr  # scipy.stats takes a second to import
-
     x = np.log2([t.result.n_train for t in tested])
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     slope = float(sum(w * s.mean for w, s in zip(weights, scores, strict=True)))
@@ -285,13 +303,9 @@ def doubling(scores: Sequence[Scores], tested: Sequence[Tested]) -> Difference:
     trained = len(parts) == 1 + len(scores)
     parts = parts if trained else parts[:1]
     variance = sum(v for v, _ in parts)
-    why = why or ("" if variance > NOTHING else "no variation among the test groups")
-    if why:
-        return Difference(slope, None, None, None, None, trained, why)
-    df, error = satterthwaite(*parts), math.sqrt(variance)
-    t95 = t_quantile(0.95, df)
-    p, smallest = float(2 * stdtr(df, -abs(slope) / error)), (t95 + t_quantile(0.6, df)) * error  # 0.8 quantile
-    return Difference(slope, (slope - t95 * error, slope + t95 * error), p, smallest, None, trained)
+    if why or variance <= NOTHING:
+        return judge(slope, 0.0, df, trained=trained, why=why)
+    return judge(slope, variance, satterthwaite(*parts), trained=trained)
 
 
 def _change(d: Difference) -> str:
@@ -304,7 +318,6 @@ def _bounds(interval: tuple[float, float] | None, *, plus: bool = False, words: 
 
 
 def _in_brackets(name: str) -> str:
-    """``dino (linear)`` for ``dino, linear``."""
     first, _, rest = name.partition(", ")
     return f"{first} ({rest})" if rest else first
 

@@ -48,6 +48,7 @@ SPEAKS_OF = {
     False: "the difference is one of these trained models and does not include how much training varies",
 }
 NO_VALUE = "(no value)"
+_MANY = {"dataset": "datasets", "target": "targets", "metric": "metrics", "class_names": "classes"}
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,14 @@ class Tested:
         return self.predictions.labels
 
 
+class _Row:
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data, every field by its name."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]  # of a dataclass
+
+
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(_Row):
     """One result beside the reference."""
 
     run: str
@@ -119,13 +126,9 @@ class Comparison:
         """95 %, as tables show it."""
         return self.estimate.interval
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON data, every field by its name."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Subgroup:
+class Subgroup(_Row):
     """One run within one subgroup of its test images."""
 
     run: str
@@ -144,10 +147,6 @@ class Subgroup:
     difference: Difference | None = None
     p_holm: float | None = None  # its p, corrected for all runs, metrics and subgroups
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON data, every field by its name."""
-        return asdict(self)
-
 
 def compare(
     runs: Sequence[str],
@@ -158,34 +157,13 @@ def compare(
     home: PathLike | None = None,
     resamples: int = RESAMPLES,
 ) -> list[Comparison]:
-    """Compare saved results with one reference on the same test images.
+    """Compare saved results, by ID or a unique prefix, with a reference (the first) on the same test images.
 
-    Parameters
-    ----------
-    runs : sequence of str
-        IDs of runs, or unique prefixes.
-    reference : str, optional
-        The run to compare with; default the first.
-    metrics : sequence of str, optional
-        Metrics other than the runs' own.
-    margin : float, optional
-        Also test equivalence: that a difference is smaller than this on either side.
-    home : path, optional
-        Folder of stores and runs.
-    resamples : int
-        Of the bootstrap, for metrics that need it.
+    ``metrics`` replace the runs' own; a ``margin`` also tests equivalence: that a difference is smaller than this on
+    either side; ``resamples`` are of the bootstrap, for metrics that need it.
 
-    Returns
-    -------
-    list of Comparison
-        One row per run and metric, the reference first; p-values are corrected by Holm as one family.
-
-    Raises
-    ------
-    UsageError
-        Fewer than two runs, or a margin that is not above 0.
-    ProtocolError
-        The runs are of different tasks or were not tested on the same images.
+    Returns one row per run and metric, the reference first; p-values are corrected by Holm as one family. Raises a
+    `UsageError` for fewer than two runs, a `ProtocolError` for runs of different tasks or test images.
     """
     if margin is not None and not margin > 0:
         raise UsageError("a margin is a difference above 0", code="option-bounds", found=f"{margin:g}",
@@ -204,11 +182,7 @@ def compare(
 
 
 def compare_tested(
-    tested: Sequence[Tested],
-    *,
-    metrics: Sequence[str] = (),
-    margin: float | None = None,
-    resamples: int = RESAMPLES,
+    tested: Sequence[Tested], *, metrics: Sequence[str] = (), margin: float | None = None, resamples: int = RESAMPLES
 ) -> list[Comparison]:
     """Compare results whose predictions are read already with the first of them; p of all metrics are one family."""
     for other in tested[1:]:
@@ -217,9 +191,9 @@ def compare_tested(
     rows = []
     for metric in metrics or (tested[0].result.metric,):
         scores = [replace(t.predictions, positive=positive).scores(metric, resamples) for t in tested]
-        rows.append(_row(tested[0], scores[0]))
-        for t, s in zip(tested[1:], scores[1:], strict=True):
-            rows.append(replace(_row(t, s), difference=difference(tested[0], scores[0], t, s, margin)))
+        for t, s in zip(tested, scores, strict=True):
+            apart = None if t is tested[0] else difference(tested[0], scores[0], t, s, margin)
+            rows.append(replace(_row(t, s), difference=apart))
     return _corrected(rows)
 
 
@@ -261,32 +235,22 @@ def load_tested(result: Result, path: Path) -> Tested:
 
 
 def _check_same_test(a: Tested, b: Tested, other_metric: bool) -> None:
-    one, other = a.result, b.result
-    metrics = () if other_metric else (("metrics", one.metric, other.metric),)
-    for several, mine, theirs in (
-        ("datasets", one.dataset, other.dataset), ("targets", one.target, other.target), *metrics,
-        ("classes", one.class_names, other.class_names),
-    ):  # fmt: skip
-        if mine != theirs:
+    one, other = vars(a.result), vars(b.result)
+    for name in [name for name in _MANY if name != "metric" or not other_metric]:
+        if one[name] != other[name]:
+            found = [f"{r['id']}: {r[name] if name != 'class_names' else ', '.join(r[name])}" for r in (one, other)]
             raise ProtocolError(
-                f"runs of different {several} cannot be compared", code="different-tasks",
-                found=f"{a.result.id}: {_printed(mine)}\n{b.result.id}: {_printed(theirs)}", fix="embcache results",
+                f"runs of different {_MANY[name]} cannot be compared", code="different-tasks", found="\n".join(found),
+                fix="embcache results",
             )  # fmt: skip
-    apart = set(a.ids) ^ set(b.ids)
-    frames = [pd.DataFrame({"id": t.ids, "label": t.labels, "group": t.groups}) for t in (a, b)]
-    if not apart and not frames[0].equals(frames[1]):
-        apart = set(frames[0]["id"][(frames[0] != frames[1]).any(axis=1)])
-    if apart:
+    if not same_test(a, b):
+        apart = set(a.ids) ^ set(b.ids) or set(a.ids[(a.labels != b.labels) | (a.groups != b.groups)])
         raise ProtocolError(
             "the runs were not tested on the same images, labels and groups", code="different-test-sets",
             expected=f"{len(a.ids):,} test images of {a.result.id} ({a.result.test_set})",
             found=f"{len(b.ids):,} of {b.result.id} ({b.result.test_set}); {len(apart):,} differ: {min(apart)!r} …",
             fix="probe both again: embcache probe --again …, with the same --test and --splits",
         )  # fmt: skip
-
-
-def _printed(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value) or "the labels"
 
 
 def _row(t: Tested, scores: Scores) -> Comparison:
@@ -313,32 +277,13 @@ def subgroups(
     home: PathLike | None = None,
     resamples: int = RESAMPLES,
 ) -> tuple[list[Subgroup], list[str]]:
-    """Score runs within the subgroups that columns of the dataset's table make of the test images.
+    """Score runs within the subgroups that the columns ``by`` of the dataset's table make of the test images.
 
-    Parameters
-    ----------
-    runs : sequence of str
-        IDs of runs, or unique prefixes; each is also compared with the first, where both have the same test images.
-    by : sequence of str
-        Columns: ages come in bands, other numbers in quarters.
-    metrics : sequence of str, optional
-        Metrics other than the runs' own.
-    ref : DatasetRef
-        Where the dataset is.
-    home, resamples
-        As for `compare`.
+    Ages come in bands, other numbers in quarters. Each run is also compared with the first, where both have the same
+    test images. ``ref`` says where the dataset is; the other arguments are those of `compare`.
 
-    Returns
-    -------
-    (list of Subgroup, list of str)
-        One row per run, metric and subgroup, and notes.
-
-    Raises
-    ------
-    UsageError
-        No run or no column, or a column that does not exist.
-    StoreError
-        Test images of a run are no longer in the dataset.
+    Returns one row per run, metric and subgroup, and notes. Raises a `UsageError` for no run, no column or an unknown
+    one, a `StoreError` where test images of a run are no longer in the dataset.
     """
     if not runs or not by:
         raise UsageError("subgroups need runs and columns", code="nothing-named",
@@ -376,8 +321,8 @@ def _score_part(t: Tested, metric: str, members: NDArray[np.bool_], against: Tes
     """One row; without scores where a class of the test set is missing, since that is another task."""
     found = t.predictions.take(members)
     lacks = tuple(t.result.class_names[c] for c in sorted(set(t.labels.tolist()) - set(found.labels.tolist())))
-    row = Subgroup(t.result.id, metric, "", "", len(found.ids), len(set(found.groups)), None, None, None, lacks,
-                   t.result.labels_used)  # fmt: skip
+    counts = len(found.ids), len(set(found.groups))
+    row = Subgroup(t.result.id, metric, "", "", *counts, None, None, None, lacks, t.result.labels_used)
     if lacks:
         return row
     scores = found.scores(metric, resamples)
@@ -400,32 +345,26 @@ def compare_scores(
     overlap: float | tuple[float, float] | None = None,
     folds: int | None = None,
     margin: float | None = None,
-    level: float = 0.95,
 ) -> Difference:
     """Difference ``one`` − ``other`` of scores by the same metric on the same test set, with the same resamples.
 
-    ``overlap`` is the mean share of training rows that two models have in common. With it, and with the same number of
-    models on both sides, the difference is one of the procedures (a model trained anew on other rows), else of these
-    models. Of two different numbers (say, training sets of two sizes) each side has its own variance of training.
-    ``folds`` are those of one repeat, default the number of models. ``margin`` tests equivalence.
+    ``overlap`` is the mean share of training rows that two models have in common, perhaps one for each side. With it,
+    and with as many models on both sides, the difference is one of procedures (a model trained anew), else of these
+    models. ``folds`` are those of one repeat, default the number of models. ``margin`` tests equivalence.
     """
-    from scipy.special import stdtr
-
-    difference, why = one.mean - other.mean, one.test.too_few(one.metric)
-    if not why and not math.isfinite(difference):
-        why = "no value"
+    difference = one.mean - other.mean
+    why = one.test.too_few(one.metric) or ("" if math.isfinite(difference) else "no value")
     if why:
-        return Difference(difference, None, None, None, None, False, why)
+        return judge(difference, 0.0, math.inf, trained=False, why=why)
     moves = _joined(one, other)
     k, k_other = len(one.values), len(other.values)
     contrast = np.r_[np.full(k, 1 / k), np.full(k_other, -1 / k_other)]
     v, df = float(((contrast @ moves) ** 2).sum()), _difference_df(one, other, contrast, moves)
     if v <= NOTHING:  # all groups agree: no less than what a share of disagreeing images of that many groups could be
         v, df = _unseen(one), math.inf
-    shares = overlap if isinstance(overlap, tuple) else None if overlap is None else (overlap, overlap)
-    trained = k == k_other > 1 and shares is not None and max(shares) <= LARGEST_OVERLAP
+    shares = overlap if isinstance(overlap, tuple) else (math.inf if overlap is None else overlap,) * 2
+    trained = k == k_other > 1 and max(shares) <= LARGEST_OVERLAP
     if trained:
-        assert shares is not None
         a, b = moves[:k], moves[k:]
         if abs(shares[0] - shares[1]) > 0.01:
             sides = [(one.values, a, shares[0]), (other.values, b, shares[1])]
@@ -437,12 +376,22 @@ def compare_scores(
             parts.append((sigma2 * (1 / k + (1 - 1 / k) * share), (folds or k) - 1.0))
         df = satterthwaite((v, df), *parts)
         v += sum(extra for extra, _ in parts)
-    if v == 0:
-        return Difference(difference, None, None, None, None, trained, "no variation among the test groups")
-    error, t = math.sqrt(v), t_quantile(level, df)
-    p, smallest = float(2 * stdtr(df, -abs(difference) / error)), (t + t_quantile(0.6, df)) * error  # 0.8 quantile
-    p_margin = None if margin is None else float(stdtr(df, (abs(difference) - margin) / error))
-    return Difference(difference, (difference - t * error, difference + t * error), p, smallest, p_margin, trained)
+    return judge(difference, v, df, trained=trained, margin=margin)
+
+
+def judge(
+    value: float, variance: float, df: float, *, trained: bool, why: str = "", margin: float | None = None
+) -> Difference:
+    """Interval and p of a difference by Student's t, or why there are none."""
+    from scipy.special import stdtr  # scipy.stats takes a second to import
+
+    why = why or ("" if variance else "no variation among the test groups")
+    if why:
+        return Difference(value, None, None, None, None, trained, why)
+    error, t = math.sqrt(variance), t_quantile(0.95, df)
+    p, smallest = float(2 * stdtr(df, -abs(value) / error)), (t + t_quantile(0.6, df)) * error  # 0.8 quantile
+    p_margin = None if margin is None else float(stdtr(df, (abs(value) - margin) / error))
+    return Difference(value, (value - t * error, value + t * error), p, smallest, p_margin, trained)
 
 
 def _joined(one: Scores, other: Scores) -> FloatArray:
@@ -475,10 +424,7 @@ def _difference_df(one: Scores, other: Scores, contrast: FloatArray, moves: Floa
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the m p-values of one family, adjusted, in the order given.
-
-    The k-th smallest is multiplied by m − k + 1; none becomes smaller than one before it, or more than 1.
-    """
+    """Holm's step-down correction of one family, in the order given: the k-th smallest of m times m − k + 1."""
     values = np.asarray(p, dtype=np.float64)
     order = np.argsort(values, kind="stable")
     stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from embcache.data.classes import target_words
+from embcache.data.classes import class_flags, target_words
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir
 from embcache.probe.metrics import metric_title
-from embcache.probe.schedule import rates_of
+from embcache.probe.schedule import Schedule, rates_of
 from embcache.probe.summary import in_metric
-from embcache.results.grid import Cell, Model
 from embcache.results.layout import Table, bounds, record, score
+from embcache.results.paper import Cell, Model
 from embcache.runs.folders import Result, list_results
 
 _PREFIXES = ("timm", "hf", "open_clip", "random")  # before the colon of a backbone that is not `module:name`
@@ -30,26 +31,10 @@ def find_results(
     kinds: Sequence[str] = (),
     metrics: Sequence[str] = (),
 ) -> list[Result]:
-    """Saved results that have a test score.
+    """Saved results that have a test score; `StoreNotFoundError` where there is none.
 
-    Parameters
-    ----------
-    home : path, optional
-        Folder of stores and runs.
-    datasets, backbones, heads, kinds : sequence of str, optional
-        Only results of these; all backbones of a result must be among those named.
-    metrics : sequence of str, optional
-        Score the saved predictions by these metrics instead of the runs' own.
-
-    Returns
-    -------
-    list of Result
-        For each metric all results.
-
-    Raises
-    ------
-    StoreNotFoundError
-        There is none.
+    Only results of the datasets, heads and kinds, and over no other backbones, where some are named. ``metrics`` score
+    the saved predictions instead of the runs' own: for each metric, all results.
     """
     saved = [result for name in datasets for result in list_results(home, name)] if datasets else list_results(home)
     fitting = [
@@ -82,12 +67,34 @@ def refuse_untrusted(result: Result, trusted: Sequence[str] = ()) -> None:
         )  # fmt: skip
 
 
-def by_task(results: Sequence[Result]) -> dict[tuple[str, str, str], list[Result]]:
-    """Scored results by dataset, target and metric."""
-    tasks: dict[tuple[str, str, str], list[Result]] = {}
+def request_flags(result: Result) -> list[str]:
+    """Words of the command that made a run, where they are not the defaults: all but dataset, names and sizes."""
+    request, usual, words = result.request, asdict(Schedule()), list[str]()
+    for name, value in request.get("head", {}).items():
+        if name != "name":
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+            words += ["--head-option", f"{name}={text}"]
+    for name, default in (("folds", 5), ("seed", 0), ("val", "full"), ("repeats", 1), ("views", 1), ("target", "")):
+        if request.get(name, default) != default:
+            words += [f"--{name}", str(request[name])]
+    words += class_flags(request.get("classes", {}))
+    words += ["--exclude-test-overlap"] * bool(request.get("exclude_test_overlap"))
+    rates, schedule = rates_of(request), request.get("schedule") or {}
+    if rates not in ([], [usual["lr"]]):
+        words += ["--lr", ",".join(f"{rate:g}" for rate in rates)]
+    for name in ("max_epochs", "batch_size") if result.kind == "finetune" else ():
+        if schedule.get(name, usual[name]) != usual[name]:
+            words += [f"--{name.replace('_', '-')}", str(schedule[name])]
+    return words
+
+
+def by_task(results: Sequence[Result]) -> dict[tuple[str, str, str, tuple[str, ...]], list[Result]]:
+    """Scored results by dataset, target, metric and classes."""
+    tasks: dict[tuple[str, str, str, tuple[str, ...]], list[Result]] = {}
     for result in results:
         if result.mean is not None:
-            tasks.setdefault((result.dataset, target_words(result.request), result.metric), []).append(result)
+            key = (result.dataset, target_words(result.request), result.metric, result.class_names)
+            tasks.setdefault(key, []).append(result)
     return tasks
 
 
@@ -167,7 +174,7 @@ def curve_table(results: Sequence[Result]) -> Table:
     sizes = sorted({result.n_train for result in scored})
     rows: list[tuple[str, ...]] = []
     records = []
-    for (dataset, target, _), group in by_task(scored).items():
+    for (dataset, target, *_), group in by_task(scored).items():
         words = f"{dataset}{f', {target}' if target else ''} ({metric_words(group[0])})"
         for label, members in named_curves(group).items():
             at = {r.n_train: r for r in members}
@@ -175,13 +182,12 @@ def curve_table(results: Sequence[Result]) -> Table:
             intervals = (bounds(at[n].interval, between=" – ") if n in at else "" for n in sizes)
             rows.append(("", "  95 % interval", *intervals))
             words = ""
-            records += [
-                record(Cell(r.dataset, Model(label, r.kind, r.head, r.backbones), r.subset, r)) for r in members
-            ]
+            models = [Model(label, r.kind, r.head, r.backbones) for r in members]
+            records += [record(Cell(r.dataset, m, r.subset, r)) for m, r in zip(models, members, strict=True)]
     used = {n: max(r.labels_used for r in scored if r.n_train == n) for n in sizes}
     notes = (
-        "columns: training labels per fold; labels used, validation included: "
-        + ", ".join(f"{n:,}: {labels:,}" for n, labels in used.items()),
+        f"columns: training labels per fold; labels used, validation included: "
+        f"{', '.join(f'{n:,}: {labels:,}' for n, labels in used.items())}",
         f"mean ± sd over folds; {band_words(scored)}",
         *dict.fromkeys(f"{r.dataset}: {note}" for r in scored for note in r.left_out),
     )

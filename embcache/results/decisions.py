@@ -1,4 +1,4 @@
-"""One class against the rest: ROC and precision–recall curves, operating points, calibration.
+"""What one run's saved predictions show: one class against the rest as curves, operating points, calibration; mistakes.
 
 Operating points are chosen on validation images and measured on the test set. The ensemble is the mean of the models'
 probabilities, which is what ``predict`` uses.
@@ -7,19 +7,34 @@ probabilities, which is what ``predict`` uses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
-from embcache.errors import ProtocolError
-from embcache.probe.metrics import METRICS, FloatArray, IntArray, Weighted, log_odds, roc_counts, softmax
-from embcache.probe.predictions import Predictions
+from embcache.errors import ProtocolError, StoreError
+from embcache.probe.metrics import (
+    METRICS,
+    FloatArray,
+    IntArray,
+    Weighted,
+    confusion,
+    find_metric,
+    log_odds,
+    positive_class,
+    roc_counts,
+    softmax,
+)
+from embcache.probe.predictions import Adjust, Adjustment, Predictions, all_estimates, row_weights
 from embcache.probe.statistics import RESAMPLES, estimate, sample, t_quantile
-from embcache.runs.result import Estimate
+from embcache.probe.summary import adjust_models, load_run_predictions, load_validation
+from embcache.results.compare import Tested
+from embcache.results.layout import csv_text
+from embcache.runs.result import Estimate, Result
 
 GRID = np.linspace(0, 1, 201)
 """False positive rates, or recalls, at which the curves of models are averaged."""
@@ -105,15 +120,9 @@ def precision_at(positive: ArrayLike, scores: ArrayLike) -> FloatArray:
 
 
 def mean_curve(
-    labels: IntArray,
-    logits: FloatArray,
-    of_class: int,
-    at: Callable[[ArrayLike, ArrayLike], FloatArray] = roc_at,
+    labels: IntArray, logits: FloatArray, of_class: int, at: Callable[[ArrayLike, ArrayLike], FloatArray] = roc_at
 ) -> tuple[FloatArray, FloatArray]:
-    """Mean and standard deviation over models of a class's curve at each value of `GRID`.
-
-    Shapes: labels (n,); logits (K, n, C); returns (201,).
-    """
+    """Mean and sd over models of a class's curve at each value of `GRID`; labels (n,), logits (K, n, C)."""
     curves = np.stack([at(labels == of_class, odds) for odds in log_odds(logits)[..., of_class]])
     return curves.mean(0), curves.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(GRID))
 
@@ -186,11 +195,9 @@ class OperatingPoint:
 
 
 def choose_threshold(positive: NDArray[np.bool_], odds: FloatArray, rule: Rule) -> float:
-    """The threshold on log odds by a rule; a row is called positive above it.
+    """The threshold on log odds (n,) by a rule; a row is called positive above it.
 
     Candidates lie halfway between neighboring values, just below the lowest value and at the highest.
-
-    Shapes: positive (n,); odds (n,).
     """
     if rule.reach is None:
         return 0.0
@@ -213,16 +220,13 @@ def choose_threshold(positive: NDArray[np.bool_], odds: FloatArray, rule: Rule) 
 
 
 def operating_points(
-    test: Predictions,
-    validation: Sequence[Predictions],
-    prevalence: float | None = None,
-    rules: Sequence[Rule] = RULES,
+    test: Predictions, validation: Sequence[Predictions], prevalence: float | None = None
 ) -> list[OperatingPoint]:
     """Choose thresholds on validation rows and measure them on the test set."""
     points = []
     sides = [(v.labels == 1, v.logits[0, :, 1] - v.logits[0, :, 0]) for v in validation]
     pooled = [np.concatenate(parts) for parts in zip(*sides, strict=True)]
-    for rule in rules:
+    for rule in RULES:
         if rule.reach is not None and not sides:
             continue
         own = [choose_threshold(positive, odds, rule) for positive, odds in sides] or [0.0] * len(test.logits)
@@ -264,11 +268,9 @@ def _predictive_value(own: Value, other: Value, share: float) -> Value:
         return share * rate / called if called > 0 else math.nan
 
     a, b = own.value, other.value
-    if a is None or b is None:
-        return Value(None, why=own.why or other.why)
-    if math.isnan(of(a, b)):
-        return Value(None, why="no image called")
-    center = of(a, b)
+    center = math.nan if a is None or b is None else of(a, b)
+    if a is None or b is None or math.isnan(center):
+        return Value(None, why=own.why or other.why if a is None or b is None else "no image called")
 
     def bounds(ends: tuple[float, float] | None, other_ends: tuple[float, float] | None) -> tuple[float, float] | None:
         if ends is None or other_ends is None:
@@ -277,12 +279,8 @@ def _predictive_value(own: Value, other: Value, share: float) -> Value:
         low, high = (math.sqrt(sum(d * d for d in side if not math.isnan(d))) for side in moved)
         return max(0.0, center - low), min(1.0, center + high)
 
-    return Value(
-        center,
-        bounds(own.these_models, other.these_models),
-        bounds(own.new_model, other.new_model),
-        own.why or other.why,
-    )
+    these, new = bounds(own.these_models, other.these_models), bounds(own.new_model, other.new_model)
+    return Value(center, these, new, own.why or other.why)
 
 
 # Calibration.
@@ -330,14 +328,15 @@ def _calibration(name: str, test: Predictions, w: FloatArray, resamples: int) ->
     p = softmax(test.logits)[..., 1]
     fits = [(recalibration_intercept(y, x, w), recalibration_slope(y, x, w)) for x in odds]
     brier = replace(METRICS["brier"], form=_weighted_brier(w), high=1.0)
-    return Calibration(
-        name,
-        _wald([fit[0] for fit in fits], test),
-        _wald([fit[1] for fit in fits], test),
-        Value.of(estimate(sample(brier, test.test, test.logits, resamples=resamples), test.overlap, test.folds)),
-        float(np.mean([calibration_error(y, q, w, test.groups) for q in p])),
-        tuple(_bins(y, p[0], w)) if len(p) == 1 else (),
-    )
+    squared = estimate(sample(brier, test.test, test.logits, resamples=resamples), test.overlap, test.folds)
+    error = float(np.mean([calibration_error(y, q, w, test.groups) for q in p]))
+    bins = [
+        Bin(float(p[0, rows].min()), float(p[0, rows].max()), float(np.average(p[0, rows], weights=w[rows])),
+            float(np.average(y[rows], weights=w[rows])), len(rows), int(y[rows].sum()))
+        for rows in (_equal_bins(p[0]) if len(p) == 1 else ())
+    ]  # fmt: skip
+    intercept, slope = (_wald([fit[k] for fit in fits], test) for k in (0, 1))
+    return Calibration(name, intercept, slope, Value.of(squared), error, tuple(bins))
 
 
 def _weighted_brier(w: FloatArray) -> Callable[[IntArray, FloatArray, int], Weighted]:
@@ -364,10 +363,7 @@ def _wald(fits: Sequence[tuple[float | None, FloatArray]], test: Predictions) ->
 
 
 def recalibration_intercept(y: FloatArray, odds: FloatArray, w: FloatArray) -> tuple[float, FloatArray]:
-    """Intercept of a logistic regression of labels y (n,) with the log odds as offset; also its influence values (n,).
-
-    Labels must be of both classes.
-    """
+    """Intercept of a logistic regression of labels y (n,), with log odds as offset; its influence values (n,)."""
     from scipy.optimize import brentq
 
     reach = float(np.abs(odds).max()) + math.log(1e9)  # a root lies within: the sum falls as the intercept rises
@@ -411,8 +407,6 @@ def calibration_error(y: FloatArray, p: FloatArray, w: FloatArray, groups: NDArr
 
     After Kumar, Liang and Ma (2019): from each squared gap the variance that it has by chance is subtracted, so that
     the mean square is not above 0 for a calibrated model. The variance is that of residuals summed by group (patient).
-
-    Shapes: y, p, w (n,); groups (n,).
     """
     total = 0.0
     for rows in _equal_bins(p):
@@ -434,9 +428,136 @@ def _equal_bins(p: FloatArray) -> list[NDArray[np.int64]]:
     return [np.flatnonzero(of == b) for b in np.unique(of)]
 
 
-def _bins(y: FloatArray, p: FloatArray, w: FloatArray) -> list[Bin]:
+# A run in full.
+
+USUAL = ("auc", "kappa", "auprc", "accuracy", "balanced_accuracy", "f1", "mcc", "brier", "log_loss")
+"""Scores that are shown in addition to the run's own; `auc` is the macro one for more than two classes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Described:
+    """Everything that is measured on a run's saved predictions."""
+
+    result: Result  # with the chosen positive class
+    scores: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    confusion: Sequence[Sequence[int]] = ()
+    prevalence: float | None = None  # of the positive class, for PPV, NPV and calibration
+    operating_points: Sequence[OperatingPoint] = ()
+    calibration: Sequence[Calibration] = ()
+    adjustments: Sequence[Adjustment] = ()  # of each model, to another prevalence or by a temperature
+    notes: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, every field by its name."""
+        return {**asdict(self), "result": self.result.to_json()}
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A test image whose class the ensemble, the mean of the models' probabilities, gets wrong."""
+
+    id: str
+    group: str
+    label: str
+    predicted: str
+    p_label: float
+    p_predicted: float
+    models_agree: int
+    models: int
+
+
+def describe(
+    result: Result, folder: Path, *, metrics: Sequence[str] = (), positive: str | None = None, adjust: Adjust = Adjust()
+) -> Described:
+    """Measure a run's saved predictions; nothing is trained and the run is not changed."""
+    names, chosen = result.class_names, positive or result.positive or None
+    number = positive_class(names, chosen)
+    has_positive = len(names) == 2 or chosen is not None
+    result = replace(result, positive=names[number] if has_positive else "")
+    if result.mean is None or result.kind == "kaggle":
+        return Described(result, notes=["the labels of the test images are not known, so nothing can be measured"])
+    test = replace(load_run_predictions(result, folder), positive=number)
+    keys = dict.fromkeys(find_metric(m, len(names)).key for m in metrics or [result.metric, *USUAL])
+    found = Described(
+        result,
+        scores={key: all_estimates(test, key) for key in keys},
+        confusion=confusion(test.labels, test.ensemble().logits[0]).tolist(),
+        notes=[f"no scores by patient: {result.by_group['why']}"] if "why" in result.by_group else [],
+    )
+    if not has_positive:
+        note = "operating points and calibration are of one class against the others: --positive CLASS"
+        return replace(found, notes=[*found.notes, note])
+    try:
+        validation = load_validation(result, folder)
+    except StoreError as error:
+        if adjust.calibrate:
+            raise
+        note = f"no operating points but P > 0.5: the run kept no predictions of validation images ({error.fix})"
+        validation, found = [], replace(found, notes=[*found.notes, note])
+    models = adjust_models(result, folder, adjust) if adjust else []
+    prevalence, weights = None, None
+    if models:
+        test = replace(test, logits=np.stack([m.logits(z) for m, z in zip(models, test.logits, strict=True)]))
+        pairs = zip(models, validation, strict=True) if validation else ()
+        validation = [replace(v, logits=model.logits(v.logits)) for model, v in pairs]
+    if adjust.prevalence is not None:
+        prevalence = models[0].prevalence[number]
+        weights = row_weights(test.labels, np.array(models[0].prevalence))
+    two = against_rest(test, number)
+    return replace(
+        found,
+        prevalence=float(two.labels.mean()) if prevalence is None else prevalence,
+        operating_points=operating_points(two, [against_rest(v, number) for v in validation], prevalence),
+        calibration=calibration(two, weights),
+        adjustments=models,
+        notes=[*found.notes, *_notes(two, adjust, models, names)],
+    )
+
+
+def _notes(two: Predictions, adjust: Adjust, models: Sequence[Adjustment], names: Sequence[str]) -> list[str]:
+    positive, own = two.class_names[1], float(two.labels.mean())
+    notes = ["one model: its numbers are those of the ensemble"] if len(two.logits) == 1 else []
+    if adjust:
+        notes.append("scores and confusion matrix are of the models' own probabilities; what is below is adjusted")
+    if adjust.prevalence is None:
+        notes.append(
+            f"PPV, NPV and calibration are at the test set's prevalence of {positive}, {own:.3f}; where it is another, "
+            "--prevalence P"
+        )
+    else:
+        notes.append(f"PPV, NPV and calibration are at the prevalence {shares_in_words(models[0], names)}")
+        if len(names) > 2:
+            notes.append("specificity, and so PPV and NPV, take the other classes as they are in the test set")
+    return notes
+
+
+def shares_in_words(model: Adjustment, names: Sequence[str]) -> str:
+    """``a=0.1, b=0.9``: the prevalence that probabilities are adjusted to."""
+    return ", ".join(f"{name}={share:.4g}" for name, share in zip(names, model.prevalence, strict=True))
+
+
+def find_mistakes(tested: Tested) -> list[Mistake]:
+    """Mistakes of a run's ensemble on its labeled test images, by falling log odds of the predicted class, then by ID.
+
+    Log odds order images whose probabilities are both 1 to the last digit.
+    """
+    predictions, names = tested.predictions, tested.result.class_names
+    logits = predictions.ensemble().logits[0]
+    p, called = softmax(logits), logits.argmax(1)
+    odds = log_odds(logits)[np.arange(len(called)), called]
+    agree = (predictions.logits.argmax(2) == called).sum(0)
+    rows = np.flatnonzero(called != predictions.labels)
     return [
-        Bin(float(p[rows].min()), float(p[rows].max()), float(np.average(p[rows], weights=w[rows])),
-            float(np.average(y[rows], weights=w[rows])), len(rows), int(y[rows].sum()))
-        for rows in _equal_bins(p)
+        Mistake(
+            str(predictions.ids[row]), str(predictions.groups[row]), names[predictions.labels[row]], names[called[row]],
+            float(p[row, predictions.labels[row]]), float(p[row, called[row]]), int(agree[row]),
+            len(predictions.logits),
+        )
+        for row in sorted(rows, key=lambda row: (-odds[row], str(predictions.ids[row])))
     ]  # fmt: skip
+
+
+def mistakes_csv(mistakes: Sequence[Mistake], *, groups: bool = False) -> str:
+    """One line per mistake; ``groups`` adds each image's group, which may name a patient."""
+    columns = [name for name in Mistake.__dataclass_fields__ if groups or name != "group"]
+    return csv_text(columns, ([vars(m)[name] for name in columns] for m in mistakes))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from embcache.config import DatasetRef
 from embcache.data.classes import class_words
@@ -24,8 +23,8 @@ from embcache.data.tables import read_table
 from embcache.errors import ProtocolError, UsageError
 from embcache.io import write_output
 from embcache.paths import PathLike
-from embcache.probe.schedule import Schedule, rates_of
-from embcache.results.render import csv_text
+from embcache.results.curves import request_flags
+from embcache.results.layout import csv_text
 from embcache.runs.folders import Result, find_run_anywhere, load_predictions, run_id, save_run
 from embcache.store.feature_store import list_stores
 
@@ -74,11 +73,19 @@ def make_submission(
     ids, notes = _ids_in_order(ds, competition)
     table = load_predictions(folder)
     tested = set(table["id"].tolist())
-    filled = _reasons([i for i in ids if i not in tested], ds, home)
-    prior = _prior(ds, competition)
+    known, labels = set(ds.table["id"]), ds.labels[ds.labels >= 0]
+    filled = {
+        i: "no prediction of it was kept" if i in known else "the image is missing" for i in ids if i not in tested
+    }
+    for store in list_stores(home, ds.name) if filled else ():
+        filled |= {i: why for i, why in store.quarantined.items() if i in filled}
+    # An image without a prediction gets the value of all labeled images, however the subset was balanced.
+    prior = str(int(np.bincount(labels).argmax())) if competition.hard else repr(float((labels == 1).mean()))
     texts: dict[int, str] = {}
     for fold, rows in table.groupby("fold", sort=True):
-        values = _values(rows, competition)
+        chances = rows[[c for c in rows.columns if c.startswith("p_")]].to_numpy(dtype=np.float64)
+        own = [str(int(p.argmax())) if competition.hard else repr(float(p[1])) for p in chances]
+        values = dict(zip(rows["id"].tolist(), own, strict=True))
         lines = [[image, values.get(image, prior)] for image in ids]
         texts[int(str(fold))] = csv_text([competition.id_column, competition.value_column], lines, guard=False)
     surplus = tested - set(ids)
@@ -91,15 +98,11 @@ def make_submission(
 
 
 def save_kaggle_scores(
-    run: str,
-    scores: Sequence[tuple[float, float]],
-    *,
-    ref: DatasetRef = DatasetRef(),
-    home: PathLike | None = None,
+    run: str, scores: Sequence[tuple[float, float]], *, ref: DatasetRef = DatasetRef(), home: PathLike | None = None
 ) -> Result:
     """A result of kind ``kaggle`` from the scores that a leaderboard gave each fold's file.
 
-    Its request contains that of the run, so that a table can tell which cell it fits.
+    Its request contains that of the run, so that a table knows which cell it fits.
 
     The score of a fold is α · private + (1 − α) · public, α being the share of the test images behind the private
     score (0.85 for aptos, 0.51 for patchcam). Scores replace those given before.
@@ -176,20 +179,10 @@ def _competition(result: Result, ds: ImageDataset) -> Competition:
 
 
 def official_command(result: Result) -> str:
-    """The command that makes the same run for the leaderboard, as far as its request tells."""
-    request, usual = result.request, asdict(Schedule())
+    """The command that makes the same run for the leaderboard, as far as its request says."""
     words = ["embcache", result.kind, "--dataset", result.dataset, "--head", result.head, "--subset", result.subset]
     words += ["--backbone", ",".join(result.backbones), "--test", "official"]
-    for name, default in (("folds", 5), ("seed", 0), ("val", "full"), ("repeats", 1), ("views", 1)):
-        if request.get(name, default) != default:
-            words += [f"--{name}", str(request[name])]
-    schedule = dict(request.get("schedule") or {})
-    if (rates := rates_of(request)) not in ([], [usual["lr"]]):
-        words += ["--lr", ",".join(f"{rate:g}" for rate in rates)]
-    for name in ("batch_size", "max_epochs") if result.kind == "finetune" else ():
-        if schedule.get(name, usual[name]) != usual[name]:
-            words += ["--" + name.replace("_", "-"), str(schedule[name])]
-    return shlex.join(words)
+    return shlex.join([*words, *request_flags(result)])
 
 
 def _ids_in_order(ds: ImageDataset, competition: Competition) -> tuple[list[str], list[str]]:
@@ -203,29 +196,3 @@ def _ids_in_order(ds: ImageDataset, competition: Competition) -> tuple[list[str]
         return ids, []
     ids = ds.table.loc[ds.table["split"] == "test", "id"].tolist()
     return ids, [f"{SAMPLE} is missing ({path}): the order is that of the dataset's test images"]
-
-
-def _reasons(absent: Sequence[str], ds: ImageDataset, home: PathLike | None) -> dict[str, str]:
-    """Why an id has no prediction, as far as the stores or the dataset can tell."""
-    if not absent:
-        return {}
-    known = set(ds.table["id"])
-    why: dict[str, str] = {}
-    for store in list_stores(home, ds.name):
-        why |= store.quarantined
-    return {i: why.get(i, "no prediction of it was kept" if i in known else "the image is missing") for i in absent}
-
-
-def _prior(ds: ImageDataset, competition: Competition) -> str:
-    """The value for an image without a prediction: from all labeled images, however the subset was balanced."""
-    labels = ds.labels[ds.labels >= 0]
-    if competition.hard:
-        return str(int(np.bincount(labels).argmax()))
-    return repr(float((labels == 1).mean()))
-
-
-def _values(rows: pd.DataFrame, competition: Competition) -> dict[str, str]:
-    """Value of each id by one fold: the most probable class, or the probability of class 1 to all its digits."""
-    chances = rows[[c for c in rows.columns if c.startswith("p_")]].to_numpy(dtype=np.float64)
-    values = [str(int(p.argmax())) if competition.hard else repr(float(p[1])) for p in chances]
-    return dict(zip(rows["id"].tolist(), values, strict=True))

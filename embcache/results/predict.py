@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from embcache.config import DatasetRef, PredictConfig
@@ -23,61 +24,45 @@ from embcache.data.classes import as_in_run, change_notes
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, passed_note, settle_paths, walk_images
 from embcache.data.groups import UNGROUPED, find_groups, known_groups, merge_groups, patient_keys
-from embcache.data.images import ImageRef, image_refs
+from embcache.data.images import DECODER_VERSION, ImageRef, image_refs
 from embcache.data.published import named_columns
 from embcache.data.tables import find_columns, open_table
-from embcache.errors import DatasetError, DatasetNotFoundError, UsageError, first_few
+from embcache.errors import DatasetError, DatasetNotFoundError, RecipeError, StoreNotFoundError, UsageError, first_few
+from embcache.extract.batching import prepare_batches, stack_batch
+from embcache.extract.extract import BATCH_SIZES, make_recipe, recipe_network
 from embcache.extract.scan import image_root
+from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device
+from embcache.finetune.model import FinetunedModel, load_finetuned
 from embcache.io import check_target, write_output
 from embcache.paths import PathLike
+from embcache.probe.heads import make_head
 from embcache.probe.metrics import softmax
 from embcache.probe.predictions import Adjust, Adjustment, parse_prevalence
+from embcache.probe.stack import Head, predict_logits
 from embcache.probe.summary import adjust_models
-from embcache.results.render import csv_text, is_formula
-from embcache.results.run_model import load_model
-from embcache.runs.folders import Result, find_run_anywhere
+from embcache.results.curves import refuse_untrusted
+from embcache.results.layout import csv_text, is_formula
+from embcache.runs.folders import Result, find_run_anywhere, load_heads
+from embcache.store.feature_store import list_stores
+from embcache.store.recipe import Recipe
 
 _CHUNK = 256  # images at a time: what a progress bar counts, and what is in memory as features
 
 
 @dataclass(frozen=True, eq=False)
 class ImagePredictions:
-    """Class probabilities of images by a saved run.
+    """Class probabilities of n images by a saved run."""
 
-    Attributes
-    ----------
-    run : str
-        ID of the run.
-    class_names : tuple of str
-        Its C classes.
-    images : tuple of str
-        The n images as they were named: paths, or IDs of a dataset.
-    p : float64 array of shape (n, C)
-        Probabilities, the mean over ``folds``; NaN where an image could not be read.
-    reasons : tuple of str
-        Why an image could not be read; empty where it could.
-    folds : tuple of int
-        The folds that were averaged.
-    labels : tuple of str, optional
-        Class of each image of a dataset; empty where it is not known.
-    notes : tuple of str
-        Remarks about the run and the images.
-    groups : tuple of str, optional
-        Patient, slide … of each image; empty where it is not known.
-    adjusted : str
-        Prevalence and temperatures that ``p`` was adjusted to; empty where it was not.
-    """
-
-    run: str
-    class_names: tuple[str, ...]
-    images: tuple[str, ...]
-    p: NDArray[np.float64]
-    reasons: tuple[str, ...]
-    folds: tuple[int, ...]
-    labels: tuple[str, ...] | None = None
-    notes: tuple[str, ...] = ()
-    groups: tuple[str, ...] | None = None
-    adjusted: str = ""
+    run: str  # its ID
+    class_names: tuple[str, ...]  # its C classes
+    images: tuple[str, ...]  # as they were named: paths, or IDs of a dataset
+    p: NDArray[np.float64]  # probabilities (n, C), the mean over ``folds``; NaN where an image could not be read
+    reasons: tuple[str, ...]  # why an image could not be read; empty where it could
+    folds: tuple[int, ...]  # that were averaged
+    labels: tuple[str, ...] | None = None  # class of each image of a dataset; empty where it is not known
+    notes: tuple[str, ...] = ()  # remarks about the run and the images
+    groups: tuple[str, ...] | None = None  # patient, slide … of each image; empty where it is not known
+    adjusted: str = ""  # prevalence and temperatures that ``p`` was adjusted to; empty where it was not
 
     @property
     def failed(self) -> dict[str, str]:
@@ -124,12 +109,15 @@ class ImagePredictions:
         for row in rows:
             if self.labels is None and is_formula(row["image"]):
                 row["image"] = f"./{row['image']}"
-        return csv_text(list(rows[0]), (list(row.values()) for row in rows))
+        return _csv(rows)
 
     def groups_to_csv(self) -> str:
         """The rows of groups as CSV text."""
-        rows = list(self.group_rows())
-        return csv_text(list(rows[0]), (list(row.values()) for row in rows))
+        return _csv(list(self.group_rows()))
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    return csv_text(list(rows[0]), (list(row.values()) for row in rows))
 
 
 def _as_text(name: str) -> str:
@@ -147,40 +135,19 @@ def predict(
     progress: Callable[[int, int], Any] | None = None,
     **options: Any,
 ) -> ImagePredictions:
-    """Class probabilities of images, or of all images of a dataset, by a saved run.
+    """Class probabilities of images, or of all images of a dataset, by a saved run: its ID, or a unique prefix.
 
-    Parameters
-    ----------
-    run : str
-        ID of the run, or a unique prefix.
-    images : sequence of path
-        Images, folders that are searched for images, and tables of paths.
-    dataset : str, optional
-        Predict the images of this dataset instead.
-    ref : DatasetRef
-        Where the dataset is, and how its table, or a table of paths, is read.
-    config : PredictConfig, optional
-        Device, folds, prevalence and the like.
-    home : path, optional
-        Folder of stores and runs.
-    progress : callable, optional
-        Called with the number of images done, and of all.
-    **options
-        Single fields of ``config``.
-
-    Returns
-    -------
-    ImagePredictions
-        In the order of ``images``, those of a folder sorted; an image that cannot be read has its reason.
+    ``images`` are images, folders that are searched for images, and tables of paths; ``ref`` says where the dataset is,
+    and how its table, or a table of paths, is read. Fields of ``config`` may be given as options. ``progress`` is
+    called with the number of images done, and of all. Predictions are in the order of ``images``, those of a folder
+    sorted; an image that cannot be read has its reason.
 
     Raises
     ------
     UsageError
         Neither or both of images and dataset; a fold that the run does not have; a prevalence of other classes.
     StoreError
-        The run kept no predictions of validation images, on which temperatures are fitted.
-    StoreNotFoundError
-        There is no such run, or it kept no recipe and its store is gone.
+        No such run, or it kept no recipe or no validation predictions, on which temperatures are fitted.
     RecipeError
         The rebuilt recipe is not the run's; the message lists the differences.
     DatasetError
@@ -196,9 +163,15 @@ def predict(
         check_target(config.by_group.expanduser())
     decoding = Decoding() if config.max_pixels is None else Decoding(check_max_pixels(config.max_pixels))
     result, folder = find_run_anywhere(run, home)
-    folds = _chosen_folds(result, config.folds)
+    usable = [fold.fold for fold in result.folds if not fold.failed]
+    if unknown := [fold for fold in config.folds if fold not in usable]:
+        raise UsageError(
+            f"run {result.id} has no model of fold {', '.join(map(str, unknown))}", code="unknown-fold",
+            expected=", ".join(map(str, usable)), where="--folds",
+        )  # fmt: skip
+    folds = list(dict.fromkeys(config.folds)) or usable
     adjust = Adjust(parse_prevalence(config.prevalence), config.calibrate)
-    models = _adjustments(result, folder, adjust)
+    models = dict(zip(usable, adjust_models(result, folder, adjust), strict=True)) if adjust else {}
     ds = None if dataset is None else _dataset_of_classes(result, dataset, ref, home)
     given = images_of_paths(images, ref) if ds is None else images_of_dataset(ds)
     if config.by_group is not None and not any(given.groups):
@@ -207,7 +180,7 @@ def predict(
     todo = [k for k, reason in enumerate(reasons) if not reason]
     if not todo:
         raise _none_read(names, reasons)
-    model = load_model(result, folder, folds, config, home)
+    model = _load_model(result, folder, folds, config, home)
     p = np.full((len(names), len(result.class_names)), np.nan)
     with ThreadPoolExecutor(config.workers or default_workers()) as pool:
         for start in range(0, len(todo), _CHUNK):
@@ -231,13 +204,6 @@ def predict(
     return predicted
 
 
-def _adjustments(result: Result, folder: Path, adjust: Adjust) -> dict[int, Adjustment]:
-    """How each fold's probabilities are adjusted; nothing where they are not."""
-    if not adjust:
-        return {}
-    return dict(zip([f.fold for f in result.folds if not f.failed], adjust_models(result, folder, adjust), strict=True))
-
-
 def _in_words(result: Result, adjust: Adjust, models: Sequence[Adjustment]) -> str:
     if not models:
         return ""
@@ -255,17 +221,6 @@ def _no_groups() -> DatasetError:
     )  # fmt: skip
 
 
-def _chosen_folds(result: Result, folds: Sequence[int]) -> list[int]:
-    usable = [fold.fold for fold in result.folds if not fold.failed]
-    unknown = [fold for fold in folds if fold not in usable]
-    if unknown:
-        raise UsageError(
-            f"run {result.id} has no model of fold {', '.join(map(str, unknown))}", code="unknown-fold",
-            expected=", ".join(map(str, usable)), where="--folds",
-        )  # fmt: skip
-    return list(dict.fromkeys(folds)) or usable
-
-
 def _dataset_of_classes(result: Result, name: str, ref: DatasetRef, home: PathLike | None) -> ImageDataset:
     ds = as_in_run(find_dataset(name, ref, home=home)[0], result.request)
     if tuple(ds.class_names) != result.class_names:
@@ -278,12 +233,9 @@ def _dataset_of_classes(result: Result, name: str, ref: DatasetRef, home: PathLi
 
 
 def _none_read(names: Sequence[str], reasons: Sequence[str]) -> DatasetError:
-    first = [f"{name}: {reason}" for name, reason in zip(names[:5], reasons[:5], strict=True)]
-    return DatasetError(
-        "none of the images could be read" if len(names) > 1 else "the image could not be read", code="none-readable",
-        expected="images", fix="check the paths",
-        found="\n".join(first) + (f"\n… and {len(names) - 5:,} more" if len(names) > 5 else "") or "no images",
-    )  # fmt: skip
+    found = first_few([f"{name}: {reason}" for name, reason in zip(names, reasons, strict=True)]) or "no images"
+    return DatasetError("no image could be read", code="none-readable", expected="images", found=found,
+                        fix="check the paths")  # fmt: skip
 
 
 def _notes(result: Result, ds: ImageDataset | None) -> Iterator[str]:
@@ -296,6 +248,145 @@ def _notes(result: Result, ds: ImageDataset | None) -> Iterator[str]:
         yield from change_notes(ds)
         if ds.name == result.dataset:
             yield f"images that the run was trained on are among those of {ds.name}"
+
+
+# The model of a run, rebuilt from what the run kept.
+
+
+@dataclass(frozen=True, eq=False)
+class _ProbeModel:
+    """Frozen networks and the heads of some folds."""
+
+    networks: Mapping[str, FrozenNetwork]
+    head: Head
+    params: Sequence[dict[str, torch.Tensor]]
+
+    def logits(
+        self, root: Path, sources: Sequence[ImageRef], pool: Executor, decoding: Decoding
+    ) -> tuple[NDArray[np.floating], list[str]]:
+        """Logits (folds, n, C) of images, and why a row cannot be used."""
+        networks = list(self.networks.values())
+        size = BATCH_SIZES.get(networks[0].device.type, 64)
+        shards = compute_shard(root, sources, networks, batch_size=size, pool=pool, decoding=decoding)
+        features = [torch.from_numpy(rows.features.astype(np.float32, copy=False)) for rows in shards]
+        x, everyone = dict(zip(self.networks, features, strict=True)), torch.arange(len(sources))
+        logits = np.stack([predict_logits(self.head, head, x, everyone) for head in self.params])
+        return logits, [next(filter(None, why), "") for why in zip(*(rows.reasons for rows in shards), strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class _WholeModel:
+    """The finetuned networks of some folds; they share one transform."""
+
+    models: Sequence[FinetunedModel]
+    batch_size: int
+
+    def logits(
+        self, root: Path, sources: Sequence[ImageRef], pool: Executor, decoding: Decoding
+    ) -> tuple[NDArray[np.floating], list[str]]:
+        """As `_ProbeModel.logits`."""
+        transform = self.models[0].transform
+        parts, reasons = [], list[str]()
+        for batch in prepare_batches(root, sources, [transform.geometry], self.batch_size, pool, decoding):
+            pixels = stack_batch(batch, 0, torch.empty((len(batch), *transform.size, 3), dtype=torch.uint8)).numpy()
+            parts.append(np.stack([model.logits(pixels) for model in self.models]))
+            reasons += [
+                prepared.reason or ("" if np.isfinite(row).all() else "the outputs are not finite")
+                for prepared, row in zip(batch, parts[-1].swapaxes(0, 1), strict=True)
+            ]
+        return np.concatenate(parts, axis=1), reasons
+
+
+def _load_model(
+    result: Result, folder: Path, folds: Sequence[int], config: PredictConfig, home: PathLike | None
+) -> _ProbeModel | _WholeModel:
+    """The model of some folds of a run, ready to predict; refused where it would not be the same."""
+    if result.kind not in ("probe", "finetune"):
+        raise UsageError(
+            f"a result of kind {result.kind!r} has no model to predict with", code="no-model", found=result.id,
+            fix=f"--run {result.request.get('run', 'RUN')}",
+        )  # fmt: skip
+    options = dict(result.request["head"])
+    head = str(options.pop("name"))
+    refuse_untrusted(result, config.trust)
+    recipes = run_recipes(result, home)
+    if result.kind == "finetune":
+        if config.weights:
+            raise UsageError("a finetuned run has its own weights", code="unused-option",
+                             found=f"--weights {config.weights[0]}", fix="leave --weights out")  # fmt: skip
+        for recipe in recipes.values():  # the model was saved whole, so that only the decoder can differ
+            _refuse_differences(result, recipe, replace(recipe, decoder=DECODER_VERSION), folder)
+        device = pick_device(config.device)
+        models = [load_finetuned(folder, result, fold, str(device)) for fold in folds]
+        return _WholeModel(models, BATCH_SIZES.get(device.type, 64))
+    weights = _weights_by_name(list(recipes), config.weights)
+    networks = {
+        backbone: _rebuild(result, recipe, weights.get(backbone), home, config) for backbone, recipe in recipes.items()
+    }
+    heads = load_heads(folder)
+    return _ProbeModel(networks, make_head(head, **options), [heads[fold] for fold in folds])
+
+
+def _weights_by_name(names: Sequence[str], values: Sequence[str]) -> dict[str, Path]:
+    """Checkpoints by backbone, from ``[NAME=]FILE``; only a known name before the first ``=`` is one."""
+    weights = {}
+    for value in values:
+        name, equals, file = value.partition("=")
+        if not equals or name not in names:
+            if len(names) > 1 or (equals and not Path(value).exists()):
+                raise UsageError(
+                    "--weights does not name its backbone", code="weights-backbone",
+                    expected="NAME=FILE with NAME one of " + ", ".join(names), found=value,
+                    fix=f"--weights {names[0]}={file or value}",
+                )  # fmt: skip
+            name, file = names[0], value
+        weights[name] = Path(file)
+    return weights
+
+
+def run_recipes(result: Result, home: PathLike | None = None) -> dict[str, Recipe]:
+    """The recipe of each backbone of a run: as the run kept it, else (older runs) from the store it was probed on."""
+    if result.recipes:
+        return {backbone: Recipe.from_json(result.recipes[backbone]) for backbone in result.backbones}
+    wanted = {str(backbone): str(fingerprint) for backbone, fingerprint in result.request.get("recipes", ())}
+    cached = {store.recipe.fingerprint: store.recipe for store in list_stores(home, result.dataset)}
+    gone = [f"{b} ({wanted.get(b, 'unknown')[:12]})" for b in result.backbones if wanted.get(b) not in cached]
+    if gone:
+        raise StoreNotFoundError(
+            "the run was made by a version that kept no recipes, and its feature store is gone", code="store-not-found",
+            expected=f"a store of {result.dataset} with the fingerprint of {', '.join(gone)}",
+            found=", ".join(fingerprint[:12] for fingerprint in cached) or "no stores of that dataset",
+            fix=f"embcache probe --dataset {result.dataset} --backbone {','.join(result.backbones)} "
+            f"--head {result.head} --subset {result.subset} --again, and predict with that run",
+        )  # fmt: skip
+    return {backbone: cached[wanted[backbone]] for backbone in result.backbones}
+
+
+def _rebuild(
+    result: Result, recipe: Recipe, weights: Path | None, home: PathLike | None, config: PredictConfig
+) -> FrozenNetwork:
+    """The network of a recipe, ready to embed; `RecipeError` where it would not embed as the recipe says."""
+    trusted = recipe.backbone in config.trust
+    network = recipe_network(recipe, home=home, weights=weights, device=config.device, imports=trusted)
+    made = make_recipe(network)
+    # Parameters that only cached views have (how many, how augmented) do not concern the plain view predicted from.
+    made = replace(made, transform={**recipe.transform, **made.transform})
+    _refuse_differences(result, recipe, made, network.backbone.weights_source)
+    return network
+
+
+def _refuse_differences(result: Result, recipe: Recipe, made: Recipe, where: object) -> None:
+    differences = recipe.differences(made)
+    if differences:
+        raise RecipeError(
+            f"{recipe.backbone} is not what run {result.id} was made with", code="recipe-differs",
+            expected="\n".join(f"{name}: {then}" for name, (then, _) in differences.items()),
+            found="\n".join(f"{name}: {now}" for name, (_, now) in differences.items()),
+            where=where,
+            fix=f"--weights {recipe.backbone}=FILE with the file of that sha256"
+            if "weights_sha256" in differences
+            else "use the version of embcache that made the run, or make it again with this one",
+        )  # fmt: skip
 
 
 # What to predict: images and folders as a user names them, or the images of a dataset.
@@ -340,10 +431,8 @@ def images_of_paths(paths: Sequence[PathLike], columns: DatasetRef = DatasetRef(
 def list_images(paths: Sequence[PathLike], notes: list[str], columns: DatasetRef = DatasetRef()) -> dict[Path, str]:
     """The named files, those in tables, and the images in and below the named folders (sorted), each once, by group.
 
-    A named file is kept whatever its suffix, but a CSV, TSV, Parquet or Excel file is a table with a column ``path``,
-    relative to its folder, and perhaps ``group``, or columns with usual names or those in ``columns``; labels are not
-    read. Linked folders inside folders are not followed. What was inferred, and how many other files the folders hold,
-    is added to ``notes``.
+    A named file is kept whatever its suffix, but a CSV, TSV, Parquet or Excel file is a table of paths relative to its
+    folder, perhaps with groups. What was inferred, and how many other files the folders hold, is added to ``notes``.
     """
     found: dict[Path, str] = {}
     passed = list[str]()
@@ -375,7 +464,6 @@ def list_images(paths: Sequence[PathLike], notes: list[str], columns: DatasetRef
 
 
 def _listed(file: Path, notes: list[str], wanted: DatasetRef) -> Mapping[Path, str]:
-    """Images that a table names, with their groups."""
     table, read = open_table(file)
     columns, named = find_columns(table, wanted, where=file, required=["path"], roles=["path"])
     column = columns["path"]

@@ -1,16 +1,6 @@
 """What a study holds: the paper's tables and figures as rows of data, and your own grids as TOML files.
 
-::
-
-    title = "Lites on chest X-rays"
-    datasets = ["pneumonia"]
-    backbones = ["effnet_lite0", "effnet_lite1"]   # a list in the list is one set for heads that fuse
-    heads = ["linear", "knn", "dvme"]              # default: linear
-    subsets = ["S", 100, "F"]                      # default: S, M, F
-    seeds = [0, 1]                                 # default: 0
-    kind = "probe"                                 # or "finetune", or both as a list
-    drop_class = ["other"]                         # as all fields of `DatasetRef`
-    val = "full"; folds = 5; lr = [1e-4, 1e-3]     # as all fields of `StudyConfig`; one per line in a real file
+The keys of a file are the fields of `StudyConfig` and `DatasetRef`; ``docs/tables.md`` has an example.
 """
 
 from __future__ import annotations
@@ -29,8 +19,7 @@ from embcache.fields import check_keys
 from embcache.io import read_regular
 from embcache.probe.heads import heads as known_heads
 from embcache.probe.inputs import PAPER_SET
-from embcache.results.grid import Grid, Model
-from embcache.results.paper import PAPER_NAMES
+from embcache.results.paper import PAPER_NAMES, Grid, Model
 from embcache.sealed import check_depth
 
 DATASETS = ("patchcam", "aptos", "pneumonia", "nih")
@@ -60,27 +49,24 @@ _SIZES = {
 }
 
 
-def _summary(name: str, title: str, models: Sequence[Model]) -> Grid:
-    return Grid(name, title, DATASETS, tuple(models), ("S", "M", "F"), "subsets")
-
-
-def _detail(letter: str, first: int, what: str, models: Sequence[Model]) -> list[Grid]:
-    return [
-        Grid(f"{letter}{number}", f"{what} on {dataset}", (dataset,), tuple(models), _SIZES[dataset], "models")
-        for number, dataset in enumerate(DATASETS, first)
-    ]
-
-
+_INITIALIZATIONS = "random, supervised and self-supervised initializations"
+_SUMMARIES = {
+    "table2": (f"Linear evaluation: {_INITIALIZATIONS}", LINEAR),
+    "table3": (f"Finetuning: {_INITIALIZATIONS}", FINETUNED),
+    "table4": ("Dynamic Visual Meta-Embedding and the best single backbone", (DVME, *BEST)),
+}
+_DETAILS = (
+    ("B", 1, "Linear evaluation", LINEAR),
+    ("B", 5, "Finetuning", FINETUNED),
+    ("C", 1, "DVME with and without self-attention", ABLATION),
+)
 GRIDS: Mapping[str, Grid] = {
-    grid.name: grid
-    for grid in (
-        _summary("table2", "Linear evaluation: random, supervised and self-supervised initializations", LINEAR),
-        _summary("table3", "Finetuning: random, supervised and self-supervised initializations", FINETUNED),
-        _summary("table4", "Dynamic Visual Meta-Embedding and the best single backbone", (DVME, *BEST)),
-        *_detail("B", 1, "Linear evaluation", LINEAR),
-        *_detail("B", 5, "Finetuning", FINETUNED),
-        *_detail("C", 1, "DVME with and without self-attention", ABLATION),
-    )
+    name: Grid(name, title, DATASETS, models, ("S", "M", "F"), "subsets")
+    for name, (title, models) in _SUMMARIES.items()
+} | {
+    f"{letter}{n}": Grid(f"{letter}{n}", f"{what} on {dataset}", (dataset,), models, _SIZES[dataset], "models")
+    for letter, first, what, models in _DETAILS
+    for n, dataset in enumerate(DATASETS, first)
 }
 
 
@@ -147,15 +133,11 @@ def narrow(grid: Grid, config: StudyConfig) -> Grid:
                 f"{grid.name} is the table of {grid.datasets[0]}", code="table-of-another-dataset",
                 found=f"--dataset {other}", fix=f"embcache run {sister}",
             )  # fmt: skip
-    backbones = tuple(dict.fromkeys(name for names in config.backbones for name in names))
-    return replace(
-        grid,
-        datasets=config.datasets or grid.datasets,
-        models=tuple(_narrow_models(grid.models, backbones, config.heads))
-        if backbones or config.heads
-        else grid.models,
-        subsets=_subsets(config) or grid.subsets,
-    )
+    backbones, models = tuple(dict.fromkeys(name for names in config.backbones for name in names)), grid.models
+    if backbones or config.heads:
+        models = tuple(_narrow_models(grid.models, backbones, config.heads))
+    datasets, subsets = config.datasets or grid.datasets, _subsets(config) or grid.subsets
+    return replace(grid, datasets=datasets, models=models, subsets=subsets)
 
 
 def narrow_figure(figure: Grid, config: StudyConfig) -> Grid:
@@ -187,9 +169,7 @@ def _narrow_models(models: Sequence[Model], backbones: tuple[str, ...], heads: t
     """The models of a table over other backbones or heads, in the table's order."""
     chosen: dict[Model, None] = {}
     if heads:
-        own = dict.fromkeys(
-            name for model in models for one in (model, *model.among) for name in one.backbones
-        )  # fmt: skip
+        own = dict.fromkeys(name for model in models for one in (model, *model.among) for name in one.backbones)
         for kind in dict.fromkeys(model.kind for model in models):
             for head in heads:
                 chosen |= dict.fromkeys(make_models(kind, head, backbones or tuple(own)))
@@ -231,46 +211,31 @@ _KEYS = [*(f.name for f in fields(StudyConfig)), *_REF_KEYS]
 
 
 def read_study(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of a `StudyConfig` and of a `DatasetRef` that a TOML file sets.
+    """The fields of a `StudyConfig` and of a `DatasetRef` that a TOML file sets; else a `UsageError` says why not."""
 
-    Raises
-    ------
-    UsageError
-        The file cannot be read, a key is unknown, or its value cannot be used.
-    """
+    def wrong(problem: str, code: str, **fields: Any) -> UsageError:
+        return UsageError(problem, code=code, where=path, **fields)
+
     try:
         content = tomllib.loads(read_regular(path, most=_MOST_BYTES, follow=True).decode("utf-8"))
         check_depth(content)
     except OSError as error:
-        raise UsageError(
-            f"the study's file cannot be read: {error.strerror}", code="study-not-readable", where=path
-        ) from error
+        raise wrong(f"the study's file cannot be read: {error.strerror}", "study-not-readable") from error
     except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of a number with thousands of digits
-        raise UsageError(
-            "the study's file is not TOML", code="study-not-toml", found=str(error)[:300], where=path
-        ) from error
+        raise wrong("the study's file is not TOML", "study-not-toml", found=str(error)[:300]) from error
     check_keys(content, _KEYS, str(path))
     for key, value in content.items():
         if value == [] or "\\u0000" in json.dumps(value, default=str):
-            raise UsageError(
-                f"{key!r} is empty, or holds a null character", code="study-value", found=repr(value), where=path
-            )
-    absent = [key for key in ("datasets", "backbones") if not content.get(key)]
-    if absent:
-        raise UsageError(
-            f"the study names no {absent[0]}",
-            code="study-incomplete",
-            expected=f'{absent[0]} = ["NAME", …]',
-            where=path,
-        )
+            raise wrong(f"{key!r} is empty, or holds a null character", "study-value", found=repr(value))
+    if absent := [key for key in ("datasets", "backbones") if not content.get(key)]:
+        expected = f'{absent[0]} = ["NAME", …]'
+        raise wrong(f"the study names no {absent[0]}", "study-incomplete", expected=expected)
     ref = {key: content.pop(key) for key in _REF_KEYS if key in content}
     try:
         StudyConfig.make(None, content)
         DatasetRef.make(None, ref)
     except UsageError as error:
-        raise UsageError(
-            error.problem, code=error.code, expected=error.expected, found=error.found, where=path
-        ) from error
+        raise wrong(error.problem, error.code, expected=error.expected, found=error.found) from error
     return content, ref
 
 

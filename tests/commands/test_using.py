@@ -78,7 +78,7 @@ def test_predictions_go_to_stdout_or_a_file_and_failures_to_stderr(
     assert len(rows) == 11
     assert sum(1 for row in rows if row["error"]) == 1
     assert rows[0]["p_a"] + rows[0]["p_b"] == pytest.approx(1)
-    monkeypatch.setattr("embcache.results.run_model.recipe_network", None)  # refused before anything is computed
+    monkeypatch.setattr("embcache.results.predict.recipe_network", None)  # refused before anything is computed
     with refused(UsageError, "file-not-written"):
         embcache(*words, "--output", tmp_path / "absent" / "p.csv")
     with refused(UsageError, "not-a-number"):

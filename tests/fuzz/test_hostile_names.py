@@ -18,8 +18,8 @@ from embcache.errors import DatasetError, EmbcacheError
 from embcache.extract.extract import extract_features
 from embcache.maintain.export import export_features
 from embcache.probe.probe import probe_features
+from embcache.results.layout import is_formula
 from embcache.results.predict import predict
-from embcache.results.render import is_formula
 from embcache.store.feature_store import open_store
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny

@@ -69,7 +69,13 @@ def embcache(site: Path, tmp_path: Path) -> Embcache:
 def test_the_wheel_works_outside_the_checkout(site: Path, embcache: Embcache, tmp_path: Path) -> None:
     assert (site / "embcache" / "py.typed").is_file()
     templates = site / "embcache" / "report" / "templates"
-    assert {path.name for path in templates.iterdir()} == {"checklist.csv", "page.css", "page.html.j2", "page.js"}
+    assert {path.name for path in templates.iterdir()} == {
+        "checklist.csv",
+        "macros.html.j2",
+        "page.css",
+        "page.html.j2",
+        "page.js",
+    }
     code = "import embcache; print(embcache.__file__)"
     where = run(sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
     assert Path(where.strip()).is_relative_to(site)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from embcache.data.dataset import ImageDataset
 from embcache.probe.probe import probe_features
-from embcache.report.checklist import UNKNOWN, checklist
-from embcache.report.cohort import Cohort, cohort, unequal_classes
+from embcache.report.cohort import UNKNOWN, Cohort, checklist, cohort
 from embcache.report.collect import (
     HIDDEN,
     Part,
@@ -90,15 +88,6 @@ def test_case_mix_counts_each_part(part: Part, found: Cohort) -> None:
     assert not {"chart", "who"} & {name for name, _ in rows}  # columns that name patients
 
 
-def test_splits_that_cannot_be_drawn_again_are_a_note(part: Part) -> None:
-    assert part.dataset is not None
-    other = replace(part.dataset, table=part.dataset.table.iloc[:-2])
-    other_flow = cohort(replace(part, dataset=other), choose(part.tasks[0], part, resamples=50), ids=True)
-    assert other_flow is not None
-    assert not other_flow.steps
-    assert "the flow of images is not shown" in other_flow.notes[0]
-
-
 def test_columns_that_name_patients_make_no_subgroups(part: Part) -> None:
     assert part.dataset is not None
     assert [c.name for c in shown_columns(part.dataset, secret_words(part, ids=True))] == ["sex", "ward"]
@@ -135,14 +124,6 @@ def test_a_fact_of_several_folds_and_runs_is_one_line(part: Part) -> None:
     ]
 
 
-def test_unequal_classes_are_one_line_per_split(part: Part) -> None:
-    assert unequal_classes(part) == []
-    ds = make_dataset([0] * 30 + [1] * 9 + [2] * 30, n_classes=3)
-    assert unequal_classes(replace(part, dataset=ds)) == [
-        "the train images are of unequal classes: b (9) against a (30)"
-    ]
-
-
 def test_the_checklist_says_what_is_known_and_what_is_not(part: Part, found: Cohort) -> None:
     choices = choose(part.tasks[0], part, resamples=50)
     table = checklist(part, part.tasks[0], choices, found, None, attended=False)
@@ -155,14 +136,3 @@ def test_the_checklist_says_what_is_known_and_what_is_not(part: Part, found: Coh
     numbers = {n for row in table.rows for n in row[0].replace("–", ", ").split(", ") if n}
     assert {"C1", "C20", "C35", "C36", "C44"} <= numbers
     assert checklist(part, part.tasks[0], [], found, None, attended=False) is None
-
-
-def test_without_known_patients_images_are_counted_alone(tmp_path: Path) -> None:
-    ds = make_dataset([0, 1] * 60, None, ["train"] * 80 + ["test"] * 40)
-    put_store(tmp_path, ds, "strong", make_features(ds, shift=2.0))
-    result = probe_features(ds, ["strong"], folds=2, subset=12, home=tmp_path, head="linear")
-    part = Part(ds.name, ds, "live", "", (result,), tuple(make_tasks([result])), 0, tmp_path)
-    found = cohort(part, choose(part.tasks[0], part, resamples=50), ids=True)
-    assert found is not None
-    assert {s.groups for s in found.steps} == {None}
-    assert not found.grouped

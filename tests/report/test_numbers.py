@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import auc, confusion_matrix, precision_score, recall_score, roc_curve
+from sklearn.metrics import auc, precision_score, recall_score, roc_curve
 
-from embcache.probe.metrics import confusion
 from embcache.probe.predictions import Predictions
 from embcache.report.sections import class_table
 from embcache.results import compare
-from embcache.results.decisions import GRID, mean_curve, roc_points
+from embcache.results.decisions import GRID, mean_curve
 from tests.results.build import make_result
 
 
@@ -25,43 +24,12 @@ def _predictions(n_classes: int, ties: bool = False, n: int = 400, k: int = 3) -
     return labels, p
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_roc_points_are_those_of_scikit_learn(ties: bool) -> None:
-    labels, p = _predictions(2, ties)
-    false, true = roc_points(labels == 1, p[0, :, 1])
-    theirs = roc_curve(labels, p[0, :, 1], drop_intermediate=False)
-    np.testing.assert_allclose(false, theirs[0])
-    np.testing.assert_allclose(true, theirs[1])
-
-
-def test_mean_roc_keeps_the_area() -> None:
-    labels, p = _predictions(3)
-    mean, sd = mean_curve(labels, np.log(p), 2)
-    areas = [auc(*roc_curve(labels == 2, q[:, 2])[:2]) for q in p]
-    assert np.trapezoid(mean, GRID) == pytest.approx(np.mean(areas), abs=0.01)
-    assert mean.shape == sd.shape == GRID.shape
-    assert (np.diff(mean) >= -1e-12).all()
-    assert mean[-1] == 1
-
-
-def test_mean_roc_of_class_0_of_two_ranks_by_its_own_odds() -> None:
-    labels, p = _predictions(2)
-    mean, _ = mean_curve(labels, np.log(p), 0)
-    areas = [auc(*roc_curve(labels == 0, q[:, 0])[:2]) for q in p]
-    assert np.trapezoid(mean, GRID) == pytest.approx(np.mean(areas), abs=0.01)
-
-
 def test_roc_is_counted_from_logits_where_probabilities_saturate() -> None:
     logits, labels = np.zeros((1, 400, 2)), np.arange(400) % 2
     logits[0, :, 1] = np.random.default_rng(0).normal(size=400) * 900 + 500 * labels
     mean, _ = mean_curve(labels, logits, 1)
     theirs = auc(*roc_curve(labels, logits[0, :, 1])[:2])
     assert np.trapezoid(mean, GRID) == pytest.approx(theirs, abs=0.01)
-
-
-def test_confusion_is_scikit_learns() -> None:
-    labels, p = _predictions(4)
-    np.testing.assert_array_equal(confusion(labels, np.log(p[0])), confusion_matrix(labels, p[0].argmax(1)))
 
 
 def test_class_scores_are_scikit_learns() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import pytest
 from typer.main import get_command
 
 from embcache import cli
-from embcache.report.beside import learning_curves, paper_table, paper_value
+from embcache.report.charts import paper_table, paper_value
 from embcache.report.collect import Part, make_tasks
-from embcache.report.provenance import commands
+from embcache.report.page import commands
 from embcache.runs.folders import Result
 from tests.probe.build import make_dataset
 from tests.results.build import make_result
@@ -37,11 +36,6 @@ def test_the_papers_value_and_the_difference_stand_beneath_ours() -> None:
     assert rows[at + 2][1:] == ("difference", "−1.0")  # (0.84 − 0.8789) / √(0.0316² + 0.0234²)
 
 
-def test_on_a_local_test_set_the_difference_is_withheld() -> None:
-    rows = _rows(make_result(test_set="local"))
-    assert any(row[1] == "difference" and row[2].startswith("withheld") for row in rows)
-
-
 def test_the_papers_other_models_stand_below_without_a_row_of_ours() -> None:
     rows = _rows(make_result(backbones=("effnet_lite0",)))
     theirs = {row[0]: row for row in rows if row[0].endswith("the paper's")}
@@ -57,16 +51,6 @@ def test_private_images_and_other_metrics_are_not_put_beside_the_paper() -> None
     part = Part("pneumonia", own, "live", "", (), (), 0, Path())
     assert paper_table(make_tasks([make_result()])[0], part) is None
     assert paper_value("mine", "probe", "dino", "S") is None
-
-
-def test_every_curve_has_its_band_and_the_first_six_are_shown() -> None:
-    results = [make_result(id=f"r{k}", backbones=(f"b{k}",), val_mean=0.5 + k / 100) for k in range(9)]
-    (task,) = make_tasks(results)
-    chart = learning_curves(task, _part(*results, name="mine"), "c")
-    keys = [key for key in chart.legend if not key[0].endswith("the paper's")]
-    assert [shown for _, _, _, shown in keys] == [True] * 6 + [False] * 3
-    assert keys[0][0] == "b8, linear"  # the best on validation
-    assert json.dumps(chart.item).count('"VArea"') == 3 * 9  # drawn, muted, not selected
 
 
 def _probe(**changes: Any) -> Result:
@@ -95,10 +79,6 @@ def test_sizes_and_backbones_of_one_request_are_one_command() -> None:
     ("request_", "flag"),
     [
         ({"seed": 3}, "--seed 3"),
-        ({"folds": 2}, "--folds 2"),
-        ({"val": "matched"}, "--val matched"),
-        ({"repeats": 3}, "--repeats 3"),
-        ({"views": 4}, "--views 4"),
         ({"target": "sex"}, "--target sex"),
         ({"exclude_test_overlap": True}, "--exclude-test-overlap"),
         ({"lr": [1e-4, 1e-2]}, "--lr 0.0001,0.01"),
@@ -113,14 +93,3 @@ def test_what_differs_from_the_defaults_is_a_flag_of_the_command(request_: dict[
     probe = get_command(cli.app).commands["probe"]  # type: ignore[attr-defined]
     known = {name for option in probe.params for name in option.opts}
     assert {word for word in shlex.split(line) if word.startswith("--")} <= known
-
-
-def test_names_are_quoted_for_a_shell() -> None:
-    line = commands(_part(_probe(backbones=("a;rm -rf b",), dataset="mine"), name="mine"))[-1]
-    assert "--backbone 'a;rm -rf b'" in line
-
-
-def test_two_recipes_of_one_backbone_have_commands_of_their_own() -> None:
-    results = [_probe(id=c, request={"recipes": [["random", c * 64]]}) for c in "ab"]
-    lines = commands(_part(*results))
-    assert {line.split("--recipe ")[1].split()[0] for line in lines if "--recipe" in line} == {"a" * 12, "b" * 12}

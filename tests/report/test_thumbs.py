@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,10 +14,10 @@ from embcache.data.dataset import ImageDataset
 from embcache.report.embedding import ACROSS, make_sheets
 
 
-@pytest.fixture
-def ds(tmp_path: Path) -> ImageDataset:
+@pytest.fixture(scope="module")
+def ds(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
     """300 images of noise under a level of their own, the fourth of them no image."""
-    rng = np.random.default_rng(0)
+    rng, tmp_path = np.random.default_rng(0), tmp_path_factory.mktemp("noise")
     for k in range(300):
         pixels = (rng.integers(0, 40, (80, 80)) + (k % 200)).astype(np.uint8)
         exif = Image.Exif()
@@ -53,7 +52,7 @@ def test_every_image_is_at_its_place(ds: ImageDataset) -> None:
         assert own.mean() == pytest.approx(k % 200 + 19.5, abs=4)
 
 
-@pytest.mark.parametrize("budget", [40_000, 150_000, 1_000_000])
+@pytest.mark.parametrize("budget", [40_000, 1_000_000])
 def test_the_budget_is_kept_by_smaller_thumbnails(ds: ImageDataset, budget: int) -> None:
     found = make_sheets(ds, ds.table["id"].tolist(), budget)
     assert found is not None
@@ -66,9 +65,3 @@ def test_no_metadata_is_taken_along(ds: ImageDataset) -> None:
     assert found is not None
     assert b"Jones" not in base64.b64decode(found["sheets"][0])
     assert not _open(found["sheets"][0]).getexif()
-
-
-def test_without_images_there_are_none(ds: ImageDataset, tmp_path: Path) -> None:
-    assert make_sheets(ds, ["i3"]) is None
-    gone = ImageDataset("noise", tmp_path / "gone", ("a", "b"), "auc", "generic", ds.table)
-    assert make_sheets(gone, ["i0"]) is None

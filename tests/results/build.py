@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from embcache.results.grid import Cell, Model
+from embcache.results.paper import Cell, Model
 from embcache.runs.folders import FoldResult, Result
 
 

@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 from scipy import stats
 from scipy.optimize import brentq
-from scipy.special import softmax
-from sklearn.metrics import cohen_kappa_score, log_loss, roc_auc_score
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from embcache.probe.metrics import log_odds
 from embcache.probe.predictions import Predictions
 from embcache.probe.probe import probe_features
 from embcache.probe.summary import in_metric
-from embcache.results.advice import Advice, LabelsAdvice, advise, advise_backbone, advise_labels, doubling, sentences
+from embcache.results.advice import LabelsAdvice, advise, advise_backbone, advise_labels, doubling, sentences
 from embcache.results.compare import Tested, compare_tested
-from embcache.results.export_head import export_head
-from embcache.runs.folders import Result, load_predictions, runs_dir
+from embcache.runs.folders import Result
 from tests.probe.build import make_dataset, make_features, put_store
 from tests.results.build import make_result
 
@@ -75,11 +73,6 @@ def test_rising_to_the_end_and_rising_to_a_plateau() -> None:
     assert found.last_doubling.interval[0] < 0
 
 
-def test_a_falling_score_says_so() -> None:
-    found = judged({20: [0.9] * 3, 100: [0.8] * 3, 500: [0.65] * 3})
-    assert (found.trend, found.text.split(":")[0]) == ("falling", "More labels make it worse")
-
-
 def test_one_size_and_too_few_patients_tell_no_trend() -> None:
     found = judged({50: [0.7, 0.8]})
     assert (found.trend, found.doubling) == ("one size", None)
@@ -127,13 +120,6 @@ def test_the_variance_of_a_doubling_is_that_of_patients_and_of_each_sizes_traini
     assert found.p == pytest.approx(2 * stats.t.sf(abs(found.difference) / np.sqrt(v_test + v_training), df), rel=0.02)
 
 
-def test_a_curve_of_models_that_share_nearly_all_training_images_speaks_of_these_models() -> None:
-    found = judged({20: [0.65] * 3, 500: [0.9] * 3})
-    assert ", these models)" not in found.text
-    tested = [at_size(n, [a] * 3, overlap=0.95) for n, a in ((20, 0.65), (500, 0.9))]
-    assert ", these models)" in advise_labels("dino, linear", tested).text
-
-
 @pytest.fixture(scope="module")
 def made_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Result]]:
     home = tmp_path_factory.mktemp("made") / "home"
@@ -143,7 +129,8 @@ def made_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Res
     results = []
     for name, shift in (("bad", 0.0), ("good", 4.0), ("same", 4.0)):
         put_store(home, ds, name, make_features(ds, shift=shift, seed=11 if name == "same" else len(name)))
-        results += [probe_features(ds, name, folds=5, subset=n, home=home) for n in (12, 60)]
+        sizes = (60,) if name == "bad" else (12, 60)
+        results += [probe_features(ds, name, folds=5, subset=n, home=home) for n in sizes]
     return home, results
 
 
@@ -204,25 +191,6 @@ def test_one_backbone_is_no_choice_and_a_run_that_cannot_be_read_is_named(home: 
     assert line.startswith(f"not read: {good[0].id}: ")
 
 
-def test_several_tasks_are_named(home: Path, saved: list[Result]) -> None:
-    (advice,) = advise(saved, home=home)
-    other = Advice("elsewhere", "age", "auc", advice.backbone, None)
-    assert sentences([advice, other])[-1].startswith("elsewhere, age: Take ")
-
-
-def test_the_validation_score_of_a_run_that_a_loss_chose_is_that_loss(home: Path, saved: list[Result]) -> None:
-    labels = np.tile([0, 1], 160)
-    ds = make_dataset(labels, split=["train"] * 160 + ["test"] * 160, name="losses")
-    put_store(home, ds, "good", make_features(ds, shift=2.0))
-    result = probe_features(ds, "good", folds=3, subset=60, metric="log_loss", home=home)
-    table = load_predictions(runs_dir("losses", home) / result.id, "validation")
-    for fold, rows in table.groupby("fold"):
-        wanted = log_loss(rows["label"], softmax(rows[["logit_0", "logit_1"]].to_numpy(), axis=1))
-        assert result.folds[int(str(fold))].val_score == pytest.approx(wanted)
-    losses = [fold.val_score or 0.0 for fold in result.folds]
-    assert export_head(result.id, home / "head", home=home).about["fold"] == int(np.argmin(losses))
-
-
 def test_a_doubling_of_a_bootstrapped_score_has_the_variance_of_the_same_resamples() -> None:
     tested = [at_size(n, [a, a], overlap=None) for n, a in ((20, 0.6), (50, 0.8), (400, 0.85))]
     found = doubling([t.predictions.scores("kappa") for t in tested], tested)
@@ -231,11 +199,15 @@ def test_a_doubling_of_a_bootstrapped_score_has_the_variance_of_the_same_resampl
     x = np.log2([20, 50, 400])
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     rng, slopes = np.random.default_rng(1), []
+    called = np.stack([t.predictions.logits[0].argmax(1) for t in tested])
+
+    def kappas(rows: np.ndarray) -> np.ndarray:  # of two classes: agreement beyond what the shares of calls explain
+        own, share = y[rows].mean(), called[:, rows].mean(1)
+        chance = own * share + (1 - own) * (1 - share)
+        return ((called[:, rows] == y[rows]).mean(1) - chance) / (1 - chance)
+
+    assert kappas(np.arange(len(y))) == pytest.approx([cohen_kappa_score(y, c, weights="quadratic") for c in called])
     for _ in range(800):
-        rows = rng.integers(0, len(y), len(y))
-        kappas = [
-            cohen_kappa_score(y[rows], t.predictions.logits[0, rows].argmax(1), weights="quadratic") for t in tested
-        ]
-        slopes.append(weights @ kappas)
+        slopes.append(weights @ kappas(rng.integers(0, len(y), len(y))))
     assert found.interval is not None
     assert (found.interval[1] - found.interval[0]) / 2 == pytest.approx(1.98 * np.std(slopes), rel=0.08)

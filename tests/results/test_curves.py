@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from embcache.errors import StoreNotFoundError
 from embcache.figures.draw_curves import curve_panels, table_curves
-from embcache.figures.plots import Curve, CurvePanel, curve_styles, plot_curves
 from embcache.results.curves import band_words, curve_table, find_results, named_curves
-from embcache.results.grid import Grid
-from embcache.results.paper import find_value
+from embcache.results.paper import Grid, find_value
 from embcache.runs.folders import Result
 from embcache.runs.result import Estimate
 from tests.refusal import refused
@@ -40,16 +37,6 @@ def test_protocols_are_kept_apart_and_told_by_what_differs() -> None:
     ]  # fmt: skip
 
 
-def test_a_band_without_an_interval_is_one_deviation() -> None:
-    (panel,) = curve_panels([at(50, 0.8, interval=None, std=0.1)])
-    assert (panel.curves[0].low, panel.curves[0].high) == (pytest.approx((0.7,)), pytest.approx((0.9,)))
-
-
-def test_datasets_are_panels_and_unscored_results_are_left_out() -> None:
-    panels = curve_panels([at(50), at(50, dataset="nih"), at(50, None, dataset="aptos")])
-    assert [panel.title for panel in panels] == ["pneumonia", "nih"]
-
-
 def test_the_table_has_a_column_for_each_number_of_labels() -> None:
     table = curve_table([at(50, 0.75, std=0.02, interval=(0.7, 0.8)), at(500, 0.9, std=0.01, interval=None)])
     assert table.headers == ("dataset", "model", "50", "500")
@@ -68,31 +55,6 @@ def test_the_papers_points_are_dashed_beside_ours() -> None:
         ("Supervised ImageNet", False), ("Supervised ImageNet, paper", True),
     ]  # fmt: skip
     assert panel.curves[1].y == (0.8789,)
-
-
-def test_every_curve_of_a_figure_looks_different(tmp_path: Path) -> None:
-    names = [(f"b{b}", f"h{h}") for b in range(10) for h in range(10)] + [("b0", "h0")]
-    curves = [
-        Curve(f"{k}", (50.0, 500.0), (0.7, 0.8), (0.6, 0.7), (0.8, 0.9), family=family, method=method)
-        for k, (family, method) in enumerate(names)
-    ]  # fmt: skip
-    panels = [CurvePanel("one", "AUC", tuple(curves[:60])), CurvePanel("two", "AUC", tuple(curves[40:]))]
-    styles = curve_styles(panels)
-    assert len(set(styles.values())) == len(styles) == 101
-    colors = {curve.family: styles[curve.label][0] for curve in curves[:80]}
-    assert len(set(colors.values())) == 8
-    assert all(styles[curve.label][0] == colors[curve.family] for curve in curves[:80])
-    (alone,) = [CurvePanel("heads", "AUC", tuple(curves[:8]))]
-    assert len({style[0] for style in curve_styles([alone]).values()}) == 8
-    assert plot_curves([alone], "t", tmp_path / "c.png").stat().st_size > 0
-
-
-def test_the_papers_curve_looks_like_ours_dashed() -> None:
-    point = ((50.0,), (0.7,), (0.6,), (0.8,))
-    ours, theirs = Curve("a", *point), Curve("a, paper", *point, dashed=True)
-    styles = curve_styles([CurvePanel("t", "AUC", (ours, theirs, Curve("b, paper", *point, dashed=True)))])
-    assert styles["a"][:2] == styles["a, paper"][:2]
-    assert [style[2] for style in styles.values()] == ["-", "--", "--"]
 
 
 def test_nothing_saved_is_an_error_with_the_next_command(home: Path) -> None:

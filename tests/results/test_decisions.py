@@ -19,28 +19,22 @@ from sklearn.metrics import (
     roc_curve,
 )
 
-from embcache.errors import ProtocolError
-from embcache.probe.metrics import confusion, metric_title, score, softmax
+from embcache.probe.metrics import metric_title, score, softmax
 from embcache.probe.predictions import Predictions
 from embcache.results.decisions import (
     GRID,
     POOLED,
     RULES,
     Rule,
-    against_rest,
     calibration,
     calibration_error,
     choose_threshold,
     class_rates,
     operating_points,
-    precision_at,
     precision_recall_points,
     recalibration_intercept,
     recalibration_slope,
-    roc_at,
-    roc_points,
 )
-from tests.refusal import refused
 
 SENSITIVE, SPECIFIC = Rule("", "sensitivity", 0.9), Rule("", "specificity", 0.95)
 
@@ -65,7 +59,7 @@ def rates(y: np.ndarray, called: np.ndarray) -> tuple[float, float]:
     return float(called[y == 1].mean()), float((~called[y == 0]).mean())
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_threshold_has_the_most_that_its_rule_allows(seed: int) -> None:
     rng = np.random.default_rng(seed)
     y, x = drawn(rng, int(rng.integers(4, 60)))
@@ -79,15 +73,6 @@ def test_a_threshold_has_the_most_that_its_rule_allows(seed: int) -> None:
     assert chosen["specificity"] == max(r for r in every if r[1] >= 0.95)
 
 
-def test_thresholds_lie_between_values_and_need_both_classes() -> None:
-    y, x = np.array([0, 0, 1, 1]), np.array([-3.0, -1.0, 1.0, 3.0])
-    assert [choose_threshold(y == 1, x, rule) for rule in RULES] == [0.0] * 6
-    with refused(ProtocolError, "one-class"):
-        choose_threshold(y[2:] == 1, x[2:], SENSITIVE)
-    close = np.array([1.0, np.nextafter(1.0, 2)])
-    assert (close > choose_threshold(np.array([False, True]), close, SENSITIVE)).tolist() == [False, True]
-
-
 def test_a_threshold_from_validation_is_unbiased_where_one_from_the_test_set_flatters() -> None:
     # 20 negatives; 0.429 is the sensitivity at 95 % specificity of an endless test set.
     d = float(norm.isf(0.05) + norm.ppf(0.429))
@@ -97,7 +82,8 @@ def test_a_threshold_from_validation_is_unbiased_where_one_from_the_test_set_fla
         held, test = (rng.normal(size=40) + d * y for _ in range(2))
         t = choose_threshold(y == 1, held, SPECIFIC)
         validated.append([a - b for a, b in zip(rates(y, test > t), (norm.cdf(d - t), norm.cdf(t)), strict=True)])
-        read_off.append(score("sensitivity_at_95_specificity", y, np.stack([0 * test, test], axis=1)) - 0.429)
+        if len(validated) % 8 == 0:
+            read_off.append(score("sensitivity_at_95_specificity", y, np.stack([0 * test, test], axis=1)) - 0.429)
     off, error = np.mean(validated, axis=0), np.std(validated, axis=0) / math.sqrt(1500)
     assert (np.abs(off) < 3 * error).all()
     assert (error < 0.004).all()
@@ -138,24 +124,17 @@ def test_operating_points_are_those_of_the_test_set_at_each_models_own_threshold
 
 
 def test_predictive_values_at_another_prevalence_follow_bayes_and_their_intervals_cover() -> None:
-    rng, d, share, covered, reps = np.random.default_rng(2), 1.8, 0.1, np.zeros(2), 400
-    y = np.repeat([0, 1], 40)
-    hit, passed = norm.cdf(d / 2), norm.cdf(d / 2)
-    right = (
-        share * hit / (share * hit + (1 - share) * (1 - passed)),
-        (1 - share) * passed / ((1 - share) * passed + share * (1 - hit)),
-    )
+    rng, d, share, covered, reps = np.random.default_rng(2), 1.8, 0.1, 0, 250
+    y, hit = np.repeat([0, 1], 40), norm.cdf(0.9)
+    truth = share * hit / (share * hit + (1 - share) * (1 - hit))
     for _ in range(reps):
         (point,) = operating_points(predictions(y, d * (rng.normal(size=80) + d * (y - 0.5))), [], share)
-        for k, (value, truth) in enumerate(zip((point.ppv, point.npv), right, strict=True)):
-            assert value.interval is not None
-            covered[k] += value.interval[0] <= truth <= value.interval[1]
-    assert (covered / reps >= 0.93).all()
-    assert point.ppv.value is not None
-    a, b = point.sensitivity.value, point.specificity.value
-    assert a is not None
-    assert b is not None
+        assert point.ppv.interval is not None
+        covered += point.ppv.interval[0] <= truth <= point.ppv.interval[1]
+    assert covered / reps >= 0.93
+    a, b = point.sensitivity.value or 0.0, point.specificity.value or 0.0
     assert point.ppv.value == pytest.approx(share * a / (share * a + (1 - share) * (1 - b)))
+    assert point.npv.value == pytest.approx((1 - share) * b / ((1 - share) * b + share * (1 - a)))
 
 
 @pytest.mark.parametrize("prevalence", [None, 0.2])
@@ -165,18 +144,6 @@ def test_where_no_image_is_called_positive_there_is_no_ppv(prevalence: float | N
     assert (point.sensitivity.value, point.specificity.value) == (0, 1)
     assert (point.ppv.value, point.ppv.why) == (None, "no image called")
     assert point.npv.value == pytest.approx(0.5 if prevalence is None else 0.8)
-
-
-def test_one_class_of_several_is_set_against_the_others() -> None:
-    rng = np.random.default_rng(3)
-    logits = rng.normal(scale=5, size=(3, 40, 4))
-    ids = np.arange(40).astype(str).astype(object)
-    every = Predictions(ids, ids, rng.integers(0, 4, 40), logits, ("a", "b", "c", "d"))
-    two = against_rest(every, 2)
-    np.testing.assert_allclose(two.p[..., 1], every.p[..., 2])
-    np.testing.assert_allclose(two.ensemble().p[0, :, 1], every.p[..., 2].mean(0))
-    assert two.class_names == ("not c", "c")
-    np.testing.assert_array_equal(two.labels, every.labels == 2)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -189,17 +156,6 @@ def test_intercept_and_slope_are_those_of_an_unpenalized_logistic_regression(wei
     assert recalibration_slope(y, x, w)[0] == pytest.approx(float(fitted.coef_[0, 0]), rel=1e-4)
     loss = minimize_scalar(lambda a: (w * (np.logaddexp(0, a + x) - y * (a + x))).sum(), tol=1e-12)
     assert recalibration_intercept(y, x, w)[0] == pytest.approx(loss.x, abs=1e-6)
-
-
-def test_extreme_odds_do_not_lose_the_intercept_or_the_slope() -> None:
-    rng = np.random.default_rng(5)
-    y, x = drawn(rng, 300)
-    for scale in (1.0, 1e4):
-        assert recalibration_slope(y, scale * x, np.ones(300))[0] == pytest.approx(
-            recalibration_slope(y, x, np.ones(300))[0] / scale, rel=1e-6
-        )
-    a, _ = recalibration_intercept(y, 1e4 * x, np.ones(300))
-    assert (1 / (1 + np.exp(-np.clip(1e4 * x + a, -700, 700)))).sum() == pytest.approx(y.sum(), abs=1)
 
 
 def test_the_intervals_are_as_wide_as_a_bootstrap_of_patients() -> None:
@@ -216,23 +172,6 @@ def test_the_intervals_are_as_wide_as_a_bootstrap_of_patients() -> None:
     width = np.diff(found.slope.interval).item()
     assert width == pytest.approx(2 * 1.96 * np.std(slopes), rel=0.2)
     assert found.brier.value == pytest.approx(brier_score_loss(y, 1 / (1 + np.exp(-x))))
-
-
-def test_calibration_is_given_for_the_models_and_for_the_ensemble_with_counts() -> None:
-    rng = np.random.default_rng(7)
-    y, x = drawn(rng, 300)
-    mean, one = calibration(predictions(y, np.stack([x, 3 * x])), resamples=50)
-    slopes = [LogisticRegression(C=np.inf, tol=1e-10).fit(q[:, None], y).coef_[0, 0] for q in (x, 3 * x)]
-    assert mean.slope.value == pytest.approx(np.mean(slopes), rel=1e-4)
-    assert mean.bins == ()
-    assert sum(b.images for b in one.bins) == 300
-    assert sum(b.positives for b in one.bins) == y.sum()
-    assert len(one.bins) == 10
-    p = softmax(predictions(y, np.stack([x, 3 * x])).logits)[..., 1].mean(0)
-    for b in one.bins:
-        rows = (p > b.low - 1e-12) & (p < b.high + 1e-12)
-        assert rows.sum() == b.images
-        assert (b.predicted, b.observed) == pytest.approx((p[rows].mean(), y[rows].mean()))
 
 
 def test_what_cannot_be_told_says_why() -> None:
@@ -269,35 +208,13 @@ def test_the_calibration_error_is_the_debiased_one_of_its_source() -> None:
     assert again == pytest.approx(error)
 
 
-def test_the_calibration_error_does_not_blame_a_calibrated_model() -> None:
-    rng, plain, debiased, off = np.random.default_rng(10), [], [], []
-    groups = np.arange(100).astype(str).astype(object)
-    for _ in range(200):
-        p = rng.random(100)
-        y = (rng.random(100) < p).astype(float)
-        bins = np.array_split(np.argsort(p), 10)
-        plain.append(np.mean([(p[b].mean() - y[b].mean()) ** 2 for b in bins]))
-        debiased.append(calibration_error(y, p, np.ones(100), groups) ** 2)
-        off.append(calibration_error(y, np.clip(p + 0.2, 0, 1.2), np.ones(100), groups) ** 2)
-    assert np.mean(debiased) < 0.35 * np.mean(plain)
-    assert math.sqrt(np.mean(off)) == pytest.approx(0.2, abs=0.02)
-
-
-@pytest.fixture(params=[0, 1, 2])
+@pytest.fixture(params=[1, 2])
 def rows(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and scores; with ties in the second case, few positives in the third."""
+    """Labels and scores; with ties in the first case, few positives in the second."""
     rng = np.random.default_rng(request.param)
     y = rng.random(120) < (0.05 if request.param == 2 else 0.4)
     scores = rng.normal(size=120) + y
     return y, np.round(scores, 1) if request.param == 1 else scores
-
-
-def test_roc_points_are_those_of_scikit_learn(rows: tuple[np.ndarray, np.ndarray]) -> None:
-    y, scores = rows
-    false, true = roc_points(y, scores)
-    theirs = roc_curve(y, scores, drop_intermediate=False)
-    assert false == pytest.approx(theirs[0])
-    assert true == pytest.approx(theirs[1])
 
 
 def test_precision_at_each_recall_is_that_of_scikit_learn(rows: tuple[np.ndarray, np.ndarray]) -> None:
@@ -307,12 +224,6 @@ def test_precision_at_each_recall_is_that_of_scikit_learn(rows: tuple[np.ndarray
     wanted = {round(float(each), 12): p[np.flatnonzero(r == each)[-1]] for each in r[:-1] if each > 0}
     assert dict(zip(np.round(recall, 12).tolist(), precision, strict=True)) == pytest.approx(wanted)
     assert (np.diff(recall, prepend=0) * precision).sum() == pytest.approx(average_precision_score(y, scores))
-
-
-def test_curves_at_the_grid_have_the_area_of_the_score(rows: tuple[np.ndarray, np.ndarray]) -> None:
-    y, scores = rows
-    assert np.trapezoid(roc_at(y, scores), GRID) == pytest.approx(roc_auc_score(y, scores), abs=0.01)
-    assert precision_at(y, scores)[1:].mean() == pytest.approx(average_precision_score(y, scores), abs=0.02)
 
 
 def test_rates_of_a_class_are_of_its_log_odds_in_models_and_ensemble() -> None:
@@ -332,18 +243,3 @@ def test_rates_of_a_class_are_of_its_log_odds_in_models_and_ensemble() -> None:
         pytest.approx(roc_curve(own, p.mean(0)[:, 2], drop_intermediate=False)[1]),
     )
     assert (found.name, found.images, found.groups) == ("c", own.sum(), own.sum())
-
-
-def test_probabilities_of_1_are_no_ties() -> None:
-    y = np.array([0, 1] * 20)
-    z = np.where(y == 1, 900.0, 60.0) + np.arange(40) / 100
-    logits = np.stack([np.zeros(40), z], axis=1)[None]
-    ids = np.array([f"p{k}" for k in range(40)], dtype=object)
-    found = class_rates(Predictions(ids, ids, y, logits, ("a", "b")), 1, "auprc")
-    assert (found.estimate.mean, found.ensemble.mean, found.mean.min()) == (1.0, 1.0, 1.0)
-
-
-def test_confusion_is_that_of_scikit_learn() -> None:
-    rng = np.random.default_rng(5)
-    y, logits = rng.integers(0, 4, 60), rng.normal(size=(60, 5))
-    assert confusion(y, logits).tolist() == confusion_matrix(y, logits.argmax(1), labels=range(5)).tolist()

@@ -14,7 +14,7 @@ from scipy.special import softmax
 from embcache.figures.neighbors import draw_mistakes
 from embcache.probe.predictions import Predictions
 from embcache.results.compare import Tested
-from embcache.results.describe import find_mistakes, mistakes_csv
+from embcache.results.decisions import find_mistakes, mistakes_csv
 from tests.probe.build import make_dataset
 from tests.results.build import make_result
 
@@ -49,11 +49,6 @@ def test_mistakes_are_those_of_the_mean_of_probabilities() -> None:
 def test_mistakes_whose_probability_is_1_to_the_last_digit_are_still_ordered() -> None:
     logits = np.array([[[0.0, 60.0], [0.0, 900.0], [0.0, 50.0], [5.0, 0.0]]])
     assert [m.id for m in find_mistakes(make_tested(logits, [0, 0, 0, 0]))] == ["i1", "i0", "i2"]
-
-
-def test_equal_mistakes_are_ordered_by_id() -> None:
-    logits = np.tile([0.0, 3.0], (1, 3, 1))
-    assert [m.id for m in find_mistakes(make_tested(logits, [0, 0, 0], ["c", "a", "b"]))] == ["a", "b", "c"]
 
 
 def test_the_list_has_no_groups_unless_asked_and_no_formulas(tmp_path: Path) -> None:

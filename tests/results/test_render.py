@@ -7,12 +7,8 @@ import io
 
 import pytest
 
-from embcache.errors import UsageError
-from embcache.results.grid import Cell, Grid, Model, compare_with_paper
-from embcache.results.layout import Marks, Table, lay_out
-from embcache.results.paper import find_value
-from embcache.results.render import escape_latex, render
-from tests.refusal import refused
+from embcache.results.layout import Marks, Table, escape_latex, lay_out, render
+from embcache.results.paper import Cell, Grid, Model, compare_with_paper, find_value
 from tests.results.build import SUPERVISED, make_cell, make_result
 
 OTHER = Model("mine_1", "probe", "linear", ("mine",))
@@ -40,21 +36,6 @@ def test_ours_the_papers_value_and_the_difference_stand_beneath_each_other() -> 
     assert "a note" in table.notes
 
 
-def test_subsets_across_print_the_labels_used_first() -> None:
-    table = lay_out(grid("subsets"), cells())
-    assert table.headers == ("dataset", "method", "", "S")
-    assert table.rows[0] == ("pneumonia (AUC)", "labels used", "", "50 + 100")
-    assert table.rows[-1] == ("pneumonia (AUC)", "mine_1", "ours", "— [a]")
-
-
-def test_a_withheld_difference_says_why() -> None:
-    cell = compare_with_paper(make_cell(make_result(test_set="local"), paper=PAPER))
-    only = Grid("B3", "t", ("pneumonia",), (SUPERVISED,), ("S",), "models")
-    table = lay_out(only, [cell])
-    assert table.rows[2][-1] == "withheld [a]"
-    assert table.notes[0] == "[a] the test set is a local one, not the paper's"
-
-
 def test_a_flagged_value_of_the_paper_is_marked() -> None:
     slip = find_value("B6", "aptos", "random", "100")
     model = Model("Random", "finetune", "linear", ("random",), paper="random")
@@ -73,15 +54,6 @@ def test_equal_remarks_share_a_letter_and_letters_never_run_out() -> None:
     letters = [marks.mark(f"remark {i}") for i in range(60)]
     assert letters[24:27] == [" [z]", " [aa]", " [ab]"]
     assert len(set(letters)) == 60
-
-
-def test_markdown_has_one_cell_for_each_column() -> None:
-    table = Table("t", "a | b", ("x|y", "n"), (("*1*", "2"), ("", "−3")), ("a <note>",))
-    lines = render(table, "markdown").splitlines()
-    assert lines[0] == r"**t.** a \| b"
-    assert lines[2:] == [
-        r"| x\|y  | n   |", "|-------|-----|", r"| \*1\* | 2   |", "|       | −3  |", "", "- a &lt;note>",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -104,12 +76,6 @@ def test_markdown_shows_text_and_obeys_none_of_it(text: str) -> None:
     assert kinds <= {"text", "text_special"}
 
 
-@pytest.mark.parametrize("form", ["markdown", "latex"])
-def test_no_table_holds_what_a_terminal_obeys(form: str) -> None:
-    text = render(Table("t", "\x1b[2J", ("\u202e",), (("\x9b1m\r\x07",),), ("\x00",)), form)
-    assert text.replace("\n", "").isprintable()
-
-
 def test_latex_escapes_what_latex_would_read() -> None:
     assert escape_latex("a_b & 5 % ± −1 #{x} ~ ^ \\ $") == (
         r"a\_b \& 5 \% $\pm$ $-$1 \#\{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \$"
@@ -130,15 +96,6 @@ def test_csv_holds_every_number_of_every_cell() -> None:
     assert rows[0]["labels_used"] == "150"
     assert rows[1]["reason"] == "weights are not here"
     assert rows[1]["mean"] == ""
-
-
-def test_a_table_without_records_is_csv_as_it_is_laid_out() -> None:
-    assert render(Table("t", "", ("a", "b"), (("1,2", "3"),)), "csv") == 'a,b\n"1,2",3\n'
-
-
-def test_an_unknown_format_is_refused() -> None:
-    with refused(UsageError, "option-choice"):
-        render(Table("t", "", (), ()), "html")
 
 
 @pytest.mark.parametrize(

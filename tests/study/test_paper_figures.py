@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score
-from sklearn.neighbors import KNeighborsClassifier
 
 from embcache.config import DatasetRef, ProbeConfig, StudyConfig
 from embcache.data.dataset import ImageDataset
-from embcache.figures.maps import neighbor_accuracy
 from embcache.probe.probe import probe
 from embcache.results.layout import Table
 from embcache.study.definitions import FIGURES, narrow_figure
@@ -64,16 +60,6 @@ def test_attention_is_shared_out_among_the_backbones(toy: ImageDataset, tmp_path
         assert sum(record[f"to {name}"] for name in BACKBONES) == pytest.approx(1, abs=1e-4)
 
 
-def test_attention_is_of_all_test_images_and_maps_of_so_many(
-    toy: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("embcache.study.paper_figures.LIMIT", 10)
-    for name, n in (("F1", 30), ("D1", 10)):
-        table, _ = drawn(name, toy, tmp_path / f"{name}.png")
-        assert {record["n_test"] for record in table.records} == {n}
-        assert any("10 drawn of 30 images" in note for note in table.notes) == (name == "D1")
-
-
 def test_a_figure_says_what_it_could_not_show(toy: ImageDataset) -> None:
     config = StudyConfig(folds=2, datasets=("toy",), backbones=(("random",), ("dino",)), subsets=("S",))
     done = run_study("D1", config)
@@ -81,16 +67,3 @@ def test_a_figure_says_what_it_could_not_show(toy: ImageDataset) -> None:
     assert "dino: the images of toy are not here" in str(done.table.records[0]["reason"])
     assert len(done.figures) == 1
     assert run_study("D1", StudyConfig(datasets=("toy",), backbones=(("dino",),))).empty
-
-
-def test_neighbor_accuracy_leaves_each_image_out() -> None:
-    rng = np.random.default_rng(0)
-    labels = np.arange(60) % 3
-    features = (rng.normal(size=(60, 5)) + labels[:, None]).astype(np.float32)
-    standard = (features - features.mean(0)) / features.std(0)
-    guesses = []
-    for i in range(60):
-        others = np.arange(60) != i
-        guesses.append(KNeighborsClassifier(1).fit(standard[others], labels[others]).predict(standard[i : i + 1])[0])
-    assert neighbor_accuracy(features, labels, range(60), k=1) == balanced_accuracy_score(labels, guesses)
-    assert neighbor_accuracy(labels[:, None].astype(np.float32), labels, range(60)) == 1.0
