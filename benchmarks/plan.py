@@ -65,7 +65,7 @@ def measure(root: Path, home: Path) -> None:
     from embcache.paths import slug
     from embcache.store.commit import create_store, write_snapshot
     from embcache.store.feature_store import FeatureStore
-    from embcache.store.recipe import Recipe
+    from embcache.store.schema import Recipe
 
     seconds: dict[str, float] = {}  # of processors, too: a busy machine does not see them
     used: dict[str, float] = {}

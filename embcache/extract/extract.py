@@ -35,7 +35,7 @@ from embcache.log import log
 from embcache.paths import PathLike, slug
 from embcache.store.commit import create_store, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 
 # Small batches keep a network's activations near the processor's caches; a GPU needs large ones (docs/log.md).
 BATCH_SIZES = {"cpu": 16, "cuda": 64}

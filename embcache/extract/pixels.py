@@ -35,7 +35,7 @@ from embcache.log import log
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.commit import ShardRows, create_store, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 
 # 25 MB, which are 128 rows at 256×256: at most a few seconds of decoding to lose, and one shard fits any memory.
 SHARD_BYTES = 128 * 256 * 256 * 3

@@ -36,7 +36,7 @@ from embcache.probe.schedule import Schedule
 from embcache.probe.splits import Splits, name_everything
 from embcache.probe.stack import TrainedHead
 from embcache.runs.folders import PROTOCOL_VERSION, run_id
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 
 ARITHMETIC = 1
 """Raised when the arithmetic of finetuning changes, so that older runs are not taken for new ones."""

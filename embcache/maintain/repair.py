@@ -44,7 +44,7 @@ from embcache.store.reading import (
     read_plan,
     shard_path,
 )
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 from embcache.store.schema import RowIndex, StoreHeader
 
 _FEW = 5

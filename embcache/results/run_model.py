@@ -26,7 +26,7 @@ from embcache.probe.stack import Head, predict_logits
 from embcache.results.curves import refuse_untrusted
 from embcache.runs.folders import Result, load_heads
 from embcache.store.feature_store import list_stores
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 
 
 class RunModel(ABC):

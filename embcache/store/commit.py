@@ -10,7 +10,7 @@ is renamed is on disk before it gets its name, and a shard never outlives the pl
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,15 @@ from embcache.store.reading import (
     check_folders,
     committed_numbers,
     plan_path,
+    read_file,
     read_header,
     read_live,
     read_plan,
     shard_name,
     shard_path,
+    unless_collected,
 )
-from embcache.store.recipe import Recipe
-from embcache.store.schema import FORMATS, StoreHeader, ViewRows, check_ids, find_format, plan_rows
+from embcache.store.schema import FORMATS, Recipe, StoreHeader, check_ids, find_format, plan_rows
 from embcache.store.schema import PlanEntry as PlanEntry
 from embcache.store.schema import ShardRows as ShardRows
 
@@ -196,7 +197,8 @@ def write_view(store: Path) -> None:
     header = read_header(store)
     form = find_format(header.format)
     while True:
-        files, links = form.encode_view(header, _view_rows(header, read_live(store, header)))
+        mark = _mark(store)  # first: of what is committed while the rows are read, the view may show the old ones
+        files, links = form.encode_view(header, *_view_rows(header, read_live(store, header), mark))
         # Relative to where a link will lie, not to where it is staged.
         targets = {link: (os.path.relpath(target, Path(link).parent), store / target) for link, target in links.items()}
         staged = store / "staging" / staged_name("view-")
@@ -212,25 +214,27 @@ def write_view(store: Path) -> None:
             remove_leftovers(store / "staging", "view-")
         # What another process committed meanwhile is in its view: ours may just have replaced it, or removed it from
         # staging.
-        if view_is_current(store, header, committed_numbers(store)):
+        if view_is_current(store, header):
             return
 
 
 def refresh_view(store: Path) -> bool:
     """Write the view unless it shows the shards that are committed; True when it was written.
 
-    A run that is killed between its last commit and its view leaves this to the next one.
+    A run or repair that is killed between its last commit and its view leaves this to the next run.
     """
     store = Path(store)
-    if view_is_current(store, read_header(store), committed_numbers(store)):
+    if view_is_current(store, read_header(store)):
         remove_leftovers(store / "staging", "view-")
         return False
     write_view(store)
     return True
 
 
-def _view_rows(header: StoreHeader, live: LiveRows) -> ViewRows:
-    """Rows of the view; those that are padding, superseded or not readable are not valid, those not live have no id."""
+def _view_rows(
+    header: StoreHeader, live: LiveRows, mark: str
+) -> tuple[list[str], np.ndarray, Mapping[int, int], Mapping[str, str]]:
+    """Ids, validity, rows per shard and attributes of a view; rows that are not live have no id and are not valid."""
     size = header.rows_per_shard * (max(live.shard_rows, default=-1) + 1)
     if size > MOST_VIEW_ROWS:
         raise StoreError(
@@ -247,25 +251,32 @@ def _view_rows(header: StoreHeader, live: LiveRows) -> ViewRows:
         "backbone": header.recipe.backbone,
         "fingerprint": header.recipe.fingerprint,
         "written_by": f"embcache view 1, {library} {version(library)}",
-        "shards": _mark(live.shard_rows),
+        "shards": mark,
         "rows": "use only rows whose valid is true; the others are padding, superseded or unreadable",
     }
-    return ViewRows(ids, valid, live.shard_rows, attributes)
+    return ids, valid, live.shard_rows, attributes
 
 
-def view_is_current(store: Path, header: StoreHeader, committed: Iterable[int]) -> bool:
+def view_is_current(store: Path, header: StoreHeader) -> bool:
     """Whether the existing view was made of just these shards; searched, not parsed: no checksum covers it."""
     view = store / find_format(header.format).view
     try:
         data = read_regular(view / "zarr.json" if is_folder(view) else view)
     except OSError:
         return False
-    return _mark(committed).encode() in data
+    return _mark(store).encode() in data
 
 
-def _mark(committed: Iterable[int]) -> str:
-    """What says in a view of which shards it was made: its attribute ``shards``."""
-    return f"view of the shards {crc32c(' '.join(map(str, sorted(committed))).encode())}"
+def _mark(store: Path) -> str:
+    """What says in a view of which shards it was made: a checksum over their numbers and commits.
+
+    Not over numbers alone: a repair may commit other rows under the same number.
+    """
+
+    def commits() -> list[str]:
+        return [f"{n} {crc32c(read_file(shard_path(store, n) / 'commit.json', ''))}" for n in committed_numbers(store)]
+
+    return f"view of the shards {crc32c(' '.join(unless_collected(store, commits)).encode())}"
 
 
 def write_snapshot(dataset_dir: Path, parquet: bytes) -> None:

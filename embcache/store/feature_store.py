@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, cast, runtime_checkable
 
@@ -22,7 +22,6 @@ from embcache.notebook import html_table
 from embcache.paths import PathLike, data_dir, home_dir, slug
 from embcache.store.reading import (
     LiveRows,
-    Scratch,
     committed_numbers,
     plan_numbers,
     read_commit,
@@ -31,12 +30,10 @@ from embcache.store.reading import (
     read_live,
     read_plan,
     read_plans,
-    read_rows,
     row_sources,
     unless_collected,
 )
-from embcache.store.recipe import Recipe
-from embcache.store.schema import PlanEntry, StoreHeader
+from embcache.store.schema import PlanEntry, Recipe, StoreHeader
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,8 +42,8 @@ PIXELS = "pixels"
 """Stands for the backbone in the recipe of a store whose rows are images, decoded and resized."""
 
 Rows = slice | SupportsIndex | np.ndarray | list[int]
-_THREADS = 4  # reading and checking are at the speed of the memory long before there are more
 _FEW = 2  # shards that are read one by one, the last of them kept for reading the next rows
+_THREADS = 4  # reading and checking are at the speed of the memory long before there are more
 
 
 class NamedTable(Protocol):
@@ -119,10 +116,12 @@ class Features:
         parts = np.split(order, starts[1:]) if len(order) else []  # places in out, one part per shard
         if len(parts) <= _FEW:
             for part in parts:
-                out[part] = self._shard(int(self._shards[flat[part[0]]]))[self._positions[flat[part]]]
-        else:
+                self._take(flat, part, out, self._shard)
+        elif parts:
             self._last = None
-            self._read(flat, parts, out)
+            read = partial(read_features, self._path, self._header)
+            with ThreadPoolExecutor(min(_THREADS, usable_cores()), thread_name_prefix="read") as pool:
+                list(pool.map(lambda part: self._take(flat, part, out, read), parts))  # the first error is raised
         return out.reshape(*np.shape(chosen), *self._header.row_shape)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -136,26 +135,12 @@ class Features:
     def __repr__(self) -> str:
         return f"Features({self.shape} {self.dtype}; index to read, [:] for all)"
 
-    def _read(self, flat: np.ndarray, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
-        """Read rows ``flat`` into ``out``, several shards at a time."""
-
-        def work(mine: Sequence[np.ndarray]) -> None:
-            scratch = Scratch()
-            for part in mine:
-                rows, first = flat[part], int(part[0])
-                run = int(part[-1]) - first == len(part) - 1  # ascending, so without gaps
-                target = out[first : first + len(part)] if run else np.empty((len(part), *out.shape[1:]), out.dtype)
-                shard = int(self._shards[rows[0]])
-                read_rows(self._path, self._header, shard, self._positions[rows], target, scratch)
-                if not run:
-                    out[part] = target
-
-        threads = min(_THREADS, usable_cores(), len(parts))
-        if threads == 1:
-            work(parts)
-            return
-        with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-            list(pool.map(work, [parts[k::threads] for k in range(threads)]))  # the first error is raised
+    def _take(
+        self, flat: np.ndarray, part: np.ndarray, out: np.ndarray, read: Callable[[int], np.ndarray]
+    ) -> None:  # fmt: skip
+        """Rows ``flat[part]``, which lie in one shard, into their places in ``out``."""
+        shard, positions = int(self._shards[flat[part[0]]]), self._positions[flat[part]]
+        out[_run(part)] = read(shard)[_run(positions)]
 
     def _shard(self, number: int) -> np.ndarray:
         # Row after row is a common way to read; shards are immutable, so the last one need not be read again.
@@ -165,6 +150,11 @@ class Features:
             last = (number, read_features(self._path, self._header, number))
         self._last = last
         return last[1]
+
+
+def _run(rows: np.ndarray) -> np.ndarray | slice:
+    """Rows without gaps as a slice, which is copied at once."""
+    return slice(int(rows[0]), int(rows[-1]) + 1) if bool((np.diff(rows) == 1).all()) else rows
 
 
 @dataclass(frozen=True, repr=False)
@@ -181,21 +171,6 @@ class FeatureStore:
     keep : tuple of str, optional
         Ids to show, in this order; see :meth:`restrict`. Default: all, in shard order.
 
-    Attributes
-    ----------
-    recipe : Recipe
-        What determines the features.
-    format : {"zarr", "hdf5"}
-        File format of the shards.
-    row_shape : tuple of int
-        Shape of one row of features.
-    rows_per_shard, batch_size, threads : int
-        As the store was created with.
-    runtime : str
-        What executed the network.
-    provenance : mapping of str to JSON
-        Where the features come from, for people.
-
     Raises
     ------
     CorruptStoreError
@@ -207,13 +182,13 @@ class FeatureStore:
     path: Path
     keep: tuple[str, ...] | None = None
     recipe: Recipe = field(init=False, compare=False)
-    format: str = field(init=False, compare=False)
-    row_shape: tuple[int, ...] = field(init=False, compare=False)
-    rows_per_shard: int = field(init=False, compare=False)
+    format: str = field(init=False, compare=False)  # "zarr" or "hdf5"
+    row_shape: tuple[int, ...] = field(init=False, compare=False)  # of one row of features
+    rows_per_shard: int = field(init=False, compare=False)  # as are the next three, settled when it was created
     batch_size: int = field(init=False, compare=False)
     threads: int = field(init=False, compare=False)
-    runtime: str = field(init=False, compare=False)
-    provenance: Mapping[str, Any] = field(init=False, compare=False)
+    runtime: str = field(init=False, compare=False)  # what executes the network
+    provenance: Mapping[str, Any] = field(init=False, compare=False)  # where the features come from, for people
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
@@ -315,25 +290,15 @@ class FeatureStore:
         return FeatureStore(self.path, tuple(dict.fromkeys(map(str, ids))))
 
     def rows_of(self, ids: Iterable[str]) -> np.ndarray:
-        """Return the rows of ``features`` that belong to images, int64 (n,); -1 for an image without one.
-
-        Parameters
-        ----------
-        ids : iterable of str, length n
-            Of the images.
-        """
+        """Return the rows of ``features`` that belong to n images, int64 (n,); -1 for an image without one."""
         place = {id_: row for row, id_ in enumerate(self.ids.tolist())}
         return np.array([place.get(id_, -1) for id_ in ids], dtype=np.int64)
 
     def arrays(self, dataset: NamedTable, split: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Features, labels and groups of a dataset's rows, in the dataset's order, quarantined rows left out.
 
-        Parameters
-        ----------
-        dataset : ImageDataset
-            Anything with ``name`` and a ``table`` that has the columns ``id, label, group, split``.
-        split : {"train", "test", "val"}, optional
-            Only the rows of this split.
+        ``dataset`` is an ImageDataset, or anything with ``name`` and a ``table`` that has the columns ``id, label,
+        group, split``; with ``split`` only the rows of this one: ``train``, ``test`` or ``val``.
 
         Returns
         -------

@@ -16,7 +16,7 @@ from embcache.probe.probe import probe, probe_cached
 from embcache.probe.probe_plan import plan_probe
 from embcache.runs.folders import Result
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, create_store, publish_plan, write_snapshot
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 
 
 def make_dataset(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ from embcache.store.commit import (
     commit_shard,
     create_store,
     publish_plan,
+    refresh_view,
     write_scan,
     write_snapshot,
     write_view,
@@ -204,6 +206,17 @@ def test_where_folders_cannot_be_exchanged_the_view_is_replaced_all_the_same(
     write_view(path)
     assert (path / "view.zarr" / "features" / "c" / "0" / "0").is_symlink()
     assert list((path / "staging").iterdir()) == []
+
+
+def test_a_view_is_old_once_a_repair_commits_other_rows_under_the_same_number(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    add(path, 0, ["a", "b"])
+    assert refresh_view(path)
+    commit_shard(path, 0, make_rows(["a", "b"], bad=["b"]), damaged=True)  # and is killed before it writes the view
+    assert zarr.open_group(path / "view.zarr", mode="r")["valid"][:2].tolist() == [True, True]
+    assert refresh_view(path)
+    assert zarr.open_group(path / "view.zarr", mode="r")["valid"][:2].tolist() == [True, False]
+    assert not refresh_view(path)
 
 
 def test_a_full_disk_keeps_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

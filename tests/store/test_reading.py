@@ -5,48 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import embcache.store.reading as reading
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.store.feature_store import open_store
-from embcache.store.reading import Scratch
 from embcache.store.schema import find_format
-from embcache.store.zarr_format import is_group, parse_array
+from embcache.store.zarr_format import ROOT, decode_index
 from tests.refusal import refused
 from tests.store.build import add, make_store
 
 DEEP = b"[" * 200_000
 
 
-def test_metadata_nested_deeper_than_the_stack_is_left_to_zarr() -> None:
-    assert parse_array(DEEP) is None
-    assert not is_group(DEEP)
-
-
-def test_what_a_format_raises_while_rows_are_read_is_an_error_of_the_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_format_raises_is_an_error_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_store(tmp_path)
     add(path, 0, ["a", "b", "c"])
     header = reading.read_header(path)
-    form = find_format(header.format)
+    with pytest.raises(RecursionError):  # metadata nested deeper than the stack
+        decode_index({ROOT + "zarr.json": DEEP})
 
     def fail(*_: Any) -> None:
         raise RecursionError("too deep")
 
-    monkeypatch.setattr(form, "plain_features", fail)
-    out = np.empty((3, 3), np.float32)
+    monkeypatch.setattr(find_format(header.format), "decode_features", fail)
     with refused(CorruptStoreError, "shard-damaged"):
-        reading.read_rows(path, header, 0, np.arange(3), out, Scratch())
-
-    def refuse(*_: Any) -> None:
-        raise StoreError("the disk is gone")
-
-    monkeypatch.setattr(form, "plain_features", refuse)
-    with pytest.raises(StoreError, match="the disk is gone"):
-        reading.read_rows(path, header, 0, np.arange(3), out, Scratch())
+        reading.read_features(path, header, 0)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from embcache.errors import RecipeError
 from embcache.sealed import canonical_json
 from embcache.store.feature_store import describe_differences
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 from tests.refusal import refused
 from tests.store.build import RECIPE, recipe
 
