@@ -60,8 +60,7 @@ def measure(root: Path, home: Path) -> None:
     from embcache.backbones.catalog import find_backbone
     from embcache.backbones.transforms import choose_transform
     from embcache.data.dataset import load_dataset
-    from embcache.extract.scan import scan_dataset
-    from embcache.extract.shard_plan import plan_store
+    from embcache.extract.scan import plan_store, scan_dataset
     from embcache.paths import slug
     from embcache.store.commit import create_store, write_snapshot
     from embcache.store.feature_store import FeatureStore

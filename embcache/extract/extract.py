@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import signal
+import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,16 +27,14 @@ from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION
-from embcache.errors import RecipeError, UsageError
+from embcache.errors import EmbcacheError, RecipeError, UsageError
 from embcache.extract.engines.devices import Crew, split_devices
-from embcache.extract.engines.local import LocalEngine, OwedStore, in_part
+from embcache.extract.engines.local import LocalEngine, OwedStore, Stop, in_part
 from embcache.extract.pixels import CurrentPixels, current_pixels
 from embcache.extract.quarantine import Quarantine
-from embcache.extract.scan import DatasetFiles, image_root, scan_dataset
-from embcache.extract.shard_plan import plan_store
-from embcache.extract.signals import Stop
+from embcache.extract.scan import DatasetFiles, image_root, plan_store, scan_dataset
 from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, freeze
-from embcache.log import log
+from embcache.log import log, shown
 from embcache.paths import PathLike, slug
 from embcache.store.commit import create_store, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
@@ -339,3 +342,36 @@ def recipe_transform(recipe: Recipe) -> Transform:
             expected="resize, crop, size, interpolation, mean, std", found=str(error),
             fix="extract and probe again with this version of embcache",
         ) from error  # fmt: skip
+
+
+def help_another() -> None:
+    """The process of a further device: read the order, compute, report; stop when standard input is closed."""
+    stop = Stop()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a cluster sends them to every process of a job
+        signal.signal(number, lambda *_: stop.request())
+    order = json.loads(sys.stdin.buffer.readline())
+    dataset = ImageDataset.from_parquet_bytes(sys.stdin.buffer.read(order["bytes"]))
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        stop.request()
+
+    threading.Thread(target=watch, daemon=True).start()
+    config = ExtractConfig.from_json(order["config"])
+    try:
+        # The run itself shows what is not a warning.
+        with shown(lambda text: _report("note", text=text), logging.WARNING):
+            done = extract(dataset, order["backbones"], config, home=order["home"], stop=stop)
+    except EmbcacheError as error:
+        _report("error", text=str(error))
+        raise SystemExit(1) from None
+    _report("done", computed=[extraction.computed for extraction in done])
+
+
+def _report(message: str, **content: object) -> None:
+    sys.stdout.write(json.dumps({"embcache": message, **content}) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    help_another()

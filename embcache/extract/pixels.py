@@ -27,10 +27,9 @@ from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION, ImageRef
 from embcache.errors import check_number
-from embcache.extract.batching import prepare_batches
 from embcache.extract.engines.local import LocalEngine, OwedStore
-from embcache.extract.scan import DatasetFiles, scan_dataset
-from embcache.extract.shard_plan import plan_store
+from embcache.extract.scan import DatasetFiles, plan_store, scan_dataset
+from embcache.extract.worker import prepare_batches
 from embcache.log import log
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.commit import ShardRows, create_store, write_snapshot

@@ -17,7 +17,7 @@ from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
-from embcache.extract.batching import LEFT
+from embcache.extract.worker import LEFT
 from embcache.paths import PathLike
 from embcache.store.commit import ShardRows
 from embcache.store.feature_store import FeatureStore, extract_command

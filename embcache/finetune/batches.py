@@ -17,15 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embcache.backbones.transforms import Transform, center, frame
+from embcache.backbones.transforms import Augmentation, Transform, center, frame
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import image_refs
 from embcache.errors import StoreError
-from embcache.extract.augment import Augmentation
-from embcache.extract.batching import prepare_batches
 from embcache.extract.pixels import decode_into, open_pixels
-from embcache.extract.scan import DatasetFiles
-from embcache.extract.shard_plan import plan_store
+from embcache.extract.scan import DatasetFiles, plan_store
+from embcache.extract.worker import prepare_batches
 from embcache.paths import PathLike
 from embcache.probe.inputs import KnownImages
 from embcache.store.feature_store import FeatureStore, list_stores

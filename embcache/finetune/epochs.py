@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embcache.extract.augment import Augmentation
+from embcache.backbones.transforms import Augmentation
 from embcache.extract.worker import arithmetic
 from embcache.finetune.batches import Frames, batches
 from embcache.finetune.checkpoint import FoldState

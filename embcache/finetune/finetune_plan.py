@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from embcache.backbones.catalog import Backbone, find_backbone, load_backbone
-from embcache.backbones.transforms import Transform, choose_transform, frame
+from embcache.backbones.transforms import Augmentation, Transform, augmentation, choose_transform, frame
 from embcache.config import FinetuneConfig
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.classes import class_flags
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError, check_number
-from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.extract import make_recipe
 from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.worker import FrozenNetwork, pick_device

@@ -16,9 +16,8 @@ from embcache.config import PredictConfig
 from embcache.data.budget import Decoding
 from embcache.data.images import DECODER_VERSION, ImageRef
 from embcache.errors import RecipeError, StoreNotFoundError, UsageError
-from embcache.extract.batching import prepare_batches, stack_batch
 from embcache.extract.extract import BATCH_SIZES, make_recipe, recipe_network
-from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device
+from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device, prepare_batches, stack_batch
 from embcache.finetune.model import FinetunedModel, load_finetuned
 from embcache.paths import PathLike
 from embcache.probe.heads import make_head

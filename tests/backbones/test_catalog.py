@@ -73,7 +73,7 @@ def test_random_is_torchvisions_own_initialisation_from_its_seed() -> None:
         torch.manual_seed(1)
         state = torchvision.models.resnet50(weights=None).state_dict()
     loaded = load_backbone("random:1").module.state_dict()
-    # Not bit for bit: torch's own last bits depend on the processor (see embcache.backbones.normal).
+    # Not bit for bit: torch's own last bits depend on the processor (see embcache.backbones.networks).
     assert all(float((loaded[key] - state[key]).abs().max()) <= 1e-6 * float(state[key].max()) for key in loaded)
     assert set(state) - set(loaded) == {"fc.weight", "fc.bias"}
 

@@ -9,7 +9,7 @@ import torchvision
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
-from embcache.backbones.inference import fold_norms, to_bfloat16
+from embcache.backbones.networks import fold_norms, to_bfloat16
 
 SIZE = (64, 64)
 

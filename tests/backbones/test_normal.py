@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from embcache.backbones.checkpoints import hash_state
-from embcache.backbones.networks import resnet50
-from embcache.backbones.normal import fill_normal
+from embcache.backbones.networks import fill_normal, resnet50
 
 DIGEST = "from embcache.backbones import checkpoints, networks; print(checkpoints.hash_state(networks.resnet50(3)))"
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from embcache.backbones.transforms import center
+from embcache.backbones.transforms import AUGMENTATIONS, Augmentation, augmentation, center
 from embcache.errors import UsageError
-from embcache.extract.augment import AUGMENTATIONS, Augmentation, augmentation
 from tests.refusal import refused
 
 KEYS = [f"image {i}" for i in range(400)]

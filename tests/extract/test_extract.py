@@ -12,8 +12,8 @@ import torch
 import torchvision
 from PIL import Image
 
-import embcache.extract.batching as batching
 import embcache.extract.extract as run
+import embcache.extract.worker as batching
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, UsageError
 from embcache.extract.extract import extract_features

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import embcache.extract.batching as batching
 import embcache.extract.engines.local as compute
 import embcache.extract.extract as run
 import embcache.extract.pixels as pixels
+import embcache.extract.worker as batching
 from embcache.backbones.catalog import find_backbone
 from embcache.backbones.transforms import Transform, center, choose_transform, frame
 from embcache.data.dataset import ImageDataset, load_dataset

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import nn
 
 import embcache
-import embcache.extract.batching as batching
 import embcache.extract.extract as run
+import embcache.extract.worker as batching
 from embcache.backbones.catalog import LoadedBackbone
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError

@@ -15,8 +15,8 @@ import pytest
 from embcache.data.dataset import load_dataset
 from embcache.errors import UsageError
 from embcache.extract import extract as run
+from embcache.extract.engines.local import Stop, stop_on_signals
 from embcache.extract.extract import default_rows, extract_features
-from embcache.extract.signals import Stop, stop_on_signals
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 from embcache.store.reading import read_commit

@@ -12,9 +12,8 @@ import torch
 
 from embcache.backbones.transforms import Transform, normalize
 from embcache.data.images import ImageRef
-from embcache.extract import batching
-from embcache.extract.batching import Prepared, batches_ahead, stack_batch
-from embcache.extract.worker import Receiver, Sender
+from embcache.extract import worker as batching
+from embcache.extract.worker import Prepared, Receiver, Sender, batches_ahead, stack_batch
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
 SOURCES = [ImageRef(str(index), f"{index}.png", "") for index in range(7)]

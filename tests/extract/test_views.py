@@ -14,16 +14,16 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-import embcache.extract.batching as batching
 import embcache.extract.extract as run
+import embcache.extract.worker as batching
 from embcache.backbones.catalog import find_backbone
-from embcache.backbones.transforms import choose_transform, normalize
+from embcache.backbones.transforms import augmentation, choose_transform, normalize
 from embcache.commands.features import extract as extract_command
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.images import ImageRef, read_image
 from embcache.errors import StoreNotFoundError, UsageError
-from embcache.extract.augment import Frames, augmentation, make_views, view_batches
 from embcache.extract.extract import extract_features
+from embcache.extract.worker import Frames, make_views, view_batches
 from embcache.store.feature_store import FeatureStore, open_store
 from tests.extract.conftest import draw
 from tests.extract.tiny import DIM, load_tiny, run_extraction

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from embcache.backbones.catalog import find_backbone, load_backbone
-from embcache.backbones.transforms import Transform, choose_transform, normalize
+from embcache.backbones.transforms import Augmentation, Transform, augmentation, choose_transform, normalize
 from embcache.data.dataset import ImageDataset
-from embcache.extract.augment import Augmentation, augmentation
 from embcache.finetune.batches import Frames, batches
 from embcache.finetune.checkpoint import FoldState
 from embcache.finetune.epochs import Trainer, best_epoch, epoch_batches, repeatable

@@ -395,7 +395,7 @@ def test_several_backbones_are_trained_together(ds: ImageDataset) -> None:
 
 def test_extraction_reads_the_pixels_that_finetuning_kept(ds: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     run(ds, max_epochs=1)
-    monkeypatch.setattr("embcache.extract.batching.read_image", None)
+    monkeypatch.setattr("embcache.extract.worker.read_image", None)
     assert len(extract_features(RESNET, ds, transform="paper")) == 60  # type: ignore[arg-type]
 
 

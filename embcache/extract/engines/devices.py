@@ -20,12 +20,12 @@ import torch
 from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
-from embcache.extract.signals import Stop
+from embcache.extract.engines.local import Stop
 from embcache.extract.worker import pick_device
 from embcache.log import log
 from embcache.paths import PathLike, home_dir
 
-COMMAND = (sys.executable, "-m", "embcache.extract.engines.helper")
+COMMAND = (sys.executable, "-m", "embcache.extract.extract")
 
 
 def split_devices(device: str) -> list[str]:
