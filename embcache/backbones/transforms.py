@@ -36,30 +36,14 @@ _FILTERS = {each.name.lower(): each for each in Image.Resampling}
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize, center crop, normalize: everything between a decoded image and a network.
+    """Resize, center crop, normalize: everything between a decoded image and a network. Sizes are (height, width)."""
 
-    Parameters
-    ----------
-    kind : {"paper", "imagenet", "model"}
-        Rule by which it was chosen.
-    resize : (int, int) or int or None
-        Exact height and width, or length of the shorter side, or no resizing.
-    crop : (int, int) or None
-        Height and width of the center crop.
-    size : (int, int)
-        Height and width of the result.
-    interpolation : str
-        Filter of Pillow, which antialiases when it shrinks; the result is always uint8.
-    mean, std : (float, float, float)
-        Normalization of RGB values scaled to [0, 1].
-    """
-
-    kind: str
-    resize: tuple[int, int] | int | None
-    crop: tuple[int, int] | None
-    size: tuple[int, int]
-    interpolation: str
-    mean: tuple[float, float, float]
+    kind: str  # rule by which it was chosen: "paper", "imagenet" or "model"
+    resize: tuple[int, int] | int | None  # exact size, or length of the shorter side, or no resizing
+    crop: tuple[int, int] | None  # size of the center crop
+    size: tuple[int, int]  # of the result
+    interpolation: str  # filter of Pillow, which antialiases when it shrinks; the result is always uint8
+    mean: tuple[float, float, float]  # normalization of RGB values scaled to [0, 1]
     std: tuple[float, float, float]
 
     @classmethod
@@ -259,15 +243,8 @@ class Augmentation:
 
     def describe(self) -> dict[str, object]:
         """Every parameter, as JSON: part of a recipe or of a run's request."""
-        return {
-            "kind": self.kind,
-            "frame": list(self.frame),
-            "size": list(self.size),
-            "left_right": self.left_right,
-            "top_bottom": self.top_bottom,
-            "degrees": self.degrees,
-            "version": _AUGMENTATION,
-        }
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return plain | {"version": _AUGMENTATION}
 
 
 def augmentation(kind: str, frame_size: tuple[int, int], size: tuple[int, int]) -> Augmentation:

@@ -176,11 +176,8 @@ def open_networks(
         transform = choose_transform(spec, config.transform, files.sizes)
         what = spec if spec.module is not None else given  # a module is built once
         loaded = load_backbone(what, weights=weights.get(spec.name), home=home, image_size=transform.size)
-        networks.append(
-            freeze(
-                loaded, transform, device, config.precision, config.views, dataset.augment, config.feature_dtype,
-            )
-        )  # fmt: skip
+        views = (config.views, dataset.augment, config.feature_dtype)
+        networks.append(freeze(loaded, transform, device, config.precision, *views))
         if dataset.layout in loaded.spec.contaminated:
             log.info(f"{spec.name} was pretrained on images of {dataset.layout}: its scores there are contaminated")
         if loaded.inferred:
@@ -192,13 +189,9 @@ def _open_store(network: FrozenNetwork, dataset: ImageDataset, files: DatasetFil
     """The store of a network's recipe, created if it is not there, and what it owes: published as plans."""
     recipe, device = make_recipe(network), network.device.type
     path = create_store(
-        files.folder,
-        recipe,
-        format=config.format,
-        row_shape=network.row_shape,
+        files.folder, recipe, format=config.format, row_shape=network.row_shape,
         rows_per_shard=config.rows_per_shard or default_rows(device, len(dataset)),
-        batch_size=config.batch_size or BATCH_SIZES.get(device, 64),
-        threads=torch.get_num_threads(),
+        batch_size=config.batch_size or BATCH_SIZES.get(device, 64), threads=torch.get_num_threads(),
         provenance={
             "weights": network.backbone.weights_source, "device": str(network.device), "torch": torch.__version__,
             "embcache": embcache.__version__,
@@ -230,10 +223,9 @@ def _log_differences(store: FeatureStore, folder: Path) -> None:
     recipe = store.recipe
     for path in sorted(folder.glob(f"{slug(recipe.backbone)}-*")):
         other = FeatureStore(path)
-        if path == store.path or other.recipe.backbone != recipe.backbone or not other.committed():
-            continue
-        if other.views != store.views:
-            continue  # they are requested by number, so the two are never confused
+        another = path != store.path and other.recipe.backbone == recipe.backbone and other.committed()
+        if not another or other.views != store.views:
+            continue  # views are requested by number, so the two are never confused
         differences = recipe.differences(other.recipe)
         what = ", ".join(f"{name} {theirs} there, {mine} now" for name, (mine, theirs) in differences.items())
         log.info(
@@ -300,16 +292,10 @@ def make_recipe(network: FrozenNetwork) -> Recipe:
     if network.augmentation is not None:
         transform |= {"views": network.views, "augment": network.augmentation.describe()}
     return Recipe(
-        backbone=spec.name,
-        architecture=spec.network,
-        weights_sha256=network.backbone.weights_sha256,
-        transform=transform,
-        decoder=DECODER_VERSION,
-        pooling=spec.pooling,
-        precision=network.precision,
-        dtype=network.dtype,
-        numerics=NUMERICS,
-    )
+        backbone=spec.name, architecture=spec.network, weights_sha256=network.backbone.weights_sha256,
+        transform=transform, decoder=DECODER_VERSION, pooling=spec.pooling, precision=network.precision,
+        dtype=network.dtype, numerics=NUMERICS,
+    )  # fmt: skip
 
 
 def recipe_network(
@@ -323,9 +309,7 @@ def recipe_network(
 ) -> FrozenNetwork:
     """The network that a recipe names, with the weights on this machine; the caller compares its recipe."""
     transform = recipe_transform(recipe)
-    loaded = load_backbone(
-        recipe.backbone, weights=weights, home=home, image_size=transform.size, imports=False
-    )  # fmt: skip
+    loaded = load_backbone(recipe.backbone, weights=weights, home=home, image_size=transform.size, imports=False)
     return freeze(loaded, transform, device, recipe.precision, views, augment, recipe.dtype)
 
 

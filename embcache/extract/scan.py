@@ -17,8 +17,9 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,9 @@ class Scan:
         unknown = [image for image in images if image not in self.digests]
         with ThreadPoolExecutor(default_workers()) as pool:
             chunks = [unknown[start : start + _TOGETHER] for start in range(0, len(unknown), _TOGETHER)]
-            for chunk, digests in zip(chunks, pool.map(self._hash, chunks), strict=True):
+            for chunk, digests in zip(
+                chunks, pool.map(partial(_digests, self.root, self.decoding), chunks), strict=True
+            ):
                 self.digests.update({image: digest for image, digest in zip(chunk, digests, strict=True) if digest})
 
     def readable(self, path: str, place: str) -> bool:
@@ -94,9 +97,6 @@ class Scan:
         except OSError as error:
             raise medium_failed(self.root / path, error) from error
         return True
-
-    def _hash(self, images: Sequence[tuple[str, str]]) -> list[str]:
-        return [_digest(self.root, path, place, self.decoding) for path, place in images]
 
     def learn(self, sources: Sequence[ImageRef], digests: Sequence[str]) -> None:
         """Take over the digests of images that were just read; ``""`` is none."""
@@ -123,10 +123,10 @@ class Scan:
             if folder not in inside:
                 inside[folder] = is_inside(self.root, os.path.realpath(f"{self.root}/{folder}"))
             try:
-                if side > 0 and not place and inside[folder] and _says(f"{self.root}/{path}", side):
-                    sizes.append(guess)
-                else:
-                    sizes.append(read_size(self.root, path, place))
+                square = False
+                with suppress(OSError):  # a link, or something that the decoder reports
+                    square = side > 0 and not place and inside[folder] and is_square_of(f"{self.root}/{path}", side)
+                sizes.append(guess if square else read_size(self.root, path, place))
             except ImageError:
                 sizes.append(UNREADABLE)
             except OSError as error:
@@ -134,23 +134,21 @@ class Scan:
         return sizes
 
 
-def _digest(root: Path, path: str, place: str, decoding: Decoding) -> str:
-    try:
-        if not place:
-            with (root / path).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        return read_image(root, path, place, decoding)[1]
-    except (ImageError, FileNotFoundError, NotADirectoryError):
-        return ""
-    except OSError as error:
-        raise medium_failed(root / path, error) from error
-
-
-def _says(path: str, side: int) -> bool:
-    try:
-        return is_square_of(path, side)
-    except OSError:  # a link, or something that the decoder reports
-        return False
+def _digests(root: Path, decoding: Decoding, images: Sequence[tuple[str, str]]) -> list[str]:
+    """Sha256 of the bytes of each image; empty if it is missing, or unreadable in its array file."""
+    digests = []
+    for path, place in images:
+        try:
+            if place:
+                digests.append(read_image(root, path, place, decoding)[1])
+            else:
+                with (root / path).open("rb") as file:
+                    digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except (ImageError, FileNotFoundError, NotADirectoryError):
+            digests.append("")
+        except OSError as error:
+            raise medium_failed(root / path, error) from error
+    return digests
 
 
 def read_sizes(scan: Scan, pool: Executor) -> set[tuple[int, int]]:
@@ -162,16 +160,12 @@ def read_sizes(scan: Scan, pool: Executor) -> set[tuple[int, int]]:
     sizes = set(scan.seen.values()) - {UNREADABLE}
     unread = [path for path, state in scan.states.items() if path not in scan.seen and state.size != ABSENT]
     start, count = 0, 16
-    while start < len(unread) and not _decided(sizes):
+    # No further size can change the transform once there are two, or one that every transform resizes.
+    while start < len(unread) and len(sizes) < 2 and not any(max(size) > _LARGEST_KEPT for size in sizes):
         guess = next(iter(sizes)) if len(sizes) == 1 else None
         sizes |= scan.read(unread[start : start + count], pool, guess)
         start, count = start + count, min(2 * count, 1 << 14)
     return sizes
-
-
-def _decided(sizes: Collection[tuple[int, int]]) -> bool:
-    """Whether no further size can change the transform."""
-    return len(sizes) > 1 or any(max(size) > _LARGEST_KEPT for size in sizes)
 
 
 @dataclass(frozen=True)
@@ -387,8 +381,10 @@ def plan_store(
         scan.confirm(
             (path, place)
             for image, (path, place) in members.items()
-            if image in held and image not in due and _comparable(held[image], states[path], place)
-        )
+            # Only its digest tells if it has changed.
+            if image in held and image not in due and held[image].digest and states[path].size != ABSENT
+            and (place or held[image].size == states[path].size)
+        )  # fmt: skip
         fresh = [
             image
             for image, (path, place) in members.items()
@@ -399,26 +395,15 @@ def plan_store(
         size = store.rows_per_shard
         first = max([*plans, *committed], default=-1) + 1
         chunks = {first + i: fresh[start : start + size] for i, start in enumerate(range(0, len(fresh), size))}
+        made = {image: PlanEntry(image, *states[members[image][0]][:2], None, members[image][1]) for image in fresh}
         # Another process may plan at the same moment: the one that finds its number taken starts again.
         if not publish or all(
-            publish_plan(store.path, number, [_entry(image, members[image], scan) for image in chunk])
-            for number, chunk in chunks.items()
+            publish_plan(store.path, number, [made[image] for image in chunk]) for number, chunk in chunks.items()
         ):
             shards = [Shard(number, tuple(entry.id for entry in entries)) for number, entries in sorted(owed.items())]
             shards += [Shard(number, tuple(chunk)) for number, chunk in chunks.items()]
-            return Plan(
-                tuple(sorted(shards, key=lambda shard: shard.number)),
-                cached - changed - retried,
-                len(fresh) - changed - retried,
-                changed,
-                retried,
-            )
-
-
-def _entry(image: str, source: tuple[str, str], scan: Scan) -> PlanEntry:
-    path, place = source
-    size, mtime_ns = scan.states[path][:2]
-    return PlanEntry(image, size, mtime_ns, None, place)
+            shards.sort(key=lambda shard: shard.number)
+            return Plan(tuple(shards), cached - changed - retried, len(fresh) - changed - retried, changed, retried)
 
 
 def _same_bytes(held: PlanEntry, owed: bool, scan: Scan, path: str, place: str) -> bool:
@@ -431,8 +416,3 @@ def _same_bytes(held: PlanEntry, owed: bool, scan: Scan, path: str, place: str) 
         # There were no bytes, or not of the image alone (array files). Another store's scan may have seen the change.
         return alike and path not in scan.moved and (state.size == ABSENT or not scan.readable(path, place))
     return held.digest == scan.digests.get((path, place))
-
-
-def _comparable(held: PlanEntry, state: FileState, place: str) -> bool:
-    """Whether only its digest tells if an image has changed."""
-    return bool(held.digest) and state.size != ABSENT and (place != "" or held.size == state.size)

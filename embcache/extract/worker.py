@@ -104,11 +104,11 @@ def prepare_batches(
     decoding: Decoding | None = None,
 ) -> Iterator[list[Prepared]]:
     """Yield the prepared images of one shard batch by batch, decoding the next batches while this one is used."""
-    return batches_ahead(
-        sources,
-        batch_size,
-        lambda chunk: [pool.submit(prepare, root, source, geometries, decoding) for source in chunk],
-    )
+
+    def submit(chunk: Sequence[ImageRef]) -> list[Future[Prepared]]:
+        return [pool.submit(prepare, root, source, geometries, decoding) for source in chunk]
+
+    return batches_ahead(sources, batch_size, submit)
 
 
 def batches_ahead(

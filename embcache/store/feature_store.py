@@ -171,12 +171,8 @@ class FeatureStore:
     keep : tuple of str, optional
         Ids to show, in this order; see :meth:`restrict`. Default: all, in shard order.
 
-    Raises
-    ------
-    CorruptStoreError
-        From any method: bytes on disk are not those that were committed.
-    StoreError
-        The store has a form that this version does not read.
+    Any method raises a `CorruptStoreError` where bytes on disk are not those that were committed, and a `StoreError`
+    where the store has a form that this version does not read.
     """
 
     path: Path
@@ -244,10 +240,7 @@ class FeatureStore:
         return tuple(committed_numbers(self.path))
 
     def sources(self) -> dict[str, PlanEntry]:
-        """State of the source file that each live row was made from, valid or not.
-
-        Size and modification time are those seen when the row was planned; the digest is that of the decoded bytes.
-        """
+        """State of the source file of each live row, valid or not: size and time as planned, digest as decoded."""
         return self.sources_and_reasons()[0]
 
     def sources_and_reasons(self) -> tuple[dict[str, PlanEntry], dict[str, str]]:
@@ -278,10 +271,8 @@ class FeatureStore:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """Sha256 of the image's bytes, by id, of the shown and readable rows for which it is known.
-
-        Not of quarantined ones: two files that are cut to nothing are not one image of two patients.
-        """
+        """Sha256 of the image's bytes, by id, of the shown and readable rows for which it is known."""
+        # Not of quarantined ones: two files that are cut to nothing are not one image of two patients.
         live = self._live
         return {live.ids[i]: live.digests[i] for i in self._usable if live.digests[i]}
 
@@ -335,8 +326,7 @@ class FeatureStore:
     def _facts(self) -> list[tuple[str, str]]:
         """Names and values for people. No features are read.
 
-        An HDF5 shard is one file that is verified whole before it is parsed: unless its rows were read before, they are
-        counted from the commits, which do not say how many are quarantined or superseded.
+        Of HDF5 shards, one file each, rows are counted from the commits unless they were read before.
         """
         each = " × ".join(map(str, self.row_shape))
         facts = [("rows", f"{each} {self.dtype}" + (f", {self.views} views of an image" if self.views > 1 else ""))]
@@ -400,12 +390,7 @@ def list_stores(
     """All stores of features under ``home``, of one dataset or of every one; with ``pixels`` those of pixels too.
 
     Reads their recipes only. A store whose recipe is damaged or cannot be read is skipped, with a line in the log: in a
-    shared home one of them does not keep others from being used.
-
-    Raises
-    ------
-    StoreError
-        The home, or the folder of the one dataset, cannot be listed.
+    shared home one of them does not keep others from being used. `StoreError` if a folder cannot be listed.
     """
     stores = []
     for path in store_folders(home, dataset):
@@ -478,26 +463,24 @@ def _named(path: Path, backbone: str) -> bool:
 
 def _several_match(backbone: str, dataset: str | NamedTable, matching: Sequence[FeatureStore]) -> RecipeError:
     """The error where several stores match: in what they differ."""
-
-    def held(store: FeatureStore) -> str:
-        ids = set(store.sources())
-        if isinstance(dataset, str):
-            return f"{len(ids)} images"
-        return f"{len(ids & set(dataset.table['id']))} of the dataset's {len(dataset.table)} images"
-
+    name = dataset if isinstance(dataset, str) else dataset.name
+    held = [len(set(store.sources()).intersection(*_ids(dataset))) for store in matching]
     lines = describe_differences([store.recipe for store in matching])
     numbers = sorted({store.views for store in matching})
     return RecipeError(
-        f"features of {backbone} are cached for {dataset if isinstance(dataset, str) else dataset.name} under "
-        f"{len(matching)} recipes", code="several-recipes", expected="one",
-        found="\n".join(f"{line}; {held(s)}" for s, line in zip(matching, lines, strict=True)),
-        where=matching[0].path.parent,
+        f"features of {backbone} are cached for {name} under {len(matching)} recipes", code="several-recipes",
+        expected="one", where=matching[0].path.parent,
+        found="\n".join(f"{line}; {number} of its images" for line, number in zip(lines, held, strict=True)),
         fix=(
             *([f"--views {' | '.join(map(str, numbers))}"] if len(numbers) > 1 else []),
             "--recipe " + " | ".join(s.recipe.fingerprint[:12] for s in matching),
             f"drop one for good: rm -r {shlex.quote(str(matching[0].path))}",
         ),
     )  # fmt: skip
+
+
+def _ids(dataset: str | NamedTable) -> list[Iterable[str]]:
+    return [] if isinstance(dataset, str) else [dataset.table["id"]]
 
 
 def describe_differences(recipes: list[Recipe]) -> list[str]:

@@ -86,31 +86,15 @@ def encode_view(
     return {view: buffer.getvalue()}, {}
 
 
-class _Verified(io.RawIOBase):
+class _Verified(io.BytesIO):
     """A file of verified bytes, which are not copied."""
 
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = memoryview(data), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
-        return self._at
-
     def readinto(self, buffer: Any) -> int:
-        target = memoryview(buffer).cast("B")
-        if self._at < 0 or self._at + len(target) > len(self._data):
+        found = super().readinto(buffer)
+        if found < memoryview(buffer).nbytes:
             # HDF5 takes as much memory as a header claims, and fills with zeros what is not there.
             raise ValueError("the HDF5 file claims more than it holds")
-        found = self._data[self._at : self._at + len(target)]
-        target[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+        return found
 
 
 def _put(file: Any, name: str, values: np.ndarray) -> None:

@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, TypeVar
@@ -34,14 +34,11 @@ _NUMBER = re.compile(r"\d{6,}")
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """What ``commit.json`` says of a shard: its rows, and ``{name: (size, crc32c)}`` of each file.
-
-    ``batch_size`` and ``threads`` are those that it was computed with, None where they are the store's.
-    """
+    """What ``commit.json`` says of a shard."""
 
     rows: int
-    files: Mapping[str, tuple[int, str]]
-    batch_size: int | None = None
+    files: Mapping[str, tuple[int, str]]  # size and crc32c of each
+    batch_size: int | None = None  # that it was computed with, as threads; None where it is the store's
     threads: int | None = None
 
 
@@ -164,8 +161,8 @@ def read_commit(store: Path, number: int) -> CommitRecord:
         if is_folder(folder):
             raise
         raise CorruptStoreError(
-            "a shard no longer exists", code="shard-gone",
-            found="no folder: `embcache gc` may have removed it since it was listed", where=folder,
+            "a shard no longer exists", code="shard-gone", where=folder,
+            found="no folder: `embcache gc` may have removed it since it was listed",
             fix=f"run the same command again; if it fails again, {fix}",
         ) from error  # fmt: skip
 
@@ -233,12 +230,9 @@ class ShardFiles(Mapping[str, bytes]):
     def check_sizes(self, names: Iterable[str]) -> None:
         """Refuse files that are not as long as the commit says, before anything is read or memory taken for it."""
         for name in names:
-            path = self.folder / name
-            with refusals_raised(path, _recompute(self.folder)):
-                try:
-                    there = path.lstat().st_size
-                except (FileNotFoundError, NotADirectoryError):
-                    there = -1
+            path, there = self.folder / name, -1
+            with refusals_raised(path, _recompute(self.folder)), suppress(FileNotFoundError, NotADirectoryError):
+                there = path.lstat().st_size
             if there != self.sizes[name]:
                 found = f"{there} bytes" if there >= 0 else "no such file"
                 self.refuse(f"{self.sizes[name]} bytes in {name}", found)

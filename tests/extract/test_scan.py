@@ -220,13 +220,13 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Paths of the files that are hashed to learn whether they changed."""
     paths: list[str] = []
-    digest = scanning._digest
+    digests = scanning._digests
 
     def counted(root: Path, path: str, *rest: Any) -> str:
         paths.append(path)
         return digest(root, path, *rest)
 
-    monkeypatch.setattr(scanning, "_digest", counted)
+    monkeypatch.setattr(scanning, "_digests", counted)
     return paths
 
 

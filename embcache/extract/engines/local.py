@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from types import FrameType
 from typing import TypeVar
 
@@ -182,7 +181,11 @@ class LocalEngine:
                         break
                     # Current from its lease on: a signal meanwhile waits for its commit.
                     with stop.working_on(len(shard.ids)), ExitStack() as leases:
-                        leased = [index for index in sharing if self._lease(leases, index, shard.number)]
+                        leased = [
+                            index for index in sharing
+                            if (lease := Lease.acquire(self._owed[index].store.path, shard.number))
+                            and leases.enter_context(lease)
+                        ]  # fmt: skip
                         # A shard that another process committed since the plan was read costs nothing.
                         owed = [i for i in leased if not is_committed(self._owed[i].store.path, shard.number)]
                         if owed:
@@ -202,22 +205,21 @@ class LocalEngine:
         for each in self._owed:
             refresh_view(each.store.path)
 
-    def _lease(self, leases: ExitStack, index: int, number: int) -> bool:
-        lease = Lease.acquire(self._owed[index].store.path, number)
-        if lease is not None:
-            leases.callback(lease.release)
-        return lease is not None
-
     def compute(self, shard: LeasedShard, compute: Callable[..., R]) -> tuple[R, int]:
         """What ``compute(batch_size=…, on_rows=…)`` makes of a shard, and the batch size, halved if memory is short.
 
         There are never two sizes in one shard, so that the recorded one decides its rows.
         """
+
+        def show(images: int) -> None:
+            self._bar.update(images)
+            self._stop.computed(images / len(shard.stores))
+
         size = min(shard.batch_size, self._largest or shard.batch_size)
         while True:
             shown = self._bar.n
             try:
-                return compute(batch_size=size, on_rows=partial(self._show, len(shard.stores))), size
+                return compute(batch_size=size, on_rows=show), size
             except BaseException as error:
                 self._bar.update(shown - self._bar.n)  # these rows are computed again, or not at all
                 if not is_shortage(error):
@@ -225,8 +227,7 @@ class LocalEngine:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 if size == 1:
                     raise EmbcacheError(
-                        "the memory does not hold the network and one image", code="out-of-memory", found=reason,
-                        fix=(
+                        "the memory does not hold the network and one image", code="out-of-memory", found=reason, fix=(
                             "--device cpu or another device",
                             "end other processes that use the memory; the same command then continues",
                         ),
@@ -236,10 +237,6 @@ class LocalEngine:
             log.warning(f"out of memory ({reason}): the batch is {size} from here on, recorded with each shard")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-    def _show(self, stores: int, images: int) -> None:
-        self._bar.update(images)
-        self._stop.computed(images / stores)
 
     def commit(self, shard: LeasedShard, rows: Sequence[ShardRows], batch_size: int) -> None:
         """Write the rows of a shard to each store that owes it."""
