@@ -20,19 +20,7 @@ from embcache.errors import RecipeError, StoreError, StoreNotFoundError, printab
 from embcache.io import home_folders, not_readable, skip
 from embcache.notebook import html_table
 from embcache.paths import PathLike, data_dir, home_dir, slug
-from embcache.store.reading import (
-    LiveRows,
-    committed_numbers,
-    plan_numbers,
-    read_commit,
-    read_features,
-    read_header,
-    read_live,
-    read_plan,
-    read_plans,
-    row_sources,
-    unless_collected,
-)
+from embcache.store import reading
 from embcache.store.schema import PlanEntry, Recipe, StoreHeader
 
 if TYPE_CHECKING:
@@ -119,7 +107,7 @@ class Features:
                 self._take(flat, part, out, self._shard)
         elif parts:
             self._last = None
-            read = partial(read_features, self._path, self._header)
+            read = partial(reading.read_features, self._path, self._header)
             with ThreadPoolExecutor(min(_THREADS, usable_cores()), thread_name_prefix="read") as pool:
                 list(pool.map(lambda part: self._take(flat, part, out, read), parts))  # the first error is raised
         return out.reshape(*np.shape(chosen), *self._header.row_shape)
@@ -147,7 +135,7 @@ class Features:
         last, self._last = self._last, None
         if last is None or last[0] != number:
             last = None  # freed before the next is read: a shard of pixels takes 25 MB
-            last = (number, read_features(self._path, self._header, number))
+            last = (number, reading.read_features(self._path, self._header, number))
         self._last = last
         return last[1]
 
@@ -164,15 +152,15 @@ class FeatureStore:
     ``ids``, ``features``, ``quarantined`` and ``digests`` describe the store as it was when one of them was first read;
     ``plans()``, ``committed()`` and ``sources()`` look at the disk each time. Nothing here writes.
 
+    Any method raises a `CorruptStoreError` where bytes on disk are not those that were committed, and a `StoreError`
+    where the store has a form that this version does not read.
+
     Parameters
     ----------
     path : Path
         The store's folder.
     keep : tuple of str, optional
         Ids to show, in this order; see :meth:`restrict`. Default: all, in shard order.
-
-    Any method raises a `CorruptStoreError` where bytes on disk are not those that were committed, and a `StoreError`
-    where the store has a form that this version does not read.
     """
 
     path: Path
@@ -193,11 +181,11 @@ class FeatureStore:
 
     @cached_property
     def _header(self) -> StoreHeader:
-        return read_header(self.path)
+        return reading.read_header(self.path)
 
     @cached_property
-    def _live(self) -> LiveRows:
-        return read_live(self.path, self._header)
+    def _live(self) -> reading.LiveRows:
+        return reading.read_live(self.path, self._header)
 
     @cached_property
     def _shown(self) -> np.ndarray:
@@ -233,11 +221,11 @@ class FeatureStore:
 
     def plans(self) -> dict[int, tuple[PlanEntry, ...]]:
         """Rows that each published shard owes or owed, by number, ascending."""
-        return read_plans(self.path)
+        return reading.read_plans(self.path)
 
     def committed(self) -> tuple[int, ...]:
         """Numbers of the committed shards, ascending."""
-        return tuple(committed_numbers(self.path))
+        return tuple(reading.committed_numbers(self.path))
 
     def sources(self) -> dict[str, PlanEntry]:
         """State of the source file of each live row, valid or not: size and time as planned, digest as decoded."""
@@ -246,11 +234,12 @@ class FeatureStore:
     def sources_and_reasons(self) -> tuple[dict[str, PlanEntry], dict[str, str]]:
         """:meth:`sources`, and by id why a live row is not valid, both from one look at the disk."""
 
-        def look() -> tuple[LiveRows, list[PlanEntry]]:
-            live = read_live(self.path, self._header)
-            return live, row_sources(live, {n: read_plan(self.path, n) for n in set(live.shards.tolist())})
+        def look() -> tuple[reading.LiveRows, list[PlanEntry]]:
+            live = reading.read_live(self.path, self._header)
+            plans = {number: reading.read_plan(self.path, number) for number in set(live.shards.tolist())}
+            return live, reading.row_sources(live, plans)
 
-        live, held = unless_collected(self.path, look)
+        live, held = reading.unless_collected(self.path, look)
         reasons = {id_: reason for id_, reason in zip(live.ids, live.reasons, strict=True) if reason}
         return {entry.id: entry for entry in held}, reasons
 
@@ -335,9 +324,9 @@ class FeatureStore:
             if self.format == "zarr" or "_live" in self.__dict__:
                 facts += [("images", f"{len(self):,}"), ("quarantined", f"{len(self.quarantined):,}")]
             else:
-                rows = sum(read_commit(self.path, number).rows for number in numbers)
+                rows = sum(reading.read_commit(self.path, number).rows for number in numbers)
                 facts.append(("images", f"{rows:,} rows committed, quarantined ones among them"))
-            owed = len(set(plan_numbers(self.path)) - set(numbers))
+            owed = len(set(reading.plan_numbers(self.path)) - set(numbers))
             facts.append(("shards", f"{len(numbers):,} ({self.format})" + (f", {owed:,} owed" if owed else "")))
         except StoreError as error:  # a repr does not raise; reading rows gives the whole message
             facts.append(("unreadable", error.problem))

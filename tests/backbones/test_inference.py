@@ -45,7 +45,7 @@ def batch() -> Tensor:
     return torch.randn((3, 3, *SIZE), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("name", ["torchvision", "tf_efficientnet_lite0", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", ["torchvision", "tf_efficientnet_lite0"])
 def test_a_folded_network_gives_the_same_features_without_norms(name: str) -> None:
     module = build(name)
     before = {key: value.clone() for key, value in module.state_dict().items()}
@@ -60,7 +60,7 @@ def test_a_folded_network_gives_the_same_features_without_norms(name: str) -> No
     assert not any(layer.training for layer in folded.modules())
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
+@pytest.mark.parametrize("name", ["convnext_atto"])
 def test_a_network_without_batch_norms_is_left_as_it_is(name: str) -> None:
     module = timm.create_model(name, pretrained=False, num_classes=0, **({"img_size": 64} if "vit" in name else {}))
     assert fold_norms(module.eval(), SIZE) is module

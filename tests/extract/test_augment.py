@@ -25,9 +25,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", AUGMENTATIONS)
-@pytest.mark.parametrize(
-    ("frame", "size"), [((96, 96), (96, 96)), ((256, 256), (224, 224)), ((224, 224), (224, 224)), ((50, 41), (33, 40))]
-)
+@pytest.mark.parametrize(("frame", "size"), [((96, 96), (96, 96)), ((50, 41), (33, 40))])
 def test_an_augmented_image_has_the_size_of_the_network_s_input(
     kind: str, frame: tuple[int, int], size: tuple[int, int]
 ) -> None:
@@ -107,7 +105,7 @@ def test_a_rotation_is_that_of_pillow() -> None:
     image = picture(61, 61)
     augment = Augmentation("chest", (61, 61), (61, 61), left_right=False, top_bottom=False, degrees=10.0)
     inside = np.hypot(*(np.mgrid[:61, :61] - 30)) < 28
-    for key in KEYS[:8]:
+    for key in KEYS[:4]:
         angle = augment.draw(key)[2]
         expected = np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR))
         difference = np.abs(augment(image, key).astype(int) - expected.astype(int))[inside]

@@ -42,13 +42,6 @@ def test_what_is_sent_arrives_and_comes_back(device: torch.device) -> None:
     np.testing.assert_array_equal(found, np.stack(batches).reshape(6, 4, -1) + np.float32(1))
 
 
-def test_rows_beyond_the_target_are_dropped(device: torch.device) -> None:
-    receiver, found = Receiver(), np.zeros((2, 3), np.float32)
-    receiver.bring(torch.arange(12.0, device=device).view(4, 3), found)
-    receiver.settle()
-    np.testing.assert_array_equal(found, np.arange(6.0).reshape(2, 3))
-
-
 def test_a_stacked_batch_leaves_nothing_of_the_last_one() -> None:
     out = torch.full((4, 2, 2, 3), 9, dtype=torch.uint8)
     image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)

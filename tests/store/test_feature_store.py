@@ -22,12 +22,6 @@ def test_open_store_finds_by_name_and_restricts_to_a_dataset(tmp_path: Path) -> 
     assert open_store("random", make_table(["c", "a"]), home=tmp_path).ids.tolist() == ["c", "a"]
 
 
-def test_home_is_taken_from_the_environment(home: Path) -> None:
-    add(make_store(home), 0, ["a"])
-    assert len(open_store("random", "ds")) == 1
-    assert [store.recipe.backbone for store in list_stores()] == ["random"]
-
-
 def test_nothing_cached_says_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(StoreNotFoundError) as caught:
         open_store("dino", "nih", home=tmp_path)
@@ -114,19 +108,6 @@ def test_an_edited_recipe_is_refused_even_with_a_fresh_checksum(tmp_path: Path) 
         FeatureStore(path)
 
 
-def test_recipe_json_can_be_read_by_people_and_json(tmp_path: Path) -> None:
-    path = make_store(tmp_path)
-    content = json.loads((path / "recipe.json").read_text())
-    assert content["fingerprint"] == recipe().fingerprint
-    assert content["recipe"]["transform"]["crop"] == [224, 224]
-    assert (content["format"], content["rows_per_shard"], content["batch_size"], content["threads"]) == (
-        "zarr",
-        4,
-        2,
-        1,
-    )
-
-
 def test_a_commit_cannot_name_files_outside_its_shard(tmp_path: Path) -> None:
     path = make_store(tmp_path)
     add(path, 0, ["a"])
@@ -174,12 +155,6 @@ def test_plain_features_come_before_views_and_a_number_of_views_is_that_number(t
     assert open_store("random", "ds", home=tmp_path, recipe=fingerprint[:8]).path == with_views[4]
     with refused(StoreNotFoundError, "store-not-found"):
         open_store("random", "ds", home=tmp_path, recipe=fingerprint[:8], views=2)
-
-
-def test_views_alone_are_opened_without_being_asked_for(tmp_path: Path) -> None:
-    path = make_store(tmp_path, row_shape=(2, 3), transform=views_of(2))
-    add(path, 0, ["a", "b"], row_shape=(2, 3))
-    assert open_store("random", "ds", home=tmp_path).features[:].shape == (2, 2, 3)
 
 
 def test_pixels_are_no_backbone(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 import embcache.store.reading as reading
 from embcache.errors import CorruptStoreError, StoreError
-from embcache.store.feature_store import open_store
 from embcache.store.schema import find_format
 from embcache.store.zarr_format import ROOT, decode_index
 from tests.refusal import refused
@@ -56,13 +55,3 @@ def test_features_that_cannot_be_looked_at_are_an_error_of_the_store(
     monkeypatch.setattr(Path, "stat", stat)
     with pytest.raises(kind, match=told):
         reading.read_index(path, header, 0)
-
-
-def test_shards_of_rows_can_be_seen_and_not_changed(tmp_path: Path) -> None:
-    path = make_store(tmp_path)
-    add(path, 0, ["a", "b", "c", "d"])
-    add(path, 1, ["e"])
-    shards = open_store("random", "ds", home=tmp_path).features.shards
-    assert shards.tolist() == [0, 0, 0, 0, 1]
-    with pytest.raises(ValueError, match="read-only"):
-        shards[0] = 1
