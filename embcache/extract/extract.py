@@ -209,8 +209,8 @@ def _open_store(network: FrozenNetwork, dataset: ImageDataset, files: DatasetFil
 def default_rows(device: str, images: int) -> int:
     """Rows per shard of a new store, by the type of the device: ``cpu``, ``cuda``, ….
 
-    64 on a CPU, 4,096 elsewhere; doubled until there are at most 2,048 shards; at most the number of images (but 64),
-    for a shard takes the memory of all its rows.
+    Doubled until there are not too many shards; at most the number of images (but 64), for a shard takes the memory of
+    all its rows.
     """
     rows = ROWS_PER_SHARD.get(device, ROWS_PER_SHARD["cuda"])
     while images > rows * _MOST_SHARDS:

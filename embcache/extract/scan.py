@@ -20,6 +20,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -83,10 +84,9 @@ class Scan:
         unknown = [image for image in images if image not in self.digests]
         with ThreadPoolExecutor(default_workers()) as pool:
             chunks = [unknown[start : start + _TOGETHER] for start in range(0, len(unknown), _TOGETHER)]
-            for chunk, digests in zip(
-                chunks, pool.map(partial(_digests, self.root, self.decoding), chunks), strict=True
-            ):
-                self.digests.update({image: digest for image, digest in zip(chunk, digests, strict=True) if digest})
+            found = pool.map(partial(_digests, self.root, self.decoding), chunks)
+            digests = zip(unknown, chain.from_iterable(found), strict=True)
+            self.digests.update({image: digest for image, digest in digests if digest})
 
     def readable(self, path: str, place: str) -> bool:
         """Whether an image can be decoded now; `DatasetError` if its file cannot be read for now."""
@@ -107,11 +107,10 @@ class Scan:
     def read(self, paths: Sequence[str], pool: Executor, guess: tuple[int, int] | None = None) -> set[tuple[int, int]]:
         """Read the headers of some files, several at once; return the distinct sizes of those that can be read."""
         chunks = [paths[start : start + _TOGETHER] for start in range(0, len(paths), _TOGETHER)]
-        found: set[tuple[int, int]] = set()
-        for chunk, sizes in zip(chunks, pool.map(lambda some: self._read(some, guess), chunks), strict=True):
-            self.seen.update(zip(chunk, sizes, strict=True))
-            found.update(sizes)
-        return found - {UNREADABLE}
+        sizes = chain.from_iterable(pool.map(lambda some: self._read(some, guess), chunks))
+        found = dict(zip(paths, sizes, strict=True))
+        self.seen.update(found)
+        return set(found.values()) - {UNREADABLE}
 
     def _read(self, paths: Sequence[str], guess: tuple[int, int] | None) -> list[tuple[int, int]]:
         guess = guess or UNKNOWN
@@ -314,13 +313,11 @@ def decode_scan(path: Path) -> pd.DataFrame | None:
         scan: pd.DataFrame = open_parquet(read_regular(path))[1].to_pandas()
     except (OSError, ValueError, pa.ArrowException):
         return None
-    if not {*_SCAN_COLUMNS, _DECODER} <= set(scan.columns) or not (scan[_DECODER] == DECODER_VERSION).all():
+    ours = {*_SCAN_COLUMNS, _DECODER} <= set(scan.columns) and (scan[_DECODER] == DECODER_VERSION).all()
+    if not ours or any(scan[name].dtype != "int64" for name in _SCAN_COLUMNS[2:-1]):
         return None
-    if any(scan[name].dtype != "int64" for name in _SCAN_COLUMNS[2:-1]):
-        return None
-    if not all(isinstance(value, str) for name in ("path", "place", "digest") for value in scan[name]):
-        return None
-    return scan[_SCAN_COLUMNS]
+    texts = all(isinstance(value, str) for name in ("path", "place", "digest") for value in scan[name])
+    return scan[_SCAN_COLUMNS] if texts else None
 
 
 @dataclass(frozen=True)

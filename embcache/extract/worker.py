@@ -57,15 +57,11 @@ CachedFrames = Mapping[str, Callable[[Sequence[str]], Frames]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """One image after decoding, once, and after each geometry.
+    """One image after decoding, once, and after each geometry."""
 
-    ``pixels`` holds a uint8 array of shape (H, W, 3) per geometry; it is empty if the image could not be read, and
-    ``reason`` says why.
-    """
-
-    pixels: tuple[NDArray[np.uint8], ...]
+    pixels: tuple[NDArray[np.uint8], ...]  # (H, W, 3) each, one per geometry; empty if the image could not be read
     digest: str
-    reason: str
+    reason: str  # why it could not
 
 
 def prepare(root: Path, source: ImageRef, geometries: Sequence[Geometry], decoding: Decoding | None = None) -> Prepared:
@@ -215,19 +211,15 @@ def view_batches(
 
 @dataclass(frozen=True)
 class FrozenNetwork:
-    """A loaded backbone with its transform, device and precision: uint8 batches in, float32 features out.
-
-    With several views, each image is seen once as it is, and augmented in the others. ``dtype`` is that of the stored
-    features.
-    """
+    """A loaded backbone with its transform, device and precision: uint8 batches in, float32 features out."""
 
     backbone: LoadedBackbone
     transform: Transform
     device: torch.device
     precision: str
-    views: int = 1
+    views: int = 1  # each image is seen once as it is, and augmented in the others
     augmentation: Augmentation | None = None
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the stored features
 
     @property
     def image_views(self) -> Views:
@@ -280,15 +272,8 @@ def freeze(
         module = to_bfloat16(module)
     # Channels last is about 1.5 times faster for convolutions on CPUs (docs/log.md) and what tensor cores want.
     module = module.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return FrozenNetwork(
-        replace(backbone, module=module),
-        transform,
-        target,
-        precision,
-        views,
-        augmentation(augment, frame(transform).size, transform.size) if views > 1 else None,
-        dtype,
-    )
+    augmented = augmentation(augment, frame(transform).size, transform.size) if views > 1 else None
+    return FrozenNetwork(replace(backbone, module=module), transform, target, precision, views, augmented, dtype)
 
 
 def pick_device(device: str) -> torch.device:
@@ -412,23 +397,21 @@ def compute_shard(
             on_rows(len(batch))
         receiver.settle(keep=(DEPTH - 1) * sum(views.number for views in wanted))
     receiver.settle()
-    # What a narrow dtype cannot hold becomes infinite, and is quarantined like everything that is not finite.
-    with np.errstate(over="ignore"):
-        shaped = [
-            rows.reshape(len(sources), *net.row_shape).astype(net.dtype, copy=False)
-            for rows, net in zip(features, networks, strict=True)
-        ]
-    return [_rows(sources, rows, digests, reasons) for rows in shaped]
+    return [
+        _rows(sources, rows.reshape(len(sources), *network.row_shape), network.dtype, digests, reasons)
+        for rows, network in zip(features, networks, strict=True)
+    ]
 
 
 def _rows(
-    sources: Sequence[ImageRef], features: NDArray[Any], digests: Sequence[str], reasons: Sequence[str]
+    sources: Sequence[ImageRef], features: NDArray[Any], dtype: str, digests: Sequence[str], reasons: Sequence[str]
 ) -> ShardRows:
-    finite = np.isfinite(features).all(axis=tuple(range(1, features.ndim)))
-    why = tuple(
-        reason or ("" if ok else "the features are not finite")
-        for reason, ok in zip(reasons, finite.tolist(), strict=True)
-    )
+    # What a narrow dtype cannot hold becomes infinite, and is quarantined like everything that is not finite.
+    with np.errstate(over="ignore"):
+        features = features.astype(dtype, copy=False)
+    finite = np.isfinite(features).all(axis=tuple(range(1, features.ndim))).tolist()
+    fault = "the features are not finite"
+    why = tuple(reason or ("" if ok else fault) for reason, ok in zip(reasons, finite, strict=True))
     valid = np.array([not reason for reason in why], dtype=bool)
     features[~valid] = 0.0
     return ShardRows(tuple(source.id for source in sources), features, valid, tuple(digests), why)

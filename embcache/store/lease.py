@@ -109,15 +109,14 @@ def _take_away(path: Path, ttl: float) -> bool:
 
 
 def _died_here(content: bytes) -> bool:
-    try:
+    # Also False where the holder cannot be known or may not be signaled.
+    with suppress(ValueError, TypeError, KeyError, OverflowError, PermissionError, RecursionError):
         holder = json.loads(content)
-        if os.name == "nt" or holder["machine"] != _machine():
-            return False
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except (ValueError, TypeError, KeyError, OverflowError, PermissionError, RecursionError):
-        return False
+        if os.name != "nt" and holder["machine"] == _machine():
+            try:
+                os.kill(holder["pid"], 0)
+            except ProcessLookupError:
+                return True
     return False
 
 

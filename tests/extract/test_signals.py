@@ -94,7 +94,7 @@ def test_the_first_signal_commits_the_current_shard_and_prints_how_to_continue(
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
     assert process.returncode == status, err
-    assert "stopping after the current shard (" in err
+    assert "stopping after the current shard;" in err
     assert "again stops at once" in err
     assert "Traceback" not in err
     (answer,) = json.loads(out)
@@ -234,7 +234,8 @@ def test_who_listens_no_more_gets_no_traceback(monkeypatch: pytest.MonkeyPatch) 
         raise BrokenPipeError
 
     stop = Stop()
-    with stop_on_signals(stop), stop.working_on(3):
+    stop.busy = True
+    with stop_on_signals(stop):
         monkeypatch.setattr(os, "write", gone)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested

@@ -37,8 +37,8 @@ class Stop:
     """Whether a run is to end after the current shard; other threads may request it at any time."""
 
     def __init__(self) -> None:
-        self.left = 0  # images of the current shard
         self.signal: int | None = None
+        self.busy = False  # with a shard, from its lease to its commit
         self.others = self.killed = self.complete = False
         self._requested = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
@@ -64,20 +64,6 @@ class Stop:
         """Sleep, unless the run is to end."""
         self._requested.wait(seconds)
 
-    @contextmanager
-    def working_on(self, images: int) -> Iterator[None]:
-        """A shard of so many images is computed and committed meanwhile."""
-        self.left = max(1, images)
-        try:
-            yield
-        finally:
-            self.left = 0
-
-    def computed(self, images: float) -> None:
-        """So many more images of the current shard are computed; one counts until the shard is committed."""
-        if self.left:
-            self.left = max(1, int(self.left - images))
-
 
 @contextmanager
 def stop_on_signals(stop: Stop) -> Iterator[Stop]:
@@ -92,16 +78,14 @@ def stop_on_signals(stop: Stop) -> Iterator[Stop]:
 
     def handle(number: int, _frame: FrameType | None) -> None:
         first, stop.signal = stop.signal is None, number
-        if not first or not (stop.left or stop.others or stop.complete):
+        if not first or not (stop.busy or stop.others or stop.complete):
             stop.request()  # Python drops what is raised while an object is finalized: then no further shard begins
             raise SystemExit(exit_status(number))
-        if stop.complete and not stop.left:
+        if stop.complete and not stop.busy:
             return  # what remains takes a moment
-        left = f"{stop.left:,} of its images left" if stop.left else "of another device"
         # Straight to the descriptor: a handler may interrupt Python's own writing to the stream.
         with suppress(OSError):  # the reader is gone
-            text = f"\nstopping after the current shard ({left}); again stops at once\n"
-            os.write(2, text.encode("ascii", "backslashreplace"))
+            os.write(2, b"\nstopping after the current shard; again stops at once\n")
         stop.request()
 
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -180,7 +164,9 @@ class LocalEngine:
                     if stop.requested:
                         break
                     # Current from its lease on: a signal meanwhile waits for its commit.
-                    with stop.working_on(len(shard.ids)), ExitStack() as leases:
+                    with ExitStack() as leases:
+                        stop.busy = True
+                        leases.callback(setattr, stop, "busy", False)
                         leased = [
                             index for index in sharing
                             if (lease := Lease.acquire(self._owed[index].store.path, shard.number))
@@ -210,16 +196,11 @@ class LocalEngine:
 
         There are never two sizes in one shard, so that the recorded one decides its rows.
         """
-
-        def show(images: int) -> None:
-            self._bar.update(images)
-            self._stop.computed(images / len(shard.stores))
-
         size = min(shard.batch_size, self._largest or shard.batch_size)
         while True:
             shown = self._bar.n
             try:
-                return compute(batch_size=size, on_rows=show), size
+                return compute(batch_size=size, on_rows=self._bar.update), size
             except BaseException as error:
                 self._bar.update(shown - self._bar.n)  # these rows are computed again, or not at all
                 if not is_shortage(error):
