@@ -226,16 +226,6 @@ def test_a_timm_model_without_a_network_is_one_error_with_url_file_and_folder(
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.usefixtures("no_hub")
-def test_a_model_of_the_hub_without_a_network_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError) as error:
-        find_backbone("timm:hf-hub:1aurent/vit_small_patch8_224.lunit_dino")
-    text = str(error.value)
-    assert "https://huggingface.co/1aurent/vit_small_patch8_224.lunit_dino" in text
-    assert "hf download 1aurent/vit_small_patch8_224.lunit_dino" in text
-    assert str(tmp_path / "hub") in text
-
-
 class RefusedError(GatedRepoError):
     """As the hub raises it, without the HTTP response that it wants."""
 

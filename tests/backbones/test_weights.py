@@ -94,15 +94,6 @@ def test_who_may_read_a_download_is_what_the_umask_says(
     assert modes == {mode}
 
 
-def test_a_server_that_states_no_length_is_believed_unless_the_size_is_known(
-    server: Server, published: Published, tmp_path: Path
-) -> None:
-    server.answer = Answer(length=None)
-    assert download(published, tmp_path).read_bytes() == CONTENT
-    with pytest.raises(WeightsError, match="ended after 5,120,000 of 5,120,001 bytes"):
-        download(replace(published, size=len(CONTENT) + 1), tmp_path / "other")
-
-
 FAILURES = {
     "cut short": (Answer(body=CONTENT[:1000]), {}, "ended after 1,000 of 5,120,000 bytes"),
     "empty": (Answer(body=b"", length=0), {"size": 7}, "not the published 7"),

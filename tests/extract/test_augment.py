@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,26 +31,6 @@ def test_an_augmented_image_has_the_size_of_the_network_s_input(
     result = augmentation(kind, frame, size)(picture(*frame), "a")
     assert (result.shape, result.dtype) == ((*size, 3), np.uint8)
     assert result.flags["C_CONTIGUOUS"]
-
-
-MODALITIES = {
-    "patchcam": "patch", "sample": "patch", "aptos": "fundus", "pneumonia": "chest", "nih": "chest",
-    "folder": "generic",
-}  # fmt: skip
-
-
-def test_the_table_in_the_docs_is_the_augmentation_of_each_dataset() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text(encoding="utf-8")
-    rows = [line.strip().strip("|").split("|") for line in text.splitlines() if line.count("|") == 5]
-    stated = {
-        name: (flips.strip(), degrees.strip().strip("±°").replace("–", "0"))
-        for names, flips, degrees, _ in rows
-        for name in names.strip().split(", ")
-        if name in MODALITIES
-    }
-    words = {(True, True): "both", (True, False): "left–right"}
-    rules = {name: AUGMENTATIONS[kind] for name, kind in MODALITIES.items()}
-    assert stated == {name: (words[rule[:2]], f"{rule[2]:g}") for name, rule in rules.items()}
 
 
 def test_a_key_settles_everything_and_another_key_changes_it() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -204,29 +203,6 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     decoded.clear()
     assert shard_files(cache_pixels(ds, AS_IS)) == shard_files(whole)
     assert len(decoded) == 8
-
-
-def test_a_shard_is_held_twice_at_most(
-    images: Path, home: Path, tmp_path: Path, pool: Executor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shard = 20 * 256 * 256 * 3  # 4 MB
-    monkeypatch.setattr(pixels, "MAX_ROWS", 20)
-    for index in range(40):
-        draw(images / "third" / f"{index:02}.png", 100 + index)
-    ds = load(images)
-    tracemalloc.start()
-    try:
-        store = cache_pixels(ds, PAPER, workers=1)
-        written = tracemalloc.get_traced_memory()[1] / shard
-        tracemalloc.reset_peak()
-        for start in range(0, 60, 4):
-            assert len(store.features[start : start + 4]) == 4
-        read = tracemalloc.get_traced_memory()[1] / shard
-    finally:
-        tracemalloc.stop()
-    assert len(store.committed()) == 3
-    assert written < 3
-    assert read < 3
 
 
 def test_bad_requests_get_one_clear_message(images: Path, home: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 from pathlib import Path
 
@@ -240,24 +239,6 @@ def test_no_grey_or_zero_row_reaches_a_probe_and_the_result_says_how_many_are_mi
     assert "4 unreadable images left out" in result.notes
     fold = result.folds[0]
     assert fold.n_train + fold.n_val + result.n_test == 76
-
-
-def test_a_medium_that_fails_before_any_image_is_decoded_is_told_too(
-    images: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    extract(images)
-    os.utime(images / "benign" / "05.png", (2, 2))  # so that its bytes are looked at
-    original = Path.open
-
-    def fail(path: Path, *arguments: object, **keywords: object) -> object:
-        if path.name == "05.png":
-            raise OSError(errno.EIO, "Input/output error")
-        return original(path, *arguments, **keywords)  # type: ignore[call-overload]
-
-    monkeypatch.setattr(Path, "open", fail)
-    with refused(DatasetError, "image-not-readable") as caught:
-        extract(images)
-    assert "EIO" in str(caught.value)
 
 
 def test_another_limit_on_pixels_looks_again_at_what_it_allows_and_keeps_the_recipe(images: Path, home: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import threading
@@ -117,26 +116,6 @@ def test_killed_at_any_call_a_rerun_ends_as_if_it_had_not_been(format: str, afte
         check_only_whole_things_are_seen(home, done)
         everything(home, format)
         assert tree(home) == done
-
-
-@pytest.mark.usefixtures("quick_disk")
-@pytest.mark.parametrize(("format", "number"), [("hdf5", errno.ENOSPC)])
-def test_an_error_at_any_call_is_told_and_a_rerun_mends_it(format: str, number: int, tmp_path: Path) -> None:
-    at_calls = points(tmp_path / "whole", format)
-    done = tree(tmp_path / "whole")
-    told: list[StoreError] = []
-    for at in at_calls:
-        home = tmp_path / str(at)
-        with failing(at, after=False, error=lambda: OSError(number, os.strerror(number)), forever=False):
-            try:
-                everything(home, format)
-            except StoreError as error:
-                told.append(error)
-        check_only_whole_things_are_seen(home, done)
-        everything(home, format)
-        assert tree(home) == done
-    assert len(told) > len(at_calls) / 2  # the others are clean-ups, which may fail without harm
-    assert all(error.found == os.strerror(number) and error.fix for error in told)
 
 
 @pytest.mark.parametrize("format", FORMATS)

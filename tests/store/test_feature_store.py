@@ -166,13 +166,3 @@ def test_pixels_are_no_backbone(tmp_path: Path) -> None:
     for backbone in ("random", "pixels"):
         with refused(StoreNotFoundError, "store-not-found"):
             open_store(backbone, "ds", home=tmp_path)
-
-
-def test_shards_of_rows_can_be_seen_and_not_changed(tmp_path: Path) -> None:
-    path = make_store(tmp_path)
-    add(path, 0, ["a", "b", "c", "d"])
-    add(path, 1, ["e"])
-    shards = open_store("random", "ds", home=tmp_path).features.shards
-    assert shards.tolist() == [0, 0, 0, 0, 1]
-    with pytest.raises(ValueError, match="read-only"):
-        shards[0] = 1
