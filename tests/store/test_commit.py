@@ -140,28 +140,6 @@ def test_of_many_writers_of_one_shard_exactly_one_wins(format: str, tmp_path: Pa
     assert list((path / "staging").iterdir()) == []
 
 
-def test_many_may_create_one_store(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        paths = set(pool.map(lambda _: make_store(tmp_path), range(8)))
-    assert len(paths) == 1
-    assert [path.name for path in (tmp_path / "ds").iterdir()] == [paths.pop().name]
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_many_may_write_the_view_and_the_snapshot(format: str, tmp_path: Path) -> None:
-    path = make_store(tmp_path, format)
-    add(path, 0, ["a", "b"])
-
-    def write(_: int) -> None:
-        write_view(path)
-        write_snapshot(path.parent, b"table")
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(write, range(12)))
-    assert (path / ("view.zarr" if format == "zarr" else "view.h5")).exists()
-    assert sorted(p.name for p in path.parent.iterdir()) == ["dataset.parquet", path.name]
-
-
 def test_where_folders_cannot_be_exchanged_the_view_is_replaced_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from embcache.errors import CorruptStoreError, RecipeError, StoreError, StoreNot
 from embcache.sealed import seal
 from embcache.store.feature_store import FeatureStore, list_stores, open_store
 from tests.refusal import refused
-from tests.store.build import Table, add, make_store, make_table, recipe
+from tests.store.build import add, make_store, make_table, recipe
 
 
 def test_open_store_finds_by_name_and_restricts_to_a_dataset(tmp_path: Path) -> None:
@@ -29,23 +28,6 @@ def test_nothing_cached_says_what_to_type(tmp_path: Path) -> None:
     make_store(tmp_path)
     with refused(StoreNotFoundError, "store-not-found"):
         open_store("dino", "ds", home=tmp_path)
-
-
-def test_a_folder_dataset_is_extracted_again_under_its_own_name(tmp_path: Path) -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Folder(Table):
-        layout: str = "folder"
-        root: str = "/my images"
-        origin: None = None
-        missing: tuple[str, ...] = ()
-
-        def read_options(self) -> list[str]:
-            return []
-
-    ds = Folder(make_table(["a"]).table, "mine-1a2b3c4d")
-    with pytest.raises(StoreNotFoundError) as caught:
-        open_store("dino", ds, home=tmp_path)
-    assert "--dataset folder --data-root '/my images' --name mine-1a2b3c4d" in str(caught.value.fix)
 
 
 def test_a_backbone_whose_name_begins_another_is_not_mistaken_for_it(tmp_path: Path) -> None:

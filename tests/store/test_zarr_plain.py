@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,12 @@ from hypothesis import strategies as st
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from embcache.errors import CorruptStoreError
 from embcache.store import zarr_format
+from embcache.store.reading import read_features, read_header
 from embcache.store.schema import ShardRows
+from tests.refusal import refused
+from tests.store.build import add, make_store
 
 DTYPES = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
@@ -111,3 +116,18 @@ def test_strings_that_do_not_fill_their_chunk_are_refused(change: bytes) -> None
     for damaged in (change + chunk[4:], chunk[:-1], chunk + b"x", chunk[:-1] + b"\xff"):
         with pytest.raises(ValueError):
             zarr_format.decode_index({**files, "data.zarr/ids/c/0": damaged})
+
+
+def test_what_a_format_raises_is_an_error_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_store(tmp_path)
+    add(path, 0, ["a", "b", "c"])
+    header = read_header(path)
+    with pytest.raises(RecursionError):  # metadata nested deeper than the stack
+        zarr_format.decode_index({zarr_format.ROOT + "zarr.json": b"[" * 200_000})
+
+    def fail(*_: Any) -> None:
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(zarr_format, "decode_features", fail)
+    with refused(CorruptStoreError, "shard-damaged"):
+        read_features(path, header, 0)
