@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import embcache.extract.engines.local as compute
 import embcache.extract.extract as run
 import embcache.extract.pixels as pixels
 import embcache.extract.worker as batching
@@ -22,7 +21,7 @@ from embcache.backbones.transforms import Transform, center, choose_transform, f
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.extract.extract import extract_features
-from embcache.extract.pixels import cache_pixels, open_pixels
+from embcache.extract.pixels import cache_pixels
 from embcache.log import shown
 from embcache.store.feature_store import FeatureStore
 from tests.extract.conftest import draw
@@ -174,35 +173,6 @@ def test_a_changed_image_is_not_served_from_its_old_pixels(
     assert decoded == ["benign/05.png"]
     row = again.ids.tolist().index(next(id_ for id_ in ds.table["id"] if "05" in id_))
     assert np.array_equal(again.features[row], np.asarray(Image.open(images / "benign" / "05.png")))
-
-
-def test_an_interrupted_run_resumes_to_the_same_bytes(
-    images: Path, home: Path, tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ds = load(images)
-    whole = cache_pixels(ds, AS_IS, home=tmp_path / "whole")
-    original, calls = compute.commit_shard, []
-
-    def interrupted(*arguments: object, **keywords: object) -> object:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*arguments, **keywords)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(compute, "commit_shard", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            cache_pixels(ds, AS_IS)
-    half = open_pixels(ds, AS_IS)
-    assert half is not None
-    assert len(half) == 12
-    decoded.clear()
-    # What is committed serves an extraction, and what is only planned does not.
-    run_extraction(["random"], ds)
-    assert len(decoded) == 8
-    decoded.clear()
-    assert shard_files(cache_pixels(ds, AS_IS)) == shard_files(whole)
-    assert len(decoded) == 8
 
 
 def test_bad_requests_get_one_clear_message(images: Path, home: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +10,7 @@ import torch
 
 from embcache.backbones.transforms import Transform, normalize
 from embcache.data.images import ImageRef
-from embcache.extract import worker as batching
-from embcache.extract.worker import Prepared, Receiver, Sender, batches_ahead, stack_batch
+from embcache.extract.worker import Prepared, Receiver, Sender, stack_batch
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
 SOURCES = [ImageRef(str(index), f"{index}.png", "") for index in range(7)]
@@ -48,23 +45,6 @@ def test_a_stacked_batch_leaves_nothing_of_the_last_one() -> None:
     stack_batch([Prepared((image,), "", ""), Prepared((), "", "broken")], 0, out)
     np.testing.assert_array_equal(out[0].numpy(), image)
     assert not out[1:].any()
-
-
-def test_pending_batches_are_cancelled_at_the_end() -> None:
-    futures: list[Future[Prepared]] = []
-
-    def submit(chunk: Sequence[ImageRef]) -> list[Future[Prepared]]:
-        made: list[Future[Prepared]] = [Future() for _ in chunk]
-        if not futures:
-            for future in made:
-                future.set_result(Prepared((), "", ""))
-        futures.extend(made)
-        return made
-
-    batches = batches_ahead(SOURCES, 2, submit, batching.AHEAD)
-    next(batches)
-    batches.close()  # type: ignore[attr-defined]
-    assert [future.cancelled() for future in futures] == [False, False, True, True, True, True]
 
 
 def test_normalising_is_the_same_in_every_batch_and_mode(device: torch.device) -> None:

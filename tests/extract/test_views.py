@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +10,10 @@ import torch
 from PIL import Image
 
 import embcache.extract.extract as run
-import embcache.extract.worker as batching
 from embcache.backbones.catalog import find_backbone
 from embcache.backbones.transforms import augmentation, choose_transform, normalize
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.data.images import ImageRef, read_image
 from embcache.extract.extract import extract_features
-from embcache.extract.worker import Frames, make_views, view_batches
 from embcache.store.feature_store import FeatureStore
 from tests.extract.conftest import draw
 from tests.extract.tiny import DIM, load_tiny, run_extraction
@@ -101,48 +96,3 @@ def test_one_view_is_the_recipe_that_there_always_was(images: Path, home: Path) 
     two = run_extraction(["random"], dataset, views=2, say=said.append)[0].store.recipe
     assert not any("another recipe" in line for line in said)
     assert set(two.differences(plain.store.recipe)) == {"transform.views", "transform.augment"}
-
-
-def test_one_pass_serves_networks_of_different_frames(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image is decoded where one of its frames is not cached, once, and not at all where all are."""
-    dataset = load_dataset("folder", images)
-    spec = find_backbone("random")
-    wanted = [
-        make_views(choose_transform(spec, "paper", {(40, 40)}), 2, augmentation("chest", (40, 40), (40, 40))),
-        make_views(choose_transform(spec, "paper", {(40, 40), (50, 50)})),
-    ]
-    sources = [ImageRef(*row) for row in zip(*(dataset.table[c] for c in ("id", "path", "place")), strict=True)]
-    read: list[str] = []
-
-    class Cached:
-        def __init__(self, which: int, ids: set[str]) -> None:
-            self.frame, self.ids = wanted[which].frame, ids
-
-        def read(self, ids: object) -> Frames:
-            found: Frames = {
-                s.id: (self.frame.geometry(image), digest)
-                for s in sources
-                if s.id in self.ids
-                for image, digest in [read_image(images, s.path)]
-            }
-            return found
-
-    def count(root: Path, path: str, place: str, decoding: object = None) -> object:
-        read.append(path)
-        return read_image(root, path, place)
-
-    def run_through(cached: Mapping[str, Cached]) -> list[bytes]:
-        read.clear()
-        with ThreadPoolExecutor(1) as pool:
-            read_cached = {key: frames.read for key, frames in cached.items()}
-            batches = list(view_batches(images, sources, wanted, 6, pool, read_cached))
-        return [pixels.tobytes() + p.digest.encode() for batch in batches for p in batch for pixels in p.pixels]
-
-    monkeypatch.setattr(batching, "read_image", count)
-    direct = run_through({})
-    assert len(direct) == 20 * 3
-    assert len(read) == 20
-    first, second = {s.id for s in sources[:10]}, {s.id for s in sources[5:]}
-    keys = [views.frame_key for views in wanted]
-    assert run_through({keys[0]: Cached(0, first), keys[1]: Cached(1, second)}) == direct
-    assert len(read) == 15
