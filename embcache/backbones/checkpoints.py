@@ -235,14 +235,11 @@ def _gather(mapping: Mapping[object, object], prefix: str, state: dict[str, Tens
 
 @dataclass(frozen=True)
 class Network:
-    """The tensors of one network of a checkpoint, under its own names.
-
-    ``prefix`` stood before each name in the file; ``passed`` stands before those of other complete networks.
-    """
+    """The tensors of one network of a checkpoint, under its own names."""
 
     state: dict[str, Tensor]
-    prefix: str
-    passed: tuple[str, ...] = ()
+    prefix: str  # stood before each name in the file
+    passed: tuple[str, ...] = ()  # prefixes of other complete networks
 
     def describe(self, path: Path) -> str:
         """What was chosen of a file; empty where there was nothing to choose."""

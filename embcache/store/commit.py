@@ -192,10 +192,7 @@ def write_view(store: Path) -> None:
 
 
 def refresh_view(store: Path) -> bool:
-    """Write the view unless it shows the shards that are committed; True when it was written.
-
-    A run or repair that is killed between its last commit and its view leaves this to the next run.
-    """
+    """Write the view unless it shows what is committed: a killed run leaves this to the next; True when written."""
     store = Path(store)
     if view_is_current(store, reading.read_header(store)):
         disk.remove_leftovers(store / "staging", "view-")

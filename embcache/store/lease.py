@@ -25,10 +25,7 @@ _FUTURE_SECONDS = 3.0
 
 
 class Lease:
-    """A claim on one shard, kept alive by a thread until :meth:`release`.
-
-    Use :meth:`acquire`; also a context manager.
-    """
+    """A claim on one shard, made by :meth:`acquire` and kept alive by a thread until :meth:`release`."""
 
     def __init__(self, path: Path, content: bytes, ttl: float) -> None:
         self.path, self._content, self._ttl = path, content, ttl

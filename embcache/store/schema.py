@@ -300,10 +300,7 @@ class ShardRows:
         object.__setattr__(self, "reasons", tuple(text.replace("\0", "\\x00") for text in storable))
 
     def blanked(self) -> ShardRows:
-        """Return the rows with zeros for features that are not valid.
-
-        What a network made of an unreadable image depends on its neighbors in the batch: it is never kept.
-        """
+        """The rows with zeros for features that are not valid: those depend on the neighbors in a batch."""
         if not self.features[~self.valid].any():
             return self  # nothing to blank: a shard of pixels is not copied for it
         features = self.features.copy()
@@ -313,13 +310,9 @@ class ShardRows:
 
 def check_id(id_: str) -> None:
     """Raise a StoreError unless ``id_`` is a non-empty string of UTF-8 without NUL."""
-    if isinstance(id_, str) and id_.isascii() and id_ and "\0" not in id_:
-        return  # nearly all: a plan of a million images asks for each
-    try:
-        fits = isinstance(id_, str) and id_ != "" and "\0" not in id_
-        str(id_).encode("utf-8")
-    except UnicodeEncodeError:
-        fits = False
+    fits = isinstance(id_, str) and id_ != "" and "\0" not in id_
+    if fits and not id_.isascii():  # few: a plan of a million images asks for each
+        fits = id_.encode("utf-8", "replace").decode("utf-8") == id_
     if not fits:
         raise StoreError(
             "an id cannot be stored", code="id-not-storable", expected="UTF-8, not empty, without NUL",
@@ -355,9 +348,9 @@ def digests_to_bytes(digests: Sequence[str]) -> np.ndarray:
 
 def digests_from_bytes(raw: np.ndarray) -> tuple[str, ...]:
     """Invert :func:`digests_to_bytes`."""
-    digits, unknown = raw.tobytes().hex(), "0" * 64
+    digits = raw.tobytes().hex()
     found = (digits[start : start + 64] for start in range(0, len(digits), 64))
-    return tuple("" if digest == unknown else digest for digest in found)
+    return tuple("" if digest == "0" * 64 else digest for digest in found)
 
 
 def _shape(array: np.ndarray) -> str:
