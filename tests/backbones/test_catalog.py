@@ -70,19 +70,12 @@ def test_random_is_torchvisions_own_initialisation_from_its_seed() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         state = torchvision.models.resnet50(weights=None).state_dict()
+    before = torch.get_rng_state()
     loaded = load_backbone("random:1").module.state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
     # Not bit for bit: torch's own last bits depend on the processor (see embcache.backbones.networks).
     assert all(float((loaded[key] - state[key]).abs().max()) <= 1e-6 * float(state[key].max()) for key in loaded)
     assert set(state) - set(loaded) == {"fc.weight", "fc.bias"}
-
-
-def test_random_differs_by_seed_alone_and_leaves_the_global_random_state_alone() -> None:
-    torch.manual_seed(123)
-    before = torch.get_rng_state()
-    first = load_backbone("random:7").weights_sha256
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(5)
-    assert load_backbone("random").weights_sha256 != first
 
 
 @pytest.mark.parametrize("name", ["random:", "random:²", f"random:{2**64}"])
