@@ -29,14 +29,7 @@ from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
 from embcache.backbones.checkpoints import HEADS, find_network, load_strictly, read_checkpoint
-from embcache.backbones.weights import (
-    Published,
-    check_digest,
-    download,
-    find_weights,
-    locate_weights,
-    timm_filename,
-)
+from embcache.backbones.weights import Published, check_digest, download, find_weights, locate_weights, timm_filename
 from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike, weights_dir
 

@@ -13,14 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from embcache.store.schema import (
-    NUMERIC_KINDS,
-    RowIndex,
-    ShardRows,
-    StoreHeader,
-    digests_from_bytes,
-    digests_to_bytes,
-)
+from embcache.store.schema import NUMERIC_KINDS, RowIndex, ShardRows, StoreHeader, digests_from_bytes, digests_to_bytes
 
 name = "hdf5"
 view = "view.h5"

@@ -48,10 +48,7 @@ def torchvision_features(state: dict[str, Tensor], batch: Tensor) -> Tensor:
     return entering[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [("supervised", dict), ("swav", published.vissl)],
-)
+@pytest.mark.parametrize(("name", "layout"), [("supervised", dict), ("swav", published.vissl)])
 def test_resnet_features_equal_torchvisions(
     tmp_path: Path, name: str, layout: Callable[[dict[str, Tensor]], object]
 ) -> None:
@@ -148,8 +145,7 @@ def save_timm(path: Path, name: str, **arguments: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "classes"),
-    [("resnet10t", 7), ("mobilenetv3_small_050", 0), ("vit_tiny_patch16_224", 1000)],
+    ("name", "classes"), [("resnet10t", 7), ("mobilenetv3_small_050", 0), ("vit_tiny_patch16_224", 1000)]
 )
 def test_a_timm_model_gives_its_pooled_features(tmp_path: Path, name: str, classes: int) -> None:
     path = save_timm(tmp_path / "weights.pth", name, num_classes=classes)

@@ -111,10 +111,7 @@ def test_normalise_equals_torchvisions(backbone: str) -> None:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["resnet10t", "vit_small_patch14_dinov2", "vit_base_patch16_siglip_224"],
-)
+@pytest.mark.parametrize("name", ["resnet10t", "vit_small_patch14_dinov2", "vit_base_patch16_siglip_224"])
 def test_a_timm_models_own_transform_equals_timms(name: str) -> None:
     spec = find_backbone(f"timm:{name}")
     transform = choose_transform(spec, None, {(96, 96), (640, 480)})

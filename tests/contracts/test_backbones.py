@@ -16,14 +16,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from embcache.backbones.catalog import (
-    Backbone,
-    LoadedBackbone,
-    backbones,
-    find_backbone,
-    load_backbone,
-    weights_status,
-)
+from embcache.backbones.catalog import Backbone, LoadedBackbone, backbones, find_backbone, load_backbone, weights_status
 from embcache.backbones.transforms import Transform
 from embcache.data.dataset import load_dataset
 from embcache.errors import UsageError

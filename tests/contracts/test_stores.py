@@ -72,11 +72,7 @@ def test_any_row_shape_and_dtype_is_kept(format: str, row_shape: tuple[int, ...]
     assert store.digests == {}
 
 
-@given(
-    data=st.data(),
-    ids=st.lists(IDS, min_size=1, max_size=8, unique=True),
-    rows_per_shard=st.integers(1, 3),
-)
+@given(data=st.data(), ids=st.lists(IDS, min_size=1, max_size=8, unique=True), rows_per_shard=st.integers(1, 3))
 @settings(max_examples=15)
 def test_reading_equals_a_dictionary_of_what_was_committed(
     format: str, data: st.DataObject, ids: list[str], rows_per_shard: int

@@ -48,8 +48,7 @@ def spoil(root: Path, *numbers: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "images", "allowed"),
-    [("1%", 20, 1), ("0%", 20, 0), ("2.5%", 1000, 25), ("7", 20, 7)],
+    ("value", "images", "allowed"), [("1%", 20, 1), ("0%", 20, 0), ("2.5%", 1000, 25), ("7", 20, 7)]
 )
 def test_the_limit_is_a_share_or_a_number(value: int | str, images: int, allowed: int) -> None:
     assert parse_max_bad(value, images) == allowed

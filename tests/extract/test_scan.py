@@ -21,14 +21,7 @@ from embcache.errors import DatasetError, DatasetNotFoundError
 from embcache.extract import extract as run
 from embcache.extract import scan as scanning
 from embcache.extract.extract import Extraction
-from embcache.extract.scan import (
-    Scan,
-    decode_scan,
-    encode_scan,
-    read_sizes,
-    scan_dataset,
-    scan_images,
-)
+from embcache.extract.scan import Scan, decode_scan, encode_scan, read_sizes, scan_dataset, scan_images
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny, run_extraction
 from tests.refusal import refused
