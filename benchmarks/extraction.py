@@ -28,8 +28,7 @@ from embcache.backbones.catalog import find_backbone, load_backbone
 from embcache.backbones.networks import LastClassTokens
 from embcache.backbones.transforms import choose_transform
 from embcache.cores import usable_cores
-from embcache.extract.batching import ImageRef, prepare
-from embcache.extract.worker import FrozenNetwork, compute_shard, freeze
+from embcache.extract.worker import FrozenNetwork, ImageRef, compute_shard, freeze, prepare
 
 BATCH = 16
 

@@ -60,12 +60,11 @@ def measure(root: Path, home: Path) -> None:
     from embcache.backbones.catalog import find_backbone
     from embcache.backbones.transforms import choose_transform
     from embcache.data.dataset import load_dataset
-    from embcache.extract.scan import scan_dataset
-    from embcache.extract.shard_plan import plan_store
+    from embcache.extract.scan import plan_store, scan_dataset
     from embcache.paths import slug
     from embcache.store.commit import create_store, write_snapshot
     from embcache.store.feature_store import FeatureStore
-    from embcache.store.recipe import Recipe
+    from embcache.store.schema import Recipe
 
     seconds: dict[str, float] = {}  # of processors, too: a busy machine does not see them
     used: dict[str, float] = {}

@@ -21,7 +21,7 @@ from common import machine
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, create_store, publish_plan
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 
 DIGEST = "ab" * 32
 

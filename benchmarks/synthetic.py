@@ -10,7 +10,7 @@ import pandas as pd
 
 from embcache.data.dataset import ImageDataset
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, create_store, publish_plan, write_snapshot
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 
 PNEUMONIA = (1341, 3875, 624)
 """Images without and with pneumonia that train, and test images."""

@@ -33,7 +33,7 @@ _NAMES = {
     "embcache.results.predict": "predict",
     "embcache.runs.folders": "Result list_results",
     "embcache.store.feature_store": "FeatureStore list_stores open_store",
-    "embcache.store.recipe": "Recipe",
+    "embcache.store.schema": "Recipe",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from embcache.store.feature_store import FeatureStore as FeatureStore
     from embcache.store.feature_store import list_stores as list_stores
     from embcache.store.feature_store import open_store as open_store
-    from embcache.store.recipe import Recipe as Recipe
+    from embcache.store.schema import Recipe as Recipe
 
 
 def __getattr__(name: str) -> Any:

@@ -29,67 +29,34 @@ _VISSL, _PHASE = "https://dl.fbaipublicfiles.com/vissl/model_zoo/", "model_final
 class Backbone:
     """What is known about a backbone before it is loaded.
 
-    Parameters
-    ----------
-    name : str
-        As given to ``--backbone``.
-    network : str
-        Library and name of the architecture; part of every recipe.
-    dim : int
-        Length of a feature vector.
-    parameters : int
-        Number of parameters of the network that makes the features, without any classifier.
-    source, license : str
-        Who trained the weights on what, and the license of the weights.
-    patch : int
-        Sides of the images must be multiples of it; 1 for convolutional networks.
-    pooling : {"avg", "cls_last4", "timm", "own"}
-        Global average; the class tokens of the last four blocks, each after the final norm; timm's own pooling; or
-        whatever a module of the user does.
-    mean, std : (float, float, float)
-        Normalization of RGB values scaled to [0, 1].
-    interpolation : {"bilinear", "bicubic", "lanczos", "nearest", "box", "hamming"}
-        The backbone's own, used by the transforms ``imagenet`` and ``model``.
-    weights : Published
-        Where the checkpoint comes from; empty if there is none, only a file name if timm's own table has the rest.
-    timm : str
-        Name under which timm builds the network; empty if it does not.
-    timm_arguments : tuple of (str, object)
-        Further arguments of ``timm.create_model``.
-    seed : int or None
-        Seed of the initialization of a network without weights.
-    input_size : (int, int)
-        Height and width of the model's own preprocessing.
-    crop_pct, crop_mode : float, str
-        Of the model's own preprocessing, as timm defines them.
-    contaminated : tuple of str
-        Datasets whose images were used in pretraining: scores on them are too good.
-    module : torch.nn.Module, optional
-        The network itself, for a backbone made by :meth:`from_module`.
-    transform : Transform, optional
-        Transform to use by default.
+    ``dim`` is the length of a feature vector, ``patch`` what the sides of the images must be multiples of, ``mean`` and
+    ``std`` normalize RGB values scaled to [0, 1]; ``transform`` is used by default, else ``paper`` with the own
+    ``interpolation``; ``contaminated`` names datasets whose images were used in pretraining: scores on them are too
+    good. `from_module` makes a backbone of a network of your own.
     """
 
-    name: str
-    network: str
+    name: str  # as given to --backbone
+    network: str  # library and name of the architecture; part of every recipe
     dim: int
-    parameters: int
-    source: str
-    license: str
+    parameters: int  # of the network that makes the features, without any classifier
+    source: str  # who trained the weights on what
+    license: str  # of the weights
     patch: int = 1
+    # Global average; "cls_last4": the class tokens of the last four blocks, each after the final norm; "timm": its own
+    # pooling; "own": whatever a module of the user does.
     pooling: str = "avg"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    interpolation: str = "bilinear"
-    weights: Published = field(default_factory=Published)
-    timm: str = ""
-    timm_arguments: tuple[tuple[str, object], ...] = ()
-    seed: int | None = None
-    input_size: tuple[int, int] = (224, 224)
+    interpolation: str = "bilinear"  # of Pillow's filters
+    weights: Published = field(default_factory=Published)  # only a file name if timm's own table has the rest
+    timm: str = ""  # name under which timm builds the network; empty if it does not
+    timm_arguments: tuple[tuple[str, object], ...] = ()  # further ones of timm.create_model
+    seed: int | None = None  # of the initialization of a network without weights
+    input_size: tuple[int, int] = (224, 224)  # height and width of the model's own preprocessing, as the next two
     crop_pct: float = 0.875
     crop_mode: str = "center"
     contaminated: tuple[str, ...] = ()
-    module: nn.Module | None = field(default=None, repr=False, compare=False)
+    module: nn.Module | None = field(default=None, repr=False, compare=False)  # for a backbone made by from_module
     transform: Transform | None = None
 
     @classmethod
@@ -200,18 +167,9 @@ backbones: Registry[Backbone | Callable[[], Backbone]] = Registry("backbone", {}
 def find_backbone(name: str | Backbone, *, imports: bool = True) -> Backbone:
     """Look a backbone up by name.
 
-    Parameters
-    ----------
-    name : str or Backbone
-        A registered name, ``random:SEED``, ``timm:NAME``, ``timm:hf-hub:ORG/NAME``, or ``package.module:function`` with
-        a function that returns a `Backbone`. A `Backbone` is returned as it is.
-    imports : bool
-        Whether ``package.module:function`` may be imported; False for a name that only a file gives.
-
-    Returns
-    -------
-    Backbone
-        ``random:0`` is ``random``; every other name is kept.
+    ``name`` is a registered name, ``random:SEED`` (``random:0`` is ``random``), ``timm:NAME``,
+    ``timm:hf-hub:ORG/NAME``, ``package.module:function`` with a function that returns a `Backbone`, or a `Backbone`,
+    which is returned as it is. With ``imports`` False no code is imported: for a name that only a file gives.
 
     Raises
     ------
@@ -278,10 +236,6 @@ def load_backbone(
         Whether a missing checkpoint may be fetched.
     imports : bool
         See :func:`find_backbone`.
-
-    Returns
-    -------
-    LoadedBackbone
 
     Raises
     ------

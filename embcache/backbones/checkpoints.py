@@ -58,6 +58,10 @@ class _BrokenError(Exception):
     """What a file that is no checkpoint is instead, or how it is damaged."""
 
 
+class _UnsafeError(Exception):
+    """Name of an object in a pickle that no checkpoint needs."""
+
+
 class _Ignored:
     """Replaces a harmless object while a pickle is read: holds nothing, does nothing."""
 
@@ -103,6 +107,11 @@ def read_checkpoint(path: Path, *, given: bool = False) -> Checkpoint:
             file.seek(0)
             loaded = _read(path, file)
         return Checkpoint(_unwrap(loaded, path), sha256)
+    except _UnsafeError as error:
+        raise WeightsError(
+            "the checkpoint is refused: reading it could run code", code="checkpoint-unsafe",
+            expected="tensors and plain containers", found=f"the object {error}", where=path, fix=_CONVERT,
+        ) from error  # fmt: skip
     except _BrokenError as error:
         raise WeightsError(
             f"{path.name} is not a checkpoint that can be read", code="not-a-checkpoint",
@@ -124,12 +133,12 @@ def _read(path: Path, file: IO[bytes]) -> object:
         _check_zip(path, file)
         # Mapped, so that a tensor that claims more than the file holds is an error instead of a read past its end.
         if path.suffix != ".safetensors":
-            return _read_pickle(path, path, mmap=True)
+            return _read_pickle(path, mmap=True)
         # Only a named file can be mapped, and torch takes this name for the format: give it another.
         with tempfile.TemporaryDirectory() as folder:
             link = Path(folder) / "checkpoint"
             link.symlink_to(path.resolve())
-            return _read_pickle(path, link, mmap=True)
+            return _read_pickle(link, mmap=True)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         if int.from_bytes(head[:8], "little") > _MOST_HEADER:
             raise _BrokenError(f"a safetensors file whose header has more than {_MOST_HEADER:,} bytes")
@@ -139,41 +148,20 @@ def _read(path: Path, file: IO[bytes]) -> object:
             raise _BrokenError(f"a damaged safetensors file: {error}") from error
     if head[:2] == b"\x80\x02":
         for _ in range(_LEGACY_PICKLES):
-            _check_pickle(path, file)
+            _check_pickle(file)
         file.seek(0)
-        return _read_pickle(path, file, mmap=False)
+        return _read_pickle(file, mmap=False)
     raise _BrokenError(_describe(head))
 
 
-def _check_pickle(path: Path, file: IO[bytes]) -> None:
-    """Refuse a pickle, before torch reads it, that calls what no checkpoint needs or is made to keep one busy."""
-    try:
-        check_pickle(file, _STAND_INS)
-    except HostilePickleError as error:
-        if str(error).startswith("GLOBAL "):
-            raise _unsafe(path, str(error).removeprefix("GLOBAL ")) from error
-        raise _BrokenError(str(error)) from error
-    except Exception as error:  # pickletools raises whatever comes
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise _BrokenError(f"a damaged or foreign PyTorch file: {reason}") from error
-
-
-def _unsafe(path: Path, name: str) -> WeightsError:
-    return WeightsError(
-        "the checkpoint is refused: reading it could run code", code="checkpoint-unsafe",
-        expected="tensors and plain containers", found=f"the object {name}", where=path, fix=_CONVERT,
-    )  # fmt: skip
-
-
-def _read_pickle(path: Path, source: Path | IO[bytes], *, mmap: bool) -> object:
+def _read_pickle(source: Path | IO[bytes], *, mmap: bool) -> object:
     with torch.serialization.safe_globals(list(_HARMLESS)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about storages of its own older formats
         try:
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # a malformed pickle can raise anything
-            unsafe = re.search(r"GLOBAL (\w\S*)", str(error))
-            if unsafe:
-                raise _unsafe(path, unsafe[1]) from error
+            if unsafe := re.search(r"GLOBAL (\w\S*)", str(error)):
+                raise _UnsafeError(unsafe[1]) from error
             # torch wraps the reason in advice to load the file unsafely, which is not ours to give.
             found = re.search(r"WeightsUnpickler error: (.+)", str(error)) or re.search(r"(.+)", str(error))
             reason = found[1].strip() if found else f"it ends too early ({type(error).__name__})"
@@ -196,7 +184,7 @@ def _check_zip(path: Path, file: IO[bytes]) -> None:
             for record in records if damaged is None else []:
                 if record.filename.endswith(".pkl"):
                     with archive.open(record) as pickle:
-                        _check_pickle(path, pickle)
+                        _check_pickle(pickle)
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise _BrokenError(f"a damaged zip archive, or a download cut short: {error}") from error
     if damaged is not None:
@@ -205,17 +193,11 @@ def _check_zip(path: Path, file: IO[bytes]) -> None:
 
 def _describe(head: bytes) -> str:
     text = head.lstrip().lower()
-    if not head:
-        return "an empty file"
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "a web page: the download went to a login or error page"
     if text.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself: git lfs pull"
-    if head.startswith(b"\x1f\x8b"):
-        return "a gzip archive: unpack it first"
-    if head[257:262] == b"ustar":
-        return "a tar archive: unpack it first"
-    return f"a file that begins with {head[:8]!r}"
+    return f"a file that begins with {head[:8]!r}" if head else "an empty file"
 
 
 def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
@@ -253,14 +235,11 @@ def _gather(mapping: Mapping[object, object], prefix: str, state: dict[str, Tens
 
 @dataclass(frozen=True)
 class Network:
-    """The tensors of one network of a checkpoint, under its own names.
-
-    ``prefix`` stood before each name in the file; ``passed`` stands before those of other complete networks.
-    """
+    """The tensors of one network of a checkpoint, under its own names."""
 
     state: dict[str, Tensor]
-    prefix: str
-    passed: tuple[str, ...] = ()
+    prefix: str  # stood before each name in the file
+    passed: tuple[str, ...] = ()  # prefixes of other complete networks
 
     def describe(self, path: Path) -> str:
         """What was chosen of a file; empty where there was nothing to choose."""
@@ -381,10 +360,6 @@ CALLS = frozenset(
 )  # fmt: skip
 
 
-class HostilePickleError(Exception):
-    """What is wrong with a pickle, in a few words."""
-
-
 @dataclass(frozen=True)
 class _Slot:
     """What is known of a value on the unpickler's stack: its size as a tuple, and the text or name that it is."""
@@ -395,17 +370,23 @@ class _Slot:
     items: tuple[Any, ...] = ()
 
 
-def check_pickle(file: IO[bytes], allowed: frozenset[str]) -> None:
-    """Go through one pickle without making anything of it; the file is left behind its end."""
+def _check_pickle(file: IO[bytes]) -> None:
+    """Go through one pickle without making anything of it, and leave the file behind its end."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
-    for count, (code, argument, _) in enumerate(pickletools.genops(file)):
-        if count > MOST_OPERATIONS:
-            raise HostilePickleError(f"a pickle of more than {MOST_OPERATIONS:,} operations")
-        _step(code, argument, stack, memo, allowed)
+    try:
+        for count, (code, argument, _) in enumerate(pickletools.genops(file)):
+            if count > MOST_OPERATIONS:
+                raise _BrokenError(f"a pickle of more than {MOST_OPERATIONS:,} operations")
+            _step(code, argument, stack, memo)
+    except (_BrokenError, _UnsafeError):
+        raise
+    except Exception as error:  # pickletools raises whatever comes
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise _BrokenError(f"a damaged or foreign PyTorch file: {reason}") from error
 
 
-def _step(code: Any, argument: Any, stack: list[Any], memo: dict[int, Any], allowed: frozenset[str]) -> None:
+def _step(code: Any, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
     name = code.name
     if name in ("BINPUT", "LONG_BINPUT", "PUT"):
         memo[argument] = stack[-1]
@@ -415,7 +396,10 @@ def _step(code: Any, argument: Any, stack: list[Any], memo: dict[int, Any], allo
         stack.append(_MARK)
     elif name == "GLOBAL":
         full = argument.replace(" ", ".", 1)
-        _check_name(full, allowed)
+        kind = full.removeprefix("torch.")
+        plain = full.startswith("torch.") and (kind.endswith("Storage") or (kind.isalnum() and kind.islower()))
+        if full not in CALLS and full not in _STAND_INS and not plain:
+            raise _UnsafeError(full)
         stack.append(_Slot(text=full))
     elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
         items = _to_mark(stack) if name == "TUPLE" else _take(stack, int(name[-1]))
@@ -423,7 +407,7 @@ def _step(code: Any, argument: Any, stack: list[Any], memo: dict[int, Any], allo
     elif name in ("REDUCE", "NEWOBJ"):
         arguments, called = stack.pop(), stack.pop()
         if called.text == "_codecs.encode" and (len(arguments.items) != 2 or arguments.items[1].text != "latin1"):
-            raise HostilePickleError("an encoding that no checkpoint uses")  # some take for ever
+            raise _BrokenError("an encoding that no checkpoint uses")  # some take for ever
         stack.append(_Slot(arguments.parts, arguments.depth))
     else:
         # A list or dictionary stays below what is put into it; what else there is has no size that matters.
@@ -437,18 +421,11 @@ def _step(code: Any, argument: Any, stack: list[Any], memo: dict[int, Any], allo
             stack.append(taken[k] if code.stack_before and k < len(taken) else _Slot(text=text))
 
 
-def _check_name(full: str, allowed: frozenset[str]) -> None:
-    kind = full.removeprefix("torch.")
-    plain = full.startswith("torch.") and (kind.endswith("Storage") or (kind.isalnum() and kind.islower()))
-    if full not in CALLS and full not in allowed and not plain:
-        raise HostilePickleError(f"GLOBAL {full}")
-
-
 def _tuple(items: list[Any]) -> _Slot:
     parts = 1 + sum(item.parts for item in items)
     depth = 1 + max((item.depth for item in items), default=0)
     if parts > _MOST_PARTS or depth > _DEEPEST_TUPLE:
-        raise HostilePickleError("tuples within tuples without end")
+        raise _BrokenError("tuples within tuples without end")
     return _Slot(parts, depth, None, tuple(items) if len(items) <= 2 else ())
 
 

@@ -29,14 +29,7 @@ from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
 from embcache.backbones.checkpoints import HEADS, find_network, load_strictly, read_checkpoint
-from embcache.backbones.weights import (
-    Published,
-    check_digest,
-    download,
-    find_weights,
-    locate_weights,
-    timm_filename,
-)
+from embcache.backbones.weights import Published, check_digest, download, find_weights, locate_weights, timm_filename
 from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike, weights_dir
 
@@ -54,6 +47,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
 }
 # Part of a name, in lower case → datasets whose images it was pretrained on.
 CONTAMINATED: Mapping[str, tuple[str, ...]] = {"rad-dino": ("nih",), "rad_dino": ("nih",)}
+_CHOOSE = "choose another model; see `embcache backbones`"
 # What timm raises for a configuration of the hub that is not in its layout, and for networks that it cannot build.
 _UNUSABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -89,8 +83,8 @@ def describe_timm(name: str) -> Mapping[str, Any]:
             "license": str(config.get("license") or "see its model card"),
             "patch": int(max(patch) if isinstance(patch, tuple) else patch),
             "pooling": "timm",
-            "mean": _rgb(data["mean"]),
-            "std": _rgb(data["std"]),
+            "mean": tuple(map(float, data["mean"])),
+            "std": tuple(map(float, data["std"])),
             "interpolation": str(data["interpolation"]),
             "weights": Published(filename=timm_filename(name)),
             "timm": model_name,
@@ -108,14 +102,8 @@ def _unusable(model_name: str, error: Exception) -> UsageError:
     return UsageError(
         f"timm cannot build {model_name}", code="timm-config",
         found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300],
-        expected="on the hub, a config.json in timm's layout that names one of its architectures",
-        fix="choose another model; see `embcache backbones`",
+        expected="on the hub, a config.json in timm's layout that names one of its architectures", fix=_CHOOSE,
     )  # fmt: skip
-
-
-def _rgb(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
 
 
 def load_timm(
@@ -200,8 +188,7 @@ def _feature_length(model: nn.Module, size: tuple[int, int], name: str) -> int:
     if len(shape) != 2:
         raise UsageError(
             f"{name} does not pool its features into one vector", code="timm-pooling",
-            expected="an output of shape (1, D)", found=str(shape),
-            fix="choose another model; see `embcache backbones`",
+            expected="an output of shape (1, D)", found=str(shape), fix=_CHOOSE,
         )  # fmt: skip
     return int(shape[1])
 

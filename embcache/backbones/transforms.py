@@ -1,7 +1,13 @@
-"""From decoded images to a network's input: one geometry per dataset and backbone, then normalization."""
+"""From decoded images to a network's input: one geometry per dataset and backbone, augmentations, normalization.
+
+An augmentation (Section 5.2) is a flip, a rotation and a random crop, different for each image and repeatable: every
+choice is made from the sha256 of a key, such as an image's ID with an epoch or the number of a view. So the same key
+gives the same pixels in any process, thread or order, and no random state is read, kept or disturbed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
 
 from embcache.errors import UsageError, check_choice, check_number
 from embcache.sealed import typed
@@ -23,42 +31,19 @@ MOST_SIDE = 4096
 MOST_RESIZED = 1 << 25  # 134 MB in Pillow; a shorter side of 256 reaches it where the longer one is 512 times as long
 KINDS = ("paper", "imagenet", "model")
 
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-    "bilinear": Image.Resampling.BILINEAR,
-    "hamming": Image.Resampling.HAMMING,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+_FILTERS = {each.name.lower(): each for each in Image.Resampling}
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize, center crop, normalize: everything between a decoded image and a network.
+    """Resize, center crop, normalize: everything between a decoded image and a network. Sizes are (height, width)."""
 
-    Parameters
-    ----------
-    kind : {"paper", "imagenet", "model"}
-        Rule by which it was chosen.
-    resize : (int, int) or int or None
-        Exact height and width, or length of the shorter side, or no resizing.
-    crop : (int, int) or None
-        Height and width of the center crop.
-    size : (int, int)
-        Height and width of the result.
-    interpolation : str
-        Filter of Pillow, which antialiases when it shrinks; the result is always uint8.
-    mean, std : (float, float, float)
-        Normalization of RGB values scaled to [0, 1].
-    """
-
-    kind: str
-    resize: tuple[int, int] | int | None
-    crop: tuple[int, int] | None
-    size: tuple[int, int]
-    interpolation: str
-    mean: tuple[float, float, float]
+    kind: str  # rule by which it was chosen: "paper", "imagenet" or "model"
+    resize: tuple[int, int] | int | None  # exact size, or length of the shorter side, or no resizing
+    crop: tuple[int, int] | None  # size of the center crop
+    size: tuple[int, int]  # of the result
+    interpolation: str  # filter of Pillow, which antialiases when it shrinks; the result is always uint8
+    mean: tuple[float, float, float]  # normalization of RGB values scaled to [0, 1]
     std: tuple[float, float, float]
 
     @classmethod
@@ -199,3 +184,78 @@ def _channels(values: tuple[float, float, float], device: torch.device | str) ->
     # Once for all batches: copying numbers to a GPU would wait for all the work queued there.
     with torch.inference_mode(mode=False):
         return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
+
+
+# Raised whenever a key no longer gives the pixels that it gave: it is part of every recipe with views.
+_AUGMENTATION = 1
+
+# What a modality has no up, left or right for: (flip left-right, flip top-bottom, largest rotation in degrees).
+AUGMENTATIONS: Mapping[str, tuple[bool, bool, float]] = {
+    "patch": (True, True, 0.0),
+    "fundus": (True, True, 180.0),
+    "chest": (True, False, 10.0),
+    "generic": (True, False, 0.0),
+}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Flips, a rotation and a crop of one image, drawn anew for every key."""
+
+    kind: str  # the rule it was chosen by
+    frame: tuple[int, int]  # height and width of what goes in
+    size: tuple[int, int]  # height and width of what comes out
+    left_right: bool
+    top_bottom: bool
+    degrees: float  # a rotation about the center is drawn from ±degrees, bilinear
+
+    def __call__(self, pixels: NDArray[np.uint8], key: str) -> NDArray[np.uint8]:
+        """One image augmented: uint8 (*frame, 3) → uint8 (*size, 3), contiguous."""
+        if pixels.shape != (*self.frame, 3):
+            raise ValueError(f"an image to augment is {pixels.shape}, not {(*self.frame, 3)}")
+        mirrored, overturned, angle, top, left = self.draw(key)
+        # (3, H, W); a copy, because a tensor may not share memory that cannot be written.
+        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        if mirrored:
+            image = functional.horizontal_flip(image)
+        if overturned:
+            image = functional.vertical_flip(image)
+        if angle:
+            image = functional.rotate(image, angle, interpolation=InterpolationMode.BILINEAR, fill=[0.0])
+        image = image[:, top : top + self.size[0], left : left + self.size[1]]
+        result: NDArray[np.uint8] = image.permute(1, 2, 0).contiguous().numpy()
+        return result
+
+    def draw(self, key: str) -> tuple[bool, bool, float, int, int]:
+        """What a key decides: mirrored, overturned, angle in degrees, and the crop's top and left in pixels."""
+        # Numbers in [0, 1): uniform, and one never shifts another whatever the modality leaves out.
+        bits = np.frombuffer(hashlib.sha256(key.encode("utf-8")).digest(), dtype=">u4")
+        uniform = (bits / 2.0**32).tolist()
+        angle = (2 * uniform[2] - 1) * self.degrees
+        room = [have - want + 1 for have, want in zip(self.frame, self.size, strict=True)]
+        return (
+            self.left_right and uniform[0] < 0.5,
+            self.top_bottom and uniform[1] < 0.5,
+            angle,
+            int(uniform[3] * room[0]),
+            int(uniform[4] * room[1]),
+        )
+
+    def describe(self) -> dict[str, object]:
+        """Every parameter, as JSON: part of a recipe or of a run's request."""
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return plain | {"version": _AUGMENTATION}
+
+
+def augmentation(kind: str, frame_size: tuple[int, int], size: tuple[int, int]) -> Augmentation:
+    """The augmentation of a modality."""
+    if kind not in AUGMENTATIONS:
+        raise UsageError(
+            "unknown augmentation", code="unknown-augmentation", expected=", ".join(AUGMENTATIONS), found=kind
+        )
+    if frame_size[0] < size[0] or frame_size[1] < size[1]:
+        raise UsageError(
+            "a crop is larger than the images", code="crop-size", expected=f"at most {frame_size[1]}×{frame_size[0]}",
+            found=f"{size[1]}×{size[0]}",
+        )  # fmt: skip
+    return Augmentation(kind, frame_size, size, *AUGMENTATIONS[kind])

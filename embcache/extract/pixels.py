@@ -27,15 +27,14 @@ from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION, ImageRef
 from embcache.errors import check_number
-from embcache.extract.batching import prepare_batches
 from embcache.extract.engines.local import LocalEngine, OwedStore
-from embcache.extract.scan import DatasetFiles, scan_dataset
-from embcache.extract.shard_plan import plan_store
+from embcache.extract.scan import DatasetFiles, plan_store, scan_dataset
+from embcache.extract.worker import prepare_batches
 from embcache.log import log
 from embcache.paths import PathLike, home_dir, slug
 from embcache.store.commit import ShardRows, create_store, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 
 # 25 MB, which are 128 rows at 256×256: at most a few seconds of decoding to lose, and one shard fits any memory.
 SHARD_BYTES = 128 * 256 * 256 * 3
@@ -62,28 +61,17 @@ def cache_pixels(
     dataset : ImageDataset
         Its images must be here.
     transform : Transform
-        Whose frame is kept; normalization and crop do not matter.
+        The frame of this one is kept; normalization and crop do not matter.
     ids : sequence of str, optional
         Only these images; default: all of the dataset.
-    home : path-like, optional
-        Folder of stores.
-    workers : int, optional
-        Threads that decode images; default: one per core, at most 8.
-    format : {"zarr", "hdf5"}, optional
-        Default: that of the store, Zarr for a new one.
-    decoding : Decoding, optional
-        Limits on the images that are decoded.
+    home, workers, format, decoding : optional
+        As in extraction: folder of stores, threads that decode, ``zarr`` or ``hdf5``, limits on the images.
 
     Returns
     -------
     FeatureStore
         Rows uint8 (H, W, 3) of the frame, in the dataset's order; unreadable images are left out and listed in
-        ``quarantined``.
-
-    Raises
-    ------
-    EmbcacheError
-        The images are not here, or the store cannot be read or written.
+        ``quarantined``. An `EmbcacheError` is raised if the images are not here, or the store cannot be written.
     """
     if workers is not None:
         check_number("--workers", workers, 1, 1 << 10)
@@ -91,13 +79,19 @@ def cache_pixels(
     wanted = dataset if ids is None else replace(dataset, table=dataset.table[dataset.table["id"].isin(set(ids))])
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         files = scan_dataset(dataset, home, pool, decoding)
-        store = _store(files.folder, framing, format)
+        row_shape = (*framing.size, 3)
+        path = create_store(
+            files.folder, pixel_recipe(framing), format=format, row_shape=row_shape,
+            rows_per_shard=max(1, min(MAX_ROWS, SHARD_BYTES // prod(row_shape))), batch_size=_BATCH, threads=1,
+            provenance={"pillow": PIL.__version__, "embcache": embcache.__version__},
+        )  # fmt: skip
+        store = FeatureStore(path)
         write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
         plan = plan_store(store, wanted, files.root, files.scan)
         files.keep()
         if owed := sum(len(shard.ids) for shard in plan.shards):
             size = f"{framing.size[1]}×{framing.size[0]}"
-            room = owed * prod(store.row_shape) / 1e9
+            room = owed * prod(row_shape) / 1e9
             log.info(f"{owed:,} images are decoded once and kept as {size} pixels: {room:.2f} GB in {store.path}")
         engine = LocalEngine([OwedStore(store, plan, _BATCH)], dataset, label="decode")
         with files.learning(), closing(engine.shards()) as shards:
@@ -107,7 +101,7 @@ def cache_pixels(
                 files.scan.learn(shard.sources, rows.digests)
                 engine.commit(shard, [rows], batch_size)
                 del rows  # before those of the next shard are made
-    return FeatureStore(store.path).restrict(wanted.table["id"])
+    return FeatureStore(path).restrict(wanted.table["id"])
 
 
 def open_pixels(dataset: ImageDataset, transform: Transform, home: PathLike | None = None) -> FeatureStore | None:
@@ -175,35 +169,13 @@ def current_pixels(dataset: ImageDataset, transform: Transform, files: DatasetFi
 def pixel_recipe(framing: Transform) -> Recipe:
     """Everything that determines the pixels of a frame."""
     return Recipe(
-        backbone=PIXELS,
-        architecture="none",
-        weights_sha256="",
-        transform=framing.geometry_dict(),
-        decoder=DECODER_VERSION,
-        pooling="none",
-        precision="fp32",
-        dtype="uint8",
-        numerics=_NUMERICS,
-    )
+        backbone=PIXELS, architecture="none", weights_sha256="", transform=framing.geometry_dict(),
+        decoder=DECODER_VERSION, pooling="none", precision="fp32", dtype="uint8", numerics=_NUMERICS,
+    )  # fmt: skip
 
 
 def _path(folder: Path, framing: Transform) -> Path:
     return folder / f"{PIXELS}-{pixel_recipe(framing).fingerprint[:12]}"
-
-
-def _store(folder: Path, framing: Transform, format: str | None) -> FeatureStore:
-    row_shape = (*framing.size, 3)
-    path = create_store(
-        folder,
-        pixel_recipe(framing),
-        format=format,
-        row_shape=row_shape,
-        rows_per_shard=max(1, min(MAX_ROWS, SHARD_BYTES // prod(row_shape))),
-        batch_size=_BATCH,
-        threads=1,
-        provenance={"pillow": PIL.__version__, "embcache": embcache.__version__},
-    )
-    return FeatureStore(path)
 
 
 def pixel_rows(

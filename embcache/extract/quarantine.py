@@ -17,7 +17,7 @@ from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
-from embcache.extract.batching import LEFT
+from embcache.extract.worker import LEFT
 from embcache.paths import PathLike
 from embcache.store.commit import ShardRows
 from embcache.store.feature_store import FeatureStore, extract_command
@@ -61,22 +61,19 @@ class Quarantine:
             if not bad:
                 continue
             for source in sources:
-                if source.id in bad:
-                    self._judge(source, bad[source.id])
+                if bad.get(source.id) == _VANISHED:
+                    self._check_root(source)
+                if source.id in bad and self._config.on_error == "fail":
+                    raise DatasetError(
+                        f"an image cannot be used: {source.id}", code="bad-image", found=bad[source.id],
+                        where=self._root / source.path, fix="repair or remove it and run the same command; --on-error "
+                        "quarantine continues without it",
+                    )  # fmt: skip
             tally = self._tallies.setdefault(store.path, _Tally(store, self._ids))
             again = set(each.ids)  # rows of the same images that were there are superseded
             before = {image: why for image, why in tally.bad().items() if image not in again}
             if len(before) + len(bad) > self._allowed:
                 raise self._too_many(store, {**bad, **before}, len(bad))
-
-    def _judge(self, source: ImageRef, reason: str) -> None:
-        if reason == _VANISHED:
-            self._check_root(source)
-        if self._config.on_error == "fail":
-            raise DatasetError(
-                f"an image cannot be used: {source.id}", code="bad-image", found=reason, where=self._root / source.path,
-                fix="repair or remove it and run the same command; --on-error quarantine continues without it",
-            )  # fmt: skip
 
     def _too_many(self, store: FeatureStore, bad: Mapping[str, str], new: int) -> DatasetError:
         lines = [f"{image}: {reason}" for image, reason in list(bad.items())[:_SHOWN]]
@@ -84,15 +81,12 @@ class Quarantine:
             lines.append(f"… and {len(bad) - _SHOWN:,} more")
         command = extract_command(store.recipe.backbone, self._dataset, self._home)
         return DatasetError(
-            f"too many images cannot be used: {len(bad):,} of {len(self._dataset):,} "
-            f"({new:,} of them in the current shard, which is not committed)",
-            code="too-many-bad-images",
+            f"too many images cannot be used: {len(bad):,} of {len(self._dataset):,} ({new:,} of them in the current "
+            "shard, which is not committed)", code="too-many-bad-images", found="\n".join(lines), where=self._root,
             expected=f"at most {self._allowed:,} (--max-bad {self._config.max_bad})",
-            found="\n".join(lines),
-            where=self._root,
             fix="repair or remove them and run the same command: what is committed stays; or accept more of them:\n"
             f"{command} --max-bad {len(bad)}",
-        )
+        )  # fmt: skip
 
     def _check_root(self, source: ImageRef) -> None:
         """`DatasetNotFoundError` if a missing file says something about its root, not about the image."""

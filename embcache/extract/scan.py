@@ -1,7 +1,12 @@
-"""The state of a dataset's image files, and the image sizes that decide the transform.
+"""The state of a dataset's image files, the image sizes that decide the transform, and what a store owes.
 
 Files are listed folder by folder; a header is read once, and only if a transform may depend on it. Width, height and
 digest of a file are kept in ``scan.parquet`` with the state that the file had (`FileState`), and hold while it has it.
+
+An image is owed if its ID is not in the store or its bytes changed. A file in the state in which it was last hashed has
+the same bytes; any other is hashed, so that touching or copying a dataset costs a read and no extraction. Size and
+modification time alone prove nothing: bitmaps, tiles, DICOM and array files have one size, and archives restore times.
+Owed images go into new shards; a published plan is never edited.
 """
 
 from __future__ import annotations
@@ -12,8 +17,10 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +30,19 @@ import pyarrow as pa
 from embcache.backbones.catalog import Backbone
 from embcache.backbones.transforms import Transform, choose_transform
 from embcache.cores import default_workers
-from embcache.data.budget import Decoding
+from embcache.data.budget import Decoding, fits_now
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import FileState, is_inside, stat_files
 from embcache.data.formats import is_square_of
 from embcache.data.images import DECODER_VERSION, ImageRef, image_refs, read_image, read_size
 from embcache.errors import DatasetNotFoundError, ImageError
-from embcache.extract.batching import medium_failed, prepare
+from embcache.extract.worker import LEFT, medium_failed, prepare
 from embcache.io import read_regular
 from embcache.paths import PathLike, home_dir, slug
 from embcache.sealed import open_parquet
-from embcache.store.commit import write_scan
-from embcache.store.feature_store import extract_command
+from embcache.store.commit import publish_plan, write_scan
+from embcache.store.feature_store import FeatureStore, extract_command
+from embcache.store.schema import PlanEntry
 
 # Size of a file that is not there: such images are planned too, and quarantined with the reason when computed.
 ABSENT = -1
@@ -69,15 +77,13 @@ class Scan:
     decoding: Decoding = field(default_factory=Decoding)  # the limit on pixels
 
     def confirm(self, images: Iterable[tuple[str, str]]) -> None:
-        """Read those images whose digest is not known, several at once, for :attr:`digests`.
-
-        An image that is missing, or unreadable in its array file, gets none: computing it tells why.
-        """
+        """Read those images whose digest is not known, several at once, for :attr:`digests`."""
         unknown = [image for image in images if image not in self.digests]
         with ThreadPoolExecutor(default_workers()) as pool:
             chunks = [unknown[start : start + _TOGETHER] for start in range(0, len(unknown), _TOGETHER)]
-            for chunk, digests in zip(chunks, pool.map(self._hash, chunks), strict=True):
-                self.digests.update({image: digest for image, digest in zip(chunk, digests, strict=True) if digest})
+            found = pool.map(partial(_digests, self.root, self.decoding), chunks)
+            digests = zip(unknown, chain.from_iterable(found), strict=True)
+            self.digests.update({image: digest for image, digest in digests if digest})
 
     def readable(self, path: str, place: str) -> bool:
         """Whether an image can be decoded now; `DatasetError` if its file cannot be read for now."""
@@ -89,9 +95,6 @@ class Scan:
             raise medium_failed(self.root / path, error) from error
         return True
 
-    def _hash(self, images: Sequence[tuple[str, str]]) -> list[str]:
-        return [_digest(self.root, path, place, self.decoding) for path, place in images]
-
     def learn(self, sources: Sequence[ImageRef], digests: Sequence[str]) -> None:
         """Take over the digests of images that were just read; ``""`` is none."""
         for source, digest in zip(sources, digests, strict=True):
@@ -101,11 +104,10 @@ class Scan:
     def read(self, paths: Sequence[str], pool: Executor, guess: tuple[int, int] | None = None) -> set[tuple[int, int]]:
         """Read the headers of some files, several at once; return the distinct sizes of those that can be read."""
         chunks = [paths[start : start + _TOGETHER] for start in range(0, len(paths), _TOGETHER)]
-        found: set[tuple[int, int]] = set()
-        for chunk, sizes in zip(chunks, pool.map(lambda some: self._read(some, guess), chunks), strict=True):
-            self.seen.update(zip(chunk, sizes, strict=True))
-            found.update(sizes)
-        return found - {UNREADABLE}
+        sizes = chain.from_iterable(pool.map(lambda some: self._read(some, guess), chunks))
+        found = dict(zip(paths, sizes, strict=True))
+        self.seen.update(found)
+        return set(found.values()) - {UNREADABLE}
 
     def _read(self, paths: Sequence[str], guess: tuple[int, int] | None) -> list[tuple[int, int]]:
         guess = guess or UNKNOWN
@@ -117,10 +119,10 @@ class Scan:
             if folder not in inside:
                 inside[folder] = is_inside(self.root, os.path.realpath(f"{self.root}/{folder}"))
             try:
-                if side > 0 and not place and inside[folder] and _says(f"{self.root}/{path}", side):
-                    sizes.append(guess)
-                else:
-                    sizes.append(read_size(self.root, path, place))
+                square = False
+                with suppress(OSError):  # a link, or something that the decoder reports
+                    square = side > 0 and not place and inside[folder] and is_square_of(f"{self.root}/{path}", side)
+                sizes.append(guess if square else read_size(self.root, path, place))
             except ImageError:
                 sizes.append(UNREADABLE)
             except OSError as error:
@@ -128,23 +130,21 @@ class Scan:
         return sizes
 
 
-def _digest(root: Path, path: str, place: str, decoding: Decoding) -> str:
-    try:
-        if not place:
-            with (root / path).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        return read_image(root, path, place, decoding)[1]
-    except (ImageError, FileNotFoundError, NotADirectoryError):
-        return ""
-    except OSError as error:
-        raise medium_failed(root / path, error) from error
-
-
-def _says(path: str, side: int) -> bool:
-    try:
-        return is_square_of(path, side)
-    except OSError:  # a link, or something that the decoder reports
-        return False
+def _digests(root: Path, decoding: Decoding, images: Sequence[tuple[str, str]]) -> list[str]:
+    """Sha256 of the bytes of each image; empty if it is missing, or unreadable in its array file."""
+    digests = []
+    for path, place in images:
+        try:
+            if place:
+                digests.append(read_image(root, path, place, decoding)[1])
+            else:
+                with (root / path).open("rb") as file:
+                    digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except (ImageError, FileNotFoundError, NotADirectoryError):
+            digests.append("")
+        except OSError as error:
+            raise medium_failed(root / path, error) from error
+    return digests
 
 
 def read_sizes(scan: Scan, pool: Executor) -> set[tuple[int, int]]:
@@ -156,16 +156,12 @@ def read_sizes(scan: Scan, pool: Executor) -> set[tuple[int, int]]:
     sizes = set(scan.seen.values()) - {UNREADABLE}
     unread = [path for path, state in scan.states.items() if path not in scan.seen and state.size != ABSENT]
     start, count = 0, 16
-    while start < len(unread) and not _decided(sizes):
+    # No further size can change the transform once there are two, or one that every transform resizes.
+    while start < len(unread) and len(sizes) < 2 and not any(max(size) > _LARGEST_KEPT for size in sizes):
         guess = next(iter(sizes)) if len(sizes) == 1 else None
         sizes |= scan.read(unread[start : start + count], pool, guess)
         start, count = start + count, min(2 * count, 1 << 14)
     return sizes
-
-
-def _decided(sizes: Collection[tuple[int, int]]) -> bool:
-    """Whether no further size can change the transform."""
-    return len(sizes) > 1 or any(max(size) > _LARGEST_KEPT for size in sizes)
 
 
 @dataclass(frozen=True)
@@ -183,15 +179,13 @@ class DatasetFiles:
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Keep the scan once more, however the block ends, if digests were learned in it.
-
-        What other processes kept meanwhile stays, as far as it holds for the files as they were here.
-        """
+        """Keep the scan once more, however the block ends, if digests were learned in it."""
         known = len(self.scan.digests)
         try:
             yield
         finally:
             if len(self.scan.digests) > known:
+                # What other processes kept meanwhile stays, as far as it holds for the files as they were here.
                 _, others, _ = _still_true(decode_scan(self.folder / "scan.parquet"), self.scan.states)
                 self.scan.digests.update(others | self.scan.digests)
                 self.keep()
@@ -314,10 +308,103 @@ def decode_scan(path: Path) -> pd.DataFrame | None:
         scan: pd.DataFrame = open_parquet(read_regular(path))[1].to_pandas()
     except (OSError, ValueError, pa.ArrowException):
         return None
-    if not {*_SCAN_COLUMNS, _DECODER} <= set(scan.columns) or not (scan[_DECODER] == DECODER_VERSION).all():
+    ours = {*_SCAN_COLUMNS, _DECODER} <= set(scan.columns) and (scan[_DECODER] == DECODER_VERSION).all()
+    if not ours or any(scan[name].dtype != "int64" for name in _SCAN_COLUMNS[2:-1]):
         return None
-    if any(scan[name].dtype != "int64" for name in _SCAN_COLUMNS[2:-1]):
-        return None
-    if not all(isinstance(value, str) for name in ("path", "place", "digest") for value in scan[name]):
-        return None
-    return scan[_SCAN_COLUMNS]
+    texts = all(isinstance(value, str) for name in ("path", "place", "digest") for value in scan[name])
+    return scan[_SCAN_COLUMNS] if texts else None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A fixed run of rows of one store that is planned and not yet committed."""
+
+    number: int
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one store owes for one dataset."""
+
+    shards: tuple[Shard, ...]
+    cached: int  # images of the dataset that are committed already
+    added: int  # images that no shard held before this plan
+    changed: int  # images whose bytes changed since they were extracted
+    retried: int = 0  # quarantined images that are owed once more
+
+
+def plan_store(
+    store: FeatureStore,
+    dataset: ImageDataset,
+    root: Path,
+    scan: Scan,
+    *,
+    publish: bool = True,
+    retry_quarantined: bool = False,
+) -> Plan:
+    """Publish what ``store`` owes for ``dataset`` as new shards, and return all shards still to compute.
+
+    Shards that an earlier, interrupted run planned come first, unchanged. With ``publish=False`` nothing is written
+    and the shards are those that would be. With ``retry_quarantined`` quarantined images are owed once more, though
+    their files have not changed. So are images that were too large, if the scan's limit on pixels now allows them.
+    """
+    states = scan.states
+    ids, paths, rows = (dataset.table[name].tolist() for name in ("id", "path", "place"))
+    members = dict(zip(ids, zip(paths, rows, strict=True), strict=True))
+    while True:
+        # In this order: `embcache gc` removes plans before shards, and what it removed is not owed.
+        committed, plans = set(store.committed()), store.plans()
+        owed = {number: entries for number, entries in plans.items() if number not in committed}
+        held, reasons = store.sources_and_reasons()
+        # The row of an image that had left the dataset says nothing about one that is back.
+        again = {
+            image
+            for image, reason in reasons.items()
+            if retry_quarantined or reason == LEFT or fits_now(reason, scan.decoding.max_pixels)
+        }
+        cached = sum(image in held for image in members)
+        due, copied = dict[str, PlanEntry](), dict[str, PlanEntry]()
+        for _, entries in sorted(owed.items()):
+            # Only `embcache gc` plans digests: it copies the rows that were made of those bytes.
+            (copied if any(entry.digest for entry in entries) else due).update({entry.id: entry for entry in entries})
+        held.update(copied | due)
+        again.difference_update(due)
+        scan.confirm(
+            (path, place)
+            for image, (path, place) in members.items()
+            # Only its digest tells if it has changed.
+            if image in held and image not in due and held[image].digest and states[path].size != ABSENT
+            and (place or held[image].size == states[path].size)
+        )  # fmt: skip
+        fresh = [
+            image
+            for image, (path, place) in members.items()
+            if image not in held or image in again or not _same_bytes(held[image], image in due, scan, path, place)
+        ]
+        retried = sum(image in again for image in fresh)
+        changed = sum(image in held for image in fresh) - retried
+        size = store.rows_per_shard
+        first = max([*plans, *committed], default=-1) + 1
+        chunks = {first + i: fresh[start : start + size] for i, start in enumerate(range(0, len(fresh), size))}
+        made = {image: PlanEntry(image, *states[members[image][0]][:2], None, members[image][1]) for image in fresh}
+        # Another process may plan at the same moment: the one that finds its number taken starts again.
+        if not publish or all(
+            publish_plan(store.path, number, [made[image] for image in chunk]) for number, chunk in chunks.items()
+        ):
+            shards = [Shard(number, tuple(entry.id for entry in entries)) for number, entries in sorted(owed.items())]
+            shards += [Shard(number, tuple(chunk)) for number, chunk in chunks.items()]
+            shards.sort(key=lambda shard: shard.number)
+            return Plan(tuple(shards), cached - changed - retried, len(fresh) - changed - retried, changed, retried)
+
+
+def _same_bytes(held: PlanEntry, owed: bool, scan: Scan, path: str, place: str) -> bool:
+    """Whether the image's bytes are those that its row was made from, or is owed of."""
+    state = scan.states[path]
+    alike = (held.size, held.mtime_ns) == state[:2]
+    if owed:  # it is read when it is computed
+        return alike
+    if not held.digest:
+        # There were no bytes, or not of the image alone (array files). Another store's scan may have seen the change.
+        return alike and path not in scan.moved and (state.size == ABSENT or not scan.readable(path, place))
+    return held.digest == scan.digests.get((path, place))

@@ -1,15 +1,19 @@
 """One shard of images in, its rows of features out: the unit of work of every engine.
 
-Nothing here knows stores, leases or datasets, so any engine can call :func:`compute_shard`.
+Nothing here knows stores, leases or datasets, so any engine can call :func:`compute_shard`. A batch never crosses a
+shard and always has ``batch_size`` rows: the tail and unreadable images are zero-padded and their outputs discarded. So
+a shard's features depend on the shard alone, and a run that was killed and resumed equals an uninterrupted one bit for
+bit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,18 +24,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embcache.backbones.catalog import LoadedBackbone
-from embcache.backbones.inference import fold_norms, to_bfloat16
-from embcache.backbones.transforms import Transform, frame, normalize
+from embcache.backbones.networks import fold_norms, to_bfloat16
+from embcache.backbones.transforms import Augmentation, Transform, augmentation, center, frame, normalize
 from embcache.cores import keep_freed_memory
 from embcache.data.budget import Decoding
-from embcache.data.images import ImageRef
-from embcache.errors import UsageError, check_choice
-from embcache.extract.augment import Augmentation, CachedFrames, Views, augmentation, make_views, view_batches
-from embcache.extract.batching import AHEAD, stack_batch
-from embcache.store.commit import ShardRows
+from embcache.data.images import ImageRef, read_image
+from embcache.errors import DatasetError, ImageError, UsageError, check_choice
+from embcache.sealed import canonical_json
+from embcache.store.schema import PRECISIONS, ShardRows
 
 DTYPES = ("float32", "float16")
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 # Raised whenever the arithmetic between decoded pixels and stored features changes: it is part of every recipe.
 # 2: batch norms folded into convolutions; bfloat16 throughout.
@@ -40,22 +42,184 @@ NUMERICS = 2
 # Batches that a GPU may be given before the features of the first are waited for.
 DEPTH = 2
 
+# Reason of a row whose image left the dataset after its shard was planned: no fault of the image.
+LEFT = "no longer in the dataset"
+
+# Batches that are decoded while one is used, if another device than the decoding cores uses it.
+AHEAD = 2
+
+Geometry = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+# Frame, uint8 (H, W, 3), and digest of images, by id.
+Frames = Mapping[str, tuple[NDArray[np.uint8], str]]
+# Frames of those images of a batch, by id, that are cached; by frame key.
+CachedFrames = Mapping[str, Callable[[Sequence[str]], Frames]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One image after decoding, once, and after each geometry."""
+
+    pixels: tuple[NDArray[np.uint8], ...]  # (H, W, 3) each, one per geometry; empty if the image could not be read
+    digest: str
+    reason: str  # why it could not
+
+
+def prepare(root: Path, source: ImageRef, geometries: Sequence[Geometry], decoding: Decoding | None = None) -> Prepared:
+    """Read, decode and transform one image; an unreadable one is a reason, not an exception."""
+    if not source.path:
+        return Prepared((), "", LEFT)
+    try:
+        image, digest = read_image(root, source.path, source.place, decoding)
+    except ImageError as error:
+        return Prepared((), error.digest, error.problem)
+    except OSError as error:
+        raise medium_failed(root / source.path, error) from error
+    try:
+        return Prepared(tuple(geometry(image) for geometry in geometries), digest, "")
+    except ValueError as error:
+        # The file is of another size than when the dataset was scanned, or of one that the transform enlarges too much.
+        return Prepared((), digest, str(error))
+
+
+def medium_failed(path: Path, error: OSError) -> DatasetError:
+    """The error for a file that the system does not give: it says nothing about the image, so the run stops."""
+    return DatasetError(
+        "an image cannot be read for now; it is not quarantined, for that says nothing about the image",
+        code="image-not-readable", found=f"{errno.errorcode.get(error.errno or 0, 'error')}: {error.strerror or error}",
+        where=path,
+        fix="check the disk, the mount and the permissions, then run the same command: what is committed stays",
+    )  # fmt: skip
+
+
+def prepare_batches(
+    root: Path,
+    sources: Sequence[ImageRef],
+    geometries: Sequence[Geometry],
+    batch_size: int,
+    pool: Executor,
+    decoding: Decoding | None = None,
+) -> Iterator[list[Prepared]]:
+    """Yield the prepared images of one shard batch by batch, decoding the next batches while this one is used."""
+
+    def submit(chunk: Sequence[ImageRef]) -> list[Future[Prepared]]:
+        return [pool.submit(prepare, root, source, geometries, decoding) for source in chunk]
+
+    return batches_ahead(sources, batch_size, submit)
+
+
+def batches_ahead(
+    sources: Sequence[ImageRef],
+    batch_size: int,
+    submit: Callable[[Sequence[ImageRef]], list[Future[Prepared]]],
+    ahead: int = AHEAD,
+) -> Iterator[list[Prepared]]:
+    """Yield the results of ``submit`` for each batch; the next ``ahead`` batches are begun while this one is used."""
+    chunks = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
+    pending: deque[list[Future[Prepared]]] = deque()
+    begun = 0
+    try:
+        for index in range(len(chunks)):
+            pending.extend(submit(chunk) for chunk in chunks[begun : index + 1 + ahead])
+            begun = min(max(begun, index + 1 + ahead), len(chunks))
+            yield [future.result() for future in pending.popleft()]
+    finally:
+        for futures in pending:
+            for future in futures:
+                future.cancel()
+
+
+def stack_batch(batch: Sequence[Prepared], geometry: int, out: Tensor) -> Tensor:
+    """Stack one geometry of a batch into ``out``, uint8 (B, H, W, 3); absent and unreadable rows become zero."""
+    pixels = out.numpy()
+    for row, prepared in enumerate(batch):
+        pixels[row] = prepared.pixels[geometry] if prepared.pixels else 0
+    pixels[len(batch) :] = 0
+    return out
+
+
+@dataclass(frozen=True)
+class Views:
+    """What becomes of a decoded image before normalization; networks that agree on it share pixels."""
+
+    frame: Transform = field(compare=False)  # gives what can be cached: the image before the crop
+    frame_key: str  # identifies the frame, whatever its normalization
+    size: tuple[int, int]  # height and width of a view
+    number: int = 1  # view 0 is the center of the frame, the others are augmented
+    augmentation: Augmentation | None = None  # none if there is one view
+
+    def of(self, framed: NDArray[np.uint8], id_: str) -> tuple[NDArray[np.uint8], ...]:
+        """The views of one frame, each uint8 (*size, 3); view v of an image does not depend on their number."""
+        plain = np.ascontiguousarray(center(framed, self.size))
+        if self.augmentation is None:
+            return (plain,)
+        return (plain, *(self.augmentation(framed, f"view {view} of {id_}") for view in range(1, self.number)))
+
+
+def make_views(transform: Transform, number: int = 1, augmentation: Augmentation | None = None) -> Views:
+    """The views that a transform gives of an image, with an augmentation if there are several."""
+    framing = frame(transform)
+    key = canonical_json(framing.geometry_dict())
+    return Views(framing, key, transform.size, number, augmentation if number > 1 else None)
+
+
+def prepare_views(
+    root: Path,
+    source: ImageRef,
+    wanted: Sequence[Views],
+    cached: Mapping[str, Future[Frames]],
+    decoding: Decoding | None = None,
+) -> Prepared:
+    """As `prepare`, with the views of each of ``wanted`` one after another.
+
+    An image is not read if all its frames are in ``cached``, by frame key; the pixels are the same either way.
+    """
+    framings = {views.frame_key: views.frame for views in wanted}
+    # Frames of a batch are requested before its images, so that even a single thread has read them by now.
+    known = [cached[key].result().get(source.id) for key in framings if key in cached]
+    there = [each for each in known if each is not None]
+    if len(there) == len(framings):
+        prepared = Prepared(tuple(pixels for pixels, _ in there), there[0][1], "")
+    else:
+        prepared = prepare(root, source, [framing.geometry for framing in framings.values()], decoding)
+    if not prepared.pixels:
+        return prepared
+    frames = dict(zip(framings, prepared.pixels, strict=True))
+    views = [view for each in wanted for view in each.of(frames[each.frame_key], source.id)]
+    return Prepared(tuple(views), prepared.digest, "")
+
+
+def view_batches(
+    root: Path,
+    sources: Sequence[ImageRef],
+    wanted: Sequence[Views],
+    batch_size: int,
+    pool: Executor,
+    cached: CachedFrames,
+    *,
+    ahead: int = AHEAD,
+    decoding: Decoding | None = None,
+) -> Iterator[list[Prepared]]:
+    """As `prepare_batches`; ``cached`` gives, by frame key, frames that need no decoding."""
+    read = {views.frame_key: cached[views.frame_key] for views in wanted if views.frame_key in cached}
+
+    def submit(chunk: Sequence[ImageRef]) -> list[Future[Prepared]]:
+        frames = {key: pool.submit(get, [source.id for source in chunk]) for key, get in read.items()}
+        return [pool.submit(prepare_views, root, source, wanted, frames, decoding) for source in chunk]
+
+    return batches_ahead(sources, batch_size, submit, ahead)
+
 
 @dataclass(frozen=True)
 class FrozenNetwork:
-    """A loaded backbone with its transform, device and precision: uint8 batches in, float32 features out.
-
-    With several views, each image is seen once as it is, and augmented in the others. ``dtype`` is that of the stored
-    features.
-    """
+    """A loaded backbone with its transform, device and precision: uint8 batches in, float32 features out."""
 
     backbone: LoadedBackbone
     transform: Transform
     device: torch.device
     precision: str
-    views: int = 1
+    views: int = 1  # each image is seen once as it is, and augmented in the others
     augmentation: Augmentation | None = None
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the stored features
 
     @property
     def image_views(self) -> Views:
@@ -108,15 +272,8 @@ def freeze(
         module = to_bfloat16(module)
     # Channels last is about 1.5 times faster for convolutions on CPUs (docs/log.md) and what tensor cores want.
     module = module.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return FrozenNetwork(
-        replace(backbone, module=module),
-        transform,
-        target,
-        precision,
-        views,
-        augmentation(augment, frame(transform).size, transform.size) if views > 1 else None,
-        dtype,
-    )
+    augmented = augmentation(augment, frame(transform).size, transform.size) if views > 1 else None
+    return FrozenNetwork(replace(backbone, module=module), transform, target, precision, views, augmented, dtype)
 
 
 def pick_device(device: str) -> torch.device:
@@ -240,23 +397,21 @@ def compute_shard(
             on_rows(len(batch))
         receiver.settle(keep=(DEPTH - 1) * sum(views.number for views in wanted))
     receiver.settle()
-    # What a narrow dtype cannot hold becomes infinite, and is quarantined like everything that is not finite.
-    with np.errstate(over="ignore"):
-        shaped = [
-            rows.reshape(len(sources), *net.row_shape).astype(net.dtype, copy=False)
-            for rows, net in zip(features, networks, strict=True)
-        ]
-    return [_rows(sources, rows, digests, reasons) for rows in shaped]
+    return [
+        _rows(sources, rows.reshape(len(sources), *network.row_shape), network.dtype, digests, reasons)
+        for rows, network in zip(features, networks, strict=True)
+    ]
 
 
 def _rows(
-    sources: Sequence[ImageRef], features: NDArray[Any], digests: Sequence[str], reasons: Sequence[str]
+    sources: Sequence[ImageRef], features: NDArray[Any], dtype: str, digests: Sequence[str], reasons: Sequence[str]
 ) -> ShardRows:
-    finite = np.isfinite(features).all(axis=tuple(range(1, features.ndim)))
-    why = tuple(
-        reason or ("" if ok else "the features are not finite")
-        for reason, ok in zip(reasons, finite.tolist(), strict=True)
-    )
+    # What a narrow dtype cannot hold becomes infinite, and is quarantined like everything that is not finite.
+    with np.errstate(over="ignore"):
+        features = features.astype(dtype, copy=False)
+    finite = np.isfinite(features).all(axis=tuple(range(1, features.ndim))).tolist()
+    fault = "the features are not finite"
+    why = tuple(reason or ("" if ok else fault) for reason, ok in zip(reasons, finite, strict=True))
     valid = np.array([not reason for reason in why], dtype=bool)
     features[~valid] = 0.0
     return ShardRows(tuple(source.id for source in sources), features, valid, tuple(digests), why)

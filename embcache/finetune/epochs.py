@@ -37,16 +37,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from embcache.backbones.transforms import Transform, center, frame
+from embcache.backbones.transforms import Augmentation, Transform, center, frame
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import image_refs
 from embcache.errors import CorruptStoreError, StoreError
-from embcache.extract.augment import Augmentation
-from embcache.extract.batching import prepare_batches
 from embcache.extract.pixels import decode_into, open_pixels
-from embcache.extract.scan import DatasetFiles
-from embcache.extract.shard_plan import plan_store
-from embcache.extract.worker import arithmetic
+from embcache.extract.scan import DatasetFiles, plan_store
+from embcache.extract.worker import arithmetic, prepare_batches
 from embcache.finetune.model import ImageModel, State
 from embcache.io import discard, is_folder, make_folder, replace_file
 from embcache.paths import PathLike

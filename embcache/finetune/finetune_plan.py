@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from embcache.backbones.catalog import Backbone, find_backbone, load_backbone
-from embcache.backbones.transforms import Transform, choose_transform, frame
+from embcache.backbones.transforms import Augmentation, Transform, augmentation, choose_transform, frame
 from embcache.config import FinetuneConfig
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.classes import class_flags
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError, check_number
-from embcache.extract.augment import Augmentation, augmentation
 from embcache.extract.extract import make_recipe
 from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.worker import FrozenNetwork, pick_device
@@ -36,7 +35,7 @@ from embcache.probe.schedule import Schedule
 from embcache.probe.stack import TrainedHead
 from embcache.probe.summary import RunCell, request_notes
 from embcache.runs.folders import PROTOCOL_VERSION
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 
 ARITHMETIC = 1  # raised when the arithmetic of finetuning changes, so that older runs are not taken for new ones
 GENTLE = {"lr": 1e-4, "batch_size": 16}  # for DINO's ViT-S/8 (Section B.2), also where it is fused (choice)

@@ -16,8 +16,7 @@ from embcache.cores import default_workers
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError
 from embcache.extract.extract import decoding_of, make_recipe, open_networks
-from embcache.extract.scan import DatasetFiles, scan_dataset
-from embcache.extract.shard_plan import plan_store
+from embcache.extract.scan import DatasetFiles, plan_store, scan_dataset
 from embcache.extract.worker import FrozenNetwork
 from embcache.maintain.verify import find_stores
 from embcache.paths import PathLike

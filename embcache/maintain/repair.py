@@ -44,8 +44,7 @@ from embcache.store.reading import (
     read_plan,
     shard_path,
 )
-from embcache.store.recipe import Recipe
-from embcache.store.schema import RowIndex, StoreHeader
+from embcache.store.schema import Recipe, RowIndex, StoreHeader
 
 _FEW = 5
 # Largest allowed |cached - computed| / max |computed| of an image, by precision: the same arithmetic in other batches.

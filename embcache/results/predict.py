@@ -28,10 +28,9 @@ from embcache.data.images import DECODER_VERSION, ImageRef, image_refs
 from embcache.data.published import named_columns
 from embcache.data.tables import find_columns, open_table
 from embcache.errors import DatasetError, DatasetNotFoundError, RecipeError, StoreNotFoundError, UsageError, first_few
-from embcache.extract.batching import prepare_batches, stack_batch
 from embcache.extract.extract import BATCH_SIZES, make_recipe, recipe_network
 from embcache.extract.scan import image_root
-from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device
+from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device, prepare_batches, stack_batch
 from embcache.finetune.model import FinetunedModel, load_finetuned
 from embcache.io import check_target, write_output
 from embcache.paths import PathLike
@@ -44,7 +43,7 @@ from embcache.results.curves import refuse_untrusted
 from embcache.results.layout import csv_text, is_formula
 from embcache.runs.folders import Result, find_run_anywhere, load_heads
 from embcache.store.feature_store import list_stores
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 
 _CHUNK = 256  # images at a time: what a progress bar counts, and what is in memory as features
 

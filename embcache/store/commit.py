@@ -10,48 +10,19 @@ is renamed is on disk before it gets its name, and a shard never outlives the pl
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from embcache import io as disk
 from embcache.errors import StoreError, check_choice
-from embcache.io import (
-    create_exclusive,
-    discard,
-    exclusive_prefix,
-    is_folder,
-    keep_file,
-    make_folder,
-    read_regular,
-    remove_leftovers,
-    rename_new,
-    replace_file,
-    staged_name,
-    swap_in,
-    sync_folder,
-    take_aside,
-    write_tree,
-    writing,
-)
 from embcache.paths import slug
 from embcache.sealed import crc32c, seal
-from embcache.store.reading import (
-    FOLDERS,
-    LiveRows,
-    check_folders,
-    committed_numbers,
-    plan_path,
-    read_header,
-    read_live,
-    read_plan,
-    shard_name,
-    shard_path,
-)
-from embcache.store.recipe import Recipe
-from embcache.store.schema import FORMATS, StoreHeader, ViewRows, check_ids, find_format, plan_rows
+from embcache.store import reading
+from embcache.store.schema import FORMATS, Recipe, StoreHeader, check_ids, find_format, plan_rows
 from embcache.store.schema import PlanEntry as PlanEntry
 from embcache.store.schema import ShardRows as ShardRows
 
@@ -76,28 +47,28 @@ def create_store(
     shape, sizes = tuple(map(int, row_shape)), (int(rows_per_shard), int(batch_size), int(threads))
     header = StoreHeader(recipe, format or "zarr", shape, *sizes, dict(provenance or {}))
     store = Path(dataset_dir) / f"{slug(recipe.backbone)}-{recipe.fingerprint[:12]}"
-    with writing(store):
+    with disk.writing(store):
         if not store.is_dir():
-            make_folder(store.parent)
-            staged = store.parent / staged_name(f".{store.name}-")
+            disk.make_folder(store.parent)
+            staged = store.parent / disk.staged_name(f".{store.name}-")
             try:
-                write_tree(staged, {"recipe.json": seal(header.to_json())}, FOLDERS)
-                rename_new(staged, store)
+                disk.write_tree(staged, {"recipe.json": seal(header.to_json())}, reading.FOLDERS)
+                disk.rename_new(staged, store)
             except FileNotFoundError:
                 # Another process created it first and removed what we had begun.
                 if not store.is_dir():
                     raise
-        remove_leftovers(store.parent, f".{store.name}-")
+        disk.remove_leftovers(store.parent, f".{store.name}-")
         # Copying tools drop empty folders; and a process may have been killed before the names it made were on disk.
-        check_folders(store)
-        for name in FOLDERS:
-            make_folder(store / name)
+        reading.check_folders(store)
+        for name in reading.FOLDERS:
+            disk.make_folder(store / name)
         for folder in (store / "shards", store, store.parent, store.parent.parent):
-            sync_folder(folder)
+            disk.sync_folder(folder)
         # What killed processes and power cuts left of committed shards: no process needs it any more.
-        for number in committed_numbers(store) if any((store / "staging").iterdir()) else ():
-            remove_leftovers(store / "staging", *_staged_prefixes(store, number))
-    there = read_header(store)
+        for number in reading.committed_numbers(store) if any((store / "staging").iterdir()) else ():
+            disk.remove_leftovers(store / "staging", *_staged_prefixes(store, number))
+    there = reading.read_header(store)
     if there.recipe != recipe or there.row_shape != header.row_shape:
         raise StoreError(
             "the existing store holds something else", code="store-mismatch",
@@ -115,26 +86,29 @@ def create_store(
 
 def _staged_prefixes(store: Path, number: int) -> list[str]:
     """How names under ``staging/`` begin that a shard's rows, plan and lease are written under."""
-    lease = store / "leases" / f"{shard_name(number)}.json"
-    return [f"shard-{shard_name(number)}-", exclusive_prefix(plan_path(store, number)), exclusive_prefix(lease)]
+    lease = store / "leases" / f"{reading.shard_name(number)}.json"
+    plan = reading.plan_path(store, number)
+    prefixes = [disk.exclusive_prefix(plan), disk.exclusive_prefix(lease)]
+    return [f"shard-{reading.shard_name(number)}-", *prefixes]
 
 
 def publish_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> bool:
     """Publish the rows that shard ``number`` owes, once and for all; False where the number is taken."""
     store = Path(store)
     check_ids([entry.id for entry in entries])
-    limit = read_header(store).rows_per_shard
+    limit = reading.read_header(store).rows_per_shard
     if len(entries) > limit or number < 0:
         raise StoreError(
             "a plan does not fit its shard", code="plan-size", expected=f"1 to {limit} rows",
             found=f"{len(entries)} rows",
         )  # fmt: skip
-    return create_exclusive(plan_path(store, number), _sealed_plan(number, entries), staging=store / "staging")
+    path, staging = reading.plan_path(store, number), store / "staging"
+    return disk.create_exclusive(path, _sealed_plan(number, entries), staging=staging)
 
 
 def replace_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> None:
     """Write the plan of a shard in place of one that is missing or damaged."""
-    replace_file(plan_path(Path(store), number), _sealed_plan(number, entries))
+    disk.replace_file(reading.plan_path(Path(store), number), _sealed_plan(number, entries))
 
 
 def _sealed_plan(number: int, entries: Sequence[PlanEntry]) -> bytes:
@@ -152,37 +126,37 @@ def commit_shard(
 ) -> bool:
     """Commit the computed rows of shard ``number``; on return they are on disk, whichever process wrote them."""
     store = Path(store)
-    header, name, target = read_header(store), shard_name(number), shard_path(store, number)
-    header.check_rows(rows, [entry.id for entry in read_plan(store, number)])
-    with writing(store):
+    header, name, target = reading.read_header(store), reading.shard_name(number), reading.shard_path(store, number)
+    header.check_rows(rows, [entry.id for entry in reading.read_plan(store, number)])
+    with disk.writing(store):
         won = False
         if damaged or not target.is_dir():
-            staged = store / "staging" / staged_name(f"shard-{name}-")
+            staged = store / "staging" / disk.staged_name(f"shard-{name}-")
             files = find_format(header.format).encode_shard(rows.blanked(), header.rows_per_shard)
             record = {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in sorted(files.items())}
             made = {"batch_size": (batch_size, header.batch_size), "threads": (threads, header.threads)}
             unusual = {name: n for name, (n, usual) in made.items() if n is not None and n != usual}
             files["commit.json"] = seal({"rows": len(rows.ids), "files": record, **unusual})
             # The plan may be another process's, killed before its name was on disk: no shard without its plan.
-            sync_folder(store / "plan")
+            disk.sync_folder(store / "plan")
             try:
-                write_tree(staged, files)
+                disk.write_tree(staged, files)
                 if damaged:
-                    swap_in(staged, target)
-                won = damaged or rename_new(staged, target)
+                    disk.swap_in(staged, target)
+                won = damaged or disk.rename_new(staged, target)
             except FileNotFoundError:
                 # The process that commits first removes what others have staged for the same shard.
                 if not target.is_dir():
                     raise
-        sync_folder(target.parent)
+        disk.sync_folder(target.parent)
         # The process that published the plan, or took the lease, may have been killed just after it.
-        remove_leftovers(store / "staging", *_staged_prefixes(store, number))
+        disk.remove_leftovers(store / "staging", *_staged_prefixes(store, number))
     return won
 
 
 def is_committed(store: Path, number: int) -> bool:
     """Whether a shard is committed, without a listing of all."""
-    return shard_path(Path(store), number).is_dir()
+    return reading.shard_path(Path(store), number).is_dir()
 
 
 def write_view(store: Path) -> None:
@@ -193,44 +167,44 @@ def write_view(store: Path) -> None:
     made, chunks are copied.
     """
     store = Path(store)
-    header = read_header(store)
+    header = reading.read_header(store)
     form = find_format(header.format)
     while True:
-        files, links = form.encode_view(header, _view_rows(header, read_live(store, header)))
+        mark = _mark(store)  # first: of what is committed while the rows are read, the view may show the old ones
+        files, links = form.encode_view(header, *_view_rows(header, reading.read_live(store, header), mark))
         # Relative to where a link will lie, not to where it is staged.
         targets = {link: (os.path.relpath(target, Path(link).parent), store / target) for link, target in links.items()}
-        staged = store / "staging" / staged_name("view-")
-        with writing(store):
+        staged = store / "staging" / disk.staged_name("view-")
+        with disk.writing(store):
             try:
-                write_tree(staged, files, links=targets)
-                swap_in(staged / form.view, store / form.view)
+                disk.write_tree(staged, files, links=targets)
+                disk.swap_in(staged / form.view, store / form.view)
             except FileNotFoundError:
                 # Another process wrote its view first and removed ours from staging.
                 if not (store / form.view).exists():
                     raise
-            sync_folder(store)
-            remove_leftovers(store / "staging", "view-")
+            disk.sync_folder(store)
+            disk.remove_leftovers(store / "staging", "view-")
         # What another process committed meanwhile is in its view: ours may just have replaced it, or removed it from
         # staging.
-        if view_is_current(store, header, committed_numbers(store)):
+        if view_is_current(store, header):
             return
 
 
 def refresh_view(store: Path) -> bool:
-    """Write the view unless it shows the shards that are committed; True when it was written.
-
-    A run that is killed between its last commit and its view leaves this to the next one.
-    """
+    """Write the view unless it shows what is committed: a killed run leaves this to the next; True when written."""
     store = Path(store)
-    if view_is_current(store, read_header(store), committed_numbers(store)):
-        remove_leftovers(store / "staging", "view-")
+    if view_is_current(store, reading.read_header(store)):
+        disk.remove_leftovers(store / "staging", "view-")
         return False
     write_view(store)
     return True
 
 
-def _view_rows(header: StoreHeader, live: LiveRows) -> ViewRows:
-    """Rows of the view; those that are padding, superseded or not readable are not valid, those not live have no id."""
+def _view_rows(
+    header: StoreHeader, live: reading.LiveRows, mark: str
+) -> tuple[list[str], np.ndarray, Mapping[int, int], Mapping[str, str]]:
+    """Ids, validity, rows per shard and attributes of a view; rows that are not live have no id and are not valid."""
     size = header.rows_per_shard * (max(live.shard_rows, default=-1) + 1)
     if size > MOST_VIEW_ROWS:
         raise StoreError(
@@ -247,39 +221,48 @@ def _view_rows(header: StoreHeader, live: LiveRows) -> ViewRows:
         "backbone": header.recipe.backbone,
         "fingerprint": header.recipe.fingerprint,
         "written_by": f"embcache view 1, {library} {version(library)}",
-        "shards": _mark(live.shard_rows),
+        "shards": mark,
         "rows": "use only rows whose valid is true; the others are padding, superseded or unreadable",
     }
-    return ViewRows(ids, valid, live.shard_rows, attributes)
+    return ids, valid, live.shard_rows, attributes
 
 
-def view_is_current(store: Path, header: StoreHeader, committed: Iterable[int]) -> bool:
+def view_is_current(store: Path, header: StoreHeader) -> bool:
     """Whether the existing view was made of just these shards; searched, not parsed: no checksum covers it."""
     view = store / find_format(header.format).view
     try:
-        data = read_regular(view / "zarr.json" if is_folder(view) else view)
+        data = disk.read_regular(view / "zarr.json" if disk.is_folder(view) else view)
     except OSError:
         return False
-    return _mark(committed).encode() in data
+    return _mark(store).encode() in data
 
 
-def _mark(committed: Iterable[int]) -> str:
-    """What says in a view of which shards it was made: its attribute ``shards``."""
-    return f"view of the shards {crc32c(' '.join(map(str, sorted(committed))).encode())}"
+def _mark(store: Path) -> str:
+    """What says in a view of which shards it was made: a checksum over their numbers and commits.
+
+    Not over numbers alone: a repair may commit other rows under the same number.
+    """
+
+    def commit(number: int) -> str:
+        data = reading.read_file(reading.shard_path(store, number) / "commit.json", "")
+        return f"{number} {crc32c(data)}"
+
+    commits = reading.unless_collected(store, lambda: [commit(number) for number in reading.committed_numbers(store)])
+    return f"view of the shards {crc32c(' '.join(commits).encode())}"
 
 
 def write_snapshot(dataset_dir: Path, parquet: bytes) -> None:
     """Write the snapshot of a dataset's table, ``dataset.parquet``, beside its stores."""
-    replace_file(Path(dataset_dir) / "dataset.parquet", parquet)
+    disk.replace_file(Path(dataset_dir) / "dataset.parquet", parquet)
 
 
 def write_scan(dataset_dir: Path, parquet: bytes) -> None:
     """Write the last scan of a dataset's files, ``scan.parquet``, beside its stores; it only saves work."""
-    keep_file(Path(dataset_dir) / "scan.parquet", parquet)
+    disk.keep_file(Path(dataset_dir) / "scan.parquet", parquet)
 
 
 def take_out(store: Path, path: Path, label: str) -> None:
     """Remove a file or folder of a store, if it exists, in one step for all processes that know its name."""
-    aside = Path(store) / "staging" / staged_name(f"{label}-")
-    if take_aside(path, aside):
-        discard(aside)
+    aside = Path(store) / "staging" / disk.staged_name(f"{label}-")
+    if disk.take_aside(path, aside):
+        disk.discard(aside)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, cast, runtime_checkable
 
@@ -20,23 +20,8 @@ from embcache.errors import RecipeError, StoreError, StoreNotFoundError, printab
 from embcache.io import home_folders, not_readable, skip
 from embcache.notebook import html_table
 from embcache.paths import PathLike, data_dir, home_dir, slug
-from embcache.store.reading import (
-    LiveRows,
-    Scratch,
-    committed_numbers,
-    plan_numbers,
-    read_commit,
-    read_features,
-    read_header,
-    read_live,
-    read_plan,
-    read_plans,
-    read_rows,
-    row_sources,
-    unless_collected,
-)
-from embcache.store.recipe import Recipe
-from embcache.store.schema import PlanEntry, StoreHeader
+from embcache.store import reading
+from embcache.store.schema import PlanEntry, Recipe, StoreHeader
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,8 +30,8 @@ PIXELS = "pixels"
 """Stands for the backbone in the recipe of a store whose rows are images, decoded and resized."""
 
 Rows = slice | SupportsIndex | np.ndarray | list[int]
-_THREADS = 4  # reading and checking are at the speed of the memory long before there are more
 _FEW = 2  # shards that are read one by one, the last of them kept for reading the next rows
+_THREADS = 4  # reading and checking are at the speed of the memory long before there are more
 
 
 class NamedTable(Protocol):
@@ -119,10 +104,12 @@ class Features:
         parts = np.split(order, starts[1:]) if len(order) else []  # places in out, one part per shard
         if len(parts) <= _FEW:
             for part in parts:
-                out[part] = self._shard(int(self._shards[flat[part[0]]]))[self._positions[flat[part]]]
-        else:
+                self._take(flat, part, out, self._shard)
+        elif parts:
             self._last = None
-            self._read(flat, parts, out)
+            read = partial(reading.read_features, self._path, self._header)
+            with ThreadPoolExecutor(min(_THREADS, usable_cores()), thread_name_prefix="read") as pool:
+                list(pool.map(lambda part: self._take(flat, part, out, read), parts))  # the first error is raised
         return out.reshape(*np.shape(chosen), *self._header.row_shape)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -136,35 +123,26 @@ class Features:
     def __repr__(self) -> str:
         return f"Features({self.shape} {self.dtype}; index to read, [:] for all)"
 
-    def _read(self, flat: np.ndarray, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
-        """Read rows ``flat`` into ``out``, several shards at a time."""
-
-        def work(mine: Sequence[np.ndarray]) -> None:
-            scratch = Scratch()
-            for part in mine:
-                rows, first = flat[part], int(part[0])
-                run = int(part[-1]) - first == len(part) - 1  # ascending, so without gaps
-                target = out[first : first + len(part)] if run else np.empty((len(part), *out.shape[1:]), out.dtype)
-                shard = int(self._shards[rows[0]])
-                read_rows(self._path, self._header, shard, self._positions[rows], target, scratch)
-                if not run:
-                    out[part] = target
-
-        threads = min(_THREADS, usable_cores(), len(parts))
-        if threads == 1:
-            work(parts)
-            return
-        with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-            list(pool.map(work, [parts[k::threads] for k in range(threads)]))  # the first error is raised
+    def _take(
+        self, flat: np.ndarray, part: np.ndarray, out: np.ndarray, read: Callable[[int], np.ndarray]
+    ) -> None:  # fmt: skip
+        """Rows ``flat[part]``, which lie in one shard, into their places in ``out``."""
+        shard, positions = int(self._shards[flat[part[0]]]), self._positions[flat[part]]
+        out[_run(part)] = read(shard)[_run(positions)]
 
     def _shard(self, number: int) -> np.ndarray:
         # Row after row is a common way to read; shards are immutable, so the last one need not be read again.
         last, self._last = self._last, None
         if last is None or last[0] != number:
             last = None  # freed before the next is read: a shard of pixels takes 25 MB
-            last = (number, read_features(self._path, self._header, number))
+            last = (number, reading.read_features(self._path, self._header, number))
         self._last = last
         return last[1]
+
+
+def _run(rows: np.ndarray) -> np.ndarray | slice:
+    """Rows without gaps as a slice, which is copied at once."""
+    return slice(int(rows[0]), int(rows[-1]) + 1) if bool((np.diff(rows) == 1).all()) else rows
 
 
 @dataclass(frozen=True, repr=False)
@@ -174,46 +152,27 @@ class FeatureStore:
     ``ids``, ``features``, ``quarantined`` and ``digests`` describe the store as it was when one of them was first read;
     ``plans()``, ``committed()`` and ``sources()`` look at the disk each time. Nothing here writes.
 
+    Any method raises a `CorruptStoreError` where bytes on disk are not those that were committed, and a `StoreError`
+    where the store has a form that this version does not read.
+
     Parameters
     ----------
     path : Path
         The store's folder.
     keep : tuple of str, optional
         Ids to show, in this order; see :meth:`restrict`. Default: all, in shard order.
-
-    Attributes
-    ----------
-    recipe : Recipe
-        What determines the features.
-    format : {"zarr", "hdf5"}
-        File format of the shards.
-    row_shape : tuple of int
-        Shape of one row of features.
-    rows_per_shard, batch_size, threads : int
-        As the store was created with.
-    runtime : str
-        What executed the network.
-    provenance : mapping of str to JSON
-        Where the features come from, for people.
-
-    Raises
-    ------
-    CorruptStoreError
-        From any method: bytes on disk are not those that were committed.
-    StoreError
-        The store has a form that this version does not read.
     """
 
     path: Path
     keep: tuple[str, ...] | None = None
     recipe: Recipe = field(init=False, compare=False)
-    format: str = field(init=False, compare=False)
-    row_shape: tuple[int, ...] = field(init=False, compare=False)
-    rows_per_shard: int = field(init=False, compare=False)
+    format: str = field(init=False, compare=False)  # "zarr" or "hdf5"
+    row_shape: tuple[int, ...] = field(init=False, compare=False)  # of one row of features
+    rows_per_shard: int = field(init=False, compare=False)  # as are the next three, settled when it was created
     batch_size: int = field(init=False, compare=False)
     threads: int = field(init=False, compare=False)
-    runtime: str = field(init=False, compare=False)
-    provenance: Mapping[str, Any] = field(init=False, compare=False)
+    runtime: str = field(init=False, compare=False)  # what executes the network
+    provenance: Mapping[str, Any] = field(init=False, compare=False)  # where the features come from, for people
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
@@ -222,11 +181,11 @@ class FeatureStore:
 
     @cached_property
     def _header(self) -> StoreHeader:
-        return read_header(self.path)
+        return reading.read_header(self.path)
 
     @cached_property
-    def _live(self) -> LiveRows:
-        return read_live(self.path, self._header)
+    def _live(self) -> reading.LiveRows:
+        return reading.read_live(self.path, self._header)
 
     @cached_property
     def _shown(self) -> np.ndarray:
@@ -262,27 +221,25 @@ class FeatureStore:
 
     def plans(self) -> dict[int, tuple[PlanEntry, ...]]:
         """Rows that each published shard owes or owed, by number, ascending."""
-        return read_plans(self.path)
+        return reading.read_plans(self.path)
 
     def committed(self) -> tuple[int, ...]:
         """Numbers of the committed shards, ascending."""
-        return tuple(committed_numbers(self.path))
+        return tuple(reading.committed_numbers(self.path))
 
     def sources(self) -> dict[str, PlanEntry]:
-        """State of the source file that each live row was made from, valid or not.
-
-        Size and modification time are those seen when the row was planned; the digest is that of the decoded bytes.
-        """
+        """State of the source file of each live row, valid or not: size and time as planned, digest as decoded."""
         return self.sources_and_reasons()[0]
 
     def sources_and_reasons(self) -> tuple[dict[str, PlanEntry], dict[str, str]]:
         """:meth:`sources`, and by id why a live row is not valid, both from one look at the disk."""
 
-        def look() -> tuple[LiveRows, list[PlanEntry]]:
-            live = read_live(self.path, self._header)
-            return live, row_sources(live, {n: read_plan(self.path, n) for n in set(live.shards.tolist())})
+        def look() -> tuple[reading.LiveRows, list[PlanEntry]]:
+            live = reading.read_live(self.path, self._header)
+            plans = {number: reading.read_plan(self.path, number) for number in set(live.shards.tolist())}
+            return live, reading.row_sources(live, plans)
 
-        live, held = unless_collected(self.path, look)
+        live, held = reading.unless_collected(self.path, look)
         reasons = {id_: reason for id_, reason in zip(live.ids, live.reasons, strict=True) if reason}
         return {entry.id: entry for entry in held}, reasons
 
@@ -303,10 +260,8 @@ class FeatureStore:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """Sha256 of the image's bytes, by id, of the shown and readable rows for which it is known.
-
-        Not of quarantined ones: two files that are cut to nothing are not one image of two patients.
-        """
+        """Sha256 of the image's bytes, by id, of the shown and readable rows for which it is known."""
+        # Not of quarantined ones: two files that are cut to nothing are not one image of two patients.
         live = self._live
         return {live.ids[i]: live.digests[i] for i in self._usable if live.digests[i]}
 
@@ -315,25 +270,15 @@ class FeatureStore:
         return FeatureStore(self.path, tuple(dict.fromkeys(map(str, ids))))
 
     def rows_of(self, ids: Iterable[str]) -> np.ndarray:
-        """Return the rows of ``features`` that belong to images, int64 (n,); -1 for an image without one.
-
-        Parameters
-        ----------
-        ids : iterable of str, length n
-            Of the images.
-        """
+        """Return the rows of ``features`` that belong to n images, int64 (n,); -1 for an image without one."""
         place = {id_: row for row, id_ in enumerate(self.ids.tolist())}
         return np.array([place.get(id_, -1) for id_ in ids], dtype=np.int64)
 
     def arrays(self, dataset: NamedTable, split: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Features, labels and groups of a dataset's rows, in the dataset's order, quarantined rows left out.
 
-        Parameters
-        ----------
-        dataset : ImageDataset
-            Anything with ``name`` and a ``table`` that has the columns ``id, label, group, split``.
-        split : {"train", "test", "val"}, optional
-            Only the rows of this split.
+        ``dataset`` is an ImageDataset, or anything with ``name`` and a ``table`` that has the columns ``id, label,
+        group, split``; with ``split`` only the rows of this one: ``train``, ``test`` or ``val``.
 
         Returns
         -------
@@ -370,8 +315,7 @@ class FeatureStore:
     def _facts(self) -> list[tuple[str, str]]:
         """Names and values for people. No features are read.
 
-        An HDF5 shard is one file that is verified whole before it is parsed: unless its rows were read before, they are
-        counted from the commits, which do not say how many are quarantined or superseded.
+        Of HDF5 shards, one file each, rows are counted from the commits unless they were read before.
         """
         each = " × ".join(map(str, self.row_shape))
         facts = [("rows", f"{each} {self.dtype}" + (f", {self.views} views of an image" if self.views > 1 else ""))]
@@ -380,9 +324,9 @@ class FeatureStore:
             if self.format == "zarr" or "_live" in self.__dict__:
                 facts += [("images", f"{len(self):,}"), ("quarantined", f"{len(self.quarantined):,}")]
             else:
-                rows = sum(read_commit(self.path, number).rows for number in numbers)
+                rows = sum(reading.read_commit(self.path, number).rows for number in numbers)
                 facts.append(("images", f"{rows:,} rows committed, quarantined ones among them"))
-            owed = len(set(plan_numbers(self.path)) - set(numbers))
+            owed = len(set(reading.plan_numbers(self.path)) - set(numbers))
             facts.append(("shards", f"{len(numbers):,} ({self.format})" + (f", {owed:,} owed" if owed else "")))
         except StoreError as error:  # a repr does not raise; reading rows gives the whole message
             facts.append(("unreadable", error.problem))
@@ -435,12 +379,7 @@ def list_stores(
     """All stores of features under ``home``, of one dataset or of every one; with ``pixels`` those of pixels too.
 
     Reads their recipes only. A store whose recipe is damaged or cannot be read is skipped, with a line in the log: in a
-    shared home one of them does not keep others from being used.
-
-    Raises
-    ------
-    StoreError
-        The home, or the folder of the one dataset, cannot be listed.
+    shared home one of them does not keep others from being used. `StoreError` if a folder cannot be listed.
     """
     stores = []
     for path in store_folders(home, dataset):
@@ -513,26 +452,24 @@ def _named(path: Path, backbone: str) -> bool:
 
 def _several_match(backbone: str, dataset: str | NamedTable, matching: Sequence[FeatureStore]) -> RecipeError:
     """The error where several stores match: in what they differ."""
-
-    def held(store: FeatureStore) -> str:
-        ids = set(store.sources())
-        if isinstance(dataset, str):
-            return f"{len(ids)} images"
-        return f"{len(ids & set(dataset.table['id']))} of the dataset's {len(dataset.table)} images"
-
+    name = dataset if isinstance(dataset, str) else dataset.name
+    held = [len(set(store.sources()).intersection(*_ids(dataset))) for store in matching]
     lines = describe_differences([store.recipe for store in matching])
     numbers = sorted({store.views for store in matching})
     return RecipeError(
-        f"features of {backbone} are cached for {dataset if isinstance(dataset, str) else dataset.name} under "
-        f"{len(matching)} recipes", code="several-recipes", expected="one",
-        found="\n".join(f"{line}; {held(s)}" for s, line in zip(matching, lines, strict=True)),
-        where=matching[0].path.parent,
+        f"features of {backbone} are cached for {name} under {len(matching)} recipes", code="several-recipes",
+        expected="one", where=matching[0].path.parent,
+        found="\n".join(f"{line}; {number} of its images" for line, number in zip(lines, held, strict=True)),
         fix=(
             *([f"--views {' | '.join(map(str, numbers))}"] if len(numbers) > 1 else []),
             "--recipe " + " | ".join(s.recipe.fingerprint[:12] for s in matching),
             f"drop one for good: rm -r {shlex.quote(str(matching[0].path))}",
         ),
     )  # fmt: skip
+
+
+def _ids(dataset: str | NamedTable) -> list[Iterable[str]]:
+    return [] if isinstance(dataset, str) else [dataset.table["id"]]
 
 
 def describe_differences(recipes: list[Recipe]) -> list[str]:

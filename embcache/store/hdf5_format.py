@@ -13,17 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from embcache.store.schema import (
-    NUMERIC_KINDS,
-    Bytes,
-    PlainFeatures,
-    RowIndex,
-    ShardRows,
-    StoreHeader,
-    ViewRows,
-    digests_from_bytes,
-    digests_to_bytes,
-)
+from embcache.store.schema import NUMERIC_KINDS, RowIndex, ShardRows, StoreHeader, digests_from_bytes, digests_to_bytes
 
 name = "hdf5"
 view = "view.h5"
@@ -43,7 +33,7 @@ def encode_shard(rows: ShardRows, rows_per_shard: int) -> dict[str, bytes]:
     return {FILE: buffer.getvalue()}
 
 
-def decode_index(files: Mapping[str, Bytes]) -> RowIndex:
+def decode_index(files: Mapping[str, bytes]) -> RowIndex:
     """Everything but the features of a shard."""
     data = files[FILE]
     with h5py.File(_Verified(data), "r") as file:
@@ -56,28 +46,25 @@ def decode_index(files: Mapping[str, Bytes]) -> RowIndex:
         return RowIndex(ids, valid, digests_from_bytes(_get(file, "digest", data)), reasons)
 
 
-def decode_features(files: Mapping[str, Bytes]) -> np.ndarray:
+def decode_features(files: Mapping[str, bytes]) -> np.ndarray:
     """Features ``(n, *row_shape)`` of a shard."""
     data = files[FILE]
     with h5py.File(_Verified(data), "r") as file:
         return _get(file, "features", data)
 
 
-def plain_features(files: Mapping[str, Bytes], sizes: Mapping[str, int]) -> PlainFeatures | None:
-    """None: where the features begin is only known once the whole file is verified and parsed."""
-    del files, sizes
-    return None
-
-
-def encode_view(header: StoreHeader, rows: ViewRows) -> tuple[dict[str, bytes], dict[str, str]]:
+def encode_view(
+    header: StoreHeader, ids: Sequence[str], valid: np.ndarray, shard_rows: Mapping[int, int],
+    attributes: Mapping[str, Any],
+) -> tuple[dict[str, bytes], dict[str, str]]:  # fmt: skip
     """File ``view.h5``, with a virtual dataset of features over the shards' files and no links."""
     dtype, row_shape = header.dtype, header.row_shape
     # h5py's own way to make a virtual dataset stamps it with the time: its bytes could not be compared.
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_obj_track_times(False)
     layout.set_fill_value(np.zeros(1, dtype.newbyteorder("<")))
-    space = h5py.h5s.create_simple((len(rows.ids), *row_shape))
-    for number, n in rows.shard_rows.items():
+    space = h5py.h5s.create_simple((len(ids), *row_shape))
+    for number, n in shard_rows.items():
         space.select_hyperslab((number * header.rows_per_shard, *(0 for _ in row_shape)), (n, *row_shape))
         # Relative names are looked for beside the file that holds the virtual dataset.
         source = h5py.h5s.create_simple((n, *row_shape))
@@ -85,38 +72,22 @@ def encode_view(header: StoreHeader, rows: ViewRows) -> tuple[dict[str, bytes], 
     space.select_all()
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver=LIBVER) as file:
-        file.attrs.update(rows.attributes)
+        file.attrs.update(attributes)
         h5py.h5d.create(file.id, b"features", h5py.h5t.py_create(dtype.newbyteorder("<")), space, dcpl=layout)
-        file.create_dataset("ids", data=np.array(rows.ids, dtype=object), dtype=h5py.string_dtype("utf-8"))
-        _put(file, "valid", rows.valid)
+        file.create_dataset("ids", data=np.array(ids, dtype=object), dtype=h5py.string_dtype("utf-8"))
+        _put(file, "valid", valid)
     return {view: buffer.getvalue()}, {}
 
 
-class _Verified(io.RawIOBase):
+class _Verified(io.BytesIO):
     """A file of verified bytes, which are not copied."""
 
-    def __init__(self, data: Bytes) -> None:
-        self._data, self._at = memoryview(data), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
-        return self._at
-
     def readinto(self, buffer: Any) -> int:
-        target = memoryview(buffer).cast("B")
-        if self._at < 0 or self._at + len(target) > len(self._data):
+        found = super().readinto(buffer)
+        if found < memoryview(buffer).nbytes:
             # HDF5 takes as much memory as a header claims, and fills with zeros what is not there.
             raise ValueError("the HDF5 file claims more than it holds")
-        found = self._data[self._at : self._at + len(target)]
-        target[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+        return found
 
 
 def _put(file: Any, name: str, values: np.ndarray) -> None:
@@ -125,11 +96,10 @@ def _put(file: Any, name: str, values: np.ndarray) -> None:
 
 def _strings(values: Sequence[str]) -> np.ndarray:
     encoded = [value.encode("utf-8") for value in values]
-    length = max(1, *map(len, encoded)) if encoded else 1
-    return np.array(encoded, dtype=h5py.string_dtype("utf-8", length))
+    return np.array(encoded, dtype=h5py.string_dtype("utf-8", max([1, *map(len, encoded)])))
 
 
-def _get(file: Any, name: str, data: Bytes) -> np.ndarray:
+def _get(file: Any, name: str, data: bytes) -> np.ndarray:
     """An array's values, over the file's bytes.
 
     HDF5 only says where the array begins: its filters and conversions, which hostile bytes can crash or have unpack to

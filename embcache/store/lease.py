@@ -13,20 +13,8 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from embcache import io as disk
 from embcache.errors import StoreError
-from embcache.io import (
-    IrregularError,
-    create_exclusive,
-    discard,
-    exclusive_prefix,
-    filesystem_time,
-    is_stale,
-    read_regular,
-    staged_name,
-    take_aside,
-    touch_file,
-    writing,
-)
 from embcache.store.reading import shard_name
 
 # Long enough for a stalled network disk; a holder that died on this machine is noticed at once.
@@ -37,10 +25,7 @@ _FUTURE_SECONDS = 3.0
 
 
 class Lease:
-    """A claim on one shard, kept alive by a thread until :meth:`release`.
-
-    Use :meth:`acquire`; also a context manager.
-    """
+    """A claim on one shard, made by :meth:`acquire` and kept alive by a thread until :meth:`release`."""
 
     def __init__(self, path: Path, content: bytes, ttl: float) -> None:
         self.path, self._content, self._ttl = path, content, ttl
@@ -54,11 +39,11 @@ class Lease:
         ttl = TTL_SECONDS if ttl is None else ttl
         path, staging = Path(store) / "leases" / f"{shard_name(number)}.json", Path(store) / "staging"
         content = json.dumps({"machine": _machine(), "pid": os.getpid(), "token": secrets.token_hex(8)}).encode()
-        if create_exclusive(path, content, staging=staging):
+        if disk.create_exclusive(path, content, staging=staging):
             return cls(path, content, ttl)
-        with writing(path):
+        with disk.writing(path):
             free = _take_away(path, ttl)
-        return cls(path, content, ttl) if free and create_exclusive(path, content, staging=staging) else None
+        return cls(path, content, ttl) if free and disk.create_exclusive(path, content, staging=staging) else None
 
     @property
     def held(self) -> bool:
@@ -75,7 +60,7 @@ class Lease:
         self._thread.join()
         if ours:
             with suppress(StoreError):
-                discard(self.path)
+                disk.discard(self.path)
 
     def __enter__(self) -> Lease:
         return self
@@ -89,7 +74,7 @@ class Lease:
             with suppress(OSError, StoreError):
                 if _content(self.path) != self._content:
                     return
-                touch_file(self.path)
+                disk.touch_file(self.path)
 
 
 def is_abandoned(path: Path, *, ttl: float = TTL_SECONDS) -> bool:
@@ -98,7 +83,7 @@ def is_abandoned(path: Path, *, ttl: float = TTL_SECONDS) -> bool:
     A beat that lies further ahead than a lease lives is no beat either.
     """
     content = _content(path)
-    return content is None or _died_here(content) or is_stale(path, ttl)
+    return content is None or _died_here(content) or disk.is_stale(path, ttl)
 
 
 def _take_away(path: Path, ttl: float) -> bool:
@@ -109,27 +94,26 @@ def _take_away(path: Path, ttl: float) -> bool:
     if not (_died_here(content) or _age(path) > ttl):
         return False
     staging = path.parent.parent / "staging"
-    aside = staging / staged_name(exclusive_prefix(path))
-    if not take_aside(path, aside):
+    aside = staging / disk.staged_name(disk.exclusive_prefix(path))
+    if not disk.take_aside(path, aside):
         return True
     taken = _content(aside)
     if taken is not None and taken != content:
         # Someone took it over since we looked: give theirs back.
-        create_exclusive(path, taken, staging=staging)
-    discard(aside)
+        disk.create_exclusive(path, taken, staging=staging)
+    disk.discard(aside)
     return taken == content
 
 
 def _died_here(content: bytes) -> bool:
-    try:
+    # Also False where the holder cannot be known or may not be signaled.
+    with suppress(ValueError, TypeError, KeyError, OverflowError, PermissionError, RecursionError):
         holder = json.loads(content)
-        if os.name == "nt" or holder["machine"] != _machine():
-            return False
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except (ValueError, TypeError, KeyError, OverflowError, PermissionError, RecursionError):
-        return False
+        if os.name != "nt" and holder["machine"] == _machine():
+            try:
+                os.kill(holder["pid"], 0)
+            except ProcessLookupError:
+                return True
     return False
 
 
@@ -145,11 +129,11 @@ def _age(path: Path) -> float:
     """Seconds since the last heartbeat, by the clock of the filesystem: machines need not agree on the time."""
     try:
         beat = path.lstat().st_mtime
-        age = filesystem_time(path.parent.parent / "staging", exclusive_prefix(path)) - beat
+        age = disk.filesystem_time(path.parent.parent / "staging", disk.exclusive_prefix(path)) - beat
         if age < -_FUTURE_SECONDS:
             # That clock was set back. From now on the lease ages like any other, unless its holder beats.
             with suppress(StoreError):
-                touch_file(path)
+                disk.touch_file(path)
     except FileNotFoundError:
         return float("inf")
     return age
@@ -157,8 +141,8 @@ def _age(path: Path) -> float:
 
 def _content(path: Path) -> bytes | None:
     try:
-        return read_regular(path, most=_MOST_BYTES)
+        return disk.read_regular(path, most=_MOST_BYTES)
     except FileNotFoundError:
         return None
-    except IrregularError:
+    except disk.IrregularError:
         return b""  # no lease of ours: it ends in its time

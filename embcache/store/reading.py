@@ -14,39 +14,31 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
-import google_crc32c
 import numpy as np
-import numpy.typing as npt
 
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.io import IrregularError, is_folder, list_folder, open_regular, read_regular
 from embcache.paths import PathLike, home_dir
 from embcache.sealed import crc32c, unseal
-from embcache.store.recipe import Recipe
-from embcache.store.schema import FORM, FORMATS, Bytes, PlanEntry, RowIndex, StoreHeader, find_format, plan_entries
+from embcache.store.schema import FORM, FORMATS, PlanEntry, Recipe, RowIndex, StoreHeader, find_format, plan_entries
 
 _T = TypeVar("_T")
 FOLDERS = ("plan", "shards", "leases", "staging")
-_SLACK = 1 << 20  # bytes of fill values that a shard stored otherwise need not hold
-_PIECE = 1 << 18  # bytes read at a time: the checksum finds them in the core's own cache
 _NUMBER = re.compile(r"\d{6,}")
 
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """What ``commit.json`` says of a shard: its rows, and ``{name: (size, crc32c)}`` of each file.
-
-    ``batch_size`` and ``threads`` are those that it was computed with, None where they are the store's.
-    """
+    """What ``commit.json`` says of a shard."""
 
     rows: int
-    files: Mapping[str, tuple[int, str]]
-    batch_size: int | None = None
+    files: Mapping[str, tuple[int, str]]  # size and crc32c of each
+    batch_size: int | None = None  # that it was computed with, as threads; None where it is the store's
     threads: int | None = None
 
 
@@ -169,8 +161,8 @@ def read_commit(store: Path, number: int) -> CommitRecord:
         if is_folder(folder):
             raise
         raise CorruptStoreError(
-            "a shard no longer exists", code="shard-gone",
-            found="no folder: `embcache gc` may have removed it since it was listed", where=folder,
+            "a shard no longer exists", code="shard-gone", where=folder,
+            found="no folder: `embcache gc` may have removed it since it was listed",
             fix=f"run the same command again; if it fails again, {fix}",
         ) from error  # fmt: skip
 
@@ -201,31 +193,20 @@ def _count(value: object) -> int:
     return value
 
 
-class ShardFiles(Mapping[str, Bytes]):
-    """Verified bytes of a committed shard's files by name, each read when it is first looked up.
+class ShardFiles(Mapping[str, bytes]):
+    """Verified bytes of a committed shard's files by name, each read when it is first looked up."""
 
-    With ``scratch`` the one file of a shard lies in memory that is used again for the next shard.
-    """
-
-    def __init__(self, store: Path, number: int, scratch: Scratch | None = None) -> None:
+    def __init__(self, store: Path, number: int) -> None:
         self.folder = shard_path(store, number)
         self.record = read_commit(store, number)
         self.sizes = {name: size for name, (size, _) in self.record.files.items()}
-        self.read: dict[str, Bytes] = {}
-        self._scratch = scratch if len(self.sizes) == 1 else None
+        self.read: dict[str, bytes] = {}
 
-    def __getitem__(self, name: str) -> Bytes:
+    def __getitem__(self, name: str) -> bytes:
         if name not in self.read:
-            expected = self.record.files[name]
             # Joined as texts: there are thousands of files, and a Path takes longer to make than such a file to read.
-            path, fix = f"{self.folder}/{name}", _recompute(self.folder)
-            if self._scratch is None:
-                self.read[name] = read_file(path, fix, expected)
-            else:
-                self.check_sizes([name])  # before memory is taken
-                memory = self._scratch.take(expected[0])
-                read_into(path, fix, expected, [memory])
-                self.read[name] = memory.data.toreadonly()
+            path = f"{self.folder}/{name}"
+            self.read[name] = read_file(path, _recompute(self.folder), self.record.files[name])
         return self.read[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -249,21 +230,12 @@ class ShardFiles(Mapping[str, Bytes]):
     def check_sizes(self, names: Iterable[str]) -> None:
         """Refuse files that are not as long as the commit says, before anything is read or memory taken for it."""
         for name in names:
-            path = self.folder / name
-            with refusals_raised(path, _recompute(self.folder)):
-                try:
-                    there = path.lstat().st_size
-                except (FileNotFoundError, NotADirectoryError):
-                    there = -1
+            path, there = self.folder / name, -1
+            with refusals_raised(path, _recompute(self.folder)), suppress(FileNotFoundError, NotADirectoryError):
+                there = path.lstat().st_size
             if there != self.sizes[name]:
                 found = f"{there} bytes" if there >= 0 else "no such file"
                 self.refuse(f"{self.sizes[name]} bytes in {name}", found)
-
-    def check_features(self, header: StoreHeader, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        """Refuse features of another shape or dtype than the store's."""
-        expected = (self.record.rows, *header.row_shape)
-        if shape != expected or dtype != header.dtype:
-            self.refuse(f"{header.dtype} {expected}", f"{dtype} {shape}")
 
     def refuse(self, expected: str, found: str) -> NoReturn:
         """Raise the error for a shard that does not hold what its store promises."""
@@ -278,7 +250,7 @@ def read_index(store: Path, header: StoreHeader, number: int, files: ShardFiles 
     files = files or ShardFiles(store, number)
     rows, held = files.record.rows, sum(files.sizes.values())
     # Arrays are made by these numbers before the features are looked at.
-    if rows > header.rows_per_shard or rows * header.row_bytes > held + _SLACK:
+    if rows > header.rows_per_shard or rows * header.row_bytes > held:
         files.refuse(f"at most {header.rows_per_shard} rows of {header.row_bytes} bytes", f"{rows} in {held} bytes")
     index = files.decode(find_format(header.format).decode_index)
     # Features are read when they are needed; that none of them is cut short is known at once.
@@ -293,38 +265,10 @@ def read_features(store: Path, header: StoreHeader, number: int, files: ShardFil
     """Read a shard's features, ``(n, *row_shape)`` of the recipe's dtype, rows that are not valid included."""
     files = files or ShardFiles(store, number)
     features = files.decode(find_format(header.format).decode_features)
-    files.check_features(header, features.shape, features.dtype)
+    expected = (files.record.rows, *header.row_shape)
+    if features.shape != expected or features.dtype != header.dtype:
+        files.refuse(f"{header.dtype} {expected}", f"{features.dtype} {features.shape}")
     return features
-
-
-def read_rows(
-    store: Path, header: StoreHeader, number: int, positions: np.ndarray, out: np.ndarray, scratch: Scratch
-) -> None:
-    """Read some rows of a shard's features into an array: those of `read_features`, with fewer copies.
-
-    Shapes: positions (m,); out (m, *row_shape).
-    """
-    files = ShardFiles(store, number, scratch)
-    plain = files.decode(lambda files: find_format(header.format).plain_features(files, files.sizes))
-    first, n = int(positions[0]), len(positions)
-    run = bool((np.diff(positions) == 1).all())
-    if plain is None:
-        features = read_features(store, header, number, files)
-        out[...] = features[first : first + n] if run else features[positions]
-        return
-    files.check_features(header, plain.shape, plain.dtype)
-    files.check_sizes([plain.file])
-    path, fix, expected = files.folder / plain.file, _recompute(files.folder), files.record.files[plain.file]
-    size, row = expected[0], header.row_bytes
-    if run:
-        head, body = first * row, n * row
-        rest = scratch.take(max(head, size - head - body))  # read only to be checked
-        targets = [rest[:head], out.reshape(-1).view(np.uint8), rest[: size - head - body]]
-        read_into(path, fix, expected, targets)
-    else:
-        data = scratch.take(size)
-        read_into(path, fix, expected, [data])
-        out[...] = data[: files.record.rows * row].view(plain.dtype).reshape(plain.shape)[positions]
 
 
 def unless_collected(store: Path, look: Callable[[], _T]) -> _T:
@@ -377,19 +321,6 @@ def row_sources(live: LiveRows, plans: Mapping[int, Sequence[PlanEntry]]) -> lis
     return [PlanEntry(entry.id, entry.size, entry.mtime_ns, digest or None, entry.place) for entry, digest in found]
 
 
-class Scratch:
-    """Memory that is used again for file after file; fresh pages cost as much as reading does."""
-
-    def __init__(self) -> None:
-        self._memory = np.empty(0, np.uint8)
-
-    def take(self, size: int) -> npt.NDArray[np.uint8]:
-        """``size`` bytes, whatever they hold; the next call may give the same ones."""
-        if len(self._memory) < size:
-            self._memory = np.empty(size, np.uint8)
-        return self._memory[:size]
-
-
 def read_file(path: PathLike, fix: str, expected: tuple[int, str] | None = None) -> bytes:
     """The bytes of a file; with ``expected`` (size, crc32c) only those."""
     with refusals_raised(path, fix):
@@ -400,27 +331,12 @@ def read_file(path: PathLike, fix: str, expected: tuple[int, str] | None = None)
             # A wrong size is refused before reading: a file that grew to gigabytes is not loaded for that.
             data = file.readall() if size == expected[0] else b""
     if size != expected[0] or crc32c(data) != expected[1]:
-        raise _other_bytes(path, fix, expected, size, crc32c(data))
+        raise CorruptStoreError(
+            "a file of the feature store is not the one that was committed", code="file-changed",
+            expected=f"{expected[0]} bytes, crc32c {expected[1]}",
+            found=f"{size} bytes" + (f", crc32c {crc32c(data)}" if size == expected[0] else ""), where=path, fix=fix,
+        )  # fmt: skip
     return data
-
-
-def read_into(path: PathLike, fix: str, expected: tuple[int, str], targets: Sequence[npt.NDArray[np.uint8]]) -> None:
-    """Read a whole file into arrays, one after the other, and check it on the way."""
-    crc = done = 0
-    with refusals_raised(path, fix), open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == expected[0]:
-            for target in targets:
-                for start in range(0, len(target), _PIECE):
-                    piece = target[start : start + _PIECE]
-                    filled = 0
-                    while filled < len(piece) and (more := file.readinto(piece[filled:].data)):
-                        filled += more
-                    crc = google_crc32c.extend(crc, piece[:filled])
-                    done += filled
-            size = done  # less where the file was cut short meanwhile
-    if size != expected[0] or f"{crc:08x}" != expected[1]:
-        raise _other_bytes(path, fix, expected, size, f"{crc:08x}")
 
 
 @contextmanager
@@ -442,14 +358,6 @@ def refusals_raised(path: PathLike, fix: str) -> Iterator[None]:
             "a file of the feature store cannot be read", code="file-not-readable",
             found=error.strerror or str(error), where=path, fix="check the disk and its permissions, then try again",
         ) from error  # fmt: skip
-
-
-def _other_bytes(path: PathLike, fix: str, expected: tuple[int, str], size: int, crc: str) -> CorruptStoreError:
-    return CorruptStoreError(
-        "a file of the feature store is not the one that was committed", code="file-changed",
-        expected=f"{expected[0]} bytes, crc32c {expected[1]}",
-        found=f"{size} bytes" + (f", crc32c {crc}" if size == expected[0] else ""), where=path, fix=fix,
-    )  # fmt: skip
 
 
 def _not_ours(what: str, error: Exception, path: Path, fix: str) -> CorruptStoreError:

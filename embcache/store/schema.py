@@ -1,28 +1,129 @@
-"""What a store is made of: its header, the rows of its shards, and the two file formats."""
+"""What a store is made of: recipe and fingerprint, header, plans, the rows of its shards, and its file formats."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from importlib import import_module
 from typing import Any, Protocol, cast
 
 import numpy as np
 
-from embcache.errors import StoreError
-from embcache.store.recipe import Recipe
+from embcache.errors import RecipeError, StoreError
+from embcache.sealed import canonical_json
 
 FORM = 2
 """Of all files of a store; any other form is refused."""
 
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+FORMATS = ("zarr", "hdf5")
 MOST_ROW_BYTES = 1 << 28
 MOST_SHARD_ROWS = 1 << 20
 NUMERIC_KINDS = "biufc"  # numpy's kinds of dtype that a row may have
-Bytes = bytes | memoryview  # verified bytes of a file; of a memoryview only until its memory is used again
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NUMBERED = re.compile(r"(.*?)(\d{1,15})", re.DOTALL | re.ASCII)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines the value of a feature, given the image.
+
+    Not in it: labels, splits, batch size, threads, file format. Two recipes with the same fingerprint are the same.
+
+    Parameters
+    ----------
+    backbone, architecture, weights_sha256 : str
+        Name as the user types it; the network, named so that its definition can be found again; digest of its weights.
+    transform : mapping of str to JSON
+        Every parameter of the transform. Tuples become lists.
+    decoder, pooling : str
+        Version of the decoding of bytes into pixels; how tokens or maps become one vector.
+    precision : {"fp32", "tf32", "bf16", "fp16"}
+        Arithmetic of the forward pass.
+    dtype : str
+        numpy name of the stored features' dtype.
+    numerics : int
+        Raised when the arithmetic of a forward pass changes.
+
+    Raises
+    ------
+    RecipeError
+        A value has the wrong type, the precision is unknown, or the transform cannot be written as JSON.
+    """
+
+    backbone: str
+    architecture: str
+    weights_sha256: str
+    transform: Mapping[str, Any]
+    decoder: str
+    pooling: str
+    precision: str
+    dtype: str
+    numerics: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            kind = {"numerics": int, "transform": Mapping}.get(name, str)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise RecipeError(
+                    f"the field {name} of a recipe has another type", code="recipe-field",
+                    expected={int: "an integer", str: "a string"}.get(kind, "an object"), found=repr(value)[:200],
+                )  # fmt: skip
+        if self.precision not in PRECISIONS:
+            raise RecipeError(
+                "the precision of a recipe is unknown", code="recipe-precision", expected=" | ".join(PRECISIONS),
+                found=repr(self.precision)[:200],
+            )  # fmt: skip
+        # One shape for equal recipes, whether built from tuples in code or read back from a file.
+        object.__setattr__(self, "transform", json.loads(canonical_json(dict(self.transform))))
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sha256, 64 hex digits, of the recipe's canonical JSON."""
+        return hashlib.sha256(canonical_json(self.to_json()).encode("utf-8")).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field by its name."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Recipe:
+        """The inverse of :meth:`to_json`; `RecipeError` if a field is missing, unknown or of another type."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(data, Mapping) or set(data) != names:
+            others = ", ".join(sorted(names ^ set(map(str, data if isinstance(data, Mapping) else ()))))
+            raise RecipeError(
+                "a recipe does not have the fields of this version of embcache", code="recipe-fields",
+                expected=", ".join(sorted(names)), found=f"missing or unknown: {others[:500]}",
+                fix="read it with the version of embcache that wrote it, or extract again",
+            )  # fmt: skip
+        return cls(**data)
+
+    def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Fields in which two recipes differ, as ``{field: (mine, theirs)}``; an absent one is ``None``.
+
+        Parameters of the transform are compared one by one, as ``transform.NAME``.
+        """
+        mine, theirs = self.flat(), other.flat()
+        return {
+            name: (mine.get(name), theirs.get(name))
+            for name in {**mine, **theirs}
+            if (name in mine) != (name in theirs) or canonical_json(mine[name]) != canonical_json(theirs[name])
+        }
+
+    def flat(self) -> dict[str, Any]:
+        """All fields by name, the parameters of the transform as ``transform.NAME``."""
+        data = self.to_json()
+        transform = data.pop("transform")
+        return data | {f"transform.{name}": value for name, value in transform.items()}
 
 
 @dataclass(frozen=True)
@@ -90,18 +191,10 @@ class StoreHeader:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, with the form and the recipe's full fingerprint."""
-        return {
-            "form": FORM,
-            "fingerprint": self.recipe.fingerprint,
-            "recipe": self.recipe.to_json(),
-            "format": self.format,
-            "row_shape": list(self.row_shape),
-            "rows_per_shard": self.rows_per_shard,
-            "batch_size": self.batch_size,
-            "threads": self.threads,
-            "runtime": self.runtime,
-            "provenance": dict(self.provenance),
-        }
+        first = {"form": FORM, "fingerprint": self.recipe.fingerprint}
+        settled = {name: value for name, value in vars(self).items() if name != "provenance"}
+        first |= settled | {"recipe": self.recipe.to_json(), "row_shape": list(self.row_shape)}
+        return first | {"provenance": dict(self.provenance)}  # the order is that of the file
 
 
 @dataclass(frozen=True, slots=True)  # a plan of a million images has as many
@@ -175,15 +268,6 @@ class RowIndex:
 
 
 @dataclass(frozen=True)
-class PlainFeatures:
-    """The file of a shard that begins with its features, row by row as they lie in memory."""
-
-    file: str  # its name in the shard
-    shape: tuple[int, ...]  # (n, *row_shape); the file may hold more, which is padding
-    dtype: np.dtype[Any]  # in this machine's byte order
-
-
-@dataclass(frozen=True)
 class ShardRows:
     """The computed rows of one shard; features of rows that are not valid become zeros."""
 
@@ -194,23 +278,15 @@ class ShardRows:
     reasons: tuple[str, ...]  # why a row is not valid
 
     def __post_init__(self) -> None:
-        n = len(self.ids)
-        problem = (
-            f"valid is {_shape(self.valid)}, not bool ({n},)"
-            if self.valid.shape != (n,) or self.valid.dtype != np.bool_
-            else f"features are {_shape(self.features)}, not numbers ({n}, …)"
-            if self.features.shape[:1] != (n,) or self.features.dtype.kind not in NUMERIC_KINDS
-            else f"{len(self.digests)} digests, {len(self.reasons)} reasons"
-            if len(self.digests) != n or len(self.reasons) != n
-            else next(
-                (
-                    f"{id_!r}: valid is {bool(valid)}, reason {reason!r}"
-                    for id_, valid, reason in zip(self.ids, self.valid, self.reasons, strict=True)
-                    if bool(valid) == bool(reason)
-                ),
-                "",
-            )
-        )
+        n, problem = len(self.ids), ""
+        if self.valid.shape != (n,) or self.valid.dtype != np.bool_:
+            problem = f"valid is {_shape(self.valid)}, not bool ({n},)"
+        elif self.features.shape[:1] != (n,) or self.features.dtype.kind not in NUMERIC_KINDS:
+            problem = f"features are {_shape(self.features)}, not numbers ({n}, …)"
+        elif len(self.digests) != n or len(self.reasons) != n:
+            problem = f"{len(self.digests)} digests, {len(self.reasons)} reasons"
+        elif wrong := [i for i in range(n) if bool(self.valid[i]) == bool(self.reasons[i])]:
+            problem = f"{self.ids[wrong[0]]!r}: valid is {self.valid[wrong[0]]}, reason {self.reasons[wrong[0]]!r}"
         if problem:
             raise StoreError(
                 "the rows of a shard contradict each other", code="shard-rows",
@@ -224,10 +300,7 @@ class ShardRows:
         object.__setattr__(self, "reasons", tuple(text.replace("\0", "\\x00") for text in storable))
 
     def blanked(self) -> ShardRows:
-        """Return the rows with zeros for features that are not valid.
-
-        What a network made of an unreadable image depends on its neighbors in the batch: it is never kept.
-        """
+        """The rows with zeros for features that are not valid: those depend on the neighbors in a batch."""
         if not self.features[~self.valid].any():
             return self  # nothing to blank: a shard of pixels is not copied for it
         features = self.features.copy()
@@ -237,13 +310,9 @@ class ShardRows:
 
 def check_id(id_: str) -> None:
     """Raise a StoreError unless ``id_`` is a non-empty string of UTF-8 without NUL."""
-    if isinstance(id_, str) and id_.isascii() and id_ and "\0" not in id_:
-        return  # nearly all: a plan of a million images asks for each
-    try:
-        fits = isinstance(id_, str) and id_ != "" and "\0" not in id_
-        str(id_).encode("utf-8")
-    except UnicodeEncodeError:
-        fits = False
+    fits = isinstance(id_, str) and id_ != "" and "\0" not in id_
+    if fits and not id_.isascii():  # few: a plan of a million images asks for each
+        fits = id_.encode("utf-8", "replace").decode("utf-8") == id_
     if not fits:
         raise StoreError(
             "an id cannot be stored", code="id-not-storable", expected="UTF-8, not empty, without NUL",
@@ -279,26 +348,13 @@ def digests_to_bytes(digests: Sequence[str]) -> np.ndarray:
 
 def digests_from_bytes(raw: np.ndarray) -> tuple[str, ...]:
     """Invert :func:`digests_to_bytes`."""
-    digits, unknown = raw.tobytes().hex(), "0" * 64
+    digits = raw.tobytes().hex()
     found = (digits[start : start + 64] for start in range(0, len(digits), 64))
-    return tuple("" if digest == unknown else digest for digest in found)
+    return tuple("" if digest == "0" * 64 else digest for digest in found)
 
 
 def _shape(array: np.ndarray) -> str:
     return f"{array.dtype} {array.shape}"
-
-
-@dataclass(frozen=True)
-class ViewRows:
-    """The rows of a view over all shards.
-
-    Row ``N * rows_per_shard + i`` is row ``i`` of shard ``N``; where there is none its id is ``""``.
-    """
-
-    ids: list[str]
-    valid: np.ndarray  # (len(ids),); true for live rows that could be read
-    shard_rows: Mapping[int, int]  # rows of each committed shard
-    attributes: Mapping[str, Any]
 
 
 class StoreFormat(Protocol):
@@ -314,20 +370,20 @@ class StoreFormat(Protocol):
     def encode_shard(self, rows: ShardRows, rows_per_shard: int) -> dict[str, bytes]:
         """Files of a shard; equal rows give equal bytes."""
 
-    def decode_index(self, files: Mapping[str, Bytes]) -> RowIndex:
-        """Rows without their features."""
+    def decode_index(self, files: Mapping[str, bytes]) -> RowIndex:
+        """Rows without their features; any exception means damage."""
 
-    def decode_features(self, files: Mapping[str, Bytes]) -> np.ndarray:
-        """Features ``(n, *row_shape)``, often over the bytes given; not to be written to."""
+    def decode_features(self, files: Mapping[str, bytes]) -> np.ndarray:
+        """Features ``(n, *row_shape)``, over the bytes given and not to be written to."""
 
-    def plain_features(self, files: Mapping[str, Bytes], sizes: Mapping[str, int]) -> PlainFeatures | None:
-        """Which file can be read straight into an array; None where `decode_features` is needed."""
+    def encode_view(
+        self, header: StoreHeader, ids: Sequence[str], valid: np.ndarray, shard_rows: Mapping[int, int],
+        attributes: Mapping[str, Any],
+    ) -> tuple[dict[str, bytes], dict[str, str]]:  # fmt: skip
+        """Files, and links with their targets, of the view over all shards; paths are relative to the store.
 
-    def encode_view(self, header: StoreHeader, rows: ViewRows) -> tuple[dict[str, bytes], dict[str, str]]:
-        """Files, and links with their targets, of the view; paths are relative to the store."""
-
-
-FORMATS = ("zarr", "hdf5")
+        Row ``N * rows_per_shard + i`` is row ``i`` of shard ``N``; where there is none its id is ``""``.
+        """
 
 
 def find_format(name: str) -> StoreFormat:

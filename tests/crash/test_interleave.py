@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import embcache.maintain.gc as gc
-from embcache.extract import shard_plan as plan
+from embcache.extract import scan as plan
 from embcache.extract.scan import Scan
 from embcache.store.feature_store import FeatureStore
 from embcache.store.reading import plan_numbers

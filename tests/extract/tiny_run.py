@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import embcache.extract.engines.devices as devices
-import embcache.extract.engines.helper as helper
 import embcache.extract.extract as run
 from embcache.backbones.catalog import LoadedBackbone
 from tests.extract.tiny import load_tiny
@@ -61,7 +60,7 @@ def main() -> None:
     install()
     if sys.argv[1:] == ["--helper"]:
         os.environ.update(json.loads(os.environ.get("TINY_HELPERS", "{}")))
-        helper.main()
+        run.help_another()
     else:
         from embcache.cli import main
 

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from embcache.backbones.catalog import find_backbone, load_backbone
-from embcache.backbones.transforms import Transform, choose_transform, normalize
+from embcache.backbones.transforms import Transform, augmentation, choose_transform, normalize
 from embcache.data.dataset import ImageDataset
-from embcache.extract.augment import augmentation
 from embcache.finetune.epochs import FoldState, Frames, Trainer, batches, best_epoch, epoch_batches, repeatable
 from embcache.finetune.model import ImageModel, assemble, check_head
 from embcache.probe.heads import make_head

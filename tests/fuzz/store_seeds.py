@@ -22,7 +22,6 @@ from embcache.sealed import canonical_json, crc32c, seal
 from embcache.store.commit import write_view
 from embcache.store.feature_store import FeatureStore
 from embcache.store.reading import (
-    Scratch,
     committed_numbers,
     plan_numbers,
     read_features,
@@ -30,7 +29,6 @@ from embcache.store.reading import (
     read_index,
     read_live,
     read_plan,
-    read_rows,
 )
 from embcache.store.schema import StoreHeader
 from tests.fuzz.image_seeds import hdf5_fields
@@ -161,10 +159,6 @@ def read_all(store: Path) -> str:
 
 
 def _steps(store: Path, header: StoreHeader) -> list[Callable[[], object]]:
-    def rows(number: int) -> None:
-        out = np.empty((2, *header.row_shape), header.recipe.dtype)
-        read_rows(store, header, number, np.array([1, 0]), out, Scratch())
-
     def whole() -> None:
         opened = FeatureStore(store)
         np.asarray(opened.features[:])
@@ -176,5 +170,4 @@ def _steps(store: Path, header: StoreHeader) -> list[Callable[[], object]]:
     for number in committed_numbers(store)[:2]:
         steps.append(functools.partial(read_index, store, header, number))
         steps.append(functools.partial(read_features, store, header, number))
-        steps.append(functools.partial(rows, number))
     return steps

@@ -20,8 +20,7 @@ from embcache.cli import app
 from embcache.data.dataset import load_dataset
 from embcache.errors import CorruptStoreError
 from embcache.extract import extract as run
-from embcache.extract.scan import scan_dataset
-from embcache.extract.shard_plan import plan_store
+from embcache.extract.scan import plan_store, scan_dataset
 from embcache.io import bytes_under
 from embcache.maintain.gc import collect
 from embcache.maintain.verify import verify_store

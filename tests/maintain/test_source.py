@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from embcache.cli import app
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetNotFoundError
+from embcache.io import discard
 from embcache.maintain.repair import check_sample
 from embcache.maintain.verify import check_source
-from embcache.store.commit import ShardRows, commit_shard, discard
+from embcache.store.commit import ShardRows, commit_shard
 from embcache.store.feature_store import FeatureStore
 from tests.extract.conftest import draw
 from tests.extract.tiny import run_extraction

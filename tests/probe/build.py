@@ -18,7 +18,7 @@ from embcache.probe.probe_plan import plan_probe
 from embcache.probe.schedule import Schedule
 from embcache.runs.folders import Result
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, create_store, publish_plan, write_snapshot
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 
 
 @dataclass(frozen=True)

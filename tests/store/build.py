@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, create_store, publish_plan
-from embcache.store.recipe import Recipe
+from embcache.store.schema import Recipe
 
 FORMATS = ("zarr", "hdf5")
 

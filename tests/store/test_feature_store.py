@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from embcache.errors import CorruptStoreError, RecipeError, StoreError, StoreNot
 from embcache.sealed import seal
 from embcache.store.feature_store import FeatureStore, list_stores, open_store
 from tests.refusal import refused
-from tests.store.build import Table, add, make_store, make_table, recipe
+from tests.store.build import add, make_store, make_table, recipe
 
 
 def test_open_store_finds_by_name_and_restricts_to_a_dataset(tmp_path: Path) -> None:
@@ -22,12 +21,6 @@ def test_open_store_finds_by_name_and_restricts_to_a_dataset(tmp_path: Path) -> 
     assert open_store("random", make_table(["c", "a"]), home=tmp_path).ids.tolist() == ["c", "a"]
 
 
-def test_home_is_taken_from_the_environment(home: Path) -> None:
-    add(make_store(home), 0, ["a"])
-    assert len(open_store("random", "ds")) == 1
-    assert [store.recipe.backbone for store in list_stores()] == ["random"]
-
-
 def test_nothing_cached_says_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(StoreNotFoundError) as caught:
         open_store("dino", "nih", home=tmp_path)
@@ -35,23 +28,6 @@ def test_nothing_cached_says_what_to_type(tmp_path: Path) -> None:
     make_store(tmp_path)
     with refused(StoreNotFoundError, "store-not-found"):
         open_store("dino", "ds", home=tmp_path)
-
-
-def test_a_folder_dataset_is_extracted_again_under_its_own_name(tmp_path: Path) -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Folder(Table):
-        layout: str = "folder"
-        root: str = "/my images"
-        origin: None = None
-        missing: tuple[str, ...] = ()
-
-        def read_options(self) -> list[str]:
-            return []
-
-    ds = Folder(make_table(["a"]).table, "mine-1a2b3c4d")
-    with pytest.raises(StoreNotFoundError) as caught:
-        open_store("dino", ds, home=tmp_path)
-    assert "--dataset folder --data-root '/my images' --name mine-1a2b3c4d" in str(caught.value.fix)
 
 
 def test_a_backbone_whose_name_begins_another_is_not_mistaken_for_it(tmp_path: Path) -> None:
@@ -114,19 +90,6 @@ def test_an_edited_recipe_is_refused_even_with_a_fresh_checksum(tmp_path: Path) 
         FeatureStore(path)
 
 
-def test_recipe_json_can_be_read_by_people_and_json(tmp_path: Path) -> None:
-    path = make_store(tmp_path)
-    content = json.loads((path / "recipe.json").read_text())
-    assert content["fingerprint"] == recipe().fingerprint
-    assert content["recipe"]["transform"]["crop"] == [224, 224]
-    assert (content["format"], content["rows_per_shard"], content["batch_size"], content["threads"]) == (
-        "zarr",
-        4,
-        2,
-        1,
-    )
-
-
 def test_a_commit_cannot_name_files_outside_its_shard(tmp_path: Path) -> None:
     path = make_store(tmp_path)
     add(path, 0, ["a"])
@@ -176,12 +139,6 @@ def test_plain_features_come_before_views_and_a_number_of_views_is_that_number(t
         open_store("random", "ds", home=tmp_path, recipe=fingerprint[:8], views=2)
 
 
-def test_views_alone_are_opened_without_being_asked_for(tmp_path: Path) -> None:
-    path = make_store(tmp_path, row_shape=(2, 3), transform=views_of(2))
-    add(path, 0, ["a", "b"], row_shape=(2, 3))
-    assert open_store("random", "ds", home=tmp_path).features[:].shape == (2, 2, 3)
-
-
 def test_pixels_are_no_backbone(tmp_path: Path) -> None:
     path = make_store(tmp_path, row_shape=(4, 4, 3), backbone="pixels", dtype="uint8")
     assert FeatureStore(path).holds_pixels
@@ -191,13 +148,3 @@ def test_pixels_are_no_backbone(tmp_path: Path) -> None:
     for backbone in ("random", "pixels"):
         with refused(StoreNotFoundError, "store-not-found"):
             open_store(backbone, "ds", home=tmp_path)
-
-
-def test_shards_of_rows_can_be_seen_and_not_changed(tmp_path: Path) -> None:
-    path = make_store(tmp_path)
-    add(path, 0, ["a", "b", "c", "d"])
-    add(path, 1, ["e"])
-    shards = open_store("random", "ds", home=tmp_path).features.shards
-    assert shards.tolist() == [0, 0, 0, 0, 1]
-    with pytest.raises(ValueError, match="read-only"):
-        shards[0] = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from embcache.errors import CorruptStoreError
 from embcache.store import zarr_format
+from embcache.store.reading import read_features, read_header
 from embcache.store.schema import ShardRows
-from embcache.store.zarr_format import decode_array
+from tests.refusal import refused
+from tests.store.build import add, make_store
 
 DTYPES = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
@@ -60,13 +64,9 @@ def test_a_shard_is_read_as_zarr_reads_it(
     values = (values % 2).astype(bool) if dtype == "bool" else values  # any bits of a number, NaN and infinities too
     bad = [data.draw(st.booleans()) for _ in ids]
     files = zarr_format.encode_shard(rows_of(values, ids, bad), len(ids) + padding)
-    plain = zarr_format.plain_features(files, {name: len(content) for name, content in files.items()})
-    assert plain is not None
-    expected = by_zarr(files, "features")
-    straight = np.frombuffer(files[plain.file], plain.dtype)[: expected.size].reshape(plain.shape)
-    for found in (decode_array(files, "data.zarr/features"), zarr_format.decode_features(files), straight):
-        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-        assert found.tobytes() == expected.tobytes() == values.tobytes()
+    expected, found = by_zarr(files, "features"), zarr_format.decode_features(files)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert found.tobytes() == expected.tobytes() == values.tobytes()
     index = zarr_format.decode_index(files)
     assert list(index.ids) == [str(value) for value in by_zarr(files, "ids")] == ids
     assert list(index.reasons) == [str(value) for value in by_zarr(files, "reason")]
@@ -74,76 +74,60 @@ def test_a_shard_is_read_as_zarr_reads_it(
     assert [bool(digest) for digest in index.digests] == by_zarr(files, "digest").any(1).tolist()
 
 
-OTHERWISE: dict[str, dict[str, Any]] = {
-    "big-endian": {"serializer": zarr.codecs.BytesCodec(endian="big")},
-    "several chunks": {"chunks": (2, 3)},
-    "chunks across a row": {"chunks": (4, 2)},
-    "shards": {"chunks": (2, 3), "shards": (4, 3)},
-    "transposed": {"filters": [zarr.codecs.TransposeCodec(order=(1, 0))]},
-    "checksummed": {"compressors": zarr.codecs.Crc32cCodec()},
-    "other keys": {"chunk_key_encoding": {"name": "v2", "separator": "."}},
-    "named axes": {"dimension_names": ["row", "column"]},
-    "no chunk at all": {"config": {"write_empty_chunks": False}, "fill_value": 7.0},
-}
-
-
-@pytest.mark.parametrize("how", list(OTHERWISE))
-def test_what_is_stored_otherwise_is_left_to_zarr(how: str) -> None:
-    values = (
-        np.full((4, 3), 7, np.float32) if how == "no chunk at all" else np.arange(12, dtype=np.float32).reshape(4, 3)
-    )
-    store = MemoryStore()
-    group = zarr.create_group(store=store, zarr_format=3)
-    usual = {"chunks": (4, 3), "compressors": None, "filters": (), "fill_value": 0}
-    group.create_array("features", shape=(4, 3), dtype="float32", **{**usual, **OTHERWISE[how]})[...] = values
-    files = {"data.zarr/" + key: value.to_bytes() for key, value in store._store_dict.items()}
-    sizes = {name: len(content) for name, content in files.items()}
-    assert zarr_format.plain_features(files, sizes) is None
-    assert decode_array(files, "data.zarr/features") is None
-    assert np.array_equal(zarr_format.decode_features(files), values)
-
-
-@pytest.mark.parametrize("cut", [0, 3, 5, -1, None])
-def test_strings_that_do_not_fill_their_chunk_are_left_to_zarr(cut: int | None) -> None:
-    files = zarr_format.encode_shard(rows_of(np.zeros((2, 3), np.float32), ["a", "béta"], [False, False]), 2)
-    chunk = files["data.zarr/ids/c/0"]
-    assert decode_array(files, "data.zarr/ids") == ("a", "béta")
-    assert (
-        decode_array({**files, "data.zarr/ids/c/0": chunk + b"x" if cut is None else chunk[:cut]}, "data.zarr/ids")
-        is None
-    )
-    assert decode_array({**files, "data.zarr/ids/c/0": chunk[:-1] + b"\xff"}, "data.zarr/ids") is None
-
-
 def stored(shape: tuple[int, ...], **options: Any) -> dict[str, bytes]:
     """Files of a shard whose features are stored by zarr itself."""
     store = MemoryStore()
     group = zarr.create_group(store=store, zarr_format=3)
-    array = group.create_array("features", shape=shape, dtype="float32", **options)
+    usual = {"chunks": shape, "compressors": None, "filters": (), "fill_value": 0}
+    array = group.create_array("features", shape=shape, dtype="float32", **{**usual, **options})
     if np.prod(shape) < 1e3:
         array[...] = np.ones(shape, np.float32)
     return {"data.zarr/" + key: value.to_bytes() for key, value in store._store_dict.items()}
 
 
+def test_plain_features_stored_by_zarr_itself_are_read() -> None:
+    assert zarr_format.decode_features(stored((4, 3))).tolist() == [[1.0] * 3] * 4
+
+
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        ((4, 3), {"chunks": (4, 3), "compressors": zarr.codecs.ZstdCodec()}),
-        ((4, 3), {"chunks": (4, 3), "compressors": zarr.codecs.GzipCodec()}),
+        ((4, 3), {"compressors": zarr.codecs.ZstdCodec()}),
         ((4, 4), {"chunks": (2, 4), "shards": (4, 4), "compressors": zarr.codecs.ZstdCodec()}),
-        ((10**6, 10**6), {"chunks": (10**6, 10**6), "compressors": None}),
-        ((200_000, 1), {"chunks": (1, 1), "compressors": None}),
+        ((200_000, 1), {"chunks": (1, 1)}),
+        ((4, 3), {"serializer": zarr.codecs.BytesCodec(endian="big")}),
+        ((4, 3), {"filters": [zarr.codecs.TransposeCodec(order=(1, 0))]}),
     ],
 )
-def test_what_could_unpack_to_more_than_its_files_hold_is_refused(
-    shape: tuple[int, ...], options: dict[str, Any]
-) -> None:
-    with pytest.raises(ValueError, match="does not compress"):
+def test_what_is_stored_otherwise_is_refused(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="as embcache writes it"):
         zarr_format.decode_features(stored(shape, **options))
 
 
-def test_strings_are_not_left_to_zarr_which_believes_their_number() -> None:
-    files = zarr_format.encode_shard(rows_of(np.zeros((2, 3), np.float32), ["a", "b"], [False, False]), 2)
-    claims = b"\xff\xff\xff\xff" + files["data.zarr/ids/c/0"][4:]
-    with pytest.raises(ValueError, match="as embcache writes them"):
-        zarr_format.decode_index({**files, "data.zarr/ids/c/0": claims})
+def test_an_array_that_claims_more_than_its_file_holds_is_refused() -> None:
+    with pytest.raises((ValueError, KeyError)):
+        zarr_format.decode_features(stored((10**6, 10**6)))
+
+
+@pytest.mark.parametrize("change", [b"", b"\xff\xff\xff\xff", b"\x03\0\0\0"])
+def test_strings_that_do_not_fill_their_chunk_are_refused(change: bytes) -> None:
+    files = zarr_format.encode_shard(rows_of(np.zeros((2, 3), np.float32), ["a", "béta"], [False, False]), 2)
+    chunk = files["data.zarr/ids/c/0"]
+    for damaged in (change + chunk[4:], chunk[:-1], chunk + b"x", chunk[:-1] + b"\xff"):
+        with pytest.raises(ValueError):
+            zarr_format.decode_index({**files, "data.zarr/ids/c/0": damaged})
+
+
+def test_what_a_format_raises_is_an_error_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_store(tmp_path)
+    add(path, 0, ["a", "b", "c"])
+    header = read_header(path)
+    with pytest.raises(RecursionError):  # metadata nested deeper than the stack
+        zarr_format.decode_index({zarr_format.ROOT + "zarr.json": b"[" * 200_000})
+
+    def fail(*_: Any) -> None:
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(zarr_format, "decode_features", fail)
+    with refused(CorruptStoreError, "shard-damaged"):
+        read_features(path, header, 0)

@@ -20,12 +20,12 @@ import torch
 from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
-from embcache.extract.signals import Stop
+from embcache.extract.engines.local import Stop
 from embcache.extract.worker import pick_device
 from embcache.log import log
 from embcache.paths import PathLike, home_dir
 
-COMMAND = (sys.executable, "-m", "embcache.extract.engines.helper")
+COMMAND = (sys.executable, "-m", "embcache.extract.extract")
 
 
 def split_devices(device: str) -> list[str]:
@@ -51,16 +51,12 @@ class Crew:
     """
 
     def __init__(
-        self,
-        configs: Sequence[ExtractConfig],
-        dataset: ImageDataset,
-        backbones: Sequence[str],
-        home: PathLike | None,
+        self, configs: Sequence[ExtractConfig], dataset: ImageDataset, backbones: Sequence[str], home: PathLike | None,
         stop: Stop,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.computed: list[list[int]] = []  # images per store, of each process that ended well
-        self._configs, self._dataset, self._backbones = configs, dataset, backbones
-        self._home, self._stop = home, stop
+        self._configs, self._table, self._stop = configs, dataset.to_parquet_bytes() if configs else b"", stop
+        self._order = {"backbones": backbones, "home": str(home_dir(home)), "bytes": len(self._table)}
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads: list[threading.Thread] = []
 
@@ -96,17 +92,13 @@ class Crew:
             COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
         self._processes.append(process)
-        table = self._dataset.to_parquet_bytes()
-        order = {
-            "backbones": self._backbones, "home": str(home_dir(self._home)), "config": config.to_json(),
-            "bytes": len(table),
-        }  # fmt: skip
         thread = threading.Thread(target=self._follow, args=(config.device, process), daemon=True)
         thread.start()
         self._threads.append(thread)
         assert process.stdin is not None
         with suppress(BrokenPipeError):  # it has died already: the thread that follows it reports it
-            process.stdin.write(json.dumps(order).encode() + b"\n" + table)
+            order = {**self._order, "config": config.to_json()}
+            process.stdin.write(json.dumps(order).encode() + b"\n" + self._table)
             process.stdin.flush()
 
     def _follow(self, device: str, process: subprocess.Popen[bytes]) -> None:

@@ -1,11 +1,17 @@
-"""The local engine: owed shards of one or more stores, computed here and shared with other processes by leases."""
+"""The local engine: owed shards of one or more stores, computed here and shared with other processes by leases.
+
+It stops between two shards: the first signal lets the current shard be committed, the second does not wait.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -15,8 +21,7 @@ from embcache.cores import is_shortage
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef, image_refs
 from embcache.errors import EmbcacheError
-from embcache.extract.shard_plan import Plan, Shard
-from embcache.extract.signals import Stop
+from embcache.extract.scan import Plan, Shard
 from embcache.log import log
 from embcache.store.commit import ShardRows, commit_shard, is_committed, refresh_view
 from embcache.store.feature_store import FeatureStore
@@ -26,6 +31,75 @@ from embcache.store.lease import Lease
 _POLL_SECONDS = 1.0
 
 R = TypeVar("R")
+
+
+class Stop:
+    """Whether a run is to end after the current shard; other threads may request it at any time."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.busy = False  # with a shard, from its lease to its commit
+        self.others = self.killed = self.complete = False
+        self._requested = threading.Event()
+        self._callbacks: list[Callable[[], object]] = []
+
+    @property
+    def requested(self) -> bool:
+        """Whether no further shard is to begin."""
+        return self._requested.is_set()
+
+    def request(self) -> None:
+        """Let no further shard begin."""
+        self._requested.set()
+        for callback in self._callbacks:
+            callback()
+
+    def on_request(self, callback: Callable[[], object]) -> None:
+        """Call something at the request, or now if there was one."""
+        self._callbacks.append(callback)
+        if self.requested:
+            callback()
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless the run is to end."""
+        self._requested.wait(seconds)
+
+
+@contextmanager
+def stop_on_signals(stop: Stop) -> Iterator[Stop]:
+    """SIGINT and SIGTERM request a stop; a second one, or one between shards, ends the run at once.
+
+    If everything is computed, the first one is only noted. Outside the main thread, where Python allows no handlers,
+    nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        first, stop.signal = stop.signal is None, number
+        if not first or not (stop.busy or stop.others or stop.complete):
+            stop.request()  # Python drops what is raised while an object is finalized: then no further shard begins
+            raise SystemExit(exit_status(number))
+        if stop.complete and not stop.busy:
+            return  # what remains takes a moment
+        # Straight to the descriptor: a handler may interrupt Python's own writing to the stream.
+        with suppress(OSError):  # the reader is gone
+            os.write(2, b"\nstopping after the current shard; again stops at once\n")
+        stop.request()
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_status(number: int) -> int:
+    """What shells expect of a process that a signal ended: 128 plus its number."""
+    return 128 + int(number)
 
 
 @dataclass(frozen=True)
@@ -90,8 +164,14 @@ class LocalEngine:
                     if stop.requested:
                         break
                     # Current from its lease on: a signal meanwhile waits for its commit.
-                    with stop.working_on(len(shard.ids)), ExitStack() as leases:
-                        leased = [index for index in sharing if self._lease(leases, index, shard.number)]
+                    with ExitStack() as leases:
+                        stop.busy = True
+                        leases.callback(setattr, stop, "busy", False)
+                        leased = [
+                            index for index in sharing
+                            if (lease := Lease.acquire(self._owed[index].store.path, shard.number))
+                            and leases.enter_context(lease)
+                        ]  # fmt: skip
                         # A shard that another process committed since the plan was read costs nothing.
                         owed = [i for i in leased if not is_committed(self._owed[i].store.path, shard.number)]
                         if owed:
@@ -111,12 +191,6 @@ class LocalEngine:
         for each in self._owed:
             refresh_view(each.store.path)
 
-    def _lease(self, leases: ExitStack, index: int, number: int) -> bool:
-        lease = Lease.acquire(self._owed[index].store.path, number)
-        if lease is not None:
-            leases.callback(lease.release)
-        return lease is not None
-
     def compute(self, shard: LeasedShard, compute: Callable[..., R]) -> tuple[R, int]:
         """What ``compute(batch_size=…, on_rows=…)`` makes of a shard, and the batch size, halved if memory is short.
 
@@ -126,7 +200,7 @@ class LocalEngine:
         while True:
             shown = self._bar.n
             try:
-                return compute(batch_size=size, on_rows=partial(self._show, len(shard.stores))), size
+                return compute(batch_size=size, on_rows=self._bar.update), size
             except BaseException as error:
                 self._bar.update(shown - self._bar.n)  # these rows are computed again, or not at all
                 if not is_shortage(error):
@@ -134,8 +208,7 @@ class LocalEngine:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 if size == 1:
                     raise EmbcacheError(
-                        "the memory does not hold the network and one image", code="out-of-memory", found=reason,
-                        fix=(
+                        "the memory does not hold the network and one image", code="out-of-memory", found=reason, fix=(
                             "--device cpu or another device",
                             "end other processes that use the memory; the same command then continues",
                         ),
@@ -145,10 +218,6 @@ class LocalEngine:
             log.warning(f"out of memory ({reason}): the batch is {size} from here on, recorded with each shard")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-    def _show(self, stores: int, images: int) -> None:
-        self._bar.update(images)
-        self._stop.computed(images / stores)
 
     def commit(self, shard: LeasedShard, rows: Sequence[ShardRows], batch_size: int) -> None:
         """Write the rows of a shard to each store that owes it."""
