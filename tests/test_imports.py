@@ -107,7 +107,7 @@ def test_nothing_imports_in_circles() -> None:
 
 def test_matplotlib_is_imported_by_drawing_alone() -> None:
     importers = {p.name for p in SOURCES if any(n.split(".")[0] == "matplotlib" for n in _imports(p))}
-    assert importers == {"lettering.py", "plots.py"}
+    assert importers == {"plots.py"}
 
 
 def test_bokeh_is_imported_in_one_place() -> None:

@@ -32,8 +32,7 @@ from embcache.log import log
 
 if TYPE_CHECKING:
     from embcache.extract.extract import Extraction
-    from embcache.figures.rank import Ranking
-    from embcache.figures.similarity import Similarity
+    from embcache.figures.rank import Ranking, Similarity
     from embcache.maintain.dry_run import DryRun
 
 
@@ -248,8 +247,8 @@ def similarity(
 
     Example: embcache similarity --dataset pneumonia
     """
+    from embcache.figures.rank import similarity
     from embcache.figures.shown import open_datasets
-    from embcache.figures.similarity import similarity
 
     backbones = split_list(backbone)
     opened = open_datasets(split_list(dataset), ref, home, several=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
     from embcache.figures.attention import RunAttention
     from embcache.figures.audit import Audit
-    from embcache.figures.draw_maps import Maps
+    from embcache.figures.maps import Maps
 
 
 OutputOption = Annotated[
@@ -73,7 +73,7 @@ def tsne(
         raise UsageError("points are written as CSV or Parquet", code="other-suffix", found=str(coordinates),
                          fix="--coordinates points.csv")  # fmt: skip
     ds = _one_dataset(dataset, ref, home)
-    from embcache.figures.draw_maps import draw_maps
+    from embcache.figures.maps import draw_maps
 
     maps = draw_maps(ds, split_list(backbone), config, home=home, targets=targets)
     if coordinates is not None:

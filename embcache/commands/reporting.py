@@ -124,7 +124,7 @@ def curves(
 
     Example: embcache curves --dataset pneumonia --head linear --figure curves.png
     """
-    from embcache.figures.draw_curves import draw_curves
+    from embcache.figures.run_plots import draw_curves
     from embcache.results.advice import advise, sentences
     from embcache.results.curves import find_results
 

@@ -99,21 +99,18 @@ def draw_neighbors(ds: ImageDataset, found: Sequence[Neighbors], target: Path) -
     """One row per backbone: the image, then its neighbors; a frame marks those of another class."""
     rows = []
     for each in found:
-        pictures = [_picture(ds, each.image, each.image, "the image")]
-        for near in each.nearest:
-            remark = f"{near.similarity:.2f}" + (" · same group" if near.group == each.image.group else "")
-            pictures.append(_picture(ds, near, each.image, remark))
+        query, pictures = each.image, []
+        for near in (query, *each.nearest):
+            remark = f"{near.similarity:.2f}" + (" · same group" if near.group == query.group else "")
+            name = ds.class_names[near.label] if near.label >= 0 else "no label"
+            text = f"{_short(near.id)}\n{name} · {near.split}\n{'the image' if near is query else remark}"
+            differs = near.label != query.label and min(near.label, query.label) >= 0
+            pictures.append(Picture(thumbnail(ds, near.id), text, differs))
         rows.append((each.backbone, pictures))
     return plot_sheet(rows, f"nearest in cached features: {_short(found[0].image.id)}", target)
 
 
-def _picture(ds: ImageDataset, image: Neighbor, query: Neighbor, remark: str) -> Picture:
-    name = ds.class_names[image.label] if image.label >= 0 else "no label"
-    differs = image.label != query.label and min(image.label, query.label) >= 0
-    return Picture(thumbnail(ds, image.id), f"{_short(image.id)}\n{name} · {image.split}\n{remark}", differs)
-
-
-def draw_mistakes(ds: ImageDataset, mistakes: Sequence[Mistake], title: str, target: Path, *, columns: int = 6) -> int:
+def draw_mistakes(ds: ImageDataset, mistakes: Sequence[Mistake], title: str, target: Path) -> int:
     """Draw the images of mistakes, with classes and probability beneath each; returns how many could be read."""
     pictures = [
         Picture(
@@ -124,8 +121,7 @@ def draw_mistakes(ds: ImageDataset, mistakes: Sequence[Mistake], title: str, tar
     ]
     found = sum(picture.pixels is not None for picture in pictures)
     if found:
-        rows = [("", pictures[start : start + columns]) for start in range(0, len(pictures), columns)]
-        plot_sheet(rows, title, target)
+        plot_sheet([("", pictures[start : start + 6]) for start in range(0, len(pictures), 6)], title, target)
     return found
 
 

@@ -12,8 +12,8 @@ from embcache.config import DatasetRef, ExtractConfig, StudyConfig
 from embcache.errors import EmbcacheError, UsageError
 from embcache.extract.extract import extract
 from embcache.fields import Config, parse_weights
-from embcache.figures.draw_curves import table_curves
 from embcache.figures.plots import plot_curves
+from embcache.figures.run_plots import table_curves
 from embcache.finetune.finetune import finetune
 from embcache.log import log
 from embcache.paths import PathLike

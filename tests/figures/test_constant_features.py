@@ -11,8 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 from embcache.figures.maps import embed_map, score_map
 from embcache.figures.neighbors import find_neighbors
-from embcache.figures.similarity import nearest_neighbors
-from embcache.figures.transferability import centroid_logits
+from embcache.figures.rank import centroid_logits, nearest_neighbors
 from embcache.probe.standard import standard_directions, standardized
 from tests.probe.build import make_dataset, put_store
 

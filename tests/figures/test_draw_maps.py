@@ -18,8 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.figures import maps as module
-from embcache.figures.draw_maps import draw_maps
-from embcache.figures.maps import embed_map, neighbor_accuracy, score_map
+from embcache.figures.maps import draw_maps, embed_map, neighbor_accuracy, score_map
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import Result, load_heads, runs_dir
 from tests.probe.build import make_dataset, make_features, put_store

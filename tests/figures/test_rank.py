@@ -15,14 +15,13 @@ from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 from typer.testing import CliRunner
 
-from embcache.commands import rank_command as commands
+from embcache.commands import features as commands
 from embcache.config import DatasetRef
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.figures import rank as module
 from embcache.figures import shown
-from embcache.figures.rank import RankRow, correlate, rank
-from embcache.figures.transferability import h_score, logme
+from embcache.figures.rank import RankRow, correlate, h_score, logme, rank
 from embcache.probe.heads import make_head
 from embcache.probe.probe import probe_features
 from embcache.probe.protocol import plan_splits

@@ -9,10 +9,8 @@ import pytest
 
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError
-from embcache.figures.draw_maps import draw_maps
-from embcache.figures.rank import rank
-from embcache.figures.similarity import similarity
-from embcache.figures.transferability import logme
+from embcache.figures.maps import draw_maps
+from embcache.figures.rank import logme, rank, similarity
 from embcache.probe.protocol import divide, plan_splits
 from tests.probe.build import make_dataset, make_features, put_store
 

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from embcache.config import DatasetRef
 from embcache.errors import UsageError
 from embcache.figures import shown as module
-from embcache.figures.similarity import (
+from embcache.figures.rank import (
     linear_cka,
     nearest_neighbors,
     shared_neighbors,

@@ -10,7 +10,7 @@ from sklearn.covariance import LedoitWolf
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
-from embcache.figures.transferability import centroid_logits, h_score, logme
+from embcache.figures.rank import centroid_logits, h_score, logme
 
 
 def draw(n: int, dim: int, n_classes: int, shift: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import typer
 import zarr
 from typer.testing import CliRunner
 
-from embcache.commands import store_command as commands
+from embcache.commands import cache as commands
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError
 from embcache.maintain.export import export_features

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from embcache.errors import StoreNotFoundError
-from embcache.figures.draw_curves import curve_panels, table_curves
 from embcache.figures.plots import Curve, CurvePanel, curve_styles, plot_curves
+from embcache.figures.run_plots import curve_panels, table_curves
 from embcache.results.curves import band_words, curve_table, find_results, named_curves
 from embcache.results.grid import Grid
 from embcache.results.paper import find_value

@@ -295,7 +295,7 @@ def test_the_command_prints_writes_and_leaves_with_a_status(
         assert [record["folds"] for record in json.loads(done.stdout)["records"]] == [folds], done.output
     with monkeypatch.context() as patch:  # before the work
         patch.setattr("embcache.study.study.run_study", None)
-        patch.setattr("embcache.figures.draw_curves.draw_curves", None)
+        patch.setattr("embcache.figures.run_plots.draw_curves", None)
         for command in (asked, ["curves", "--dataset", "toy"]):
             error = runner.invoke(app, [*command, *absent]).exception
             assert isinstance(error, UsageError)
