@@ -239,7 +239,7 @@ def gc(
     Example: embcache gc --dry-run --dataset nih
     """
     from embcache.maintain.gc import collect, collect_home
-    from embcache.maintain.verify import walk_stores
+    from embcache.maintain.listing import walk_stores
 
     backbones, datasets = split_list(backbone), split_list(dataset)
     done = list[Any]()

@@ -71,7 +71,8 @@ def verify(
             "--data-root and --name belong to one dataset", code="one-dataset",
             found=", ".join(datasets) or "no --dataset", fix="embcache verify --dataset NAME --data-root …",
         )  # fmt: skip
-    from embcache.maintain.verify import verify_store, walk_stores
+    from embcache.maintain.listing import walk_stores
+    from embcache.maintain.verify import verify_store
 
     loaders = {name: _Loader(name, ref, home) for name in datasets}
     stores, unread = walk_stores(home, [loaders[name].folder() for name in datasets], backbones, recipe)

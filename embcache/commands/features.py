@@ -33,7 +33,7 @@ from embcache.log import log
 if TYPE_CHECKING:
     from embcache.extract.extract import Extraction
     from embcache.figures.rank import Ranking, Similarity
-    from embcache.maintain.dry_run import DryRun
+    from embcache.maintain.listing import DryRun
 
 
 @takes_configs
@@ -75,7 +75,7 @@ def extract(
     from embcache.data.dataset import find_dataset
     from embcache.extract.extract import extract as run
     from embcache.extract.signals import Stop, exit_status, stop_on_signals
-    from embcache.maintain.dry_run import dry_run as explain
+    from embcache.maintain.listing import dry_run as explain
 
     answers, stop = list[dict[str, Any]](), Stop()
     for name in datasets:

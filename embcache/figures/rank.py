@@ -276,8 +276,11 @@ def logme(x: NDArray[np.floating], y: IntArray) -> float:
     targets = (np.asarray(y)[:, None] == np.unique(y)).astype(np.float64)  # (n, classes)
     with threads_for(X.size):
         s2, projected = _spectrum(X, targets)
-    rest = np.maximum(targets.sum(0) - (projected**2).sum(0), 0.0)  # outside the features' span
-    return float(np.mean([_max_evidence(s2, t2, float(r), n) for t2, r in zip(projected.T**2, rest, strict=True)]))
+    values = []
+    for target, along in zip(targets.T, projected.T, strict=True):
+        rest = max(float(target.sum() - (along**2).sum()), 0.0)  # outside the features' span
+        values.append(_max_evidence(s2, along**2, rest, n))
+    return float(np.mean(values))
 
 
 def h_score(x: NDArray[np.floating], y: IntArray) -> float:

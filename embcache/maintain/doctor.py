@@ -6,7 +6,6 @@ import io
 import os
 import platform
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.benchmark import Timer
 
 import embcache
 from embcache.backbones.catalog import BACKBONES, weights_status
@@ -26,8 +26,8 @@ from embcache.data.images import DECODER_VERSION, decode_image
 from embcache.data.published import DATASETS, default_root
 from embcache.errors import EmbcacheError
 from embcache.log import log
-from embcache.maintain.listing import CachedStore, list_cached, list_interrupted
-from embcache.maintain.verify import lease_files, leftovers, walk_stores
+from embcache.maintain.listing import CachedStore, list_cached, list_interrupted, walk_stores
+from embcache.maintain.verify import lease_files, leftovers
 from embcache.paths import PathLike, data_dir, home_dir, weights_dir
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import is_abandoned
@@ -70,9 +70,8 @@ def diagnose(home: PathLike | None = None) -> Diagnosis:
     """Look at everything; nothing needs to be cached, and nothing is written."""
     problems: list[str] = []
     log.info("measuring the devices")
-    measured = devices()
+    measured, decoded = devices(), decoding()
     problems += [f"{d['device']} cannot be used: {d['problem']}" for d in measured if d["problem"]]
-    decoded = decoding()
     places = [_place("home", home_dir(home)), _place("data", data_dir()), _place("weights", weights_dir(home))]
     if not places[0]["writable"]:
         problems.append(f"{places[0]['path']} cannot be written: give --home FOLDER, or set EMBCACHE_HOME")
@@ -144,10 +143,10 @@ def _stores(
         problems.append(f"{each['path']} cannot be read: {each['error']}: ask its owner for permission (chmod -R g+rX)")
     for path in paths:
         row, name = known.get(path), f"{path.parent.name}/{path.name}"
-        problem, left, claims = row.problem if row else "recipe.json is missing", list[Path](), list[Path]()
+        problem, left, claims = row.problem if row else "recipe.json is missing", 0, list[Path]()
         try:
             claims = lease_files(path)
-            left = [other for other in leftovers(path) if other not in claims]
+            left = len(set(leftovers(path)) - set(claims))
             if row and not problem:
                 FeatureStore(path).sources()  # reads the plans too
         except EmbcacheError as error:
@@ -162,7 +161,7 @@ def _stores(
                 "dataset": path.parent.name,
                 "store": path.name,
                 **(dict.fromkeys(counts, 0) if row is None else {count: vars(row)[count] for count in counts}),
-                "leftovers": len(left),
+                "leftovers": left,
                 "problem": problem,
             }
         )
@@ -183,19 +182,18 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """Operating system, processor with what it can, cores, threads and memory."""
-    info = _proc("/proc/cpuinfo")
-    flags = set(_field(info, "flags").split()) | set(_field(info, "Features").split())
-    memory = {line.partition(":")[0]: line.partition(":")[2] for line in _proc("/proc/meminfo").splitlines()}
+    info, memory = _fields(_proc("/proc/cpuinfo")), _fields(_proc("/proc/meminfo"))
+    flags = {*info.get("flags", "").split(), *info.get("Features", "").split()}
     return {
         "system": f"{platform.system()} {platform.release()}",
-        "processor": _field(info, "model name") or platform.processor() or platform.machine(),
+        "processor": info.get("model name") or platform.processor() or platform.machine(),
         "features": [name for name in FEATURES if name in flags],
         "kernels": torch.backends.cpu.get_cpu_capability(),
         "cores": usable_cores(),
         "cores_of_machine": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "memory_bytes": _kilobytes(memory.get("MemTotal", "")),
-        "memory_free_bytes": _kilobytes(memory.get("MemAvailable", "")),
+        "memory_bytes": _bytes(memory.get("MemTotal", "")),
+        "memory_free_bytes": _bytes(memory.get("MemAvailable", "")),
         "decoder": DECODER_VERSION,
     }
 
@@ -226,8 +224,12 @@ def _device(name: str, title: str, memory: int | None) -> dict[str, Any]:
     answer: dict[str, Any] = {"device": name, "name": title, "memory_bytes": memory, "problem": ""}
     try:
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            answer[f"{kind}_tflops"] = _multiplying(device, dtype)
-        answer["memory_gb_s"] = _copying(device)
+            side = _SIDE[device.type]
+            one = torch.ones((side, side), dtype=dtype, device=device)
+            answer[f"{kind}_tflops"] = 2 * side**3 * _per_second(lambda one=one: one @ one) / 1e12  # type: ignore[misc]
+        source = torch.ones(_COPIED[device.type], dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        answer["memory_gb_s"] = 2 * len(source) * _per_second(lambda: target.copy_(source)) / 1e9  # read and written
         if device.type == "cuda":
             answer["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
     except RuntimeError as error:  # a device that is there and cannot be used, or has no memory left
@@ -235,34 +237,10 @@ def _device(name: str, title: str, memory: int | None) -> dict[str, Any]:
     return answer
 
 
-def _multiplying(device: torch.device, dtype: torch.dtype) -> float:
-    side = _SIDE[device.type]
-    one = torch.ones((side, side), dtype=dtype, device=device)
-    return 2 * side**3 * _per_second(lambda: one @ one, device) / 1e12
-
-
-def _copying(device: torch.device) -> float:
-    source = torch.ones(_COPIED[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * len(source) * _per_second(lambda: target.copy_(source), device) / 1e9  # read and written
-
-
-def _per_second(work: Callable[[], object], device: torch.device | None = None) -> float:
-    """How often ``work`` is done per second, once it is warm."""
-    gpu = device is not None and device.type == "cuda"
-
-    def settle() -> None:
-        if gpu:
-            torch.cuda.synchronize(device)
-
-    work()
-    settle()
-    times, started = 0, time.perf_counter()
-    while (taken := time.perf_counter() - started) < _SECONDS:
-        work()
-        settle()
-        times += 1
-    return times / taken
+def _per_second(work: Callable[[], object]) -> float:
+    """How often ``work`` is done per second, once it is warm; the timer waits for GPUs."""
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return 1 / timer.blocked_autorange(min_run_time=_SECONDS).median
 
 
 def _proc(path: str) -> str:
@@ -272,10 +250,12 @@ def _proc(path: str) -> str:
         return ""  # not Linux
 
 
-def _field(text: str, name: str) -> str:
-    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(name)), "")
+def _fields(text: str) -> dict[str, str]:
+    """``name: value`` lines, the first of each name."""
+    pairs = [line.partition(":") for line in reversed(text.splitlines())]
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _kilobytes(text: str) -> int | None:
-    digits = text.strip().removesuffix("kB").strip()
+def _bytes(kilobytes: str) -> int | None:
+    digits = kilobytes.removesuffix("kB").strip()
     return int(digits) * 1024 if digits.isdecimal() else None

@@ -9,7 +9,7 @@ import pytest
 
 from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.maintain.dry_run import dry_run
+from embcache.maintain.listing import dry_run
 from tests.extract.conftest import draw
 from tests.extract.tiny import run_extraction
 from tests.maintain.conftest import Make, damage, ds, images, make, quick_disk, tiny

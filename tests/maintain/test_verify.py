@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embcache.errors import CorruptStoreError
-from embcache.maintain.verify import find_stores, verify_store
+from embcache.maintain.listing import walk_stores
+from embcache.maintain.verify import verify_store
 from embcache.store.commit import write_view
 from embcache.store.feature_store import FeatureStore
 from embcache.store.schema import FORMATS, find_format
@@ -173,9 +174,9 @@ def test_stores_are_found_without_their_recipe(tmp_path: Path, quick_disk: None)
     other = make_store(tmp_path, precision="bf16")
     (path / "recipe.json").unlink()
     (tmp_path / "ds" / "runs").mkdir()
-    assert find_stores(tmp_path) == sorted([path, other])
-    assert find_stores(tmp_path, "ds", ["random"], path.name[-12:]) == [path]
-    assert find_stores(tmp_path, "ds", ["dino"]) == []
-    assert find_stores(tmp_path, "other") == []
+    assert walk_stores(tmp_path)[0] == sorted([path, other])
+    assert walk_stores(tmp_path, ["ds"], ["random"], path.name[-12:])[0] == [path]
+    assert walk_stores(tmp_path, ["ds"], ["dino"])[0] == []
+    assert walk_stores(tmp_path, ["other"])[0] == []
     (found,) = verify_store(path).damage
     assert (found.kind, found.path.name) == ("recipe", "recipe.json")
